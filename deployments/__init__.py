@@ -1,0 +1,1 @@
+"""How restitch runs for a team."""

@@ -1,0 +1,1 @@
+"""The flows onboard and remerge."""

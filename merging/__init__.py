@@ -1,0 +1,1 @@
+"""Pure tensors: checkpoints, sparse deltas, localization, stitching and merge methods."""

@@ -1,0 +1,102 @@
+"""The errors that a user can meet, each with the exit code of its kind.
+
+Every message names the thing, what was expected, what was found and what to do. A
+`RestitchError` is a user's or an environment's fault and is shown without a traceback;
+anything else that escapes is our mistake.
+"""
+
+from collections.abc import Sequence
+
+
+class RestitchError(Exception):
+    """An error that is explained to the user.
+
+    Args:
+        what: the thing and what is wrong with it, one sentence.
+        expected: what would have been right.
+        found: what is there instead.
+        hint: what to do about it.
+        details: further lines, for instance every differing tensor.
+    """
+
+    exit_code = 1
+
+    def __init__(
+        self,
+        what: str,
+        *,
+        expected: object | None = None,
+        found: object | None = None,
+        hint: str | None = None,
+        details: Sequence[str] = (),
+    ) -> None:
+        self.what = what
+        self.expected = None if expected is None else str(expected)
+        self.found = None if found is None else str(found)
+        self.hint = hint
+        self.details = tuple(details)
+        super().__init__(self.message())
+
+    def message(self) -> str:
+        """The whole message, one fact per line."""
+        lines = [self.what]
+        if self.expected is not None:
+            lines.append(f"  expected: {self.expected}")
+        if self.found is not None:
+            lines.append(f"  found:    {self.found}")
+        lines.extend(f"  - {detail}" for detail in self.details)
+        if self.hint is not None:
+            lines.append(f"  to do:    {self.hint}")
+        return "\n".join(lines)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # Prefect and process pools pickle exceptions; the default would lose the keywords.
+        return (_rebuild, (type(self), self.what, self._keywords()))
+
+    def _keywords(self) -> dict[str, object]:
+        return {
+            "expected": self.expected,
+            "found": self.found,
+            "hint": self.hint,
+            "details": self.details,
+        }
+
+
+def _rebuild(kind: type[RestitchError], what: str, keywords: dict[str, object]) -> RestitchError:
+    return kind(what, **keywords)  # type: ignore[arg-type]
+
+
+class UsageError(RestitchError):
+    """The command was called in a way that it does not have."""
+
+    exit_code = 2
+
+
+class BadInput(RestitchError):
+    """A file, a source or a specification cannot be used as it is."""
+
+    exit_code = 3
+
+
+class CannotJoin(RestitchError):
+    """A finetuned model is readable but cannot join its line; it is quarantined."""
+
+    exit_code = 4
+
+
+class GateFailed(RestitchError):
+    """A merged version or a joining member failed a gate of its line."""
+
+    exit_code = 5
+
+
+class Unavailable(RestitchError):
+    """The store, a server or the disk cannot be used now."""
+
+    exit_code = 6
+
+
+class Damage(RestitchError):
+    """Something stored is not what its digest says."""
+
+    exit_code = 7

@@ -1,0 +1,1 @@
+"""A small self-made world for the demo and the tests."""

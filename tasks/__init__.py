@@ -1,0 +1,1 @@
+"""One step of the work each: load references, call one function, store, return a reference."""
