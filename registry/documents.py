@@ -1,0 +1,214 @@
+"""Strict YAML from people: what a file says is what it means, or the error says why not.
+
+Only plain values are made (no tags, no dates; `1e-3` is a number). Duplicate keys, files
+of unusual size, deep nesting and aliases that multiply are refused. `checked` turns what
+pydantic finds into one readable message that names the file and lists every problem,
+with the nearest right name for a key that does not exist.
+"""
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from merging.errors import BadInput
+
+MAX_BYTES = 1 << 20
+_MAX_VALUES = 50_000
+_MAX_DEPTH = 50
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with its surprises removed."""
+
+    # A copy: the resolvers of the class itself are shared by the whole process.
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        first: [(tag, pattern) for tag, pattern in resolvers if not tag.endswith(":timestamp")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping whose keys are texts and occur once."""
+        seen: set[object] = set()
+        for key_node, _value in node.value:
+            key = self.construct_object(key_node, deep=True)
+            where = f"line {key_node.start_mark.line + 1}"
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                continue
+            if not isinstance(key, str):
+                raise _RefusedError(f"{where}: the key {key!r} is not a text; put it in quotes")
+            if key in seen:
+                raise _RefusedError(f"{where}: the key {key!r} occurs twice")
+            seen.add(key)
+        return super().construct_mapping(node, deep=deep)
+
+
+# YAML 1.1 takes `1e-3` for a text because it has no dot.
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?[0-9][0-9_]*(?:\.[0-9_]*)?[eE][-+]?[0-9]+\Z"),
+    list("-+0123456789"),
+)
+
+
+class _RefusedError(ValueError):
+    """A document that is well-formed YAML and still not accepted."""
+
+
+def read_text(path: Path, what: str, limit: int = MAX_BYTES) -> str:
+    """A UTF-8 text file.
+
+    Raises:
+        BadInput: it is not there, too large, or not UTF-8.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise BadInput(f"{what} {path} is too large", expected=f"at most {limit:,} bytes")
+        return data.decode("utf-8-sig")
+    except OSError as error:
+        raise BadInput(
+            f"{what} {path} cannot be read",
+            found=error.strerror,
+            hint="check the path; relative paths in a file are relative to that file",
+        ) from error
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{what} {path} is not UTF-8 text", found=str(error)) from error
+
+
+def parse_mapping(text: str, origin: str) -> dict[str, Any]:
+    """The mapping that a YAML document holds.
+
+    Args:
+        text: the document.
+        origin: what to call it in an error, for instance its path.
+
+    Raises:
+        BadInput: it is not such a document.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is not None:
+            _measure(node)
+        value = None if node is None else loader.construct_document(node)
+    except _RefusedError as error:
+        raise BadInput(f"{origin} cannot be used", details=[str(error)]) from error
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise BadInput(f"{origin} is not valid YAML", details=str(error).splitlines()) from error
+    except RecursionError as error:
+        raise BadInput(f"{origin} is nested too deeply") from error
+    finally:
+        loader.dispose()
+    if not isinstance(value, dict):
+        raise BadInput(
+            f"{origin} is not a list of keys and values",
+            expected="lines such as 'line: NAME'",
+            found="nothing" if value is None else f"a {type(value).__name__}",
+        )
+    return value
+
+
+def checked(model: type[Model], values: Mapping[str, Any], origin: str) -> Model:
+    """The values as a model.
+
+    Raises:
+        BadInput: with every problem in one message.
+    """
+    try:
+        # By way of JSON, where a list is a list and a model can be strict about types.
+        return model.model_validate_json(json.dumps(values, default=str), strict=True)
+    except ValidationError as error:
+        problems = sorted({_explain(model, problem) for problem in error.errors()})
+    raise BadInput(f"{origin} cannot be used", details=problems)
+
+
+def unknown_key(key: str, known: Iterator[str] | list[str], where: str = "") -> str:
+    """The sentence about a key that does not exist."""
+    names = list(known)
+    near = get_close_matches(key, names, n=1, cutoff=0.6)
+    place = f" in {where}" if where else ""
+    if near:
+        return f"unknown key '{key}'{place}; did you mean '{near[0]}'?"
+    return f"unknown key '{key}'{place}; known: {', '.join(names)}"
+
+
+def _measure(root: yaml.Node) -> None:
+    """Refuse a document whose aliases make it larger than any honest one."""
+    sizes: dict[int, int] = {}
+
+    def size(node: yaml.Node, depth: int) -> int:
+        if depth > _MAX_DEPTH:
+            raise _RefusedError(f"it is nested more than {_MAX_DEPTH} deep, or contains itself")
+        known = sizes.get(id(node))
+        if known is None:
+            children: list[yaml.Node] = []
+            if isinstance(node, yaml.SequenceNode):
+                children = list(node.value)
+            elif isinstance(node, yaml.MappingNode):
+                children = [part for pair in node.value for part in pair]
+            known = 1 + sum(size(child, depth + 1) for child in children)
+            sizes[id(node)] = known
+        if known > _MAX_VALUES:
+            raise _RefusedError(f"with its aliases it holds more than {_MAX_VALUES:,} values")
+        return known
+
+    size(root, 0)
+
+
+def _explain(model: type[BaseModel], problem: ErrorDetails) -> str:
+    *path, key = [part for part in problem["loc"] if not str(part).startswith("as ")] or [""]
+    where = ".".join(str(part) for part in path)
+    full = f"{where}.{key}" if where else str(key)
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        owner = _model_at(model, path)
+        return unknown_key(str(key), list(owner.model_fields) if owner else [], where)
+    if kind == "missing":
+        return f"'{full}' is missing"
+    found = _short(problem["input"])
+    if kind == "literal_error":
+        return f"{full}: expected {context.get('expected')}, found {found}"
+    if kind == "value_error":
+        return f"{full}: {context.get('error')}" if full else str(context.get("error"))
+    message = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
+    advice = ""
+    if kind == "string_type" and isinstance(problem["input"], bool | int | float):
+        advice = "; put it in quotes"
+    return f"{full}: expected {message}, found {found}{advice}"
+
+
+def _model_at(model: type[BaseModel], path: list[int | str]) -> type[BaseModel] | None:
+    found: type[BaseModel] | None = model
+    for part in path:
+        if found is None or not isinstance(part, str) or part not in found.model_fields:
+            return None
+        found = _model_in(found.model_fields[part].annotation)
+    return found
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, UnionType):
+        models = [_model_in(choice) for choice in get_args(annotation)]
+        return next((choice for choice in models if choice is not None), None)
+    return None
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 60 else f"{text[:57]}..."

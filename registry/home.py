@@ -1,0 +1,153 @@
+"""Where restitch keeps its state, and the environment in which its libraries run.
+
+Everything lies under one folder, `RESTITCH_HOME` (default `.restitch` in the working
+directory): store, caches, scratch space, the MLflow database and its artifacts.
+`prepare_environment` must run before Prefect, MLflow or the Hugging Face libraries are
+imported, for they read their folders at import; after it nothing is written to the
+user's home and nothing is reported to anybody.
+"""
+
+import os
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from merging.errors import BadInput, Unavailable
+from registry.store import FolderStore, Store, explained
+
+HOME_VARIABLE = "RESTITCH_HOME"
+STORE_VARIABLE = "RESTITCH_STORE"
+
+
+@dataclass(frozen=True)
+class Home:
+    """The folder of one installation and the places in it.
+
+    Args:
+        root: the folder, absolute.
+        store_url: a folder in place of `root/store`.
+        tracking_uri: an MLflow server or database in place of `root/mlflow.db`.
+    """
+
+    root: Path
+    store_url: str | None = None
+    tracking_uri: str | None = None
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Home":
+        """The home that the environment names; nothing is created yet."""
+        environment = os.environ if environment is None else environment
+        return cls(
+            root=Path(environment.get(HOME_VARIABLE) or ".restitch").expanduser().absolute(),
+            store_url=environment.get(STORE_VARIABLE) or None,
+            tracking_uri=environment.get("MLFLOW_TRACKING_URI") or None,
+        )
+
+    @property
+    def store_path(self) -> Path:
+        """The folder of the store."""
+        if self.store_url is None:
+            return self.root / "store"
+        scheme, separator, rest = self.store_url.partition("://")
+        if not separator:
+            return Path(self.store_url).expanduser().absolute()
+        if scheme == "file":
+            return Path("/" + rest.lstrip("/"))
+        raise BadInput(
+            f"{STORE_VARIABLE} names a store of a kind that this version cannot use",
+            expected="a folder",
+            found=f"{scheme}://...",
+            hint=f"set {STORE_VARIABLE} to a folder that all workers share, or unset it",
+        )
+
+    @property
+    def cache(self) -> Path:
+        """What can be fetched or made again; may be emptied while nothing runs."""
+        return self.root / "cache"
+
+    @property
+    def scratch(self) -> Path:
+        """Temporary files of running work, on the same disk as the default store."""
+        return self.root / "scratch"
+
+    @property
+    def mlartifacts(self) -> Path:
+        """MLflow's artifacts, when its database is ours."""
+        return self.root / "mlartifacts"
+
+    @property
+    def mlflow_uri(self) -> str:
+        """The tracking and registry address of MLflow."""
+        return self.tracking_uri or f"sqlite:///{self.root / 'mlflow.db'}"
+
+    @property
+    def owns_mlflow(self) -> bool:
+        """Whether MLflow is the SQLite file of this home."""
+        return self.tracking_uri is None
+
+    def create(self) -> None:
+        """Make the folders that are missing.
+
+        Raises:
+            Unavailable: the folder cannot be made or written to.
+        """
+        for folder in (self.root, self.cache, self.scratch):
+            with explained(folder, "make the folder"):
+                folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.root, os.W_OK | os.X_OK):
+            raise Unavailable(
+                f"cannot write to {self.root}",
+                hint=f"give yourself write permission, or set {HOME_VARIABLE} to another folder",
+            )
+
+    def open_store(self) -> Store:
+        """The store of this home."""
+        return FolderStore(self.store_path)
+
+
+def prepare_environment(
+    home: Home, environment: MutableMapping[str, str] | None = None
+) -> dict[str, str]:
+    """Point the libraries at the home's folders and switch off what they would report.
+
+    Variables that are already set are respected.
+
+    Returns:
+        The variables that were set here, for processes that are started with them.
+    """
+    environment = os.environ if environment is None else environment
+    wanted = {
+        "PREFECT_HOME": str(home.root / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
+        "PREFECT_CLI_PROMPT": "false",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "GIT_PYTHON_REFRESH": "quiet",
+        "HF_HOME": str(home.cache / "huggingface"),
+        "HF_DATASETS_CACHE": str(home.cache / "datasets"),
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "TORCH_HOME": str(home.cache / "torch"),
+        "MPLCONFIGDIR": str(home.cache / "matplotlib"),
+        # The rest of what follows the desktop rules and would fill ~/.cache.
+        "XDG_CACHE_HOME": str(home.cache / "xdg"),
+    }
+    token = _user_token(environment)
+    if token is not None:
+        wanted["HF_TOKEN_PATH"] = str(token)
+    added = {name: value for name, value in wanted.items() if name not in environment}
+    environment.update(added)
+    return added
+
+
+def _user_token(environment: Mapping[str, str]) -> Path | None:
+    # Moving HF_HOME would log the user out: the token file is still read where it was.
+    if "HF_HOME" in environment or "HF_TOKEN" in environment or "HOME" not in environment:
+        return None
+    cache = environment.get("XDG_CACHE_HOME") or str(Path(environment["HOME"]) / ".cache")
+    token = Path(cache) / "huggingface" / "token"
+    try:
+        return token if token.is_file() else None
+    except OSError:
+        return None

@@ -1,0 +1,408 @@
+"""What users describe in their files: a line and a task.
+
+A loaded spec is resolved: relative paths are absolute, files of labels and templates are
+read into it, defaults are filled in, so that it means the same when the file, its folder
+or our defaults have changed. It is frozen plain data (`to_json`, `from_json`, `digest`).
+A source that is a path is absolute; anything else in its place is an address or a hub id,
+pinned as `org/name@commit` once it is resolved.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Discriminator,
+    Field,
+    JsonValue,
+    Tag,
+    field_validator,
+    model_validator,
+)
+
+from merging.digests import digest_json
+from merging.errors import BadInput
+from registry.documents import checked, parse_mapping, read_text
+
+NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?\Z", re.ASCII)
+_PIN = re.compile(r"@[0-9a-f]{40}\Z")
+_CRON_FIELD = re.compile(r"[0-9A-Za-z*/,#?-]+\Z")
+_MAX_LABEL_FILE = 16 << 20
+
+DEFAULT_DENSITY = {"dataless": 0.05, "trained": 0.01}
+
+
+def check_name(name: str) -> str:
+    """The name of a line or a task.
+
+    Raises:
+        ValueError: it is not one.
+    """
+    if not NAME.match(name):
+        raise ValueError(
+            f"{name[:80]!r} is not a name: 1 to 63 of a-z, 0-9, '_' and '-', "
+            "beginning with a letter or digit"
+        )
+    return name
+
+
+Name = Annotated[str, BeforeValidator(lambda v: check_name(v) if isinstance(v, str) else v)]
+Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+Text = Annotated[str, Field(min_length=1)]
+
+# The tags keep pydantic from reporting what is wrong with the other choice.
+Texts = Annotated[
+    Annotated[tuple[Text, ...], Tag("as list")] | Annotated[Literal["openai"], Tag("as word")],
+    Discriminator(lambda value: "as word" if isinstance(value, str) else "as list"),
+]
+
+
+class Spec(BaseModel):
+    """Frozen data that knows no other keys than its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return self.model_dump(mode="json")
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Self:
+        """What `to_json` gave."""
+        return cls.model_validate_json(json.dumps(values))
+
+    @property
+    def digest(self) -> str:
+        """The digest of the resolved spec."""
+        return digest_json(self.to_json())
+
+
+class MethodSpec(Spec):
+    """A merge method and its settings."""
+
+    name: Text
+    settings: dict[str, JsonValue] = {}
+
+
+class LocalizeSpec(Spec):
+    """How the coordinates of a finetuned model are selected.
+
+    Attributes:
+        mode: `dataless` takes the largest differences, `trained` learns from examples.
+        density: the fraction of localizable coordinates that is kept.
+        preset: how a trained mask is learned.
+        shots: examples per class, or all where there are fewer.
+        include: globs on tensor names that replace the family's localizable tensors.
+        exclude: globs on tensor names that are never localized.
+    """
+
+    mode: Literal["dataless", "trained"] = "dataless"
+    density: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
+        default_factory=lambda earlier: DEFAULT_DENSITY[earlier.get("mode", "dataless")]
+    )
+    preset: Literal["budget", "paper", "official"] = "budget"
+    shots: Annotated[int, Field(ge=1)] = 64
+    epochs: Annotated[int, Field(ge=1)] = 10
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    include: tuple[Text, ...] = ()
+    exclude: tuple[Text, ...] = ()
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What determines the mask in this mode, beside the choice of tensors."""
+        if self.mode == "dataless":
+            return {"density": self.density}
+        return self.model_dump(
+            mode="json", include={"density", "preset", "shots", "epochs", "seed"}
+        )
+
+
+class GatesSpec(Spec):
+    """What a merged version must reach to be promoted; None is no gate.
+
+    Attributes:
+        min_retention: the fraction of the base's accuracy on the general benchmark.
+        max_task_drop: absolute accuracy that a task may lose against the champion.
+        min_normalized: accuracy over that of the finetuned model, averaged over tasks.
+    """
+
+    min_retention: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    max_task_drop: Fraction | None = None
+    min_normalized: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+
+
+class DataSpec(Spec):
+    """Where a task's examples are.
+
+    Attributes:
+        path: an absolute path, or a hub id, pinned as `org/name@commit`.
+        train: the file or split for calibration; the others likewise.
+        input: the column, or columns, that the model reads.
+        label: the column of the class index or name.
+    """
+
+    path: Text
+    train: Text | None = None
+    validation: Text | None = None
+    test: Text | None = None
+    input: tuple[Text, ...] = ()
+    label: Text | None = None
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _one_column(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return (value,)
+        return tuple(value) if isinstance(value, list) else value
+
+
+class HeadSpec(Spec):
+    """How the classes are described.
+
+    Attributes:
+        labels: the classes in order; `openai` are the 1000 curated ImageNet names; None
+            where `labels_from` says that the data set names them.
+        templates: prompts with `{}` for the label; `openai` are the 80 of CLIP.
+    """
+
+    labels: Texts | None = None
+    templates: Texts = ("{}",)
+    labels_from: Literal["dataset"] | None = None
+
+    @model_validator(mode="after")
+    def _one_source_of_labels(self) -> Self:
+        if (self.labels is None) == (self.labels_from is None):
+            raise ValueError("give either 'labels' or 'labels_from: dataset'")
+        if isinstance(self.labels, tuple):
+            if len(self.labels) < 2:
+                raise ValueError("a head needs at least two labels")
+            if len(set(self.labels)) != len(self.labels):
+                twice = sorted({x for x in self.labels if self.labels.count(x) > 1})
+                raise ValueError(f"labels occur twice: {', '.join(map(repr, twice[:5]))}")
+        if isinstance(self.templates, tuple):
+            if not self.templates:
+                raise ValueError("a head needs at least one template, for instance '{}'")
+            for template in self.templates:
+                if "{}" not in template:
+                    raise ValueError(f"template {template!r} has no '{{}}' for the label")
+        return self
+
+
+class TaskSpec(Spec):
+    """One skill: its examples, its head, its measure.
+
+    Attributes:
+        data: None means localized without data and not evaluated.
+        scale: what cosines are multiplied with; None is the family's own.
+        max_length: tokens per text; None is the model's own limit.
+    """
+
+    task: Name
+    data: DataSpec | None = None
+    head: HeadSpec | None = None
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_length: Annotated[int, Field(ge=1)] | None = None
+    metric: Literal["accuracy", "f1"] = "accuracy"
+
+    def with_pins_of(self, old: "TaskSpec") -> "TaskSpec":
+        """This spec with its unpinned data read at the commit that the old one pinned."""
+        if self.data is None or old.data is None:
+            return self
+        path = keep_pin(self.data.path, old.data.path)
+        return self.model_copy(update={"data": self.data.model_copy(update={"path": path})})
+
+
+class LineSpec(Spec):
+    """A line: its base, how models join it, and what it must keep.
+
+    Attributes:
+        base: an absolute path, an address, or a hub id, pinned as `org/name@commit`.
+        retention: the general benchmark, described here or as a task of the line.
+        require_device: the line is worked on by workers that have it only.
+    """
+
+    line: Name
+    base: Text
+    family: Text
+    method: MethodSpec
+    localize: LocalizeSpec = LocalizeSpec()
+    retention: TaskSpec | Name | None = None
+    gates: GatesSpec = GatesSpec()
+    schedule: str | None = None
+    require_device: Literal["cpu", "cuda"] | None = None
+
+    @field_validator("method", mode="before")
+    @classmethod
+    def _method_name(cls, value: Any) -> Any:
+        return {"name": value} if isinstance(value, str) else value
+
+    @field_validator("schedule")
+    @classmethod
+    def _cron(cls, value: str | None) -> str | None:
+        if value is not None:
+            fields = value.split()
+            if len(fields) != 5 or not all(_CRON_FIELD.match(field) for field in fields):
+                raise ValueError(f"{value[:60]!r} is not a cron line such as '*/15 * * * *'")
+        return value
+
+    def with_method_settings(self, settings: dict[str, Any]) -> "LineSpec":
+        """The same with all settings of the method resolved."""
+        method = self.method.model_copy(update={"settings": settings})
+        return self.model_copy(update={"method": method})
+
+    def with_base(self, base: str) -> "LineSpec":
+        """The same with the base pinned."""
+        return self.model_copy(update={"base": base})
+
+    def with_retention(self, retention: TaskSpec | str | None) -> "LineSpec":
+        """The same with another benchmark, for instance one whose data is pinned."""
+        return self.model_copy(update={"retention": retention})
+
+    def with_pins_of(self, old: "LineSpec") -> "LineSpec":
+        """This spec with what it leaves unpinned read at the commits that the old one pinned."""
+        new = self.with_base(keep_pin(self.base, old.base))
+        if isinstance(new.retention, TaskSpec) and isinstance(old.retention, TaskSpec):
+            new = new.with_retention(new.retention.with_pins_of(old.retention))
+        return new
+
+
+def keep_pin(new: str, old: str) -> str:
+    """The old source where the new one is the same without its pinned commit."""
+    return old if _PIN.sub("", old) == new else new
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether a source that is no path has the form of a hub id."""
+    return _HUB_ID.match(source) is not None and not source.startswith((".", "/"))
+
+
+def line_changes(old: LineSpec, new: LineSpec) -> list[tuple[str, JsonValue, JsonValue]]:
+    """What an existing line's new file changes: (key, old value, new value).
+
+    Raises:
+        BadInput: it changes what is fixed.
+    """
+    changes = [
+        (key, before, after) for key, before, after in _differences(old.to_json(), new.to_json())
+    ]
+    fixed = [c for c in changes if c[0] in ("line", "base", "family")]
+    if fixed:
+        raise BadInput(
+            f"line {old.line}: {' and '.join(key for key, *_ in fixed)} cannot change",
+            expected=", ".join(f"{key}: {before}" for key, before, _ in fixed),
+            found=", ".join(f"{key}: {after}" for key, _, after in fixed),
+            hint="all masks of a line belong to its base; make another line for another base",
+        )
+    return changes
+
+
+def load_line(path: Path) -> LineSpec:
+    """The line that a YAML file describes.
+
+    Raises:
+        BadInput: the file, or one that it names, cannot be used.
+    """
+    path = Path(path)
+    return parse_line(read_text(path, "line file"), str(path), path.absolute().parent)
+
+
+def load_task(path: Path) -> TaskSpec:
+    """The task that a YAML file describes.
+
+    Raises:
+        BadInput: the file, or one that it names, cannot be used.
+    """
+    path = Path(path)
+    return parse_task(read_text(path, "task file"), str(path), path.absolute().parent)
+
+
+def parse_line(text: str, origin: str, folder: Path) -> LineSpec:
+    """The line that a YAML text describes; its relative paths begin at the folder."""
+    values = parse_mapping(text, origin)
+    if isinstance(values.get("base"), str):
+        values["base"] = _source(values["base"], folder, f"{origin}: base")
+    retention = values.get("retention")
+    if isinstance(retention, str):
+        file = (folder / retention).expanduser()
+        if file.is_file():
+            values["retention"] = load_task(file).to_json()
+        elif not NAME.match(retention):
+            raise BadInput(
+                f"{origin}: retention {retention!r} is neither a file nor the name of a task",
+                hint=f"paths are relative to {folder}",
+            )
+    elif isinstance(retention, dict):
+        values["retention"] = _task(retention, f"{origin}: retention", folder).to_json()
+    for key in ("localize", "gates"):
+        if values.get(key, ...) is None:  # `gates:` with nothing behind it
+            del values[key]
+    return checked(LineSpec, values, origin)
+
+
+def parse_task(text: str, origin: str, folder: Path) -> TaskSpec:
+    """The task that a YAML text describes; its relative paths begin at the folder."""
+    return _task(parse_mapping(text, origin), origin, folder)
+
+
+def _task(values: dict[str, Any], origin: str, folder: Path) -> TaskSpec:
+    data, head = values.get("data"), values.get("head")
+    if isinstance(data, dict) and isinstance(data.get("path"), str):
+        data["path"] = _source(data["path"], folder, f"{origin}: data.path")
+    if isinstance(head, dict):
+        for key in ("labels", "templates"):
+            if isinstance(head.get(key), str):
+                head[key] = _listed(head[key], folder, f"{origin}: head.{key}")
+    return checked(TaskSpec, values, origin)
+
+
+def _source(value: str, folder: Path, what: str) -> str:
+    """An existing path, absolute; otherwise an address or a hub id as it stands."""
+    path = Path(value).expanduser()
+    path = path if path.is_absolute() else folder / path
+    if path.exists():
+        return str(path.resolve())
+    if "://" in value or value.startswith(("models:/", "runs:/", "mlflow-artifacts:/")):
+        return value
+    if is_hub_id(value):
+        return value
+    raise BadInput(
+        f"{what} {value!r} is neither an existing path nor a hub id",
+        found=f"nothing at {path}",
+        hint="relative paths in a file are relative to that file",
+    )
+
+
+def _listed(value: str, folder: Path, what: str) -> list[Any] | str:
+    """The texts that a file holds, one per line or as a JSON list; `openai` stays a word."""
+    path = Path(value).expanduser()
+    path = path if path.is_absolute() else folder / path
+    if value == "openai" and not path.exists():
+        return value
+    text = read_text(path, what, _MAX_LABEL_FILE)
+    if path.suffix == ".json":
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise BadInput(f"{what} {path} is not valid JSON", found=str(error)) from error
+        if not isinstance(values, list):
+            raise BadInput(f"{what} {path} is not a JSON list of texts")
+        return values
+    return [line.rstrip() for line in text.splitlines() if line.strip()]
+
+
+def _differences(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = ""
+) -> list[tuple[str, JsonValue, JsonValue]]:
+    found: list[tuple[str, JsonValue, JsonValue]] = []
+    for key in sorted(old.keys() | new.keys()):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, dict) and isinstance(after, dict):
+            found.extend(_differences(before, after, f"{prefix}{key}."))
+        elif before != after:
+            found.append((f"{prefix}{key}", before, after))
+    return found

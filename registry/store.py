@@ -1,0 +1,353 @@
+"""Named objects that are written whole or not at all.
+
+An object is created once (`put`) and never changes; the few that must change do so by
+compare-and-swap (`swap`). A reader sees a whole object or none, whatever is killed when.
+`Store` is the whole surface; `FolderStore` keeps it in a folder of a POSIX file system,
+where writers in other processes and on other mounts of it are safe as far as `link`,
+`rename` and `flock` are. Names are checked, so that none leaves its store.
+"""
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from merging.digests import digest_bytes
+from merging.errors import BadInput, Unavailable
+
+_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
+_MAX_PART, _MAX_NAME = 200, 900
+
+# A name's parts never begin with a dot, so these folders can hold no object.
+_TEMPORARY, _LOCKS = ".tmp", ".locks"
+
+_FICLONE = 0x40049409
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+class NotInStore(LookupError):  # noqa: N818
+    """The store holds no object of this name."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(f"{name} is not in the store")
+        self.name = name
+
+
+class Tagged(NamedTuple):
+    """An object's bytes and the tag that `swap` compares."""
+
+    data: bytes
+    tag: str
+
+
+class Store(Protocol):
+    """Six operations, which a folder and an S3 bucket can both do atomically.
+
+    Raises:
+        BadInput: the name is not one (any method).
+        Unavailable: the disk or the server cannot be used now (any method).
+    """
+
+    def put(self, name: str, data: bytes | Path, *, move: bool = False) -> bool:
+        """Create the object durably from bytes or a file.
+
+        Args:
+            name: the object's name.
+            data: the content. A file is copied and left as it is.
+            move: the file is the caller's to give away: it may be taken instead of
+                copied, and is gone when this returns. Nobody may write to it any more.
+
+        Returns:
+            Whether it was created; False where one of this name was already there, which
+            is then left as it is.
+        """
+        ...
+
+    def read(self, name: str) -> bytes:
+        """The object's bytes.
+
+        Raises:
+            NotInStore: there is none.
+        """
+        ...
+
+    def read_tagged(self, name: str) -> Tagged:
+        """The object's bytes with the tag for `swap`.
+
+        Raises:
+            NotInStore: there is none.
+        """
+        ...
+
+    def swap(self, name: str, expected: str | None, data: bytes) -> str | None:
+        """Replace the object if it is still the expected one.
+
+        Args:
+            name: the object's name.
+            expected: the tag that was read; None for "there is none".
+            data: the new content.
+
+        Returns:
+            The new tag; None where somebody else was first, and nothing changed.
+        """
+        ...
+
+    def local_path(self, name: str) -> Path:
+        """A local file with the object's content, to be read only.
+
+        Raises:
+            NotInStore: there is none.
+        """
+        ...
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """The names of all objects below a prefix of whole parts, sorted."""
+        ...
+
+    def sweep(self, older_than: float) -> int:
+        """Remove what killed writers left behind more than so many seconds ago.
+
+        Returns:
+            How many leftovers were removed.
+        """
+        ...
+
+
+def check_name(name: str) -> str:
+    """The name itself.
+
+    Raises:
+        BadInput: it is not made of `[A-Za-z0-9._-]` parts or could leave its prefix.
+    """
+    parts = name.split("/")
+    if len(name) <= _MAX_NAME and all(
+        len(part) <= _MAX_PART and _PART.match(part) for part in parts
+    ):
+        return name
+    raise BadInput(
+        f"{name[:200]!r} cannot name an object of the store",
+        expected="parts of letters, digits, '.', '_' and '-', not beginning with '.', "
+        "separated by single slashes",
+    )
+
+
+class FolderStore:
+    """A store in a folder: one file per object.
+
+    Files that are being written lie in `.tmp`, and `.locks` holds the files to which
+    `flock` is applied; the kernel lets go of a lock when its process dies.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+
+    def put(self, name: str, data: bytes | Path, *, move: bool = False) -> bool:
+        """Create the object durably; see `Store.put`."""
+        target = self._path(name)
+        with explained(target, "write"):
+            if target.exists():
+                # Its writer may not have come to this point yet, and we say it is kept.
+                _sync(target.parent)
+                created = False
+            else:
+                self._make_folder(target.parent)
+                created = self._create(target, data, move)
+            if move and isinstance(data, Path):
+                data.unlink(missing_ok=True)
+        return created
+
+    def read(self, name: str) -> bytes:
+        """The object's bytes; see `Store.read`."""
+        path = self._path(name)
+        with explained(path, "read"):
+            try:
+                return path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise NotInStore(name) from None
+
+    def read_tagged(self, name: str) -> Tagged:
+        """The object's bytes with their digest; see `Store.read_tagged`."""
+        data = self.read(name)
+        return Tagged(data, digest_bytes(data))
+
+    def swap(self, name: str, expected: str | None, data: bytes) -> str | None:
+        """Replace the object if it is still the expected one; see `Store.swap`."""
+        target = self._path(name)
+        with explained(target, "write"), self._locked(name):
+            try:
+                found = digest_bytes(target.read_bytes())
+            except FileNotFoundError:
+                found = None
+            if found != expected:
+                return None
+            self._make_folder(target.parent)
+            with self._temporary() as temporary:
+                _write(temporary, data)
+                temporary.replace(target)
+            _sync(target.parent)
+        return digest_bytes(data)
+
+    def local_path(self, name: str) -> Path:
+        """The object's own file; see `Store.local_path`."""
+        path = self._path(name)
+        with explained(path, "read"):
+            if not path.is_file():
+                raise NotInStore(name)
+        return path
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """The names below a prefix, sorted; see `Store.list`."""
+        folder = self._path(prefix.rstrip("/")) if prefix else self.root
+        with explained(folder, "list"):
+            names = sorted(
+                str(path.relative_to(self.root))
+                for path in _files(folder)
+                if all(_PART.match(part) for part in path.relative_to(self.root).parts)
+            )
+        return iter(names)
+
+    def sweep(self, older_than: float) -> int:
+        """Remove temporary files by age; see `Store.sweep`."""
+        limit = time.time() - older_than
+        removed = 0
+        folder = self.root / _TEMPORARY
+        with explained(folder, "sweep"):
+            for path in _files(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_mtime < limit:
+                        path.unlink()
+                        removed += 1
+        return removed
+
+    def _path(self, name: str) -> Path:
+        return self.root / check_name(name)
+
+    def _create(self, target: Path, data: bytes | Path, move: bool) -> bool:
+        if move and isinstance(data, Path):
+            with contextlib.suppress(_CannotLinkError):
+                _sync(data)
+                return self._publish(data, target)
+        with self._temporary() as temporary:
+            _write(temporary, data)
+            try:
+                return self._publish(temporary, target)
+            except _CannotLinkError:
+                with self._locked("put"):
+                    if target.exists():
+                        return False
+                    temporary.rename(target)
+                _sync(target.parent)
+                return True
+
+    def _publish(self, source: Path, target: Path) -> bool:
+        # `link` refuses an existing target, which `rename` would overwrite.
+        try:
+            os.link(source, target)
+            created = True
+        except FileExistsError:
+            created = False
+        except OSError as error:
+            if error.errno in _NO_LINKS or error.errno == errno.EXDEV:
+                raise _CannotLinkError from error
+            raise
+        _sync(target.parent)
+        return created
+
+    @contextlib.contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        self._make_folder(self.root / _TEMPORARY)
+        path = self.root / _TEMPORARY / uuid.uuid4().hex
+        try:
+            yield path
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        self._make_folder(self.root / _LOCKS)
+        path = self.root / _LOCKS / name.replace("/", ",")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _make_folder(self, folder: Path) -> None:
+        missing = []
+        while not folder.is_dir():
+            missing.append(folder)
+            folder = folder.parent
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            _sync(path.parent)
+
+
+class _CannotLinkError(Exception):
+    """This file system, or this pair of them, has no hard links."""
+
+
+@contextlib.contextmanager
+def explained(path: Path, doing: str) -> Iterator[None]:
+    """Turn the operating system's refusals into errors that say what to do.
+
+    Raises:
+        Unavailable: no space, no permission, a read-only or failing disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        hints = {
+            errno.ENOSPC: "free some disk space and run the same command again",
+            errno.EDQUOT: "your disk quota is used up: free some space and run it again",
+            errno.EACCES: "give yourself permission for this path, or choose another folder",
+            errno.EPERM: "give yourself permission for this path, or choose another folder",
+            errno.EROFS: "the disk is mounted read-only: choose another folder",
+            errno.ENOTDIR: "a file is in the way of a folder: move it, or choose another folder",
+            errno.EEXIST: "a file is in the way of a folder: move it, or choose another folder",
+        }
+        raise Unavailable(
+            f"cannot {doing} {error.filename or path}",
+            found=error.strerror or type(error).__name__,
+            hint=hints.get(error.errno or 0, "check the disk and run the same command again"),
+        ) from error
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    def refuse(error: OSError) -> None:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise error
+
+    for directory, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(directory, name) for name in files)
+
+
+def _write(target: Path, data: bytes | Path) -> None:
+    with target.open("xb") as out:
+        if isinstance(data, Path):
+            with data.open("rb") as source:
+                try:
+                    fcntl.ioctl(out.fileno(), _FICLONE, source.fileno())  # shares the blocks
+                except OSError:
+                    shutil.copyfileobj(source, out, 4 << 20)
+        else:
+            out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
