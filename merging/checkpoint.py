@@ -1,0 +1,308 @@
+"""Checkpoints: safetensors files, one or sharded, memory-mapped tensor by tensor.
+
+Opening reads and checks headers only. Tensors are views of the mapped files: they cost
+no private memory until somebody writes to them, which callers must not. Names are
+ordered by their UTF-8 bytes everywhere. The digest is taken over the tensors in that
+order (name, type, shape, digest of the bytes), so it depends neither on sharding nor on
+file names.
+"""
+
+import json
+import mmap
+import sys
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from merging.digests import digest_bytes
+from merging.errors import BadInput
+from merging.header import DTYPE_NAMES, count_elements, read_header
+from merging.progress import Progress, ignore
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# Python names this flag from 3.13 on; elsewhere than on Linux it has another number.
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack"}
+_CONVERT = (
+    "convert it where you trust it: AutoModel.from_pretrained(FOLDER)"
+    ".save_pretrained(OUT, safe_serialization=True), then use OUT"
+)
+
+
+def by_bytes(name: str) -> bytes:
+    """The sort key of all names: their UTF-8 bytes."""
+    return name.encode("utf-8", "surrogatepass")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return count_elements(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its elements take."""
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes lie: `start` counts from the beginning of the shard's file."""
+
+    shard: str
+    start: int
+
+
+class Checkpoint:
+    """A set of named tensors on disk; make one with `open`."""
+
+    def __init__(
+        self,
+        path: Path,
+        infos: Mapping[str, TensorInfo],
+        places: Mapping[str, Place],
+        files: Mapping[str, Path],
+        maps: Mapping[str, mmap.mmap],
+        shards: Mapping[str, tuple[str, ...]],
+        metadata: Mapping[str, Mapping[str, str]],
+    ) -> None:
+        self.path = path
+        self.names = tuple(sorted(infos, key=by_bytes))
+        self.shards = dict(shards)
+        self.files = dict(files)
+        self.shard_metadata = {name: dict(values) for name, values in metadata.items()}
+        self._infos = dict(infos)
+        self._places = dict(places)
+        self._maps = dict(maps)
+        self._digest: str | None = None
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Open a folder of safetensors or one safetensors file."""
+        path = Path(path)
+        files, weight_map = _locate(path)
+        infos: dict[str, TensorInfo] = {}
+        places: dict[str, Place] = {}
+        maps: dict[str, mmap.mmap] = {}
+        shards: dict[str, tuple[str, ...]] = {}
+        metadata: dict[str, dict[str, str]] = {}
+        for shard, file in files.items():
+            header = read_header(file)
+            metadata[shard] = header.metadata
+            shards[shard] = tuple(entry.name for entry in header.entries)
+            for entry in header.entries:
+                if entry.name in infos:
+                    raise BadInput(
+                        f"{path} holds the tensor {entry.name!r} twice",
+                        expected="each tensor in one shard",
+                        found=f"{places[entry.name].shard} and {shard}",
+                        hint="save the checkpoint again",
+                    )
+                infos[entry.name] = TensorInfo(entry.name, entry.dtype, entry.shape)
+                places[entry.name] = Place(shard, header.data_start + entry.begin)
+            maps[shard] = _map(file, header.size)
+        if weight_map is not None:
+            _check_index(path, weight_map, {name: place.shard for name, place in places.items()})
+        return cls(path, infos, places, files, maps, shards, metadata)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of all shards together; the first shard that has a key decides."""
+        merged: dict[str, str] = {}
+        for values in self.shard_metadata.values():
+            for key, value in values.items():
+                merged.setdefault(key, value)
+        return merged
+
+    @property
+    def floating(self) -> tuple[str, ...]:
+        """The names of the tensors that hold weights (integer buffers are left out)."""
+        return tuple(name for name in self.names if self._infos[name].dtype in FLOATING)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors together."""
+        return sum(info.nbytes for info in self._infos.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos
+
+    def info(self, name: str) -> TensorInfo:
+        """Type and shape of a tensor."""
+        return self._infos[name]
+
+    def place(self, name: str) -> Place:
+        """The shard and the byte of it at which a tensor begins."""
+        return self._places[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as a view of the mapped file; do not write to it."""
+        info, place = self._infos[name], self._places[name]
+        if info.numel == 0:
+            return torch.empty(info.shape, dtype=info.dtype)
+        source = self._maps[place.shard]
+        if place.start % info.dtype.itemsize:
+            # A header need not be padded; torch wants elements at multiples of their size.
+            raw = bytearray(memoryview(source)[place.start : place.start + info.nbytes])
+            return torch.frombuffer(raw, dtype=info.dtype).view(info.shape)
+        flat = torch.frombuffer(source, dtype=info.dtype, count=info.numel, offset=place.start)
+        return flat.view(info.shape)
+
+    def tensor_bytes(self, name: str) -> memoryview:
+        """The bytes of a tensor, mapped."""
+        info, place = self._infos[name], self._places[name]
+        return memoryview(self._maps[place.shard])[place.start : place.start + info.nbytes]
+
+    def digest(self, progress: Progress | None = None) -> str:
+        """The digest of all tensors in name order; computed once."""
+        if self._digest is None:
+            report, total, done = progress or ignore, self.nbytes, 0
+            lines = []
+            with ThreadPoolExecutor(max_workers=2) as pool:
+                for name, digest in zip(
+                    self.names, pool.map(self.tensor_digest, self.names), strict=True
+                ):
+                    info = self._infos[name]
+                    kind = DTYPE_NAMES[info.dtype]
+                    lines.append(json.dumps([name, kind, list(info.shape), digest]))
+                    done += info.nbytes
+                    report(done, total)
+            self._digest = digest_bytes("\n".join(lines).encode())
+        return self._digest
+
+    def tensor_digest(self, name: str) -> str:
+        """The digest of one tensor's bytes."""
+        return str(blake3(self.tensor_bytes(name)).hexdigest())
+
+    def renamed(self, mapping: Mapping[str, str]) -> "Checkpoint":
+        """The tensors named in `mapping` under their new names; the others are left out."""
+        if len(set(mapping.values())) != len(mapping):
+            raise ValueError("two tensors cannot have the same new name")
+        infos = {
+            new: TensorInfo(new, self._infos[old].dtype, self._infos[old].shape)
+            for old, new in mapping.items()
+        }
+        places = {new: self._places[old] for old, new in mapping.items()}
+        shards = {
+            shard: tuple(mapping[name] for name in names if name in mapping)
+            for shard, names in self.shards.items()
+        }
+        return Checkpoint(
+            self.path, infos, places, self.files, self._maps, shards, self.shard_metadata
+        )
+
+
+def _map(file: Path, size: int) -> mmap.mmap:
+    # Private and writable: torch refuses read-only memory without a warning, and what a
+    # careless caller writes stays in this process. No swap is reserved for it.
+    flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+    with file.open("rb") as handle:
+        return mmap.mmap(handle.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+
+
+def _locate(path: Path) -> tuple[dict[str, Path], dict[str, str] | None]:
+    """The files of a checkpoint by name, and its index where it is sharded."""
+    if path.is_file():
+        if path.suffix.lower() in _PICKLES:
+            raise _pickle(path, [path.name])
+        if path.name.endswith(".index.json"):
+            return _indexed(path)
+        return {path.name: path}, None
+    if not path.is_dir():
+        raise BadInput(
+            f"{path} does not exist",
+            expected="a folder with safetensors, or a .safetensors file",
+            found="nothing there",
+            hint="check the path",
+        )
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        return {single.name: single}, None
+    if index.is_file():
+        return _indexed(index)
+    found = sorted(item for item in path.iterdir() if item.suffix == ".safetensors")
+    if len(found) == 1:
+        return {found[0].name: found[0]}, None
+    pickles = sorted(item.name for item in path.iterdir() if item.suffix.lower() in _PICKLES)
+    if not found and pickles:
+        raise _pickle(path, pickles)
+    raise BadInput(
+        f"{path} holds no checkpoint" if not found else f"{path} holds several checkpoints",
+        expected="model.safetensors, or shards with model.safetensors.index.json",
+        found=", ".join(item.name for item in found) or "no safetensors file",
+        hint="name the .safetensors file itself" if found else "check the path",
+    )
+
+
+def _pickle(path: Path, names: list[str]) -> BadInput:
+    return BadInput(
+        f"{path} is not safetensors",
+        expected="safetensors (a pickle can run code when it is opened)",
+        found=", ".join(names),
+        hint=_CONVERT,
+    )
+
+
+def _indexed(index: Path) -> tuple[dict[str, Path], dict[str, str]]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise TypeError("shards must be file names")  # noqa: TRY301
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise BadInput(
+            f"{index} is no index of shards",
+            expected="JSON with weight_map: tensor name to file name",
+            found=f"{type(err).__name__}: {err}",
+            hint="fetch or save the checkpoint again",
+        ) from err
+    files = {}
+    for shard in sorted(set(weight_map.values()), key=by_bytes):
+        if Path(shard).name != shard or shard in {"", ".", ".."} or "\0" in shard:
+            raise BadInput(
+                f"{index} names a shard outside of its folder",
+                expected="plain file names",
+                found=repr(shard),
+                hint="do not use this checkpoint",
+            )
+        if not (index.parent / shard).is_file():
+            raise BadInput(
+                f"{index.parent} lacks a shard",
+                expected=shard,
+                found="no such file",
+                hint="fetch or save the checkpoint again",
+            )
+        files[shard] = index.parent / shard
+    return files, weight_map
+
+
+def _check_index(path: Path, weight_map: Mapping[str, str], actual: Mapping[str, str]) -> None:
+    wrong: Iterable[str] = sorted(
+        (
+            f"{name}: index {weight_map.get(name, 'nothing')}, files {actual.get(name, 'nothing')}"
+            for name in weight_map.keys() | actual.keys()
+            if weight_map.get(name) != actual.get(name)
+        ),
+        key=by_bytes,
+    )
+    if wrong:
+        raise BadInput(
+            f"{path} and its index disagree",
+            expected="each tensor in the shard that the index names",
+            hint="fetch or save the checkpoint again",
+            details=tuple(wrong),
+        )

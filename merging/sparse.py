@@ -1,0 +1,289 @@
+"""The sparse file: coordinates and values of some tensors, for deltas and patches.
+
+Format 1 is a safetensors file. Its sections hold all tensors one after the other in
+name order: `values.<TYPE>` the values of the tensors of that type, `positions` (bytes)
+the coordinates as `merging.positions` encodes them. The metadata hold
+`restitch.format`, `restitch.kind`, the table `restitch.tensors` (a JSON list of
+"TYPE SHAPE KEPT CODE NAME", all that is needed to find each tensor's part of a section)
+and what the writer adds. Lossless; the bytes are a function of the content alone. What
+is read is checked: coordinates out of order or range are `Damage`.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from merging.checkpoint import FLOATING, Checkpoint, by_bytes
+from merging.errors import BadInput, Damage
+from merging.header import DTYPE_NAMES, DTYPES, count_elements, write_header
+from merging.mask import Mask
+from merging.positions import decode, encode, encoded_size
+
+FORMAT = "1"
+KINDS = ("delta", "patch")
+
+_RESERVED = "restitch."
+_POSITIONS = "positions"
+_RESTORE = "restore the file from a copy, or make it again"
+
+
+@dataclass(frozen=True)
+class SparseTensor:
+    """One tensor to write: its shape, and the coordinates kept with their values."""
+
+    name: str
+    shape: tuple[int, ...]
+    coordinates: Tensor
+    values: Tensor
+
+
+@dataclass(frozen=True)
+class SparseInfo:
+    """What was written: the size of the file and how many coordinates it keeps."""
+
+    bytes: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class KeptInfo:
+    """A tensor of a sparse file: type and shape of the whole, and how many are kept."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    kept: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return count_elements(self.shape)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Where a tensor's coordinates and values lie in their sections."""
+
+    code: str
+    positions: slice
+    values: slice
+
+
+def write_sparse(
+    path: Path, tensors: Iterable[SparseTensor], *, kind: str, metadata: Mapping[str, str]
+) -> SparseInfo:
+    """Write a sparse file, atomically and durably; tensors without a coordinate are left out.
+
+    Args:
+        path: the file to write; its folder must exist.
+        tensors: sorted by name, each with sorted distinct coordinates.
+        kind: `delta` or `patch`.
+        metadata: text to keep with it; keys must not begin with `restitch.`.
+    """
+    if kind not in KINDS or any(key.startswith(_RESERVED) for key in metadata):
+        raise ValueError(f"kind {kind!r} and metadata {sorted(metadata)} cannot be written")
+    table: list[str] = []
+    kept: dict[str, int] = {}
+    last = b""
+    with ExitStack() as stack:
+        spools: dict[str, IO[bytes]] = {}
+
+        def spool(section: str, data: Any) -> None:
+            if section not in spools:
+                spools[section] = stack.enter_context(tempfile.TemporaryFile(dir=path.parent))
+            spools[section].write(data)
+
+        for tensor in tensors:
+            name, count = by_bytes(tensor.name), tensor.coordinates.numel()
+            if table and name <= last:
+                raise ValueError(f"{tensor.name!r} is not in name order")
+            if count != tensor.values.numel() or tensor.values.dtype not in FLOATING:
+                raise ValueError(f"{tensor.name!r} has values that do not fit its coordinates")
+            if not count:
+                continue
+            last = name
+            dtype = DTYPE_NAMES[tensor.values.dtype]
+            code, data = encode(tensor.coordinates.numpy(), count_elements(tensor.shape))
+            spool(_POSITIONS, data)
+            spool(dtype, tensor.values.contiguous().view(torch.uint8).numpy().data)
+            kept[dtype] = kept.get(dtype, 0) + count
+            shape = "x".join(map(str, tensor.shape))
+            table.append(f"{dtype} {shape} {count} {code} {tensor.name}")
+        # Wide types first: every section then begins at a multiple of its element size.
+        dtypes = sorted(kept, key=lambda name: (-DTYPES[name].itemsize, name))
+        sections = [(f"values.{name}", DTYPES[name], (kept[name],)) for name in dtypes]
+        positions = spools[_POSITIONS].tell() if table else 0
+        sections.append((_POSITIONS, torch.uint8, (positions,)))
+        own = {
+            "restitch.format": FORMAT,
+            "restitch.kind": kind,
+            "restitch.tensors": json.dumps(table, separators=(",", ":"), ensure_ascii=False),
+        }
+        header = write_header(sections, dict(sorted({**metadata, **own}.items())))
+        parts = [spools[section] for section in (*dtypes, _POSITIONS) if section in spools]
+        size = _assemble(path, header, parts)
+    return SparseInfo(bytes=size, kept=sum(kept.values()))
+
+
+def _assemble(path: Path, header: bytes, parts: Iterable[IO[bytes]]) -> int:
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(header)
+            for part in parts:
+                part.seek(0)
+                shutil.copyfileobj(part, file, 1 << 22)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return size
+
+
+class SparseFile:
+    """A sparse file, mapped; make one with `open`. It is an `Edits`: it overwrites."""
+
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        metadata: Mapping[str, str],
+        infos: Mapping[str, KeptInfo],
+        parts: Mapping[str, _Part],
+        sections: Mapping[str, Tensor],
+    ) -> None:
+        self.path = path
+        self.kind = kind
+        self.metadata = dict(metadata)
+        self._infos = dict(infos)
+        self._parts = dict(parts)
+        self._sections = dict(sections)
+        self._names = tuple(infos)
+        self.total = sum(info.kept for info in infos.values())
+
+    @classmethod
+    def open(cls, path: Path) -> "SparseFile":
+        """Open a sparse file; its table is checked, its coordinates when they are read."""
+        path = Path(path)
+        file = Checkpoint.open(path)
+        metadata = {k: v for k, v in file.metadata.items() if not k.startswith(_RESERVED)}
+        version, kind = (file.metadata.get(f"restitch.{key}") for key in ("format", "kind"))
+        if version != FORMAT or kind not in KINDS:
+            raise BadInput(
+                f"{path} is no sparse file that can be read",
+                expected=f"restitch.format {FORMAT}, restitch.kind {' or '.join(KINDS)}",
+                found=f"format {version}, kind {kind}",
+                hint="use the file as restitch wrote it, and a restitch as new as its writer",
+            )
+        try:
+            infos, parts = _read_table(file.metadata["restitch.tensors"])
+            sections = {name: file.tensor(name) for name in file.names}
+            _check_sections(infos, parts, sections)
+        except (KeyError, ValueError, RecursionError) as err:
+            raise _damage(path, str(err)) from err
+        return cls(path, kind, metadata, infos, parts, sections)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors with kept coordinates, sorted."""
+        return self._names
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos
+
+    def info(self, name: str) -> KeptInfo:
+        """Type, shape and number of kept coordinates of a tensor."""
+        return self._infos[name]
+
+    def coordinates(self, name: str) -> Tensor:
+        """The kept coordinates of a tensor, sorted int64."""
+        info, part = self._infos[name], self._parts[name]
+        data = self._sections[_POSITIONS][part.positions].numpy().data
+        try:
+            return torch.from_numpy(decode(part.code, data, info.kept, info.numel))
+        except ValueError as err:
+            raise _damage(self.path, f"{name}: {err}") from err
+
+    def values(self, name: str) -> Tensor:
+        """The kept values of a tensor, mapped; do not write to them."""
+        return self._sections[f"values.{DTYPE_NAMES[self._infos[name].dtype]}"][
+            self._parts[name].values
+        ]
+
+    def mask(self) -> Mask:
+        """The kept coordinates as a mask; read when they are asked for."""
+        return Mask({name: info.kept for name, info in self._infos.items()}, self.coordinates)
+
+    def apply(self, name: str, flat: Tensor) -> None:
+        """Overwrite the kept coordinates of a flat tensor by the values."""
+        info = self._infos[name]
+        if flat.shape != (info.numel,):
+            raise ValueError(f"{name!r} has {info.numel} elements, not {tuple(flat.shape)}")
+        flat[self.coordinates(name)] = self.values(name).to(flat.dtype)
+
+
+def _damage(path: Path, found: str) -> Damage:
+    return Damage(f"{path} is damaged", expected="a whole sparse file", found=found, hint=_RESTORE)
+
+
+def _read_table(text: str) -> tuple[dict[str, KeptInfo], dict[str, _Part]]:
+    infos: dict[str, KeptInfo] = {}
+    parts: dict[str, _Part] = {}
+    position = 0
+    value: dict[str, int] = {}
+    last = b""
+    rows = json.loads(text)
+    if not isinstance(rows, list):
+        raise ValueError("the table of tensors is no list")  # noqa: TRY004
+    for row in rows:
+        dtype, extents, count, code, name = str(row).split(" ", 4)
+        if infos and by_bytes(name) <= last:
+            raise ValueError(f"{name!r} is not in name order")
+        last = by_bytes(name)
+        shape = tuple(_natural(extent) for extent in extents.split("x")) if extents else ()
+        kept = _natural(count)
+        size = encoded_size(code, kept, count_elements(shape))
+        begin = value.get(dtype, 0)
+        infos[name] = KeptInfo(name, DTYPES[dtype], shape, kept)
+        parts[name] = _Part(code, slice(position, position + size), slice(begin, begin + kept))
+        position += size
+        value[dtype] = begin + kept
+    return infos, parts
+
+
+def _natural(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise ValueError(f"{text!r} is no size")
+    return int(text)
+
+
+def _check_sections(
+    infos: Mapping[str, KeptInfo], parts: Mapping[str, _Part], sections: Mapping[str, Tensor]
+) -> None:
+    need: dict[str, tuple[torch.dtype, int]] = {_POSITIONS: (torch.uint8, 0)}
+    for name, info in infos.items():
+        if info.dtype not in FLOATING:
+            raise ValueError(f"{name!r} holds no weights")
+        need[_POSITIONS] = (torch.uint8, parts[name].positions.stop)
+        need[f"values.{DTYPE_NAMES[info.dtype]}"] = (info.dtype, parts[name].values.stop)
+    found = {name: (section.dtype, section.numel()) for name, section in sections.items()}
+    if found != need:
+        raise ValueError(f"sections {found} where the table needs {need}")
