@@ -97,8 +97,8 @@ class LocalizeSpec(Spec):
         density: the fraction of localizable coordinates that is kept.
         preset: how a trained mask is learned.
         shots: examples per class, or all where there are fewer.
-        include: globs on tensor names that replace the family's localizable tensors.
-        exclude: globs on tensor names that are never localized.
+        include: globs on tensor names that add to the family's localizable tensors.
+        exclude: globs on tensor names that are never localized, and win.
     """
 
     mode: Literal["dataless", "trained"] = "dataless"
@@ -128,7 +128,7 @@ class GatesSpec(Spec):
     Attributes:
         min_retention: the fraction of the base's accuracy on the general benchmark.
         max_task_drop: absolute accuracy that a task may lose against the champion.
-        min_normalized: accuracy over that of the finetuned model, averaged over tasks.
+        min_normalized: accuracy over that of the finetuned model, of each joining task.
     """
 
     min_retention: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
@@ -144,6 +144,8 @@ class DataSpec(Spec):
         train: the file or split for calibration; the others likewise.
         input: the column, or columns, that the model reads.
         label: the column of the class index or name.
+        content: what the rows are read from, by digest; taken at registration where it is
+            not given, and compared before rows are used.
     """
 
     path: Text
@@ -152,6 +154,7 @@ class DataSpec(Spec):
     test: Text | None = None
     input: tuple[Text, ...] = ()
     label: Text | None = None
+    content: dict[str, JsonValue] | None = None
 
     @field_validator("input", mode="before")
     @classmethod
