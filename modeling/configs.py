@@ -1,0 +1,113 @@
+"""Which configuration keys of two checkpoints differ so that their forward passes differ.
+
+Defaults are resolved by `AutoConfig`, so a key that one file leaves out equals the same key
+written out. Keys that only training, generation, bookkeeping or file handling read are ignored;
+every other key counts, also one that nobody here has heard of.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merging.errors import BadInput
+
+_IGNORED = {
+    "_attn_implementation",
+    "_attn_implementation_internal",
+    "_commit_hash",
+    "_name_or_path",
+    "_output_attentions",
+    "architectures",
+    "attn_implementation",
+    "auto_map",
+    "bos_token_id",
+    "chunk_size_feed_forward",
+    "cls_token_id",
+    "decoder_start_token_id",
+    "drop_path_rate",
+    "dtype",
+    "eos_token_id",
+    "finetuning_task",
+    "gradient_checkpointing",
+    "id2label",
+    "initializer_factor",
+    "initializer_range",
+    "label2id",
+    "layerdrop",
+    "logit_scale_init_value",
+    "mask_token_id",
+    "model_type",
+    "name_or_path",
+    "num_labels",
+    "output_attentions",
+    "output_hidden_states",
+    "problem_type",
+    "return_dict",
+    "sep_token_id",
+    "task_specific_params",
+    "tie_word_embeddings",
+    "tokenizer_class",
+    "torch_dtype",
+    "torchscript",
+    "transformers_version",
+    "use_cache",
+}
+# What version 4 wrote out and version 5 no longer knows: absent means this.
+_ONCE_DEFAULT = {"position_embedding_type": "absolute", "pruned_heads": {}}
+
+
+def read_config(folder: Path) -> Any:
+    """The configuration of a folder, with all defaults; never runs code from the folder.
+
+    Raises:
+        BadInput: it is absent, unreadable, or of an architecture that transformers does not know.
+    """
+    from transformers import AutoConfig
+
+    file = folder / "config.json"
+    try:
+        json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(
+            f"{folder} has no config.json", hint="give the whole Hugging Face folder"
+        ) from error
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{file} cannot be read", expected="JSON", found=error) from error
+    try:
+        return AutoConfig.from_pretrained(
+            str(folder), local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # a validation error of any kind: the file is not ours
+        raise BadInput(f"{file} describes no architecture that is known", found=error) from error
+
+
+def differences(
+    base: Mapping[str, Any], finetuned: Mapping[str, Any], *, ignore: frozenset[str] = frozenset()
+) -> list[str]:
+    """All differing keys as `key: base x, finetuned y`, sorted; nested keys with a dot."""
+    left, right = _flat(base, ignore), _flat(finetuned, ignore)
+    result = []
+    for key in sorted({*left, *right}):
+        default = _ONCE_DEFAULT.get(key.rsplit(".", 1)[-1])
+        ours, theirs = left.get(key, default), right.get(key, default)
+        if ours != theirs:
+            result.append(f"{key}: base {ours!r}, finetuned {theirs!r}")
+    return result
+
+
+def model_type_difference(base: str, finetuned: str) -> list[str]:
+    """The difference between two architectures, in the same words."""
+    return [] if base == finetuned else [f"model_type: base {base!r}, finetuned {finetuned!r}"]
+
+
+def _flat(config: Mapping[str, Any], ignore: frozenset[str], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        if key in _IGNORED or key in ignore or "dropout" in key:
+            continue
+        if isinstance(value, Mapping) and value and key not in _ONCE_DEFAULT:
+            flat |= _flat(value, ignore, f"{prefix}{key}.")
+        elif value is not None:
+            flat[prefix + key] = value
+    return flat

@@ -1,0 +1,196 @@
+"""How well a model does on rows, with what the number is worth.
+
+Deterministic: evaluation mode, rows in order, fixed batches; among equal scores the lower class
+counts as the higher ranked, and a row with a score that is no number counts as wrong. The
+interval of an accuracy is Wilson's, the interval of an F1 comes from 1,000 seeded resamples of
+the confusion matrix; both hold 95 %.
+"""
+
+import math
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from merging.errors import BadInput
+from merging.progress import Progress
+from modeling.data import Rows
+from modeling.family import Family, Preprocess
+from modeling.heads import Head
+
+EVALUATOR_VERSION = 1
+BATCH_SIZE = 64
+METRICS = ("accuracy", "f1")
+Metric = Literal["accuracy", "f1"]
+
+_Z = 1.959963984540054  # the normal quantile of 0.975
+_RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found.
+
+    Attributes:
+        metric: accuracy, or f1: of class 1 where there are two classes, else the mean over
+            classes.
+        value: the metric.
+        interval: its 95 % interval.
+        top1: share of rows whose class is ranked first.
+        top1_interval: Wilson's 95 % interval of top1; the same as `interval` for accuracy.
+        top5: share of rows whose class is among the first five; None below six classes.
+        count: rows.
+        correct: one bit per row, most significant first: whether its class is ranked first.
+    """
+
+    metric: str
+    value: float
+    interval: tuple[float, float]
+    top1: float
+    top1_interval: tuple[float, float]
+    top5: float | None
+    count: int
+    correct: bytes
+
+    def correct_rows(self) -> NDArray[np.bool_]:
+        """Whether each row is right."""
+        bits = np.unpackbits(np.frombuffer(self.correct, dtype=np.uint8), count=self.count)
+        return bits.astype(np.bool_)
+
+    def to_json(self) -> dict[str, object]:
+        """The evaluation as plain values."""
+        values = asdict(self)
+        values["interval"] = list(self.interval)
+        values["top1_interval"] = list(self.top1_interval)
+        values["correct"] = self.correct.hex()
+        return values
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, object]) -> "Evaluation":
+        """What `to_json` wrote."""
+        values = dict(data)
+        for name in ("interval", "top1_interval"):
+            values[name] = tuple(values[name])  # type: ignore[arg-type]
+        values["correct"] = bytes.fromhex(str(values["correct"]))
+        return cls(**values)  # type: ignore[arg-type]
+
+
+def evaluate(
+    family: Family,
+    model: nn.Module,
+    head: Head,
+    rows: Rows,
+    preprocess: Preprocess,
+    *,
+    metric: str = "accuracy",
+    batch_size: int = BATCH_SIZE,
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+) -> Evaluation:
+    """Score a model on labelled rows.
+
+    Args:
+        family: how the model scores.
+        model: as the family loaded it; moved to `device`.
+        head: of the task.
+        rows: with labels.
+        preprocess: the family's preprocessor.
+        metric: accuracy or f1.
+        batch_size: rows at once.
+        device: None is where the model is.
+        progress: rows scored, of how many.
+    """
+    if metric not in METRICS:
+        raise BadInput(f"unknown metric {metric!r}", expected=" or ".join(METRICS))
+    targets = rows.targets
+    if device is not None:
+        model.to(device)
+    where = next(model.parameters()).device
+    head = head.to(where)
+    model.eval()
+    scores = []
+    done = 0
+    with torch.inference_mode():
+        for examples in rows.batches(batch_size):
+            batch = {name: tensor.to(where) for name, tensor in preprocess(examples).items()}
+            scores.append(family.logits(model, batch, head).float().cpu().numpy())
+            done += len(examples)
+            if progress is not None:
+                progress(done, len(rows))
+    return summarize(np.concatenate(scores), targets, metric)
+
+
+def summarize(scores: NDArray[np.float32], targets: NDArray[np.int64], metric: str) -> Evaluation:
+    """What scores, [rows, classes], are worth against the classes of the rows."""
+    count, classes = scores.shape
+    own = scores[np.arange(count), targets][:, None]
+    ahead = (scores > own) | ((scores == own) & (np.arange(classes) < targets[:, None]))
+    rank = np.where(np.isfinite(scores).all(1), ahead.sum(1), classes)
+    correct = rank == 0
+    top1 = float(correct.mean())
+    top1_interval = wilson(int(correct.sum()), count)
+    value, interval = top1, top1_interval
+    if metric == "f1":
+        predicted = np.where(rank == classes, classes, np.nan_to_num(scores).argmax(1))
+        confusion = np.zeros((classes, classes + 1), dtype=np.int64)
+        np.add.at(confusion, (targets, predicted), 1)
+        value, interval = f1(confusion), _f1_interval(confusion)
+    return Evaluation(
+        metric=metric,
+        value=value,
+        interval=interval,
+        top1=top1,
+        top1_interval=top1_interval,
+        top5=float((rank < 5).mean()) if classes > 5 else None,
+        count=count,
+        correct=np.packbits(correct).tobytes(),
+    )
+
+
+def wilson(successes: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    share, square = successes / count, _Z * _Z
+    centre = share + square / (2 * count)
+    half = _Z * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
+    scale = 1 + square / count
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+def f1(confusion: NDArray[np.int64]) -> float:
+    """F1 of class 1 of two, the mean over more classes; confusion is [class, predicted].
+
+    A last column beyond the classes counts rows without a prediction. A class that neither
+    occurs nor is predicted has F1 zero.
+    """
+    classes = len(confusion)
+    hits = np.diagonal(confusion[:, :classes])
+    total = confusion.sum(1) + confusion[:, :classes].sum(0)
+    each = 2 * hits / np.maximum(total, 1)
+    return float(each[1] if classes == 2 else each.mean())
+
+
+def _f1_interval(confusion: NDArray[np.int64]) -> tuple[float, float]:
+    random = np.random.default_rng(0)
+    count = int(confusion.sum())
+    drawn = random.multinomial(count, confusion.reshape(-1) / count, size=_RESAMPLES)
+    values = [f1(sample.reshape(confusion.shape)) for sample in drawn]
+    low, high = np.quantile(values, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def normalized(merged: Evaluation, finetuned: Evaluation) -> float | None:
+    """What is left of the finetuned model's value; None where that is zero.
+
+    Raises:
+        ValueError: the two are not the same metric on as many rows.
+    """
+    if (merged.metric, merged.count) != (finetuned.metric, finetuned.count):
+        raise ValueError("evaluations of different metrics or rows have no ratio")
+    with suppress(ZeroDivisionError):
+        return merged.value / finetuned.value
+    return None

@@ -1,0 +1,337 @@
+"""Tables of rows as they lie on disk, by one small surface; values are raw, nothing is decoded.
+
+`locate` decides what a `path` with a split means: a file, several shards, a folder of images
+or of arrow files, a split of a data set on disk or on the hub. It is asked both for reading and
+for the digest, so a key always names the bytes that were read. Files are read directly, without
+a cache; only hub ids go through `datasets`. A data set's own code is never run.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from merging.errors import BadInput
+from merging.progress import Progress
+
+IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
+TABLE_SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv")
+
+
+class Table(Protocol):
+    """Rows with named columns.
+
+    Attributes:
+        name: what it is, for errors.
+        root: the folder that image paths are relative to.
+        columns: in the order of the file.
+    """
+
+    name: str
+    root: Path
+    columns: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int, columns: Sequence[str]) -> tuple[Any, ...]:
+        """The values of one row."""
+
+    def column(self, name: str) -> Sequence[Any]:
+        """All values of one column; asked for labels only, which are small."""
+
+    def where(self, index: int) -> str:
+        """How an error names a row."""
+
+    def class_names(self, column: str) -> tuple[str, ...] | None:
+        """The names of the classes, where the data itself carries them."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """What a `path` with a split stands for.
+
+    Attributes:
+        kind: table, images, arrow or hub.
+        root: the folder, or the hub id.
+        files: what is read, in order; relative to `root`.
+        split: for the hub, the split.
+        config: for the hub, the configuration.
+        revision: for the hub, the commit.
+    """
+
+    kind: str
+    root: str
+    files: tuple[str, ...] = ()
+    split: str | None = None
+    config: str | None = None
+    revision: str | None = None
+
+
+class ListTable:
+    """A table in memory."""
+
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        values: Mapping[str, Sequence[Any]],
+        *,
+        wheres: Sequence[str] | None = None,
+        names: Mapping[str, tuple[str, ...]] | None = None,
+    ) -> None:
+        self.name = name
+        self.root = root
+        self.columns = tuple(values)
+        self._values = values
+        self._wheres = wheres
+        self._names = names or {}
+
+    def __len__(self) -> int:
+        return len(next(iter(self._values.values()), ()))
+
+    def row(self, index: int, columns: Sequence[str]) -> tuple[Any, ...]:
+        """The values of one row."""
+        return tuple(self._values[column][index] for column in columns)
+
+    def column(self, name: str) -> Sequence[Any]:
+        """All values of one column."""
+        return self._values[name]
+
+    def where(self, index: int) -> str:
+        """File and row."""
+        return self._wheres[index] if self._wheres else f"{self.name} row {index}"
+
+    def class_names(self, column: str) -> tuple[str, ...] | None:
+        """The names of the classes, where the data carries them."""
+        return self._names.get(column)
+
+
+def open_table(path: str, source: str, *, revision: str | None = None) -> Table:
+    """The rows that a `path` and a split stand for.
+
+    Raises:
+        BadInput: there is no such thing, or it cannot be read.
+    """
+    location = locate(path, source, revision=revision)
+    if location.kind == "hub":
+        from modeling.hub_data import open_hub
+
+        return open_hub(location)
+    root = Path(location.root)
+    if location.kind == "images":
+        return _image_folder(root, location.files)
+    if location.kind == "arrow":
+        from modeling.arrow_tables import open_arrow_folder
+
+        return open_arrow_folder(root)
+    suffix = Path(location.files[0]).suffix.lower()
+    files = [root / name for name in location.files]
+    if suffix in (".parquet", ".arrow"):
+        from modeling.arrow_tables import open_arrow_files
+
+        return open_arrow_files(root, files)
+    records: list[Mapping[str, Any]] = []
+    wheres: list[str] = []
+    for file in files:
+        for row, record in enumerate(_records(file)):
+            records.append(record)
+            wheres.append(f"{file.name} row {row}")
+    columns = list(dict.fromkeys(key for record in records for key in record))
+    values = {column: [record.get(column) for record in records] for column in columns}
+    return ListTable(", ".join(f.name for f in files), root, values, wheres=wheres)
+
+
+def split_origin(
+    path: str, source: str, *, revision: str | None = None, progress: Progress | None = None
+) -> dict[str, object]:
+    """What a split is read from, by content, as plain values to digest."""
+    from merging.digests import digest_file
+
+    location = locate(path, source, revision=revision)
+    if location.kind == "hub":
+        return {
+            "hub": location.root,
+            "config": location.config,
+            "revision": location.revision,
+            "split": location.split,
+        }
+    files = []
+    for done, name in enumerate(location.files):
+        files.append([name, digest_file(Path(location.root) / name)])
+        if progress is not None:
+            progress(done + 1, len(location.files))
+    return {"files": files}
+
+
+def locate(path: str, source: str, *, revision: str | None = None) -> Location:
+    """Decide what a `path` with a split stands for; an existing local path wins.
+
+    Raises:
+        BadInput: nothing of that name; the message lists what there is.
+    """
+    root = Path(path)
+    if not root.exists():
+        from modeling.hub_data import locate_on_hub
+
+        return locate_on_hub(path, source, revision=revision)
+    if root.is_file():
+        raise BadInput(
+            f"the data's path {path} is a file",
+            expected="a folder",
+            hint=f"set path: {root.parent} and name {root.name} as train, validation or test",
+        )
+    target = root / source
+    if target.is_file():
+        _check_suffix(target)
+        return Location("table", str(root), (source,))
+    if target.is_dir():
+        return _locate_folder(target)
+    files = sorted(
+        entry.name
+        for entry in root.iterdir()
+        if entry.suffix.lower() in TABLE_SUFFIXES and _is_split_file(entry.stem, source)
+    )
+    kinds = {Path(name).suffix.lower() for name in files}
+    if len(kinds) > 1:
+        raise BadInput(
+            f"{source!r} in {path} could be several things",
+            found=", ".join(files),
+            hint="name the file itself",
+        )
+    if files:
+        return Location("table", str(root), tuple(files))
+    raise BadInput(
+        f"there is no {source!r} in {path}",
+        found=_content(root),
+        hint="name a file or folder in path, or a split",
+    )
+
+
+def _locate_folder(folder: Path) -> Location:
+    if (folder / "state.json").is_file():
+        data = sorted(f.name for f in folder.glob("*.arrow"))
+        return Location("arrow", str(folder), (*data, "dataset_info.json", "state.json"))
+    tables = sorted(
+        f.name for f in folder.iterdir() if f.is_file() and f.suffix.lower() in TABLE_SUFFIXES
+    )
+    images = sorted(_images(folder))
+    if images:
+        return Location("images", str(folder), tuple(images))
+    kinds = {Path(name).suffix.lower() for name in tables}
+    if len(kinds) == 1:
+        return Location("table", str(folder), tuple(tables))
+    scripts = any(f.suffix == ".py" for f in folder.iterdir())
+    raise BadInput(
+        f"{folder} holds no data that can be read",
+        expected=f"images in folders of classes, or one kind of {', '.join(TABLE_SUFFIXES)}",
+        found=_content(folder),
+        hint="a data set's script is never run; export its rows to a file" if scripts else None,
+    )
+
+
+def _images(folder: Path) -> Iterator[str]:
+    for entry in folder.rglob("*"):
+        if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
+            yield entry.relative_to(folder).as_posix()
+
+
+def _image_folder(root: Path, files: Sequence[str]) -> ListTable:
+    """One row per image, its class is the folder that it lies in."""
+    folders = [name.split("/")[0] if "/" in name else "" for name in files]
+    if "" in folders:
+        raise BadInput(
+            f"{root} has images outside of any class folder",
+            found=files[folders.index("")],
+            hint="one folder per class, its images inside",
+        )
+    values = {"image": list(files), "label": folders}
+    names = {"label": tuple(sorted(set(folders), key=lambda name: name.encode()))}
+    return ListTable(root.name, root, values, wheres=list(files), names=names)
+
+
+def _records(file: Path) -> Iterator[Mapping[str, Any]]:
+    suffix = file.suffix.lower()
+    try:
+        if suffix in (".csv", ".tsv"):
+            yield from _csv_records(file, "\t" if suffix == ".tsv" else ",")
+        elif suffix == ".jsonl":
+            yield from _jsonl_records(file)
+        else:
+            yield from _json_records(file)
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{file} is not UTF-8 text", found=error) from error
+
+
+def _jsonl_records(file: Path) -> Iterator[Mapping[str, Any]]:
+    with file.open(encoding="utf-8") as stream:
+        # Not enumerate over splitlines: texts may contain other line separators.
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise BadInput(f"{file} line {number} is no JSON", found=error) from error
+            if not isinstance(record, dict):
+                raise BadInput(
+                    f"{file} line {number} is no row",
+                    expected="an object {column: value}",
+                    found=type(record).__name__,
+                )
+            yield record
+
+
+def _json_records(file: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        try:  # many write one object per line into .json
+            return _jsonl_records(file)
+        except BadInput:
+            raise BadInput(f"{file} is no JSON", found=error) from error
+    if isinstance(content, dict):
+        content = [content]
+    if not isinstance(content, list) or not all(isinstance(r, dict) for r in content):
+        raise BadInput(f"{file} holds no rows", expected="a list of objects {column: value}")
+    return iter(content)
+
+
+def _csv_records(file: Path, delimiter: str) -> Iterator[Mapping[str, Any]]:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+        try:
+            for record in reader:
+                if None in record or None in record.values():
+                    raise BadInput(
+                        f"{file} line {reader.line_num} has another number of fields",
+                        expected=f"{len(reader.fieldnames or ())} as in the first line",
+                    )
+                yield record
+        except csv.Error as error:
+            raise BadInput(f"{file} line {reader.line_num} is no CSV", found=error) from error
+
+
+def _is_split_file(stem: str, split: str) -> bool:
+    """Whether a file is `train` or a shard of it, `train-00000-of-00002`."""
+    if stem == split:
+        return True
+    rest = stem.removeprefix(f"{split}-")
+    return rest != stem and rest.replace("-of-", "").isdigit()
+
+
+def _check_suffix(file: Path) -> None:
+    if file.suffix.lower() not in TABLE_SUFFIXES:
+        raise BadInput(
+            f"{file} is no table that can be read",
+            expected=", ".join(TABLE_SUFFIXES),
+            hint="a data set's script is never run" if file.suffix == ".py" else None,
+        )
+
+
+def _content(folder: Path) -> str:
+    names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
+    if not names:
+        return "nothing"
+    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")

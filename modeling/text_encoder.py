@@ -1,0 +1,175 @@
+"""Text encoders: mean-pooled, normalized embeddings, scored against embeddings of the labels.
+
+Any encoder of transformers fits. A text's features are the mean of the last hidden states over
+its attention mask, L2-normalized; the score of a class is the scale times the cosine with the
+base's features of its label prompts. Only the transformer blocks are localizable by default.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from merging.errors import BadInput
+from merging.progress import Progress
+from modeling.configs import differences, model_type_difference, read_config
+from modeling.data import Example
+from modeling.family import Batch, Preprocess
+from modeling.heads import Head, HeadSpec, embed_prompts
+from modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
+
+DEFAULT_SCALE = 20.0
+# The transformer blocks in the layouts that encoders have, with or without a prefix.
+_BLOCKS = (
+    "encoder.layer.[0-9]*",
+    "encoder.layers.[0-9]*",
+    "encoder.block.[0-9]*",
+    "encoder.albert_layer_groups.[0-9]*",
+    "transformer.layer.[0-9]*",
+    "layers.[0-9]*",
+    "layer.[0-9]*",
+    "blocks.[0-9]*",
+    "h.[0-9]*",
+)
+
+
+class TextEncoder:
+    """The family `text-encoder`."""
+
+    name = "text-encoder"
+    version = 1
+    prefixes = (
+        "model.",
+        "bert.",
+        "roberta.",
+        "distilbert.",
+        "mpnet.",
+        "electra.",
+        "deberta.",
+        "albert.",
+    )
+    localizable = tuple(glob for block in _BLOCKS for glob in (block, f"*.{block}"))
+    head_tensors: tuple[str, ...] = ()
+    modality: Literal["text", "image"] = "text"
+
+    def config_differences(self, base: Path, finetuned: Path) -> list[str]:
+        """All configuration keys that change the forward pass."""
+        ours, theirs = read_config(base), read_config(finetuned)
+        return [
+            *model_type_difference(ours.model_type, theirs.model_type),
+            *differences(ours.to_dict(), theirs.to_dict()),
+        ]
+
+    def load(self, folder: Path) -> nn.Module:
+        """The encoder in a folder."""
+        from transformers import AutoModel
+
+        if getattr(read_config(folder), "is_encoder_decoder", False):
+            raise BadInput(f"{folder} holds an encoder with a decoder", expected="an encoder")
+        return load_pretrained(folder, AutoModel, prefixes=self.prefixes, required=self.localizable)
+
+    def parameters(self, model: nn.Module) -> dict[str, Tensor]:
+        """The live tensors by their names in the folder's file."""
+        return _named(model).tensors()
+
+    def max_length(self, folder: Path) -> int:
+        """The smaller of what tokenizer and position embeddings allow."""
+        tokenizer = load_tokenizer(folder)
+        return min(int(tokenizer.model_max_length), position_limit(folder))
+
+    def preprocessor(self, folder: Path, max_length: int | None = None) -> Preprocess:
+        """Tokenize texts or sentence pairs, padded to the longest of the batch."""
+        tokenizer = load_tokenizer(folder)
+        limit = max_length or self.max_length(folder)
+
+        def preprocess(examples: Sequence[Example]) -> Batch:
+            columns = [list(column) for column in zip(*(e.inputs for e in examples), strict=True)]
+            if len(columns) > 2:
+                raise BadInput(
+                    "too many input columns", expected="one text or a pair", found=len(columns)
+                )
+            batch: Batch = dict(
+                tokenizer(
+                    *columns, padding=True, truncation=True, max_length=limit, return_tensors="pt"
+                )
+            )
+            if all(example.label is not None for example in examples):
+                batch["labels"] = torch.tensor([example.label for example in examples])
+            return batch
+
+        return preprocess
+
+    def resolve(self, folder: Path, spec: HeadSpec) -> HeadSpec:
+        """Fill in scale and length."""
+        return replace(
+            spec,
+            scale=DEFAULT_SCALE if spec.scale is None else spec.scale,
+            max_length=spec.max_length or self.max_length(folder),
+        )
+
+    def build_head(
+        self,
+        model: nn.Module,
+        folder: Path,
+        spec: HeadSpec,
+        *,
+        finetuned: Path | None = None,
+        progress: Progress | None = None,
+    ) -> Head:
+        """The embeddings of the label prompts."""
+        spec = self.resolve(folder, spec)
+        preprocess = self.preprocessor(folder, spec.max_length)
+        device = next(model.parameters()).device
+
+        def embed(texts: list[str]) -> Tensor:
+            batch = preprocess([Example((text,), None, "label prompt") for text in texts])
+            return self.features(model, {name: t.to(device) for name, t in batch.items()})
+
+        return Head({"weight": embed_prompts(spec, embed, progress=progress)}, spec)
+
+    def features(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Normalized embeddings, [batch, features]."""
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        hidden = _named(model).inner(**inputs).last_hidden_state
+        mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+        pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        return nn.functional.normalize(pooled, dim=-1)
+
+    def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
+        """Scaled cosines with the label embeddings, [batch, classes]."""
+        scale = DEFAULT_SCALE if head.spec.scale is None else head.spec.scale
+        return scale * self.features(model, batch) @ head.tensors["weight"].T
+
+    def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
+        """Cross-entropy of the scores."""
+        return nn.functional.cross_entropy(self.logits(model, batch, head), batch["labels"])
+
+    def asset_files(self, folder: Path) -> tuple[str, ...]:
+        """Configuration and tokenizer files."""
+        return asset_files(folder)
+
+
+def position_limit(folder: Path) -> int:
+    """How many tokens the position embeddings allow.
+
+    RoBERTa and its kin start counting positions after the padding index, so their tables have
+    more rows than positions.
+    """
+    from transformers import AutoModel
+
+    config = read_config(folder)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
+            offset = 0 if module.padding_idx is None else module.padding_idx + 1
+            return module.num_embeddings - offset
+    return int(getattr(config, "max_position_embeddings", 0) or 512)
+
+
+def _named(model: nn.Module) -> NamedModel:
+    assert isinstance(model, NamedModel)
+    return model

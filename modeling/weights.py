@@ -1,0 +1,66 @@
+"""Weights of a loaded model, set by the names of its checkpoint.
+
+Everything is copied in place into the live tensors, converted to their dtype; nothing is ever
+added, so setting and restoring any number of times leaves no trace.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from merging.checkpoint import Checkpoint
+from merging.edits import Edits
+
+
+def set_weights(parameters: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy tensors into the live ones of the same name.
+
+    Args:
+        parameters: live tensors by name, from `Family.parameters`.
+        tensors: names with values of the same shapes, read one at a time.
+
+    Raises:
+        KeyError: a name that the model does not have.
+        ValueError: another shape.
+    """
+    with torch.no_grad():
+        for name, value in tensors:
+            live = parameters[name]
+            if live.shape != value.shape:
+                raise ValueError(f"{name} is {tuple(live.shape)}, not {tuple(value.shape)}")
+            live.copy_(value)
+
+
+def load_checkpoint(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
+    """Copy all floating tensors that the checkpoint and the model share.
+
+    A checkpoint of a part (a vision tower) changes that part; the rest stays the base's.
+    """
+    shared = (name for name in checkpoint.names if name in parameters)
+    set_weights(
+        parameters,
+        ((n, checkpoint.tensor(n)) for n in shared if checkpoint.info(n).dtype.is_floating_point),
+    )
+
+
+def apply_edits(parameters: Mapping[str, Tensor], base: Checkpoint, edits: Edits) -> None:
+    """Give the tensors that edits touch the values that an export would write.
+
+    Edits are applied in the base's own dtype and converted afterwards, so what is evaluated is
+    what is stored.
+    """
+
+    def edited() -> Iterable[tuple[str, Tensor]]:
+        for name in edits.names:
+            tensor = base.tensor(name)
+            flat = tensor.reshape(-1).clone()
+            edits.apply(name, flat)
+            yield name, flat.reshape(tensor.shape)
+
+    set_weights(parameters, edited())
+
+
+def restore(parameters: Mapping[str, Tensor], base: Checkpoint, names: Iterable[str]) -> None:
+    """Give tensors the base's values again."""
+    set_weights(parameters, ((name, base.tensor(name)) for name in names))
