@@ -72,31 +72,31 @@ class UsageError(RestitchError):
     exit_code = 2
 
 
-class BadInput(RestitchError):
+class BadInput(RestitchError):  # noqa: N818
     """A file, a source or a specification cannot be used as it is."""
 
     exit_code = 3
 
 
-class CannotJoin(RestitchError):
+class CannotJoin(RestitchError):  # noqa: N818
     """A finetuned model is readable but cannot join its line; it is quarantined."""
 
     exit_code = 4
 
 
-class GateFailed(RestitchError):
+class GateFailed(RestitchError):  # noqa: N818
     """A merged version or a joining member failed a gate of its line."""
 
     exit_code = 5
 
 
-class Unavailable(RestitchError):
+class Unavailable(RestitchError):  # noqa: N818
     """The store, a server or the disk cannot be used now."""
 
     exit_code = 6
 
 
-class Damage(RestitchError):
+class Damage(RestitchError):  # noqa: N818
     """Something stored is not what its digest says."""
 
     exit_code = 7

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from merging.checkpoint import FLOATING, Checkpoint, by_bytes
 from merging.errors import CannotJoin
+from merging.top_k import strided_sample
 
 CHUNK = 1 << 18
 
@@ -32,13 +33,15 @@ class OutsideShare:
 
 
 class TaskVector:
-    """The difference of a finetuned checkpoint to its base.
+    """The difference of a finetuned checkpoint to its base; it is also `Scores`.
 
     Args:
         base: the base's checkpoint.
         finetuned: the finetuned one under the base's names (`Checkpoint.renamed`).
         names: the localizable tensors; all must be weights of equal shape on both sides.
     """
+
+    floor = 0.0
 
     def __init__(self, base: Checkpoint, finetuned: Checkpoint, names: Sequence[str]) -> None:
         self.base = base
@@ -85,6 +88,15 @@ class TaskVector:
             other.copy_(base[start:stop])
             scores.sub_(other).abs_()
             yield scores
+
+    def sample(self, name: str, stride: int, block: int) -> Tensor:
+        """The scores of the first `block` of every `stride` coordinates."""
+        dtype = self._dtype(name)
+        pieces = (
+            strided_sample(checkpoint.tensor(name).view(-1), stride, block).to(dtype)
+            for checkpoint in (self.finetuned, self.base)
+        )
+        return next(pieces).sub(next(pieces)).abs_()
 
     def difference(self, name: str) -> Tensor:
         """Finetuned minus base of one tensor, in its shape."""
