@@ -28,8 +28,8 @@ def kept_count(density: float, coordinates: int) -> int:
             found=density,
             hint="correct localize: density",
         )
-    # In rationals: the float product of a large model's size could round to the other side.
-    return math.floor(Fraction(density) * coordinates + Fraction(1, 2))
+    # In rationals, from the decimal that was written: 0.15 of 10 is 1.5 and rounds up.
+    return math.floor(Fraction(repr(float(density))) * coordinates + Fraction(1, 2))
 
 
 def localize_dataless(

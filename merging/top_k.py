@@ -73,7 +73,7 @@ class TensorScores:
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The scores of a tensor."""
-        yield from self._scores[name].split(_BLOCK)
+        yield from torch.split(self._scores[name], _BLOCK)
 
     def sample(self, name: str, stride: int, block: int) -> Tensor:
         """The first `block` of every `stride` scores."""
@@ -208,12 +208,12 @@ def _collect(
 
 def _ordered(values: NDArray[Any]) -> NDArray[Any]:
     """Unsigned integers in the order of the floats; both zeros have the same one."""
-    values = values + values.dtype.type(0)  # turns -0 into 0
-    signed = values.view(np.int64 if values.itemsize == 8 else np.int32)
-    top = signed.dtype.itemsize * 8 - 1
-    unsigned = np.uint64 if values.itemsize == 8 else np.uint32
-    flip = (signed >> top).view(unsigned) | unsigned(1 << top)
-    return signed.view(unsigned) ^ flip
+    signed, unsigned = (np.int64, np.uint64) if values.itemsize == 8 else (np.int32, np.uint32)
+    bits: NDArray[Any] = (values + values.dtype.type(0)).view(signed)  # + 0 turns -0 into 0
+    top = values.itemsize * 8 - 1
+    flip = (bits >> top).view(unsigned) | unsigned(1 << top)
+    ordered: NDArray[Any] = bits.view(unsigned) ^ flip
+    return ordered
 
 
 def _select(candidates: _Candidates, k: int) -> Mask:
