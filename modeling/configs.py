@@ -83,10 +83,22 @@ def read_config(folder: Path) -> Any:
 
 
 def differences(
-    base: Mapping[str, Any], finetuned: Mapping[str, Any], *, ignore: frozenset[str] = frozenset()
+    base: Mapping[str, Any],
+    finetuned: Mapping[str, Any],
+    *,
+    ignore: frozenset[str] = frozenset(),
+    prefix: str = "",
 ) -> list[str]:
-    """All differing keys as `key: base x, finetuned y`, sorted; nested keys with a dot."""
-    left, right = _flat(base, ignore), _flat(finetuned, ignore)
+    """All differing keys as `key: base x, finetuned y`, sorted; nested keys with a dot.
+
+    Args:
+        base: a configuration with its defaults.
+        finetuned: the other one.
+        ignore: further keys that do not matter here.
+        prefix: the key that both lie under.
+    """
+    start = f"{prefix}." if prefix else ""
+    left, right = _flat(base, ignore, start), _flat(finetuned, ignore, start)
     result = []
     for key in sorted({*left, *right}):
         default = _ONCE_DEFAULT.get(key.rsplit(".", 1)[-1])
@@ -101,7 +113,7 @@ def model_type_difference(base: str, finetuned: str) -> list[str]:
     return [] if base == finetuned else [f"model_type: base {base!r}, finetuned {finetuned!r}"]
 
 
-def _flat(config: Mapping[str, Any], ignore: frozenset[str], prefix: str = "") -> dict[str, Any]:
+def _flat(config: Mapping[str, Any], ignore: frozenset[str], prefix: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in config.items():
         if key in _IGNORED or key in ignore or "dropout" in key:

@@ -48,7 +48,7 @@ class NamedModel(nn.Module):
 
     def __init__(self, inner: nn.Module, names: Mapping[str, str]) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner: Any = inner
         self.names = dict(names)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,0 +1,194 @@
+"""CLIP: image towers scored against the zero-shot head of the base's own text tower.
+
+Any CLIP of transformers fits, whatever its activation. Images are always prepared by the PIL
+processor with the folder's own settings, so that every worker sees the same pixels. A finetuned
+folder may hold the vision tower alone: projection, text tower and logit scale are the base's.
+Only the blocks of the vision tower are localizable by default.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from merging.errors import BadInput
+from merging.progress import Progress
+from modeling.configs import differences, model_type_difference, read_config
+from modeling.data import Example
+from modeling.family import Batch, Preprocess
+from modeling.heads import Head, HeadSpec, embed_prompts
+from modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
+
+# What changes the text tower's reading of its own tokens but never the images' features.
+_TOKEN_IDS = frozenset({"pad_token_id", "bos_token_id", "eos_token_id"})
+# A tower's own copy of the width that only models without a common configuration read.
+_UNREAD = frozenset({"projection_dim"})
+
+
+class Clip:
+    """The family `clip`."""
+
+    name = "clip"
+    version = 1
+    prefixes = ("vision_model.", "clip.", "model.")
+    localizable: tuple[str, ...] = (
+        "vision_model.encoder.layers.*",
+        "*.vision_model.encoder.layers.*",
+    )
+    head_tensors: tuple[str, ...] = ()
+    modality: Literal["text", "image"] = "image"
+
+    def config_differences(self, base: Path, finetuned: Path) -> list[str]:
+        """All configuration keys that change the forward pass of what both hold."""
+        ours, theirs = read_config(base), read_config(finetuned)
+        if theirs.model_type == "clip_vision_model" and ours.model_type == "clip":
+            return differences(
+                ours.vision_config.to_dict(),
+                theirs.to_dict(),
+                ignore=_UNREAD,
+                prefix="vision_config",
+            )
+        if ours.model_type != "clip" or theirs.model_type != "clip":
+            return model_type_difference(ours.model_type, theirs.model_type) or [
+                f"model_type: {ours.model_type!r} is not 'clip'"
+            ]
+        found = (
+            []
+            if ours.projection_dim == theirs.projection_dim
+            else [f"projection_dim: base {ours.projection_dim}, finetuned {theirs.projection_dim}"]
+        )
+        for part in ("text_config", "vision_config"):
+            found += differences(
+                getattr(ours, part).to_dict(),
+                getattr(theirs, part).to_dict(),
+                ignore=_TOKEN_IDS | _UNREAD,
+                prefix=part,
+            )
+        return found
+
+    def load(self, folder: Path) -> nn.Module:
+        """The whole CLIP in a folder."""
+        from transformers import CLIPModel
+
+        kind = read_config(folder).model_type
+        if kind != "clip":
+            raise BadInput(
+                f"{folder} is no whole CLIP",
+                expected="model_type 'clip'",
+                found=repr(kind),
+                hint="the base needs both towers; a finetuned model may be the vision tower alone",
+            )
+        return load_pretrained(folder, CLIPModel, prefixes=self.prefixes, required=self.localizable)
+
+    def parameters(self, model: nn.Module) -> dict[str, Tensor]:
+        """The live tensors by their names in the folder's file."""
+        return _named(model).tensors()
+
+    def max_length(self, folder: Path) -> int:
+        """The smaller of what tokenizer and text tower allow."""
+        positions = int(read_config(folder).text_config.max_position_embeddings)
+        return min(int(load_tokenizer(folder).model_max_length), positions)
+
+    def preprocessor(self, folder: Path, max_length: int | None = None) -> Preprocess:
+        """Resize, crop and normalize images as the folder's processor says."""
+        process = _image_processor(folder)
+
+        def preprocess(examples: Sequence[Example]) -> Batch:
+            for example in examples:
+                if len(example.inputs) != 1:
+                    raise BadInput(
+                        f"{example.where}: CLIP reads one image",
+                        found=f"{len(example.inputs)} input columns",
+                    )
+            images = [example.inputs[0] for example in examples]
+            batch: Batch = {"pixel_values": process(images, return_tensors="pt")["pixel_values"]}
+            if all(example.label is not None for example in examples):
+                batch["labels"] = torch.tensor([example.label for example in examples])
+            return batch
+
+        return preprocess
+
+    def resolve(self, folder: Path, spec: HeadSpec) -> HeadSpec:
+        """Fill in the length; without a scale it is the model's own."""
+        return replace(spec, max_length=spec.max_length or self.max_length(folder))
+
+    def build_head(
+        self,
+        model: nn.Module,
+        folder: Path,
+        spec: HeadSpec,
+        *,
+        finetuned: Path | None = None,
+        progress: Progress | None = None,
+    ) -> Head:
+        """The zero-shot head: mean text embeddings of the prompts, normalized before and after."""
+        spec = self.resolve(folder, spec)
+        tokenizer = load_tokenizer(folder)
+        clip = _named(model).inner
+        device = next(model.parameters()).device
+
+        def embed(texts: list[str]) -> Tensor:
+            tokens = tokenizer(
+                texts,
+                padding=True,
+                truncation=True,
+                max_length=spec.max_length,
+                return_tensors="pt",
+            ).to(device)
+            output = clip.get_text_features(
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+            )
+            features: Tensor = output.pooler_output
+            return features
+
+        return Head({"weight": embed_prompts(spec, embed, progress=progress)}, spec)
+
+    def features(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Normalized image embeddings, [batch, features]."""
+        output = _named(model).inner.get_image_features(pixel_values=batch["pixel_values"])
+        return nn.functional.normalize(output.pooler_output, dim=-1)
+
+    def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
+        """Scaled cosines with the class embeddings, [batch, classes]."""
+        own = _named(model).inner.logit_scale.exp()
+        scale = own if head.spec.scale is None else head.spec.scale
+        scores: Tensor = scale * self.features(model, batch) @ head.tensors["weight"].T
+        return scores
+
+    def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
+        """Cross-entropy of the scores."""
+        return nn.functional.cross_entropy(self.logits(model, batch, head), batch["labels"])
+
+    def asset_files(self, folder: Path) -> tuple[str, ...]:
+        """Configuration, tokenizer and processor files."""
+        return asset_files(folder)
+
+
+def _image_processor(folder: Path) -> Any:
+    """The folder's image processor, always the one of PIL: torchvision gives other pixels."""
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            str(folder), backend="pil", local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # a file of somebody else: whatever its reader raises
+        raise BadInput(
+            f"{folder} has no image processor that can be read",
+            expected="preprocessor_config.json",
+            found=error,
+        ) from error
+    if getattr(processor, "backend", None) != "pil":
+        raise BadInput(
+            f"{folder} asks for an image processor without a PIL variant",
+            found=type(processor).__name__,
+        )
+    return processor
+
+
+def _named(model: nn.Module) -> NamedModel:
+    assert isinstance(model, NamedModel)
+    return model
