@@ -10,7 +10,7 @@ file names.
 import json
 import mmap
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,11 +80,13 @@ class Checkpoint:
         maps: Mapping[str, mmap.mmap],
         shards: Mapping[str, tuple[str, ...]],
         metadata: Mapping[str, Mapping[str, str]],
+        index: Path | None = None,
     ) -> None:
         self.path = path
         self.names = tuple(sorted(infos, key=by_bytes))
         self.shards = dict(shards)
         self.files = dict(files)
+        self.index = index
         self.shard_metadata = {name: dict(values) for name, values in metadata.items()}
         self._infos = dict(infos)
         self._places = dict(places)
@@ -95,7 +97,7 @@ class Checkpoint:
     def open(cls, path: Path) -> "Checkpoint":
         """Open a folder of safetensors or one safetensors file."""
         path = Path(path)
-        files, weight_map = _locate(path)
+        files, index = _locate(path)
         infos: dict[str, TensorInfo] = {}
         places: dict[str, Place] = {}
         maps: dict[str, mmap.mmap] = {}
@@ -116,9 +118,9 @@ class Checkpoint:
                 infos[entry.name] = TensorInfo(entry.name, entry.dtype, entry.shape)
                 places[entry.name] = Place(shard, header.data_start + entry.begin)
             maps[shard] = _map(file, header.size)
-        if weight_map is not None:
-            _check_index(path, weight_map, {name: place.shard for name, place in places.items()})
-        return cls(path, infos, places, files, maps, shards, metadata)
+        if index is not None:
+            _check_index(index, {name: place.shard for name, place in places.items()})
+        return cls(path, infos, places, files, maps, shards, metadata, index)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -168,6 +170,15 @@ class Checkpoint:
         info, place = self._infos[name], self._places[name]
         return memoryview(self._maps[place.shard])[place.start : place.start + info.nbytes]
 
+    def header_bytes(self, shard: str) -> bytes | None:
+        """The header of a shard's file as it is, or None where it names other tensors."""
+        with self.files[shard].open("rb") as file:
+            length = file.read(8)
+            raw = length + file.read(int.from_bytes(length, "little"))
+        named = json.loads(raw[8:])
+        named.pop("__metadata__", None)
+        return raw if tuple(named) == self.shards[shard] else None
+
     def digest(self, progress: Progress | None = None) -> str:
         """The digest of all tensors in name order; computed once."""
         if self._digest is None:
@@ -215,8 +226,8 @@ def _map(file: Path, size: int) -> mmap.mmap:
         return mmap.mmap(handle.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
 
 
-def _locate(path: Path) -> tuple[dict[str, Path], dict[str, str] | None]:
-    """The files of a checkpoint by name, and its index where it is sharded."""
+def _locate(path: Path) -> tuple[dict[str, Path], Path | None]:
+    """The files of a checkpoint by name, and its index file where it is sharded."""
     if path.is_file():
         if path.suffix.lower() in _PICKLES:
             raise _pickle(path, [path.name])
@@ -258,20 +269,9 @@ def _pickle(path: Path, names: list[str]) -> BadInput:
     )
 
 
-def _indexed(index: Path) -> tuple[dict[str, Path], dict[str, str]]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise TypeError("shards must be file names")  # noqa: TRY301
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
-        raise BadInput(
-            f"{index} is no index of shards",
-            expected="JSON with weight_map: tensor name to file name",
-            found=f"{type(err).__name__}: {err}",
-            hint="fetch or save the checkpoint again",
-        ) from err
+def _indexed(index: Path) -> tuple[dict[str, Path], Path]:
     files = {}
-    for shard in sorted(set(weight_map.values()), key=by_bytes):
+    for shard in sorted(set(_weight_map(index).values()), key=by_bytes):
         if Path(shard).name != shard or shard in {"", ".", ".."} or "\0" in shard:
             raise BadInput(
                 f"{index} names a shard outside of its folder",
@@ -287,22 +287,35 @@ def _indexed(index: Path) -> tuple[dict[str, Path], dict[str, str]]:
                 hint="fetch or save the checkpoint again",
             )
         files[shard] = index.parent / shard
-    return files, weight_map
+    return files, index
 
 
-def _check_index(path: Path, weight_map: Mapping[str, str], actual: Mapping[str, str]) -> None:
-    wrong: Iterable[str] = sorted(
-        (
-            f"{name}: index {weight_map.get(name, 'nothing')}, files {actual.get(name, 'nothing')}"
-            for name in weight_map.keys() | actual.keys()
-            if weight_map.get(name) != actual.get(name)
-        ),
-        key=by_bytes,
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise TypeError("shards must be file names")  # noqa: TRY301
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise BadInput(
+            f"{index} is no index of shards",
+            expected="JSON with weight_map: tensor name to file name",
+            found=f"{type(err).__name__}: {err}",
+            hint="fetch or save the checkpoint again",
+        ) from err
+    return dict(weight_map)
+
+
+def _check_index(index: Path, actual: Mapping[str, str]) -> None:
+    listed = _weight_map(index)
+    wrong = sorted(
+        f"{name}: index {listed.get(name, 'nothing')}, files {actual.get(name, 'nothing')}"
+        for name in listed.keys() | actual.keys()
+        if listed.get(name) != actual.get(name)
     )
     if wrong:
         raise BadInput(
-            f"{path} and its index disagree",
+            f"{index} disagrees with its shards",
             expected="each tensor in the shard that the index names",
             hint="fetch or save the checkpoint again",
-            details=tuple(wrong),
+            details=wrong,
         )

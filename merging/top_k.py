@@ -208,12 +208,11 @@ def _collect(
 
 def _ordered(values: NDArray[Any]) -> NDArray[Any]:
     """Unsigned integers in the order of the floats; both zeros have the same one."""
-    signed, unsigned = (np.int64, np.uint64) if values.itemsize == 8 else (np.int32, np.uint32)
-    bits: NDArray[Any] = (values + values.dtype.type(0)).view(signed)  # + 0 turns -0 into 0
-    top = values.itemsize * 8 - 1
-    flip = (bits >> top).view(unsigned) | unsigned(1 << top)
-    ordered: NDArray[Any] = bits.view(unsigned) ^ flip
-    return ordered
+    if values.itemsize == 8:
+        wide = (values + np.float64(0)).view(np.int64)  # + 0 turns -0 into 0
+        return wide.view(np.uint64) ^ ((wide >> 63).view(np.uint64) | np.uint64(1 << 63))
+    narrow = (values + np.float32(0)).view(np.int32)
+    return narrow.view(np.uint32) ^ ((narrow >> 31).view(np.uint32) | np.uint32(1 << 31))
 
 
 def _select(candidates: _Candidates, k: int) -> Mask:

@@ -1,1 +1,124 @@
-"""Merge methods, one file each."""
+"""Merge methods: one file each in this folder, one decorated function each.
+
+A method is a function `(base, members, *, setting=default, ...) -> Edits`. Its keyword
+parameters with their types and defaults are its settings; nothing else describes them.
+The folder is scanned when a method is first asked for, so a new file is all that a new
+method needs (docs/adding_a_method.md).
+"""
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeVar, get_type_hints
+
+from merging.edits import Edits
+from merging.errors import BadInput
+
+_F = TypeVar("_F", bound=Callable[..., Edits])
+_REGISTERED: dict[str, "Method"] = {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method and what is recorded of it.
+
+    Attributes:
+        name: its name in a line's file.
+        version: raised whenever the same input gives other bytes.
+        source: the paper or code it follows.
+        exact: whether the result is the same bytes on every machine.
+        kind: `merged` for one model for all tasks.
+        settings: its settings with their defaults.
+    """
+
+    name: str
+    version: int
+    source: str
+    exact: bool
+    kind: str
+    settings: Mapping[str, Any]
+    function: Callable[..., Edits] = field(repr=False)
+
+    def __call__(self, *args: Any, **settings: Any) -> Edits:
+        """Merge: the base, the members, and settings by name."""
+        return self.function(*args, **settings)
+
+
+def method(
+    *, name: str, version: int, source: str, exact: bool, kind: str = "merged"
+) -> Callable[[_F], _F]:
+    """Register the decorated function as the merge method `name`."""
+
+    def register(function: _F) -> _F:
+        keywords = [
+            parameter
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        ]
+        bare = [item.name for item in keywords if item.default is inspect.Parameter.empty]
+        if bare or name in _REGISTERED:
+            raise ValueError(f"method {name!r}: registered twice, or no default for {bare}")
+        settings = {item.name: item.default for item in keywords}
+        _REGISTERED[name] = Method(name, version, source, exact, kind, settings, function)
+        return function
+
+    return register
+
+
+@cache
+def _scan() -> Mapping[str, Method]:
+    for module in sorted(pkgutil.iter_modules(__path__), key=lambda item: item.name):
+        importlib.import_module(f"{__name__}.{module.name}")
+    return dict(sorted(_REGISTERED.items()))
+
+
+def method_names() -> list[str]:
+    """The names of all methods."""
+    return list(_scan())
+
+
+def get_method(name: str) -> Method:
+    """The method `name`; `BadInput` with the nearest name where there is none."""
+    methods = _scan()
+    if name not in methods:
+        raise _unknown("method", name, methods)
+    return methods[name]
+
+
+def resolve_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a method with its defaults filled in and their types checked."""
+    chosen = get_method(name)
+    for key, value in settings.items():
+        if key not in chosen.settings:
+            raise _unknown(f"setting of {name}", key, chosen.settings)
+        expected = get_type_hints(chosen.function)[key]
+        if not _fits(value, expected):
+            raise BadInput(
+                f"the setting {key!r} of {name} has another type",
+                expected=getattr(expected, "__name__", str(expected)),
+                found=f"{value!r} ({type(value).__name__})",
+                hint=f"the default is {chosen.settings[key]!r}",
+            )
+    return {**chosen.settings, **settings}
+
+
+def _fits(value: object, expected: Any) -> bool:
+    if expected is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if expected in (int, str, bool):
+        return type(value) is expected
+    return True
+
+
+def _unknown(what: str, name: str, known: Mapping[str, object]) -> BadInput:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return BadInput(
+        f"unknown {what}: {name!r}",
+        expected=", ".join(known) or "none",
+        found=name,
+        hint=f"did you mean {near[0]!r}?" if near else "choose one of these",
+    )

@@ -1,0 +1,27 @@
+"""Localize-and-Stitch (He et al., TMLR 2025): the mean over owners, no coefficient."""
+
+from collections.abc import Iterable
+
+from merging.checkpoint import Checkpoint
+from merging.edits import Edits
+from merging.methods import method
+from merging.stitch import VERSION, Member, stitch
+
+
+@method(
+    name="localize-and-stitch",
+    version=VERSION,
+    source="He et al., Localize-and-Stitch, TMLR 2025, arXiv 2408.13656",
+    exact=True,
+)
+def localize_and_stitch(
+    base: Checkpoint, members: Iterable[Member], *, overlap: str = "mean"
+) -> Edits:
+    """Overwrite each kept coordinate by the mean of its owners' finetuned values.
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its sparse delta.
+        overlap: what becomes of coordinates with several owners.
+    """
+    return stitch(base, members, overlap)
