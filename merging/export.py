@@ -88,9 +88,8 @@ def _plan(base: Checkpoint, extra: Mapping[str, Tensor], shard_size: int | None)
     return files
 
 
-def _in_place_order(
-    base: Checkpoint, shards: Sequence[str] | Mapping[str, object]
-) -> list[TensorInfo]:
+def _in_place_order(base: Checkpoint, shards: Iterable[str]) -> list[TensorInfo]:
+    """The tensors of some shards in the order of their bytes."""
     return [
         base.info(name)
         for shard in shards
