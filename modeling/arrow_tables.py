@@ -7,6 +7,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import pyarrow as pa
@@ -20,6 +21,7 @@ class ArrowTable:
 
     def __init__(self, root: Path, files: Sequence["_Groups"]) -> None:
         self.root = root
+        self.synsets: Path | None = None
         self.name = ", ".join(f.name for f in files)
         self.columns = tuple(files[0].schema.names)
         self._names = _class_names(files[0].schema)
@@ -43,6 +45,7 @@ class ArrowTable:
                 row += size
         self._total = total
         self._kept: tuple[int, tuple[str, ...], pa.Table] | None = None
+        self._lock = Lock()  # rows are prepared by several threads
 
     def __len__(self) -> int:
         return self._total
@@ -72,10 +75,11 @@ class ArrowTable:
         return self._names.get(column)
 
     def _group(self, index: int, columns: tuple[str, ...]) -> pa.Table:
-        if self._kept is None or self._kept[:2] != (index, columns):
-            file, group = self._groups[index]
-            self._kept = (index, columns, file.read(group, columns))
-        return self._kept[2]
+        with self._lock:
+            if self._kept is None or self._kept[:2] != (index, columns):
+                file, group = self._groups[index]
+                self._kept = (index, columns, file.read(group, columns))
+            return self._kept[2]
 
 
 class _Groups:

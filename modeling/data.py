@@ -13,9 +13,12 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from merging.digests import digest_bytes, digest_json
 from merging.errors import BadInput
 from merging.progress import Progress
-from modeling.tables import Table, open_table
+from modeling.imagenet import are_synsets, synset_classes
+from modeling.images import image_bytes, open_image
+from modeling.tables import ListTable, Table, open_table, split_origin
 
 SPLITS = ("train", "validation", "test")
 HOLDOUT_SHARE = 0.2
@@ -130,11 +133,30 @@ class Rows:
         result: NDArray[np.int64] = self._memo["targets"]
         return result
 
+    def lengths(self) -> NDArray[np.int64]:
+        """How many characters each row's texts have together."""
+        rows = range(len(self.table)) if self.indices is None else self.indices.tolist()
+        return np.array(
+            [sum(len(str(v)) for v in self.table.row(row, self.inputs)) for row in rows],
+            dtype=np.int64,
+        )
+
+    def in_memory(self) -> "Rows":
+        """The same rows, read once in the table's order; for few rows that are read often."""
+        rows = np.arange(len(self.table)) if self.indices is None else self.indices
+        columns = (*self.inputs, *(() if self.label is None else (self.label,)))
+        read = {row: self.table.row(row, columns) for row in sorted(set(rows.tolist()))}
+        values = {
+            column: [read[row][place] for row in rows.tolist()]
+            for place, column in enumerate(columns)
+        }
+        wheres = [self.table.where(row) for row in rows.tolist()]
+        table = ListTable(self.table.name, self.table.root, values, wheres=wheres)
+        memo = {} if self.label is None else {"targets": self.targets}
+        return replace(self, table=table, indices=None, _memo=memo)
+
     def digest(self) -> str:
         """The digest of what the rows hold: raw inputs and classes, not where they lie."""
-        from merging.digests import digest_bytes, digest_json
-        from modeling.images import image_bytes
-
         rows = range(len(self.table)) if self.indices is None else self.indices.tolist()
         inputs = []
         for row in rows:
@@ -149,8 +171,6 @@ class Rows:
         return digest_json({"inputs": inputs, "targets": targets})
 
     def _image(self, value: object, where: str) -> Any:
-        from modeling.images import open_image
-
         return open_image(value, self.table.root, where)
 
 
@@ -213,12 +233,12 @@ class TaskData:
         rows = self.rows("train")
         random = np.random.default_rng(seed)
         if rows.label is None:
-            return rows.select(random.permutation(len(rows))[:shots])
+            return rows.select(random.permutation(len(rows))[:shots]).in_memory()
         chosen = [
             random.permutation(np.flatnonzero(rows.targets == index))[:shots]
             for index in range(len(self.labels))
         ]
-        return rows.select(random.permutation(np.concatenate(chosen)))
+        return rows.select(random.permutation(np.concatenate(chosen))).in_memory()
 
     def digest(self, progress: Progress | None = None) -> dict[str, object]:
         """What the splits are read from, by content, for keys: no paths of this machine."""
@@ -315,10 +335,10 @@ def set_apart(targets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np
 
 def data_digest(spec: DataSpec, progress: Progress | None = None) -> dict[str, object]:
     """What each split is read from, by content: files with their digests, hub ids by commit."""
-    from modeling.tables import split_origin
-
     splits = {
-        split: split_origin(spec.path, source, revision=spec.revision, progress=progress)
+        split: split_origin(
+            spec.path, source, inputs=spec.input, revision=spec.revision, progress=progress
+        )
         for split in SPLITS
         if (source := spec.source(split)) is not None
     }
@@ -337,14 +357,18 @@ def _class_indices(table: Table, column: str, labels: tuple[str, ...]) -> NDArra
     """The class index of every row: an index stays, a name is looked up.
 
     Where the data names its classes and all of these names are labels, they decide, not the
-    data's own order.
+    data's own order. Folders named by synset ids are classes in their sorted order.
     """
     names: Mapping[str, int] = {name: index for index, name in enumerate(labels)}
     own = table.class_names(column) or ()
-    by_name = dict(enumerate(own)) if own and set(own) <= set(labels) else {}
+    translated: dict[Any, Any] = {}
+    if own and set(own) <= set(labels):
+        translated = dict(enumerate(own))
+    elif are_synsets(own):
+        translated |= synset_classes(own, labels, table.synsets, table.name)
     result = np.empty(len(table), dtype=np.int64)
     for row, raw in enumerate(table.column(column)):
-        value = by_name.get(raw, raw)
+        value = translated.get(raw, raw)
         index = _class_index(value, names, len(labels))
         if index is None:
             raise BadInput(

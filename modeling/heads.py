@@ -14,6 +14,7 @@ from torch import Tensor
 
 from merging.errors import BadInput, Damage
 from merging.progress import Progress
+from modeling.imagenet import openai_imagenet as openai_imagenet
 
 FORMAT_VERSION = 1
 _METADATA = "restitch_head"

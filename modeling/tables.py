@@ -13,8 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from merging.digests import digest_file
 from merging.errors import BadInput
 from merging.progress import Progress
+from modeling.imagenet import SYNSETS_FILE
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TABLE_SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv")
@@ -27,11 +29,13 @@ class Table(Protocol):
         name: what it is, for errors.
         root: the folder that image paths are relative to.
         columns: in the order of the file.
+        synsets: the file that says which class a synset folder is, where there is one.
     """
 
     name: str
     root: Path
     columns: tuple[str, ...]
+    synsets: Path | None
 
     def __len__(self) -> int: ...
 
@@ -56,6 +60,7 @@ class Location:
         kind: table, images, arrow or hub.
         root: the folder, or the hub id.
         files: what is read, in order; relative to `root`.
+        synsets: for images, the file that says which class a synset folder is.
         split: for the hub, the split.
         config: for the hub, the configuration.
         revision: for the hub, the commit.
@@ -64,6 +69,7 @@ class Location:
     kind: str
     root: str
     files: tuple[str, ...] = ()
+    synsets: str | None = None
     split: str | None = None
     config: str | None = None
     revision: str | None = None
@@ -80,6 +86,7 @@ class ListTable:
         *,
         wheres: Sequence[str] | None = None,
         names: Mapping[str, tuple[str, ...]] | None = None,
+        synsets: Path | None = None,
     ) -> None:
         self.name = name
         self.root = root
@@ -87,6 +94,7 @@ class ListTable:
         self._values = values
         self._wheres = wheres
         self._names = names or {}
+        self.synsets = synsets
 
     def __len__(self) -> int:
         return len(next(iter(self._values.values()), ()))
@@ -121,17 +129,22 @@ def open_table(path: str, source: str, *, revision: str | None = None) -> Table:
         return open_hub(location)
     root = Path(location.root)
     if location.kind == "images":
-        return _image_folder(root, location.files)
+        return _image_folder(root, location)
     if location.kind == "arrow":
         from modeling.arrow_tables import open_arrow_folder
 
         return open_arrow_folder(root)
     suffix = Path(location.files[0]).suffix.lower()
-    files = [root / name for name in location.files]
     if suffix in (".parquet", ".arrow"):
         from modeling.arrow_tables import open_arrow_files
 
-        return open_arrow_files(root, files)
+        return open_arrow_files(root, [root / name for name in location.files])
+    return _read_rows(location)
+
+
+def _read_rows(location: Location) -> ListTable:
+    root = Path(location.root)
+    files = [root / name for name in location.files]
     records: list[Mapping[str, Any]] = []
     wheres: list[str] = []
     for file in files:
@@ -144,11 +157,22 @@ def open_table(path: str, source: str, *, revision: str | None = None) -> Table:
 
 
 def split_origin(
-    path: str, source: str, *, revision: str | None = None, progress: Progress | None = None
+    path: str,
+    source: str,
+    *,
+    inputs: Sequence[str] = (),
+    revision: str | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, object]:
-    """What a split is read from, by content, as plain values to digest."""
-    from merging.digests import digest_file
+    """What a split is read from, by content, as plain values to digest.
 
+    Args:
+        path: as in `open_table`.
+        source: the split.
+        inputs: the input columns; image files that they name are part of the content.
+        revision: for the hub, the commit.
+        progress: files read, of how many.
+    """
     location = locate(path, source, revision=revision)
     if location.kind == "hub":
         return {
@@ -157,12 +181,34 @@ def split_origin(
             "revision": location.revision,
             "split": location.split,
         }
+    root = Path(location.root)
+    names = [*location.files, *_named_images(location, inputs)]
     files = []
-    for done, name in enumerate(location.files):
-        files.append([name, digest_file(Path(location.root) / name)])
+    for done, name in enumerate(names, 1):
+        files.append([name, digest_file(root / name)])
         if progress is not None:
-            progress(done + 1, len(location.files))
-    return {"files": files}
+            progress(done, len(names))
+    origin: dict[str, object] = {"files": files}
+    if location.synsets is not None:
+        origin["synsets"] = digest_file(Path(location.synsets))
+    return origin
+
+
+def _named_images(location: Location, inputs: Sequence[str]) -> list[str]:
+    """The image files that the rows of a text table name, sorted."""
+    if Path(location.files[0]).suffix.lower() in (".parquet", ".arrow"):
+        return []  # images lie inside
+    if location.kind != "table":
+        return []
+    table = _read_rows(location)
+    named = {
+        value
+        for column in inputs
+        if column in table.columns
+        for value in table.column(column)
+        if isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES)
+    }
+    return sorted(name for name in named if (table.root / name).is_file())
 
 
 def locate(path: str, source: str, *, revision: str | None = None) -> Location:
@@ -185,9 +231,9 @@ def locate(path: str, source: str, *, revision: str | None = None) -> Location:
     target = root / source
     if target.is_file():
         _check_suffix(target)
-        return Location("table", str(root), (source,))
+        return Location("table", str(target.parent), (target.name,))
     if target.is_dir():
-        return _locate_folder(target)
+        return _locate_folder(target, root)
     files = sorted(
         entry.name
         for entry in root.iterdir()
@@ -209,7 +255,7 @@ def locate(path: str, source: str, *, revision: str | None = None) -> Location:
     )
 
 
-def _locate_folder(folder: Path) -> Location:
+def _locate_folder(folder: Path, root: Path) -> Location:
     if (folder / "state.json").is_file():
         data = sorted(f.name for f in folder.glob("*.arrow"))
         return Location("arrow", str(folder), (*data, "dataset_info.json", "state.json"))
@@ -217,8 +263,10 @@ def _locate_folder(folder: Path) -> Location:
         f.name for f in folder.iterdir() if f.is_file() and f.suffix.lower() in TABLE_SUFFIXES
     )
     images = sorted(_images(folder))
-    if images:
-        return Location("images", str(folder), tuple(images))
+    if images and not tables:
+        places = (folder / SYNSETS_FILE, root / SYNSETS_FILE)
+        synsets = next((str(file) for file in places if file.is_file()), None)
+        return Location("images", str(folder), tuple(images), synsets)
     kinds = {Path(name).suffix.lower() for name in tables}
     if len(kinds) == 1:
         return Location("table", str(folder), tuple(tables))
@@ -237,8 +285,9 @@ def _images(folder: Path) -> Iterator[str]:
             yield entry.relative_to(folder).as_posix()
 
 
-def _image_folder(root: Path, files: Sequence[str]) -> ListTable:
+def _image_folder(root: Path, location: Location) -> ListTable:
     """One row per image, its class is the folder that it lies in."""
+    files = location.files
     folders = [name.split("/")[0] if "/" in name else "" for name in files]
     if "" in folders:
         raise BadInput(
@@ -248,7 +297,8 @@ def _image_folder(root: Path, files: Sequence[str]) -> ListTable:
         )
     values = {"image": list(files), "label": folders}
     names = {"label": tuple(sorted(set(folders), key=lambda name: name.encode()))}
-    return ListTable(root.name, root, values, wheres=list(files), names=names)
+    synsets = None if location.synsets is None else Path(location.synsets)
+    return ListTable(root.name, root, values, wheres=list(files), names=names, synsets=synsets)
 
 
 def _records(file: Path) -> Iterator[Mapping[str, Any]]:
