@@ -13,10 +13,11 @@ import logging
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from merging.errors import Unavailable
+from merging.errors import BadInput, Unavailable
 from registry import image
 from registry.head import Head, ModelVersion
 from registry.history import Entry, MergedRecord
@@ -47,7 +48,7 @@ class Catalog:
     def client(self) -> "MlflowClient":
         """MLflow's own client, for what this class does not do."""
         with self._explained():
-            return _connect(self.home)
+            return connect(self.home)
 
     def repair(self, ledger: Ledger, *, full: bool = False) -> int:
         """Complete the image of a line from its ledger.
@@ -297,23 +298,39 @@ class Catalog:
         finally:
             os.close(descriptor)
 
-    @contextlib.contextmanager
-    def _explained(self) -> Iterator[None]:
-        import requests
-        from mlflow.exceptions import MlflowException
-        from sqlalchemy.exc import SQLAlchemyError
+    def _explained(self) -> AbstractContextManager[None]:
+        return mlflow_explained(self.home)
 
-        try:
-            yield
-        except (MlflowException, SQLAlchemyError, requests.RequestException) as error:
-            first = (str(error).splitlines() or [type(error).__name__])[0]
-            # Not chained: the original may hold an address with its password.
-            raise Unavailable(
-                f"MLflow at {without_credentials(self.home.mlflow_uri)} cannot be used",
-                found=without_credentials(first)[:300],
-                hint="check MLFLOW_TRACKING_URI and that the server runs; the store is complete, "
-                "and the next remerge completes MLflow",
-            ) from None
+
+@contextlib.contextmanager
+def mlflow_explained(home: Home, missing: str | None = None) -> Iterator[None]:
+    """Turn MLflow's failures into errors that say what to do.
+
+    Args:
+        home: whose MLflow it is.
+        missing: what to say when MLflow answers that something is not there.
+
+    Raises:
+        BadInput: something is not there, and `missing` was given.
+        Unavailable: MLflow cannot be used now.
+    """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        first = without_credentials((str(error).splitlines() or [type(error).__name__])[0])[:300]
+        absent = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
+        if missing is not None and getattr(error, "error_code", None) in absent:
+            raise BadInput(missing, found=first, hint="check the name and the version") from None
+        # Not chained: the original may hold an address with its password.
+        raise Unavailable(
+            f"MLflow at {without_credentials(home.mlflow_uri)} cannot be used",
+            found=first,
+            hint="check MLFLOW_TRACKING_URI and that the server runs; the store is complete, "
+            "and the next remerge completes MLflow",
+        ) from None
 
 
 def without_credentials(text: str) -> str:
@@ -321,7 +338,8 @@ def without_credentials(text: str) -> str:
     return re.sub(r"(\w://)[^/@\s'\"]+@", r"\1***@", text)
 
 
-def _connect(home: Home) -> "MlflowClient":
+def connect(home: Home) -> "MlflowClient":
+    """MLflow's client for a home, with the process pointed to the same server."""
     # The first connection migrates a new database and would tell every step of it.
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -29,7 +29,7 @@ from merging.errors import BadInput
 from registry.documents import checked, parse_mapping, read_text
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?(@[\w./-]+)?\Z", re.ASCII)
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?\Z", re.ASCII)
 _PIN = re.compile(r"@[0-9a-f]{40}\Z")
 _CRON_FIELD = re.compile(r"[0-9A-Za-z*/,#?-]+\Z")
 _MAX_LABEL_FILE = 16 << 20
@@ -277,6 +277,14 @@ class LineSpec(Spec):
 def keep_pin(new: str, old: str) -> str:
     """The old source where the new one is the same without its pinned commit."""
     return old if _PIN.sub("", old) == new else new
+
+
+def split_pin(source: str) -> tuple[str, str | None]:
+    """A hub id without its revision, and the revision; a path is never split."""
+    if source.startswith("/"):
+        return source, None
+    name, _, revision = source.partition("@")
+    return name, revision or None
 
 
 def is_hub_id(source: str) -> bool:

@@ -1,0 +1,303 @@
+"""Where models are read: a path, the hub, or MLflow, always the same thing again.
+
+An existing local path wins and is used in place. A hub id is pinned to its commit, and
+only weights, configuration, tokenizer and processor files are fetched, into the hub's own
+cache. An MLflow artifact is fetched once and kept in the store, so that it can be read
+again wherever the store can, whatever becomes of it in MLflow. Nothing that is fetched is
+executed, and pickles are not fetched at all.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Literal
+
+from merging.digests import digest_bytes
+from merging.errors import BadInput, Damage, Unavailable
+from registry.home import Home
+from registry.objects import ObjectStore
+from registry.specs import is_hub_id, split_pin
+from registry.store import explained
+
+MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
+
+# The files of a model folder that are read; `*/*` because a pattern's `*` crosses folders.
+_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model")
+_UNWANTED = ("*/*", "*.fp16.*", "*.bf16.*", "*.onnx*")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+_CONVERT = (
+    "convert it where you trust it: AutoModel.from_pretrained(ID).save_pretrained(OUT), "
+    "then use the folder OUT"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be read.
+
+    Attributes:
+        uri: what names the same thing for ever: an absolute path, `org/name@commit`, or
+            an MLflow address that cannot move.
+        local: its folder or file on this machine.
+        kind: where it comes from.
+        revision: the commit, for the hub.
+    """
+
+    uri: str
+    local: Path
+    kind: Literal["path", "hub", "mlflow"]
+    revision: str | None = None
+
+
+def resolve_source(source: str | Path, home: Home) -> Source:
+    """Find a model and make it readable on this machine.
+
+    Args:
+        source: a path, `org/name[@revision]`, `models:/`, `runs:/` or `mlflow-artifacts:/`.
+        home: where what is fetched is kept.
+
+    Raises:
+        BadInput: it is not there, or of a kind that is not read.
+        Unavailable: the server that holds it is away, or refuses.
+    """
+    text = str(source)
+    path = Path(text.removeprefix("file://")).expanduser()
+    if path.exists():
+        return Source(uri=str(path.resolve()), local=path.resolve(), kind="path")
+    if text.startswith(MLFLOW_SCHEMES):
+        return _from_mlflow(text, home)
+    if "://" not in text and is_hub_id(text):
+        return _from_hub(text)
+    raise BadInput(
+        f"there is no model at {text}",
+        expected="a folder, a hub id such as org/name, or models:/NAME/VERSION",
+        found="an address of another kind" if "://" in text else "nothing at this path",
+        hint="copy the model to a folder and name that" if "://" in text else "check the path",
+    )
+
+
+def pin_data(path: str) -> str:
+    """A task's data with a hub id pinned to its commit; a local path stays as it is.
+
+    Raises:
+        BadInput: there is no such data set or revision.
+        Unavailable: the hub is away.
+    """
+    if Path(path).exists() or "://" in path:
+        return path
+    name, revision = split_pin(path)
+    if revision is not None and _is_commit(revision):
+        return path
+    repository = name.partition(":")[0]
+    return f"{name}@{_commit(repository, revision, 'dataset')}"
+
+
+def _from_hub(text: str) -> Source:
+    from huggingface_hub import snapshot_download
+
+    name, revision = split_pin(text)
+    if revision is None or not _is_commit(revision):
+        revision = _commit(name, revision, "model")
+    with _hub_explained(name, revision):
+        local = Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(_WANTED),
+                ignore_patterns=list(_UNWANTED),
+                endpoint=os.environ.get("HF_ENDPOINT"),
+            )
+        )
+    if not any(local.glob("*.safetensors")):
+        raise BadInput(
+            f"the hub's {name} holds no safetensors",
+            expected="model.safetensors, whole or in shards",
+            hint=_CONVERT,
+        )
+    return Source(uri=f"{name}@{revision}", local=local, kind="hub", revision=revision)
+
+
+def _commit(name: str, revision: str | None, kind: Literal["model", "dataset"]) -> str:
+    """The commit that a branch or tag of the hub points to now."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    with _hub_explained(name, revision or "main"):
+        if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
+            # Asked to do without the network: what the cache holds is the answer.
+            return Path(
+                snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True)
+            ).name
+        api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
+        found = api.repo_info(name, repo_type=kind, revision=revision).sha
+        if found is None:
+            raise Unavailable(f"the hub names no commit for {name}", hint="try again later")
+        return str(found)
+
+
+@contextmanager
+def _hub_explained(name: str, revision: str) -> Iterator[None]:
+    from huggingface_hub import errors
+
+    try:
+        yield
+    except errors.GatedRepoError:
+        raise Unavailable(
+            f"the hub's {name} is only for those who were admitted",
+            hint="ask for access on its page and set HF_TOKEN, or use a local copy",
+        ) from None
+    except errors.RepositoryNotFoundError:
+        raise BadInput(
+            f"{name} is neither a local path nor on the hub",
+            found="no such public repository, or one that your token may not read",
+            hint="check the spelling; for a private one set HF_TOKEN",
+        ) from None
+    except errors.RevisionNotFoundError:
+        raise BadInput(
+            f"the hub's {name} has no revision {revision}",
+            hint="name a branch, a tag or a commit that is there, or none",
+        ) from None
+    except (errors.RemoteEntryNotFoundError, errors.HFValidationError) as error:
+        raise BadInput(f"the hub's {name} cannot be read", found=_first_line(error)) from None
+    except (
+        errors.HTTPError,  # type: ignore[attr-defined]
+        errors.OfflineModeIsEnabled,
+        errors.LocalEntryNotFoundError,
+        errors.IncompleteSnapshotError,
+        errors.FileMetadataError,
+        errors.XetDownloadError,
+    ) as error:
+        raise Unavailable(
+            f"the hub cannot be asked for {name} at {revision}",
+            found=_first_line(error),
+            hint="check the network and HF_ENDPOINT and try again, or use a local copy",
+        ) from None
+
+
+def _from_mlflow(uri: str, home: Home) -> Source:
+    objects = ObjectStore(home.open_store())
+    kept = objects.lookup("source", digest_bytes(uri.encode())) if _is_fixed(uri) else None
+    fixed = uri
+    if kept is None:
+        fixed, manifest = _fetch(uri, home, objects)
+        kept = objects.publish("source", digest_bytes(fixed.encode()), manifest)
+    files = json.loads(objects.read_blob(kept.blob))
+    if "uri" in files:  # a stand-in that names where the model really is
+        target = resolve_source(files["uri"], home)
+        return Source(target.uri, target.local, target.kind, target.revision)
+    return Source(uri=fixed, local=_unpacked(kept.blob, files, home, objects), kind="mlflow")
+
+
+def _is_fixed(uri: str) -> bool:
+    """Whether an MLflow address means the same for ever, as an alias does not."""
+    rest = uri.removeprefix("models:/")
+    return rest == uri or ("@" not in rest and not rest.endswith("/latest"))
+
+
+def _fetch(uri: str, home: Home, objects: ObjectStore) -> tuple[str, str]:
+    """Download an MLflow artifact into the store: its fixed address and its manifest."""
+    from registry.catalog import connect, mlflow_explained
+
+    with explained(home.scratch, "write"):
+        home.scratch.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="fetch-", dir=home.scratch))
+    try:
+        with mlflow_explained(home, missing=f"MLflow has no {uri}"):
+            client = connect(home)
+            if not _is_fixed(uri):
+                name, _, alias = uri.removeprefix("models:/").partition("@")
+                if not alias:
+                    raise BadInput(
+                        f"{uri} moves from version to version",
+                        expected="models:/NAME/VERSION or models:/NAME@ALIAS",
+                    )
+                version = client.get_model_version_by_alias(name, alias)
+                uri = f"models:/{name}/{version.version}"
+            import mlflow
+
+            got = Path(
+                mlflow.artifacts.download_artifacts(
+                    artifact_uri=uri, dst_path=str(folder), tracking_uri=home.mlflow_uri
+                )
+            )
+        return uri, _kept(uri, got, objects)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _kept(uri: str, folder: Path, objects: ObjectStore) -> str:
+    """Put a folder's model files into the store; returns the digest of their manifest."""
+    stand_in = folder / "object.json"
+    if stand_in.is_file() and not any(folder.glob("*.safetensors")):
+        return objects.put_json({"uri": _pointed_at(uri, stand_in)})
+    if folder.is_dir():
+        found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+    else:
+        found = {folder.name: folder}
+    wanted = {n: p for n, p in found.items() if any(fnmatch(n, pattern) for pattern in _WANTED)}
+    if not any(name.endswith(".safetensors") for name in wanted):
+        pickles = [name for name in found if name.endswith(_PICKLES)]
+        raise BadInput(
+            f"{uri} holds no safetensors",
+            found=", ".join(pickles or sorted(found)) or "nothing",
+            hint=_CONVERT if pickles else "name the folder that holds model.safetensors",
+        )
+    return objects.put_json(
+        {"files": {name: objects.put_blob(path, move=True) for name, path in wanted.items()}}
+    )
+
+
+def _pointed_at(uri: str, stand_in: Path) -> str:
+    try:
+        values = json.loads(stand_in.read_bytes())
+        target = values["uri"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        target = None
+    # A stand-in may not lead to another one, or the chain might never end.
+    if not isinstance(target, str) or target.startswith(MLFLOW_SCHEMES):
+        raise BadInput(
+            f"{uri} holds an object.json that names no model",
+            expected="a path or a hub id under 'uri'",
+        )
+    return target
+
+
+def _unpacked(
+    manifest: str, files: dict[str, dict[str, str]], home: Home, objects: ObjectStore
+) -> Path:
+    """A folder in the cache with the files of a manifest, complete or not there at all."""
+    folder = home.cache / "sources" / manifest
+    if folder.is_dir():
+        return folder
+    with explained(folder, "write"):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
+        for name, blob in files["files"].items():
+            if Path(name).name != name:
+                raise Damage(f"the manifest {manifest} names the file {name!r}")
+            path = objects.blob_path(blob)
+            try:
+                (building / name).hardlink_to(path)
+            except OSError:
+                shutil.copyfile(path, building / name)
+        try:
+            building.rename(folder)
+        except OSError:  # another worker was first
+            shutil.rmtree(building, ignore_errors=True)
+    return folder
+
+
+def _is_commit(revision: str) -> bool:
+    return len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
+
+
+def _first_line(error: Exception) -> str:
+    from registry.catalog import without_credentials
+
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return without_credentials(lines[0] if lines else type(error).__name__)[:300]
