@@ -192,7 +192,7 @@ def embed_prompts(
             for texts in _chunks(prompts, len(spec.templates))
         ]
         weight = torch.nn.functional.normalize(torch.stack(classes), dim=-1)
-    return weight.clone()
+    return weight.clone()  # outside of inference mode: losses are differentiated through it
 
 
 def _chunks(items: list[str], size: int) -> Iterable[list[str]]:

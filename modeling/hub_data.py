@@ -1,18 +1,139 @@
 """Data sets on the hub, by id and commit, through `datasets`.
 
-The commit is pinned before anything is read, so a key that names it names the bytes. Scripts of
-a data set are never run. `HF_ENDPOINT` and the cache variables of the environment are honoured.
+The commit is pinned before anything is read, so a key that names it names the bytes. A data
+set's own code is never run. `HF_ENDPOINT` and the cache variables of the environment hold.
 """
 
-from merging.errors import BadInput
-from modeling.tables import Location, Table
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from merging.errors import BadInput, RestitchError, Unavailable
+from modeling.tables import Location
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+class HubTable:
+    """One split of a data set on the hub, memory-mapped by `datasets`; images stay encoded."""
+
+    def __init__(self, name: str, dataset: Any) -> None:
+        from datasets import ClassLabel, Image
+
+        self._names: dict[str, tuple[str, ...]] = {}
+        for column, feature in dataset.features.items():
+            if isinstance(feature, Image):
+                dataset = dataset.cast_column(column, Image(decode=False))
+            elif isinstance(feature, ClassLabel):
+                self._names[column] = tuple(feature.names)
+        self._dataset = dataset
+        self.name = name
+        self.root = Path()
+        self.columns = tuple(dataset.column_names)
+        self.synsets: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    def row(self, index: int, columns: Sequence[str]) -> tuple[Any, ...]:
+        """The values of one row."""
+        values = self._dataset[index]
+        return tuple(values[column] for column in columns)
+
+    def column(self, name: str) -> Sequence[Any]:
+        """All values of one column."""
+        values: Sequence[Any] = self._dataset.select_columns([name])[:][name]
+        return values
+
+    def where(self, index: int) -> str:
+        """Data set and row."""
+        return f"{self.name} row {index}"
+
+    def class_names(self, column: str) -> tuple[str, ...] | None:
+        """The names of the classes, where the data set has them."""
+        return self._names.get(column)
 
 
 def locate_on_hub(path: str, source: str, *, revision: str | None) -> Location:
-    """The split of a data set on the hub; asks nothing of the network."""
-    raise BadInput(f"there is no data at {path}", hint="give a folder")
+    """A split of a data set on the hub; asks no network.
+
+    Args:
+        path: `owner/name` or `owner/name:configuration`.
+        source: the split, or `configuration/split`.
+        revision: the commit.
+    """
+    path, _, config = path.partition(":")
+    if not _ID.fullmatch(path):
+        raise BadInput(f"there is no data at {path}", hint="name a folder or a hub id")
+    if revision is None or not _COMMIT.fullmatch(revision):
+        raise BadInput(
+            f"there is no folder {path}, and as a hub id it is not pinned",
+            expected="a folder, or owner/name with its commit",
+            found=revision,
+            hint="check path:; hub ids are pinned when a task is registered",
+        )
+    other, _, split = source.rpartition("/")
+    return Location("hub", path, split=split, config=other or config or None, revision=revision)
 
 
-def open_hub(location: Location) -> Table:
-    """The rows of a split on the hub."""
-    raise NotImplementedError
+def open_hub(location: Location) -> HubTable:
+    """The rows of a split on the hub, downloaded once into the cache of `datasets`.
+
+    Raises:
+        BadInput: no such data set, configuration or split; the message lists what there is.
+        Unavailable: the hub cannot be reached and the cache does not have it.
+    """
+    import datasets
+    import huggingface_hub
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    datasets.logging.set_verbosity_error()
+    try:
+        dataset = datasets.load_dataset(
+            location.root, location.config, split=location.split, revision=location.revision
+        )
+    except Exception as error:
+        raise _explained(location.root, error) from error
+    # Without a network `datasets` takes the newest commit in its cache, whatever was asked for;
+    # the folder of the prepared files is named by the commit that they came from.
+    kept = {Path(file["filename"]).parent.name for file in dataset.cache_files}
+    if kept != {location.revision}:
+        raise Unavailable(
+            f"{location.root} cannot be fetched from the hub",
+            expected=f"commit {location.revision}",
+            found=f"in the cache: {', '.join(sorted(kept)) or 'nothing'}",
+            hint="try again with a network",
+        )
+    return HubTable(f"{location.root} {location.split}", dataset)
+
+
+def _explained(path: str, error: Exception) -> RestitchError:
+    """What an error of the hub's libraries means for the user."""
+    from datasets.exceptions import DatasetNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    absent = (RepositoryNotFoundError, RevisionNotFoundError, DatasetNotFoundError)
+    if isinstance(error, GatedRepoError):
+        return BadInput(
+            f"{path} is gated", found=error, hint="set HF_TOKEN after asking for access"
+        )
+    if isinstance(error, absent):
+        return BadInput(f"there is no data set {path} on the hub", found=error)
+    if isinstance(error, LocalEntryNotFoundError | ConnectionError | TimeoutError):
+        return Unavailable(f"{path} cannot be fetched from the hub", found=error)
+    if isinstance(error, ValueError | RuntimeError | KeyError):
+        # Unknown configuration or split, a data set that is a script: the message says which.
+        return BadInput(
+            f"{path} cannot be used", found=error, hint="a split is named split or config/split"
+        )
+    return Unavailable(
+        f"{path} cannot be fetched from the hub", found=f"{type(error).__name__}: {error}"
+    )
