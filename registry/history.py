@@ -230,9 +230,14 @@ def differences(
             gone, come = differences(old[key], new[key], pointer)
             before |= gone
             after |= come
-        elif old[key] != new[key]:
+        elif not _same(old[key], new[key]):
             before[pointer], after[pointer] = old[key], new[key]
     return before, after
+
+
+def _same(old: JsonValue, new: JsonValue) -> bool:
+    # Python takes 1, 1.0 and True for the same, and JSON does not.
+    return old == new and canonical_json(old) == canonical_json(new)
 
 
 def replay(entries: Iterable[Entry], state: dict[str, Any] | None = None) -> dict[str, Any]:

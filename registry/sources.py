@@ -99,21 +99,11 @@ def pin_data(path: str) -> str:
 
 
 def _from_hub(text: str) -> Source:
-    from huggingface_hub import snapshot_download
-
     name, revision = split_pin(text)
     if revision is None or not _is_commit(revision):
         revision = _commit(name, revision, "model")
     with _hub_explained(name, revision):
-        local = Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=list(_WANTED),
-                ignore_patterns=list(_UNWANTED),
-                endpoint=os.environ.get("HF_ENDPOINT"),
-            )
-        )
+        local = _snapshot(name, revision)
     if not any(local.glob("*.safetensors")):
         raise BadInput(
             f"the hub's {name} holds no safetensors",
@@ -121,6 +111,31 @@ def _from_hub(text: str) -> Source:
             hint=_CONVERT,
         )
     return Source(uri=f"{name}@{revision}", local=local, kind="hub", revision=revision)
+
+
+def _snapshot(name: str, revision: str) -> Path:
+    """The folder of a commit, from the cache without a call where it is there whole."""
+    from huggingface_hub import errors, snapshot_download
+
+    def fetch(only_cached: bool) -> Path:
+        return Path(
+            snapshot_download(
+                name,
+                revision=revision,
+                allow_patterns=list(_WANTED),
+                ignore_patterns=list(_UNWANTED),
+                endpoint=os.environ.get("HF_ENDPOINT"),
+                local_files_only=only_cached,
+            )
+        )
+
+    try:
+        local = fetch(only_cached=True)
+        if any(local.glob("*.safetensors")):
+            return local
+    except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
+        pass
+    return fetch(only_cached=False)
 
 
 def _commit(name: str, revision: str | None, kind: Literal["model", "dataset"]) -> str:

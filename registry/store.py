@@ -151,6 +151,8 @@ class FolderStore:
     def put(self, name: str, data: bytes | Path, *, move: bool = False) -> bool:
         """Create the object durably; see `Store.put`."""
         target = self._path(name)
+        if isinstance(data, Path) and not data.is_file():
+            raise BadInput(f"the file {data} is not there")
         with explained(target, "write"):
             if target.exists():
                 # Its writer may not have come to this point yet, and we say it is kept.

@@ -1,0 +1,97 @@
+"""Small heads, records and stores for the tests of `registry`."""
+
+from pathlib import Path
+
+from merging.digests import digest_bytes
+from registry.head import Head, ModelRef, ModelVersion
+from registry.history import MergedMember, MergedRecord, Retention, TaskResult
+from registry.ledger import Ledger
+from registry.objects import ObjectStore
+from registry.specs import LineSpec, MethodSpec, TaskSpec
+from registry.store import FolderStore
+
+TIME = "2026-03-01T12:00:00.000000+00:00"
+
+
+def digest(name: str) -> str:
+    return digest_bytes(name.encode())
+
+
+def model_ref(name: str = "model") -> ModelRef:
+    return ModelRef(uri=f"/models/{name}", weights=digest(name), config=digest("config"), size=8)
+
+
+def model(name: str = "model", **changes) -> ModelVersion:
+    return ModelVersion.model_validate({"model": model_ref(name), "registered_at": TIME, **changes})
+
+
+def ready(name: str = "model") -> ModelVersion:
+    return model(name, state="ready", mask=digest(f"mask {name}"), delta=digest(f"delta {name}"))
+
+
+def line_spec(line: str = "line", **changes) -> LineSpec:
+    method = MethodSpec(name="localize-and-stitch")
+    return LineSpec.model_validate(
+        {"line": line, "base": "/base", "family": "clip", "method": method, **changes}
+    )
+
+
+def head(line: str = "line") -> Head:
+    return Head(line=line, spec=line_spec(line), base=model_ref("base"))
+
+
+def with_task(head: Head, task: str, model: ModelVersion) -> Head:
+    if task not in head.tasks:
+        head = head.with_task(TaskSpec(task=task))
+    return head.with_version(task, model)
+
+
+def record(version: int = 1, line: str = "line", tasks: tuple[str, ...] = ("a", "b"), **changes):
+    values = {
+        "line": line,
+        "version": version,
+        "recipe": {
+            "method": {"name": "localize-and-stitch", "version": 1, "settings": {"overlap": "mean"}}
+        },
+        "recipe_digest": digest(f"recipe {version}"),
+        "patch": digest(f"patch {version}"),
+        "patch_bytes": 100,
+        "kept": 10,
+        "members": {
+            task: MergedMember(
+                version=1,
+                uri=f"/models/{task}",
+                weights=digest(task),
+                mask=digest(f"mask {task}"),
+                delta=digest(f"delta {task}"),
+            )
+            for task in tasks
+        },
+        "results": {
+            task: TaskResult(base=0.4, finetuned=0.8, merged=0.6, normalized=0.75) for task in tasks
+        },
+        "retention": Retention(task="general", top1=0.45, base_top1=0.5, ratio=0.9),
+        "created_at": TIME,
+    }
+    return MergedRecord.model_validate(values | changes)
+
+
+def ledger(root: Path, line: str = "line") -> Ledger:
+    made = Ledger(ObjectStore(FolderStore(root)), line)
+    made.create(line_spec(line), model_ref("base"), "tester", "a new line")
+    return made
+
+
+def merge(ledger: Ledger, **changes) -> int:
+    """One more merged version, promoted."""
+
+    def change(head: Head) -> Head:
+        made = record(head.next_version, head.line, **changes)
+        return head.with_merged(ledger.objects.put_blob(made.to_bytes()))
+
+    act = ledger.act("merged", "tester", "because", change)
+    assert act is not None
+    version = act.head.newest
+    assert version is not None
+    ledger.act("promoted", "tester", "no gates", lambda head: head.promoted(version))
+    return version
