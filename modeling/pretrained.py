@@ -75,7 +75,9 @@ def load_pretrained(
 
     config = read_config(folder)
     file = Checkpoint.open(folder)
+    # What does not fit is said below, in our words.
     transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     try:
         inner, report = auto_class.from_pretrained(
             str(folder),
@@ -88,7 +90,7 @@ def load_pretrained(
         )
     except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
         raise BadInput(f"{folder} cannot be loaded as a model", found=error) from error
-    inner.requires_grad_(False).eval()
+    inner.requires_grad_(False)
     absent = sorted(name for name in report["missing_keys"] if "pooler." not in name)
     if absent:
         raise BadInput(
@@ -105,7 +107,7 @@ def load_pretrained(
             details=lost,
             hint="does config.json belong to these weights?",
         )
-    return NamedModel(inner, names)
+    return NamedModel(inner, names).eval()
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:

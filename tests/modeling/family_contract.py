@@ -1,0 +1,189 @@
+"""What every family promises: inherit `FamilyContract` and give it a family and two folders."""
+
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import pytest
+import torch
+
+from merging.checkpoint import Checkpoint
+from merging.comparison import compare
+from merging.coordinates import select_tensors
+from modeling.data import Rows
+from modeling.evaluation import evaluate
+from modeling.family import Family
+from modeling.heads import Head, HeadSpec
+from modeling.tables import ListTable
+from modeling.weights import apply_edits, load_checkpoint, restore
+
+
+class FamilyContract:
+    """Subclasses give the four fixtures; `values` are the raw inputs of six rows."""
+
+    spec = HeadSpec(("no", "yes", "maybe"))
+
+    @pytest.fixture
+    def family(self) -> Family:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def base(self, tmp_path: Path) -> Path:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def finetuned(self, tmp_path: Path, base: Path) -> Path:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def values(self) -> list:
+        raise NotImplementedError
+
+    @pytest.fixture
+    def rows(self, family, values) -> Rows:
+        table = ListTable("rows", Path(), {"x": values, "y": [0, 1, 2] * (len(values) // 3)})
+        return Rows(table, ("x",), "y", self.spec.labels, family.modality)
+
+    @pytest.fixture
+    def batch(self, family, base, rows):
+        return family.preprocessor(base)([rows[i] for i in range(len(rows))])
+
+    @pytest.fixture
+    def model(self, family, base):
+        return family.load(base)
+
+    @pytest.fixture
+    def head(self, family, base, finetuned, model) -> Head:
+        return family.build_head(model, base, self.spec, finetuned=finetuned)
+
+    @pytest.fixture
+    def localizable(self, family, base) -> list[str]:
+        return select_tensors(Checkpoint.open(base).floating, family.localizable)
+
+    def test_it_has_the_whole_surface(self, family):
+        assert isinstance(family, Family)
+        assert family.modality in ("text", "image")
+        assert family.version >= 1
+
+    def test_a_model_loads_in_float32_for_evaluation_without_gradients(self, model):
+        assert not model.training
+        assert all(p.dtype == torch.float32 and not p.requires_grad for p in model.parameters())
+
+    def test_every_localizable_tensor_of_the_file_is_live_with_its_values(
+        self, family, model, base, localizable
+    ):
+        live, file = family.parameters(model), Checkpoint.open(base)
+        assert set(localizable) <= set(live)
+        assert set(live) <= set(file.names)
+        for name in live:
+            assert torch.equal(live[name].to(file.tensor(name).dtype), file.tensor(name)), name
+
+    def test_changing_a_live_tensor_changes_the_scores(
+        self, family, model, batch, head, localizable
+    ):
+        before = family.logits(model, batch, head)
+        with torch.no_grad():
+            family.parameters(model)[localizable[0]].add_(1.0)
+        assert not torch.equal(family.logits(model, batch, head), before)
+
+    def test_a_task_s_own_head_is_not_part_of_the_base(self, family, base, finetuned):
+        own = [
+            name
+            for name in Checkpoint.open(finetuned).names
+            if any(fnmatchcase(name, glob) for glob in family.head_tensors)
+        ]
+        assert bool(own) == bool(family.head_tensors)
+        assert not set(own) & set(Checkpoint.open(base).names)
+
+    def test_scores_are_one_finite_number_per_row_and_class(self, family, model, batch, head):
+        scores = family.logits(model, batch, head)
+        assert scores.shape == (6, len(self.spec.labels))
+        assert scores.isfinite().all()
+
+    def test_loading_again_gives_the_same_scores_bit_for_bit(
+        self, family, base, model, batch, head
+    ):
+        assert torch.equal(
+            family.logits(model, batch, head), family.logits(family.load(base), batch, head)
+        )
+
+    def test_the_loss_is_a_scalar_and_differentiable_in_the_localizable_tensors(
+        self, family, model, batch, head, localizable
+    ):
+        live = [family.parameters(model)[name].requires_grad_() for name in localizable]
+        loss = family.loss(model, batch, head)
+        assert loss.shape == ()
+        assert loss.isfinite()
+        gradients = torch.autograd.grad(loss, live)
+        assert all(g.isfinite().all() for g in gradients)
+        assert any(g.abs().sum() > 0 for g in gradients)
+
+    def test_a_head_is_the_same_bytes_every_time_and_survives_storing(
+        self, family, base, finetuned, model, batch, head
+    ):
+        again = family.build_head(family.load(base), base, self.spec, finetuned=finetuned)
+        assert again.to_bytes() == head.to_bytes()
+        stored = Head.from_bytes(head.to_bytes())
+        assert stored.spec == head.spec == family.resolve(base, self.spec)
+        assert torch.equal(family.logits(model, batch, stored), family.logits(model, batch, head))
+
+    def test_the_finetuned_folder_fits_the_base(self, family, base, finetuned, localizable):
+        assert family.config_differences(base, base) == []
+        assert family.config_differences(base, finetuned) == []
+        found = compare(
+            Checkpoint.open(base), Checkpoint.open(finetuned), localizable, family.prefixes
+        )
+        assert found.problems() == []
+
+    def test_wearing_other_weights_and_restoring_leaves_no_trace(
+        self, family, base, finetuned, model, batch, head, localizable
+    ):
+        before = family.logits(model, batch, head)
+        live, file = family.parameters(model), Checkpoint.open(base)
+        mapping = compare(file, Checkpoint.open(finetuned), localizable, family.prefixes).mapping
+        tuned = Checkpoint.open(finetuned).renamed(mapping)
+        load_checkpoint(live, tuned)
+        worn = family.logits(model, batch, head)
+        assert not torch.equal(worn, before)
+        restore(live, file, [name for name in tuned.names if name in live])
+        assert torch.equal(family.logits(model, batch, head), before)
+
+    def test_edits_give_the_scores_of_the_weights_that_they_write(
+        self, family, base, model, batch, head, localizable
+    ):
+        before = family.logits(model, batch, head)
+        live, file = family.parameters(model), Checkpoint.open(base)
+
+        class Ones:
+            names = tuple(localizable[:2])
+
+            def apply(self, name, flat):
+                flat[::2] = 1.0
+
+        apply_edits(live, file, Ones())
+        for name in localizable[:2]:
+            assert (live[name].reshape(-1)[::2] == 1).all()
+            assert torch.equal(
+                live[name].reshape(-1)[1::2], file.tensor(name).reshape(-1)[1::2].float()
+            )
+        assert not torch.equal(family.logits(model, batch, head), before)
+
+    def test_rows_become_batches_with_their_classes(self, batch):
+        assert batch["labels"].tolist() == [0, 1, 2, 0, 1, 2]
+        assert batch["labels"].dtype == torch.int64
+
+    def test_rows_without_classes_become_batches_too(self, family, base, values):
+        rows = Rows(ListTable("rows", Path(), {"x": values}), ("x",), None, (), family.modality)
+        assert "labels" not in family.preprocessor(base)([rows[0], rows[1]])
+
+    def test_an_evaluation_counts_what_the_scores_say(self, family, base, model, batch, head, rows):
+        found = evaluate(family, model, head, rows, family.preprocessor(base), batch_size=6)
+        best = family.logits(model, batch, head).argmax(1)
+        assert found.correct_rows().tolist() == (best == batch["labels"]).tolist()
+        assert found.count == 6
+
+    def test_asset_files_are_there_and_sorted(self, family, base):
+        names = family.asset_files(base)
+        assert "config.json" in names
+        assert list(names) == sorted(names)
+        assert all((base / name).is_file() for name in names)
+        assert not any(name.endswith((".safetensors", ".bin")) for name in names)

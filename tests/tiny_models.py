@@ -1,0 +1,178 @@
+"""Tiny real models with random weights, made in a second: folders as transformers writes them.
+
+base = tiny_clip(tmp_path / "base")
+tuned = tweaked(base, tmp_path / "tuned", seed=1)
+"""
+
+import json
+import shutil
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
+)
+
+SPECIAL = ("<s>", "</s>", "<pad>", "<unk>")
+
+
+def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
+    """One token per byte, so that any text has its own tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate((*alphabet, *SPECIAL))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[(token, vocabulary[token]) for token in ("<s>", "</s>")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=max_length,
+    )
+
+
+def tiny_bert(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 16) -> Path:
+    """A BERT folder."""
+    tokenizer = byte_tokenizer(64)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        intermediate_size=2 * hidden,
+        max_position_embeddings=48,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.5,
+    )
+    BertModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_roberta(folder: Path, *, seed: int = 0) -> Path:
+    """A RoBERTa folder: its positions start after the padding index."""
+    tokenizer = byte_tokenizer(1000)
+    torch.manual_seed(seed)
+    config = RobertaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=300,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    RobertaModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_clip(
+    folder: Path,
+    *,
+    seed: int = 0,
+    layers: int = 2,
+    hidden: int = 16,
+    image_size: int = 16,
+    patch_size: int = 8,
+    projection: int = 12,
+    hidden_act: str = "quick_gelu",
+) -> Path:
+    """A CLIP folder with both towers, tokenizer and image processor."""
+    tokenizer = byte_tokenizer(40)
+    torch.manual_seed(seed)
+    tower = {
+        "hidden_size": hidden,
+        "intermediate_size": 2 * hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 2,
+        "hidden_act": hidden_act,
+        "initializer_factor": 3.0,
+    }
+    config = CLIPConfig(
+        text_config={
+            **tower,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 32,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={**tower, "image_size": image_size, "patch_size": patch_size},
+        projection_dim=projection,
+    )
+    CLIPModel(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    write_image_processor(folder, image_size)
+    return folder
+
+
+def write_image_processor(folder: Path, image_size: int) -> None:
+    """CLIP's own image processing at another size."""
+    settings = {
+        "image_processor_type": "CLIPImageProcessor",
+        "crop_size": {"height": image_size, "width": image_size},
+        "size": {"shortest_edge": image_size},
+        "resample": 3,
+        "rescale_factor": 1 / 255,
+        "image_mean": [0.48145466, 0.4578275, 0.40821073],
+        "image_std": [0.26862954, 0.26130258, 0.27577711],
+        **{
+            f"do_{step}": True
+            for step in ("resize", "center_crop", "rescale", "normalize", "convert_rgb")
+        },
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def tweaked(
+    base: Path, folder: Path, *, seed: int, size: float = 0.1, globs: tuple[str, ...] = ("*",)
+) -> Path:
+    """A copy of a folder with noise on its floating tensors: a stand-in for finetuning."""
+    shutil.copytree(base, folder)
+    random = torch.Generator().manual_seed(seed)
+    tensors = load_file(base / "model.safetensors")
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        if tensor.is_floating_point() and any(fnmatchcase(name, glob) for glob in globs):
+            noise = torch.randn(tensor.shape, generator=random, dtype=torch.float32)
+            tensors[name] = (tensor.float() + size * noise).to(tensor.dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def vision_tower(clip: Path, folder: Path, *, prefix: str = "") -> Path:
+    """The vision tower of a CLIP folder alone, as version 5 saves it.
+
+    Args:
+        clip: a folder of `tiny_clip`.
+        folder: where to write.
+        prefix: `vision_model.` is how version 4 named the same tensors.
+    """
+    folder.mkdir(parents=True)
+    config = json.loads((clip / "config.json").read_text())["vision_config"]
+    config["architectures"] = ["CLIPVisionModel"]
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {
+        prefix + name.removeprefix("vision_model."): tensor
+        for name, tensor in load_file(clip / "model.safetensors").items()
+        if name.startswith("vision_model.")
+    }
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
