@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from merging.errors import BadInput
 from merging.progress import Progress
 from modeling.configs import differences, model_type_difference, read_config
-from modeling.data import Example
 from modeling.family import Batch, Preprocess
 from modeling.heads import Head, HeadSpec, embed_prompts
 from modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
+from modeling.rows import Example
 
 # What changes the text tower's reading of its own tokens but never the images' features.
 _TOKEN_IDS = frozenset({"pad_token_id", "bos_token_id", "eos_token_id"})

@@ -22,9 +22,9 @@ from torch import nn
 
 from merging.errors import BadInput
 from merging.progress import Progress
-from modeling.data import Rows
 from modeling.family import Batch, Family, Preprocess
 from modeling.heads import Head
+from modeling.rows import Rows
 
 EVALUATOR_VERSION = 1
 BATCH_SIZE = 64

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from merging.errors import BadInput
 from merging.progress import Progress
-from modeling.data import Example
 from modeling.heads import Head, HeadSpec
+from modeling.rows import Example
 
 Batch = dict[str, Tensor]
 Preprocess = Callable[[Sequence[Example]], Batch]

@@ -4,6 +4,7 @@ The commit is pinned before anything is read, so a key that names it names the b
 set's own code is never run. `HF_ENDPOINT` and the cache variables of the environment hold.
 """
 
+import logging
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,9 +87,8 @@ def open_hub(location: Location) -> HubTable:
         Unavailable: the hub cannot be reached and the cache does not have it.
     """
     import datasets
-    import huggingface_hub
 
-    huggingface_hub.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity_error()
     try:

@@ -6,8 +6,6 @@ for the digest, so a key always names the bytes that were read. Files are read d
 a cache; only hub ids go through `datasets`. A data set's own code is never run.
 """
 
-import csv
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from merging.digests import digest_file
 from merging.errors import BadInput
 from merging.progress import Progress
 from modeling.imagenet import SYNSETS_FILE
+from modeling.records import read_records
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TABLE_SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv")
@@ -148,7 +147,7 @@ def _read_rows(location: Location) -> ListTable:
     records: list[Mapping[str, Any]] = []
     wheres: list[str] = []
     for file in files:
-        for row, record in enumerate(_records(file)):
+        for row, record in enumerate(read_records(file)):
             records.append(record)
             wheres.append(f"{file.name} row {row}")
     columns = list(dict.fromkeys(key for record in records for key in record))
@@ -299,68 +298,6 @@ def _image_folder(root: Path, location: Location) -> ListTable:
     names = {"label": tuple(sorted(set(folders), key=lambda name: name.encode()))}
     synsets = None if location.synsets is None else Path(location.synsets)
     return ListTable(root.name, root, values, wheres=list(files), names=names, synsets=synsets)
-
-
-def _records(file: Path) -> Iterator[Mapping[str, Any]]:
-    suffix = file.suffix.lower()
-    try:
-        if suffix in (".csv", ".tsv"):
-            yield from _csv_records(file, "\t" if suffix == ".tsv" else ",")
-        elif suffix == ".jsonl":
-            yield from _jsonl_records(file)
-        else:
-            yield from _json_records(file)
-    except UnicodeDecodeError as error:
-        raise BadInput(f"{file} is not UTF-8 text", found=error) from error
-
-
-def _jsonl_records(file: Path) -> Iterator[Mapping[str, Any]]:
-    with file.open(encoding="utf-8") as stream:
-        # Not enumerate over splitlines: texts may contain other line separators.
-        for number, line in enumerate(stream, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise BadInput(f"{file} line {number} is no JSON", found=error) from error
-            if not isinstance(record, dict):
-                raise BadInput(
-                    f"{file} line {number} is no row",
-                    expected="an object {column: value}",
-                    found=type(record).__name__,
-                )
-            yield record
-
-
-def _json_records(file: Path) -> Iterator[Mapping[str, Any]]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        try:  # many write one object per line into .json
-            return _jsonl_records(file)
-        except BadInput:
-            raise BadInput(f"{file} is no JSON", found=error) from error
-    if isinstance(content, dict):
-        content = [content]
-    if not isinstance(content, list) or not all(isinstance(r, dict) for r in content):
-        raise BadInput(f"{file} holds no rows", expected="a list of objects {column: value}")
-    return iter(content)
-
-
-def _csv_records(file: Path, delimiter: str) -> Iterator[Mapping[str, Any]]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
-        try:
-            for record in reader:
-                if None in record or None in record.values():
-                    raise BadInput(
-                        f"{file} line {reader.line_num} has another number of fields",
-                        expected=f"{len(reader.fieldnames or ())} as in the first line",
-                    )
-                yield record
-        except csv.Error as error:
-            raise BadInput(f"{file} line {reader.line_num} is no CSV", found=error) from error
 
 
 def _is_split_file(stem: str, split: str) -> bool:

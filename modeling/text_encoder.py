@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from merging.errors import BadInput
 from merging.progress import Progress
 from modeling.configs import differences, model_type_difference, read_config
-from modeling.data import Example
 from modeling.family import Batch, Preprocess
 from modeling.heads import Head, HeadSpec, embed_prompts
 from modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
+from modeling.rows import Example
 
 DEFAULT_SCALE = 20.0
 # The transformer blocks in the layouts that encoders have, with or without a prefix.

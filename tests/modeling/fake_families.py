@@ -8,7 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -31,7 +31,7 @@ class _Tower(nn.Module):
         self.blocks = nn.ModuleList([nn.Linear(width, width) for _ in range(2)])
 
     def forward(self, tokens: Tensor) -> Tensor:
-        hidden = self.embed(tokens)
+        hidden: Tensor = self.embed(tokens)
         for block in self.blocks:
             hidden = hidden + torch.tanh(block(hidden))
         return hidden
@@ -139,7 +139,9 @@ class LanguageModel(_Tokens):
         return Head({"tokens": first}, self.resolve(folder, spec))
 
     def _next(self, model: nn.Module, batch: Batch) -> Tensor:
-        return model(batch["tokens"]) @ model.embed.weight.T
+        tower = cast("Any", model)
+        scores: Tensor = tower(batch["tokens"]) @ tower.embed.weight.T
+        return scores
 
     def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         return self._next(model, batch)[:, -1, head.tensors["tokens"]]

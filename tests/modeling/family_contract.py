@@ -2,6 +2,7 @@
 
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ class FamilyContract:
         raise NotImplementedError
 
     @pytest.fixture
-    def values(self) -> list:
+    def values(self) -> list[Any]:
         raise NotImplementedError
 
     @pytest.fixture
@@ -52,7 +53,7 @@ class FamilyContract:
         return family.load(base)
 
     @pytest.fixture
-    def head(self, family, base, finetuned, model) -> Head:
+    def head(self, family, base, finetuned, model):
         return family.build_head(model, base, self.spec, finetuned=finetuned)
 
     @pytest.fixture

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -12,21 +12,21 @@ from urllib.parse import unquote, urlsplit
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    server: "_Server"
+    server: "Hub"
 
-    def log_message(self, *_args):
+    def log_message(self, *_args: object) -> None:
         pass
 
-    def do_HEAD(self):
+    def do_HEAD(self) -> None:
         self._answer()
 
-    def do_GET(self):
+    def do_GET(self) -> None:
         self._answer()
 
-    def do_POST(self):
+    def do_POST(self) -> None:
         self._answer()
 
-    def _answer(self):
+    def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         path = unquote(urlsplit(self.path).path)
         self.server.seen.append(f"{self.command} {path}")
@@ -58,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._missing("EntryNotFound")
         return self._missing("RepoNotFound")
 
-    def _tree(self, folder, recursive):
+    def _tree(self, folder: str, recursive: bool) -> None:
         start = f"{folder}/" if folder else ""
         below = [name for name in self.server.files if name.startswith(start)]
         if folder and not below:
@@ -70,11 +70,11 @@ class _Handler(BaseHTTPRequestHandler):
         entries = [{"type": "directory", "path": f, "oid": "0", "size": 0} for f in sorted(folders)]
         return self._json([*entries, *(self._entry(name) for name in direct)])
 
-    def _entry(self, name):
+    def _entry(self, name: str) -> dict[str, object]:
         data = self.server.files[name]
         return {"type": "file", "path": name, "size": len(data), "oid": _etag(data)}
 
-    def _file(self, data):
+    def _file(self, data: bytes) -> None:
         self.send_response(200)
         self.send_header("etag", f'"{_etag(data)}"')
         self.send_header("x-repo-commit", self.server.commit)
@@ -83,7 +83,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def _json(self, value):
+    def _json(self, value: object) -> None:
         data = json.dumps(value).encode()
         self.send_response(200)
         self.send_header("content-type", "application/json")
@@ -92,14 +92,14 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
-    def _missing(self, code):
+    def _missing(self, code: str) -> None:
         self.send_response(404)
         self.send_header("x-error-code", code)
         self.send_header("content-length", "0")
         self.end_headers()
 
 
-class _Server(ThreadingHTTPServer):
+class Hub(ThreadingHTTPServer):
     repo: str
     commit: str
     files: dict[str, bytes]
@@ -115,9 +115,9 @@ def _form(body: bytes) -> list[str]:
 
 
 @contextmanager
-def hub(repo: str, files: Mapping[str, bytes]):
+def hub(repo: str, files: Mapping[str, bytes]) -> Iterator[Hub]:
     """Serve one data set; its commit is `server.commit`, what was asked `server.seen`."""
-    server = _Server(("127.0.0.1", 0), _Handler)
+    server = Hub(("127.0.0.1", 0), _Handler)
     server.repo, server.files, server.seen = repo, dict(files), []
     server.commit = hashlib.sha1(repr(sorted(files.items())).encode()).hexdigest()
     thread = Thread(target=server.serve_forever, daemon=True)

@@ -121,10 +121,10 @@ def test_families_can_be_added_but_built_in_ones_not_replaced():
     add_family(family)
     assert get_family("fake-language-model") is family
     assert set(family_names()) >= {"clip", "text-encoder", "fake-language-model"}
-    family = PerTaskClassifier()
-    family.name = "clip"
+    impostor = PerTaskClassifier()
+    impostor.name = "clip"
     with pytest.raises(ValueError, match="built in"):
-        add_family(family)
+        add_family(impostor)
 
 
 def test_importing_the_package_imports_neither_transformers_nor_datasets():

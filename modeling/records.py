@@ -1,0 +1,79 @@
+"""Rows of text files: JSON, JSON lines, CSV and TSV, with errors that name the line.
+
+CSV holds strings only; what they mean is decided by who reads the column.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from merging.errors import BadInput
+
+
+def read_records(file: Path) -> Iterator[Mapping[str, Any]]:
+    """The rows of a file, column to value, in order.
+
+    Raises:
+        BadInput: the file is broken; names the line.
+    """
+    suffix = file.suffix.lower()
+    try:
+        if suffix in (".csv", ".tsv"):
+            yield from _csv_records(file, "\t" if suffix == ".tsv" else ",")
+        elif suffix == ".jsonl":
+            yield from _jsonl_records(file)
+        else:
+            yield from _json_records(file)
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{file} is not UTF-8 text", found=error) from error
+
+
+def _jsonl_records(file: Path) -> Iterator[Mapping[str, Any]]:
+    with file.open(encoding="utf-8") as stream:
+        # Not enumerate over splitlines: texts may contain other line separators.
+        for number, line in enumerate(stream, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise BadInput(f"{file} line {number} is no JSON", found=error) from error
+            if not isinstance(record, dict):
+                raise BadInput(
+                    f"{file} line {number} is no row",
+                    expected="an object {column: value}",
+                    found=type(record).__name__,
+                )
+            yield record
+
+
+def _json_records(file: Path) -> Iterator[Mapping[str, Any]]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        try:  # many write one object per line into .json
+            return _jsonl_records(file)
+        except BadInput:
+            raise BadInput(f"{file} is no JSON", found=error) from error
+    if isinstance(content, dict):
+        content = [content]
+    if not isinstance(content, list) or not all(isinstance(r, dict) for r in content):
+        raise BadInput(f"{file} holds no rows", expected="a list of objects {column: value}")
+    return iter(content)
+
+
+def _csv_records(file: Path, delimiter: str) -> Iterator[Mapping[str, Any]]:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
+        try:
+            for record in reader:
+                if None in record or None in record.values():
+                    raise BadInput(
+                        f"{file} line {reader.line_num} has another number of fields",
+                        expected=f"{len(reader.fieldnames or ())} as in the first line",
+                    )
+                yield record
+        except csv.Error as error:
+            raise BadInput(f"{file} line {reader.line_num} is no CSV", found=error) from error
