@@ -121,10 +121,12 @@ def _thresholds(scores: Scores, k: int, total: int) -> Iterator[float]:
     pieces = [scores.sample(name, stride, _SAMPLE_BLOCK) for name in scores.names]
     sample = np.sort(torch.cat([piece.to(scores.score_dtype) for piece in pieces]).numpy())
     expected = len(sample) * k / total
+    tried = math.inf
     for slack in (1.05, 1.5):
         rank = math.ceil(slack * expected + 6 * math.sqrt(expected) + 1)
-        if rank <= len(sample) and sample[-rank] > last:
-            yield float(sample[-rank])
+        if rank <= len(sample) and last < sample[-rank] < tried:
+            tried = float(sample[-rank])
+            yield tried
     yield last
 
 

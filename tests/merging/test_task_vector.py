@@ -3,12 +3,15 @@ from pathlib import Path
 import pytest
 import torch
 
+from merging.checkpoint import Checkpoint
 from merging.errors import CannotJoin
 from merging.task_vector import TaskVector, outside_share
 from tests import tiny
 
 
-def pair(tmp_path: Path, base: dict[str, torch.Tensor], other: dict[str, torch.Tensor]):
+def pair(
+    tmp_path: Path, base: dict[str, torch.Tensor], other: dict[str, torch.Tensor]
+) -> tuple[Checkpoint, Checkpoint]:
     return tiny.save(tmp_path / "b", base), tiny.save(tmp_path / "f", other)
 
 

@@ -1,0 +1,64 @@
+from pathlib import Path
+
+import pytest
+
+from merging.edits import Edits, edited
+from merging.errors import BadInput
+from merging.methods import get_method, method, method_names, resolve_settings
+from merging.stitch import stitch
+from tests import tiny
+
+PAPER = "localize-and-stitch"
+
+
+def test_methods_are_found_by_scanning_the_folder() -> None:
+    assert PAPER in method_names()
+    found = get_method(PAPER)
+    assert (found.exact, found.kind, found.settings) == (True, "merged", {"overlap": "mean"})
+
+
+def test_every_method_says_where_it_comes_from() -> None:
+    for name in method_names():
+        found = get_method(name)
+        assert found.version >= 1
+        assert found.source
+
+
+def test_the_method_of_the_paper_is_stitching(tmp_path: Path) -> None:
+    base = tiny.save(tmp_path / "base", tiny.base_tensors())
+    members = [tiny.member(tmp_path, base, task, i) for i, task in enumerate("ab")]
+    edits, plain = get_method(PAPER)(base, members), stitch(base, members)
+    assert isinstance(edits, Edits)
+    assert edits.names == plain.names
+    for name in edits.names:
+        assert edited(base, edits, name).equal(edited(base, plain, name))
+
+
+def test_defaults_are_filled_in() -> None:
+    assert resolve_settings(PAPER, {}) == {"overlap": "mean"}
+
+
+def test_unknown_names_are_errors_with_the_nearest_right_one() -> None:
+    with pytest.raises(BadInput, match="did you mean 'overlap'"):
+        resolve_settings(PAPER, {"overlaps": "mean"})
+    with pytest.raises(BadInput, match=f"did you mean '{PAPER}'"):
+        get_method("localise-and-stitch")
+
+
+def test_a_setting_of_another_type_is_an_error() -> None:
+    with pytest.raises(BadInput, match="overlap"):
+        resolve_settings(PAPER, {"overlap": 3})
+
+
+def test_settings_need_defaults_and_names_are_unique() -> None:
+    with pytest.raises(ValueError):
+
+        @method(name="bare", version=1, source="none", exact=True)
+        def bare(base: object, members: object, *, scale: float) -> Edits:
+            raise AssertionError
+
+    with pytest.raises(ValueError):
+
+        @method(name=PAPER, version=1, source="none", exact=True)
+        def again(base: object, members: object) -> Edits:
+            raise AssertionError
