@@ -41,10 +41,10 @@ class _Loader(yaml.SafeLoader):
         """A mapping whose keys are texts and occur once."""
         seen: set[object] = set()
         for key_node, _value in node.value:
-            key = self.construct_object(key_node, deep=True)
-            where = f"line {key_node.start_mark.line + 1}"
             if key_node.tag == "tag:yaml.org,2002:merge":
                 continue
+            key = self.construct_object(key_node, deep=True)
+            where = f"line {key_node.start_mark.line + 1}"
             if not isinstance(key, str):
                 raise _RefusedError(f"{where}: the key {key!r} is not a text; put it in quotes")
             if key in seen:
@@ -97,8 +97,8 @@ def parse_mapping(text: str, origin: str) -> dict[str, Any]:
     Raises:
         BadInput: it is not such a document.
     """
-    loader = _Loader(text)
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is not None:
             _measure(node)
@@ -109,8 +109,6 @@ def parse_mapping(text: str, origin: str) -> dict[str, Any]:
         raise BadInput(f"{origin} is not valid YAML", details=str(error).splitlines()) from error
     except RecursionError as error:
         raise BadInput(f"{origin} is nested too deeply") from error
-    finally:
-        loader.dispose()
     if not isinstance(value, dict):
         raise BadInput(
             f"{origin} is not a list of keys and values",

@@ -1,11 +1,12 @@
 """Small heads, records and stores for the tests of `registry`."""
 
 from pathlib import Path
+from typing import Any
 
 from merging.digests import digest_bytes
 from registry.head import Head, ModelRef, ModelVersion
 from registry.history import MergedMember, MergedRecord, Retention, TaskResult
-from registry.ledger import Ledger
+from registry.ledger import Act, Ledger
 from registry.objects import ObjectStore
 from registry.specs import LineSpec, MethodSpec, TaskSpec
 from registry.store import FolderStore
@@ -21,7 +22,7 @@ def model_ref(name: str = "model") -> ModelRef:
     return ModelRef(uri=f"/models/{name}", weights=digest(name), config=digest("config"), size=8)
 
 
-def model(name: str = "model", **changes) -> ModelVersion:
+def model(name: str = "model", **changes: Any) -> ModelVersion:
     return ModelVersion.model_validate({"model": model_ref(name), "registered_at": TIME, **changes})
 
 
@@ -29,7 +30,7 @@ def ready(name: str = "model") -> ModelVersion:
     return model(name, state="ready", mask=digest(f"mask {name}"), delta=digest(f"delta {name}"))
 
 
-def line_spec(line: str = "line", **changes) -> LineSpec:
+def line_spec(line: str = "line", **changes: Any) -> LineSpec:
     method = MethodSpec(name="localize-and-stitch")
     return LineSpec.model_validate(
         {"line": line, "base": "/base", "family": "clip", "method": method, **changes}
@@ -46,7 +47,9 @@ def with_task(head: Head, task: str, model: ModelVersion) -> Head:
     return head.with_version(task, model)
 
 
-def record(version: int = 1, line: str = "line", tasks: tuple[str, ...] = ("a", "b"), **changes):
+def record(
+    version: int = 1, line: str = "line", tasks: tuple[str, ...] = ("a", "b"), **changes: Any
+) -> MergedRecord:
     values = {
         "line": line,
         "version": version,
@@ -82,7 +85,13 @@ def ledger(root: Path, line: str = "line") -> Ledger:
     return made
 
 
-def merge(ledger: Ledger, **changes) -> int:
+def done(act: Act | None) -> Act:
+    """The act, which must have been one."""
+    assert act is not None
+    return act
+
+
+def merge(ledger: Ledger, **changes: Any) -> int:
     """One more merged version, promoted."""
 
     def change(head: Head) -> Head:
@@ -90,8 +99,7 @@ def merge(ledger: Ledger, **changes) -> int:
         return head.with_merged(ledger.objects.put_blob(made.to_bytes()))
 
     act = ledger.act("merged", "tester", "because", change)
-    assert act is not None
-    version = act.head.newest
+    version = done(act).head.newest
     assert version is not None
     ledger.act("promoted", "tester", "no gates", lambda head: head.promoted(version))
     return version

@@ -4,11 +4,13 @@ Writers in other processes open the same store by `opener`, a Python expression.
 """
 
 import random
-import signal
 import subprocess
 import sys
+import textwrap
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -113,7 +115,7 @@ class StoreContract:
         ],
     )
     def test_a_name_that_could_leave_its_prefix_is_refused(self, store, name):
-        calls = [
+        calls: list[Callable[[], object]] = [
             lambda: store.put(name, b""),
             lambda: store.read(name),
             lambda: store.read_tagged(name),
@@ -145,7 +147,7 @@ class StoreContract:
             for number in range(10):
                 name = f"race/{number}"
                 contents = [f"{writer}".encode() * 1000 for writer in range(16)]
-                created = list(pool.map(lambda c, n=name: store.put(n, c), contents))
+                created = list(pool.map(partial(store.put, name), contents))
                 assert created.count(True) == 1
                 assert store.read(name) == contents[created.index(True)]
 
@@ -216,11 +218,9 @@ class StoreContract:
         chance = random.Random(1)
         for attempt in range(6):
             process = start(code, str(attempt))
-            process.stdout.readline()
+            wait_for_line(process)
             time.sleep(chance.uniform(0.0, 0.15))
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            process.stdout.close()
+            kill(process)
         whole = file.read_bytes()
         names = list(store.list("killed"))
         assert names, "the writers were killed too early"
@@ -238,10 +238,20 @@ class StoreContract:
         assert sum(1 for _ in store.list("killed")) == len(names) + 1
 
 
+def wait_for_line(process: subprocess.Popen[str]) -> None:
+    """Go on when the process has printed something."""
+    assert process.stdout is not None
+    process.stdout.readline()
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """End a process without a chance to clean up."""
+    process.kill()
+    process.communicate()
+
+
 def start(code: str, *arguments: str) -> subprocess.Popen[str]:
     """Another process that runs this code."""
-    import textwrap
-
     return subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *arguments],
         cwd=Path(ROOT),

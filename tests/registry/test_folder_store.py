@@ -5,7 +5,6 @@ import time
 import pytest
 
 from merging.errors import BadInput, Unavailable
-from registry import store as store_module
 from registry.store import FolderStore
 from tests.registry.store_contract import StoreContract
 
@@ -55,7 +54,7 @@ class TestFolderStore(StoreContract):
         def refuse(*_):
             raise OSError(errno.EPERM, "no links here")
 
-        monkeypatch.setattr(store_module.os, "link", refuse)
+        monkeypatch.setattr("registry.store.os.link", refuse)
         file = tmp_path / "file"
         file.write_bytes(b"first")
         assert store.put("name", file, move=True)
@@ -68,7 +67,7 @@ class TestFolderStore(StoreContract):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         store.put("before", b"")
-        monkeypatch.setattr(store_module.os, "fsync", full)
+        monkeypatch.setattr("registry.store.os.fsync", full)
         with pytest.raises(Unavailable, match="free some disk space") as raised:
             store.put("name", b"content")
         assert str(store.root) in str(raised.value)
@@ -84,7 +83,7 @@ class TestFolderStore(StoreContract):
         def refuse(*_):
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(store_module.os, "fsync", refuse)
+        monkeypatch.setattr("registry.store.os.fsync", refuse)
         with pytest.raises(Unavailable, match=hint):
             store.put("name", b"")
         with pytest.raises(Unavailable, match=hint):

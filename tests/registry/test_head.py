@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 from pydantic import ValidationError
 
@@ -12,7 +14,7 @@ def test_the_newest_ready_model_of_a_task_is_its_member():
     line = with_task(line, "a", model("3"))
     assert [(m.task, m.version) for m in line.members] == [("a", 2)]
     line = line.with_state("a", 2, "quarantined", "it is broken")
-    assert line.member("a").version == 1
+    assert [(m.task, m.version) for m in line.members] == [("a", 1)]
     assert line.tasks["a"].versions[2].reason == "it is broken"
 
 
@@ -70,7 +72,7 @@ def test_a_change_makes_a_new_head_and_leaves_the_old_one():
     old.with_task(TaskSpec(task="b"))
     assert old.to_json() == before
     with pytest.raises(ValidationError):
-        old.champion = 3
+        setattr(old, "champion", 3)  # noqa: B010
 
 
 def test_a_merged_version_is_the_candidate_until_it_is_promoted():
@@ -100,13 +102,14 @@ def test_a_head_that_contradicts_itself_is_refused(broken):
 
 def test_an_impossible_change_is_refused():
     line = with_task(head(), "a", model())
-    for change in (
+    changes: list[Callable[[], Head]] = [
         lambda: line.promoted(1),
         lambda: line.with_state("a", 2, "retired"),
         lambda: line.with_state("b", 1, "retired"),
         lambda: line.with_version("b", model()),
         lambda: line.with_spec(line_spec("another")),
-    ):
+    ]
+    for change in changes:
         with pytest.raises(ValueError):
             change()
 

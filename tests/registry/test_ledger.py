@@ -2,8 +2,11 @@ import copy
 import random
 import re
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
+from functools import partial
+from operator import methodcaller
 
 import pytest
 from hypothesis import given, settings
@@ -12,12 +15,13 @@ from hypothesis import strategies as st
 from merging.digests import canonical_json
 from merging.errors import BadInput, Damage, Unavailable
 from registry.history import Entry, differences, replay, state_of
-from registry.ledger import Ledger, lines
+from registry.ledger import Act, Ledger, lines
 from registry.objects import ObjectStore
 from registry.specs import TaskSpec
 from registry.store import FolderStore
 from tests.registry.builders import (
     digest,
+    done,
     ledger,
     line_spec,
     merge,
@@ -27,7 +31,7 @@ from tests.registry.builders import (
     record,
     with_task,
 )
-from tests.registry.store_contract import start
+from tests.registry.store_contract import kill, start, wait_for_line
 
 
 @pytest.fixture
@@ -35,8 +39,10 @@ def line(tmp_path):
     return ledger(tmp_path / "store")
 
 
-def register(line, task, name="model"):
-    return line.act("registered", "tester", "why not", lambda h: with_task(h, task, model(name)))
+def register(line: Ledger, task: str, name: str = "model") -> Act:
+    return done(
+        line.act("registered", "tester", "why not", lambda h: with_task(h, task, model(name)))
+    )
 
 
 def test_an_act_is_in_the_head_and_in_the_trail(line):
@@ -114,10 +120,15 @@ def test_a_line_that_was_not_made_is_said_with_those_that_were(line):
     other = Ledger(line.objects, "other")
     assert other.find() is None
     assert not other.exists()
-    for ask in (other.head, lambda: register(other, "a"), lambda: list(other.entries())):
+    asked: list[Callable[[], object]] = [
+        other.head,
+        lambda: register(other, "a"),
+        lambda: list(other.entries()),
+    ]
+    for ask in asked:
         with pytest.raises(BadInput, match="there is no line other") as raised:
             ask()
-        assert "lines line" in raised.value.found
+        assert raised.value.found == "lines line"
 
 
 def test_lines_are_found_by_their_heads(line):
@@ -160,7 +171,7 @@ def test_an_entry_that_no_head_reaches_does_not_count(line, monkeypatch):
 
 def test_who_loses_every_race_says_so(line, monkeypatch):
     monkeypatch.setattr(line, "_swap", lambda *_: False)
-    monkeypatch.setattr("registry.ledger.time.sleep", lambda _: None)
+    monkeypatch.setattr("registry.ledger._ATTEMPTS", 5)
     with pytest.raises(Unavailable, match="run the same command again"):
         register(line, "a")
 
@@ -222,11 +233,9 @@ def test_a_process_killed_at_any_moment_leaves_a_line_that_goes_on(line):
     chance = random.Random(2)
     for _ in range(4):
         process = start(code)
-        process.stdout.readline()
+        wait_for_line(process)
         time.sleep(chance.uniform(0.05, 0.3))
-        process.kill()
-        process.wait()
-        process.stdout.close()
+        kill(process)
         head = line.head()
         assert replay(line.entries(newest_first=False)) == state_of(head)
         assert [r.version for r in line.history()] == sorted(head.versions, reverse=True)
@@ -302,7 +311,7 @@ def test_the_head_at_a_time_is_the_one_of_then(tmp_path):
     heads = [line.head()]
     for task in ("a", "b", "c"):
         now[0] += timedelta(days=1)
-        line.act("localized", "t", "", lambda h, task=task: with_task(h, task, ready(task)))
+        line.act("localized", "t", "", partial(with_task, task=task, model=ready(task)))
         merge(line)
         heads.append(line.head())
     for day, head in enumerate(heads):
@@ -315,12 +324,8 @@ def test_the_head_at_a_time_is_the_one_of_then(tmp_path):
 def test_the_same_acts_at_the_same_times_give_the_same_bytes(tmp_path):
     trails = []
     for name in ("one", "two"):
-        ticks = iter(range(100))
-        line = Ledger(
-            ObjectStore(FolderStore(tmp_path / name)),
-            "line",
-            now=lambda ticks=ticks: datetime(2026, 1, 1, second=next(ticks), tzinfo=UTC),
-        )
+        times = (datetime(2026, 1, 1, second=tick, tzinfo=UTC) for tick in range(60))
+        line = Ledger(ObjectStore(FolderStore(tmp_path / name)), "line", now=times.__next__)
         line.create(line_spec(), model_ref("base"), "t", "")
         for task in ("a", "b"):
             register(line, task)
@@ -341,13 +346,15 @@ def test_a_thousand_versions_are_read_in_less_than_two_seconds(tmp_path, monkeyp
             head = head.with_merged(line.objects.put_blob(made.to_bytes()))
         return head
 
-    line.act("merged", "t", "", change)
     for number in range(1000):
-        line.act("promoted", "t", "", lambda head, n=number: head.promoted(n + 1))
+        line.act("configured", "t", "", methodcaller("with_pin", number % 2 == 0))
+    line.act("merged", "t", "", change)
     began = time.perf_counter()
     assert len(list(line.entries())) == 1002
     assert len(list(line.history())) == 1000
-    assert line.head_at(datetime.now(UTC)).champion == 1000
+    then = line.head_at(datetime.now(UTC))
+    assert then is not None
+    assert then.newest == 1000
     assert line.merged(500).version == 500
     assert time.perf_counter() - began < 2
 
@@ -357,8 +364,9 @@ def test_a_record_is_read_as_it_was_stored(tmp_path):
     made = record(gates=[{"gate": "min_retention", "limit": 0.9, "value": 0.8, "passed": False}])
     blob = line.objects.put_blob(made.to_bytes())
     assert blob == made.digest
-    act = line.act("merged", "t", "", lambda head: head.with_merged(blob))
-    assert line.merged(act.head.newest) == made
+    act = done(line.act("merged", "t", "", lambda head: head.with_merged(blob)))
+    assert act.head.newest == 1
+    assert line.merged(1) == made
     assert not made.passed
     assert made.mean_accuracy == 0.6
     assert record(results={}).mean_normalized is None

@@ -1,5 +1,6 @@
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -15,7 +16,7 @@ def objects(tmp_path):
     return ObjectStore(FolderStore(tmp_path / "store"))
 
 
-def alter(path, data=b"altered"):
+def alter(path: Path, data: bytes = b"altered") -> None:
     path.write_bytes(data)
 
 

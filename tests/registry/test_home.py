@@ -1,0 +1,106 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from merging.errors import BadInput, Unavailable
+from registry.home import Home, prepare_environment
+from tests.hub_server import ROOT
+
+
+def test_everything_lies_under_one_folder(tmp_path):
+    home = Home.from_environment({"RESTITCH_HOME": str(tmp_path / "home")})
+    home.create()
+    for path in (home.store_path, home.cache, home.scratch, home.mlartifacts):
+        assert path.is_relative_to(tmp_path / "home")
+    assert home.mlflow_uri == f"sqlite:///{tmp_path}/home/mlflow.db"
+    assert home.owns_mlflow
+
+
+def test_the_default_is_in_the_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Home.from_environment({}).root == tmp_path / ".restitch"
+    assert not (tmp_path / ".restitch").exists()
+
+
+def test_the_environment_may_name_another_store_and_server(tmp_path):
+    home = Home.from_environment(
+        {"RESTITCH_STORE": str(tmp_path / "s"), "MLFLOW_TRACKING_URI": "http://127.0.0.1:5000"}
+    )
+    assert home.store_path == tmp_path / "s"
+    assert home.mlflow_uri == "http://127.0.0.1:5000"
+    assert not home.owns_mlflow
+    assert Home(tmp_path, f"file://{tmp_path}/s").store_path == tmp_path / "s"
+
+
+def test_a_store_of_another_kind_is_refused_without_its_address(tmp_path):
+    with pytest.raises(BadInput, match="RESTITCH_STORE") as raised:
+        Home(tmp_path, "s3://key:secret@bucket/prefix").open_store()
+    assert "secret" not in str(raised.value)
+
+
+def test_a_home_that_cannot_be_made_is_said(tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(Unavailable, match="in the way"):
+        Home(tmp_path / "file" / "home").create()
+
+
+def test_variables_that_are_set_are_respected(tmp_path):
+    environment = {"PREFECT_HOME": "/mine"}
+    added = prepare_environment(Home(tmp_path), environment)
+    assert environment["PREFECT_HOME"] == "/mine"
+    assert "PREFECT_HOME" not in added
+    assert added["MLFLOW_DISABLE_TELEMETRY"] == "true"
+    assert prepare_environment(Home(tmp_path), environment) == {}
+
+
+def test_moving_the_caches_does_not_log_the_user_out(tmp_path):
+    token = tmp_path / "user" / ".cache" / "huggingface" / "token"
+    token.parent.mkdir(parents=True)
+    token.write_text("hf_x")
+    environment = {"HOME": str(tmp_path / "user")}
+    prepare_environment(Home(tmp_path / "home"), environment)
+    assert environment["HF_TOKEN_PATH"] == str(token)
+
+
+def test_importing_the_libraries_writes_nothing_to_the_users_home(tmp_path):
+    user, work = tmp_path / "user", tmp_path / "work"
+    user.mkdir()
+    work.mkdir()
+    code = """
+from registry.home import Home, prepare_environment
+home = Home.from_environment()
+home.create()
+prepare_environment(home)
+import datasets, huggingface_hub, mlflow, prefect, transformers
+"""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("PREFECT", "HF_", "MLFLOW", "XDG", "RESTITCH", "TORCH", "MPL"))
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=kept | {"HOME": str(user), "PYTHONPATH": str(ROOT)},
+        cwd=work,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(user.iterdir()) == []
+    assert [path.name for path in work.iterdir()] == [".restitch"]
+
+
+def test_looking_at_a_line_imports_nothing_heavy():
+    code = """
+import sys
+import registry.home, registry.ledger, registry.specs, registry.catalog, registry.sources
+heavy = {"torch", "mlflow", "prefect", "transformers", "datasets", "boto3", "huggingface_hub"}
+print(*sorted(heavy & set(sys.modules)))
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == ""
