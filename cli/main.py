@@ -1,0 +1,178 @@
+"""The `restitch` command: parse, call one function, print, and exit with the code of its kind.
+
+Exit codes: 0 done, 2 usage, 3 bad file or spec, 4 quarantined, 5 gate failed or held, 6 store
+or server away, 7 damage found, 130 interrupted. With `--json` standard output is one JSON
+document and nothing else. Heavy libraries are imported by the functions that need them, so
+`status`, `history` and `show` answer at once.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from cli import render
+from cli.reporter import TerminalReporter
+from merging.errors import RestitchError, Unavailable
+from registry.home import Home, prepare_environment
+from tasks.reporting import reporting_to
+
+app = typer.Typer(
+    name="restitch",
+    help="One merged model, kept current.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+INTERRUPTED = 130
+
+Line = Annotated[str, typer.Argument(help="Name of the line.")]
+Version = Annotated[str, typer.Argument(help="A number, `champion` or `candidate`.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+
+
+def _print(outcome: Any, as_json: bool, table: Callable[[Any, Console], None]) -> None:
+    """Print a result: as JSON, or as its table."""
+    if as_json:
+        typer.echo(json.dumps(outcome, indent=2, ensure_ascii=False))
+    else:
+        table(outcome, Console(highlight=False))
+
+
+@app.command()
+def init(
+    file: Annotated[Path, typer.Argument(help="YAML file of the line.")], as_json: Json = False
+) -> None:
+    """Make a line, or update it, from a YAML file."""
+    from flows.line import init_line
+
+    _print(init_line(file).as_dict(), as_json, render.init)
+
+
+@app.command()
+def register(
+    line: Line,
+    task: Annotated[Path, typer.Option("--task", help="YAML file of the task.")],
+    model: Annotated[str, typer.Option("--model", help="Folder, hub id or MLflow URI.")],
+    remerge: Annotated[bool, typer.Option(help="Merge it now, too.")] = True,
+    replace_task: Annotated[
+        bool, typer.Option("--replace-task", help="Accept another task file for this name.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Register a finetuned model; returns when it is in the merged model."""
+    from flows.register import register as run
+
+    outcome = run(line, task, model, merge=remerge, replace_task=replace_task)
+    _print(outcome.as_dict(), as_json, render.registered)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def remerge(
+    line: Line,
+    force: Annotated[
+        bool, typer.Option(help="Stitch and evaluate anew although nothing changed.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Bring the merged model up to date; does nothing when nothing changed."""
+    from flows.remerge import remerge as run
+
+    outcome = run(line, force)
+    _print(outcome.as_dict(), as_json, render.remerged)
+    raise typer.Exit(outcome.exit_code)
+
+
+@app.command()
+def status(
+    line: Annotated[str | None, typer.Argument(help="Name of the line; all without.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show members, their states, champion and candidate."""
+    from cli.views import status as view
+
+    _print(view(line), as_json, render.status)
+
+
+@app.command()
+def history(line: Line, as_json: Json = False) -> None:
+    """List the merged versions: members, metrics, who, when."""
+    from cli.views import history as view
+
+    _print(view(line), as_json, render.history)
+
+
+@app.command()
+def show(line: Line, version: Version = "champion", as_json: Json = False) -> None:
+    """Show one merged version: recipe, table per task, retention."""
+    from cli.views import show as view
+
+    _print(view(line, version), as_json, render.show)
+
+
+@app.command()
+def export(
+    line: Line,
+    version: Version,
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    overwrite: Annotated[bool, typer.Option(help="Replace what is in OUT.")] = False,
+    shard_size: Annotated[
+        str | None, typer.Option(help="Largest file, as 5GB or 500MB; default: like the base.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a merged version as a Hugging Face folder."""
+    from flows.export import export_version
+
+    outcome = export_version(line, version, out, overwrite=overwrite, shard_size=shard_size)
+    _print(outcome.as_dict(), as_json, render.exported)
+
+
+@app.command()
+def evaluate(line: Line, version: Version = "champion", as_json: Json = False) -> None:
+    """Evaluate a merged version on every task and on the general benchmark."""
+    from flows.evaluate import evaluate_version
+
+    _print(evaluate_version(line, version).as_dict(), as_json, render.evaluated)
+
+
+def _fail(error: RestitchError) -> int:
+    Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False)
+    return error.exit_code
+
+
+def main() -> None:
+    """Run the command; a user's mistake is one message and an exit code, never a traceback."""
+    try:
+        home = Home.from_environment()
+        # Steps, engines and child processes find the same place whatever their directory is.
+        os.environ["RESTITCH_HOME"] = str(home.root)
+        prepare_environment(home)
+        with reporting_to(TerminalReporter(quiet="--json" in sys.argv)):
+            app(standalone_mode=True)
+    except RestitchError as error:
+        sys.exit(_fail(error))
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted: run the same command again to go on")
+        sys.exit(INTERRUPTED)
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        sys.exit(
+            _fail(
+                Unavailable(
+                    f"{error.strerror or error}{place}",
+                    hint="check permissions and free space, then run the same command again",
+                )
+            )
+        )
+
+
+if __name__ == "__main__":
+    main()

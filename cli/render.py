@@ -1,0 +1,201 @@
+"""How results look in a terminal: one function per command, from the same values as `--json`."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+Values = dict[str, Any]
+
+
+def init(found: Values, out: Console) -> None:
+    """What `init` did."""
+    size = found["localizable"]
+    if found["created"]:
+        out.print(f"made line {found['line']} on {found['base']}", markup=False)
+    elif found["changes"]:
+        out.print(f"changed line {found['line']}", markup=False)
+        for key, old, new in found["changes"]:
+            out.print(f"  {key}: {old} -> {new}", markup=False)
+    else:
+        out.print(f"line {found['line']} is as its file says", markup=False)
+    out.print(f"  localizable: {size['coordinates']:,} weights in {size['tensors']} tensors")
+
+
+def registered(found: Values, out: Console) -> None:
+    """What became of a registered model."""
+    already = "already " if found["already"] else ""
+    out.print(f"{found['task']}: {already}version {found['version']}, {found['state']}")
+    if found["reason"]:
+        out.print(found["reason"], style="yellow", markup=False)
+    _facts(found["facts"], out)
+    if found["merged"] is not None:
+        remerged(found["merged"], out)
+
+
+def remerged(found: Values, out: Console) -> None:
+    """What a remerge did."""
+    says = {
+        "unchanged": "nothing changed; version {version} stays as it is",
+        "empty": "no model is ready to be merged",
+        "promoted": "version {version} is the champion",
+        "rejected": "version {version} failed its gates; the champion is {champion}",
+        "candidate": "version {version} is a candidate: promotion is switched off",
+    }
+    out.print(f"{found['line']}: {says[found['action']].format(**found)}", markup=False)
+    for model, checks in found["held"].items():
+        out.print(f"  held {model}: {'; '.join(checks)}", style="yellow", markup=False)
+    if found["record"] is not None:
+        results(found["record"], out)
+
+
+def status(found: Values, out: Console) -> None:
+    """The present of lines."""
+    if not found["lines"]:
+        out.print(f"no lines in {found['home']}: make one with `restitch init FILE`", markup=False)
+    for line in found["lines"]:
+        method = line["method"]["name"]
+        out.print(f"{line['line']}  {line['family']}, {method}, base {line['base']}", markup=False)
+        out.print(
+            f"  champion {_text(line['champion'])}, candidate {_text(line['candidate'])}"
+            f"{', pinned' if line['pinned'] else ''}"
+            f", normalized {_number(line['mean_normalized'])}"
+            f", retention {_number(line['retention'])}",
+            markup=False,
+        )
+        table = _table("task", "version", "state", "in champion", "density", "delta", "merged")
+        for model in line["models"]:
+            table.add_row(
+                model["task"],
+                str(model["version"]),
+                model["state"],
+                "yes" if model["in_champion"] else "",
+                _percent(model["density"]),
+                _bytes(model["delta_bytes"]),
+                _number(model["merged"]),
+            )
+        out.print(table)
+        for model in line["models"]:
+            if model["reason"] and model["state"] in ("quarantined", "held", "waiting"):
+                name = f"{model['task']} {model['version']}"
+                out.print(f"  {name}: {model['reason']}", style="yellow", markup=False)
+
+
+def history(found: Values, out: Console) -> None:
+    """The merged versions of a line."""
+    table = _table("version", "", "members", "accuracy", "normalized", "retention", "made", "by")
+    for version in found["versions"]:
+        made_by = version["made_by"] if isinstance(version["made_by"], dict) else {}
+        table.add_row(
+            str(version["version"]),
+            version["role"] or ("failed" if not version["passed"] else ""),
+            ", ".join(f"{task} {number}" for task, number in version["members"].items()),
+            _number(version["mean_accuracy"]),
+            _number(version["mean_normalized"]),
+            _number(version["retention"]),
+            version["created_at"][:19],
+            str(made_by.get("actor", "")),
+        )
+    out.print(table)
+
+
+def show(found: Values, out: Console) -> None:
+    """One merged version."""
+    role = f" ({found['role']})" if found["role"] else ""
+    out.print(f"{found['line']} version {found['version']}{role}, made {found['created_at'][:19]}")
+    results(found, out)
+    for gate in found["gates"]:
+        mark = "passed" if gate["passed"] else "failed"
+        out.print(f"  {mark}: {gate['note'] or gate['gate']}", markup=False)
+    method = found["recipe"]["method"]
+    out.print(f"  method {method['name']} {method['version']} {method['settings']}", markup=False)
+    table = _table("member", "version", "density", "delta", "mask", "source")
+    for task, member in found["members"].items():
+        facts = found["deltas"][task]
+        table.add_row(
+            task,
+            str(member["version"]),
+            _percent(facts["density"]),
+            _bytes(facts["delta_bytes"]),
+            member["mask"][:12],
+            member["uri"],
+        )
+    out.print(table)
+    out.print(
+        f"  recipe {found['recipe_digest'][:16]}, patch {found['patch'][:16]}: "
+        f"{found['kept']:,} weights, {_bytes(found['patch_bytes'])}"
+    )
+    out.print("  seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in found["timings"].items()))
+
+
+def evaluated(found: Values, out: Console) -> None:
+    """What a version reaches now."""
+    out.print(f"{found['line']} version {found['version']}")
+    results(found, out)
+
+
+def exported(found: Values, out: Console) -> None:
+    """What was written."""
+    out.print(f"{found['line']} version {found['version']} is in {found['out']}", markup=False)
+    out.print(f"  {len(found['files'])} files, {_bytes(found['bytes'])}")
+
+
+def results(found: Values, out: Console) -> None:
+    """The table per task, and the retention."""
+    table = _table("task", "base", "finetuned", "grafted", "merged", "95 %", "normalized", "rows")
+    for task, result in found["results"].items():
+        interval = result["interval"]
+        table.add_row(
+            task,
+            *(_number(result[name]) for name in ("base", "finetuned", "grafted", "merged")),
+            "" if interval is None else f"{interval['low']:.3f}-{interval['high']:.3f}",
+            _number(result["normalized"]),
+            _text(result["count"]),
+        )
+    out.print(table)
+    kept = found["retention"]
+    if kept is not None:
+        out.print(
+            f"  retention on {kept['task']}: top-1 {kept['top1']:.3f}, base"
+            f" {kept['base_top1']:.3f}, ratio {kept['ratio']:.3f} ({kept['count']} rows)",
+            markup=False,
+        )
+
+
+def _facts(facts: Values, out: Console) -> None:
+    if not facts:
+        return
+    out.print(
+        f"  {facts['localizer']}: {facts['kept']:,} of {facts['coordinates']:,} weights"
+        f" ({_percent(facts['density'])}), delta {_bytes(facts['delta_bytes'])},"
+        f" {facts['outside_share']:.1%} of the change is outside of masks",
+        markup=False,
+    )
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        words = column in ("task", "state", "members", "source", "member", "made", "by", "mask")
+        table.add_column(column, justify="left" if words or not column else "right")
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.3g} %"
+
+
+def _bytes(value: int | None) -> str:
+    if value is None:
+        return "-"
+    units = ("B", "kB", "MB", "GB", "TB")
+    power = min(max(len(str(value)) - 1, 0) // 3, len(units) - 1)
+    return f"{value / 1000**power:.3g} {units[power]}"
+
+
+def _text(value: object) -> str:
+    return "-" if value is None else str(value)

@@ -1,0 +1,63 @@
+"""Evaluate a merged version that exists: every task of its members, and the benchmark."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from flows.candidates import measure_member, measure_retention
+from flows.versions import find_version
+from registry.head import Head, Member
+from registry.history import MergedRecord, Retention, TaskResult
+from tasks.engine import flow
+from tasks.refs import LineRef, WeightsRef
+from tasks.workspace import workspace
+
+
+@dataclass(frozen=True)
+class EvaluateOutcome:
+    """What a version reaches on today's data."""
+
+    line: str
+    version: int
+    results: dict[str, TaskResult]
+    retention: Retention | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "line": self.line,
+            "version": self.version,
+            "results": {task: result.to_json() for task, result in self.results.items()},
+            "retention": None if self.retention is None else self.retention.to_json(),
+        }
+
+
+@flow("evaluate", "{line}/{version}")
+def evaluate_version(line: str, version: str = "champion") -> EvaluateOutcome:
+    """Evaluate a version; what was evaluated before comes from the store.
+
+    Raises:
+        BadInput: there is no such version, or its data is gone.
+    """
+    ledger = workspace().ledger(line)
+    head = ledger.head()
+    record = ledger.merged(find_version(head, version))
+    ref = LineRef(head.spec, head.base)
+    merged = WeightsRef("merged", record.patch)
+    return EvaluateOutcome(
+        line,
+        record.version,
+        {m.task: measure_member(ref, m, merged) for m in _members(head, record)},
+        measure_retention(ref, head, merged),
+    )
+
+
+def _members(head: Head, record: MergedRecord) -> list[Member]:
+    return [
+        Member(
+            task=task,
+            version=kept.version,
+            spec=head.tasks[task].spec,
+            model=head.tasks[task].versions[kept.version],
+        )
+        for task, kept in record.members.items()
+    ]

@@ -1,0 +1,155 @@
+"""Write a merged version as a normal Hugging Face folder, all of it or nothing."""
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+from flows.versions import find_version
+from merging.digests import digest_json
+from merging.errors import BadInput
+from merging.export import export_weights
+from merging.sparse import SparseFile
+from registry.head import Head
+from registry.history import MergedRecord
+from tasks.card import model_card
+from tasks.inputs import head_inputs
+from tasks.models import Base, open_base
+from tasks.refs import LineRef
+from tasks.reporting import working
+from tasks.workspace import Workspace, workspace
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?\Z", re.IGNORECASE)
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class ExportOutcome:
+    """What was written."""
+
+    line: str
+    version: int
+    out: str
+    files: tuple[str, ...]
+    bytes: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def export_version(
+    line: str, version: str, out: Path, *, overwrite: bool = False, shard_size: str | None = None
+) -> ExportOutcome:
+    """Write a merged version.
+
+    Args:
+        line: the line's name.
+        version: a number, `champion` or `candidate`.
+        out: a folder that is absent or empty.
+        overwrite: `out` may hold a model, which is replaced.
+        shard_size: the largest file, as "5GB"; None keeps the base's files.
+
+    Raises:
+        BadInput: there is no such version, or `out` is in use.
+    """
+    space = workspace()
+    ledger = space.ledger(line)
+    head = ledger.head()
+    record = ledger.merged(find_version(head, version))
+    limit = None if shard_size is None else parse_size(shard_size)
+    out = out.expanduser().absolute()
+    _check_free(out, overwrite)
+    base = open_base(LineRef(head.spec, head.base), space)
+    with _appearing(out) as folder:
+        edits = SparseFile.open(space.objects.blob_path(record.patch))
+        with working(f"writing {out.name}") as progress:
+            export_weights(base.checkpoint, edits, folder, shard_size=limit, progress=progress)
+        if base.folder.is_dir():
+            for name in base.family.asset_files(base.folder):
+                (folder / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(base.folder / name, folder / name)
+        _write_heads(folder, head, record, base, space)
+        text = json.dumps(record.to_json(), indent=2, ensure_ascii=False)
+        (folder / "restitch.json").write_text(text + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(model_card(head, record), encoding="utf-8")
+    files = sorted(p for p in out.rglob("*") if p.is_file())
+    return ExportOutcome(
+        line,
+        record.version,
+        str(out),
+        tuple(str(p.relative_to(out)) for p in files),
+        sum(p.stat().st_size for p in files),
+    )
+
+
+def parse_size(text: str) -> int:
+    """Bytes from text such as `500MB`.
+
+    Raises:
+        BadInput: it is not a size above zero.
+    """
+    match = _SIZE.match(text.strip())
+    size = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
+    if size < 1:
+        raise BadInput(f"{text!r} is no file size", expected="for instance 5GB or 500MB")
+    return size
+
+
+def _write_heads(
+    folder: Path, head: Head, record: MergedRecord, base: Base, space: Workspace
+) -> None:
+    """The heads of the members' tasks, which lie beside the model and not in it."""
+    for task, member in record.members.items():
+        spec = head.tasks[task].spec
+        if spec.head is None:
+            continue
+        model = head.tasks[task].versions[member.version].model
+        key = space.objects.lookup("head", digest_json(head_inputs(spec, base, model)))
+        if key is not None:
+            (folder / "heads").mkdir(exist_ok=True)
+            blob = space.objects.read_blob(key.blob)
+            (folder / "heads" / f"{task}.safetensors").write_bytes(blob)
+
+
+def _check_free(out: Path, overwrite: bool) -> None:
+    if out.is_symlink() or (out.exists() and not out.is_dir()):
+        raise BadInput(f"{out} is in the way", expected="no such file, or an empty folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise BadInput(
+            f"{out} is not empty",
+            expected="a folder that is absent or empty",
+            hint="choose another folder, or add --overwrite to replace the model in it",
+        )
+    if not (out / "config.json").exists():
+        raise BadInput(
+            f"{out} does not look like a model's folder and will not be replaced",
+            expected="a config.json in it",
+            hint="remove the folder yourself, or choose another one",
+        )
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A folder beside `out` that takes its place when everything in it is written."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = out.parent / f".{out.name}.{uuid4().hex[:8]}.partial"
+    folder.mkdir()
+    try:
+        yield folder
+        if out.exists() and any(out.iterdir()):
+            old = folder.with_suffix(".replaced")
+            out.rename(old)
+            folder.rename(out)
+            shutil.rmtree(old)
+        else:
+            folder.replace(out)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

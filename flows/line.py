@@ -1,0 +1,90 @@
+"""Make a line from its file, or bring an existing one to what its file says now."""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from merging.methods import resolve_settings
+from modeling.family import get_family
+from registry.head import Head
+from registry.ledger import Ledger
+from registry.specs import LineSpec, TaskSpec, line_changes, load_line
+from tasks.inputs import resolve_task
+from tasks.models import describe_model, open_base
+from tasks.publish import mirror
+from tasks.refs import LineRef
+from tasks.workspace import actor, workspace
+
+
+@dataclass(frozen=True)
+class InitOutcome:
+    """What `init` did.
+
+    Attributes:
+        created: whether the line is new.
+        changes: what it changed on an existing line, as key, old value, new value.
+        localizable: how many tensors masks may select from, and how many coordinates.
+    """
+
+    line: str
+    created: bool
+    changes: tuple[tuple[str, Any, Any], ...]
+    base: str
+    base_digest: str
+    localizable: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def init_line(file: Path) -> InitOutcome:
+    """Make or update a line.
+
+    Raises:
+        BadInput: the file, its base or its benchmark cannot be used, or it changes what is fixed.
+    """
+    space = workspace()
+    spec = load_line(file)
+    family = get_family(spec.family)
+    spec = spec.with_method_settings(resolve_settings(spec.method.name, spec.method.settings))
+    ledger = Ledger(space.objects, spec.line)
+    old = ledger.find()
+    if old is not None:
+        spec = spec.with_pins_of(old.spec)
+    changes: list[tuple[str, Any, Any]] = []
+    if old is None:
+        base = describe_model(spec.base, family, space)
+        spec = spec.with_base(base.uri)
+    else:
+        line_changes(old.spec, spec)  # what is fixed, before anything is read
+        base = old.base
+    if isinstance(spec.retention, TaskSpec):
+        spec = spec.with_retention(resolve_task(spec.retention, family))
+    opened = open_base(LineRef(spec, base), space)
+    if old is None:
+        ledger.create(spec, base, actor(), f"line {spec.line} on {base.uri}")
+    else:
+        changes = line_changes(old.spec, spec)
+        _configure(ledger, spec, changes)
+    mirror(spec.line)
+    return InitOutcome(
+        spec.line,
+        old is None,
+        tuple(changes),
+        base.uri,
+        base.weights,
+        {
+            "tensors": len(opened.names),
+            "coordinates": sum(opened.checkpoint.info(name).numel for name in opened.names),
+        },
+    )
+
+
+def _configure(ledger: Ledger, spec: LineSpec, changes: list[tuple[str, Any, Any]]) -> None:
+    def change(head: Head) -> Head | None:
+        return None if head.spec == spec else head.with_spec(spec)
+
+    if changes:
+        text = "; ".join(f"{key}: {old} -> {new}" for key, old, new in changes)
+        ledger.act("configured", actor(), text, change)

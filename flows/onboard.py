@@ -1,0 +1,154 @@
+"""Onboard one finetuned model: validate, localize, measure, and make it a member.
+
+    registered --> validate --> localize (or a hit) --> evaluate --> act `localized`
+    what cannot join ---------> act `quarantined` with the reason
+
+It may be killed anywhere and run again: each step first looks for its result in the store,
+and the act happens once, because it starts from the state `registered`.
+"""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from merging.errors import CannotJoin, RestitchError
+from registry.head import Head, ModelVersion
+from registry.ledger import Ledger
+from registry.specs import TaskSpec
+from tasks.engine import flow
+from tasks.evaluate import evaluate
+from tasks.inputs import evaluation_split
+from tasks.localize import localize
+from tasks.publish import mirror
+from tasks.refs import DeltaRef, LineRef, ResultRef, Validated, WeightsRef
+from tasks.reporting import say, warn
+from tasks.validate import validate
+from tasks.workspace import actor, workspace
+
+# Above this share of the task vector's squared norm, what masks cannot hold is worth a warning.
+OUTSIDE_WARNING = 0.1
+
+
+@dataclass(frozen=True)
+class OnboardOutcome:
+    """What became of a finetuned model.
+
+    Attributes:
+        state: ready, held, quarantined, ... as in the head.
+        localized: whether this run made it a member.
+    """
+
+    line: str
+    task: str
+    version: int
+    state: str
+    reason: str | None
+    localized: bool
+    facts: dict[str, Any] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+@flow("onboard", "{line}/{task}/{version}")
+def onboard(line: str, task: str, version: int) -> OnboardOutcome:
+    """Make one registered model a member of its line, or quarantine it with the reason.
+
+    Raises:
+        RestitchError: its data or a server cannot be used now; it stays registered.
+    """
+    ledger = workspace().ledger(line)
+    head = ledger.head()
+    model = head.tasks[task].versions[version]
+    if model.state != "registered":
+        return _outcome(head, task, version, localized=False)
+    ref, spec = LineRef(head.spec, head.base), head.tasks[task].spec
+    try:
+        checked = validate(ref, model.model)
+        delta = localize(ref, spec, model.model)
+    except CannotJoin as error:
+        _quarantine(ledger, task, version, error)
+        return _outcome(ledger.head(), task, version, localized=False)
+    facts = _measure(ref, spec, model, checked, delta)
+    _join(ledger, task, version, delta, facts)
+    return _outcome(ledger.head(), task, version, localized=True)
+
+
+def _measure(
+    line: LineRef, spec: TaskSpec, model: ModelVersion, checked: Validated, delta: DeltaRef
+) -> dict[str, Any]:
+    """The small findings that the record keeps: sizes, shares, and accuracies if there is data."""
+    facts: dict[str, Any] = {
+        "kept": delta.kept,
+        "coordinates": delta.coordinates,
+        "density": delta.density,
+        "delta_bytes": delta.size,
+        "localizer": delta.localizer,
+        "outside_share": checked.outside_share,
+        "outside_tensors": [list(item) for item in checked.outside_tensors],
+    }
+    if evaluation_split(spec) is None:
+        _warn_of_outside(spec.task, checked, None)
+        return facts
+    found = {
+        "base": evaluate(line, spec, WeightsRef("base"), model.model),
+        "finetuned": evaluate(line, spec, _whole("finetuned", model), model.model),
+        "localizable": evaluate(line, spec, _whole("localizable", model), model.model),
+        "grafted": evaluate(line, spec, WeightsRef("grafted", delta.blob), model.model),
+    }
+    facts["results"] = {name: result.to_json() for name, result in found.items()}
+    _warn_of_outside(spec.task, checked, found)
+    return facts
+
+
+def _whole(kind: Any, model: ModelVersion) -> WeightsRef:
+    return WeightsRef(kind, model.model.weights, model.model.uri)
+
+
+def _warn_of_outside(task: str, checked: Validated, found: dict[str, ResultRef] | None) -> None:
+    """Say what finetuning changed that no mask can hold, where that matters."""
+    lost = found is not None and found["localizable"].value < found["finetuned"].low
+    if checked.outside_share <= OUTSIDE_WARNING and not lost:
+        return
+    text = f"{task}: {checked.outside_share:.1%} of what finetuning changed is outside of masks"
+    if found is not None:
+        text += (
+            f"; with all localizable weights it has {found['localizable'].value:.3f}"
+            f" instead of {found['finetuned'].value:.3f}"
+        )
+    names = ", ".join(name for name, _ in checked.outside_tensors[:8])
+    warn(f"{text} (in {names or 'no tensor'}); see localize: include in the line's file")
+
+
+def _quarantine(ledger: Ledger, task: str, version: int, error: RestitchError) -> None:
+    def change(head: Head) -> Head | None:
+        if head.tasks[task].versions[version].state != "registered":
+            return None
+        return head.with_state(task, version, "quarantined", error.message())
+
+    act = ledger.act("quarantined", actor(), f"{task} {version}: {error.what}", change)
+    if act is not None:
+        warn(f"{task} version {version} is quarantined: {error.message()}")
+        mirror(ledger.line)
+
+
+def _join(ledger: Ledger, task: str, version: int, delta: DeltaRef, facts: dict[str, Any]) -> None:
+    def change(head: Head) -> Head | None:
+        if head.tasks[task].versions[version].state != "registered":
+            return None
+        return head.with_state(
+            task, version, "ready", mask=delta.mask, delta=delta.blob, facts=facts
+        )
+
+    reason = f"{task} {version}: {delta.kept} of {delta.coordinates} coordinates"
+    digests = {"mask": delta.mask, "delta": delta.blob}
+    if ledger.act("localized", actor(), reason, change, digests) is not None:
+        say(f"localized {reason}, {delta.size} bytes")
+        mirror(ledger.line)
+
+
+def _outcome(head: Head, task: str, version: int, *, localized: bool) -> OnboardOutcome:
+    model = head.tasks[task].versions[version]
+    return OnboardOutcome(
+        head.line, task, version, model.state, model.reason, localized, dict(model.facts)
+    )

@@ -1,0 +1,148 @@
+"""What a remerge starts from: one look at the head, and the questions asked of it."""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from flows.gates import Gates, Measured
+from merging.digests import digest_json
+from registry.head import Head, Member
+from registry.history import MergedRecord, Retention, TaskResult
+from registry.ledger import Ledger
+from tasks.merge import make_recipe
+from tasks.refs import LineRef
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A line at one moment.
+
+    Attributes:
+        members: what a merge of everything holds, by task name: the newest ready model of each
+            task, and held ones whose circumstances changed since they were held.
+        champion: the record of the version in use.
+        newest: the record of the newest version, whatever became of it.
+        context: digest of all that decides about holding: models, gates and data.
+    """
+
+    head: Head
+    members: tuple[Member, ...]
+    champion: MergedRecord | None
+    newest: MergedRecord | None
+    context: str
+
+    @property
+    def line(self) -> LineRef:
+        """The line as this run sees it."""
+        return LineRef(self.head.spec, self.head.base)
+
+    @property
+    def gates(self) -> Gates:
+        """The line's limits."""
+        return Gates(**self.head.spec.gates.to_json())
+
+    @property
+    def newest_version(self) -> int | None:
+        """The newest version's number."""
+        return None if self.newest is None else self.newest.version
+
+    @cached_property
+    def is_settled(self) -> bool:
+        """Whether the newest version is the merge of these members, and is in use."""
+        if self.newest is None:
+            return False
+        settled = self.newest.version == self.head.champion or self.head.pinned
+        return settled and self._recipe_of(self.members) == self.newest.recipe_digest
+
+    def is_champion(self, recipe: str) -> bool:
+        """Whether the version in use was made by this recipe."""
+        return self.champion is not None and recipe == self.champion.recipe_digest
+
+    @cached_property
+    def champion_members(self) -> tuple[Member, ...]:
+        """The champion's members that are still on the line, with the models it holds."""
+        if self.champion is None:
+            return ()
+        found = []
+        for task, kept in self.champion.members.items():
+            versions = self.head.tasks[task].versions
+            model = versions.get(kept.version)
+            if model is not None and model.state in ("ready", "held", "replaced"):
+                spec = self.head.tasks[task].spec
+                found.append(Member(task=task, version=kept.version, spec=spec, model=model))
+        return _by_task(found)
+
+    @property
+    def joining(self) -> tuple[Member, ...]:
+        """The members that the champion does not hold, oldest first."""
+        held = {(m.task, m.version) for m in self.champion_members}
+        new = [m for m in self.members if (m.task, m.version) not in held]
+        return tuple(sorted(new, key=lambda m: (m.model.registered_at, m.task.encode())))
+
+    def joined(self, members: tuple[Member, ...], new: Member) -> tuple[Member, ...]:
+        """Members with one more, which takes the place of another model of its task."""
+        return _by_task([*(m for m in members if m.task != new.task), new])
+
+    def measured_champion(self) -> Measured | None:
+        """What the version in use reached."""
+        if self.champion is None:
+            return None
+        return measured(self.champion.results, self.champion.retention)
+
+    def _recipe_of(self, members: tuple[Member, ...]) -> str:
+        return make_recipe(self.line, members).digest()
+
+
+def take_snapshot(ledger: Ledger) -> Snapshot:
+    """Look at the head once."""
+    head = ledger.head()
+    context = _context(head)
+    members = {m.task: m for m in head.members}
+    for task, number, model in head.in_state("held"):
+        newer = task not in members or number > members[task].version
+        if newer and model.facts.get("held_in") != context:
+            spec = head.tasks[task].spec
+            members[task] = Member(task=task, version=number, spec=spec, model=model)
+    return Snapshot(
+        head=head,
+        members=_by_task(members.values()),
+        champion=None if head.champion is None else ledger.merged(head.champion),
+        newest=None if head.newest is None else ledger.merged(head.newest),
+        context=context,
+    )
+
+
+def _context(head: Head) -> str:
+    """What a gate's verdict depends on: a held model is tried again when this changes."""
+    # The newest of each task: holding or replacing a model must not change its own context.
+    models = {
+        task: [number, model.delta]
+        for task, number, model in sorted(head.in_state("ready", "held"), key=lambda m: m[1])
+    }
+    data = {
+        name: None if task.spec.data is None else task.spec.data.content
+        for name, task in head.tasks.items()
+    }
+    retention = head.spec.retention
+    return digest_json(
+        {
+            "models": models,
+            "gates": head.spec.gates.to_json(),
+            "method": head.spec.method.to_json(),
+            "data": data,
+            "retention": retention if isinstance(retention, str | None) else retention.to_json(),
+        }
+    )
+
+
+def measured(results: Mapping[str, TaskResult], retention: Retention | None) -> Measured:
+    """What a merged model reached, for the gates."""
+    return Measured(
+        accuracy={t: r.merged for t, r in results.items() if r.merged is not None},
+        normalized={t: r.normalized for t, r in results.items() if r.normalized is not None},
+        retention=None if retention is None else retention.ratio,
+    )
+
+
+def _by_task(members: Iterable[Member]) -> tuple[Member, ...]:
+    return tuple(sorted(members, key=lambda m: m.task.encode()))

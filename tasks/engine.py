@@ -1,0 +1,120 @@
+"""One decorator for steps and flows: under Prefect's engine, or called as they are.
+
+The engine is on where a server is named (`PREFECT_API_URL`, or a live server in
+`RESTITCH_HOME/stack.json`), never because of the user's own Prefect profile. Without it the
+same functions run in the calling process: an ephemeral server would cost every command
+twelve seconds and more. The code of a step cannot tell the difference.
+
+A step that found its result in the store returns `Cached(value)`: callers get `value`, and
+Prefect shows the run in the state "Cached".
+"""
+
+import functools
+import json
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, ParamSpec, TypeVar, cast
+from urllib.parse import urlsplit
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Cached(Generic[R]):
+    """What a step returns whose result was already in the store."""
+
+    value: R
+
+
+def engine_url() -> str | None:
+    """The API of the Prefect server to use, or None for the embedded mode."""
+    url = os.environ.get("PREFECT_API_URL")
+    if url:
+        return url
+    return _live_stack(Path(os.environ.get("RESTITCH_HOME", ".restitch")))
+
+
+def _live_stack(home: Path) -> str | None:
+    try:
+        url = json.loads((home / "stack.json").read_text())["prefect_api_url"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    parts = urlsplit(str(url))
+    try:
+        with socket.create_connection((parts.hostname or "127.0.0.1", parts.port or 80), 0.5):
+            return str(url)
+    except OSError:
+        return None
+
+
+def step(name: str) -> Callable[[Callable[P, R | Cached[R]]], Callable[P, R]]:
+    """Make a function one step of a flow.
+
+    Args:
+        name: what Prefect calls the task.
+    """
+    return _decorator(name, "task")
+
+
+def flow(name: str, run_name: str) -> Callable[[Callable[P, R | Cached[R]]], Callable[P, R]]:
+    """Make a function a flow.
+
+    Args:
+        name: what Prefect calls the flow.
+        run_name: template of a run's name over the function's parameters.
+    """
+    return _decorator(name, "flow", run_name)
+
+
+def _decorator(
+    name: str, kind: str, run_name: str | None = None
+) -> Callable[[Callable[P, R | Cached[R]]], Callable[P, R]]:
+    def decorate(function: Callable[P, R | Cached[R]]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            url = engine_url()
+            if url is None:
+                returned = function(*args, **kwargs)
+                return returned.value if isinstance(returned, Cached) else returned
+            os.environ["PREFECT_API_URL"] = url  # before Prefect reads its settings
+            return cast(R, _value(engine_object()(*args, **kwargs)))
+
+        @functools.cache
+        def engine_object() -> Callable[..., Any]:
+            return _in_engine(function, name, kind, run_name)
+
+        call.engine_object = engine_object  # type: ignore[attr-defined]
+        return call
+
+    return decorate
+
+
+def _value(returned: Any) -> Any:
+    """The value of a run: one that ends in a state of its own hands back that state."""
+    from prefect.client.schemas.objects import State
+
+    return returned.result() if isinstance(returned, State) else returned
+
+
+def _in_engine(
+    function: Callable[..., Any], name: str, kind: str, run_name: str | None
+) -> Callable[..., Any]:
+    import prefect
+    from prefect.cache_policies import NO_CACHE
+    from prefect.states import Completed
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        returned = function(*args, **kwargs)
+        if isinstance(returned, Cached):
+            # Our store is the cache: its digests are verified, Prefect's record is a pointer.
+            return Completed(name="Cached", message="found in the store", data=returned.value)
+        return returned
+
+    if kind == "flow":
+        return prefect.flow(name=name, flow_run_name=run_name, persist_result=False)(run)
+    return prefect.task(name=name, cache_policy=NO_CACHE, persist_result=False)(run)

@@ -1,0 +1,97 @@
+"""Evaluate weights on a task: the step that is cached by everything that it depends on."""
+
+import json
+from typing import Any
+
+from merging.digests import digest_json
+from modeling.evaluation import EVALUATOR_VERSION, Evaluation
+from modeling.evaluation import evaluate as run_evaluation
+from registry.head import ModelRef
+from registry.specs import TaskSpec
+from tasks.engine import Cached, step
+from tasks.inputs import evaluation_split, head_inputs, task_head, verified_data
+from tasks.models import Base, device, live_base, open_base
+from tasks.refs import LineRef, ResultRef, WeightsRef
+from tasks.reporting import working
+from tasks.workspace import Workspace, made_by, workspace
+
+
+def result_inputs(
+    spec: TaskSpec, base: Base, weights: WeightsRef, head_of: ModelRef | None
+) -> dict[str, Any]:
+    """All that an evaluation depends on (DESIGN: result key)."""
+    assert spec.data is not None
+    return {
+        "base": base.ref.weights,
+        "assets": base.ref.config,
+        "family": [base.family.name, base.family.version],
+        "weights": [weights.kind, weights.identity],
+        # All localizable coordinates of a model are another set under another choice.
+        "localizable": list(base.names) if weights.kind == "localizable" else None,
+        "head": digest_json(head_inputs(spec, base, head_of)),
+        "data": spec.data.content,
+        "split": evaluation_split(spec),
+        "metric": spec.metric,
+        "evaluator": EVALUATOR_VERSION,
+        "device": device().type,
+    }
+
+
+@step("evaluate")
+def evaluate(
+    line: LineRef,
+    spec: TaskSpec,
+    weights: WeightsRef,
+    head_of: ModelRef | None = None,
+    again: bool = False,
+) -> ResultRef | Cached[ResultRef]:
+    """The accuracy of weights on a task's evaluation split.
+
+    Args:
+        line: with the base that the weights lie on.
+        spec: a task with data.
+        weights: what lies on top of the base.
+        head_of: the finetuned model that holds the task's own head, where families have one.
+        again: evaluate even where there is a result.
+    """
+    space = workspace()
+    base = open_base(line, space)
+    inputs = digest_json(result_inputs(spec, base, weights, head_of))
+    record = None if again else space.objects.lookup("result", inputs)
+    if record is not None:
+        return Cached(_ref(record.blob, space))
+    data = verified_data(spec, base.family)
+    split = evaluation_split(spec)
+    assert split is not None
+    rows = data.rows(split)
+    live = live_base(base)
+    head = task_head(spec, base, live, head_of, space)
+    preprocess = base.family.preprocessor(base.folder, head.spec.max_length)
+    title = f"evaluating {weights.kind} on {spec.task}"
+    with live.wearing(weights, space) as model, working(title) as progress:
+        found = run_evaluation(
+            base.family,
+            model,
+            head,
+            rows,
+            preprocess,
+            metric=spec.metric,
+            progress=progress,
+        )
+    blob = space.objects.put_json(found.to_json())
+    space.objects.publish("result", inputs, blob, made_by=made_by())
+    return _ref(blob, space)
+
+
+def _ref(blob: str, space: Workspace) -> ResultRef:
+    found = Evaluation.from_json(json.loads(space.objects.read_blob(blob)))
+    return ResultRef(
+        metric=found.metric,
+        value=found.value,
+        low=found.interval[0],
+        high=found.interval[1],
+        count=found.count,
+        top1=found.top1,
+        top5=found.top5,
+        blob=blob,
+    )

@@ -1,0 +1,164 @@
+"""What a task file says, made whole: labels, head, data, and the digests they are known by.
+
+`resolve_task` runs once, at registration; the result means the same ever after. Whatever
+reads data later compares it with the digest taken then, before it uses a row.
+"""
+
+from typing import Any
+
+from merging.digests import digest_json
+from merging.errors import BadInput
+from modeling.data import DataSpec, TaskData, data_digest, labels_of
+from modeling.family import Family
+from modeling.heads import Head, HeadSpec, head_key
+from registry.head import ModelRef
+from registry.specs import TaskSpec
+from tasks.models import Base, LiveBase
+from tasks.reporting import working
+from tasks.workspace import Workspace
+
+
+def evaluation_split(spec: TaskSpec) -> str | None:
+    """The split that results are reported on; None without rows to evaluate on."""
+    if spec.data is None:
+        return None
+    if spec.data.test is not None:
+        return "test"
+    return "validation" if spec.data.validation or spec.data.train else None
+
+
+def same_task(one: TaskSpec, other: TaskSpec) -> bool:
+    """Whether two specifications mean the same, wherever their files lie."""
+    return _meaning(one) == _meaning(other)
+
+
+def _meaning(spec: TaskSpec) -> dict[str, Any]:
+    values = spec.to_json()
+    if values["data"] is not None and values["data"]["content"] is not None:
+        for place in ("path", "train", "validation", "test"):
+            values["data"][place] = values["data"][place] is not None
+    return values
+
+
+def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
+    """Fill in what the files that a task names say, and check that its rows can be read.
+
+    Raises:
+        BadInput: the data is empty, lacks a column, has a label outside of the classes, ...
+    """
+    if spec.data is None:
+        return spec
+    if spec.head is None:
+        raise BadInput(
+            f"task {spec.task} has data but no head",
+            expected="head: {labels: [...]}, or labels_from: dataset",
+            hint="name the classes, or leave out data: to merge without evaluating",
+        )
+    given = spec.data
+    if spec.head.labels_from is not None:
+        labels = labels_of(data_spec(spec, family))
+        head = spec.head.model_copy(update={"labels": labels, "labels_from": None})
+        spec = spec.model_copy(update={"head": head})
+    data = task_data(spec, family)
+    for split in data.splits:
+        data.rows(split)
+    if given.content is not None:
+        verified_data(spec, family)
+        return spec
+    with working(f"reading the data of {spec.task}"):
+        content = data_digest(data.spec)
+    return spec.model_copy(update={"data": given.model_copy(update={"content": content})})
+
+
+def data_spec(spec: TaskSpec, family: Family) -> DataSpec:
+    """The task's data in the words of `modeling`."""
+    assert spec.data is not None
+    path, _, revision = spec.data.path.partition("@")
+    return DataSpec(
+        path=path,
+        train=spec.data.train,
+        validation=spec.data.validation,
+        test=spec.data.test,
+        input=spec.data.input or (("image",) if family.modality == "image" else ("text",)),
+        label=spec.data.label or "label",
+        revision=revision or None,
+    )
+
+
+def task_data(spec: TaskSpec, family: Family) -> TaskData:
+    """The task's rows, not yet compared with what was registered."""
+    return TaskData(data_spec(spec, family), head_spec(spec).labels, family.modality)
+
+
+def verified_data(spec: TaskSpec, family: Family) -> TaskData:
+    """The task's rows, after making sure that they are the registered ones.
+
+    Raises:
+        BadInput: a file is gone or changed.
+    """
+    assert spec.data is not None
+    data = task_data(spec, family)
+    if data_digest(data.spec) != spec.data.content:
+        raise BadInput(
+            f"the data of task {spec.task} changed since it was registered",
+            expected="the files in " + data.spec.path + " as they were",
+            hint="put the files back, or register the task again with --replace-task",
+        )
+    return data
+
+
+def head_spec(spec: TaskSpec) -> HeadSpec:
+    """The task's head in the words of `modeling`, with `openai` read from its package."""
+    assert spec.head is not None
+    labels, templates = spec.head.labels, spec.head.templates
+    if labels == "openai" or templates == "openai":
+        from modeling.heads import openai_imagenet
+
+        known_labels, known_templates = openai_imagenet()
+        labels = known_labels if labels == "openai" else labels
+        templates = known_templates if templates == "openai" else templates
+    assert labels is not None
+    return HeadSpec(tuple(labels), tuple(templates), spec.scale, spec.max_length)
+
+
+def resolved_head(spec: TaskSpec, base: Base) -> HeadSpec:
+    """The task's head with the family's defaults for this base."""
+    return base.family.resolve(base.folder, head_spec(spec))
+
+
+def head_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> dict[str, object]:
+    """All that the head's tensors are made from; its digest is the head's key."""
+    own = base.family.head_tensors and finetuned is not None
+    return head_key(
+        family=base.family.name,
+        version=base.family.version,
+        base=base.ref.weights,
+        assets=base.ref.config,
+        spec=resolved_head(spec, base),
+        finetuned=finetuned.weights if own and finetuned else None,
+    )
+
+
+def task_head(
+    spec: TaskSpec, base: Base, live: LiveBase, finetuned: ModelRef | None, space: Workspace
+) -> Head:
+    """The task's head: from the store, or made once from the base and stored."""
+    from registry.sources import resolve_source
+
+    inputs = digest_json(head_inputs(spec, base, finetuned))
+    record = space.objects.lookup("head", inputs)
+    if record is None:
+        folder = None
+        if base.family.head_tensors and finetuned is not None:
+            folder = resolve_source(finetuned.uri, space.home).local
+        with working(f"embedding the labels of {spec.task}") as progress:
+            head = base.family.build_head(
+                live.model,
+                base.folder,
+                resolved_head(spec, base),
+                finetuned=folder,
+                progress=progress,
+            )
+        blob = space.objects.put_blob(head.to_bytes())
+        record = space.objects.publish("head", inputs, blob, made_by="head")
+    return Head.from_bytes(space.objects.read_blob(record.blob)).to(live.device)

@@ -1,0 +1,87 @@
+"""Find the mask of one finetuned model and keep it as a sparse delta: once per model.
+
+The key of a mask holds everything that determines it (DESIGN.md section 4); the first mask
+published under a key stays, which is what makes a numeric localizer's result one result.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from merging.checkpoint import Checkpoint
+from merging.digests import digest_json
+from merging.mask import Mask
+from merging.sparse import SparseTensor, write_sparse
+from merging.task_vector import TaskVector
+from registry.head import ModelRef
+from registry.specs import TaskSpec
+from tasks.engine import Cached, step
+from tasks.localizers import localizer
+from tasks.models import aligned, open_base, open_model
+from tasks.refs import DeltaRef, LineRef
+from tasks.reporting import working
+from tasks.workspace import made_by, workspace
+
+
+@step("localize")
+def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cached[DeltaRef]:
+    """The sparse delta of a finetuned model: from the store, or localized now."""
+    space = workspace()
+    base = open_base(line, space)
+    found_by = localizer(line, task, base, model, space)
+    # What was resolved from names and globs is in the key, not the globs.
+    key = digest_json(
+        {
+            "base": [base.ref.weights, base.ref.config],
+            "finetuned": model.weights,
+            "family": [base.family.name, base.family.version],
+            "localizable": list(base.names),
+            "localizer": found_by.inputs(),
+        }
+    )
+    record = space.objects.lookup("mask", key)
+    if record is not None:
+        return Cached(_ref(record.blob, record.size, record.facts))
+    folder, _ = open_model(model, space, base.family)
+    finetuned = aligned(base, folder)
+    vector = TaskVector(base.checkpoint, finetuned, base.names)
+    with TemporaryDirectory(dir=space.home.scratch) as folder_name:
+        scratch = Path(folder_name)
+        with working(f"localizing {task.task}") as progress:
+            mask = found_by.find(vector, scratch, progress)
+        file = scratch / "delta.safetensors"
+        info = write_sparse(
+            file,
+            _kept(finetuned, mask),
+            kind="delta",
+            metadata={"base": base.ref.weights, "finetuned": model.weights},
+        )
+        facts: dict[str, Any] = {
+            "mask": mask.digest(),
+            "kept": info.kept,
+            "coordinates": vector.coordinates,
+            "localizer": found_by.label,
+        }
+        blob = space.objects.put_blob(file, move=True)
+    won = space.objects.publish("mask", key, blob, made_by(), found_by.fingerprint, facts)
+    return _ref(won.blob, won.size, won.facts)
+
+
+def _kept(finetuned: Checkpoint, mask: Mask) -> Iterator[SparseTensor]:
+    """The finetuned values at the mask's coordinates, tensor by tensor."""
+    for name in mask.names:
+        coordinates = mask.coordinates(name)
+        values = finetuned.tensor(name).reshape(-1)[coordinates]
+        yield SparseTensor(name, finetuned.info(name).shape, coordinates, values)
+
+
+def _ref(blob: str, size: int, facts: dict[str, Any]) -> DeltaRef:
+    return DeltaRef(
+        blob=blob,
+        mask=facts["mask"],
+        kept=facts["kept"],
+        coordinates=facts["coordinates"],
+        size=size,
+        localizer=facts["localizer"],
+    )

@@ -1,0 +1,89 @@
+"""Make a merged model from its recipe and keep it as a patch; a pure function of the recipe."""
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from merging.edits import Edits
+from merging.errors import Damage
+from merging.methods import get_method
+from merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
+from merging.sparse import SparseFile
+from merging.stitch import VERSION as STITCHING_VERSION
+from merging.stitch import Member as StitchMember
+from merging.stitch import write_patch
+from registry.head import Member
+from tasks.engine import Cached, step
+from tasks.models import Base, open_base
+from tasks.refs import LineRef, PatchRef
+from tasks.reporting import working
+from tasks.workspace import Workspace, made_by, workspace
+
+
+def make_recipe(line: LineRef, members: tuple[Member, ...]) -> Recipe:
+    """All that determines the merged model of these members."""
+    settings = line.spec.method.settings
+    method = get_method(line.spec.method.name)
+    return Recipe(
+        base=RecipeBase(line.base.weights, line.base.config),
+        family=line.spec.family,
+        method=RecipeMethod(method.name, method.version, settings),
+        members=tuple(_recipe_member(member) for member in members),
+        code=STITCHING_VERSION,
+    )
+
+
+def _recipe_member(member: Member) -> RecipeMember:
+    mask, delta = member.model.mask, member.model.delta
+    assert mask is not None, "a member has been localized"
+    assert delta is not None, "a member has been localized"
+    return RecipeMember(task=member.task, model=member.model.model.weights, mask=mask, delta=delta)
+
+
+@step("stitch")
+def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cached[PatchRef]:
+    """The patch of a recipe: from the store, or made from the members' deltas.
+
+    Args:
+        line: with the base.
+        recipe: what to make.
+        again: make it although it is there, and compare.
+
+    Raises:
+        Damage: what is in the store is not what the recipe gives.
+    """
+    space = workspace()
+    key = recipe.digest()
+    record = space.objects.lookup("patch", key)
+    if record is not None and not again:
+        return Cached(PatchRef(record.blob, int(str(record.facts["kept"])), record.size, key))
+    base = open_base(line, space)
+    with TemporaryDirectory(dir=space.home.scratch) as scratch:
+        file = Path(scratch) / "patch.safetensors"
+        with working("stitching") as progress:
+            info = write_patch(
+                file,
+                base.checkpoint,
+                recipe_edits(base, recipe, space),
+                metadata={"base": line.base.weights, "recipe": key},
+                progress=progress,
+            )
+        blob = space.objects.put_blob(file, move=True)
+    if record is not None and record.blob != blob:
+        raise Damage(
+            f"the patch of recipe {key[:12]} in the store is not what the recipe gives",
+            expected=blob,
+            found=record.blob,
+            hint="restore the store from a backup, and find out what altered it",
+        )
+    won = space.objects.publish("patch", key, blob, made_by(), facts={"kept": info.kept})
+    return PatchRef(won.blob, info.kept, won.size, key)
+
+
+def recipe_edits(base: Base, recipe: Recipe, space: Workspace) -> Edits:
+    """The merged model of a recipe, computed tensor by tensor as it is asked for."""
+    method = get_method(recipe.method.name)
+    members = [
+        StitchMember(member.task, SparseFile.open(space.objects.blob_path(member.delta)))
+        for member in recipe.members
+    ]
+    return method(base.checkpoint, members, **recipe.method.settings)

@@ -1,0 +1,205 @@
+"""Opened models: the base of a line, finetuned checkpoints, and the live base in memory.
+
+What is opened is checked against the digest that was recorded when it was registered, so
+a folder that changed since is an error and never a wrong result. The live base is loaded
+once per process; other weights are put onto it for the length of a context and the base's
+own are put back by copying, so nothing drifts.
+"""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from registry.sources import resolve_source
+
+from merging.checkpoint import Checkpoint
+from merging.comparison import Comparison, compare
+from merging.coordinates import select_tensors
+from merging.digests import digest_file, digest_json
+from merging.edits import Edits
+from merging.errors import BadInput
+from merging.sparse import SparseFile
+from modeling.family import Family, get_family
+from modeling.weights import apply_edits, restore, set_weights
+from registry.head import ModelRef
+from tasks.refs import LineRef, WeightsRef
+from tasks.reporting import working
+from tasks.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Base:
+    """The base of a line, opened.
+
+    Attributes:
+        names: the localizable tensors, sorted.
+    """
+
+    ref: ModelRef
+    folder: Path
+    checkpoint: Checkpoint
+    family: Family
+    names: tuple[str, ...]
+
+
+def open_base(line: LineRef, space: Workspace) -> Base:
+    """Open and verify the base of a line."""
+    family = get_family(line.spec.family)
+    folder, checkpoint = open_model(line.base, space, family)
+    choice = line.spec.localize
+    names = select_tensors(checkpoint.floating, family.localizable, choice.include, choice.exclude)
+    return Base(line.base, folder, checkpoint, family, tuple(names))
+
+
+def describe_model(source: str, family: Family, space: Workspace) -> ModelRef:
+    """Resolve a source and take the digests that it will be known by.
+
+    Raises:
+        BadInput: it is not there or is no usable checkpoint.
+        Unavailable: a server that holds it is away.
+    """
+    resolved = resolve_source(source, space.home)
+    checkpoint = Checkpoint.open(resolved.local)
+    with working("reading the model"):
+        weights = checkpoint.digest()
+    return ModelRef(
+        uri=resolved.uri,
+        weights=weights,
+        config=assets_digest(family, resolved.local),
+        size=checkpoint.nbytes,
+    )
+
+
+def assets_digest(family: Family, folder: Path) -> str:
+    """The digest of a model folder's configuration, tokenizer and processor files."""
+    if not folder.is_dir():
+        return digest_json({})
+    return digest_json({name: digest_file(folder / name) for name in family.asset_files(folder)})
+
+
+def open_model(ref: ModelRef, space: Workspace, family: Family) -> tuple[Path, Checkpoint]:
+    """Open a recorded model and make sure that it is still what was recorded.
+
+    Raises:
+        BadInput: it is gone or has changed.
+    """
+    local = resolve_source(ref.uri, space.home).local
+    checkpoint = _verified(local, _state(local), ref.weights)
+    found = assets_digest(family, local)
+    if found != ref.config:
+        raise BadInput(
+            f"the configuration files of {ref.uri} changed since it was registered",
+            expected=f"files of digest {ref.config[:12]}",
+            found=found[:12],
+            hint="put the files back, or register the changed model as a new version",
+        )
+    return local, checkpoint
+
+
+@lru_cache(maxsize=16)
+def _verified(local: Path, _state: tuple[tuple[str, int, int], ...], weights: str) -> Checkpoint:
+    checkpoint = Checkpoint.open(local)
+    found = checkpoint.digest()
+    if found != weights:
+        raise BadInput(
+            f"the weights in {local} changed since they were registered",
+            expected=f"digest {weights[:12]}",
+            found=found[:12],
+            hint="put the files back, or register the changed model as a new version",
+        )
+    return checkpoint
+
+
+def _state(local: Path) -> tuple[tuple[str, int, int], ...]:
+    files = sorted(local.glob("*.safetensors*")) if local.is_dir() else [local]
+    return tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists())
+
+
+def line_up(base: Base, finetuned: Checkpoint) -> Comparison:
+    """Compare a finetuned checkpoint with the base by the family's rules."""
+    return compare(base.checkpoint, finetuned, base.names, base.family.prefixes)
+
+
+def device() -> torch.device:
+    """The worker's device: `RESTITCH_DEVICE`, by default CUDA where there is one.
+
+    Raises:
+        BadInput: the variable names a device that is not here.
+    """
+    wanted = os.environ.get("RESTITCH_DEVICE", "auto")
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(wanted)
+    except RuntimeError as error:
+        raise BadInput(
+            f"RESTITCH_DEVICE={wanted!r} is no device",
+            expected="auto, cpu, cuda or cuda:N",
+            hint="correct or unset it",
+        ) from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise BadInput(
+            f"RESTITCH_DEVICE={wanted!r}, but there is no CUDA here",
+            hint="set it to auto or cpu, or run on a worker with a GPU",
+        )
+    return chosen
+
+
+class LiveBase:
+    """The base as a loaded model on the worker's device.
+
+    Attributes:
+        parameters: the live tensors by the base's tensor names.
+    """
+
+    def __init__(self, base: Base, on: torch.device) -> None:
+        self.base = base
+        self.device = on
+        self.model = base.family.load(base.folder).to(on)
+        self.parameters = base.family.parameters(self.model)
+
+    @contextmanager
+    def wearing(self, weights: WeightsRef, space: Workspace) -> Iterator[torch.nn.Module]:
+        """The model with other weights; the base's are back afterwards, bit for bit."""
+        touched = self._put_on(weights, space)
+        try:
+            yield self.model
+        finally:
+            restore(self.parameters, self.base.checkpoint, touched)
+
+    def _put_on(self, weights: WeightsRef, space: Workspace) -> list[str]:
+        if weights.kind == "base":
+            return []
+        if weights.kind in ("grafted", "merged"):
+            edits: Edits = SparseFile.open(space.objects.blob_path(weights.identity))
+            apply_edits(self.parameters, self.base.checkpoint, edits)
+            return list(edits.names)
+        finetuned = aligned(self.base, resolve_source(weights.uri, space.home).local)
+        names = [n for n in finetuned.names if n in self.parameters]
+        if weights.kind == "localizable":
+            names = [n for n in names if n in frozenset(self.base.names)]
+        set_weights(self.parameters, ((n, finetuned.tensor(n)) for n in names))
+        return names
+
+
+def aligned(base: Base, local: Path) -> Checkpoint:
+    """A finetuned checkpoint under the base's tensor names."""
+    finetuned = Checkpoint.open(local)
+    return finetuned.renamed(line_up(base, finetuned).mapping)
+
+
+_live: dict[tuple[str, str, str], LiveBase] = {}
+
+
+def live_base(base: Base) -> LiveBase:
+    """The loaded base; one at a time is kept in memory."""
+    on = device()
+    key = (base.ref.weights, base.ref.config, str(on))
+    if key not in _live:
+        _live.clear()
+        _live[key] = LiveBase(base, on)
+    return _live[key]

@@ -1,0 +1,115 @@
+"""What steps hand to each other: small frozen references, never tensors."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+from registry.head import ModelRef
+from registry.specs import LineSpec
+
+
+@dataclass(frozen=True)
+class LineRef:
+    """A line as one flow run sees it from beginning to end: its specification and its base."""
+
+    spec: LineSpec
+    base: ModelRef
+
+
+@dataclass(frozen=True)
+class DeltaRef:
+    """A sparse delta in the store.
+
+    Attributes:
+        blob: digest of the delta file.
+        mask: digest of the mask alone.
+        kept: how many coordinates it keeps.
+        coordinates: how many there are to choose from.
+        size: bytes of the file.
+        localizer: how the mask was found, for instance "dataless/1".
+    """
+
+    blob: str
+    mask: str
+    kept: int
+    coordinates: int
+    size: int
+    localizer: str
+
+    @property
+    def density(self) -> float:
+        """The fraction of localizable coordinates that is kept."""
+        return self.kept / self.coordinates if self.coordinates else 0.0
+
+
+@dataclass(frozen=True)
+class PatchRef:
+    """A merged model in the store: where it differs from its base."""
+
+    blob: str
+    kept: int
+    size: int
+    recipe: str
+
+
+WeightsKind = Literal["base", "finetuned", "localizable", "grafted", "merged"]
+
+
+@dataclass(frozen=True)
+class WeightsRef:
+    """Which weights to evaluate, as what lies on top of the base.
+
+    Attributes:
+        kind: the base itself; a finetuned model whole; the base with all of its localizable
+            coordinates finetuned; the base with one delta; a merged model.
+        identity: digest of what lies on top: of the finetuned weights, the delta or the patch.
+        uri: where a finetuned model is read; the others are in the store.
+    """
+
+    kind: WeightsKind
+    identity: str = ""
+    uri: str = ""
+
+
+@dataclass(frozen=True)
+class ResultRef:
+    """One evaluation.
+
+    Attributes:
+        value: the task's metric, between 0 and 1.
+        low: lower end of its 95 % interval.
+        high: upper end.
+        count: rows.
+        top1: share of rows whose first guess is right.
+        top5: share of rows with the right class among the first five; None with five
+            classes or fewer.
+        blob: digest of the stored evaluation, with the correctness of every row.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    count: int
+    top1: float
+    top5: float | None
+    blob: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A finetuned model that can join its line.
+
+    Attributes:
+        outside_share: squared norm of what finetuning changed outside of the localizable
+            tensors, over that of everything it changed.
+        outside_tensors: those tensors with their shares, largest first.
+        ignored: tensors that the base does not have, or that the finetuned model lacks.
+    """
+
+    outside_share: float
+    outside_tensors: tuple[tuple[str, float], ...] = field(default=())
+    ignored: tuple[str, ...] = field(default=())

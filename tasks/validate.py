@@ -1,0 +1,59 @@
+"""Decide whether a finetuned model can join its line, and measure what would be left out."""
+
+from merging.errors import BadInput, CannotJoin
+from merging.task_vector import TaskVector, outside_share
+from registry.head import ModelRef
+from tasks.engine import step
+from tasks.models import line_up, open_base, open_model
+from tasks.refs import LineRef, Validated
+from tasks.workspace import workspace
+
+
+@step("validate")
+def validate(line: LineRef, model: ModelRef) -> Validated:
+    """Check a finetuned model against the base of its line.
+
+    Raises:
+        CannotJoin: another architecture or configuration, missing tensors, other shapes, NaN or
+            infinity, or no difference at all; every difference is listed.
+    """
+    space = workspace()
+    base = open_base(line, space)
+    try:
+        folder, checkpoint = open_model(model, space, base.family)
+        comparison = line_up(base, checkpoint)
+        problems = comparison.problems()
+        if folder.is_dir():
+            problems += base.family.config_differences(base.folder, folder)
+    except BadInput as error:
+        raise CannotJoin(
+            error.what,
+            expected=error.expected,
+            found=error.found,
+            hint=error.hint,
+            details=error.details,
+        ) from error
+    if problems:
+        raise CannotJoin(
+            f"{model.uri} is not finetuned from the base of this line",
+            expected=f"every localizable tensor and the configuration of {base.ref.uri}",
+            found=f"{len(problems)} differences",
+            details=problems,
+            hint="register a model that was finetuned from this base",
+        )
+    finetuned = checkpoint.renamed(comparison.mapping)
+    vector = TaskVector(base.checkpoint, finetuned, base.names)
+    vector.check_finite()
+    if vector.is_zero():
+        raise CannotJoin(
+            f"{model.uri} has the same localizable weights as the base",
+            expected="weights that finetuning changed",
+            found=f"no difference in {len(base.names)} tensors",
+            hint="check that the finetuned model was saved, not the one it started from",
+        )
+    outside = outside_share(base.checkpoint, finetuned, base.names)
+    return Validated(
+        outside_share=outside.share,
+        outside_tensors=outside.tensors[:20],
+        ignored=(*comparison.unexpected, *comparison.missing)[:20],
+    )

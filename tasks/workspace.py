@@ -1,0 +1,82 @@
+"""Where steps find things: the store, a line's ledger, the catalog, and who acts.
+
+Everything hangs on `RESTITCH_HOME`, which the command line and the workers set. A
+`Workspace` holds no state of its own; opening one costs nothing.
+"""
+
+import getpass
+import os
+import socket
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from pydantic import JsonValue
+
+from merging.errors import BadInput
+from registry.catalog import Catalog
+from registry.home import Home, prepare_environment
+from registry.ledger import Ledger, lines
+from registry.objects import ObjectStore
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """One installation, opened."""
+
+    home: Home
+
+    @cached_property
+    def objects(self) -> ObjectStore:
+        """The content-addressed store."""
+        return ObjectStore(self.home.open_store())
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The owner of MLflow."""
+        return Catalog(self.home)
+
+    def ledger(self, line: str) -> Ledger:
+        """The head and the audit trail of a line.
+
+        Raises:
+            BadInput: there is no such line; the message lists those that there are.
+        """
+        ledger = Ledger(self.objects, line)
+        if not ledger.exists():
+            known = ", ".join(lines(self.objects)) or "none"
+            raise BadInput(
+                f"there is no line {line!r}",
+                expected="a line made by `restitch init`",
+                found=f"lines: {known} (in {self.home.root})",
+                hint="make it with `restitch init FILE`, or set RESTITCH_HOME",
+            )
+        return ledger
+
+
+def workspace() -> Workspace:
+    """The workspace that the environment names."""
+    home = Home.from_environment()
+    prepare_environment(home)
+    return _opened(home)
+
+
+@lru_cache(maxsize=8)
+def _opened(home: Home) -> Workspace:
+    home.create()
+    return Workspace(home)
+
+
+def actor() -> str:
+    """Who acts: the identity that the deployment gives, or the user of the system."""
+    return os.environ.get("RESTITCH_ACTOR") or getpass.getuser()
+
+
+def made_by() -> dict[str, JsonValue]:
+    """Which process made something: for the record, never for a key."""
+    pool = os.environ.get("RESTITCH_WORK_POOL")
+    return {
+        "actor": actor(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        **({"work_pool": pool} if pool else {}),
+    }
