@@ -119,7 +119,7 @@ class TaskData:
                 hint="localizing with data needs train:; without it use mode: dataless",
             )
         rows = self.rows("train")
-        random = np.random.default_rng(seed)
+        random = _random(seed)
         if rows.label is None:
             return rows.select(random.permutation(len(rows))[:shots]).in_memory()
         chosen = [
@@ -210,7 +210,7 @@ def set_apart(targets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np
     A seeded share of each class, at least one row where the class has two, at most
     `HOLDOUT_MOST` rows together; every class keeps a row in train.
     """
-    random = np.random.default_rng(HOLDOUT_SEED)
+    random = _random(HOLDOUT_SEED)
     share = min(HOLDOUT_SHARE, HOLDOUT_MOST / max(len(targets), 1))
     held = [np.empty(0, dtype=np.int64)]
     for index in np.unique(targets):
@@ -231,3 +231,8 @@ def data_digest(spec: DataSpec, progress: Progress | None = None) -> dict[str, o
         if (source := spec.source(split)) is not None
     }
     return {"splits": splits, "input": list(spec.input), "label": spec.label}
+
+
+def _random(seed: int) -> np.random.RandomState:
+    """Numbers that are the same for a seed in every version of numpy, as `Generator`'s are not."""
+    return np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32])

@@ -18,7 +18,7 @@ def open_image(value: object, root: Path, where: str) -> Any:
     """One decoded RGB image.
 
     Args:
-        value: bytes, a path relative to `root`, or `{"bytes": ..., "path": ...}` as data sets
+        value: bytes, a path in `root`, or `{"bytes": ..., "path": ...}` as data sets
             store images.
         root: the folder of the data.
         where: file and row, for errors.
@@ -59,11 +59,14 @@ def image_bytes(value: object, root: Path, where: str) -> bytes:
             found=type(value).__name__,
         )
     path = PurePosixPath(value)
+    if path.is_relative_to(root.absolute()):
+        path = path.relative_to(root.absolute())
     if path.is_absolute() or ".." in path.parts:
         raise BadInput(
             f"{where}: the image lies outside of the data",
             expected=f"a path in {root}",
             found=value,
+            hint="put the images beside the table and name them relative to it",
         )
     try:
         return (root / path).read_bytes()

@@ -28,6 +28,8 @@ def read_records(file: Path) -> Iterator[Mapping[str, Any]]:
             yield from _json_records(file)
     except UnicodeDecodeError as error:
         raise BadInput(f"{file} is not UTF-8 text", found=error) from error
+    except OSError as error:
+        raise BadInput(f"{file} cannot be read", found=error) from error
 
 
 def _jsonl_records(file: Path) -> Iterator[Mapping[str, Any]]:

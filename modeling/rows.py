@@ -158,7 +158,7 @@ def _class_indices(table: Table, column: str, labels: tuple[str, ...]) -> NDArra
         translated |= synset_classes(own, labels, table.synsets, table.name)
     result = np.empty(len(table), dtype=np.int64)
     for row, raw in enumerate(table.column(column)):
-        value = translated.get(raw, raw)
+        value = translated.get(raw, raw) if translated else raw
         index = _class_index(value, names, len(labels))
         if index is None:
             raise BadInput(

@@ -207,7 +207,9 @@ def _named_images(location: Location, inputs: Sequence[str]) -> list[str]:
         for value in table.column(column)
         if isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES)
     }
-    return sorted(name for name in named if (table.root / name).is_file())
+    places = {(table.root / name) for name in named}
+    inside = (place for place in places if place.is_relative_to(table.root) and place.is_file())
+    return sorted(place.relative_to(table.root).as_posix() for place in inside)
 
 
 def locate(path: str, source: str, *, revision: str | None = None) -> Location:
@@ -256,13 +258,16 @@ def locate(path: str, source: str, *, revision: str | None = None) -> Location:
 
 def _locate_folder(folder: Path, root: Path) -> Location:
     if (folder / "state.json").is_file():
-        data = sorted(f.name for f in folder.glob("*.arrow"))
-        return Location("arrow", str(folder), (*data, "dataset_info.json", "state.json"))
+        # Not state.json: it holds a fingerprint that changes without the rows.
+        return Location("arrow", str(folder), tuple(sorted(f.name for f in folder.glob("*.arrow"))))
     tables = sorted(
         f.name for f in folder.iterdir() if f.is_file() and f.suffix.lower() in TABLE_SUFFIXES
     )
     images = sorted(_images(folder))
-    if images and not tables:
+    listing = [name for name in tables if Path(name).stem == "metadata"]
+    if images and listing:
+        tables = listing  # a row per image, as `datasets` has it
+    elif images:
         places = (folder / SYNSETS_FILE, root / SYNSETS_FILE)
         synsets = next((str(file) for file in places if file.is_file()), None)
         return Location("images", str(folder), tuple(images), synsets)
@@ -274,7 +279,7 @@ def _locate_folder(folder: Path, root: Path) -> Location:
         f"{folder} holds no data that can be read",
         expected=f"images in folders of classes, or one kind of {', '.join(TABLE_SUFFIXES)}",
         found=_content(folder),
-        hint="a data set's script is never run; export its rows to a file" if scripts else None,
+        hint="a data set's script is never run; save its rows as a file" if scripts else None,
     )
 
 
