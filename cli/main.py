@@ -144,7 +144,9 @@ def evaluate(line: Line, version: Version = "champion", as_json: Json = False) -
 
 
 def _fail(error: RestitchError) -> int:
-    Console(stderr=True, highlight=False).print(f"error: {error}", style="red", markup=False)
+    Console(stderr=True, highlight=False).print(
+        f"error: {error}", style="red", markup=False, soft_wrap=True
+    )
     return error.exit_code
 
 

@@ -12,13 +12,13 @@ def init(found: Values, out: Console) -> None:
     """What `init` did."""
     size = found["localizable"]
     if found["created"]:
-        out.print(f"made line {found['line']} on {found['base']}", markup=False)
+        out.print(f"made line {found['line']} on {found['base']}", markup=False, soft_wrap=True)
     elif found["changes"]:
-        out.print(f"changed line {found['line']}", markup=False)
+        out.print(f"changed line {found['line']}", markup=False, soft_wrap=True)
         for key, old, new in found["changes"]:
-            out.print(f"  {key}: {old} -> {new}", markup=False)
+            out.print(f"  {key}: {old} -> {new}", markup=False, soft_wrap=True)
     else:
-        out.print(f"line {found['line']} is as its file says", markup=False)
+        out.print(f"line {found['line']} is as its file says", markup=False, soft_wrap=True)
     out.print(f"  localizable: {size['coordinates']:,} weights in {size['tensors']} tensors")
 
 
@@ -27,7 +27,7 @@ def registered(found: Values, out: Console) -> None:
     already = "already " if found["already"] else ""
     out.print(f"{found['task']}: {already}version {found['version']}, {found['state']}")
     if found["reason"]:
-        out.print(found["reason"], style="yellow", markup=False)
+        out.print(found["reason"], style="yellow", markup=False, soft_wrap=True)
     _facts(found["facts"], out)
     if found["merged"] is not None:
         remerged(found["merged"], out)
@@ -42,9 +42,13 @@ def remerged(found: Values, out: Console) -> None:
         "rejected": "version {version} failed its gates; the champion is {champion}",
         "candidate": "version {version} is a candidate: promotion is switched off",
     }
-    out.print(f"{found['line']}: {says[found['action']].format(**found)}", markup=False)
+    out.print(
+        f"{found['line']}: {says[found['action']].format(**found)}", markup=False, soft_wrap=True
+    )
     for model, checks in found["held"].items():
-        out.print(f"  held {model}: {'; '.join(checks)}", style="yellow", markup=False)
+        out.print(
+            f"  held {model}: {'; '.join(checks)}", style="yellow", markup=False, soft_wrap=True
+        )
     if found["record"] is not None:
         results(found["record"], out)
 
@@ -52,10 +56,18 @@ def remerged(found: Values, out: Console) -> None:
 def status(found: Values, out: Console) -> None:
     """The present of lines."""
     if not found["lines"]:
-        out.print(f"no lines in {found['home']}: make one with `restitch init FILE`", markup=False)
+        out.print(
+            f"no lines in {found['home']}: make one with `restitch init FILE`",
+            markup=False,
+            soft_wrap=True,
+        )
     for line in found["lines"]:
         method = line["method"]["name"]
-        out.print(f"{line['line']}  {line['family']}, {method}, base {line['base']}", markup=False)
+        out.print(
+            f"{line['line']}  {line['family']}, {method}, base {line['base']}",
+            markup=False,
+            soft_wrap=True,
+        )
         out.print(
             f"  champion {_text(line['champion'])}, candidate {_text(line['candidate'])}"
             f"{', pinned' if line['pinned'] else ''}"
@@ -78,7 +90,9 @@ def status(found: Values, out: Console) -> None:
         for model in line["models"]:
             if model["reason"] and model["state"] in ("quarantined", "held", "waiting"):
                 name = f"{model['task']} {model['version']}"
-                out.print(f"  {name}: {model['reason']}", style="yellow", markup=False)
+                out.print(
+                    f"  {name}: {model['reason']}", style="yellow", markup=False, soft_wrap=True
+                )
 
 
 def history(found: Values, out: Console) -> None:
@@ -106,9 +120,13 @@ def show(found: Values, out: Console) -> None:
     results(found, out)
     for gate in found["gates"]:
         mark = "passed" if gate["passed"] else "failed"
-        out.print(f"  {mark}: {gate['note'] or gate['gate']}", markup=False)
+        out.print(f"  {mark}: {gate['note'] or gate['gate']}", markup=False, soft_wrap=True)
     method = found["recipe"]["method"]
-    out.print(f"  method {method['name']} {method['version']} {method['settings']}", markup=False)
+    out.print(
+        f"  method {method['name']} {method['version']} {method['settings']}",
+        markup=False,
+        soft_wrap=True,
+    )
     table = _table("member", "version", "density", "delta", "mask", "source")
     for task, member in found["members"].items():
         facts = found["deltas"][task]
@@ -136,7 +154,11 @@ def evaluated(found: Values, out: Console) -> None:
 
 def exported(found: Values, out: Console) -> None:
     """What was written."""
-    out.print(f"{found['line']} version {found['version']} is in {found['out']}", markup=False)
+    out.print(
+        f"{found['line']} version {found['version']} is in {found['out']}",
+        markup=False,
+        soft_wrap=True,
+    )
     out.print(f"  {len(found['files'])} files, {_bytes(found['bytes'])}")
 
 

@@ -55,8 +55,8 @@ class TerminalReporter:
     def say(self, text: str) -> None:
         """One line on standard error."""
         if not self.quiet:
-            self.console.print(text, markup=False)
+            self.console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
         """One highlighted line on standard error, also when quiet."""
-        self.console.print(f"warning: {text}", style="yellow", markup=False)
+        self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)
