@@ -107,7 +107,7 @@ def top_k(
         counts = {name: scores.numel(name) for name in scores.names if k}
         return Mask(counts, lambda name: torch.arange(counts[name], dtype=torch.int64))
     for threshold in _thresholds(scores, k, total):
-        candidates = _collect(scores, threshold, scratch, progress or ignore)
+        candidates = _collect(scores, k, threshold, scratch, progress or ignore)
         if candidates.total >= k:
             return _select(candidates, k)
     return _fill(candidates, k)
@@ -187,8 +187,13 @@ def _read(file: IO[bytes], dtype: np.dtype[Any], begin: int, count: int) -> NDAr
 
 
 def _collect(
-    scores: Scores, threshold: float, scratch: Path | None, progress: Progress
+    scores: Scores, k: int, threshold: float, scratch: Path | None, progress: Progress
 ) -> _Candidates:
+    """The scores that reach the threshold.
+
+    Those that only just do count while fewer than k are found: later ones would lose
+    every tie, and there may be very many (bf16 differences take few values).
+    """
     wide = scores.score_dtype == torch.float64
     long = any(scores.numel(name) > 1 << 32 for name in scores.names)
     candidates = _Candidates(scratch, wide, long)
@@ -198,7 +203,8 @@ def _collect(
         begin, start = candidates.total, 0
         for chunk in scores.chunks(name):
             array = chunk.to(scores.score_dtype).numpy()
-            found = np.flatnonzero(array >= limit)
+            reached = array >= limit if candidates.total < k else array > limit
+            found = np.flatnonzero(reached)
             if len(found):
                 candidates.append(found + start, _ordered(array[found]))
             start += len(array)
