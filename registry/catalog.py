@@ -321,7 +321,7 @@ def mlflow_explained(home: Home, missing: str | None = None) -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
         first = without_credentials((str(error).splitlines() or [type(error).__name__])[0])[:300]
-        absent = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND")
+        absent = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
         if missing is not None and getattr(error, "error_code", None) in absent:
             raise BadInput(missing, found=first, hint="check the name and the version") from None
         # Not chained: the original may hold an address with its password.
@@ -339,7 +339,7 @@ def without_credentials(text: str) -> str:
 
 
 def connect(home: Home) -> "MlflowClient":
-    """MLflow's client for a home, with the process pointed to the same server."""
+    """MLflow's client for a home; nothing global in the process is set."""
     # The first connection migrates a new database and would tell every step of it.
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -347,7 +347,4 @@ def connect(home: Home) -> "MlflowClient":
 
     if home.owns_mlflow:
         home.root.mkdir(parents=True, exist_ok=True)
-    # Parts of MLflow ask for the global address, and would make ./mlflow.db without one.
-    mlflow.set_tracking_uri(home.mlflow_uri)
-    mlflow.set_registry_uri(home.mlflow_uri)
     return mlflow.MlflowClient(tracking_uri=home.mlflow_uri, registry_uri=home.mlflow_uri)

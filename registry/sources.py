@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from merging.digests import digest_bytes
 from merging.errors import BadInput, Damage, Unavailable
@@ -24,6 +24,9 @@ from registry.home import Home
 from registry.objects import ObjectStore
 from registry.specs import is_hub_id, split_pin
 from registry.store import explained
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
 
@@ -211,7 +214,7 @@ def _from_mlflow(uri: str, home: Home) -> Source:
 def _is_fixed(uri: str) -> bool:
     """Whether an MLflow address means the same for ever, as an alias does not."""
     rest = uri.removeprefix("models:/")
-    return rest == uri or ("@" not in rest and not rest.endswith("/latest"))
+    return rest == uri or ("@" not in rest and "/" in rest)
 
 
 def _fetch(uri: str, home: Home, objects: ObjectStore) -> tuple[str, str]:
@@ -223,47 +226,72 @@ def _fetch(uri: str, home: Home, objects: ObjectStore) -> tuple[str, str]:
         folder = Path(tempfile.mkdtemp(prefix="fetch-", dir=home.scratch))
     try:
         with mlflow_explained(home, missing=f"MLflow has no {uri}"):
-            client = connect(home)
-            if not _is_fixed(uri):
-                name, _, alias = uri.removeprefix("models:/").partition("@")
-                if not alias:
-                    raise BadInput(
-                        f"{uri} moves from version to version",
-                        expected="models:/NAME/VERSION or models:/NAME@ALIAS",
-                    )
-                version = client.get_model_version_by_alias(name, alias)
-                uri = f"models:/{name}/{version.version}"
-            import mlflow
+            fixed, place = _place(connect(home), uri)
+            from mlflow.artifacts import download_artifacts
 
-            got = Path(
-                mlflow.artifacts.download_artifacts(
-                    artifact_uri=uri, dst_path=str(folder), tracking_uri=home.mlflow_uri
-                )
+            got = download_artifacts(
+                artifact_uri=place, dst_path=str(folder), tracking_uri=home.mlflow_uri
             )
-        return uri, _kept(uri, got, objects)
+        return fixed, _kept(uri, Path(got), objects)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _kept(uri: str, folder: Path, objects: ObjectStore) -> str:
-    """Put a folder's model files into the store; returns the digest of their manifest."""
-    stand_in = folder / "object.json"
-    if stand_in.is_file() and not any(folder.glob("*.safetensors")):
-        return objects.put_json({"uri": _pointed_at(uri, stand_in)})
-    if folder.is_dir():
-        found = {path.name: path for path in sorted(folder.iterdir()) if path.is_file()}
+def _place(client: "MlflowClient", uri: str) -> tuple[str, str]:
+    """The address of the same thing that cannot move, and where its artifacts lie.
+
+    MLflow's own way through `models:/` asks the process's global server and not ours.
+    """
+    if not uri.startswith("models:/"):
+        return uri, uri
+    first, *path = uri.removeprefix("models:/").strip("/").split("/")
+    name, _, alias = first.partition("@")
+    if alias:
+        version = str(client.get_model_version_by_alias(name, alias).version)
+    elif path and path[0].isdigit():
+        version, *path = path
+    elif not path:
+        return uri, str(client.get_logged_model(name).artifact_location)
     else:
-        found = {folder.name: folder}
-    wanted = {n: p for n, p in found.items() if any(fnmatch(n, pattern) for pattern in _WANTED)}
-    if not any(name.endswith(".safetensors") for name in wanted):
-        pickles = [name for name in found if name.endswith(_PICKLES)]
+        raise BadInput(
+            f"{uri} moves from version to version",
+            expected="models:/NAME/VERSION or models:/NAME@ALIAS",
+        )
+    fixed = "/".join((f"models:/{name}/{version}", *path))
+    place = client.get_model_version_download_uri(name, version)
+    if place.startswith("models:/"):
+        place = _place(client, place)[1]
+    return fixed, "/".join((place.rstrip("/"), *path))
+
+
+def _kept(uri: str, got: Path, objects: ObjectStore) -> str:
+    """Put a model's files into the store; returns the digest of their manifest."""
+    if got.is_file():
+        files = [got]
+    else:
+        folders = sorted({path.parent for path in got.rglob("*.safetensors")})
+        stand_in = got / "object.json"
+        if not folders and stand_in.is_file():
+            return objects.put_json({"uri": _pointed_at(uri, stand_in)})
+        if len(folders) > 1 and got not in folders:
+            raise BadInput(
+                f"{uri} holds several models",
+                found=", ".join(str(folder.relative_to(got)) for folder in folders),
+                hint="name the folder of one of them",
+            )
+        # MLflow's own model format has the weights in a folder below.
+        folder = got if got in folders or not folders else folders[0]
+        files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    wanted = [path for path in files if any(fnmatch(path.name, one) for one in _WANTED)]
+    if not any(path.suffix == ".safetensors" for path in wanted):
+        pickled = any(path.suffix in _PICKLES for path in files)
         raise BadInput(
             f"{uri} holds no safetensors",
-            found=", ".join(pickles or sorted(found)) or "nothing",
-            hint=_CONVERT if pickles else "name the folder that holds model.safetensors",
+            found=", ".join(path.name for path in files[:20]) or "nothing",
+            hint=_CONVERT if pickled else "name the folder that holds model.safetensors",
         )
     return objects.put_json(
-        {"files": {name: objects.put_blob(path, move=True) for name, path in wanted.items()}}
+        {"files": {path.name: objects.put_blob(path, move=True) for path in wanted}}
     )
 
 

@@ -1,11 +1,13 @@
 """Small heads, records and stores for the tests of `registry`."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 from merging.digests import digest_bytes
 from registry.head import Head, ModelRef, ModelVersion
 from registry.history import MergedMember, MergedRecord, Retention, TaskResult
+from registry.home import Home
 from registry.ledger import Act, Ledger
 from registry.objects import ObjectStore
 from registry.specs import LineSpec, MethodSpec, TaskSpec
@@ -83,6 +85,14 @@ def ledger(root: Path, line: str = "line") -> Ledger:
     made = Ledger(ObjectStore(FolderStore(root)), line)
     made.create(line_spec(line), model_ref("base"), "tester", "a new line")
     return made
+
+
+def home_with_mlflow(root: Path, template: Path) -> Home:
+    """A home whose MLflow database is already migrated, which takes seconds."""
+    home = Home(root)
+    home.create()
+    shutil.copyfile(template, root / "mlflow.db")
+    return home
 
 
 def done(act: Act | None) -> Act:

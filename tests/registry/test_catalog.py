@@ -1,0 +1,357 @@
+import os
+import random
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+from merging.errors import Unavailable
+from registry.catalog import Catalog, without_credentials
+from registry.home import Home
+from registry.ledger import Ledger
+from registry.objects import ObjectStore
+from registry.store import FolderStore
+from tests.hub_server import ROOT
+from tests.registry.builders import (
+    digest,
+    home_with_mlflow,
+    ledger,
+    line_spec,
+    merge,
+    model,
+    model_ref,
+    with_task,
+)
+
+
+@pytest.fixture
+def home(tmp_path, mlflow_template):
+    return home_with_mlflow(tmp_path / "home", mlflow_template)
+
+
+@pytest.fixture
+def catalog(home):
+    return Catalog(home)
+
+
+@pytest.fixture
+def line(home):
+    """A line with a model that joined and one that could not, and two merged versions."""
+    made = ledger(home.store_path)
+    made.act("registered", "ann", "new", lambda head: with_task(head, "a", model("a")))
+    made.act(
+        "localized",
+        "worker",
+        "done",
+        lambda head: head.with_state(
+            "a", 1, "ready", mask=digest("mask"), delta=digest("delta"), facts={"density": 0.05}
+        ),
+    )
+    made.act("registered", "ann", "new", lambda head: with_task(head, "b", model("b")))
+    made.act(
+        "quarantined", "worker", "NaN", lambda head: head.with_state("b", 1, "quarantined", "NaN")
+    )
+    merge(made, tasks=("a",))
+    merge(made, tasks=("a",), files={"report.html": made.objects.put_blob(b"<p>report</p>")})
+    return made
+
+
+def shown(catalog: Catalog, line: str = "line") -> dict[str, Any]:
+    """Everything that MLflow holds of a line, without its own ids."""
+    client = catalog.client
+    found: dict[str, Any] = {}
+    for experiment in (line, f"{line}.audit", f"{line}.models"):
+        exists = client.get_experiment_by_name(experiment)
+        runs = client.search_runs([exists.experiment_id]) if exists else []
+        found[experiment] = sorted(
+            repr((run.info.status, sorted(run.data.params.items()), run.data.metrics))
+            for run in runs
+        )
+    for name in (line, f"{line}.a", f"{line}.b"):
+        found[f"model {name}"] = sorted(
+            repr((sorted(version.tags.items()), version.description))
+            for version in client.search_model_versions(f"name = '{name}'")
+        )
+    models = client.search_registered_models(f"name = '{line}'")
+    found["aliases"] = {
+        alias: client.get_model_version(line, str(version)).tags["restitch.version"]
+        for made in models
+        for alias, version in made.aliases.items()
+    }
+    return found
+
+
+def counts(catalog: Catalog) -> dict[str, int]:
+    return {name: len(things) for name, things in shown(catalog).items()}
+
+
+WHOLE = {
+    "line": 2,
+    "line.audit": 9,
+    "line.models": 2,
+    "model line": 2,
+    "model line.a": 1,
+    "model line.b": 1,
+    "aliases": 1,
+}
+
+
+def test_a_line_is_shown_whole(catalog, line):
+    assert catalog.repair(line) == 9
+    assert counts(catalog) == WHOLE
+    client = catalog.client
+    champion = client.get_model_version_by_alias("line", "champion")
+    assert champion.tags["restitch.version"] == "2"
+    run = client.get_run(champion.run_id)
+    assert run.data.metrics["retention/ratio"] == 0.9
+    assert run.data.metrics["mean/accuracy"] == 0.6
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "mean/accuracy")] == [2]
+    assert champion.source == f"runs:/{champion.run_id}/restitch"
+    artifacts = {file.path for file in client.list_artifacts(champion.run_id)}
+    assert artifacts == {"recipe.json", "record.json", "report.html", "restitch"}
+    assert "Version 2 of line line" in champion.description
+    (joined,) = client.search_model_versions("name = 'line.a'")
+    assert joined.tags["restitch.state"] == "ready"
+    (refused,) = client.search_model_versions("name = 'line.b'")
+    assert (refused.tags["restitch.state"], refused.tags["restitch.reason"]) == (
+        "quarantined",
+        "NaN",
+    )
+    assert catalog.run_of(line.merged(2)) == champion.run_id
+
+
+def test_what_the_command_line_answers_is_found_by_a_search(catalog, line):
+    catalog.repair(line)
+    client = catalog.client
+    audit = client.get_experiment_by_name("line.audit").experiment_id
+    (run,) = client.search_runs(
+        [audit], "params.kind = 'promoted' and params.`champion.after` = '2'"
+    )
+    assert run.data.params["champion.before"] == "1"
+    (run,) = client.search_runs([audit], f"tags.`restitch.digest` = '{line.head().entry}'")
+    assert run.data.params["sequence"] == "9"
+    found = client.search_model_versions(
+        f"name = 'line.a' and tags.`restitch.digest` = '{digest('a')}'"
+    )
+    assert len(found) == 1
+
+
+def test_a_second_repair_looks_at_nothing_and_is_fast(catalog, line):
+    catalog.repair(line)
+    before = shown(catalog)
+    began = time.perf_counter()
+    assert catalog.repair(line) == 0
+    assert time.perf_counter() - began < 0.5
+    assert Catalog(catalog.home).repair(line) == 0
+    assert shown(catalog) == before
+
+
+def test_a_full_repair_of_a_whole_image_changes_nothing(catalog, line):
+    catalog.repair(line)
+    before = shown(catalog)
+    assert catalog.repair(line, full=True) == 9
+    assert shown(catalog) == before
+
+
+def test_only_new_acts_are_looked_at(catalog, line):
+    catalog.repair(line)
+    line.act("retired", "ann", "old", lambda head: head.with_state("a", 1, "retired", "old"))
+    assert catalog.repair(line) == 1
+    (version,) = catalog.client.search_model_versions("name = 'line.a'")
+    assert version.tags["restitch.state"] == "retired"
+    assert "retired" in version.description
+
+
+def test_single_calls_and_a_repair_do_not_double_anything(catalog, line):
+    head = line.head()
+    for _ in range(2):
+        for entry in line.entries():
+            catalog.act(entry)
+        catalog.model(head, "a", 1)
+        catalog.merged(line.merged(1))
+        catalog.merged(line.merged(2), {"report.html": b"<p>report</p>"})
+        catalog.set_aliases(head)
+    catalog.repair(line)
+    assert counts(catalog) == WHOLE
+
+
+def test_a_repair_that_is_killed_again_and_again_is_completed(home, tmp_path, mlflow_template):
+    line = ledger(home.store_path)
+    line.act("registered", "ann", "", lambda head: with_task(head, "a", model("a")))
+    merge(line, tasks=("a",))
+    reference = Catalog(home_with_mlflow(tmp_path / "reference", mlflow_template))
+    reference.repair(line)
+    catalog = Catalog(home)
+    chance = random.Random(0)
+    killed = 0
+    while True:
+        dying = Catalog(home)
+        vars(dying)["client"] = _DyingClient(catalog.client, chance.randint(1, 5))
+        try:
+            dying.repair(line)
+            break
+        except _KilledError:
+            killed += 1
+            assert killed < 200
+    assert killed > 10
+    assert shown(catalog) == shown(reference)
+    assert catalog.repair(line) == 0
+
+
+class _KilledError(BaseException):
+    """The process is gone."""
+
+
+class _DyingClient:
+    """A client whose process dies before its n-th write."""
+
+    WRITES = ("create", "log", "set", "delete", "update")
+
+    def __init__(self, client: Any, writes: int) -> None:
+        self._client, self._left = client, writes
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._client, name)
+        if not name.startswith(self.WRITES):
+            return found
+
+        def write(*arguments: Any, **keywords: Any) -> Any:
+            self._left -= 1
+            if self._left == 0:
+                raise _KilledError
+            return found(*arguments, **keywords)
+
+        return write
+
+
+def test_two_workers_at_once_do_not_double_anything(home, line):
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: Catalog(home).repair(line), range(2)))
+    assert counts(Catalog(home)) == WHOLE
+
+
+def test_what_other_hosts_doubled_is_made_single(home, catalog, monkeypatch):
+    line = ledger(home.store_path)
+    merge(line)
+    # Another host holds another lock, and its search came before our creation.
+    monkeypatch.setattr(catalog, "_runs", lambda *_: [])
+    monkeypatch.setattr(catalog, "_versions", lambda *_: [])
+    catalog.repair(line)
+    catalog.repair(line, full=True)
+    found = counts(catalog)
+    assert (found["line"], found["line.audit"], found["model line"]) == (2, 6, 2)
+    monkeypatch.undo()
+    catalog.repair(line, full=True)
+    found = counts(catalog)
+    assert (found["line"], found["line.audit"], found["model line"]) == (1, 3, 1)
+    assert found["aliases"] == 1
+
+
+def test_aliases_follow_the_head(catalog, line):
+    catalog.repair(line)
+    line.act("rolled-back", "ann", "worse", lambda head: head.promoted(1))
+    catalog.repair(line)
+    assert shown(catalog)["aliases"] == {"champion": "1"}
+    line.act("merged", "t", "", lambda head: head.with_merged(line.head().versions[2]))
+    version = catalog.client.search_model_versions("name = 'line'")[0].version
+    catalog.client.set_registered_model_alias("line", "champion", str(version))
+    catalog.client.set_registered_model_alias("line", "mine", str(version))
+    catalog.repair(line)
+    assert shown(catalog)["aliases"]["champion"] == "1"
+    assert shown(catalog)["aliases"]["mine"], "an alias of somebody else is left alone"
+
+
+def test_a_candidate_has_its_alias_while_it_is_one(catalog, line):
+    record = line.merged(2).model_copy(update={"version": 3})
+    blob = line.objects.put_blob(record.to_bytes())
+    line.act("merged", "t", "", lambda head: head.with_merged(blob))
+    catalog.repair(line)
+    assert shown(catalog)["aliases"] == {"champion": "2", "candidate": "3"}
+    line.act("rejected", "t", "gate", lambda head: head.without_candidate())
+    catalog.repair(line)
+    assert shown(catalog)["aliases"] == {"champion": "2"}
+
+
+def test_a_deleted_model_and_a_deleted_database_are_made_again(catalog, line, mlflow_template):
+    catalog.repair(line)
+    before = shown(catalog)
+    catalog.client.delete_registered_model("line")
+    Catalog(catalog.home).repair(line)
+    assert shown(catalog) == before
+    experiment = catalog.client.get_experiment_by_name("line.audit")
+    catalog.client.delete_experiment(experiment.experiment_id)
+    Catalog(catalog.home).repair(line, full=True)
+    assert shown(catalog) == before
+
+
+def test_two_lines_do_not_disturb_each_other(catalog, line):
+    other = Ledger(line.objects, "other")
+    other.create(line_spec("other"), model_ref("base"), "t", "")
+    merge(other)
+    catalog.repair(line)
+    catalog.repair(other)
+    assert counts(catalog) == WHOLE
+    assert len(shown(catalog, "other")["other"]) == 1
+
+
+def test_mlflow_away_is_unavailable_without_its_password(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    store = tmp_path / "store"
+    line = ledger(store)
+    home = Home(tmp_path / "home", str(store), "http://ann:secret@127.0.0.1:9")
+    with pytest.raises(Unavailable) as raised:
+        Catalog(home).repair(line)
+    assert "secret" not in str(raised.value)
+    assert "secret" not in repr(raised.value.__cause__)
+    assert raised.value.__suppress_context__
+    assert "remerge completes" in str(raised.value)
+    assert without_credentials("at postgresql://u:p@host/db and s3://k:s@b") == (
+        "at postgresql://***@host/db and s3://***@b"
+    )
+
+
+def test_a_database_that_is_none_is_unavailable(tmp_path):
+    line = ledger(tmp_path / "home" / "store")
+    (tmp_path / "home" / "mlflow.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(Unavailable, match="cannot be used"):
+        Catalog(Home(tmp_path / "home")).repair(line)
+
+
+def test_nothing_is_written_beside_the_home(line, home, tmp_path):
+    """Parts of MLflow ask for a global address and make ./mlflow.db where there is none."""
+    work = tmp_path / "work"
+    work.mkdir()
+    code = f"""
+from pathlib import Path
+from registry.catalog import Catalog
+from registry.home import Home, prepare_environment
+from registry.ledger import Ledger
+from registry.objects import ObjectStore
+home = Home(Path({str(home.root)!r}))
+prepare_environment(home)
+print(Catalog(home).repair(Ledger(ObjectStore(home.open_store()), "line")))
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_TRACKING")}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=work,
+        env=environment | {"PYTHONPATH": str(ROOT), "HOME": str(work)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "9"
+    assert "INFO" not in ran.stderr
+    assert list(work.iterdir()) == []
+
+
+def test_the_store_alone_is_enough_for_another_mlflow(line, catalog, tmp_path, mlflow_template):
+    catalog.repair(line)
+    elsewhere = Catalog(home_with_mlflow(tmp_path / "elsewhere", mlflow_template))
+    copy = Ledger(ObjectStore(FolderStore(line.objects.store.root)), "line")
+    elsewhere.repair(copy)
+    assert shown(elsewhere) == shown(catalog)
