@@ -4,12 +4,14 @@
 reads data later compares it with the digest taken then, before it uses a row.
 """
 
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from merging.digests import digest_json
 from merging.errors import BadInput
 from modeling.data import DataSpec, TaskData, data_digest, labels_of
-from modeling.family import Family
+from modeling.family import Family, get_family
 from modeling.heads import Head, HeadSpec, head_key
 from registry.head import ModelRef
 from registry.specs import TaskSpec
@@ -123,7 +125,13 @@ def head_spec(spec: TaskSpec) -> HeadSpec:
 
 def resolved_head(spec: TaskSpec, base: Base) -> HeadSpec:
     """The task's head with the family's defaults for this base."""
-    return base.family.resolve(base.folder, head_spec(spec))
+    return _resolved(head_spec(spec), base.family.name, base.folder, base.ref.config)
+
+
+@lru_cache(maxsize=256)
+def _resolved(spec: HeadSpec, family: str, folder: Path, _config: str) -> HeadSpec:
+    # It opens a tokenizer, and every look-up of a result asks for it.
+    return get_family(family).resolve(folder, spec)
 
 
 def head_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> dict[str, object]:
