@@ -1,0 +1,405 @@
+"""Localization with data: a mask that is learned with the task's own loss (Eq. 1).
+
+The loss is taken at W0 + sigmoid(S) * tau, its gradient by S is grad_W * tau * sigmoid(S)
+(1 - sigmoid(S)), and the mask is S > 0. The presets `paper` and `official` are the
+settings of the paper and of its authors' code, and end with whatever density comes out.
+`budget` keeps exactly k coordinates: the loss is taken at the hard mask of the k largest
+scores. Weights are computed from the checkpoints each time, never added back and forth,
+and are the base's again afterwards. The same rows, seed and `fingerprint` give the same
+mask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from merging.errors import BadInput, CannotJoin
+from merging.live_weights import LiveWeights
+from merging.localize_dataless import kept_count
+from merging.mask import Mask
+from merging.progress import Progress, ignore
+from merging.task_vector import TaskVector
+from merging.top_k import TensorScores, top_k
+
+NAME = "trained"
+VERSION = 1
+PRESETS = ("budget", "official", "paper")
+
+_SAMPLE = 1 << 18
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class TrainedSettings:
+    """How a mask is learned; `of` fills in what a preset says.
+
+    Attributes:
+        preset: one of `PRESETS`.
+        density: what `budget` keeps; the other presets end with their own density.
+        epochs: how often the rows are gone through.
+        seed: of the order of the rows.
+        batch_size: rows per batch.
+        learning_rate: of S in `paper` and `official`; in `budget` it multiplies the steps
+            of the scores, in units of the scores that they begin with.
+        penalty: lambda in `paper`, l1 in `official`; not used by `budget`.
+        start: S at the beginning on the coordinates of the largest differences.
+        start_elsewhere: S at the beginning on all other coordinates.
+        start_share: the fraction of the coordinates that begins with `start`.
+    """
+
+    preset: str = "budget"
+    density: float = 0.01
+    epochs: int = 10
+    seed: int = 0
+    batch_size: int = 16
+    learning_rate: float = 1.0
+    penalty: float = 0.0
+    start: float = 0.0
+    start_elsewhere: float = 0.0
+    start_share: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        preset: str = "budget",
+        *,
+        modality: Literal["text", "image"] = "text",
+        density: float = 0.01,
+        epochs: int = 10,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> TrainedSettings:
+        """The settings of a preset for a kind of model.
+
+        Args:
+            preset: one of `PRESETS`.
+            modality: what the model reads; `official` differs by it.
+            density: for `budget`.
+            epochs: passes over the rows.
+            seed: of the order of the rows.
+            batch_size: None is the preset's own.
+        """
+        if preset not in PRESETS:
+            near = get_close_matches(preset, PRESETS, n=1)
+            raise BadInput(
+                f"unknown preset {preset!r}",
+                expected=f"one of {', '.join(PRESETS)}",
+                hint=f"did you mean {near[0]!r}?" if near else "correct localize: preset",
+            )
+        own: dict[str, Any] = _PRESET_SETTINGS[preset]
+        if preset == "official" and modality == "image":
+            own = own | _OFFICIAL_IMAGE
+        chosen = own if batch_size is None else own | {"batch_size": batch_size}
+        return cls(preset=preset, density=density, epochs=epochs, seed=seed, **chosen)
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"unknown preset {self.preset!r}")
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError(f"{self.epochs} epochs with batches of {self.batch_size}")
+        kept_count(self.density, 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that determines a mask beside the model, the rows and the loss."""
+        return asdict(self)
+
+
+_PRESET_SETTINGS: dict[str, dict[str, Any]] = {
+    "budget": {"batch_size": 16, "learning_rate": 1.0},
+    "official": {
+        "batch_size": 8,
+        "learning_rate": 1e7,
+        "penalty": 10.0,
+        "start": 5.0,
+        "start_elsewhere": -5.0,
+        "start_share": 1e-5,
+    },
+    "paper": {
+        "batch_size": 16,
+        "learning_rate": 1e7,
+        "penalty": 1e-5,
+        "start": 3.0,
+        "start_elsewhere": 0.0,
+        "start_share": 0.01,
+    },
+}
+_OFFICIAL_IMAGE = {"batch_size": 128, "penalty": 1.0}
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the rows saw: the mean loss of its batches, and the share kept."""
+
+    loss: float
+    density: float
+
+
+@dataclass(frozen=True)
+class TrainedResult:
+    """A learned mask.
+
+    Attributes:
+        mask: the coordinates.
+        density: their share of all localizable coordinates.
+        steps: how often the scores were changed.
+        history: one entry per pass.
+    """
+
+    mask: Mask
+    density: float
+    steps: int
+    history: tuple[Epoch, ...]
+
+
+def fingerprint(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a repetition must share to find the same bytes."""
+    return {
+        "torch": torch.__version__,
+        "device": torch.device(device).type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def localize_trained(
+    parameters: Mapping[str, Tensor],
+    task_vector: TaskVector,
+    rows: int,
+    batch: Callable[[Sequence[int]], Batch],
+    loss: Callable[[Batch], Tensor],
+    settings: TrainedSettings,
+    *,
+    scratch: Path | None = None,
+    progress: Progress | None = None,
+) -> TrainedResult:
+    """Learn the mask of one finetuned model.
+
+    Args:
+        parameters: the live tensors of the loaded base by their names in its checkpoint;
+            only those of the task vector are written to, and they hold the base's weights
+            again afterwards, also when this raises. The model should be in evaluation mode.
+        task_vector: what finetuning changed.
+        rows: how many calibration rows there are.
+        batch: makes the batch of some rows, by their indices; called once per batch.
+        loss: the mean loss of a batch at the model's current weights.
+        settings: a preset.
+        scratch: folder for temporary files.
+        progress: called with the batches done and the batches in all.
+
+    Raises:
+        BadInput: no rows.
+        CannotJoin: the loss or the scores are not finite.
+    """
+    if rows < 1:
+        raise BadInput(
+            "there are no rows to localize with",
+            expected="at least one labelled row",
+            found="none",
+            hint="name a train split under data, or localize with mode: dataless",
+        )
+    course = _Course(rows, batch, loss, settings, progress or ignore)
+    train = {"budget": _budget, "official": _official, "paper": _paper}[settings.preset]
+    with LiveWeights(parameters, task_vector) as live:
+        mask = train(live, course, scratch)
+    return TrainedResult(
+        mask, mask.total / max(1, live.coordinates), course.steps, tuple(course.history)
+    )
+
+
+class _Course(Generic[Batch]):
+    """The rows in batches, epoch by epoch, and what was seen on the way."""
+
+    def __init__(
+        self,
+        rows: int,
+        batch: Callable[[Sequence[int]], Batch],
+        loss: Callable[[Batch], Tensor],
+        settings: TrainedSettings,
+        progress: Progress,
+    ) -> None:
+        self.settings = settings
+        self.steps = 0
+        self.history: list[Epoch] = []
+        self.per_epoch = math.ceil(rows / settings.batch_size)
+        self._rows = rows
+        self._batch = batch
+        self._loss = loss
+        self._progress = progress
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._seen = 0
+
+    def batches(self) -> Iterator[Batch]:
+        """One pass over the rows in a new order."""
+        order = torch.randperm(self._rows, generator=self._generator).tolist()
+        size = self.settings.batch_size
+        for start in range(0, len(order), size):
+            yield self._batch(order[start : start + size])
+            self._seen += 1
+            self._progress(self._seen, self.per_epoch * self.settings.epochs)
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Add a batch's gradient to the live tensors; its loss."""
+        with torch.enable_grad():
+            value = self._loss(batch)
+            value.backward()  # type: ignore[no-untyped-call]
+        return value.detach()
+
+    def record(self, losses: Sequence[Tensor], kept: int, coordinates: int) -> None:
+        """Note what a pass saw."""
+        mean = float(torch.stack(list(losses)).double().mean())
+        if not math.isfinite(mean):
+            raise CannotJoin(
+                "the loss is not finite while localizing",
+                expected="a number for every batch",
+                found=f"{mean} in epoch {len(self.history) + 1}",
+                hint="check the calibration rows, or localize with mode: dataless",
+            )
+        self.history.append(Epoch(mean, kept / max(1, coordinates)))
+
+
+def _paper(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> Mask:
+    """One SGD step per batch on loss + penalty * sum sigmoid(S)."""
+    settings = course.settings
+    scores = _start(live, settings, scratch)
+    for _ in range(settings.epochs):
+        losses = []
+        for batch in course.batches():
+            _interpolate(live, scores)
+            losses.append(course.backward(batch))
+            for part in live.parts:
+                score = scores[part.name]
+                slope = _slope(score)
+                pull = part.pull(live.buffer(part)).add_(settings.penalty).mul_(slope)
+                score.sub_(pull, alpha=settings.learning_rate)
+            live.clear_gradients()
+            course.steps += 1
+        course.record(losses, _count(scores, 0.0), live.coordinates)
+    return _positive(scores)
+
+
+def _official(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> Mask:
+    """One step per epoch with the batches' gradients summed, and a push away from zero."""
+    settings = course.settings
+    scores = _start(live, settings, scratch)
+    for _ in range(settings.epochs):
+        _interpolate(live, scores)
+        losses = [course.backward(batch) for batch in course.batches()]
+        for part in live.parts:
+            score = scores[part.name]
+            slope = _slope(score)
+            push = torch.sign(score).mul_(slope).mul_(settings.penalty)
+            score.sub_(part.pull(live.buffer(part)).mul_(slope), alpha=settings.learning_rate)
+            score.add_(push)
+        live.clear_gradients()
+        course.steps += 1
+        course.record(losses, _count(scores, 0.0), live.coordinates)
+    return _positive(scores)
+
+
+def _budget(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> Mask:
+    """Straight through a hard mask of the k largest scores.
+
+    The first pass is at the base: a score begins as the root mean square, over batches, of
+    the change in loss that its coordinate's difference makes, |gradient * tau|. Afterwards
+    each batch's loss is taken at the mask of the k largest scores, and its -gradient * tau
+    is added to the scores, also to those outside of the mask. Both have the same unit, so
+    the step size depends neither on the scale of the loss nor on that of the differences.
+    """
+    settings = course.settings
+    kept = kept_count(settings.density, live.coordinates)
+    scores = {part.name: part.zeros() for part in live.parts}
+    losses = []
+    for batch in course.batches():
+        losses.append(course.backward(batch))
+        for part in live.parts:
+            pull = part.pull(live.buffer(part))
+            scores[part.name].addcmul_(pull, pull)
+        live.clear_gradients()
+    for score in scores.values():
+        score.div_(course.per_epoch).sqrt_()
+    course.record(losses, kept, live.coordinates)
+    for _ in range(settings.epochs - 1):
+        losses = []
+        for batch in course.batches():
+            live.graft(scores, _threshold(scores, kept, live.coordinates))
+            losses.append(course.backward(batch))
+            for part in live.parts:
+                pull = part.pull(live.buffer(part))
+                scores[part.name].sub_(pull, alpha=settings.learning_rate)
+            live.clear_gradients()
+            course.steps += 1
+        course.record(losses, kept, live.coordinates)
+    _check_finite(scores)
+    return top_k(TensorScores({n: s.cpu() for n, s in scores.items()}), kept, scratch=scratch)
+
+
+def _start(live: LiveWeights, settings: TrainedSettings, scratch: Path | None) -> dict[str, Tensor]:
+    """S at the beginning: `start` where the differences are largest, else `start_elsewhere`."""
+    kept = kept_count(settings.start_share, live.coordinates)
+    largest = top_k(live.task_vector, kept, scratch=scratch)
+    scores = {}
+    for part in live.parts:
+        score = part.zeros().fill_(settings.start_elsewhere)
+        score.view(-1)[largest.coordinates(part.name).to(score.device)] = settings.start
+        scores[part.name] = score
+    return scores
+
+
+def _interpolate(live: LiveWeights, scores: Mapping[str, Tensor]) -> None:
+    for part in live.parts:
+        gate = torch.sigmoid(scores[part.name])
+        part.live.copy_(part.difference(live.buffer(part)).mul_(gate).add_(part.base))
+
+
+def _slope(score: Tensor) -> Tensor:
+    """The derivative of the sigmoid."""
+    gate = torch.sigmoid(score)
+    return gate.mul_(1 - gate)
+
+
+def _threshold(scores: Mapping[str, Tensor], kept: int, coordinates: int) -> float:
+    """A value that about `kept` scores are above, from a strided sample of them."""
+    if not 0 < kept < coordinates:
+        return math.inf if kept == 0 else -math.inf
+    stride = max(1, coordinates // _SAMPLE) | 1
+    pieces, start = [], 0
+    for score in scores.values():
+        flat = score.view(-1)
+        # The stride runs on from tensor to tensor, so that small ones get no more than their share.
+        if start < flat.numel():
+            pieces.append(flat[start::stride])
+        start = (start - flat.numel()) % stride
+    sample = torch.cat(pieces)
+    rank = min(max(1, round(kept / stride)), sample.numel())
+    return float(torch.kthvalue(sample, sample.numel() + 1 - rank).values)
+
+
+def _count(scores: Mapping[str, Tensor], threshold: float) -> int:
+    return sum(int(torch.count_nonzero(score > threshold)) for score in scores.values())
+
+
+def _positive(scores: Mapping[str, Tensor]) -> Mask:
+    _check_finite(scores)
+    return Mask.of(
+        {name: (score.view(-1) > 0).nonzero().view(-1).cpu() for name, score in scores.items()}
+    )
+
+
+def _check_finite(scores: Mapping[str, Tensor]) -> None:
+    bad = [name for name, score in scores.items() if not bool(torch.isfinite(score.sum()))]
+    if bad:
+        raise CannotJoin(
+            "the scores are not finite after localizing",
+            expected="a number for every coordinate",
+            found=f"infinity or NaN in {len(bad)} tensors",
+            hint="check the calibration rows, or localize with mode: dataless",
+            details=bad,
+        )
