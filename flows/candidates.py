@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from importlib.metadata import version as library_version
 
 from flows.gates import Check, check_gates
-from flows.snapshot import Snapshot, measured
+from flows.snapshot import Snapshot, is_merge_of, measured
 from merging.errors import BadInput
 from merging.recipe import Recipe
 from registry.head import Head, Member
@@ -56,6 +56,10 @@ class Candidate:
     def failed(self) -> tuple[Check, ...]:
         """The checks that were failed."""
         return tuple(check for check in self.checks if not check.passed)
+
+    def is_version(self, record: MergedRecord | None) -> bool:
+        """Whether this is a version that is there already."""
+        return record is not None and is_merge_of(record, self.patch.recipe, self.members)
 
     def record(self, line: str, version: int) -> MergedRecord:
         """The record of a merged version with this number."""

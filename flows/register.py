@@ -13,14 +13,17 @@ from flows.onboard import OnboardOutcome, onboard
 from flows.remerge import RemergeOutcome, remerge
 from merging.errors import BadInput, CannotJoin, GateFailed
 from modeling.family import get_family
-from registry.head import Head, ModelRef, ModelVersion
+from registry.head import Head, ModelRef, ModelVersion, State, Task
 from registry.ledger import Ledger
 from registry.specs import TaskSpec, load_task
 from tasks.inputs import resolve_task, same_task
-from tasks.models import describe_model
+from tasks.models import describe_model, open_base
 from tasks.publish import mirror
+from tasks.refs import LineRef
 from tasks.reporting import say
 from tasks.workspace import actor, workspace
+
+_TAKES_PART: tuple[State, ...] = ("registered", "waiting", "ready")
 
 
 @dataclass(frozen=True)
@@ -77,8 +80,9 @@ def register(
             found=", ".join(_differing(known.spec, spec)),
             hint="use another task name, or --replace-task to change the task",
         )
+    open_base(LineRef(head.spec, head.base), space)  # without it nothing can join
     model = describe_model(source, family, space)
-    version, already = _enter(ledger, spec, model)
+    version, already = _enter(ledger, spec, model, replace_task)
     mirror(line)
     if already:
         say(f"{spec.task}: already version {version}")
@@ -90,26 +94,25 @@ def register(
     return RegisterOutcome(onboarded, already, merged)
 
 
-def _enter(ledger: Ledger, spec: TaskSpec, model: ModelRef) -> tuple[int, bool]:
-    """Put the model on the line as its task's next version, unless it is the newest already."""
+def _enter(ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool) -> tuple[int, bool]:
+    """Put the model on the line as its task's next version, unless it is there already.
+
+    Returns:
+        Its version, and whether that was there before.
+    """
     entered: list[tuple[int, bool]] = []
 
     def change(head: Head) -> Head | None:
         entered.clear()
         task = head.tasks.get(spec.task)
-        newest = max(task.versions, default=None) if task is not None else None
-        same = (
-            task is not None
-            and newest is not None
-            and task.versions[newest].state != "retired"
-            and task.versions[newest].model.weights == model.weights
-            and task.versions[newest].model.config == model.config
-        )
-        if task is not None and same and newest is not None:
-            entered.append((newest, True))
-            return None if same_task(task.spec, spec) else head.with_task(spec)
+        found = None if task is None else _present(task, spec, model)
+        if task is not None and found is not None:
+            entered.append((found, True))
+            # The same task from another place: what was said when the old place is gone.
+            return head.with_task(spec) if replace_task and spec != task.spec else None
         now = datetime.now(UTC).isoformat(timespec="microseconds")
-        head = head.with_task(spec) if task is None or not same_task(task.spec, spec) else head
+        if task is None or not same_task(task.spec, spec):
+            head = head.with_task(spec)
         entered.append((head.tasks[spec.task].next_version, False))
         return head.with_version(spec.task, ModelVersion(model=model, registered_at=now))
 
@@ -121,6 +124,25 @@ def _enter(ledger: Ledger, spec: TaskSpec, model: ModelRef) -> tuple[int, bool]:
         {"model": model.weights, "config": model.config},
     )
     return entered[-1]
+
+
+def _present(task: Task, spec: TaskSpec, model: ModelRef) -> int | None:
+    """The version that is this very model for this very task, and that counts today.
+
+    It is the newest one, whatever became of it, or the newest one that takes part: what was
+    quarantined or held after it does not take its place.
+    """
+    numbers = {
+        max((n for n, v in task.versions.items() if v.state != "retired"), default=0),
+        max((n for n, v in task.versions.items() if v.state in _TAKES_PART), default=0),
+    } - {0}
+    same = [
+        number
+        for number in numbers
+        if task.versions[number].model.weights == model.weights
+        and task.versions[number].model.config == model.config
+    ]
+    return max(same) if same and same_task(task.spec, spec) else None
 
 
 def _after(ledger: Ledger, before: OnboardOutcome) -> OnboardOutcome:

@@ -100,15 +100,17 @@ def _settle(
 ) -> RemergeOutcome:
     """Merge all members; where that fails, keep those whose joining does not."""
     if snapshot.is_settled and not force:
-        say(f"{ledger.line}: nothing changed since version {snapshot.newest_version}")
-        return _outcome(ledger, "unchanged", snapshot.newest_version, localized)
+        assert snapshot.settled is not None
+        version = snapshot.settled.version
+        say(f"{ledger.line}: nothing changed since version {version}")
+        return _outcome(ledger, "unchanged", version, localized)
     everything = make_candidate(snapshot, snapshot.members, again=force)
     version = _record(ledger, everything)
     if everything.passed:
         return _promote(ledger, everything, version, localized)
     _reject(ledger, version, everything)
     kept, held = _one_by_one(snapshot)
-    if kept is not None and not snapshot.is_champion(kept.patch.recipe):
+    if kept is not None and not kept.is_version(snapshot.champion):
         version = _record(ledger, kept)
         if kept.passed:
             _promote(ledger, kept, version, localized)
@@ -154,7 +156,7 @@ def _record(ledger: Ledger, candidate: Candidate) -> int:
     def change(head: Head) -> Head | None:
         found.clear()
         newest = head.newest
-        if newest is not None and _same_recipe(ledger, newest, candidate):
+        if newest is not None and candidate.is_version(ledger.merged(newest)):
             found.append(newest)
             return None
         found.append(head.next_version)
@@ -173,10 +175,6 @@ def _record(ledger: Ledger, candidate: Candidate) -> int:
     if act is not None:
         say(f"{ledger.line} version {found[0]}: {members}")
     return found[0]
-
-
-def _same_recipe(ledger: Ledger, version: int, candidate: Candidate) -> bool:
-    return ledger.merged(version).recipe_digest == candidate.patch.recipe
 
 
 def _promote(

@@ -42,21 +42,19 @@ class Snapshot:
         return Gates(**self.head.spec.gates.to_json())
 
     @property
-    def newest_version(self) -> int | None:
-        """The newest version's number."""
-        return None if self.newest is None else self.newest.version
+    def settled(self) -> MergedRecord | None:
+        """The version that a remerge brings up to date."""
+        return self.newest if self.head.pinned else self.champion
 
     @cached_property
     def is_settled(self) -> bool:
-        """Whether the newest version is the merge of these members, and is in use."""
-        if self.newest is None:
-            return False
-        settled = self.newest.version == self.head.champion or self.head.pinned
-        return settled and self._recipe_of(self.members) == self.newest.recipe_digest
+        """Whether the version in use is the merge of these members.
 
-    def is_champion(self, recipe: str) -> bool:
-        """Whether the version in use was made by this recipe."""
-        return self.champion is not None and recipe == self.champion.recipe_digest
+        A newer one that failed its gates changes nothing about that. Where promotion is
+        switched off, the newest version has to be the merge of these members instead.
+        """
+        recipe = make_recipe(self.line, self.members).digest()
+        return self.settled is not None and is_merge_of(self.settled, recipe, self.members)
 
     @cached_property
     def champion_members(self) -> tuple[Member, ...]:
@@ -89,8 +87,16 @@ class Snapshot:
             return None
         return measured(self.champion.results, self.champion.retention)
 
-    def _recipe_of(self, members: tuple[Member, ...]) -> str:
-        return make_recipe(self.line, members).digest()
+
+def is_merge_of(record: MergedRecord, recipe: str, members: Iterable[Member]) -> bool:
+    """Whether a version was made by this recipe from these very versions of the tasks.
+
+    A task that was described anew has another version with the same weights: the recipe is
+    the same, what was measured is not.
+    """
+    versions = {member.task: member.version for member in members}
+    recorded = {task: member.version for task, member in record.members.items()}
+    return record.recipe_digest == recipe and recorded == versions
 
 
 def take_snapshot(ledger: Ledger) -> Snapshot:

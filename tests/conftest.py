@@ -1,0 +1,109 @@
+"""An environment of its own for every test run, and the command as tests call it.
+
+Nothing that a developer has set for restitch, Prefect or MLflow reaches a test, and nothing is
+written to anybody's home or reported to anybody.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_FOREIGN = ("RESTITCH_", "PREFECT_", "MLFLOW_")
+for _name in [name for name in os.environ if name.startswith(_FOREIGN)]:
+    del os.environ[_name]
+# Before anything imports these libraries: they read their folders at import.
+_libraries = Path(tempfile.mkdtemp(prefix="restitch-tests-"))
+os.environ.update(
+    {
+        "PREFECT_HOME": str(_libraries / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "GIT_PYTHON_REFRESH": "quiet",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+)
+
+from tests.shell import Shell  # noqa: E402
+from tests.worlds import SKILLS, World, text_world  # noqa: E402
+
+NewHome = Callable[[str], Shell]
+
+
+@dataclass(frozen=True)
+class Three:
+    """A line with three members.
+
+    Attributes:
+        registered: what `register --json` printed, by task, in the order of registration.
+    """
+
+    shell: Shell
+    registered: dict[str, Any]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_leftovers() -> Iterator[None]:
+    yield
+    shutil.rmtree(_libraries, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A text world, to be read only."""
+    return text_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def _empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database that MLflow has made, which takes it two seconds."""
+    from registry.catalog import connect
+    from registry.home import Home
+
+    home = Home(tmp_path_factory.mktemp("mlflow"))
+    connect(home).search_registered_models()
+    return home.root / "mlflow.db"
+
+
+@pytest.fixture
+def new_home(tmp_path: Path, _empty_mlflow: Path) -> NewHome:
+    """Make homes by name, each with the command that works in it."""
+
+    def make(name: str) -> Shell:
+        home = tmp_path / name
+        home.mkdir()
+        shutil.copyfile(_empty_mlflow, home / "mlflow.db")
+        return Shell(home)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def three(tmp_path_factory: pytest.TempPathFactory, world: World, _empty_mlflow: Path) -> Three:
+    """A home with three models in its champion, to be read only."""
+    root = tmp_path_factory.mktemp("three")
+    (root / "home").mkdir()
+    shutil.copyfile(_empty_mlflow, root / "home" / "mlflow.db")
+    shell = Shell(root / "home")
+    shell("init", world.line(root / "line.yaml"))
+    return Three(shell, {name: shell.add(world, name) for name in SKILLS})
+
+
+@pytest.fixture
+def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the image in MLflow, which is most of the time of a small registration."""
+    from registry.catalog import Catalog
+
+    monkeypatch.setattr(Catalog, "repair", lambda *_, **__: 0)
+
+
+@pytest.fixture
+def shell(new_home: NewHome) -> Shell:
+    """The command in a fresh home."""
+    return new_home("home")

@@ -1,0 +1,141 @@
+"""The command as a user calls it: in this process, which is fast, or in one of its own."""
+
+import contextlib
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from registry.head import Head
+from registry.history import Entry
+from registry.home import Home
+from registry.ledger import Ledger
+from registry.objects import ObjectStore
+from tests.worlds import World
+
+ROOT = Path(__file__).parent.parent
+
+
+@dataclass(frozen=True)
+class Done:
+    """A finished command."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """What `--json` printed: exactly one document."""
+        return json.loads(self.out)
+
+
+@dataclass(frozen=True)
+class Shell:
+    """The command, with a home.
+
+    Attributes:
+        home: `RESTITCH_HOME`.
+        environment: further variables.
+    """
+
+    home: Path
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def __call__(self, *args: object, code: int | None = 0) -> Done:
+        """Run a command in this process and compare its exit code; None takes any."""
+        from cli.main import main
+
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            patch.dict(os.environ, self._variables()),
+            patch.object(sys, "argv", ["restitch", *map(str, args)]),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+        ):
+            found = _exit_code(main)
+        return _checked(Done(found, out.getvalue(), err.getvalue()), args, code)
+
+    def json(self, *args: object, code: int | None = 0) -> Any:
+        """Run a command with `--json` and read what it prints."""
+        return self(*args, "--json", code=code).json
+
+    def add(self, world: World, task: str, *options: object, model: str = "", code: int = 0) -> Any:
+        """Register a model of the world, by default the one that has the task's name."""
+        files = ("--task", world.task(task), "--model", world.model(model or task))
+        return self.json("register", "demo", *files, *options, code=code)
+
+    def start(self, *args: object, **options: Any) -> "subprocess.Popen[str]":
+        """Start a command in a process of its own."""
+        return subprocess.Popen(
+            [sys.executable, "-m", "cli.main", *map(str, args)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), **self._variables()},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            **options,
+        )
+
+    def process(self, *args: object, code: int | None = 0, **options: Any) -> Done:
+        """Run a command in a process of its own and compare its exit code."""
+        with self.start(*args, **options) as process:
+            out, err = process.communicate(timeout=240)
+        return _checked(Done(process.returncode, out, err), args, code)
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """The environment of this home, for calling flows and tasks themselves."""
+        with patch.dict(os.environ, self._variables()):
+            yield
+
+    def ledger(self, line: str = "demo") -> Ledger:
+        """The head and the trail of a line."""
+        return Ledger(ObjectStore(Home(self.home).open_store()), line)
+
+    def head(self, line: str = "demo") -> Head:
+        """The head of a line."""
+        return self.ledger(line).head()
+
+    def head_bytes(self, line: str = "demo") -> bytes | None:
+        """The very bytes of the head; None without a line."""
+        file = self.home / "store" / "lines" / line / "head.json"
+        return file.read_bytes() if file.exists() else None
+
+    def acts(self, line: str = "demo") -> list[Entry]:
+        """All acts, oldest first."""
+        return list(self.ledger(line).entries(newest_first=False))
+
+    def kinds(self, line: str = "demo") -> list[str]:
+        """What the acts are, oldest first."""
+        return [entry.kind for entry in self.acts(line)]
+
+    def patch_bytes(self, version: int | None = None, line: str = "demo") -> bytes:
+        """The patch of a merged version, by default the champion's."""
+        ledger = self.ledger(line)
+        version = version if version is not None else ledger.head().champion
+        assert version is not None, "there is no champion"
+        return ledger.objects.read_blob(ledger.merged(version).patch)
+
+    def _variables(self) -> dict[str, str]:
+        return {"RESTITCH_HOME": str(self.home), **self.environment}
+
+
+def _exit_code(main: Any) -> int:
+    try:
+        main()
+    except SystemExit as end:
+        return 0 if end.code is None else int(end.code)
+    return 0
+
+
+def _checked(done: Done, args: tuple[object, ...], code: int | None) -> Done:
+    told = f"restitch {' '.join(map(str, args))}\n{done.out}\n{done.err}"
+    assert code is None or done.code == code, f"exit code {done.code}, not {code}: {told}"
+    assert "Traceback" not in done.err, told
+    return done
