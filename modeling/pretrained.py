@@ -21,12 +21,9 @@ _ASSETS = (
     "added_tokens.json",
     "chat_template.jinja",
     "config.json",
-    "config_sentence_transformers.json",
     "merges.txt",
-    "modules.json",
     "preprocessor_config.json",
     "processor_config.json",
-    "sentence_bert_config.json",
     "sentencepiece.bpe.model",
     "special_tokens_map.json",
     "spiece.model",
@@ -35,6 +32,14 @@ _ASSETS = (
     "tokenizer_config.json",
     "vocab.json",
     "vocab.txt",
+)
+_VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "tokenizer.model",
+    "sentencepiece.bpe.model",
+    "spiece.model",
 )
 
 
@@ -161,6 +166,13 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    if not any((folder / name).is_file() for name in _VOCABULARIES):
+        # Without one, transformers would make an empty tokenizer and say nothing.
+        raise BadInput(
+            f"{folder} has no tokenizer",
+            expected=f"one of {', '.join(_VOCABULARIES)}",
+            hint="give the whole Hugging Face folder",
+        )
     try:
         return AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False

@@ -140,9 +140,9 @@ def test_the_file_counts_in_the_digest(tmp_path):
     assert found[0] != found[1]
 
 
-def whole_path(folder: Path, *, size: int, templates: tuple[str, ...], **shape: int) -> float:
+def whole_path(folder: Path, *, size: int, templates: tuple[str, ...]) -> float:
     """A thousand synset folders through head and evaluation; gives the head's seconds."""
-    base = tiny_clip(folder / "base", image_size=size, **shape)
+    base = tiny_clip(folder / "base", image_size=size)
     names, _ = openai_imagenet()
     image = png(0, (24, 18))
     for index in range(1000):
