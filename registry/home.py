@@ -7,7 +7,10 @@ imported, for they read their folders at import; after it nothing is written to 
 user's home and nothing is reported to anybody.
 """
 
+import contextlib
 import os
+import shutil
+import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +107,22 @@ class Home:
         """The store of this home."""
         return FolderStore(self.store_path)
 
+    def sweep(self, older_than: float) -> int:
+        """Remove what killed work left behind and nothing has touched for so many seconds.
+
+        Returns:
+            How many leftovers were removed.
+        """
+        limit = time.time() - older_than
+        leftovers = [*self.scratch.glob("*"), *self.cache.glob("sources/building-*")]
+        removed = 0
+        for path in leftovers:
+            if _last_touched(path) < limit:
+                with explained(path, "remove"):
+                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+                removed += 1
+        return removed + self.open_store().sweep(older_than)
+
 
 def prepare_environment(
     home: Home, environment: MutableMapping[str, str] | None = None
@@ -123,6 +142,8 @@ def prepare_environment(
         "PREFECT_CLI_PROMPT": "false",
         "DO_NOT_TRACK": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        # Its default waits two minutes for a server that is away; the store does not need it.
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
         "GIT_PYTHON_REFRESH": "quiet",
         "HF_HOME": str(home.cache / "huggingface"),
         "HF_DATASETS_CACHE": str(home.cache / "datasets"),
@@ -139,6 +160,14 @@ def prepare_environment(
     added = {name: value for name, value in wanted.items() if name not in environment}
     environment.update(added)
     return added
+
+
+def _last_touched(path: Path) -> float:
+    """The newest time in a tree: a folder's own does not move while its files grow."""
+    times = [time.time()]
+    with contextlib.suppress(FileNotFoundError):
+        times = [each.stat().st_mtime for each in (path, *path.rglob("*"))]
+    return max(times)
 
 
 def _user_token(environment: Mapping[str, str]) -> Path | None:

@@ -1,9 +1,13 @@
+import json
 import os
 import random
+import signal
+import socket
 import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -355,3 +359,45 @@ def test_the_store_alone_is_enough_for_another_mlflow(line, catalog, tmp_path, m
     copy = Ledger(ObjectStore(FolderStore(line.objects.store.root)), "line")
     elsewhere.repair(copy)
     assert shown(elsewhere) == shown(catalog)
+
+
+@pytest.mark.slow
+def test_a_server_is_shown_the_same_as_a_database(line, catalog, tmp_path):
+    catalog.repair(line)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
+    database = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+    artifacts = ["--artifacts-destination", str(tmp_path / "artifacts")]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = subprocess.Popen(
+        [*command, *database, *artifacts], cwd=tmp_path, env=environment, start_new_session=True
+    )
+    try:
+        deadline = time.time() + 120
+        while time.time() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        home = Home(tmp_path / "client", str(catalog.home.store_path), f"http://127.0.0.1:{port}")
+        remote = Catalog(home)
+        remote.repair(line)
+        assert remote.repair(line, full=True) == 9
+        assert shown(remote) == shown(catalog)
+        champion = remote.client.get_model_version_by_alias("line", "champion")
+        found = resolve_object(home, f"runs:/{champion.run_id}/restitch/object.json")
+        assert found["digest"] == line.merged(2).patch
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def resolve_object(home: Home, uri: str) -> dict[str, Any]:
+    from mlflow.artifacts import download_artifacts
+
+    path = download_artifacts(
+        artifact_uri=uri, dst_path=str(home.scratch), tracking_uri=home.mlflow_uri
+    )
+    return dict(json.loads(Path(path).read_bytes()))

@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -44,6 +45,28 @@ def test_a_home_that_cannot_be_made_is_said(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(Unavailable, match="in the way"):
         Home(tmp_path / "file" / "home").create()
+
+
+def test_leftovers_of_killed_work_are_swept_by_their_newest_file(tmp_path):
+    home = Home(tmp_path)
+    home.create()
+    old = time.time() - 7200
+    for name in ("dead", "alive"):
+        folder = home.scratch / name
+        folder.mkdir()
+        (folder / "part").write_bytes(b"")
+        for path in (folder / "part", folder):
+            os.utime(path, (old, old))
+    (home.scratch / "alive" / "part").write_bytes(b"more")
+    os.utime(home.scratch / "alive", (old, old))
+    building = home.cache / "sources" / "building-x"
+    building.mkdir(parents=True)
+    (home.cache / "sources" / "whole").mkdir()
+    for path in (building, home.cache / "sources" / "whole"):
+        os.utime(path, (old, old))
+    assert home.sweep(older_than=3600) == 2
+    assert [path.name for path in home.scratch.iterdir()] == ["alive"]
+    assert [path.name for path in (home.cache / "sources").iterdir()] == ["whole"]
 
 
 def test_variables_that_are_set_are_respected(tmp_path):
