@@ -123,7 +123,7 @@ def settings(options: argparse.Namespace) -> Iterator[Setting]:
     for density in options.dataless:
         choice = {"mode": "dataless", "density": density, "include": include}
         yield Setting(f"dataless {density:.0%}", choice)
-    for preset in options.presets.split(","):
+    for preset in options.presets.split(",") if options.trained else ():
         # The presets of the paper and its code end with whatever density comes out.
         densities = options.trained if preset == "budget" else options.trained[:1]
         for density in densities:
