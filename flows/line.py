@@ -9,7 +9,7 @@ from modeling.family import get_family
 from registry.head import Head
 from registry.ledger import Ledger
 from registry.specs import LineSpec, TaskSpec, line_changes, load_line
-from tasks.inputs import resolve_task
+from tasks.inputs import check_rows, resolve_task
 from tasks.models import describe_model, open_base
 from tasks.publish import mirror
 from tasks.refs import LineRef
@@ -60,7 +60,9 @@ def init_line(file: Path) -> InitOutcome:
         line_changes(old.spec, spec)  # what is fixed, before anything is read
         base = old.base
     if isinstance(spec.retention, TaskSpec):
-        spec = spec.with_retention(resolve_task(spec.retention, family))
+        benchmark = resolve_task(spec.retention, family)
+        check_rows(benchmark, family, space)
+        spec = spec.with_retention(benchmark)
     opened = open_base(LineRef(spec, base), space)
     if old is None:
         ledger.create(spec, base, actor(), f"line {spec.line} on {base.uri}")

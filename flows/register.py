@@ -16,7 +16,7 @@ from modeling.family import get_family
 from registry.head import Head, ModelRef, ModelVersion, State, Task
 from registry.ledger import Ledger
 from registry.specs import TaskSpec, load_task
-from tasks.inputs import resolve_task, same_task
+from tasks.inputs import check_rows, resolve_task, same_task
 from tasks.models import describe_model, open_base
 from tasks.publish import mirror
 from tasks.refs import LineRef
@@ -80,6 +80,7 @@ def register(
             found=", ".join(_differing(known.spec, spec)),
             hint="use another task name, or --replace-task to change the task",
         )
+    check_rows(spec, family, space, head.spec.localize)
     open_base(LineRef(head.spec, head.base), space)  # without it nothing can join
     model = describe_model(source, family, space)
     version, already = _enter(ledger, spec, model, replace_task)

@@ -4,20 +4,23 @@
 reads data later compares it with the digest taken then, before it uses a row.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from merging.digests import digest_json
 from merging.errors import BadInput
-from modeling.data import DataSpec, TaskData, data_digest, labels_of
+from modeling.data import DataSpec, Rows, TaskData, data_digest, labels_of
 from modeling.family import Family, get_family
 from modeling.heads import Head, HeadSpec, head_key
 from registry.head import ModelRef
-from registry.specs import TaskSpec
+from registry.sources import pin_data, resolve_source
+from registry.specs import LocalizeSpec, TaskSpec, split_pin
 from tasks.models import Base, LiveBase
 from tasks.reporting import working
-from tasks.workspace import Workspace
+from tasks.workspace import Workspace, made_by
 
 
 def evaluation_split(spec: TaskSpec) -> str | None:
@@ -56,10 +59,18 @@ def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
             expected="head: {labels: [...]}, or labels_from: dataset",
             hint="name the classes, or leave out data: to merge without evaluating",
         )
-    given = spec.data
-    if spec.head.labels_from is not None:
+    given_head, resolved = spec.head, data_spec(spec, family)
+    given = spec.data.model_copy(
+        update={
+            "path": pin_data(spec.data.path),
+            "input": resolved.input,
+            "label": resolved.label,
+        }
+    )
+    spec = spec.model_copy(update={"data": given})
+    if given_head.labels_from is not None:
         labels = labels_of(data_spec(spec, family))
-        head = spec.head.model_copy(update={"labels": labels, "labels_from": None})
+        head = given_head.model_copy(update={"labels": labels, "labels_from": None})
         spec = spec.model_copy(update={"head": head})
     data = task_data(spec, family)
     for split in data.splits:
@@ -72,10 +83,53 @@ def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
     return spec.model_copy(update={"data": given.model_copy(update={"content": content})})
 
 
+def check_rows(
+    spec: TaskSpec, family: Family, space: Workspace, choice: LocalizeSpec | None = None
+) -> None:
+    """Read every row that will be read later, once for the same content.
+
+    Args:
+        spec: a resolved task.
+        family: what the rows are read for.
+        space: where it is remembered.
+        choice: how masks are found, which may read rows to calibrate on.
+
+    Raises:
+        BadInput: a row holds no text, an image cannot be decoded, ...
+    """
+    split = evaluation_split(spec)
+    if spec.data is None or split is None:
+        return
+    shots = None
+    if choice is not None and choice.mode == "trained" and spec.data.train is not None:
+        shots = [choice.shots, choice.seed]
+    key = digest_json([spec.data.content, split, shots, family.modality])
+    if space.objects.lookup("rows", key) is not None:
+        return
+    data = task_data(spec, family)
+    parts = [data.rows(split), *([] if shots is None else [data.calibration(*shots)])]
+    places = [(rows, place) for rows in parts for place in range(len(rows))]
+
+    def read(one: tuple[Rows, int]) -> None:
+        rows, place = one
+        _ = rows[place]
+
+    # Decoding images releases the interpreter.
+    threads = min(8, os.cpu_count() or 1) if family.modality == "image" else 1
+    with (
+        working(f"reading the rows of {spec.task}") as progress,
+        ThreadPoolExecutor(threads) as pool,
+    ):
+        for done, _ in enumerate((pool.map if threads > 1 else map)(read, places), 1):
+            progress(done, len(places))
+    blob = space.objects.put_json({"rows": len(places)})
+    space.objects.publish("rows", key, blob, made_by=made_by())
+
+
 def data_spec(spec: TaskSpec, family: Family) -> DataSpec:
     """The task's data in the words of `modeling`."""
     assert spec.data is not None
-    path, _, revision = spec.data.path.partition("@")
+    path, revision = split_pin(spec.data.path)
     return DataSpec(
         path=path,
         train=spec.data.train,
@@ -83,7 +137,7 @@ def data_spec(spec: TaskSpec, family: Family) -> DataSpec:
         test=spec.data.test,
         input=spec.data.input or (("image",) if family.modality == "image" else ("text",)),
         label=spec.data.label or "label",
-        revision=revision or None,
+        revision=revision,
     )
 
 
@@ -151,8 +205,6 @@ def task_head(
     spec: TaskSpec, base: Base, live: LiveBase, finetuned: ModelRef | None, space: Workspace
 ) -> Head:
     """The task's head: from the store, or made once from the base and stored."""
-    from registry.sources import resolve_source
-
     inputs = digest_json(head_inputs(spec, base, finetuned))
     record = space.objects.lookup("head", inputs)
     if record is None:
