@@ -1,0 +1,197 @@
+"""A merged version is a function of its recipe, byte for byte, whatever way led to it."""
+
+from concurrent.futures import ThreadPoolExecutor
+from itertools import permutations
+from pathlib import Path
+
+import pytest
+
+from merging.recipe import Recipe
+from merging.stitch import write_patch
+from registry.head import Head
+from tests.conftest import NewHome, Three
+from tests.shell import Shell
+from tests.worlds import SKILLS, World, write_yaml
+
+pytestmark = pytest.mark.usefixtures("without_mlflow")
+
+
+class Bare:
+    """Lines whose tasks have no data: all of the bytes and none of the evaluations."""
+
+    def __init__(self, world: World, new_home: NewHome, folder: Path) -> None:
+        self.world, self.new_home, self.folder = world, new_home, folder
+
+    def line(self, name: str) -> Shell:
+        shell = self.new_home(name)
+        shell("init", self.world.line(self.folder / "line.yaml", retention=None))
+        return shell
+
+    def add(self, shell: Shell, task: str, *options: str, model: str = "") -> None:
+        file = write_yaml(self.folder / f"{task}.yaml", {"task": task})
+        model_folder = self.world.model(model or task)
+        shell("register", "demo", "--task", file, "--model", model_folder, *options)
+
+
+@pytest.fixture
+def bare(world: World, new_home: NewHome, tmp_path: Path) -> Bare:
+    return Bare(world, new_home, tmp_path)
+
+
+def test_the_order_of_registration_does_not_matter(bare: Bare) -> None:
+    found = set()
+    for number, order in enumerate(permutations(SKILLS)):
+        shell = bare.line(f"home-{number}")
+        for task in order:
+            bare.add(shell, task)
+        record = shell.ledger().merged(3)
+        found.add((record.recipe_digest, shell.patch_bytes()))
+    assert len(found) == 1
+
+
+def test_step_by_step_is_the_same_as_from_nothing(bare: Bare, three: Three) -> None:
+    shell = bare.line("home")
+    for task in SKILLS:
+        bare.add(shell, task, "--no-remerge")
+    assert shell.json("remerge", "demo")["version"] == 1
+    assert shell.patch_bytes() == three.shell.patch_bytes(), "with or without data"
+
+
+def test_a_version_is_rebuilt_from_its_recorded_recipe(three: Three, tmp_path: Path) -> None:
+    from tasks.merge import recipe_edits
+    from tasks.models import open_base
+    from tasks.refs import LineRef
+    from tasks.workspace import workspace
+
+    head = three.shell.head()
+    for version in head.versions:
+        record = three.shell.ledger().merged(version)
+        recipe = Recipe.from_json(record.recipe)
+        assert recipe.digest() == record.recipe_digest
+        with three.shell.inside():
+            space = workspace()
+            base = open_base(LineRef(head.spec, head.base), space)
+            metadata = {"base": recipe.base.weights, "recipe": recipe.digest()}
+            file = tmp_path / f"{version}.safetensors"
+            write_patch(file, base.checkpoint, recipe_edits(base, recipe, space), metadata)
+        assert file.read_bytes() == three.shell.patch_bytes(version)
+
+
+def test_a_retired_member_leaves_what_would_be_without_it(bare: Bare) -> None:
+    shell, without = bare.line("home"), bare.line("without")
+    for task in SKILLS:
+        bare.add(shell, task)
+    for task in ("colour", "animal"):
+        bare.add(without, task)
+
+    def retire(head: Head) -> Head:
+        return head.with_state("number", 1, "retired", "no longer wanted")
+
+    shell.ledger().act("retired", "tester", "number 1", retire)
+    assert shell.json("remerge", "demo")["version"] == 4
+    assert set(shell.ledger().merged(4).members) == {"colour", "animal"}
+    assert shell.patch_bytes() == without.patch_bytes()
+    assert shell.json("remerge", "demo")["action"] == "unchanged"
+
+
+def test_a_replaced_member_leaves_no_trace(bare: Bare) -> None:
+    shell, other = bare.line("home"), bare.line("other")
+    bare.add(shell, "number")
+    bare.add(shell, "colour")
+    bare.add(shell, "colour", model="colour-2")
+    bare.add(other, "colour", model="colour-2")
+    bare.add(other, "number")
+    assert shell.patch_bytes() == other.patch_bytes()
+
+
+def test_the_way_back_to_older_weights_is_a_new_version(bare: Bare) -> None:
+    shell = bare.line("home")
+    bare.add(shell, "colour")
+    bare.add(shell, "colour", model="colour-2")
+    bare.add(shell, "colour")
+    assert shell.head().tasks["colour"].ready == 3
+    assert shell.head().champion == 3
+    assert shell.patch_bytes(3) == shell.patch_bytes(1)
+
+
+def test_each_model_is_localized_once_and_never_in_a_later_remerge(three: Three) -> None:
+    shell = three.shell
+    acts = shell.acts()
+    localized = [act for act in acts if act.kind == "localized"]
+    models = [model for task in shell.head().tasks.values() for model in task.versions.values()]
+    assert len(localized) == len(models) == 3
+    assert {act.digests["delta"] for act in localized} == {model.delta for model in models}
+    expected = ["configured", *["registered", "localized", "merged", "promoted"] * 3]
+    assert [act.kind for act in acts] == expected
+    keys = sorted((shell.home / "store" / "keys" / "mask").iterdir())
+    assert len(keys) == 3
+
+
+def test_a_second_remerge_does_nothing_and_says_so(three: Three) -> None:
+    before = three.shell.head_bytes()
+    found = three.shell.json("remerge", "demo")
+    assert (found["action"], found["version"], found["localized"]) == ("unchanged", 3, [])
+    assert "nothing changed" in three.shell("remerge", "demo").out
+    assert three.shell.head_bytes() == before
+
+
+def test_a_forced_remerge_makes_the_same_bytes(three: Three) -> None:
+    before, patch = three.shell.head_bytes(), three.shell.patch_bytes()
+    found = three.shell.json("remerge", "demo", "--force")
+    assert found["version"] == 3
+    assert three.shell.patch_bytes() == patch
+    assert three.shell.head_bytes() == before
+
+
+def test_a_forced_remerge_finds_a_patch_that_is_not_its_recipes(bare: Bare) -> None:
+    shell = bare.line("home")
+    bare.add(shell, "colour")
+    bare.add(shell, "number")
+    first, second = (shell.ledger().merged(version) for version in (1, 2))
+    key = shell.home / "store" / "keys" / "patch" / second.recipe_digest
+    key.write_text(key.read_text().replace(second.patch, first.patch))
+    done = shell("remerge", "demo", "--force", code=7)
+    assert second.recipe_digest[:12] in done.err
+
+
+@pytest.mark.parametrize("kind", ["delta", "patch"])
+def test_a_damaged_object_is_found_before_it_is_used(bare: Bare, kind: str, tmp_path: Path) -> None:
+    shell = bare.line("home")
+    bare.add(shell, "colour")
+    record = shell.ledger().merged(1)
+    digest = record.patch if kind == "patch" else record.members["colour"].delta
+    blob = shell.home / "store" / "blobs" / digest
+    data = bytearray(blob.read_bytes())
+    data[-1] ^= 1
+    blob.chmod(0o644)
+    blob.write_bytes(data)
+    before = shell.head_bytes()
+    if kind == "patch":
+        done = shell("export", "demo", "champion", tmp_path / "out", code=7)
+        assert not (tmp_path / "out").exists()
+    else:
+        done = shell("remerge", "demo", "--force", code=7)
+    assert digest in done.err
+    assert shell.head_bytes() == before
+
+
+def test_models_registered_at_once_are_all_in_the_champion(bare: Bare) -> None:
+    from flows.register import register
+
+    shell = bare.line("home")
+    tasks = {f"task-{number}": SKILLS[number % 3] for number in range(6)}
+    for task in tasks:
+        write_yaml(bare.folder / f"{task}.yaml", {"task": task})
+
+    def run(task: str) -> int:
+        file, model = bare.folder / f"{task}.yaml", str(bare.world.model(tasks[task]))
+        return register("demo", file, model).exit_code
+
+    with shell.inside(), ThreadPoolExecutor(len(tasks)) as pool:
+        assert list(pool.map(run, tasks)) == [0] * len(tasks)
+    head = shell.head()
+    assert head.champion is not None
+    assert set(shell.ledger().merged(head.champion).members) == set(tasks)
+    kinds = shell.kinds()
+    assert kinds.count("registered") == kinds.count("localized") == len(tasks)
+    assert head.candidate is None
