@@ -104,7 +104,9 @@ class Clip:
                         found=f"{len(example.inputs)} input columns",
                     )
             images = [example.inputs[0] for example in examples]
-            batch: Batch = {"pixel_values": process(images, return_tensors="pt")["pixel_values"]}
+            # Stacked by numpy: threads that prepare batches must not start torch's own threads.
+            pixels = process(images, return_tensors="np")["pixel_values"]
+            batch: Batch = {"pixel_values": torch.from_numpy(pixels)}
             if all(example.label is not None for example in examples):
                 batch["labels"] = torch.tensor([example.label for example in examples])
             return batch
