@@ -4,13 +4,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from merging.methods import resolve_settings
-from modeling.family import get_family
+from merging.errors import BadInput
+from merging.methods import get_method, resolve_settings
+from modeling.family import family_names, get_family
 from registry.head import Head
 from registry.ledger import Ledger
 from registry.specs import LineSpec, TaskSpec, line_changes, load_line
 from tasks.inputs import check_rows, resolve_task
-from tasks.models import describe_model, open_base
+from tasks.models import Base, describe_model, open_base
 from tasks.publish import mirror
 from tasks.refs import LineRef
 from tasks.workspace import actor, workspace
@@ -59,11 +60,12 @@ def init_line(file: Path) -> InitOutcome:
     else:
         line_changes(old.spec, spec)  # what is fixed, before anything is read
         base = old.base
+    opened = open_base(LineRef(spec, base), space)
+    _check_fit(spec, opened)
     if isinstance(spec.retention, TaskSpec):
         benchmark = resolve_task(spec.retention, family)
         check_rows(benchmark, family, space)
         spec = spec.with_retention(benchmark)
-    opened = open_base(LineRef(spec, base), space)
     if old is None:
         ledger.create(spec, base, actor(), f"line {spec.line} on {base.uri}")
     else:
@@ -81,6 +83,18 @@ def init_line(file: Path) -> InitOutcome:
             "coordinates": sum(opened.checkpoint.info(name).numel for name in opened.names),
         },
     )
+
+
+def _check_fit(spec: LineSpec, base: Base) -> None:
+    """Refuse a base of another family, and settings that the method would refuse later."""
+    wrong = base.family.config_differences(base.folder, base.folder)
+    if wrong:
+        raise BadInput(
+            f"the base {base.ref.uri} is not of family {spec.family}",
+            details=wrong,
+            hint=f"choose a family that fits: {', '.join(family_names())}",
+        )
+    get_method(spec.method.name)(base.checkpoint, (), **spec.method.settings)  # merges nothing
 
 
 def _configure(ledger: Ledger, spec: LineSpec, changes: list[tuple[str, Any, Any]]) -> None:

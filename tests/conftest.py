@@ -31,7 +31,9 @@ os.environ.update(
 )
 
 from tests.shell import Shell  # noqa: E402
-from tests.worlds import SKILLS, World, text_world  # noqa: E402
+from tests.worlds import SKILLS, World  # noqa: E402
+from tests.worlds import clip_world as make_clip_world  # noqa: E402
+from tests.worlds import text_world as make_text_world  # noqa: E402
 
 NewHome = Callable[[str], Shell]
 
@@ -57,7 +59,13 @@ def _no_leftovers() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     """A text world, to be read only."""
-    return text_world(tmp_path_factory.mktemp("world"))
+    return make_text_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def clip_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """A world of images, to be read only."""
+    return make_clip_world(tmp_path_factory.mktemp("clip-world"))
 
 
 @pytest.fixture(scope="session")

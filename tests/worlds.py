@@ -15,13 +15,16 @@ from typing import Any
 
 import torch
 import yaml
+from PIL import Image
 
 from modeling.family import get_family
 from modeling.heads import HeadSpec
 from modeling.rows import Example
-from tests.tiny_models import tiny_bert, tweaked
+from tests.tiny_models import tiny_bert, tiny_clip, tweaked
 
 BLOCKS = ("*encoder.layer.*",)
+VISION = ("vision_model.encoder.layers.*",)
+TEMPLATES = ("{}", "it is {}")
 LABELS = {
     "colour": ("red", "green", "blue"),
     "number": ("one", "twenty two"),
@@ -80,46 +83,59 @@ def text_world(root: Path) -> World:
     tweaked(world.base, world.model("colour-2"), seed=10, size=0.15, globs=BLOCKS)
     tweaked(world.base, world.model("wreck"), seed=11, size=3.0, globs=BLOCKS)
     for name in LABELS:
-        _write_text_task(world, name)
+        texts = _texts(name)
+        named = [LABELS[name][c] for c in _classes(world, name, texts)]
+        rows = [{"text": t, "label": label} for t, label in zip(texts, named, strict=True)]
+        write_rows(world.root / "data" / name / "test.jsonl", rows)
+        columns = {"test": "test.jsonl", "input": "text", "label": "label"}
+        _write_task(world, name, columns)
     return world
 
 
-def _write_text_task(world: World, name: str) -> None:
-    texts = _texts(name, ROWS)
-    folder = world.base if name == "general" else world.model(name)
-    classes = _classes(world, folder, texts, LABELS[name])
-    rows = [{"text": t, "label": LABELS[name][c]} for t, c in zip(texts, classes, strict=True)]
-    write_rows(world.root / "data" / name / "test.jsonl", rows)
-    write_yaml(
-        world.task(name),
-        {
-            "task": name,
-            "data": {
-                "path": str(world.root / "data" / name),
-                "test": "test.jsonl",
-                "input": "text",
-                "label": "label",
-            },
-            "head": {"labels": list(LABELS[name]), "templates": ["{}", "it is {}"]},
-        },
-    )
+def clip_world(root: Path) -> World:
+    """A CLIP with three skills as folders of images, and a general benchmark."""
+    world = World(root, "clip")
+    tiny_clip(world.base)
+    for seed, name in enumerate(SKILLS):
+        tweaked(world.base, world.model(name), seed=seed, size=0.1, globs=VISION)
+    for name in (*SKILLS, "general"):
+        images = _images(name)
+        for number, (image, found) in enumerate(
+            zip(images, _classes(world, name, images), strict=True)
+        ):
+            file = world.root / "data" / name / "test" / LABELS[name][found] / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            image.save(file)
+        _write_task(world, name, {"test": "test"})
+    return world
 
 
-def _texts(seed: str, count: int) -> list[str]:
+def _write_task(world: World, name: str, columns: dict[str, str]) -> None:
+    head = {"labels": list(LABELS[name]), "templates": list(TEMPLATES)}
+    data = {"path": str(world.root / "data" / name), **columns}
+    write_yaml(world.task(name), {"task": name, "data": data, "head": head})
+
+
+def _texts(seed: str) -> list[str]:
     """Texts that lie far from each other for a byte tokenizer: each has its own few letters."""
     draw = random.Random(seed)
-    alphabet = [chr(c) for c in range(33, 126)]
+    letters = [chr(c) for c in range(33, 126)]
     return [
-        "".join(draw.choices(draw.sample(alphabet, 3), k=draw.randint(4, 20))) for _ in range(count)
+        "".join(draw.choices(draw.sample(letters, 3), k=draw.randint(4, 20))) for _ in range(ROWS)
     ]
 
 
-def _classes(world: World, folder: Path, texts: list[str], labels: Sequence[str]) -> list[int]:
-    """What a model says of texts, with the head that the base gives."""
+def _images(seed: str) -> list[Image.Image]:
+    draw = random.Random(seed)
+    return [Image.frombytes("RGB", (16, 16), draw.randbytes(768)) for _ in range(ROWS)]
+
+
+def _classes(world: World, name: str, inputs: Sequence[Any]) -> list[int]:
+    """What a task's model says of inputs, with the head that the base gives."""
     family = get_family(world.family)
-    spec = HeadSpec(tuple(labels), ("{}", "it is {}"))
-    head = family.build_head(family.load(world.base), world.base, spec)
-    batch = family.preprocessor(world.base)([Example((t,), None, "") for t in texts])
+    folder = world.base if name == "general" else world.model(name)
+    head = family.build_head(family.load(world.base), world.base, HeadSpec(LABELS[name], TEMPLATES))
+    batch = family.preprocessor(world.base)([Example((i,), None, "") for i in inputs])
     with torch.inference_mode():
         found: list[int] = family.logits(family.load(folder), batch, head).argmax(1).tolist()
     return found
