@@ -30,6 +30,7 @@ class HubTable:
             elif isinstance(feature, ClassLabel):
                 self._names[column] = tuple(feature.names)
         self._dataset = dataset
+        self._views: dict[tuple[str, ...], Any] = {}  # other columns are never decoded
         self.name = name
         self.root = Path()
         self.columns = tuple(dataset.column_names)
@@ -40,7 +41,10 @@ class HubTable:
 
     def row(self, index: int, columns: Sequence[str]) -> tuple[Any, ...]:
         """The values of one row."""
-        values = self._dataset[index]
+        wanted = tuple(columns)
+        if wanted not in self._views:
+            self._views[wanted] = self._dataset.select_columns(list(wanted))
+        values = self._views[wanted][index]
         return tuple(values[column] for column in columns)
 
     def column(self, name: str) -> Sequence[Any]:

@@ -78,6 +78,11 @@ def load_pretrained(
     """
     import transformers
 
+    if (folder / "adapter_config.json").is_file():
+        raise BadInput(
+            f"{folder} holds an adapter, which would change the weights in its file",
+            hint="merge the adapter into the model and save that",
+        )
     config = read_config(folder)
     file = Checkpoint.open(folder)
     # What does not fit is said below, in our words.
@@ -91,9 +96,12 @@ def load_pretrained(
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
+            # Not the configuration's choice: it may name a kernel to fetch and run. This one
+            # every architecture has, and its gradients are the same bits every time.
+            attn_implementation="eager",
             output_loading_info=True,
         )
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError) as error:
+    except Exception as error:  # files of somebody else: whatever their readers raise
         raise BadInput(f"{folder} cannot be loaded as a model", found=error) from error
     inner.requires_grad_(False)
     absent = sorted(name for name in report["missing_keys"] if "pooler." not in name)

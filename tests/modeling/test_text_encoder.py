@@ -195,6 +195,32 @@ def test_code_in_the_folder_is_never_run(bert, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation"])
+@pytest.mark.parametrize("value", ["someone/kernel", "flash_attention_2", "sdpa"])
+def test_a_configuration_never_chooses_the_attention_that_runs(bert, tmp_path, key, value):
+    folder = tmp_path / "kernel"
+    shutil.copytree(bert, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    model: Any = FAMILY.load(folder)
+    assert model.inner.config._attn_implementation == "eager"
+    assert FAMILY.config_differences(bert, folder) == []
+
+
+def test_an_adapter_or_a_quantization_is_refused(bert, tmp_path):
+    folder = tmp_path / "adapted"
+    shutil.copytree(bert, folder)
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(BadInput, match="holds an adapter"):
+        FAMILY.load(folder)
+    (folder / "adapter_config.json").unlink()
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(BadInput, match="cannot be loaded"):
+        FAMILY.load(folder)
+
+
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"model_type": "t5"}', "{}"])
 def test_a_configuration_that_cannot_be_used_is_an_error(bert, tmp_path, content):
     shutil.copytree(bert, tmp_path / "broken")
