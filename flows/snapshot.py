@@ -6,7 +6,7 @@ from functools import cached_property
 
 from flows.gates import Gates, Measured
 from merging.digests import digest_json
-from registry.head import Head, Member
+from registry.head import Head, Member, ModelVersion
 from registry.history import MergedRecord, Retention, TaskResult
 from registry.ledger import Ledger
 from tasks.merge import make_recipe
@@ -104,9 +104,10 @@ def take_snapshot(ledger: Ledger) -> Snapshot:
     head = ledger.head()
     context = _context(head)
     members = {m.task: m for m in head.members}
-    for task, number, model in head.in_state("held"):
-        newer = task not in members or number > members[task].version
-        if newer and model.facts.get("held_in") != context:
+    # A task's newest model counts: one that was held before it is not tried any more.
+    newest = {task: (number, model) for task, number, model in _localized(head)}
+    for task, (number, model) in newest.items():
+        if model.state == "held" and model.facts.get("held_in") != context:
             spec = head.tasks[task].spec
             members[task] = Member(task=task, version=number, spec=spec, model=model)
     return Snapshot(
@@ -121,10 +122,7 @@ def take_snapshot(ledger: Ledger) -> Snapshot:
 def _context(head: Head) -> str:
     """What a gate's verdict depends on: a held model is tried again when this changes."""
     # The newest of each task: holding or replacing a model must not change its own context.
-    models = {
-        task: [number, model.delta]
-        for task, number, model in sorted(head.in_state("ready", "held"), key=lambda m: m[1])
-    }
+    models = {task: [number, model.delta] for task, number, model in _localized(head)}
     data = {
         name: None if task.spec.data is None else task.spec.data.content
         for name, task in head.tasks.items()
@@ -139,6 +137,11 @@ def _context(head: Head) -> str:
             "retention": retention if isinstance(retention, str | None) else retention.to_json(),
         }
     )
+
+
+def _localized(head: Head) -> list[tuple[str, int, ModelVersion]]:
+    """All models that could be merged, the newest of each task last."""
+    return sorted(head.in_state("ready", "held"), key=lambda found: found[1])
 
 
 def measured(results: Mapping[str, TaskResult], retention: Retention | None) -> Measured:
