@@ -13,13 +13,16 @@ first, filled up to a byte); then the unary vector of k + (n - 1 >> l) bits in w
 (coordinate >> l) + its index is set.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 Coordinates = NDArray[np.int64]
 
+_BLOCK = 1 << 14  # bytes of a bit vector: 128 K bits, whose work fits a core's cache
+_INDICES = np.arange(8 * _BLOCK, dtype=np.int64)
 _BYTE_TYPES = {8: "<u1", 16: "<u2", 32: "<u4"}
 
 
@@ -63,21 +66,58 @@ def encoded_size(code: str, kept: int, numel: int) -> int:
 
 def decode(code: str, data: memoryview, kept: int, numel: int) -> Coordinates:
     """The coordinates that `encode` was given; ValueError where `data` cannot be right."""
+    found = np.empty(kept, dtype=np.int64)
+    done = 0
+    for block in decode_blocks(code, data, kept, numel):
+        found[done : done + len(block)] = block
+        done += len(block)
+    return found
+
+
+def decode_blocks(code: str, data: memoryview, kept: int, numel: int) -> Iterator[Coordinates]:
+    """The coordinates in order, in blocks that fit a cache; ValueError as `decode`."""
     if len(data) != encoded_size(code, kept, numel):
         raise ValueError(f"{len(data)} bytes for {kept} coordinates in encoding {code!r}")
     raw = np.frombuffer(data, dtype=np.uint8)
     if code == "w":
-        return np.arange(numel, dtype=np.int64)
-    if code == "b":
-        found = _set_bits(raw, numel)
+        blocks = _ranges(numel)
+    elif code == "b":
+        blocks = _set_bits(raw, numel)
     elif code[0] == "c":
-        left_out = _decode_sorted(raw, numel - kept, numel, int(code[1:]))
-        found = _complement(left_out, numel)
+        left_out = np.empty(numel - kept, dtype=np.int64)
+        done = 0
+        for block in _sorted_blocks(raw, numel - kept, numel, int(code[1:])):
+            left_out[done : done + len(block)] = block
+            done += len(block)
+        blocks = _complement_blocks(left_out, numel)
     else:
-        found = _decode_sorted(raw, kept, numel, int(code[1:]))
-    if len(found) != kept:
-        raise ValueError(f"{len(found)} coordinates where {kept} are promised")
-    return found
+        blocks = _sorted_blocks(raw, kept, numel, int(code[1:]))
+    count = 0
+    for block in blocks:
+        count += len(block)
+        if count > kept:
+            break
+        if len(block):
+            yield block
+    if count != kept:
+        raise ValueError(f"{count} coordinates or more where {kept} are promised")
+
+
+def true_positions(mask: NDArray[np.bool_]) -> Coordinates:
+    """`np.flatnonzero` of a mask, several times as fast where few elements are true."""
+    whole = len(mask) // 8 * 8
+    words = mask[:whole].view(np.uint64)
+    # Numpy branches per element on sparse masks and mispredicts; words with something in
+    # them are dense enough for its loop without branches.
+    found = np.flatnonzero(words != 0)
+    inside = np.flatnonzero(words[found].view(np.bool_))
+    positions: Coordinates = found[inside >> 3]
+    positions <<= 3
+    inside &= 7
+    positions |= inside
+    if whole < len(mask):
+        positions = np.concatenate([positions, np.flatnonzero(mask[whole:]) + whole])
+    return positions
 
 
 def _smallest(kept: int, numel: int) -> str:
@@ -126,34 +166,78 @@ def _encode_sorted(coordinates: Coordinates, numel: int, low: int) -> bytes:
     return b"".join(parts)
 
 
-def _decode_sorted(raw: NDArray[np.uint8], stored: int, numel: int, low: int) -> Coordinates:
-    offset = 0
-    lows = np.zeros(stored, dtype=np.int64)
+def _sorted_blocks(
+    raw: NDArray[np.uint8], stored: int, numel: int, low: int
+) -> Iterator[Coordinates]:
+    planes = []
     for width, shift in _planes(low):
         size = -(-stored * width // 8)
-        plane = raw[offset : offset + size]
-        offset += size
+        planes.append((raw[:size], width, shift))
+        raw = raw[size:]
+        if stored * width % 8 and planes[-1][0][-1] >> stored * width % 8:
+            raise ValueError("the filling of a plane is not zero")
+    done, last = 0, -1
+    for bits in _set_bits(raw, stored + (numel - 1 >> low)):
+        count = len(bits)
+        if done + count > stored:
+            raise ValueError(f"more than {stored} coordinates")
+        if not count:
+            continue
+        bits -= _INDICES[:count]
+        bits -= done
+        if low:
+            bits <<= low
+            bits |= _lows(planes, low, done, done + count)
+        if bits[0] <= last or bits[-1] >= numel or np.any(bits[1:] <= bits[:-1]):
+            raise ValueError("the coordinates are not increasing within the tensor")
+        done, last = done + count, int(bits[-1])
+        yield bits
+    if done != stored:
+        raise ValueError(f"{done} coordinates where {stored} are promised")
+
+
+def _lows(
+    planes: Sequence[tuple[NDArray[np.uint8], int, int]], low: int, begin: int, end: int
+) -> NDArray[Any]:
+    """The low bits of the coordinates number `begin` to `end`."""
+    dtype = np.uint8 if low <= 8 else np.uint16 if low <= 16 else np.int64
+    lows: NDArray[Any] | None = None
+    for plane, width, shift in planes:
         if width >= 8:
-            values = np.frombuffer(plane, dtype=_BYTE_TYPES[width])
+            numbers = np.frombuffer(plane, dtype=_BYTE_TYPES[width])[begin:end]
         else:
             per_byte = 8 // width
-            lanes = np.empty((size, per_byte), dtype=np.uint8)
-            for lane in range(per_byte):
-                lanes[:, lane] = (plane >> np.uint8(lane * width)) & np.uint8((1 << width) - 1)
-            values = lanes.reshape(-1)
-            if values[stored:].any():
-                raise ValueError("the filling of a plane is not zero")
-            values = values[:stored]
-        lows |= values.astype(np.int64) << shift
-    found = _set_bits(raw[offset:], stored + (numel - 1 >> low))
-    if len(found) != stored:
-        raise ValueError(f"{len(found)} coordinates where {stored} are promised")
-    found -= np.arange(stored)
-    found <<= low
-    found |= lows
-    if found[-1] >= numel or np.any(found[1:] <= found[:-1]):
-        raise ValueError("the coordinates are not increasing within the tensor")
-    return found
+            first = begin // per_byte
+            spread = _SPREAD[width](plane[first : -(-end // per_byte)])
+            numbers = spread[begin - first * per_byte :][: end - begin]
+        part = numbers.astype(dtype, copy=False)
+        lows = part if lows is None else np.bitwise_or(lows, np.left_shift(part, shift))
+    assert lows is not None
+    return lows
+
+
+def _spread_1(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.unpackbits(packed, bitorder="little")
+
+
+def _spread_2(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    # All lanes of a word at once: 0x000000ab becomes 0x0a0b in nibbles, then in pairs.
+    wide = packed.astype("<u4")
+    wide |= wide << 12
+    wide &= 0x000F000F
+    wide |= wide << 6
+    wide &= 0x03030303
+    return wide.view(np.uint8)
+
+
+def _spread_4(packed: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    wide = packed.astype("<u2")
+    wide |= wide << 4
+    wide &= 0x0F0F
+    return wide.view(np.uint8)
+
+
+_SPREAD = {1: _spread_1, 2: _spread_2, 4: _spread_4}
 
 
 def _bitmap(coordinates: Coordinates, numel: int) -> bytes:
@@ -162,14 +246,32 @@ def _bitmap(coordinates: Coordinates, numel: int) -> bytes:
     return np.packbits(bits, bitorder="little").tobytes()
 
 
-def _set_bits(raw: NDArray[np.uint8], count: int) -> Coordinates:
-    bits = np.unpackbits(raw, bitorder="little")
-    if bits[count:].any():
+def _set_bits(raw: NDArray[np.uint8], count: int) -> Iterator[Coordinates]:
+    """Positions of the set bits among the first `count`, by block; the rest must be zero."""
+    if count % 8 and raw[-1] >> count % 8:
         raise ValueError("the filling of a bit vector is not zero")
-    return np.flatnonzero(bits[:count].view(np.bool_)).astype(np.int64, copy=False)
+    for start in range(0, len(raw), _BLOCK):
+        bits = np.unpackbits(raw[start : start + _BLOCK], bitorder="little")
+        positions = np.flatnonzero(bits.view(np.bool_))
+        positions += 8 * start
+        yield positions
+
+
+def _ranges(numel: int) -> Iterator[Coordinates]:
+    for start in range(0, numel, 8 * _BLOCK):
+        yield np.arange(start, min(start + 8 * _BLOCK, numel), dtype=np.int64)
 
 
 def _complement(coordinates: Coordinates, numel: int) -> Coordinates:
-    rest = np.ones(numel, dtype=np.bool_)
-    rest[coordinates] = False
-    return np.flatnonzero(rest).astype(np.int64, copy=False)
+    return np.concatenate(list(_complement_blocks(coordinates, numel)))
+
+
+def _complement_blocks(coordinates: Coordinates, numel: int) -> Iterator[Coordinates]:
+    for start in range(0, numel, 8 * _BLOCK):
+        stop = min(start + 8 * _BLOCK, numel)
+        first, end = np.searchsorted(coordinates, (start, stop))
+        rest = np.ones(stop - start, dtype=np.bool_)
+        rest[coordinates[first:end] - start] = False
+        positions = np.flatnonzero(rest)
+        positions += start
+        yield positions

@@ -13,20 +13,23 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from merging.checkpoint import FLOATING, Checkpoint, by_bytes
 from merging.errors import BadInput, Damage
 from merging.header import DTYPE_NAMES, DTYPES, count_elements, write_header
 from merging.mask import Mask
-from merging.positions import decode, encode, encoded_size
+from merging.overwrite import put
+from merging.positions import decode_blocks, encode, encoded_size
 
 FORMAT = "1"
 KINDS = ("delta", "patch")
@@ -215,10 +218,19 @@ class SparseFile:
 
     def coordinates(self, name: str) -> Tensor:
         """The kept coordinates of a tensor, sorted int64."""
+        found = torch.empty(self._infos[name].kept, dtype=torch.int64)
+        array, done = found.numpy(), 0
+        for block in self.coordinate_blocks(name):
+            array[done : done + len(block)] = block
+            done += len(block)
+        return found
+
+    def coordinate_blocks(self, name: str) -> Iterator[NDArray[np.int64]]:
+        """The kept coordinates of a tensor in order, in blocks that fit a cache."""
         info, part = self._infos[name], self._parts[name]
         data = self._sections[_POSITIONS][part.positions].numpy().data
         try:
-            return torch.from_numpy(decode(part.code, data, info.kept, info.numel))
+            yield from decode_blocks(part.code, data, info.kept, info.numel)
         except ValueError as err:
             raise _damage(self.path, f"{name}: {err}") from err
 
@@ -237,7 +249,10 @@ class SparseFile:
         info = self._infos[name]
         if flat.shape != (info.numel,):
             raise ValueError(f"{name!r} has {info.numel} elements, not {tuple(flat.shape)}")
-        flat[self.coordinates(name)] = self.values(name).to(flat.dtype)
+        values, done = self.values(name), 0
+        for block in self.coordinate_blocks(name):
+            put(flat, block, values[done : done + len(block)])
+            done += len(block)
 
 
 def _damage(path: Path, found: str) -> Damage:

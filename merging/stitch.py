@@ -11,7 +11,6 @@ computed before a tensor is asked for.
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,14 +20,15 @@ from torch import Tensor
 from merging.checkpoint import Checkpoint, by_bytes
 from merging.edits import Edits, NoEdits
 from merging.errors import BadInput
+from merging.overwrite import as_integers, put
+from merging.positions import true_positions
 from merging.progress import Progress, ignore
-from merging.rounding import round_once
 from merging.sparse import SparseFile, SparseInfo, SparseTensor, write_sparse
 
 VERSION = 1
 OVERLAPS = ("mean",)
 
-_BLOCK = 1 << 20
+_BLOCK = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -109,38 +109,67 @@ class _Stitched:
         """Overwrite the owned coordinates of a flat copy of the base's tensor."""
         deltas = [member.delta for member in self._members if name in member.delta]
         if len(deltas) == 1:
-            _put(flat, deltas[0].coordinates(name).numpy(), deltas[0].values(name))
+            deltas[0].apply(name, flat)
             return
-        owners: NDArray[Any] = np.zeros(
-            flat.numel(), dtype=np.uint8 if len(deltas) < 256 else np.uint16
-        )
-        for delta in deltas:
-            coordinates = delta.coordinates(name).numpy()
-            owners[coordinates] += 1
-            _put(flat, coordinates, delta.values(name))
-        shared = np.flatnonzero(owners > 1)
-        if len(shared):
-            total = np.zeros(len(shared), dtype=np.float64)
-            for delta in deltas:
-                coordinates = delta.coordinates(name).numpy()
-                mine = np.flatnonzero(owners[coordinates] > 1)
-                values = delta.values(name)[torch.from_numpy(mine)].to(torch.float64).numpy()
-                total[np.searchsorted(shared, coordinates[mine])] += values
-            total /= owners[shared]
-            _put(flat, shared, torch.from_numpy(total))
+        cursors = [_Cursor(delta, name) for delta in deltas]
+        block = _Block(min(_BLOCK, flat.numel()), len(deltas))
+        for start in range(0, flat.numel(), _BLOCK):
+            part = flat[start : start + _BLOCK]
+            block.stitch(part, [cursor.take(start, start + len(part)) for cursor in cursors])
 
 
-def _put(flat: Tensor, coordinates: NDArray[np.int64], values: Tensor) -> None:
-    """flat[coordinates] = values, rounded once."""
-    _integers(flat)[coordinates] = _integers(round_once(values, flat.dtype))
+_Piece = tuple[NDArray[np.int64], Tensor]
 
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+class _Cursor:
+    """One delta's coordinates and values of a tensor, taken range by range."""
+
+    def __init__(self, delta: SparseFile, name: str) -> None:
+        self._values = delta.values(name)
+        self._blocks = delta.coordinate_blocks(name)
+        self._next = next(self._blocks)
+        self._done = 0
+
+    def take(self, start: int, stop: int) -> _Piece:
+        """What lies in [start, stop), counted from `start`; ranges must follow each other."""
+        parts = []
+        while len(self._next):
+            cut = int(np.searchsorted(self._next, stop))
+            parts.append(self._next[:cut] - start)
+            self._next = self._next[cut:]
+            if len(self._next):
+                break
+            self._next = next(self._blocks, self._next)
+        coordinates = np.concatenate(parts) if parts else self._next
+        begin, self._done = self._done, self._done + len(coordinates)
+        return coordinates, self._values[begin : self._done]
 
 
-def _integers(flat: Tensor) -> NDArray[Any]:
-    # Numpy knows no bfloat16, and bytes are compared and moved exactly as integers.
-    return flat.view(_INTEGERS[flat.dtype.itemsize]).numpy()
+class _Block:
+    """Stitches a range that fits a cache; its tensors serve one range after the other."""
+
+    def __init__(self, size: int, members: int) -> None:
+        self._ones = torch.ones(size, dtype=torch.uint8 if members < 256 else torch.int16)
+        self._owners = torch.empty_like(self._ones)
+        self._totals = torch.zeros(size, dtype=torch.float64)
+
+    def stitch(self, flat: Tensor, pieces: Sequence[_Piece]) -> None:
+        size = flat.numel()
+        owners, totals = self._owners[:size].zero_(), self._totals[:size]
+        for coordinates, values in pieces:
+            index = torch.from_numpy(coordinates)
+            owners.scatter_add_(0, index, self._ones[: len(coordinates)])
+            put(flat, coordinates, values)
+        shared = true_positions(owners.numpy() > 1)
+        if not len(shared):
+            return
+        totals.numpy()[shared] = 0
+        for coordinates, values in pieces:
+            # Everywhere, for that is faster than picking; only shared places are read.
+            index = torch.from_numpy(coordinates)
+            totals.scatter_add_(0, index, values.to(torch.float64))
+        means = totals.numpy()[shared] / owners.numpy()[shared]
+        put(flat, shared, torch.from_numpy(means))
 
 
 def _differences(base: Checkpoint, edits: Edits, progress: Progress) -> Iterator[SparseTensor]:
@@ -149,9 +178,9 @@ def _differences(base: Checkpoint, edits: Edits, progress: Progress) -> Iterator
         before = base.tensor(name).view(-1)
         after = before.clone()
         edits.apply(name, after)
-        old, new = _integers(before), _integers(after)
+        old, new = as_integers(before), as_integers(after)
         found = [
-            np.flatnonzero(old[start : start + _BLOCK] != new[start : start + _BLOCK]) + start
+            true_positions(old[start : start + _BLOCK] != new[start : start + _BLOCK]) + start
             for start in range(0, len(old), _BLOCK)
         ]
         coordinates = torch.from_numpy(np.concatenate(found)) if found else torch.empty(0).long()

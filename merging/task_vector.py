@@ -9,6 +9,7 @@ that take the one do not take the other.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,6 +18,10 @@ from merging.errors import CannotJoin
 from merging.top_k import strided_sample
 
 CHUNK = 1 << 18
+
+# Up to this many elements torch works in the calling thread. Longer operations wait for
+# its other threads each time, which on busy cores takes far longer than the work.
+_SERIAL = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,9 @@ class TaskVector:
         base: the base's checkpoint.
         finetuned: the finetuned one under the base's names (`Checkpoint.renamed`).
         names: the localizable tensors; all must be weights of equal shape on both sides.
+
+    Attributes:
+        score_dtype: the type that holds every score exactly, float64 if any needs it.
     """
 
     floor = 0.0
@@ -56,17 +64,14 @@ class TaskVector:
                     found=f"base {b.dtype} {list(b.shape)}, finetuned {f.dtype} {list(f.shape)}",
                     hint="compare the checkpoints first",
                 )
+        self._dtypes = {name: self._dtype(name) for name in self.names}
+        wide = torch.float64 in self._dtypes.values()
+        self.score_dtype = torch.float64 if wide else torch.float32
 
     @property
     def coordinates(self) -> int:
         """How many coordinates all tensors have together."""
         return sum(self.numel(name) for name in self.names)
-
-    @property
-    def score_dtype(self) -> torch.dtype:
-        """The type that holds every score exactly: float64 if any tensor needs it."""
-        wide = any(self._dtype(name) == torch.float64 for name in self.names)
-        return torch.float64 if wide else torch.float32
 
     def numel(self, name: str) -> int:
         """How many coordinates a tensor has."""
@@ -78,20 +83,21 @@ class TaskVector:
         A chunk is valid until the next one is asked for: the buffer is used again.
         """
         base, finetuned = self.base.tensor(name).view(-1), self.finetuned.tensor(name).view(-1)
-        dtype, count = self._dtype(name), base.numel()
-        left = torch.empty(min(size, count), dtype=dtype)
+        left = torch.empty(min(size, base.numel()), dtype=self._dtypes[name])
         right = torch.empty_like(left)
-        for start in range(0, count, size):
-            stop = min(start + size, count)
-            scores, other = left[: stop - start], right[: stop - start]
-            scores.copy_(finetuned[start:stop])
-            other.copy_(base[start:stop])
-            scores.sub_(other).abs_()
+        for start in range(0, base.numel(), size):
+            count = min(size, base.numel() - start)
+            _copy(left, finetuned[start : start + count])
+            _copy(right, base[start : start + count])
+            scores = left[:count]
+            array = scores.numpy()
+            np.subtract(array, right.numpy()[:count], out=array)
+            np.absolute(array, out=array)
             yield scores
 
     def sample(self, name: str, stride: int, block: int) -> Tensor:
         """The scores of the first `block` of every `stride` coordinates."""
-        dtype = self._dtype(name)
+        dtype = self._dtypes[name]
         pieces = (
             strided_sample(checkpoint.tensor(name).view(-1), stride, block).to(dtype)
             for checkpoint in (self.finetuned, self.base)
@@ -100,7 +106,7 @@ class TaskVector:
 
     def difference(self, name: str) -> Tensor:
         """Finetuned minus base of one tensor, in its shape."""
-        dtype = self._dtype(name)
+        dtype = self._dtypes[name]
         return self.finetuned.tensor(name).to(dtype) - self.base.tensor(name).to(dtype)
 
     def is_zero(self) -> bool:
@@ -145,7 +151,7 @@ def outside_share(base: Checkpoint, finetuned: Checkpoint, names: Sequence[str])
     ]
     vector = TaskVector(base, finetuned, shared)
     squares = {
-        name: sum(float(chunk.double().square().sum()) for chunk in vector.chunks(name))
+        name: sum(float(np.square(c.numpy(), dtype=np.float64).sum()) for c in vector.chunks(name))
         for name in vector.names
     }
     total = sum(squares.values())
@@ -157,10 +163,17 @@ def outside_share(base: Checkpoint, finetuned: Checkpoint, names: Sequence[str])
     return OutsideShare(sum(share for _, share in ranked), tuple(ranked))
 
 
+def _copy(out: Tensor, flat: Tensor) -> None:
+    """Copy `flat` to the beginning of `out`, cast to its type."""
+    for start in range(0, flat.numel(), _SERIAL):
+        piece = flat[start : start + _SERIAL]
+        out[start : start + piece.numel()].copy_(piece)
+
+
 def _not_finite(flat: Tensor) -> int:
     count = 0
-    for start in range(0, flat.numel(), CHUNK):
-        chunk = flat[start : start + CHUNK]
+    for start in range(0, flat.numel(), _SERIAL):
+        chunk = flat[start : start + _SERIAL]
         wide = torch.float64 if chunk.dtype == torch.float64 else torch.float32
         # One sum settles it unless the sum itself overflows: only then look at each weight.
         if not bool(torch.isfinite(chunk.sum(dtype=wide))):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from merging.checkpoint import by_bytes
 from merging.mask import Mask
+from merging.positions import true_positions
 from merging.progress import Progress, ignore
 
 _SAMPLE = 1 << 20
@@ -204,7 +205,7 @@ def _collect(
         for chunk in scores.chunks(name):
             array = chunk.to(scores.score_dtype).numpy()
             reached = array >= limit if candidates.total < k else array > limit
-            found = np.flatnonzero(reached)
+            found = true_positions(reached)
             if len(found):
                 candidates.append(found + start, _ordered(array[found]))
             start += len(array)
