@@ -110,6 +110,19 @@ def test_the_rest_is_promoted_without_the_one_that_fails(line: Gated) -> None:
     line.check_settled()
 
 
+@pytest.mark.parametrize(("first", "second"), [("number", "animal"), ("animal", "number")])
+def test_of_two_that_do_not_go_together_the_older_one_stays(
+    line: Gated, first: str, second: str
+) -> None:
+    line.configure(min_retention=0.38)  # what each keeps alone, and both together do not
+    line.add(first, "--no-remerge")
+    line.add(second, "--no-remerge")
+    found = line.remerge(code=5)
+    assert list(found["held"]) == [f"{second} 1"]
+    assert line.members() == {first: 1}
+    line.check_settled()
+
+
 def test_a_first_model_that_fails_leaves_no_champion(line: Gated) -> None:
     line.configure(min_retention=0.25)
     found = line.add("wreck", code=5)
