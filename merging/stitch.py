@@ -155,7 +155,8 @@ class _Block:
 
     def stitch(self, flat: Tensor, pieces: Sequence[_Piece]) -> None:
         size = flat.numel()
-        owners, totals = self._owners[:size].zero_(), self._totals[:size]
+        owners, totals = self._owners[:size], self._totals[:size]
+        owners.numpy().fill(0)  # in this thread; torch would start others for it
         for coordinates, values in pieces:
             index = torch.from_numpy(coordinates)
             owners.scatter_add_(0, index, self._ones[: len(coordinates)])

@@ -97,12 +97,12 @@ class TaskVector:
 
     def sample(self, name: str, stride: int, block: int) -> Tensor:
         """The scores of the first `block` of every `stride` coordinates."""
-        dtype = self._dtypes[name]
-        pieces = (
-            strided_sample(checkpoint.tensor(name).view(-1), stride, block).to(dtype)
-            for checkpoint in (self.finetuned, self.base)
-        )
-        return next(pieces).sub(next(pieces)).abs_()
+        sides = []
+        for checkpoint in (self.finetuned, self.base):
+            flat = strided_sample(checkpoint.tensor(name).view(-1), stride, block)
+            sides.append(torch.empty(flat.numel(), dtype=self._dtypes[name]))
+            _copy(sides[-1], flat)
+        return torch.from_numpy(np.abs(sides[0].numpy() - sides[1].numpy()))
 
     def difference(self, name: str) -> Tensor:
         """Finetuned minus base of one tensor, in its shape."""

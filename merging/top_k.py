@@ -23,6 +23,7 @@ from torch import Tensor
 
 from merging.checkpoint import by_bytes
 from merging.mask import Mask
+from merging.overwrite import as_integers
 from merging.positions import true_positions
 from merging.progress import Progress, ignore
 
@@ -61,11 +62,14 @@ class TensorScores:
     """Scores that are in memory, any finite floats."""
 
     def __init__(self, scores: dict[str, Tensor]) -> None:
-        self._scores = {name: scores[name].reshape(-1) for name in sorted(scores, key=by_bytes)}
-        self.names = tuple(self._scores)
+        self.names = tuple(sorted(scores, key=by_bytes))
         wide = any(value.dtype == torch.float64 for value in scores.values())
         self.score_dtype = torch.float64 if wide else torch.float32
-        least = [float(value.min()) for value in scores.values() if value.numel()]
+        self._scores = {
+            name: scores[name].detach().cpu().reshape(-1).to(self.score_dtype)
+            for name in self.names
+        }
+        least = [float(value.min()) for value in self._scores.values() if value.numel()]
         self.floor = min(least, default=0.0)
 
     def numel(self, name: str) -> int:
@@ -86,7 +90,9 @@ def strided_sample(flat: Tensor, stride: int, block: int) -> Tensor:
     rows = flat.numel() // stride
     if not rows:
         return flat[:block]
-    return flat[: rows * stride].view(rows, stride)[:, :block].reshape(-1)
+    # Through numpy, which copies in the calling thread (see `merging.task_vector`).
+    bits = as_integers(flat)[: rows * stride].reshape(rows, stride)[:, :block]
+    return torch.from_numpy(np.ascontiguousarray(bits).reshape(-1)).view(flat.dtype)
 
 
 def top_k(
@@ -119,8 +125,8 @@ def _thresholds(scores: Scores, k: int, total: int) -> Iterator[float]:
     dtype = np.float64 if scores.score_dtype == torch.float64 else np.float32
     last = float(np.nextafter(dtype(scores.floor), dtype(np.inf)))
     stride = max(1, total // _SAMPLE) * _SAMPLE_BLOCK
-    pieces = [scores.sample(name, stride, _SAMPLE_BLOCK) for name in scores.names]
-    sample = np.sort(torch.cat([piece.to(scores.score_dtype) for piece in pieces]).numpy())
+    pieces = [scores.sample(name, stride, _SAMPLE_BLOCK).numpy() for name in scores.names]
+    sample = np.sort(np.concatenate(pieces).astype(dtype, copy=False))
     expected = len(sample) * k / total
     tried = math.inf
     for slack in (1.05, 1.5):

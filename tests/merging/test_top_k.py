@@ -128,6 +128,6 @@ def test_progress_ends_with_all_scores() -> None:
 
 
 def test_a_strided_sample_takes_blocks_from_everywhere() -> None:
-    flat = torch.arange(11)
+    flat = torch.arange(11.0)
     assert strided_sample(flat, 5, 2).tolist() == [0, 1, 5, 6]
     assert strided_sample(flat, 100, 3).tolist() == [0, 1, 2]
