@@ -107,8 +107,10 @@ def _whole(kind: Any, model: ModelVersion) -> WeightsRef:
 
 def _warn_of_outside(task: str, checked: Validated, found: dict[str, ResultRef] | None) -> None:
     """Say what finetuning changed that no mask can hold, where that matters."""
-    lost = found is not None and found["localizable"].value < found["finetuned"].low
-    if checked.outside_share <= OUTSIDE_WARNING and not lost:
+    matters = found is not None and not (
+        found["finetuned"].low <= found["localizable"].value <= found["finetuned"].high
+    )
+    if checked.outside_share <= OUTSIDE_WARNING and not matters:
         return
     text = f"{task}: {checked.outside_share:.1%} of what finetuning changed is outside of masks"
     if found is not None:
