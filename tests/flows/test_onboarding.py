@@ -97,7 +97,7 @@ def test_a_vision_tower_joins_a_whole_clip(
     whole = new_home("whole")
     whole("init", clip_world.line(tmp_path / "line.yaml"))
     whole.add(clip_world, "colour")
-    patches.append(contents(whole, tmp_path / "out"))
+    patches.append(contents(whole, tmp_path / "out-whole"))
     assert patches[0] == patches[1] == patches[2]
 
 
