@@ -147,23 +147,28 @@ def _sorted_size(stored: int, numel: int, low: int) -> int:
 
 def _encode_sorted(coordinates: Coordinates, numel: int, low: int) -> bytes:
     stored = len(coordinates)
-    parts = []
-    for width, shift in _planes(low):
-        plane = (coordinates >> shift) & ((1 << width) - 1)
-        if width >= 8:
-            parts.append(plane.astype(_BYTE_TYPES[width]).tobytes())
-            continue
-        per_byte = 8 // width
-        padded = np.zeros(-(-stored // per_byte) * per_byte, dtype=np.uint8)
-        padded[:stored] = plane
-        packed = np.zeros(len(padded) // per_byte, dtype=np.uint8)
-        for lane in range(per_byte):
-            packed |= padded[lane::per_byte] << np.uint8(lane * width)
-        parts.append(packed.tobytes())
-    bits = np.zeros(stored + (numel - 1 >> low), dtype=np.uint8)
-    bits[(coordinates >> low) + np.arange(stored)] = 1
-    parts.append(np.packbits(bits, bitorder="little").tobytes())
-    return b"".join(parts)
+    parts = [_encode_plane(coordinates, width, shift) for width, shift in _planes(low)]
+    unary = np.zeros(-(-(stored + (numel - 1 >> low)) // 8), dtype=np.uint8)
+    for start in range(0, stored, 8 * _BLOCK):
+        places = coordinates[start : start + 8 * _BLOCK] >> low
+        places += np.arange(start, start + len(places))
+        first, end = int(places[0]) // 8, int(places[-1]) // 8 + 1
+        bits = np.zeros(8 * (end - first), dtype=np.uint8)
+        bits[places - 8 * first] = 1
+        unary[first:end] |= np.packbits(bits, bitorder="little")
+    return b"".join([*parts, unary.tobytes()])
+
+
+def _encode_plane(coordinates: Coordinates, width: int, shift: int) -> bytes:
+    if width >= 8:
+        return ((coordinates >> shift) & ((1 << width) - 1)).astype(_BYTE_TYPES[width]).tobytes()
+    per_byte = 8 // width
+    packed = np.zeros(-(-len(coordinates) // per_byte), dtype=np.uint8)
+    for lane in range(per_byte):
+        numbers = (coordinates[lane::per_byte] >> shift).astype(np.uint8)
+        numbers &= (1 << width) - 1
+        packed[: len(numbers)] |= numbers << np.uint8(lane * width)
+    return packed.tobytes()
 
 
 def _sorted_blocks(

@@ -28,7 +28,7 @@ from merging.sparse import SparseFile, SparseInfo, SparseTensor, write_sparse
 VERSION = 1
 OVERLAPS = ("mean",)
 
-_BLOCK = 1 << 18
+_BLOCK = 1 << 19
 
 
 @dataclass(frozen=True)

@@ -71,6 +71,34 @@ def test_stitching_is_that_of_the_slow_reference(
         assert torch.equal(found, slow_stitch(base, members, name))
 
 
+def test_tensors_of_many_blocks_with_every_encoding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("merging.stitch._BLOCK", 100_003)
+    numel = 600_000
+    generator = torch.Generator().manual_seed(0)
+    gap = torch.arange(numel)
+    chosen = {
+        "elias": torch.rand(numel, generator=generator) < 0.03,
+        "bitmap": (torch.rand(numel, generator=generator) < 0.9) & ((gap < 1e5) | (gap > 4e5)),
+        "complement": torch.rand(numel, generator=generator) < 0.99,
+        "whole": torch.ones(numel, dtype=torch.bool),
+        "far": (gap == 7) | (gap == numel - 1),
+    }
+    base = tiny.save(tmp_path, {"w": torch.zeros(numel, dtype=torch.bfloat16)})
+    members, total, owners = [], torch.zeros(numel, dtype=torch.float64), torch.zeros(numel)
+    for name, mask in sorted(chosen.items()):
+        coordinates = mask.nonzero().view(-1)
+        values = torch.randn(len(coordinates), generator=generator).bfloat16()
+        tensor = SparseTensor("w", (numel,), coordinates, values)
+        write_sparse(tmp_path / name, [tensor], kind="delta", metadata={})
+        members.append(Member(name, SparseFile.open(tmp_path / name)))
+        total[coordinates] += values.double()
+        owners[coordinates] += 1
+    found = edited(base, stitch(base, members), "w")
+    assert torch.equal(found, round_once(total / owners, torch.bfloat16))
+
+
 def test_the_sum_does_not_depend_on_what_else_is_summed(tmp_path: Path) -> None:
     # In float32 1e8 + 1 - 1e8 is 0; in float64 the mean is exactly 1/3, rounded once.
     base = tiny.save(tmp_path, {"w": torch.zeros(2, 4)})
