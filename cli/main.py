@@ -7,6 +7,7 @@ document and nothing else. Heavy libraries are imported by the functions that ne
 """
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Callable
@@ -143,6 +144,11 @@ def evaluate(line: Line, version: Version = "champion", as_json: Json = False) -
     _print(evaluate_version(line, version).as_dict(), as_json, render.evaluated)
 
 
+def _quieten() -> None:
+    """Keep MLflow from printing tracebacks of what is told in one message here."""
+    logging.getLogger("mlflow.store.db.utils").addFilter(lambda _: False)
+
+
 def _fail(error: RestitchError) -> int:
     Console(stderr=True, highlight=False).print(
         f"error: {error}", style="red", markup=False, soft_wrap=True
@@ -157,6 +163,7 @@ def main() -> None:
         # Steps, engines and child processes find the same place whatever their directory is.
         os.environ["RESTITCH_HOME"] = str(home.root)
         prepare_environment(home)
+        _quieten()
         with reporting_to(TerminalReporter(quiet="--json" in sys.argv)):
             app(standalone_mode=True)
     except RestitchError as error:

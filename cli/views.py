@@ -16,7 +16,7 @@ from tasks.workspace import workspace
 
 def status(line: str | None) -> dict[str, Any]:
     """The present of one line, or of all."""
-    space = workspace()
+    space = workspace(to_write=False)
     names = list(lines(space.objects)) if line is None else [line]
     return {
         "home": str(space.home.root),
@@ -26,7 +26,7 @@ def status(line: str | None) -> dict[str, Any]:
 
 def history(line: str) -> dict[str, Any]:
     """All merged versions, newest first, with who promoted them and why."""
-    ledger = workspace().ledger(line)
+    ledger = workspace(to_write=False).ledger(line)
     head = ledger.head()
     acts: dict[int, list[dict[str, str]]] = {}
     for entry in ledger.entries():
@@ -44,7 +44,7 @@ def history(line: str) -> dict[str, Any]:
 
 def show(line: str, version: str) -> dict[str, Any]:
     """One merged version whole."""
-    ledger = workspace().ledger(line)
+    ledger = workspace(to_write=False).ledger(line)
     head = ledger.head()
     record = ledger.merged(find_version(head, version))
     return {

@@ -17,6 +17,7 @@ from merging.export import export_weights
 from merging.sparse import SparseFile
 from registry.head import Head
 from registry.history import MergedRecord
+from registry.store import explained
 from tasks.card import model_card
 from tasks.inputs import head_inputs
 from tasks.models import Base, open_base
@@ -139,11 +140,12 @@ def _check_free(out: Path, overwrite: bool) -> None:
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
     """A folder beside `out` that takes its place when everything in it is written."""
-    out.parent.mkdir(parents=True, exist_ok=True)
     folder = out.parent / f".{out.name}.{uuid4().hex[:8]}.partial"
-    folder.mkdir()
     try:
-        yield folder
+        with explained(out, "write"):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+            yield folder
         if out.exists() and any(out.iterdir()):
             old = folder.with_suffix(".replaced")
             out.rename(old)

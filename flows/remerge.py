@@ -26,6 +26,9 @@ from tasks.publish import mirror
 from tasks.reporting import say, warn
 from tasks.workspace import Workspace, actor, workspace
 
+# What killed work left behind is removed when nothing can be running on it any more.
+LEFTOVERS_AFTER = 24 * 3600.0
+
 Action = Literal["unchanged", "empty", "promoted", "rejected", "candidate"]
 
 
@@ -72,6 +75,7 @@ def remerge(line: str, force: bool = False) -> RemergeOutcome:
     space = workspace()
     ledger = space.ledger(line)
     with _alone(space, line):
+        space.home.sweep(LEFTOVERS_AFTER)
         mirror(ledger.line)
         localized = _onboard_missing(ledger)
         snapshot = take_snapshot(ledger)

@@ -5,8 +5,6 @@ published under a key stays, which is what makes a numeric localizer's result on
 """
 
 from collections.abc import Iterator
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from merging.checkpoint import Checkpoint
@@ -46,8 +44,7 @@ def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cache
     folder, _ = open_model(model, space, base.family)
     finetuned = aligned(base, folder)
     vector = TaskVector(base.checkpoint, finetuned, base.names)
-    with TemporaryDirectory(dir=space.home.scratch) as folder_name:
-        scratch = Path(folder_name)
+    with space.scratch() as scratch:
         with working(f"localizing {task.task}") as progress:
             mask = found_by.find(vector, scratch, progress)
         file = scratch / "delta.safetensors"

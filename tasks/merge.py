@@ -1,8 +1,5 @@
 """Make a merged model from its recipe and keep it as a patch; a pure function of the recipe."""
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 from merging.edits import Edits
 from merging.errors import Damage
 from merging.methods import get_method
@@ -57,8 +54,8 @@ def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cac
     if record is not None and not again:
         return Cached(PatchRef(record.blob, int(str(record.facts["kept"])), record.size, key))
     base = open_base(line, space)
-    with TemporaryDirectory(dir=space.home.scratch) as scratch:
-        file = Path(scratch) / "patch.safetensors"
+    with space.scratch() as scratch:
+        file = scratch / "patch.safetensors"
         with working("stitching") as progress:
             info = write_patch(
                 file,

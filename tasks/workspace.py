@@ -7,8 +7,12 @@ Everything hangs on `RESTITCH_HOME`, which the command line and the workers set.
 import getpass
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from pydantic import JsonValue
 
@@ -17,6 +21,7 @@ from registry.catalog import Catalog
 from registry.home import Home, prepare_environment
 from registry.ledger import Ledger, lines
 from registry.objects import ObjectStore
+from registry.store import explained
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,17 @@ class Workspace:
     def catalog(self) -> Catalog:
         """The owner of MLflow."""
         return Catalog(self.home)
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for files that are being made; it is gone afterwards.
+
+        Raises:
+            Unavailable: no space, no permission.
+        """
+        place = self.home.scratch
+        with explained(place, "write"), TemporaryDirectory(dir=place) as folder:
+            yield Path(folder)
 
     def ledger(self, line: str) -> Ledger:
         """The head and the audit trail of a line.
@@ -53,16 +69,22 @@ class Workspace:
         return ledger
 
 
-def workspace() -> Workspace:
-    """The workspace that the environment names."""
+def workspace(*, to_write: bool = True) -> Workspace:
+    """The workspace that the environment names.
+
+    Args:
+        to_write: make its folders; who only looks leaves no trace, and may look at a
+            home that is read-only.
+    """
     home = Home.from_environment()
     prepare_environment(home)
+    if to_write:
+        home.create()
     return _opened(home)
 
 
 @lru_cache(maxsize=8)
 def _opened(home: Home) -> Workspace:
-    home.create()
     return Workspace(home)
 
 
