@@ -88,10 +88,22 @@ def test_the_activation_of_the_configuration_is_honoured(clip, tmp_path):
     ]
 
 
-def test_the_image_processor_is_always_the_one_of_pil(clip):
+def test_the_image_processor_is_always_the_one_of_pil(clip, monkeypatch):
+    import transformers
+
+    asked = []
+    real = transformers.AutoImageProcessor.from_pretrained
+
+    def watch(*args, **keywords):
+        asked.append(keywords)
+        return real(*args, **keywords)
+
+    monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", watch)
     processor = _image_processor(clip)
     assert type(processor).__name__ == "CLIPImageProcessorPil"
     assert processor.backend == "pil"
+    # Where torchvision is installed, another one would be taken without being asked for.
+    assert asked == [{"backend": "pil", "local_files_only": True, "trust_remote_code": False}]
 
 
 def test_pixels_are_resized_bicubically_cropped_and_normalized(clip):

@@ -15,7 +15,7 @@ from modeling.data import DataSpec, Rows, TaskData, open_split
 from modeling.evaluation import evaluate
 from modeling.family import get_family
 from modeling.heads import Head, HeadSpec, openai_imagenet
-from modeling.imagenet import parse_metadata
+from modeling.imagenet import parse_metadata, synset_classes
 from tests.modeling.conftest import png
 from tests.tiny_models import tiny_clip
 
@@ -90,6 +90,11 @@ def read(root: Path) -> Rows:
 def test_all_synset_folders_are_the_classes_in_sorted_order(tmp_path):
     write_synsets(tmp_path / "val", tuple(reversed(SYNSETS)))
     assert read(tmp_path).targets.tolist() == [0, 1, 2, 3]
+
+
+def test_synsets_are_sorted_whatever_order_they_come_in():
+    found = synset_classes(SYNSETS[::-1], LABELS, None, "here")
+    assert found == {name: index for index, name in enumerate(SYNSETS)}
 
 
 def test_fewer_folders_than_labels_need_a_file_that_says_which(tmp_path):

@@ -115,10 +115,19 @@ def bomb(width: int, height: int) -> bytes:
 
 
 @pytest.mark.parametrize("size", [(8001, 8000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
-def test_a_decompression_bomb_is_refused_before_it_is_decoded(size):
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch, size):
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
     assert size[0] * size[1] > MOST_PIXELS
     with pytest.raises(BadInput, match=r"here: the image (is too large|cannot be read)"):
         open_image(bomb(*size), Path(), "here")
+
+
+def test_the_limit_counts_pixels(monkeypatch):
+    monkeypatch.setattr("modeling.images.MOST_PIXELS", 20 * 16)
+    assert open_image(png(0, (20, 16)), Path(), "here").size == (20, 16)
+    with pytest.raises(BadInput, match="here: the image is too large") as caught:
+        open_image(png(0, (21, 16)), Path(), "here")
+    assert caught.value.found == "21 x 16"
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", png(0)[:60], png(0)[:-200], bomb(100, 100)])
