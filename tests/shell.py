@@ -71,11 +71,14 @@ class Shell:
         files = ("--task", world.task(task), "--model", world.model(model or task))
         return self.json("register", "demo", *files, *options, code=code)
 
-    def start(self, *args: object, **options: Any) -> "subprocess.Popen[str]":
-        """Start a command in a process of its own."""
+    def start(
+        self, *args: object, environment: Mapping[str, str] | None = None, **options: Any
+    ) -> "subprocess.Popen[str]":
+        """Start a command in a process of its own, in the environment of the tests or another."""
+        surrounding = os.environ if environment is None else environment
         return subprocess.Popen(
             [sys.executable, "-m", "cli.main", *map(str, args)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), **self._variables()},
+            env={**surrounding, "PYTHONPATH": str(ROOT), **self._variables()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
