@@ -1,9 +1,15 @@
 """Complete MLflow's image of a line: the last step of whatever changed the line."""
 
+import time
+
 from merging.errors import Unavailable
 from tasks.engine import step
 from tasks.reporting import warn
 from tasks.workspace import workspace
+
+# A server that kept us waiting in vain is not asked again for a while by this process.
+PATIENCE, PAUSE = 5.0, 120.0
+_away_until: dict[str, float] = {}
 
 
 @step("log")
@@ -17,9 +23,15 @@ def mirror(line: str) -> bool:
         Whether the image is complete.
     """
     space = workspace()
+    address, started = space.home.mlflow_uri, time.monotonic()
+    if started < _away_until.get(address, 0.0):
+        return False
     try:
         space.catalog.repair(space.ledger(line))
     except Unavailable as error:
+        now = time.monotonic()
+        if now - started > PATIENCE:
+            _away_until[address] = now + PAUSE
         warn(f"MLflow is behind and will be completed by the next remerge: {error.message()}")
         return False
     return True
