@@ -1,4 +1,4 @@
-"""Overwriting weights at coordinates, and looking at weights as bits.
+"""Taking and overwriting weights at coordinates, and looking at them as bits.
 
 Values are rounded once to the type of what they overwrite, and bit patterns are moved
 unchanged where the types are equal, NaN payloads and negative zeros included.
@@ -20,6 +20,11 @@ def as_integers(flat: Tensor) -> NDArray[Any]:
     """The bit patterns of a flat tensor of weights, in the same memory."""
     # Numpy knows no bfloat16, and integers are compared and moved exactly as they are.
     return flat.view(_INTEGERS[flat.dtype.itemsize]).numpy()
+
+
+def take(flat: Tensor, coordinates: NDArray[np.int64]) -> Tensor:
+    """flat[coordinates], bit for bit."""
+    return torch.from_numpy(as_integers(flat)[coordinates]).view(flat.dtype)
 
 
 def put(flat: Tensor, coordinates: NDArray[np.int64], values: Tensor) -> None:

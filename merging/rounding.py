@@ -1,21 +1,49 @@
-"""One correct rounding from float64 to the types of checkpoints.
+"""Casts between the types of checkpoints: rounded once, and in the calling thread.
 
 Torch casts float64 to bfloat16 and float16 through float32, which rounds twice: a value
 just beside the middle of two neighbours can end at the wrong one. `round_once` rounds to
-odd in between, which keeps what the second rounding needs to know.
+odd in between, which keeps what the second rounding needs to know. Work is done in
+pieces so short that torch does not start other threads for them: on busy cores waiting
+for those at every step takes many times as long as the work.
 """
 
 import torch
 from torch import Tensor
 
+SERIAL = 1 << 15  # up to this many elements torch works in the calling thread
+
+
+def cast_into(out: Tensor, flat: Tensor) -> None:
+    """Copy flat `flat` to the beginning of flat `out` by torch's own casts."""
+    for start in range(0, flat.numel(), SERIAL):
+        piece = flat[start : start + SERIAL]
+        out[start : start + piece.numel()].copy_(piece)
+
+
+def cast(flat: Tensor, dtype: torch.dtype) -> Tensor:
+    """A flat tensor in `dtype` by torch's own cast; exact where `dtype` is wider."""
+    if flat.dtype == dtype or flat.numel() <= SERIAL:
+        return flat.to(dtype)
+    out = torch.empty(flat.numel(), dtype=dtype)
+    cast_into(out, flat)
+    return out
+
 
 def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """The values in `dtype`, each rounded to nearest, ties to even, exactly once."""
+    """Flat values in `dtype`, each rounded to nearest, ties to even, exactly once."""
     if values.dtype != torch.float64 or dtype not in (torch.bfloat16, torch.float16):
-        return values.to(dtype)
+        return cast(values, dtype)
+    out = torch.empty(values.numel(), dtype=dtype)
+    for start in range(0, values.numel(), SERIAL):
+        piece = values[start : start + SERIAL]
+        out[start : start + piece.numel()] = _to_odd(piece)
+    return out
+
+
+def _to_odd(values: Tensor) -> Tensor:
+    """float64 as float32, with the lowest bit set where something was cut off."""
     near = values.to(torch.float32)
     bits = near.view(torch.int32)
-    # Toward zero first; then the lowest bit says that something was cut off.
-    bits -= (near.abs() > values.abs()).to(torch.int32)
+    bits -= (near.abs() > values.abs()).to(torch.int32)  # toward zero first
     bits |= (near.to(torch.float64) != values).to(torch.int32)
-    return near.to(dtype)
+    return near

@@ -20,15 +20,17 @@ from torch import Tensor
 from merging.checkpoint import Checkpoint, by_bytes
 from merging.edits import Edits, NoEdits
 from merging.errors import BadInput
-from merging.overwrite import as_integers, put
+from merging.overwrite import as_integers, put, take
 from merging.positions import true_positions
 from merging.progress import Progress, ignore
+from merging.rounding import cast
 from merging.sparse import SparseFile, SparseInfo, SparseTensor, write_sparse
 
 VERSION = 1
 OVERLAPS = ("mean",)
 
 _BLOCK = 1 << 19
+_NOWHERE = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class _Block:
         for coordinates, values in pieces:
             # Everywhere, for that is faster than picking; only shared places are read.
             index = torch.from_numpy(coordinates)
-            totals.scatter_add_(0, index, values.to(torch.float64))
+            totals.scatter_add_(0, index, cast(values, torch.float64))
         means = totals.numpy()[shared] / owners.numpy()[shared]
         put(flat, shared, torch.from_numpy(means))
 
@@ -177,14 +179,17 @@ def _differences(base: Checkpoint, edits: Edits, progress: Progress) -> Iterator
     total, done = sum(base.info(name).nbytes for name in edits.names), 0
     for name in edits.names:
         before = base.tensor(name).view(-1)
-        after = before.clone()
+        old = as_integers(before)
+        new = old.copy()
+        after = torch.from_numpy(new).view(before.dtype)
         edits.apply(name, after)
-        old, new = as_integers(before), as_integers(after)
         found = [
             true_positions(old[start : start + _BLOCK] != new[start : start + _BLOCK]) + start
             for start in range(0, len(old), _BLOCK)
         ]
-        coordinates = torch.from_numpy(np.concatenate(found)) if found else torch.empty(0).long()
-        yield SparseTensor(name, base.info(name).shape, coordinates, after[coordinates])
+        coordinates = np.concatenate([_NOWHERE, *found])
+        yield SparseTensor(
+            name, base.info(name).shape, torch.from_numpy(coordinates), take(after, coordinates)
+        )
         done += base.info(name).nbytes
         progress(done, total)

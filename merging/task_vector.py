@@ -15,13 +15,10 @@ from torch import Tensor
 
 from merging.checkpoint import FLOATING, Checkpoint, by_bytes
 from merging.errors import CannotJoin
+from merging.rounding import SERIAL, cast_into
 from merging.top_k import strided_sample
 
 CHUNK = 1 << 18
-
-# Up to this many elements torch works in the calling thread. Longer operations wait for
-# its other threads each time, which on busy cores takes far longer than the work.
-_SERIAL = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -87,8 +84,8 @@ class TaskVector:
         right = torch.empty_like(left)
         for start in range(0, base.numel(), size):
             count = min(size, base.numel() - start)
-            _copy(left, finetuned[start : start + count])
-            _copy(right, base[start : start + count])
+            cast_into(left, finetuned[start : start + count])
+            cast_into(right, base[start : start + count])
             scores = left[:count]
             array = scores.numpy()
             np.subtract(array, right.numpy()[:count], out=array)
@@ -101,7 +98,7 @@ class TaskVector:
         for checkpoint in (self.finetuned, self.base):
             flat = strided_sample(checkpoint.tensor(name).view(-1), stride, block)
             sides.append(torch.empty(flat.numel(), dtype=self._dtypes[name]))
-            _copy(sides[-1], flat)
+            cast_into(sides[-1], flat)
         return torch.from_numpy(np.abs(sides[0].numpy() - sides[1].numpy()))
 
     def difference(self, name: str) -> Tensor:
@@ -163,17 +160,10 @@ def outside_share(base: Checkpoint, finetuned: Checkpoint, names: Sequence[str])
     return OutsideShare(sum(share for _, share in ranked), tuple(ranked))
 
 
-def _copy(out: Tensor, flat: Tensor) -> None:
-    """Copy `flat` to the beginning of `out`, cast to its type."""
-    for start in range(0, flat.numel(), _SERIAL):
-        piece = flat[start : start + _SERIAL]
-        out[start : start + piece.numel()].copy_(piece)
-
-
 def _not_finite(flat: Tensor) -> int:
     count = 0
-    for start in range(0, flat.numel(), _SERIAL):
-        chunk = flat[start : start + _SERIAL]
+    for start in range(0, flat.numel(), SERIAL):
+        chunk = flat[start : start + SERIAL]
         wide = torch.float64 if chunk.dtype == torch.float64 else torch.float32
         # One sum settles it unless the sum itself overflows: only then look at each weight.
         if not bool(torch.isfinite(chunk.sum(dtype=wide))):

@@ -90,7 +90,7 @@ def strided_sample(flat: Tensor, stride: int, block: int) -> Tensor:
     rows = flat.numel() // stride
     if not rows:
         return flat[:block]
-    # Through numpy, which copies in the calling thread (see `merging.task_vector`).
+    # Through numpy, which copies in the calling thread (see `merging.rounding`).
     bits = as_integers(flat)[: rows * stride].reshape(rows, stride)[:, :block]
     return torch.from_numpy(np.ascontiguousarray(bits).reshape(-1)).view(flat.dtype)
 
