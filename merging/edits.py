@@ -5,6 +5,7 @@ tensor, in the base's type. It may compute them on the way: nothing of the size 
 model needs to exist. `edited` gives one whole tensor.
 """
 
+from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
@@ -26,6 +27,18 @@ class Edits(Protocol):
         Args:
             name: one of `names`.
             flat: a flat, contiguous copy of the base's tensor, of the base's type.
+        """
+
+
+@runtime_checkable
+class StreamedEdits(Edits, Protocol):
+    """Edits that can also be applied part by part, so that no whole tensor is needed."""
+
+    def editor(self, name: str) -> Callable[[Tensor], None]:
+        """A function that edits the parts of tensor `name`, given one after the other.
+
+        Args:
+            name: one of `names`. The parts are flat, of any size, and together the tensor.
         """
 
 

@@ -10,18 +10,18 @@ atomically.
 import errno
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from threading import local
 
 import torch
 from torch import Tensor
 
 from merging.checkpoint import Checkpoint, TensorInfo
-from merging.edits import Edits
+from merging.edits import Edits, StreamedEdits
 from merging.header import write_header
 from merging.progress import Progress, ignore
 
@@ -29,6 +29,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _BLOCK = 1 << 22
+_PART = 1 << 20  # bytes edited at once: they stay in a core's cache from read to write
 _NO_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 
 
@@ -147,7 +148,6 @@ class _Writer:
         self._progress = progress
         self._total = total
         self._done = 0
-        self._own = local()
 
     def write(self, path: Path, file: _File) -> None:
         with ExitStack() as stack:
@@ -180,18 +180,17 @@ class _Writer:
         if info.name not in self._edited:
             _copy(source, place.start, target, at, info.nbytes)
             return
-        flat = self._buffer(info.nbytes)
-        data = flat.numpy().data
-        _read_at(source, data, place.start)
-        self._edits.apply(info.name, flat.view(info.dtype))
-        _write_at(target, data, at)
-
-    def _buffer(self, size: int) -> Tensor:
-        buffer: Tensor | None = getattr(self._own, "buffer", None)
-        if buffer is None or buffer.numel() < size:
-            self._own.buffer = None
-            buffer = self._own.buffer = torch.empty(size, dtype=torch.uint8)
-        return buffer[:size]
+        edit: Callable[[Tensor], None] = partial(self._edits.apply, info.name)
+        step = info.nbytes
+        if isinstance(self._edits, StreamedEdits):
+            edit, step = self._edits.editor(info.name), min(info.nbytes, _PART)
+        buffer = torch.empty(step, dtype=torch.uint8)
+        for start in range(0, info.nbytes, step):
+            part = buffer[: info.nbytes - start]
+            data = part.numpy().data
+            _read_at(source, data, place.start + start)
+            edit(part.view(info.dtype))
+            _write_at(target, data, at + start)
 
 
 def _read_at(source: int, data: memoryview, at: int) -> None:

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,12 @@ KINDS = ("delta", "patch")
 
 _RESERVED = "restitch."
 _POSITIONS = "positions"
+_NOWHERE = np.empty(0, dtype=np.int64)
 _RESTORE = "restore the file from a copy, or make it again"
+
+
+# Coordinates, counted from the beginning of a range, and their values.
+Piece = tuple[NDArray[np.int64], Tensor]
 
 
 @dataclass(frozen=True)
@@ -249,10 +254,48 @@ class SparseFile:
         info = self._infos[name]
         if flat.shape != (info.numel,):
             raise ValueError(f"{name!r} has {info.numel} elements, not {tuple(flat.shape)}")
-        values, done = self.values(name), 0
-        for block in self.coordinate_blocks(name):
-            put(flat, block, values[done : done + len(block)])
-            done += len(block)
+        self.editor(name)(flat)
+
+    def editor(self, name: str) -> Callable[[Tensor], None]:
+        """A function that overwrites the parts of a tensor, given one after the other."""
+        cursor = self.cursor(name)
+
+        def edit(part: Tensor) -> None:
+            for coordinates, values in cursor.take(part.numel()):
+                put(part, coordinates, values)
+
+        return edit
+
+    def cursor(self, name: str) -> "Cursor":
+        """The kept coordinates and values of a tensor, to be taken range by range."""
+        return Cursor(self.coordinate_blocks(name), self.values(name))
+
+
+class Cursor:
+    """Goes through the coordinates and values of a tensor, one range after the other."""
+
+    def __init__(self, blocks: Iterator[NDArray[np.int64]], values: Tensor) -> None:
+        self._blocks = blocks
+        self._values = values
+        self._next = next(blocks, _NOWHERE)
+        self._start = 0
+        self._done = 0
+
+    def take(self, count: int) -> list[Piece]:
+        """What lies in the next `count` elements, counted from the first of them."""
+        pieces = []
+        stop = self._start + count
+        while len(self._next):
+            whole = self._next[-1] < stop
+            cut = len(self._next) if whole else int(np.searchsorted(self._next, stop))
+            values = self._values[self._done : self._done + cut]
+            pieces.append((self._next[:cut] - self._start, values))
+            self._done += cut
+            self._next = next(self._blocks, _NOWHERE) if whole else self._next[cut:]
+            if not whole:
+                break
+        self._start = stop
+        return pieces
 
 
 def _damage(path: Path, found: str) -> Damage:

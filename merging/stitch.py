@@ -8,13 +8,12 @@ by the UTF-8 bytes of their task, so the order of registration cannot matter. No
 computed before a tensor is asked for.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from merging.checkpoint import Checkpoint, by_bytes
@@ -24,12 +23,12 @@ from merging.overwrite import as_integers, put, take
 from merging.positions import true_positions
 from merging.progress import Progress, ignore
 from merging.rounding import cast
-from merging.sparse import SparseFile, SparseInfo, SparseTensor, write_sparse
+from merging.sparse import Piece, SparseFile, SparseInfo, SparseTensor, write_sparse
 
 VERSION = 1
 OVERLAPS = ("mean",)
 
-_BLOCK = 1 << 19
+_BLOCK = 1 << 18
 _NOWHERE = np.empty(0, dtype=np.int64)
 
 
@@ -109,54 +108,34 @@ class _Stitched:
 
     def apply(self, name: str, flat: Tensor) -> None:
         """Overwrite the owned coordinates of a flat copy of the base's tensor."""
+        self.editor(name)(flat)
+
+    def editor(self, name: str) -> Callable[[Tensor], None]:
+        """A function that edits the parts of a tensor, given one after the other."""
         deltas = [member.delta for member in self._members if name in member.delta]
         if len(deltas) == 1:
-            deltas[0].apply(name, flat)
-            return
-        cursors = [_Cursor(delta, name) for delta in deltas]
-        block = _Block(min(_BLOCK, flat.numel()), len(deltas))
-        for start in range(0, flat.numel(), _BLOCK):
-            part = flat[start : start + _BLOCK]
-            block.stitch(part, [cursor.take(start, start + len(part)) for cursor in cursors])
+            return deltas[0].editor(name)
+        cursors = [delta.cursor(name) for delta in deltas]
+        block = _Block(len(deltas))
 
+        def edit(part: Tensor) -> None:
+            for piece in torch.split(part, _BLOCK):
+                block.stitch(piece, [cursor.take(piece.numel()) for cursor in cursors])
 
-_Piece = tuple[NDArray[np.int64], Tensor]
-
-
-class _Cursor:
-    """One delta's coordinates and values of a tensor, taken range by range."""
-
-    def __init__(self, delta: SparseFile, name: str) -> None:
-        self._values = delta.values(name)
-        self._blocks = delta.coordinate_blocks(name)
-        self._next = next(self._blocks)
-        self._done = 0
-
-    def take(self, start: int, stop: int) -> _Piece:
-        """What lies in [start, stop), counted from `start`; ranges must follow each other."""
-        parts = []
-        while len(self._next):
-            cut = int(np.searchsorted(self._next, stop))
-            parts.append(self._next[:cut] - start)
-            self._next = self._next[cut:]
-            if len(self._next):
-                break
-            self._next = next(self._blocks, self._next)
-        coordinates = np.concatenate(parts) if parts else self._next
-        begin, self._done = self._done, self._done + len(coordinates)
-        return coordinates, self._values[begin : self._done]
+        return edit
 
 
 class _Block:
-    """Stitches a range that fits a cache; its tensors serve one range after the other."""
+    """Stitches ranges of at most `_BLOCK` weights, for which a core's cache is large enough."""
 
-    def __init__(self, size: int, members: int) -> None:
-        self._ones = torch.ones(size, dtype=torch.uint8 if members < 256 else torch.int16)
+    def __init__(self, members: int) -> None:
+        self._ones = torch.ones(_BLOCK, dtype=torch.uint8 if members < 256 else torch.int16)
         self._owners = torch.empty_like(self._ones)
-        self._totals = torch.zeros(size, dtype=torch.float64)
+        self._totals = torch.zeros(_BLOCK, dtype=torch.float64)
 
-    def stitch(self, flat: Tensor, pieces: Sequence[_Piece]) -> None:
+    def stitch(self, flat: Tensor, members: Sequence[Sequence[Piece]]) -> None:
         size = flat.numel()
+        pieces = [piece for taken in members for piece in taken]
         owners, totals = self._owners[:size], self._totals[:size]
         owners.numpy().fill(0)  # in this thread; torch would start others for it
         for coordinates, values in pieces:
