@@ -1,3 +1,4 @@
+import itertools
 from pathlib import Path
 
 import pytest
@@ -120,11 +121,22 @@ def test_a_weight_with_one_owner_is_the_finetuned_weight_bit_for_bit(tmp_path: P
         )
 
 
-def test_many_members_are_counted(tmp_path: Path) -> None:
+def test_more_members_than_a_byte_counts(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.zeros(2, 4)})
-    file = delta(tmp_path / "a", {3: 2.0})
-    members = [Member(f"task{i}", file) for i in range(257)]
-    assert float(edited(base, stitch(base, members), "w")[0, 3]) == 2.0
+    files = [delta(tmp_path / f"{value}", {3: float(value)}) for value in range(3)]
+    members = [Member(f"task{i:03d}", files[i % 3]) for i in range(300)]
+    assert float(edited(base, stitch(base, members), "w")[0, 3]) == 1.0
+
+
+def test_shared_values_are_summed_in_the_order_of_the_tasks(tmp_path: Path) -> None:
+    base = tiny.save(tmp_path, {"w": torch.zeros(2, 4, dtype=torch.float64)})
+    values = {"B": 1e16, "a": 1.0, "b": -1e16}  # (1e16 + 1) - 1e16 is 0, other orders give 1
+    members = [
+        Member(task, delta(tmp_path / task, {5: value}, torch.float64))
+        for task, value in values.items()
+    ]
+    for order in itertools.permutations(members):
+        assert float(edited(base, stitch(base, order), "w")[1, 1]) == 0
 
 
 def test_no_members_are_the_base(tmp_path: Path) -> None:
