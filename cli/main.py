@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -156,6 +156,11 @@ def _fail(error: RestitchError) -> int:
     return error.exit_code
 
 
+def _interrupted() -> NoReturn:
+    Console(stderr=True).print("interrupted: run the same command again to go on")
+    sys.exit(INTERRUPTED)
+
+
 def main() -> None:
     """Run the command; a user's mistake is one message and an exit code, never a traceback."""
     try:
@@ -166,11 +171,14 @@ def main() -> None:
         _quieten()
         with reporting_to(TerminalReporter(quiet="--json" in sys.argv)):
             app(standalone_mode=True)
+    except SystemExit as end:  # typer turns Ctrl-C into this code without a word
+        if end.code == INTERRUPTED:
+            _interrupted()
+        raise
     except RestitchError as error:
         sys.exit(_fail(error))
     except KeyboardInterrupt:
-        Console(stderr=True).print("interrupted: run the same command again to go on")
-        sys.exit(INTERRUPTED)
+        _interrupted()
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         sys.exit(

@@ -107,9 +107,7 @@ def _whole(kind: Any, model: ModelVersion) -> WeightsRef:
 
 def _warn_of_outside(task: str, checked: Validated, found: dict[str, ResultRef] | None) -> None:
     """Say what finetuning changed that no mask can hold, where that matters."""
-    matters = found is not None and not (
-        found["finetuned"].low <= found["localizable"].value <= found["finetuned"].high
-    )
+    matters = found is not None and _differs(found["localizable"], found["finetuned"])
     if checked.outside_share <= OUTSIDE_WARNING and not matters:
         return
     text = f"{task}: {checked.outside_share:.1%} of what finetuning changed is outside of masks"
@@ -120,6 +118,11 @@ def _warn_of_outside(task: str, checked: Validated, found: dict[str, ResultRef] 
         )
     names = ", ".join(name for name, _ in checked.outside_tensors[:8])
     warn(f"{text} (in {names or 'no tensor'}); see localize: include in the line's file")
+
+
+def _differs(one: ResultRef, other: ResultRef) -> bool:
+    """Whether a value lies outside of the interval of another one; its ends are rounded."""
+    return not other.low - 1e-9 <= one.value <= other.high + 1e-9
 
 
 def _quarantine(ledger: Ledger, task: str, version: int, error: RestitchError) -> None:

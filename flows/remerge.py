@@ -114,15 +114,15 @@ def _settle(
         return _promote(ledger, everything, version, localized)
     _reject(ledger, version, everything)
     kept, held = _one_by_one(snapshot)
+    # Before the rest is promoted: who is killed between them would try them all again.
+    for member, checks in held:
+        _hold(ledger, snapshot, member, checks)
     if kept is not None and not kept.is_version(snapshot.champion):
         version = _record(ledger, kept)
         if kept.passed:
             _promote(ledger, kept, version, localized)
         else:
             _reject(ledger, version, kept)
-    # The rest is promoted before members are held: whoever is killed between tries again.
-    for member, checks in held:
-        _hold(ledger, snapshot, member, checks)
     return _outcome(
         ledger,
         "rejected" if ledger.head().champion != version else "promoted",
@@ -154,15 +154,21 @@ def _one_by_one(
 
 
 def _record(ledger: Ledger, candidate: Candidate) -> int:
-    """Make a merged version of a candidate, unless the newest one is it already."""
+    """Make a merged version of a candidate, unless it is there already.
+
+    The newest version may be it, whatever became of it. One that failed its gates may also be
+    an older one that the champion has not passed: whoever was killed after making the next
+    version comes by here again.
+    """
     found: list[int] = []
 
     def change(head: Head) -> Head | None:
         found.clear()
-        newest = head.newest
-        if newest is not None and candidate.is_version(ledger.merged(newest)):
-            found.append(newest)
-            return None
+        oldest = (head.newest or 0) if candidate.passed else (head.champion or 0) + 1
+        for version in sorted((v for v in head.versions if v >= oldest), reverse=True):
+            if candidate.is_version(ledger.merged(version)):
+                found.append(version)
+                return None
         found.append(head.next_version)
         record = candidate.record(ledger.line, head.next_version)
         ledger.objects.put_blob(record.to_bytes())
@@ -222,10 +228,11 @@ def _reject(ledger: Ledger, version: int, candidate: Candidate) -> None:
     def change(head: Head) -> Head | None:
         # Newest first, so this looks back no further than the merge itself.
         for entry in ledger.entries():
-            if entry.kind == "rejected" and entry.digests.get("patch") == candidate.patch.blob:
-                return None
-            if entry.kind == "merged":
-                break
+            if entry.digests.get("patch") == candidate.patch.blob:
+                if entry.kind == "rejected":
+                    return None
+                if entry.kind == "merged":
+                    break
         return head
 
     failed = "; ".join(str(check) for check in candidate.failed)

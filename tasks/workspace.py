@@ -79,8 +79,13 @@ def workspace(*, to_write: bool = True) -> Workspace:
     home = Home.from_environment()
     prepare_environment(home)
     if to_write:
-        home.create()
+        _create(home)
     return _opened(home)
+
+
+@lru_cache(maxsize=8)
+def _create(home: Home) -> None:
+    home.create()
 
 
 @lru_cache(maxsize=8)

@@ -1,0 +1,258 @@
+"""Killed or interrupted at any moment, the next command finds a consistent state and goes on.
+
+The command runs in forked children, which are killed for good: at every call that makes
+something durable, one after the other, and at seeded random moments.
+"""
+
+import os
+import random
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import NewHome
+from tests.flows.test_mlflow_image import client_of, image
+from tests.shell import Shell
+from tests.worlds import World, write_yaml
+
+ALL = ["configured", "registered", "localized", "merged", "promoted"]
+DURABLE = ("fsync", "link", "replace", "rename", "unlink", "rmdir")
+
+
+def in_child(work: Callable[[], int | None]) -> int:
+    """Fork, work, and return the child's process id."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        code = work() or 0
+    except BaseException as error:
+        print(repr(error), file=sys.__stderr__)
+    finally:
+        os._exit(code)
+
+
+def waited(child: int) -> int:
+    """The child's exit code, negative for a signal, as `subprocess` has it."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def counted(limit: int | None, report: Path) -> None:
+    """Kill this process at the call of that number which makes anything durable."""
+    calls = 0
+
+    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if limit is None:
+                report.write_text(str(calls))
+            elif calls > limit:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return call
+
+    for name in DURABLE:
+        setattr(os, name, wrap(getattr(os, name)))
+
+
+def moments(calls: int, every: bool) -> range:
+    """The calls at which to kill: all of them, or about twenty that lie apart."""
+    return range(0, calls, 1 if every else max(1, calls // 20))
+
+
+some_or_all = pytest.mark.parametrize(
+    "every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"]
+)
+
+
+@pytest.fixture
+def command(world: World, tmp_path: Path) -> tuple[object, ...]:
+    """A registration without data: every write, and no evaluation."""
+    task = write_yaml(tmp_path / "task.yaml", {"task": "colour"})
+    return ("register", "demo", "--task", task, "--model", world.model("colour"))
+
+
+@some_or_all
+@pytest.mark.usefixtures("without_mlflow")
+def test_a_registration_can_be_killed_at_every_write(
+    world: World, new_home: NewHome, tmp_path: Path, command: tuple[object, ...], every: bool
+) -> None:
+    start = new_home("start")
+    start("init", world.line(tmp_path / "line.yaml", retention=None))
+    report = tmp_path / "calls"
+
+    def run(shell: Shell, limit: int | None) -> int:
+        def work() -> int:
+            counted(limit, report)
+            return shell(*command, code=None).code
+
+        return waited(in_child(work))
+
+    shells = []
+
+    def fresh(name: str) -> Shell:
+        shells.append(Shell(tmp_path / name))
+        shutil.copytree(start.home, shells[-1].home)
+        return shells[-1]
+
+    undisturbed = fresh("undisturbed")
+    assert run(undisturbed, None) == 0
+    calls = int(report.read_text())
+    assert calls > 20
+    seen = set()
+    for limit in moments(calls, every):
+        shell = fresh(f"killed-{limit}")
+        assert run(shell, limit) == -signal.SIGKILL
+        kinds = shell.kinds()
+        assert kinds == ALL[: len(kinds)]
+        seen.add(len(kinds))
+        shell("status")
+        assert shell(*command).code == 0
+        assert shell.kinds() == ALL
+        assert shell.patch_bytes() == undisturbed.patch_bytes()
+        assert shell.json("remerge", "demo")["action"] == "unchanged"
+        shutil.rmtree(shell.home)
+    assert seen >= ({1, 2, 3, 4, 5} if every else {1, 2, 4})
+
+
+def states(shell: Shell) -> dict[str, dict[int, str]]:
+    tasks = shell.head().tasks.items()
+    return {name: {n: v.state for n, v in task.versions.items()} for name, task in tasks}
+
+
+@some_or_all
+@pytest.mark.usefixtures("without_mlflow")
+def test_a_gated_remerge_can_be_killed_at_every_write(
+    world: World, new_home: NewHome, tmp_path: Path, every: bool
+) -> None:
+    """One that ends with a rejected version, a promoted one and a held member."""
+    line = tmp_path / "line.yaml"
+    start = new_home("start")
+    start("init", world.line(line, gates={"min_retention": 0.25}))
+    start.add(world, "colour")
+    for task in ("wreck", "number"):
+        start.add(world, task, "--no-remerge")
+    report = tmp_path / "calls"
+
+    def run(shell: Shell, limit: int | None) -> int:
+        def work() -> int:
+            counted(limit, report)
+            return shell("remerge", "demo", code=None).code
+
+        return waited(in_child(work))
+
+    undisturbed = Shell(tmp_path / "undisturbed")
+    shutil.copytree(start.home, undisturbed.home)
+    assert run(undisturbed, None) == 5
+    # With all evaluations in the store, what is left are the acts.
+    for folder in ("blobs", "keys"):
+        place = undisturbed.home / "store" / folder
+        shutil.copytree(place, start.home / "store" / folder, dirs_exist_ok=True)
+    shell = Shell(tmp_path / "killed")
+    shutil.copytree(start.home, shell.home)
+    assert run(shell, None) == 5
+    calls = int(report.read_text())
+    for limit in moments(calls, every):
+        shutil.rmtree(shell.home)
+        shutil.copytree(start.home, shell.home)
+        assert run(shell, limit) == -signal.SIGKILL
+        shell("remerge", "demo", code=None)
+        assert shell.kinds() == undisturbed.kinds(), f"killed at {limit} of {calls}"
+        assert shell.patch_bytes() == undisturbed.patch_bytes()
+        assert states(shell) == states(undisturbed)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+def test_a_registration_can_be_stopped_at_random_moments(
+    world: World, new_home: NewHome, tmp_path: Path, sent: signal.Signals
+) -> None:
+    """With evaluation and MLflow, again and again in the same home until it is through."""
+    undisturbed, shell = new_home("undisturbed"), new_home("home")
+    undisturbed("init", world.line(tmp_path / "line.yaml"))
+    started = time.monotonic()
+    undisturbed.add(world, "colour")
+    seconds = time.monotonic() - started
+    shell("init", tmp_path / "line.yaml")
+    files = ("--task", world.task("colour"), "--model", world.model("colour"))
+    draw = random.Random(2)
+    said = tmp_path / "said"
+
+    def work() -> int:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        done = shell("register", "demo", *files, code=None)
+        said.write_text(done.err)
+        return done.code
+
+    for _ in range(6):
+        said.write_text("")
+        child = in_child(work)
+        time.sleep(draw.uniform(0.02, 0.8) * seconds)
+        os.kill(child, sent)
+        code = waited(child)
+        assert code in (0, -signal.SIGKILL if sent == signal.SIGKILL else 130)
+        if code == 130:
+            assert "interrupted" in said.read_text()
+        kinds = shell.kinds()
+        assert kinds == ALL[: len(kinds)]
+    assert waited(in_child(work)) == 0
+    assert shell.kinds() == ALL
+    assert shell.patch_bytes() == undisturbed.patch_bytes()
+    shell("remerge", "demo")
+    pictures = [image(client_of(one)) for one in (shell, undisturbed)]
+    for one in pictures:
+        assert {status for _, status, _, _ in one["runs"]} == {"FINISHED"}
+    counts = [{key: len(value) for key, value in one.items()} for one in pictures]
+    assert counts[0] == counts[1], "nothing is doubled, nothing is missing"
+
+
+def test_interrupted_is_exit_code_130_and_no_traceback(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    """Ctrl-C as a terminal sends it, to a process of its own."""
+    shell("init", world.line(tmp_path / "line.yaml", retention=None))
+    files = ("--task", world.task("colour"), "--model", world.model("colour"))
+    process = shell.start("register", "demo", *files)
+    keys = shell.home / "store" / "audit"
+    deadline = time.monotonic() + 120
+    while len(list(keys.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130, told
+    assert "interrupted" in told
+    assert "Traceback" not in told
+    found = shell.add(world, "colour")
+    assert found["state"] == "ready"
+    assert shell.kinds() == ALL
+
+
+@pytest.mark.usefixtures("without_mlflow")
+def test_an_export_that_is_killed_leaves_no_half_model(three: Any, tmp_path: Path) -> None:
+    report = tmp_path / "calls"
+
+    def run(limit: int | None) -> int:
+        def work() -> int:
+            counted(limit, report)
+            code: int = three.shell("export", "demo", "1", tmp_path / "out", code=None).code
+            return code
+
+        return waited(in_child(work))
+
+    assert run(None) == 0
+    calls = int(report.read_text())
+    whole = {p.name for p in (tmp_path / "out").iterdir()}
+    for limit in range(calls):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        run(limit)
+        if (tmp_path / "out").exists():
+            assert {p.name for p in (tmp_path / "out").iterdir()} == whole
+    three.shell("export", "demo", "1", tmp_path / "out", "--overwrite")
