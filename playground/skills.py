@@ -1,0 +1,222 @@
+"""What the world's pictures are about: the general benchmark and the skills to finetune for.
+
+A `Skill` is a closed set of classes with a way to draw pictures of each. `GENERAL` is what
+the base learns from captions; the others look like nothing in it and are almost absent from
+the captions, so that the base's zero-shot accuracy on them is poor.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+
+import numpy as np
+
+from playground.scenes import SHAPE_NAMES, TEXTURES, Floats, Ints, Pictures, Shapes, render
+
+COLOURS: dict[str, tuple[float, float, float]] = {
+    "red": (0.90, 0.12, 0.12),
+    "green": (0.12, 0.75, 0.20),
+    "blue": (0.15, 0.30, 0.95),
+    "yellow": (0.95, 0.90, 0.15),
+    "purple": (0.65, 0.15, 0.85),
+    "orange": (1.00, 0.55, 0.05),
+}
+GENERAL_SHAPES = SHAPE_NAMES[:6]
+LETTERS = SHAPE_NAMES[SHAPE_NAMES.index("a") :]
+CHUNK = 256
+"""Pictures rendered at once: what fits the processor's caches."""
+
+Draw = Callable[[np.random.Generator, Ints], tuple[Floats, Shapes]]
+"""Grounds and shapes of one picture for each label."""
+
+
+@dataclass(frozen=True)
+class Skill:
+    """A closed set of classes and how a picture of each is drawn.
+
+    Attributes:
+        name: of the task.
+        labels: the classes, in the order of their indices.
+        templates: prompts in which `{}` stands for the label.
+        draw: what to draw for given labels.
+        share: how much of the pretraining captions is about it.
+    """
+
+    name: str
+    labels: tuple[str, ...]
+    templates: tuple[str, ...]
+    draw: Draw
+    share: float
+
+    def pictures(self, rng: np.random.Generator, labels: Ints) -> Pictures:
+        """One picture for each label."""
+        chunks = (labels[start : start + CHUNK] for start in range(0, len(labels), CHUNK))
+        return np.concatenate([render(rng, *self.draw(rng, chunk)) for chunk in chunks])
+
+    def balanced(self, rng: np.random.Generator, count: int) -> Ints:
+        """`count` labels in random order, each class as often as any other (up to one)."""
+        return rng.permutation(np.arange(count) % len(self.labels))
+
+
+def _uniform(rng: np.random.Generator, low: float, high: float, *shape: int) -> Floats:
+    return rng.uniform(low, high, shape).astype(np.float32)
+
+
+def _near(
+    rng: np.random.Generator, count: int, colour: tuple[float, float, float], spread: float = 0.08
+) -> Floats:
+    """`count` colours near one."""
+    around = np.array(colour, dtype=np.float32) + _uniform(rng, -spread, spread, count, 3)
+    colours: Floats = np.clip(around, 0.0, 1.0)
+    return colours
+
+
+def _one_each(
+    rng: np.random.Generator,
+    shape: Ints,
+    paint: Floats,
+    *,
+    texture: Ints | None = None,
+    x: Floats | None = None,
+    y: Floats | None = None,
+    radius: tuple[float, float] = (0.6, 0.85),
+    angle: Floats | None = None,
+) -> Shapes:
+    """One shape in each picture, a little off its place, more or less upright."""
+    count = len(shape)
+    nowhere = np.zeros(count, dtype=np.float32)
+    shade = _uniform(rng, 0.8, 1.0, count, 1)
+    return Shapes(
+        picture=np.arange(count),
+        shape=shape,
+        paint=paint * shade,
+        texture=np.zeros(count, dtype=np.int64) if texture is None else texture,
+        x=(nowhere if x is None else x) + _uniform(rng, -0.12, 0.12, count),
+        y=(nowhere if y is None else y) + _uniform(rng, -0.12, 0.12, count),
+        radius=_uniform(rng, *radius, count),
+        angle=(nowhere if angle is None else angle) + _uniform(rng, -0.3, 0.3, count),
+    )
+
+
+def _draw_general(rng: np.random.Generator, labels: Ints) -> tuple[Floats, Shapes]:
+    """A coloured, textured shape on a dull ground."""
+    rest, shape = np.divmod(labels, len(GENERAL_SHAPES))
+    colour, texture = np.divmod(rest, len(TEXTURES))
+    palette = np.array(list(COLOURS.values()), dtype=np.float32)
+    count = len(labels)
+    ground = _uniform(rng, 0.05, 0.5, count, 1) + _uniform(rng, -0.05, 0.05, count, 3)
+    shapes = _one_each(rng, shape, palette[colour], texture=texture)
+    return np.clip(ground, 0.0, 1.0), shapes
+
+
+def _draw_arrow(rng: np.random.Generator, labels: Ints) -> tuple[Floats, Shapes]:
+    """A white arrow on a blue sign."""
+    count = len(labels)
+    ground = _near(rng, count, (0.1, 0.25, 0.7))
+    arrow = np.full(count, SHAPE_NAMES.index("arrow"))
+    white = _near(rng, count, (0.95, 0.95, 0.95), 0.05)
+    quarters = (labels * (np.pi / 2)).astype(np.float32)
+    return ground, _one_each(rng, arrow, white, angle=quarters, radius=(0.55, 0.85))
+
+
+def _draw_blip(rng: np.random.Generator, labels: Ints) -> tuple[Floats, Shapes]:
+    """A bright blip in a corner or in the middle of a dark screen."""
+    count = len(labels)
+    ground = _near(rng, count, (0.0, 0.08, 0.02), 0.03)
+    x = np.array([-0.5, 0.5, -0.5, 0.5, 0.0], dtype=np.float32)[labels]
+    y = np.array([-0.5, -0.5, 0.5, 0.5, 0.0], dtype=np.float32)[labels]
+    disc = np.full(count, SHAPE_NAMES.index("circle"))
+    glow = _near(rng, count, (0.4, 1.0, 0.5))
+    return ground, _one_each(rng, disc, glow, x=x, y=y, radius=(0.15, 0.3))
+
+
+_PIPS: tuple[tuple[tuple[int, int], ...], ...] = (
+    ((0, 0),),
+    ((-1, -1), (1, 1)),
+    ((-1, -1), (0, 0), (1, 1)),
+    ((-1, -1), (1, -1), (-1, 1), (1, 1)),
+    ((-1, -1), (1, -1), (0, 0), (-1, 1), (1, 1)),
+    ((-1, -1), (1, -1), (-1, 0), (1, 0), (-1, 1), (1, 1)),
+)
+
+
+def _draw_die(rng: np.random.Generator, labels: Ints) -> tuple[Floats, Shapes]:
+    """A die on green felt: a pale square with dark pips over it."""
+    count = len(labels)
+    ground = _near(rng, count, (0.1, 0.45, 0.25))
+    body = _one_each(
+        rng,
+        np.full(count, SHAPE_NAMES.index("square")),
+        _near(rng, count, (0.95, 0.92, 0.85), 0.05),
+        radius=(0.8, 0.95),
+    )
+    number = np.array([len(places) for places in _PIPS])[labels]
+    of = np.repeat(np.arange(count), number)
+    places = np.array([place for label in labels for place in _PIPS[label]], dtype=np.float32)
+    places *= body.radius[of, None] * np.float32(0.46)
+    cos, sin = np.cos(body.angle[of]), np.sin(body.angle[of])
+    first = np.cumsum(np.append(0, number[:-1]))  # the square goes before its first pip
+
+    def joined(squares: np.ndarray, pips: np.ndarray) -> np.ndarray:
+        return np.insert(pips, first, squares, axis=0)
+
+    disc = np.full(len(of), SHAPE_NAMES.index("circle"))
+    dark = np.full((len(of), 3), 0.1, dtype=np.float32)
+    return ground, Shapes(
+        picture=joined(body.picture, of),
+        shape=joined(body.shape, disc),
+        paint=joined(body.paint, dark),
+        texture=joined(body.texture, np.zeros_like(of)),
+        x=joined(body.x, body.x[of] + cos * places[:, 0] - sin * places[:, 1]),
+        y=joined(body.y, body.y[of] + sin * places[:, 0] + cos * places[:, 1]),
+        radius=joined(body.radius, body.radius[of] * np.float32(0.16)),
+        angle=joined(body.angle, body.angle[of]),
+    )
+
+
+def _draw_letter(rng: np.random.Generator, labels: Ints) -> tuple[Floats, Shapes]:
+    """A letter in dark strokes on paper."""
+    count = len(labels)
+    ground = _near(rng, count, (0.85, 0.82, 0.75))
+    ink = _near(rng, count, (0.1, 0.1, 0.15))
+    return ground, _one_each(rng, labels + SHAPE_NAMES.index("a"), ink)
+
+
+GENERAL = Skill(
+    name="general",
+    labels=tuple(" ".join(words) for words in product(COLOURS, TEXTURES, GENERAL_SHAPES)),
+    templates=("a photo of a {}", "a picture of a {}", "an image of a {}"),
+    draw=_draw_general,
+    share=0.98,
+)
+ARROWS = Skill(
+    name="arrows",
+    labels=("up", "right", "down", "left"),
+    templates=("an arrow pointing {}",),
+    draw=_draw_arrow,
+    share=0.007,
+)
+DICE = Skill(
+    name="dice",
+    labels=("one", "two", "three", "four", "five", "six"),
+    templates=("a die showing {}",),
+    draw=_draw_die,
+    share=0.003,
+)
+LETTERING = Skill(
+    name="letters",
+    labels=LETTERS,
+    templates=("the letter {}",),
+    draw=_draw_letter,
+    share=0.003,
+)
+RADAR = Skill(
+    name="radar",
+    labels=("top left", "top right", "bottom left", "bottom right", "middle"),
+    templates=("something in the {}",),
+    draw=_draw_blip,
+    share=0.007,
+)
+SKILLS = (ARROWS, DICE, LETTERING, RADAR)
+TASKS = SKILLS
+"""Those that a model is finetuned for, in the order in which they are best registered."""
