@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from merging import export as module
 from merging.checkpoint import Checkpoint
-from merging.edits import Edits, NoEdits, edited
+from merging.edits import Edits, NoEdits, StreamedEdits, edited
 from merging.export import export_weights
 from merging.stitch import stitch
 from tests import tiny
@@ -67,6 +67,28 @@ def test_edits_change_their_tensors_and_no_other_byte(tmp_path: Path, base: Chec
         allowed |= set(range(start, start + base.info(name).nbytes))
     assert changed
     assert changed <= allowed
+
+
+def test_tensors_are_edited_part_by_part(
+    tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, edits = out(tmp_path), stitched(tmp_path, base)
+    assert isinstance(edits, StreamedEdits)
+    monkeypatch.setattr(module, "_PART", 24)
+    export_weights(base, edits, folder)
+    check(folder, base, edits)
+
+
+def test_edits_that_need_the_whole_tensor_get_it(tmp_path: Path, base: Checkpoint) -> None:
+    class Reversed:
+        names = ("embed.weight",)
+
+        def apply(self, name: str, flat: torch.Tensor) -> None:
+            flat.copy_(flat.flip(0))
+
+    folder = out(tmp_path)
+    export_weights(base, Reversed(), folder)
+    check(folder, base, Reversed())
 
 
 def test_the_shards_are_those_of_the_base(tmp_path: Path, sharded: Checkpoint) -> None:

@@ -50,9 +50,11 @@ BAD = {
         b'"a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}}'
     ),
     "overlap": changed(lambda h: h["b"].update(data_offsets=[4, 8])),
-    "hole": changed(lambda h: h["b"].update(data_offsets=[9, 13])),
+    "hole": raw({**GOOD, "b": {**GOOD["b"], "data_offsets": [9, 13]}}, bytes(13)),
+    "late begin": raw({"b": {**GOOD["b"], "data_offsets": [8, 12]}}),
     "end before begin": changed(lambda h: h["b"].update(data_offsets=[12, 8])),
-    "lying shape": changed(lambda h: h["a"].update(shape=[3])),
+    "shape too large": changed(lambda h: h["a"].update(shape=[3])),
+    "shape too small": changed(lambda h: h["a"].update(shape=[1])),
     "shape whose product overflows": changed(lambda h: h["a"].update(shape=[1 << 62, 1 << 62])),
     "shape of 2^64 + 2 by overflow": changed(lambda h: h["a"].update(shape=[(1 << 64) + 2])),
     "negative shape": changed(lambda h: h["a"].update(shape=[-1, -2])),

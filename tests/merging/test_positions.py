@@ -85,7 +85,7 @@ def test_the_bytes_are_those_of_the_layout() -> None:
         ("e4", bytes([0x01, 0b000011]), 2, 64),  # falling
         ("e4", bytes([0x11, 0b000011]), 2, 64),  # the same twice
         ("e4", bytes([0x10, 0b1001001]), 2, 64),  # a bit behind the end
-        ("e4", bytes([0xF0, 0b010001]), 2, 60),  # out of range
+        ("e4", bytes([0xC0, 0b010001]), 2, 60),  # 60 of 60 elements
         ("b", bytes([0b111, 0b110]), 4, 10),
         ("b", bytes([0b111, 0b10000010]), 4, 10),
         ("w", b"", 3, 4),
@@ -104,6 +104,14 @@ def test_what_encode_cannot_have_written_is_refused(
 ) -> None:
     with pytest.raises(ValueError):
         decode(code, memoryview(data), kept, numel)
+
+
+def test_order_is_checked_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("merging.positions._BLOCK", 1)
+    rising, twice = bytes([0b0100, 0, 0x80, 1]), bytes([0, 0, 0x80, 1])
+    assert decode("e3", memoryview(rising), 2, 64).tolist() == [56, 57]
+    with pytest.raises(ValueError):
+        decode("e3", memoryview(twice), 2, 64)
 
 
 @pytest.mark.parametrize("wrong", [[], [2, 1], [1, 1], [-1], [10]])

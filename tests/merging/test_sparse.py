@@ -2,6 +2,7 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -10,7 +11,7 @@ from safetensors.torch import save, save_file
 from merging.edits import Edits, edited
 from merging.errors import BadInput, Damage
 from merging.mask import Mask
-from merging.sparse import SparseFile, SparseTensor, write_sparse
+from merging.sparse import Cursor, SparseFile, SparseTensor, write_sparse
 from tests import tiny
 
 ONE = SparseTensor("a b", (4, 5), torch.tensor([0, 3, 19]), torch.tensor([1.0, -2.5, 0.0]))
@@ -86,6 +87,16 @@ def test_a_sparse_file_is_edits_that_overwrite(tmp_path: Path) -> None:
     assert torch.equal(edited(base, file, "c"), torch.ones(1))
     with pytest.raises(ValueError):
         file.apply("a b", torch.ones(19))
+
+
+def test_a_cursor_takes_each_coordinate_in_its_range() -> None:
+    blocks = iter([np.array([3, 10]), np.array([11, 29]), np.array([30])])
+    cursor = Cursor(blocks, torch.arange(5.0))
+    taken = [
+        [(int(c), float(v)) for piece in cursor.take(10) for c, v in zip(*piece, strict=True)]
+        for _ in range(4)
+    ]
+    assert taken == [[(3, 0)], [(0, 1), (1, 2)], [(9, 3)], [(0, 4)]]
 
 
 def test_one_percent_of_an_encoder_costs_5_2_bytes_per_weight(tmp_path: Path) -> None:

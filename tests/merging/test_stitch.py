@@ -121,6 +121,13 @@ def test_a_weight_with_one_owner_is_the_finetuned_weight_bit_for_bit(tmp_path: P
         )
 
 
+def test_a_wider_value_with_one_owner_is_rounded_once(tmp_path: Path) -> None:
+    base = tiny.save(tmp_path, {"w": torch.zeros(2, 4, dtype=torch.bfloat16)})
+    just_above_the_middle = 1 + 2.0**-8 + 2.0**-40
+    file = delta(tmp_path / "a", {5: just_above_the_middle}, torch.float64)
+    assert float(edited(base, stitch(base, [Member("a", file)]), "w")[1, 1]) == 1 + 2.0**-7
+
+
 def test_more_members_than_a_byte_counts(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.zeros(2, 4)})
     files = [delta(tmp_path / f"{value}", {3: float(value)}) for value in range(3)]
