@@ -6,6 +6,7 @@ from rich.console import Console
 from rich.table import Table
 
 Values = dict[str, Any]
+_WORDS = ("task", "state", "members", "source", "member", "made", "by", "mask")
 
 
 def init(found: Values, out: Console) -> None:
@@ -97,18 +98,18 @@ def status(found: Values, out: Console) -> None:
 
 def history(found: Values, out: Console) -> None:
     """The merged versions of a line."""
-    table = _table("version", "", "members", "accuracy", "normalized", "retention", "made", "by")
+    table = _table("version", "mean", "normalized", "retention", "made", "by", "members")
     for version in found["versions"]:
         made_by = version["made_by"] if isinstance(version["made_by"], dict) else {}
+        role = version["role"] or ("" if version["passed"] else "failed")
         table.add_row(
-            str(version["version"]),
-            version["role"] or ("failed" if not version["passed"] else ""),
-            ", ".join(f"{task} {number}" for task, number in version["members"].items()),
+            f"{version['version']} {role}".rstrip(),
             _number(version["mean_accuracy"]),
             _number(version["mean_normalized"]),
             _number(version["retention"]),
-            version["created_at"][:19],
+            version["created_at"][:16].replace("T", " "),
             str(made_by.get("actor", "")),
+            ", ".join(f"{task} {number}" for task, number in version["members"].items()),
         )
     out.print(table)
 
@@ -198,8 +199,14 @@ def _facts(facts: Values, out: Console) -> None:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
-        words = column in ("task", "state", "members", "source", "member", "made", "by", "mask")
-        table.add_column(column, justify="left" if words or not column else "right")
+        words = column in _WORDS
+        # Names may break into lines; a number or a time that does is not one any more.
+        table.add_column(
+            column,
+            justify="left" if words else "right",
+            no_wrap=column not in ("members", "source", "task"),
+            min_width=12 if column in ("members", "source") else None,
+        )
     return table
 
 
