@@ -6,7 +6,8 @@ same functions run in the calling process: an ephemeral server would cost every 
 twelve seconds and more. The code of a step cannot tell the difference.
 
 A step that found its result in the store returns `Cached(value)`: callers get `value`, and
-Prefect shows the run in the state "Cached".
+Prefect shows the run in the state "Cached". A step that is called outside of any flow is
+called as it is.
 """
 
 import functools
@@ -18,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 from urllib.parse import urlsplit
+
+from merging.errors import RestitchError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -77,11 +80,12 @@ def _decorator(
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             url = engine_url()
-            if url is None:
-                returned = function(*args, **kwargs)
-                return returned.value if isinstance(returned, Cached) else returned
-            os.environ["PREFECT_API_URL"] = url  # before Prefect reads its settings
-            return cast(R, _value(engine_object()(*args, **kwargs)))
+            if url is not None:
+                os.environ["PREFECT_API_URL"] = url  # before Prefect reads its settings
+                if kind == "flow" or _inside_a_flow():
+                    return cast(R, _value(engine_object()(*args, **kwargs)))
+            returned = function(*args, **kwargs)
+            return returned.value if isinstance(returned, Cached) else returned
 
         @functools.cache
         def engine_object() -> Callable[..., Any]:
@@ -91,6 +95,12 @@ def _decorator(
         return call
 
     return decorate
+
+
+def _inside_a_flow() -> bool:
+    from prefect.context import FlowRunContext
+
+    return FlowRunContext.get() is not None
 
 
 def _value(returned: Any) -> Any:
@@ -105,11 +115,15 @@ def _in_engine(
 ) -> Callable[..., Any]:
     import prefect
     from prefect.cache_policies import NO_CACHE
-    from prefect.states import Completed
+    from prefect.states import Completed, Failed
 
     @functools.wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        returned = function(*args, **kwargs)
+        try:
+            returned = function(*args, **kwargs)
+        except RestitchError as error:
+            # Explained already: the caller gets the error, and no log a traceback.
+            return Failed(message=error.message(), data=error)
         if isinstance(returned, Cached):
             # Our store is the cache: its digests are verified, Prefect's record is a pointer.
             return Completed(name="Cached", message="found in the store", data=returned.value)

@@ -91,6 +91,18 @@ class Shell:
             out, err = process.communicate(timeout=240)
         return _checked(Done(process.returncode, out, err), args, code)
 
+    def python(self, script: str, *args: object) -> Done:
+        """Run a script in a process of its own, with the home in its environment."""
+        done = subprocess.run(
+            [sys.executable, "-c", script, *map(str, args)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), **self._variables()},
+            capture_output=True,
+            text=True,
+            timeout=240,
+        )
+        assert done.returncode == 0, done.stderr
+        return Done(done.returncode, done.stdout, done.stderr)
+
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
         """The environment of this home, for calling flows and tasks themselves."""

@@ -1,0 +1,229 @@
+"""The same flows through a real Prefect engine: runs that the API finds, and the same bytes."""
+
+import json
+import shutil
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import NewHome
+from tests.servers import free_port, prefect_server
+from tests.shell import Done, Shell
+from tests.worlds import World, write_yaml
+
+FLOWS = {
+    "onboard": {"validate", "localize", "evaluate", "log"},
+    "remerge": {"stitch", "evaluate", "log"},
+}
+
+
+@pytest.fixture(scope="module")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with prefect_server(tmp_path_factory.mktemp("prefect")) as url:
+        yield url
+
+
+def ask(api: str, path: str, **body: Any) -> list[dict[str, Any]]:
+    request = urllib.request.Request(
+        f"{api}/{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        found: list[dict[str, Any]] = json.load(answer)
+    return found
+
+
+@dataclass(frozen=True)
+class Run:
+    """A flow run with the states of its task runs, by task name in order."""
+
+    flow: str
+    name: str
+    state: str
+    tasks: list[tuple[str, str]]
+
+
+def runs(api: str) -> list[Run]:
+    flows = {flow["id"]: flow["name"] for flow in ask(api, "flows/filter")}
+    found = []
+    for run in ask(api, "flow_runs/filter", sort="START_TIME_ASC"):
+        mine = {"flow_runs": {"id": {"any_": [run["id"]]}}}
+        tasks = [
+            (task["name"].rpartition("-")[0], task["state_name"])
+            for task in ask(api, "task_runs/filter", **mine)
+            if task["state_type"] is not None
+        ]
+        found.append(Run(flows[run["flow_id"]], run["name"], run["state_name"], tasks))
+    return found
+
+
+@dataclass(frozen=True)
+class Both:
+    """The same registrations with the engine and embedded.
+
+    Attributes:
+        command: the first one with the engine, which the command made.
+        script: exit codes of what a script did afterwards, and what it said.
+        runs: what the API knows.
+    """
+
+    engine: Shell
+    embedded: Shell
+    command: Done
+    script: Done
+    runs: list[Run]
+
+
+# A process of its own takes seconds to start, so this one does several things: it registers a
+# model, then one that cannot join, then one whose data is gone when it is merged.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from flows.register import register
+from flows.remerge import remerge
+from merging.errors import RestitchError
+
+world, work = map(Path, sys.argv[1:])
+codes = [
+    register("demo", world / "number.yaml", str(world / "models/number")).exit_code,
+    register("demo", world / "animal.yaml", str(world / "base")).exit_code,
+    register("demo", work / "gone.yaml", str(world / "models/animal"), merge=False).exit_code,
+]
+(work / "gone" / "test.jsonl").write_text("")
+try:
+    remerge("demo")
+except RestitchError as error:
+    codes.append(error.exit_code)
+print(json.dumps(codes))
+"""
+
+
+def with_data_that_goes(world: World, folder: Path) -> Path:
+    """A task whose data is a copy, which may be changed."""
+    shutil.copytree(world.root / "data" / "animal", folder / "gone")
+    values = yaml.safe_load(world.task("animal").read_text())
+    values["data"]["path"] = str(folder / "gone")
+    return write_yaml(folder / "gone.yaml", {**values, "task": "gone"})
+
+
+@pytest.fixture(scope="module")
+def both(
+    api: str, world: World, tmp_path_factory: pytest.TempPathFactory, _empty_mlflow: Path
+) -> Both:
+    root = tmp_path_factory.mktemp("engine")
+    with_data_that_goes(world, root)
+    engine = Shell(root / "engine", {"PREFECT_API_URL": api})
+    embedded = Shell(root / "embedded")
+    for shell in (engine, embedded):
+        shell.home.mkdir()
+        shutil.copyfile(_empty_mlflow, shell.home / "mlflow.db")
+        Shell(shell.home)("init", world.line(root / "line.yaml"))
+    files = ("--task", world.task("colour"), "--model", world.model("colour"), "--json")
+    command = engine.process("register", "demo", *files)
+    script = engine.python(SCRIPT, world.root, root)
+    for task in ("colour", "number"):
+        embedded.add(world, task)
+    return Both(engine, embedded, command, script, runs(api))
+
+
+def test_flow_runs_are_found_by_their_names_and_are_completed(both: Both) -> None:
+    assert [(run.flow, run.name) for run in both.runs] == [
+        ("onboard", "demo/colour/1"),
+        ("remerge", "demo"),
+        ("onboard", "demo/number/1"),
+        ("remerge", "demo"),
+        ("onboard", "demo/animal/1"),
+        ("onboard", "demo/gone/1"),
+        ("remerge", "demo"),
+    ]
+    assert [run.state for run in both.runs] == ["Completed"] * 6 + ["Failed"]
+
+
+def test_every_step_is_a_task_run(both: Both) -> None:
+    for run in both.runs[:4]:
+        assert {name for name, _ in run.tasks} == FLOWS[run.flow]
+        assert {state for _, state in run.tasks} <= {"Completed", "Cached"}
+
+
+def test_what_is_in_the_store_is_cached(both: Both) -> None:
+    first, second, third, fourth = (Counter(run.tasks) for run in both.runs[:4])
+    assert first["evaluate", "Cached"] == 0
+    assert second["evaluate", "Completed"] == 3, "merged on its task and the benchmark, and base"
+    assert second["evaluate", "Cached"] == 3, "base, finetuned and grafted on the task"
+    assert fourth["evaluate", "Completed"] == 3, "only the merged model is evaluated"
+    assert fourth["evaluate", "Cached"] == 7
+    assert third["localize", "Completed"] == 1
+    assert fourth["stitch", "Completed"] == 1
+
+
+def test_a_quarantine_is_a_completed_flow_run(both: Both) -> None:
+    run = both.runs[4]
+    assert run.state == "Completed"
+    assert ("validate", "Failed") in run.tasks
+    assert both.engine.head().tasks["animal"].versions[1].state == "quarantined"
+    assert both.engine.kinds().count("quarantined") == 1
+
+
+def test_errors_come_through_the_engine_with_their_exit_codes(both: Both) -> None:
+    assert both.script.json == [0, 4, 0, 3]
+    assert ("evaluate", "Failed") in both.runs[6].tasks
+    assert "Traceback" not in both.script.err
+
+
+def test_the_bytes_are_those_of_the_embedded_mode(both: Both) -> None:
+    assert both.engine.patch_bytes() == both.embedded.patch_bytes()
+    ours, theirs = both.engine.head(), both.embedded.head()
+    for task in ("colour", "number"):
+        one, other = (head.tasks[task].versions[1] for head in (ours, theirs))
+        assert (one.delta, one.mask) == (other.delta, other.mask)
+        assert one.facts == other.facts
+    assert both.engine.kinds()[: len(both.embedded.kinds())] == both.embedded.kinds()
+    for version in (1, 2):
+        first, second = (s.ledger().merged(version) for s in (both.engine, both.embedded))
+        assert (first.recipe_digest, first.patch) == (second.recipe_digest, second.patch)
+        assert (first.results, first.retention) == (second.results, second.retention)
+
+
+def test_the_command_prints_one_document_with_the_engine_too(both: Both) -> None:
+    assert both.command.json["merged"]["action"] == "promoted"
+
+
+def test_a_server_that_is_gone_means_embedded(
+    world: World, new_home: NewHome, tmp_path: Path
+) -> None:
+    shell = new_home("home")
+    url = f"http://127.0.0.1:{free_port()}/api"
+    (shell.home / "stack.json").write_text(json.dumps({"prefect_api_url": url}))
+    shell("init", world.line(tmp_path / "line.yaml", retention=None))
+    assert shell.add(world, "colour")["merged"]["action"] == "promoted"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"prefect_api_url": 7}', '{"url": "x"}'])
+def test_a_broken_stack_file_means_embedded(tmp_path: Path, text: str) -> None:
+    from tasks.engine import engine_url
+
+    (tmp_path / "stack.json").write_text(text)
+    with Shell(tmp_path).inside():
+        assert engine_url() is None
+
+
+def test_a_live_server_in_the_stack_file_is_used(api: str, tmp_path: Path) -> None:
+    from tasks.engine import engine_url
+
+    (tmp_path / "stack.json").write_text(json.dumps({"prefect_api_url": api}))
+    with Shell(tmp_path).inside():
+        assert engine_url() == api
+
+
+def test_the_users_own_prefect_profile_is_not_used(tmp_path: Path) -> None:
+    from tasks.engine import engine_url
+
+    profile = 'active = "x"\n[profiles.x]\nPREFECT_API_URL = "http://127.0.0.1:1/api"\n'
+    (tmp_path / "profiles.toml").write_text(profile)
+    with Shell(tmp_path, {"PREFECT_HOME": str(tmp_path)}).inside():
+        assert engine_url() is None

@@ -1,0 +1,83 @@
+"""Servers for tests: a real Prefect API on loopback, with a home of its own."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+STARTS_WITHIN = 120.0
+
+QUIET = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
+    "PREFECT_CLI_PROMPT": "false",
+    "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+    "DO_NOT_TRACK": "1",
+}
+
+
+def free_port() -> int:
+    """A port on loopback that nobody uses now."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@contextmanager
+def prefect_server(home: Path) -> Iterator[str]:
+    """Run a Prefect server for the length of the context.
+
+    Args:
+        home: its `PREFECT_HOME`.
+
+    Yields:
+        The value for `PREFECT_API_URL`.
+    """
+    port = free_port()
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    home.mkdir(parents=True, exist_ok=True)
+    log = home / "server.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "prefect", "server", "start"),
+                *("--host", "127.0.0.1", "--port", str(port), "--no-ui"),
+            ],
+            env={**kept, **QUIET, "PREFECT_HOME": str(home), "HOME": str(home)},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=home,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}/api"
+        _wait(f"{url}/health", process, log)
+        yield url
+    finally:
+        process.terminate()
+        try:
+            process.wait(15)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + STARTS_WITHIN
+    while time.monotonic() < deadline:
+        try:
+            with urllib.request.urlopen(url, timeout=2) as answer:
+                if answer.status == 200:
+                    return
+        except (OSError, urllib.error.URLError):
+            pass
+        if process.poll() is not None:
+            break
+        time.sleep(0.1)
+    raise RuntimeError(f"the Prefect server did not start:\n{log.read_text()[-4000:]}")
