@@ -37,6 +37,8 @@ class StreamedEdits(Edits, Protocol):
     def editor(self, name: str) -> Callable[[Tensor], None]:
         """A function that edits the parts of tensor `name`, given one after the other.
 
+        It is used in the thread that asked for it, before that thread asks for another.
+
         Args:
             name: one of `names`. The parts are flat, of any size, and together the tensor.
         """

@@ -21,7 +21,9 @@ from numpy.typing import NDArray
 
 Coordinates = NDArray[np.int64]
 
-_BLOCK = 1 << 14  # bytes of a bit vector: 128 K bits, whose work fits a core's cache
+# Bytes of a bit vector to work on at once: what that needs stays in the cache, and is enough
+# that two threads seldom wait for each other between calls.
+_BLOCK = 1 << 16
 _INDICES = np.arange(8 * _BLOCK, dtype=np.int64)
 _BYTE_TYPES = {8: "<u1", 16: "<u2", 32: "<u4"}
 

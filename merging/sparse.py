@@ -286,10 +286,12 @@ class Cursor:
         pieces = []
         stop = self._start + count
         while len(self._next):
-            whole = self._next[-1] < stop
+            whole = bool(self._next[-1] < stop)
             cut = len(self._next) if whole else int(np.searchsorted(self._next, stop))
             values = self._values[self._done : self._done + cut]
-            pieces.append((self._next[:cut] - self._start, values))
+            coordinates = self._next[:cut]
+            coordinates -= self._start  # in place: a block is nobody else's
+            pieces.append((coordinates, values))
             self._done += cut
             self._next = next(self._blocks, _NOWHERE) if whole else self._next[cut:]
             if not whole:

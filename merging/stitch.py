@@ -8,6 +8,7 @@ by the UTF-8 bytes of their task, so the order of registration cannot matter. No
 computed before a tensor is asked for.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from merging.sparse import Piece, SparseFile, SparseInfo, SparseTensor, write_sp
 VERSION = 1
 OVERLAPS = ("mean",)
 
-_BLOCK = 1 << 18
+_BLOCK = 1 << 19
 _NOWHERE = np.empty(0, dtype=np.int64)
 
 
@@ -105,6 +106,7 @@ class _Stitched:
         self._members = tuple(members)
         names = {name for member in members for name in member.delta.names}
         self.names = tuple(sorted(names, key=by_bytes))
+        self._own = threading.local()
 
     def apply(self, name: str, flat: Tensor) -> None:
         """Overwrite the owned coordinates of a flat copy of the base's tensor."""
@@ -116,7 +118,9 @@ class _Stitched:
         if len(deltas) == 1:
             return deltas[0].editor(name)
         cursors = [delta.cursor(name) for delta in deltas]
-        block = _Block(len(deltas))
+        block: _Block | None = getattr(self._own, "block", None)
+        if block is None:
+            block = self._own.block = _Block(len(self._members))
 
         def edit(part: Tensor) -> None:
             for piece in torch.split(part, _BLOCK):
