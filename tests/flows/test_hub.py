@@ -1,0 +1,90 @@
+"""Base, finetuned model and data from a hub: pinned when they are registered, and for good."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.hub_server import FakeHub, fake_hub
+from tests.shell import Shell
+from tests.worlds import World, write_yaml
+
+# Several commands in one process, which takes seconds to start.
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from flows.line import init_line
+from flows.register import register
+from flows.remerge import remerge
+from merging.errors import RestitchError
+
+folder = Path(sys.argv[1])
+found = {}
+try:
+    found["init"] = init_line(folder / "line.yaml").as_dict()
+    found["register"] = register("demo", folder / "task.yaml", "team/colour").as_dict()
+    found["remerge"] = remerge("demo").as_dict()
+except RestitchError as error:
+    found["error"] = [error.exit_code, error.message()]
+print(json.dumps(found))
+"""
+
+
+@pytest.fixture
+def hub() -> Iterator[FakeHub]:
+    with fake_hub() as served:
+        yield served
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
+
+
+def run(hub: FakeHub, home: Path, folder: Path) -> dict[str, Any]:
+    environment = hub.environment(folder / "cache").items()
+    shell = Shell(home, {k: v for k, v in environment if k.startswith(("HF_", "NO_PROXY"))})
+    found: dict[str, Any] = json.loads(shell.python(SCRIPT, folder).out.splitlines()[-1])
+    return found
+
+
+def test_what_is_registered_from_the_hub_stays_what_it_was(
+    hub: FakeHub, world: World, tmp_path: Path
+) -> None:
+    rows = (world.root / "data" / "colour" / "test.jsonl").read_bytes()
+    commits = {
+        "base": hub.commit("team/base", files_of(world.base)),
+        "colour": hub.commit("team/colour", files_of(world.model("colour"))),
+        "rows": hub.commit("team/rows", {"test.jsonl": rows}, kind="datasets"),
+    }
+    world.line(tmp_path / "line.yaml", base="team/base", retention=None)
+    write_yaml(
+        tmp_path / "task.yaml",
+        {
+            "task": "colour",
+            "data": {"path": "team/rows", "test": "test", "input": "text", "label": "label"},
+            "head": {"labels": ["red", "green", "blue"], "templates": ["{}", "it is {}"]},
+        },
+    )
+    home = tmp_path / "home"
+    first = run(hub, home, tmp_path)
+    assert "error" not in first, first
+    assert first["init"]["base"] == f"team/base@{commits['base']}"
+    assert first["register"]["merged"]["action"] == "promoted"
+    head = Shell(home).head()
+    task = head.tasks["colour"]
+    assert task.versions[1].model.uri == f"team/colour@{commits['colour']}"
+    assert task.spec.data is not None
+    assert task.spec.data.path == f"team/rows@{commits['rows']}"
+
+    # Everything moves on, and the line stays where it is.
+    before = Shell(home).head_bytes()
+    hub.commit("team/base", files_of(world.model("number")))
+    hub.commit("team/rows", {"test.jsonl": rows + rows}, kind="datasets")
+    again = run(hub, home, tmp_path)
+    assert "error" not in again, again
+    assert again["init"]["changes"] == []
+    assert again["register"]["already"] is True
+    assert again["remerge"]["action"] == "unchanged"
+    assert Shell(home).head_bytes() == before
