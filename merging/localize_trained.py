@@ -48,8 +48,8 @@ class TrainedSettings:
         epochs: how often the rows are gone through.
         seed: of the order of the rows.
         batch_size: rows per batch.
-        learning_rate: of S in `paper` and `official`; in `budget` it multiplies the steps
-            of the scores, in units of the scores that they begin with.
+        learning_rate: of S in `paper` and `official`; in `budget` how far scores move in all
+            passes together, in units of the k-th largest.
         penalty: lambda in `paper`, l1 in `official`; not used by `budget`.
         start: S at the beginning on the coordinates of the largest differences.
         start_elsewhere: S at the beginning on all other coordinates.
@@ -114,7 +114,7 @@ class TrainedSettings:
 
 
 _PRESET_SETTINGS: dict[str, dict[str, Any]] = {
-    "budget": {"batch_size": 16, "learning_rate": 1.0},
+    "budget": {"batch_size": 16, "learning_rate": 0.3},
     "official": {
         "batch_size": 8,
         "learning_rate": 1e7,
@@ -310,11 +310,34 @@ def _budget(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> Ma
     The first pass is at the base: a score begins as the root mean square, over batches, of
     the change in loss that its coordinate's difference makes, |gradient * tau|. Afterwards
     each batch's loss is taken at the mask of the k largest scores, and its -gradient * tau
-    is added to the scores, also to those outside of the mask. Both have the same unit, so
-    the step size depends neither on the scale of the loss nor on that of the differences.
+    is added to the scores, also to those outside of the mask. Steps are measured by the
+    k-th largest score and the k-th largest pull, and shrink with the number of passes, so
+    that neither the scale of the loss, nor that of the differences, nor the number of
+    passes decides how far the mask may move.
     """
     settings = course.settings
     kept = kept_count(settings.density, live.coordinates)
+    scores = _sensitivities(live, course, kept)
+    step: float | None = None
+    for _ in range(settings.epochs - 1):
+        losses = []
+        for batch in course.batches():
+            live.graft(scores, _threshold(scores, kept, live.coordinates))
+            losses.append(course.backward(batch))
+            if step is None:
+                step = settings.learning_rate / (settings.epochs - 1)
+                step *= _unit(live, scores, kept)
+            for part in live.parts:
+                scores[part.name].sub_(part.pull(live.buffer(part)), alpha=step)
+            live.clear_gradients()
+            course.steps += 1
+        course.record(losses, kept, live.coordinates)
+    _check_finite(scores)
+    return top_k(TensorScores({n: s.cpu() for n, s in scores.items()}), kept, scratch=scratch)
+
+
+def _sensitivities(live: LiveWeights, course: _Course[Any], kept: int) -> dict[str, Tensor]:
+    """The root mean square of |gradient * tau| over the batches of one pass at the base."""
     scores = {part.name: part.zeros() for part in live.parts}
     losses = []
     for batch in course.batches():
@@ -326,19 +349,16 @@ def _budget(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> Ma
     for score in scores.values():
         score.div_(course.per_epoch).sqrt_()
     course.record(losses, kept, live.coordinates)
-    for _ in range(settings.epochs - 1):
-        losses = []
-        for batch in course.batches():
-            live.graft(scores, _threshold(scores, kept, live.coordinates))
-            losses.append(course.backward(batch))
-            for part in live.parts:
-                pull = part.pull(live.buffer(part))
-                scores[part.name].sub_(pull, alpha=settings.learning_rate)
-            live.clear_gradients()
-            course.steps += 1
-        course.record(losses, kept, live.coordinates)
-    _check_finite(scores)
-    return top_k(TensorScores({n: s.cpu() for n, s in scores.items()}), kept, scratch=scratch)
+    return scores
+
+
+def _unit(live: LiveWeights, scores: Mapping[str, Tensor], kept: int) -> float:
+    """The k-th largest score over the k-th largest pull; 1 where either has no such one."""
+    pulls = {part.name: part.pull(live.buffer(part)).abs() for part in live.parts}
+    score = _threshold(scores, kept, live.coordinates)
+    pull = _threshold(pulls, kept, live.coordinates)
+    usable = math.isfinite(score) and math.isfinite(pull) and score > 0 and pull > 0
+    return score / pull if usable else 1.0
 
 
 def _start(live: LiveWeights, settings: TrainedSettings, scratch: Path | None) -> dict[str, Tensor]:
