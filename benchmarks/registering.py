@@ -2,7 +2,7 @@
 
     python -m benchmarks.registering [--models 10] [--repeats 3] [--json FILE]
 
-Ten finetuned models of the playground's base are registered one after the other through
+Ten finetuned models on the playground's base are registered one after the other through
 the function behind `restitch register`, in fresh homes: reading, digest, validation,
 localizing, stitching, the audit trail and MLflow. The tasks have no data, so evaluation is
 left out. The models are the playground's own with their differences rolled by some places,
@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from flows.line import init_line
 from flows.register import register
-from playground.make import make_world
+from playground.make import World, make_world
 from registry.home import Home, prepare_environment
 
 
@@ -53,10 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.json.write_text(json.dumps({"seconds": seconds, "ratio": ratio}, indent=2))
 
 
-def make_models(world: Path, folder: Path, count: int) -> list[Path]:
+def make_models(world: World, folder: Path, count: int) -> list[Path]:
     """Finetuned models with the differences of the playground's own, rolled."""
-    base = load_file(world / "base" / "model.safetensors")
-    originals = sorted(p for p in (world / "models").iterdir() if p.is_dir())
+    base = load_file(world.base / "model.safetensors")
+    originals = [world.model(task) for task in world.tasks]
     models = []
     for number in range(count):
         original = originals[number % len(originals)]
@@ -78,13 +78,13 @@ def _rolled(base: torch.Tensor, tuned: torch.Tensor, places: int) -> torch.Tenso
     return (base + torch.roll((tuned - base).flatten(), places).reshape(base.shape)).contiguous()
 
 
-def measure(world: Path, models: list[Path], home: Path) -> list[float]:
+def measure(world: World, models: list[Path], home: Path) -> list[float]:
     """Seconds of each registration in a fresh home."""
     os.environ["RESTITCH_HOME"] = str(home)
     prepare_environment(Home.from_environment())
     home.mkdir()
-    line = yaml.safe_load((world / "line.yaml").read_text(encoding="utf-8"))
-    values = {"line": "growth", "base": str(world / "base"), "family": "clip"}
+    line = yaml.safe_load(world.line.read_text(encoding="utf-8"))
+    values = {"line": "growth", "base": str(world.base), "family": "clip"}
     values |= {"method": line["method"], "localize": line["localize"]}
     file = home / "line.yaml"
     file.write_text(yaml.safe_dump(values), encoding="utf-8")

@@ -110,7 +110,12 @@ def run(options: argparse.Namespace, work: Path) -> None:
             for setting in settings(options)
         ]
         reference = None if options.no_reference else task_arithmetic(work, found[0], tasks)
-    tables = [*(per_task(one) for one in found), summary(found, reference)]
+        matched = [
+            at_the_same_density(one, options, work, tasks)
+            for one in found
+            if one.setting == "trained official"
+        ]
+    tables = [*(per_task(one) for one in found), *matched, summary(found, reference)]
     text = "\n\n".join(tables) + "\n"
     Console(width=200).print(text, markup=False)
     if options.markdown is not None:
@@ -179,6 +184,23 @@ def measure(
     assert merged.version is not None
     record = workspace().ledger(line).merged(merged.version)
     return Found(setting.name, time.perf_counter() - started, record, density)
+
+
+def at_the_same_density(
+    official: Found, options: argparse.Namespace, work: Path, tasks: dict[str, Path]
+) -> str:
+    """Grafted accuracy of `official` beside `budget` and dataless at official's own densities."""
+    head = ("task", "density", "official", "budget", "dataless")
+    lines = [_row(head), _row(["---"] * len(head))]
+    for task, density in official.density.items():
+        row = [task, f"{density:.2%}", _number(official.record.results[task].grafted)]
+        budget = {"mode": "trained", "shots": options.shots, "seed": options.seed}
+        for name, choice in (("budget", budget), ("dataless", {"mode": "dataless"})):
+            one = Setting(f"{name} as official {task}", {**choice, "density": density})
+            found = measure(one, options.family, work, {task: tasks[task]}, None)
+            row.append(_number(found.record.results[task].grafted))
+        lines.append(_row(row))
+    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
