@@ -10,7 +10,7 @@ and the act happens once, because it starts from the state `registered`.
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from merging.errors import CannotJoin, RestitchError
+from merging.errors import BadInput, CannotJoin, RestitchError
 from registry.head import Head, ModelVersion
 from registry.ledger import Ledger
 from registry.specs import TaskSpec
@@ -18,6 +18,7 @@ from tasks.engine import flow
 from tasks.evaluate import evaluate
 from tasks.inputs import evaluation_split
 from tasks.localize import localize
+from tasks.models import check_device
 from tasks.publish import mirror
 from tasks.refs import DeltaRef, LineRef, ResultRef, Validated, WeightsRef
 from tasks.reporting import say, warn
@@ -55,13 +56,15 @@ def onboard(line: str, task: str, version: int) -> OnboardOutcome:
     """Make one registered model a member of its line, or quarantine it with the reason.
 
     Raises:
+        BadInput: there is no such model.
         RestitchError: its data or a server cannot be used now; it stays registered.
     """
     ledger = workspace().ledger(line)
     head = ledger.head()
-    model = head.tasks[task].versions[version]
+    model = _registered(head, task, version)
     if model.state != "registered":
         return _outcome(head, task, version, localized=False)
+    check_device(head.spec)
     ref, spec = LineRef(head.spec, head.base), head.tasks[task].spec
     try:
         checked = validate(ref, model.model)
@@ -72,6 +75,18 @@ def onboard(line: str, task: str, version: int) -> OnboardOutcome:
     facts = _measure(ref, spec, model, checked, delta)
     _join(ledger, task, version, delta, facts)
     return _outcome(ledger.head(), task, version, localized=True)
+
+
+def _registered(head: Head, task: str, version: int) -> ModelVersion:
+    known = head.tasks[task].versions if task in head.tasks else {}
+    if version not in known:
+        models = ", ".join(f"{name} {n}" for name, t in head.tasks.items() for n in t.versions)
+        raise BadInput(
+            f"line {head.line} has no model {task} {version}",
+            found=f"models: {models or 'none'}",
+            hint="register it first",
+        )
+    return known[version]
 
 
 def _measure(

@@ -22,6 +22,7 @@ from registry.head import Head, Member
 from registry.history import MergedRecord
 from registry.ledger import Ledger
 from tasks.engine import flow
+from tasks.models import check_device
 from tasks.publish import mirror
 from tasks.reporting import say, warn
 from tasks.workspace import Workspace, actor, workspace
@@ -74,6 +75,7 @@ def remerge(line: str, force: bool = False) -> RemergeOutcome:
     """
     space = workspace()
     ledger = space.ledger(line)
+    check_device(ledger.head().spec)
     with _alone(space, line):
         space.home.sweep(LEFTOVERS_AFTER)
         mirror(ledger.line)

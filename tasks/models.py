@@ -14,18 +14,19 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from registry.sources import resolve_source
 
 from merging.checkpoint import Checkpoint
 from merging.comparison import Comparison, compare
 from merging.coordinates import select_tensors
 from merging.digests import digest_file, digest_json
 from merging.edits import Edits
-from merging.errors import BadInput
+from merging.errors import BadInput, Unavailable
 from merging.sparse import SparseFile
 from modeling.family import Family, get_family
 from modeling.weights import apply_edits, restore, set_weights
 from registry.head import ModelRef
+from registry.sources import resolve_source
+from registry.specs import LineSpec
 from tasks.refs import LineRef, WeightsRef
 from tasks.reporting import working
 from tasks.workspace import Workspace
@@ -147,6 +148,21 @@ def device() -> torch.device:
             hint="set it to auto or cpu, or run on a worker with a GPU",
         )
     return chosen
+
+
+def check_device(line: LineSpec) -> None:
+    """Refuse to work on a line that asks for another device than this worker's.
+
+    Raises:
+        Unavailable: it does.
+    """
+    here = device().type
+    if line.require_device not in (None, here):
+        raise Unavailable(
+            f"line {line.line} is worked on with {line.require_device} only",
+            found=f"{here} here",
+            hint=f"run `restitch remerge {line.line}` on a worker that has it",
+        )
 
 
 class LiveBase:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import NewHome
@@ -207,3 +208,124 @@ def test_a_model_that_vanishes_after_it_joined_does_not_stop_the_line(
     record = shell.add(world, "number")["merged"]["record"]
     assert record["results"]["colour"]["finetuned"] == 1.0, "from the store"
     shell("export", "demo", "champion", tmp_path / "out")
+
+
+def with_train(world: World, folder: Path, **data: Any) -> Path:
+    """The task `colour` with train rows alone."""
+    values = yaml.safe_load(world.task("colour").read_text())
+    rows = (world.root / "data" / "colour" / "test.jsonl").read_text()
+    (folder / "rows").mkdir()
+    (folder / "rows" / "train.jsonl").write_text(rows)
+    columns = {"input": "text", "label": "label"}
+    values["data"] = {"path": "rows", "train": "train.jsonl", **columns, **data}
+    return write_yaml(folder / "colour.yaml", values)
+
+
+def test_without_validation_rows_some_are_set_apart_and_the_record_says_so(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    shell("init", world.line(tmp_path / "line.yaml", retention=None))
+    files = ("--task", with_train(world, tmp_path), "--model", world.model("colour"))
+    record = shell.json("register", "demo", *files)["merged"]["record"]
+    result = record["results"]["colour"]
+    assert result["split"] == "validation"
+    assert 0 < result["count"] <= 12, "a fifth of 60"
+    (note,) = result["notes"]
+    assert "may have seen" in note
+
+
+def test_a_trained_mask_is_the_same_bytes_again(
+    world: World, new_home: NewHome, tmp_path: Path
+) -> None:
+    task = with_train(world, tmp_path)
+    localize = {"mode": "trained", "density": 0.2, "epochs": 2}
+    deltas = []
+    for name in ("one", "two"):
+        shell = new_home(name)
+        shell("init", world.line(tmp_path / "line.yaml", retention=None, localize=localize))
+        files = ("--task", task, "--model", world.model("colour"))
+        found = shell.json("register", "demo", *files)
+        assert found["facts"]["localizer"].startswith("trained/")
+        assert found["facts"]["density"] == pytest.approx(0.2, abs=1e-3)
+        deltas.append(shell.head().tasks["colour"].versions[1].delta)
+        assert shell.json("evaluate", "demo")["results"] == found["merged"]["record"]["results"]
+    assert deltas[0] == deltas[1]
+
+
+def test_a_trained_line_takes_the_largest_differences_where_there_are_no_rows(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    localize = {"mode": "trained", "density": 0.2}
+    shell("init", world.line(tmp_path / "line.yaml", retention=None, localize=localize))
+    files = ("--task", world.task("colour"), "--model", world.model("colour"))
+    done = shell("register", "demo", *files, "--json")
+    assert done.json["facts"]["localizer"].startswith("dataless/")
+    assert "no train rows" in done.err
+
+
+def test_retention_may_be_a_task_of_the_line(world: World, shell: Shell, tmp_path: Path) -> None:
+    shell("init", world.line(tmp_path / "line.yaml", retention="number"))
+    assert shell.add(world, "colour")["merged"]["record"]["retention"] is None
+    kept = shell.add(world, "number")["merged"]["record"]["retention"]
+    assert (kept["task"], kept["count"]) == ("number", 60)
+    assert kept["ratio"] == kept["top1"] / kept["base_top1"]
+
+
+def test_f1_is_measured_where_a_task_asks_for_it(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    values = {**yaml.safe_load(world.task("number").read_text()), "metric": "f1"}
+    shell("init", world.line(tmp_path / "line.yaml", retention=None))
+    task = write_yaml(tmp_path / "number.yaml", values)
+    files = ("--task", task, "--model", world.model("number"))
+    result = shell.json("register", "demo", *files)["merged"]["record"]["results"]["number"]
+    assert (result["metric"], result["finetuned"]) == ("f1", 1.0)
+
+
+def test_the_classes_may_come_from_the_data(
+    clip_world: World, new_home: NewHome, tmp_path: Path
+) -> None:
+    shell = new_home("home")
+    shell("init", clip_world.line(tmp_path / "line.yaml", retention=None))
+    values = yaml.safe_load(clip_world.task("colour").read_text())
+    values["head"] = {"labels_from": "dataset", "templates": values["head"]["templates"]}
+    task = write_yaml(tmp_path / "colour.yaml", values)
+    files = ("--task", task, "--model", clip_world.model("colour"))
+    shell("register", "demo", *files)
+    spec = shell.head().tasks["colour"].spec
+    assert spec.head is not None
+    folders = sorted(p.name for p in (clip_world.root / "data" / "colour" / "test").iterdir())
+    assert spec.head.labels == tuple(folders)
+    assert shell.json("register", "demo", *files)["already"] is True
+
+
+def test_a_model_may_come_from_mlflow(world: World, shell: Shell, tmp_path: Path) -> None:
+    from registry.catalog import connect
+    from registry.home import Home
+
+    shell("init", world.line(tmp_path / "line.yaml", retention=None))
+    client = connect(Home(shell.home))
+    location = (tmp_path / "artifacts").as_uri()
+    experiment = client.create_experiment("training", artifact_location=location)
+    run = client.create_run(experiment).info.run_id
+    client.log_artifacts(run, str(world.model("colour")), "model")
+    files = ("--task", world.task("colour"), "--model", f"runs:/{run}/model")
+    assert shell.json("register", "demo", *files)["state"] == "ready"
+    shutil.rmtree(tmp_path / "artifacts")
+    shutil.rmtree(shell.home / "cache")
+    assert shell.json("register", "demo", *files)["already"] is True, "kept in the store"
+    assert shell.json("remerge", "demo", "--force")["action"] == "promoted"
+
+
+def test_a_line_that_asks_for_a_device_waits_for_a_worker_that_has_it(
+    world: World, new_home: NewHome, tmp_path: Path
+) -> None:
+    home = new_home("home").home
+    shell = Shell(home, {"RESTITCH_DEVICE": "cpu"})
+    shell("init", world.line(tmp_path / "line.yaml", retention=None, require_device="cuda"))
+    files = ("--task", world.task("colour"), "--model", world.model("colour"))
+    done = shell("register", "demo", *files, code=6)
+    assert "cuda only" in done.err
+    assert shell.head().tasks["colour"].versions[1].state == "registered"
+    done = Shell(home, {"RESTITCH_DEVICE": "gpu"})("remerge", "demo", code=3)
+    assert "'gpu'" in done.err

@@ -1,0 +1,39 @@
+"""What a person sees while a command works."""
+
+import io
+import time
+
+import pytest
+from rich.console import Console
+
+from cli.reporter import TerminalReporter
+from tasks.reporting import reporting_to, say, warn, working
+
+
+def terminal(quiet: bool) -> tuple[TerminalReporter, io.StringIO]:
+    reporter = TerminalReporter(quiet)
+    out = io.StringIO()
+    reporter.console = Console(file=out, force_terminal=True, width=80, highlight=False)
+    return reporter, out
+
+
+def test_facts_are_not_told_when_quiet_and_warnings_are() -> None:
+    for quiet in (False, True):
+        reporter, out = terminal(quiet)
+        with reporting_to(reporter):
+            say("a fact [in brackets]")
+            warn("a warning")
+        assert ("a fact [in brackets]" in out.getvalue()) is not quiet
+        assert "a warning" in out.getvalue()
+
+
+def test_a_bar_appears_only_when_work_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cli.reporter.SHOW_AFTER_SECONDS", 0.05)
+    reporter, out = terminal(quiet=False)
+    with reporting_to(reporter), working("quick work") as progress:
+        progress(1, 1)
+    assert "quick work" not in out.getvalue()
+    with reporting_to(reporter), working("long work") as progress:
+        time.sleep(0.06)
+        progress(1, 2)
+    assert "long work" in out.getvalue()

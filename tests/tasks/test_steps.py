@@ -1,0 +1,73 @@
+"""Small promises of the steps: the decorator, the image, who acts, what is told."""
+
+import logging
+import time
+from pathlib import Path
+
+import pytest
+
+from merging.errors import BadInput, Unavailable
+from registry.catalog import Catalog
+from tasks import publish
+from tasks.engine import Cached, step
+from tasks.reporting import say, warn, working
+from tasks.workspace import actor, made_by, workspace
+from tests.shell import Shell
+
+
+def test_a_step_hands_back_the_value_of_what_was_cached() -> None:
+    @step("number")
+    def number(cached: bool) -> int | Cached[int]:
+        return Cached(1) if cached else 2
+
+    assert (number(True), number(False)) == (1, 2)
+
+
+def test_a_line_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+    with Shell(tmp_path).inside(), pytest.raises(BadInput, match="lines: none"):
+        workspace().ledger("demo")
+
+
+def test_who_acts_is_who_the_deployment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RESTITCH_ACTOR", raising=False)
+    assert actor()
+    monkeypatch.setenv("RESTITCH_ACTOR", "nightly")
+    monkeypatch.setenv("RESTITCH_WORK_POOL", "gpu")
+    made = made_by()
+    assert isinstance(made, dict)
+    assert (made["actor"], made["work_pool"]) == ("nightly", "gpu")
+
+
+def test_a_server_that_kept_us_waiting_is_not_asked_again_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    clock = [1000.0]
+
+    def slow(*_: object, **__: object) -> int:
+        asked.append(clock[0])
+        clock[0] += publish.PATIENCE + 1
+        raise Unavailable("MLflow is away")
+
+    monkeypatch.setattr(Catalog, "repair", slow)
+    monkeypatch.setattr("tasks.workspace.Workspace.ledger", lambda *_: None)
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(publish, "_away_until", {})
+    with Shell(tmp_path).inside():
+        assert [publish.mirror("demo") for _ in range(3)] == [False] * 3
+        assert len(asked) == 1
+        clock[0] += publish.PAUSE
+        publish.mirror("demo")
+    assert len(asked) == 2
+
+
+def test_without_a_terminal_steps_write_to_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "restitch"), working("some work") as progress:
+        progress(1, 2)
+        say("a fact")
+        warn("a warning")
+    assert [(r.levelname, r.message) for r in caplog.records] == [
+        ("INFO", "some work"),
+        ("INFO", "a fact"),
+        ("WARNING", "a warning"),
+    ]
