@@ -18,6 +18,7 @@ from playground.training import (
     finetune,
     generator,
     make_model,
+    no_bars,
     one_thread,
     pretrain,
     zero_shot_head,
@@ -25,6 +26,7 @@ from playground.training import (
 
 LINE = "playground"
 DENSITY = 0.05
+"""Grafted models keep most of their skill here and the merged one most of what the base knew."""
 SIZES = {
     "demo": Sizes(
         width=128,
@@ -65,8 +67,8 @@ SIZES = {
 
 def build(root: Path, size: str, seed: int, progress: Progress) -> dict[str, dict[str, float]]:
     """Make what is missing in `root`; the test accuracy by task, of base and finetuned."""
-    builder = _Builder(root, SIZES[size], seed, progress)
-    with one_thread():
+    builder = Builder(root, SIZES[size], seed, progress)
+    with one_thread(), no_bars():
         builder.make_base()
         builder.make_general()
         for skill in TASKS:
@@ -75,7 +77,7 @@ def build(root: Path, size: str, seed: int, progress: Progress) -> dict[str, dic
         return builder.measure()
 
 
-class _Builder:
+class Builder:
     """One run over the parts of one world."""
 
     def __init__(self, root: Path, sizes: Sizes, seed: int, progress: Progress) -> None:
@@ -119,7 +121,7 @@ class _Builder:
         self._write(self.root / "tasks" / f"{skill.name}.yaml", text)
         place = self.root / "models" / skill.name
         if not place.exists():
-            model = self._load(self.root / "base")
+            model = self.load(self.root / "base")
             head = zero_shot_head(model, self.tokenizer, skill)
             pictures, labels = self.rows(skill, "train")
             order = self._random(f"{skill.name} order")
@@ -135,14 +137,14 @@ class _Builder:
 
     def measure(self) -> dict[str, dict[str, float]]:
         """Test accuracy of the base on everything, and of each finetuned model on its task."""
-        base = self._load(self.root / "base")
+        base = self.load(self.root / "base")
         found: dict[str, dict[str, float]] = {}
         for skill in (GENERAL, *TASKS):
             head = zero_shot_head(base, self.tokenizer, skill)
             pictures, labels = self.rows(skill, "test")
             found[skill.name] = {"base": accuracy(base, head, pictures, labels)}
             if skill is not GENERAL:
-                tuned = self._load(self.root / "models" / skill.name)
+                tuned = self.load(self.root / "models" / skill.name)
                 found[skill.name]["finetuned"] = accuracy(tuned, head, pictures, labels)
         return found
 
@@ -161,7 +163,8 @@ class _Builder:
     def _random(self, what: str) -> Any:
         return generator(self.seed, what)
 
-    def _load(self, folder: Path) -> Any:
+    def load(self, folder: Path) -> Any:
+        """A model as it was written."""
         from transformers import CLIPModel
 
         return CLIPModel.from_pretrained(folder, local_files_only=True).eval()

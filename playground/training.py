@@ -62,6 +62,20 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Keep transformers from drawing: who called says how far the work is."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def generator(seed: int, what: str) -> np.random.Generator:
     """A generator for one purpose, independent of every other."""
     return np.random.default_rng([seed, *what.encode()])
