@@ -10,6 +10,7 @@ from typing import Any
 from merging.checkpoint import Checkpoint
 from merging.digests import digest_json
 from merging.mask import Mask
+from merging.overwrite import take
 from merging.sparse import SparseTensor, write_sparse
 from merging.task_vector import TaskVector
 from registry.head import ModelRef
@@ -69,7 +70,7 @@ def _kept(finetuned: Checkpoint, mask: Mask) -> Iterator[SparseTensor]:
     """The finetuned values at the mask's coordinates, tensor by tensor."""
     for name in mask.names:
         coordinates = mask.coordinates(name)
-        values = finetuned.tensor(name).reshape(-1)[coordinates]
+        values = take(finetuned.tensor(name).reshape(-1), coordinates.numpy())
         yield SparseTensor(name, finetuned.info(name).shape, coordinates, values)
 
 
