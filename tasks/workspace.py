@@ -79,13 +79,8 @@ def workspace(*, to_write: bool = True) -> Workspace:
     home = Home.from_environment()
     prepare_environment(home)
     if to_write:
-        _create(home)
+        home.create()
     return _opened(home)
-
-
-@lru_cache(maxsize=8)
-def _create(home: Home) -> None:
-    home.create()
 
 
 @lru_cache(maxsize=8)

@@ -124,6 +124,26 @@ def test_a_registration_can_be_killed_at_every_write(
     assert seen >= ({1, 2, 3, 4, 5} if every else {1, 2, 4})
 
 
+@pytest.mark.usefixtures("without_mlflow")
+def test_init_can_be_killed_at_every_write(world: World, tmp_path: Path) -> None:
+    line, report = world.line(tmp_path / "line.yaml"), tmp_path / "calls"
+
+    def run(shell: Shell, limit: int | None) -> int:
+        def work() -> int:
+            counted(limit, report)
+            return shell("init", line, code=None).code
+
+        return waited(in_child(work))
+
+    assert run(Shell(tmp_path / "undisturbed"), None) == 0
+    for limit in range(int(report.read_text())):
+        shell = Shell(tmp_path / f"killed-{limit}")
+        assert run(shell, limit) == -signal.SIGKILL
+        shell("status")
+        shell("init", line)
+        assert shell.kinds() == ["configured"]
+
+
 def states(shell: Shell) -> dict[str, dict[int, str]]:
     tasks = shell.head().tasks.items()
     return {name: {n: v.state for n, v in task.versions.items()} for name, task in tasks}
