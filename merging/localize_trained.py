@@ -12,7 +12,7 @@ mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -322,7 +322,7 @@ def _budget(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> Ma
     for _ in range(settings.epochs - 1):
         losses = []
         for batch in course.batches():
-            live.graft(scores, _threshold(scores, kept, live.coordinates))
+            live.graft(scores, _threshold(scores.values(), kept, live.coordinates))
             losses.append(course.backward(batch))
             if step is None:
                 step = settings.learning_rate / (settings.epochs - 1)
@@ -354,8 +354,8 @@ def _sensitivities(live: LiveWeights, course: _Course[Any], kept: int) -> dict[s
 
 def _unit(live: LiveWeights, scores: Mapping[str, Tensor], kept: int) -> float:
     """The k-th largest score over the k-th largest pull; 1 where either has no such one."""
-    pulls = {part.name: part.pull(live.buffer(part)).abs() for part in live.parts}
-    score = _threshold(scores, kept, live.coordinates)
+    pulls = (part.pull(live.buffer(part)).abs_() for part in live.parts)
+    score = _threshold(scores.values(), kept, live.coordinates)
     pull = _threshold(pulls, kept, live.coordinates)
     usable = math.isfinite(score) and math.isfinite(pull) and score > 0 and pull > 0
     return score / pull if usable else 1.0
@@ -385,21 +385,27 @@ def _slope(score: Tensor) -> Tensor:
     return gate.mul_(1 - gate)
 
 
-def _threshold(scores: Mapping[str, Tensor], kept: int, coordinates: int) -> float:
-    """A value that about `kept` scores are above, from a strided sample of them."""
+def _threshold(scores: Iterable[Tensor], kept: int, coordinates: int) -> float:
+    """A value that about `kept` scores are above; exactly so many in a small model without ties.
+
+    Args:
+        scores: tensor by tensor; each is read before the next is asked for.
+        kept: how many should be above.
+        coordinates: how many scores there are.
+    """
     if not 0 < kept < coordinates:
         return math.inf if kept == 0 else -math.inf
     stride = max(1, coordinates // _SAMPLE) | 1
     pieces, start = [], 0
-    for score in scores.values():
+    for score in scores:
         flat = score.view(-1)
         # The stride runs on from tensor to tensor, so that small ones get no more than their share.
         if start < flat.numel():
-            pieces.append(flat[start::stride])
+            pieces.append(flat[start::stride].clone())
         start = (start - flat.numel()) % stride
     sample = torch.cat(pieces)
-    rank = min(max(1, round(kept / stride)), sample.numel())
-    return float(torch.kthvalue(sample, sample.numel() + 1 - rank).values)
+    above = min(max(1, round(kept / stride)), sample.numel() - 1)
+    return float(torch.kthvalue(sample, sample.numel() - above).values)
 
 
 def _count(scores: Mapping[str, Tensor], threshold: float) -> int:

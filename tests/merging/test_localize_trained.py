@@ -157,6 +157,46 @@ def test_presets_follow_autograd_through_the_interpolation(
     assert result.steps == (16 if preset == "paper" else 4)
 
 
+def slow_budget(model: Linear, settings: TrainedSettings, kept: int) -> tuple[list[Tensor], Tensor]:
+    """Root mean squares at the base, then straight through the mask of the k largest."""
+    base, tuned = flat(model.base), flat(model.finetuned)
+    per_epoch, seen = len(model.orders) // settings.epochs, []
+
+    def pull(mask: Tensor, rows: Sequence[int]) -> Tensor:
+        """The gradient by the mask itself, at the mask."""
+        gate = mask.double().requires_grad_()
+        seen.append(torch.where(mask, tuned, base))
+        weights = base + gate * (tuned - base)
+        return torch.autograd.grad(model.loss_at(model.unflat(weights), rows), gate)[0]
+
+    def largest(values: Tensor) -> Tensor:
+        mask = torch.zeros(len(values), dtype=torch.bool)
+        mask[torch.argsort(-values, stable=True)[:kept]] = True
+        return mask
+
+    nothing = torch.zeros(len(base), dtype=torch.bool)
+    pulls = [pull(nothing, rows) for rows in model.orders[:per_epoch]]
+    scores = torch.stack(pulls).square().mean(0).sqrt()
+    unit = None
+    for rows in model.orders[per_epoch:]:
+        change = pull(largest(scores), rows)
+        if unit is None:
+            next_score, next_pull = (x.sort().values[-kept - 1] for x in (scores, change.abs()))
+            unit = next_score / next_pull
+        scores = scores - settings.learning_rate / (settings.epochs - 1) * unit * change
+    return seen, largest(scores)
+
+
+@pytest.mark.parametrize("kept", [1, 3, 40, 159])
+def test_budget_follows_autograd_through_the_hard_mask(linear: Linear, kept: int) -> None:
+    settings = TrainedSettings.of(density=kept / 160, epochs=4, batch_size=7)
+    result = linear.run(settings)
+    seen, mask = slow_budget(linear, settings, kept)
+    torch.testing.assert_close(torch.stack(linear.seen), torch.stack(seen))
+    assert torch.equal(chosen(result, linear), mask)
+    assert result.steps == 12
+
+
 def test_one_step_of_each_by_hand(tmp_path: Path) -> None:
     """W0 = 1, tau = 2, loss = 3 W: at S = 0 the gradient of S is 3 * 2 * 1/4 = 1.5."""
     base, finetuned = {"w": torch.tensor([1.0])}, {"w": torch.tensor([3.0])}
@@ -214,6 +254,20 @@ def test_budget_keeps_exactly_k(linear: Linear, kept: int) -> None:
     result = linear.run(TrainedSettings.of(density=kept / 160, epochs=3, batch_size=9))
     assert result.mask.total == kept
     assert result.density == kept / 160
+
+
+def test_the_scale_of_the_loss_does_not_change_what_budget_keeps(linear: Linear) -> None:
+    settings = TrainedSettings.of(density=0.2, epochs=3)
+    plain = linear.run(settings)
+    louder = localize_trained(
+        linear.live,
+        linear.vector,
+        ROWS,
+        linear.batch,
+        lambda rows: 1024 * linear.loss(rows),
+        settings,
+    )
+    assert louder.mask.digest() == plain.mask.digest()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
