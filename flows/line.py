@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from merging.errors import BadInput
+from merging.errors import BadInput, CannotJoin
 from merging.methods import get_method, resolve_settings
+from merging.task_vector import TaskVector
 from modeling.family import family_names, get_family
 from registry.head import Head
 from registry.ledger import Ledger
@@ -94,6 +95,16 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
             details=wrong,
             hint=f"choose a family that fits: {', '.join(family_names())}",
         )
+    try:
+        TaskVector(base.checkpoint, base.checkpoint, base.names).check_finite()
+    except CannotJoin as error:
+        raise BadInput(
+            f"the base {base.ref.uri} has weights that are no numbers",
+            expected=error.expected,
+            found=error.found,
+            details=error.details,
+            hint="take another copy of the base",
+        ) from error
     get_method(spec.method.name)(base.checkpoint, (), **spec.method.settings)  # merges nothing
 
 

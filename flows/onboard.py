@@ -4,16 +4,18 @@
     what cannot join ---------> act `quarantined` with the reason
 
 It may be killed anywhere and run again: each step first looks for its result in the store,
-and the act happens once, because it starts from the state `registered`.
+and the act happens once, because it starts from the state `registered`. A member whose line
+has been configured since to choose its masks in another way is localized once more.
 """
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from merging.digests import digest_json
 from merging.errors import BadInput, CannotJoin, RestitchError
 from registry.head import Head, ModelVersion
 from registry.ledger import Ledger
-from registry.specs import TaskSpec
+from registry.specs import LineSpec, TaskSpec
 from tasks.engine import flow
 from tasks.evaluate import evaluate
 from tasks.inputs import evaluation_split
@@ -62,7 +64,7 @@ def onboard(line: str, task: str, version: int) -> OnboardOutcome:
     ledger = workspace().ledger(line)
     head = ledger.head()
     model = _registered(head, task, version)
-    if model.state != "registered":
+    if model.state != "registered" and not is_outdated(head, model):
         return _outcome(head, task, version, localized=False)
     check_device(head.spec)
     ref, spec = LineRef(head.spec, head.base), head.tasks[task].spec
@@ -70,11 +72,26 @@ def onboard(line: str, task: str, version: int) -> OnboardOutcome:
         checked = validate(ref, model.model)
         delta = localize(ref, spec, model.model)
     except CannotJoin as error:
-        _quarantine(ledger, task, version, error)
+        if model.state == "registered":
+            _quarantine(ledger, task, version, error)
+        else:
+            warn(f"{task} version {version} keeps the mask that it has: {error.message()}")
         return _outcome(ledger.head(), task, version, localized=False)
     facts = _measure(ref, spec, model, checked, delta)
     _join(ledger, task, version, delta, facts)
     return _outcome(ledger.head(), task, version, localized=True)
+
+
+def is_outdated(head: Head, model: ModelVersion) -> bool:
+    """Whether a localized model's mask was chosen in another way than the line's present one."""
+    chosen = model.facts.get("choice")
+    return model.state in ("ready", "held") and chosen not in (None, _choice(head.spec))
+
+
+def _choice(line: LineSpec) -> str:
+    choice = line.localize
+    tensors = [list(choice.include), list(choice.exclude)]
+    return digest_json([choice.mode, choice.settings, tensors])
 
 
 def _registered(head: Head, task: str, version: int) -> ModelVersion:
@@ -99,6 +116,7 @@ def _measure(
         "density": delta.density,
         "delta_bytes": delta.size,
         "localizer": delta.localizer,
+        "choice": _choice(line.spec),
         "outside_share": checked.outside_share,
         "outside_tensors": [list(item) for item in checked.outside_tensors],
     }
@@ -154,11 +172,13 @@ def _quarantine(ledger: Ledger, task: str, version: int, error: RestitchError) -
 
 def _join(ledger: Ledger, task: str, version: int, delta: DeltaRef, facts: dict[str, Any]) -> None:
     def change(head: Head) -> Head | None:
-        if head.tasks[task].versions[version].state != "registered":
-            return None
-        return head.with_state(
-            task, version, "ready", mask=delta.mask, delta=delta.blob, facts=facts
-        )
+        model = head.tasks[task].versions[version]
+        new: dict[str, Any] = {"mask": delta.mask, "delta": delta.blob, "facts": facts}
+        if model.state == "registered":
+            return head.with_state(task, version, "ready", **new)
+        if is_outdated(head, model):
+            return head.with_state(task, version, model.state, model.reason, **new)
+        return None
 
     reason = f"{task} {version}: {delta.kept} of {delta.coordinates} coordinates"
     digests = {"mask": delta.mask, "delta": delta.blob}

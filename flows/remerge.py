@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from flows.candidates import Candidate, make_candidate
 from flows.gates import Check
-from flows.onboard import onboard
-from flows.snapshot import Snapshot, take_snapshot
+from flows.onboard import is_outdated, onboard
+from flows.snapshot import Snapshot, localized_models, take_snapshot
 from merging.errors import GateFailed, RestitchError
 from registry.head import Head, Member
 from registry.history import MergedRecord
@@ -90,9 +90,14 @@ def remerge(line: str, force: bool = False) -> RemergeOutcome:
 
 
 def _onboard_missing(ledger: Ledger) -> tuple[str, ...]:
-    """Onboard every registered model that an event missed; the others do not wait for it."""
-    done = []
-    for task, version, _ in ledger.head().in_state("registered"):
+    """Onboard every registered model that an event missed; the others do not wait for it.
+
+    So it goes with members whose masks the line now chooses in another way.
+    """
+    head, done = ledger.head(), []
+    newest = {task: (task, number, model) for task, number, model in localized_models(head)}
+    outdated = [found for found in newest.values() if is_outdated(head, found[2])]
+    for task, version, _ in (*head.in_state("registered"), *outdated):
         try:
             if onboard(ledger.line, task, version).localized:
                 done.append(f"{task} {version}")

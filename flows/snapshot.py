@@ -105,7 +105,7 @@ def take_snapshot(ledger: Ledger) -> Snapshot:
     context = _context(head)
     members = {m.task: m for m in head.members}
     # A task's newest model counts: one that was held before it is not tried any more.
-    newest = {task: (number, model) for task, number, model in _localized(head)}
+    newest = {task: (number, model) for task, number, model in localized_models(head)}
     for task, (number, model) in newest.items():
         if model.state == "held" and model.facts.get("held_in") != context:
             spec = head.tasks[task].spec
@@ -122,7 +122,7 @@ def take_snapshot(ledger: Ledger) -> Snapshot:
 def _context(head: Head) -> str:
     """What a gate's verdict depends on: a held model is tried again when this changes."""
     # The newest of each task: holding or replacing a model must not change its own context.
-    models = {task: [number, model.delta] for task, number, model in _localized(head)}
+    models = {task: [number, model.delta] for task, number, model in localized_models(head)}
     data = {
         name: None if task.spec.data is None else task.spec.data.content
         for name, task in head.tasks.items()
@@ -139,7 +139,7 @@ def _context(head: Head) -> str:
     )
 
 
-def _localized(head: Head) -> list[tuple[str, int, ModelVersion]]:
+def localized_models(head: Head) -> list[tuple[str, int, ModelVersion]]:
     """All models that could be merged, the newest of each task last."""
     return sorted(head.in_state("ready", "held"), key=lambda found: found[1])
 

@@ -21,6 +21,7 @@ from tests.tiny_models import tiny_bert, tiny_roberta
 from tests.worlds import World, copied, write_rows, write_yaml
 
 WEIGHTS = "model.safetensors"
+OUTSIDE = "embeddings.word_embeddings.weight"
 BLOCK = "encoder.layer.0.attention.self.query.weight"
 
 pytestmark = pytest.mark.usefixtures("without_mlflow")
@@ -139,9 +140,9 @@ def test_a_pickle_is_refused_with_the_way_to_convert_and_never_loaded(
     assert not mark.exists()
 
 
-def poisoned(value: float) -> Callable[[dict[str, torch.Tensor]], None]:
+def poisoned(value: float, name: str = BLOCK) -> Callable[[dict[str, torch.Tensor]], None]:
     def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[BLOCK][0, 0] = value
+        tensors[name][0, 0] = value
 
     return change
 
@@ -176,6 +177,8 @@ LATER = "encoder.layer.1.output.dense.bias"
 CANNOT_JOIN: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
     "nan": (retensored(poisoned(float("nan"))), (BLOCK,)),
     "infinity": (retensored(poisoned(float("-inf"))), (BLOCK,)),
+    "nan outside of masks": (retensored(poisoned(float("nan"), OUTSIDE)), (OUTSIDE,)),
+    "infinity outside of masks": (retensored(poisoned(float("inf"), OUTSIDE)), (OUTSIDE,)),
     "missing": (retensored(without(BLOCK, LATER)), (BLOCK, LATER)),
     "other shape": (retensored(other_shapes), (BLOCK, BLOCK.replace("query", "key"), "[4, 4]")),
     "integers": (retensored(as_integers), (BLOCK,)),
@@ -371,6 +374,15 @@ def test_a_base_without_config_or_tokenizer_is_refused(
     base = copied(world.base, tmp_path / "base", lambda f: (f / "config.json").unlink())
     done = shell("init", world.line(tmp_path / "line.yaml", base=str(base)), code=3)
     assert "config.json" in done.err
+    assert shell.json("status")["lines"] == []
+
+
+def test_a_base_with_weights_that_are_no_numbers_is_refused(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    base = copied(world.base, tmp_path / "base", retensored(poisoned(float("nan"), OUTSIDE)))
+    done = shell("init", world.line(tmp_path / "line.yaml", base=str(base)), code=3)
+    assert OUTSIDE in done.err
     assert shell.json("status")["lines"] == []
 
 

@@ -1,5 +1,6 @@
 """A merged version is a function of its recipe, byte for byte, whatever way led to it."""
 
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from itertools import permutations
 from pathlib import Path
@@ -11,7 +12,7 @@ from merging.stitch import write_patch
 from registry.head import Head
 from tests.conftest import NewHome, Three
 from tests.shell import Shell
-from tests.worlds import SKILLS, World, write_yaml
+from tests.worlds import SKILLS, World, copied, write_yaml
 
 pytestmark = pytest.mark.usefixtures("without_mlflow")
 
@@ -112,6 +113,46 @@ def test_the_way_back_to_older_weights_is_a_new_version(bare: Bare) -> None:
     assert shell.head().tasks["colour"].ready == 3
     assert shell.head().champion == 3
     assert shell.patch_bytes(3) == shell.patch_bytes(1)
+
+
+def test_a_line_that_chooses_masks_anew_is_one_that_always_did(
+    bare: Bare, world: World, tmp_path: Path
+) -> None:
+    def configure(shell: Shell, density: float) -> None:
+        localize = {"density": density}
+        shell("init", world.line(tmp_path / "line.yaml", retention=None, localize=localize))
+
+    shell, other = bare.new_home("home"), bare.new_home("other")
+    configure(shell, 0.3)
+    configure(other, 0.1)
+    for task in ("colour", "number"):
+        bare.add(shell, task)
+        bare.add(other, task)
+    configure(shell, 0.1)
+    found = shell.json("remerge", "demo")
+    assert found["localized"] == ["colour 1", "number 1"]
+    assert shell.patch_bytes() == other.patch_bytes()
+    assert shell.json("remerge", "demo")["action"] == "unchanged"
+    configure(shell, 0.3)
+    assert shell.json("remerge", "demo")["version"] == 4
+    assert shell.patch_bytes(4) == shell.patch_bytes(2)
+    assert shell.json("remerge", "demo")["action"] == "unchanged"
+
+
+def test_a_member_that_cannot_be_localized_anew_keeps_its_mask(
+    bare: Bare, world: World, tmp_path: Path
+) -> None:
+    shell = bare.line("home")
+    model = copied(world.model("colour"), tmp_path / "model")
+    task = write_yaml(tmp_path / "colour.yaml", {"task": "colour"})
+    shell("register", "demo", "--task", task, "--model", model)
+    shutil.rmtree(model)
+    line = world.line(tmp_path / "line.yaml", retention=None, localize={"density": 0.1})
+    shell("init", line)
+    before = shell.head_bytes()
+    done = shell("remerge", "demo")
+    assert "keeps the mask" in done.err
+    assert shell.head_bytes() == before
 
 
 def test_each_model_is_localized_once_and_never_in_a_later_remerge(three: Three) -> None:
