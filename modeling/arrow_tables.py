@@ -96,6 +96,7 @@ class _Groups:
 class _Parquet(_Groups):
     def __init__(self, path: Path) -> None:
         self._file = pq.ParquetFile(path, memory_map=True)
+        self._lock = Lock()  # two threads in one ParquetFile crash the process
         self.name = path.name
         self.schema = self._file.schema_arrow
         metadata = self._file.metadata
@@ -103,7 +104,8 @@ class _Parquet(_Groups):
 
     def read(self, group: int, columns: tuple[str, ...]) -> pa.Table:
         try:
-            return self._file.read_row_group(group, columns=list(columns))
+            with self._lock:
+                return self._file.read_row_group(group, columns=list(columns))
         except (pa.ArrowException, OSError) as error:
             raise BadInput(f"{self.name} cannot be read", found=error) from error
 
