@@ -14,13 +14,15 @@ import functools
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, ParamSpec, TypeVar, cast
 from urllib.parse import urlsplit
 
-from merging.errors import RestitchError
+from merging.errors import RestitchError, Unavailable
+from registry.catalog import without_credentials
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,7 +85,8 @@ def _decorator(
             if url is not None:
                 os.environ["PREFECT_API_URL"] = url  # before Prefect reads its settings
                 if kind == "flow" or _inside_a_flow():
-                    return cast(R, _value(engine_object()(*args, **kwargs)))
+                    with _explained(url):
+                        return cast(R, _value(engine_object()(*args, **kwargs)))
             returned = function(*args, **kwargs)
             return returned.value if isinstance(returned, Cached) else returned
 
@@ -95,6 +98,23 @@ def _decorator(
         return call
 
     return decorate
+
+
+@contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """Say in our words that the server is away; whatever else happened stays what it is."""
+    import httpx
+
+    try:
+        yield
+    except (httpx.HTTPError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "Failed to reach API" not in str(error):
+            raise
+        raise Unavailable(
+            f"the Prefect server at {without_credentials(url)} cannot be used",
+            found=without_credentials(str(error))[:300],
+            hint="start it, or unset PREFECT_API_URL to work without one",
+        ) from None
 
 
 def _inside_a_flow() -> bool:

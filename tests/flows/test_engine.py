@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.conftest import NewHome
+from tests.conftest import NewHome, Three
 from tests.servers import free_port, prefect_server
 from tests.shell import Done, Shell
 from tests.worlds import World, write_yaml
@@ -201,6 +201,14 @@ def test_a_server_that_is_gone_means_embedded(
     (shell.home / "stack.json").write_text(json.dumps({"prefect_api_url": url}))
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
     assert shell.add(world, "colour")["merged"]["action"] == "promoted"
+
+
+def test_a_named_server_that_is_away_is_exit_code_6(three: Three) -> None:
+    url = f"http://user:secret@127.0.0.1:{free_port()}/api"
+    shell = Shell(three.shell.home, {"PREFECT_API_URL": url})
+    done = shell.process("remerge", "demo", code=6)
+    assert "Prefect server" in done.err
+    assert "secret" not in done.err
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"prefect_api_url": 7}', '{"url": "x"}'])

@@ -236,3 +236,23 @@ def test_models_registered_at_once_are_all_in_the_champion(bare: Bare) -> None:
     kinds = shell.kinds()
     assert kinds.count("registered") == kinds.count("localized") == len(tasks)
     assert head.candidate is None
+
+
+@pytest.mark.parametrize("what", ["head", "entry", "record"])
+def test_a_damaged_record_of_the_line_is_exit_code_7(bare: Bare, what: str) -> None:
+    shell = bare.line("home")
+    bare.add(shell, "colour")
+    store = shell.home / "store"
+    head = shell.head()
+    place = {
+        "head": store / "lines" / "demo" / "head.json",
+        "entry": store / "audit" / str(head.entry),
+        "record": store / "blobs" / head.versions[1],
+    }[what]
+    place.chmod(0o644)
+    place.write_bytes(place.read_bytes().replace(b"colour", b"colovr"))
+    if what == "head":
+        place.write_bytes(b"{")
+    done = shell("history", "demo", code=7)
+    assert "Traceback" not in done.err
+    assert place.name in done.err.replace("\n", "")
