@@ -146,9 +146,9 @@ def test_what_the_command_line_answers_is_found_by_a_search(catalog, line):
 def test_a_second_repair_looks_at_nothing_and_is_fast(catalog, line):
     catalog.repair(line)
     before = shown(catalog)
-    began = time.perf_counter()
+    began = time.process_time()
     assert catalog.repair(line) == 0
-    assert time.perf_counter() - began < 0.5
+    assert time.process_time() - began < 0.5
     assert Catalog(catalog.home).repair(line) == 0
     assert shown(catalog) == before
 

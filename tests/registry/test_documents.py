@@ -7,10 +7,10 @@ from registry.documents import MAX_BYTES, parse_mapping, read_text
 
 
 def refused(text: str) -> str:
-    began = time.perf_counter()
+    began = time.process_time()
     with pytest.raises(BadInput) as raised:
         parse_mapping(text, "file.yaml")
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
     assert "file.yaml" in str(raised.value)
     return str(raised.value)
 

@@ -349,14 +349,14 @@ def test_a_thousand_versions_are_read_in_less_than_two_seconds(tmp_path, monkeyp
     for number in range(1000):
         line.act("configured", "t", "", methodcaller("with_pin", number % 2 == 0))
     line.act("merged", "t", "", change)
-    began = time.perf_counter()
+    began = time.process_time()
     assert len(list(line.entries())) == 1002
     assert len(list(line.history())) == 1000
     then = line.head_at(datetime.now(UTC))
     assert then is not None
     assert then.newest == 1000
     assert line.merged(500).version == 500
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
 
 
 def test_a_record_is_read_as_it_was_stored(tmp_path):
