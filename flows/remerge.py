@@ -13,22 +13,25 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from flows.acts import MovedError, hold, promote, record_version, reject
 from flows.candidates import Candidate, make_candidate
 from flows.gates import Check
 from flows.onboard import is_outdated, onboard
 from flows.snapshot import Snapshot, localized_models, take_snapshot
-from merging.errors import GateFailed, RestitchError
-from registry.head import Head, Member
+from merging.errors import GateFailed, RestitchError, Unavailable
+from registry.head import Member
 from registry.history import MergedRecord
 from registry.ledger import Ledger
 from tasks.engine import flow
 from tasks.models import check_device
 from tasks.publish import mirror
 from tasks.reporting import say, warn
-from tasks.workspace import Workspace, actor, workspace
+from tasks.workspace import Workspace, workspace
 
 # What killed work left behind is removed when nothing can be running on it any more.
 LEFTOVERS_AFTER = 24 * 3600.0
+
+ATTEMPTS = 20
 
 Action = Literal["unchanged", "empty", "promoted", "rejected", "candidate"]
 
@@ -80,13 +83,23 @@ def remerge(line: str, force: bool = False) -> RemergeOutcome:
         space.home.sweep(LEFTOVERS_AFTER)
         mirror(ledger.line)
         localized = _onboard_missing(ledger)
-        snapshot = take_snapshot(ledger)
-        if not snapshot.members:
-            say(f"{line}: no model is ready to be merged")
-            return RemergeOutcome(line, "empty", None, ledger.head().champion, localized)
-        outcome = _settle(ledger, snapshot, localized, force)
-        mirror(ledger.line)
-        return outcome
+        for _ in range(ATTEMPTS):
+            snapshot = take_snapshot(ledger)
+            if not snapshot.members:
+                say(f"{line}: no model is ready to be merged")
+                return RemergeOutcome(line, "empty", None, ledger.head().champion, localized)
+            try:
+                outcome = _settle(ledger, snapshot, localized, force)
+            except MovedError:
+                say(f"{line}: the champion has changed meanwhile, looking again")
+                continue
+            mirror(ledger.line)
+            return outcome
+    raise Unavailable(
+        f"line {line} is being merged by others all the time",
+        found=f"another champion in {ATTEMPTS} attempts",
+        hint="run the same command again",
+    )
 
 
 def _onboard_missing(ledger: Ledger) -> tuple[str, ...]:
@@ -116,20 +129,24 @@ def _settle(
         say(f"{ledger.line}: nothing changed since version {version}")
         return _outcome(ledger, "unchanged", version, localized)
     everything = make_candidate(snapshot, snapshot.members, again=force)
-    version = _record(ledger, everything)
+    if snapshot.settled is not None and everything.is_version(snapshot.settled):
+        say(f"{ledger.line} version {snapshot.settled.version} was made again: the same bytes")
+        return _outcome(ledger, "unchanged", snapshot.settled.version, localized)
+    version = record_version(ledger, snapshot, everything)
     if everything.passed:
-        return _promote(ledger, everything, version, localized)
-    _reject(ledger, version, everything)
+        action = promote(ledger, snapshot, everything, version)
+        return _outcome(ledger, action, version, localized)
+    reject(ledger, version, everything)
     kept, held = _one_by_one(snapshot)
     # Before the rest is promoted: who is killed between them would try them all again.
     for member, checks in held:
-        _hold(ledger, snapshot, member, checks)
+        hold(ledger, snapshot, member, checks)
     if kept is not None and not kept.is_version(snapshot.champion):
-        version = _record(ledger, kept)
+        version = record_version(ledger, snapshot, kept)
         if kept.passed:
-            _promote(ledger, kept, version, localized)
+            promote(ledger, snapshot, kept, version)
         else:
-            _reject(ledger, version, kept)
+            reject(ledger, version, kept)
     return _outcome(
         ledger,
         "rejected" if ledger.head().champion != version else "promoted",
@@ -158,113 +175,6 @@ def _one_by_one(
         else:
             held.append((member, trial.failed))
     return kept, held
-
-
-def _record(ledger: Ledger, candidate: Candidate) -> int:
-    """Make a merged version of a candidate, unless it is there already.
-
-    The newest version may be it, whatever became of it. One that failed its gates may also be
-    an older one that the champion has not passed: whoever was killed after making the next
-    version comes by here again.
-    """
-    found: list[int] = []
-
-    def change(head: Head) -> Head | None:
-        found.clear()
-        oldest = (head.newest or 0) if candidate.passed else (head.champion or 0) + 1
-        for version in sorted((v for v in head.versions if v >= oldest), reverse=True):
-            if candidate.is_version(ledger.merged(version)):
-                found.append(version)
-                return None
-        found.append(head.next_version)
-        record = candidate.record(ledger.line, head.next_version)
-        ledger.objects.put_blob(record.to_bytes())
-        return head.with_merged(record.digest)
-
-    members = ", ".join(f"{m.task} {m.version}" for m in candidate.members)
-    act = ledger.act(
-        "merged",
-        actor(),
-        f"stitched {members}",
-        change,
-        {"recipe": candidate.patch.recipe, "patch": candidate.patch.blob},
-    )
-    if act is not None:
-        say(f"{ledger.line} version {found[0]}: {members}")
-    return found[0]
-
-
-def _promote(
-    ledger: Ledger, candidate: Candidate, version: int, localized: tuple[str, ...]
-) -> RemergeOutcome:
-    """Put a version in use, unless promotion is switched off."""
-    if ledger.head().pinned:
-        say(f"{ledger.line} is pinned: version {version} stays a candidate")
-        return _outcome(ledger, "candidate", version, localized)
-
-    def change(head: Head) -> Head | None:
-        if head.pinned or head.champion == version:
-            return None
-        # A worker that was away must not put back what has been superseded meanwhile.
-        if head.newest != version:
-            return None
-        return _with_members_of(head.promoted(version), candidate)
-
-    checks = "; ".join(str(check) for check in candidate.checks) or "no gates"
-    if ledger.act("promoted", actor(), f"version {version}: {checks}", change) is not None:
-        say(f"{ledger.line} version {version} is the champion")
-    return _outcome(ledger, "promoted", version, localized)
-
-
-def _with_members_of(head: Head, candidate: Candidate) -> Head:
-    """The head with the candidate's members ready and what they took the place of replaced."""
-    for member in candidate.members:
-        for number, model in head.tasks[member.task].versions.items():
-            if number == member.version and model.state == "held":
-                head = head.with_state(member.task, number, "ready")
-            elif number < member.version and model.state in ("ready", "held"):
-                head = head.with_state(
-                    member.task, number, "replaced", f"version {member.version} took its place"
-                )
-    return head
-
-
-def _reject(ledger: Ledger, version: int, candidate: Candidate) -> None:
-    """Say in the trail that a version failed its gates; once."""
-
-    def change(head: Head) -> Head | None:
-        # Newest first, so this looks back no further than the merge itself.
-        for entry in ledger.entries():
-            if entry.digests.get("patch") == candidate.patch.blob:
-                if entry.kind == "rejected":
-                    return None
-                if entry.kind == "merged":
-                    break
-        return head
-
-    failed = "; ".join(str(check) for check in candidate.failed)
-    reason = f"version {version}: {failed}"
-    if ledger.act("rejected", actor(), reason, change, {"patch": candidate.patch.blob}) is not None:
-        warn(f"{ledger.line} {reason}")
-
-
-def _hold(ledger: Ledger, snapshot: Snapshot, member: Member, checks: tuple[Check, ...]) -> None:
-    """Keep a model out of merges until members, gates or data change."""
-    failed = "; ".join(str(check) for check in checks if not check.passed)
-    context = snapshot.context
-
-    def change(head: Head) -> Head | None:
-        model = head.tasks[member.task].versions[member.version]
-        if model.state not in ("ready", "held"):
-            return None
-        if model.state == "held" and model.facts.get("held_in") == context:
-            return None
-        facts = {**model.facts, "held_in": context}
-        return head.with_state(member.task, member.version, "held", failed, facts=facts)
-
-    reason = f"{member.task} {member.version}: {failed}"
-    if ledger.act("held", actor(), reason, change) is not None:
-        warn(f"{ledger.line} holds {reason}")
 
 
 def _outcome(

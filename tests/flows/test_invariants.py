@@ -2,8 +2,10 @@
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from itertools import permutations
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -179,7 +181,7 @@ def test_a_second_remerge_does_nothing_and_says_so(three: Three) -> None:
 def test_a_forced_remerge_makes_the_same_bytes(three: Three) -> None:
     before, patch = three.shell.head_bytes(), three.shell.patch_bytes()
     found = three.shell.json("remerge", "demo", "--force")
-    assert found["version"] == 3
+    assert (found["action"], found["version"]) == ("unchanged", 3)
     assert three.shell.patch_bytes() == patch
     assert three.shell.head_bytes() == before
 
@@ -236,6 +238,35 @@ def test_models_registered_at_once_are_all_in_the_champion(bare: Bare) -> None:
     kinds = shell.kinds()
     assert kinds.count("registered") == kinds.count("localized") == len(tasks)
     assert head.candidate is None
+
+
+@pytest.mark.parametrize("moment", ["before it is recorded", "before it is promoted"])
+def test_a_slow_worker_never_puts_back_what_another_one_has_merged(
+    bare: Bare, monkeypatch: pytest.MonkeyPatch, moment: str
+) -> None:
+    """On another host, where no lock keeps them apart."""
+    import flows.remerge as module
+
+    shell = bare.line("home")
+    for task in ("colour", "number"):
+        bare.add(shell, task, "--no-remerge")
+    monkeypatch.setattr(module, "_alone", lambda *_: nullcontext())
+    name = "make_candidate" if moment == "before it is recorded" else "record_version"
+    real, waiting = getattr(module, name), [True]
+
+    def slow(*args: Any, **options: Any) -> Any:
+        found = real(*args, **options)
+        if waiting:
+            waiting.clear()
+            bare.add(shell, "animal")
+        return found
+
+    monkeypatch.setattr(module, name, slow)
+    shell("remerge", "demo")
+    head = shell.head()
+    assert head.champion is not None
+    assert set(shell.ledger().merged(head.champion).members) == set(SKILLS)
+    assert shell.json("remerge", "demo")["action"] == "unchanged"
 
 
 @pytest.mark.parametrize("what", ["head", "entry", "record"])

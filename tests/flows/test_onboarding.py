@@ -314,7 +314,7 @@ def test_a_model_may_come_from_mlflow(world: World, shell: Shell, tmp_path: Path
     shutil.rmtree(tmp_path / "artifacts")
     shutil.rmtree(shell.home / "cache")
     assert shell.json("register", "demo", *files)["already"] is True, "kept in the store"
-    assert shell.json("remerge", "demo", "--force")["action"] == "promoted"
+    assert shell.json("remerge", "demo", "--force")["action"] == "unchanged"
 
 
 def test_a_line_that_asks_for_a_device_waits_for_a_worker_that_has_it(
