@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -82,6 +83,8 @@ class Shell:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            # Who runs the tests in the background ignores Ctrl-C, and children inherit that.
+            preexec_fn=_hears_ctrl_c,
             **options,
         )
 
@@ -147,6 +150,10 @@ def _exit_code(main: Any) -> int:
     except SystemExit as end:
         return 0 if end.code is None else int(end.code)
     return 0
+
+
+def _hears_ctrl_c() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _checked(done: Done, args: tuple[object, ...], code: int | None) -> Done:
