@@ -11,6 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from merging.digests import digest_file
+from modeling.family import get_family
+from modeling.heads import Head
+from modeling.rows import Example
 from tests.conftest import NewHome, Three
 from tests.shell import Shell
 from tests.worlds import SKILLS, World, write_rows, write_yaml
@@ -156,6 +159,26 @@ def test_an_export_is_what_the_book_says_and_loads(
     assert {f"heads/{task}.safetensors" for task in SKILLS} <= set(written)
     record = json.loads((out / "restitch.json").read_text())
     assert record["recipe_digest"] in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("version", [1, 3])
+def test_recorded_results_are_what_the_exported_model_reaches(
+    three: Three, world: World, tmp_path: Path, version: int
+) -> None:
+    """Loaded anew from its folder, with the head that lies beside it."""
+    three.shell("export", "demo", version, tmp_path / "out")
+    family = get_family("text-encoder")
+    model = family.load(tmp_path / "out")
+    record = three.shell.ledger().merged(version)
+    for task, result in record.results.items():
+        text = (world.root / "data" / task / "test.jsonl").read_text()
+        rows = [json.loads(line) for line in text.splitlines()]
+        head = Head.from_bytes((tmp_path / "out" / "heads" / f"{task}.safetensors").read_bytes())
+        batch = family.preprocessor(world.base)([Example((r["text"],), None, "") for r in rows])
+        with torch.inference_mode():
+            guesses = family.logits(model, batch, head).argmax(1).tolist()
+        right = sum(head.spec.labels[g] == r["label"] for g, r in zip(guesses, rows, strict=True))
+        assert result.merged == right / len(rows)
 
 
 def test_an_export_of_the_same_version_has_the_same_bytes(three: Three, tmp_path: Path) -> None:

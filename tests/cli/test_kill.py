@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import NewHome
+from tests.conftest import NewHome, Three
 from tests.flows.test_mlflow_image import client_of, image
 from tests.shell import Shell
 from tests.worlds import World, write_yaml
@@ -44,7 +44,7 @@ def waited(child: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def counted(limit: int | None, report: Path) -> None:
+def counted(limit: int | None, report: Path, names: tuple[str, ...] = DURABLE) -> None:
     """Kill this process at the call of that number which makes anything durable."""
     calls = 0
 
@@ -60,7 +60,7 @@ def counted(limit: int | None, report: Path) -> None:
 
         return call
 
-    for name in DURABLE:
+    for name in names:
         setattr(os, name, wrap(getattr(os, name)))
 
 
@@ -165,7 +165,8 @@ def test_a_gated_remerge_can_be_killed_at_every_write(
 
     def run(shell: Shell, limit: int | None) -> int:
         def work() -> int:
-            counted(limit, report)
+            # Every act ends by replacing the head.
+            counted(limit, report, DURABLE if every else ("replace",))
             return shell("remerge", "demo", code=None).code
 
         return waited(in_child(work))
@@ -181,7 +182,7 @@ def test_a_gated_remerge_can_be_killed_at_every_write(
     shutil.copytree(start.home, shell.home)
     assert run(shell, None) == 5
     calls = int(report.read_text())
-    for limit in moments(calls, every):
+    for limit in range(calls):
         shutil.rmtree(shell.home)
         shutil.copytree(start.home, shell.home)
         assert run(shell, limit) == -signal.SIGKILL
@@ -255,24 +256,42 @@ def test_interrupted_is_exit_code_130_and_no_traceback(
     assert shell.kinds() == ALL
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
 @pytest.mark.usefixtures("without_mlflow")
-def test_an_export_that_is_killed_leaves_no_half_model(three: Any, tmp_path: Path) -> None:
-    report = tmp_path / "calls"
+@pytest.mark.parametrize("options", [(), ("--overwrite",)], ids=["new", "overwrite"])
+def test_an_export_that_is_killed_leaves_no_half_model(
+    three: Three, tmp_path: Path, options: tuple[str, ...]
+) -> None:
+    report, out = tmp_path / "calls", tmp_path / "place" / "out"
 
     def run(limit: int | None) -> int:
         def work() -> int:
             counted(limit, report)
-            code: int = three.shell("export", "demo", "1", tmp_path / "out", code=None).code
-            return code
+            return three.shell("export", "demo", "1", out, *options, code=None).code
 
         return waited(in_child(work))
 
+    def start() -> None:
+        shutil.rmtree(out.parent, ignore_errors=True)
+        out.parent.mkdir()
+        if options:
+            three.shell("export", "demo", "3", out)
+
+    start()
+    allowed = [contents(out)] if options else []
     assert run(None) == 0
     calls = int(report.read_text())
-    whole = {p.name for p in (tmp_path / "out").iterdir()}
+    allowed.append(contents(out))
     for limit in range(calls):
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        start()
         run(limit)
-        if (tmp_path / "out").exists():
-            assert {p.name for p in (tmp_path / "out").iterdir()} == whole
-    three.shell("export", "demo", "1", tmp_path / "out", "--overwrite")
+        found = [contents(folder) for folder in out.parent.iterdir()]
+        if out.exists():
+            assert contents(out) in allowed
+        elif options:
+            assert allowed[0] in found, "the old model is still there"
+        three.shell("export", "demo", "1", out, "--overwrite")
+        assert contents(out) == allowed[-1]

@@ -117,25 +117,25 @@ def test_the_way_back_to_older_weights_is_a_new_version(bare: Bare) -> None:
     assert shell.patch_bytes(3) == shell.patch_bytes(1)
 
 
+@pytest.mark.parametrize("choice", [{"density": 0.1}, {"density": 0.3, "exclude": ["*.bias"]}])
 def test_a_line_that_chooses_masks_anew_is_one_that_always_did(
-    bare: Bare, world: World, tmp_path: Path
+    bare: Bare, world: World, tmp_path: Path, choice: dict[str, Any]
 ) -> None:
-    def configure(shell: Shell, density: float) -> None:
-        localize = {"density": density}
+    def configure(shell: Shell, localize: dict[str, Any]) -> None:
         shell("init", world.line(tmp_path / "line.yaml", retention=None, localize=localize))
 
     shell, other = bare.new_home("home"), bare.new_home("other")
-    configure(shell, 0.3)
-    configure(other, 0.1)
+    configure(shell, {"density": 0.3})
+    configure(other, choice)
     for task in ("colour", "number"):
         bare.add(shell, task)
         bare.add(other, task)
-    configure(shell, 0.1)
+    configure(shell, choice)
     found = shell.json("remerge", "demo")
     assert found["localized"] == ["colour 1", "number 1"]
     assert shell.patch_bytes() == other.patch_bytes()
     assert shell.json("remerge", "demo")["action"] == "unchanged"
-    configure(shell, 0.3)
+    configure(shell, {"density": 0.3})
     assert shell.json("remerge", "demo")["version"] == 4
     assert shell.patch_bytes(4) == shell.patch_bytes(2)
     assert shell.json("remerge", "demo")["action"] == "unchanged"
