@@ -22,22 +22,16 @@ class MovedError(Exception):
 
 
 def record_version(ledger: Ledger, snapshot: Snapshot, candidate: Candidate) -> int:
-    """Make a merged version of a candidate, unless it is there already.
-
-    The newest version may be it, whatever became of it. One that failed its gates may also be
-    an older one that the champion has not passed: whoever was killed after making the next
-    version comes by here again.
-    """
+    """Make a merged version of a candidate, unless the newest one is it already."""
     found: list[int] = []
 
     def change(head: Head) -> Head | None:
         found.clear()
         _check_unmoved(head, snapshot)
-        oldest = (head.newest or 0) if candidate.passed else (head.champion or 0) + 1
-        for version in sorted((v for v in head.versions if v >= oldest), reverse=True):
-            if candidate.is_version(ledger.merged(version)):
-                found.append(version)
-                return None
+        newest = head.newest
+        if newest is not None and candidate.is_version(ledger.merged(newest)):
+            found.append(newest)
+            return None
         found.append(head.next_version)
         record = candidate.record(ledger.line, head.next_version)
         ledger.objects.put_blob(record.to_bytes())

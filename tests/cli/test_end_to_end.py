@@ -410,17 +410,21 @@ def test_init_again_does_nothing_or_configures_or_refuses(
 
 
 @pytest.mark.usefixtures("without_mlflow")
-def test_a_base_that_changed_on_disk_is_refused(world: World, shell: Shell, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_base_that_changed_on_disk_is_refused(
+    world: World, shell: Shell, tmp_path: Path, name: str
+) -> None:
     base = tmp_path / "base"
     shutil.copytree(world.base, base)
-    line = world.line(tmp_path / "line.yaml", base=str(base))
+    line = world.line(tmp_path / "line.yaml", base=str(base), retention=None)
     shell("init", line)
     before = shell.head_bytes()
-    shutil.copyfile(world.model("number") / "model.safetensors", base / "model.safetensors")
-    for command in (
-        ("init", line),
-        ("register", "demo", "--task", world.task("colour"), "--model", world.model("colour")),
-    ):
+    if name == "model.safetensors":
+        shutil.copyfile(world.model("number") / name, base / name)
+    else:
+        (base / name).write_text((base / name).read_text() + " ")
+    files = ("--task", world.task("colour"), "--model", world.model("colour"))
+    for command in (("init", line), ("register", "demo", *files)):
         done = shell(*command, code=3)
         assert "changed" in done.err
     assert shell.head_bytes() == before
