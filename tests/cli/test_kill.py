@@ -1,9 +1,10 @@
 """Killed or interrupted at any moment, the next command finds a consistent state and goes on.
 
-The command runs in forked children, which are killed for good: at every call that makes
+The command runs in children of its own, which are killed for good: at every call that makes
 something durable, one after the other, and at seeded random moments.
 """
 
+import multiprocessing
 import os
 import random
 import shutil
@@ -11,11 +12,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.context import ForkServerProcess
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from registry.catalog import Catalog
 from tests.conftest import NewHome, Three
 from tests.flows.test_mlflow_image import client_of, image
 from tests.shell import Shell
@@ -24,27 +28,45 @@ from tests.worlds import World, write_yaml
 ALL = ["configured", "registered", "localized", "merged", "promoted"]
 DURABLE = ("fsync", "link", "replace", "rename", "unlink", "rmdir")
 
-
-def in_child(work: Callable[[], int | None]) -> int:
-    """Fork, work, and return the child's process id."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        code = work() or 0
-    except BaseException as error:
-        print(repr(error), file=sys.__stderr__)
-    finally:
-        os._exit(code)
+# Children of a server that has imported everything and computed nothing: a fork of this very
+# process would wait for ever for the threads that torch has started here.
+children = multiprocessing.get_context("forkserver")
+children.set_forkserver_preload(["flows", "cli.main", "tests.cli.test_kill"])
 
 
-def waited(child: int) -> int:
-    """The child's exit code, negative for a signal, as `subprocess` has it."""
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+def run(
+    shell: Shell,
+    command: tuple[object, ...],
+    limit: int | None = None,
+    report: Path | None = None,
+    names: tuple[str, ...] = DURABLE,
+) -> int:
+    """Run a command without MLflow in a child, counting the calls of those names.
+
+    Returns:
+        The exit code, negative for a signal, as `subprocess` has it.
+    """
+    child = children.Process(target=_counted, args=(shell, command, limit, report, names))
+    child.start()
+    return waited(child)
 
 
-def counted(limit: int | None, report: Path, names: tuple[str, ...] = DURABLE) -> None:
+def waited(child: ForkServerProcess) -> int:
+    child.join(120)
+    if child.exitcode is None:
+        child.kill()
+        child.join()
+        raise AssertionError("the command did not end in two minutes")
+    return child.exitcode
+
+
+def _counted(
+    shell: Shell,
+    command: tuple[object, ...],
+    limit: int | None,
+    report: Path | None,
+    names: tuple[str, ...],
+) -> None:
     """Kill this process at the call of that number which makes anything durable."""
     calls = 0
 
@@ -52,16 +74,27 @@ def counted(limit: int | None, report: Path, names: tuple[str, ...] = DURABLE) -
         def call(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls
             calls += 1
-            if limit is None:
-                report.write_text(str(calls))
-            elif calls > limit:
+            if limit is not None and calls > limit:
                 os.kill(os.getpid(), signal.SIGKILL)
+            if report is not None:
+                report.write_text(str(calls))
             return real(*args, **kwargs)
 
         return call
 
+    # The image in MLflow is most of the time of a small registration.
+    setattr(Catalog, "repair", lambda *_, **__: 0)  # noqa: B010
     for name in names:
         setattr(os, name, wrap(getattr(os, name)))
+    sys.exit(shell(*command, code=None).code)
+
+
+def _interruptible(shell: Shell, command: tuple[object, ...], said: Path, started: Event) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    started.set()
+    done = shell(*command, code=None)
+    said.write_text(done.err)
+    sys.exit(done.code)
 
 
 def moments(calls: int, every: bool) -> range:
@@ -90,28 +123,18 @@ def test_a_registration_can_be_killed_at_every_write(
     start("init", world.line(tmp_path / "line.yaml", retention=None))
     report = tmp_path / "calls"
 
-    def run(shell: Shell, limit: int | None) -> int:
-        def work() -> int:
-            counted(limit, report)
-            return shell(*command, code=None).code
-
-        return waited(in_child(work))
-
-    shells = []
-
     def fresh(name: str) -> Shell:
-        shells.append(Shell(tmp_path / name))
-        shutil.copytree(start.home, shells[-1].home)
-        return shells[-1]
+        shutil.copytree(start.home, tmp_path / name)
+        return Shell(tmp_path / name)
 
     undisturbed = fresh("undisturbed")
-    assert run(undisturbed, None) == 0
+    assert run(undisturbed, command, report=report) == 0
     calls = int(report.read_text())
     assert calls > 20
     seen = set()
     for limit in moments(calls, every):
         shell = fresh(f"killed-{limit}")
-        assert run(shell, limit) == -signal.SIGKILL
+        assert run(shell, command, limit) == -signal.SIGKILL
         kinds = shell.kinds()
         assert kinds == ALL[: len(kinds)]
         seen.add(len(kinds))
@@ -126,21 +149,13 @@ def test_a_registration_can_be_killed_at_every_write(
 
 @pytest.mark.usefixtures("without_mlflow")
 def test_init_can_be_killed_at_every_write(world: World, tmp_path: Path) -> None:
-    line, report = world.line(tmp_path / "line.yaml"), tmp_path / "calls"
-
-    def run(shell: Shell, limit: int | None) -> int:
-        def work() -> int:
-            counted(limit, report)
-            return shell("init", line, code=None).code
-
-        return waited(in_child(work))
-
-    assert run(Shell(tmp_path / "undisturbed"), None) == 0
+    command, report = ("init", world.line(tmp_path / "line.yaml")), tmp_path / "calls"
+    assert run(Shell(tmp_path / "undisturbed"), command, report=report) == 0
     for limit in range(int(report.read_text())):
         shell = Shell(tmp_path / f"killed-{limit}")
-        assert run(shell, limit) == -signal.SIGKILL
+        assert run(shell, command, limit) == -signal.SIGKILL
         shell("status")
-        shell("init", line)
+        shell(*command)
         assert shell.kinds() == ["configured"]
 
 
@@ -162,31 +177,26 @@ def test_a_gated_remerge_can_be_killed_at_every_write(
     for task in ("wreck", "number"):
         start.add(world, task, "--no-remerge")
     report = tmp_path / "calls"
-
-    def run(shell: Shell, limit: int | None) -> int:
-        def work() -> int:
-            # Every act ends by replacing the head.
-            counted(limit, report, DURABLE if every else ("replace",))
-            return shell("remerge", "demo", code=None).code
-
-        return waited(in_child(work))
+    command = ("remerge", "demo")
+    # Every act ends by replacing the head.
+    names = DURABLE if every else ("replace",)
 
     undisturbed = Shell(tmp_path / "undisturbed")
     shutil.copytree(start.home, undisturbed.home)
-    assert run(undisturbed, None) == 5
+    assert run(undisturbed, command) == 5
     # With all evaluations in the store, what is left are the acts.
     for folder in ("blobs", "keys"):
         place = undisturbed.home / "store" / folder
         shutil.copytree(place, start.home / "store" / folder, dirs_exist_ok=True)
     shell = Shell(tmp_path / "killed")
     shutil.copytree(start.home, shell.home)
-    assert run(shell, None) == 5
+    assert run(shell, command, None, report, names) == 5
     calls = int(report.read_text())
     for limit in range(calls):
         shutil.rmtree(shell.home)
         shutil.copytree(start.home, shell.home)
-        assert run(shell, limit) == -signal.SIGKILL
-        shell("remerge", "demo", code=None)
+        assert run(shell, command, limit, None, names) == -signal.SIGKILL
+        shell(*command, code=None)
         assert shell.kinds() == undisturbed.kinds(), f"killed at {limit} of {calls}"
         assert shell.patch_bytes() == undisturbed.patch_bytes()
         assert states(shell) == states(undisturbed)
@@ -204,27 +214,30 @@ def test_a_registration_can_be_stopped_at_random_moments(
     seconds = time.monotonic() - started
     shell("init", tmp_path / "line.yaml")
     files = ("--task", world.task("colour"), "--model", world.model("colour"))
+    command = ("register", "demo", *files)
     draw = random.Random(2)
     said = tmp_path / "said"
 
-    def work() -> int:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        done = shell("register", "demo", *files, code=None)
-        said.write_text(done.err)
-        return done.code
+    def started_child() -> ForkServerProcess:
+        started = children.Event()
+        child = children.Process(target=_interruptible, args=(shell, command, said, started))
+        child.start()
+        assert started.wait(60)
+        return child
 
     for _ in range(6):
         said.write_text("")
-        child = in_child(work)
+        child = started_child()
         time.sleep(draw.uniform(0.02, 0.8) * seconds)
-        os.kill(child, sent)
+        if child.exitcode is None:
+            os.kill(child.pid or 0, sent)
         code = waited(child)
         assert code in (0, -signal.SIGKILL if sent == signal.SIGKILL else 130)
         if code == 130:
             assert "interrupted" in said.read_text()
         kinds = shell.kinds()
         assert kinds == ALL[: len(kinds)]
-    assert waited(in_child(work)) == 0
+    assert waited(started_child()) == 0
     assert shell.kinds() == ALL
     assert shell.patch_bytes() == undisturbed.patch_bytes()
     shell("remerge", "demo")
@@ -266,13 +279,7 @@ def test_an_export_that_is_killed_leaves_no_half_model(
     three: Three, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     report, out = tmp_path / "calls", tmp_path / "place" / "out"
-
-    def run(limit: int | None) -> int:
-        def work() -> int:
-            counted(limit, report)
-            return three.shell("export", "demo", "1", out, *options, code=None).code
-
-        return waited(in_child(work))
+    command = ("export", "demo", "1", out, *options)
 
     def start() -> None:
         shutil.rmtree(out.parent, ignore_errors=True)
@@ -282,12 +289,12 @@ def test_an_export_that_is_killed_leaves_no_half_model(
 
     start()
     allowed = [contents(out)] if options else []
-    assert run(None) == 0
+    assert run(three.shell, command, report=report) == 0
     calls = int(report.read_text())
     allowed.append(contents(out))
     for limit in range(calls):
         start()
-        run(limit)
+        run(three.shell, command, limit)
         found = [contents(folder) for folder in out.parent.iterdir()]
         if out.exists():
             assert contents(out) in allowed
