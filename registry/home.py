@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merging.errors import BadInput, Unavailable
+from registry.stack import StackFile
 from registry.store import FolderStore, Store, explained
 
 HOME_VARIABLE = "RESTITCH_HOME"
@@ -30,20 +31,24 @@ class Home:
         root: the folder, absolute.
         store_url: a folder in place of `root/store`.
         tracking_uri: an MLflow server or database in place of `root/mlflow.db`.
+        stack_mlflow_uri: the server that `restitch up` put in front of `root/mlflow.db`.
     """
 
     root: Path
     store_url: str | None = None
     tracking_uri: str | None = None
+    stack_mlflow_uri: str | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Home":
         """The home that the environment names; nothing is created yet."""
         environment = os.environ if environment is None else environment
+        root = Path(environment.get(HOME_VARIABLE) or ".restitch").expanduser().absolute()
         return cls(
-            root=Path(environment.get(HOME_VARIABLE) or ".restitch").expanduser().absolute(),
+            root=root,
             store_url=environment.get(STORE_VARIABLE) or None,
             tracking_uri=environment.get("MLFLOW_TRACKING_URI") or None,
+            stack_mlflow_uri=StackFile.read(root).mlflow_uri,
         )
 
     @property
@@ -81,7 +86,8 @@ class Home:
     @property
     def mlflow_uri(self) -> str:
         """The tracking and registry address of MLflow."""
-        return self.tracking_uri or f"sqlite:///{self.root / 'mlflow.db'}"
+        database = f"sqlite:///{self.root / 'mlflow.db'}"
+        return self.tracking_uri or self.stack_mlflow_uri or database
 
     @property
     def owns_mlflow(self) -> bool:

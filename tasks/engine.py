@@ -11,7 +11,6 @@ called as it is.
 """
 
 import functools
-import json
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from urllib.parse import urlsplit
 
 from merging.errors import RestitchError, Unavailable
 from registry.catalog import without_credentials
+from registry.stack import StackFile
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -44,14 +44,13 @@ def engine_url() -> str | None:
 
 
 def _live_stack(home: Path) -> str | None:
-    try:
-        url = json.loads((home / "stack.json").read_text())["prefect_api_url"]
-    except (OSError, ValueError, KeyError, TypeError):
+    url = StackFile.read(home).prefect_api_url
+    if url is None:
         return None
-    parts = urlsplit(str(url))
+    parts = urlsplit(url)
     try:
         with socket.create_connection((parts.hostname or "127.0.0.1", parts.port or 80), 0.5):
-            return str(url)
+            return url
     except OSError:
         return None
 
@@ -95,6 +94,7 @@ def _decorator(
             return _in_engine(function, name, kind, run_name)
 
         call.engine_object = engine_object  # type: ignore[attr-defined]
+        call.body = function  # type: ignore[attr-defined]
         return call
 
     return decorate
