@@ -126,6 +126,7 @@ def _context(head: Head) -> str:
     data = {
         name: None if task.spec.data is None else task.spec.data.content
         for name, task in head.tasks.items()
+        if task.declared
     }
     retention = head.spec.retention
     return digest_json(

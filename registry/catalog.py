@@ -188,6 +188,10 @@ class Catalog:
 
     def _write_version(self, version: image.VersionImage, run_id: str) -> None:
         found = self._versions(version.name, version.identity)
+        if version.existing is not None:
+            number = version.existing.number
+            # A version that somebody made is never the one that is removed as a double.
+            found = sorted(found, key=lambda v: int(v.version) != number) or self._taken(version)
         if not found:
             self._make_model(version.name)
             self.client.create_model_version(
@@ -205,8 +209,29 @@ class Catalog:
         for key, value in version.tags.items():
             if first.tags.get(key) != value:
                 self.client.set_model_version_tag(version.name, str(first.version), key, value)
+        own = version.existing is not None and first.description
+        if own and not first.description.startswith(version.opening):
+            return  # what somebody wrote there themselves stays
         if first.description != version.description:
             self.client.update_model_version(version.name, str(first.version), version.description)
+
+    def _taken(self, version: image.VersionImage) -> list[Any]:
+        """The version that was made in MLflow alone, from now on the image of ours."""
+        from mlflow.exceptions import MlflowException
+
+        assert version.existing is not None
+        number = str(version.existing.number)
+        try:
+            there = self.client.get_model_version(version.name, number)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return []
+            raise
+        if there.creation_timestamp != version.existing.created:
+            return []
+        for key, value in version.identity.items():
+            self.client.set_model_version_tag(version.name, number, key, value)
+        return [there]
 
     def _aliases(self, head: Head) -> dict[str, int] | None:
         """The aliases of the line's model; None where it should have versions and is gone."""

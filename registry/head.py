@@ -10,9 +10,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
 
+from merging.digests import digest_bytes
 from registry.specs import LineSpec, Name, TaskSpec
 
 FORMAT = 1
+
+# The digest of a checkpoint that could not be read: that of no bytes at all.
+UNREAD = digest_bytes(b"")
 
 State = Literal["registered", "waiting", "quarantined", "ready", "held", "replaced", "retired"]
 
@@ -35,7 +39,7 @@ class ModelRef(Record):
 
     Attributes:
         uri: the resolved source: an absolute path, an address, or `org/name@commit`.
-        weights: the digest of the checkpoint's tensors.
+        weights: the digest of the checkpoint's tensors; `UNREAD` where it could not be read.
         config: the digest of its configuration and of the files that prepare its input.
         size: the bytes of its tensors.
         blob: the digest of a copy in the store, where there is one.
@@ -46,6 +50,19 @@ class ModelRef(Record):
     config: Digest
     size: Annotated[int, Field(ge=0)] = 0
     blob: Digest | None = None
+
+
+class MlflowVersion(Record):
+    """A version of a registered model that somebody made in MLflow.
+
+    Attributes:
+        number: MLflow's own.
+        created: when it was made, in milliseconds: a model that was deleted and made anew
+            counts from 1 again.
+    """
+
+    number: Number
+    created: int
 
 
 class ModelVersion(Record):
@@ -60,6 +77,7 @@ class ModelVersion(Record):
         delta: the digest of its sparse delta.
         registered_at: UTC, ISO.
         facts: small findings, such as the kept coordinates or the share outside of them.
+        mlflow: the version in MLflow as which it was registered there, and not here.
     """
 
     model: ModelRef
@@ -69,6 +87,7 @@ class ModelVersion(Record):
     delta: Digest | None = None
     registered_at: str = ""
     facts: dict[str, JsonValue] = {}
+    mlflow: MlflowVersion | None = None
 
     @model_validator(mode="after")
     def _ready_has_a_delta(self) -> Self:
@@ -78,9 +97,15 @@ class ModelVersion(Record):
 
 
 class Task(Record):
-    """A task of the line and all models that were registered for it."""
+    """A task of the line and all models that were registered for it.
+
+    Attributes:
+        declared: whether somebody has described it; until then its models wait, and the
+            spec says nothing but its name.
+    """
 
     spec: TaskSpec
+    declared: bool = True
     versions: dict[Number, ModelVersion] = {}
 
     @property
@@ -209,6 +234,18 @@ class Head(Record):
         versions = {} if old is None else old.versions
         return self._changed(tasks={**self.tasks, spec.task: Task(spec=spec, versions=versions)})
 
+    def with_undeclared(self, task: str) -> "Head":
+        """A place for the models of a task that nobody has described; nothing where it is there."""
+        if task in self.tasks:
+            return self
+        unknown = Task(spec=TaskSpec(task=task), declared=False)
+        return self._changed(tasks={**self.tasks, task: unknown})
+
+    def adopted(self, task: str, mlflow: MlflowVersion) -> int | None:
+        """The version of a task that was taken in from this very version in MLflow."""
+        versions = self.tasks[task].versions if task in self.tasks else {}
+        return next((n for n, v in versions.items() if v.mlflow == mlflow), None)
+
     def with_version(self, task: str, model: ModelVersion) -> "Head":
         """One more model of a task, with the task's next number."""
         found = self._task(task)
@@ -252,7 +289,7 @@ class Head(Record):
         return self.tasks[name]
 
     def _with_versions(self, name: str, versions: dict[int, ModelVersion]) -> "Head":
-        task = Task(spec=self.tasks[name].spec, versions=versions)
+        task = self.tasks[name].model_copy(update={"versions": versions})
         return self._changed(tasks={**self.tasks, name: task})
 
     def _changed(self, **changes: Any) -> "Head":

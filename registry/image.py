@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from merging.digests import canonical_json
-from registry.head import ModelVersion
+from registry.head import MlflowVersion, ModelVersion
 from registry.history import Entry, MergedRecord
 
 # The tag that says of which object a run or a model version is the image.
@@ -51,12 +51,16 @@ class VersionImage:
     Attributes:
         identity: the tags that make it this version; there is one with them or none.
         tags: further tags, which may change.
+        opening: how the description begins whatever else it says; another one is somebody's own.
+        existing: the version that somebody made in MLflow and that becomes this one.
     """
 
     name: str
     identity: dict[str, str]
     tags: dict[str, str]
     description: str
+    opening: str = ""
+    existing: MlflowVersion | None = None
 
 
 def experiment_name(line: str) -> str:
@@ -163,6 +167,8 @@ def of_model(
         identity={DIGEST_TAG: digest, VERSION_TAG: str(version)},
         tags=_cut_tags(tags),
         description=_of_state(task, version, model),
+        opening=_opening(task, version),
+        existing=model.mlflow,
     )
     return run, shown
 
@@ -302,8 +308,12 @@ def _of_state(task: str, version: int, model: ModelVersion) -> str:
         "replaced": "A newer model of the task took its place.",
         "retired": "It was retired and takes part in no merge.",
     }
-    text = f"Finetuned model {version} of task {task}. {meaning[model.state]}"
+    text = f"{_opening(task, version)} {meaning[model.state]}"
     return f"{text} Reason: {model.reason}" if model.reason else text
+
+
+def _opening(task: str, version: int) -> str:
+    return f"Finetuned model {version} of task {task}."
 
 
 def _object(uri: str, digest: str, size: int) -> bytes:
