@@ -1,4 +1,4 @@
-"""Servers for tests: a real Prefect API on loopback, with a home of its own."""
+"""Servers for tests on loopback, each in a process of its own with state of its own."""
 
 import os
 import socket
@@ -68,6 +68,50 @@ def prefect_server(home: Path) -> Iterator[str]:
             process.wait()
 
 
+_MOTO = """
+import sys, threading
+from moto import server
+one, answer = threading.Lock(), server.DomainDispatcherApplication.__call__
+def in_turn(self, environ, start):
+    # moto looks and then writes; that both are one is what conditional writes promise.
+    with one:
+        return answer(self, environ, start)
+server.DomainDispatcherApplication.__call__ = in_turn
+server.main(sys.argv[1:])
+"""
+
+
+@contextmanager
+def s3_server(folder: Path) -> Iterator[str]:
+    """Run an S3 server for the length of the context; it forgets everything afterwards.
+
+    Args:
+        folder: for its log.
+
+    Yields:
+        The value for `AWS_ENDPOINT_URL`.
+    """
+    port = free_port()
+    folder.mkdir(parents=True, exist_ok=True)
+    log = folder / "server.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _MOTO, "-H", "127.0.0.1", "-p", str(port)],
+            env={**os.environ, "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(1 << 28)},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=folder,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait(f"{url}/moto-api/data.json", process, log)
+        yield url
+    finally:
+        process.kill()
+        process.wait()
+
+
 def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
     deadline = time.monotonic() + STARTS_WITHIN
     while time.monotonic() < deadline:
@@ -80,4 +124,4 @@ def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
         if process.poll() is not None:
             break
         time.sleep(0.1)
-    raise RuntimeError(f"the Prefect server did not start:\n{log.read_text()[-4000:]}")
+    raise RuntimeError(f"the server did not start:\n{log.read_text()[-4000:]}")
