@@ -76,6 +76,22 @@ def register(
 
 
 @app.command()
+def task(
+    line: Line,
+    file: Annotated[Path, typer.Option("--task", help="YAML file of the task.")],
+    replace_task: Annotated[
+        bool, typer.Option("--replace-task", help="Accept another task file for this name.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Declare a task without a model, for models that are registered in MLflow alone."""
+    from flows.declare import declare_task
+
+    outcome = declare_task(line, file, replace_task=replace_task)
+    _print(outcome.as_dict(), as_json, render.declared)
+
+
+@app.command()
 def remerge(
     line: Line,
     force: Annotated[

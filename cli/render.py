@@ -34,6 +34,20 @@ def registered(found: Values, out: Console) -> None:
         remerged(found["merged"], out)
 
 
+def declared(found: Values, out: Console) -> None:
+    """What became of a task without a model."""
+    says = {
+        "declared": "is declared",
+        "changed": "is described anew",
+        "unchanged": "is as its file says",
+    }
+    text = f"{found['line']}: task {found['task']} {says[found['action']]}"
+    out.print(text, markup=False, soft_wrap=True)
+    if found["waiting"]:
+        versions = ", ".join(map(str, found["waiting"]))
+        out.print(f"  the next remerge looks at what waits: version {versions}", markup=False)
+
+
 def remerged(found: Values, out: Console) -> None:
     """What a remerge did."""
     says = {

@@ -29,6 +29,7 @@ class Foreign:
         source: where its artifacts are, as whoever made it said.
         actor: who that was, as far as MLflow knows.
         described: its tag `restitch.task`.
+        image_of: the version of ours whose image it has become.
     """
 
     line: str
@@ -37,6 +38,7 @@ class Foreign:
     source: str
     actor: str
     described: str | None
+    image_of: int | None
 
     @property
     def uri(self) -> str:
@@ -119,6 +121,7 @@ def _pages(client: Any, wanted: str) -> Iterator[Any]:
 
 
 def _foreign(client: Any, line: str, task: str, version: Any) -> Foreign:
+    number = version.tags.get(image.VERSION_TAG, "")
     return Foreign(
         line,
         task,
@@ -126,6 +129,7 @@ def _foreign(client: Any, line: str, task: str, version: Any) -> Foreign:
         str(version.source or ""),
         _actor(client, version),
         version.tags.get(TASK_TAG),
+        int(number) if number.isdigit() else None,
     )
 
 
