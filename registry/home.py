@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merging.errors import BadInput, Unavailable
+from registry.s3_store import S3Store, parse_address
 from registry.stack import StackFile
 from registry.store import FolderStore, Store, explained
 
@@ -29,7 +30,7 @@ class Home:
 
     Args:
         root: the folder, absolute.
-        store_url: a folder in place of `root/store`.
+        store_url: a folder or `s3://bucket/prefix` in place of `root/store`.
         tracking_uri: an MLflow server or database in place of `root/mlflow.db`.
         stack_mlflow_uri: the server that `restitch up` put in front of `root/mlflow.db`.
     """
@@ -52,8 +53,17 @@ class Home:
         )
 
     @property
+    def store_is_local(self) -> bool:
+        """Whether the store is a folder, where what lies beside it can be read in place."""
+        return self.store_url is None or not self.store_url.startswith("s3://")
+
+    @property
     def store_path(self) -> Path:
-        """The folder of the store."""
+        """The folder of the store, where it is one.
+
+        Raises:
+            BadInput: it is not.
+        """
         if self.store_url is None:
             return self.root / "store"
         scheme, separator, rest = self.store_url.partition("://")
@@ -63,9 +73,9 @@ class Home:
             return Path("/" + rest.lstrip("/"))
         raise BadInput(
             f"{STORE_VARIABLE} names a store of a kind that this version cannot use",
-            expected="a folder",
+            expected="a folder, or s3://bucket/prefix",
             found=f"{scheme}://...",
-            hint=f"set {STORE_VARIABLE} to a folder that all workers share, or unset it",
+            hint=f"set {STORE_VARIABLE} to one that all workers share, or unset it",
         )
 
     @property
@@ -110,7 +120,13 @@ class Home:
             )
 
     def open_store(self) -> Store:
-        """The store of this home."""
+        """The store of this home.
+
+        Raises:
+            BadInput: its address is not one.
+        """
+        if self.store_url is not None and not self.store_is_local:
+            return S3Store(*parse_address(self.store_url), cache=self.cache / "store")
         return FolderStore(self.store_path)
 
     def sweep(self, older_than: float) -> int:

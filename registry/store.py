@@ -2,8 +2,8 @@
 
 An object is created once (`put`) and never changes; the few that must change do so by
 compare-and-swap (`swap`). A reader sees a whole object or none, whatever is killed when.
-`Store` is the whole surface; `FolderStore` keeps it in a folder of a POSIX file system,
-where writers in other processes and on other mounts of it are safe as far as `link`,
+`Store` is the whole surface (`registry/s3_store.py` keeps it in a bucket); `FolderStore`
+keeps it in a folder of a POSIX file system, where writers in other processes and on other mounts of it are safe as far as `link`,
 `rename` and `flock` are. Names are checked, so that none leaves its store.
 """
 
@@ -99,8 +99,12 @@ class Store(Protocol):
         """
         ...
 
-    def local_path(self, name: str) -> Path:
-        """A local file with the object's content, to be read only.
+    def local_path(self, name: str, *, fresh: bool = False) -> Path:
+        """A local file with the content of an object that is never swapped, to be read only.
+
+        Args:
+            name: the object's name.
+            fresh: fetch it anew where this machine has a copy: that one is damaged.
 
         Raises:
             NotInStore: there is none.
@@ -196,7 +200,7 @@ class FolderStore:
             _sync(target.parent)
         return digest_bytes(data)
 
-    def local_path(self, name: str) -> Path:
+    def local_path(self, name: str, *, fresh: bool = False) -> Path:
         """The object's own file; see `Store.local_path`."""
         path = self._path(name)
         with explained(path, "read"):

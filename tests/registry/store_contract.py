@@ -21,7 +21,13 @@ from tests.hub_server import ROOT
 
 
 class StoreContract:
-    """The claims; `store` and `opener` are the inheriting class's fixtures."""
+    """The claims; `store` and `opener` are the inheriting class's fixtures.
+
+    Attributes:
+        lives_up_to: the seconds within which a writer is killed that has begun.
+    """
+
+    lives_up_to = 0.15
 
     @pytest.fixture
     def store(self, tmp_path) -> Store:
@@ -210,6 +216,7 @@ class StoreContract:
             from pathlib import Path
             store = {opener}
             tag = None
+            store.put(f"begun/{{sys.argv[1]}}", b"")
             print("on", flush=True)
             for number in range(100000):
                 store.put(f"killed/{{sys.argv[1]}}-{{number}}", Path({str(file)!r}))
@@ -219,7 +226,7 @@ class StoreContract:
         for attempt in range(6):
             process = start(code, str(attempt))
             wait_for_line(process)
-            time.sleep(chance.uniform(0.0, 0.15))
+            time.sleep(chance.uniform(0.0, self.lives_up_to))
             kill(process)
         whole = file.read_bytes()
         names = list(store.list("killed"))

@@ -1,0 +1,428 @@
+"""A store in an S3 bucket, or in anything that speaks its protocol.
+
+Objects are created and swapped by conditional writes, on which the server decides. Each
+write carries a token of its own in the object's metadata: where an answer got lost and the
+repetition is refused, the token says whether the object that is there is ours. What must
+be a local file is downloaded whole into a cache before it has its name. The address of the
+server and the credentials are boto3's to find (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`,
+...), and none of them is ever part of a message. boto3 is imported when it is needed.
+"""
+
+import contextlib
+import os
+import random
+import re
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn, TypeVar
+
+from merging.errors import BadInput, Unavailable
+from registry.store import NotInStore, Tagged, check_name, explained
+
+Result = TypeVar("Result")
+
+_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
+_LONGEST_PREFIX = 100  # a key has at most 1024 bytes, and a name 900
+_TEMPORARY = ".tmp"
+_TOKEN = "restitch-writer"
+
+# A server that is away is an error within about 20 seconds: three attempts to connect.
+_CONNECT_TIMEOUT, _READ_TIMEOUT, _ATTEMPTS = 4, 20, 3
+# Two conditional writes at once: the server may ask both to come again.
+_CONFLICTS = 30
+
+LARGEST_PUT = 5 << 30
+PART = 64 << 20
+_MOST_PARTS = 10_000
+_BLOCK = 4 << 20
+
+_REFUSED = ("AccessDenied", "AllAccessDisabled", "AccountProblem", "403", "Forbidden")
+_UNKNOWN = (
+    *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
+    *("TokenRefreshRequired", "AuthorizationHeaderMalformed", "InvalidSecurity"),
+)
+_CREDENTIALS = (
+    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN for temporary "
+    "ones) in the environment of this process"
+)
+
+
+class _Found(NamedTuple):
+    """What is there under a key."""
+
+    etag: str
+    token: str | None
+
+
+def parse_address(address: str) -> tuple[str, str]:
+    """The bucket and the prefix of `s3://bucket/prefix`.
+
+    Raises:
+        BadInput: it is not of this form; the message does not repeat it.
+    """
+    bucket, _, prefix = address.removeprefix("s3://").partition("/")
+    prefix = prefix.rstrip("/")
+    if not address.startswith("s3://") or not _BUCKET.match(bucket):
+        raise _bad_address("something else in the place of the bucket")
+    if not prefix or len(prefix) > _LONGEST_PREFIX:
+        raise _bad_address("no prefix" if not prefix else f"a prefix of {len(prefix)} characters")
+    try:
+        return bucket, check_name(prefix)
+    except BadInput:
+        raise _bad_address("something else in the place of the prefix") from None
+
+
+def _bad_address(found: str) -> BadInput:
+    return BadInput(
+        "the address of the store is not one",
+        expected="s3://bucket/prefix of letters, digits, '-', '_' and '.'",
+        found=found,
+        hint="set RESTITCH_STORE to s3://bucket/prefix; the server goes into AWS_ENDPOINT_URL "
+        "and the credentials into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+    )
+
+
+class S3Store:
+    """A store below a prefix of a bucket.
+
+    Args:
+        bucket: the bucket, which must be there.
+        prefix: where in it the store lies; nothing else may lie there.
+        cache: a folder for local copies. They are of objects that never change, so it may
+            be emptied while nothing runs, and serves any number of processes.
+    """
+
+    def __init__(self, bucket: str, prefix: str, cache: Path) -> None:
+        self.bucket = bucket
+        self.prefix = prefix
+        self.cache = cache
+        self._lock = threading.Lock()
+        self._made: tuple[int, Any] | None = None
+
+    def put(self, name: str, data: bytes | Path, *, move: bool = False) -> bool:
+        """Create the object by a conditional write; see `Store.put`."""
+        if not isinstance(data, Path):
+            return self._write(name, data, IfNoneMatch="*") is not None
+        if not data.is_file():
+            raise BadInput(f"the file {data} is not there")
+        # What is there already is not sent again, only to be refused at the end.
+        there = self._head(name) is not None
+        created = not there and self._write(name, data, IfNoneMatch="*") is not None
+        if move:
+            self._take(name, data, keep=created)
+        return created
+
+    def read(self, name: str) -> bytes:
+        """The object's bytes; see `Store.read`."""
+        return self.read_tagged(name).data
+
+    def read_tagged(self, name: str) -> Tagged:
+        """The object's bytes with its ETag; see `Store.read_tagged`."""
+        return self._got(name, lambda answer: Tagged(answer["Body"].read(), str(answer["ETag"])))
+
+    def swap(self, name: str, expected: str | None, data: bytes) -> str | None:
+        """Replace the object if it is still the expected one; see `Store.swap`.
+
+        Where an answer was lost and another writer has swapped since, this says that nothing
+        was changed although it was, and is over already.
+        """
+        if expected is None:
+            return self._write(name, data, IfNoneMatch="*")
+        return self._write(name, data, IfMatch=expected)
+
+    def local_path(self, name: str, *, fresh: bool = False) -> Path:
+        """A copy in the cache, downloaded once; see `Store.local_path`."""
+        path = self.cache / self._key(name)
+        with explained(path, "write"):
+            if path.is_file() and not fresh:
+                return path
+            with self._temporary() as temporary:
+                self._got(name, lambda answer: _save(answer["Body"], temporary))
+                path.parent.mkdir(parents=True, exist_ok=True)
+                temporary.replace(path)
+        return path
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """The names below a prefix, sorted; see `Store.list`."""
+        below = self._key(prefix.rstrip("/")) + "/" if prefix else f"{self.prefix}/"
+        keys: list[str] = []
+        with self._explained("list"):
+            pages = self._client().get_paginator("list_objects_v2")
+            for page in pages.paginate(Bucket=self.bucket, Prefix=below):
+                keys.extend(str(each["Key"]) for each in page.get("Contents", ()))
+        names = (key.removeprefix(f"{self.prefix}/") for key in keys)
+        return iter(sorted(name for name in names if _is_name(name)))
+
+    def sweep(self, older_than: float) -> int:
+        """Remove halves of downloads and of uploads by age; see `Store.sweep`."""
+        limit = time.time() - older_than
+        removed = 0
+        folder = self.cache / _TEMPORARY
+        with explained(folder, "sweep"):
+            for path in folder.glob("*"):
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_mtime < limit:
+                        path.unlink()
+                        removed += 1
+        with self._explained("sweep"):
+            for key, upload, since in self._uploads():
+                if since < limit:
+                    self._client().abort_multipart_upload(
+                        Bucket=self.bucket, Key=key, UploadId=upload
+                    )
+                    removed += 1
+        return removed
+
+    def _key(self, name: str) -> str:
+        return f"{self.prefix}/{check_name(name)}"
+
+    def _client(self) -> Any:
+        # A connection that a forked process shares with its parent would mix up answers.
+        with self._lock:
+            if self._made is None or self._made[0] != os.getpid():
+                self._made = (os.getpid(), _connect())
+            return self._made[1]
+
+    def _head(self, name: str) -> _Found | None:
+        """What is there, without its content."""
+        from botocore.exceptions import ClientError
+
+        with self._explained(f"look for {name}"):
+            try:
+                found = self._client().head_object(Bucket=self.bucket, Key=self._key(name))
+            except ClientError as error:
+                if _status(error) == 404:
+                    return None
+                raise
+        return _Found(str(found["ETag"]), found.get("Metadata", {}).get(_TOKEN))
+
+    def _got(self, name: str, take: Callable[[Mapping[str, Any]], Result]) -> Result:
+        """Take an object's content; begin again where the connection breaks on the way."""
+        from botocore import exceptions
+
+        broken = (
+            exceptions.IncompleteReadError,
+            exceptions.ResponseStreamingError,
+            exceptions.ReadTimeoutError,
+        )
+        with self._explained(f"read {name}"):
+            for attempt in range(_ATTEMPTS):
+                try:
+                    return take(self._client().get_object(Bucket=self.bucket, Key=self._key(name)))
+                except exceptions.ClientError as error:
+                    if _code(error) in ("NoSuchKey", "404"):
+                        raise NotInStore(name) from None
+                    raise
+                except broken:
+                    if attempt == _ATTEMPTS - 1:
+                        raise
+        raise AssertionError("the last attempt returns or raises")
+
+    def _write(self, name: str, data: bytes | Path, **condition: str) -> str | None:
+        """Write under a condition; the new ETag, or None where the condition does not hold."""
+        from botocore.exceptions import ClientError
+
+        key, token = self._key(name), uuid.uuid4().hex
+        for attempt in range(_CONFLICTS):
+            with self._explained(f"write {name}"):
+                try:
+                    return self._send(key, data, {_TOKEN: token}, condition)
+                except ClientError as error:
+                    code, status = _code(error), _status(error)
+                    lost = code == "NoSuchUpload"  # completed by a call whose answer was lost
+                    if status == 412 or lost or code == "NoSuchKey":
+                        found = self._head(name)
+                        if found is not None and found.token == token:
+                            return found.etag
+                        if not lost:
+                            return None
+                        raise
+                    if status != 409:
+                        raise
+            time.sleep(random.uniform(0, min(1.0, 0.01 * 2 ** min(attempt, 8))))
+        raise Unavailable(
+            f"cannot write {name} to {self._place}",
+            found=f"{_CONFLICTS} conflicts with other writers",
+            hint="run the same command again",
+        )
+
+    def _send(
+        self, key: str, data: bytes | Path, metadata: dict[str, str], condition: dict[str, str]
+    ) -> str:
+        target = {"Bucket": self.bucket, "Key": key}
+        if not isinstance(data, Path):
+            answer = self._client().put_object(**target, Body=data, Metadata=metadata, **condition)
+            return str(answer["ETag"])
+        with explained(data, "read"):
+            size = data.stat().st_size
+            if size > LARGEST_PUT:
+                return self._send_parts(target, data, size, metadata, condition)
+            with data.open("rb") as body:
+                answer = self._client().put_object(
+                    **target, Body=body, Metadata=metadata, **condition
+                )
+        return str(answer["ETag"])
+
+    def _send_parts(
+        self,
+        target: dict[str, str],
+        file: Path,
+        size: int,
+        metadata: dict[str, str],
+        condition: dict[str, str],
+    ) -> str:
+        client = self._client()
+        length = max(PART, -(-size // _MOST_PARTS))
+        upload = client.create_multipart_upload(**target, Metadata=metadata)["UploadId"]
+        parts: list[dict[str, Any]] = []
+        try:
+            with file.open("rb") as body:
+                while block := body.read(length):
+                    number = len(parts) + 1
+                    answer = client.upload_part(
+                        **target, UploadId=upload, PartNumber=number, Body=block
+                    )
+                    parts.append({"PartNumber": number, "ETag": answer["ETag"]})
+            done = client.complete_multipart_upload(
+                **target, UploadId=upload, MultipartUpload={"Parts": parts}, **condition
+            )
+        except BaseException:
+            # Parts of an upload that nobody completes cost money until they are swept.
+            with contextlib.suppress(Exception):
+                client.abort_multipart_upload(**target, UploadId=upload)
+            raise
+        return str(done["ETag"])
+
+    def _uploads(self) -> Iterator[tuple[str, str, float]]:
+        """Uploads in parts that are not completed: key, id, when they began."""
+        from botocore.exceptions import ClientError
+
+        pages = self._client().get_paginator("list_multipart_uploads")
+        try:
+            for page in pages.paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/"):
+                for each in page.get("Uploads", ()):
+                    yield str(each["Key"]), str(each["UploadId"]), each["Initiated"].timestamp()
+        except ClientError as error:
+            # Not every server lists them, and not every account may: both can do without.
+            if _code(error) not in (*_REFUSED, "NotImplemented", "MethodNotAllowed"):
+                raise
+
+    def _take(self, name: str, file: Path, *, keep: bool) -> None:
+        """Take a file that was given away: what it holds need not be downloaded again."""
+        path = self.cache / self._key(name)
+        with explained(file, "remove"):
+            if keep:
+                with contextlib.suppress(OSError):
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    file.replace(path)
+            file.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        folder = self.cache / _TEMPORARY
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / uuid.uuid4().hex
+        try:
+            yield path
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    @property
+    def _place(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}"
+
+    @contextlib.contextmanager
+    def _explained(self, doing: str) -> Iterator[None]:
+        """Turn what boto3 raises into errors that say what to do.
+
+        Raises:
+            Unavailable: the server is away or refuses.
+        """
+        from botocore import exceptions
+
+        try:
+            yield
+        except exceptions.ClientError as error:
+            self._refuse(doing, _code(error), _status(error))
+        except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError):
+            raise Unavailable(
+                f"cannot {doing}: there are no credentials for {self._place}", hint=_CREDENTIALS
+            ) from None
+        except exceptions.BotoCoreError as error:
+            # Not chained and not quoted: its text may hold an address with a password.
+            raise Unavailable(
+                f"cannot {doing}: the server of {self._place} does not answer",
+                found=type(error).__name__,
+                hint="check AWS_ENDPOINT_URL and the network and run the same command again",
+            ) from None
+
+    def _refuse(self, doing: str, code: str, status: int) -> NoReturn:
+        if code == "NoSuchBucket":
+            hint = f"make the bucket {self.bucket}, or set RESTITCH_STORE to one that there is"
+        elif code in _UNKNOWN:
+            hint = f"the server does not accept the credentials: {_CREDENTIALS}"
+        elif code in _REFUSED or status in (401, 403):
+            hint = (
+                "give these credentials the right to list, read and write "
+                f"{self._place}, or {_CREDENTIALS}"
+            )
+        else:
+            hint = "run the same command again; if it stays, look at the server's log"
+        raise Unavailable(
+            f"cannot {doing}: the server of {self._place} refuses",
+            found=f"{code} (HTTP {status})",
+            hint=hint,
+        ) from None
+
+
+def _connect() -> Any:
+    import boto3
+    from botocore.config import Config
+
+    settings = Config(
+        connect_timeout=_CONNECT_TIMEOUT,
+        read_timeout=_READ_TIMEOUT,
+        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+        max_pool_connections=32,
+        # Not every server knows the newer checksums; the signature covers the content.
+        request_checksum_calculation="when_required",
+        response_checksum_validation="when_required",
+        s3={"payload_signing_enabled": True},
+    )
+    try:
+        # A session of its own: boto3's global one is not made for threads.
+        return boto3.session.Session().client("s3", config=settings)
+    except ValueError:
+        raise BadInput(
+            "AWS_ENDPOINT_URL is not the address of a server",
+            expected="http://host:port or https://host",
+            hint="correct or unset it",
+        ) from None
+
+
+def _save(body: Any, file: Path) -> None:
+    with file.open("wb") as out:
+        for block in body.iter_chunks(_BLOCK):
+            out.write(block)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def _is_name(text: str) -> bool:
+    try:
+        check_name(text)
+    except BadInput:
+        return False
+    return True
+
+
+def _code(error: Any) -> str:
+    return str(error.response.get("Error", {}).get("Code", "unknown"))
+
+
+def _status(error: Any) -> int:
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
