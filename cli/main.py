@@ -21,7 +21,7 @@ from cli import render
 from cli.reporter import TerminalReporter
 from merging.errors import RestitchError, Unavailable
 from registry.home import Home, prepare_environment
-from tasks.reporting import reporting_to
+from tasks.reporting import reporting_to, say
 
 app = typer.Typer(
     name="restitch",
@@ -51,9 +51,12 @@ def init(
     file: Annotated[Path, typer.Argument(help="YAML file of the line.")], as_json: Json = False
 ) -> None:
     """Make a line, or update it, from a YAML file."""
+    from deployments.deploy import keep_schedules
     from flows.line import init_line
 
-    _print(init_line(file).as_dict(), as_json, render.init)
+    outcome = init_line(file)
+    keep_schedules()
+    _print(outcome.as_dict(), as_json, render.init)
 
 
 @app.command()
@@ -65,12 +68,38 @@ def register(
     replace_task: Annotated[
         bool, typer.Option("--replace-task", help="Accept another task file for this name.")
     ] = False,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Keep a copy of the model's files in the store.")
+    ] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", help="With workers, return when it is merged or cannot be.")
+    ] = False,
+    timeout: Annotated[
+        float | None, typer.Option(help="Seconds to wait at most; exit code 6 after them.")
+    ] = None,
+    here: Annotated[
+        bool, typer.Option("--here", help="Do the work in this process though there are workers.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Register a finetuned model; returns when it is in the merged model."""
+    """Register a finetuned model.
+
+    Where workers are set up they take over and this returns at once, or with --wait when the
+    model is in the champion or cannot be. Without workers the work is done here.
+    """
     from flows.register import register as run
 
-    outcome = run(line, task, model, merge=remerge, replace_task=replace_task)
+    outcome = run(
+        line,
+        task,
+        model,
+        merge=remerge,
+        replace_task=replace_task,
+        copy=copy,
+        here=here,
+        wait=wait,
+        timeout=timeout,
+    )
     _print(outcome.as_dict(), as_json, render.registered)
     raise typer.Exit(outcome.exit_code)
 
@@ -110,12 +139,66 @@ def remerge(
 @app.command()
 def status(
     line: Annotated[str | None, typer.Argument(help="Name of the line; all without.")] = None,
+    watch: Annotated[bool, typer.Option("--watch", help="Follow it until Ctrl-C.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show members, their states, champion and candidate."""
     from cli.views import status as view
 
-    _print(view(line), as_json, render.status)
+    if watch:
+        from cli.watch import follow
+
+        follow(lambda: view(line), as_json)
+    else:
+        _print(view(line), as_json, render.status)
+
+
+@app.command()
+def up(
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="How many workers; as before, at first one.")
+    ] = None,
+    pool: Annotated[str, typer.Option(help="The work pool that they serve.")] = "gpu",
+    as_json: Json = False,
+) -> None:
+    """Start servers, workers and all that connects them on this machine; mend what died."""
+    from deployments.stack import up as run
+
+    home = Home.from_environment()
+    outcome = run(home, workers, pool, say)
+    _print(outcome.as_dict(), as_json, render.up)
+
+
+@app.command()
+def down(as_json: Json = False) -> None:
+    """Stop what `up` started; the state stays."""
+    from deployments.stack import down as run
+
+    _print({"stopped": list(run(Home.from_environment()))}, as_json, render.down)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Check versions, servers, pools, workers, triggers, store, device, and say how to mend each."""
+    from deployments.doctor import examine, exit_code
+
+    checks = examine()
+    _print({"checks": [check.as_dict() for check in checks]}, as_json, render.doctor)
+    raise typer.Exit(exit_code(checks))
+
+
+@app.command()
+def deploy(
+    pool: Annotated[str, typer.Option(help="The work pool for onboarding.")] = "gpu",
+    remerge_pool: Annotated[
+        str | None, typer.Option(help="The work pool for remerging; the same by default.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make pools, deployments, triggers and schedules on the Prefect server of a team."""
+    from deployments.deploy import deploy as run
+
+    _print(run(pool, remerge_pool).as_dict(), as_json, render.deployed)
 
 
 @app.command()
@@ -158,6 +241,49 @@ def evaluate(line: Line, version: Version = "champion", as_json: Json = False) -
     from flows.evaluate import evaluate_version
 
     _print(evaluate_version(line, version).as_dict(), as_json, render.evaluated)
+
+
+@app.command()
+def webhook(
+    host: Annotated[
+        str, typer.Option(help="Where to listen; by default this machine alone can reach it.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 4280,
+    register_as: Annotated[
+        str | None,
+        typer.Option(
+            "--register",
+            metavar="URL",
+            help="Receive nothing; tell MLflow to send to a receiver at this address.",
+        ),
+    ] = None,
+) -> None:
+    """Receive MLflow's webhooks and hand new models to Prefect as events.
+
+    Listens on loopback unless told otherwise. The secret that it shares with MLflow is read
+    from RESTITCH_WEBHOOK_SECRET. `POST /webhook` takes deliveries, `GET /health` answers.
+    """
+    from deployments.webhook import SECRET_VARIABLE, register_webhook, serve
+    from tasks.engine import engine_url
+
+    secret = os.environ.get(SECRET_VARIABLE, "")
+    if register_as is not None:
+        done = register_webhook(Home.from_environment().mlflow_uri, register_as, secret)
+        typer.echo(f"webhook of MLflow to {register_as}: {done}")
+        return
+    prefect = engine_url()
+    if prefect is None:
+        raise Unavailable(
+            "there is no Prefect server to hand events to",
+            hint="set PREFECT_API_URL, or start one with `restitch up`",
+        )
+    serve(
+        host,
+        port,
+        secret=secret,
+        prefect_api_url=prefect,
+        started=lambda address: typer.echo(f"receiving at {address}"),
+    )
 
 
 def _quieten() -> None:

@@ -15,9 +15,12 @@ ALLOWED = {
     "registry": {"merging"},
     "tasks": {"merging", "modeling", "registry"},
     "flows": {"merging", "modeling", "registry", "tasks"},
-    "cli": {"merging", "modeling", "registry", "tasks", "flows"},
-    "playground": {"merging", "modeling", "registry", "tasks", "flows", "cli"},
-    "benchmarks": {"merging", "modeling", "registry", "tasks", "flows", "cli", "playground"},
+    "deployments": {"merging", "modeling", "registry", "tasks", "flows"},
+    "cli": {"merging", "modeling", "registry", "tasks", "flows", "deployments"},
+    "playground": {*("merging", "modeling", "registry", "tasks", "flows", "cli", "deployments")},
+    "benchmarks": {
+        *("merging", "modeling", "registry", "tasks", "flows", "cli", "deployments", "playground")
+    },
 }
 MERGING_MAY_USE = {"torch", "numpy", "safetensors", "blake3"} | set(sys.stdlib_module_names)
 ONLY_FOR_FLOWS = {"prefect"}

@@ -1,0 +1,339 @@
+"""The receiver of MLflow's webhooks: a new version there becomes an event in Prefect.
+
+MLflow signs what it sends and tries again for a few seconds where the answer is a failure of
+the server; hence whatever Prefect has not taken is answered with 502. A delivery counts once:
+its id becomes the event's id, and one that was handed over is only acknowledged when it comes
+again. Nothing is read before the signature is right, and the secret appears in no message.
+What is lost in spite of it, and what in-process clients register, the schedule finds.
+"""
+
+import base64
+import hashlib
+import hmac
+import json
+import logging
+import os
+import socket
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from merging.errors import BadInput, Unavailable
+from registry.catalog import connect, mlflow_explained, without_credentials
+from registry.foreign import task_of
+from registry.home import Home
+from registry.image import VERSION_TAG
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+
+PORT = 4280
+SECRET_VARIABLE = "RESTITCH_WEBHOOK_SECRET"
+EVENT = "restitch.model.registered"
+NAME = "restitch"  # of the webhook in MLflow
+
+MAX_BYTES = 1 << 20
+OLDEST = 300.0  # seconds; MLflow's last attempt comes about ten after the first, as of then
+AHEAD = 60.0  # by which the clocks of two hosts may differ
+REMEMBERED = 600.0  # longer than a delivery may be old, so that none can come twice
+
+Event = dict[str, Any]
+Answer = tuple[int, str]
+
+log = logging.getLogger("restitch")
+
+
+def handle(
+    headers: Mapping[str, str],
+    body: bytes,
+    *,
+    secret: str,
+    now: float,
+    emit: Callable[[Event], None],
+    remembered: dict[str, float],
+) -> Answer:
+    """Answer one delivery.
+
+    Args:
+        headers: of the request.
+        body: its raw bytes, which are what was signed.
+        secret: shared with MLflow.
+        now: seconds since 1970.
+        emit: hands an event to Prefect, or raises `Unavailable`.
+        remembered: the deliveries that were handed over, with their time; changed in place.
+
+    Returns:
+        The status and a line of text.
+    """
+    if len(body) > MAX_BYTES:
+        return 413, f"more than {MAX_BYTES} bytes"
+    given = {name.lower(): value for name, value in headers.items()}
+    delivery = given.get("x-mlflow-delivery-id")
+    sent = given.get("x-mlflow-timestamp")
+    signature = given.get("x-mlflow-signature")
+    if not delivery or not sent or not signature:
+        return 400, "not a signed delivery of MLflow"
+    if not (sent.isascii() and sent.isdigit() and len(sent) <= 12):
+        return 400, "the timestamp is no number"
+    expected = sign(secret, delivery, sent, body)
+    if not hmac.compare_digest(expected.encode(), signature.encode()):
+        return 401, "wrong signature"
+    if not now - OLDEST <= int(sent) <= now + AHEAD:
+        return 401, "too old, or from the future"
+    for known in [known for known, when in remembered.items() if when < now - REMEMBERED]:
+        remembered.pop(known, None)
+    if delivery in remembered:
+        return 200, "handed over before"
+    try:
+        event = event_of(json.loads(body), delivery, int(sent))
+    except (ValueError, RecursionError) as error:
+        return 400, str(error)[:200] or "not JSON"
+    if event is None:
+        return 200, "ignored"
+    try:
+        emit(event)
+    except Unavailable as error:
+        log.warning("%s: %s", delivery, error.message())
+        return 502, "Prefect did not take the event"
+    remembered[delivery] = now
+    return 200, "handed over"
+
+
+def sign(secret: str, delivery: str, sent: str, body: bytes) -> str:
+    """The signature that MLflow gives a delivery."""
+    signed = f"{delivery}.{sent}.".encode() + body
+    mac = hmac.new(secret.encode(), signed, hashlib.sha256).digest()
+    return f"v1,{base64.b64encode(mac).decode()}"
+
+
+def event_of(message: Any, delivery: str, sent: int) -> Event | None:
+    """The event that a delivery is about; None where it is not about a new model of a line.
+
+    Raises:
+        ValueError: it is no message of MLflow's.
+    """
+    if not isinstance(message, dict) or not isinstance(message.get("data"), dict):
+        raise ValueError("not a message of MLflow")  # noqa: TRY004
+    data = message["data"]
+    if (message.get("entity"), message.get("action")) != ("model_version", "created"):
+        return None
+    named = task_of(str(data.get("name")))
+    if named is None or VERSION_TAG in (data.get("tags") or {}):
+        return None  # of another kind, or an image that we made ourselves
+    number = str(data.get("version"))
+    if not (number.isascii() and number.isdigit()):
+        raise ValueError("the version is no number")
+    line, task = named
+    return {
+        "id": _event_id(delivery),
+        "occurred": datetime.fromtimestamp(sent, UTC).isoformat(),
+        "event": EVENT,
+        "resource": {"prefect.resource.id": f"restitch.model.{line}.{task}"},
+        "payload": {"line": line, "task": task, "version": None, "mlflow_version": int(number)},
+    }
+
+
+def _event_id(delivery: str) -> str:
+    try:
+        return str(uuid.UUID(delivery))
+    except ValueError:
+        return str(uuid.uuid5(uuid.NAMESPACE_URL, f"restitch:{delivery}"))
+
+
+def emitter(prefect_api_url: str) -> Callable[[Event], None]:
+    """What hands events to a Prefect server, as its API wants them: in a list."""
+    import httpx
+
+    headers, auth = {}, None
+    if os.environ.get("PREFECT_API_KEY"):
+        headers["Authorization"] = f"Bearer {os.environ['PREFECT_API_KEY']}"
+    elif os.environ.get("PREFECT_API_AUTH_STRING"):
+        user, _, word = os.environ["PREFECT_API_AUTH_STRING"].partition(":")
+        auth = httpx.BasicAuth(user, word)
+    client = httpx.Client(headers=headers, auth=auth, timeout=10.0)
+    address = f"{prefect_api_url.rstrip('/')}/events"
+
+    def emit(event: Event) -> None:
+        found: object
+        try:
+            found = client.post(address, json=[event]).status_code
+            if 200 <= found < 300:
+                return
+        except httpx.HTTPError as error:
+            found = type(error).__name__
+        raise Unavailable(
+            f"Prefect at {without_credentials(prefect_api_url)} does not take events",
+            expected="status 204",
+            found=found,
+        )
+
+    return emit
+
+
+def application(secret: str, emit: Callable[[Event], None]) -> "Starlette":
+    """The receiver: `POST /webhook` and `GET /health`."""
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.requests import Request
+    from starlette.responses import PlainTextResponse
+    from starlette.routing import Route
+
+    remembered: dict[str, float] = {}
+
+    async def webhook(request: Request) -> PlainTextResponse:
+        body = b""
+        async for part in request.stream():
+            body += part
+            if len(body) > MAX_BYTES:  # whoever sends it is not waited for
+                break
+        status, text = await run_in_threadpool(
+            handle,
+            request.headers,
+            body,
+            secret=secret,
+            now=time.time(),
+            emit=emit,
+            remembered=remembered,
+        )
+        log.log(logging.INFO if status == 200 else logging.WARNING, "%s %s", status, text)
+        return PlainTextResponse(text, status)
+
+    async def health(_: Request) -> PlainTextResponse:
+        return PlainTextResponse("ok")
+
+    return Starlette(
+        routes=[
+            Route("/webhook", webhook, methods=["POST"]),
+            Route("/health", health, methods=["GET"]),
+        ]
+    )
+
+
+def serve(
+    host: str = "127.0.0.1",
+    port: int = PORT,
+    *,
+    secret: str,
+    prefect_api_url: str,
+    started: Callable[[str], None] = log.info,
+) -> None:
+    """Receive until the process is stopped.
+
+    Args:
+        host: the address to listen on; by default nobody else's machine can reach it.
+        port: 0 takes a free one.
+        secret: shared with MLflow.
+        prefect_api_url: where events go.
+        started: is told the address.
+
+    Raises:
+        BadInput: there is no secret.
+        Unavailable: the port is taken.
+    """
+    import uvicorn
+
+    check_secret(secret)
+    try:
+        listener = socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
+    except OSError as error:
+        raise Unavailable(
+            f"cannot listen on {host} port {port}",
+            found=error.strerror or str(error),
+            hint="stop what listens there, or choose another --port",
+        ) from error
+    with listener:
+        number = listener.getsockname()[1]
+        started(f"http://{f'[{host}]' if ':' in host else host}:{number}/webhook")
+        config = uvicorn.Config(
+            application(secret, emitter(prefect_api_url)),
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            lifespan="off",
+        )
+        uvicorn.Server(config).run(sockets=[listener])
+
+
+def check_secret(secret: str) -> str:
+    """The secret, if it is one.
+
+    Raises:
+        BadInput: it is missing or short enough to be guessed.
+    """
+    if len(secret) < 16:
+        raise BadInput(
+            f"{SECRET_VARIABLE} holds no secret",
+            expected="16 characters or more, the same as in MLflow's webhook",
+            found=f"{len(secret)} characters",
+            hint="make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
+        )
+    return secret
+
+
+def register_webhook(
+    mlflow_uri: str, url: str, secret: str
+) -> Literal["created", "repaired", "unchanged"]:
+    """Let an MLflow server tell a receiver of new model versions; again is harmless.
+
+    MLflow never shows a secret, so that it is set anew each time.
+
+    Raises:
+        BadInput: this MLflow has no webhooks, or refuses the address.
+        Unavailable: the server cannot be used.
+    """
+    if not mlflow_uri.startswith(("http://", "https://")):
+        raise BadInput(
+            f"MLflow at {without_credentials(mlflow_uri)} fires no webhooks",
+            expected="the http address of an MLflow server",
+            hint="the schedule finds what is registered without a server",
+        )
+    from mlflow.exceptions import MlflowException
+
+    home = replace(Home.from_environment(), tracking_uri=mlflow_uri)
+    with mlflow_explained(home):
+        client = connect(home)
+        try:
+            return _registered(client, url, check_secret(secret))
+        except MlflowException as error:
+            if error.error_code != "INVALID_PARAMETER_VALUE":
+                raise
+            raise BadInput(
+                f"MLflow refuses the webhook {without_credentials(url)}",
+                found=without_credentials(str(error).splitlines()[0])[:300],
+                hint="on loopback its server needs MLFLOW_WEBHOOK_ALLOWED_SCHEMES=http,https and "
+                "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS=true",
+            ) from None
+
+
+def _registered(client: Any, url: str, secret: str) -> Literal["created", "repaired", "unchanged"]:
+    wanted = "model_version.created"
+    ours = [hook for hook in _webhooks(client) if hook.name == NAME]
+    if not ours:
+        client.create_webhook(
+            NAME, url, [wanted], "Tells restitch of new model versions.", secret, "ACTIVE"
+        )
+        return "created"
+    first, *others = sorted(ours, key=lambda hook: (hook.creation_timestamp, hook.webhook_id))
+    for other in others:  # two hosts made it at the same moment
+        client.delete_webhook(other.webhook_id)
+    events = [f"{event.entity.value}.{event.action.value}" for event in first.events]
+    same = (first.url, events, str(first.status)) == (url, [wanted], "ACTIVE")
+    client.update_webhook(
+        first.webhook_id, url=url, events=[wanted], secret=secret, status="ACTIVE"
+    )
+    return "unchanged" if same and not others else "repaired"
+
+
+def _webhooks(client: Any) -> list[Any]:
+    found, token = [], None
+    while True:
+        page = client.list_webhooks(max_results=100, page_token=token)
+        found.extend(page)
+        token = page.token
+        if not token:
+            return found
