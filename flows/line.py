@@ -10,6 +10,7 @@ from merging.task_vector import TaskVector
 from modeling.family import family_names, get_family
 from registry.head import Head
 from registry.ledger import Ledger
+from registry.sources import COPY_SCHEME
 from registry.specs import LineSpec, TaskSpec, line_changes, load_line
 from tasks.inputs import check_rows, resolve_task
 from tasks.models import Base, describe_model, open_base
@@ -54,10 +55,14 @@ def init_line(file: Path) -> InitOutcome:
     old = ledger.find()
     if old is not None:
         spec = spec.with_pins_of(old.spec)
+        if spec.base == old.base.uri:  # a copy by its own address, where the original is gone
+            spec = spec.with_base(old.spec.base)
     changes: list[tuple[str, Any, Any]] = []
     if old is None:
         base = describe_model(spec.base, family, space)
-        spec = spec.with_base(base.uri)
+        # A copy's own address would not be in the line file when that is read again.
+        if not base.uri.startswith(COPY_SCHEME):
+            spec = spec.with_base(base.uri)
     else:
         line_changes(old.spec, spec)  # what is fixed, before anything is read
         base = old.base

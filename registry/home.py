@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merging.errors import BadInput, Unavailable
-from registry.s3_store import S3Store, parse_address
+from registry.s3_client import parse_address
+from registry.s3_store import S3Store
 from registry.stack import StackFile
 from registry.store import FolderStore, Store, explained
 

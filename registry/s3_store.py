@@ -3,34 +3,28 @@
 Objects are created and swapped by conditional writes, on which the server decides. Each
 write carries a token of its own in the object's metadata: where an answer got lost and the
 repetition is refused, the token says whether the object that is there is ours. What must
-be a local file is downloaded whole into a cache before it has its name. The address of the
-server and the credentials are boto3's to find (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`,
-...), and none of them is ever part of a message. boto3 is imported when it is needed.
+be a local file is downloaded whole into a cache before it has its name.
 """
 
 import contextlib
 import os
 import random
-import re
 import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from merging.errors import BadInput, Unavailable
+from registry.s3_client import ATTEMPTS, NOT_ALLOWED, code_of, connect, s3_explained, status_of
 from registry.store import NotInStore, Tagged, check_name, explained
 
 Result = TypeVar("Result")
 
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
-_LONGEST_PREFIX = 100  # a key has at most 1024 bytes, and a name 900
 _TEMPORARY = ".tmp"
 _TOKEN = "restitch-writer"
 
-# A server that is away is an error within about 20 seconds: three attempts to connect.
-_CONNECT_TIMEOUT, _READ_TIMEOUT, _ATTEMPTS = 4, 20, 3
 # Two conditional writes at once: the server may ask both to come again.
 _CONFLICTS = 30
 
@@ -39,50 +33,12 @@ PART = 64 << 20
 _MOST_PARTS = 10_000
 _BLOCK = 4 << 20
 
-_REFUSED = ("AccessDenied", "AllAccessDisabled", "AccountProblem", "403", "Forbidden")
-_UNKNOWN = (
-    *("InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken"),
-    *("TokenRefreshRequired", "AuthorizationHeaderMalformed", "InvalidSecurity"),
-)
-_CREDENTIALS = (
-    "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN for temporary "
-    "ones) in the environment of this process"
-)
-
 
 class _Found(NamedTuple):
     """What is there under a key."""
 
     etag: str
     token: str | None
-
-
-def parse_address(address: str) -> tuple[str, str]:
-    """The bucket and the prefix of `s3://bucket/prefix`.
-
-    Raises:
-        BadInput: it is not of this form; the message does not repeat it.
-    """
-    bucket, _, prefix = address.removeprefix("s3://").partition("/")
-    prefix = prefix.rstrip("/")
-    if not address.startswith("s3://") or not _BUCKET.match(bucket):
-        raise _bad_address("something else in the place of the bucket")
-    if not prefix or len(prefix) > _LONGEST_PREFIX:
-        raise _bad_address("no prefix" if not prefix else f"a prefix of {len(prefix)} characters")
-    try:
-        return bucket, check_name(prefix)
-    except BadInput:
-        raise _bad_address("something else in the place of the prefix") from None
-
-
-def _bad_address(found: str) -> BadInput:
-    return BadInput(
-        "the address of the store is not one",
-        expected="s3://bucket/prefix of letters, digits, '-', '_' and '.'",
-        found=found,
-        hint="set RESTITCH_STORE to s3://bucket/prefix; the server goes into AWS_ENDPOINT_URL "
-        "and the credentials into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
-    )
 
 
 class S3Store:
@@ -149,7 +105,7 @@ class S3Store:
         """The names below a prefix, sorted; see `Store.list`."""
         below = self._key(prefix.rstrip("/")) + "/" if prefix else f"{self.prefix}/"
         keys: list[str] = []
-        with self._explained("list"):
+        with s3_explained(self._place, "list"):
             pages = self._client().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.bucket, Prefix=below):
                 keys.extend(str(each["Key"]) for each in page.get("Contents", ()))
@@ -167,7 +123,7 @@ class S3Store:
                     if path.stat().st_mtime < limit:
                         path.unlink()
                         removed += 1
-        with self._explained("sweep"):
+        with s3_explained(self._place, "sweep"):
             for key, upload, since in self._uploads():
                 if since < limit:
                     self._client().abort_multipart_upload(
@@ -183,18 +139,18 @@ class S3Store:
         # A connection that a forked process shares with its parent would mix up answers.
         with self._lock:
             if self._made is None or self._made[0] != os.getpid():
-                self._made = (os.getpid(), _connect())
+                self._made = (os.getpid(), connect())
             return self._made[1]
 
     def _head(self, name: str) -> _Found | None:
         """What is there, without its content."""
         from botocore.exceptions import ClientError
 
-        with self._explained(f"look for {name}"):
+        with s3_explained(self._place, f"look for {name}"):
             try:
                 found = self._client().head_object(Bucket=self.bucket, Key=self._key(name))
             except ClientError as error:
-                if _status(error) == 404:
+                if status_of(error) == 404:
                     return None
                 raise
         return _Found(str(found["ETag"]), found.get("Metadata", {}).get(_TOKEN))
@@ -208,16 +164,16 @@ class S3Store:
             exceptions.ResponseStreamingError,
             exceptions.ReadTimeoutError,
         )
-        with self._explained(f"read {name}"):
-            for attempt in range(_ATTEMPTS):
+        with s3_explained(self._place, f"read {name}"):
+            for attempt in range(ATTEMPTS):
                 try:
                     return take(self._client().get_object(Bucket=self.bucket, Key=self._key(name)))
                 except exceptions.ClientError as error:
-                    if _code(error) in ("NoSuchKey", "404"):
+                    if code_of(error) in ("NoSuchKey", "404"):
                         raise NotInStore(name) from None
                     raise
                 except broken:
-                    if attempt == _ATTEMPTS - 1:
+                    if attempt == ATTEMPTS - 1:
                         raise
         raise AssertionError("the last attempt returns or raises")
 
@@ -227,11 +183,11 @@ class S3Store:
 
         key, token = self._key(name), uuid.uuid4().hex
         for attempt in range(_CONFLICTS):
-            with self._explained(f"write {name}"):
+            with s3_explained(self._place, f"write {name}"):
                 try:
                     return self._send(key, data, {_TOKEN: token}, condition)
                 except ClientError as error:
-                    code, status = _code(error), _status(error)
+                    code, status = code_of(error), status_of(error)
                     lost = code == "NoSuchUpload"  # completed by a call whose answer was lost
                     if status == 412 or lost or code == "NoSuchKey":
                         found = self._head(name)
@@ -307,7 +263,7 @@ class S3Store:
                     yield str(each["Key"]), str(each["UploadId"]), each["Initiated"].timestamp()
         except ClientError as error:
             # Not every server lists them, and not every account may: both can do without.
-            if _code(error) not in (*_REFUSED, "NotImplemented", "MethodNotAllowed"):
+            if code_of(error) not in (*NOT_ALLOWED, "NotImplemented", "MethodNotAllowed"):
                 raise
 
     def _take(self, name: str, file: Path, *, keep: bool) -> None:
@@ -335,74 +291,6 @@ class S3Store:
     def _place(self) -> str:
         return f"s3://{self.bucket}/{self.prefix}"
 
-    @contextlib.contextmanager
-    def _explained(self, doing: str) -> Iterator[None]:
-        """Turn what boto3 raises into errors that say what to do.
-
-        Raises:
-            Unavailable: the server is away or refuses.
-        """
-        from botocore import exceptions
-
-        try:
-            yield
-        except exceptions.ClientError as error:
-            self._refuse(doing, _code(error), _status(error))
-        except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError):
-            raise Unavailable(
-                f"cannot {doing}: there are no credentials for {self._place}", hint=_CREDENTIALS
-            ) from None
-        except exceptions.BotoCoreError as error:
-            # Not chained and not quoted: its text may hold an address with a password.
-            raise Unavailable(
-                f"cannot {doing}: the server of {self._place} does not answer",
-                found=type(error).__name__,
-                hint="check AWS_ENDPOINT_URL and the network and run the same command again",
-            ) from None
-
-    def _refuse(self, doing: str, code: str, status: int) -> NoReturn:
-        if code == "NoSuchBucket":
-            hint = f"make the bucket {self.bucket}, or set RESTITCH_STORE to one that there is"
-        elif code in _UNKNOWN:
-            hint = f"the server does not accept the credentials: {_CREDENTIALS}"
-        elif code in _REFUSED or status in (401, 403):
-            hint = (
-                "give these credentials the right to list, read and write "
-                f"{self._place}, or {_CREDENTIALS}"
-            )
-        else:
-            hint = "run the same command again; if it stays, look at the server's log"
-        raise Unavailable(
-            f"cannot {doing}: the server of {self._place} refuses",
-            found=f"{code} (HTTP {status})",
-            hint=hint,
-        ) from None
-
-
-def _connect() -> Any:
-    import boto3
-    from botocore.config import Config
-
-    settings = Config(
-        connect_timeout=_CONNECT_TIMEOUT,
-        read_timeout=_READ_TIMEOUT,
-        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-        max_pool_connections=32,
-        # Not every server knows the newer checksums; the signature covers the content.
-        request_checksum_calculation="when_required",
-        response_checksum_validation="when_required",
-        s3={"payload_signing_enabled": True},
-    )
-    try:
-        # A session of its own: boto3's global one is not made for threads.
-        return boto3.session.Session().client("s3", config=settings)
-    except ValueError:
-        raise BadInput(
-            "AWS_ENDPOINT_URL is not the address of a server",
-            expected="http://host:port or https://host",
-            hint="correct or unset it",
-        ) from None
-
 
 def _save(body: Any, file: Path) -> None:
     with file.open("wb") as out:
@@ -418,11 +306,3 @@ def _is_name(text: str) -> bool:
     except BadInput:
         return False
     return True
-
-
-def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", "unknown"))
-
-
-def _status(error: Any) -> int:
-    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))

@@ -3,12 +3,14 @@
 An existing local path wins and is used in place. A hub id is pinned to its commit, and
 only weights, configuration, tokenizer and processor files are fetched, into the hub's own
 cache. An MLflow artifact is fetched once and kept in the store, so that it can be read
-again wherever the store can, whatever becomes of it in MLflow. Nothing that is fetched is
-executed, and pickles are not fetched at all.
+again wherever the store can, whatever becomes of it in MLflow. A local model can be copied
+into the store in the same way, for workers that cannot read its folder. Nothing that is
+fetched is executed, and pickles are not fetched at all.
 """
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -28,12 +30,15 @@ from registry.store import explained
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+# A copy in the store, by the digest of its manifest.
+COPY_SCHEME = "store://"
 MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
 
 # The files of a model folder that are read; `*/*` because a pattern's `*` crosses folders.
-_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model")
+_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 _UNWANTED = ("*/*", "*.fp16.*", "*.bf16.*", "*.onnx*")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+_DIGEST = re.compile(r"[0-9a-f]{64}\Z")
 _CONVERT = (
     "convert it where you trust it: AutoModel.from_pretrained(ID).save_pretrained(OUT), "
     "then use the folder OUT"
@@ -45,8 +50,8 @@ class Source:
     """A model that can be read.
 
     Attributes:
-        uri: what names the same thing for ever: an absolute path, `org/name@commit`, or
-            an MLflow address that cannot move.
+        uri: what names the same thing for ever: an absolute path, `org/name@commit`, an
+            MLflow address that cannot move, or `store://DIGEST`.
         local: its folder or file on this machine.
         kind: where it comes from.
         revision: the commit, for the hub.
@@ -54,7 +59,7 @@ class Source:
 
     uri: str
     local: Path
-    kind: Literal["path", "hub", "mlflow"]
+    kind: Literal["path", "hub", "mlflow", "copy"]
     revision: str | None = None
 
 
@@ -62,7 +67,8 @@ def resolve_source(source: str | Path, home: Home) -> Source:
     """Find a model and make it readable on this machine.
 
     Args:
-        source: a path, `org/name[@revision]`, `models:/`, `runs:/` or `mlflow-artifacts:/`.
+        source: a path, `org/name[@revision]`, `models:/`, `runs:/`, `mlflow-artifacts:/`, or
+            `store://` for a copy.
         home: where what is fetched is kept.
 
     Raises:
@@ -75,6 +81,8 @@ def resolve_source(source: str | Path, home: Home) -> Source:
         return Source(uri=str(path.resolve()), local=path.resolve(), kind="path")
     if text.startswith(MLFLOW_SCHEMES):
         return _from_mlflow(text, home)
+    if text.startswith(COPY_SCHEME):
+        return _from_copy(text, home)
     if "://" not in text and is_hub_id(text):
         return _from_hub(text)
     raise BadInput(
@@ -85,8 +93,38 @@ def resolve_source(source: str | Path, home: Home) -> Source:
     )
 
 
+def copy_into_store(source: Source, home: Home) -> Source:
+    """Keep a local model in the store, so that any worker that has the store can read it.
+
+    Files that the store has already are not sent again.
+
+    Returns:
+        The copy, named by its content. Its `local` is still the original: what is said about
+        the copy from there holds if the original has not changed in between.
+
+    Raises:
+        BadInput: it is no folder of safetensors and no such file.
+        Unavailable: the store cannot be written to.
+    """
+    local = source.local
+    if local.is_dir():
+        files = {path.name: path for path in sorted(local.iterdir()) if path.is_file()}
+    elif local.suffix == ".safetensors":
+        files = {"model.safetensors": local}  # whatever its name, it is the folder's only one
+    else:
+        raise BadInput(
+            f"{local} cannot be copied into the store",
+            expected="a folder of safetensors, or one .safetensors file",
+        )
+    manifest = _manifest(source.uri, files, ObjectStore(home.open_store()), move=False)
+    return Source(uri=f"{COPY_SCHEME}{manifest}", local=local, kind="copy")
+
+
 def pin_data(path: str) -> str:
     """A task's data with a hub id pinned to its commit; a local path stays as it is.
+
+    Data is never copied: where several hosts work on a line, local data must lie at the same
+    path on all of them, on shared storage, or be on the hub.
 
     Raises:
         BadInput: there is no such data set or revision.
@@ -211,6 +249,15 @@ def _from_mlflow(uri: str, home: Home) -> Source:
     return Source(uri=fixed, local=_unpacked(kept.blob, files, home, objects), kind="mlflow")
 
 
+def _from_copy(uri: str, home: Home) -> Source:
+    manifest = uri.removeprefix(COPY_SCHEME)
+    if not _DIGEST.match(manifest):
+        raise BadInput(f"{uri} names no copy", expected=f"{COPY_SCHEME} and a digest")
+    objects = ObjectStore(home.open_store())
+    files = json.loads(objects.read_blob(manifest))
+    return Source(uri=uri, local=_unpacked(manifest, files, home, objects), kind="copy")
+
+
 def _is_fixed(uri: str) -> bool:
     """Whether an MLflow address means the same for ever, as an alias does not."""
     rest = uri.removeprefix("models:/")
@@ -282,17 +329,23 @@ def _kept(uri: str, got: Path, objects: ObjectStore) -> str:
         # MLflow's own model format has the weights in a folder below.
         folder = got if got in folders or not folders else folders[0]
         files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    wanted = [path for path in files if any(fnmatch(path.name, one) for one in _WANTED)]
-    if not any(path.suffix == ".safetensors" for path in wanted):
-        pickled = any(path.suffix in _PICKLES for path in files)
+    return _manifest(uri, {path.name: path for path in files}, objects, move=True)
+
+
+def _manifest(uri: str, files: dict[str, Path], objects: ObjectStore, *, move: bool) -> str:
+    """Put those of a model's files that are read; returns the digest of what names them."""
+    wanted = {
+        name: path for name, path in files.items() if any(fnmatch(name, one) for one in _WANTED)
+    }
+    if not any(name.endswith(".safetensors") for name in wanted):
+        pickled = any(path.suffix in _PICKLES for path in files.values())
         raise BadInput(
             f"{uri} holds no safetensors",
-            found=", ".join(path.name for path in files[:20]) or "nothing",
+            found=", ".join([*files][:20]) or "nothing",
             hint=_CONVERT if pickled else "name the folder that holds model.safetensors",
         )
-    return objects.put_json(
-        {"files": {path.name: objects.put_blob(path, move=True) for path in wanted}}
-    )
+    kept = {name: objects.put_blob(path, move=move) for name, path in wanted.items()}
+    return objects.put_json({"files": kept})
 
 
 def _pointed_at(uri: str, stand_in: Path) -> str:

@@ -3,8 +3,9 @@
 An object is created once (`put`) and never changes; the few that must change do so by
 compare-and-swap (`swap`). A reader sees a whole object or none, whatever is killed when.
 `Store` is the whole surface (`registry/s3_store.py` keeps it in a bucket); `FolderStore`
-keeps it in a folder of a POSIX file system, where writers in other processes and on other mounts of it are safe as far as `link`,
-`rename` and `flock` are. Names are checked, so that none leaves its store.
+keeps it in a folder of a POSIX file system, where writers in other processes and on other
+mounts of it are safe as far as `link`, `rename` and `flock` are. Names are checked, so that
+none leaves its store.
 """
 
 import contextlib

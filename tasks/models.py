@@ -25,7 +25,7 @@ from merging.sparse import SparseFile
 from modeling.family import Family, get_family
 from modeling.weights import apply_edits, restore, set_weights
 from registry.head import ModelRef
-from registry.sources import resolve_source
+from registry.sources import copy_into_store, resolve_source
 from registry.specs import LineSpec
 from tasks.refs import LineRef, WeightsRef
 from tasks.reporting import working
@@ -56,23 +56,40 @@ def open_base(line: LineRef, space: Workspace) -> Base:
     return Base(line.base, folder, checkpoint, family, tuple(names))
 
 
-def describe_model(source: str, family: Family, space: Workspace) -> ModelRef:
+def describe_model(
+    source: str, family: Family, space: Workspace, *, copy: bool = False
+) -> ModelRef:
     """Resolve a source and take the digests that it will be known by.
+
+    A local model is used in place while the store is a folder beside it, and is copied into the
+    store otherwise: other hosts do not have its folder. What the hub or MLflow holds is pinned
+    or kept already and never copied.
+
+    Args:
+        source: where the model is; see `registry.sources.resolve_source`.
+        family: what it is read as.
+        space: where it is copied to.
+        copy: copy a local model in any case.
 
     Raises:
         BadInput: it is not there or is no usable checkpoint.
         Unavailable: a server that holds it is away.
     """
     resolved = resolve_source(source, space.home)
-    checkpoint = Checkpoint.open(resolved.local)
+    local = resolved.local
+    checkpoint = Checkpoint.open(local)
     with working("reading the model"):
-        weights = checkpoint.digest()
-    return ModelRef(
-        uri=resolved.uri,
-        weights=weights,
-        config=assets_digest(family, resolved.local),
-        size=checkpoint.nbytes,
-    )
+        before = _state(local)
+        weights, config = checkpoint.digest(), assets_digest(family, local)
+    if resolved.kind == "path" and (copy or not space.home.store_is_local):
+        with working("copying the model into the store"):
+            resolved = copy_into_store(resolved, space.home)
+        if (_state(local), assets_digest(family, local)) != (before, config):
+            raise BadInput(
+                f"{local} changed while it was copied",
+                hint="register it again when it is whole",
+            )
+    return ModelRef(uri=resolved.uri, weights=weights, config=config, size=checkpoint.nbytes)
 
 
 def assets_digest(family: Family, folder: Path) -> str:

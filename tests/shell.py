@@ -18,6 +18,7 @@ from registry.history import Entry
 from registry.home import Home
 from registry.ledger import Ledger
 from registry.objects import ObjectStore
+from registry.store import NotInStore, Store
 from tests.worlds import World
 
 ROOT = Path(__file__).parent.parent
@@ -114,7 +115,7 @@ class Shell:
 
     def ledger(self, line: str = "demo") -> Ledger:
         """The head and the trail of a line."""
-        return Ledger(ObjectStore(Home(self.home).open_store()), line)
+        return Ledger(ObjectStore(self._store()), line)
 
     def head(self, line: str = "demo") -> Head:
         """The head of a line."""
@@ -122,8 +123,10 @@ class Shell:
 
     def head_bytes(self, line: str = "demo") -> bytes | None:
         """The very bytes of the head; None without a line."""
-        file = self.home / "store" / "lines" / line / "head.json"
-        return file.read_bytes() if file.exists() else None
+        try:
+            return self._store().read(f"lines/{line}/head.json")
+        except NotInStore:
+            return None
 
     def acts(self, line: str = "demo") -> list[Entry]:
         """All acts, oldest first."""
@@ -139,6 +142,9 @@ class Shell:
         version = version if version is not None else ledger.head().champion
         assert version is not None, "there is no champion"
         return ledger.objects.read_blob(ledger.merged(version).patch)
+
+    def _store(self) -> Store:
+        return Home.from_environment(self._variables()).open_store()
 
     def _variables(self) -> dict[str, str]:
         return {"RESTITCH_HOME": str(self.home), **self.environment}
