@@ -1,6 +1,8 @@
 """Servers for tests on loopback, each in a process of its own with state of its own."""
 
+import base64
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +21,17 @@ QUIET = {
     "PREFECT_CLI_PROMPT": "false",
     "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
     "DO_NOT_TRACK": "1",
+}
+
+
+MLFLOW = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    # Webhooks to loopback, and to one that was made a moment ago.
+    "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
+    "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
+    "MLFLOW_WEBHOOK_CACHE_TTL": "1",
+    "MLFLOW_WEBHOOK_SECRET_ENCRYPTION_KEY": base64.urlsafe_b64encode(bytes(32)).decode(),
 }
 
 
@@ -109,6 +122,46 @@ def s3_server(folder: Path) -> Iterator[str]:
         yield url
     finally:
         process.kill()
+        process.wait()
+
+
+@contextmanager
+def mlflow_server(home: Path, **environment: str) -> Iterator[str]:
+    """Run an MLflow server for the length of the context; its state stays in the folder.
+
+    Args:
+        home: for its database, its artifacts and its log.
+        environment: further variables.
+
+    Yields:
+        The value for `MLFLOW_TRACKING_URI`.
+    """
+    port = free_port()
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    home.mkdir(parents=True, exist_ok=True)
+    log = home / "server.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "mlflow", "server", "--workers", "1"),
+                *("--host", "127.0.0.1", "--port", str(port)),
+                *("--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}"),
+                *("--artifacts-destination", str(home / "artifacts")),
+            ],
+            env={**kept, **MLFLOW, "HOME": str(home), **environment},
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            cwd=home,
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait(f"{url}/health", process, log)
+        yield url
+    finally:
+        # Its workers are processes of their own and would outlive it.
+        os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 

@@ -41,9 +41,7 @@ def made(
     name = f"demo.{task}"
     if not client.search_registered_models(f"name = '{name}'"):
         client.create_registered_model(name)
-    version = client.create_model_version(
-        name, source=str(source), await_creation_for=0, **options
-    )
+    version = client.create_model_version(name, source=str(source), await_creation_for=0, **options)
     return name, str(version.version)
 
 
@@ -290,9 +288,7 @@ def test_a_model_that_waited_and_is_there_by_now_is_retired(
     assert adopt("demo") == ()
 
 
-def test_who_made_a_version_is_the_actor(
-    line: Shell, world: World, client: "MlflowClient"
-) -> None:
+def test_who_made_a_version_is_the_actor(line: Shell, world: World, client: "MlflowClient") -> None:
     line("task", "demo", "--task", world.task("colour"))
     experiment = client.create_experiment("training", str(line.home / "artifacts"))
     run = client.create_run(experiment, tags={"mlflow.user": "ann"}).info.run_id
@@ -306,9 +302,7 @@ def test_who_made_a_version_is_the_actor(
     ]
 
 
-def test_models_of_others_are_left_alone(
-    line: Shell, world: World, client: "MlflowClient"
-) -> None:
+def test_models_of_others_are_left_alone(line: Shell, world: World, client: "MlflowClient") -> None:
     for name in ("demo", "demox.colour", "demo.Not A Name", "demo.a.b", "other.colour"):
         client.create_registered_model(name)
         client.create_model_version(name, str(world.model("colour")), await_creation_for=0)
