@@ -6,7 +6,9 @@ when it is needed.
 """
 
 import contextlib
+import os
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
@@ -29,6 +31,9 @@ _CREDENTIALS = (
     "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN for temporary "
     "ones) in the environment of this process"
 )
+
+_clients: dict[tuple[object, ...], Any] = {}
+_making = threading.Lock()
 
 
 def parse_address(address: str) -> tuple[str, str]:
@@ -59,12 +64,23 @@ def _bad_address(found: str) -> BadInput:
     )
 
 
-def connect() -> Any:
-    """A client for the server that the environment names.
+def client() -> Any:
+    """This process's client for the server and the credentials that the environment names now.
 
     Raises:
-        BadInput: it names none.
+        BadInput: the address of the server is not one.
     """
+    # A forked process must not share its parent's connections: it would get its answers.
+    settings = ((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
+    key = (os.getpid(), *sorted(settings))
+    with _making:
+        if key not in _clients:
+            _clients.clear()
+            _clients[key] = _connect()
+        return _clients[key]
+
+
+def _connect() -> Any:
     import boto3
     from botocore.config import Config
 

@@ -9,7 +9,6 @@ be a local file is downloaded whole into a cache before it has its name.
 import contextlib
 import os
 import random
-import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from merging.errors import BadInput, Unavailable
-from registry.s3_client import ATTEMPTS, NOT_ALLOWED, code_of, connect, s3_explained, status_of
+from registry.s3_client import ATTEMPTS, NOT_ALLOWED, client, code_of, s3_explained, status_of
 from registry.store import NotInStore, Tagged, check_name, explained
 
 Result = TypeVar("Result")
@@ -55,8 +54,6 @@ class S3Store:
         self.bucket = bucket
         self.prefix = prefix
         self.cache = cache
-        self._lock = threading.Lock()
-        self._made: tuple[int, Any] | None = None
 
     def put(self, name: str, data: bytes | Path, *, move: bool = False) -> bool:
         """Create the object by a conditional write; see `Store.put`."""
@@ -106,7 +103,7 @@ class S3Store:
         below = self._key(prefix.rstrip("/")) + "/" if prefix else f"{self.prefix}/"
         keys: list[str] = []
         with s3_explained(self._place, "list"):
-            pages = self._client().get_paginator("list_objects_v2")
+            pages = client().get_paginator("list_objects_v2")
             for page in pages.paginate(Bucket=self.bucket, Prefix=below):
                 keys.extend(str(each["Key"]) for each in page.get("Contents", ()))
         names = (key.removeprefix(f"{self.prefix}/") for key in keys)
@@ -126,21 +123,12 @@ class S3Store:
         with s3_explained(self._place, "sweep"):
             for key, upload, since in self._uploads():
                 if since < limit:
-                    self._client().abort_multipart_upload(
-                        Bucket=self.bucket, Key=key, UploadId=upload
-                    )
+                    client().abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
                     removed += 1
         return removed
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{check_name(name)}"
-
-    def _client(self) -> Any:
-        # A connection that a forked process shares with its parent would mix up answers.
-        with self._lock:
-            if self._made is None or self._made[0] != os.getpid():
-                self._made = (os.getpid(), connect())
-            return self._made[1]
 
     def _head(self, name: str) -> _Found | None:
         """What is there, without its content."""
@@ -148,7 +136,7 @@ class S3Store:
 
         with s3_explained(self._place, f"look for {name}"):
             try:
-                found = self._client().head_object(Bucket=self.bucket, Key=self._key(name))
+                found = client().head_object(Bucket=self.bucket, Key=self._key(name))
             except ClientError as error:
                 if status_of(error) == 404:
                     return None
@@ -167,7 +155,7 @@ class S3Store:
         with s3_explained(self._place, f"read {name}"):
             for attempt in range(ATTEMPTS):
                 try:
-                    return take(self._client().get_object(Bucket=self.bucket, Key=self._key(name)))
+                    return take(client().get_object(Bucket=self.bucket, Key=self._key(name)))
                 except exceptions.ClientError as error:
                     if code_of(error) in ("NoSuchKey", "404"):
                         raise NotInStore(name) from None
@@ -210,16 +198,14 @@ class S3Store:
     ) -> str:
         target = {"Bucket": self.bucket, "Key": key}
         if not isinstance(data, Path):
-            answer = self._client().put_object(**target, Body=data, Metadata=metadata, **condition)
+            answer = client().put_object(**target, Body=data, Metadata=metadata, **condition)
             return str(answer["ETag"])
         with explained(data, "read"):
             size = data.stat().st_size
             if size > LARGEST_PUT:
                 return self._send_parts(target, data, size, metadata, condition)
             with data.open("rb") as body:
-                answer = self._client().put_object(
-                    **target, Body=body, Metadata=metadata, **condition
-                )
+                answer = client().put_object(**target, Body=body, Metadata=metadata, **condition)
         return str(answer["ETag"])
 
     def _send_parts(
@@ -230,25 +216,25 @@ class S3Store:
         metadata: dict[str, str],
         condition: dict[str, str],
     ) -> str:
-        client = self._client()
+        server = client()
         length = max(PART, -(-size // _MOST_PARTS))
-        upload = client.create_multipart_upload(**target, Metadata=metadata)["UploadId"]
+        upload = server.create_multipart_upload(**target, Metadata=metadata)["UploadId"]
         parts: list[dict[str, Any]] = []
         try:
             with file.open("rb") as body:
                 while block := body.read(length):
                     number = len(parts) + 1
-                    answer = client.upload_part(
+                    answer = server.upload_part(
                         **target, UploadId=upload, PartNumber=number, Body=block
                     )
                     parts.append({"PartNumber": number, "ETag": answer["ETag"]})
-            done = client.complete_multipart_upload(
+            done = server.complete_multipart_upload(
                 **target, UploadId=upload, MultipartUpload={"Parts": parts}, **condition
             )
         except BaseException:
             # Parts of an upload that nobody completes cost money until they are swept.
             with contextlib.suppress(Exception):
-                client.abort_multipart_upload(**target, UploadId=upload)
+                server.abort_multipart_upload(**target, UploadId=upload)
             raise
         return str(done["ETag"])
 
@@ -256,7 +242,7 @@ class S3Store:
         """Uploads in parts that are not completed: key, id, when they began."""
         from botocore.exceptions import ClientError
 
-        pages = self._client().get_paginator("list_multipart_uploads")
+        pages = client().get_paginator("list_multipart_uploads")
         try:
             for page in pages.paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/"):
                 for each in page.get("Uploads", ()):

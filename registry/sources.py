@@ -3,9 +3,8 @@
 An existing local path wins and is used in place. A hub id is pinned to its commit, and
 only weights, configuration, tokenizer and processor files are fetched, into the hub's own
 cache. An MLflow artifact is fetched once and kept in the store, so that it can be read
-again wherever the store can, whatever becomes of it in MLflow. A local model can be copied
-into the store in the same way, for workers that cannot read its folder. Nothing that is
-fetched is executed, and pickles are not fetched at all.
+again wherever the store can, whatever becomes of it in MLflow; a local model can be copied
+there likewise. Nothing that is fetched is executed, and pickles are not fetched at all.
 """
 
 import json
@@ -94,13 +93,10 @@ def resolve_source(source: str | Path, home: Home) -> Source:
 
 
 def copy_into_store(source: Source, home: Home) -> Source:
-    """Keep a local model in the store, so that any worker that has the store can read it.
-
-    Files that the store has already are not sent again.
+    """Keep a local model in the store, where any worker can read it; each file only once.
 
     Returns:
-        The copy, named by its content. Its `local` is still the original: what is said about
-        the copy from there holds if the original has not changed in between.
+        The copy, named by its content; its `local` is still the original.
 
     Raises:
         BadInput: it is no folder of safetensors and no such file.
@@ -123,8 +119,7 @@ def copy_into_store(source: Source, home: Home) -> Source:
 def pin_data(path: str) -> str:
     """A task's data with a hub id pinned to its commit; a local path stays as it is.
 
-    Data is never copied: where several hosts work on a line, local data must lie at the same
-    path on all of them, on shared storage, or be on the hub.
+    Data is never copied: several hosts need local data on shared storage, at the same path.
 
     Raises:
         BadInput: there is no such data set or revision.
@@ -253,9 +248,11 @@ def _from_copy(uri: str, home: Home) -> Source:
     manifest = uri.removeprefix(COPY_SCHEME)
     if not _DIGEST.match(manifest):
         raise BadInput(f"{uri} names no copy", expected=f"{COPY_SCHEME} and a digest")
-    objects = ObjectStore(home.open_store())
-    files = json.loads(objects.read_blob(manifest))
-    return Source(uri=uri, local=_unpacked(manifest, files, home, objects), kind="copy")
+    folder = _unpacked_at(manifest, home)
+    if not folder.is_dir():
+        objects = ObjectStore(home.open_store())
+        folder = _unpacked(manifest, json.loads(objects.read_blob(manifest)), home, objects)
+    return Source(uri=uri, local=folder, kind="copy")
 
 
 def _is_fixed(uri: str) -> bool:
@@ -367,7 +364,7 @@ def _unpacked(
     manifest: str, files: dict[str, dict[str, str]], home: Home, objects: ObjectStore
 ) -> Path:
     """A folder in the cache with the files of a manifest, complete or not there at all."""
-    folder = home.cache / "sources" / manifest
+    folder = _unpacked_at(manifest, home)
     if folder.is_dir():
         return folder
     with explained(folder, "write"):
@@ -386,6 +383,10 @@ def _unpacked(
         except OSError:  # another worker was first
             shutil.rmtree(building, ignore_errors=True)
     return folder
+
+
+def _unpacked_at(manifest: str, home: Home) -> Path:
+    return home.cache / "sources" / manifest
 
 
 def _is_commit(revision: str) -> bool:

@@ -1,0 +1,102 @@
+"""A whole line whose store is a bucket: the same bytes, and workers that share only it."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from modeling.family import get_family
+from registry.home import Home
+from registry.sources import resolve_source
+from tasks.models import describe_model
+from tasks.workspace import workspace
+from tests.conftest import NewHome, Three
+from tests.shell import Shell
+from tests.worlds import SKILLS, World, copied
+
+pytestmark = pytest.mark.usefixtures("s3_account", "without_mlflow")
+
+
+@pytest.fixture
+def in_bucket(new_home: NewHome, s3_bucket: str, tmp_path: Path):
+    """Make homes by name whose store is the same bucket."""
+
+    def make(name: str) -> Shell:
+        address = f"s3://{s3_bucket}/{tmp_path.name}"
+        return Shell(new_home(name).home, {"RESTITCH_STORE": address})
+
+    return make
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def moved(world: World, tmp_path: Path) -> World:
+    """The world with models that may be deleted; its data stays where it is."""
+    here = World(tmp_path / "world", world.family)
+    for name in ("base", *SKILLS):
+        folder = world.base if name == "base" else world.model(name)
+        copied(folder, tmp_path / "world" / folder.relative_to(world.root))
+    return here
+
+
+def test_a_line_in_a_bucket_has_the_same_bytes_wherever_it_is_merged(
+    in_bucket, three: Three, world: World, tmp_path: Path
+) -> None:
+    here = moved(world, tmp_path)
+    first = in_bucket("first")
+    line = world.line(tmp_path / "line.yaml", base=str(here.base))
+    assert first.json("init", line)["base"].startswith("store://")
+    assert first.json("init", line)["changes"] == []
+    for name in SKILLS:
+        first.json("register", "demo", "--task", world.task(name), "--model", here.model(name))
+    assert first.patch_bytes() == three.shell.patch_bytes()
+    assert not (first.home / "store").exists()
+
+    # Another host has the bucket and none of the folders.
+    shutil.rmtree(here.root)
+    second = in_bucket("second")
+    second("remerge", "demo", "--force")
+    assert second.patch_bytes() == three.shell.patch_bytes()
+    for shell, name in ((second, "out"), (three.shell, "expected")):
+        shell("export", "demo", "champion", tmp_path / name)
+    weights = [tmp_path / name / "model.safetensors" for name in ("out", "expected")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    home = Home(second.home, second.environment["RESTITCH_STORE"])
+    for name in SKILLS:
+        uri = second.head().tasks[name].versions[1].model.uri
+        assert files(resolve_source(uri, home).local) == files(world.model(name))
+
+
+def test_a_command_in_a_process_of_its_own_finds_the_bucket(
+    in_bucket, world: World, tmp_path: Path
+) -> None:
+    shell = in_bucket("home")
+    shell("init", world.line(tmp_path / "line.yaml"))
+    assert "demo" in shell.process("status", "demo").out
+    away = Shell(shell.home, {**shell.environment, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"})
+    told = away.process("status", "demo", code=6).err
+    assert "AWS_ENDPOINT_URL" in told
+    assert "the-secret" not in told
+
+
+def test_a_copy_that_was_asked_for_outlives_its_original(
+    new_home: NewHome, three: Three, world: World, tmp_path: Path
+) -> None:
+    shell = new_home("home")
+    shell("init", world.line(tmp_path / "line.yaml"))
+    model = copied(world.model("colour"), tmp_path / "model")
+    with shell.inside():
+        space = workspace()
+        ref = describe_model(str(model), get_family("text-encoder"), space, copy=True)
+        again = describe_model(str(model), get_family("text-encoder"), space, copy=True)
+        blobs = list(space.objects.store.list("blobs"))
+        assert ref == again
+        assert ref.weights == three.shell.head().tasks["colour"].versions[1].model.weights
+        shutil.rmtree(model)
+        shutil.rmtree(shell.home / "cache")
+        assert files(resolve_source(ref.uri, space.home).local) == files(world.model("colour"))
+        assert list(space.objects.store.list("blobs")) == blobs
+    task = ("--task", world.task("colour"))
+    assert shell.json("register", "demo", *task, "--model", ref.uri)["state"] == "ready"
