@@ -7,7 +7,7 @@ every server is away.
 from typing import Any
 
 from flows.versions import find_version
-from registry.head import Head, ModelVersion
+from registry.head import UNREAD, Head, ModelVersion
 from registry.history import MergedRecord
 from registry.ledger import Ledger, lines
 from registry.objects import ObjectStore
@@ -92,7 +92,7 @@ def _model_status(
         "state": model.state,
         "in_champion": inside,
         "source": model.model.uri,
-        "weights": model.model.weights,
+        "weights": None if model.model.weights == UNREAD else model.model.weights,
         "registered_at": model.registered_at,
         "reason": model.reason,
         "density": model.facts.get("density"),

@@ -360,21 +360,18 @@ def test_with_mlflow_away_it_is_left_for_the_next_call(
 def test_a_source_that_is_away_is_left_for_the_next_call(
     line: Shell, world: World, client: "MlflowClient", monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import flows.adopt as module
-
     line("task", "demo", "--task", world.task("colour"))
     made(client, world.model("colour"))
-    real = module.describe_model
 
     def away(*_: object) -> Any:
         raise ConnectionError("no answer from https://ann:secret@host")
 
-    monkeypatch.setattr(module, "describe_model", away)
     before = line.head_bytes()
-    assert adopt("demo") == ()
-    with pytest.raises(Unavailable) as raised:
-        adopt_one("demo", "colour", 1)
+    with monkeypatch.context() as patched:
+        patched.setattr("flows.adopt.describe_model", away)
+        assert adopt("demo") == ()
+        with pytest.raises(Unavailable) as raised:
+            adopt_one("demo", "colour", 1)
     assert "secret" not in str(raised.value)
     assert line.head_bytes() == before
-    monkeypatch.setattr(module, "describe_model", real)
     assert states(adopt("demo")) == [("colour", 1, "registered")]
