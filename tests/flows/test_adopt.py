@@ -14,6 +14,7 @@ from registry.catalog import Catalog, connect
 from registry.head import UNREAD
 from registry.home import Home
 from registry.image import DIGEST_TAG, VERSION_TAG
+from tests.servers import mlflow_server
 from tests.shell import Shell
 from tests.worlds import World
 
@@ -375,3 +376,37 @@ def test_a_source_that_is_away_is_left_for_the_next_call(
     assert "secret" not in str(raised.value)
     assert line.head_bytes() == before
     assert states(adopt("demo")) == [("colour", 1, "registered")]
+
+
+def test_a_server_s_versions_are_taken_in_like_a_database_s(
+    line: Shell, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+
+    with mlflow_server(tmp_path / "mlflow") as url:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        client = MlflowClient(url, url)
+        experiment = client.create_experiment("training")
+        run = client.create_run(experiment, tags={"mlflow.user": "ann"}).info.run_id
+        client.log_artifacts(run, str(world.model("colour")), "model")
+        logged = client.create_logged_model(experiment, source_run_id=run)
+        client.log_model_artifacts(logged.model_id, str(world.model("number")))
+        client.finalize_logged_model(logged.model_id, "READY")
+        first = made(client, f"runs:/{run}/model", run_id=run)
+        made(client, f"models:/{logged.model_id}", task="number", model_id=logged.model_id)
+        made(client, f"runs:/{run}/nothing", task="animal", run_id=run)
+        for task in ("colour", "number", "animal"):
+            line("task", "demo", "--task", world.task(task))
+        found = adopt("demo")
+        assert states(found) == [
+            *(("colour", 1, "registered"), ("number", 1, "registered")),
+            ("animal", 1, "quarantined"),
+        ]
+        assert adopt("demo") == ()
+        line("remerge", "demo")
+        assert tags(client, first)["restitch.state"] == "ready"
+        assert len(client.search_model_versions("name = 'demo.colour'")) == 1
+    record = line.ledger().merged(1)
+    assert record.members.keys() == {"colour", "number"}
+    assert line.acts()[-1].kind == "promoted"
+    assert "ann" in {act.actor for act in line.acts()}
