@@ -364,8 +364,7 @@ def _unpacked(
     manifest: str, files: dict[str, dict[str, str]], home: Home, objects: ObjectStore
 ) -> Path:
     """A folder in the cache with the files of a manifest, complete or not there at all."""
-    folder = _unpacked_at(manifest, home)
-    if folder.is_dir():
+    if (folder := _unpacked_at(manifest, home)).is_dir():
         return folder
     with explained(folder, "write"):
         folder.parent.mkdir(parents=True, exist_ok=True)
