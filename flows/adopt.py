@@ -21,7 +21,14 @@ from merging.errors import BadInput, RestitchError, Unavailable
 from modeling.family import get_family
 from registry.catalog import without_credentials
 from registry.documents import parse_mapping, read_text
-from registry.foreign import Foreign, foreign_version, foreign_versions, link, task_of
+from registry.foreign import (
+    Foreign,
+    foreign_version,
+    foreign_versions,
+    holds_nothing,
+    link,
+    task_of,
+)
 from registry.head import UNREAD, Head, ModelRef, ModelVersion
 from registry.history import Kind
 from registry.ledger import Ledger
@@ -172,7 +179,13 @@ def _read(space: Workspace, head: Head, foreign: Foreign) -> ModelRef:
         )
     try:
         return describe_model(foreign.uri, get_family(head.spec.family), space)
-    except RestitchError:
+    except RestitchError as error:
+        if isinstance(error, Unavailable) and holds_nothing(space.catalog, foreign):
+            raise BadInput(
+                f"{foreign.uri} holds no safetensors",
+                found=f"nothing at {without_credentials(foreign.source)}",
+                hint="register a version whose source holds model.safetensors",
+            ) from error
         raise
     except Exception as error:  # the libraries of other stores raise whatever they like
         raise Unavailable(

@@ -19,6 +19,8 @@ from registry.specs import NAME
 TASK_TAG = "restitch.task"
 NOBODY = "mlflow"
 
+log = logging.getLogger("restitch")
+
 
 @dataclass(frozen=True)
 class Foreign:
@@ -78,6 +80,22 @@ def foreign_version(catalog: Catalog, line: str, task: str, number: int) -> Fore
                 return None
             raise
         return _foreign(catalog.client, line, task, version)
+
+
+def holds_nothing(catalog: Catalog, foreign: Foreign) -> bool:
+    """Whether the place of a version's files answers that nothing is there.
+
+    A download from a bucket fails alike where the bucket is away and where it holds nothing.
+    """
+    from mlflow.artifacts import list_artifacts
+
+    name, number = image.model_name(foreign.line, foreign.task), str(foreign.mlflow.number)
+    try:
+        place = catalog.client.get_model_version_download_uri(name, number)
+        return not list_artifacts(artifact_uri=place, tracking_uri=catalog.home.mlflow_uri)
+    except Exception as error:  # of whatever library that reads there: it has not answered
+        log.debug("%s: %s", foreign.uri, type(error).__name__)
+        return False
 
 
 def link(catalog: Catalog, foreign: Foreign, version: int) -> None:
@@ -143,5 +161,5 @@ def _actor(client: Any, version: Any) -> str:
             run = client.get_run(version.run_id)
             known = run.data.tags.get("mlflow.user") or run.info.user_id
         except MlflowException as error:
-            logging.getLogger("restitch").debug("run %s: %s", version.run_id, error)
+            log.debug("run %s: %s", version.run_id, error.error_code)
     return str(known or NOBODY)

@@ -14,7 +14,7 @@ from registry.catalog import Catalog, connect
 from registry.head import UNREAD
 from registry.home import Home
 from registry.image import DIGEST_TAG, VERSION_TAG
-from tests.servers import mlflow_server
+from tests.servers import free_port, mlflow_server, s3_server
 from tests.shell import Shell
 from tests.worlds import World
 
@@ -189,6 +189,37 @@ def test_what_cannot_be_read_is_quarantined_once_and_stops_nobody(
         assert tags(client, version)["restitch.state"] == "quarantined"
         assert tags(client, version)["restitch.reason"]
     assert adopt("demo") == ()
+
+
+def test_a_bucket_that_is_away_is_not_one_that_holds_nothing(
+    line: Shell,
+    world: World,
+    client: "MlflowClient",
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import boto3
+
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "of-a-test")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", f"http://127.0.0.1:{free_port()}")
+    line("task", "demo", "--task", world.task("colour"))
+    made(client, "s3://bucket/nothing")
+    made(client, "s3://bucket/model")
+    before = line.head_bytes()
+    assert adopt("demo") == ()
+    assert line.head_bytes() == before
+    with s3_server(tmp_path / "s3") as url:
+        monkeypatch.setenv("MLFLOW_S3_ENDPOINT_URL", url)
+        bucket = boto3.client("s3", endpoint_url=url)
+        bucket.create_bucket(Bucket="bucket")
+        for file in world.model("colour").iterdir():
+            bucket.upload_file(str(file), "bucket", f"model/{file.name}")
+        assert states(adopt("demo")) == [
+            *(("colour", 1, "quarantined"), ("colour", 2, "registered"))
+        ]
 
 
 def test_the_source_of_a_version_stays_as_it_was(
