@@ -7,6 +7,7 @@ import pytest
 
 from merging.errors import BadInput, Unavailable
 from registry.home import Home, prepare_environment
+from registry.s3_store import S3Store
 from tests.hub_server import ROOT
 
 
@@ -39,6 +40,26 @@ def test_a_store_of_another_kind_is_refused_without_its_address(tmp_path):
     with pytest.raises(BadInput, match="RESTITCH_STORE") as raised:
         Home(tmp_path, "s3://key:secret@bucket/prefix").open_store()
     assert "secret" not in str(raised.value)
+
+
+def test_a_bucket_is_a_store_whose_copies_lie_in_the_cache(tmp_path):
+    home = Home(tmp_path, "s3://bucket/a/prefix")
+    store = home.open_store()
+    assert isinstance(store, S3Store)
+    assert (store.bucket, store.prefix) == ("bucket", "a/prefix")
+    assert store.cache == home.cache / "store"
+    assert not home.store_is_local
+    assert Home(tmp_path).store_is_local
+    assert Home(tmp_path, f"file://{tmp_path}/s").store_is_local
+    for look in (lambda: home.store_path, Home(tmp_path, "gs://bucket/prefix").open_store):
+        with pytest.raises(BadInput, match="RESTITCH_STORE"):
+            look()
+
+
+def test_the_environment_of_the_bucket_is_left_as_it_is(tmp_path):
+    account = {"AWS_ACCESS_KEY_ID": "x", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    added = prepare_environment(Home(tmp_path, "s3://bucket/prefix"), {**account})
+    assert not any(name.startswith("AWS_") or name == "HOME" for name in added)
 
 
 def test_a_home_that_cannot_be_made_is_said(tmp_path):
@@ -93,6 +114,7 @@ def test_importing_the_libraries_writes_nothing_to_the_users_home(tmp_path):
     work.mkdir()
     code = """
 from registry.home import Home, prepare_environment
+from registry.s3_store import S3Store
 home = Home.from_environment()
 home.create()
 prepare_environment(home)

@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,7 @@ import pytest
 
 from merging.errors import BadInput, Damage, Unavailable
 from registry.home import Home
-from registry.sources import Source, pin_data, resolve_source
+from registry.sources import Source, copy_into_store, pin_data, resolve_source
 from tests.hub_server import fake_hub
 from tests.registry.builders import home_with_mlflow
 
@@ -52,6 +53,49 @@ class TestPath:
     def test_what_is_not_there_is_said(self, home, source):
         with pytest.raises(BadInput, match="there is no model at"):
             resolve_source(source, home)
+
+
+class TestCopy:
+    def test_a_copy_is_named_by_its_content_and_read_without_the_original(self, home, tmp_path):
+        extra = {"chat_template.jinja": b"{{ x }}", "notes.md": b"", "optimizer.pt": b"pickle"}
+        made = folder(tmp_path / "model", MODEL | extra)
+        copy = copy_into_store(resolve_source(made, home), home)
+        assert (copy.kind, copy.local) == ("copy", made)
+        other = folder(tmp_path / "other", MODEL | {"chat_template.jinja": b"{{ x }}"})
+        assert copy_into_store(resolve_source(other, home), home).uri == copy.uri
+        shutil.rmtree(made)
+        elsewhere = Home(tmp_path / "elsewhere", str(home.store_path))
+        found = resolve_source(copy.uri, elsewhere)
+        assert (found.uri, found.kind) == (copy.uri, "copy")
+        assert files(found) == MODEL | {"chat_template.jinja": b"{{ x }}"}
+        assert resolve_source(copy.uri, elsewhere) == found
+
+    def test_files_that_two_models_share_are_kept_once(self, home, tmp_path):
+        for name in ("one", "two"):
+            made = folder(tmp_path / name, MODEL | {"model.safetensors": name.encode()})
+            copy_into_store(resolve_source(made, home), home)
+        # What their other files hold is the same; each has its weights and its manifest.
+        assert len(list(home.open_store().list("blobs"))) == 1 + 2 + 2
+
+    def test_a_single_file_is_a_model_whatever_its_name(self, home, tmp_path):
+        file = tmp_path / "step-100.safetensors"
+        file.write_bytes(b"weights")
+        copy = copy_into_store(resolve_source(file, home), home)
+        assert files(resolve_source(copy.uri, home)) == {"model.safetensors": b"weights"}
+
+    def test_what_is_no_model_is_not_copied(self, home, tmp_path):
+        pickled = folder(tmp_path / "pickled", {"pytorch_model.bin": b"x"})
+        for source in (pickled, pickled / "pytorch_model.bin"):
+            with pytest.raises(BadInput, match=r"pytorch_model\.bin"):
+                copy_into_store(resolve_source(source, home), home)
+        assert not home.store_path.exists()
+
+    def test_an_address_that_names_no_copy_is_said(self, home):
+        for uri in ("store://", "store://../../etc", "store://" + "A" * 64):
+            with pytest.raises(BadInput, match="names no copy"):
+                resolve_source(uri, home)
+        with pytest.raises(Damage, match="missing"):
+            resolve_source("store://" + "0" * 64, home)
 
 
 def files(found: Source) -> dict[str, bytes]:
@@ -261,8 +305,6 @@ class TestMlflow:
             resolve_source(uri, mlflow_home)
 
     def test_a_copy_that_is_damaged_in_the_store_is_not_unpacked(self, mlflow_home, run, tmp_path):
-        import shutil
-
         resolve_source("models:/trained/1", mlflow_home)
         store = tmp_path / "store"
         shutil.copytree(mlflow_home.store_path, store)
