@@ -179,7 +179,7 @@ def down(as_json: Json = False) -> None:
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Check versions, servers, pools, workers, triggers, store, device, and say how to mend each."""
+    """Check versions, servers, workers, triggers, store and device, and say how to mend each."""
     from deployments.doctor import examine, exit_code
 
     checks = examine()

@@ -32,6 +32,11 @@ def registered(found: Values, out: Console) -> None:
     _facts(found["facts"], out)
     if found["merged"] is not None:
         remerged(found["merged"], out)
+    elif found["record"] is not None:
+        out.print(f"{found['line']}: version {found['champion']} is the champion", markup=False)
+        results(found["record"], out)
+    elif found["handed_over"] and found["state"] in ("registered", "ready"):
+        out.print("  the workers take over: `restitch status --watch` follows them")
 
 
 def declared(found: Values, out: Console) -> None:
@@ -175,6 +180,49 @@ def exported(found: Values, out: Console) -> None:
         soft_wrap=True,
     )
     out.print(f"  {len(found['files'])} files, {_bytes(found['bytes'])}")
+
+
+def up(found: Values, out: Console) -> None:
+    """Where the stack's pages are."""
+    started = ", ".join(found["started"])
+    out.print(f"started {started}" if started else "everything was up", markup=False)
+    for change in found["changes"]:
+        out.print(f"  {change}", markup=False, soft_wrap=True)
+    out.print(f"Prefect   {found['prefect_url']}", markup=False)
+    out.print(f"MLflow    {found['mlflow_url']}", markup=False)
+    workers = "worker" if found["workers"] == 1 else "workers"
+    out.print(
+        f"{found['workers']} {workers}; logs in {found['logs']}", markup=False, soft_wrap=True
+    )
+
+
+def down(found: Values, out: Console) -> None:
+    """What was stopped."""
+    stopped = ", ".join(found["stopped"])
+    out.print(f"stopped {stopped}" if stopped else "nothing was up", markup=False, soft_wrap=True)
+
+
+def deployed(found: Values, out: Console) -> None:
+    """What a Prefect server was brought to."""
+    for change in found["changes"]:
+        out.print(change, markup=False, soft_wrap=True)
+    if not found["changes"]:
+        out.print("everything was there")
+    for line, cron in found["schedules"].items():
+        out.print(f"line {line} is remerged at {cron}", markup=False)
+    for pool in found["pools"]:
+        out.print(f"workers: prefect worker start --pool {pool} --limit 1", markup=False)
+
+
+def doctor(found: Values, out: Console) -> None:
+    """One line per check, with what to do."""
+    marks = {"ok": ("ok", "green"), "warning": ("look", "yellow"), "failed": ("FAILED", "red")}
+    for check in found["checks"]:
+        mark, style = marks[check["status"]]
+        out.print(f"{mark:7}", style=style, end="")
+        out.print(f"{check['name']}: {check['found']}", markup=False, soft_wrap=True)
+        if check["mend"]:
+            out.print(f"       -> {check['mend']}", style=style, markup=False, soft_wrap=True)
 
 
 def results(found: Values, out: Console) -> None:

@@ -12,7 +12,6 @@ import hashlib
 import hmac
 import json
 import logging
-import os
 import socket
 import time
 import uuid
@@ -26,13 +25,14 @@ from registry.catalog import connect, mlflow_explained, without_credentials
 from registry.foreign import task_of
 from registry.home import Home
 from registry.image import VERSION_TAG
+from tasks.orchestration import MODEL_REGISTERED
+from tasks.prefect_api import PrefectApi
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette
 
 PORT = 4280
 SECRET_VARIABLE = "RESTITCH_WEBHOOK_SECRET"
-EVENT = "restitch.model.registered"
 NAME = "restitch"  # of the webhook in MLflow
 
 MAX_BYTES = 1 << 20
@@ -130,7 +130,7 @@ def event_of(message: Any, delivery: str, sent: int) -> Event | None:
     return {
         "id": _event_id(delivery),
         "occurred": datetime.fromtimestamp(sent, UTC).isoformat(),
-        "event": EVENT,
+        "event": MODEL_REGISTERED,
         "resource": {"prefect.resource.id": f"restitch.model.{line}.{task}"},
         "payload": {"line": line, "task": task, "version": None, "mlflow_version": int(number)},
     }
@@ -141,36 +141,6 @@ def _event_id(delivery: str) -> str:
         return str(uuid.UUID(delivery))
     except ValueError:
         return str(uuid.uuid5(uuid.NAMESPACE_URL, f"restitch:{delivery}"))
-
-
-def emitter(prefect_api_url: str) -> Callable[[Event], None]:
-    """What hands events to a Prefect server, as its API wants them: in a list."""
-    import httpx
-
-    headers, auth = {}, None
-    if os.environ.get("PREFECT_API_KEY"):
-        headers["Authorization"] = f"Bearer {os.environ['PREFECT_API_KEY']}"
-    elif os.environ.get("PREFECT_API_AUTH_STRING"):
-        user, _, word = os.environ["PREFECT_API_AUTH_STRING"].partition(":")
-        auth = httpx.BasicAuth(user, word)
-    client = httpx.Client(headers=headers, auth=auth, timeout=10.0)
-    address = f"{prefect_api_url.rstrip('/')}/events"
-
-    def emit(event: Event) -> None:
-        found: object
-        try:
-            found = client.post(address, json=[event]).status_code
-            if 200 <= found < 300:
-                return
-        except httpx.HTTPError as error:
-            found = type(error).__name__
-        raise Unavailable(
-            f"Prefect at {without_credentials(prefect_api_url)} does not take events",
-            expected="status 204",
-            found=found,
-        )
-
-    return emit
 
 
 def application(secret: str, emit: Callable[[Event], None]) -> "Starlette":
@@ -250,7 +220,7 @@ def serve(
         number = listener.getsockname()[1]
         started(f"http://{f'[{host}]' if ':' in host else host}:{number}/webhook")
         config = uvicorn.Config(
-            application(secret, emitter(prefect_api_url)),
+            application(secret, lambda event: PrefectApi(prefect_api_url).emit([event])),
             log_level="warning",
             access_log=False,
             server_header=False,

@@ -5,27 +5,35 @@
 
 It may be killed anywhere and run again: each step first looks for its result in the store,
 and the act happens once, because it starts from the state `registered`. A member whose line
-has been configured since to choose its masks in another way is localized once more.
+has been configured since to choose its masks in another way is localized once more. A model
+at which three processes have died is quarantined.
 """
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from flows.adopt import adopt_one
 from merging.digests import digest_json
 from merging.errors import BadInput, CannotJoin, RestitchError
+from registry.attempts import Attempt, Attempts
 from registry.head import Head, ModelVersion
 from registry.ledger import Ledger
 from registry.specs import LineSpec, TaskSpec
-from tasks.engine import flow
+from tasks.artifacts import show_onboarded
+from tasks.engine import engine_url, flow
 from tasks.evaluate import evaluate
 from tasks.inputs import evaluation_split
 from tasks.localize import localize
 from tasks.models import check_device
+from tasks.orchestration import MASK_READY, announce, mark_crashed, run_ended, this_run
 from tasks.publish import mirror
 from tasks.refs import DeltaRef, LineRef, ResultRef, Validated, WeightsRef
 from tasks.reporting import say, warn
 from tasks.validate import validate
 from tasks.workspace import actor, workspace
+
+# A model that has cost so many processes their life is not tried again.
+DEATHS = 3
 
 # Above this share of the task vector's squared norm, what masks cannot hold is worth a warning.
 OUTSIDE_WARNING = 0.1
@@ -65,9 +73,35 @@ def onboard(line: str, task: str, version: int) -> OnboardOutcome:
     head = ledger.head()
     model = _registered(head, task, version)
     if model.state != "registered" and not is_outdated(head, model):
-        return _outcome(head, task, version, localized=False)
+        return _done(ledger, task, version, localized=False)
     check_device(head.spec)
+    attempts = attempts_at(ledger, task, version)
+    died = _died(attempts)
+    if len(died) >= DEATHS and model.state == "registered":
+        _quarantine(ledger, task, version, _deadly(task, version, died), deaths=len(died))
+        return _done(ledger, task, version, localized=False)
+    with attempts.attempt(this_run()):
+        return _onboard(ledger, head, task, version)
+
+
+def onboard_event(
+    line: str, task: str, version: int | None, mlflow_version: int | None
+) -> OnboardOutcome | None:
+    """Onboard what an event names; one that was registered in MLflow is taken in first.
+
+    Returns:
+        What became of it; None where it waits for its task's description.
+    """
+    if version is None and mlflow_version is not None:
+        version = adopt_one(line, task, mlflow_version)
+    if version is None:
+        return None
+    return onboard.body(line, task, version)  # type: ignore[attr-defined, no-any-return]
+
+
+def _onboard(ledger: Ledger, head: Head, task: str, version: int) -> OnboardOutcome:
     ref, spec = LineRef(head.spec, head.base), head.tasks[task].spec
+    model = head.tasks[task].versions[version]
     try:
         checked = validate(ref, model.model)
         delta = localize(ref, spec, model.model)
@@ -76,10 +110,38 @@ def onboard(line: str, task: str, version: int) -> OnboardOutcome:
             _quarantine(ledger, task, version, error)
         else:
             warn(f"{task} version {version} keeps the mask that it has: {error.message()}")
-        return _outcome(ledger.head(), task, version, localized=False)
+        return _done(ledger, task, version, localized=False)
     facts = _measure(ref, spec, model, checked, delta)
     _join(ledger, task, version, delta, facts)
-    return _outcome(ledger.head(), task, version, localized=True)
+    return _done(ledger, task, version, localized=True)
+
+
+def attempts_at(ledger: Ledger, task: str, version: int) -> Attempts:
+    """The attempts at onboarding a model, counted anew when it is registered again."""
+    model = ledger.head().tasks[task].versions[version]
+    again = model.facts.get("registered_again", 0)
+    return Attempts(ledger.objects.store, "onboard", ledger.line, task, version, again)
+
+
+def _died(attempts: Attempts) -> list[Attempt]:
+    """The attempts whose process is gone; their runs are marked so."""
+    died = [one for one in attempts.unfinished() if not one.is_alive(_run_ended)]
+    for one in died:
+        if one.run is not None and engine_url() is not None:
+            mark_crashed(one.run, f"process {one.facts['pid']} is gone")
+    return died
+
+
+def _run_ended(run: str) -> bool:
+    return engine_url() is not None and run_ended(run)
+
+
+def _deadly(task: str, version: int, died: list[Attempt]) -> CannotJoin:
+    return CannotJoin(
+        f"{task} version {version} killed the process that onboarded it {len(died)} times",
+        found="; ".join(map(str, died)),
+        hint="look for what killed them (memory? the log of the worker?), then register it again",
+    )
 
 
 def is_outdated(head: Head, model: ModelVersion) -> bool:
@@ -116,6 +178,7 @@ def _measure(
         "density": delta.density,
         "delta_bytes": delta.size,
         "localizer": delta.localizer,
+        "localized_by": delta.made_by,
         "choice": _choice(line.spec),
         "outside_share": checked.outside_share,
         "outside_tensors": [list(item) for item in checked.outside_tensors],
@@ -158,11 +221,15 @@ def _differs(one: ResultRef, other: ResultRef) -> bool:
     return not other.low - 1e-9 <= one.value <= other.high + 1e-9
 
 
-def _quarantine(ledger: Ledger, task: str, version: int, error: RestitchError) -> None:
+def _quarantine(
+    ledger: Ledger, task: str, version: int, error: RestitchError, deaths: int = 0
+) -> None:
     def change(head: Head) -> Head | None:
-        if head.tasks[task].versions[version].state != "registered":
+        model = head.tasks[task].versions[version]
+        if model.state != "registered":
             return None
-        return head.with_state(task, version, "quarantined", error.message())
+        facts = {**model.facts, **({"deaths": deaths} if deaths else {})}
+        return head.with_state(task, version, "quarantined", error.message(), facts=facts)
 
     act = ledger.act("quarantined", actor(), f"{task} {version}: {error.what}", change)
     if act is not None:
@@ -173,7 +240,8 @@ def _quarantine(ledger: Ledger, task: str, version: int, error: RestitchError) -
 def _join(ledger: Ledger, task: str, version: int, delta: DeltaRef, facts: dict[str, Any]) -> None:
     def change(head: Head) -> Head | None:
         model = head.tasks[task].versions[version]
-        new: dict[str, Any] = {"mask": delta.mask, "delta": delta.blob, "facts": facts}
+        known = {**model.facts, **facts}
+        new: dict[str, Any] = {"mask": delta.mask, "delta": delta.blob, "facts": known}
         if model.state == "registered":
             return head.with_state(task, version, "ready", **new)
         if is_outdated(head, model):
@@ -187,8 +255,17 @@ def _join(ledger: Ledger, task: str, version: int, delta: DeltaRef, facts: dict[
         mirror(ledger.line)
 
 
-def _outcome(head: Head, task: str, version: int, *, localized: bool) -> OnboardOutcome:
+def _done(ledger: Ledger, task: str, version: int, *, localized: bool) -> OnboardOutcome:
+    """What became of the model; what can be merged and is not yet is announced."""
+    head = ledger.head()
     model = head.tasks[task].versions[version]
-    return OnboardOutcome(
+    if this_run() is not None and model.state in ("ready", "held"):
+        champion = None if head.champion is None else ledger.merged(head.champion)
+        member = None if champion is None else champion.members.get(task)
+        if localized or member is None or member.version != version:
+            announce(MASK_READY, ledger.line, task, version)
+    outcome = OnboardOutcome(
         head.line, task, version, model.state, model.reason, localized, dict(model.facts)
     )
+    show_onboarded(outcome.as_dict())
+    return outcome

@@ -1,29 +1,36 @@
 """Register a finetuned model and see it into the merged model.
 
+    enter it in the head --> with workers: tell them, and wait for what becomes of it if asked
+                         --> without: onboard and remerge here
+
 The same weights with the same task are registered once: what is unfinished about them is
 finished. Other weights become the task's next version.
 """
 
+import time
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from flows.declare import present, resolve_spec
 from flows.onboard import OnboardOutcome, onboard
 from flows.remerge import RemergeOutcome, remerge
-from merging.errors import BadInput, CannotJoin, GateFailed
+from merging.errors import CannotJoin, GateFailed, Unavailable
 from modeling.family import get_family
-from registry.head import Head, ModelRef, ModelVersion, State, Task
+from registry.head import Head, ModelRef, ModelVersion
+from registry.history import MergedRecord
 from registry.ledger import Ledger
-from registry.specs import TaskSpec, load_task
-from tasks.inputs import check_rows, resolve_task, same_task
+from registry.specs import TaskSpec
+from tasks.inputs import same_task
 from tasks.models import describe_model, open_base
+from tasks.orchestration import MODEL_REGISTERED, announce, has_workers
 from tasks.publish import mirror
 from tasks.refs import LineRef
-from tasks.reporting import say
+from tasks.reporting import say, working
 from tasks.workspace import actor, workspace
 
-_TAKES_PART: tuple[State, ...] = ("registered", "waiting", "ready")
+LOOK_EVERY_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -32,12 +39,18 @@ class RegisterOutcome:
 
     Attributes:
         already: whether these weights were registered for this task before.
-        merged: what the remerge did; None where none was made.
+        merged: what the remerge of this process did; None where none was made.
+        handed_over: whether workers do the work.
+        champion: the version of the champion that holds the model; None where none does yet.
+        record: that version's record.
     """
 
     onboarded: OnboardOutcome
     already: bool
     merged: RemergeOutcome | None = None
+    handed_over: bool = False
+    champion: int | None = None
+    record: MergedRecord | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -45,6 +58,9 @@ class RegisterOutcome:
             **self.onboarded.as_dict(),
             "already": self.already,
             "merged": None if self.merged is None else self.merged.as_dict(),
+            "handed_over": self.handed_over,
+            "champion": self.champion,
+            "record": None if self.record is None else self.record.to_json(),
         }
 
     @property
@@ -56,43 +72,55 @@ class RegisterOutcome:
 
 
 def register(
-    line: str, task_file: Path, source: str, *, merge: bool = True, replace_task: bool = False
+    line: str,
+    task_file: Path,
+    source: str,
+    *,
+    merge: bool = True,
+    replace_task: bool = False,
+    copy: bool = False,
+    here: bool = False,
+    wait: bool = False,
+    timeout: float | None = None,
 ) -> RegisterOutcome:
-    """Register a finetuned model; with `merge`, return when it is in the merged model.
+    """Register a finetuned model; without workers, onboard it here.
+
+    Args:
+        line: the line's name.
+        task_file: the task's description.
+        source: where the model is: a folder, a hub id or an MLflow address.
+        merge: see it into the merged model; without, only onboard it.
+        replace_task: accept another description of the task.
+        copy: keep a copy of the model's files in the store.
+        here: do the work in this process although there are workers.
+        wait: with workers, return when the model is in the champion, or cannot be.
+        timeout: how many seconds to wait at most.
 
     Raises:
         BadInput: the task file, its data or the model cannot be read, or the task has another
             file and `replace_task` is off. Nothing is changed then.
+        Unavailable: a server is away, or the wait was too long; the model stays registered.
     """
     space = workspace()
     ledger = space.ledger(line)
     head = ledger.head()
-    spec = load_task(task_file)
-    known = head.tasks.get(spec.task)
-    if known is not None:
-        spec = spec.with_pins_of(known.spec)
-    family = get_family(head.spec.family)
-    spec = resolve_task(spec, family)
-    if known is not None and not same_task(known.spec, spec) and not replace_task:
-        raise BadInput(
-            f"task {spec.task} of line {line} was registered with another task file",
-            expected="the same data, head and metric",
-            found=", ".join(_differing(known.spec, spec)),
-            hint="use another task name, or --replace-task to change the task",
-        )
-    check_rows(spec, family, space, head.spec.localize)
+    spec = resolve_spec(ledger, task_file, replace_task)
     open_base(LineRef(head.spec, head.base), space)  # without it nothing can join
-    model = describe_model(source, family, space)
+    model = describe_model(source, get_family(head.spec.family), space, copy=copy)
     version, already = _enter(ledger, spec, model, replace_task)
-    mirror(line)
     if already:
         say(f"{spec.task}: already version {version}")
+    if not here and has_workers():
+        if _state(ledger, spec.task, version) == "registered":
+            announce(MODEL_REGISTERED, line, spec.task, version)
+        mirror(line)
+        return _handed_over(ledger, spec.task, version, already, wait, timeout)
+    mirror(line)
     onboarded = onboard(line, spec.task, version)
     merged = None
     if merge and onboarded.state in ("ready", "held"):
         merged = remerge(line)
-        onboarded = _after(ledger, onboarded)
-    return RegisterOutcome(onboarded, already, merged)
+    return _outcome(ledger, spec.task, version, already, onboarded, merged)
 
 
 def _enter(ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool) -> tuple[int, bool]:
@@ -106,13 +134,16 @@ def _enter(ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool) 
     def change(head: Head) -> Head | None:
         entered.clear()
         task = head.tasks.get(spec.task)
-        found = None if task is None else _present(task, spec, model)
+        found = None if task is None else present(task, spec, model)
         if task is not None and found is not None:
             entered.append((found, True))
             # The same task from another place: what was said when the old place is gone.
-            return head.with_task(spec) if replace_task and spec != task.spec else None
+            described = (replace_task and spec != task.spec) or not task.declared
+            after = head.with_task(spec) if described else head
+            after = _tried_again(after, spec.task, found)
+            return None if after is head else after
         now = datetime.now(UTC).isoformat(timespec="microseconds")
-        if task is None or not same_task(task.spec, spec):
+        if task is None or not task.declared or not same_task(task.spec, spec):
             head = head.with_task(spec)
         entered.append((head.tasks[spec.task].next_version, False))
         return head.with_version(spec.task, ModelVersion(model=model, registered_at=now))
@@ -127,30 +158,79 @@ def _enter(ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool) 
     return entered[-1]
 
 
-def _present(task: Task, spec: TaskSpec, model: ModelRef) -> int | None:
-    """The version that is this very model for this very task, and that counts today.
-
-    It is the newest one, whatever became of it, or the newest one that takes part: what was
-    quarantined or held after it does not take its place.
-    """
-    numbers = {
-        max((n for n, v in task.versions.items() if v.state != "retired"), default=0),
-        max((n for n, v in task.versions.items() if v.state in _TAKES_PART), default=0),
-    } - {0}
-    same = [
-        number
-        for number in numbers
-        if task.versions[number].model.weights == model.weights
-        and task.versions[number].model.config == model.config
-    ]
-    return max(same) if same and same_task(task.spec, spec) else None
+def _tried_again(head: Head, task: str, version: int) -> Head:
+    """The head with a model that waited, or that killed its workers, registered anew."""
+    model = head.tasks[task].versions[version]
+    deadly = model.state == "quarantined" and "deaths" in model.facts
+    if not (deadly or model.state == "waiting"):
+        return head
+    facts = {name: value for name, value in model.facts.items() if name != "deaths"}
+    if deadly:
+        before = model.facts.get("registered_again", 0)
+        facts["registered_again"] = (before if isinstance(before, int) else 0) + 1
+    return head.with_state(task, version, "registered", facts=facts)
 
 
-def _after(ledger: Ledger, before: OnboardOutcome) -> OnboardOutcome:
-    model = ledger.head().tasks[before.task].versions[before.version]
-    return replace(before, state=model.state, reason=model.reason)
+def _handed_over(
+    ledger: Ledger, task: str, version: int, already: bool, wait: bool, timeout: float | None
+) -> RegisterOutcome:
+    """What workers make of a model: at once, or when it is decided."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    with working(f"waiting for {task} version {version} to be merged"):
+        while wait and not _is_decided(ledger.head(), ledger, task, version):
+            if deadline is not None and time.monotonic() > deadline:
+                raise Unavailable(
+                    f"{task} version {version} is not in the merged model yet",
+                    expected=f"within {timeout:.0f} seconds",
+                    found=f"it is {_state(ledger, task, version)}",
+                    hint="nothing is lost: `restitch status --watch` follows it, "
+                    "`restitch doctor` tells what is missing",
+                )
+            time.sleep(LOOK_EVERY_SECONDS)
+    outcome = _outcome(ledger, task, version, already)
+    return replace(outcome, handed_over=True)
 
 
-def _differing(old: TaskSpec, new: TaskSpec) -> list[str]:
-    ours, theirs = old.to_json(), new.to_json()
-    return [f"another {key}" for key in ours if ours[key] != theirs[key]]
+def _is_decided(head: Head, ledger: Ledger, task: str, version: int) -> bool:
+    """Whether a model is in the champion, or will not be without something new."""
+    model = head.tasks[task].versions[version]
+    if model.state == "ready":
+        # Where promotion is switched off, the newest version is as far as it goes.
+        last = head.newest if head.pinned else head.champion
+        return last is not None and _holds(ledger.merged(last), task, version)
+    return model.state != "registered"
+
+
+def _holds(record: MergedRecord, task: str, version: int) -> bool:
+    member = record.members.get(task)
+    return member is not None and member.version == version
+
+
+def _outcome(
+    ledger: Ledger,
+    task: str,
+    version: int,
+    already: bool,
+    onboarded: OnboardOutcome | None = None,
+    merged: RemergeOutcome | None = None,
+) -> RegisterOutcome:
+    head = ledger.head()
+    model = head.tasks[task].versions[version]
+    if onboarded is None:
+        onboarded = OnboardOutcome(
+            ledger.line, task, version, model.state, model.reason, False, dict(model.facts)
+        )
+    record = None if head.champion is None else ledger.merged(head.champion)
+    if record is not None and not _holds(record, task, version):
+        record = None
+    return RegisterOutcome(
+        replace(onboarded, state=model.state, reason=model.reason),
+        already,
+        merged,
+        champion=None if record is None else record.version,
+        record=record,
+    )
+
+
+def _state(ledger: Ledger, task: str, version: int) -> str:
+    return ledger.head().tasks[task].versions[version].state

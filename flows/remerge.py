@@ -8,32 +8,34 @@ It looks at what the head holds, not at what started it; when the newest merged 
 already that, it does nothing and says so. It may be killed anywhere and run again.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from flows.acts import MovedError, hold, promote, record_version, reject
+from flows.adopt import adopt
 from flows.candidates import Candidate, make_candidate
 from flows.gates import Check
-from flows.onboard import is_outdated, onboard
+from flows.onboard import DEATHS, attempts_at, is_outdated, onboard
 from flows.snapshot import Snapshot, localized_models, take_snapshot
+from merging.digests import digest_json
 from merging.errors import GateFailed, RestitchError, Unavailable
 from registry.head import Member
 from registry.history import MergedRecord
 from registry.ledger import Ledger
+from tasks.artifacts import show_remerged
 from tasks.engine import flow
 from tasks.models import check_device
-from tasks.publish import mirror
+from tasks.orchestration import has_workers, start_run, turn
+from tasks.publish import mirror, run_link
 from tasks.reporting import say, warn
-from tasks.workspace import Workspace, workspace
+from tasks.workspace import workspace
 
 # What killed work left behind is removed when nothing can be running on it any more.
 LEFTOVERS_AFTER = 24 * 3600.0
 
 ATTEMPTS = 20
 
-Action = Literal["unchanged", "empty", "promoted", "rejected", "candidate"]
+Action = Literal["unchanged", "empty", "promoted", "rejected", "candidate", "covered"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,8 @@ class RemergeOutcome:
 
     Attributes:
         action: unchanged, empty (no member yet), promoted, rejected (gates failed and nothing
-            of it could be kept), candidate (promotion is switched off).
+            of it could be kept), candidate (promotion is switched off), covered (another
+            remerge waits and will see all that this one would have).
         version: the version that this is about.
         localized: the models that this run localized, as "task version".
         held: the models that this run held, with the gates that decided.
@@ -69,54 +72,95 @@ class RemergeOutcome:
 
 
 @flow("remerge", "{line}")
-def remerge(line: str, force: bool = False) -> RemergeOutcome:
+def remerge(line: str, force: bool = False, attempt: int = 0) -> RemergeOutcome:
     """Merge what is ready, evaluate it, and promote it if its gates pass.
 
     Args:
         line: the line's name.
         force: stitch and evaluate anew although nothing changed; the bytes must be the same.
+        attempt: how many runs before this one died at the same work.
+
+    Raises:
+        Unavailable: so many died that only the schedule tries again.
     """
     space = workspace()
     ledger = space.ledger(line)
     check_device(ledger.head().spec)
-    with _alone(space, line):
+    if attempt >= DEATHS:
+        raise Unavailable(
+            f"remerging {line} killed its process {attempt} times in a row",
+            hint="look for what killed it (memory? the log of the worker?); "
+            "the schedule goes on trying",
+        )
+    with turn(space, line) as mine:
+        if not mine:
+            say(f"{line}: another remerge is about to look at it")
+            return _outcome(ledger, "covered", None, ())
         space.home.sweep(LEFTOVERS_AFTER)
+        _take_in(line)
         mirror(ledger.line)
-        localized = _onboard_missing(ledger)
-        for _ in range(ATTEMPTS):
-            snapshot = take_snapshot(ledger)
-            if not snapshot.members:
-                say(f"{line}: no model is ready to be merged")
-                return RemergeOutcome(line, "empty", None, ledger.head().champion, localized)
-            try:
-                outcome = _settle(ledger, snapshot, localized, force)
-            except MovedError:
-                say(f"{line}: the champion has changed meanwhile, looking again")
-                continue
-            mirror(ledger.line)
-            return outcome
+        outcome = _merge_until_settled(ledger, _onboard_missing(ledger), force)
+    show_remerged(outcome.as_dict(), run_link(line, outcome.version))
+    return outcome
+
+
+def _merge_until_settled(ledger: Ledger, localized: tuple[str, ...], force: bool) -> RemergeOutcome:
+    for _ in range(ATTEMPTS):
+        snapshot = take_snapshot(ledger)
+        if not snapshot.members:
+            say(f"{ledger.line}: no model is ready to be merged")
+            return _outcome(ledger, "empty", None, localized)
+        try:
+            outcome = _settle(ledger, snapshot, localized, force)
+        except MovedError:
+            say(f"{ledger.line}: the champion has changed meanwhile, looking again")
+            continue
+        mirror(ledger.line)
+        return outcome
     raise Unavailable(
-        f"line {line} is being merged by others all the time",
+        f"line {ledger.line} is being merged by others all the time",
         found=f"another champion in {ATTEMPTS} attempts",
         hint="run the same command again",
     )
 
 
+def _take_in(line: str) -> None:
+    """Take in what was registered in MLflow alone; the members do not wait for that."""
+    try:
+        adopt(line)
+    except Unavailable as error:
+        warn(f"MLflow cannot be asked for new models now: {error.message()}")
+
+
 def _onboard_missing(ledger: Ledger) -> tuple[str, ...]:
     """Onboard every registered model that an event missed; the others do not wait for it.
 
-    So it goes with members whose masks the line now chooses in another way.
+    So it goes with members whose masks the line now chooses in another way. Where there are
+    workers, a run on their pool is started for each, and its mask starts the next remerge.
     """
     head, done = ledger.head(), []
     newest = {task: (task, number, model) for task, number, model in localized_models(head)}
     outdated = [found for found in newest.values() if is_outdated(head, found[2])]
-    for task, version, _ in (*head.in_state("registered"), *outdated):
+    missing = (*head.in_state("registered"), *outdated)
+    to_workers = bool(missing) and has_workers()
+    for task, version, _ in missing:
         try:
-            if onboard(ledger.line, task, version).localized:
+            if to_workers:
+                _start_onboard(ledger, task, version)
+            elif onboard(ledger.line, task, version).localized:
                 done.append(f"{task} {version}")
         except RestitchError as error:
             warn(f"{task} version {version} cannot be onboarded now: {error.message()}")
     return tuple(done)
+
+
+def _start_onboard(ledger: Ledger, task: str, version: int) -> None:
+    # Another attempt, another key: a run that ended without a mask may be started again.
+    head = ledger.head()
+    tried = attempts_at(ledger, task, version).count
+    key = digest_json([head.line, task, version, head.spec.localize.to_json(), tried])
+    start_run("onboard", {"line": head.line, "task": task, "version": version}, key)
+    say(f"{head.line}: a worker onboards {task} version {version}")
 
 
 def _settle(
@@ -195,15 +239,3 @@ def _outcome(
         () if record is None else tuple(g.gate for g in record.gates if not g.passed),
         None if record is None else record.to_json(),
     )
-
-
-@contextmanager
-def _alone(space: Workspace, line: str) -> Iterator[None]:
-    """One remerge per line at a time on this host: saves work, decides nothing."""
-    import fcntl
-
-    folder = space.home.root / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"remerge-{line}").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

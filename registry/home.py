@@ -165,6 +165,7 @@ def prepare_environment(
         "PREFECT_CLI_PROMPT": "false",
         "DO_NOT_TRACK": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         # Its default waits two minutes for a server that is away; the store does not need it.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
         "GIT_PYTHON_REFRESH": "quiet",

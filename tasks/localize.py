@@ -14,10 +14,11 @@ from merging.overwrite import take
 from merging.sparse import SparseTensor, write_sparse
 from merging.task_vector import TaskVector
 from registry.head import ModelRef
+from registry.objects import KeyRecord
 from registry.specs import TaskSpec
 from tasks.engine import Cached, step
 from tasks.localizers import localizer
-from tasks.models import aligned, open_base, open_model
+from tasks.models import aligned, device, open_base, open_model
 from tasks.refs import DeltaRef, LineRef
 from tasks.reporting import working
 from tasks.workspace import made_by, workspace
@@ -41,7 +42,7 @@ def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cache
     )
     record = space.objects.lookup("mask", key)
     if record is not None:
-        return Cached(_ref(record.blob, record.size, record.facts))
+        return Cached(_ref(record))
     folder, _ = open_model(model, space, base.family)
     finetuned = aligned(base, folder)
     vector = TaskVector(base.checkpoint, finetuned, base.names)
@@ -62,8 +63,8 @@ def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cache
             "localizer": found_by.label,
         }
         blob = space.objects.put_blob(file, move=True)
-    won = space.objects.publish("mask", key, blob, made_by(), found_by.fingerprint, facts)
-    return _ref(won.blob, won.size, won.facts)
+    maker = made_by() | {"device": device().type}
+    return _ref(space.objects.publish("mask", key, blob, maker, found_by.fingerprint, facts))
 
 
 def _kept(finetuned: Checkpoint, mask: Mask) -> Iterator[SparseTensor]:
@@ -74,12 +75,14 @@ def _kept(finetuned: Checkpoint, mask: Mask) -> Iterator[SparseTensor]:
         yield SparseTensor(name, finetuned.info(name).shape, coordinates, values)
 
 
-def _ref(blob: str, size: int, facts: dict[str, Any]) -> DeltaRef:
+def _ref(record: KeyRecord) -> DeltaRef:
+    facts: dict[str, Any] = record.facts
     return DeltaRef(
-        blob=blob,
+        blob=record.blob,
         mask=facts["mask"],
         kept=facts["kept"],
         coordinates=facts["coordinates"],
-        size=size,
+        size=record.size,
         localizer=facts["localizer"],
+        made_by=record.made_by,
     )

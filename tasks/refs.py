@@ -26,6 +26,7 @@ class DeltaRef:
         coordinates: how many there are to choose from.
         size: bytes of the file.
         localizer: how the mask was found, for instance "dataless/1".
+        made_by: which process found it: worker, host, process, pool, device.
     """
 
     blob: str
@@ -34,6 +35,7 @@ class DeltaRef:
     coordinates: int
     size: int
     localizer: str
+    made_by: Any = None
 
     @property
     def density(self) -> float:

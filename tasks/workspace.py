@@ -95,10 +95,10 @@ def actor() -> str:
 
 def made_by() -> dict[str, JsonValue]:
     """Which process made something: for the record, never for a key."""
-    pool = os.environ.get("RESTITCH_WORK_POOL")
+    of_worker = {"worker": "RESTITCH_WORKER", "work_pool": "RESTITCH_WORK_POOL"}
     return {
         "actor": actor(),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        **({"work_pool": pool} if pool else {}),
+        **{key: os.environ[name] for key, name in of_worker.items() if os.environ.get(name)},
     }

@@ -22,13 +22,13 @@ from deployments.webhook import (
     MAX_BYTES,
     NAME,
     Event,
-    emitter,
     handle,
     register_webhook,
     serve,
     sign,
 )
 from merging.errors import BadInput, Unavailable
+from tasks.prefect_api import PrefectApi
 from tests.servers import free_port, mlflow_server
 from tests.shell import Shell
 
@@ -227,7 +227,7 @@ def test_more_than_a_message_is_refused_unread(receiver: Receiver) -> None:
 
 def test_a_prefect_that_is_away_or_refuses_has_not_taken_it() -> None:
     with pytest.raises(Unavailable) as raised:
-        emitter("http://ann:password@127.0.0.1:9/api")({})
+        PrefectApi("http://ann:password@127.0.0.1:9/api").emit([{}])
     assert "password" not in str(raised.value)
 
 

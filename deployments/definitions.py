@@ -1,0 +1,239 @@
+"""What restitch asks of a Prefect server, as data: pools, deployments, automations, limits.
+
+    event restitch.model.registered --> run of `onboard`     on the pool `gpu`
+    event restitch.mask.ready -------> run of `remerge`      on the same pool, or another
+    cron, one schedule per line -----> run of `remerge`
+    a run that crashed --------------> the same once more; the store counts how often
+    a run that fell silent ----------> state Crashed
+
+`deployments.deploy` brings a server to this. A worker needs the package and, in its
+environment, the addresses: nothing is pulled from anywhere.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from tasks.orchestration import DEPLOYMENT, MASK_READY, MODEL_REGISTERED
+
+if TYPE_CHECKING:
+    from uuid import UUID
+
+    from prefect.events.schemas.automations import AutomationCore
+
+DEFAULT_CRON = "*/15 * * * *"
+
+# A flow run that sends no sign of life for three of its heartbeats is dead.
+HEARTBEAT_SECONDS = 30
+SILENT_AFTER = timedelta(seconds=3 * HEARTBEAT_SECONDS)
+# A worker has taken a run and no process of it began.
+STUCK_AFTER = timedelta(seconds=60)
+
+SERVER_ENVIRONMENT = {
+    # In memory, a lease that is held when the server dies would never end.
+    "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+        "prefect.server.concurrency.lease_storage.filesystem"
+    ),
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_LOGGING_SERVER_LEVEL": "WARNING",
+    "DO_NOT_TRACK": "1",
+}
+
+WORKER_ENVIRONMENT = {
+    "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": str(HEARTBEAT_SECONDS),
+    "PREFECT_WORKER_QUERY_SECONDS": "1",
+    "PREFECT_LOGGING_EXTRA_LOGGERS": "restitch,transformers,datasets",
+}
+
+
+@dataclass(frozen=True)
+class DeployedFlow:
+    """A flow that workers run.
+
+    Attributes:
+        flow: its name.
+        entrypoint: where a worker imports it.
+        pool: the work pool.
+        optional: parameters that a run may leave out, with what stands for them.
+    """
+
+    flow: str
+    entrypoint: str
+    pool: str
+    description: str
+    required: tuple[str, ...]
+    optional: dict[str, Any]
+
+
+def flows(pool: str, remerge_pool: str) -> tuple[DeployedFlow, DeployedFlow]:
+    """The two deployments: onboard and remerge."""
+    return (
+        DeployedFlow(
+            flow="onboard",
+            entrypoint="deployments.entry.onboard_flow",
+            pool=pool,
+            description="Validate, localize and measure one finetuned model.",
+            required=("line", "task"),
+            optional={"version": None, "mlflow_version": None},
+        ),
+        DeployedFlow(
+            flow="remerge",
+            entrypoint="deployments.entry.remerge_flow",
+            pool=remerge_pool,
+            description="Bring a line's merged model up to date, and repair what events missed.",
+            required=("line",),
+            optional={"force": False, "attempt": 0},
+        ),
+    )
+
+
+def automations(onboard: "UUID", remerge: "UUID") -> "list[AutomationCore]":
+    """What starts runs, and what ends those that died."""
+    return [
+        _on_event(
+            "restitch: onboard a registered model",
+            MODEL_REGISTERED,
+            onboard,
+            {
+                "line": "{{ event.payload.line }}",
+                "task": "{{ event.payload.task }}",
+                "version": _json("event.payload.version | default(none)"),
+                "mlflow_version": _json("event.payload.mlflow_version | default(none)"),
+            },
+        ),
+        _on_event(
+            "restitch: merge a new mask",
+            MASK_READY,
+            remerge,
+            {"line": "{{ event.payload.line }}"},
+        ),
+        _on_crash(
+            "restitch: onboard again after a crash",
+            onboard,
+            {name: _json(f"flow_run.parameters.{name} | default(none)") for name in _ONBOARD},
+        ),
+        _on_crash(
+            "restitch: remerge again after a crash",
+            remerge,
+            {
+                "line": "{{ flow_run.parameters.line }}",
+                "force": _json("flow_run.parameters.force | default(false)"),
+                "attempt": _json("(flow_run.parameters.attempt | default(0)) + 1"),
+            },
+        ),
+        _on_silence(
+            "restitch: a run fell silent",
+            (onboard, remerge),
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat", *_ENDED},
+            within=SILENT_AFTER,
+            message="no sign of life: its process or its host is gone",
+        ),
+        _on_silence(
+            "restitch: a run never began",
+            (onboard, remerge),
+            after={"prefect.flow-run.Pending", "prefect.flow-run.Submitting"},
+            expect={"prefect.flow-run.Running", *_ENDED},
+            within=STUCK_AFTER,
+            message="taken by a worker that is gone",
+        ),
+    ]
+
+
+_ONBOARD = ("line", "task", "version", "mlflow_version")
+_ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
+
+
+def _json(expression: str) -> dict[str, Any]:
+    """A parameter that keeps its JSON type, and that an event may leave out."""
+    return {
+        "__prefect_kind": "json",
+        "value": {
+            "__prefect_kind": "jinja",
+            "template": "{{ (" + expression + ") | tojson }}",
+        },
+    }
+
+
+def _on_event(
+    name: str, event: str, deployment: "UUID", parameters: dict[str, Any]
+) -> "AutomationCore":
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+
+    return AutomationCore(
+        name=name,
+        trigger=EventTrigger(
+            expect={event},
+            posture=Posture.Reactive,
+            threshold=1,
+            within=timedelta(0),
+        ),
+        actions=[_run(deployment, parameters)],
+    )
+
+
+def _on_crash(name: str, deployment: "UUID", parameters: dict[str, Any]) -> "AutomationCore":
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+
+    return AutomationCore(
+        name=name,
+        trigger=EventTrigger(
+            expect={"prefect.flow-run.Crashed"},
+            match_related=_of(deployment),
+            posture=Posture.Reactive,
+            threshold=1,
+            within=timedelta(0),
+        ),
+        actions=[_run(deployment, parameters)],
+    )
+
+
+def _on_silence(
+    name: str,
+    deployments: "tuple[UUID, ...]",
+    *,
+    after: set[str],
+    expect: set[str],
+    within: timedelta,
+    message: str,
+) -> "AutomationCore":
+    from prefect.client.schemas.objects import StateType
+    from prefect.events.actions import ChangeFlowRunState
+    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
+
+    return AutomationCore(
+        name=name,
+        trigger=EventTrigger(
+            after=after,
+            expect=expect,
+            match_related=_of(*deployments),
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=within,
+        ),
+        # Never forced: it also fires for runs that have ended, and must not touch them.
+        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=message)],
+    )
+
+
+def _run(deployment: "UUID", parameters: dict[str, Any]) -> Any:
+    from prefect.events.actions import RunDeployment
+
+    return RunDeployment(deployment_id=deployment, parameters=parameters)
+
+
+def _of(*deployments: "UUID") -> Any:
+    from prefect.events.schemas.events import ResourceSpecification
+
+    return ResourceSpecification.model_validate(
+        {
+            "prefect.resource.role": "deployment",
+            "prefect.resource.id": [f"prefect.deployment.{one}" for one in deployments],
+        }
+    )
+
+
+def full_name(flow: str) -> str:
+    """What Prefect calls the deployment of a flow."""
+    return f"{flow}/{DEPLOYMENT}"

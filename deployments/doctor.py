@@ -1,0 +1,250 @@
+"""Is everything there that restitch needs? One check after the other, each with its remedy.
+
+Nothing is changed. A check that cannot be made because an earlier one failed says so. The
+exit code is 6 when something has failed; warnings alone leave it at 0.
+"""
+
+import importlib.metadata
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from deployments.definitions import full_name
+from deployments.stack import answers, is_running
+from merging.errors import RestitchError, Unavailable
+from registry.catalog import without_credentials
+from registry.head import Head
+from registry.ledger import lines
+from registry.stack import StackFile
+from tasks.engine import engine_url
+from tasks.workspace import Workspace, workspace
+
+Status = Literal["ok", "warning", "failed"]
+
+# What is known to work together: name, lowest, first that does not work, and what it does.
+VERSIONS = (
+    ("prefect", "3.8.8", "3.9", "untested"),
+    ("fastapi", "0.115", "0.151", "the Prefect server dies at import"),
+    ("sqlalchemy", "2.0", "2.1", "cron runs are silently never created"),
+    ("mlflow", "3.17", "3.18", "untested"),
+    ("transformers", "5.20", "6", "untested"),
+)
+FREE_BYTES = 5 << 30
+
+
+@dataclass(frozen=True)
+class Check:
+    """One finding.
+
+    Attributes:
+        mend: what to do about it; empty where all is well.
+    """
+
+    name: str
+    status: Status
+    found: str
+    mend: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def examine() -> list[Check]:
+    """All checks, in the order in which things depend on each other."""
+    space = workspace(to_write=False)
+    checks: list[Check] = []
+    for part in (_versions, _home, _store, _device, _processes, _mlflow, _prefect):
+        try:
+            checks += part(space)
+        except RestitchError as error:
+            name = part.__name__.strip("_")
+            checks.append(Check(name, "failed", error.message(), error.hint or ""))
+    return checks
+
+
+def exit_code(checks: list[Check]) -> int:
+    """6 when something has failed."""
+    return Unavailable.exit_code if any(c.status == "failed" for c in checks) else 0
+
+
+def workers_online(pool: str) -> list[str]:
+    """The names of the workers of a pool that have shown signs of life lately."""
+    from prefect.exceptions import ObjectNotFound
+
+    from deployments.deploy import client
+
+    with client() as prefect:
+        try:
+            found = prefect.read_workers_for_work_pool(pool)
+        except ObjectNotFound:
+            return []
+    return [worker.name for worker in found if str(worker.status).endswith("ONLINE")]
+
+
+def _versions(_: Workspace) -> Iterator[Check]:
+    python = ".".join(map(str, sys.version_info[:3]))
+    yield Check("python", "ok", python)
+    for name, lowest, beyond, harm in VERSIONS:
+        version = importlib.metadata.version(name)
+        if _numbers(lowest) <= _numbers(version) < _numbers(beyond):
+            yield Check(name, "ok", version)
+        else:
+            mend = f"pip install '{name}>={lowest},<{beyond}'"
+            yield Check(name, "failed", f"{version}: {harm}", mend)
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".")[:3] if part.isdigit())
+
+
+def _home(space: Workspace) -> Iterator[Check]:
+    root = space.home.root
+    if not root.exists():
+        yield Check("home", "warning", f"{root} is not there yet", "restitch init FILE makes it")
+        return
+    if os.access(root, os.W_OK | os.X_OK):
+        yield Check("home", "ok", str(root))
+    else:
+        yield Check("home", "failed", f"{root} cannot be written", "give yourself the permission")
+    free = shutil.disk_usage(root).free
+    text = f"{free / 1e9:.1f} GB free at {root}"
+    if free >= FREE_BYTES:
+        yield Check("disk", "ok", text)
+    else:
+        yield Check("disk", "warning", text, "make room: a full disk stops every worker")
+
+
+def _store(space: Workspace) -> Iterator[Check]:
+    where = without_credentials(space.home.store_url or str(space.home.store_path))
+    names = list(lines(space.objects))
+    yield Check("store", "ok", f"{where}, lines: {', '.join(names) or 'none'}")
+
+
+def _device(space: Workspace) -> Iterator[Check]:
+    from tasks.models import device
+
+    here = device()
+    yield Check("device", "ok", str(here))
+    for head in _heads(space):
+        wanted = head.spec.require_device
+        if wanted is not None and wanted != here.type:
+            yield Check(
+                f"device of {head.line}",
+                "warning",
+                f"it asks for {wanted}; this host has {here.type}",
+                "nothing, if this host is no worker; its workers need the device",
+            )
+
+
+def _processes(space: Workspace) -> Iterator[Check]:
+    for name, process in StackFile.read(space.home.root).processes.items():
+        if is_running(process):
+            at = f", port {process.port}" if process.port else ""
+            yield Check(name, "ok", f"process {process.pid}{at}")
+        else:
+            mend = f"restitch up starts it again; its log is {process.log}"
+            yield Check(name, "failed", f"process {process.pid} is gone", mend)
+
+
+def _mlflow(space: Workspace) -> Iterator[Check]:
+    uri = space.home.mlflow_uri
+    shown = without_credentials(uri)
+    if not uri.startswith("http"):
+        yield Check("mlflow", "ok", f"{shown}; its clients fire no webhooks, the schedule looks")
+        return
+    if not answers(f"{uri}/health"):
+        yield Check("mlflow", "failed", f"{shown} does not answer", "start it: restitch up")
+        return
+    yield Check("mlflow", "ok", shown)
+    from deployments.webhook import NAME
+
+    hooks = [hook for hook in space.catalog.client.list_webhooks() if hook.name == NAME]
+    if hooks and str(hooks[0].status).upper().endswith("ACTIVE"):
+        yield Check("mlflow webhook", "ok", hooks[0].url)
+    else:
+        found = "disabled" if hooks else "none"
+        mend = "restitch webhook --register URL; until then the schedule finds what it would tell"
+        yield Check("mlflow webhook", "warning", found, mend)
+
+
+def _prefect(space: Workspace) -> Iterator[Check]:
+    url = engine_url()
+    if url is None:
+        yield Check("prefect", "ok", "no server: commands do the work themselves (embedded)")
+        return
+    shown = without_credentials(url)
+    if not answers(f"{url}/health"):
+        yield Check("prefect", "failed", f"{shown} does not answer", "start it: restitch up")
+        return
+    yield Check("prefect", "ok", shown)
+    from deployments.deploy import client, cron_lines
+
+    with client() as prefect:
+        pools = []
+        for flow in ("onboard", "remerge"):
+            found = _asked(prefect.read_deployment_by_name, full_name(flow))
+            if found is None:
+                mend = "restitch deploy"
+                yield Check(f"deployment {flow}", "failed", "there is none", mend)
+                continue
+            state = "paused" if found.paused else f"pool {found.work_pool_name}"
+            if found.paused:
+                mend = f"prefect deployment resume {full_name(flow)}"
+                yield Check(f"deployment {flow}", "failed", state, mend)
+            else:
+                yield Check(f"deployment {flow}", "ok", state)
+            pools.append(found.work_pool_name)
+            if flow == "remerge":
+                scheduled = {
+                    (s.parameters or {}).get("line"): getattr(s.schedule, "cron", "?")
+                    for s in prefect.read_deployment_schedules(found.id)
+                    if s.active
+                }
+                yield from _schedule_checks(cron_lines(), scheduled)
+        yield from _automation_checks(prefect.read_automations())
+    for pool in dict.fromkeys(pools):
+        online = workers_online(pool)
+        if online:
+            yield Check(f"workers of {pool}", "ok", ", ".join(sorted(online)))
+        else:
+            mend = f"restitch up, or on a worker: prefect worker start --pool {pool}"
+            yield Check(f"workers of {pool}", "failed", "none online", mend)
+
+
+def _schedule_checks(wanted: dict[str, str], found: dict[Any, str]) -> Iterator[Check]:
+    for line, cron in wanted.items():
+        if found.get(line) == cron:
+            yield Check(f"schedule of {line}", "ok", cron)
+        else:
+            yield Check(f"schedule of {line}", "failed", found.get(line, "none"), "restitch deploy")
+
+
+def _automation_checks(found: list[Any]) -> Iterator[Check]:
+    from uuid import uuid4
+
+    from deployments.definitions import automations
+
+    enabled = {one.name: one.enabled for one in found}
+    for wanted in automations(uuid4(), uuid4()):
+        if enabled.get(wanted.name):
+            yield Check(wanted.name, "ok", "enabled")
+        else:
+            state = "disabled" if wanted.name in enabled else "there is none"
+            yield Check(wanted.name, "failed", state, "restitch deploy")
+
+
+def _asked(question: Callable[[str], Any], name: str) -> Any:
+    from prefect.exceptions import ObjectNotFound
+
+    with suppress(ObjectNotFound):
+        return question(name)
+    return None
+
+
+def _heads(space: Workspace) -> Iterator[Head]:
+    return (space.ledger(line).head() for line in lines(space.objects))

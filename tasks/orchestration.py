@@ -1,0 +1,182 @@
+"""What flows ask of the Prefect server beside being run by it: events, runs, and turns.
+
+The server makes things fast and saves work; nothing here decides what is true. Where it is
+away or knows no deployments, events are lost and turns are not waited for: the scheduled
+remerge and the compare-and-swap on the head put right what follows.
+"""
+
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
+from typing import Any
+from uuid import uuid4
+
+from merging.errors import Unavailable
+from tasks.engine import engine_url
+from tasks.prefect_api import PrefectApi
+from tasks.reporting import say, warn
+from tasks.workspace import Workspace
+
+DEPLOYMENT = "restitch"
+MODEL_REGISTERED = "restitch.model.registered"
+MASK_READY = "restitch.mask.ready"
+
+# The shortest lease that the server grants; it is renewed while the process lives.
+LEASE_SECONDS = 60
+
+_FINAL = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
+
+
+def api() -> PrefectApi:
+    """The engine's server; asked for only where the engine is on."""
+    url = engine_url()
+    assert url is not None, "the engine is off"
+    return PrefectApi(url)
+
+
+def has_workers() -> bool:
+    """Whether the engine's server hands work to workers: it knows our deployments."""
+    return engine_url() is not None and api().deployment(f"onboard/{DEPLOYMENT}") is not None
+
+
+def announce(event: str, line: str, task: str, version: int | None, **facts: Any) -> bool:
+    """Tell the server what happened, which starts the next run.
+
+    Returns:
+        Whether it took the event. Where not, the scheduled remerge finds what happened.
+    """
+    if engine_url() is None:
+        return False
+    told = {
+        "id": str(uuid4()),
+        "occurred": datetime.now(UTC).isoformat(),
+        "event": event,
+        "resource": {
+            "prefect.resource.id": f"restitch.model.{line}.{task}",
+            "prefect.resource.name": f"{line}.{task}",
+        },
+        "payload": {"line": line, "task": task, "version": version, **facts},
+    }
+    try:
+        api().emit([told])
+    except Unavailable as error:
+        warn(f"{event} of {line}.{task} was not told, the schedule finds it: {error.message()}")
+        return False
+    return True
+
+
+def start_run(flow: str, parameters: Mapping[str, Any], key: str) -> None:
+    """Start a run of a deployment unless one with these parameters is under way.
+
+    Args:
+        flow: the flow's name.
+        parameters: those of the run.
+        key: digest of what the run would be about: the same key starts one run only.
+
+    Raises:
+        Unavailable: the server is away, or has no such deployment.
+    """
+    server = api()
+    if any(
+        all(run["parameters"].get(name) == value for name, value in parameters.items())
+        for run in server.runs(flow, DEPLOYMENT, "SCHEDULED", "PENDING", "RUNNING")
+        if _is_due(run)
+    ):
+        return
+    deployment = server.deployment(f"{flow}/{DEPLOYMENT}")
+    if deployment is None:
+        raise Unavailable(
+            f"the Prefect server has no deployment {flow}/{DEPLOYMENT}",
+            hint="make it with `restitch deploy`",
+        )
+    server.create_run(deployment["id"], parameters, key)
+
+
+def run_ended(run: str) -> bool:
+    """Whether a flow run is over, as far as the server knows; one that it forgot is."""
+    found = api().run(run)
+    return found is None or found["state_type"] in _FINAL
+
+
+def mark_crashed(run: str, message: str) -> None:
+    """Say of a run whose process is known to be gone that it crashed."""
+    if not run_ended(run):
+        api().set_state(run, "CRASHED", message)
+
+
+def this_run() -> str | None:
+    """The id of the flow run that this code runs in."""
+    if engine_url() is None:
+        return None
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    return None if context is None or context.flow_run is None else str(context.flow_run.id)
+
+
+@contextmanager
+def turn(space: Workspace, line: str) -> Iterator[bool]:
+    """One remerge per line at a time; saves work, decides nothing.
+
+    Yields:
+        Whether this one should go on. Not where another one waits already and has not yet
+        looked at the line: it will see all that this one would.
+    """
+    with ExitStack() as held:
+        mine = _leased(held, line) if this_run() is not None else True
+        if mine:
+            held.enter_context(_locked(space, line))
+        yield mine
+
+
+def _leased(held: ExitStack, line: str) -> bool:
+    """Wait for the line's turn among all hosts; False where somebody waits already."""
+    from prefect.concurrency.sync import concurrency
+
+    next_one, present = (f"restitch.{line}.{place}" for place in ("next", "merge"))
+    # Who loses its lease goes on: the head's compare-and-swap is what keeps it right.
+    lease: Any = {
+        "strict": True,
+        "lease_duration": LEASE_SECONDS,
+        "raise_on_lease_renewal_failure": False,
+    }
+    try:
+        for name in (next_one, present):
+            api().ensure_limit(name, 1)
+        with ExitStack() as waiting:
+            try:
+                waiting.enter_context(concurrency(next_one, timeout_seconds=1, **lease))
+            except TimeoutError:
+                return False
+            _cancel_queued(line)
+            held.enter_context(concurrency(present, **lease))
+    except Unavailable as error:
+        warn(f"remerging {line} without a turn: {error.message()}")
+    return True
+
+
+def _cancel_queued(line: str) -> None:
+    """Cancel the line's remerges that wait for a worker: this run sees what they would."""
+    server, me = api(), this_run()
+    for run in server.runs("remerge", DEPLOYMENT, "SCHEDULED"):
+        asked = run["parameters"]
+        if _is_due(run) and asked.get("line") == line and not asked.get("force"):
+            server.set_state(run["id"], "CANCELLED", f"run {me} does its work")
+            say(f"cancelled the waiting remerge {run['name']}: this run does its work")
+
+
+def _is_due(run: Mapping[str, Any]) -> bool:
+    """Whether a run is under way or could be: not one that the schedule has planned."""
+    if run["state_type"] != "SCHEDULED" or run["expected_start_time"] is None:
+        return True
+    return datetime.fromisoformat(run["expected_start_time"]) <= datetime.now(UTC)
+
+
+@contextmanager
+def _locked(space: Workspace, line: str) -> Iterator[None]:
+    folder = space.home.root / "locks"
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"remerge-{line}").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield

@@ -1,0 +1,113 @@
+"""The few calls to a Prefect server that restitch makes itself, over plain HTTP.
+
+Prefect's own client takes seconds to import and to connect, which a command that only tells
+of an event would pay for. Credentials come from Prefect's variables `PREFECT_API_KEY` and
+`PREFECT_API_AUTH_STRING`, and appear in no message.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from merging.errors import Unavailable
+from registry.catalog import without_credentials
+
+if TYPE_CHECKING:
+    import httpx
+
+TIMEOUT_SECONDS = 20.0
+_NOT_FOUND, _CONFLICT = 404, 409
+
+Json = dict[str, Any]
+
+
+class PrefectApi:
+    """The API of a Prefect server.
+
+    Every method raises `Unavailable` when the server cannot be reached or refuses.
+
+    Args:
+        url: its address, as in `PREFECT_API_URL`.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+
+    def emit(self, events: Iterable[Json]) -> None:
+        """Hand over events; the server does not take the same id twice."""
+        self._send("POST", "/events", json=list(events))
+
+    def deployment(self, name: str) -> Json | None:
+        """A deployment by its full name `flow/name`; None where there is none."""
+        found = self._send("GET", f"/deployments/name/{name}", allow=(_NOT_FOUND,))
+        return None if found.status_code == _NOT_FOUND else dict(found.json())
+
+    def create_run(self, deployment: str, parameters: Mapping[str, Any], key: str) -> Json:
+        """Start a run of a deployment; the same key gives the same run."""
+        body = {
+            "parameters": dict(parameters),
+            "idempotency_key": key,
+            "state": {"type": "SCHEDULED"},
+        }
+        path = f"/deployments/{deployment}/create_flow_run"
+        return dict(self._send("POST", path, json=body).json())
+
+    def runs(self, flow: str, deployment: str, *states: str) -> list[Json]:
+        """The runs of a deployment in some states, at most 200."""
+        body = {
+            "flows": {"name": {"any_": [flow]}},
+            "deployments": {"name": {"any_": [deployment]}},
+            "flow_runs": {"state": {"type": {"any_": list(states)}}},
+            "limit": 200,
+        }
+        return list(self._send("POST", "/flow_runs/filter", json=body).json())
+
+    def run(self, run: str) -> Json | None:
+        """A run; None where the server knows none of this id."""
+        found = self._send("GET", f"/flow_runs/{run}", allow=(_NOT_FOUND,))
+        return None if found.status_code == _NOT_FOUND else dict(found.json())
+
+    def set_state(self, run: str, state: str, message: str) -> None:
+        """Ask for another state of a run; the server's rules decide."""
+        body = {"state": {"type": state, "message": message}, "force": False}
+        self._send("POST", f"/flow_runs/{run}/set_state", json=body)
+
+    def ensure_limit(self, name: str, limit: int) -> None:
+        """Make a concurrency limit, unless it is there."""
+        body = {"name": name, "limit": limit}
+        self._send("POST", "/v2/concurrency_limits/", json=body, allow=(_CONFLICT,))
+
+    def _send(
+        self, method: str, path: str, *, json: Any = None, allow: tuple[int, ...] = ()
+    ) -> "httpx.Response":
+        import httpx
+
+        try:
+            answer = self._client.request(method, self.url + path, json=json)
+        except httpx.HTTPError as error:
+            raise self._unavailable(type(error).__name__) from None
+        if answer.is_success or answer.status_code in allow:
+            return answer
+        raise self._unavailable(f"status {answer.status_code} for {path}: {answer.text[:200]}")
+
+    def _unavailable(self, found: str) -> Unavailable:
+        return Unavailable(
+            f"the Prefect server at {without_credentials(self.url)} cannot be used",
+            found=found,
+            hint="start it; `restitch doctor` tells what runs",
+        )
+
+    @cached_property
+    def _client(self) -> "httpx.Client":
+        import httpx
+
+        headers, auth = {}, None
+        if os.environ.get("PREFECT_API_KEY"):
+            headers["Authorization"] = f"Bearer {os.environ['PREFECT_API_KEY']}"
+        elif os.environ.get("PREFECT_API_AUTH_STRING"):
+            user, _, word = os.environ["PREFECT_API_AUTH_STRING"].partition(":")
+            auth = httpx.BasicAuth(user, word)
+        return httpx.Client(
+            headers=headers, auth=auth, timeout=TIMEOUT_SECONDS, follow_redirects=True
+        )
