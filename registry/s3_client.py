@@ -18,9 +18,10 @@ from registry.store import check_name
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
 _LONGEST_PREFIX = 100  # a key has at most 1024 bytes, and a name 900
 
-# A server that is away is an error within about 20 seconds: three attempts to connect.
+# A server that cannot be reached is an error within about 15 seconds, one that does not
+# answer within about 35.
 ATTEMPTS = 3
-_CONNECT_TIMEOUT, _READ_TIMEOUT = 4, 20
+_CONNECT_TIMEOUT, _READ_TIMEOUT = 4, 10
 
 NOT_ALLOWED = ("AccessDenied", "AllAccessDisabled", "AccountProblem", "403", "Forbidden")
 _UNKNOWN = (

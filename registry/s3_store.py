@@ -27,7 +27,8 @@ _TOKEN = "restitch-writer"
 # Two conditional writes at once: the server may ask both to come again.
 _CONFLICTS = 30
 
-LARGEST_PUT = 5 << 30
+# S3 itself takes 5 GiB at once; a shorter request is answered, and repeated, sooner.
+LARGEST_PUT = 1 << 30
 PART = 64 << 20
 _MOST_PARTS = 10_000
 _BLOCK = 4 << 20
@@ -155,12 +156,14 @@ class S3Store:
         with s3_explained(self._place, f"read {name}"):
             for attempt in range(ATTEMPTS):
                 try:
-                    return take(client().get_object(Bucket=self.bucket, Key=self._key(name)))
+                    answer = client().get_object(Bucket=self.bucket, Key=self._key(name))
                 except exceptions.ClientError as error:
                     if code_of(error) in ("NoSuchKey", "404"):
                         raise NotInStore(name) from None
                     raise
-                except broken:
+                try:
+                    return take(answer)
+                except broken:  # on the way, which boto3 does not repeat
                     if attempt == ATTEMPTS - 1:
                         raise
         raise AssertionError("the last attempt returns or raises")

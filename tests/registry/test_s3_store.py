@@ -4,7 +4,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from botocore.exceptions import ConnectionClosedError
+from botocore.exceptions import ConnectionClosedError, ReadTimeoutError
 from botocore.httpsession import URLLib3Session
 
 from merging.errors import BadInput, Damage, Unavailable
@@ -335,6 +335,19 @@ class TestErrors:
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:pass-word@127.0.0.1:9")
         monkeypatch.setattr("botocore.endpoint.time.sleep", lambda _seconds: None)
         assert all("AWS_ENDPOINT_URL" in text for text in refused())
+
+    def test_a_server_that_does_not_answer_is_asked_a_few_times_only(self, store, monkeypatch):
+        asked = []
+
+        def silent(_self, request):
+            asked.append(request.method)
+            raise ReadTimeoutError(endpoint_url=request.url)
+
+        monkeypatch.setattr(URLLib3Session, "send", silent)
+        monkeypatch.setattr("botocore.endpoint.time.sleep", lambda _seconds: None)
+        with pytest.raises(Unavailable, match="does not answer"):
+            store.read("name")
+        assert asked == ["GET"] * 3
 
     def test_a_bucket_that_is_not_there_is_said(self, s3_account, tmp_path):
         store = S3Store("no-bucket", "prefix", tmp_path)
