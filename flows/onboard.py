@@ -76,7 +76,7 @@ def onboard(line: str, task: str, version: int) -> OnboardOutcome:
         return _done(ledger, task, version, localized=False)
     check_device(head.spec)
     attempts = attempts_at(ledger, task, version)
-    died = _died(attempts)
+    died = died_at(attempts)
     if len(died) >= DEATHS and model.state == "registered":
         _quarantine(ledger, task, version, _deadly(task, version, died), deaths=len(died))
         return _done(ledger, task, version, localized=False)
@@ -123,8 +123,8 @@ def attempts_at(ledger: Ledger, task: str, version: int) -> Attempts:
     return Attempts(ledger.objects.store, "onboard", ledger.line, task, version, again)
 
 
-def _died(attempts: Attempts) -> list[Attempt]:
-    """The attempts whose process is gone; their runs are marked so."""
+def died_at(attempts: Attempts) -> list[Attempt]:
+    """The attempts whose process is gone; their runs are marked as crashed."""
     died = [one for one in attempts.unfinished() if not one.is_alive(_run_ended)]
     for one in died:
         if one.run is not None and engine_url() is not None:

@@ -15,7 +15,7 @@ from flows.acts import MovedError, hold, promote, record_version, reject
 from flows.adopt import adopt
 from flows.candidates import Candidate, make_candidate
 from flows.gates import Check
-from flows.onboard import DEATHS, attempts_at, is_outdated, onboard
+from flows.onboard import DEATHS, attempts_at, died_at, is_outdated, onboard
 from flows.snapshot import Snapshot, localized_models, take_snapshot
 from merging.digests import digest_json
 from merging.errors import GateFailed, RestitchError, Unavailable
@@ -25,9 +25,10 @@ from registry.ledger import Ledger
 from tasks.artifacts import show_remerged
 from tasks.engine import flow
 from tasks.models import check_device
-from tasks.orchestration import has_workers, start_run, turn
+from tasks.orchestration import has_workers, start_run
 from tasks.publish import mirror, run_link
 from tasks.reporting import say, warn
+from tasks.turn import turn
 from tasks.workspace import workspace
 
 # What killed work left behind is removed when nothing can be running on it any more.
@@ -94,7 +95,6 @@ def remerge(line: str, force: bool = False, attempt: int = 0) -> RemergeOutcome:
         )
     with turn(space, line) as mine:
         if not mine:
-            say(f"{line}: another remerge is about to look at it")
             return _outcome(ledger, "covered", None, ())
         space.home.sweep(LEFTOVERS_AFTER)
         _take_in(line)
@@ -155,9 +155,10 @@ def _onboard_missing(ledger: Ledger) -> tuple[str, ...]:
 
 
 def _start_onboard(ledger: Ledger, task: str, version: int) -> None:
+    head, attempts = ledger.head(), attempts_at(ledger, task, version)
+    died_at(attempts)  # a run whose process is gone must not pass for one under way
     # Another attempt, another key: a run that ended without a mask may be started again.
-    head = ledger.head()
-    tried = attempts_at(ledger, task, version).count
+    tried = attempts.count
     key = digest_json([head.line, task, version, head.spec.localize.to_json(), tried])
     start_run("onboard", {"line": head.line, "task": task, "version": version}, key)
     say(f"{head.line}: a worker onboards {task} version {version}")

@@ -1,13 +1,10 @@
-"""What flows ask of the Prefect server beside being run by it: events, runs, and turns.
+"""What flows ask of the Prefect server beside being run by it: events, and runs of others.
 
 The server makes things fast and saves work; nothing here decides what is true. Where it is
-away or knows no deployments, events are lost and turns are not waited for: the scheduled
-remerge and the compare-and-swap on the head put right what follows.
+away or knows no deployments, events are lost, and the scheduled remerge puts that right.
 """
 
-import fcntl
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
@@ -16,14 +13,10 @@ from merging.errors import Unavailable
 from tasks.engine import engine_url
 from tasks.prefect_api import PrefectApi
 from tasks.reporting import say, warn
-from tasks.workspace import Workspace
 
 DEPLOYMENT = "restitch"
 MODEL_REGISTERED = "restitch.model.registered"
 MASK_READY = "restitch.mask.ready"
-
-# The shortest lease that the server grants; it is renewed while the process lives.
-LEASE_SECONDS = 60
 
 _FINAL = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 
@@ -115,48 +108,7 @@ def this_run() -> str | None:
     return None if context is None or context.flow_run is None else str(context.flow_run.id)
 
 
-@contextmanager
-def turn(space: Workspace, line: str) -> Iterator[bool]:
-    """One remerge per line at a time; saves work, decides nothing.
-
-    Yields:
-        Whether this one should go on. Not where another one waits already and has not yet
-        looked at the line: it will see all that this one would.
-    """
-    with ExitStack() as held:
-        mine = _leased(held, line) if this_run() is not None else True
-        if mine:
-            held.enter_context(_locked(space, line))
-        yield mine
-
-
-def _leased(held: ExitStack, line: str) -> bool:
-    """Wait for the line's turn among all hosts; False where somebody waits already."""
-    from prefect.concurrency.sync import concurrency
-
-    next_one, present = (f"restitch.{line}.{place}" for place in ("next", "merge"))
-    # Who loses its lease goes on: the head's compare-and-swap is what keeps it right.
-    lease: Any = {
-        "strict": True,
-        "lease_duration": LEASE_SECONDS,
-        "raise_on_lease_renewal_failure": False,
-    }
-    try:
-        for name in (next_one, present):
-            api().ensure_limit(name, 1)
-        with ExitStack() as waiting:
-            try:
-                waiting.enter_context(concurrency(next_one, timeout_seconds=1, **lease))
-            except TimeoutError:
-                return False
-            _cancel_queued(line)
-            held.enter_context(concurrency(present, **lease))
-    except Unavailable as error:
-        warn(f"remerging {line} without a turn: {error.message()}")
-    return True
-
-
-def _cancel_queued(line: str) -> None:
+def cancel_queued(line: str) -> None:
     """Cancel the line's remerges that wait for a worker: this run sees what they would."""
     server, me = api(), this_run()
     for run in server.runs("remerge", DEPLOYMENT, "SCHEDULED"):
@@ -171,12 +123,3 @@ def _is_due(run: Mapping[str, Any]) -> bool:
     if run["state_type"] != "SCHEDULED" or run["expected_start_time"] is None:
         return True
     return datetime.fromisoformat(run["expected_start_time"]) <= datetime.now(UTC)
-
-
-@contextmanager
-def _locked(space: Workspace, line: str) -> Iterator[None]:
-    folder = space.home.root / "locks"
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"remerge-{line}").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import httpx
 
 TIMEOUT_SECONDS = 20.0
-_NOT_FOUND, _CONFLICT = 404, 409
+_NOT_FOUND, _CONFLICT, _LOCKED = 404, 409, 423
 
 Json = dict[str, Any]
 
@@ -77,6 +77,33 @@ class PrefectApi:
         """Make a concurrency limit, unless it is there."""
         body = {"name": name, "limit": limit}
         self._send("POST", "/v2/concurrency_limits/", json=body, allow=(_CONFLICT,))
+
+    def take_lease(self, limit: str, seconds: float, run: str) -> str | None:
+        """Take a slot of a limit for some seconds; None where none is free."""
+        body = {
+            "names": [limit],
+            "slots": 1,
+            "mode": "concurrency",
+            "lease_duration": seconds,
+            "holder": {"type": "flow_run", "id": run},
+        }
+        path = "/v2/concurrency_limits/increment-with-lease"
+        found = self._send("POST", path, json=body, allow=(_LOCKED,))
+        return None if found.status_code == _LOCKED else str(found.json()["lease_id"])
+
+    def renew_lease(self, lease: str, seconds: float) -> None:
+        """Hold a slot for so many more seconds."""
+        path = f"/v2/concurrency_limits/leases/{lease}/renew"
+        self._send("POST", path, json={"lease_duration": seconds})
+
+    def release_lease(self, lease: str) -> None:
+        """Give a slot back; one that has ended already is no error."""
+        path = "/v2/concurrency_limits/decrement-with-lease"
+        self._send("POST", path, json={"lease_id": lease})
+
+    def free_limit(self, name: str) -> None:
+        """Say that nobody holds a slot of a limit."""
+        self._send("PATCH", f"/v2/concurrency_limits/{name}", json={"active_slots": 0})
 
     def _send(
         self, method: str, path: str, *, json: Any = None, allow: tuple[int, ...] = ()
