@@ -2,16 +2,19 @@
 
 import base64
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 STARTS_WITHIN = 120.0
 
@@ -163,6 +166,68 @@ def mlflow_server(home: Path, **environment: str) -> Iterator[str]:
         # Its workers are processes of their own and would outlive it.
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+
+
+@contextmanager
+def postgres_server(password: str) -> Iterator[str]:
+    """Run an empty PostgreSQL for the length of the context; it forgets everything afterwards.
+
+    Args:
+        password: of its superuser `postgres`.
+
+    Yields:
+        Its host and port.
+    """
+    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[4]))
+    assert found, "PostgreSQL is not installed; on Debian: apt-get install postgresql"
+    programs, port = found[-1].parent, free_port()
+    # It refuses to run as root, and the account of its own cannot enter root's folders.
+    as_root = os.geteuid() == 0
+    account: dict[str, Any] = {}
+    if as_root:
+        account = {"user": "postgres", "group": "postgres", "extra_groups": []}
+    with tempfile.TemporaryDirectory(prefix="restitch-postgres-", dir="/tmp") as name:
+        folder, log = Path(name), Path(name) / "server.log"
+        (folder / "password").write_text(password)
+        log.touch()
+        if as_root:
+            for path in (folder, folder / "password", log):
+                shutil.chown(path, "postgres", "postgres")
+        subprocess.run(
+            [
+                *(programs / "initdb", "--pgdata", folder / "data", "--no-sync"),
+                *("--username", "postgres", "--pwfile", folder / "password"),
+                *("--auth", "scram-sha-256", "--encoding", "UTF8", "--locale", "C.UTF-8"),
+            ],
+            check=True,
+            capture_output=True,
+            cwd=folder,
+            **account,
+        )
+        with log.open("ab") as out:
+            process = subprocess.Popen(
+                [
+                    *(programs / "postgres", "-D", folder / "data", "-p", str(port)),
+                    *("-c", "listen_addresses=127.0.0.1", "-c", "unix_socket_directories="),
+                    *("-c", "fsync=off"),
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                cwd=folder,
+                **account,
+            )
+        try:
+            ready = [str(programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(port)]
+            deadline = time.monotonic() + STARTS_WITHIN
+            while subprocess.run(ready).returncode != 0:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"PostgreSQL did not start:\n{log.read_text()[-4000:]}")
+                time.sleep(0.1)
+            yield f"127.0.0.1:{port}"
+        finally:
+            process.send_signal(signal.SIGQUIT)  # at once, and with its own children
+            process.wait()
 
 
 def _wait(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
