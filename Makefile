@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	touch $(STAMP)
 
 demo: setup
-	$(BIN)/python -m playground.demo
+	$(BIN)/python -m playground.demo $(if $(KEEP),--keep)
 
 test: setup
 	$(BIN)/python -m pytest

@@ -53,12 +53,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.json.write_text(json.dumps({"seconds": seconds, "ratio": ratio}, indent=2))
 
 
-def make_models(world: World, folder: Path, count: int) -> list[Path]:
-    """Finetuned models with the differences of the playground's own, rolled."""
+def make_models(world: World, folder: Path, count: int, first: int = 0) -> list[Path]:
+    """Finetuned models with the differences of the playground's own, rolled.
+
+    Args:
+        world: whose models they are made from.
+        folder: where they are written.
+        count: how many.
+        first: the number of the first one; another number, another model.
+    """
     base = load_file(world.base / "model.safetensors")
     originals = [world.model(task) for task in world.tasks]
     models = []
-    for number in range(count):
+    for number in range(first, first + count):
         original = originals[number % len(originals)]
         tuned = load_file(original / "model.safetensors")
         target = folder / f"model{number}"

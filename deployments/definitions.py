@@ -180,9 +180,11 @@ def _on_crash(name: str, deployment: "UUID", parameters: dict[str, Any]) -> "Aut
         trigger=EventTrigger(
             expect={"prefect.flow-run.Crashed"},
             match_related=_of(deployment),
+            # Once for a run: a busy server may see the same event again.
+            for_each={"prefect.resource.id"},
             posture=Posture.Reactive,
             threshold=1,
-            within=timedelta(0),
+            within=timedelta(minutes=1),
         ),
         actions=[_run(deployment, parameters)],
     )

@@ -25,7 +25,14 @@ from tasks.evaluate import evaluate
 from tasks.inputs import evaluation_split
 from tasks.localize import localize
 from tasks.models import check_device
-from tasks.orchestration import MASK_READY, announce, mark_crashed, run_ended, this_run
+from tasks.orchestration import (
+    MASK_READY,
+    announce,
+    is_workers_run,
+    mark_crashed,
+    run_ended,
+    this_run,
+)
 from tasks.publish import mirror
 from tasks.refs import DeltaRef, LineRef, ResultRef, Validated, WeightsRef
 from tasks.reporting import say, warn
@@ -80,7 +87,10 @@ def onboard(line: str, task: str, version: int) -> OnboardOutcome:
     if len(died) >= DEATHS and model.state == "registered":
         _quarantine(ledger, task, version, _deadly(task, version, died), deaths=len(died))
         return _done(ledger, task, version, localized=False)
-    with attempts.attempt(this_run()):
+    with attempts.attempt(this_run()) as mine:
+        if is_workers_run() and _others_at_work(attempts, mine):
+            say(f"{task} version {version} is onboarded by another run already")
+            return _done(ledger, task, version, localized=False)
         return _onboard(ledger, head, task, version)
 
 
@@ -130,6 +140,13 @@ def died_at(attempts: Attempts) -> list[Attempt]:
         if one.run is not None and engine_url() is not None:
             mark_crashed(one.run, f"process {one.facts['pid']} is gone")
     return died
+
+
+def _others_at_work(attempts: Attempts, mine: Attempt) -> bool:
+    # Of several that began together the first goes on.
+    return any(
+        other.number < mine.number and other.is_alive(_run_ended) for other in attempts.unfinished()
+    )
 
 
 def _run_ended(run: str) -> bool:

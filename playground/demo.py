@@ -1,11 +1,13 @@
-"""The demo: some finetuned models become one, step by step.
+"""The demo: some finetuned models become one, while events and workers do the work.
 
-    make demo        (or: python -m playground.demo)
+    make demo            (or: python -m playground.demo)
+    make demo KEEP=1     leave the servers up and say where their pages are
 
-It makes the playground's world (cached afterwards), registers its models one by one with the
-functions behind the command line, and prints after each what the merged model can do. State
-lies in `.demo/`: the world, a home with store and MLflow, and the exported champion. Every run
-starts with an empty home, so that it tells the whole story.
+It makes the playground's world (cached afterwards), brings up a stack of servers and workers,
+registers the world's models, and shows what the workers do as they do it: every act of the
+audit trail, and after each promotion the table of what the merged model can do. State lies in
+`.demo/`: the world, a home, and the exported champion. A run starts with an empty home; where
+the stack of an earlier run is still up it makes another line on it instead.
 """
 
 import argparse
@@ -16,16 +18,22 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import yaml
 from rich.console import Console
 
 from cli import render
 from cli.reporter import TerminalReporter
-from merging.errors import RestitchError
+from deployments.stack import down, up
+from merging.errors import RestitchError, Unavailable
 from playground.make import World, make_world
 from registry.home import Home, prepare_environment
-from tasks.reporting import reporting_to, working
+from registry.ledger import Ledger
+from registry.stack import StackFile
+from tasks.reporting import reporting_to, say, working
 
 STATE = Path(".demo")
+WORKERS = 2
+PATIENCE_SECONDS = 600.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -33,19 +41,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m playground.demo")
     parser.add_argument("--state", type=Path, default=STATE, help="where everything is kept")
     parser.add_argument("--size", choices=("demo", "small"), default="demo")
+    parser.add_argument("--keep", action="store_true", help="leave the stack up at the end")
     options = parser.parse_args(arguments)
     state = options.state.absolute()
     os.environ["RESTITCH_HOME"] = str(state / "home")
     prepare_environment(Home.from_environment())
     try:
         with reporting_to(TerminalReporter()):
-            run(state, options.size)
+            run(state, options.size, options.keep)
     except RestitchError as error:
         Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
 
 
-def run(state: Path, size: str) -> None:
+def run(state: Path, size: str, keep: bool) -> None:
     """The story from the world to the exported champion."""
     out = Console(highlight=False)
     started = time.perf_counter()
@@ -53,40 +62,100 @@ def run(state: Path, size: str) -> None:
     with working("making the world, once") as progress:
         world = make_world(state / "world", size, progress=progress)
     out.print(f"{len(world.tasks)} tasks and a general benchmark in {world.root}", soft_wrap=True)
-    shutil.rmtree(state / "home", ignore_errors=True)
-    line = start_line(world, out)
-    for number, task in enumerate(world.tasks, start=2):
-        out.rule(f"{number}. register {task}")
-        register_model(world, line, task, out)
-    finish(state, line, out)
+    out.rule("2. servers and workers")
+    fresh_home(state)
+    home = Home.from_environment()
+    try:
+        render.up(up(home, WORKERS, say=say).as_dict(), out)
+        line = start_line(world, state, out)
+        register_all(world, line, out)
+        finish(state, line, out)
+    finally:
+        if not keep:
+            with working("stopping the stack"):
+                down(home)
     out.print(f"this run took {time.perf_counter() - started:.0f} seconds")
-    say_where_to_look(state, out)
+    say_where_to_look(state, keep, out)
 
 
-def start_line(world: World, out: Console) -> str:
-    """Make the line from the world's file."""
+def fresh_home(state: Path) -> None:
+    """Start with an empty home, unless a stack of an earlier run is up in it."""
+    if StackFile.read(state / "home").prefect_api_url is None:
+        shutil.rmtree(state / "home", ignore_errors=True)
+
+
+def start_line(world: World, state: Path, out: Console) -> str:
+    """Make a line from the world's file, under a name that is not taken."""
+    from deployments.deploy import keep_schedules
     from flows.line import init_line
+    from registry.ledger import lines
+    from tasks.workspace import workspace
 
-    made = init_line(world.line)
+    values = yaml.safe_load(world.line.read_text())
+    taken = sum(1 for _ in lines(workspace().objects))
+    if taken:
+        values["line"] = f"{values['line']}-{taken + 1}"
+    for key in ("base", "retention"):
+        values[key] = str(world.line.parent / values[key])
+    file = state / "line.yaml"
+    file.write_text(yaml.safe_dump(values))
+    out.rule("3. a line")
+    made = init_line(file)
+    keep_schedules()
     render.init(made.as_dict(), out)
     return made.line
 
 
-def register_model(world: World, line: str, task: str, out: Console) -> None:
-    """Register one model, and show what that localized and what the merged model can do now."""
+def register_all(world: World, line: str, out: Console) -> None:
+    """Register the models, each of which is an event, and watch what follows."""
     from flows.register import register
     from tasks.workspace import workspace
 
     ledger = workspace().ledger(line)
-    before = sum(entry.kind == "localized" for entry in ledger.entries())
-    outcome = register(line, world.task_file(task), str(world.model(task)))
-    new = [entry.reason for entry in ledger.entries() if entry.kind == "localized"]
-    render.registered(outcome.as_dict(), out)
-    out.print(
-        f"  localized in this registration: {len(new) - before} model ({new[0]});"
-        f" {before} came from the store",
-        soft_wrap=True,
-    )
+    watch = Watch(ledger, out)
+    out.rule("4. register the models; the workers take over")
+    for task in world.tasks:
+        register(line, world.task_file(task), str(world.model(task)))
+        watch.look()
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not watch.holds(world.tasks):
+        if time.monotonic() > deadline:
+            raise Unavailable(
+                f"the champion of {line} does not hold all models",
+                expected=f"{', '.join(world.tasks)} within {PATIENCE_SECONDS:.0f} seconds",
+                hint="`restitch doctor` tells what is missing",
+            )
+        time.sleep(0.3)
+        watch.look()
+
+
+class Watch:
+    """Shows each act of a line once, and the table of each champion."""
+
+    def __init__(self, ledger: Ledger, out: Console) -> None:
+        self.ledger = ledger
+        self.out = out
+        self.seen = 0
+
+    def look(self) -> None:
+        """Show what is new."""
+        for entry in self.ledger.entries(newest_first=False):
+            if entry.sequence <= self.seen:
+                continue
+            self.seen = entry.sequence
+            time_of_day = entry.time[11:19]
+            self.out.print(
+                f"{time_of_day}  {entry.kind}: {entry.reason}", markup=False, soft_wrap=True
+            )
+            if entry.kind == "promoted":
+                version = entry.after["/champion"]
+                assert isinstance(version, int)
+                render.results(self.ledger.merged(version).to_json(), self.out)
+
+    def holds(self, tasks: Sequence[str]) -> bool:
+        """Whether the champion holds all tasks."""
+        champion = self.ledger.head().champion
+        return champion is not None and set(self.ledger.merged(champion).members) == set(tasks)
 
 
 def finish(state: Path, line: str, out: Console) -> None:
@@ -94,22 +163,30 @@ def finish(state: Path, line: str, out: Console) -> None:
     from cli.views import history
     from flows.export import export_version
 
-    out.rule("the line")
+    out.rule("5. the line")
     render.history(history(line), out)
     exported = export_version(line, "champion", state / "champion", overwrite=True)
     render.exported(exported.as_dict(), out)
 
 
-def say_where_to_look(state: Path, out: Console) -> None:
-    """The commands with which to go on."""
-    python = Path(sys.executable)
-    where = os.path.relpath(python.parent / "mlflow")
-    database = os.path.relpath(state / "home" / "mlflow.db")
+def say_where_to_look(state: Path, keep: bool, out: Console) -> None:
+    """The addresses or commands with which to go on."""
+    binaries = Path(os.path.relpath(Path(sys.executable).parent))
+    command = f"RESTITCH_HOME={os.path.relpath(state / 'home')} {binaries / 'restitch'}"
+    if keep:
+        stack = StackFile.read(state / "home")
+        out.print("\nthe runs, their logs and artifacts, in Prefect:")
+        out.print(f"  {str(stack.prefect_api_url).removesuffix('/api')}")
+        out.print("the versions, their metrics and the audit trail, in MLflow:")
+        out.print(f"  {stack.mlflow_uri}")
+        out.print("go on by hand, and stop it at last:")
+        out.print(f"  {command} status\n  {command} down", soft_wrap=True)
+        return
+    database = f"sqlite:///{os.path.relpath(state / 'home' / 'mlflow.db')}"
     out.print("\nlook at the versions, their metrics and the audit trail in MLflow:")
-    out.print(f"  {where} ui --backend-store-uri sqlite:///{database}", soft_wrap=True)
-    out.print("go on by hand:")
-    command = os.path.relpath(python.parent / "restitch")
-    out.print(f"  RESTITCH_HOME={os.path.relpath(state / 'home')} {command} status", soft_wrap=True)
+    out.print(f"  {binaries / 'mlflow'} ui --backend-store-uri {database}", soft_wrap=True)
+    out.print("go on by hand, or with `make demo KEEP=1` leave the servers up:")
+    out.print(f"  {command} status", soft_wrap=True)
 
 
 if __name__ == "__main__":

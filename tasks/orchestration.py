@@ -18,6 +18,9 @@ DEPLOYMENT = "restitch"
 MODEL_REGISTERED = "restitch.model.registered"
 MASK_READY = "restitch.mask.ready"
 
+# A worker outlives a restart of the server; nobody waits at a terminal for it.
+WORKERS_PATIENCE = 60.0
+
 _FINAL = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 
 
@@ -25,7 +28,7 @@ def api() -> PrefectApi:
     """The engine's server; asked for only where the engine is on."""
     url = engine_url()
     assert url is not None, "the engine is off"
-    return PrefectApi(url)
+    return PrefectApi(url, WORKERS_PATIENCE) if is_workers_run() else PrefectApi(url)
 
 
 def has_workers() -> bool:
@@ -116,6 +119,16 @@ def cancel_queued(line: str) -> None:
         if _is_due(run) and asked.get("line") == line and not asked.get("force"):
             server.set_state(run["id"], "CANCELLED", f"run {me} does its work")
             say(f"cancelled the waiting remerge {run['name']}: this run does its work")
+
+
+def is_workers_run() -> bool:
+    """Whether this code runs in a run that a worker has begun."""
+    if this_run() is None:
+        return False
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    return bool(context and context.flow_run and context.flow_run.deployment_id)
 
 
 def _is_due(run: Mapping[str, Any]) -> bool:

@@ -6,6 +6,7 @@ of an event would pay for. Credentials come from Prefect's variables `PREFECT_AP
 """
 
 import os
+import time
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,8 @@ from registry.catalog import without_credentials
 if TYPE_CHECKING:
     import httpx
 
-TIMEOUT_SECONDS = 20.0
+TIMEOUT_SECONDS, PAUSE_SECONDS = 20.0, 0.5
+_BUSY = (429, 502, 503, 504)
 _NOT_FOUND, _CONFLICT, _LOCKED = 404, 409, 423
 
 Json = dict[str, Any]
@@ -29,10 +31,12 @@ class PrefectApi:
 
     Args:
         url: its address, as in `PREFECT_API_URL`.
+        patience: for how many seconds to ask again while it is away or too busy.
     """
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, patience: float = 5.0) -> None:
         self.url = url.rstrip("/")
+        self.patience = patience
 
     def emit(self, events: Iterable[Json]) -> None:
         """Hand over events; the server does not take the same id twice."""
@@ -42,6 +46,10 @@ class PrefectApi:
         """A deployment by its full name `flow/name`; None where there is none."""
         found = self._send("GET", f"/deployments/name/{name}", allow=(_NOT_FOUND,))
         return None if found.status_code == _NOT_FOUND else dict(found.json())
+
+    def set_entrypoint(self, deployment: str, entrypoint: str) -> None:
+        """Let workers load a deployment's flow from another place."""
+        self._send("PATCH", f"/deployments/{deployment}", json={"entrypoint": entrypoint})
 
     def create_run(self, deployment: str, parameters: Mapping[str, Any], key: str) -> Json:
         """Start a run of a deployment; the same key gives the same run."""
@@ -75,8 +83,11 @@ class PrefectApi:
 
     def ensure_limit(self, name: str, limit: int) -> None:
         """Make a concurrency limit, unless it is there."""
-        body = {"name": name, "limit": limit}
-        self._send("POST", "/v2/concurrency_limits/", json=body, allow=(_CONFLICT,))
+        # Asked for first: the server logs a traceback for one that is made twice.
+        path = f"/v2/concurrency_limits/{name}"
+        if self._send("GET", path, allow=(_NOT_FOUND,)).status_code == _NOT_FOUND:
+            body = {"name": name, "limit": limit}
+            self._send("POST", "/v2/concurrency_limits/", json=body, allow=(_CONFLICT,))
 
     def take_lease(self, limit: str, seconds: float, run: str) -> str | None:
         """Take a slot of a limit for some seconds; None where none is free."""
@@ -110,13 +121,22 @@ class PrefectApi:
     ) -> "httpx.Response":
         import httpx
 
-        try:
-            answer = self._client.request(method, self.url + path, json=json)
-        except httpx.HTTPError as error:
-            raise self._unavailable(type(error).__name__) from None
-        if answer.is_success or answer.status_code in allow:
-            return answer
-        raise self._unavailable(f"status {answer.status_code} for {path}: {answer.text[:200]}")
+        deadline = time.monotonic() + self.patience
+        while True:
+            try:
+                answer = self._client.request(method, self.url + path, json=json)
+            except httpx.HTTPError as error:
+                found = type(error).__name__
+            else:
+                if answer.is_success or answer.status_code in allow:
+                    return answer
+                found = f"status {answer.status_code} for {path}: {answer.text[:200]}"
+                # On SQLite a server that is busy answers like this, and takes it a moment later.
+                if answer.status_code not in _BUSY:
+                    raise self._unavailable(found)
+            if time.monotonic() + PAUSE_SECONDS > deadline:
+                raise self._unavailable(found)
+            time.sleep(PAUSE_SECONDS)
 
     def _unavailable(self, found: str) -> Unavailable:
         return Unavailable(

@@ -1,0 +1,598 @@
+"""Nothing is lost, doubled or wrong while processes are killed at random moments.
+
+    python -m benchmarks.chaos [--kills 200] [--seed 0] [--workers 2] [--json FILE]
+
+On a stack of its own (two servers, a receiver, workers) models are registered two at a time
+while `kill -9` hits the runs of the flows, at armed moments and at random ones, the workers
+with and without their runs, both servers, and the commands `register` and `export`. What has
+died is started again with `restitch up`, which is what a service manager would do; nothing
+else is mended by hand. After each round the champion must hold every model. At the end the
+merged model must be, byte for byte, that of a home in which nothing was ever killed.
+
+No model is killed more than twice while it is onboarded, and no remerge three times in a
+row: three times is where restitch gives up, which is tested elsewhere.
+"""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.registering import make_models
+from deployments import stack
+from merging.errors import Unavailable
+from playground.make import World, make_world
+from registry.home import Home, prepare_environment
+from registry.ledger import Ledger
+from registry.objects import ObjectStore
+from registry.stack import StackFile
+from tasks.prefect_api import PrefectApi
+
+LINE = "chaos"
+MOMENTS = ("mask put", "entry put", "head swapped", "mlflow")
+# Of 200 kills; fewer are drawn in these proportions.
+PLAN = {
+    "mask put": 13,
+    "entry put": 14,
+    "head swapped": 14,
+    "mlflow": 14,
+    "export": 12,
+    "onboard": 40,
+    "remerge": 37,
+    "host": 8,
+    "worker": 14,
+    "prefect": 12,
+    "mlflow server": 12,
+    "register": 10,
+}
+PER_MODEL, PER_ROUND = 2, {"remerge": 2, "host": 1, "prefect": 1, "mlflow server": 1}
+SETTLES_WITHIN = 420.0
+KILLED_WITHIN = 45.0
+
+
+@dataclass
+class Kill:
+    """One kill -9.
+
+    Attributes:
+        process: what was killed.
+        phase: what it was doing: the flow or the command, and the moment.
+        round: in which round.
+        at: when, on the clock of this process.
+        recovered: seconds until the champion held everything that was registered; counted
+            from the last kill of a round, and None for those before it.
+    """
+
+    process: str
+    phase: str
+    round: int
+    at: float
+    recovered: float | None = None
+
+
+@dataclass
+class Outcome:
+    """What was found at the end; all of `lost`, `doubled` and `wrong` must be empty."""
+
+    kills: list[Kill] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    doubled: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    models: int = 0
+    versions: int = 0
+    seconds: float = 0.0
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing was lost, doubled or wrong."""
+        return not (self.lost or self.doubled or self.wrong)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run it and print the table; exit code 1 when something was lost, doubled or wrong."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos")
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--world", type=Path, default=Path(".demo/small-world"))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    world = make_world(options.world.absolute(), "small")
+    with tempfile.TemporaryDirectory(prefix="restitch-chaos-") as folder:
+        say = Console(stderr=True, highlight=False).print
+        outcome = run(world, Path(folder), options.kills, options.seed, options.workers, say)
+    if options.json is not None:
+        options.json.write_text(json.dumps(asdict(outcome), indent=2))
+    show(outcome, Console(width=100))
+    sys.exit(0 if outcome.is_clean else 1)
+
+
+def run(
+    world: World, folder: Path, kills: int, seed: int, workers: int, say: Callable[[str], None]
+) -> Outcome:
+    """Kill that many processes, and look at what is left."""
+    chaos = Chaos(world, folder, random.Random(seed), workers, say)
+    began = time.monotonic()
+    try:
+        chaos.begin()
+        chaos.kill_all(drawn(kills, chaos.draw))
+        chaos.finish()
+    finally:
+        stack.down(chaos.home)
+    chaos.outcome.seconds = time.monotonic() - began
+    return chaos.outcome
+
+
+def drawn(kills: int, draw: random.Random) -> list[str]:
+    """So many kinds of kills in the plan's proportions, in random order."""
+    total = sum(PLAN.values())
+    exact = {kind: kills * share / total for kind, share in PLAN.items()}
+    found = {kind: int(share) for kind, share in exact.items()}
+    rest = sorted(exact, key=lambda kind: found[kind] - exact[kind])
+    for kind in rest[: kills - sum(found.values())]:
+        found[kind] += 1
+    order = [kind for kind, count in found.items() for _ in range(count)]
+    draw.shuffle(order)
+    return order
+
+
+class Chaos:
+    """The run: a home with its stack, the models, and what was killed so far."""
+
+    def __init__(
+        self,
+        world: World,
+        folder: Path,
+        draw: random.Random,
+        workers: int,
+        say: Callable[[str], None],
+    ) -> None:
+        self.world, self.folder, self.draw, self.workers = world, folder, draw, workers
+        self.say = say
+        self.outcome = Outcome()
+        self.signs = folder / "signs"
+        self.registered: list[str] = []
+        self.deaths: Counter[str] = Counter()
+        self.round = 0
+        for name in ("armed", "claimed", "inside"):
+            (self.signs / name).mkdir(parents=True)
+        os.environ["RESTITCH_CHAOS"] = str(self.signs)
+        os.environ["RESTITCH_HOME"] = str(folder / "home")
+        self.home = Home.from_environment()
+        prepare_environment(self.home)
+        self.ledger = Ledger(ObjectStore(self.home.open_store()), LINE)
+        self.models: dict[str, tuple[Path, Path]] = {}
+
+    def begin(self) -> None:
+        """Bring the stack up and make the line."""
+        from flows.line import init_line
+
+        self.mend()
+        init_line(self._line_file())
+        self.mend()  # with the schedule of the line
+
+    def kill_all(self, kinds: list[str]) -> None:
+        """Round after round until all kinds of kills have happened."""
+        left = list(kinds)
+        while left:
+            self.round += 1
+            before = len(self.outcome.kills)
+            batch = self._batch(left)
+            for task in self._new_models(2):
+                self._register(task, "register" in batch)
+            for kind in batch:
+                if self._kill(kind):
+                    left.remove(kind)
+                self.mend()
+            self._settle()
+            happened = self.outcome.kills[before:]
+            if happened:
+                happened[-1].recovered = time.monotonic() - happened[-1].at
+                self.say(
+                    f"round {self.round}: {', '.join(k.phase for k in happened)}; recovered in "
+                    f"{happened[-1].recovered:.0f} s; {len(left)} kills left"
+                )
+
+    def finish(self) -> None:
+        """Compare what is there with what would be there had nothing been killed."""
+        from tasks.publish import mirror
+
+        self.mend()
+        mirror(LINE)
+        head = self.ledger.head()
+        entries = list(self.ledger.entries(newest_first=False))
+        self.outcome.models = len(self.registered)
+        self.outcome.versions = len(head.versions)
+        self._look_for_doubles(entries)
+        self._look_in_mlflow()
+        assert head.champion is not None
+        patch = self.ledger.merged(head.champion).patch
+        if patch != self._undisturbed():
+            self.outcome.wrong.append(f"champion {head.champion}")
+        for line in self.ledger.objects.store.list("blobs"):
+            digest = line.rpartition("/")[2]
+            try:
+                self.ledger.objects.read_blob(digest)
+            except Exception as error:
+                self.outcome.wrong.append(f"{line}: {error}")
+
+    def mend(self) -> None:
+        """Start what died, and let the workers load the flows that can be watched."""
+        os.environ.pop("PREFECT_API_URL", None)
+        for attempt in range(3):
+            try:
+                stack.up(self.home, self.workers, say=lambda _: None)
+                break
+            except Unavailable:
+                if attempt == 2:
+                    raise
+        api = self._api()
+        for flow in ("onboard", "remerge"):
+            found = api.deployment(f"{flow}/restitch")
+            assert found is not None
+            entrypoint = f"benchmarks.chaos_entry.{flow}_flow"
+            if found["entrypoint"] != entrypoint:
+                api.set_entrypoint(found["id"], entrypoint)
+
+    def _batch(self, left: list[str]) -> list[str]:
+        """The kills of the next round: a few, and not too many of one kind."""
+        chosen: list[str] = []
+        for kind in left:
+            most = PER_ROUND.get(kind, 2 if kind in ("onboard", *MOMENTS) else 1)
+            if chosen.count(kind) < most:
+                chosen.append(kind)
+            if len(chosen) == 6:
+                break
+        return chosen
+
+    def _kill(self, kind: str) -> bool:
+        """Kill once; False where nothing that could be killed like this came by in time."""
+        if kind in MOMENTS:
+            return self._at_moment(kind)
+        if kind == "export":
+            return self._exporting()
+        if kind in ("onboard", "remerge"):
+            return self._anywhere_in(kind)
+        if kind == "register":
+            return True  # done with the registrations of this round
+        if kind == "host":
+            return self._host()
+        name = {"mlflow server": "mlflow", "prefect": "prefect"}.get(kind) or self.draw.choice(
+            [f"worker-{n + 1}" for n in range(self.workers)]
+        )
+        time.sleep(self.draw.uniform(0, 2))
+        process = StackFile.read(self.home.root).processes[name]
+        os.kill(process.pid, signal.SIGKILL)
+        self._record(kind, "serving")
+        time.sleep(self.draw.uniform(0, 3))  # away for a while
+        return True
+
+    def _at_moment(self, kind: str) -> bool:
+        armed = self.signs / "armed" / kind
+        deadline = time.monotonic() + KILLED_WITHIN
+        while time.monotonic() < deadline:
+            armed.touch()
+            claim = self._claimed(kind, 5.0)
+            if claim is None:
+                self._keep_busy()
+                continue
+            pid = int(claim.name.partition(".")[0])
+            inside = self._inside(pid)
+            if inside is not None and self._may_die(*inside):
+                os.kill(pid, signal.SIGKILL)
+                self._died(pid, *inside, kind)
+                claim.unlink(missing_ok=True)
+                return True
+            claim.unlink(missing_ok=True)  # let it go on
+        armed.unlink(missing_ok=True)
+        claim = self._claimed(kind, 0.2)
+        if claim is not None:
+            claim.unlink(missing_ok=True)
+        return False
+
+    def _claimed(self, kind: str, seconds: float) -> Path | None:
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            found = [p for p in (self.signs / "claimed").iterdir() if p.name.endswith(f".{kind}")]
+            if found:
+                return found[0]
+            time.sleep(0.01)
+        return None
+
+    def _anywhere_in(self, flow: str) -> bool:
+        deadline = time.monotonic() + KILLED_WITHIN
+        idle = time.monotonic()
+        while time.monotonic() < deadline:
+            for pid, doing, subject in self._all_inside():
+                if doing != flow or not self._may_die(doing, subject):
+                    continue
+                time.sleep(self.draw.uniform(0, 2.5))
+                if self._inside(pid) is not None:
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                        self._died(pid, doing, subject, "anywhere")
+                        return True
+            if time.monotonic() - idle > 5:
+                self._keep_busy()
+                idle = time.monotonic()
+            time.sleep(0.02)
+        return False
+
+    def _host(self) -> bool:
+        """The power of a worker's host goes while a run is on it."""
+        deadline = time.monotonic() + KILLED_WITHIN
+        while time.monotonic() < deadline:
+            for pid, doing, subject in self._all_inside():
+                worker = self._worker_of(pid)
+                if worker is None or not self._may_die(doing, subject):
+                    continue
+                time.sleep(self.draw.uniform(0, 1.5))
+                if self._inside(pid) is None:
+                    continue
+                for one in (worker, *reversed(worker.children(recursive=True))):
+                    with suppress(psutil.Error):
+                        one.kill()
+                self._died(pid, doing, subject, "with its host", "host")
+                return True
+            self._keep_busy()
+            time.sleep(0.05)
+        return False
+
+    def _worker_of(self, pid: int) -> psutil.Process | None:
+        workers = {
+            p.pid
+            for name, p in StackFile.read(self.home.root).processes.items()
+            if name.startswith("worker-")
+        }
+        with suppress(psutil.Error):
+            return next((p for p in psutil.Process(pid).parents() if p.pid in workers), None)
+        return None
+
+    def _exporting(self) -> bool:
+        head = self.ledger.head()
+        if head.champion is None:
+            return False
+        out = self.folder / "export"
+        arguments = ("export", LINE, str(head.champion), str(out), "--overwrite")
+        (self.signs / "armed" / "export").touch()
+        process = self._command(*arguments)
+        claim = self._claimed("export", KILLED_WITHIN)
+        assert claim is not None, "the export ended without coming to its moment"
+        process.kill()
+        process.wait()
+        claim.unlink()
+        self._record("export", "export")
+        (self.signs / "inside" / str(process.pid)).unlink(missing_ok=True)
+        before = sorted(out.iterdir()) if out.exists() else []
+        if before and not (out / "restitch.json").exists():
+            self.outcome.wrong.append(f"half an export of version {head.champion}")
+        if self._command(*arguments).wait() != 0:
+            self.outcome.wrong.append(f"no export of version {head.champion} after a kill")
+        record = json.loads((out / "restitch.json").read_text())
+        if record["patch"] != self.ledger.merged(head.champion).patch:
+            self.outcome.wrong.append(f"export of version {head.champion}")
+        return True
+
+    def _register(self, task: str, to_kill: bool) -> None:
+        """Register a model with the command, which may be killed and is then called again."""
+        model, file = self.models[task]
+        arguments = ("register", LINE, "--task", str(file), "--model", str(model))
+        self.registered.append(task)
+        if to_kill:
+            process = self._command(*arguments)
+            time.sleep(self.draw.uniform(0.2, 4))
+            if process.poll() is None:
+                process.kill()
+                self._record("register", "register")
+            process.wait()
+            (self.signs / "inside" / str(process.pid)).unlink(missing_ok=True)
+        if self._command(*arguments).wait() != 0:
+            self.outcome.lost.append(f"{task}: register failed")
+
+    def _command(self, *arguments: str) -> "subprocess.Popen[bytes]":
+        with (self.folder / "commands.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "benchmarks.chaos_entry", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+    def _settle(self) -> None:
+        """Wait until the champion holds everything, or call it lost."""
+        deadline = time.monotonic() + SETTLES_WITHIN
+        while time.monotonic() < deadline:
+            head = self.ledger.head()
+            record = None if head.champion is None else self.ledger.merged(head.champion)
+            if record is not None and set(record.members) == set(self.registered):
+                return
+            time.sleep(0.2)
+        states = {t: head.tasks[t].versions[1].state for t in self.registered if t in head.tasks}
+        odd = {t: s for t, s in states.items() if s != "ready"}
+        self.outcome.lost.append(f"round {self.round}: not all in the champion; {odd}")
+        raise RuntimeError(f"the line did not settle: {odd}, kills {self.outcome.kills[-8:]}")
+
+    def _keep_busy(self) -> None:
+        """Ask for a remerge that stitches although nothing changed, where none is under way."""
+        with suppress(Unavailable):
+            api = self._api()
+            if not api.runs("remerge", "restitch", "PENDING", "RUNNING"):
+                found = api.deployment("remerge/restitch")
+                if found is not None:
+                    key = f"busy-{time.time_ns()}"
+                    api.create_run(found["id"], {"line": LINE, "force": True}, key)
+
+    def _may_die(self, doing: str, subject: str) -> bool:
+        key = f"{doing} {subject}" if doing == "onboard" else f"{doing} in {self.round}"
+        return self.deaths[key] < PER_MODEL
+
+    def _died(self, pid: int, doing: str, subject: str, how: str, process: str = "run") -> None:
+        key = f"{doing} {subject}" if doing == "onboard" else f"{doing} in {self.round}"
+        self.deaths[key] += 1
+        (self.signs / "inside" / str(pid)).unlink(missing_ok=True)
+        self._record(process, f"{doing}: {how}")
+
+    def _record(self, process: str, phase: str) -> None:
+        self.outcome.kills.append(Kill(process, phase, self.round, time.monotonic()))
+        self.say(f"killed {process} in {phase}")
+
+    def _inside(self, pid: int) -> tuple[str, str] | None:
+        with suppress(OSError, ValueError):
+            found = json.loads((self.signs / "inside" / str(pid)).read_text())
+            if psutil.pid_exists(pid):
+                return found["doing"], found["subject"]
+        return None
+
+    def _all_inside(self) -> Iterator[tuple[int, str, str]]:
+        for marker in list((self.signs / "inside").iterdir()):
+            if marker.name.isdigit():
+                found = self._inside(int(marker.name))
+                if found is not None:
+                    yield int(marker.name), *found
+
+    def _api(self) -> PrefectApi:
+        url = StackFile.read(self.home.root).prefect_api_url
+        assert url is not None
+        return PrefectApi(url)
+
+    def _line_file(self) -> Path:
+        file = self.folder / "line.yaml"
+        values = {
+            "line": LINE,
+            "base": str(self.world.base),
+            "family": "clip",
+            "method": "localize-and-stitch",
+            "localize": {"density": 0.05},
+        }
+        file.write_text(yaml.safe_dump(values))
+        return file
+
+    def _new_models(self, count: int) -> list[str]:
+        """Models that nobody has seen; the first of each round has data and is evaluated."""
+        number = len(self.models)
+        folder = self.folder / f"models{self.round}"
+        folder.mkdir()
+        names = []
+        for offset, model in enumerate(make_models(self.world, folder, count, number)):
+            name = f"task{number + offset:03d}"
+            file = self.folder / f"{name}.yaml"
+            values: dict[str, Any] = {"task": name}
+            if offset == 0 and self.round <= 3:
+                some = self.world.tasks[self.round % len(self.world.tasks)]
+                known = yaml.safe_load(self.world.task_file(some).read_text())
+                known["data"]["path"] = str(
+                    (self.world.task_file(some).parent / known["data"]["path"]).resolve()
+                )
+                values = {**known, "task": name}
+            file.write_text(yaml.safe_dump(values))
+            self.models[name] = (model, file)
+            names.append(name)
+        return names
+
+    def _look_for_doubles(self, entries: list[Any]) -> None:
+        for kind in ("registered", "localized"):
+            counts = Counter(e.reason.split()[0] for e in entries if e.kind == kind)
+            for task in self.registered:
+                if counts[task] != 1:
+                    where = self.outcome.doubled if counts[task] > 1 else self.outcome.lost
+                    where.append(f"{task} was {kind} {counts[task]} times")
+        recipes = Counter(
+            (record.recipe_digest, tuple(record.members)) for record in self.ledger.history()
+        )
+        self.outcome.doubled += [f"recipe {r[:12]}" for (r, _), n in recipes.items() if n > 1]
+
+    def _look_in_mlflow(self) -> None:
+        """Every act, model and version is shown once."""
+        from registry.catalog import connect
+
+        client = connect(Home.from_environment())
+        head = self.ledger.head()
+        experiments = {e.name: e.experiment_id for e in client.search_experiments()}
+        acts = list(self.ledger.entries())
+        expected = {LINE: len(head.versions), f"{LINE}.audit": len(acts)}
+        expected[f"{LINE}.models"] = len(self.registered)
+        for name, count in expected.items():
+            runs = client.search_runs([experiments[name]], max_results=5000)
+            unfinished = [run for run in runs if run.info.status != "FINISHED"]
+            if len(runs) != count or unfinished:
+                where = self.outcome.doubled if len(runs) > count else self.outcome.lost
+                where.append(
+                    f"MLflow {name}: {len(runs)} runs of {count}, {len(unfinished)} unfinished"
+                )
+        versions = client.search_model_versions(f"name = '{LINE}'", max_results=5000)
+        if len(versions) != len(head.versions):
+            self.outcome.doubled.append(f"MLflow has {len(versions)} versions of {LINE}")
+
+    def _undisturbed(self) -> str:
+        """The patch of a home in which the same models were registered and nothing killed."""
+        script = (
+            "import sys, json\n"
+            "from pathlib import Path\n"
+            "from registry.catalog import Catalog\n"
+            "Catalog.repair = lambda *_, **__: 0\n"
+            "from flows.line import init_line\n"
+            "from flows.register import register\n"
+            "from flows.remerge import remerge\n"
+            "import flows.remerge\n"
+            "flows.remerge.adopt = lambda _: ()\n"
+            "init_line(Path(sys.argv[1]))\n"
+            "for model, file in json.loads(sys.argv[2]):\n"
+            f"    register('{LINE}', Path(file), model, merge=False)\n"
+            f"print(remerge('{LINE}').record['patch'])\n"
+        )
+        files = [[str(model), str(file)] for model, file in self.models.values()]
+        home = self.folder / "undisturbed"
+        done = subprocess.run(
+            [sys.executable, "-c", script, str(self.folder / "line.yaml"), json.dumps(files)],
+            env={**os.environ, "RESTITCH_HOME": str(home)},
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        shutil.rmtree(home)
+        return done.stdout.split()[-1]
+
+
+def show(outcome: Outcome, out: Console) -> None:
+    """The table of kills, and what was lost, doubled or wrong."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("process", "phase", "kills"):
+        table.add_column(column, justify="right" if column == "kills" else "left")
+    counts = Counter((kill.process, kill.phase) for kill in outcome.kills)
+    for (process, phase), count in sorted(counts.items()):
+        table.add_row(process, phase, str(count))
+    out.print(table)
+    within = sum(k.phase.startswith(("onboard", "remerge")) for k in outcome.kills)
+    recovered = [k.recovered for k in outcome.kills if k.recovered is not None]
+    out.print(
+        f"{len(outcome.kills)} kills, {within} inside onboard or remerge"
+        f" ({within / max(len(outcome.kills), 1):.0%}); {outcome.models} models,"
+        f" {outcome.versions} merged versions, {outcome.seconds:.0f} s"
+    )
+    out.print(
+        f"lost {len(outcome.lost)}, doubled {len(outcome.doubled)}, wrong {len(outcome.wrong)};"
+        f" longest time to recover {max(recovered, default=0):.0f} s"
+    )
+    for text in (*outcome.lost, *outcome.doubled, *outcome.wrong):
+        out.print(f"  {text}")
+
+
+if __name__ == "__main__":
+    main()
