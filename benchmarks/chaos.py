@@ -63,6 +63,7 @@ PLAN = {
     "register": 10,
 }
 PER_MODEL, PER_ROUND = 2, {"remerge": 2, "host": 1, "prefect": 1, "mlflow server": 1}
+SERVICES = ("host", "worker", "prefect", "mlflow server")  # to be started again
 SETTLES_WITHIN = 420.0
 KILLED_WITHIN = 45.0
 
@@ -200,7 +201,8 @@ class Chaos:
             for kind in batch:
                 if self._kill(kind):
                     left.remove(kind)
-                self.mend()
+                if kind in SERVICES:
+                    self.mend()
             self._settle()
             happened = self.outcome.kills[before:]
             if happened:

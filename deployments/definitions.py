@@ -29,6 +29,10 @@ SILENT_AFTER = timedelta(seconds=3 * HEARTBEAT_SECONDS)
 # A worker has taken a run and no process of it began.
 STUCK_AFTER = timedelta(seconds=60)
 
+# Named, the engine is started at once; otherwise a process before it looks for code to fetch,
+# which costs a run more than a second. A worker finds this `python` on its path.
+JOB_VARIABLES = {"command": "python -m prefect.engine"}
+
 SERVER_ENVIRONMENT = {
     # In memory, a lease that is held when the server dies would never end.
     "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (

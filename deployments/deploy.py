@@ -11,7 +11,13 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from deployments.definitions import DEFAULT_CRON, DeployedFlow, automations, flows
+from deployments.definitions import (
+    DEFAULT_CRON,
+    JOB_VARIABLES,
+    DeployedFlow,
+    automations,
+    flows,
+)
 from merging.errors import BadInput, Unavailable
 from registry.catalog import without_credentials
 from registry.ledger import lines
@@ -137,10 +143,11 @@ def _deployment(prefect: "SyncPrefectClient", flow: DeployedFlow, changes: list[
     name = f"{flow.flow}/{DEPLOYMENT}"
     try:
         found = prefect.read_deployment_by_name(name)
-        if (found.entrypoint, found.work_pool_name, found.parameters) == (
-            flow.entrypoint,
-            flow.pool,
-            flow.optional,
+        if (
+            found.entrypoint == flow.entrypoint
+            and found.work_pool_name == flow.pool
+            and found.parameters == flow.optional
+            and found.job_variables == JOB_VARIABLES
         ):
             return found.id
     except ObjectNotFound:
@@ -153,6 +160,7 @@ def _deployment(prefect: "SyncPrefectClient", flow: DeployedFlow, changes: list[
         work_pool_name=flow.pool,
         description=flow.description,
         parameters=flow.optional,
+        job_variables=JOB_VARIABLES,
         parameter_openapi_schema=_schema(flow),
         enforce_parameter_schema=True,
         tags=["restitch"],

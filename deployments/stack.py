@@ -117,7 +117,7 @@ def up(home: Home, workers: int | None = None, pool: str = "gpu", say: Say = pri
         changes = _deployed(addresses, pool)
         runner.bring([_webhook(addresses)], say)
         _connect_webhook(addresses, home)
-        plans = [_worker(number, pool, addresses) for number in range(1, count + 1)]
+        plans = [_worker(number, pool, addresses, count) for number in range(1, count + 1)]
         runner.bring(plans, say)
         runner.stop_others({plan.name for plan in plans})
         if runner.started:
@@ -223,8 +223,10 @@ def _webhook(at: Addresses) -> Plan:
     )
 
 
-def _worker(number: int, pool: str, at: Addresses) -> Plan:
+def _worker(number: int, pool: str, at: Addresses, count: int) -> Plan:
     name = f"worker-{number}"
+    # Workers that all compute with every core stand in each other's way.
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
     return Plan(
         name=name,
         command=_module(
@@ -234,6 +236,7 @@ def _worker(number: int, pool: str, at: Addresses) -> Plan:
         ),
         environment={
             **WORKER_ENVIRONMENT,
+            "OMP_NUM_THREADS": threads,
             "PREFECT_API_URL": at.prefect_api,
             "RESTITCH_WORK_POOL": pool,
             "RESTITCH_WORKER": f"{socket.gethostname()}-{name}",
@@ -408,6 +411,8 @@ def _environment(home: Home) -> dict[str, str]:
     """The environment of the stack's processes: no profile and no setting of the user's own."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
     kept["RESTITCH_HOME"] = str(home.root)
+    # Runs are started with `python`: the one that runs this.
+    kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
     prepare_environment(home, kept)
     return kept
 
