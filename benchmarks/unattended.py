@@ -1,0 +1,259 @@
+"""How fast a line follows when workers do the work, and what twenty at once cost.
+
+    python -m benchmarks.unattended [--registrations 9] [--at-once 20] [--workers 3] [--json FILE]
+
+On a stack of its own:
+
+- from `register` to user code on the worker: between the act `registered` and the beginning of
+  the run that onboards the model, with an idle worker; and for the whole command;
+- from `register` to the new champion, on the playground;
+- what a remerge costs that has nothing to do: its own time, and apart from it the imports and
+  the start of the engine;
+- many registrations at once: one champion with all of them, and how many merges it took.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from pathlib import Path
+from statistics import median
+
+import yaml
+from rich.console import Console
+
+from benchmarks.registering import make_models
+from deployments import stack
+from playground.make import World, make_world
+from registry.home import Home, prepare_environment
+from registry.ledger import Ledger
+from registry.objects import ObjectStore
+from registry.stack import StackFile
+from tasks.prefect_api import PrefectApi
+
+PATIENCE_SECONDS = 900.0
+
+
+@dataclass
+class Figures:
+    """What was measured; seconds.
+
+    Attributes:
+        to_user_code: from the act to the beginning of the run, each registration.
+        command: the register command itself, each.
+        to_champion: from the command's start to the champion that holds the model, each model
+            of the playground.
+        idle_remerge: own time of a remerge that has nothing to do, each.
+        idle_process: the same with imports and the start of the engine, as a run of its own.
+        at_once: registrations at once.
+        merges: merged versions that they took.
+        all_merged: from the first of them to the champion that holds all.
+    """
+
+    to_user_code: list[float]
+    command: list[float]
+    to_champion: list[float]
+    idle_remerge: list[float]
+    idle_process: list[float]
+    at_once: int
+    merges: int
+    all_merged: float
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.unattended")
+    parser.add_argument("--registrations", type=int, default=9)
+    parser.add_argument("--at-once", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=3)
+    parser.add_argument("--world", type=Path, default=Path(".demo/world"))
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args(arguments)
+    world = make_world(options.world.absolute(), "demo")
+    with tempfile.TemporaryDirectory(prefix="restitch-bench-") as folder:
+        figures = measure(
+            world, Path(folder), options.registrations, options.at_once, options.workers
+        )
+    if options.json is not None:
+        options.json.write_text(json.dumps(asdict(figures), indent=2))
+    out = Console(width=100)
+    out.print(f"register to user code on the worker: {_spread(figures.to_user_code)}")
+    out.print(f"the register command itself: {_spread(figures.command)}")
+    out.print(f"register to new champion, playground: {_spread(figures.to_champion)}")
+    out.print(f"remerge with nothing to do, own time: {_spread(figures.idle_remerge)}")
+    out.print(f"the same as a run, with imports and engine: {_spread(figures.idle_process)}")
+    out.print(
+        f"{figures.at_once} registrations at once, {options.workers} workers: one champion with"
+        f" all, {figures.merges} merges, {figures.all_merged:.0f} s"
+    )
+
+
+def measure(world: World, folder: Path, count: int, at_once: int, workers: int) -> Figures:
+    """Take all figures on one stack, with one worker first and with several at the end."""
+    os.environ["RESTITCH_HOME"] = str(folder / "home")
+    home = Home.from_environment()
+    prepare_environment(home)
+    try:
+        stack.up(home, 1, say=_silent)
+        bench = Bench(home, folder)
+        to_champion = bench.playground(world)
+        models = make_models(world, folder / "models", count + at_once)
+        bench.init("single", world)
+        single = [bench.register("single", model) for model in models[:count]]
+        idle = [bench.idle_remerge("single") for _ in range(5)]
+        own, process = zip(*idle, strict=True)
+        stack.up(home, workers, say=_silent)
+        bench.init("many", world)
+        merges, seconds = bench.register_at_once("many", models[count:])
+    finally:
+        os.environ.pop("PREFECT_API_URL", None)
+        stack.down(home)
+    return Figures(
+        to_user_code=[one for one, _ in single],
+        command=[two for _, two in single],
+        to_champion=to_champion,
+        idle_remerge=list(own),
+        idle_process=list(process),
+        at_once=at_once,
+        merges=merges,
+        all_merged=seconds,
+    )
+
+
+class Bench:
+    """Registers with the command, and reads the times from the store and from Prefect."""
+
+    def __init__(self, home: Home, folder: Path) -> None:
+        self.home = home
+        self.folder = folder
+        (folder / "models").mkdir()
+        url = StackFile.read(home.root).prefect_api_url
+        assert url is not None
+        self.api = PrefectApi(url)
+
+    def init(self, line: str, world: World) -> None:
+        """A line on the playground's base, without a benchmark."""
+        values = {
+            "line": line,
+            "base": str(world.base),
+            "family": "clip",
+            "method": "localize-and-stitch",
+            "localize": {"density": 0.05},
+        }
+        file = self.folder / f"{line}.yaml"
+        file.write_text(yaml.safe_dump(values))
+        self._command("init", str(file)).wait()
+
+    def playground(self, world: World) -> list[float]:
+        """Seconds from the command to the champion, for each model of the playground."""
+        self._command("init", str(world.line)).wait()
+        line = yaml.safe_load(world.line.read_text())["line"]
+        found = []
+        for task in world.tasks:
+            began = time.monotonic()
+            self._command(
+                *("register", line, "--wait", "--task", str(world.task_file(task))),
+                *("--model", str(world.model(task))),
+            ).wait()
+            found.append(time.monotonic() - began)
+        return found
+
+    def register(self, line: str, model: Path) -> tuple[float, float]:
+        """Seconds from the act to user code, and of the command; waits until it is merged."""
+        began = time.monotonic()
+        process, task = self._register(line, model)
+        process.wait()
+        command = time.monotonic() - began
+        self._wait_for(line, {task})
+        registered = self._ledger(line).head().tasks[task].versions[1].registered_at
+        runs = self.api.runs("onboard", "restitch", "COMPLETED")
+        mine = [
+            run
+            for run in runs
+            if run["parameters"]["line"] == line and run["parameters"]["task"] == task
+        ]
+        started = min(datetime.fromisoformat(run["start_time"]) for run in mine)
+        return (started - datetime.fromisoformat(registered)).total_seconds(), command
+
+    def register_at_once(self, line: str, models: list[Path]) -> tuple[int, float]:
+        """How many merges, and seconds until the champion holds all."""
+        began = time.monotonic()
+        started = [self._register(line, model) for model in models]
+        for process, _ in started:
+            process.wait()
+        self._wait_for(line, {task for _, task in started})
+        return len(self._ledger(line).head().versions), time.monotonic() - began
+
+    def idle_remerge(self, line: str) -> tuple[float, float]:
+        """Own seconds of a remerge without anything to do, and those of a whole run."""
+        script = (
+            "import time; from flows.remerge import remerge; import sys\n"
+            "import mlflow\n"
+            f"remerge.body({line!r})\n"  # connects, as the first of a process has to
+            "began = time.perf_counter()\n"
+            f"assert remerge.body({line!r}).action == 'unchanged'\n"
+            "print(time.perf_counter() - began)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, check=True
+        )
+        deployment = self.api.deployment("remerge/restitch")
+        assert deployment is not None
+        run = self.api.create_run(deployment["id"], {"line": line}, f"idle-{time.time_ns()}")
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            found = self.api.run(run["id"])
+            if found is not None and found["state_type"] == "COMPLETED":
+                break
+            time.sleep(0.2)
+        assert found is not None
+        whole = datetime.fromisoformat(found["end_time"]) - datetime.fromisoformat(found["created"])
+        return float(done.stdout.split()[-1]), whole.total_seconds()
+
+    def _register(self, line: str, model: Path) -> "tuple[subprocess.Popen[bytes], str]":
+        task = model.name
+        file = self.folder / f"{task}.yaml"
+        file.write_text(yaml.safe_dump({"task": task}))
+        command = ("register", line, "--task", str(file), "--model", str(model))
+        return self._command(*command), task
+
+    def _wait_for(self, line: str, tasks: set[str]) -> None:
+        ledger = self._ledger(line)
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while time.monotonic() < deadline:
+            champion = ledger.head().champion
+            if champion is not None and tasks <= set(ledger.merged(champion).members):
+                return
+            time.sleep(0.1)
+        raise RuntimeError(f"{tasks} did not come into the champion of {line}")
+
+    def _ledger(self, line: str) -> Ledger:
+        return Ledger(ObjectStore(self.home.open_store()), line)
+
+    def _command(self, *arguments: str) -> "subprocess.Popen[bytes]":
+        with (self.folder / "commands.log").open("ab") as log:
+            return subprocess.Popen(
+                [sys.executable, "-m", "cli.main", *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+
+
+def _silent(_: str) -> None:
+    """The stack's messages are not asked for."""
+
+
+def _spread(values: list[float]) -> str:
+    low, high = min(values), max(values)
+    return f"median {median(values):.2f} s ({low:.2f} to {high:.2f}, n={len(values)})"
+
+
+if __name__ == "__main__":
+    main()
