@@ -472,7 +472,7 @@ class Chaos:
     def _api(self) -> PrefectApi:
         url = StackFile.read(self.home.root).prefect_api_url
         assert url is not None
-        return PrefectApi(url)
+        return PrefectApi(url, patience=90.0)
 
     def _line_file(self) -> Path:
         file = self.folder / "line.yaml"

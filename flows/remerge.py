@@ -25,7 +25,7 @@ from registry.ledger import Ledger
 from tasks.artifacts import show_remerged
 from tasks.engine import flow
 from tasks.models import check_device
-from tasks.orchestration import has_workers, start_run
+from tasks.orchestration import has_workers, is_queued, start_run
 from tasks.publish import mirror, run_link
 from tasks.reporting import say, warn
 from tasks.turn import turn
@@ -155,12 +155,17 @@ def _onboard_missing(ledger: Ledger) -> tuple[str, ...]:
 
 
 def _start_onboard(ledger: Ledger, task: str, version: int) -> None:
+    """Start a run on the workers' pool, unless one is at work or waits for a worker."""
     head, attempts = ledger.head(), attempts_at(ledger, task, version)
-    died_at(attempts)  # a run whose process is gone must not pass for one under way
+    died = {one.number for one in died_at(attempts)}
+    at_work = [one for one in attempts.unfinished() if one.number not in died]
+    asked = {"line": head.line, "task": task, "version": version}
+    if at_work or is_queued("onboard", asked):
+        say(f"{head.line}: {task} version {version} is being onboarded")
+        return
     # Another attempt, another key: a run that ended without a mask may be started again.
-    tried = attempts.count
-    key = digest_json([head.line, task, version, head.spec.localize.to_json(), tried])
-    start_run("onboard", {"line": head.line, "task": task, "version": version}, key)
+    key = digest_json([asked, head.spec.localize.to_json(), attempts.count])
+    start_run("onboard", asked, key)
     say(f"{head.line}: a worker onboards {task} version {version}")
 
 

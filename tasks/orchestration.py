@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
+from merging.digests import digest_json
 from merging.errors import Unavailable
 from tasks.engine import engine_url
 from tasks.prefect_api import PrefectApi
@@ -17,6 +18,8 @@ from tasks.reporting import say, warn
 DEPLOYMENT = "restitch"
 MODEL_REGISTERED = "restitch.model.registered"
 MASK_READY = "restitch.mask.ready"
+
+MOST_STARTS = 20
 
 # A worker outlives a restart of the server; nobody waits at a terminal for it.
 WORKERS_PATIENCE = 60.0
@@ -63,30 +66,37 @@ def announce(event: str, line: str, task: str, version: int | None, **facts: Any
 
 
 def start_run(flow: str, parameters: Mapping[str, Any], key: str) -> None:
-    """Start a run of a deployment unless one with these parameters is under way.
+    """Start a run of a deployment; once for a key, unless what it started came to nothing.
 
     Args:
         flow: the flow's name.
         parameters: those of the run.
-        key: digest of what the run would be about: the same key starts one run only.
+        key: digest of what the run would be about.
 
     Raises:
         Unavailable: the server is away, or has no such deployment.
     """
     server = api()
-    if any(
-        all(run["parameters"].get(name) == value for name, value in parameters.items())
-        for run in server.runs(flow, DEPLOYMENT, "SCHEDULED", "PENDING", "RUNNING")
-        if _is_due(run)
-    ):
-        return
     deployment = server.deployment(f"{flow}/{DEPLOYMENT}")
     if deployment is None:
         raise Unavailable(
             f"the Prefect server has no deployment {flow}/{DEPLOYMENT}",
             hint="make it with `restitch deploy`",
         )
-    server.create_run(deployment["id"], parameters, key)
+    for _ in range(MOST_STARTS):
+        run = server.create_run(deployment["id"], parameters, key)
+        if run["state_type"] not in _FINAL:
+            return
+        key = digest_json([key, run["id"]])  # that one is over, and it is asked for again
+
+
+def is_queued(flow: str, parameters: Mapping[str, Any]) -> bool:
+    """Whether a run of a deployment with these parameters waits for a worker or is taken."""
+    return any(
+        all(run["parameters"].get(name) == value for name, value in parameters.items())
+        for run in api().runs(flow, DEPLOYMENT, "SCHEDULED", "PENDING")
+        if _is_due(run)
+    )
 
 
 def run_ended(run: str) -> bool:
