@@ -168,6 +168,12 @@ def mlflow_server(home: Path, **environment: str) -> Iterator[str]:
         process.wait()
 
 
+def postgres_programs() -> list[Path]:
+    """The folders of the installed releases of PostgreSQL, as Debian has them; newest last."""
+    found = Path("/usr/lib/postgresql").glob("*/bin/initdb")
+    return [path.parent for path in sorted(found, key=lambda path: int(path.parts[4]))]
+
+
 @contextmanager
 def postgres_server(password: str) -> Iterator[str]:
     """Run an empty PostgreSQL for the length of the context; it forgets everything afterwards.
@@ -178,9 +184,7 @@ def postgres_server(password: str) -> Iterator[str]:
     Yields:
         Its host and port.
     """
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda p: int(p.parts[4]))
-    assert found, "PostgreSQL is not installed; on Debian: apt-get install postgresql"
-    programs, port = found[-1].parent, free_port()
+    programs, port = postgres_programs()[-1], free_port()
     # It refuses to run as root, and the account of its own cannot enter root's folders.
     as_root = os.geteuid() == 0
     account: dict[str, Any] = {}
