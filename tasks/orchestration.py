@@ -4,6 +4,7 @@ The server makes things fast and saves work; nothing here decides what is true. 
 away or knows no deployments, events are lost, and the scheduled remerge puts that right.
 """
 
+import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
@@ -113,7 +114,8 @@ def mark_crashed(run: str, message: str) -> None:
 
 def this_run() -> str | None:
     """The id of the flow run that this code runs in."""
-    if engine_url() is None:
+    # Who has not imported Prefect is in no run of its, and should not pay for the import.
+    if engine_url() is None or "prefect" not in sys.modules:
         return None
     from prefect.context import FlowRunContext
 
