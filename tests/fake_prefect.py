@@ -1,0 +1,80 @@
+"""A Prefect server for tests that remembers what it is asked and answers what a test wants."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+NEW = {"id": "new", "state_type": "SCHEDULED"}
+
+
+@dataclass
+class FakePrefect:
+    """The server.
+
+    Attributes:
+        url: the value for `PREFECT_API_URL`.
+        answers: status and JSON by "METHOD /path"; what is not named is answered with 404.
+        asked: every request as (method and path, JSON or None, headers), in order.
+    """
+
+    url: str = ""
+    answers: dict[str, tuple[int, Any]] = field(default_factory=dict)
+    asked: list[tuple[str, Any, dict[str, str]]] = field(default_factory=list)
+
+    def knows_deployments(self) -> None:
+        """Answer like a server that hands work to workers, and takes events."""
+        for flow in ("onboard", "remerge"):
+            name = f"GET /deployments/name/{flow}/restitch"
+            self.answers[name] = (200, {"id": f"the-{flow}"})
+            self.answers[f"POST /deployments/the-{flow}/create_flow_run"] = (201, NEW)
+        self.answers["POST /events"] = (204, None)
+        self.answers["POST /flow_runs/filter"] = (200, [])
+
+    def bodies(self, request: str) -> list[Any]:
+        """What was sent with the requests of one kind."""
+        return [body for asked, body, _ in self.asked if asked == request]
+
+
+@contextmanager
+def fake_prefect() -> Iterator[FakePrefect]:
+    """Run the server for the length of the context."""
+    fake = FakePrefect()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.answer("GET")
+
+        def do_POST(self) -> None:
+            self.answer("POST")
+
+        def do_PATCH(self) -> None:
+            self.answer("PATCH")
+
+        def answer(self, method: str) -> None:
+            length = int(self.headers.get("Content-Length") or 0)
+            body = json.loads(self.rfile.read(length)) if length else None
+            request = f"{method} {self.path.removeprefix('/api')}"
+            fake.asked.append((request, body, dict(self.headers)))
+            status, found = fake.answers.get(request, (404, {"detail": "Not Found"}))
+            data = b"" if found is None else json.dumps(found).encode()
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        fake.url = f"http://127.0.0.1:{server.server_address[1]}/api"
+        try:
+            yield fake
+        finally:
+            server.shutdown()
+            thread.join()
