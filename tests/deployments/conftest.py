@@ -90,9 +90,7 @@ class Stack:
         from flows.register import register
 
         with self.shell.inside(), patch_unless(announced, "flows.register.announce"):
-            return register(
-                line, self.world.task(task), str(self.world.model(task))
-            ).as_dict()
+            return register(line, self.world.task(task), str(self.world.model(task))).as_dict()
 
     def remerge(self, line: str, key: str) -> str:
         """Start a remerge as the schedule does; its id."""
@@ -112,7 +110,8 @@ class Stack:
         def look() -> dict[str, Any] | None:
             found = self.prefect.run(run)
             assert found is not None
-            return found if found["state_type"] in ("COMPLETED", "FAILED", "CRASHED") else None
+            over = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
+            return found if found["state_type"] in over else None
 
         return self.until(f"run {run} is over", look)
 

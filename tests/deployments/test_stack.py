@@ -1,45 +1,65 @@
 """Registered, and merged by workers: real servers and real processes, from event to champion."""
 
 import fcntl
+import json
 import os
 import signal
 import socket
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Any
 
 import psutil
 import pytest
 
 from flows.onboard import attempts_at
+from registry.attempts import Attempt, process_began
 from registry.image import DIGEST_TAG, STATE_TAG, VERSION_TAG
 from tasks.models import device
 from tests.conftest import Three
-from tests.deployments.conftest import NEVER, Stack
+from tests.deployments.conftest import PATIENCE, Stack
 from tests.worlds import SKILLS
 
 EVERY_MINUTE = "* * * * *"
+# All acts of a line with one model that went straight into the champion.
+ONE = ["configured", "registered", "localized", "merged", "promoted"]
 
 
 @pytest.fixture(scope="module")
-def first(stack: Stack) -> dict[str, Any]:
-    """What the command said that registered the first model of the line `demo`."""
-    stack.line("demo")
+def begun(stack: Stack) -> dict[str, Any]:
+    """Begin everything at once; the workers take it one after the other, the tests look.
+
+    Returns:
+        What the command printed that registered the model of `demo`.
+    """
+    for line in ("demo", "other", "trained", "lost", "many"):
+        stack.line(line)
     files = ("--task", stack.world.task("colour"), "--model", stack.world.model("colour"))
-    told: dict[str, Any] = stack.process("register", "demo", *files, "--json").json
+    process = stack.shell.start("register", "demo", *files, "--json", environment=stack.environment)
+    stack.register("other", "number")
+    _train(stack, "trained", "colour")
+    stack.register("lost", "colour", announced=False)
+    for task in SKILLS:
+        stack.register("many", task)
+    for line in ("lost", "many"):  # by the schedule, in the midst of it
+        stack.remerge(line, f"{line} by the schedule")
+    out, err = process.communicate(timeout=PATIENCE)
+    assert process.returncode == 0, err
+    told: dict[str, Any] = json.loads(out)
     return told
 
 
-@pytest.fixture(scope="module")
-def clock(stack: Stack) -> Stack:
-    """A line with a schedule of its own, made by the command while the servers run."""
-    file = stack.world.line(
-        stack.shell.home.parent / "clock.yaml", line="clock", schedule=EVERY_MINUTE
-    )
-    stack.process("init", file)
-    return stack
+def _train(stack: Stack, line: str, task: str) -> None:
+    """Make a version as a training job does that knows MLflow and nothing else."""
+    stack.shell("task", line, "--task", stack.world.task(task))
+    client, name = stack.mlflow, f"{line}.{task}"
+    run = client.create_run(client.create_experiment("training"))
+    client.log_artifacts(run.info.run_id, str(stack.world.model(task)), "model")
+    client.create_registered_model(name)
+    source = f"{run.info.artifact_uri}/model"
+    client.create_model_version(name, source, run.info.run_id, {"team": "vision"})
 
 
 def planned(stack: Stack, line: str) -> list[datetime]:
@@ -62,105 +82,97 @@ def intact(stack: Stack, line: str) -> list[str]:
 
 
 def test_a_registration_is_handed_over_and_the_champion_follows(
-    clock: Stack, stack: Stack, first: dict[str, Any], three: Three
+    stack: Stack, begun: dict[str, Any], three: Three
 ) -> None:
-    assert (first["handed_over"], first["state"]) == (True, "registered")
-    assert first["champion"] is None, "the command has not waited"
+    assert (begun["handed_over"], begun["state"]) == (True, "registered")
+    assert begun["champion"] is None, "the command has not waited"
     assert stack.champion("demo", "colour") == {"colour"}
     assert stack.shell.patch_bytes() == three.shell.patch_bytes(1)
-    assert intact(stack, "demo") == [
-        *("configured", "registered", "localized", "merged", "promoted")
-    ]
+    assert intact(stack, "demo") == ONE
 
 
-def test_localization_ran_in_a_process_of_the_pool_gpu(stack: Stack, first: dict[str, Any]) -> None:
+def test_localization_ran_in_a_process_of_the_pool_gpu(stack: Stack, begun: dict[str, Any]) -> None:
     stack.champion("demo", "colour")
     facts: Any = stack.shell.head().tasks["colour"].versions[1].facts
     found = facts["localized_by"]
     assert found["work_pool"] == "gpu"
     assert found["worker"] in {f"{socket.gethostname()}-worker-{n}" for n in (1, 2)}
     assert (found["host"], found["device"]) == (socket.gethostname(), device().type)
-    (run,) = stack.runs("onboard", "demo")
-    assert (run["name"], run["work_pool_name"]) == ("demo/colour/1", "gpu")
-    # The worker knows its child by this number; the test and the command have others.
-    assert run["infrastructure_pid"] == str(found["pid"])
+    # Prefect knows by this number which run it was; lines share masks, so it may be any line's.
+    runs = [run for line in ("demo", "trained", "lost", "many") for run in _onboarded(stack, line)]
+    (pool,) = [run["work_pool_name"] for run in runs if run["infrastructure_pid"] == found["pid"]]
+    assert pool == "gpu"
     assert found["pid"] != os.getpid()
 
 
-def test_a_version_that_mlflow_alone_has_joins_by_its_webhook(
-    stack: Stack, three: Three
+def _onboarded(stack: Stack, line: str) -> list[dict[str, Any]]:
+    runs = stack.runs("onboard", line)
+    return [run | {"infrastructure_pid": int(run["infrastructure_pid"] or 0)} for run in runs]
+
+
+def test_two_lines_do_not_disturb_each_other(stack: Stack, begun: dict[str, Any]) -> None:
+    for line, task in {"demo": "colour", "other": "number"}.items():
+        assert stack.champion(line, task) == {task}
+        assert intact(stack, line) == ONE
+
+
+def test_a_line_is_remerged_by_its_schedule_and_a_changed_one_counts_at_once(
+    stack: Stack, begun: dict[str, Any]
 ) -> None:
-    stack.line("trained")
-    stack.shell("task", "trained", "--task", stack.world.task("colour"))
-    client, name = stack.mlflow, "trained.colour"
-    run = client.create_run(client.create_experiment("training"))
-    client.log_artifacts(run.info.run_id, str(stack.world.model("colour")), "model")
-    client.create_registered_model(name)
-    source = f"{run.info.artifact_uri}/model"
-    client.create_model_version(name, source, run.info.run_id, {"team": "vision"})
+    file = stack.shell.home.parent / "clock.yaml"
+    stack.process("init", stack.world.line(file, line="clock", schedule=EVERY_MINUTE))
+    times = stack.until("runs are planned", lambda: planned(stack, "clock"))
+    assert {time.second for time in times} == {0}
+    assert {(after - time).seconds for time, after in pairwise(times)} == {60}
+    stack.process("init", stack.world.line(file, line="clock", schedule="30 3 * * *"))
+
+    def at_night() -> bool:
+        return {(time.hour, time.minute) for time in planned(stack, "clock")} == {(3, 30)}
+
+    stack.until("the plan has changed", at_night)
+
+
+def test_a_version_that_mlflow_alone_has_joins_by_its_webhook(
+    stack: Stack, begun: dict[str, Any], three: Three
+) -> None:
     assert stack.champion("trained", "colour") == {"colour"}
     assert stack.shell.patch_bytes(line="trained") == three.shell.patch_bytes(1)
     assert intact(stack, "trained").count("registered") == 1
-    (version,) = client.search_model_versions(f"name = '{name}'")
+    client, name = stack.mlflow, "trained.colour"
+
+    def shown() -> dict[str, str] | None:
+        tags: dict[str, str] = client.get_model_version(name, "1").tags
+        return tags if tags.get(STATE_TAG) == "ready" else None
+
+    tags = stack.until("MLflow shows the state", shown)
     model = stack.shell.head("trained").tasks["colour"].versions[1].model
-    assert version.tags[DIGEST_TAG] == model.weights
-    assert (version.tags[VERSION_TAG], version.tags["team"]) == ("1", "vision")
-    shown = lambda: client.get_model_version(name, "1").tags[STATE_TAG] == "ready"  # noqa: E731
-    stack.until("MLflow shows the state", shown)
+    assert (tags[DIGEST_TAG], tags[VERSION_TAG]) == (model.weights, "1")
+    assert tags["team"] == "vision", "what others have written stays"
+    assert len(client.search_model_versions(f"name = '{name}'")) == 1
     assert len(stack.runs("onboard", "trained")) == 1
 
 
 def test_a_lost_event_is_repaired_by_the_schedule_and_nothing_is_started_twice(
-    stack: Stack, three: Three
+    stack: Stack, begun: dict[str, Any], three: Three
 ) -> None:
-    stack.line("lost")
-    stack.register("lost", "colour", announced=False)
-    assert stack.runs("onboard", "lost") == []
-    # Two that come together, as after an outage.
-    repairs = [stack.remerge("lost", f"repair {number}") for number in range(2)]
     assert stack.champion("lost", "colour") == {"colour"}
-    repairs.append(stack.remerge("lost", "after it"))
-    ended = {stack.finished(run)["state_type"] for run in repairs}
-    assert ended <= {"COMPLETED", "CANCELLED"}
-    assert [run["work_pool_name"] for run in stack.runs("onboard", "lost")] == ["gpu"]
     assert stack.shell.patch_bytes(line="lost") == three.shell.patch_bytes(1)
-    assert intact(stack, "lost") == [
-        *("configured", "registered", "localized", "merged", "promoted")
-    ]
+    stack.finished(stack.remerge("lost", "again"))
+    assert [run["work_pool_name"] for run in stack.runs("onboard", "lost")] == ["gpu"]
+    assert intact(stack, "lost") == ONE
 
 
-def test_two_lines_do_not_disturb_each_other(stack: Stack) -> None:
-    members = {"left": "colour", "right": "number"}
-    for line in members:
-        stack.line(line)
-    with ThreadPoolExecutor() as pool:
-        list(pool.map(lambda line: stack.process(*_registration(stack, line)), members))
-    for line, task in members.items():
-        assert stack.champion(line, task) == {task}
-        assert intact(stack, line) == [
-            *("configured", "registered", "localized", "merged", "promoted")
-        ]
-
-
-def _registration(stack: Stack, line: str) -> tuple[object, ...]:
-    task = {"left": "colour", "right": "number"}[line]
-    files = ("--task", stack.world.task(task), "--model", stack.world.model(task))
-    return ("register", line, *files)
-
-
-def test_many_at_once_end_in_one_champion_that_holds_them_all(stack: Stack, three: Three) -> None:
-    stack.line("many")
-    for task in SKILLS:
-        stack.register("many", task)
-    # The schedule comes in between, which would onboard them as well.
-    runs = [stack.remerge("many", f"schedule {number}") for number in range(2)]
+def test_many_at_once_end_in_one_champion_that_holds_them_all(
+    stack: Stack, begun: dict[str, Any], three: Three
+) -> None:
     assert stack.champion("many", *SKILLS) == set(SKILLS)
-    for run in runs:
-        stack.finished(run)
     assert stack.shell.patch_bytes(line="many") == three.shell.patch_bytes()
+    for run in stack.runs("remerge", "many"):
+        stack.finished(run["id"])
     acts = intact(stack, "many")
     assert (acts.count("registered"), acts.count("localized")) == (3, 3)
-    assert acts.count("promoted") == stack.shell.head("many").newest, "each version had its turn"
+    assert acts.count("promoted") == acts.count("merged") == stack.shell.head("many").newest
+    assert stack.shell.patch_bytes(line="many") == three.shell.patch_bytes()
 
 
 def test_a_run_that_is_killed_is_made_again_without_a_person(stack: Stack, three: Three) -> None:
@@ -172,14 +184,13 @@ def test_a_run_that_is_killed_is_made_again_without_a_person(stack: Stack, three
         workers = {p.pid for n, p in stack.file.processes.items() if n.startswith("worker")}
         assert workers & {parent.pid for parent in process.parents()}
         process.send_signal(signal.SIGKILL)
-        process.wait(30)
+        stack.until("it is gone", lambda: process_began(pid) is None)
     assert stack.champion("killed", "colour") == {"colour"}
     assert stack.shell.patch_bytes(line="killed") == three.shell.patch_bytes(1)
-    assert intact(stack, "killed").count("localized") == 1
-    runs = stack.runs("onboard", "killed")
-    assert sorted(run["state_type"] for run in runs) == ["COMPLETED", "CRASHED"]
-    with stack.shell.inside():
-        (died,) = attempts_at(stack.shell.ledger("killed"), "colour", 1).unfinished()
+    assert intact(stack, "killed") == ONE
+    ended = {stack.finished(run["id"])["state_type"] for run in stack.runs("onboard", "killed")}
+    assert ended == {"COMPLETED", "CRASHED"}
+    (died,) = _attempts(stack, "killed")
     assert died.facts["pid"] == pid
 
 
@@ -192,25 +203,13 @@ def nothing_swapped(stack: Stack, line: str) -> Iterator[None]:
         yield
 
 
-def _at_work(stack: Stack, line: str) -> int | None:
-    """The process that has a mask for the model and waits to enter it in the head."""
+def _attempts(stack: Stack, line: str) -> list[Attempt]:
+    """The attempts at the line's model that have begun and not ended."""
     with stack.shell.inside():
-        begun = attempts_at(stack.shell.ledger(line), "colour", 1).unfinished()
+        return attempts_at(stack.shell.ledger(line), "colour", 1).unfinished()
+
+
+def _at_work(stack: Stack, line: str) -> int | None:
+    """The process that onboards the line's model."""
+    begun = _attempts(stack, line)
     return int(begun[0].facts["pid"]) if begun else None
-
-
-def test_a_line_is_remerged_by_its_schedule_and_a_changed_one_counts_at_once(
-    clock: Stack,
-) -> None:
-    times = clock.until("runs are planned", lambda: planned(clock, "clock"))
-    assert all(time.second == 0 for time in times)
-    done = clock.until("one has run", lambda: clock.runs("remerge", "clock", "COMPLETED"))
-    assert done[0]["parameters"]["line"] == "clock"
-    assert done[0]["auto_scheduled"]
-    file = clock.shell.home.parent / "clock.yaml"
-    clock.process("init", clock.world.line(file, line="clock", schedule=NEVER))
-    clock.until(
-        "the plan has changed",
-        lambda: {(t.month, t.day, t.hour, t.minute) for t in planned(clock, "clock")}
-        == {(1, 1, 0, 0)},
-    )
