@@ -194,7 +194,7 @@ def _prefect(space: Workspace) -> Iterator[Check]:
                 continue
             state = "paused" if found.paused else f"pool {found.work_pool_name}"
             if found.paused:
-                mend = f"prefect deployment resume {full_name(flow)}"
+                mend = f"switch {full_name(flow)} on again, on its page in Prefect"
                 yield Check(f"deployment {flow}", "failed", state, mend)
             else:
                 yield Check(f"deployment {flow}", "ok", state)
