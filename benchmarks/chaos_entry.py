@@ -97,8 +97,8 @@ def remerge(line: str, force: bool = False, attempt: int = 0) -> None:
         entry.remerge.body(line, force, attempt)  # type: ignore[attr-defined]
 
 
-onboard_flow = onboard.engine_object()  # type: ignore[attr-defined]
-remerge_flow = remerge.engine_object()  # type: ignore[attr-defined]
+onboard_flow = entry.watched(onboard)
+remerge_flow = entry.watched(remerge)
 
 
 def main() -> None:

@@ -3,8 +3,6 @@
     event restitch.model.registered --> run of `onboard`     on the pool `gpu`
     event restitch.mask.ready -------> run of `remerge`      on the same pool, or another
     cron, one schedule per line -----> run of `remerge`
-    a run that crashed --------------> the same once more; the store counts how often
-    a run that fell silent ----------> state Crashed
 
 `deployments.deploy` brings a server to this. A worker needs the package and, in its
 environment, the addresses: nothing is pulled from anywhere.
@@ -14,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from tasks.deaths import HEARTBEAT_SECONDS
 from tasks.orchestration import DEPLOYMENT, MASK_READY, MODEL_REGISTERED
 
 if TYPE_CHECKING:
@@ -22,12 +21,6 @@ if TYPE_CHECKING:
     from prefect.events.schemas.automations import AutomationCore
 
 DEFAULT_CRON = "*/15 * * * *"
-
-# A flow run that sends no sign of life for three of its heartbeats is dead.
-HEARTBEAT_SECONDS = 30
-SILENT_AFTER = timedelta(seconds=3 * HEARTBEAT_SECONDS)
-# A worker has taken a run and no process of it began.
-STUCK_AFTER = timedelta(seconds=60)
 
 # Named, the engine is started at once; otherwise a process before it looks for code to fetch,
 # which costs a run more than a second. A worker finds this `python` on its path.
@@ -92,7 +85,12 @@ def flows(pool: str, remerge_pool: str) -> tuple[DeployedFlow, DeployedFlow]:
 
 
 def automations(onboard: "UUID", remerge: "UUID") -> "list[AutomationCore]":
-    """What starts runs, and what ends those that died."""
+    """What starts runs when something has happened.
+
+    There are no more than these: every automation writes at every event that it looks at, and
+    those that wait for silence have been seen to lock a server on SQLite for a minute. Runs
+    that died are found by the next remerge, and a crash starts its run again by itself.
+    """
     return [
         _on_event(
             "restitch: onboard a registered model",
@@ -111,41 +109,7 @@ def automations(onboard: "UUID", remerge: "UUID") -> "list[AutomationCore]":
             remerge,
             {"line": "{{ event.payload.line }}"},
         ),
-        _on_crash(
-            "restitch: onboard again after a crash",
-            onboard,
-            {name: _json(f"flow_run.parameters.{name} | default(none)") for name in _ONBOARD},
-        ),
-        _on_crash(
-            "restitch: remerge again after a crash",
-            remerge,
-            {
-                "line": "{{ flow_run.parameters.line }}",
-                "force": _json("flow_run.parameters.force | default(false)"),
-                "attempt": _json("(flow_run.parameters.attempt | default(0)) + 1"),
-            },
-        ),
-        _on_silence(
-            "restitch: a run fell silent",
-            (onboard, remerge),
-            after={"prefect.flow-run.heartbeat"},
-            expect={"prefect.flow-run.heartbeat", *_ENDED},
-            within=SILENT_AFTER,
-            message="no sign of life: its process or its host is gone",
-        ),
-        _on_silence(
-            "restitch: a run never began",
-            (onboard, remerge),
-            after={"prefect.flow-run.Pending", "prefect.flow-run.Submitting"},
-            expect={"prefect.flow-run.Running", *_ENDED},
-            within=STUCK_AFTER,
-            message="taken by a worker that is gone",
-        ),
     ]
-
-
-_ONBOARD = ("line", "task", "version", "mlflow_version")
-_ENDED = {f"prefect.flow-run.{state}" for state in ("Completed", "Failed", "Cancelled", "Crashed")}
 
 
 def _json(expression: str) -> dict[str, Any]:
@@ -176,68 +140,10 @@ def _on_event(
     )
 
 
-def _on_crash(name: str, deployment: "UUID", parameters: dict[str, Any]) -> "AutomationCore":
-    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
-
-    return AutomationCore(
-        name=name,
-        trigger=EventTrigger(
-            expect={"prefect.flow-run.Crashed"},
-            match_related=_of(deployment),
-            # Once for a run: a busy server may see the same event again.
-            for_each={"prefect.resource.id"},
-            posture=Posture.Reactive,
-            threshold=1,
-            within=timedelta(minutes=1),
-        ),
-        actions=[_run(deployment, parameters)],
-    )
-
-
-def _on_silence(
-    name: str,
-    deployments: "tuple[UUID, ...]",
-    *,
-    after: set[str],
-    expect: set[str],
-    within: timedelta,
-    message: str,
-) -> "AutomationCore":
-    from prefect.client.schemas.objects import StateType
-    from prefect.events.actions import ChangeFlowRunState
-    from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
-
-    return AutomationCore(
-        name=name,
-        trigger=EventTrigger(
-            after=after,
-            expect=expect,
-            match_related=_of(*deployments),
-            for_each={"prefect.resource.id"},
-            posture=Posture.Proactive,
-            threshold=1,
-            within=within,
-        ),
-        # Never forced: it also fires for runs that have ended, and must not touch them.
-        actions=[ChangeFlowRunState(state=StateType.CRASHED, message=message)],
-    )
-
-
 def _run(deployment: "UUID", parameters: dict[str, Any]) -> Any:
     from prefect.events.actions import RunDeployment
 
     return RunDeployment(deployment_id=deployment, parameters=parameters)
-
-
-def _of(*deployments: "UUID") -> Any:
-    from prefect.events.schemas.events import ResourceSpecification
-
-    return ResourceSpecification.model_validate(
-        {
-            "prefect.resource.role": "deployment",
-            "prefect.resource.id": [f"prefect.deployment.{one}" for one in deployments],
-        }
-    )
 
 
 def full_name(flow: str) -> str:

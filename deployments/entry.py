@@ -6,11 +6,15 @@ within seconds. The names and parameters are those of the flows; a deployment's 
 """
 
 import logging
+from typing import Any
 
+from merging.errors import Unavailable
+from tasks.deaths import start_again
 from tasks.engine import flow
 from tasks.workspace import workspace
 
-logging.getLogger("restitch").setLevel(logging.INFO)
+log = logging.getLogger("restitch")
+log.setLevel(logging.INFO)
 
 
 @flow("onboard", "{line}/{task}/{version}")
@@ -43,8 +47,24 @@ def remerge(line: str, force: bool = False, attempt: int = 0) -> None:
     workspace()
     from flows.remerge import remerge as work
 
-    work.body(line, force, attempt)  # type: ignore[attr-defined]
+    work.body(line, force)  # type: ignore[attr-defined]
 
 
-onboard_flow = onboard.engine_object()  # type: ignore[attr-defined]
-remerge_flow = remerge.engine_object()  # type: ignore[attr-defined]
+def begin_again(flow: Any, flow_run: Any, state: Any) -> None:
+    """What a worker calls when a run of its own has crashed."""
+    try:
+        if not start_again(flow.name, str(flow_run.id), flow_run.parameters):
+            log.warning("run %s crashed too often: %s", flow_run.name, state.message)
+    except Unavailable as error:
+        log.warning("run %s is left to the schedule: %s", flow_run.name, error.message())
+
+
+def watched(function: Any) -> Any:
+    """A flow as Prefect has it, which is started again when it crashes."""
+    found = function.engine_object()
+    found.on_crashed(begin_again)
+    return found
+
+
+onboard_flow = watched(onboard)
+remerge_flow = watched(remerge)

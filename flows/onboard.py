@@ -20,6 +20,7 @@ from registry.head import Head, ModelVersion
 from registry.ledger import Ledger
 from registry.specs import LineSpec, TaskSpec
 from tasks.artifacts import show_onboarded
+from tasks.deaths import DEATHS
 from tasks.engine import engine_url, flow
 from tasks.evaluate import evaluate
 from tasks.inputs import evaluation_split
@@ -38,9 +39,6 @@ from tasks.refs import DeltaRef, LineRef, ResultRef, Validated, WeightsRef
 from tasks.reporting import say, warn
 from tasks.validate import validate
 from tasks.workspace import actor, workspace
-
-# A model that has cost so many processes their life is not tried again.
-DEATHS = 3
 
 # Above this share of the task vector's squared norm, what masks cannot hold is worth a warning.
 OUTSIDE_WARNING = 0.1

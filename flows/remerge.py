@@ -15,7 +15,7 @@ from flows.acts import MovedError, hold, promote, record_version, reject
 from flows.adopt import adopt
 from flows.candidates import Candidate, make_candidate
 from flows.gates import Check
-from flows.onboard import DEATHS, attempts_at, died_at, is_outdated, onboard
+from flows.onboard import attempts_at, died_at, is_outdated, onboard
 from flows.snapshot import Snapshot, localized_models, take_snapshot
 from merging.digests import digest_json
 from merging.errors import GateFailed, RestitchError, Unavailable
@@ -23,9 +23,10 @@ from registry.head import Member
 from registry.history import MergedRecord
 from registry.ledger import Ledger
 from tasks.artifacts import show_remerged
+from tasks.deaths import mark_silent_runs
 from tasks.engine import flow
 from tasks.models import check_device
-from tasks.orchestration import has_workers, is_queued, start_run
+from tasks.orchestration import has_workers, is_queued, is_workers_run, start_run
 from tasks.publish import mirror, run_link
 from tasks.reporting import say, warn
 from tasks.turn import turn
@@ -73,26 +74,18 @@ class RemergeOutcome:
 
 
 @flow("remerge", "{line}")
-def remerge(line: str, force: bool = False, attempt: int = 0) -> RemergeOutcome:
+def remerge(line: str, force: bool = False) -> RemergeOutcome:
     """Merge what is ready, evaluate it, and promote it if its gates pass.
 
     Args:
         line: the line's name.
         force: stitch and evaluate anew although nothing changed; the bytes must be the same.
-        attempt: how many runs before this one died at the same work.
-
-    Raises:
-        Unavailable: so many died that only the schedule tries again.
     """
     space = workspace()
     ledger = space.ledger(line)
     check_device(ledger.head().spec)
-    if attempt >= DEATHS:
-        raise Unavailable(
-            f"remerging {line} killed its process {attempt} times in a row",
-            hint="look for what killed it (memory? the log of the worker?); "
-            "the schedule goes on trying",
-        )
+    if is_workers_run():
+        mark_silent_runs(line)
     with turn(space, line) as mine:
         if not mine:
             return _outcome(ledger, "covered", None, ())

@@ -8,6 +8,7 @@ of an event would pay for. Credentials come from Prefect's variables `PREFECT_AP
 import os
 import time
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +81,18 @@ class PrefectApi:
         """Ask for another state of a run; the server's rules decide."""
         body = {"state": {"type": state, "message": message}, "force": False}
         self._send("POST", f"/flow_runs/{run}/set_state", json=body)
+
+    def heard_of(self, run: str, since: datetime) -> bool:
+        """Whether a run has shown a sign of life since a time."""
+        body = {
+            "filter": {
+                "event": {"name": ["prefect.flow-run.heartbeat"]},
+                "resource": {"id": [f"prefect.flow-run.{run}"]},
+                "occurred": {"since": since.isoformat()},
+            },
+            "limit": 1,
+        }
+        return bool(self._send("POST", "/events/filter", json=body).json()["events"])
 
     def ensure_limit(self, name: str, limit: int) -> None:
         """Make a concurrency limit, unless it is there."""
