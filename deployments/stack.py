@@ -182,7 +182,12 @@ def _prefect(home: Home, at: Addresses) -> Plan:
     return Plan(
         name="prefect",
         command=_module("prefect", "server", "start", "--host", LOOPBACK, "--port", str(port)),
-        environment={**SERVER_ENVIRONMENT, "PREFECT_HOME": str(home.root / "prefect")},
+        environment={
+            **SERVER_ENVIRONMENT,
+            "PREFECT_HOME": str(home.root / "prefect"),
+            # Its pages ask at the standard port otherwise.
+            "PREFECT_SERVER_UI_API_URL": at.prefect_api,
+        },
         port=port,
         ready=f"{at.prefect_api}/health",
     )
