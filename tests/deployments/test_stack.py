@@ -47,6 +47,7 @@ def begun(stack: Stack) -> dict[str, Any]:
         stack.remerge(line, f"{line} by the schedule")
     out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
+    _init_clock(stack, EVERY_MINUTE)
     told: dict[str, Any] = json.loads(out)
     return told
 
@@ -62,11 +63,31 @@ def _train(stack: Stack, line: str, task: str) -> None:
     client.create_model_version(name, source, run.info.run_id, {"team": "vision"})
 
 
+@pytest.fixture(scope="module")
+def clock(stack: Stack, begun: dict[str, Any]) -> list[datetime]:
+    """When the line `clock` was to be remerged, before its schedule was changed."""
+    times = stack.until("runs are planned", lambda: planned(stack, "clock"))
+    _init_clock(stack, "30 3 * * *")
+    return times
+
+
+def _init_clock(stack: Stack, schedule: str) -> None:
+    file = stack.shell.home.parent / "clock.yaml"
+    stack.process("init", stack.world.line(file, line="clock", schedule=schedule))
+
+
 def planned(stack: Stack, line: str) -> list[datetime]:
     """When the server will remerge a line, as far as it has planned."""
     runs = stack.runs("remerge", line, "SCHEDULED")
     times = [datetime.fromisoformat(run["expected_start_time"]) for run in runs]
     return sorted(time for time in times if time > datetime.now(UTC))
+
+
+def under_way(stack: Stack, line: str) -> list[str]:
+    """The remerges of a line that are at work, or wait for a worker."""
+    now = datetime.now(UTC)
+    runs = stack.runs("remerge", line, "SCHEDULED", "PENDING", "RUNNING")
+    return [r["id"] for r in runs if datetime.fromisoformat(r["expected_start_time"]) <= now]
 
 
 def intact(stack: Stack, line: str) -> list[str]:
@@ -116,20 +137,9 @@ def test_two_lines_do_not_disturb_each_other(stack: Stack, begun: dict[str, Any]
         assert intact(stack, line) == ONE
 
 
-def test_a_line_is_remerged_by_its_schedule_and_a_changed_one_counts_at_once(
-    stack: Stack, begun: dict[str, Any]
-) -> None:
-    file = stack.shell.home.parent / "clock.yaml"
-    stack.process("init", stack.world.line(file, line="clock", schedule=EVERY_MINUTE))
-    times = stack.until("runs are planned", lambda: planned(stack, "clock"))
-    assert {time.second for time in times} == {0}
-    assert {(after - time).seconds for time, after in pairwise(times)} == {60}
-    stack.process("init", stack.world.line(file, line="clock", schedule="30 3 * * *"))
-
-    def at_night() -> bool:
-        return {(time.hour, time.minute) for time in planned(stack, "clock")} == {(3, 30)}
-
-    stack.until("the plan has changed", at_night)
+def test_a_line_with_a_schedule_gets_runs_planned(clock: list[datetime]) -> None:
+    assert {time.second for time in clock} == {0}
+    assert {(after - time).seconds for time, after in pairwise(clock)} == {60}
 
 
 def test_a_version_that_mlflow_alone_has_joins_by_its_webhook(
@@ -167,8 +177,7 @@ def test_many_at_once_end_in_one_champion_that_holds_them_all(
 ) -> None:
     assert stack.champion("many", *SKILLS) == set(SKILLS)
     assert stack.shell.patch_bytes(line="many") == three.shell.patch_bytes()
-    for run in stack.runs("remerge", "many"):
-        stack.finished(run["id"])
+    stack.until("nothing more is under way", lambda: not under_way(stack, "many"))
     acts = intact(stack, "many")
     assert (acts.count("registered"), acts.count("localized")) == (3, 3)
     assert acts.count("promoted") == acts.count("merged") == stack.shell.head("many").newest
@@ -213,3 +222,10 @@ def _at_work(stack: Stack, line: str) -> int | None:
     """The process that onboards the line's model."""
     begun = _attempts(stack, line)
     return int(begun[0].facts["pid"]) if begun else None
+
+
+def test_a_changed_schedule_replaces_what_was_planned(stack: Stack, clock: list[datetime]) -> None:
+    def at_night() -> bool:
+        return {(time.hour, time.minute) for time in planned(stack, "clock")} == {(3, 30)}
+
+    stack.until("the plan has changed", at_night)
