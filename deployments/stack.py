@@ -57,7 +57,8 @@ class Plan:
     @property
     def digest(self) -> str:
         """What it serves: another digest, another process."""
-        return digest_json([list(self.command), self.environment])
+        # Whatever name this Python has: `up` is called by path, by link and by `make`.
+        return digest_json([list(self.command[1:]), self.environment])
 
 
 @dataclass(frozen=True)
