@@ -34,7 +34,7 @@ def begun(stack: Stack) -> dict[str, Any]:
     Returns:
         What the command printed that registered the model of `demo`.
     """
-    for line in ("demo", "other", "trained", "lost", "many"):
+    for line in ("demo", "other", "trained", "lost", "many", "killed"):
         stack.line(line)
     files = ("--task", stack.world.task("colour"), "--model", stack.world.model("colour"))
     process = stack.shell.start("register", "demo", *files, "--json", environment=stack.environment)
@@ -184,8 +184,9 @@ def test_many_at_once_end_in_one_champion_that_holds_them_all(
     assert stack.shell.patch_bytes(line="many") == three.shell.patch_bytes()
 
 
-def test_a_run_that_is_killed_is_made_again_without_a_person(stack: Stack, three: Three) -> None:
-    stack.line("killed")
+def test_a_run_that_is_killed_is_made_again_without_a_person(
+    stack: Stack, begun: dict[str, Any], three: Three
+) -> None:
     stack.register("killed", "colour")
     with nothing_swapped(stack, "killed"):
         pid = stack.until("a process onboards it", lambda: _at_work(stack, "killed"))

@@ -1,6 +1,5 @@
 """What an operator does with a stack: `up` again, `up` after deaths, `doctor`, `down`, `up`."""
 
-import json
 import os
 import signal
 import subprocess
@@ -14,8 +13,8 @@ from tests.deployments.conftest import Stack
 NAMES = {"prefect", "mlflow", "webhook", "worker-1", "worker-2"}
 
 
-def up(stack: Stack) -> dict[str, Any]:
-    told: dict[str, Any] = stack.process("up", "--json").json
+def up(stack: Stack, *options: object) -> dict[str, Any]:
+    told: dict[str, Any] = stack.process("up", *options, "--json").json
     return told
 
 
@@ -38,10 +37,8 @@ def test_up_again_changes_nothing(stack: Stack) -> None:
 
 
 def test_a_doctor_finds_nothing_on_a_stack_that_is_well(stack: Stack) -> None:
-    stack.line("well")
-    stack.process("deploy")
     found = findings(stack, code=0)
-    assert found.keys() >= NAMES | {"prefect", "mlflow webhook", "schedule of well"}
+    assert found.keys() >= NAMES | {"mlflow webhook", "deployment onboard", "deployment remerge"}
     # How much is free on the disk is not the stack's doing.
     assert {check["status"] for name, check in found.items() if name != "disk"} == {"ok"}
     assert {check["mend"] for name, check in found.items() if name != "disk"} == {""}
@@ -76,7 +73,7 @@ def _alive(stack: Stack, *names: str) -> bool:
 
 def test_down_stops_what_up_started_and_nothing_else_and_the_state_stays(stack: Stack) -> None:
     stack.line("kept")
-    run = stack.finished(stack.remerge("kept", "before"))
+    deployment = stack.prefect.deployment("onboard/restitch")
     stack.mlflow.create_experiment("kept by MLflow")
     head, addresses = stack.shell.head_bytes("kept"), _addresses(stack)
     began = {name: process_began(pid) for name, pid in pids(stack).items()}
@@ -91,16 +88,20 @@ def test_down_stops_what_up_started_and_nothing_else_and_the_state_stays(stack: 
         assert set(stopped) == began.keys() == NAMES
         assert [process.pid for process in stack.processes()] == [foreign.pid]
         assert foreign.poll() is None
-        assert stack.process("down", "--json").json["stopped"] == []
         assert stack.file.prefect_api_url is None, "commands work by themselves now"
     finally:
         foreign.kill()
         foreign.wait()
-    assert set(json.loads(stack.process("up", "--workers", 2, "--json").out)["started"]) == NAMES
+    assert set(up(stack, "--workers", 2)["started"]) == NAMES
     assert _addresses(stack) == addresses
     assert stack.shell.head_bytes("kept") == head
-    assert stack.prefect.run(run["id"]) is not None
+    assert _id(stack.prefect.deployment("onboard/restitch")) == _id(deployment)
     assert stack.mlflow.get_experiment_by_name("kept by MLflow") is not None
+
+
+def _id(deployment: dict[str, Any] | None) -> str:
+    assert deployment is not None
+    return str(deployment["id"])
 
 
 def _addresses(stack: Stack) -> tuple[Any, ...]:
