@@ -25,7 +25,9 @@ def show_onboarded(found: Mapping[str, Any]) -> None:
     if this_run() is None:
         return
     facts = found["facts"]
-    rows = [("state", found["state"]), ("reason", found["reason"] or "")]
+    rows = [("state", found["state"])]
+    if found["reason"]:
+        rows.append(("reason", found["reason"]))
     if "density" in facts:
         rows += [
             ("localizer", facts["localizer"]),
@@ -36,7 +38,7 @@ def show_onboarded(found: Mapping[str, Any]) -> None:
     by = facts.get("localized_by") or {}
     rows += [(name, str(value)) for name, value in by.items()]
     text = f"# {found['line']}: {found['task']} version {found['version']}\n\n"
-    text += table(("", ""), rows)
+    text += table(("what", "value"), rows)
     results = facts.get("results", {})
     if results:
         text += "\n\n" + table(
