@@ -22,6 +22,9 @@ from tests.conftest import Three
 from tests.deployments.conftest import PATIENCE, Stack
 from tests.worlds import SKILLS
 
+# The first test also waits for all servers; a busy machine takes its time.
+pytestmark = pytest.mark.timeout(600)
+
 EVERY_MINUTE = "* * * * *"
 # All acts of a line with one model that went straight into the champion.
 ONE = ["configured", "registered", "localized", "merged", "promoted"]

@@ -6,9 +6,13 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
+
 from deployments.stack import answers, is_running
 from registry.attempts import process_began
 from tests.deployments.conftest import Stack
+
+pytestmark = pytest.mark.timeout(600)
 
 NAMES = {"prefect", "mlflow", "webhook", "worker-1", "worker-2"}
 
