@@ -106,6 +106,9 @@ def up(home: Home, workers: int | None = None, pool: str = "gpu", say: Say = pri
     home.create()
     with _alone(home):
         stack = StackFile.read(home.root)
+        for process in stack.processes.values():
+            if not is_running(process):
+                stop_process(process)  # what it left behind when it died holds its port
         known = sum(name.startswith("worker-") for name in stack.processes)
         count = workers if workers is not None else max(known, 1)
         ports = _ports(stack)
@@ -296,7 +299,7 @@ class _Runner:
             return False
         if is_running(known) and known.serves == plan.digest:
             return True
-        stop_process(known)  # also what it left behind when it died
+        stop_process(known)
         self._forget(plan.name)
         return False
 
