@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 # So late that no test sees it begin.
 NEVER = "0 0 1 1 *"
-PATIENCE = 180.0
+PATIENCE = 240.0
 
 
 @dataclass(frozen=True)

@@ -122,16 +122,21 @@ def test_localization_ran_in_a_process_of_the_pool_gpu(stack: Stack, begun: dict
     assert found["work_pool"] == "gpu"
     assert found["worker"] in {f"{socket.gethostname()}-worker-{n}" for n in (1, 2)}
     assert (found["host"], found["device"]) == (socket.gethostname(), device().type)
-    # Prefect knows by this number which run it was; lines share masks, so it may be any line's.
-    runs = [run for line in ("demo", "trained", "lost", "many") for run in _onboarded(stack, line)]
-    (pool,) = [run["work_pool_name"] for run in runs if run["infrastructure_pid"] == found["pid"]]
-    assert pool == "gpu"
     assert found["pid"] != os.getpid()
+    (run,) = _runs_of(stack, found["pid"])
+    assert run["work_pool_name"] == "gpu"
+    deployment = stack.prefect.deployment("onboard/restitch")
+    assert deployment is not None
+    assert run["deployment_id"] == deployment["id"]
 
 
-def _onboarded(stack: Stack, line: str) -> list[dict[str, Any]]:
-    runs = stack.runs("onboard", line)
-    return [run | {"infrastructure_pid": int(run["infrastructure_pid"] or 0)} for run in runs]
+def _runs_of(stack: Stack, pid: int) -> list[dict[str, Any]]:
+    """The runs in which a process onboarded; of any line, for lines share masks."""
+    store = stack.shell.ledger().objects.store
+    begun = [name for name in store.list("attempts") if name.endswith(".begun")]
+    facts = [json.loads(store.read(name)) for name in begun]
+    found = [stack.prefect.run(fact["run"]) for fact in facts if fact["pid"] == pid]
+    return [run for run in found if run is not None]
 
 
 def test_two_lines_do_not_disturb_each_other(stack: Stack, begun: dict[str, Any]) -> None:
