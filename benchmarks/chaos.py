@@ -2,8 +2,8 @@
 
     python -m benchmarks.chaos [--kills 200] [--seed 0] [--workers 2] [--json FILE]
 
-On a stack of its own (two servers, a receiver, workers) models are registered two at a time
-while `kill -9` hits the runs of the flows, at armed moments and at random ones, the workers
+On a stack of its own (two servers, a receiver, workers) models are registered one after the
+other while `kill -9` hits the runs of the flows, at armed moments and at random ones, the workers
 with and without their runs, both servers, and the commands `register` and `export`. What has
 died is started again with `restitch up`, which is what a service manager would do; nothing
 else is mended by hand. After each round the champion must hold every model. At the end the
@@ -62,6 +62,7 @@ PLAN = {
     "mlflow server": 12,
     "register": 10,
 }
+KILLS_PER_ROUND = 8
 PER_MODEL, PER_ROUND = 2, {"remerge": 2, "host": 1, "prefect": 1, "mlflow server": 1}
 SERVICES = ("host", "worker", "prefect", "mlflow server")  # to be started again
 SETTLES_WITHIN = 420.0
@@ -174,6 +175,7 @@ class Chaos:
         self.round = 0
         for name in ("armed", "claimed", "inside"):
             (self.signs / name).mkdir(parents=True)
+        (folder / "models").mkdir()
         os.environ["RESTITCH_CHAOS"] = str(self.signs)
         os.environ["RESTITCH_HOME"] = str(folder / "home")
         self.home = Home.from_environment()
@@ -195,12 +197,12 @@ class Chaos:
         while left:
             self.round += 1
             before = len(self.outcome.kills)
-            batch = self._batch(left)
-            for task in self._new_models(2):
-                self._register(task, "register" in batch)
-            for kind in batch:
-                if self._kill(kind):
+            for kind in self._batch(left):
+                task = self._new_model()
+                if self._kill(kind, task):
                     left.remove(kind)
+                if task not in self.registered:
+                    self._register(task)
                 if kind in SERVICES:
                     self.mend()
             self._settle()
@@ -208,7 +210,7 @@ class Chaos:
             if happened:
                 happened[-1].recovered = time.monotonic() - happened[-1].at
                 self.say(
-                    f"round {self.round}: {', '.join(k.phase for k in happened)}; recovered in "
+                    f"round {self.round}: {len(happened)} kills; recovered in "
                     f"{happened[-1].recovered:.0f} s; {len(left)} kills left"
                 )
 
@@ -257,29 +259,29 @@ class Chaos:
         """The kills of the next round: a few, and not too many of one kind."""
         chosen: list[str] = []
         for kind in left:
-            most = PER_ROUND.get(kind, 2 if kind in ("onboard", *MOMENTS) else 1)
-            if chosen.count(kind) < most:
+            if chosen.count(kind) < PER_ROUND.get(kind, KILLS_PER_ROUND):
                 chosen.append(kind)
-            if len(chosen) == 6:
+            if len(chosen) == KILLS_PER_ROUND:
                 break
         return chosen
 
-    def _kill(self, kind: str) -> bool:
+    def _kill(self, kind: str, task: str) -> bool:
         """Kill once; False where nothing that could be killed like this came by in time."""
-        if kind in MOMENTS:
-            return self._at_moment(kind)
+        if kind == "register":
+            return self._registering(task)
         if kind == "export":
             return self._exporting()
+        self._register(task)  # there is something to be done
+        if kind in MOMENTS:
+            return self._at_moment(kind)
         if kind in ("onboard", "remerge"):
             return self._anywhere_in(kind)
-        if kind == "register":
-            return True  # done with the registrations of this round
         if kind == "host":
             return self._host()
         name = {"mlflow server": "mlflow", "prefect": "prefect"}.get(kind) or self.draw.choice(
             [f"worker-{n + 1}" for n in range(self.workers)]
         )
-        time.sleep(self.draw.uniform(0, 2))
+        time.sleep(self.draw.uniform(0, 3))
         process = StackFile.read(self.home.root).processes[name]
         os.kill(process.pid, signal.SIGKILL)
         self._record(kind, "serving")
@@ -392,21 +394,30 @@ class Chaos:
             self.outcome.wrong.append(f"export of version {head.champion}")
         return True
 
-    def _register(self, task: str, to_kill: bool) -> None:
-        """Register a model with the command, which may be killed and is then called again."""
+    def _register(self, task: str) -> None:
+        """Register a model from this process."""
+        from flows.register import register
+
+        model, file = self.models[task]
+        register(LINE, file, str(model))
+        self.registered.append(task)
+
+    def _registering(self, task: str) -> bool:
+        """Kill the command that registers, and call it again."""
         model, file = self.models[task]
         arguments = ("register", LINE, "--task", str(file), "--model", str(model))
-        self.registered.append(task)
-        if to_kill:
-            process = self._command(*arguments)
-            time.sleep(self.draw.uniform(0.2, 4))
-            if process.poll() is None:
-                process.kill()
-                self._record("register", "register")
-            process.wait()
-            (self.signs / "inside" / str(process.pid)).unlink(missing_ok=True)
+        process = self._command(*arguments)
+        time.sleep(self.draw.uniform(1, 4.5))
+        killed = process.poll() is None
+        if killed:
+            process.kill()
+            self._record("register", "register")
+        process.wait()
+        (self.signs / "inside" / str(process.pid)).unlink(missing_ok=True)
         if self._command(*arguments).wait() != 0:
             self.outcome.lost.append(f"{task}: register failed")
+        self.registered.append(task)
+        return killed
 
     def _command(self, *arguments: str) -> "subprocess.Popen[bytes]":
         with (self.folder / "commands.log").open("ab") as log:
@@ -486,27 +497,21 @@ class Chaos:
         file.write_text(yaml.safe_dump(values))
         return file
 
-    def _new_models(self, count: int) -> list[str]:
-        """Models that nobody has seen; the first of each round has data and is evaluated."""
+    def _new_model(self) -> str:
+        """A model that nobody has seen; the first three have data and are evaluated."""
         number = len(self.models)
-        folder = self.folder / f"models{self.round}"
-        folder.mkdir()
-        names = []
-        for offset, model in enumerate(make_models(self.world, folder, count, number)):
-            name = f"task{number + offset:03d}"
-            file = self.folder / f"{name}.yaml"
-            values: dict[str, Any] = {"task": name}
-            if offset == 0 and self.round <= 3:
-                some = self.world.tasks[self.round % len(self.world.tasks)]
-                known = yaml.safe_load(self.world.task_file(some).read_text())
-                known["data"]["path"] = str(
-                    (self.world.task_file(some).parent / known["data"]["path"]).resolve()
-                )
-                values = {**known, "task": name}
-            file.write_text(yaml.safe_dump(values))
-            self.models[name] = (model, file)
-            names.append(name)
-        return names
+        name = f"task{number:03d}"
+        (model,) = make_models(self.world, self.folder / "models", 1, number)
+        file = self.folder / f"{name}.yaml"
+        values: dict[str, Any] = {"task": name}
+        if number < len(self.world.tasks):
+            known_file = self.world.task_file(self.world.tasks[number])
+            known = yaml.safe_load(known_file.read_text())
+            known["data"]["path"] = str((known_file.parent / known["data"]["path"]).resolve())
+            values = {**known, "task": name}
+        file.write_text(yaml.safe_dump(values))
+        self.models[name] = (model, file)
+        return name
 
     def _look_for_doubles(self, entries: list[Any]) -> None:
         for kind in ("registered", "localized"):

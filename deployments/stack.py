@@ -185,7 +185,10 @@ def _prefect(home: Home, at: Addresses) -> Plan:
     port = at.ports["prefect"]
     return Plan(
         name="prefect",
-        command=_module("prefect", "server", "start", "--host", LOOPBACK, "--port", str(port)),
+        command=_module(
+            *("deployments.prefect_server", "server", "start"),
+            *("--host", LOOPBACK, "--port", str(port)),
+        ),
         environment={
             **SERVER_ENVIRONMENT,
             "PREFECT_HOME": str(home.root / "prefect"),
