@@ -446,7 +446,8 @@ class Chaos:
         """Ask for a remerge that stitches although nothing changed, where none is under way."""
         with suppress(Unavailable):
             api = self._api()
-            if not api.runs("remerge", "restitch", "PENDING", "RUNNING"):
+            runs = api.runs("remerge", "restitch", "SCHEDULED", "PENDING", "RUNNING")
+            if all(r["state_type"] == "SCHEDULED" and not r["parameters"]["force"] for r in runs):
                 found = api.deployment("remerge/restitch")
                 if found is not None:
                     key = f"busy-{time.time_ns()}"
