@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from deployments.definitions import full_name
-from deployments.stack import answers, is_running
+from deployments.processes import answers, is_running
 from merging.errors import RestitchError, Unavailable
 from registry.catalog import without_credentials
 from registry.head import Head

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from deployments.stack import answers, is_running
+from deployments.processes import answers, is_running
 from registry.attempts import process_began
 from tests.deployments.conftest import Stack
 

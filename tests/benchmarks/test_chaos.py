@@ -1,0 +1,42 @@
+"""Thirty kills of a running stack: nothing is lost, doubled or wrong. Minutes long."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.chaos import PLAN, drawn
+from tests.shell import ROOT
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_nothing_is_lost_doubled_or_wrong_while_processes_are_killed(tmp_path: Path) -> None:
+    out = tmp_path / "chaos.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "benchmarks.chaos", "--kills", "30"),
+            *("--world", str(tmp_path / "world"), "--json", str(out)),
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())
+    assert len(found["kills"]) >= 30
+    assert (found["lost"], found["doubled"], found["wrong"]) == ([], [], [])
+    inside = [k for k in found["kills"] if k["phase"].startswith(("onboard", "remerge"))]
+    assert len(inside) / len(found["kills"]) >= 0.6
+
+
+@pytest.mark.parametrize("kills", [1, 30, 200])
+def test_kills_are_drawn_in_the_proportions_of_the_plan(kills: int) -> None:
+    order = drawn(kills, random.Random(1))
+    assert len(order) == kills
+    assert order == drawn(kills, random.Random(1))
+    for kind, share in PLAN.items():
+        assert abs(order.count(kind) - kills * share / sum(PLAN.values())) < 1
