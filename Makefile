@@ -21,8 +21,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m playground.demo $(if $(KEEP),--keep)
 
+# Two at a time: many tests wait for servers. The tests of a file stay together.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
