@@ -87,9 +87,9 @@ def flows(pool: str, remerge_pool: str) -> tuple[DeployedFlow, DeployedFlow]:
 def automations(onboard: "UUID", remerge: "UUID") -> "list[AutomationCore]":
     """What starts runs when something has happened.
 
-    There are no more than these: every automation writes at every event that it looks at, and
-    those that wait for silence have been seen to lock a server on SQLite for a minute. Runs
-    that died are found by the next remerge, and a crash starts its run again by itself.
+    There are no more than these: every automation writes at every event that it looks at. On
+    SQLite under load such writes collide and are tried again, and one crash was seen to start
+    four runs. A crash starts its run again by itself, and the next remerge finds what died.
     """
     return [
         _on_event(
