@@ -198,11 +198,8 @@ class Chaos:
             self.round += 1
             before = len(self.outcome.kills)
             for kind in self._batch(left):
-                task = self._new_model()
-                if self._kill(kind, task):
+                if self._kill(kind, self._new_model()):
                     left.remove(kind)
-                if task not in self.registered:
-                    self._register(task)
                 if kind in SERVICES:
                     self.mend()
             self._settle()
@@ -271,7 +268,11 @@ class Chaos:
             return self._registering(task)
         if kind == "export":
             return self._exporting()
-        self._register(task)  # there is something to be done
+        # There is something to be done.
+        if kind in (*MOMENTS, "onboard", "host"):
+            self._register(task)
+        else:
+            self._keep_busy()
         if kind in MOMENTS:
             return self._at_moment(kind)
         if kind in ("onboard", "remerge"):
@@ -565,7 +566,7 @@ class Chaos:
             f"    register('{LINE}', Path(file), model, merge=False)\n"
             f"print(remerge('{LINE}').record['patch'])\n"
         )
-        files = [[str(model), str(file)] for model, file in self.models.values()]
+        files = [list(map(str, self.models[task])) for task in self.registered]
         home = self.folder / "undisturbed"
         done = subprocess.run(
             [sys.executable, "-c", script, str(self.folder / "line.yaml"), json.dumps(files)],

@@ -38,6 +38,7 @@ from tests.worlds import text_world as make_text_world  # noqa: E402
 NewHome = Callable[[str], Shell]
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep what shares costly fixtures in one process when tests run in several."""
     for item in items:
