@@ -23,7 +23,7 @@ demo: setup
 
 # Two at a time: many tests wait for servers. The tests of a file stay together.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: setup
 	$(BIN)/python -m pytest -m slow

@@ -38,15 +38,6 @@ from tests.worlds import text_world as make_text_world  # noqa: E402
 NewHome = Callable[[str], Shell]
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep what shares costly fixtures in one process when tests run in several."""
-    for item in items:
-        file = item.path.name
-        group = "stack" if file.startswith("test_stack") and "deployments" in str(item.path) else ""
-        item.add_marker(pytest.mark.xdist_group(group or str(item.path)))
-
-
 @dataclass(frozen=True)
 class Three:
     """A line with three members.
