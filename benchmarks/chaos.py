@@ -568,9 +568,11 @@ class Chaos:
         )
         files = [list(map(str, self.models[task])) for task in self.registered]
         home = self.folder / "undisturbed"
+        # On its own, without the engine that steps of this process have used.
+        environment = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"}
         done = subprocess.run(
             [sys.executable, "-c", script, str(self.folder / "line.yaml"), json.dumps(files)],
-            env={**os.environ, "RESTITCH_HOME": str(home)},
+            env={**environment, "RESTITCH_HOME": str(home)},
             capture_output=True,
             text=True,
             check=True,

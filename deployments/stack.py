@@ -14,10 +14,10 @@ import fcntl
 import os
 import secrets
 import socket
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from deployments.definitions import SERVER_ENVIRONMENT, WORKER_ENVIRONMENT
@@ -35,6 +35,7 @@ from deployments.processes import (
 from merging.errors import BadInput, Unavailable
 from registry.home import Home, prepare_environment
 from registry.stack import StackFile
+from tasks.deaths import STUCK_AFTER
 from tasks.orchestration import start_run
 from tasks.reporting import warn
 
@@ -263,9 +264,14 @@ def _connect_webhook(at: Addresses, home: Home) -> None:
 
 
 def _reconcile() -> None:
-    """Start a remerge of every line: whatever happened while the stack was down is found now."""
+    """Start a remerge of every line: whatever happened while the stack was down is found now.
+
+    And one more a little later: a run that a dead worker had taken shows only by not beginning.
+    """
+    now = datetime.now(UTC)
     for line in cron_lines():
-        start_run("remerge", {"line": line}, f"up-{line}-{time.time_ns()}")
+        for at in (None, now + STUCK_AFTER + timedelta(seconds=15)):
+            start_run("remerge", {"line": line}, f"up-{line}-{now.isoformat()}-{at}", at)
 
 
 @contextmanager

@@ -66,13 +66,16 @@ def announce(event: str, line: str, task: str, version: int | None, **facts: Any
     return True
 
 
-def start_run(flow: str, parameters: Mapping[str, Any], key: str) -> None:
+def start_run(
+    flow: str, parameters: Mapping[str, Any], key: str, at: datetime | None = None
+) -> None:
     """Start a run of a deployment; once for a key, unless what it started came to nothing.
 
     Args:
         flow: the flow's name.
         parameters: those of the run.
         key: digest of what the run would be about.
+        at: when it begins; now without.
 
     Raises:
         Unavailable: the server is away, or has no such deployment.
@@ -85,7 +88,7 @@ def start_run(flow: str, parameters: Mapping[str, Any], key: str) -> None:
             hint="make it with `restitch deploy`",
         )
     for _ in range(MOST_STARTS):
-        run = server.create_run(deployment["id"], parameters, key)
+        run = server.create_run(deployment["id"], parameters, key, at)
         if run["state_type"] not in _FINAL:
             return
         key = digest_json([key, run["id"]])  # that one is over, and it is asked for again

@@ -52,13 +52,18 @@ class PrefectApi:
         """Let workers load a deployment's flow from another place."""
         self._send("PATCH", f"/deployments/{deployment}", json={"entrypoint": entrypoint})
 
-    def create_run(self, deployment: str, parameters: Mapping[str, Any], key: str) -> Json:
-        """Start a run of a deployment; the same key gives the same run."""
-        body = {
-            "parameters": dict(parameters),
-            "idempotency_key": key,
-            "state": {"type": "SCHEDULED"},
-        }
+    def create_run(
+        self,
+        deployment: str,
+        parameters: Mapping[str, Any],
+        key: str,
+        at: datetime | None = None,
+    ) -> Json:
+        """Start a run of a deployment, now or at a time; the same key gives the same run."""
+        state: Json = {"type": "SCHEDULED"}
+        if at is not None:
+            state["state_details"] = {"scheduled_time": at.isoformat()}
+        body = {"parameters": dict(parameters), "idempotency_key": key, "state": state}
         path = f"/deployments/{deployment}/create_flow_run"
         return dict(self._send("POST", path, json=body).json())
 
