@@ -87,14 +87,14 @@ def onboard(
 ) -> None:
     """`deployments.entry.onboard`, seen from outside."""
     with inside("onboard", task):
-        entry.onboard.body(line, task, version, mlflow_version)  # type: ignore[attr-defined]
+        entry.onboard.body(line, task, version, mlflow_version)
 
 
 @flow("remerge", "{line}")
 def remerge(line: str, force: bool = False, attempt: int = 0) -> None:
     """`deployments.entry.remerge`, seen from outside."""
     with inside("remerge", line):
-        entry.remerge.body(line, force, attempt)  # type: ignore[attr-defined]
+        entry.remerge.body(line, force, attempt)
 
 
 onboard_flow = entry.watched(onboard)

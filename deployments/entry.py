@@ -47,7 +47,7 @@ def remerge(line: str, force: bool = False, attempt: int = 0) -> None:
     workspace()
     from flows.remerge import remerge as work
 
-    work.body(line, force)  # type: ignore[attr-defined]
+    work.body(line, force)
 
 
 def begin_again(flow: Any, flow_run: Any, state: Any) -> None:

@@ -15,6 +15,7 @@ import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -132,8 +133,8 @@ class Runner:
         deadline = time.monotonic() + STARTS_WITHIN
         for plan in plans:
             say(f"waiting for {plan.name} in pool {pool}")
-            name = plan.environment["RESTITCH_WORKER"]
-            self._until(lambda name=name: name in workers_online(pool), plan, deadline)  # type: ignore[misc]
+            worker = plan.environment["RESTITCH_WORKER"]
+            self._until(partial(_is_among, workers_online, pool, worker), plan, deadline)
 
     def _wait(self, plan: Plan, deadline: float) -> None:
         self._until(lambda: answers(str(plan.ready)), plan, deadline)
@@ -160,6 +161,10 @@ class Runner:
     def _write(self, stack: StackFile) -> None:
         stack.write(self.home.root)
         self.stack = stack
+
+
+def _is_among(online: Callable[[str], list[str]], pool: str, worker: str) -> bool:
+    return worker in online(pool)
 
 
 def is_running(process: StackProcess) -> bool:

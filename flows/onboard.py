@@ -104,7 +104,8 @@ def onboard_event(
         version = adopt_one(line, task, mlflow_version)
     if version is None:
         return None
-    return onboard.body(line, task, version)  # type: ignore[attr-defined, no-any-return]
+    outcome: OnboardOutcome = onboard.body(line, task, version)
+    return outcome
 
 
 def _onboard(ledger: Ledger, head: Head, task: str, version: int) -> OnboardOutcome:

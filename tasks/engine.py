@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeVar, cast
+from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
 from merging.errors import RestitchError, Unavailable
@@ -26,6 +26,7 @@ from registry.stack import StackFile
 
 P = ParamSpec("P")
 R = TypeVar("R")
+R_co = TypeVar("R_co", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,21 @@ class Cached(Generic[R]):
     """What a step returns whose result was already in the store."""
 
     value: R
+
+
+class Run(Protocol[P, R_co]):
+    """A step or a flow.
+
+    Attributes:
+        body: the function itself, past the engine.
+        engine_object: gives the task or the flow as Prefect has it.
+    """
+
+    body: Callable[..., Any]
+    engine_object: Callable[[], Any]
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
+        """Through the engine where it is on, otherwise as it is."""
 
 
 def engine_url() -> str | None:
@@ -55,7 +71,7 @@ def _live_stack(home: Path) -> str | None:
         return None
 
 
-def step(name: str) -> Callable[[Callable[P, R | Cached[R]]], Callable[P, R]]:
+def step(name: str) -> Callable[[Callable[P, R | Cached[R]]], Run[P, R]]:
     """Make a function one step of a flow.
 
     Args:
@@ -64,7 +80,7 @@ def step(name: str) -> Callable[[Callable[P, R | Cached[R]]], Callable[P, R]]:
     return _decorator(name, "task")
 
 
-def flow(name: str, run_name: str) -> Callable[[Callable[P, R | Cached[R]]], Callable[P, R]]:
+def flow(name: str, run_name: str) -> Callable[[Callable[P, R | Cached[R]]], Run[P, R]]:
     """Make a function a flow.
 
     Args:
@@ -76,8 +92,8 @@ def flow(name: str, run_name: str) -> Callable[[Callable[P, R | Cached[R]]], Cal
 
 def _decorator(
     name: str, kind: str, run_name: str | None = None
-) -> Callable[[Callable[P, R | Cached[R]]], Callable[P, R]]:
-    def decorate(function: Callable[P, R | Cached[R]]) -> Callable[P, R]:
+) -> Callable[[Callable[P, R | Cached[R]]], Run[P, R]]:
+    def decorate(function: Callable[P, R | Cached[R]]) -> Run[P, R]:
         @functools.wraps(function)
         def call(*args: P.args, **kwargs: P.kwargs) -> R:
             url = engine_url()
@@ -93,9 +109,10 @@ def _decorator(
         def engine_object() -> Callable[..., Any]:
             return _in_engine(function, name, kind, run_name)
 
-        call.engine_object = engine_object  # type: ignore[attr-defined]
-        call.body = function  # type: ignore[attr-defined]
-        return call
+        run = cast(Run[P, R], call)
+        run.engine_object = engine_object
+        run.body = function
+        return run
 
     return decorate
 
