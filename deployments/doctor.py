@@ -167,9 +167,7 @@ def _mlflow(space: Workspace) -> Iterator[Check]:
         with mlflow_explained(space.home):
             hooks = [hook for hook in space.catalog.client.list_webhooks() if hook.name == NAME]
     except Unavailable as error:
-        mend = (
-            "'a webhook is not delivered' in docs/operations.md; the schedule looks meanwhile"
-        )
+        mend = "'a webhook is not delivered' in docs/operations.md; the schedule looks meanwhile"
         yield Check("mlflow webhook", "warning", f"cannot be listed: {error.found}", mend)
         return
     if hooks and str(hooks[0].status).upper().endswith("ACTIVE"):
