@@ -9,8 +9,11 @@ document and nothing else. Heavy libraries are imported by the functions that ne
 import json
 import logging
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -298,6 +301,31 @@ def _fail(error: RestitchError) -> int:
     return error.exit_code
 
 
+@contextmanager
+def _interrupts_kept() -> Iterator[None]:
+    """Raise an interrupt again that Python has dropped because it came within a `__del__`."""
+    usual = sys.unraisablehook
+    # Not raised at once: within the hook it would be dropped a second time.
+    again: list[threading.Timer] = []
+
+    def hook(dropped: "sys.UnraisableHookArgs") -> None:
+        if not isinstance(dropped.exc_value, KeyboardInterrupt):
+            usual(dropped)
+            return
+        main_thread = threading.main_thread().ident or 0
+        # To that very thread, so that it ends what it waits for.
+        again.append(threading.Timer(0.05, signal.pthread_kill, (main_thread, signal.SIGINT)))
+        again[-1].start()
+
+    sys.unraisablehook = hook
+    try:
+        yield
+    finally:
+        sys.unraisablehook = usual
+        for timer in again:
+            timer.cancel()
+
+
 def _interrupted() -> NoReturn:
     Console(stderr=True).print("interrupted: run the same command again to go on")
     sys.exit(INTERRUPTED)
@@ -311,7 +339,7 @@ def main() -> None:
         os.environ["RESTITCH_HOME"] = str(home.root)
         prepare_environment(home)
         _quieten()
-        with reporting_to(TerminalReporter(quiet="--json" in sys.argv)):
+        with _interrupts_kept(), reporting_to(TerminalReporter(quiet="--json" in sys.argv)):
             app(standalone_mode=True)
     except SystemExit as end:  # typer turns Ctrl-C into this code without a word
         if end.code == INTERRUPTED:

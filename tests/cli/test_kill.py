@@ -93,6 +93,7 @@ def _interruptible(shell: Shell, command: tuple[object, ...], said: Path, starte
     signal.signal(signal.SIGINT, signal.default_int_handler)
     started.set()
     done = shell(*command, code=None)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the command itself has ended
     said.write_text(done.err)
     sys.exit(done.code)
 
@@ -267,6 +268,31 @@ def test_interrupted_is_exit_code_130_and_no_traceback(
     found = shell.add(world, "colour")
     assert found["state"] == "ready"
     assert shell.kinds() == ALL
+
+
+def test_an_interrupt_within_a_destructor_is_not_dropped(shell: Shell) -> None:
+    """Python ignores every exception there, and would go on with the command."""
+    script = """
+import signal, sys, time
+import cli.main
+class Doomed:
+    def __del__(self):
+        signal.raise_signal(signal.SIGINT)
+def work(**_):
+    Doomed()
+    time.sleep(30)
+    print("went on")
+cli.main.app = work
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    cli.main.main()
+except SystemExit as end:
+    print(end.code)
+"""
+    done = shell.python(script)
+    assert done.out.strip() == "130"
+    assert "interrupted" in done.err
+    assert "Traceback" not in done.err
 
 
 def contents(folder: Path) -> dict[str, bytes]:
