@@ -77,14 +77,30 @@ class Interval(Record):
     high: float
 
 
+class DataUsed(Record):
+    """The rows that something was measured on.
+
+    Attributes:
+        path: where they were read, an absolute path or a pinned hub id.
+        digest: of all that decides which rows they are and what stands in them.
+    """
+
+    path: str
+    split: str
+    digest: Digest
+
+
 class TaskResult(Record):
     """How one task fares in a merged version, with the model that it came from.
 
     Attributes:
-        value: of the merged model; the others likewise, where they were measured.
+        base: of the base; the others likewise, where they were measured.
         normalized: merged over finetuned.
         interval: of the merged value.
+        intervals: of the others, by name.
         count: examples.
+        evaluations: the stored evaluations by name, with the correctness of every row.
+        data: the rows.
     """
 
     metric: str = "accuracy"
@@ -95,12 +111,22 @@ class TaskResult(Record):
     merged: float | None = None
     normalized: float | None = None
     interval: Interval | None = None
+    intervals: dict[str, Interval] = Field(default_factory=dict)
     count: int | None = None
+    evaluations: dict[str, Digest] = Field(default_factory=dict)
+    data: DataUsed | None = None
     notes: tuple[str, ...] = ()
 
 
 class Retention(Record):
-    """What the merged model keeps of the base's general ability."""
+    """What the merged model keeps of the base's general ability.
+
+    Attributes:
+        top1: of the merged model; its 95 % interval is `interval`.
+        ratio: top1 over that of the base; its 95 % interval is `ratio_interval`.
+        evaluations: the stored evaluations of base and merged.
+        data: the rows.
+    """
 
     task: str
     top1: float
@@ -109,7 +135,11 @@ class Retention(Record):
     base_top5: float | None = None
     ratio: float
     interval: Interval | None = None
+    base_interval: Interval | None = None
+    ratio_interval: Interval | None = None
     count: int | None = None
+    evaluations: dict[str, Digest] = Field(default_factory=dict)
+    data: DataUsed | None = None
 
 
 class GateOutcome(Record):
@@ -117,25 +147,37 @@ class GateOutcome(Record):
 
     Attributes:
         value: what was compared with the limit; None where it could not be measured.
+        interval: the 95 % interval of the value, where it has one.
+        action: what failing it does: keep the version from being promoted, or only be said.
         task: the task that decided, for a gate on tasks.
     """
 
     gate: str
     limit: float
     value: float | None
+    interval: Interval | None = None
     passed: bool
+    action: Literal["block", "warn"] = "block"
     task: str | None = None
     note: str | None = None
 
 
 class MergedMember(Record):
-    """A member of a merged version."""
+    """A member of a merged version.
+
+    Attributes:
+        uri: where its checkpoint was read; `weights` and `config` say what it was.
+        facts: what its localization found: localizer, density, kept, delta_bytes, seconds,
+            and by which process on which device.
+    """
 
     version: int
     uri: str
     weights: Digest
+    config: Digest | None = None
     mask: Digest
     delta: Digest
+    facts: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 class MergedRecord(Record):
@@ -195,8 +237,8 @@ class MergedRecord(Record):
 
     @property
     def passed(self) -> bool:
-        """Whether no gate was failed."""
-        return all(gate.passed for gate in self.gates)
+        """Whether no gate was failed that keeps a version from being promoted."""
+        return all(gate.passed or gate.action == "warn" for gate in self.gates)
 
 
 def _mean(values: Iterable[float | None]) -> float | None:
