@@ -73,6 +73,8 @@ def promote(
             return None
         return _with_members_of(head.promoted(version), candidate)
 
+    for check in candidate.warnings:
+        warn(f"{ledger.line} version {version}: {check}")
     checks = "; ".join(str(check) for check in candidate.checks) or "no gates"
     if ledger.act("promoted", actor(), f"version {version}: {checks}", change) is not None:
         say(f"{ledger.line} version {version} is the champion")
@@ -113,7 +115,7 @@ def reject(ledger: Ledger, version: int, candidate: Candidate) -> None:
 
 def hold(ledger: Ledger, snapshot: Snapshot, member: Member, checks: tuple[Check, ...]) -> None:
     """Keep a model out of merges until members, gates or data change."""
-    failed = "; ".join(str(check) for check in checks if not check.passed)
+    failed = "; ".join(str(check) for check in checks)
     context = snapshot.context
 
     def change(head: Head) -> Head | None:

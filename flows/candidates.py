@@ -1,5 +1,6 @@
 """A set of members, stitched, evaluated and judged: what may become a merged version."""
 
+import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,12 +8,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as library_version
 
-from flows.gates import Check, check_gates
-from flows.snapshot import Snapshot, is_merge_of, measured
+from flows.gates import Check, Drop, Measured, check_gates
+from flows.snapshot import Snapshot, is_merge_of
+from merging.digests import digest_json
 from merging.errors import BadInput
 from merging.recipe import Recipe
+from modeling.significance import ratio_interval, rows_of
 from registry.head import Head, Member
 from registry.history import (
+    DataUsed,
     GateOutcome,
     Interval,
     MergedMember,
@@ -21,12 +25,25 @@ from registry.history import (
     TaskResult,
 )
 from registry.specs import TaskSpec
+from tasks.compare import compare_results
 from tasks.evaluate import evaluate
 from tasks.inputs import evaluation_split
 from tasks.merge import make_recipe, stitch
+from tasks.orchestration import this_run
 from tasks.refs import LineRef, PatchRef, ResultRef, WeightsRef
-from tasks.workspace import made_by
+from tasks.workspace import made_by, workspace
 
+# What a version's record keeps of the localization of each member.
+MEMBER_FACTS = (
+    "localizer",
+    "density",
+    "kept",
+    "coordinates",
+    "delta_bytes",
+    "outside_share",
+    "seconds",
+    "localized_by",
+)
 LIBRARIES = ("restitch", "torch", "transformers", "datasets", "prefect", "mlflow", "safetensors")
 
 
@@ -49,13 +66,18 @@ class Candidate:
 
     @property
     def passed(self) -> bool:
-        """Whether no gate was failed."""
+        """Whether no gate was failed that blocks."""
         return not self.failed
 
     @property
     def failed(self) -> tuple[Check, ...]:
-        """The checks that were failed."""
-        return tuple(check for check in self.checks if not check.passed)
+        """The checks that were failed and block."""
+        return tuple(check for check in self.checks if not check.passed and check.blocks)
+
+    @property
+    def warnings(self) -> tuple[Check, ...]:
+        """The checks that were failed and block nothing."""
+        return tuple(check for check in self.checks if not check.passed and not check.blocks)
 
     def is_version(self, record: MergedRecord | None) -> bool:
         """Whether this is a version that is there already."""
@@ -76,7 +98,7 @@ class Candidate:
             retention=self.retention,
             gates=tuple(_gate_outcome(check) for check in self.checks),
             created_at=datetime.now(UTC).isoformat(timespec="microseconds"),
-            made_by=made_by(),
+            made_by=made_by() | ({} if (run := this_run()) is None else {"flow_run": run}),
             timings=self.timings,
             software={name: library_version(name) for name in LIBRARIES},
         )
@@ -101,9 +123,14 @@ def make_candidate(
     with _timed(timings, "evaluate"):
         results = {m.task: measure_member(line, m, merged, again=again) for m in members}
         retention = measure_retention(line, snapshot.head, merged, again=again)
-    champion = snapshot.measured_champion()
-    joining = {m.task for m in snapshot.joining}
-    checks = check_gates(snapshot.gates, measured(results, retention), champion, joining)
+    reached = Measured(
+        normalized={t: r.normalized for t, r in results.items() if r.normalized is not None},
+        drops=_drops(snapshot.champion, results),
+        retention=None if retention is None else retention.ratio,
+        retention_interval=None if retention is None else _ends(retention.ratio_interval),
+        patch_bytes=patch.size,
+    )
+    checks = check_gates(snapshot.gates, reached, {m.task for m in snapshot.joining})
     return Candidate(members, recipe, patch, results, retention, checks, timings)
 
 
@@ -127,6 +154,8 @@ def measure_member(
         notes += (f"the finetuned model cannot be evaluated: {error.what}",)
     if spec.data is not None and spec.data.validation is None and split == "validation":
         notes += ("validation rows are set apart from train: the model may have seen them",)
+    measured = {"base": base, "finetuned": finetuned, "grafted": grafted, "merged": found}
+    known = {name: result for name, result in measured.items() if result is not None}
     return TaskResult(
         metric=spec.metric,
         split=split,
@@ -135,8 +164,11 @@ def measure_member(
         grafted=grafted.value,
         merged=found.value,
         normalized=found.value / finetuned.value if finetuned and finetuned.value else None,
-        interval=Interval(low=found.low, high=found.high),
+        interval=_interval(found),
+        intervals={name: _interval(ref) for name, ref in known.items() if ref is not found},
         count=found.count,
+        evaluations={name: result.blob for name, result in known.items()},
+        data=_data_used(spec, split),
         notes=notes,
     )
 
@@ -146,10 +178,14 @@ def measure_retention(
 ) -> Retention | None:
     """What a merged model keeps of the base's general ability; None without a benchmark."""
     spec = retention_task(head)
-    if spec is None or evaluation_split(spec) is None:
+    split = None if spec is None else evaluation_split(spec)
+    if spec is None or split is None:
         return None
     base = evaluate(line, spec, WeightsRef("base"))
     found = evaluate(line, spec, merged, None, again)
+    blobs = {"base": base.blob, "merged": found.blob}
+    right = {name: rows_of(_stored(blob)) for name, blob in blobs.items()}
+    of_ratio = ratio_interval(right["base"], right["merged"])
     return Retention(
         task=spec.task,
         top1=found.top1,
@@ -157,8 +193,12 @@ def measure_retention(
         base_top1=base.top1,
         base_top5=base.top5,
         ratio=found.top1 / base.top1 if base.top1 else 0.0,
-        interval=Interval(low=found.low, high=found.high),
+        interval=_interval(found),
+        base_interval=_interval(base),
+        ratio_interval=None if of_ratio is None else _from(of_ratio),
         count=found.count,
+        evaluations=blobs,
+        data=_data_used(spec, split),
     )
 
 
@@ -171,15 +211,61 @@ def retention_task(head: Head) -> TaskSpec | None:
     return retention
 
 
+def _drops(champion: MergedRecord | None, results: dict[str, TaskResult]) -> dict[str, Drop]:
+    """What each task lost against the champion, and whether that is more than noise."""
+    drops = {}
+    for task, new in results.items():
+        old = None if champion is None else champion.results.get(task)
+        if old is None or old.merged is None or new.merged is None:
+            continue
+        pairs = compare_results(workspace().objects, old, new)
+        lost = old.merged - new.merged
+        if pairs is not None:
+            interval = (-pairs.high, -pairs.low)
+            drops[task] = Drop(lost, not pairs.is_significant, interval, pairs.p_value)
+        else:
+            inside = old.interval is not None and new.merged >= old.interval.low
+            drops[task] = Drop(lost, inside)
+    return drops
+
+
+def _stored(blob: str) -> dict[str, object]:
+    found: dict[str, object] = json.loads(workspace().objects.read_blob(blob))
+    return found
+
+
+def _interval(result: ResultRef) -> Interval:
+    return Interval(low=result.low, high=result.high)
+
+
+def _from(ends: tuple[float, float]) -> Interval:
+    return Interval(low=ends[0], high=ends[1])
+
+
+def _ends(interval: Interval | None) -> tuple[float, float] | None:
+    return None if interval is None else (interval.low, interval.high)
+
+
+def _data_used(spec: TaskSpec, split: str) -> DataUsed:
+    assert spec.data is not None
+    sample = None if spec.data.sample is None else spec.data.sample.to_json()
+    return DataUsed(
+        path=spec.data.path, split=split, digest=digest_json([spec.data.content, split, sample])
+    )
+
+
 def _merged_member(member: Member) -> MergedMember:
     assert member.model.mask is not None, "a member has been localized"
     assert member.model.delta is not None, "a member has been localized"
+    facts = member.model.facts
     return MergedMember(
         version=member.version,
         uri=member.model.model.uri,
         weights=member.model.model.weights,
+        config=member.model.model.config,
         mask=member.model.mask,
         delta=member.model.delta,
+        facts={name: facts[name] for name in MEMBER_FACTS if name in facts},
     )
 
 
@@ -188,8 +274,10 @@ def _gate_outcome(check: Check) -> GateOutcome:
         gate=check.gate,
         limit=check.limit,
         value=check.value,
+        interval=None if check.interval is None else _from(check.interval),
         passed=check.passed,
-        task=None if check.gate == "min_retention" else check.subject,
+        action="block" if check.blocks else "warn",
+        task=check.subject if check.gate in ("max_task_drop", "min_normalized") else None,
         note=str(check),
     )
 

@@ -1,7 +1,6 @@
 """Write a merged version as a normal Hugging Face folder, all of it or nothing."""
 
 import json
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from merging.export import export_weights
 from merging.sparse import SparseFile
 from registry.head import Head
 from registry.history import MergedRecord
+from registry.sizes import parse_size
 from registry.store import explained
 from tasks.card import model_card
 from tasks.inputs import head_inputs
@@ -24,9 +24,6 @@ from tasks.models import Base, open_base
 from tasks.refs import LineRef
 from tasks.reporting import working
 from tasks.workspace import Workspace, workspace
-
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?\Z", re.IGNORECASE)
-_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 @dataclass(frozen=True)
@@ -87,19 +84,6 @@ def export_version(
         tuple(str(p.relative_to(out)) for p in files),
         sum(p.stat().st_size for p in files),
     )
-
-
-def parse_size(text: str) -> int:
-    """Bytes from text such as `500MB`.
-
-    Raises:
-        BadInput: it is not a size above zero.
-    """
-    match = _SIZE.match(text.strip())
-    size = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
-    if size < 1:
-        raise BadInput(f"{text!r} is no file size", expected="for instance 5GB or 500MB")
-    return size
 
 
 def _write_heads(

@@ -194,6 +194,7 @@ def _measure(
         "density": delta.density,
         "delta_bytes": delta.size,
         "localizer": delta.localizer,
+        "seconds": delta.seconds,
         "localized_by": delta.made_by,
         "choice": _choice(line.spec),
         "outside_share": checked.outside_share,

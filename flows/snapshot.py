@@ -1,13 +1,13 @@
 """What a remerge starts from: one look at the head, and the questions asked of it."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from flows.gates import Gates, Measured
+from flows.gates import Gates
 from merging.digests import digest_json
 from registry.head import Head, Member, ModelVersion
-from registry.history import MergedRecord, Retention, TaskResult
+from registry.history import MergedRecord
 from registry.ledger import Ledger
 from tasks.merge import make_recipe
 from tasks.refs import LineRef
@@ -81,12 +81,6 @@ class Snapshot:
         """Members with one more, which takes the place of another model of its task."""
         return _by_task([*(m for m in members if m.task != new.task), new])
 
-    def measured_champion(self) -> Measured | None:
-        """What the version in use reached."""
-        if self.champion is None:
-            return None
-        return measured(self.champion.results, self.champion.retention)
-
 
 def is_merge_of(record: MergedRecord, recipe: str, members: Iterable[Member]) -> bool:
     """Whether a version was made by this recipe from these very versions of the tasks.
@@ -143,15 +137,6 @@ def _context(head: Head) -> str:
 def localized_models(head: Head) -> list[tuple[str, int, ModelVersion]]:
     """All models that could be merged, the newest of each task last."""
     return sorted(head.in_state("ready", "held"), key=lambda found: found[1])
-
-
-def measured(results: Mapping[str, TaskResult], retention: Retention | None) -> Measured:
-    """What a merged model reached, for the gates."""
-    return Measured(
-        accuracy={t: r.merged for t, r in results.items() if r.merged is not None},
-        normalized={t: r.normalized for t, r in results.items() if r.normalized is not None},
-        retention=None if retention is None else retention.ratio,
-    )
 
 
 def _by_task(members: Iterable[Member]) -> tuple[Member, ...]:

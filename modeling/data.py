@@ -221,6 +221,25 @@ def set_apart(targets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np
     return np.setdiff1d(np.arange(len(targets)), apart), apart
 
 
+def stratified(targets: NDArray[np.int64], count: int, seed: int) -> NDArray[np.int64]:
+    """The positions of `count` rows, ascending, of which each class has its share.
+
+    Shares are rounded by largest remainder, the lower class first; the same seed gives the
+    same rows for ever. All rows where there are no more than that.
+    """
+    if count >= len(targets):
+        return np.arange(len(targets))
+    random = _random(seed)
+    classes, sizes = np.unique(targets, return_counts=True)
+    taken, rest = np.divmod(sizes * count, len(targets))
+    taken[np.argsort(-rest, kind="stable")[: count - int(taken.sum())]] += 1
+    chosen = [
+        random.permutation(np.flatnonzero(targets == index))[:number]
+        for index, number in zip(classes, taken, strict=True)
+    ]
+    return np.sort(np.concatenate(chosen))
+
+
 def data_digest(spec: DataSpec, progress: Progress | None = None) -> dict[str, object]:
     """What each split is read from, by content: files with their digests, hub ids by commit."""
     splits = {

@@ -25,6 +25,7 @@ from merging.progress import Progress
 from modeling.family import Batch, Family, Preprocess
 from modeling.heads import Head
 from modeling.rows import Rows
+from modeling.significance import unpacked
 
 EVALUATOR_VERSION = 1
 BATCH_SIZE = 64
@@ -62,8 +63,7 @@ class Evaluation:
 
     def correct_rows(self) -> NDArray[np.bool_]:
         """Whether each row is right."""
-        bits = np.unpackbits(np.frombuffer(self.correct, dtype=np.uint8), count=self.count)
-        return bits.astype(np.bool_)
+        return unpacked(self.correct, self.count)
 
     def to_json(self) -> dict[str, object]:
         """The evaluation as plain values."""

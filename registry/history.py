@@ -28,6 +28,9 @@ Kind = Literal[
     "promoted",
     "rolled-back",
     "retired",
+    "restored",
+    "pinned",
+    "unpinned",
 ]
 
 # What the chain itself moves on; an entry that named these would have to name its own digest.

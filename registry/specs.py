@@ -27,6 +27,7 @@ from pydantic import (
 from merging.digests import digest_json
 from merging.errors import BadInput
 from registry.documents import checked, parse_mapping, read_text
+from registry.sizes import parse_size
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?\Z", re.ASCII)
@@ -122,6 +123,9 @@ class LocalizeSpec(Spec):
         )
 
 
+GateName = Literal["min_retention", "max_task_drop", "min_normalized", "max_patch_bytes"]
+
+
 class GatesSpec(Spec):
     """What a merged version must reach to be promoted; None is no gate.
 
@@ -129,11 +133,42 @@ class GatesSpec(Spec):
         min_retention: the fraction of the base's accuracy on the general benchmark.
         max_task_drop: absolute accuracy that a task may lose against the champion.
         min_normalized: accuracy over that of the finetuned model, of each joining task.
+        max_patch_bytes: the size of what the version adds to its base; may be given as `500MB`.
+        warn: the gates that are only said when they fail, and keep nothing from promotion.
     """
 
     min_retention: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     max_task_drop: Fraction | None = None
     min_normalized: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    max_patch_bytes: Annotated[int, Field(ge=1)] | None = None
+    warn: tuple[GateName, ...] = ()
+
+    @field_validator("max_patch_bytes", mode="before")
+    @classmethod
+    def _size(cls, value: Any) -> Any:
+        try:
+            return parse_size(value) if isinstance(value, str) else value
+        except BadInput as error:
+            raise ValueError(error.message()) from error
+
+    @model_validator(mode="after")
+    def _warns_of_gates_that_are_on(self) -> Self:
+        off = [name for name in self.warn if getattr(self, name) is None]
+        if off:
+            raise ValueError(f"warn names {', '.join(off)}, which has no limit here")
+        return self
+
+
+class SampleSpec(Spec):
+    """Some of the rows that a task is evaluated on: each class has its share of them.
+
+    Attributes:
+        rows: how many; all where there are fewer.
+        seed: which ones.
+    """
+
+    rows: Annotated[int, Field(ge=1)]
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
 
 
 class DataSpec(Spec):
@@ -144,6 +179,7 @@ class DataSpec(Spec):
         train: the file or split for calibration; the others likewise.
         input: the column, or columns, that the model reads.
         label: the column of the class index or name.
+        sample: evaluate on so many rows only, the same ones every time; all where it is None.
         content: what the rows are read from, by digest; taken at registration where it is
             not given, and compared before rows are used.
     """
@@ -154,7 +190,13 @@ class DataSpec(Spec):
     test: Text | None = None
     input: tuple[Text, ...] = ()
     label: Text | None = None
+    sample: SampleSpec | None = None
     content: dict[str, JsonValue] | None = None
+
+    @field_validator("sample", mode="before")
+    @classmethod
+    def _rows_alone(cls, value: Any) -> Any:
+        return {"rows": value} if isinstance(value, int) and not isinstance(value, bool) else value
 
     @field_validator("input", mode="before")
     @classmethod

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from merging.digests import digest_json
+from modeling.data import Rows, stratified
 from modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from modeling.evaluation import evaluate as run_evaluation
 from registry.head import ModelRef
@@ -34,6 +35,7 @@ def result_inputs(
         "metric": spec.metric,
         "evaluator": EVALUATOR_VERSION,
         "device": device().type,
+        **({} if spec.data.sample is None else {"sample": spec.data.sample.to_json()}),
     }
 
 
@@ -63,7 +65,7 @@ def evaluate(
     data = verified_data(spec, base.family)
     split = evaluation_split(spec)
     assert split is not None
-    rows = data.rows(split)
+    rows = _sampled(data.rows(split), spec)
     live = live_base(base)
     head = task_head(spec, base, live, head_of, space)
     preprocess = base.family.preprocessor(base.folder, head.spec.max_length)
@@ -81,6 +83,15 @@ def evaluate(
     blob = space.objects.put_json(found.to_json())
     space.objects.publish("result", inputs, blob, made_by=made_by())
     return _ref(blob, space)
+
+
+def _sampled(rows: Rows, spec: TaskSpec) -> Rows:
+    """The rows that the task is evaluated on: all of the split, or the sample it asks for."""
+    assert spec.data is not None
+    sample = spec.data.sample
+    if sample is None:
+        return rows
+    return rows.select(stratified(rows.targets, sample.rows, sample.seed))
 
 
 def _ref(blob: str, space: Workspace) -> ResultRef:

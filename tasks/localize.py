@@ -4,6 +4,7 @@ The key of a mask holds everything that determines it (DESIGN.md section 4); the
 published under a key stays, which is what makes a numeric localizer's result one result.
 """
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -43,6 +44,7 @@ def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cache
     record = space.objects.lookup("mask", key)
     if record is not None:
         return Cached(_ref(record))
+    began = time.perf_counter()
     folder, _ = open_model(model, space, base.family)
     finetuned = aligned(base, folder)
     vector = TaskVector(base.checkpoint, finetuned, base.names)
@@ -61,6 +63,7 @@ def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cache
             "kept": info.kept,
             "coordinates": vector.coordinates,
             "localizer": found_by.label,
+            "seconds": round(time.perf_counter() - began, 3),
         }
         blob = space.objects.put_blob(file, move=True)
     maker = made_by() | {"device": device().type}
@@ -84,5 +87,6 @@ def _ref(record: KeyRecord) -> DeltaRef:
         coordinates=facts["coordinates"],
         size=record.size,
         localizer=facts["localizer"],
+        seconds=facts.get("seconds"),
         made_by=record.made_by,
     )

@@ -26,6 +26,7 @@ class DeltaRef:
         coordinates: how many there are to choose from.
         size: bytes of the file.
         localizer: how the mask was found, for instance "dataless/1".
+        seconds: how long finding it took.
         made_by: which process found it: worker, host, process, pool, device.
     """
 
@@ -35,6 +36,7 @@ class DeltaRef:
     coordinates: int
     size: int
     localizer: str
+    seconds: float | None = None
     made_by: Any = None
 
     @property

@@ -15,7 +15,16 @@ import pyarrow.parquet as pq
 import pytest
 
 from merging.errors import BadInput, Unavailable
-from modeling.data import DataSpec, Rows, TaskData, data_digest, labels_of, open_split, set_apart
+from modeling.data import (
+    DataSpec,
+    Rows,
+    TaskData,
+    data_digest,
+    labels_of,
+    open_split,
+    set_apart,
+    stratified,
+)
 from tests.modeling.conftest import png
 from tests.modeling.hub_server import Hub, hub
 
@@ -423,3 +432,28 @@ def test_pictures_count_in_the_digest_of_a_table_that_names_them(tmp_path):
     before = data_digest(spec)
     (tmp_path / "a.png").write_bytes(png(2))
     assert data_digest(spec) != before
+
+
+def test_a_sample_gives_each_class_its_share_and_is_the_same_every_time() -> None:
+    targets = np.repeat([0, 1, 2], [60, 30, 10])
+    chosen = stratified(targets, 20, seed=3)
+    assert np.bincount(targets[chosen]).tolist() == [12, 6, 2]
+    assert chosen.tolist() == sorted(set(chosen.tolist()))
+    assert chosen.tolist() == stratified(targets, 20, seed=3).tolist()
+    assert chosen.tolist() != stratified(targets, 20, seed=4).tolist()
+
+
+def test_a_sample_has_exactly_its_rows_whatever_the_classes() -> None:
+    targets = np.arange(100) % 7
+    for count in (1, 7, 50, 99):
+        chosen = stratified(targets, count, seed=0)
+        assert len(chosen) == count
+        shares = np.bincount(targets[chosen], minlength=7) - np.bincount(targets) * count / 100
+        assert np.abs(shares).max() < 1
+    assert stratified(targets, 100, seed=0).tolist() == list(range(100))
+    assert stratified(targets, 1000, seed=0).tolist() == list(range(100))
+
+
+def test_a_sample_is_fixed_for_ever() -> None:
+    targets = np.repeat([0, 1], [6, 6])
+    assert stratified(targets, 4, seed=0).tolist() == [3, 5, 10, 11]

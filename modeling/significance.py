@@ -1,0 +1,108 @@
+"""Whether two models differ on the same rows, from the correctness of every row.
+
+The test is McNemar's, exact: of the rows that only one of the two has right, each is as
+likely to be the one's as the other's where they are equally good. Intervals hold 95 %: of a
+difference of shares by Agresti and Min (2005), of a ratio by the delta method on its logarithm.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+LEVEL = 0.05
+
+_Z = 1.959963984540054  # the normal quantile of 0.975
+
+
+@dataclass(frozen=True)
+class Paired:
+    """Two models on the same rows.
+
+    Attributes:
+        difference: share of right rows, the second's minus the first's.
+        low: lower end of its 95 % interval.
+        high: upper end.
+        p_value: of equal shares.
+        gained: rows that only the second has right.
+        lost: rows that only the first has right.
+        rows: all rows.
+    """
+
+    difference: float
+    low: float
+    high: float
+    p_value: float
+    gained: int
+    lost: int
+    rows: int
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether chance alone would seldom make such a difference."""
+        return self.p_value < LEVEL
+
+
+def compare_rows(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Paired:
+    """The difference between two models from whether each has each row right.
+
+    Raises:
+        ValueError: they have not the same rows, or none.
+    """
+    if first.shape != second.shape or not len(first):
+        raise ValueError("only models on the same rows can be compared row by row")
+    gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
+    rows = len(first)
+    # Half a row in each cell keeps the interval honest where all rows agree.
+    more, less, count = gained + 0.5, lost + 0.5, rows + 2
+    centre = (more - less) / count
+    half = _Z * math.sqrt((more + less) / count - centre**2) / math.sqrt(count)
+    return Paired(
+        difference=(gained - lost) / rows,
+        low=max(-1.0, centre - half),
+        high=min(1.0, centre + half),
+        p_value=_mcnemar(gained, lost),
+        gained=gained,
+        lost=lost,
+        rows=rows,
+    )
+
+
+def ratio_interval(
+    base: NDArray[np.bool_], merged: NDArray[np.bool_]
+) -> tuple[float, float] | None:
+    """The 95 % interval of the merged model's share of right rows over that of the base.
+
+    None where either has no row right: a ratio has no interval there.
+    """
+    if base.shape != merged.shape:
+        raise ValueError("only models on the same rows can be compared row by row")
+    both = int((base & merged).sum())
+    one, other = int(base.sum()), int(merged.sum())
+    if one == 0 or other == 0:
+        return None
+    first, second = one + 0.5, other + 0.5  # half a row in each cell, as above
+    variance = 1 / first + 1 / second - 2 * both / (first * second)
+    centre, half = math.log(other / one), _Z * math.sqrt(variance)
+    return math.exp(centre - half), math.exp(centre + half)
+
+
+def rows_of(evaluation: Mapping[str, object]) -> NDArray[np.bool_]:
+    """Whether each row is right, from a stored evaluation."""
+    return unpacked(bytes.fromhex(str(evaluation["correct"])), int(str(evaluation["count"])))
+
+
+def unpacked(correct: bytes, count: int) -> NDArray[np.bool_]:
+    """Whether each row is right, from one bit per row, most significant first."""
+    bits = np.unpackbits(np.frombuffer(correct, dtype=np.uint8), count=count)
+    return bits.astype(np.bool_)
+
+
+def _mcnemar(gained: int, lost: int) -> float:
+    if gained + lost == 0:
+        return 1.0
+    from scipy.stats import binomtest  # which takes a while to import
+
+    return float(binomtest(min(gained, lost), gained + lost).pvalue)

@@ -1,0 +1,21 @@
+"""Sizes as people write them: `500MB`, `5 GB`, or plain bytes."""
+
+import re
+
+from merging.errors import BadInput
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?\Z", re.IGNORECASE)
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+def parse_size(text: str) -> int:
+    """Bytes from text such as `500MB`.
+
+    Raises:
+        BadInput: it is not a size above zero.
+    """
+    match = _SIZE.match(text.strip())
+    size = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
+    if size < 1:
+        raise BadInput(f"{text!r} is no file size", expected="for instance 5GB or 500MB")
+    return size

@@ -1,0 +1,34 @@
+"""Two stored evaluations, row by row."""
+
+import json
+
+from modeling.significance import Paired, compare_rows, rows_of
+from registry.history import Retention, TaskResult
+from registry.objects import ObjectStore
+
+Result = TaskResult | Retention
+
+
+def compare_results(
+    objects: ObjectStore, first: Result | None, second: Result | None
+) -> Paired | None:
+    """What merged models reached on the same rows: the second against the first.
+
+    None where either was not measured, was measured on other rows, or where the measure is
+    not a share of right rows.
+    """
+    if first is None or second is None:
+        return None
+    if first.data is None or second.data is None or not _is_share(first, second):
+        return None
+    if first.data.digest != second.data.digest:
+        return None
+    digests = first.evaluations.get("merged"), second.evaluations.get("merged")
+    if None in digests:
+        return None
+    one, other = (rows_of(json.loads(objects.read_blob(str(digest)))) for digest in digests)
+    return compare_rows(one, other) if len(one) == len(other) else None
+
+
+def _is_share(*results: Result) -> bool:
+    return all(isinstance(r, Retention) or r.metric == "accuracy" for r in results)

@@ -1,0 +1,90 @@
+"""Whether two models differ on the same rows, by hand and against slow oracles."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from modeling.significance import compare_rows, ratio_interval, rows_of
+
+
+def rows(text: str) -> np.ndarray:
+    return np.array([letter == "1" for letter in text])
+
+
+def test_a_difference_by_hand() -> None:
+    found = compare_rows(rows("1100000000"), rows("1011111000"))
+    assert (found.gained, found.lost, found.rows) == (5, 1, 10)
+    assert found.difference == pytest.approx(0.4)
+    # Six rows that only one has right: 2 * (1 + 6) / 2^6.
+    assert found.p_value == pytest.approx(14 / 64)
+    assert not found.is_significant
+    # Half a row in each cell: 5.5 and 1.5 of 12.
+    centre = 4 / 12
+    half = 1.959963984540054 * math.sqrt(7 / 12 - centre**2) / math.sqrt(12)
+    assert (found.low, found.high) == pytest.approx((centre - half, centre + half))
+
+
+def test_ten_rows_to_none_are_no_chance() -> None:
+    found = compare_rows(np.zeros(50, bool), np.arange(50) < 10)
+    assert found.p_value == pytest.approx(2 / 2**10)
+    assert found.is_significant
+    assert found.low > 0
+
+
+def test_the_same_model_does_not_differ_and_its_interval_has_a_width() -> None:
+    found = compare_rows(rows("1101"), rows("1101"))
+    assert (found.difference, found.p_value) == (0.0, 1.0)
+    assert found.low < 0 < found.high
+
+
+@given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
+def test_the_test_is_the_binomial_one_and_has_no_direction(pairs: list[tuple[bool, bool]]) -> None:
+    one, other = (np.array(side) for side in zip(*pairs, strict=True))
+    found, back = compare_rows(one, other), compare_rows(other, one)
+    gained = sum(b and not a for a, b in pairs)
+    lost = sum(a and not b for a, b in pairs)
+    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
+    assert found.p_value == pytest.approx(min(1.0, 2 * tail / 2 ** (gained + lost)))
+    assert back.p_value == pytest.approx(found.p_value)
+    assert back.difference == -found.difference
+    assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
+    assert found.low <= found.difference * len(pairs) / (len(pairs) + 2) <= found.high
+
+
+def test_intervals_hold_what_they_promise() -> None:
+    draw = np.random.default_rng(0)
+    inside = of_ratio = 0
+    for _ in range(400):
+        shared = draw.random(200)
+        one = shared < 0.8
+        other = np.where(draw.random(200) < 0.3, draw.random(200), shared) < 0.7
+        found = compare_rows(one, other)
+        inside += found.low <= -0.1 <= found.high
+        low, high = ratio_interval(one, other) or (0.0, 0.0)
+        of_ratio += low <= 0.7 / 0.8 <= high
+    assert 0.92 <= inside / 400 <= 0.98
+    assert 0.92 <= of_ratio / 400 <= 0.98
+
+
+def test_a_ratio_without_right_rows_has_no_interval() -> None:
+    assert ratio_interval(rows("000"), rows("010")) is None
+    assert ratio_interval(rows("010"), rows("000")) is None
+
+
+def test_the_same_model_has_ratio_one_inside_of_its_interval() -> None:
+    low, high = ratio_interval(rows("11100"), rows("11100")) or (0.0, 0.0)
+    assert low < 1 < high
+    assert low == pytest.approx(1 / high)
+
+
+def test_other_rows_cannot_be_compared() -> None:
+    for first, second in ((rows("11"), rows("111")), (rows(""), rows(""))):
+        with pytest.raises(ValueError, match="same rows"):
+            compare_rows(first, second)
+
+
+def test_rows_are_read_from_a_stored_evaluation() -> None:
+    assert rows_of({"correct": "a080", "count": 9}).tolist() == rows("101000001").tolist()
