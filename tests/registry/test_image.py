@@ -1,8 +1,11 @@
 import json
 
-from registry import image
+from registry import fates, image, image_merged
+from registry.fates import Fate
 from registry.history import Entry, TaskResult
 from tests.registry.builders import digest, done, ledger, merge, model, ready, record, with_task
+
+IN_USE = Fate("champion", "In use.")
 
 
 def act(tmp_path, change, kind="registered") -> Entry:
@@ -24,7 +27,7 @@ def test_the_metrics_have_the_names_of_the_design():
         },
         timings={"stitch": 2.5},
     )
-    assert image.metrics_of(made) == {
+    assert image_merged.metrics_of(made) == {
         "retention/top1": 0.45,
         "retention/top5": 0.8,
         "retention/base_top1": 0.5,
@@ -44,38 +47,38 @@ def test_the_metrics_have_the_names_of_the_design():
 
 
 def test_what_was_not_measured_is_no_metric():
-    found = image.metrics_of(record(results={}, retention=None))
+    found = image_merged.metrics_of(record(results={}, retention=None))
     assert set(found) == {"patch/bytes", "patch/kept", "members"}
 
 
 def test_a_version_is_described_in_two_sentences():
-    assert image.describe(record(3)) == (
+    assert image_merged.describe(record(3)) == (
         "Version 3 of line line: 2 tasks (a, b) stitched into one model with "
         "localize-and-stitch/1. It scores 0.600 on average over its tasks, reaches 75.0% of the "
         "finetuned models and keeps 90.0% of the base's accuracy."
     )
     many = record(tasks=tuple(f"t{n:02}" for n in range(12)), results={}, retention=None)
-    assert image.describe(many).endswith(
+    assert image_merged.describe(many).endswith(
         "t07 and 4 more) stitched into one model with localize-and-stitch/1. It was not evaluated."
     )
 
 
 def test_an_act_names_the_models_and_versions_that_it_was_about(tmp_path):
     registered = act(tmp_path / "1", lambda head: with_task(head, "a", model()))
-    assert image.touched_models(registered) == (("a", 1),)
+    assert fates.touched_models(registered) == (("a", 1),)
     line = ledger(tmp_path / "2")
     line.act("registered", "t", "", lambda head: with_task(head, "b", ready("1")))
     more = done(line.act("registered", "t", "", lambda head: with_task(head, "b", model("2"))))
-    assert image.touched_models(more.entry) == (("b", 2),)
+    assert fates.touched_models(more.entry) == (("b", 2),)
     state = done(
         line.act("retired", "t", "", lambda head: head.with_state("b", 1, "retired", "old"))
     )
-    assert image.touched_models(state.entry) == (("b", 1),)
+    assert fates.touched_models(state.entry) == (("b", 1),)
     merge(line)
     promoted, merged, *_ = line.entries()
-    assert image.touched_merges(merged) == (1,)
-    assert image.touched_merges(promoted) == ()
-    assert image.touched_models(promoted) == ()
+    assert fates.touched_merges(merged) == (1,)
+    assert fates.touched_merges(promoted) == ()
+    assert fates.touched_models(promoted) == ()
     run = image.of_act(promoted)
     assert run.params["champion.before"] == "none"
     assert run.params["champion.after"] == "1"
@@ -108,11 +111,13 @@ def test_a_stand_in_says_where_the_model_really_is():
     assert stand_in == {"uri": "/models/model", "digest": digest("model"), "size": 8}
     assert version.name == "line.a"
     assert version.identity[image.DIGEST_TAG] == digest("model")
-    merged, shown = image.of_merged(record(), {"report.html": b"<p>"})
+    merged, shown = image_merged.of_merged(record(), {"report.html": b"<p>"}, IN_USE)
     assert json.loads(merged.artifacts["restitch/object.json"])["digest"] == digest("patch 1")
     assert merged.artifacts["report.html"] == b"<p>"
     assert shown.name == "line"
 
 
 def test_the_same_record_gives_the_same_image():
-    assert image.of_merged(record(), {}) == image.of_merged(record(), {})
+    assert image_merged.of_merged(record(), {}, IN_USE) == image_merged.of_merged(
+        record(), {}, IN_USE
+    )
