@@ -2,8 +2,18 @@ import json
 
 from registry import fates, image, image_merged
 from registry.fates import Fate
-from registry.history import Entry, TaskResult
-from tests.registry.builders import digest, done, ledger, merge, model, ready, record, with_task
+from registry.history import Entry, Interval, TaskResult
+from tests.registry.builders import (
+    TIME,
+    digest,
+    done,
+    ledger,
+    merge,
+    model,
+    ready,
+    record,
+    with_task,
+)
 
 IN_USE = Fate("champion", "In use.")
 
@@ -46,6 +56,30 @@ def test_the_metrics_have_the_names_of_the_design():
     }
 
 
+def test_intervals_and_failed_gates_are_metrics_too():
+    made = record(
+        results={"a": TaskResult(merged=0.6, interval=Interval(low=0.5, high=0.7))},
+        retention={
+            "task": "general",
+            "top1": 0.45,
+            "base_top1": 0.5,
+            "ratio": 0.9,
+            "interval": {"low": 0.4, "high": 0.5},
+            "ratio_interval": {"low": 0.85, "high": 0.95},
+        },
+        gates=[
+            {"gate": "min_retention", "limit": 0.95, "value": 0.9, "passed": False},
+            {"gate": "max_task_drop", "limit": 0.1, "value": 0.0, "passed": True, "task": "a"},
+        ],
+    )
+    found = image_merged.metrics_of(made)
+    assert (found["retention/low"], found["retention/high"]) == (0.4, 0.5)
+    assert (found["retention/ratio_low"], found["retention/ratio_high"]) == (0.85, 0.95)
+    assert (found["task/a/low"], found["task/a/high"]) == (0.5, 0.7)
+    assert found["gates/failed"] == 1.0
+    assert "gates/failed" not in image_merged.metrics_of(record())
+
+
 def test_what_was_not_measured_is_no_metric():
     found = image_merged.metrics_of(record(results={}, retention=None))
     assert set(found) == {"patch/bytes", "patch/kept", "members"}
@@ -84,6 +118,44 @@ def test_an_act_names_the_models_and_versions_that_it_was_about(tmp_path):
     assert run.params["champion.after"] == "1"
 
 
+def test_an_act_is_about_the_versions_that_it_made_moved_or_judged(tmp_path):
+    line = ledger(tmp_path)
+    merge(line)
+    merge(line)
+    rejected = done(line.act("rejected", "t", "version 1: too little", lambda head: head))
+    held = done(line.act("held", "t", "version 1: of a task, not of the line", lambda head: head))
+    back = done(line.act("rolled-back", "t", "it was slow", lambda head: head.promoted(1)))
+    promoted, merged, *_ = list(line.entries())[3:]
+    assert fates.merges_about(merged) == (2,)
+    assert fates.merges_about(promoted) == (1, 2)
+    assert fates.merges_about(rejected.entry) == (1,)
+    assert fates.merges_about(held.entry) == ()
+    assert fates.merges_about(back.entry) == (1, 2)
+    assert image.of_act(promoted).current["restitch.versions"] == ",1,2,"
+
+
+def test_the_last_move_is_found_without_reading_further(tmp_path):
+    line = ledger(tmp_path)
+    merge(line)
+    merge(line)
+    trail = line.entries()
+    moves = fates.last_moves(trail, {2})
+    assert [(n, entry.kind) for n, entry in moves.items()] == [(2, "promoted")]
+    assert next(trail).kind == "merged"
+    assert fates.last_moves(line.entries(), set()) == {}
+
+
+def test_a_reason_is_one_sentence_and_not_said_twice(tmp_path):
+    line = ledger(tmp_path)
+    merge(line)
+    promoted = next(iter(line.entries())).model_copy(
+        update={"reason": "version 1: no\ngates.", "time": TIME}
+    )
+    fate = fates.fate_of(record(1), promoted)
+    said = "In use since 2026-03-01 12:00:00 UTC, promoted by tester: no gates."
+    assert fate == Fate("champion", said)
+
+
 def test_an_act_is_shown_with_its_facts_as_params(tmp_path):
     entry = act(tmp_path, lambda head: with_task(head, "a", model()))
     run = image.of_act(entry)
@@ -103,6 +175,15 @@ def test_what_mlflow_would_cut_or_refuse_is_cut_here(tmp_path):
     assert run.params["reason"].endswith("...")
     assert all(len(value) < 5_000 for value in run.tags.values())
     assert json.loads(run.artifacts["audit.json"])["reason"] == "x" * 10_000
+
+
+def test_a_long_reason_is_cut_in_descriptions_too(tmp_path):
+    line = ledger(tmp_path)
+    merge(line)
+    promoted = next(iter(line.entries())).model_copy(update={"reason": "x" * 10_000})
+    run, shown = image_merged.of_merged(record(1), {}, fates.fate_of(record(1), promoted))
+    assert len(shown.description) < 5_000
+    assert run.current["mlflow.note.content"] == shown.description
 
 
 def test_a_stand_in_says_where_the_model_really_is():
