@@ -6,47 +6,28 @@ document and nothing else. Heavy libraries are imported by the functions that ne
 `status`, `history` and `show` answer at once.
 """
 
-import json
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
+import cli.audit  # noqa: F401  whose commands belong to the same command
 from cli import render
+from cli.app import Json, Line, Version, app, show_result
 from cli.reporter import TerminalReporter
 from merging.errors import RestitchError, Unavailable
 from registry.home import Home, prepare_environment
 from tasks.reporting import reporting_to, say
 
-app = typer.Typer(
-    name="restitch",
-    help="One merged model, kept current.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
-
 INTERRUPTED = 130
-
-Line = Annotated[str, typer.Argument(help="Name of the line.")]
-Version = Annotated[str, typer.Argument(help="A number, `champion` or `candidate`.")]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-
-
-def _print(outcome: Any, as_json: bool, table: Callable[[Any, Console], None]) -> None:
-    """Print a result: as JSON, or as its table."""
-    if as_json:
-        typer.echo(json.dumps(outcome, indent=2, ensure_ascii=False))
-    else:
-        table(outcome, Console(highlight=False))
 
 
 @app.command()
@@ -59,7 +40,7 @@ def init(
 
     outcome = init_line(file)
     keep_schedules()
-    _print(outcome.as_dict(), as_json, render.init)
+    show_result(outcome.as_dict(), as_json, render.init)
 
 
 @app.command()
@@ -103,7 +84,7 @@ def register(
         wait=wait,
         timeout=timeout,
     )
-    _print(outcome.as_dict(), as_json, render.registered)
+    show_result(outcome.as_dict(), as_json, render.registered)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -120,7 +101,7 @@ def task(
     from flows.declare import declare_task
 
     outcome = declare_task(line, file, replace_task=replace_task)
-    _print(outcome.as_dict(), as_json, render.declared)
+    show_result(outcome.as_dict(), as_json, render.declared)
 
 
 @app.command()
@@ -135,7 +116,7 @@ def remerge(
     from flows.remerge import remerge as run
 
     outcome = run(line, force)
-    _print(outcome.as_dict(), as_json, render.remerged)
+    show_result(outcome.as_dict(), as_json, render.remerged)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -153,7 +134,7 @@ def status(
 
         follow(lambda: view(line), as_json)
     else:
-        _print(view(line), as_json, render.status)
+        show_result(view(line), as_json, render.status)
 
 
 @app.command()
@@ -169,7 +150,7 @@ def up(
 
     home = Home.from_environment()
     outcome = run(home, workers, pool, say)
-    _print(outcome.as_dict(), as_json, render.up)
+    show_result(outcome.as_dict(), as_json, render.up)
 
 
 @app.command()
@@ -177,7 +158,7 @@ def down(as_json: Json = False) -> None:
     """Stop what `up` started; the state stays."""
     from deployments.stack import down as run
 
-    _print({"stopped": list(run(Home.from_environment()))}, as_json, render.down)
+    show_result({"stopped": list(run(Home.from_environment()))}, as_json, render.down)
 
 
 @app.command()
@@ -186,7 +167,7 @@ def doctor(as_json: Json = False) -> None:
     from deployments.doctor import examine, exit_code
 
     checks = examine()
-    _print({"checks": [check.as_dict() for check in checks]}, as_json, render.doctor)
+    show_result({"checks": [check.as_dict() for check in checks]}, as_json, render.doctor)
     raise typer.Exit(exit_code(checks))
 
 
@@ -201,23 +182,7 @@ def deploy(
     """Make pools, deployments, triggers and schedules on the Prefect server of a team."""
     from deployments.deploy import deploy as run
 
-    _print(run(pool, remerge_pool).as_dict(), as_json, render.deployed)
-
-
-@app.command()
-def history(line: Line, as_json: Json = False) -> None:
-    """List the merged versions: members, metrics, who, when."""
-    from cli.views import history as view
-
-    _print(view(line), as_json, render.history)
-
-
-@app.command()
-def show(line: Line, version: Version = "champion", as_json: Json = False) -> None:
-    """Show one merged version: recipe, table per task, retention."""
-    from cli.views import show as view
-
-    _print(view(line, version), as_json, render.show)
+    show_result(run(pool, remerge_pool).as_dict(), as_json, render.deployed)
 
 
 @app.command()
@@ -235,7 +200,7 @@ def export(
     from flows.export import export_version
 
     outcome = export_version(line, version, out, overwrite=overwrite, shard_size=shard_size)
-    _print(outcome.as_dict(), as_json, render.exported)
+    show_result(outcome.as_dict(), as_json, render.exported)
 
 
 @app.command()
@@ -243,7 +208,7 @@ def evaluate(line: Line, version: Version = "champion", as_json: Json = False) -
     """Evaluate a merged version on every task and on the general benchmark."""
     from flows.evaluate import evaluate_version
 
-    _print(evaluate_version(line, version).as_dict(), as_json, render.evaluated)
+    show_result(evaluate_version(line, version).as_dict(), as_json, render.evaluated)
 
 
 @app.command()

@@ -3,15 +3,15 @@
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+
+from cli.formats import number, percent, size, table_of, text
 
 Values = dict[str, Any]
-_WORDS = ("task", "state", "members", "source", "member", "made", "by", "mask")
 
 
 def init(found: Values, out: Console) -> None:
     """What `init` did."""
-    size = found["localizable"]
+    localizable = found["localizable"]
     if found["created"]:
         out.print(f"made line {found['line']} on {found['base']}", markup=False, soft_wrap=True)
     elif found["changes"]:
@@ -20,7 +20,9 @@ def init(found: Values, out: Console) -> None:
             out.print(f"  {key}: {old} -> {new}", markup=False, soft_wrap=True)
     else:
         out.print(f"line {found['line']} is as its file says", markup=False, soft_wrap=True)
-    out.print(f"  localizable: {size['coordinates']:,} weights in {size['tensors']} tensors")
+    out.print(
+        f"  localizable: {localizable['coordinates']:,} weights in {localizable['tensors']} tensors"
+    )
 
 
 def registered(found: Values, out: Console) -> None:
@@ -46,8 +48,8 @@ def declared(found: Values, out: Console) -> None:
         "changed": "is described anew",
         "unchanged": "is as its file says",
     }
-    text = f"{found['line']}: task {found['task']} {says[found['action']]}"
-    out.print(text, markup=False, soft_wrap=True)
+    done = f"{found['line']}: task {found['task']} {says[found['action']]}"
+    out.print(done, markup=False, soft_wrap=True)
     if found["waiting"]:
         versions = ", ".join(map(str, found["waiting"]))
         out.print(f"  the next remerge looks at what waits: version {versions}", markup=False)
@@ -89,22 +91,22 @@ def status(found: Values, out: Console) -> None:
             soft_wrap=True,
         )
         out.print(
-            f"  champion {_text(line['champion'])}, candidate {_text(line['candidate'])}"
+            f"  champion {text(line['champion'])}, candidate {text(line['candidate'])}"
             f"{', pinned' if line['pinned'] else ''}"
-            f", normalized {_number(line['mean_normalized'])}"
-            f", retention {_number(line['retention'])}",
+            f", normalized {number(line['mean_normalized'])}"
+            f", retention {number(line['retention'])}",
             markup=False,
         )
-        table = _table("task", "version", "state", "in champion", "density", "delta", "merged")
+        table = table_of("task", "version", "state", "in champion", "density", "delta", "merged")
         for model in line["models"]:
             table.add_row(
                 model["task"],
                 str(model["version"]),
                 model["state"],
                 "yes" if model["in_champion"] else "",
-                _percent(model["density"]),
-                _bytes(model["delta_bytes"]),
-                _number(model["merged"]),
+                percent(model["density"]),
+                size(model["delta_bytes"]),
+                number(model["merged"]),
             )
         out.print(table)
         for model in line["models"]:
@@ -113,57 +115,6 @@ def status(found: Values, out: Console) -> None:
                 out.print(
                     f"  {name}: {model['reason']}", style="yellow", markup=False, soft_wrap=True
                 )
-
-
-def history(found: Values, out: Console) -> None:
-    """The merged versions of a line."""
-    table = _table("version", "mean", "normalized", "retention", "made", "by", "members")
-    for version in found["versions"]:
-        made_by = version["made_by"] if isinstance(version["made_by"], dict) else {}
-        role = version["role"] or ("" if version["passed"] else "failed")
-        table.add_row(
-            f"{version['version']} {role}".rstrip(),
-            _number(version["mean_accuracy"]),
-            _number(version["mean_normalized"]),
-            _number(version["retention"]),
-            version["created_at"][:16].replace("T", " "),
-            str(made_by.get("actor", "")),
-            ", ".join(f"{task} {number}" for task, number in version["members"].items()),
-        )
-    out.print(table)
-
-
-def show(found: Values, out: Console) -> None:
-    """One merged version."""
-    role = f" ({found['role']})" if found["role"] else ""
-    out.print(f"{found['line']} version {found['version']}{role}, made {found['created_at'][:19]}")
-    results(found, out)
-    for gate in found["gates"]:
-        mark = "passed" if gate["passed"] else "failed"
-        out.print(f"  {mark}: {gate['note'] or gate['gate']}", markup=False, soft_wrap=True)
-    method = found["recipe"]["method"]
-    out.print(
-        f"  method {method['name']} {method['version']} {method['settings']}",
-        markup=False,
-        soft_wrap=True,
-    )
-    table = _table("member", "version", "density", "delta", "mask", "source")
-    for task, member in found["members"].items():
-        facts = found["deltas"][task]
-        table.add_row(
-            task,
-            str(member["version"]),
-            _percent(facts["density"]),
-            _bytes(facts["delta_bytes"]),
-            member["mask"][:12],
-            member["uri"],
-        )
-    out.print(table)
-    out.print(
-        f"  recipe {found['recipe_digest'][:16]}, patch {found['patch'][:16]}: "
-        f"{found['kept']:,} weights, {_bytes(found['patch_bytes'])}"
-    )
-    out.print("  seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in found["timings"].items()))
 
 
 def evaluated(found: Values, out: Console) -> None:
@@ -179,7 +130,7 @@ def exported(found: Values, out: Console) -> None:
         markup=False,
         soft_wrap=True,
     )
-    out.print(f"  {len(found['files'])} files, {_bytes(found['bytes'])}")
+    out.print(f"  {len(found['files'])} files, {size(found['bytes'])}")
 
 
 def up(found: Values, out: Console) -> None:
@@ -227,15 +178,15 @@ def doctor(found: Values, out: Console) -> None:
 
 def results(found: Values, out: Console) -> None:
     """The table per task, and the retention."""
-    table = _table("task", "base", "finetuned", "grafted", "merged", "95 %", "normalized", "rows")
+    table = table_of("task", "base", "finetuned", "grafted", "merged", "95 %", "normalized", "rows")
     for task, result in found["results"].items():
         interval = result["interval"]
         table.add_row(
             task,
-            *(_number(result[name]) for name in ("base", "finetuned", "grafted", "merged")),
+            *(number(result[name]) for name in ("base", "finetuned", "grafted", "merged")),
             "" if interval is None else f"{interval['low']:.3f}-{interval['high']:.3f}",
-            _number(result["normalized"]),
-            _text(result["count"]),
+            number(result["normalized"]),
+            text(result["count"]),
         )
     out.print(table)
     kept = found["retention"]
@@ -252,41 +203,7 @@ def _facts(facts: Values, out: Console) -> None:
         return
     out.print(
         f"  {facts['localizer']}: {facts['kept']:,} of {facts['coordinates']:,} weights"
-        f" ({_percent(facts['density'])}), delta {_bytes(facts['delta_bytes'])},"
+        f" ({percent(facts['density'])}), delta {size(facts['delta_bytes'])},"
         f" {facts['outside_share']:.1%} of the change is outside of masks",
         markup=False,
     )
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        words = column in _WORDS
-        # Names may break into lines; a number or a time that does is not one any more.
-        table.add_column(
-            column,
-            justify="left" if words else "right",
-            no_wrap=column not in ("members", "source", "task"),
-            min_width=12 if column in ("members", "source") else None,
-        )
-    return table
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.3g} %"
-
-
-def _bytes(value: int | None) -> str:
-    if value is None:
-        return "-"
-    units = ("B", "kB", "MB", "GB", "TB")
-    power = min(max(len(str(value)) - 1, 0) // 3, len(units) - 1)
-    return f"{value / 1000**power:.3g} {units[power]}"
-
-
-def _text(value: object) -> str:
-    return "-" if value is None else str(value)

@@ -2,8 +2,8 @@
 
 Every act looks at the head as it is when it counts, so that one that was done before, by
 this run or by one that was killed, is not done again. Recording and promoting stand on the
-champion that the run began with: where another worker has changed it, they raise
-`MovedError`, and the run looks again.
+champion that the run began with: where somebody has changed it meanwhile, or retired a
+member, they raise `MovedError`, and the run looks again.
 """
 
 from typing import Literal
@@ -18,7 +18,7 @@ from tasks.workspace import actor
 
 
 class MovedError(Exception):
-    """Another worker has changed the champion since the snapshot was taken."""
+    """The champion was changed or a member was retired since the snapshot was taken."""
 
 
 def record_version(ledger: Ledger, snapshot: Snapshot, candidate: Candidate) -> int:
@@ -27,7 +27,7 @@ def record_version(ledger: Ledger, snapshot: Snapshot, candidate: Candidate) -> 
 
     def change(head: Head) -> Head | None:
         found.clear()
-        _check_unmoved(head, snapshot)
+        _check_unmoved(head, snapshot, candidate)
         newest = head.newest
         if newest is not None and candidate.is_version(ledger.merged(newest)):
             found.append(newest)
@@ -50,9 +50,13 @@ def record_version(ledger: Ledger, snapshot: Snapshot, candidate: Candidate) -> 
     return found[0]
 
 
-def _check_unmoved(head: Head, snapshot: Snapshot) -> None:
+def _check_unmoved(head: Head, snapshot: Snapshot, candidate: Candidate) -> None:
     # What was stitched and judged beside another champion could put that one's members out.
     if head.champion != snapshot.head.champion:
+        raise MovedError
+    # No version that is made after a retirement holds what was retired.
+    states = (head.tasks[m.task].versions[m.version].state for m in candidate.members)
+    if "retired" in states:
         raise MovedError
 
 
@@ -67,7 +71,7 @@ def promote(
     def change(head: Head) -> Head | None:
         if head.pinned or head.champion == version:
             return None
-        _check_unmoved(head, snapshot)
+        _check_unmoved(head, snapshot, candidate)
         # A worker that was away must not put back what has been superseded meanwhile.
         if head.newest != version:
             return None
@@ -76,9 +80,10 @@ def promote(
     for check in candidate.warnings:
         warn(f"{ledger.line} version {version}: {check}")
     checks = "; ".join(str(check) for check in candidate.checks) or "no gates"
-    if ledger.act("promoted", actor(), f"version {version}: {checks}", change) is not None:
+    act = ledger.act("promoted", actor(), f"version {version}: {checks}", change)
+    if act is not None:
         say(f"{ledger.line} version {version} is the champion")
-    return "promoted"
+    return "promoted" if ledger.head().champion == version else "candidate"
 
 
 def _with_members_of(head: Head, candidate: Candidate) -> Head:

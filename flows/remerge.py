@@ -106,13 +106,13 @@ def _merge_until_settled(ledger: Ledger, localized: tuple[str, ...], force: bool
         try:
             outcome = _settle(ledger, snapshot, localized, force)
         except MovedError:
-            say(f"{ledger.line}: the champion has changed meanwhile, looking again")
+            say(f"{ledger.line}: the line has changed meanwhile, looking again")
             continue
         mirror(ledger.line)
         return outcome
     raise Unavailable(
         f"line {ledger.line} is being merged by others all the time",
-        found=f"another champion in {ATTEMPTS} attempts",
+        found=f"another line in {ATTEMPTS} attempts",
         hint="run the same command again",
     )
 

@@ -275,6 +275,10 @@ class Head(Record):
         candidate = None if self.candidate == version else self.candidate
         return self._changed(champion=version, candidate=candidate)
 
+    def without_champion(self) -> "Head":
+        """No merged version in use."""
+        return self._changed(champion=None)
+
     def without_candidate(self) -> "Head":
         """The candidate given up."""
         return self._changed(candidate=None)

@@ -14,10 +14,11 @@ from typing import NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from merging.digests import digest_bytes
 from merging.errors import BadInput, Damage, Unavailable
 from registry.head import FORMAT, Head, ModelRef
 from registry.history import Entry, Kind, MergedRecord, differences, replay, state_of
-from registry.objects import ObjectStore, verified
+from registry.objects import ObjectStore
 from registry.specs import LineSpec
 from registry.store import NotInStore
 
@@ -143,12 +144,12 @@ class Ledger:
                 f"line {self.line} has no version {version}",
                 found=f"versions 1 to {head.newest}" if head.newest else "no versions yet",
             )
-        return self._record(head.versions[version])
+        return self.record(head.versions[version])
 
     def history(self) -> Iterator[MergedRecord]:
         """The records of all merged versions, newest first."""
         head = self.head()
-        return (self._record(head.versions[n]) for n in sorted(head.versions, reverse=True))
+        return (self.record(head.versions[n]) for n in sorted(head.versions, reverse=True))
 
     def head_at(self, when: datetime) -> Head | None:
         """The head as it was at a time, from the trail; None before the line was made."""
@@ -241,7 +242,15 @@ class Ledger:
                     expected=name,
                     hint="restore it from a backup of the store",
                 ) from None
-            entry = _parsed(Entry, verified(data, digest, name), name)
+            altered = digest_bytes(data)
+            if altered != digest:
+                raise Damage(
+                    f"line {self.line}: audit entry {sequence} was altered",
+                    expected=f"bytes with the digest {digest}",
+                    found=altered,
+                    hint=f"restore {name} from a backup of the store",
+                )
+            entry = _parsed(Entry, data, name)
             if entry.line != self.line or entry.sequence != sequence:
                 raise Damage(
                     f"line {self.line}: the audit trail is broken at {name}",
@@ -256,7 +265,12 @@ class Ledger:
                 found=f"no entry before {sequence + 1}",
             )
 
-    def _record(self, digest: str) -> MergedRecord:
+    def record(self, digest: str) -> MergedRecord:
+        """The record of a merged version, by its digest.
+
+        Raises:
+            Damage: it is missing or altered.
+        """
         return _parsed(MergedRecord, self.objects.read_blob(digest), f"blobs/{digest}")
 
     def _time_after(self, old: Head | None) -> str:

@@ -1,10 +1,13 @@
 """Make a merged model from its recipe and keep it as a patch; a pure function of the recipe."""
 
+from pathlib import Path
+
+from merging.digests import digest_file
 from merging.edits import Edits
 from merging.errors import Damage
 from merging.methods import get_method
 from merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
-from merging.sparse import SparseFile
+from merging.sparse import SparseFile, SparseInfo
 from merging.stitch import VERSION as STITCHING_VERSION
 from merging.stitch import Member as StitchMember
 from merging.stitch import write_patch
@@ -56,14 +59,7 @@ def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cac
     base = open_base(line, space)
     with space.scratch() as scratch:
         file = scratch / "patch.safetensors"
-        with working("stitching") as progress:
-            info = write_patch(
-                file,
-                base.checkpoint,
-                recipe_edits(base, recipe, space),
-                metadata={"base": line.base.weights, "recipe": key},
-                progress=progress,
-            )
+        info = _write(file, base, recipe, space)
         blob = space.objects.put_blob(file, move=True)
     if record is not None and record.blob != blob:
         raise Damage(
@@ -74,6 +70,26 @@ def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cac
         )
     won = space.objects.publish("patch", key, blob, made_by(), facts={"kept": info.kept})
     return PatchRef(won.blob, info.kept, won.size, key)
+
+
+def rebuild(line: LineRef, recipe: Recipe) -> str:
+    """The digest of the patch that a recipe gives, made anew and kept nowhere."""
+    space = workspace()
+    with space.scratch() as scratch:
+        file = scratch / "patch.safetensors"
+        _write(file, open_base(line, space), recipe, space)
+        return digest_file(file)
+
+
+def _write(file: Path, base: Base, recipe: Recipe, space: Workspace) -> SparseInfo:
+    with working("stitching") as progress:
+        return write_patch(
+            file,
+            base.checkpoint,
+            recipe_edits(base, recipe, space),
+            metadata={"base": base.ref.weights, "recipe": recipe.digest()},
+            progress=progress,
+        )
 
 
 def recipe_edits(base: Base, recipe: Recipe, space: Workspace) -> Edits:

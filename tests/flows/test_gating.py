@@ -246,7 +246,7 @@ def test_a_rejected_version_stays_in_the_history(line: Gated) -> None:
     line.add("colour")
     line.add("wreck", code=5)
     line.add("number")
-    versions = line.shell.json("history", "demo")["versions"]
+    versions = line.shell.json("history", "demo", "--versions")["versions"]
     assert [(v["version"], v["passed"]) for v in versions] == [
         (4, True),
         (3, False),
@@ -254,7 +254,7 @@ def test_a_rejected_version_stays_in_the_history(line: Gated) -> None:
         (1, True),
     ]
     assert versions[1]["failed"][0].startswith("min_retention")
-    assert "failed" in line.shell("history", "demo").out
+    assert "failed" in line.shell("history", "demo", "--versions").out
 
 
 def test_a_pinned_line_makes_candidates(line: Gated) -> None:

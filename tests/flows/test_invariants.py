@@ -282,6 +282,6 @@ def test_a_damaged_record_of_the_line_is_exit_code_7(bare: Bare, what: str) -> N
     }[what]
     place.chmod(0o644)
     place.write_bytes(b"{" if what == "head" else place.read_bytes().replace(b"demo", b"damo"))
-    done = shell("history", "demo", code=7)
+    done = shell("history", "demo", "--versions", code=7)
     assert "Traceback" not in done.err
     assert place.name in done.err.replace("\n", "")

@@ -1,0 +1,236 @@
+"""How the answers to an auditor look in a terminal, from the same values as `--json`."""
+
+from typing import Any
+
+from rich.console import Console
+
+from cli.formats import number, percent, size, table_of, text
+from cli.render import remerged, results
+
+Values = dict[str, Any]
+
+
+def history(found: Values, out: Console) -> None:
+    """The audit trail."""
+    table = table_of("no", "time", "act", "by", "champion", "why")
+    for act in found["acts"]:
+        table.add_row(
+            str(act["sequence"]),
+            _time(act["time"]),
+            act["kind"],
+            act["actor"],
+            text(act["champion"]),
+            act["reason"],
+        )
+    out.print(table)
+    if not found["acts"]:
+        out.print("no such act")
+
+
+def versions(found: Values, out: Console) -> None:
+    """The merged versions of a line."""
+    table = table_of("version", "mean", "normalized", "retention", "made", "by", "members")
+    for version in found["versions"]:
+        made_by = version["made_by"] if isinstance(version["made_by"], dict) else {}
+        role = version["role"] or ("" if version["passed"] else "failed")
+        table.add_row(
+            f"{version['version']} {role}".rstrip(),
+            number(version["mean_accuracy"]),
+            number(version["mean_normalized"]),
+            number(version["retention"]),
+            _time(version["created_at"]),
+            str(made_by.get("actor", "")),
+            ", ".join(f"{task} {n}" for task, n in version["members"].items()),
+        )
+    out.print(table)
+
+
+def as_of(found: Values, out: Console) -> None:
+    """What was in use at a time."""
+    used = found["champion"]
+    if used is None:
+        _say(out, f"{found['line']} at {found['as_of']}: no version was in use")
+        return
+    _say(out, f"{found['line']} at {found['as_of']}: version {used['version']} was in use")
+    _say(out, f"  {used['act']} by {used['by']} at {used['since']}: {used['why']}")
+    _say(
+        out,
+        f"  normalized {number(used['mean_normalized'])}, retention "
+        f"{number(used['retention']['ratio'] if used['retention'] else None)}, "
+        f"patch {used['patch'][:16]}{', pinned' if found['pinned'] else ''}",
+    )
+    table = table_of("member", "version", "weights", "mask", "source")
+    for task, member in used["members"].items():
+        table.add_row(
+            task,
+            str(member["version"]),
+            member["weights"][:12],
+            member["mask"][:12],
+            member["uri"],
+        )
+    out.print(table)
+
+
+def show(found: Values, out: Console) -> None:
+    """One merged version."""
+    role = f" ({found['role']})" if found["role"] else ""
+    made_by = found["made_by"] if isinstance(found["made_by"], dict) else {}
+    by = "".join(f" {word} {made_by[key]}" for word, key in _MAKERS if key in made_by)
+    made = f"made {found['created_at'][:19]} UTC{by}"
+    _say(out, f"{found['line']} version {found['version']}{role}, {made}")
+    results(found, out)
+    for gate in found["gates"]:
+        mark = "passed" if gate["passed"] else "failed" if gate["action"] == "block" else "warned"
+        _say(out, f"  {mark}: {gate['note'] or gate['gate']}{_ends(gate['interval'])}")
+    method = found["recipe"]["method"]
+    _say(out, f"  method {method['name']} {method['version']} {method['settings']}")
+    names = ("member", "version", "density", "delta", "seconds", "weights", "mask", "source")
+    table = table_of(*names)
+    for task, member in found["members"].items():
+        facts = member["facts"]
+        table.add_row(
+            task,
+            str(member["version"]),
+            percent(facts.get("density")),
+            size(facts.get("delta_bytes")),
+            number(facts.get("seconds")),
+            member["weights"][:12],
+            member["mask"][:12],
+            member["uri"],
+        )
+    out.print(table)
+    _say(
+        out,
+        f"  recipe {found['recipe_digest'][:16]}, patch {found['patch'][:16]}: "
+        f"{found['kept']:,} weights, {size(found['patch_bytes'])}",
+    )
+    _say(out, "  seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in found["timings"].items()))
+    _say(out, "  with " + ", ".join(f"{k} {v}" for k, v in found["software"].items()))
+    for name in ("mlflow", "prefect"):
+        if found["links"][name]:
+            _say(out, f"  {name} {found['links'][name]}")
+
+
+_MAKERS = (("by", "actor"), ("on", "host"), ("as", "worker"))
+
+
+def diff(found: Values, out: Console) -> None:
+    """What one version has otherwise than another."""
+    _say(out, f"{found['line']}: version {found['b']} against version {found['a']}")
+    for word, names in found["members"].items():
+        for task, model in names.items():
+            _say(out, f"  {word}: {task} {_arrow(model)}")
+    for path, old, new in found["settings"]:
+        _say(out, f"  {path}: {text(old)} -> {text(new)}")
+    rows = found["results"] + ([found["retention"]] if found["retention"] else [])
+    table = table_of("task", str(found["a"]), str(found["b"]), "difference", "95 %", "p", "verdict")
+    for row in rows:
+        table.add_row(
+            row["task"],
+            number(row["a"]),
+            number(row["b"]),
+            "-" if row["difference"] is None else f"{row['difference']:+.3f}",
+            _ends(row["interval"], "{low:+.3f} to {high:+.3f}").strip(),
+            "-" if row["p_value"] is None else f"{row['p_value']:.2g}",
+            row["verdict"],
+        )
+    out.print(table)
+    weights = found["weights"]
+    _say(
+        out, f"  {weights['differ']:,} weights differ, of {weights['of']:,} in the tensors touched"
+    )
+    for kind in ("layer", "component"):
+        counts = weights[f"by_{kind}"].items()
+        if counts:
+            _say(out, f"  by {kind}: " + ", ".join(f"{name} {n:,}" for name, n in counts))
+
+
+def why(found: Values, out: Console) -> None:
+    """How a task fared over the versions."""
+    _say(out, f"{found['line']}: {found['task']} over the merged versions")
+    table = table_of("version", "made", "model", "merged", "95 %", "change", "p", "changed")
+    for step in found["versions"]:
+        changed = _changes(step["members"])
+        if step["settings"]:
+            changed = "; ".join(filter(None, (changed, "method")))
+        change = "-" if step["change"] is None else f"{step['change']:+.3f}"
+        table.add_row(
+            f"{step['version']} {step['role'] or ('' if step['passed'] else 'failed')}".rstrip(),
+            _time(step["at"]),
+            text(step["model"]),
+            number(step["merged"]),
+            _ends(step["interval"], "{low:.3f}-{high:.3f}").strip(),
+            f"{change} *" if step["significant"] else change,
+            "-" if step["p_value"] is None else f"{step['p_value']:.2g}",
+            changed,
+        )
+    out.print(table)
+    _say(out, "  * more than chance would make of the same rows (McNemar's exact test, 5 %)")
+
+
+def verified(found: Values, out: Console) -> None:
+    """What a verification found."""
+    rebuilt, looked = len(found["rebuilt"]), len(found["versions"])
+    _say(out, f"{found['line']}: {'intact' if found['intact'] else 'DAMAGED'}")
+    _say(out, f"  {found['acts']} acts in an unbroken chain, {found['objects']} objects compared")
+    _say(out, f"  {rebuilt} of {looked} merged versions rebuilt from their recipes, byte for byte")
+    if found["mlflow"]:
+        _say(out, "  every act that MLflow shows is in the trail")
+    for finding in found["findings"]:
+        mark = "DAMAGE" if finding["kind"] == "damage" else "note"
+        style = "red" if finding["kind"] == "damage" else "yellow"
+        _say(out, f"  {mark}: {finding['subject']}: {finding['text']}", style)
+    claim = found["claim"]
+    if claim is not None:
+        for digest, what in claim["digests"].items():
+            _say(out, f"  {digest} is {what}")
+        if claim["present_in"]:
+            _say(out, f"  it is in version {_list(claim['present_in'])}", "red")
+        if claim["absent_from"]:
+            said = f"  it is not in version {_list(claim['absent_from'])}: rebuilt without it"
+            _say(out, said)
+
+
+def decided(found: Values, out: Console) -> None:
+    """What a decision did."""
+    if not found["done"]:
+        _say(out, f"{found['line']}: nothing to do, it was decided before")
+    else:
+        _say(out, f"{found['line']}: {found['act']}: {found['reason']}")
+        used = "no version" if found["champion"] is None else f"version {found['champion']}"
+        _say(out, f"  {used} is in use{', pinned' if found['pinned'] else ''}")
+    for note in found["notes"]:
+        _say(out, f"  {note}", "yellow")
+    if found["handed_over"]:
+        _say(out, "  the workers merge: `restitch status --watch` follows them")
+    if found["merged"] is not None:
+        remerged(found["merged"], out)
+
+
+def _changes(members: Values) -> str:
+    parts = []
+    for word, names in members.items():
+        shown = [f"{task} {_arrow(model)}" for task, model in names.items()]
+        if shown:
+            parts.append(f"{word} {', '.join(shown)}")
+    return "; ".join(parts)
+
+
+def _arrow(model: int | list[int]) -> str:
+    return " -> ".join(map(str, model)) if isinstance(model, list) else str(model)
+
+
+def _list(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers))
+
+
+def _ends(interval: Values | None, form: str = "({low:.3f} to {high:.3f})") -> str:
+    return "" if interval is None else " " + form.format(**interval)
+
+
+def _time(iso: str) -> str:
+    return iso[:19].replace("T", " ")
+
+
+def _say(out: Console, line: str, style: str | None = None) -> None:
+    out.print(line, style=style, markup=False, soft_wrap=True)

@@ -1,0 +1,292 @@
+"""What people decide about a line: roll back, promote, retire, restore, pin, unpin.
+
+Each is one act: it counts by the swap of the head, stands in the trail with its reason, and
+moves MLflow's aliases afterwards; who is killed between the two leaves that to the next
+remerge. What has been decided already is said and not done again.
+
+A choice made by hand is not undone by a schedule: a rollback pins the line, and so does the
+promotion of a version that the next remerge would replace at once.
+"""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from typing import Any, cast
+
+from flows.remerge import RemergeOutcome, remerge
+from flows.versions import find_version
+from merging.errors import BadInput
+from registry.head import Head, State
+from registry.history import Kind, MergedRecord
+from registry.ledger import Act, Ledger
+from tasks.orchestration import has_workers, start_run
+from tasks.publish import mirror
+from tasks.reporting import say, warn
+from tasks.workspace import actor, workspace
+
+# What a retirement takes a model out of; what was quarantined or replaced is out already.
+_TAKES_PART = ("registered", "waiting", "ready", "held")
+_FROM = "retired_from"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a decision did.
+
+    Attributes:
+        act: its kind.
+        done: False where it was decided before.
+        reason: as it stands in the trail.
+        entry: the digest of the act's audit entry.
+        before: the champion before.
+        champion: the champion now.
+        notes: what the person should know.
+        merged: the remerge that followed in this process.
+        handed_over: whether workers do that remerge.
+    """
+
+    line: str
+    act: Kind
+    done: bool
+    reason: str
+    entry: str | None
+    before: int | None
+    champion: int | None
+    pinned: bool
+    notes: tuple[str, ...] = ()
+    merged: RemergeOutcome | None = None
+    handed_over: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        values = asdict(replace(self, merged=None))
+        return values | {"merged": None if self.merged is None else self.merged.as_dict()}
+
+    @property
+    def exit_code(self) -> int:
+        """0, or that of a remerge that failed its gates."""
+        return 0 if self.merged is None else self.merged.exit_code
+
+
+def rollback(line: str, version: str, reason: str) -> Decision:
+    """Put a version back in use that was in use before, and pin the line to it.
+
+    Raises:
+        BadInput: there is no such version, or it was never in use.
+    """
+    ledger, number = _ledger_and_version(line, version)
+    head = ledger.head()
+    if head.champion != number and number not in former_champions(ledger):
+        raise BadInput(
+            f"version {number} of line {line} was never in use",
+            expected="a version that was champion once",
+            hint=f"put it in use for the first time with: restitch promote {line} {number}",
+        )
+
+    def change(head: Head) -> Head | None:
+        return None if head.champion == number else head.promoted(number).with_pin(True)
+
+    said = f"version {number} in place of {_name(head.champion)}, pinned: {_given(reason)}"
+    record = ledger.merged(number)
+    return _decided(ledger, "rolled-back", said, change, _digests(record), _outdated(head, record))
+
+
+def promote(line: str, version: str, reason: str) -> Decision:
+    """Put a version in use by hand, also past a gate that it failed.
+
+    Raises:
+        BadInput: there is no such version.
+    """
+    ledger, number = _ledger_and_version(line, version)
+    record = ledger.merged(number)
+
+    def change(head: Head) -> Head | None:
+        if head.champion == number:
+            return None
+        head = _with_members(head.promoted(number), record)
+        return head if _holds_all(head, record) else head.with_pin(True)
+
+    failed = [gate.note or gate.gate for gate in record.gates if not gate.passed]
+    past = f", past {'; '.join(failed)}" if failed else ""
+    before = ledger.head()
+    said = f"version {number} by hand{past}: {_given(reason)}"
+    found = _decided(ledger, "promoted", said, change, _digests(record), _outdated(before, record))
+    if found.done and found.pinned and not before.pinned:
+        note = "the line is pinned: other members are ready and would have replaced this version"
+        found = replace(found, notes=(*found.notes, note))
+    return found
+
+
+def retire(line: str, task: str, reason: str, *, merge: bool = True) -> Decision:
+    """Take a task out of all merges to come, and merge without it.
+
+    The merged model that follows is, byte for byte, the one that would be there had the
+    task's models never been registered. Where nothing is left to merge, no version is in use.
+
+    Raises:
+        BadInput: the line has no such task.
+    """
+    ledger = workspace().ledger(line)
+    _known_task(ledger.head(), task)
+
+    def change(head: Head) -> Head | None:
+        models = head.tasks[task].versions.items()
+        leaving = [(n, m) for n, m in models if m.state in _TAKES_PART]
+        if not leaving:
+            return None
+        for number, model in leaving:
+            facts = {**model.facts, _FROM: [model.state, model.reason]}
+            head = head.with_state(task, number, "retired", reason.strip(), facts=facts)
+        nothing_left = not head.members and not head.pinned
+        return head.without_champion() if nothing_left else head
+
+    found = _decided(ledger, "retired", f"{task}: {_given(reason)}", change, {}, ())
+    return _merged_after(found, merge)
+
+
+def restore(line: str, task: str, reason: str, *, merge: bool = True) -> Decision:
+    """Take a retired task back in, as it was, and merge with it.
+
+    Raises:
+        BadInput: the line has no such task.
+    """
+    ledger = workspace().ledger(line)
+    _known_task(ledger.head(), task)
+
+    def change(head: Head) -> Head | None:
+        # One that was left out as a double of another was never retired by anybody.
+        models = head.tasks[task].versions.items()
+        retired = [(n, m) for n, m in models if m.state == "retired" and _FROM in m.facts]
+        for number, model in retired:
+            facts = dict(model.facts)
+            state, why = cast(tuple[State, str | None], facts.pop(_FROM))
+            head = head.with_state(task, number, state, why, facts=facts)
+        return head if retired else None
+
+    found = _decided(ledger, "restored", f"{task}: {_given(reason)}", change, {}, ())
+    return _merged_after(found, merge)
+
+
+def pin(line: str, reason: str) -> Decision:
+    """Promote nothing automatically from now on."""
+    ledger = workspace().ledger(line)
+
+    def change(head: Head) -> Head | None:
+        return None if head.pinned else head.with_pin(True)
+
+    said = f"version {_name(ledger.head().champion)} stays in use: {_given(reason)}"
+    return _decided(ledger, "pinned", said, change, {}, ())
+
+
+def unpin(line: str, reason: str, *, merge: bool = True) -> Decision:
+    """Promote automatically again, and bring the merged model up to date."""
+    ledger = workspace().ledger(line)
+
+    def change(head: Head) -> Head | None:
+        return head.with_pin(False) if head.pinned else None
+
+    said = f"versions are promoted automatically again: {_given(reason)}"
+    return _merged_after(_decided(ledger, "unpinned", said, change, {}, ()), merge)
+
+
+def former_champions(ledger: Ledger) -> set[int]:
+    """The versions that were in use at any time, from the trail."""
+    champions = (entry.after.get("/champion") for entry in ledger.entries())
+    return {number for number in champions if isinstance(number, int)}
+
+
+def _decided(
+    ledger: Ledger,
+    kind: Kind,
+    reason: str,
+    change: Callable[[Head], Head | None],
+    digests: dict[str, str],
+    notes: tuple[str, ...],
+) -> Decision:
+    before = ledger.head()
+    act: Act | None = ledger.act(kind, actor(), reason, change, digests)
+    say(f"{ledger.line}: {reason}" if act is not None else f"{ledger.line}: decided before")
+    for note in notes:
+        warn(note)
+    mirror(ledger.line)
+    head = ledger.head() if act is None else act.head
+    return Decision(
+        ledger.line,
+        kind,
+        act is not None,
+        reason,
+        None if act is None else act.digest,
+        before.champion,
+        head.champion,
+        head.pinned,
+        notes,
+    )
+
+
+def _merged_after(found: Decision, merge: bool) -> Decision:
+    """The remerge that a decision asks for, here or by the workers."""
+    if not merge or not found.done:
+        return found
+    if has_workers():
+        start_run("remerge", {"line": found.line, "force": False}, f"{found.entry}-remerge")
+        return replace(found, handed_over=True)
+    merged = remerge(found.line)
+    return replace(found, merged=merged, champion=merged.champion)
+
+
+def _ledger_and_version(line: str, version: str) -> tuple[Ledger, int]:
+    ledger = workspace().ledger(line)
+    return ledger, find_version(ledger.head(), version)
+
+
+def _known_task(head: Head, task: str) -> None:
+    if task not in head.tasks:
+        raise BadInput(
+            f"line {head.line} has no task {task}",
+            found=f"tasks: {', '.join(sorted(head.tasks)) or 'none'}",
+        )
+
+
+def _given(reason: str) -> str:
+    """A reason that says something.
+
+    Raises:
+        BadInput: it is empty.
+    """
+    text = reason.strip()
+    if not text:
+        raise BadInput("a decision needs its reason", hint="say why with --reason")
+    return text
+
+
+def _name(version: int | None) -> str:
+    return "none" if version is None else str(version)
+
+
+def _digests(record: MergedRecord) -> dict[str, str]:
+    return {"recipe": record.recipe_digest, "patch": record.patch}
+
+
+def _outdated(head: Head, record: MergedRecord) -> tuple[str, ...]:
+    """What a version holds that has been retired since."""
+    gone = [
+        f"{task} {member.version}"
+        for task, member in record.members.items()
+        if head.tasks[task].versions[member.version].state == "retired"
+    ]
+    if not gone:
+        return ()
+    return (f"version {record.version} holds {', '.join(gone)}, retired since",)
+
+
+def _with_members(head: Head, record: MergedRecord) -> Head:
+    """The head with the held members of a version taking part."""
+    for task, member in record.members.items():
+        if head.tasks[task].versions[member.version].state == "held":
+            head = head.with_state(task, member.version, "ready")
+    return head
+
+
+def _holds_all(head: Head, record: MergedRecord) -> bool:
+    """Whether the members that are ready are those of a version."""
+    ready = {member.task: member.version for member in head.members}
+    return ready == {task: member.version for task, member in record.members.items()}

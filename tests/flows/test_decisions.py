@@ -1,0 +1,268 @@
+"""What people decide: each is one act, is done once, and leaves the bytes that it must."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from registry.head import Head
+from tests.conftest import NewHome
+from tests.shell import Shell
+from tests.worlds import World
+
+pytestmark = pytest.mark.usefixtures("without_mlflow")
+
+
+class Line:
+    """A line with the skills of the text world, one version each."""
+
+    def __init__(self, world: World, shell: Shell, folder: Path, *tasks: str, **spec: Any) -> None:
+        self.world, self.shell = world, shell
+        shell("init", world.line(folder / f"{shell.home.name}.yaml", **spec))
+        for task in tasks:
+            self.add(task)
+
+    def add(self, task: str, *options: str, model: str = "", code: int = 0) -> Any:
+        return self.shell.add(self.world, task, *options, model=model, code=code)
+
+    def do(self, *words: object, reason: str = "because", code: int = 0) -> Any:
+        return self.shell.json(*words, "--reason", reason, code=code)
+
+    @property
+    def head(self) -> Head:
+        return self.shell.head()
+
+    def members(self) -> dict[str, int]:
+        assert self.head.champion is not None
+        record = self.shell.ledger().merged(self.head.champion)
+        return {task: member.version for task, member in record.members.items()}
+
+    def check_settled(self) -> None:
+        """A remerge by the schedule changes nothing."""
+        before = self.shell.head_bytes()
+        self.shell.json("remerge", "demo", code=None)
+        assert self.shell.head_bytes() == before
+
+
+@pytest.fixture
+def line(world: World, shell: Shell, tmp_path: Path) -> Line:
+    return Line(world, shell, tmp_path, "colour", "number", "animal")
+
+
+def test_a_rollback_puts_the_old_version_in_use_and_pins_it(line: Line) -> None:
+    found = line.do("rollback", "demo", 2, reason="animal is wrong")
+    assert (found["done"], found["before"], found["champion"], found["pinned"]) == (
+        True,
+        3,
+        2,
+        True,
+    )
+    assert (line.head.champion, line.head.pinned) == (2, True)
+    act = line.shell.acts()[-1]
+    assert (act.kind, act.reason) == (
+        "rolled-back",
+        "version 2 in place of 3, pinned: animal is wrong",
+    )
+    assert act.after == {"/champion": 2, "/pinned": True}
+    assert act.digests["patch"] == line.shell.ledger().merged(2).patch
+    line.check_settled()
+    assert line.members() == {"colour": 1, "number": 1}
+
+
+def test_a_rollback_is_done_once(line: Line) -> None:
+    line.do("rollback", "demo", 2)
+    acts = len(line.shell.acts())
+    assert line.do("rollback", "demo", 2)["done"] is False
+    assert len(line.shell.acts()) == acts
+
+
+def test_after_a_rollback_new_models_become_candidates_until_the_line_is_unpinned(
+    line: Line,
+) -> None:
+    line.do("rollback", "demo", 2)
+    line.add("wreck")
+    assert (line.head.champion, line.head.candidate) == (2, 4)
+    found = line.do("unpin", "demo", reason="looked at it")
+    assert found["merged"]["action"] == "promoted"
+    assert (line.head.champion, line.head.candidate, line.head.pinned) == (4, None, False)
+    assert line.shell.kinds()[-2:] == ["unpinned", "promoted"]
+    line.check_settled()
+
+
+def test_only_what_was_in_use_can_be_rolled_back_to(line: Line) -> None:
+    line.do("pin", "demo")
+    line.add("wreck")
+    done = line.shell("rollback", "demo", 4, "--reason", "x", code=3)
+    assert "was never in use" in done.err
+    assert "restitch promote demo 4" in done.err.replace("\n", " ")
+    done = line.shell("rollback", "demo", 9, "--reason", "x", code=3)
+    assert "no version 9" in done.err
+    assert line.head.champion == 3
+
+
+def test_one_can_roll_forward_again(line: Line) -> None:
+    line.do("rollback", "demo", 1)
+    line.do("rollback", "demo", 3)
+    assert line.head.champion == 3
+
+
+def test_a_promotion_past_a_gate_says_so_and_stays(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    line = Line(world, shell, tmp_path, "colour", gates={"min_retention": 0.25})
+    line.add("wreck", code=5)
+    assert line.head.tasks["wreck"].versions[1].state == "held"
+    found = line.do("promote", "demo", 2, reason="we need it")
+    assert (found["done"], found["champion"], found["pinned"]) == (True, 2, False)
+    act = line.shell.acts()[-1]
+    assert act.kind == "promoted"
+    assert act.reason.startswith("version 2 by hand, past min_retention of the general benchmark")
+    assert act.reason.endswith("< 0.25: we need it")
+    assert line.head.tasks["wreck"].versions[1].state == "ready"
+    line.check_settled()
+    assert line.members() == {"colour": 1, "wreck": 1}
+
+
+def test_a_promotion_that_a_remerge_would_undo_pins_the_line(line: Line) -> None:
+    found = line.do("promote", "demo", 1)
+    assert found["pinned"]
+    assert "would have replaced" in found["notes"][0]
+    line.check_settled()
+    assert line.members() == {"colour": 1}
+
+
+def test_a_candidate_is_promoted_and_the_line_stays_pinned(line: Line) -> None:
+    line.do("pin", "demo", reason="freeze")
+    line.add("wreck")
+    assert line.head.candidate == 4
+    assert line.do("promote", "demo", "candidate")["champion"] == 4
+    assert (line.head.candidate, line.head.pinned) == (None, True)
+
+
+def test_after_a_retirement_the_bytes_are_those_without_the_model(
+    line: Line, new_home: NewHome, tmp_path: Path
+) -> None:
+    found = line.do("retire", "demo", "number", reason="its data was withdrawn")
+    assert found["merged"]["action"] == "promoted"
+    assert line.members() == {"animal": 1, "colour": 1}
+    never = Line(line.world, new_home("never"), tmp_path, "colour", "animal")
+    assert line.shell.patch_bytes() == never.shell.patch_bytes()
+    records = [one.ledger().merged(one.head().champion or 0) for one in (line.shell, never.shell)]
+    assert records[0].recipe == records[1].recipe
+    act = next(act for act in line.shell.acts() if act.kind == "retired")
+    assert act.reason == "number: its data was withdrawn"
+    model = line.head.tasks["number"].versions[1]
+    assert (model.state, model.reason) == ("retired", "its data was withdrawn")
+    line.check_settled()
+
+
+def test_restoring_brings_back_the_very_bytes(line: Line) -> None:
+    before = line.shell.patch_bytes()
+    state = line.head.tasks["number"].versions[1]
+    line.do("retire", "demo", "number")
+    assert line.shell.patch_bytes() != before
+    line.do("restore", "demo", "number", reason="a mistake")
+    assert line.shell.patch_bytes() == before
+    assert line.head.tasks["number"].versions[1] == state
+    assert line.do("restore", "demo", "number")["done"] is False
+    assert line.do("retire", "demo", "number")["done"] is True
+
+
+def test_a_held_model_is_restored_as_held(world: World, shell: Shell, tmp_path: Path) -> None:
+    line = Line(world, shell, tmp_path, "colour", gates={"min_retention": 0.25})
+    line.add("wreck", code=5)
+    reason = line.head.tasks["wreck"].versions[1].reason
+    line.do("retire", "demo", "wreck")
+    line.do("restore", "demo", "wreck")
+    model = line.head.tasks["wreck"].versions[1]
+    assert (model.state, model.reason) == ("held", reason)
+
+
+def test_without_any_member_no_version_is_in_use(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    line = Line(world, shell, tmp_path, "colour")
+    found = line.do("retire", "demo", "colour")
+    assert (found["champion"], found["merged"]["action"]) == (None, "empty")
+    assert line.head.champion is None
+    assert line.shell.json("status", "demo")["lines"][0]["champion"] is None
+    assert line.do("restore", "demo", "colour")["champion"] is not None
+
+
+def test_a_pinned_line_keeps_its_champion_when_its_model_is_retired(line: Line) -> None:
+    line.do("pin", "demo")
+    for task in ("colour", "number", "animal"):
+        line.do("retire", "demo", task)
+    assert line.head.champion == 3
+    assert line.do("rollback", "demo", 2)["notes"] == [
+        "version 2 holds colour 1, number 1, retired since"
+    ]
+
+
+def test_a_model_that_is_registered_after_a_retirement_joins(line: Line) -> None:
+    line.do("retire", "demo", "colour")
+    line.add("colour", model="colour-2")
+    assert line.members()["colour"] == 2
+    assert line.head.tasks["colour"].versions[1].state == "retired"
+
+
+def test_a_model_that_is_retired_while_it_waits_to_be_localized_does_not_join(line: Line) -> None:
+    with line.shell.inside():
+        line.shell.ledger().act(
+            "registered",
+            "test",
+            "again",
+            lambda head: head.with_state("colour", 1, "registered"),
+        )
+    line.do("retire", "demo", "colour")
+    assert line.head.tasks["colour"].versions[1].state == "retired"
+    assert line.members() == {"animal": 1, "number": 1}
+
+
+def test_a_retirement_during_a_remerge_is_not_lost(
+    line: Line, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No version that is made after a retirement holds what was retired."""
+    from flows import remerge as module
+
+    recorded, retired = module.record_version, []
+
+    def late(*args: Any) -> Any:
+        if not retired:
+            retired.append(True)
+            line.do("retire", "demo", "number", "--no-remerge")
+        return recorded(*args)
+
+    monkeypatch.setattr(module, "record_version", late)
+    line.add("wreck")
+    kinds = line.shell.kinds()
+    after = line.shell.acts()[kinds.index("retired") :]
+    made = [int(p.rpartition("/")[2]) for a in after for p in a.after if p.startswith("/versions/")]
+    assert made
+    for version in made:
+        assert "number" not in line.shell.ledger().merged(version).members
+    assert line.members() == {"animal": 1, "colour": 1, "wreck": 1}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("rollback", "demo", 2),
+        ("promote", "demo", 2),
+        ("retire", "demo", "colour"),
+        ("pin", "demo"),
+    ],
+)
+def test_a_decision_needs_a_reason(line: Line, words: tuple[object, ...]) -> None:
+    before = line.shell.head_bytes()
+    line.shell(*words, code=2)
+    done = line.shell(*words, "--reason", "  ", code=3)
+    assert "reason" in done.err
+    assert line.shell.head_bytes() == before
+
+
+def test_an_unknown_task_is_named_with_those_that_there_are(line: Line) -> None:
+    for word in ("retire", "restore"):
+        done = line.shell(word, "demo", "colur", "--reason", "x", code=3)
+        assert "no task colur" in done.err
+        assert "animal, colour, number" in done.err
