@@ -88,7 +88,9 @@ def fate_of(record: MergedRecord, move: Entry) -> Fate:
         how = "rolled back to" if move.kind == "rolled-back" else move.kind
         return Fate("champion", f"In use since {_when(move)}, {how} by {_who_and_why(move)}")
     if move.before.get("/champion") == version:
-        if move.kind == "rolled-back":
+        if champion is None:
+            by = f"when nothing was left to merge: {move.kind} by {_who_and_why(move)}"
+        elif move.kind == "rolled-back":
             by = f"rolled back to version {champion} by {_who_and_why(move)}"
         else:
             by = f"when version {champion} took its place."

@@ -106,7 +106,7 @@ def of_history(line: str, began: str) -> RunImage:
         tags={
             NAME_TAG: f"history of {line}",
             NOTE_TAG: f"The measurements of all merged versions of line {line}. The step is the "
-            "version; of `champion`, the version in use, it is the number of the act.",
+            "version; of `champion`, the version in use or 0, it is the number of the act.",
         },
         params={"line": line},
     )
@@ -119,9 +119,10 @@ def points_of(entry: Entry, made: Iterable[MergedRecord]) -> list[Point]:
         for record in made
         for name, value in sorted(metrics_of(record).items())
     ]
-    champion = entry.after.get("/champion")
-    if isinstance(champion, int):
-        found.append(Point("champion", champion, milliseconds(entry.time), entry.sequence))
+    before, after = entry.before.get("/champion"), entry.after.get("/champion")
+    if "/champion" in entry.after and (before, after) != (None, None):
+        value = after if isinstance(after, int) else 0
+        found.append(Point("champion", value, milliseconds(entry.time), entry.sequence))
     return found
 
 

@@ -163,6 +163,18 @@ def test_roles_follow_what_became_of_each_version(catalog, line, tmp_path, mlflo
     assert shown(again) == shown(catalog)
 
 
+def test_a_champion_that_nothing_replaced_is_shown_as_gone(catalog, line):
+    line.act(
+        "retired", "ann", "a: too old", lambda head: head.model_copy(update={"champion": None})
+    )
+    catalog.repair(line)
+    assert roles(catalog) == {1: "former champion", 2: "former champion"}
+    said = run_of(catalog, 2).data.tags["mlflow.note.content"]
+    assert said.endswith("when nothing was left to merge: retired by ann: a: too old.")
+    assert points(catalog, "champion")[-1] == (10, 0.0)
+    assert catalog.client.get_registered_model("line").aliases == {}
+
+
 def test_versions_are_found_by_their_tags(catalog, line):
     merge(line, tasks=("a", "b"), made_by={"actor": "ann", "flow_run": "f-1"})
     candidate(line, gates=[FAILED])
