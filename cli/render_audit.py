@@ -148,11 +148,8 @@ def diff(found: Values, out: Console) -> None:
 def why(found: Values, out: Console) -> None:
     """How a task fared over the versions."""
     _say(out, f"{found['line']}: {found['task']} over the merged versions")
-    table = table_of("version", "made", "model", "merged", "95 %", "change", "p", "changed")
+    table = table_of("version", "made", "model", "merged", "95 %", "change", "p")
     for step in found["versions"]:
-        changed = _changes(step["members"])
-        if step["settings"]:
-            changed = "; ".join(filter(None, (changed, "method")))
         change = "-" if step["change"] is None else f"{step['change']:+.3f}"
         table.add_row(
             f"{step['version']} {step['role'] or ('' if step['passed'] else 'failed')}".rstrip(),
@@ -162,9 +159,14 @@ def why(found: Values, out: Console) -> None:
             _ends(step["interval"], "{low:.3f}-{high:.3f}").strip(),
             f"{change} *" if step["significant"] else change,
             "-" if step["p_value"] is None else f"{step['p_value']:.2g}",
-            changed,
         )
     out.print(table)
+    before = None
+    for step in found["versions"]:
+        if step["significant"] or step["model"] != before:
+            changed = _changes(step["members"]) + ("; another method" if step["settings"] else "")
+            _say(out, f"  version {step['version']}: {changed}")
+        before = step["model"]
     _say(out, "  * more than chance would make of the same rows (McNemar's exact test, 5 %)")
 
 

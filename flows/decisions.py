@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from flows.remerge import RemergeOutcome, remerge
 from flows.versions import find_version
-from merging.errors import BadInput
+from merging.errors import BadInput, GateFailed
 from registry.head import Head, State
 from registry.history import Kind, MergedRecord
 from registry.ledger import Act, Ledger
@@ -63,8 +63,12 @@ class Decision:
 
     @property
     def exit_code(self) -> int:
-        """0, or that of a remerge that failed its gates."""
-        return 0 if self.merged is None else self.merged.exit_code
+        """0, or that of failed gates where they kept the merge that it asked for out of use.
+
+        Held members that were tried again and failed again are no failure of the decision.
+        """
+        rejected = self.merged is not None and self.merged.action == "rejected"
+        return GateFailed.exit_code if rejected else 0
 
 
 def rollback(line: str, version: str, reason: str) -> Decision:

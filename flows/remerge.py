@@ -184,15 +184,16 @@ def _settle(
     # Before the rest is promoted: who is killed between them would try them all again.
     for member, checks in held:
         hold(ledger, snapshot, member, checks)
+    action: Action = "rejected"
     if kept is not None and not kept.is_version(snapshot.champion):
         version = record_version(ledger, snapshot, kept)
         if kept.passed:
-            promote(ledger, snapshot, kept, version)
+            action = promote(ledger, snapshot, kept, version)
         else:
             reject(ledger, version, kept)
     return _outcome(
         ledger,
-        "rejected" if ledger.head().champion != version else "promoted",
+        action,
         version,
         localized,
         held={f"{m.task} {m.version}": [str(c) for c in checks] for m, checks in held},
