@@ -10,6 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 from flows.versions import find_version
+from merging.checkpoint import Checkpoint
 from merging.digests import digest_json
 from merging.errors import BadInput
 from merging.export import export_weights
@@ -21,6 +22,7 @@ from registry.store import explained
 from tasks.card import model_card
 from tasks.inputs import head_inputs
 from tasks.models import Base, open_base
+from tasks.provenance import provenance
 from tasks.refs import LineRef
 from tasks.reporting import working
 from tasks.workspace import Workspace, workspace
@@ -75,7 +77,9 @@ def export_version(
         _write_heads(folder, head, record, base, space)
         text = json.dumps(record.to_json(), indent=2, ensure_ascii=False)
         (folder / "restitch.json").write_text(text + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(model_card(head, record), encoding="utf-8")
+        made = Checkpoint.open(folder).digest()
+        origin = provenance(head.base.uri, record, ledger.entries(), space.objects, made)
+        (folder / "README.md").write_text(model_card(head, record, origin), encoding="utf-8")
     files = sorted(p for p in out.rglob("*") if p.is_file())
     return ExportOutcome(
         line,

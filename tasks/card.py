@@ -1,84 +1,208 @@
-"""The model card of an export: what it is, what is in it, what it scored, how to check it."""
+"""The model card of an export: what it is, what is in it, what it scored, how to check it.
 
+A function of the record and of where the version comes from. Texts of others stand in it as
+texts: nothing in a reason, a source or a licence becomes markup.
+"""
+
+import re
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
 
+from merging.digests import canonical_json
+from modeling.licence import Licence
+from registry.catalog import without_credentials
 from registry.head import Head
-from registry.history import MergedRecord, TaskResult
+from registry.history import Interval, MergedRecord, TaskResult
+from registry.specs import is_hub_id, split_pin
+from tasks.provenance import Provenance
 
 Rows = Sequence[tuple[str, ...]]
 
+_MARKUP = re.compile(r"([\\`*_\[\]<>|#~])")
 
-def model_card(head: Head, record: MergedRecord) -> str:
+
+def model_card(head: Head, record: MergedRecord, origin: Provenance) -> str:
     """The README.md of an exported version, Markdown with the hub's front matter."""
     parts = [
-        _front_matter(head),
+        _front_matter(head, origin),
         f"# {record.line}, version {record.version}",
         _summary(head, record),
         "## Results",
         _results(record),
         _retention(record),
+        _gates(record),
         "## Members",
-        _table(
-            ("task", "version", "finetuned model", "weights", "delta"),
-            [
-                (task, str(m.version), f"`{m.uri}`", f"`{m.weights[:16]}`", f"`{m.delta[:16]}`")
-                for task, m in record.members.items()
-            ],
-        ),
+        _members(record),
+        "## Lineage",
+        _lineage(record, origin),
+        "## Licences",
+        _licences(head, record, origin),
         "## Recipe",
-        f"Recipe `{record.recipe_digest}`, patch `{record.patch}` on base "
-        f"`{head.base.weights}`. The merged weights are a function of the recipe alone: "
-        f"`restitch export {record.line} {record.version} OUT` writes them again, byte for byte. "
-        "All details are in `restitch.json`.",
-        _settings(record),
+        _recipe(head, record),
+        _table(("software", "version"), list(record.software.items())),
+        "## How to verify it",
+        _verification(record, origin),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(head: Head) -> str:
+def _front_matter(head: Head, origin: Provenance) -> str:
     fields: dict[str, Any] = {"tags": ["model-merging", "restitch"]}
-    if not head.base.uri.startswith("/"):
-        fields["base_model"] = head.base.uri.partition("@")[0]
+    name, _ = split_pin(head.base.uri)
+    if is_hub_id(name) and "/" in name and ":" not in name:
+        fields |= {"base_model": name, "base_model_relation": "merge"}
+    fields |= _licence_fields([origin.base_licence, *origin.licences.values()])
     return "---\n" + yaml.safe_dump(fields, sort_keys=True) + "---"
+
+
+def _licence_fields(all_of_them: Sequence[Licence | None]) -> dict[str, str]:
+    """One licence where all are known and agree; what is unknown is not guessed."""
+    known = {licence for licence in all_of_them if licence is not None}
+    if not known:
+        return {}
+    if len(known) > 1 or None in all_of_them or len((only := known.pop()).ids) > 1:
+        return {"license": "other", "license_name": "see-licences"}
+    fields = {"license": only.ids[0]}
+    if only.name is not None:
+        fields["license_name"] = only.name
+    if only.link is not None and "://" in only.link:  # a file beside their card is not beside ours
+        fields["license_link"] = without_credentials(only.link)
+    return fields
 
 
 def _summary(head: Head, record: MergedRecord) -> str:
     tasks = ", ".join(record.members) or "no task"
     return (
         f"A merged model that holds the skills of {len(record.members)} finetuned models "
-        f"({tasks}), stitched from their sparse masks onto `{head.base.uri}` by restitch. "
-        f"{record.kept:,} weights differ from the base. Made {record.created_at[:19]} UTC."
+        f"({tasks}), stitched from their sparse masks onto {_source(head.base.uri)} by restitch. "
+        f"{record.kept:,} weights differ from the base. Made {_time(record.created_at)}."
     )
 
 
 def _results(record: MergedRecord) -> str:
     rows = [
-        (task, *(_number(value) for value in _values(result)), _interval(result))
+        (task, *_values(result), _interval(result.interval))
         for task, result in record.results.items()
     ]
     head = ("task", "base", "finetuned", "grafted", "merged", "normalized", "95 % interval")
     return _table(head, rows)
 
 
-def _values(result: TaskResult) -> tuple[float | None, ...]:
-    return (result.base, result.finetuned, result.grafted, result.merged, result.normalized)
+def _values(result: TaskResult) -> tuple[str, ...]:
+    found = []
+    for name in ("base", "finetuned", "grafted", "merged", "normalized"):
+        value, interval = getattr(result, name), result.intervals.get(name)
+        found.append(_number(value) + (f" ({_interval(interval)})" if interval else ""))
+    return tuple(found)
 
 
 def _retention(record: MergedRecord) -> str:
     kept = record.retention
     if kept is None:
         return ""
+    rows = [
+        ("merged, top-1", _number(kept.top1), _interval(kept.interval)),
+        ("base, top-1", _number(kept.base_top1), _interval(kept.base_interval)),
+        ("retention", _number(kept.ratio), _interval(kept.ratio_interval)),
+    ]
     return (
         f"Zero-shot top-1 on `{kept.task}` ({kept.count} rows): {kept.top1:.4f}, "
-        f"base {kept.base_top1:.4f}, retention {kept.ratio:.4f}."
+        f"base {kept.base_top1:.4f}, retention {kept.ratio:.4f}.\n\n"
+        + _table(("general benchmark", "value", "95 % interval"), rows)
     )
 
 
-def _settings(record: MergedRecord) -> str:
-    return _table(("software", "version"), list(record.software.items()))
+def _gates(record: MergedRecord) -> str:
+    rows = [
+        (
+            gate.gate,
+            gate.task or "",
+            _number(gate.value),
+            f"{gate.limit:g}",
+            "passed" if gate.passed else f"failed ({gate.action})",
+        )
+        for gate in record.gates
+    ]
+    return _table(("gate", "task", "value", "limit", "outcome"), rows) if rows else ""
+
+
+def _members(record: MergedRecord) -> str:
+    rows = [
+        (task, str(m.version), _source(m.uri), f"`{m.weights}`", f"`{m.mask}`", f"`{m.delta}`")
+        for task, m in record.members.items()
+    ]
+    return _table(("task", "version", "finetuned model", "weights", "mask", "delta"), rows)
+
+
+def _lineage(record: MergedRecord, origin: Provenance) -> str:
+    before = "no version was" if origin.parent is None else f"version {origin.parent} was"
+    text = f"When it was made, {before} in use."
+    rows = [(_time(a.time), a.kind, _plain(a.actor), _plain(a.reason)) for a in origin.acts]
+    if not rows:
+        return text
+    acts = _table(("time", "act", "by", "why"), rows)
+    return f"{text} What happened to it until it was exported:\n\n{acts}"
+
+
+def _licences(head: Head, record: MergedRecord, origin: Provenance) -> str:
+    rows = [("base", _source(head.base.uri), _licence(origin.base_licence))]
+    rows += [
+        (task, _source(member.uri), _licence(origin.licences.get(task)))
+        for task, member in record.members.items()
+    ]
+    return "As the cards of base and members state them; nothing was guessed.\n\n" + _table(
+        ("what", "source", "licence"), rows
+    )
+
+
+def _recipe(head: Head, record: MergedRecord) -> str:
+    method = record.recipe.get("method")
+    return (
+        f"Recipe `{record.recipe_digest}`, patch `{record.patch}` on base "
+        f"`{head.base.weights}`. The merged weights are a function of the recipe alone. "
+        "All details are in `restitch.json`.\n\n"
+        f"```json\n{canonical_json(method).decode()}\n```"
+    )
+
+
+def _verification(record: MergedRecord, origin: Provenance) -> str:
+    line, version = record.line, record.version
+    commands = (
+        f"restitch verify {line} --version {version}  # trail, digests, the patch rebuilt\n"
+        f"restitch export {line} {version} OUT  # the same weights again, byte for byte"
+    )
+    text = f"With the line's store:\n\n```sh\n{commands}\n```"
+    if origin.weights is None:
+        return text
+    check = (
+        'python -c "from pathlib import Path; from merging.checkpoint import Checkpoint; '
+        "print(Checkpoint.open(Path('.')).digest())\""
+    )
+    return (
+        f"{text}\n\nIn this folder, without the store, with restitch installed:\n\n"
+        f"```sh\n{check}\n```\n\nIt prints `{origin.weights}` (BLAKE3 over all tensors by name, "
+        "however they are dealt to files)."
+    )
+
+
+def _licence(licence: Licence | None) -> str:
+    return "unknown" if licence is None else _plain(without_credentials(str(licence)))
+
+
+def _source(uri: str) -> str:
+    # In code nothing is markup but its own end, and in a table the end of a cell.
+    text = " ".join(without_credentials(uri).split())
+    return f"`{text.replace('`', '').replace('|', chr(92) + '|')}`"
+
+
+def _plain(text: str) -> str:
+    return _MARKUP.sub(r"\\\1", " ".join(text.split()))
+
+
+def _time(text: str) -> str:
+    return f"{text[:19].replace('T', ' ')} UTC"
 
 
 def _table(head: tuple[str, ...], rows: Rows) -> str:
@@ -90,7 +214,5 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _interval(result: TaskResult) -> str:
-    if result.interval is None:
-        return ""
-    return f"{result.interval.low:.4f} to {result.interval.high:.4f}"
+def _interval(interval: Interval | None) -> str:
+    return "" if interval is None else f"{interval.low:.4f} to {interval.high:.4f}"

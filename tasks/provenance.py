@@ -1,0 +1,112 @@
+"""Where an exported version comes from: its place in the trail, and licences of what is in it.
+
+Licences are read where a source has its files already: a local folder, a copy in the store, the
+hub's cache. The hub and MLflow are never asked, so what is not there is unknown.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from merging.digests import digest_bytes
+from merging.errors import RestitchError
+from modeling.licence import CARD, Licence, read_licence
+from registry.fates import merges_about, touched_merges
+from registry.history import Entry, MergedRecord
+from registry.objects import ObjectStore
+from registry.sources import COPY_SCHEME, MLFLOW_SCHEMES
+from registry.specs import is_hub_id, split_pin
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a card says beside the record.
+
+    Attributes:
+        parent: the champion when the version was made.
+        acts: those that were about the version, oldest first.
+        base_licence: None where it is unknown; the members' likewise.
+        licences: of the members, by task.
+        weights: the digest of the exported checkpoint.
+    """
+
+    parent: int | None = None
+    acts: tuple[Entry, ...] = ()
+    base_licence: Licence | None = None
+    licences: Mapping[str, Licence | None] = field(default_factory=dict)
+    weights: str | None = None
+
+
+def provenance(
+    base: str,
+    record: MergedRecord,
+    newest_first: Iterable[Entry],
+    objects: ObjectStore,
+    weights: str,
+) -> Provenance:
+    """Look up where a version comes from.
+
+    Args:
+        base: the source of the line's base.
+        record: the version.
+        newest_first: the line's trail.
+        objects: the store.
+        weights: the digest of the exported checkpoint.
+    """
+    parent, acts = lineage(record.version, newest_first)
+    licences = {task: licence_of(m.uri, objects) for task, m in record.members.items()}
+    return Provenance(parent, acts, licence_of(base, objects), licences, weights)
+
+
+def lineage(version: int, newest_first: Iterable[Entry]) -> tuple[int | None, tuple[Entry, ...]]:
+    """The champion when a version was made, and all acts about the version, oldest first."""
+    acts: list[Entry] = []
+    made = False
+    for entry in newest_first:
+        if made and "/champion" in entry.after:
+            before = entry.after["/champion"]
+            return before if isinstance(before, int) else None, tuple(reversed(acts))
+        if version in merges_about(entry):
+            acts.append(entry)
+        made = made or version in touched_merges(entry)
+    return None, tuple(reversed(acts))
+
+
+def licence_of(source: str, objects: ObjectStore) -> Licence | None:
+    """The licence that a resolved source states, as far as it can be read here."""
+    if source.startswith("/"):
+        # A card beside a single file may be anybody's.
+        return read_licence(Path(source)) if Path(source).is_dir() else None
+    if source.startswith((COPY_SCHEME, *MLFLOW_SCHEMES)):
+        try:
+            return _in_store(source, objects)
+        except (RestitchError, ValueError, KeyError, TypeError, AttributeError):
+            return None  # whatever is wrong with the copy, a card is not where to find it
+    name, revision = split_pin(source)
+    if revision is None or not is_hub_id(name):
+        return None
+    return _in_hub_cache(name, revision)
+
+
+def _in_store(source: str, objects: ObjectStore) -> Licence | None:
+    manifest = source.removeprefix(COPY_SCHEME)
+    if manifest == source:
+        kept = objects.lookup("source", digest_bytes(source.encode()))
+        if kept is None:
+            return None
+        manifest = kept.blob
+    files = json.loads(objects.read_blob(manifest))
+    if CARD not in files["files"]:
+        return None
+    return read_licence(objects.blob_path(files["files"][CARD]))
+
+
+def _in_hub_cache(name: str, revision: str) -> Licence | None:
+    from huggingface_hub import errors, try_to_load_from_cache
+
+    try:
+        card = try_to_load_from_cache(name, CARD, revision=revision)
+    except (errors.HFValidationError, OSError):
+        return None
+    return read_licence(Path(card)) if isinstance(card, str) else None
