@@ -177,8 +177,8 @@ def _settle(
         return _outcome(ledger, "unchanged", snapshot.settled.version, localized)
     version = record_version(ledger, snapshot, everything)
     if everything.passed:
-        action = promote(ledger, snapshot, everything, version)
-        return _outcome(ledger, action, version, localized)
+        done = promote(ledger, snapshot, everything, version)
+        return _outcome(ledger, done, version, localized)
     reject(ledger, version, everything)
     kept, held = _one_by_one(snapshot)
     # Before the rest is promoted: who is killed between them would try them all again.

@@ -91,6 +91,24 @@ class Catalog:
                 self.client.set_experiment_tag(audit, _COMPLETE_TAG, _complete(head))
         return len(pending)
 
+    def acts_shown(self, line: str) -> dict[str, str]:
+        """The digests of the audit entries that MLflow shows of a line, with the runs' names."""
+        with self._explained():
+            experiment = self.client.get_experiment_by_name(image.audit_experiment_name(line))
+            shown: dict[str, str] = {}
+            token: str | None = None
+            while experiment is not None:
+                runs = self.client.search_runs(
+                    [experiment.experiment_id], max_results=1000, page_token=token
+                )
+                for run in runs:
+                    if image.DIGEST_TAG in run.data.tags:
+                        shown[run.data.tags[image.DIGEST_TAG]] = str(run.info.run_name)
+                token = runs.token
+                if not token:
+                    break
+            return shown
+
     def run_of(self, record: MergedRecord) -> str | None:
         """The id of the run that shows a merged version, if there is one."""
         with self._explained():

@@ -6,6 +6,7 @@ applied from the first entry on (`replay`), the entries give the head itself.
 A `MergedRecord` says all about a merged version that belongs to its truth.
 """
 
+import copy
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
@@ -294,7 +295,8 @@ def replay(entries: Iterable[Entry], state: dict[str, Any] | None = None) -> dic
             owner.pop(key, None)
         for pointer, value in entry.after.items():
             owner, key = _owner(state, pointer)
-            owner[key] = value
+            # A copy: later acts change parts of it, and entries never change.
+            owner[key] = copy.deepcopy(value)
     return state
 
 

@@ -372,3 +372,17 @@ def test_a_record_is_read_as_it_was_stored(tmp_path):
     assert record(results={}).mean_normalized is None
     assert made.digest != record().digest
     assert digest("x") not in made.to_bytes().decode()
+
+
+def test_a_replay_leaves_the_entries_as_they_are():
+    """What one act put there is changed by later ones: in the state, not in the act."""
+    first = {"after": {"/tasks": {"a": {"state": "new"}}}, "before": {}}
+    second = {"after": {"/tasks/a/state": "ready"}, "before": {"/tasks/a/state": "new"}}
+    common = {"line": "line", "previous": None, "kind": "configured", "actor": "", "time": ""}
+    entries = [
+        Entry(sequence=n, reason="", **common, **changes)
+        for n, changes in enumerate((first, second), 1)
+    ]
+    before = [entry.to_bytes() for entry in entries]
+    assert replay(entries) == {"tasks": {"a": {"state": "ready"}}}
+    assert [entry.to_bytes() for entry in entries] == before
