@@ -1,0 +1,182 @@
+"""How figures become pictures: SVG for the page and PNG for everything else.
+
+A figure names its colours by `COLOURS`; in the SVG they are the page's own variables, so that
+the same picture is right on light, dark and paper. Text stays text. Identifiers carry the plot's
+name, so that several pictures live in one page. Bytes depend on the figure and the versions of
+the libraries alone.
+"""
+
+import io
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup, escape
+
+# What a colour is called on the page, and what it is on white. Series are told apart by shape
+# or by text too; the hues are those of Okabe and Ito, which most eyes can tell apart.
+COLOURS = {
+    "ink": "#1f2328",
+    "muted": "#59636f",
+    "grid": "#dfe3e8",
+    "stripe": "#f3f5f8",
+    "blue": "#0068a8",
+    "orange": "#d97f00",
+    "green": "#00855f",
+    "red": "#c4420b",
+    "pink": "#b8558f",
+    "sky": "#3f9fd6",
+    "grey": "#808a96",
+}
+
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "font.family": ["DejaVu Sans"],
+    "font.size": 8.0,
+    "text.parse_math": False,  # a dollar in a name is a dollar
+    "text.color": COLOURS["ink"],
+    "axes.edgecolor": COLOURS["grid"],
+    "axes.facecolor": "none",
+    "axes.labelcolor": COLOURS["muted"],
+    "axes.labelsize": 8.0,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "figure.facecolor": "none",
+    "grid.color": COLOURS["grid"],
+    "grid.linewidth": 0.6,
+    "legend.fontsize": 8.0,
+    "legend.frameon": False,
+    "xtick.color": COLOURS["grid"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "xtick.labelsize": 8.0,
+    "ytick.color": COLOURS["grid"],
+    "ytick.labelcolor": COLOURS["ink"],
+    "ytick.labelsize": 8.0,
+}
+# Inches: what a phone can show without making the text small.
+WIDTH = 4.8
+_POINTS_PER_INCH, _PIXELS_PER_INCH = 72.0, 96.0
+_PNG_DPI = 144
+_NAMELESS = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+_UNWANTED = re.compile(r"<metadata>.*?</metadata>|<!--.*?-->|<style[^>]*>.*?</style>", re.DOTALL)
+_UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot.
+
+    Attributes:
+        name: a short name without blanks; the picture is `<name>.png`.
+        title: what it shows.
+        description: the same in words, for who does not see it.
+        figure: a `matplotlib.figure.Figure`.
+    """
+
+    name: str
+    title: str
+    description: str
+    figure: Any
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether it needs more than the usual width to be read."""
+        return bool(self.figure.get_size_inches()[0] > 1.1 * WIDTH)
+
+
+@contextmanager
+def drawing(name: str) -> Iterator[None]:
+    """Everything about a figure happens in here: no setting of a user's reaches it.
+
+    Args:
+        name: of the plot.
+    """
+    import matplotlib as mpl
+
+    with mpl.rc_context(), warnings.catch_warnings():
+        # The browser has fonts for the letters that DejaVu has not.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        mpl.rcdefaults()
+        mpl.rcParams.update({**_SETTINGS, "svg.hashsalt": f"restitch {name}"})
+        yield
+
+
+def axes_in(
+    height: float,
+    *,
+    left: float,
+    top: float,
+    bottom: float,
+    right: float = 0.14,
+    width: float | None = None,
+) -> tuple[Any, Any]:
+    """A figure with one pair of axes in it; all sizes are inches.
+
+    Args:
+        height: of the axes.
+        left: room beside them, for what is written there; the others likewise.
+        top: above.
+        bottom: below.
+        right: beside them.
+        width: of the axes; None makes the figure as wide as all others.
+    """
+    from matplotlib.figure import Figure
+
+    width = WIDTH - left - right if width is None else width
+    size = (left + width + right, bottom + height + top)
+    figure = Figure(figsize=size)
+    place = (left / size[0], bottom / size[1], width / size[0], height / size[1])
+    return figure, figure.add_axes(place)
+
+
+def room(names: Sequence[str]) -> float:
+    """Inches that the longest of some labels takes."""
+    return 0.2 + 0.067 * max((len(label(name)) for name in names), default=0)
+
+
+def label(text: str, longest: int = 20) -> str:
+    """A text for a plot: in one line, without control characters, shortened in the middle."""
+    text = _UNPRINTABLE.sub(" ", text)
+    if len(text) <= longest:
+        return text
+    half = (longest - 1) // 2
+    return f"{text[: longest - 1 - half]}…{text[-half:]}"
+
+
+def to_png(plot: Plot) -> bytes:
+    """The plot on white."""
+    stream = io.BytesIO()
+    with drawing(plot.name):
+        plot.figure.savefig(
+            stream, format="png", dpi=_PNG_DPI, facecolor="white", metadata={"Software": None}
+        )
+    return stream.getvalue()
+
+
+def to_svg(plot: Plot) -> Markup:
+    """The plot as an element of a page."""
+    stream = io.StringIO()
+    with drawing(plot.name):
+        plot.figure.savefig(stream, format="svg", metadata=_NAMELESS)
+    drawn = stream.getvalue()
+    inner = drawn[drawn.index(">", drawn.index("<svg")) + 1 : drawn.rindex("</svg>")]
+    inner = _UNWANTED.sub("", inner)
+    inner = re.sub(r' id="[A-Za-z.]+_[0-9]+"', "", inner)  # of groups: nothing refers to them
+    inner = re.sub(r"(\bid=\"|href=\"#|url\(#)", rf"\g<1>{plot.name}-", inner)
+    inner = inner.replace("xlink:href", "href")
+    inner = re.sub(r"(font: [^;\"]*?px )[^;\"]+", r"\1var(--font)", inner)
+    for name, colour in COLOURS.items():
+        inner = inner.replace(colour, f"var(--{name})")
+    inner = re.sub(r"\s*\n\s*", "\n", inner)
+    width, height = (side * _POINTS_PER_INCH for side in plot.figure.get_size_inches())
+    shown = width / _POINTS_PER_INCH * _PIXELS_PER_INCH
+    title, text = f"{plot.name}-title", f"{plot.name}-description"
+    return Markup(
+        f'<svg role="img" aria-labelledby="{title} {text}" viewBox="0 0 {width:g} {height:g}" '
+        f'style="--width: {shown:g}px"><title id="{title}">{escape(plot.title)}</title>'
+        f'<desc id="{text}">{escape(plot.description)}</desc>{inner}</svg>'
+    )

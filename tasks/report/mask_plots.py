@@ -1,0 +1,256 @@
+"""The plots of the masks: what members have in common, and where their masks lie.
+
+Each function takes the analysis of a merged version (`tasks.analyze`) and makes one `Plot`. Heat
+maps colour by opacity over the page's own background, so they are right on light and on dark.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tasks.report.drawing import COLOURS, WIDTH, Plot, axes_in, label, room
+from tasks.report.numbers import number
+
+EVERYTHING = "all weights"
+
+_BLUE, _RED = (0.0, 0.36, 0.62), (0.72, 0.24, 0.04)
+_PARTS = ("blue", "orange", "green", "pink", "sky", "grey")
+_MOST_WITH_NUMBERS = 8  # cells of more members are too small for a number
+_MOST_IN_WIDTH = 24  # columns that fit the width of a page; more make the picture wider
+_SCALE_ROOM = 2.6  # inches
+
+
+def jaccard_plot(analysis: Mapping[str, Any]) -> Plot | None:
+    """The Jaccard index of each pair of masks."""
+    pairs = _pairs(analysis, "jaccard")
+    if not pairs:
+        return None
+    highest = max(value for *_, value in pairs)
+    return Plot(
+        "jaccard",
+        "Jaccard index of the masks",
+        f"Common coordinates over all coordinates of two masks, for {len(pairs)} pairs of "
+        f"members: {_range_in_words(pairs)}.",
+        _square(analysis, "jaccard", highest or 1.0),
+    )
+
+
+def cosine_plot(analysis: Mapping[str, Any]) -> Plot | None:
+    """The cosine of each pair of masked task vectors."""
+    pairs = _pairs(analysis, "cosine")
+    if not pairs:
+        return None
+    return Plot(
+        "cosine",
+        "Cosine of the masked task vectors",
+        f"Cosine of what two members change, each at its own mask, for {len(pairs)} pairs of "
+        f"members: {_range_in_words(pairs)}.",
+        _square(analysis, "cosine", max(abs(value) for *_, value in pairs) or 1.0),
+    )
+
+
+def layers_plot(analysis: Mapping[str, Any]) -> Plot | None:
+    """The share of every mask in every layer, beside that of all weights."""
+    found = _shares(analysis, "by_layer")
+    if not found:
+        return None
+    layers = analysis["places"]["layers"]
+    rows = [[share.get(layer, 0.0) for layer in layers] for share in found.values()]
+    highest = max(value for row in rows for value in row)
+    return Plot(
+        "layers",
+        "Where the masks lie: layers",
+        f"The share of each of {len(rows) - 1} masks in each of {len(layers)} layers, and that "
+        f"of all weights of the tensors that masks touch. The largest share is "
+        f"{number(highest)}.",
+        _heat_map(rows, list(found), layers, highest, cell=0.26, numbers=False),
+    )
+
+
+def components_plot(analysis: Mapping[str, Any]) -> Plot | None:
+    """The share of every mask in every component, beside that of all weights."""
+    found = _shares(analysis, "by_component")
+    if not found:
+        return None
+    parts, names = analysis["places"]["components"], list(found)
+    figure, axes = axes_in(len(names) * 0.26, left=room(names), right=0.2, top=0.55, bottom=0.5)
+    start = [0.0] * len(names)
+    for part, colour in zip(parts, _PARTS, strict=False):
+        widths = [share.get(part, 0.0) for share in found.values()]
+        axes.barh(range(len(names)), widths, 0.72, left=start, color=COLOURS[colour], label=part)
+        start = [a + b for a, b in zip(start, widths, strict=True)]
+    axes.set_yticks(range(len(names)), [label(name) for name in names])
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlabel("share of the mask")
+    handles, told = axes.get_legend_handles_labels()
+    columns = len(parts) if len(parts) <= 4 else 3
+    figure.legend(handles, told, loc="upper center", ncols=columns, handlelength=1)
+    means = {
+        part: sum(share.get(part, 0.0) for name, share in found.items() if name != EVERYTHING)
+        / (len(found) - 1)
+        for part in parts
+    }
+    return Plot(
+        "components",
+        "Where the masks lie: components",
+        f"The share of each of {len(names) - 1} masks by component, and that of all weights of "
+        "the tensors that masks touch. On average over the masks: "
+        + ", ".join(f"{part} {number(mean)}" for part, mean in means.items())
+        + ".",
+        figure,
+    )
+
+
+def owners_plot(analysis: Mapping[str, Any]) -> Plot | None:
+    """How many coordinates are chosen by exactly 1, 2, 3, ... masks."""
+    from matplotlib.ticker import NullLocator
+
+    owners = analysis["owners"]
+    if not sum(owners):
+        return None
+    # Those that nothing has are not drawn; a scale of powers could not.
+    last = max(i for i, count in enumerate(owners) if count) + 1
+    figure, axes = axes_in(1.9, left=1.05, top=0.3, bottom=0.5)
+    places = list(range(1, last + 1))
+    counts = owners[:last]
+    axes.bar(places, counts, 0.75, color=COLOURS["sky"])
+    smallest = min(count for count in counts if count)
+    if max(counts) > 50 * smallest:
+        axes.set_yscale("log")
+        axes.set_ylim(smallest / 2, max(counts) * 3)
+    else:
+        axes.set_ylim(0, max(counts) * 1.15)
+    axes.yaxis.set_major_formatter(lambda value, _: number(round(value)))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_xlim(0.4, max(last, 2) + 0.6)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.grid(axis="y")
+    if last <= 6:
+        for place, count in zip(places, counts, strict=True):
+            axes.annotate(
+                number(count),
+                (place, max(count, smallest)),
+                xytext=(0, 3),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7.5,
+            )
+    axes.set_xlabel("members that choose a coordinate")
+    axes.set_ylabel("coordinates")
+    told = ", ".join(f"{place}: {number(count)}" for place, count in enumerate(owners[:12], 1))
+    return Plot(
+        "owners",
+        "How many members share a coordinate",
+        f"Coordinates by how many members choose them. {told}"
+        + (" and so on." if len(owners) > 12 else "."),
+        figure,
+    )
+
+
+def _pairs(analysis: Mapping[str, Any], name: str) -> list[tuple[str, str, float]]:
+    """The pairs of members that have a value, largest first."""
+    tasks, matrix = analysis["tasks"], analysis[name]
+    found = [
+        (tasks[i], tasks[j], matrix[i][j])
+        for i in range(len(tasks))
+        for j in range(i)
+        if matrix[i][j] is not None
+    ]
+    return sorted(found, key=lambda pair: -pair[2])
+
+
+def _range_in_words(pairs: Sequence[tuple[str, str, float]]) -> str:
+    (a, b, high), (*_, low) = pairs[0], pairs[-1]
+    middle = pairs[len(pairs) // 2][2]
+    return (
+        f"from {number(low)} to {number(high)} ({label(a)} and {label(b)}), median {number(middle)}"
+    )
+
+
+def _shares(analysis: Mapping[str, Any], group: str) -> dict[str, dict[str, float]]:
+    places = analysis["places"][group]
+    found = {task: places["tasks"][task] for task in analysis["tasks"] if places["tasks"][task]}
+    return {**found, EVERYTHING: places["all"]} if found else {}
+
+
+def _square(analysis: Mapping[str, Any], name: str, highest: float) -> Any:
+    tasks = analysis["tasks"]
+    rows = [
+        [None if i == j else value for j, value in enumerate(row)]
+        for i, row in enumerate(analysis[name])
+    ]
+    cell = min(0.42, max(0.17, 3.1 / len(tasks)))
+    few = len(tasks) <= _MOST_WITH_NUMBERS
+    return _heat_map(rows, tasks, tasks, highest, cell=cell, numbers=few)
+
+
+def _heat_map(
+    rows: Sequence[Sequence[float | None]],
+    down: Sequence[str],
+    across: Sequence[str],
+    highest: float,
+    *,
+    cell: float,
+    numbers: bool,
+) -> Any:
+    """Cells that are the more opaque the larger they are: blue above zero, red below."""
+    import numpy as np
+
+    pixels = np.zeros((len(rows), len(across), 4))
+    for i, row in enumerate(rows):
+        for j, value in enumerate(row):
+            if value is not None:
+                strength = min(abs(value) / highest, 1.0) if highest else 0.0
+                pixels[i, j] = (*(_BLUE if value >= 0 else _RED), 0.04 + 0.96 * strength)
+    left, turned = room(down), any(len(name) > 3 for name in across)
+    width = cell * len(across)
+    if len(across) <= _MOST_IN_WIDTH:
+        width = min(width, WIDTH - left - 0.14)
+    figure, axes = axes_in(
+        cell * len(rows),
+        left=left,
+        # The scale above needs its room, however few cells there are.
+        right=max(0.14, _SCALE_ROOM - left - width),
+        top=0.4,
+        bottom=room(across) if turned else 0.3,
+        width=width,
+    )
+    axes.imshow(pixels, interpolation="none", aspect="auto")
+    axes.set_yticks(range(len(down)), [label(name) for name in down])
+    shown = range(0, len(across), 1 if turned else max(1, round(0.24 * len(across) / width)))
+    axes.set_xticks(shown, [label(across[i]) for i in shown], rotation=90 if turned else 0)
+    axes.tick_params(length=0, labelcolor=COLOURS["ink"])
+    for side in ("left", "bottom"):
+        axes.spines[side].set_visible(False)
+    if numbers:
+        _write_numbers(axes, rows, highest)
+    _scale(figure, highest, signed=any(v is not None and v < 0 for row in rows for v in row))
+    return figure
+
+
+def _write_numbers(axes: Any, rows: Sequence[Sequence[float | None]], highest: float) -> None:
+    for i, row in enumerate(rows):
+        for j, value in enumerate(row):
+            if value is not None:
+                strong = abs(value) / highest > 0.5
+                colour = "#ffffff" if strong else COLOURS["ink"]
+                axes.text(j, i, number(value), ha="center", va="center", fontsize=6, color=colour)
+
+
+def _scale(figure: Any, highest: float, *, signed: bool) -> None:
+    """What the colours mean: a strip above the picture."""
+    import numpy as np
+
+    width, height = figure.get_size_inches()
+    lowest = -highest if signed else 0.0
+    values = np.linspace(lowest, highest, 64)
+    strip = np.zeros((1, 64, 4))
+    strip[0, :, :3] = np.where(values[:, None] >= 0, _BLUE, _RED)
+    strip[0, :, 3] = 0.04 + 0.96 * np.abs(values) / (highest or 1.0)
+    place = ((width - 1.75) / width, 1 - 0.2 / height, 1.15 / width, 0.1 / height)
+    axes = figure.add_axes(place)
+    axes.imshow(strip, interpolation="none", aspect="auto")
+    axes.set_axis_off()
+    for text, at, side in ((number(lowest), -0.04, "right"), (number(highest), 1.04, "left")):
+        axes.text(at, 0.5, text, ha=side, va="center", fontsize=7, transform=axes.transAxes)

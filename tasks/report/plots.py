@@ -1,0 +1,183 @@
+"""The plots of results over tasks and over versions: one function makes one `Plot`.
+
+Each takes plain JSON values as the commands print them and says in words what it shows. What was
+not measured is left out of the picture. See `tasks.report.mask_plots` for those of the masks.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tasks.report.drawing import COLOURS, Plot, axes_in, label, room
+from tasks.report.numbers import number
+
+# What is compared on a task, in the order of the rows' marks: colour and shape.
+SERIES = {
+    "base": ("grey", "s"),
+    "finetuned": ("blue", "D"),
+    "grafted": ("orange", "^"),
+    "merged": ("green", "o"),
+}
+_MOST_IN_WORDS = 12
+
+
+def results_plot(results: Mapping[str, Any]) -> Plot | None:
+    """Base, finetuned, grafted and merged value of every task, with their intervals."""
+    known = [n for n in SERIES if any(r.get(n) is not None for r in results.values())]
+    if not known:
+        return None
+    tasks = list(results)
+    row = 0.34 if len(tasks) <= 20 else 0.26
+    figure, axes = axes_in(row * len(tasks), left=room(tasks), top=0.36, bottom=0.5)
+    for index in range(0, len(tasks), 2):
+        axes.axhspan(index - 0.5, index + 0.5, color=COLOURS["stripe"], linewidth=0, zorder=0)
+    for place, name in enumerate(known):
+        offset = (place - (len(known) - 1) / 2) * 0.8 / len(known)
+        points = [(i, results[t]) for i, t in enumerate(tasks) if results[t].get(name) is not None]
+        _marks(axes, name, [(i + offset, r[name], _interval_of(r, name)) for i, r in points])
+    axes.set_yticks(range(len(tasks)), [label(task) for task in tasks])
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.grid(axis="x")
+    metrics = sorted({str(r.get("metric") or "accuracy") for r in results.values()})
+    axes.set_xlabel(label(" or ".join(metrics)))
+    # Ordered by hand: a legend sorts by the kind of mark otherwise.
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="upper center", ncols=len(known), handletextpad=0.2)
+    merged = [(t, r["merged"]) for t, r in results.items() if r.get("merged") is not None]
+    return Plot(
+        "results",
+        "Every task before and after merging",
+        f"For {len(tasks)} tasks: {', '.join(known)}, with 95 % intervals where they are known. "
+        f"Merged: {_in_words(merged)}. The table below has all values.",
+        figure,
+    )
+
+
+def _marks(
+    axes: Any, name: str, marks: Sequence[tuple[float, float, tuple[float, float] | None]]
+) -> None:
+    colour, shape = COLOURS[SERIES[name][0]], SERIES[name][1]
+    ranged = [(y, span) for y, _, span in marks if span is not None]
+    axes.hlines(
+        [y for y, _ in ranged],
+        [span[0] for _, span in ranged],
+        [span[1] for _, span in ranged],
+        color=colour,
+        linewidth=1.3,
+        alpha=0.75,
+    )
+    y, x = [mark[0] for mark in marks], [mark[1] for mark in marks]
+    axes.plot(x, y, shape, color=colour, markersize=5 if name == "merged" else 4, label=name)
+
+
+def _interval_of(result: Mapping[str, Any], name: str) -> tuple[float, float] | None:
+    intervals = result.get("intervals") or {}
+    found = result.get("interval") if name == "merged" else intervals.get(name)
+    return None if found is None else (found["low"], found["high"])
+
+
+def retention_plot(
+    version: Mapping[str, Any], versions: Sequence[Mapping[str, Any]]
+) -> Plot | None:
+    """Retention over versions, with the interval of the version that the page is about."""
+    points = _with(versions, "retention")
+    if not points:
+        return None
+    figure, axes = axes_in(2.1, left=0.62, top=0.36, bottom=0.5)
+    axes.axhline(1.0, color=COLOURS["grey"], linewidth=1, linestyle=(0, (4, 3)))
+    # The line goes through what could be in use.
+    good = [v for v in points if v["passed"]]
+    x, y = [v["version"] for v in good], [v["retention"] for v in good]
+    axes.plot(x, y, "-", color=COLOURS["sky"], linewidth=1.2)
+    span = (version.get("retention") or {}).get("ratio_interval")
+    if span is not None:
+        at = [version["version"]]
+        axes.vlines(at, [span["low"]], [span["high"]], color=COLOURS["green"], linewidth=1.5)
+    _mark_versions(figure, axes, version["version"], points, "version", "retention")
+    axes.set_xlabel("version")
+    axes.set_ylabel("retention (1: that of the base)")
+    axes.grid(axis="y")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    _widen(axes)
+    words = [(f"version {v['version']}", v["retention"]) for v in points]
+    return Plot(
+        "retention",
+        "Retention over versions",
+        f"Retention of {len(points)} versions, oldest first: "
+        f"{_in_words(words)}. The dashed line is the base.",
+        figure,
+    )
+
+
+def tradeoff_plot(version: Mapping[str, Any], versions: Sequence[Mapping[str, Any]]) -> Plot | None:
+    """Accuracy over the tasks against retention: one mark per version."""
+    points = _with(versions, "retention", "mean_accuracy")
+    if not points:
+        return None
+    figure, axes = axes_in(2.1, left=0.62, top=0.36, bottom=0.5)
+    _mark_versions(figure, axes, version["version"], points, "retention", "mean_accuracy")
+    axes.set_xlabel("retention (1: that of the base)")
+    axes.set_ylabel("mean accuracy over its tasks")
+    axes.grid()
+    _widen(axes)
+    words = [(f"version {v['version']}", v["mean_accuracy"]) for v in points]
+    return Plot(
+        "tradeoff",
+        "Accuracy against retention, every version",
+        f"Mean accuracy over the tasks of each of {len(points)} versions against its retention. "
+        f"Mean accuracy: {_in_words(words)}.",
+        figure,
+    )
+
+
+def _mark_versions(
+    figure: Any, axes: Any, this: int, points: Sequence[Mapping[str, Any]], x: str, y: str
+) -> None:
+    """Marks by what became of a version; this one, the champion and the candidate are named."""
+    kinds = (
+        ("passed its gates", "blue", "o", [p for p in points if p["passed"]]),
+        ("failed a gate", "red", "X", [p for p in points if not p["passed"]]),
+        ("this version", "green", "D", [p for p in points if p["version"] == this]),
+    )
+    for name, colour, shape, chosen in kinds:
+        if chosen:
+            own = {"markersize": 8 if name == "this version" else 5, "zorder": 3}
+            at = [p[x] for p in chosen], [p[y] for p in chosen]
+            axes.plot(*at, shape, color=COLOURS[colour], label=name, **own)
+    for point in points:
+        names = [str(point["role"])] if point["role"] else []
+        if point["version"] == this or names:
+            text = " ".join([str(point["version"]), *names])
+            axes.annotate(
+                text,
+                (point[x], point[y]),
+                xytext=(0, 7),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7.5,
+                zorder=4,
+            )
+    handles, names = axes.get_legend_handles_labels()
+    figure.legend(handles, names, loc="upper center", ncols=3, handletextpad=0.2)
+
+
+def _widen(axes: Any) -> None:
+    # Room for the names beside the outermost marks; one version alone has no extent at all.
+    axes.margins(x=0.12, y=0.18)
+    for low, high, widen in (
+        (*axes.get_xlim(), axes.set_xlim),
+        (*axes.get_ylim(), axes.set_ylim),
+    ):
+        if high - low < 1e-3:
+            widen(low - 0.01, high + 0.01)
+
+
+def _with(versions: Sequence[Mapping[str, Any]], *names: str) -> list[Mapping[str, Any]]:
+    """The versions, oldest first, that have a value under all of these names."""
+    return [v for v in reversed(versions) if all(v.get(name) is not None for name in names)]
+
+
+def _in_words(values: Sequence[tuple[str, float]]) -> str:
+    told = [f"{name} {number(value)}" for name, value in values[:_MOST_IN_WORDS]]
+    rest = len(values) - len(told)
+    return ", ".join(told) + (f" and {rest} more" if rest else "")
