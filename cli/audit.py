@@ -1,6 +1,7 @@
 """The commands of an auditor, and the decisions that people make about a line."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,28 +37,42 @@ def history(
 
     Times are UTC unless they say otherwise.
     """
-    from cli import audit_views as views
+    from cli.moments import moment, start_of
+    from flows import audit
 
     narrowed = [name for name in (task, event, since, until) if name is not None]
     if (as_of is not None) + versions + bool(narrowed) > 1:
         raise typer.BadParameter("--as-of, --versions and filters of acts exclude each other")
     if as_of is not None:
-        show_result(views.as_of(line, views.moment(as_of)), as_json, render.as_of)
+        show_result(audit.as_of(line, moment(as_of)), as_json, render.as_of)
     elif versions:
-        show_result(views.versions(line), as_json, render.versions)
+        show_result(audit.versions(line), as_json, render.versions)
     else:
-        first = None if since is None else views.start_of(since)
-        last = None if until is None else views.moment(until)
-        wanted = views.Wanted(task, event, first, last)
-        show_result(views.history(line, wanted), as_json, render.history)
+        first = None if since is None else start_of(since)
+        last = None if until is None else moment(until)
+        wanted = audit.Wanted(task, event, first, last)
+        show_result(audit.history(line, wanted), as_json, render.history)
 
 
 @app.command()
 def show(line: Line, version: Version = "champion", as_json: Json = False) -> None:
     """Show one merged version: recipe, members, results, retention, gates, cost, links."""
-    from cli.audit_views import show as view
+    from flows.audit import show as view
 
     show_result(view(line, version), as_json, render.show)
+
+
+@app.command()
+def report(
+    line: Line,
+    version: Version,
+    out: Annotated[Path, typer.Argument(help="A folder, or a file that ends with .html.")],
+    as_json: Json = False,
+) -> None:
+    """Write the report of a merged version: one page that needs no network, and its plots."""
+    from flows.report import write_report
+
+    show_result(write_report(line, version, out).as_dict(), as_json, render.reported)
 
 
 @app.command()
@@ -71,7 +86,7 @@ def diff(line: Line, a: Version, b: Version = "champion", as_json: Json = False)
 @app.command()
 def why(line: Line, task: Task, as_json: Json = False) -> None:
     """Show how a task came to its accuracy over the versions, and which merge changed it."""
-    from cli.audit_views import why as view
+    from flows.audit import why as view
 
     show_result(view(line, task), as_json, render.why)
 

@@ -114,6 +114,16 @@ def show(found: Values, out: Console) -> None:
 _MAKERS = (("by", "actor"), ("on", "host"), ("as", "worker"))
 
 
+def reported(found: Values, out: Console) -> None:
+    """What was written."""
+    pages = len(found["files"]) - 1
+    plots = f" with {pages} plots" if pages else ""
+    _say(
+        out,
+        f"{found['line']} version {found['version']}: {found['out']}/{found['files'][0]}{plots}",
+    )
+
+
 def diff(found: Values, out: Console) -> None:
     """What one version has otherwise than another."""
     _say(out, f"{found['line']}: version {found['b']} against version {found['a']}")

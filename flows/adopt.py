@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from flows.declare import declared_spec, present, resolved
+from flows.report import mirror
 from merging.errors import BadInput, RestitchError, Unavailable
 from modeling.family import get_family
 from registry.catalog import without_credentials
@@ -35,7 +36,6 @@ from registry.ledger import Ledger
 from registry.specs import TaskSpec, parse_task
 from tasks.inputs import same_task
 from tasks.models import describe_model
-from tasks.publish import mirror
 from tasks.reporting import say, warn
 from tasks.workspace import Workspace, actor, workspace
 

@@ -13,13 +13,13 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
 from flows.remerge import RemergeOutcome, remerge
+from flows.report import mirror
 from flows.versions import find_version
 from merging.errors import BadInput, GateFailed
 from registry.head import Head, State
 from registry.history import Kind, MergedRecord
 from registry.ledger import Act, Ledger
 from tasks.orchestration import has_workers, start_run
-from tasks.publish import mirror
 from tasks.reporting import say, warn
 from tasks.workspace import actor, workspace
 

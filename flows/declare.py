@@ -10,13 +10,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from flows.report import mirror
 from merging.errors import BadInput
 from modeling.family import get_family
 from registry.head import Head, ModelRef, State, Task
 from registry.ledger import Ledger
 from registry.specs import TaskSpec, load_task
 from tasks.inputs import check_rows, resolve_task, same_task
-from tasks.publish import mirror
 from tasks.reporting import say
 from tasks.workspace import Workspace, actor, workspace
 

@@ -33,7 +33,7 @@ def diff(line: str, a: str, b: str) -> dict[str, Any]:
         "a": first.version,
         "b": second.version,
         **differences_of(space.objects, first, second),
-        "weights": _weights(space.objects, first, second),
+        "weights": weights_of(space.objects, first, second),
     }
 
 
@@ -121,7 +121,7 @@ def _value(result: TaskResult | Retention | None) -> float | None:
     return result.top1 if isinstance(result, Retention) else result.merged
 
 
-def _weights(objects: ObjectStore, first: MergedRecord, second: MergedRecord) -> dict[str, Any]:
+def weights_of(objects: ObjectStore, first: MergedRecord, second: MergedRecord) -> dict[str, Any]:
     """How many weights differ, by layer and by component."""
     patches = [SparseFile.open(objects.blob_path(record.patch)) for record in (first, second)]
     by_tensor = count_differences(*patches)

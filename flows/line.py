@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from flows.report import mirror
 from merging.errors import BadInput, CannotJoin
 from merging.methods import get_method, resolve_settings
 from merging.task_vector import TaskVector
@@ -14,7 +15,6 @@ from registry.sources import COPY_SCHEME
 from registry.specs import LineSpec, TaskSpec, line_changes, load_line
 from tasks.inputs import check_rows, resolve_task
 from tasks.models import Base, describe_model, open_base
-from tasks.publish import mirror
 from tasks.refs import LineRef
 from tasks.workspace import actor, workspace
 

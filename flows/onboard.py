@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from flows.adopt import adopt_one
+from flows.report import mirror
 from merging.digests import digest_json
 from merging.errors import BadInput, CannotJoin, RestitchError
 from registry.attempts import Attempt, Attempts
@@ -34,7 +35,6 @@ from tasks.orchestration import (
     run_ended,
     this_run,
 )
-from tasks.publish import mirror
 from tasks.refs import DeltaRef, LineRef, ResultRef, Validated, WeightsRef
 from tasks.reporting import say, warn
 from tasks.validate import validate

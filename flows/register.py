@@ -16,6 +16,7 @@ from typing import Any
 from flows.declare import present, resolve_spec
 from flows.onboard import OnboardOutcome, onboard
 from flows.remerge import RemergeOutcome, remerge
+from flows.report import mirror
 from merging.errors import CannotJoin, GateFailed, Unavailable
 from modeling.family import get_family
 from registry.head import Head, ModelRef, ModelVersion
@@ -25,7 +26,6 @@ from registry.specs import TaskSpec
 from tasks.inputs import same_task
 from tasks.models import describe_model, open_base
 from tasks.orchestration import MODEL_REGISTERED, announce, has_workers
-from tasks.publish import mirror
 from tasks.refs import LineRef
 from tasks.reporting import say, working
 from tasks.workspace import actor, workspace

@@ -16,6 +16,7 @@ from flows.adopt import adopt
 from flows.candidates import Candidate, make_candidate
 from flows.gates import Check
 from flows.onboard import attempts_at, died_at, is_outdated, onboard
+from flows.report import mirror
 from flows.snapshot import Snapshot, localized_models, take_snapshot
 from merging.digests import digest_json
 from merging.errors import GateFailed, RestitchError, Unavailable
@@ -27,7 +28,7 @@ from tasks.deaths import mark_silent_runs
 from tasks.engine import flow
 from tasks.models import check_device
 from tasks.orchestration import has_workers, is_queued, is_workers_run, start_run
-from tasks.publish import mirror, run_link
+from tasks.publish import run_link
 from tasks.reporting import say, warn
 from tasks.turn import turn
 from tasks.workspace import workspace

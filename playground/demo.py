@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 from rich.console import Console
 
-from cli import render
+from cli import render, render_audit
 from cli.reporter import TerminalReporter
 from deployments.stack import down, up
 from merging.errors import RestitchError, Unavailable
@@ -160,11 +160,11 @@ class Watch:
 
 def finish(state: Path, line: str, out: Console) -> None:
     """Show the line's history and export the champion."""
-    from cli.views import history
+    from flows.audit import versions
     from flows.export import export_version
 
     out.rule("5. the line")
-    render.history(history(line), out)
+    render_audit.versions(versions(line), out)
     exported = export_version(line, "champion", state / "champion", overwrite=True)
     render.exported(exported.as_dict(), out)
 

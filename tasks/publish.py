@@ -3,7 +3,7 @@
 import time
 
 from merging.errors import Unavailable
-from registry.catalog import without_credentials
+from registry.catalog import Extras, without_credentials
 from tasks.engine import step
 from tasks.reporting import warn
 from tasks.workspace import workspace
@@ -14,11 +14,15 @@ _away_until: dict[str, float] = {}
 
 
 @step("log")
-def mirror(line: str) -> bool:
+def mirror(line: str, extras: Extras | None = None) -> bool:
     """Write to MLflow what is missing there.
 
     The store already holds the truth, so a server that is away stops nothing: it is said, and
     the next remerge completes the image.
+
+    Args:
+        line: the line's name.
+        extras: further artifacts of a merged version, by path.
 
     Returns:
         Whether the image is complete.
@@ -28,7 +32,7 @@ def mirror(line: str) -> bool:
     if started < _away_until.get(address, 0.0):
         return False
     try:
-        space.catalog.repair(space.ledger(line))
+        space.catalog.repair(space.ledger(line), extras=extras)
     except Unavailable as error:
         now = time.monotonic()
         if now - started > PATIENCE:

@@ -1,4 +1,4 @@
-"""What `history`, `show` and `why` answer, as plain JSON values, from the store alone.
+"""What an auditor asks of a line, answered as plain JSON values from the store alone.
 
 Neither MLflow nor the engine is ever needed here: an auditor gets the answer when every
 server is away.
@@ -6,10 +6,10 @@ server is away.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, time
+from datetime import datetime
 from typing import Any, get_args
 
-from cli.links import links
+from flows.links import links
 from flows.versions import find_version
 from merging.errors import BadInput
 from registry.fates import merges_about, touched_models
@@ -106,15 +106,19 @@ def show(line: str, version: str) -> dict[str, Any]:
     """One merged version whole."""
     ledger = workspace(to_write=False).ledger(line)
     head = ledger.head()
-    number = find_version(head, version)
-    record = ledger.merged(number)
+    record = ledger.merged(find_version(head, version))
+    digest = head.versions[record.version]
+    return {**whole(head, record), "links": links(line, digest, record.made_by)}
+
+
+def whole(head: Head, record: MergedRecord) -> dict[str, Any]:
+    """All that is kept of a merged version, and what it is now."""
     return {
         **record.to_json(),
-        "role": _role(head, number),
+        "role": _role(head, record.version),
         "mean_accuracy": record.mean_accuracy,
         "mean_normalized": record.mean_normalized,
-        "digest": head.versions[number],
-        "links": links(line, head.versions[number], record.made_by),
+        "digest": head.versions[record.version],
     }
 
 
@@ -156,31 +160,6 @@ def why(line: str, task: str) -> dict[str, Any]:
         )
         before = record
     return {"line": line, "task": task, "champion": head.champion, "versions": steps}
-
-
-def moment(text: str) -> datetime:
-    """A time that a user gave; a date alone is its end, without a zone it is UTC.
-
-    Raises:
-        BadInput: it is not a time.
-    """
-    try:
-        found = datetime.fromisoformat(text.strip())
-    except ValueError:
-        raise BadInput(
-            f"{text!r} is not a time", expected="for instance 2026-03-03 or 2026-03-03T14:30:00Z"
-        ) from None
-    if len(text.strip()) <= len("2026-03-03"):
-        found = datetime.combine(found.date(), time.max)
-    return found if found.tzinfo is not None else found.replace(tzinfo=UTC)
-
-
-def start_of(text: str) -> datetime:
-    """The same for the beginning of a span: a date alone is its first moment."""
-    found = moment(text)
-    if len(text.strip()) <= len("2026-03-03"):
-        found = datetime.combine(found.date(), time.min, tzinfo=found.tzinfo)
-    return found
 
 
 def _acts(ledger: Ledger) -> Iterator[tuple[Entry, int | None]]:
