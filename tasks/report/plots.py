@@ -99,6 +99,9 @@ def retention_plot(
     axes.grid(axis="y")
     axes.xaxis.get_major_locator().set_params(integer=True)
     _widen(axes)
+    numbers = [v["version"] for v in points]
+    beside = max(0.6, 0.1 * (max(numbers) - min(numbers)))
+    axes.set_xlim(min(numbers) - beside, max(numbers) + beside)
     words = [(f"version {v['version']}", v["retention"]) for v in points]
     return Plot(
         "retention",
@@ -135,8 +138,8 @@ def _mark_versions(
 ) -> None:
     """Marks by what became of a version; this one, the champion and the candidate are named."""
     kinds = (
-        ("passed its gates", "blue", "o", [p for p in points if p["passed"]]),
-        ("failed a gate", "red", "X", [p for p in points if not p["passed"]]),
+        ("not blocked by a gate", "blue", "o", [p for p in points if p["passed"]]),
+        ("blocked by a gate", "red", "X", [p for p in points if not p["passed"]]),
         ("this version", "green", "D", [p for p in points if p["version"] == this]),
     )
     for name, colour, shape, chosen in kinds:

@@ -11,6 +11,7 @@ from tasks import analyze as module
 from tasks.analyze import analyze, places_of
 from tasks.engine import Cached
 from tasks.refs import LineRef
+from tasks.report import ReportInput, render
 from tests.conftest import Three
 from tests.shell import Shell
 from tests.worlds import SKILLS
@@ -24,8 +25,10 @@ def line_and_record(shell: Shell) -> tuple[LineRef, MergedRecord]:
 
 @pytest.fixture
 def home(three: Three, tmp_path: Path) -> Shell:
-    """A home of one's own with three members in its champion."""
-    return Shell(Path(shutil.copytree(three.shell.home, tmp_path / "home")))
+    """A home of one's own with three members in its champion, and no analysis yet."""
+    home = Path(shutil.copytree(three.shell.home, tmp_path / "home"))
+    shutil.rmtree(home / "store" / "keys" / "analysis", ignore_errors=True)
+    return Shell(home)
 
 
 def test_it_says_what_masks_share_and_where_they_lie(home: Shell) -> None:
@@ -81,6 +84,25 @@ def test_nobody_is_a_member_of_the_base_alone(home: Shell) -> None:
         found = analyze(line, record.model_copy(update={"members": {}}))
     assert found["tasks"] == found["owners"] == []
     assert found["places"]["by_layer"] == {"tasks": {}, "all": {}}
+
+
+def test_the_report_takes_what_the_commands_print(home: Shell) -> None:
+    line, record = line_and_record(home)
+    shown = home.json("show", "demo", record.version)
+    acts = home.json("history", "demo")["acts"]
+    with home.inside():
+        analysis = analyze(line, record)
+    found = ReportInput(
+        version=shown,
+        versions=home.json("history", "demo", "--versions")["versions"],
+        changes=home.json("diff", "demo", record.version - 1, record.version),
+        acts=[act for act in acts if record.version in act["versions"]],
+        analysis=analysis,
+    )
+    report = render(found)
+    for field in ("results.colour.merged", "retention.ratio", "changes.weights.differ"):
+        assert f'data-field="{field}"' in report.html
+    assert len(report.plots) == 8
 
 
 def test_layers_of_two_towers_are_told_apart() -> None:
