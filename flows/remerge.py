@@ -167,8 +167,7 @@ def _settle(
     ledger: Ledger, snapshot: Snapshot, localized: tuple[str, ...], force: bool
 ) -> RemergeOutcome:
     """Merge all members; where that fails, keep those whose joining does not."""
-    if snapshot.is_settled and not force:
-        assert snapshot.settled is not None
+    if snapshot.settled is not None and not force:
         version = snapshot.settled.version
         say(f"{ledger.line}: nothing changed since version {version}")
         return _outcome(ledger, "unchanged", version, localized)

@@ -41,20 +41,18 @@ class Snapshot:
         """The line's limits."""
         return Gates(**self.head.spec.gates.to_json())
 
-    @property
-    def settled(self) -> MergedRecord | None:
-        """The version that a remerge brings up to date."""
-        return self.newest if self.head.pinned else self.champion
-
     @cached_property
-    def is_settled(self) -> bool:
-        """Whether the version in use is the merge of these members.
+    def settled(self) -> MergedRecord | None:
+        """The version that is the merge of these members already, so that none need be made.
 
-        A newer one that failed its gates changes nothing about that. Where promotion is
-        switched off, the newest version has to be the merge of these members instead.
+        It is the version in use, or, where promotion is switched off, the newest one. A newer
+        one that failed its gates changes nothing about that.
         """
         recipe = make_recipe(self.line, self.members).digest()
-        return self.settled is not None and is_merge_of(self.settled, recipe, self.members)
+        for record in (self.champion, self.newest if self.head.pinned else None):
+            if record is not None and is_merge_of(record, recipe, self.members):
+                return record
+        return None
 
     @cached_property
     def champion_members(self) -> tuple[Member, ...]:

@@ -1,6 +1,6 @@
 """A line with a life, and an audit of it: every question, checked against what was done.
 
-    python -m playground.audited [--state .demo/audited] [--size small|demo]
+    python -m playground.audited [--state .demo/audited] [--world DIR]
 
 Models join, one takes the place of another, one fails a gate and is promoted past it by hand,
 a version is rolled back, models are retired and restored, a broken one is quarantined. Then
@@ -35,7 +35,7 @@ from playground.make import World, make_world
 from registry.home import Home, prepare_environment
 
 LINE = "audited"
-GATES = {"min_retention": 0.3, "max_task_drop": 0.2, "warn": ["max_task_drop"]}
+GATES = {"min_retention": 0.9, "max_task_drop": 0.2, "warn": ["max_task_drop"]}
 
 
 @dataclass(frozen=True)
@@ -105,10 +105,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m playground.audited")
     parser.add_argument("--state", type=Path, default=Path(".demo/audited"))
     parser.add_argument("--world", type=Path, help="a world that is there, or where to make it")
-    parser.add_argument("--size", choices=("demo", "small"), default="demo")
     options = parser.parse_args(arguments)
     state = options.state.absolute()
-    world = make_world(options.world or state.parent / "world", options.size)
+    world = make_world(options.world or state.parent / "world", "demo")
     checks = run(world, state)
     out = Console(width=130, highlight=False)
     table = Table("question", "answer", "", box=None)
@@ -132,7 +131,7 @@ def run(world: World, state: Path) -> list[Check]:
 
 
 def live(world: World, folder: Path) -> Life:
-    """Twenty decisions and what follows from them."""
+    """What is done to the line, and what must follow from it."""
     life = Life(world, folder)
     first, second, third = _files(world, folder)
     joined = ("registered", "localized", "merged", "promoted")
@@ -187,15 +186,15 @@ def live(world: World, folder: Path) -> Life:
     life.do(
         "the wreck is retired",
         *("retire", LINE, "wreck", "--reason", "it wrecks the rest"),
-        kinds=("retired", "merged"),
+        kinds=("retired",),
         champion=4,
         members=newer,
     )
     life.do(
         "promotion is automatic again",
         *("unpin", LINE, "--reason", "the wreck is gone"),
-        kinds=("unpinned", "promoted"),
-        champion=6,
+        kinds=("unpinned",),
+        champion=4,
         members=newer,
     )
     rest = {task: version for task, version in newer.items() if task != second}
@@ -203,21 +202,21 @@ def live(world: World, folder: Path) -> Life:
         f"{second} is retired",
         *("retire", LINE, second, "--reason", "its data was withdrawn"),
         kinds=("retired", "merged", "promoted"),
-        champion=7,
+        champion=6,
         members=rest,
     )
     life.do(
         f"{second} is restored",
         *("restore", LINE, second, "--reason", "its data may be used"),
         kinds=("restored", "merged", "promoted"),
-        champion=8,
+        champion=7,
         members=newer,
     )
     life.do(
         "a broken model is quarantined",
         *life.register("broken", folder / "broken"),
         kinds=("registered", "quarantined"),
-        champion=8,
+        champion=7,
         members=newer,
         code=4,
     )
@@ -225,7 +224,7 @@ def live(world: World, folder: Path) -> Life:
         "the line is pinned",
         *("pin", LINE, "--reason", "a release"),
         kinds=("pinned",),
-        champion=8,
+        champion=7,
         members=newer,
     )
     return life
@@ -238,7 +237,7 @@ def ask_trail(life: Life) -> list[Check]:
     checks = [
         Check("history: the acts, oldest first", [a["kind"] for a in acts][::-1], kinds),
         Check(
-            "history --event retired --event's reasons",
+            "history --event retired: the reasons",
             [a["reason"] for a in answer("history", LINE, "--event", "retired")["acts"]][::-1],
             ["wreck: it wrecks the rest", f"{_second(life)}: its data was withdrawn"],
         ),
@@ -292,7 +291,6 @@ def ask_versions(life: Life) -> list[Check]:
                 {first, second},
                 *[{first, second, third}] * 2,
                 {first, second, third, "wreck"},
-                {first, second, third},
                 {first, third},
                 {first, second, third},
             ],
@@ -304,12 +302,12 @@ def ask_versions(life: Life) -> list[Check]:
             True,
         ),
         Check("diff 3 4: replaced", newer["members"]["replaced"], {first: [1, 2]}),
-        Check("diff 4 6: no weight differs", answer("diff", LINE, 4, 6)["weights"]["differ"], 0),
-        Check("diff 6 7: left", answer("diff", LINE, 6, 7)["members"]["left"], {second: 1}),
+        Check("diff 4 7: no weight differs", answer("diff", LINE, 4, 7)["weights"]["differ"], 0),
+        Check("diff 4 6: left", answer("diff", LINE, 4, 6)["members"]["left"], {second: 1}),
         Check(
             f"why {first}: the model in each version",
             [step["model"] for step in steps],
-            [1, 1, 1, 2, 2, 2, 2, 2],
+            [1, 1, 1, 2, 2, 2, 2],
         ),
         Check(
             "why wreck: the versions that held it",
@@ -317,8 +315,8 @@ def ask_versions(life: Life) -> list[Check]:
             [5],
         ),
         Check(
-            "6, after the retirement, is byte for byte 4, which never saw the wreck",
-            answer("show", LINE, 6)["patch"] == answer("show", LINE, 4)["patch"],
+            "7, after all that, is byte for byte 4, which never saw the wreck",
+            answer("show", LINE, 7)["patch"] == answer("show", LINE, 4)["patch"],
             True,
         ),
     ]
@@ -329,10 +327,10 @@ def ask_proofs(life: Life, folder: Path) -> list[Check]:
     whole = answer("verify", LINE)
     code, text = command("verify", LINE, "--without", "wreck", "--json")
     claim = json.loads(text)["claim"]
-    command("report", LINE, 8, folder / "report")
+    command("report", LINE, 7, folder / "report")
     page = (folder / "report" / "report.html").read_text(encoding="utf-8")
-    shown = answer("show", LINE, 8)
-    everything = list(range(1, 9))
+    shown = answer("show", LINE, 7)
+    everything = list(range(1, 8))
     return [
         Check("verify: intact", whole["intact"], True),
         Check("verify: versions rebuilt", whole["rebuilt"], everything),
@@ -343,7 +341,7 @@ def ask_proofs(life: Life, folder: Path) -> list[Check]:
             [n for n in everything if n != 5],
         ),
         Check(
-            "report 8: every merged accuracy of show is on it",
+            "report 7: every merged accuracy of show is on it",
             all(f'data-value="{r["merged"]!r}"' in page for r in shown["results"].values()),
             True,
         ),
