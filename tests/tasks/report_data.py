@@ -381,7 +381,7 @@ def hostile_input() -> ReportInput:
     found = report_input(HOSTILE, versions=3)
     found.version["members"][HOSTILE[0]]["uri"] = f"https://evil.example/{evil}?a=1&b=2"
     found.version["results"][HOSTILE[0]]["notes"] = [f"javascript:alert(1) {evil}"]
-    found.version["made_by"]["actor"] = evil
+    found.version["made_by"]["actor"] = evil + "unbroken" * 40
     found.version["links"]["mlflow"] = "javascript:alert('link')"
     found.version["software"][evil] = evil
     found.version["gates"][0]["note"] = evil
