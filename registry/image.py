@@ -23,7 +23,8 @@ ROLE_TAG = "restitch.role"
 
 _MAX_PARAM = 5_900  # MLflow cuts silently at 6,000
 MAX_TAG = 4_900  # and refuses longer ones
-NAME_TAG, NOTE_TAG = "mlflow.runName", "mlflow.note.content"
+# What MLflow's own pages show as name, description and "created by".
+NAME_TAG, NOTE_TAG, USER_TAG = "mlflow.runName", "mlflow.note.content", "mlflow.user"
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,7 @@ def of_act(entry: Entry) -> RunImage:
         NOTE_TAG: f"{entry.kind} by {entry.actor}: {entry.reason}",
     }
     searched = {
+        USER_TAG: entry.actor,
         "restitch.kind": entry.kind,
         "restitch.sequence": str(entry.sequence),
         "restitch.actor": entry.actor,

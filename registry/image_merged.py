@@ -18,6 +18,7 @@ from registry.image import (
     NAME_TAG,
     NOTE_TAG,
     ROLE_TAG,
+    USER_TAG,
     VERSION_TAG,
     DataImage,
     RunImage,
@@ -66,11 +67,14 @@ def of_merged(
         params[f"software.{name}"] = version
     description = f"{describe(record)} {fate.sentence}"
     tags = _tags_of_merged(record, fate)
+    current = {NOTE_TAG: description, VERSION_TAG: str(record.version), **tags}
+    if actor := _maker(record).get("actor"):
+        current[USER_TAG] = str(actor)
     run = RunImage(
         digest=digest,
         time=milliseconds(record.created_at),
         tags=cut_tags({NAME_TAG: f"{record.line} {record.version}"}),
-        current=cut_tags({NOTE_TAG: description, VERSION_TAG: str(record.version), **tags}),
+        current=cut_tags(current),
         params=cut_params(params),
         metrics=metrics_of(record),
         step=record.version,
@@ -190,10 +194,13 @@ def _tags_of_merged(record: MergedRecord, fate: Fate) -> dict[str, str]:
         "restitch.members": ",".join(sorted(record.members)),
         **{f"restitch.task.{task}": str(m.version) for task, m in sorted(record.members.items())},
     }
-    maker = record.made_by if isinstance(record.made_by, dict) else {}
-    if maker.get("flow_run"):
-        tags["restitch.prefect_run"] = str(maker["flow_run"])
+    if flow_run := _maker(record).get("flow_run"):
+        tags["restitch.prefect_run"] = str(flow_run)
     return tags
+
+
+def _maker(record: MergedRecord) -> dict[str, Any]:
+    return record.made_by if isinstance(record.made_by, dict) else {}
 
 
 def _inputs(record: MergedRecord) -> tuple[DataImage, ...]:

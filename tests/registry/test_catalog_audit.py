@@ -196,6 +196,16 @@ def test_versions_are_found_by_their_tags(catalog, line):
     assert versions(f"tags.`restitch.patch` = '{digest('patch 2')}'") == [2]
 
 
+def test_runs_were_created_by_who_did_it(catalog, line):
+    merge(line, tasks=("a",), made_by={"actor": "ann", "host": "gpu-1"})
+    catalog.repair(line)
+    client = catalog.client
+    assert run_of(catalog, 3).data.tags["mlflow.user"] == "ann"
+    assert "mlflow.user" not in run_of(catalog, 2).data.tags
+    audit = client.get_experiment_by_name("line.audit").experiment_id
+    assert len(client.search_runs([audit], "tags.`mlflow.user` = 'ann'")) == 2
+
+
 def test_acts_are_found_by_the_version_that_they_are_about(catalog, line):
     candidate(line, gates=[FAILED])
     line.act("rejected", "t", "version 3: too little", lambda head: head)
