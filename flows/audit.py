@@ -128,8 +128,7 @@ def why(line: str, task: str) -> dict[str, Any]:
     ledger = space.ledger(line)
     head = ledger.head()
     _known_task(head, task)
-    from flows.diff import member_changes  # torch is for this one alone
-    from tasks.compare import compare_results
+    from tasks.compare import compare_results  # numpy is for this one alone
 
     steps: list[dict[str, Any]] = []
     before: MergedRecord | None = None
@@ -160,6 +159,27 @@ def why(line: str, task: str) -> dict[str, Any]:
         )
         before = record
     return {"line": line, "task": task, "champion": head.champion, "versions": steps}
+
+
+def member_changes(first: MergedRecord | None, second: MergedRecord) -> dict[str, Any]:
+    """What joined, left, was replaced by another model, or has another mask of the same model."""
+    old = {} if first is None else first.members
+    new = second.members
+    both = [task for task in new if task in old]
+    return {
+        "joined": {task: new[task].version for task in new if task not in old},
+        "left": {task: old[task].version for task in old if task not in new},
+        "replaced": {
+            task: [old[task].version, new[task].version]
+            for task in both
+            if old[task].version != new[task].version
+        },
+        "relocalized": {
+            task: new[task].version
+            for task in both
+            if old[task].version == new[task].version and old[task].mask != new[task].mask
+        },
+    }
 
 
 def _acts(ledger: Ledger) -> Iterator[tuple[Entry, int | None]]:

@@ -7,6 +7,7 @@ difference is told with what it is worth.
 from collections import Counter
 from typing import Any
 
+from flows.audit import member_changes
 from flows.versions import find_version
 from merging.checkpoint import by_bytes
 from merging.patches import count_differences
@@ -56,27 +57,6 @@ def differences_of(
         "settings": _settings(first, second),
         "results": results,
         "retention": retention,
-    }
-
-
-def member_changes(first: MergedRecord | None, second: MergedRecord) -> dict[str, Any]:
-    """What joined, left, was replaced by another model, or has another mask of the same model."""
-    old = {} if first is None else first.members
-    new = second.members
-    both = [task for task in new if task in old]
-    return {
-        "joined": {task: new[task].version for task in new if task not in old},
-        "left": {task: old[task].version for task in old if task not in new},
-        "replaced": {
-            task: [old[task].version, new[task].version]
-            for task in both
-            if old[task].version != new[task].version
-        },
-        "relocalized": {
-            task: new[task].version
-            for task in both
-            if old[task].version == new[task].version and old[task].mask != new[task].mask
-        },
     }
 
 
