@@ -139,10 +139,13 @@ def _members(record: MergedRecord) -> str:
 def _lineage(record: MergedRecord, origin: Provenance) -> str:
     before = "no version was" if origin.parent is None else f"version {origin.parent} was"
     text = f"When it was made, {before} in use."
-    rows = [(_time(a.time), a.kind, _plain(a.actor), _plain(a.reason)) for a in origin.acts]
+    rows = [
+        (_time(act.time), act.kind, _plain(act.actor), _plain(act.reason), f"`{act.digest[:16]}`")
+        for act in origin.acts
+    ]
     if not rows:
         return text
-    acts = _table(("time", "act", "by", "why"), rows)
+    acts = _table(("time", "act", "by", "why", "audit entry"), rows)
     return f"{text} What happened to it until it was exported:\n\n{acts}"
 
 

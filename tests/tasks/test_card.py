@@ -6,12 +6,14 @@ from typing import Any
 import pytest
 import yaml
 
+from merging.checkpoint import Checkpoint
 from modeling.licence import Licence
 from registry.history import Interval, TaskResult
 from registry.objects import ObjectStore
 from registry.store import FolderStore
 from tasks.card import model_card
 from tasks.provenance import Provenance, licence_of, lineage, provenance
+from tests.conftest import Three
 from tests.registry import builders
 
 MIT, APACHE = Licence(("mit",)), Licence(("apache-2.0",))
@@ -117,8 +119,8 @@ def test_the_card_says_what_was_in_use_before_and_who_did_what_and_why(tmp_path:
     assert [act.kind for act in acts] == ["merged", "promoted", "rejected", "rolled-back"]
     text = card(line.merged(3), parent=parent, acts=acts)
     assert "When it was made, version 2 was in use." in text
-    assert "| rolled-back | ann | it was slow |" in text
-    assert "| version 3: \\<b\\>too\\</b\\> \\| little |" in text, "a reason is no markup"
+    assert f"| rolled-back | ann | it was slow | `{acts[-1].digest[:16]}` |" in text
+    assert "| version 3: \\<b\\>too\\</b\\> \\| little | `" in text, "a reason is no markup"
     parent, acts = lineage(1, line.entries())
     assert parent is None
     assert "no version was in use" in card(line.merged(1), acts=acts)
@@ -148,6 +150,19 @@ def test_an_unknown_licence_is_said_and_never_guessed() -> None:
     text = card()
     assert "license" not in front_matter(text)
     assert text.count("| unknown |") == 3
+
+
+def test_the_card_of_an_export_names_the_digest_of_its_weights(
+    three: Three, tmp_path: Path
+) -> None:
+    three.shell("export", "demo", "2", tmp_path / "out")
+    three.shell("export", "demo", "2", tmp_path / "parts", "--shard-size", "10KB")
+    text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert f"It prints `{Checkpoint.open(tmp_path / 'out').digest()}`" in text
+    assert (tmp_path / "parts" / "README.md").read_text(encoding="utf-8") == text
+    assert "When it was made, version 1 was in use." in text
+    assert "| merged |" in text
+    assert "| promoted |" in text
 
 
 def test_the_card_says_how_to_verify_it() -> None:
