@@ -238,3 +238,48 @@ def test_a_changed_schedule_replaces_what_was_planned(stack: Stack, clock: list[
         return {(time.hour, time.minute) for time in planned(stack, "clock")} == {(3, 30)}
 
     stack.until("the plan has changed", at_night)
+
+
+def test_a_decision_is_followed_by_the_workers_and_by_the_alias(
+    stack: Stack, begun: dict[str, Any], three: Three
+) -> None:
+    stack.champion("many", *SKILLS)
+    _idle(stack, "many")
+    whole, name = stack.shell.head("many").champion, "many"
+    assert whole is not None
+
+    def alias() -> int:
+        version = stack.mlflow.get_model_version_by_alias(name, "champion")
+        return int(version.tags[VERSION_TAG])
+
+    told = json.loads(
+        stack.process("retire", "many", "animal", "--reason", "withdrawn", "--json").out
+    )
+    assert (told["done"], told["handed_over"], told["merged"]) == (True, True, None)
+
+    def without() -> bool:
+        champion = stack.shell.head("many").champion
+        record = stack.shell.ledger("many").merged(champion or whole)
+        return set(record.members) == {"colour", "number"}
+
+    stack.until("the workers have merged without the retired model", without)
+    # The same two models as in the second version of a line that never had the third.
+    assert stack.shell.patch_bytes(line="many") == three.shell.patch_bytes(2)
+    _idle(stack, "many")
+    assert alias() == stack.shell.head("many").champion
+    stack.process("rollback", "many", whole, "--reason", "a test")
+    assert alias() == whole
+    run = stack.remerge("many", "many after the rollback")
+    stack.finished(run)
+    assert stack.shell.head("many").champion == whole
+    assert intact(stack, "many")[-1] in ("rolled-back", "merged")
+    found = json.loads(stack.process("verify", "many", "--json").out)
+    assert found["intact"]
+    assert found["mlflow"]
+    shown = json.loads(stack.process("show", "many", "--json").out)
+    assert "/runs/" in shown["links"]["mlflow"]
+    assert shown["links"]["prefect"].endswith(shown["made_by"]["flow_run"])
+
+
+def _idle(stack: Stack, line: str) -> None:
+    stack.until(f"nothing is under way on {line}", lambda: not under_way(stack, line))
