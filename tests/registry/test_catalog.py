@@ -133,7 +133,10 @@ def test_only_new_acts_are_looked_at(catalog, line):
 def test_a_repair_that_is_killed_again_and_again_is_completed(home, tmp_path, mlflow_template):
     line = ledger(home.store_path)
     line.act("registered", "ann", "", lambda head: with_task(head, "a", model("a")))
+    rows = {"path": "/data/a", "split": "test", "digest": digest("rows")}
+    merge(line, tasks=("a",), results={"a": {"merged": 0.5, "data": rows}})
     merge(line, tasks=("a",))
+    line.act("rolled-back", "ann", "worse", lambda head: head.promoted(1))
     reference = Catalog(home_with_mlflow(tmp_path / "reference", mlflow_template))
     reference.repair(line)
     catalog = Catalog(home)
@@ -141,15 +144,19 @@ def test_a_repair_that_is_killed_again_and_again_is_completed(home, tmp_path, ml
     killed = 0
     while True:
         dying = Catalog(home)
-        vars(dying)["client"] = DyingClient(catalog.client, chance.randint(1, 5))
+        vars(dying)["client"] = DyingClient(catalog.client, chance.randint(1, 9))
         try:
-            dying.repair(line)
+            dying.repair(line, extras=lambda version: {"report.html": b"of %d" % version})
             break
         except KilledError:
             killed += 1
             assert killed < 200
     assert killed > 10
     assert shown(catalog) == shown(reference)
+    for version in (1, 2):
+        run = catalog.run_of(line.merged(version))
+        page = catalog.client.download_artifacts(run, "report.html", str(tmp_path))
+        assert Path(page).read_bytes() == b"of %d" % version
     assert catalog.repair(line) == 0
 
 
