@@ -11,7 +11,7 @@ from base64 import b64encode
 from typing import Any
 from urllib.parse import quote
 
-from registry.catalog import without_credentials
+from registry.catalog import run_address, without_credentials
 from registry.home import Home
 from registry.image import DIGEST_TAG, experiment_name
 from tasks.engine import engine_url
@@ -53,8 +53,7 @@ def _mlflow_run(line: str, wanted: str) -> str | None:
         [run] = _asked(f"{api}/runs/search", search).get("runs", [])
     except (OSError, ValueError, KeyError):  # away, refused, or not there yet
         return None
-    shown = without_credentials(address)
-    return f"{shown}/#/experiments/{experiment}/runs/{run['info']['run_id']}"
+    return run_address(address, experiment, run["info"]["run_id"])
 
 
 def _asked(url: str, body: dict[str, Any] | None = None) -> Any:

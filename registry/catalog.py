@@ -277,6 +277,12 @@ def without_credentials(text: str) -> str:
     return re.sub(r"(\w://)[^/@\s'\"]+@", r"\1***@", text)
 
 
+def run_address(server: str, experiment: str, run: str) -> str:
+    """Where a browser shows a run; the page would otherwise open for another kind of work."""
+    place = f"#/experiments/{experiment}/runs/{run}?workflowType=machine_learning"
+    return f"{without_credentials(server).rstrip('/')}/{place}"
+
+
 def connect(home: Home) -> "MlflowClient":
     """MLflow's client for a home; nothing global in the process is set."""
     # The first connection migrates a new database and would tell every step of it.

@@ -3,7 +3,7 @@
 import time
 
 from merging.errors import Unavailable
-from registry.catalog import Extras, without_credentials
+from registry.catalog import Extras, run_address
 from tasks.engine import step
 from tasks.reporting import warn
 from tasks.workspace import workspace
@@ -55,4 +55,4 @@ def run_link(line: str, version: int | None) -> str | None:
     if run is None:
         return None
     experiment = space.catalog.client.get_run(run).info.experiment_id
-    return f"{without_credentials(address)}/#/experiments/{experiment}/runs/{run}"
+    return run_address(address, experiment, run)

@@ -8,7 +8,8 @@ from uuid import uuid4
 import pytest
 import yaml
 
-from cli.main import app
+import cli.main  # noqa: F401  the commands
+from cli.app import app
 from deployments.definitions import WORKER_ENVIRONMENT, automations
 from deployments.doctor import VERSIONS
 from tests.deployments.compose import FOLDER, services

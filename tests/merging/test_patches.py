@@ -47,7 +47,7 @@ kept = st.dictionaries(st.integers(0, 11), st.sampled_from([1.0, 2.0, 3.0]), min
 
 @settings(max_examples=60, deadline=None)
 @given(kept, kept)
-def test_the_count_is_that_of_the_whole_models(tmp_path_factory, one, other) -> None:  # type: ignore[no-untyped-def]
+def test_the_count_is_that_of_the_whole_models(tmp_path_factory, one, other) -> None:
     folder = tmp_path_factory.mktemp("patches")
     found = count_differences(patch(folder / "a", x=one), patch(folder / "b", x=other))
     models = [torch.zeros(12), torch.zeros(12)]

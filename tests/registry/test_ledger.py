@@ -376,11 +376,14 @@ def test_a_record_is_read_as_it_was_stored(tmp_path):
 
 def test_a_replay_leaves_the_entries_as_they_are():
     """What one act put there is changed by later ones: in the state, not in the act."""
-    first = {"after": {"/tasks": {"a": {"state": "new"}}}, "before": {}}
-    second = {"after": {"/tasks/a/state": "ready"}, "before": {"/tasks/a/state": "new"}}
+    first: dict[str, object] = {"after": {"/tasks": {"a": {"state": "new"}}}, "before": {}}
+    second: dict[str, object] = {
+        "after": {"/tasks/a/state": "ready"},
+        "before": {"/tasks/a/state": "new"},
+    }
     common = {"line": "line", "previous": None, "kind": "configured", "actor": "", "time": ""}
     entries = [
-        Entry(sequence=n, reason="", **common, **changes)
+        Entry.model_validate({"sequence": n, "reason": "", **common, **changes})
         for n, changes in enumerate((first, second), 1)
     ]
     before = [entry.to_bytes() for entry in entries]
