@@ -7,6 +7,7 @@ from rich.console import Console
 from cli.formats import number, percent, size, table_of, text
 
 Values = dict[str, Any]
+MOST_LINES = 10  # of one model's reason
 
 
 def init(found: Values, out: Console) -> None:
@@ -111,10 +112,8 @@ def status(found: Values, out: Console) -> None:
         out.print(table)
         for model in line["models"]:
             if model["reason"] and model["state"] in ("quarantined", "held", "waiting"):
-                name = f"{model['task']} {model['version']}"
-                out.print(
-                    f"  {name}: {model['reason']}", style="yellow", markup=False, soft_wrap=True
-                )
+                why = _shortened(f"{model['task']} {model['version']}: {model['reason']}")
+                out.print(f"  {why}", style="yellow", markup=False, soft_wrap=True)
 
 
 def evaluated(found: Values, out: Console) -> None:
@@ -196,6 +195,15 @@ def results(found: Values, out: Console) -> None:
             f" {kept['base_top1']:.3f}, ratio {kept['ratio']:.3f} ({kept['count']} rows)",
             markup=False,
         )
+
+
+def _shortened(reason: str) -> str:
+    """A reason without the middle of a long list of details; its last line says what to do."""
+    lines = reason.splitlines()
+    if len(lines) <= MOST_LINES:
+        return reason
+    left_out = f"  ... and {len(lines) - MOST_LINES + 1} lines more, which --json shows"
+    return "\n".join([*lines[: MOST_LINES - 2], left_out, lines[-1]])
 
 
 def _facts(facts: Values, out: Console) -> None:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.conftest import NewHome
 from tests.shell import Shell
@@ -23,7 +24,7 @@ class Gated:
     def __init__(self, world: World, shell: Shell, folder: Path) -> None:
         self.world, self.shell, self.file = world, shell, folder / "line.yaml"
 
-    def configure(self, **gates: float) -> Any:
+    def configure(self, **gates: Any) -> Any:
         return self.shell.json("init", self.world.line(self.file, gates=gates))
 
     def add(self, task: str, *options: str, model: str = "", code: int = 0) -> Any:
@@ -269,3 +270,72 @@ def test_a_pinned_line_makes_candidates(line: Gated) -> None:
     line.shell.ledger().act("configured", "tester", "unpin", lambda head: head.with_pin(False))
     assert line.remerge()["action"] == "promoted"
     assert line.shell.head().champion == 2
+
+
+def test_a_gate_that_only_warns_keeps_nothing_from_promotion(line: Gated) -> None:
+    line.configure(min_retention=0.25, warn=["min_retention"])
+    line.add("colour")
+    line.add("wreck")
+    assert line.members() == {"colour": 1, "wreck": 1}
+    shown = line.shell.json("show", "demo")
+    (gate,) = shown["gates"]
+    assert (gate["passed"], gate["action"]) == (False, "warn")
+    assert gate["note"].endswith("< 0.25 (a warning)")
+    (act,) = [act for act in line.shell.acts() if act.kind == "promoted"][1:]
+    assert gate["note"] in act.reason
+    line.check_settled()
+
+
+def test_a_patch_over_its_size_is_not_promoted_and_what_fits_is(line: Gated) -> None:
+    line.configure()
+    line.add("colour")
+    size = line.shell.json("show", "demo")["patch_bytes"]
+    line.configure(max_patch_bytes=size + 100)
+    found = line.add("number", code=5)
+    assert found["reason"].startswith("max_patch_bytes of the patch: ")
+    assert line.members() == {"colour": 1}
+    line.configure(max_patch_bytes=f"{3 * size}B")
+    line.remerge()
+    assert line.members() == {"colour": 1, "number": 1}
+
+
+def test_a_drop_that_chance_would_make_is_let_through_and_said(line: Gated) -> None:
+    line.configure(max_task_drop=0.0)
+    line.add("number")
+    line.add("colour")
+
+    def gate(version: int) -> Any:
+        gates = line.shell.json("show", "demo", version)["gates"]
+        return next(gate for gate in gates if gate["task"] == "number")
+
+    noise = gate(2)
+    assert noise["value"] > 0
+    assert noise["interval"]["low"] < 0 < noise["interval"]["high"]
+    assert noise["passed"]
+    assert ", within noise (p = 0." in noise["note"]
+    assert line.members() == {"colour": 1, "number": 1}
+    line.add("animal", code=5)
+    real = gate(3)
+    assert real["interval"]["low"] > 0
+    assert not real["passed"]
+    assert line.members() == {"colour": 1, "number": 1}
+
+
+def test_retention_may_be_measured_on_a_fixed_sample(line: Gated) -> None:
+    general = _yaml(line.world.task("general"))
+    general["data"]["sample"] = 24
+    line.shell("init", line.world.line(line.file, retention=general))
+    line.add("colour")
+    first = line.shell.json("show", "demo")["retention"]
+    assert first["count"] == 24
+    assert first["interval"]["low"] < first["top1"] < first["interval"]["high"]
+    general["data"]["sample"] = {"rows": 24, "seed": 5}
+    line.shell("init", line.world.line(line.file, retention=general))
+    other = line.shell.json("evaluate", "demo")["retention"]
+    assert other["count"] == 24
+    assert other["data"]["digest"] != first["data"]["digest"]
+    assert other["evaluations"] != first["evaluations"]
+
+
+def _yaml(file: Path) -> Any:
+    return yaml.safe_load(file.read_text(encoding="utf-8"))
