@@ -177,7 +177,7 @@ def why(found: Values, out: Console) -> None:
             changed = _changes(step["members"]) + ("; another method" if step["settings"] else "")
             _say(out, f"  version {step['version']}: {changed}")
         before = step["model"]
-    _say(out, "  * more than chance would make of the same rows (McNemar's exact test, 5 %)")
+    _say(out, "  * more than chance would make of the same rows (McNemar's mid-p test, 5 %)")
 
 
 def verified(found: Values, out: Console) -> None:

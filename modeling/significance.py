@@ -1,8 +1,10 @@
 """Whether two models differ on the same rows, from the correctness of every row.
 
-The test is McNemar's, exact: of the rows that only one of the two has right, each is as
-likely to be the one's as the other's where they are equally good. Intervals hold 95 %: of a
-difference of shares by Agresti and Min (2005), of a ratio by the delta method on its logarithm.
+The test is McNemar's with the mid-p value: of the rows that only one of the two has right, each is
+as likely to be the one's as the other's where they are equally good, and the observed case counts
+half, for the exact value errs on the safe side so far that it contradicts the intervals (Fagerland
+et al. 2013). Intervals hold 95 %: of a difference of shares by Agresti and Min (2005), of a ratio
+by the delta method on its logarithm.
 """
 
 import math
@@ -101,8 +103,9 @@ def unpacked(correct: bytes, count: int) -> NDArray[np.bool_]:
 
 
 def _mcnemar(gained: int, lost: int) -> float:
-    if gained + lost == 0:
+    if gained == lost:
         return 1.0
-    from scipy.stats import binomtest  # which takes a while to import
+    from scipy.stats import binom  # which takes a while to import
 
-    return float(binomtest(min(gained, lost), gained + lost).pvalue)
+    less, both = min(gained, lost), gained + lost
+    return float(2 * binom.cdf(less, both, 0.5) - binom.pmf(less, both, 0.5))

@@ -18,8 +18,8 @@ def test_a_difference_by_hand() -> None:
     found = compare_rows(rows("1100000000"), rows("1011111000"))
     assert (found.gained, found.lost, found.rows) == (5, 1, 10)
     assert found.difference == pytest.approx(0.4)
-    # Six rows that only one has right: 2 * (1 + 6) / 2^6.
-    assert found.p_value == pytest.approx(14 / 64)
+    # Six rows that only one has right: 2 * (1 + 6) / 2^6, without half of both sixes.
+    assert found.p_value == pytest.approx((14 - 6) / 64)
     assert not found.is_significant
     # Half a row in each cell: 5.5 and 1.5 of 12.
     centre = 4 / 12
@@ -27,9 +27,19 @@ def test_a_difference_by_hand() -> None:
     assert (found.low, found.high) == pytest.approx((centre - half, centre + half))
 
 
+def test_the_test_and_the_interval_seldom_disagree() -> None:
+    draw = np.random.default_rng(1)
+    agree = 0
+    for _ in range(300):
+        one, other = draw.random(80) < 0.8, draw.random(80) < 0.68
+        found = compare_rows(one, other)
+        agree += found.is_significant is not (found.low <= 0 <= found.high)
+    assert agree >= 285
+
+
 def test_ten_rows_to_none_are_no_chance() -> None:
     found = compare_rows(np.zeros(50, bool), np.arange(50) < 10)
-    assert found.p_value == pytest.approx(2 / 2**10)
+    assert found.p_value == pytest.approx(1 / 2**10)
     assert found.is_significant
     assert found.low > 0
 
@@ -46,8 +56,10 @@ def test_the_test_is_the_binomial_one_and_has_no_direction(pairs: list[tuple[boo
     found, back = compare_rows(one, other), compare_rows(other, one)
     gained = sum(b and not a for a, b in pairs)
     lost = sum(a and not b for a, b in pairs)
-    tail = sum(math.comb(gained + lost, k) for k in range(min(gained, lost) + 1))
-    assert found.p_value == pytest.approx(min(1.0, 2 * tail / 2 ** (gained + lost)))
+    cases = [math.comb(gained + lost, k) / 2 ** (gained + lost) for k in range(gained + lost + 1)]
+    less = min(gained, lost)
+    expected = 1.0 if gained == lost else 2 * sum(cases[:less]) + cases[less]
+    assert found.p_value == pytest.approx(expected)
     assert back.p_value == pytest.approx(found.p_value)
     assert back.difference == -found.difference
     assert (back.low, back.high) == pytest.approx((-found.high, -found.low))
