@@ -16,7 +16,7 @@ from flows.adopt import adopt
 from flows.candidates import Candidate, make_candidate
 from flows.gates import Check
 from flows.onboard import attempts_at, died_at, is_outdated, onboard
-from flows.report import mirror
+from flows.report import Reports, mirror
 from flows.snapshot import Snapshot, localized_models, take_snapshot
 from merging.digests import digest_json
 from merging.errors import GateFailed, RestitchError, Unavailable
@@ -109,6 +109,9 @@ def _merge_until_settled(ledger: Ledger, localized: tuple[str, ...], force: bool
         except MovedError:
             say(f"{ledger.line}: the line has changed meanwhile, looking again")
             continue
+        if outcome.record is not None and outcome.action != "unchanged":
+            # Here, and not while MLflow is written: others on this host would wait for it.
+            Reports(ledger).analysis(ledger.merged(outcome.record["version"]))
         mirror(ledger.line)
         return outcome
     raise Unavailable(

@@ -79,7 +79,7 @@ class Reports:
                 versions=self.versions,
                 changes=self._changes(record),
                 acts=[act for act in self.acts if version in act["versions"]],
-                analysis=self._analysis(record),
+                analysis=self.analysis(record),
             )
         )
 
@@ -109,7 +109,8 @@ class Reports:
             "weights": weights_of(objects, old, record),
         }
 
-    def _analysis(self, record: MergedRecord) -> dict[str, Any] | None:
+    def analysis(self, record: MergedRecord) -> dict[str, Any] | None:
+        """What the masks have in common; None where they cannot be read now."""
         try:
             found: dict[str, Any] = analyze(LineRef(self.head.spec, self.head.base), record)
         except RestitchError as error:  # the base may be away; all else is in the store

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     import httpx
 
 TIMEOUT_SECONDS, PAUSE_SECONDS = 20.0, 0.5
+# Who answers at all is there: each attempt may have waited seconds for the database.
+BUSY_SECONDS = 30.0
 _BUSY = (429, 502, 503, 504)
 _NOT_FOUND, _CONFLICT, _LOCKED = 404, 409, 423
 
@@ -32,7 +34,7 @@ class PrefectApi:
 
     Args:
         url: its address, as in `PREFECT_API_URL`.
-        patience: for how many seconds to ask again while it is away or too busy.
+        patience: for how many seconds to ask again while it is away.
     """
 
     def __init__(self, url: str, patience: float = 5.0) -> None:
@@ -139,8 +141,9 @@ class PrefectApi:
     ) -> "httpx.Response":
         import httpx
 
-        deadline = time.monotonic() + self.patience
+        began = time.monotonic()
         while True:
+            patience = self.patience
             try:
                 answer = self._client.request(method, self.url + path, json=json)
             except httpx.HTTPError as error:
@@ -152,7 +155,8 @@ class PrefectApi:
                 # On SQLite a server that is busy answers like this, and takes it a moment later.
                 if answer.status_code not in _BUSY:
                     raise self._unavailable(found)
-            if time.monotonic() + PAUSE_SECONDS > deadline:
+                patience = max(patience, BUSY_SECONDS)
+            if time.monotonic() + PAUSE_SECONDS > began + patience:
                 raise self._unavailable(found)
             time.sleep(PAUSE_SECONDS)
 

@@ -19,7 +19,7 @@ from tests.worlds import World, write_yaml
 
 FLOWS = {
     "onboard": {"validate", "localize", "evaluate", "log"},
-    "remerge": {"stitch", "evaluate", "log"},
+    "remerge": {"stitch", "evaluate", "analyze", "log"},
 }
 
 
@@ -181,7 +181,7 @@ def test_the_bytes_are_those_of_the_embedded_mode(both: Both) -> None:
     for task in ("colour", "number"):
         one, other = (head.tasks[task].versions[1] for head in (ours, theirs))
         assert (one.delta, one.mask) == (other.delta, other.mask)
-        process = {"localized_by": None}
+        process = {"localized_by": None, "seconds": None}
         assert {**one.facts, **process} == {**other.facts, **process}
     assert both.engine.kinds()[: len(both.embedded.kinds())] == both.embedded.kinds()
     for version in (1, 2):

@@ -163,7 +163,7 @@ def test_restitch_sees_the_rows_pixels_and_heads_that_training_saw(
     assert spec.data is not None
     assert spec.head is not None
     assert not isinstance(spec.head.labels, str)
-    data = DataSpec(**spec.data.model_dump(exclude={"content"}))
+    data = DataSpec(**spec.data.model_dump(exclude={"content", "sample"}))
     rows = TaskData(data, skill.labels, "image")
     family = Clip()
     builder = Builder(small.root, SIZES["small"], 0, lambda _done, _total: None)

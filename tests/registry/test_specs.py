@@ -51,7 +51,13 @@ def test_all_defaults_are_stored():
             "exclude": [],
         },
         "retention": None,
-        "gates": {"min_retention": None, "max_task_drop": None, "min_normalized": None},
+        "gates": {
+            "min_retention": None,
+            "max_task_drop": None,
+            "min_normalized": None,
+            "max_patch_bytes": None,
+            "warn": [],
+        },
         "schedule": None,
         "require_device": None,
     }

@@ -168,6 +168,26 @@ def test_a_busy_server_is_asked_again(
     assert server.bodies("POST /events") == [[{"id": "one"}]] * 2
 
 
+def test_a_server_that_stays_busy_is_given_up_long_after_one_that_is_away(
+    server: FakePrefect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr("tasks.prefect_api.time.monotonic", lambda: now[0])
+
+    def later(seconds: float) -> None:
+        now[0] += seconds
+
+    monkeypatch.setattr("tasks.prefect_api.time.sleep", later)
+    server.answers["POST /events"] = (503, None)
+    with pytest.raises(Unavailable, match="status 503"):
+        PrefectApi(server.url, patience=1.0).emit([{}])
+    assert now[0] == pytest.approx(30.0, abs=1.0)
+    now[0] = 0.0
+    with pytest.raises(Unavailable):
+        PrefectApi(f"http://127.0.0.1:{free_port()}/api", patience=1.0).emit([{}])
+    assert now[0] <= 1.0
+
+
 @pytest.mark.parametrize(
     ("variable", "value", "header"),
     [
