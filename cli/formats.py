@@ -1,8 +1,12 @@
 """How numbers, sizes and tables look in a terminal, in one place."""
 
+from collections.abc import Mapping
+
 from rich.table import Table
 
 _BREAKS = {"members", "source", "task", "why", "changed"}
+_MEASURED = {"retention"}  # a number, and its interval on the next line where it must
+_LEAST = {"task": None, "retention": 11}
 _WORDS = _BREAKS | {"state", "member", "made", "by", "mask", "weights", "time", "act", "verdict"}
 
 
@@ -15,8 +19,8 @@ def table_of(*columns: str) -> Table:
         table.add_column(
             column,
             justify="left" if words else "right",
-            no_wrap=column not in _BREAKS,
-            min_width=12 if column in _BREAKS and column != "task" else None,
+            no_wrap=column not in _BREAKS | _MEASURED,
+            min_width=_LEAST.get(column, 12 if column in _BREAKS else None),
         )
     return table
 
@@ -43,3 +47,10 @@ def size(value: int | None) -> str:
 def text(value: object) -> str:
     """Anything, or a dash."""
     return "-" if value is None else str(value)
+
+
+def with_interval(value: float | None, interval: Mapping[str, float] | None) -> str:
+    """A number with its 95 % interval, where it has one."""
+    if value is None or interval is None:
+        return number(value)
+    return f"{number(value)} ({number(interval['low'])} to {number(interval['high'])})"

@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cli.formats import number, percent, size, table_of, text
+from cli.formats import number, percent, size, table_of, text, with_interval
 
 Values = dict[str, Any]
 MOST_LINES = 10  # of one model's reason
@@ -95,7 +95,7 @@ def status(found: Values, out: Console) -> None:
             f"  champion {text(line['champion'])}, candidate {text(line['candidate'])}"
             f"{', pinned' if line['pinned'] else ''}"
             f", normalized {number(line['mean_normalized'])}"
-            f", retention {number(line['retention'])}",
+            f", retention {with_interval(line['retention'], line['retention_interval'])}",
             markup=False,
         )
         table = table_of("task", "version", "state", "in champion", "density", "delta", "merged")
@@ -191,9 +191,12 @@ def results(found: Values, out: Console) -> None:
     kept = found["retention"]
     if kept is not None:
         out.print(
-            f"  retention on {kept['task']}: top-1 {kept['top1']:.3f}, base"
-            f" {kept['base_top1']:.3f}, ratio {kept['ratio']:.3f} ({kept['count']} rows)",
+            f"  retention on {kept['task']}: top-1"
+            f" {with_interval(kept['top1'], kept['interval'])}, base {kept['base_top1']:.3f},"
+            f" ratio {with_interval(kept['ratio'], kept['ratio_interval'])}"
+            f" ({kept['count']} rows)",
             markup=False,
+            soft_wrap=True,
         )
 
 

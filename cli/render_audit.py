@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
-from cli.formats import number, percent, size, table_of, text
+from cli.formats import number, percent, size, table_of, text, with_interval
 from cli.render import remerged, results
 
 Values = dict[str, Any]
@@ -37,8 +37,9 @@ def versions(found: Values, out: Console) -> None:
             f"{version['version']} {role}".rstrip(),
             number(version["mean_accuracy"]),
             number(version["mean_normalized"]),
-            number(version["retention"]),
-            _time(version["created_at"]),
+            number(version["retention"])
+            + _ends(version["retention_interval"], "({low:.2f}-{high:.2f})"),
+            version["created_at"][:16].replace("T", " "),
             str(made_by.get("actor", "")),
             ", ".join(f"{task} {n}" for task, n in version["members"].items()),
         )
@@ -53,10 +54,11 @@ def as_of(found: Values, out: Console) -> None:
         return
     _say(out, f"{found['line']} at {found['as_of']}: version {used['version']} was in use")
     _say(out, f"  {used['act']} by {used['by']} at {used['since']}: {used['why']}")
+    kept = used["retention"]
+    ratio = "-" if kept is None else with_interval(kept["ratio"], kept["ratio_interval"])
     _say(
         out,
-        f"  normalized {number(used['mean_normalized'])}, retention "
-        f"{number(used['retention']['ratio'] if used['retention'] else None)}, "
+        f"  normalized {number(used['mean_normalized'])}, retention {ratio}, "
         f"patch {used['patch'][:16]}{', pinned' if found['pinned'] else ''}",
     )
     table = table_of("member", "version", "weights", "mask", "source")

@@ -25,6 +25,7 @@ def status(line: str | None) -> dict[str, Any]:
 
 def _line_status(head: Head, objects: ObjectStore) -> dict[str, Any]:
     champion = None if head.champion is None else Ledger(objects, head.line).merged(head.champion)
+    kept = None if champion is None else champion.retention
     return {
         "line": head.line,
         "base": head.base.uri,
@@ -36,9 +37,10 @@ def _line_status(head: Head, objects: ObjectStore) -> dict[str, Any]:
         "candidate": head.candidate,
         "pinned": head.pinned,
         "mean_normalized": None if champion is None else champion.mean_normalized,
-        "retention": None
-        if champion is None or champion.retention is None
-        else champion.retention.ratio,
+        "retention": None if kept is None else kept.ratio,
+        "retention_interval": None
+        if kept is None or kept.ratio_interval is None
+        else kept.ratio_interval.to_json(),
         "models": [
             _model_status(task, number, model, champion)
             for task in sorted(head.tasks, key=str.encode)

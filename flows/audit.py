@@ -244,6 +244,7 @@ def _brief(
         "mean_accuracy": record.mean_accuracy,
         "mean_normalized": record.mean_normalized,
         "retention": None if kept is None else kept.ratio,
+        "retention_interval": None if kept is None else _json(kept.ratio_interval),
         "top1": None if kept is None else kept.top1,
         "passed": record.passed,
         "failed": [gate.note or gate.gate for gate in record.gates if not gate.passed],

@@ -78,7 +78,8 @@ def _results(record: Mapping[str, Any]) -> str:
     if kept is not None:
         text += (
             f"\n\nRetention on {kept['task']}: top-1 {kept['top1']:.4f}, base "
-            f"{kept['base_top1']:.4f}, ratio {kept['ratio']:.4f} ({kept['count']} rows)."
+            f"{kept['base_top1']:.4f}, ratio {kept['ratio']:.4f}"
+            f"{_ends(kept['ratio_interval'])} ({kept['count']} rows)."
         )
     return text
 
@@ -90,6 +91,10 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         "| " + " | ".join(one.replace("|", "\\|").replace("\n", " ") for one in line) + " |"
         for line in lines
     )
+
+
+def _ends(interval: Mapping[str, float] | None) -> str:
+    return "" if interval is None else f" (95 %: {interval['low']:.4f} to {interval['high']:.4f})"
 
 
 def _number(value: float | None) -> str:
