@@ -17,7 +17,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
@@ -26,15 +25,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import psutil
 import yaml
 from rich.console import Console
-from rich.table import Table
 
+from benchmarks.chaos_outcome import Kill, Outcome, examine, show
 from benchmarks.registering import make_models
 from deployments import stack
 from merging.errors import Unavailable
@@ -67,44 +66,6 @@ PER_MODEL, PER_ROUND = 2, {"remerge": 2, "host": 1, "prefect": 1, "mlflow server
 SERVICES = ("host", "worker", "prefect", "mlflow server")  # to be started again
 SETTLES_WITHIN = 420.0
 KILLED_WITHIN = 45.0
-
-
-@dataclass
-class Kill:
-    """One kill -9.
-
-    Attributes:
-        process: what was killed.
-        phase: what it was doing: the flow or the command, and the moment.
-        round: in which round.
-        at: when, on the clock of this process.
-        recovered: seconds until the champion held everything that was registered; counted
-            from the last kill of a round, and None for those before it.
-    """
-
-    process: str
-    phase: str
-    round: int
-    at: float
-    recovered: float | None = None
-
-
-@dataclass
-class Outcome:
-    """What was found at the end; all of `lost`, `doubled` and `wrong` must be empty."""
-
-    kills: list[Kill] = field(default_factory=list)
-    lost: list[str] = field(default_factory=list)
-    doubled: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-    models: int = 0
-    versions: int = 0
-    seconds: float = 0.0
-
-    @property
-    def is_clean(self) -> bool:
-        """Whether nothing was lost, doubled or wrong."""
-        return not (self.lost or self.doubled or self.wrong)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -217,22 +178,9 @@ class Chaos:
 
         self.mend()
         mirror(LINE)
-        head = self.ledger.head()
-        entries = list(self.ledger.entries(newest_first=False))
         self.outcome.models = len(self.registered)
-        self.outcome.versions = len(head.versions)
-        self._look_for_doubles(entries)
-        self._look_in_mlflow()
-        assert head.champion is not None
-        patch = self.ledger.merged(head.champion).patch
-        if patch != self._undisturbed():
-            self.outcome.wrong.append(f"champion {head.champion}")
-        for line in self.ledger.objects.store.list("blobs"):
-            digest = line.rpartition("/")[2]
-            try:
-                self.ledger.objects.read_blob(digest)
-            except Exception as error:
-                self.outcome.wrong.append(f"{line}: {error}")
+        self.outcome.versions = len(self.ledger.head().versions)
+        examine(self.outcome, self.ledger, self.folder, self.registered, self.models)
 
     def mend(self) -> None:
         """Start what died, and let the workers load the flows that can be watched."""
@@ -514,95 +462,6 @@ class Chaos:
         file.write_text(yaml.safe_dump(values))
         self.models[name] = (model, file)
         return name
-
-    def _look_for_doubles(self, entries: list[Any]) -> None:
-        for kind in ("registered", "localized"):
-            counts = Counter(e.reason.split()[0] for e in entries if e.kind == kind)
-            for task in self.registered:
-                if counts[task] != 1:
-                    where = self.outcome.doubled if counts[task] > 1 else self.outcome.lost
-                    where.append(f"{task} was {kind} {counts[task]} times")
-        recipes = Counter(
-            (record.recipe_digest, tuple(record.members)) for record in self.ledger.history()
-        )
-        self.outcome.doubled += [f"recipe {r[:12]}" for (r, _), n in recipes.items() if n > 1]
-
-    def _look_in_mlflow(self) -> None:
-        """Every act, model and version is shown once."""
-        from registry.catalog import connect
-
-        client = connect(Home.from_environment())
-        head = self.ledger.head()
-        experiments = {e.name: e.experiment_id for e in client.search_experiments()}
-        acts = list(self.ledger.entries())
-        expected = {LINE: len(head.versions), f"{LINE}.audit": len(acts)}
-        expected[f"{LINE}.models"] = len(self.registered)
-        for name, count in expected.items():
-            runs = client.search_runs([experiments[name]], max_results=5000)
-            unfinished = [run for run in runs if run.info.status != "FINISHED"]
-            if len(runs) != count or unfinished:
-                where = self.outcome.doubled if len(runs) > count else self.outcome.lost
-                where.append(
-                    f"MLflow {name}: {len(runs)} runs of {count}, {len(unfinished)} unfinished"
-                )
-        versions = client.search_model_versions(f"name = '{LINE}'", max_results=5000)
-        if len(versions) != len(head.versions):
-            self.outcome.doubled.append(f"MLflow has {len(versions)} versions of {LINE}")
-
-    def _undisturbed(self) -> str:
-        """The patch of a home in which the same models were registered and nothing killed."""
-        script = (
-            "import sys, json\n"
-            "from pathlib import Path\n"
-            "from registry.catalog import Catalog\n"
-            "Catalog.repair = lambda *_, **__: 0\n"
-            "from flows.line import init_line\n"
-            "from flows.register import register\n"
-            "from flows.remerge import remerge\n"
-            "import flows.remerge\n"
-            "flows.remerge.adopt = lambda _: ()\n"
-            "init_line(Path(sys.argv[1]))\n"
-            "for model, file in json.loads(sys.argv[2]):\n"
-            f"    register('{LINE}', Path(file), model, merge=False)\n"
-            f"print(remerge('{LINE}').record['patch'])\n"
-        )
-        files = [list(map(str, self.models[task])) for task in self.registered]
-        home = self.folder / "undisturbed"
-        # On its own, without the engine that steps of this process have used.
-        environment = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"}
-        done = subprocess.run(
-            [sys.executable, "-c", script, str(self.folder / "line.yaml"), json.dumps(files)],
-            env={**environment, "RESTITCH_HOME": str(home)},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        shutil.rmtree(home)
-        return done.stdout.split()[-1]
-
-
-def show(outcome: Outcome, out: Console) -> None:
-    """The table of kills, and what was lost, doubled or wrong."""
-    table = Table(box=None, pad_edge=False)
-    for column in ("process", "phase", "kills"):
-        table.add_column(column, justify="right" if column == "kills" else "left")
-    counts = Counter((kill.process, kill.phase) for kill in outcome.kills)
-    for (process, phase), count in sorted(counts.items()):
-        table.add_row(process, phase, str(count))
-    out.print(table)
-    within = sum(k.phase.startswith(("onboard", "remerge")) for k in outcome.kills)
-    recovered = [k.recovered for k in outcome.kills if k.recovered is not None]
-    out.print(
-        f"{len(outcome.kills)} kills, {within} inside onboard or remerge"
-        f" ({within / max(len(outcome.kills), 1):.0%}); {outcome.models} models,"
-        f" {outcome.versions} merged versions, {outcome.seconds:.0f} s"
-    )
-    out.print(
-        f"lost {len(outcome.lost)}, doubled {len(outcome.doubled)}, wrong {len(outcome.wrong)};"
-        f" longest time to recover {max(recovered, default=0):.0f} s"
-    )
-    for text in (*outcome.lost, *outcome.doubled, *outcome.wrong):
-        out.print(f"  {text}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,180 @@
+"""What a run of `benchmarks.chaos` found: its kills, and what was lost, doubled or wrong.
+
+Lost is a model that was not registered and localized once, or an act or version that MLflow lacks;
+doubled what is there twice; wrong a byte that is not what it would be had nothing been killed.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from merging.errors import Damage
+from registry.home import Home
+from registry.ledger import Ledger
+
+# The folder of each task's model, and the file of the task.
+Models = Mapping[str, tuple[Path, Path]]
+
+
+@dataclass
+class Kill:
+    """One kill -9.
+
+    Attributes:
+        process: what was killed.
+        phase: what it was doing: the flow or the command, and the moment.
+        round: in which round.
+        at: when, on the clock of this process.
+        recovered: seconds until the champion held everything that was registered; counted
+            from the last kill of a round, and None for those before it.
+    """
+
+    process: str
+    phase: str
+    round: int
+    at: float
+    recovered: float | None = None
+
+
+@dataclass
+class Outcome:
+    """What was found at the end; all of `lost`, `doubled` and `wrong` must be empty."""
+
+    kills: list[Kill] = field(default_factory=list)
+    lost: list[str] = field(default_factory=list)
+    doubled: list[str] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+    models: int = 0
+    versions: int = 0
+    seconds: float = 0.0
+
+    @property
+    def is_clean(self) -> bool:
+        """Whether nothing was lost, doubled or wrong."""
+        return not (self.lost or self.doubled or self.wrong)
+
+
+def examine(
+    outcome: Outcome, ledger: Ledger, folder: Path, registered: Sequence[str], models: Models
+) -> None:
+    """Compare a line with what it would be had nothing been killed.
+
+    Args:
+        outcome: what is found is added to it.
+        ledger: the line.
+        folder: of the run, with the line's file; another home is made in it.
+        registered: the tasks, in the order in which they were registered.
+        models: by task.
+    """
+    _look_for_doubles(outcome, ledger, registered)
+    _look_in_mlflow(outcome, ledger, registered)
+    champion = ledger.head().champion
+    assert champion is not None
+    if ledger.merged(champion).patch != _undisturbed(ledger.line, folder, registered, models):
+        outcome.wrong.append(f"champion {champion}")
+    for name in ledger.objects.store.list("blobs"):
+        try:
+            ledger.objects.read_blob(name.rpartition("/")[2])
+        except Damage as error:
+            outcome.wrong.append(f"{name}: {error}")
+
+
+def _look_for_doubles(outcome: Outcome, ledger: Ledger, registered: Sequence[str]) -> None:
+    entries = list(ledger.entries(newest_first=False))
+    for kind in ("registered", "localized"):
+        counts = Counter(e.reason.split()[0] for e in entries if e.kind == kind)
+        for task in registered:
+            if counts[task] != 1:
+                where = outcome.doubled if counts[task] > 1 else outcome.lost
+                where.append(f"{task} was {kind} {counts[task]} times")
+    recipes = Counter((record.recipe_digest, tuple(record.members)) for record in ledger.history())
+    outcome.doubled += [f"recipe {r[:12]}" for (r, _), n in recipes.items() if n > 1]
+
+
+def _look_in_mlflow(outcome: Outcome, ledger: Ledger, registered: Sequence[str]) -> None:
+    """Every act, model and version is shown once."""
+    from registry.catalog import connect
+
+    line = ledger.line
+    client = connect(Home.from_environment())
+    head = ledger.head()
+    experiments = {e.name: e.experiment_id for e in client.search_experiments()}
+    acts = list(ledger.entries())
+    expected = {line: len(head.versions), f"{line}.audit": len(acts)}
+    expected[f"{line}.models"] = len(registered)
+    for name, count in expected.items():
+        runs = client.search_runs([experiments[name]], max_results=5000)
+        unfinished = [run for run in runs if run.info.status != "FINISHED"]
+        if len(runs) != count or unfinished:
+            where = outcome.doubled if len(runs) > count else outcome.lost
+            where.append(
+                f"MLflow {name}: {len(runs)} runs of {count}, {len(unfinished)} unfinished"
+            )
+    versions = client.search_model_versions(f"name = '{line}'", max_results=5000)
+    if len(versions) != len(head.versions):
+        outcome.doubled.append(f"MLflow has {len(versions)} versions of {line}")
+
+
+def _undisturbed(line: str, folder: Path, registered: Sequence[str], models: Models) -> str:
+    """The patch of a home in which the same models were registered and nothing killed."""
+    script = (
+        "import sys, json\n"
+        "from pathlib import Path\n"
+        "from registry.catalog import Catalog\n"
+        "Catalog.repair = lambda *_, **__: 0\n"
+        "from flows.line import init_line\n"
+        "from flows.register import register\n"
+        "from flows.remerge import remerge\n"
+        "import flows.remerge\n"
+        "flows.remerge.adopt = lambda _: ()\n"
+        "init_line(Path(sys.argv[1]))\n"
+        "for model, file in json.loads(sys.argv[2]):\n"
+        f"    register('{line}', Path(file), model, merge=False)\n"
+        f"print(remerge('{line}').record['patch'])\n"
+    )
+    files = [list(map(str, models[task])) for task in registered]
+    home = folder / "undisturbed"
+    # On its own, without the engine that steps of this process have used.
+    environment = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder / "line.yaml"), json.dumps(files)],
+        env={**environment, "RESTITCH_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    shutil.rmtree(home)
+    return done.stdout.split()[-1]
+
+
+def show(outcome: Outcome, out: Console) -> None:
+    """The table of kills, and what was lost, doubled or wrong."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("process", "phase", "kills"):
+        table.add_column(column, justify="right" if column == "kills" else "left")
+    counts = Counter((kill.process, kill.phase) for kill in outcome.kills)
+    for (process, phase), count in sorted(counts.items()):
+        table.add_row(process, phase, str(count))
+    out.print(table)
+    within = sum(k.phase.startswith(("onboard", "remerge")) for k in outcome.kills)
+    recovered = [k.recovered for k in outcome.kills if k.recovered is not None]
+    out.print(
+        f"{len(outcome.kills)} kills, {within} inside onboard or remerge"
+        f" ({within / max(len(outcome.kills), 1):.0%}); {outcome.models} models,"
+        f" {outcome.versions} merged versions, {outcome.seconds:.0f} s"
+    )
+    out.print(
+        f"lost {len(outcome.lost)}, doubled {len(outcome.doubled)}, wrong {len(outcome.wrong)};"
+        f" longest time to recover {max(recovered, default=0):.0f} s"
+    )
+    for text in (*outcome.lost, *outcome.doubled, *outcome.wrong):
+        out.print(f"  {text}")
