@@ -29,7 +29,7 @@ VERSION = 1
 OUTSIDE = "outside"  # of the blocks that have a number
 
 
-@step("analyze")
+@step("analyze", "analyze version {record.version}")
 def analyze(line: LineRef, record: MergedRecord) -> dict[str, Any] | Cached[dict[str, Any]]:
     """The analysis of a merged version's masks: from the store, or made now.
 

@@ -71,13 +71,17 @@ def _live_stack(home: Path) -> str | None:
         return None
 
 
-def step(name: str) -> Callable[[Callable[P, R | Cached[R]]], Run[P, R]]:
+def step(
+    name: str, run_name: str | None = None
+) -> Callable[[Callable[P, R | Cached[R]]], Run[P, R]]:
     """Make a function one step of a flow.
 
     Args:
         name: what Prefect calls the task.
+        run_name: template of a run's name over the function's parameters; the task's name with
+            some letters where it is None.
     """
-    return _decorator(name, "task")
+    return _decorator(name, "task", run_name)
 
 
 def flow(name: str, run_name: str) -> Callable[[Callable[P, R | Cached[R]]], Run[P, R]]:
@@ -91,7 +95,7 @@ def flow(name: str, run_name: str) -> Callable[[Callable[P, R | Cached[R]]], Run
 
 
 def _decorator(
-    name: str, kind: str, run_name: str | None = None
+    name: str, kind: str, run_name: str | None
 ) -> Callable[[Callable[P, R | Cached[R]]], Run[P, R]]:
     def decorate(function: Callable[P, R | Cached[R]]) -> Run[P, R]:
         @functools.wraps(function)
@@ -168,4 +172,6 @@ def _in_engine(
 
     if kind == "flow":
         return prefect.flow(name=name, flow_run_name=run_name, persist_result=False)(run)
-    return prefect.task(name=name, cache_policy=NO_CACHE, persist_result=False)(run)
+    return prefect.task(
+        name=name, task_run_name=run_name, cache_policy=NO_CACHE, persist_result=False
+    )(run)

@@ -39,7 +39,7 @@ def result_inputs(
     }
 
 
-@step("evaluate")
+@step("evaluate", "evaluate {weights.kind} on {spec.task}")
 def evaluate(
     line: LineRef,
     spec: TaskSpec,

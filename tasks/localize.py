@@ -25,7 +25,7 @@ from tasks.reporting import working
 from tasks.workspace import made_by, workspace
 
 
-@step("localize")
+@step("localize", "localize {task.task}")
 def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cached[DeltaRef]:
     """The sparse delta of a finetuned model: from the store, or localized now."""
     space = workspace()

@@ -1,6 +1,7 @@
 """The same flows through a real Prefect engine: runs that the API finds, and the same bytes."""
 
 import json
+import re
 import shutil
 import urllib.request
 from collections import Counter
@@ -40,12 +41,17 @@ def ask(api: str, path: str, **body: Any) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Run:
-    """A flow run with the states of its task runs, by task name in order."""
+    """A flow run with the states of its task runs, by task name in order.
+
+    Attributes:
+        named: what the task runs are called.
+    """
 
     flow: str
     name: str
     state: str
     tasks: list[tuple[str, str]]
+    named: set[str]
 
 
 def runs(api: str) -> list[Run]:
@@ -53,12 +59,10 @@ def runs(api: str) -> list[Run]:
     found = []
     for run in ask(api, "flow_runs/filter", sort="START_TIME_ASC"):
         mine = {"flow_runs": {"id": {"any_": [run["id"]]}}}
-        tasks = [
-            (task["name"].rpartition("-")[0], task["state_name"])
-            for task in ask(api, "task_runs/filter", **mine)
-            if task["state_type"] is not None
-        ]
-        found.append(Run(flows[run["flow_id"]], run["name"], run["state_name"], tasks))
+        begun = [t for t in ask(api, "task_runs/filter", **mine) if t["state_type"] is not None]
+        tasks = [(re.split("[ -]", task["name"])[0], task["state_name"]) for task in begun]
+        named = {task["name"] for task in begun}
+        found.append(Run(flows[run["flow_id"]], run["name"], run["state_name"], tasks, named))
     return found
 
 
@@ -148,6 +152,13 @@ def test_every_step_is_a_task_run(both: Both) -> None:
     for run in both.runs[:4]:
         assert {name for name, _ in run.tasks} == FLOWS[run.flow]
         assert {state for _, state in run.tasks} <= {"Completed", "Cached"}
+
+
+def test_a_task_run_says_what_it_is_about(both: Both) -> None:
+    onboarded, merged = both.runs[0].named, both.runs[1].named
+    assert {"localize colour", "evaluate grafted on colour"} <= onboarded
+    expected = {"evaluate merged on colour", "evaluate base on general", "analyze version 1"}
+    assert expected <= merged
 
 
 def test_what_is_in_the_store_is_cached(both: Both) -> None:
