@@ -110,6 +110,9 @@ def status(found: Values, out: Console) -> None:
                 number(model["merged"]),
             )
         out.print(table)
+        if line["without_models"]:
+            names = ", ".join(line["without_models"])
+            out.print(f"  declared, without a model: {names}", markup=False, soft_wrap=True)
         for model in line["models"]:
             if model["reason"] and model["state"] in ("quarantined", "held", "waiting"):
                 why = _shortened(f"{model['task']} {model['version']}: {model['reason']}")

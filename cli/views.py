@@ -41,6 +41,9 @@ def _line_status(head: Head, objects: ObjectStore) -> dict[str, Any]:
         "retention_interval": None
         if kept is None or kept.ratio_interval is None
         else kept.ratio_interval.to_json(),
+        "without_models": [
+            name for name in sorted(head.tasks, key=str.encode) if not head.tasks[name].versions
+        ],
         "models": [
             _model_status(task, number, model, champion)
             for task in sorted(head.tasks, key=str.encode)

@@ -35,6 +35,15 @@ def test_a_task_is_declared_once(line: Shell, world: World) -> None:
     assert line.kinds() == ["configured", "configured"]
 
 
+def test_status_lists_a_task_that_has_no_model_yet(line: Shell, world: World) -> None:
+    line("task", "demo", "--task", world.task("colour"))
+    assert line.json("status", "demo")["lines"][0]["without_models"] == ["colour"]
+    assert "declared, without a model: colour" in line("status", "demo").out
+    line.add(world, "colour")
+    assert line.json("status", "demo")["lines"][0]["without_models"] == []
+    assert "without a model" not in line("status", "demo").out
+
+
 def test_it_is_the_task_that_a_registration_would_have_made(line: Shell, world: World) -> None:
     line("task", "demo", "--task", world.task("colour"))
     declared = line.head().tasks["colour"].spec
