@@ -6,7 +6,7 @@ has rewritten whole or cut short, is compared with the acts that MLflow keeps.
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from tasks.refs import LineRef
 from tasks.reporting import say, working
 from tasks.workspace import Workspace, workspace
 
+_LOOKS = 20
 _DIGEST = re.compile(r"[0-9a-f]{8,64}\Z")
 
 
@@ -115,12 +116,13 @@ def verify(line: str, version: str | None = None, without: str | None = None) ->
     """
     space = workspace()
     ledger = space.ledger(line)
-    head = ledger.head()
-    numbers = sorted(head.versions) if version is None else [find_version(head, version)]
+    found = Verification(line)
+    # Before the trail is read: whatever is there by now must be in it, though the line goes on.
+    shown, stored = _acts_in_mlflow(space, line, found), list(ledger.objects.store.list("audit"))
+    head, trail = _check_trail(ledger, found)
+    found.versions += sorted(head.versions) if version is None else [find_version(head, version)]
     wanted = None if without is None else _wanted(ledger, head, without)
-    found = Verification(line, versions=numbers)
-    trail = _check_trail(ledger, head, found)
-    _check_mlflow(space, ledger, trail, found)
+    _look_beside_the_trail(ledger, trail, stored, shown, found)
     objects = _Objects(space.objects, found)
     _check_members(head, objects)
     _check_versions(ledger, head, trail, objects, found)
@@ -130,13 +132,9 @@ def verify(line: str, version: str | None = None, without: str | None = None) ->
     return found
 
 
-def _check_trail(ledger: Ledger, head: Head, found: Verification) -> list[Entry]:
-    """The acts, oldest first, as far as their chain holds."""
-    newest_first: list[Entry] = []
-    try:
-        newest_first.extend(ledger.entries())
-    except Damage as error:
-        found.damaged("the audit trail", error)
+def _check_trail(ledger: Ledger, found: Verification) -> tuple[Head, list[Entry]]:
+    """The head and the acts that led to it, oldest first, as far as their chain holds."""
+    head, newest_first = _at_one_moment(ledger, found)
     found.acts = len(newest_first)
     trail = newest_first[::-1]
     if found.intact and canonical_json(replay(trail)) != canonical_json(state_of(head)):
@@ -145,26 +143,59 @@ def _check_trail(ledger: Ledger, head: Head, found: Verification) -> list[Entry]
             f"lines/{ledger.line}/head.json says something else than the acts that led to it: "
             + _first_difference(replay(trail), state_of(head)),
         )
+    return head, trail
+
+
+def _at_one_moment(ledger: Ledger, found: Verification) -> tuple[Head, list[Entry]]:
+    """A head with its own trail, newest first, of a line that may go on meanwhile."""
+    for _ in range(_LOOKS):
+        head, acts = ledger.head(), list[Entry]()
+        try:
+            acts.extend(ledger.entries())
+        except Damage as error:
+            found.damaged("the audit trail", error)
+            return head, acts
+        if ledger.head().entry == head.entry:
+            return head, acts
+    raise Unavailable(
+        f"line {ledger.line} is being changed all the time",
+        found=f"another act during each of {_LOOKS} looks",
+        hint="run the same command again",
+    )
+
+
+def _look_beside_the_trail(
+    ledger: Ledger,
+    trail: list[Entry],
+    stored: list[str],
+    shown: dict[str, str],
+    found: Verification,
+) -> None:
+    """Acts that are not in the trail: what MLflow shows must be, what the store holds may be."""
     linked = {entry.digest for entry in trail}
-    for digest, entry in _entries_in_store(ledger):
-        if digest not in linked and found.intact:
+    for name in stored if found.intact else ():
+        digest = name.rpartition("/")[2]
+        entry = None if digest in linked else _entry_of(ledger, name)
+        if entry is not None:
             text = (
                 f"says that it is act {entry.sequence} ({entry.kind} by {entry.actor}), and is not "
                 "in the trail: left by a process that lost a race or was killed, or put there"
             )
             found.findings.append(Finding("note", f"audit entry {digest[:16]}", text))
-    return trail
+    for digest, name in sorted(shown.items(), key=lambda item: item[1]):
+        if digest not in linked:
+            found.damaged(
+                f"act {name}", f"MLflow shows it (entry {digest}), and it is not in the trail"
+            )
 
 
-def _entries_in_store(ledger: Ledger) -> Iterator[tuple[str, Entry]]:
-    store = ledger.objects.store
-    for name in store.list("audit"):
-        try:
-            entry = Entry.model_validate_json(store.read(name))
-        except ValueError:
-            continue  # where the trail reaches it, it is damage there
-        if entry.line == ledger.line:
-            yield name.rpartition("/")[2], entry
+def _entry_of(ledger: Ledger, name: str) -> Entry | None:
+    """An entry of this line; None where it is another line's or cannot be read."""
+    try:
+        entry = Entry.model_validate_json(ledger.objects.store.read(name))
+    except ValueError:
+        return None
+    return entry if entry.line == ledger.line else None
 
 
 def _first_difference(one: Any, other: Any, path: str = "") -> str:
@@ -175,23 +206,16 @@ def _first_difference(one: Any, other: Any, path: str = "") -> str:
     return f"{path} is {str(other)[:80]}, and by the acts {str(one)[:80]}"
 
 
-def _check_mlflow(
-    space: Workspace, ledger: Ledger, trail: list[Entry], found: Verification
-) -> None:
-    """Every act that MLflow shows must be in the trail: nobody can take it out of both."""
+def _acts_in_mlflow(space: Workspace, line: str, found: Verification) -> dict[str, str]:
+    """The acts that MLflow shows, by digest: nobody can take one out of the trail and of it."""
     try:
-        shown = space.catalog.acts_shown(ledger.line)
+        shown = space.catalog.acts_shown(line)
     except Unavailable as error:
         text = f"MLflow cannot be asked, so a trail cut short would not show: {error.what}"
         found.findings.append(Finding("note", "MLflow", text))
-        return
+        return {}
     found.mlflow = True
-    known = {entry.digest for entry in trail}
-    for digest, name in sorted(shown.items(), key=lambda item: item[1]):
-        if digest not in known:
-            found.damaged(
-                f"act {name}", f"MLflow shows it (entry {digest}), and it is not in the trail"
-            )
+    return shown
 
 
 class _Objects:

@@ -214,3 +214,24 @@ def test_without_mlflow_it_says_what_it_cannot_see(three: Three) -> None:
     assert not found["mlflow"]
     (note,) = found["findings"]
     assert "cut short would not show" in note["text"]
+
+
+def test_a_line_that_goes_on_meanwhile_is_not_called_damaged(
+    copy: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An act between the look at MLflow and the look at the trail, and one during the latter."""
+    from registry.ledger import Ledger
+
+    real, acts = Ledger.entries, ["pinned", "unpinned"]
+
+    def slowly(self: Ledger, *, newest_first: bool = True) -> Any:
+        if newest_first and acts:
+            kind = acts.pop(0)
+            self.act(kind, "somebody", "meanwhile", lambda h: h.with_pin(kind == "pinned"))  # type: ignore[arg-type]
+        return real(self, newest_first=newest_first)
+
+    monkeypatch.setattr(Ledger, "entries", slowly)
+    found = copy.json("verify", "demo")
+    assert not acts
+    assert found["intact"]
+    assert found["findings"] == []
