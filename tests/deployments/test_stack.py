@@ -276,7 +276,13 @@ def test_a_decision_is_followed_by_the_workers_and_by_the_alias(
     found = json.loads(stack.process("verify", "many", "--json").out)
     assert found["intact"]
     assert found["mlflow"]
-    shown = json.loads(stack.process("show", "many", "--json").out)
+
+    def linked() -> dict[str, Any] | None:
+        shown: dict[str, Any] = json.loads(stack.process("show", "many", "--json").out)
+        return shown if shown["links"]["mlflow"] else None
+
+    # A look waits a second for MLflow at most, which a busy machine does not always keep.
+    shown = stack.until("MLflow has told its address of the version", linked)
     assert "/runs/" in shown["links"]["mlflow"]
     assert shown["links"]["prefect"].endswith(shown["made_by"]["flow_run"])
 
