@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 COPY_SCHEME = "store://"
 MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
 
-# The files of a model folder that are read; `*/*` because a pattern's `*` crosses folders.
-_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+# The files of a model folder that are read, its card for the licence; `*/*` because a pattern's
+# `*` crosses folders.
+_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
 _UNWANTED = ("*/*", "*.fp16.*", "*.bf16.*", "*.onnx*")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")

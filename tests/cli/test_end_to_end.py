@@ -428,3 +428,22 @@ def test_a_base_that_changed_on_disk_is_refused(
         done = shell(*command, code=3)
         assert "changed" in done.err
     assert shell.head_bytes() == before
+
+
+@pytest.mark.usefixtures("without_mlflow")
+def test_the_card_of_an_export_states_the_licence_of_a_model_that_was_copied(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    """The folder that it came from may be gone by then."""
+    model = tmp_path / "model"
+    shutil.copytree(world.model("colour"), model)
+    (model / "README.md").write_text("---\nlicense: apache-2.0\n---\n# A model\n")
+    shell("init", world.line(tmp_path / "line.yaml", retention=None))
+    files = ("--task", world.task("colour"), "--model", model, "--copy", "--no-remerge")
+    shell("register", "demo", *files)
+    shutil.rmtree(model)
+    shell("remerge", "demo")
+    shell("export", "demo", "champion", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    (row,) = [line for line in card.splitlines() if line.startswith("| colour | `store://")]
+    assert row.endswith("| apache-2.0 |")

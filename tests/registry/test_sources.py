@@ -144,6 +144,7 @@ class TestHub:
         }
         hub.commit("org/model", MODEL | extra)
         assert sorted(files(resolve_source("org/model", home))) == [
+            "README.md",
             "config.json",
             "model.safetensors",
             "model.safetensors.index.json",
