@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from deployments import entry
-from registry.catalog import Catalog
+from registry.mlflow_writer import Writer
 from registry.objects import ObjectStore
 from registry.store import FolderStore
 from tasks.engine import flow
@@ -78,7 +78,7 @@ def _before(owner: Any, method: str, name: str) -> None:
 _after(ObjectStore, "publish", lambda _, __, kind, *___: MASK if kind == "mask" else None)
 _after(FolderStore, "put", lambda _, __, name, *___: ENTRY if name.startswith("audit/") else None)
 _after(FolderStore, "swap", lambda tag, _, name, *__: HEAD if tag and "head.json" in name else None)
-_before(Catalog, "_write_artifacts", MLFLOW)  # its run is made and not yet complete
+_before(Writer, "write_artifacts", MLFLOW)  # its run is made and not yet complete
 
 
 @flow("onboard", "{line}/{task}/{version}")

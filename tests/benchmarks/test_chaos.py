@@ -1,6 +1,7 @@
 """Thirty kills of a running stack: nothing is lost, doubled or wrong. Minutes long."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -31,6 +32,19 @@ def test_nothing_is_lost_doubled_or_wrong_while_processes_are_killed(tmp_path: P
     assert (found["lost"], found["doubled"], found["wrong"]) == ([], [], [])
     inside = [k for k in found["kills"] if k["phase"].startswith(("onboard", "remerge"))]
     assert len(inside) / len(found["kills"]) >= 0.6
+
+
+def test_every_moment_that_can_be_armed_is_there(tmp_path: Path) -> None:
+    """Workers load this module: a method that it watches and that is gone stops them all."""
+    script = "import benchmarks.chaos_entry as e, flows.export as x; print(bool(x._write_heads))"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "RESTITCH_CHAOS": str(tmp_path), "RESTITCH_HOME": str(tmp_path)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.stdout.strip() == "True", done.stderr
 
 
 @pytest.mark.parametrize("kills", [1, 30, 200])
