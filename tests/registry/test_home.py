@@ -47,7 +47,7 @@ def test_a_bucket_is_a_store_whose_copies_lie_in_the_cache(tmp_path):
     store = home.open_store()
     assert isinstance(store, S3Store)
     assert (store.bucket, store.prefix) == ("bucket", "a/prefix")
-    assert store.cache == home.cache / "store"
+    assert store.cache.root == home.cache / "store"
     assert not home.store_is_local
     assert Home(tmp_path).store_is_local
     assert Home(tmp_path, f"file://{tmp_path}/s").store_is_local

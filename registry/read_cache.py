@@ -1,0 +1,188 @@
+"""Local copies of what lies elsewhere: read through, bounded in size, shared by processes.
+
+A copy has its name only when it is whole. Each process notes, in a file that it holds locked
+while it lives, which copies it has handed out; what a living process has is never removed.
+Otherwise the least recently used goes first when there is more than the limit. Whatever is
+killed when, a copy is whole or absent, and the notes of the dead count for nothing.
+"""
+
+import contextlib
+import fcntl
+import os
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+# Names of objects never begin with a dot, so these folders can hold no copy.
+_TEMPORARY, _USERS, _LOCK = ".tmp", ".users", ".lock"
+
+
+class ReadCache:
+    """A folder of copies.
+
+    Args:
+        root: the folder; it may be emptied while nothing runs.
+        limit: says how many bytes it may hold; None for any number. What is in use is kept
+            even above it.
+    """
+
+    def __init__(self, root: Path, limit: Callable[[], int | None]) -> None:
+        self.root = root
+        self.limit = limit
+
+    def get(self, name: str, fetch: Callable[[Path], None], *, fresh: bool = False) -> Path:
+        """A copy, which is there and unchanged for as long as this process lives.
+
+        Args:
+            name: what it is a copy of; a path below the root.
+            fetch: writes it to a new file, which has to be durable when it returns.
+            fresh: fetch it although there is a copy.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        path = self.root / name
+        if not fresh and self._use(name, path):
+            return path
+        with self.temporary() as temporary:
+            fetch(temporary)
+            self.keep(name, temporary)
+        return path
+
+    def keep(self, name: str, file: Path) -> None:
+        """Take a whole file as a copy, and make room for it."""
+        path = self.root / name
+        with self._locked(fcntl.LOCK_SH):
+            _note(self.root, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(path)
+        self._make_room()
+
+    @contextlib.contextmanager
+    def temporary(self) -> Iterator[Path]:
+        """A name for a new file, which is removed afterwards if it is still there."""
+        folder = self.root / _TEMPORARY
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / uuid.uuid4().hex
+        try:
+            yield path
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    def sweep(self, before: float) -> int:
+        """Remove halves of copies that nobody has written to since then; how many.
+
+        Raises:
+            OSError: the disk refuses.
+        """
+        removed = 0
+        for path in (self.root / _TEMPORARY).glob("*"):
+            with contextlib.suppress(FileNotFoundError):
+                if path.stat().st_mtime < before:
+                    path.unlink()
+                    removed += 1
+        return removed
+
+    def _use(self, name: str, path: Path) -> bool:
+        """Note that this process has a copy, if there is one."""
+        if not path.is_file():
+            return False
+        with self._locked(fcntl.LOCK_SH):
+            _note(self.root, name)
+            try:
+                found = path.stat()
+            except FileNotFoundError:  # it had to make room a moment ago
+                return False
+            # The time of change stays: by it others know that the content did.
+            with contextlib.suppress(PermissionError):  # another user's copy is as good
+                os.utime(path, ns=(time.time_ns(), found.st_mtime_ns))
+        return True
+
+    def _make_room(self) -> None:
+        limit = self.limit()
+        if limit is None:
+            return
+        with self._locked(fcntl.LOCK_EX):
+            copies = sorted(self._copies())
+            total = sum(size for _, _, size in copies)
+            if total <= limit:
+                return
+            used = _in_use(self.root)
+            for _, name, size in copies:
+                if name not in used:
+                    (self.root / name).unlink(missing_ok=True)
+                    total -= size
+                if total <= limit:
+                    return
+
+    def _copies(self) -> Iterator[tuple[int, str, int]]:
+        """When it was used last, name and size of each copy."""
+        for folder, folders, files in os.walk(self.root):
+            folders[:] = [each for each in folders if not each.startswith(".")]
+            for file in files:
+                if not file.startswith("."):
+                    path = Path(folder, file)
+                    found = path.stat()
+                    yield found.st_atime_ns, str(path.relative_to(self.root)), found.st_size
+
+    @contextlib.contextmanager
+    def _locked(self, how: int) -> Iterator[None]:
+        """Shared by those who take copies, alone for who removes some."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, how)
+            yield
+        finally:
+            os.close(descriptor)
+
+
+class _Notes:
+    """The file in which this process notes what it has, locked while it lives."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.names: set[str] = set()
+        self.path = folder / uuid.uuid4().hex
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_CLOEXEC
+        self._descriptor = os.open(self.path, flags, 0o666)
+        fcntl.flock(self._descriptor, fcntl.LOCK_EX)
+
+    def add(self, name: str) -> None:
+        """One more name; there is no newline in any."""
+        if name not in self.names:
+            os.write(self._descriptor, f"{name}\n".encode())
+            self.names.add(name)
+
+
+_notes: dict[tuple[int, Path], _Notes] = {}
+_noting = threading.Lock()
+
+
+def _note(root: Path, name: str) -> None:
+    """Note in this process's file that it has a copy; the caller holds the folder's lock."""
+    key = (os.getpid(), root)
+    with _noting:
+        notes = _notes.get(key)
+        if notes is None or not notes.path.exists():  # somebody has emptied the folder
+            notes = _notes[key] = _Notes(root / _USERS)
+        notes.add(name)
+
+
+def _in_use(root: Path) -> set[str]:
+    """What living processes have; the notes of the dead are removed."""
+    used: set[str] = set()
+    for path in (root / _USERS).glob("*"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                path.unlink(missing_ok=True)
+            except BlockingIOError:
+                used.update(path.read_text().splitlines())
+        finally:
+            os.close(descriptor)
+    return used
