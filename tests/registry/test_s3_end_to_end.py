@@ -6,11 +6,13 @@ from pathlib import Path
 import pytest
 
 from modeling.family import get_family
+from registry import s3_calls
 from registry.home import Home
 from registry.sources import resolve_source
 from tasks.models import describe_model
 from tasks.workspace import workspace
 from tests.conftest import NewHome, Three
+from tests.faulty_proxy import Faults, faulty_proxy
 from tests.shell import Shell
 from tests.worlds import SKILLS, World, copied
 
@@ -67,6 +69,25 @@ def test_a_line_in_a_bucket_has_the_same_bytes_wherever_it_is_merged(
     for name in SKILLS:
         uri = second.head().tasks[name].versions[1].model.uri
         assert files(resolve_source(uri, home).local) == files(world.model(name))
+
+
+def test_a_line_has_the_same_bytes_through_a_network_that_fails(
+    in_bucket, three: Three, world: World, s3_url: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(s3_calls, "_FIRST_WAIT", 0.002)
+    with faulty_proxy(s3_url, Faults(seed=5)) as faults:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.url)
+        first = in_bucket("first")
+        first("init", world.line(tmp_path / "line.yaml"))
+        for name in SKILLS:
+            assert first.add(world, name)["state"] == "ready"
+        second = in_bucket("second")
+        second("remerge", "demo", "--force")
+        assert sum(faults.injected.values()) > 20
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_url)
+    assert second.patch_bytes() == three.shell.patch_bytes()
+    assert first.kinds() == three.shell.kinds()
+    first("verify", "demo")
 
 
 def test_a_command_in_a_process_of_its_own_finds_the_bucket(
