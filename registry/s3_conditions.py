@@ -38,6 +38,8 @@ def keeps_conditions(bucket: str, prefix: str) -> bool:
             if _write(probe, IfNoneMatch="*"):
                 return False
             first = _etag(probe)
+            if first is None:  # it does not even take a write with a condition
+                return False
             _write(probe, IfMatch=first)
             return _etag(probe) != first and not _write(probe, IfMatch=first)
         finally:
@@ -96,5 +98,12 @@ def _write(probe: dict[str, str], **condition: str) -> bool:
     return True
 
 
-def _etag(probe: dict[str, str]) -> str:
-    return str(persistently(lambda: client().head_object(**probe))["ETag"])
+def _etag(probe: dict[str, str]) -> str | None:
+    from botocore.exceptions import ClientError
+
+    try:
+        return str(persistently(lambda: client().head_object(**probe))["ETag"])
+    except ClientError as error:
+        if status_of(error) == 404:
+            return None
+        raise
