@@ -37,7 +37,7 @@ class ReadCache:
 
         Args:
             name: what it is a copy of; a path below the root.
-            fetch: writes it to a new file, which has to be durable when it returns.
+            fetch: writes it to a new file.
             fresh: fetch it although there is a copy.
 
         Raises:

@@ -104,7 +104,10 @@ def read_body(answer: Mapping[str, Any]) -> bytes:
 
 
 def fetch_file(place: dict[str, str], file: Path) -> None:
-    """Download an object into a file that is not there yet, durably.
+    """Download an object into a file that is not there yet.
+
+    It is not waited for until the disk has it: a copy that a power failure has torn is found
+    by its digest and fetched again.
 
     Raises:
         AlteredError: it is not what was written, however often it is fetched.
@@ -126,7 +129,6 @@ def fetch_file(place: dict[str, str], file: Path) -> None:
                 ),
                 range(-(-size // length)),
             )
-        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -5,6 +5,7 @@ Each test has a proxy of its own in front of the server, with a seed of its own.
 
 import hashlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -136,3 +137,42 @@ def test_each_kind_of_fault_is_survived(store, faults, tmp_path, monkeypatch, ki
     assert store.local_path("large").read_bytes() == file.read_bytes()
     assert len(list(store.list())) == 10
     assert faults.injected[kind] > 0
+
+
+@pytest.mark.slow
+def test_a_long_run_loses_nothing_and_alters_nothing(
+    store, faults, tmp_path, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(s3_parts, "PART", 5 << 20)
+    contents = {f"o/{number}": os.urandom(number * 7) for number in range(3000)}
+    files = {f"large/{number}": tmp_path / f"file-{number}" for number in range(20)}
+    for file in files.values():
+        file.write_bytes(os.urandom(23 << 20))
+    marks = [f"{number:04d} ".encode() for number in range(400)]
+
+    def append(mark: bytes) -> None:
+        done = None
+        while done is None:
+            try:
+                data, tag = store.read_tagged("log")
+            except NotInStore:
+                data, tag = b"", None
+            done = store.swap("log", tag, data + mark)
+
+    with ThreadPoolExecutor(4) as pool:
+        created = list(pool.map(lambda name: store.put(name, contents[name]), contents))
+        created += pool.map(lambda name: store.put(name, files[name]), files)
+        list(pool.map(append, marks))
+        found = dict(zip(contents, pool.map(store.read, contents), strict=True))
+        copies = list(pool.map(store.local_path, files))
+    assert all(created)
+    assert found == contents
+    assert set(store.list()) == {*contents, *files, "log"}
+    for file, copy in zip(files.values(), copies, strict=True):
+        assert copy.read_bytes() == file.read_bytes()
+    log = store.read("log")
+    assert sorted(log.split()) == [mark.strip() for mark in marks]
+    with capsys.disabled():
+        print(f"\n{faults.calls} calls, {sum(faults.injected.values())} faults:")
+        for kind, count in faults.injected.most_common():
+            print(f"  {kind}: {count}")
