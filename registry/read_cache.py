@@ -1,14 +1,17 @@
 """Local copies of what lies elsewhere: read through, bounded in size, shared by processes.
 
-A copy has its name only when it is whole. Each process notes, in a file that it holds locked
-while it lives, which copies it has handed out; what a living process has is never removed.
-Otherwise the least recently used goes first when there is more than the limit. Whatever is
-killed when, a copy is whole or absent, and the notes of the dead count for nothing.
+A copy, a file or a folder of files, has its name only when it is whole. Each process notes,
+in a file that it holds locked while it lives, which copies it has handed out; what a living
+process has is never removed. Otherwise the least recently used goes first when there is more
+than the limit. Whatever is killed when, a copy is whole or absent, and the notes of the dead
+count for nothing.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
+import shutil
 import threading
 import time
 import uuid
@@ -17,6 +20,7 @@ from pathlib import Path
 
 # Names of objects never begin with a dot, so these folders can hold no copy.
 _TEMPORARY, _USERS, _LOCK = ".tmp", ".users", ".lock"
+_NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class ReadCache:
@@ -26,11 +30,15 @@ class ReadCache:
         root: the folder; it may be emptied while nothing runs.
         limit: says how many bytes it may hold; None for any number. What is in use is kept
             even above it.
+        folders: each copy is a folder below the root, and not a file at some depth.
     """
 
-    def __init__(self, root: Path, limit: Callable[[], int | None]) -> None:
+    def __init__(
+        self, root: Path, limit: Callable[[], int | None], *, folders: bool = False
+    ) -> None:
         self.root = root
         self.limit = limit
+        self.folders = folders
 
     def get(self, name: str, fetch: Callable[[Path], None], *, fresh: bool = False) -> Path:
         """A copy, which is there and unchanged for as long as this process lives.
@@ -44,31 +52,54 @@ class ReadCache:
             OSError: the disk refuses.
         """
         path = self.root / name
-        if not fresh and self._use(name, path):
+        if not fresh and self.use(name):
             return path
         with self.temporary() as temporary:
             fetch(temporary)
             self.keep(name, temporary)
         return path
 
-    def keep(self, name: str, file: Path) -> None:
-        """Take a whole file as a copy, and make room for it."""
+    def keep(self, name: str, made: Path) -> None:
+        """Take what is whole as a copy, and make room for it."""
         path = self.root / name
         with self._locked(fcntl.LOCK_SH):
             _note(self.root, name)
             path.parent.mkdir(parents=True, exist_ok=True)
-            file.replace(path)
+            try:
+                made.replace(path)
+            except OSError:
+                if not (self.folders and path.is_dir()):  # another was first, and its is as good
+                    raise
         self._make_room()
+
+    def use(self, name: str) -> bool:
+        """Note that this process has a copy from now on, if there is one."""
+        path = self.root / name
+        if not (path.is_dir() if self.folders else path.is_file()):
+            return False
+        try:
+            with self._locked(fcntl.LOCK_SH):
+                _note(self.root, name)
+                # The time of change stays: by it others know that the content did.
+                os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
+        except FileNotFoundError:  # it had to make room a moment ago
+            return False
+        except OSError as error:
+            if error.errno not in _NOT_OURS:  # where nothing can be noted, it is only read
+                raise
+        return True
 
     @contextlib.contextmanager
     def temporary(self) -> Iterator[Path]:
-        """A name for a new file, which is removed afterwards if it is still there."""
+        """A name for something new, which is removed afterwards if it is still there."""
         folder = self.root / _TEMPORARY
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / uuid.uuid4().hex
         try:
             yield path
         finally:
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
@@ -86,21 +117,6 @@ class ReadCache:
                     removed += 1
         return removed
 
-    def _use(self, name: str, path: Path) -> bool:
-        """Note that this process has a copy, if there is one."""
-        if not path.is_file():
-            return False
-        with self._locked(fcntl.LOCK_SH):
-            _note(self.root, name)
-            try:
-                found = path.stat()
-            except FileNotFoundError:  # it had to make room a moment ago
-                return False
-            # The time of change stays: by it others know that the content did.
-            with contextlib.suppress(PermissionError):  # another user's copy is as good
-                os.utime(path, ns=(time.time_ns(), found.st_mtime_ns))
-        return True
-
     def _make_room(self) -> None:
         limit = self.limit()
         if limit is None:
@@ -113,15 +129,26 @@ class ReadCache:
             used = _in_use(self.root)
             for _, name, size in copies:
                 if name not in used:
-                    (self.root / name).unlink(missing_ok=True)
+                    self._remove(self.root / name)
                     total -= size
                 if total <= limit:
                     return
+
+    def _remove(self, path: Path) -> None:
+        """Remove a copy at once, as others see it."""
+        with self.temporary() as gone:
+            path.replace(gone)
 
     def _copies(self) -> Iterator[tuple[int, str, int]]:
         """When it was used last, name and size of each copy."""
         for folder, folders, files in os.walk(self.root):
             folders[:] = [each for each in folders if not each.startswith(".")]
+            if self.folders:
+                for each in folders:
+                    inside = (path for path in Path(folder, each).rglob("*") if path.is_file())
+                    size = sum(path.stat().st_size for path in inside)
+                    yield Path(folder, each).stat().st_atime_ns, each, size
+                return
             for file in files:
                 if not file.startswith("."):
                     path = Path(folder, file)

@@ -80,14 +80,14 @@ def test_leftovers_of_killed_work_are_swept_by_their_newest_file(tmp_path):
             os.utime(path, (old, old))
     (home.scratch / "alive" / "part").write_bytes(b"more")
     os.utime(home.scratch / "alive", (old, old))
-    building = home.cache / "sources" / "building-x"
+    building = home.cache / "sources" / ".tmp" / "x"
     building.mkdir(parents=True)
     (home.cache / "sources" / "whole").mkdir()
     for path in (building, home.cache / "sources" / "whole"):
         os.utime(path, (old, old))
     assert home.sweep(older_than=3600) == 2
     assert [path.name for path in home.scratch.iterdir()] == ["alive"]
-    assert [path.name for path in (home.cache / "sources").iterdir()] == ["whole"]
+    assert [path.name for path in (home.cache / "sources").rglob("[!.]*")] == ["whole"]
 
 
 def test_variables_that_are_set_are_respected(tmp_path):

@@ -1,5 +1,6 @@
 """Local copies: never too many, never one that is in use, never half of one."""
 
+import errno
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -153,6 +154,65 @@ def test_threads_get_the_same_copy(cache) -> None:
     with ThreadPoolExecutor(8) as pool:
         paths = list(pool.map(lambda turn: cache.get(f"b/{turn % 2}", writes(7)), range(64)))
     assert {path.read_bytes() for path in paths} == {b"\7" * SIZE}
+
+
+class TestFolders:
+    """Copies that are folders, as unpacked models are."""
+
+    @pytest.fixture
+    def cache(self, tmp_path):
+        return ReadCache(tmp_path / "cache", lambda: 3 * SIZE, folders=True)
+
+    def keep(self, cache: ReadCache, name: str) -> Path:
+        with cache.temporary() as made:
+            made.mkdir()
+            (made / "weights").write_bytes(b"x" * SIZE)
+            cache.keep(name, made)
+        return cache.root / name
+
+    def elsewhere(self, cache: ReadCache, *names: str) -> None:
+        """Keep folders in a process that ends."""
+        code = f"""
+            from pathlib import Path
+            from registry.read_cache import ReadCache
+            from tests.registry.test_read_cache import TestFolders
+            cache = ReadCache(Path({str(cache.root)!r}), lambda: {3 * SIZE}, folders=True)
+            for name in {names!r}:
+                if not cache.use(name):
+                    TestFolders().keep(cache, name)
+        """
+        assert start(code).wait() == 0
+
+    def test_the_least_recently_used_goes_whole(self, cache) -> None:
+        self.elsewhere(cache, "a", "b", "c")
+        self.elsewhere(cache, "a", "d")
+        assert copies(cache) == ["a", "c", "d"]
+        assert list((cache.root / ".tmp").iterdir()) == []
+        assert cache.use("a")
+        assert not cache.use("b")
+
+    def test_what_is_in_use_stays(self, cache) -> None:
+        mine = [self.keep(cache, name) for name in "abcde"]
+        assert all((folder / "weights").is_file() for folder in mine)
+        self.elsewhere(cache, "f")
+        assert copies(cache) == [*"abcdef"]
+
+    def test_of_two_that_make_the_same_the_first_stays(self, cache) -> None:
+        self.keep(cache, "a")
+        (cache.root / "a" / "first").touch()
+        self.keep(cache, "a")
+        assert (cache.root / "a" / "first").exists()
+        assert list((cache.root / ".tmp").iterdir()) == []
+
+
+def test_a_copy_where_nothing_can_be_noted_is_read_all_the_same(cache, monkeypatch) -> None:
+    cache.get("b/1", writes(1))
+
+    def read_only(*_):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("registry.read_cache._note", read_only)
+    assert cache.get("b/1", refuse).read_bytes() == b"\1" * SIZE
 
 
 def test_a_folder_that_was_emptied_is_made_again(cache) -> None:
