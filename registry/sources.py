@@ -385,7 +385,6 @@ def _unpacked(
 
 
 def _cache(home: Home) -> ReadCache:
-    """The folders of unpacked models, by the digests of their manifests."""
     return ReadCache(home.cache / "sources", cache_limit, folders=True)
 
 
