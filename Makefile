@@ -38,6 +38,7 @@ types: setup
 bench: setup
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.registering
+	$(BIN)/python -m benchmarks.s3
 
 clean:
 	rm -rf .demo .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info

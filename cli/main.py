@@ -19,7 +19,8 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-import cli.audit  # noqa: F401  whose commands belong to the same command
+import cli.audit  # whose commands belong to the same command
+import cli.store  # noqa: F401  whose do, too
 from cli import render
 from cli.app import Json, Line, Version, app, show_result
 from cli.reporter import TerminalReporter

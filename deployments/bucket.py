@@ -11,11 +11,12 @@ Again changes nothing.
 import os
 import sys
 from typing import Any
-from uuid import uuid4
 
-from merging.errors import BadInput, RestitchError, Unavailable
+from merging.errors import BadInput, RestitchError
 from registry.home import STORE_VARIABLE
+from registry.s3_calls import persistently
 from registry.s3_client import client, code_of, parse_address, s3_explained, status_of
+from registry.s3_conditions import keeps_conditions, refusal
 
 _THERE = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
 
@@ -33,24 +34,11 @@ def prepare(address: str) -> str:
         BadInput: the address is not one.
         Unavailable: the server is away, refuses the account, or ignores conditions.
     """
-    bucket, _ = parse_address(address)
+    bucket, prefix = parse_address(address)
     with s3_explained(f"s3://{bucket}", "make the bucket"):
         made = _make(bucket)
-        probe = {"Bucket": bucket, "Key": f"restitch-probe-{uuid4()}"}
-        try:
-            etag = client().put_object(**probe, Body=b"1", IfNoneMatch="*")["ETag"]
-            twice = _refused(probe, IfNoneMatch="*")
-            client().put_object(**probe, Body=b"2", IfMatch=etag)
-            late = _refused(probe, IfMatch=etag)
-        finally:
-            client().delete_object(**probe)
-    if not (twice and late):
-        raise Unavailable(
-            f"the server of s3://{bucket} ignores conditional writes",
-            expected="If-None-Match and If-Match on PutObject: two registrations at once need them",
-            found="the second of two writes took the place of the first",
-            hint="use a server that knows them, or a newer version of this one",
-        )
+    if not keeps_conditions(bucket, prefix):
+        raise refusal(f"s3://{bucket}")
     return f"s3://{bucket}: {'made' if made else 'there'}, its server knows conditional writes"
 
 
@@ -58,7 +46,7 @@ def _make(bucket: str) -> bool:
     from botocore.exceptions import ClientError
 
     try:
-        client().head_bucket(Bucket=bucket)
+        persistently(lambda: client().head_bucket(Bucket=bucket))
     except ClientError as error:
         if status_of(error) != 404:
             raise
@@ -67,24 +55,14 @@ def _make(bucket: str) -> bool:
     region = client().meta.region_name
     elsewhere: dict[str, Any] = {"CreateBucketConfiguration": {"LocationConstraint": region}}
     try:
-        client().create_bucket(Bucket=bucket, **({} if region == "us-east-1" else elsewhere))
+        if region == "us-east-1":
+            elsewhere = {}
+        persistently(lambda: client().create_bucket(Bucket=bucket, **elsewhere))
     except ClientError as error:
         if code_of(error) not in _THERE:  # another one made it at the same moment
             raise
         return False
     return True
-
-
-def _refused(probe: dict[str, str], **condition: str) -> bool:
-    from botocore.exceptions import ClientError
-
-    try:
-        client().put_object(**probe, Body=b"3", **condition)
-    except ClientError as error:
-        if status_of(error) not in (409, 412):
-            raise
-        return True
-    return False
 
 
 def main() -> None:

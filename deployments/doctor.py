@@ -1,7 +1,8 @@
 """Is everything there that restitch needs? One check after the other, each with its remedy.
 
-Nothing is changed. A check that cannot be made because an earlier one failed says so. The
-exit code is 6 when something has failed; warnings alone leave it at 0.
+Nothing is changed; in a bucket one object beside the store is written and removed again. A
+check that cannot be made because an earlier one failed says so. The exit code is 6 when
+something has failed; warnings alone leave it at 0.
 """
 
 import importlib.metadata
@@ -19,6 +20,9 @@ from merging.errors import RestitchError, Unavailable
 from registry.catalog import mlflow_explained, without_credentials
 from registry.head import Head
 from registry.ledger import lines
+from registry.s3_client import parse_address
+from registry.s3_conditions import keeps_conditions, refusal
+from registry.s3_settings import WRITER_VARIABLE, single_writer
 from registry.stack import StackFile
 from tasks.engine import engine_url
 from tasks.workspace import Workspace, workspace
@@ -123,6 +127,18 @@ def _store(space: Workspace) -> Iterator[Check]:
     where = without_credentials(space.home.store_url or str(space.home.store_path))
     names = list(lines(space.objects))
     yield Check("store", "ok", f"{where}, lines: {', '.join(names) or 'none'}")
+    if space.home.store_url is None or space.home.store_is_local:
+        return
+    bucket, prefix = parse_address(space.home.store_url)
+    if keeps_conditions(bucket, prefix):
+        yield Check("conditional writes", "ok", "the server keeps them")
+        return
+    refused = refusal(f"s3://{bucket}")
+    if single_writer():
+        mend = f"see to it that one process at a time writes: {WRITER_VARIABLE} promises it"
+        yield Check("conditional writes", "warning", refused.what, mend)
+    else:
+        yield Check("conditional writes", "failed", refused.what, refused.hint or "")
 
 
 def _device(space: Workspace) -> Iterator[Check]:

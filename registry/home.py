@@ -137,7 +137,7 @@ class Home:
             How many leftovers were removed.
         """
         limit = time.time() - older_than
-        leftovers = [*self.scratch.glob("*"), *self.cache.glob("sources/building-*")]
+        leftovers = [*self.scratch.glob("*"), *self.cache.glob("sources/.tmp/*")]
         removed = 0
         for path in leftovers:
             if _last_touched(path) < limit:

@@ -12,15 +12,13 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from merging.errors import BadInput, Unavailable
+from merging.errors import BadInput, Damage, Unavailable
 from registry.store import check_name
 
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
 _LONGEST_PREFIX = 100  # a key has at most 1024 bytes, and a name 900
 
-# A server that cannot be reached is an error within about 15 seconds, one that does not
-# answer within about 35.
-ATTEMPTS = 3
+# For one attempt; `registry.s3_calls` says how many there are.
 _CONNECT_TIMEOUT, _READ_TIMEOUT = 4, 10
 
 NOT_ALLOWED = ("AccessDenied", "AllAccessDisabled", "AccountProblem", "403", "Forbidden")
@@ -35,6 +33,14 @@ _CREDENTIALS = (
 
 _clients: dict[tuple[object, ...], Any] = {}
 _making = threading.Lock()
+
+
+class MangledError(Exception):
+    """A body that was cut on its way, or that comes too slowly to wait for."""
+
+
+class AlteredError(MangledError):
+    """A body that is whole and not what was stored."""
 
 
 def parse_address(address: str) -> tuple[str, str]:
@@ -88,9 +94,9 @@ def _connect() -> Any:
     settings = Config(
         connect_timeout=_CONNECT_TIMEOUT,
         read_timeout=_READ_TIMEOUT,
-        retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+        retries={"mode": "standard", "total_max_attempts": 1},
         max_pool_connections=32,
-        # Not every server knows the newer checksums; the signature covers the content.
+        # The checksums are ours: plain headers, which a server that knows none can ignore.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         s3={"payload_signing_enabled": True},
@@ -111,9 +117,10 @@ def s3_explained(place: str, doing: str) -> Iterator[None]:
     """Turn what boto3 raises into errors that say what to do.
 
     Raises:
+        Damage: what comes is not what was stored.
         Unavailable: the server is away or refuses.
     """
-    from botocore import exceptions
+    from botocore import exceptions, parsers
 
     try:
         yield
@@ -127,7 +134,14 @@ def s3_explained(place: str, doing: str) -> Iterator[None]:
         raise Unavailable(
             f"cannot {doing}: the credentials for {place} cannot be read", hint=_CREDENTIALS
         ) from None
-    except exceptions.BotoCoreError as error:
+    except AlteredError as error:
+        raise Damage(
+            f"cannot {doing}: the content at {place} is damaged",
+            expected="the content that was written",
+            found=str(error),
+            hint="restore it from a backup, or remove it: what can be made again then is",
+        ) from None
+    except (exceptions.BotoCoreError, parsers.ResponseParserError, MangledError) as error:
         # Not chained and not quoted: its text may hold an address with a password.
         raise Unavailable(
             f"cannot {doing}: the server of {place} does not answer",

@@ -1,44 +1,48 @@
 """A store in an S3 bucket, or in anything that speaks its protocol.
 
 Objects are created and swapped by conditional writes, on which the server decides. Each
-write carries a token of its own in the object's metadata: where an answer got lost and the
-repetition is refused, the token says whether the object that is there is ours. What must
-be a local file is downloaded whole into a cache before it has its name.
+write carries a token of its own in the object's metadata, and a swap those of the swaps
+before it: where an answer got lost and the repetition is refused, the tokens say whether
+ours is what is there, or what was there before others followed. What must be a local file
+is downloaded whole into a cache before it has its name.
 """
 
 import contextlib
-import os
 import random
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from merging.errors import BadInput, Unavailable
-from registry.s3_client import ATTEMPTS, NOT_ALLOWED, client, code_of, s3_explained, status_of
+from registry.read_cache import ReadCache
+from registry.s3_calls import pause, persistently
+from registry.s3_client import NOT_ALLOWED, client, code_of, s3_explained, status_of
+from registry.s3_conditions import may_rely
+from registry.s3_parts import Target, fetch_file, read_body, send_bytes, send_file
+from registry.s3_settings import cache_limit, writing
 from registry.store import NotInStore, Tagged, check_name, explained
 
 Result = TypeVar("Result")
 
-_TEMPORARY = ".tmp"
 _TOKEN = "restitch-writer"
+# So many swaps may follow one whose answer was lost, and it is still known to have been.
+_REMEMBERED = 16
 
 # Two conditional writes at once: the server may ask both to come again.
 _CONFLICTS = 30
 
-# S3 itself takes 5 GiB at once; a shorter request is answered, and repeated, sooner.
-LARGEST_PUT = 1 << 30
-PART = 64 << 20
-_MOST_PARTS = 10_000
-_BLOCK = 4 << 20
-
 
 class _Found(NamedTuple):
-    """What is there under a key."""
+    """What is there under a key: its ETag, and who wrote it, the last first."""
 
     etag: str
-    token: str | None
+    writers: tuple[str, ...]
+
+    @property
+    def tag(self) -> str:
+        return " ".join((self.etag, *self.writers))
 
 
 class S3Store:
@@ -54,17 +58,17 @@ class S3Store:
     def __init__(self, bucket: str, prefix: str, cache: Path) -> None:
         self.bucket = bucket
         self.prefix = prefix
-        self.cache = cache
+        self.cache = ReadCache(cache, cache_limit)
 
     def put(self, name: str, data: bytes | Path, *, move: bool = False) -> bool:
         """Create the object by a conditional write; see `Store.put`."""
         if not isinstance(data, Path):
-            return self._write(name, data, IfNoneMatch="*") is not None
+            return self._write(name, data, None) is not None
         if not data.is_file():
             raise BadInput(f"the file {data} is not there")
         # What is there already is not sent again, only to be refused at the end.
         there = self._head(name) is not None
-        created = not there and self._write(name, data, IfNoneMatch="*") is not None
+        created = not there and self._write(name, data, None) is not None
         if move:
             self._take(name, data, keep=created)
         return created
@@ -74,219 +78,179 @@ class S3Store:
         return self.read_tagged(name).data
 
     def read_tagged(self, name: str) -> Tagged:
-        """The object's bytes with its ETag; see `Store.read_tagged`."""
-        return self._got(name, lambda answer: Tagged(answer["Body"].read(), str(answer["ETag"])))
+        """The object's bytes with its ETag and its writers; see `Store.read_tagged`."""
+        place = self._place(name)
+
+        def read() -> Tagged:
+            answer = client().get_object(**place)
+            return Tagged(read_body(answer), _found(answer).tag)
+
+        return self._got(name, lambda: persistently(read))
 
     def swap(self, name: str, expected: str | None, data: bytes) -> str | None:
-        """Replace the object if it is still the expected one; see `Store.swap`.
-
-        Where an answer was lost and another writer has swapped since, this says that nothing
-        was changed although it was, and is over already.
-        """
+        """Replace the object if it is still the expected one; see `Store.swap`."""
         if expected is None:
-            return self._write(name, data, IfNoneMatch="*")
-        return self._write(name, data, IfMatch=expected)
+            return self._write(name, data, None)
+        etag, *writers = expected.split(" ")
+        return self._write(name, data, _Found(etag, tuple(writers)))
 
     def local_path(self, name: str, *, fresh: bool = False) -> Path:
         """A copy in the cache, downloaded once; see `Store.local_path`."""
-        path = self.cache / self._key(name)
-        with explained(path, "write"):
-            if path.is_file() and not fresh:
-                return path
-            with self._temporary() as temporary:
-                self._got(name, lambda answer: _save(answer["Body"], temporary))
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary.replace(path)
-        return path
+        key, place = self._key(name), self._place(name)
+        with explained(self.cache.root / key, "write"):
+            return self.cache.get(
+                key, lambda file: self._got(name, lambda: fetch_file(place, file)), fresh=fresh
+            )
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """The names below a prefix, sorted; see `Store.list`."""
         below = self._key(prefix.rstrip("/")) + "/" if prefix else f"{self.prefix}/"
+        asked = {"Bucket": self.bucket, "Prefix": below}
         keys: list[str] = []
-        with s3_explained(self._place, "list"):
-            pages = client().get_paginator("list_objects_v2")
-            for page in pages.paginate(Bucket=self.bucket, Prefix=below):
+        with s3_explained(self._address, "list"):
+            while True:
+                page = persistently(lambda: client().list_objects_v2(**asked))
                 keys.extend(str(each["Key"]) for each in page.get("Contents", ()))
+                if not page.get("IsTruncated"):
+                    break
+                asked["ContinuationToken"] = page["NextContinuationToken"]
         names = (key.removeprefix(f"{self.prefix}/") for key in keys)
         return iter(sorted(name for name in names if _is_name(name)))
 
     def sweep(self, older_than: float) -> int:
         """Remove halves of downloads and of uploads by age; see `Store.sweep`."""
         limit = time.time() - older_than
-        removed = 0
-        folder = self.cache / _TEMPORARY
-        with explained(folder, "sweep"):
-            for path in folder.glob("*"):
-                with contextlib.suppress(FileNotFoundError):
-                    if path.stat().st_mtime < limit:
-                        path.unlink()
-                        removed += 1
-        with s3_explained(self._place, "sweep"):
+        with explained(self.cache.root, "sweep"):
+            removed = self.cache.sweep(limit)
+        with s3_explained(self._address, "sweep"):
             for key, upload, since in self._uploads():
                 if since < limit:
-                    client().abort_multipart_upload(Bucket=self.bucket, Key=key, UploadId=upload)
+                    self._abort(key, upload)
                     removed += 1
         return removed
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{check_name(name)}"
 
+    def _place(self, name: str) -> dict[str, str]:
+        return {"Bucket": self.bucket, "Key": self._key(name)}
+
+    @property
+    def _address(self) -> str:
+        return f"s3://{self.bucket}/{self.prefix}"
+
     def _head(self, name: str) -> _Found | None:
         """What is there, without its content."""
         from botocore.exceptions import ClientError
 
-        with s3_explained(self._place, f"look for {name}"):
+        place = self._place(name)
+        with s3_explained(self._address, f"look for {name}"):
             try:
-                found = client().head_object(Bucket=self.bucket, Key=self._key(name))
+                return _found(persistently(lambda: client().head_object(**place)))
             except ClientError as error:
                 if status_of(error) == 404:
                     return None
                 raise
-        return _Found(str(found["ETag"]), found.get("Metadata", {}).get(_TOKEN))
 
-    def _got(self, name: str, take: Callable[[Mapping[str, Any]], Result]) -> Result:
-        """Take an object's content; begin again where the connection breaks on the way."""
-        from botocore import exceptions
-
-        broken = (
-            exceptions.IncompleteReadError,
-            exceptions.ResponseStreamingError,
-            exceptions.ReadTimeoutError,
-        )
-        with s3_explained(self._place, f"read {name}"):
-            for attempt in range(ATTEMPTS):
-                try:
-                    answer = client().get_object(Bucket=self.bucket, Key=self._key(name))
-                except exceptions.ClientError as error:
-                    if code_of(error) in ("NoSuchKey", "404"):
-                        raise NotInStore(name) from None
-                    raise
-                try:
-                    return take(answer)
-                except broken:  # on the way, which boto3 does not repeat
-                    if attempt == ATTEMPTS - 1:
-                        raise
-        raise AssertionError("the last attempt returns or raises")
-
-    def _write(self, name: str, data: bytes | Path, **condition: str) -> str | None:
-        """Write under a condition; the new ETag, or None where the condition does not hold."""
+    def _got(self, name: str, get: Callable[[], Result]) -> Result:
         from botocore.exceptions import ClientError
 
-        key, token = self._key(name), uuid.uuid4().hex
+        with s3_explained(self._address, f"read {name}"):
+            try:
+                return get()
+            except ClientError as error:
+                if code_of(error) in ("NoSuchKey", "404"):
+                    raise NotInStore(name) from None
+                raise
+
+    def _write(self, name: str, data: bytes | Path, expected: _Found | None) -> str | None:
+        """Write if what is expected is there, None for nothing; the new tag, or None."""
+        from botocore.exceptions import ClientError
+
+        token = uuid.uuid4().hex[:16]
+        before = expected.writers if expected else ()
+        written = (token, *before)[:_REMEMBERED]
+        condition = {"IfMatch": expected.etag} if expected else {"IfNoneMatch": "*"}
+        place = self._place(name)
+        if not may_rely(self.bucket, self.prefix, self.cache.root):
+            # There is one writer, so that what is so now is so when it writes.
+            found = self._head(name)
+            if (found.etag if found else None) != (expected.etag if expected else None):
+                return None
+            condition = {}
+        target = Target(place, {_TOKEN: " ".join(written)}, writing(name), condition)
         for attempt in range(_CONFLICTS):
-            with s3_explained(self._place, f"write {name}"):
+            with s3_explained(self._address, f"write {name}"):
                 try:
-                    return self._send(key, data, {_TOKEN: token}, condition)
+                    return _Found(self._send(target, data), written).tag
                 except ClientError as error:
                     code, status = code_of(error), status_of(error)
                     lost = code == "NoSuchUpload"  # completed by a call whose answer was lost
                     if status == 412 or lost or code == "NoSuchKey":
                         found = self._head(name)
-                        if found is not None and found.token == token:
-                            return found.etag
+                        if found is not None and token in found.writers:
+                            ours = found.writers[0] == token
+                            return found.tag if ours else _Found("overtaken", written).tag
                         if not lost:
                             return None
                         raise
                     if status != 409:
                         raise
-            time.sleep(random.uniform(0, min(1.0, 0.01 * 2 ** min(attempt, 8))))
+            pause(random.uniform(0, min(1.0, 0.01 * 2 ** min(attempt, 8))))
         raise Unavailable(
-            f"cannot write {name} to {self._place}",
+            f"cannot write {name} to {self._address}",
             found=f"{_CONFLICTS} conflicts with other writers",
             hint="run the same command again",
         )
 
-    def _send(
-        self, key: str, data: bytes | Path, metadata: dict[str, str], condition: dict[str, str]
-    ) -> str:
-        target = {"Bucket": self.bucket, "Key": key}
+    def _send(self, target: Target, data: bytes | Path) -> str:
         if not isinstance(data, Path):
-            answer = client().put_object(**target, Body=data, Metadata=metadata, **condition)
-            return str(answer["ETag"])
+            return send_bytes(target, data)
         with explained(data, "read"):
-            size = data.stat().st_size
-            if size > LARGEST_PUT:
-                return self._send_parts(target, data, size, metadata, condition)
-            with data.open("rb") as body:
-                answer = client().put_object(**target, Body=body, Metadata=metadata, **condition)
-        return str(answer["ETag"])
-
-    def _send_parts(
-        self,
-        target: dict[str, str],
-        file: Path,
-        size: int,
-        metadata: dict[str, str],
-        condition: dict[str, str],
-    ) -> str:
-        server = client()
-        length = max(PART, -(-size // _MOST_PARTS))
-        upload = server.create_multipart_upload(**target, Metadata=metadata)["UploadId"]
-        parts: list[dict[str, Any]] = []
-        try:
-            with file.open("rb") as body:
-                while block := body.read(length):
-                    number = len(parts) + 1
-                    answer = server.upload_part(
-                        **target, UploadId=upload, PartNumber=number, Body=block
-                    )
-                    parts.append({"PartNumber": number, "ETag": answer["ETag"]})
-            done = server.complete_multipart_upload(
-                **target, UploadId=upload, MultipartUpload={"Parts": parts}, **condition
-            )
-        except BaseException:
-            # Parts of an upload that nobody completes cost money until they are swept.
-            with contextlib.suppress(Exception):
-                server.abort_multipart_upload(**target, UploadId=upload)
-            raise
-        return str(done["ETag"])
+            return send_file(target, data)
 
     def _uploads(self) -> Iterator[tuple[str, str, float]]:
         """Uploads in parts that are not completed: key, id, when they began."""
         from botocore.exceptions import ClientError
 
-        pages = client().get_paginator("list_multipart_uploads")
+        asked: dict[str, Any] = {"Bucket": self.bucket, "Prefix": f"{self.prefix}/"}
+        while True:
+            try:
+                page = persistently(lambda: client().list_multipart_uploads(**asked))  # noqa: B023
+            except ClientError as error:
+                # Not every server lists them, and not every account may: both can do without.
+                if code_of(error) in (*NOT_ALLOWED, "NotImplemented", "MethodNotAllowed"):
+                    return
+                raise
+            for each in page.get("Uploads", ()):
+                yield str(each["Key"]), str(each["UploadId"]), each["Initiated"].timestamp()
+            if not page.get("IsTruncated"):
+                return
+            asked |= {"KeyMarker": page["NextKeyMarker"]}
+            asked |= {"UploadIdMarker": page["NextUploadIdMarker"]}
+
+    def _abort(self, key: str, upload: str) -> None:
+        from botocore.exceptions import ClientError
+
+        asked = {"Bucket": self.bucket, "Key": key, "UploadId": upload}
         try:
-            for page in pages.paginate(Bucket=self.bucket, Prefix=f"{self.prefix}/"):
-                for each in page.get("Uploads", ()):
-                    yield str(each["Key"]), str(each["UploadId"]), each["Initiated"].timestamp()
+            persistently(lambda: client().abort_multipart_upload(**asked))
         except ClientError as error:
-            # Not every server lists them, and not every account may: both can do without.
-            if code_of(error) not in (*NOT_ALLOWED, "NotImplemented", "MethodNotAllowed"):
+            if code_of(error) != "NoSuchUpload":  # another has, or the answer was lost
                 raise
 
     def _take(self, name: str, file: Path, *, keep: bool) -> None:
         """Take a file that was given away: what it holds need not be downloaded again."""
-        path = self.cache / self._key(name)
         with explained(file, "remove"):
             if keep:
                 with contextlib.suppress(OSError):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                    file.replace(path)
+                    self.cache.keep(self._key(name), file)
             file.unlink(missing_ok=True)
 
-    @contextlib.contextmanager
-    def _temporary(self) -> Iterator[Path]:
-        folder = self.cache / _TEMPORARY
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / uuid.uuid4().hex
-        try:
-            yield path
-        finally:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
 
-    @property
-    def _place(self) -> str:
-        return f"s3://{self.bucket}/{self.prefix}"
-
-
-def _save(body: Any, file: Path) -> None:
-    with file.open("wb") as out:
-        for block in body.iter_chunks(_BLOCK):
-            out.write(block)
-        out.flush()
-        os.fsync(out.fileno())
+def _found(answer: Any) -> _Found:
+    writers = answer.get("Metadata", {}).get(_TOKEN, "")
+    return _Found(str(answer["ETag"]), tuple(writers.split()))
 
 
 def _is_name(text: str) -> bool:

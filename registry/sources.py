@@ -23,6 +23,8 @@ from merging.digests import digest_bytes
 from merging.errors import BadInput, Damage, Unavailable
 from registry.home import Home
 from registry.objects import ObjectStore
+from registry.read_cache import ReadCache
+from registry.s3_settings import cache_limit
 from registry.specs import is_hub_id, split_pin
 from registry.store import explained
 
@@ -249,11 +251,11 @@ def _from_copy(uri: str, home: Home) -> Source:
     manifest = uri.removeprefix(COPY_SCHEME)
     if not _DIGEST.match(manifest):
         raise BadInput(f"{uri} names no copy", expected=f"{COPY_SCHEME} and a digest")
-    folder = _unpacked_at(manifest, home)
-    if not folder.is_dir():
+    cache = _cache(home)
+    if not cache.use(manifest):
         objects = ObjectStore(home.open_store())
-        folder = _unpacked(manifest, json.loads(objects.read_blob(manifest)), home, objects)
-    return Source(uri=uri, local=folder, kind="copy")
+        _unpacked(manifest, json.loads(objects.read_blob(manifest)), home, objects)
+    return Source(uri=uri, local=cache.root / manifest, kind="copy")
 
 
 def _is_fixed(uri: str) -> bool:
@@ -365,11 +367,11 @@ def _unpacked(
     manifest: str, files: dict[str, dict[str, str]], home: Home, objects: ObjectStore
 ) -> Path:
     """A folder in the cache with the files of a manifest, complete or not there at all."""
-    if (folder := _unpacked_at(manifest, home)).is_dir():
+    folder = (cache := _cache(home)).root / manifest
+    if cache.use(manifest):
         return folder
-    with explained(folder, "write"):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        building = Path(tempfile.mkdtemp(prefix="building-", dir=folder.parent))
+    with explained(folder, "write"), cache.temporary() as building:
+        building.mkdir()
         for name, blob in files["files"].items():
             if Path(name).name != name:
                 raise Damage(f"the manifest {manifest} names the file {name!r}")
@@ -378,15 +380,12 @@ def _unpacked(
                 (building / name).hardlink_to(path)
             except OSError:
                 shutil.copyfile(path, building / name)
-        try:
-            building.rename(folder)
-        except OSError:  # another worker was first
-            shutil.rmtree(building, ignore_errors=True)
+        cache.keep(manifest, building)
     return folder
 
 
-def _unpacked_at(manifest: str, home: Home) -> Path:
-    return home.cache / "sources" / manifest
+def _cache(home: Home) -> ReadCache:
+    return ReadCache(home.cache / "sources", cache_limit, folders=True)
 
 
 def _is_commit(revision: str) -> bool:

@@ -47,7 +47,7 @@ def test_a_bucket_is_a_store_whose_copies_lie_in_the_cache(tmp_path):
     store = home.open_store()
     assert isinstance(store, S3Store)
     assert (store.bucket, store.prefix) == ("bucket", "a/prefix")
-    assert store.cache == home.cache / "store"
+    assert store.cache.root == home.cache / "store"
     assert not home.store_is_local
     assert Home(tmp_path).store_is_local
     assert Home(tmp_path, f"file://{tmp_path}/s").store_is_local
@@ -80,14 +80,14 @@ def test_leftovers_of_killed_work_are_swept_by_their_newest_file(tmp_path):
             os.utime(path, (old, old))
     (home.scratch / "alive" / "part").write_bytes(b"more")
     os.utime(home.scratch / "alive", (old, old))
-    building = home.cache / "sources" / "building-x"
+    building = home.cache / "sources" / ".tmp" / "x"
     building.mkdir(parents=True)
     (home.cache / "sources" / "whole").mkdir()
     for path in (building, home.cache / "sources" / "whole"):
         os.utime(path, (old, old))
     assert home.sweep(older_than=3600) == 2
     assert [path.name for path in home.scratch.iterdir()] == ["alive"]
-    assert [path.name for path in (home.cache / "sources").iterdir()] == ["whole"]
+    assert [path.name for path in (home.cache / "sources").rglob("[!.]*")] == ["whole"]
 
 
 def test_variables_that_are_set_are_respected(tmp_path):

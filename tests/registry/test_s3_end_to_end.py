@@ -6,11 +6,16 @@ from pathlib import Path
 import pytest
 
 from modeling.family import get_family
+from registry import s3_calls
 from registry.home import Home
+from registry.s3_store import S3Store
 from registry.sources import resolve_source
+from registry.store import FolderStore
 from tasks.models import describe_model
 from tasks.workspace import workspace
 from tests.conftest import NewHome, Three
+from tests.faulty_proxy import Faults, faulty_proxy
+from tests.flows.test_store_copy import contents
 from tests.shell import Shell
 from tests.worlds import SKILLS, World, copied
 
@@ -69,6 +74,25 @@ def test_a_line_in_a_bucket_has_the_same_bytes_wherever_it_is_merged(
         assert files(resolve_source(uri, home).local) == files(world.model(name))
 
 
+def test_a_line_has_the_same_bytes_through_a_network_that_fails(
+    in_bucket, three: Three, world: World, s3_url: str, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(s3_calls, "_FIRST_WAIT", 0.002)
+    with faulty_proxy(s3_url, Faults(seed=5)) as faults:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", faults.url)
+        first = in_bucket("first")
+        first("init", world.line(tmp_path / "line.yaml"))
+        for name in SKILLS:
+            assert first.add(world, name)["state"] == "ready"
+        second = in_bucket("second")
+        second("remerge", "demo", "--force")
+        assert sum(faults.injected.values()) > 20
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_url)
+    assert second.patch_bytes() == three.shell.patch_bytes()
+    assert first.kinds() == three.shell.kinds()
+    first("verify", "demo")
+
+
 def test_a_command_in_a_process_of_its_own_finds_the_bucket(
     in_bucket, world: World, tmp_path: Path
 ) -> None:
@@ -100,3 +124,25 @@ def test_a_copy_that_was_asked_for_outlives_its_original(
         assert list(space.objects.store.list("blobs")) == blobs
     task = ("--task", world.task("colour"))
     assert shell.json("register", "demo", *task, "--model", ref.uri)["state"] == "ready"
+
+
+def test_a_store_comes_back_from_a_bucket_with_the_same_bytes(
+    three: Three, s3_bucket: str, new_home: NewHome, tmp_path: Path
+) -> None:
+    shell = new_home("home")
+    address = f"s3://{s3_bucket}/{tmp_path.name}"
+    source = three.shell.home / "store"
+    expected = contents(FolderStore(source))
+    done = shell.json("store", "copy", source, address)
+    assert done["lines"] == ["demo"]
+    assert done["copied"] == len(expected) - 1
+    assert contents(S3Store(s3_bucket, tmp_path.name, tmp_path / "cache")) == expected
+    back = tmp_path / "back"
+    shell("store", "copy", address, back)
+    assert contents(FolderStore(back)) == expected
+    again = shell.json("store", "copy", address, back)
+    assert (again["copied"], again["there"]) == (0, len(expected) - 1)
+    assert list((shell.home / "scratch").iterdir()) == [], "what was downloaded is still there"
+    moved = Shell(new_home("moved").home, {"RESTITCH_STORE": str(back)})
+    moved("verify", "demo")
+    assert moved.head_bytes() == three.shell.head_bytes()

@@ -8,7 +8,7 @@ from botocore.exceptions import ConnectionClosedError, ReadTimeoutError
 from botocore.httpsession import URLLib3Session
 
 from merging.errors import BadInput, Damage, Unavailable
-from registry import s3_client, s3_store
+from registry import s3_calls, s3_client, s3_conditions, s3_parts, s3_store
 from registry.home import Home
 from registry.objects import ObjectStore
 from registry.s3_client import parse_address
@@ -27,6 +27,7 @@ def prefix(tmp_path):
 
 @pytest.fixture
 def store(s3_bucket, prefix, tmp_path):
+    s3_conditions.may_rely(s3_bucket, prefix, tmp_path)  # asked once, and not among what is counted
     return S3Store(s3_bucket, prefix, tmp_path / "cache")
 
 
@@ -98,6 +99,29 @@ class TestLostAnswers:
         assert store.read_tagged("head") == (b"2", second)
         assert store.swap("head", first, b"3") is None
 
+    def test_a_swap_that_others_followed_before_its_answer_was_missed_counts(
+        self, store, monkeypatch
+    ):
+        first = store.swap("head", None, b"0")
+        send = URLLib3Session.send
+        others = [*range(1, 9)]
+
+        def overtaken(self, request):
+            answer = send(self, request)
+            if request.method == "PUT" and others and others.pop(0) == 1:
+                while others:  # ours took effect; before its answer is missed, others swap
+                    tag = store.read_tagged("head").tag
+                    assert store.swap("head", tag, str(others[0]).encode())
+                raise ConnectionClosedError(endpoint_url=request.url)
+            return answer
+
+        monkeypatch.setattr(URLLib3Session, "send", overtaken)
+        ours = store.swap("head", first, b"ours")
+        assert ours is not None
+        assert store.read("head") == b"8"
+        assert store.swap("head", ours, b"late") is None
+        assert store.swap("head", first, b"late") is None
+
     def test_the_same_content_of_another_is_not_taken_for_ours(self, store):
         assert store.put("name", b"content")
         assert not store.put("name", b"content")
@@ -117,10 +141,11 @@ class TestLostAnswers:
 
         with ThreadPoolExecutor(2) as pool:
             list(pool.map(add, range(20)))
-        # A swap that another has followed before its answer was missed counts once more.
-        assert 20 <= int(store.read("count")) <= 22
+        # Also where another swap has followed before the answer was missed.
+        assert store.read("count") == b"20"
 
     def test_a_read_that_breaks_off_begins_again(self, store, monkeypatch):
+        monkeypatch.setattr(s3_calls, "pause", lambda _seconds: None)
         store.put("name", b"content" * 1000)
         breaks = _breaking_bodies(monkeypatch, 2)
         assert store.read("name") == b"content" * 1000
@@ -184,8 +209,7 @@ def _refuse(monkeypatch: pytest.MonkeyPatch, answers: list[int], code: str) -> N
 class TestLargeFiles:
     @pytest.fixture
     def file(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(s3_store, "LARGEST_PUT", 6 << 20)
-        monkeypatch.setattr(s3_store, "PART", 5 << 20)
+        monkeypatch.setattr(s3_parts, "PART", 5 << 20)
         file = tmp_path / "large"
         file.write_bytes(bytes(range(256)) * (12 << 12))
         return file
@@ -253,13 +277,13 @@ class TestCache:
             read, calls = StreamingBody.read, []
             def dies(self, amt=None):
                 calls.append(amt)
-                return read(self, amt) if len(calls) < 3 else os.kill(os.getpid(), 9)
+                return read(self, amt) if len(calls) < 9 else os.kill(os.getpid(), 9)
             StreamingBody.read = dies
             {opener}.local_path("name")
         """
         assert start(code).wait() == -9
         cache = tmp_path / "cache"
-        assert [path.parent.name for path in cache.rglob("*") if path.is_file()] == [".tmp"]
+        assert [path for path in cache.rglob("*") if path.name == "name"] == []
         assert store.local_path("name").read_bytes() == bytes(range(256)) * 100_000
         (half,) = (cache / ".tmp").iterdir()
         assert half.stat().st_size > 0
@@ -333,7 +357,7 @@ class TestErrors:
 
     def test_a_server_that_is_away_is_said(self, refused, monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:pass-word@127.0.0.1:9")
-        monkeypatch.setattr("botocore.endpoint.time.sleep", lambda _seconds: None)
+        monkeypatch.setattr("registry.s3_calls.pause", lambda _seconds: None)
         assert all("AWS_ENDPOINT_URL" in text for text in refused())
 
     def test_a_server_that_does_not_answer_is_asked_a_few_times_only(self, store, monkeypatch):
@@ -344,10 +368,10 @@ class TestErrors:
             raise ReadTimeoutError(endpoint_url=request.url)
 
         monkeypatch.setattr(URLLib3Session, "send", silent)
-        monkeypatch.setattr("botocore.endpoint.time.sleep", lambda _seconds: None)
+        monkeypatch.setattr("registry.s3_calls.pause", lambda _seconds: None)
         with pytest.raises(Unavailable, match="does not answer"):
             store.read("name")
-        assert asked == ["GET"] * 3
+        assert asked == ["GET"] * 8
 
     def test_a_bucket_that_is_not_there_is_said(self, s3_account, tmp_path):
         store = S3Store("no-bucket", "prefix", tmp_path)
@@ -381,10 +405,7 @@ class TestErrors:
         from botocore.exceptions import ClientError
 
         class Plain:
-            def get_paginator(self, _name):
-                return self
-
-            def paginate(self, **_):
+            def list_multipart_uploads(self, **_):
                 answer = {"ResponseMetadata": {"HTTPStatusCode": 501}}
                 raise ClientError({"Error": {"Code": "NotImplemented"}, **answer}, "List")
 
