@@ -120,11 +120,13 @@ def event_of(message: Any, delivery: str, sent: int) -> Event | None:
     data = message["data"]
     if (message.get("entity"), message.get("action")) != ("model_version", "created"):
         return None
-    named = task_of(str(data.get("name")))
-    if named is None or VERSION_TAG in (data.get("tags") or {}):
+    named, tags = task_of(str(data.get("name"))), data.get("tags") or {}
+    if not isinstance(tags, dict):
+        raise ValueError("the tags are no names with values")  # noqa: TRY004
+    if named is None or VERSION_TAG in tags:
         return None  # of another kind, or an image that we made ourselves
     number = str(data.get("version"))
-    if not (number.isascii() and number.isdigit()):
+    if not (number.isascii() and number.isdigit() and len(number) <= 12):
         raise ValueError("the version is no number")
     line, task = named
     return {

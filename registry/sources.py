@@ -23,6 +23,7 @@ from merging.digests import digest_bytes
 from merging.errors import BadInput, Damage, Unavailable
 from registry.home import Home
 from registry.objects import ObjectStore
+from registry.paths import is_there, named_path
 from registry.specs import is_hub_id, split_pin
 from registry.store import explained
 
@@ -76,8 +77,8 @@ def resolve_source(source: str | Path, home: Home) -> Source:
         Unavailable: the server that holds it is away, or refuses.
     """
     text = str(source)
-    path = Path(text.removeprefix("file://")).expanduser()
-    if path.exists():
+    path = named_path(text.removeprefix("file://"), None, "the model")
+    if is_there(path, "the model"):
         return Source(uri=str(path.resolve()), local=path.resolve(), kind="path")
     if text.startswith(MLFLOW_SCHEMES):
         return _from_mlflow(text, home)
@@ -126,7 +127,7 @@ def pin_data(path: str) -> str:
         BadInput: there is no such data set or revision.
         Unavailable: the hub is away.
     """
-    if Path(path).exists() or "://" in path:
+    if is_there(Path(path), "the data") or "://" in path:
         return path
     name, revision = split_pin(path)
     if revision is not None and _is_commit(revision):

@@ -27,6 +27,7 @@ from pydantic import (
 from merging.digests import digest_json
 from merging.errors import BadInput
 from registry.documents import checked, parse_mapping, read_text
+from registry.paths import is_there, named_path
 from registry.sizes import parse_size
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
@@ -88,6 +89,16 @@ class MethodSpec(Spec):
 
     name: Text
     settings: dict[str, JsonValue] = {}
+
+    @field_validator("settings")
+    @classmethod
+    def _finite(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        # One that is no number equals nothing, not even itself.
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise ValueError("holds a number that is not finite") from None
+        return value
 
 
 class LocalizeSpec(Spec):
@@ -381,8 +392,8 @@ def parse_line(text: str, origin: str, folder: Path) -> LineSpec:
         values["base"] = _source(values["base"], folder, f"{origin}: base")
     retention = values.get("retention")
     if isinstance(retention, str):
-        file = (folder / retention).expanduser()
-        if file.is_file():
+        file = named_path(retention, folder, f"{origin}: retention")
+        if is_there(file) and not file.is_dir():
             values["retention"] = load_task(file).to_json()
         elif not NAME.match(retention):
             raise BadInput(
@@ -415,9 +426,8 @@ def _task(values: dict[str, Any], origin: str, folder: Path) -> TaskSpec:
 
 def _source(value: str, folder: Path, what: str) -> str:
     """An existing path, absolute; otherwise an address or a hub id as it stands."""
-    path = Path(value).expanduser()
-    path = path if path.is_absolute() else folder / path
-    if path.exists():
+    path = named_path(value, folder, what)
+    if is_there(path, what):
         return str(path.resolve())
     if "://" in value or value.startswith(("models:/", "runs:/", "mlflow-artifacts:/")):
         return value
@@ -432,9 +442,8 @@ def _source(value: str, folder: Path, what: str) -> str:
 
 def _listed(value: str, folder: Path, what: str) -> list[Any] | str:
     """The texts that a file holds, one per line or as a JSON list; `openai` stays a word."""
-    path = Path(value).expanduser()
-    path = path if path.is_absolute() else folder / path
-    if value == "openai" and not path.exists():
+    path = named_path(value, folder, what)
+    if value == "openai" and not is_there(path, what):
         return value
     text = read_text(path, what, _MAX_LABEL_FILE)
     if path.suffix == ".json":
