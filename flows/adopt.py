@@ -20,6 +20,7 @@ from flows.declare import declared_spec, present, resolved
 from flows.report import mirror
 from merging.errors import BadInput, RestitchError, Unavailable
 from modeling.family import get_family
+from registry.allowed import check_path
 from registry.catalog import without_credentials
 from registry.documents import parse_mapping, read_text
 from registry.foreign import (
@@ -320,6 +321,7 @@ def _parsed(task: str, tag: str) -> TaskSpec:
                 found=f"{parts.scheme}:/...",
             )
         path = named_path(unquote(parts.path) if parts.scheme else tag, None, origin)
+        check_path(path, origin)
         origin, text, folder = str(path), read_text(path, "task file"), path.parent
     values = parse_mapping(text, origin)
     if values.setdefault("task", task) != task:

@@ -26,6 +26,7 @@ from pydantic import (
 
 from merging.digests import digest_json
 from merging.errors import BadInput
+from registry.allowed import check_path
 from registry.documents import checked, parse_mapping, read_text
 from registry.paths import is_there, named_path
 from registry.sizes import parse_size
@@ -445,6 +446,7 @@ def _listed(value: str, folder: Path, what: str) -> list[Any] | str:
     path = named_path(value, folder, what)
     if value == "openai" and not is_there(path, what):
         return value
+    check_path(path, what)  # the texts would be shown: a task may come from anybody
     text = read_text(path, what, _MAX_LABEL_FILE)
     if path.suffix == ".json":
         try:
