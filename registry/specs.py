@@ -19,8 +19,10 @@ from pydantic import (
     Discriminator,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     Tag,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
@@ -57,6 +59,7 @@ def check_name(name: str) -> str:
 Name = Annotated[str, BeforeValidator(lambda v: check_name(v) if isinstance(v, str) else v)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+Actors = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 # The tags keep pydantic from reporting what is wrong with the other choice.
 Texts = Annotated[
@@ -274,6 +277,29 @@ class TaskSpec(Spec):
         return self.model_copy(update={"data": self.data.model_copy(update={"path": path})})
 
 
+class ActorsSpec(Spec):
+    """Who may decide what about a line; whatever has no list may be done by anybody.
+
+    One list in place of the keys stands for all of them.
+    """
+
+    promote: Actors | None = None
+    rollback: Actors | None = None
+    retire: Actors | None = None
+    restore: Actors | None = None
+    pin: Actors | None = None
+    unpin: Actors | None = None
+
+    def of(self, decision: str) -> tuple[str, ...] | None:
+        """Those who may do it; None is anybody."""
+        found: tuple[str, ...] | None = getattr(self, decision)
+        return found
+
+    @model_serializer(mode="wrap")
+    def _lists(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: names for name, names in handler(self).items() if names is not None}
+
+
 class LineSpec(Spec):
     """A line: its base, how models join it, and what it must keep.
 
@@ -281,6 +307,7 @@ class LineSpec(Spec):
         base: an absolute path, an address, or a hub id, pinned as `org/name@commit`.
         retention: the general benchmark, described here or as a task of the line.
         require_device: the line is worked on by workers that have it only.
+        actors: who may promote, roll back and so on by hand; None is anybody.
     """
 
     line: Name
@@ -292,6 +319,21 @@ class LineSpec(Spec):
     gates: GatesSpec = GatesSpec()
     schedule: str | None = None
     require_device: Literal["cpu", "cuda"] | None = None
+    actors: ActorsSpec | None = None
+
+    @field_validator("actors", mode="before")
+    @classmethod
+    def _same_for_all(cls, value: Any) -> Any:
+        given = dict.fromkeys(ActorsSpec.model_fields, value) if isinstance(value, list) else value
+        if not isinstance(given, dict):
+            return given
+        return {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A line without a list is written, and digested, as it was before there were any.
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if key != "actors" or value}
 
     @field_validator("method", mode="before")
     @classmethod
@@ -403,7 +445,7 @@ def parse_line(text: str, origin: str, folder: Path) -> LineSpec:
             )
     elif isinstance(retention, dict):
         values["retention"] = _task(retention, f"{origin}: retention", folder).to_json()
-    for key in ("localize", "gates"):
+    for key in ("localize", "gates", "actors"):
         if values.get(key, ...) is None:  # `gates:` with nothing behind it
             del values[key]
     return checked(LineSpec, values, origin)
