@@ -7,6 +7,7 @@ again. Nothing is read before the signature is right, and the secret appears in 
 What is lost in spite of it, and what in-process clients register, the schedule finds.
 """
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -36,8 +37,10 @@ SECRET_VARIABLE = "RESTITCH_WEBHOOK_SECRET"
 NAME = "restitch"  # of the webhook in MLflow
 
 MAX_BYTES = 1 << 20
+PATIENCE = 20.0  # seconds for a body, which MLflow sends at once
 OLDEST = 300.0  # seconds; MLflow's last attempt comes about ten after the first, as of then
 AHEAD = 60.0  # by which the clocks of two hosts may differ
+MOST_CONNECTIONS = 100  # at a time; MLflow tries again where one is refused
 REMEMBERED = 600.0  # longer than a delivery may be old, so that none can come twice
 
 Event = dict[str, Any]
@@ -157,10 +160,14 @@ def application(secret: str, emit: Callable[[Event], None]) -> "Starlette":
 
     async def webhook(request: Request) -> PlainTextResponse:
         body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_BYTES:  # whoever sends it is not waited for
-                break
+        try:
+            async with asyncio.timeout(PATIENCE):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > MAX_BYTES:  # whoever sends it is not waited for
+                        break
+        except TimeoutError:
+            return PlainTextResponse("the body took too long", 408)
         status, text = await run_in_threadpool(
             handle,
             request.headers,
@@ -226,6 +233,7 @@ def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
+            limit_concurrency=MOST_CONNECTIONS,
             lifespan="off",
         )
         uvicorn.Server(config).run(sockets=[listener])

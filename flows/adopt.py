@@ -20,7 +20,7 @@ from flows.declare import declared_spec, present, resolved
 from flows.report import mirror
 from merging.errors import BadInput, RestitchError, Unavailable
 from modeling.family import get_family
-from registry.allowed import check_path
+from registry.allowed import NotAllowed, check_path
 from registry.catalog import without_credentials
 from registry.documents import parse_mapping, read_text
 from registry.foreign import (
@@ -157,6 +157,8 @@ def _take_in(space: Workspace, ledger: Ledger, foreign: Foreign) -> Adopted | No
     described = _describe(space, head, foreign.task, foreign.described)
     try:
         model = _read(space, head, foreign)
+    except NotAllowed:
+        raise  # another worker may read it, or this one when its list has changed
     except BadInput as error:
         unread = ModelRef(uri=foreign.uri, weights=UNREAD, config=UNREAD)
         refused = ModelVersion(model=unread, state="quarantined", reason=error.message())

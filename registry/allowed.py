@@ -25,6 +25,10 @@ HOSTS_VARIABLE = "RESTITCH_ALLOWED_HOSTS"
 _HUB = "https://huggingface.co"
 
 
+class NotAllowed(BadInput):
+    """It may not be read here, which says nothing about it: elsewhere, or later, it may be."""
+
+
 def check_path(path: Path, what: str, *, own: Path | None = None) -> None:
     """Refuse a file or folder outside of the allowed roots, and links in it that lead out.
 
@@ -34,7 +38,7 @@ def check_path(path: Path, what: str, *, own: Path | None = None) -> None:
         own: a folder of the installation itself, allowed in any case.
 
     Raises:
-        BadInput: it lies elsewhere.
+        NotAllowed: it lies elsewhere.
     """
     listed = os.environ.get(ROOTS_VARIABLE)
     if not listed:
@@ -44,7 +48,7 @@ def check_path(path: Path, what: str, *, own: Path | None = None) -> None:
     for place in chain([path], _links(path)):
         real = _real(place)
         if not any(real.is_relative_to(root) for root in roots):
-            raise BadInput(
+            raise NotAllowed(
                 f"{what} lies outside of what may be read here: {place}",
                 expected=f"a place below {listed} ({ROOTS_VARIABLE})",
                 found=real,
@@ -56,13 +60,13 @@ def check_host(host: str, what: str) -> None:
     """Refuse a host or a bucket, as `s3://NAME`, that is not listed.
 
     Raises:
-        BadInput: it is not.
+        NotAllowed: it is not.
     """
     listed = os.environ.get(HOSTS_VARIABLE)
     if not listed:
         return
     if host.lower() not in [name.strip().lower() for name in listed.split(",")]:
-        raise BadInput(
+        raise NotAllowed(
             f"{what} is on a host that may not be read here",
             expected=f"one of {listed} ({HOSTS_VARIABLE})",
             found=host,

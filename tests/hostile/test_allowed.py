@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from flows.adopt import _parsed
-from merging.errors import BadInput
+from merging.errors import BadInput, Unavailable
 from modeling.family import get_family
 from registry.allowed import check_address, check_path
 from registry.catalog import connect
@@ -177,3 +177,44 @@ def test_an_event_makes_no_worker_read_elsewhere(
     told = shell("register", "demo", "--task", world.task("number"), "--model", model, code=3).err
     assert ROOTS in told.replace("\n", "")
     assert list(shell.head().tasks) == ["colour"]
+
+
+@pytest.mark.usefixtures("without_mlflow")
+def test_a_model_that_this_worker_may_not_read_stays_registered(
+    world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell("init", world.line(tmp_path / "line.yaml", retention=None))
+    model = copied(world.model("colour"), tmp_path / "model", lambda _: None)
+    task = ("--task", world.task("colour"))
+
+    def away(*_: object) -> None:
+        raise Unavailable("the worker is away")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("flows.onboard.validate", away)
+        shell("register", "demo", *task, "--model", model, code=6)
+    monkeypatch.setenv(ROOTS, str(world.root))
+    told = shell("remerge", "demo", code=None).err.replace("\n", "")
+    assert ROOTS in told
+    assert shell.head().tasks["colour"].versions[1].state == "registered"
+    monkeypatch.setenv(ROOTS, f"{world.root}{os.pathsep}{tmp_path}")
+    shell("remerge", "demo")
+    assert [member.task for member in shell.head().members] == ["colour"]
+
+
+def test_a_version_that_this_worker_may_not_read_is_not_taken_in(
+    world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell("init", world.line(tmp_path / "line.yaml", retention=None))
+    shell("task", "demo", "--task", world.task("colour"))
+    client = connect(Home(shell.home))
+    client.create_registered_model("demo.colour")
+    client.create_model_version("demo.colour", f"file://{world.model('colour')}")
+    monkeypatch.setenv(ROOTS, str(world.base))
+    told = shell("remerge", "demo", code=None).err.replace("\n", "")
+    assert "cannot be taken in now" in told
+    assert ROOTS in told
+    assert shell.head().tasks["colour"].versions == {}
+    monkeypatch.delenv(ROOTS)
+    shell("remerge", "demo")
+    assert [member.task for member in shell.head().members] == ["colour"]

@@ -15,8 +15,8 @@ from merging.sparse import SparseFile, SparseTensor, write_sparse
 from modeling.family import get_family
 from modeling.records import read_records
 from tasks.merge import recipe_edits
-from tasks.models import describe_model, open_base
-from tasks.refs import LineRef
+from tasks.models import describe_model, live_base, open_base
+from tasks.refs import LineRef, WeightsRef
 from tasks.workspace import workspace
 from tests.conftest import Three
 from tests.shell import Shell
@@ -163,3 +163,19 @@ def test_an_index_may_not_lead_out_of_its_folder(world: World, line: Shell, tmp_
 
     model = copied(world.model("colour"), tmp_path / "model", led_out)
     assert "outside of its folder" in register(line, world, model, 3).replace("\n", " ")
+
+
+def test_a_model_that_changed_is_not_evaluated(world: World, line: Shell, tmp_path: Path) -> None:
+    model = copied(world.model("colour"), tmp_path / "model", lambda _: None)
+    register(line, world, model, 0)
+    head = line.head()
+    with line.inside():
+        space = workspace()
+        live = live_base(open_base(LineRef(head.spec, head.base), space))
+        ref = head.tasks["colour"].versions[1].model
+        weights = WeightsRef("finetuned", ref.weights, ref.uri)
+        with live.wearing(weights, space):
+            pass
+        written_to(model / WEIGHTS)
+        with pytest.raises(BadInput, match="changed since"), live.wearing(weights, space):
+            pass
