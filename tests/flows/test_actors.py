@@ -91,7 +91,7 @@ def test_who_loses_the_right_meanwhile_has_lost_it(
     # The list counts that the line has at the moment at which the act would count.
     file = tmp_path / "line.yaml"
     shell("init", world.line(file, retention=None, actors={"pin": ["bob"]}))
-    changed = []
+    changed: list[bool] = []
 
     def change_first(head: Head, pinned: bool) -> Head:
         if not changed:
