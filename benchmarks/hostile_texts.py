@@ -55,7 +55,15 @@ _ANY: st.SearchStrategy[Any] = st.one_of(
 _YAML = st.sampled_from(
     [
         *("&a [*a]", "*a", "&a b", "<<: *a", "? [a]\n: b", "!!python/object/apply:os.system [id]"),
-        *("!!binary aGk=", "!!set {a, b}", "!!int '1e3'", "2020-01-01", "0x" + "f" * 5000, "1:9:9"),
+        *(
+            "!!binary aGk=",
+            "!!set {a, b}",
+            "!!int '1e3'",
+            "2020-01-01",
+            "0x" + "f" * 5000,
+            "1:9:9",
+            "1" + ":1" * 50_000,
+        ),
         *(".inf", ".nan", "1e400", "'", '"\\ud800"', '"\\0"', "---", "...", "%TAG ! !", "\t", "|"),
         *("[" * 60, "{a: " * 400, "- " * 200, "? " * 50, "!!float x", "\x00", "\ufeff", "~", "= "),
     ]

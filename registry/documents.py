@@ -25,6 +25,7 @@ from merging.regular import open_regular
 MAX_BYTES = 1 << 20
 _MAX_VALUES = 50_000
 _MAX_DEPTH = 50
+_MAX_DIGITS = 400
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -41,9 +42,13 @@ class _Loader(yaml.SafeLoader):
         if self.composed > _MAX_VALUES:
             raise _RefusedError(f"it holds more than {_MAX_VALUES:,} values")
         node: yaml.Node | None = super().compose_node(parent, index)
-        if isinstance(node, yaml.ScalarNode) and not _is_text(node.value):
-            where = f"line {node.start_mark.line + 1}"
-            raise _RefusedError(f"{where}: {node.value[:80]!a} holds what is no text")
+        if isinstance(node, yaml.ScalarNode):
+            where, shown = f"line {node.start_mark.line + 1}", ascii(node.value[:80])
+            if not _is_text(node.value):
+                raise _RefusedError(f"{where}: {shown} holds what is no text")
+            # YAML 1.1 reads 1:1:1 in base 60, for which Python takes hours where it is long.
+            if node.tag.endswith((":int", ":float")) and len(node.value) > _MAX_DIGITS:
+                raise _RefusedError(f"{where}: {shown} is too long for a number")
         return node
 
     # A copy: the resolvers of the class itself are shared by the whole process.

@@ -82,6 +82,15 @@ def test_half_a_character_and_nul_are_no_text(text: str) -> None:
         parse_mapping(f"a: {text}", "the file")
 
 
+@pytest.mark.parametrize(
+    "number", ["1" + ":1" * 500_000, "9" * 1_000_000, "0x" + "f" * 5000, "1" + ":1" * 300 + ".5"]
+)
+def test_a_number_of_a_megabyte_is_refused_unread(number: str) -> None:
+    # In base 60, which YAML 1.1 has, the first one would take hours.
+    with pytest.raises(BadInput, match="too long for a number"):
+        parse_mapping(f"a: {number}", "the file")
+
+
 def test_anchors_that_explode_cost_nothing() -> None:
     rows = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
     rows += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]" for n in range(1, 40)]
