@@ -7,6 +7,7 @@ again. Nothing is read before the signature is right, and the secret appears in 
 What is lost in spite of it, and what in-process clients register, the schedule finds.
 """
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -36,8 +37,10 @@ SECRET_VARIABLE = "RESTITCH_WEBHOOK_SECRET"
 NAME = "restitch"  # of the webhook in MLflow
 
 MAX_BYTES = 1 << 20
+PATIENCE = 20.0  # seconds for a body, which MLflow sends at once
 OLDEST = 300.0  # seconds; MLflow's last attempt comes about ten after the first, as of then
 AHEAD = 60.0  # by which the clocks of two hosts may differ
+MOST_CONNECTIONS = 100  # at a time; MLflow tries again where one is refused
 REMEMBERED = 600.0  # longer than a delivery may be old, so that none can come twice
 
 Event = dict[str, Any]
@@ -120,11 +123,13 @@ def event_of(message: Any, delivery: str, sent: int) -> Event | None:
     data = message["data"]
     if (message.get("entity"), message.get("action")) != ("model_version", "created"):
         return None
-    named = task_of(str(data.get("name")))
-    if named is None or VERSION_TAG in (data.get("tags") or {}):
+    named, tags = task_of(str(data.get("name"))), data.get("tags") or {}
+    if not isinstance(tags, dict):
+        raise ValueError("the tags are no names with values")  # noqa: TRY004
+    if named is None or VERSION_TAG in tags:
         return None  # of another kind, or an image that we made ourselves
     number = str(data.get("version"))
-    if not (number.isascii() and number.isdigit()):
+    if not (number.isascii() and number.isdigit() and len(number) <= 12):
         raise ValueError("the version is no number")
     line, task = named
     return {
@@ -155,10 +160,14 @@ def application(secret: str, emit: Callable[[Event], None]) -> "Starlette":
 
     async def webhook(request: Request) -> PlainTextResponse:
         body = b""
-        async for part in request.stream():
-            body += part
-            if len(body) > MAX_BYTES:  # whoever sends it is not waited for
-                break
+        try:
+            async with asyncio.timeout(PATIENCE):
+                async for part in request.stream():
+                    body += part
+                    if len(body) > MAX_BYTES:  # whoever sends it is not waited for
+                        break
+        except TimeoutError:
+            return PlainTextResponse("the body took too long", 408)
         status, text = await run_in_threadpool(
             handle,
             request.headers,
@@ -224,6 +233,7 @@ def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
+            limit_concurrency=MOST_CONNECTIONS,
             lifespan="off",
         )
         uvicorn.Server(config).run(sockets=[listener])

@@ -20,6 +20,7 @@ from flows.declare import declared_spec, present, resolved
 from flows.report import mirror
 from merging.errors import BadInput, RestitchError, Unavailable
 from modeling.family import get_family
+from registry.allowed import NotAllowed, check_path
 from registry.catalog import without_credentials
 from registry.documents import parse_mapping, read_text
 from registry.foreign import (
@@ -33,6 +34,7 @@ from registry.foreign import (
 from registry.head import UNREAD, Head, ModelRef, ModelVersion
 from registry.history import Kind
 from registry.ledger import Ledger
+from registry.paths import named_path
 from registry.specs import TaskSpec, parse_task
 from tasks.inputs import same_task
 from tasks.models import describe_model
@@ -155,6 +157,8 @@ def _take_in(space: Workspace, ledger: Ledger, foreign: Foreign) -> Adopted | No
     described = _describe(space, head, foreign.task, foreign.described)
     try:
         model = _read(space, head, foreign)
+    except NotAllowed:
+        raise  # another worker may read it, or this one when its list has changed
     except BadInput as error:
         unread = ModelRef(uri=foreign.uri, weights=UNREAD, config=UNREAD)
         refused = ModelVersion(model=unread, state="quarantined", reason=error.message())
@@ -308,14 +312,18 @@ def _parsed(task: str, tag: str) -> TaskSpec:
     """The task that a tag describes: the file at a path, or the tag itself."""
     origin, text, folder = "the tag restitch.task", tag, Path("/")
     if "\n" not in tag and (tag.startswith("/") or _SCHEME.match(tag)):
-        parts = urlsplit(tag)
+        try:
+            parts = urlsplit(tag)
+        except ValueError as error:
+            raise BadInput(f"{origin} is no address", found=error) from error
         if parts.scheme not in ("", "file"):
             raise BadInput(
                 f"{origin} is an address of a kind that is not read",
                 expected="an absolute path, file:///PATH, or the YAML itself",
                 found=f"{parts.scheme}:/...",
             )
-        path = Path(unquote(parts.path) if parts.scheme else tag)
+        path = named_path(unquote(parts.path) if parts.scheme else tag, None, origin)
+        check_path(path, origin)
         origin, text, folder = str(path), read_text(path, "task file"), path.parent
     values = parse_mapping(text, origin)
     if values.setdefault("task", task) != task:

@@ -4,6 +4,9 @@ Each is one act: it counts by the swap of the head, stands in the trail with its
 moves MLflow's aliases afterwards; who is killed between the two leaves that to the next
 remerge. What has been decided already is said and not done again.
 
+A line's file can leave each of them to some actors. What a remerge promotes by itself is not a
+decision in this sense.
+
 A choice made by hand is not undone by a schedule: a rollback pins the line, and so does the
 promotion of a version that the next remerge would replace at once.
 """
@@ -26,6 +29,16 @@ from tasks.workspace import actor, workspace
 # What a retirement takes a model out of; what was quarantined or replaced is out already.
 _TAKES_PART = ("registered", "waiting", "ready", "held")
 _FROM = "retired_from"
+
+# The acts by the words that the command and `actors` in the line's file have for them.
+_DECISIONS: dict[Kind, str] = {
+    "promoted": "promote",
+    "rolled-back": "rollback",
+    "retired": "retire",
+    "restored": "restore",
+    "pinned": "pin",
+    "unpinned": "unpin",
+}
 
 
 @dataclass(frozen=True)
@@ -206,8 +219,13 @@ def _decided(
     digests: dict[str, str],
     notes: tuple[str, ...],
 ) -> Decision:
-    before = ledger.head()
-    act: Act | None = ledger.act(kind, actor(), reason, change, digests)
+    before, who = ledger.head(), actor()
+
+    def if_allowed(head: Head) -> Head | None:
+        _check_actor(head, _DECISIONS[kind], who)
+        return change(head)
+
+    act: Act | None = ledger.act(kind, who, reason, if_allowed, digests)
     say(f"{ledger.line}: {reason}" if act is not None else f"{ledger.line}: decided before")
     for note in notes:
         warn(note)
@@ -224,6 +242,23 @@ def _decided(
         head.pinned,
         notes,
     )
+
+
+def _check_actor(head: Head, decision: str, who: str) -> None:
+    """Refuse a decision that the line leaves to others.
+
+    Raises:
+        BadInput: it does.
+    """
+    allowed = None if head.spec.actors is None else head.spec.actors.of(decision)
+    if allowed is not None and who not in allowed:
+        raise BadInput(
+            f"{who} may not {decision} on line {head.line}",
+            expected=f"one of {', '.join(allowed)}",
+            found=who,
+            hint="ask one of them, or change `actors` in the line's file with `restitch init`; "
+            "who acts is RESTITCH_ACTOR, or else the user of the system",
+        )
 
 
 def _merged_after(found: Decision, merge: bool) -> Decision:

@@ -9,6 +9,7 @@ file names.
 
 import json
 import mmap
+import os
 import sys
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from merging.digests import digest_bytes
 from merging.errors import BadInput
-from merging.header import DTYPE_NAMES, count_elements, read_header
+from merging.header import DTYPE_NAMES, MAX_HEADER, count_elements, read_header
 from merging.progress import Progress, ignore
+from merging.regular import open_regular, read_limited
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -97,7 +99,14 @@ class Checkpoint:
     def open(cls, path: Path) -> "Checkpoint":
         """Open a folder of safetensors or one safetensors file."""
         path = Path(path)
-        files, index = _locate(path)
+        try:
+            files, index = _locate(path)
+        except OSError as error:
+            raise BadInput(
+                f"{path} cannot be read",
+                found=error.strerror or str(error),
+                hint="check the path and its permissions",
+            ) from error
         infos: dict[str, TensorInfo] = {}
         places: dict[str, Place] = {}
         maps: dict[str, mmap.mmap] = {}
@@ -172,7 +181,7 @@ class Checkpoint:
 
     def header_bytes(self, shard: str) -> bytes | None:
         """The header of a shard's file as it is, or None where it names other tensors."""
-        with self.files[shard].open("rb") as file:
+        with open_regular(self.files[shard]) as file:
             length = file.read(8)
             raw = length + file.read(int.from_bytes(length, "little"))
         named = json.loads(raw[8:])
@@ -222,8 +231,21 @@ def _map(file: Path, size: int) -> mmap.mmap:
     # Private and writable: torch refuses read-only memory without a warning, and what a
     # careless caller writes stays in this process. No swap is reserved for it.
     flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
-    with file.open("rb") as handle:
-        return mmap.mmap(handle.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    try:
+        with open_regular(file) as handle:
+            # What is cut short while it is mapped kills the process that looks at it.
+            if os.fstat(handle.fileno()).st_size == size:
+                return mmap.mmap(handle.fileno(), size, flags=flags, prot=protection)
+        found = "another size than a moment before"
+    except (OSError, ValueError) as error:
+        found = str(error)
+    raise BadInput(
+        f"{file} changed while it was read",
+        expected=f"{size} bytes",
+        found=found,
+        hint="use it when it is whole, and nobody writes to it",
+    )
 
 
 def _locate(path: Path) -> tuple[dict[str, Path], Path | None]:
@@ -292,7 +314,7 @@ def _indexed(index: Path) -> tuple[dict[str, Path], Path]:
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_limited(index, MAX_HEADER))["weight_map"]
         if not all(isinstance(shard, str) for shard in weight_map.values()):
             raise TypeError("shards must be file names")  # noqa: TRY301
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 from merging.errors import BadInput
+from merging.regular import open_regular
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -36,7 +37,7 @@ DTYPES: dict[str, torch.dtype] = {
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 # What the safetensors library itself refuses to read.
-_MAX_HEADER = 100_000_000
+MAX_HEADER = 100_000_000
 _DAMAGED = "fetch or save the file again; it is damaged or was cut short"
 
 
@@ -72,18 +73,18 @@ def count_elements(shape: Iterable[int]) -> int:
 def read_header(path: Path) -> Header:
     """Read and check the header of the safetensors file at `path`."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             size = file.seek(0, 2)
             file.seek(0)
             first = file.read(8)
             length = int.from_bytes(first, "little")
             if size < 8:
                 raise _bad(path, "is too short for a safetensors file", "8 bytes or more", size)
-            if length > min(size - 8, _MAX_HEADER):
+            if length > min(size - 8, MAX_HEADER):
                 raise _bad(
                     path,
                     "has a header longer than the file",
-                    f"at most {min(size - 8, _MAX_HEADER)} bytes of header",
+                    f"at most {min(size - 8, MAX_HEADER)} bytes of header",
                     f"a header of {length} bytes in a file of {size}",
                 )
             raw = file.read(length)

@@ -320,6 +320,8 @@ def _read_table(text: str) -> tuple[dict[str, KeptInfo], dict[str, _Part]]:
         last = by_bytes(name)
         shape = tuple(_natural(extent) for extent in extents.split("x")) if extents else ()
         kept = _natural(count)
+        if count_elements(shape) >= 1 << 63:
+            raise ValueError(f"{name!r} is larger than any tensor")
         size = encoded_size(code, kept, count_elements(shape))
         begin = value.get(dtype, 0)
         infos[name] = KeptInfo(name, DTYPES[dtype], shape, kept)

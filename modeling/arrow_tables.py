@@ -139,7 +139,7 @@ def open_arrow_folder(root: Path) -> ArrowTable:
     try:
         content = json.loads(state.read_text(encoding="utf-8"))
         names = [entry["filename"] for entry in content["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{state} cannot be read", found=error) from error
     if content.get("_indices_data_files") or not names:
         raise BadInput(
@@ -165,5 +165,5 @@ def _class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
             for column, feature in described.items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, RecursionError):
         return {}

@@ -72,7 +72,7 @@ def read_config(folder: Path) -> Any:
         raise BadInput(
             f"{folder} has no config.json", hint="give the whole Hugging Face folder"
         ) from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{file} cannot be read", expected="JSON", found=error) from error
     try:
         return AutoConfig.from_pretrained(

@@ -40,7 +40,7 @@ def _jsonl_records(file: Path) -> Iterator[Mapping[str, Any]]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise BadInput(f"{file} line {number} is no JSON", found=error) from error
             if not isinstance(record, dict):
                 raise BadInput(
@@ -54,7 +54,7 @@ def _jsonl_records(file: Path) -> Iterator[Mapping[str, Any]]:
 def _json_records(file: Path) -> Iterator[Mapping[str, Any]]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         try:  # many write one object per line into .json
             return _jsonl_records(file)
         except BadInput:

@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import logging
 import os
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
@@ -24,6 +23,7 @@ from registry.history import Entry, MergedRecord
 from registry.home import Home
 from registry.ledger import Ledger
 from registry.mlflow_writer import Writer
+from registry.secrets import without_credentials as without_credentials
 from registry.store import explained
 
 if TYPE_CHECKING:
@@ -270,11 +270,6 @@ def mlflow_explained(home: Home, missing: str | None = None) -> Iterator[None]:
             hint="check MLFLOW_TRACKING_URI and that the server runs; the store is complete, "
             "and the next remerge completes MLflow",
         ) from None
-
-
-def without_credentials(text: str) -> str:
-    """A text in which addresses have lost user and password."""
-    return re.sub(r"(\w://)[^/@\s'\"]+@", r"\1***@", text)
 
 
 def run_address(server: str, experiment: str, run: str) -> str:

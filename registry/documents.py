@@ -20,16 +20,36 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from merging.errors import BadInput
+from merging.regular import open_regular
 
 MAX_BYTES = 1 << 20
 _MAX_VALUES = 50_000
 _MAX_DEPTH = 50
+_MAX_DIGITS = 400
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 class _Loader(yaml.SafeLoader):
     """PyYAML's safe loader with its surprises removed."""
+
+    # A document is refused while it is read: one of a megabyte can hold half a million values.
+    composed = 0
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        """A node, unless there have been too many."""
+        self.composed += 1
+        if self.composed > _MAX_VALUES:
+            raise _RefusedError(f"it holds more than {_MAX_VALUES:,} values")
+        node: yaml.Node | None = super().compose_node(parent, index)
+        if isinstance(node, yaml.ScalarNode):
+            where, shown = f"line {node.start_mark.line + 1}", ascii(node.value[:80])
+            if not _is_text(node.value):
+                raise _RefusedError(f"{where}: {shown} holds what is no text")
+            # YAML 1.1 reads 1:1:1 in base 60, for which Python takes hours where it is long.
+            if node.tag.endswith((":int", ":float")) and len(node.value) > _MAX_DIGITS:
+                raise _RefusedError(f"{where}: {shown} is too long for a number")
+        return node
 
     # A copy: the resolvers of the class itself are shared by the whole process.
     yaml_implicit_resolvers = {  # noqa: RUF012
@@ -72,7 +92,7 @@ def read_text(path: Path, what: str, limit: int = MAX_BYTES) -> str:
         BadInput: it is not there, too large, or not UTF-8.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             data = file.read(limit + 1)
         if len(data) > limit:
             raise BadInput(f"{what} {path} is too large", expected=f"at most {limit:,} bytes")
@@ -103,6 +123,7 @@ def parse_mapping(text: str, origin: str) -> dict[str, Any]:
         if node is not None:
             _measure(node)
         value = None if node is None else loader.construct_document(node)
+        json.dumps(value, default=str)  # a whole number may be too long to be written again
     except _RefusedError as error:
         raise BadInput(f"{origin} cannot be used", details=[str(error)]) from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:
@@ -140,6 +161,11 @@ def unknown_key(key: str, known: Iterator[str] | list[str], where: str = "") -> 
     if near:
         return f"unknown key '{key}'{place}; did you mean '{near[0]}'?"
     return f"unknown key '{key}'{place}; known: {', '.join(names)}"
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8 and be part of a path."""
+    return "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _measure(root: yaml.Node) -> None:

@@ -21,8 +21,10 @@ from typing import TYPE_CHECKING, Literal
 
 from merging.digests import digest_bytes
 from merging.errors import BadInput, Damage, Unavailable
+from registry.allowed import check_artifact, check_hub, check_path
 from registry.home import Home
 from registry.objects import ObjectStore
+from registry.paths import is_there, named_path
 from registry.read_cache import ReadCache
 from registry.s3_settings import cache_limit
 from registry.specs import is_hub_id, split_pin
@@ -78,8 +80,9 @@ def resolve_source(source: str | Path, home: Home) -> Source:
         Unavailable: the server that holds it is away, or refuses.
     """
     text = str(source)
-    path = Path(text.removeprefix("file://")).expanduser()
-    if path.exists():
+    path = named_path(text.removeprefix("file://"), None, "the model")
+    if is_there(path, "the model"):
+        check_path(path, "the model")
         return Source(uri=str(path.resolve()), local=path.resolve(), kind="path")
     if text.startswith(MLFLOW_SCHEMES):
         return _from_mlflow(text, home)
@@ -128,8 +131,9 @@ def pin_data(path: str) -> str:
         BadInput: there is no such data set or revision.
         Unavailable: the hub is away.
     """
-    if Path(path).exists() or "://" in path:
+    if is_there(Path(path), "the data") or "://" in path:
         return path
+    check_hub(f"the data set {path}")
     name, revision = split_pin(path)
     if revision is not None and _is_commit(revision):
         return path
@@ -138,6 +142,7 @@ def pin_data(path: str) -> str:
 
 
 def _from_hub(text: str) -> Source:
+    check_hub(f"the model {text}")
     name, revision = split_pin(text)
     if revision is None or not _is_commit(revision):
         revision = _commit(name, revision, "model")
@@ -273,7 +278,8 @@ def _fetch(uri: str, home: Home, objects: ObjectStore) -> tuple[str, str]:
         folder = Path(tempfile.mkdtemp(prefix="fetch-", dir=home.scratch))
     try:
         with mlflow_explained(home, missing=f"MLflow has no {uri}"):
-            fixed, place = _place(connect(home), uri)
+            fixed, place = _place(client := connect(home), uri)
+            check_artifact(client, place, uri, own=home.mlartifacts)
             from mlflow.artifacts import download_artifacts
 
             got = download_artifacts(

@@ -19,14 +19,18 @@ from pydantic import (
     Discriminator,
     Field,
     JsonValue,
+    SerializerFunctionWrapHandler,
     Tag,
     field_validator,
+    model_serializer,
     model_validator,
 )
 
 from merging.digests import digest_json
 from merging.errors import BadInput
+from registry.allowed import check_path
 from registry.documents import checked, parse_mapping, read_text
+from registry.paths import is_there, named_path
 from registry.sizes import parse_size
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
@@ -55,6 +59,7 @@ def check_name(name: str) -> str:
 Name = Annotated[str, BeforeValidator(lambda v: check_name(v) if isinstance(v, str) else v)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Text = Annotated[str, Field(min_length=1)]
+Actors = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 # The tags keep pydantic from reporting what is wrong with the other choice.
 Texts = Annotated[
@@ -88,6 +93,16 @@ class MethodSpec(Spec):
 
     name: Text
     settings: dict[str, JsonValue] = {}
+
+    @field_validator("settings")
+    @classmethod
+    def _finite(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
+        # One that is no number equals nothing, not even itself.
+        try:
+            json.dumps(value, allow_nan=False)
+        except ValueError:
+            raise ValueError("holds a number that is not finite") from None
+        return value
 
 
 class LocalizeSpec(Spec):
@@ -262,6 +277,29 @@ class TaskSpec(Spec):
         return self.model_copy(update={"data": self.data.model_copy(update={"path": path})})
 
 
+class ActorsSpec(Spec):
+    """Who may decide what about a line; whatever has no list may be done by anybody.
+
+    One list in place of the keys stands for all of them.
+    """
+
+    promote: Actors | None = None
+    rollback: Actors | None = None
+    retire: Actors | None = None
+    restore: Actors | None = None
+    pin: Actors | None = None
+    unpin: Actors | None = None
+
+    def of(self, decision: str) -> tuple[str, ...] | None:
+        """Those who may do it; None is anybody."""
+        found: tuple[str, ...] | None = getattr(self, decision)
+        return found
+
+    @model_serializer(mode="wrap")
+    def _lists(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: names for name, names in handler(self).items() if names is not None}
+
+
 class LineSpec(Spec):
     """A line: its base, how models join it, and what it must keep.
 
@@ -269,6 +307,7 @@ class LineSpec(Spec):
         base: an absolute path, an address, or a hub id, pinned as `org/name@commit`.
         retention: the general benchmark, described here or as a task of the line.
         require_device: the line is worked on by workers that have it only.
+        actors: who may promote, roll back and so on by hand; None is anybody.
     """
 
     line: Name
@@ -280,6 +319,21 @@ class LineSpec(Spec):
     gates: GatesSpec = GatesSpec()
     schedule: str | None = None
     require_device: Literal["cpu", "cuda"] | None = None
+    actors: ActorsSpec | None = None
+
+    @field_validator("actors", mode="before")
+    @classmethod
+    def _same_for_all(cls, value: Any) -> Any:
+        given = dict.fromkeys(ActorsSpec.model_fields, value) if isinstance(value, list) else value
+        if not isinstance(given, dict):
+            return given
+        return {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+
+    @model_serializer(mode="wrap")
+    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        # A line without a list is written, and digested, as it was before there were any.
+        values: dict[str, Any] = handler(self)
+        return {key: value for key, value in values.items() if key != "actors" or value}
 
     @field_validator("method", mode="before")
     @classmethod
@@ -381,8 +435,8 @@ def parse_line(text: str, origin: str, folder: Path) -> LineSpec:
         values["base"] = _source(values["base"], folder, f"{origin}: base")
     retention = values.get("retention")
     if isinstance(retention, str):
-        file = (folder / retention).expanduser()
-        if file.is_file():
+        file = named_path(retention, folder, f"{origin}: retention")
+        if is_there(file) and not file.is_dir():
             values["retention"] = load_task(file).to_json()
         elif not NAME.match(retention):
             raise BadInput(
@@ -391,7 +445,7 @@ def parse_line(text: str, origin: str, folder: Path) -> LineSpec:
             )
     elif isinstance(retention, dict):
         values["retention"] = _task(retention, f"{origin}: retention", folder).to_json()
-    for key in ("localize", "gates"):
+    for key in ("localize", "gates", "actors"):
         if values.get(key, ...) is None:  # `gates:` with nothing behind it
             del values[key]
     return checked(LineSpec, values, origin)
@@ -415,9 +469,8 @@ def _task(values: dict[str, Any], origin: str, folder: Path) -> TaskSpec:
 
 def _source(value: str, folder: Path, what: str) -> str:
     """An existing path, absolute; otherwise an address or a hub id as it stands."""
-    path = Path(value).expanduser()
-    path = path if path.is_absolute() else folder / path
-    if path.exists():
+    path = named_path(value, folder, what)
+    if is_there(path, what):
         return str(path.resolve())
     if "://" in value or value.startswith(("models:/", "runs:/", "mlflow-artifacts:/")):
         return value
@@ -432,10 +485,10 @@ def _source(value: str, folder: Path, what: str) -> str:
 
 def _listed(value: str, folder: Path, what: str) -> list[Any] | str:
     """The texts that a file holds, one per line or as a JSON list; `openai` stays a word."""
-    path = Path(value).expanduser()
-    path = path if path.is_absolute() else folder / path
-    if value == "openai" and not path.exists():
+    path = named_path(value, folder, what)
+    if value == "openai" and not is_there(path, what):
         return value
+    check_path(path, what)  # the texts would be shown: a task may come from anybody
     text = read_text(path, what, _MAX_LABEL_FILE)
     if path.suffix == ".json":
         try:

@@ -15,7 +15,9 @@ from merging.errors import BadInput
 from modeling.data import DataSpec, Rows, TaskData, data_digest, labels_of
 from modeling.family import Family, get_family
 from modeling.heads import Head, HeadSpec, head_key
+from registry.allowed import check_hub, check_path
 from registry.head import ModelRef
+from registry.paths import is_there
 from registry.sources import pin_data, resolve_source
 from registry.specs import LocalizeSpec, TaskSpec, split_pin
 from tasks.models import Base, LiveBase
@@ -127,8 +129,13 @@ def check_rows(
 
 
 def data_spec(spec: TaskSpec, family: Family) -> DataSpec:
-    """The task's data in the words of `modeling`."""
+    """The task's data in the words of `modeling`.
+
+    Raises:
+        BadInput: this worker may not read there.
+    """
     assert spec.data is not None
+    _check_allowed(spec)
     path, revision = split_pin(spec.data.path)
     return DataSpec(
         path=path,
@@ -139,6 +146,21 @@ def data_spec(spec: TaskSpec, family: Family) -> DataSpec:
         label=spec.data.label or "label",
         revision=revision,
     )
+
+
+def _check_allowed(spec: TaskSpec) -> None:
+    """Refuse data that this worker may not read, before anything of it is opened."""
+    assert spec.data is not None
+    what, root = f"the data of task {spec.task}", Path(spec.data.path)
+    if not is_there(root, what):
+        check_hub(what)
+        return
+    check_path(root, what)
+    for split in (spec.data.train, spec.data.validation, spec.data.test):
+        # One that is no file is a name: `train` stands for train-00000-of-00002.parquet.
+        if split is not None and is_there(root / split, what):
+            check_path((root / split).parent, what)
+            check_path(root / split, what)
 
 
 def task_data(spec: TaskSpec, family: Family) -> TaskData:

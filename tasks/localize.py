@@ -16,10 +16,11 @@ from merging.sparse import SparseTensor, write_sparse
 from merging.task_vector import TaskVector
 from registry.head import ModelRef
 from registry.objects import KeyRecord
+from registry.sources import resolve_source
 from registry.specs import TaskSpec
 from tasks.engine import Cached, step
 from tasks.localizers import localizer
-from tasks.models import aligned, device, open_base, open_model
+from tasks.models import aligned, device, open_base, open_model, unchanged
 from tasks.refs import DeltaRef, LineRef
 from tasks.reporting import working
 from tasks.workspace import made_by, workspace
@@ -45,19 +46,23 @@ def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cache
     if record is not None:
         return Cached(_ref(record))
     began = time.perf_counter()
-    folder, _ = open_model(model, space, base.family)
-    finetuned = aligned(base, folder)
-    vector = TaskVector(base.checkpoint, finetuned, base.names)
+    folder = resolve_source(model.uri, space.home).local
     with space.scratch() as scratch:
-        with working(f"localizing {task.task}") as progress:
-            mask = found_by.find(vector, scratch, progress)
         file = scratch / "delta.safetensors"
-        info = write_sparse(
-            file,
-            _kept(finetuned, mask),
-            kind="delta",
-            metadata={"base": base.ref.weights, "finetuned": model.weights},
-        )
+        # What is verified at the beginning is what is read to the end.
+        with unchanged(folder), unchanged(base.folder):
+            base = open_base(line, space)
+            open_model(model, space, base.family)
+            finetuned = aligned(base, folder)
+            vector = TaskVector(base.checkpoint, finetuned, base.names)
+            with working(f"localizing {task.task}") as progress:
+                mask = found_by.find(vector, scratch, progress)
+            info = write_sparse(
+                file,
+                _kept(finetuned, mask),
+                kind="delta",
+                metadata={"base": base.ref.weights, "finetuned": model.weights},
+            )
         facts: dict[str, Any] = {
             "mask": mask.digest(),
             "kept": info.kept,

@@ -95,8 +95,16 @@ def _write(file: Path, base: Base, recipe: Recipe, space: Workspace) -> SparseIn
 def recipe_edits(base: Base, recipe: Recipe, space: Workspace) -> Edits:
     """The merged model of a recipe, computed tensor by tensor as it is asked for."""
     method = get_method(recipe.method.name)
-    members = [
-        StitchMember(member.task, SparseFile.open(space.objects.blob_path(member.delta)))
-        for member in recipe.members
-    ]
+    members = []
+    for member in recipe.members:
+        delta = SparseFile.open(space.objects.blob_path(member.delta))
+        if delta.metadata.get("base") != base.ref.weights:
+            # Shapes say nothing: models of one architecture fit each other's bases.
+            raise Damage(
+                f"the delta of {member.task} was found on another base",
+                expected=f"base {base.ref.weights[:12]}",
+                found=f"base {delta.metadata.get('base', 'unknown')[:12]}",
+                hint="restore the store from a backup, and find out what altered it",
+            )
+        members.append(StitchMember(member.task, delta))
     return method(base.checkpoint, members, **recipe.method.settings)

@@ -31,6 +31,12 @@ from tasks.refs import LineRef, WeightsRef
 from tasks.reporting import working
 from tasks.workspace import Workspace
 
+# Larger than any vocabulary; a sparse file of a terabyte costs whoever sends it nothing.
+MOST_ASSET = 1 << 28
+
+# Name, number, size and time of each file. Not ctime: another name for a file changes it too.
+_State = tuple[tuple[str, int, int, int], ...]
+
 
 @dataclass(frozen=True)
 class Base:
@@ -77,26 +83,36 @@ def describe_model(
     """
     resolved = resolve_source(source, space.home)
     local = resolved.local
-    checkpoint = Checkpoint.open(local)
-    with working("reading the model"):
-        before = _state(local)
+    with unchanged(local), working("reading the model"):
+        checkpoint = Checkpoint.open(local)
         weights, config = checkpoint.digest(), assets_digest(family, local)
-    if resolved.kind == "path" and (copy or not space.home.store_is_local):
-        with working("copying the model into the store"):
-            resolved = copy_into_store(resolved, space.home)
-        if (_state(local), assets_digest(family, local)) != (before, config):
-            raise BadInput(
-                f"{local} changed while it was copied",
-                hint="register it again when it is whole",
-            )
+        if resolved.kind == "path" and (copy or not space.home.store_is_local):
+            with working("copying the model into the store"):
+                resolved = copy_into_store(resolved, space.home)
+        if assets_digest(family, local) != config:
+            raise _changed(local)
     return ModelRef(uri=resolved.uri, weights=weights, config=config, size=checkpoint.nbytes)
 
 
 def assets_digest(family: Family, folder: Path) -> str:
-    """The digest of a model folder's configuration, tokenizer and processor files."""
+    """The digest of a model folder's configuration, tokenizer and processor files.
+
+    Raises:
+        BadInput: one of them is larger than any honest one.
+    """
     if not folder.is_dir():
         return digest_json({})
-    return digest_json({name: digest_file(folder / name) for name in family.asset_files(folder)})
+    names = family.asset_files(folder)
+    for name in names:
+        size = (folder / name).stat().st_size
+        if size > MOST_ASSET:
+            raise BadInput(
+                f"{folder / name} is too large",
+                expected=f"at most {MOST_ASSET:,} bytes of configuration or vocabulary",
+                found=f"{size:,} bytes",
+                hint="does it belong to this model?",
+            )
+    return digest_json({name: digest_file(folder / name) for name in names})
 
 
 def open_model(ref: ModelRef, space: Workspace, family: Family) -> tuple[Path, Checkpoint]:
@@ -119,7 +135,7 @@ def open_model(ref: ModelRef, space: Workspace, family: Family) -> tuple[Path, C
 
 
 @lru_cache(maxsize=16)
-def _verified(local: Path, _state: tuple[tuple[str, int, int], ...], weights: str) -> Checkpoint:
+def _verified(local: Path, _state: _State, weights: str) -> Checkpoint:
     checkpoint = Checkpoint.open(local)
     found = checkpoint.digest()
     if found != weights:
@@ -132,9 +148,33 @@ def _verified(local: Path, _state: tuple[tuple[str, int, int], ...], weights: st
     return checkpoint
 
 
-def _state(local: Path) -> tuple[tuple[str, int, int], ...]:
+def _state(local: Path) -> _State:
     files = sorted(local.glob("*.safetensors*")) if local.is_dir() else [local]
-    return tuple((str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files if f.exists())
+    found = [(str(file), file.stat()) for file in files if file.exists()]
+    return tuple((name, at.st_ino, at.st_size, at.st_mtime_ns) for name, at in found)
+
+
+@contextmanager
+def unchanged(local: Path) -> Iterator[None]:
+    """Make sure that the weights which a block reads are the same before and after it.
+
+    Weights are mapped: what is written to their file shows in what is computed from them.
+
+    Raises:
+        BadInput: they were written to, replaced or removed meanwhile.
+    """
+    before = _state(local)
+    yield
+    if _state(local) != before:
+        raise _changed(local)
+
+
+def _changed(local: Path) -> BadInput:
+    return BadInput(
+        f"{local} changed while it was read",
+        expected="files that nobody writes to",
+        hint="register it again when it is whole",
+    )
 
 
 def line_up(base: Base, finetuned: Checkpoint) -> Comparison:
@@ -211,11 +251,14 @@ class LiveBase:
             edits: Edits = SparseFile.open(space.objects.blob_path(weights.identity))
             apply_edits(self.parameters, self.base.checkpoint, edits)
             return list(edits.names)
-        finetuned = aligned(self.base, resolve_source(weights.uri, space.home).local)
-        names = [n for n in finetuned.names if n in self.parameters]
-        if weights.kind == "localizable":
-            names = [n for n in names if n in frozenset(self.base.names)]
-        set_weights(self.parameters, ((n, finetuned.tensor(n)) for n in names))
+        local = resolve_source(weights.uri, space.home).local
+        with unchanged(local):
+            _verified(local, _state(local), weights.identity)
+            finetuned = aligned(self.base, local)
+            names = [n for n in finetuned.names if n in self.parameters]
+            if weights.kind == "localizable":
+                names = [n for n in names if n in frozenset(self.base.names)]
+            set_weights(self.parameters, ((n, finetuned.tensor(n)) for n in names))
         return names
 
 

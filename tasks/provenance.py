@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from merging.digests import digest_bytes
-from merging.errors import RestitchError
+from merging.errors import BadInput, RestitchError
 from modeling.licence import CARD, Licence, read_licence
+from registry.allowed import check_path
 from registry.fates import merges_about, touched_merges
 from registry.history import Entry, MergedRecord
 from registry.objects import ObjectStore
@@ -77,6 +78,10 @@ def licence_of(source: str, objects: ObjectStore) -> Licence | None:
     """The licence that a resolved source states, as far as it can be read here."""
     if source.startswith("/"):
         # A card beside a single file may be anybody's.
+        try:
+            check_path(Path(source), "the model")
+        except BadInput:
+            return None
         return read_licence(Path(source)) if Path(source).is_dir() else None
     if source.startswith((COPY_SCHEME, *MLFLOW_SCHEMES)):
         try:

@@ -2,6 +2,7 @@
 
 from merging.errors import BadInput, CannotJoin
 from merging.task_vector import TaskVector, outside_share
+from registry.allowed import NotAllowed
 from registry.head import ModelRef
 from tasks.engine import step
 from tasks.models import line_up, open_base, open_model
@@ -16,6 +17,7 @@ def validate(line: LineRef, model: ModelRef) -> Validated:
     Raises:
         CannotJoin: another architecture or configuration, missing tensors, other shapes, NaN or
             infinity, or no difference at all; every difference is listed.
+        NotAllowed: this worker may not read it; another one may.
     """
     space = workspace()
     base = open_base(line, space)
@@ -25,6 +27,8 @@ def validate(line: LineRef, model: ModelRef) -> Validated:
         problems = comparison.problems()
         if folder.is_dir():
             problems += base.family.config_differences(base.folder, folder)
+    except NotAllowed:
+        raise
     except BadInput as error:
         raise CannotJoin(
             error.what,

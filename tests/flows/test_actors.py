@@ -1,0 +1,134 @@
+"""Who may decide: a line's file can leave decisions to some, and nobody else changes anything."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from registry.head import Head
+from registry.specs import LineSpec
+from tests.conftest import NewHome
+from tests.flows.test_decisions import Line
+from tests.shell import Shell
+from tests.worlds import World
+
+pytestmark = pytest.mark.usefixtures("without_mlflow")
+
+DECISIONS = {
+    "promote": ("promote", "demo", 1),
+    "rollback": ("rollback", "demo", 1),
+    "retire": ("retire", "demo", "colour"),
+    "restore": ("restore", "demo", "colour"),
+    "pin": ("pin", "demo"),
+    "unpin": ("unpin", "demo"),
+}
+
+
+def as_actor(shell: Shell, name: str) -> Shell:
+    return replace(shell, environment={"RESTITCH_ACTOR": name})
+
+
+@pytest.fixture(scope="module")
+def guarded(
+    world: World, tmp_path_factory: pytest.TempPathFactory, _empty_mlflow: Path
+) -> tuple[Shell, Path]:
+    """A line with two members on which nobody but ann decides; refusals leave it as it is."""
+    root = tmp_path_factory.mktemp("guarded")
+    shell = Shell(root / "home")
+    shell.home.mkdir()
+    (shell.home / "mlflow.db").write_bytes(_empty_mlflow.read_bytes())
+    shell("init", world.line(root / "line.yaml", retention=None, actors=["ann"]))
+    for task in ("colour", "number"):
+        as_actor(shell, "trainer").add(world, task)
+    return shell, root
+
+
+@pytest.mark.parametrize("decision", DECISIONS)
+def test_who_is_not_listed_is_refused_and_nothing_is_written(
+    guarded: tuple[Shell, Path], decision: str
+) -> None:
+    shell, _ = guarded
+    before, files = shell.head_bytes(), sorted((shell.home / "store").rglob("*"))
+    done = as_actor(shell, "bob")(*DECISIONS[decision], "--reason", "because", code=3)
+    assert f"bob may not {decision} on line demo" in done.err
+    assert "one of ann" in done.err
+    assert "RESTITCH_ACTOR" in done.err
+    assert shell.head_bytes() == before
+    assert sorted((shell.home / "store").rglob("*")) == files
+
+
+def test_what_a_remerge_promotes_is_nobody_s_decision(guarded: tuple[Shell, Path]) -> None:
+    shell, _ = guarded
+    assert shell.head().champion == 2
+    promoted = [entry for entry in shell.acts() if entry.kind == "promoted"]
+    assert {entry.actor for entry in promoted} == {"trainer"}
+
+
+def test_who_is_listed_decides(world: World, shell: Shell, tmp_path: Path) -> None:
+    line = Line(world, shell, tmp_path, "colour", "number", actors={"rollback": ["ann", "bob"]})
+    as_actor(shell, "carl")("rollback", "demo", 1, "--reason", "because", code=3)
+    as_actor(shell, "bob")("rollback", "demo", 1, "--reason", "because")
+    assert (line.head().champion, shell.acts()[-1].actor) == (1, "bob")
+    as_actor(shell, "carl")("unpin", "demo", "--reason", "nobody is listed for this")
+    assert line.head().champion != 1
+
+
+def test_the_list_is_changed_by_an_act(world: World, shell: Shell, tmp_path: Path) -> None:
+    file = tmp_path / "line.yaml"
+    shell("init", world.line(file, retention=None, actors={"pin": ["ann"]}))
+    as_actor(shell, "bob")("pin", "demo", "--reason", "because", code=3)
+    as_actor(shell, "bob")("init", world.line(file, retention=None, actors={"pin": ["bob"]}))
+    act = shell.acts()[-1]
+    assert (act.kind, act.actor) == ("configured", "bob")
+    assert "actors.pin: ['ann'] -> ['bob']" in act.reason
+    as_actor(shell, "bob")("pin", "demo", "--reason", "because")
+    assert shell.head().pinned
+
+
+def test_who_loses_the_right_meanwhile_has_lost_it(
+    world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The list counts that the line has at the moment at which the act would count.
+    file = tmp_path / "line.yaml"
+    shell("init", world.line(file, retention=None, actors={"pin": ["bob"]}))
+    changed: list[bool] = []
+
+    def change_first(head: Head, pinned: bool) -> Head:
+        if not changed:
+            changed.append(True)
+            shell("init", world.line(file, retention=None, actors={"pin": ["ann"]}))
+        return with_pin(head, pinned)
+
+    with_pin = Head.with_pin
+    monkeypatch.setattr(Head, "with_pin", change_first)
+    as_actor(shell, "bob")("pin", "demo", "--reason", "because", code=3)
+    assert changed
+    assert not shell.head().pinned
+
+
+@pytest.mark.parametrize(
+    ("actors", "part"),
+    [
+        ({"promte": ["ann"]}, "did you mean 'promote'"),
+        ({"promote": []}, "actors.promote"),
+        ({"promote": "ann"}, "actors.promote"),
+        ({"promote": [7]}, "actors.promote"),
+        ({"promote": [""]}, "actors.promote"),
+        ([], "actors"),
+    ],
+)
+def test_a_list_that_is_none_is_refused(
+    world: World, new_home: NewHome, tmp_path: Path, actors: object, part: str
+) -> None:
+    done = new_home("home")("init", world.line(tmp_path / "l.yaml", actors=actors), code=3)
+    assert part in done.err
+
+
+def test_a_line_without_a_list_is_written_as_before() -> None:
+    spec = {"line": "demo", "base": "o/b", "family": "clip", "method": {"name": "m"}}
+    plain = LineSpec.from_json(spec)
+    assert "actors" not in plain.to_json()
+    assert LineSpec.from_json({**spec, "actors": None}).digest == plain.digest
+    listed = LineSpec.from_json({**spec, "actors": {"pin": ["ann"]}})
+    assert listed.to_json()["actors"] == {"pin": ["ann"]}
+    assert LineSpec.from_json(listed.to_json()) == listed
