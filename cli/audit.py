@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Task = Annotated[str, typer.Argument(help="Name of the task.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; it stands in the audit trail.")]
+SomeReason = Annotated[str, typer.Option("--reason", help="Why, if there is more to say.")]
 Remerge = Annotated[bool, typer.Option(help="Merge without waiting for the schedule.")]
 
 
@@ -142,7 +143,11 @@ def retire(
 
 @app.command()
 def restore(
-    line: Line, task: Task, reason: Reason, remerge: Remerge = True, as_json: Json = False
+    line: Line,
+    task: Task,
+    reason: SomeReason = "",
+    remerge: Remerge = True,
+    as_json: Json = False,
 ) -> None:
     """Take a retired task back in, and merge with it."""
     from flows.decisions import restore as run
@@ -151,7 +156,7 @@ def restore(
 
 
 @app.command()
-def pin(line: Line, reason: Reason, as_json: Json = False) -> None:
+def pin(line: Line, reason: SomeReason = "", as_json: Json = False) -> None:
     """Promote nothing automatically any more; versions are still made as candidates."""
     from flows.decisions import pin as run
 
@@ -159,7 +164,9 @@ def pin(line: Line, reason: Reason, as_json: Json = False) -> None:
 
 
 @app.command()
-def unpin(line: Line, reason: Reason, remerge: Remerge = True, as_json: Json = False) -> None:
+def unpin(
+    line: Line, reason: SomeReason = "", remerge: Remerge = True, as_json: Json = False
+) -> None:
     """Promote automatically again, and bring the merged model up to date."""
     from flows.decisions import unpin as run
 

@@ -81,6 +81,7 @@ def show(found: Values, out: Console) -> None:
     made = f"made {found['created_at'][:19]} UTC{by}"
     _say(out, f"{found['line']} version {found['version']}{role}, {made}")
     results(found, out)
+    _intervals(found["results"], out)
     for gate in found["gates"]:
         mark = "passed" if gate["passed"] else "failed" if gate["action"] == "block" else "warned"
         _say(out, f"  {mark}: {gate['note'] or gate['gate']}{_ends(gate['interval'])}")
@@ -219,6 +220,17 @@ def decided(found: Values, out: Console) -> None:
         _say(out, "  the workers merge: `restitch status --watch` follows them")
     if found["merged"] is not None:
         remerged(found["merged"], out)
+
+
+def _intervals(measured: Values, out: Console) -> None:
+    """The 95 % intervals beside those of the merged values, which the results show."""
+    names = ("base", "finetuned", "grafted")
+    table = table_of("95 % of", *names)
+    for task, result in measured.items():
+        ends = (_ends(result["intervals"].get(name), "{low:.3f}-{high:.3f}") for name in names)
+        table.add_row(task, *(end.strip() or "-" for end in ends))
+    if any(result["intervals"] for result in measured.values()):
+        out.print(table)
 
 
 def _changes(members: Values) -> str:

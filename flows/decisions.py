@@ -160,7 +160,7 @@ def retire(line: str, task: str, reason: str, *, merge: bool = True) -> Decision
     return _merged_after(found, merge)
 
 
-def restore(line: str, task: str, reason: str, *, merge: bool = True) -> Decision:
+def restore(line: str, task: str, reason: str = "", *, merge: bool = True) -> Decision:
     """Take a retired task back in, as it was, and merge with it.
 
     Raises:
@@ -179,29 +179,29 @@ def restore(line: str, task: str, reason: str, *, merge: bool = True) -> Decisio
             head = head.with_state(task, number, state, why, facts=facts)
         return head if retired else None
 
-    found = _decided(ledger, "restored", f"{task}: {_given(reason)}", change, {}, ())
+    found = _decided(ledger, "restored", _with_reason(task, reason), change, {}, ())
     return _merged_after(found, merge)
 
 
-def pin(line: str, reason: str) -> Decision:
+def pin(line: str, reason: str = "") -> Decision:
     """Promote nothing automatically from now on."""
     ledger = workspace().ledger(line)
 
     def change(head: Head) -> Head | None:
         return None if head.pinned else head.with_pin(True)
 
-    said = f"version {_name(ledger.head().champion)} stays in use: {_given(reason)}"
+    said = _with_reason(f"version {_name(ledger.head().champion)} stays in use", reason)
     return _decided(ledger, "pinned", said, change, {}, ())
 
 
-def unpin(line: str, reason: str, *, merge: bool = True) -> Decision:
+def unpin(line: str, reason: str = "", *, merge: bool = True) -> Decision:
     """Promote automatically again, and bring the merged model up to date."""
     ledger = workspace().ledger(line)
 
     def change(head: Head) -> Head | None:
         return head.with_pin(False) if head.pinned else None
 
-    said = f"versions are promoted automatically again: {_given(reason)}"
+    said = _with_reason("versions are promoted automatically again", reason)
     return _merged_after(_decided(ledger, "unpinned", said, change, {}, ()), merge)
 
 
@@ -295,6 +295,11 @@ def _given(reason: str) -> str:
     if not text:
         raise BadInput("a decision needs its reason", hint="say why with --reason")
     return text
+
+
+def _with_reason(said: str, reason: str) -> str:
+    """What is said, with a reason where one was given: it takes nothing out of use."""
+    return f"{said}: {reason.strip()}" if reason.strip() else said
 
 
 def _name(version: int | None) -> str:

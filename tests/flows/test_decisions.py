@@ -247,7 +247,6 @@ def test_a_retirement_during_a_remerge_is_not_lost(
         ("rollback", "demo", 2),
         ("promote", "demo", 2),
         ("retire", "demo", "colour"),
-        ("pin", "demo"),
     ],
 )
 def test_a_decision_needs_a_reason(line: Line, words: tuple[object, ...]) -> None:
@@ -256,6 +255,19 @@ def test_a_decision_needs_a_reason(line: Line, words: tuple[object, ...]) -> Non
     done = line.shell(*words, "--reason", "  ", code=3)
     assert "reason" in done.err
     assert line.shell.head_bytes() == before
+
+
+def test_what_takes_nothing_out_of_use_needs_no_reason(line: Line) -> None:
+    line.do("retire", "demo", "number", "--no-remerge")
+    line.shell("restore", "demo", "number")
+    line.shell("pin", "demo")
+    line.shell("unpin", "demo")
+    reasons = [act.reason for act in line.shell.acts()[-3:]]
+    assert reasons == [
+        "number",
+        "version 3 stays in use",
+        "versions are promoted automatically again",
+    ]
 
 
 def test_an_unknown_task_is_named_with_those_that_there_are(line: Line) -> None:
