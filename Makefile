@@ -21,9 +21,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m playground.demo $(if $(KEEP),--keep)
 
-# Two at a time: many tests wait for servers. The tests of a file stay together.
+# Several at a time, more than there are cores: many tests wait for servers. The tests of a file stay
+# together.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 3 --dist loadfile
 
 slow: setup
 	$(BIN)/python -m pytest -m slow

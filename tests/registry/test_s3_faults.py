@@ -39,6 +39,7 @@ def store(faults, s3_bucket, prefix, tmp_path):
     return S3Store(s3_bucket, prefix, tmp_path / "cache")
 
 
+@pytest.mark.slow
 class TestFaultyNetwork(StoreContract):
     lives_up_to = 1.0
 
