@@ -31,7 +31,12 @@ DURABLE = ("fsync", "link", "replace", "rename", "unlink", "rmdir")
 # Children of a server that has imported everything and computed nothing: a fork of this very
 # process would wait for ever for the threads that torch has started here.
 children = multiprocessing.get_context("forkserver")
-children.set_forkserver_preload(["flows", "cli.main", "tests.cli.test_kill"])
+children.set_forkserver_preload(
+    [
+        *("cli.main", "flows.line", "flows.register", "flows.remerge", "flows.export"),
+        *("flows.decisions", "tests.cli.test_kill"),
+    ]
+)
 
 
 def run(
