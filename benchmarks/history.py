@@ -125,12 +125,9 @@ def _merge(
     record = _record(ledger.objects, models, version, at, draw)
     ledger.objects.put_blob(record.to_bytes())
     digests = {"recipe": record.recipe_digest, "patch": record.patch}
-    for kind, change in (
-        ("merged", lambda head: head.with_merged(record.digest)),
-        ("promoted", lambda head: head.promoted(version)),
-    ):
-        reason = f"version {version}: no gates"
-        ledger.act(kind, "benchmark", reason, change, digests)  # type: ignore[arg-type]
+    reason = f"version {version}: no gates"
+    ledger.act("merged", "benchmark", reason, lambda h: h.with_merged(record.digest), digests)
+    ledger.act("promoted", "benchmark", reason, lambda h: h.promoted(version), digests)
 
 
 def _record(

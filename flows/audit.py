@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, get_args
 
 from flows.links import links
-from flows.versions import find_version
+from flows.versions import check_task, find_version
 from merging.errors import BadInput
 from registry.fates import merges_about, touched_models
 from registry.head import Head
@@ -54,7 +54,7 @@ def history(line: str, wanted: Wanted) -> dict[str, Any]:
     """The audit trail, newest first."""
     ledger = workspace(to_write=False).ledger(line)
     if wanted.task is not None:
-        _known_task(ledger.head(), wanted.task)
+        check_task(ledger.head(), wanted.task)
     found = [_act(entry, champion) for entry, champion in _acts(ledger) if wanted.takes(entry)]
     return {"line": line, "acts": found}
 
@@ -127,7 +127,7 @@ def why(line: str, task: str) -> dict[str, Any]:
     space = workspace(to_write=False)
     ledger = space.ledger(line)
     head = ledger.head()
-    _known_task(head, task)
+    check_task(head, task)
     from tasks.compare import compare_results  # numpy is for this one alone
 
     steps: list[dict[str, Any]] = []
@@ -258,14 +258,6 @@ def _role(head: Head, version: int) -> str | None:
     if version == head.champion:
         return "champion"
     return "candidate" if version == head.candidate else None
-
-
-def _known_task(head: Head, task: str) -> None:
-    if task not in head.tasks:
-        raise BadInput(
-            f"line {head.line} has no task {task}",
-            found=f"tasks: {', '.join(sorted(head.tasks)) or 'none'}",
-        )
 
 
 def _json(record: Any) -> Any:

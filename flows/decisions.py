@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from flows.remerge import RemergeOutcome, remerge
 from flows.report import mirror
-from flows.versions import find_version
+from flows.versions import check_task, find_version
 from merging.errors import BadInput, GateFailed
 from registry.head import Head, State
 from registry.history import Kind, MergedRecord
@@ -143,7 +143,7 @@ def retire(line: str, task: str, reason: str, *, merge: bool = True) -> Decision
         BadInput: the line has no such task.
     """
     ledger = workspace().ledger(line)
-    _known_task(ledger.head(), task)
+    check_task(ledger.head(), task)
 
     def change(head: Head) -> Head | None:
         models = head.tasks[task].versions.items()
@@ -167,7 +167,7 @@ def restore(line: str, task: str, reason: str = "", *, merge: bool = True) -> De
         BadInput: the line has no such task.
     """
     ledger = workspace().ledger(line)
-    _known_task(ledger.head(), task)
+    check_task(ledger.head(), task)
 
     def change(head: Head) -> Head | None:
         # One that was left out as a double of another was never retired by anybody.
@@ -275,14 +275,6 @@ def _merged_after(found: Decision, merge: bool) -> Decision:
 def _ledger_and_version(line: str, version: str) -> tuple[Ledger, int]:
     ledger = workspace().ledger(line)
     return ledger, find_version(ledger.head(), version)
-
-
-def _known_task(head: Head, task: str) -> None:
-    if task not in head.tasks:
-        raise BadInput(
-            f"line {head.line} has no task {task}",
-            found=f"tasks: {', '.join(sorted(head.tasks)) or 'none'}",
-        )
 
 
 def _given(reason: str) -> str:

@@ -108,9 +108,16 @@ def check_gates(gates: Gates, merged: Measured, joining: Set[str]) -> tuple[Chec
     """
     checks = []
 
-    def check(gate: str, subject: str, value: float, passed: bool, **rest: object) -> None:
+    def check(
+        gate: str,
+        subject: str,
+        value: float,
+        passed: bool,
+        interval: Ends | None = None,
+        note: str = "",
+    ) -> None:
         limit, blocks = getattr(gates, gate), gate not in gates.warn
-        checks.append(Check(gate, subject, value, limit, passed, blocks, **rest))  # type: ignore[arg-type]
+        checks.append(Check(gate, subject, value, limit, passed, blocks, interval, note))
 
     if gates.min_retention is not None and merged.retention is not None:
         value = merged.retention

@@ -4,17 +4,16 @@ MLflow is asked over plain HTTP and for a second at most; whoever only looks mus
 for a server nor import its client.
 """
 
-import json
 import os
-import urllib.request
-from base64 import b64encode
-from typing import Any
-from urllib.parse import quote
+from typing import TYPE_CHECKING, Any
 
 from registry.catalog import run_address, without_credentials
 from registry.home import Home
 from registry.image import DIGEST_TAG, experiment_name
 from tasks.engine import engine_url
+
+if TYPE_CHECKING:
+    import httpx
 
 PATIENCE_SECONDS = 1.0
 
@@ -24,11 +23,10 @@ def links(line: str, digest: str, made_by: Any) -> dict[str, str | None]:
 
     `mlflow_filter` finds the run in the line's experiment wherever MLflow is.
     """
-    wanted = f"tags.`{DIGEST_TAG}` = '{digest}'"
     run = made_by.get("flow_run") if isinstance(made_by, dict) else None
     return {
-        "mlflow": _mlflow_run(line, wanted),
-        "mlflow_filter": wanted,
+        "mlflow": mlflow_run(line, digest),
+        "mlflow_filter": _wanted(digest),
         "prefect": None if run is None else _prefect_run(str(run)),
     }
 
@@ -40,35 +38,44 @@ def _prefect_run(run: str) -> str | None:
     return f"{without_credentials(api).removesuffix('/').removesuffix('/api')}/runs/flow-run/{run}"
 
 
-def _mlflow_run(line: str, wanted: str) -> str | None:
+def mlflow_run(line: str, digest: str, patience: float = PATIENCE_SECONDS) -> str | None:
+    """Where a browser shows the run of a merged version; None without a server that tells it.
+
+    Args:
+        line: the line's name.
+        digest: of the version's record.
+        patience: for how many seconds to wait for each answer.
+    """
+    import httpx
+
     address = Home.from_environment().mlflow_uri.rstrip("/")
     if not address.startswith(("http://", "https://")):
         return None
-    api = f"{address}/api/2.0/mlflow"
     try:
-        name = quote(experiment_name(line))
-        found = _asked(f"{api}/experiments/get-by-name?experiment_name={name}")
-        experiment = found["experiment"]["experiment_id"]
-        search = {"experiment_ids": [experiment], "filter": wanted, "max_results": 1}
-        [run] = _asked(f"{api}/runs/search", search).get("runs", [])
-    except (OSError, ValueError, KeyError):  # away, refused, or not there yet
-        return None
-    return run_address(address, experiment, run["info"]["run_id"])
+        with _client(f"{address}/api/2.0/mlflow/", patience) as client:
+            name = {"experiment_name": experiment_name(line)}
+            found = client.get("experiments/get-by-name", params=name).raise_for_status().json()
+            experiment = found["experiment"]["experiment_id"]
+            search = {"experiment_ids": [experiment], "filter": _wanted(digest)}
+            answer = client.post("runs/search", json=search).raise_for_status().json()
+            run = answer["runs"][0]
+            return run_address(address, experiment, run["info"]["run_id"])
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError):
+        return None  # away, refused, or not there yet
 
 
-def _asked(url: str, body: dict[str, Any] | None = None) -> Any:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json", **_login()})
-    with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as answer:
-        return json.loads(answer.read())
+def _wanted(digest: str) -> str:
+    return f"tags.`{DIGEST_TAG}` = '{digest}'"
 
 
-def _login() -> dict[str, str]:
-    """What MLflow's own client would send, from the same variables."""
-    token = os.environ.get("MLFLOW_TRACKING_TOKEN")
-    if token:
-        return {"Authorization": f"Bearer {token}"}
+def _client(api: str, patience: float) -> "httpx.Client":
+    """With the login that MLflow's own client would use: in the address, or from its variables."""
+    import httpx
+
+    headers, auth = {}, None
+    if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        headers["Authorization"] = f"Bearer {token}"
     user, word = (os.environ.get(f"MLFLOW_TRACKING_{n}") for n in ("USERNAME", "PASSWORD"))
-    if not (user and word):
-        return {}
-    return {"Authorization": f"Basic {b64encode(f'{user}:{word}'.encode()).decode()}"}
+    if user and word and not token:
+        auth = httpx.BasicAuth(user, word)
+    return httpx.Client(base_url=api, headers=headers, auth=auth, timeout=patience)

@@ -15,6 +15,7 @@ from flows.acts import MovedError, hold, promote, record_version, reject
 from flows.adopt import adopt
 from flows.candidates import Candidate, make_candidate
 from flows.gates import Check
+from flows.links import mlflow_run
 from flows.onboard import attempts_at, died_at, is_outdated, onboard
 from flows.report import Reports, mirror
 from flows.snapshot import Snapshot, localized_models, take_snapshot
@@ -27,8 +28,7 @@ from tasks.artifacts import show_remerged
 from tasks.deaths import mark_silent_runs
 from tasks.engine import flow
 from tasks.models import check_device
-from tasks.orchestration import has_workers, is_queued, is_workers_run, start_run
-from tasks.publish import run_link
+from tasks.orchestration import has_workers, is_queued, is_workers_run, start_run, this_run
 from tasks.reporting import say, warn
 from tasks.turn import turn
 from tasks.workspace import workspace
@@ -37,6 +37,8 @@ from tasks.workspace import workspace
 LEFTOVERS_AFTER = 24 * 3600.0
 
 ATTEMPTS = 20
+# Nobody waits in front of a run for the address that its artifact names.
+LINK_PATIENCE = 10.0
 
 Action = Literal["unchanged", "empty", "promoted", "rejected", "candidate", "covered"]
 
@@ -94,7 +96,9 @@ def remerge(line: str, force: bool = False) -> RemergeOutcome:
         _take_in(line)
         mirror(ledger.line)
         outcome = _merge_until_settled(ledger, _onboard_missing(ledger), force)
-    show_remerged(outcome.as_dict(), run_link(line, outcome.version))
+    record = None if outcome.version is None else ledger.head().versions[outcome.version]
+    link = None if record is None or this_run() is None else mlflow_run(line, record, LINK_PATIENCE)
+    show_remerged(outcome.as_dict(), link)
     return outcome
 
 

@@ -1,4 +1,4 @@
-"""Which merged version a user means by a number, `champion` or `candidate`."""
+"""What a user means: a version by a number, `champion` or `candidate`; a task by its name."""
 
 from merging.errors import BadInput
 from registry.head import Head
@@ -27,3 +27,16 @@ def find_version(head: Head, text: str) -> int:
             hint=f"see `restitch history {head.line}`",
         )
     return found
+
+
+def check_task(head: Head, task: str) -> None:
+    """Refuse a name that is no task of a line.
+
+    Raises:
+        BadInput: the line has no such task.
+    """
+    if task not in head.tasks:
+        raise BadInput(
+            f"line {head.line} has no task {task}",
+            found=f"tasks: {', '.join(sorted(head.tasks)) or 'none'}",
+        )

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 from merging.errors import BadInput, Unavailable
 from registry import fates, image, image_merged
 from registry.head import Head
-from registry.history import Entry, MergedRecord
+from registry.history import Entry
 from registry.home import Home
 from registry.ledger import Ledger
 from registry.mlflow_writer import Writer
@@ -108,13 +108,6 @@ class Catalog:
                 if not token:
                     break
             return shown
-
-    def run_of(self, record: MergedRecord) -> str | None:
-        """The id of the run that shows a merged version, if there is one."""
-        with self._explained():
-            experiment = self._writer.experiment(image.experiment_name(record.line))
-            runs = self._writer.runs(experiment, record.digest)
-            return runs[0].info.run_id if runs else None
 
     def _show_models(self, head: Head, pending: Iterable[Entry]) -> None:
         """The finetuned models that acts are about, in their present state."""

@@ -3,7 +3,7 @@
 import time
 
 from merging.errors import Unavailable
-from registry.catalog import Extras, run_address
+from registry.catalog import Extras
 from tasks.engine import step
 from tasks.reporting import warn
 from tasks.workspace import workspace
@@ -40,19 +40,3 @@ def mirror(line: str, extras: Extras | None = None) -> bool:
         warn(f"MLflow is behind and will be completed by the next remerge: {error.message()}")
         return False
     return True
-
-
-def run_link(line: str, version: int | None) -> str | None:
-    """Where a browser shows the run of a merged version; None without an MLflow server."""
-    space = workspace()
-    address = space.home.mlflow_uri
-    if version is None or not address.startswith("http"):
-        return None
-    try:
-        run = space.catalog.run_of(space.ledger(line).merged(version))
-    except Unavailable:
-        return None
-    if run is None:
-        return None
-    experiment = space.catalog.client.get_run(run).info.experiment_id
-    return run_address(address, experiment, run)

@@ -30,7 +30,7 @@ from tests.registry.builders import (
     model_ref,
     with_task,
 )
-from tests.registry.catalog_view import DyingClient, KilledError, shown, small_line
+from tests.registry.catalog_view import DyingClient, KilledError, run_of, shown, small_line
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_line_is_shown_whole(catalog, line):
         "quarantined",
         "NaN",
     )
-    assert catalog.run_of(line.merged(2)) == champion.run_id
+    assert run_of(catalog, 2).info.run_id == champion.run_id
 
 
 def test_what_the_command_line_answers_is_found_by_a_search(catalog, line):
@@ -154,7 +154,7 @@ def test_a_repair_that_is_killed_again_and_again_is_completed(home, tmp_path, ml
     assert killed > 10
     assert shown(catalog) == shown(reference)
     for version in (1, 2):
-        run = catalog.run_of(line.merged(version))
+        run = run_of(catalog, version).info.run_id
         page = catalog.client.download_artifacts(run, "report.html", str(tmp_path))
         assert Path(page).read_bytes() == b"of %d" % version
     assert catalog.repair(line) == 0
