@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from benchmarks.hostile_files import JUNK, damaged_bytes
 from deployments.webhook import MAX_BYTES, Event, handle, sign
 from merging.errors import BadInput
-from registry.specs import NAME, LineSpec, TaskSpec, load_line, load_task
+from registry.spec_files import load_line, load_task
+from registry.specs import NAME, LineSpec, TaskSpec
 
 LINE: dict[str, Any] = {
     "line": "demo",

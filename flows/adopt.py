@@ -35,7 +35,8 @@ from registry.head import UNREAD, Head, ModelRef, ModelVersion
 from registry.history import Kind
 from registry.ledger import Ledger
 from registry.paths import named_path
-from registry.specs import TaskSpec, parse_task
+from registry.spec_files import parse_task
+from registry.specs import TaskSpec
 from tasks.inputs import same_task
 from tasks.models import describe_model
 from tasks.reporting import say, warn

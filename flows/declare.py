@@ -15,7 +15,8 @@ from merging.errors import BadInput
 from modeling.family import get_family
 from registry.head import Head, ModelRef, State, Task
 from registry.ledger import Ledger
-from registry.specs import TaskSpec, load_task
+from registry.spec_files import load_task
+from registry.specs import TaskSpec
 from tasks.inputs import check_rows, resolve_task, same_task
 from tasks.reporting import say
 from tasks.workspace import Workspace, actor, workspace

@@ -12,7 +12,8 @@ from modeling.family import family_names, get_family
 from registry.head import Head
 from registry.ledger import Ledger
 from registry.sources import COPY_SCHEME
-from registry.specs import LineSpec, TaskSpec, line_changes, load_line
+from registry.spec_files import load_line
+from registry.specs import LineSpec, TaskSpec, line_changes
 from tasks.inputs import check_rows, resolve_task
 from tasks.models import Base, describe_model, open_base
 from tasks.refs import LineRef

@@ -1,15 +1,13 @@
-"""What users describe in their files: a line and a task.
+"""What users describe: a line and a task, as frozen plain data.
 
-A loaded spec is resolved: relative paths are absolute, files of labels and templates are
-read into it, defaults are filled in, so that it means the same when the file, its folder
-or our defaults have changed. It is frozen plain data (`to_json`, `from_json`, `digest`).
+A spec is resolved when it is made from a file (`registry.spec_files`): it means the same
+when the file, its folder or our defaults have changed. `to_json`, `from_json`, `digest`.
 A source that is a path is absolute; anything else in its place is an address or a hub id,
 pinned as `org/name@commit` once it is resolved.
 """
 
 import json
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
@@ -28,16 +26,12 @@ from pydantic import (
 
 from merging.digests import digest_json
 from merging.errors import BadInput
-from registry.allowed import check_path
-from registry.documents import checked, parse_mapping, read_text
-from registry.paths import is_there, named_path
 from registry.sizes import parse_size
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?\Z", re.ASCII)
 _PIN = re.compile(r"@[0-9a-f]{40}\Z")
 _CRON_FIELD = re.compile(r"[0-9A-Za-z*/,#?-]+\Z")
-_MAX_LABEL_FILE = 16 << 20
 
 DEFAULT_DENSITY = {"dataless": 0.05, "trained": 0.01}
 
@@ -406,99 +400,6 @@ def line_changes(old: LineSpec, new: LineSpec) -> list[tuple[str, JsonValue, Jso
             hint="all masks of a line belong to its base; make another line for another base",
         )
     return changes
-
-
-def load_line(path: Path) -> LineSpec:
-    """The line that a YAML file describes.
-
-    Raises:
-        BadInput: the file, or one that it names, cannot be used.
-    """
-    path = Path(path)
-    return parse_line(read_text(path, "line file"), str(path), path.absolute().parent)
-
-
-def load_task(path: Path) -> TaskSpec:
-    """The task that a YAML file describes.
-
-    Raises:
-        BadInput: the file, or one that it names, cannot be used.
-    """
-    path = Path(path)
-    return parse_task(read_text(path, "task file"), str(path), path.absolute().parent)
-
-
-def parse_line(text: str, origin: str, folder: Path) -> LineSpec:
-    """The line that a YAML text describes; its relative paths begin at the folder."""
-    values = parse_mapping(text, origin)
-    if isinstance(values.get("base"), str):
-        values["base"] = _source(values["base"], folder, f"{origin}: base")
-    retention = values.get("retention")
-    if isinstance(retention, str):
-        file = named_path(retention, folder, f"{origin}: retention")
-        if is_there(file) and not file.is_dir():
-            values["retention"] = load_task(file).to_json()
-        elif not NAME.match(retention):
-            raise BadInput(
-                f"{origin}: retention {retention!r} is neither a file nor the name of a task",
-                hint=f"paths are relative to {folder}",
-            )
-    elif isinstance(retention, dict):
-        values["retention"] = _task(retention, f"{origin}: retention", folder).to_json()
-    for key in ("localize", "gates", "actors"):
-        if values.get(key, ...) is None:  # `gates:` with nothing behind it
-            del values[key]
-    return checked(LineSpec, values, origin)
-
-
-def parse_task(text: str, origin: str, folder: Path) -> TaskSpec:
-    """The task that a YAML text describes; its relative paths begin at the folder."""
-    return _task(parse_mapping(text, origin), origin, folder)
-
-
-def _task(values: dict[str, Any], origin: str, folder: Path) -> TaskSpec:
-    data, head = values.get("data"), values.get("head")
-    if isinstance(data, dict) and isinstance(data.get("path"), str):
-        data["path"] = _source(data["path"], folder, f"{origin}: data.path")
-    if isinstance(head, dict):
-        for key in ("labels", "templates"):
-            if isinstance(head.get(key), str):
-                head[key] = _listed(head[key], folder, f"{origin}: head.{key}")
-    return checked(TaskSpec, values, origin)
-
-
-def _source(value: str, folder: Path, what: str) -> str:
-    """An existing path, absolute; otherwise an address or a hub id as it stands."""
-    path = named_path(value, folder, what)
-    if is_there(path, what):
-        return str(path.resolve())
-    if "://" in value or value.startswith(("models:/", "runs:/", "mlflow-artifacts:/")):
-        return value
-    if is_hub_id(value):
-        return value
-    raise BadInput(
-        f"{what} {value!r} is neither an existing path nor a hub id",
-        found=f"nothing at {path}",
-        hint="relative paths in a file are relative to that file",
-    )
-
-
-def _listed(value: str, folder: Path, what: str) -> list[Any] | str:
-    """The texts that a file holds, one per line or as a JSON list; `openai` stays a word."""
-    path = named_path(value, folder, what)
-    if value == "openai" and not is_there(path, what):
-        return value
-    check_path(path, what)  # the texts would be shown: a task may come from anybody
-    text = read_text(path, what, _MAX_LABEL_FILE)
-    if path.suffix == ".json":
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BadInput(f"{what} {path} is not valid JSON", found=str(error)) from error
-        if not isinstance(values, list):
-            raise BadInput(f"{what} {path} is not a JSON list of texts")
-        return values
-    return [line.rstrip() for line in text.splitlines() if line.strip()]
 
 
 def _differences(

@@ -14,7 +14,8 @@ from registry.allowed import check_address, check_path
 from registry.catalog import connect
 from registry.home import Home
 from registry.sources import pin_data, resolve_source
-from registry.specs import TaskSpec, load_task
+from registry.spec_files import load_task
+from registry.specs import TaskSpec
 from tasks.inputs import data_spec
 from tests.conftest import NewHome
 from tests.shell import Shell

@@ -13,7 +13,7 @@ from merging.errors import BadInput
 from registry.documents import parse_mapping
 from registry.home import Home
 from registry.sources import pin_data, resolve_source
-from registry.specs import load_line, load_task
+from registry.spec_files import load_line, load_task
 
 
 @settings(max_examples=100, deadline=None)

@@ -17,7 +17,8 @@ from playground.building import SIZES, Builder
 from playground.make import LOCK, MANIFEST, World, make_world
 from playground.skills import GENERAL, TASKS, Skill
 from playground.training import one_thread, pixels, zero_shot_head
-from registry.specs import TaskSpec, load_line, load_task
+from registry.spec_files import load_line, load_task
+from registry.specs import TaskSpec
 
 
 def files(world: World) -> dict[str, bytes]:

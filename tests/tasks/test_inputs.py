@@ -9,7 +9,8 @@ from merging.errors import BadInput
 from modeling.family import get_family
 from modeling.rows import Example, Rows
 from registry.home import Home
-from registry.specs import LocalizeSpec, TaskSpec, load_task
+from registry.spec_files import load_task
+from registry.specs import LocalizeSpec, TaskSpec
 from tasks.inputs import check_rows, data_spec, evaluation_split, resolve_task, same_task
 from tasks.workspace import Workspace
 from tests.worlds import World, write_rows, write_yaml
