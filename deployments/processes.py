@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from deployments.databases import VARIABLES
 from merging.digests import digest_json
 from merging.errors import Unavailable
 from registry.attempts import process_began
@@ -244,6 +245,8 @@ def _free_port() -> int:
 def _environment(home: Home, plan: Plan) -> dict[str, str]:
     """A process's environment: no profile of the user's own, and none of his Prefect settings."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
+    for name in VARIABLES:  # the servers' passwords are no business of the workers
+        kept.pop(name, None)
     kept["RESTITCH_HOME"] = str(home.root)
     # Runs are started with `python`: the one that runs this.
     kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])

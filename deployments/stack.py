@@ -1,7 +1,9 @@
 """The whole team's set-up on one machine: `restitch up` and `restitch down`.
 
-    Prefect server (SQLite)   MLflow server (SQLite)   webhook receiver   workers
+    Prefect server   MLflow server   webhook receiver   workers
           └── pools, deployments, automations, schedules: deployments.deploy
+
+Both servers keep their state in SQLite in the home, or in PostgreSQL (`deployments.databases`).
 
 Every process has a session of its own, a log under `RESTITCH_HOME/logs` and its place in
 `stack.json`. `up` starts what is not running and leaves alone what is, so it also mends a
@@ -20,6 +22,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from deployments.databases import MLFLOW_VARIABLE, PREFECT_VARIABLES, databases
 from deployments.definitions import SERVER_ENVIRONMENT, WORKER_ENVIRONMENT
 from deployments.deploy import cron_lines, deploy
 from deployments.processes import (
@@ -34,7 +37,7 @@ from deployments.processes import (
 )
 from merging.errors import BadInput, Unavailable
 from registry.home import Home, prepare_environment
-from registry.stack import StackFile
+from registry.stack import SECRETS, StackFile
 from tasks.deaths import STUCK_AFTER
 from tasks.orchestration import start_run
 from tasks.reporting import warn
@@ -73,7 +76,7 @@ def up(home: Home, workers: int | None = None, pool: str = "gpu", say: Say = pri
 
     Raises:
         BadInput: the environment names servers that the stack would not be.
-        Unavailable: something does not start; its log is named.
+        Unavailable: something does not start, and its log is named; or a database refuses.
     """
     for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
         if os.environ.get(name):
@@ -93,7 +96,9 @@ def up(home: Home, workers: int | None = None, pool: str = "gpu", say: Say = pri
         ports = ports_of(stack)
         addresses = Addresses(ports)
         runner = Runner(home, stack.model_copy(update={"ports": ports}))
-        runner.bring([_prefect(home, addresses), _mlflow(home, addresses)], say)
+        used = databases(home, os.environ)
+        servers = [_prefect(home, addresses, used.prefect), _mlflow(home, addresses, used.mlflow)]
+        runner.bring(servers, say)
         runner.publish(
             prefect_api_url=addresses.prefect_api,
             mlflow_uri=addresses.mlflow,
@@ -163,8 +168,9 @@ class Addresses:
         return f"http://{LOOPBACK}:{self.ports['webhook']}/webhook"
 
 
-def _prefect(home: Home, at: Addresses) -> Plan:
+def _prefect(home: Home, at: Addresses, database: str | None) -> Plan:
     port = at.ports["prefect"]
+    kept = {} if database is None else {PREFECT_VARIABLES[0]: database}
     return Plan(
         name="prefect",
         command=module(
@@ -173,6 +179,7 @@ def _prefect(home: Home, at: Addresses) -> Plan:
         ),
         environment={
             **SERVER_ENVIRONMENT,
+            **kept,
             "PREFECT_HOME": str(home.root / "prefect"),
             # Its pages ask at the standard port otherwise.
             "PREFECT_SERVER_UI_API_URL": at.prefect_api,
@@ -182,17 +189,18 @@ def _prefect(home: Home, at: Addresses) -> Plan:
     )
 
 
-def _mlflow(home: Home, at: Addresses) -> Plan:
+def _mlflow(home: Home, at: Addresses, database: str | None) -> Plan:
     port = at.ports["mlflow"]
     return Plan(
         name="mlflow",
         command=module(
             *("mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1"),
-            *("--backend-store-uri", f"sqlite:///{home.root / 'mlflow.db'}"),
             # Clients of this machine write artifacts themselves, with the server and without.
             *("--default-artifact-root", home.mlartifacts.as_uri(), "--no-serve-artifacts"),
         ),
         environment={
+            # Not in the command, where every user of the host could read a password.
+            MLFLOW_VARIABLE: database or f"sqlite:///{home.root / 'mlflow.db'}",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
             "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
@@ -240,7 +248,7 @@ def _worker(number: int, pool: str, at: Addresses, count: int) -> Plan:
 
 def _secret(home: Home, name: str) -> str:
     """A secret of this home, made once and readable by its owner only."""
-    folder = home.root / "secrets"
+    folder = home.root / SECRETS
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / name
     if not path.exists():

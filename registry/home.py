@@ -18,7 +18,7 @@ from pathlib import Path
 from merging.errors import BadInput, Unavailable
 from registry.s3_client import parse_address
 from registry.s3_store import S3Store
-from registry.stack import StackFile
+from registry.stack import Databases, StackFile
 from registry.store import FolderStore, Store, explained
 
 HOME_VARIABLE = "RESTITCH_HOME"
@@ -33,7 +33,8 @@ class Home:
         root: the folder, absolute.
         store_url: a folder or `s3://bucket/prefix` in place of `root/store`.
         tracking_uri: an MLflow server or database in place of `root/mlflow.db`.
-        stack_mlflow_uri: the server that `restitch up` put in front of `root/mlflow.db`.
+        stack_mlflow_uri: the server of `restitch up`, or the database that it was given
+            while that server is down.
     """
 
     root: Path
@@ -50,7 +51,7 @@ class Home:
             root=root,
             store_url=environment.get(STORE_VARIABLE) or None,
             tracking_uri=environment.get("MLFLOW_TRACKING_URI") or None,
-            stack_mlflow_uri=StackFile.read(root).mlflow_uri,
+            stack_mlflow_uri=StackFile.read(root).mlflow_uri or Databases.read(root).mlflow,
         )
 
     @property
@@ -102,7 +103,7 @@ class Home:
 
     @property
     def owns_mlflow(self) -> bool:
-        """Whether MLflow is the SQLite file of this home."""
+        """Whether MLflow keeps its artifacts in this home."""
         return self.tracking_uri is None
 
     def create(self) -> None:

@@ -1,9 +1,10 @@
 """What `restitch up` started for a home: `stack.json`, the addresses and the processes.
 
-The file is written whole or not at all. A process is known by its id together with the
+A file is written whole or not at all. A process is known by its id together with the
 time at which it began, so that another one with the same id is never taken for it. The
 addresses count while the file says that the stack is up; after `restitch down` the ports
-are remembered and nothing else.
+are remembered and nothing else. Addresses of databases hold passwords: they lie with the home's
+secrets, which only their owner can read.
 """
 
 import json
@@ -14,7 +15,11 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from merging.errors import Damage
+
 FILE = "stack.json"
+SECRETS = "secrets"  # the folder of a home that nobody else can read
+_DATABASES = "databases.json"
 
 
 class StackProcess(BaseModel):
@@ -66,7 +71,46 @@ class StackFile(BaseModel):
     def write(self, root: Path) -> None:
         """Replace the file."""
         root.mkdir(parents=True, exist_ok=True)
-        descriptor, name = tempfile.mkstemp(prefix=f".{FILE}-", dir=root)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            json.dump(self.model_dump(mode="json"), file, indent=1)
-        Path(name).replace(root / FILE)
+        _replace(root / FILE, self)
+
+
+class Databases(BaseModel):
+    """The databases of a home's servers; None is SQLite in the home."""
+
+    model_config = ConfigDict(frozen=True)
+
+    prefect: str | None = None
+    mlflow: str | None = None
+
+    @classmethod
+    def read(cls, root: Path) -> Self:
+        """What was last used.
+
+        Raises:
+            Damage: the file is there and cannot be read.
+        """
+        path = root / SECRETS / _DATABASES
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except FileNotFoundError:
+            return cls()
+        except (OSError, ValueError):
+            # Without it another database would be begun beside the one that is in use.
+            raise Damage(
+                f"{path} cannot be read",
+                expected="the addresses of the databases that `restitch up` was started with",
+                hint="remove it, and give them to `restitch up` once more: docs/operations.md",
+            ) from None
+
+    def write(self, root: Path) -> None:
+        """Replace the file, readable by its owner only."""
+        folder = root / SECRETS
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _replace(folder / _DATABASES, self)
+
+
+def _replace(path: Path, content: BaseModel) -> None:
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        json.dump(content.model_dump(mode="json"), file, indent=1)
+    Path(name).replace(path)

@@ -6,8 +6,10 @@ written to anybody's home or reported to anybody.
 
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,35 +71,45 @@ def clip_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="session")
-def _empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A database that MLflow has made, which takes it two seconds."""
+    from sqlalchemy import event
+    from sqlalchemy.engine import Engine
+
     from registry.catalog import connect
     from registry.home import Home
 
+    # MLflow's databases need not survive a power failure here; the store's files do sync.
+    @event.listens_for(Engine, "connect")
+    def _do_not_wait_for_the_disk(connection: Any, _record: Any) -> None:
+        with suppress(sqlite3.DatabaseError):
+            connection.execute("PRAGMA synchronous=OFF")
+
     home = Home(tmp_path_factory.mktemp("mlflow"))
     connect(home).search_registered_models()
-    return home.root / "mlflow.db"
+    yield home.root / "mlflow.db"
+    event.remove(Engine, "connect", _do_not_wait_for_the_disk)
 
 
 @pytest.fixture
-def new_home(tmp_path: Path, _empty_mlflow: Path) -> NewHome:
+def new_home(tmp_path: Path, empty_mlflow: Path) -> NewHome:
     """Make homes by name, each with the command that works in it."""
 
     def make(name: str) -> Shell:
         home = tmp_path / name
         home.mkdir()
-        shutil.copyfile(_empty_mlflow, home / "mlflow.db")
+        shutil.copyfile(empty_mlflow, home / "mlflow.db")
         return Shell(home)
 
     return make
 
 
 @pytest.fixture(scope="session")
-def three(tmp_path_factory: pytest.TempPathFactory, world: World, _empty_mlflow: Path) -> Three:
+def three(tmp_path_factory: pytest.TempPathFactory, world: World, empty_mlflow: Path) -> Three:
     """A home with three models in its champion, to be read only."""
     root = tmp_path_factory.mktemp("three")
     (root / "home").mkdir()
-    shutil.copyfile(_empty_mlflow, root / "home" / "mlflow.db")
+    shutil.copyfile(empty_mlflow, root / "home" / "mlflow.db")
     shell = Shell(root / "home")
     shell("init", world.line(root / "line.yaml"))
     return Three(shell, {name: shell.add(world, name) for name in SKILLS})

@@ -128,6 +128,12 @@ class Shell:
         except NotInStore:
             return None
 
+    def check_settled(self) -> None:
+        """A remerge by the schedule changes nothing in the line `demo`."""
+        before = self.head_bytes()
+        self.json("remerge", "demo", code=None)
+        assert self.head_bytes() == before
+
     def acts(self, line: str = "demo") -> list[Entry]:
         """All acts, oldest first."""
         return list(self.ledger(line).entries(newest_first=False))

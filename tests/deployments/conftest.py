@@ -9,8 +9,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from unittest.mock import patch
@@ -160,13 +160,26 @@ def patch_unless(condition: bool, name: str) -> Any:
 
 @pytest.fixture(scope="package")
 def stack(
-    tmp_path_factory: pytest.TempPathFactory, world: World, _empty_mlflow: Path
+    tmp_path_factory: pytest.TempPathFactory, world: World, empty_mlflow: Path
 ) -> Iterator[Stack]:
     """A Prefect server, an MLflow server, the receiver of webhooks, and two workers."""
     root = tmp_path_factory.mktemp("stack")
     (root / "home").mkdir()
+    shutil.copyfile(empty_mlflow, root / "home" / "mlflow.db")
+    with running_stack(root, world) as found:
+        yield found
+
+
+@contextmanager
+def running_stack(root: Path, world: World, **variables: str) -> Iterator[Stack]:
+    """A stack with two workers for the length of the context.
+
+    Args:
+        root: a folder for its home, which may be there already.
+        variables: the environment of the first `up`, and of no later one.
+    """
+    (root / "home").mkdir(exist_ok=True)
     (root / "user").mkdir()
-    shutil.copyfile(_empty_mlflow, root / "home" / "mlflow.db")
     environment = {
         "PATH": os.environ["PATH"],
         "HOME": str(root / "user"),
@@ -175,7 +188,8 @@ def stack(
     }
     found = Stack(Shell(root / "home"), world, environment)
     try:
-        told = json.loads(found.process("up", "--workers", 2, "--json").out)
+        up = replace(found, environment={**environment, **variables})
+        told = json.loads(up.process("up", "--workers", 2, "--json").out)
         assert told["started"] == ["prefect", "mlflow", "webhook", "worker-1", "worker-2"]
         yield found
         found.process("down")

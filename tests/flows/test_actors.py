@@ -30,13 +30,13 @@ def as_actor(shell: Shell, name: str) -> Shell:
 
 @pytest.fixture(scope="module")
 def guarded(
-    world: World, tmp_path_factory: pytest.TempPathFactory, _empty_mlflow: Path
+    world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path
 ) -> tuple[Shell, Path]:
     """A line with two members on which nobody but ann decides; refusals leave it as it is."""
     root = tmp_path_factory.mktemp("guarded")
     shell = Shell(root / "home")
     shell.home.mkdir()
-    (shell.home / "mlflow.db").write_bytes(_empty_mlflow.read_bytes())
+    (shell.home / "mlflow.db").write_bytes(empty_mlflow.read_bytes())
     shell("init", world.line(root / "line.yaml", retention=None, actors=["ann"]))
     for task in ("colour", "number"):
         as_actor(shell, "trainer").add(world, task)

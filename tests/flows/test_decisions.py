@@ -37,12 +37,6 @@ class Line:
         record = self.shell.ledger().merged(champion)
         return {task: member.version for task, member in record.members.items()}
 
-    def check_settled(self) -> None:
-        """A remerge by the schedule changes nothing."""
-        before = self.shell.head_bytes()
-        self.shell.json("remerge", "demo", code=None)
-        assert self.shell.head_bytes() == before
-
 
 @pytest.fixture
 def line(world: World, shell: Shell, tmp_path: Path) -> Line:
@@ -65,7 +59,7 @@ def test_a_rollback_puts_the_old_version_in_use_and_pins_it(line: Line) -> None:
     )
     assert act.after == {"/champion": 2, "/pinned": True}
     assert act.digests["patch"] == line.shell.ledger().merged(2).patch
-    line.check_settled()
+    line.shell.check_settled()
     assert line.members() == {"colour": 1, "number": 1}
 
 
@@ -86,7 +80,7 @@ def test_after_a_rollback_new_models_become_candidates_until_the_line_is_unpinne
     assert found["merged"]["action"] == "promoted"
     assert (line.head().champion, line.head().candidate, line.head().pinned) == (4, None, False)
     assert line.shell.kinds()[-2:] == ["unpinned", "promoted"]
-    line.check_settled()
+    line.shell.check_settled()
 
 
 def test_only_what_was_in_use_can_be_rolled_back_to(line: Line) -> None:
@@ -119,7 +113,7 @@ def test_a_promotion_past_a_gate_says_so_and_stays(
     assert act.reason.startswith("version 2 by hand, past min_retention of the general benchmark")
     assert act.reason.endswith("< 0.25: we need it")
     assert line.head().tasks["wreck"].versions[1].state == "ready"
-    line.check_settled()
+    line.shell.check_settled()
     assert line.members() == {"colour": 1, "wreck": 1}
 
 
@@ -127,7 +121,7 @@ def test_a_promotion_that_a_remerge_would_undo_pins_the_line(line: Line) -> None
     found = line.do("promote", "demo", 1)
     assert found["pinned"]
     assert "would have replaced" in found["notes"][0]
-    line.check_settled()
+    line.shell.check_settled()
     assert line.members() == {"colour": 1}
 
 
@@ -153,7 +147,7 @@ def test_after_a_retirement_the_bytes_are_those_without_the_model(
     assert act.reason == "number: its data was withdrawn"
     model = line.head().tasks["number"].versions[1]
     assert (model.state, model.reason) == ("retired", "its data was withdrawn")
-    line.check_settled()
+    line.shell.check_settled()
 
 
 def test_restoring_brings_back_the_very_bytes(line: Line) -> None:

@@ -117,7 +117,7 @@ def with_data_that_goes(world: World, folder: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def both(
-    api: str, world: World, tmp_path_factory: pytest.TempPathFactory, _empty_mlflow: Path
+    api: str, world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path
 ) -> Both:
     root = tmp_path_factory.mktemp("engine")
     with_data_that_goes(world, root)
@@ -125,7 +125,7 @@ def both(
     embedded = Shell(root / "embedded")
     for shell in (engine, embedded):
         shell.home.mkdir()
-        shutil.copyfile(_empty_mlflow, shell.home / "mlflow.db")
+        shutil.copyfile(empty_mlflow, shell.home / "mlflow.db")
         Shell(shell.home)("init", world.line(root / "line.yaml"))
     files = ("--task", world.task("colour"), "--model", world.model("colour"), "--json")
     command = engine.process("register", "demo", *files)

@@ -44,12 +44,6 @@ class Gated:
         record = self.shell.ledger().merged(champion)
         return {task: member.version for task, member in record.members.items()}
 
-    def check_settled(self) -> None:
-        """A further remerge changes nothing."""
-        before = self.shell.head_bytes()
-        self.shell.json("remerge", "demo", code=None)
-        assert self.shell.head_bytes() == before
-
 
 @pytest.fixture
 def line(world: World, shell: Shell, tmp_path: Path) -> Gated:
@@ -108,7 +102,7 @@ def test_the_rest_is_promoted_without_the_one_that_fails(line: Gated) -> None:
     }
     head = line.shell.head()
     assert (head.champion, head.candidate) == (3, None), "what it left behind is no candidate"
-    line.check_settled()
+    line.shell.check_settled()
 
 
 @pytest.mark.parametrize(("first", "second"), [("number", "animal"), ("animal", "number")])
@@ -121,7 +115,7 @@ def test_of_two_that_do_not_go_together_the_older_one_stays(
     found = line.remerge(code=5)
     assert list(found["held"]) == [f"{second} 1"]
     assert line.members() == {first: 1}
-    line.check_settled()
+    line.shell.check_settled()
 
 
 def test_a_first_model_that_fails_leaves_no_champion(line: Gated) -> None:
@@ -131,7 +125,7 @@ def test_a_first_model_that_fails_leaves_no_champion(line: Gated) -> None:
     head = line.shell.head()
     assert (head.champion, head.candidate) == (None, 1)
     assert line.remerge()["action"] == "empty"
-    line.check_settled()
+    line.shell.check_settled()
     line.shell("export", "demo", "champion", line.file.parent / "out", code=3)
     line.shell("export", "demo", "candidate", line.file.parent / "out")
     line.add("colour", code=0)
@@ -149,7 +143,7 @@ def test_a_lower_gate_lets_a_held_model_in(line: Gated) -> None:
     assert line.state("wreck") == "ready"
     head = line.shell.head()
     assert (head.champion, head.candidate) == (2, None)
-    line.check_settled()
+    line.shell.check_settled()
 
 
 def test_a_higher_gate_does_not_take_the_champion_away(line: Gated) -> None:
@@ -169,7 +163,7 @@ def test_a_held_model_is_tried_again_when_a_member_comes(line: Gated) -> None:
     assert len(held) == 2
     assert line.members() == {"colour": 1, "number": 1}
     assert line.state("wreck") == "held"
-    line.check_settled()
+    line.shell.check_settled()
 
 
 def test_a_held_model_is_tried_again_when_its_data_changes(line: Gated, tmp_path: Path) -> None:
@@ -178,7 +172,7 @@ def test_a_held_model_is_tried_again_when_its_data_changes(line: Gated, tmp_path
     found = line.add("colour", code=5)
     assert found["state"] == "held"
     assert "min_normalized of colour" in found["reason"]
-    line.check_settled()
+    line.shell.check_settled()
     shown = line.shell.json("show", "demo", "1")["results"]["colour"]["merged"]
     assert shown < 0.9
     # Rows that the merged model gets right.
@@ -198,7 +192,7 @@ def test_a_held_model_is_tried_again_when_its_data_changes(line: Gated, tmp_path
     before = len(line.shell.kinds())
     line.shell.json("register", "demo", *files, "--replace-task", code=None)
     assert "merged" in line.shell.kinds()[before:]
-    line.check_settled()
+    line.shell.check_settled()
 
 
 def test_a_drop_is_measured_against_the_champion(line: Gated) -> None:
@@ -220,7 +214,7 @@ def test_a_replacement_that_fails_keeps_the_member(line: Gated) -> None:
     assert line.state("colour", 1) == "ready"
     assert line.members() == {"colour": 1, "number": 1}
     assert line.shell.patch_bytes() == before
-    line.check_settled()
+    line.shell.check_settled()
     line.configure(min_retention=0.01)
     line.remerge()
     assert line.members() == {"colour": 2, "number": 1}
@@ -266,7 +260,7 @@ def test_a_pinned_line_makes_candidates(line: Gated) -> None:
     assert found["merged"]["action"] == "candidate"
     head = line.shell.head()
     assert (head.champion, head.candidate) == (1, 2)
-    line.check_settled()
+    line.shell.check_settled()
     line.shell.ledger().act("configured", "tester", "unpin", lambda head: head.with_pin(False))
     assert line.remerge()["action"] == "promoted"
     assert line.shell.head().champion == 2
@@ -283,7 +277,7 @@ def test_a_gate_that_only_warns_keeps_nothing_from_promotion(line: Gated) -> Non
     assert gate["note"].endswith("< 0.25 (a warning)")
     (act,) = [act for act in line.shell.acts() if act.kind == "promoted"][1:]
     assert gate["note"] in act.reason
-    line.check_settled()
+    line.shell.check_settled()
 
 
 def test_a_patch_over_its_size_is_not_promoted_and_what_fits_is(line: Gated) -> None:

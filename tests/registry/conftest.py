@@ -1,10 +1,10 @@
-import contextlib
 import os
-import sqlite3
 
 import pytest
 
-from registry.home import Home
+from registry.catalog import Catalog
+from tests.registry.builders import home_with_mlflow
+from tests.registry.catalog_view import small_line
 from tests.servers import s3_server
 
 _ACCOUNT = {
@@ -22,25 +22,22 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 
-@pytest.fixture(scope="session")
-def mlflow_template(tmp_path_factory):
-    """An empty MLflow database: the migration of a new one takes seconds."""
-    from sqlalchemy import event
-    from sqlalchemy.engine import Engine
+@pytest.fixture
+def home(tmp_path, empty_mlflow):
+    """A home with a store and an MLflow of its own."""
+    return home_with_mlflow(tmp_path / "home", empty_mlflow)
 
-    from registry.catalog import connect
 
-    # MLflow's databases need not survive a power failure here; the store's files do sync.
-    @event.listens_for(Engine, "connect")
-    def _do_not_wait_for_the_disk(connection, _record):
-        with contextlib.suppress(sqlite3.DatabaseError):
-            connection.execute("PRAGMA synchronous=OFF")
+@pytest.fixture
+def catalog(home):
+    """Its view in MLflow."""
+    return Catalog(home)
 
-    home = Home(tmp_path_factory.mktemp("template") / "home")
-    home.create()
-    connect(home)
-    yield home.root / "mlflow.db"
-    event.remove(Engine, "connect", _do_not_wait_for_the_disk)
+
+@pytest.fixture
+def line(home):
+    """A line of it with two merged versions."""
+    return small_line(home)
 
 
 @pytest.fixture(scope="session")

@@ -30,22 +30,7 @@ from tests.registry.builders import (
     model_ref,
     with_task,
 )
-from tests.registry.catalog_view import DyingClient, KilledError, run_of, shown, small_line
-
-
-@pytest.fixture
-def home(tmp_path, mlflow_template):
-    return home_with_mlflow(tmp_path / "home", mlflow_template)
-
-
-@pytest.fixture
-def catalog(home):
-    return Catalog(home)
-
-
-@pytest.fixture
-def line(home):
-    return small_line(home)
+from tests.registry.catalog_view import DyingClient, KilledError, run_of, shown
 
 
 def counts(catalog: Catalog) -> dict[str, int]:
@@ -130,14 +115,14 @@ def test_only_new_acts_are_looked_at(catalog, line):
     assert "retired" in version.description
 
 
-def test_a_repair_that_is_killed_again_and_again_is_completed(home, tmp_path, mlflow_template):
+def test_a_repair_that_is_killed_again_and_again_is_completed(home, tmp_path, empty_mlflow):
     line = ledger(home.store_path)
     line.act("registered", "ann", "", lambda head: with_task(head, "a", model("a")))
     rows = {"path": "/data/a", "split": "test", "digest": digest("rows")}
     merge(line, tasks=("a",), results={"a": {"merged": 0.5, "data": rows}})
     merge(line, tasks=("a",))
     line.act("rolled-back", "ann", "worse", lambda head: head.promoted(1))
-    reference = Catalog(home_with_mlflow(tmp_path / "reference", mlflow_template))
+    reference = Catalog(home_with_mlflow(tmp_path / "reference", empty_mlflow))
     reference.repair(line)
     catalog = Catalog(home)
     chance = random.Random(0)
@@ -208,7 +193,7 @@ def test_a_candidate_has_its_alias_while_it_is_one(catalog, line):
     assert shown(catalog)["aliases"] == {"champion": "2"}
 
 
-def test_a_deleted_model_and_a_deleted_database_are_made_again(catalog, line, mlflow_template):
+def test_a_deleted_model_and_a_deleted_database_are_made_again(catalog, line, empty_mlflow):
     catalog.repair(line)
     before = shown(catalog)
     catalog.client.delete_registered_model("line")
@@ -283,9 +268,9 @@ print(Catalog(home).repair(Ledger(ObjectStore(home.open_store()), "line")))
     assert list(work.iterdir()) == []
 
 
-def test_the_store_alone_is_enough_for_another_mlflow(line, catalog, tmp_path, mlflow_template):
+def test_the_store_alone_is_enough_for_another_mlflow(line, catalog, tmp_path, empty_mlflow):
     catalog.repair(line)
-    elsewhere = Catalog(home_with_mlflow(tmp_path / "elsewhere", mlflow_template))
+    elsewhere = Catalog(home_with_mlflow(tmp_path / "elsewhere", empty_mlflow))
     copy = Ledger(ObjectStore(FolderStore(line.objects.store.root)), "line")
     elsewhere.repair(copy)
     assert shown(elsewhere) == shown(catalog)

@@ -11,7 +11,7 @@ from mlflow.data import get_source
 from registry.catalog import Catalog
 from registry.ledger import Ledger
 from tests.registry.builders import digest, home_with_mlflow, merge, record
-from tests.registry.catalog_view import DyingClient, KilledError, points, run_of, shown, small_line
+from tests.registry.catalog_view import DyingClient, KilledError, points, run_of, shown
 
 RETENTION = {"task": "general", "top1": 0.45, "base_top1": 0.5, "ratio": 0.9}
 FAILED = {
@@ -21,21 +21,6 @@ FAILED = {
     "passed": False,
     "note": "retention 0.2 < 0.9",
 }
-
-
-@pytest.fixture
-def home(tmp_path, mlflow_template):
-    return home_with_mlflow(tmp_path / "home", mlflow_template)
-
-
-@pytest.fixture
-def catalog(home):
-    return Catalog(home)
-
-
-@pytest.fixture
-def line(home):
-    return small_line(home)
 
 
 def test_one_run_has_the_metrics_of_all_versions(catalog, line):
@@ -121,7 +106,7 @@ def candidate(line: Ledger, **changes: Any) -> None:
     line.act("merged", "t", "", lambda head: head.with_merged(blob))
 
 
-def test_roles_follow_what_became_of_each_version(catalog, line, tmp_path, mlflow_template):
+def test_roles_follow_what_became_of_each_version(catalog, line, tmp_path, empty_mlflow):
     catalog.repair(line)
     assert roles(catalog) == {1: "former champion", 2: "champion"}
     candidate(line, gates=[FAILED])
@@ -156,7 +141,7 @@ def test_roles_follow_what_became_of_each_version(catalog, line, tmp_path, mlflo
     assert said[4].endswith("It was never promoted.")
     assert re.search(r"rolled back to version 1 by ann: it was slow\.$", said[5])
     # A look at all acts at once says the same as one after the other.
-    again = Catalog(home_with_mlflow(tmp_path / "again", mlflow_template))
+    again = Catalog(home_with_mlflow(tmp_path / "again", empty_mlflow))
     again.repair(line)
     assert shown(again) == shown(catalog)
     catalog.repair(line, full=True)

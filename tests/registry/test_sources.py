@@ -227,9 +227,9 @@ except Unavailable as error:
 
 
 @pytest.fixture(scope="module")
-def mlflow_home(tmp_path_factory, mlflow_template):
+def mlflow_home(tmp_path_factory, empty_mlflow):
     """A home whose MLflow holds a run with a model, and a registered version of it."""
-    return home_with_mlflow(tmp_path_factory.mktemp("mlflow") / "home", mlflow_template)
+    return home_with_mlflow(tmp_path_factory.mktemp("mlflow") / "home", empty_mlflow)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,86 @@
+"""The databases of a stack's two servers: SQLite in the home, or PostgreSQL by setting.
+
+    PREFECT_SERVER_DATABASE_CONNECTION_URL   Prefect's (or ..._API_..., its older name)
+    MLFLOW_BACKEND_STORE_URI                 MLflow's
+
+What the environment names is remembered with the home's secrets, so that a later `up` from a
+terminal or a unit without these variables starts the same servers and not empty ones. Both
+databases are asked once before a server is started: its own answer to a wrong password is a
+page of traceback in a log.
+"""
+
+from collections.abc import Mapping
+from importlib.util import find_spec
+
+from merging.errors import BadInput, Unavailable
+from registry.home import Home
+from registry.secrets import without_credentials
+from registry.stack import Databases
+
+PREFECT_VARIABLES = (
+    "PREFECT_SERVER_DATABASE_CONNECTION_URL",
+    "PREFECT_API_DATABASE_CONNECTION_URL",
+)
+MLFLOW_VARIABLE = "MLFLOW_BACKEND_STORE_URI"
+VARIABLES = (*PREFECT_VARIABLES, MLFLOW_VARIABLE)
+
+_PATIENCE_SECONDS = 10
+
+
+def databases(home: Home, environment: Mapping[str, str]) -> Databases:
+    """Which databases the servers of a home use, remembered and seen to answer.
+
+    Raises:
+        BadInput: an address is not one of PostgreSQL, or its driver is not installed.
+        Unavailable: a database does not answer, or refuses.
+    """
+    known = Databases.read(home.root)
+    given = next((name for name in PREFECT_VARIABLES if environment.get(name)), None)
+    prefect = environment[given] if given is not None else known.prefect
+    mlflow = environment.get(MLFLOW_VARIABLE) or known.mlflow
+    if prefect is not None:
+        _check(prefect, given or PREFECT_VARIABLES[0], "postgresql+asyncpg")
+    if mlflow is not None:
+        _check(mlflow, MLFLOW_VARIABLE, "postgresql")
+    found = Databases(prefect=prefect, mlflow=mlflow)
+    if found != known:
+        found.write(home.root)
+    return found
+
+
+def _check(address: str, variable: str, driver: str) -> None:
+    from sqlalchemy import create_engine
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+    shown, expected = without_credentials(address), f"{driver}://user:password@host:port/database"
+    try:
+        url = make_url(address)
+    except (ArgumentError, ValueError):
+        raise BadInput(f"{variable} is no address of a database", expected=expected) from None
+    fits = url.get_backend_name() == "postgresql" and url.drivername.startswith(driver)
+    if not fits or not url.host or not url.database:
+        raise BadInput(
+            f"{variable} is no address that this server can use",
+            expected=expected,
+            found=shown,
+            hint="without the variable it uses SQLite in RESTITCH_HOME",
+        )
+    if find_spec("psycopg2") is None:
+        raise BadInput(
+            f"{variable} needs the driver psycopg2, which is not installed",
+            hint="pip install 'restitch[team]'",
+        )
+    plain = url.set(drivername="postgresql+psycopg2", query={})
+    try:
+        engine = create_engine(plain, connect_args={"connect_timeout": _PATIENCE_SECONDS})
+        engine.connect().close()
+        engine.dispose()
+    except SQLAlchemyError as error:
+        cause = str(getattr(error, "orig", None) or error).strip()
+        raise Unavailable(
+            f"the database {url.host}:{url.port or 5432}/{url.database} cannot be used "
+            f"as {url.username}",
+            found=without_credentials(cause).splitlines()[0],
+            hint=f"check {variable}, and that the database takes connections from this host",
+        ) from None
