@@ -89,12 +89,8 @@ def _match(
     known = frozenset(ours)
     candidates = [{name: name for name in theirs if name in known}]
     for prefix in prefixes:
-        candidates.append(_with_prefix(theirs, known, lambda name, p=prefix: p + name))
-        candidates.append(
-            _with_prefix(
-                theirs, known, lambda name, p=prefix: name[len(p) :] if name.startswith(p) else name
-            )
-        )
+        candidates.append(_renamed(known, {name: prefix + name for name in theirs}))
+        candidates.append(_renamed(known, {name: name.removeprefix(prefix) for name in theirs}))
 
     def wanted(candidate: dict[str, str]) -> set[tuple[str, str]]:
         return {item for item in candidate.items() if item[1] in required}
@@ -114,10 +110,10 @@ def _match(
     return _injective(best)
 
 
-def _with_prefix(theirs: Iterable[str], known: frozenset[str], rename) -> dict[str, str]:  # type: ignore[no-untyped-def]
+def _renamed(known: frozenset[str], names: Mapping[str, str]) -> dict[str, str]:
+    """The base's names of finetuned tensors: the new ones where it has them, or as they are."""
     mapping = {}
-    for name in theirs:
-        new = rename(name)
+    for name, new in names.items():
         if new in known:
             mapping[name] = new
         elif name in known:

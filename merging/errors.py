@@ -6,6 +6,7 @@ anything else that escapes is our mistake.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 
 class RestitchError(Exception):
@@ -53,7 +54,7 @@ class RestitchError(Exception):
         # Prefect and process pools pickle exceptions; the default would lose the keywords.
         return (_rebuild, (type(self), self.what, self._keywords()))
 
-    def _keywords(self) -> dict[str, object]:
+    def _keywords(self) -> dict[str, Any]:
         return {
             "expected": self.expected,
             "found": self.found,
@@ -62,8 +63,8 @@ class RestitchError(Exception):
         }
 
 
-def _rebuild(kind: type[RestitchError], what: str, keywords: dict[str, object]) -> RestitchError:
-    return kind(what, **keywords)  # type: ignore[arg-type]
+def _rebuild(kind: type[RestitchError], what: str, keywords: dict[str, Any]) -> RestitchError:
+    return kind(what, **keywords)
 
 
 class UsageError(RestitchError):

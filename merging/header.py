@@ -7,6 +7,7 @@ before anything is allocated or mapped. `write_header` is the counterpart.
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,8 +128,7 @@ def _parse(path: Path, raw: bytes) -> dict[str, object]:
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            seen: set[str] = set()
-            twice = sorted({key for key, _ in pairs if key in seen or seen.add(key)})  # type: ignore[func-returns-value]
+            twice = sorted(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
             raise _bad(path, "names the same thing twice in its header", "each name once", twice)
         return found
 

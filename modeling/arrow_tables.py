@@ -8,7 +8,7 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -82,7 +82,7 @@ class ArrowTable:
             return self._kept[2]
 
 
-class _Groups:
+class _Groups(Protocol):
     """One file in parts that fit into memory."""
 
     name: str
@@ -90,7 +90,7 @@ class _Groups:
     sizes: list[int]
 
     def read(self, group: int, columns: tuple[str, ...]) -> pa.Table:
-        raise NotImplementedError
+        """Some columns of one part."""
 
 
 class _Parquet(_Groups):

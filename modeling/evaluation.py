@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -65,7 +65,7 @@ class Evaluation:
         """Whether each row is right."""
         return unpacked(self.correct, self.count)
 
-    def to_json(self) -> dict[str, object]:
+    def to_json(self) -> dict[str, Any]:
         """The evaluation as plain values."""
         values = asdict(self)
         values["interval"] = list(self.interval)
@@ -74,13 +74,13 @@ class Evaluation:
         return values
 
     @classmethod
-    def from_json(cls, data: Mapping[str, object]) -> "Evaluation":
+    def from_json(cls, data: Mapping[str, Any]) -> "Evaluation":
         """What `to_json` wrote."""
         values = dict(data)
         for name in ("interval", "top1_interval"):
-            values[name] = tuple(values[name])  # type: ignore[arg-type]
-        values["correct"] = bytes.fromhex(str(values["correct"]))
-        return cls(**values)  # type: ignore[arg-type]
+            values[name] = tuple(values[name])
+        values["correct"] = bytes.fromhex(values["correct"])
+        return cls(**values)
 
 
 def evaluate(

@@ -8,6 +8,7 @@ that it was made from, so that it is made once.
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,12 +68,12 @@ class HeadSpec:
         }
 
     @classmethod
-    def from_json(cls, data: Mapping[str, object]) -> "HeadSpec":
+    def from_json(cls, data: Mapping[str, Any]) -> "HeadSpec":
         """What `to_json` wrote."""
         values = dict(data)
-        values["labels"] = tuple(values["labels"])  # type: ignore[arg-type]
-        values["templates"] = tuple(values["templates"])  # type: ignore[arg-type]
-        return cls(**values)  # type: ignore[arg-type]
+        values["labels"] = tuple(values["labels"])
+        values["templates"] = tuple(values["templates"])
+        return cls(**values)
 
 
 @dataclass(frozen=True)
