@@ -104,7 +104,7 @@ def _decorator(
             if url is not None:
                 os.environ["PREFECT_API_URL"] = url  # before Prefect reads its settings
                 if kind == "flow" or _inside_a_flow():
-                    with _explained(url):
+                    with _explained(url), _at(url):
                         return cast(R, _value(engine_object()(*args, **kwargs)))
             returned = function(*args, **kwargs)
             return returned.value if isinstance(returned, Cached) else returned
@@ -119,6 +119,21 @@ def _decorator(
         return run
 
     return decorate
+
+
+@contextmanager
+def _at(url: str) -> Iterator[None]:
+    """Have Prefect use this server, also where it read its settings before one was named.
+
+    It would start one of its own otherwise, and wait for that.
+    """
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    if PREFECT_API_URL.value() == url:
+        yield
+        return
+    with temporary_settings({PREFECT_API_URL: url}):
+        yield
 
 
 @contextmanager

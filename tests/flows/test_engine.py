@@ -223,6 +223,20 @@ def test_a_named_server_that_is_away_is_exit_code_6(three: Three) -> None:
     assert "secret" not in done.err
 
 
+def test_a_server_that_is_named_late_is_asked_and_none_is_started(three: Three) -> None:
+    from prefect.settings import PREFECT_API_URL
+
+    from flows.remerge import remerge
+    from merging.errors import Unavailable
+
+    url = f"http://127.0.0.1:{free_port()}/api"
+    shell = Shell(three.shell.home, {"PREFECT_API_URL": url})
+    assert PREFECT_API_URL.value() != url, "Prefect has read its settings before"
+    with shell.inside(), pytest.raises(Unavailable, match=url):
+        remerge("demo")
+    assert PREFECT_API_URL.value() != url
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"prefect_api_url": 7}', '{"url": "x"}'])
 def test_a_broken_stack_file_means_embedded(tmp_path: Path, text: str) -> None:
     from tasks.engine import engine_url
