@@ -43,17 +43,21 @@ def differences_of(
 ) -> dict[str, Any]:
     """All but the weights, which take a look at both patches."""
     tasks = sorted({*first.results, *second.results}, key=str.encode)
-    results = [
-        {"task": task, **_compared(objects, first.results.get(task), second.results.get(task))}
-        for task in tasks
-    ]
+    changes = member_changes(first, second)
+    results = []
+    for task in tasks:
+        row = _compared(objects, first.results.get(task), second.results.get(task))
+        for fate in ("joined", "left"):
+            if task in changes[fate]:
+                row["verdict"] = fate
+        results.append({"task": task, **row})
     kept = [record.retention for record in (first, second)]
     retention = None
     if kept != [None, None]:
         name = next(one.task for one in kept if one is not None)
         retention = {"task": name, **_compared(objects, *kept)}
     return {
-        "members": member_changes(first, second),
+        "members": changes,
         "settings": _settings(first, second),
         "results": results,
         "retention": retention,

@@ -252,7 +252,9 @@ def test_diff_tells_who_joined_and_left(lived: Shell) -> None:
     found = lived.json("diff", "demo", 2, 6)["members"]
     assert (found["left"], found["replaced"]) == ({"number": 1}, {"colour": [1, 2]})
     joined = next(r for r in lived.json("diff", "demo", 1, 2)["results"] if r["task"] == "number")
-    assert (joined["a"], joined["difference"], joined["verdict"]) == (None, None, "unknown")
+    assert (joined["a"], joined["difference"], joined["verdict"]) == (None, None, "joined")
+    left = next(r for r in lived.json("diff", "demo", 2, 6)["results"] if r["task"] == "number")
+    assert (left["b"], left["difference"], left["verdict"]) == (None, None, "left")
 
 
 def test_why_follows_a_task_over_the_versions(lived: Shell) -> None:
