@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from merging.digests import digest_file
 from merging.errors import BadInput, Unavailable
 from registry.read_cache import ReadCache
 from registry.s3_calls import pause, persistently
@@ -22,7 +23,7 @@ from registry.s3_client import NOT_ALLOWED, client, code_of, s3_explained, statu
 from registry.s3_conditions import may_rely
 from registry.s3_parts import Target, fetch_file, read_body, send_bytes, send_file
 from registry.s3_settings import cache_limit, writing
-from registry.store import NotInStore, Tagged, check_name, explained
+from registry.store import Listed, NotInStore, Tagged, check_name, explained
 
 Result = TypeVar("Result")
 
@@ -104,18 +105,7 @@ class S3Store:
 
     def list(self, prefix: str = "") -> Iterator[str]:
         """The names below a prefix, sorted; see `Store.list`."""
-        below = self._key(prefix.rstrip("/")) + "/" if prefix else f"{self.prefix}/"
-        asked = {"Bucket": self.bucket, "Prefix": below}
-        keys: list[str] = []
-        with s3_explained(self._address, "list"):
-            while True:
-                page = persistently(lambda: client().list_objects_v2(**asked))
-                keys.extend(str(each["Key"]) for each in page.get("Contents", ()))
-                if not page.get("IsTruncated"):
-                    break
-                asked["ContinuationToken"] = page["NextContinuationToken"]
-        names = (key.removeprefix(f"{self.prefix}/") for key in keys)
-        return iter(sorted(name for name in names if _is_name(name)))
+        return (each.name for each in self.details(prefix))
 
     def sweep(self, older_than: float) -> int:
         """Remove halves of downloads and of uploads by age; see `Store.sweep`."""
@@ -128,6 +118,48 @@ class S3Store:
                     self._abort(key, upload)
                     removed += 1
         return removed
+
+    def details(self, prefix: str = "") -> Iterator[Listed]:
+        """The objects below a prefix, sorted; see `Store.details`."""
+        below = self._key(prefix.rstrip("/")) + "/" if prefix else f"{self.prefix}/"
+        asked = {"Bucket": self.bucket, "Prefix": below}
+        found: list[Listed] = []
+        with s3_explained(self._address, "list"):
+            while True:
+                page = persistently(lambda: client().list_objects_v2(**asked))
+                for each in page.get("Contents", ()):
+                    name = str(each["Key"]).removeprefix(f"{self.prefix}/")
+                    if _is_name(name):
+                        modified = each["LastModified"].timestamp()
+                        found.append(Listed(name, int(each["Size"]), modified))
+                if not page.get("IsTruncated"):
+                    break
+                asked["ContinuationToken"] = page["NextContinuationToken"]
+        return iter(sorted(found))
+
+    def exists(self, name: str) -> bool:
+        """Whether the server has it; see `Store.exists`."""
+        return self._head(name) is not None
+
+    def digest(self, name: str) -> str:
+        """The digest of what the server sends, which is not kept; see `Store.digest`."""
+        place = self._place(name)
+        with explained(self.cache.root, "write"), self.cache.temporary() as file:
+            self._got(name, lambda: fetch_file(place, file))
+            return digest_file(file)
+
+    def mend(self, name: str, data: bytes | Path) -> None:
+        """Write without a condition; see `Store.mend`."""
+        metadata = {_TOKEN: uuid.uuid4().hex[:16]}
+        with s3_explained(self._address, f"write {name}"):
+            self._send(Target(self._place(name), metadata, writing(name), {}), data)
+
+    def remove(self, name: str) -> bool:
+        """Remove it from the server; see `Store.remove`."""
+        there = self.exists(name)
+        with s3_explained(self._address, f"remove {name}"):
+            persistently(lambda: client().delete_object(**self._place(name)))
+        return there
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{check_name(name)}"

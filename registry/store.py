@@ -13,15 +13,16 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from merging.digests import digest_bytes
-from merging.errors import BadInput, Unavailable
+from merging.digests import digest_bytes, digest_file
+from merging.errors import BadInput
+from registry.disk import explained as explained
+from registry.disk import files_below, sync, write_durably
 
 _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
 _MAX_PART, _MAX_NAME = 200, 900
@@ -29,7 +30,6 @@ _MAX_PART, _MAX_NAME = 200, 900
 # A name's parts never begin with a dot, so these folders can hold no object.
 _TEMPORARY, _LOCKS = ".tmp", ".locks"
 
-_FICLONE = 0x40049409
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
@@ -48,8 +48,16 @@ class Tagged(NamedTuple):
     tag: str
 
 
+class Listed(NamedTuple):
+    """An object's name, its bytes, and when it was written, in seconds since the epoch."""
+
+    name: str
+    size: int
+    modified: float
+
+
 class Store(Protocol):
-    """Six operations, which a folder and an S3 bucket can both do atomically.
+    """What a folder and an S3 bucket can both do atomically, and the upkeep of what they hold.
 
     Raises:
         BadInput: the name is not one (any method).
@@ -124,6 +132,34 @@ class Store(Protocol):
         """
         ...
 
+    def details(self, prefix: str = "") -> Iterator[Listed]:
+        """All objects below a prefix of whole parts, sorted by name."""
+        ...
+
+    def exists(self, name: str) -> bool:
+        """Whether the object is there now, whatever this machine has a copy of."""
+        ...
+
+    def digest(self, name: str) -> str:
+        """The digest of what the store itself holds, never of a copy on this machine.
+
+        Raises:
+            NotInStore: there is none.
+            Damage: the server says that it holds something else than was written.
+        """
+        ...
+
+    def mend(self, name: str, data: bytes | Path) -> None:
+        """Put content in the place of a damaged object, or of one that is gone, at once.
+
+        The caller has made sure that the name is the digest of the content.
+        """
+        ...
+
+    def remove(self, name: str) -> bool:
+        """Remove an object; whether it was there."""
+        ...
+
 
 def check_name(name: str) -> str:
     """The name itself.
@@ -161,7 +197,7 @@ class FolderStore:
         with explained(target, "write"):
             if target.exists():
                 # Its writer may not have come to this point yet, and we say it is kept.
-                _sync(target.parent)
+                sync(target.parent)
                 created = False
             else:
                 self._make_folder(target.parent)
@@ -196,9 +232,9 @@ class FolderStore:
                 return None
             self._make_folder(target.parent)
             with self._temporary() as temporary:
-                _write(temporary, data)
+                write_durably(temporary, data)
                 temporary.replace(target)
-            _sync(target.parent)
+            sync(target.parent)
         return digest_bytes(data)
 
     def local_path(self, name: str, *, fresh: bool = False) -> Path:
@@ -215,7 +251,7 @@ class FolderStore:
         with explained(folder, "list"):
             names = sorted(
                 str(path.relative_to(self.root))
-                for path in _files(folder)
+                for path in files_below(folder)
                 if all(_PART.match(part) for part in path.relative_to(self.root).parts)
             )
         return iter(names)
@@ -226,12 +262,59 @@ class FolderStore:
         removed = 0
         folder = self.root / _TEMPORARY
         with explained(folder, "sweep"):
-            for path in _files(folder):
+            for path in files_below(folder):
                 with contextlib.suppress(FileNotFoundError):
                     if path.stat().st_mtime < limit:
                         path.unlink()
                         removed += 1
         return removed
+
+    def details(self, prefix: str = "") -> Iterator[Listed]:
+        """The objects below a prefix, sorted; see `Store.details`."""
+        for name in self.list(prefix):
+            path = self.root / name
+            with explained(path, "read"):
+                try:
+                    found = path.stat()
+                except FileNotFoundError:  # removed since it was listed
+                    continue
+            yield Listed(name, found.st_size, found.st_mtime)
+
+    def exists(self, name: str) -> bool:
+        """Whether its file is there; see `Store.exists`."""
+        path = self._path(name)
+        with explained(path, "read"):
+            return path.is_file()
+
+    def digest(self, name: str) -> str:
+        """The digest of its file; see `Store.digest`."""
+        path = self._path(name)
+        with explained(path, "read"):
+            try:
+                return digest_file(path)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise NotInStore(name) from None
+
+    def mend(self, name: str, data: bytes | Path) -> None:
+        """Put another file in its place; see `Store.mend`."""
+        target = self._path(name)
+        with explained(target, "write"):
+            self._make_folder(target.parent)
+            with self._temporary() as temporary:
+                write_durably(temporary, data)
+                temporary.replace(target)
+            sync(target.parent)
+
+    def remove(self, name: str) -> bool:
+        """Remove its file; see `Store.remove`."""
+        path = self._path(name)
+        with explained(path, "remove"):
+            try:
+                path.unlink()
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            sync(path.parent)
+        return True
 
     def _path(self, name: str) -> Path:
         return self.root / check_name(name)
@@ -239,10 +322,10 @@ class FolderStore:
     def _create(self, target: Path, data: bytes | Path, move: bool) -> bool:
         if move and isinstance(data, Path):
             with contextlib.suppress(_CannotLinkError):
-                _sync(data)
+                sync(data)
                 return self._publish(data, target)
         with self._temporary() as temporary:
-            _write(temporary, data)
+            write_durably(temporary, data)
             try:
                 return self._publish(temporary, target)
             except _CannotLinkError:
@@ -250,7 +333,7 @@ class FolderStore:
                     if target.exists():
                         return False
                     temporary.rename(target)
-                _sync(target.parent)
+                sync(target.parent)
                 return True
 
     def _publish(self, source: Path, target: Path) -> bool:
@@ -264,7 +347,7 @@ class FolderStore:
             if error.errno in _NO_LINKS or error.errno == errno.EXDEV:
                 raise _CannotLinkError from error
             raise
-        _sync(target.parent)
+        sync(target.parent)
         return created
 
     @contextlib.contextmanager
@@ -295,66 +378,8 @@ class FolderStore:
             folder = folder.parent
         for path in reversed(missing):
             path.mkdir(exist_ok=True)
-            _sync(path.parent)
+            sync(path.parent)
 
 
 class _CannotLinkError(Exception):
     """This file system, or this pair of them, has no hard links."""
-
-
-@contextlib.contextmanager
-def explained(path: Path, doing: str) -> Iterator[None]:
-    """Turn the operating system's refusals into errors that say what to do.
-
-    Raises:
-        Unavailable: no space, no permission, a read-only or failing disk.
-    """
-    try:
-        yield
-    except OSError as error:
-        hints = {
-            errno.ENOSPC: "free some disk space and run the same command again",
-            errno.EDQUOT: "your disk quota is used up: free some space and run it again",
-            errno.EACCES: "give yourself permission for this path, or choose another folder",
-            errno.EPERM: "give yourself permission for this path, or choose another folder",
-            errno.EROFS: "the disk is mounted read-only: choose another folder",
-            errno.ENOTDIR: "a file is in the way of a folder: move it, or choose another folder",
-            errno.EEXIST: "a file is in the way of a folder: move it, or choose another folder",
-        }
-        raise Unavailable(
-            f"cannot {doing} {error.filename or path}",
-            found=error.strerror or type(error).__name__,
-            hint=hints.get(error.errno or 0, "check the disk and run the same command again"),
-        ) from error
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    def refuse(error: OSError) -> None:
-        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-            raise error
-
-    for directory, folders, files in os.walk(folder, onerror=refuse):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        yield from (Path(directory, name) for name in files)
-
-
-def _write(target: Path, data: bytes | Path) -> None:
-    with target.open("xb") as out:
-        if isinstance(data, Path):
-            with data.open("rb") as source:
-                try:
-                    fcntl.ioctl(out.fileno(), _FICLONE, source.fileno())  # shares the blocks
-                except OSError:
-                    shutil.copyfileobj(source, out, 4 << 20)
-        else:
-            out.write(data)
-        out.flush()
-        os.fsync(out.fileno())
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from merging.digests import digest_bytes
 from merging.errors import BadInput
 from registry.store import NotInStore, Store
 from tests.hub_server import ROOT
@@ -127,6 +128,10 @@ class StoreContract:
             lambda: store.read_tagged(name),
             lambda: store.local_path(name),
             lambda: store.swap(name, None, b""),
+            lambda: store.mend(name, b""),
+            lambda: store.remove(name),
+            lambda: store.exists(name),
+            lambda: store.digest(name),
         ]
         for call in calls:
             with pytest.raises(BadInput):
@@ -147,6 +152,45 @@ class StoreContract:
         assert store.swap("head", "0" * 64, b"x") is None
         with pytest.raises(NotInStore):
             store.read("head")
+
+    def test_details_say_what_is_there_and_since_when(self, store):
+        store.put("b/2", b"12345")
+        store.put("a", b"")
+        found = list(store.details())
+        assert [(each.name, each.size) for each in found] == [("a", 0), ("b/2", 5)]
+        assert all(abs(each.modified - time.time()) < 600 for each in found)
+        assert [each.name for each in store.details("b")] == ["b/2"]
+        assert list(store.details("nothing")) == []
+
+    def test_what_is_removed_is_gone_and_can_be_put_again(self, store):
+        store.put("a/b", b"first")
+        assert store.exists("a/b")
+        assert store.remove("a/b")
+        assert not store.exists("a/b")
+        assert not store.remove("a/b")
+        assert list(store.list()) == []
+        assert store.put("a/b", b"second")
+        assert store.read("a/b") == b"second"
+
+    def test_a_mended_object_has_the_new_content(self, store, tmp_path):
+        file = tmp_path / "file"
+        file.write_bytes(b"right")
+        store.put("a", b"wrong")
+        store.mend("a", file)
+        store.mend("gone", b"right")
+        for name in ("a", "gone"):
+            assert store.read(name) == b"right"
+            assert store.digest(name) == digest_bytes(b"right")
+        assert file.exists()
+
+    def test_the_digest_is_of_what_the_store_holds(self, store):
+        store.put("a", b"x" * 100_000)
+        store.local_path("a")
+        assert store.digest("a") == digest_bytes(b"x" * 100_000)
+        store.mend("a", b"y")
+        assert store.digest("a") == digest_bytes(b"y")
+        with pytest.raises(NotInStore):
+            store.digest("b")
 
     def test_of_many_threads_one_creates(self, store):
         with ThreadPoolExecutor(16) as pool:

@@ -1,0 +1,75 @@
+"""Files of a store in a folder: written whole and durably, walked, and their refusals explained."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from merging.errors import Unavailable
+
+_FICLONE = 0x40049409
+
+
+@contextlib.contextmanager
+def explained(path: Path, doing: str) -> Iterator[None]:
+    """Turn the operating system's refusals into errors that say what to do.
+
+    Raises:
+        Unavailable: no space, no permission, a read-only or failing disk.
+    """
+    try:
+        yield
+    except OSError as error:
+        hints = {
+            errno.ENOSPC: "free some disk space and run the same command again",
+            errno.EDQUOT: "your disk quota is used up: free some space and run it again",
+            errno.EACCES: "give yourself permission for this path, or choose another folder",
+            errno.EPERM: "give yourself permission for this path, or choose another folder",
+            errno.EROFS: "the disk is mounted read-only: choose another folder",
+            errno.ENOTDIR: "a file is in the way of a folder: move it, or choose another folder",
+            errno.EEXIST: "a file is in the way of a folder: move it, or choose another folder",
+        }
+        raise Unavailable(
+            f"cannot {doing} {error.filename or path}",
+            found=error.strerror or type(error).__name__,
+            hint=hints.get(error.errno or 0, "check the disk and run the same command again"),
+        ) from error
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder that are not hidden; none where it is not there."""
+
+    def refuse(error: OSError) -> None:
+        if error.errno not in (errno.ENOENT, errno.ENOTDIR):
+            raise error
+
+    for directory, folders, files in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(directory, name) for name in files)
+
+
+def write_durably(target: Path, data: bytes | Path) -> None:
+    """Write a new file, and wait until the disk has it."""
+    with target.open("xb") as out:
+        if isinstance(data, Path):
+            with data.open("rb") as source:
+                try:
+                    fcntl.ioctl(out.fileno(), _FICLONE, source.fileno())  # shares the blocks
+                except OSError:
+                    shutil.copyfileobj(source, out, 4 << 20)
+        else:
+            out.write(data)
+        out.flush()
+        os.fsync(out.fileno())
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file, or what a folder lists."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
