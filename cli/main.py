@@ -20,7 +20,8 @@ import typer
 from rich.console import Console
 
 import cli.audit  # whose commands belong to the same command
-import cli.store  # noqa: F401  whose do, too
+import cli.store  # whose do, too
+import cli.upkeep  # noqa: F401  and whose do as well
 from cli import render
 from cli.app import Json, Line, Version, app, show_result
 from cli.reporter import TerminalReporter

@@ -27,9 +27,9 @@ from tasks.reporting import warn, working
 from tasks.workspace import workspace
 
 _BY_DIGEST = re.compile(r"(blobs|audit)/([0-9a-f]{64})\Z")
-# What changes: heads, and who has the turn on a server, which means nothing elsewhere.
+# What changes: heads; who has the turn on a server and what is removed mean nothing elsewhere.
 _HEAD = re.compile(r"lines/([^/]+)/head\.json\Z")
-_LEFT_OUT = "turns/"
+_LEFT_OUT = ("turns/", "gc/")
 
 _AT_ONCE = 4
 

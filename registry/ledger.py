@@ -10,22 +10,19 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime, timedelta
-from typing import NamedTuple, TypeVar
-
-from pydantic import BaseModel, ValidationError
+from typing import NamedTuple
 
 from merging.digests import digest_bytes
 from merging.errors import BadInput, Damage, Unavailable
-from registry.head import FORMAT, Head, ModelRef
+from registry.head import Head, ModelRef
 from registry.history import Entry, Kind, MergedRecord, differences, replay, state_of
-from registry.objects import ObjectStore
+from registry.objects import ObjectStore, parsed
+from registry.removal import check_kept
 from registry.specs import LineSpec
 from registry.store import NotInStore
 
 _ATTEMPTS = 200
 _LONGEST_PAUSE = 0.25
-
-Model = TypeVar("Model", bound=BaseModel)
 
 
 class Act(NamedTuple):
@@ -122,6 +119,17 @@ class Ledger:
 
         return self._act(kind, actor, reason, changed, digests)
 
+    def touch(self) -> None:
+        """Swap in the same head again: whoever is about to change it has to look again."""
+        while True:
+            head, tag = self._tagged()
+            if head is None:
+                return
+            again = head.model_copy(update={"generation": head.generation + 1})
+            data = again.model_dump_json(indent=1).encode()
+            if self.objects.store.swap(_head(self.line), tag, data) is not None:
+                return
+
     def entries(self, *, newest_first: bool = True) -> Iterator[Entry]:
         """The acts that count, each verified against the digest that leads to it.
 
@@ -185,6 +193,7 @@ class Ledger:
             changed = change(old)
             if changed is None:
                 return None
+            check_kept(self.objects, old, changed)
             before, after = differences(state_of(old), state_of(changed))
             entry = Entry(
                 line=self.line,
@@ -227,7 +236,7 @@ class Ledger:
             data, tag = self.objects.store.read_tagged(_head(self.line))
         except NotInStore:
             return None, None
-        return _parsed(Head, data, _head(self.line)), tag
+        return parsed(Head, data, _head(self.line)), tag
 
     def _walk(self) -> Iterator[Entry]:
         head = self.head()
@@ -250,7 +259,7 @@ class Ledger:
                     found=altered,
                     hint=f"restore {name} from a backup of the store",
                 )
-            entry = _parsed(Entry, data, name)
+            entry = parsed(Entry, data, name)
             if entry.line != self.line or entry.sequence != sequence:
                 raise Damage(
                     f"line {self.line}: the audit trail is broken at {name}",
@@ -271,7 +280,7 @@ class Ledger:
         Raises:
             Damage: it is missing or altered.
         """
-        return _parsed(MergedRecord, self.objects.read_blob(digest), f"blobs/{digest}")
+        return parsed(MergedRecord, self.objects.read_blob(digest), f"blobs/{digest}")
 
     def _time_after(self, old: Head | None) -> str:
         now = self._now().astimezone(UTC)
@@ -295,16 +304,3 @@ def _head(line: str) -> str:
 
 def _entry(digest: str) -> str:
     return f"audit/{digest}"
-
-
-def _parsed(model: type[Model], data: bytes, name: str) -> Model:
-    try:
-        return model.model_validate_json(data)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise Damage(
-            f"the object {name} is not readable",
-            expected=f"format {FORMAT}",
-            found=f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
-            hint="restore it from a backup; if a newer restitch wrote it, use that one",
-        ) from error

@@ -7,13 +7,15 @@ against its digest: a `Damage` names the object, and nothing wrong is ever retur
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from merging.digests import canonical_json, digest_bytes, digest_file
-from merging.errors import BadInput, Damage
+from merging.errors import BadInput, Damage, Unavailable
 from registry.store import NotInStore, Store, explained
+
+Model = TypeVar("Model", bound=BaseModel)
 
 
 class KeyRecord(BaseModel):
@@ -127,9 +129,15 @@ class ObjectStore:
             facts=dict(facts or {}),
         )
         name = _key(kind, inputs_digest)
-        if self.store.put(name, canonical_json(record.model_dump(mode="json"))):
-            return record
-        return self._record(name)
+        created = self.store.put(name, canonical_json(record.model_dump(mode="json")))
+        if created and not self.store.exists(_blob(blob)):
+            # `restitch gc` was faster: nobody may find a key that leads nowhere.
+            self.store.remove(name)
+            raise Unavailable(
+                f"the object {_blob(blob)} was removed while it was put again",
+                hint="run the same command again",
+            )
+        return record if created else self._record(name)
 
     def lookup(self, kind: str, inputs_digest: str) -> KeyRecord | None:
         """What was made from these inputs, if anything was.
@@ -168,6 +176,24 @@ def verified(data: bytes, digest: str, name: str) -> bytes:
     if found != digest:
         raise _altered(name, found)
     return data
+
+
+def parsed(model: type[Model], data: bytes, name: str) -> Model:
+    """The value that an object of this name holds.
+
+    Raises:
+        Damage: it holds something else.
+    """
+    try:
+        return model.model_validate_json(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Damage(
+            f"the object {name} is not readable",
+            expected="what this version of restitch writes there",
+            found=f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+            hint="restore it from a backup; if a newer restitch wrote it, use that one",
+        ) from error
 
 
 def _blob(digest: str) -> str:

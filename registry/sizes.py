@@ -1,4 +1,4 @@
-"""Sizes as people write them: `500MB`, `5 GB`, or plain bytes."""
+"""Sizes and ages as people write them: `500MB`, `5 GB` or plain bytes; `12h`, `7d`."""
 
 import re
 
@@ -6,6 +6,9 @@ from merging.errors import BadInput
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?\Z", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+_AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])\Z", re.IGNORECASE)
+_AGES = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
 
 def parse_size(text: str) -> int:
@@ -19,3 +22,15 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise BadInput(f"{text!r} is no file size", expected="for instance 5GB or 500MB")
     return size
+
+
+def parse_age(text: str) -> float:
+    """Seconds from text such as `12h`, `90m` or `7d`.
+
+    Raises:
+        BadInput: it is not an age.
+    """
+    match = _AGE.match(text.strip())
+    if match is None:
+        raise BadInput(f"{text!r} is no age", expected="for instance 24h, 90m or 7d")
+    return float(match[1]) * _AGES[match[2].lower()]

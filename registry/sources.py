@@ -26,6 +26,8 @@ from registry.home import Home
 from registry.objects import ObjectStore
 from registry.paths import is_there, named_path
 from registry.read_cache import ReadCache
+from registry.references import COPY_SCHEME as COPY_SCHEME
+from registry.references import MLFLOW_SCHEMES as MLFLOW_SCHEMES
 from registry.s3_settings import cache_limit
 from registry.specs import is_hub_id, split_pin
 from registry.store import explained
@@ -33,9 +35,6 @@ from registry.store import explained
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-# A copy in the store, by the digest of its manifest.
-COPY_SCHEME = "store://"
-MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
 
 # The files of a model folder that are read, its card for the licence; `*/*` because a pattern's
 # `*` crosses folders.

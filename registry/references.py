@@ -1,0 +1,130 @@
+"""What refers to what in a store: heads, the trail and records name blobs by their digests.
+
+A `Reference` says what a blob is and whose, so that what is damaged can be told together
+with what depends on it, and made again. `named_in` takes the other, wider view: every digest
+and address that stands anywhere in a text, for whoever must not remove too much.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from registry.head import Head, ModelRef, ModelVersion
+from registry.history import MergedRecord
+
+# record: of a merged version. result: an evaluation. manifest: the list of a model's files.
+Role = Literal["record", "patch", "delta", "result", "manifest", "file", "attached"]
+
+# A copy of a model in the store, by the digest of the list of its files.
+COPY_SCHEME = "store://"
+MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
+
+_DIGEST = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+
+
+@dataclass(frozen=True, order=True)
+class Reference:
+    """Why a blob is in the store.
+
+    Attributes:
+        digest: of the blob.
+        owner: who depends on it, as "version 3" or "colour 1", or "the base".
+        weights: of a result: which it is of, as "grafted"; of a model's file its name.
+        task: whose result or delta it is.
+        number: of the merged version or of the task's model.
+    """
+
+    digest: str
+    role: Role
+    line: str
+    owner: str
+    weights: str = ""
+    task: str = ""
+    number: int = 0
+
+    def __str__(self) -> str:
+        what = {
+            "record": "the record",
+            "patch": "the patch",
+            "delta": f"the delta of {self.task}" if self.number else "the delta",
+            "result": f"the evaluation of {self.weights} on {self.task}",
+            "manifest": "the list of files",
+            "file": f"the file {self.weights}",
+            "attached": f"the file {self.weights}",
+        }[self.role]
+        return f"{what} of {self.owner} ({self.line})"
+
+
+def of_head(head: Head) -> Iterator[Reference]:
+    """The blobs that a head names itself; what these name in turn is in them."""
+    line = head.line
+    yield from _of_source(head.base, line, "the base")
+    for number, record in head.versions.items():
+        yield Reference(record, "record", line, f"version {number}", number=number)
+    for task in head.tasks:
+        for number, model in head.tasks[task].versions.items():
+            yield from of_model(line, task, number, model)
+
+
+def of_model(line: str, task: str, number: int, model: ModelVersion) -> Iterator[Reference]:
+    """The blobs of a finetuned model: its copy, its delta, and what it was measured to be."""
+    owner = f"{task} {number}"
+    yield from _of_source(model.model, line, owner)
+    if model.delta is not None:
+        yield Reference(model.delta, "delta", line, owner, task=task, number=number)
+    results = model.facts.get("results")
+    for name, result in results.items() if isinstance(results, dict) else ():
+        if isinstance(result, dict) and isinstance(result.get("blob"), str):
+            yield Reference(str(result["blob"]), "result", line, owner, name, task, number)
+
+
+def _of_source(model: ModelRef, line: str, owner: str) -> Iterator[Reference]:
+    if model.uri.startswith(COPY_SCHEME):
+        yield Reference(model.uri.removeprefix(COPY_SCHEME), "manifest", line, owner)
+
+
+def of_record(record: MergedRecord) -> Iterator[Reference]:
+    """The blobs that the record of a merged version names."""
+    line, owner, number = record.line, f"version {record.version}", record.version
+    yield Reference(record.patch, "patch", line, owner, number=number)
+    for task, member in record.members.items():
+        yield Reference(member.delta, "delta", line, owner, task=task, number=member.version)
+    for task, result in record.results.items():
+        for name, digest in result.evaluations.items():
+            yield Reference(digest, "result", line, owner, name, task, number)
+    if record.retention is not None:
+        for name, digest in record.retention.evaluations.items():
+            task = record.retention.task
+            yield Reference(digest, "result", line, owner, f"{name} (retention)", task, number)
+    for name, digest in record.files.items():
+        yield Reference(digest, "attached", line, owner, name)
+
+
+def of_manifest(data: bytes, manifest: Reference) -> Iterator[Reference]:
+    """The blobs of a model's files.
+
+    Raises:
+        ValueError: it is no list of files.
+    """
+    values = json.loads(data)
+    if not isinstance(values, dict):
+        raise ValueError("no object")  # noqa: TRY004
+    for name, digest in values.get("files", {}).items():
+        yield Reference(str(digest), "file", manifest.line, manifest.owner, str(name))
+
+
+def named_in(value: Any) -> Iterator[str]:
+    """Every digest and every address of a kept model in JSON values, whatever it means there."""
+    if isinstance(value, str):
+        yield from _DIGEST.findall(value)
+        if value.startswith((COPY_SCHEME, *MLFLOW_SCHEMES)):
+            yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from named_in(key)
+            yield from named_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from named_in(inner)
