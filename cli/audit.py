@@ -8,6 +8,7 @@ import typer
 
 from cli import render_audit as render
 from cli.app import Json, Line, Version, app, show_result
+from merging.errors import UsageError
 
 if TYPE_CHECKING:
     from flows.decisions import Decision
@@ -94,7 +95,7 @@ def why(line: Line, task: Task, as_json: Json = False) -> None:
 
 @app.command()
 def verify(
-    line: Line,
+    line: Annotated[str | None, typer.Argument(help="Name of the line; all without.")] = None,
     version: Annotated[str | None, typer.Option(help="This one alone; all by default.")] = None,
     without: Annotated[
         str | None,
@@ -102,17 +103,34 @@ def verify(
             metavar="WHAT", help="A digest, task or task/version to prove absent from versions."
         ),
     ] = None,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Every object of the store, of whatever line.")
+    ] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="With --deep, and make again what can be.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Compare a line with its record: trail, objects, and every version rebuilt.
 
-    Exit code 7 where something is damaged, 5 where --without names what is there.
+    Exit code 7 where something is damaged and not mended, 5 where --without names what is there.
     """
-    from flows.verify import verify as run
+    if line is not None and not (deep or repair):
+        from flows.verify import verify as run
 
-    found = run(line, version, without)
-    show_result(found.as_dict(), as_json, render.verified)
-    raise typer.Exit(found.exit_code)
+        found = run(line, version, without)
+        show_result(found.as_dict(), as_json, render.verified)
+        raise typer.Exit(found.exit_code)
+    if version is not None or without is not None:
+        raise UsageError(
+            "--version and --without are about one line, and not about the store",
+            hint="restitch verify LINE --version N --without WHAT",
+        )
+    from flows.verify_all import verify_all
+
+    whole = verify_all(line, deep=deep, repair=repair)
+    show_result(whole.as_dict(), as_json, render.all_verified)
+    raise typer.Exit(whole.exit_code)
 
 
 @app.command()

@@ -206,6 +206,42 @@ def verified(found: Values, out: Console) -> None:
             _say(out, said)
 
 
+def all_verified(found: Values, out: Console) -> None:
+    """What a verification of lines and of their store found."""
+    for line in found["lines"]:
+        verified(line, out)
+    store = found["store"]
+    if store is None:
+        return
+    _say(out, f"the store: {'intact' if store['intact'] else 'DAMAGED'}")
+    _say(out, f"  {store['objects']} objects ({size(store['bytes'])})")
+    _say(out, f"  {store['compared']} of them compared with the digests that they are stored under")
+    if store["mlflow"]:
+        _say(out, f"  MLflow compared with line {', '.join(store['mlflow'])}")
+    for one in store["damaged"]:
+        _damaged(one, out)
+    if store["orphans"]:
+        many, much = len(store["orphans"]), size(store["orphan_bytes"])
+        _say(out, f"  nothing refers to {many} objects ({much}); `restitch gc` removes them")
+    for note in store["notes"]:
+        _say(out, f"  note: {note}", "yellow")
+
+
+def _damaged(one: Values, out: Console) -> None:
+    word, style = ("MENDED", "yellow") if one["mended"] else ("DAMAGE", "red")
+    _say(out, f"  {word}: {one['object']}: {one['problem']}", style)
+    for what in one["what"]:
+        _say(out, f"    it is {what}")
+    if one["depends"]:
+        _say(out, f"    needed by {', '.join(one['depends'])}")
+    if one["outcome"] is not None:
+        _say(out, f"    {one['outcome']}")
+    elif one["remedy"] is None:
+        _say(out, "    it can only be restored from a backup")
+    else:
+        _say(out, f"    --repair can make it again from {one['remedy']}")
+
+
 def decided(found: Values, out: Console) -> None:
     """What a decision did."""
     if not found["done"]:

@@ -10,10 +10,12 @@ import contextlib
 import fcntl
 import logging
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from merging.errors import BadInput, Unavailable
@@ -108,6 +110,87 @@ class Catalog:
                 if not token:
                     break
             return shown
+
+    def copy_of(self, line: str, digest: str) -> bytes | None:
+        """The bytes of an act or of a version's record that MLflow has kept, whatever they say.
+
+        They are the caller's to compare with the digest.
+
+        Raises:
+            Unavailable: MLflow is away.
+        """
+        places = (
+            (image.audit_experiment_name(line), "audit.json"),
+            (image.experiment_name(line), "record.json"),
+        )
+        with self._explained():
+            for name, artifact in places:
+                experiment = self.client.get_experiment_by_name(name)
+                runs = (
+                    []
+                    if experiment is None
+                    else self._writer.runs(experiment.experiment_id, digest)
+                )
+                for run in runs:
+                    with self._artifact(run.info.run_id, artifact) as path:
+                        if path is not None:
+                            return path.read_bytes()
+        return None
+
+    def differences(self, ledger: Ledger) -> tuple[str, ...]:
+        """What MLflow shows otherwise than the line is, where its image should be complete.
+
+        Raises:
+            Unavailable: MLflow is away.
+        """
+        with self._explained():
+            head = ledger.head()
+            name = image.audit_experiment_name(head.line)
+            audit = self.client.get_experiment_by_name(name)
+            if audit is None or _completed(audit.tags) != head.entry:
+                return ()  # it is behind, and the next remerge completes it
+            wrong = []
+            aliases = self._aliases(head)
+            if aliases is None:
+                return (f"the registered model {image.model_name(head.line)} is gone",)
+            for alias in ("champion", "candidate"):
+                version = getattr(head, alias)
+                shown = self._shown(head, aliases.get(alias))
+                if shown != version:
+                    wrong.append(
+                        f"the alias {alias} is on {_version(shown)}, not {_version(version)}"
+                    )
+            for number, record in sorted(head.versions.items()):
+                identity = {image.DIGEST_TAG: record, image.VERSION_TAG: str(number)}
+                if not self._writer.versions(image.model_name(head.line), identity):
+                    wrong.append(f"version {number} is not there")
+        shown_acts = self.acts_shown(head.line)
+        missing = [entry for entry in ledger.entries() if entry.digest not in shown_acts]
+        wrong += [f"act {entry.sequence} ({entry.kind}) is not there" for entry in missing]
+        return tuple(wrong)
+
+    def _shown(self, head: Head, number: int | None) -> int | None:
+        """The version of ours that a version of MLflow's shows; -1 for another one."""
+        if number is None:
+            return None
+        found = self.client.get_model_version(image.model_name(head.line), str(number))
+        for version, record in head.versions.items():
+            if found.tags.get(image.DIGEST_TAG) == record:
+                return version
+        return -1
+
+    @contextlib.contextmanager
+    def _artifact(self, run: str, name: str) -> Iterator[Path | None]:
+        """A run's artifact as a file; None where it has none."""
+        from mlflow.exceptions import MlflowException
+
+        self.home.scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.home.scratch) as folder:
+            try:
+                path = Path(self.client.download_artifacts(run, name, folder))
+            except (MlflowException, OSError):
+                path = None
+            yield path
 
     def _show_models(self, head: Head, pending: Iterable[Entry]) -> None:
         """The finetuned models that acts are about, in their present state."""
@@ -216,6 +299,10 @@ def _completed(tags: Mapping[str, str]) -> str | None:
     """The act up to which an image is complete, as its tags say."""
     version, _, entry = tags.get(_COMPLETE_TAG, "").partition(":")
     return entry if version == _IMAGE_VERSION else None
+
+
+def _version(number: int | None) -> str:
+    return "nothing" if number is None else "something else" if number < 0 else f"version {number}"
 
 
 def _complete(head: Head) -> str:

@@ -25,6 +25,7 @@ from registry.references import (
     MLFLOW_SCHEMES,
     Reference,
     named_in,
+    of_acts,
     of_head,
     of_manifest,
     of_record,
@@ -95,6 +96,7 @@ def take_inventory(objects: ObjectStore, progress: Progress = ignore) -> Invento
     for line, head in found.heads.items():
         found.trails[line] = _trail(found, objects, head)
         found.refer(of_head(head))
+        found.refer(of_acts(found.trails[line]))
     for line in {entry.line for entry in found.entries.values()} - found.heads.keys():
         found.damaged.setdefault(f"lines/{line}/head.json", "it is missing")
     _read_records(found, objects)
@@ -109,10 +111,7 @@ def in_use(found: Inventory, objects: ObjectStore) -> set[str]:
     reference, also in acts that are in no trail. A key is in use when its blob is. Where
     something is damaged, what it would have named is not known.
     """
-    named: set[str] = set()
-    for values in (found.heads, found.entries, found.records):
-        for each in values.values():
-            named.update(named_in(each.to_json()))
+    named = mentioned(found)
     used = {name for name in found.listed if not name.startswith(("blobs/", "keys/"))}
     addresses = {digest_bytes(each.encode()) for each in named if each.startswith(MLFLOW_SCHEMES)}
     # What is being onboarded, or will be tried again, may ask for a mask that no act names yet.
@@ -134,6 +133,15 @@ def in_use(found: Inventory, objects: ObjectStore) -> set[str]:
         with contextlib.suppress(Damage, ValueError):
             named.update(named_in(json.loads(_manifest(found, objects, digest))))
     return used | {f"blobs/{each}" for each in named if f"blobs/{each}" in found.listed}
+
+
+def mentioned(found: Inventory) -> set[str]:
+    """Every digest and address that stands in a head, a record or an act."""
+    named: set[str] = set()
+    for values in (found.heads, found.entries, found.records):
+        for each in values.values():
+            named.update(named_in(each.to_json()))
+    return named
 
 
 class _Outcome(NamedTuple, Generic[Read]):

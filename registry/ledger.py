@@ -8,8 +8,9 @@ again at the new head; nothing is lost and nothing happens twice.
 
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import takewhile
 from typing import NamedTuple
 
 from merging.digests import digest_bytes
@@ -161,24 +162,13 @@ class Ledger:
 
     def head_at(self, when: datetime) -> Head | None:
         """The head as it was at a time, from the trail; None before the line was made."""
-        last: Entry | None = None
-        state: dict[str, object] = {}
-        for entry in self.entries(newest_first=False):
-            if datetime.fromisoformat(entry.time) > when:
-                break
-            last = entry
-            replay([entry], state)
-        if last is None:
-            return None
-        return Head.model_validate(
-            {
-                **state,
-                "generation": last.sequence,
-                "sequence": last.sequence,
-                "entry": last.digest,
-                "time": last.time,
-            }
+        entries = list(
+            takewhile(
+                lambda entry: datetime.fromisoformat(entry.time) <= when,
+                self.entries(newest_first=False),
+            )
         )
+        return head_after(entries) if entries else None
 
     def _act(
         self,
@@ -288,6 +278,20 @@ class Ledger:
             # A clock that lags behind another host's must not turn the trail around.
             now = max(now, datetime.fromisoformat(old.time) + timedelta(microseconds=1))
         return now.isoformat(timespec="microseconds")
+
+
+def head_after(entries: Sequence[Entry]) -> Head:
+    """The head that acts lead to, from the line's first one on."""
+    last = entries[-1]
+    return Head.model_validate(
+        {
+            **replay(entries),
+            "generation": last.sequence,
+            "sequence": last.sequence,
+            "entry": last.digest,
+            "time": last.time,
+        }
+    )
 
 
 def lines(objects: ObjectStore) -> Iterator[str]:

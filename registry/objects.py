@@ -15,6 +15,8 @@ from merging.digests import canonical_json, digest_bytes, digest_file
 from merging.errors import BadInput, Damage, Unavailable
 from registry.store import NotInStore, Store, explained
 
+_REPAIR = "restitch verify --repair makes again what can be; restore the rest from a backup"
+
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -162,7 +164,7 @@ class ObjectStore:
         except ValidationError as error:
             raise Damage(
                 f"the key {name} is not readable",
-                hint="remove it from the store: what it names is then made again",
+                hint=_REPAIR,
             ) from error
 
 
@@ -212,7 +214,7 @@ def _state(path: Path) -> tuple[int, ...]:
 def _missing(digest: str) -> Damage:
     return Damage(
         f"the object {_blob(digest)} is missing from the store",
-        hint="restore it from a backup, or remove the keys that name it: it is then made again",
+        hint=_REPAIR,
     )
 
 
@@ -221,5 +223,5 @@ def _altered(name: str, found: str) -> Damage:
         f"the object {name} is damaged",
         expected=name.rpartition("/")[2],
         found=found,
-        hint="restore it from a backup, or remove it: what can be made again then is",
+        hint=_REPAIR,
     )

@@ -7,12 +7,12 @@ and address that stands anywhere in a text, for whoever must not remove too much
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from registry.head import Head, ModelRef, ModelVersion
-from registry.history import MergedRecord
+from registry.history import Entry, MergedRecord
 
 # record: of a merged version. result: an evaluation. manifest: the list of a model's files.
 Role = Literal["record", "patch", "delta", "result", "manifest", "file", "attached"]
@@ -44,11 +44,16 @@ class Reference:
     task: str = ""
     number: int = 0
 
+    @property
+    def of_version(self) -> bool:
+        """Whether a merged version names it."""
+        return self.owner.startswith("version ")
+
     def __str__(self) -> str:
         what = {
             "record": "the record",
             "patch": "the patch",
-            "delta": f"the delta of {self.task}" if self.number else "the delta",
+            "delta": f"the delta of {self.task}" if self.of_version else "the delta",
             "result": f"the evaluation of {self.weights} on {self.task}",
             "manifest": "the list of files",
             "file": f"the file {self.weights}",
@@ -83,6 +88,14 @@ def of_model(line: str, task: str, number: int, model: ModelVersion) -> Iterator
 def _of_source(model: ModelRef, line: str, owner: str) -> Iterator[Reference]:
     if model.uri.startswith(COPY_SCHEME):
         yield Reference(model.uri.removeprefix(COPY_SCHEME), "manifest", line, owner)
+
+
+def of_acts(entries: Iterable[Entry]) -> Iterator[Reference]:
+    """The deltas that acts have made, which models may have been without since."""
+    for entry in entries:
+        if entry.kind == "localized" and "delta" in entry.digests:
+            owner = f"act {entry.sequence}"
+            yield Reference(entry.digests["delta"], "delta", entry.line, owner)
 
 
 def of_record(record: MergedRecord) -> Iterator[Reference]:

@@ -108,16 +108,13 @@ def copy_into_store(source: Source, home: Home) -> Source:
         Unavailable: the store cannot be written to.
     """
     local = source.local
-    if local.is_dir():
-        files = {path.name: path for path in sorted(local.iterdir()) if path.is_file()}
-    elif local.suffix == ".safetensors":
-        files = {"model.safetensors": local}  # whatever its name, it is the folder's only one
-    else:
+    if not local.is_dir() and local.suffix != ".safetensors":
         raise BadInput(
             f"{local} cannot be copied into the store",
             expected="a folder of safetensors, or one .safetensors file",
         )
-    manifest = _manifest(source.uri, files, ObjectStore(home.open_store()), move=False)
+    objects = ObjectStore(home.open_store())
+    manifest = _manifest(source.uri, _files_of(local), objects, move=False)
     return Source(uri=f"{COPY_SCHEME}{manifest}", local=local, kind="copy")
 
 
@@ -270,6 +267,32 @@ def _is_fixed(uri: str) -> bool:
 
 def _fetch(uri: str, home: Home, objects: ObjectStore) -> tuple[str, str]:
     """Download an MLflow artifact into the store: its fixed address and its manifest."""
+    with _downloaded(uri, home) as (fixed, got):
+        return fixed, _kept(uri, got, objects)
+
+
+@contextmanager
+def fetched_again(uri: str, home: Home) -> Iterator[dict[str, Path]]:
+    """The files that a model's source gives now, by name; gone with the context.
+
+    Args:
+        uri: a path, a hub id or an MLflow address.
+        home: where what is fetched lies meanwhile.
+
+    Raises:
+        BadInput: there is no such model any more.
+        Unavailable: the server that holds it is away.
+    """
+    if not uri.startswith(MLFLOW_SCHEMES):
+        yield _wanted(_files_of(resolve_source(uri, home).local))
+        return
+    with _downloaded(uri, home) as (_, got):
+        yield _wanted(_files_of(got if got.is_file() else _model_folder(uri, got)))
+
+
+@contextmanager
+def _downloaded(uri: str, home: Home) -> Iterator[tuple[str, Path]]:
+    """An MLflow artifact's fixed address, and its files for the length of the context."""
     from registry.catalog import connect, mlflow_explained
 
     with explained(home.scratch, "write"):
@@ -284,7 +307,7 @@ def _fetch(uri: str, home: Home, objects: ObjectStore) -> tuple[str, str]:
             got = download_artifacts(
                 artifact_uri=place, dst_path=str(folder), tracking_uri=home.mlflow_uri
             )
-        return fixed, _kept(uri, Path(got), objects)
+        yield fixed, Path(got)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -318,30 +341,41 @@ def _place(client: "MlflowClient", uri: str) -> tuple[str, str]:
 
 def _kept(uri: str, got: Path, objects: ObjectStore) -> str:
     """Put a model's files into the store; returns the digest of their manifest."""
-    if got.is_file():
-        files = [got]
-    else:
-        folders = sorted({path.parent for path in got.rglob("*.safetensors")})
+    if not got.is_file():
         stand_in = got / "object.json"
-        if not folders and stand_in.is_file():
+        if stand_in.is_file() and not any(got.rglob("*.safetensors")):
             return objects.put_json({"uri": _pointed_at(uri, stand_in)})
-        if len(folders) > 1 and got not in folders:
-            raise BadInput(
-                f"{uri} holds several models",
-                found=", ".join(str(folder.relative_to(got)) for folder in folders),
-                hint="name the folder of one of them",
-            )
-        # MLflow's own model format has the weights in a folder below.
-        folder = got if got in folders or not folders else folders[0]
-        files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    return _manifest(uri, {path.name: path for path in files}, objects, move=True)
+        got = _model_folder(uri, got)
+    return _manifest(uri, _files_of(got), objects, move=True)
+
+
+def _model_folder(uri: str, got: Path) -> Path:
+    """The folder of the weights: MLflow's own model format has them in one below."""
+    folders = sorted({path.parent for path in got.rglob("*.safetensors")})
+    if len(folders) > 1 and got not in folders:
+        raise BadInput(
+            f"{uri} holds several models",
+            found=", ".join(str(folder.relative_to(got)) for folder in folders),
+            hint="name the folder of one of them",
+        )
+    return got if got in folders or not folders else folders[0]
+
+
+def _files_of(local: Path) -> dict[str, Path]:
+    if local.is_dir():
+        return {path.name: path for path in sorted(local.iterdir()) if path.is_file()}
+    # Whatever its name, it is the folder's only one.
+    return {"model.safetensors" if local.suffix == ".safetensors" else local.name: local}
+
+
+def _wanted(files: dict[str, Path]) -> dict[str, Path]:
+    """Those of a model's files that are read."""
+    return {n: path for n, path in files.items() if any(fnmatch(n, one) for one in _WANTED)}
 
 
 def _manifest(uri: str, files: dict[str, Path], objects: ObjectStore, *, move: bool) -> str:
     """Put those of a model's files that are read; returns the digest of what names them."""
-    wanted = {
-        name: path for name, path in files.items() if any(fnmatch(name, one) for one in _WANTED)
-    }
+    wanted = _wanted(files)
     if not any(name.endswith(".safetensors") for name in wanted):
         pickled = any(path.suffix in _PICKLES for path in files.values())
         raise BadInput(

@@ -62,6 +62,19 @@ def evaluate(
     record = None if again else space.objects.lookup("result", inputs)
     if record is not None:
         return Cached(_ref(record.blob, space))
+    blob = space.objects.put_json(evaluated(base, spec, weights, head_of, space).to_json())
+    space.objects.publish("result", inputs, blob, made_by=made_by())
+    return _ref(blob, space)
+
+
+def evaluated(
+    base: Base,
+    spec: TaskSpec,
+    weights: WeightsRef,
+    head_of: ModelRef | None,
+    space: Workspace,
+) -> Evaluation:
+    """What weights reach on a task's evaluation split, found anew and kept nowhere."""
     data = verified_data(spec, base.family)
     split = evaluation_split(spec)
     assert split is not None
@@ -71,7 +84,7 @@ def evaluate(
     preprocess = base.family.preprocessor(base.folder, head.spec.max_length)
     title = f"evaluating {weights.kind} on {spec.task}"
     with live.wearing(weights, space) as model, working(title) as progress:
-        found = run_evaluation(
+        return run_evaluation(
             base.family,
             model,
             head,
@@ -80,9 +93,6 @@ def evaluate(
             metric=spec.metric,
             progress=progress,
         )
-    blob = space.objects.put_json(found.to_json())
-    space.objects.publish("result", inputs, blob, made_by=made_by())
-    return _ref(blob, space)
 
 
 def _sampled(rows: Rows, spec: TaskSpec) -> Rows:

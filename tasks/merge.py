@@ -77,8 +77,13 @@ def rebuild(line: LineRef, recipe: Recipe) -> str:
     space = workspace()
     with space.scratch() as scratch:
         file = scratch / "patch.safetensors"
-        _write(file, open_base(line, space), recipe, space)
+        write_patch_of(file, line, recipe, space)
         return digest_file(file)
+
+
+def write_patch_of(file: Path, line: LineRef, recipe: Recipe, space: Workspace) -> None:
+    """Write the patch that a recipe gives to a file."""
+    _write(file, open_base(line, space), recipe, space)
 
 
 def _write(file: Path, base: Base, recipe: Recipe, space: Workspace) -> SparseInfo:

@@ -208,7 +208,8 @@ def test_a_delta_put_in_the_place_of_another_does_not_pass(copy: Shell) -> None:
 
 
 def test_without_mlflow_it_says_what_it_cannot_see(three: Three) -> None:
-    away = Shell(three.shell.home, {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"})
+    server = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    away = Shell(three.shell.home, server)
     found = away.json("verify", "demo")
     assert found["intact"]
     assert not found["mlflow"]

@@ -8,6 +8,7 @@ import pytest
 from modeling.family import get_family
 from registry import s3_calls
 from registry.home import Home
+from registry.objects import ObjectStore
 from registry.s3_store import S3Store
 from registry.sources import resolve_source
 from registry.store import FolderStore
@@ -19,6 +20,7 @@ from tests.flows.test_store_copy import contents
 from tests.shell import Shell
 from tests.worlds import SKILLS, World, copied
 
+HEAD = "lines/demo/head.json"
 pytestmark = pytest.mark.usefixtures("s3_account", "without_mlflow")
 
 
@@ -124,6 +126,48 @@ def test_a_copy_that_was_asked_for_outlives_its_original(
         assert list(space.objects.store.list("blobs")) == blobs
     task = ("--task", world.task("colour"))
     assert shell.json("register", "demo", *task, "--model", ref.uri)["state"] == "ready"
+
+
+def test_what_is_damaged_at_the_server_is_found_past_the_cache_and_mended(
+    three: Three, s3_bucket: str, s3_client, in_bucket, tmp_path: Path
+) -> None:
+    shell = in_bucket("home")
+    shell("store", "copy", three.shell.home / "store", shell.environment["RESTITCH_STORE"])
+    store = S3Store(s3_bucket, tmp_path.name, tmp_path / "cache")
+    before = contents(store)
+    head = shell.head()
+    record = shell.ledger().merged(2)
+    # This machine gets whole copies of all of them.
+    assert shell.json("verify", "demo")["intact"]
+    damaged = [
+        record.patch,
+        record.members["colour"].delta,
+        record.results["colour"].evaluations["base"],
+    ]
+    key = f"{tmp_path.name}/blobs"
+    s3_client.put_object(Bucket=s3_bucket, Key=f"{key}/{damaged[0]}", Body=b"altered")
+    s3_client.put_object(Bucket=s3_bucket, Key=f"{key}/{damaged[1]}", Body=b"")
+    s3_client.delete_object(Bucket=s3_bucket, Key=f"{key}/{damaged[2]}")
+    assert shell.json("verify", "demo")["intact"], "by the copies on this machine"
+    found = shell.json("verify", "--deep", code=7)["store"]["damaged"]
+    assert {each["object"] for each in found} == {f"blobs/{digest}" for digest in damaged}
+    mended = shell.json("verify", "--repair")["store"]["damaged"]
+    assert all(each["mended"] for each in mended)
+    assert contents(store) == before
+    # Another machine has no copies: it makes all of them again.
+    other = in_bucket("other")
+    s3_client.put_object(Bucket=s3_bucket, Key=f"{key}/{damaged[0]}", Body=b"altered")
+    s3_client.delete_object(Bucket=s3_bucket, Key=f"{key}/{damaged[1]}")
+    assert other.json("verify", "--repair")["intact"]
+    assert contents(store) == before
+    litter = ObjectStore(store).put_blob(b"litter")
+    removed = shell.json("gc", "--older-than", "0s", "--yes")
+    assert removed["names"] == [f"blobs/{litter}"]
+    assert removed["bytes"] == 6
+    store.remove("gc/state.json")
+    found = contents(store)
+    assert {**found, HEAD: b""} == {**before, HEAD: b""}
+    assert shell.head().versions == head.versions
 
 
 def test_a_store_comes_back_from_a_bucket_with_the_same_bytes(

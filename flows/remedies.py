@@ -1,0 +1,261 @@
+"""From what a damaged object can be made again.
+
+A `Way` writes what should be the object to a file, and says in words from what; whether it
+is the object is for the caller to compare. An act or the record of a version is only there
+where MLflow has kept a copy, a model's file where its source or a copy on this machine is.
+"""
+
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from flows.candidates import retention_task
+from flows.store_check import Image
+from merging.digests import canonical_json, digest_file
+from merging.errors import BadInput, Unavailable
+from merging.recipe import Recipe
+from registry.fates import touched_models
+from registry.head import Head, ModelRef
+from registry.history import Entry, MergedRecord
+from registry.inventory import Inventory
+from registry.ledger import head_after
+from registry.references import COPY_SCHEME, MLFLOW_SCHEMES, Reference
+from registry.sources import fetched_again
+from registry.specs import TaskSpec
+from tasks.evaluate import evaluated
+from tasks.localize import write_delta
+from tasks.merge import write_patch_of
+from tasks.models import open_base
+from tasks.refs import LineRef, WeightsRef
+from tasks.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to make an object again.
+
+    Attributes:
+        source: from what, in words.
+        write: writes it to a file that is not there yet, in a folder with room.
+    """
+
+    source: str
+    write: Callable[[Path], None]
+
+
+class Remedies:
+    """The ways to make what is damaged in a store again.
+
+    Args:
+        space: the store, and where models and data are read.
+        found: what the store holds.
+        image: of the lines in MLflow.
+    """
+
+    def __init__(self, space: Workspace, found: Inventory, image: Image) -> None:
+        self.space = space
+        self.image = image
+        self.found = found
+
+    def of_entry(self, digest: str) -> Iterator[Way]:
+        """The ways to an act."""
+        yield from self._in_mlflow(digest)
+
+    def of_blob(self, digest: str) -> Iterator[Way]:
+        """The ways to a blob, the surest first."""
+        references = self.found.references.get(digest, [])
+        yield from self._copies(digest, references)
+        seen = set[str]()
+        for each in references:
+            for way in self._of(each):
+                if way.source not in seen:
+                    seen.add(way.source)
+                    yield way
+
+    def _of(self, each: Reference) -> Iterator[Way]:
+        if each.role == "record":
+            yield from self._in_mlflow(each.digest)
+        elif each.role == "patch":
+            yield from self._patch(each)
+        elif each.role == "delta":
+            yield from self._delta(each)
+        elif each.role == "result":
+            yield from self._result(each)
+        elif each.role in ("manifest", "file"):
+            yield from self._model(each)
+
+    def _in_mlflow(self, digest: str) -> Iterator[Way]:
+        lines = {*self.found.heads, *(entry.line for entry in self.found.entries.values())}
+        for line in sorted(lines):
+            try:
+                data = self.image.ask(lambda shown, at=line: shown.copy_of(at, digest))  # type: ignore[misc]
+            except Unavailable:
+                return
+            if data is not None:
+                yield Way(f"the copy in MLflow's image of line {line}", partial(_write, data))
+
+    def _copies(self, digest: str, references: list[Reference]) -> Iterator[Way]:
+        """Copies on this machine: of a bucket's objects, and of models that were unpacked."""
+        cache = self.space.home.cache
+        places = [*(cache / "store").glob(f"**/blobs/{digest}")]
+        for each in references:
+            if each.role == "file" and Path(each.weights).name == each.weights:
+                places += (cache / "sources").glob(f"*/{each.weights}")
+        for path in places:
+            if path.is_file() and digest_file(path) == digest:
+                yield Way("a copy in this machine's cache", partial(_copy, path))
+                return
+        for each in references:
+            folder = cache / "sources" / digest
+            if each.role == "manifest" and folder.is_dir():
+                files = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
+                data = canonical_json({"files": files})
+                yield Way("the files in this machine's cache", partial(_write, data))
+                return
+
+    def _patch(self, each: Reference) -> Iterator[Way]:
+        for record in self.found.records.values():
+            if record.patch == each.digest and record.line in self.found.heads:
+                line = _line(self.found.heads[record.line])
+                recipe = Recipe.from_json(record.recipe)
+                yield Way(
+                    f"the recipe of version {record.version} and the deltas of its members",
+                    partial(_write_patch, line, recipe, self.space),
+                )
+                return
+
+    def _delta(self, each: Reference) -> Iterator[Way]:
+        """By localizing the model as it was localized then."""
+        for head, entry in self._after(each.line, lambda e: e.digests.get("delta") == each.digest):
+            for task, number in touched_models(entry):
+                model = head.tasks[task].versions[number]
+                spec = head.tasks[task].spec
+                localizer = str(model.facts.get("localizer", ""))
+                numeric = "" if localizer.startswith("dataless") else " (its mask is numeric)"
+                yield Way(
+                    f"the finetuned model {task} {number} at {model.model.uri}{numeric}",
+                    partial(_write_delta, _line(head), spec, model.model, self.space),
+                )
+            return
+
+    def _result(self, each: Reference) -> Iterator[Way]:
+        """By evaluating the same weights on the same rows."""
+        pointer = f"/versions/{each.number}"
+
+        def made(entry: Entry) -> bool:
+            if each.of_version:
+                return pointer in entry.after
+            touched = (each.task, each.number) in touched_models(entry)
+            return touched and entry.kind == "localized"
+
+        record = self._record(each) if each.of_version else None
+        for head, _ in self._after(each.line, made):
+            found = _weights(each, head, record)
+            if found is not None:
+                spec, weights, model = found
+
+                yield Way(
+                    f"evaluating {weights.kind} on {spec.task} again",
+                    partial(self._evaluate, head, spec, weights, model),
+                )
+
+    def _evaluate(
+        self, head: Head, spec: TaskSpec, weights: WeightsRef, model: ModelRef | None, file: Path
+    ) -> None:
+        base = open_base(_line(head), self.space)
+        result = evaluated(base, spec, weights, model, self.space)
+        file.write_bytes(canonical_json(result.to_json()))
+
+    def _record(self, each: Reference) -> MergedRecord | None:
+        head = self.found.heads.get(each.line)
+        digest = None if head is None else head.versions.get(each.number)
+        return None if digest is None else self.found.records.get(digest)
+
+    def _model(self, each: Reference) -> Iterator[Way]:
+        """From where the model came, as far as that is known."""
+        head = self.found.heads.get(each.line)
+        if head is None:
+            return
+        if each.owner == "the base":
+            origin = head.spec.base
+        else:
+            task, _, number = each.owner.rpartition(" ")
+            origin = head.tasks[task].versions[int(number)].model.uri
+        if origin.startswith(COPY_SCHEME):
+            return
+
+        def write(file: Path) -> None:
+            with fetched_again(origin, self.space.home) as files:
+                if each.role == "manifest":
+                    digests = {name: digest_file(path) for name, path in files.items()}
+                    file.write_bytes(canonical_json({"files": digests}))
+                elif each.weights in files:
+                    _copy(files[each.weights], file)
+                else:
+                    raise BadInput(f"{origin} has no file {each.weights} any more")
+
+        kind = "MLflow's" if origin.startswith(MLFLOW_SCHEMES) else "the source"
+        yield Way(f"{kind} {origin}, where that has not changed", write)
+
+    def _after(self, line: str, wanted: Callable[[Entry], bool]) -> Iterator[tuple[Head, Entry]]:
+        """The line right after the acts that are wanted, the newest first."""
+        trail = self.found.trails.get(line, [])
+        if not trail or trail[-1].previous is not None:
+            return  # the beginning is not there
+        for at, entry in enumerate(trail):
+            if wanted(entry):
+                yield head_after(trail[at:][::-1]), entry
+
+
+def _weights(
+    each: Reference, head: Head, record: MergedRecord | None
+) -> tuple[TaskSpec, WeightsRef, ModelRef | None] | None:
+    """What was evaluated: on which task, which weights, and whose head they wore."""
+    name, _, retention = each.weights.partition(" ")
+    if retention:
+        spec = retention_task(head)
+        if spec is None or record is None:
+            return None
+        merged = WeightsRef("merged", record.patch)
+        return spec, merged if name == "merged" else WeightsRef("base"), None
+    number = each.number if record is None else record.members[each.task].version
+    task = head.tasks[each.task]
+    model = task.versions[number]
+    ref = model.model
+    if name == "merged":
+        assert record is not None, "only a version holds the evaluation of a merged model"
+        weights = WeightsRef("merged", record.patch)
+    elif name == "grafted":
+        delta = model.delta if record is None else record.members[each.task].delta
+        weights = WeightsRef("grafted", str(delta))
+    elif name == "finetuned":
+        weights = WeightsRef("finetuned", ref.weights, ref.uri)
+    elif name == "localizable":
+        weights = WeightsRef("localizable", ref.weights, ref.uri)
+    else:
+        weights = WeightsRef("base")
+    return task.spec, weights, ref
+
+
+def _line(head: Head) -> LineRef:
+    return LineRef(head.spec, head.base)
+
+
+def _write_patch(line: LineRef, recipe: Recipe, space: Workspace, file: Path) -> None:
+    write_patch_of(file, line, recipe, space)
+
+
+def _write_delta(
+    line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace, file: Path
+) -> None:
+    write_delta(file, line, task, model, space)
+
+
+def _write(data: bytes, file: Path) -> None:
+    file.write_bytes(data)
+
+
+def _copy(source: Path, file: Path) -> None:
+    shutil.copyfile(source, file)

@@ -1,0 +1,36 @@
+"""Make the heads of a line's tasks again whose place in the store is empty."""
+
+from merging.digests import digest_json
+from registry.head import Head
+from tasks.inputs import head_inputs, task_head
+from tasks.models import live_base, open_base
+from tasks.refs import LineRef
+from tasks.workspace import Workspace
+
+
+def heads_again(head: Head, missing: set[str], space: Workspace) -> int:
+    """Make those heads that these digests of inputs stand for.
+
+    Args:
+        head: a line.
+        missing: digests of inputs, as keys have them.
+        space: where the heads go.
+
+    Returns:
+        How many were made.
+
+    Raises:
+        RestitchError: the base cannot be read now.
+    """
+    base = open_base(LineRef(head.spec, head.base), space)
+    made = 0
+    for task in head.tasks.values():
+        if task.spec.head is None:
+            continue
+        for model in task.versions.values():
+            inputs = digest_json(head_inputs(task.spec, base, model.model))
+            if inputs in missing:
+                task_head(task.spec, base, live_base(base), model.model, space)
+                missing.discard(inputs)
+                made += 1
+    return made
