@@ -49,7 +49,9 @@ def init(
 def register(
     line: Line,
     task: Annotated[Path, typer.Option("--task", help="YAML file of the task.")],
-    model: Annotated[str, typer.Option("--model", help="Folder, hub id or MLflow URI.")],
+    model: Annotated[
+        str, typer.Option("--model", help="Folder, s3://bucket/folder, hub id or MLflow URI.")
+    ],
     remerge: Annotated[bool, typer.Option(help="Merge it now, too.")] = True,
     replace_task: Annotated[
         bool, typer.Option("--replace-task", help="Accept another task file for this name.")

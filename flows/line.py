@@ -60,7 +60,7 @@ def init_line(file: Path) -> InitOutcome:
             spec = spec.with_base(old.spec.base)
     changes: list[tuple[str, Any, Any]] = []
     if old is None:
-        base = describe_model(spec.base, family, space)
+        base = describe_model(spec.base, family, space, whole=True)
         # A copy's own address would not be in the line file when that is read again.
         if not base.uri.startswith(COPY_SCHEME):
             spec = spec.with_base(base.uri)

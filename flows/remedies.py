@@ -22,13 +22,14 @@ from registry.history import Entry, MergedRecord
 from registry.inventory import Inventory
 from registry.ledger import head_after
 from registry.references import COPY_SCHEME, MLFLOW_SCHEMES, Reference
-from registry.sources import fetched_again
+from registry.sources import fetched_again, resolve_source
 from registry.specs import TaskSpec
 from tasks.evaluate import evaluated
 from tasks.localize import write_delta
 from tasks.merge import write_patch_of
 from tasks.models import open_base
 from tasks.refs import LineRef, WeightsRef
+from tasks.remote import list_remote
 from tasks.workspace import Workspace
 
 
@@ -83,6 +84,8 @@ class Remedies:
             yield from self._delta(each)
         elif each.role == "result":
             yield from self._result(each)
+        elif each.role == "listing":
+            yield Way(f"the weights at {each.weights}", partial(_list, each.weights, self.space))
         elif each.role in ("manifest", "file"):
             yield from self._model(each)
 
@@ -251,6 +254,11 @@ def _write_delta(
     line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace, file: Path
 ) -> None:
     write_delta(file, line, task, model, space)
+
+
+def _list(uri: str, space: Workspace, file: Path) -> None:
+    source = resolve_source(uri, space.home, whole=False)
+    file.write_bytes(list_remote(source, space).listing())
 
 
 def _write(data: bytes, file: Path) -> None:

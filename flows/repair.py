@@ -37,7 +37,7 @@ _NAMING = ("audit/", "lines/")
 _MASK_FACTS = ("kept", "coordinates", "localizer", "seconds")
 
 # Heads and records say what all others are; patches come from deltas, evaluations from both.
-_ORDER = ("audit", "lines", "record", "manifest", "file", "delta", "patch", "result")
+_ORDER = ("audit", "lines", "record", "manifest", "file", "listing", "delta", "patch", "result")
 
 
 def check_store(space: Workspace, *, repair: bool) -> StoreCheck:

@@ -11,7 +11,7 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,6 +62,10 @@ class TensorInfo:
         return self.numel * self.dtype.itemsize
 
 
+# Sees to it that a tensor's bytes are in its file.
+Fill = Callable[[str], None]
+
+
 @dataclass(frozen=True)
 class Place:
     """Where a tensor's bytes lie: `start` counts from the beginning of the shard's file."""
@@ -83,6 +87,7 @@ class Checkpoint:
         shards: Mapping[str, tuple[str, ...]],
         metadata: Mapping[str, Mapping[str, str]],
         index: Path | None = None,
+        fill: Fill | None = None,
     ) -> None:
         self.path = path
         self.names = tuple(sorted(infos, key=by_bytes))
@@ -93,7 +98,8 @@ class Checkpoint:
         self._infos = dict(infos)
         self._places = dict(places)
         self._maps = dict(maps)
-        self._digest: str | None = None
+        self._fill = fill
+        self._listing: bytes | None = None
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
@@ -107,6 +113,25 @@ class Checkpoint:
                 found=error.strerror or str(error),
                 hint="check the path and its permissions",
             ) from error
+        return cls.over(path, files, index)
+
+    @classmethod
+    def over(
+        cls,
+        path: Path,
+        files: Mapping[str, Path],
+        index: Path | None = None,
+        fill: Fill | None = None,
+    ) -> "Checkpoint":
+        """Open files as the shards of one checkpoint.
+
+        Args:
+            path: what messages call it.
+            files: by shard.
+            index: the file that says which tensor is in which shard, if there is one.
+            fill: is called with a tensor's name before its bytes are looked at, which it may
+                write to the file only then; headers are there from the beginning.
+        """
         infos: dict[str, TensorInfo] = {}
         places: dict[str, Place] = {}
         maps: dict[str, mmap.mmap] = {}
@@ -129,7 +154,7 @@ class Checkpoint:
             maps[shard] = _map(file, header.size)
         if index is not None:
             _check_index(index, {name: place.shard for name, place in places.items()})
-        return cls(path, infos, places, files, maps, shards, metadata, index)
+        return cls(path, infos, places, files, maps, shards, metadata, index, fill)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -166,6 +191,8 @@ class Checkpoint:
         info, place = self._infos[name], self._places[name]
         if info.numel == 0:
             return torch.empty(info.shape, dtype=info.dtype)
+        if self._fill is not None:
+            self._fill(name)
         source = self._maps[place.shard]
         if place.start % info.dtype.itemsize:
             # A header need not be padded; torch wants elements at multiples of their size.
@@ -177,6 +204,8 @@ class Checkpoint:
     def tensor_bytes(self, name: str) -> memoryview:
         """The bytes of a tensor, mapped."""
         info, place = self._infos[name], self._places[name]
+        if self._fill is not None:
+            self._fill(name)
         return memoryview(self._maps[place.shard])[place.start : place.start + info.nbytes]
 
     def header_bytes(self, shard: str) -> bytes | None:
@@ -190,7 +219,14 @@ class Checkpoint:
 
     def digest(self, progress: Progress | None = None) -> str:
         """The digest of all tensors in name order; computed once."""
-        if self._digest is None:
+        return digest_bytes(self.listing(progress))
+
+    def listing(self, progress: Progress | None = None) -> bytes:
+        """A line of JSON for each tensor in name order: name, type, shape and digest.
+
+        Its own digest is the checkpoint's, so that who has it can compare single tensors.
+        """
+        if self._listing is None:
             report, total, done = progress or ignore, self.nbytes, 0
             lines = []
             with ThreadPoolExecutor(max_workers=2) as pool:
@@ -202,8 +238,8 @@ class Checkpoint:
                     lines.append(json.dumps([name, kind, list(info.shape), digest]))
                     done += info.nbytes
                     report(done, total)
-            self._digest = digest_bytes("\n".join(lines).encode())
-        return self._digest
+            self._listing = "\n".join(lines).encode()
+        return self._listing
 
     def tensor_digest(self, name: str) -> str:
         """The digest of one tensor's bytes."""
@@ -222,8 +258,16 @@ class Checkpoint:
             shard: tuple(mapping[name] for name in names if name in mapping)
             for shard, names in self.shards.items()
         }
+        back, fill = {new: old for old, new in mapping.items()}, self._fill
         return Checkpoint(
-            self.path, infos, places, self.files, self._maps, shards, self.shard_metadata
+            self.path,
+            infos,
+            places,
+            self.files,
+            self._maps,
+            shards,
+            self.shard_metadata,
+            fill=None if fill is None else lambda name: fill(back[name]),
         )
 
 
@@ -291,9 +335,14 @@ def _pickle(path: Path, names: list[str]) -> BadInput:
     )
 
 
-def _indexed(index: Path) -> tuple[dict[str, Path], Path]:
-    files = {}
-    for shard in sorted(set(_weight_map(index).values()), key=by_bytes):
+def index_shards(index: Path) -> list[str]:
+    """The names of the files that an index speaks of, which are plain ones.
+
+    Raises:
+        BadInput: it is no index, or names a file elsewhere.
+    """
+    shards = sorted(set(_weight_map(index).values()), key=by_bytes)
+    for shard in shards:
         if Path(shard).name != shard or shard in {"", ".", ".."} or "\0" in shard:
             raise BadInput(
                 f"{index} names a shard outside of its folder",
@@ -301,6 +350,12 @@ def _indexed(index: Path) -> tuple[dict[str, Path], Path]:
                 found=repr(shard),
                 hint="do not use this checkpoint",
             )
+    return shards
+
+
+def _indexed(index: Path) -> tuple[dict[str, Path], Path]:
+    files = {}
+    for shard in index_shards(index):
         if not (index.parent / shard).is_file():
             raise BadInput(
                 f"{index.parent} lacks a shard",

@@ -15,10 +15,12 @@ from registry.head import Head, ModelRef, ModelVersion
 from registry.history import Entry, MergedRecord
 
 # record: of a merged version. result: an evaluation. manifest: the list of a model's files.
-Role = Literal["record", "patch", "delta", "result", "manifest", "file", "attached"]
+# listing: of the tensors of a model in a bucket, with their digests.
+Role = Literal["record", "patch", "delta", "result", "manifest", "file", "listing", "attached"]
 
 # A copy of a model in the store, by the digest of the list of its files.
 COPY_SCHEME = "store://"
+S3_SCHEME = "s3://"
 MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
 
 _DIGEST = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
@@ -56,6 +58,7 @@ class Reference:
             "delta": f"the delta of {self.task}" if self.of_version else "the delta",
             "result": f"the evaluation of {self.weights} on {self.task}",
             "manifest": "the list of files",
+            "listing": "the digests of the tensors",
             "file": f"the file {self.weights}",
             "attached": f"the file {self.weights}",
         }[self.role]
@@ -77,6 +80,8 @@ def of_model(line: str, task: str, number: int, model: ModelVersion) -> Iterator
     """The blobs of a finetuned model: its copy, its delta, and what it was measured to be."""
     owner = f"{task} {number}"
     yield from _of_source(model.model, line, owner)
+    if model.model.uri.startswith(S3_SCHEME):
+        yield Reference(model.model.weights, "listing", line, owner, model.model.uri)
     if model.delta is not None:
         yield Reference(model.delta, "delta", line, owner, task=task, number=number)
     results = model.facts.get("results")

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from merging.errors import BadInput, Damage, Unavailable
 from registry.store import check_name
 
-_BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
+BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
 _LONGEST_PREFIX = 100  # a key has at most 1024 bytes, and a name 900
 
 # For one attempt; `registry.s3_calls` says how many there are.
@@ -51,7 +51,7 @@ def parse_address(address: str) -> tuple[str, str]:
     """
     bucket, _, prefix = address.removeprefix("s3://").partition("/")
     prefix = prefix.rstrip("/")
-    if not address.startswith("s3://") or not _BUCKET.match(bucket):
+    if not address.startswith("s3://") or not BUCKET.match(bucket):
         raise _bad_address("something else in the place of the bucket")
     if not prefix or len(prefix) > _LONGEST_PREFIX:
         raise _bad_address("no prefix" if not prefix else f"a prefix of {len(prefix)} characters")

@@ -120,7 +120,7 @@ def fetch_file(place: dict[str, str], file: Path) -> None:
             length, digests = _read_ranges(metadata, size)
             os.truncate(descriptor, size)
             _in_parallel(
-                lambda number: _fetch_range(
+                lambda number: fetch_range(
                     {**place, "IfMatch": etag},
                     descriptor,
                     number * length,
@@ -153,9 +153,19 @@ def _begin(place: dict[str, str], descriptor: int) -> tuple[int, str, Mapping[st
     return size, str(answer["ETag"]), answer.get("Metadata", {})
 
 
-def _fetch_range(
+def fetch_range(
     asked: dict[str, str], descriptor: int, start: int, length: int, expected: bytes | None
 ) -> None:
+    """Fetch a range of an object to the same place of a file; raises like `fetch_file`.
+
+    Args:
+        asked: bucket, key and condition.
+        descriptor: of the file.
+        start: where it begins.
+        length: its bytes.
+        expected: the short digest of what must come, where that is known.
+    """
+
     def fetch() -> None:
         answer = client().get_object(**asked, Range=f"bytes={start}-{start + length - 1}")
         if int(answer["ContentLength"]) != length:

@@ -1,6 +1,7 @@
-"""Where models are read: a path, the hub, or MLflow, always the same thing again.
+"""Where models are read: a path, a bucket, the hub, or MLflow, always the same thing again.
 
-An existing local path wins and is used in place. A hub id is pinned to its commit, and
+An existing local path wins and is used in place. A folder in a bucket is read there; whoever
+needs its weights as files gets them whole, in the cache. A hub id is pinned to its commit, and
 only weights, configuration, tokenizer and processor files are fetched, into the hub's own
 cache. An MLflow artifact is fetched once and kept in the store, so that it can be read
 again wherever the store can, whatever becomes of it in MLflow; a local model can be copied
@@ -8,44 +9,36 @@ there likewise. Nothing that is fetched is executed, and pickles are not fetched
 """
 
 import json
-import os
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from merging.digests import digest_bytes
-from merging.errors import BadInput, Damage, Unavailable
-from registry.allowed import check_artifact, check_hub, check_path
+from merging.digests import digest_bytes, digest_json
+from merging.errors import BadInput, Damage
+from registry.allowed import check_address, check_artifact, check_hub, check_path
 from registry.home import Home
+from registry.hub import commit_of, from_hub, is_commit
+from registry.model_files import check_safetensors, files_of, model_folder, wanted
 from registry.objects import ObjectStore
 from registry.paths import is_there, named_path
 from registry.read_cache import ReadCache
 from registry.references import COPY_SCHEME as COPY_SCHEME
 from registry.references import MLFLOW_SCHEMES as MLFLOW_SCHEMES
+from registry.references import S3_SCHEME
 from registry.s3_settings import cache_limit
+from registry.s3_source import S3Folder, check_small, list_folder
 from registry.specs import is_hub_id, split_pin
 from registry.store import explained
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-
-# The files of a model folder that are read, its card for the licence; `*/*` because a pattern's
-# `*` crosses folders.
-_WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
-_UNWANTED = ("*/*", "*.fp16.*", "*.bf16.*", "*.onnx*")
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 _DIGEST = re.compile(r"[0-9a-f]{64}\Z")
-_CONVERT = (
-    "convert it where you trust it: AutoModel.from_pretrained(ID).save_pretrained(OUT), "
-    "then use the folder OUT"
-)
 
 
 @dataclass(frozen=True)
@@ -54,31 +47,36 @@ class Source:
 
     Attributes:
         uri: what names the same thing for ever: an absolute path, `org/name@commit`, an
-            MLflow address that cannot move, or `store://DIGEST`.
+            MLflow address that cannot move, `s3://bucket/folder`, or `store://DIGEST`.
         local: its folder or file on this machine.
         kind: where it comes from.
         revision: the commit, for the hub.
+        remote: the folder in a bucket whose weights are not in `local`, with all else that is.
     """
 
     uri: str
     local: Path
-    kind: Literal["path", "hub", "mlflow", "copy"]
+    kind: Literal["path", "hub", "mlflow", "copy", "s3"]
     revision: str | None = None
+    remote: S3Folder | None = None
 
 
-def resolve_source(source: str | Path, home: Home) -> Source:
+def resolve_source(source: str | Path, home: Home, *, whole: bool = True) -> Source:
     """Find a model and make it readable on this machine.
 
     Args:
-        source: a path, `org/name[@revision]`, `models:/`, `runs:/`, `mlflow-artifacts:/`, or
-            `store://` for a copy.
+        source: a path, `org/name[@revision]`, `s3://bucket/folder`, `models:/`, `runs:/`,
+            `mlflow-artifacts:/`, or `store://` for a copy.
         home: where what is fetched is kept.
+        whole: fetch a bucket's weights, too; without, they are left to `Source.remote`.
 
     Raises:
         BadInput: it is not there, or of a kind that is not read.
         Unavailable: the server that holds it is away, or refuses.
     """
     text = str(source)
+    if text.startswith(S3_SCHEME):
+        return _from_s3(text.rstrip("/"), home, whole=whole)
     path = named_path(text.removeprefix("file://"), None, "the model")
     if is_there(path, "the model"):
         check_path(path, "the model")
@@ -88,10 +86,11 @@ def resolve_source(source: str | Path, home: Home) -> Source:
     if text.startswith(COPY_SCHEME):
         return _from_copy(text, home)
     if "://" not in text and is_hub_id(text):
-        return _from_hub(text)
+        name, revision, local = from_hub(text)
+        return Source(uri=f"{name}@{revision}", local=local, kind="hub", revision=revision)
     raise BadInput(
         f"there is no model at {text}",
-        expected="a folder, a hub id such as org/name, or models:/NAME/VERSION",
+        expected="a folder, a hub id such as org/name, s3://bucket/folder, or models:/NAME/VERSION",
         found="an address of another kind" if "://" in text else "nothing at this path",
         hint="copy the model to a folder and name that" if "://" in text else "check the path",
     )
@@ -114,7 +113,7 @@ def copy_into_store(source: Source, home: Home) -> Source:
             expected="a folder of safetensors, or one .safetensors file",
         )
     objects = ObjectStore(home.open_store())
-    manifest = _manifest(source.uri, _files_of(local), objects, move=False)
+    manifest = _manifest(source.uri, files_of(local), objects, move=False)
     return Source(uri=f"{COPY_SCHEME}{manifest}", local=local, kind="copy")
 
 
@@ -131,107 +130,31 @@ def pin_data(path: str) -> str:
         return path
     check_hub(f"the data set {path}")
     name, revision = split_pin(path)
-    if revision is not None and _is_commit(revision):
+    if revision is not None and is_commit(revision):
         return path
     repository = name.partition(":")[0]
-    return f"{name}@{_commit(repository, revision, 'dataset')}"
+    return f"{name}@{commit_of(repository, revision, 'dataset')}"
 
 
-def _from_hub(text: str) -> Source:
-    check_hub(f"the model {text}")
-    name, revision = split_pin(text)
-    if revision is None or not _is_commit(revision):
-        revision = _commit(name, revision, "model")
-    with _hub_explained(name, revision):
-        local = _snapshot(name, revision)
-    if not any(local.glob("*.safetensors")):
-        raise BadInput(
-            f"the hub's {name} holds no safetensors",
-            expected="model.safetensors, whole or in shards",
-            hint=_CONVERT,
-        )
-    return Source(uri=f"{name}@{revision}", local=local, kind="hub", revision=revision)
+def _from_s3(text: str, home: Home, *, whole: bool) -> Source:
+    check_address(text, "the model")
+    folder = list_folder(text)
+    kept = wanted(dict(folder.files))
+    check_safetensors(text, kept, folder.files)
+    small = [name for name in kept if not name.endswith(".safetensors")]
+    check_small(folder, small)
+    names = sorted(kept) if whole else small
+    versions = [[name, kept[name].size, kept[name].etag] for name in names]
 
+    def fetch(building: Path) -> None:
+        building.mkdir()
+        for name in names:
+            folder.fetch(name, building / name)
 
-def _snapshot(name: str, revision: str) -> Path:
-    """The folder of a commit, from the cache without a call where it is there whole."""
-    from huggingface_hub import errors, snapshot_download
-
-    def fetch(only_cached: bool) -> Path:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=list(_WANTED),
-                ignore_patterns=list(_UNWANTED),
-                endpoint=os.environ.get("HF_ENDPOINT"),
-                local_files_only=only_cached,
-            )
-        )
-
-    try:
-        local = fetch(only_cached=True)
-        if any(local.glob("*.safetensors")):
-            return local
-    except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
-        pass
-    return fetch(only_cached=False)
-
-
-def _commit(name: str, revision: str | None, kind: Literal["model", "dataset"]) -> str:
-    """The commit that a branch or tag of the hub points to now."""
-    from huggingface_hub import HfApi, snapshot_download
-
-    with _hub_explained(name, revision or "main"):
-        if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-            # Asked to do without the network: what the cache holds is the answer.
-            return Path(
-                snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True)
-            ).name
-        api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-        found = api.repo_info(name, repo_type=kind, revision=revision).sha
-        if found is None:
-            raise Unavailable(f"the hub names no commit for {name}", hint="try again later")
-        return str(found)
-
-
-@contextmanager
-def _hub_explained(name: str, revision: str) -> Iterator[None]:
-    from huggingface_hub import errors
-
-    try:
-        yield
-    except errors.GatedRepoError:
-        raise Unavailable(
-            f"the hub's {name} is only for those who were admitted",
-            hint="ask for access on its page and set HF_TOKEN, or use a local copy",
-        ) from None
-    except errors.RepositoryNotFoundError:
-        raise BadInput(
-            f"{name} is neither a local path nor on the hub",
-            found="no such public repository, or one that your token may not read",
-            hint="check the spelling; for a private one set HF_TOKEN",
-        ) from None
-    except errors.RevisionNotFoundError:
-        raise BadInput(
-            f"the hub's {name} has no revision {revision}",
-            hint="name a branch, a tag or a commit that is there, or none",
-        ) from None
-    except (errors.RemoteEntryNotFoundError, errors.HFValidationError) as error:
-        raise BadInput(f"the hub's {name} cannot be read", found=_first_line(error)) from None
-    except (
-        errors.HTTPError,  # type: ignore[attr-defined]
-        errors.OfflineModeIsEnabled,
-        errors.LocalEntryNotFoundError,
-        errors.IncompleteSnapshotError,
-        errors.FileMetadataError,
-        errors.XetDownloadError,
-    ) as error:
-        raise Unavailable(
-            f"the hub cannot be asked for {name} at {revision}",
-            found=_first_line(error),
-            hint="check the network and HF_ENDPOINT and try again, or use a local copy",
-        ) from None
+    cache = _cache(home)
+    with explained(cache.root, "write"):
+        local = cache.get(digest_json([text, versions]), fetch)
+    return Source(uri=text, local=local, kind="s3", remote=None if whole else folder)
 
 
 def _from_mlflow(uri: str, home: Home) -> Source:
@@ -284,10 +207,10 @@ def fetched_again(uri: str, home: Home) -> Iterator[dict[str, Path]]:
         Unavailable: the server that holds it is away.
     """
     if not uri.startswith(MLFLOW_SCHEMES):
-        yield _wanted(_files_of(resolve_source(uri, home).local))
+        yield wanted(files_of(resolve_source(uri, home).local))
         return
     with _downloaded(uri, home) as (_, got):
-        yield _wanted(_files_of(got if got.is_file() else _model_folder(uri, got)))
+        yield wanted(files_of(got if got.is_file() else model_folder(uri, got)))
 
 
 @contextmanager
@@ -345,45 +268,15 @@ def _kept(uri: str, got: Path, objects: ObjectStore) -> str:
         stand_in = got / "object.json"
         if stand_in.is_file() and not any(got.rglob("*.safetensors")):
             return objects.put_json({"uri": _pointed_at(uri, stand_in)})
-        got = _model_folder(uri, got)
-    return _manifest(uri, _files_of(got), objects, move=True)
-
-
-def _model_folder(uri: str, got: Path) -> Path:
-    """The folder of the weights: MLflow's own model format has them in one below."""
-    folders = sorted({path.parent for path in got.rglob("*.safetensors")})
-    if len(folders) > 1 and got not in folders:
-        raise BadInput(
-            f"{uri} holds several models",
-            found=", ".join(str(folder.relative_to(got)) for folder in folders),
-            hint="name the folder of one of them",
-        )
-    return got if got in folders or not folders else folders[0]
-
-
-def _files_of(local: Path) -> dict[str, Path]:
-    if local.is_dir():
-        return {path.name: path for path in sorted(local.iterdir()) if path.is_file()}
-    # Whatever its name, it is the folder's only one.
-    return {"model.safetensors" if local.suffix == ".safetensors" else local.name: local}
-
-
-def _wanted(files: dict[str, Path]) -> dict[str, Path]:
-    """Those of a model's files that are read."""
-    return {n: path for n, path in files.items() if any(fnmatch(n, one) for one in _WANTED)}
+        got = model_folder(uri, got)
+    return _manifest(uri, files_of(got), objects, move=True)
 
 
 def _manifest(uri: str, files: dict[str, Path], objects: ObjectStore, *, move: bool) -> str:
     """Put those of a model's files that are read; returns the digest of what names them."""
-    wanted = _wanted(files)
-    if not any(name.endswith(".safetensors") for name in wanted):
-        pickled = any(path.suffix in _PICKLES for path in files.values())
-        raise BadInput(
-            f"{uri} holds no safetensors",
-            found=", ".join([*files][:20]) or "nothing",
-            hint=_CONVERT if pickled else "name the folder that holds model.safetensors",
-        )
-    kept = {name: objects.put_blob(path, move=move) for name, path in wanted.items()}
+    kept_files = wanted(files)
+    check_safetensors(uri, kept_files, files)
+    kept = {name: objects.put_blob(path, move=move) for name, path in kept_files.items()}
     return objects.put_json({"files": kept})
 
 
@@ -425,14 +318,3 @@ def _unpacked(
 
 def _cache(home: Home) -> ReadCache:
     return ReadCache(home.cache / "sources", cache_limit, folders=True)
-
-
-def _is_commit(revision: str) -> bool:
-    return len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
-
-
-def _first_line(error: Exception) -> str:
-    from registry.catalog import without_credentials
-
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return without_credentials(lines[0] if lines else type(error).__name__)[:300]

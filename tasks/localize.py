@@ -88,12 +88,12 @@ def write_delta(
     """Find a finetuned model's mask and write its delta to a file beside which there is room."""
     base = open_base(line, space)
     found_by = localizer(line, task, base, model, space)
-    folder = resolve_source(model.uri, space.home).local
+    folder = resolve_source(model.uri, space.home, whole=False).local
     # What is verified at the beginning is what is read to the end.
     with unchanged(folder), unchanged(base.folder):
         base = open_base(line, space)
-        open_model(model, space, base.family)
-        finetuned = aligned(base, folder)
+        _, checkpoint = open_model(model, space, base.family, like=base.checkpoint)
+        finetuned = aligned(base, checkpoint)
         vector = TaskVector(base.checkpoint, finetuned, base.names)
         with working(f"localizing {task.task}") as progress:
             mask = found_by.find(vector, file.parent, progress)

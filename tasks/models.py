@@ -28,6 +28,7 @@ from registry.head import ModelRef
 from registry.sources import copy_into_store, resolve_source
 from registry.specs import LineSpec
 from tasks.refs import LineRef, WeightsRef
+from tasks.remote import list_remote, remote_checkpoint
 from tasks.reporting import working
 from tasks.workspace import Workspace
 
@@ -56,37 +57,40 @@ class Base:
 def open_base(line: LineRef, space: Workspace) -> Base:
     """Open and verify the base of a line."""
     family = get_family(line.spec.family)
-    folder, checkpoint = open_model(line.base, space, family)
+    folder, checkpoint = open_model(line.base, space, family, whole=True)
     choice = line.spec.localize
     names = select_tensors(checkpoint.floating, family.localizable, choice.include, choice.exclude)
     return Base(line.base, folder, checkpoint, family, tuple(names))
 
 
 def describe_model(
-    source: str, family: Family, space: Workspace, *, copy: bool = False
+    source: str, family: Family, space: Workspace, *, copy: bool = False, whole: bool = False
 ) -> ModelRef:
     """Resolve a source and take the digests that it will be known by.
 
     A local model is used in place while the store is a folder beside it, and is copied into the
-    store otherwise: other hosts do not have its folder. What the hub or MLflow holds is pinned
-    or kept already and never copied.
+    store otherwise: other hosts do not have its folder. What a bucket, the hub or MLflow holds
+    is read there, pinned or kept already, and not copied.
 
     Args:
         source: where the model is; see `registry.sources.resolve_source`.
         family: what it is read as.
         space: where it is copied to.
-        copy: copy a local model in any case.
+        copy: copy a local model in any case, and one in a bucket.
+        whole: it will be used whole, as a base is.
 
     Raises:
         BadInput: it is not there or is no usable checkpoint.
         Unavailable: a server that holds it is away.
     """
-    resolved = resolve_source(source, space.home)
+    resolved = resolve_source(source, space.home, whole=whole or copy)
     local = resolved.local
     with unchanged(local), working("reading the model"):
-        checkpoint = Checkpoint.open(local)
+        remote = resolved.remote is not None
+        checkpoint = list_remote(resolved, space) if remote else Checkpoint.open(local)
         weights, config = checkpoint.digest(), assets_digest(family, local)
-        if resolved.kind == "path" and (copy or not space.home.store_is_local):
+        here = resolved.kind == "path" and not space.home.store_is_local
+        if here or (copy and resolved.kind in ("path", "s3")):
             with working("copying the model into the store"):
                 resolved = copy_into_store(resolved, space.home)
         if assets_digest(family, local) != config:
@@ -115,14 +119,28 @@ def assets_digest(family: Family, folder: Path) -> str:
     return digest_json({name: digest_file(folder / name) for name in names})
 
 
-def open_model(ref: ModelRef, space: Workspace, family: Family) -> tuple[Path, Checkpoint]:
+def open_model(
+    ref: ModelRef,
+    space: Workspace,
+    family: Family,
+    *,
+    like: Checkpoint | None = None,
+    whole: bool = False,
+) -> tuple[Path, Checkpoint]:
     """Open a recorded model and make sure that it is still what was recorded.
+
+    Args:
+        ref: the model.
+        space: where it is read.
+        family: what it is read as.
+        like: the base, which may have some of the same tensors.
+        whole: its folder must hold all of it; otherwise weights in a bucket stay there, and
+            the checkpoint fetches what is looked at.
 
     Raises:
         BadInput: it is gone or has changed.
     """
-    local = resolve_source(ref.uri, space.home).local
-    checkpoint = _verified(local, _state(local), ref.weights)
+    local, checkpoint = _open_weights(ref.uri, ref.weights, space, like, whole=whole)
     found = assets_digest(family, local)
     if found != ref.config:
         raise BadInput(
@@ -132,6 +150,15 @@ def open_model(ref: ModelRef, space: Workspace, family: Family) -> tuple[Path, C
             hint="put the files back, or register the changed model as a new version",
         )
     return local, checkpoint
+
+
+def _open_weights(
+    uri: str, weights: str, space: Workspace, like: Checkpoint | None, *, whole: bool = False
+) -> tuple[Path, Checkpoint]:
+    source = resolve_source(uri, space.home, whole=whole)
+    if source.remote is not None:
+        return source.local, remote_checkpoint(source, space, weights, like)
+    return source.local, _verified(source.local, _state(source.local), weights)
 
 
 @lru_cache(maxsize=16)
@@ -251,10 +278,10 @@ class LiveBase:
             edits: Edits = SparseFile.open(space.objects.blob_path(weights.identity))
             apply_edits(self.parameters, self.base.checkpoint, edits)
             return list(edits.names)
-        local = resolve_source(weights.uri, space.home).local
+        base = self.base.checkpoint
+        local, checkpoint = _open_weights(weights.uri, weights.identity, space, base)
         with unchanged(local):
-            _verified(local, _state(local), weights.identity)
-            finetuned = aligned(self.base, local)
+            finetuned = aligned(self.base, checkpoint)
             names = [n for n in finetuned.names if n in self.parameters]
             if weights.kind == "localizable":
                 names = [n for n in names if n in frozenset(self.base.names)]
@@ -262,9 +289,8 @@ class LiveBase:
         return names
 
 
-def aligned(base: Base, local: Path) -> Checkpoint:
+def aligned(base: Base, finetuned: Checkpoint) -> Checkpoint:
     """A finetuned checkpoint under the base's tensor names."""
-    finetuned = Checkpoint.open(local)
     return finetuned.renamed(line_up(base, finetuned).mapping)
 
 

@@ -22,7 +22,7 @@ def validate(line: LineRef, model: ModelRef) -> Validated:
     space = workspace()
     base = open_base(line, space)
     try:
-        folder, checkpoint = open_model(model, space, base.family)
+        folder, checkpoint = open_model(model, space, base.family, like=base.checkpoint)
         comparison = line_up(base, checkpoint)
         problems = comparison.problems()
         if folder.is_dir():

@@ -1,0 +1,62 @@
+"""Which files make a model's folder: weights as safetensors, and what is read beside them."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import TypeVar
+
+from merging.errors import BadInput
+
+# The files of a model folder that are read, its card for the licence; `*/*` because a pattern's
+# `*` crosses folders.
+WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
+UNWANTED = ("*/*", "*.fp16.*", "*.bf16.*", "*.onnx*")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
+CONVERT = (
+    "convert it where you trust it: AutoModel.from_pretrained(ID).save_pretrained(OUT), "
+    "then use the folder OUT"
+)
+
+File = TypeVar("File")
+
+
+def model_folder(uri: str, got: Path) -> Path:
+    """The folder of the weights: MLflow's own model format has them in one below."""
+    folders = sorted({path.parent for path in got.rglob("*.safetensors")})
+    if len(folders) > 1 and got not in folders:
+        raise BadInput(
+            f"{uri} holds several models",
+            found=", ".join(str(folder.relative_to(got)) for folder in folders),
+            hint="name the folder of one of them",
+        )
+    return got if got in folders or not folders else folders[0]
+
+
+def files_of(local: Path) -> dict[str, Path]:
+    """The files of a folder, or the one file of a model, by name."""
+    if local.is_dir():
+        return {path.name: path for path in sorted(local.iterdir()) if path.is_file()}
+    # Whatever its name, it is the folder's only one.
+    return {"model.safetensors" if local.suffix == ".safetensors" else local.name: local}
+
+
+def wanted(files: dict[str, File]) -> dict[str, File]:
+    """Those of a model's files that are read."""
+    return {n: path for n, path in files.items() if any(fnmatch(n, one) for one in WANTED)}
+
+
+def check_safetensors(where: str, kept: Iterable[str], all_of_them: Iterable[str]) -> None:
+    """Refuse a folder without safetensors.
+
+    Raises:
+        BadInput: there are none.
+    """
+    if any(name.endswith(".safetensors") for name in kept):
+        return
+    names = list(all_of_them)
+    pickled = any(Path(name).suffix in _PICKLES for name in names)
+    raise BadInput(
+        f"{where} holds no safetensors",
+        found=", ".join(names[:20]) or "nothing",
+        hint=CONVERT if pickled else "name the folder that holds model.safetensors",
+    )
