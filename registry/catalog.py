@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -367,4 +367,20 @@ def connect(home: Home) -> "MlflowClient":
 
     if home.owns_mlflow:
         home.root.mkdir(parents=True, exist_ok=True)
+    _check_database(home.mlflow_uri)
     return mlflow.MlflowClient(tracking_uri=home.mlflow_uri, registry_uri=home.mlflow_uri)
+
+
+@lru_cache(maxsize=8)
+def _check_database(uri: str) -> None:
+    """Ask a database that is used without a server once: MLflow would ask for an hour."""
+    if not uri.startswith("postgresql"):
+        return
+    from sqlalchemy import create_engine
+
+    with contextlib.suppress(ImportError):  # no driver, which MLflow explains itself
+        engine = create_engine(uri, connect_args={"connect_timeout": 10})
+        try:
+            engine.connect().close()
+        finally:
+            engine.dispose()

@@ -49,7 +49,7 @@ class TestPath:
         monkeypatch.chdir(tmp_path)
         assert resolve_source("org/model", home).uri == str(made)
 
-    @pytest.mark.parametrize("source", ["./gone", "/gone", "s3://bucket/model", "https://x/y"])
+    @pytest.mark.parametrize("source", ["./gone", "/gone", "gs://bucket/model", "https://x/y"])
     def test_what_is_not_there_is_said(self, home, source):
         with pytest.raises(BadInput, match="there is no model at"):
             resolve_source(source, home)
