@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from merging.errors import BadInput
+from merging.regular import open_regular
 
 
 class ArrowTable:
@@ -95,7 +96,8 @@ class _Groups(Protocol):
 
 class _Parquet(_Groups):
     def __init__(self, path: Path) -> None:
-        self._file = pq.ParquetFile(path, memory_map=True)
+        with open_regular(path) as file:
+            self._file = pq.ParquetFile(f"/dev/fd/{file.fileno()}", memory_map=True)
         self._lock = Lock()  # two threads in one ParquetFile crash the process
         self.name = path.name
         self.schema = self._file.schema_arrow
@@ -114,7 +116,8 @@ class _Arrow(_Groups):
     """An arrow file or stream; memory-mapped, so its batches cost nothing until they are used."""
 
     def __init__(self, path: Path) -> None:
-        source = pa.memory_map(str(path))
+        with open_regular(path) as file:
+            source = pa.memory_map(f"/dev/fd/{file.fileno()}")
         try:
             self._table = pa.ipc.open_stream(source).read_all()
         except pa.ArrowInvalid:
@@ -137,7 +140,8 @@ def open_arrow_folder(root: Path) -> ArrowTable:
     """What `datasets` saved to disk as one split."""
     state = root / "state.json"
     try:
-        content = json.loads(state.read_text(encoding="utf-8"))
+        with open_regular(state) as file:
+            content = json.loads(file.read().decode("utf-8"))
         names = [entry["filename"] for entry in content["_data_files"]]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise BadInput(f"{state} cannot be read", found=error) from error

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import BadInput
+from merging.regular import open_regular
 
 _IGNORED = {
     "_attn_implementation",
@@ -67,7 +68,8 @@ def read_config(folder: Path) -> Any:
 
     file = folder / "config.json"
     try:
-        json.loads(file.read_text(encoding="utf-8"))
+        with open_regular(file) as opened:
+            json.loads(opened.read().decode("utf-8"))
     except FileNotFoundError as error:
         raise BadInput(
             f"{folder} has no config.json", hint="give the whole Hugging Face folder"

@@ -10,6 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from merging.errors import BadInput
+from merging.regular import open_regular
 
 MOST_PIXELS = 64_000_000  # 8000 x 8000
 
@@ -69,6 +70,7 @@ def image_bytes(value: object, root: Path, where: str) -> bytes:
             hint="put the images beside the table and name them relative to it",
         )
     try:
-        return (root / path).read_bytes()
+        with open_regular(root / path) as file:
+            return file.read()
     except OSError as error:
         raise BadInput(f"{where}: the image cannot be read", found=error) from error

@@ -11,6 +11,9 @@ from pathlib import Path
 
 import yaml
 
+from merging.errors import BadInput
+from merging.regular import open_regular
+
 CARD = "README.md"
 MAX_BYTES = 64 << 10
 _MAX_EVENTS = 5_000
@@ -46,11 +49,11 @@ def read_licence(path: Path) -> Licence | None:
     if not card.is_file():  # a pipe or a device would never end
         return None
     try:
-        with card.open("rb") as file:
+        with open_regular(card) as file:
             data = file.read(MAX_BYTES)
         # The bound may cut a letter of the text behind the front matter.
         return _stated(_front_matter(data.decode("utf-8-sig", errors="replace")))
-    except (OSError, yaml.YAMLError, ValueError):
+    except (OSError, yaml.YAMLError, ValueError, BadInput):
         return None
 
 

@@ -6,10 +6,12 @@ CSV holds strings only; what they mean is decided by who reads the column.
 import csv
 import json
 from collections.abc import Iterator, Mapping
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from merging.errors import BadInput
+from merging.regular import open_regular
 
 
 def read_records(file: Path) -> Iterator[Mapping[str, Any]]:
@@ -33,7 +35,7 @@ def read_records(file: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _jsonl_records(file: Path) -> Iterator[Mapping[str, Any]]:
-    with file.open(encoding="utf-8") as stream:
+    with TextIOWrapper(open_regular(file), encoding="utf-8") as stream:
         # Not enumerate over splitlines: texts may contain other line separators.
         for number, line in enumerate(stream, 1):
             if not line.strip():
@@ -53,7 +55,8 @@ def _jsonl_records(file: Path) -> Iterator[Mapping[str, Any]]:
 
 def _json_records(file: Path) -> Iterator[Mapping[str, Any]]:
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        with open_regular(file) as stream:
+            content = json.loads(stream.read().decode("utf-8"))
     except (ValueError, RecursionError) as error:
         try:  # many write one object per line into .json
             return _jsonl_records(file)
@@ -67,7 +70,7 @@ def _json_records(file: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _csv_records(file: Path, delimiter: str) -> Iterator[Mapping[str, Any]]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
+    with TextIOWrapper(open_regular(file), "utf-8-sig", newline="") as stream:
         reader = csv.DictReader(stream, delimiter=delimiter, strict=True)
         try:
             for record in reader:

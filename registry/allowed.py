@@ -3,18 +3,21 @@
 `RESTITCH_ALLOWED_ROOTS` lists folders (with `:` between them), `RESTITCH_ALLOWED_HOSTS` hosts
 and buckets (`huggingface.co, s3://models`, with commas). What is unset or empty limits
 nothing. Otherwise a model or data set elsewhere is refused wherever it would be opened, with
-symbolic links resolved first, also those in its folder. The store, the caches and the
+symbolic links resolved first, also those in its folder, and again by where it really is once
+it is open (`merging.regular`). The store, the caches and the
 tracking server are the deployment's own choice and always allowed, not what they point to.
 """
 
 import os
 from collections.abc import Iterator
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from merging.errors import BadInput
+from merging.regular import watch
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -43,17 +46,26 @@ def check_path(path: Path, what: str, *, own: Path | None = None) -> None:
     listed = os.environ.get(ROOTS_VARIABLE)
     if not listed:
         return
+    for place in chain([path], _links(path)):
+        _check_real(_real(place), what, own, place)
+    # A link may come, or be turned, between this look and the reading.
+    for place in (path, _real(path)):
+        watch(place, partial(_check_real, what=what, own=own))
+
+
+def _check_real(real: Path, what: str, own: Path | None, place: Path | None = None) -> None:
+    listed = os.environ.get(ROOTS_VARIABLE)
+    if not listed:
+        return
     roots = [_real(Path(root).expanduser()) for root in listed.split(os.pathsep) if root]
     roots += [] if own is None else [_real(own)]
-    for place in chain([path], _links(path)):
-        real = _real(place)
-        if not any(real.is_relative_to(root) for root in roots):
-            raise NotAllowed(
-                f"{what} lies outside of what may be read here: {place}",
-                expected=f"a place below {listed} ({ROOTS_VARIABLE})",
-                found=real,
-                hint=f"move it there, or let its folder stand in {ROOTS_VARIABLE}",
-            )
+    if not any(real.is_relative_to(root) for root in roots):
+        raise NotAllowed(
+            f"{what} lies outside of what may be read here: {place or real}",
+            expected=f"a place below {listed} ({ROOTS_VARIABLE})",
+            found=real,
+            hint=f"move it there, or let its folder stand in {ROOTS_VARIABLE}",
+        )
 
 
 def check_host(host: str, what: str) -> None:

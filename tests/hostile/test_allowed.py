@@ -1,22 +1,29 @@
 """A worker with a list of folders and hosts reads nowhere else, whoever names it."""
 
+import json
 import os
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from flows.adopt import _parsed
+from merging.checkpoint import Checkpoint
 from merging.errors import BadInput, Unavailable
+from merging.regular import open_regular
+from modeling.configs import read_config
 from modeling.family import get_family
+from modeling.licence import read_licence
 from registry.allowed import check_address, check_path
 from registry.catalog import connect
 from registry.home import Home
 from registry.sources import pin_data, resolve_source
 from registry.spec_files import load_task
 from registry.specs import TaskSpec
-from tasks.inputs import data_spec
+from tasks.inputs import data_spec, task_data
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.worlds import World, copied
@@ -219,3 +226,65 @@ def test_a_version_that_this_worker_may_not_read_is_not_taken_in(
     monkeypatch.delenv(ROOTS)
     shell("remerge", "demo")
     assert [member.task for member in shell.head().members] == ["colour"]
+
+
+def elsewhere(path: Path, outside: Path) -> None:
+    """Put a link to another file in the place of one, as somebody could meanwhile."""
+    outside.write_bytes(path.read_bytes())
+    path.unlink()
+    path.symlink_to(outside)
+
+
+def test_a_link_that_comes_between_the_look_and_the_reading_leads_nowhere(
+    places: Path, world: World
+) -> None:
+    model, out = copied(world.model("colour"), places / "in" / "model"), places / "out"
+    check_path(model, "the model")
+    assert Checkpoint.open(model).digest()
+    assert read_config(model)
+    for name, read in {
+        "model.safetensors": Checkpoint.open,
+        "config.json": read_config,
+        "README.md": read_licence,
+    }.items():
+        file = model / name
+        file.touch()
+        elsewhere(file, out / name)
+        if name == "README.md":
+            assert read(model) is None
+        else:
+            with pytest.raises(BadInput, match="outside of what may be read"):
+                read(model)
+    # A folder on the way, and one that is turned only after the file was found.
+    (places / "in" / "model").rename(places / "out" / "model")
+    (places / "in" / "model").symlink_to(places / "out" / "model")
+    with pytest.raises(BadInput, match="outside of what may be read"):
+        Checkpoint.open(model)
+
+
+@pytest.mark.parametrize("kind", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
+def test_rows_that_are_turned_elsewhere_meanwhile_are_not_read(places: Path, kind: str) -> None:
+    data, file = places / "in" / "data", places / "in" / "data" / kind
+    data.mkdir()
+    rows = [{"text": "one", "label": "a"}, {"text": "two", "label": "b"}]
+    if kind.endswith("parquet"):
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    else:
+        lines = "text,label\none,a\ntwo,b\n" if kind.endswith("csv") else json.dumps(rows)
+        file.write_text("\n".join(map(json.dumps, rows)) if kind.endswith("jsonl") else lines)
+    spec = TaskSpec.model_validate(
+        {"task": "t", "data": {"path": str(data), "test": kind}, "head": {"labels": ["a", "b"]}}
+    )
+    family = get_family("text-encoder")
+    assert len(task_data(spec, family).rows("test")) == 2
+    found = task_data(spec, family)
+    elsewhere(file, places / "out" / kind)
+    with pytest.raises(BadInput, match="the data of task t lies outside"):
+        found.rows("test")
+
+
+def test_what_is_not_watched_is_opened_as_ever(places: Path) -> None:
+    link = places / "out" / "link"
+    link.symlink_to(places / "in" / "file")
+    with open_regular(link) as file:
+        assert file.read()
