@@ -1,15 +1,18 @@
 """Fuzz every reader of somebody else's files for longer than the tests do.
 
-`python -m benchmarks.fuzz [--examples N] [--seed N] [--only READER] [--json FILE]` gives
-each reader N inputs, counts what became of them, and ends with 1 where a property of
-`hostile_files` or `hostile_texts` did not hold, with the smallest input that shows it. An
-input that takes longer than half a minute counts as a hang.
+`python -m benchmarks.fuzz [--engine ENGINE] [--examples N] [--seed N] [--only READER]
+[--json FILE]` gives each reader N inputs, counts what became of them, and ends with 1 where
+a property of `hostile_files` or `hostile_texts` did not hold, with the smallest input that
+shows it. An input that takes longer than half a minute counts as a hang. With
+`--engine atheris` inputs are led by the code that they reach (`benchmarks.fuzz_atheris`).
 """
 
 import argparse
 import json
 import signal
+import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -102,6 +105,25 @@ def fuzz(reader: Reader, examples: int, begin: int) -> Fuzzed:
     return Fuzzed(reader.name, total, dict(sorted(outcomes.items())), round(slowest, 3), found)
 
 
+def fuzz_with_atheris(reader: Reader, examples: int, begin: int) -> Fuzzed:
+    """The same with Atheris, in a process of its own; 0 is no seed for it."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder, "found.json")
+        command = [sys.executable, "-m", "benchmarks.fuzz_atheris", reader.name, str(out)]
+        numbers = [f"--examples={examples}", f"--seed={begin or 1}"]
+        done = subprocess.run([*command, *numbers], capture_output=True, text=True)
+        told: dict[str, Any] = {"outcomes": {}, "slowest": 0.0, "found": None}
+        if out.exists():
+            told = json.loads(out.read_text())
+    if done.returncode and told["found"] is None:
+        told["found"] = done.stderr[-3000:]
+    total = sum(told["outcomes"].values())
+    return Fuzzed(reader.name, total, told["outcomes"], told["slowest"], told["found"])
+
+
+ENGINES = {"hypothesis": fuzz, "atheris": fuzz_with_atheris}
+
+
 def _hang(_signal: int, _frame: FrameType | None) -> None:
     raise HangError(f"nothing after {HANG} seconds")
 
@@ -109,6 +131,7 @@ def _hang(_signal: int, _frame: FrameType | None) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Fuzz, and show what became of the inputs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--engine", choices=ENGINES, default="hypothesis")
     parser.add_argument("--examples", type=int, default=1000, help="inputs per reader")
     parser.add_argument("--seed", type=int, default=0, help="where the inputs begin")
     parser.add_argument("--only", choices=[reader.name for reader in READERS])
@@ -119,7 +142,7 @@ def main(arguments: list[str] | None = None) -> int:
     done = []
     for reader in READERS:
         if given_.only in (None, reader.name):
-            done.append(fuzz(reader, given_.examples, given_.seed))
+            done.append(ENGINES[given_.engine](reader, given_.examples, given_.seed))
             console.print(f"{reader.name}: {done[-1].inputs} inputs")
     console.print(_table(done))
     for each in done:

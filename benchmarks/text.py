@@ -32,6 +32,7 @@ from flows.candidates import retention_task
 from flows.line import init_line
 from flows.register import register
 from flows.remerge import remerge
+from merging.checkpoint import Checkpoint
 from modeling.evaluation import evaluate
 from registry.head import Head
 from registry.history import MergedRecord
@@ -244,7 +245,7 @@ def task_arithmetic(work: Path, found: Found, tasks: dict[str, Path]) -> Referen
 def _sum_of_task_vectors(base: Base, folders: Sequence[Path]) -> dict[str, torch.Tensor]:
     sums = {name: torch.zeros(base.checkpoint.info(name).shape) for name in base.names}
     for folder in folders:
-        finetuned = aligned(base, folder)
+        finetuned = aligned(base, Checkpoint.open(folder))
         for name, total in sums.items():
             total += finetuned.tensor(name).float() - base.checkpoint.tensor(name).float()
     return sums

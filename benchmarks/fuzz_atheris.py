@@ -1,0 +1,75 @@
+"""Fuzz one reader with Atheris, which looks for inputs that reach code that none reached before.
+
+`python -m benchmarks.fuzz_atheris READER OUT [--examples N] [--seed N]`, as `benchmarks.fuzz
+--engine atheris` runs it for each reader in a process of its own, for it ends its process.
+Inputs are made by the same strategies; what became of them is in the file OUT. Atheris is
+installed by hand: `pip install atheris`.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections import Counter
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+_WRITE_EVERY = 50
+
+
+def main() -> None:
+    """Fuzz until there were enough inputs, or one shows a fault."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("reader")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--examples", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=1)
+    given_ = parser.parse_args()
+    try:
+        atheris: Any = import_module("atheris")
+    except ImportError:
+        sys.exit("Atheris is not installed: pip install atheris")
+    # What is imported here is watched; everything else only costs time.
+    with atheris.instrument_imports(include=["merging", "modeling", "registry", "deployments"]):
+        from benchmarks.fuzz import HANG, READERS
+
+    from hypothesis import HealthCheck, given, settings
+
+    reader = next(one for one in READERS if one.name == given_.reader)
+    outcomes: Counter[str] = Counter()
+    slowest, calls = 0.0, 0
+
+    def write(found: str | None) -> None:
+        told = {"outcomes": outcomes, "slowest": round(slowest, 3), "found": found}
+        given_.out.write_text(json.dumps(told))
+
+    @settings(database=None, deadline=None, suppress_health_check=list(HealthCheck))
+    @given(reader.inputs)
+    def every(value: Any) -> None:
+        nonlocal slowest
+        started = time.perf_counter()
+        try:
+            outcomes[reader.check(value)] += 1
+        except Exception as error:
+            write(f"{type(error).__name__}: {error}\n{value!r}"[:5000])
+            raise
+        slowest = max(slowest, time.perf_counter() - started)
+
+    tries: Any = every
+
+    def one(data: bytes) -> None:
+        nonlocal calls
+        calls += 1
+        tries.hypothesis.fuzz_one_input(data)
+        if calls % _WRITE_EVERY == 0 or calls >= given_.examples:
+            write(None)
+
+    limits = (f"-runs={given_.examples}", f"-seed={given_.seed}", f"-timeout={HANG}")
+    # Large enough for what the strategies draw from.
+    atheris.Setup([sys.argv[0], *limits, "-max_len=65536", "-len_control=0"], one)
+    atheris.Fuzz()
+
+
+if __name__ == "__main__":
+    main()
