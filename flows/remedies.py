@@ -93,7 +93,7 @@ class Remedies:
         lines = {*self.found.heads, *(entry.line for entry in self.found.entries.values())}
         for line in sorted(lines):
             try:
-                data = self.image.ask(lambda shown, at=line: shown.copy_of(at, digest))  # type: ignore[misc]
+                data = self.image.copy_of(line, digest)
             except Unavailable:
                 return
             if data is not None:
@@ -223,15 +223,19 @@ def _weights(
             return None
         merged = WeightsRef("merged", record.patch)
         return spec, merged if name == "merged" else WeightsRef("base"), None
-    number = each.number if record is None else record.members[each.task].version
-    task = head.tasks[each.task]
+    member = None if record is None else record.members.get(each.task)
+    task = head.tasks.get(each.task)
+    number = each.number if member is None else member.version
+    if task is None or number not in task.versions:
+        return None
     model = task.versions[number]
     ref = model.model
     if name == "merged":
-        assert record is not None, "only a version holds the evaluation of a merged model"
+        if record is None:
+            return None
         weights = WeightsRef("merged", record.patch)
     elif name == "grafted":
-        delta = model.delta if record is None else record.members[each.task].delta
+        delta = model.delta if member is None else member.delta
         weights = WeightsRef("grafted", str(delta))
     elif name == "finetuned":
         weights = WeightsRef("finetuned", ref.weights, ref.uri)

@@ -289,7 +289,7 @@ class _Mender:
         longest = max((entry.sequence for entry in ends), default=0)
         last = [entry for entry in ends if entry.sequence == longest]
         try:
-            shown = self.image.ask(lambda image: image.acts_shown(line))
+            shown = self.image.acts_shown(line)
         except Unavailable:
             shown = {}
         if len(last) > 1:

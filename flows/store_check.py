@@ -89,16 +89,23 @@ class Image:
         self.catalog = catalog
         self.away: Unavailable | None = None
 
-    def ask(self, question: Callable[[Catalog], Answer]) -> Answer:
-        """The answer to a question.
+    def acts_shown(self, line: str) -> dict[str, str]:
+        """The acts that it shows; each of these raises Unavailable where MLflow is away."""
+        return self._ask(lambda: self.catalog.acts_shown(line))
 
-        Raises:
-            Unavailable: MLflow is away, or was when it was asked before.
-        """
+    def copy_of(self, line: str, digest: str) -> bytes | None:
+        """What it has kept of an act or a record."""
+        return self._ask(lambda: self.catalog.copy_of(line, digest))
+
+    def differences(self, ledger: Ledger) -> tuple[str, ...]:
+        """What it shows otherwise than the line is."""
+        return self._ask(lambda: self.catalog.differences(ledger))
+
+    def _ask(self, question: Callable[[], Answer]) -> Answer:
         if self.away is not None:
             raise self.away
         try:
-            return question(self.catalog)
+            return question()
         except Unavailable as error:
             self.away = error
             raise
@@ -237,7 +244,7 @@ class Checker:
         wrong = {}
         for line in {*found.heads, *(entry.line for entry in found.entries.values())}:
             with suppress(Unavailable):
-                for digest in self.image.ask(lambda shown, line=line: shown.acts_shown(line)):  # type: ignore[misc]
+                for digest in self.image.acts_shown(line):
                     if digest not in found.entries:
                         wrong[f"audit/{digest}"] = "it is missing, and MLflow shows it"
         return {name: text for name, text in wrong.items() if name not in found.damaged}
@@ -248,7 +255,7 @@ class Checker:
         for line in sorted(found.heads):
             try:
                 ledger = Ledger(self.objects, line)
-                wrong = self.image.ask(lambda shown, ledger=ledger: shown.differences(ledger))  # type: ignore[misc]
+                wrong = self.image.differences(ledger)
             except Unavailable as error:
                 result.notes.append(f"MLflow is not compared with line {line}: {error.what}")
                 continue

@@ -69,13 +69,17 @@ def verify_all(line: str | None, *, deep: bool, repair: bool) -> WholeVerificati
             found=f"an empty store in {space.home.root}",
             hint="make a line with `restitch init FILE`, or set RESTITCH_HOME",
         )
-    return WholeVerification(tuple(_verified(name) for name in names), store)
+    return WholeVerification(tuple(_verified(name, store) for name in names), store)
 
 
-def _verified(line: str) -> Verification:
+def _verified(line: str, store: StoreCheck | None) -> Verification:
+    found = Verification(line)
+    for each in () if store is None else store.damaged:
+        if each.object == f"lines/{line}/head.json" and not each.mended:
+            found.damaged("the head", each.problem)
+            return found
     try:
         return verify(line)
     except Damage as error:  # not even its head can be read
-        found = Verification(line)
         found.damaged("the head", error)
         return found

@@ -82,7 +82,7 @@ def _source(value: str, folder: Path, what: str) -> str:
     if is_there(path, what):
         return str(path.resolve())
     if "://" in value or value.startswith(("models:/", "runs:/", "mlflow-artifacts:/")):
-        return value
+        return value.rstrip("/")
     if is_hub_id(value):
         return value
     raise BadInput(

@@ -33,11 +33,10 @@ def test_logs_databases_and_records_hold_none_of_them(stack: Stack) -> None:
         stack.process("doctor", code=None),
     ]
     # A worker that fails, and deliveries with the right secret in the wrong places.
-    run = stack.prefect.create_run(
-        stack.prefect.deployment("onboard/restitch")["id"],  # type: ignore[index]
-        {"line": "demo", "task": "nothing", "version": 9},
-        "fails",
-    )
+    deployment = stack.prefect.deployment("onboard/restitch")
+    assert deployment is not None
+    nothing = {"line": "demo", "task": "nothing", "version": 9}
+    run = stack.prefect.create_run(deployment["id"], nothing, "fails")
     assert stack.finished(str(run["id"]))["state_type"] == "FAILED"
     own = (home / "secrets" / "webhook-secret").read_text()
     for header in ("X-MLflow-Signature", "Authorization", "X-MLflow-Delivery-Id"):

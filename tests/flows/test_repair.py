@@ -142,7 +142,7 @@ def test_the_head_is_made_again_from_its_acts(copy: Shell) -> None:
         lambda f: f.write_text(lie),
     ):
         damage(file)
-        assert "lines/demo/head.json" in damaged(copy.json("verify", "--deep", code=7))
+        assert "lines/demo/head.json" in damaged(copy.json("verify", "demo", "--deep", code=7))
         assert copy.json("verify", "--repair")["intact"]
         again = json.loads(file.read_bytes())
         assert {**again, "generation": 0} == {**whole, "generation": 0}

@@ -150,7 +150,9 @@ def test_a_whole_line_lives_on_models_in_a_bucket(
     ):
         patched.setenv("AWS_ENDPOINT_URL", faults.url)
         patched.setattr(s3_calls, "_FIRST_WAIT", 0.002)
-        shell("init", world.line(tmp_path / "line.yaml", base=base))
+        line = world.line(tmp_path / "line.yaml", base=f"{base}/")
+        shell("init", line)
+        assert shell.json("init", line)["changes"] == []
         for name in SKILLS:
             address = upload(s3_client, s3_bucket, world.model(name), f"{tmp_path.name}/{name}")
             task = ("--task", world.task(name), "--model", f"{address}/")
