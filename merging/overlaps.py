@@ -1,0 +1,76 @@
+"""What becomes of a coordinate that several members keep: the rules, on plain arrays.
+
+A rule sees the base's weights at some shared coordinates and, member by member in their order,
+how far each owner is from them; it returns the merged weights. All is float64 and elementwise,
+so a weight does not depend on what else is settled with it, nor on how a tensor is cut.
+`mean` (the paper's) needs no base and is done where models are stitched.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one member wants at the shared coordinates that it keeps.
+
+    Attributes:
+        places: which of the shared coordinates, each once.
+        deviations: the finetuned value minus the base's, one per place.
+        weights: what the member's wish is worth there, all positive; equal where it is not known.
+    """
+
+    places: NDArray[np.int64]
+    deviations: Floats
+    weights: Floats
+
+
+Rule = Callable[[Floats, Sequence[Claim]], Floats]
+
+
+def sum_of_owners(before: Floats, claims: Sequence[Claim]) -> Floats:
+    """The base and all deviations: task arithmetic with coefficient 1, where members meet."""
+    return before + _totals(len(before), claims)
+
+
+def weighted_mean(before: Floats, claims: Sequence[Claim]) -> Floats:
+    """The mean of the owners by their weights."""
+    above, below = np.zeros(len(before)), np.zeros(len(before))
+    for claim in claims:
+        above[claim.places] += claim.weights * claim.deviations
+        below[claim.places] += claim.weights
+    return before + above / below
+
+
+def elected(before: Floats, claims: Sequence[Claim]) -> Floats:
+    """TIES: the sign of the sum is elected, and the owners that agree with it have their mean."""
+    sign = np.sign(_totals(len(before), claims))
+    agreeing, count = np.zeros(len(before)), np.zeros(len(before))
+    for claim in claims:
+        agrees = np.sign(claim.deviations) == sign[claim.places]
+        places = claim.places[agrees]
+        agreeing[places] += claim.deviations[agrees]
+        count[places] += 1
+    # Nobody agrees where the sum is zero and no owner stayed at the base: it stays there.
+    return before + agreeing / np.maximum(count, 1)
+
+
+def _totals(shared: int, claims: Sequence[Claim]) -> Floats:
+    totals = np.zeros(shared)
+    for claim in claims:
+        totals[claim.places] += claim.deviations
+    return totals
+
+
+RULES: Mapping[str, Rule] = {
+    "sum": sum_of_owners,
+    "weighted": weighted_mean,
+    "elect": elected,
+}
