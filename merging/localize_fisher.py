@@ -31,6 +31,7 @@ VERSION = 1
 # What every coordinate has at least, as a share of the mean: without it, one that no row of the
 # calibration data touches could not be ranked by its difference.
 _FLOOR = 1e-6
+_SMALLEST, _LARGEST = 1e-30, 1e30  # of a factor, so that it is positive and finite in float32
 
 Batch = TypeVar("Batch")
 Floats = NDArray[np.float64]
@@ -70,6 +71,14 @@ class Sensitivities:
         """Rows and columns whose products are the entries to that power."""
         rows, columns = self._factors[name]
         return rows**power, columns**power
+
+    def to_factors(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """What a sparse delta says of tensors: `SparseTensor.factors`, the entries themselves."""
+        found = {}
+        for name in names:
+            both = np.concatenate(self.factors(name, 1.0)).clip(_SMALLEST, _LARGEST)
+            found[name] = torch.from_numpy(both.astype(np.float32))
+        return found
 
     def spread(self, name: str, power: float, shape: torch.Size) -> Tensor:
         """All entries of a tensor to that power, in float64 and in its shape."""

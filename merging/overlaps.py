@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from merging.errors import BadInput
+
 Floats = NDArray[np.float64]
 
 MEAN = "mean"
@@ -42,11 +44,39 @@ def sum_of_owners(before: Floats, claims: Sequence[Claim]) -> Floats:
 
 def weighted_mean(before: Floats, claims: Sequence[Claim]) -> Floats:
     """The mean of the owners by their weights."""
-    above, below = np.zeros(len(before)), np.zeros(len(before))
-    for claim in claims:
-        above[claim.places] += claim.weights * claim.deviations
-        below[claim.places] += claim.weights
-    return before + above / below
+    return before + _weighted(len(before), claims)
+
+
+def grown(growth: float) -> Rule:
+    """The weighted mean of the deviations, times the number of owners to the power `growth`.
+
+    With 0 it is the weighted mean; with 1 and equal weights it is the sum.
+
+    Args:
+        growth: a multiple of a quarter from 0 to 1, since roots of roots are rounded alike on
+            every machine, and other powers are not.
+    """
+    quarters = round(4 * growth)
+    if not 0 <= quarters <= 4 or quarters != 4 * growth:
+        raise BadInput(
+            "the growth on shared coordinates cannot be used",
+            expected="0, 0.25, 0.5, 0.75 or 1",
+            found=growth,
+            hint="correct method: settings: growth",
+        )
+
+    def rule(before: Floats, claims: Sequence[Claim]) -> Floats:
+        owners = np.zeros(len(before))
+        for claim in claims:
+            owners[claim.places] += 1
+        factor = owners if quarters == 4 else np.ones(len(before))
+        if quarters in (2, 3):
+            factor = np.sqrt(owners)
+        if quarters in (1, 3):
+            factor = factor * np.sqrt(np.sqrt(owners))
+        return before + factor * _weighted(len(before), claims)
+
+    return rule
 
 
 def elected(before: Floats, claims: Sequence[Claim]) -> Floats:
@@ -60,6 +90,14 @@ def elected(before: Floats, claims: Sequence[Claim]) -> Floats:
         count[places] += 1
     # Nobody agrees where the sum is zero and no owner stayed at the base: it stays there.
     return before + agreeing / np.maximum(count, 1)
+
+
+def _weighted(shared: int, claims: Sequence[Claim]) -> Floats:
+    above, below = np.zeros(shared), np.zeros(shared)
+    for claim in claims:
+        above[claim.places] += claim.weights * claim.deviations
+        below[claim.places] += claim.weights
+    return above / below
 
 
 def _totals(shared: int, claims: Sequence[Claim]) -> Floats:

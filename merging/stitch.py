@@ -44,16 +44,17 @@ class Member:
     delta: SparseFile
 
 
-def stitch(base: Checkpoint, members: Iterable[Member], overlap: str = "mean") -> Edits:
+def stitch(base: Checkpoint, members: Iterable[Member], overlap: str | Rule = MEAN) -> Edits:
     """The edits that make the merged model out of the base.
 
     Args:
         base: the base's checkpoint.
         members: the members in any order, each task once.
-        overlap: what becomes of shared coordinates, one of `OVERLAPS`; `mean` is the paper's.
+        overlap: what becomes of shared coordinates: one of `OVERLAPS`, of which `mean` is the
+            paper's, or a rule of a method's own.
     """
     ordered = sorted(members, key=lambda member: by_bytes(member.task))
-    if overlap not in OVERLAPS:
+    if isinstance(overlap, str) and overlap not in OVERLAPS:
         raise BadInput(
             "the rule for shared coordinates is unknown",
             expected=" or ".join(OVERLAPS),
@@ -64,7 +65,8 @@ def stitch(base: Checkpoint, members: Iterable[Member], overlap: str = "mean") -
         raise ValueError("a task is there twice")
     for member in ordered:
         _check(base, member)
-    return _Stitched(ordered, RULES.get(overlap)) if ordered else NoEdits()
+    rule = RULES.get(overlap) if isinstance(overlap, str) else overlap
+    return _Stitched(ordered, rule) if ordered else NoEdits()
 
 
 def write_patch(

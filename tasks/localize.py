@@ -5,25 +5,31 @@ published under a key stays, which is what makes a numeric localizer's result on
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from torch import Tensor
 
 from merging.checkpoint import Checkpoint
 from merging.digests import digest_json
 from merging.mask import Mask
 from merging.overwrite import take
-from merging.sparse import SparseTensor, write_sparse
+from merging.sparse import SparseInfo, SparseTensor, write_sparse
 from merging.task_vector import TaskVector
 from registry.head import ModelRef
 from registry.objects import KeyRecord
 from registry.sources import resolve_source
 from registry.specs import TaskSpec
+from tasks.density import Density
 from tasks.engine import Cached, step
 from tasks.localizers import localizer
 from tasks.models import aligned, device, open_base, open_model, unchanged
 from tasks.refs import DeltaRef, LineRef
 from tasks.reporting import working
 from tasks.workspace import made_by, workspace
+
+# What the record of a mask says about how it came about, where it says so.
+FOUND = ("calibrated_with", "calibration_rows", "budget", "recovery")
 
 
 @step("localize", "localize {task.task}")
@@ -32,6 +38,8 @@ def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cache
     space = workspace()
     base = open_base(line, space)
     found_by = localizer(line, task, base, model, space)
+    density = Density(line.spec.localize, task, base, model, space)
+    chosen_by = density.inputs()
     # What was resolved from names and globs is in the key, not the globs.
     key = digest_json(
         {
@@ -40,6 +48,7 @@ def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cache
             "family": [base.family.name, base.family.version],
             "localizable": list(base.names),
             "localizer": found_by.inputs(),
+            **({} if chosen_by is None else {"density": chosen_by}),
         }
     )
     record = space.objects.lookup("mask", key)
@@ -56,31 +65,47 @@ def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cache
             finetuned = aligned(base, folder)
             vector = TaskVector(base.checkpoint, finetuned, base.names)
             with working(f"localizing {task.task}") as progress:
-                mask = found_by.find(vector, scratch, progress)
-            info = write_sparse(
-                file,
-                _kept(finetuned, mask),
-                kind="delta",
-                metadata={"base": base.ref.weights, "finetuned": model.weights},
-            )
+                ranking = found_by.rank(vector, scratch, progress)
+
+            def write(mask: Mask) -> SparseInfo:
+                return write_sparse(
+                    file,
+                    _kept(finetuned, mask, ranking.factors),
+                    kind="delta",
+                    metadata={"base": base.ref.weights, "finetuned": model.weights},
+                )
+
+            mask = ranking.mask
+            choice: dict[str, Any] = {}
+            if mask is None:
+                assert ranking.scores is not None, "a ranking has scores or a mask"
+                mask, choice = density.choose(
+                    ranking.scores, finetuned, lambda some: write(some).bytes, scratch
+                )
+            info = write(mask)
         facts: dict[str, Any] = {
             "mask": mask.digest(),
             "kept": info.kept,
             "coordinates": vector.coordinates,
             "localizer": found_by.label,
             "seconds": round(time.perf_counter() - began, 3),
+            **ranking.facts(),
+            **choice,
         }
         blob = space.objects.put_blob(file, move=True)
     maker = made_by() | {"device": device().type}
     return _ref(space.objects.publish("mask", key, blob, maker, found_by.fingerprint, facts))
 
 
-def _kept(finetuned: Checkpoint, mask: Mask) -> Iterator[SparseTensor]:
+def _kept(
+    finetuned: Checkpoint, mask: Mask, factors: Mapping[str, Tensor]
+) -> Iterator[SparseTensor]:
     """The finetuned values at the mask's coordinates, tensor by tensor."""
     for name in mask.names:
         coordinates = mask.coordinates(name)
         values = take(finetuned.tensor(name).reshape(-1), coordinates.numpy())
-        yield SparseTensor(name, finetuned.info(name).shape, coordinates, values)
+        shape = finetuned.info(name).shape
+        yield SparseTensor(name, shape, coordinates, values, factors.get(name))
 
 
 def _ref(record: KeyRecord) -> DeltaRef:
@@ -94,4 +119,5 @@ def _ref(record: KeyRecord) -> DeltaRef:
         localizer=facts["localizer"],
         seconds=facts.get("seconds"),
         made_by=record.made_by,
+        found={name: facts[name] for name in FOUND if name in facts},
     )

@@ -1,6 +1,7 @@
 """What becomes of shared coordinates: by hand, against a slow reference, and what always holds."""
 
 import itertools
+import math
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +11,8 @@ from torch import Tensor
 
 from merging.checkpoint import Checkpoint
 from merging.edits import edited
+from merging.errors import BadInput
+from merging.methods import get_method
 from merging.rounding import round_once
 from merging.sparse import SparseFile, SparseTensor, write_sparse
 from merging.stitch import OVERLAPS, Member, stitch, write_patch
@@ -28,7 +31,7 @@ def delta(path: Path, values: dict[int, float], factors: list[float] | None = No
     return SparseFile.open(path)
 
 
-def slow(base: Checkpoint, members: list[Member], name: str, rule: str) -> Tensor:
+def slow(base: Checkpoint, members: list[Member], name: str, rule: str | float) -> Tensor:
     """The reference: coordinate by coordinate, in Python's own numbers."""
     ordered = sorted(members, key=lambda member: member.task.encode())
     flat = base.tensor(name).clone().view(-1)
@@ -54,16 +57,22 @@ def slow(base: Checkpoint, members: list[Member], name: str, rule: str) -> Tenso
             merged = owners[0][0]
         elif rule == "sum":
             merged = before + total(moves)
-        elif rule == "weighted":
+        elif rule == "weighted" or isinstance(rule, float):
             worths = [worth for _, worth in owners]
             pulls = [worth * move for worth, move in zip(worths, moves, strict=True)]
-            merged = before + total(pulls) / total(worths)
+            merged = before + growth(len(owners), rule) * (total(pulls) / total(worths))
         else:
             sign = np.sign(total(moves))
             agreeing = [move for move in moves if np.sign(move) == sign]
             merged = before + total(agreeing) / max(len(agreeing), 1)
         flat[at] = round_once(torch.tensor([merged], dtype=torch.float64), flat.dtype)[0]
     return flat.view(base.info(name).shape)
+
+
+def growth(owners: int, rule: str | float) -> float:
+    root = math.sqrt(owners)
+    powers = {0.25: math.sqrt(root), 0.5: root, 0.75: root * math.sqrt(root), 1.0: float(owners)}
+    return 1.0 if isinstance(rule, str) else powers.get(rule, 1.0)
 
 
 def total(values: list[float]) -> float:
@@ -113,17 +122,20 @@ def weighed(folder: Path, member: Member, seed: int) -> Member:
     return Member(member.task, SparseFile.open(path))
 
 
-@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("rule", [*RULES, 0.0, 0.25, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 def test_every_rule_is_that_of_the_slow_reference_however_the_tensor_is_cut(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str, dtype: torch.dtype
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str | float, dtype: torch.dtype
 ) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors(dtype=dtype))
     members = [tiny.member(tmp_path, base, task, i, density=0.6) for i, task in enumerate("wxyz")]
     members[1:] = [weighed(tmp_path, member, i) for i, member in enumerate(members[1:])]
     for block in (1 << 19, 7):
         monkeypatch.setattr("merging.stitch._BLOCK", block)
-        edits = stitch(base, members, rule)
+        if isinstance(rule, str):
+            edits = stitch(base, members, rule)
+        else:
+            edits = get_method("restitch")(base, members, growth=rule)
         for name in base.names:
             assert torch.equal(edited(base, edits, name), slow(base, members, name, rule))
 
@@ -165,3 +177,25 @@ def test_members_without_factors_are_worth_the_same(tmp_path: Path) -> None:
     mean, weighted = (stitch(base, members, rule) for rule in ("mean", "weighted"))
     for name in mean.names:
         assert torch.equal(edited(base, mean, name), edited(base, weighted, name))
+
+
+def test_growth_goes_from_the_mean_to_the_sum(tmp_path: Path) -> None:
+    base = tiny.save(tmp_path, {"w": torch.ones(2, 4)})
+    members = [
+        Member(t, delta(tmp_path / t, {3: v}))
+        for t, v in zip("abcd", (3.0, 5.0, 1.0, 9.0), strict=True)
+    ]
+    found = []
+    for growth in (0.0, 0.25, 0.5, 0.75, 1.0):
+        edits = get_method("restitch")(base, members, growth=growth)
+        found.append(float(edited(base, edits, "w")[0, 3]))
+    # The owners move by 2, 4, 0 and 8: 3.5 on average, 14 together.
+    expected = [1 + 3.5 * 4**growth for growth in (0.0, 0.25, 0.5, 0.75, 1.0)]
+    assert found == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_growth_that_machines_round_differently_is_refused(tmp_path: Path) -> None:
+    base = tiny.save(tmp_path, {"w": torch.ones(2, 4)})
+    for growth in (0.3, -0.25, 1.25):
+        with pytest.raises(BadInput, match="growth"):
+            get_method("restitch")(base, [], growth=growth)
