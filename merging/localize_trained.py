@@ -2,7 +2,8 @@
 
 The loss is taken at W0 + sigmoid(S) * tau, its gradient by S is grad_W * tau * sigmoid(S)
 (1 - sigmoid(S)), and the mask is S > 0. The presets `paper` and `official` are the
-settings of the paper and of its authors' code, and end with whatever density comes out.
+settings of the paper and of its authors' code, `grafting` is the localizer that the paper
+compares with (`merging.localize_grafting`); they end with whatever density comes out.
 `budget` keeps exactly k coordinates: the loss is taken at the hard mask of the k largest
 scores. Weights are computed from the checkpoints each time, never added back and forth,
 and are the base's again afterwards. The same rows, seed and `fingerprint` give the same
@@ -24,16 +25,17 @@ from torch import Tensor
 from merging.errors import BadInput, CannotJoin
 from merging.live_weights import LiveWeights
 from merging.localize_dataless import kept_count
+from merging.localize_grafting import graft
 from merging.mask import Mask
 from merging.progress import Progress, ignore
-from merging.score_tensors import check_finite, step_unit, threshold_of
+from merging.score_tensors import check_finite, slope, step_unit, threshold_of
 from merging.score_tensors import fingerprint as fingerprint
 from merging.task_vector import TaskVector
 from merging.top_k import TensorScores, top_k
 
 NAME = "trained"
 VERSION = 1
-PRESETS = ("budget", "official", "paper")
+PRESETS = ("budget", "grafting", "official", "paper")
 
 Batch = TypeVar("Batch")
 
@@ -44,12 +46,13 @@ class TrainedSettings:
 
     Attributes:
         preset: one of `PRESETS`.
-        density: what `budget` keeps; the other presets end with their own density.
+        density: what `budget` keeps, and where `grafting` begins; the presets other than
+            `budget` end with their own density.
         epochs: how often the rows are gone through.
         seed: of the order of the rows.
         batch_size: rows per batch.
-        learning_rate: of S in `paper` and `official`; in `budget` how far scores move in all
-            passes together, in units of the k-th largest.
+        learning_rate: of S; in `budget` how far scores move in all passes together, in units
+            of the k-th largest.
         penalty: lambda in `paper`, l1 in `official`; not used by `budget`.
         start: S at the beginning on the coordinates of the largest differences.
         start_elsewhere: S at the beginning on all other coordinates.
@@ -115,6 +118,7 @@ class TrainedSettings:
 
 _PRESET_SETTINGS: dict[str, dict[str, Any]] = {
     "budget": {"batch_size": 16, "learning_rate": 0.3},
+    "grafting": {"batch_size": 16, "learning_rate": 1e7, "start": -5.0},
     "official": {
         "batch_size": 8,
         "learning_rate": 1e7,
@@ -206,7 +210,7 @@ def localize_trained(
             scores = _budget(live, course)
             mask = top_k(scores, kept_count(settings.density, live.coordinates), scratch=scratch)
         else:
-            train = {"official": _official, "paper": _paper}[settings.preset]
+            train = {"grafting": graft, "official": _official, "paper": _paper}[settings.preset]
             mask = train(live, course, scratch)
     return TrainedResult(
         mask, mask.total / max(1, live.coordinates), course.steps, tuple(course.history), scores
@@ -275,8 +279,7 @@ def _paper(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> Mas
             losses.append(course.backward(batch))
             for part in live.parts:
                 score = scores[part.name]
-                slope = _slope(score)
-                pull = part.pull(live.buffer(part)).add_(settings.penalty).mul_(slope)
+                pull = part.pull(live.buffer(part)).add_(settings.penalty).mul_(slope(score))
                 score.sub_(pull, alpha=settings.learning_rate)
             live.clear_gradients()
             course.steps += 1
@@ -293,9 +296,10 @@ def _official(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> 
         losses = [course.backward(batch) for batch in course.batches()]
         for part in live.parts:
             score = scores[part.name]
-            slope = _slope(score)
-            push = torch.sign(score).mul_(slope).mul_(settings.penalty)
-            score.sub_(part.pull(live.buffer(part)).mul_(slope), alpha=settings.learning_rate)
+            steepness = slope(score)
+            push = torch.sign(score).mul_(steepness).mul_(settings.penalty)
+            pull = part.pull(live.buffer(part)).mul_(steepness)
+            score.sub_(pull, alpha=settings.learning_rate)
             score.add_(push)
         live.clear_gradients()
         course.steps += 1
@@ -367,12 +371,6 @@ def _interpolate(live: LiveWeights, scores: Mapping[str, Tensor]) -> None:
     for part in live.parts:
         gate = torch.sigmoid(scores[part.name])
         part.live.copy_(part.difference(live.buffer(part)).mul_(gate).add_(part.base))
-
-
-def _slope(score: Tensor) -> Tensor:
-    """The derivative of the sigmoid."""
-    gate = torch.sigmoid(score)
-    return gate.mul_(1 - gate)
 
 
 def _count(scores: Mapping[str, Tensor], threshold: float) -> int:

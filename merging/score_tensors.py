@@ -26,6 +26,12 @@ def fingerprint(device: torch.device | str = "cpu") -> dict[str, Any]:
     }
 
 
+def slope(score: Tensor) -> Tensor:
+    """The derivative of the sigmoid."""
+    gate = torch.sigmoid(score)
+    return gate.mul_(1 - gate)
+
+
 def threshold_of(scores: Iterable[Tensor], kept: int, coordinates: int) -> float:
     """A value that about `kept` scores are above; exactly so many in a small model without ties.
 

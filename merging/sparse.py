@@ -31,6 +31,8 @@ from merging.errors import BadInput, Damage
 from merging.header import DTYPE_NAMES, DTYPES, count_elements, write_header
 from merging.mask import Mask
 from merging.overwrite import put
+from merging.pieces import Cursor as Cursor
+from merging.pieces import Piece as Piece
 from merging.positions import decode_blocks, encode, encoded_size
 
 FORMATS = ("1", "2")
@@ -39,12 +41,7 @@ KINDS = ("delta", "patch")
 _RESERVED = "restitch."
 _POSITIONS = "positions"
 _FACTORS = "factors"
-_NOWHERE = np.empty(0, dtype=np.int64)
 _RESTORE = "restore the file from a copy, or make it again"
-
-
-# Coordinates, counted from the beginning of a range, and their values.
-Piece = tuple[NDArray[np.int64], Tensor]
 
 
 @dataclass(frozen=True)
@@ -327,35 +324,6 @@ class SparseFile:
     def cursor(self, name: str) -> "Cursor":
         """The kept coordinates and values of a tensor, to be taken range by range."""
         return Cursor(self.coordinate_blocks(name), self.values(name))
-
-
-class Cursor:
-    """Goes through the coordinates and values of a tensor, one range after the other."""
-
-    def __init__(self, blocks: Iterator[NDArray[np.int64]], values: Tensor) -> None:
-        self._blocks = blocks
-        self._values = values
-        self._next = next(blocks, _NOWHERE)
-        self._start = 0
-        self._done = 0
-
-    def take(self, count: int) -> list[Piece]:
-        """What lies in the next `count` elements, counted from the first of them."""
-        pieces = []
-        stop = self._start + count
-        while len(self._next):
-            whole = bool(self._next[-1] < stop)
-            cut = len(self._next) if whole else int(np.searchsorted(self._next, stop))
-            values = self._values[self._done : self._done + cut]
-            coordinates = self._next[:cut]
-            coordinates -= self._start  # in place: a block is nobody else's
-            pieces.append((coordinates, values))
-            self._done += cut
-            self._next = next(self._blocks, _NOWHERE) if whole else self._next[cut:]
-            if not whole:
-                break
-        self._start = stop
-        return pieces
 
 
 def _damage(path: Path, found: str) -> Damage:

@@ -58,7 +58,7 @@ class LocalizeSpec(Spec):
     density: Density = Field(
         default_factory=lambda earlier: DEFAULT_DENSITY[earlier.get("mode", "dataless")]
     )
-    preset: Literal["budget", "paper", "official"] = "budget"
+    preset: Literal["budget", "grafting", "paper", "official"] = "budget"
     shots: Annotated[int, Field(ge=1)] = 64
     epochs: Annotated[int, Field(ge=1)] = Field(
         default_factory=lambda earlier: DEFAULT_EPOCHS.get(earlier.get("mode", "dataless"), 10)
