@@ -31,7 +31,7 @@ VERSION = 1
 # What every coordinate has at least, as a share of the mean: without it, one that no row of the
 # calibration data touches could not be ranked by its difference.
 _FLOOR = 1e-6
-_SMALLEST, _LARGEST = 1e-30, 1e30  # of a factor, so that it is positive and finite in float32
+_SMALLEST, _LARGEST = 1e-30, 1e30  # of a factor, so that it is positive and finite in bfloat16
 
 Batch = TypeVar("Batch")
 Floats = NDArray[np.float64]
@@ -77,7 +77,7 @@ class Sensitivities:
         found = {}
         for name in names:
             both = np.concatenate(self.factors(name, 1.0)).clip(_SMALLEST, _LARGEST)
-            found[name] = torch.from_numpy(both.astype(np.float32))
+            found[name] = torch.from_numpy(both).to(torch.bfloat16)
         return found
 
     def spread(self, name: str, power: float, shape: torch.Size) -> Tensor:

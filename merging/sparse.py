@@ -41,6 +41,7 @@ KINDS = ("delta", "patch")
 _RESERVED = "restitch."
 _POSITIONS = "positions"
 _FACTORS = "factors"
+_FACTOR_DTYPE = torch.bfloat16  # weights of a mean: nobody needs their ninth bit
 _RESTORE = "restore the file from a copy, or make it again"
 
 
@@ -49,7 +50,7 @@ class SparseTensor:
     """One tensor to write: its shape, and the coordinates kept with their values.
 
     Attributes:
-        factors: float32, positive: one per row and then one per column, where a row is all that
+        factors: bfloat16, positive: one per row and then one per column, where a row is all that
             shares the first index; what a coordinate is worth is the product of its two.
     """
 
@@ -150,9 +151,9 @@ def write_sparse(
         sections = [(f"values.{name}", DTYPES[name], (kept[name],)) for name in dtypes]
         order = [*dtypes, _POSITIONS]
         if any(weighed):
-            place = sum(DTYPES[name].itemsize >= torch.float32.itemsize for name in dtypes)
-            count = spools[_FACTORS].tell() // torch.float32.itemsize
-            sections.insert(place, (_FACTORS, torch.float32, (count,)))
+            place = sum(DTYPES[name].itemsize >= _FACTOR_DTYPE.itemsize for name in dtypes)
+            count = spools[_FACTORS].tell() // _FACTOR_DTYPE.itemsize
+            sections.insert(place, (_FACTORS, _FACTOR_DTYPE, (count,)))
             order.insert(place, _FACTORS)
         positions = spools[_POSITIONS].tell() if table else 0
         sections.append((_POSITIONS, torch.uint8, (positions,)))
@@ -170,7 +171,7 @@ def write_sparse(
 def _factor_bytes(tensor: SparseTensor) -> Any:
     factors = tensor.factors
     assert factors is not None
-    fits = factors.dtype == torch.float32 and factors.numel() == sum(rows_and_columns(tensor.shape))
+    fits = factors.dtype == _FACTOR_DTYPE and factors.numel() == sum(rows_and_columns(tensor.shape))
     if not fits or not _are_weights(factors):
         raise ValueError(f"{tensor.name!r} has factors that do not fit it")
     return factors.contiguous().view(torch.uint8).numpy().data
@@ -384,7 +385,7 @@ def _check_sections(
         need[_POSITIONS] = (torch.uint8, parts[name].positions.stop)
         need[f"values.{DTYPE_NAMES[info.dtype]}"] = (info.dtype, parts[name].values.stop)
         if with_factors:
-            need[_FACTORS] = (torch.float32, parts[name].factors.stop)
+            need[_FACTORS] = (_FACTOR_DTYPE, parts[name].factors.stop)
     found = {name: (section.dtype, section.numel()) for name, section in sections.items()}
     if found != need:
         raise ValueError(f"sections {found} where the table needs {need}")

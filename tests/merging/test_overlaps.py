@@ -25,7 +25,7 @@ def delta(path: Path, values: dict[int, float], factors: list[float] | None = No
     """A delta on a tensor of 2 x 4."""
     coordinates = torch.tensor(sorted(values))
     kept = torch.tensor([values[int(c)] for c in coordinates])
-    weights = None if factors is None else torch.tensor(factors, dtype=torch.float32)
+    weights = None if factors is None else torch.tensor(factors, dtype=torch.bfloat16)
     tensor = SparseTensor("w", (2, 4), coordinates, kept, weights)
     write_sparse(path, [tensor], kind="delta", metadata={})
     return SparseFile.open(path)
@@ -114,7 +114,7 @@ def weighed(folder: Path, member: Member, seed: int) -> Member:
     for name in member.delta.names:
         info = member.delta.info(name)
         count = info.shape[0] + info.numel // info.shape[0]
-        factors = torch.rand(count, generator=generator) + 0.01
+        factors = (torch.rand(count, generator=generator) + 0.01).bfloat16()
         values, coordinates = member.delta.values(name), member.delta.coordinates(name)
         tensors.append(SparseTensor(name, info.shape, coordinates, values, factors))
     path = folder / f"{member.task}.weighed"

@@ -38,7 +38,7 @@ def test_the_bytes_of_format_1_are_these(tmp_path: Path) -> None:
 
 
 def weighed(tensor: SparseTensor, *factors: float) -> SparseTensor:
-    return replace(tensor, factors=torch.tensor(factors, dtype=torch.float32))
+    return replace(tensor, factors=torch.tensor(factors, dtype=torch.bfloat16))
 
 
 WEIGHED = [weighed(ONE, 1, 2, 3, 4, 1, 1, 1, 1, 0.5), NONE, weighed(TWO, 8, 1)]
@@ -48,17 +48,16 @@ def test_the_bytes_of_format_2_are_these(tmp_path: Path) -> None:
     write_sparse(tmp_path / "x", WEIGHED, kind="delta", metadata={})
     golden = (
         b"\x80\x01\x00\x00\x00\x00\x00\x00"
-        b'{"__metadata__":{"restitch.format":"2","restitch.kind":"delta","restit'
-        b'ch.tensors":"[\\"F32 4x5 3 e2 a b\\",\\"BF16  1 w \xc3\xa9\\"]"},"values.F32":{"'
-        b'dtype":"F32","shape":[3],"data_offsets":[0,12]},"factors":{"dtype":"F3'
-        b'2","shape":[11],"data_offsets":[12,56]},"values.BF16":{"dtype":"BF16",'
-        b'"shape":[1],"data_offsets":[56,58]},"positions":{"dtype":"U8","shape":'
-        b'[2],"data_offsets":[58,60]}}      '
+        b'{"__metadata__":{"restitch.format":"2","restitch.kind":"delta"'
+        b',"restitch.tensors":"[\\"F32 4x5 3 e2 a b\\",\\"BF16  1 w \xc3\xa9\\"]"}'
+        b',"values.F32":{"dtype":"F32","shape":[3],"data_offsets":[0,12]'
+        b'},"values.BF16":{"dtype":"BF16","shape":[1],"data_offsets":[12'
+        b',14]},"factors":{"dtype":"BF16","shape":[11],"data_offsets":[1'
+        b'4,36]},"positions":{"dtype":"U8","shape":[2],"data_offsets":[3'
+        b"6,38]}}     "
         b"\x00\x00\x80?\x00\x00 \xc0\x00\x00\x00\x00"  # values.F32
-        b"\x00\x00\x80?\x00\x00\x00@\x00\x00@@\x00\x00\x80@"  # factors: the rows of the first
-        b"\x00\x00\x80?\x00\x00\x80?\x00\x00\x80?\x00\x00\x80?\x00\x00\x00?"  # its columns
-        b"\x00\x00\x00A\x00\x00\x80?"  # the second, which has no dimension
         b"\xe0@"  # values.BF16
+        b"\x80?\x00@@@\x80@\x80?\x80?\x80?\x80?\x00?\x00A\x80?"  # factors
         b"<C"  # positions
     )
     assert (tmp_path / "x").read_bytes() == golden
@@ -79,8 +78,8 @@ def test_factors_are_read_as_they_were_written(tmp_path: Path) -> None:
 def test_factors_that_are_no_positive_numbers_are_damage(tmp_path: Path) -> None:
     write_sparse(tmp_path / "x", WEIGHED, kind="delta", metadata={})
     good = (tmp_path / "x").read_bytes()
-    for bad in (b"\x00\x00\x00\x00", b"\x00\x00\x80\xbf", b"\x00\x00\xc0\x7f", b"\x00\x00\x80\x7f"):
-        (tmp_path / "x").write_bytes(good.replace(b"\x00\x00@@", bad))
+    for bad in (b"\x00\x00", b"\x80\xbf", b"\xc0\x7f", b"\x80\x7f"):  # 0, -1, NaN, infinity
+        (tmp_path / "x").write_bytes(good.replace(b"\x00@@@", b"\x00@" + bad))
         with pytest.raises(Damage, match="a b"):
             SparseFile.open(tmp_path / "x").factors("a b")
 
