@@ -187,19 +187,25 @@ def test_a_budget_that_is_no_limit_changes_nothing_of_the_delta(
     assert len(deltas) == 1
 
 
-@pytest.mark.parametrize("overlap", ["sum", "weighted", "elect"])
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("localize-and-stitch", {"overlap": "weighted"}),
+        ("localize-and-stitch", {"overlap": "elect"}),
+        ("restitch", {"growth": 0.75}),
+    ],
+)
 def test_every_rule_for_shared_coordinates_goes_all_the_way(
-    world: World, shell: Shell, tmp_path: Path, overlap: str
+    world: World, shell: Shell, tmp_path: Path, name: str, settings: dict[str, Any]
 ) -> None:
-    method = {"name": "localize-and-stitch", "settings": {"overlap": overlap}}
+    chosen = {"name": name, "settings": settings if name != "restitch" else {}}
     localize = {"mode": "fisher", "density": 0.3}
-    shell(
-        "init", world.line(tmp_path / "line.yaml", retention=None, method=method, localize=localize)
-    )
+    file = world.line(tmp_path / "line.yaml", retention=None, method=chosen, localize=localize)
+    shell("init", file)
     for number, skill in enumerate(("colour", "number")):
         task = with_splits(world, tmp_path / skill, skill)
         files = ("--task", task, "--model", world.model(skill))
         record = shell.json("register", "demo", *files)["merged"]["record"]
         assert len(record["members"]) == number + 1
-    assert record["recipe"]["method"]["settings"] == {"overlap": overlap}
+    assert record["recipe"]["method"] == {"name": name, "version": 1, "settings": settings}
     shell("verify", "demo")  # every version rebuilt, byte for byte
