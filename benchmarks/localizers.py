@@ -27,6 +27,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.localizers_tables import tables
@@ -42,7 +43,7 @@ from merging.overwrite import take
 from merging.sparse import SparseFile, SparseTensor, write_sparse
 from merging.stitch import Member
 from merging.task_vector import TaskVector
-from merging.top_k import Scores, top_k
+from merging.top_k import Scores, TensorScores, top_k
 from modeling.data import DataSpec, TaskData
 from modeling.evaluation import evaluate
 from modeling.family import Batch, get_family
@@ -149,6 +150,11 @@ class Task:
         started = time.perf_counter()
         if mode == "dataless":
             return Ranked(self.vector, {}, 0.0)
+        if mode == "random":
+            draw = torch.Generator().manual_seed(seed)
+            sizes = {name: self.vector.numel(name) for name in self.vector.names}
+            drawn = {name: torch.rand(size, generator=draw) for name, size in sizes.items()}
+            return Ranked(TensorScores(drawn), {}, 0.0)
         rows, batch = self.calibration(seed)
         live = self.world.live
         if mode == "fisher":
@@ -198,7 +204,7 @@ def frontier(world: World, kept: Kept, seeds: Sequence[int], modes: Sequence[str
     for seed, task, mode in product(seeds, world.tasks.values(), modes):
         kept.get((task.name, "finetuned"), partial(world.finetuned, task, "test"))
         missing = [d for d in DENSITIES if (task.name, mode, d, seed) not in kept]
-        if not missing or (mode == "dataless" and seed != seeds[0]):
+        if not missing or (mode in ("random", "dataless") and seed != seeds[0]):
             continue
         found = task.rank(mode, seed)
         kept.get((task.name, mode, "seconds", seed), partial(float, found.seconds))
@@ -220,7 +226,7 @@ def merged(
     """Normalized accuracy by density, mask and rule; the deltas are those of `frontier`."""
     for seed, split, mode, density in product(seeds, splits, modes, densities):
         files = {
-            name: _delta(world, task, mode, density, 0 if mode == "dataless" else seed)
+            name: _delta(world, task, mode, density, 0 if mode in ("random", "dataless") else seed)
             for name, task in world.tasks.items()
         }
         if not all(path.exists() for path in files.values()):
@@ -328,7 +334,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--part", required=True, choices=("frontier", "official", "merged", "storage", "tables")
     )
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--modes", default="dataless,fisher,distilled")
+    parser.add_argument("--modes", default="random,dataless,fisher,distilled")
     parser.add_argument("--densities", default=",".join(map(str, MERGED)), help="of merged")
     parser.add_argument("--splits", default="validation,test", help="of merged")
     options = parser.parse_args(arguments)

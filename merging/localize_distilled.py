@@ -133,7 +133,7 @@ def _targets(
     logits: Callable[[Batch], Tensor],
     report: "_Counted",
 ) -> Tensor:
-    """The finetuned model's log-probabilities of the classes, row by row."""
+    """What the finetuned model says of each row, with all that masks can hold of it."""
     live.interpolate(1.0)
     found = []
     for start in range(0, rows, _TARGET_ROWS):

@@ -28,7 +28,7 @@ from modeling.weights import apply_edits, restore
 from registry.head import ModelRef
 from registry.localize_spec import DEFAULT_DENSITY, LocalizeSpec
 from registry.specs import TaskSpec
-from tasks.inputs import head_inputs, task_data, task_head, verified_data
+from tasks.inputs import head_inputs, task_head, train_has_labels, verified_data
 from tasks.models import Base, live_base
 from tasks.refs import WeightsRef
 from tasks.reporting import say, warn, working
@@ -88,7 +88,10 @@ class Density:
         self.base = base
         self.model = model
         self.space = space
-        self.is_measured = choice.density == "auto" and _has_validation(task, base)
+        given = task.data is not None and task.data.validation is not None
+        self.is_measured = choice.density == "auto" and (
+            given or train_has_labels(task, base.family)
+        )
         if choice.density == "auto" and not self.is_measured:
             warn(
                 f"{task.task} has no validation rows to choose a density by: "
@@ -236,11 +239,3 @@ def _look(kept: int, coordinates: int, found: Evaluation, wanted: Evaluation) ->
     low, high = (None, None) if spread is None else spread
     recovered = found.value / wanted.value if wanted.value else 1.0
     return Look(kept, kept / coordinates, found.value, recovered, low, high)
-
-
-def _has_validation(task: TaskSpec, base: Base) -> bool:
-    if task.data is None or not (task.data.validation or task.data.train):
-        return False
-    return task.data.validation is not None or (
-        task_data(task, base.family).rows("train").label is not None
-    )

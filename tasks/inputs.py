@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.digests import digest_json
-from merging.errors import BadInput
+from merging.errors import BadInput, RestitchError
 from modeling.data import DataSpec, Rows, TaskData, data_digest, labels_of
 from modeling.family import Family, get_family
 from modeling.heads import Head, HeadSpec, head_key
@@ -170,6 +170,16 @@ def _check_allowed(spec: TaskSpec) -> None:
 def task_data(spec: TaskSpec, family: Family) -> TaskData:
     """The task's rows, not yet compared with what was registered."""
     return TaskData(data_spec(spec, family), head_spec(spec).labels, family.modality)
+
+
+def train_has_labels(spec: TaskSpec, family: Family) -> bool:
+    """Whether the train rows of a task have labels; what cannot be read is taken to have them."""
+    if spec.data is None or spec.data.train is None:
+        return False
+    try:
+        return task_data(spec, family).rows("train").label is not None
+    except RestitchError:  # said where the rows are needed, if they are
+        return True
 
 
 def verified_data(spec: TaskSpec, family: Family) -> TaskData:

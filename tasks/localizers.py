@@ -30,7 +30,7 @@ from modeling.rows import Rows
 from registry.head import ModelRef
 from registry.localize_spec import LocalizeSpec
 from registry.specs import TaskSpec
-from tasks.inputs import head_inputs, task_data, task_head, verified_data
+from tasks.inputs import head_inputs, task_head, train_has_labels, verified_data
 from tasks.models import Base, LiveBase, device, live_base
 from tasks.refs import LineRef
 from tasks.reporting import warn
@@ -322,7 +322,7 @@ def localizer(
         return Fisher(calibration)
     if choice.mode == "distilled":
         return Distilled(calibration)
-    if task_data(task, base.family).rows("train").label is None:
+    if not train_has_labels(task, base.family):
         warn(f"{task.task} has train rows without labels: its mask is distilled from the model")
         return Distilled(calibration)
     return Trained(calibration)
