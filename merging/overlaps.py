@@ -26,12 +26,13 @@ class Claim:
     Attributes:
         places: which of the shared coordinates, each once.
         deviations: the finetuned value minus the base's, one per place.
-        weights: what the member's wish is worth there, all positive; equal where it is not known.
+        weights: what the member's wish is worth there, all positive; None where it is not known,
+            and then it is worth what those of the other owners are on average.
     """
 
     places: NDArray[np.int64]
     deviations: Floats
-    weights: Floats
+    weights: Floats | None
 
 
 Rule = Callable[[Floats, Sequence[Claim]], Floats]
@@ -93,10 +94,17 @@ def elected(before: Floats, claims: Sequence[Claim]) -> Floats:
 
 
 def _weighted(shared: int, claims: Sequence[Claim]) -> Floats:
+    known, count = np.zeros(shared), np.zeros(shared)
+    for claim in claims:
+        if claim.weights is not None:
+            known[claim.places] += claim.weights
+            count[claim.places] += 1
+    usual = np.where(count > 0, known / np.maximum(count, 1), 1.0)
     above, below = np.zeros(shared), np.zeros(shared)
     for claim in claims:
-        above[claim.places] += claim.weights * claim.deviations
-        below[claim.places] += claim.weights
+        weights = usual[claim.places] if claim.weights is None else claim.weights
+        above[claim.places] += weights * claim.deviations
+        below[claim.places] += weights
     return above / below
 
 

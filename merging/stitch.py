@@ -158,9 +158,9 @@ class _Worth:
     def after(self, start: int) -> "_Worth":
         return _Worth(self.factors, start)
 
-    def __getitem__(self, coordinates: NDArray[np.int64]) -> Floats:
-        if self.factors is None:  # not known: all alike
-            return np.ones(len(coordinates))
+    def __getitem__(self, coordinates: NDArray[np.int64]) -> Floats | None:
+        if self.factors is None:
+            return None
         rows, columns = self.factors
         row, column = np.divmod(coordinates + self.start, len(columns))
         found: Floats = rows[row] * columns[column]

@@ -26,8 +26,8 @@ def restitch(base: Checkpoint, members: Iterable[Member], *, growth: float = 0.7
 
     Args:
         base: the base's checkpoint.
-        members: the members; those whose deltas do not say what their coordinates are worth
-            count as much as the others.
+        members: the members; one whose delta does not say what its coordinates are worth
+            counts as much as the others that share them do on average.
         growth: 0 averages, 1 sums; a multiple of a quarter.
     """
     return stitch(base, members, grown(growth))

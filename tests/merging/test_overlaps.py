@@ -35,7 +35,7 @@ def slow(base: Checkpoint, members: list[Member], name: str, rule: str | float) 
     """The reference: coordinate by coordinate, in Python's own numbers."""
     ordered = sorted(members, key=lambda member: member.task.encode())
     flat = base.tensor(name).clone().view(-1)
-    owned: dict[int, list[tuple[float, float]]] = {}
+    owned: dict[int, list[tuple[float, float | None]]] = {}
     for member in ordered:
         if name not in member.delta:
             continue
@@ -45,7 +45,7 @@ def slow(base: Checkpoint, members: list[Member], name: str, rule: str | float) 
             member.delta.values(name).double().tolist(),
             strict=True,
         ):
-            worth = 1.0
+            worth = None
             if factors is not None:
                 rows, columns = (part.double().tolist() for part in factors)
                 worth = rows[at // len(columns)] * columns[at % len(columns)]
@@ -58,7 +58,9 @@ def slow(base: Checkpoint, members: list[Member], name: str, rule: str | float) 
         elif rule == "sum":
             merged = before + total(moves)
         elif rule == "weighted" or isinstance(rule, float):
-            worths = [worth for _, worth in owners]
+            known = [worth for _, worth in owners if worth is not None]
+            usual = total(known) / len(known) if known else 1.0
+            worths = [usual if worth is None else worth for _, worth in owners]
             pulls = [worth * move for worth, move in zip(worths, moves, strict=True)]
             merged = before + growth(len(owners), rule) * (total(pulls) / total(worths))
         else:
@@ -87,13 +89,14 @@ def test_a_case_by_hand(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.ones(2, 4)})
     members = [
         Member("a", delta(tmp_path / "a", {0: 3.0, 1: 2.0, 5: 5.0}, [1, 2, 1, 3, 1, 1])),
-        Member("b", delta(tmp_path / "b", {1: 4.0, 5: -1.0, 7: 9.0})),
-        Member("c", delta(tmp_path / "c", {5: 3.0})),
+        Member("b", delta(tmp_path / "b", {5: -1.0, 7: 9.0}, [1, 1, 1, 1, 1, 1])),
+        Member("c", delta(tmp_path / "c", {1: 4.0, 5: 3.0})),
     ]
-    # At 1 the owners move by 1 and 3; at 5 by 4, -2 and 2. `a` is worth 1 x 3 at 1, 2 x 3 at 5.
+    # At 1 the owners move by 1 and 3; at 5 by 4, -2 and 2. At 1 `a` is worth 1 x 3 and the other
+    # is not known; at 5 `a` is worth 2 x 3, `b` 1 x 1, and `c` is taken to be worth 3.5.
     expected = {
         "sum": (5.0, 5.0),
-        "weighted": (1 + (3 * 1 + 3) / 4, 1 + (6 * 4 - 2 + 2) / 8),
+        "weighted": (1 + (3 * 1 + 3 * 3) / 6, 1 + (6 * 4 - 1 * 2 + 3.5 * 2) / 10.5),
         "elect": (3.0, 4.0),
     }
     for rule, (first, fifth) in expected.items():
