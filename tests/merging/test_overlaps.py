@@ -101,7 +101,8 @@ def test_a_case_by_hand(tmp_path: Path) -> None:
     }
     for rule, (first, fifth) in expected.items():
         found = edited(base, stitch(base, members, rule), "w")
-        assert found.tolist() == [[3.0, first, 1.0, 1.0], [1.0, fifth, 1.0, 9.0]], rule
+        expected_weights = torch.tensor([[3.0, first, 1.0, 1.0], [1.0, fifth, 1.0, 9.0]])
+        torch.testing.assert_close(found, expected_weights, msg=rule)
 
 
 def test_owners_that_cancel_leave_the_base_where_a_sign_is_elected(tmp_path: Path) -> None:
