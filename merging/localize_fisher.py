@@ -5,12 +5,14 @@ on the diagonal of the Fisher matrix: the mean squared gradient of log p(y|x), w
 the model itself, so that no labels are needed. Entries of single coordinates are noisy where rows
 are few, so each tensor's are replaced by the product of its row's and its column's means (as in
 Adafactor), which ranks as well (docs/log.md). All that is kept is then one factor per row and per
-column: scores are streamed from the checkpoints, and no array of the model's size is made beside
-the weights and their gradients. The gradients are taken half-way between base and finetuned.
+column: scores are streamed from the checkpoints, a gradient is used up as soon as it is there, and
+no array of the model's size is made beside the weights. The gradients are taken half-way between
+base and finetuned.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import numpy as np
@@ -177,17 +179,23 @@ def measure(
     order = torch.randperm(rows, generator=generator).tolist()[: settings.most_rows]
     sums = {part.name: _zeros(part.live) for part in live.parts}
     live.interpolate(settings.at)
-    for start in range(0, len(order), settings.batch_size):
-        chosen = order[start : start + settings.batch_size]
-        with torch.enable_grad():
-            found = logits(batch(chosen))
-            drawn = _drawn(found.detach(), generator)
-            F.cross_entropy(found, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
-        for part in live.parts:
-            if part.live.grad is not None:
-                _add(sums[part.name], part.live.grad)
-        live.clear_gradients()
-        progress(start + len(chosen), len(order))
+    hooks = []
+    for part in live.parts:
+        use_up = partial(_use_up, sums[part.name])
+        hook = part.live.register_post_accumulate_grad_hook(use_up)  # type: ignore[no-untyped-call]
+        hooks.append(hook)
+    try:
+        for start in range(0, len(order), settings.batch_size):
+            chosen = order[start : start + settings.batch_size]
+            with torch.enable_grad():
+                found = logits(batch(chosen))
+                drawn = _drawn(found.detach(), generator)
+                loss = F.cross_entropy(found, drawn, reduction="sum")
+                loss.backward()  # type: ignore[no-untyped-call]
+            progress(start + len(chosen), len(order))
+    finally:
+        for hook in hooks:
+            hook.remove()
     return Sensitivities(_factored(sums, len(order)))
 
 
@@ -209,8 +217,11 @@ def _zeros(live: Tensor) -> tuple[Tensor, Tensor]:
     return tuple(torch.zeros(n, dtype=torch.float64, device=live.device) for n in (rows, columns))  # type: ignore[return-value]
 
 
-def _add(sums: tuple[Tensor, Tensor], gradient: Tensor) -> None:
-    squares = gradient.reshape(len(sums[0]), len(sums[1])).square()
+def _use_up(sums: tuple[Tensor, Tensor], live: Tensor) -> None:
+    """Add the squares of a gradient to the sums of their rows and columns, and drop it."""
+    assert live.grad is not None
+    squares = live.grad.reshape(len(sums[0]), len(sums[1])).square_()
+    live.grad = None
     sums[0].add_(squares.sum(1, dtype=torch.float64))
     sums[1].add_(squares.sum(0, dtype=torch.float64))
 

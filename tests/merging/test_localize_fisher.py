@@ -113,6 +113,20 @@ def test_a_case_by_hand(tmp_path: Path) -> None:
     assert top_k(scores, 3).coordinates("w").tolist() == [0, 1, 4]
 
 
+def test_there_is_never_more_than_one_gradient(linear: Linear) -> None:
+    alive = []
+
+    def count(_: Tensor) -> None:
+        alive.append(sum(linear.live[name].grad is not None for name in NAMES))
+
+    for name in NAMES:
+        tensor = linear.live[name].requires_grad_(True)
+        tensor.register_post_accumulate_grad_hook(count)  # type: ignore[no-untyped-call]
+    find(linear, ONE_BY_ONE)
+    assert alive == [1] * (ROWS * len(NAMES))
+    assert all(linear.live[name].grad is None for name in NAMES)
+
+
 def test_what_no_row_touches_is_ranked_by_its_difference(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "base", {"idle": torch.zeros(4), "w": torch.zeros(2, 3)})
     finetuned = {"idle": torch.tensor([1.0, 4.0, 2.0, 3.0]), "w": torch.zeros(2, 3)}
