@@ -222,6 +222,7 @@ def merged(
     modes: Sequence[str],
     densities: Sequence[float],
     splits: Sequence[str],
+    rules: Sequence[str],
 ) -> None:
     """Normalized accuracy by density, mask and rule; the deltas are those of `frontier`."""
     for seed, split, mode, density in product(seeds, splits, modes, densities):
@@ -232,7 +233,8 @@ def merged(
         if not all(path.exists() for path in files.values()):
             continue
         members = [Member(name, SparseFile.open(path)) for name, path in files.items()]
-        for (rule, method, settings), task in product(RULES, world.tasks.values()):
+        wanted_rules = [rule for rule in RULES if rule[0] in rules]
+        for (rule, method, settings), task in product(wanted_rules, world.tasks.values()):
             wanted = kept.get(
                 (task.name, "finetuned", split), partial(world.finetuned, task, split)
             )
@@ -337,6 +339,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--modes", default="random,dataless,fisher,distilled")
     parser.add_argument("--densities", default=",".join(map(str, MERGED)), help="of merged")
     parser.add_argument("--splits", default="validation,test", help="of merged")
+    parser.add_argument("--rules", default=",".join(name for name, *_ in RULES), help="of merged")
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     if options.part == "tables":
@@ -350,7 +353,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         frontier(world, kept, seeds, modes)
     elif options.part == "merged":
         densities = [float(density) for density in options.densities.split(",")]
-        merged(world, kept, seeds, modes, densities, options.splits.split(","))
+        splits, rules = options.splits.split(","), options.rules.split(",")
+        merged(world, kept, seeds, modes, densities, splits, rules)
     elif options.part == "official":
         official(world, kept, seeds[0])
     else:
