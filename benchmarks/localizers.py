@@ -199,11 +199,17 @@ class World:
         return task.grafted(top_k(task.vector, task.vector.coordinates), split)
 
 
-def frontier(world: World, kept: Kept, seeds: Sequence[int], modes: Sequence[str]) -> None:
+def frontier(
+    world: World,
+    kept: Kept,
+    seeds: Sequence[int],
+    modes: Sequence[str],
+    densities: Sequence[float],
+) -> None:
     """Grafted accuracy by localizer, density and seed; the deltas stay in the work folder."""
     for seed, task, mode in product(seeds, world.tasks.values(), modes):
         kept.get((task.name, "finetuned"), partial(world.finetuned, task, "test"))
-        missing = [d for d in DENSITIES if (task.name, mode, d, seed) not in kept]
+        missing = [d for d in densities if (task.name, mode, d, seed) not in kept]
         if not missing or (mode in ("random", "dataless") and seed != seeds[0]):
             continue
         found = task.rank(mode, seed)
@@ -337,7 +343,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--modes", default="random,dataless,fisher,distilled")
-    parser.add_argument("--densities", default=",".join(map(str, MERGED)), help="of merged")
+    parser.add_argument("--densities", help="instead of all")
     parser.add_argument("--splits", default="validation,test", help="of merged")
     parser.add_argument("--rules", default=",".join(name for name, *_ in RULES), help="of merged")
     options = parser.parse_args(arguments)
@@ -349,10 +355,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     world = World(options.data.absolute(), options.work.absolute())
     seeds = [int(seed) for seed in options.seeds.split(",")]
     modes = options.modes.split(",")
+    usual = DENSITIES if options.part == "frontier" else MERGED
+    asked = options.densities and [float(one) for one in options.densities.split(",")]
+    densities = asked or usual
     if options.part == "frontier":
-        frontier(world, kept, seeds, modes)
+        frontier(world, kept, seeds, modes, densities)
     elif options.part == "merged":
-        densities = [float(density) for density in options.densities.split(",")]
         splits, rules = options.splits.split(","), options.rules.split(",")
         merged(world, kept, seeds, modes, densities, splits, rules)
     elif options.part == "official":
