@@ -2,8 +2,10 @@
 
 With `density: auto` it is the fewest whose graft reaches the asked share of the finetuned model's
 value on validation rows: masks are nested, so no coordinate is ranked again. Test rows are never
-looked at, nor are those that the ranking was calibrated on. A budget bounds the bytes of the delta,
-counted on the file. All that was tried is in the record.
+looked at, nor are those that the ranking was calibrated on. Where the highest density falls short
+by no more than chance explains, its own value is what the others are measured by: few rows must not
+make every model as large as is allowed. A budget bounds the bytes of the delta, counted on the
+file. All that was tried is in the record.
 """
 
 from collections.abc import Callable
@@ -57,6 +59,10 @@ class Look:
     recovered: float
     low: float | None
     high: float | None
+
+    def is_target_by_chance(self, target: float) -> bool:
+        """Whether it falls short of the target by no more than its interval."""
+        return self.recovered < target and self.high is not None and self.high >= target
 
 
 @dataclass(frozen=True)
@@ -198,39 +204,43 @@ class Density:
         whole = WeightsRef("finetuned", self.model.weights, self.model.uri)
         with live.wearing(whole, self.space):
             wanted = value()
-        looks: list[Look] = []
+        looks: dict[int, Look] = {}
 
-        def reaches(kept: int) -> bool:
-            graft = Grafted(finetuned, mask_of(kept))
-            try:
-                apply_edits(live.parameters, self.base.checkpoint, graft)
-                found = value()
-            finally:
-                restore(live.parameters, self.base.checkpoint, graft.names)
-            looks.append(_look(kept, coordinates, found, wanted))
-            return found.value >= target * wanted.value
+        def look(kept: int) -> Look:
+            if kept not in looks:
+                graft = Grafted(finetuned, mask_of(kept))
+                try:
+                    apply_edits(live.parameters, self.base.checkpoint, graft)
+                    found = value()
+                finally:
+                    restore(live.parameters, self.base.checkpoint, graft.names)
+                looks[kept] = _look(kept, coordinates, found, wanted)
+            return looks[kept]
 
-        candidates = geometric(max(1, kept_count(_LOWEST, coordinates)), most)
         with working(f"choosing the density of {self.task.task}"):
-            kept = smallest(candidates, reaches)
-        chosen = most if kept is None else kept
+            best = look(most)
+            measure = wanted.value
+            if best.is_target_by_chance(target):
+                measure = min(measure, best.value)
+            candidates = geometric(max(1, kept_count(_LOWEST, coordinates)), most)
+            kept = smallest(candidates, lambda some: look(some).value >= target * measure)
+        chosen = look(most if kept is None else kept)
+        told = f"{self.task.task} recovers {chosen.recovered:.1%} of its model's value with "
+        told += f"{chosen.density:.1%} of the coordinates"
         if kept is None:
-            best = max(look.recovered for look in looks)
-            warn(
-                f"{self.task.task} recovers {best:.1%} of its model's value with "
-                f"{most / coordinates:.1%} of the coordinates, less than the {target:.1%} asked for"
-            )
+            warn(f"{told}, less than the {target:.1%} asked for")
         else:
-            say(f"{self.task.task} recovers {target:.1%} with {chosen / coordinates:.2%}")
+            say(told)
         return {
             "target": target,
-            "reached": kept is not None,
-            "kept": chosen,
+            "reached": chosen.recovered >= target,
+            "kept": chosen.kept,
             "finetuned": wanted.value,
+            "measured_by": measure,
             "metric": self.task.metric,
             "rows": len(rows),
             "rows_set_apart_from_train": data.validation_from_train,
-            "curve": [asdict(look) for look in sorted(looks, key=lambda look: look.kept)],
+            "curve": [asdict(looks[kept]) for kept in sorted(looks)],
         }
 
 
