@@ -57,6 +57,7 @@ RULES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("sum", "localize-and-stitch", {"overlap": "sum"}),
     ("elect", "localize-and-stitch", {"overlap": "elect"}),
     ("weighted", "localize-and-stitch", {"overlap": "weighted"}),
+    ("restitch 0.25", "restitch", {"growth": 0.25}),
     ("restitch 0.5", "restitch", {"growth": 0.5}),
     ("restitch 0.75", "restitch", {"growth": 0.75}),
 )

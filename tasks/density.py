@@ -36,6 +36,9 @@ from tasks.refs import WeightsRef
 from tasks.reporting import say, warn, working
 from tasks.workspace import Workspace
 
+# Raised when the same looks would lead to another choice.
+VERSION = 1
+
 # Rows that are looked at: more would not tell densities apart that matter, and cost each look.
 _MOST_ROWS = 2000
 _LOWEST = 0.001
@@ -124,7 +127,7 @@ class Density:
                 "columns": [data.content["input"], data.content["label"]],
                 "metric": self.task.metric,
                 "head": digest_json(head_inputs(self.task, self.base, self.model)),
-                "evaluator": [EVALUATOR_VERSION, _MOST_ROWS, _LOWEST],
+                "version": [VERSION, EVALUATOR_VERSION],
             }
         return known or None
 

@@ -129,6 +129,22 @@ def test_a_target_that_is_not_reached_keeps_the_most_and_is_said(
     assert "less than the 100.0% asked for" in done.err
 
 
+def test_falling_short_by_chance_does_not_keep_all_that_is_allowed(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    task = with_splits(world, tmp_path)
+    chosen = {"density": "auto", "recovery": 0.95, "max_density": 0.8}
+    done = register(shell, world, tmp_path / "line.yaml", task, **chosen)
+    found = done.json["facts"]["recovery"]
+    highest = found["curve"][-1]
+    assert highest["recovered"] < 0.95 <= highest["high"], "20 rows cannot tell"
+    assert (found["measured_by"], found["reached"]) == (highest["value"], False)
+    values = {look["kept"]: look["value"] for look in found["curve"]}
+    assert values[found["kept"]] >= 0.95 * highest["value"]
+    assert all(v < 0.95 * highest["value"] for k, v in values.items() if k < found["kept"])
+    assert "asked for" not in done.err
+
+
 def test_validation_rows_are_never_those_of_test_or_calibration(
     world: World, new_home: NewHome, tmp_path: Path
 ) -> None:
