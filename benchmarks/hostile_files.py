@@ -8,6 +8,7 @@ independent reader does.
 """
 
 import json
+import math
 import tempfile
 import tracemalloc
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from safetensors.torch import load, save
 from merging.checkpoint import FLOATING, Checkpoint
 from merging.errors import BadInput, Damage, RestitchError
 from merging.positions import decode_blocks, encoded_size
-from merging.sparse import SparseFile, SparseTensor, write_sparse
+from merging.sparse import SparseFile, SparseTensor, rows_and_columns, write_sparse
 
 # What a reader may allocate: its own objects, and a multiple of the file.
 _ALLOWED_BYTES = 4 << 20
@@ -156,13 +157,17 @@ def _raw(tensor: torch.Tensor) -> bytes:
 def sparse_files(draw: st.DrawFn) -> bytes:
     """The bytes of a delta or patch whose table, coordinates or bytes are damaged."""
     tensors = []
+    weighed = draw(st.booleans())
     for name in draw(st.lists(st.sampled_from(["a", "b b", "c"]), unique=True, max_size=3)):
         shape = tuple(draw(st.lists(st.integers(1, 40), max_size=2)))
         numel = int(np.prod(shape))
         chosen = draw(st.sets(st.integers(0, numel - 1), max_size=numel))
         dtype = draw(st.sampled_from(FLOATING))
         values = torch.arange(float(len(chosen))).to(dtype)
-        tensors.append(SparseTensor(name, shape, torch.tensor(sorted(chosen)).long(), values))
+        count = sum(rows_and_columns(shape))
+        factors = torch.arange(1.0, count + 1).bfloat16() if weighed else None
+        coordinates = torch.tensor(sorted(chosen)).long()
+        tensors.append(SparseTensor(name, shape, coordinates, values, factors))
     tensors.sort(key=lambda tensor: tensor.name)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x")
@@ -228,6 +233,12 @@ def _read_sparse(path: Path) -> str:
         wanted = decode_slowly(code, encoded, info.kept, info.numel)
         assert coordinates.tolist() == wanted
         assert file.values(name).numel() == info.kept
+        factors = file.factors(name)
+        assert (factors is None) == ("factors" not in sections.names)
+        if factors is not None:
+            count = [part.numel() for part in factors]
+            assert count == [*rows_and_columns(info.shape)]
+            assert all(0 < float(value) < math.inf for part in factors for value in part[:50])
         if info.numel <= 10_000:
             # Taken in parts, as stitching does, they are the same.
             cursor, start, parts = file.cursor(name), 0, list[int]()

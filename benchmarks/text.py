@@ -53,6 +53,7 @@ class Setting:
 
     name: str
     localize: dict[str, Any]
+    method: str = "localize-and-stitch"
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class Found:
     seconds: float
     record: MergedRecord
     density: dict[str, float]
+    share: float  # bytes of a delta over those of the base, on average
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -83,6 +85,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--dataless", type=_fractions, default=(0.05, 0.1, 0.2))
     parser.add_argument("--trained", type=_fractions, default=(0.01, 0.05, 0.1, 0.2))
     parser.add_argument("--presets", default="budget", help="comma-separated")
+    parser.add_argument("--fisher", type=_fractions, default=())
+    parser.add_argument("--distilled", type=_fractions, default=())
+    parser.add_argument("--auto", default="", help="modes whose density is chosen")
+    parser.add_argument("--recovery", type=float, default=0.99, help="what --auto is to reach")
     parser.add_argument("--shots", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--include", default="", help="globs of further localizable tensors")
@@ -124,7 +130,7 @@ def run(options: argparse.Namespace, work: Path) -> None:
 
 
 def settings(options: argparse.Namespace) -> Iterator[Setting]:
-    """Dataless at each density, then trained with each preset at each density."""
+    """Dataless at each density, trained with each preset, and ours with the method restitch."""
     include = [glob for glob in options.include.split(",") if glob]
     for density in options.dataless:
         choice = {"mode": "dataless", "density": density, "include": include}
@@ -136,6 +142,14 @@ def settings(options: argparse.Namespace) -> Iterator[Setting]:
             name = f"trained {preset} {density:.0%}" if preset == "budget" else f"trained {preset}"
             choice = {"mode": "trained", "density": density, "preset": preset, "include": include}
             yield Setting(name, {**choice, "shots": options.shots, "seed": options.seed})
+    own = {"shots": options.shots, "seed": options.seed, "include": include}
+    for mode, densities in (("fisher", options.fisher), ("distilled", options.distilled)):
+        for density in densities:
+            choice = {"mode": mode, "density": density, **own}
+            yield Setting(f"restitch {mode} {density:.0%}", choice, "restitch")
+    for mode in filter(None, options.auto.split(",")):
+        choice = {"mode": mode, "density": "auto", "recovery": options.recovery, **own}
+        yield Setting(f"restitch {mode} auto", choice, "restitch")
 
 
 def write_task_files(data: Path, work: Path) -> tuple[dict[str, Path], Path | None]:
@@ -168,7 +182,7 @@ def measure(
         "line": line,
         "base": str(work / "checkpoints" / "base"),
         "family": family,
-        "method": "localize-and-stitch",
+        "method": setting.method,
         "localize": setting.localize,
     }
     if benchmark is not None:
@@ -183,8 +197,11 @@ def measure(
         density[task] = outcome.onboarded.facts["density"]
     merged = remerge(line)
     assert merged.version is not None
-    record = workspace().ledger(line).merged(merged.version)
-    return Found(setting.name, time.perf_counter() - started, record, density)
+    ledger = workspace().ledger(line)
+    record = ledger.merged(merged.version)
+    sizes = [int(str(member.facts["delta_bytes"])) for member in record.members.values()]
+    share = sum(sizes) / len(sizes) / ledger.head().base.size
+    return Found(setting.name, time.perf_counter() - started, record, density, share)
 
 
 def at_the_same_density(
@@ -284,7 +301,7 @@ def per_task(found: Found) -> str:
 
 def summary(found: Sequence[Found], reference: Reference | None) -> str:
     """All settings side by side."""
-    head = ("setting", "mean merged", "mean normalized", "retention")
+    head = ("setting", "mean merged", "mean normalized", "retention", "delta of one model")
     lines = [_row(head), _row(["---"] * len(head))]
     for one in found:
         kept = one.record.retention
@@ -293,12 +310,12 @@ def summary(found: Sequence[Found], reference: Reference | None) -> str:
             one.record.mean_normalized,
             kept.ratio if kept else None,
         )
-        lines.append(_row([one.setting, *map(_number, values)]))
+        lines.append(_row([one.setting, *map(_number, values), f"{one.share:.1%}"]))
     if reference is not None:
         mean = sum(reference.accuracy.values()) / len(reference.accuracy)
         name = f"task arithmetic, best coefficient {reference.coefficient}"
         values = (mean, reference.normalized, reference.retention)
-        lines.append(_row([name, *map(_number, values)]))
+        lines.append(_row([name, *map(_number, values), ""]))
     return "\n".join(lines)
 
 

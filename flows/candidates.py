@@ -43,6 +43,10 @@ MEMBER_FACTS = (
     "outside_share",
     "seconds",
     "localized_by",
+    "calibrated_with",
+    "calibration_rows",
+    "budget",
+    "recovery",
 )
 LIBRARIES = ("restitch", "torch", "transformers", "datasets", "prefect", "mlflow", "safetensors")
 

@@ -196,6 +196,7 @@ def _measure(
         "localizer": delta.localizer,
         "seconds": delta.seconds,
         "localized_by": delta.made_by,
+        **delta.found,
         "choice": _choice(line.spec),
         "outside_share": checked.outside_share,
         "outside_tensors": [list(item) for item in checked.outside_tensors],

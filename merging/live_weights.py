@@ -105,6 +105,14 @@ class LiveWeights:
         for part in self.parts:
             part.graft(scores[part.name] > threshold)
 
+    def interpolate(self, share: float) -> None:
+        """The base plus that share of the difference; with 1 the finetuned values themselves."""
+        for part in self.parts:
+            if share == 1:
+                part.live.copy_(part.finetuned)
+            else:
+                part.live.copy_(part.difference(self.buffer(part)).mul_(share).add_(part.base))
+
     def clear_gradients(self) -> None:
         """Drop all gradients."""
         for part in self.parts:

@@ -2,7 +2,8 @@
 
 The loss is taken at W0 + sigmoid(S) * tau, its gradient by S is grad_W * tau * sigmoid(S)
 (1 - sigmoid(S)), and the mask is S > 0. The presets `paper` and `official` are the
-settings of the paper and of its authors' code, and end with whatever density comes out.
+settings of the paper and of its authors' code, `grafting` is the localizer that the paper
+compares with (`merging.localize_grafting`); they end with whatever density comes out.
 `budget` keeps exactly k coordinates: the loss is taken at the hard mask of the k largest
 scores. Weights are computed from the checkpoints each time, never added back and forth,
 and are the base's again afterwards. The same rows, seed and `fingerprint` give the same
@@ -12,7 +13,7 @@ mask.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,16 +25,17 @@ from torch import Tensor
 from merging.errors import BadInput, CannotJoin
 from merging.live_weights import LiveWeights
 from merging.localize_dataless import kept_count
+from merging.localize_grafting import graft
 from merging.mask import Mask
 from merging.progress import Progress, ignore
+from merging.score_tensors import check_finite, slope, step_unit, threshold_of
+from merging.score_tensors import fingerprint as fingerprint
 from merging.task_vector import TaskVector
 from merging.top_k import TensorScores, top_k
 
 NAME = "trained"
 VERSION = 1
-PRESETS = ("budget", "official", "paper")
-
-_SAMPLE = 1 << 18
+PRESETS = ("budget", "grafting", "official", "paper")
 
 Batch = TypeVar("Batch")
 
@@ -44,12 +46,13 @@ class TrainedSettings:
 
     Attributes:
         preset: one of `PRESETS`.
-        density: what `budget` keeps; the other presets end with their own density.
+        density: what `budget` keeps, and where `grafting` begins; the presets other than
+            `budget` end with their own density.
         epochs: how often the rows are gone through.
         seed: of the order of the rows.
         batch_size: rows per batch.
-        learning_rate: of S in `paper` and `official`; in `budget` how far scores move in all
-            passes together, in units of the k-th largest.
+        learning_rate: of S; in `budget` how far scores move in all passes together, in units
+            of the k-th largest.
         penalty: lambda in `paper`, l1 in `official`; not used by `budget`.
         start: S at the beginning on the coordinates of the largest differences.
         start_elsewhere: S at the beginning on all other coordinates.
@@ -115,6 +118,7 @@ class TrainedSettings:
 
 _PRESET_SETTINGS: dict[str, dict[str, Any]] = {
     "budget": {"batch_size": 16, "learning_rate": 0.3},
+    "grafting": {"batch_size": 16, "learning_rate": 1e7, "start": -5.0},
     "official": {
         "batch_size": 8,
         "learning_rate": 1e7,
@@ -152,21 +156,15 @@ class TrainedResult:
         density: their share of all localizable coordinates.
         steps: how often the scores were changed.
         history: one entry per pass.
+        scores: what `budget` ranked, of which the mask keeps the largest; None for the other
+            presets, whose masks end with their own density.
     """
 
     mask: Mask
     density: float
     steps: int
     history: tuple[Epoch, ...]
-
-
-def fingerprint(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a repetition must share to find the same bytes."""
-    return {
-        "torch": torch.__version__,
-        "device": torch.device(device).type,
-        "threads": torch.get_num_threads(),
-    }
+    scores: TensorScores | None = None
 
 
 def localize_trained(
@@ -206,11 +204,16 @@ def localize_trained(
             hint="name a train split under data, or localize with mode: dataless",
         )
     course = _Course(rows, batch, loss, settings, progress or ignore)
-    train = {"budget": _budget, "official": _official, "paper": _paper}[settings.preset]
+    scores: TensorScores | None = None
     with LiveWeights(parameters, task_vector) as live:
-        mask = train(live, course, scratch)
+        if settings.preset == "budget":
+            scores = _budget(live, course)
+            mask = top_k(scores, kept_count(settings.density, live.coordinates), scratch=scratch)
+        else:
+            train = {"grafting": graft, "official": _official, "paper": _paper}[settings.preset]
+            mask = train(live, course, scratch)
     return TrainedResult(
-        mask, mask.total / max(1, live.coordinates), course.steps, tuple(course.history)
+        mask, mask.total / max(1, live.coordinates), course.steps, tuple(course.history), scores
     )
 
 
@@ -276,8 +279,7 @@ def _paper(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> Mas
             losses.append(course.backward(batch))
             for part in live.parts:
                 score = scores[part.name]
-                slope = _slope(score)
-                pull = part.pull(live.buffer(part)).add_(settings.penalty).mul_(slope)
+                pull = part.pull(live.buffer(part)).add_(settings.penalty).mul_(slope(score))
                 score.sub_(pull, alpha=settings.learning_rate)
             live.clear_gradients()
             course.steps += 1
@@ -294,9 +296,10 @@ def _official(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> 
         losses = [course.backward(batch) for batch in course.batches()]
         for part in live.parts:
             score = scores[part.name]
-            slope = _slope(score)
-            push = torch.sign(score).mul_(slope).mul_(settings.penalty)
-            score.sub_(part.pull(live.buffer(part)).mul_(slope), alpha=settings.learning_rate)
+            steepness = slope(score)
+            push = torch.sign(score).mul_(steepness).mul_(settings.penalty)
+            pull = part.pull(live.buffer(part)).mul_(steepness)
+            score.sub_(pull, alpha=settings.learning_rate)
             score.add_(push)
         live.clear_gradients()
         course.steps += 1
@@ -304,7 +307,7 @@ def _official(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> 
     return _positive(scores)
 
 
-def _budget(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> Mask:
+def _budget(live: LiveWeights, course: _Course[Any]) -> TensorScores:
     """Straight through a hard mask of the k largest scores.
 
     The first pass is at the base: a score begins as the root mean square, over batches, of
@@ -322,18 +325,18 @@ def _budget(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> Ma
     for _ in range(settings.epochs - 1):
         losses = []
         for batch in course.batches():
-            live.graft(scores, _threshold(scores.values(), kept, live.coordinates))
+            live.graft(scores, threshold_of(scores.values(), kept, live.coordinates))
             losses.append(course.backward(batch))
             if step is None:
                 step = settings.learning_rate / (settings.epochs - 1)
-                step *= _unit(live, scores, kept)
+                step *= step_unit(live, scores, kept)
             for part in live.parts:
                 scores[part.name].sub_(part.pull(live.buffer(part)), alpha=step)
             live.clear_gradients()
             course.steps += 1
         course.record(losses, kept, live.coordinates)
-    _check_finite(scores)
-    return top_k(TensorScores({n: s.cpu() for n, s in scores.items()}), kept, scratch=scratch)
+    check_finite(scores)
+    return TensorScores({name: score.cpu() for name, score in scores.items()})
 
 
 def _sensitivities(live: LiveWeights, course: _Course[Any], kept: int) -> dict[str, Tensor]:
@@ -350,15 +353,6 @@ def _sensitivities(live: LiveWeights, course: _Course[Any], kept: int) -> dict[s
         score.div_(course.per_epoch).sqrt_()
     course.record(losses, kept, live.coordinates)
     return scores
-
-
-def _unit(live: LiveWeights, scores: Mapping[str, Tensor], kept: int) -> float:
-    """The k-th largest score over the k-th largest pull; 1 where either has no such one."""
-    pulls = (part.pull(live.buffer(part)).abs_() for part in live.parts)
-    score = _threshold(scores.values(), kept, live.coordinates)
-    pull = _threshold(pulls, kept, live.coordinates)
-    usable = math.isfinite(score) and math.isfinite(pull) and score > 0 and pull > 0
-    return score / pull if usable else 1.0
 
 
 def _start(live: LiveWeights, settings: TrainedSettings, scratch: Path | None) -> dict[str, Tensor]:
@@ -379,53 +373,12 @@ def _interpolate(live: LiveWeights, scores: Mapping[str, Tensor]) -> None:
         part.live.copy_(part.difference(live.buffer(part)).mul_(gate).add_(part.base))
 
 
-def _slope(score: Tensor) -> Tensor:
-    """The derivative of the sigmoid."""
-    gate = torch.sigmoid(score)
-    return gate.mul_(1 - gate)
-
-
-def _threshold(scores: Iterable[Tensor], kept: int, coordinates: int) -> float:
-    """A value that about `kept` scores are above; exactly so many in a small model without ties.
-
-    Args:
-        scores: tensor by tensor; each is read before the next is asked for.
-        kept: how many should be above.
-        coordinates: how many scores there are.
-    """
-    if not 0 < kept < coordinates:
-        return math.inf if kept == 0 else -math.inf
-    stride = max(1, coordinates // _SAMPLE) | 1
-    pieces, start = [], 0
-    for score in scores:
-        flat = score.view(-1)
-        # The stride runs on from tensor to tensor, so that small ones get no more than their share.
-        if start < flat.numel():
-            pieces.append(flat[start::stride].clone())
-        start = (start - flat.numel()) % stride
-    sample = torch.cat(pieces)
-    above = min(max(1, round(kept / stride)), sample.numel() - 1)
-    return float(torch.kthvalue(sample, sample.numel() - above).values)
-
-
 def _count(scores: Mapping[str, Tensor], threshold: float) -> int:
     return sum(int(torch.count_nonzero(score > threshold)) for score in scores.values())
 
 
 def _positive(scores: Mapping[str, Tensor]) -> Mask:
-    _check_finite(scores)
+    check_finite(scores)
     return Mask.of(
         {name: (score.view(-1) > 0).nonzero().view(-1).cpu() for name, score in scores.items()}
     )
-
-
-def _check_finite(scores: Mapping[str, Tensor]) -> None:
-    bad = [name for name, score in scores.items() if not bool(torch.isfinite(score.sum()))]
-    if bad:
-        raise CannotJoin(
-            "the scores are not finite after localizing",
-            expected="a number for every coordinate",
-            found=f"infinity or NaN in {len(bad)} tensors",
-            hint="check the calibration rows, or localize with mode: dataless",
-            details=bad,
-        )

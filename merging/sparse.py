@@ -5,8 +5,10 @@ name order: `values.<TYPE>` the values of the tensors of that type, `positions` 
 the coordinates as `merging.positions` encodes them. The metadata hold
 `restitch.format`, `restitch.kind`, the table `restitch.tensors` (a JSON list of
 "TYPE SHAPE KEPT CODE NAME", all that is needed to find each tensor's part of a section)
-and what the writer adds. Lossless; the bytes are a function of the content alone. What
-is read is checked: coordinates out of order or range are `Damage`.
+and what the writer adds. Format 2 is format 1 with a section `factors`: what the
+coordinates are worth to the model, as one factor per row and one per column of each
+tensor; a file without them is written as format 1. Lossless; the bytes are a function of
+the content alone. What is read is checked: coordinates out of order or range are `Damage`.
 """
 
 import json
@@ -29,29 +31,34 @@ from merging.errors import BadInput, Damage
 from merging.header import DTYPE_NAMES, DTYPES, count_elements, write_header
 from merging.mask import Mask
 from merging.overwrite import put
+from merging.pieces import Cursor as Cursor
+from merging.pieces import Piece as Piece
 from merging.positions import decode_blocks, encode, encoded_size
 
-FORMAT = "1"
+FORMATS = ("1", "2")
 KINDS = ("delta", "patch")
 
 _RESERVED = "restitch."
 _POSITIONS = "positions"
-_NOWHERE = np.empty(0, dtype=np.int64)
+_FACTORS = "factors"
+_FACTOR_DTYPE = torch.bfloat16  # weights of a mean: nobody needs their ninth bit
 _RESTORE = "restore the file from a copy, or make it again"
-
-
-# Coordinates, counted from the beginning of a range, and their values.
-Piece = tuple[NDArray[np.int64], Tensor]
 
 
 @dataclass(frozen=True)
 class SparseTensor:
-    """One tensor to write: its shape, and the coordinates kept with their values."""
+    """One tensor to write: its shape, and the coordinates kept with their values.
+
+    Attributes:
+        factors: bfloat16, positive: one per row and then one per column, where a row is all that
+            shares the first index; what a coordinate is worth is the product of its two.
+    """
 
     name: str
     shape: tuple[int, ...]
     coordinates: Tensor
     values: Tensor
+    factors: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -79,11 +86,18 @@ class KeptInfo:
 
 @dataclass(frozen=True)
 class _Part:
-    """Where a tensor's coordinates and values lie in their sections."""
+    """Where a tensor's coordinates, values and factors lie in their sections."""
 
     code: str
     positions: slice
     values: slice
+    factors: slice
+
+
+def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    """How many factors of each kind a tensor has; all that shares the first index is one row."""
+    rows = shape[0] if shape else 1
+    return rows, count_elements(shape[1:])
 
 
 def write_sparse(
@@ -101,6 +115,7 @@ def write_sparse(
         raise ValueError(f"kind {kind!r} and metadata {sorted(metadata)} cannot be written")
     table: list[str] = []
     kept: dict[str, int] = {}
+    weighed: list[bool] = []
     last = b""
     with ExitStack() as stack:
         spools: dict[str, IO[bytes]] = {}
@@ -124,22 +139,46 @@ def write_sparse(
             spool(_POSITIONS, data)
             spool(dtype, tensor.values.contiguous().view(torch.uint8).numpy().data)
             kept[dtype] = kept.get(dtype, 0) + count
+            weighed.append(tensor.factors is not None)
+            if tensor.factors is not None:
+                spool(_FACTORS, _factor_bytes(tensor))
             shape = "x".join(map(str, tensor.shape))
             table.append(f"{dtype} {shape} {count} {code} {tensor.name}")
+        if any(weighed) and not all(weighed):
+            raise ValueError("some tensors have factors and others have none")
         # Wide types first: every section then begins at a multiple of its element size.
         dtypes = sorted(kept, key=lambda name: (-DTYPES[name].itemsize, name))
         sections = [(f"values.{name}", DTYPES[name], (kept[name],)) for name in dtypes]
+        order = [*dtypes, _POSITIONS]
+        if any(weighed):
+            place = sum(DTYPES[name].itemsize >= _FACTOR_DTYPE.itemsize for name in dtypes)
+            count = spools[_FACTORS].tell() // _FACTOR_DTYPE.itemsize
+            sections.insert(place, (_FACTORS, _FACTOR_DTYPE, (count,)))
+            order.insert(place, _FACTORS)
         positions = spools[_POSITIONS].tell() if table else 0
         sections.append((_POSITIONS, torch.uint8, (positions,)))
         own = {
-            "restitch.format": FORMAT,
+            "restitch.format": FORMATS[any(weighed)],
             "restitch.kind": kind,
             "restitch.tensors": json.dumps(table, separators=(",", ":"), ensure_ascii=False),
         }
         header = write_header(sections, dict(sorted({**metadata, **own}.items())))
-        parts = [spools[section] for section in (*dtypes, _POSITIONS) if section in spools]
+        parts = [spools[section] for section in order if section in spools]
         size = _assemble(path, header, parts)
     return SparseInfo(bytes=size, kept=sum(kept.values()))
+
+
+def _factor_bytes(tensor: SparseTensor) -> Any:
+    factors = tensor.factors
+    assert factors is not None
+    fits = factors.dtype == _FACTOR_DTYPE and factors.numel() == sum(rows_and_columns(tensor.shape))
+    if not fits or not _are_weights(factors):
+        raise ValueError(f"{tensor.name!r} has factors that do not fit it")
+    return factors.contiguous().view(torch.uint8).numpy().data
+
+
+def _are_weights(factors: Tensor) -> bool:
+    return bool((factors > 0).all()) and bool(torch.isfinite(factors).all())
 
 
 def _assemble(path: Path, header: bytes, parts: Iterable[IO[bytes]]) -> int:
@@ -194,17 +233,19 @@ class SparseFile:
         file = Checkpoint.open(path)
         metadata = {k: v for k, v in file.metadata.items() if not k.startswith(_RESERVED)}
         version, kind = (file.metadata.get(f"restitch.{key}") for key in ("format", "kind"))
-        if version != FORMAT or kind not in KINDS:
+        if version not in FORMATS or kind not in KINDS:
             raise BadInput(
                 f"{path} is no sparse file that can be read",
-                expected=f"restitch.format {FORMAT}, restitch.kind {' or '.join(KINDS)}",
+                expected=(
+                    f"restitch.format {' or '.join(FORMATS)}, restitch.kind {' or '.join(KINDS)}"
+                ),
                 found=f"format {version}, kind {kind}",
                 hint="use the file as restitch wrote it, and a restitch as new as its writer",
             )
         try:
             infos, parts = _read_table(file.metadata["restitch.tensors"])
             sections = {name: file.tensor(name) for name in file.names}
-            _check_sections(infos, parts, sections)
+            _check_sections(infos, parts, sections, with_factors=version == FORMATS[1])
         except (KeyError, ValueError, RecursionError) as err:
             raise _damage(path, str(err)) from err
         return cls(path, kind, metadata, infos, parts, sections)
@@ -245,6 +286,21 @@ class SparseFile:
             self._parts[name].values
         ]
 
+    @property
+    def has_factors(self) -> bool:
+        """Whether it says what its coordinates are worth to the model."""
+        return _FACTORS in self._sections
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """What the rows and what the columns of a tensor are worth; None where it is not known."""
+        if not self.has_factors:
+            return None
+        found = self._sections[_FACTORS][self._parts[name].factors]
+        if not _are_weights(found):
+            raise _damage(self.path, f"{name}: factors that are no positive numbers")
+        rows, columns = rows_and_columns(self._infos[name].shape)
+        return found[:rows], found[rows : rows + columns]
+
     def mask(self) -> Mask:
         """The kept coordinates as a mask; read when they are asked for."""
         return Mask({name: info.kept for name, info in self._infos.items()}, self.coordinates)
@@ -271,35 +327,6 @@ class SparseFile:
         return Cursor(self.coordinate_blocks(name), self.values(name))
 
 
-class Cursor:
-    """Goes through the coordinates and values of a tensor, one range after the other."""
-
-    def __init__(self, blocks: Iterator[NDArray[np.int64]], values: Tensor) -> None:
-        self._blocks = blocks
-        self._values = values
-        self._next = next(blocks, _NOWHERE)
-        self._start = 0
-        self._done = 0
-
-    def take(self, count: int) -> list[Piece]:
-        """What lies in the next `count` elements, counted from the first of them."""
-        pieces = []
-        stop = self._start + count
-        while len(self._next):
-            whole = bool(self._next[-1] < stop)
-            cut = len(self._next) if whole else int(np.searchsorted(self._next, stop))
-            values = self._values[self._done : self._done + cut]
-            coordinates = self._next[:cut]
-            coordinates -= self._start  # in place: a block is nobody else's
-            pieces.append((coordinates, values))
-            self._done += cut
-            self._next = next(self._blocks, _NOWHERE) if whole else self._next[cut:]
-            if not whole:
-                break
-        self._start = stop
-        return pieces
-
-
 def _damage(path: Path, found: str) -> Damage:
     return Damage(f"{path} is damaged", expected="a whole sparse file", found=found, hint=_RESTORE)
 
@@ -307,7 +334,7 @@ def _damage(path: Path, found: str) -> Damage:
 def _read_table(text: str) -> tuple[dict[str, KeptInfo], dict[str, _Part]]:
     infos: dict[str, KeptInfo] = {}
     parts: dict[str, _Part] = {}
-    position = 0
+    position = factor = 0
     value: dict[str, int] = {}
     last = b""
     rows = json.loads(text)
@@ -325,8 +352,15 @@ def _read_table(text: str) -> tuple[dict[str, KeptInfo], dict[str, _Part]]:
         size = encoded_size(code, kept, count_elements(shape))
         begin = value.get(dtype, 0)
         infos[name] = KeptInfo(name, DTYPES[dtype], shape, kept)
-        parts[name] = _Part(code, slice(position, position + size), slice(begin, begin + kept))
+        factors = sum(rows_and_columns(shape))
+        parts[name] = _Part(
+            code,
+            slice(position, position + size),
+            slice(begin, begin + kept),
+            slice(factor, factor + factors),
+        )
         position += size
+        factor += factors
         value[dtype] = begin + kept
     return infos, parts
 
@@ -338,7 +372,11 @@ def _natural(text: str) -> int:
 
 
 def _check_sections(
-    infos: Mapping[str, KeptInfo], parts: Mapping[str, _Part], sections: Mapping[str, Tensor]
+    infos: Mapping[str, KeptInfo],
+    parts: Mapping[str, _Part],
+    sections: Mapping[str, Tensor],
+    *,
+    with_factors: bool,
 ) -> None:
     need: dict[str, tuple[torch.dtype, int]] = {_POSITIONS: (torch.uint8, 0)}
     for name, info in infos.items():
@@ -346,6 +384,8 @@ def _check_sections(
             raise ValueError(f"{name!r} holds no weights")
         need[_POSITIONS] = (torch.uint8, parts[name].positions.stop)
         need[f"values.{DTYPE_NAMES[info.dtype]}"] = (info.dtype, parts[name].values.stop)
+        if with_factors:
+            need[_FACTORS] = (_FACTOR_DTYPE, parts[name].factors.stop)
     found = {name: (section.dtype, section.numel()) for name, section in sections.items()}
     if found != need:
         raise ValueError(f"sections {found} where the table needs {need}")

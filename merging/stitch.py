@@ -2,24 +2,27 @@
 
 Deltas hold finetuned values, so stitching needs no arithmetic where a coordinate has one
 owner: the merged weight is the finetuned one, cast once to the base's type (bit for bit
-the same where the types are equal). On a shared coordinate it is the mean over the
-owners: summed in float64 in the order of the members, rounded once. Members are ordered
-by the UTF-8 bytes of their task, so the order of registration cannot matter. Nothing is
-computed before a tensor is asked for.
+the same where the types are equal). On a shared coordinate it is by default the mean over
+the owners: summed in float64 in the order of the members, rounded once; the other rules
+are in `merging.overlaps`. Members are ordered by the UTF-8 bytes of their task, so the
+order of registration cannot matter. Nothing is computed before a tensor is asked for.
 """
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from merging.checkpoint import Checkpoint, by_bytes
 from merging.edits import Edits, NoEdits
 from merging.errors import BadInput
+from merging.overlaps import MEAN, RULES, Claim, Floats, Rule
 from merging.overwrite import as_integers, put, take
 from merging.positions import true_positions
 from merging.progress import Progress, ignore
@@ -27,7 +30,7 @@ from merging.rounding import cast
 from merging.sparse import Piece, SparseFile, SparseInfo, SparseTensor, write_sparse
 
 VERSION = 1
-OVERLAPS = ("mean",)
+OVERLAPS = (MEAN, *RULES)
 
 _BLOCK = 1 << 19
 _NOWHERE = np.empty(0, dtype=np.int64)
@@ -41,16 +44,17 @@ class Member:
     delta: SparseFile
 
 
-def stitch(base: Checkpoint, members: Iterable[Member], overlap: str = "mean") -> Edits:
+def stitch(base: Checkpoint, members: Iterable[Member], overlap: str | Rule = MEAN) -> Edits:
     """The edits that make the merged model out of the base.
 
     Args:
         base: the base's checkpoint.
         members: the members in any order, each task once.
-        overlap: what becomes of shared coordinates; `mean` is the paper's.
+        overlap: what becomes of shared coordinates: one of `OVERLAPS`, of which `mean` is the
+            paper's, or a rule of a method's own.
     """
     ordered = sorted(members, key=lambda member: by_bytes(member.task))
-    if overlap not in OVERLAPS:
+    if isinstance(overlap, str) and overlap not in OVERLAPS:
         raise BadInput(
             "the rule for shared coordinates is unknown",
             expected=" or ".join(OVERLAPS),
@@ -61,7 +65,8 @@ def stitch(base: Checkpoint, members: Iterable[Member], overlap: str = "mean") -
         raise ValueError("a task is there twice")
     for member in ordered:
         _check(base, member)
-    return _Stitched(ordered) if ordered else NoEdits()
+    rule = RULES.get(overlap) if isinstance(overlap, str) else overlap
+    return _Stitched(ordered, rule) if ordered else NoEdits()
 
 
 def write_patch(
@@ -100,10 +105,11 @@ def _check(base: Checkpoint, member: Member) -> None:
 
 
 class _Stitched:
-    """Edits by members in order; see `stitch`."""
+    """Edits by members in order; without a rule by the mean. See `stitch`."""
 
-    def __init__(self, members: Sequence[Member]) -> None:
+    def __init__(self, members: Sequence[Member], rule: Rule | None) -> None:
         self._members = tuple(members)
+        self._rule = rule
         names = {name for member in members for name in member.delta.names}
         self.names = tuple(sorted(names, key=by_bytes))
         self._own = threading.local()
@@ -118,15 +124,52 @@ class _Stitched:
         if len(deltas) == 1:
             return deltas[0].editor(name)
         cursors = [delta.cursor(name) for delta in deltas]
+        worth = [_Worth.of(delta, name) for delta in deltas]
         block: _Block | None = getattr(self._own, "block", None)
         if block is None:
             block = self._own.block = _Block(len(self._members))
+        start = 0
 
         def edit(part: Tensor) -> None:
+            nonlocal start
             for piece in torch.split(part, _BLOCK):
-                block.stitch(piece, [cursor.take(piece.numel()) for cursor in cursors])
+                taken = [cursor.take(piece.numel()) for cursor in cursors]
+                if self._rule is None:
+                    block.average(piece, taken)
+                else:
+                    block.settle(piece, taken, self._rule, [one.after(start) for one in worth])
+                start += piece.numel()
 
         return edit
+
+
+@dataclass(frozen=True)
+class _Worth:
+    """What the coordinates of a tensor are worth to a member, counted from `start`."""
+
+    factors: tuple[Floats, Floats] | None
+    start: int = 0
+
+    @classmethod
+    def of(cls, delta: SparseFile, name: str) -> "_Worth":
+        found = delta.factors(name)
+        return cls(None if found is None else (_wide(found[0]), _wide(found[1])))
+
+    def after(self, start: int) -> "_Worth":
+        return _Worth(self.factors, start)
+
+    def __getitem__(self, coordinates: NDArray[np.int64]) -> Floats | None:
+        if self.factors is None:
+            return None
+        rows, columns = self.factors
+        row, column = np.divmod(coordinates + self.start, len(columns))
+        found: Floats = rows[row] * columns[column]
+        return found
+
+
+def _wide(factors: Tensor) -> Floats:
+    found: Floats = cast(factors, torch.float64).numpy()
+    return found
 
 
 class _Block:
@@ -137,25 +180,57 @@ class _Block:
         self._owners = torch.empty_like(self._ones)
         self._totals = torch.zeros(_BLOCK, dtype=torch.float64)
 
-    def stitch(self, flat: Tensor, members: Sequence[Sequence[Piece]]) -> None:
-        size = flat.numel()
+    def average(self, flat: Tensor, members: Sequence[Sequence[Piece]]) -> None:
+        """The mean where there are several owners; no base is needed."""
         pieces = [piece for taken in members for piece in taken]
-        owners, totals = self._owners[:size], self._totals[:size]
-        owners.numpy().fill(0)  # in this thread; torch would start others for it
+        owners, shared = self._shared(flat.numel(), pieces)
         for coordinates, values in pieces:
-            index = torch.from_numpy(coordinates)
-            owners.scatter_add_(0, index, self._ones[: len(coordinates)])
             put(flat, coordinates, values)
-        shared = true_positions(owners.numpy() > 1)
         if not len(shared):
             return
+        totals = self._totals[: flat.numel()]
         totals.numpy()[shared] = 0
         for coordinates, values in pieces:
             # Everywhere, for that is faster than picking; only shared places are read.
             index = torch.from_numpy(coordinates)
             totals.scatter_add_(0, index, cast(values, torch.float64))
-        means = totals.numpy()[shared] / owners.numpy()[shared]
+        means = totals.numpy()[shared] / owners[shared]
         put(flat, shared, torch.from_numpy(means))
+
+    def settle(
+        self,
+        flat: Tensor,
+        members: Sequence[Sequence[Piece]],
+        rule: Rule,
+        worth: Sequence["_Worth"],
+    ) -> None:
+        """What the rule says where there are several owners; `flat` holds the base's weights."""
+        owners, shared = self._shared(flat.numel(), [p for taken in members for p in taken])
+        before = cast(take(flat, shared), torch.float64).numpy()
+        column = np.empty(flat.numel() if len(shared) else 0, dtype=np.int64)
+        column[shared] = np.arange(len(shared))
+        claims = []
+        for taken, own in zip(members, worth, strict=True):
+            for coordinates, values in taken:
+                put(flat, coordinates, values)
+                chosen = owners[coordinates] > 1
+                asked = coordinates[chosen]
+                places = column[asked]
+                wanted = cast(take(values, np.flatnonzero(chosen)), torch.float64).numpy()
+                claims.append(Claim(places, wanted - before[places], own[asked]))
+        if len(shared):
+            put(flat, shared, torch.from_numpy(rule(before, claims)))
+
+    def _shared(
+        self, size: int, pieces: Sequence[Piece]
+    ) -> tuple[NDArray[np.integer[Any]], NDArray[np.int64]]:
+        """How many owners each weight has, and where there are several."""
+        owners = self._owners[:size]
+        owners.numpy().fill(0)  # in this thread; torch would start others for it
+        for coordinates, _ in pieces:
+            index = torch.from_numpy(coordinates)
+            owners.scatter_add_(0, index, self._ones[: len(coordinates)])
+        return owners.numpy(), true_positions(owners.numpy() > 1)
 
 
 def _differences(base: Checkpoint, edits: Edits, progress: Progress) -> Iterator[SparseTensor]:

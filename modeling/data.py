@@ -111,7 +111,8 @@ class TaskData:
     def calibration(self, shots: int, seed: int) -> Rows:
         """`shots` rows of each class of train, all where there are fewer, in a seeded order.
 
-        Rows that stand in for validation are never among them. Without labels: `shots` rows.
+        Rows that stand in for validation are never among them. Without labels: `shots` rows for
+        each of the classes.
         """
         if self.spec.train is None:
             raise BadInput(
@@ -121,7 +122,8 @@ class TaskData:
         rows = self.rows("train")
         random = _random(seed)
         if rows.label is None:
-            return rows.select(random.permutation(len(rows))[:shots]).in_memory()
+            count = shots * max(1, len(self.labels))
+            return rows.select(random.permutation(len(rows))[:count]).in_memory()
         chosen = [
             random.permutation(np.flatnonzero(rows.targets == index))[:shots]
             for index in range(len(self.labels))
@@ -154,6 +156,9 @@ def open_split(
 ) -> Rows:
     """The rows of one described split.
 
+    The train rows of a task with rows of its own to evaluate on need no label: they have none
+    where the column is missing, and serve as inputs to calibrate with.
+
     Args:
         spec: where they are.
         split: train, validation or test.
@@ -174,7 +179,11 @@ def open_split(
     table = open_table(spec.path, source, revision=spec.revision)
     if len(table) == 0:
         raise BadInput(f"{table.name} has no rows", expected="at least one")
-    wanted = [*spec.input, *([spec.label] if spec.label is not None and labels else [])]
+    label = spec.label if labels else None
+    evaluated = spec.validation is not None or spec.test is not None
+    if split == "train" and evaluated and label not in table.columns:
+        label = None
+    wanted = [*spec.input, *([] if label is None else [label])]
     missing = [column for column in wanted if column not in table.columns]
     if missing:
         raise BadInput(
@@ -182,7 +191,7 @@ def open_split(
             found=f"columns {', '.join(table.columns)}",
             hint="set input: and label: to columns that are there",
         )
-    rows = Rows(table, spec.input, spec.label if labels else None, tuple(labels), modality)
+    rows = Rows(table, spec.input, label, tuple(labels), modality)
     if rows.label is not None:
         _ = rows.targets
     return rows

@@ -149,7 +149,9 @@ def checked(model: type[Model], values: Mapping[str, Any], origin: str) -> Model
         # By way of JSON, where a list is a list and a model can be strict about types.
         return model.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        problems = sorted({_explain(model, problem) for problem in error.errors()})
+        # A default that depends on what is wrong is no problem of its own.
+        found = [one for one in error.errors() if one["type"] != "default_factory_not_called"]
+        problems = sorted({_explain(model, problem) for problem in found})
     raise BadInput(f"{origin} cannot be used", details=problems)
 
 

@@ -11,9 +11,7 @@ import re
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Discriminator,
     Field,
     JsonValue,
@@ -24,16 +22,14 @@ from pydantic import (
     model_validator,
 )
 
-from merging.digests import digest_json
 from merging.errors import BadInput
-from registry.sizes import parse_size
+from registry.localize_spec import LocalizeSpec as LocalizeSpec
+from registry.spec_base import Spec, Text, parsed_size
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?\Z", re.ASCII)
 _PIN = re.compile(r"@[0-9a-f]{40}\Z")
 _CRON_FIELD = re.compile(r"[0-9A-Za-z*/,#?-]+\Z")
-
-DEFAULT_DENSITY = {"dataless": 0.05, "trained": 0.01}
 
 
 def check_name(name: str) -> str:
@@ -52,7 +48,6 @@ def check_name(name: str) -> str:
 
 Name = Annotated[str, BeforeValidator(lambda v: check_name(v) if isinstance(v, str) else v)]
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Text = Annotated[str, Field(min_length=1)]
 Actors = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 # The tags keep pydantic from reporting what is wrong with the other choice.
@@ -62,31 +57,11 @@ Texts = Annotated[
 ]
 
 
-class Spec(BaseModel):
-    """Frozen data that knows no other keys than its own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return self.model_dump(mode="json")
-
-    @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Self:
-        """What `to_json` gave."""
-        return cls.model_validate_json(json.dumps(values))
-
-    @property
-    def digest(self) -> str:
-        """The digest of the resolved spec."""
-        return digest_json(self.to_json())
-
-
 class MethodSpec(Spec):
     """A merge method and its settings."""
 
     name: Text
-    settings: dict[str, JsonValue] = {}
+    settings: dict[str, JsonValue] = Field(default_factory=dict)
 
     @field_validator("settings")
     @classmethod
@@ -97,39 +72,6 @@ class MethodSpec(Spec):
         except ValueError:
             raise ValueError("holds a number that is not finite") from None
         return value
-
-
-class LocalizeSpec(Spec):
-    """How the coordinates of a finetuned model are selected.
-
-    Attributes:
-        mode: `dataless` takes the largest differences, `trained` learns from examples.
-        density: the fraction of localizable coordinates that is kept.
-        preset: how a trained mask is learned.
-        shots: examples per class, or all where there are fewer.
-        include: globs on tensor names that add to the family's localizable tensors.
-        exclude: globs on tensor names that are never localized, and win.
-    """
-
-    mode: Literal["dataless", "trained"] = "dataless"
-    density: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] = Field(
-        default_factory=lambda earlier: DEFAULT_DENSITY[earlier.get("mode", "dataless")]
-    )
-    preset: Literal["budget", "paper", "official"] = "budget"
-    shots: Annotated[int, Field(ge=1)] = 64
-    epochs: Annotated[int, Field(ge=1)] = 10
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    include: tuple[Text, ...] = ()
-    exclude: tuple[Text, ...] = ()
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What determines the mask in this mode, beside the choice of tensors."""
-        if self.mode == "dataless":
-            return {"density": self.density}
-        return self.model_dump(
-            mode="json", include={"density", "preset", "shots", "epochs", "seed"}
-        )
 
 
 GateName = Literal["min_retention", "max_task_drop", "min_normalized", "max_patch_bytes"]
@@ -155,10 +97,7 @@ class GatesSpec(Spec):
     @field_validator("max_patch_bytes", mode="before")
     @classmethod
     def _size(cls, value: Any) -> Any:
-        try:
-            return parse_size(value) if isinstance(value, str) else value
-        except BadInput as error:
-            raise ValueError(error.message()) from error
+        return parsed_size(value)
 
     @model_validator(mode="after")
     def _warns_of_gates_that_are_on(self) -> Self:

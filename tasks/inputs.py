@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from merging.digests import digest_json
-from merging.errors import BadInput
+from merging.errors import BadInput, RestitchError
 from modeling.data import DataSpec, Rows, TaskData, data_digest, labels_of
 from modeling.family import Family, get_family
 from modeling.heads import Head, HeadSpec, head_key
 from registry.allowed import check_hub, check_path
 from registry.head import ModelRef
+from registry.localize_spec import LocalizeSpec
 from registry.paths import is_there
 from registry.sources import pin_data, resolve_source
-from registry.specs import LocalizeSpec, TaskSpec, split_pin
+from registry.specs import TaskSpec, split_pin
 from tasks.models import Base, LiveBase
 from tasks.reporting import working
 from tasks.workspace import Workspace, made_by
@@ -103,13 +104,16 @@ def check_rows(
     if spec.data is None or split is None:
         return
     shots = None
-    if choice is not None and choice.mode == "trained" and spec.data.train is not None:
+    if choice is not None and choice.mode != "dataless" and spec.data.train is not None:
         shots = [choice.shots, choice.seed]
-    key = digest_json([spec.data.content, split, shots, family.modality])
+    data = task_data(spec, family)
+    chosen_on = "validation" if choice is not None and choice.density == "auto" else split
+    others = [chosen_on] if chosen_on != split and chosen_on in data.splits else []
+    key = digest_json([spec.data.content, split, shots, family.modality, *others])
     if space.objects.lookup("rows", key) is not None:
         return
-    data = task_data(spec, family)
-    parts = [data.rows(split), *([] if shots is None else [data.calibration(*shots)])]
+    parts = [data.rows(one) for one in (split, *others)]
+    parts += [] if shots is None else [data.calibration(*shots)]
     places = [(rows, place) for rows in parts for place in range(len(rows))]
 
     def read(one: tuple[Rows, int]) -> None:
@@ -166,6 +170,16 @@ def _check_allowed(spec: TaskSpec) -> None:
 def task_data(spec: TaskSpec, family: Family) -> TaskData:
     """The task's rows, not yet compared with what was registered."""
     return TaskData(data_spec(spec, family), head_spec(spec).labels, family.modality)
+
+
+def train_has_labels(spec: TaskSpec, family: Family) -> bool:
+    """Whether the train rows of a task have labels; what cannot be read is taken to have them."""
+    if spec.data is None or spec.data.train is None:
+        return False
+    try:
+        return task_data(spec, family).rows("train").label is not None
+    except RestitchError:  # said where the rows are needed, if they are
+        return True
 
 
 def verified_data(spec: TaskSpec, family: Family) -> TaskData:

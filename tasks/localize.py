@@ -5,21 +5,24 @@ published under a key stays, which is what makes a numeric localizer's result on
 """
 
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from merging.checkpoint import Checkpoint
 from merging.digests import digest_json
 from merging.mask import Mask
 from merging.overwrite import take
-from merging.sparse import SparseTensor, write_sparse
+from merging.sparse import SparseInfo, SparseTensor, write_sparse
 from merging.task_vector import TaskVector
 from registry.head import ModelRef
 from registry.objects import KeyRecord
 from registry.sources import resolve_source
 from registry.specs import TaskSpec
+from tasks.density import Density
 from tasks.engine import Cached, step
 from tasks.localizers import Localizer, localizer
 from tasks.models import aligned, device, open_base, open_model, unchanged
@@ -27,41 +30,56 @@ from tasks.refs import DeltaRef, LineRef
 from tasks.reporting import working
 from tasks.workspace import Workspace, made_by, workspace
 
+# What the record of a mask says about how it came about, where it says so.
+FOUND = ("calibrated_with", "calibration_rows", "budget", "recovery")
+
 
 @step("localize", "localize {task.task}")
 def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cached[DeltaRef]:
     """The sparse delta of a finetuned model: from the store, or localized now."""
     space = workspace()
-    found_by, key = _inputs(line, task, model, space)
-    record = space.objects.lookup("mask", key)
+    plan = _plan(line, task, model, space)
+    record = space.objects.lookup("mask", plan.key)
     if record is not None:
         return Cached(_ref(record))
     began = time.perf_counter()
     with space.scratch() as scratch:
         file = scratch / "delta.safetensors"
-        found = write_delta(file, line, task, model, space)
+        found = _write(file, line, task, model, space, plan)
         facts: dict[str, Any] = {
             "mask": found.mask,
             "kept": found.kept,
             "coordinates": found.coordinates,
-            "localizer": found_by.label,
+            "localizer": plan.found_by.label,
             "seconds": round(time.perf_counter() - began, 3),
+            **found.facts,
         }
         blob = space.objects.put_blob(file, move=True)
     maker = made_by() | {"device": device().type}
-    return _ref(space.objects.publish("mask", key, blob, maker, found_by.fingerprint, facts))
+    return _ref(
+        space.objects.publish("mask", plan.key, blob, maker, plan.found_by.fingerprint, facts)
+    )
 
 
 def mask_key(line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace) -> str:
     """The digest of all that determines a model's mask."""
-    return _inputs(line, task, model, space)[1]
+    return _plan(line, task, model, space).key
 
 
-def _inputs(
-    line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace
-) -> tuple[Localizer, str]:
+@dataclass(frozen=True)
+class _Plan:
+    """How a mask is to be found, and the digest of all that determines it."""
+
+    found_by: Localizer
+    density: Density
+    key: str
+
+
+def _plan(line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace) -> _Plan:
     base = open_base(line, space)
     found_by = localizer(line, task, base, model, space)
+    density = Density(line.spec.localize, task, base, model, space)
+    chosen_by = density.inputs()
     # What was resolved from names and globs is in the key, not the globs.
     inputs = {
         "base": [base.ref.weights, base.ref.config],
@@ -69,25 +87,36 @@ def _inputs(
         "family": [base.family.name, base.family.version],
         "localizable": list(base.names),
         "localizer": found_by.inputs(),
+        **({} if chosen_by is None else {"density": chosen_by}),
     }
-    return found_by, digest_json(inputs)
+    return _Plan(found_by, density, digest_json(inputs))
 
 
 @dataclass(frozen=True)
 class FoundDelta:
-    """What a delta that was written holds."""
+    """What a delta that was written holds.
+
+    Attributes:
+        facts: what the localizer had to go by, and how the density was chosen.
+    """
 
     mask: str
     kept: int
     coordinates: int
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 def write_delta(
     file: Path, line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace
 ) -> FoundDelta:
     """Find a finetuned model's mask and write its delta to a file beside which there is room."""
+    return _write(file, line, task, model, space, _plan(line, task, model, space))
+
+
+def _write(
+    file: Path, line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace, plan: _Plan
+) -> FoundDelta:
     base = open_base(line, space)
-    found_by = localizer(line, task, base, model, space)
     folder = resolve_source(model.uri, space.home, whole=False).local
     # What is verified at the beginning is what is read to the end.
     with unchanged(folder), unchanged(base.folder):
@@ -96,22 +125,37 @@ def write_delta(
         finetuned = aligned(base, checkpoint)
         vector = TaskVector(base.checkpoint, finetuned, base.names)
         with working(f"localizing {task.task}") as progress:
-            mask = found_by.find(vector, file.parent, progress)
-        info = write_sparse(
-            file,
-            _kept(finetuned, mask),
-            kind="delta",
-            metadata={"base": base.ref.weights, "finetuned": model.weights},
-        )
-    return FoundDelta(mask.digest(), info.kept, vector.coordinates)
+            ranking = plan.found_by.rank(vector, file.parent, progress)
+
+        def write(mask: Mask) -> SparseInfo:
+            return write_sparse(
+                file,
+                _kept(finetuned, mask, ranking.factors),
+                kind="delta",
+                metadata={"base": base.ref.weights, "finetuned": model.weights},
+            )
+
+        mask = ranking.mask
+        choice: dict[str, Any] = {}
+        if mask is None:
+            assert ranking.scores is not None, "a ranking has scores or a mask"
+            mask, choice = plan.density.choose(
+                ranking.scores, finetuned, lambda some: write(some).bytes, file.parent
+            )
+        info = write(mask)
+    facts = {**ranking.facts(), **choice}
+    return FoundDelta(mask.digest(), info.kept, vector.coordinates, facts)
 
 
-def _kept(finetuned: Checkpoint, mask: Mask) -> Iterator[SparseTensor]:
+def _kept(
+    finetuned: Checkpoint, mask: Mask, factors: Mapping[str, Tensor]
+) -> Iterator[SparseTensor]:
     """The finetuned values at the mask's coordinates, tensor by tensor."""
     for name in mask.names:
         coordinates = mask.coordinates(name)
         values = take(finetuned.tensor(name).reshape(-1), coordinates.numpy())
-        yield SparseTensor(name, finetuned.info(name).shape, coordinates, values)
+        shape = finetuned.info(name).shape
+        yield SparseTensor(name, shape, coordinates, values, factors.get(name))
 
 
 def _ref(record: KeyRecord) -> DeltaRef:
@@ -125,4 +169,5 @@ def _ref(record: KeyRecord) -> DeltaRef:
         localizer=facts["localizer"],
         seconds=facts.get("seconds"),
         made_by=record.made_by,
+        found={name: facts[name] for name in FOUND if name in facts},
     )

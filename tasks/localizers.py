@@ -1,33 +1,69 @@
 """Which localizer a line uses for a task, and all that its mask depends on.
 
-A trained localizer needs labelled rows to calibrate on; for a task without them the
-largest differences are taken, and the record says so.
+A localizer ranks all coordinates; how many of them are kept is decided elsewhere
+(`tasks.density`), except by the presets that end with a density of their own. What it needs of a
+task differs: labelled rows (`trained`), inputs alone (`fisher`, `distilled`), or nothing. Where a
+task has less, the next best is taken, which is said and recorded.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from pydantic import JsonValue
+from torch import Tensor
 
 from merging import localize_dataless as dataless
+from merging import localize_distilled as distilled
+from merging import localize_fisher as fisher
 from merging import localize_trained as trained
 from merging.digests import digest_json
 from merging.mask import Mask
 from merging.progress import Progress
+from merging.score_tensors import fingerprint
 from merging.task_vector import TaskVector
+from merging.top_k import Scores
 from modeling.family import Batch
+from modeling.heads import Head
+from modeling.rows import Rows
 from registry.head import ModelRef
-from registry.specs import LocalizeSpec, TaskSpec
-from tasks.inputs import head_inputs, task_head, verified_data
-from tasks.models import Base, device, live_base
+from registry.localize_spec import LocalizeSpec
+from registry.specs import TaskSpec
+from tasks.inputs import head_inputs, task_head, train_has_labels, verified_data
+from tasks.models import Base, LiveBase, device, live_base
 from tasks.refs import LineRef
 from tasks.reporting import warn
 from tasks.workspace import Workspace
 
+Calibrated = Literal["labels", "inputs", "nothing"]
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """What a localizer found.
+
+    Attributes:
+        scores: of all coordinates; None where there is a mask.
+        mask: of a localizer that ends with a density of its own.
+        factors: what coordinates are worth to the model, for the sparse delta.
+        calibrated: what of the task's train rows was used.
+        rows: how many.
+    """
+
+    scores: Scores | None
+    mask: Mask | None = None
+    factors: Mapping[str, Tensor] = field(default_factory=dict)
+    calibrated: Calibrated = "nothing"
+    rows: int = 0
+
+    def facts(self) -> dict[str, Any]:
+        """What the record keeps of it."""
+        return {"calibrated_with": self.calibrated, "calibration_rows": self.rows}
+
 
 class Localizer(Protocol):
-    """A way to find masks, with its settings."""
+    """A way to rank coordinates, with its settings."""
 
     @property
     def label(self) -> str:
@@ -38,10 +74,10 @@ class Localizer(Protocol):
         """What a repetition must share to find the same bytes; None if nothing."""
 
     def inputs(self) -> dict[str, Any]:
-        """Name, version, settings and the digests of whatever data the mask depends on."""
+        """Name, version, settings and the digests of whatever data the ranking depends on."""
 
-    def find(self, vector: TaskVector, scratch: Path, progress: Progress) -> Mask:
-        """The mask of a task vector; it may be backed by files in `scratch`."""
+    def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
+        """Rank the coordinates of a task vector; `scratch` is for temporary files."""
 
 
 class Dataless:
@@ -50,20 +86,21 @@ class Dataless:
     label = f"{dataless.NAME}/{dataless.VERSION}"
     fingerprint: JsonValue = None
 
-    def __init__(self, density: float) -> None:
-        self.density = density
+    def __init__(self, choice: LocalizeSpec) -> None:
+        self.choice = choice
 
     def inputs(self) -> dict[str, Any]:
-        """Nothing but the density."""
-        return {"name": dataless.NAME, "version": dataless.VERSION, "density": self.density}
+        """Nothing but the density, where it is given."""
+        known = {} if self.choice.density == "auto" else {"density": self.choice.density}
+        return {"name": dataless.NAME, "version": dataless.VERSION, **known}
 
-    def find(self, vector: TaskVector, scratch: Path, progress: Progress) -> Mask:
-        """Exactly k coordinates; see `merging.localize_dataless`."""
-        return dataless.localize_dataless(vector, self.density, scratch=scratch, progress=progress)
+    def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
+        """The differences are the scores."""
+        return Ranking(vector)
 
 
-class Trained:
-    """A mask that is learned with the task's loss on calibration rows of its train split."""
+class Calibration:
+    """The rows of a task that a localizer looks at, and the model that it looks with."""
 
     def __init__(
         self, choice: LocalizeSpec, task: TaskSpec, base: Base, model: ModelRef, space: Workspace
@@ -73,34 +110,14 @@ class Trained:
         self.base = base
         self.model = model
         self.space = space
-        self.settings = trained.TrainedSettings.of(
-            choice.preset,
-            modality=base.family.modality,
-            density=choice.density,
-            epochs=choice.epochs,
-            seed=choice.seed,
-        )
-
-    @property
-    def label(self) -> str:
-        """Name, version and preset."""
-        return f"{trained.NAME}/{trained.VERSION} {self.choice.preset}"
-
-    @property
-    def fingerprint(self) -> JsonValue:
-        """Gradients are the same bytes only with the same torch, device and threads."""
-        return trained.fingerprint(device())
 
     def inputs(self) -> dict[str, Any]:
-        """Settings, the rows by content and choice, and the head that gives the loss."""
+        """The rows by content and choice, and the head that reads them."""
         data = self.task.data
         assert data is not None
         assert data.content is not None
         splits: Any = data.content["splits"]
         return {
-            "name": trained.NAME,
-            "version": trained.VERSION,
-            "settings": self.settings.to_json(),
             "shots": self.choice.shots,
             "train": splits["train"],
             "columns": [data.content["input"], data.content["label"]],
@@ -109,8 +126,8 @@ class Trained:
             "head": digest_json(head_inputs(self.task, self.base, self.model)),
         }
 
-    def find(self, vector: TaskVector, scratch: Path, progress: Progress) -> Mask:
-        """Learn the mask; see `merging.localize_trained`."""
+    def opened(self) -> "OpenCalibration":
+        """The rows, the head and the live base."""
         family, live = self.base.family, live_base(self.base)
         rows = verified_data(self.task, family).calibration(self.choice.shots, self.choice.seed)
         head = task_head(self.task, self.base, live, self.model, self.space)
@@ -120,16 +137,174 @@ class Trained:
             examples = preprocess([rows[index] for index in indices])
             return {name: tensor.to(live.device) for name, tensor in examples.items()}
 
-        return trained.localize_trained(
-            live.parameters,
+        return OpenCalibration(live, rows, head, batch)
+
+
+@dataclass(frozen=True)
+class OpenCalibration:
+    """What localizers call: rows in batches, and the loaded base with the task's head."""
+
+    live: LiveBase
+    rows: Rows
+    head: Head
+    batch: Callable[[Sequence[int]], Batch]
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The scores of the classes at the model's current weights."""
+        return self.live.base.family.logits(self.live.model, batch, self.head)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss that the task is trained with."""
+        return self.live.base.family.loss(self.live.model, batch, self.head)
+
+
+class Trained:
+    """A mask that is learned with the task's loss on labelled rows of its train split."""
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        choice = calibration.choice
+        self.settings = trained.TrainedSettings.of(
+            choice.preset,
+            modality=calibration.base.family.modality,
+            density=_highest(choice) / (1 if choice.density != "auto" else 2),
+            epochs=choice.epochs,
+            seed=choice.seed,
+        )
+
+    @property
+    def label(self) -> str:
+        """Name, version and preset."""
+        return f"{trained.NAME}/{trained.VERSION} {self.calibration.choice.preset}"
+
+    @property
+    def fingerprint(self) -> JsonValue:
+        """Gradients are the same bytes only with the same torch, device and threads."""
+        return fingerprint(device())
+
+    def inputs(self) -> dict[str, Any]:
+        """Settings, the rows by content and choice, and the head that gives the loss."""
+        return {
+            "name": trained.NAME,
+            "version": trained.VERSION,
+            "settings": self.settings.to_json(),
+            **self.calibration.inputs(),
+        }
+
+    def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
+        """Learn the scores, or the mask; see `merging.localize_trained`."""
+        on = self.calibration.opened()
+        found = trained.localize_trained(
+            on.live.parameters,
             vector,
-            len(rows),
-            batch,
-            lambda some: family.loss(live.model, some, head),
+            len(on.rows),
+            on.batch,
+            on.loss,
             self.settings,
             scratch=scratch,
             progress=progress,
-        ).mask
+        )
+        mask = found.mask if found.scores is None else None
+        return Ranking(found.scores, mask, calibrated="labels", rows=len(on.rows))
+
+
+class Fisher:
+    """Differences weighed with how much the model's predictions depend on each coordinate."""
+
+    label = f"{fisher.NAME}/{fisher.VERSION}"
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        self.settings = fisher.FisherSettings(seed=calibration.choice.seed)
+
+    @property
+    def fingerprint(self) -> JsonValue:
+        """Gradients are the same bytes only with the same torch, device and threads."""
+        return fingerprint(device())
+
+    def inputs(self) -> dict[str, Any]:
+        """Settings, the rows by content and choice, and the head; the density is no part."""
+        return {
+            "name": fisher.NAME,
+            "version": fisher.VERSION,
+            "settings": self.settings.to_json(),
+            "density": self.calibration.choice.density,
+            **self.calibration.inputs(),
+        }
+
+    def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
+        """Measure the sensitivities; see `merging.localize_fisher`."""
+        on = self.calibration.opened()
+        scores, worth = fisher.localize_fisher(
+            on.live.parameters,
+            vector,
+            len(on.rows),
+            on.batch,
+            on.logits,
+            self.settings,
+            progress=progress,
+        )
+        rows = min(len(on.rows), self.settings.most_rows)
+        factors = worth.to_factors(vector.names)
+        return Ranking(scores, None, factors, "inputs", rows)
+
+
+class Distilled:
+    """A ranking that is refined until the graft predicts what the finetuned model does."""
+
+    label = f"{distilled.NAME}/{distilled.VERSION}"
+
+    def __init__(self, calibration: Calibration) -> None:
+        self.calibration = calibration
+        choice = calibration.choice
+        highest = _highest(choice)
+        self.settings = distilled.DistilledSettings(
+            lowest=highest if choice.density != "auto" else highest / _RANGE,
+            highest=highest,
+            epochs=choice.epochs,
+            seed=choice.seed,
+            fisher=fisher.FisherSettings(seed=choice.seed),
+        )
+
+    @property
+    def fingerprint(self) -> JsonValue:
+        """Gradients are the same bytes only with the same torch, device and threads."""
+        return fingerprint(device())
+
+    def inputs(self) -> dict[str, Any]:
+        """Settings, the rows by content and choice, and the head."""
+        return {
+            "name": distilled.NAME,
+            "version": distilled.VERSION,
+            "settings": self.settings.to_json(),
+            **self.calibration.inputs(),
+        }
+
+    def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
+        """Refine the ranking; see `merging.localize_distilled`."""
+        on = self.calibration.opened()
+        found = distilled.localize_distilled(
+            on.live.parameters,
+            vector,
+            len(on.rows),
+            on.batch,
+            on.logits,
+            self.settings,
+            progress=progress,
+        )
+        factors = found.sensitivities.to_factors(vector.names)
+        return Ranking(found.scores, None, factors, "inputs", len(on.rows))
+
+
+# Where the density is not known, a ranking is refined at densities from this part of the highest.
+_RANGE = 8
+
+
+def _highest(choice: LocalizeSpec) -> float:
+    if choice.density == "auto":
+        assert choice.max_density is not None
+        return choice.max_density
+    return choice.density
 
 
 def localizer(
@@ -138,8 +313,16 @@ def localizer(
     """The localizer for one finetuned model of a line."""
     choice = line.spec.localize
     if choice.mode == "dataless":
-        return Dataless(choice.density)
+        return Dataless(choice)
     if task.data is None or task.data.train is None:
         warn(f"{task.task} has no train rows to calibrate on: its largest differences are kept")
-        return Dataless(choice.density)
-    return Trained(choice, task, base, model, space)
+        return Dataless(choice)
+    calibration = Calibration(choice, task, base, model, space)
+    if choice.mode == "fisher":
+        return Fisher(calibration)
+    if choice.mode == "distilled":
+        return Distilled(calibration)
+    if not train_has_labels(task, base.family):
+        warn(f"{task.task} has train rows without labels: its mask is distilled from the model")
+        return Distilled(calibration)
+    return Trained(calibration)

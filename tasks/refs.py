@@ -28,6 +28,7 @@ class DeltaRef:
         localizer: how the mask was found, for instance "dataless/1".
         seconds: how long finding it took.
         made_by: which process found it: worker, host, process, pool, device.
+        found: what it was calibrated with, and how its density was chosen.
     """
 
     blob: str
@@ -38,6 +39,7 @@ class DeltaRef:
     localizer: str
     seconds: float | None = None
     made_by: Any = None
+    found: dict[str, Any] = field(default_factory=dict)
 
     @property
     def density(self) -> float:

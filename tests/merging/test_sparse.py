@@ -1,5 +1,6 @@
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,68 @@ def test_the_bytes_of_format_1_are_these(tmp_path: Path) -> None:
     )
     assert (tmp_path / "x").read_bytes() == golden
     assert (info.bytes, info.kept) == (len(golden), 4)
+
+
+def weighed(tensor: SparseTensor, *factors: float) -> SparseTensor:
+    return replace(tensor, factors=torch.tensor(factors, dtype=torch.bfloat16))
+
+
+WEIGHED = [weighed(ONE, 1, 2, 3, 4, 1, 1, 1, 1, 0.5), NONE, weighed(TWO, 8, 1)]
+
+
+def test_the_bytes_of_format_2_are_these(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "x", WEIGHED, kind="delta", metadata={})
+    golden = (
+        b"\x80\x01\x00\x00\x00\x00\x00\x00"
+        b'{"__metadata__":{"restitch.format":"2","restitch.kind":"delta"'
+        b',"restitch.tensors":"[\\"F32 4x5 3 e2 a b\\",\\"BF16  1 w \xc3\xa9\\"]"}'
+        b',"values.F32":{"dtype":"F32","shape":[3],"data_offsets":[0,12]'
+        b'},"values.BF16":{"dtype":"BF16","shape":[1],"data_offsets":[12'
+        b',14]},"factors":{"dtype":"BF16","shape":[11],"data_offsets":[1'
+        b'4,36]},"positions":{"dtype":"U8","shape":[2],"data_offsets":[3'
+        b"6,38]}}     "
+        b"\x00\x00\x80?\x00\x00 \xc0\x00\x00\x00\x00"  # values.F32
+        b"\xe0@"  # values.BF16
+        b"\x80?\x00@@@\x80@\x80?\x80?\x80?\x80?\x00?\x00A\x80?"  # factors
+        b"<C"  # positions
+    )
+    assert (tmp_path / "x").read_bytes() == golden
+
+
+def test_factors_are_read_as_they_were_written(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "x", WEIGHED, kind="delta", metadata={})
+    file = SparseFile.open(tmp_path / "x")
+    found = file.factors("a b")
+    assert found is not None
+    assert [part.tolist() for part in found] == [[1, 2, 3, 4], [1, 1, 1, 1, 0.5]]
+    assert torch.equal(file.values("a b"), ONE.values)
+    assert torch.equal(file.coordinates("a b"), ONE.coordinates)
+    write_sparse(tmp_path / "y", [ONE], kind="delta", metadata={})
+    assert SparseFile.open(tmp_path / "y").factors("a b") is None
+
+
+def test_factors_that_are_no_positive_numbers_are_damage(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "x", WEIGHED, kind="delta", metadata={})
+    good = (tmp_path / "x").read_bytes()
+    for bad in (b"\x00\x00", b"\x80\xbf", b"\xc0\x7f", b"\x80\x7f"):  # 0, -1, NaN, infinity
+        (tmp_path / "x").write_bytes(good.replace(b"\x00@@@", b"\x00@" + bad))
+        with pytest.raises(Damage, match="a b"):
+            SparseFile.open(tmp_path / "x").factors("a b")
+
+
+def test_factors_that_do_not_fit_the_tensors_are_damage(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "x", WEIGHED, kind="delta", metadata={})
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for factors in (tensors["factors"][1:], tensors["factors"].double(), None):
+        changed = {**tensors, "factors": factors}
+        save_file({k: v for k, v in changed.items() if v is not None}, tmp_path / "y", metadata)
+        with pytest.raises(Damage, match="y is damaged"):
+            SparseFile.open(tmp_path / "y")
+    save_file(tensors, tmp_path / "z", metadata | {"restitch.format": "1"})
+    with pytest.raises(Damage, match="z is damaged"):
+        SparseFile.open(tmp_path / "z")
 
 
 def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
@@ -146,7 +209,10 @@ def test_a_dense_file_is_not_larger_than_the_tensor_whole(
     assert info.bytes <= whole + 200  # the table and the names of the sections
 
 
-@pytest.mark.parametrize("wrong", ["order", "values", "twice", "integers", "metadata", "kind"])
+@pytest.mark.parametrize(
+    "wrong",
+    ["order", "values", "twice", "integers", "metadata", "kind", "factors", "zero", "mixed"],
+)
 def test_a_writer_that_breaks_the_format_is_stopped_and_leaves_nothing(
     tmp_path: Path, wrong: str
 ) -> None:
@@ -154,6 +220,9 @@ def test_a_writer_that_breaks_the_format_is_stopped_and_leaves_nothing(
         "order": [TWO, ONE],
         "twice": [ONE, ONE],
         "values": [SparseTensor("a", (4,), torch.tensor([0, 1]), torch.tensor([1.0]))],
+        "factors": [weighed(ONE, 1, 2, 3, 4)],
+        "zero": [weighed(ONE, 1, 2, 3, 4, 1, 1, 0, 1, 1)],
+        "mixed": [WEIGHED[0], TWO],
         "integers": [SparseTensor("a", (4,), torch.tensor([0]), torch.tensor([1]))],
     }.get(wrong, [ONE])
     metadata = {"restitch.kind": "x"} if wrong == "metadata" else {}
@@ -180,8 +249,8 @@ def test_other_safetensors_and_newer_formats_are_bad_input(tmp_path: Path) -> No
     save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
     with pytest.raises(BadInput, match="no sparse file"):
         SparseFile.open(tmp_path / "x.safetensors")
-    save_file({"a": torch.ones(1)}, tmp_path / "y", {"restitch.format": "2"})
-    with pytest.raises(BadInput, match="format 2"):
+    save_file({"a": torch.ones(1)}, tmp_path / "y", {"restitch.format": "3"})
+    with pytest.raises(BadInput, match="format 3"):
         SparseFile.open(tmp_path / "y")
 
 

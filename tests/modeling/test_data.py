@@ -457,3 +457,24 @@ def test_a_sample_has_exactly_its_rows_whatever_the_classes() -> None:
 def test_a_sample_is_fixed_for_ever() -> None:
     targets = np.repeat([0, 1], [6, 6])
     assert stratified(targets, 4, seed=0).tolist() == [3, 5, 10, 11]
+
+
+class TestTrainRowsWithoutLabels:
+    def data(self, folder: Path, **more: Any) -> TaskData:
+        write_jsonl(folder / "train.jsonl", [{"text": f"train {i}"} for i in range(200)])
+        rows = [{"text": f"test {i}", "label": i % 2} for i in range(10)]
+        write_jsonl(folder / "test.jsonl", rows)
+        spec = DataSpec(str(folder), train="train.jsonl", **more)
+        return TaskData(spec, LABELS, "text")
+
+    def test_they_are_inputs_to_calibrate_with(self, tmp_path):
+        data = self.data(tmp_path, test="test.jsonl")
+        rows = data.calibration(shots=8, seed=0)
+        assert (len(rows), rows.label, rows[0].label) == (16, None, None), "8 for each class"
+        assert data.calibration(8, 0).digest() == rows.digest() != data.calibration(8, 1).digest()
+
+    def test_rows_that_are_evaluated_on_need_theirs(self, tmp_path):
+        with pytest.raises(BadInput, match="no column 'label'"):
+            self.data(tmp_path).rows("train")
+        with pytest.raises(BadInput, match="no column 'label'"):
+            self.data(tmp_path, test="train.jsonl").rows("test")

@@ -160,7 +160,7 @@ def test_all_problems_are_listed_at_once_with_their_places():
         "line.yaml cannot be used",
         "unknown key 'densty' in localize; did you mean 'density'?",
         "unknown key 'schedul'; did you mean 'schedule'?",
-        "localize.mode: expected 'dataless' or 'trained', found \"trainde\"",
+        "localize.mode: expected 'dataless', 'trained', 'fisher' or 'distilled', found \"trainde\"",
         "localize.shots: expected integer, found 1.5",
         "localize.include.0: expected string, found 3; put it in quotes",
     ):
@@ -270,3 +270,56 @@ def test_these_are_hub_ids(good):
 )
 def test_these_are_not(bad):
     assert not is_hub_id(bad)
+
+
+def test_lines_keep_the_digests_that_they_had_before_there_was_more_to_choose():
+    assert line().digest == "88944ad9d9a8e8c91ed42d1d29d1674af926ea8d60c1117957689eff65382635"
+    assert (
+        line("localize: {mode: trained}").digest
+        == "ce0c16eeb7bef4ca23241b6a12b1dc48a7d71d8e10ae82ceca6bdfab861e068d"
+    )
+
+
+def test_what_depends_on_the_mode_is_stored():
+    for mode, density, epochs in (("fisher", 0.1, 10), ("distilled", 0.1, 3)):
+        found = line(f"localize: {{mode: {mode}}}").localize
+        assert (found.density, found.epochs) == (density, epochs)
+    assert line("localize: {mode: fisher}").localize.settings == {
+        "density": 0.1,
+        "shots": 64,
+        "seed": 0,
+    }
+
+
+def test_a_density_that_is_chosen_brings_its_defaults():
+    spec = line("localize: {density: auto, budget: 20MB}")
+    stored = spec.to_json()["localize"]
+    assert stored["density"] == "auto"
+    assert (stored["recovery"], stored["max_density"], stored["budget"]) == (0.99, 0.3, 20_000_000)
+    assert LineSpec.from_json(spec.to_json()) == spec
+    assert spec.localize.settings == {
+        "density": "auto",
+        "recovery": 0.99,
+        "max_density": 0.3,
+        "budget": 20_000_000,
+    }
+
+
+@pytest.mark.parametrize(
+    ("localize", "found"),
+    [
+        ("{density: atuo}", "localize.density: expected 'auto', found \"atuo\""),
+        ("{density: true}", "localize.density: expected number"),
+        ("{density: 2}", "localize.density: expected less than or equal to 1"),
+        ("{recovery: 0.9}", "belong to density: auto"),
+        ("{density: 0.1, max_density: 0.2}", "belong to density: auto"),
+        ("{density: auto, recovery: null}", "needs recovery and max_density"),
+        ("{mode: trained, preset: official, density: auto}", "a density of its own"),
+        ("{mode: trained, preset: paper, budget: 1MB}", "a density of its own"),
+        ("{budget: many}", "is no file size"),
+    ],
+)
+def test_a_density_that_cannot_be_is_explained_in_one_line(localize, found):
+    text = problems(line, f"localize: {localize}")
+    assert found in text
+    assert text.count("  - ") == 1, text

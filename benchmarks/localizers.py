@@ -1,0 +1,374 @@
+"""All localizers on the same real models: what a density keeps, what it costs, how it merges.
+
+    python -m benchmarks.localizers --data DIR --work DIR --part frontier [--seeds 0,1,2]
+
+DIR is what `benchmarks.text` takes. Each part writes what it measured to a JSON file of its own in
+the work folder as soon as it is known, and a part that is run again goes on where it stopped:
+
+- `frontier`: grafted accuracy on test rows by localizer, density and seed.
+- `official`: the authors' code beside ours at the density that theirs ends with, timed in one
+  process, with the time of the forward and backward passes alone.
+- `merged`: accuracy by density, mask and rule for shared coordinates, on validation and test rows.
+- `storage`: bytes per kept weight by density and encoding.
+- `tables` prints all that is there.
+
+Nothing is chosen by test rows.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.localizers_tables import tables
+from merging.checkpoint import Checkpoint
+from merging.coordinates import select_tensors
+from merging.localize_dataless import kept_count
+from merging.localize_distilled import DistilledSettings, localize_distilled
+from merging.localize_fisher import FisherSettings, localize_fisher
+from merging.localize_trained import TrainedSettings, localize_trained
+from merging.mask import Mask
+from merging.methods import get_method
+from merging.overwrite import take
+from merging.sparse import SparseFile, SparseTensor, write_sparse
+from merging.stitch import Member
+from merging.task_vector import TaskVector
+from merging.top_k import Scores, TensorScores, top_k
+from modeling.data import DataSpec, TaskData
+from modeling.evaluation import evaluate
+from modeling.family import Batch, get_family
+from modeling.heads import HeadSpec
+from modeling.weights import apply_edits, restore
+
+DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2)
+MERGED = (0.05, 0.1, 0.2)
+RULES: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("mean", "localize-and-stitch", {"overlap": "mean"}),
+    ("sum", "localize-and-stitch", {"overlap": "sum"}),
+    ("elect", "localize-and-stitch", {"overlap": "elect"}),
+    ("weighted", "localize-and-stitch", {"overlap": "weighted"}),
+    ("restitch 0.25", "restitch", {"growth": 0.25}),
+    ("restitch 0.5", "restitch", {"growth": 0.5}),
+    ("restitch 0.75", "restitch", {"growth": 0.75}),
+)
+SHOTS = 64
+EPOCHS = 10
+
+
+class Kept:
+    """Measurements in a file, by key; what is there is not measured again."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.values: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+
+    def __contains__(self, key: Sequence[object]) -> bool:
+        return " | ".join(map(str, key)) in self.values
+
+    def get(self, key: Sequence[object], measure: Callable[[], Any]) -> Any:
+        """The measurement of that key, made now if it is not there."""
+        name = " | ".join(map(str, key))
+        if name not in self.values:
+            self.values[name] = measure()
+            self.path.write_text(json.dumps(self.values, indent=1))
+            print(name, self.values[name], flush=True)
+        return self.values[name]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """A ranking with what it cost."""
+
+    scores: Scores
+    factors: Mapping[str, Tensor]
+    seconds: float
+
+
+class Task:
+    """One finetuned model with its rows and its head, on a model that is loaded once."""
+
+    def __init__(self, name: str, data: Path, checkpoints: Path, world: "World") -> None:
+        described = json.loads((data / name / "task.json").read_text(encoding="utf-8"))
+        labels = tuple(described["labels"])
+        self.name = name
+        self.world = world
+        self.finetuned = Checkpoint.open(checkpoints / name)
+        self.vector = TaskVector(world.base, self.finetuned, world.names)
+        spec = HeadSpec(labels, ("{}",), float(described["scale"]), described["max_length"])
+        self.head = world.family.build_head(world.model, world.folder, spec)
+        self.preprocess = world.family.preprocessor(world.folder, described["max_length"])
+        files = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
+        self.data = TaskData(DataSpec(str(data / name), **files), labels, "text")  # type: ignore[arg-type]
+
+    def calibration(self, seed: int) -> tuple[int, Callable[[Sequence[int]], Batch]]:
+        """How many rows there are, and their batches."""
+        rows = self.data.calibration(SHOTS, seed)
+        return len(rows), lambda chosen: self.preprocess([rows[index] for index in chosen])
+
+    def logits(self, batch: Batch) -> Tensor:
+        """The scores of the classes."""
+        return self.world.family.logits(self.world.model, batch, self.head)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The loss on labels."""
+        return self.world.family.loss(self.world.model, batch, self.head)
+
+    def value(self, split: str) -> float:
+        """The accuracy of what the model holds now."""
+        rows = self.data.rows(split)
+        return evaluate(self.world.family, self.world.model, self.head, rows, self.preprocess).value
+
+    def grafted(self, mask: Mask, split: str = "test") -> float:
+        """The accuracy of the base with a mask's finetuned values."""
+        path = self.world.work / f"graft-{self.name}"
+        self.write(path, mask, {})
+        return self.world.wearing(SparseFile.open(path), lambda: self.value(split))
+
+    def write(self, path: Path, mask: Mask, factors: Mapping[str, Tensor]) -> int:
+        """Write the delta of a mask; its bytes."""
+
+        def kept() -> Iterator[SparseTensor]:
+            for name in mask.names:
+                coordinates = mask.coordinates(name)
+                values = take(self.finetuned.tensor(name).reshape(-1), coordinates.numpy())
+                shape = self.finetuned.info(name).shape
+                yield SparseTensor(name, shape, coordinates, values, factors.get(name))
+
+        return write_sparse(path, kept(), kind="delta", metadata={}).bytes
+
+    def rank(self, mode: str, seed: int) -> Ranked:
+        """A ranking by one of the localizers."""
+        started = time.perf_counter()
+        if mode == "dataless":
+            return Ranked(self.vector, {}, 0.0)
+        if mode == "random":
+            draw = torch.Generator().manual_seed(seed)
+            sizes = {name: self.vector.numel(name) for name in self.vector.names}
+            drawn = {name: torch.rand(size, generator=draw) for name, size in sizes.items()}
+            return Ranked(TensorScores(drawn), {}, 0.0)
+        rows, batch = self.calibration(seed)
+        live = self.world.live
+        if mode == "fisher":
+            settings = FisherSettings(seed=seed)
+            scores, worth = localize_fisher(live, self.vector, rows, batch, self.logits, settings)
+            factors = worth.to_factors(self.vector.names)
+            return Ranked(scores, factors, time.perf_counter() - started)
+        given = DistilledSettings(0.0375, 0.3, seed=seed, fisher=FisherSettings(seed=seed))
+        found = localize_distilled(live, self.vector, rows, batch, self.logits, given)
+        factors = found.sensitivities.to_factors(self.vector.names)
+        return Ranked(found.scores, factors, time.perf_counter() - started)
+
+
+class World:
+    """The base, loaded once, and the tasks."""
+
+    def __init__(self, data: Path, work: Path) -> None:
+        self.work = work
+        checkpoints = work / "checkpoints"
+        if not checkpoints.exists():
+            script = data / "make_checkpoints.py"
+            subprocess.run([sys.executable, str(script), str(checkpoints)], check=True)
+        self.folder = checkpoints / "base"
+        self.family = get_family("text-encoder")
+        self.model = self.family.load(self.folder)
+        self.live = self.family.parameters(self.model)
+        self.base = Checkpoint.open(self.folder)
+        self.names = select_tensors(self.base.floating, self.family.localizable, (), ())
+        names = sorted(path.parent.name for path in data.glob("*/delta.safetensors"))
+        self.tasks = {name: Task(name, data, checkpoints, self) for name in names}
+
+    def wearing(self, edits: Any, measure: Callable[[], float]) -> float:
+        """What is measured with edits applied."""
+        apply_edits(self.live, self.base, edits)
+        try:
+            return measure()
+        finally:
+            restore(self.live, self.base, edits.names)
+
+    def finetuned(self, task: Task, split: str) -> float:
+        """The accuracy of the finetuned model."""
+        return task.grafted(top_k(task.vector, task.vector.coordinates), split)
+
+
+def frontier(
+    world: World,
+    kept: Kept,
+    seeds: Sequence[int],
+    modes: Sequence[str],
+    densities: Sequence[float],
+) -> None:
+    """Grafted accuracy by localizer, density and seed; the deltas stay in the work folder."""
+    for seed, task, mode in product(seeds, world.tasks.values(), modes):
+        kept.get((task.name, "finetuned"), partial(world.finetuned, task, "test"))
+        missing = [d for d in densities if (task.name, mode, d, seed) not in kept]
+        if not missing or (mode in ("random", "dataless") and seed != seeds[0]):
+            continue
+        found = task.rank(mode, seed)
+        kept.get((task.name, mode, "seconds", seed), partial(float, found.seconds))
+        for density in missing:
+            mask = top_k(found.scores, kept_count(density, task.vector.coordinates))
+            if density in MERGED:
+                task.write(_delta(world, task, mode, density, seed), mask, found.factors)
+            kept.get((task.name, mode, density, seed), partial(task.grafted, mask))
+
+
+def merged(
+    world: World,
+    kept: Kept,
+    seeds: Sequence[int],
+    modes: Sequence[str],
+    densities: Sequence[float],
+    splits: Sequence[str],
+    rules: Sequence[str],
+) -> None:
+    """Normalized accuracy by density, mask and rule; the deltas are those of `frontier`."""
+    for seed, split, mode, density in product(seeds, splits, modes, densities):
+        files = {
+            name: _delta(world, task, mode, density, 0 if mode in ("random", "dataless") else seed)
+            for name, task in world.tasks.items()
+        }
+        if not all(path.exists() for path in files.values()):
+            continue
+        members = [Member(name, SparseFile.open(path)) for name, path in files.items()]
+        wanted_rules = [rule for rule in RULES if rule[0] in rules]
+        for (rule, method, settings), task in product(wanted_rules, world.tasks.values()):
+            wanted = kept.get(
+                (task.name, "finetuned", split), partial(world.finetuned, task, split)
+            )
+            edits = get_method(method)(world.base, members, **settings)
+            reached = partial(world.wearing, edits, partial(task.value, split))
+            kept.get(
+                (split, mode, density, rule, seed, task.name),
+                lambda r=reached, w=wanted: r() / w,  # type: ignore[misc]
+            )
+
+
+def official(world: World, kept: Kept, seed: int) -> None:
+    """The authors' code, and ours at its density; seconds of each beside those of the passes."""
+    for task in world.tasks.values():
+        theirs = kept.get((task.name, "official"), partial(_theirs, task, seed))
+        for mode in ("dataless", "fisher", "distilled"):
+            kept.get((task.name, mode), partial(_ours, task, mode, theirs["kept"], seed))
+
+
+def _theirs(task: Task, seed: int) -> dict[str, float]:
+    rows, batch = task.calibration(seed)
+    settings = TrainedSettings.of("official", epochs=EPOCHS, seed=seed)
+    pure = _passes(task, rows, batch, settings.batch_size)
+    started = time.perf_counter()
+    live, vector = task.world.live, task.vector
+    found = localize_trained(live, vector, rows, batch, task.loss, settings)
+    seconds = time.perf_counter() - started
+    return {
+        "seconds": seconds,
+        "one_pass": pure,
+        "kept": found.mask.total,
+        "grafted": task.grafted(found.mask),
+    }
+
+
+def _ours(task: Task, mode: str, kept: int, seed: int) -> dict[str, float]:
+    rows, batch = task.calibration(seed)
+    live, vector = task.world.live, task.vector
+    fisher = FisherSettings(seed=seed)
+    started = time.perf_counter()
+    scores: Scores = vector
+    if mode == "fisher":
+        scores, _ = localize_fisher(live, vector, rows, batch, task.logits, fisher)
+    elif mode == "distilled":
+        density = kept / vector.coordinates
+        settings = DistilledSettings(density, density, epochs=1, seed=seed, fisher=fisher)
+        scores = localize_distilled(live, vector, rows, batch, task.logits, settings).scores
+    mask = top_k(scores, kept)
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "grafted": task.grafted(mask)}
+
+
+def _passes(task: Task, rows: int, batch: Callable[[Sequence[int]], Batch], size: int) -> float:
+    """Seconds of one pass of forward and backward over the rows, and nothing else."""
+    live = [task.world.live[name] for name in task.world.names]
+    for tensor in live:
+        tensor.requires_grad_(True)
+    started = time.perf_counter()
+    for start in range(0, rows, size):
+        loss = task.loss(batch(range(start, min(start + size, rows))))
+        loss.backward()  # type: ignore[no-untyped-call]
+        for tensor in live:
+            tensor.grad = None
+    seconds = time.perf_counter() - started
+    for tensor in live:
+        tensor.requires_grad_(False)
+    return seconds
+
+
+def storage(world: World, kept: Kept) -> None:
+    """Bytes per kept weight of one task's deltas, with their masks by sensitivity."""
+    task = world.tasks[min(world.tasks)]
+    found = task.rank("fisher", 0)
+    for density in (0.001, 0.01, 0.05, 0.1, 0.2, 0.4):
+        kept.get((density,), partial(_sizes, task, found, density))
+
+
+def _sizes(task: Task, found: Ranked, density: float) -> dict[str, float]:
+    path, coordinates = task.world.work / "storage", task.vector.coordinates
+    mask = top_k(found.scores, kept_count(density, coordinates))
+    return {
+        "delta": task.write(path, mask, {}) / mask.total,
+        "with_factors": task.write(path, mask, found.factors) / mask.total,
+        "csr": 8.0,
+        "bitmap": 4 + coordinates / 8 / mask.total,
+    }
+
+
+def _delta(world: World, task: Task, mode: str, density: float, seed: int) -> Path:
+    return world.work / f"{task.name}-{mode}-{density}-{seed}.delta"
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure one part, or print all that is there."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.localizers")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument(
+        "--part", required=True, choices=("frontier", "official", "merged", "storage", "tables")
+    )
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--modes", default="random,dataless,fisher,distilled")
+    parser.add_argument("--densities", help="instead of all")
+    parser.add_argument("--splits", default="validation,test", help="of merged")
+    parser.add_argument("--rules", default=",".join(name for name, *_ in RULES), help="of merged")
+    options = parser.parse_args(arguments)
+    options.work.mkdir(parents=True, exist_ok=True)
+    if options.part == "tables":
+        print(tables(options.work))
+        return
+    kept = Kept(options.work / f"{options.part}.json")
+    world = World(options.data.absolute(), options.work.absolute())
+    seeds = [int(seed) for seed in options.seeds.split(",")]
+    modes = options.modes.split(",")
+    usual = DENSITIES if options.part == "frontier" else MERGED
+    asked = options.densities and [float(one) for one in options.densities.split(",")]
+    densities = asked or usual
+    if options.part == "frontier":
+        frontier(world, kept, seeds, modes, densities)
+    elif options.part == "merged":
+        splits, rules = options.splits.split(","), options.rules.split(",")
+        merged(world, kept, seeds, modes, densities, splits, rules)
+    elif options.part == "official":
+        official(world, kept, seeds[0])
+    else:
+        storage(world, kept)
+
+
+if __name__ == "__main__":
+    main()

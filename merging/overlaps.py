@@ -1,0 +1,122 @@
+"""What becomes of a coordinate that several members keep: the rules, on plain arrays.
+
+A rule sees the base's weights at some shared coordinates and, member by member in their order,
+how far each owner is from them; it returns the merged weights. All is float64 and elementwise,
+so a weight does not depend on what else is settled with it, nor on how a tensor is cut.
+`mean` (the paper's) needs no base and is done where models are stitched.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merging.errors import BadInput
+
+Floats = NDArray[np.float64]
+
+MEAN = "mean"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What one member wants at the shared coordinates that it keeps.
+
+    Attributes:
+        places: which of the shared coordinates, each once.
+        deviations: the finetuned value minus the base's, one per place.
+        weights: what the member's wish is worth there, all positive; None where it is not known,
+            and then it is worth what those of the other owners are on average.
+    """
+
+    places: NDArray[np.int64]
+    deviations: Floats
+    weights: Floats | None
+
+
+Rule = Callable[[Floats, Sequence[Claim]], Floats]
+
+
+def sum_of_owners(before: Floats, claims: Sequence[Claim]) -> Floats:
+    """The base and all deviations: task arithmetic with coefficient 1, where members meet."""
+    return before + _totals(len(before), claims)
+
+
+def weighted_mean(before: Floats, claims: Sequence[Claim]) -> Floats:
+    """The mean of the owners by their weights."""
+    return before + _weighted(len(before), claims)
+
+
+def grown(growth: float) -> Rule:
+    """The weighted mean of the deviations, times the number of owners to the power `growth`.
+
+    With 0 it is the weighted mean; with 1 and equal weights it is the sum.
+
+    Args:
+        growth: a multiple of a quarter from 0 to 1, since roots of roots are rounded alike on
+            every machine, and other powers are not.
+    """
+    quarters = round(4 * growth)
+    if not 0 <= quarters <= 4 or quarters != 4 * growth:
+        raise BadInput(
+            "the growth on shared coordinates cannot be used",
+            expected="0, 0.25, 0.5, 0.75 or 1",
+            found=growth,
+            hint="correct method: settings: growth",
+        )
+
+    def rule(before: Floats, claims: Sequence[Claim]) -> Floats:
+        owners = np.zeros(len(before))
+        for claim in claims:
+            owners[claim.places] += 1
+        factor = owners if quarters == 4 else np.ones(len(before))
+        if quarters in (2, 3):
+            factor = np.sqrt(owners)
+        if quarters in (1, 3):
+            factor = factor * np.sqrt(np.sqrt(owners))
+        return before + factor * _weighted(len(before), claims)
+
+    return rule
+
+
+def elected(before: Floats, claims: Sequence[Claim]) -> Floats:
+    """TIES: the sign of the sum is elected, and the owners that agree with it have their mean."""
+    sign = np.sign(_totals(len(before), claims))
+    agreeing, count = np.zeros(len(before)), np.zeros(len(before))
+    for claim in claims:
+        agrees = np.sign(claim.deviations) == sign[claim.places]
+        places = claim.places[agrees]
+        agreeing[places] += claim.deviations[agrees]
+        count[places] += 1
+    # Nobody agrees where the sum is zero and no owner stayed at the base: it stays there.
+    return before + agreeing / np.maximum(count, 1)
+
+
+def _weighted(shared: int, claims: Sequence[Claim]) -> Floats:
+    known, count = np.zeros(shared), np.zeros(shared)
+    for claim in claims:
+        if claim.weights is not None:
+            known[claim.places] += claim.weights
+            count[claim.places] += 1
+    usual = np.where(count > 0, known / np.maximum(count, 1), 1.0)
+    above, below = np.zeros(shared), np.zeros(shared)
+    for claim in claims:
+        weights = usual[claim.places] if claim.weights is None else claim.weights
+        above[claim.places] += weights * claim.deviations
+        below[claim.places] += weights
+    return above / below
+
+
+def _totals(shared: int, claims: Sequence[Claim]) -> Floats:
+    totals = np.zeros(shared)
+    for claim in claims:
+        totals[claim.places] += claim.deviations
+    return totals
+
+
+RULES: Mapping[str, Rule] = {
+    "sum": sum_of_owners,
+    "weighted": weighted_mean,
+    "elect": elected,
+}

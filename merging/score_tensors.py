@@ -1,0 +1,77 @@
+"""What the localizers that keep one score per coordinate in memory have in common.
+
+Scores are tensors by name in the shapes of the weights, on the device of the model. A threshold
+is estimated from a sample that is always the same, so that a step costs no sort of the model.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from merging.errors import CannotJoin
+from merging.live_weights import LiveWeights
+
+_SAMPLE = 1 << 18
+
+
+def fingerprint(device: torch.device | str = "cpu") -> dict[str, Any]:
+    """What a repetition must share to find the same bytes."""
+    return {
+        "torch": torch.__version__,
+        "device": torch.device(device).type,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def slope(score: Tensor) -> Tensor:
+    """The derivative of the sigmoid."""
+    gate = torch.sigmoid(score)
+    return gate.mul_(1 - gate)
+
+
+def threshold_of(scores: Iterable[Tensor], kept: int, coordinates: int) -> float:
+    """A value that about `kept` scores are above; exactly so many in a small model without ties.
+
+    Args:
+        scores: tensor by tensor; each is read before the next is asked for.
+        kept: how many should be above.
+        coordinates: how many scores there are.
+    """
+    if not 0 < kept < coordinates:
+        return math.inf if kept == 0 else -math.inf
+    stride = max(1, coordinates // _SAMPLE) | 1
+    pieces, start = [], 0
+    for score in scores:
+        flat = score.view(-1)
+        # The stride runs on from tensor to tensor, so that small ones get no more than their share.
+        if start < flat.numel():
+            pieces.append(flat[start::stride].clone())
+        start = (start - flat.numel()) % stride
+    sample = torch.cat(pieces)
+    above = min(max(1, round(kept / stride)), sample.numel() - 1)
+    return float(torch.kthvalue(sample, sample.numel() - above).values)
+
+
+def step_unit(live: LiveWeights, scores: Mapping[str, Tensor], kept: int) -> float:
+    """The k-th largest score over the k-th largest pull; 1 where either has no such one."""
+    pulls = (part.pull(live.buffer(part)).abs_() for part in live.parts)
+    score = threshold_of(scores.values(), kept, live.coordinates)
+    pull = threshold_of(pulls, kept, live.coordinates)
+    usable = math.isfinite(score) and math.isfinite(pull) and score > 0 and pull > 0
+    return score / pull if usable else 1.0
+
+
+def check_finite(scores: Mapping[str, Tensor]) -> None:
+    """Raise `CannotJoin` that names every tensor whose scores are no numbers."""
+    bad = [name for name, score in scores.items() if not bool(torch.isfinite(score.sum()))]
+    if bad:
+        raise CannotJoin(
+            "the scores are not finite after localizing",
+            expected="a number for every coordinate",
+            found=f"infinity or NaN in {len(bad)} tensors",
+            hint="check the calibration rows, or localize with mode: dataless",
+            details=bad,
+        )

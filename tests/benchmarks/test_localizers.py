@@ -1,0 +1,48 @@
+"""The tables say what was measured, and what is there is not measured again."""
+
+import json
+from pathlib import Path
+
+from benchmarks.localizers import Kept
+from benchmarks.localizers_tables import tables, told
+
+
+def test_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    assert Kept(path).get(("a", 0.1, 0), lambda: 1.5) == 1.5
+    again = Kept(path)
+    assert again.get(("a", 0.1, 0), lambda: 2.0) == 1.5
+    assert ("a", 0.1, 0) in again
+    assert ("a", 0.1, 1) not in again
+
+
+def test_seeds_are_told_with_their_interval() -> None:
+    assert told([0.5]) == "0.500"
+    assert told([0.4, 0.5, 0.6]) == "0.500 ± 0.248", "4.303 x 0.1 / sqrt(3)"
+
+
+def test_tables_hold_what_was_measured(tmp_path: Path) -> None:
+    measured = {
+        "frontier": {
+            "t | finetuned": 0.8,
+            "t | fisher | seconds | 0": 3.0,
+            "t | fisher | 0.1 | 0": 0.6,
+            "t | fisher | 0.1 | 1": 0.6,
+        },
+        "official": {
+            "t | official": {"seconds": 10.0, "one_pass": 1.0, "kept": 1234, "grafted": 0.7},
+            "t | fisher": {"seconds": 2.0, "grafted": 0.75},
+        },
+        "merged": {
+            "t | finetuned | test": 0.8,
+            "test | fisher | 0.1 | mean | 0 | t": 0.9,
+            "test | fisher | 0.1 | mean | 0 | u": 0.7,
+        },
+    }
+    for part, values in measured.items():
+        (tmp_path / f"{part}.json").write_text(json.dumps(values))
+    text = tables(tmp_path)
+    assert "| t | 0.800 | fisher | 0.600 ± 0.000 |" in text
+    assert "| **share of finetuned** | 1 | fisher | 0.750 |" in text
+    assert "| t | 1,234 | fisher | 0.750 | 2.0 | 0.20 |" in text
+    assert "| test | fisher | 10% | 0.800 |" in text

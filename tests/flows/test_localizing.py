@@ -1,0 +1,227 @@
+"""Lines that choose masks by sensitivity, by distillation, by a recovery target or a budget."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import NewHome
+from tests.shell import Shell
+from tests.worlds import World, write_rows, write_yaml
+
+pytestmark = pytest.mark.usefixtures("without_mlflow")
+
+SPLITS = {"train": slice(0, 20), "validation": slice(20, 40), "test": slice(40, 60)}
+
+
+def rows_of(world: World, task: str) -> list[dict[str, Any]]:
+    lines = (world.root / "data" / task / "test.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def with_splits(
+    world: World,
+    folder: Path,
+    task: str = "colour",
+    *,
+    splits: Mapping[str, slice] = SPLITS,
+    labelled: bool = True,
+) -> Path:
+    """A task whose rows are cut into splits; those of train may lack their labels."""
+    values = yaml.safe_load(world.task(task).read_text())
+    rows = rows_of(world, task)
+    for name, part in splits.items():
+        chosen = rows[part]
+        if name == "train" and not labelled:
+            chosen = [{"text": row["text"]} for row in chosen]
+        write_rows(folder / "rows" / f"{name}.jsonl", chosen)
+    files = {name: f"{name}.jsonl" for name in splits}
+    values["data"] = {"path": "rows", "input": "text", "label": "label", **files}
+    return write_yaml(folder / "task.yaml", values)
+
+
+def register(shell: Shell, world: World, file: Path, task: Path, **localize: Any) -> Any:
+    shell("init", world.line(file, retention=None, localize=localize))
+    return shell("register", "demo", "--task", task, "--model", world.model("colour"), "--json")
+
+
+@pytest.mark.parametrize("mode", ["fisher", "distilled"])
+def test_inputs_without_labels_are_enough_and_the_record_says_so(
+    world: World, new_home: NewHome, tmp_path: Path, mode: str
+) -> None:
+    deltas = set()
+    for name, labelled in (("one", True), ("two", True), ("three", False)):
+        shell = new_home(name)
+        task = with_splits(world, tmp_path / f"data-{name}", labelled=labelled)
+        found = register(shell, world, tmp_path / "line.yaml", task, mode=mode, density=0.2).json
+        facts = found["facts"]
+        assert facts["localizer"].startswith(f"{mode}/")
+        assert facts["density"] == pytest.approx(0.2, abs=1e-3)
+        assert (facts["calibrated_with"], facts["calibration_rows"]) == ("inputs", 20)
+        member = found["merged"]["record"]["members"]["colour"]
+        assert member["facts"]["calibrated_with"] == "inputs"
+        if labelled:
+            deltas.add(shell.head().tasks["colour"].versions[1].delta)
+    assert len(deltas) == 1, "the same rows and seed give the same bytes"
+
+
+def test_a_line_that_needs_labels_does_without_them(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    task = with_splits(world, tmp_path, labelled=False)
+    done = register(shell, world, tmp_path / "line.yaml", task, mode="trained", density=0.2)
+    assert "without labels" in done.err
+    assert done.json["facts"]["localizer"].startswith("distilled/")
+
+
+def test_a_task_without_train_rows_takes_its_largest_differences(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    done = register(
+        shell, world, tmp_path / "line.yaml", world.task("colour"), mode="fisher", density=0.2
+    )
+    facts = done.json["facts"]
+    assert facts["localizer"].startswith("dataless/")
+    assert (facts["calibrated_with"], facts["calibration_rows"]) == ("nothing", 0)
+
+
+def test_rows_without_labels_cannot_stand_in_for_validation(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    task = with_splits(world, tmp_path, splits={"train": slice(0, 60)}, labelled=False)
+    shell("init", world.line(tmp_path / "line.yaml", retention=None))
+    files = ("--task", task, "--model", world.model("colour"))
+    assert "no column 'label'" in shell("register", "demo", *files, code=3).err
+
+
+@pytest.mark.parametrize("mode", ["dataless", "fisher", "distilled", "trained"])
+def test_the_density_is_the_lowest_that_recovers_the_model(
+    world: World, shell: Shell, tmp_path: Path, mode: str
+) -> None:
+    task = with_splits(world, tmp_path)
+    chosen = {"mode": mode, "density": "auto", "recovery": 0.8, "max_density": 1.0}
+    facts = register(shell, world, tmp_path / "line.yaml", task, **chosen).json["facts"]
+    found = facts["recovery"]
+    assert (found["reached"], found["rows"], found["finetuned"]) == (True, 20, 1.0)
+    assert found["kept"] == facts["kept"]
+    curve = {look["kept"]: look for look in found["curve"]}
+    assert curve[facts["kept"]]["value"] >= 0.8
+    assert all(look["value"] < 0.8 for kept, look in curve.items() if kept < facts["kept"])
+    assert facts["coordinates"] in curve, "the highest density is looked at first"
+    assert len(curve) <= 7
+    for look in curve.values():
+        assert look["recovered"] == look["value"] / 1.0
+        assert look["low"] is None or look["low"] <= look["recovered"] <= look["high"]
+
+
+def test_a_target_that_is_not_reached_keeps_the_most_and_is_said(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    task = with_splits(world, tmp_path)
+    chosen = {"density": "auto", "recovery": 1.0, "max_density": 0.01}
+    done = register(shell, world, tmp_path / "line.yaml", task, **chosen)
+    facts = done.json["facts"]
+    assert facts["density"] == pytest.approx(0.01, abs=1e-3)
+    assert facts["recovery"]["reached"] is False
+    assert "less than the 100.0% asked for" in done.err
+
+
+def test_falling_short_by_chance_does_not_keep_all_that_is_allowed(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    task = with_splits(world, tmp_path)
+    chosen = {"density": "auto", "recovery": 0.95, "max_density": 0.8}
+    done = register(shell, world, tmp_path / "line.yaml", task, **chosen)
+    found = done.json["facts"]["recovery"]
+    highest = found["curve"][-1]
+    assert highest["recovered"] < 0.95 <= highest["high"], "20 rows cannot tell"
+    assert (found["measured_by"], found["reached"]) == (highest["value"], False)
+    values = {look["kept"]: look["value"] for look in found["curve"]}
+    assert values[found["kept"]] >= 0.95 * highest["value"]
+    assert all(v < 0.95 * highest["value"] for k, v in values.items() if k < found["kept"])
+    assert "asked for" not in done.err
+
+
+def test_validation_rows_are_never_those_of_test_or_calibration(
+    world: World, new_home: NewHome, tmp_path: Path
+) -> None:
+    """Other test rows change nothing of the choice; other validation rows are another choice."""
+    chosen = {"mode": "fisher", "density": "auto", "recovery": 0.9, "max_density": 1.0}
+    found = []
+    for name, change in (
+        ("one", {}),
+        ("test", {"test": slice(45, 55)}),
+        ("validation", {"validation": slice(20, 30)}),
+    ):
+        task = with_splits(world, tmp_path / f"data-{name}", splits={**SPLITS, **change})
+        shell = new_home(name)
+        done = register(shell, world, tmp_path / "line.yaml", task, **chosen)
+        keys = (shell.home / "store" / "keys" / "mask").iterdir()
+        found.append(({key.name for key in keys}, done.json["facts"]["recovery"]))
+    assert found[0] == found[1]
+    assert found[0][0] != found[2][0]
+
+
+def test_without_validation_rows_the_usual_density_is_kept(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    done = register(shell, world, tmp_path / "line.yaml", world.task("colour"), density="auto")
+    assert "no validation rows to choose a density by" in done.err
+    assert done.json["facts"]["density"] == pytest.approx(0.05, abs=1e-3)
+    assert "recovery" not in done.json["facts"]
+
+
+@pytest.mark.parametrize("density", [0.5, "auto"])
+def test_a_delta_keeps_to_its_budget(
+    world: World, shell: Shell, tmp_path: Path, density: float | str
+) -> None:
+    task = with_splits(world, tmp_path)
+    more = {} if density != "auto" else {"recovery": 1.0, "max_density": 1.0}
+    facts = register(
+        shell, world, tmp_path / "line.yaml", task, density=density, budget=6000, **more
+    ).json["facts"]
+    assert facts["delta_bytes"] <= 6000
+    assert facts["kept"] <= facts["budget"]["fits"]
+    if density != "auto":
+        assert facts["delta_bytes"] > 5900
+        assert facts["kept"] == facts["budget"]["fits"]
+
+
+def test_a_budget_that_is_no_limit_changes_nothing_of_the_delta(
+    world: World, new_home: NewHome, tmp_path: Path
+) -> None:
+    deltas = set()
+    for name, more in (("one", {}), ("two", {"budget": "1GB"})):
+        shell = new_home(name)
+        file = world.line(tmp_path / "line.yaml", retention=None, localize={"density": 0.1, **more})
+        shell("init", file)
+        shell.add(world, "colour")
+        deltas.add(shell.head().tasks["colour"].versions[1].delta)
+    assert len(deltas) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("localize-and-stitch", {"overlap": "weighted"}),
+        ("localize-and-stitch", {"overlap": "elect"}),
+        ("restitch", {"growth": 0.75}),
+    ],
+)
+def test_every_rule_for_shared_coordinates_goes_all_the_way(
+    world: World, shell: Shell, tmp_path: Path, name: str, settings: dict[str, Any]
+) -> None:
+    chosen = {"name": name, "settings": settings if name != "restitch" else {}}
+    localize = {"mode": "fisher", "density": 0.3}
+    file = world.line(tmp_path / "line.yaml", retention=None, method=chosen, localize=localize)
+    shell("init", file)
+    for number, skill in enumerate(("colour", "number")):
+        task = with_splits(world, tmp_path / skill, skill)
+        files = ("--task", task, "--model", world.model(skill))
+        record = shell.json("register", "demo", *files)["merged"]["record"]
+        assert len(record["members"]) == number + 1
+    assert record["recipe"]["method"] == {"name": name, "version": 1, "settings": settings}
+    shell("verify", "demo")  # every version rebuilt, byte for byte
