@@ -32,6 +32,7 @@ class Method:
         source: the paper or code it follows.
         exact: whether the result is the same bytes on every machine.
         kind: `merged` for one model for all tasks.
+        whole: whether it needs whole task vectors: deltas that keep every coordinate.
         settings: its settings with their defaults.
     """
 
@@ -40,6 +41,7 @@ class Method:
     source: str
     exact: bool
     kind: str
+    whole: bool
     settings: Mapping[str, Any]
     function: Callable[..., Edits] = field(repr=False)
 
@@ -49,7 +51,13 @@ class Method:
 
 
 def method(
-    *, name: str, version: int, source: str, exact: bool, kind: str = "merged"
+    *,
+    name: str,
+    version: int,
+    source: str,
+    exact: bool,
+    kind: str = "merged",
+    whole: bool = False,
 ) -> Callable[[_F], _F]:
     """Register the decorated function as the merge method `name`."""
 
@@ -63,7 +71,7 @@ def method(
         if bare or name in _REGISTERED:
             raise ValueError(f"method {name!r}: registered twice, or no default for {bare}")
         settings = {item.name: item.default for item in keywords}
-        _REGISTERED[name] = Method(name, version, source, exact, kind, settings, function)
+        _REGISTERED[name] = Method(name, version, source, exact, kind, whole, settings, function)
         return function
 
     return register
