@@ -20,6 +20,7 @@ import typer
 from rich.console import Console
 
 import cli.audit  # whose commands belong to the same command
+import cli.comparing
 import cli.store  # noqa: F401  whose do, too
 from cli import render
 from cli.app import Json, Line, Version, app, show_result

@@ -41,6 +41,9 @@ class Range:
     vectors: Sequence[tuple[int, Floats]]
 
 
+# What the papers try where a coefficient is tuned.
+COEFFICIENTS = tuple(n / 10 for n in range(1, 11))
+
 Rule = Callable[[Range], Floats]
 
 

@@ -5,7 +5,15 @@ from collections.abc import Iterable
 from merging.checkpoint import Checkpoint
 from merging.consensus import agreed
 from merging.edits import Edits
-from merging.elementwise import Elementwise, Floats, Range, checked, kept_vectors, total
+from merging.elementwise import (
+    COEFFICIENTS,
+    Elementwise,
+    Floats,
+    Range,
+    checked,
+    kept_vectors,
+    total,
+)
 from merging.methods import method
 from merging.stitch import Member
 
@@ -16,6 +24,7 @@ from merging.stitch import Member
     source="Wang et al., Localizing task information (TALL), ICML 2024, arXiv 2405.07813",
     exact=True,
     whole=True,
+    tunes=("alpha", COEFFICIENTS),
 )
 def consensus_ta(
     base: Checkpoint,

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from merging.checkpoint import Checkpoint
 from merging.consensus import agreed
 from merging.edits import Edits
-from merging.elementwise import Elementwise, Floats, Range, checked, kept_vectors
+from merging.elementwise import COEFFICIENTS, Elementwise, Floats, Range, checked, kept_vectors
 from merging.methods import method
 from merging.stitch import Member
 from merging.ties import Trim, elected
@@ -17,6 +17,7 @@ from merging.ties import Trim, elected
     source="Wang et al., Localizing task information (TALL), ICML 2024, arXiv 2405.07813",
     exact=True,
     whole=True,
+    tunes=("alpha", COEFFICIENTS),
 )
 def consensus_ties(
     base: Checkpoint,

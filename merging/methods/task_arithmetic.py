@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from merging.checkpoint import Checkpoint
 from merging.edits import Edits
-from merging.elementwise import Elementwise, checked, kept_vectors, total
+from merging.elementwise import COEFFICIENTS, Elementwise, checked, kept_vectors, total
 from merging.methods import method
 from merging.stitch import Member
 
@@ -15,6 +15,7 @@ from merging.stitch import Member
     source="Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089",
     exact=True,
     whole=True,
+    tunes=("alpha", COEFFICIENTS),
 )
 def task_arithmetic(base: Checkpoint, members: Iterable[Member], *, alpha: float = 0.4) -> Edits:
     """Base + alpha * sum of task vectors.

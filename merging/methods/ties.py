@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from merging.checkpoint import Checkpoint
 from merging.edits import Edits
-from merging.elementwise import Elementwise, checked, kept_vectors
+from merging.elementwise import COEFFICIENTS, Elementwise, checked, kept_vectors
 from merging.methods import method
 from merging.stitch import Member
 from merging.ties import Trim, elected
@@ -16,6 +16,7 @@ from merging.ties import Trim, elected
     source="Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708",
     exact=True,
     whole=True,
+    tunes=("alpha", COEFFICIENTS),
 )
 def ties(
     base: Checkpoint,
