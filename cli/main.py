@@ -20,8 +20,9 @@ import typer
 from rich.console import Console
 
 import cli.audit  # whose commands belong to the same command
-import cli.store  # whose do, too
-import cli.upkeep  # noqa: F401  and whose do as well
+import cli.comparing  # likewise, as do the next
+import cli.store
+import cli.upkeep  # noqa: F401
 from cli import render
 from cli.app import Json, Line, Version, app, show_result
 from cli.reporter import TerminalReporter

@@ -6,7 +6,7 @@ from typing import Any
 
 from flows.report import mirror
 from merging.errors import BadInput, CannotJoin
-from merging.methods import get_method, resolve_settings
+from merging.methods import get_method, method_names, resolve_settings
 from merging.task_vector import TaskVector
 from modeling.family import family_names, get_family
 from registry.head import Head
@@ -111,7 +111,16 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
             details=error.details,
             hint="take another copy of the base",
         ) from error
-    get_method(spec.method.name)(base.checkpoint, (), **spec.method.settings)  # merges nothing
+    method = get_method(spec.method.name)
+    method(base.checkpoint, (), **spec.method.settings)  # merges nothing
+    if method.whole and (spec.localize.mode, spec.localize.density) != ("dataless", 1.0):
+        raise BadInput(
+            f"the method {method.name} needs whole task vectors, and the line would not keep them",
+            expected="localize: {mode: dataless, density: 1}",
+            found=f"localize: {{mode: {spec.localize.mode}, density: {spec.localize.density}}}",
+            hint="leave `localize` out, or choose a method that merges sparse deltas: "
+            + ", ".join(name for name in method_names() if not get_method(name).whole),
+        )
 
 
 def _configure(ledger: Ledger, spec: LineSpec, changes: list[tuple[str, Any, Any]]) -> None:

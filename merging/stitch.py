@@ -64,7 +64,7 @@ def stitch(base: Checkpoint, members: Iterable[Member], overlap: str | Rule = ME
     if len({member.task for member in ordered}) != len(ordered):
         raise ValueError("a task is there twice")
     for member in ordered:
-        _check(base, member)
+        check_fit(base, member)
     rule = RULES.get(overlap) if isinstance(overlap, str) else overlap
     return _Stitched(ordered, rule) if ordered else NoEdits()
 
@@ -86,7 +86,12 @@ def write_patch(
     )
 
 
-def _check(base: Checkpoint, member: Member) -> None:
+def check_fit(base: Checkpoint, member: Member) -> None:
+    """Make sure that a member's delta is one for this base.
+
+    Raises:
+        BadInput: it has other tensors, or is no delta.
+    """
     wrong = []
     for name in member.delta.names:
         found = list(member.delta.info(name).shape)

@@ -27,8 +27,8 @@ from merging.overwrite import as_integers
 from merging.positions import true_positions
 from merging.progress import Progress, ignore
 
-_SAMPLE = 1 << 20
-_SAMPLE_BLOCK = 64
+SAMPLE = 1 << 20
+SAMPLE_BLOCK = 64
 _BLOCK = 1 << 20
 _DIGIT = 16
 
@@ -124,8 +124,8 @@ def _thresholds(scores: Scores, k: int, total: int) -> Iterator[float]:
     """Thresholds to try, falling; the last one is just above the floor."""
     dtype = np.float64 if scores.score_dtype == torch.float64 else np.float32
     last = float(np.nextafter(dtype(scores.floor), dtype(np.inf)))
-    stride = max(1, total // _SAMPLE) * _SAMPLE_BLOCK
-    pieces = [scores.sample(name, stride, _SAMPLE_BLOCK).numpy() for name in scores.names]
+    stride = max(1, total // SAMPLE) * SAMPLE_BLOCK
+    pieces = [scores.sample(name, stride, SAMPLE_BLOCK).numpy() for name in scores.names]
     sample = np.sort(np.concatenate(pieces).astype(dtype, copy=False))
     expected = len(sample) * k / total
     tried = math.inf

@@ -11,12 +11,13 @@ import fcntl
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from functools import cached_property, lru_cache
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from merging.errors import BadInput, Unavailable
 from registry import fates, image, image_merged
@@ -92,6 +93,39 @@ class Catalog:
             if pending:
                 self.client.set_experiment_tag(audit, _COMPLETE_TAG, _complete(head))
         return len(pending)
+
+    def show_study(
+        self,
+        line: str,
+        name: str,
+        digest: str,
+        by: str,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        artifacts: Mapping[str, bytes],
+    ) -> str:
+        """Show a study of a line, such as a comparison of methods, as a run; returns its id.
+
+        Args:
+            line: the line.
+            name: of the run.
+            digest: of what was found; the same study is shown once.
+            by: who made it.
+            params: any JSON values.
+            metrics: by name.
+            artifacts: contents by path.
+        """
+        with self._explained(), self._alone():
+            experiment = self._writer.experiment(f"{line}.studies")
+            run = image.RunImage(
+                digest=digest,
+                time=int(time.time() * 1000),
+                tags={image.NAME_TAG: name, image.USER_TAG: by},
+                params={key: image.as_text(value) for key, value in params.items()},
+                metrics=dict(metrics),
+                artifacts=dict(artifacts),
+            )
+            return self._writer.write_run(experiment, run)
 
     def acts_shown(self, line: str) -> dict[str, str]:
         """The digests of the audit entries that MLflow shows of a line, with the runs' names."""

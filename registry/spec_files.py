@@ -1,7 +1,8 @@
 """Line and task files: YAML that people write, read into specs.
 
 What is read is resolved: relative paths become absolute, files of labels and templates are
-read into the spec, defaults are filled in. Every refusal names the file and the key.
+read into the spec, defaults are filled in; a method that needs whole task vectors has every
+coordinate kept where the file does not say. Every refusal names the file and the key.
 """
 
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import BadInput
+from merging.methods import get_method, method_names
 from registry.allowed import check_path
 from registry.documents import checked, parse_mapping, read_text
 from registry.paths import is_there, named_path
@@ -57,7 +59,14 @@ def parse_line(text: str, origin: str, folder: Path) -> LineSpec:
     for key in ("localize", "gates", "actors"):
         if values.get(key, ...) is None:  # `gates:` with nothing behind it
             del values[key]
+    if "localize" not in values and _needs_whole(values.get("method")):
+        values["localize"] = {"mode": "dataless", "density": 1.0}
     return checked(LineSpec, values, origin)
+
+
+def _needs_whole(method: Any) -> bool:
+    name = method.get("name") if isinstance(method, dict) else method
+    return isinstance(name, str) and name in method_names() and get_method(name).whole
 
 
 def parse_task(text: str, origin: str, folder: Path) -> TaskSpec:

@@ -1,5 +1,6 @@
 """Make a merged model from its recipe and keep it as a patch; a pure function of the recipe."""
 
+import time
 from pathlib import Path
 
 from merging.digests import digest_file
@@ -56,6 +57,7 @@ def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cac
     record = space.objects.lookup("patch", key)
     if record is not None and not again:
         return Cached(PatchRef(record.blob, int(str(record.facts["kept"])), record.size, key))
+    began = time.perf_counter()
     base = open_base(line, space)
     with space.scratch() as scratch:
         file = scratch / "patch.safetensors"
@@ -69,7 +71,7 @@ def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cac
             hint="restore the store from a backup, and find out what altered it",
         )
     won = space.objects.publish("patch", key, blob, made_by(), facts={"kept": info.kept})
-    return PatchRef(won.blob, info.kept, won.size, key)
+    return PatchRef(won.blob, info.kept, won.size, key, round(time.perf_counter() - began, 3))
 
 
 def rebuild(line: LineRef, recipe: Recipe) -> str:

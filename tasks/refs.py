@@ -49,12 +49,17 @@ class DeltaRef:
 
 @dataclass(frozen=True)
 class PatchRef:
-    """A merged model in the store: where it differs from its base."""
+    """A merged model in the store: where it differs from its base.
+
+    Attributes:
+        seconds: how long making it took, where this run has made it.
+    """
 
     blob: str
     kept: int
     size: int
     recipe: str
+    seconds: float | None = None
 
 
 WeightsKind = Literal["base", "finetuned", "localizable", "grafted", "merged"]

@@ -32,6 +32,8 @@ class Method:
         source: the paper or code it follows.
         exact: whether the result is the same bytes on every machine.
         kind: `merged` for one model for all tasks.
+        whole: whether it needs whole task vectors: deltas that keep every coordinate.
+        tunes: the setting that is tuned where tuning is asked for, with the values to try.
         settings: its settings with their defaults.
     """
 
@@ -40,6 +42,8 @@ class Method:
     source: str
     exact: bool
     kind: str
+    whole: bool
+    tunes: tuple[str, tuple[float, ...]] | None
     settings: Mapping[str, Any]
     function: Callable[..., Edits] = field(repr=False)
 
@@ -49,7 +53,14 @@ class Method:
 
 
 def method(
-    *, name: str, version: int, source: str, exact: bool, kind: str = "merged"
+    *,
+    name: str,
+    version: int,
+    source: str,
+    exact: bool,
+    kind: str = "merged",
+    whole: bool = False,
+    tunes: tuple[str, tuple[float, ...]] | None = None,
 ) -> Callable[[_F], _F]:
     """Register the decorated function as the merge method `name`."""
 
@@ -63,7 +74,11 @@ def method(
         if bare or name in _REGISTERED:
             raise ValueError(f"method {name!r}: registered twice, or no default for {bare}")
         settings = {item.name: item.default for item in keywords}
-        _REGISTERED[name] = Method(name, version, source, exact, kind, settings, function)
+        if tunes is not None and tunes[0] not in settings:
+            raise ValueError(f"method {name!r} has no setting {tunes[0]!r} to tune")
+        _REGISTERED[name] = Method(
+            name, version, source, exact, kind, whole, tunes, settings, function
+        )
         return function
 
     return register

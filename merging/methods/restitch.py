@@ -20,6 +20,7 @@ from merging.stitch import Member, stitch
     version=1,
     source="after He et al., TMLR 2025, and Matena and Raffel, NeurIPS 2022; docs/results.md",
     exact=True,
+    tunes=("growth", (0.0, 0.25, 0.5, 0.75, 1.0)),
 )
 def restitch(base: Checkpoint, members: Iterable[Member], *, growth: float = 0.75) -> Edits:
     """Overwrite each kept coordinate; on shared ones a weighted mean of differences, grown.

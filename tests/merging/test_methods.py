@@ -24,6 +24,24 @@ def test_every_method_says_where_it_comes_from() -> None:
         assert found.source
 
 
+def test_every_method_and_setting_is_in_the_page_about_them() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
+    rows = {row.split("`")[1]: row for row in page.splitlines() if row.startswith("| `")}
+    assert set(rows) == set(method_names())
+    for name, row in rows.items():
+        found = get_method(name)
+        assert ("whole task vectors" in row) == found.whole
+        assert all(f"`{key}: {value}`" in row for key, value in found.settings.items())
+
+
+def test_what_is_tuned_is_a_setting() -> None:
+    with pytest.raises(ValueError, match="no setting 'beta' to tune"):
+
+        @method(name="odd", version=1, source="none", exact=True, tunes=("beta", (1.0,)))
+        def odd(base: object, members: object, *, alpha: float = 1.0) -> Edits:
+            raise AssertionError
+
+
 def test_the_method_of_the_paper_is_stitching(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors())
     members = [tiny.member(tmp_path, base, task, i) for i, task in enumerate("ab")]

@@ -59,7 +59,7 @@ def test_many_scores_over_several_blocks(
     monkeypatch: pytest.MonkeyPatch, density: float, dtype: torch.dtype
 ) -> None:
     monkeypatch.setattr(module, "_BLOCK", 1000)
-    monkeypatch.setattr(module, "_SAMPLE", 2000)
+    monkeypatch.setattr(module, "SAMPLE", 2000)
     generator = torch.Generator().manual_seed(0)
     scores = {
         "a": torch.randn(30_000, generator=generator).to(dtype),

@@ -1,0 +1,173 @@
+"""Compare merge methods on the members of a line: same models, same data, one table.
+
+    members --> per method: what it needs of each (a sparse delta, or its whole task vector)
+            --> tune on validation rows, where that is asked for --> stitch --> evaluate --> table
+
+Nothing of the line changes. What a method needs is localized once and kept, like everything else
+that is made here, under the key of all that it depends on; `restitch gc` removes what no version
+refers to. Methods that need whole task vectors get them, whatever the line keeps; the others get
+the line's own deltas, or dataless ones where the line keeps everything.
+"""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flows.candidates import measure_member, measure_retention
+from flows.snapshot import Snapshot, take_snapshot
+from merging.digests import canonical_json, digest_json
+from merging.errors import BadInput, Unavailable
+from merging.methods import Method, get_method, method_names, resolve_settings
+from registry.head import Member
+from registry.localize_spec import LocalizeSpec
+from registry.specs import MethodSpec
+from registry.store import explained
+from tasks.engine import flow
+from tasks.localize import localize
+from tasks.merge import make_recipe, stitch
+from tasks.refs import LineRef, WeightsRef
+from tasks.report.drawing import drawing, to_png
+from tasks.report.method_plots import methods_plot
+from tasks.reporting import say, warn
+from tasks.tune import tune
+from tasks.workspace import actor, workspace
+
+WHOLE = LocalizeSpec(mode="dataless", density=1.0)
+
+
+@flow("compare", "{line}")
+def compare(
+    line: str, methods: Sequence[str] = (), tuned: bool = False, out: str | None = None
+) -> dict[str, Any]:
+    """Merge a line's members by several methods and measure each.
+
+    Args:
+        line: its name.
+        methods: which; all by default.
+        tuned: choose the setting that each method tunes on validation rows.
+        out: a folder for `compare.json` and the plot.
+
+    Raises:
+        BadInput: there is no such method, or nothing to merge.
+    """
+    space = workspace()
+    chosen = [get_method(name) for name in methods or method_names()]
+    snapshot = take_snapshot(space.ledger(line))
+    if not snapshot.members:
+        raise BadInput(f"line {line} has no member to merge", hint="register models first")
+    rows = []
+    for method in chosen:
+        say(f"{line}: {method.name}")
+        rows.append(_measure(snapshot, method, tuned))
+    rows.sort(key=lambda row: -(row["mean_accuracy"] or 0.0))
+    found: dict[str, Any] = {
+        "line": line,
+        "members": {m.task: m.version for m in snapshot.members},
+        "tuned": tuned,
+        "methods": rows,
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "actor": actor(),
+    }
+    artifacts = {"compare.json": canonical_json(found)}
+    with drawing("methods"):
+        plot = methods_plot(rows)
+        if plot is not None:
+            artifacts["accuracy-against-retention.png"] = to_png(plot)
+    if out is not None:
+        _write(Path(out), artifacts)
+    _log(line, found, artifacts)
+    return found
+
+
+def _measure(snapshot: Snapshot, method: Method, tuned: bool) -> dict[str, Any]:
+    line = _line_with(snapshot, method)
+    given = [_with_delta(line, member) for member in snapshot.members]
+    members = tuple(member for member, _ in given)
+    choice = None
+    if tuned and method.tunes is not None:
+        choice = tune(line, members, method)
+        settings = {**line.spec.method.settings, choice.setting: choice.value}
+        line = LineRef(line.spec.with_method_settings(settings), line.base)
+    patch = stitch(line, make_recipe(line, members))
+    merged = WeightsRef("merged", patch.blob)
+    results = {m.task: measure_member(line, m, merged) for m in members}
+    retention = measure_retention(line, snapshot.head, merged)
+    reached = [r.merged for r in results.values() if r.merged is not None]
+    normalized = [r.normalized for r in results.values() if r.normalized is not None]
+    return {
+        "method": method.name,
+        "version": method.version,
+        "source": method.source,
+        "settings": dict(line.spec.method.settings),
+        "tuned": None if choice is None else choice.as_dict(),
+        "needs": "whole task vectors" if method.whole else "sparse deltas",
+        "localize": line.spec.localize.to_json(),
+        "results": {task: result.to_json() for task, result in results.items()},
+        "mean_accuracy": sum(reached) / len(reached) if reached else None,
+        "mean_normalized": sum(normalized) / len(normalized) if normalized else None,
+        "retention": None if retention is None else retention.to_json(),
+        "seconds": patch.seconds,
+        "recipe": patch.recipe,
+        "patch": patch.blob,
+        "patch_bytes": patch.size,
+        "stored_bytes": sum(size for _, size in given),
+    }
+
+
+def _line_with(snapshot: Snapshot, method: Method) -> LineRef:
+    """The line as if a method were its own; its own settings where it is."""
+    spec = snapshot.head.spec
+    given = spec.method.settings if spec.method.name == method.name else {}
+    settings = resolve_settings(method.name, given)
+    keeps_all = get_method(spec.method.name).whole or spec.localize.density == 1.0
+    among = {"include": spec.localize.include, "exclude": spec.localize.exclude}
+    kept = spec.localize
+    if method.whole:
+        kept = WHOLE.model_copy(update=among)
+    elif keeps_all:
+        kept = LocalizeSpec(mode="dataless").model_copy(update=among)
+    chosen = {"method": MethodSpec(name=method.name, settings=settings), "localize": kept}
+    return LineRef(spec.model_copy(update=chosen), snapshot.head.base)
+
+
+def _with_delta(line: LineRef, member: Member) -> tuple[Member, int]:
+    """A member with the delta that a method needs of it, and the bytes of that."""
+    delta = localize(line, member.spec, member.model.model)
+    model = member.model.model_copy(update={"mask": delta.mask, "delta": delta.blob})
+    return member.model_copy(update={"model": model}), delta.size
+
+
+def _write(out: Path, artifacts: dict[str, bytes]) -> None:
+    with explained(out, "write to"):
+        out.mkdir(parents=True, exist_ok=True)
+        for name, data in artifacts.items():
+            (out / name).write_bytes(data)
+
+
+def _log(line: str, found: dict[str, Any], artifacts: dict[str, bytes]) -> None:
+    """Show the comparison in MLflow; the table is there without it."""
+    metrics: dict[str, float] = {}
+    for row in found["methods"]:
+        kept = row["retention"] or {}
+        for name, value in (
+            ("mean_accuracy", row["mean_accuracy"]),
+            ("mean_normalized", row["mean_normalized"]),
+            ("retention", kept.get("ratio")),
+        ):
+            if value is not None:
+                metrics[f"{row['method']}/{name}"] = value
+    params = {f"{row['method']}.settings": row["settings"] for row in found["methods"]}
+    params |= {"members": found["members"], "tuned": found["tuned"]}
+    try:
+        workspace().catalog.show_study(
+            line,
+            f"methods of {line} compared",
+            digest=digest_json(found),
+            by=found["actor"],
+            params=params,
+            metrics=metrics,
+            artifacts=artifacts,
+        )
+    except Unavailable as error:
+        warn(f"the comparison is not in MLflow: {error.message()}")

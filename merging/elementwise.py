@@ -1,0 +1,128 @@
+"""Merge methods that look at each coordinate by itself: one rule, streamed over all weights.
+
+A rule is given the members' task vectors on a range of a tensor and returns the merged one. The
+merged weight is base plus that, computed in the working type and rounded once; where the merged
+task vector is 0 the base's bits stay. Members are ordered by the UTF-8 bytes of their task. The
+result is the same on every machine, for nothing depends on how a tensor is cut.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from merging.checkpoint import Checkpoint, by_bytes
+from merging.errors import BadInput
+from merging.kept_vector import BLOCK, KeptVector, working_dtype
+from merging.overwrite import as_integers
+from merging.rounding import cast, round_once
+from merging.stitch import Member, check_fit
+
+Floats = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Consecutive coordinates of one tensor.
+
+    Attributes:
+        name: the tensor.
+        start: the first coordinate.
+        vectors: the task vectors there, of the members that have the tensor, each with the
+            member's number. They may be written to.
+    """
+
+    name: str
+    start: int
+    vectors: Sequence[tuple[int, Floats]]
+
+
+# What the papers try where a coefficient is tuned.
+COEFFICIENTS = tuple(n / 10 for n in range(1, 11))
+
+Rule = Callable[[Range], Floats]
+
+
+def kept_vectors(base: Checkpoint, members: Iterable[Member]) -> tuple[KeptVector, ...]:
+    """The members' task vectors in the order of their tasks.
+
+    Raises:
+        BadInput: a delta does not fit the base.
+    """
+    ordered = sorted(members, key=lambda member: by_bytes(member.task))
+    if len({member.task for member in ordered}) != len(ordered):
+        raise ValueError("a task is there twice")
+    for member in ordered:
+        check_fit(base, member)
+    return tuple(KeptVector(base, member.delta) for member in ordered)
+
+
+class Elementwise:
+    """The edits of a rule.
+
+    Args:
+        base: the base's checkpoint.
+        vectors: the members' task vectors, in order.
+        rule: what they give together.
+    """
+
+    def __init__(self, base: Checkpoint, vectors: Sequence[KeptVector], rule: Rule) -> None:
+        self._base = base
+        self._vectors = tuple(vectors)
+        self._rule = rule
+        self.names = tuple(sorted({n for v in vectors for n in v.names}, key=by_bytes))
+
+    def apply(self, name: str, flat: Tensor) -> None:
+        """Overwrite weights in a flat copy of the base's tensor."""
+        self.editor(name)(flat)
+
+    def editor(self, name: str) -> Callable[[Tensor], None]:
+        """A function that edits the parts of a tensor, given one after the other."""
+        readers = [(i, v.reader(name)) for i, v in enumerate(self._vectors) if name in v]
+        start = 0
+
+        def edit(part: Tensor) -> None:
+            nonlocal start
+            for piece in torch.split(part, BLOCK):
+                before = cast(piece, working_dtype(piece.dtype)).numpy()
+                taken = [(number, reader.take(before)) for number, reader in readers]
+                change = self._rule(Range(name, start, taken))
+                after = torch.from_numpy(before + change)
+                # Where nothing changes, zeros keep their sign.
+                np.copyto(
+                    as_integers(piece),
+                    as_integers(round_once(after, piece.dtype)),
+                    where=change != 0,
+                )
+                start += piece.numel()
+
+        return edit
+
+
+def total(vectors: Sequence[tuple[int, Floats]]) -> Floats:
+    """The sum, member after member."""
+    first, *rest = (vector for _, vector in vectors)
+    found = first.copy()
+    for vector in rest:
+        found += vector
+    return found
+
+
+def checked(name: str, value: float, low: float, high: float) -> float:
+    """A setting that has to lie in a range.
+
+    Raises:
+        BadInput: it does not.
+    """
+    if not low <= value <= high:
+        raise BadInput(
+            f"the setting {name} cannot be used",
+            expected=f"a number from {low} to {high}",
+            found=value,
+            hint=f"correct method: settings: {name}",
+        )
+    return value

@@ -1,0 +1,27 @@
+"""Simple averaging: the mean of the finetuned models."""
+
+from collections.abc import Iterable
+
+from merging.checkpoint import Checkpoint
+from merging.edits import Edits
+from merging.elementwise import Elementwise, kept_vectors, total
+from merging.methods import method
+from merging.stitch import Member
+
+
+@method(
+    name="averaging",
+    version=1,
+    source="Wortsman et al., Model soups, ICML 2022, arXiv 2203.05482",
+    exact=True,
+    whole=True,
+)
+def averaging(base: Checkpoint, members: Iterable[Member]) -> Edits:
+    """Base + (1/T) sum of task vectors.
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector.
+    """
+    vectors = kept_vectors(base, members)
+    return Elementwise(base, vectors, lambda part: total(part.vectors) / len(vectors))

@@ -1,0 +1,56 @@
+"""Consensus task arithmetic (Wang et al., ICML 2024); see `merging.consensus`."""
+
+from collections.abc import Iterable
+
+from merging.checkpoint import Checkpoint
+from merging.consensus import agreed
+from merging.edits import Edits
+from merging.elementwise import (
+    COEFFICIENTS,
+    Elementwise,
+    Floats,
+    Range,
+    checked,
+    kept_vectors,
+    total,
+)
+from merging.methods import method
+from merging.stitch import Member
+
+
+@method(
+    name="consensus-ta",
+    version=1,
+    source="Wang et al., Localizing task information (TALL), ICML 2024, arXiv 2405.07813",
+    exact=True,
+    whole=True,
+    tunes=("alpha", COEFFICIENTS),
+)
+def consensus_ta(
+    base: Checkpoint,
+    members: Iterable[Member],
+    *,
+    alpha: float = 0.4,
+    threshold: float = 0.4,
+    agreement: int = 2,
+) -> Edits:
+    """Base + alpha * (sum of task vectors where at least `agreement` TALL masks are set).
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector.
+        alpha: the coefficient.
+        threshold: lambda of the TALL masks.
+        agreement: how many tasks must agree on a coordinate; with fewer members, all of them.
+    """
+    checked("alpha", alpha, 0, 10)
+    checked("threshold", threshold, 0, 10)
+    checked("agreement", agreement, 1, 1 << 15)
+    vectors = kept_vectors(base, members)
+    needed = min(agreement, len(vectors))
+
+    def merged(part: Range) -> Floats:
+        together = total(part.vectors)
+        return alpha * agreed(part.vectors, together, [threshold] * len(vectors), needed)
+
+    return Elementwise(base, vectors, merged)

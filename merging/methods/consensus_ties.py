@@ -1,0 +1,54 @@
+"""Consensus TIES (Wang et al., ICML 2024): the multi-task vector is TIES with a sum."""
+
+from collections.abc import Iterable
+
+from merging.checkpoint import Checkpoint
+from merging.consensus import agreed
+from merging.edits import Edits
+from merging.elementwise import COEFFICIENTS, Elementwise, Floats, Range, checked, kept_vectors
+from merging.methods import method
+from merging.stitch import Member
+from merging.ties import Trim, elected
+
+
+@method(
+    name="consensus-ties",
+    version=1,
+    source="Wang et al., Localizing task information (TALL), ICML 2024, arXiv 2405.07813",
+    exact=True,
+    whole=True,
+    tunes=("alpha", COEFFICIENTS),
+)
+def consensus_ties(
+    base: Checkpoint,
+    members: Iterable[Member],
+    *,
+    density: float = 0.2,
+    alpha: float = 0.4,
+    threshold: float = 0.4,
+    agreement: int = 1,
+    trim: str = "model",
+) -> Edits:
+    """Base + alpha * (TIES sum where at least `agreement` TALL masks are set).
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector.
+        density: the share of each task vector that trimming keeps.
+        alpha: the coefficient.
+        threshold: lambda of the TALL masks.
+        agreement: how many tasks must agree; the paper finds 1 better than 2 here.
+        trim: `model` ranks the weights of a model together, `tensor` those of each tensor alone.
+    """
+    checked("alpha", alpha, 0, 10)
+    checked("threshold", threshold, 0, 10)
+    checked("agreement", agreement, 1, 1 << 15)
+    vectors = kept_vectors(base, members)
+    kept, needed = Trim(vectors, density, trim), min(agreement, len(vectors))
+
+    def merged(part: Range) -> Floats:
+        own = [(number, vector.copy()) for number, vector in part.vectors]
+        together = elected(kept.apply(part), mean=False)
+        return alpha * agreed(own, together, [threshold] * len(vectors), needed)
+
+    return Elementwise(base, vectors, merged)

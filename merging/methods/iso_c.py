@@ -1,0 +1,38 @@
+"""Iso-C (Marczak et al., ICML 2025): the sum of the task vectors with an even spectrum."""
+
+from collections.abc import Iterable
+
+from torch import Tensor
+
+from merging.checkpoint import Checkpoint
+from merging.edits import Edits
+from merging.elementwise import checked
+from merging.methods import method
+from merging.per_matrix import PerMatrix, svd
+from merging.stitch import Member
+
+
+@method(
+    name="iso-c",
+    version=1,
+    source="Marczak et al., No task left behind: isotropic merging, ICML 2025, arXiv 2502.04959",
+    exact=False,
+    whole=True,
+    tunes=("alpha", tuple(n / 2 for n in range(1, 11))),
+)
+def iso_c(base: Checkpoint, members: Iterable[Member], *, alpha: float = 1.3) -> Edits:
+    """Base + alpha * (the sum of task vectors, every singular value set to their mean).
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector.
+        alpha: the coefficient; the paper tunes it (0.9 to 1.9 on CLIP).
+    """
+    checked("alpha", alpha, 0, 10)
+    return PerMatrix(base, members, lambda changes: alpha * isotropic(changes.sum(0)))
+
+
+def isotropic(change: Tensor) -> Tensor:
+    """A matrix with its own singular vectors and the mean of its singular values."""
+    left, values, right = svd(change)
+    return values.mean() * (left @ right)

@@ -1,0 +1,30 @@
+"""Task arithmetic (Ilharco et al., ICLR 2023): the sum of the task vectors, times a coefficient."""
+
+from collections.abc import Iterable
+
+from merging.checkpoint import Checkpoint
+from merging.edits import Edits
+from merging.elementwise import COEFFICIENTS, Elementwise, checked, kept_vectors, total
+from merging.methods import method
+from merging.stitch import Member
+
+
+@method(
+    name="task-arithmetic",
+    version=1,
+    source="Ilharco et al., Editing models with task arithmetic, ICLR 2023, arXiv 2212.04089",
+    exact=True,
+    whole=True,
+    tunes=("alpha", COEFFICIENTS),
+)
+def task_arithmetic(base: Checkpoint, members: Iterable[Member], *, alpha: float = 0.4) -> Edits:
+    """Base + alpha * sum of task vectors.
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector.
+        alpha: the coefficient; 0.4 is what is recommended where nothing is tuned.
+    """
+    checked("alpha", alpha, 0, 10)
+    vectors = kept_vectors(base, members)
+    return Elementwise(base, vectors, lambda part: alpha * total(part.vectors))

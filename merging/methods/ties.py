@@ -1,0 +1,41 @@
+"""TIES-Merging (Yadav et al., NeurIPS 2023); see `merging.ties`."""
+
+from collections.abc import Iterable
+
+from merging.checkpoint import Checkpoint
+from merging.edits import Edits
+from merging.elementwise import COEFFICIENTS, Elementwise, checked, kept_vectors
+from merging.methods import method
+from merging.stitch import Member
+from merging.ties import Trim, elected
+
+
+@method(
+    name="ties",
+    version=1,
+    source="Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708",
+    exact=True,
+    whole=True,
+    tunes=("alpha", COEFFICIENTS),
+)
+def ties(
+    base: Checkpoint,
+    members: Iterable[Member],
+    *,
+    density: float = 0.2,
+    alpha: float = 1.0,
+    trim: str = "model",
+) -> Edits:
+    """Base + alpha * disjoint mean of the trimmed task vectors.
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector.
+        density: the share of each task vector that trimming keeps.
+        alpha: the coefficient.
+        trim: `model` ranks the weights of a model together, `tensor` those of each tensor alone.
+    """
+    checked("alpha", alpha, 0, 10)
+    vectors = kept_vectors(base, members)
+    kept = Trim(vectors, density, trim)
+    return Elementwise(base, vectors, lambda part: alpha * elected(kept.apply(part), mean=True))

@@ -1,0 +1,46 @@
+"""TSV-Merge (Gargiulo et al., CVPR 2025): each task's leading singular vectors, made orthogonal."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from merging.checkpoint import Checkpoint
+from merging.edits import Edits
+from merging.elementwise import checked
+from merging.methods import method
+from merging.per_matrix import PerMatrix, nearest_orthogonal, svd
+from merging.stitch import Member
+
+
+@method(
+    name="tsv-m",
+    version=1,
+    source="Gargiulo et al., Task singular vectors, CVPR 2025, arXiv 2412.00081",
+    exact=False,
+    whole=True,
+    tunes=("alpha", tuple(n / 5 for n in range(1, 11))),
+)
+def tsv_m(base: Checkpoint, members: Iterable[Member], *, alpha: float = 1.0) -> Edits:
+    """Base + alpha * (sum over tasks of decorrelated leading singular triplets).
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector.
+        alpha: the coefficient; the paper finds 1.
+    """
+    checked("alpha", alpha, 0, 10)
+    return PerMatrix(base, members, lambda changes: alpha * merged(changes))
+
+
+def merged(changes: Tensor) -> Tensor:
+    """Of each matrix the leading r/T triplets; all left and all right vectors made orthogonal.
+
+    Args:
+        changes: task vectors of one matrix, members x rows x columns.
+    """
+    kept = max(1, min(changes.shape[1:]) // len(changes))
+    left, values, right = svd(changes)
+    lefts = nearest_orthogonal(torch.cat([one[:, :kept] for one in left], dim=1))
+    rights = nearest_orthogonal(torch.cat([one[:kept] for one in right], dim=0))
+    return (lefts * values[:, :kept].reshape(-1)) @ rights

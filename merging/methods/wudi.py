@@ -1,0 +1,67 @@
+"""WUDI (Cheng et al., ICML 2025): the task vector that interferes least with each of the others.
+
+Minimizes sum_t ||(D - D_t) D_t^T||^2 / ||D_t||^2 over D for each matrix by Adam, from the sum: rows
+of a task's own matrix stand for the inputs that it is meant for. The gradient is 2 (D A - B) with
+A = sum_t D_t^T D_t / ||D_t||^2 and B = sum_t D_t D_t^T D_t / ||D_t||^2, both made once.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from merging.checkpoint import Checkpoint
+from merging.edits import Edits
+from merging.elementwise import checked
+from merging.methods import method
+from merging.per_matrix import PerMatrix
+from merging.stitch import Member
+
+
+@method(
+    name="wudi",
+    version=1,
+    source="Cheng et al., Whoever started the interference should end it, ICML 2025, "
+    "arXiv 2503.08099",
+    exact=False,
+    whole=True,
+)
+def wudi(
+    base: Checkpoint,
+    members: Iterable[Member],
+    *,
+    steps: int = 300,
+    learning_rate: float = 1e-5,
+) -> Edits:
+    """Base + the minimizer of the interference, matrix by matrix.
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector.
+        steps: of Adam.
+        learning_rate: how far a weight moves in a step.
+    """
+    checked("steps", steps, 0, 100_000)
+    checked("learning_rate", learning_rate, 0, 1)
+    return PerMatrix(base, members, lambda changes: minimized(changes, steps, learning_rate))
+
+
+def minimized(changes: Tensor, steps: int, learning_rate: float) -> Tensor:
+    """The merged task vector of one matrix.
+
+    Args:
+        changes: task vectors, members x rows x columns.
+        steps: of Adam.
+        learning_rate: of Adam.
+    """
+    # A member that changed nothing here wants nothing here.
+    norms = changes.square().sum((1, 2), keepdim=True).clamp_min(torch.finfo().tiny)
+    grams = changes.mT @ changes / norms
+    pull, wanted = grams.sum(0), (changes @ grams).sum(0)
+    found = torch.nn.Parameter(changes.sum(0))
+    adam = torch.optim.Adam([found], lr=learning_rate)
+    with torch.no_grad():
+        for _ in range(steps):
+            found.grad = 2 * (found @ pull - wanted)
+            adam.step()
+    return found.detach()

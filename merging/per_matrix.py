@@ -1,0 +1,65 @@
+"""Merge methods that look at each weight matrix as a whole: singular vectors, or a small problem.
+
+A rule is given the members' task vectors of one matrix and returns the merged one; tensors of
+other shapes get the mean. Computed in float32, rounded once; where the merged task vector is 0
+the base's bits stay. Decompositions and optimizer steps differ in their last bits between
+machines: such a method is `numeric`. One matrix of each member is in memory at a time.
+"""
+
+from collections.abc import Callable, Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merging.checkpoint import Checkpoint, by_bytes
+from merging.elementwise import kept_vectors
+from merging.overwrite import as_integers
+from merging.rounding import cast, round_once
+from merging.stitch import Member
+
+# Task vectors of one matrix, one behind the other: members x rows x columns, float32.
+Rule = Callable[[Tensor], Tensor]
+
+
+class PerMatrix:
+    """The edits of a rule.
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector.
+        rule: what the task vectors of a matrix give together.
+    """
+
+    def __init__(self, base: Checkpoint, members: Iterable[Member], rule: Rule) -> None:
+        self._vectors = kept_vectors(base, members)
+        self._rule = rule
+        self.names = tuple(sorted({n for v in self._vectors for n in v.names}, key=by_bytes))
+
+    def apply(self, name: str, flat: Tensor) -> None:
+        """Overwrite weights in a flat copy of the base's tensor."""
+        there = [vector for vector in self._vectors if name in vector]
+        changes = torch.stack([vector.difference(name).float() for vector in there])
+        if changes.dim() == 3 and min(changes.shape[1:]) > 1:
+            change = self._rule(changes)
+        else:
+            change = changes.sum(0) / len(self._vectors)
+        moved = change.reshape(-1)
+        after = cast(flat, torch.float64) + moved.double()
+        np.copyto(
+            as_integers(flat),
+            as_integers(round_once(after, flat.dtype)),
+            where=moved.numpy() != 0,
+        )
+
+
+def nearest_orthogonal(factors: Tensor) -> Tensor:
+    """The matrix with orthonormal columns (or rows) that is nearest: P R^T of its SVD P Q R^T."""
+    left, _, right = svd(factors)
+    return left @ right
+
+
+def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Left vectors as columns, singular values from the largest, right vectors as rows."""
+    left, values, right = torch.linalg.svd(matrix, full_matrices=False)
+    return left, values, right

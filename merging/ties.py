@@ -1,0 +1,105 @@
+"""TIES (Yadav et al., NeurIPS 2023): trim, elect a sign per coordinate, merge what agrees.
+
+Each task vector keeps its largest weights; a coordinate's sign is that of the sum of what is
+kept there; those that agree with it are averaged, or summed where Consensus asks for it
+(Wang et al., ICML 2024). A sum of 0 elects nothing, and the base stays.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from merging.elementwise import Floats, Range
+from merging.errors import BadInput
+from merging.kept_vector import KeptVector
+from merging.localize_dataless import kept_count
+from merging.quantile import Cut, kth_largest
+from merging.top_k import Scores
+
+TRIMS = ("model", "tensor")
+
+
+class Trim:
+    """Which weights of each task vector are kept; found when they are first asked for.
+
+    Args:
+        vectors: the members' task vectors.
+        density: the share that is kept of each.
+        over: `model` ranks all weights together, as the paper does; `tensor` each tensor alone.
+    """
+
+    def __init__(self, vectors: Sequence[KeptVector], density: float, over: str) -> None:
+        if over not in TRIMS:
+            raise BadInput(
+                "the setting trim is unknown",
+                expected=" or ".join(TRIMS),
+                found=over,
+                hint="correct method: settings: trim",
+            )
+        self._vectors = vectors
+        self._density = density
+        self._over = over
+        kept_count(density, 0)  # refuses what is no share
+        self._whole = cache(self._of_model)
+        self._single = cache(self._of_tensor)
+        if over == "model":
+            for number in range(len(vectors)):
+                self._whole(number)
+
+    def apply(self, part: Range) -> list[tuple[int, Floats]]:
+        """The task vectors of a range with 0 where they are not kept."""
+        for number, vector in part.vectors:
+            cut = self._whole(number) if self._over == "model" else self._single(number, part.name)
+            vector[~cut.keeps(part.name, part.start, np.absolute(vector))] = 0
+        return list(part.vectors)
+
+    def _of_model(self, number: int) -> Cut:
+        return self._cut(self._vectors[number])
+
+    def _of_tensor(self, number: int, name: str) -> Cut:
+        return self._cut(_One(self._vectors[number], name))
+
+    def _cut(self, scores: Scores) -> Cut:
+        coordinates = sum(scores.numel(name) for name in scores.names)
+        return kth_largest(scores, kept_count(self._density, coordinates))
+
+
+class _One:
+    """The scores of one tensor of a task vector."""
+
+    floor = 0.0
+
+    def __init__(self, vector: KeptVector, name: str) -> None:
+        self.names = (name,)
+        self.score_dtype = vector.score_dtype
+        self.numel = vector.numel
+        self.chunks = vector.chunks
+        self.sample = vector.sample
+
+
+def elected(vectors: Sequence[tuple[int, Floats]], *, mean: bool) -> Floats:
+    """The mean, or the sum, of the task vectors that agree with the elected sign.
+
+    Args:
+        vectors: trimmed, each with its member's number.
+        mean: average those that agree.
+    """
+    sign = _sum([vector for _, vector in vectors])
+    np.sign(sign, out=sign)
+    agreeing = [np.where(np.sign(vector) == sign, vector, 0) for _, vector in vectors]
+    found = _sum(agreeing)
+    found[sign == 0] = 0
+    if mean:
+        owners: NDArray[Any] = _sum([(one != 0).astype(found.dtype) for one in agreeing])
+        found /= np.maximum(owners, 1)
+    return found
+
+
+def _sum(arrays: Sequence[Floats]) -> Floats:
+    found = arrays[0].copy()
+    for array in arrays[1:]:
+        found += array
+    return found

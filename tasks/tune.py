@@ -1,0 +1,161 @@
+"""Tune one setting of a merge method on the members' validation rows.
+
+Every value is tried on the same rows: those of `validation`, or the part of train that is set
+apart, at most 500 of each task, each class with its share. The best has the highest mean over the
+tasks, the first of equals. Test rows are never looked at. What was tried is kept in the store by
+all that it depends on, so that a comparison that is repeated tunes nothing again.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from merging.digests import digest_json
+from merging.errors import BadInput
+from merging.methods import Method
+from merging.recipe import Recipe
+from modeling.data import stratified
+from modeling.evaluation import EVALUATOR_VERSION
+from modeling.evaluation import evaluate as run_evaluation
+from modeling.weights import apply_edits, restore
+from registry.head import Member
+from tasks.engine import Cached, step
+from tasks.inputs import head_inputs, task_head, train_has_labels, verified_data
+from tasks.merge import make_recipe, recipe_edits
+from tasks.models import Base, device, live_base, open_base
+from tasks.refs import LineRef
+from tasks.reporting import working
+from tasks.workspace import made_by, workspace
+
+MOST_ROWS = 500
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning found.
+
+    Attributes:
+        setting: its name.
+        value: the best.
+        curve: every value that was tried, with the metric of each task and their mean.
+        rows: how many rows of each task were looked at.
+    """
+
+    setting: str
+    value: float
+    curve: tuple[dict[str, Any], ...]
+    rows: dict[str, int]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {**asdict(self), "curve": list(self.curve)}
+
+
+def can_tune(member: Member, base: Base) -> bool:
+    """Whether a member's task has rows to tune on that are not its test rows."""
+    data = member.spec.data
+    given = data is not None and data.validation is not None
+    return given or train_has_labels(member.spec, base.family)
+
+
+@step("tune", "tune {method.name}")
+def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | Cached[Tuned]:
+    """The best value of the setting that a method tunes.
+
+    Args:
+        line: with the method and its other settings.
+        members: what is merged.
+        method: one that tunes something.
+
+    Raises:
+        BadInput: a task has no rows to tune on.
+    """
+    assert method.tunes is not None
+    setting, values = method.tunes
+    space = workspace()
+    base = open_base(line, space)
+    untold = [member.task for member in members if not can_tune(member, base)]
+    if untold:
+        raise BadInput(
+            f"{method.name} cannot be tuned on line {line.spec.line}",
+            expected="validation rows, or labelled train rows, for every task",
+            found=f"none for {', '.join(untold)}",
+            hint="name a validation split in the task's file, or compare without --tune",
+        )
+    recipes = [make_recipe(_with(line, setting, value), members) for value in values]
+    key = digest_json(_inputs(recipes, members, base))
+    record = space.objects.lookup("tuning", key)
+    if record is not None:
+        return Cached(_read(space.objects.read_blob(record.blob)))
+    live = live_base(base)
+    tasks = [_Task(member, base) for member in members]
+    curve: list[dict[str, Any]] = []
+    with working(f"tuning {method.name}") as progress:
+        for number, (value, recipe) in enumerate(zip(values, recipes, strict=True)):
+            edits = recipe_edits(base, recipe, space)
+            try:
+                apply_edits(live.parameters, base.checkpoint, edits)
+                found = {task.name: task.value() for task in tasks}
+            finally:
+                restore(live.parameters, base.checkpoint, edits.names)
+            mean = sum(found.values()) / len(found)
+            curve.append({"value": value, "mean": mean, "tasks": found})
+            progress(number + 1, len(values))
+    best = max(curve, key=lambda point: float(point["mean"]))
+    rows = {task.name: len(task.rows) for task in tasks}
+    result = Tuned(setting, float(best["value"]), tuple(curve), rows)
+    blob = space.objects.put_json(result.as_dict())
+    space.objects.publish("tuning", key, blob, made_by=made_by())
+    return result
+
+
+def _with(line: LineRef, setting: str, value: float) -> LineRef:
+    settings = {**line.spec.method.settings, setting: value}
+    return LineRef(line.spec.with_method_settings(settings), line.base)
+
+
+def _inputs(recipes: list[Recipe], members: tuple[Member, ...], base: Base) -> dict[str, Any]:
+    """All that the outcome depends on."""
+    tasks: dict[str, Any] = {}
+    for member in members:
+        data = member.spec.data
+        assert data is not None
+        tasks[member.task] = {
+            "data": data.content,
+            "set_apart": data.validation is None,
+            "head": digest_json(head_inputs(member.spec, base, member.model.model)),
+            "metric": member.spec.metric,
+        }
+    return {
+        "recipes": [recipe.digest() for recipe in recipes],
+        "tasks": tasks,
+        "assets": base.ref.config,
+        "evaluator": [EVALUATOR_VERSION, MOST_ROWS],
+        "device": device().type,
+    }
+
+
+class _Task:
+    """A task's validation rows and head, ready to be asked again and again."""
+
+    def __init__(self, member: Member, base: Base) -> None:
+        self.name = member.task
+        self.metric = member.spec.metric
+        self.base = base
+        rows = verified_data(member.spec, base.family).rows("validation")
+        self.rows = rows.select(stratified(rows.targets, MOST_ROWS, 0))
+        live = live_base(base)
+        self.head = task_head(member.spec, base, live, member.model.model, workspace())
+        self.preprocess = base.family.preprocessor(base.folder, self.head.spec.max_length)
+
+    def value(self) -> float:
+        """The metric of the live model as it is."""
+        family, model = self.base.family, live_base(self.base).model
+        return run_evaluation(
+            family, model, self.head, self.rows, self.preprocess, metric=self.metric
+        ).value
+
+
+def _read(data: bytes) -> Tuned:
+    values = json.loads(data)
+    return Tuned(values["setting"], values["value"], tuple(values["curve"]), values["rows"])
