@@ -1,18 +1,23 @@
 """Make a merged model from its recipe and keep it as a patch; a pure function of the recipe."""
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import JsonValue
+
 from merging.digests import digest_file
-from merging.edits import Edits
+from merging.edits import Edits, edited
 from merging.errors import Damage
 from merging.methods import get_method
 from merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
+from merging.score_tensors import fingerprint
 from merging.sparse import SparseFile, SparseInfo
 from merging.stitch import VERSION as STITCHING_VERSION
 from merging.stitch import Member as StitchMember
 from merging.stitch import write_patch
 from registry.head import Member
+from registry.objects import KeyRecord
 from tasks.engine import Cached, step
 from tasks.models import Base, open_base
 from tasks.refs import LineRef, PatchRef
@@ -63,24 +68,72 @@ def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cac
         file = scratch / "patch.safetensors"
         info = _write(file, base, recipe, space)
         blob = space.objects.put_blob(file, move=True)
-    if record is not None and record.blob != blob:
+    if record is not None and record.blob != blob and is_reproducible(recipe, record):
         raise Damage(
             f"the patch of recipe {key[:12]} in the store is not what the recipe gives",
             expected=blob,
             found=record.blob,
             hint="restore the store from a backup, and find out what altered it",
         )
-    won = space.objects.publish("patch", key, blob, made_by(), facts={"kept": info.kept})
+    won = space.objects.publish(
+        "patch", key, blob, made_by(), circumstances(recipe), facts={"kept": info.kept}
+    )
     return PatchRef(won.blob, info.kept, won.size, key, round(time.perf_counter() - began, 3))
 
 
-def rebuild(line: LineRef, recipe: Recipe) -> str:
-    """The digest of the patch that a recipe gives, made anew and kept nowhere."""
+def circumstances(recipe: Recipe) -> JsonValue:
+    """What a repetition must share to give the same bytes; None for a method that is exact."""
+    return None if get_method(recipe.method.name).exact else fingerprint()
+
+
+def is_reproducible(recipe: Recipe, record: KeyRecord) -> bool:
+    """Whether what the recipe gives here must be the bytes that were once made of it."""
+    return circumstances(recipe) in (None, record.fingerprint)
+
+
+@dataclass(frozen=True)
+class Rebuilt:
+    """A patch that was made anew.
+
+    Attributes:
+        digest: of its bytes.
+        difference: the largest difference of a merged weight from the one that was to be
+            compared with, over the largest weight of its tensor; None where the bytes are equal
+            or nothing was there to compare.
+    """
+
+    digest: str
+    difference: float | None = None
+
+
+def rebuild(line: LineRef, recipe: Recipe, patch: str | None) -> Rebuilt:
+    """The patch that a recipe gives, made anew and kept nowhere.
+
+    Args:
+        line: with the base.
+        recipe: of the patch.
+        patch: the digest of the one to compare with, where that is there.
+    """
     space = workspace()
     with space.scratch() as scratch:
         file = scratch / "patch.safetensors"
-        write_patch_of(file, line, recipe, space)
-        return digest_file(file)
+        base = open_base(line, space)
+        _write(file, base, recipe, space)
+        digest = digest_file(file)
+        if patch in (None, digest) or get_method(recipe.method.name).exact:
+            return Rebuilt(digest)
+        there = SparseFile.open(space.objects.blob_path(str(patch)))
+        return Rebuilt(digest, _largest_difference(base, SparseFile.open(file), there))
+
+
+def _largest_difference(base: Base, one: SparseFile, other: SparseFile) -> float:
+    largest = 0.0
+    for name in sorted({*one.names, *other.names}):
+        first, second = (edited(base.checkpoint, edits, name).double() for edits in (one, other))
+        scale = float(second.abs().max())
+        apart = float((first - second).abs().max())
+        largest = max(largest, apart / scale if scale else apart)
+    return largest
 
 
 def write_patch_of(file: Path, line: LineRef, recipe: Recipe, space: Workspace) -> None:

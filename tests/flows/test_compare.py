@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from merging.methods import get_method
 from tests.cli.test_end_to_end import plain
 from tests.flows.test_localizing import with_splits
 from tests.shell import Shell
@@ -77,7 +78,7 @@ def test_the_best_value_on_validation_rows_is_taken_the_first_of_equals(
     tuned: dict[str, Any],
 ) -> None:
     for row in tuned["methods"]:
-        if row["method"] in ("averaging", "localize-and-stitch"):
+        if get_method(row["method"]).tunes is None:
             assert row["tuned"] is None
             continue
         curve = row["tuned"]["curve"]
@@ -140,6 +141,14 @@ def test_it_is_a_run_in_mlflow(shell: Shell, tuned: dict[str, Any]) -> None:
     for name, row in rows(tuned).items():
         assert first.data.metrics[f"{name}/mean_accuracy"] == pytest.approx(row["mean_accuracy"])
         assert first.data.metrics[f"{name}/retention"] == pytest.approx(row["retention"]["ratio"])
+
+
+def test_what_it_made_can_be_cleared_away(shell: Shell, tuned: dict[str, Any]) -> None:
+    shell("gc", "--older-than", "0s", "--yes")
+    assert shell.json("verify", "--deep")["intact"]
+    again = rows(shell.json("compare", "demo", "--methods", "averaging"))["averaging"]
+    assert again["seconds"] is not None, "it was made anew"
+    assert again["patch"] == rows(tuned)["averaging"]["patch"]
 
 
 def test_mistakes_are_told(shell: Shell, world: World, tmp_path: Path) -> None:

@@ -14,8 +14,6 @@ from tests.worlds import SKILLS, World
 
 pytestmark = pytest.mark.usefixtures("without_mlflow")
 
-WHOLE = ("averaging", "task-arithmetic", "ties", "consensus-ta", "consensus-ties")
-
 
 def made(shell: Shell, world: World, file: Path, method: Any, *tasks: str) -> Shell:
     shell("init", world.line(file, method=method, localize=None, retention=None))
@@ -79,6 +77,34 @@ def test_neither_order_nor_increments_matter_and_a_retired_model_leaves_no_trace
     shell("retire", "demo", "number", "--reason", "withdrawn")
     fresh = made(new_home("fresh"), world, tmp_path / "line.yaml", method, "animal", "colour")
     assert shell.patch_bytes() == fresh.patch_bytes()
+
+
+def test_a_numeric_version_is_compared_with_what_made_it(
+    world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(shell, world, tmp_path / "line.yaml", "tsv-m", "colour", "number")
+    found = shell.json("verify", "demo", "--version", 2)
+    assert (found["intact"], found["rebuilt"]) == (True, [2])
+    record = shell.ledger().objects.lookup("patch", shell.ledger().merged(2).recipe_digest)
+    assert record is not None
+    assert record.fingerprint == {
+        "torch": torch.__version__,
+        "device": "cpu",
+        "threads": torch.get_num_threads(),
+    }
+    # The same with another torch, whose singular vectors have other last bits.
+    plain, other = torch.linalg.svd, {**record.fingerprint, "torch": "9.9"}
+    monkeypatch.setattr(torch.linalg, "svd", lambda m, **o: plain(m + 1e-7 * m.abs().max(), **o))
+    monkeypatch.setattr("tasks.merge.fingerprint", lambda: other)
+    found = shell.json("verify", "demo", "--version", 2)
+    assert (found["intact"], found["rebuilt"]) == (True, [])
+    (note,) = [one["text"] for one in found["findings"] if one["subject"] == "version 2"]
+    assert "another torch, device or number of threads" in note
+    apart = float(note.rpartition("more than ")[2].split()[0])
+    assert 0 < apart < 1e-3
+    # With the torch that made it, other bytes are damage.
+    monkeypatch.setattr("tasks.merge.fingerprint", lambda: record.fingerprint)
+    assert not shell.json("verify", "demo", "--version", 2, code=7)["intact"]
 
 
 def test_sparse_deltas_are_refused_for_a_method_that_needs_everything(

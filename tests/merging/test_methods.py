@@ -31,6 +31,7 @@ def test_every_method_and_setting_is_in_the_page_about_them() -> None:
     for name, row in rows.items():
         found = get_method(name)
         assert ("whole task vectors" in row) == found.whole
+        assert ("(numeric)" in row) == (not found.exact)
         assert all(f"`{key}: {value}`" in row for key, value in found.settings.items())
 
 
