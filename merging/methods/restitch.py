@@ -22,7 +22,7 @@ from merging.stitch import Member, stitch
     exact=True,
     tunes=("growth", (0.0, 0.25, 0.5, 0.75, 1.0)),
 )
-def restitch(base: Checkpoint, members: Iterable[Member], *, growth: float = 0.75) -> Edits:
+def restitch(base: Checkpoint, members: Iterable[Member], *, growth: float = 0.5) -> Edits:
     """Overwrite each kept coordinate; on shared ones a weighted mean of differences, grown.
 
     Args:

@@ -208,7 +208,7 @@ def test_a_budget_that_is_no_limit_changes_nothing_of_the_delta(
     [
         ("localize-and-stitch", {"overlap": "weighted"}),
         ("localize-and-stitch", {"overlap": "elect"}),
-        ("restitch", {"growth": 0.75}),
+        ("restitch", {"growth": 0.5}),
     ],
 )
 def test_every_rule_for_shared_coordinates_goes_all_the_way(
