@@ -158,11 +158,50 @@ class OpenCalibration:
         return self.live.base.family.loss(self.live.model, batch, self.head)
 
 
-class Trained:
-    """A mask that is learned with the task's loss on labelled rows of its train split."""
+class _Calibrated:
+    """What localizers that look at rows have in common.
+
+    Attributes:
+        name: of the localizer.
+        version: raised whenever the same input gives another ranking.
+        settings: all that it was told.
+    """
+
+    name: str
+    version: int
+    settings: trained.TrainedSettings | fisher.FisherSettings | distilled.DistilledSettings
 
     def __init__(self, calibration: Calibration) -> None:
         self.calibration = calibration
+
+    @property
+    def label(self) -> str:
+        """Name and version."""
+        return f"{self.name}/{self.version}"
+
+    @property
+    def fingerprint(self) -> JsonValue:
+        """Gradients are the same bytes only with the same torch, device and threads."""
+        return fingerprint(device())
+
+    def inputs(self) -> dict[str, Any]:
+        """Settings, the rows by content and choice, and the head that reads them."""
+        return {
+            "name": self.name,
+            "version": self.version,
+            "settings": self.settings.to_json(),
+            **self.calibration.inputs(),
+        }
+
+
+class Trained(_Calibrated):
+    """A mask that is learned with the task's loss on labelled rows of its train split."""
+
+    name, version = trained.NAME, trained.VERSION
+    settings: trained.TrainedSettings
+
+    def __init__(self, calibration: Calibration) -> None:
+        super().__init__(calibration)
         choice = calibration.choice
         self.settings = trained.TrainedSettings.of(
             choice.preset,
@@ -175,21 +214,7 @@ class Trained:
     @property
     def label(self) -> str:
         """Name, version and preset."""
-        return f"{trained.NAME}/{trained.VERSION} {self.calibration.choice.preset}"
-
-    @property
-    def fingerprint(self) -> JsonValue:
-        """Gradients are the same bytes only with the same torch, device and threads."""
-        return fingerprint(device())
-
-    def inputs(self) -> dict[str, Any]:
-        """Settings, the rows by content and choice, and the head that gives the loss."""
-        return {
-            "name": trained.NAME,
-            "version": trained.VERSION,
-            "settings": self.settings.to_json(),
-            **self.calibration.inputs(),
-        }
+        return f"{super().label} {self.calibration.choice.preset}"
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
         """Learn the scores, or the mask; see `merging.localize_trained`."""
@@ -208,29 +233,19 @@ class Trained:
         return Ranking(found.scores, mask, calibrated="labels", rows=len(on.rows))
 
 
-class Fisher:
+class Fisher(_Calibrated):
     """Differences weighed with how much the model's predictions depend on each coordinate."""
 
-    label = f"{fisher.NAME}/{fisher.VERSION}"
+    name, version = fisher.NAME, fisher.VERSION
+    settings: fisher.FisherSettings
 
     def __init__(self, calibration: Calibration) -> None:
-        self.calibration = calibration
+        super().__init__(calibration)
         self.settings = fisher.FisherSettings(seed=calibration.choice.seed)
 
-    @property
-    def fingerprint(self) -> JsonValue:
-        """Gradients are the same bytes only with the same torch, device and threads."""
-        return fingerprint(device())
-
     def inputs(self) -> dict[str, Any]:
-        """Settings, the rows by content and choice, and the head; the density is no part."""
-        return {
-            "name": fisher.NAME,
-            "version": fisher.VERSION,
-            "settings": self.settings.to_json(),
-            "density": self.calibration.choice.density,
-            **self.calibration.inputs(),
-        }
+        """The same, and the density, of which the settings know nothing."""
+        return {**super().inputs(), "density": self.calibration.choice.density}
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
         """Measure the sensitivities; see `merging.localize_fisher`."""
@@ -249,13 +264,14 @@ class Fisher:
         return Ranking(scores, None, factors, "inputs", rows)
 
 
-class Distilled:
+class Distilled(_Calibrated):
     """A ranking that is refined until the graft predicts what the finetuned model does."""
 
-    label = f"{distilled.NAME}/{distilled.VERSION}"
+    name, version = distilled.NAME, distilled.VERSION
+    settings: distilled.DistilledSettings
 
     def __init__(self, calibration: Calibration) -> None:
-        self.calibration = calibration
+        super().__init__(calibration)
         choice = calibration.choice
         highest = _highest(choice)
         self.settings = distilled.DistilledSettings(
@@ -265,20 +281,6 @@ class Distilled:
             seed=choice.seed,
             fisher=fisher.FisherSettings(seed=choice.seed),
         )
-
-    @property
-    def fingerprint(self) -> JsonValue:
-        """Gradients are the same bytes only with the same torch, device and threads."""
-        return fingerprint(device())
-
-    def inputs(self) -> dict[str, Any]:
-        """Settings, the rows by content and choice, and the head."""
-        return {
-            "name": distilled.NAME,
-            "version": distilled.VERSION,
-            "settings": self.settings.to_json(),
-            **self.calibration.inputs(),
-        }
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
         """Refine the ranking; see `merging.localize_distilled`."""
