@@ -15,7 +15,7 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from merging.errors import Damage
+from merging.errors import Damage, Unavailable
 
 FILE = "stack.json"
 SECRETS = "secrets"  # the folder of a home that nobody else can read
@@ -87,14 +87,21 @@ class Databases(BaseModel):
         """What was last used.
 
         Raises:
-            Damage: the file is there and cannot be read.
+            Damage: the file is not what was written.
+            Unavailable: this user may not read it.
         """
         path = root / SECRETS / _DATABASES
         try:
             return cls.model_validate_json(path.read_bytes())
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return cls()
-        except (OSError, ValueError):
+        except OSError as error:
+            raise Unavailable(
+                f"cannot read {path}",
+                found=error.strerror,
+                hint="work as the user who ran `restitch up` in this home",
+            ) from None
+        except ValueError:
             # Without it another database would be begun beside the one that is in use.
             raise Damage(
                 f"{path} cannot be read",

@@ -82,8 +82,9 @@ def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     # MLflow's databases need not survive a power failure here; the store's files do sync.
     @event.listens_for(Engine, "connect")
     def _do_not_wait_for_the_disk(connection: Any, _record: Any) -> None:
-        with suppress(sqlite3.DatabaseError):
-            connection.execute("PRAGMA synchronous=OFF")
+        if isinstance(connection, sqlite3.Connection):
+            with suppress(sqlite3.DatabaseError):
+                connection.execute("PRAGMA synchronous=OFF")
 
     home = Home(tmp_path_factory.mktemp("mlflow"))
     connect(home).search_registered_models()

@@ -99,3 +99,21 @@ def test_a_broken_memory_is_told_and_no_other_database_begun(tmp_path: Path) -> 
     (tmp_path / "secrets" / "databases.json").write_text("{")
     with pytest.raises(Damage, match=r"databases\.json"):
         databases(Home(tmp_path), {})
+
+
+def test_a_home_that_is_no_folder_has_no_memory(tmp_path: Path) -> None:
+    (tmp_path / "home").write_text("a file")
+    assert Databases.read(tmp_path / "home") == Databases()
+
+
+def test_a_memory_that_cannot_be_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Databases(mlflow="postgresql://u:p@h/d").write(tmp_path)
+
+    def refuse(_: Path) -> bytes:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    with pytest.raises(Unavailable, match="the user who ran `restitch up`"):
+        Databases.read(tmp_path)
