@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from merging.errors import BadInput
-from merging.methods import get_method, method_names
 from registry.allowed import check_path
 from registry.documents import checked, parse_mapping, read_text
 from registry.paths import is_there, named_path
@@ -65,6 +64,8 @@ def parse_line(text: str, origin: str, folder: Path) -> LineSpec:
 
 
 def _needs_whole(method: Any) -> bool:
+    from merging.methods import get_method, method_names  # with torch: most commands read no file
+
     name = method.get("name") if isinstance(method, dict) else method
     return isinstance(name, str) and name in method_names() and get_method(name).whole
 
