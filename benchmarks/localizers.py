@@ -27,7 +27,6 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.localizers_tables import tables
@@ -36,6 +35,7 @@ from merging.coordinates import select_tensors
 from merging.localize_dataless import kept_count
 from merging.localize_distilled import DistilledSettings, localize_distilled
 from merging.localize_fisher import FisherSettings, localize_fisher
+from merging.localize_random import random_scores
 from merging.localize_trained import TrainedSettings, localize_trained
 from merging.mask import Mask
 from merging.methods import get_method
@@ -43,7 +43,7 @@ from merging.overwrite import take
 from merging.sparse import SparseFile, SparseTensor, write_sparse
 from merging.stitch import Member
 from merging.task_vector import TaskVector
-from merging.top_k import Scores, TensorScores, top_k
+from merging.top_k import Scores, top_k
 from modeling.data import DataSpec, TaskData
 from modeling.evaluation import evaluate
 from modeling.family import Batch, get_family
@@ -152,10 +152,7 @@ class Task:
         if mode == "dataless":
             return Ranked(self.vector, {}, 0.0)
         if mode == "random":
-            draw = torch.Generator().manual_seed(seed)
-            sizes = {name: self.vector.numel(name) for name in self.vector.names}
-            drawn = {name: torch.rand(size, generator=draw) for name, size in sizes.items()}
-            return Ranked(TensorScores(drawn), {}, 0.0)
+            return Ranked(random_scores(self.vector, seed), {}, 0.0)
         rows, batch = self.calibration(seed)
         live = self.world.live
         if mode == "fisher":

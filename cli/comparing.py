@@ -7,7 +7,8 @@ import typer
 from rich.console import Console
 
 from cli.app import Json, Line, app, show_result
-from cli.formats import number, size, table_of, with_interval
+from cli.formats import number, percent, size, table_of, text, with_interval
+from merging.errors import BadInput
 
 
 @app.command()
@@ -27,8 +28,63 @@ def compare(
     """Merge the line's members by several methods and measure each; the line stays as it is."""
     from flows.compare import compare as run
 
-    names = [name.strip() for name in (methods or "").split(",") if name.strip()]
-    show_result(run(line, names, tune, None if out is None else str(out)), as_json, compared)
+    found = run(line, _names(methods), tune, None if out is None else str(out))
+    show_result(found, as_json, compared)
+
+
+@app.command()
+def analyze(
+    line: Line,
+    task: Annotated[
+        str | None, typer.Option(help="Names with commas between; all tasks by default.")
+    ] = None,
+    pair: Annotated[
+        str | None,
+        typer.Option(metavar="A,B", help="Two tasks to merge; by default those that overlap most."),
+    ] = None,
+    localizers: Annotated[
+        str | None,
+        typer.Option(
+            help="Of dataless, fisher, distilled, trained, random; by default dataless, random "
+            "and the line's own."
+        ),
+    ] = None,
+    densities: Annotated[
+        str | None, typer.Option(help="Shares of the coordinates, such as 0.01,0.1,1.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for the analysis as JSON and the plots.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """What the masks in use hold, share and reach as they grow; the line stays as it is."""
+    from flows.analyze import analyze as run
+
+    found = run(
+        line,
+        _names(task),
+        _names(pair),
+        _names(localizers),
+        [_fraction(one) for one in _names(densities)],
+        None if out is None else str(out),
+    )
+    show_result(found, as_json, analyzed)
+
+
+def _names(given: str | None) -> list[str]:
+    return [name.strip() for name in (given or "").split(",") if name.strip()]
+
+
+def _fraction(given: str) -> float:
+    try:
+        return float(given)
+    except ValueError as error:
+        raise BadInput(
+            "a density cannot be read",
+            expected="fractions with commas between, such as 0.01,0.1,1",
+            found=given,
+            hint="correct --densities",
+        ) from error
 
 
 def compared(found: dict[str, Any], out: Console) -> None:
@@ -68,3 +124,73 @@ def _settings(row: dict[str, Any]) -> str:
     tuned = row["tuned"]["setting"] if row["tuned"] else None
     told = (f"{key} {value}" for key, value in row["settings"].items() if key != tuned)
     return ", ".join([*([f"{tuned} {row['settings'][tuned]} (tuned)"] if tuned else []), *told])
+
+
+def analyzed(found: dict[str, Any], out: Console) -> None:
+    """The curves of each task, the pair, and what the masks share."""
+    members = ", ".join(f"{task} {version}" for task, version in found["members"].items())
+    out.print(f"{found['line']} {found['version']}: {members}", markup=False)
+    for task, one in found["tasks"].items():
+        _curves(task, one, out)
+    if found["pair"] is not None:
+        _pair(found["pair"], out)
+    _masks(found["masks"], out)
+
+
+def _curves(task: str, found: dict[str, Any], out: Console) -> None:
+    ends = ", ".join(f"{name} {number(found[name]['value'])}" for name in ("base", "finetuned"))
+    own = f"in use {number(found['own']['value'])} at {percent(found['own']['density'])}"
+    out.print(f"\n{task}, grafted {found['metric']}: {ends}, {own}", markup=False)
+    curves = found["curves"].values()
+    if not curves:
+        return
+    table = table_of("density", *found["curves"])
+    for points in zip(*(curve["points"] for curve in curves), strict=True):
+        shown = (with_interval(point["value"], point["interval"]) for point in points)
+        table.add_row(percent(points[0]["density"]), *shown)
+    out.print(table)
+
+
+def _pair(found: dict[str, Any], out: Console) -> None:
+    tasks, method = found["tasks"], found["method"]
+    told = f"{' and '.join(tasks)}, merged by {method}, masks by {found['localizers'][0]}"
+    out.print(f"\n{told}", markup=False)
+    table = table_of("density", "shared", "share", "mean", *tasks)
+    rows = [*found["points"], {**found["averaging"], "density": None}]
+    for row in rows:
+        values = (row["tasks"][task] for task in tasks)
+        table.add_row(
+            "averaging" if row["density"] is None else percent(row["density"]),
+            text(row.get("shared")),
+            percent(row.get("share")),
+            number(row["mean"]),
+            *(with_interval(value["value"], value["interval"]) for value in values),
+        )
+    out.print(table)
+
+
+def _masks(found: dict[str, Any], out: Console) -> None:
+    tasks = found["tasks"]
+    for name, title in (
+        ("jaccard", "Jaccard index of the masks"),
+        ("cosine", "cosine of the masked task vectors"),
+    ):
+        out.print(f"\n{title}", markup=False)
+        table = table_of("task", *tasks)
+        for task, row in zip(tasks, found[name], strict=True):
+            table.add_row(task, *(number(value) for value in row))
+        out.print(table)
+    out.print("\ncoordinates by how many members keep them", markup=False)
+    table = table_of("owners", "coordinates")
+    for owners, count in enumerate(found["owners"], 1):
+        table.add_row(str(owners), f"{count:,}")
+    out.print(table)
+    places = found["places"]
+    for name, group in (("component", "components"), ("layer", "layers")):
+        out.print(f"\nshare of the masks by {name}", markup=False)
+        table = table_of(name, *tasks, "all weights")
+        shares = [places[f"by_{name}"]["tasks"][task] for task in tasks]
+        for part in places[group]:
+            columns = (*shares, places[f"by_{name}"]["all"])
+            table.add_row(part, *(percent(share.get(part, 0.0)) for share in columns))
+        out.print(table)

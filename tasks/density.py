@@ -26,7 +26,6 @@ from modeling.data import stratified
 from modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from modeling.evaluation import evaluate as run_evaluation
 from modeling.significance import ratio_interval
-from modeling.weights import apply_edits, restore
 from registry.head import ModelRef
 from registry.localize_spec import DEFAULT_DENSITY, LocalizeSpec
 from registry.specs import TaskSpec
@@ -211,12 +210,8 @@ class Density:
 
         def look(kept: int) -> Look:
             if kept not in looks:
-                graft = Grafted(finetuned, mask_of(kept))
-                try:
-                    apply_edits(live.parameters, self.base.checkpoint, graft)
+                with live.edited(Grafted(finetuned, mask_of(kept))):
                     found = value()
-                finally:
-                    restore(live.parameters, self.base.checkpoint, graft.names)
                 looks[kept] = _look(kept, coordinates, found, wanted)
             return looks[kept]
 

@@ -4,6 +4,7 @@ import json
 from typing import Any
 
 from merging.digests import digest_json
+from merging.progress import Progress
 from modeling.data import Rows, stratified
 from modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from modeling.evaluation import evaluate as run_evaluation
@@ -75,22 +76,41 @@ def evaluated(
     space: Workspace,
 ) -> Evaluation:
     """What weights reach on a task's evaluation split, found anew and kept nowhere."""
-    data = verified_data(spec, base.family)
-    split = evaluation_split(spec)
-    assert split is not None
-    rows = _sampled(data.rows(split), spec)
-    live = live_base(base)
-    head = task_head(spec, base, live, head_of, space)
-    preprocess = base.family.preprocessor(base.folder, head.spec.max_length)
+    exam = Exam(base, spec, head_of, space)
     title = f"evaluating {weights.kind} on {spec.task}"
-    with live.wearing(weights, space) as model, working(title) as progress:
+    with exam.live.wearing(weights, space), working(title) as progress:
+        return exam.take(progress)
+
+
+class Exam:
+    """A task's evaluation split and head, ready to be asked again and again.
+
+    Made while the live base has its own weights, which give heads.
+
+    Attributes:
+        live: the model that takes it, with whatever weights it has at the time.
+    """
+
+    def __init__(
+        self, base: Base, spec: TaskSpec, head_of: ModelRef | None, space: Workspace
+    ) -> None:
+        split = evaluation_split(spec)
+        assert split is not None
+        self.spec = spec
+        self.live = live_base(base)
+        self._rows = _sampled(verified_data(spec, base.family).rows(split), spec)
+        self._head = task_head(spec, base, self.live, head_of, space)
+        self._preprocess = base.family.preprocessor(base.folder, self._head.spec.max_length)
+
+    def take(self, progress: Progress | None = None) -> Evaluation:
+        """What the live model reaches as it is."""
         return run_evaluation(
-            base.family,
-            model,
-            head,
-            rows,
-            preprocess,
-            metric=spec.metric,
+            self.live.base.family,
+            self.live.model,
+            self._head,
+            self._rows,
+            self._preprocess,
+            metric=self.spec.metric,
             progress=progress,
         )
 

@@ -17,15 +17,13 @@ from merging.digests import digest_json
 from merging.mask import Mask
 from merging.overwrite import take
 from merging.sparse import SparseInfo, SparseTensor, write_sparse
-from merging.task_vector import TaskVector
 from registry.head import ModelRef
 from registry.objects import KeyRecord
-from registry.sources import resolve_source
 from registry.specs import TaskSpec
 from tasks.density import Density
 from tasks.engine import Cached, step
 from tasks.localizers import Localizer, localizer
-from tasks.models import aligned, device, open_base, open_model, unchanged
+from tasks.models import device, open_base, open_vector
 from tasks.refs import DeltaRef, LineRef
 from tasks.reporting import working
 from tasks.workspace import Workspace, made_by, workspace
@@ -116,21 +114,15 @@ def write_delta(
 def _write(
     file: Path, line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace, plan: _Plan
 ) -> FoundDelta:
-    base = open_base(line, space)
-    folder = resolve_source(model.uri, space.home, whole=False).local
-    # What is verified at the beginning is what is read to the end.
-    with unchanged(folder), unchanged(base.folder):
-        base = open_base(line, space)
-        _, checkpoint = open_model(model, space, base.family, like=base.checkpoint)
-        finetuned = aligned(base, checkpoint)
-        vector = TaskVector(base.checkpoint, finetuned, base.names)
+    with open_vector(line, model, space) as (base, vector):
+        finetuned = vector.finetuned
         with working(f"localizing {task.task}") as progress:
             ranking = plan.found_by.rank(vector, file.parent, progress)
 
         def write(mask: Mask) -> SparseInfo:
             return write_sparse(
                 file,
-                _kept(finetuned, mask, ranking.factors),
+                kept_values(finetuned, mask, ranking.factors),
                 kind="delta",
                 metadata={"base": base.ref.weights, "finetuned": model.weights},
             )
@@ -147,7 +139,7 @@ def _write(
     return FoundDelta(mask.digest(), info.kept, vector.coordinates, facts)
 
 
-def _kept(
+def kept_values(
     finetuned: Checkpoint, mask: Mask, factors: Mapping[str, Tensor]
 ) -> Iterator[SparseTensor]:
     """The finetuned values at the mask's coordinates, tensor by tensor."""

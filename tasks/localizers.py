@@ -17,6 +17,7 @@ from torch import Tensor
 from merging import localize_dataless as dataless
 from merging import localize_distilled as distilled
 from merging import localize_fisher as fisher
+from merging import localize_random as lot
 from merging import localize_trained as trained
 from merging.digests import digest_json
 from merging.mask import Mask
@@ -24,7 +25,7 @@ from merging.progress import Progress
 from merging.score_tensors import fingerprint
 from merging.task_vector import TaskVector
 from merging.top_k import Scores
-from modeling.family import Batch
+from modeling.family import Batch, Family
 from modeling.heads import Head
 from modeling.rows import Rows
 from registry.head import ModelRef
@@ -97,6 +98,24 @@ class Dataless:
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
         """The differences are the scores."""
         return Ranking(vector)
+
+
+class Random:
+    """Coordinates by lot, which no line uses: what a localizer must beat."""
+
+    label = f"{lot.NAME}/{lot.VERSION}"
+    fingerprint: JsonValue = None
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+
+    def inputs(self) -> dict[str, Any]:
+        """The seed."""
+        return {"name": lot.NAME, "version": lot.VERSION, "seed": self.seed}
+
+    def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
+        """Draw the scores."""
+        return Ranking(lot.random_scores(vector, self.seed))
 
 
 class Calibration:
@@ -328,3 +347,42 @@ def localizer(
         warn(f"{task.task} has train rows without labels: its mask is distilled from the model")
         return Distilled(calibration)
     return Trained(calibration)
+
+
+LOCALIZERS = (dataless.NAME, fisher.NAME, distilled.NAME, trained.NAME, lot.NAME)
+
+
+def lacks(name: str, task: TaskSpec, family: Family) -> str | None:
+    """What a task lacks that a localizer needs of it; None where it has all."""
+    if name in (dataless.NAME, lot.NAME):
+        return None
+    if task.data is None or task.data.train is None:
+        return "train rows"
+    if name == trained.NAME and not train_has_labels(task, family):
+        return "labels of train rows"
+    return None
+
+
+def named_localizer(
+    name: str, line: LineRef, task: TaskSpec, base: Base, model: ModelRef, space: Workspace
+) -> Localizer:
+    """A localizer by its name, which ranks as it would for a density that is not known yet.
+
+    Rows and seed are the line's, and all settings where it is the line's own.
+
+    Args:
+        name: one of `LOCALIZERS`.
+        line: the line.
+        task: one that lacks nothing for it; see `lacks`.
+        base: of the line, opened.
+        model: the finetuned model.
+        space: where heads are kept.
+    """
+    own = line.spec.localize
+    if name == lot.NAME:
+        return Random(own.seed)
+    settings = {"epochs": own.epochs} if name == own.mode else {}
+    given = {"mode": name, "density": "auto", "shots": own.shots, "seed": own.seed, **settings}
+    choice = LocalizeSpec.model_validate(given)
+    asked = LineRef(line.spec.model_copy(update={"localize": choice}), line.base)
+    return localizer(asked, task, base, model, space)

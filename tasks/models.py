@@ -22,6 +22,7 @@ from merging.digests import digest_file, digest_json
 from merging.edits import Edits
 from merging.errors import BadInput, Unavailable
 from merging.sparse import SparseFile
+from merging.task_vector import TaskVector
 from modeling.family import Family, get_family
 from modeling.weights import apply_edits, restore, set_weights
 from registry.head import ModelRef
@@ -271,6 +272,15 @@ class LiveBase:
         finally:
             restore(self.parameters, self.base.checkpoint, touched)
 
+    @contextmanager
+    def edited(self, edits: Edits) -> Iterator[torch.nn.Module]:
+        """The model with edits applied; the base's weights are back afterwards, bit for bit."""
+        try:
+            apply_edits(self.parameters, self.base.checkpoint, edits)
+            yield self.model
+        finally:
+            restore(self.parameters, self.base.checkpoint, edits.names)
+
     def _put_on(self, weights: WeightsRef, space: Workspace) -> list[str]:
         if weights.kind == "base":
             return []
@@ -287,6 +297,24 @@ class LiveBase:
                 names = [n for n in names if n in frozenset(self.base.names)]
             set_weights(self.parameters, ((n, finetuned.tensor(n)) for n in names))
         return names
+
+
+@contextmanager
+def open_vector(
+    line: LineRef, model: ModelRef, space: Workspace
+) -> Iterator[tuple[Base, TaskVector]]:
+    """The base and a model's task vector over the localizable tensors, for the length of a block.
+
+    Raises:
+        BadInput: a model is gone, or changed since it was registered or while it was read.
+    """
+    base = open_base(line, space)
+    folder = resolve_source(model.uri, space.home, whole=False).local
+    # What is verified at the beginning is what is read to the end.
+    with unchanged(folder), unchanged(base.folder):
+        base = open_base(line, space)
+        _, checkpoint = open_model(model, space, base.family, like=base.checkpoint)
+        yield base, TaskVector(base.checkpoint, aligned(base, checkpoint), base.names)
 
 
 def aligned(base: Base, finetuned: Checkpoint) -> Checkpoint:

@@ -17,7 +17,6 @@ from merging.recipe import Recipe
 from modeling.data import stratified
 from modeling.evaluation import EVALUATOR_VERSION
 from modeling.evaluation import evaluate as run_evaluation
-from modeling.weights import apply_edits, restore
 from registry.head import Member
 from tasks.engine import Cached, step
 from tasks.inputs import head_inputs, task_head, train_has_labels, verified_data
@@ -93,11 +92,8 @@ def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | 
     with working(f"tuning {method.name}") as progress:
         for number, (value, recipe) in enumerate(zip(values, recipes, strict=True)):
             edits = recipe_edits(base, recipe, space)
-            try:
-                apply_edits(live.parameters, base.checkpoint, edits)
+            with live.edited(edits):
                 found = {task.name: task.value() for task in tasks}
-            finally:
-                restore(live.parameters, base.checkpoint, edits.names)
             mean = sum(found.values()) / len(found)
             curve.append({"value": value, "mean": mean, "tasks": found})
             progress(number + 1, len(values))

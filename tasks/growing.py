@@ -1,0 +1,237 @@
+"""What members reach while their masks grow: one alone, by localizer, and two of them together.
+
+One ranking per localizer, cut at every density, so that masks are nested. Everything is measured
+on the rows that results are reported on, and decides nothing. It is kept in the store by all that
+it depends on: what was measured before is neither ranked nor evaluated again.
+"""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from merging.analysis import VERSION as ANALYSIS_VERSION
+from merging.analysis import analyze_masks
+from merging.digests import digest_json
+from merging.localize_dataless import kept_count
+from merging.methods import Method, get_method, resolve_settings
+from merging.sparse import SparseFile, write_sparse
+from merging.stitch import Member as Part
+from merging.task_vector import TaskVector
+from merging.top_k import top_k
+from modeling.evaluation import Evaluation
+from registry.head import Member
+from tasks.density import Grafted
+from tasks.engine import Cached, step
+from tasks.evaluate import Exam, result_inputs
+from tasks.localize import kept_values
+from tasks.localizers import Localizer, Ranking, named_localizer
+from tasks.models import Base, open_base, open_vector
+from tasks.refs import LineRef, WeightsRef
+from tasks.reporting import working
+from tasks.workspace import Workspace, made_by, workspace
+
+# Raised when the same inputs would give other numbers.
+VERSION = 1
+
+AVERAGING, STITCHING = "averaging", "localize-and-stitch"
+
+
+@step("curve", "{localizer} masks of {member.task}")
+def curve(
+    line: LineRef, member: Member, localizer: str, densities: tuple[float, ...]
+) -> dict[str, Any] | Cached[dict[str, Any]]:
+    """What the base reaches on a member's task with more and more of the member's weights.
+
+    Args:
+        line: the line.
+        member: one with rows to evaluate on.
+        localizer: one of `tasks.localizers.LOCALIZERS` that the task has the data for.
+        densities: where to cut the ranking.
+
+    Returns:
+        The localizer's `label`, and `points` by rising density.
+    """
+    space = workspace()
+    base = open_base(line, space)
+    found_by = _localizer(line, member, localizer, base, space)
+    inputs = {"version": VERSION, **_inputs(member, found_by, base)}
+    counts = _counts(base, densities)
+    keys = {kept: digest_json({**inputs, "kept": kept}) for kept in counts.values()}
+    known = {kept: _look_up(space, "graft", key) for kept, key in keys.items()}
+    missing = [kept for kept, found in known.items() if found is None]
+    if missing:
+        with space.scratch() as scratch, open_vector(line, member.model.model, space) as opened:
+            base, vector = opened
+            exam = Exam(base, member.spec, member.model.model, space)
+            ranking = _rank(found_by, member, vector, scratch)
+            with working(f"grafting {member.task}") as progress:
+                for done, kept in enumerate(missing, 1):
+                    mask = _mask(ranking, kept, scratch)
+                    with exam.live.edited(Grafted(vector.finetuned, mask)):
+                        value = {**_measured(exam.take()), **ranking.facts()}
+                    known[kept] = _keep(space, "graft", keys[kept], value)
+                    progress(done, len(missing))
+    points = [
+        {"density": density, "kept": kept, **(known[kept] or {})}
+        for density, kept in counts.items()
+    ]
+    result = {"label": found_by.label, "points": points}
+    return result if missing else Cached(result)
+
+
+@step("conflict", "{pair[0].task} and {pair[1].task} together")
+def conflict(
+    line: LineRef, pair: tuple[Member, Member], localizer: str, densities: tuple[float, ...]
+) -> dict[str, Any] | Cached[dict[str, Any]]:
+    """What two members reach when they are merged with larger and larger masks.
+
+    Args:
+        line: its method merges the two where that takes sparse deltas, otherwise
+            localize-and-stitch does.
+        pair: two members with rows to evaluate on.
+        localizer: as for `curve`, for both.
+        densities: of both masks.
+
+    Returns:
+        `points` by rising density, each with the coordinates that both masks keep, their `share`
+        of those that either does (the Jaccard index) and what each task reaches; and
+        the plain `averaging` of the two whole task vectors.
+    """
+    space = workspace()
+    base = open_base(line, space)
+    method, settings = _method(line)
+    found_by = [_localizer(line, member, localizer, base, space) for member in pair]
+    counts = _counts(base, densities)
+    average = get_method(AVERAGING)
+    key = digest_json(
+        {
+            "version": [VERSION, ANALYSIS_VERSION],
+            "method": [method.name, method.version, settings],
+            "averaging": average.version,
+            "tasks": [_inputs(m, one, base) for m, one in zip(pair, found_by, strict=True)],
+            "kept": list(counts.items()),
+        }
+    )
+    known = _look_up(space, "conflict", key)
+    if known is not None:
+        return Cached(known)
+    first, second = pair
+    with (
+        space.scratch() as scratch,
+        open_vector(line, first.model.model, space) as (base, one),
+        open_vector(line, second.model.model, space) as (_, other),
+    ):
+        exams = [Exam(base, m.spec, m.model.model, space) for m in pair]
+        vectors = (one, other)
+        whole = _coordinates(base)
+
+        def parts(kept: int, rankings: Sequence[Ranking]) -> list[Part]:
+            return [
+                _part(m, v, r, kept, scratch)
+                for m, v, r in zip(pair, vectors, rankings, strict=True)
+            ]
+
+        def measured(by: Method, given: list[Part], **chosen: Any) -> dict[str, Any]:
+            with exams[0].live.edited(by(base.checkpoint, given, **chosen)):
+                found = {m.task: _measured(e.take()) for m, e in zip(pair, exams, strict=True)}
+            return {"mean": sum(v["value"] for v in found.values()) / len(found), "tasks": found}
+
+        averaged = measured(average, parts(whole, [Ranking(vector) for vector in vectors]))
+        rankings = [
+            _rank(by, m, v, _folder(scratch / m.task))
+            for by, m, v in zip(found_by, pair, vectors, strict=True)
+        ]
+        points = []
+        with working(f"merging {first.task} and {second.task}") as progress:
+            for done, (density, kept) in enumerate(counts.items(), 1):
+                given = parts(kept, rankings)
+                masks = analyze_masks(base.checkpoint, {part.task: part.delta for part in given})
+                overlap = {"shared": masks.shared[0][1], "share": masks.jaccard[0][1]}
+                reached = measured(method, given, **settings)
+                points.append({"density": density, "kept": kept, **overlap, **reached})
+                progress(done, len(counts))
+    result = {
+        "tasks": [first.task, second.task],
+        "localizers": [by.label for by in found_by],
+        "method": method.name,
+        "settings": dict(settings),
+        "points": points,
+        "averaging": averaged,
+    }
+    return _keep(space, "conflict", key, result)
+
+
+def _localizer(line: LineRef, member: Member, name: str, base: Base, space: Workspace) -> Localizer:
+    return named_localizer(name, line, member.spec, base, member.model.model, space)
+
+
+def _method(line: LineRef) -> tuple[Method, dict[str, Any]]:
+    own = line.spec.method
+    if get_method(own.name).whole:
+        return get_method(STITCHING), dict(resolve_settings(STITCHING, {}))
+    return get_method(own.name), dict(resolve_settings(own.name, own.settings))
+
+
+def _inputs(member: Member, found_by: Localizer, base: Base) -> dict[str, Any]:
+    """All that a graft depends on, beside how much is kept."""
+    model = member.model.model
+    whole = WeightsRef("localizable", model.weights)
+    return {
+        "result": result_inputs(member.spec, base, whole, model),
+        "localizer": found_by.inputs(),
+    }
+
+
+def _counts(base: Base, densities: Sequence[float]) -> dict[float, int]:
+    return {density: kept_count(density, _coordinates(base)) for density in sorted(densities)}
+
+
+def _coordinates(base: Base) -> int:
+    return sum(base.checkpoint.info(name).numel for name in base.names)
+
+
+def _rank(found_by: Localizer, member: Member, vector: TaskVector, scratch: Path) -> Ranking:
+    with working(f"localizing {member.task}, {found_by.label}") as progress:
+        return found_by.rank(vector, scratch, progress)
+
+
+def _folder(path: Path) -> Path:
+    """A new folder: what localizers write has the same names for every member."""
+    path.mkdir()
+    return path
+
+
+def _mask(ranking: Ranking, kept: int, scratch: Path) -> Any:
+    assert ranking.scores is not None, "localizers that end with a mask are not asked"
+    return top_k(ranking.scores, kept, scratch=scratch)
+
+
+def _part(member: Member, vector: TaskVector, ranking: Ranking, kept: int, scratch: Path) -> Part:
+    """A member with the sparse delta of a density; its file has no name any more."""
+    file = scratch / f"{member.task}.delta"
+    values = kept_values(vector.finetuned, _mask(ranking, kept, scratch), ranking.factors)
+    write_sparse(file, values, kind="delta", metadata={})
+    delta = SparseFile.open(file)
+    file.unlink()
+    return Part(member.task, delta)
+
+
+def _measured(found: Evaluation) -> dict[str, Any]:
+    low, high = found.interval
+    interval = {"low": low, "high": high}
+    return {"value": found.value, "interval": interval, "count": found.count}
+
+
+def _look_up(space: Workspace, kind: str, key: str) -> dict[str, Any] | None:
+    record = space.objects.lookup(kind, key)
+    if record is None:
+        return None
+    found: dict[str, Any] = json.loads(space.objects.read_blob(record.blob))
+    return found
+
+
+def _keep(space: Workspace, kind: str, key: str, value: dict[str, Any]) -> dict[str, Any]:
+    """Keep a value; another worker may have been first, and then its own holds."""
+    space.objects.publish(kind, key, space.objects.put_json(value), made_by())
+    return _look_up(space, kind, key) or value

@@ -1,0 +1,109 @@
+"""The plots of growing masks: what one member reaches alone, and what two reach together.
+
+Each function takes what `tasks.growing` found, as it is in the JSON of `restitch analyze`.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tasks.report.drawing import COLOURS, Plot, axes_in
+from tasks.report.numbers import number
+
+# A localizer looks the same in every picture.
+_MARKS = {
+    "dataless": ("o", "blue"),
+    "fisher": ("^", "green"),
+    "distilled": ("D", "orange"),
+    "trained": ("v", "red"),
+    "random": ("s", "grey"),
+}
+_PAIR = (("o", "blue"), ("D", "orange"))
+
+
+def curves_plot(task: str, found: Mapping[str, Any]) -> Plot | None:
+    """Grafted accuracy against density, one line per localizer.
+
+    Args:
+        task: its name.
+        found: what was measured of it.
+
+    Returns:
+        None where no localizer was asked.
+    """
+    curves: Mapping[str, Any] = found["curves"]
+    if not curves:
+        return None
+    figure, axes = axes_in(2.6, left=0.62, top=0.2, bottom=0.5, right=1.5)
+    for name, curve in curves.items():
+        (shape, colour), points = _MARKS[name], curve["points"]
+        x, y = [p["density"] for p in points], [p["value"] for p in points]
+        _band(axes, x, [p["interval"] for p in points], colour)
+        axes.plot(x, y, f"{shape}-", color=COLOURS[colour], label=name, **_THIN)
+    own = found["own"]
+    if own["density"] is not None:
+        at = {"color": COLOURS["ink"], "markersize": 9, "label": "in use"}
+        axes.plot([own["density"]], [own["value"]], "*", linestyle="none", **at)
+    for name, style in (("finetuned", "--"), ("base", ":")):
+        if found[name] is not None:
+            line = {"linestyle": style, "linewidth": 1, "color": COLOURS["ink"]}
+            axes.axhline(found[name]["value"], label=name, **line)
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
+    axes.set_xlabel("share of the coordinates that is kept")
+    axes.set_ylabel(f"grafted {found['metric']}")
+    _finish(axes)
+    told = "; ".join(
+        f"{name} from {number(float(c['points'][0]['value']))} "
+        f"to {number(float(c['points'][-1]['value']))}"
+        for name, c in curves.items()
+    )
+    return Plot(
+        f"grafted-{task}",
+        f"Grafted {found['metric']} against density: {task}",
+        f"What the base reaches on {task} with some of the finetuned weights, by localizer, with "
+        f"95 % intervals: {told}.",
+        figure,
+    )
+
+
+def conflict_plot(pair: Mapping[str, Any]) -> Plot:
+    """What two merged members reach against what their masks share, and plain averaging."""
+    figure, axes = axes_in(2.6, left=0.62, top=0.2, bottom=0.5, right=1.5)
+    points = [point for point in pair["points"] if point["share"] is not None]
+    shares = [point["share"] for point in points]
+    for task, (shape, colour) in zip(pair["tasks"], _PAIR, strict=True):
+        results = [point["tasks"][task] for point in points]
+        _band(axes, shares, [result["interval"] for result in results], colour)
+        y = [result["value"] for result in results]
+        axes.plot(shares, y, f"{shape}-", color=COLOURS[colour], label=task, **_THIN)
+    mean = [point["mean"] for point in points]
+    axes.plot(shares, mean, "P-", color=COLOURS["ink"], label="mean of both", **_THIN)
+    averaging = pair["averaging"]["mean"]
+    axes.axhline(averaging, linestyle="--", linewidth=1, color=COLOURS["ink"], label="averaging")
+    axes.set_xlabel("share of the kept coordinates that both masks keep")
+    axes.set_ylabel("accuracy of the merged model")
+    _finish(axes)
+    told = ", ".join(f"{number(float(p['mean']))} at {number(float(p['share']))}" for p in points)
+    return Plot(
+        "conflict",
+        f"Merged accuracy against shared coordinates: {' and '.join(pair['tasks'])}",
+        f"Mean accuracy of both tasks by what the masks share: {told}; averaging whole task "
+        f"vectors {number(float(averaging))}.",
+        figure,
+    )
+
+
+_THIN: dict[str, Any] = {"linewidth": 1.2, "markersize": 4}
+
+
+def _band(
+    axes: Any, x: Sequence[float], intervals: Sequence[Mapping[str, float]], colour: str
+) -> None:
+    low, high = [i["low"] for i in intervals], [i["high"] for i in intervals]
+    axes.fill_between(x, low, high, color=COLOURS[colour], alpha=0.12, linewidth=0)
+
+
+def _finish(axes: Any) -> None:
+    axes.margins(0.05)
+    axes.grid()
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handletextpad=0.4)
