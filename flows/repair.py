@@ -27,7 +27,7 @@ from registry.references import MLFLOW_SCHEMES
 from registry.sources import resolve_source
 from registry.store import NotInStore
 from tasks.heads import heads_again
-from tasks.localize import mask_key
+from tasks.localize import FOUND, mask_key
 from tasks.refs import LineRef
 from tasks.reporting import say
 from tasks.workspace import Workspace
@@ -218,6 +218,7 @@ class _Mender:
         if kind == "mask":
             for task, number, model in self._localized(inputs):
                 facts = {name: model.facts.get(name) for name in _MASK_FACTS}
+                facts |= {name: model.facts[name] for name in FOUND if name in model.facts}
                 maker = model.facts.get("localized_by")
                 known = {**facts, "mask": model.mask}
                 self._publish(kind, inputs, str(model.delta), maker, known)

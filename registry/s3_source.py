@@ -22,7 +22,6 @@ from typing import Any
 from blake3 import blake3
 
 from merging.errors import BadInput, Unavailable
-from merging.header import MAX_HEADER
 from registry.references import S3_SCHEME
 from registry.s3_calls import persistently
 from registry.s3_client import BUCKET, NOT_ALLOWED, client, code_of, s3_explained, status_of
@@ -202,6 +201,8 @@ class RemoteWeights:
 
     def _fill_header(self, name: str) -> None:
         """The first bytes of a file; whether they are a header is for its reader to say."""
+        from merging.header import MAX_HEADER  # with torch, which most commands do without
+
         size, descriptor = self.folder.files[name].size, self._descriptors[name]
         look = min(size, _FIRST_LOOK)
         if look:
