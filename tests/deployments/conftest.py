@@ -20,6 +20,7 @@ import pytest
 
 from registry.stack import StackFile
 from tasks.prefect_api import PrefectApi
+from tests.hostile.test_secrets import SECRETS
 from tests.shell import Done, Shell
 from tests.worlds import World
 
@@ -30,6 +31,8 @@ T = TypeVar("T")
 
 # So late that no test sees it begin.
 NEVER = "0 0 1 1 *"
+# Prefect's own are another server's, which a stack does not use.
+PLANTED = {name: value for name, value in SECRETS.items() if not name.startswith("PREFECT_")}
 PATIENCE = 240.0
 
 
@@ -162,11 +165,14 @@ def patch_unless(condition: bool, name: str) -> Any:
 def stack(
     tmp_path_factory: pytest.TempPathFactory, world: World, empty_mlflow: Path
 ) -> Iterator[Stack]:
-    """A Prefect server, an MLflow server, the receiver of webhooks, and two workers."""
+    """A Prefect server, an MLflow server, the receiver of webhooks, and two workers.
+
+    All of them have secrets in their environment, which are not to be found anywhere else.
+    """
     root = tmp_path_factory.mktemp("stack")
     (root / "home").mkdir()
     shutil.copyfile(empty_mlflow, root / "home" / "mlflow.db")
-    with running_stack(root, world) as found:
+    with running_stack(root, world, **PLANTED) as found:
         yield found
 
 

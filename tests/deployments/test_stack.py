@@ -5,6 +5,8 @@ import json
 import os
 import signal
 import socket
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -19,7 +21,8 @@ from registry.attempts import Attempt, process_began
 from registry.image import DIGEST_TAG, STATE_TAG, VERSION_TAG
 from tasks.models import device
 from tests.conftest import Three
-from tests.deployments.conftest import PATIENCE, Stack
+from tests.deployments.conftest import PATIENCE, PLANTED, Stack
+from tests.hostile.test_secrets import leaks
 from tests.worlds import SKILLS
 
 # The first test also waits for all servers; a busy machine takes its time.
@@ -297,3 +300,32 @@ def test_a_decision_is_followed_by_the_workers_and_by_the_alias(
 
 def _idle(stack: Stack, line: str) -> None:
     stack.until(f"nothing is under way on {line}", lambda: not under_way(stack, line))
+
+
+def test_logs_databases_and_records_hold_no_secret_of_a_server_or_worker(
+    stack: Stack, begun: dict[str, Any]
+) -> None:
+    home = stack.shell.home
+    stack.champion("demo", "colour")
+    shown = [stack.process("doctor", code=None)]
+    # A worker that fails, and deliveries with the right secret in the wrong places.
+    deployment = stack.prefect.deployment("onboard/restitch")
+    assert deployment is not None
+    nothing = {"line": "demo", "task": "nothing", "version": 9}
+    run = stack.prefect.create_run(deployment["id"], nothing, "fails")
+    assert stack.finished(str(run["id"]))["state_type"] == "FAILED"
+    own = (home / "secrets" / "webhook-secret").read_text()
+    for header in ("X-MLflow-Signature", "Authorization", "X-MLflow-Delivery-Id"):
+        request = urllib.request.Request(
+            str(stack.file.webhook_url), json.dumps({"x": own}).encode(), {header: own}
+        )
+        with pytest.raises(urllib.error.HTTPError):
+            urllib.request.urlopen(request)
+    logs = {path.name for path in (home / "logs").glob("*.log")}
+    assert logs == {
+        f"{name}.log" for name in ("prefect", "mlflow", "webhook", "worker-1", "worker-2")
+    }
+    keys = {path.name: path.read_text() for path in (home / "secrets").iterdir()}
+    assert {"webhook-secret", "webhook-encryption-key"} <= keys.keys()
+    found = leaks(home, shown, {**PLANTED, **keys})
+    assert [place for place in found if " in secrets/" not in place] == []
