@@ -1,7 +1,7 @@
 """The tests of `test_stack` once more, with Prefect and MLflow on a real PostgreSQL.
 
 Only the first `up` is told of the database: what comes later finds it by itself. Slow, for a whole
-stack's work takes minutes; the services of compose.yaml run on PostgreSQL in every run of the tests.
+stack's work takes minutes; the services of compose.yaml run on PostgreSQL in every run of tests.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from tests.deployments.test_stack import *  # noqa: F403
 from tests.servers import postgres_programs, postgres_server
 from tests.worlds import World
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 PASSWORD = "password-of-the-databases"
 
