@@ -13,15 +13,14 @@ for, and where one of them is the line's own.
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from flows.snapshot import Snapshot, take_snapshot
-from merging.digests import canonical_json, digest_json
-from merging.errors import BadInput, Unavailable
+from flows.studies import log_study, write_study
+from merging.digests import canonical_json
+from merging.errors import BadInput
 from modeling.family import Family, get_family
 from registry.head import Member
-from registry.store import explained
 from tasks.analyze import analyze as compare_masks
 from tasks.engine import flow
 from tasks.evaluate import evaluate
@@ -38,7 +37,7 @@ from tasks.report.mask_plots import (
     layers_plot,
     owners_plot,
 )
-from tasks.reporting import say, warn
+from tasks.reporting import say
 from tasks.workspace import actor, workspace
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
@@ -106,9 +105,12 @@ def analyze(
         say(f"{line}: {two[0].task} and {two[1].task} together")
         found["pair"] = conflict(snapshot.line, two, own if usable else "dataless", cuts)
     artifacts = {"analysis.json": canonical_json(found), **_pictures(found)}
-    if out is not None:
-        _write(Path(out), artifacts)
-    _log(line, found, artifacts)
+    write_study(out, artifacts)
+    told = ("version", "members", "localizers", "densities", "seed")
+    params = {name: found[name] for name in told}
+    log_study(
+        found, f"masks of {line} {found['version']} analyzed", params, _metrics(found), artifacts
+    )
     return found
 
 
@@ -227,31 +229,11 @@ def _pictures(found: Mapping[str, Any]) -> dict[str, bytes]:
     return {f"{plot.name}.png": to_png(plot) for plot in drawn if plot is not None}
 
 
-def _write(out: Path, artifacts: Mapping[str, bytes]) -> None:
-    with explained(out, "write to"):
-        out.mkdir(parents=True, exist_ok=True)
-        for name, data in artifacts.items():
-            (out / name).write_bytes(data)
-
-
-def _log(line: str, found: Mapping[str, Any], artifacts: Mapping[str, bytes]) -> None:
-    """Show the analysis in MLflow; the tables are there without it."""
-    metrics = {
+def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
+    """What MLflow charts: the value of each graft, by task, localizer and density."""
+    return {
         f"{task}/{name}/{point['density']:g}": point["value"]
         for task, measured in found["tasks"].items()
         for name, one in measured["curves"].items()
         for point in one["points"]
     }
-    told = ("version", "members", "localizers", "densities", "seed")
-    try:
-        workspace().catalog.show_study(
-            line,
-            f"masks of {line} {found['version']} analyzed",
-            digest=digest_json(found),
-            by=found["actor"],
-            params={name: found[name] for name in told},
-            metrics=metrics,
-            artifacts=artifacts,
-        )
-    except Unavailable as error:
-        warn(f"the analysis is not in MLflow: {error.message()}")

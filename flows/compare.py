@@ -9,27 +9,26 @@ refers to. Methods that need whole task vectors get them, whatever the line keep
 the line's own deltas, or dataless ones where the line keeps everything.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from flows.candidates import measure_member, measure_retention
 from flows.snapshot import Snapshot, take_snapshot
-from merging.digests import canonical_json, digest_json
-from merging.errors import BadInput, Unavailable
+from flows.studies import log_study, write_study
+from merging.digests import canonical_json
+from merging.errors import BadInput
 from merging.methods import Method, get_method, method_names, resolve_settings
 from registry.head import Member
 from registry.localize_spec import LocalizeSpec
 from registry.specs import MethodSpec
-from registry.store import explained
 from tasks.engine import flow
 from tasks.localize import localize
 from tasks.merge import make_recipe, stitch
 from tasks.refs import LineRef, WeightsRef
 from tasks.report.drawing import drawing, to_png
 from tasks.report.method_plots import methods_plot
-from tasks.reporting import say, warn
+from tasks.reporting import say
 from tasks.tune import tune
 from tasks.workspace import actor, workspace
 
@@ -74,9 +73,10 @@ def compare(
         plot = methods_plot(rows)
         if plot is not None:
             artifacts["accuracy-against-retention.png"] = to_png(plot)
-    if out is not None:
-        _write(Path(out), artifacts)
-    _log(line, found, artifacts)
+    write_study(out, artifacts)
+    params = {f"{row['method']}.settings": row["settings"] for row in rows}
+    params |= {"members": found["members"], "tuned": tuned}
+    log_study(found, f"methods of {line} compared", params, _metrics(rows), artifacts)
     return found
 
 
@@ -138,17 +138,10 @@ def _with_delta(line: LineRef, member: Member) -> tuple[Member, int]:
     return member.model_copy(update={"model": model}), delta.size
 
 
-def _write(out: Path, artifacts: dict[str, bytes]) -> None:
-    with explained(out, "write to"):
-        out.mkdir(parents=True, exist_ok=True)
-        for name, data in artifacts.items():
-            (out / name).write_bytes(data)
-
-
-def _log(line: str, found: dict[str, Any], artifacts: dict[str, bytes]) -> None:
-    """Show the comparison in MLflow; the table is there without it."""
-    metrics: dict[str, float] = {}
-    for row in found["methods"]:
+def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """What MLflow charts: each method's means and its retention."""
+    found: dict[str, float] = {}
+    for row in rows:
         kept = row["retention"] or {}
         for name, value in (
             ("mean_accuracy", row["mean_accuracy"]),
@@ -156,18 +149,5 @@ def _log(line: str, found: dict[str, Any], artifacts: dict[str, bytes]) -> None:
             ("retention", kept.get("ratio")),
         ):
             if value is not None:
-                metrics[f"{row['method']}/{name}"] = value
-    params = {f"{row['method']}.settings": row["settings"] for row in found["methods"]}
-    params |= {"members": found["members"], "tuned": found["tuned"]}
-    try:
-        workspace().catalog.show_study(
-            line,
-            f"methods of {line} compared",
-            digest=digest_json(found),
-            by=found["actor"],
-            params=params,
-            metrics=metrics,
-            artifacts=artifacts,
-        )
-    except Unavailable as error:
-        warn(f"the comparison is not in MLflow: {error.message()}")
+                found[f"{row['method']}/{name}"] = value
+    return found

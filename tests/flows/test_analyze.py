@@ -208,7 +208,7 @@ def test_without_mlflow_it_warns(shell: Shell, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(Catalog, "show_study", away)
     given = ("--task", "colour", "--localizers", "random", "--densities", "0.05")
     done = shell("analyze", "demo", *given, "--json")
-    assert "the analysis is not in MLflow" in done.err
+    assert "the study is not in MLflow" in done.err
     assert done.json["tasks"]["colour"]["curves"]
 
 

@@ -1,0 +1,51 @@
+"""Where a study of a line is put: a folder of the user's, and a run in MLflow.
+
+What it found is printed and returned without either, and is made again from the store.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from merging.digests import digest_json
+from merging.errors import Unavailable
+from registry.store import explained
+from tasks.reporting import warn
+from tasks.workspace import workspace
+
+
+def write_study(out: str | None, artifacts: Mapping[str, bytes]) -> None:
+    """Write the files of a study to a folder, where one is named.
+
+    Raises:
+        Unavailable: it cannot be written to.
+    """
+    if out is None:
+        return
+    folder = Path(out)
+    with explained(folder, "write to"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, data in artifacts.items():
+            (folder / name).write_bytes(data)
+
+
+def log_study(
+    found: Mapping[str, Any],
+    name: str,
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    artifacts: Mapping[str, bytes],
+) -> None:
+    """Show a study as a run in MLflow; where that is away, it is said and nothing else."""
+    try:
+        workspace().catalog.show_study(
+            str(found["line"]),
+            name,
+            digest=digest_json(found),
+            by=str(found["actor"]),
+            params=params,
+            metrics=metrics,
+            artifacts=artifacts,
+        )
+    except Unavailable as error:
+        warn(f"the study is not in MLflow: {error.message()}")
