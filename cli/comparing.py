@@ -92,9 +92,7 @@ def compared(found: dict[str, Any], out: Console) -> None:
     members = ", ".join(f"{task} {version}" for task, version in found["members"].items())
     out.print(f"{found['line']}: {len(found['methods'])} methods on {members}", markup=False)
     rows = found["methods"]
-    table = table_of(
-        "method", "mean", "normalized", "retention", "seconds", "stored", "needs", "settings"
-    )
+    table = table_of("method", "mean", "normalized", "retention", "seconds", "stored")
     for row in rows:
         kept = row["retention"] or {}
         table.add_row(
@@ -104,19 +102,23 @@ def compared(found: dict[str, Any], out: Console) -> None:
             with_interval(kept.get("ratio"), kept.get("ratio_interval")),
             "-" if row["seconds"] is None else f"{row['seconds']:.1f}",
             size(row["stored_bytes"]),
-            row["needs"],
-            _settings(row),
         )
     out.print(table)
-    tasks = list(found["members"])
-    table = table_of("method", *tasks)
-    for name in ("base", "finetuned"):
-        first = rows[0]["results"]
-        table.add_row(name, *(number(first[task].get(name)) for task in tasks))
     for row in rows:
-        results = [row["results"][task] for task in tasks]
-        shown = [with_interval(one.get("merged"), one.get("interval")) for one in results]
-        table.add_row(row["method"], *shown)
+        settings = _settings(row) or "nothing to set"
+        out.print(f"  {row['method']} merges {row['needs']}: {settings}", markup=False)
+    table = table_of("method", "task", "merged", "95 %", "normalized", "base", "finetuned")
+    for row in rows:
+        for task in found["members"]:
+            one = row["results"][task]
+            span = one.get("interval")
+            table.add_row(
+                row["method"],
+                task,
+                number(one.get("merged")),
+                "-" if span is None else f"{number(span['low'])}-{number(span['high'])}",
+                *(number(one.get(name)) for name in ("normalized", "base", "finetuned")),
+            )
     out.print(table)
 
 
