@@ -27,6 +27,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from benchmarks.localizers_tables import tables
@@ -107,8 +108,13 @@ class Task:
         spec = HeadSpec(labels, ("{}",), float(described["scale"]), described["max_length"])
         self.head = world.family.build_head(world.model, world.folder, spec)
         self.preprocess = world.family.preprocessor(world.folder, described["max_length"])
-        files = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
-        self.data = TaskData(DataSpec(str(data / name), **files), labels, "text")  # type: ignore[arg-type]
+        files = DataSpec(
+            str(data / name),
+            train="train.jsonl",
+            validation="validation.jsonl",
+            test="test.jsonl",
+        )
+        self.data = TaskData(files, labels, "text")
 
     def calibration(self, seed: int) -> tuple[int, Callable[[Sequence[int]], Batch]]:
         """How many rows there are, and their batches."""
@@ -246,8 +252,12 @@ def merged(
             reached = partial(world.wearing, edits, partial(task.value, split))
             kept.get(
                 (split, mode, density, rule, seed, task.name),
-                lambda r=reached, w=wanted: r() / w,  # type: ignore[misc]
+                partial(_over, reached, wanted),
             )
+
+
+def _over(reached: Callable[[], float], wanted: float) -> float:
+    return reached() / wanted
 
 
 def official(world: World, kept: Kept, seed: int) -> None:
@@ -299,7 +309,7 @@ def _passes(task: Task, rows: int, batch: Callable[[Sequence[int]], Batch], size
     started = time.perf_counter()
     for start in range(0, rows, size):
         loss = task.loss(batch(range(start, min(start + size, rows))))
-        loss.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss)
         for tensor in live:
             tensor.grad = None
     seconds = time.perf_counter() - started

@@ -104,11 +104,15 @@ class Elementwise:
 
 
 def total(vectors: Sequence[tuple[int, Floats]]) -> Floats:
-    """The sum, member after member."""
-    first, *rest = (vector for _, vector in vectors)
-    found = first.copy()
-    for vector in rest:
-        found += vector
+    """The sum of members' task vectors, member after member."""
+    return added([vector for _, vector in vectors])
+
+
+def added(arrays: Sequence[Floats]) -> Floats:
+    """The sum of arrays, one after the other."""
+    found = arrays[0].copy()
+    for array in arrays[1:]:
+        found += array
     return found
 
 

@@ -167,7 +167,7 @@ def _refine(
                 found = logits(batch(chosen.tolist())).log_softmax(1)
                 wanted = targets[chosen.to(targets.device)]
                 loss = (wanted.exp() * (wanted - found)).sum(1).mean()
-                loss.backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(loss)
             if unit is None:
                 unit = step_unit(live, scores, kept)
             size = settings.learning_rate * unit * (1 - step / steps) / math.sqrt(steps)

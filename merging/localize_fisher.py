@@ -181,9 +181,9 @@ def measure(
     live.interpolate(settings.at)
     hooks = []
     for part in live.parts:
+        live_tensor: Any = part.live  # whose method has no types
         use_up = partial(_use_up, sums[part.name])
-        hook = part.live.register_post_accumulate_grad_hook(use_up)  # type: ignore[no-untyped-call]
-        hooks.append(hook)
+        hooks.append(live_tensor.register_post_accumulate_grad_hook(use_up))
     try:
         for start in range(0, len(order), settings.batch_size):
             chosen = order[start : start + settings.batch_size]
@@ -191,7 +191,7 @@ def measure(
                 found = logits(batch(chosen))
                 drawn = _drawn(found.detach(), generator)
                 loss = F.cross_entropy(found, drawn, reduction="sum")
-                loss.backward()  # type: ignore[no-untyped-call]
+                torch.autograd.backward(loss)
             progress(start + len(chosen), len(order))
     finally:
         for hook in hooks:
@@ -214,7 +214,8 @@ def _drawn(found: Tensor, generator: torch.Generator) -> Tensor:
 
 def _zeros(live: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = rows_and_columns(tuple(live.shape))
-    return tuple(torch.zeros(n, dtype=torch.float64, device=live.device) for n in (rows, columns))  # type: ignore[return-value]
+    zeros = partial(torch.zeros, dtype=torch.float64, device=live.device)
+    return zeros(rows), zeros(columns)
 
 
 def _use_up(sums: tuple[Tensor, Tensor], live: Tensor) -> None:

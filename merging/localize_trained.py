@@ -252,7 +252,7 @@ class _Course(Generic[Batch]):
         """Add a batch's gradient to the live tensors; its loss."""
         with torch.enable_grad():
             value = self._loss(batch)
-            value.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(value)
         return value.detach()
 
     def record(self, losses: Sequence[Tensor], kept: int, coordinates: int) -> None:

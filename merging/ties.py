@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from merging.elementwise import Floats, Range
+from merging.elementwise import Floats, Range, added, total
 from merging.errors import BadInput
 from merging.kept_vector import KeptVector
 from merging.localize_dataless import kept_count
@@ -87,19 +87,12 @@ def elected(vectors: Sequence[tuple[int, Floats]], *, mean: bool) -> Floats:
         vectors: trimmed, each with its member's number.
         mean: average those that agree.
     """
-    sign = _sum([vector for _, vector in vectors])
+    sign = total(vectors)
     np.sign(sign, out=sign)
     agreeing = [np.where(np.sign(vector) == sign, vector, 0) for _, vector in vectors]
-    found = _sum(agreeing)
+    found = added(agreeing)
     found[sign == 0] = 0
     if mean:
-        owners: NDArray[Any] = _sum([(one != 0).astype(found.dtype) for one in agreeing])
+        owners: NDArray[Any] = added([(one != 0).astype(found.dtype) for one in agreeing])
         found /= np.maximum(owners, 1)
-    return found
-
-
-def _sum(arrays: Sequence[Floats]) -> Floats:
-    found = arrays[0].copy()
-    for array in arrays[1:]:
-        found += array
     return found

@@ -48,8 +48,10 @@ def parse_metadata(source: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
             values[node.targets[0].id] = node.value
     try:
         names = tuple(ast.literal_eval(values["IMAGENET_CLASSNAMES"]))
-        elements = values["OPENAI_IMAGENET_TEMPLATES"].elts  # type: ignore[attr-defined]
-        prompts = tuple(_template(element) for element in elements)
+        listed = values["OPENAI_IMAGENET_TEMPLATES"]
+        if not isinstance(listed, ast.List | ast.Tuple):
+            raise TypeError("the templates are no list")  # noqa: TRY301
+        prompts = tuple(_template(element) for element in listed.elts)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(
             f"{_METADATA} of {_PACKAGE} has another form than the one that is known",

@@ -130,7 +130,7 @@ def pretrain(model: Any, tokenizer: Any, sizes: Sizes, rng: np.random.Generator)
     model.train()
     for step, rows in enumerate(_batches(rng, len(pictures), sizes.batch, sizes.steps)):
         _set_rate(optimizer, sizes.rate, step, sizes.steps, warmup=50)
-        said, target = numbers[torch.from_numpy(rows)].unique(return_inverse=True)  # type: ignore[no-untyped-call]
+        said, target = torch.unique(numbers[torch.from_numpy(rows)], return_inverse=True)
         loss = _contrast(model, pixels(pictures[rows]), _trimmed(tokens[said], tokenizer), target)
         _descend(optimizer, model.parameters(), loss)
         with torch.no_grad():
@@ -265,6 +265,6 @@ def _descend(
     optimizer: torch.optim.Optimizer, parameters: Iterator[nn.Parameter], loss: Tensor
 ) -> None:
     optimizer.zero_grad()
-    loss.backward()  # type: ignore[no-untyped-call]
+    torch.autograd.backward(loss)
     nn.utils.clip_grad_norm_(parameters, 1.0)
     optimizer.step()

@@ -102,6 +102,7 @@ def _hub_explained(name: str, revision: str) -> Iterator[None]:
     except (errors.RemoteEntryNotFoundError, errors.HFValidationError) as error:
         raise BadInput(f"the hub's {name} cannot be read", found=_first_line(error)) from None
     except (
+        # That of whichever client the hub's library has inside; it is exported nowhere.
         errors.HTTPError,  # type: ignore[attr-defined]
         errors.OfflineModeIsEnabled,
         errors.LocalEntryNotFoundError,
