@@ -22,14 +22,13 @@ from merging.localize_dataless import kept_count
 from merging.mask import Mask
 from merging.overwrite import put, take
 from merging.top_k import Scores, top_k
-from modeling.data import stratified
 from modeling.evaluation import EVALUATOR_VERSION, Evaluation
-from modeling.evaluation import evaluate as run_evaluation
 from modeling.significance import ratio_interval
 from registry.head import ModelRef
 from registry.localize_spec import DEFAULT_DENSITY, LocalizeSpec
 from registry.specs import TaskSpec
-from tasks.inputs import head_inputs, task_head, train_has_labels, verified_data
+from tasks.evaluate import Exam
+from tasks.inputs import has_validation, head_inputs
 from tasks.models import Base, live_base
 from tasks.refs import WeightsRef
 from tasks.reporting import say, warn, working
@@ -96,10 +95,7 @@ class Density:
         self.base = base
         self.model = model
         self.space = space
-        given = task.data is not None and task.data.validation is not None
-        self.is_measured = choice.density == "auto" and (
-            given or train_has_labels(task, base.family)
-        )
+        self.is_measured = choice.density == "auto" and has_validation(task, base.family)
         if choice.density == "auto" and not self.is_measured:
             warn(
                 f"{task.task} has no validation rows to choose a density by: "
@@ -192,26 +188,17 @@ class Density:
         choice, live = self.choice, live_base(self.base)
         assert choice.recovery is not None
         target = choice.recovery
-        data = verified_data(self.task, self.base.family)
-        rows = data.rows("validation")
-        rows = rows.select(stratified(rows.targets, _MOST_ROWS, 0))
-        head = task_head(self.task, self.base, live, self.model, self.space)
-        preprocess = self.base.family.preprocessor(self.base.folder, head.spec.max_length)
-
-        def value() -> Evaluation:
-            return run_evaluation(
-                self.base.family, live.model, head, rows, preprocess, metric=self.task.metric
-            )
-
+        assert self.task.data is not None
+        exam = Exam(self.base, self.task, self.model, self.space, validation=_MOST_ROWS)
         whole = WeightsRef("finetuned", self.model.weights, self.model.uri)
         with live.wearing(whole, self.space):
-            wanted = value()
+            wanted = exam.take()
         looks: dict[int, Look] = {}
 
         def look(kept: int) -> Look:
             if kept not in looks:
                 with live.edited(Grafted(finetuned, mask_of(kept))):
-                    found = value()
+                    found = exam.take()
                 looks[kept] = _look(kept, coordinates, found, wanted)
             return looks[kept]
 
@@ -236,8 +223,8 @@ class Density:
             "finetuned": wanted.value,
             "measured_by": measure,
             "metric": self.task.metric,
-            "rows": len(rows),
-            "rows_set_apart_from_train": data.validation_from_train,
+            "rows": exam.count,
+            "rows_set_apart_from_train": self.task.data.validation is None,
             "curve": [asdict(looks[kept]) for kept in sorted(looks)],
         }
 

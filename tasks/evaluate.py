@@ -83,22 +83,43 @@ def evaluated(
 
 
 class Exam:
-    """A task's evaluation split and head, ready to be asked again and again.
+    """Rows of a task and its head, ready to be asked again and again.
 
     Made while the live base has its own weights, which give heads.
 
+    Args:
+        base: of the line, opened.
+        spec: a task with data.
+        head_of: the finetuned model that holds the task's own head, where families have one.
+        space: where heads are kept.
+        validation: ask at most so many validation rows, for choices; by default those of the
+            evaluation split that results are reported on.
+
     Attributes:
         live: the model that takes it, with whatever weights it has at the time.
+        count: how many rows there are.
     """
 
     def __init__(
-        self, base: Base, spec: TaskSpec, head_of: ModelRef | None, space: Workspace
+        self,
+        base: Base,
+        spec: TaskSpec,
+        head_of: ModelRef | None,
+        space: Workspace,
+        *,
+        validation: int | None = None,
     ) -> None:
-        split = evaluation_split(spec)
-        assert split is not None
         self.spec = spec
         self.live = live_base(base)
-        self._rows = _sampled(verified_data(spec, base.family).rows(split), spec)
+        data = verified_data(spec, base.family)
+        if validation is not None:
+            rows = data.rows("validation")
+            self._rows = rows.select(stratified(rows.targets, validation, 0))
+        else:
+            split = evaluation_split(spec)
+            assert split is not None
+            self._rows = _sampled(data.rows(split), spec)
+        self.count = len(self._rows)
         self._head = task_head(spec, base, self.live, head_of, space)
         self._preprocess = base.family.preprocessor(base.folder, self._head.spec.max_length)
 

@@ -172,6 +172,12 @@ def task_data(spec: TaskSpec, family: Family) -> TaskData:
     return TaskData(data_spec(spec, family), head_spec(spec).labels, family.modality)
 
 
+def has_validation(task: TaskSpec, family: Family) -> bool:
+    """Whether a task has rows to choose by that are not its test rows."""
+    given = task.data is not None and task.data.validation is not None
+    return given or train_has_labels(task, family)
+
+
 def train_has_labels(spec: TaskSpec, family: Family) -> bool:
     """Whether the train rows of a task have labels; what cannot be read is taken to have them."""
     if spec.data is None or spec.data.train is None:

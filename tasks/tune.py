@@ -14,12 +14,11 @@ from merging.digests import digest_json
 from merging.errors import BadInput
 from merging.methods import Method
 from merging.recipe import Recipe
-from modeling.data import stratified
 from modeling.evaluation import EVALUATOR_VERSION
-from modeling.evaluation import evaluate as run_evaluation
 from registry.head import Member
 from tasks.engine import Cached, step
-from tasks.inputs import head_inputs, task_head, train_has_labels, verified_data
+from tasks.evaluate import Exam
+from tasks.inputs import has_validation, head_inputs
 from tasks.merge import make_recipe, recipe_edits
 from tasks.models import Base, device, live_base, open_base
 from tasks.refs import LineRef
@@ -50,13 +49,6 @@ class Tuned:
         return {**asdict(self), "curve": list(self.curve)}
 
 
-def can_tune(member: Member, base: Base) -> bool:
-    """Whether a member's task has rows to tune on that are not its test rows."""
-    data = member.spec.data
-    given = data is not None and data.validation is not None
-    return given or train_has_labels(member.spec, base.family)
-
-
 @step("tune", "tune {method.name}")
 def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | Cached[Tuned]:
     """The best value of the setting that a method tunes.
@@ -73,7 +65,7 @@ def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | 
     setting, values = method.tunes
     space = workspace()
     base = open_base(line, space)
-    untold = [member.task for member in members if not can_tune(member, base)]
+    untold = [member.task for member in members if not has_validation(member.spec, base.family)]
     if untold:
         raise BadInput(
             f"{method.name} cannot be tuned on line {line.spec.line}",
@@ -87,18 +79,21 @@ def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | 
     if record is not None:
         return Cached(_read(space.objects.read_blob(record.blob)))
     live = live_base(base)
-    tasks = [_Task(member, base) for member in members]
+    exams = [
+        Exam(base, member.spec, member.model.model, space, validation=MOST_ROWS)
+        for member in members
+    ]
     curve: list[dict[str, Any]] = []
     with working(f"tuning {method.name}") as progress:
         for number, (value, recipe) in enumerate(zip(values, recipes, strict=True)):
             edits = recipe_edits(base, recipe, space)
             with live.edited(edits):
-                found = {task.name: task.value() for task in tasks}
+                found = {exam.spec.task: exam.take().value for exam in exams}
             mean = sum(found.values()) / len(found)
             curve.append({"value": value, "mean": mean, "tasks": found})
             progress(number + 1, len(values))
     best = max(curve, key=lambda point: float(point["mean"]))
-    rows = {task.name: len(task.rows) for task in tasks}
+    rows = {exam.spec.task: exam.count for exam in exams}
     result = Tuned(setting, float(best["value"]), tuple(curve), rows)
     blob = space.objects.put_json(result.as_dict())
     space.objects.publish("tuning", key, blob, made_by=made_by())
@@ -129,27 +124,6 @@ def _inputs(recipes: list[Recipe], members: tuple[Member, ...], base: Base) -> d
         "evaluator": [EVALUATOR_VERSION, MOST_ROWS],
         "device": device().type,
     }
-
-
-class _Task:
-    """A task's validation rows and head, ready to be asked again and again."""
-
-    def __init__(self, member: Member, base: Base) -> None:
-        self.name = member.task
-        self.metric = member.spec.metric
-        self.base = base
-        rows = verified_data(member.spec, base.family).rows("validation")
-        self.rows = rows.select(stratified(rows.targets, MOST_ROWS, 0))
-        live = live_base(base)
-        self.head = task_head(member.spec, base, live, member.model.model, workspace())
-        self.preprocess = base.family.preprocessor(base.folder, self.head.spec.max_length)
-
-    def value(self) -> float:
-        """The metric of the live model as it is."""
-        family, model = self.base.family, live_base(self.base).model
-        return run_evaluation(
-            family, model, self.head, self.rows, self.preprocess, metric=self.metric
-        ).value
 
 
 def _read(data: bytes) -> Tuned:
