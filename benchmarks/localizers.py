@@ -10,6 +10,7 @@ the work folder as soon as it is known, and a part that is run again goes on whe
   process, with the time of the forward and backward passes alone.
 - `merged`: accuracy by density, mask and rule for shared coordinates, on validation and test rows.
 - `storage`: bytes per kept weight by density and encoding.
+- `int8`: what values in 8 bits cost in accuracy; the masks are those of `frontier`.
 - `tables` prints all that is there.
 
 Nothing is chosen by test rows.
@@ -20,13 +21,14 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import torch
 from torch import Tensor
 
@@ -41,6 +43,7 @@ from merging.localize_trained import TrainedSettings, localize_trained
 from merging.mask import Mask
 from merging.methods import get_method
 from merging.overwrite import take
+from merging.quantized import quantized
 from merging.sparse import SparseFile, SparseTensor, write_sparse
 from merging.stitch import Member
 from merging.task_vector import TaskVector
@@ -318,6 +321,41 @@ def _passes(task: Task, rows: int, batch: Callable[[Sequence[int]], Batch], size
     return seconds
 
 
+def int8(world: World, kept: Kept, mode: str, densities: Sequence[float]) -> None:
+    """Grafted and merged accuracy, and bytes, with values as they are and in 8 bits."""
+    for density, values in product(densities, ("exact", "int8")):
+        members = []
+        for task in world.tasks.values():
+            exact = SparseFile.open(_delta(world, task, mode, density, 0))
+            file = exact if values == "exact" else _in_8_bits(world, exact)
+            size = file.path.stat().st_size / file.total
+            kept.get((density, values, task.name, "bytes"), partial(float, size))
+            grafted = partial(world.wearing, file, partial(task.value, "test"))
+            kept.get((density, values, task.name, "grafted"), grafted)
+            members.append(Member(task.name, file))
+        edits = get_method("restitch")(world.base, members)
+        for task in world.tasks.values():
+            merged = partial(world.wearing, edits, partial(task.value, "test"))
+            kept.get((density, values, task.name, "merged"), merged)
+
+
+def _in_8_bits(world: World, exact: SparseFile) -> SparseFile:
+    """The same delta with its values in 8 bits, beside it."""
+
+    def shorter() -> Iterator[SparseTensor]:
+        for name in exact.names:
+            shape, coordinates = exact.info(name).shape, exact.coordinates(name)
+            before = world.base.tensor(name).view(-1)
+            stored = quantized(coordinates, exact.values(name), before, shape)
+            factors = exact.factors(name)
+            known = None if factors is None else torch.cat(factors)
+            yield SparseTensor(name, shape, coordinates, stored, known)
+
+    path = exact.path.with_suffix(".int8")
+    write_sparse(path, shorter(), kind="delta", metadata={})
+    return SparseFile.open(path, world.base)
+
+
 def storage(world: World, kept: Kept) -> None:
     """Bytes per kept weight of one task's deltas, with their masks by sensitivity."""
     task = world.tasks[min(world.tasks)]
@@ -329,12 +367,33 @@ def storage(world: World, kept: Kept) -> None:
 def _sizes(task: Task, found: Ranked, density: float) -> dict[str, float]:
     path, coordinates = task.world.work / "storage", task.vector.coordinates
     mask = top_k(found.scores, kept_count(density, coordinates))
-    return {
-        "delta": task.write(path, mask, {}) / mask.total,
-        "with_factors": task.write(path, mask, found.factors) / mask.total,
-        "csr": 8.0,
-        "bitmap": 4 + coordinates / 8 / mask.total,
+    sizes = {
+        "with_factors": task.write(path, mask, found.factors),
+        "delta": task.write(path, mask, {}),
+        "int8": _in_8_bits(task.world, SparseFile.open(path)).path.stat().st_size,
+        "delta_zstd": _through_zstd([path.read_bytes()]),
+        "masked_zstd": _through_zstd(_masked(task, mask)),
+        "csr": 8 * mask.total,
+        "bitmap": 4 * mask.total + coordinates / 8,
     }
+    return {name: size / mask.total for name, size in sizes.items()}
+
+
+def _masked(task: Task, mask: Mask) -> Iterator[bytes]:
+    """The masked task vector as whole tensors: differences where the mask is set, else zeros."""
+    for name in task.world.names:
+        whole = torch.zeros(task.vector.numel(name))
+        if name in mask.names:
+            coordinates = mask.coordinates(name)
+            finetuned, base = (c.tensor(name).view(-1) for c in (task.finetuned, task.world.base))
+            whole[coordinates] = finetuned[coordinates] - base[coordinates]
+        yield whole.numpy().tobytes()
+
+
+def _through_zstd(parts: Iterable[bytes]) -> int:
+    """Bytes of all parts, each compressed at level 9."""
+    codec = pyarrow.Codec("zstd", compression_level=9)
+    return sum(len(codec.compress(part, asbytes=True)) for part in parts)
 
 
 def _delta(world: World, task: Task, mode: str, density: float, seed: int) -> Path:
@@ -347,7 +406,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument(
-        "--part", required=True, choices=("frontier", "official", "merged", "storage", "tables")
+        "--part",
+        required=True,
+        choices=("frontier", "official", "merged", "storage", "int8", "tables"),
     )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--modes", default="random,dataless,fisher,distilled")
@@ -371,6 +432,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     elif options.part == "merged":
         splits, rules = options.splits.split(","), options.rules.split(",")
         merged(world, kept, seeds, modes, densities, splits, rules)
+    elif options.part == "int8":
+        int8(world, kept, "distilled", densities)
     elif options.part == "official":
         official(world, kept, seeds[0])
     else:

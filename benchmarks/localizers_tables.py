@@ -109,12 +109,33 @@ def merged(values: Mapping[str, Any]) -> str:
 
 def storage(values: Mapping[str, Any]) -> str:
     """Bytes per kept weight."""
+    names = ("delta", "with_factors", "int8", "csr", "bitmap", "delta_zstd", "masked_zstd")
     rows = [
-        [f"{float(key):.1%}", *(f"{one[name]:.2f}" for name in ("delta", "with_factors"))]
-        + [f"{one[name]:.2f}" for name in ("csr", "bitmap")]
+        [f"{float(key):.1%}", *(f"{one[name]:.2f}" for name in names)]
         for key, one in values.items()
     ]
-    return table(["density", "delta", "delta with factors", "CSR", "bitmap"], rows)
+    shown = ["delta", "with factors", "in 8 bits", "CSR", "bitmap", "delta, zstd", "masked, zstd"]
+    return table(["density", *shown], rows)
+
+
+def int8(values: Mapping[str, Any]) -> str:
+    """What values in 8 bits cost: the mean over tasks, and the largest change of one task."""
+    found: dict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
+    for key, value in values.items():
+        density, kind, task, what = key.split(" | ")
+        found[density, kind, what][task] = value
+    rows = []
+    for density, kind, _ in dict.fromkeys((d, k, "") for d, k, _ in found):
+        cells = []
+        for what in ("grafted", "merged"):
+            tasks, exact = found[density, kind, what], found[density, "exact", what]
+            most = max(abs(tasks[task] - exact[task]) for task in tasks)
+            cells += [f"{fmean(tasks.values()):.4f}", f"{most:.3f}"]
+        size = fmean(found[density, kind, "bytes"].values())
+        rows.append([f"{float(density):.0%}", kind, f"{size:.2f}", *cells])
+    return table(
+        ["density", "values", "bytes", "grafted", "most apart", "merged", "most apart"], rows
+    )
 
 
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
@@ -122,4 +143,5 @@ _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "official": official,
     "merged": merged,
     "storage": storage,
+    "int8": int8,
 }

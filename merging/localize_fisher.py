@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from merging.errors import BadInput, CannotJoin
 from merging.live_weights import LiveWeights
 from merging.progress import Progress, ignore
-from merging.sparse import rows_and_columns
+from merging.sparse_layout import rows_and_columns
 from merging.task_vector import TaskVector
 
 NAME = "fisher"

@@ -7,8 +7,10 @@ the coordinates as `merging.positions` encodes them. The metadata hold
 "TYPE SHAPE KEPT CODE NAME", all that is needed to find each tensor's part of a section)
 and what the writer adds. Format 2 is format 1 with a section `factors`: what the
 coordinates are worth to the model, as one factor per row and one per column of each
-tensor; a file without them is written as format 1. Lossless; the bytes are a function of
-the content alone. What is read is checked: coordinates out of order or range are `Damage`.
+tensor; a file without them is written as format 1. Format 3 holds values in 8 bits
+(`merging.quantized`): `codes` instead of all values, and `steps`; it is read beside the base. The
+other formats are lossless. The bytes are a function of the content alone. What is read is
+checked: coordinates out of order or range are `Damage`.
 """
 
 import json
@@ -28,20 +30,34 @@ from torch import Tensor
 
 from merging.checkpoint import FLOATING, Checkpoint, by_bytes
 from merging.errors import BadInput, Damage
-from merging.header import DTYPE_NAMES, DTYPES, count_elements, write_header
+from merging.header import DTYPE_NAMES, count_elements, write_header
 from merging.mask import Mask
 from merging.overwrite import put
 from merging.pieces import Cursor as Cursor
 from merging.pieces import Piece as Piece
-from merging.positions import decode_blocks, encode, encoded_size
+from merging.positions import decode_blocks, encode
+from merging.quantized import STEP_DTYPE, Quantized, step_count
+from merging.sparse_layout import (
+    CODES,
+    FACTOR_DTYPE,
+    FACTORS,
+    FORMATS,
+    POSITIONS,
+    STEPS,
+    KeptInfo,
+    Part,
+    are_steps,
+    are_weights,
+    check_sections,
+    dtype_of,
+    place_of,
+    read_table,
+    rows_and_columns,
+)
 
-FORMATS = ("1", "2")
 KINDS = ("delta", "patch")
 
 _RESERVED = "restitch."
-_POSITIONS = "positions"
-_FACTORS = "factors"
-_FACTOR_DTYPE = torch.bfloat16  # weights of a mean: nobody needs their ninth bit
 _RESTORE = "restore the file from a copy, or make it again"
 
 
@@ -50,6 +66,7 @@ class SparseTensor:
     """One tensor to write: its shape, and the coordinates kept with their values.
 
     Attributes:
+        values: one per coordinate, as they are or in 8 bits.
         factors: bfloat16, positive: one per row and then one per column, where a row is all that
             shares the first index; what a coordinate is worth is the product of its two.
     """
@@ -57,7 +74,7 @@ class SparseTensor:
     name: str
     shape: tuple[int, ...]
     coordinates: Tensor
-    values: Tensor
+    values: Tensor | Quantized
     factors: Tensor | None = None
 
 
@@ -67,37 +84,6 @@ class SparseInfo:
 
     bytes: int
     kept: int
-
-
-@dataclass(frozen=True)
-class KeptInfo:
-    """A tensor of a sparse file: type and shape of the whole, and how many are kept."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    kept: int
-
-    @property
-    def numel(self) -> int:
-        """Elements of the whole tensor."""
-        return count_elements(self.shape)
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Where a tensor's coordinates, values and factors lie in their sections."""
-
-    code: str
-    positions: slice
-    values: slice
-    factors: slice
-
-
-def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
-    """How many factors of each kind a tensor has; all that shares the first index is one row."""
-    rows = shape[0] if shape else 1
-    return rows, count_elements(shape[1:])
 
 
 def write_sparse(
@@ -114,8 +100,8 @@ def write_sparse(
     if kind not in KINDS or any(key.startswith(_RESERVED) for key in metadata):
         raise ValueError(f"kind {kind!r} and metadata {sorted(metadata)} cannot be written")
     table: list[str] = []
-    kept: dict[str, int] = {}
-    weighed: list[bool] = []
+    kept = 0
+    ways: set[tuple[bool, bool]] = set()  # with factors, in 8 bits
     last = b""
     with ExitStack() as stack:
         spools: dict[str, IO[bytes]] = {}
@@ -136,49 +122,57 @@ def write_sparse(
             last = name
             dtype = DTYPE_NAMES[tensor.values.dtype]
             code, data = encode(tensor.coordinates.numpy(), count_elements(tensor.shape))
-            spool(_POSITIONS, data)
-            spool(dtype, tensor.values.contiguous().view(torch.uint8).numpy().data)
-            kept[dtype] = kept.get(dtype, 0) + count
-            weighed.append(tensor.factors is not None)
+            spool(POSITIONS, data)
+            if isinstance(tensor.values, Quantized):
+                spool(CODES, _bytes_of(tensor.values.codes))
+                spool(STEPS, _step_bytes(tensor.name, tensor.values, tensor.shape))
+            else:
+                spool(f"values.{dtype}", _bytes_of(tensor.values))
             if tensor.factors is not None:
-                spool(_FACTORS, _factor_bytes(tensor))
+                spool(FACTORS, _factor_bytes(tensor))
+            kept += count
+            ways.add((tensor.factors is not None, isinstance(tensor.values, Quantized)))
             shape = "x".join(map(str, tensor.shape))
             table.append(f"{dtype} {shape} {count} {code} {tensor.name}")
-        if any(weighed) and not all(weighed):
-            raise ValueError("some tensors have factors and others have none")
+        if len(ways) > 1:
+            raise ValueError("some tensors have factors, or values in 8 bits, and others have not")
+        spool(POSITIONS, b"")
         # Wide types first: every section then begins at a multiple of its element size.
-        dtypes = sorted(kept, key=lambda name: (-DTYPES[name].itemsize, name))
-        sections = [(f"values.{name}", DTYPES[name], (kept[name],)) for name in dtypes]
-        order = [*dtypes, _POSITIONS]
-        if any(weighed):
-            place = sum(DTYPES[name].itemsize >= _FACTOR_DTYPE.itemsize for name in dtypes)
-            count = spools[_FACTORS].tell() // _FACTOR_DTYPE.itemsize
-            sections.insert(place, (_FACTORS, _FACTOR_DTYPE, (count,)))
-            order.insert(place, _FACTORS)
-        positions = spools[_POSITIONS].tell() if table else 0
-        sections.append((_POSITIONS, torch.uint8, (positions,)))
+        order = sorted(spools, key=place_of)
+        types = {section: dtype_of(section) for section in order}
+        sections = [
+            (section, types[section], (spools[section].tell() // types[section].itemsize,))
+            for section in order
+        ]
+        weighed, in_8_bits = next(iter(ways), (False, False))
         own = {
-            "restitch.format": FORMATS[any(weighed)],
+            "restitch.format": FORMATS[2 if in_8_bits else weighed],
             "restitch.kind": kind,
             "restitch.tensors": json.dumps(table, separators=(",", ":"), ensure_ascii=False),
         }
         header = write_header(sections, dict(sorted({**metadata, **own}.items())))
-        parts = [spools[section] for section in order if section in spools]
-        size = _assemble(path, header, parts)
-    return SparseInfo(bytes=size, kept=sum(kept.values()))
+        size = _assemble(path, header, [spools[section] for section in order])
+    return SparseInfo(bytes=size, kept=kept)
+
+
+def _bytes_of(flat: Tensor) -> Any:
+    return flat.contiguous().view(torch.uint8).numpy().data
+
+
+def _step_bytes(name: str, values: Quantized, shape: tuple[int, ...]) -> Any:
+    fits = values.codes.dtype == torch.int8 and values.steps.dtype == STEP_DTYPE
+    if not fits or values.steps.numel() != step_count(shape) or not are_steps(values.steps):
+        raise ValueError(f"{name!r} has steps that do not fit it")
+    return _bytes_of(values.steps)
 
 
 def _factor_bytes(tensor: SparseTensor) -> Any:
     factors = tensor.factors
     assert factors is not None
-    fits = factors.dtype == _FACTOR_DTYPE and factors.numel() == sum(rows_and_columns(tensor.shape))
-    if not fits or not _are_weights(factors):
+    fits = factors.dtype == FACTOR_DTYPE and factors.numel() == sum(rows_and_columns(tensor.shape))
+    if not fits or not are_weights(factors):
         raise ValueError(f"{tensor.name!r} has factors that do not fit it")
-    return factors.contiguous().view(torch.uint8).numpy().data
-
-
-def _are_weights(factors: Tensor) -> bool:
-    return bool((factors > 0).all()) and bool(torch.isfinite(factors).all())
+    return _bytes_of(factors)
 
 
 def _assemble(path: Path, header: bytes, parts: Iterable[IO[bytes]]) -> int:
@@ -214,8 +208,9 @@ class SparseFile:
         kind: str,
         metadata: Mapping[str, str],
         infos: Mapping[str, KeptInfo],
-        parts: Mapping[str, _Part],
+        parts: Mapping[str, Part],
         sections: Mapping[str, Tensor],
+        base: Checkpoint | None,
     ) -> None:
         self.path = path
         self.kind = kind
@@ -224,11 +219,17 @@ class SparseFile:
         self._parts = dict(parts)
         self._sections = dict(sections)
         self._names = tuple(infos)
+        self._base = base
         self.total = sum(info.kept for info in infos.values())
 
     @classmethod
-    def open(cls, path: Path) -> "SparseFile":
-        """Open a sparse file; its table is checked, its coordinates when they are read."""
+    def open(cls, path: Path, base: Checkpoint | None = None) -> "SparseFile":
+        """Open a sparse file; its table is checked, its coordinates when they are read.
+
+        Args:
+            path: the file.
+            base: what it was found on; values in 8 bits cannot be read without it.
+        """
         path = Path(path)
         file = Checkpoint.open(path)
         metadata = {k: v for k, v in file.metadata.items() if not k.startswith(_RESERVED)}
@@ -243,12 +244,14 @@ class SparseFile:
                 hint="use the file as restitch wrote it, and a restitch as new as its writer",
             )
         try:
-            infos, parts = _read_table(file.metadata["restitch.tensors"])
+            in_8_bits = version == FORMATS[2]
+            infos, parts = read_table(file.metadata["restitch.tensors"], in_8_bits=in_8_bits)
             sections = {name: file.tensor(name) for name in file.names}
-            _check_sections(infos, parts, sections, with_factors=version == FORMATS[1])
+            with_factors = FACTORS in sections if in_8_bits else version == FORMATS[1]
+            check_sections(infos, parts, sections, with_factors, in_8_bits)
         except (KeyError, ValueError, RecursionError) as err:
             raise _damage(path, str(err)) from err
-        return cls(path, kind, metadata, infos, parts, sections)
+        return cls(path, kind, metadata, infos, parts, sections, base)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -274,29 +277,54 @@ class SparseFile:
     def coordinate_blocks(self, name: str) -> Iterator[NDArray[np.int64]]:
         """The kept coordinates of a tensor in order, in blocks that fit a cache."""
         info, part = self._infos[name], self._parts[name]
-        data = self._sections[_POSITIONS][part.positions].numpy().data
+        data = self._sections[POSITIONS][part.positions].numpy().data
         try:
             yield from decode_blocks(part.code, data, info.kept, info.numel)
         except ValueError as err:
             raise _damage(self.path, f"{name}: {err}") from err
 
     def values(self, name: str) -> Tensor:
-        """The kept values of a tensor, mapped; do not write to them."""
-        return self._sections[f"values.{DTYPE_NAMES[self._infos[name].dtype]}"][
-            self._parts[name].values
-        ]
+        """The kept values of a tensor, mapped, or restored from 8 bits; do not write to them."""
+        info, part = self._infos[name], self._parts[name]
+        if not self.is_in_8_bits:
+            return self._sections[f"values.{DTYPE_NAMES[info.dtype]}"][part.values]
+        before = self._before(info)
+        steps = self._sections[STEPS][part.steps]
+        if not are_steps(steps):
+            raise _damage(self.path, f"{name}: steps that are no numbers from 0")
+        stored = Quantized(self._sections[CODES][part.values], steps, info.dtype)
+        return stored.restored(self.coordinates(name), before, info.shape)
+
+    def _before(self, info: KeptInfo) -> Tensor:
+        """The base's tensor, flat."""
+        if self._base is None:
+            raise ValueError(f"{self.path} was opened without its base")
+        there = self._base.info(info.name).shape if info.name in self._base else None
+        if there != info.shape:
+            raise BadInput(
+                f"the delta {self.path} does not fit the base {self._base.path}",
+                expected=f"{info.name} of shape {list(info.shape)}",
+                found="no such tensor" if there is None else f"shape {list(there)}",
+                hint="localize the member again on this base",
+            )
+        return self._base.tensor(info.name).view(-1)
+
+    @property
+    def is_in_8_bits(self) -> bool:
+        """Whether its values are steps from the base, and not the finetuned ones."""
+        return CODES in self._sections
 
     @property
     def has_factors(self) -> bool:
         """Whether it says what its coordinates are worth to the model."""
-        return _FACTORS in self._sections
+        return FACTORS in self._sections
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
         """What the rows and what the columns of a tensor are worth; None where it is not known."""
         if not self.has_factors:
             return None
-        found = self._sections[_FACTORS][self._parts[name].factors]
-        if not _are_weights(found):
+        found = self._sections[FACTORS][self._parts[name].factors]
+        if not are_weights(found):
             raise _damage(self.path, f"{name}: factors that are no positive numbers")
         rows, columns = rows_and_columns(self._infos[name].shape)
         return found[:rows], found[rows : rows + columns]
@@ -329,63 +357,3 @@ class SparseFile:
 
 def _damage(path: Path, found: str) -> Damage:
     return Damage(f"{path} is damaged", expected="a whole sparse file", found=found, hint=_RESTORE)
-
-
-def _read_table(text: str) -> tuple[dict[str, KeptInfo], dict[str, _Part]]:
-    infos: dict[str, KeptInfo] = {}
-    parts: dict[str, _Part] = {}
-    position = factor = 0
-    value: dict[str, int] = {}
-    last = b""
-    rows = json.loads(text)
-    if not isinstance(rows, list):
-        raise ValueError("the table of tensors is no list")  # noqa: TRY004
-    for row in rows:
-        dtype, extents, count, code, name = str(row).split(" ", 4)
-        if infos and by_bytes(name) <= last:
-            raise ValueError(f"{name!r} is not in name order")
-        last = by_bytes(name)
-        shape = tuple(_natural(extent) for extent in extents.split("x")) if extents else ()
-        kept = _natural(count)
-        if count_elements(shape) >= 1 << 63:
-            raise ValueError(f"{name!r} is larger than any tensor")
-        size = encoded_size(code, kept, count_elements(shape))
-        begin = value.get(dtype, 0)
-        infos[name] = KeptInfo(name, DTYPES[dtype], shape, kept)
-        factors = sum(rows_and_columns(shape))
-        parts[name] = _Part(
-            code,
-            slice(position, position + size),
-            slice(begin, begin + kept),
-            slice(factor, factor + factors),
-        )
-        position += size
-        factor += factors
-        value[dtype] = begin + kept
-    return infos, parts
-
-
-def _natural(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise ValueError(f"{text!r} is no size")
-    return int(text)
-
-
-def _check_sections(
-    infos: Mapping[str, KeptInfo],
-    parts: Mapping[str, _Part],
-    sections: Mapping[str, Tensor],
-    *,
-    with_factors: bool,
-) -> None:
-    need: dict[str, tuple[torch.dtype, int]] = {_POSITIONS: (torch.uint8, 0)}
-    for name, info in infos.items():
-        if info.dtype not in FLOATING:
-            raise ValueError(f"{name!r} holds no weights")
-        need[_POSITIONS] = (torch.uint8, parts[name].positions.stop)
-        need[f"values.{DTYPE_NAMES[info.dtype]}"] = (info.dtype, parts[name].values.stop)
-        if with_factors:
-            need[_FACTORS] = (_FACTOR_DTYPE, parts[name].factors.stop)
-    found = {name: (section.dtype, section.numel()) for name, section in sections.items()}
-    if found != need:
-        raise ValueError(f"sections {found} where the table needs {need}")

@@ -52,6 +52,8 @@ class LocalizeSpec(Spec):
         recovery: for `auto`: the share of the finetuned model's value that is to be reached.
         max_density: for `auto`: what is kept where that is not reached.
         budget: the most bytes that a delta may have; may be given as `20MB`.
+        values: what a delta keeps of a weight: its `exact` bits, or `int8`, its difference from
+            the base in 8 bits.
     """
 
     mode: Literal["dataless", "trained", "fisher", "distilled"] = "dataless"
@@ -69,6 +71,7 @@ class LocalizeSpec(Spec):
     recovery: Share | None = Field(default_factory=_if_auto(DEFAULT_RECOVERY))
     max_density: Share | None = Field(default_factory=_if_auto(DEFAULT_MAX_DENSITY))
     budget: Annotated[int, Field(ge=1)] | None = None
+    values: Literal["exact", "int8"] = "exact"
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -94,8 +97,8 @@ class LocalizeSpec(Spec):
     def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         # What is not used is not written: the digest is then what it was before there were any.
         values: dict[str, Any] = handler(self)
-        added = ("recovery", "max_density", "budget")
-        return {key: v for key, v in values.items() if key not in added or v is not None}
+        unused = {"recovery": None, "max_density": None, "budget": None, "values": "exact"}
+        return {k: v for k, v in values.items() if k not in unused or v != unused[k]}
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -106,5 +109,5 @@ class LocalizeSpec(Spec):
             "fisher": {"shots", "seed"},
             "distilled": {"shots", "epochs", "seed"},
         }[self.mode]
-        chosen = used | {"density", "recovery", "max_density", "budget"}
+        chosen = used | {"density", "recovery", "max_density", "budget", "values"}
         return {key: value for key, value in self.to_json().items() if key in chosen}

@@ -56,7 +56,10 @@ def analyze(line: LineRef, record: MergedRecord) -> dict[str, Any] | Cached[dict
         return Cached(_read(space, found.blob))
     base = open_base(line, space)
     with working("comparing the masks") as progress:
-        files = {t: SparseFile.open(space.objects.blob_path(d)) for t, d in deltas.items()}
+        files = {
+            t: SparseFile.open(space.objects.blob_path(d), base.checkpoint)
+            for t, d in deltas.items()
+        }
         analysis = analyze_masks(base.checkpoint, files, progress)
     blob = space.objects.put_json({**analysis.to_json(), "places": places_of(analysis)})
     # Read back, for another worker may have been first, and its sums rounded otherwise.

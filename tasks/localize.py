@@ -16,6 +16,7 @@ from merging.checkpoint import Checkpoint
 from merging.digests import digest_json
 from merging.mask import Mask
 from merging.overwrite import take
+from merging.quantized import quantized
 from merging.sparse import SparseInfo, SparseTensor, write_sparse
 from registry.head import ModelRef
 from registry.objects import KeyRecord
@@ -27,6 +28,9 @@ from tasks.models import device, open_base, open_vector
 from tasks.refs import DeltaRef, LineRef
 from tasks.reporting import working
 from tasks.workspace import Workspace, made_by, workspace
+
+# How values in 8 bits are made; raised when the same input gives other bytes.
+QUANTIZED = "int8/1"
 
 # What the record of a mask says about how it came about, where it says so.
 FOUND = ("calibrated_with", "calibration_rows", "budget", "recovery")
@@ -86,6 +90,7 @@ def _plan(line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace) -> _
         "localizable": list(base.names),
         "localizer": found_by.inputs(),
         **({} if chosen_by is None else {"density": chosen_by}),
+        **({} if line.spec.localize.values == "exact" else {"values": QUANTIZED}),
     }
     return _Plan(found_by, density, digest_json(inputs))
 
@@ -116,13 +121,14 @@ def _write(
 ) -> FoundDelta:
     with open_vector(line, model, space) as (base, vector):
         finetuned = vector.finetuned
+        before = vector.base if line.spec.localize.values == "int8" else None
         with working(f"localizing {task.task}") as progress:
             ranking = plan.found_by.rank(vector, file.parent, progress)
 
         def write(mask: Mask) -> SparseInfo:
             return write_sparse(
                 file,
-                kept_values(finetuned, mask, ranking.factors),
+                kept_values(finetuned, mask, ranking.factors, in_8_bits_from=before),
                 kind="delta",
                 metadata={"base": base.ref.weights, "finetuned": model.weights},
             )
@@ -140,14 +146,31 @@ def _write(
 
 
 def kept_values(
-    finetuned: Checkpoint, mask: Mask, factors: Mapping[str, Tensor]
+    finetuned: Checkpoint,
+    mask: Mask,
+    factors: Mapping[str, Tensor],
+    *,
+    in_8_bits_from: Checkpoint | None = None,
 ) -> Iterator[SparseTensor]:
-    """The finetuned values at the mask's coordinates, tensor by tensor."""
+    """The finetuned values at the mask's coordinates, tensor by tensor.
+
+    Args:
+        finetuned: under the base's names.
+        mask: the coordinates.
+        factors: what they are worth, where that is known.
+        in_8_bits_from: the base, where values are to be kept as steps from its own.
+    """
     for name in mask.names:
         coordinates = mask.coordinates(name)
         values = take(finetuned.tensor(name).reshape(-1), coordinates.numpy())
         shape = finetuned.info(name).shape
-        yield SparseTensor(name, shape, coordinates, values, factors.get(name))
+        known = factors.get(name)
+        if in_8_bits_from is None:
+            yield SparseTensor(name, shape, coordinates, values, known)
+        else:
+            before = in_8_bits_from.tensor(name).view(-1)
+            stored = quantized(coordinates, values, before, shape)
+            yield SparseTensor(name, shape, coordinates, stored, known)
 
 
 def _ref(record: KeyRecord) -> DeltaRef:

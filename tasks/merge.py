@@ -157,7 +157,7 @@ def recipe_edits(base: Base, recipe: Recipe, space: Workspace) -> Edits:
     method = get_method(recipe.method.name)
     members = []
     for member in recipe.members:
-        delta = SparseFile.open(space.objects.blob_path(member.delta))
+        delta = SparseFile.open(space.objects.blob_path(member.delta), base.checkpoint)
         if delta.metadata.get("base") != base.ref.weights:
             # Shapes say nothing: models of one architecture fit each other's bases.
             raise Damage(

@@ -285,7 +285,8 @@ class LiveBase:
         if weights.kind == "base":
             return []
         if weights.kind in ("grafted", "merged"):
-            edits: Edits = SparseFile.open(space.objects.blob_path(weights.identity))
+            path = space.objects.blob_path(weights.identity)
+            edits: Edits = SparseFile.open(path, self.base.checkpoint)
             apply_edits(self.parameters, self.base.checkpoint, edits)
             return list(edits.names)
         base = self.base.checkpoint

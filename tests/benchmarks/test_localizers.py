@@ -38,6 +38,12 @@ def test_tables_hold_what_was_measured(tmp_path: Path) -> None:
             "test | fisher | 0.1 | mean | 0 | t": 0.9,
             "test | fisher | 0.1 | mean | 0 | u": 0.7,
         },
+        "int8": {
+            f"0.1 | {values} | {task} | {what}": 0.5 + (values == "int8") * (0.01 + 0.01 * place)
+            for values in ("exact", "int8")
+            for place, task in enumerate("tu")
+            for what in ("bytes", "grafted", "merged")
+        },
     }
     for part, values in measured.items():
         (tmp_path / f"{part}.json").write_text(json.dumps(values))
@@ -46,3 +52,4 @@ def test_tables_hold_what_was_measured(tmp_path: Path) -> None:
     assert "| **share of finetuned** | 1 | fisher | 0.750 |" in text
     assert "| t | 1,234 | fisher | 0.750 | 2.0 | 0.20 |" in text
     assert "| test | fisher | 10% | 0.800 |" in text
+    assert "| 10% | int8 | 0.52 | 0.5150 | 0.020 | 0.5150 | 0.020 |" in text

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import yaml
 
+from merging.checkpoint import Checkpoint
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.worlds import World, write_rows, write_yaml
@@ -201,6 +202,39 @@ def test_a_budget_that_is_no_limit_changes_nothing_of_the_delta(
         shell.add(world, "colour")
         deltas.add(shell.head().tasks["colour"].versions[1].delta)
     assert len(deltas) == 1
+
+
+@pytest.mark.parametrize(
+    ("method", "localize"),
+    [
+        ("restitch", {"mode": "fisher", "density": 0.3}),
+        ("task-arithmetic", {"density": 1.0}),
+    ],
+)
+def test_values_in_8_bits_go_all_the_way(
+    world: World, new_home: NewHome, tmp_path: Path, method: str, localize: dict[str, Any]
+) -> None:
+    size, merged = {}, {}
+    for values in ("exact", "int8"):
+        shell = new_home(values)
+        chosen = {**localize, **({} if values == "exact" else {"values": values})}
+        file = world.line(tmp_path / "line.yaml", retention=None, method=method, localize=chosen)
+        shell("init", file)
+        for skill in ("colour", "number"):
+            task = with_splits(world, tmp_path / skill, skill)
+            found = shell.json("register", "demo", "--task", task, "--model", world.model(skill))
+        size[values] = found["facts"]["delta_bytes"]
+        shell("verify", "demo")
+        shell("export", "demo", "champion", tmp_path / f"out-{values}")
+        merged[values] = Checkpoint.open(tmp_path / f"out-{values}")
+    assert size["int8"] < 0.7 * size["exact"]
+    one, other = merged["exact"], merged["int8"]
+    base = Checkpoint.open(world.base)
+    for name in one.names:
+        apart = (one.tensor(name) - base.tensor(name)).abs().max()
+        assert (one.tensor(name) - other.tensor(name)).abs().max() <= 0.02 * apart
+    shell("retire", "demo", "number", "--reason", "no longer used")
+    shell("verify", "demo")
 
 
 @pytest.mark.parametrize(

@@ -305,6 +305,15 @@ def test_a_density_that_is_chosen_brings_its_defaults():
     }
 
 
+def test_what_a_delta_keeps_of_a_weight_is_only_written_where_it_is_chosen():
+    plain, short = line("localize: {}"), line("localize: {values: int8}")
+    assert line("localize: {values: exact}").to_json() == plain.to_json()
+    assert "values" not in plain.to_json()["localize"]
+    assert short.localize.settings == {"density": 0.05, "values": "int8"}
+    assert LineSpec.from_json(short.to_json()) == short
+    assert "expected 'exact' or 'int8'" in problems(line, "localize: {values: int4}")
+
+
 @pytest.mark.parametrize(
     ("localize", "found"),
     [
