@@ -12,17 +12,19 @@ that one ranking is good at all of them. The same rows, seed and fingerprint giv
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
+from merging.batches import ahead
 from merging.errors import CannotJoin
-from merging.live_weights import LiveWeights
+from merging.live_weights import LiveWeights, Part
 from merging.localize_dataless import kept_count
 from merging.localize_fisher import FisherSettings, Sensitivities, measure
 from merging.progress import Progress, ignore
-from merging.score_tensors import check_finite, step_unit, threshold_of
+from merging.score_tensors import Sample, check_finite, step_unit, threshold_of
 from merging.task_vector import TaskVector
 from merging.top_k import TensorScores
 
@@ -136,10 +138,10 @@ def _targets(
     """What the finetuned model says of each row, with all that masks can hold of it."""
     live.interpolate(1.0)
     found = []
-    for start in range(0, rows, _TARGET_ROWS):
-        chosen = range(start, min(start + _TARGET_ROWS, rows))
-        found.append(logits(batch(chosen)).log_softmax(1))
-        report.next(len(chosen))
+    starts = range(0, rows, _TARGET_ROWS)
+    for made in ahead(batch, (range(at, min(at + _TARGET_ROWS, rows)) for at in starts)):
+        found.append(logits(made).log_softmax(1))
+        report.next(len(found[-1]))
     return torch.cat(found)
 
 
@@ -155,30 +157,55 @@ def _refine(
     steps = settings.epochs * math.ceil(len(targets) / settings.batch_size)
     densities = _densities(settings, steps)
     generator = torch.Generator().manual_seed(settings.seed)
+
+    def backward(made: Any, chosen: Tensor) -> Tensor:
+        """The gradients of a batch's divergence from what the finetuned model says."""
+        with torch.enable_grad():
+            found = logits(made).log_softmax(1)
+            wanted = targets[chosen.to(targets.device)]
+            loss = (wanted.exp() * (wanted - found)).sum(1).mean()
+            torch.autograd.backward(loss)
+        return loss.detach()
+
     unit: float | None = None
     losses, step = [], 0
     for _ in range(settings.epochs):
         order = torch.randperm(len(targets), generator=generator)
+        chosen = torch.split(order, settings.batch_size)
         seen = []
-        for chosen in torch.split(order, settings.batch_size):
+        for made, rows in zip(ahead(batch, (one.tolist() for one in chosen)), chosen, strict=True):
             kept = max(1, kept_count(densities[step], live.coordinates))
-            live.graft(scores, threshold_of(scores.values(), kept, live.coordinates))
-            with torch.enable_grad():
-                found = logits(batch(chosen.tolist())).log_softmax(1)
-                wanted = targets[chosen.to(targets.device)]
-                loss = (wanted.exp() * (wanted - found)).sum(1).mean()
-                torch.autograd.backward(loss)
+            threshold = threshold_of(scores.values(), kept, live.coordinates)
+            live.graft(scores, threshold)
             if unit is None:
-                unit = step_unit(live, scores, kept)
+                pull = _kth_pull(live, kept, partial(backward, made, rows))
+                unit = step_unit(threshold, pull)
             size = settings.learning_rate * unit * (1 - step / steps) / math.sqrt(steps)
-            for part in live.parts:
-                scores[part.name].sub_(part.pull(live.buffer(part)), alpha=size)
-            live.clear_gradients()
-            seen.append(loss.detach())
+            with live.using_up(partial(_move, live, scores, -size)):
+                seen.append(backward(made, rows))
             step += 1
-            report.next(len(chosen))
+            report.next(len(rows))
         losses.append(_mean(seen))
     return losses
+
+
+def _move(live: LiveWeights, scores: Mapping[str, Tensor], share: float, part: Part) -> None:
+    part.add_pull(scores[part.name], live.buffer(part), share)
+
+
+def _kth_pull(live: LiveWeights, kept: int, backward: Callable[[], Tensor]) -> float:
+    """The k-th largest pull of a backward pass, of which no two gradients are kept at a time."""
+    sample = Sample(live.coordinates)
+    places = {part.name: sample.next(part.live.numel()) for part in live.parts}
+    pieces = {part.name: part.zeros().view(-1)[places[part.name]].clone() for part in live.parts}
+
+    def look(part: Part) -> None:
+        pull = part.pull(live.buffer(part)).abs_()
+        pieces[part.name] = pull.view(-1)[places[part.name]].clone()
+
+    with live.using_up(look):
+        backward()
+    return sample.threshold([pieces[part.name] for part in live.parts], kept)
 
 
 def _densities(settings: DistilledSettings, steps: int) -> list[float]:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
+from merging.batches import ahead
 from merging.errors import BadInput, CannotJoin
 from merging.live_weights import LiveWeights
 from merging.progress import Progress, ignore
@@ -179,23 +180,18 @@ def measure(
     order = torch.randperm(rows, generator=generator).tolist()[: settings.most_rows]
     sums = {part.name: _zeros(part.live) for part in live.parts}
     live.interpolate(settings.at)
-    hooks = []
-    for part in live.parts:
-        live_tensor: Any = part.live  # whose method has no types
-        use_up = partial(_use_up, sums[part.name])
-        hooks.append(live_tensor.register_post_accumulate_grad_hook(use_up))
-    try:
-        for start in range(0, len(order), settings.batch_size):
-            chosen = order[start : start + settings.batch_size]
+    size = settings.batch_size
+    chosen = [order[start : start + size] for start in range(0, len(order), size)]
+    done = 0
+    with live.using_up(lambda part: _add_squares(sums[part.name], part.live)):
+        for made in ahead(batch, chosen):
             with torch.enable_grad():
-                found = logits(batch(chosen))
+                found = logits(made)
                 drawn = _drawn(found.detach(), generator)
                 loss = F.cross_entropy(found, drawn, reduction="sum")
                 torch.autograd.backward(loss)
-            progress(start + len(chosen), len(order))
-    finally:
-        for hook in hooks:
-            hook.remove()
+            done += len(found)
+            progress(done, len(order))
     return Sensitivities(_factored(sums, len(order)))
 
 
@@ -218,11 +214,10 @@ def _zeros(live: Tensor) -> tuple[Tensor, Tensor]:
     return zeros(rows), zeros(columns)
 
 
-def _use_up(sums: tuple[Tensor, Tensor], live: Tensor) -> None:
-    """Add the squares of a gradient to the sums of their rows and columns, and drop it."""
+def _add_squares(sums: tuple[Tensor, Tensor], live: Tensor) -> None:
+    """Add the squares of a gradient, which are written over it, to those of rows and columns."""
     assert live.grad is not None
     squares = live.grad.reshape(len(sums[0]), len(sums[1])).square_()
-    live.grad = None
     sums[0].add_(squares.sum(1, dtype=torch.float64))
     sums[1].add_(squares.sum(0, dtype=torch.float64))
 

@@ -22,6 +22,7 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from merging.batches import ahead
 from merging.errors import BadInput, CannotJoin
 from merging.live_weights import LiveWeights
 from merging.localize_dataless import kept_count
@@ -243,8 +244,9 @@ class _Course(Generic[Batch]):
         """One pass over the rows in a new order."""
         order = torch.randperm(self._rows, generator=self._generator).tolist()
         size = self.settings.batch_size
-        for start in range(0, len(order), size):
-            yield self._batch(order[start : start + size])
+        chosen = (order[start : start + size] for start in range(0, len(order), size))
+        for batch in ahead(self._batch, chosen):
+            yield batch
             self._seen += 1
             self._progress(self._seen, self.per_epoch * self.settings.epochs)
 
@@ -329,9 +331,13 @@ def _budget(live: LiveWeights, course: _Course[Any]) -> TensorScores:
             losses.append(course.backward(batch))
             if step is None:
                 step = settings.learning_rate / (settings.epochs - 1)
-                step *= step_unit(live, scores, kept)
+                pulls = (part.pull(live.buffer(part)).abs_() for part in live.parts)
+                step *= step_unit(
+                    threshold_of(scores.values(), kept, live.coordinates),
+                    threshold_of(pulls, kept, live.coordinates),
+                )
             for part in live.parts:
-                scores[part.name].sub_(part.pull(live.buffer(part)), alpha=step)
+                part.add_pull(scores[part.name], live.buffer(part), -step)
             live.clear_gradients()
             course.steps += 1
         course.record(losses, kept, live.coordinates)

@@ -5,14 +5,13 @@ is estimated from a sample that is always the same, so that a step costs no sort
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from merging.errors import CannotJoin
-from merging.live_weights import LiveWeights
 
 _SAMPLE = 1 << 18
 
@@ -40,26 +39,50 @@ def threshold_of(scores: Iterable[Tensor], kept: int, coordinates: int) -> float
         kept: how many should be above.
         coordinates: how many scores there are.
     """
-    if not 0 < kept < coordinates:
-        return math.inf if kept == 0 else -math.inf
-    stride = max(1, coordinates // _SAMPLE) | 1
-    pieces, start = [], 0
-    for score in scores:
+    sample = Sample(coordinates)
+    return sample.threshold([sample.take(score) for score in scores], kept)
+
+
+class Sample:
+    """Every so manieth score of a model, whatever tensors it is cut into.
+
+    The stride runs on from tensor to tensor, so that small ones get no more than their share.
+
+    Args:
+        coordinates: how many scores there are.
+    """
+
+    def __init__(self, coordinates: int) -> None:
+        self._coordinates = coordinates
+        self._stride = max(1, coordinates // _SAMPLE) | 1
+        self._start = 0
+
+    def next(self, count: int) -> slice:
+        """Where the sample of the next tensor lies in it.
+
+        Args:
+            count: how many scores the tensor has.
+        """
+        start = self._start
+        self._start = (start - count) % self._stride
+        return slice(start, count, self._stride)
+
+    def take(self, score: Tensor) -> Tensor:
+        """The sample of the next tensor."""
         flat = score.view(-1)
-        # The stride runs on from tensor to tensor, so that small ones get no more than their share.
-        if start < flat.numel():
-            pieces.append(flat[start::stride].clone())
-        start = (start - flat.numel()) % stride
-    sample = torch.cat(pieces)
-    above = min(max(1, round(kept / stride)), sample.numel() - 1)
-    return float(torch.kthvalue(sample, sample.numel() - above).values)
+        return flat[self.next(flat.numel())].clone()
+
+    def threshold(self, pieces: Sequence[Tensor], kept: int) -> float:
+        """A value that about `kept` of all scores are above, by their samples."""
+        if not 0 < kept < self._coordinates:
+            return math.inf if kept == 0 else -math.inf
+        sample = torch.cat(list(pieces))
+        above = min(max(1, round(kept / self._stride)), sample.numel() - 1)
+        return float(torch.kthvalue(sample, sample.numel() - above).values)
 
 
-def step_unit(live: LiveWeights, scores: Mapping[str, Tensor], kept: int) -> float:
+def step_unit(score: float, pull: float) -> float:
     """The k-th largest score over the k-th largest pull; 1 where either has no such one."""
-    pulls = (part.pull(live.buffer(part)).abs_() for part in live.parts)
-    score = threshold_of(scores.values(), kept, live.coordinates)
-    pull = threshold_of(pulls, kept, live.coordinates)
     usable = math.isfinite(score) and math.isfinite(pull) and score > 0 and pull > 0
     return score / pull if usable else 1.0
 

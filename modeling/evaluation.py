@@ -8,9 +8,7 @@ the confusion matrix; both hold 95 %.
 
 import math
 import os
-from collections import deque
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -20,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from merging.batches import ahead
 from merging.errors import BadInput
 from merging.progress import Progress
 from modeling.family import Batch, Family, Preprocess
@@ -152,18 +151,7 @@ def _prepared(rows: Rows, preprocess: Preprocess, batch_size: int) -> Iterator[B
         stop = min(start + batch_size, len(rows))
         return preprocess([rows[position] for position in range(start, stop)])
 
-    with ThreadPoolExecutor(threads) as pool:
-        ahead: deque[Future[Batch]] = deque()
-        try:
-            for start in range(0, len(rows), batch_size):
-                ahead.append(pool.submit(prepare, start))
-                if len(ahead) > threads + 1:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
-        finally:
-            for waiting in ahead:
-                waiting.cancel()
+    yield from ahead(prepare, range(0, len(rows), batch_size), threads=threads)
 
 
 def summarize(scores: NDArray[np.float32], targets: NDArray[np.int64], metric: str) -> Evaluation:

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,18 @@ class Linear:
     def batch(self, rows: Sequence[int]) -> list[int]:
         self.orders.append(list(rows))
         return list(rows)
+
+    def count_gradients(self) -> list[int]:
+        """How many tensors have a gradient, each time that one becomes whole; filled later."""
+        alive: list[int] = []
+
+        def count(_: Tensor) -> None:
+            alive.append(sum(self.live[name].grad is not None for name in NAMES))
+
+        for name in NAMES:
+            tensor: Any = self.live[name].requires_grad_(True)
+            tensor.register_post_accumulate_grad_hook(count)
+        return alive
 
     def loss(self, rows: Sequence[int]) -> Tensor:
         self.seen.append(flat(self.live).detach().clone())

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from merging.errors import BadInput, CannotJoin
+from merging.live_weights import Part
 from merging.localize_distilled import DistilledResult, DistilledSettings, localize_distilled
 from merging.localize_fisher import FisherSettings, localize_fisher
 from merging.top_k import top_k
@@ -92,6 +93,13 @@ def test_the_graft_comes_nearer_to_what_the_model_says(tmp_path: Path) -> None:
         assert divergence(model, refined) < divergence(model, start)
 
 
+def test_there_is_never_more_than_one_gradient(linear: Linear) -> None:
+    alive = linear.count_gradients()
+    find(linear, SETTINGS)
+    steps = SETTINGS.epochs * math.ceil(ROWS / SETTINGS.batch_size)
+    assert alive == [1] * len(NAMES) * (ROWS + 1 + steps)
+
+
 def test_labels_are_never_looked_at(linear: Linear) -> None:
     found = ranking(find(linear, SETTINGS))
     linear.y = (linear.y + 1) % 6
@@ -102,7 +110,7 @@ def test_every_step_is_at_another_density_where_it_is_not_known_yet(linear: Line
     settings = replace(SETTINGS, lowest=0.05, highest=0.4)
     found = find(linear, settings)
     base = flat(linear.base)
-    count = len(linear.seen) - ROWS - 1  # without sensitivities and targets
+    count = len(linear.seen) - ROWS - 2  # without sensitivities, targets and the step's unit
     kept = [int((weights != base).sum()) for weights in linear.seen[-count:]]
     assert count == 3 * math.ceil(ROWS / 7)
     assert len(set(kept)) == count
@@ -135,3 +143,12 @@ def test_what_cannot_be_followed_is_explained(linear: Linear) -> None:
     assert all(torch.equal(linear.live[n], linear.base[n]) for n in linear.base)
     with pytest.raises(ValueError):
         DistilledSettings(0.4, 0.3)
+
+
+def test_a_score_moves_by_the_gradient_times_the_difference() -> None:
+    base, finetuned = torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.0])
+    live = torch.zeros(2, requires_grad=True)
+    live.grad = torch.tensor([3.0, 5.0])
+    score = torch.tensor([10.0, 10.0])
+    Part("w", live, base, finetuned).add_pull(score, torch.empty(2), -0.5)
+    assert score.tolist() == [10 - 0.5 * 3, 10 + 0.5 * 10]
