@@ -18,9 +18,12 @@ _SAMPLE = 1 << 18
 
 def fingerprint(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a repetition must share to find the same bytes."""
+    on = torch.device(device)
+    kind = {"gpu": torch.cuda.get_device_name(on)} if on.type == "cuda" else {}
     return {
         "torch": torch.__version__,
-        "device": torch.device(device).type,
+        "device": on.type,
+        **kind,
         "threads": torch.get_num_threads(),
     }
 

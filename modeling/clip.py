@@ -18,7 +18,7 @@ from merging.errors import BadInput
 from merging.progress import Progress
 from modeling.configs import differences, model_type_difference, read_config
 from modeling.family import Batch, Preprocess
-from modeling.heads import Head, HeadSpec, embed_prompts
+from modeling.heads import Head, HeadSpec, embed_prompts, scaled_cosines
 from modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
 from modeling.rows import Example
 
@@ -157,8 +157,7 @@ class Clip:
         """Scaled cosines with the class embeddings, [batch, classes]."""
         own = _named(model).inner.logit_scale.exp()
         scale = own if head.spec.scale is None else head.spec.scale
-        scores: Tensor = scale * self.features(model, batch) @ head.tensors["weight"].T
-        return scores
+        return scaled_cosines(self.features(model, batch), head.tensors["weight"], scale)
 
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """Cross-entropy of the scores."""

@@ -159,6 +159,18 @@ def head_key(
     }
 
 
+def scaled_cosines(features: Tensor, weight: Tensor, scale: float | Tensor) -> Tensor:
+    """The scores of classes, [batch, classes]; in full precision, however features came about.
+
+    Args:
+        features: normalized, [batch, features].
+        weight: of the classes, normalized, [classes, features].
+        scale: of the cosines.
+    """
+    with torch.autocast(features.device.type, enabled=False):
+        return scale * features.float() @ weight.T
+
+
 def embed_prompts(
     spec: HeadSpec,
     embed: Callable[[list[str]], Tensor],

@@ -17,7 +17,7 @@ from merging.errors import BadInput
 from merging.progress import Progress
 from modeling.configs import differences, model_type_difference, read_config
 from modeling.family import Batch, Preprocess
-from modeling.heads import Head, HeadSpec, embed_prompts
+from modeling.heads import Head, HeadSpec, embed_prompts, scaled_cosines
 from modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
 from modeling.rows import Example
 
@@ -141,7 +141,7 @@ class TextEncoder:
     def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """Scaled cosines with the label embeddings, [batch, classes]."""
         scale = DEFAULT_SCALE if head.spec.scale is None else head.spec.scale
-        return scale * self.features(model, batch) @ head.tensors["weight"].T
+        return scaled_cosines(self.features(model, batch), head.tensors["weight"], scale)
 
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """Cross-entropy of the scores."""

@@ -10,23 +10,28 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from merging.checkpoint import Checkpoint
 from merging.digests import digest_json
+from merging.errors import Unavailable
 from merging.mask import Mask
 from merging.overwrite import take
+from merging.progress import Progress
 from merging.quantized import quantized
 from merging.sparse import SparseInfo, SparseTensor, write_sparse
+from merging.task_vector import TaskVector
+from modeling.gradients import checkpointed
 from registry.head import ModelRef
 from registry.objects import KeyRecord
 from registry.specs import TaskSpec
 from tasks.density import Density
 from tasks.engine import Cached, step
-from tasks.localizers import Localizer, localizer
-from tasks.models import device, open_base, open_vector
+from tasks.localizers import Localizer, Ranking, localizer
+from tasks.models import Base, device, live_base, open_base, open_vector
 from tasks.refs import DeltaRef, LineRef
-from tasks.reporting import working
+from tasks.reporting import warn, working
 from tasks.workspace import Workspace, made_by, workspace
 
 # How values in 8 bits are made; raised when the same input gives other bytes.
@@ -123,7 +128,7 @@ def _write(
         finetuned = vector.finetuned
         before = vector.base if line.spec.localize.values == "int8" else None
         with working(f"localizing {task.task}") as progress:
-            ranking = plan.found_by.rank(vector, file.parent, progress)
+            ranking = _ranked(plan.found_by, vector, base, file.parent, progress)
 
         def write(mask: Mask) -> SparseInfo:
             return write_sparse(
@@ -143,6 +148,31 @@ def _write(
         info = write(mask)
     facts = {**ranking.facts(), **choice}
     return FoundDelta(mask.digest(), info.kept, vector.coordinates, facts)
+
+
+def _ranked(
+    found_by: Localizer, vector: TaskVector, base: Base, scratch: Path, progress: Progress
+) -> Ranking:
+    """The ranking; where the GPU's memory is not enough for activations, with fewer of them."""
+    try:
+        return found_by.rank(vector, scratch, progress)
+    except torch.OutOfMemoryError:
+        warn(
+            "the GPU's memory is not enough to keep all activations while localizing: they are "
+            "computed twice, which takes longer"
+        )
+    torch.cuda.empty_cache()
+    try:
+        with checkpointed(live_base(base).model):
+            return found_by.rank(vector, scratch, progress)
+    except torch.OutOfMemoryError as error:
+        raise Unavailable(
+            "the GPU's memory is not enough to localize this model",
+            expected="room for the weights, what was finetuned and one score per coordinate",
+            found=str(error).splitlines()[0],
+            hint="use a worker with a larger GPU or RESTITCH_DEVICE=cpu, or localize with mode: "
+            "fisher, which keeps no scores, or dataless",
+        ) from error
 
 
 def kept_values(

@@ -26,6 +26,7 @@ from merging.score_tensors import fingerprint
 from merging.task_vector import TaskVector
 from merging.top_k import Scores
 from modeling.family import Batch, Family
+from modeling.gradients import precision
 from modeling.heads import Head
 from modeling.rows import Rows
 from registry.head import ModelRef
@@ -170,11 +171,13 @@ class OpenCalibration:
 
     def logits(self, batch: Batch) -> Tensor:
         """The scores of the classes at the model's current weights."""
-        return self.live.base.family.logits(self.live.model, batch, self.head)
+        with precision(self.live.device):
+            return self.live.base.family.logits(self.live.model, batch, self.head)
 
     def loss(self, batch: Batch) -> Tensor:
         """The loss that the task is trained with."""
-        return self.live.base.family.loss(self.live.model, batch, self.head)
+        with precision(self.live.device):
+            return self.live.base.family.loss(self.live.model, batch, self.head)
 
 
 class _Calibrated:

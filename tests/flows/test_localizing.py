@@ -6,9 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from merging.checkpoint import Checkpoint
+from tasks import models
+from tasks.localizers import Fisher, Ranking
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.worlds import World, write_rows, write_yaml
@@ -202,6 +205,41 @@ def test_a_budget_that_is_no_limit_changes_nothing_of_the_delta(
         shell.add(world, "colour")
         deltas.add(shell.head().tasks["colour"].versions[1].delta)
     assert len(deltas) == 1
+
+
+def test_a_gpu_that_is_too_small_is_helped_and_then_told(
+    world: World, new_home: NewHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, tries, failing = Fisher.rank, [0], 1
+
+    def rank(self: Fisher, *given: Any) -> Ranking:
+        tries.append(len(checkpointed_layers()))
+        if len(tries) <= 1 + failing:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return real(self, *given)
+
+    def checkpointed_layers() -> list[Any]:
+        model = next(iter(models._live.values())).model if models._live else torch.nn.Module()
+        return [each for each in model.modules() if "forward" in vars(each)]
+
+    deltas = []
+    for name in ("enough", "small"):
+        shell = new_home(name)
+        task = with_splits(world, tmp_path / name)
+        localize = {"mode": "fisher", "density": 0.3}
+        done = register(shell, world, tmp_path / f"{name}.yaml", task, **localize)
+        deltas.append(shell.head().tasks["colour"].versions[1].delta)
+        monkeypatch.setattr(Fisher, "rank", rank)
+    assert "memory is not enough to keep all activations" in done.err
+    assert tries == [0, 0, 2], "the second time with fewer activations"
+    assert deltas[0] == deltas[1] is not None
+    failing, tries = 2, [0]
+    shell = new_home("smallest")
+    shell("init", world.line(tmp_path / "line.yaml", retention=None, localize=localize))
+    files = ("--task", task, "--model", world.model("colour"))
+    told = shell("register", "demo", *files, code=6).err
+    assert "memory is not enough to localize this model" in told
+    assert "Tried to allocate 2.00 GiB" in told
 
 
 @pytest.mark.parametrize(
