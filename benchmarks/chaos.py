@@ -442,7 +442,7 @@ class Chaos:
             "base": str(self.world.base),
             "family": "clip",
             "method": "localize-and-stitch",
-            "localize": {"density": 0.05},
+            "localize": {"mode": "dataless", "density": 0.05},
         }
         file.write_text(yaml.safe_dump(values))
         return file

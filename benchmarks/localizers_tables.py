@@ -72,7 +72,7 @@ def frontier(values: Mapping[str, Any]) -> str:
             shares.append(f"{fmean(known):.3f}" if len(known) == len(finetuned) else "")
         rows.append(["**share of finetuned**", "1", mode, *shares])
     cost = ", ".join(f"{mode} {fmean(known):.0f} s" for mode, known in seconds.items())
-    names = [f"{density:.0%}" for density in densities]
+    names = [f"{100 * density:g}%" for density in densities]
     return table(["task", "finetuned", "localizer", *names], rows) + f"\n\nOne ranking: {cost}."
 
 

@@ -144,7 +144,7 @@ class Bench:
             "base": str(world.base),
             "family": "clip",
             "method": "localize-and-stitch",
-            "localize": {"density": 0.05},
+            "localize": {"mode": "dataless", "density": 0.05},
         }
         file = self.folder / f"{line}.yaml"
         file.write_text(yaml.safe_dump(values))

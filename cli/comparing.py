@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from cli.app import Json, Line, app, show_result
-from cli.formats import number, percent, size, table_of, text, with_interval
+from cli.formats import number, percent, size, table_of, text, with_half, with_interval
 from merging.errors import BadInput
 
 
@@ -146,9 +146,9 @@ def _curves(task: str, found: dict[str, Any], out: Console) -> None:
     curves = found["curves"].values()
     if not curves:
         return
-    table = table_of("density", *found["curves"])
+    table = table_of("kept", *found["curves"])
     for points in zip(*(curve["points"] for curve in curves), strict=True):
-        shown = (with_interval(point["value"], point["interval"]) for point in points)
+        shown = (with_half(point["value"], point["interval"]) for point in points)
         table.add_row(percent(points[0]["density"]), *shown)
     out.print(table)
 
@@ -166,7 +166,7 @@ def _pair(found: dict[str, Any], out: Console) -> None:
             text(row.get("shared")),
             percent(row.get("share")),
             number(row["mean"]),
-            *(with_interval(value["value"], value["interval"]) for value in values),
+            *(with_half(value["value"], value["interval"]) for value in values),
         )
     out.print(table)
 

@@ -49,6 +49,11 @@ def text(value: object) -> str:
     return "-" if value is None else str(value)
 
 
+def with_half(value: float, interval: Mapping[str, float]) -> str:
+    """A number with half of its 95 % interval, where a table has many of them."""
+    return f"{number(value)} ± {(interval['high'] - interval['low']) / 2:.3f}"
+
+
 def with_interval(value: float | None, interval: Mapping[str, float] | None) -> str:
     """A number with its 95 % interval, where it has one."""
     if value is None or interval is None:

@@ -42,6 +42,8 @@ class LocalizeSpec(Spec):
         mode: `dataless` takes the largest differences; `fisher` weighs them with how much the
             model's predictions depend on each, `distilled` refines that until the graft predicts
             what the model does, both from inputs alone; `trained` learns from labelled examples.
+            A task without train rows is localized without data in any mode. The default holds
+            most of a model for its cost (docs/results.md).
         density: the fraction of localizable coordinates that is kept; `auto` is the lowest that
             recovers the finetuned model on validation rows.
         preset: how a trained mask is learned.
@@ -56,14 +58,14 @@ class LocalizeSpec(Spec):
             the base in 8 bits.
     """
 
-    mode: Literal["dataless", "trained", "fisher", "distilled"] = "dataless"
+    mode: Literal["dataless", "trained", "fisher", "distilled"] = "distilled"
     density: Density = Field(
-        default_factory=lambda earlier: DEFAULT_DENSITY[earlier.get("mode", "dataless")]
+        default_factory=lambda earlier: DEFAULT_DENSITY[earlier.get("mode", "distilled")]
     )
     preset: Literal["budget", "grafting", "paper", "official"] = "budget"
     shots: Annotated[int, Field(ge=1)] = 64
     epochs: Annotated[int, Field(ge=1)] = Field(
-        default_factory=lambda earlier: DEFAULT_EPOCHS.get(earlier.get("mode", "dataless"), 10)
+        default_factory=lambda earlier: DEFAULT_EPOCHS.get(earlier.get("mode", "distilled"), 10)
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     include: tuple[Text, ...] = ()

@@ -58,13 +58,15 @@ class World:
         return self.root / "models" / name
 
     def line(self, file: Path, **changes: Any) -> Path:
-        """Write a line's file; dicts are merged into the defaults, None removes a key."""
+        """Write a line's file; None removes a key, and masks are dataless if nothing is said."""
+        if changes.get("localize") is not None:
+            changes["localize"] = {"mode": "dataless", **changes["localize"]}
         values: dict[str, Any] = {
             "line": "demo",
             "base": str(self.base),
             "family": self.family,
             "method": "localize-and-stitch",
-            "localize": {"density": 0.3},
+            "localize": {"mode": "dataless", "density": 0.3},
             "retention": str(self.root / "general.yaml"),
         }
         return write_yaml(file, {k: v for k, v in {**values, **changes}.items() if v is not None})

@@ -31,11 +31,11 @@ def test_all_defaults_are_stored():
         "family": "clip",
         "method": {"name": "localize-and-stitch", "settings": {}},
         "localize": {
-            "mode": "dataless",
-            "density": 0.05,
+            "mode": "distilled",
+            "density": 0.1,
             "preset": "budget",
             "shots": 64,
-            "epochs": 10,
+            "epochs": 3,
             "seed": 0,
             "include": [],
             "exclude": [],
@@ -59,7 +59,7 @@ def test_density_is_lower_by_default_when_trained():
 
 
 def test_only_what_determines_the_mask_is_in_the_settings():
-    assert line().localize.settings == {"density": 0.05}
+    assert line("localize: {mode: dataless}").localize.settings == {"density": 0.05}
     assert set(line("localize: {mode: trained}").localize.settings) == {
         "density",
         "preset",
@@ -231,10 +231,10 @@ def test_a_label_file_that_is_no_list_is_refused(tmp_path):
 
 def test_base_and_family_are_fixed_and_any_other_change_is_named():
     old = line()
-    new = line("localize: {density: 0.1}\ngates: {min_retention: 0.9}\nretention: other\n")
+    new = line("localize: {density: 0.2}\ngates: {min_retention: 0.9}\nretention: other\n")
     assert line_changes(old, new) == [
         ("gates.min_retention", None, 0.9),
-        ("localize.density", 0.05, 0.1),
+        ("localize.density", 0.1, 0.2),
         ("retention", None, "other"),
     ]
     assert line_changes(old, old) == []
@@ -273,7 +273,8 @@ def test_these_are_not(bad):
 
 
 def test_lines_keep_the_digests_that_they_had_before_there_was_more_to_choose():
-    assert line().digest == "88944ad9d9a8e8c91ed42d1d29d1674af926ea8d60c1117957689eff65382635"
+    dataless = line("localize: {mode: dataless}")
+    assert dataless.digest == "88944ad9d9a8e8c91ed42d1d29d1674af926ea8d60c1117957689eff65382635"
     assert (
         line("localize: {mode: trained}").digest
         == "ce0c16eeb7bef4ca23241b6a12b1dc48a7d71d8e10ae82ceca6bdfab861e068d"
@@ -292,7 +293,7 @@ def test_what_depends_on_the_mode_is_stored():
 
 
 def test_a_density_that_is_chosen_brings_its_defaults():
-    spec = line("localize: {density: auto, budget: 20MB}")
+    spec = line("localize: {mode: dataless, density: auto, budget: 20MB}")
     stored = spec.to_json()["localize"]
     assert stored["density"] == "auto"
     assert (stored["recovery"], stored["max_density"], stored["budget"]) == (0.99, 0.3, 20_000_000)
@@ -306,8 +307,9 @@ def test_a_density_that_is_chosen_brings_its_defaults():
 
 
 def test_what_a_delta_keeps_of_a_weight_is_only_written_where_it_is_chosen():
-    plain, short = line("localize: {}"), line("localize: {values: int8}")
-    assert line("localize: {values: exact}").to_json() == plain.to_json()
+    plain = line("localize: {mode: dataless}")
+    short = line("localize: {mode: dataless, values: int8}")
+    assert line("localize: {mode: dataless, values: exact}").to_json() == plain.to_json()
     assert "values" not in plain.to_json()["localize"]
     assert short.localize.settings == {"density": 0.05, "values": "int8"}
     assert LineSpec.from_json(short.to_json()) == short
