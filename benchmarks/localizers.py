@@ -7,7 +7,8 @@ the work folder as soon as it is known, and a part that is run again goes on whe
 
 - `frontier`: grafted accuracy on test rows by localizer, density and seed.
 - `official`: the authors' code beside ours at the density that theirs ends with, timed in one
-  process, with the time of the forward and backward passes alone.
+  process.
+- `overhead`: processor time over that of the forward and backward passes alone, on one task.
 - `merged`: accuracy by density, mask and rule for shared coordinates, on validation and test rows.
 - `storage`: bytes per kept weight by density and encoding.
 - `int8`: what values in 8 bits cost in accuracy; the masks are those of `frontier`.
@@ -274,14 +275,12 @@ def official(world: World, kept: Kept, seed: int) -> None:
 def _theirs(task: Task, seed: int) -> dict[str, float]:
     rows, batch = task.calibration(seed)
     settings = TrainedSettings.of("official", epochs=EPOCHS, seed=seed)
-    pure = _passes(task, rows, batch, settings.batch_size)
     started = time.perf_counter()
     live, vector = task.world.live, task.vector
     found = localize_trained(live, vector, rows, batch, task.loss, settings)
     seconds = time.perf_counter() - started
     return {
         "seconds": seconds,
-        "one_pass": pure,
         "kept": found.mask.total,
         "grafted": task.grafted(found.mask),
     }
@@ -304,21 +303,56 @@ def _ours(task: Task, mode: str, kept: int, seed: int) -> dict[str, float]:
     return {"seconds": seconds, "grafted": task.grafted(mask)}
 
 
-def _passes(task: Task, rows: int, batch: Callable[[Sequence[int]], Batch], size: int) -> float:
-    """Seconds of one pass of forward and backward over the rows, and nothing else."""
+def overhead(world: World, kept: Kept, seed: int) -> None:
+    """Each localizer's processor time over that of its passes; twice, for the noise."""
+    task = world.tasks[min(world.tasks)]
+    rows, batch = task.calibration(seed)
+    live, vector = world.live, task.vector
+    theirs = TrainedSettings.of("official", epochs=3, seed=seed)
+    fisher = FisherSettings(seed=seed, most_rows=rows)
+    distilled = DistilledSettings(0.1, 0.1, epochs=3, seed=seed, fisher=fisher)
+
+    def passes(size: int) -> float:
+        return _processor(lambda: _passes(task, rows, batch, size))
+
+    def forward() -> None:
+        with torch.no_grad():
+            for start in range(0, rows, 32):
+                task.logits(batch(range(start, min(start + 32, rows))))
+
+    def of(run: Callable[[], object], pure: float) -> float:
+        return _processor(run) / pure
+
+    for again in range(2):
+        small, large = passes(fisher.batch_size), passes(distilled.batch_size)
+        refined = small + _processor(forward) + distilled.epochs * large
+        official = theirs.epochs * passes(theirs.batch_size)
+        run = partial(localize_trained, live, vector, rows, batch, task.loss, theirs)
+        kept.get(("official", again), partial(of, run, official))
+        run_fisher = partial(localize_fisher, live, vector, rows, batch, task.logits, fisher)
+        kept.get(("fisher", again), partial(of, run_fisher, small))
+        refine = partial(localize_distilled, live, vector, rows, batch, task.logits, distilled)
+        kept.get(("distilled", again), partial(of, refine, refined))
+
+
+def _processor(run: Callable[[], object]) -> float:
+    started = time.process_time()
+    run()
+    return time.process_time() - started
+
+
+def _passes(task: Task, rows: int, batch: Callable[[Sequence[int]], Batch], size: int) -> None:
+    """One pass of forward and backward over the rows, and nothing else."""
     live = [task.world.live[name] for name in task.world.names]
     for tensor in live:
         tensor.requires_grad_(True)
-    started = time.perf_counter()
     for start in range(0, rows, size):
         loss = task.loss(batch(range(start, min(start + size, rows))))
         torch.autograd.backward(loss)
         for tensor in live:
             tensor.grad = None
-    seconds = time.perf_counter() - started
     for tensor in live:
         tensor.requires_grad_(False)
-    return seconds
 
 
 def int8(world: World, kept: Kept, mode: str, densities: Sequence[float]) -> None:
@@ -408,7 +442,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--part",
         required=True,
-        choices=("frontier", "official", "merged", "storage", "int8", "tables"),
+        choices=("frontier", "official", "overhead", "merged", "storage", "int8", "tables"),
     )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--modes", default="random,dataless,fisher,distilled")
@@ -434,6 +468,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         merged(world, kept, seeds, modes, densities, splits, rules)
     elif options.part == "int8":
         int8(world, kept, "distilled", densities)
+    elif options.part == "overhead":
+        overhead(world, kept, seeds[0])
     elif options.part == "official":
         official(world, kept, seeds[0])
     else:

@@ -90,6 +90,14 @@ def official(values: Mapping[str, Any]) -> str:
     return table(["task", "kept", "localizer", "grafted", "seconds", "of official's"], rows)
 
 
+def overhead(values: Mapping[str, Any]) -> str:
+    """Processor time over that of the passes alone, each run."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for key, value in values.items():
+        found[key.split(" | ")[0]].append(f"{value:.2f}")
+    return table(["localizer", "over the passes"], [[m, ", ".join(v)] for m, v in found.items()])
+
+
 def merged(values: Mapping[str, Any]) -> str:
     """Normalized accuracy by mask, density and rule, the mean over tasks."""
     found: dict[tuple[str, str, str, str], dict[str, list[float]]] = {}
@@ -141,6 +149,7 @@ def int8(values: Mapping[str, Any]) -> str:
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {
     "frontier": frontier,
     "official": official,
+    "overhead": overhead,
     "merged": merged,
     "storage": storage,
     "int8": int8,

@@ -30,7 +30,7 @@ def test_tables_hold_what_was_measured(tmp_path: Path) -> None:
             "t | fisher | 0.1 | 1": 0.6,
         },
         "official": {
-            "t | official": {"seconds": 10.0, "one_pass": 1.0, "kept": 1234, "grafted": 0.7},
+            "t | official": {"seconds": 10.0, "kept": 1234, "grafted": 0.7},
             "t | fisher": {"seconds": 2.0, "grafted": 0.75},
         },
         "merged": {
@@ -38,6 +38,7 @@ def test_tables_hold_what_was_measured(tmp_path: Path) -> None:
             "test | fisher | 0.1 | mean | 0 | t": 0.9,
             "test | fisher | 0.1 | mean | 0 | u": 0.7,
         },
+        "overhead": {"fisher | 0": 1.061, "fisher | 1": 1.07},
         "int8": {
             f"0.1 | {values} | {task} | {what}": 0.5 + (values == "int8") * (0.01 + 0.01 * place)
             for values in ("exact", "int8")
@@ -52,4 +53,5 @@ def test_tables_hold_what_was_measured(tmp_path: Path) -> None:
     assert "| **share of finetuned** | 1 | fisher | 0.750 |" in text
     assert "| t | 1,234 | fisher | 0.750 | 2.0 | 0.20 |" in text
     assert "| test | fisher | 10% | 0.800 |" in text
+    assert "| fisher | 1.06, 1.07 |" in text
     assert "| 10% | int8 | 0.52 | 0.5150 | 0.020 | 0.5150 | 0.020 |" in text

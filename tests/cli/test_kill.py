@@ -104,8 +104,8 @@ def _interruptible(shell: Shell, command: tuple[object, ...], said: Path, starte
 
 
 def moments(calls: int, every: bool) -> range:
-    """The calls at which to kill: all of them, or about twenty that lie apart."""
-    return range(0, calls, 1 if every else max(1, calls // 20))
+    """The calls at which to kill: all of them, or about twelve that lie apart."""
+    return range(0, calls, 1 if every else max(1, calls // 12))
 
 
 some_or_all = pytest.mark.parametrize(

@@ -99,7 +99,8 @@ def test_real_photos_have_their_recorded_accuracy(vision, task, checkpoint, key)
     assert vision.accuracy(folder, checkpoint, "parquet") == pytest.approx(expected, abs=0.005)
 
 
-@pytest.mark.parametrize("task", ["mnist", pytest.param("digits", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("task", ["mnist", "digits"])
 def test_finetuning_forgets_photos_as_recorded(vision, task):
     recorded = json.loads((SHARED / "vision" / task / "task.json").read_text())
     found = vision.accuracy(SHARED / "vision" / "cifar10", task, "parquet")
