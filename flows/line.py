@@ -115,9 +115,9 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
             hint="take another copy of the base",
         ) from error
     chosen = _methods(spec.method)
+    _check_alike(chosen)
     for one in chosen:
         get_method(one.name)(base.checkpoint, (), **one.settings)  # merges nothing
-    _check_alike(chosen)
     method = get_method(chosen[0].name)
     if method.whole and (spec.localize.mode, spec.localize.density) != ("dataless", 1.0):
         raise BadInput(

@@ -1,6 +1,7 @@
 """A line whose methods compete: the best by validation rows merges, and all is on record."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import yaml
 
 from flows.snapshot import take_snapshot
 from flows.tournament import held_before
+from merging.methods import Method, get_method
 from modeling.family import get_family
 from modeling.heads import HeadSpec
 from modeling.rows import Example
@@ -141,6 +143,34 @@ def test_nothing_new_does_nothing_and_needs_no_contest(
 
 def held_again(*_: object) -> None:
     raise AssertionError("a contest was held again")
+
+
+def test_other_commands_take_the_method_in_use(
+    made: tuple[Shell, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shell, _ = made
+    with shell.inside():
+        spec = take_snapshot(shell.ledger()).line_in_use.spec
+    best = tournament(shell)["entrants"][0]
+    assert (spec.method.name, spec.method.settings) == (best["name"], best["settings"])
+    monkeypatch.setattr("flows.compare.log_study", lambda *_, **__: None)
+    (row,) = shell.json("compare", "demo", "--methods", best["name"])["methods"]
+    assert row["settings"] == best["settings"]
+    assert row["patch"] == shell.ledger().merged(shell.head().champion or 0).patch
+
+
+def test_a_method_per_task_is_no_contestant(
+    world: World, new_home: NewHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = get_method
+    monkeypatch.setattr("flows.line.get_method", lambda name: _of_kind(real(name), "ties"))
+    method = {"tournament": ["ties", "averaging"]}
+    done = new_home("bare")("init", line_file(world, tmp_path, method), code=3)
+    assert "ties makes a model per task" in done.err
+
+
+def _of_kind(method: Method, name: str) -> Method:
+    return replace(method, kind="experts") if method.name == name else method
 
 
 def test_the_order_of_registration_does_not_matter(
