@@ -22,7 +22,7 @@ from tasks.reporting import working
 from tasks.workspace import made_by, workspace
 
 # The multi-task vectors that TALL masks can be taken of, by what people call them.
-TOGETHER = {"task arithmetic": "sum", "TIES": "elected"}
+TOGETHER = {"of the sum": "sum", "of TIES": "elected"}
 _MAKERS: dict[str, Callable[[Sequence[KeptVector]], Together]] = {
     "sum": summed,
     "elected": elected_sum,

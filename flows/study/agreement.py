@@ -21,7 +21,7 @@ def make(subject: Subject) -> Study:
     whole = subject.prepare(get_method(WHOLE), subject.members)
     deltas = tuple(str(m.model.delta) for m in whole.members)
     counts = {
-        f"TALL, {name}": agreement(subject.line, deltas, together, THRESHOLD)
+        f"TALL {name}": agreement(subject.line, deltas, together, THRESHOLD)
         for name, together in TOGETHER.items()
     }
     if not subject.method.whole:

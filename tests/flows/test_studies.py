@@ -13,7 +13,7 @@ from flows.study import STUDIES
 from registry.catalog import Catalog
 from registry.objects import ObjectStore
 from tests.cli.test_end_to_end import plain
-from tests.flows.test_localizing import with_splits
+from tests.flows.test_localizing import add_with_splits
 from tests.shell import Shell
 from tests.worlds import SKILLS, World
 
@@ -30,9 +30,7 @@ def shell(world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: 
     shell("init", world.line(root / "line.yaml", retention=None))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Catalog, "repair", lambda *_, **__: 0)
-        for task in SKILLS:
-            file = with_splits(world, root / task, task)
-            shell("register", "demo", "--task", file, "--model", world.model(task))
+        add_with_splits(shell, world, root, *SKILLS)
     return shell
 
 

@@ -18,7 +18,7 @@ from modeling.rows import Example
 from registry.catalog import Catalog
 from tests.cli.test_end_to_end import plain
 from tests.conftest import NewHome
-from tests.flows.test_localizing import SPLITS, rows_of, with_splits
+from tests.flows.test_localizing import SPLITS, add_with_splits, rows_of, with_splits
 from tests.shell import Shell
 from tests.worlds import LABELS, TEMPLATES, World, write_yaml
 
@@ -43,9 +43,7 @@ def competing(shell: Shell, world: World, folder: Path, *tasks: str, **objective
     """A line whose methods compete, with members in this order."""
     method = {"tournament": CONTESTANTS, "objective": objective or "mean"}
     shell("init", line_file(world, folder, method))
-    for task in tasks:
-        file = with_splits(world, folder / task, task)
-        shell("register", "demo", "--task", file, "--model", world.model(task))
+    add_with_splits(shell, world, folder, *tasks)
     return shell
 
 
