@@ -77,14 +77,18 @@ def bars_plot(name: str, title: str, rows: Rows, axes: Axes) -> Plot:
     known = [row for row in rows if row[axes.x[0]] is not None]
     names = list(dict.fromkeys(str(row[axes.y[0]]) for row in known))
     series = list(dict.fromkeys(str(row[axes.by]) for row in known))
+    beside: dict[str, list[str]] = {one: [] for one in names}
+    for row in known:
+        beside[str(row[axes.y[0]])].append(str(row[axes.by]))
+    most = max((len(some) for some in beside.values()), default=1)
     with drawing(name):
-        height = 0.25 + len(names) * max(0.2, 0.12 * len(series))
+        height = 0.25 + len(names) * max(0.2, 0.12 * most)
         right = 0.3 if len(series) == 1 else 0.2 + room(series)
         figure, canvas = axes_in(height, left=room(names), top=0.15, bottom=0.45, right=right)
-        thick = 0.8 / len(series)
+        thick = 0.8 / most
         for place, one in enumerate(series):
             some = [row for row in known if str(row[axes.by]) == one]
-            at = [names.index(str(row[axes.y[0]])) + (place + 0.5) * thick - 0.4 for row in some]
+            at = [_place(names, beside, str(row[axes.y[0]]), one, thick) for row in some]
             colour = COLOURS[_MARKS[place % len(_MARKS)][1]]
             widths = [row[axes.x[0]] for row in some]
             canvas.barh(at, widths, height=0.9 * thick, color=colour, label=label(one))
@@ -95,6 +99,14 @@ def bars_plot(name: str, title: str, rows: Rows, axes: Axes) -> Plot:
         _finish(canvas, axes, legend=len(series) > 1)
         canvas.set_ylabel("")
     return Plot(name, title, _told(title, known, axes), figure)
+
+
+def _place(
+    names: Sequence[str], beside: Mapping[str, Sequence[str]], name: str, series: str, thick: float
+) -> float:
+    """Where a bar lies: those of one name are around the name's own place."""
+    some = beside[name]
+    return names.index(name) + (some.index(series) - (len(some) - 1) / 2) * thick
 
 
 def _plotted(
