@@ -114,7 +114,7 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
             details=error.details,
             hint="take another copy of the base",
         ) from error
-    chosen = _methods(spec.method)
+    chosen = spec.method.methods
     _check_alike(chosen)
     for one in chosen:
         get_method(one.name)(base.checkpoint, (), **one.settings)  # merges nothing
@@ -137,7 +137,7 @@ def _resolved(method: MethodSpec | TournamentSpec) -> MethodSpec | TournamentSpe
     """
     found = [
         MethodSpec(name=one.name, settings=resolve_settings(one.name, one.settings))
-        for one in _methods(method)
+        for one in method.methods
     ]
     if isinstance(method, MethodSpec):
         return found[0]
@@ -150,11 +150,6 @@ def _resolved(method: MethodSpec | TournamentSpec) -> MethodSpec | TournamentSpe
                 hint="leave one of them out: what is not set has its default",
             )
     return TournamentSpec(tournament=tuple(found), objective=method.objective)
-
-
-def _methods(method: MethodSpec | TournamentSpec) -> tuple[MethodSpec, ...]:
-    """All methods that may merge the line."""
-    return (method,) if isinstance(method, MethodSpec) else method.tournament
 
 
 def _check_alike(chosen: tuple[MethodSpec, ...]) -> None:

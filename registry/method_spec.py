@@ -40,6 +40,11 @@ class MethodSpec(Spec):
             raise ValueError("holds a number that is not finite") from None
         return value
 
+    @property
+    def methods(self) -> "tuple[MethodSpec, ...]":
+        """All methods that may merge the line: itself."""
+        return (self,)
+
 
 class ObjectiveSpec(Spec):
     """What the best contestant has the most of; the word `mean` is accuracy alone.
@@ -106,6 +111,11 @@ class TournamentSpec(Spec):
     def settings(self) -> dict[str, JsonValue]:
         """None of its own: each contestant has its settings."""
         return {}
+
+    @property
+    def methods(self) -> tuple[MethodSpec, ...]:
+        """All methods that may merge the line: the contestants."""
+        return self.tournament
 
     @property
     def labels(self) -> tuple[str, ...]:
