@@ -8,6 +8,7 @@ patch and is done at each merge.
 from statistics import fmean
 
 from flows.study.subject import Study, Subject
+from merging.errors import BadInput
 from merging.methods import get_method, method_names
 from tasks.report.study_plots import Axes, bars_plot
 from tasks.reporting import say
@@ -17,6 +18,9 @@ from tasks.timing import merging_seconds
 def make(subject: Subject) -> Study:
     """The study."""
     own = subject.line.spec.localize
+    notes = [
+        "localize: seconds and bytes of one member; merge: seconds of all, and bytes of all deltas"
+    ]
     choices = {
         "dataless": subject.masks(mode="dataless"),
         "whole task vectors": subject.masks(mode="dataless", density=1.0),
@@ -39,18 +43,20 @@ def make(subject: Subject) -> Study:
     for method in (one for one in methods if one.kind == "merged"):
         say(f"{subject.line.spec.line}: {method.name}")
         trial = subject.prepare(method, subject.members)
+        try:
+            seconds_of_all = merging_seconds(trial.line, trial.members)
+        except BadInput as error:  # it needs what some task has not
+            notes.append(f"{method.name} is left out: {error.what}")
+            continue
         rows.append(
             {
                 "step": "merge",
                 "what": method.name,
-                "seconds": merging_seconds(trial.line, trial.members),
+                "seconds": seconds_of_all,
                 "bytes": sum(delta.size for delta in trial.deltas),
             }
         )
     axes = Axes(("seconds", "seconds"), ("what", ""), "step", log=True)
     count = len(subject.members)
-    notes = [
-        "localize: seconds and bytes of one member; merge: seconds of all, and bytes of all deltas"
-    ]
     plot = bars_plot("runtime", f"Seconds by step, {count} members", rows, axes)
     return Study(rows, [plot], notes)
