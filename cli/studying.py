@@ -10,6 +10,9 @@ from cli.app import Json, Line, app, show_result
 from cli.formats import table_of, text
 from flows.study import STUDIES
 
+# A wider table has the values by task in its CSV and JSON alone: a terminal has 80 columns.
+MOST_COLUMNS = 9
+
 _LISTED = "\n\n".join(f"{name}: {about}" for name, about in STUDIES.items())
 
 
@@ -35,9 +38,12 @@ def studied(found: dict[str, Any], out: Console) -> None:
     """The table of a study, and what must be known of it."""
     members = ", ".join(f"{task} {version}" for task, version in found["members"].items())
     out.print(f"{found['line']} {found['version']}, {found['about']}: {members}", markup=False)
-    table = table_of(*found["columns"])
+    columns = [name for name in found["columns"] if name not in found["members"]]
+    if len(found["columns"]) <= MOST_COLUMNS:
+        columns = found["columns"]
+    table = table_of(*(name.replace("_", " ") for name in columns))
     for row in found["rows"]:
-        table.add_row(*(_value(row[column]) for column in found["columns"]))
+        table.add_row(*(_value(row[column]) for column in columns))
     out.print(table)
     for note in found["notes"]:
         out.print(f"  {note}", markup=False)

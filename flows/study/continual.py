@@ -68,8 +68,8 @@ def _row(
         "method": method.name,
         "tuned": None if trial.choice is None else f"{trial.choice.setting} {trial.choice.value:g}",
         "merges": merges,
-        "localize_seconds": found,
-        "merge_seconds": once,
+        "localize": found,
+        "merge": once,
         "seconds": (found or 0.0) + merges * once,
         **reached.values(),
     }

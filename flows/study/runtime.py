@@ -23,7 +23,7 @@ def make(subject: Subject) -> Study:
     ]
     choices = {
         "dataless": subject.masks(mode="dataless"),
-        "whole task vectors": subject.masks(mode="dataless", density=1.0),
+        "whole task vectors": subject.everything(),
     }
     if own.mode != "dataless":
         choices[own.mode] = own

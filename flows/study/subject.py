@@ -149,8 +149,12 @@ class Subject:
     def masks(self, **choice: Any) -> LocalizeSpec:
         """How masks are found in the line, otherwise where `choice` says so."""
         given = self.line.spec.localize
-        kept = ("include", "exclude", "seed")
-        return LocalizeSpec(**{name: getattr(given, name) for name in kept}, **choice)
+        kept = ("include", "exclude", "seed", "values")
+        return LocalizeSpec(**{name: getattr(given, name) for name in kept} | choice)
+
+    def everything(self) -> LocalizeSpec:
+        """Whole task vectors, to the bit."""
+        return self.masks(mode="dataless", density=1.0, values="exact")
 
     def prepare(
         self,
@@ -205,7 +209,7 @@ class Subject:
         resolved = resolve_settings(method.name, {**own, **settings})
         keeps_all = self.method.whole or spec.localize.density == 1.0
         if masks is None and method.whole:
-            masks = self.masks(mode="dataless", density=1.0)
+            masks = self.everything()
         elif masks is None:
             masks = self.masks(mode="dataless") if keeps_all else spec.localize
         chosen = {"method": MethodSpec(name=method.name, settings=resolved), "localize": masks}

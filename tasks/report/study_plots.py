@@ -121,7 +121,7 @@ def _plotted(
     series = list(dict.fromkeys(str(row[axes.by]) for row in known))
     with drawing(name):
         right = 0.35 + room([*series, *levels])
-        figure, canvas = axes_in(2.6, left=0.62, top=0.2, bottom=0.5, right=right)
+        figure, canvas = axes_in(2.6, left=0.78, top=0.2, bottom=0.5, right=right)
         for (shape, colour), one in zip(cycle(_MARKS), series, strict=False):
             draw(canvas, [row for row in known if str(row[axes.by]) == one], shape, colour, one)
         for (text, level), style in zip(levels.items(), cycle(("--", ":", "-.")), strict=False):
@@ -130,6 +130,8 @@ def _plotted(
         canvas.margins(0.05)
         canvas.grid()
         _finish(canvas, axes, legend=bool(series or levels))
+        if axes.log:
+            canvas.set_xticks(sorted({row[axes.x[0]] for row in known}))
         canvas.set_ylabel(axes.y[1])
     return Plot(name, title, _told(title, known, axes), figure)
 
