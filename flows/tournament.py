@@ -87,7 +87,10 @@ def hold(
 
 def told(found: dict[str, Any]) -> str:
     """The outcome in one sentence."""
-    first, *others = (f"{one['label']} ({one['score']:.4f})" for one in found["entrants"])
+    first, *others = (
+        f"{one['label']} ({one['score']:.4f}{'' if one['meets'] else ', keeps too little'})"
+        for one in found["entrants"]
+    )
     return f"{first} won over {', '.join(others)}"
 
 

@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from flows.snapshot import take_snapshot
-from flows.tournament import held_before
+from flows.tournament import held_before, told
 from merging.methods import Method, get_method
 from modeling.family import get_family
 from modeling.heads import HeadSpec
@@ -224,6 +224,7 @@ def test_retention_counts_by_rows_that_are_not_reported_on(
     assert held is not None
     assert held.found is not None
     assert held.found["winner"] == max(kept, key=lambda label: kept[label])
+    assert told(held.found).count("keeps too little") == sum(v < limit for v in kept.values())
     assert {one["label"]: one["meets"] for one in held.found["entrants"]} == {
         label: value >= limit for label, value in kept.items()
     }
