@@ -10,7 +10,7 @@ import torch
 import yaml
 
 from flows.snapshot import take_snapshot
-from flows.tournament import held_before, told
+from flows.tournament import held_before, hold, told
 from merging.methods import Method, get_method
 from modeling.family import get_family
 from modeling.heads import HeadSpec
@@ -117,6 +117,27 @@ def test_the_best_by_validation_rows_merges_and_all_are_on_record(
     for label in (*LABELLED, reason):
         assert label in (shown if label != reason else plain(shell("history", "demo").out))
     assert "the best of averaging" in plain(shell("status", "demo").out)
+
+
+def test_the_better_half_is_asked_more_rows(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = {one["label"]: one for one in tournament(shell)["entrants"]}
+    monkeypatch.setattr("tasks.contest.LEAST_ROWS", 5)
+    with shell.inside():
+        snapshot = take_snapshot(shell.ledger())
+        found = hold(snapshot.line, snapshot.members, None, ()).found
+    assert found is not None
+    assert found["rounds"] == [
+        {"share": 0.5, "entrants": 4, "rows": {"colour": 10, "number": 10}},
+        {"share": 1.0, "entrants": 2, "rows": {"colour": 20, "number": 20}},
+    ]
+    assert found["cost"] == 4.0
+    assert [one["round"] for one in found["entrants"]] == [2, 2, 1, 1]
+    # Who was asked all rows reached on them what was found of it when all were.
+    last = found["entrants"][:2]
+    assert [one["tasks"] for one in last] == [whole[one["label"]]["tasks"] for one in last]
+    for some in (last, found["entrants"][2:]):
+        scores = [one["score"] for one in some]
+        assert scores == sorted(scores, reverse=True)
 
 
 def test_nothing_new_does_nothing_and_needs_no_contest(
