@@ -28,10 +28,10 @@ import yaml
 from rich.console import Console
 
 from cli.reporter import TerminalReporter
-from flows.candidates import retention_task
 from flows.line import init_line
 from flows.register import register
 from flows.remerge import remerge
+from flows.snapshot import retention_task
 from merging.checkpoint import Checkpoint
 from modeling.evaluation import evaluate
 from registry.head import Head

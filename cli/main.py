@@ -22,6 +22,7 @@ from rich.console import Console
 import cli.audit  # whose commands belong to the same command
 import cli.comparing  # likewise, as do the next
 import cli.store
+import cli.studying
 import cli.upkeep  # noqa: F401
 from cli import render
 from cli.app import Json, Line, Version, app, show_result

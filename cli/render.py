@@ -76,6 +76,12 @@ def remerged(found: Values, out: Console) -> None:
         results(found["record"], out)
 
 
+def _method(found: Values) -> str:
+    if "tournament" not in found:
+        return str(found["name"])
+    return f"the best of {', '.join(one['name'] for one in found['tournament'])}"
+
+
 def status(found: Values, out: Console) -> None:
     """The present of lines."""
     if not found["lines"]:
@@ -85,7 +91,7 @@ def status(found: Values, out: Console) -> None:
             soft_wrap=True,
         )
     for line in found["lines"]:
-        method = line["method"]["name"]
+        method = _method(line["method"])
         out.print(
             f"{line['line']}  {line['family']}, {method}, base {line['base']}",
             markup=False,

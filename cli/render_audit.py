@@ -87,6 +87,8 @@ def show(found: Values, out: Console) -> None:
         _say(out, f"  {mark}: {gate['note'] or gate['gate']}{_ends(gate['interval'])}")
     method = found["recipe"]["method"]
     _say(out, f"  method {method['name']} {method['version']} {method['settings']}")
+    if "tournament" in found["facts"]:
+        _tournament(found["facts"]["tournament"], out)
     names = ("member", "version", "density", "delta", "seconds", "weights", "mask", "source")
     table = table_of(*names)
     for task, member in found["members"].items():
@@ -112,6 +114,27 @@ def show(found: Values, out: Console) -> None:
     for name in ("mlflow", "prefect"):
         if found["links"][name]:
             _say(out, f"  {name} {found['links'][name]}")
+
+
+def _tournament(found: Values, out: Console) -> None:
+    """Who competed for the version, the best first; values of the last rows that each was asked."""
+    rows = found["rounds"][-1]["rows"]
+    _say(out, f"  won by {', '.join(f'{count} rows of {task}' for task, count in rows.items())}:")
+    table = table_of(
+        "contestant", "score", "mean", "retention", "round", *found["entrants"][0]["tasks"]
+    )
+    for one in found["entrants"]:
+        table.add_row(
+            one["label"],
+            number(one["score"]),
+            number(one["mean"]),
+            number(one["retention"]) + ("" if one["meets"] else " (too low)"),
+            f"{one['round']} of {len(found['rounds'])}",
+            *(number(value) for value in one["tasks"].values()),
+        )
+    out.print(table)
+    if found["reported"]:
+        _say(out, f"  {', '.join(found['reported'])}: results are reported on rows that decided")
 
 
 _MAKERS = (("by", "actor"), ("on", "host"), ("as", "worker"))

@@ -37,16 +37,15 @@ def record_version(ledger: Ledger, snapshot: Snapshot, candidate: Candidate) -> 
         ledger.objects.put_blob(record.to_bytes())
         return head.with_merged(record.digest)
 
-    members = ", ".join(f"{m.task} {m.version}" for m in candidate.members)
     act = ledger.act(
         "merged",
         actor(),
-        f"stitched {members}",
+        f"stitched {candidate.told}",
         change,
         {"recipe": candidate.patch.recipe, "patch": candidate.patch.blob},
     )
     if act is not None:
-        say(f"{ledger.line} version {found[0]}: {members}")
+        say(f"{ledger.line} version {found[0]}: {candidate.told}")
     return found[0]
 
 

@@ -103,7 +103,7 @@ def analyze(
     if two is not None:
         usable = not any(lacks(own, member.spec, family) for member in two)
         say(f"{line}: {two[0].task} and {two[1].task} together")
-        found["pair"] = conflict(snapshot.line, two, own if usable else "dataless", cuts)
+        found["pair"] = conflict(snapshot.line_in_use, two, own if usable else "dataless", cuts)
     artifacts = {"analysis.json": canonical_json(found), **_pictures(found)}
     write_study(out, artifacts)
     told = ("version", "members", "localizers", "densities", "seed")

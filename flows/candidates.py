@@ -7,9 +7,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as library_version
+from typing import Any
 
 from flows.gates import Check, Drop, Measured, check_gates
-from flows.snapshot import Snapshot, is_merge_of
+from flows.snapshot import Snapshot, is_merge_of, retention_task
+from flows.tournament import FACT, hold, told
 from merging.digests import digest_json
 from merging.errors import BadInput
 from merging.recipe import Recipe
@@ -58,6 +60,7 @@ class Candidate:
     Attributes:
         members: by task name.
         checks: every gate that was applied.
+        tournament: what chose its method, where the line names several.
     """
 
     members: tuple[Member, ...]
@@ -67,6 +70,13 @@ class Candidate:
     retention: Retention | None
     checks: tuple[Check, ...]
     timings: dict[str, float]
+    tournament: dict[str, Any] | None = None
+
+    @property
+    def told(self) -> str:
+        """What was merged and, after a tournament, how, for the trail."""
+        members = ", ".join(f"{m.task} {m.version}" for m in self.members)
+        return members if self.tournament is None else f"{members}: {told(self.tournament)}"
 
     @property
     def passed(self) -> bool:
@@ -101,6 +111,7 @@ class Candidate:
             results=self.results,
             retention=self.retention,
             gates=tuple(_gate_outcome(check) for check in self.checks),
+            facts={} if self.tournament is None else {FACT: self.tournament},
             created_at=datetime.now(UTC).isoformat(timespec="microseconds"),
             made_by=made_by() | ({} if (run := this_run()) is None else {"flow_run": run}),
             timings=self.timings,
@@ -118,8 +129,12 @@ def make_candidate(
         members: by task name.
         again: stitch and evaluate although the store holds the results.
     """
-    line = snapshot.line
     timings: dict[str, float] = {}
+    with _timed(timings, "tournament"):
+        held = hold(snapshot.line, members, snapshot.benchmark, snapshot.current)
+    line = held.line
+    if held.found is None:
+        del timings["tournament"]
     recipe = make_recipe(line, members)
     with _timed(timings, "stitch"):
         patch = stitch(line, recipe, again)
@@ -135,7 +150,7 @@ def make_candidate(
         patch_bytes=patch.size,
     )
     checks = check_gates(snapshot.gates, reached, {m.task for m in snapshot.joining})
-    return Candidate(members, recipe, patch, results, retention, checks, timings)
+    return Candidate(members, recipe, patch, results, retention, checks, timings, held.found)
 
 
 def measure_member(
@@ -204,15 +219,6 @@ def measure_retention(
         evaluations=blobs,
         data=_data_used(spec, split),
     )
-
-
-def retention_task(head: Head) -> TaskSpec | None:
-    """The general benchmark: described in the line, or a task of the line by its name."""
-    retention = head.spec.retention
-    if isinstance(retention, str):
-        task = head.tasks.get(retention)
-        return None if task is None else task.spec
-    return retention
 
 
 def _drops(champion: MergedRecord | None, results: dict[str, TaskResult]) -> dict[str, Drop]:

@@ -117,7 +117,7 @@ def _measure(snapshot: Snapshot, method: Method, tuned: bool) -> dict[str, Any]:
 
 def _line_with(snapshot: Snapshot, method: Method) -> LineRef:
     """The line as if a method were its own; its own settings where it is."""
-    spec = snapshot.head.spec
+    spec = snapshot.line_in_use.spec
     given = spec.method.settings if spec.method.name == method.name else {}
     settings = resolve_settings(method.name, given)
     keeps_all = get_method(spec.method.name).whole or spec.localize.density == 1.0

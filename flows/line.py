@@ -13,7 +13,8 @@ from registry.head import Head
 from registry.ledger import Ledger
 from registry.sources import COPY_SCHEME
 from registry.spec_files import load_line
-from registry.specs import LineSpec, TaskSpec, line_changes
+from registry.specs import LineSpec, MethodSpec, TaskSpec, TournamentSpec, line_changes
+from tasks.contest import check_benchmark
 from tasks.inputs import check_rows, resolve_task
 from tasks.models import Base, describe_model, open_base
 from tasks.refs import LineRef
@@ -51,7 +52,7 @@ def init_line(file: Path) -> InitOutcome:
     space = workspace()
     spec = load_line(file)
     family = get_family(spec.family)
-    spec = spec.with_method_settings(resolve_settings(spec.method.name, spec.method.settings))
+    spec = spec.with_method(_resolved(spec.method))
     ledger = Ledger(space.objects, spec.line)
     old = ledger.find()
     if old is not None:
@@ -73,6 +74,8 @@ def init_line(file: Path) -> InitOutcome:
         benchmark = resolve_task(spec.retention, family)
         check_rows(benchmark, family, space)
         spec = spec.with_retention(benchmark)
+    if isinstance(spec.method, TournamentSpec) and not isinstance(spec.retention, str):
+        check_benchmark(spec.line, spec.method.objective, spec.retention, family)
     if old is None:
         ledger.create(spec, base, actor(), f"line {spec.line} on {base.uri}")
     else:
@@ -111,8 +114,11 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
             details=error.details,
             hint="take another copy of the base",
         ) from error
-    method = get_method(spec.method.name)
-    method(base.checkpoint, (), **spec.method.settings)  # merges nothing
+    chosen = spec.method.methods
+    _check_alike(chosen)
+    for one in chosen:
+        get_method(one.name)(base.checkpoint, (), **one.settings)  # merges nothing
+    method = get_method(chosen[0].name)
     if method.whole and (spec.localize.mode, spec.localize.density) != ("dataless", 1.0):
         raise BadInput(
             f"the method {method.name} needs whole task vectors, and the line would not keep them",
@@ -121,6 +127,54 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
             hint="leave `localize` out, or choose a method that merges sparse deltas: "
             + ", ".join(name for name in method_names() if not get_method(name).whole),
         )
+
+
+def _resolved(method: MethodSpec | TournamentSpec) -> MethodSpec | TournamentSpec:
+    """The same with the defaults of all settings filled in.
+
+    Raises:
+        BadInput: there is no such method or setting, or contestants are the same.
+    """
+    found = [
+        MethodSpec(name=one.name, settings=resolve_settings(one.name, one.settings))
+        for one in method.methods
+    ]
+    if isinstance(method, MethodSpec):
+        return found[0]
+    for place, one in enumerate(found):
+        if one in found[:place]:
+            raise BadInput(
+                f"the tournament has {one.name} twice with the same settings",
+                expected="contestants that differ",
+                found=one.settings,
+                hint="leave one of them out: what is not set has its default",
+            )
+    return TournamentSpec(tournament=tuple(found), objective=method.objective)
+
+
+def _check_alike(chosen: tuple[MethodSpec, ...]) -> None:
+    """Refuse what cannot be a line's method, and a tournament of methods that need other deltas."""
+    methods = [get_method(one.name) for one in chosen]
+    other = [method.name for method in methods if method.kind != "merged"]
+    if other:
+        raise BadInput(
+            f"{', '.join(other)} makes a model per task, and a line has one for all",
+            expected=f"methods of one merged model: {', '.join(_lines_methods())}",
+            hint="choose another method",
+        )
+    whole = sorted({method.name for method in methods if method.whole})
+    sparse = sorted({method.name for method in methods if not method.whole})
+    if whole and sparse:
+        raise BadInput(
+            "a tournament has methods that need other deltas of the members",
+            expected="contestants that all merge whole task vectors, or all sparse deltas",
+            found=f"whole task vectors: {', '.join(whole)}; sparse deltas: {', '.join(sparse)}",
+            hint="leave one of the groups out; `restitch compare` measures both beside each other",
+        )
+
+
+def _lines_methods() -> list[str]:
+    return [name for name in method_names() if get_method(name).kind == "merged"]
 
 
 def _configure(ledger: Ledger, spec: LineSpec, changes: list[tuple[str, Any, Any]]) -> None:

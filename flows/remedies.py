@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from flows.candidates import retention_task
+from flows.snapshot import retention_task
 from flows.store_check import Image
 from merging.digests import canonical_json, digest_file
 from merging.errors import BadInput, Unavailable

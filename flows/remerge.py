@@ -179,9 +179,15 @@ def _settle(
         say(f"{ledger.line}: nothing changed since version {version}")
         return _outcome(ledger, "unchanged", version, localized)
     everything = make_candidate(snapshot, snapshot.members, again=force)
-    if snapshot.settled is not None and everything.is_version(snapshot.settled):
-        say(f"{ledger.line} version {snapshot.settled.version} was made again: the same bytes")
-        return _outcome(ledger, "unchanged", snapshot.settled.version, localized)
+    known = snapshot.merge_of(everything.patch.recipe, everything.members)
+    if known is not None:
+        again = f"version {known.version} was made again: the same bytes"
+        say(
+            f"{ledger.line} {again}"
+            if force
+            else f"{ledger.line}: the best is version {known.version} still"
+        )
+        return _outcome(ledger, "unchanged", known.version, localized)
     version = record_version(ledger, snapshot, everything)
     if everything.passed:
         done = promote(ledger, snapshot, everything, version)

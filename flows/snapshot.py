@@ -5,10 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from flows.gates import Gates
+from flows.tournament import held_before
 from merging.digests import digest_json
 from registry.head import Head, Member, ModelVersion
 from registry.history import MergedRecord
 from registry.ledger import Ledger
+from registry.specs import MethodSpec, TaskSpec
 from tasks.merge import make_recipe
 from tasks.refs import LineRef
 
@@ -37,6 +39,18 @@ class Snapshot:
         return LineRef(self.head.spec, self.head.base)
 
     @property
+    def line_in_use(self) -> LineRef:
+        """The line with one method: of a tournament's that of the version in use, or the first."""
+        method = self.head.spec.method
+        if isinstance(method, MethodSpec):
+            return self.line
+        found = None if self.champion is None else self.champion.recipe["method"]
+        if isinstance(found, dict):
+            values = {name: found[name] for name in ("name", "settings")}
+            return LineRef(self.head.spec.with_method(MethodSpec.from_json(values)), self.head.base)
+        return LineRef(self.head.spec.with_method(method.tournament[0]), self.head.base)
+
+    @property
     def gates(self) -> Gates:
         """The line's limits."""
         return Gates(**self.head.spec.gates.to_json())
@@ -45,14 +59,30 @@ class Snapshot:
     def settled(self) -> MergedRecord | None:
         """The version that is the merge of these members already, so that none need be made.
 
-        It is the version in use, or, where promotion is switched off, the newest one. A newer
-        one that failed its gates changes nothing about that.
+        None, too, where a tournament has yet to say what their merge is.
         """
-        recipe = make_recipe(self.line, self.members).digest()
-        for record in (self.champion, self.newest if self.head.pinned else None):
-            if record is not None and is_merge_of(record, recipe, self.members):
-                return record
-        return None
+        held = held_before(self.line, self.members, self.benchmark, self.current)
+        if held is None:
+            return None
+        return self.merge_of(make_recipe(held.line, self.members).digest(), self.members)
+
+    def merge_of(self, recipe: str, members: Iterable[Member]) -> MergedRecord | None:
+        """The current version that was made by a recipe from members, if one was."""
+        return next((one for one in self.current if is_merge_of(one, recipe, members)), None)
+
+    @property
+    def current(self) -> tuple[MergedRecord, ...]:
+        """The version in use and, where promotion is switched off, the newest one.
+
+        Otherwise a newer one that failed its gates counts for nothing.
+        """
+        found = (self.champion, self.newest if self.head.pinned else None)
+        return tuple(record for record in found if record is not None)
+
+    @property
+    def benchmark(self) -> TaskSpec | None:
+        """The general benchmark of the line."""
+        return retention_task(self.head)
 
     @cached_property
     def champion_members(self) -> tuple[Member, ...]:
@@ -89,6 +119,15 @@ def is_merge_of(record: MergedRecord, recipe: str, members: Iterable[Member]) ->
     versions = {member.task: member.version for member in members}
     recorded = {task: member.version for task, member in record.members.items()}
     return record.recipe_digest == recipe and recorded == versions
+
+
+def retention_task(head: Head) -> TaskSpec | None:
+    """The general benchmark: described in the line, or a task of the line by its name."""
+    retention = head.spec.retention
+    if isinstance(retention, str):
+        task = head.tasks.get(retention)
+        return None if task is None else task.spec
+    return retention
 
 
 def take_snapshot(ledger: Ledger) -> Snapshot:

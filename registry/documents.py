@@ -9,14 +9,14 @@ with the nearest right name for a key that does not exist.
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 
 from merging.errors import BadInput
@@ -194,12 +194,12 @@ def _measure(root: yaml.Node) -> None:
 
 
 def _explain(model: type[BaseModel], problem: ErrorDetails) -> str:
-    *path, key = [part for part in problem["loc"] if not str(part).startswith("as ")] or [""]
+    *path, key = [part for part in problem["loc"] if not _is_tag(part)] or [""]
     where = ".".join(str(part) for part in path)
     full = f"{where}.{key}" if where else str(key)
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
-        owner = _model_at(model, path)
+        owner = _model_at(model, problem["loc"][:-1])
         return unknown_key(str(key), list(owner.model_fields) if owner else [], where)
     if kind == "missing":
         return f"'{full}' is missing"
@@ -215,19 +215,38 @@ def _explain(model: type[BaseModel], problem: ErrorDetails) -> str:
     return f"{full}: expected {message}, found {found}{advice}"
 
 
-def _model_at(model: type[BaseModel], path: list[int | str]) -> type[BaseModel] | None:
-    found: type[BaseModel] | None = model
+def _is_tag(part: int | str) -> bool:
+    """Whether a place in a document is the name of a choice between types, which nobody wrote."""
+    return str(part).startswith("as ")
+
+
+def _model_at(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel] | None:
+    found: Any = model
     for part in path:
-        if found is None or not isinstance(part, str) or part not in found.model_fields:
+        if isinstance(part, int):  # one of several: each is of the same type
+            continue
+        if _is_tag(part):
+            found = _tagged(found, str(part))
+            continue
+        owner = _model_in(found)
+        if owner is None or part not in owner.model_fields:
             return None
-        found = _model_in(found.model_fields[part].annotation)
-    return found
+        found = owner.model_fields[part].annotation
+    return _model_in(found)
+
+
+def _tagged(annotation: Any, tag: str) -> Any:
+    """The choice of a union that has a tag."""
+    choices = get_args(annotation)
+    return next(
+        (one for one in choices if Tag(tag) in getattr(one, "__metadata__", ())), annotation
+    )
 
 
 def _model_in(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    if get_origin(annotation) in (Union, UnionType):
+    if get_origin(annotation) in (Annotated, Union, UnionType, tuple):
         models = [_model_in(choice) for choice in get_args(annotation)]
         return next((choice for choice in models if choice is not None), None)
     return None

@@ -5,6 +5,7 @@ charts over versions hang on them, and so do the tags that versions are searched
 """
 
 import math
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -156,10 +157,23 @@ def metrics_of(record: MergedRecord) -> dict[str, float]:
             f"task/{task}/grafted": result.grafted,
             **_bounds(f"task/{task}/", result.interval),
         }
+    competed = record.facts.get("tournament")
+    if isinstance(competed, dict):
+        found |= {f"tournament/{_plain(one['label'])}": one["score"] for one in _entrants(competed)}
     if record.gates:
         found["gates/failed"] = float(sum(not gate.passed for gate in record.gates))
     found |= {f"seconds/{step}": seconds for step, seconds in record.timings.items()}
     return {k: float(v) for k, v in found.items() if v is not None and math.isfinite(v)}
+
+
+def _entrants(tournament: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = tournament["entrants"]
+    return found
+
+
+def _plain(label: str) -> str:
+    """A label with the characters alone that names of metrics may have."""
+    return re.sub(r"[^\w.\- ]", "", label)
 
 
 def describe(record: MergedRecord) -> str:

@@ -58,14 +58,29 @@ def parse_line(text: str, origin: str, folder: Path) -> LineSpec:
     for key in ("localize", "gates", "actors"):
         if values.get(key, ...) is None:  # `gates:` with nothing behind it
             del values[key]
+    _resolve_objective(values)
     if "localize" not in values and _needs_whole(values.get("method")):
         values["localize"] = {"mode": "dataless", "density": 1.0}
     return checked(LineSpec, values, origin)
 
 
+def _resolve_objective(values: dict[str, Any]) -> None:
+    """What a tournament's winner must keep is what the line's gate asks, where it is not said."""
+    method, gates = values.get("method"), values.get("gates")
+    if not isinstance(method, dict) or "tournament" not in method:
+        return
+    objective = method.setdefault("objective", {})
+    if objective in ("mean", None):
+        objective = method["objective"] = {}
+    if isinstance(objective, dict) and isinstance(gates, dict):
+        objective.setdefault("min_retention", gates.get("min_retention"))
+
+
 def _needs_whole(method: Any) -> bool:
     from merging.methods import get_method, method_names  # with torch: most commands read no file
 
+    if isinstance(method, dict) and isinstance(method.get("tournament"), list):
+        return all(_needs_whole(one) for one in method["tournament"])
     name = method.get("name") if isinstance(method, dict) else method
     return isinstance(name, str) and name in method_names() and get_method(name).whole
 

@@ -6,7 +6,6 @@ A source that is a path is absolute; anything else in its place is an address or
 pinned as `org/name@commit` once it is resolved.
 """
 
-import json
 import re
 from typing import Annotated, Any, Literal, Self
 
@@ -24,6 +23,10 @@ from pydantic import (
 
 from merging.errors import BadInput
 from registry.localize_spec import LocalizeSpec as LocalizeSpec
+from registry.method_spec import AnyMethod
+from registry.method_spec import MethodSpec as MethodSpec
+from registry.method_spec import ObjectiveSpec as ObjectiveSpec
+from registry.method_spec import TournamentSpec as TournamentSpec
 from registry.spec_base import Spec, Text, parsed_size
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
@@ -55,23 +58,6 @@ Texts = Annotated[
     Annotated[tuple[Text, ...], Tag("as list")] | Annotated[Literal["openai"], Tag("as word")],
     Discriminator(lambda value: "as word" if isinstance(value, str) else "as list"),
 ]
-
-
-class MethodSpec(Spec):
-    """A merge method and its settings."""
-
-    name: Text
-    settings: dict[str, JsonValue] = Field(default_factory=dict)
-
-    @field_validator("settings")
-    @classmethod
-    def _finite(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        # One that is no number equals nothing, not even itself.
-        try:
-            json.dumps(value, allow_nan=False)
-        except ValueError:
-            raise ValueError("holds a number that is not finite") from None
-        return value
 
 
 GateName = Literal["min_retention", "max_task_drop", "min_normalized", "max_patch_bytes"]
@@ -246,7 +232,7 @@ class LineSpec(Spec):
     line: Name
     base: Text
     family: Text
-    method: MethodSpec
+    method: AnyMethod
     localize: LocalizeSpec = LocalizeSpec()
     retention: TaskSpec | Name | None = None
     gates: GatesSpec = GatesSpec()
@@ -283,8 +269,11 @@ class LineSpec(Spec):
         return value
 
     def with_method_settings(self, settings: dict[str, Any]) -> "LineSpec":
-        """The same with all settings of the method resolved."""
-        method = self.method.model_copy(update={"settings": settings})
+        """The same method with other settings."""
+        return self.with_method(MethodSpec(name=self.method.name, settings=settings))
+
+    def with_method(self, method: MethodSpec | TournamentSpec) -> "LineSpec":
+        """The same with another method."""
         return self.model_copy(update={"method": method})
 
     def with_base(self, base: str) -> "LineSpec":

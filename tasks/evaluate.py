@@ -1,17 +1,29 @@
 """Evaluate weights on a task: the step that is cached by everything that it depends on."""
 
+import copy
 import json
+import math
 from typing import Any
 
+import numpy as np
+
 from merging.digests import digest_json
+from merging.errors import BadInput
 from merging.progress import Progress
-from modeling.data import Rows, stratified
+from modeling.data import Rows, TaskData, stratified
 from modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from modeling.evaluation import evaluate as run_evaluation
+from modeling.family import Family
 from registry.head import ModelRef
 from registry.specs import TaskSpec
 from tasks.engine import Cached, step
-from tasks.inputs import evaluation_split, head_inputs, task_head, verified_data
+from tasks.inputs import (
+    evaluation_split,
+    has_validation,
+    head_inputs,
+    task_head,
+    verified_data,
+)
 from tasks.models import Base, device, live_base, open_base
 from tasks.refs import LineRef, ResultRef, WeightsRef
 from tasks.reporting import working
@@ -92,8 +104,8 @@ class Exam:
         spec: a task with data.
         head_of: the finetuned model that holds the task's own head, where families have one.
         space: where heads are kept.
-        validation: ask at most so many validation rows, for choices; by default those of the
-            evaluation split that results are reported on.
+        validation: ask at most so many of the rows to choose by (`has_rows_to_choose_by`); by
+            default those of the evaluation split that results are reported on.
 
     Attributes:
         live: the model that takes it, with whatever weights it has at the time.
@@ -113,7 +125,7 @@ class Exam:
         self.live = live_base(base)
         data = verified_data(spec, base.family)
         if validation is not None:
-            rows = data.rows("validation")
+            rows = _unreported(data, spec, base.family)
             self._rows = rows.select(stratified(rows.targets, validation, 0))
         else:
             split = evaluation_split(spec)
@@ -122,6 +134,14 @@ class Exam:
         self.count = len(self._rows)
         self._head = task_head(spec, base, self.live, head_of, space)
         self._preprocess = base.family.preprocessor(base.folder, self._head.spec.max_length)
+
+    def part(self, share: float) -> "Exam":
+        """The same with a part of the rows; smaller parts lie in larger ones, but for rounding."""
+        found = copy.copy(self)
+        count = math.ceil(share * self.count)
+        found._rows = self._rows.select(stratified(self._rows.targets, count, 0))
+        found.count = len(found._rows)
+        return found
 
     def take(self, progress: Progress | None = None) -> Evaluation:
         """What the live model reaches as it is."""
@@ -134,6 +154,47 @@ class Exam:
             metric=self.spec.metric,
             progress=progress,
         )
+
+
+def choice_inputs(spec: TaskSpec, base: Base, head_of: ModelRef | None) -> dict[str, Any]:
+    """All that the value of weights on rows to choose by depends on, beside the weights."""
+    assert spec.data is not None
+    return {
+        "data": spec.data.content,
+        "set_apart": spec.data.validation is None,
+        "sample": None if spec.data.sample is None else spec.data.sample.to_json(),
+        "head": digest_json(head_inputs(spec, base, head_of)),
+        "metric": spec.metric,
+        "evaluator": EVALUATOR_VERSION,
+    }
+
+
+def has_rows_to_choose_by(spec: TaskSpec, family: Family) -> bool:
+    """Whether a task has labelled rows that are not the test rows its results are reported on.
+
+    Validation rows, those set apart from train, or what a sample of the test rows leaves.
+    """
+    return has_validation(spec, family) or (spec.data is not None and spec.data.sample is not None)
+
+
+def _unreported(data: TaskData, spec: TaskSpec, family: Family) -> Rows:
+    """The rows to choose by."""
+    if has_validation(spec, family):
+        return data.rows("validation")
+    assert spec.data is not None
+    split = evaluation_split(spec)
+    assert split is not None
+    rows, sample = data.rows(split), spec.data.sample
+    count = len(rows) if sample is None else sample.rows
+    reported = stratified(rows.targets, count, 0 if sample is None else sample.seed)
+    if len(reported) == len(rows):
+        raise BadInput(
+            f"task {spec.task} has no rows to choose by",
+            expected="rows beside those that results are reported on",
+            found=f"{len(rows)} {split} rows, and all of them are reported on",
+            hint="name validation rows in its file, or a smaller sample",
+        )
+    return rows.select(np.setdiff1d(np.arange(len(rows)), reported))
 
 
 def _sampled(rows: Rows, spec: TaskSpec) -> Rows:

@@ -1,4 +1,4 @@
-"""What members reach while their masks grow: one alone, by localizer, and two of them together.
+"""What members reach while their masks grow: one alone, by localizer, and some of them together.
 
 One ranking per localizer, cut at every density, so that masks are nested. Everything is measured
 on the rows that results are reported on, and decides nothing. It is kept in the store by all that
@@ -7,6 +7,7 @@ it depends on: what was measured before is neither ranked nor evaluated again.
 
 import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -80,28 +81,28 @@ def curve(
     return result if missing else Cached(result)
 
 
-@step("conflict", "{pair[0].task} and {pair[1].task} together")
+@step("conflict", "{localizer} masks together")
 def conflict(
-    line: LineRef, pair: tuple[Member, Member], localizer: str, densities: tuple[float, ...]
+    line: LineRef, members: tuple[Member, ...], localizer: str, densities: tuple[float, ...]
 ) -> dict[str, Any] | Cached[dict[str, Any]]:
-    """What two members reach when they are merged with larger and larger masks.
+    """What members reach when they are merged with larger and larger masks.
 
     Args:
-        line: its method merges the two where that takes sparse deltas, otherwise
+        line: its method merges them where that takes sparse deltas, otherwise
             localize-and-stitch does.
-        pair: two members with rows to evaluate on.
-        localizer: as for `curve`, for both.
-        densities: of both masks.
+        members: two or more with rows to evaluate on.
+        localizer: as for `curve`, for all of them.
+        densities: of all masks.
 
     Returns:
-        `points` by rising density, each with the coordinates that both masks keep, their `share`
-        of those that either does (the Jaccard index) and what each task reaches; and
-        the plain `averaging` of the two whole task vectors.
+        `points` by rising density, each with the coordinates that two masks or more keep, their
+        `share` of those that any does (of two masks, the Jaccard index) and what each task
+        reaches; and the plain `averaging` of the whole task vectors.
     """
     space = workspace()
     base = open_base(line, space)
     method, settings = _method(line)
-    found_by = [_localizer(line, member, localizer, base, space) for member in pair]
+    found_by = [_localizer(line, member, localizer, base, space) for member in members]
     counts = _counts(base, densities)
     average = get_method(AVERAGING)
     key = digest_json(
@@ -109,50 +110,51 @@ def conflict(
             "version": [VERSION, ANALYSIS_VERSION],
             "method": [method.name, method.version, settings],
             "averaging": average.version,
-            "tasks": [_inputs(m, one, base) for m, one in zip(pair, found_by, strict=True)],
+            "tasks": [_inputs(m, one, base) for m, one in zip(members, found_by, strict=True)],
             "kept": list(counts.items()),
         }
     )
     known = _look_up(space, "conflict", key)
     if known is not None:
         return Cached(known)
-    first, second = pair
-    with (
-        space.scratch() as scratch,
-        open_vector(line, first.model.model, space) as (base, one),
-        open_vector(line, second.model.model, space) as (_, other),
-    ):
-        exams = [Exam(base, m.spec, m.model.model, space) for m in pair]
-        vectors = (one, other)
+    with space.scratch() as scratch, ExitStack() as opened:
+        vectors = [
+            opened.enter_context(open_vector(line, m.model.model, space))[1] for m in members
+        ]
+        exams = [Exam(base, m.spec, m.model.model, space) for m in members]
         whole = _coordinates(base)
 
         def parts(kept: int, rankings: Sequence[Ranking]) -> list[Part]:
             return [
                 _part(m, v, r, kept, scratch)
-                for m, v, r in zip(pair, vectors, rankings, strict=True)
+                for m, v, r in zip(members, vectors, rankings, strict=True)
             ]
 
         def measured(by: Method, given: list[Part], **chosen: Any) -> dict[str, Any]:
             with exams[0].live.edited(by(base.checkpoint, given, **chosen)):
-                found = {m.task: _measured(e.take()) for m, e in zip(pair, exams, strict=True)}
+                found = {m.task: _measured(e.take()) for m, e in zip(members, exams, strict=True)}
             return {"mean": sum(v["value"] for v in found.values()) / len(found), "tasks": found}
 
         averaged = measured(average, parts(whole, [Ranking(vector) for vector in vectors]))
         rankings = [
             _rank(by, m, v, _folder(scratch / m.task))
-            for by, m, v in zip(found_by, pair, vectors, strict=True)
+            for by, m, v in zip(found_by, members, vectors, strict=True)
         ]
         points = []
-        with working(f"merging {first.task} and {second.task}") as progress:
+        with working(f"merging {' and '.join(m.task for m in members)}") as progress:
             for done, (density, kept) in enumerate(counts.items(), 1):
                 given = parts(kept, rankings)
                 masks = analyze_masks(base.checkpoint, {part.task: part.delta for part in given})
-                overlap = {"shared": masks.shared[0][1], "share": masks.jaccard[0][1]}
+                shared, kept_by_any = sum(masks.owners[1:]), sum(masks.owners)
+                overlap = {
+                    "shared": shared,
+                    "share": shared / kept_by_any if kept_by_any else None,
+                }
                 reached = measured(method, given, **settings)
                 points.append({"density": density, "kept": kept, **overlap, **reached})
                 progress(done, len(counts))
     result = {
-        "tasks": [first.task, second.task],
+        "tasks": [m.task for m in members],
         "localizers": [by.label for by in found_by],
         "method": method.name,
         "settings": dict(settings),

@@ -47,6 +47,13 @@ def with_splits(
     return write_yaml(folder / "task.yaml", values)
 
 
+def add_with_splits(shell: Shell, world: World, folder: Path, *tasks: str) -> None:
+    """Register models of the line `demo` whose tasks' rows are cut into splits, in this order."""
+    for task in tasks:
+        file = with_splits(world, folder / task, task)
+        shell("register", "demo", "--task", file, "--model", world.model(task))
+
+
 def register(shell: Shell, world: World, file: Path, task: Path, **localize: Any) -> Any:
     shell("init", world.line(file, retention=None, localize=localize))
     return shell("register", "demo", "--task", task, "--model", world.model("colour"), "--json")

@@ -101,6 +101,28 @@ def gates(task: str | None) -> tuple[GateOutcome, ...]:
     return (kept, size) if task is None else (kept, drop, size)
 
 
+def tournament(tasks: Sequence[str]) -> dict[str, Any]:
+    """What chose the method: a second contestant was left out after half of the rows."""
+    entrants = [
+        {
+            "label": label,
+            "score": score,
+            "mean": score,
+            "retention": None if score < 0.8 else 0.95,
+            "meets": score > 0.8,
+            "round": number,
+            "tasks": dict.fromkeys(tasks, score),
+        }
+        for label, score, number in (("ties (alpha 0.5)", 0.875, 2), ("averaging", 0.625, 1))
+    ]
+    return {
+        "winner": "ties (alpha 0.5)",
+        "entrants": entrants,
+        "rounds": [{"share": 0.5, "entrants": 2, "rows": dict.fromkeys(tasks, 250)}] * 2,
+        "reported": [tasks[0]],
+    }
+
+
 def record(tasks: Sequence[str], version: int, **changes: Any) -> MergedRecord:
     draw = random.Random(version)
     members = {
@@ -149,7 +171,11 @@ def record(tasks: Sequence[str], version: int, **changes: Any) -> MergedRecord:
         "results": {t: result(draw, measured=i != 1) for i, t in enumerate(tasks)},
         "retention": retention(0.9712),
         "gates": gates(tasks[0] if tasks else None),
-        "facts": {"overlapping": 1234567, "note": "made for a test"},
+        "facts": {
+            "overlapping": 1234567,
+            "note": "made for a test",
+            **({"tournament": tournament(tasks)} if tasks else {}),
+        },
         "files": {"line": digest("line file")},
         "created_at": "2026-03-01T12:34:56.789012+00:00",
         "made_by": {"actor": "nightly", "host": "worker-1", "pid": 4242, "flow_run": "a1b2"},

@@ -1,0 +1,221 @@
+"""What a study is about and what it hands back: the members of a line, and a table.
+
+A study merges some of the members in some way and measures that on the rows that results are
+reported on. Whatever it makes is a step of a merge, and kept like one.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from flows.snapshot import Snapshot
+from merging.errors import BadInput
+from merging.methods import Method, get_method, resolve_settings
+from modeling.family import Family, get_family
+from registry.head import Member
+from registry.localize_spec import LocalizeSpec
+from registry.specs import MethodSpec
+from tasks.evaluate import evaluate
+from tasks.inputs import evaluation_split, has_validation
+from tasks.localize import localize
+from tasks.merge import make_recipe, stitch
+from tasks.refs import DeltaRef, LineRef, PatchRef, ResultRef, WeightsRef
+from tasks.report.drawing import Plot
+from tasks.tune import Tuned, tune
+
+STITCHING = "localize-and-stitch"
+
+
+@dataclass(frozen=True)
+class Study:
+    """What a study found.
+
+    Attributes:
+        rows: of its table, all with the same columns.
+        plots: of the rows.
+        notes: what a reader must know of how it was made.
+    """
+
+    rows: Sequence[Mapping[str, Any]]
+    plots: Sequence[Plot]
+    notes: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Some members, ready to be merged in some way.
+
+    Attributes:
+        line: with the method, its settings, and how masks are found.
+        members: with the deltas that the method merges.
+        deltas: how these were found.
+        choice: what tuning found, where it was asked for.
+    """
+
+    line: LineRef
+    members: tuple[Member, ...]
+    deltas: tuple[DeltaRef, ...]
+    choice: Tuned | None = None
+
+
+@dataclass(frozen=True)
+class Reached:
+    """What a merged model reaches.
+
+    Attributes:
+        tasks: by task.
+        finetuned: what the finetuned models reach, of those that can still be read.
+    """
+
+    patch: PatchRef
+    tasks: Mapping[str, ResultRef]
+    finetuned: Mapping[str, float]
+
+    @property
+    def mean(self) -> float:
+        """Over the tasks."""
+        return sum(found.value for found in self.tasks.values()) / len(self.tasks)
+
+    @property
+    def normalized(self) -> float | None:
+        """Merged over finetuned, over the tasks whose finetuned model was measured."""
+        ratios = [self.tasks[task].value / value for task, value in self.finetuned.items() if value]
+        return sum(ratios) / len(ratios) if ratios else None
+
+    def values(self) -> dict[str, Any]:
+        """The columns that every study of merged models has."""
+        each = {task: found.value for task, found in self.tasks.items()}
+        return {"mean": self.mean, "normalized": self.normalized, **each}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The members of a line that a study is made of.
+
+    Attributes:
+        snapshot: of the line.
+        left_out: members without rows to evaluate on.
+    """
+
+    snapshot: Snapshot
+    left_out: tuple[str, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        without = [m.task for m in self._all if evaluation_split(m.spec) is None]
+        object.__setattr__(self, "left_out", tuple(without))
+        if len(self.members) < 2:
+            raise BadInput(
+                f"line {self.line.spec.line} has too few members for a study",
+                expected="two members in use with rows to evaluate on",
+                found=", ".join(member.task for member in self.members) or "none",
+                hint="register models whose tasks have data",
+            )
+
+    @property
+    def _all(self) -> tuple[Member, ...]:
+        return self.snapshot.champion_members
+
+    @cached_property
+    def members(self) -> tuple[Member, ...]:
+        """Those of the version in use that can be measured, by the names of their tasks."""
+        return tuple(m for m in self._all if evaluation_split(m.spec) is not None)
+
+    @property
+    def line(self) -> LineRef:
+        """The line with the method in use."""
+        return self.snapshot.line_in_use
+
+    @cached_property
+    def family(self) -> Family:
+        """Of the line."""
+        return get_family(self.line.spec.family)
+
+    @property
+    def method(self) -> Method:
+        """The method in use."""
+        return get_method(self.line.spec.method.name)
+
+    @property
+    def sparse_method(self) -> Method:
+        """The line's method where it merges sparse deltas, otherwise localize-and-stitch."""
+        return get_method(STITCHING) if self.method.whole else self.method
+
+    @property
+    def can_tune(self) -> bool:
+        """Whether every task has rows to choose settings by."""
+        return all(has_validation(member.spec, self.family) for member in self.members)
+
+    def masks(self, **choice: Any) -> LocalizeSpec:
+        """How masks are found in the line, otherwise where `choice` says so."""
+        given = self.line.spec.localize
+        kept = ("include", "exclude", "seed", "values")
+        return LocalizeSpec(**{name: getattr(given, name) for name in kept} | choice)
+
+    def everything(self) -> LocalizeSpec:
+        """Whole task vectors, to the bit."""
+        return self.masks(mode="dataless", density=1.0, values="exact")
+
+    def prepare(
+        self,
+        method: Method,
+        members: Iterable[Member],
+        *,
+        masks: LocalizeSpec | None = None,
+        settings: Mapping[str, Any] | None = None,
+        tuned: bool = False,
+    ) -> Trial:
+        """Find what a method needs of members, and its setting where that is asked for.
+
+        Args:
+            method: any that gives one merged model.
+            members: which.
+            masks: how masks are found; by default what the method needs, else as in the line.
+            settings: what differs from the method's defaults, or from the line's where it is its
+                own.
+            tuned: choose the setting that it tunes on validation rows, where all have them.
+        """
+        line = self._line_with(method, masks, settings or {})
+        given = tuple(members)
+        deltas = tuple(localize(line, member.spec, member.model.model) for member in given)
+        ready = tuple(_with(m, delta) for m, delta in zip(given, deltas, strict=True))
+        if not tuned or method.tunes is None or not self.can_tune:
+            return Trial(line, ready, deltas)
+        choice = tune(line, ready, method)
+        chosen = {**line.spec.method.settings, choice.setting: choice.value}
+        tuned_line = LineRef(line.spec.with_method_settings(chosen), line.base)
+        return Trial(tuned_line, ready, deltas, choice)
+
+    def reached(self, trial: Trial) -> Reached:
+        """What the merged model of a trial reaches on the rows that results are reported on."""
+        patch = stitch(trial.line, make_recipe(trial.line, trial.members))
+        merged = WeightsRef("merged", patch.blob)
+        found, whole = {}, {}
+        for member in trial.members:
+            model = member.model.model
+            found[member.task] = evaluate(trial.line, member.spec, merged, model)
+            finetuned = WeightsRef("finetuned", model.weights, model.uri)
+            try:
+                whole[member.task] = evaluate(trial.line, member.spec, finetuned, model).value
+            except BadInput:  # its folder may be gone: the merge does not need it
+                continue
+        return Reached(patch, found, whole)
+
+    def _line_with(
+        self, method: Method, masks: LocalizeSpec | None, settings: Mapping[str, Any]
+    ) -> LineRef:
+        spec = self.line.spec
+        own = spec.method.settings if spec.method.name == method.name else {}
+        resolved = resolve_settings(method.name, {**own, **settings})
+        keeps_all = self.method.whole or spec.localize.density == 1.0
+        if masks is None and method.whole:
+            masks = self.everything()
+        elif masks is None:
+            masks = self.masks(mode="dataless") if keeps_all else spec.localize
+        chosen = {"method": MethodSpec(name=method.name, settings=resolved), "localize": masks}
+        return LineRef(spec.model_copy(update=chosen), self.line.base)
+
+
+def _with(member: Member, delta: DeltaRef) -> Member:
+    model = member.model.model_copy(update={"mask": delta.mask, "delta": delta.blob})
+    return member.model_copy(update={"model": model})

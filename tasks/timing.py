@@ -1,0 +1,38 @@
+"""How long a merge takes on this host: measured once, kept by all that it depends on."""
+
+import json
+import socket
+import time
+
+from merging.digests import digest_json
+from merging.score_tensors import fingerprint
+from registry.head import Member
+from tasks.engine import Cached, step
+from tasks.merge import make_recipe, write_patch_of
+from tasks.refs import LineRef
+from tasks.workspace import made_by, workspace
+
+# Raised when something else is timed.
+VERSION = 1
+
+
+@step("time a merge", "time {line.spec.method.name}")
+def merging_seconds(line: LineRef, members: tuple[Member, ...]) -> float | Cached[float]:
+    """Seconds from the members' deltas to the patch, written to a file that is thrown away.
+
+    Args:
+        line: with the method.
+        members: with the deltas that it merges.
+    """
+    space = workspace()
+    recipe = make_recipe(line, members)
+    key = digest_json([VERSION, recipe.digest(), fingerprint(), socket.gethostname()])
+    record = space.objects.lookup("timing", key)
+    if record is not None:
+        return Cached(float(json.loads(space.objects.read_blob(record.blob))))
+    with space.scratch() as scratch:
+        began = time.perf_counter()
+        write_patch_of(scratch / "patch.safetensors", line, recipe, space)
+        seconds = round(time.perf_counter() - began, 4)
+    space.objects.publish("timing", key, space.objects.put_json(seconds), made_by())
+    return seconds
