@@ -17,6 +17,7 @@ from registry.specs import LineSpec, TaskSpec, line_changes
 from tasks.inputs import check_rows, resolve_task
 from tasks.models import Base, describe_model, open_base
 from tasks.refs import LineRef
+from tasks.statistics import check_rows_for
 from tasks.workspace import actor, workspace
 
 
@@ -77,6 +78,8 @@ def init_line(file: Path) -> InitOutcome:
         ledger.create(spec, base, actor(), f"line {spec.line} on {base.uri}")
     else:
         changes = line_changes(old.spec, spec)
+        taking_part = [member.spec for member in old.members]
+        check_rows_for(get_method(spec.method.name), taking_part)
         _configure(ledger, spec, changes)
     mirror(spec.line)
     return InitOutcome(

@@ -9,7 +9,7 @@ from merging.digests import digest_json
 from registry.head import Head, Member, ModelVersion
 from registry.history import MergedRecord
 from registry.ledger import Ledger
-from tasks.merge import make_recipe
+from tasks.merge import known_recipe
 from tasks.refs import LineRef
 
 
@@ -48,9 +48,11 @@ class Snapshot:
         It is the version in use, or, where promotion is switched off, the newest one. A newer
         one that failed its gates changes nothing about that.
         """
-        recipe = make_recipe(self.line, self.members).digest()
+        recipe = known_recipe(self.line, self.members)
+        if recipe is None:
+            return None
         for record in (self.champion, self.newest if self.head.pinned else None):
-            if record is not None and is_merge_of(record, recipe, self.members):
+            if record is not None and is_merge_of(record, recipe.digest(), self.members):
                 return record
         return None
 
