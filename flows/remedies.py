@@ -13,7 +13,6 @@ from pathlib import Path
 
 from flows.candidates import retention_task
 from flows.store_check import Image
-from merging.checkpoint import by_bytes
 from merging.digests import canonical_json, digest_file
 from merging.errors import BadInput, Unavailable
 from merging.methods import get_method
@@ -163,7 +162,7 @@ class Remedies:
         self, record: MergedRecord, head: Head
     ) -> Iterator[tuple[MergedRecord, Wanted, LineRef]]:
         members = []
-        for task, kept in sorted(record.members.items(), key=lambda item: by_bytes(item[0])):
+        for task, kept in record.members.items():
             known = head.tasks[task]
             model = known.versions[kept.version].model_copy(update={"delta": kept.delta})
             members.append(Member(task=task, version=kept.version, spec=known.spec, model=model))

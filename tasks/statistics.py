@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
+from merging.checkpoint import by_bytes
 from merging.digests import digest_json
 from merging.entropy_coefficients import VERSION as COEFFICIENTS_VERSION
 from merging.entropy_coefficients import CoefficientSettings, learn_coefficients
@@ -110,12 +111,13 @@ class Wanted:
 
 def needed(method: Method, members: Sequence[Member]) -> list[Wanted]:
     """The statistics that a method needs of members."""
+    ordered = tuple(sorted(members, key=lambda member: by_bytes(member.task)))
     found = []
     for kind in method.needs:
         if kind == COEFFICIENTS:
-            found += [Wanted(kind, tuple(members))] if members else []
+            found += [Wanted(kind, ordered)] if ordered else []
         else:
-            found += [Wanted(kind, (member,)) for member in members]
+            found += [Wanted(kind, (member,)) for member in ordered]
     return found
 
 

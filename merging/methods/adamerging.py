@@ -22,7 +22,7 @@ def adamerging(
     base: Checkpoint,
     members: Iterable[Member],
     *,
-    steps: int = 100,
+    steps: int = 50,
     learning_rate: float = 1e-2,
     start: float = 0.3,
     batch: int = 16,
