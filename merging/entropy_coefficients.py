@@ -102,7 +102,7 @@ def learn_coefficients(
 
 def entropy(scores: Tensor) -> Tensor:
     """The mean entropy of the predictions that scores give, in nats."""
-    shares = scores.log_softmax(1)
+    shares = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(1)
     return -(shares.exp() * shares).sum(1).mean()
 
 
