@@ -29,6 +29,7 @@ from tasks.refs import LineRef, WeightsRef
 from tasks.report.drawing import drawing, to_png
 from tasks.report.method_plots import methods_plot
 from tasks.reporting import say
+from tasks.statistics import lacks_rows, statistics
 from tasks.tune import tune
 from tasks.workspace import actor, workspace
 
@@ -56,6 +57,13 @@ def compare(
     if not snapshot.members:
         raise BadInput(f"line {line} has no member to merge", hint="register models first")
     rows = []
+    tasks = [member.spec for member in snapshot.members]
+    lacking = {method.name: lacks_rows(method, tasks) for method in chosen}
+    if not methods:
+        chosen = [method for method in chosen if not lacking[method.name]]
+        for name, without in lacking.items():
+            if without:
+                say(f"{line}: {name} is left out: no train rows for {', '.join(without)}")
     for method in chosen:
         say(f"{line}: {method.name}")
         rows.append(_measure(snapshot, method, tuned))
@@ -65,6 +73,7 @@ def compare(
         "members": {m.task: m.version for m in snapshot.members},
         "tuned": tuned,
         "methods": rows,
+        "left_out": {} if methods else {name: one for name, one in lacking.items() if one},
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "actor": actor(),
     }
@@ -84,6 +93,7 @@ def _measure(snapshot: Snapshot, method: Method, tuned: bool) -> dict[str, Any]:
     line = _line_with(snapshot, method)
     given = [_with_delta(line, member) for member in snapshot.members]
     members = tuple(member for member, _ in given)
+    needed = statistics(line, members)
     choice = None
     if tuned and method.tunes is not None:
         choice = tune(line, members, method)
@@ -101,7 +111,9 @@ def _measure(snapshot: Snapshot, method: Method, tuned: bool) -> dict[str, Any]:
         "source": method.source,
         "settings": dict(line.spec.method.settings),
         "tuned": None if choice is None else choice.as_dict(),
-        "needs": "whole task vectors" if method.whole else "sparse deltas",
+        "needs": _needs(method),
+        "statistics": {name: found.blob for name, found in needed.items()},
+        "statistics_seconds": sum(found.seconds or 0.0 for found in needed.values()),
         "localize": line.spec.localize.to_json(),
         "results": {task: result.to_json() for task, result in results.items()},
         "mean_accuracy": sum(reached) / len(reached) if reached else None,
@@ -111,8 +123,15 @@ def _measure(snapshot: Snapshot, method: Method, tuned: bool) -> dict[str, Any]:
         "recipe": patch.recipe,
         "patch": patch.blob,
         "patch_bytes": patch.size,
-        "stored_bytes": sum(size for _, size in given),
+        "stored_bytes": sum(size for _, size in given)
+        + sum(found.size for found in needed.values()),
     }
+
+
+def _needs(method: Method) -> str:
+    """What a method needs of each member, for readers."""
+    deltas = "whole task vectors" if method.whole else "sparse deltas"
+    return f"{deltas} and train rows" if method.needs else deltas
 
 
 def _line_with(snapshot: Snapshot, method: Method) -> LineRef:
@@ -121,7 +140,8 @@ def _line_with(snapshot: Snapshot, method: Method) -> LineRef:
     given = spec.method.settings if spec.method.name == method.name else {}
     settings = resolve_settings(method.name, given)
     keeps_all = get_method(spec.method.name).whole or spec.localize.density == 1.0
-    among = {"include": spec.localize.include, "exclude": spec.localize.exclude}
+    kept_as_given = ("include", "exclude", "shots", "seed")
+    among = {name: getattr(spec.localize, name) for name in kept_as_given}
     kept = spec.localize
     if method.whole:
         kept = WHOLE.model_copy(update=among)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from flows.report import mirror
 from merging.errors import BadInput
+from merging.methods import get_method
 from modeling.family import get_family
 from registry.head import Head, ModelRef, State, Task
 from registry.ledger import Ledger
@@ -19,6 +20,7 @@ from registry.spec_files import load_task
 from registry.specs import TaskSpec
 from tasks.inputs import check_rows, resolve_task, same_task
 from tasks.reporting import say
+from tasks.statistics import check_rows_for
 from tasks.workspace import Workspace, actor, workspace
 
 _TAKES_PART: tuple[State, ...] = ("registered", "waiting", "ready")
@@ -96,7 +98,11 @@ def resolved(space: Workspace, head: Head, spec: TaskSpec, replace_task: bool) -
     spec = resolve_task(spec, family)
     if known is not None:
         refuse_another(head.line, known, spec, replace_task)
-    check_rows(spec, family, space, head.spec.localize)
+    methods = [get_method(one.name) for one in head.spec.method.methods]
+    for method in methods:
+        check_rows_for(method, [spec])
+    calibrated = any(method.needs for method in methods)
+    check_rows(spec, family, space, head.spec.localize, calibrated=calibrated)
     return spec
 
 

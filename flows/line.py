@@ -18,6 +18,7 @@ from tasks.contest import check_benchmark
 from tasks.inputs import check_rows, resolve_task
 from tasks.models import Base, describe_model, open_base
 from tasks.refs import LineRef
+from tasks.statistics import check_rows_for
 from tasks.workspace import actor, workspace
 
 
@@ -80,6 +81,9 @@ def init_line(file: Path) -> InitOutcome:
         ledger.create(spec, base, actor(), f"line {spec.line} on {base.uri}")
     else:
         changes = line_changes(old.spec, spec)
+        taking_part = [member.spec for member in old.members]
+        for one in spec.method.methods:
+            check_rows_for(get_method(one.name), taking_part)
         _configure(ledger, spec, changes)
     mirror(spec.line)
     return InitOutcome(

@@ -15,21 +15,23 @@ from flows.snapshot import retention_task
 from flows.store_check import Image
 from merging.digests import canonical_json, digest_file
 from merging.errors import BadInput, Unavailable
+from merging.methods import get_method
 from merging.recipe import Recipe
 from registry.fates import touched_models
-from registry.head import Head, ModelRef
+from registry.head import Head, Member, ModelRef
 from registry.history import Entry, MergedRecord
 from registry.inventory import Inventory
 from registry.ledger import head_after
 from registry.references import COPY_SCHEME, MLFLOW_SCHEMES, Reference
 from registry.sources import fetched_again, resolve_source
-from registry.specs import TaskSpec
+from registry.specs import MethodSpec, TaskSpec
 from tasks.evaluate import evaluated
 from tasks.localize import write_delta
 from tasks.merge import write_patch_of
 from tasks.models import open_base
 from tasks.refs import LineRef, WeightsRef
 from tasks.remote import list_remote
+from tasks.statistics import Wanted, needed, write_statistic_of
 from tasks.workspace import Workspace
 
 
@@ -84,6 +86,8 @@ class Remedies:
             yield from self._delta(each)
         elif each.role == "result":
             yield from self._result(each)
+        elif each.role == "statistic":
+            yield from self._statistic(each)
         elif each.role == "listing":
             yield Way(f"the weights at {each.weights}", partial(_list, each.weights, self.space))
         elif each.role in ("manifest", "file"):
@@ -143,13 +147,50 @@ class Remedies:
                 )
             return
 
+    def statistics(self) -> Iterator[tuple[MergedRecord, Wanted, LineRef]]:
+        """What merged versions needed of their members, with the line as it was for them."""
+        for line, head in self.found.heads.items():
+            for number, digest in head.versions.items():
+                record = self.found.records.get(digest)
+                if record is None or not record.statistics:
+                    continue
+                made = partial(_made_version, f"/versions/{number}")
+                for then, _ in self._after(line, made):
+                    yield from self._wanted(record, then)
+
+    def _wanted(
+        self, record: MergedRecord, head: Head
+    ) -> Iterator[tuple[MergedRecord, Wanted, LineRef]]:
+        members = []
+        for task, kept in record.members.items():
+            known = head.tasks[task]
+            model = known.versions[kept.version].model_copy(update={"delta": kept.delta})
+            members.append(Member(task=task, version=kept.version, spec=known.spec, model=model))
+        method = Recipe.from_json(record.recipe).method
+        spec = head.spec.model_copy(
+            update={"method": MethodSpec(name=method.name, settings=dict(method.settings))}
+        )
+        for wanted in needed(get_method(method.name), members):
+            yield record, wanted, LineRef(spec, head.base)
+
+    def _statistic(self, each: Reference) -> Iterator[Way]:
+        """By looking at the members again as they were then: the same bytes on a like machine."""
+        for record, wanted, line in self.statistics():
+            if record.statistics.get(wanted.name) == each.digest:
+                tasks = ", ".join(member.task for member in wanted.members)
+                yield Way(
+                    f"the deltas and train rows of {tasks} (it is numeric)",
+                    partial(_write_statistic, line, wanted, self.space),
+                )
+                return
+
     def _result(self, each: Reference) -> Iterator[Way]:
         """By evaluating the same weights on the same rows."""
         pointer = f"/versions/{each.number}"
 
         def made(entry: Entry) -> bool:
             if each.of_version:
-                return pointer in entry.after
+                return _made_version(pointer, entry)
             touched = (each.task, each.number) in touched_models(entry)
             return touched and entry.kind == "localized"
 
@@ -246,6 +287,10 @@ def _weights(
     return task.spec, weights, ref
 
 
+def _made_version(pointer: str, entry: Entry) -> bool:
+    return pointer in entry.after
+
+
 def _line(head: Head) -> LineRef:
     return LineRef(head.spec, head.base)
 
@@ -258,6 +303,10 @@ def _write_delta(
     line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace, file: Path
 ) -> None:
     write_delta(file, line, task, model, space)
+
+
+def _write_statistic(line: LineRef, wanted: Wanted, space: Workspace, file: Path) -> None:
+    write_statistic_of(file, line, wanted, space)
 
 
 def _list(uri: str, space: Workspace, file: Path) -> None:

@@ -30,6 +30,7 @@ from tasks.heads import heads_again
 from tasks.localize import FOUND, mask_key
 from tasks.refs import LineRef
 from tasks.reporting import say
+from tasks.statistics import KINDS, statistic_key
 from tasks.workspace import Workspace
 
 _ROUNDS = 8
@@ -37,7 +38,18 @@ _NAMING = ("audit/", "lines/")
 _MASK_FACTS = ("kept", "coordinates", "localizer", "seconds")
 
 # Heads and records say what all others are; patches come from deltas, evaluations from both.
-_ORDER = ("audit", "lines", "record", "manifest", "file", "listing", "delta", "patch", "result")
+_ORDER = (
+    "audit",
+    "lines",
+    "record",
+    "manifest",
+    "file",
+    "listing",
+    "delta",
+    "statistic",
+    "patch",
+    "result",
+)
 
 
 def check_store(space: Workspace, *, repair: bool) -> StoreCheck:
@@ -223,6 +235,13 @@ class _Mender:
                 known = {**facts, "mask": model.mask}
                 self._publish(kind, inputs, str(model.delta), maker, known)
                 return f"written again from what the line says of {task} {number}"
+        if kind in KINDS:
+            for record, wanted, line in self.remedies.statistics():
+                digest = record.statistics[wanted.name]
+                with suppress(RestitchError):  # of another line, whose base may be away
+                    if statistic_key(line, wanted, self.space) == inputs:
+                        self._publish(kind, inputs, digest, record.made_by, {})
+                        return f"written again from the recipe of version {record.version}"
         if kind == "source":
             for address in self.mentioned:
                 if address.startswith(MLFLOW_SCHEMES) and _inputs(address) == inputs:

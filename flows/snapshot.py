@@ -11,7 +11,7 @@ from registry.head import Head, Member, ModelVersion
 from registry.history import MergedRecord
 from registry.ledger import Ledger
 from registry.specs import MethodSpec, TaskSpec
-from tasks.merge import make_recipe
+from tasks.merge import known_recipe
 from tasks.refs import LineRef
 
 
@@ -62,9 +62,8 @@ class Snapshot:
         None, too, where a tournament has yet to say what their merge is.
         """
         held = held_before(self.line, self.members, self.benchmark, self.current)
-        if held is None:
-            return None
-        return self.merge_of(make_recipe(held.line, self.members).digest(), self.members)
+        recipe = None if held is None else known_recipe(held.line, self.members)
+        return None if recipe is None else self.merge_of(recipe.digest(), self.members)
 
     def merge_of(self, recipe: str, members: Iterable[Member]) -> MergedRecord | None:
         """The current version that was made by a recipe from members, if one was."""

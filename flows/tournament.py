@@ -9,16 +9,17 @@ recipe of the version, and with all contestants in its record, so that neither a
 rebuild depends on a contest that is held again.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from merging.methods import get_method
+from merging.recipe import Recipe
 from registry.head import Member
 from registry.history import MergedRecord
 from registry.specs import MethodSpec, TaskSpec, TournamentSpec
 from tasks.contest import Contest, Entrant, contest_of, decide, outcome_of
-from tasks.merge import make_recipe, stitch
+from tasks.merge import known_recipe, make_recipe, stitch
 from tasks.refs import LineRef
 
 # Where a version's record has what was found.
@@ -58,7 +59,11 @@ def held_before(
     method = line.spec.method
     if isinstance(method, MethodSpec):
         return Held(line)
-    contest = _contest(line, method, members, benchmark)
+    known_recipes = [known_recipe(lined, members) for lined in _lines(line, method)]
+    recipes = [recipe for recipe in known_recipes if recipe is not None]
+    if len(recipes) < len(known_recipes):
+        return None
+    contest = _contest(line, method, members, benchmark, recipes)
     for record in records:
         found = record.facts.get(FACT)
         if isinstance(found, dict) and found.get("key") == contest.key:
@@ -78,9 +83,11 @@ def hold(
     method = line.spec.method
     if before is not None or isinstance(method, MethodSpec):
         return before or Held(line)
-    contest = _contest(line, method, members, benchmark)
+    recipes = [make_recipe(lined, members) for lined in _lines(line, method)]
+    contest = _contest(line, method, members, benchmark, recipes)
     patches = tuple(
-        stitch(lined, make_recipe(lined, members)).blob for lined in _lines(line, method)
+        stitch(lined, recipe).blob
+        for lined, recipe in zip(_lines(line, method), recipes, strict=True)
     )
     return _won(line, decide(line, contest, patches))
 
@@ -99,16 +106,15 @@ def _contest(
     method: TournamentSpec,
     members: tuple[Member, ...],
     benchmark: TaskSpec | None,
+    recipes: Sequence[Recipe],
 ) -> Contest:
     entrants = tuple(
         Entrant(
             label,
             {"name": one.name, "version": get_method(one.name).version, "settings": one.settings},
-            make_recipe(lined, members).digest(),
+            recipe.digest(),
         )
-        for label, one, lined in zip(
-            method.labels, method.tournament, _lines(line, method), strict=True
-        )
+        for label, one, recipe in zip(method.labels, method.tournament, recipes, strict=True)
     )
     return contest_of(line, entrants, members, benchmark, method.objective)
 

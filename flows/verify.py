@@ -275,7 +275,9 @@ def _check_versions(
             whole = objects.check(f"{subject}, its patch", [record.patch])
             objects.check(f"{subject}, its results", [*evidence, *record.files.values()])
             deltas = [member.delta for member in recipe.members]
-            if objects.check(f"{subject}, its deltas", deltas) and not problems:
+            read = objects.check(f"{subject}, its deltas", deltas)
+            read &= objects.check(f"{subject}, its statistics", record.statistics.values())
+            if read and not problems:
                 _rebuild(head, recipe, record, whole, found)
 
 

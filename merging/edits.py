@@ -26,7 +26,8 @@ class Edits(Protocol):
 
         Args:
             name: one of `names`.
-            flat: a flat, contiguous copy of the base's tensor, of the base's type.
+            flat: a flat, contiguous copy of the base's tensor, of the base's type; edits of whole
+                task vectors take a wider one too, and then round to that.
         """
 
 

@@ -187,20 +187,20 @@ def measure(
         for made in ahead(batch, chosen):
             with torch.enable_grad():
                 found = logits(made)
-                drawn = _drawn(found.detach(), generator)
-                loss = F.cross_entropy(found, drawn, reduction="sum")
+                target = drawn(found.detach(), generator)
+                loss = F.cross_entropy(found, target, reduction="sum")
                 torch.autograd.backward(loss)
             done += len(found)
             progress(done, len(order))
     return Sensitivities(_factored(sums, len(order)))
 
 
-def _drawn(found: Tensor, generator: torch.Generator) -> Tensor:
+def drawn(found: Tensor, generator: torch.Generator) -> Tensor:
     """A class for each row, drawn on the CPU: the same on any device for the same scores."""
     shares = found.double().cpu().softmax(1)
     if not bool(torch.isfinite(shares).all()):
         raise CannotJoin(
-            "the model's scores are not finite while localizing",
+            "the model's scores are not finite",
             expected="a number for every class",
             found="NaN or infinity",
             hint="check the calibration rows, or localize with mode: dataless",

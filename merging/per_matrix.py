@@ -1,12 +1,14 @@
 """Merge methods that look at each weight matrix as a whole: singular vectors, or a small problem.
 
 A rule is given the members' task vectors of one matrix and returns the merged one; tensors of
-other shapes get the mean. Computed in float32, rounded once; where the merged task vector is 0
-the base's bits stay. Decompositions and optimizer steps differ in their last bits between
-machines: such a method is `numeric`. One matrix of each member is in memory at a time.
+other shapes get the mean, unless the method says otherwise. Computed in float32, rounded once;
+where the merged task vector is 0 the base's bits stay. Decompositions and optimizer steps differ
+in their last bits between machines: such a method is `numeric`. One matrix of each member is in
+memory at a time.
 """
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,8 +20,23 @@ from merging.overwrite import as_integers
 from merging.rounding import cast, round_once
 from merging.stitch import Member
 
-# Task vectors of one matrix, one behind the other: members x rows x columns, float32.
-Rule = Callable[[Tensor], Tensor]
+
+@dataclass(frozen=True)
+class Matrix:
+    """The task vectors of one tensor.
+
+    Attributes:
+        name: the tensor.
+        changes: one behind the other: members x rows x columns, float32.
+        members: the numbers of the members that have the tensor, in the order of their tasks.
+    """
+
+    name: str
+    changes: Tensor
+    members: tuple[int, ...]
+
+
+Rule = Callable[[Matrix], Tensor]
 
 
 class PerMatrix:
@@ -29,28 +46,37 @@ class PerMatrix:
         base: the base's checkpoint.
         members: the members, each with its whole task vector.
         rule: what the task vectors of a matrix give together.
+        otherwise: what those of a tensor that is no matrix give; by default their mean.
     """
 
-    def __init__(self, base: Checkpoint, members: Iterable[Member], rule: Rule) -> None:
+    def __init__(
+        self,
+        base: Checkpoint,
+        members: Iterable[Member],
+        rule: Rule,
+        otherwise: Rule | None = None,
+    ) -> None:
         self._vectors = kept_vectors(base, members)
         self._rule = rule
+        self._otherwise = otherwise or self._mean
         self.names = tuple(sorted({n for v in self._vectors for n in v.names}, key=by_bytes))
 
     def apply(self, name: str, flat: Tensor) -> None:
         """Overwrite weights in a flat copy of the base's tensor."""
-        there = [vector for vector in self._vectors if name in vector]
-        changes = torch.stack([vector.difference(name).float() for vector in there])
-        if changes.dim() == 3 and min(changes.shape[1:]) > 1:
-            change = self._rule(changes)
-        else:
-            change = changes.sum(0) / len(self._vectors)
-        moved = change.reshape(-1)
+        there = tuple(i for i, vector in enumerate(self._vectors) if name in vector)
+        changes = torch.stack([self._vectors[i].difference(name).float() for i in there])
+        matrix = Matrix(name, changes, there)
+        is_matrix = changes.dim() == 3 and min(changes.shape[1:]) > 1
+        moved = (self._rule if is_matrix else self._otherwise)(matrix).reshape(-1)
         after = cast(flat, torch.float64) + moved.double()
         np.copyto(
             as_integers(flat),
             as_integers(round_once(after, flat.dtype)),
             where=moved.numpy() != 0,
         )
+
+    def _mean(self, matrix: Matrix) -> Tensor:
+        return matrix.changes.sum(0) / len(self._vectors)
 
 
 def nearest_orthogonal(factors: Tensor) -> Tensor:

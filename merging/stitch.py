@@ -10,7 +10,7 @@ order of registration cannot matter. Nothing is computed before a tensor is aske
 
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +38,17 @@ _NOWHERE = np.empty(0, dtype=np.int64)
 
 @dataclass(frozen=True)
 class Member:
-    """One model in a merged version: its task and its sparse delta."""
+    """One model in a merged version.
+
+    Attributes:
+        task: its task.
+        delta: its sparse delta.
+        statistics: what a method that needs more knows of it, by `Method.needs`.
+    """
 
     task: str
     delta: SparseFile
+    statistics: Mapping[str, Checkpoint] = field(default_factory=dict)
 
 
 def stitch(base: Checkpoint, members: Iterable[Member], overlap: str | Rule = MEAN) -> Edits:

@@ -7,7 +7,7 @@ added, so setting and restoring any number of times leaves no trace.
 from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from merging.checkpoint import Checkpoint
 from merging.edits import Edits
@@ -64,3 +64,16 @@ def apply_edits(parameters: Mapping[str, Tensor], base: Checkpoint, edits: Edits
 def restore(parameters: Mapping[str, Tensor], base: Checkpoint, names: Iterable[str]) -> None:
     """Give tensors the base's values again."""
     set_weights(parameters, ((name, base.tensor(name)) for name in names))
+
+
+def linear_layers(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, nn.Linear]:
+    """The linear layers of a loaded model by the names of their weights, sorted.
+
+    Args:
+        model: the model.
+        parameters: live tensors by name, from `Family.parameters`.
+    """
+    layers = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
+    return {
+        name: layers[id(live)] for name, live in sorted(parameters.items()) if id(live) in layers
+    }

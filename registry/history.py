@@ -230,6 +230,12 @@ class MergedRecord(Record):
         return digest_bytes(self.to_bytes())
 
     @property
+    def statistics(self) -> dict[str, str]:
+        """Digests of what its method needed of members beside their deltas, as the recipe says."""
+        other = self.recipe.get("other")
+        return {n: str(d) for n, d in other.items()} if isinstance(other, dict) else {}
+
+    @property
     def mean_accuracy(self) -> float | None:
         """The merged value averaged over the tasks that were evaluated."""
         return _mean(r.merged for r in self.results.values())

@@ -16,7 +16,10 @@ from registry.history import Entry, MergedRecord
 
 # record: of a merged version. result: an evaluation. manifest: the list of a model's files.
 # listing: of the tensors of a model in a bucket, with their digests.
-Role = Literal["record", "patch", "delta", "result", "manifest", "file", "listing", "attached"]
+# statistic: what a method needs of a member beside its delta.
+Role = Literal[
+    "record", "patch", "delta", "result", "manifest", "file", "listing", "attached", "statistic"
+]
 
 # A copy of a model in the store, by the digest of the list of its files.
 COPY_SCHEME = "store://"
@@ -33,7 +36,8 @@ class Reference:
     Attributes:
         digest: of the blob.
         owner: who depends on it, as "version 3" or "colour 1", or "the base".
-        weights: of a result: which it is of, as "grafted"; of a model's file its name.
+        weights: of a result: which it is of, as "grafted"; of a model's file its name; of a
+            statistic what its recipe calls it.
         task: whose result or delta it is.
         number: of the merged version or of the task's model.
     """
@@ -55,6 +59,7 @@ class Reference:
         what = {
             "record": "the record",
             "patch": "the patch",
+            "statistic": f"the {self.weights}",
             "delta": f"the delta of {self.task}" if self.of_version else "the delta",
             "result": f"the evaluation of {self.weights} on {self.task}",
             "manifest": "the list of files",
@@ -109,6 +114,9 @@ def of_record(record: MergedRecord) -> Iterator[Reference]:
     yield Reference(record.patch, "patch", line, owner, number=number)
     for task, member in record.members.items():
         yield Reference(member.delta, "delta", line, owner, task=task, number=member.version)
+    for name, digest in record.statistics.items():
+        task = name.partition("/")[2]
+        yield Reference(digest, "statistic", line, owner, name, task, number)
     for task, result in record.results.items():
         for name, digest in result.evaluations.items():
             yield Reference(digest, "result", line, owner, name, task, number)

@@ -87,7 +87,12 @@ def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
 
 
 def check_rows(
-    spec: TaskSpec, family: Family, space: Workspace, choice: LocalizeSpec | None = None
+    spec: TaskSpec,
+    family: Family,
+    space: Workspace,
+    choice: LocalizeSpec | None = None,
+    *,
+    calibrated: bool = False,
 ) -> None:
     """Read every row that will be read later, once for the same content.
 
@@ -96,6 +101,7 @@ def check_rows(
         family: what the rows are read for.
         space: where it is remembered.
         choice: how masks are found, which may read rows to calibrate on.
+        calibrated: rows to calibrate on are read in any case: the line's method needs them.
 
     Raises:
         BadInput: a row holds no text, an image cannot be decoded, ...
@@ -104,7 +110,8 @@ def check_rows(
     if spec.data is None or split is None:
         return
     shots = None
-    if choice is not None and choice.mode != "dataless" and spec.data.train is not None:
+    reads = choice is not None and (calibrated or choice.mode != "dataless")
+    if reads and choice is not None and spec.data.train is not None:
         shots = [choice.shots, choice.seed]
     data = task_data(spec, family)
     chosen_on = "validation" if choice is not None and choice.density == "auto" else split

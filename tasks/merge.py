@@ -1,11 +1,13 @@
 """Make a merged model from its recipe and keep it as a patch; a pure function of the recipe."""
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import JsonValue
 
+from merging.checkpoint import Checkpoint
 from merging.digests import digest_file
 from merging.edits import Edits, edited
 from merging.errors import Damage
@@ -13,6 +15,7 @@ from merging.methods import get_method
 from merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
 from merging.score_tensors import fingerprint
 from merging.sparse import SparseFile, SparseInfo
+from merging.statistics import open_statistic
 from merging.stitch import VERSION as STITCHING_VERSION
 from merging.stitch import Member as StitchMember
 from merging.stitch import write_patch
@@ -22,11 +25,29 @@ from tasks.engine import Cached, step
 from tasks.models import Base, open_base
 from tasks.refs import LineRef, PatchRef
 from tasks.reporting import working
+from tasks.statistics import known_statistics, statistics
 from tasks.workspace import Workspace, made_by, workspace
 
 
 def make_recipe(line: LineRef, members: tuple[Member, ...]) -> Recipe:
-    """All that determines the merged model of these members."""
+    """All that determines the merged model of these members.
+
+    What the line's method needs of them beside their deltas is found where it is not in the store.
+
+    Raises:
+        BadInput: a task lacks the rows for that.
+    """
+    found = statistics(line, members)
+    return _recipe(line, members, {name: ref.blob for name, ref in found.items()})
+
+
+def known_recipe(line: LineRef, members: tuple[Member, ...]) -> Recipe | None:
+    """The same where nothing has to be found for it; None otherwise."""
+    other = known_statistics(line, members)
+    return None if other is None else _recipe(line, members, other)
+
+
+def _recipe(line: LineRef, members: tuple[Member, ...], other: Mapping[str, str]) -> Recipe:
     settings = line.spec.method.settings
     method = get_method(line.spec.method.name)
     return Recipe(
@@ -35,6 +56,7 @@ def make_recipe(line: LineRef, members: tuple[Member, ...]) -> Recipe:
         method=RecipeMethod(method.name, method.version, settings),
         members=tuple(_recipe_member(member) for member in members),
         code=STITCHING_VERSION,
+        other=other,
     )
 
 
@@ -166,5 +188,23 @@ def recipe_edits(base: Base, recipe: Recipe, space: Workspace) -> Edits:
                 found=f"base {delta.metadata.get('base', 'unknown')[:12]}",
                 hint="restore the store from a backup, and find out what altered it",
             )
-        members.append(StitchMember(member.task, delta))
+        members.append(StitchMember(member.task, delta, _statistics(base, recipe, member, space)))
     return method(base.checkpoint, members, **recipe.method.settings)
+
+
+def _statistics(
+    base: Base, recipe: Recipe, member: RecipeMember, space: Workspace
+) -> dict[str, Checkpoint]:
+    """What the recipe's method needs of a member: of its own, or learned for all together."""
+    found = {}
+    for kind in get_method(recipe.method.name).needs:
+        own = recipe.other.get(f"{kind}/{member.task}")
+        digest = recipe.other.get(kind) if own is None else own
+        if digest is None:
+            raise Damage(
+                f"a recipe of {recipe.method.name} names no {kind} for {member.task}",
+                hint="restore the record of the version from a backup",
+            )
+        belongs = {"base": base.ref.weights} | ({} if own is None else {"delta": member.delta})
+        found[kind] = open_statistic(space.objects.blob_path(digest), kind, belongs)
+    return found

@@ -62,6 +62,21 @@ class PatchRef:
     seconds: float | None = None
 
 
+@dataclass(frozen=True)
+class StatisticRef:
+    """What a method needs of a member beside its delta, in the store.
+
+    Attributes:
+        blob: digest of its file.
+        size: bytes of the file.
+        seconds: how long finding it took, where this run has found it.
+    """
+
+    blob: str
+    size: int
+    seconds: float | None = None
+
+
 WeightsKind = Literal["base", "finetuned", "localizable", "grafted", "merged"]
 
 

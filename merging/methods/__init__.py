@@ -33,6 +33,8 @@ class Method:
         exact: whether the result is the same bytes on every machine.
         kind: `merged` for one model for all tasks.
         whole: whether it needs whole task vectors: deltas that keep every coordinate.
+        needs: the statistics that it needs of each member beside its delta, all of them found on
+            the train rows of its task (`merging.stitch.Member.statistics`).
         tunes: the setting that is tuned where tuning is asked for, with the values to try.
         settings: its settings with their defaults.
     """
@@ -43,6 +45,7 @@ class Method:
     exact: bool
     kind: str
     whole: bool
+    needs: tuple[str, ...]
     tunes: tuple[str, tuple[float, ...]] | None
     settings: Mapping[str, Any]
     function: Callable[..., Edits] = field(repr=False)
@@ -60,6 +63,7 @@ def method(
     exact: bool,
     kind: str = "merged",
     whole: bool = False,
+    needs: tuple[str, ...] = (),
     tunes: tuple[str, tuple[float, ...]] | None = None,
 ) -> Callable[[_F], _F]:
     """Register the decorated function as the merge method `name`."""
@@ -77,7 +81,7 @@ def method(
         if tunes is not None and tunes[0] not in settings:
             raise ValueError(f"method {name!r} has no setting {tunes[0]!r} to tune")
         _REGISTERED[name] = Method(
-            name, version, source, exact, kind, whole, tunes, settings, function
+            name, version, source, exact, kind, whole, needs, tunes, settings, function
         )
         return function
 

@@ -29,7 +29,7 @@ def iso_c(base: Checkpoint, members: Iterable[Member], *, alpha: float = 1.3) ->
         alpha: the coefficient; the paper tunes it (0.9 to 1.9 on CLIP).
     """
     checked("alpha", alpha, 0, 10)
-    return PerMatrix(base, members, lambda changes: alpha * isotropic(changes.sum(0)))
+    return PerMatrix(base, members, lambda matrix: alpha * isotropic(matrix.changes.sum(0)))
 
 
 def isotropic(change: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def tsv_m(base: Checkpoint, members: Iterable[Member], *, alpha: float = 1.0) ->
         alpha: the coefficient; the paper finds 1.
     """
     checked("alpha", alpha, 0, 10)
-    return PerMatrix(base, members, lambda changes: alpha * merged(changes))
+    return PerMatrix(base, members, lambda matrix: alpha * merged(matrix.changes))
 
 
 def merged(changes: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def wudi(
     """
     checked("steps", steps, 0, 100_000)
     checked("learning_rate", learning_rate, 0, 1)
-    return PerMatrix(base, members, lambda changes: minimized(changes, steps, learning_rate))
+    return PerMatrix(base, members, lambda matrix: minimized(matrix.changes, steps, learning_rate))
 
 
 def minimized(changes: Tensor, steps: int, learning_rate: float) -> Tensor:

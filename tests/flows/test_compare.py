@@ -58,11 +58,11 @@ def test_every_method_is_measured_on_the_same_rows(tuned: dict[str, Any]) -> Non
         }
         assert all(r["split"] == "test" and r["interval"] for r in row["results"].values())
         assert 0 <= row["retention"]["ratio"] <= 2
-        assert row["needs"] == (
-            "whole task vectors"
-            if row["method"] not in ("localize-and-stitch", "restitch")
-            else "sparse deltas"
-        )
+        method = get_method(row["method"])
+        deltas = "whole task vectors" if method.whole else "sparse deltas"
+        assert row["needs"] == (f"{deltas} and train rows" if method.needs else deltas)
+        assert bool(row["statistics"]) == bool(method.needs)
+    assert tuned["left_out"] == {}
 
 
 def test_the_lines_own_method_has_the_bytes_of_its_champion(

@@ -13,12 +13,13 @@ from merging.edits import edited
 from merging.mask import Mask
 from merging.methods import get_method
 from merging.methods.iso_c import isotropic
+from merging.methods.iso_cts import merged as common_and_own
 from merging.methods.tsv_m import merged
 from merging.methods.wudi import minimized
 from merging.stitch import Member
 from tests import tiny
 
-METHODS = ("tsv-m", "iso-c", "wudi")
+METHODS = ("tsv-m", "iso-c", "iso-cts", "wudi")
 Matrix = NDArray[np.float64]
 
 
@@ -56,6 +57,25 @@ def iso_reference(changes: Sequence[Matrix]) -> Matrix:
     return np.asarray(left @ np.diag(np.full(len(values), values.mean())) @ right)
 
 
+def iso_cts_reference(changes: Sequence[Matrix], common: float) -> Matrix:
+    """Algorithm 2 of the paper, one direction after the other."""
+    rank = min(changes[0].shape)
+    own = round((rank - int(common * rank)) / len(changes))
+    shared = rank - own * len(changes)
+    left, values, right = np.linalg.svd(sum(changes), full_matrices=False)
+    lefts, spectrum, rights = [*left.T[:shared]], [*values[:shared]], [*right[:shared]]
+    for change in changes:
+        rest = change.copy()
+        for direction in left.T[:shared]:
+            rest -= np.outer(direction, direction @ change)
+        one, values, other = np.linalg.svd(rest, full_matrices=False)
+        lefts += [*one.T[:own]]
+        spectrum += [*values[:own]]
+        rights += [*other[:own]]
+    together = orthogonal(np.array(lefts).T) @ orthogonal(np.array(rights).T).T
+    return np.asarray(np.mean(spectrum) * together)
+
+
 def wudi_reference(changes: Sequence[Matrix], steps: int, rate: float) -> Matrix:
     """Adam by hand on the loss as the paper writes it, differentiated automatically."""
     tasks = [torch.tensor(change) for change in changes]
@@ -84,6 +104,8 @@ def test_they_are_their_references(count: int, shape: tuple[int, int]) -> None:
     for found, wanted in (
         (merged(changes), tsv_reference(plain)),
         (isotropic(changes.sum(0)), iso_reference(plain)),
+        (common_and_own(changes, 0.8), iso_cts_reference(plain, 0.8)),
+        (common_and_own(changes, 0.5), iso_cts_reference(plain, 0.5)),
         (minimized(changes, 40, 1e-3), wudi_reference(plain, 40, 1e-3)),
     ):
         np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3, atol=1e-5)
@@ -106,6 +128,18 @@ def test_tasks_that_share_nothing_are_kept_whole() -> None:
     assert torch.allclose(merged(changes), changes.sum(0), atol=1e-6)
     assert torch.allclose(minimized(changes, 300, 1e-3), changes.sum(0), atol=1e-6)
     assert torch.allclose(isotropic(changes.sum(0)), 2.75 * torch.eye(4), atol=1e-6)
+
+
+def test_common_directions_come_first_and_each_task_adds_its_own() -> None:
+    # Both tasks change the first direction; each has one of its own, which the sum ranks last.
+    changes = torch.zeros(2, 4, 4)
+    changes[:, 0, 0] = 4.0
+    changes[:, 1, 1] = 3.0
+    changes[0, 2, 2], changes[1, 3, 3] = 1.0, 2.0
+    # Half of the directions are common: 8 and 6; the others are 1 and 2; their mean is 4.25.
+    assert torch.allclose(common_and_own(changes, 0.5), 4.25 * torch.eye(4), atol=1e-5)
+    # Without a common share nothing of the sum is left: each task has its two leading ones.
+    assert torch.allclose(common_and_own(changes, 1.0), isotropic(changes.sum(0)), atol=1e-5)
 
 
 def test_wudi_goes_where_opposite_tasks_interfere_least() -> None:

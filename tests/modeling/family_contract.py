@@ -10,12 +10,13 @@ import torch
 from merging.checkpoint import Checkpoint
 from merging.comparison import compare
 from merging.coordinates import select_tensors
+from merging.grams import measure_grams
 from modeling.data import Rows
 from modeling.evaluation import evaluate
 from modeling.family import Family
 from modeling.heads import Head, HeadSpec
 from modeling.tables import ListTable
-from modeling.weights import apply_edits, load_checkpoint, restore
+from modeling.weights import apply_edits, linear_layers, load_checkpoint, restore
 
 
 class FamilyContract:
@@ -85,6 +86,21 @@ class FamilyContract:
         with torch.no_grad():
             family.parameters(model)[localizable[0]].add_(1.0)
         assert not torch.equal(family.logits(model, batch, head), before)
+
+    def test_every_matrix_of_the_blocks_is_a_linear_layer_whose_inputs_are_seen(
+        self, family, model, base, batch, head, localizable
+    ):
+        layers, file = linear_layers(model, family.parameters(model)), Checkpoint.open(base)
+        matrices = {name for name in localizable if len(file.info(name).shape) == 2}
+        assert matrices <= set(layers)
+        grams = measure_grams(
+            {name: layers[name] for name in matrices},
+            1,
+            lambda _: family.logits(model, batch, head),
+        )
+        for name in matrices:
+            width = file.info(name).shape[1]
+            assert grams[name].shape == (width * (width + 1) // 2,)
 
     def test_a_task_s_own_head_is_not_part_of_the_base(self, family, base, finetuned):
         own = [

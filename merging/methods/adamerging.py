@@ -1,0 +1,59 @@
+"""AdaMerging, layer-wise (Yang et al., ICLR 2024); see `merging.entropy_coefficients`."""
+
+from collections.abc import Iterable
+
+from merging.checkpoint import Checkpoint
+from merging.edits import Edits
+from merging.elementwise import Elementwise, Floats, Range, added, checked, kept_vectors
+from merging.methods import method
+from merging.statistics import COEFFICIENTS, check_fits, statistics_of
+from merging.stitch import Member
+
+
+@method(
+    name="adamerging",
+    version=1,
+    source="Yang et al., AdaMerging, ICLR 2024, arXiv 2310.02575",
+    exact=True,
+    whole=True,
+    needs=(COEFFICIENTS,),
+)
+def adamerging(
+    base: Checkpoint,
+    members: Iterable[Member],
+    *,
+    steps: int = 50,
+    learning_rate: float = 1e-2,
+    start: float = 0.3,
+    batch: int = 16,
+) -> Edits:
+    """Base + sum_t lambda_tl * tau_tl with the learned coefficients, one per task and tensor.
+
+    The settings are those of learning, which was done before; the merge only reads its result.
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector and the coefficients of all.
+        steps: of Adam; each sees one batch of every task.
+        learning_rate: of Adam.
+        start: what all coefficients are at first.
+        batch: rows of a batch.
+    """
+    checked("steps", steps, 0, 100_000)
+    checked("learning_rate", learning_rate, 0, 1)
+    checked("start", start, 0, 1)
+    checked("batch", batch, 1, 1 << 16)
+    given = tuple(members)
+    vectors, learned = kept_vectors(base, given), statistics_of(given, COEFFICIENTS)
+    for vector, found in zip(vectors, learned, strict=True):
+        check_fits(COEFFICIENTS, found, dict.fromkeys(vector.names, len(vectors)))
+
+    def merged(part: Range) -> Floats:
+        return added(
+            [
+                vector * float(learned[number].tensor(part.name)[number])
+                for number, vector in part.vectors
+            ]
+        )
+
+    return Elementwise(base, vectors, merged)

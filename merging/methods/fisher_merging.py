@@ -1,0 +1,71 @@
+"""Fisher merging (Matena and Raffel, 2022): the mean of weights by what each is worth."""
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+
+from merging.checkpoint import Checkpoint
+from merging.edits import Edits
+from merging.elementwise import Elementwise, Floats, Range, added, checked, kept_vectors
+from merging.errors import BadInput
+from merging.methods import method
+from merging.rounding import cast
+from merging.statistics import FISHER, check_fits, statistics_of
+from merging.stitch import Member
+
+
+@method(
+    name="fisher-merging",
+    version=1,
+    source="Matena and Raffel, Merging models with Fisher-weighted averaging, NeurIPS 2022, "
+    "arXiv 2111.09832",
+    exact=True,
+    whole=True,
+    needs=(FISHER,),
+)
+def fisher_merging(
+    base: Checkpoint,
+    members: Iterable[Member],
+    *,
+    scale: str = "mean",
+    floor: float = 1e-6,
+) -> Edits:
+    """Base + sum F_t tau_t / sum F_t, which is sum F_t W_t / sum F_t.
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector and its Fisher diagonal.
+        scale: `mean` divides each member's diagonal by its mean, so that one whose predictions
+            are less sure does not count for more everywhere; `none` does not.
+        floor: what is added to each entry, as a share of the mean of that member's diagonal:
+            weights that no row depends on get the mean.
+    """
+    checked("floor", floor, 1e-12, 1)
+    if scale not in ("mean", "none"):
+        raise BadInput(
+            "the setting scale cannot be used",
+            expected="mean or none",
+            found=scale,
+            hint="correct method: settings: scale",
+        )
+    given = tuple(members)
+    vectors, diagonals = kept_vectors(base, given), statistics_of(given, FISHER)
+    for vector, diagonal in zip(vectors, diagonals, strict=True):
+        check_fits(FISHER, diagonal, {name: vector.numel(name) for name in vector.names})
+    means = [float(diagonal.metadata["mean"]) or 1.0 for diagonal in diagonals]
+
+    def worth(part: Range, number: int, like: Floats) -> Floats:
+        """The entries of a member's diagonal on a range, scaled and with the floor."""
+        diagonal, mean = diagonals[number], means[number]
+        flat = diagonal.tensor(part.name).view(-1)[part.start : part.start + len(like)]
+        entries: Floats = cast(flat, torch.from_numpy(like).dtype).numpy()
+        entries = entries / mean + floor
+        return entries if scale == "mean" else entries * mean
+
+    def merged(part: Range) -> Floats:
+        worths = [worth(part, number, vector) for number, vector in part.vectors]
+        weighted = [w * v for w, (_, v) in zip(worths, part.vectors, strict=True)]
+        return np.asarray(added(weighted) / added(worths))
+
+    return Elementwise(base, vectors, merged)

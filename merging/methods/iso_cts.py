@@ -1,0 +1,64 @@
+"""Iso-CTS (Marczak et al., ICML 2025): an even spectrum over common and the tasks' directions."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from merging.checkpoint import Checkpoint
+from merging.edits import Edits
+from merging.elementwise import checked
+from merging.methods import method
+from merging.per_matrix import PerMatrix, nearest_orthogonal, svd
+from merging.stitch import Member
+
+
+@method(
+    name="iso-cts",
+    version=1,
+    source="Marczak et al., No task left behind: isotropic merging, ICML 2025, arXiv 2502.04959",
+    exact=False,
+    whole=True,
+    tunes=("alpha", tuple(n / 2 for n in range(1, 11))),
+)
+def iso_cts(
+    base: Checkpoint, members: Iterable[Member], *, alpha: float = 1.3, common: float = 0.8
+) -> Edits:
+    """Base + alpha * (mean singular value * common and task-specific directions, orthogonal).
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector.
+        alpha: the coefficient, which the paper tunes.
+        common: the share of directions that are those of the sum; the others are the members'.
+    """
+    checked("alpha", alpha, 0, 10)
+    checked("common", common, 0, 1)
+    return PerMatrix(base, members, lambda matrix: alpha * merged(matrix.changes, common))
+
+
+def merged(changes: Tensor, common: float) -> Tensor:
+    """The leading k directions of the sum, s of each member's rest, with one singular value.
+
+    With r the rank, s = round((r - floor(common * r)) / T) and k = r - T * s, as in the authors'
+    code. The rest of D_t is D_t - U_k U_k^T D_t, U_k the leading left vectors of the sum. All left
+    and all right vectors are replaced by the nearest orthonormal ones; their singular value is the
+    mean of those that they had.
+
+    Args:
+        changes: task vectors of one matrix, members x rows x columns.
+        common: see `iso_cts`.
+    """
+    rank, members = min(changes.shape[1:]), len(changes)
+    own = min(round((rank - int(common * rank)) / members), rank // members)
+    shared = rank - members * own
+    left, values, right = svd(changes.sum(0))
+    lefts, spectrum, rights = [left[:, :shared]], [values[:shared]], [right[:shared]]
+    rest = changes - lefts[0] @ (lefts[0].mT @ changes)
+    of_members = zip(*svd(rest), strict=True)
+    for one_left, one_values, one_right in of_members:
+        lefts.append(one_left[:, :own])
+        spectrum.append(one_values[:own])
+        rights.append(one_right[:own])
+    value = torch.cat(spectrum).mean()
+    return value * nearest_orthogonal(torch.cat(lefts, 1)) @ nearest_orthogonal(torch.cat(rights))

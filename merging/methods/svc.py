@@ -1,0 +1,120 @@
+"""Singular value calibration (Li et al., 2026): what several tasks share is not counted again.
+
+A step after another method: the singular vectors of its merged matrix stay, and each singular
+value is scaled so that along its direction the tasks find, on average, what they had themselves.
+"""
+
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from merging.checkpoint import Checkpoint
+from merging.edits import Edits
+from merging.elementwise import checked
+from merging.errors import BadInput
+from merging.methods import get_method, method, method_names
+from merging.per_matrix import Matrix, PerMatrix, svd
+from merging.rounding import cast
+from merging.stitch import Member
+
+NAME = "svc"
+
+# What the paper takes after a method; 0.1 after the others, which are sums of some kind too.
+FLOORS: Mapping[str, float] = MappingProxyType({"iso-cts": 0.2, "tsv-m": 1.0, "wudi": 1.0})
+_FLOOR = 0.1
+
+# Singular values that differ by less than this share are equal, and their vectors any basis.
+_EQUAL = 1e-3
+_LEAN = 1e-2
+
+
+@method(
+    name=NAME,
+    version=1,
+    source="Li et al., When shared knowledge hurts, 2026, arXiv 2602.05536",
+    exact=False,
+    whole=True,
+    tunes=("alpha", tuple(n / 5 for n in range(1, 11))),
+)
+def svc(
+    base: Checkpoint,
+    members: Iterable[Member],
+    *,
+    after: str = "tsv-m",
+    floor: float = 0.0,
+    alpha: float = 1.0,
+) -> Edits:
+    """Base + alpha * (what the method `after` merges, with calibrated singular values).
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector.
+        after: the method, with its defaults: a coefficient of its own mostly cancels out.
+        floor: the least that a task counts for in a direction; 0 takes the paper's value.
+        alpha: the coefficient.
+    """
+    checked("floor", floor, 0, 100)
+    checked("alpha", alpha, 0, 10)
+    given = tuple(members)
+    inner = get_method(_checked_method(after))(base, given)
+    least = floor or FLOORS.get(after, _FLOOR)
+
+    def unchanged(matrix: Matrix) -> Tensor:
+        """What the other method makes of a tensor, not rounded to the base's type."""
+        before = cast(base.tensor(matrix.name).reshape(-1), torch.float64)
+        wide = before.clone()
+        inner.apply(matrix.name, wide)
+        return (wide - before).view(matrix.changes.shape[1:]).float()
+
+    return PerMatrix(
+        base,
+        given,
+        lambda matrix: alpha * calibrated(unchanged(matrix), matrix.changes, least),
+        lambda matrix: alpha * unchanged(matrix),
+    )
+
+
+def calibrated(change: Tensor, changes: Tensor, floor: float) -> Tensor:
+    """D = U S V^T with s_r scaled by T / sum_t max(floor, p_rt).
+
+    p_rt = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2 says how often the task finds its own response along
+    the direction u_r in the merged one; of a task that changes nothing there it is 0. Where all
+    singular values are equal, as after Iso-C, any basis is one of singular vectors; then that is
+    taken to which D leads when it leans a little towards the sum (after Iso-C, the sum's own).
+
+    Args:
+        change: the merged matrix, rows x columns.
+        changes: task vectors, members x rows x columns.
+        floor: more than 0.
+    """
+    left, values, right = svd(change)
+    if values[0] - values[-1] <= _EQUAL * values[0]:
+        together = changes.sum(0)
+        size = together.norm().clamp_min(torch.finfo().tiny)
+        left, _, right = svd(change + _LEAN * values[0] / size * together)
+    responses = left.mT @ changes
+    met = (responses * (values[:, None] * right)).sum(2)
+    found = met / responses.square().sum(2).clamp_min(torch.finfo().tiny)
+    scale = len(changes) / found.clamp_min(floor).sum(0)
+    return (left * (values * scale)) @ right
+
+
+def _checked_method(name: str) -> str:
+    chosen = get_method(name)
+    if not _can_be_before(name):
+        raise BadInput(
+            f"{NAME} cannot come after {name}",
+            expected=", ".join(filter(_can_be_before, method_names())),
+            found=f"{name}, which is not a merged method of whole task vectors alone"
+            if name != NAME
+            else f"{NAME} itself",
+            hint="correct method: settings: after",
+        )
+    return chosen.name
+
+
+def _can_be_before(name: str) -> bool:
+    chosen = get_method(name)
+    return name != NAME and chosen.kind == "merged" and chosen.whole and not chosen.needs
