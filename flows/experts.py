@@ -13,10 +13,10 @@ from typing import Any
 
 from flows.candidates import measure_member
 from flows.trials import prepare
-from flows.versions import find_version
+from flows.versions import find_version, members_of
 from merging.errors import BadInput, Unavailable
 from merging.methods import Method, get_method, method_names
-from registry.head import Head, Member
+from registry.head import Member
 from registry.history import MergedRecord, TaskResult
 from registry.references import SPECIALISTS as KEPT
 from registry.removal import check_there
@@ -54,6 +54,12 @@ def experts(
     head = ledger.head()
     record = ledger.merged(find_version(head, version))
     chosen = _experts_method(method)
+    if not record.members:
+        raise BadInput(
+            f"version {record.version} of line {line} has no members",
+            expected="a version that holds finetuned models",
+            hint=f"see `restitch history {line} --versions`",
+        )
     ready = prepare(head, members_of(head, record), chosen, tuned)
     say(f"{line} {record.version}: {method}")
     made = make_experts(ready.line, make_recipe(ready.line, ready.members))
@@ -105,29 +111,6 @@ def kept_experts(record: MergedRecord, space: Workspace) -> ExpertsRef | None:
     """The specialists that a version has, if any were made."""
     key = space.objects.lookup(KEPT, record.recipe_digest)
     return None if key is None else read_experts(key.blob, space)
-
-
-def members_of(head: Head, record: MergedRecord) -> tuple[Member, ...]:
-    """The members of a merged version, as the line knows them.
-
-    Raises:
-        BadInput: it has none.
-    """
-    if not record.members:
-        raise BadInput(
-            f"version {record.version} of line {head.line} has no members",
-            expected="a version that holds finetuned models",
-            hint=f"see `restitch history {head.line} --versions`",
-        )
-    return tuple(
-        Member(
-            task=task,
-            version=kept.version,
-            spec=head.tasks[task].spec,
-            model=head.tasks[task].versions[kept.version],
-        )
-        for task, kept in record.members.items()
-    )
 
 
 def _experts_method(name: str) -> Method:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from flows.candidates import retention_task
-from flows.experts import members_of
 from flows.store_check import Image
 from flows.trials import prepare
+from flows.versions import members_of
 from merging.digests import canonical_json, digest_file
 from merging.errors import BadInput, Unavailable
 from merging.methods import get_method

@@ -27,6 +27,7 @@ from merging.errors import BadInput, Damage
 from merging.header import write_header
 from merging.positions import decode_blocks, encode, encoded_size
 from merging.sparse import SparseFile, assemble
+from merging.sparse_layout import natural
 
 FORMAT = "1"
 
@@ -148,7 +149,7 @@ class MaskFile:
         try:
             rows = _read_table(file.metadata[_OWN[2]], patch)
             section = _section(file, rows)
-        except (KeyError, ValueError, RecursionError) as err:
+        except (LookupError, ValueError, RecursionError) as err:
             raise _damage(path, str(err)) from err
         return cls(path, metadata, rows, section)
 
@@ -201,23 +202,22 @@ def _read_table(text: str, patch: SparseFile) -> dict[str, _Row]:
     if not isinstance(rows, list):
         raise ValueError("the table of masks is no list")  # noqa: TRY004
     for row in rows:
-        count, taken, code, size, name = str(row).split(" ", 4)
+        *sizes, name = str(row).split(" ", 4)
         if found and by_bytes(name) <= last:
             raise ValueError(f"{name!r} is not in name order")
         last = by_bytes(name)
+        count, taken, size = (natural(sizes[place]) for place in (0, 1, 3))
         # Whatever is allocated later is as large as what the patch holds in its file.
         kept = patch.info(name).kept if name in patch else 0
-        if count != str(kept):
+        if count != kept:
             raise ValueError(f"{count} bits for {name!r}, of which the patch keeps {kept}")
-        if not (taken.isascii() and taken.isdigit() and len(taken) <= len(count)):
-            raise ValueError(f"{taken!r} is no number of bits")
-        if not (size.isascii() and size.isdigit() and len(size) < 20):
-            raise ValueError(f"{size!r} is no size")
-        whole = int(size) if code == "z" else encoded_size(code, int(taken), kept)
-        if int(size) != whole or not 0 < int(taken) <= kept:
+        code = sizes[2]
+        if size != (size if code == "z" else encoded_size(code, taken, kept)):
             raise ValueError(f"{size} bytes for {taken} of {kept} bits in encoding {code!r}")
-        found[name] = _Row(kept, int(taken), code, slice(start, start + whole))
-        start += whole
+        if not 0 < taken <= kept:
+            raise ValueError(f"{taken} of {kept} bits")
+        found[name] = _Row(kept, taken, code, slice(start, start + size))
+        start += size
     return found
 
 
