@@ -62,6 +62,10 @@ def specialist_card(
     """
     line, version = record.line, record.version
     again = f"restitch export {line} {version} OUT --task {task}  # the same weights again"
+    members = [
+        (name, str(m.version), _source(m.uri), f"`{m.weights}`")
+        for name, m in record.members.items()
+    ]
     parts = [
         _front_matter(head, origin),
         f"# {line}, version {version}: {task}",
@@ -69,7 +73,7 @@ def specialist_card(
         f"vector of {len(record.members)} finetuned models that the mask of `{task}` selects. "
         "It is for this task alone.",
         "## Members",
-        _members(record),
+        _table(("task", "version", "finetuned model", "weights"), members),
         "## Licences",
         _licences(head, record, origin),
         "## Recipe",
