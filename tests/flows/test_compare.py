@@ -9,6 +9,7 @@ import torch
 
 from merging.checkpoint import Checkpoint
 from merging.digests import digest_file
+from merging.errors import Unavailable
 from merging.methods import get_method, method_names
 from tests.cli.test_end_to_end import plain
 from tests.flows.test_localizing import with_splits
@@ -265,6 +266,20 @@ def test_a_version_has_one_set_of_specialists(
     assert room["kinds"]["experts"]["objects"] == 1, "the list of those that were replaced"
     assert shell.json("experts", "demo", "--method", "emr")["bytes"] == found["bytes"]
     shell.json("experts", "demo", "--tune", "--replace")
+
+
+def test_specialists_that_a_removal_took_meanwhile_are_not_named(
+    shell: Shell, kept: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def removed(*_: object) -> None:
+        raise Unavailable("what this act names was removed")
+
+    assert len(list((shell.home / "store/keys/specialists").iterdir())) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr("flows.experts.check_there", removed)
+        shell("experts", "demo", "--method", "emr", "--replace", code=6)
+    assert not list((shell.home / "store/keys/specialists").iterdir())
+    assert shell.json("experts", "demo", "--tune")["manifest"] == kept[0]["manifest"]
 
 
 def test_damaged_specialists_are_told_and_made_again(
