@@ -18,7 +18,7 @@ from merging.errors import BadInput, Unavailable
 from merging.methods import Method, get_method, method_names
 from registry.head import Member
 from registry.history import MergedRecord, TaskResult
-from registry.references import SPECIALISTS as KEPT
+from registry.references import SPECIALISTS
 from registry.removal import check_there
 from tasks.engine import flow
 from tasks.experts import ExpertsRef, make_experts, read_experts
@@ -109,7 +109,7 @@ def measure_experts(line: LineRef, members: tuple[Member, ...], made: ExpertsRef
 
 def kept_experts(record: MergedRecord, space: Workspace) -> ExpertsRef | None:
     """The specialists that a version has, if any were made."""
-    key = space.objects.lookup(KEPT, record.recipe_digest)
+    key = space.objects.lookup(SPECIALISTS, record.recipe_digest)
     return None if key is None else read_experts(key.blob, space)
 
 
@@ -132,7 +132,7 @@ def _keep(record: MergedRecord, made: ExpertsRef, replace: bool, space: Workspac
     Raises:
         BadInput: it has others.
     """
-    there = space.objects.lookup(KEPT, record.recipe_digest)
+    there = space.objects.lookup(SPECIALISTS, record.recipe_digest)
     if there is not None and there.blob != made.manifest:
         if not replace:
             other = read_experts(there.blob, space)
@@ -142,19 +142,19 @@ def _keep(record: MergedRecord, made: ExpertsRef, replace: bool, space: Workspac
                 found=f"{other.method[0]} with {other.settings}",
                 hint="add --replace to keep these instead",
             )
-        space.objects.store.remove(f"keys/{KEPT}/{record.recipe_digest}")
+        space.objects.store.remove(f"keys/{SPECIALISTS}/{record.recipe_digest}")
     facts = {
         "line": record.line,
         "version": record.version,
         "method": made.method[0],
         "settings": made.settings,
     }
-    space.objects.publish(KEPT, record.recipe_digest, made.manifest, made_by(), facts=facts)
+    space.objects.publish(SPECIALISTS, record.recipe_digest, made.manifest, made_by(), facts=facts)
     names = {f"blobs/{blob}" for blob in (made.manifest, *(part.blob for part in made.parts))}
     try:
         check_there(space.objects.store, names)  # that nothing named before
     except Unavailable:
-        space.objects.store.remove(f"keys/{KEPT}/{record.recipe_digest}")
+        space.objects.store.remove(f"keys/{SPECIALISTS}/{record.recipe_digest}")
         raise
 
 

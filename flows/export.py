@@ -84,7 +84,7 @@ def export_version(
     _check_free(out, overwrite)
     base = open_base(LineRef(head.spec, head.base), space)
     with _appearing(out) as folder:
-        edits = open_edits(what.blob, space)
+        edits = open_edits(what.blob, space, base.checkpoint)
         with working(f"writing {out.name}") as progress:
             export_weights(base.checkpoint, edits, folder, shard_size=limit, progress=progress)
         if base.folder.is_dir():

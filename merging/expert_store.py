@@ -150,15 +150,13 @@ class StoredExpert:
         return torch.from_numpy(start + self.scale * change)
 
 
-def open_expert(
-    path: Path, patch: Callable[[str], Path], base: Checkpoint | None = None
-) -> Edits:
+def open_expert(path: Path, patch: Callable[[str], Path], base: Checkpoint | None = None) -> Edits:
     """Edits from their file: a mask file with the patch that it names, or a patch or a delta.
 
     Args:
         path: its file.
         patch: where a patch lies, by its digest.
-        base: for a delta, which values in 8 bits are read beside.
+        base: what it lies on, which values in 8 bits are read beside.
 
     Raises:
         BadInput: it is no such file.
@@ -176,7 +174,7 @@ def open_expert(
             found=f"{_SHARED} {metadata.get(_SHARED)!r}, {_SCALE} {metadata.get(_SCALE)!r}",
             hint="restore the file from a copy, or make it again",
         ) from err
-    opened = SparseFile.open(patch(shared))
+    opened = SparseFile.open(patch(shared), base)
     return StoredExpert(opened, MaskFile.open(path, opened), scale)
 
 
