@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from cli.app import Json, Line, app, show_result
+from cli.experts import by_task, experts_compared, seconds, settings_of
 from cli.formats import number, percent, size, table_of, text, with_half, with_interval
 from merging.errors import BadInput
 
@@ -25,7 +26,10 @@ def compare(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Merge the line's members by several methods and measure each; the line stays as it is."""
+    """Merge the line's members by several methods and measure each; the line stays as it is.
+
+    Methods with one model for all tasks, and those with one for each, stand in two tables.
+    """
     from flows.compare import compare as run
 
     found = run(line, _names(methods), tune, None if out is None else str(out))
@@ -88,44 +92,33 @@ def _fraction(given: str) -> float:
 
 
 def compared(found: dict[str, Any], out: Console) -> None:
-    """All methods, the best first, then each task with its interval."""
+    """The methods of either kind, the best first, then each task with its interval."""
     members = ", ".join(f"{task} {version}" for task, version in found["members"].items())
-    out.print(f"{found['line']}: {len(found['methods'])} methods on {members}", markup=False)
-    rows = found["methods"]
-    table = table_of("method", "mean", "normalized", "retention", "seconds", "stored")
-    for row in rows:
-        kept = row["retention"] or {}
-        table.add_row(
-            row["method"],
-            number(row["mean_accuracy"]),
-            number(row["mean_normalized"]),
-            with_interval(kept.get("ratio"), kept.get("ratio_interval")),
-            "-" if row["seconds"] is None else f"{row['seconds']:.1f}",
-            size(row["stored_bytes"]),
-        )
-    out.print(table)
-    for row in rows:
-        settings = _settings(row) or "nothing to set"
-        out.print(f"  {row['method']} merges {row['needs']}: {settings}", markup=False)
-    table = table_of("method", "task", "merged", "95 %", "normalized", "base", "finetuned")
-    for row in rows:
-        for task in found["members"]:
-            one = row["results"][task]
-            span = one.get("interval")
+    rows, experts = found["methods"], found["experts"]
+    out.print(f"{found['line']}: {len(rows) + len(experts)} methods on {members}", markup=False)
+    if rows:
+        table = table_of("method", "mean", "normalized", "retention", "seconds", "memory", "stored")
+        for row in rows:
+            kept = row["retention"] or {}
             table.add_row(
                 row["method"],
-                task,
-                number(one.get("merged")),
-                "-" if span is None else f"{number(span['low'])}-{number(span['high'])}",
-                *(number(one.get(name)) for name in ("normalized", "base", "finetuned")),
+                number(row["mean_accuracy"]),
+                number(row["mean_normalized"]),
+                with_interval(kept.get("ratio"), kept.get("ratio_interval")),
+                seconds(row),
+                size(row["memory"]),
+                size(row["stored_bytes"]),
             )
-    out.print(table)
-
-
-def _settings(row: dict[str, Any]) -> str:
-    tuned = row["tuned"]["setting"] if row["tuned"] else None
-    told = (f"{key} {value}" for key, value in row["settings"].items() if key != tuned)
-    return ", ".join([*([f"{tuned} {row['settings'][tuned]} (tuned)"] if tuned else []), *told])
+        out.print(table)
+    if experts:
+        experts_compared(experts, out)
+    for row in (*rows, *experts):
+        settings = settings_of(row) or "nothing to set"
+        out.print(f"  {row['method']} merges {row['needs']}: {settings}", markup=False)
+    if rows:
+        by_task(rows, found["members"], "merged", out)
+    if experts:
+        by_task(experts, found["members"], "expert", out)
 
 
 def analyzed(found: dict[str, Any], out: Console) -> None:

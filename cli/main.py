@@ -21,6 +21,7 @@ from rich.console import Console
 
 import cli.audit  # whose commands belong to the same command
 import cli.comparing  # likewise, as do the next
+import cli.experts
 import cli.store
 import cli.studying
 import cli.upkeep  # noqa: F401
@@ -200,12 +201,17 @@ def export(
     shard_size: Annotated[
         str | None, typer.Option(help="Largest file, as 5GB or 500MB; default: like the base.")
     ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Write the specialist for this task; see `experts`.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a merged version as a Hugging Face folder."""
+    """Write a merged version, or its specialist for one task, as a Hugging Face folder."""
     from flows.export import export_version
 
-    outcome = export_version(line, version, out, overwrite=overwrite, shard_size=shard_size)
+    outcome = export_version(
+        line, version, out, overwrite=overwrite, shard_size=shard_size, task=task
+    )
     show_result(outcome.as_dict(), as_json, render.exported)
 
 

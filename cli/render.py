@@ -133,8 +133,9 @@ def evaluated(found: Values, out: Console) -> None:
 
 def exported(found: Values, out: Console) -> None:
     """What was written."""
+    whose = "" if found["task"] is None else f", the specialist for {found['task']},"
     out.print(
-        f"{found['line']} version {found['version']} is in {found['out']}",
+        f"{found['line']} version {found['version']}{whose} is in {found['out']}",
         markup=False,
         soft_wrap=True,
     )

@@ -4,9 +4,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from flows.candidates import measure_member, measure_retention
-from flows.versions import find_version
-from registry.head import Head, Member
-from registry.history import MergedRecord, Retention, TaskResult
+from flows.versions import find_version, members_of
+from registry.history import Retention, TaskResult
 from tasks.engine import flow
 from tasks.refs import LineRef, WeightsRef
 from tasks.workspace import workspace
@@ -46,18 +45,6 @@ def evaluate_version(line: str, version: str = "champion") -> EvaluateOutcome:
     return EvaluateOutcome(
         line,
         record.version,
-        {m.task: measure_member(ref, m, merged) for m in _members(head, record)},
+        {m.task: measure_member(ref, m, merged) for m in members_of(head, record)},
         measure_retention(ref, head, merged),
     )
-
-
-def _members(head: Head, record: MergedRecord) -> list[Member]:
-    return [
-        Member(
-            task=task,
-            version=kept.version,
-            spec=head.tasks[task].spec,
-            model=head.tasks[task].versions[kept.version],
-        )
-        for task, kept in record.members.items()
-    ]

@@ -1,27 +1,31 @@
-"""Write a merged version as a normal Hugging Face folder, all of it or nothing."""
+"""Write a merged version, or its specialist for one task, as a normal Hugging Face folder.
+
+All of it or nothing, and the same bytes of weights each time. A specialist is the base with what
+its mask selects of the patch that the version's specialists share (`flows.experts`).
+"""
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from flows.experts import kept_experts
 from flows.versions import find_version
 from merging.checkpoint import Checkpoint
 from merging.digests import digest_json
 from merging.errors import BadInput
 from merging.export import export_weights
-from merging.sparse import SparseFile
 from registry.head import Head
-from registry.history import MergedRecord
+from registry.history import MergedMember, MergedRecord
 from registry.sizes import parse_size
 from registry.store import explained
-from tasks.card import model_card
+from tasks.card import model_card, specialist_card
 from tasks.inputs import head_inputs
-from tasks.models import Base, open_base
+from tasks.models import Base, open_base, open_edits
 from tasks.provenance import provenance
 from tasks.refs import LineRef
 from tasks.reporting import working
@@ -30,13 +34,18 @@ from tasks.workspace import Workspace, workspace
 
 @dataclass(frozen=True)
 class ExportOutcome:
-    """What was written."""
+    """What was written.
+
+    Attributes:
+        task: whose specialist it is; None for the merged version.
+    """
 
     line: str
     version: int
     out: str
     files: tuple[str, ...]
     bytes: int
+    task: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -44,9 +53,15 @@ class ExportOutcome:
 
 
 def export_version(
-    line: str, version: str, out: Path, *, overwrite: bool = False, shard_size: str | None = None
+    line: str,
+    version: str,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    shard_size: str | None = None,
+    task: str | None = None,
 ) -> ExportOutcome:
-    """Write a merged version.
+    """Write a merged version, or its specialist for a task.
 
     Args:
         line: the line's name.
@@ -54,32 +69,38 @@ def export_version(
         out: a folder that is absent or empty.
         overwrite: `out` may hold a model, which is replaced.
         shard_size: the largest file, as "5GB"; None keeps the base's files.
+        task: of which member; None for the merged version.
 
     Raises:
-        BadInput: there is no such version, or `out` is in use.
+        BadInput: there is no such version, or no specialist in it, or `out` is in use.
     """
     space = workspace()
     ledger = space.ledger(line)
     head = ledger.head()
     record = ledger.merged(find_version(head, version))
     limit = None if shard_size is None else parse_size(shard_size)
+    what = _merged(record) if task is None else _specialist(record, task, space)
     out = out.expanduser().absolute()
     _check_free(out, overwrite)
     base = open_base(LineRef(head.spec, head.base), space)
     with _appearing(out) as folder:
-        edits = SparseFile.open(space.objects.blob_path(record.patch))
+        edits = open_edits(what.blob, space, base.checkpoint)
         with working(f"writing {out.name}") as progress:
             export_weights(base.checkpoint, edits, folder, shard_size=limit, progress=progress)
         if base.folder.is_dir():
             for name in base.family.asset_files(base.folder):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(base.folder / name, folder / name)
-        _write_heads(folder, head, record, base, space)
-        text = json.dumps(record.to_json(), indent=2, ensure_ascii=False)
+        _write_heads(folder, head, what.members, base, space)
+        text = json.dumps(what.told, indent=2, ensure_ascii=False)
         (folder / "restitch.json").write_text(text + "\n", encoding="utf-8")
         made = Checkpoint.open(folder).digest()
         origin = provenance(head.base.uri, record, ledger.entries(), space.objects, made)
-        (folder / "README.md").write_text(model_card(head, record, origin), encoding="utf-8")
+        if task is None:
+            card = model_card(head, record, origin)
+        else:
+            card = specialist_card(head, record, task, what.told["specialists"], origin)
+        (folder / "README.md").write_text(card, encoding="utf-8")
     files = sorted(p for p in out.rglob("*") if p.is_file())
     return ExportOutcome(
         line,
@@ -87,14 +108,73 @@ def export_version(
         str(out),
         tuple(str(p.relative_to(out)) for p in files),
         sum(p.stat().st_size for p in files),
+        task,
     )
 
 
+@dataclass(frozen=True)
+class _What:
+    """What is written.
+
+    Attributes:
+        blob: the edits of the base.
+        members: whose heads belong to it.
+        told: what `restitch.json` says.
+    """
+
+    blob: str
+    members: Mapping[str, MergedMember]
+    told: dict[str, Any]
+
+
+def _merged(record: MergedRecord) -> _What:
+    return _What(record.patch, record.members, record.to_json())
+
+
+def _specialist(record: MergedRecord, task: str, space: Workspace) -> _What:
+    """The specialist of a version for a task.
+
+    Raises:
+        BadInput: the version holds no such task, or has no specialists.
+    """
+    where = f"version {record.version} of line {record.line}"
+    if task not in record.members:
+        raise BadInput(
+            f"{where} holds no task {task}",
+            expected=", ".join(record.members) or "a version with members",
+            found=task,
+            hint="choose one of these, or a version that holds it",
+        )
+    made = kept_experts(record, space)
+    if made is None:
+        raise BadInput(
+            f"{where} has no specialists",
+            hint=f"make them with `restitch experts {record.line} {record.version}`",
+        )
+    part = made.tasks[task]
+    specialists = {
+        "method": list(made.method),
+        "settings": made.settings,
+        "recipe": made.recipe,
+        "members": made.members,
+        "shared": None if made.shared is None else made.shared.blob,
+        "specialist": part.blob,
+    }
+    told = {
+        "line": record.line,
+        "version": record.version,
+        "version_recipe": record.recipe_digest,
+        "task": task,
+        "specialists": specialists,
+    }
+    return _What(part.blob, {task: record.members[task]}, told)
+
+
 def _write_heads(
-    folder: Path, head: Head, record: MergedRecord, base: Base, space: Workspace
+    folder: Path, head: Head, members: Mapping[str, MergedMember], base: Base, space: Workspace
 ) -> None:
     """The heads of the members' tasks, which lie beside the model and not in it."""
-    for task, member in record.members.items():
+    for task, member in members.items():
         spec = head.tasks[task].spec
         if spec.head is None:
             continue

@@ -10,9 +10,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-from flows.snapshot import retention_task
+from flows.snapshot import line_with_one_method, retention_task
 from flows.store_check import Image
+from flows.trials import prepare
+from flows.versions import members_of
 from merging.digests import canonical_json, digest_file
 from merging.errors import BadInput, Unavailable
 from merging.methods import get_method
@@ -22,12 +25,13 @@ from registry.head import Head, Member, ModelRef
 from registry.history import Entry, MergedRecord
 from registry.inventory import Inventory
 from registry.ledger import head_after
-from registry.references import COPY_SCHEME, MLFLOW_SCHEMES, Reference
+from registry.references import COPY_SCHEME, MLFLOW_SCHEMES, SPECIALISTS, Reference
 from registry.sources import fetched_again, resolve_source
 from registry.specs import MethodSpec, TaskSpec
 from tasks.evaluate import evaluated
+from tasks.experts import write_parts
 from tasks.localize import write_delta
-from tasks.merge import write_patch_of
+from tasks.merge import make_recipe, write_patch_of
 from tasks.models import open_base
 from tasks.refs import LineRef, WeightsRef
 from tasks.remote import list_remote
@@ -92,6 +96,8 @@ class Remedies:
             yield Way(f"the weights at {each.weights}", partial(_list, each.weights, self.space))
         elif each.role in ("manifest", "file"):
             yield from self._model(each)
+        elif each.role in ("experts", "expert"):
+            yield from self._experts(each)
 
     def _in_mlflow(self, digest: str) -> Iterator[Way]:
         lines = {*self.found.heads, *(entry.line for entry in self.found.entries.values())}
@@ -204,6 +210,36 @@ class Remedies:
                     f"evaluating {weights.kind} on {spec.task} again",
                     partial(self._evaluate, head, spec, weights, model),
                 )
+
+    def _experts(self, each: Reference) -> Iterator[Way]:
+        """By making the specialists of a version again, as they were made then."""
+        record, head = self._record(each), self.found.heads.get(each.line)
+        key = (
+            None
+            if record is None
+            else self.found.keys.get(f"keys/{SPECIALISTS}/{record.recipe_digest}")
+        )
+        if record is None or head is None or key is None:
+            return
+
+        def write(file: Path) -> None:
+            with self.space.scratch() as scratch:
+                facts: dict[str, Any] = key.facts
+                chosen = get_method(str(facts["method"]))
+                ready = prepare(
+                    line_with_one_method(head, record),
+                    members_of(head, record),
+                    chosen,
+                    settings=facts["settings"],
+                )
+                recipe = make_recipe(ready.line, ready.members)
+                values, files = write_parts(scratch, ready.line, recipe, self.space)
+                if each.digest in files:
+                    _copy(files[each.digest], file)
+                else:
+                    file.write_bytes(canonical_json(values))
+
+        yield Way(f"the finetuned models of version {record.version}", write)
 
     def _evaluate(
         self, head: Head, spec: TaskSpec, weights: WeightsRef, model: ModelRef | None, file: Path

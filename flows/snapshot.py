@@ -41,14 +41,7 @@ class Snapshot:
     @property
     def line_in_use(self) -> LineRef:
         """The line with one method: of a tournament's that of the version in use, or the first."""
-        method = self.head.spec.method
-        if isinstance(method, MethodSpec):
-            return self.line
-        found = None if self.champion is None else self.champion.recipe["method"]
-        if isinstance(found, dict):
-            values = {name: found[name] for name in ("name", "settings")}
-            return LineRef(self.head.spec.with_method(MethodSpec.from_json(values)), self.head.base)
-        return LineRef(self.head.spec.with_method(method.tournament[0]), self.head.base)
+        return line_with_one_method(self.head, self.champion)
 
     @property
     def gates(self) -> Gates:
@@ -118,6 +111,18 @@ def is_merge_of(record: MergedRecord, recipe: str, members: Iterable[Member]) ->
     versions = {member.task: member.version for member in members}
     recorded = {task: member.version for task, member in record.members.items()}
     return record.recipe_digest == recipe and recorded == versions
+
+
+def line_with_one_method(head: Head, record: MergedRecord | None) -> LineRef:
+    """The line with its method; of a tournament's with that of a version, or else the first."""
+    method = head.spec.method
+    if isinstance(method, MethodSpec):
+        return LineRef(head.spec, head.base)
+    found = None if record is None else record.recipe["method"]
+    one = method.tournament[0]
+    if isinstance(found, dict):
+        one = MethodSpec.from_json({name: found[name] for name in ("name", "settings")})
+    return LineRef(head.spec.with_method(one), head.base)
 
 
 def retention_task(head: Head) -> TaskSpec | None:

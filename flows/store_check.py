@@ -21,7 +21,10 @@ from registry.history import Entry, replay, state_of
 from registry.inventory import Inventory, in_use, take_inventory
 from registry.ledger import Ledger
 from registry.objects import KeyRecord, ObjectStore
+from registry.references import SPECIALISTS
 from registry.store import NotInStore
+from tasks.experts import read_experts
+from tasks.models import open_edits
 from tasks.reporting import working
 from tasks.workspace import Workspace
 
@@ -195,13 +198,15 @@ class Checker:
                 wrong[name] = f"it names {blob}, which is not there"
             elif there.size != key.size:
                 wrong[name] = f"it gives {blob} {key.size} bytes, which has {there.size}"
-            elif problem := self._contradiction(name, key):
+            elif problem := self._contradiction(name, key, known):
                 wrong[name] = problem
         return wrong
 
-    def _contradiction(self, name: str, key: KeyRecord) -> str | None:
+    def _contradiction(self, name: str, key: KeyRecord, known: dict[str, str]) -> str | None:
         """What a key says of its blob that is not so, where the blob itself can tell."""
         _, kind, inputs = name.split("/")
+        if kind == SPECIALISTS:
+            return self._unfit_experts(key, known)
         if kind not in ("mask", "patch"):
             return None
         try:
@@ -214,6 +219,18 @@ class Checker:
         except RestitchError as error:
             return f"it names {key.blob}, which cannot be read: {error.what}"
         return None if kept == key.facts.get("kept") else f"it gives {key.blob} another size"
+
+    def _unfit_experts(self, key: KeyRecord, known: dict[str, str]) -> str | None:
+        """Whether specialists can be read, each with the patch that it selects from."""
+        try:
+            parts = read_experts(key.blob, self.space).parts
+            if any(f"blobs/{part.blob}" in known for part in parts):
+                return None  # it is the part that is damaged
+            for part in parts:
+                open_edits(part.blob, self.space)
+        except RestitchError as error:
+            return f"it names {key.blob}, of which a part cannot be used: {error.what}"
+        return None
 
     def _attempts(self, found: Inventory) -> dict[str, str]:
         wrong = {}

@@ -1,7 +1,8 @@
-"""What a user means: a version by a number, `champion` or `candidate`; a task by its name."""
+"""What a user means: a version by a number, `champion` or `candidate`, and its members; a task."""
 
 from merging.errors import BadInput
-from registry.head import Head
+from registry.head import Head, Member
+from registry.history import MergedRecord
 
 
 def find_version(head: Head, text: str) -> int:
@@ -40,3 +41,16 @@ def check_task(head: Head, task: str) -> None:
             f"line {head.line} has no task {task}",
             found=f"tasks: {', '.join(sorted(head.tasks)) or 'none'}",
         )
+
+
+def members_of(head: Head, record: MergedRecord) -> tuple[Member, ...]:
+    """The members of a merged version, as the line knows them."""
+    return tuple(
+        Member(
+            task=task,
+            version=kept.version,
+            spec=head.tasks[task].spec,
+            model=head.tasks[task].versions[kept.version],
+        )
+        for task, kept in record.members.items()
+    )

@@ -151,7 +151,7 @@ def write_sparse(
             "restitch.tensors": json.dumps(table, separators=(",", ":"), ensure_ascii=False),
         }
         header = write_header(sections, dict(sorted({**metadata, **own}.items())))
-        size = _assemble(path, header, [spools[section] for section in order])
+        size = assemble(path, header, [spools[section] for section in order])
     return SparseInfo(bytes=size, kept=kept)
 
 
@@ -175,7 +175,8 @@ def _factor_bytes(tensor: SparseTensor) -> Any:
     return _bytes_of(factors)
 
 
-def _assemble(path: Path, header: bytes, parts: Iterable[IO[bytes]]) -> int:
+def assemble(path: Path, header: bytes, parts: Iterable[IO[bytes]]) -> int:
+    """Write a header and what was spooled, atomically and durably; how many bytes that is."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:

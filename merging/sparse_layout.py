@@ -101,8 +101,8 @@ def read_table(text: str, *, in_8_bits: bool) -> tuple[dict[str, KeptInfo], dict
         if infos and by_bytes(name) <= last:
             raise ValueError(f"{name!r} is not in name order")
         last = by_bytes(name)
-        shape = tuple(_natural(extent) for extent in extents.split("x")) if extents else ()
-        kept = _natural(count)
+        shape = tuple(natural(extent) for extent in extents.split("x")) if extents else ()
+        kept = natural(count)
         if count_elements(shape) >= 1 << 63:
             raise ValueError(f"{name!r} is larger than any tensor")
         infos[name] = KeptInfo(name, DTYPES[dtype], shape, kept)
@@ -116,7 +116,8 @@ def read_table(text: str, *, in_8_bits: bool) -> tuple[dict[str, KeptInfo], dict
     return infos, parts
 
 
-def _natural(text: str) -> int:
+def natural(text: str) -> int:
+    """A size as it stands in a table; ValueError where it is none."""
     if not (text.isascii() and text.isdigit() and len(text) < 20):
         raise ValueError(f"{text!r} is no size")
     return int(text)

@@ -89,7 +89,7 @@ def write_patch(
     came about.
     """
     return write_sparse(
-        path, _differences(base, edits, progress or ignore), kind="patch", metadata=metadata
+        path, differences(base, edits, progress or ignore), kind="patch", metadata=metadata
     )
 
 
@@ -245,7 +245,8 @@ class _Block:
         return owners.numpy(), true_positions(owners.numpy() > 1)
 
 
-def _differences(base: Checkpoint, edits: Edits, progress: Progress) -> Iterator[SparseTensor]:
+def differences(base: Checkpoint, edits: Edits, progress: Progress) -> Iterator[SparseTensor]:
+    """Where the bytes of edited tensors differ from the base's, tensor by tensor."""
     total, done = sum(base.info(name).nbytes for name in edits.names), 0
     for name in edits.names:
         before = base.tensor(name).view(-1)

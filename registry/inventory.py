@@ -22,9 +22,11 @@ from registry.objects import KeyRecord, ObjectStore, parsed, verified
 from registry.references import (
     COPY_SCHEME,
     MLFLOW_SCHEMES,
+    SPECIALISTS,
     Reference,
     named_in,
     of_acts,
+    of_experts,
     of_head,
     of_manifest,
     of_record,
@@ -32,7 +34,7 @@ from registry.references import (
 from registry.store import Listed, NotInStore
 
 # Small, and asked for by what they were made from, not by what names them: never removed.
-_KEPT_KEYS = ("head", "rows", "analysis")
+_KEPT_KEYS = ("head", "rows", "analysis", SPECIALISTS)
 _AT_ONCE = 8
 
 Read = TypeVar("Read")
@@ -100,6 +102,7 @@ def take_inventory(objects: ObjectStore, progress: Progress = ignore) -> Invento
         found.damaged.setdefault(f"lines/{line}/head.json", "it is missing")
     _read_records(found, objects)
     _read_manifests(found, objects)
+    _read_experts(found, objects)
     return found
 
 
@@ -116,7 +119,8 @@ def in_use(found: Inventory, objects: ObjectStore) -> set[str]:
     # What is being onboarded, or will be tried again, may ask for a mask that no act names yet.
     waiting = any(head.in_state("registered", "waiting") for head in found.heads.values())
     manifests = {each.removeprefix(COPY_SCHEME) for each in named if each.startswith(COPY_SCHEME)}
-    for name, key in found.keys.items():
+    # Those that are kept first: another key may name the same blob.
+    for name, key in sorted(found.keys.items(), key=lambda item: _kind(item[0]) not in _KEPT_KEYS):
         kind, inputs = name.split("/")[1:3]
         if (
             kind in _KEPT_KEYS
@@ -126,12 +130,16 @@ def in_use(found: Inventory, objects: ObjectStore) -> set[str]:
         ):
             used.add(name)
             named.add(key.blob)
-            if kind == "source":
+            if kind in ("source", SPECIALISTS):
                 manifests.add(key.blob)
     for digest in manifests & {name.rpartition("/")[2] for name in found.listed}:
         with contextlib.suppress(Damage, ValueError):
             named.update(named_in(json.loads(_manifest(found, objects, digest))))
     return used | {f"blobs/{each}" for each in named if f"blobs/{each}" in found.listed}
+
+
+def _kind(key: str) -> str:
+    return key.split("/")[1]
 
 
 def mentioned(found: Inventory) -> set[str]:
@@ -247,6 +255,22 @@ def _read_manifests(found: Inventory, objects: ObjectStore) -> None:
         except (Damage, ValueError) as error:
             text = _said(error) if isinstance(error, Damage) else "it is no list of files"
             found.damaged[f"blobs/{manifest.digest}"] = text
+
+
+def _read_experts(found: Inventory, objects: ObjectStore) -> None:
+    """The parts of the specialists that versions keep."""
+    for name, key in found.keys.items():
+        if _kind(name) != SPECIALISTS:
+            continue
+        line, version = str(key.facts.get("line")), key.facts.get("version")
+        number = version if isinstance(version, int) else 0
+        one = Reference(key.blob, "experts", line, f"version {number}", number=number)
+        found.refer([one])
+        try:
+            found.refer(list(of_experts(_manifest(found, objects, key.blob), one)))
+        except (Damage, ValueError) as error:
+            text = _said(error) if isinstance(error, Damage) else "it is no list of specialists"
+            found.damaged[f"blobs/{key.blob}"] = text
 
 
 def _models(head: Head) -> list[tuple[str, int, ModelVersion]]:

@@ -8,7 +8,7 @@ and address that stands anywhere in a text, for whoever must not remove too much
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from registry.head import Head, ModelRef, ModelVersion
@@ -17,9 +17,23 @@ from registry.history import Entry, MergedRecord
 # record: of a merged version. result: an evaluation. manifest: the list of a model's files.
 # listing: of the tensors of a model in a bucket, with their digests.
 # statistic: what a method needs of a member beside its delta.
+# experts: the list of a version's specialists. expert: one of its parts.
 Role = Literal[
-    "record", "patch", "delta", "result", "manifest", "file", "listing", "attached", "statistic"
+    "record",
+    "patch",
+    "delta",
+    "result",
+    "manifest",
+    "file",
+    "listing",
+    "attached",
+    "statistic",
+    "experts",
+    "expert",
 ]
+
+# Keys of the specialists that versions keep, by the recipe of the version.
+SPECIALISTS = "specialists"
 
 # A copy of a model in the store, by the digest of the list of its files.
 COPY_SCHEME = "store://"
@@ -66,6 +80,8 @@ class Reference:
             "listing": "the digests of the tensors",
             "file": f"the file {self.weights}",
             "attached": f"the file {self.weights}",
+            "experts": "the list of the specialists",
+            "expert": f"the specialist of {self.task}" if self.task else "what specialists share",
         }[self.role]
         return f"{what} of {self.owner} ({self.line})"
 
@@ -139,6 +155,23 @@ def of_manifest(data: bytes, manifest: Reference) -> Iterator[Reference]:
         raise ValueError("no object")  # noqa: TRY004
     for name, digest in values.get("files", {}).items():
         yield Reference(str(digest), "file", manifest.line, manifest.owner, str(name))
+
+
+def of_experts(data: bytes, experts: Reference) -> Iterator[Reference]:
+    """The parts of a version's specialists.
+
+    Raises:
+        ValueError: it is no list of them.
+    """
+    try:
+        values = json.loads(data)
+        parts = {task: str(part["blob"]) for task, part in values["tasks"].items()}
+        if values["shared"] is not None:
+            parts[""] = str(values["shared"]["blob"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no list of specialists: {error!r}") from error
+    for task, digest in parts.items():
+        yield replace(experts, digest=digest, role="expert", task=task)
 
 
 def named_in(value: Any) -> Iterator[str]:

@@ -75,7 +75,16 @@ def check_kept(objects: ObjectStore, old: Head | None, new: Head) -> None:
         return
     before = {each.digest for each in of_head(old)} if old is not None else set()
     added = [each for each in of_head(new) if each.digest not in before]
-    wanted = {f"blobs/{digest}" for digest in _whole(objects, added) - before}
+    check_there(objects.store, {f"blobs/{each}" for each in _whole(objects, added) - before})
+
+
+def check_there(store: Store, wanted: set[str]) -> None:
+    """Make sure that objects are there, and stay, which something names since a moment ago.
+
+    Raises:
+        Unavailable: one was removed meanwhile, or is being removed all the time.
+    """
+    state, _ = _state(store)
     deadline = time.monotonic() + _WAIT_AT_MOST
     while _is_alive(state) and wanted & set(state["names"]):
         if time.monotonic() > deadline:
@@ -85,10 +94,10 @@ def check_kept(objects: ObjectStore, old: Head | None, new: Head) -> None:
                 hint="run the same command again when that has ended",
             )
         time.sleep(_LOOK_EVERY)
-        state, _ = _state(objects.store)
+        state, _ = _state(store)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         names = sorted(wanted)
-        there = pool.map(objects.store.exists, names)
+        there = pool.map(store.exists, names)
         gone = [name for name, is_there in zip(names, there, strict=True) if not is_there]
     if gone:
         raise Unavailable(

@@ -5,7 +5,7 @@ texts: nothing in a reason, a source or a licence becomes markup.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -43,8 +43,48 @@ def model_card(head: Head, record: MergedRecord, origin: Provenance) -> str:
         _recipe(head, record),
         _table(("software", "version"), list(record.software.items())),
         "## How to verify it",
-        _verification(record, origin),
+        _verification(_commands(record), origin),
     ]
+    return _page(parts)
+
+
+def specialist_card(
+    head: Head, record: MergedRecord, task: str, made: Mapping[str, Any], origin: Provenance
+) -> str:
+    """The README.md of the specialist for one task of a merged version.
+
+    Args:
+        head: of the line.
+        record: the version.
+        task: one of its members'.
+        made: how the specialists were made, as `restitch.json` says it.
+        origin: where the version comes from, with the digest of these weights.
+    """
+    line, version = record.line, record.version
+    again = f"restitch export {line} {version} OUT --task {task}  # the same weights again"
+    members = [
+        (name, str(m.version), _source(m.uri), f"`{m.weights}`")
+        for name, m in record.members.items()
+    ]
+    parts = [
+        _front_matter(head, origin),
+        f"# {line}, version {version}: {task}",
+        f"The specialist for `{task}`: {_source(head.base.uri)} with the part of the multi-task "
+        f"vector of {len(record.members)} finetuned models that the mask of `{task}` selects. "
+        "It is for this task alone.",
+        "## Members",
+        _table(("task", "version", "finetuned model", "weights"), members),
+        "## Licences",
+        _licences(head, record, origin),
+        "## Recipe",
+        f"All details are in `restitch.json`.\n\n```json\n{canonical_json(made).decode()}\n```",
+        "## How to verify it",
+        _verification(again, origin),
+    ]
+    return _page(parts)
+
+
+def _page(parts: Sequence[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -170,12 +210,15 @@ def _recipe(head: Head, record: MergedRecord) -> str:
     )
 
 
-def _verification(record: MergedRecord, origin: Provenance) -> str:
+def _commands(record: MergedRecord) -> str:
     line, version = record.line, record.version
-    commands = (
+    return (
         f"restitch verify {line} --version {version}  # trail, digests, the patch rebuilt\n"
         f"restitch export {line} {version} OUT  # the same weights again, byte for byte"
     )
+
+
+def _verification(commands: str, origin: Provenance) -> str:
     text = f"With the line's store:\n\n```sh\n{commands}\n```"
     if origin.weights is None:
         return text

@@ -177,6 +177,11 @@ def _write(file: Path, base: Base, recipe: Recipe, space: Workspace) -> SparseIn
 def recipe_edits(base: Base, recipe: Recipe, space: Workspace) -> Edits:
     """The merged model of a recipe, computed tensor by tensor as it is asked for."""
     method = get_method(recipe.method.name)
+    return method(base.checkpoint, recipe_members(base, recipe, space), **recipe.method.settings)
+
+
+def recipe_members(base: Base, recipe: Recipe, space: Workspace) -> list[StitchMember]:
+    """The members of a recipe with their deltas, opened."""
     members = []
     for member in recipe.members:
         delta = SparseFile.open(space.objects.blob_path(member.delta), base.checkpoint)
@@ -189,7 +194,7 @@ def recipe_edits(base: Base, recipe: Recipe, space: Workspace) -> Edits:
                 hint="restore the store from a backup, and find out what altered it",
             )
         members.append(StitchMember(member.task, delta, _statistics(base, recipe, member, space)))
-    return method(base.checkpoint, members, **recipe.method.settings)
+    return members
 
 
 def _statistics(

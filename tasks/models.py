@@ -21,7 +21,7 @@ from merging.coordinates import select_tensors
 from merging.digests import digest_file, digest_json
 from merging.edits import Edits
 from merging.errors import BadInput, Unavailable
-from merging.sparse import SparseFile
+from merging.expert_store import open_expert
 from merging.task_vector import TaskVector
 from modeling.family import Family, get_family
 from modeling.weights import apply_edits, restore, set_weights
@@ -284,9 +284,8 @@ class LiveBase:
     def _put_on(self, weights: WeightsRef, space: Workspace) -> list[str]:
         if weights.kind == "base":
             return []
-        if weights.kind in ("grafted", "merged"):
-            path = space.objects.blob_path(weights.identity)
-            edits: Edits = SparseFile.open(path, self.base.checkpoint)
+        if weights.kind in ("grafted", "merged", "expert"):
+            edits = open_edits(weights.identity, space, self.base.checkpoint)
             apply_edits(self.parameters, self.base.checkpoint, edits)
             return list(edits.names)
         base = self.base.checkpoint
@@ -298,6 +297,20 @@ class LiveBase:
                 names = [n for n in names if n in frozenset(self.base.names)]
             set_weights(self.parameters, ((n, finetuned.tensor(n)) for n in names))
         return names
+
+
+def open_edits(blob: str, space: Workspace, base: Checkpoint | None = None) -> Edits:
+    """What a delta, a patch or the mask of a specialist makes of the base.
+
+    Args:
+        blob: its digest.
+        space: where it is.
+        base: what it lies on, which values in 8 bits are read beside.
+
+    Raises:
+        Damage: it, or the patch that a mask selects from, is missing or altered.
+    """
+    return open_expert(space.objects.blob_path(blob), space.objects.blob_path, base)
 
 
 @contextmanager

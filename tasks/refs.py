@@ -77,7 +77,7 @@ class StatisticRef:
     seconds: float | None = None
 
 
-WeightsKind = Literal["base", "finetuned", "localizable", "grafted", "merged"]
+WeightsKind = Literal["base", "finetuned", "localizable", "grafted", "merged", "expert"]
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,10 @@ class WeightsRef:
 
     Attributes:
         kind: the base itself; a finetuned model whole; the base with all of its localizable
-            coordinates finetuned; the base with one delta; a merged model.
-        identity: digest of what lies on top: of the finetuned weights, the delta or the patch.
+            coordinates finetuned; the base with one delta; a merged model; the specialist of a
+            task.
+        identity: digest of what lies on top: of the finetuned weights, the delta, the patch, or
+            the mask of a specialist, which names the patch that it selects from.
         uri: where a finetuned model is read; the others are in the store.
     """
 

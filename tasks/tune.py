@@ -2,28 +2,31 @@
 
 Every value is tried on the same rows: those of `validation`, or the part of train that is set
 apart, at most 500 of each task, each class with its share. The best has the highest mean over the
-tasks, the first of equals. Test rows are never looked at. What was tried is kept in the store by
+tasks, the first of equals; of a method with one model per task, each task has a best value of its
+own, by its own rows. Test rows are never looked at. What was tried is kept in the store by
 all that it depends on, so that a comparison that is repeated tunes nothing again.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from merging.digests import digest_json
 from merging.errors import BadInput
-from merging.methods import Method
+from merging.methods import Method, get_method
 from merging.recipe import Recipe
 from modeling.evaluation import EVALUATOR_VERSION
 from registry.head import Member
 from tasks.engine import Cached, step
 from tasks.evaluate import Exam
+from tasks.experts import recipe_experts
 from tasks.inputs import has_validation, head_inputs
 from tasks.merge import make_recipe, recipe_edits
-from tasks.models import Base, device, live_base, open_base
+from tasks.models import Base, LiveBase, device, live_base, open_base
 from tasks.refs import LineRef
 from tasks.reporting import working
-from tasks.workspace import made_by, workspace
+from tasks.workspace import Workspace, made_by, workspace
 
 MOST_ROWS = 500
 
@@ -34,13 +37,13 @@ class Tuned:
 
     Attributes:
         setting: its name.
-        value: the best.
+        value: the best; by task, where each has one of its own.
         curve: every value that was tried, with the metric of each task and their mean.
         rows: how many rows of each task were looked at.
     """
 
     setting: str
-    value: float
+    value: float | dict[str, float]
     curve: tuple[dict[str, Any], ...]
     rows: dict[str, int]
 
@@ -86,18 +89,41 @@ def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | 
     curve: list[dict[str, Any]] = []
     with working(f"tuning {method.name}") as progress:
         for number, (value, recipe) in enumerate(zip(values, recipes, strict=True)):
-            edits = recipe_edits(base, recipe, space)
-            with live.edited(edits):
-                found = {exam.spec.task: exam.take().value for exam in exams}
+            found = _tried(live, base, recipe, exams, space)
             mean = sum(found.values()) / len(found)
             curve.append({"value": value, "mean": mean, "tasks": found})
             progress(number + 1, len(values))
-    best = max(curve, key=lambda point: float(point["mean"]))
     rows = {exam.spec.task: exam.count for exam in exams}
-    result = Tuned(setting, float(best["value"]), tuple(curve), rows)
+    best: float | dict[str, float] = _best(curve, lambda point: float(point["mean"]))
+    if method.kind == "experts":
+        best = {task: _best(curve, _of_task(task)) for task in rows}
+    result = Tuned(setting, best, tuple(curve), rows)
     blob = space.objects.put_json(result.as_dict())
     space.objects.publish("tuning", key, blob, made_by=made_by())
     return result
+
+
+def _tried(
+    live: LiveBase, base: Base, recipe: Recipe, exams: list[Exam], space: Workspace
+) -> dict[str, float]:
+    """What a merged model reaches on each task, or each task's own model on that."""
+    if get_method(recipe.method.name).kind == "experts":
+        experts, found = recipe_experts(base, recipe, space), {}
+        for exam in exams:
+            with live.edited(experts.for_task(exam.spec.task)):
+                found[exam.spec.task] = exam.take().value
+        return found
+    with live.edited(recipe_edits(base, recipe, space)):
+        return {exam.spec.task: exam.take().value for exam in exams}
+
+
+def _best(curve: list[dict[str, Any]], score: Callable[[dict[str, Any]], float]) -> float:
+    """The value of the point with the highest score, the first of equals."""
+    return float(max(curve, key=score)["value"])
+
+
+def _of_task(task: str) -> Callable[[dict[str, Any]], float]:
+    return lambda point: float(point["tasks"][task])
 
 
 def _with(line: LineRef, setting: str, value: float) -> LineRef:

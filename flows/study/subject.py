@@ -10,19 +10,17 @@ from functools import cached_property
 from typing import Any
 
 from flows.snapshot import Snapshot
+from flows.trials import Trial, everything, masks_like, own_settings, prepare
 from merging.errors import BadInput
-from merging.methods import Method, get_method, resolve_settings
+from merging.methods import Method, get_method
 from modeling.family import Family, get_family
 from registry.head import Member
 from registry.localize_spec import LocalizeSpec
-from registry.specs import MethodSpec
 from tasks.evaluate import evaluate
 from tasks.inputs import evaluation_split, has_validation
-from tasks.localize import localize
 from tasks.merge import make_recipe, stitch
-from tasks.refs import DeltaRef, LineRef, PatchRef, ResultRef, WeightsRef
+from tasks.refs import LineRef, PatchRef, ResultRef, WeightsRef
 from tasks.report.drawing import Plot
-from tasks.tune import Tuned, tune
 
 STITCHING = "localize-and-stitch"
 
@@ -40,23 +38,6 @@ class Study:
     rows: Sequence[Mapping[str, Any]]
     plots: Sequence[Plot]
     notes: Sequence[str] = ()
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Some members, ready to be merged in some way.
-
-    Attributes:
-        line: with the method, its settings, and how masks are found.
-        members: with the deltas that the method merges.
-        deltas: how these were found.
-        choice: what tuning found, where it was asked for.
-    """
-
-    line: LineRef
-    members: tuple[Member, ...]
-    deltas: tuple[DeltaRef, ...]
-    choice: Tuned | None = None
 
 
 @dataclass(frozen=True)
@@ -148,13 +129,11 @@ class Subject:
 
     def masks(self, **choice: Any) -> LocalizeSpec:
         """How masks are found in the line, otherwise where `choice` says so."""
-        given = self.line.spec.localize
-        kept = ("include", "exclude", "seed", "values")
-        return LocalizeSpec(**{name: getattr(given, name) for name in kept} | choice)
+        return masks_like(self.line.spec, **choice)
 
     def everything(self) -> LocalizeSpec:
         """Whole task vectors, to the bit."""
-        return self.masks(mode="dataless", density=1.0, values="exact")
+        return everything(self.line.spec)
 
     def prepare(
         self,
@@ -175,16 +154,9 @@ class Subject:
                 own.
             tuned: choose the setting that it tunes on validation rows, where all have them.
         """
-        line = self._line_with(method, masks, settings or {})
-        given = tuple(members)
-        deltas = tuple(localize(line, member.spec, member.model.model) for member in given)
-        ready = tuple(_with(m, delta) for m, delta in zip(given, deltas, strict=True))
-        if not tuned or method.tunes is None or not self.can_tune:
-            return Trial(line, ready, deltas)
-        choice = tune(line, ready, method)
-        chosen = {**line.spec.method.settings, choice.setting: choice.value}
-        tuned_line = LineRef(line.spec.with_method_settings(chosen), line.base)
-        return Trial(tuned_line, ready, deltas, choice)
+        chosen = {**own_settings(self.line, method), **(settings or {})}
+        tuned = tuned and self.can_tune
+        return prepare(self.line, members, method, tuned=tuned, masks=masks, settings=chosen)
 
     def reached(self, trial: Trial) -> Reached:
         """What the merged model of a trial reaches on the rows that results are reported on."""
@@ -200,22 +172,3 @@ class Subject:
             except BadInput:  # its folder may be gone: the merge does not need it
                 continue
         return Reached(patch, found, whole)
-
-    def _line_with(
-        self, method: Method, masks: LocalizeSpec | None, settings: Mapping[str, Any]
-    ) -> LineRef:
-        spec = self.line.spec
-        own = spec.method.settings if spec.method.name == method.name else {}
-        resolved = resolve_settings(method.name, {**own, **settings})
-        keeps_all = self.method.whole or spec.localize.density == 1.0
-        if masks is None and method.whole:
-            masks = self.everything()
-        elif masks is None:
-            masks = self.masks(mode="dataless") if keeps_all else spec.localize
-        chosen = {"method": MethodSpec(name=method.name, settings=resolved), "localize": masks}
-        return LineRef(spec.model_copy(update=chosen), self.line.base)
-
-
-def _with(member: Member, delta: DeltaRef) -> Member:
-    model = member.model.model_copy(update={"mask": delta.mask, "delta": delta.blob})
-    return member.model_copy(update={"model": model})

@@ -1,6 +1,7 @@
 """Merge methods: one file each in this folder, one decorated function each.
 
-A method is a function `(base, members, *, setting=default, ...) -> Edits`. Its keyword
+A method is a function `(base, members, *, setting=default, ...) -> Edits`, or `-> Experts` where
+it gives one model for each task. Its keyword
 parameters with their types and defaults are its settings; nothing else describes them.
 The folder is scanned when a method is first asked for, so a new file is all that a new
 method needs (docs/adding_a_method.md).
@@ -13,12 +14,14 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, cast, get_type_hints
 
 from merging.edits import Edits
 from merging.errors import BadInput
+from merging.experts import Experts
 
-_F = TypeVar("_F", bound=Callable[..., Edits])
+_F = TypeVar("_F", bound=Callable[..., Edits | Experts])
+KINDS = ("merged", "experts")
 _REGISTERED: dict[str, "Method"] = {}
 
 
@@ -31,7 +34,7 @@ class Method:
         version: raised whenever the same input gives other bytes.
         source: the paper or code it follows.
         exact: whether the result is the same bytes on every machine.
-        kind: `merged` for one model for all tasks.
+        kind: `merged` for one model for all tasks, `experts` for one for each of them.
         whole: whether it needs whole task vectors: deltas that keep every coordinate.
         needs: the statistics that it needs of each member beside its delta, all of them found on
             the train rows of its task (`merging.stitch.Member.statistics`).
@@ -48,11 +51,29 @@ class Method:
     needs: tuple[str, ...]
     tunes: tuple[str, tuple[float, ...]] | None
     settings: Mapping[str, Any]
-    function: Callable[..., Edits] = field(repr=False)
+    function: Callable[..., Edits | Experts] = field(repr=False)
 
     def __call__(self, *args: Any, **settings: Any) -> Edits:
-        """Merge: the base, the members, and settings by name."""
-        return self.function(*args, **settings)
+        """Merge: the base, the members, and settings by name.
+
+        Raises:
+            BadInput: it gives no merged model.
+        """
+        if self.kind != "merged":
+            raise BadInput(
+                f"the method {self.name} gives no merged model",
+                expected="a method with one model for all tasks",
+                found=f"{self.name}, which gives one for each task and must be told which is asked",
+                hint="choose another method for the line; "
+                f"`restitch experts` and `restitch compare --methods {self.name}` use this one",
+            )
+        return cast(Edits, self.function(*args, **settings))
+
+    def experts(self, *args: Any, **settings: Any) -> Experts:
+        """One model per task: the base, the members, and settings by name."""
+        if self.kind != "experts":
+            raise ValueError(f"the method {self.name} gives no experts")
+        return cast(Experts, self.function(*args, **settings))
 
 
 def method(
@@ -78,6 +99,8 @@ def method(
         if bare or name in _REGISTERED:
             raise ValueError(f"method {name!r}: registered twice, or no default for {bare}")
         settings = {item.name: item.default for item in keywords}
+        if kind not in KINDS:
+            raise ValueError(f"method {name!r} is of no kind that there is: {kind!r}")
         if tunes is not None and tunes[0] not in settings:
             raise ValueError(f"method {name!r} has no setting {tunes[0]!r} to tune")
         _REGISTERED[name] = Method(

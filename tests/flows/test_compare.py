@@ -5,8 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from merging.methods import get_method
+from merging.checkpoint import Checkpoint
+from merging.digests import digest_file
+from merging.errors import Unavailable
+from merging.methods import get_method, method_names
 from tests.cli.test_end_to_end import plain
 from tests.flows.test_localizing import with_splits
 from tests.shell import Shell
@@ -41,14 +45,13 @@ def tuned(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> dict[str, A
     return found
 
 
-def rows(found: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    return {row["method"]: row for row in found["methods"]}
+def rows(found: dict[str, Any], kind: str = "methods") -> dict[str, dict[str, Any]]:
+    return {row["method"]: row for row in found[kind]}
 
 
 def test_every_method_is_measured_on_the_same_rows(tuned: dict[str, Any]) -> None:
-    from merging.methods import method_names
-
-    assert set(rows(tuned)) == set(method_names())
+    merged = {name for name in method_names() if get_method(name).kind == "merged"}
+    assert set(rows(tuned)) == merged
     means = [row["mean_accuracy"] for row in tuned["methods"]]
     assert means == sorted(means, reverse=True)
     for row in tuned["methods"]:
@@ -58,11 +61,42 @@ def test_every_method_is_measured_on_the_same_rows(tuned: dict[str, Any]) -> Non
         }
         assert all(r["split"] == "test" and r["interval"] for r in row["results"].values())
         assert 0 <= row["retention"]["ratio"] <= 2
+        assert row["memory"] is None or row["memory"] >= 0
         method = get_method(row["method"])
         deltas = "whole task vectors" if method.whole else "sparse deltas"
         assert row["needs"] == (f"{deltas} and train rows" if method.needs else deltas)
         assert bool(row["statistics"]) == bool(method.needs)
     assert tuned["left_out"] == {}
+
+
+def test_experts_stand_in_a_table_of_their_own(tuned: dict[str, Any]) -> None:
+    experts = rows(tuned, "experts")
+    assert set(experts) == set(method_names()) - set(rows(tuned))
+    of_base = rows(tuned)["averaging"]["results"]
+    for row in experts.values():
+        for task, one in row["results"].items():
+            assert one["data"] == of_base[task]["data"]
+            assert one["interval"]["low"] <= one["expert"] <= one["interval"]["high"]
+            assert one["finetuned"] == of_base[task]["finetuned"]
+        room = row["bytes"]
+        assert room["all"] == room["shared"] + sum(room["tasks"].values()) > 0
+        assert (room["shared"] == 0) == (row["method"] == "magnitude-pruning")
+        assert "retention" not in row
+    # What it recovers: the finetuned model says what the classes of its task are.
+    assert experts["tall"]["mean_normalized"] > rows(tuned)["averaging"]["mean_normalized"]
+
+
+def test_each_task_has_the_threshold_that_is_best_for_it_alone(tuned: dict[str, Any]) -> None:
+    for name in ("tall", "tall-ties"):
+        row = rows(tuned, "experts")[name]
+        curve = row["tuned"]["curve"]
+        assert [point["value"] for point in curve] == [0.2, 0.3, 0.4, 0.5, 0.6]
+        for task in TASKS:
+            best = max(point["tasks"][task] for point in curve)
+            first = next(point for point in curve if point["tasks"][task] == best)
+            assert row["tuned"]["value"][task] == first["value"]
+        assert row["settings"]["threshold"] == row["tuned"]["value"]
+    assert rows(tuned, "experts")["emr"]["tuned"] is None
 
 
 def test_the_lines_own_method_has_the_bytes_of_its_champion(
@@ -114,16 +148,23 @@ def test_again_it_makes_nothing_anew_and_without_tuning_it_takes_the_defaults(
         assert row["seconds"] is None, "its patch was in the store"
         assert row["tuned"] == rows(tuned)[name]["tuned"]
         assert row["patch"] == rows(tuned)[name]["patch"]
-    plainly = rows(shell.json("compare", "demo", "--methods", "task-arithmetic"))
-    assert plainly["task-arithmetic"]["settings"] == {"alpha": 0.4}
-    assert plainly["task-arithmetic"]["tuned"] is None
+    plainly = shell.json("compare", "demo", "--methods", "task-arithmetic,tall")
+    for row, default in (
+        (rows(plainly)["task-arithmetic"], {"alpha": 0.4}),
+        (rows(plainly, "experts")["tall"], {"threshold": 0.4}),
+    ):
+        assert (row["settings"], row["tuned"]) == (default, None)
+    repeated = rows(shell.json("compare", "demo", "--methods", "tall"), "experts")["tall"]
+    assert (repeated["seconds"], repeated["memory"]) == (None, None)
+    assert repeated["bytes"] == rows(plainly, "experts")["tall"]["bytes"]
 
 
 def test_the_table_has_every_method_with_its_tuned_setting(shell: Shell) -> None:
     table = plain(shell("compare", "demo", "--tune").out)
     assert "2 methods" not in table
-    for name in ("averaging", "ties", "consensus-ta", "base", "finetuned"):
+    for name in ("averaging", "ties", "consensus-ta", "base", "finetuned", "emr", "of models"):
         assert name in table
+    assert "colour=0." in table
     assert "(tuned)" in table
 
 
@@ -141,19 +182,141 @@ def test_it_is_a_run_in_mlflow(shell: Shell, tuned: dict[str, Any]) -> None:
     for name, row in rows(tuned).items():
         assert first.data.metrics[f"{name}/mean_accuracy"] == pytest.approx(row["mean_accuracy"])
         assert first.data.metrics[f"{name}/retention"] == pytest.approx(row["retention"]["ratio"])
+    for name, row in rows(tuned, "experts").items():
+        assert first.data.metrics[f"{name}/mean_accuracy"] == pytest.approx(row["mean_accuracy"])
+        assert first.data.metrics[f"{name}/bytes"] == row["bytes"]["all"]
 
 
-def test_what_it_made_can_be_cleared_away(shell: Shell, tuned: dict[str, Any]) -> None:
+def digests(folder: Path) -> dict[str, str]:
+    return {path.name: digest_file(path) for path in folder.iterdir() if path.is_file()}
+
+
+@pytest.fixture(scope="module")
+def kept(
+    shell: Shell, tuned: dict[str, Any], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[dict[str, Any], Path]:
+    """The specialists of the champion with tuned thresholds, and an export of that for `colour`."""
+    early = tmp_path_factory.mktemp("early") / "colour"
+    refused = shell("export", "demo", "champion", early, "--task", "colour", code=3)
+    assert "make them with `restitch experts demo 2`" in refused.err
+    found = shell.json("experts", "demo", "--tune")
+    shell("export", "demo", "champion", early, "--task", "colour")
+    return found, early
+
+
+def test_specialists_are_those_of_the_comparison_beside_their_finetuned_models(
+    shell: Shell, tuned: dict[str, Any], kept: tuple[dict[str, Any], Path]
+) -> None:
+    found, _ = kept
+    compared = rows(tuned, "experts")["tall"]
+    for same in ("recipe", "settings", "results", "bytes", "tuned"):
+        assert found[same] == compared[same]
+    assert found["bytes"]["models"] > found["bytes"]["all"]
+    shown = plain(shell("experts", "demo", "--tune").out)
+    for text in ("colour", "95 %", "grafted", "finetuned", "shared by all", "colour=0."):
+        assert text in shown
+
+
+def test_an_exported_specialist_is_base_plus_mask_times_multi_task_vector(
+    world: World, kept: tuple[dict[str, Any], Path]
+) -> None:
+    found, out = kept
+    base, own, made = (Checkpoint.open(p) for p in (world.base, world.model("colour"), out))
+    other = Checkpoint.open(world.model("number"))
+    threshold = found["settings"]["threshold"]["colour"]
+    changed = 0
+    for name in base.names:
+        before = base.tensor(name)
+        if base.info(name).dtype.is_floating_point and "encoder.layer" in name:
+            wide = before.double()
+            vectors = [wide * -1 + model.tensor(name).double() for model in (own, other)]
+            together = vectors[0] + vectors[1]
+            mask = vectors[0].abs() >= threshold * (together - vectors[0]).abs()
+            before = torch.where(mask, (wide + together).to(before.dtype), before)
+            changed += int(mask.sum())
+        assert torch.equal(made.tensor(name), before)
+    assert changed
+    told = json.loads((out / "restitch.json").read_text())
+    assert (told["task"], told["specialists"]["method"]) == ("colour", ["tall", 1])
+    assert "demo, version 2: colour" in (out / "README.md").read_text()
+
+
+def test_what_it_made_can_be_cleared_away_but_no_specialist_is(
+    shell: Shell, tuned: dict[str, Any], kept: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
     shell("gc", "--older-than", "0s", "--yes")
     assert shell.json("verify", "--deep")["intact"]
     again = rows(shell.json("compare", "demo", "--methods", "averaging"))["averaging"]
     assert again["seconds"] is not None, "it was made anew"
     assert again["patch"] == rows(tuned)["averaging"]["patch"]
+    shell("export", "demo", "champion", tmp_path / "colour", "--task", "colour")
+    assert digests(tmp_path / "colour") == digests(kept[1])
+
+
+def test_a_version_has_one_set_of_specialists(
+    shell: Shell, kept: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    refused = shell("experts", "demo", "--method", "emr", code=3).err
+    assert "has other specialists" in refused
+    assert "--replace" in refused
+    found = shell.json("experts", "demo", "--method", "emr", "--replace")
+    shell("export", "demo", "champion", tmp_path / "emr", "--task", "colour")
+    assert digests(tmp_path / "emr") != digests(kept[1])
+    room = shell.json("gc", "--older-than", "0s", "--yes")
+    assert room["kinds"]["experts"]["objects"] == 1, "the list of those that were replaced"
+    assert shell.json("experts", "demo", "--method", "emr")["bytes"] == found["bytes"]
+    shell.json("experts", "demo", "--tune", "--replace")
+
+
+def test_specialists_that_a_removal_took_meanwhile_are_not_named(
+    shell: Shell, kept: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def removed(*_: object) -> None:
+        raise Unavailable("what this act names was removed")
+
+    assert len(list((shell.home / "store/keys/specialists").iterdir())) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr("flows.experts.check_there", removed)
+        shell("experts", "demo", "--method", "emr", "--replace", code=6)
+    assert not list((shell.home / "store/keys/specialists").iterdir())
+    assert shell.json("experts", "demo", "--tune")["manifest"] == kept[0]["manifest"]
+
+
+def test_damaged_specialists_are_told_and_made_again(
+    shell: Shell, kept: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    store = shell.home / "store"
+    manifest = store / "blobs" / kept[0]["manifest"]
+    parts = json.loads(manifest.read_bytes())
+    shared, mask = (
+        store / "blobs" / part["blob"] for part in (parts["shared"], parts["tasks"]["colour"])
+    )
+    whole = {path: path.read_bytes() for path in (shared, mask, manifest)}
+    shared.write_bytes(whole[shared][:-1])
+    mask.unlink()
+    found = shell.json("verify", "--deep", code=7)
+    told = {one["object"].rpartition("/")[2]: one for one in found["store"]["damaged"]}
+    assert set(told) == {shared.name, mask.name}
+    assert told[mask.name]["what"] == ["the specialist of colour of version 2 (demo)"]
+    assert (
+        "damaged"
+        in shell("export", "demo", "champion", tmp_path / "x", "--task", "number", code=7).err
+    )
+    manifest.unlink()
+    shell.json("verify", "--deep", "--repair")
+    assert {path: path.read_bytes() for path in whole} == whole
+    assert shell.json("verify", "--deep")["intact"]
 
 
 def test_mistakes_are_told(shell: Shell, world: World, tmp_path: Path) -> None:
     done = shell("compare", "demo", "--methods", "tie", code=3)
     assert "did you mean 'ties'" in done.err
+    done = shell("experts", "demo", "--method", "ties", code=3)
+    assert "tall or tall-ties" in done.err
+    done = shell("export", "demo", "champion", tmp_path / "x", "--task", "animal", code=3)
+    assert "holds no task animal" in done.err
+    line = world.line(tmp_path / "e.yaml", line="e", method="tall", localize=None)
+    assert "gives no merged model" in shell("init", line, code=3).err
     shell("init", world.line(tmp_path / "empty.yaml", line="empty"))
     assert "no member to merge" in shell("compare", "empty", code=3).err
 

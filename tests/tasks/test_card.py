@@ -11,7 +11,7 @@ from modeling.licence import Licence
 from registry.history import Interval, TaskResult
 from registry.objects import ObjectStore
 from registry.store import FolderStore
-from tasks.card import model_card
+from tasks.card import model_card, specialist_card
 from tasks.provenance import Provenance, licence_of, lineage, provenance
 from tests.conftest import Three
 from tests.registry import builders
@@ -98,6 +98,22 @@ def test_gates_stand_with_what_they_decided_by() -> None:
     text = card(builders.record(gates=gates))
     assert "| min_retention |  | 0.9000 | 0.95 | failed (block) |" in text
     assert "| max_task_drop | a | 0.0000 | 0.1 | passed |" in text
+
+
+def test_the_card_of_a_specialist_says_whose_it_is_and_what_is_in_it() -> None:
+    head = builders.head()
+    record = builders.record(tasks=("a", "b"))
+    origin = Provenance(weights="w" * 64, licences={"a": MIT, "b": MIT}, base_licence=MIT)
+    text = specialist_card(head, record, "a", {"method": ["tall", 1]}, origin)
+    assert f"# {record.line}, version {record.version}: a\n" in text
+    assert "The specialist for `a`" in text
+    assert front_matter(text)["license"] == "mit"
+    for member in record.members.values():
+        assert member.weights in text
+        assert member.delta not in text
+    assert '{"method":["tall",1]}' in text
+    assert f"restitch export {record.line} {record.version} OUT --task a" in text
+    assert f"It prints `{'w' * 64}`" in text
 
 
 def test_a_card_without_a_benchmark_or_members_stands() -> None:

@@ -1,0 +1,70 @@
+"""EMR-Merging (Huang et al., NeurIPS 2024): elect, mask and rescale, without tuning.
+
+What is shared has on each coordinate the sign of the sum and the largest magnitude among the
+task vectors of that sign; a task takes it where its own vector has that sign too, scaled so
+that what it takes is as large in all as its own vector.
+"""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import torch
+
+from merging.checkpoint import Checkpoint, by_bytes
+from merging.elementwise import Floats, Range, total
+from merging.experts import Experts, Selected, SharedExperts, numbered
+from merging.kept_vector import BLOCK, KeptVector, working_dtype
+from merging.methods import method
+from merging.rounding import cast
+from merging.stitch import Member
+
+
+@method(
+    name="emr",
+    version=1,
+    source="Huang et al., EMR-Merging, NeurIPS 2024, arXiv 2405.17461",
+    exact=True,
+    kind="experts",
+    whole=True,
+)
+def emr(base: Checkpoint, members: Iterable[Member]) -> Experts:
+    """Base + scale * (the elected vector where the task's own has its sign).
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector.
+    """
+    tasks, vectors = numbered(base, members)
+    return SharedExperts(base, tasks, vectors, _elected, _scales(base, vectors))
+
+
+def _elected(part: Range) -> Selected:
+    sign = np.sign(total(part.vectors))
+    largest = np.zeros_like(sign)
+    masks = {}
+    for number, vector in part.vectors:
+        masks[number] = (np.sign(vector) == sign) & (sign != 0)
+        np.maximum(largest, np.absolute(vector), out=largest, where=masks[number])
+    return Selected(sign * largest, masks)
+
+
+def _scales(base: Checkpoint, vectors: Sequence[KeptVector]) -> list[float]:
+    """The sum of magnitudes of each task vector over that of what its task takes."""
+    own, taken = [0.0] * len(vectors), [0.0] * len(vectors)
+    for name in sorted({n for vector in vectors for n in vector.names}, key=by_bytes):
+        readers = [(i, vector.reader(name)) for i, vector in enumerate(vectors) if name in vector]
+        flat = base.tensor(name).view(-1)
+        for piece in torch.split(flat, BLOCK):
+            before = cast(piece, working_dtype(piece.dtype)).numpy()
+            part = Range(name, 0, [(number, reader.take(before)) for number, reader in readers])
+            found = _elected(part)
+            largest = np.absolute(found.together)
+            for number, vector in part.vectors:
+                own[number] = _summed(own[number], np.absolute(vector))
+                taken[number] = _summed(taken[number], np.where(found.masks[number], largest, 0))
+    return [one / other if other else 1.0 for one, other in zip(own, taken, strict=True)]
+
+
+def _summed(start: float, values: Floats) -> float:
+    # One after the other: any other order would be the machine's, and so would the last bits.
+    return float(np.add.accumulate(np.concatenate([[start], values], dtype=np.float64))[-1])

@@ -1,0 +1,38 @@
+"""Magnitude masking (compared with TALL by Wang et al., ICML 2024): each task's largest changes."""
+
+from collections.abc import Iterable
+
+from merging.checkpoint import Checkpoint
+from merging.elementwise import Range, total
+from merging.experts import Experts, Selected, SharedExperts, numbered
+from merging.methods import method
+from merging.stitch import Member
+from merging.ties import Trim
+
+
+@method(
+    name="magnitude-masking",
+    version=1,
+    source="Wang et al., Localizing task information (TALL), ICML 2024, arXiv 2405.07813",
+    exact=True,
+    kind="experts",
+    whole=True,
+)
+def magnitude_masking(
+    base: Checkpoint, members: Iterable[Member], *, density: float = 0.1
+) -> Experts:
+    """Base + (the sum of task vectors where the task's own is among its largest).
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector.
+        density: the share of each task vector that is its mask, over the whole model.
+    """
+    tasks, vectors = numbered(base, members)
+    kept = Trim(vectors, density, "model")
+
+    def selected(part: Range) -> Selected:
+        together = total(part.vectors)
+        return Selected(together, {i: vector != 0 for i, vector in kept.apply(part)})
+
+    return SharedExperts(base, tasks, vectors, selected)

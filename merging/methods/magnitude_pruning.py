@@ -1,0 +1,46 @@
+"""Magnitude pruning (compared with TALL by Wang et al., ICML 2024): each task keeps its largest.
+
+As many weights as TALL masks take the room of: with one bit per weight for where they are, T
+vectors of a share 1/T of the weights are as large as one whole vector and T masks.
+"""
+
+from collections.abc import Iterable
+
+from merging.checkpoint import Checkpoint
+from merging.edits import Edits
+from merging.elementwise import Elementwise, Floats, Range
+from merging.experts import Experts, OwnExperts, numbered
+from merging.kept_vector import KeptVector
+from merging.methods import method
+from merging.stitch import Member
+from merging.ties import Trim
+
+
+@method(
+    name="magnitude-pruning",
+    version=1,
+    source="Wang et al., Localizing task information (TALL), ICML 2024, arXiv 2405.07813",
+    exact=True,
+    kind="experts",
+    whole=True,
+)
+def magnitude_pruning(base: Checkpoint, members: Iterable[Member]) -> Experts:
+    """Base + (the largest 1/T of the task's own vector, over the whole model).
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector.
+    """
+    tasks, vectors = numbered(base, members)
+    pruned = {t: _pruned(base, v, 1 / len(tasks)) for t, v in zip(tasks, vectors, strict=True)}
+    return OwnExperts(pruned)
+
+
+def _pruned(base: Checkpoint, vector: KeptVector, share: float) -> Edits:
+    kept = Trim([vector], share, "model")
+
+    def largest(part: Range) -> Floats:
+        [(_, found)] = kept.apply(part)
+        return found
+
+    return Elementwise(base, [vector], largest)

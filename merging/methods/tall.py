@@ -1,0 +1,38 @@
+"""TALL masks on task arithmetic (Wang et al., ICML 2024): one specialist per task."""
+
+from collections.abc import Iterable
+
+from merging.checkpoint import Checkpoint
+from merging.consensus import THRESHOLDS, tall_mask
+from merging.elementwise import Range, total
+from merging.experts import Experts, PerTask, Selected, SharedExperts, numbered, per_task
+from merging.methods import method
+from merging.stitch import Member
+
+
+@method(
+    name="tall",
+    version=1,
+    source="Wang et al., Localizing task information (TALL), ICML 2024, arXiv 2405.07813",
+    exact=True,
+    kind="experts",
+    whole=True,
+    tunes=("threshold", THRESHOLDS),
+)
+def tall(base: Checkpoint, members: Iterable[Member], *, threshold: PerTask = 0.4) -> Experts:
+    """Base + (the sum of task vectors where the task's TALL mask is set).
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector.
+        threshold: lambda of the masks, for all tasks or by task.
+    """
+    tasks, vectors = numbered(base, members)
+    limits = per_task("threshold", threshold, tasks, 10)
+
+    def selected(part: Range) -> Selected:
+        together = total(part.vectors)
+        masks = {i: tall_mask(vector, together, limits[i]) for i, vector in part.vectors}
+        return Selected(together, masks)
+
+    return SharedExperts(base, tasks, vectors, selected)

@@ -1,0 +1,162 @@
+"""Make the specialists of a recipe and keep them: a shared patch, and a mask file for each task.
+
+They are found again under the digest of all that determines them, like a patch. The blob that
+the key names is a list of the parts: `restitch gc` removes it with them, unless a version of a
+line keeps it (`flows.experts`).
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from merging.digests import digest_file
+from merging.errors import Damage
+from merging.expert_store import write_experts
+from merging.experts import Experts
+from merging.methods import get_method
+from merging.recipe import Recipe
+from tasks.engine import Cached, step
+from tasks.merge import recipe_members
+from tasks.models import Base, open_base
+from tasks.refs import LineRef
+from tasks.reporting import working
+from tasks.workspace import Workspace, made_by, workspace
+
+
+@dataclass(frozen=True)
+class Part:
+    """A file of some specialists: the digest of its blob, and its bytes."""
+
+    blob: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class ExpertsRef:
+    """Specialists in the store.
+
+    Attributes:
+        manifest: digest of the list that names all of this.
+        recipe: digest of what determines them.
+        method: its name and version.
+        settings: with every default, and one threshold for each task where they were tuned.
+        members: the weights of the finetuned models, by task.
+        shared: the patch that all select from; None where each has its own.
+        tasks: what each needs beside it.
+        seconds: how long making them took, where this run has made them.
+    """
+
+    manifest: str
+    recipe: str
+    method: tuple[str, int]
+    settings: dict[str, Any]
+    members: dict[str, str]
+    shared: Part | None
+    tasks: dict[str, Part]
+    seconds: float | None = None
+
+    @property
+    def bytes(self) -> int:
+        """Of all parts together."""
+        return sum(part.bytes for part in self.parts)
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All of them."""
+        return (*([] if self.shared is None else [self.shared]), *self.tasks.values())
+
+
+@step("make-experts", "experts {recipe.method.name}")
+def make_experts(line: LineRef, recipe: Recipe) -> ExpertsRef | Cached[ExpertsRef]:
+    """The specialists of a recipe: from the store, or made from the members' deltas.
+
+    Args:
+        line: with the base.
+        recipe: of a method of kind `experts`.
+    """
+    space = workspace()
+    key = recipe.digest()
+    record = space.objects.lookup("experts", key)
+    if record is not None:
+        known = read_experts(record.blob, space)
+        if all(space.objects.store.exists(f"blobs/{part.blob}") for part in known.parts):
+            return Cached(known)
+    began = time.perf_counter()
+    with space.scratch() as scratch:
+        values, files = write_parts(scratch, line, recipe, space)
+        for path in files.values():
+            space.objects.put_blob(path, move=True)
+    manifest = space.objects.put_json(values)
+    won = space.objects.publish("experts", key, manifest, made_by())
+    return _ref(won.blob, values, round(time.perf_counter() - began, 3))
+
+
+def write_parts(
+    folder: Path, line: LineRef, recipe: Recipe, space: Workspace
+) -> tuple[dict[str, Any], dict[str, Path]]:
+    """Make the specialists of a recipe in a folder.
+
+    Returns:
+        The list of the parts as plain values, and their files by digest.
+    """
+    base = open_base(line, space)
+    experts = recipe_experts(base, recipe, space)
+    with working("selecting") as progress:
+        origin = {"base": base.ref.weights, "recipe": recipe.digest()}
+        written = write_experts(folder, base.checkpoint, experts, origin, progress)
+    files: dict[str, Path] = {}
+
+    def part(path: Path) -> dict[str, Any]:
+        digest = digest_file(path)
+        files[digest] = path
+        return {"blob": digest, "bytes": path.stat().st_size}
+
+    values = {
+        "recipe": recipe.digest(),
+        "method": [recipe.method.name, recipe.method.version],
+        "settings": dict(recipe.method.settings),
+        "members": {member.task: member.model for member in recipe.members},
+        "shared": None if written.shared is None else part(written.shared),
+        "tasks": {task: part(path) for task, path in written.tasks.items()},
+    }
+    return values, files
+
+
+def recipe_experts(base: Base, recipe: Recipe, space: Workspace) -> Experts:
+    """The specialists of a recipe, computed tensor by tensor as they are asked for."""
+    method = get_method(recipe.method.name)
+    members = recipe_members(base, recipe, space)
+    return method.experts(base.checkpoint, members, **recipe.method.settings)
+
+
+def read_experts(manifest: str, space: Workspace) -> ExpertsRef:
+    """The specialists that a list names.
+
+    Raises:
+        Damage: it is gone, or is no such list.
+    """
+    try:
+        return _ref(manifest, json.loads(space.objects.read_blob(manifest)))
+    except (ValueError, KeyError, TypeError) as error:
+        raise Damage(
+            f"the object blobs/{manifest} is not readable",
+            expected="a list of specialists",
+            found=str(error),
+            hint="make them again with `restitch experts`",
+        ) from error
+
+
+def _ref(manifest: str, values: dict[str, Any], seconds: float | None = None) -> ExpertsRef:
+    name, version = values["method"]
+    return ExpertsRef(
+        manifest=manifest,
+        recipe=values["recipe"],
+        method=(name, version),
+        settings=values["settings"],
+        members=values["members"],
+        shared=None if values["shared"] is None else Part(**values["shared"]),
+        tasks={task: Part(**part) for task, part in values["tasks"].items()},
+        seconds=seconds,
+    )
