@@ -19,7 +19,8 @@ _SAMPLE = 1 << 18
 def fingerprint(device: torch.device | str = "cpu") -> dict[str, Any]:
     """What a repetition must share to find the same bytes."""
     on = torch.device(device)
-    kind = {"gpu": torch.cuda.get_device_name(on)} if on.type == "cuda" else {}
+    has_gpu = on.type == "cuda" and torch.cuda.is_available()
+    kind = {"gpu": torch.cuda.get_device_name(on)} if has_gpu else {}
     return {
         "torch": torch.__version__,
         "device": on.type,

@@ -50,7 +50,7 @@ def agreement(
         return Cached(tuple(json.loads(space.objects.read_blob(record.blob))))
     # Places in a row stand for tasks: nothing here depends on their names.
     parts = [
-        Part(f"{place:06d}", SparseFile.open(space.objects.blob_path(delta)))
+        Part(f"{place:06d}", SparseFile.open(space.objects.blob_path(delta), base.checkpoint))
         for place, delta in enumerate(deltas)
     ]
     with working("counting agreement"):

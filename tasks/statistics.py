@@ -165,7 +165,8 @@ def write_statistic_of(file: Path, line: LineRef, wanted: Wanted, space: Workspa
     """
     base = open_base(line, space)
     opened = [_calibration(line, member, base, space).opened() for member in wanted.members]
-    deltas = [SparseFile.open(space.objects.blob_path(_delta(m))) for m in wanted.members]
+    paths = [space.objects.blob_path(_delta(member)) for member in wanted.members]
+    deltas = [SparseFile.open(path, base.checkpoint) for path in paths]
     find_it = {FISHER: _fisher, GRAM: _gram, COEFFICIENTS: _coefficients}[wanted.kind]
     found, facts = find_it(line, base, deltas, opened)
     belongs = {"base": base.ref.weights}
