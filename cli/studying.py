@@ -11,7 +11,7 @@ from cli.formats import table_of, text
 from flows.study import STUDIES
 
 # A wider table has the values by task in its CSV and JSON alone: a terminal has 80 columns.
-MOST_COLUMNS = 9
+MOST_COLUMNS = 8
 
 _LISTED = "\n\n".join(f"{name}: {about}" for name, about in STUDIES.items())
 
@@ -38,10 +38,10 @@ def studied(found: dict[str, Any], out: Console) -> None:
     """The table of a study, and what must be known of it."""
     members = ", ".join(f"{task} {version}" for task, version in found["members"].items())
     out.print(f"{found['line']} {found['version']}, {found['about']}: {members}", markup=False)
-    columns = [name for name in found["columns"] if name not in found["members"]]
-    if len(found["columns"]) <= MOST_COLUMNS:
-        columns = found["columns"]
-    table = table_of(*(name.replace("_", " ") for name in columns))
+    columns = [name for name in found["columns"] if name not in found["details"]]
+    if len(columns) > MOST_COLUMNS:
+        columns = [name for name in columns if name not in found["members"]]
+    table = table_of(*columns)
     for row in found["rows"]:
         table.add_row(*(_value(row[column]) for column in columns))
     out.print(table)

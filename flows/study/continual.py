@@ -29,7 +29,7 @@ def make(subject: Subject) -> Study:
         for count in range(2, len(order) + 1)
         for method in methods
     ]
-    x = ("members", "members")
+    x = ("count", "members")
     plots = [
         lines_plot(
             "continual",
@@ -48,7 +48,7 @@ def make(subject: Subject) -> Study:
     if not subject.can_tune:
         notes.append("coefficients are the defaults: not every task has validation rows")
     notes.append("continual finetuning is not among the methods: nothing is trained here")
-    return Study(_with_all_tasks(rows, order), plots, notes)
+    return Study(_with_all_tasks(rows, order), plots, notes, ("merges", "localize", "merge"))
 
 
 def _row(
@@ -63,7 +63,7 @@ def _row(
     places = [member.task for member in trial.members]
     found = trial.deltas[places.index(joined.task)].seconds
     return {
-        "members": count,
+        "count": count,
         "joined": joined.task,
         "method": method.name,
         "tuned": None if trial.choice is None else f"{trial.choice.setting} {trial.choice.value:g}",

@@ -56,6 +56,7 @@ def study(name: str, line: str, out: str | None = None) -> dict[str, Any]:
         "version": subject.snapshot.head.champion,
         "members": {member.task: member.version for member in subject.members},
         "columns": list(made.rows[0]),
+        "details": list(made.details),
         "rows": [dict(row) for row in made.rows],
         "notes": [*made.notes, *left_out],
         "time": datetime.now(UTC).isoformat(timespec="seconds"),

@@ -33,11 +33,13 @@ class Study:
         rows: of its table, all with the same columns.
         plots: of the rows.
         notes: what a reader must know of how it was made.
+        details: columns that a table for a terminal goes without.
     """
 
     rows: Sequence[Mapping[str, Any]]
     plots: Sequence[Plot]
     notes: Sequence[str] = ()
+    details: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
