@@ -25,7 +25,7 @@ from registry.sizes import parse_size
 from registry.store import explained
 from tasks.card import model_card, specialist_card
 from tasks.inputs import head_inputs
-from tasks.models import Base, open_base, open_edits
+from tasks.models import Base, open_base, open_sparse, open_specialist
 from tasks.provenance import provenance
 from tasks.refs import LineRef
 from tasks.reporting import working
@@ -84,7 +84,8 @@ def export_version(
     _check_free(out, overwrite)
     base = open_base(LineRef(head.spec, head.base), space)
     with _appearing(out) as folder:
-        edits = open_edits(what.blob, space, base.checkpoint)
+        open_weights = open_sparse if task is None else open_specialist
+        edits = open_weights(what.blob, space, base.checkpoint)
         with working(f"writing {out.name}") as progress:
             export_weights(base.checkpoint, edits, folder, shard_size=limit, progress=progress)
         if base.folder.is_dir():

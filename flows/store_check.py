@@ -24,7 +24,7 @@ from registry.objects import KeyRecord, ObjectStore
 from registry.references import SPECIALISTS
 from registry.store import NotInStore
 from tasks.experts import read_experts
-from tasks.models import open_edits
+from tasks.models import open_specialist
 from tasks.reporting import working
 from tasks.workspace import Workspace
 
@@ -227,7 +227,7 @@ class Checker:
             if any(f"blobs/{part.blob}" in known for part in parts):
                 return None  # it is the part that is damaged
             for part in parts:
-                open_edits(part.blob, self.space)
+                open_specialist(part.blob, self.space)
         except RestitchError as error:
             return f"it names {key.blob}, of which a part cannot be used: {error.what}"
         return None

@@ -22,6 +22,7 @@ from merging.digests import digest_file, digest_json
 from merging.edits import Edits
 from merging.errors import BadInput, Unavailable
 from merging.expert_store import open_expert
+from merging.sparse import SparseFile
 from merging.task_vector import TaskVector
 from modeling.family import Family, get_family
 from modeling.weights import apply_edits, restore, set_weights
@@ -285,7 +286,8 @@ class LiveBase:
         if weights.kind == "base":
             return []
         if weights.kind in ("grafted", "merged", "expert"):
-            edits = open_edits(weights.identity, space, self.base.checkpoint)
+            open_weights = open_specialist if weights.kind == "expert" else open_sparse
+            edits = open_weights(weights.identity, space, self.base.checkpoint)
             apply_edits(self.parameters, self.base.checkpoint, edits)
             return list(edits.names)
         base = self.base.checkpoint
@@ -299,13 +301,17 @@ class LiveBase:
         return names
 
 
-def open_edits(blob: str, space: Workspace, base: Checkpoint | None = None) -> Edits:
-    """What a delta, a patch or the mask of a specialist makes of the base.
+def open_sparse(blob: str, space: Workspace, base: Checkpoint) -> Edits:
+    """What a delta or a patch makes of the base.
 
-    Args:
-        blob: its digest.
-        space: where it is.
-        base: what it lies on, which values in 8 bits are read beside.
+    Raises:
+        Damage: it is missing or altered.
+    """
+    return SparseFile.open(space.objects.blob_path(blob), base)
+
+
+def open_specialist(blob: str, space: Workspace, base: Checkpoint | None = None) -> Edits:
+    """What the mask of a specialist, or a patch of its own, makes of the base.
 
     Raises:
         Damage: it, or the patch that a mask selects from, is missing or altered.
