@@ -119,9 +119,9 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
             hint="take another copy of the base",
         ) from error
     chosen = spec.method.methods
-    _check_alike(chosen)
     for one in chosen:
         get_method(one.name)(base.checkpoint, (), **one.settings)  # merges nothing
+    _check_alike(chosen)
     method = get_method(chosen[0].name)
     if method.whole and (spec.localize.mode, spec.localize.density) != ("dataless", 1.0):
         raise BadInput(
@@ -157,15 +157,8 @@ def _resolved(method: MethodSpec | TournamentSpec) -> MethodSpec | TournamentSpe
 
 
 def _check_alike(chosen: tuple[MethodSpec, ...]) -> None:
-    """Refuse what cannot be a line's method, and a tournament of methods that need other deltas."""
+    """Refuse a tournament of methods that need other deltas."""
     methods = [get_method(one.name) for one in chosen]
-    other = [method.name for method in methods if method.kind != "merged"]
-    if other:
-        raise BadInput(
-            f"{', '.join(other)} makes a model per task, and a line has one for all",
-            expected=f"methods of one merged model: {', '.join(_lines_methods())}",
-            hint="choose another method",
-        )
     whole = sorted({method.name for method in methods if method.whole})
     sparse = sorted({method.name for method in methods if not method.whole})
     if whole and sparse:
@@ -175,10 +168,6 @@ def _check_alike(chosen: tuple[MethodSpec, ...]) -> None:
             found=f"whole task vectors: {', '.join(whole)}; sparse deltas: {', '.join(sparse)}",
             hint="leave one of the groups out; `restitch compare` measures both beside each other",
         )
-
-
-def _lines_methods() -> list[str]:
-    return [name for name in method_names() if get_method(name).kind == "merged"]
 
 
 def _configure(ledger: Ledger, spec: LineSpec, changes: list[tuple[str, Any, Any]]) -> None:

@@ -1,7 +1,6 @@
 """A line whose methods compete: the best by validation rows merges, and all is on record."""
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import yaml
 
 from flows.snapshot import take_snapshot
 from flows.tournament import held_before, hold, told
-from merging.methods import Method, get_method
 from modeling.family import get_family
 from modeling.heads import HeadSpec
 from modeling.rows import Example
@@ -179,17 +177,11 @@ def test_other_commands_take_the_method_in_use(
 
 
 def test_a_method_per_task_is_no_contestant(
-    world: World, new_home: NewHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, new_home: NewHome, tmp_path: Path
 ) -> None:
-    real = get_method
-    monkeypatch.setattr("flows.line.get_method", lambda name: _of_kind(real(name), "ties"))
-    method = {"tournament": ["ties", "averaging"]}
+    method = {"tournament": ["tall", "averaging"]}
     done = new_home("bare")("init", line_file(world, tmp_path, method), code=3)
-    assert "ties makes a model per task" in done.err
-
-
-def _of_kind(method: Method, name: str) -> Method:
-    return replace(method, kind="experts") if method.name == name else method
+    assert "the method tall gives no merged model" in done.err
 
 
 def test_the_order_of_registration_does_not_matter(

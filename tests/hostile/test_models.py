@@ -150,7 +150,7 @@ def test_a_delta_of_another_base_is_not_stitched(
         file = tmp_path / "delta"
         write_sparse(file, [foreign], kind="delta", metadata={"base": "00" * 32})
         opened = SparseFile.open(file)
-        monkeypatch.setattr(SparseFile, "open", lambda _: opened)
+        monkeypatch.setattr(SparseFile, "open", lambda *_: opened)
         with pytest.raises(Damage, match="another base"):
             recipe_edits(base, recipe, space)
 

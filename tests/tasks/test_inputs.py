@@ -127,7 +127,7 @@ def test_rows_to_calibrate_on_are_read_too(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows" / "train.jsonl", rows)
     spec = resolve_task(spec, FAMILY)
     space = Workspace(Home(tmp_path / "home"))
-    check_rows(spec, FAMILY, space, LocalizeSpec())
+    check_rows(spec, FAMILY, space, LocalizeSpec(mode="dataless"))
     with pytest.raises(BadInput, match="row 7"):
         check_rows(spec, FAMILY, space, LocalizeSpec(mode="trained"))
 
