@@ -42,8 +42,8 @@ def make(subject: Subject) -> Study:
     methods = [get_method(name) for name in method_names()]
     for method in (one for one in methods if one.kind == "merged"):
         say(f"{subject.line.spec.line}: {method.name}")
-        trial = subject.prepare(method, subject.members)
         try:
+            trial = subject.prepare(method, subject.members)
             seconds_of_all = merging_seconds(trial.line, trial.members)
         except BadInput as error:  # it needs what some task has not
             notes.append(f"{method.name} is left out: {error.what}")

@@ -1,12 +1,15 @@
 """Several methods on one line: the same models and data, tuned on validation rows alone."""
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import merging.methods
 from merging.checkpoint import Checkpoint
 from merging.digests import digest_file
 from merging.errors import Unavailable
@@ -31,6 +34,19 @@ def shell(world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: 
         file = with_splits(world, root / task, task)
         shell("register", "demo", "--task", file, "--model", world.model(task))
     return shell
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _few_values() -> Iterator[None]:
+    """Three values to try, not ten; thresholds, which each task has its own of, stay."""
+    methods: Any = merging.methods._scan()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, method in methods.items():
+            if method.kind == "merged" and method.tunes is not None:
+                setting, values = method.tunes
+                few = (setting, values[:: len(values) // 2])
+                patch.setitem(methods, name, replace(method, tunes=few))
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -37,6 +37,7 @@ def shell(world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: 
 def smaller(patch: pytest.MonkeyPatch) -> None:
     """Studies of fewer points; their numbers are exact whatever there is of them."""
     patch.setattr("flows.study.tasks.MOST", 2)
+    patch.setattr("flows.study.continual.OTHERS", ("task-arithmetic",))
     patch.setattr("flows.study.shots.SHOTS", (1, 4))
     patch.setattr("flows.study.density.DENSITIES", (0.05, 0.3))
 
@@ -92,7 +93,7 @@ def test_all_members_merged_by_the_lines_method_are_the_version_in_use(
 
 def test_members_join_in_the_order_in_which_they_were_registered(made: Made) -> None:
     found = made["continual"]
-    joined = [row["joined"] for row in of_method(found, "ties")]
+    joined = [row["joined"] for row in of_method(found, "task-arithmetic")]
     assert joined == list(SKILLS[1:])
     assert f"in the order {', '.join(SKILLS)}" in found["notes"]
     for row in found["rows"]:
