@@ -3,8 +3,9 @@
 What counts as a reference is in `registry.inventory`: whatever a head, a record or any audit
 entry names stays for ever, and so does what was written less than an age ago, which work
 under way may be about to name. Keys go before the blobs that they name, so that whoever is
-killed leaves nothing that leads nowhere; `registry.removal` keeps acts apart from it. In a
-damaged store nothing is removed: what is damaged may have named anything.
+killed leaves nothing that leads nowhere, but for a key that came while its blob was being removed:
+`verify --deep --repair` mends that. `registry.removal` keeps acts apart from it. In a damaged
+store nothing is removed: what is damaged may have named anything.
 """
 
 import time

@@ -51,7 +51,8 @@ MESSAGE = {
 
 
 def about(**data: Any) -> dict[str, Any]:
-    return {**MESSAGE, "data": {**MESSAGE["data"], **data}}  # type: ignore[dict-item]
+    usual: Any = MESSAGE["data"]
+    return {**MESSAGE, "data": {**usual, **data}}
 
 
 @dataclass

@@ -14,6 +14,7 @@ from modeling.family import get_family
 from modeling.heads import HeadSpec
 from modeling.rows import Example
 from registry.catalog import Catalog
+from registry.specs import TournamentSpec
 from tests.cli.test_end_to_end import plain
 from tests.conftest import NewHome
 from tests.flows.test_localizing import SPLITS, add_with_splits, rows_of, with_splits
@@ -107,7 +108,8 @@ def test_the_best_by_validation_rows_merges_and_all_are_on_record(
     # The version is what its winner alone would have made; its recipe says so.
     record = shell.ledger().merged(shell.head().champion or 0)
     assert shell.patch_bytes() == shell.patch_bytes(line=f"alone{LABELLED.index(best)}")
-    assert record.recipe["method"]["settings"] == found["entrants"][0]["settings"]  # type: ignore[index, call-overload]
+    recipe: Any = record.recipe
+    assert recipe["method"]["settings"] == found["entrants"][0]["settings"]
     assert shell.json("verify", "demo")["rebuilt"] == [1, 2]
     reason = [act.reason for act in shell.acts() if act.kind == "merged"][-1]
     assert f"{best} ({max(alone.values()):.4f}) won over" in reason
@@ -229,7 +231,9 @@ def test_retention_counts_by_rows_that_are_not_reported_on(
     gates = {"min_retention": limit, "warn": ["min_retention"]}
     file = line_file(world, tmp_path, gated, retention=benchmark, gates=gates)
     shell("init", file)
-    assert shell.head().spec.method.objective.min_retention == limit  # type: ignore[union-attr]
+    chosen = shell.head().spec.method
+    assert isinstance(chosen, TournamentSpec)
+    assert chosen.objective.min_retention == limit
     shell("remerge", "demo")
     with shell.inside():
         snapshot = take_snapshot(shell.ledger())

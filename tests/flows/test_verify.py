@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -223,12 +223,13 @@ def test_a_line_that_goes_on_meanwhile_is_not_called_damaged(
     """An act between the look at MLflow and the look at the trail, and one during the latter."""
     from registry.ledger import Ledger
 
-    real, acts = Ledger.entries, ["pinned", "unpinned"]
+    real = Ledger.entries
+    acts: list[Literal["pinned", "unpinned"]] = ["pinned", "unpinned"]
 
     def slowly(self: Ledger, *, newest_first: bool = True) -> Any:
         if newest_first and acts:
             kind = acts.pop(0)
-            self.act(kind, "somebody", "meanwhile", lambda h: h.with_pin(kind == "pinned"))  # type: ignore[arg-type]
+            self.act(kind, "somebody", "meanwhile", lambda h: h.with_pin(kind == "pinned"))
         return real(self, newest_first=newest_first)
 
     monkeypatch.setattr(Ledger, "entries", slowly)

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -104,10 +105,10 @@ def test_a_megabyte_of_values_is_refused_while_it_is_read(monkeypatch: pytest.Mo
     composed = 0
     compose = _Loader.compose_node
 
-    def counted(self: _Loader, *args: object) -> object:
+    def counted(self: _Loader, *args: Any) -> Any:
         nonlocal composed
         composed += 1
-        return compose(self, *args)  # type: ignore[arg-type]
+        return compose(self, *args)
 
     monkeypatch.setattr("registry.documents._MAX_VALUES", 2000)
     monkeypatch.setattr(_Loader, "compose_node", counted)

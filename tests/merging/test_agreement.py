@@ -35,11 +35,11 @@ def test_streamed_counts_are_those_of_whole_vectors(tmp_path: Path) -> None:
     some = members(tmp_path, values)
     vectors = [torch.tensor(v).double() - base.tensor("w").double() for v in values.values()]
     trimmed = [torch.where(v.abs() >= v.abs().kthvalue(801).values, v, 0.0) for v in vectors]
-    sign = sum(trimmed).sign()  # type: ignore[union-attr]
-    agreeing = sum(torch.where(v.sign() == sign, v, 0.0) for v in trimmed)
-    for together, maker in ((sum(vectors), summed), (agreeing, elected_sum)):
-        votes = sum((v.abs() >= 0.4 * (together - v).abs()).long() for v in vectors)
-        expected = torch.bincount(votes, minlength=4).tolist()  # type: ignore[arg-type]
+    sign = torch.stack(trimmed).sum(0).sign()
+    agreeing = torch.stack([torch.where(v.sign() == sign, v, 0.0) for v in trimmed]).sum(0)
+    for together, maker in ((torch.stack(vectors).sum(0), summed), (agreeing, elected_sum)):
+        masks = torch.stack([v.abs() >= 0.4 * (together - v).abs() for v in vectors])
+        expected = torch.bincount(masks.sum(0), minlength=4).tolist()
         assert list(agreement_profile(base, some, ("w",), maker, 0.4)) == expected
 
 

@@ -58,7 +58,7 @@ def slow_paper(model: Linear, settings: TrainedSettings) -> tuple[list[Tensor], 
         s = scores.clone().requires_grad_()
         weights = base + torch.sigmoid(s) * tau
         loss = model.loss_at(model.unflat(weights), rows)
-        (loss + settings.penalty * torch.sigmoid(s).sum()).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(loss + settings.penalty * torch.sigmoid(s).sum())
         seen.append(weights.detach())
         assert s.grad is not None
         scores = scores - settings.learning_rate * s.grad
@@ -76,7 +76,7 @@ def slow_official(model: Linear, settings: TrainedSettings) -> tuple[list[Tensor
         batches = model.orders[epoch * per_epoch : (epoch + 1) * per_epoch]
         total = sum(model.loss_at(model.unflat(weights), rows) for rows in batches)
         assert isinstance(total, Tensor)
-        total.backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(total)
         seen += [weights.detach()] * per_epoch
         assert s.grad is not None
         gate = torch.sigmoid(scores)
@@ -96,7 +96,7 @@ def slow_grafting(model: Linear, settings: TrainedSettings) -> tuple[list[Tensor
         s = scores.clone().requires_grad_()
         gamma = begun * (1 - torch.sigmoid(s)) + (1 - begun) * torch.sigmoid(s)
         weights = base + gamma * tau
-        model.loss_at(model.unflat(weights), rows).backward()  # type: ignore[no-untyped-call]
+        torch.autograd.backward(model.loss_at(model.unflat(weights), rows))
         seen.append(weights.detach())
         assert s.grad is not None
         scores = scores - settings.learning_rate * s.grad
