@@ -45,7 +45,8 @@ def persistently(call: Callable[[], Result], size: int = 0) -> Result:
         size: the bytes that it moves, for which it gets more time.
 
     Raises:
-        BotoCoreError, ClientError, MangledError: the last attempt's.
+        BotoCoreError, ClientError, MangledError: the last attempt's. Its cause is the failure
+            before it, where there was one: that attempt may have done what this one was refused.
     """
     from botocore import exceptions, parsers
 
@@ -54,18 +55,17 @@ def persistently(call: Callable[[], Result], size: int = 0) -> Result:
         *(parsers.ResponseParserError, MangledError),
     )
     ends = time.monotonic() + DEADLINE + size / SLOWEST
-    attempt = 0
+    attempt, before = 0, None
     while True:
         attempt += 1
         try:
             return call()
         except failures as error:
-            if attempt >= _attempts(error):
-                raise
             wait = random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt))
-            if time.monotonic() + wait > ends:
-                raise
-            pause(wait)
+            if attempt >= _attempts(error) or time.monotonic() + wait > ends:
+                raise error from before
+            before = error
+        pause(wait)
 
 
 def take_body(body: Any, size: int, take: Callable[[bytes], object], block: int) -> None:

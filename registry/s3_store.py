@@ -3,8 +3,9 @@
 Objects are created and swapped by conditional writes, on which the server decides. Each
 write carries a token of its own in the object's metadata, and a swap those of the swaps
 before it: where an answer got lost and the repetition is refused, the tokens say whether
-ours is what is there, or what was there before others followed. What must be a local file
-is downloaded whole into a cache before it has its name.
+ours is what is there, or what was there before others followed. Where so many followed that
+they cannot say it, neither do we. What must be a local file is downloaded whole into a cache
+before it has its name.
 """
 
 import contextlib
@@ -28,8 +29,9 @@ from registry.store import Listed, NotInStore, Tagged, check_name, explained
 Result = TypeVar("Result")
 
 _TOKEN = "restitch-writer"
-# So many swaps may follow one whose answer was lost, and it is still known to have been.
-_REMEMBERED = 16
+# So many swaps may follow one whose answer was lost, and it is still known to have been. They
+# fit into the two kilobytes that metadata may have, beside the digest.
+_REMEMBERED = 64
 
 # Two conditional writes at once: the server may ask both to come again.
 _CONFLICTS = 30
@@ -44,6 +46,10 @@ class _Found(NamedTuple):
     @property
     def tag(self) -> str:
         return " ".join((self.etag, *self.writers))
+
+    def tells_all_since(self, writers: tuple[str, ...]) -> bool:
+        """Whether everybody who wrote since these did is among the writers."""
+        return writers[0] in self.writers if writers else len(self.writers) < _REMEMBERED
 
 
 class S3Store:
@@ -223,9 +229,12 @@ class S3Store:
                         if found is not None and token in found.writers:
                             ours = found.writers[0] == token
                             return found.tag if ours else _Found("overtaken", written).tag
-                        if not lost:
+                        if lost:
+                            raise
+                        may_be_ours = error.__cause__ is not None  # an answer got lost
+                        if found is None or found.tells_all_since(before) or not may_be_ours:
                             return None
-                        raise
+                        raise self._untold(name) from None
                     if status != 409:
                         raise
             pause(random.uniform(0, min(1.0, 0.01 * 2 ** min(attempt, 8))))
@@ -233,6 +242,13 @@ class S3Store:
             f"cannot write {name} to {self._address}",
             found=f"{_CONFLICTS} conflicts with other writers",
             hint="run the same command again",
+        )
+
+    def _untold(self, name: str) -> Unavailable:
+        return Unavailable(
+            f"cannot tell whether {name} was written to {self._address}",
+            found=f"more than {_REMEMBERED} writes of others since",
+            hint="run the same command again: it looks at what is there",
         )
 
     def _send(self, target: Target, data: bytes | Path) -> str:

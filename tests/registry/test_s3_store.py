@@ -103,19 +103,7 @@ class TestLostAnswers:
         self, store, monkeypatch
     ):
         first = store.swap("head", None, b"0")
-        send = URLLib3Session.send
-        others = [*range(1, 9)]
-
-        def overtaken(self, request):
-            answer = send(self, request)
-            if request.method == "PUT" and others and others.pop(0) == 1:
-                while others:  # ours took effect; before its answer is missed, others swap
-                    tag = store.read_tagged("head").tag
-                    assert store.swap("head", tag, str(others[0]).encode())
-                raise ConnectionClosedError(endpoint_url=request.url)
-            return answer
-
-        monkeypatch.setattr(URLLib3Session, "send", overtaken)
+        _overtake(monkeypatch, store, 8)
         ours = store.swap("head", first, b"ours")
         assert ours is not None
         assert store.read("head") == b"8"
@@ -144,6 +132,17 @@ class TestLostAnswers:
         # Also where another swap has followed before the answer was missed.
         assert store.read("count") == b"20"
 
+    def test_a_swap_that_too_many_followed_to_tell_is_neither_made_nor_refused(
+        self, store, monkeypatch
+    ):
+        monkeypatch.setattr(s3_store, "_REMEMBERED", 4)
+        first = store.swap("head", None, b"0")
+        _overtake(monkeypatch, store, 9)
+        with pytest.raises(Unavailable, match="cannot tell whether head was written"):
+            store.swap("head", first, b"ours")
+        # Whose answer came is refused as ever, however many followed what it expects.
+        assert store.swap("head", first, b"late") is None
+
     def test_a_read_that_breaks_off_begins_again(self, store, monkeypatch):
         monkeypatch.setattr(s3_calls, "pause", lambda _seconds: None)
         store.put("name", b"content" * 1000)
@@ -154,6 +153,23 @@ class TestLostAnswers:
         breaks.extend([1] * 10)
         with pytest.raises(Unavailable, match="cannot read name"):
             store.read("name")
+
+
+def _overtake(monkeypatch: pytest.MonkeyPatch, store: S3Store, times: int) -> None:
+    """Let the next swap of `head` take effect, and others follow before its answer is missed."""
+    send = URLLib3Session.send
+    others = [*range(1, times + 1)]
+
+    def overtaken(self, request):
+        answer = send(self, request)
+        if request.method == "PUT" and others and others.pop(0) == 1:
+            while others:
+                tag = store.read_tagged("head").tag
+                assert store.swap("head", tag, str(others[0]).encode())
+            raise ConnectionClosedError(endpoint_url=request.url)
+        return answer
+
+    monkeypatch.setattr(URLLib3Session, "send", overtaken)
 
 
 def _breaking_bodies(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
