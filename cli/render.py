@@ -79,7 +79,9 @@ def remerged(found: Values, out: Console) -> None:
 def _method(found: Values) -> str:
     if "tournament" not in found:
         return str(found["name"])
-    return f"the best of {', '.join(one['name'] for one in found['tournament'])}"
+    names = ", ".join(one["name"] for one in found["tournament"])
+    most = found.get("at_most")
+    return f"the best of {names}" + ("" if most is None else f", at most {most} at each merge")
 
 
 def status(found: Values, out: Console) -> None:

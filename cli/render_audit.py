@@ -133,6 +133,10 @@ def _tournament(found: Values, out: Console) -> None:
             *(number(value) for value in one["tasks"].values()),
         )
     out.print(table)
+    if waiting := found.get("waiting"):
+        _say(
+            out, f"  {len(waiting)} waited for their turn: {', '.join(o['name'] for o in waiting)}"
+        )
     if found["reported"]:
         _say(out, f"  {', '.join(found['reported'])}: results are reported on rows that decided")
 

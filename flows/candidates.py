@@ -131,7 +131,7 @@ def make_candidate(
     """
     timings: dict[str, float] = {}
     with _timed(timings, "tournament"):
-        held = hold(snapshot.line, members, snapshot.benchmark, snapshot.current)
+        held = hold(snapshot.line, members, snapshot.benchmark, snapshot.current, snapshot.newest)
     line = held.line
     if held.found is None:
         del timings["tournament"]

@@ -17,10 +17,10 @@ from flows.trials import prepare
 from flows.versions import find_version, members_of
 from merging.errors import BadInput, Unavailable
 from merging.methods import Method, get_method, method_names
+from registry.announcement import check_there
 from registry.head import Member
 from registry.history import MergedRecord, TaskResult
 from registry.references import SPECIALISTS
-from registry.removal import check_there
 from tasks.engine import flow
 from tasks.experts import ExpertsRef, make_experts, read_experts
 from tasks.merge import make_recipe

@@ -2,10 +2,10 @@
 
 What counts as a reference is in `registry.inventory`: whatever a head, a record or any audit
 entry names stays for ever, and so does what was written less than an age ago, which work
-under way may be about to name. Keys go before the blobs that they name, so that whoever is
-killed leaves nothing that leads nowhere, but for a key that came while its blob was being removed:
-`verify --deep --repair` mends that. `registry.removal` keeps acts apart from it. In a damaged
-store nothing is removed: what is damaged may have named anything.
+under way may be about to name. Keys go before the blobs that they name, and whoever publishes
+a key that came while its blob was being removed takes it back, so that nothing that is killed
+leaves a key that leads nowhere. `registry.removal` keeps acts apart from it. In a damaged store
+nothing is removed: what is damaged may have named anything.
 """
 
 import time
@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from merging.errors import Damage
+from registry.announcement import announced
 from registry.inventory import Inventory, in_use, take_inventory
 from registry.ledger import Ledger
 from registry.objects import ObjectStore
-from registry.removal import announced
 from tasks.reporting import working
 from tasks.workspace import workspace
 
@@ -83,7 +83,10 @@ def collect(older_than: float = DEFAULT_AGE, *, remove: bool = False) -> GcOutco
         for line in garbage.found.heads:
             Ledger(objects, line).touch()
         again = _look(objects, older_than)
-        garbage = _Garbage(again.found, again.names & garbage.names, again.young, again.in_use)
+        names = again.names & garbage.names
+        # Who published these keys looked before the announcement: their blobs stay.
+        new = {f"blobs/{key.blob}" for name, key in again.found.keys.items() if name not in names}
+        garbage = _Garbage(again.found, names - new, again.young, again.in_use)
         _remove(objects, garbage)
     return _outcome(garbage, older_than, removed=True)
 

@@ -153,7 +153,7 @@ def _resolved(method: MethodSpec | TournamentSpec) -> MethodSpec | TournamentSpe
                 found=one.settings,
                 hint="leave one of them out: what is not set has its default",
             )
-    return TournamentSpec(tournament=tuple(found), objective=method.objective)
+    return method.model_copy(update={"tournament": tuple(found)})
 
 
 def _check_alike(chosen: tuple[MethodSpec, ...]) -> None:

@@ -4,9 +4,10 @@
             --> the line with the winner as its method, as if its file had named that
 
 The outcome is kept under all that decides: members by their deltas, contestants with settings,
-objective and rows. The same members have the same winner whatever their order; it stands in the
-recipe of the version, and with all contestants in its record, so that neither a later look nor a
-rebuild depends on a contest that is held again.
+objective and rows. The same members have the same winner whatever their order, but where the line
+limits what a merge may cost and contestants take turns: then it depends on whose turn it was. The
+winner stands in the recipe of the version, and with all contestants in its record, so that neither
+a later look nor a rebuild depends on a contest that is held again.
 """
 
 from collections.abc import Iterable, Sequence
@@ -14,12 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from merging.methods import get_method
-from merging.recipe import Recipe
 from registry.head import Member
 from registry.history import MergedRecord
 from registry.specs import MethodSpec, TaskSpec, TournamentSpec
-from tasks.contest import Contest, Entrant, contest_of, decide, outcome_of
-from tasks.merge import known_recipe, make_recipe, stitch
+from tasks.contest import Contest, Entrant, contest_key, decide, outcome_of
+from tasks.merge import make_recipe, recipe_inputs, stitch
 from tasks.refs import LineRef
 
 # Where a version's record has what was found.
@@ -59,16 +59,12 @@ def held_before(
     method = line.spec.method
     if isinstance(method, MethodSpec):
         return Held(line)
-    known_recipes = [known_recipe(lined, members) for lined in _lines(line, method)]
-    recipes = [recipe for recipe in known_recipes if recipe is not None]
-    if len(recipes) < len(known_recipes):
-        return None
-    contest = _contest(line, method, members, benchmark, recipes)
+    key = _key(line, method, members, benchmark)
     for record in records:
-        found = record.facts.get(FACT)
-        if isinstance(found, dict) and found.get("key") == contest.key:
+        found = _found_of(record)
+        if found is not None and found.get("key") == key:
             return _won(line, found)
-    known = outcome_of(contest)
+    known = outcome_of(key)
     return None if known is None else _won(line, known)
 
 
@@ -76,20 +72,71 @@ def hold(
     line: LineRef,
     members: tuple[Member, ...],
     benchmark: TaskSpec | None,
-    records: Iterable[MergedRecord],
+    records: Sequence[MergedRecord],
+    newest: MergedRecord | None,
 ) -> Held:
-    """The line with the method that merges these members; the arguments of `held_before`."""
+    """The line with the method that merges these members.
+
+    Args:
+        line: as for `held_before`, with which it begins.
+        members: likewise.
+        benchmark: likewise.
+        records: likewise; the method of the first takes part.
+        newest: the newest version, whatever became of it: it knows who waits.
+    """
     before = held_before(line, members, benchmark, records)
     method = line.spec.method
     if before is not None or isinstance(method, MethodSpec):
         return before or Held(line)
-    recipes = [make_recipe(lined, members) for lined in _lines(line, method)]
-    contest = _contest(line, method, members, benchmark, recipes)
+    part = taking_part(method, records[0] if records else None, newest)
+    contestants = [method.tournament[place] for place in part]
+    lines = [LineRef(line.spec.with_method(one), line.base) for one in contestants]
+    recipes = [make_recipe(lined, members) for lined in lines]
+    contest = Contest(
+        entrants=tuple(
+            Entrant(
+                method.labels[place],
+                {
+                    "name": one.name,
+                    "version": get_method(one.name).version,
+                    "settings": one.settings,
+                },
+                recipe.digest(),
+            )
+            for place, one, recipe in zip(part, contestants, recipes, strict=True)
+        ),
+        waiting=tuple(one for one in _queue(method, newest) if one not in contestants),
+        members=members,
+        benchmark=benchmark if method.objective.asks_retention else None,
+        objective=method.objective,
+        key=_key(line, method, members, benchmark),
+    )
     patches = tuple(
-        stitch(lined, recipe).blob
-        for lined, recipe in zip(_lines(line, method), recipes, strict=True)
+        stitch(lined, recipe).blob for lined, recipe in zip(lines, recipes, strict=True)
     )
     return _won(line, decide(line, contest, patches))
+
+
+def taking_part(
+    method: TournamentSpec, in_use: MergedRecord | None, newest: MergedRecord | None
+) -> list[int]:
+    """The places of those who take part in a merge: the method in use, and who waited longest.
+
+    So a merge costs `at_most` methods, and each method gets its turn again and again.
+
+    Args:
+        method: all contestants.
+        in_use: the version whose method is to be beaten.
+        newest: the newest version, whatever became of it.
+    """
+    if not method.rotates:
+        return list(range(len(method.tournament)))
+    queue = _queue(method, newest)
+    if in_use is not None:
+        recipe: Any = in_use.recipe["method"]
+        held = _method(recipe)
+        queue.sort(key=lambda one: one != held)
+    return sorted(method.tournament.index(one) for one in queue[: method.at_most])
 
 
 def told(found: dict[str, Any]) -> str:
@@ -101,30 +148,37 @@ def told(found: dict[str, Any]) -> str:
     return f"{first} won over {', '.join(others)}"
 
 
-def _contest(
+def _queue(method: TournamentSpec, newest: MergedRecord | None) -> list[MethodSpec]:
+    """All contestants in the order of their turns: new ones, who waited, who lost, who won."""
+    found = None if newest is None else _found_of(newest)
+    if found is None:
+        return list(method.tournament)
+    won, *lost = found["entrants"]
+    last = [_method(one) for one in (*found.get("waiting", ()), *lost, won)]
+    return sorted(method.tournament, key=lambda one: last.index(one) if one in last else -1)
+
+
+def _key(
     line: LineRef,
     method: TournamentSpec,
     members: tuple[Member, ...],
     benchmark: TaskSpec | None,
-    recipes: Sequence[Recipe],
-) -> Contest:
-    entrants = tuple(
-        Entrant(
-            label,
-            {"name": one.name, "version": get_method(one.name).version, "settings": one.settings},
-            recipe.digest(),
-        )
-        for label, one, recipe in zip(method.labels, method.tournament, recipes, strict=True)
-    )
-    return contest_of(line, entrants, members, benchmark, method.objective)
+) -> str:
+    lines = (LineRef(line.spec.with_method(one), line.base) for one in method.tournament)
+    inputs = [recipe_inputs(lined, members) for lined in lines]
+    return contest_key(line, method, inputs, members, benchmark)
 
 
-def _lines(line: LineRef, method: TournamentSpec) -> list[LineRef]:
-    """The line with each contestant as its method."""
-    return [LineRef(line.spec.with_method(one), line.base) for one in method.tournament]
+def _found_of(record: MergedRecord) -> dict[str, Any] | None:
+    """What the tournament found that chose a version's method, if one did."""
+    found = record.facts.get(FACT)
+    return found if isinstance(found, dict) else None
+
+
+def _method(found: dict[str, Any]) -> MethodSpec:
+    return MethodSpec(name=found["name"], settings=found["settings"])
 
 
 def _won(line: LineRef, found: dict[str, Any]) -> Held:
-    best = found["entrants"][0]
-    method = MethodSpec(name=best["name"], settings=best["settings"])
+    method = _method(found["entrants"][0])
     return Held(LineRef(line.spec.with_method(method), line.base), found)

@@ -1,8 +1,8 @@
 """How a line merges its members: one method, or several of which each merge takes the best.
 
-A tournament names its contestants and what "best" means; who wins is found out at each merge
-(`flows.tournament`) and stands in that version's recipe. Its contestants are methods with settings
-of their own, the same method twice where the settings differ.
+A tournament names its contestants, how many of them a merge may cost, and what "best" means; who
+wins is found out at each merge (`flows.tournament`) and stands in that version's recipe. Its
+contestants are methods with settings of their own, the same method twice where the settings differ.
 """
 
 import json
@@ -82,10 +82,13 @@ class TournamentSpec(Spec):
     Attributes:
         tournament: the contestants, in an order that decides between equals.
         objective: which is the best.
+        at_most: how many take part in one merge; None for all. The method in use does, and those
+            that have waited longest.
     """
 
     tournament: Annotated[tuple[MethodSpec, ...], Field(min_length=2, max_length=MOST_CONTESTANTS)]
     objective: ObjectiveSpec = ObjectiveSpec()
+    at_most: Annotated[int, Field(ge=2, le=MOST_CONTESTANTS)] | None = None
 
     @field_validator("tournament", mode="before")
     @classmethod
@@ -116,6 +119,11 @@ class TournamentSpec(Spec):
     def methods(self) -> tuple[MethodSpec, ...]:
         """All methods that may merge the line: the contestants."""
         return self.tournament
+
+    @property
+    def rotates(self) -> bool:
+        """Whether some contestants sit out."""
+        return self.at_most is not None and self.at_most < len(self.tournament)
 
     @property
     def labels(self) -> tuple[str, ...]:

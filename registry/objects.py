@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 
 from merging.digests import canonical_json, digest_bytes, digest_file
 from merging.errors import BadInput, Damage, Unavailable
+from registry.announcement import check_there
 from registry.store import NotInStore, Store, explained
 
 _REPAIR = "restitch verify --repair makes again what can be; restore the rest from a backup"
@@ -122,6 +123,9 @@ class ObjectStore:
 
         Returns:
             The record that holds now: the first that was published, ours or another's.
+
+        Raises:
+            Unavailable: the blob was removed meanwhile; there is no key either.
         """
         record = KeyRecord(
             blob=blob,
@@ -132,14 +136,15 @@ class ObjectStore:
         )
         name = _key(kind, inputs_digest)
         created = self.store.put(name, canonical_json(record.model_dump(mode="json")))
-        if created and not self.store.exists(_blob(blob)):
+        if not created:
+            return self._record(name)
+        try:
+            check_there(self.store, {_blob(blob)})
+        except Unavailable:
             # `restitch gc` was faster: nobody may find a key that leads nowhere.
             self.store.remove(name)
-            raise Unavailable(
-                f"the object {_blob(blob)} was removed while it was put again",
-                hint="run the same command again",
-            )
-        return record if created else self._record(name)
+            raise
+        return record
 
     def lookup(self, kind: str, inputs_digest: str) -> KeyRecord | None:
         """What was made from these inputs, if anything was.

@@ -18,7 +18,7 @@ from merging.errors import BadInput
 from modeling.family import Family
 from modeling.significance import ratio_interval
 from registry.head import Member
-from registry.specs import ObjectiveSpec, TaskSpec
+from registry.specs import MethodSpec, ObjectiveSpec, TaskSpec, TournamentSpec
 from tasks.engine import Cached, step
 from tasks.evaluate import Exam, choice_inputs, has_rows_to_choose_by
 from tasks.inputs import evaluation_split
@@ -57,46 +57,57 @@ class Contest:
 
     Attributes:
         entrants: in the order that decides between equals.
+        waiting: the methods that do not, those first that come next.
         members: whose tasks are asked.
         benchmark: the general benchmark, where the objective asks for retention.
         objective: which is the best.
-        key: the digest of all that decides.
+        key: the digest of all that decides; see `contest_key`.
     """
 
     entrants: tuple[Entrant, ...]
+    waiting: tuple[MethodSpec, ...]
     members: tuple[Member, ...]
     benchmark: TaskSpec | None
     objective: ObjectiveSpec
     key: str
 
 
-def contest_of(
+def contest_key(
     line: LineRef,
-    entrants: tuple[Entrant, ...],
-    members: tuple[Member, ...],
+    method: TournamentSpec,
+    inputs: Sequence[str],
+    members: Sequence[Member],
     benchmark: TaskSpec | None,
-    objective: ObjectiveSpec,
-) -> Contest:
-    """A contest, after making sure that there are rows to decide by.
+) -> str:
+    """The digest of all that decides a contest, after making sure that there are rows for it.
+
+    Where not all contestants take part, it does not say who does: what was found of the same
+    members counts whoever did.
+
+    Args:
+        line: with the base.
+        method: the contestants and the rule.
+        inputs: for each contestant the digest of all that determines what it makes.
+        members: whose tasks are asked.
+        benchmark: the general benchmark.
 
     Raises:
-        BadInput: a task, or the benchmark where it is asked for, has none.
+        BadInput: a task, or the benchmark where it is asked for, has no rows.
     """
     base = open_base(line, workspace())
-    asked = benchmark if objective.asks_retention else None
+    objective = method.objective
     _check_rows(line, members, base)
     check_benchmark(line.spec.line, objective, benchmark, base.family)
-    key = digest_json(
-        {
-            "version": [VERSION, MOST_ROWS, LEAST_ROWS],
-            "entrants": [entrant.recipe for entrant in entrants],
-            "objective": objective.to_json(),
-            "tasks": {m.task: choice_inputs(m.spec, base, m.model.model) for m in members},
-            "benchmark": None if asked is None else choice_inputs(asked, base, None),
-            "assets": base.ref.config,
-        }
-    )
-    return Contest(entrants, members, asked, objective, key)
+    asked = benchmark if objective.asks_retention else None
+    decides = {
+        "version": [VERSION, MOST_ROWS, LEAST_ROWS],
+        "entrants": list(inputs),
+        "objective": objective.to_json(),
+        "tasks": {m.task: choice_inputs(m.spec, base, m.model.model) for m in members},
+        "benchmark": None if asked is None else choice_inputs(asked, base, None),
+        "assets": base.ref.config,
+    }
+    return digest_json(decides | ({"at_most": method.at_most} if method.rotates else {}))
 
 
 def _check_rows(line: LineRef, members: Sequence[Member], base: Base) -> None:
@@ -132,9 +143,9 @@ def check_benchmark(
         )
 
 
-def outcome_of(contest: Contest) -> dict[str, Any] | None:
+def outcome_of(key: str) -> dict[str, Any] | None:
     """What was found before; None where it was not decided yet, or is not kept any more."""
-    return _look_up(workspace(), contest.key)
+    return _look_up(workspace(), key)
 
 
 @step("contest")
@@ -150,7 +161,8 @@ def decide(
 
     Returns:
         `winner`, `entrants` from the best to the worst, each with what it reached in the last
-        `round` that it was in; `rounds` with the rows that were asked; and what it cost.
+        `round` that it was in; `waiting`, the methods that did not take part; `rounds` with the
+        rows that were asked; and what it cost.
     """
     space = workspace()
     known = _look_up(space, contest.key)
@@ -216,6 +228,7 @@ class _Jury:
             "winner": ranked[0]["label"],
             "objective": self._contest.objective.to_json(),
             "entrants": ranked,
+            "waiting": [one.to_json() for one in self._contest.waiting],
             "rounds": rounds,
             "reported": [m.task for m in self._contest.members if _is_reported(m.spec)],
             "benchmark": None if self._contest.benchmark is None else self._contest.benchmark.task,

@@ -25,7 +25,7 @@ from tasks.engine import Cached, step
 from tasks.models import Base, open_base
 from tasks.refs import LineRef, PatchRef
 from tasks.reporting import working
-from tasks.statistics import known_statistics, statistics
+from tasks.statistics import known_statistics, statistic_inputs, statistics
 from tasks.workspace import Workspace, made_by, workspace
 
 
@@ -45,6 +45,15 @@ def known_recipe(line: LineRef, members: tuple[Member, ...]) -> Recipe | None:
     """The same where nothing has to be found for it; None otherwise."""
     other = known_statistics(line, members)
     return None if other is None else _recipe(line, members, other)
+
+
+def recipe_inputs(line: LineRef, members: tuple[Member, ...]) -> str:
+    """The digest of all that determines that recipe, for which nothing has to be found.
+
+    Raises:
+        BadInput: a task lacks the rows that the method needs.
+    """
+    return _recipe(line, members, statistic_inputs(line, members)).digest()
 
 
 def _recipe(line: LineRef, members: tuple[Member, ...], other: Mapping[str, str]) -> Recipe:

@@ -96,6 +96,18 @@ def known_statistics(line: LineRef, members: Sequence[Member]) -> dict[str, str]
     return found
 
 
+def statistic_inputs(line: LineRef, members: Sequence[Member]) -> dict[str, str]:
+    """What `statistics` are found from: digests by the same names, and nothing is found for them.
+
+    Raises:
+        BadInput: a task has no train rows, or they cannot be used.
+    """
+    method = get_method(line.spec.method.name)
+    check_rows_for(method, [member.spec for member in members])
+    space = workspace()
+    return {each.name: statistic_key(line, each, space) for each in needed(method, members)}
+
+
 @dataclass(frozen=True)
 class Wanted:
     """A statistic of one member, or of all together."""

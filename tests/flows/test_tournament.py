@@ -124,7 +124,7 @@ def test_the_better_half_is_asked_more_rows(shell: Shell, monkeypatch: pytest.Mo
     monkeypatch.setattr("tasks.contest.LEAST_ROWS", 5)
     with shell.inside():
         snapshot = take_snapshot(shell.ledger())
-        found = hold(snapshot.line, snapshot.members, None, ()).found
+        found = hold(snapshot.line, snapshot.members, None, (), None).found
     assert found is not None
     assert found["rounds"] == [
         {"share": 0.5, "entrants": 4, "rows": {"colour": 10, "number": 10}},
@@ -176,6 +176,35 @@ def test_other_commands_take_the_method_in_use(
     (row,) = shell.json("compare", "demo", "--methods", best["name"])["methods"]
     assert row["settings"] == best["settings"]
     assert row["patch"] == shell.ledger().merged(shell.head().champion or 0).patch
+
+
+def test_where_a_merge_may_cost_two_methods_the_one_in_use_meets_who_waited_longest(
+    world: World, new_home: NewHome, tmp_path: Path
+) -> None:
+    shell = new_home("turns")
+    shell("init", line_file(world, tmp_path, {"tournament": CONTESTANTS, "at_most": 2}))
+    waiting, won = list(LABELLED), None
+    for version, task in enumerate((*TASKS, "animal"), 1):
+        add_with_splits(shell, world, tmp_path, task)
+        found = tournament(shell, version)
+        ranked = [one["label"] for one in found["entrants"]]
+        # The one in use and whose turn it is; the loser goes to the end, the winner behind it.
+        challengers = [label for label in waiting if label != won]
+        expected = {won or challengers.pop(0), challengers.pop(0)}
+        assert set(ranked) == expected
+        waiting, won = [*challengers, ranked[1], ranked[0]], ranked[0]
+        assert [one["name"] for one in found["waiting"]] == [
+            label.partition(" ")[0] for label in waiting[:2]
+        ]
+        assert found["cost"] <= 2.0
+        assert set(challengers) == set(waiting[:2])
+    assert {*LABELLED} == {*waiting}, "all had their turn"
+    before = shell.head_bytes()
+    assert shell.json("remerge", "demo")["action"] == "unchanged"
+    assert shell.head_bytes() == before
+    assert shell.json("verify", "demo")["rebuilt"] == [1, 2, 3]
+    assert "2 waited for their turn" in plain(shell("show", "demo", "champion").out)
+    assert "at most 2 at each merge" in plain(shell("status", "demo").out)
 
 
 def test_a_method_per_task_is_no_contestant(
