@@ -22,9 +22,9 @@ demo: setup
 	$(BIN)/python -m playground.demo $(if $(KEEP),--keep)
 
 # Several at a time, more than there are cores: many tests wait for servers. The tests of a file stay
-# together.
+# together. One thread in each: more would only wait for each other.
 test: setup
-	$(BIN)/python -m pytest -n 3 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
 
 slow: setup
 	$(BIN)/python -m pytest -m slow
