@@ -140,12 +140,18 @@ def taking_part(
 
 
 def told(found: dict[str, Any]) -> str:
-    """The outcome in one sentence."""
-    first, *others = (
-        f"{one['label']} ({one['score']:.4f}{'' if one['meets'] else ', keeps too little'})"
-        for one in found["entrants"]
-    )
-    return f"{first} won over {', '.join(others)}"
+    """The outcome in one sentence; values of other rounds are of fewer rows, and told apart."""
+    first, *others = found["entrants"]
+    last = [one for one in others if one["round"] == first["round"]]
+    before = [one for one in others if one["round"] != first["round"]]
+    sentence = f"{_reached(first)} won over {', '.join(map(_reached, last))}"
+    if before:
+        sentence += f"; out before that, on fewer rows: {', '.join(map(_reached, before))}"
+    return sentence
+
+
+def _reached(one: dict[str, Any]) -> str:
+    return f"{one['label']} ({one['score']:.4f}{'' if one['meets'] else ', keeps too little'})"
 
 
 def _queue(method: TournamentSpec, newest: MergedRecord | None) -> list[MethodSpec]:

@@ -133,9 +133,12 @@ def test_the_better_half_is_asked_more_rows(shell: Shell, monkeypatch: pytest.Mo
     assert found["cost"] == 4.0
     assert [one["round"] for one in found["entrants"]] == [2, 2, 1, 1]
     # Who was asked all rows reached on them what was found of it when all were.
-    last = found["entrants"][:2]
+    last, others = found["entrants"][:2], found["entrants"][2:]
+    sentence = told(found).partition("; out before that, on fewer rows: ")
+    assert [one["label"] in sentence[0] for one in found["entrants"]] == [True] * 2 + [False] * 2
+    assert all(f"{one['label']} ({one['score']:.4f})" in sentence[2] for one in others)
     assert [one["tasks"] for one in last] == [whole[one["label"]]["tasks"] for one in last]
-    for some in (last, found["entrants"][2:]):
+    for some in (last, others):
         scores = [one["score"] for one in some]
         assert scores == sorted(scores, reverse=True)
 
