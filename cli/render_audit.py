@@ -89,21 +89,7 @@ def show(found: Values, out: Console) -> None:
     _say(out, f"  method {method['name']} {method['version']} {method['settings']}")
     if "tournament" in found["facts"]:
         _tournament(found["facts"]["tournament"], out)
-    names = ("member", "version", "density", "delta", "seconds", "weights", "mask", "source")
-    table = table_of(*names)
-    for task, member in found["members"].items():
-        facts = member["facts"]
-        table.add_row(
-            task,
-            str(member["version"]),
-            percent(facts.get("density")),
-            size(facts.get("delta_bytes")),
-            number(facts.get("seconds")),
-            member["weights"][:12],
-            member["mask"][:12],
-            member["uri"],
-        )
-    out.print(table)
+    _members(found["members"], out)
     _say(
         out,
         f"  recipe {found['recipe_digest'][:16]}, patch {found['patch'][:16]}: "
@@ -114,6 +100,34 @@ def show(found: Values, out: Console) -> None:
     for name in ("mlflow", "prefect"):
         if found["links"][name]:
             _say(out, f"  {name} {found['links'][name]}")
+
+
+def _members(found: Values, out: Console) -> None:
+    """The members of a version: what each adds, what finding it took, where it was read."""
+    weighed = any("statistics_seconds" in member["facts"] for member in found.values())
+    table = table_of(
+        *("member", "version", "density", "delta", "seconds"),
+        *(["statistics", "seconds"] if weighed else []),
+        *("weights", "mask", "source"),
+    )
+    for task, member in found.items():
+        facts = member["facts"]
+        statistics = (
+            size(facts.get("statistics_bytes")),
+            number(facts.get("statistics_seconds")),
+        )
+        table.add_row(
+            task,
+            str(member["version"]),
+            percent(facts.get("density")),
+            size(facts.get("delta_bytes")),
+            number(facts.get("seconds")),
+            *(statistics if weighed else ()),
+            member["weights"][:12],
+            member["mask"][:12],
+            member["uri"],
+        )
+    out.print(table)
 
 
 def _tournament(found: Values, out: Console) -> None:

@@ -236,12 +236,11 @@ class _Mender:
                 self._publish(kind, inputs, str(model.delta), maker, known)
                 return f"written again from what the line says of {task} {number}"
         if kind in KINDS:
-            for record, wanted, line in self.remedies.statistics():
-                digest = record.statistics[wanted.name]
+            for named in self.remedies.statistics():
                 with suppress(RestitchError):  # of another line, whose base may be away
-                    if statistic_key(line, wanted, self.space) == inputs:
-                        self._publish(kind, inputs, digest, record.made_by, {})
-                        return f"written again from the recipe of version {record.version}"
+                    if statistic_key(named.line, named.wanted, self.space) == inputs:
+                        self._publish(kind, inputs, named.digest, named.made_by, {})
+                        return f"written again from {named.source}"
         if kind == "source":
             for address in self.mentioned:
                 if address.startswith(MLFLOW_SCHEMES) and _inputs(address) == inputs:
