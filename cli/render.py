@@ -106,6 +106,8 @@ def status(found: Values, out: Console) -> None:
             f", retention {with_interval(line['retention'], line['retention_interval'])}",
             markup=False,
         )
+        if line["specialists"] is not None:
+            out.print(f"  {of_specialists(line['specialists'])}", markup=False, soft_wrap=True)
         table = table_of("task", "version", "state", "in champion", "density", "delta", "merged")
         for model in line["models"]:
             table.add_row(
@@ -125,6 +127,15 @@ def status(found: Values, out: Console) -> None:
             if model["reason"] and model["state"] in ("quarantined", "held", "waiting"):
                 why = _shortened(f"{model['task']} {model['version']}: {model['reason']}")
                 out.print(f"  {why}", style="yellow", markup=False, soft_wrap=True)
+
+
+def of_specialists(found: Values) -> str:
+    """Which specialists a version has, what they take, and who made them when."""
+    room, maker = found["bytes"], found["made_by"] or {}
+    tasks = ", ".join(room.get("tasks", {}))
+    made = "" if found["made_at"] is None else f", made {found['made_at'][:19]} UTC"
+    by = f" by {maker['actor']}" if "actor" in maker else ""
+    return f"specialists for {tasks} by {found['method']}, {size(room.get('all'))}{made}{by}"
 
 
 def evaluated(found: Values, out: Console) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 
 from cli.formats import number, percent, size, table_of, text, with_interval
-from cli.render import remerged, results
+from cli.render import of_specialists, remerged, results
 
 Values = dict[str, Any]
 
@@ -44,6 +44,9 @@ def versions(found: Values, out: Console) -> None:
             ", ".join(f"{task} {n}" for task, n in version["members"].items()),
         )
     out.print(table)
+    for version in found["versions"]:
+        if version["specialists"] is not None:
+            _say(out, f"  version {version['version']}: {of_specialists(version['specialists'])}")
 
 
 def as_of(found: Values, out: Console) -> None:
@@ -95,6 +98,8 @@ def show(found: Values, out: Console) -> None:
         f"  recipe {found['recipe_digest'][:16]}, patch {found['patch'][:16]}: "
         f"{found['kept']:,} weights, {size(found['patch_bytes'])}",
     )
+    if found["specialists"] is not None:
+        _say(out, f"  {of_specialists(found['specialists'])}")
     _say(out, "  seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in found["timings"].items()))
     _say(out, "  with " + ", ".join(f"{k} {v}" for k, v in found["software"].items()))
     for name in ("mlflow", "prefect"):
