@@ -235,9 +235,12 @@ def _shortened(reason: str) -> str:
 def _facts(facts: Values, out: Console) -> None:
     if not facts:
         return
+    beside = ""
+    if "statistics" in facts:
+        beside = f" {' and '.join(facts['statistics'])} {size(facts['statistics_bytes'])},"
     out.print(
         f"  {facts['localizer']}: {facts['kept']:,} of {facts['coordinates']:,} weights"
-        f" ({percent(facts['density'])}), delta {size(facts['delta_bytes'])},"
+        f" ({percent(facts['density'])}), delta {size(facts['delta_bytes'])},{beside}"
         f" {facts['outside_share']:.1%} of the change is outside of masks",
         markup=False,
     )

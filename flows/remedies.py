@@ -318,9 +318,9 @@ def _of_localized(head: Head, models: Iterable[tuple[str, int]]) -> Iterator[Kno
     for task, number in models:
         spec, model = head.tasks[task].spec, head.tasks[task].versions[number]
         member = Member(task=task, version=number, spec=spec, model=model)
-        facts: dict[str, Any] = model.facts
-        for kind, digest in facts.get("statistics", {}).items():
-            source, maker = f"what the line says of {task} {number}", facts.get("localized_by")
+        for kind, digest in model.statistics.items():
+            source = f"what the line says of {task} {number}"
+            maker = model.facts.get("localized_by")
             yield Known(digest, Wanted(kind, (member,)), _line(head), source, maker)
 
 

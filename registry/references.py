@@ -108,9 +108,8 @@ def of_model(line: str, task: str, number: int, model: ModelVersion) -> Iterator
         yield Reference(model.model.weights, "listing", line, owner, model.model.uri)
     if model.delta is not None:
         yield Reference(model.delta, "delta", line, owner, task=task, number=number)
-    statistics = model.facts.get("statistics")
-    for kind, digest in statistics.items() if isinstance(statistics, dict) else ():
-        yield Reference(str(digest), "statistic", line, owner, f"{kind}/{task}", task, number)
+    for kind, digest in model.statistics.items():
+        yield Reference(digest, "statistic", line, owner, f"{kind}/{task}", task, number)
     results = model.facts.get("results")
     for name, result in results.items() if isinstance(results, dict) else ():
         if isinstance(result, dict) and isinstance(result.get("blob"), str):
