@@ -1,7 +1,7 @@
 """The compressed store of specialists: one multi-task vector and a bit mask per task.
 
     a version's members --> whole task vectors --> thresholds, tuned where that is asked for
-        --> shared patch and masks --> evaluate each on its own task
+        --> shared patch and masks --> evaluate each on its own task --> a table, kept in MLflow
 
 What `restitch experts` makes is kept with the version: `keys/specialists/<recipe of the version>`
 names the list of the parts, and `restitch gc` leaves all of them alone, for the finetuned models
