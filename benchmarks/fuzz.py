@@ -2,9 +2,9 @@
 
 `python -m benchmarks.fuzz [--engine ENGINE] [--examples N] [--seed N] [--only READER]
 [--json FILE]` gives each reader N inputs, counts what became of them, and ends with 1 where
-a property of `hostile_files` or `hostile_texts` did not hold, with the smallest input that
-shows it. An input that takes longer than half a minute counts as a hang. With
-`--engine atheris` inputs are led by the code that they reach (`benchmarks.fuzz_atheris`).
+a property of the `hostile_*` modules here did not hold, with the smallest input that shows
+it. An input that takes longer than half a minute counts as a hang. With `--engine atheris`
+inputs are led by the code that they reach (`benchmarks.fuzz_atheris`).
 """
 
 import argparse
@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import hostile_files, hostile_texts
+from benchmarks import hostile_files, hostile_masks, hostile_texts
 
 HANG = 30  # seconds
 
@@ -43,6 +43,7 @@ class Reader:
 READERS = (
     Reader("checkpoint", hostile_files.checkpoints(), hostile_files.check_checkpoint),
     Reader("delta, patch", hostile_files.sparse_files(), hostile_files.check_sparse),
+    Reader("specialist", hostile_masks.masks(), hostile_masks.check_mask),
     Reader("positions", hostile_files.positions(), hostile_files.check_positions),
     Reader("line file", hostile_texts.lines(), hostile_texts.check_line),
     Reader("task file", hostile_texts.tasks(), hostile_texts.check_task),
@@ -83,6 +84,7 @@ def fuzz(reader: Reader, examples: int, begin: int) -> Fuzzed:
         deadline=None,
         database=None,
         print_blob=False,
+        report_multiple_bugs=False,
         suppress_health_check=list(HealthCheck),
     )
     @given(reader.inputs)

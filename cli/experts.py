@@ -1,6 +1,7 @@
 """The command that keeps one specialist per task, and how specialists look in a terminal."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -23,6 +24,9 @@ def experts(
     replace: Annotated[
         bool, typer.Option("--replace", help="Keep these instead of others that it has.")
     ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="A folder for the table as JSON and CSV, and the plot.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Keep a specialist for each member of a version: a multi-task vector and a mask per task.
@@ -31,7 +35,8 @@ def experts(
     """
     from flows.experts import experts as run
 
-    show_result(run(line, version, method, tune, replace), as_json, _kept)
+    found = run(line, version, method, tune, replace, None if out is None else str(out))
+    show_result(found, as_json, _kept)
 
 
 def _kept(found: dict[str, Any], out: Console) -> None:

@@ -106,6 +106,8 @@ def status(found: Values, out: Console) -> None:
             f", retention {with_interval(line['retention'], line['retention_interval'])}",
             markup=False,
         )
+        if line["specialists"] is not None:
+            out.print(f"  {of_specialists(line['specialists'])}", markup=False, soft_wrap=True)
         table = table_of("task", "version", "state", "in champion", "density", "delta", "merged")
         for model in line["models"]:
             table.add_row(
@@ -125,6 +127,15 @@ def status(found: Values, out: Console) -> None:
             if model["reason"] and model["state"] in ("quarantined", "held", "waiting"):
                 why = _shortened(f"{model['task']} {model['version']}: {model['reason']}")
                 out.print(f"  {why}", style="yellow", markup=False, soft_wrap=True)
+
+
+def of_specialists(found: Values) -> str:
+    """Which specialists a version has, what they take, and who made them when."""
+    room, maker = found["bytes"], found["made_by"] or {}
+    tasks = ", ".join(room.get("tasks", {}))
+    made = "" if found["made_at"] is None else f", made {found['made_at'][:19]} UTC"
+    by = f" by {maker['actor']}" if "actor" in maker else ""
+    return f"specialists for {tasks} by {found['method']}, {size(room.get('all'))}{made}{by}"
 
 
 def evaluated(found: Values, out: Console) -> None:
@@ -224,9 +235,12 @@ def _shortened(reason: str) -> str:
 def _facts(facts: Values, out: Console) -> None:
     if not facts:
         return
+    beside = ""
+    if "statistics" in facts:
+        beside = f" {' and '.join(facts['statistics'])} {size(facts['statistics_bytes'])},"
     out.print(
         f"  {facts['localizer']}: {facts['kept']:,} of {facts['coordinates']:,} weights"
-        f" ({percent(facts['density'])}), delta {size(facts['delta_bytes'])},"
+        f" ({percent(facts['density'])}), delta {size(facts['delta_bytes'])},{beside}"
         f" {facts['outside_share']:.1%} of the change is outside of masks",
         markup=False,
     )

@@ -5,7 +5,7 @@ from typing import Any
 from rich.console import Console
 
 from cli.formats import number, percent, size, table_of, text, with_interval
-from cli.render import remerged, results
+from cli.render import of_specialists, remerged, results
 
 Values = dict[str, Any]
 
@@ -44,6 +44,9 @@ def versions(found: Values, out: Console) -> None:
             ", ".join(f"{task} {n}" for task, n in version["members"].items()),
         )
     out.print(table)
+    for version in found["versions"]:
+        if version["specialists"] is not None:
+            _say(out, f"  version {version['version']}: {of_specialists(version['specialists'])}")
 
 
 def as_of(found: Values, out: Console) -> None:
@@ -89,31 +92,47 @@ def show(found: Values, out: Console) -> None:
     _say(out, f"  method {method['name']} {method['version']} {method['settings']}")
     if "tournament" in found["facts"]:
         _tournament(found["facts"]["tournament"], out)
-    names = ("member", "version", "density", "delta", "seconds", "weights", "mask", "source")
-    table = table_of(*names)
-    for task, member in found["members"].items():
+    _members(found["members"], out)
+    _say(
+        out,
+        f"  recipe {found['recipe_digest'][:16]}, patch {found['patch'][:16]}: "
+        f"{found['kept']:,} weights, {size(found['patch_bytes'])}",
+    )
+    if found["specialists"] is not None:
+        _say(out, f"  {of_specialists(found['specialists'])}")
+    _say(out, "  seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in found["timings"].items()))
+    _say(out, "  with " + ", ".join(f"{k} {v}" for k, v in found["software"].items()))
+    for name in ("mlflow", "prefect"):
+        if found["links"][name]:
+            _say(out, f"  {name} {found['links'][name]}")
+
+
+def _members(found: Values, out: Console) -> None:
+    """The members of a version: what each adds, what finding it took, where it was read."""
+    weighed = any("statistics_seconds" in member["facts"] for member in found.values())
+    table = table_of(
+        *("member", "version", "density", "delta", "seconds"),
+        *(["statistics", "seconds"] if weighed else []),
+        *("weights", "mask", "source"),
+    )
+    for task, member in found.items():
         facts = member["facts"]
+        statistics = (
+            size(facts.get("statistics_bytes")),
+            number(facts.get("statistics_seconds")),
+        )
         table.add_row(
             task,
             str(member["version"]),
             percent(facts.get("density")),
             size(facts.get("delta_bytes")),
             number(facts.get("seconds")),
+            *(statistics if weighed else ()),
             member["weights"][:12],
             member["mask"][:12],
             member["uri"],
         )
     out.print(table)
-    _say(
-        out,
-        f"  recipe {found['recipe_digest'][:16]}, patch {found['patch'][:16]}: "
-        f"{found['kept']:,} weights, {size(found['patch_bytes'])}",
-    )
-    _say(out, "  seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in found["timings"].items()))
-    _say(out, "  with " + ", ".join(f"{k} {v}" for k, v in found["software"].items()))
-    for name in ("mlflow", "prefect"):
-        if found["links"][name]:
-            _say(out, f"  {name} {found['links'][name]}")
 
 
 def _tournament(found: Values, out: Console) -> None:

@@ -10,6 +10,7 @@ from registry.head import UNREAD, Head, ModelVersion
 from registry.history import MergedRecord
 from registry.ledger import Ledger, lines
 from registry.objects import ObjectStore
+from registry.specialists import kept_specialists
 from tasks.workspace import workspace
 
 
@@ -26,6 +27,7 @@ def status(line: str | None) -> dict[str, Any]:
 def _line_status(head: Head, objects: ObjectStore) -> dict[str, Any]:
     champion = None if head.champion is None else Ledger(objects, head.line).merged(head.champion)
     kept = None if champion is None else champion.retention
+    recipe = "" if champion is None else champion.recipe_digest
     return {
         "line": head.line,
         "base": head.base.uri,
@@ -41,6 +43,7 @@ def _line_status(head: Head, objects: ObjectStore) -> dict[str, Any]:
         "retention_interval": None
         if kept is None or kept.ratio_interval is None
         else kept.ratio_interval.to_json(),
+        "specialists": kept_specialists(objects, [recipe]).get(recipe),
         "without_models": [
             name for name in sorted(head.tasks, key=str.encode) if not head.tasks[name].versions
         ],

@@ -16,6 +16,8 @@ from registry.fates import merges_about, touched_models
 from registry.head import Head
 from registry.history import Entry, Kind, MergedRecord
 from registry.ledger import Ledger
+from registry.objects import ObjectStore
+from registry.specialists import kept_specialists
 from tasks.workspace import workspace
 
 
@@ -69,11 +71,13 @@ def versions(line: str) -> dict[str, Any]:
         if isinstance(version, int):
             act = {"act": entry.kind, "by": entry.actor, "at": entry.time, "why": entry.reason}
             acts.setdefault(version, []).append(act)
+    records = list(ledger.history())
+    specialists = kept_specialists(ledger.objects, [one.recipe_digest for one in records])
     return {
         "line": line,
         "champion": head.champion,
         "candidate": head.candidate,
-        "versions": [_brief(record, head, acts) for record in ledger.history()],
+        "versions": [_brief(record, head, acts, specialists) for record in records],
     }
 
 
@@ -108,17 +112,20 @@ def show(line: str, version: str) -> dict[str, Any]:
     head = ledger.head()
     record = ledger.merged(find_version(head, version))
     digest = head.versions[record.version]
-    return {**whole(head, record), "links": links(line, digest, record.made_by)}
+    found = whole(head, record, ledger.objects)
+    return {**found, "links": links(line, digest, record.made_by)}
 
 
-def whole(head: Head, record: MergedRecord) -> dict[str, Any]:
+def whole(head: Head, record: MergedRecord, objects: ObjectStore) -> dict[str, Any]:
     """All that is kept of a merged version, and what it is now."""
+    recipe = record.recipe_digest
     return {
         **record.to_json(),
         "role": _role(head, record.version),
         "mean_accuracy": record.mean_accuracy,
         "mean_normalized": record.mean_normalized,
         "digest": head.versions[record.version],
+        "specialists": kept_specialists(objects, [recipe]).get(recipe),
     }
 
 
@@ -234,7 +241,10 @@ def _in_use(ledger: Ledger, head: Head) -> dict[str, Any]:
 
 
 def _brief(
-    record: MergedRecord, head: Head, acts: dict[int, list[dict[str, str]]]
+    record: MergedRecord,
+    head: Head,
+    acts: dict[int, list[dict[str, str]]],
+    specialists: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     kept = record.retention
     return {
@@ -251,6 +261,7 @@ def _brief(
         "created_at": record.created_at,
         "made_by": record.made_by,
         "acts": acts.get(record.version, []),
+        "specialists": specialists.get(record.recipe_digest),
     }
 
 

@@ -35,7 +35,7 @@ from tasks.orchestration import this_run
 from tasks.refs import LineRef, PatchRef, ResultRef, WeightsRef
 from tasks.workspace import made_by, workspace
 
-# What a version's record keeps of the localization of each member.
+# What a version's record keeps of how each member was localized, and of its statistics.
 MEMBER_FACTS = (
     "localizer",
     "density",
@@ -49,6 +49,8 @@ MEMBER_FACTS = (
     "calibration_rows",
     "budget",
     "recovery",
+    "statistics_bytes",
+    "statistics_seconds",
 )
 LIBRARIES = ("restitch", "torch", "transformers", "datasets", "prefect", "mlflow", "safetensors")
 
@@ -135,7 +137,10 @@ def make_candidate(
     line = held.line
     if held.found is None:
         del timings["tournament"]
-    recipe = make_recipe(line, members)
+    with _timed(timings, "statistics"):
+        recipe = make_recipe(line, members)
+    if not recipe.other:
+        del timings["statistics"]
     with _timed(timings, "stitch"):
         patch = stitch(line, recipe, again)
     merged = WeightsRef("merged", patch.blob)

@@ -23,6 +23,7 @@ from flows.trials import Trial, prepare
 from merging.digests import canonical_json
 from merging.errors import BadInput
 from merging.methods import KINDS, Method, get_method, method_names
+from registry.history import mean_of
 from tasks.engine import flow
 from tasks.experts import make_experts
 from tasks.memory import memory_added
@@ -122,13 +123,11 @@ def _measure(snapshot: Snapshot, method: Method, tuned: bool) -> dict[str, Any]:
     merged = WeightsRef("merged", patch.blob)
     results = {m.task: measure_member(line, m, merged) for m in members}
     retention = measure_retention(line, snapshot.head, merged)
-    reached = [r.merged for r in results.values() if r.merged is not None]
-    normalized = [r.normalized for r in results.values() if r.normalized is not None]
     return {
         **_told(ready, method),
         "results": {task: result.to_json() for task, result in results.items()},
-        "mean_accuracy": _mean(reached),
-        "mean_normalized": _mean(normalized),
+        "mean_accuracy": mean_of(result.merged for result in results.values()),
+        "mean_normalized": mean_of(result.normalized for result in results.values()),
         "retention": None if retention is None else retention.to_json(),
         "seconds": patch.seconds,
         "memory": None if patch.seconds is None else memory.added,
@@ -148,10 +147,6 @@ def _measure_experts(snapshot: Snapshot, method: Method, tuned: bool) -> dict[st
         "seconds": experts.seconds,
         "memory": None if experts.seconds is None else memory.added,
     }
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

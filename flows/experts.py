@@ -1,7 +1,7 @@
 """The compressed store of specialists: one multi-task vector and a bit mask per task.
 
     a version's members --> whole task vectors --> thresholds, tuned where that is asked for
-        --> shared patch and masks --> evaluate each on its own task
+        --> shared patch and masks --> evaluate each on its own task --> a table, kept in MLflow
 
 What `restitch experts` makes is kept with the version: `keys/specialists/<recipe of the version>`
 names the list of the parts, and `restitch gc` leaves all of them alone, for the finetuned models
@@ -9,24 +9,30 @@ may be gone by the time somebody exports one. A version has one set; another one
 only where that is asked for.
 """
 
+from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from flows.candidates import measure_member
 from flows.snapshot import line_with_one_method
+from flows.studies import as_csv, log_study, write_study
 from flows.trials import prepare
 from flows.versions import find_version, members_of
+from merging.digests import canonical_json
 from merging.errors import BadInput, Unavailable
 from merging.methods import Method, get_method, method_names
 from registry.announcement import check_there
 from registry.head import Member
-from registry.history import MergedRecord, TaskResult
+from registry.history import MergedRecord, TaskResult, mean_of
 from registry.references import SPECIALISTS
 from tasks.engine import flow
 from tasks.experts import ExpertsRef, make_experts, read_experts
 from tasks.merge import make_recipe
 from tasks.refs import LineRef, WeightsRef
+from tasks.report.drawing import drawing, to_png
+from tasks.report.plots import experts_plot
 from tasks.reporting import say
-from tasks.workspace import Workspace, made_by, workspace
+from tasks.workspace import Workspace, actor, made_by, workspace
 
 
 @flow("experts", "{line} {version}")
@@ -36,6 +42,7 @@ def experts(
     method: str = "tall",
     tuned: bool = False,
     replace: bool = False,
+    out: str | None = None,
 ) -> dict[str, Any]:
     """Make, keep and measure a specialist for each member of a merged version.
 
@@ -45,6 +52,7 @@ def experts(
         method: one of kind `experts`.
         tuned: choose each task's threshold on its validation rows.
         replace: let them take the place of others that the version has.
+        out: a folder for the table as JSON and CSV, and the plot.
 
     Raises:
         BadInput: there is no such version or method, it has other specialists, or a finetuned
@@ -66,7 +74,7 @@ def experts(
     say(f"{line} {record.version}: {method}")
     made = make_experts(ready.line, make_recipe(ready.line, ready.members))
     _keep(record, made, replace, space)
-    return {
+    found = {
         "line": line,
         "version": record.version,
         "method": method,
@@ -76,7 +84,60 @@ def experts(
         "manifest": made.manifest,
         "seconds": made.seconds,
         **measure_experts(ready.line, ready.members, made),
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "actor": actor(),
     }
+    _show(found, record.results, out)
+    return found
+
+
+def _rows(
+    found: Mapping[str, Any], merged: Mapping[str, TaskResult]
+) -> Iterator[dict[str, str | float | None]]:
+    """The table of specialists: what each reaches, beside the merged version, and its bytes."""
+    for task, one in found["results"].items():
+        span = one["interval"] or {}
+        yield {
+            "task": task,
+            "accuracy": one["expert"],
+            "low": span.get("low"),
+            "high": span.get("high"),
+            "normalized": one["normalized"],
+            "base": one["base"],
+            "merged": merged[task].merged if task in merged else None,
+            "finetuned": one["finetuned"],
+            "bytes": found["bytes"]["tasks"][task],
+        }
+
+
+def _show(found: Mapping[str, Any], merged: Mapping[str, TaskResult], out: str | None) -> None:
+    """Put the table where studies are put: a folder, and a run in MLflow."""
+    rows = list(_rows(found, merged))
+    artifacts = {"experts.json": canonical_json(found), "experts.csv": as_csv(rows).encode()}
+    with drawing("experts"):
+        plot = experts_plot(found["results"], {t: r.to_json() for t, r in merged.items()})
+        if plot is not None:
+            artifacts["experts.png"] = to_png(plot)
+    write_study(out, artifacts)
+    room = found["bytes"]
+    params = {
+        name: found[name]
+        for name in ("version", "method", "settings", "tuned", "members", "recipe", "manifest")
+    }
+    metrics = {
+        "mean/accuracy": found["mean_accuracy"],
+        "mean/normalized": found["mean_normalized"],
+        "bytes/all": room["all"],
+        "bytes/shared": room["shared"],
+        "bytes/models": room["models"],
+        "bytes/share_of_models": room["all"] / room["models"] if room["models"] else None,
+        "seconds": found["seconds"],
+    }
+    for row in rows:
+        metrics |= {f"task/{row['task']}/{key}": row[key] for key in row if key != "task"}
+    known = {name: float(value) for name, value in metrics.items() if value is not None}
+    name = f"specialists of {found['line']} {found['version']} by {found['method']}"
+    log_study(found, name, params, known, artifacts)
 
 
 def measure_experts(line: LineRef, members: tuple[Member, ...], made: ExpertsRef) -> dict[str, Any]:
@@ -91,21 +152,22 @@ def measure_experts(line: LineRef, members: tuple[Member, ...], made: ExpertsRef
     for member in members:
         weights = WeightsRef("expert", made.tasks[member.task].blob)
         results[member.task] = measure_member(line, member, weights)
-    reached = [r.merged for r in results.values() if r.merged is not None]
-    normalized = [r.normalized for r in results.values() if r.normalized is not None]
     models = sum(member.model.model.size for member in members)
     return {
         "results": {task: _of_expert(result) for task, result in results.items()},
-        "mean_accuracy": sum(reached) / len(reached) if reached else None,
-        "mean_normalized": sum(normalized) / len(normalized) if normalized else None,
+        "mean_accuracy": mean_of(result.merged for result in results.values()),
+        "mean_normalized": mean_of(result.normalized for result in results.values()),
         "recipe": made.recipe,
-        "bytes": {
-            "shared": 0 if made.shared is None else made.shared.bytes,
-            "tasks": {task: part.bytes for task, part in made.tasks.items()},
-            "all": made.bytes,
-            "base": line.base.size,
-            "models": models,
-        },
+        "bytes": {**_room(made), "base": line.base.size, "models": models},
+    }
+
+
+def _room(made: ExpertsRef) -> dict[str, Any]:
+    """Bytes of specialists, by part."""
+    return {
+        "shared": 0 if made.shared is None else made.shared.bytes,
+        "tasks": {task: part.bytes for task, part in made.tasks.items()},
+        "all": made.bytes,
     }
 
 
@@ -145,12 +207,7 @@ def _keep(record: MergedRecord, made: ExpertsRef, replace: bool, space: Workspac
                 hint="add --replace to keep these instead",
             )
         space.objects.store.remove(f"keys/{SPECIALISTS}/{record.recipe_digest}")
-    facts = {
-        "line": record.line,
-        "version": record.version,
-        "method": made.method[0],
-        "settings": made.settings,
-    }
+    facts = facts_of(record, made, datetime.now(UTC).isoformat(timespec="microseconds"))
     space.objects.publish(SPECIALISTS, record.recipe_digest, made.manifest, made_by(), facts=facts)
     names = {f"blobs/{blob}" for blob in (made.manifest, *(part.blob for part in made.parts))}
     try:
@@ -158,6 +215,19 @@ def _keep(record: MergedRecord, made: ExpertsRef, replace: bool, space: Workspac
     except Unavailable:
         space.objects.store.remove(f"keys/{SPECIALISTS}/{record.recipe_digest}")
         raise
+
+
+def facts_of(record: MergedRecord, made: ExpertsRef, at: str | None) -> dict[str, Any]:
+    """What the key of a version's specialists says of them; see `registry.specialists`."""
+    return {
+        "line": record.line,
+        "version": record.version,
+        "method": made.method[0],
+        "method_version": made.method[1],
+        "settings": made.settings,
+        "bytes": _room(made),
+        "made_at": at,
+    }
 
 
 def _of_expert(result: TaskResult) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Onboard one finetuned model: validate, localize, measure, and make it a member.
 
-    registered --> validate --> localize (or a hit) --> evaluate --> act `localized`
+    registered --> validate --> localize (or a hit) --> what the line's methods need beside it
+               --> evaluate --> act `localized`
     what cannot join ---------> act `quarantined` with the reason
 
 It may be killed anywhere and run again: each step first looks for its result in the store,
@@ -9,6 +10,7 @@ has been configured since to choose its masks in another way is localized once m
 at which three processes have died is quarantined.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -17,8 +19,9 @@ from flows.report import mirror
 from merging.digests import digest_json
 from merging.errors import BadInput, CannotJoin, RestitchError
 from registry.attempts import Attempt, Attempts
-from registry.head import Head, ModelVersion
+from registry.head import Head, Member, ModelVersion
 from registry.ledger import Ledger
+from registry.references import STATISTIC
 from registry.specs import LineSpec, TaskSpec
 from tasks.artifacts import show_onboarded
 from tasks.deaths import DEATHS
@@ -35,13 +38,17 @@ from tasks.orchestration import (
     run_ended,
     this_run,
 )
-from tasks.refs import DeltaRef, LineRef, ResultRef, Validated, WeightsRef
+from tasks.refs import DeltaRef, LineRef, ResultRef, StatisticRef, Validated, WeightsRef
 from tasks.reporting import say, warn
+from tasks.statistics import own_statistics
 from tasks.validate import validate
 from tasks.workspace import actor, workspace
 
 # Above this share of the task vector's squared norm, what masks cannot hold is worth a warning.
 OUTSIDE_WARNING = 0.1
+
+# What is known of a member's statistics: which they are, and what they took.
+STATISTIC_FACTS = ("statistics", "statistics_bytes", "statistics_seconds")
 
 
 @dataclass(frozen=True)
@@ -120,8 +127,12 @@ def _onboard(ledger: Ledger, head: Head, task: str, version: int) -> OnboardOutc
         else:
             warn(f"{task} version {version} keeps the mask that it has: {error.message()}")
         return _done(ledger, task, version, localized=False)
-    facts = _measure(ref, spec, model, checked, delta)
-    _join(ledger, task, version, delta, facts)
+    localized = model.model_copy(update={"mask": delta.mask, "delta": delta.blob})
+    member = Member(task=task, version=version, spec=spec, model=localized)
+    # Here, where the task's rows are: whoever merges later need not reach them.
+    statistics = own_statistics(ref, member)
+    facts = _measure(ref, spec, model, checked, delta) | _told(statistics)
+    _join(ledger, task, version, delta, facts, statistics)
     return _done(ledger, task, version, localized=True)
 
 
@@ -215,6 +226,18 @@ def _measure(
     return facts
 
 
+def _told(statistics: Mapping[str, StatisticRef]) -> dict[str, Any]:
+    """What the facts say of a member's statistics; nothing where no method needs any."""
+    if not statistics:
+        return {}
+    values = (
+        {kind: found.blob for kind, found in statistics.items()},
+        sum(found.size for found in statistics.values()),
+        round(sum(found.took or 0.0 for found in statistics.values()), 3),
+    )
+    return dict(zip(STATISTIC_FACTS, values, strict=True))
+
+
 def _whole(kind: Any, model: ModelVersion) -> WeightsRef:
     return WeightsRef(kind, model.model.weights, model.model.uri)
 
@@ -255,10 +278,19 @@ def _quarantine(
         mirror(ledger.line)
 
 
-def _join(ledger: Ledger, task: str, version: int, delta: DeltaRef, facts: dict[str, Any]) -> None:
+def _join(
+    ledger: Ledger,
+    task: str,
+    version: int,
+    delta: DeltaRef,
+    facts: dict[str, Any],
+    statistics: Mapping[str, StatisticRef],
+) -> None:
     def change(head: Head) -> Head | None:
         model = head.tasks[task].versions[version]
-        known = {**model.facts, **facts}
+        # Statistics belong to one delta: those of another one are not this one's.
+        kept = {name: value for name, value in model.facts.items() if name not in STATISTIC_FACTS}
+        known = {**kept, **facts}
         new: dict[str, Any] = {"mask": delta.mask, "delta": delta.blob, "facts": known}
         if model.state == "registered":
             return head.with_state(task, version, "ready", **new)
@@ -268,6 +300,7 @@ def _join(ledger: Ledger, task: str, version: int, delta: DeltaRef, facts: dict[
 
     reason = f"{task} {version}: {delta.kept} of {delta.coordinates} coordinates"
     digests = {"mask": delta.mask, "delta": delta.blob}
+    digests |= {f"{STATISTIC}{kind}": found.blob for kind, found in statistics.items()}
     if ledger.act("localized", actor(), reason, change, digests) is not None:
         say(f"localized {reason}, {delta.size} bytes")
         mirror(ledger.line)

@@ -6,7 +6,7 @@ where MLflow has kept a copy, a model's file where its source or a copy on this 
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -153,8 +153,14 @@ class Remedies:
                 )
             return
 
-    def statistics(self) -> Iterator[tuple[MergedRecord, Wanted, LineRef]]:
-        """What merged versions needed of their members, with the line as it was for them."""
+    def statistics(self) -> Iterator["Known"]:
+        """What merged versions and models name, with the line as it was for them."""
+        yield from self._of_versions()
+        for line in self.found.heads:
+            for then, entry in self._after(line, lambda e: e.kind == "localized"):
+                yield from _of_localized(then, touched_models(entry))
+
+    def _of_versions(self) -> Iterator["Known"]:
         for line, head in self.found.heads.items():
             for number, digest in head.versions.items():
                 record = self.found.records.get(digest)
@@ -162,31 +168,16 @@ class Remedies:
                     continue
                 made = partial(_made_version, f"/versions/{number}")
                 for then, _ in self._after(line, made):
-                    yield from self._wanted(record, then)
-
-    def _wanted(
-        self, record: MergedRecord, head: Head
-    ) -> Iterator[tuple[MergedRecord, Wanted, LineRef]]:
-        members = []
-        for task, kept in record.members.items():
-            known = head.tasks[task]
-            model = known.versions[kept.version].model_copy(update={"delta": kept.delta})
-            members.append(Member(task=task, version=kept.version, spec=known.spec, model=model))
-        method = Recipe.from_json(record.recipe).method
-        spec = head.spec.model_copy(
-            update={"method": MethodSpec(name=method.name, settings=dict(method.settings))}
-        )
-        for wanted in needed(get_method(method.name), members):
-            yield record, wanted, LineRef(spec, head.base)
+                    yield from _of_version(record, then)
 
     def _statistic(self, each: Reference) -> Iterator[Way]:
         """By looking at the members again as they were then: the same bytes on a like machine."""
-        for record, wanted, line in self.statistics():
-            if record.statistics.get(wanted.name) == each.digest:
-                tasks = ", ".join(member.task for member in wanted.members)
+        for known in self.statistics():
+            if known.digest == each.digest:
+                tasks = ", ".join(member.task for member in known.wanted.members)
                 yield Way(
                     f"the deltas and train rows of {tasks} (it is numeric)",
-                    partial(_write_statistic, line, wanted, self.space),
+                    partial(_write_statistic, known.line, known.wanted, self.space),
                 )
                 return
 
@@ -287,6 +278,50 @@ class Remedies:
         for at, entry in enumerate(trail):
             if wanted(entry):
                 yield head_after(trail[at:][::-1]), entry
+
+
+@dataclass(frozen=True)
+class Known:
+    """A statistic that something names.
+
+    Attributes:
+        line: as it was when that was made.
+        source: what names it, in words.
+        made_by: who made that.
+    """
+
+    digest: str
+    wanted: Wanted
+    line: LineRef
+    source: str
+    made_by: Any
+
+
+def _of_version(record: MergedRecord, head: Head) -> Iterator[Known]:
+    """The statistics that a version was merged with."""
+    members = []
+    for task, kept in record.members.items():
+        known = head.tasks[task]
+        model = known.versions[kept.version].model_copy(update={"delta": kept.delta})
+        members.append(Member(task=task, version=kept.version, spec=known.spec, model=model))
+    method = Recipe.from_json(record.recipe).method
+    spec = head.spec.with_method(MethodSpec(name=method.name, settings=dict(method.settings)))
+    source = f"the recipe of version {record.version}"
+    for wanted in needed(get_method(method.name), members):
+        digest = record.statistics.get(wanted.name)
+        if digest is not None:
+            yield Known(digest, wanted, LineRef(spec, head.base), source, record.made_by)
+
+
+def _of_localized(head: Head, models: Iterable[tuple[str, int]]) -> Iterator[Known]:
+    """The statistics of models that an act has just localized."""
+    for task, number in models:
+        spec, model = head.tasks[task].spec, head.tasks[task].versions[number]
+        member = Member(task=task, version=number, spec=spec, model=model)
+        for kind, digest in model.statistics.items():
+            source = f"what the line says of {task} {number}"
+            maker = model.facts.get("localized_by")
+            yield Known(digest, Wanted(kind, (member,)), _line(head), source, maker)
 
 
 def _weights(

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import JsonValue
 
+from flows.experts import facts_of
 from flows.remedies import Remedies
 from flows.report import Reports
 from flows.store_check import MLFLOW, Checker, Damaged, Image, StoreCheck
@@ -23,9 +24,10 @@ from registry.head import ModelVersion
 from registry.history import Entry
 from registry.inventory import Inventory, mentioned
 from registry.ledger import Ledger, head_after
-from registry.references import MLFLOW_SCHEMES
+from registry.references import MLFLOW_SCHEMES, SPECIALISTS
 from registry.sources import resolve_source
 from registry.store import NotInStore
+from tasks.experts import read_experts
 from tasks.heads import heads_again
 from tasks.localize import FOUND, mask_key
 from tasks.refs import LineRef
@@ -236,18 +238,36 @@ class _Mender:
                 self._publish(kind, inputs, str(model.delta), maker, known)
                 return f"written again from what the line says of {task} {number}"
         if kind in KINDS:
-            for record, wanted, line in self.remedies.statistics():
-                digest = record.statistics[wanted.name]
+            for named in self.remedies.statistics():
                 with suppress(RestitchError):  # of another line, whose base may be away
-                    if statistic_key(line, wanted, self.space) == inputs:
-                        self._publish(kind, inputs, digest, record.made_by, {})
-                        return f"written again from the recipe of version {record.version}"
+                    if statistic_key(named.line, named.wanted, self.space) == inputs:
+                        self._publish(kind, inputs, named.digest, named.made_by, {})
+                        return f"written again from {named.source}"
+        if kind == SPECIALISTS:
+            return self._specialists(inputs)
         if kind == "source":
             for address in self.mentioned:
                 if address.startswith(MLFLOW_SCHEMES) and _inputs(address) == inputs:
                     resolve_source(address, self.space.home)
                     return f"fetched again from {address}"
         return "removed: whoever asks makes it again"
+
+    def _specialists(self, recipe: str) -> str:
+        """Name the specialists of a version again, where only some can have been its own."""
+        records = [one for one in self.found.records.values() if one.recipe_digest == recipe]
+        if not records:
+            return "removed: no version has this recipe"
+        record = records[0]
+        models = {task: member.weights for task, member in record.members.items()}
+        blobs = {k.blob for n, k in self.found.keys.items() if n.startswith("keys/experts/")}
+        sets = [read_experts(blob, self.space) for blob in sorted(blobs)]
+        of_these = [one for one in sets if one.members == models]
+        if len(of_these) != 1:
+            made = f"restitch experts {record.line} {record.version}"
+            return f"removed: `{made}` names them again, before `restitch gc` removes them"
+        facts = facts_of(record, of_these[0], None)
+        self._publish(SPECIALISTS, recipe, of_these[0].manifest, None, facts)
+        return f"written again: those of {record.line} {record.version} by {facts['method']}"
 
     def _publish(
         self, kind: str, inputs: str, blob: str, made_by: JsonValue, facts: dict[str, Any]

@@ -75,7 +75,7 @@ class Reports:
         record = self.ledger.merged(version)
         return render(
             ReportInput(
-                version=audit.whole(self.head, record),
+                version=audit.whole(self.head, record, self.ledger.objects),
                 versions=self.versions,
                 changes=self._changes(record),
                 acts=[act for act in self.acts if version in act["versions"]],

@@ -243,8 +243,8 @@ class _Objects:
 
 def _check_members(head: Head, objects: _Objects) -> None:
     for task, number, model in head.in_state("ready", "held", "replaced", "retired"):
-        if model.delta is not None:
-            objects.check(f"the delta of {task} {number}", [model.delta])
+        objects.check(f"the delta of {task} {number}", filter(None, [model.delta]))
+        objects.check(f"the statistics of {task} {number}", model.statistics.values())
 
 
 def _check_versions(

@@ -166,7 +166,7 @@ def open_expert(path: Path, patch: Callable[[str], Path], base: Checkpoint | Non
     if metadata.get("restitch.kind") != "mask":
         return SparseFile.open(path, base)
     try:
-        shared, scale = metadata[_SHARED], _finite(metadata[_SCALE])
+        shared, scale = metadata[_SHARED], _scale(metadata[_SCALE])
     except (KeyError, ValueError, OverflowError) as err:
         raise Damage(
             f"{path} is damaged",
@@ -178,8 +178,8 @@ def open_expert(path: Path, patch: Callable[[str], Path], base: Checkpoint | Non
     return StoredExpert(opened, MaskFile.open(path, opened), scale)
 
 
-def _finite(text: str) -> float:
+def _scale(text: str) -> float:
     value = float.fromhex(text)
-    if not math.isfinite(value):
+    if not 0 <= value < math.inf:
         raise ValueError(f"{text!r} is no scale")
     return value

@@ -89,6 +89,12 @@ class ModelVersion(Record):
     facts: dict[str, JsonValue] = {}
     mlflow: MlflowVersion | None = None
 
+    @property
+    def statistics(self) -> dict[str, str]:
+        """Digests of what methods of the line need of it beside its delta, by kind."""
+        known = self.facts.get("statistics")
+        return {kind: str(d) for kind, d in known.items()} if isinstance(known, dict) else {}
+
     @model_validator(mode="after")
     def _ready_has_a_delta(self) -> Self:
         if self.state in ("ready", "held") and (self.mask is None or self.delta is None):

@@ -238,12 +238,12 @@ class MergedRecord(Record):
     @property
     def mean_accuracy(self) -> float | None:
         """The merged value averaged over the tasks that were evaluated."""
-        return _mean(r.merged for r in self.results.values())
+        return mean_of(r.merged for r in self.results.values())
 
     @property
     def mean_normalized(self) -> float | None:
         """The normalized value averaged over the tasks that have one."""
-        return _mean(r.normalized for r in self.results.values())
+        return mean_of(r.normalized for r in self.results.values())
 
     @property
     def passed(self) -> bool:
@@ -251,7 +251,8 @@ class MergedRecord(Record):
         return all(gate.passed or gate.action == "warn" for gate in self.gates)
 
 
-def _mean(values: Iterable[float | None]) -> float | None:
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """The mean of what is known; None where nothing is."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 

@@ -35,6 +35,9 @@ Role = Literal[
 # Keys of the specialists that versions keep, by the recipe of the version.
 SPECIALISTS = "specialists"
 
+# What an act calls a member's statistics: this, and the kind.
+STATISTIC = "statistic."
+
 # A copy of a model in the store, by the digest of the list of its files.
 COPY_SCHEME = "store://"
 S3_SCHEME = "s3://"
@@ -105,6 +108,8 @@ def of_model(line: str, task: str, number: int, model: ModelVersion) -> Iterator
         yield Reference(model.model.weights, "listing", line, owner, model.model.uri)
     if model.delta is not None:
         yield Reference(model.delta, "delta", line, owner, task=task, number=number)
+    for kind, digest in model.statistics.items():
+        yield Reference(digest, "statistic", line, owner, f"{kind}/{task}", task, number)
     results = model.facts.get("results")
     for name, result in results.items() if isinstance(results, dict) else ():
         if isinstance(result, dict) and isinstance(result.get("blob"), str):
@@ -117,11 +122,15 @@ def _of_source(model: ModelRef, line: str, owner: str) -> Iterator[Reference]:
 
 
 def of_acts(entries: Iterable[Entry]) -> Iterator[Reference]:
-    """The deltas that acts have made, which models may have been without since."""
+    """The deltas and statistics that acts have made, which models may have been without since."""
     for entry in entries:
         if entry.kind == "localized" and "delta" in entry.digests:
             owner = f"act {entry.sequence}"
             yield Reference(entry.digests["delta"], "delta", entry.line, owner)
+            for name, digest in entry.digests.items():
+                if name.startswith(STATISTIC):
+                    kind = name.removeprefix(STATISTIC)
+                    yield Reference(digest, "statistic", entry.line, owner, kind)
 
 
 def of_record(record: MergedRecord) -> Iterator[Reference]:

@@ -35,6 +35,10 @@ def show_onboarded(found: Mapping[str, Any]) -> None:
             ("delta", f"{facts['delta_bytes']} bytes"),
             ("changed outside of masks", f"{facts['outside_share']:.2%}"),
         ]
+    if "statistics" in facts:
+        kinds = ", ".join(facts["statistics"])
+        took = f"{facts['statistics_bytes']} bytes in {facts['statistics_seconds']} s"
+        rows.append(("statistics", f"{kinds}: {took}"))
     by = facts.get("localized_by") or {}
     rows += [(name, str(value)) for name, value in by.items()]
     text = f"# {found['line']}: {found['task']} version {found['version']}\n\n"

@@ -10,6 +10,7 @@ file. All that was tried is in the record.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import Tensor
 
 from merging.bisection import geometric, smallest
 from merging.checkpoint import Checkpoint
-from merging.digests import digest_json
 from merging.localize_dataless import kept_count
 from merging.mask import Mask
 from merging.overwrite import put, take
@@ -28,7 +28,7 @@ from registry.head import ModelRef
 from registry.localize_spec import DEFAULT_DENSITY, LocalizeSpec
 from registry.specs import TaskSpec
 from tasks.evaluate import Exam
-from tasks.inputs import has_validation, head_inputs
+from tasks.inputs import has_validation, reading_inputs
 from tasks.models import Base, live_base
 from tasks.refs import WeightsRef
 from tasks.reporting import say, warn, working
@@ -84,23 +84,27 @@ class Grafted:
         put(flat, coordinates, take(self.finetuned.tensor(name).reshape(-1), coordinates))
 
 
+@dataclass(frozen=True)
 class Density:
     """What a line says about densities, for one finetuned model."""
 
-    def __init__(
-        self, choice: LocalizeSpec, task: TaskSpec, base: Base, model: ModelRef, space: Workspace
-    ) -> None:
-        self.choice = choice
-        self.task = task
-        self.base = base
-        self.model = model
-        self.space = space
-        self.is_measured = choice.density == "auto" and has_validation(task, base.family)
-        if choice.density == "auto" and not self.is_measured:
+    choice: LocalizeSpec
+    task: TaskSpec
+    base: Base
+    model: ModelRef
+    space: Workspace
+
+    def __post_init__(self) -> None:
+        if self.choice.density == "auto" and not self.is_measured:
             warn(
-                f"{task.task} has no validation rows to choose a density by: "
+                f"{self.task.task} has no validation rows to choose a density by: "
                 f"{self._given:.0%} are kept"
             )
+
+    @cached_property
+    def is_measured(self) -> bool:
+        """Whether it is chosen by validation rows."""
+        return self.choice.density == "auto" and has_validation(self.task, self.base.family)
 
     def inputs(self) -> dict[str, Any] | None:
         """All that the choice depends on beside the ranking; None where a density is all."""
@@ -118,10 +122,8 @@ class Density:
                 "recovery": self.choice.recovery,
                 "max_density": self.choice.max_density,
                 "validation": splits.get("validation", splits.get("train")),
-                "set_apart": data.validation is None,
-                "columns": [data.content["input"], data.content["label"]],
+                **reading_inputs(self.task, self.base, self.model),
                 "metric": self.task.metric,
-                "head": digest_json(head_inputs(self.task, self.base, self.model)),
                 "version": [VERSION, EVALUATOR_VERSION],
             }
         return known or None

@@ -250,6 +250,19 @@ def head_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> dict[
     )
 
 
+def reading_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> dict[str, object]:
+    """How rows that something depends on are read: their columns, the head, what is set apart."""
+    data = spec.data
+    assert data is not None
+    assert data.content is not None
+    return {
+        "columns": [data.content["input"], data.content["label"]],
+        # Without validation rows of its own, a part of train is set apart.
+        "set_apart": data.validation is None,
+        "head": digest_json(head_inputs(spec, base, finetuned)),
+    }
+
+
 def task_head(
     spec: TaskSpec, base: Base, live: LiveBase, finetuned: ModelRef | None, space: Workspace
 ) -> Head:

@@ -9,7 +9,7 @@ task has less, the next best is taken, which is said and recorded.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import JsonValue
 from torch import Tensor
@@ -19,7 +19,6 @@ from merging import localize_distilled as distilled
 from merging import localize_fisher as fisher
 from merging import localize_random as lot
 from merging import localize_trained as trained
-from merging.digests import digest_json
 from merging.mask import Mask
 from merging.progress import Progress
 from merging.score_tensors import fingerprint
@@ -32,12 +31,13 @@ from modeling.rows import Rows
 from registry.head import ModelRef
 from registry.localize_spec import LocalizeSpec
 from registry.specs import TaskSpec
-from tasks.inputs import head_inputs, task_head, train_has_labels, verified_data
+from tasks.inputs import reading_inputs, task_head, train_has_labels, verified_data
 from tasks.models import Base, LiveBase, device, live_base
 from tasks.refs import LineRef
 from tasks.reporting import warn
 from tasks.workspace import Workspace
 
+Found = TypeVar("Found")
 Calibrated = Literal["labels", "inputs", "nothing"]
 
 
@@ -119,17 +119,15 @@ class Random:
         return Ranking(lot.random_scores(vector, self.seed))
 
 
+@dataclass(frozen=True)
 class Calibration:
     """The rows of a task that a localizer looks at, and the model that it looks with."""
 
-    def __init__(
-        self, choice: LocalizeSpec, task: TaskSpec, base: Base, model: ModelRef, space: Workspace
-    ) -> None:
-        self.choice = choice
-        self.task = task
-        self.base = base
-        self.model = model
-        self.space = space
+    choice: LocalizeSpec
+    task: TaskSpec
+    base: Base
+    model: ModelRef
+    space: Workspace
 
     def inputs(self) -> dict[str, Any]:
         """The rows by content and choice, and the head that reads them."""
@@ -140,10 +138,7 @@ class Calibration:
         return {
             "shots": self.choice.shots,
             "train": splits["train"],
-            "columns": [data.content["input"], data.content["label"]],
-            # Without validation rows of its own, a part of train is set apart.
-            "set_apart": data.validation is None,
-            "head": digest_json(head_inputs(self.task, self.base, self.model)),
+            **reading_inputs(self.task, self.base, self.model),
         }
 
     def opened(self) -> "OpenCalibration":
@@ -178,6 +173,14 @@ class OpenCalibration:
         """The loss that the task is trained with."""
         with precision(self.live.device):
             return self.live.base.family.loss(self.live.model, batch, self.head)
+
+    def by_inputs(
+        self, find: Callable[..., Found], vector: TaskVector, settings: Any, progress: Progress
+    ) -> Found:
+        """What a function that ranks by inputs alone makes of a task vector."""
+        rows = len(self.rows)
+        on = self.live.parameters, vector, rows, self.batch, self.logits
+        return find(*on, settings, progress=progress)
 
 
 class _Calibrated:
@@ -272,18 +275,9 @@ class Fisher(_Calibrated):
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
         """Measure the sensitivities; see `merging.localize_fisher`."""
         on = self.calibration.opened()
-        scores, worth = fisher.localize_fisher(
-            on.live.parameters,
-            vector,
-            len(on.rows),
-            on.batch,
-            on.logits,
-            self.settings,
-            progress=progress,
-        )
+        scores, worth = on.by_inputs(fisher.localize_fisher, vector, self.settings, progress)
         rows = min(len(on.rows), self.settings.most_rows)
-        factors = worth.to_factors(vector.names)
-        return Ranking(scores, None, factors, "inputs", rows)
+        return Ranking(scores, None, worth.to_factors(vector.names), "inputs", rows)
 
 
 class Distilled(_Calibrated):
@@ -307,15 +301,7 @@ class Distilled(_Calibrated):
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
         """Refine the ranking; see `merging.localize_distilled`."""
         on = self.calibration.opened()
-        found = distilled.localize_distilled(
-            on.live.parameters,
-            vector,
-            len(on.rows),
-            on.batch,
-            on.logits,
-            self.settings,
-            progress=progress,
-        )
+        found = on.by_inputs(distilled.localize_distilled, vector, self.settings, progress)
         factors = found.sensitivities.to_factors(vector.names)
         return Ranking(found.scores, None, factors, "inputs", len(on.rows))
 

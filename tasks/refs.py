@@ -70,11 +70,13 @@ class StatisticRef:
         blob: digest of its file.
         size: bytes of the file.
         seconds: how long finding it took, where this run has found it.
+        took: how long it took whoever found it.
     """
 
     blob: str
     size: int
     seconds: float | None = None
+    took: float | None = None
 
 
 WeightsKind = Literal["base", "finetuned", "localizable", "grafted", "merged", "expert"]

@@ -1,10 +1,11 @@
 """The statistics that a merge method needs of its members: found once, and kept under their inputs.
 
 A Fisher diagonal or Gram matrices belong to one member: its delta, the calibration rows of its
-task, the head that reads them. So whoever joins costs their own statistics and one combination,
-and nobody needs the others' data again. Coefficients belong to the whole set, and are learned anew
-when it changes. All are gradients or sums of products, whose last bits differ between machines:
-the first that is published counts, and the recipe names its digest.
+task, the head that reads them. They are found where it is onboarded; so whoever joins costs their
+own statistics and one combination, and nobody needs the others' data again. Coefficients belong to
+the whole set, and are learned anew when it changes. All are gradients or sums of products, whose
+last bits differ between machines: the first that is published counts, and the recipe names its
+digest.
 """
 
 import time
@@ -79,6 +80,18 @@ def statistics(line: LineRef, members: Sequence[Member]) -> dict[str, StatisticR
     method = get_method(line.spec.method.name)
     check_rows_for(method, [member.spec for member in members])
     return {each.name: find(line, each) for each in needed(method, members)}
+
+
+def own_statistics(line: LineRef, member: Member) -> dict[str, StatisticRef]:
+    """What methods of the line need of one member alone, by kind.
+
+    Nothing of a task without train rows: whoever merges it by such a method says so.
+    """
+    methods = [get_method(one.name) for one in line.spec.method.methods]
+    kinds = {kind for one in methods if not lacks_rows(one, [member.spec]) for kind in one.needs}
+    return {
+        kind: find(line, Wanted(kind, (member,))) for kind in sorted(kinds) if kind != COEFFICIENTS
+    }
 
 
 def known_statistics(line: LineRef, members: Sequence[Member]) -> dict[str, str] | None:
@@ -258,4 +271,5 @@ def _delta(member: Member) -> str:
 
 
 def _ref(record: KeyRecord, seconds: float | None = None) -> StatisticRef:
-    return StatisticRef(record.blob, record.size, seconds)
+    took: Any = record.facts.get("seconds")
+    return StatisticRef(record.blob, record.size, seconds, took)

@@ -5,16 +5,14 @@
 Test rows are for reporting alone: what a study has to choose it chooses on validation rows.
 """
 
-import csv
 import difflib
 import importlib
-import io
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from flows.snapshot import take_snapshot
-from flows.studies import log_study, write_study
+from flows.studies import as_csv, log_study, write_study
 from flows.study import STUDIES
 from flows.study.subject import Study, Subject
 from merging.digests import canonical_json
@@ -71,15 +69,6 @@ def study(name: str, line: str, out: str | None = None) -> dict[str, Any]:
     params = {key: found[key] for key in ("study", "version", "members", "notes")}
     log_study(found, f"{name} of {line}", params, _metrics(made.rows), artifacts)
     return found
-
-
-def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Rows as a table of comma-separated values; what was not measured is empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:

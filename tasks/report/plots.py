@@ -16,12 +16,33 @@ SERIES = {
     "finetuned": ("blue", "D"),
     "grafted": ("orange", "^"),
     "merged": ("green", "o"),
+    "expert": ("red", "v"),
 }
 _MOST_IN_WORDS = 12
 
 
 def results_plot(results: Mapping[str, Any]) -> Plot | None:
     """Base, finetuned, grafted and merged value of every task, with their intervals."""
+    return _of_tasks("results", "Every task before and after merging", results, "merged")
+
+
+def experts_plot(experts: Mapping[str, Any], merged: Mapping[str, Any]) -> Plot | None:
+    """Base, finetuned model, merged model and specialist of every task, with their intervals.
+
+    Args:
+        experts: the results of specialists, by task.
+        merged: the results of the version that they are of.
+    """
+    results = {}
+    for task, one in experts.items():
+        spans = {**one["intervals"], "expert": one["interval"]}
+        beside = {name: merged.get(task, {}).get(name) for name in ("merged", "interval")}
+        results[task] = {**one, "grafted": None, **beside, "intervals": spans}
+    return _of_tasks("experts", "Specialists beside the merged model", results, "expert")
+
+
+def _of_tasks(name: str, title: str, results: Mapping[str, Any], about: str) -> Plot | None:
+    """Every value of every task; the one that the plot is about is told in words, too."""
     known = [n for n in SERIES if any(r.get(n) is not None for r in results.values())]
     if not known:
         return None
@@ -30,10 +51,10 @@ def results_plot(results: Mapping[str, Any]) -> Plot | None:
     figure, axes = axes_in(row * len(tasks), left=room(tasks), top=0.36, bottom=0.5)
     for index in range(0, len(tasks), 2):
         axes.axhspan(index - 0.5, index + 0.5, color=COLOURS["stripe"], linewidth=0, zorder=0)
-    for place, name in enumerate(known):
+    for place, one in enumerate(known):
         offset = (place - (len(known) - 1) / 2) * 0.8 / len(known)
-        points = [(i, results[t]) for i, t in enumerate(tasks) if results[t].get(name) is not None]
-        _marks(axes, name, [(i + offset, r[name], _interval_of(r, name)) for i, r in points])
+        points = [(i, results[t]) for i, t in enumerate(tasks) if results[t].get(one) is not None]
+        _marks(axes, one, [(i + offset, r[one], _interval_of(r, one)) for i, r in points])
     axes.set_yticks(range(len(tasks)), [label(task) for task in tasks])
     axes.set_ylim(len(tasks) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
@@ -41,14 +62,14 @@ def results_plot(results: Mapping[str, Any]) -> Plot | None:
     metrics = sorted({str(r.get("metric") or "accuracy") for r in results.values()})
     axes.set_xlabel(label(" or ".join(metrics)))
     # Ordered by hand: a legend sorts by the kind of mark otherwise.
-    handles, names = axes.get_legend_handles_labels()
-    figure.legend(handles, names, loc="upper center", ncols=len(known), handletextpad=0.2)
-    merged = [(t, r["merged"]) for t, r in results.items() if r.get("merged") is not None]
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="upper center", ncols=len(known), handletextpad=0.2)
+    told = [(t, r[about]) for t, r in results.items() if r.get(about) is not None]
     return Plot(
-        "results",
-        "Every task before and after merging",
+        name,
+        title,
         f"For {len(tasks)} tasks: {', '.join(known)}, with 95 % intervals where they are known. "
-        f"Merged: {_in_words(merged)}. The table below has all values.",
+        f"{about.capitalize()}: {_in_words(told)}. The table below has all values.",
         figure,
     )
 

@@ -21,11 +21,13 @@ import pytest
 
 from registry.catalog import Catalog
 from tests.conftest import NewHome, Three
+from tests.flows.test_localizing import with_splits
 from tests.flows.test_mlflow_image import client_of, image
 from tests.shell import Shell
 from tests.worlds import World, write_yaml
 
 ALL = ["configured", "registered", "localized", "merged", "promoted"]
+MADE = ("keys/mask/", "keys/fisher/", "/audit/")
 DURABLE = ("fsync", "link", "replace", "rename", "unlink", "rmdir")
 
 # Children of a server that has imported everything and computed nothing: a fork of this very
@@ -48,12 +50,18 @@ def run(
 ) -> int:
     """Run a command without MLflow in a child, counting the calls of those names.
 
+    Of each call that was made, `report` has a line: its last argument.
+
     Returns:
         The exit code, negative for a signal, as `subprocess` has it.
     """
     child = children.Process(target=_counted, args=(shell, command, limit, report, names))
     child.start()
     return waited(child)
+
+
+def calls_in(report: Path) -> int:
+    return len(report.read_text().splitlines())
 
 
 def waited(child: ForkServerProcess) -> int:
@@ -82,7 +90,8 @@ def _counted(
             if limit is not None and calls > limit:
                 os.kill(os.getpid(), signal.SIGKILL)
             if report is not None:
-                report.write_text(str(calls))
+                with report.open("a") as lines:
+                    lines.write(f"{args[-1]}\n")
             return real(*args, **kwargs)
 
         return call
@@ -135,7 +144,7 @@ def test_a_registration_can_be_killed_at_every_write(
 
     undisturbed = fresh("undisturbed")
     assert run(undisturbed, command, report=report) == 0
-    calls = int(report.read_text())
+    calls = calls_in(report)
     assert calls > 20
     seen = set()
     for limit in moments(calls, every):
@@ -154,10 +163,45 @@ def test_a_registration_can_be_killed_at_every_write(
 
 
 @pytest.mark.usefixtures("without_mlflow")
+def test_an_onboarding_can_be_killed_at_every_write_about_its_statistics(
+    world: World, new_home: NewHome, tmp_path: Path
+) -> None:
+    kept = {"mode": "dataless", "density": 1, "shots": 4}
+    given = {"method": {"name": "fisher-merging"}, "localize": kept, "retention": None}
+    start, report = new_home("start"), tmp_path / "calls"
+    start("init", world.line(tmp_path / "line.yaml", **given))
+    file = with_splits(world, tmp_path / "task", splits={"train": slice(0, 12)})
+    command = ("register", "demo", "--task", file, "--model", world.model("colour"))
+
+    def fresh(name: str) -> Shell:
+        shutil.copytree(start.home, tmp_path / name)
+        return Shell(tmp_path / name)
+
+    undisturbed = fresh("undisturbed")
+    assert run(undisturbed, command, report=report, names=("link",)) == 0
+    # Every object is published by a link: the statistic, its key, and the act that names it.
+    made = report.read_text().splitlines()
+    places = {name: [n for n, path in enumerate(made) if name in path] for name in MADE}
+    (mask,), (fisher,) = places["keys/mask/"], places["keys/fisher/"]
+    act = min(n for n in places["/audit/"] if n > fisher)
+    assert mask < fisher < act
+    for limit in (fisher, act):
+        shell = fresh(f"killed-{limit}")
+        assert run(shell, command, limit, names=("link",)) == -signal.SIGKILL
+        assert shell.kinds() == ALL[:2]
+        assert shell(*command).code == 0
+        assert shell.kinds() == ALL
+        assert shell.patch_bytes() == undisturbed.patch_bytes()
+        (one,) = (shell.home / "store" / "keys" / "fisher").iterdir()
+        assert one.name == Path(made[fisher]).name
+        shutil.rmtree(shell.home)
+
+
+@pytest.mark.usefixtures("without_mlflow")
 def test_init_can_be_killed_at_every_write(world: World, tmp_path: Path) -> None:
     command, report = ("init", world.line(tmp_path / "line.yaml")), tmp_path / "calls"
     assert run(Shell(tmp_path / "undisturbed"), command, report=report) == 0
-    for limit in range(int(report.read_text())):
+    for limit in range(calls_in(report)):
         shell = Shell(tmp_path / f"killed-{limit}")
         assert run(shell, command, limit) == -signal.SIGKILL
         shell("status")
@@ -197,7 +241,7 @@ def test_a_gated_remerge_can_be_killed_at_every_write(
     shell = Shell(tmp_path / "killed")
     shutil.copytree(start.home, shell.home)
     assert run(shell, command, None, report, names) == 5
-    calls = int(report.read_text())
+    calls = calls_in(report)
     for limit in range(calls):
         shutil.rmtree(shell.home)
         shutil.copytree(start.home, shell.home)
@@ -321,7 +365,7 @@ def test_an_export_that_is_killed_leaves_no_half_model(
     start()
     allowed = [contents(out)] if options else []
     assert run(three.shell, command, report=report) == 0
-    calls = int(report.read_text())
+    calls = calls_in(report)
     allowed.append(contents(out))
     for limit in range(calls):
         start()

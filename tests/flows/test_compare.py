@@ -215,7 +215,9 @@ def kept(
     early = tmp_path_factory.mktemp("early") / "colour"
     refused = shell("export", "demo", "champion", early, "--task", "colour", code=3)
     assert "make them with `restitch experts demo 2`" in refused.err
-    found = shell.json("experts", "demo", "--tune")
+    assert shell.json("show", "demo")["specialists"] is None
+    assert "specialists" not in plain(shell("history", "demo", "--versions").out)
+    found = shell.json("experts", "demo", "--tune", "--out", early.parent)
     shell("export", "demo", "champion", early, "--task", "colour")
     return found, early
 
@@ -231,6 +233,65 @@ def test_specialists_are_those_of_the_comparison_beside_their_finetuned_models(
     shown = plain(shell("experts", "demo", "--tune").out)
     for text in ("colour", "95 %", "grafted", "finetuned", "shared by all", "colour=0."):
         assert text in shown
+
+
+def test_a_version_says_that_it_has_specialists_and_whose_they_are(
+    shell: Shell, kept: tuple[dict[str, Any], Path], tmp_path: Path
+) -> None:
+    found, _ = kept
+    told = shell.json("show", "demo")["specialists"]
+    assert (told["line"], told["version"]) == ("demo", 2)
+    for same in ("method", "settings", "manifest"):
+        assert told[same] == found[same]
+    assert told["bytes"] == {name: found["bytes"][name] for name in ("shared", "tasks", "all")}
+    assert told["made_by"]["actor"] == found["actor"]
+    assert told["made_at"] <= found["time"].replace("+", ".999999+")
+    assert shell.json("status", "demo")["lines"][0]["specialists"] == told
+    newest, first = shell.json("history", "demo", "--versions")["versions"]
+    assert (newest["specialists"], first["specialists"]) == (told, None)
+    for command in (("show", "demo"), ("status", "demo"), ("history", "demo", "--versions")):
+        assert "specialists for colour, number by tall, " in plain(shell(*command).out)
+    shell("report", "demo", "champion", tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    assert "Specialists that are kept with it, by tall" in page
+    assert found["manifest"] in page
+
+
+def test_specialists_are_a_run_in_mlflow_with_their_table_and_a_plot(
+    shell: Shell, kept: tuple[dict[str, Any], Path]
+) -> None:
+    from registry.catalog import Catalog
+    from registry.home import Home
+
+    found, out = kept
+    champion = shell.ledger().merged(2).results
+    with shell.inside():
+        client = Catalog(Home.from_environment()).client
+        experiment = client.get_experiment_by_name("demo.studies")
+        assert experiment is not None
+        name = "specialists of demo 2 by tall"
+        where = f"tags.`mlflow.runName` = '{name}'"
+        run = client.search_runs([experiment.experiment_id], where, order_by=["start_time"])[0]
+        names = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert names == {"experts.json", "experts.csv", "experts.png"}
+    metrics = run.data.metrics
+    assert metrics["mean/accuracy"] == pytest.approx(found["mean_accuracy"])
+    assert metrics["bytes/all"] == found["bytes"]["all"]
+    assert metrics["bytes/share_of_models"] == pytest.approx(
+        found["bytes"]["all"] / found["bytes"]["models"]
+    )
+    for task, one in found["results"].items():
+        assert metrics[f"task/{task}/accuracy"] == pytest.approx(one["expert"])
+        assert metrics[f"task/{task}/low"] == pytest.approx(one["interval"]["low"])
+        assert metrics[f"task/{task}/normalized"] == pytest.approx(one["normalized"])
+        assert metrics[f"task/{task}/merged"] == pytest.approx(champion[task].merged)
+        assert metrics[f"task/{task}/bytes"] == found["bytes"]["tasks"][task]
+    assert run.data.params["manifest"] == found["manifest"]
+    assert run.data.tags["mlflow.user"] == found["actor"]
+    folder = out.parent
+    assert json.loads((folder / "experts.json").read_bytes()) == found
+    assert (folder / "experts.csv").read_text().startswith("task,accuracy,low,high,normalized,")
+    assert (folder / "experts.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_an_exported_specialist_is_base_plus_mask_times_multi_task_vector(
@@ -304,16 +365,19 @@ def test_damaged_specialists_are_told_and_made_again(
     store = shell.home / "store"
     manifest = store / "blobs" / kept[0]["manifest"]
     parts = json.loads(manifest.read_bytes())
-    shared, mask = (
-        store / "blobs" / part["blob"] for part in (parts["shared"], parts["tasks"]["colour"])
+    shared, mask, altered = (
+        store / "blobs" / part["blob"]
+        for part in (parts["shared"], parts["tasks"]["colour"], parts["tasks"]["number"])
     )
-    whole = {path: path.read_bytes() for path in (shared, mask, manifest)}
+    whole = {path: path.read_bytes() for path in (shared, mask, altered, manifest)}
     shared.write_bytes(whole[shared][:-1])
     mask.unlink()
+    altered.write_bytes(whole[altered][:-1] + bytes([whole[altered][-1] ^ 1]))
     found = shell.json("verify", "--deep", code=7)
     told = {one["object"].rpartition("/")[2]: one for one in found["store"]["damaged"]}
-    assert set(told) == {shared.name, mask.name}
-    assert told[mask.name]["what"] == ["the specialist of colour of version 2 (demo)"]
+    assert set(told) == {shared.name, mask.name, altered.name}
+    for path, task in ((mask, "colour"), (altered, "number")):
+        assert told[path.name]["what"] == [f"the specialist of {task} of version 2 (demo)"]
     assert (
         "damaged"
         in shell("export", "demo", "champion", tmp_path / "x", "--task", "number", code=7).err
@@ -322,6 +386,25 @@ def test_damaged_specialists_are_told_and_made_again(
     shell.json("verify", "--deep", "--repair")
     assert {path: path.read_bytes() for path in whole} == whole
     assert shell.json("verify", "--deep")["intact"]
+
+
+def test_a_damaged_key_of_specialists_is_written_again_where_no_others_can_be_meant(
+    shell: Shell, kept: tuple[dict[str, Any], Path]
+) -> None:
+    (key,) = (shell.home / "store/keys/specialists").iterdir()
+    before = shell.json("show", "demo")["specialists"]
+    several = shell.json("experts", "demo", "--method", "emr", "--replace")["method"]
+    key.write_bytes(b"{")
+    (mended,) = shell.json("verify", "--deep", "--repair")["store"]["damaged"]
+    assert "`restitch experts demo 2` names them again" in mended["outcome"], several
+    shell.json("experts", "demo", "--tune")
+    shell("gc", "--older-than", "0s", "--yes")
+    key.write_bytes(b"{")
+    (mended,) = shell.json("verify", "--deep", "--repair")["store"]["damaged"]
+    assert mended["outcome"] == "written again: those of demo 2 by tall"
+    after = shell.json("show", "demo")["specialists"]
+    for same in ("manifest", "method", "settings", "bytes"):
+        assert after[same] == before[same]
 
 
 def test_mistakes_are_told(shell: Shell, world: World, tmp_path: Path) -> None:

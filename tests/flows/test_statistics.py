@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from cli.formats import size
 from merging.recipe import Recipe
 from registry.history import MergedRecord
 from registry.inventory import take_inventory
@@ -88,10 +89,14 @@ def test_what_a_version_was_made_from_stays_and_is_made_again_where_it_is_damage
     data = blob(shell, digest).read_bytes()
     blob(shell, digest).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
     told = shell.json("verify", "demo", code=7)["findings"]
-    assert "version 1, its statistics" in {one["subject"] for one in told}
+    assert "the statistics of colour 1" in {one["subject"] for one in told}
     found = shell.json("verify", "--deep", code=7)
     (damaged,) = found["store"]["damaged"]
-    assert damaged["what"] == ["the fisher/colour of version 1 (demo)"]
+    assert set(damaged["what"]) == {
+        "the fisher/colour of version 1 (demo)",
+        "the fisher/colour of colour 1 (demo)",
+        "the fisher of act 3 (demo)",
+    }
     assert damaged["remedy"] == "the deltas and train rows of colour (it is numeric)"
     (mended,) = shell.json("verify", "demo", "--repair")["store"]["damaged"]
     assert mended["mended"]
@@ -103,6 +108,61 @@ def test_what_a_version_was_made_from_stays_and_is_made_again_where_it_is_damage
     inventory = take_inventory(shell.ledger().objects)
     assert inventory.keys[key].blob == digest
     shell.check_settled()
+
+
+def test_a_member_brings_its_statistics_and_a_remerge_only_combines(
+    world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line(shell, world, tmp_path, "regmean")
+    file = with_splits(world, tmp_path / "colour", "colour")
+    files = ("--task", file, "--model", world.model("colour"))
+    facts = shell.json("register", "demo", *files, "--no-remerge")["facts"]
+    told = shell("register", "demo", *files, "--no-remerge").out
+    assert f", gram {size(facts['statistics_bytes'])}, " in told
+    (key,) = keys(shell, "gram")
+    digest = facts["statistics"]["gram"]
+    assert take_inventory(shell.ledger().objects).keys[key].blob == digest
+    assert facts["statistics_bytes"] == blob(shell, digest).stat().st_size
+    assert facts["statistics_seconds"] >= 0
+    assert shell.acts()[-1].digests["statistic.gram"] == digest
+    shell("gc", "--older-than", "0s", "--yes")
+
+    # No version names it yet; it is mended like what one names.
+    data = blob(shell, digest).read_bytes()
+    blob(shell, digest).unlink()
+    (mended,) = shell.json("verify", "demo", "--repair")["store"]["damaged"]
+    assert mended["remedy"] == "the deltas and train rows of colour (it is numeric)"
+    assert blob(shell, digest).read_bytes() == data
+    shell.ledger().objects.store.local_path(key).write_bytes(b"{")
+    (mended,) = shell.json("verify", "demo", "--repair")["store"]["damaged"]
+    assert mended["outcome"] == "written again from what the line says of colour 1"
+
+    monkeypatch.setattr("tasks.statistics.write_statistic_of", None)
+    shell("remerge", "demo")
+    assert record(shell).statistics == {"gram/colour": digest}
+    assert record(shell).members["colour"].facts["statistics_bytes"] == len(data)
+    assert "statistics" in record(shell).timings
+    assert "statistics" in shell("show", "demo").out
+
+
+def test_a_remerge_finds_what_another_method_needs_of_members_that_are_there(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    line(shell, world, tmp_path, "averaging")
+    add(shell, world, tmp_path, "colour")
+    assert "statistics" not in shell.head().tasks["colour"].versions[1].facts
+    assert "statistics" not in record(shell).timings
+    line(shell, world, tmp_path, "fisher-merging")
+    shell("remerge", "demo")
+    assert set(record(shell).statistics) == {"fisher/colour"}
+    contest = {"tournament": ["regmean", {"name": "fisher-merging"}, "averaging"]}
+    kept = {"mode": "dataless", "density": 1, "shots": 4}
+    file = world.line(tmp_path / "l.yaml", method=contest, localize=kept, retention=None)
+    shell("init", file)
+    again = with_splits(world, tmp_path / "number", "number")
+    files = ("--task", again, "--model", world.model("number"))
+    facts = shell.json("register", "demo", *files, "--no-remerge")["facts"]
+    assert set(facts["statistics"]) == {"fisher", "gram"}
 
 
 def test_other_rows_are_other_statistics_and_another_version(
@@ -118,7 +178,7 @@ def test_other_rows_are_other_statistics_and_another_version(
 
 
 def test_a_task_without_train_rows_is_refused_where_the_method_needs_them(
-    world: World, shell: Shell, tmp_path: Path
+    world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line(shell, world, tmp_path, "regmean")
     before = shell.head_bytes()
@@ -127,8 +187,14 @@ def test_a_task_without_train_rows_is_refused_where_the_method_needs_them(
     assert "regmean needs train rows of every task" in done.err
     assert "none for number" in done.err
     assert shell.head_bytes() == before
+    # One that was on its way while the line was given the method: it joins, the merge refuses.
+    with monkeypatch.context() as racing:
+        racing.setattr("flows.declare.check_rows_for", lambda *_: None)
+        assert "none for number" in shell("register", "demo", *files, code=3).err
+    assert shell.head().tasks["number"].versions[1].state == "ready"
+    shell("retire", "demo", "number", "--no-remerge", "--reason", "it lacks rows")
     line(shell, world, tmp_path, "averaging")
-    shell.add(world, "number")
+    shell("restore", "demo", "number")
     given = {"name": "regmean"}
     file = world.line(tmp_path / "again.yaml", method=given, localize=None, retention=None)
     assert "none for number" in shell("init", file, code=3).err

@@ -288,7 +288,7 @@ def test_thresholds_that_cannot_be_used_are_refused(tmp_path: Path, given: dict[
         get_method("tall").experts(base, members, **given)
 
 
-@pytest.mark.parametrize("scale", ["nan", "inf", "1x", "0x1p+99999"])
+@pytest.mark.parametrize("scale", ["nan", "inf", "-1", "1x", "0x1p+99999"])
 def test_a_scale_that_is_no_number_is_damage(tmp_path: Path, scale: str) -> None:
     from merging.mask_file import MaskWriter
 

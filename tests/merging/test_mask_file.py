@@ -1,7 +1,7 @@
 """The mask file: what is read is what was written, in the smallest encoding; nothing else is."""
 
 import json
-import tracemalloc
+import zlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from benchmarks.hostile_files import damaged_bytes
-from merging.errors import BadInput, Damage, RestitchError
+from benchmarks.hostile_masks import HostileMask, check_mask, masks
+from merging.errors import BadInput, Damage
 from merging.mask_file import Bits, MaskFile, MaskWriter
 from merging.sparse import SparseFile, SparseTensor, write_sparse
 
@@ -163,33 +163,25 @@ def test_deflated_bits_that_were_changed_are_damage(tmp_path: Path, fill: bytes)
     assert file.bits("a b").any()
 
 
-@settings(max_examples=150, deadline=None)
-@given(st.data())
-def test_whatever_bytes_are_there_are_refused_or_are_as_many_bits_as_promised(
-    hostile: tuple[SparseFile, bytes, Path], data: st.DataObject
+@settings(max_examples=60, deadline=None)
+@given(masks())
+def test_any_file_is_refused_or_takes_what_a_slow_reader_of_it_takes(hostile: HostileMask) -> None:
+    check_mask(hostile)
+
+
+@pytest.mark.parametrize("size", [1 << 13, 1 << 16])
+def test_a_stream_that_inflates_to_far_more_is_damage_and_costs_nothing(
+    tmp_path: Path, size: int
 ) -> None:
-    patch, whole, path = hostile
-    path.write_bytes(data.draw(damaged_bytes(whole)))
-    tracemalloc.start()
-    try:
-        file = MaskFile.open(path, patch)
-        for name in file.names:
-            bits = file.bits(name)
-            assert len(bits) == patch.info(name).kept
-            assert 0 < bits.sum() <= len(bits)
-    except RestitchError:
-        pass
-    finally:
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-    assert peak < (4 << 20) + 100 * path.stat().st_size
-
-
-@pytest.fixture(scope="module")
-def hostile(tmp_path_factory: pytest.TempPathFactory) -> tuple[SparseFile, bytes, Path]:
-    folder = tmp_path_factory.mktemp("hostile")
-    patch, path = good(folder)
-    return patch, path.read_bytes(), folder / "damaged"
+    with MaskWriter(tmp_path) as writer:
+        writer.finish(tmp_path / "mask", {"shared": "0" * 64, "scale": "0x1p+0"})
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15)
+    stream = deflate.compress(bytes(size << 10)) + deflate.flush()
+    with safe_open(tmp_path / "mask", framework="pt") as file:
+        metadata = file.metadata() | {"restitch.masks": json.dumps([f"64 1 z {len(stream)} a"])}
+    save_file({"masks": torch.tensor(list(stream), dtype=torch.uint8)}, tmp_path / "x", metadata)
+    given = HostileMask((tmp_path / "x").read_bytes(), {"a": 64})
+    assert check_mask(given) == "Damage"  # this counts what is allocated, too
 
 
 @pytest.mark.parametrize("wrong", ["order", "twice", "metadata"])

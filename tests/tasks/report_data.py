@@ -139,6 +139,7 @@ def record(tasks: Sequence[str], version: int, **changes: Any) -> MergedRecord:
                 "kept": 4252742,
                 "delta_bytes": 22114300 + i,
                 "seconds": 3.25,
+                **({"statistics_bytes": 8512345, "statistics_seconds": 41.5} if i else {}),
                 "made_by": {"actor": "nightly", "host": "worker-1", "device": "cpu"},
             },
         )
@@ -185,6 +186,24 @@ def record(tasks: Sequence[str], version: int, **changes: Any) -> MergedRecord:
     return MergedRecord.model_validate(values | changes)
 
 
+def specialists(made: MergedRecord) -> dict[str, Any] | None:
+    """What a version says of its specialists; one without members has none."""
+    if not made.members:
+        return None
+    sizes = {task: 1234567 + i for i, task in enumerate(made.members)}
+    return {
+        "line": made.line,
+        "version": made.version,
+        "method": "tall",
+        "method_version": 1,
+        "settings": {"threshold": dict.fromkeys(made.members, 0.4)},
+        "bytes": {"shared": 98765432, "tasks": sizes, "all": 98765432 + sum(sizes.values())},
+        "made_at": "2026-03-02T08:00:00.123456+00:00",
+        "made_by": {"actor": "<ann>", "host": "worker-1"},
+        "manifest": digest("specialists"),
+    }
+
+
 def show(made: MergedRecord, role: str | None = "champion") -> dict[str, Any]:
     """As `restitch show LINE VERSION --json` prints it."""
     return {
@@ -193,6 +212,7 @@ def show(made: MergedRecord, role: str | None = "champion") -> dict[str, Any]:
         "mean_accuracy": made.mean_accuracy,
         "mean_normalized": made.mean_normalized,
         "digest": made.digest,
+        "specialists": specialists(made),
         "links": {
             "mlflow": "https://mlflow.example/#/experiments/1/runs/2",
             "mlflow_filter": "tags.`restitch.digest` = 'abc'",

@@ -146,6 +146,7 @@ def test_what_was_measured_is_on_the_page(full: Case) -> None:
         "timings.",
         "mean_",
         "facts.tournament.entrants.",
+        "specialists.bytes.",
         "kept",
         "patch_bytes",
     )
