@@ -105,7 +105,11 @@ def hold(
             )
             for place, one, recipe in zip(part, contestants, recipes, strict=True)
         ),
-        waiting=tuple(one for one in _queue(method, newest) if one not in contestants),
+        waiting=tuple(
+            {"label": method.labels[method.tournament.index(one)], **one.to_json()}
+            for one in _queue(method, newest)
+            if one not in contestants
+        ),
         members=members,
         benchmark=benchmark if method.objective.asks_retention else None,
         objective=method.objective,

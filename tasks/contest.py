@@ -18,7 +18,7 @@ from merging.errors import BadInput
 from modeling.family import Family
 from modeling.significance import ratio_interval
 from registry.head import Member
-from registry.specs import MethodSpec, ObjectiveSpec, TaskSpec, TournamentSpec
+from registry.specs import ObjectiveSpec, TaskSpec, TournamentSpec
 from tasks.engine import Cached, step
 from tasks.evaluate import Exam, choice_inputs, has_rows_to_choose_by
 from tasks.inputs import evaluation_split
@@ -57,7 +57,7 @@ class Contest:
 
     Attributes:
         entrants: in the order that decides between equals.
-        waiting: the methods that do not, those first that come next.
+        waiting: the methods that do not, with their labels, those first that come next.
         members: whose tasks are asked.
         benchmark: the general benchmark, where the objective asks for retention.
         objective: which is the best.
@@ -65,7 +65,7 @@ class Contest:
     """
 
     entrants: tuple[Entrant, ...]
-    waiting: tuple[MethodSpec, ...]
+    waiting: tuple[Mapping[str, Any], ...]
     members: tuple[Member, ...]
     benchmark: TaskSpec | None
     objective: ObjectiveSpec
@@ -228,7 +228,7 @@ class _Jury:
             "winner": ranked[0]["label"],
             "objective": self._contest.objective.to_json(),
             "entrants": ranked,
-            "waiting": [one.to_json() for one in self._contest.waiting],
+            "waiting": [dict(one) for one in self._contest.waiting],
             "rounds": rounds,
             "reported": [m.task for m in self._contest.members if _is_reported(m.spec)],
             "benchmark": None if self._contest.benchmark is None else self._contest.benchmark.task,

@@ -83,6 +83,7 @@ def render(found: ReportInput) -> Report:
         by_verdict=_by_verdict(found.changes),
         acts=found.acts,
         analysis=found.analysis,
+        whole=_all_is_kept(found.analysis),
         pairs=_closest_pairs(found.analysis),
         plots={plot.name: plot for plot in plots},
         svg=to_svg,
@@ -99,9 +100,10 @@ def _plots(found: ReportInput) -> list[Plot]:
         ("tradeoff", lambda: tradeoff_plot(version, versions)),
     ]
     if analysis is not None:
+        makers.append(("cosine", lambda: cosine_plot(analysis)))
+    if analysis is not None and not _all_is_kept(analysis):
         makers += [
             ("jaccard", lambda: jaccard_plot(analysis)),
-            ("cosine", lambda: cosine_plot(analysis)),
             ("layers", lambda: layers_plot(analysis)),
             ("components", lambda: components_plot(analysis)),
             ("owners", lambda: owners_plot(analysis)),
@@ -119,6 +121,14 @@ def _by_verdict(changes: Mapping[str, Any] | None) -> dict[str, list[tuple[int, 
     for place, row in enumerate([] if changes is None else changes["results"]):
         grouped.setdefault(row["verdict"], []).append((place, row["task"]))
     return grouped
+
+
+def _all_is_kept(analysis: Mapping[str, Any] | None) -> bool:
+    """Whether the members are whole task vectors, which leave nothing to see of masks."""
+    if analysis is None:
+        return False
+    sizes, kept = analysis["coordinates"], analysis["kept"].values()
+    return bool(kept) and all(one == sizes for one in kept)
 
 
 def _closest_pairs(analysis: Mapping[str, Any] | None) -> list[tuple[int, int]]:

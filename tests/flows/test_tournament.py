@@ -196,9 +196,7 @@ def test_where_a_merge_may_cost_two_methods_the_one_in_use_meets_who_waited_long
         expected = {won or challengers.pop(0), challengers.pop(0)}
         assert set(ranked) == expected
         waiting, won = [*challengers, ranked[1], ranked[0]], ranked[0]
-        assert [one["name"] for one in found["waiting"]] == [
-            label.partition(" ")[0] for label in waiting[:2]
-        ]
+        assert [one["label"] for one in found["waiting"]] == waiting[:2]
         assert found["cost"] <= 2.0
         assert set(challengers) == set(waiting[:2])
     assert {*LABELLED} == {*waiting}, "all had their turn"

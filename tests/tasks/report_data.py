@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from registry.history import (
@@ -118,6 +119,7 @@ def tournament(tasks: Sequence[str]) -> dict[str, Any]:
     return {
         "winner": "ties (alpha 0.5)",
         "entrants": entrants,
+        "waiting": [{"label": "wudi", "name": "wudi", "settings": {}}],
         "rounds": [{"share": 0.5, "entrants": 2, "rows": dict.fromkeys(tasks, 250)}] * 2,
         "reported": [tasks[0]],
     }
@@ -402,6 +404,15 @@ def report_input(tasks: Sequence[str] = task_names(12), versions: int = 30) -> R
         acts=acts(versions, tasks),
         analysis=analysis(tasks),
     )
+
+
+def whole_input() -> ReportInput:
+    """A version that merges whole task vectors."""
+    found = report_input(task_names(3), 2)
+    assert found.analysis is not None
+    sizes = found.analysis["coordinates"]
+    kept = dict.fromkeys(found.analysis["tasks"], sizes)
+    return replace(found, analysis={**found.analysis, "kept": kept})
 
 
 def bare_input(tasks: Sequence[str] = ("colour",)) -> ReportInput:

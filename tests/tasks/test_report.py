@@ -26,9 +26,12 @@ CASES = {
     "one version of one member": lambda: data.report_input(data.task_names(1), 1),
     "sixty members": lambda: data.report_input(data.task_names(60), 100),
     "bare": data.bare_input,
+    "whole task vectors": data.whole_input,
     "no members": lambda: replace(data.bare_input(()), analysis=data.analysis(())),
     "hostile": data.hostile_input,
 }
+
+MASKS = {f"{name}.png" for name in ("jaccard", "cosine", "layers", "components", "owners")}
 
 
 class Page(HTMLParser):
@@ -134,6 +137,14 @@ def test_every_number_is_the_one_in_the_json(case: Case) -> None:
     for field, value in numbers:
         assert field in known, field
         assert json.dumps(known[field]) == value, field
+
+
+def test_whole_task_vectors_are_not_shown_as_masks(full: Case) -> None:
+    whole = rendered("whole task vectors")
+    assert "there are no masks to compare" in whole.page.text
+    assert {"cosine.png"} == {n for n in full.report.plots if n in MASKS} & {*whole.report.plots}
+    assert "no masks" not in full.page.text
+    assert {*full.report.plots} >= MASKS
 
 
 def test_what_was_measured_is_on_the_page(full: Case) -> None:
