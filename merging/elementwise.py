@@ -1,9 +1,10 @@
 """Merge methods that look at each coordinate by itself: one rule, streamed over all weights.
 
-A rule is given the members' task vectors on a range of a tensor and returns the merged one. The
-merged weight is base plus that, computed in the working type and rounded once; where the merged
-task vector is 0 the base's bits stay. Members are ordered by the UTF-8 bytes of their task. The
-result is the same on every machine, for nothing depends on how a tensor is cut.
+A rule is given the members' task vectors on a range of a tensor and returns the merged one, of
+their type; it may be one of them, written to. The merged weight is base plus that, computed in
+the working type and rounded once; where the merged task vector is 0 the base's bits stay. Members
+are ordered by the UTF-8 bytes of their task. The result is the same on every machine, for nothing
+depends on how a tensor is cut.
 """
 
 from collections.abc import Callable, Iterable, Sequence
