@@ -1,9 +1,10 @@
 """Merge methods that look at each coordinate by itself: one rule, streamed over all weights.
 
-A rule is given the members' task vectors on a range of a tensor and returns the merged one. The
-merged weight is base plus that, computed in the working type and rounded once; where the merged
-task vector is 0 the base's bits stay. Members are ordered by the UTF-8 bytes of their task. The
-result is the same on every machine, for nothing depends on how a tensor is cut.
+A rule is given the members' task vectors on a range of a tensor and returns the merged one, of
+their type; it may be one of them, written to. The merged weight is base plus that, computed in
+the working type and rounded once; where the merged task vector is 0 the base's bits stay. Members
+are ordered by the UTF-8 bytes of their task. The result is the same on every machine, for nothing
+depends on how a tensor is cut.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from merging.checkpoint import Checkpoint, by_bytes
 from merging.errors import BadInput
 from merging.kept_vector import BLOCK, KeptVector, working_dtype
 from merging.overwrite import as_integers
-from merging.rounding import cast, round_once
+from merging.rounding import cast_into, round_once
 from merging.stitch import Member, check_fit
 
 Floats = NDArray[Any]
@@ -83,37 +84,62 @@ class Elementwise:
     def editor(self, name: str) -> Callable[[Tensor], None]:
         """A function that edits the parts of a tensor, given one after the other."""
         readers = [(i, v.reader(name)) for i, v in enumerate(self._vectors) if name in v]
-        start = 0
+        start, room = 0, torch.empty(0)
 
         def edit(part: Tensor) -> None:
-            nonlocal start
+            nonlocal start, room
+            wide = working_dtype(part.dtype)
+            if room.numel() < min(BLOCK, part.numel()) or room.dtype != wide:
+                room = torch.empty(min(BLOCK, part.numel()), dtype=wide)
             for piece in torch.split(part, BLOCK):
-                before = cast(piece, working_dtype(piece.dtype)).numpy()
+                cast_into(room, piece)
+                before = room.numpy()[: piece.numel()]
                 taken = [(number, reader.take(before)) for number, reader in readers]
                 change = self._rule(Range(name, start, taken))
-                after = torch.from_numpy(before + change)
+                np.add(before, change, out=before, casting="no")
+                after = round_once(room[: piece.numel()], piece.dtype)
                 # Where nothing changes, zeros keep their sign.
-                np.copyto(
-                    as_integers(piece),
-                    as_integers(round_once(after, piece.dtype)),
-                    where=change != 0,
-                )
+                _replace(as_integers(piece), as_integers(after), change != 0)
                 start += piece.numel()
 
         return edit
 
 
-def total(vectors: Sequence[tuple[int, Floats]]) -> Floats:
-    """The sum of members' task vectors, member after member."""
-    return added([vector for _, vector in vectors])
+def _replace(bits: NDArray[Any], by: NDArray[Any], where: NDArray[np.bool_]) -> None:
+    """`np.copyto` without a branch for each element, on bits; `by` is written to."""
+    by ^= bits
+    by &= all_bits(where, bits.dtype)
+    bits ^= by
 
 
-def added(arrays: Sequence[Floats]) -> Floats:
-    """The sum of arrays, one after the other."""
-    found = arrays[0].copy()
+def all_bits(mask: NDArray[np.bool_], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Integers with all bits set where the mask is, and none elsewhere."""
+    narrow = mask.view(np.int8)
+    return np.negative(narrow).astype(dtype)
+
+
+def total(vectors: Sequence[tuple[int, Floats]], *, reuse: bool = False) -> Floats:
+    """The sum of members' task vectors, member after member.
+
+    Args:
+        vectors: each with its member's number.
+        reuse: the first may be overwritten by the sum.
+    """
+    return added([vector for _, vector in vectors], reuse=reuse)
+
+
+def added(arrays: Sequence[Floats], *, reuse: bool = False) -> Floats:
+    """The sum of arrays, one after the other; with `reuse` the first becomes it."""
+    found = arrays[0] if reuse else arrays[0].copy()
     for array in arrays[1:]:
         found += array
     return found
+
+
+def scaled(vector: Floats, alpha: float) -> Floats:
+    """A vector that becomes `alpha` times itself."""
+    vector *= alpha
+    return vector
 
 
 def checked(name: str, value: float, low: float, high: float) -> float:

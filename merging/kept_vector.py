@@ -20,7 +20,7 @@ from merging.top_k import strided_sample
 
 Floats = NDArray[Any]
 
-BLOCK = 1 << 18
+BLOCK = 1 << 16  # weights that are looked at together: little enough for a core's cache
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -84,7 +84,8 @@ class KeptVector:
         if not self._keeps_all(name):
             return strided_sample(self.difference(name).view(-1).abs(), stride, block)
         sides = [strided_sample(f, stride, block) for f in (self.delta.values(name), flat)]
-        return (sides[0].to(wide) - sides[1].to(wide)).abs()
+        after, before = (cast(side, wide).numpy() for side in sides)
+        return torch.from_numpy(np.absolute(after - before))
 
     def _keeps_all(self, name: str) -> bool:
         info = self.delta.info(name)
@@ -98,24 +99,26 @@ class Reader:
         self._values = delta.values(name) if whole else None
         self._cursor = None if whole else delta.cursor(name)
         self._start = 0
+        self._room = torch.empty(0)
 
     def take(self, before: Floats) -> Floats:
-        """The task vector at the next coordinates.
+        """The task vector at the next coordinates, in memory that the next call uses again.
 
         Args:
             before: the base's weights there, in the type to work in.
         """
+        wide = torch.from_numpy(before).dtype
         if self._cursor is None:
             assert self._values is not None
             stop = self._start + len(before)
-            found = torch.empty(len(before), dtype=torch.from_numpy(before).dtype)
-            cast_into(found, self._values[self._start : stop])
+            if self._room.numel() < len(before) or self._room.dtype != wide:
+                self._room = torch.empty(len(before), dtype=wide)
+            cast_into(self._room, self._values[self._start : stop])
             self._start = stop
-            array: Floats = found.numpy()
+            array: Floats = self._room.numpy()[: len(before)]
             array -= before
             return array
         array = np.zeros_like(before)
         for coordinates, values in self._cursor.take(len(before)):
-            wide = cast(values, torch.from_numpy(before).dtype).numpy()
-            array[coordinates] = wide - before[coordinates]
+            array[coordinates] = cast(values, wide).numpy() - before[coordinates]
         return array

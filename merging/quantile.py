@@ -9,19 +9,23 @@ never negative; those that are 0 are never among the largest.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from merging.checkpoint import by_bytes
+from merging.positions import true_positions
+from merging.rounding import SERIAL
 from merging.top_k import SAMPLE, SAMPLE_BLOCK, Scores
 
 Floats = NDArray[Any]
 _THREADS = 2
+_RANGE = 1 << 20  # scores that are looked at before those in the bracket are counted
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,24 @@ class Cut:
             kept |= ties
         return kept
 
+    def trim(self, name: str, start: int, vector: Floats) -> None:
+        """Write 0 to what is not kept of a range, the scores being absolute values.
+
+        Args:
+            name: the tensor.
+            start: position of the first coordinate in it.
+            vector: the coordinates.
+        """
+        if name == self.name and start <= self.position < start + len(vector):
+            vector[~self.keeps(name, start, np.absolute(vector))] = 0
+            return
+        limit = vector.dtype.type(self.value)
+        place = (by_bytes(name), start)
+        if self.name is None or place <= (by_bytes(self.name), self.position):
+            limit = np.nextafter(limit, vector.dtype.type(0))  # values that equal it stay
+        for piece in torch.split(torch.from_numpy(vector), SERIAL):
+            torch.hardshrink(piece, float(limit), out=piece)
+
 
 def kth_largest(scores: Scores, k: int) -> Cut:
     """Where the k largest positive scores end; all positive ones where there are fewer.
@@ -66,24 +88,27 @@ def kth_largest(scores: Scores, k: int) -> Cut:
     if k <= 0:
         return Cut(math.inf)
     for low, high in _brackets(scores, k):
-        above, values, counts = _count(scores, low, high)
+        above, tallies = _count(scores, low, high)
+        values, counts = _together(tallies)
         if above < k <= above + int(counts.sum()):
             break
     else:
         return Cut(0.0)
     upward = np.cumsum(counts[::-1])
     at = int(np.searchsorted(upward, k - above))
-    value = float(values[::-1][at])
+    value = values[::-1][at]
     beyond = int(upward[at]) - (k - above)
     if not beyond:
-        return Cut(value)
-    return _divided(scores, value, int(counts[::-1][at]) - beyond)
+        return Cut(float(value))
+    return _divided(scores, tallies, value, int(counts[::-1][at]) - beyond)
 
 
 def _brackets(scores: Scores, k: int) -> Iterator[tuple[float, float]]:
     """Ranges (low, high] to look for the k-th score in; together they hold all positive ones."""
     total = sum(scores.numel(name) for name in scores.names)
-    stride = max(1, total // SAMPLE) * SAMPLE_BLOCK
+    # A tensor by itself is not worth as large a sample as a model.
+    size = min(SAMPLE, max(total >> 4, 1 << 14))
+    stride = max(1, total // size) * SAMPLE_BLOCK
     pieces = [scores.sample(name, stride, SAMPLE_BLOCK).numpy() for name in scores.names]
     sample = np.sort(np.concatenate([np.empty(0, np.float32), *pieces]))
     expected = len(sample) * k / max(total, 1)
@@ -103,38 +128,73 @@ def _brackets(scores: Scores, k: int) -> Iterator[tuple[float, float]]:
         yield 0.0, math.inf
 
 
-def _count(scores: Scores, low: float, high: float) -> tuple[int, Floats, NDArray[np.int64]]:
-    """How many scores are above a range, and the values inside it with how often they occur."""
+@dataclass(frozen=True)
+class _Tally:
+    """The values inside a bracket in a range of a tensor that begins at `start`."""
 
-    def look(name: str) -> tuple[int, list[Floats], list[NDArray[Any]]]:
-        above, values, counts = 0, [], []
+    name: str
+    start: int
+    values: Floats
+    counts: NDArray[np.intp]
+
+    def count(self, value: Any) -> int:
+        """How often a value is there."""
+        at = int(np.searchsorted(self.values, value))
+        return int(self.counts[at]) if at < len(self.values) and self.values[at] == value else 0
+
+
+def _count(scores: Scores, low: float, high: float) -> tuple[int, list[_Tally]]:
+    """How many scores are above a bracket, and what is inside it, in order."""
+
+    def look(name: str) -> tuple[int, list[_Tally]]:
+        above = start = done = 0
+        inside: list[Floats] = []
+        tallies = []
         for chunk in scores.chunks(name):
             array = chunk.numpy()
-            over = array > high
+            over, wanted = array > high, array > low
             above += int(np.count_nonzero(over))
-            found = np.unique(array[(array > low) & ~over], return_counts=True)
-            values.append(found[0])
-            counts.append(found[1])
-        return above, values, counts
+            wanted ^= over
+            inside.append(array[true_positions(wanted)])
+            done += len(array)
+            if done - start >= _RANGE or done == scores.numel(name):
+                values, counts = np.unique(np.concatenate(inside), return_counts=True)
+                tallies.append(_Tally(name, start, values, counts))
+                start = done
+                inside.clear()
+        return above, tallies
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        seen = list(pool.map(look, scores.names))
-    every = np.concatenate([np.empty(0, np.float32), *(v for _, values, _ in seen for v in values)])
-    often = np.concatenate([np.empty(0, np.int64), *(c for _, _, counts in seen for c in counts)])
+    if len(scores.names) == 1:
+        seen = [look(scores.names[0])]
+    else:
+        with ThreadPoolExecutor(_THREADS) as pool:
+            seen = list(pool.map(look, scores.names))
+    return sum(above for above, _ in seen), [one for _, tallies in seen for one in tallies]
+
+
+def _together(tallies: Sequence[_Tally]) -> tuple[Floats, NDArray[np.int64]]:
+    """All values, rising, and how often each occurs."""
+    every = np.concatenate([np.empty(0, np.float32), *(one.values for one in tallies)])
+    often = np.concatenate([np.empty(0, np.int64), *(one.counts for one in tallies)])
     values, places = np.unique(every, return_inverse=True)
     totals = np.zeros(len(values), dtype=np.int64)
     np.add.at(totals, places, often)
-    return sum(above for above, _, _ in seen), values, totals
+    return values, totals
 
 
-def _divided(scores: Scores, value: float, wanted: int) -> Cut:
+def _divided(scores: Scores, tallies: Sequence[_Tally], value: Any, wanted: int) -> Cut:
     """The cut that keeps the first `wanted` of the scores that equal a value."""
-    for name in scores.names:
+    for tally in tallies:
+        there = tally.count(value)
+        if there < wanted:
+            wanted -= there
+            continue
         start = 0
-        for chunk in scores.chunks(name):
-            ties = np.flatnonzero(chunk.numpy() == value)
-            if len(ties) >= wanted:
-                return Cut(value, name, start + int(ties[wanted - 1]))
-            wanted -= len(ties)
+        for chunk in scores.chunks(tally.name):
+            if start >= tally.start:
+                ties = np.flatnonzero(chunk.numpy() == value)
+                if len(ties) >= wanted:
+                    return Cut(float(value), tally.name, start + int(ties[wanted - 1]))
+                wanted -= len(ties)
             start += chunk.numel()
     raise AssertionError("the scores changed while they were read")

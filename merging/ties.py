@@ -7,12 +7,10 @@ kept there; those that agree with it are averaged, or summed where Consensus ask
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from merging.elementwise import Floats, Range, added, total
+from merging.elementwise import Floats, Range, added, all_bits, total
 from merging.errors import BadInput
 from merging.kept_vector import KeptVector
 from merging.localize_dataless import kept_count
@@ -53,7 +51,7 @@ class Trim:
         """The task vectors of a range with 0 where they are not kept."""
         for number, vector in part.vectors:
             cut = self._whole(number) if self._over == "model" else self._single(number, part.name)
-            vector[~cut.keeps(part.name, part.start, np.absolute(vector))] = 0
+            cut.trim(part.name, part.start, vector)
         return list(part.vectors)
 
     def _of_model(self, number: int) -> Cut:
@@ -84,15 +82,28 @@ def elected(vectors: Sequence[tuple[int, Floats]], *, mean: bool) -> Floats:
     """The mean, or the sum, of the task vectors that agree with the elected sign.
 
     Args:
-        vectors: trimmed, each with its member's number.
+        vectors: trimmed, each with its member's number; they are written to.
         mean: average those that agree.
     """
-    sign = total(vectors)
-    np.sign(sign, out=sign)
-    agreeing = [np.where(np.sign(vector) == sign, vector, 0) for _, vector in vectors]
-    found = added(agreeing)
-    found[sign == 0] = 0
+    sums = total(vectors)
+    integers = np.dtype(f"i{sums.itemsize}")
+    decided = all_bits(np.absolute(sums) > 0, integers)
+    # Negated where the sum is negative, all that agree are positive.
+    signs = sums.view(integers)
+    signs &= np.iinfo(integers).min
+    turned = []
+    owners = np.zeros(len(sums), dtype=np.min_scalar_type(len(vectors)))
+    for _, vector in vectors:
+        bits = vector.view(integers)
+        bits ^= signs
+        np.maximum(vector, 0, out=vector)
+        owners += (vector > 0).view(np.uint8)
+        turned.append(vector)
+    found = added(turned, reuse=True)
     if mean:
-        owners: NDArray[Any] = added([(one != 0).astype(found.dtype) for one in agreeing])
-        found /= np.maximum(owners, 1)
+        np.maximum(owners, 1, out=owners)
+        found /= owners.astype(found.dtype)
+    bits = found.view(integers)
+    bits ^= signs
+    bits &= decided
     return found

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from merging.checkpoint import Checkpoint
 from merging.edits import Edits
-from merging.elementwise import COEFFICIENTS, Elementwise, checked, kept_vectors, total
+from merging.elementwise import COEFFICIENTS, Elementwise, checked, kept_vectors, scaled, total
 from merging.methods import method
 from merging.stitch import Member
 
@@ -27,4 +27,4 @@ def task_arithmetic(base: Checkpoint, members: Iterable[Member], *, alpha: float
     """
     checked("alpha", alpha, 0, 10)
     vectors = kept_vectors(base, members)
-    return Elementwise(base, vectors, lambda part: alpha * total(part.vectors))
+    return Elementwise(base, vectors, lambda part: scaled(total(part.vectors, reuse=True), alpha))

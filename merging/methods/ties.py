@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from merging.checkpoint import Checkpoint
 from merging.edits import Edits
-from merging.elementwise import COEFFICIENTS, Elementwise, checked, kept_vectors
+from merging.elementwise import COEFFICIENTS, Elementwise, checked, kept_vectors, scaled
 from merging.methods import method
 from merging.stitch import Member
 from merging.ties import Trim, elected
@@ -38,4 +38,6 @@ def ties(
     checked("alpha", alpha, 0, 10)
     vectors = kept_vectors(base, members)
     kept = Trim(vectors, density, trim)
-    return Elementwise(base, vectors, lambda part: alpha * elected(kept.apply(part), mean=True))
+    return Elementwise(
+        base, vectors, lambda part: scaled(elected(kept.apply(part), mean=True), alpha)
+    )

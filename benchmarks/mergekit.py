@@ -1,0 +1,292 @@
+"""Task arithmetic and TIES beside mergekit: seconds and memory, taking turns in one run.
+
+`python -m benchmarks.mergekit BIN [--params 1.1e9] [--work DIR] [--json FILE]`: BIN is the `bin`
+folder of an environment of its own in which mergekit is installed (docs/results.md says how to make
+one). It is only run as a program. Every merge is a process of its own, from its start to the merged
+checkpoint on disk, imports included; what it reads is in the page cache before. restitch reads
+the deltas that it keeps of the finetuned models, once made by `keep`, whose cost stands by
+itself; it merges before and after mergekit, so that a busy moment hits both. Private memory is
+`RssAnon`, looked at all the time: what of mapped files is resident is only in the other figure.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.speed import (
+    HIDDEN,
+    INTERMEDIATE,
+    KV,
+    TASKS,
+    VOCABULARY,
+    llama_shapes,
+    make_models,
+    open_vector,
+    write_delta,
+)
+from merging.checkpoint import Checkpoint
+from merging.export import export_weights
+from merging.mask import Mask
+from merging.methods import get_method
+from merging.sparse import SparseFile
+from merging.stitch import Member
+
+
+@dataclass(frozen=True)
+class Merge:
+    """One merge as restitch and as mergekit are told to do it.
+
+    Attributes:
+        settings: restitch's.
+        name: mergekit's name for the method.
+        member: mergekit's parameters for each model.
+        all: mergekit's parameters for all together.
+    """
+
+    method: str
+    settings: Mapping[str, Any]
+    name: str
+    member: Mapping[str, float]
+    all: Mapping[str, Any]
+
+
+def task_arithmetic(alpha: float) -> Merge:
+    """The sum of the task vectors, times `alpha`."""
+    own = {"normalize": False, "lambda": alpha}
+    return Merge("task-arithmetic", {"alpha": alpha}, "task_arithmetic", {"weight": 1.0}, own)
+
+
+def ties(density: float, alpha: float, trim: str = "tensor") -> Merge:
+    """TIES; mergekit trims each tensor by itself, and `normalize` makes its sum a mean."""
+    settings = {"density": density, "alpha": alpha, "trim": trim}
+    own = {"normalize": True, "lambda": alpha}
+    return Merge("ties", settings, "ties", {"weight": 1.0, "density": density}, own)
+
+
+MERGES = {
+    "task-arithmetic": task_arithmetic(0.4),
+    "ties": ties(0.2, 1.0),
+    "ties, model": ties(0.2, 1.0, "model"),
+}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a process took: seconds, processor seconds of all its threads, and bytes at most."""
+
+    what: str
+    seconds: float
+    processor: float
+    private: int
+    resident: int
+
+
+def llama_config(
+    hidden: int, intermediate: int, heads: int, kv: int, vocabulary: int, layers: int
+) -> dict[str, Any]:
+    """The configuration of a Llama, which mergekit finds the tensors by."""
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads * kv // hidden,
+        "num_hidden_layers": layers,
+        "vocab_size": vocabulary,
+        "tie_word_embeddings": False,
+    }
+
+
+def mergekit_file(folder: Path, merge: Merge, dtype: str, out_dtype: str) -> str:
+    """The configuration of a merge for mergekit; JSON, which is YAML too.
+
+    Args:
+        folder: with the models.
+        merge: what to do.
+        dtype: in which it is computed.
+        out_dtype: in which it is written.
+    """
+    return json.dumps(
+        {
+            "merge_method": merge.name,
+            "base_model": str(folder / "base"),
+            "models": [
+                {"model": str(folder / task), "parameters": dict(merge.member)} for task in TASKS
+            ],
+            "parameters": dict(merge.all),
+            "dtype": dtype,
+            "out_dtype": out_dtype,
+        }
+    )
+
+
+def mergekit_command(
+    program: Path, folder: Path, merge: Merge, out: Path, dtype: str, out_dtype: str
+) -> list[str]:
+    """Write mergekit's configuration beside `out` and say how it is run."""
+    file = out.with_suffix(".json")
+    file.write_text(mergekit_file(folder, merge, dtype, out_dtype))
+    flags = ["--lazy-unpickle", "--no-copy-tokenizer", "--quiet"]
+    return [str(program / "mergekit-yaml"), str(file), str(out), *flags]
+
+
+def keep(folder: Path, task: str) -> None:
+    """What onboarding writes of a model whose whole task vector is kept: every value."""
+    vector = open_vector(folder, task)
+    counts = {name: vector.numel(name) for name in vector.names}
+    write_delta(folder / f"{task}.delta", vector, Mask(counts, lambda n: torch.arange(counts[n])))
+
+
+def merged(folder: Path, merge: Merge, out: Path) -> None:
+    """Merge the deltas and export the merged model."""
+    members = [Member(task, SparseFile.open(folder / f"{task}.delta")) for task in TASKS]
+    base = Checkpoint.open(folder / "base")
+    out.mkdir()
+    export_weights(base, get_method(merge.method)(base, members, **merge.settings), out)
+
+
+def watched(what: str, command: Sequence[str]) -> Cost:
+    """Run a command to its end and measure it."""
+    began = time.perf_counter()
+    quiet = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(command, env=quiet, stdout=said, stderr=said)
+        peaks = {"RssAnon": 0, "VmHWM": 0}
+        ended = threading.Event()
+
+        def watch() -> None:
+            while not ended.wait(0.01):
+                for name, value in _memory(process.pid).items():
+                    peaks[name] = max(peaks[name], value)
+
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        _, status, usage = os.wait4(process.pid, 0)
+        seconds = time.perf_counter() - began
+        ended.set()
+        watcher.join()
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            said.seek(0)
+            raise SystemExit(f"{what} failed:\n{said.read().decode(errors='replace')[-2000:]}")
+    used = usage.ru_utime + usage.ru_stime
+    return Cost(what, seconds, used, peaks["RssAnon"], peaks["VmHWM"])
+
+
+def _memory(pid: int) -> dict[str, int]:
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return {}
+    pairs = (line.split(":", 1) for line in lines)
+    return {n: int(v.split()[0]) * 1024 for n, v in pairs if n in ("RssAnon", "VmHWM")}
+
+
+def _own(*arguments: str) -> list[str]:
+    return [sys.executable, "-m", "benchmarks.mergekit", *arguments]
+
+
+def warm(files: Sequence[Path]) -> None:
+    """Read files so that they are in the page cache, and let the disk come to rest."""
+    os.sync()
+    for file in files:
+        with file.open("rb", buffering=0) as source:
+            while source.read(1 << 24):
+                pass
+
+
+def measure(folder: Path, program: Path, params: float, console: Console) -> list[Cost]:
+    """Make what is missing and measure everything."""
+    shapes = llama_shapes(params)
+    if not (folder / TASKS[-1]).exists():
+        console.print("making 4 models")
+        make_models(folder, shapes, TASKS, torch.bfloat16)
+    layers = sum(name.endswith("q_proj.weight") for name in shapes)
+    config = llama_config(HIDDEN, INTERMEDIATE, HIDDEN // 64, KV, VOCABULARY, layers)
+    for task in ("base", *TASKS):
+        (folder / task / "config.json").write_text(json.dumps(config))
+    models = [folder / task / "model.safetensors" for task in ("base", *TASKS)]
+    deltas = [folder / f"{task}.delta" for task in TASKS]
+    costs: list[Cost] = []
+
+    def run(what: str, command: Sequence[str], reads: Sequence[Path]) -> None:
+        shutil.rmtree(folder / "out", ignore_errors=True)
+        warm(reads)
+        costs.append(watched(what, command))
+        console.print(f"{what}: {costs[-1].seconds:.1f} s")
+
+    def ours(name: str) -> None:
+        run(f"restitch, {name}", _own("merge", str(folder), name), [models[0], *deltas])
+
+    def theirs(name: str, dtype: str) -> None:
+        merge, out = MERGES[name], folder / "out"
+        command = mergekit_command(program, folder, merge, out, dtype, "bfloat16")
+        run(f"mergekit, {name}, {dtype}", command, models)
+
+    for task, model in zip(TASKS, models[1:], strict=True):
+        run(f"restitch, keep {task}", _own("keep", str(folder), task), [models[0], model])
+    ours("task-arithmetic")
+    theirs("task-arithmetic", "bfloat16")
+    ours("task-arithmetic")
+    theirs("task-arithmetic", "float32")
+    ours("task-arithmetic")
+    ours("ties")
+    ours("ties, model")
+    theirs("ties", "bfloat16")
+    ours("ties")
+    ours("ties, model")
+    shutil.rmtree(folder / "out")
+    return costs
+
+
+def show(costs: Sequence[Cost], console: Console) -> None:
+    """Print all as a table, in the order in which it was done."""
+    table = Table("", "seconds", "processor", "private GB", "resident GB")
+    for cost in costs:
+        memory = (f"{size / 1e9:.2f}" for size in (cost.private, cost.resident))
+        table.add_row(cost.what, f"{cost.seconds:.1f}", f"{cost.processor:.1f}", *memory)
+    console.print(table)
+
+
+def main() -> None:
+    """Run the benchmark, or one step of it in this process."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("program", help="mergekit's bin folder; or the step `keep` or `merge`")
+    parser.add_argument("step", nargs="*", help="of a step: the folder, and the task or the merge")
+    parser.add_argument("--params", type=float, default=1.1e9, help="weights of the model")
+    parser.add_argument("--json", type=Path, help="write the figures there, too")
+    parser.add_argument("--work", type=Path, help="a folder in which models stay for another run")
+    arguments = parser.parse_args()
+    if arguments.program == "keep":
+        keep(Path(arguments.step[0]), arguments.step[1])
+        return
+    if arguments.program == "merge":
+        folder = Path(arguments.step[0])
+        merged(folder, MERGES[arguments.step[1]], folder / "out")
+        return
+    console = Console()
+    with tempfile.TemporaryDirectory(prefix="restitch-mergekit-") as name:
+        folder = arguments.work or Path(name)
+        costs = measure(folder, Path(arguments.program), arguments.params, console)
+    show(costs, console)
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(cost) for cost in costs], indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
