@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from merging.digests import digest_json
+from merging.errors import Unavailable
 from merging.localize_trained import NAME as TRAINED
 from merging.score_tensors import fingerprint
 from merging.sparse import SparseInfo
@@ -63,6 +65,7 @@ def finetune(
 
     Raises:
         BadInput: the rows cannot be read, or the loss is not finite.
+        Unavailable: the GPU's memory is not enough.
     """
     space = workspace()
     base = open_base(line, space)
@@ -127,6 +130,13 @@ def _learned(
             learn(live.parameters, names, lengths, on.batch, on.loss, settings, progress=progress)
         edits = _Live(live, tuple(names))
         return write_patch(file, base.checkpoint, edits, {"base": base.ref.weights})
+    except torch.OutOfMemoryError as error:
+        raise Unavailable(
+            f"the GPU's memory is not enough to finetune on {member.task}",
+            expected="room for the weights, their gradients and the two moments of each",
+            found=str(error).splitlines()[0],
+            hint="use a worker with a larger GPU or RESTITCH_DEVICE=cpu",
+        ) from error
     finally:
         restore(live.parameters, base.checkpoint, names)
 

@@ -13,6 +13,7 @@ import torch
 from flows.snapshot import take_snapshot
 from flows.study import STUDIES
 from flows.study.continual import FINETUNING
+from merging.errors import Unavailable
 from registry.catalog import Catalog
 from registry.objects import ObjectStore
 from tasks.finetune import finetune
@@ -134,6 +135,27 @@ def test_continual_finetuning_goes_on_from_where_it_was_and_leaves_the_base_alon
         assert set(learned.names) <= set(base.names)
         for name in base.names:
             assert torch.equal(live.parameters[name], base.checkpoint.tensor(name))
+
+
+def test_a_gpu_that_is_too_small_to_finetune_on_is_told(
+    shell: Shell, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learn(parameters: dict[str, torch.Tensor], names: list[str], *_: object, **__: Any) -> None:
+        with torch.no_grad():
+            parameters[names[0]].zero_()
+        raise torch.OutOfMemoryError("Tried to allocate 20 MiB\nand more")
+
+    monkeypatch.setattr("tasks.finetune.learn", learn)
+    monkeypatch.setattr("tasks.finetune.MOST_ROWS", 7)
+    with shell.inside():
+        snapshot = take_snapshot(shell.ledger())
+        line, member = snapshot.line_in_use, snapshot.members[0]
+        with pytest.raises(Unavailable, match="memory") as raised:
+            finetune(line, member)
+        assert raised.value.found == "Tried to allocate 20 MiB"
+        base = open_base(line, workspace())
+        live = live_base(base).parameters[base.names[0]]
+        assert torch.equal(live, base.checkpoint.tensor(base.names[0]))
 
 
 def test_who_asks_for_more_agreement_keeps_less_and_no_agreement_is_the_sum_itself(
