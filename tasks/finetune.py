@@ -33,7 +33,7 @@ from registry.head import Member
 from registry.objects import KeyRecord
 from registry.specs import TaskSpec
 from tasks.engine import Cached, step
-from tasks.inputs import head_inputs, task_head, verified_data
+from tasks.inputs import reading_inputs, task_head, verified_data
 from tasks.localizers import OpenCalibration, lacks
 from tasks.models import Base, LiveBase, device, live_base, open_base, open_sparse
 from tasks.refs import LineRef, PatchRef
@@ -102,10 +102,7 @@ def _inputs(
         "settings": settings.to_json(),
         "rows": MOST_ROWS,
         "train": splits["train"],
-        "columns": [data.content["input"], data.content["label"]],
-        # Without validation rows of its own, a part of train is set apart.
-        "set_apart": data.validation is None,
-        "head": digest_json(head_inputs(member.spec, base, member.model.model)),
+        **reading_inputs(member.spec, base, member.model.model),
     }
 
 
