@@ -5,6 +5,9 @@ again at every step on validation rows, where all tasks have them. Every method 
 that are there: only the line keeps what it found of each. Seconds are those of localizing
 the member that joins, once, and of every merge of the step: one, or one more per value that was
 tried. Looking at validation rows comes on top.
+
+Beside them, where all tasks have labelled train rows, is continual finetuning: one model that
+begins as the base and learns each member's task in turn, with the earlier ones' rows gone.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,11 +15,16 @@ from typing import Any
 
 from flows.study.subject import Study, Subject
 from merging.methods import Method, get_method
+from registry.head import Member
+from tasks.finetune import finetune, lacks_labels
 from tasks.report.study_plots import Axes, lines_plot
 from tasks.reporting import say
 from tasks.timing import merging_seconds
 
 OTHERS = ("task-arithmetic", "ties", "consensus-ta")
+FINETUNING = "continual finetuning"
+
+Row = dict[str, Any]
 
 
 def make(subject: Subject) -> Study:
@@ -29,6 +37,17 @@ def make(subject: Subject) -> Study:
         for count in range(2, len(order) + 1)
         for method in methods
     ]
+    notes = [f"in the order {', '.join(member.task for member in order)}"]
+    if not subject.can_tune:
+        notes.append("coefficients are the defaults: not every task has validation rows")
+    lacking = {m.task: lacks_labels(m.spec, subject.family) for m in order}
+    without = [f"{task} lacks {what}" for task, what in lacking.items() if what is not None]
+    if without:
+        notes.append(f"{FINETUNING} is left out: {', '.join(without)}")
+    else:
+        learned = _finetuned(subject, order)
+        rows = sorted([*rows, *learned[1:]], key=lambda row: int(row["count"]))
+        notes += _forgotten(learned)
     x = ("count", "members")
     plots = [
         lines_plot(
@@ -41,19 +60,16 @@ def make(subject: Subject) -> Study:
             "continual-seconds",
             "Seconds of each step",
             rows,
-            Axes(x, ("seconds", "seconds to localize and merge"), "method", whole=True),
+            Axes(x, ("seconds", "seconds of the step"), "method", whole=True),
         ),
     ]
-    notes = [f"in the order {', '.join(member.task for member in order)}"]
-    if not subject.can_tune:
-        notes.append("coefficients are the defaults: not every task has validation rows")
-    notes.append("continual finetuning is not among the methods: nothing is trained here")
-    return Study(_with_all_tasks(rows, order), plots, notes, ("merges", "localize", "merge"))
+    details = ("merges", "localize", "merge", "finetune")
+    return Study(_with_all_tasks(rows, order), plots, notes, details)
 
 
 def _row(
-    subject: Subject, method: Method, order: Sequence[Any], count: int, *, tuned: bool
-) -> dict[str, Any]:
+    subject: Subject, method: Method, order: Sequence[Member], count: int, *, tuned: bool
+) -> Row:
     say(f"{subject.line.spec.line}: {method.name}, {count} members")
     joined = order[count - 1]
     trial = subject.prepare(method, order[:count], tuned=tuned)
@@ -70,13 +86,48 @@ def _row(
         "merges": merges,
         "localize": found,
         "merge": once,
+        "finetune": None,
         "seconds": (found or 0.0) + merges * once,
         **reached.values(),
     }
 
 
-def _with_all_tasks(
-    rows: Sequence[Mapping[str, Any]], order: Sequence[Any]
-) -> list[dict[str, Any]]:
+def _finetuned(subject: Subject, order: Sequence[Member]) -> list[Row]:
+    """One model that learns one task after the other; a row for each, the first one too."""
+    rows: list[Row] = []
+    before = None
+    for count, joined in enumerate(order, 1):
+        say(f"{subject.line.spec.line}: {FINETUNING}, {joined.task}")
+        patch = finetune(subject.line, joined, before)
+        before = patch.blob
+        row = {
+            "count": count,
+            "joined": joined.task,
+            "method": FINETUNING,
+            "tuned": None,
+            "merges": 0,
+            "localize": None,
+            "merge": None,
+            "finetune": patch.seconds,
+            "seconds": patch.seconds,
+        }
+        rows.append(row | subject.reached_with(patch, order[:count]).values())
+    return rows
+
+
+def _forgotten(rows: Sequence[Row]) -> list[str]:
+    """What a model that learns one task after the other reached of each, and has at the end."""
+    first, last = rows[0], rows[-1]
+    share = first["normalized"]
+    of_model = "" if share is None else f", {share:.4f} of its finetuned model"
+    earlier = {row["joined"]: row[row["joined"]] for row in rows[:-1]}
+    kept = ", ".join(f"{task} {value:.4f} to {last[task]:.4f}" for task, value in earlier.items())
+    return [
+        f"{FINETUNING} reaches {first['mean']:.4f} on {first['joined']} alone{of_model}",
+        f"from when a task was learned to the end it goes from {kept}",
+    ]
+
+
+def _with_all_tasks(rows: Sequence[Mapping[str, Any]], order: Sequence[Member]) -> list[Row]:
     """Rows with a column for each task; empty before it joined."""
     return [{**row, **{m.task: row.get(m.task) for m in order}} for row in rows]

@@ -163,14 +163,18 @@ class Subject:
     def reached(self, trial: Trial) -> Reached:
         """What the merged model of a trial reaches on the rows that results are reported on."""
         patch = stitch(trial.line, make_recipe(trial.line, trial.members))
+        return self.reached_with(patch, trial.members)
+
+    def reached_with(self, patch: PatchRef, members: Iterable[Member]) -> Reached:
+        """What the base with a patch reaches on members' tasks, on the rows for reporting."""
         merged = WeightsRef("merged", patch.blob)
         found, whole = {}, {}
-        for member in trial.members:
+        for member in members:
             model = member.model.model
-            found[member.task] = evaluate(trial.line, member.spec, merged, model)
+            found[member.task] = evaluate(self.line, member.spec, merged, model)
             finetuned = WeightsRef("finetuned", model.weights, model.uri)
             try:
-                whole[member.task] = evaluate(trial.line, member.spec, finetuned, model).value
+                whole[member.task] = evaluate(self.line, member.spec, finetuned, model).value
             except BadInput:  # its folder may be gone: the merge does not need it
                 continue
         return Reached(patch, found, whole)

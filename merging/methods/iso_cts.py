@@ -9,6 +9,7 @@ from merging.checkpoint import Checkpoint
 from merging.edits import Edits
 from merging.elementwise import checked
 from merging.methods import method
+from merging.methods.iso_c import SCALES
 from merging.per_matrix import PerMatrix, nearest_orthogonal, svd
 from merging.stitch import Member
 
@@ -19,7 +20,7 @@ from merging.stitch import Member
     source="Marczak et al., No task left behind: isotropic merging, ICML 2025, arXiv 2502.04959",
     exact=False,
     whole=True,
-    tunes=("alpha", tuple(n / 2 for n in range(1, 11))),
+    tunes=("alpha", SCALES),
 )
 def iso_cts(
     base: Checkpoint, members: Iterable[Member], *, alpha: float = 1.3, common: float = 0.8
@@ -32,7 +33,7 @@ def iso_cts(
         alpha: the coefficient, which the paper tunes.
         common: the share of directions that are those of the sum; the others are the members'.
     """
-    checked("alpha", alpha, 0, 10)
+    checked("alpha", alpha, 0, 100)
     checked("common", common, 0, 1)
     return PerMatrix(base, members, lambda matrix: alpha * merged(matrix.changes, common))
 

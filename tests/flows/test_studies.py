@@ -8,10 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from flows.snapshot import take_snapshot
 from flows.study import STUDIES
+from flows.study.continual import FINETUNING
+from merging.errors import Unavailable
 from registry.catalog import Catalog
 from registry.objects import ObjectStore
+from tasks.finetune import finetune
+from tasks.models import live_base, open_base, open_sparse
+from tasks.workspace import workspace
 from tests.cli.test_end_to_end import plain
 from tests.flows.test_localizing import add_with_splits
 from tests.shell import Shell
@@ -93,14 +100,62 @@ def test_all_members_merged_by_the_lines_method_are_the_version_in_use(
 
 def test_members_join_in_the_order_in_which_they_were_registered(made: Made) -> None:
     found = made["continual"]
-    joined = [row["joined"] for row in of_method(found, "task-arithmetic")]
-    assert joined == list(SKILLS[1:])
+    methods = {"localize-and-stitch": 1, "task-arithmetic": 11, FINETUNING: 0}
+    assert [row["method"] for row in found["rows"]] == [*methods] * 2
+    for method in methods:
+        assert [row["joined"] for row in of_method(found, method)] == list(SKILLS[1:])
     assert f"in the order {', '.join(SKILLS)}" in found["notes"]
     for row in found["rows"]:
-        assert row["merges"] == (1 if row["method"] == "localize-and-stitch" else 11)
-        told = (row["localize"] or 0.0) + row["merges"] * row["merge"]
-        assert row["seconds"] == pytest.approx(told)
-        assert row["tuned"] == (None if row["merges"] == 1 else row["tuned"])
+        assert row["merges"] == methods[row["method"]]
+        told = (row["localize"] or 0.0) + row["merges"] * (row["merge"] or 0.0)
+        assert row["seconds"] == pytest.approx(told + (row["finetune"] or 0.0))
+        assert row["tuned"] == (row["tuned"] if row["merges"] > 1 else None)
+
+
+def test_continual_finetuning_goes_on_from_where_it_was_and_leaves_the_base_alone(
+    shell: Shell, made: Made
+) -> None:
+    last = of_method(made["continual"], FINETUNING)[-1]
+    assert all(last[task] is not None for task in SKILLS)
+    told = [note for note in made["continual"]["notes"] if "finetun" in note]
+    assert len(told) == 1, "what it reaches on the first task alone"
+    with shell.inside():
+        snapshot = take_snapshot(shell.ledger())
+        line, members = snapshot.line_in_use, {m.task: m for m in snapshot.members}
+        before = None
+        for task in SKILLS:
+            patch = finetune(line, members[task], before)
+            alone = finetune(line, members[task])
+            assert (alone.blob == patch.blob) == (before is None)
+            before = patch.blob
+        assert patch.seconds == last["finetune"], "it was in the store"
+        base = open_base(line, workspace())
+        live = live_base(base)
+        learned = open_sparse(str(before), workspace(), base.checkpoint)
+        assert set(learned.names) <= set(base.names)
+        for name in base.names:
+            assert torch.equal(live.parameters[name], base.checkpoint.tensor(name))
+
+
+def test_a_gpu_that_is_too_small_to_finetune_on_is_told(
+    shell: Shell, made: Made, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def learn(parameters: dict[str, torch.Tensor], names: list[str], *_: object, **__: Any) -> None:
+        with torch.no_grad():
+            parameters[names[0]].zero_()
+        raise torch.OutOfMemoryError("Tried to allocate 20 MiB\nand more")
+
+    monkeypatch.setattr("tasks.finetune.learn", learn)
+    monkeypatch.setattr("tasks.finetune.MOST_ROWS", 7)
+    with shell.inside():
+        snapshot = take_snapshot(shell.ledger())
+        line, member = snapshot.line_in_use, snapshot.members[0]
+        with pytest.raises(Unavailable, match="memory") as raised:
+            finetune(line, member)
+        assert raised.value.found == "Tried to allocate 20 MiB"
+        base = open_base(line, workspace())
+        live = live_base(base).parameters[base.names[0]]
+        assert torch.equal(live, base.checkpoint.tensor(base.names[0]))
 
 
 def test_who_asks_for_more_agreement_keeps_less_and_no_agreement_is_the_sum_itself(
@@ -188,5 +243,9 @@ def test_mistakes_are_told(shell: Shell, world: World, tmp_path: Path) -> None:
         bare = ("--task", world.task("number"), "--model", world.model("number"))
         small("register", "demo", *bare, "--replace-task")
         assert "no train rows" in small("study", "shots", "demo", code=3).err
+        smaller(patch)
+        found = small.json("study", "continual", "demo")
+        assert f"{FINETUNING} is left out: number lacks train rows" in found["notes"]
+        assert of_method(found, FINETUNING) == []
         small("retire", "demo", "number", "--reason", "a test")
     assert "one subset" in small("study", "subsets", "demo", code=3).err

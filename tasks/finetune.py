@@ -1,0 +1,170 @@
+"""Finetune further and further on members' train rows: the baseline of a study that trains.
+
+All localizable weights learn. The head is the one that the task is evaluated with, and stays as it
+is: finetuned models of a line have learned with it, too. Weights begin as the finetuning before
+left them, or as the base's, and are kept as a patch under the key of all that they depend on, of
+which the patch before is a part. Gradients are the same bytes only on the same device, with the
+same torch and threads: the first that is published counts.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merging.digests import digest_json
+from merging.errors import Unavailable
+from merging.localize_trained import NAME as TRAINED
+from merging.score_tensors import fingerprint
+from merging.sparse import SparseInfo
+from merging.stitch import write_patch
+from modeling.data import stratified
+from modeling.family import Family
+from modeling.finetuning import VERSION, FinetuningSettings
+from modeling.finetuning import finetune as learn
+from modeling.rows import Rows
+from modeling.weights import apply_edits, restore
+from registry.head import Member
+from registry.objects import KeyRecord
+from registry.specs import TaskSpec
+from tasks.engine import Cached, step
+from tasks.inputs import reading_inputs, task_head, verified_data
+from tasks.localizers import OpenCalibration, lacks
+from tasks.models import Base, LiveBase, device, live_base, open_base, open_sparse
+from tasks.refs import LineRef, PatchRef
+from tasks.reporting import working
+from tasks.workspace import Workspace, made_by, workspace
+
+# Of each task, of which every class has its share; more take longer and teach little more.
+MOST_ROWS = 2000
+
+
+def lacks_labels(task: TaskSpec, family: Family) -> str | None:
+    """What a task lacks to be finetuned on; None where it has labelled train rows."""
+    return lacks(TRAINED, task, family)
+
+
+@step("finetune", "finetune on {member.task}")
+def finetune(
+    line: LineRef, member: Member, before: str | None = None
+) -> PatchRef | Cached[PatchRef]:
+    """The base's localizable weights, finetuned on a member's train rows.
+
+    Args:
+        line: with the base.
+        member: of a task that lacks no labels.
+        before: the patch that they begin with; None begins with the base's own.
+
+    Returns:
+        Where they differ from the base's, and the seconds of learning them.
+
+    Raises:
+        BadInput: the rows cannot be read, or the loss is not finite.
+        Unavailable: the GPU's memory is not enough.
+    """
+    space = workspace()
+    base = open_base(line, space)
+    settings = FinetuningSettings.of(base.family.modality, seed=line.spec.localize.seed)
+    key = digest_json(_inputs(base, member, before, settings))
+    record = space.objects.lookup("finetuning", key)
+    if record is not None:
+        return Cached(_ref(record, key))
+    began = time.perf_counter()
+    with space.scratch() as scratch:
+        file = scratch / "patch.safetensors"
+        info = _learned(file, base, member, before, settings, space)
+        blob = space.objects.put_blob(file, move=True)
+    facts = {"kept": info.kept, "seconds": round(time.perf_counter() - began, 3)}
+    maker = made_by() | {"device": device().type}
+    won = space.objects.publish("finetuning", key, blob, maker, fingerprint(device()), facts)
+    return _ref(won, key)
+
+
+def _inputs(
+    base: Base, member: Member, before: str | None, settings: FinetuningSettings
+) -> dict[str, Any]:
+    """All that the weights depend on."""
+    data = member.spec.data
+    assert data is not None
+    assert data.content is not None
+    splits: Any = data.content["splits"]
+    return {
+        "version": VERSION,
+        "base": [base.ref.weights, base.ref.config],
+        "family": [base.family.name, base.family.version],
+        "localizable": list(base.names),
+        "before": before,
+        "settings": settings.to_json(),
+        "rows": MOST_ROWS,
+        "train": splits["train"],
+        **reading_inputs(member.spec, base, member.model.model),
+    }
+
+
+def _learned(
+    file: Path,
+    base: Base,
+    member: Member,
+    before: str | None,
+    settings: FinetuningSettings,
+    space: Workspace,
+) -> SparseInfo:
+    """Finetune the live base, and write where it differs then; it is the base again afterwards."""
+    live = live_base(base)
+    rows, on = _opened(live, member, space)
+    names = [name for name in base.names if name in live.parameters]
+    lengths = rows.lengths() if rows.modality == "text" else np.zeros(len(rows), dtype=np.int64)
+    try:
+        if before is not None:
+            start = open_sparse(before, space, base.checkpoint)
+            apply_edits(live.parameters, base.checkpoint, start)
+        with working(f"finetuning on {member.task}") as progress:
+            learn(live.parameters, names, lengths, on.batch, on.loss, settings, progress=progress)
+        edits = _Live(live, tuple(names))
+        return write_patch(file, base.checkpoint, edits, {"base": base.ref.weights})
+    except torch.OutOfMemoryError as error:
+        raise Unavailable(
+            f"the GPU's memory is not enough to finetune on {member.task}",
+            expected="room for the weights, their gradients and the two moments of each",
+            found=str(error).splitlines()[0],
+            hint="use a worker with a larger GPU or RESTITCH_DEVICE=cpu",
+        ) from error
+    finally:
+        restore(live.parameters, base.checkpoint, names)
+
+
+def _opened(live: LiveBase, member: Member, space: Workspace) -> tuple[Rows, OpenCalibration]:
+    """The rows to learn from, and what reads them; heads come from the live base's own weights."""
+    base = live.base
+    every = verified_data(member.spec, base.family).rows("train")
+    rows = every.select(stratified(every.targets, MOST_ROWS, 0))
+    head = task_head(member.spec, base, live, member.model.model, space)
+    preprocess = base.family.preprocessor(base.folder, head.spec.max_length)
+
+    def batch(places: Sequence[int]) -> dict[str, Tensor]:
+        made = preprocess([rows[place] for place in places])
+        return {name: tensor.to(live.device) for name, tensor in made.items()}
+
+    return rows, OpenCalibration(live, rows, head, batch)
+
+
+@dataclass(frozen=True)
+class _Live:
+    """Edits that give what the live weights are; see `merging.edits`."""
+
+    live: LiveBase
+    names: tuple[str, ...]
+
+    def apply(self, name: str, flat: Tensor) -> None:
+        """Overwrite a flat copy of the base's tensor."""
+        flat.copy_(self.live.parameters[name].detach().reshape(-1))
+
+
+def _ref(record: KeyRecord, key: str) -> PatchRef:
+    facts: Any = record.facts
+    return PatchRef(record.blob, facts["kept"], record.size, key, facts["seconds"])
