@@ -3,11 +3,13 @@
 A rule is given the members' task vectors of one matrix and returns the merged one; tensors of
 other shapes get the mean, unless the method says otherwise. Computed in float32, rounded once;
 where the merged task vector is 0 the base's bits stay. Decompositions and optimizer steps differ
-in their last bits between machines: such a method is `numeric`. One matrix of each member is in
-memory at a time.
+in their last bits between machines: such a method is `numeric`, and may compute where that is
+fast (`computing_on`). One matrix of each member is in memory at a time.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import numpy as np
@@ -27,7 +29,8 @@ class Matrix:
 
     Attributes:
         name: the tensor.
-        changes: one behind the other: members x rows x columns, float32.
+        changes: one behind the other: members x rows x columns, float32, on the device to
+            compute on.
         members: the numbers of the members that have the tensor, in the order of their tasks.
     """
 
@@ -37,6 +40,18 @@ class Matrix:
 
 
 Rule = Callable[[Matrix], Tensor]
+
+_device: ContextVar[torch.device | None] = ContextVar("device", default=None)
+
+
+@contextmanager
+def computing_on(device: torch.device) -> Iterator[None]:
+    """What methods make of matrices, if they are called in this block, is computed there."""
+    before = _device.set(device)
+    try:
+        yield
+    finally:
+        _device.reset(before)
 
 
 class PerMatrix:
@@ -59,15 +74,16 @@ class PerMatrix:
         self._vectors = kept_vectors(base, members)
         self._rule = rule
         self._otherwise = otherwise or self._mean
+        self._device = _device.get() or torch.device("cpu")
         self.names = tuple(sorted({n for v in self._vectors for n in v.names}, key=by_bytes))
 
     def apply(self, name: str, flat: Tensor) -> None:
         """Overwrite weights in a flat copy of the base's tensor."""
         there = tuple(i for i, vector in enumerate(self._vectors) if name in vector)
         changes = torch.stack([self._vectors[i].difference(name).float() for i in there])
-        matrix = Matrix(name, changes, there)
+        matrix = Matrix(name, changes.to(self._device), there)
         is_matrix = changes.dim() == 3 and min(changes.shape[1:]) > 1
-        moved = (self._rule if is_matrix else self._otherwise)(matrix).reshape(-1)
+        moved = (self._rule if is_matrix else self._otherwise)(matrix).cpu().reshape(-1)
         after = cast(flat, torch.float64) + moved.double()
         np.copyto(
             as_integers(flat),

@@ -5,13 +5,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from pydantic import JsonValue
 
 from merging.checkpoint import Checkpoint
 from merging.digests import digest_file
 from merging.edits import Edits, edited
-from merging.errors import Damage
+from merging.errors import Damage, Unavailable
 from merging.methods import get_method
+from merging.per_matrix import computing_on
 from merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
 from merging.score_tensors import fingerprint
 from merging.sparse import SparseFile, SparseInfo
@@ -22,7 +24,7 @@ from merging.stitch import write_patch
 from registry.head import Member
 from registry.objects import KeyRecord
 from tasks.engine import Cached, step
-from tasks.models import Base, open_base
+from tasks.models import Base, device, open_base
 from tasks.refs import LineRef, PatchRef
 from tasks.reporting import working
 from tasks.statistics import known_statistics, statistic_inputs, statistics
@@ -114,7 +116,7 @@ def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cac
 
 def circumstances(recipe: Recipe) -> JsonValue:
     """What a repetition must share to give the same bytes; None for a method that is exact."""
-    return None if get_method(recipe.method.name).exact else fingerprint()
+    return None if get_method(recipe.method.name).exact else fingerprint(device())
 
 
 def is_reproducible(recipe: Recipe, record: KeyRecord) -> bool:
@@ -173,20 +175,26 @@ def write_patch_of(file: Path, line: LineRef, recipe: Recipe, space: Workspace) 
 
 
 def _write(file: Path, base: Base, recipe: Recipe, space: Workspace) -> SparseInfo:
+    edits = recipe_edits(base, recipe, space)
+    metadata = {"base": base.ref.weights, "recipe": recipe.digest()}
     with working("stitching") as progress:
-        return write_patch(
-            file,
-            base.checkpoint,
-            recipe_edits(base, recipe, space),
-            metadata={"base": base.ref.weights, "recipe": recipe.digest()},
-            progress=progress,
-        )
+        try:
+            return write_patch(file, base.checkpoint, edits, metadata=metadata, progress=progress)
+        except torch.OutOfMemoryError as error:
+            raise Unavailable(
+                f"the GPU's memory is not enough to merge by {recipe.method.name}",
+                expected="room for one matrix of every member and what is computed of them",
+                found=str(error).splitlines()[0],
+                hint="use a worker with a larger GPU or RESTITCH_DEVICE=cpu",
+            ) from error
 
 
 def recipe_edits(base: Base, recipe: Recipe, space: Workspace) -> Edits:
     """The merged model of a recipe, computed tensor by tensor as it is asked for."""
     method = get_method(recipe.method.name)
-    return method(base.checkpoint, recipe_members(base, recipe, space), **recipe.method.settings)
+    members = recipe_members(base, recipe, space)
+    with computing_on(device()):
+        return method(base.checkpoint, members, **recipe.method.settings)
 
 
 def recipe_members(base: Base, recipe: Recipe, space: Workspace) -> list[StitchMember]:

@@ -9,6 +9,7 @@ from merging.score_tensors import fingerprint
 from registry.head import Member
 from tasks.engine import Cached, step
 from tasks.merge import make_recipe, write_patch_of
+from tasks.models import device
 from tasks.refs import LineRef
 from tasks.workspace import made_by, workspace
 
@@ -26,7 +27,7 @@ def merging_seconds(line: LineRef, members: tuple[Member, ...]) -> float | Cache
     """
     space = workspace()
     recipe = make_recipe(line, members)
-    key = digest_json([VERSION, recipe.digest(), fingerprint(), socket.gethostname()])
+    key = digest_json([VERSION, recipe.digest(), fingerprint(device()), socket.gethostname()])
     record = space.objects.lookup("timing", key)
     if record is not None:
         return Cached(float(json.loads(space.objects.read_blob(record.blob))))

@@ -61,9 +61,11 @@ def solved(changes: Tensor, grams: Iterable[Tensor], scale: float) -> Tensor:
         grams: of each member, inputs x inputs.
         scale: see `regmean`.
     """
-    wanted = torch.zeros(changes.shape[1:], dtype=torch.float64)
-    together = torch.zeros((changes.shape[2],) * 2, dtype=torch.float64)
-    for change, gram in zip(changes, grams, strict=True):
+    wide = torch.zeros((), dtype=torch.float64, device=changes.device)
+    wanted = wide.new_zeros(changes.shape[1:])
+    together = wide.new_zeros((changes.shape[2],) * 2)
+    for change, given in zip(changes, grams, strict=True):
+        gram = given.to(wide)
         diagonal = gram.diagonal()
         least = _RIDGE * diagonal.mean().clamp_min(torch.finfo().tiny)
         weighed = scale * gram + torch.diag((1 - scale) * diagonal + least)

@@ -66,7 +66,7 @@ def svc(
         before = cast(base.tensor(matrix.name).reshape(-1), torch.float64)
         wide = before.clone()
         inner.apply(matrix.name, wide)
-        return (wide - before).view(matrix.changes.shape[1:]).float()
+        return (wide - before).view(matrix.changes.shape[1:]).to(matrix.changes)
 
     return PerMatrix(
         base,

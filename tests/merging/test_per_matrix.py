@@ -1,7 +1,8 @@
 """Methods of whole matrices against plain float64 references and cases by hand."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,8 +15,10 @@ from merging.mask import Mask
 from merging.methods import get_method
 from merging.methods.iso_c import isotropic
 from merging.methods.iso_cts import merged as common_and_own
+from merging.methods.regmean import solved
 from merging.methods.tsv_m import merged
 from merging.methods.wudi import minimized
+from merging.per_matrix import PerMatrix, computing_on
 from merging.stitch import Member
 from tests import tiny
 
@@ -170,3 +173,39 @@ def test_order_does_not_matter_and_vectors_are_averaged(tmp_path: Path, name: st
 def test_without_members_it_is_the_base(tmp_path: Path, name: str) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors())
     assert get_method(name)(base, ()).names == ()
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        merged,
+        lambda changes: isotropic(changes.sum(0)),
+        lambda changes: common_and_own(changes, 0.8),
+        lambda changes: minimized(changes, 2, 1e-3),
+        lambda changes: solved(changes, [torch.eye(4, dtype=torch.float64)] * 2, 0.9),
+    ],
+    ids=["tsv-m", "iso-c", "iso-cts", "wudi", "regmean"],
+)
+def test_a_rule_computes_where_its_matrices_lie(rule: Callable[[torch.Tensor], Any]) -> None:
+    """On torch's device without numbers: it needs no GPU, and mixing it with another is refused."""
+    found = rule(torch.empty((2, 5, 4), device="meta"))
+    assert (found.device.type, tuple(found.shape)) == ("meta", (5, 4))
+
+
+def test_matrices_are_taken_to_where_methods_compute(tmp_path: Path) -> None:
+    base = tiny.save(tmp_path / "base", tiny.base_tensors())
+    members = whole_members(tmp_path, base, 2)
+    seen = []
+
+    def rule(matrix: Any) -> torch.Tensor:
+        seen.append(matrix.changes.device.type)
+        return torch.zeros(matrix.changes.shape[1:])
+
+    with computing_on(torch.device("meta")):
+        there = PerMatrix(base, members, rule, rule)
+    here = PerMatrix(base, members, rule, rule)
+    for edits in (there, here):
+        for name in edits.names:
+            assert torch.equal(edited(base, edits, name), base.tensor(name))
+    count = len(here.names)
+    assert seen == ["meta"] * count + ["cpu"] * count
