@@ -92,6 +92,7 @@ def start_line(world: World, state: Path, out: Console) -> str:
     from tasks.workspace import workspace
 
     values = yaml.safe_load(world.line.read_text())
+    del values["localize"]  # the demo shows what a line does by default
     taken = sum(1 for _ in lines(workspace().objects))
     if taken:
         values["line"] = f"{values['line']}-{taken + 1}"
