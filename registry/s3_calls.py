@@ -8,6 +8,7 @@ error, which `registry.s3_client.s3_explained` explains.
 
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -56,13 +57,19 @@ def persistently(call: Callable[[], Result], size: int = 0) -> Result:
     )
     ends = time.monotonic() + DEADLINE + size / SLOWEST
     attempt, before = 0, None
+    # By how often a call is made that ends so: what is altered once, after the network failed
+    # a few times, is not yet altered again and again.
+    ended: Counter[int] = Counter()
     while True:
         attempt += 1
         try:
             return call()
         except failures as error:
+            most = _attempts(error)
+            ended[most] += 1
             wait = random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt))
-            if attempt >= _attempts(error) or time.monotonic() + wait > ends:
+            enough = ended[most] >= most or attempt >= ATTEMPTS
+            if enough or time.monotonic() + wait > ends:
                 raise error from before
             before = error
         pause(wait)

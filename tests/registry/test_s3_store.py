@@ -472,3 +472,29 @@ def test_a_client_belongs_to_one_process_and_one_environment(s3_account, monkeyp
     assert second is not first
     monkeypatch.setattr(os, "getpid", lambda: 1)
     assert s3_client.client() is not second
+
+
+class TestPersistence:
+    @pytest.fixture(autouse=True)
+    def _no_waiting(self, monkeypatch):
+        monkeypatch.setattr(s3_calls, "pause", lambda _seconds: None)
+
+    def calls(self, *failures: Exception):
+        """A call that fails so, one time after the other, and then does not."""
+        left = list(failures)
+
+        def call() -> str:
+            if left:
+                raise left.pop(0)
+            return "done"
+
+        return call
+
+    def test_what_is_altered_once_among_other_failures_is_asked_for_again(self):
+        cut, altered = s3_client.MangledError("cut"), s3_client.AlteredError("altered")
+        assert s3_calls.persistently(self.calls(cut, cut, cut, altered, cut, altered)) == "done"
+
+    def test_what_is_altered_again_and_again_is_so_at_the_server(self):
+        altered = [s3_client.AlteredError(str(number)) for number in range(5)]
+        with pytest.raises(s3_client.AlteredError, match="3"):
+            s3_calls.persistently(self.calls(*altered))
