@@ -14,11 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from merging.digests import digest_json
-from merging.errors import Unavailable
 from merging.localize_trained import NAME as TRAINED
 from merging.score_tensors import fingerprint
 from merging.sparse import SparseInfo
@@ -35,7 +33,15 @@ from registry.specs import TaskSpec
 from tasks.engine import Cached, step
 from tasks.inputs import reading_inputs, task_head, verified_data
 from tasks.localizers import OpenCalibration, lacks
-from tasks.models import Base, LiveBase, device, live_base, open_base, open_sparse
+from tasks.models import (
+    Base,
+    LiveBase,
+    device,
+    live_base,
+    memory_explained,
+    open_base,
+    open_sparse,
+)
 from tasks.refs import LineRef, PatchRef
 from tasks.reporting import working
 from tasks.workspace import Workspace, made_by, workspace
@@ -119,21 +125,18 @@ def _learned(
     rows, on = _opened(live, member, space)
     names = [name for name in base.names if name in live.parameters]
     lengths = rows.lengths() if rows.modality == "text" else np.zeros(len(rows), dtype=np.int64)
+    room = "room for the weights, their gradients and the two moments of each"
     try:
         if before is not None:
             start = open_sparse(before, space, base.checkpoint)
             apply_edits(live.parameters, base.checkpoint, start)
-        with working(f"finetuning on {member.task}") as progress:
+        with (
+            memory_explained(f"finetune on {member.task}", room),
+            working(f"finetuning on {member.task}") as progress,
+        ):
             learn(live.parameters, names, lengths, on.batch, on.loss, settings, progress=progress)
         edits = _Live(live, tuple(names))
         return write_patch(file, base.checkpoint, edits, {"base": base.ref.weights})
-    except torch.OutOfMemoryError as error:
-        raise Unavailable(
-            f"the GPU's memory is not enough to finetune on {member.task}",
-            expected="room for the weights, their gradients and the two moments of each",
-            found=str(error).splitlines()[0],
-            hint="use a worker with a larger GPU or RESTITCH_DEVICE=cpu",
-        ) from error
     finally:
         restore(live.parameters, base.checkpoint, names)
 

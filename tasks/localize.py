@@ -15,7 +15,6 @@ from torch import Tensor
 
 from merging.checkpoint import Checkpoint
 from merging.digests import digest_json
-from merging.errors import Unavailable
 from merging.mask import Mask
 from merging.overwrite import take
 from merging.progress import Progress
@@ -29,7 +28,7 @@ from registry.specs import TaskSpec
 from tasks.density import Density
 from tasks.engine import Cached, step
 from tasks.localizers import Localizer, Ranking, localizer
-from tasks.models import Base, device, live_base, open_base, open_vector
+from tasks.models import Base, device, live_base, memory_explained, open_base, open_vector
 from tasks.refs import DeltaRef, LineRef
 from tasks.reporting import warn, working
 from tasks.workspace import Workspace, made_by, workspace
@@ -162,17 +161,10 @@ def _ranked(
             "computed twice, which takes longer"
         )
     torch.cuda.empty_cache()
-    try:
-        with checkpointed(live_base(base).model):
-            return found_by.rank(vector, scratch, progress)
-    except torch.OutOfMemoryError as error:
-        raise Unavailable(
-            "the GPU's memory is not enough to localize this model",
-            expected="room for the weights, what was finetuned and one score per coordinate",
-            found=str(error).splitlines()[0],
-            hint="use a worker with a larger GPU or RESTITCH_DEVICE=cpu, or localize with mode: "
-            "fisher, which keeps no scores, or dataless",
-        ) from error
+    room = "room for the weights, what was finetuned and one score per coordinate"
+    hint = ", or localize with mode: fisher, which keeps no scores, or dataless"
+    with memory_explained("localize this model", room, hint), checkpointed(live_base(base).model):
+        return found_by.rank(vector, scratch, progress)
 
 
 def kept_values(

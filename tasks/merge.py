@@ -5,13 +5,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from pydantic import JsonValue
 
 from merging.checkpoint import Checkpoint
 from merging.digests import digest_file
 from merging.edits import Edits, edited
-from merging.errors import Damage, Unavailable
+from merging.errors import Damage
 from merging.methods import get_method
 from merging.per_matrix import computing_on
 from merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
@@ -24,7 +23,7 @@ from merging.stitch import write_patch
 from registry.head import Member
 from registry.objects import KeyRecord
 from tasks.engine import Cached, step
-from tasks.models import Base, device, open_base
+from tasks.models import Base, device, memory_explained, open_base
 from tasks.refs import LineRef, PatchRef
 from tasks.reporting import working
 from tasks.statistics import known_statistics, statistic_inputs, statistics
@@ -177,16 +176,10 @@ def write_patch_of(file: Path, line: LineRef, recipe: Recipe, space: Workspace) 
 def _write(file: Path, base: Base, recipe: Recipe, space: Workspace) -> SparseInfo:
     edits = recipe_edits(base, recipe, space)
     metadata = {"base": base.ref.weights, "recipe": recipe.digest()}
-    with working("stitching") as progress:
-        try:
-            return write_patch(file, base.checkpoint, edits, metadata=metadata, progress=progress)
-        except torch.OutOfMemoryError as error:
-            raise Unavailable(
-                f"the GPU's memory is not enough to merge by {recipe.method.name}",
-                expected="room for one matrix of every member and what is computed of them",
-                found=str(error).splitlines()[0],
-                hint="use a worker with a larger GPU or RESTITCH_DEVICE=cpu",
-            ) from error
+    doing = f"merge by {recipe.method.name}"
+    room = "room for one matrix of every member and what is computed of them"
+    with memory_explained(doing, room), working("stitching") as progress:
+        return write_patch(file, base.checkpoint, edits, metadata=metadata, progress=progress)
 
 
 def recipe_edits(base: Base, recipe: Recipe, space: Workspace) -> Edits:

@@ -211,6 +211,29 @@ def line_up(base: Base, finetuned: Checkpoint) -> Comparison:
     return compare(base.checkpoint, finetuned, base.names, base.family.prefixes)
 
 
+@contextmanager
+def memory_explained(doing: str, expected: str, hint: str = "") -> Iterator[None]:
+    """Tell what to do where a GPU's memory is not enough for what is done in the block.
+
+    Args:
+        doing: what that is.
+        expected: what has to fit.
+        hint: what helps beside another device.
+
+    Raises:
+        Unavailable: it is not enough.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise Unavailable(
+            f"the GPU's memory is not enough to {doing}",
+            expected=expected,
+            found=str(error).splitlines()[0],
+            hint=f"use a worker with a larger GPU or RESTITCH_DEVICE=cpu{hint}",
+        ) from error
+
+
 def device() -> torch.device:
     """The worker's device: `RESTITCH_DEVICE`, by default CUDA where there is one.
 
