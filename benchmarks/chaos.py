@@ -31,18 +31,18 @@ from typing import Any
 
 import psutil
 import yaml
+from restitch.deployments import stack
+from restitch.merging.errors import Unavailable
+from restitch.registry.home import Home, prepare_environment
+from restitch.registry.ledger import Ledger
+from restitch.registry.objects import ObjectStore
+from restitch.registry.stack import StackFile
+from restitch.tasks.prefect_api import PrefectApi
 from rich.console import Console
 
 from benchmarks.chaos_outcome import Kill, Outcome, examine, show
 from benchmarks.registering import make_models
-from deployments import stack
-from merging.errors import Unavailable
 from playground.make import World, make_world
-from registry.home import Home, prepare_environment
-from registry.ledger import Ledger
-from registry.objects import ObjectStore
-from registry.stack import StackFile
-from tasks.prefect_api import PrefectApi
 
 LINE = "chaos"
 MOMENTS = ("mask put", "entry put", "head swapped", "mlflow")
@@ -146,7 +146,7 @@ class Chaos:
 
     def begin(self) -> None:
         """Bring the stack up and make the line."""
-        from flows.line import init_line
+        from restitch.flows.line import init_line
 
         self.mend()
         init_line(self._line_file())
@@ -174,7 +174,7 @@ class Chaos:
 
     def finish(self) -> None:
         """Compare what is there with what would be there had nothing been killed."""
-        from tasks.publish import mirror
+        from restitch.tasks.publish import mirror
 
         self.mend()
         mirror(LINE)
@@ -345,7 +345,7 @@ class Chaos:
 
     def _register(self, task: str) -> None:
         """Register a model from this process."""
-        from flows.register import register
+        from restitch.flows.register import register
 
         model, file = self.models[task]
         register(LINE, file, str(model))

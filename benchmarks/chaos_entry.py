@@ -4,7 +4,7 @@
 
 Processes that import this say where they are in files under `RESTITCH_CHAOS`, and wait at a
 moment that somebody has armed, so that they can be killed there from outside. Nothing else
-differs from `deployments.entry`; the product has no hooks.
+differs from `restitch.deployments.entry`; the product has no hooks.
 """
 
 import json
@@ -15,11 +15,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from deployments import entry
-from registry.mlflow_writer import Writer
-from registry.objects import ObjectStore
-from registry.store import FolderStore
-from tasks.engine import flow
+from restitch.deployments import entry
+from restitch.registry.mlflow_writer import Writer
+from restitch.registry.objects import ObjectStore
+from restitch.registry.store import FolderStore
+from restitch.tasks.engine import flow
 
 MASK, ENTRY, HEAD, MLFLOW, EXPORT = "mask put", "entry put", "head swapped", "mlflow", "export"
 
@@ -85,14 +85,14 @@ _before(Writer, "write_artifacts", MLFLOW)  # its run is made and not yet comple
 def onboard(
     line: str, task: str, version: int | None = None, mlflow_version: int | None = None
 ) -> None:
-    """`deployments.entry.onboard`, seen from outside."""
+    """`restitch.deployments.entry.onboard`, seen from outside."""
     with inside("onboard", task):
         entry.onboard.body(line, task, version, mlflow_version)
 
 
 @flow("remerge", "{line}")
 def remerge(line: str, force: bool = False, attempt: int = 0) -> None:
-    """`deployments.entry.remerge`, seen from outside."""
+    """`restitch.deployments.entry.remerge`, seen from outside."""
     with inside("remerge", line):
         entry.remerge.body(line, force, attempt)
 
@@ -105,8 +105,7 @@ def main() -> None:
     """Run the command, held where it writes an export."""
     import sys
 
-    import flows.export
-    from cli.main import main as command
+    from restitch.cli.main import main as command
 
     _before(flows.export, "_write_heads", EXPORT)  # the weights are there, the rest is not
     with inside(sys.argv[1], sys.argv[2]):

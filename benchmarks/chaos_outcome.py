@@ -14,12 +14,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from restitch.merging.errors import Damage
+from restitch.registry.home import Home
+from restitch.registry.ledger import Ledger
 from rich.console import Console
 from rich.table import Table
-
-from merging.errors import Damage
-from registry.home import Home
-from registry.ledger import Ledger
 
 # The folder of each task's model, and the file of the task.
 Models = Mapping[str, tuple[Path, Path]]
@@ -102,7 +101,7 @@ def _look_for_doubles(outcome: Outcome, ledger: Ledger, registered: Sequence[str
 
 def _look_in_mlflow(outcome: Outcome, ledger: Ledger, registered: Sequence[str]) -> None:
     """Every act, model and version is shown once."""
-    from registry.catalog import connect
+    from restitch.registry.catalog import connect
 
     line = ledger.line
     client = connect(Home.from_environment())
@@ -129,13 +128,13 @@ def _undisturbed(line: str, folder: Path, registered: Sequence[str], models: Mod
     script = (
         "import sys, json\n"
         "from pathlib import Path\n"
-        "from registry.catalog import Catalog\n"
+        "from restitch.registry.catalog import Catalog\n"
         "Catalog.repair = lambda *_, **__: 0\n"
-        "from flows.line import init_line\n"
-        "from flows.register import register\n"
-        "from flows.remerge import remerge\n"
-        "import flows.remerge\n"
-        "flows.remerge.adopt = lambda _: ()\n"
+        "from restitch.flows.line import init_line\n"
+        "from restitch.flows.register import register\n"
+        "from restitch.flows.remerge import remerge\n"
+        "import restitch.flows.remerge\n"
+        "restitch.flows.remerge.adopt = lambda _: ()\n"
         "init_line(Path(sys.argv[1]))\n"
         "for model, file in json.loads(sys.argv[2]):\n"
         f"    register('{line}', Path(file), model, merge=False)\n"

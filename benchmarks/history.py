@@ -22,12 +22,10 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
 
-from rich.console import Console
-
-from merging.digests import digest_bytes, digest_json
-from merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
-from registry.head import Head, ModelRef, ModelVersion
-from registry.history import (
+from restitch.merging.digests import digest_bytes, digest_json
+from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
+from restitch.registry.head import Head, ModelRef, ModelVersion
+from restitch.registry.history import (
     DataUsed,
     Interval,
     MergedMember,
@@ -35,11 +33,12 @@ from registry.history import (
     Retention,
     TaskResult,
 )
-from registry.home import Home
-from registry.ledger import Ledger
-from registry.objects import ObjectStore
-from registry.specs import LineSpec, MethodSpec, TaskSpec
-from tasks.reporting import working
+from restitch.registry.home import Home
+from restitch.registry.ledger import Ledger
+from restitch.registry.objects import ObjectStore
+from restitch.registry.specs import LineSpec, MethodSpec, TaskSpec
+from restitch.tasks.reporting import working
+from rich.console import Console
 
 LINE = "long"
 ROWS = 1000
@@ -85,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def timed(home: Path, words: tuple[str, ...]) -> float:
     """Seconds of a command in a process of its own, with `--json`."""
     environment = {**os.environ, "RESTITCH_HOME": str(home)}
-    command = [sys.executable, "-m", "cli.main", *words, "--json"]
+    command = [sys.executable, "-m", "restitch.cli.main", *words, "--json"]
     started = time.perf_counter()
     done = subprocess.run(command, env=environment, capture_output=True, check=True)
     seconds = time.perf_counter() - started

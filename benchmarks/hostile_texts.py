@@ -16,12 +16,12 @@ from typing import Any
 
 import yaml
 from hypothesis import strategies as st
+from restitch.deployments.webhook import MAX_BYTES, Event, handle, sign
+from restitch.merging.errors import BadInput
+from restitch.registry.spec_files import load_line, load_task
+from restitch.registry.specs import NAME, LineSpec, TaskSpec
 
 from benchmarks.hostile_files import JUNK, damaged_bytes
-from deployments.webhook import MAX_BYTES, Event, handle, sign
-from merging.errors import BadInput
-from registry.spec_files import load_line, load_task
-from registry.specs import NAME, LineSpec, TaskSpec
 
 LINE: dict[str, Any] = {
     "line": "demo",

@@ -31,29 +31,29 @@ from typing import Any
 
 import pyarrow
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.coordinates import select_tensors
+from restitch.merging.localize_dataless import kept_count
+from restitch.merging.localize_distilled import DistilledSettings, localize_distilled
+from restitch.merging.localize_fisher import FisherSettings, localize_fisher
+from restitch.merging.localize_random import random_scores
+from restitch.merging.localize_trained import TrainedSettings, localize_trained
+from restitch.merging.mask import Mask
+from restitch.merging.methods import get_method
+from restitch.merging.overwrite import take
+from restitch.merging.quantized import quantized
+from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.stitch import Member
+from restitch.merging.task_vector import TaskVector
+from restitch.merging.top_k import Scores, top_k
+from restitch.modeling.data import DataSpec, TaskData
+from restitch.modeling.evaluation import evaluate
+from restitch.modeling.family import Batch, get_family
+from restitch.modeling.heads import HeadSpec
+from restitch.modeling.weights import apply_edits, restore
 from torch import Tensor
 
 from benchmarks.localizers_tables import tables
-from merging.checkpoint import Checkpoint
-from merging.coordinates import select_tensors
-from merging.localize_dataless import kept_count
-from merging.localize_distilled import DistilledSettings, localize_distilled
-from merging.localize_fisher import FisherSettings, localize_fisher
-from merging.localize_random import random_scores
-from merging.localize_trained import TrainedSettings, localize_trained
-from merging.mask import Mask
-from merging.methods import get_method
-from merging.overwrite import take
-from merging.quantized import quantized
-from merging.sparse import SparseFile, SparseTensor, write_sparse
-from merging.stitch import Member
-from merging.task_vector import TaskVector
-from merging.top_k import Scores, top_k
-from modeling.data import DataSpec, TaskData
-from modeling.evaluation import evaluate
-from modeling.family import Batch, get_family
-from modeling.heads import HeadSpec
-from modeling.weights import apply_edits, restore
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2)
 MERGED = (0.05, 0.1, 0.2)

@@ -24,6 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.export import export_weights
+from restitch.merging.mask import Mask
+from restitch.merging.methods import get_method
+from restitch.merging.sparse import SparseFile
+from restitch.merging.stitch import Member
 from rich.console import Console
 from rich.table import Table
 
@@ -38,12 +44,6 @@ from benchmarks.speed import (
     open_vector,
     write_delta,
 )
-from merging.checkpoint import Checkpoint
-from merging.export import export_weights
-from merging.mask import Mask
-from merging.methods import get_method
-from merging.sparse import SparseFile
-from merging.stitch import Member
 
 
 @dataclass(frozen=True)

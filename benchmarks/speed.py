@@ -29,18 +29,17 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.export import export_weights
+from restitch.merging.localize_dataless import localize_dataless
+from restitch.merging.mask import Mask
+from restitch.merging.sparse import SparseFile, SparseInfo, SparseTensor, write_sparse
+from restitch.merging.stitch import Member, stitch, write_patch
+from restitch.merging.task_vector import TaskVector
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open
 from safetensors.torch import save_file
-
-from merging.checkpoint import Checkpoint
-from merging.export import export_weights
-from merging.localize_dataless import localize_dataless
-from merging.mask import Mask
-from merging.sparse import SparseFile, SparseInfo, SparseTensor, write_sparse
-from merging.stitch import Member, stitch, write_patch
-from merging.task_vector import TaskVector
 
 HIDDEN, INTERMEDIATE, KV, VOCABULARY = 2048, 5632, 256, 32000
 TASKS = ("one", "two", "three")

@@ -25,23 +25,22 @@ from typing import Any
 
 import torch
 import yaml
+from restitch.cli.reporter import TerminalReporter
+from restitch.flows.line import init_line
+from restitch.flows.register import register
+from restitch.flows.remerge import remerge
+from restitch.flows.snapshot import retention_task
+from restitch.merging.checkpoint import Checkpoint
+from restitch.modeling.evaluation import evaluate
+from restitch.registry.head import Head
+from restitch.registry.history import MergedRecord
+from restitch.registry.home import Home, prepare_environment
+from restitch.tasks.inputs import task_head, verified_data
+from restitch.tasks.models import Base, LiveBase, aligned, live_base, open_base
+from restitch.tasks.refs import LineRef
+from restitch.tasks.reporting import reporting_to, working
+from restitch.tasks.workspace import workspace
 from rich.console import Console
-
-from cli.reporter import TerminalReporter
-from flows.line import init_line
-from flows.register import register
-from flows.remerge import remerge
-from flows.snapshot import retention_task
-from merging.checkpoint import Checkpoint
-from modeling.evaluation import evaluate
-from registry.head import Head
-from registry.history import MergedRecord
-from registry.home import Home, prepare_environment
-from tasks.inputs import task_head, verified_data
-from tasks.models import Base, LiveBase, aligned, live_base, open_base
-from tasks.refs import LineRef
-from tasks.reporting import reporting_to, working
-from tasks.workspace import workspace
 
 SPLITS = ("train", "validation", "test")
 COEFFICIENTS = tuple(round(0.1 * n, 1) for n in range(1, 11))

@@ -26,16 +26,16 @@ from pathlib import Path
 from statistics import median
 
 import yaml
+from restitch.deployments import stack
+from restitch.registry.home import Home, prepare_environment
+from restitch.registry.ledger import Ledger
+from restitch.registry.objects import ObjectStore
+from restitch.registry.stack import StackFile
+from restitch.tasks.prefect_api import PrefectApi
 from rich.console import Console
 
 from benchmarks.registering import make_models
-from deployments import stack
 from playground.make import World, make_world
-from registry.home import Home, prepare_environment
-from registry.ledger import Ledger
-from registry.objects import ObjectStore
-from registry.stack import StackFile
-from tasks.prefect_api import PrefectApi
 
 PATIENCE_SECONDS = 900.0
 
@@ -193,7 +193,7 @@ class Bench:
     def idle_remerge(self, line: str) -> tuple[float, float]:
         """Own seconds of a remerge without anything to do, and those of a whole run."""
         script = (
-            "import time; from flows.remerge import remerge; import sys\n"
+            "import time; from restitch.flows.remerge import remerge; import sys\n"
             "import mlflow\n"
             f"remerge.body({line!r})\n"  # connects, as the first of a process has to
             "began = time.perf_counter()\n"
@@ -239,7 +239,7 @@ class Bench:
     def _command(self, *arguments: str) -> "subprocess.Popen[bytes]":
         with (self.folder / "commands.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "cli.main", *arguments],
+                [sys.executable, "-m", "restitch.cli.main", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

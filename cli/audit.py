@@ -5,13 +5,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-
-from cli import render_audit as render
-from cli.app import Json, Line, Version, app, show_result
-from merging.errors import UsageError
+from restitch.cli import render_audit as render
+from restitch.cli.app import Json, Line, Version, app, show_result
+from restitch.merging.errors import UsageError
 
 if TYPE_CHECKING:
-    from flows.decisions import Decision
+    from restitch.flows.decisions import Decision
 
 Task = Annotated[str, typer.Argument(help="Name of the task.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; it stands in the audit trail.")]
@@ -39,8 +38,8 @@ def history(
 
     Times are UTC unless they say otherwise.
     """
-    from cli.moments import moment, start_of
-    from flows import audit
+    from restitch.cli.moments import moment, start_of
+    from restitch.flows import audit
 
     narrowed = [name for name in (task, event, since, until) if name is not None]
     if (as_of is not None) + versions + bool(narrowed) > 1:
@@ -59,7 +58,7 @@ def history(
 @app.command()
 def show(line: Line, version: Version = "champion", as_json: Json = False) -> None:
     """Show one merged version: recipe, members, results, retention, gates, cost, links."""
-    from flows.audit import show as view
+    from restitch.flows.audit import show as view
 
     show_result(view(line, version), as_json, render.show)
 
@@ -72,7 +71,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write the report of a merged version: one page that needs no network, and its plots."""
-    from flows.report import write_report
+    from restitch.flows.report import write_report
 
     show_result(write_report(line, version, out).as_dict(), as_json, render.reported)
 
@@ -80,7 +79,7 @@ def report(
 @app.command()
 def diff(line: Line, a: Version, b: Version = "champion", as_json: Json = False) -> None:
     """Show what version B has otherwise than version A, and what each difference is worth."""
-    from flows.diff import diff as run
+    from restitch.flows.diff import diff as run
 
     show_result(run(line, a, b), as_json, render.diff)
 
@@ -88,7 +87,7 @@ def diff(line: Line, a: Version, b: Version = "champion", as_json: Json = False)
 @app.command()
 def why(line: Line, task: Task, as_json: Json = False) -> None:
     """Show how a task came to its accuracy over the versions, and which merge changed it."""
-    from flows.audit import why as view
+    from restitch.flows.audit import why as view
 
     show_result(view(line, task), as_json, render.why)
 
@@ -116,7 +115,7 @@ def verify(
     Exit code 7 where something is damaged and not mended, 5 where --without names what is there.
     """
     if line is not None and not (deep or repair):
-        from flows.verify import verify as run
+        from restitch.flows.verify import verify as run
 
         found = run(line, version, without)
         show_result(found.as_dict(), as_json, render.verified)
@@ -126,7 +125,7 @@ def verify(
             "--version and --without are about one line, and not about the store",
             hint="restitch verify LINE --version N --without WHAT",
         )
-    from flows.verify_all import verify_all
+    from restitch.flows.verify_all import verify_all
 
     whole = verify_all(line, deep=deep, repair=repair)
     show_result(whole.as_dict(), as_json, render.all_verified)
@@ -136,7 +135,7 @@ def verify(
 @app.command()
 def rollback(line: Line, version: Version, reason: Reason, as_json: Json = False) -> None:
     """Put a former champion back in use, and pin the line to it."""
-    from flows.decisions import rollback as run
+    from restitch.flows.decisions import rollback as run
 
     _decide(lambda: run(line, version, reason), as_json)
 
@@ -144,7 +143,7 @@ def rollback(line: Line, version: Version, reason: Reason, as_json: Json = False
 @app.command()
 def promote(line: Line, version: Version, reason: Reason, as_json: Json = False) -> None:
     """Put a version in use by hand, also past a gate that it failed."""
-    from flows.decisions import promote as run
+    from restitch.flows.decisions import promote as run
 
     _decide(lambda: run(line, version, reason), as_json)
 
@@ -154,7 +153,7 @@ def retire(
     line: Line, task: Task, reason: Reason, remerge: Remerge = True, as_json: Json = False
 ) -> None:
     """Take a task out of all merges to come, and merge without it."""
-    from flows.decisions import retire as run
+    from restitch.flows.decisions import retire as run
 
     _decide(lambda: run(line, task, reason, merge=remerge), as_json)
 
@@ -168,7 +167,7 @@ def restore(
     as_json: Json = False,
 ) -> None:
     """Take a retired task back in, and merge with it."""
-    from flows.decisions import restore as run
+    from restitch.flows.decisions import restore as run
 
     _decide(lambda: run(line, task, reason, merge=remerge), as_json)
 
@@ -176,7 +175,7 @@ def restore(
 @app.command()
 def pin(line: Line, reason: SomeReason = "", as_json: Json = False) -> None:
     """Promote nothing automatically any more; versions are still made as candidates."""
-    from flows.decisions import pin as run
+    from restitch.flows.decisions import pin as run
 
     _decide(lambda: run(line, reason), as_json)
 
@@ -186,7 +185,7 @@ def unpin(
     line: Line, reason: SomeReason = "", remerge: Remerge = True, as_json: Json = False
 ) -> None:
     """Promote automatically again, and bring the merged model up to date."""
-    from flows.decisions import unpin as run
+    from restitch.flows.decisions import unpin as run
 
     _decide(lambda: run(line, reason, merge=remerge), as_json)
 

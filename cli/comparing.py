@@ -4,12 +4,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from restitch.cli.app import Json, Line, app, show_result
+from restitch.cli.experts import by_task, experts_compared, seconds, settings_of
+from restitch.cli.formats import number, percent, size, table_of, text, with_half, with_interval
+from restitch.merging.errors import BadInput
 from rich.console import Console
-
-from cli.app import Json, Line, app, show_result
-from cli.experts import by_task, experts_compared, seconds, settings_of
-from cli.formats import number, percent, size, table_of, text, with_half, with_interval
-from merging.errors import BadInput
 
 
 @app.command()
@@ -30,7 +29,7 @@ def compare(
 
     Methods with one model for all tasks, and those with one for each, stand in two tables.
     """
-    from flows.compare import compare as run
+    from restitch.flows.compare import compare as run
 
     found = run(line, _names(methods), tune, None if out is None else str(out))
     show_result(found, as_json, compared)
@@ -62,7 +61,7 @@ def analyze(
     as_json: Json = False,
 ) -> None:
     """What the masks in use hold, share and reach as they grow; the line stays as it is."""
-    from flows.analyze import analyze as run
+    from restitch.flows.analyze import analyze as run
 
     found = run(
         line,

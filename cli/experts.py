@@ -5,10 +5,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from restitch.cli.app import Json, Line, Version, app, show_result
+from restitch.cli.formats import number, percent, size, table_of
 from rich.console import Console
-
-from cli.app import Json, Line, Version, app, show_result
-from cli.formats import number, percent, size, table_of
 
 
 @app.command()
@@ -33,7 +32,7 @@ def experts(
 
     `restitch export LINE VERSION OUT --task T` writes one of them.
     """
-    from flows.experts import experts as run
+    from restitch.flows.experts import experts as run
 
     found = run(line, version, method, tune, replace, None if out is None else str(out))
     show_result(found, as_json, _kept)

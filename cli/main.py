@@ -16,21 +16,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
+import restitch.cli.audit  # whose commands belong to the same command
+import restitch.cli.comparing  # likewise, as do the next
+import restitch.cli.experts
+import restitch.cli.store
+import restitch.cli.studying
+import restitch.cli.upkeep  # noqa: F401
 import typer
+from restitch.cli import render
+from restitch.cli.app import Json, Line, Version, app, show_result
+from restitch.cli.reporter import TerminalReporter
+from restitch.merging.errors import RestitchError, Unavailable
+from restitch.registry.home import Home, prepare_environment
+from restitch.tasks.reporting import reporting_to, say
 from rich.console import Console
-
-import cli.audit  # whose commands belong to the same command
-import cli.comparing  # likewise, as do the next
-import cli.experts
-import cli.store
-import cli.studying
-import cli.upkeep  # noqa: F401
-from cli import render
-from cli.app import Json, Line, Version, app, show_result
-from cli.reporter import TerminalReporter
-from merging.errors import RestitchError, Unavailable
-from registry.home import Home, prepare_environment
-from tasks.reporting import reporting_to, say
 
 INTERRUPTED = 130
 
@@ -40,8 +39,8 @@ def init(
     file: Annotated[Path, typer.Argument(help="YAML file of the line.")], as_json: Json = False
 ) -> None:
     """Make a line, or update it, from a YAML file."""
-    from deployments.deploy import keep_schedules
-    from flows.line import init_line
+    from restitch.deployments.deploy import keep_schedules
+    from restitch.flows.line import init_line
 
     outcome = init_line(file)
     keep_schedules()
@@ -78,7 +77,7 @@ def register(
     Where workers are set up they take over and this returns at once, or with --wait when the
     model is in the champion or cannot be. Without workers the work is done here.
     """
-    from flows.register import register as run
+    from restitch.flows.register import register as run
 
     outcome = run(
         line,
@@ -105,7 +104,7 @@ def task(
     as_json: Json = False,
 ) -> None:
     """Declare a task without a model, for models that are registered in MLflow alone."""
-    from flows.declare import declare_task
+    from restitch.flows.declare import declare_task
 
     outcome = declare_task(line, file, replace_task=replace_task)
     show_result(outcome.as_dict(), as_json, render.declared)
@@ -120,7 +119,7 @@ def remerge(
     as_json: Json = False,
 ) -> None:
     """Bring the merged model up to date; does nothing when nothing changed."""
-    from flows.remerge import remerge as run
+    from restitch.flows.remerge import remerge as run
 
     outcome = run(line, force)
     show_result(outcome.as_dict(), as_json, render.remerged)
@@ -134,10 +133,10 @@ def status(
     as_json: Json = False,
 ) -> None:
     """Show members, their states, champion and candidate."""
-    from cli.views import status as view
+    from restitch.cli.views import status as view
 
     if watch:
-        from cli.watch import follow
+        from restitch.cli.watch import follow
 
         follow(lambda: view(line), as_json)
     else:
@@ -153,7 +152,7 @@ def up(
     as_json: Json = False,
 ) -> None:
     """Start servers, workers and all that connects them on this machine; mend what died."""
-    from deployments.stack import up as run
+    from restitch.deployments.stack import up as run
 
     home = Home.from_environment()
     outcome = run(home, workers, pool, say)
@@ -163,7 +162,7 @@ def up(
 @app.command()
 def down(as_json: Json = False) -> None:
     """Stop what `up` started; the state stays."""
-    from deployments.stack import down as run
+    from restitch.deployments.stack import down as run
 
     show_result({"stopped": list(run(Home.from_environment()))}, as_json, render.down)
 
@@ -171,7 +170,7 @@ def down(as_json: Json = False) -> None:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check versions, servers, workers, triggers, store and device, and say how to mend each."""
-    from deployments.doctor import examine, exit_code
+    from restitch.deployments.doctor import examine, exit_code
 
     checks = examine()
     show_result({"checks": [check.as_dict() for check in checks]}, as_json, render.doctor)
@@ -187,7 +186,7 @@ def deploy(
     as_json: Json = False,
 ) -> None:
     """Make pools, deployments, triggers and schedules on the Prefect server of a team."""
-    from deployments.deploy import deploy as run
+    from restitch.deployments.deploy import deploy as run
 
     show_result(run(pool, remerge_pool).as_dict(), as_json, render.deployed)
 
@@ -207,7 +206,7 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a merged version, or its specialist for one task, as a Hugging Face folder."""
-    from flows.export import export_version
+    from restitch.flows.export import export_version
 
     outcome = export_version(
         line, version, out, overwrite=overwrite, shard_size=shard_size, task=task
@@ -218,7 +217,7 @@ def export(
 @app.command()
 def evaluate(line: Line, version: Version = "champion", as_json: Json = False) -> None:
     """Evaluate a merged version on every task and on the general benchmark."""
-    from flows.evaluate import evaluate_version
+    from restitch.flows.evaluate import evaluate_version
 
     show_result(evaluate_version(line, version).as_dict(), as_json, render.evaluated)
 
@@ -243,8 +242,8 @@ def webhook(
     Listens on loopback unless told otherwise. The secret that it shares with MLflow is read
     from RESTITCH_WEBHOOK_SECRET. `POST /webhook` takes deliveries, `GET /health` answers.
     """
-    from deployments.webhook import SECRET_VARIABLE, register_webhook, serve
-    from tasks.engine import engine_url
+    from restitch.deployments.webhook import SECRET_VARIABLE, register_webhook, serve
+    from restitch.tasks.engine import engine_url
 
     secret = os.environ.get(SECRET_VARIABLE, "")
     if register_as is not None:

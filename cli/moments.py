@@ -2,7 +2,7 @@
 
 from datetime import UTC, datetime, time
 
-from merging.errors import BadInput
+from restitch.merging.errors import BadInput
 
 
 def moment(text: str) -> datetime:

@@ -2,10 +2,9 @@
 
 from typing import Any
 
+from restitch.cli.formats import number, percent, size, table_of, text, with_interval
+from restitch.cli.render import of_specialists, remerged, results
 from rich.console import Console
-
-from cli.formats import number, percent, size, table_of, text, with_interval
-from cli.render import of_specialists, remerged, results
 
 Values = dict[str, Any]
 

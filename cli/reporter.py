@@ -8,10 +8,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from restitch.merging.progress import Progress as Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-from merging.progress import Progress as Callback
 
 SHOW_AFTER_SECONDS = 2.0
 

@@ -3,10 +3,9 @@
 from typing import Annotated, Any
 
 import typer
+from restitch.cli.app import Json, app, show_result
+from restitch.cli.formats import size
 from rich.console import Console
-
-from cli.app import Json, app, show_result
-from cli.formats import size
 
 store = typer.Typer(
     name="store",
@@ -29,7 +28,7 @@ def copy(
 
     Every object is compared with its digest on its way; heads are written last.
     """
-    from flows.store_copy import copy_store
+    from restitch.flows.store_copy import copy_store
 
     show_result(copy_store(source, target).as_dict(), as_json, _copied)
 

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from restitch.cli.app import Json, Line, app, show_result
+from restitch.cli.formats import table_of, text
+from restitch.flows.study import STUDIES
 from rich.console import Console
-
-from cli.app import Json, Line, app, show_result
-from cli.formats import table_of, text
-from flows.study import STUDIES
 
 # A wider table has the values by task in its CSV and JSON alone: a terminal has 80 columns.
 MOST_COLUMNS = 8
@@ -29,7 +28,7 @@ def study(
     as_json: Json = False,
 ) -> None:
     """Make a study."""
-    from flows.study.flow import study as run
+    from restitch.flows.study.flow import study as run
 
     show_result(run(name, line, None if out is None else str(out)), as_json, studied)
 

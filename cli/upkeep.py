@@ -3,10 +3,9 @@
 from typing import Annotated, Any
 
 import typer
+from restitch.cli.app import Json, app, show_result
+from restitch.cli.formats import size, table_of
 from rich.console import Console
-
-from cli.app import Json, app, show_result
-from cli.formats import size, table_of
 
 
 @app.command()
@@ -23,8 +22,8 @@ def gc(
 
     Whatever a line, one of its versions or any audit entry names stays.
     """
-    from flows.gc import collect
-    from registry.sizes import parse_age
+    from restitch.flows.gc import collect
+    from restitch.registry.sizes import parse_age
 
     outcome = collect(parse_age(older_than), remove=yes)
     show_result(outcome.as_dict(), as_json, _collected)

@@ -6,12 +6,12 @@ every server is away.
 
 from typing import Any
 
-from registry.head import UNREAD, Head, ModelVersion
-from registry.history import MergedRecord
-from registry.ledger import Ledger, lines
-from registry.objects import ObjectStore
-from registry.specialists import kept_specialists
-from tasks.workspace import workspace
+from restitch.registry.head import UNREAD, Head, ModelVersion
+from restitch.registry.history import MergedRecord
+from restitch.registry.ledger import Ledger, lines
+from restitch.registry.objects import ObjectStore
+from restitch.registry.specialists import kept_specialists
+from restitch.tasks.workspace import workspace
 
 
 def status(line: str | None) -> dict[str, Any]:

@@ -10,9 +10,8 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
+from restitch.cli import render
 from rich.console import Console
-
-from cli import render
 
 EVERY_SECONDS = 1.0
 

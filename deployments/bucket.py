@@ -1,6 +1,6 @@
 """Make the bucket of `RESTITCH_STORE`, and make sure that its server keeps what merging needs.
 
-    python -m deployments.bucket
+    python -m restitch.deployments.bucket
 
 Registrations at the same moment are told apart by conditional writes alone. A server that
 takes them for plain ones would lose one of two and say nothing, so it is found out here: an
@@ -12,11 +12,11 @@ import os
 import sys
 from typing import Any
 
-from merging.errors import BadInput, RestitchError
-from registry.home import STORE_VARIABLE
-from registry.s3_calls import persistently
-from registry.s3_client import client, code_of, parse_address, s3_explained, status_of
-from registry.s3_conditions import keeps_conditions, refusal
+from restitch.merging.errors import BadInput, RestitchError
+from restitch.registry.home import STORE_VARIABLE
+from restitch.registry.s3_calls import persistently
+from restitch.registry.s3_client import client, code_of, parse_address, s3_explained, status_of
+from restitch.registry.s3_conditions import keeps_conditions, refusal
 
 _THERE = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
 

@@ -12,10 +12,10 @@ page of traceback in a log.
 from collections.abc import Mapping
 from importlib.util import find_spec
 
-from merging.errors import BadInput, Unavailable
-from registry.home import Home
-from registry.secrets import without_credentials
-from registry.stack import Databases
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.registry.home import Home
+from restitch.registry.secrets import without_credentials
+from restitch.registry.stack import Databases
 
 PREFECT_VARIABLES = (
     "PREFECT_SERVER_DATABASE_CONNECTION_URL",

@@ -1,4 +1,4 @@
-"""Bring a Prefect server to what `deployments.definitions` says; again changes nothing.
+"""Bring a Prefect server to what `restitch.deployments.definitions` says; again changes nothing.
 
 Pools, deployments and automations are found by their names, schedules by their line. What is
 there and right is left alone, so that no trigger is away for a moment; what is there and
@@ -11,20 +11,20 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from deployments.definitions import (
+from restitch.deployments.definitions import (
     DEFAULT_CRON,
     JOB_VARIABLES,
     DeployedFlow,
     automations,
     flows,
 )
-from merging.errors import BadInput, Unavailable
-from registry.catalog import without_credentials
-from registry.ledger import lines
-from tasks.engine import engine_url
-from tasks.orchestration import DEPLOYMENT, has_workers
-from tasks.reporting import warn
-from tasks.workspace import workspace
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.registry.catalog import without_credentials
+from restitch.registry.ledger import lines
+from restitch.tasks.engine import engine_url
+from restitch.tasks.orchestration import DEPLOYMENT, has_workers
+from restitch.tasks.reporting import warn
+from restitch.tasks.workspace import workspace
 
 if TYPE_CHECKING:
     from uuid import UUID

@@ -14,18 +14,18 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from deployments.definitions import full_name
-from deployments.processes import answers, is_running
-from merging.errors import RestitchError, Unavailable
-from registry.catalog import mlflow_explained, without_credentials
-from registry.head import Head
-from registry.ledger import lines
-from registry.s3_client import parse_address
-from registry.s3_conditions import keeps_conditions, refusal
-from registry.s3_settings import WRITER_VARIABLE, single_writer
-from registry.stack import StackFile
-from tasks.engine import engine_url
-from tasks.workspace import Workspace, workspace
+from restitch.deployments.definitions import full_name
+from restitch.deployments.processes import answers, is_running
+from restitch.merging.errors import RestitchError, Unavailable
+from restitch.registry.catalog import mlflow_explained, without_credentials
+from restitch.registry.head import Head
+from restitch.registry.ledger import lines
+from restitch.registry.s3_client import parse_address
+from restitch.registry.s3_conditions import keeps_conditions, refusal
+from restitch.registry.s3_settings import WRITER_VARIABLE, single_writer
+from restitch.registry.stack import StackFile
+from restitch.tasks.engine import engine_url
+from restitch.tasks.workspace import Workspace, workspace
 
 Status = Literal["ok", "warning", "failed"]
 
@@ -79,8 +79,7 @@ def exit_code(checks: list[Check]) -> int:
 def workers_online(pool: str) -> list[str]:
     """The names of the workers of a pool that have shown signs of life lately."""
     from prefect.exceptions import ObjectNotFound
-
-    from deployments.deploy import client
+    from restitch.deployments.deploy import client
 
     with client() as prefect:
         try:
@@ -142,7 +141,7 @@ def _store(space: Workspace) -> Iterator[Check]:
 
 
 def _device(space: Workspace) -> Iterator[Check]:
-    from tasks.models import device
+    from restitch.tasks.models import device
 
     here = device()
     yield Check("device", "ok", str(here))
@@ -177,7 +176,7 @@ def _mlflow(space: Workspace) -> Iterator[Check]:
         yield Check("mlflow", "failed", f"{shown} does not answer", "start it: restitch up")
         return
     yield Check("mlflow", "ok", shown)
-    from deployments.webhook import NAME
+    from restitch.deployments.webhook import NAME
 
     try:
         with mlflow_explained(space.home):
@@ -204,7 +203,7 @@ def _prefect(space: Workspace) -> Iterator[Check]:
         yield Check("prefect", "failed", f"{shown} does not answer", "start it: restitch up")
         return
     yield Check("prefect", "ok", shown)
-    from deployments.deploy import client, cron_lines
+    from restitch.deployments.deploy import client, cron_lines
 
     with client() as prefect:
         pools = []
@@ -249,7 +248,7 @@ def _schedule_checks(wanted: dict[str, str], found: dict[Any, str]) -> Iterator[
 def _automation_checks(found: list[Any]) -> Iterator[Check]:
     from uuid import uuid4
 
-    from deployments.definitions import automations
+    from restitch.deployments.definitions import automations
 
     enabled = {one.name: one.enabled for one in found}
     for wanted in automations(uuid4(), uuid4()):

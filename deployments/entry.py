@@ -2,16 +2,16 @@
 
 Torch and the models are imported when a run has begun, not before: a run is shown as running
 within seconds. The names and parameters are those of the flows; a deployment's entrypoint is
-`deployments.entry.onboard_flow` or `deployments.entry.remerge_flow`.
+`restitch.deployments.entry.onboard_flow` or `restitch.deployments.entry.remerge_flow`.
 """
 
 import logging
 from typing import Any
 
-from merging.errors import Unavailable
-from tasks.deaths import start_again
-from tasks.engine import flow
-from tasks.workspace import workspace
+from restitch.merging.errors import Unavailable
+from restitch.tasks.deaths import start_again
+from restitch.tasks.engine import flow
+from restitch.tasks.workspace import workspace
 
 log = logging.getLogger("restitch")
 log.setLevel(logging.INFO)
@@ -21,7 +21,7 @@ log.setLevel(logging.INFO)
 def onboard(
     line: str, task: str, version: int | None = None, mlflow_version: int | None = None
 ) -> None:
-    """Make one registered model a member of its line; see `flows.onboard`.
+    """Make one registered model a member of its line; see `restitch.flows.onboard`.
 
     Args:
         line: the line's name.
@@ -30,14 +30,14 @@ def onboard(
         mlflow_version: in place of it, the number of a model that was registered in MLflow.
     """
     workspace()
-    from flows.onboard import onboard_event
+    from restitch.flows.onboard import onboard_event
 
     onboard_event(line, task, version, mlflow_version)
 
 
 @flow("remerge", "{line}")
 def remerge(line: str, force: bool = False, attempt: int = 0) -> None:
-    """Merge what is ready, evaluate it, promote it if its gates pass; see `flows.remerge`.
+    """Merge what is ready, evaluate it, promote it if its gates pass; see `restitch.flows.remerge`.
 
     Args:
         line: the line's name.
@@ -45,7 +45,7 @@ def remerge(line: str, force: bool = False, attempt: int = 0) -> None:
         attempt: how many runs before this one died at the same work.
     """
     workspace()
-    from flows.remerge import remerge as work
+    from restitch.flows.remerge import remerge as work
 
     work.body(line, force)
 

@@ -19,12 +19,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from deployments.databases import VARIABLES
-from merging.digests import digest_json
-from merging.errors import Unavailable
-from registry.attempts import process_began
-from registry.home import Home, prepare_environment
-from registry.stack import StackFile, StackProcess
+from restitch.deployments.databases import VARIABLES
+from restitch.merging.digests import digest_json
+from restitch.merging.errors import Unavailable
+from restitch.registry.attempts import process_began
+from restitch.registry.home import Home, prepare_environment
+from restitch.registry.stack import StackFile, StackProcess
 
 LOOPBACK = "127.0.0.1"
 STARTS_WITHIN = 180.0
@@ -129,7 +129,7 @@ class Runner:
 
     def wait_for_workers(self, plans: list[Plan], pool: str, say: Say) -> None:
         """Wait until Prefect has heard of all workers."""
-        from deployments.doctor import workers_online
+        from restitch.deployments.doctor import workers_online
 
         deadline = time.monotonic() + STARTS_WITHIN
         for plan in plans:

@@ -1,9 +1,9 @@
 """The whole team's set-up on one machine: `restitch up` and `restitch down`.
 
     Prefect server   MLflow server   webhook receiver   workers
-          └── pools, deployments, automations, schedules: deployments.deploy
+          └── pools, deployments, automations, schedules: restitch.deployments.deploy
 
-Both servers keep their state in SQLite in the home, or in PostgreSQL (`deployments.databases`).
+Both servers keep their state in SQLite in the home, or in PostgreSQL (`restitch.deployments.databases`).
 
 Every process has a session of its own, a log under `RESTITCH_HOME/logs` and its place in
 `stack.json`. `up` starts what is not running and leaves alone what is, so it also mends a
@@ -22,10 +22,10 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from deployments.databases import MLFLOW_VARIABLE, PREFECT_VARIABLES, databases
-from deployments.definitions import SERVER_ENVIRONMENT, WORKER_ENVIRONMENT
-from deployments.deploy import cron_lines, deploy
-from deployments.processes import (
+from restitch.deployments.databases import MLFLOW_VARIABLE, PREFECT_VARIABLES, databases
+from restitch.deployments.definitions import SERVER_ENVIRONMENT, WORKER_ENVIRONMENT
+from restitch.deployments.deploy import cron_lines, deploy
+from restitch.deployments.processes import (
     LOOPBACK,
     Plan,
     Runner,
@@ -35,12 +35,12 @@ from deployments.processes import (
     ports_of,
     stop_process,
 )
-from merging.errors import BadInput, Unavailable
-from registry.home import Home, prepare_environment
-from registry.stack import SECRETS, StackFile
-from tasks.deaths import STUCK_AFTER
-from tasks.orchestration import start_run
-from tasks.reporting import warn
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.registry.home import Home, prepare_environment
+from restitch.registry.stack import SECRETS, StackFile
+from restitch.tasks.deaths import STUCK_AFTER
+from restitch.tasks.orchestration import start_run
+from restitch.tasks.reporting import warn
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,7 @@ def _prefect(home: Home, at: Addresses, database: str | None) -> Plan:
     return Plan(
         name="prefect",
         command=module(
-            *("deployments.prefect_server", "server", "start"),
+            *("restitch.deployments.prefect_server", "server", "start"),
             *("--host", LOOPBACK, "--port", str(port)),
         ),
         environment={
@@ -215,7 +215,7 @@ def _webhook(home: Home, at: Addresses) -> Plan:
     port = at.ports["webhook"]
     return Plan(
         name="webhook",
-        command=module("cli.main", "webhook", "--port", str(port)),
+        command=module("restitch.cli.main", "webhook", "--port", str(port)),
         environment={
             "RESTITCH_WEBHOOK_SECRET": _secret(home, "webhook-secret"),
             "PREFECT_API_URL": at.prefect_api,
@@ -262,7 +262,7 @@ def _secret(home: Home, name: str) -> str:
 
 
 def _connect_webhook(at: Addresses, home: Home) -> None:
-    from deployments.webhook import register_webhook
+    from restitch.deployments.webhook import register_webhook
 
     try:
         register_webhook(at.mlflow, at.webhook, _secret(home, "webhook-secret"))

@@ -21,13 +21,13 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
-from merging.errors import BadInput, Unavailable
-from registry.catalog import connect, mlflow_explained, without_credentials
-from registry.foreign import task_of
-from registry.home import Home
-from registry.image import VERSION_TAG
-from tasks.orchestration import MODEL_REGISTERED
-from tasks.prefect_api import PrefectApi
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.registry.catalog import connect, mlflow_explained, without_credentials
+from restitch.registry.foreign import task_of
+from restitch.registry.home import Home
+from restitch.registry.image import VERSION_TAG
+from restitch.tasks.orchestration import MODEL_REGISTERED
+from restitch.tasks.prefect_api import PrefectApi
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

@@ -8,13 +8,13 @@ member, they raise `MovedError`, and the run looks again.
 
 from typing import Literal
 
-from flows.candidates import Candidate
-from flows.gates import Check
-from flows.snapshot import Snapshot
-from registry.head import Head, Member
-from registry.ledger import Ledger
-from tasks.reporting import say, warn
-from tasks.workspace import actor
+from restitch.flows.candidates import Candidate
+from restitch.flows.gates import Check
+from restitch.flows.snapshot import Snapshot
+from restitch.registry.head import Head, Member
+from restitch.registry.ledger import Ledger
+from restitch.tasks.reporting import say, warn
+from restitch.tasks.workspace import actor
 
 
 class MovedError(Exception):

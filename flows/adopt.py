@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from flows.declare import declared_spec, present, resolved
-from flows.report import mirror
-from merging.errors import BadInput, RestitchError, Unavailable
-from modeling.family import get_family
-from registry.allowed import NotAllowed, check_path
-from registry.catalog import without_credentials
-from registry.documents import parse_mapping, read_text
-from registry.foreign import (
+from restitch.flows.declare import declared_spec, present, resolved
+from restitch.flows.report import mirror
+from restitch.merging.errors import BadInput, RestitchError, Unavailable
+from restitch.modeling.family import get_family
+from restitch.registry.allowed import NotAllowed, check_path
+from restitch.registry.catalog import without_credentials
+from restitch.registry.documents import parse_mapping, read_text
+from restitch.registry.foreign import (
     Foreign,
     foreign_version,
     foreign_versions,
@@ -31,16 +31,16 @@ from registry.foreign import (
     link,
     task_of,
 )
-from registry.head import UNREAD, Head, ModelRef, ModelVersion
-from registry.history import Kind
-from registry.ledger import Ledger
-from registry.paths import named_path
-from registry.spec_files import parse_task
-from registry.specs import TaskSpec
-from tasks.inputs import same_task
-from tasks.models import describe_model
-from tasks.reporting import say, warn
-from tasks.workspace import Workspace, actor, workspace
+from restitch.registry.head import UNREAD, Head, ModelRef, ModelVersion
+from restitch.registry.history import Kind
+from restitch.registry.ledger import Ledger
+from restitch.registry.paths import named_path
+from restitch.registry.spec_files import parse_task
+from restitch.registry.specs import TaskSpec
+from restitch.tasks.inputs import same_task
+from restitch.tasks.models import describe_model
+from restitch.tasks.reporting import say, warn
+from restitch.tasks.workspace import Workspace, actor, workspace
 
 _READ_FROM = ("file", "s3", "models", "runs", "mlflow-artifacts")
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]*):/")

@@ -15,30 +15,30 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from flows.snapshot import Snapshot, take_snapshot
-from flows.studies import log_study, write_study
-from merging.digests import canonical_json
-from merging.errors import BadInput
-from modeling.family import Family, get_family
-from registry.head import Member
-from tasks.analyze import analyze as compare_masks
-from tasks.engine import flow
-from tasks.evaluate import evaluate
-from tasks.growing import conflict, curve
-from tasks.inputs import evaluation_split
-from tasks.localizers import LOCALIZERS, lacks
-from tasks.refs import ResultRef, WeightsRef
-from tasks.report.drawing import Plot, drawing, to_png
-from tasks.report.growth_plots import conflict_plot, curves_plot
-from tasks.report.mask_plots import (
+from restitch.flows.snapshot import Snapshot, take_snapshot
+from restitch.flows.studies import log_study, write_study
+from restitch.merging.digests import canonical_json
+from restitch.merging.errors import BadInput
+from restitch.modeling.family import Family, get_family
+from restitch.registry.head import Member
+from restitch.tasks.analyze import analyze as compare_masks
+from restitch.tasks.engine import flow
+from restitch.tasks.evaluate import evaluate
+from restitch.tasks.growing import conflict, curve
+from restitch.tasks.inputs import evaluation_split
+from restitch.tasks.localizers import LOCALIZERS, lacks
+from restitch.tasks.refs import ResultRef, WeightsRef
+from restitch.tasks.report.drawing import Plot, drawing, to_png
+from restitch.tasks.report.growth_plots import conflict_plot, curves_plot
+from restitch.tasks.report.mask_plots import (
     components_plot,
     cosine_plot,
     jaccard_plot,
     layers_plot,
     owners_plot,
 )
-from tasks.reporting import say
-from tasks.workspace import actor, workspace
+from restitch.tasks.reporting import say
+from restitch.tasks.workspace import actor, workspace
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 USUAL = ("dataless", "random")

@@ -9,16 +9,16 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, get_args
 
-from flows.links import links
-from flows.versions import check_task, find_version
-from merging.errors import BadInput
-from registry.fates import merges_about, touched_models
-from registry.head import Head
-from registry.history import Entry, Kind, MergedRecord
-from registry.ledger import Ledger
-from registry.objects import ObjectStore
-from registry.specialists import kept_specialists
-from tasks.workspace import workspace
+from restitch.flows.links import links
+from restitch.flows.versions import check_task, find_version
+from restitch.merging.errors import BadInput
+from restitch.registry.fates import merges_about, touched_models
+from restitch.registry.head import Head
+from restitch.registry.history import Entry, Kind, MergedRecord
+from restitch.registry.ledger import Ledger
+from restitch.registry.objects import ObjectStore
+from restitch.registry.specialists import kept_specialists
+from restitch.tasks.workspace import workspace
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def why(line: str, task: str) -> dict[str, Any]:
     ledger = space.ledger(line)
     head = ledger.head()
     check_task(head, task)
-    from tasks.compare import compare_results  # numpy is for this one alone
+    from restitch.tasks.compare import compare_results  # numpy is for this one alone
 
     steps: list[dict[str, Any]] = []
     before: MergedRecord | None = None

@@ -9,15 +9,15 @@ from datetime import UTC, datetime
 from importlib.metadata import version as library_version
 from typing import Any
 
-from flows.gates import Check, Drop, Measured, check_gates
-from flows.snapshot import Snapshot, is_merge_of, retention_task
-from flows.tournament import FACT, hold, told
-from merging.digests import digest_json
-from merging.errors import BadInput
-from merging.recipe import Recipe
-from modeling.significance import ratio_interval, rows_of
-from registry.head import Head, Member
-from registry.history import (
+from restitch.flows.gates import Check, Drop, Measured, check_gates
+from restitch.flows.snapshot import Snapshot, is_merge_of, retention_task
+from restitch.flows.tournament import FACT, hold, told
+from restitch.merging.digests import digest_json
+from restitch.merging.errors import BadInput
+from restitch.merging.recipe import Recipe
+from restitch.modeling.significance import ratio_interval, rows_of
+from restitch.registry.head import Head, Member
+from restitch.registry.history import (
     DataUsed,
     GateOutcome,
     Interval,
@@ -26,14 +26,14 @@ from registry.history import (
     Retention,
     TaskResult,
 )
-from registry.specs import TaskSpec
-from tasks.compare import compare_results
-from tasks.evaluate import evaluate
-from tasks.inputs import evaluation_split
-from tasks.merge import make_recipe, stitch
-from tasks.orchestration import this_run
-from tasks.refs import LineRef, PatchRef, ResultRef, WeightsRef
-from tasks.workspace import made_by, workspace
+from restitch.registry.specs import TaskSpec
+from restitch.tasks.compare import compare_results
+from restitch.tasks.evaluate import evaluate
+from restitch.tasks.inputs import evaluation_split
+from restitch.tasks.merge import make_recipe, stitch
+from restitch.tasks.orchestration import this_run
+from restitch.tasks.refs import LineRef, PatchRef, ResultRef, WeightsRef
+from restitch.tasks.workspace import made_by, workspace
 
 # What a version's record keeps of how each member was localized, and of its statistics.
 MEMBER_FACTS = (

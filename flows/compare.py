@@ -15,25 +15,25 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from flows.candidates import measure_member, measure_retention
-from flows.experts import measure_experts
-from flows.snapshot import Snapshot, take_snapshot
-from flows.studies import log_study, write_study
-from flows.trials import Trial, prepare
-from merging.digests import canonical_json
-from merging.errors import BadInput
-from merging.methods import KINDS, Method, get_method, method_names
-from registry.history import mean_of
-from tasks.engine import flow
-from tasks.experts import make_experts
-from tasks.memory import memory_added
-from tasks.merge import make_recipe, stitch
-from tasks.refs import WeightsRef
-from tasks.report.drawing import drawing, to_png
-from tasks.report.method_plots import methods_plot
-from tasks.reporting import say
-from tasks.statistics import lacks_rows
-from tasks.workspace import actor, workspace
+from restitch.flows.candidates import measure_member, measure_retention
+from restitch.flows.experts import measure_experts
+from restitch.flows.snapshot import Snapshot, take_snapshot
+from restitch.flows.studies import log_study, write_study
+from restitch.flows.trials import Trial, prepare
+from restitch.merging.digests import canonical_json
+from restitch.merging.errors import BadInput
+from restitch.merging.methods import KINDS, Method, get_method, method_names
+from restitch.registry.history import mean_of
+from restitch.tasks.engine import flow
+from restitch.tasks.experts import make_experts
+from restitch.tasks.memory import memory_added
+from restitch.tasks.merge import make_recipe, stitch
+from restitch.tasks.refs import WeightsRef
+from restitch.tasks.report.drawing import drawing, to_png
+from restitch.tasks.report.method_plots import methods_plot
+from restitch.tasks.reporting import say
+from restitch.tasks.statistics import lacks_rows
+from restitch.tasks.workspace import actor, workspace
 
 
 @flow("compare", "{line}")

@@ -15,16 +15,16 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
-from flows.remerge import RemergeOutcome, remerge
-from flows.report import mirror
-from flows.versions import check_task, find_version
-from merging.errors import BadInput, GateFailed
-from registry.head import Head, State
-from registry.history import Kind, MergedRecord
-from registry.ledger import Act, Ledger
-from tasks.orchestration import has_workers, start_run
-from tasks.reporting import say, warn
-from tasks.workspace import actor, workspace
+from restitch.flows.remerge import RemergeOutcome, remerge
+from restitch.flows.report import mirror
+from restitch.flows.versions import check_task, find_version
+from restitch.merging.errors import BadInput, GateFailed
+from restitch.registry.head import Head, State
+from restitch.registry.history import Kind, MergedRecord
+from restitch.registry.ledger import Act, Ledger
+from restitch.tasks.orchestration import has_workers, start_run
+from restitch.tasks.reporting import say, warn
+from restitch.tasks.workspace import actor, workspace
 
 # What a retirement takes a model out of; what was quarantined or replaced is out already.
 _TAKES_PART = ("registered", "waiting", "ready", "held")

@@ -10,18 +10,18 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from flows.report import mirror
-from merging.errors import BadInput
-from merging.methods import get_method
-from modeling.family import get_family
-from registry.head import Head, ModelRef, State, Task
-from registry.ledger import Ledger
-from registry.spec_files import load_task
-from registry.specs import TaskSpec
-from tasks.inputs import check_rows, resolve_task, same_task
-from tasks.reporting import say
-from tasks.statistics import check_rows_for
-from tasks.workspace import Workspace, actor, workspace
+from restitch.flows.report import mirror
+from restitch.merging.errors import BadInput
+from restitch.merging.methods import get_method
+from restitch.modeling.family import get_family
+from restitch.registry.head import Head, ModelRef, State, Task
+from restitch.registry.ledger import Ledger
+from restitch.registry.spec_files import load_task
+from restitch.registry.specs import TaskSpec
+from restitch.tasks.inputs import check_rows, resolve_task, same_task
+from restitch.tasks.reporting import say
+from restitch.tasks.statistics import check_rows_for
+from restitch.tasks.workspace import Workspace, actor, workspace
 
 _TAKES_PART: tuple[State, ...] = ("registered", "waiting", "ready")
 

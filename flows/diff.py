@@ -7,16 +7,16 @@ difference is told with what it is worth.
 from collections import Counter
 from typing import Any
 
-from flows.audit import member_changes
-from flows.versions import find_version
-from merging.checkpoint import by_bytes
-from merging.patches import count_differences
-from merging.sparse import SparseFile
-from modeling.places import place_of
-from registry.history import MergedRecord, Retention, TaskResult, differences
-from registry.objects import ObjectStore
-from tasks.compare import compare_results
-from tasks.workspace import workspace
+from restitch.flows.audit import member_changes
+from restitch.flows.versions import find_version
+from restitch.merging.checkpoint import by_bytes
+from restitch.merging.patches import count_differences
+from restitch.merging.sparse import SparseFile
+from restitch.modeling.places import place_of
+from restitch.registry.history import MergedRecord, Retention, TaskResult, differences
+from restitch.registry.objects import ObjectStore
+from restitch.tasks.compare import compare_results
+from restitch.tasks.workspace import workspace
 
 
 def diff(line: str, a: str, b: str) -> dict[str, Any]:

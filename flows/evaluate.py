@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import Any
 
-from flows.candidates import measure_member, measure_retention
-from flows.versions import find_version, members_of
-from registry.history import Retention, TaskResult
-from tasks.engine import flow
-from tasks.refs import LineRef, WeightsRef
-from tasks.workspace import workspace
+from restitch.flows.candidates import measure_member, measure_retention
+from restitch.flows.versions import find_version, members_of
+from restitch.registry.history import Retention, TaskResult
+from restitch.tasks.engine import flow
+from restitch.tasks.refs import LineRef, WeightsRef
+from restitch.tasks.workspace import workspace
 
 
 @dataclass(frozen=True)

@@ -13,26 +13,26 @@ from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from flows.candidates import measure_member
-from flows.snapshot import line_with_one_method
-from flows.studies import as_csv, log_study, write_study
-from flows.trials import prepare
-from flows.versions import find_version, members_of
-from merging.digests import canonical_json
-from merging.errors import BadInput, Unavailable
-from merging.methods import Method, get_method, method_names
-from registry.announcement import check_there
-from registry.head import Member
-from registry.history import MergedRecord, TaskResult, mean_of
-from registry.references import SPECIALISTS
-from tasks.engine import flow
-from tasks.experts import ExpertsRef, make_experts, read_experts
-from tasks.merge import make_recipe
-from tasks.refs import LineRef, WeightsRef
-from tasks.report.drawing import drawing, to_png
-from tasks.report.plots import experts_plot
-from tasks.reporting import say
-from tasks.workspace import Workspace, actor, made_by, workspace
+from restitch.flows.candidates import measure_member
+from restitch.flows.snapshot import line_with_one_method
+from restitch.flows.studies import as_csv, log_study, write_study
+from restitch.flows.trials import prepare
+from restitch.flows.versions import find_version, members_of
+from restitch.merging.digests import canonical_json
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.merging.methods import Method, get_method, method_names
+from restitch.registry.announcement import check_there
+from restitch.registry.head import Member
+from restitch.registry.history import MergedRecord, TaskResult, mean_of
+from restitch.registry.references import SPECIALISTS
+from restitch.tasks.engine import flow
+from restitch.tasks.experts import ExpertsRef, make_experts, read_experts
+from restitch.tasks.merge import make_recipe
+from restitch.tasks.refs import LineRef, WeightsRef
+from restitch.tasks.report.drawing import drawing, to_png
+from restitch.tasks.report.plots import experts_plot
+from restitch.tasks.reporting import say
+from restitch.tasks.workspace import Workspace, actor, made_by, workspace
 
 
 @flow("experts", "{line} {version}")
@@ -218,7 +218,7 @@ def _keep(record: MergedRecord, made: ExpertsRef, replace: bool, space: Workspac
 
 
 def facts_of(record: MergedRecord, made: ExpertsRef, at: str | None) -> dict[str, Any]:
-    """What the key of a version's specialists says of them; see `registry.specialists`."""
+    """What the key of a version's specialists says of them; see `restitch.registry.specialists`."""
     return {
         "line": record.line,
         "version": record.version,

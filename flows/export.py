@@ -1,7 +1,7 @@
 """Write a merged version, or its specialist for one task, as a normal Hugging Face folder.
 
 All of it or nothing, and the same bytes of weights each time. A specialist is the base with what
-its mask selects of the patch that the version's specialists share (`flows.experts`).
+its mask selects of the patch that the version's specialists share (`restitch.flows.experts`).
 """
 
 import json
@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from flows.experts import kept_experts
-from flows.versions import find_version
-from merging.checkpoint import Checkpoint
-from merging.digests import digest_json
-from merging.errors import BadInput
-from merging.export import export_weights
-from registry.head import Head
-from registry.history import MergedMember, MergedRecord
-from registry.sizes import parse_size
-from registry.store import explained
-from tasks.card import model_card, specialist_card
-from tasks.inputs import head_inputs
-from tasks.models import Base, open_base, open_sparse, open_specialist
-from tasks.provenance import provenance
-from tasks.refs import LineRef
-from tasks.reporting import working
-from tasks.workspace import Workspace, workspace
+from restitch.flows.experts import kept_experts
+from restitch.flows.versions import find_version
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.digests import digest_json
+from restitch.merging.errors import BadInput
+from restitch.merging.export import export_weights
+from restitch.registry.head import Head
+from restitch.registry.history import MergedMember, MergedRecord
+from restitch.registry.sizes import parse_size
+from restitch.registry.store import explained
+from restitch.tasks.card import model_card, specialist_card
+from restitch.tasks.inputs import head_inputs
+from restitch.tasks.models import Base, open_base, open_sparse, open_specialist
+from restitch.tasks.provenance import provenance
+from restitch.tasks.refs import LineRef
+from restitch.tasks.reporting import working
+from restitch.tasks.workspace import Workspace, workspace
 
 
 @dataclass(frozen=True)

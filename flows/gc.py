@@ -1,10 +1,10 @@
 """Remove from a store what nothing refers to.
 
-What counts as a reference is in `registry.inventory`: whatever a head, a record or any audit
+What counts as a reference is in `restitch.registry.inventory`: whatever a head, a record or any audit
 entry names stays for ever, and so does what was written less than an age ago, which work
 under way may be about to name. Keys go before the blobs that they name, and whoever publishes
 a key that came while its blob was being removed takes it back, so that nothing that is killed
-leaves a key that leads nowhere. `registry.removal` keeps acts apart from it. In a damaged store
+leaves a key that leads nowhere. `restitch.registry.removal` keeps acts apart from it. In a damaged store
 nothing is removed: what is damaged may have named anything.
 """
 
@@ -15,13 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from merging.errors import Damage
-from registry.announcement import announced
-from registry.inventory import Inventory, in_use, take_inventory
-from registry.ledger import Ledger
-from registry.objects import ObjectStore
-from tasks.reporting import working
-from tasks.workspace import workspace
+from restitch.merging.errors import Damage
+from restitch.registry.announcement import announced
+from restitch.registry.inventory import Inventory, in_use, take_inventory
+from restitch.registry.ledger import Ledger
+from restitch.registry.objects import ObjectStore
+from restitch.tasks.reporting import working
+from restitch.tasks.workspace import workspace
 
 # As long as work may take from its first object to the act that names it.
 DEFAULT_AGE = 24 * 3600.0

@@ -4,22 +4,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from flows.report import mirror
-from merging.errors import BadInput, CannotJoin
-from merging.methods import get_method, method_names, resolve_settings
-from merging.task_vector import TaskVector
-from modeling.family import family_names, get_family
-from registry.head import Head
-from registry.ledger import Ledger
-from registry.sources import COPY_SCHEME
-from registry.spec_files import load_line
-from registry.specs import LineSpec, MethodSpec, TaskSpec, TournamentSpec, line_changes
-from tasks.contest import check_benchmark
-from tasks.inputs import check_rows, resolve_task
-from tasks.models import Base, describe_model, open_base
-from tasks.refs import LineRef
-from tasks.statistics import check_rows_for
-from tasks.workspace import actor, workspace
+from restitch.flows.report import mirror
+from restitch.merging.errors import BadInput, CannotJoin
+from restitch.merging.methods import get_method, method_names, resolve_settings
+from restitch.merging.task_vector import TaskVector
+from restitch.modeling.family import family_names, get_family
+from restitch.registry.head import Head
+from restitch.registry.ledger import Ledger
+from restitch.registry.sources import COPY_SCHEME
+from restitch.registry.spec_files import load_line
+from restitch.registry.specs import LineSpec, MethodSpec, TaskSpec, TournamentSpec, line_changes
+from restitch.tasks.contest import check_benchmark
+from restitch.tasks.inputs import check_rows, resolve_task
+from restitch.tasks.models import Base, describe_model, open_base
+from restitch.tasks.refs import LineRef
+from restitch.tasks.statistics import check_rows_for
+from restitch.tasks.workspace import actor, workspace
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ for a server nor import its client.
 import os
 from typing import TYPE_CHECKING, Any
 
-from registry.catalog import run_address, without_credentials
-from registry.home import Home
-from registry.image import DIGEST_TAG, experiment_name
-from tasks.engine import engine_url
+from restitch.registry.catalog import run_address, without_credentials
+from restitch.registry.home import Home
+from restitch.registry.image import DIGEST_TAG, experiment_name
+from restitch.tasks.engine import engine_url
 
 if TYPE_CHECKING:
     import httpx

@@ -14,23 +14,23 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from flows.adopt import adopt_one
-from flows.report import mirror
-from merging.digests import digest_json
-from merging.errors import BadInput, CannotJoin, RestitchError
-from registry.attempts import Attempt, Attempts
-from registry.head import Head, Member, ModelVersion
-from registry.ledger import Ledger
-from registry.references import STATISTIC
-from registry.specs import LineSpec, TaskSpec
-from tasks.artifacts import show_onboarded
-from tasks.deaths import DEATHS
-from tasks.engine import engine_url, flow
-from tasks.evaluate import evaluate
-from tasks.inputs import evaluation_split
-from tasks.localize import localize
-from tasks.models import check_device
-from tasks.orchestration import (
+from restitch.flows.adopt import adopt_one
+from restitch.flows.report import mirror
+from restitch.merging.digests import digest_json
+from restitch.merging.errors import BadInput, CannotJoin, RestitchError
+from restitch.registry.attempts import Attempt, Attempts
+from restitch.registry.head import Head, Member, ModelVersion
+from restitch.registry.ledger import Ledger
+from restitch.registry.references import STATISTIC
+from restitch.registry.specs import LineSpec, TaskSpec
+from restitch.tasks.artifacts import show_onboarded
+from restitch.tasks.deaths import DEATHS
+from restitch.tasks.engine import engine_url, flow
+from restitch.tasks.evaluate import evaluate
+from restitch.tasks.inputs import evaluation_split
+from restitch.tasks.localize import localize
+from restitch.tasks.models import check_device
+from restitch.tasks.orchestration import (
     MASK_READY,
     announce,
     is_workers_run,
@@ -38,11 +38,11 @@ from tasks.orchestration import (
     run_ended,
     this_run,
 )
-from tasks.refs import DeltaRef, LineRef, ResultRef, StatisticRef, Validated, WeightsRef
-from tasks.reporting import say, warn
-from tasks.statistics import own_statistics
-from tasks.validate import validate
-from tasks.workspace import actor, workspace
+from restitch.tasks.refs import DeltaRef, LineRef, ResultRef, StatisticRef, Validated, WeightsRef
+from restitch.tasks.reporting import say, warn
+from restitch.tasks.statistics import own_statistics
+from restitch.tasks.validate import validate
+from restitch.tasks.workspace import actor, workspace
 
 # Above this share of the task vector's squared norm, what masks cannot hold is worth a warning.
 OUTSIDE_WARNING = 0.1

@@ -13,22 +13,22 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from flows.declare import present, resolve_spec
-from flows.onboard import OnboardOutcome, onboard
-from flows.remerge import RemergeOutcome, remerge
-from flows.report import mirror
-from merging.errors import CannotJoin, GateFailed, Unavailable
-from modeling.family import get_family
-from registry.head import Head, ModelRef, ModelVersion
-from registry.history import MergedRecord
-from registry.ledger import Ledger
-from registry.specs import TaskSpec
-from tasks.inputs import same_task
-from tasks.models import describe_model, open_base
-from tasks.orchestration import MODEL_REGISTERED, announce, has_workers
-from tasks.refs import LineRef
-from tasks.reporting import say, working
-from tasks.workspace import actor, workspace
+from restitch.flows.declare import present, resolve_spec
+from restitch.flows.onboard import OnboardOutcome, onboard
+from restitch.flows.remerge import RemergeOutcome, remerge
+from restitch.flows.report import mirror
+from restitch.merging.errors import CannotJoin, GateFailed, Unavailable
+from restitch.modeling.family import get_family
+from restitch.registry.head import Head, ModelRef, ModelVersion
+from restitch.registry.history import MergedRecord
+from restitch.registry.ledger import Ledger
+from restitch.registry.specs import TaskSpec
+from restitch.tasks.inputs import same_task
+from restitch.tasks.models import describe_model, open_base
+from restitch.tasks.orchestration import MODEL_REGISTERED, announce, has_workers
+from restitch.tasks.refs import LineRef
+from restitch.tasks.reporting import say, working
+from restitch.tasks.workspace import actor, workspace
 
 LOOK_EVERY_SECONDS = 0.5
 

@@ -12,31 +12,31 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from flows.snapshot import line_with_one_method, retention_task
-from flows.store_check import Image
-from flows.trials import prepare
-from flows.versions import members_of
-from merging.digests import canonical_json, digest_file
-from merging.errors import BadInput, Unavailable
-from merging.methods import get_method
-from merging.recipe import Recipe
-from registry.fates import touched_models
-from registry.head import Head, Member, ModelRef
-from registry.history import Entry, MergedRecord
-from registry.inventory import Inventory
-from registry.ledger import head_after
-from registry.references import COPY_SCHEME, MLFLOW_SCHEMES, SPECIALISTS, Reference
-from registry.sources import fetched_again, resolve_source
-from registry.specs import MethodSpec, TaskSpec
-from tasks.evaluate import evaluated
-from tasks.experts import write_parts
-from tasks.localize import write_delta
-from tasks.merge import make_recipe, write_patch_of
-from tasks.models import open_base
-from tasks.refs import LineRef, WeightsRef
-from tasks.remote import list_remote
-from tasks.statistics import Wanted, needed, write_statistic_of
-from tasks.workspace import Workspace
+from restitch.flows.snapshot import line_with_one_method, retention_task
+from restitch.flows.store_check import Image
+from restitch.flows.trials import prepare
+from restitch.flows.versions import members_of
+from restitch.merging.digests import canonical_json, digest_file
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.merging.methods import get_method
+from restitch.merging.recipe import Recipe
+from restitch.registry.fates import touched_models
+from restitch.registry.head import Head, Member, ModelRef
+from restitch.registry.history import Entry, MergedRecord
+from restitch.registry.inventory import Inventory
+from restitch.registry.ledger import head_after
+from restitch.registry.references import COPY_SCHEME, MLFLOW_SCHEMES, SPECIALISTS, Reference
+from restitch.registry.sources import fetched_again, resolve_source
+from restitch.registry.specs import MethodSpec, TaskSpec
+from restitch.tasks.evaluate import evaluated
+from restitch.tasks.experts import write_parts
+from restitch.tasks.localize import write_delta
+from restitch.tasks.merge import make_recipe, write_patch_of
+from restitch.tasks.models import open_base
+from restitch.tasks.refs import LineRef, WeightsRef
+from restitch.tasks.remote import list_remote
+from restitch.tasks.statistics import Wanted, needed, write_statistic_of
+from restitch.tasks.workspace import Workspace
 
 
 @dataclass(frozen=True)

@@ -11,27 +11,27 @@ already that, it does nothing and says so. It may be killed anywhere and run aga
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from flows.acts import MovedError, hold, promote, record_version, reject
-from flows.adopt import adopt
-from flows.candidates import Candidate, make_candidate
-from flows.gates import Check
-from flows.links import mlflow_run
-from flows.onboard import attempts_at, died_at, is_outdated, onboard
-from flows.report import Reports, mirror
-from flows.snapshot import Snapshot, localized_models, take_snapshot
-from merging.digests import digest_json
-from merging.errors import GateFailed, RestitchError, Unavailable
-from registry.head import Member
-from registry.history import MergedRecord
-from registry.ledger import Ledger
-from tasks.artifacts import show_remerged
-from tasks.deaths import mark_silent_runs
-from tasks.engine import flow
-from tasks.models import check_device
-from tasks.orchestration import has_workers, is_queued, is_workers_run, start_run, this_run
-from tasks.reporting import say, warn
-from tasks.turn import turn
-from tasks.workspace import workspace
+from restitch.flows.acts import MovedError, hold, promote, record_version, reject
+from restitch.flows.adopt import adopt
+from restitch.flows.candidates import Candidate, make_candidate
+from restitch.flows.gates import Check
+from restitch.flows.links import mlflow_run
+from restitch.flows.onboard import attempts_at, died_at, is_outdated, onboard
+from restitch.flows.report import Reports, mirror
+from restitch.flows.snapshot import Snapshot, localized_models, take_snapshot
+from restitch.merging.digests import digest_json
+from restitch.merging.errors import GateFailed, RestitchError, Unavailable
+from restitch.registry.head import Member
+from restitch.registry.history import MergedRecord
+from restitch.registry.ledger import Ledger
+from restitch.tasks.artifacts import show_remerged
+from restitch.tasks.deaths import mark_silent_runs
+from restitch.tasks.engine import flow
+from restitch.tasks.models import check_device
+from restitch.tasks.orchestration import has_workers, is_queued, is_workers_run, start_run, this_run
+from restitch.tasks.reporting import say, warn
+from restitch.tasks.turn import turn
+from restitch.tasks.workspace import workspace
 
 # What killed work left behind is removed when nothing can be running on it any more.
 LEFTOVERS_AFTER = 24 * 3600.0

@@ -1,6 +1,6 @@
 """Mend a damaged store: put back what can be made again with the very digest that is named.
 
-Each damaged object has ways in which it can be made again (`flows.remedies`); what a way
+Each damaged object has ways in which it can be made again (`restitch.flows.remedies`); what a way
 gives is compared with the digest before it takes the damaged one's place, at once, so that
 whoever is killed leaves it damaged or whole, and what is whole is never written over. What
 comes out otherwise is lost, which is said. The store is looked at again after each round, for
@@ -12,28 +12,27 @@ from contextlib import suppress
 from typing import Any
 
 from pydantic import JsonValue
-
-from flows.experts import facts_of
-from flows.remedies import Remedies
-from flows.report import Reports
-from flows.store_check import MLFLOW, Checker, Damaged, Image, StoreCheck
-from merging.digests import digest_bytes, digest_file
-from merging.errors import Damage, RestitchError, Unavailable
-from registry.fates import touched_models
-from registry.head import ModelVersion
-from registry.history import Entry
-from registry.inventory import Inventory, mentioned
-from registry.ledger import Ledger, head_after
-from registry.references import MLFLOW_SCHEMES, SPECIALISTS
-from registry.sources import resolve_source
-from registry.store import NotInStore
-from tasks.experts import read_experts
-from tasks.heads import heads_again
-from tasks.localize import FOUND, mask_key
-from tasks.refs import LineRef
-from tasks.reporting import say
-from tasks.statistics import KINDS, statistic_key
-from tasks.workspace import Workspace
+from restitch.flows.experts import facts_of
+from restitch.flows.remedies import Remedies
+from restitch.flows.report import Reports
+from restitch.flows.store_check import MLFLOW, Checker, Damaged, Image, StoreCheck
+from restitch.merging.digests import digest_bytes, digest_file
+from restitch.merging.errors import Damage, RestitchError, Unavailable
+from restitch.registry.fates import touched_models
+from restitch.registry.head import ModelVersion
+from restitch.registry.history import Entry
+from restitch.registry.inventory import Inventory, mentioned
+from restitch.registry.ledger import Ledger, head_after
+from restitch.registry.references import MLFLOW_SCHEMES, SPECIALISTS
+from restitch.registry.sources import resolve_source
+from restitch.registry.store import NotInStore
+from restitch.tasks.experts import read_experts
+from restitch.tasks.heads import heads_again
+from restitch.tasks.localize import FOUND, mask_key
+from restitch.tasks.refs import LineRef
+from restitch.tasks.reporting import say
+from restitch.tasks.statistics import KINDS, statistic_key
+from restitch.tasks.workspace import Workspace
 
 _ROUNDS = 8
 _NAMING = ("audit/", "lines/")

@@ -11,20 +11,20 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from flows import audit
-from flows.diff import differences_of, weights_of
-from flows.versions import find_version
-from merging.errors import RestitchError
-from registry.head import Head
-from registry.history import MergedRecord
-from registry.ledger import Ledger
-from registry.store import explained
-from tasks.analyze import analyze
-from tasks.publish import mirror as complete_mlflow
-from tasks.refs import LineRef
-from tasks.report import Report, ReportInput, render
-from tasks.reporting import warn
-from tasks.workspace import workspace
+from restitch.flows import audit
+from restitch.flows.diff import differences_of, weights_of
+from restitch.flows.versions import find_version
+from restitch.merging.errors import RestitchError
+from restitch.registry.head import Head
+from restitch.registry.history import MergedRecord
+from restitch.registry.ledger import Ledger
+from restitch.registry.store import explained
+from restitch.tasks.analyze import analyze
+from restitch.tasks.publish import mirror as complete_mlflow
+from restitch.tasks.refs import LineRef
+from restitch.tasks.report import Report, ReportInput, render
+from restitch.tasks.reporting import warn
+from restitch.tasks.workspace import workspace
 
 PAGE, PLOTS = "report.html", "plots"
 

@@ -4,15 +4,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from flows.gates import Gates
-from flows.tournament import held_before
-from merging.digests import digest_json
-from registry.head import Head, Member, ModelVersion
-from registry.history import MergedRecord
-from registry.ledger import Ledger
-from registry.specs import MethodSpec, TaskSpec
-from tasks.merge import known_recipe
-from tasks.refs import LineRef
+from restitch.flows.gates import Gates
+from restitch.flows.tournament import held_before
+from restitch.merging.digests import digest_json
+from restitch.registry.head import Head, Member, ModelVersion
+from restitch.registry.history import MergedRecord
+from restitch.registry.ledger import Ledger
+from restitch.registry.specs import MethodSpec, TaskSpec
+from restitch.tasks.merge import known_recipe
+from restitch.tasks.refs import LineRef
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Is a store what its names say? Every object against its digest, of whatever line or of none.
 
 What is damaged is told with what it is, what depends on it, and from what it can be made
-again; nothing is changed (`flows.repair` mends). What nothing refers to is listed and is no
+again; nothing is changed (`restitch.flows.repair` mends). What nothing refers to is listed and is no
 damage. Blobs that were found whole are not looked at again within one check.
 """
 
@@ -12,21 +12,21 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from merging.digests import canonical_json
-from merging.errors import Damage, RestitchError, Unavailable
-from merging.sparse import SparseFile
-from registry.attempts import Attempt
-from registry.catalog import Catalog
-from registry.history import Entry, replay, state_of
-from registry.inventory import Inventory, in_use, take_inventory
-from registry.ledger import Ledger
-from registry.objects import KeyRecord, ObjectStore
-from registry.references import SPECIALISTS
-from registry.store import NotInStore
-from tasks.experts import read_experts
-from tasks.models import open_specialist
-from tasks.reporting import working
-from tasks.workspace import Workspace
+from restitch.merging.digests import canonical_json
+from restitch.merging.errors import Damage, RestitchError, Unavailable
+from restitch.merging.sparse import SparseFile
+from restitch.registry.attempts import Attempt
+from restitch.registry.catalog import Catalog
+from restitch.registry.history import Entry, replay, state_of
+from restitch.registry.inventory import Inventory, in_use, take_inventory
+from restitch.registry.ledger import Ledger
+from restitch.registry.objects import KeyRecord, ObjectStore
+from restitch.registry.references import SPECIALISTS
+from restitch.registry.store import NotInStore
+from restitch.tasks.experts import read_experts
+from restitch.tasks.models import open_specialist
+from restitch.tasks.reporting import working
+from restitch.tasks.workspace import Workspace
 
 Answer = TypeVar("Answer")
 

@@ -15,16 +15,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from merging.digests import digest_bytes, digest_file
-from merging.errors import BadInput, Damage
-from registry.catalog import without_credentials
-from registry.head import Head
-from registry.home import Home
-from registry.ledger import Ledger, lines
-from registry.objects import ObjectStore
-from registry.store import FolderStore, NotInStore, Store, explained
-from tasks.reporting import warn, working
-from tasks.workspace import workspace
+from restitch.merging.digests import digest_bytes, digest_file
+from restitch.merging.errors import BadInput, Damage
+from restitch.registry.catalog import without_credentials
+from restitch.registry.head import Head
+from restitch.registry.home import Home
+from restitch.registry.ledger import Ledger, lines
+from restitch.registry.objects import ObjectStore
+from restitch.registry.store import FolderStore, NotInStore, Store, explained
+from restitch.tasks.reporting import warn, working
+from restitch.tasks.workspace import workspace
 
 _BY_DIGEST = re.compile(r"(blobs|audit)/([0-9a-f]{64})\Z")
 # What changes: heads; who has the turn on a server and what is removed mean nothing elsewhere.

@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from merging.digests import digest_json
-from merging.errors import Unavailable
-from registry.store import explained
-from tasks.reporting import warn
-from tasks.workspace import workspace
+from restitch.merging.digests import digest_json
+from restitch.merging.errors import Unavailable
+from restitch.registry.store import explained
+from restitch.tasks.reporting import warn
+from restitch.tasks.workspace import workspace
 
 
 def write_study(out: str | None, artifacts: Mapping[str, bytes]) -> None:

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merging.methods import get_method
-from registry.head import Member
-from registry.history import MergedRecord
-from registry.specs import MethodSpec, TaskSpec, TournamentSpec
-from tasks.contest import Contest, Entrant, contest_key, decide, outcome_of
-from tasks.merge import make_recipe, recipe_inputs, stitch
-from tasks.refs import LineRef
+from restitch.merging.methods import get_method
+from restitch.registry.head import Member
+from restitch.registry.history import MergedRecord
+from restitch.registry.specs import MethodSpec, TaskSpec, TournamentSpec
+from restitch.tasks.contest import Contest, Entrant, contest_key, decide, outcome_of
+from restitch.tasks.merge import make_recipe, recipe_inputs, stitch
+from restitch.tasks.refs import LineRef
 
 # Where a version's record has what was found.
 FACT = "tournament"

@@ -9,14 +9,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from merging.methods import Method, get_method, resolve_settings
-from registry.head import Member
-from registry.localize_spec import LocalizeSpec
-from registry.specs import LineSpec, MethodSpec
-from tasks.localize import localize
-from tasks.refs import DeltaRef, LineRef, StatisticRef
-from tasks.statistics import statistics
-from tasks.tune import Tuned, tune
+from restitch.merging.methods import Method, get_method, resolve_settings
+from restitch.registry.head import Member
+from restitch.registry.localize_spec import LocalizeSpec
+from restitch.registry.specs import LineSpec, MethodSpec
+from restitch.tasks.localize import localize
+from restitch.tasks.refs import DeltaRef, LineRef, StatisticRef
+from restitch.tasks.statistics import statistics
+from restitch.tasks.tune import Tuned, tune
 
 
 @dataclass(frozen=True)

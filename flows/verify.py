@@ -10,19 +10,19 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from flows.versions import find_version
-from merging.digests import canonical_json
-from merging.errors import BadInput, Damage, GateFailed, RestitchError, Unavailable
-from merging.methods import get_method
-from merging.recipe import Recipe
-from registry.head import Head
-from registry.history import Entry, MergedRecord, replay, state_of
-from registry.ledger import Ledger
-from registry.objects import ObjectStore
-from tasks.merge import is_reproducible, rebuild
-from tasks.refs import LineRef
-from tasks.reporting import say, working
-from tasks.workspace import Workspace, workspace
+from restitch.flows.versions import find_version
+from restitch.merging.digests import canonical_json
+from restitch.merging.errors import BadInput, Damage, GateFailed, RestitchError, Unavailable
+from restitch.merging.methods import get_method
+from restitch.merging.recipe import Recipe
+from restitch.registry.head import Head
+from restitch.registry.history import Entry, MergedRecord, replay, state_of
+from restitch.registry.ledger import Ledger
+from restitch.registry.objects import ObjectStore
+from restitch.tasks.merge import is_reproducible, rebuild
+from restitch.tasks.refs import LineRef
+from restitch.tasks.reporting import say, working
+from restitch.tasks.workspace import Workspace, workspace
 
 _LOOKS = 20
 _DIGEST = re.compile(r"[0-9a-f]{8,64}\Z")

@@ -7,12 +7,12 @@ then.
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from flows.repair import check_store
-from flows.store_check import StoreCheck
-from flows.verify import Verification, verify
-from merging.errors import BadInput, Damage
-from registry.ledger import lines
-from tasks.workspace import workspace
+from restitch.flows.repair import check_store
+from restitch.flows.store_check import StoreCheck
+from restitch.flows.verify import Verification, verify
+from restitch.merging.errors import BadInput, Damage
+from restitch.registry.ledger import lines
+from restitch.tasks.workspace import workspace
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """What a user means: a version by a number, `champion` or `candidate`, and its members; a task."""
 
-from merging.errors import BadInput
-from registry.head import Head, Member
-from registry.history import MergedRecord
+from restitch.merging.errors import BadInput
+from restitch.registry.head import Head, Member
+from restitch.registry.history import MergedRecord
 
 
 def find_version(head: Head, text: str) -> int:

@@ -9,14 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
-
-from merging.checkpoint import Checkpoint
-from merging.consensus import tall_mask
-from merging.elementwise import Floats, Range, kept_vectors, total
-from merging.kept_vector import BLOCK, KeptVector, working_dtype
-from merging.rounding import cast
-from merging.stitch import Member
-from merging.ties import Trim, elected
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.consensus import tall_mask
+from restitch.merging.elementwise import Floats, Range, kept_vectors, total
+from restitch.merging.kept_vector import BLOCK, KeptVector, working_dtype
+from restitch.merging.rounding import cast
+from restitch.merging.stitch import Member
+from restitch.merging.ties import Trim, elected
 
 # Raised when the same members would have other counts.
 VERSION = 1

@@ -15,13 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-from merging.checkpoint import Checkpoint, by_bytes
-from merging.errors import BadInput, Damage
-from merging.positions import true_positions
-from merging.progress import Progress, ignore
-from merging.rounding import cast
-from merging.sparse import Piece, SparseFile
+from restitch.merging.checkpoint import Checkpoint, by_bytes
+from restitch.merging.errors import BadInput, Damage
+from restitch.merging.positions import true_positions
+from restitch.merging.progress import Progress, ignore
+from restitch.merging.rounding import cast
+from restitch.merging.sparse import Piece, SparseFile
 
 VERSION = 1
 

@@ -18,13 +18,12 @@ from pathlib import Path
 
 import torch
 from blake3 import blake3
+from restitch.merging.digests import digest_bytes
+from restitch.merging.errors import BadInput
+from restitch.merging.header import DTYPE_NAMES, MAX_HEADER, count_elements, read_header
+from restitch.merging.progress import Progress, ignore
+from restitch.merging.regular import open_regular, read_limited
 from torch import Tensor
-
-from merging.digests import digest_bytes
-from merging.errors import BadInput
-from merging.header import DTYPE_NAMES, MAX_HEADER, count_elements, read_header
-from merging.progress import Progress, ignore
-from merging.regular import open_regular, read_limited
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

@@ -10,9 +10,9 @@ required tensors are there, and so is any mix of float types.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from merging.checkpoint import FLOATING, Checkpoint, by_bytes
-from merging.errors import CannotJoin
-from merging.header import DTYPE_NAMES
+from restitch.merging.checkpoint import FLOATING, Checkpoint, by_bytes
+from restitch.merging.errors import CannotJoin
+from restitch.merging.header import DTYPE_NAMES
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ the user's that matches nothing is an error, because a silent one selects the wr
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
-from merging.checkpoint import by_bytes
-from merging.errors import BadInput
+from restitch.merging.checkpoint import by_bytes
+from restitch.merging.errors import BadInput
 
 
 def select_tensors(

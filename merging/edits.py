@@ -8,9 +8,8 @@ model needs to exist. `edited` gives one whole tensor.
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
+from restitch.merging.checkpoint import Checkpoint
 from torch import Tensor
-
-from merging.checkpoint import Checkpoint
 
 
 @runtime_checkable

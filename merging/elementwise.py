@@ -14,14 +14,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from restitch.merging.checkpoint import Checkpoint, by_bytes
+from restitch.merging.errors import BadInput
+from restitch.merging.kept_vector import BLOCK, KeptVector, working_dtype
+from restitch.merging.overwrite import as_integers
+from restitch.merging.rounding import cast_into, round_once
+from restitch.merging.stitch import Member, check_fit
 from torch import Tensor
-
-from merging.checkpoint import Checkpoint, by_bytes
-from merging.errors import BadInput
-from merging.kept_vector import BLOCK, KeptVector, working_dtype
-from merging.overwrite import as_integers
-from merging.rounding import cast_into, round_once
-from merging.stitch import Member, check_fit
 
 Floats = NDArray[Any]
 

@@ -12,13 +12,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from restitch.merging.checkpoint import Checkpoint, by_bytes
+from restitch.merging.errors import BadInput
+from restitch.merging.kept_vector import KeptVector
+from restitch.merging.progress import Progress, ignore
+from restitch.merging.statistics import COEFFICIENTS, asking_for_gradients, check_finite
 from torch import Tensor
-
-from merging.checkpoint import Checkpoint, by_bytes
-from merging.errors import BadInput
-from merging.kept_vector import KeptVector
-from merging.progress import Progress, ignore
-from merging.statistics import COEFFICIENTS, asking_for_gradients, check_finite
 
 VERSION = 1
 

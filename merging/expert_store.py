@@ -15,20 +15,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.digests import digest_file
+from restitch.merging.edits import Edits
+from restitch.merging.errors import Damage
+from restitch.merging.experts import Experts, Selected, SharedExperts
+from restitch.merging.kept_vector import working_dtype
+from restitch.merging.mask_file import Bits, MaskFile, MaskWriter
+from restitch.merging.overwrite import put, take
+from restitch.merging.progress import Progress, ignore
+from restitch.merging.rounding import cast
+from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.stitch import differences, write_patch
 from torch import Tensor
-
-from merging.checkpoint import Checkpoint
-from merging.digests import digest_file
-from merging.edits import Edits
-from merging.errors import Damage
-from merging.experts import Experts, Selected, SharedExperts
-from merging.kept_vector import working_dtype
-from merging.mask_file import Bits, MaskFile, MaskWriter
-from merging.overwrite import put, take
-from merging.progress import Progress, ignore
-from merging.rounding import cast
-from merging.sparse import SparseFile, SparseTensor, write_sparse
-from merging.stitch import differences, write_patch
 
 _SHARED, _SCALE = "shared", "scale"
 

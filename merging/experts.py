@@ -12,13 +12,12 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-
-from merging.checkpoint import Checkpoint, by_bytes
-from merging.edits import Edits
-from merging.elementwise import Elementwise, Floats, Range, checked, kept_vectors
-from merging.errors import BadInput
-from merging.kept_vector import KeptVector
-from merging.stitch import Member
+from restitch.merging.checkpoint import Checkpoint, by_bytes
+from restitch.merging.edits import Edits
+from restitch.merging.elementwise import Elementwise, Floats, Range, checked, kept_vectors
+from restitch.merging.errors import BadInput
+from restitch.merging.kept_vector import KeptVector
+from restitch.merging.stitch import Member
 
 # A number for all tasks, or one for each by its name.
 PerTask = float | Mapping[str, float]

@@ -18,12 +18,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from restitch.merging.checkpoint import Checkpoint, TensorInfo
+from restitch.merging.edits import Edits, StreamedEdits
+from restitch.merging.header import write_header
+from restitch.merging.progress import Progress, ignore
 from torch import Tensor
-
-from merging.checkpoint import Checkpoint, TensorInfo
-from merging.edits import Edits, StreamedEdits
-from merging.header import write_header
-from merging.progress import Progress, ignore
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

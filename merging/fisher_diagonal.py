@@ -11,13 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
+from restitch.merging.errors import BadInput
+from restitch.merging.localize_fisher import drawn
+from restitch.merging.progress import Progress, ignore
+from restitch.merging.statistics import FISHER, asking_for_gradients, check_finite
 from torch import Tensor
 from torch.nn import functional as F
-
-from merging.errors import BadInput
-from merging.localize_fisher import drawn
-from merging.progress import Progress, ignore
-from merging.statistics import FISHER, asking_for_gradients, check_finite
 
 VERSION = 1
 MOST_ROWS = 256

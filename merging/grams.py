@@ -10,11 +10,10 @@ from functools import partial
 from typing import Any
 
 import torch
+from restitch.merging.errors import BadInput
+from restitch.merging.progress import Progress, ignore
+from restitch.merging.statistics import GRAM, check_finite
 from torch import Tensor, nn
-
-from merging.errors import BadInput
-from merging.progress import Progress, ignore
-from merging.statistics import GRAM, check_finite
 
 VERSION = 1
 MOST_ROWS = 1600

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-
-from merging.errors import BadInput
-from merging.regular import open_regular
+from restitch.merging.errors import BadInput
+from restitch.merging.regular import open_regular
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,

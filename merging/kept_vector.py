@@ -11,12 +11,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.rounding import cast, cast_into
+from restitch.merging.sparse import SparseFile
+from restitch.merging.top_k import strided_sample
 from torch import Tensor
-
-from merging.checkpoint import Checkpoint
-from merging.rounding import cast, cast_into
-from merging.sparse import SparseFile
-from merging.top_k import strided_sample
 
 Floats = NDArray[Any]
 
@@ -29,7 +28,7 @@ def working_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class KeptVector:
-    """The task vector of one member; its absolute values are `Scores` (`merging.top_k`).
+    """The task vector of one member; its absolute values are `Scores` (`restitch.merging.top_k`).
 
     Args:
         base: the base's checkpoint.

@@ -16,10 +16,9 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from restitch.merging.errors import BadInput
+from restitch.merging.task_vector import TaskVector
 from torch import Tensor
-
-from merging.errors import BadInput
-from merging.task_vector import TaskVector
 
 
 @dataclass(frozen=True)

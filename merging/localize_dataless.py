@@ -9,11 +9,11 @@ import math
 from fractions import Fraction
 from pathlib import Path
 
-from merging.errors import BadInput
-from merging.mask import Mask
-from merging.progress import Progress
-from merging.task_vector import TaskVector
-from merging.top_k import top_k
+from restitch.merging.errors import BadInput
+from restitch.merging.mask import Mask
+from restitch.merging.progress import Progress
+from restitch.merging.task_vector import TaskVector
+from restitch.merging.top_k import top_k
 
 NAME = "dataless"
 VERSION = 1

@@ -1,6 +1,6 @@
 """Localization by distillation: a mask that is refined until the graft says what the model says.
 
-Scores begin as those of `merging.localize_fisher`. Then each batch's loss is taken with exactly
+Scores begin as those of `restitch.merging.localize_fisher`. Then each batch's loss is taken with exactly
 the k highest scores grafted: the divergence of the graft's class probabilities from the finetuned
 model's own, so that no labels are needed and what is preserved is what grafting should preserve.
 Its -gradient x difference is added to all scores, also to those outside of the mask (straight
@@ -16,17 +16,16 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from restitch.merging.batches import ahead
+from restitch.merging.errors import CannotJoin
+from restitch.merging.live_weights import LiveWeights, Part
+from restitch.merging.localize_dataless import kept_count
+from restitch.merging.localize_fisher import FisherSettings, Sensitivities, measure
+from restitch.merging.progress import Progress, ignore
+from restitch.merging.score_tensors import Sample, check_finite, step_unit, threshold_of
+from restitch.merging.task_vector import TaskVector
+from restitch.merging.top_k import TensorScores
 from torch import Tensor
-
-from merging.batches import ahead
-from merging.errors import CannotJoin
-from merging.live_weights import LiveWeights, Part
-from merging.localize_dataless import kept_count
-from merging.localize_fisher import FisherSettings, Sensitivities, measure
-from merging.progress import Progress, ignore
-from merging.score_tensors import Sample, check_finite, step_unit, threshold_of
-from merging.task_vector import TaskVector
-from merging.top_k import TensorScores
 
 NAME = "distilled"
 VERSION = 1

@@ -18,15 +18,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from restitch.merging.batches import ahead
+from restitch.merging.errors import BadInput, CannotJoin
+from restitch.merging.live_weights import LiveWeights
+from restitch.merging.progress import Progress, ignore
+from restitch.merging.sparse_layout import rows_and_columns
+from restitch.merging.task_vector import TaskVector
 from torch import Tensor
 from torch.nn import functional as F
-
-from merging.batches import ahead
-from merging.errors import BadInput, CannotJoin
-from merging.live_weights import LiveWeights
-from merging.progress import Progress, ignore
-from merging.sparse_layout import rows_and_columns
-from merging.task_vector import TaskVector
 
 NAME = "fisher"
 VERSION = 1

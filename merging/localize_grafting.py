@@ -3,7 +3,7 @@
 It begins with the mask of the largest differences and learns where to leave it: the loss is taken
 at W0 + gamma * tau with gamma = base (1 - sigmoid(S)) + (1 - base) sigmoid(S), one SGD step per
 batch. The mask is gamma > 1/2; its density is where the passes end. It is the preset `grafting` of
-`merging.localize_trained`, whose settings and batches it uses.
+`restitch.merging.localize_trained`, whose settings and batches it uses.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -11,13 +11,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from restitch.merging.live_weights import LiveWeights, Part
+from restitch.merging.localize_dataless import kept_count
+from restitch.merging.mask import Mask
+from restitch.merging.score_tensors import check_finite, slope
+from restitch.merging.top_k import top_k
 from torch import Tensor
-
-from merging.live_weights import LiveWeights, Part
-from merging.localize_dataless import kept_count
-from merging.mask import Mask
-from merging.score_tensors import check_finite, slope
-from merging.top_k import top_k
 
 
 class Settings(Protocol):

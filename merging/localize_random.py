@@ -1,9 +1,8 @@
 """Coordinates by lot, which any localizer must beat: seeded, and nested for one seed."""
 
 import torch
-
-from merging.task_vector import TaskVector
-from merging.top_k import TensorScores
+from restitch.merging.task_vector import TaskVector
+from restitch.merging.top_k import TensorScores
 
 NAME = "random"
 VERSION = 1

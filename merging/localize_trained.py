@@ -3,7 +3,7 @@
 The loss is taken at W0 + sigmoid(S) * tau, its gradient by S is grad_W * tau * sigmoid(S)
 (1 - sigmoid(S)), and the mask is S > 0. The presets `paper` and `official` are the
 settings of the paper and of its authors' code, `grafting` is the localizer that the paper
-compares with (`merging.localize_grafting`); they end with whatever density comes out.
+compares with (`restitch.merging.localize_grafting`); they end with whatever density comes out.
 `budget` keeps exactly k coordinates: the loss is taken at the hard mask of the k largest
 scores. Weights are computed from the checkpoints each time, never added back and forth,
 and are the base's again afterwards. The same rows, seed and `fingerprint` give the same
@@ -20,19 +20,18 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
+from restitch.merging.batches import ahead
+from restitch.merging.errors import BadInput, CannotJoin
+from restitch.merging.live_weights import LiveWeights
+from restitch.merging.localize_dataless import kept_count
+from restitch.merging.localize_grafting import graft
+from restitch.merging.mask import Mask
+from restitch.merging.progress import Progress, ignore
+from restitch.merging.score_tensors import check_finite, slope, step_unit, threshold_of
+from restitch.merging.score_tensors import fingerprint as fingerprint
+from restitch.merging.task_vector import TaskVector
+from restitch.merging.top_k import TensorScores, top_k
 from torch import Tensor
-
-from merging.batches import ahead
-from merging.errors import BadInput, CannotJoin
-from merging.live_weights import LiveWeights
-from merging.localize_dataless import kept_count
-from merging.localize_grafting import graft
-from merging.mask import Mask
-from merging.progress import Progress, ignore
-from merging.score_tensors import check_finite, slope, step_unit, threshold_of
-from merging.score_tensors import fingerprint as fingerprint
-from merging.task_vector import TaskVector
-from merging.top_k import TensorScores, top_k
 
 NAME = "trained"
 VERSION = 1

@@ -10,10 +10,9 @@ import json
 from collections.abc import Callable, Mapping
 
 import torch
+from restitch.merging.checkpoint import by_bytes
+from restitch.merging.digests import digest_bytes
 from torch import Tensor
-
-from merging.checkpoint import by_bytes
-from merging.digests import digest_bytes
 
 
 class Mask:

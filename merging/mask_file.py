@@ -3,7 +3,7 @@
 A safetensors file with one section of bytes, `masks`, in which the tensors follow one another in
 name order, and the table `restitch.masks` in the metadata: a JSON list of "WEIGHTS TAKEN CODE
 BYTES NAME". Bit i of a tensor stands for the i-th weight that the patch keeps of it. Per tensor
-the smallest of three encodings is taken: those of `merging.positions` (Elias-Fano, bitmap,
+the smallest of three encodings is taken: those of `restitch.merging.positions` (Elias-Fano, bitmap,
 complement, whole), and `z`, the bitmap after the Huffman code of deflate, whose bytes may depend
 on the release of zlib; what they mean does not. A tensor of which nothing is taken is left out.
 What is read is checked against the patch before anything is allocated; what does not fit is
@@ -21,13 +21,12 @@ from types import TracebackType
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-from merging.checkpoint import Checkpoint, by_bytes
-from merging.errors import BadInput, Damage
-from merging.header import write_header
-from merging.positions import decode_blocks, encode, encoded_size
-from merging.sparse import SparseFile, assemble
-from merging.sparse_layout import natural
+from restitch.merging.checkpoint import Checkpoint, by_bytes
+from restitch.merging.errors import BadInput, Damage
+from restitch.merging.header import write_header
+from restitch.merging.positions import decode_blocks, encode, encoded_size
+from restitch.merging.sparse import SparseFile, assemble
+from restitch.merging.sparse_layout import natural
 
 FORMAT = "1"
 

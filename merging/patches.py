@@ -6,10 +6,9 @@ hold differs where their bits do. The base is never read; memory holds one tenso
 """
 
 import numpy as np
-
-from merging.checkpoint import by_bytes
-from merging.overwrite import as_integers
-from merging.sparse import SparseFile
+from restitch.merging.checkpoint import by_bytes
+from restitch.merging.overwrite import as_integers
+from restitch.merging.sparse import SparseFile
 
 
 def count_differences(first: SparseFile, second: SparseFile) -> dict[str, int]:

@@ -14,13 +14,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from restitch.merging.checkpoint import Checkpoint, by_bytes
+from restitch.merging.elementwise import kept_vectors
+from restitch.merging.overwrite import as_integers
+from restitch.merging.rounding import cast, round_once
+from restitch.merging.stitch import Member
 from torch import Tensor
-
-from merging.checkpoint import Checkpoint, by_bytes
-from merging.elementwise import kept_vectors
-from merging.overwrite import as_integers
-from merging.rounding import cast, round_once
-from merging.stitch import Member
 
 
 @dataclass(frozen=True)

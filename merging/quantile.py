@@ -1,7 +1,7 @@
 """The k-th largest of a model's worth of scores, and which coordinates reach it.
 
 A `Cut` says of any range of a tensor which coordinates are among the k largest, ties to the
-lower coordinate, without a list of them: what `merging.top_k` writes down, this decides anew
+lower coordinate, without a list of them: what `restitch.merging.top_k` writes down, this decides anew
 where it is read, which is cheaper where k is a large share of a model. A sample gives a bracket
 that almost surely holds the k-th score; one pass counts what is above it and, value by value,
 what is inside; where equal scores have to be divided, a second pass finds the place. Scores are
@@ -17,11 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-from merging.checkpoint import by_bytes
-from merging.positions import true_positions
-from merging.rounding import SERIAL
-from merging.top_k import SAMPLE, SAMPLE_BLOCK, Scores
+from restitch.merging.checkpoint import by_bytes
+from restitch.merging.positions import true_positions
+from restitch.merging.rounding import SERIAL
+from restitch.merging.top_k import SAMPLE, SAMPLE_BLOCK, Scores
 
 Floats = NDArray[Any]
 _THREADS = 2

@@ -11,11 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from restitch.merging.header import count_elements
+from restitch.merging.overwrite import take
+from restitch.merging.rounding import cast, round_once
 from torch import Tensor
-
-from merging.header import count_elements
-from merging.overwrite import take
-from merging.rounding import cast, round_once
 
 STEP_DTYPE = torch.bfloat16
 _MOST = 127

@@ -2,13 +2,13 @@
 
 Format 1 is a safetensors file. Its sections hold all tensors one after the other in
 name order: `values.<TYPE>` the values of the tensors of that type, `positions` (bytes)
-the coordinates as `merging.positions` encodes them. The metadata hold
+the coordinates as `restitch.merging.positions` encodes them. The metadata hold
 `restitch.format`, `restitch.kind`, the table `restitch.tensors` (a JSON list of
 "TYPE SHAPE KEPT CODE NAME", all that is needed to find each tensor's part of a section)
 and what the writer adds. Format 2 is format 1 with a section `factors`: what the
 coordinates are worth to the model, as one factor per row and one per column of each
 tensor; a file without them is written as format 1. Format 3 holds values in 8 bits
-(`merging.quantized`): `codes` instead of all values, and `steps`; it is read beside the base. The
+(`restitch.merging.quantized`): `codes` instead of all values, and `steps`; it is read beside the base. The
 other formats are lossless. The bytes are a function of the content alone. What is read is
 checked: coordinates out of order or range are `Damage`.
 """
@@ -26,18 +26,16 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
-
-from merging.checkpoint import FLOATING, Checkpoint, by_bytes
-from merging.errors import BadInput, Damage
-from merging.header import DTYPE_NAMES, count_elements, write_header
-from merging.mask import Mask
-from merging.overwrite import put
-from merging.pieces import Cursor as Cursor
-from merging.pieces import Piece as Piece
-from merging.positions import decode_blocks, encode
-from merging.quantized import STEP_DTYPE, Quantized, step_count
-from merging.sparse_layout import (
+from restitch.merging.checkpoint import FLOATING, Checkpoint, by_bytes
+from restitch.merging.errors import BadInput, Damage
+from restitch.merging.header import DTYPE_NAMES, count_elements, write_header
+from restitch.merging.mask import Mask
+from restitch.merging.overwrite import put
+from restitch.merging.pieces import Cursor as Cursor
+from restitch.merging.pieces import Piece as Piece
+from restitch.merging.positions import decode_blocks, encode
+from restitch.merging.quantized import STEP_DTYPE, Quantized, step_count
+from restitch.merging.sparse_layout import (
     CODES,
     FACTOR_DTYPE,
     FACTORS,
@@ -54,6 +52,7 @@ from merging.sparse_layout import (
     read_table,
     rows_and_columns,
 )
+from torch import Tensor
 
 KINDS = ("delta", "patch")
 

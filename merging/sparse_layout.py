@@ -1,6 +1,6 @@
 """How a sparse file is laid out: its sections, and the table that says where each tensor lies.
 
-`merging.sparse` writes and reads by it. What a table says is not believed before it was checked
+`restitch.merging.sparse` writes and reads by it. What a table says is not believed before it was checked
 against the sections that are there.
 """
 
@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from restitch.merging.checkpoint import FLOATING, by_bytes
+from restitch.merging.header import DTYPE_NAMES, DTYPES, count_elements
+from restitch.merging.positions import encoded_size
+from restitch.merging.quantized import STEP_DTYPE, step_count
 from torch import Tensor
-
-from merging.checkpoint import FLOATING, by_bytes
-from merging.header import DTYPE_NAMES, DTYPES, count_elements
-from merging.positions import encoded_size
-from merging.quantized import STEP_DTYPE, step_count
 
 FORMATS = ("1", "2", "3")
 POSITIONS, FACTORS, STEPS, CODES = "positions", "factors", "steps", "codes"

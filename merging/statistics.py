@@ -10,12 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from restitch.merging.checkpoint import Checkpoint, by_bytes
+from restitch.merging.errors import BadInput, Damage, RestitchError
+from restitch.merging.header import write_header
+from restitch.merging.stitch import Member
 from torch import Tensor
-
-from merging.checkpoint import Checkpoint, by_bytes
-from merging.errors import BadInput, Damage, RestitchError
-from merging.header import write_header
-from merging.stitch import Member
 
 FISHER, GRAM, COEFFICIENTS = "fisher", "gram", "coefficients"
 

@@ -4,7 +4,7 @@ Deltas hold finetuned values, so stitching needs no arithmetic where a coordinat
 owner: the merged weight is the finetuned one, cast once to the base's type (bit for bit
 the same where the types are equal). On a shared coordinate it is by default the mean over
 the owners: summed in float64 in the order of the members, rounded once; the other rules
-are in `merging.overlaps`. Members are ordered by the UTF-8 bytes of their task, so the
+are in `restitch.merging.overlaps`. Members are ordered by the UTF-8 bytes of their task, so the
 order of registration cannot matter. Nothing is computed before a tensor is asked for.
 """
 
@@ -17,17 +17,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from restitch.merging.checkpoint import Checkpoint, by_bytes
+from restitch.merging.edits import Edits, NoEdits
+from restitch.merging.errors import BadInput
+from restitch.merging.overlaps import MEAN, RULES, Claim, Floats, Rule
+from restitch.merging.overwrite import as_integers, put, take
+from restitch.merging.positions import true_positions
+from restitch.merging.progress import Progress, ignore
+from restitch.merging.rounding import cast
+from restitch.merging.sparse import Piece, SparseFile, SparseInfo, SparseTensor, write_sparse
 from torch import Tensor
-
-from merging.checkpoint import Checkpoint, by_bytes
-from merging.edits import Edits, NoEdits
-from merging.errors import BadInput
-from merging.overlaps import MEAN, RULES, Claim, Floats, Rule
-from merging.overwrite import as_integers, put, take
-from merging.positions import true_positions
-from merging.progress import Progress, ignore
-from merging.rounding import cast
-from merging.sparse import Piece, SparseFile, SparseInfo, SparseTensor, write_sparse
 
 VERSION = 1
 OVERLAPS = (MEAN, *RULES)

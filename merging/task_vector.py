@@ -11,12 +11,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from restitch.merging.checkpoint import FLOATING, Checkpoint, by_bytes
+from restitch.merging.errors import CannotJoin
+from restitch.merging.rounding import SERIAL, cast_into
+from restitch.merging.top_k import strided_sample
 from torch import Tensor
-
-from merging.checkpoint import FLOATING, Checkpoint, by_bytes
-from merging.errors import CannotJoin
-from merging.rounding import SERIAL, cast_into
-from merging.top_k import strided_sample
 
 CHUNK = 1 << 18
 

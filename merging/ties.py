@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
-
-from merging.elementwise import Floats, Range, added, all_bits, total
-from merging.errors import BadInput
-from merging.kept_vector import KeptVector
-from merging.localize_dataless import kept_count
-from merging.quantile import Cut, kth_largest
-from merging.top_k import Scores
+from restitch.merging.elementwise import Floats, Range, added, all_bits, total
+from restitch.merging.errors import BadInput
+from restitch.merging.kept_vector import KeptVector
+from restitch.merging.localize_dataless import kept_count
+from restitch.merging.quantile import Cut, kth_largest
+from restitch.merging.top_k import Scores
 
 TRIMS = ("model", "tensor")
 

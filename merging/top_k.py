@@ -19,13 +19,12 @@ from typing import IO, Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from restitch.merging.checkpoint import by_bytes
+from restitch.merging.mask import Mask
+from restitch.merging.overwrite import as_integers
+from restitch.merging.positions import true_positions
+from restitch.merging.progress import Progress, ignore
 from torch import Tensor
-
-from merging.checkpoint import by_bytes
-from merging.mask import Mask
-from merging.overwrite import as_integers
-from merging.positions import true_positions
-from merging.progress import Progress, ignore
 
 SAMPLE = 1 << 20
 SAMPLE_BLOCK = 64
@@ -90,7 +89,7 @@ def strided_sample(flat: Tensor, stride: int, block: int) -> Tensor:
     rows = flat.numel() // stride
     if not rows:
         return flat[:block]
-    # Through numpy, which copies in the calling thread (see `merging.rounding`).
+    # Through numpy, which copies in the calling thread (see `restitch.merging.rounding`).
     bits = as_integers(flat)[: rows * stride].reshape(rows, stride)[:, :block]
     return torch.from_numpy(np.ascontiguousarray(bits).reshape(-1)).view(flat.dtype)
 

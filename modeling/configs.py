@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from merging.errors import BadInput
-from merging.regular import open_regular
+from restitch.merging.errors import BadInput
+from restitch.merging.regular import open_regular
 
 _IGNORED = {
     "_attn_implementation",

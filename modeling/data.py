@@ -11,13 +11,12 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-
-from merging.errors import BadInput
-from merging.progress import Progress
-from modeling.rows import Example as Example
-from modeling.rows import Modality
-from modeling.rows import Rows as Rows
-from modeling.tables import open_table, split_origin
+from restitch.merging.errors import BadInput
+from restitch.merging.progress import Progress
+from restitch.modeling.rows import Example as Example
+from restitch.modeling.rows import Modality
+from restitch.modeling.rows import Rows as Rows
+from restitch.modeling.tables import open_table, split_origin
 
 SPLITS = ("train", "validation", "test")
 HOLDOUT_SHARE = 0.2

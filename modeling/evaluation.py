@@ -16,15 +16,14 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from restitch.merging.batches import ahead
+from restitch.merging.errors import BadInput
+from restitch.merging.progress import Progress
+from restitch.modeling.family import Batch, Family, Preprocess
+from restitch.modeling.heads import Head
+from restitch.modeling.rows import Rows
+from restitch.modeling.significance import unpacked
 from torch import nn
-
-from merging.batches import ahead
-from merging.errors import BadInput
-from merging.progress import Progress
-from modeling.family import Batch, Family, Preprocess
-from modeling.heads import Head
-from modeling.rows import Rows
-from modeling.significance import unpacked
 
 EVALUATOR_VERSION = 1
 BATCH_SIZE = 64

@@ -13,12 +13,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
+from restitch.merging.errors import BadInput
+from restitch.merging.progress import Progress
+from restitch.modeling.heads import Head, HeadSpec
+from restitch.modeling.rows import Example
 from torch import Tensor, nn
-
-from merging.errors import BadInput
-from merging.progress import Progress
-from modeling.heads import Head, HeadSpec
-from modeling.rows import Example
 
 Batch = dict[str, Tensor]
 Preprocess = Callable[[Sequence[Example]], Batch]
@@ -97,8 +96,8 @@ class Family(Protocol):
 
 
 _BUILT_IN = {
-    "clip": ("modeling.clip", "Clip"),
-    "text-encoder": ("modeling.text_encoder", "TextEncoder"),
+    "clip": ("restitch.modeling.clip", "Clip"),
+    "text-encoder": ("restitch.modeling.text_encoder", "TextEncoder"),
 }
 _ADDED: dict[str, Family] = {}
 

@@ -14,12 +14,11 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from restitch.merging.batches import ahead
+from restitch.merging.errors import BadInput
+from restitch.merging.progress import Progress, ignore
+from restitch.merging.statistics import asking_for_gradients
 from torch import Tensor, nn
-
-from merging.batches import ahead
-from merging.errors import BadInput
-from merging.progress import Progress, ignore
-from merging.statistics import asking_for_gradients
 
 VERSION = 1
 

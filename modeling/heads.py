@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from restitch.merging.errors import BadInput, Damage
+from restitch.merging.progress import Progress
+from restitch.modeling.imagenet import openai_imagenet as openai_imagenet
 from torch import Tensor
-
-from merging.errors import BadInput, Damage
-from merging.progress import Progress
-from modeling.imagenet import openai_imagenet as openai_imagenet
 
 FORMAT_VERSION = 1
 _METADATA = "restitch_head"

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from merging.errors import BadInput, RestitchError, Unavailable
-from modeling.tables import Location
+from restitch.merging.errors import BadInput, RestitchError, Unavailable
+from restitch.modeling.tables import Location
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")

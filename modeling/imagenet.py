@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from merging.errors import BadInput
+from restitch.merging.errors import BadInput
 
 SYNSETS_FILE = "synsets.txt"
 

@@ -9,8 +9,8 @@ import warnings
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from merging.errors import BadInput
-from merging.regular import open_regular
+from restitch.merging.errors import BadInput
+from restitch.merging.regular import open_regular
 
 MOST_PIXELS = 64_000_000  # 8000 x 8000
 

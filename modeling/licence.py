@@ -10,9 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
-
-from merging.errors import BadInput
-from merging.regular import open_regular
+from restitch.merging.errors import BadInput
+from restitch.merging.regular import open_regular
 
 CARD = "README.md"
 MAX_BYTES = 64 << 10

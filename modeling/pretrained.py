@@ -11,11 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.errors import BadInput
+from restitch.modeling.configs import read_config
 from torch import Tensor, nn
-
-from merging.checkpoint import Checkpoint
-from merging.errors import BadInput
-from modeling.configs import read_config
 
 _ASSETS = (
     "added_tokens.json",

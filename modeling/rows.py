@@ -10,12 +10,11 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-
-from merging.digests import digest_bytes, digest_json
-from merging.errors import BadInput
-from modeling.imagenet import are_synsets, synset_classes
-from modeling.images import image_bytes, open_image
-from modeling.tables import ListTable, Table
+from restitch.merging.digests import digest_bytes, digest_json
+from restitch.merging.errors import BadInput
+from restitch.modeling.imagenet import are_synsets, synset_classes
+from restitch.modeling.images import image_bytes, open_image
+from restitch.modeling.tables import ListTable, Table
 
 Modality = Literal["text", "image"]
 

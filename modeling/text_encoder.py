@@ -11,15 +11,14 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from restitch.merging.errors import BadInput
+from restitch.merging.progress import Progress
+from restitch.modeling.configs import differences, model_type_difference, read_config
+from restitch.modeling.family import Batch, Preprocess
+from restitch.modeling.heads import Head, HeadSpec, embed_prompts, scaled_cosines
+from restitch.modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
+from restitch.modeling.rows import Example
 from torch import Tensor, nn
-
-from merging.errors import BadInput
-from merging.progress import Progress
-from modeling.configs import differences, model_type_difference, read_config
-from modeling.family import Batch, Preprocess
-from modeling.heads import Head, HeadSpec, embed_prompts, scaled_cosines
-from modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
-from modeling.rows import Example
 
 DEFAULT_SCALE = 20.0
 # The transformer blocks in the layouts that encoders have, with or without a prefix.

@@ -7,10 +7,9 @@ added, so setting and restoring any number of times leaves no trace.
 from collections.abc import Iterable, Mapping
 
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import Edits
 from torch import Tensor, nn
-
-from merging.checkpoint import Checkpoint
-from merging.edits import Edits
 
 
 def set_weights(parameters: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -7,7 +7,8 @@ the same bytes as one that was made in a single run.
 from pathlib import Path
 from typing import Any
 
-from merging.progress import Progress
+from restitch.merging.progress import Progress
+
 from playground.captions import make_tokenizer
 from playground.folders import SPLITS, line_text, part, task_text, write_model, write_pictures
 from playground.scenes import Ints, Pictures

@@ -19,17 +19,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
+from restitch.cli import render, render_audit
+from restitch.cli.reporter import TerminalReporter
+from restitch.deployments.stack import down, up
+from restitch.merging.errors import RestitchError, Unavailable
+from restitch.registry.home import Home, prepare_environment
+from restitch.registry.ledger import Ledger
+from restitch.registry.stack import StackFile
+from restitch.tasks.reporting import reporting_to, say, working
 from rich.console import Console
 
-from cli import render, render_audit
-from cli.reporter import TerminalReporter
-from deployments.stack import down, up
-from merging.errors import RestitchError, Unavailable
 from playground.make import World, make_world
-from registry.home import Home, prepare_environment
-from registry.ledger import Ledger
-from registry.stack import StackFile
-from tasks.reporting import reporting_to, say, working
 
 STATE = Path(".demo")
 WORKERS = 2
@@ -86,10 +86,10 @@ def fresh_home(state: Path) -> None:
 
 def start_line(world: World, state: Path, out: Console) -> str:
     """Make a line from the world's file, under a name that is not taken."""
-    from deployments.deploy import keep_schedules
-    from flows.line import init_line
-    from registry.ledger import lines
-    from tasks.workspace import workspace
+    from restitch.deployments.deploy import keep_schedules
+    from restitch.flows.line import init_line
+    from restitch.registry.ledger import lines
+    from restitch.tasks.workspace import workspace
 
     values = yaml.safe_load(world.line.read_text())
     del values["localize"]  # the demo shows what a line does by default
@@ -109,8 +109,8 @@ def start_line(world: World, state: Path, out: Console) -> str:
 
 def register_all(world: World, line: str, out: Console) -> None:
     """Register the models, each of which is an event, and watch what follows."""
-    from flows.register import register
-    from tasks.workspace import workspace
+    from restitch.flows.register import register
+    from restitch.tasks.workspace import workspace
 
     ledger = workspace().ledger(line)
     watch = Watch(ledger, out)
@@ -161,8 +161,8 @@ class Watch:
 
 def finish(state: Path, line: str, out: Console) -> None:
     """Show the line's history and export the champion."""
-    from flows.audit import versions
-    from flows.export import export_version
+    from restitch.flows.audit import versions
+    from restitch.flows.export import export_version
 
     out.rule("5. the line")
     render_audit.versions(versions(line), out)

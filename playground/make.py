@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from merging.digests import digest_bytes, digest_file, digest_json
-from merging.errors import BadInput, RestitchError, Unavailable, UsageError
-from merging.progress import Progress, ignore
+from restitch.merging.digests import digest_bytes, digest_file, digest_json
+from restitch.merging.errors import BadInput, RestitchError, Unavailable, UsageError
+from restitch.merging.progress import Progress, ignore
 
 MANIFEST = "manifest.json"
 LOCK = ".making"

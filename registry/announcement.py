@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from merging.errors import Unavailable
-from registry.attempts import process_began
-from registry.store import NotInStore, Store
+from restitch.merging.errors import Unavailable
+from restitch.registry.attempts import process_began
+from restitch.registry.store import NotInStore, Store
 
 STATE = "gc/state.json"
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from merging.digests import digest_json
-from merging.errors import RestitchError
-from registry.store import Store
+from restitch.merging.digests import digest_json
+from restitch.merging.errors import RestitchError
+from restitch.registry.store import Store
 
 # Longer than any work takes: without a sign of life, somebody else's attempt is given up.
 GIVEN_UP_AFTER = timedelta(days=1)

@@ -19,15 +19,15 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merging.errors import BadInput, Unavailable
-from registry import fates, image, image_merged
-from registry.head import Head
-from registry.history import Entry
-from registry.home import Home
-from registry.ledger import Ledger
-from registry.mlflow_writer import Writer
-from registry.secrets import without_credentials as without_credentials
-from registry.store import explained
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.registry import fates, image, image_merged
+from restitch.registry.head import Head
+from restitch.registry.history import Entry
+from restitch.registry.home import Home
+from restitch.registry.ledger import Ledger
+from restitch.registry.mlflow_writer import Writer
+from restitch.registry.secrets import without_credentials as without_credentials
+from restitch.registry.store import explained
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from merging.errors import Unavailable
+from restitch.merging.errors import Unavailable
 
 _FICLONE = 0x40049409
 

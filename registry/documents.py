@@ -18,9 +18,8 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
-
-from merging.errors import BadInput
-from merging.regular import open_regular
+from restitch.merging.errors import BadInput
+from restitch.merging.regular import open_regular
 
 MAX_BYTES = 1 << 20
 _MAX_VALUES = 50_000

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
-from registry.history import Entry, MergedRecord
+from restitch.registry.history import Entry, MergedRecord
 
 # champion: in use. candidate: the newest that was never in use. former champion: was in use.
 # rejected and superseded: never in use, with and without a failed gate, and a newer one came.

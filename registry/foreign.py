@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from registry import image
-from registry.catalog import Catalog, mlflow_explained
-from registry.head import MlflowVersion
-from registry.specs import NAME
+from restitch.registry import image
+from restitch.registry.catalog import Catalog, mlflow_explained
+from restitch.registry.head import MlflowVersion
+from restitch.registry.specs import NAME
 
 # How a training job says, on its version, what the task is: a path or the YAML itself.
 TASK_TAG = "restitch.task"

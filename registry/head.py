@@ -2,16 +2,15 @@
 
 A `Head` is a frozen value; each method that changes it returns a new one and does nothing
 else, so that a change can be run again on a newer head when somebody else was first
-(`registry.ledger`). Only digests and small facts are in it: what is large lies in the
+(`restitch.registry.ledger`). Only digests and small facts are in it: what is large lies in the
 store under the digest that the head names.
 """
 
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
-
-from merging.digests import digest_bytes
-from registry.specs import LineSpec, Name, TaskSpec
+from restitch.merging.digests import digest_bytes
+from restitch.registry.specs import LineSpec, Name, TaskSpec
 
 FORMAT = 1
 

@@ -11,9 +11,8 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue
-
-from merging.digests import canonical_json, digest_bytes
-from registry.head import Digest, Head, Number, Record
+from restitch.merging.digests import canonical_json, digest_bytes
+from restitch.registry.head import Digest, Head, Number, Record
 
 FORMAT = 1
 

@@ -15,11 +15,11 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from merging.errors import BadInput, Unavailable
-from registry.s3_client import parse_address
-from registry.s3_store import S3Store
-from registry.stack import Databases, StackFile
-from registry.store import FolderStore, Store, explained
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.registry.s3_client import parse_address
+from restitch.registry.s3_store import S3Store
+from restitch.registry.stack import Databases, StackFile
+from restitch.registry.store import FolderStore, Store, explained
 
 HOME_VARIABLE = "RESTITCH_HOME"
 STORE_VARIABLE = "RESTITCH_STORE"

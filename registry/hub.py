@@ -6,11 +6,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from merging.errors import BadInput, Unavailable
-from registry.allowed import check_hub
-from registry.model_files import CONVERT, UNWANTED, WANTED
-from registry.secrets import without_credentials
-from registry.specs import split_pin
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.registry.allowed import check_hub
+from restitch.registry.model_files import CONVERT, UNWANTED, WANTED
+from restitch.registry.secrets import without_credentials
+from restitch.registry.specs import split_pin
 
 
 def from_hub(text: str) -> tuple[str, str, Path]:

@@ -1,7 +1,7 @@
 """What MLflow shows of a line's acts and finetuned models: pure functions from records.
 
 Everything here is derived from the store and can be made again. `RunImage` and `VersionImage`
-say what is to be there, `registry.mlflow_writer` sees to it.
+say what is to be there, `restitch.registry.mlflow_writer` sees to it.
 """
 
 import math
@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
-from merging.digests import canonical_json
-from registry.fates import merges_about, touched_merges, touched_models
-from registry.head import MlflowVersion, ModelVersion
-from registry.history import Entry
+from restitch.merging.digests import canonical_json
+from restitch.registry.fates import merges_about, touched_merges, touched_models
+from restitch.registry.head import MlflowVersion, ModelVersion
+from restitch.registry.history import Entry
 
 # The tag that says of which object a run or a model version is the image.
 DIGEST_TAG = "restitch.digest"

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from merging.digests import canonical_json
-from registry.fates import Fate
-from registry.history import DataUsed, Entry, Interval, MergedRecord
-from registry.image import (
+from restitch.merging.digests import canonical_json
+from restitch.registry.fates import Fate
+from restitch.registry.history import DataUsed, Entry, Interval, MergedRecord
+from restitch.registry.image import (
     DIGEST_TAG,
     MAX_TAG,
     NAME_TAG,

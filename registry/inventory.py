@@ -13,13 +13,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, TypeVar
 
-from merging.digests import digest_bytes
-from merging.errors import Damage
-from merging.progress import Progress, ignore
-from registry.head import Head, ModelVersion
-from registry.history import Entry, MergedRecord
-from registry.objects import KeyRecord, ObjectStore, parsed, verified
-from registry.references import (
+from restitch.merging.digests import digest_bytes
+from restitch.merging.errors import Damage
+from restitch.merging.progress import Progress, ignore
+from restitch.registry.head import Head, ModelVersion
+from restitch.registry.history import Entry, MergedRecord
+from restitch.registry.objects import KeyRecord, ObjectStore, parsed, verified
+from restitch.registry.references import (
     COPY_SCHEME,
     MLFLOW_SCHEMES,
     SPECIALISTS,
@@ -31,7 +31,7 @@ from registry.references import (
     of_manifest,
     of_record,
 )
-from registry.store import Listed, NotInStore
+from restitch.registry.store import Listed, NotInStore
 
 # Small, and asked for by what they were made from, not by what names them: never removed.
 _KEPT_KEYS = ("head", "rows", "analysis", SPECIALISTS)

@@ -13,14 +13,14 @@ from datetime import UTC, datetime, timedelta
 from itertools import takewhile
 from typing import NamedTuple
 
-from merging.digests import digest_bytes
-from merging.errors import BadInput, Damage, Unavailable
-from registry.head import Head, ModelRef
-from registry.history import Entry, Kind, MergedRecord, differences, replay, state_of
-from registry.objects import ObjectStore, parsed
-from registry.removal import check_kept
-from registry.specs import LineSpec
-from registry.store import NotInStore
+from restitch.merging.digests import digest_bytes
+from restitch.merging.errors import BadInput, Damage, Unavailable
+from restitch.registry.head import Head, ModelRef
+from restitch.registry.history import Entry, Kind, MergedRecord, differences, replay, state_of
+from restitch.registry.objects import ObjectStore, parsed
+from restitch.registry.removal import check_kept
+from restitch.registry.specs import LineSpec
+from restitch.registry.store import NotInStore
 
 _ATTEMPTS = 200
 _LONGEST_PAUSE = 0.25

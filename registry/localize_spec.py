@@ -16,8 +16,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-
-from registry.spec_base import Spec, Text, parsed_size
+from restitch.registry.spec_base import Spec, Text, parsed_size
 
 DEFAULT_DENSITY = {"dataless": 0.05, "trained": 0.01, "fisher": 0.1, "distilled": 0.1}
 DEFAULT_EPOCHS = {"distilled": 3}

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merging.errors import Unavailable
-from registry import image
-from registry.home import Home
-from registry.image_merged import Point
+from restitch.merging.errors import Unavailable
+from restitch.registry import image
+from restitch.registry.home import Home
+from restitch.registry.image_merged import Point
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

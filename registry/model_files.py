@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
-from merging.errors import BadInput
+from restitch.merging.errors import BadInput
 
 # The files of a model folder that are read, its card for the licence; `*/*` because a pattern's
 # `*` crosses folders.

@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
-
-from merging.digests import canonical_json, digest_bytes, digest_file
-from merging.errors import BadInput, Damage, Unavailable
-from registry.announcement import check_there
-from registry.store import NotInStore, Store, explained
+from restitch.merging.digests import canonical_json, digest_bytes, digest_file
+from restitch.merging.errors import BadInput, Damage, Unavailable
+from restitch.registry.announcement import check_there
+from restitch.registry.store import NotInStore, Store, explained
 
 _REPAIR = "restitch verify --repair makes again what can be; restore the rest from a backup"
 

@@ -8,7 +8,7 @@ error.
 import os
 from pathlib import Path
 
-from merging.errors import BadInput
+from restitch.merging.errors import BadInput
 
 
 def named_path(text: str, folder: Path | None = None, what: str = "the path") -> Path:

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from registry.head import Head, ModelRef, ModelVersion
-from registry.history import Entry, MergedRecord
+from restitch.registry.head import Head, ModelRef, ModelVersion
+from restitch.registry.history import Entry, MergedRecord
 
 # record: of a merged version. result: an evaluation. manifest: the list of a model's files.
 # listing: of the tensors of a model in a bucket, with their digests.

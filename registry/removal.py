@@ -1,6 +1,6 @@
 """Removing objects while others work, so that no act ever counts whose objects are gone.
 
-Whoever removes announces what (`registry.announcement`), then swaps every head once, then looks
+Whoever removes announces what (`restitch.registry.announcement`), then swaps every head once, then looks
 again at what is referred to. An act that had looked at its head before that loses its swap and
 looks again; one that looks later finds the announcement, waits, and compares what it is about
 to name with what is there. So either the removal sees the reference, or the act sees the
@@ -10,12 +10,12 @@ look more.
 
 from contextlib import suppress
 
-from merging.errors import Damage
-from registry.announcement import check_there, was_ever
-from registry.head import Head
-from registry.history import MergedRecord
-from registry.objects import ObjectStore, parsed
-from registry.references import Reference, of_head, of_manifest, of_record
+from restitch.merging.errors import Damage
+from restitch.registry.announcement import check_there, was_ever
+from restitch.registry.head import Head
+from restitch.registry.history import MergedRecord
+from restitch.registry.objects import ObjectStore, parsed
+from restitch.registry.references import Reference, of_head, of_manifest, of_record
 
 
 def check_kept(objects: ObjectStore, old: Head | None, new: Head) -> None:

@@ -3,7 +3,7 @@
 boto3's own repetitions are off. What a network or a server under load does (an error 5xx, a
 connection that ends, a body that is cut, altered or endless) is tried again after a random
 wait that grows; what a server decides is not. A call that does not get through is the last
-error, which `registry.s3_client.s3_explained` explains.
+error, which `restitch.registry.s3_client.s3_explained` explains.
 """
 
 import random
@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from registry.s3_client import AlteredError, MangledError, code_of, status_of
+from restitch.registry.s3_client import AlteredError, MangledError, code_of, status_of
 
 Result = TypeVar("Result")
 

@@ -12,13 +12,13 @@ import threading
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
-from merging.errors import BadInput, Damage, Unavailable
-from registry.store import check_name
+from restitch.merging.errors import BadInput, Damage, Unavailable
+from restitch.registry.store import check_name
 
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
 _LONGEST_PREFIX = 100  # a key has at most 1024 bytes, and a name 900
 
-# For one attempt; `registry.s3_calls` says how many there are.
+# For one attempt; `restitch.registry.s3_calls` says how many there are.
 _CONNECT_TIMEOUT, _READ_TIMEOUT = 4, 10
 
 NOT_ALLOWED = ("AccessDenied", "AllAccessDisabled", "AccountProblem", "403", "Forbidden")

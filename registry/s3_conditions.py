@@ -12,11 +12,11 @@ import threading
 from pathlib import Path
 from uuid import uuid4
 
-from merging.digests import digest_json
-from merging.errors import Unavailable
-from registry.s3_calls import persistently
-from registry.s3_client import client, code_of, s3_explained, status_of
-from registry.s3_settings import WRITER_VARIABLE, single_writer, writing
+from restitch.merging.digests import digest_json
+from restitch.merging.errors import Unavailable
+from restitch.registry.s3_calls import persistently
+from restitch.registry.s3_client import client, code_of, s3_explained, status_of
+from restitch.registry.s3_settings import WRITER_VARIABLE, single_writer, writing
 
 _known: dict[tuple[str, str], bool] = {}
 _trying = threading.Lock()

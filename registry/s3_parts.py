@@ -16,11 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from blake3 import blake3
-
-from merging.digests import digest_bytes
-from merging.errors import BadInput
-from registry.s3_calls import persistently, take_body
-from registry.s3_client import AlteredError, MangledError, client
+from restitch.merging.digests import digest_bytes
+from restitch.merging.errors import BadInput
+from restitch.registry.s3_calls import persistently, take_body
+from restitch.registry.s3_client import AlteredError, MangledError, client
 
 # Larger content goes in parts of this size, and so many of them at once.
 PART = 16 << 20

@@ -7,8 +7,8 @@ where it could be a secret.
 
 import os
 
-from merging.errors import BadInput
-from registry.sizes import parse_size
+from restitch.merging.errors import BadInput
+from restitch.registry.sizes import parse_size
 
 ENCRYPTION_VARIABLE = "RESTITCH_S3_ENCRYPTION"
 KEY_VARIABLE = "RESTITCH_S3_KMS_KEY"

@@ -20,12 +20,18 @@ from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
-
-from merging.errors import BadInput, Unavailable
-from registry.references import S3_SCHEME
-from registry.s3_calls import persistently
-from registry.s3_client import BUCKET, NOT_ALLOWED, client, code_of, s3_explained, status_of
-from registry.s3_parts import IN_FLIGHT, PART, fetch_file, fetch_range
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.registry.references import S3_SCHEME
+from restitch.registry.s3_calls import persistently
+from restitch.registry.s3_client import (
+    BUCKET,
+    NOT_ALLOWED,
+    client,
+    code_of,
+    s3_explained,
+    status_of,
+)
+from restitch.registry.s3_parts import IN_FLIGHT, PART, fetch_file, fetch_range
 
 # Larger than any vocabulary or configuration.
 _BLOCK = 1 << 20
@@ -201,7 +207,7 @@ class RemoteWeights:
 
     def _fill_header(self, name: str) -> None:
         """The first bytes of a file; whether they are a header is for its reader to say."""
-        from merging.header import MAX_HEADER  # with torch, which most commands do without
+        from restitch.merging.header import MAX_HEADER  # with torch, which most commands do without
 
         size, descriptor = self.folder.files[name].size, self._descriptors[name]
         look = min(size, _FIRST_LOOK)

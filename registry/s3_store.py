@@ -16,15 +16,15 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-from merging.digests import digest_file
-from merging.errors import BadInput, Unavailable
-from registry.read_cache import ReadCache
-from registry.s3_calls import pause, persistently
-from registry.s3_client import NOT_ALLOWED, client, code_of, s3_explained, status_of
-from registry.s3_conditions import may_rely
-from registry.s3_parts import Target, fetch_file, read_body, send_bytes, send_file
-from registry.s3_settings import cache_limit, writing
-from registry.store import Listed, NotInStore, Tagged, check_name, explained
+from restitch.merging.digests import digest_file
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.registry.read_cache import ReadCache
+from restitch.registry.s3_calls import pause, persistently
+from restitch.registry.s3_client import NOT_ALLOWED, client, code_of, s3_explained, status_of
+from restitch.registry.s3_conditions import may_rely
+from restitch.registry.s3_parts import Target, fetch_file, read_body, send_bytes, send_file
+from restitch.registry.s3_settings import cache_limit, writing
+from restitch.registry.store import Listed, NotInStore, Tagged, check_name, explained
 
 Result = TypeVar("Result")
 

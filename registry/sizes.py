@@ -2,7 +2,7 @@
 
 import re
 
-from merging.errors import BadInput
+from restitch.merging.errors import BadInput
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(B|KB|MB|GB|TB)?\Z", re.IGNORECASE)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}

@@ -18,22 +18,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from merging.digests import digest_bytes, digest_json
-from merging.errors import BadInput, Damage
-from registry.allowed import check_address, check_artifact, check_hub, check_path
-from registry.home import Home
-from registry.hub import commit_of, from_hub, is_commit
-from registry.model_files import check_safetensors, files_of, model_folder, wanted
-from registry.objects import ObjectStore
-from registry.paths import is_there, named_path
-from registry.read_cache import ReadCache
-from registry.references import COPY_SCHEME as COPY_SCHEME
-from registry.references import MLFLOW_SCHEMES as MLFLOW_SCHEMES
-from registry.references import S3_SCHEME
-from registry.s3_settings import cache_limit
-from registry.s3_source import S3Folder, check_small, list_folder
-from registry.specs import is_hub_id, split_pin
-from registry.store import explained
+from restitch.merging.digests import digest_bytes, digest_json
+from restitch.merging.errors import BadInput, Damage
+from restitch.registry.allowed import check_address, check_artifact, check_hub, check_path
+from restitch.registry.home import Home
+from restitch.registry.hub import commit_of, from_hub, is_commit
+from restitch.registry.model_files import check_safetensors, files_of, model_folder, wanted
+from restitch.registry.objects import ObjectStore
+from restitch.registry.paths import is_there, named_path
+from restitch.registry.read_cache import ReadCache
+from restitch.registry.references import COPY_SCHEME as COPY_SCHEME
+from restitch.registry.references import MLFLOW_SCHEMES as MLFLOW_SCHEMES
+from restitch.registry.references import S3_SCHEME
+from restitch.registry.s3_settings import cache_limit
+from restitch.registry.s3_source import S3Folder, check_small, list_folder
+from restitch.registry.specs import is_hub_id, split_pin
+from restitch.registry.store import explained
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -216,7 +216,7 @@ def fetched_again(uri: str, home: Home) -> Iterator[dict[str, Path]]:
 @contextmanager
 def _downloaded(uri: str, home: Home) -> Iterator[tuple[str, Path]]:
     """An MLflow artifact's fixed address, and its files for the length of the context."""
-    from registry.catalog import connect, mlflow_explained
+    from restitch.registry.catalog import connect, mlflow_explained
 
     with explained(home.scratch, "write"):
         home.scratch.mkdir(parents=True, exist_ok=True)

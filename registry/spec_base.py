@@ -4,10 +4,9 @@ import json
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
-
-from merging.digests import digest_json
-from merging.errors import BadInput
-from registry.sizes import parse_size
+from restitch.merging.digests import digest_json
+from restitch.merging.errors import BadInput
+from restitch.registry.sizes import parse_size
 
 Text = Annotated[str, Field(min_length=1)]
 

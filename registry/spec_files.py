@@ -9,11 +9,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from merging.errors import BadInput
-from registry.allowed import check_path
-from registry.documents import checked, parse_mapping, read_text
-from registry.paths import is_there, named_path
-from registry.specs import NAME, LineSpec, TaskSpec, is_hub_id
+from restitch.merging.errors import BadInput
+from restitch.registry.allowed import check_path
+from restitch.registry.documents import checked, parse_mapping, read_text
+from restitch.registry.paths import is_there, named_path
+from restitch.registry.specs import NAME, LineSpec, TaskSpec, is_hub_id
 
 _MAX_LABEL_FILE = 16 << 20
 
@@ -77,7 +77,10 @@ def _resolve_objective(values: dict[str, Any]) -> None:
 
 
 def _needs_whole(method: Any) -> bool:
-    from merging.methods import get_method, method_names  # with torch: most commands read no file
+    from restitch.merging.methods import (  # with torch: most commands read no file
+        get_method,
+        method_names,
+    )
 
     if isinstance(method, dict) and isinstance(method.get("tournament"), list):
         return all(_needs_whole(one) for one in method["tournament"])

@@ -1,6 +1,6 @@
 """Which merged versions have specialists, of which method and by whom: read from keys alone.
 
-`flows.experts` names the specialists of a version under its recipe. What a reader asks first of
+`restitch.flows.experts` names the specialists of a version under its recipe. What a reader asks first of
 them stands in the key, so that `status` and `show` open no blob; the parts are in the list that the
 key names.
 """
@@ -8,8 +8,8 @@ key names.
 from collections.abc import Iterable
 from typing import Any
 
-from registry.objects import ObjectStore
-from registry.references import SPECIALISTS
+from restitch.registry.objects import ObjectStore
+from restitch.registry.references import SPECIALISTS
 
 
 def kept_specialists(objects: ObjectStore, recipes: Iterable[str]) -> dict[str, dict[str, Any]]:

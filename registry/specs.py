@@ -1,6 +1,6 @@
 """What users describe: a line and a task, as frozen plain data.
 
-A spec is resolved when it is made from a file (`registry.spec_files`): it means the same
+A spec is resolved when it is made from a file (`restitch.registry.spec_files`): it means the same
 when the file, its folder or our defaults have changed. `to_json`, `from_json`, `digest`.
 A source that is a path is absolute; anything else in its place is an address or a hub id,
 pinned as `org/name@commit` once it is resolved.
@@ -20,14 +20,13 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
-
-from merging.errors import BadInput
-from registry.localize_spec import LocalizeSpec as LocalizeSpec
-from registry.method_spec import AnyMethod
-from registry.method_spec import MethodSpec as MethodSpec
-from registry.method_spec import ObjectiveSpec as ObjectiveSpec
-from registry.method_spec import TournamentSpec as TournamentSpec
-from registry.spec_base import Spec, Text, parsed_size
+from restitch.merging.errors import BadInput
+from restitch.registry.localize_spec import LocalizeSpec as LocalizeSpec
+from restitch.registry.method_spec import AnyMethod
+from restitch.registry.method_spec import MethodSpec as MethodSpec
+from restitch.registry.method_spec import ObjectiveSpec as ObjectiveSpec
+from restitch.registry.method_spec import TournamentSpec as TournamentSpec
+from restitch.registry.spec_base import Spec, Text, parsed_size
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?(:[\w.-]+)?(@[\w./-]+)?\Z", re.ASCII)

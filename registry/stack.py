@@ -14,8 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
-
-from merging.errors import Damage, Unavailable
+from restitch.merging.errors import Damage, Unavailable
 
 FILE = "stack.json"
 SECRETS = "secrets"  # the folder of a home that nobody else can read

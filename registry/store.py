@@ -19,10 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from merging.digests import digest_bytes, digest_file
-from merging.errors import BadInput
-from registry.disk import explained as explained
-from registry.disk import files_below, sync, write_durably
+from restitch.merging.digests import digest_bytes, digest_file
+from restitch.merging.errors import BadInput
+from restitch.registry.disk import explained as explained
+from restitch.registry.disk import files_below, sync, write_durably
 
 _PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
 _MAX_PART, _MAX_NAME = 200, 900

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 
-from merging.agreement import (
+from restitch.merging.agreement import (
     VERSION,
     Together,
     agreement_profile,
@@ -11,15 +11,15 @@ from merging.agreement import (
     kept_profile,
     summed,
 )
-from merging.digests import digest_json
-from merging.kept_vector import KeptVector
-from merging.sparse import SparseFile
-from merging.stitch import Member as Part
-from tasks.engine import Cached, step
-from tasks.models import open_base
-from tasks.refs import LineRef
-from tasks.reporting import working
-from tasks.workspace import made_by, workspace
+from restitch.merging.digests import digest_json
+from restitch.merging.kept_vector import KeptVector
+from restitch.merging.sparse import SparseFile
+from restitch.merging.stitch import Member as Part
+from restitch.tasks.engine import Cached, step
+from restitch.tasks.models import open_base
+from restitch.tasks.refs import LineRef
+from restitch.tasks.reporting import working
+from restitch.tasks.workspace import made_by, workspace
 
 # The multi-task vectors that TALL masks can be taken of, by what people call them.
 TOGETHER = {"of the sum": "sum", "of TIES": "elected"}

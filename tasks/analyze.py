@@ -10,18 +10,18 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from merging.analysis import VERSION as ANALYSIS_VERSION
-from merging.analysis import MaskAnalysis, analyze_masks
-from merging.checkpoint import by_bytes
-from merging.digests import digest_json
-from merging.sparse import SparseFile
-from modeling.places import COMPONENTS, Place, place_of
-from registry.history import MergedRecord
-from tasks.engine import Cached, step
-from tasks.models import open_base
-from tasks.refs import LineRef
-from tasks.reporting import working
-from tasks.workspace import Workspace, made_by, workspace
+from restitch.merging.analysis import VERSION as ANALYSIS_VERSION
+from restitch.merging.analysis import MaskAnalysis, analyze_masks
+from restitch.merging.checkpoint import by_bytes
+from restitch.merging.digests import digest_json
+from restitch.merging.sparse import SparseFile
+from restitch.modeling.places import COMPONENTS, Place, place_of
+from restitch.registry.history import MergedRecord
+from restitch.tasks.engine import Cached, step
+from restitch.tasks.models import open_base
+from restitch.tasks.refs import LineRef
+from restitch.tasks.reporting import working
+from restitch.tasks.workspace import Workspace, made_by, workspace
 
 # Raised when places or their names change; the analysis itself has its own version.
 VERSION = 1

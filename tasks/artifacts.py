@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from merging.progress import Progress, ignore
-from tasks.orchestration import this_run
-from tasks.reporting import LogReporter
+from restitch.merging.progress import Progress, ignore
+from restitch.tasks.orchestration import this_run
+from restitch.tasks.reporting import LogReporter
 
 # Work that is done sooner needs no bar; and a bar that moves every second is enough.
 SHOW_AFTER_SECONDS, EVERY_SECONDS = 2.0, 1.0

@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
-
-from merging.digests import canonical_json
-from modeling.licence import Licence
-from registry.catalog import without_credentials
-from registry.head import Head
-from registry.history import Interval, MergedRecord, TaskResult
-from registry.specs import is_hub_id, split_pin
-from tasks.provenance import Provenance
+from restitch.merging.digests import canonical_json
+from restitch.modeling.licence import Licence
+from restitch.registry.catalog import without_credentials
+from restitch.registry.head import Head
+from restitch.registry.history import Interval, MergedRecord, TaskResult
+from restitch.registry.specs import is_hub_id, split_pin
+from restitch.tasks.provenance import Provenance
 
 Rows = Sequence[tuple[str, ...]]
 
@@ -223,7 +222,7 @@ def _verification(commands: str, origin: Provenance) -> str:
     if origin.weights is None:
         return text
     check = (
-        'python -c "from pathlib import Path; from merging.checkpoint import Checkpoint; '
+        'python -c "from pathlib import Path; from restitch.merging.checkpoint import Checkpoint; '
         "print(Checkpoint.open(Path('.')).digest())\""
     )
     return (

@@ -2,9 +2,9 @@
 
 import json
 
-from modeling.significance import Paired, compare_rows, rows_of
-from registry.history import Retention, TaskResult
-from registry.objects import ObjectStore
+from restitch.modeling.significance import Paired, compare_rows, rows_of
+from restitch.registry.history import Retention, TaskResult
+from restitch.registry.objects import ObjectStore
 
 Result = TaskResult | Retention
 

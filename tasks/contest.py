@@ -13,19 +13,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from merging.digests import digest_json
-from merging.errors import BadInput
-from modeling.family import Family
-from modeling.significance import ratio_interval
-from registry.head import Member
-from registry.specs import ObjectiveSpec, TaskSpec, TournamentSpec
-from tasks.engine import Cached, step
-from tasks.evaluate import Exam, choice_inputs, has_rows_to_choose_by
-from tasks.inputs import evaluation_split
-from tasks.models import Base, LiveBase, live_base, open_base
-from tasks.refs import LineRef, WeightsRef
-from tasks.reporting import working
-from tasks.workspace import Workspace, made_by, workspace
+from restitch.merging.digests import digest_json
+from restitch.merging.errors import BadInput
+from restitch.modeling.family import Family
+from restitch.modeling.significance import ratio_interval
+from restitch.registry.head import Member
+from restitch.registry.specs import ObjectiveSpec, TaskSpec, TournamentSpec
+from restitch.tasks.engine import Cached, step
+from restitch.tasks.evaluate import Exam, choice_inputs, has_rows_to_choose_by
+from restitch.tasks.inputs import evaluation_split
+from restitch.tasks.models import Base, LiveBase, live_base, open_base
+from restitch.tasks.refs import LineRef, WeightsRef
+from restitch.tasks.reporting import working
+from restitch.tasks.workspace import Workspace, made_by, workspace
 
 # Raised when the same inputs would have another winner.
 VERSION = 1

@@ -9,9 +9,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from merging.digests import digest_json
-from tasks.orchestration import DEPLOYMENT, api, start_run, this_run
-from tasks.reporting import warn
+from restitch.merging.digests import digest_json
+from restitch.tasks.orchestration import DEPLOYMENT, api, start_run, this_run
+from restitch.tasks.reporting import warn
 
 # A run tells every so often that it lives; a server that restarts may miss some of it.
 HEARTBEAT_SECONDS = 30

@@ -14,25 +14,24 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from restitch.merging.bisection import geometric, smallest
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.localize_dataless import kept_count
+from restitch.merging.mask import Mask
+from restitch.merging.overwrite import put, take
+from restitch.merging.top_k import Scores, top_k
+from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
+from restitch.modeling.significance import ratio_interval
+from restitch.registry.head import ModelRef
+from restitch.registry.localize_spec import DEFAULT_DENSITY, LocalizeSpec
+from restitch.registry.specs import TaskSpec
+from restitch.tasks.evaluate import Exam
+from restitch.tasks.inputs import has_validation, reading_inputs
+from restitch.tasks.models import Base, live_base
+from restitch.tasks.refs import WeightsRef
+from restitch.tasks.reporting import say, warn, working
+from restitch.tasks.workspace import Workspace
 from torch import Tensor
-
-from merging.bisection import geometric, smallest
-from merging.checkpoint import Checkpoint
-from merging.localize_dataless import kept_count
-from merging.mask import Mask
-from merging.overwrite import put, take
-from merging.top_k import Scores, top_k
-from modeling.evaluation import EVALUATOR_VERSION, Evaluation
-from modeling.significance import ratio_interval
-from registry.head import ModelRef
-from registry.localize_spec import DEFAULT_DENSITY, LocalizeSpec
-from registry.specs import TaskSpec
-from tasks.evaluate import Exam
-from tasks.inputs import has_validation, reading_inputs
-from tasks.models import Base, live_base
-from tasks.refs import WeightsRef
-from tasks.reporting import say, warn, working
-from tasks.workspace import Workspace
 
 # Raised when the same looks would lead to another choice.
 VERSION = 1
@@ -68,7 +67,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Grafted:
-    """Edits that put the finetuned values at a mask's coordinates; see `merging.edits`."""
+    """Edits that put the finetuned values at a mask's coordinates; see `restitch.merging.edits`."""
 
     finetuned: Checkpoint
     mask: Mask

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, Generic, ParamSpec, Protocol, TypeVar, cast
 from urllib.parse import urlsplit
 
-from merging.errors import RestitchError, Unavailable
-from registry.catalog import without_credentials
-from registry.stack import StackFile
+from restitch.merging.errors import RestitchError, Unavailable
+from restitch.registry.catalog import without_credentials
+from restitch.registry.stack import StackFile
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -6,28 +6,27 @@ import math
 from typing import Any
 
 import numpy as np
-
-from merging.digests import digest_json
-from merging.errors import BadInput
-from merging.progress import Progress
-from modeling.data import Rows, TaskData, stratified
-from modeling.evaluation import EVALUATOR_VERSION, Evaluation
-from modeling.evaluation import evaluate as run_evaluation
-from modeling.family import Family
-from registry.head import ModelRef
-from registry.specs import TaskSpec
-from tasks.engine import Cached, step
-from tasks.inputs import (
+from restitch.merging.digests import digest_json
+from restitch.merging.errors import BadInput
+from restitch.merging.progress import Progress
+from restitch.modeling.data import Rows, TaskData, stratified
+from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
+from restitch.modeling.evaluation import evaluate as run_evaluation
+from restitch.modeling.family import Family
+from restitch.registry.head import ModelRef
+from restitch.registry.specs import TaskSpec
+from restitch.tasks.engine import Cached, step
+from restitch.tasks.inputs import (
     evaluation_split,
     has_validation,
     head_inputs,
     task_head,
     verified_data,
 )
-from tasks.models import Base, device, live_base, open_base
-from tasks.refs import LineRef, ResultRef, WeightsRef
-from tasks.reporting import working
-from tasks.workspace import Workspace, made_by, workspace
+from restitch.tasks.models import Base, device, live_base, open_base
+from restitch.tasks.refs import LineRef, ResultRef, WeightsRef
+from restitch.tasks.reporting import working
+from restitch.tasks.workspace import Workspace, made_by, workspace
 
 
 def result_inputs(

@@ -2,7 +2,7 @@
 
 They are found again under the digest of all that determines them, like a patch. The blob that
 the key names is a list of the parts: `restitch gc` removes it with them, unless a version of a
-line keeps it (`flows.experts`).
+line keeps it (`restitch.flows.experts`).
 """
 
 import json
@@ -11,18 +11,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from merging.digests import digest_file
-from merging.errors import Damage
-from merging.expert_store import write_experts
-from merging.experts import Experts
-from merging.methods import get_method
-from merging.recipe import Recipe
-from tasks.engine import Cached, step
-from tasks.merge import recipe_members
-from tasks.models import Base, open_base
-from tasks.refs import LineRef
-from tasks.reporting import working
-from tasks.workspace import Workspace, made_by, workspace
+from restitch.merging.digests import digest_file
+from restitch.merging.errors import Damage
+from restitch.merging.expert_store import write_experts
+from restitch.merging.experts import Experts
+from restitch.merging.methods import get_method
+from restitch.merging.recipe import Recipe
+from restitch.tasks.engine import Cached, step
+from restitch.tasks.merge import recipe_members
+from restitch.tasks.models import Base, open_base
+from restitch.tasks.refs import LineRef
+from restitch.tasks.reporting import working
+from restitch.tasks.workspace import Workspace, made_by, workspace
 
 
 @dataclass(frozen=True)

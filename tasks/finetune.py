@@ -14,26 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
-
-from merging.digests import digest_json
-from merging.localize_trained import NAME as TRAINED
-from merging.score_tensors import fingerprint
-from merging.sparse import SparseInfo
-from merging.stitch import write_patch
-from modeling.data import stratified
-from modeling.family import Family
-from modeling.finetuning import VERSION, FinetuningSettings
-from modeling.finetuning import finetune as learn
-from modeling.rows import Rows
-from modeling.weights import apply_edits, restore
-from registry.head import Member
-from registry.objects import KeyRecord
-from registry.specs import TaskSpec
-from tasks.engine import Cached, step
-from tasks.inputs import reading_inputs, task_head, verified_data
-from tasks.localizers import OpenCalibration, lacks
-from tasks.models import (
+from restitch.merging.digests import digest_json
+from restitch.merging.localize_trained import NAME as TRAINED
+from restitch.merging.score_tensors import fingerprint
+from restitch.merging.sparse import SparseInfo
+from restitch.merging.stitch import write_patch
+from restitch.modeling.data import stratified
+from restitch.modeling.family import Family
+from restitch.modeling.finetuning import VERSION, FinetuningSettings
+from restitch.modeling.finetuning import finetune as learn
+from restitch.modeling.rows import Rows
+from restitch.modeling.weights import apply_edits, restore
+from restitch.registry.head import Member
+from restitch.registry.objects import KeyRecord
+from restitch.registry.specs import TaskSpec
+from restitch.tasks.engine import Cached, step
+from restitch.tasks.inputs import reading_inputs, task_head, verified_data
+from restitch.tasks.localizers import OpenCalibration, lacks
+from restitch.tasks.models import (
     Base,
     LiveBase,
     device,
@@ -42,9 +40,10 @@ from tasks.models import (
     open_base,
     open_sparse,
 )
-from tasks.refs import LineRef, PatchRef
-from tasks.reporting import working
-from tasks.workspace import Workspace, made_by, workspace
+from restitch.tasks.refs import LineRef, PatchRef
+from restitch.tasks.reporting import working
+from restitch.tasks.workspace import Workspace, made_by, workspace
+from torch import Tensor
 
 # Of each task, of which every class has its share; more take longer and teach little more.
 MOST_ROWS = 2000
@@ -158,7 +157,7 @@ def _opened(live: LiveBase, member: Member, space: Workspace) -> tuple[Rows, Ope
 
 @dataclass(frozen=True)
 class _Live:
-    """Edits that give what the live weights are; see `merging.edits`."""
+    """Edits that give what the live weights are; see `restitch.merging.edits`."""
 
     live: LiveBase
     names: tuple[str, ...]

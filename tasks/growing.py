@@ -11,26 +11,26 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from merging.analysis import VERSION as ANALYSIS_VERSION
-from merging.analysis import analyze_masks
-from merging.digests import digest_json
-from merging.localize_dataless import kept_count
-from merging.methods import Method, get_method, resolve_settings
-from merging.sparse import SparseFile, write_sparse
-from merging.stitch import Member as Part
-from merging.task_vector import TaskVector
-from merging.top_k import top_k
-from modeling.evaluation import Evaluation
-from registry.head import Member
-from tasks.density import Grafted
-from tasks.engine import Cached, step
-from tasks.evaluate import Exam, result_inputs
-from tasks.localize import kept_values
-from tasks.localizers import Localizer, Ranking, named_localizer
-from tasks.models import Base, open_base, open_vector
-from tasks.refs import LineRef, WeightsRef
-from tasks.reporting import working
-from tasks.workspace import Workspace, made_by, workspace
+from restitch.merging.analysis import VERSION as ANALYSIS_VERSION
+from restitch.merging.analysis import analyze_masks
+from restitch.merging.digests import digest_json
+from restitch.merging.localize_dataless import kept_count
+from restitch.merging.methods import Method, get_method, resolve_settings
+from restitch.merging.sparse import SparseFile, write_sparse
+from restitch.merging.stitch import Member as Part
+from restitch.merging.task_vector import TaskVector
+from restitch.merging.top_k import top_k
+from restitch.modeling.evaluation import Evaluation
+from restitch.registry.head import Member
+from restitch.tasks.density import Grafted
+from restitch.tasks.engine import Cached, step
+from restitch.tasks.evaluate import Exam, result_inputs
+from restitch.tasks.localize import kept_values
+from restitch.tasks.localizers import Localizer, Ranking, named_localizer
+from restitch.tasks.models import Base, open_base, open_vector
+from restitch.tasks.refs import LineRef, WeightsRef
+from restitch.tasks.reporting import working
+from restitch.tasks.workspace import Workspace, made_by, workspace
 
 # Raised when the same inputs would give other numbers.
 VERSION = 1
@@ -47,7 +47,7 @@ def curve(
     Args:
         line: the line.
         member: one with rows to evaluate on.
-        localizer: one of `tasks.localizers.LOCALIZERS` that the task has the data for.
+        localizer: one of `restitch.tasks.localizers.LOCALIZERS` that the task has the data for.
         densities: where to cut the ranking.
 
     Returns:

@@ -1,11 +1,11 @@
 """Make the heads of a line's tasks again whose place in the store is empty."""
 
-from merging.digests import digest_json
-from registry.head import Head
-from tasks.inputs import head_inputs, task_head
-from tasks.models import live_base, open_base
-from tasks.refs import LineRef
-from tasks.workspace import Workspace
+from restitch.merging.digests import digest_json
+from restitch.registry.head import Head
+from restitch.tasks.inputs import head_inputs, task_head
+from restitch.tasks.models import live_base, open_base
+from restitch.tasks.refs import LineRef
+from restitch.tasks.workspace import Workspace
 
 
 def heads_again(head: Head, missing: set[str], space: Workspace) -> int:

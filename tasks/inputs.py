@@ -10,20 +10,20 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from merging.digests import digest_json
-from merging.errors import BadInput, RestitchError
-from modeling.data import DataSpec, Rows, TaskData, data_digest, labels_of
-from modeling.family import Family, get_family
-from modeling.heads import Head, HeadSpec, head_key
-from registry.allowed import check_hub, check_path
-from registry.head import ModelRef
-from registry.localize_spec import LocalizeSpec
-from registry.paths import is_there
-from registry.sources import pin_data, resolve_source
-from registry.specs import TaskSpec, split_pin
-from tasks.models import Base, LiveBase
-from tasks.reporting import working
-from tasks.workspace import Workspace, made_by
+from restitch.merging.digests import digest_json
+from restitch.merging.errors import BadInput, RestitchError
+from restitch.modeling.data import DataSpec, Rows, TaskData, data_digest, labels_of
+from restitch.modeling.family import Family, get_family
+from restitch.modeling.heads import Head, HeadSpec, head_key
+from restitch.registry.allowed import check_hub, check_path
+from restitch.registry.head import ModelRef
+from restitch.registry.localize_spec import LocalizeSpec
+from restitch.registry.paths import is_there
+from restitch.registry.sources import pin_data, resolve_source
+from restitch.registry.specs import TaskSpec, split_pin
+from restitch.tasks.models import Base, LiveBase
+from restitch.tasks.reporting import working
+from restitch.tasks.workspace import Workspace, made_by
 
 
 def evaluation_split(spec: TaskSpec) -> str | None:
@@ -217,7 +217,7 @@ def head_spec(spec: TaskSpec) -> HeadSpec:
     assert spec.head is not None
     labels, templates = spec.head.labels, spec.head.templates
     if labels == "openai" or templates == "openai":
-        from modeling.heads import openai_imagenet
+        from restitch.modeling.heads import openai_imagenet
 
         known_labels, known_templates = openai_imagenet()
         labels = known_labels if labels == "openai" else labels

@@ -11,27 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.digests import digest_json
+from restitch.merging.mask import Mask
+from restitch.merging.overwrite import take
+from restitch.merging.progress import Progress
+from restitch.merging.quantized import quantized
+from restitch.merging.sparse import SparseInfo, SparseTensor, write_sparse
+from restitch.merging.task_vector import TaskVector
+from restitch.modeling.gradients import checkpointed
+from restitch.registry.head import ModelRef
+from restitch.registry.objects import KeyRecord
+from restitch.registry.specs import TaskSpec
+from restitch.tasks.density import Density
+from restitch.tasks.engine import Cached, step
+from restitch.tasks.localizers import Localizer, Ranking, localizer
+from restitch.tasks.models import Base, device, live_base, memory_explained, open_base, open_vector
+from restitch.tasks.refs import DeltaRef, LineRef
+from restitch.tasks.reporting import warn, working
+from restitch.tasks.workspace import Workspace, made_by, workspace
 from torch import Tensor
-
-from merging.checkpoint import Checkpoint
-from merging.digests import digest_json
-from merging.mask import Mask
-from merging.overwrite import take
-from merging.progress import Progress
-from merging.quantized import quantized
-from merging.sparse import SparseInfo, SparseTensor, write_sparse
-from merging.task_vector import TaskVector
-from modeling.gradients import checkpointed
-from registry.head import ModelRef
-from registry.objects import KeyRecord
-from registry.specs import TaskSpec
-from tasks.density import Density
-from tasks.engine import Cached, step
-from tasks.localizers import Localizer, Ranking, localizer
-from tasks.models import Base, device, live_base, memory_explained, open_base, open_vector
-from tasks.refs import DeltaRef, LineRef
-from tasks.reporting import warn, working
-from tasks.workspace import Workspace, made_by, workspace
 
 # How values in 8 bits are made; raised when the same input gives other bytes.
 QUANTIZED = "int8/1"

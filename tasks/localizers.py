@@ -1,7 +1,7 @@
 """Which localizer a line uses for a task, and all that its mask depends on.
 
 A localizer ranks all coordinates; how many of them are kept is decided elsewhere
-(`tasks.density`), except by the presets that end with a density of their own. What it needs of a
+(`restitch.tasks.density`), except by the presets that end with a density of their own. What it needs of a
 task differs: labelled rows (`trained`), inputs alone (`fisher`, `distilled`), or nothing. Where a
 task has less, the next best is taken, which is said and recorded.
 """
@@ -12,30 +12,29 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import JsonValue
+from restitch.merging import localize_dataless as dataless
+from restitch.merging import localize_distilled as distilled
+from restitch.merging import localize_fisher as fisher
+from restitch.merging import localize_random as lot
+from restitch.merging import localize_trained as trained
+from restitch.merging.mask import Mask
+from restitch.merging.progress import Progress
+from restitch.merging.score_tensors import fingerprint
+from restitch.merging.task_vector import TaskVector
+from restitch.merging.top_k import Scores
+from restitch.modeling.family import Batch, Family
+from restitch.modeling.gradients import precision
+from restitch.modeling.heads import Head
+from restitch.modeling.rows import Rows
+from restitch.registry.head import ModelRef
+from restitch.registry.localize_spec import LocalizeSpec
+from restitch.registry.specs import TaskSpec
+from restitch.tasks.inputs import reading_inputs, task_head, train_has_labels, verified_data
+from restitch.tasks.models import Base, LiveBase, device, live_base
+from restitch.tasks.refs import LineRef
+from restitch.tasks.reporting import warn
+from restitch.tasks.workspace import Workspace
 from torch import Tensor
-
-from merging import localize_dataless as dataless
-from merging import localize_distilled as distilled
-from merging import localize_fisher as fisher
-from merging import localize_random as lot
-from merging import localize_trained as trained
-from merging.mask import Mask
-from merging.progress import Progress
-from merging.score_tensors import fingerprint
-from merging.task_vector import TaskVector
-from merging.top_k import Scores
-from modeling.family import Batch, Family
-from modeling.gradients import precision
-from modeling.heads import Head
-from modeling.rows import Rows
-from registry.head import ModelRef
-from registry.localize_spec import LocalizeSpec
-from registry.specs import TaskSpec
-from tasks.inputs import reading_inputs, task_head, train_has_labels, verified_data
-from tasks.models import Base, LiveBase, device, live_base
-from tasks.refs import LineRef
-from tasks.reporting import warn
-from tasks.workspace import Workspace
 
 Found = TypeVar("Found")
 Calibrated = Literal["labels", "inputs", "nothing"]
@@ -242,7 +241,7 @@ class Trained(_Calibrated):
         return f"{super().label} {self.calibration.choice.preset}"
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
-        """Learn the scores, or the mask; see `merging.localize_trained`."""
+        """Learn the scores, or the mask; see `restitch.merging.localize_trained`."""
         on = self.calibration.opened()
         found = trained.localize_trained(
             on.live.parameters,
@@ -273,7 +272,7 @@ class Fisher(_Calibrated):
         return {**super().inputs(), "density": self.calibration.choice.density}
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
-        """Measure the sensitivities; see `merging.localize_fisher`."""
+        """Measure the sensitivities; see `restitch.merging.localize_fisher`."""
         on = self.calibration.opened()
         scores, worth = on.by_inputs(fisher.localize_fisher, vector, self.settings, progress)
         rows = min(len(on.rows), self.settings.most_rows)
@@ -299,7 +298,7 @@ class Distilled(_Calibrated):
         )
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
-        """Refine the ranking; see `merging.localize_distilled`."""
+        """Refine the ranking; see `restitch.merging.localize_distilled`."""
         on = self.calibration.opened()
         found = on.by_inputs(distilled.localize_distilled, vector, self.settings, progress)
         factors = found.sensitivities.to_factors(vector.names)

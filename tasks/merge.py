@@ -6,28 +6,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import JsonValue
-
-from merging.checkpoint import Checkpoint
-from merging.digests import digest_file
-from merging.edits import Edits, edited
-from merging.errors import Damage
-from merging.methods import get_method
-from merging.per_matrix import computing_on
-from merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
-from merging.score_tensors import fingerprint
-from merging.sparse import SparseFile, SparseInfo
-from merging.statistics import open_statistic
-from merging.stitch import VERSION as STITCHING_VERSION
-from merging.stitch import Member as StitchMember
-from merging.stitch import write_patch
-from registry.head import Member
-from registry.objects import KeyRecord
-from tasks.engine import Cached, step
-from tasks.models import Base, device, memory_explained, open_base
-from tasks.refs import LineRef, PatchRef
-from tasks.reporting import working
-from tasks.statistics import known_statistics, statistic_inputs, statistics
-from tasks.workspace import Workspace, made_by, workspace
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.digests import digest_file
+from restitch.merging.edits import Edits, edited
+from restitch.merging.errors import Damage
+from restitch.merging.methods import get_method
+from restitch.merging.per_matrix import computing_on
+from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
+from restitch.merging.score_tensors import fingerprint
+from restitch.merging.sparse import SparseFile, SparseInfo
+from restitch.merging.statistics import open_statistic
+from restitch.merging.stitch import VERSION as STITCHING_VERSION
+from restitch.merging.stitch import Member as StitchMember
+from restitch.merging.stitch import write_patch
+from restitch.registry.head import Member
+from restitch.registry.objects import KeyRecord
+from restitch.tasks.engine import Cached, step
+from restitch.tasks.models import Base, device, memory_explained, open_base
+from restitch.tasks.refs import LineRef, PatchRef
+from restitch.tasks.reporting import working
+from restitch.tasks.statistics import known_statistics, statistic_inputs, statistics
+from restitch.tasks.workspace import Workspace, made_by, workspace
 
 
 def make_recipe(line: LineRef, members: tuple[Member, ...]) -> Recipe:

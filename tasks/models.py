@@ -14,25 +14,24 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-
-from merging.checkpoint import Checkpoint
-from merging.comparison import Comparison, compare
-from merging.coordinates import select_tensors
-from merging.digests import digest_file, digest_json
-from merging.edits import Edits
-from merging.errors import BadInput, Unavailable
-from merging.expert_store import open_expert
-from merging.sparse import SparseFile
-from merging.task_vector import TaskVector
-from modeling.family import Family, get_family
-from modeling.weights import apply_edits, restore, set_weights
-from registry.head import ModelRef
-from registry.sources import copy_into_store, resolve_source
-from registry.specs import LineSpec
-from tasks.refs import LineRef, WeightsRef
-from tasks.remote import list_remote, remote_checkpoint
-from tasks.reporting import working
-from tasks.workspace import Workspace
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.comparison import Comparison, compare
+from restitch.merging.coordinates import select_tensors
+from restitch.merging.digests import digest_file, digest_json
+from restitch.merging.edits import Edits
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.merging.expert_store import open_expert
+from restitch.merging.sparse import SparseFile
+from restitch.merging.task_vector import TaskVector
+from restitch.modeling.family import Family, get_family
+from restitch.modeling.weights import apply_edits, restore, set_weights
+from restitch.registry.head import ModelRef
+from restitch.registry.sources import copy_into_store, resolve_source
+from restitch.registry.specs import LineSpec
+from restitch.tasks.refs import LineRef, WeightsRef
+from restitch.tasks.remote import list_remote, remote_checkpoint
+from restitch.tasks.reporting import working
+from restitch.tasks.workspace import Workspace
 
 # Larger than any vocabulary; a sparse file of a terabyte costs whoever sends it nothing.
 MOST_ASSET = 1 << 28
@@ -75,7 +74,7 @@ def describe_model(
     is read there, pinned or kept already, and not copied.
 
     Args:
-        source: where the model is; see `registry.sources.resolve_source`.
+        source: where the model is; see `restitch.registry.sources.resolve_source`.
         family: what it is read as.
         space: where it is copied to.
         copy: copy a local model in any case, and one in a bucket.

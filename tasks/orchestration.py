@@ -10,11 +10,11 @@ from datetime import UTC, datetime
 from typing import Any
 from uuid import uuid4
 
-from merging.digests import digest_json
-from merging.errors import Unavailable
-from tasks.engine import engine_url
-from tasks.prefect_api import PrefectApi
-from tasks.reporting import say, warn
+from restitch.merging.digests import digest_json
+from restitch.merging.errors import Unavailable
+from restitch.tasks.engine import engine_url
+from restitch.tasks.prefect_api import PrefectApi
+from restitch.tasks.reporting import say, warn
 
 DEPLOYMENT = "restitch"
 MODEL_REGISTERED = "restitch.model.registered"

@@ -12,8 +12,8 @@ from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from merging.errors import Unavailable
-from registry.catalog import without_credentials
+from restitch.merging.errors import Unavailable
+from restitch.registry.catalog import without_credentials
 
 if TYPE_CHECKING:
     import httpx

@@ -9,15 +9,15 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from merging.digests import digest_bytes
-from merging.errors import BadInput, RestitchError
-from modeling.licence import CARD, Licence, read_licence
-from registry.allowed import check_path
-from registry.fates import merges_about, touched_merges
-from registry.history import Entry, MergedRecord
-from registry.objects import ObjectStore
-from registry.sources import COPY_SCHEME, MLFLOW_SCHEMES
-from registry.specs import is_hub_id, split_pin
+from restitch.merging.digests import digest_bytes
+from restitch.merging.errors import BadInput, RestitchError
+from restitch.modeling.licence import CARD, Licence, read_licence
+from restitch.registry.allowed import check_path
+from restitch.registry.fates import merges_about, touched_merges
+from restitch.registry.history import Entry, MergedRecord
+from restitch.registry.objects import ObjectStore
+from restitch.registry.sources import COPY_SCHEME, MLFLOW_SCHEMES
+from restitch.registry.specs import is_hub_id, split_pin
 
 
 @dataclass(frozen=True)

@@ -2,11 +2,11 @@
 
 import time
 
-from merging.errors import Unavailable
-from registry.catalog import Extras
-from tasks.engine import step
-from tasks.reporting import warn
-from tasks.workspace import workspace
+from restitch.merging.errors import Unavailable
+from restitch.registry.catalog import Extras
+from restitch.tasks.engine import step
+from restitch.tasks.reporting import warn
+from restitch.tasks.workspace import workspace
 
 # A server that kept us waiting in vain is not asked again for a while by this process.
 PATIENCE, PAUSE = 5.0, 120.0

@@ -13,13 +13,13 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from merging.checkpoint import Checkpoint, index_shards
-from merging.digests import digest_bytes
-from merging.errors import BadInput, Damage
-from registry.s3_source import RemoteWeights, S3Folder
-from registry.sources import Source
-from registry.store import explained
-from tasks.workspace import Workspace
+from restitch.merging.checkpoint import Checkpoint, index_shards
+from restitch.merging.digests import digest_bytes
+from restitch.merging.errors import BadInput, Damage
+from restitch.registry.s3_source import RemoteWeights, S3Folder
+from restitch.registry.sources import Source
+from restitch.registry.store import explained
+from restitch.tasks.workspace import Workspace
 
 _INDEX = "model.safetensors.index.json"
 _MOST_OPEN, _MOST_READS = 2, 3

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import Protocol
 
-from merging.progress import Progress, ignore
+from restitch.merging.progress import Progress, ignore
 
 log = logging.getLogger("restitch")
 

@@ -14,32 +14,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from restitch.merging.checkpoint import by_bytes
+from restitch.merging.digests import digest_json
+from restitch.merging.entropy_coefficients import VERSION as COEFFICIENTS_VERSION
+from restitch.merging.entropy_coefficients import CoefficientSettings, learn_coefficients
+from restitch.merging.errors import BadInput
+from restitch.merging.fisher_diagonal import VERSION as FISHER_VERSION
+from restitch.merging.fisher_diagonal import mean_of, measure_fisher
+from restitch.merging.grams import VERSION as GRAM_VERSION
+from restitch.merging.grams import measure_grams
+from restitch.merging.kept_vector import KeptVector
+from restitch.merging.methods import Method, get_method
+from restitch.merging.score_tensors import fingerprint
+from restitch.merging.sparse import SparseFile
+from restitch.merging.statistics import COEFFICIENTS, FISHER, GRAM, write_statistic
+from restitch.modeling.weights import linear_layers, restore
+from restitch.registry.head import Member
+from restitch.registry.objects import KeyRecord
+from restitch.registry.specs import TaskSpec
+from restitch.tasks.engine import Cached, step
+from restitch.tasks.localizers import Calibration, OpenCalibration
+from restitch.tasks.models import Base, device, live_base, open_base
+from restitch.tasks.refs import LineRef, StatisticRef
+from restitch.tasks.reporting import working
+from restitch.tasks.workspace import Workspace, made_by, workspace
 from torch import Tensor
-
-from merging.checkpoint import by_bytes
-from merging.digests import digest_json
-from merging.entropy_coefficients import VERSION as COEFFICIENTS_VERSION
-from merging.entropy_coefficients import CoefficientSettings, learn_coefficients
-from merging.errors import BadInput
-from merging.fisher_diagonal import VERSION as FISHER_VERSION
-from merging.fisher_diagonal import mean_of, measure_fisher
-from merging.grams import VERSION as GRAM_VERSION
-from merging.grams import measure_grams
-from merging.kept_vector import KeptVector
-from merging.methods import Method, get_method
-from merging.score_tensors import fingerprint
-from merging.sparse import SparseFile
-from merging.statistics import COEFFICIENTS, FISHER, GRAM, write_statistic
-from modeling.weights import linear_layers, restore
-from registry.head import Member
-from registry.objects import KeyRecord
-from registry.specs import TaskSpec
-from tasks.engine import Cached, step
-from tasks.localizers import Calibration, OpenCalibration
-from tasks.models import Base, device, live_base, open_base
-from tasks.refs import LineRef, StatisticRef
-from tasks.reporting import working
-from tasks.workspace import Workspace, made_by, workspace
 
 # What a store calls the keys of statistics.
 KINDS = (FISHER, GRAM, COEFFICIENTS)

@@ -4,14 +4,14 @@ import json
 import socket
 import time
 
-from merging.digests import digest_json
-from merging.score_tensors import fingerprint
-from registry.head import Member
-from tasks.engine import Cached, step
-from tasks.merge import make_recipe, write_patch_of
-from tasks.models import device
-from tasks.refs import LineRef
-from tasks.workspace import made_by, workspace
+from restitch.merging.digests import digest_json
+from restitch.merging.score_tensors import fingerprint
+from restitch.registry.head import Member
+from restitch.tasks.engine import Cached, step
+from restitch.tasks.merge import make_recipe, write_patch_of
+from restitch.tasks.models import device
+from restitch.tasks.refs import LineRef
+from restitch.tasks.workspace import made_by, workspace
 
 # Raised when something else is timed.
 VERSION = 1

@@ -12,21 +12,21 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from merging.digests import digest_json
-from merging.errors import BadInput
-from merging.methods import Method, get_method
-from merging.recipe import Recipe
-from modeling.evaluation import EVALUATOR_VERSION
-from registry.head import Member
-from tasks.engine import Cached, step
-from tasks.evaluate import Exam
-from tasks.experts import recipe_experts
-from tasks.inputs import has_validation, head_inputs
-from tasks.merge import make_recipe, recipe_edits
-from tasks.models import Base, LiveBase, device, live_base, open_base
-from tasks.refs import LineRef
-from tasks.reporting import working
-from tasks.workspace import Workspace, made_by, workspace
+from restitch.merging.digests import digest_json
+from restitch.merging.errors import BadInput
+from restitch.merging.methods import Method, get_method
+from restitch.merging.recipe import Recipe
+from restitch.modeling.evaluation import EVALUATOR_VERSION
+from restitch.registry.head import Member
+from restitch.tasks.engine import Cached, step
+from restitch.tasks.evaluate import Exam
+from restitch.tasks.experts import recipe_experts
+from restitch.tasks.inputs import has_validation, head_inputs
+from restitch.tasks.merge import make_recipe, recipe_edits
+from restitch.tasks.models import Base, LiveBase, device, live_base, open_base
+from restitch.tasks.refs import LineRef
+from restitch.tasks.reporting import working
+from restitch.tasks.workspace import Workspace, made_by, workspace
 
 MOST_ROWS = 500
 

@@ -20,13 +20,13 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-from merging.errors import Unavailable
-from registry.attempts import process_began
-from registry.store import NotInStore, Store
-from tasks.orchestration import api, cancel_queued, run_ended, this_run
-from tasks.prefect_api import PrefectApi
-from tasks.reporting import say, warn
-from tasks.workspace import Workspace
+from restitch.merging.errors import Unavailable
+from restitch.registry.attempts import process_began
+from restitch.registry.store import NotInStore, Store
+from restitch.tasks.orchestration import api, cancel_queued, run_ended, this_run
+from restitch.tasks.prefect_api import PrefectApi
+from restitch.tasks.reporting import say, warn
+from restitch.tasks.workspace import Workspace
 
 # The shortest lease that the server grants; it is renewed while the process lives.
 LEASE_SECONDS = 60.0

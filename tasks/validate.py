@@ -1,13 +1,13 @@
 """Decide whether a finetuned model can join its line, and measure what would be left out."""
 
-from merging.errors import BadInput, CannotJoin
-from merging.task_vector import TaskVector, outside_share
-from registry.allowed import NotAllowed
-from registry.head import ModelRef
-from tasks.engine import step
-from tasks.models import line_up, open_base, open_model
-from tasks.refs import LineRef, Validated
-from tasks.workspace import workspace
+from restitch.merging.errors import BadInput, CannotJoin
+from restitch.merging.task_vector import TaskVector, outside_share
+from restitch.registry.allowed import NotAllowed
+from restitch.registry.head import ModelRef
+from restitch.tasks.engine import step
+from restitch.tasks.models import line_up, open_base, open_model
+from restitch.tasks.refs import LineRef, Validated
+from restitch.tasks.workspace import workspace
 
 
 @step("validate")

@@ -15,13 +15,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pydantic import JsonValue
-
-from merging.errors import BadInput
-from registry.catalog import Catalog
-from registry.home import Home, prepare_environment
-from registry.ledger import Ledger, lines
-from registry.objects import ObjectStore
-from registry.store import explained
+from restitch.merging.errors import BadInput
+from restitch.registry.catalog import Catalog
+from restitch.registry.home import Home, prepare_environment
+from restitch.registry.ledger import Ledger, lines
+from restitch.registry.objects import ObjectStore
+from restitch.registry.store import explained
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from registry.head import Head
-from registry.history import Entry
-from registry.home import Home
-from registry.ledger import Ledger
-from registry.objects import ObjectStore
-from registry.store import NotInStore, Store
+from restitch.registry.head import Head
+from restitch.registry.history import Entry
+from restitch.registry.home import Home
+from restitch.registry.ledger import Ledger
+from restitch.registry.objects import ObjectStore
+from restitch.registry.store import NotInStore, Store
+
 from tests.worlds import World
 
 ROOT = Path(__file__).parent.parent
@@ -52,7 +53,7 @@ class Shell:
 
     def __call__(self, *args: object, code: int | None = 0) -> Done:
         """Run a command in this process and compare its exit code; None takes any."""
-        from cli.main import main
+        from restitch.cli.main import main
 
         out, err = io.StringIO(), io.StringIO()
         with (
@@ -79,7 +80,7 @@ class Shell:
         """Start a command in a process of its own, in the environment of the tests or another."""
         surrounding = os.environ if environment is None else environment
         return subprocess.Popen(
-            [sys.executable, "-m", "cli.main", *map(str, args)],
+            [sys.executable, "-m", "restitch.cli.main", *map(str, args)],
             env={**surrounding, "PYTHONPATH": str(ROOT), **self._variables()},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,

@@ -5,15 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.localize_dataless import localize_dataless
+from restitch.merging.mask import Mask
+from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.stitch import Member
+from restitch.merging.task_vector import TaskVector
 from safetensors.torch import save_file
 from torch import Tensor
-
-from merging.checkpoint import Checkpoint
-from merging.localize_dataless import localize_dataless
-from merging.mask import Mask
-from merging.sparse import SparseFile, SparseTensor, write_sparse
-from merging.stitch import Member
-from merging.task_vector import TaskVector
 
 SHAPES = {
     "embed.weight": (11, 8),

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
+from restitch.modeling.family import get_family
+from restitch.modeling.heads import HeadSpec
+from restitch.modeling.rows import Example
 
-from modeling.family import get_family
-from modeling.heads import HeadSpec
-from modeling.rows import Example
 from tests.tiny_models import tiny_bert, tiny_clip, tweaked
 
 BLOCKS = ("*encoder.layer.*",)

@@ -7,10 +7,10 @@ line, where it keeps some weights of a member and not all.
 
 from typing import Any
 
-from flows.study.subject import Study, Subject
-from merging.methods import get_method
-from tasks.agreement import TOGETHER, agreement
-from tasks.report.study_plots import Axes, bars_plot
+from restitch.flows.study.subject import Study, Subject
+from restitch.merging.methods import get_method
+from restitch.tasks.agreement import TOGETHER, agreement
+from restitch.tasks.report.study_plots import Axes, bars_plot
 
 THRESHOLD = 0.4
 WHOLE = "averaging"

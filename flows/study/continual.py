@@ -13,13 +13,13 @@ begins as the base and learns each member's task in turn, with the earlier ones'
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from flows.study.subject import Study, Subject
-from merging.methods import Method, get_method
-from registry.head import Member
-from tasks.finetune import finetune, lacks_labels
-from tasks.report.study_plots import Axes, lines_plot
-from tasks.reporting import say
-from tasks.timing import merging_seconds
+from restitch.flows.study.subject import Study, Subject
+from restitch.merging.methods import Method, get_method
+from restitch.registry.head import Member
+from restitch.tasks.finetune import finetune, lacks_labels
+from restitch.tasks.report.study_plots import Axes, lines_plot
+from restitch.tasks.reporting import say
+from restitch.tasks.timing import merging_seconds
 
 OTHERS = ("task-arithmetic", "ties", "consensus-ta")
 FINETUNING = "continual finetuning"

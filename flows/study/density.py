@@ -4,11 +4,11 @@ By the largest differences, and by the line's own localizer where every task has
 The dashed line is the plain average of the whole task vectors.
 """
 
-from flows.study.subject import Study, Subject
-from tasks.growing import conflict
-from tasks.localizers import lacks
-from tasks.report.study_plots import Axes, lines_plot
-from tasks.reporting import say
+from restitch.flows.study.subject import Study, Subject
+from restitch.tasks.growing import conflict
+from restitch.tasks.localizers import lacks
+from restitch.tasks.report.study_plots import Axes, lines_plot
+from restitch.tasks.reporting import say
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 USUAL = "dataless"

@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from flows.snapshot import take_snapshot
-from flows.studies import as_csv, log_study, write_study
-from flows.study import STUDIES
-from flows.study.subject import Study, Subject
-from merging.digests import canonical_json
-from merging.errors import BadInput
-from tasks.engine import flow
-from tasks.report.drawing import to_png
-from tasks.workspace import actor, workspace
+from restitch.flows.snapshot import take_snapshot
+from restitch.flows.studies import as_csv, log_study, write_study
+from restitch.flows.study import STUDIES
+from restitch.flows.study.subject import Study, Subject
+from restitch.merging.digests import canonical_json
+from restitch.merging.errors import BadInput
+from restitch.tasks.engine import flow
+from restitch.tasks.report.drawing import to_png
+from restitch.tasks.workspace import actor, workspace
 
 
 @flow("study", "{name} of {line}")
@@ -27,7 +27,7 @@ def study(name: str, line: str, out: str | None = None) -> dict[str, Any]:
     """Make a study.
 
     Args:
-        name: which; see `flows.study.STUDIES`.
+        name: which; see `restitch.flows.study.STUDIES`.
         line: the line's name.
         out: a folder for the table and the plots.
 
@@ -45,7 +45,7 @@ def study(name: str, line: str, out: str | None = None) -> dict[str, Any]:
             else "restitch study --help says what is there",
         )
     subject = Subject(take_snapshot(workspace().ledger(line)))
-    made: Study = importlib.import_module(f"flows.study.{name}").make(subject)
+    made: Study = importlib.import_module(f"restitch.flows.study.{name}").make(subject)
     left_out = [f"{task} has no rows to evaluate on" for task in subject.left_out]
     found: dict[str, Any] = {
         "study": name,

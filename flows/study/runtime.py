@@ -7,12 +7,12 @@ patch and is done at each merge.
 
 from statistics import fmean
 
-from flows.study.subject import Study, Subject
-from merging.errors import BadInput
-from merging.methods import get_method, method_names
-from tasks.report.study_plots import Axes, bars_plot
-from tasks.reporting import say
-from tasks.timing import merging_seconds
+from restitch.flows.study.subject import Study, Subject
+from restitch.merging.errors import BadInput
+from restitch.merging.methods import get_method, method_names
+from restitch.tasks.report.study_plots import Axes, bars_plot
+from restitch.tasks.reporting import say
+from restitch.tasks.timing import merging_seconds
 
 
 def make(subject: Subject) -> Study:

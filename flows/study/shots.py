@@ -4,12 +4,12 @@ By the line's own localizer where that uses rows, else by `fisher`; masks that n
 dashed line. All at one density.
 """
 
-from flows.study.subject import Study, Subject
-from merging.errors import BadInput
-from registry.localize_spec import DEFAULT_DENSITY
-from tasks.localizers import lacks
-from tasks.report.study_plots import Axes, lines_plot
-from tasks.reporting import say
+from restitch.flows.study.subject import Study, Subject
+from restitch.merging.errors import BadInput
+from restitch.registry.localize_spec import DEFAULT_DENSITY
+from restitch.tasks.localizers import lacks
+from restitch.tasks.report.study_plots import Axes, lines_plot
+from restitch.tasks.reporting import say
 
 SHOTS = (1, 4, 16, 64)
 OTHERWISE = "fisher"

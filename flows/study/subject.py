@@ -9,18 +9,18 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from flows.snapshot import Snapshot
-from flows.trials import Trial, everything, masks_like, own_settings, prepare
-from merging.errors import BadInput
-from merging.methods import Method, get_method
-from modeling.family import Family, get_family
-from registry.head import Member
-from registry.localize_spec import LocalizeSpec
-from tasks.evaluate import evaluate
-from tasks.inputs import evaluation_split, has_validation
-from tasks.merge import make_recipe, stitch
-from tasks.refs import LineRef, PatchRef, ResultRef, WeightsRef
-from tasks.report.drawing import Plot
+from restitch.flows.snapshot import Snapshot
+from restitch.flows.trials import Trial, everything, masks_like, own_settings, prepare
+from restitch.merging.errors import BadInput
+from restitch.merging.methods import Method, get_method
+from restitch.modeling.family import Family, get_family
+from restitch.registry.head import Member
+from restitch.registry.localize_spec import LocalizeSpec
+from restitch.tasks.evaluate import evaluate
+from restitch.tasks.inputs import evaluation_split, has_validation
+from restitch.tasks.merge import make_recipe, stitch
+from restitch.tasks.refs import LineRef, PatchRef, ResultRef, WeightsRef
+from restitch.tasks.report.drawing import Plot
 
 STITCHING = "localize-and-stitch"
 

@@ -10,13 +10,13 @@ from itertools import combinations
 from statistics import fmean
 from typing import Any
 
-from flows.study.subject import Study, Subject
-from merging.errors import BadInput
-from merging.methods import get_method
-from registry.head import Member
-from tasks.analyze import analyze
-from tasks.report.study_plots import Axes, points_plot
-from tasks.reporting import say
+from restitch.flows.study.subject import Study, Subject
+from restitch.merging.errors import BadInput
+from restitch.merging.methods import get_method
+from restitch.registry.head import Member
+from restitch.tasks.analyze import analyze
+from restitch.tasks.report.study_plots import Axes, points_plot
+from restitch.tasks.reporting import say
 
 # Of each kind, so that a line with many tasks is done before the night is over.
 MOST = 4

@@ -9,11 +9,11 @@ from itertools import combinations
 from statistics import fmean, pstdev
 from typing import Any
 
-from flows.study.subject import Study, Subject
-from merging.methods import get_method
-from registry.head import Member
-from tasks.report.study_plots import Axes, lines_plot
-from tasks.reporting import say
+from restitch.flows.study.subject import Study, Subject
+from restitch.merging.methods import get_method
+from restitch.registry.head import Member
+from restitch.tasks.report.study_plots import Axes, lines_plot
+from restitch.tasks.reporting import say
 
 METHODS = ("averaging", "task-arithmetic", "ties", "consensus-ta")
 # Of each size.

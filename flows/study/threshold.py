@@ -6,10 +6,10 @@ for no agreement: the sum itself, every weight of it.
 
 from typing import Any
 
-from flows.study.subject import Study, Subject
-from merging.methods import Method, get_method
-from tasks.report.study_plots import Axes, lines_plot
-from tasks.reporting import say
+from restitch.flows.study.subject import Study, Subject
+from restitch.merging.methods import Method, get_method
+from restitch.tasks.report.study_plots import Axes, lines_plot
+from restitch.tasks.reporting import say
 
 CONSENSUS = ("consensus-ta", "consensus-ties")
 # Every weight is in a mask of threshold 0, so that one task always agrees.

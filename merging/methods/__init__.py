@@ -16,9 +16,9 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, TypeVar, cast, get_type_hints
 
-from merging.edits import Edits
-from merging.errors import BadInput
-from merging.experts import Experts
+from restitch.merging.edits import Edits
+from restitch.merging.errors import BadInput
+from restitch.merging.experts import Experts
 
 _F = TypeVar("_F", bound=Callable[..., Edits | Experts])
 KINDS = ("merged", "experts")
@@ -37,7 +37,7 @@ class Method:
         kind: `merged` for one model for all tasks, `experts` for one for each of them.
         whole: whether it needs whole task vectors: deltas that keep every coordinate.
         needs: the statistics that it needs of each member beside its delta, all of them found on
-            the train rows of its task (`merging.stitch.Member.statistics`).
+            the train rows of its task (`restitch.merging.stitch.Member.statistics`).
         tunes: the setting that is tuned where tuning is asked for, with the values to try.
         settings: its settings with their defaults.
     """

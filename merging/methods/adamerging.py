@@ -1,13 +1,13 @@
-"""AdaMerging, layer-wise (Yang et al., ICLR 2024); see `merging.entropy_coefficients`."""
+"""AdaMerging, layer-wise (Yang et al., ICLR 2024); see `restitch.merging.entropy_coefficients`."""
 
 from collections.abc import Iterable
 
-from merging.checkpoint import Checkpoint
-from merging.edits import Edits
-from merging.elementwise import Elementwise, Floats, Range, added, checked, kept_vectors
-from merging.methods import method
-from merging.statistics import COEFFICIENTS, check_fits, statistics_of
-from merging.stitch import Member
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import Edits
+from restitch.merging.elementwise import Elementwise, Floats, Range, added, checked, kept_vectors
+from restitch.merging.methods import method
+from restitch.merging.statistics import COEFFICIENTS, check_fits, statistics_of
+from restitch.merging.stitch import Member
 
 
 @method(

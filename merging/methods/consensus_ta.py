@@ -1,11 +1,11 @@
-"""Consensus task arithmetic (Wang et al., ICML 2024); see `merging.consensus`."""
+"""Consensus task arithmetic (Wang et al., ICML 2024); see `restitch.merging.consensus`."""
 
 from collections.abc import Iterable
 
-from merging.checkpoint import Checkpoint
-from merging.consensus import agreed
-from merging.edits import Edits
-from merging.elementwise import (
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.consensus import agreed
+from restitch.merging.edits import Edits
+from restitch.merging.elementwise import (
     COEFFICIENTS,
     Elementwise,
     Floats,
@@ -14,8 +14,8 @@ from merging.elementwise import (
     kept_vectors,
     total,
 )
-from merging.methods import method
-from merging.stitch import Member
+from restitch.merging.methods import method
+from restitch.merging.stitch import Member
 
 
 @method(

@@ -2,13 +2,20 @@
 
 from collections.abc import Iterable
 
-from merging.checkpoint import Checkpoint
-from merging.consensus import agreed
-from merging.edits import Edits
-from merging.elementwise import COEFFICIENTS, Elementwise, Floats, Range, checked, kept_vectors
-from merging.methods import method
-from merging.stitch import Member
-from merging.ties import Trim, elected
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.consensus import agreed
+from restitch.merging.edits import Edits
+from restitch.merging.elementwise import (
+    COEFFICIENTS,
+    Elementwise,
+    Floats,
+    Range,
+    checked,
+    kept_vectors,
+)
+from restitch.merging.methods import method
+from restitch.merging.stitch import Member
+from restitch.merging.ties import Trim, elected
 
 
 @method(

@@ -9,14 +9,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-
-from merging.checkpoint import Checkpoint, by_bytes
-from merging.elementwise import Floats, Range, total
-from merging.experts import Experts, Selected, SharedExperts, numbered
-from merging.kept_vector import BLOCK, KeptVector, working_dtype
-from merging.methods import method
-from merging.rounding import cast
-from merging.stitch import Member
+from restitch.merging.checkpoint import Checkpoint, by_bytes
+from restitch.merging.elementwise import Floats, Range, total
+from restitch.merging.experts import Experts, Selected, SharedExperts, numbered
+from restitch.merging.kept_vector import BLOCK, KeptVector, working_dtype
+from restitch.merging.methods import method
+from restitch.merging.rounding import cast
+from restitch.merging.stitch import Member
 
 
 @method(

@@ -4,15 +4,14 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-
-from merging.checkpoint import Checkpoint
-from merging.edits import Edits
-from merging.elementwise import Elementwise, Floats, Range, added, checked, kept_vectors
-from merging.errors import BadInput
-from merging.methods import method
-from merging.rounding import cast
-from merging.statistics import FISHER, check_fits, statistics_of
-from merging.stitch import Member
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import Edits
+from restitch.merging.elementwise import Elementwise, Floats, Range, added, checked, kept_vectors
+from restitch.merging.errors import BadInput
+from restitch.merging.methods import method
+from restitch.merging.rounding import cast
+from restitch.merging.statistics import FISHER, check_fits, statistics_of
+from restitch.merging.stitch import Member
 
 
 @method(

@@ -2,14 +2,13 @@
 
 from collections.abc import Iterable
 
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import Edits
+from restitch.merging.elementwise import checked
+from restitch.merging.methods import method
+from restitch.merging.per_matrix import PerMatrix, svd
+from restitch.merging.stitch import Member
 from torch import Tensor
-
-from merging.checkpoint import Checkpoint
-from merging.edits import Edits
-from merging.elementwise import checked
-from merging.methods import method
-from merging.per_matrix import PerMatrix, svd
-from merging.stitch import Member
 
 # From below what the paper finds best on CLIP, 0.9 to 1.9, to far above it: a model with 384
 # dimensions still gained at 5 (docs/results.md). Each is 1.4 times the one before.

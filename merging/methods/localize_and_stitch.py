@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from merging.checkpoint import Checkpoint
-from merging.edits import Edits
-from merging.methods import method
-from merging.stitch import VERSION, Member, stitch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import Edits
+from restitch.merging.methods import method
+from restitch.merging.stitch import VERSION, Member, stitch
 
 
 @method(

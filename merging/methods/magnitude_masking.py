@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 
-from merging.checkpoint import Checkpoint
-from merging.elementwise import Range, total
-from merging.experts import Experts, Selected, SharedExperts, numbered
-from merging.methods import method
-from merging.stitch import Member
-from merging.ties import Trim
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.elementwise import Range, total
+from restitch.merging.experts import Experts, Selected, SharedExperts, numbered
+from restitch.merging.methods import method
+from restitch.merging.stitch import Member
+from restitch.merging.ties import Trim
 
 
 @method(

@@ -6,14 +6,14 @@ vectors of a share 1/T of the weights are as large as one whole vector and T mas
 
 from collections.abc import Iterable
 
-from merging.checkpoint import Checkpoint
-from merging.edits import Edits
-from merging.elementwise import Elementwise, Floats, Range
-from merging.experts import Experts, OwnExperts, numbered
-from merging.kept_vector import KeptVector
-from merging.methods import method
-from merging.stitch import Member
-from merging.ties import Trim
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import Edits
+from restitch.merging.elementwise import Elementwise, Floats, Range
+from restitch.merging.experts import Experts, OwnExperts, numbered
+from restitch.merging.kept_vector import KeptVector
+from restitch.merging.methods import method
+from restitch.merging.stitch import Member
+from restitch.merging.ties import Trim
 
 
 @method(

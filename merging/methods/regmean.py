@@ -3,16 +3,15 @@
 from collections.abc import Iterable
 
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import Edits
+from restitch.merging.elementwise import checked
+from restitch.merging.grams import unpacked
+from restitch.merging.methods import method
+from restitch.merging.per_matrix import Matrix, PerMatrix
+from restitch.merging.statistics import GRAM, statistics_of
+from restitch.merging.stitch import Member
 from torch import Tensor
-
-from merging.checkpoint import Checkpoint
-from merging.edits import Edits
-from merging.elementwise import checked
-from merging.grams import unpacked
-from merging.methods import method
-from merging.per_matrix import Matrix, PerMatrix
-from merging.statistics import GRAM, statistics_of
-from merging.stitch import Member
 
 # Added to the diagonal, as a share of its mean: inputs that are always 0 decide nothing.
 _RIDGE = 1e-6

@@ -8,11 +8,11 @@ plain average loses skill where many members meet, a sum goes too far (docs/resu
 
 from collections.abc import Iterable
 
-from merging.checkpoint import Checkpoint
-from merging.edits import Edits
-from merging.methods import method
-from merging.overlaps import grown
-from merging.stitch import Member, stitch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import Edits
+from restitch.merging.methods import method
+from restitch.merging.overlaps import grown
+from restitch.merging.stitch import Member, stitch
 
 
 @method(

@@ -8,16 +8,15 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import Edits
+from restitch.merging.elementwise import checked
+from restitch.merging.errors import BadInput
+from restitch.merging.methods import get_method, method, method_names
+from restitch.merging.per_matrix import Matrix, PerMatrix, svd
+from restitch.merging.rounding import cast
+from restitch.merging.stitch import Member
 from torch import Tensor
-
-from merging.checkpoint import Checkpoint
-from merging.edits import Edits
-from merging.elementwise import checked
-from merging.errors import BadInput
-from merging.methods import get_method, method, method_names
-from merging.per_matrix import Matrix, PerMatrix, svd
-from merging.rounding import cast
-from merging.stitch import Member
 
 NAME = "svc"
 

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 
-from merging.checkpoint import Checkpoint
-from merging.consensus import THRESHOLDS, tall_mask
-from merging.elementwise import Range, total
-from merging.experts import Experts, PerTask, Selected, SharedExperts, numbered, per_task
-from merging.methods import method
-from merging.stitch import Member
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.consensus import THRESHOLDS, tall_mask
+from restitch.merging.elementwise import Range, total
+from restitch.merging.experts import Experts, PerTask, Selected, SharedExperts, numbered, per_task
+from restitch.merging.methods import method
+from restitch.merging.stitch import Member
 
 
 @method(

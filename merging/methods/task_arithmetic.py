@@ -2,11 +2,18 @@
 
 from collections.abc import Iterable
 
-from merging.checkpoint import Checkpoint
-from merging.edits import Edits
-from merging.elementwise import COEFFICIENTS, Elementwise, checked, kept_vectors, scaled, total
-from merging.methods import method
-from merging.stitch import Member
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import Edits
+from restitch.merging.elementwise import (
+    COEFFICIENTS,
+    Elementwise,
+    checked,
+    kept_vectors,
+    scaled,
+    total,
+)
+from restitch.merging.methods import method
+from restitch.merging.stitch import Member
 
 
 @method(

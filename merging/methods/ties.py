@@ -1,13 +1,13 @@
-"""TIES-Merging (Yadav et al., NeurIPS 2023); see `merging.ties`."""
+"""TIES-Merging (Yadav et al., NeurIPS 2023); see `restitch.merging.ties`."""
 
 from collections.abc import Iterable
 
-from merging.checkpoint import Checkpoint
-from merging.edits import Edits
-from merging.elementwise import COEFFICIENTS, Elementwise, checked, kept_vectors, scaled
-from merging.methods import method
-from merging.stitch import Member
-from merging.ties import Trim, elected
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import Edits
+from restitch.merging.elementwise import COEFFICIENTS, Elementwise, checked, kept_vectors, scaled
+from restitch.merging.methods import method
+from restitch.merging.stitch import Member
+from restitch.merging.ties import Trim, elected
 
 
 @method(

@@ -3,14 +3,13 @@
 from collections.abc import Iterable
 
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import Edits
+from restitch.merging.elementwise import checked
+from restitch.merging.methods import method
+from restitch.merging.per_matrix import PerMatrix, nearest_orthogonal, svd
+from restitch.merging.stitch import Member
 from torch import Tensor
-
-from merging.checkpoint import Checkpoint
-from merging.edits import Edits
-from merging.elementwise import checked
-from merging.methods import method
-from merging.per_matrix import PerMatrix, nearest_orthogonal, svd
-from merging.stitch import Member
 
 
 @method(

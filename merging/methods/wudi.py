@@ -8,14 +8,13 @@ A = sum_t D_t^T D_t / ||D_t||^2 and B = sum_t D_t D_t^T D_t / ||D_t||^2, both ma
 from collections.abc import Iterable
 
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import Edits
+from restitch.merging.elementwise import checked
+from restitch.merging.methods import method
+from restitch.merging.per_matrix import PerMatrix
+from restitch.merging.stitch import Member
 from torch import Tensor
-
-from merging.checkpoint import Checkpoint
-from merging.edits import Edits
-from merging.elementwise import checked
-from merging.methods import method
-from merging.per_matrix import PerMatrix
-from merging.stitch import Member
 
 
 @method(

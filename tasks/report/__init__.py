@@ -4,6 +4,6 @@ Pure functions of plain JSON values: nothing is read, nothing is computed that w
 and the same input gives the same bytes.
 """
 
-from tasks.report.page import Report, ReportInput, render
+from restitch.tasks.report.page import Report, ReportInput, render
 
 __all__ = ["Report", "ReportInput", "render"]

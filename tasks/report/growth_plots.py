@@ -1,13 +1,13 @@
 """The plots of growing masks: what one member reaches alone, and what two reach together.
 
-Each function takes what `tasks.growing` found, as it is in the JSON of `restitch analyze`.
+Each function takes what `restitch.tasks.growing` found, as it is in the JSON of `restitch analyze`.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks.report.drawing import COLOURS, Plot, axes_in
-from tasks.report.numbers import number
+from restitch.tasks.report.drawing import COLOURS, Plot, axes_in
+from restitch.tasks.report.numbers import number
 
 # A localizer looks the same in every picture.
 _MARKS = {

@@ -1,14 +1,14 @@
 """The plots of the masks: what members have in common, and where their masks lie.
 
-Each function takes the analysis of a merged version (`tasks.analyze`) and makes one `Plot`. Heat
+Each function takes the analysis of a merged version (`restitch.tasks.analyze`) and makes one `Plot`. Heat
 maps colour by opacity over the page's own background, so they are right on light and on dark.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks.report.drawing import COLOURS, WIDTH, Plot, axes_in, label, room
-from tasks.report.numbers import number
+from restitch.tasks.report.drawing import COLOURS, WIDTH, Plot, axes_in, label, room
+from restitch.tasks.report.numbers import number
 
 EVERYTHING = "all weights"
 

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
-from tasks.report.drawing import COLOURS, Plot, axes_in
-from tasks.report.numbers import number
+from restitch.tasks.report.drawing import COLOURS, Plot, axes_in
+from restitch.tasks.report.numbers import number
 
 _MARKS = list(product(("o", "D", "s", "^", "v", "P"), ("blue", "orange", "green", "red", "sky")))
 

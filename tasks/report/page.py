@@ -1,7 +1,7 @@
 """The page: one HTML file that needs nothing else, no network and no script.
 
 `render` lays out what it is given. A number on the page is the number in the JSON (see
-`tasks.report.numbers`); what is missing is a dash. Everything that comes from others is escaped:
+`restitch.tasks.report.numbers`); what is missing is a dash. Everything that comes from others is escaped:
 names, reasons and addresses are text, never markup, and the page's own policy forbids scripts and
 every request.
 """
@@ -13,16 +13,16 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tasks.report.drawing import Plot, drawing, to_png, to_svg
-from tasks.report.mask_plots import (
+from restitch.tasks.report.drawing import Plot, drawing, to_png, to_svg
+from restitch.tasks.report.mask_plots import (
     components_plot,
     cosine_plot,
     jaccard_plot,
     layers_plot,
     owners_plot,
 )
-from tasks.report.numbers import Numbers
-from tasks.report.plots import results_plot, retention_plot, tradeoff_plot
+from restitch.tasks.report.numbers import Numbers
+from restitch.tasks.report.plots import results_plot, retention_plot, tradeoff_plot
 
 # Of a line that is remerged every night for years the page lists the newest.
 MOST_VERSIONS = 60

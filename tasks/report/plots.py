@@ -1,14 +1,14 @@
 """The plots of results over tasks and over versions: one function makes one `Plot`.
 
 Each takes plain JSON values as the commands print them and says in words what it shows. What was
-not measured is left out of the picture. See `tasks.report.mask_plots` for those of the masks.
+not measured is left out of the picture. See `restitch.tasks.report.mask_plots` for those of the masks.
 """
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tasks.report.drawing import COLOURS, Plot, axes_in, label, room
-from tasks.report.numbers import number
+from restitch.tasks.report.drawing import COLOURS, Plot, axes_in, label, room
+from restitch.tasks.report.numbers import number
 
 # What is compared on a task, in the order of the rows' marks: colour and shape.
 SERIES = {

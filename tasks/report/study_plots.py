@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
-from tasks.report.drawing import COLOURS, Plot, axes_in, drawing, label, room
-from tasks.report.numbers import number
+from restitch.tasks.report.drawing import COLOURS, Plot, axes_in, drawing, label, room
+from restitch.tasks.report.numbers import number
 
 _MARKS = (
     *(("o", "blue"), ("D", "orange"), ("s", "green"), ("^", "red"), ("v", "pink")),

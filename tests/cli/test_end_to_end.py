@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from restitch.merging.digests import digest_file
+from restitch.modeling.family import get_family
+from restitch.modeling.heads import Head
+from restitch.modeling.rows import Example
 from safetensors.torch import load_file
 
-from merging.digests import digest_file
-from modeling.family import get_family
-from modeling.heads import Head
-from modeling.rows import Example
 from tests.conftest import NewHome, Three
 from tests.shell import Shell
 from tests.worlds import SKILLS, World, write_rows, write_yaml
@@ -226,7 +226,6 @@ def test_a_folder_that_holds_no_model_is_never_replaced(three: Three, tmp_path: 
 def test_an_export_that_fails_leaves_nothing(
     three: Three, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import flows.export
 
     out = tmp_path / "out"
     three.shell("export", "demo", "1", out)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from restitch.registry.catalog import Catalog
 
-from registry.catalog import Catalog
 from tests.conftest import NewHome, Three
 from tests.flows.test_localizing import with_splits
 from tests.flows.test_mlflow_image import client_of, image
@@ -35,8 +35,14 @@ DURABLE = ("fsync", "link", "replace", "rename", "unlink", "rmdir")
 children = multiprocessing.get_context("forkserver")
 children.set_forkserver_preload(
     [
-        *("cli.main", "flows.line", "flows.register", "flows.remerge", "flows.export"),
-        *("flows.decisions", "tests.cli.test_kill"),
+        *(
+            "restitch.cli.main",
+            "restitch.flows.line",
+            "restitch.flows.register",
+            "restitch.flows.remerge",
+            "restitch.flows.export",
+        ),
+        *("restitch.flows.decisions", "tests.cli.test_kill"),
     ]
 )
 
@@ -323,7 +329,7 @@ def test_an_interrupt_within_a_destructor_is_not_dropped(shell: Shell) -> None:
     """Python ignores every exception there, and would go on with the command."""
     script = """
 import signal, sys, time
-import cli.main
+import restitch.cli.main
 class Doomed:
     def __del__(self):
         signal.raise_signal(signal.SIGINT)
@@ -331,10 +337,10 @@ def work(**_):
     Doomed()
     time.sleep(30)
     print("went on")
-cli.main.app = work
+restitch.cli.main.app = work
 signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
-    cli.main.main()
+    restitch.cli.main.main()
 except SystemExit as end:
     print(end.code)
 """

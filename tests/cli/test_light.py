@@ -14,7 +14,7 @@ HEAVY = ("mlflow", "torch", "transformers", "prefect", "datasets", "sqlalchemy",
 PROBE = f"""
 import json, sys, time
 started = time.process_time()
-from cli.main import main
+from restitch.cli.main import main
 try:
     main()
 except SystemExit as end:

@@ -4,10 +4,9 @@ import io
 import time
 
 import pytest
+from restitch.cli.reporter import TerminalReporter
+from restitch.tasks.reporting import reporting_to, say, warn, working
 from rich.console import Console
-
-from cli.reporter import TerminalReporter
-from tasks.reporting import reporting_to, say, warn, working
 
 
 def terminal(quiet: bool) -> tuple[TerminalReporter, io.StringIO]:
@@ -28,7 +27,7 @@ def test_facts_are_not_told_when_quiet_and_warnings_are() -> None:
 
 
 def test_a_bar_appears_only_when_work_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cli.reporter.SHOW_AFTER_SECONDS", 0.05)
+    monkeypatch.setattr("restitch.cli.reporter.SHOW_AFTER_SECONDS", 0.05)
     reporter, out = terminal(quiet=False)
     with reporting_to(reporter), working("quick work") as progress:
         progress(1, 1)

@@ -11,8 +11,8 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+from restitch.registry.head import Head
 
-from registry.head import Head
 from tests.conftest import NewHome
 from tests.fake_prefect import FakePrefect, fake_prefect
 from tests.shell import Shell
@@ -124,13 +124,13 @@ def when_waited_for(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) ->
         sleep = staticmethod(pause)
         monotonic = staticmethod(time.monotonic)
 
-    monkeypatch.setattr("flows.register.time", Clock)
+    monkeypatch.setattr("restitch.flows.register.time", Clock)
 
 
 def test_here_the_work_is_done_though_there_are_workers(
     embedded: Shell, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.register.has_workers", lambda: True)
+    monkeypatch.setattr("restitch.flows.register.has_workers", lambda: True)
     told = embedded.add(world, "colour", "--here")
     assert (told["handed_over"], told["champion"]) == (False, 1)
 
@@ -202,10 +202,10 @@ def test_a_model_that_killed_three_processes_is_quarantined_and_tried_again_when
 DIES = """
 import os, signal, sys
 from pathlib import Path
-import flows.onboard
-from flows.register import register
+import restitch.flows.onboard
+from restitch.flows.register import register
 
-flows.onboard.validate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+restitch.flows.onboard.validate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 for _ in range(3):
     pid = os.fork()
     if pid == 0:

@@ -17,9 +17,9 @@ from unittest.mock import patch
 
 import psutil
 import pytest
+from restitch.registry.stack import StackFile
+from restitch.tasks.prefect_api import PrefectApi
 
-from registry.stack import StackFile
-from tasks.prefect_api import PrefectApi
 from tests.hostile.test_secrets import SECRETS
 from tests.shell import Done, Shell
 from tests.worlds import World
@@ -76,7 +76,7 @@ class Stack:
 
     def line(self, name: str, **changes: Any) -> None:
         """Make a line without telling the server, so that nothing but events touches it."""
-        from flows.line import init_line
+        from restitch.flows.line import init_line
 
         file = self.world.line(
             self.shell.home.parent / f"{name}.yaml", line=name, schedule=NEVER, **changes
@@ -90,9 +90,9 @@ class Stack:
         Args:
             announced: tell the server; without, the event is lost.
         """
-        from flows.register import register
+        from restitch.flows.register import register
 
-        with self.shell.inside(), patch_unless(announced, "flows.register.announce"):
+        with self.shell.inside(), patch_unless(announced, "restitch.flows.register.announce"):
             return register(line, self.world.task(task), str(self.world.model(task))).as_dict()
 
     def remerge(self, line: str, key: str) -> str:

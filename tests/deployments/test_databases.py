@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from restitch.deployments.databases import databases
+from restitch.merging.errors import BadInput, Damage, Unavailable
+from restitch.registry.home import Home
+from restitch.registry.stack import Databases
 
-from deployments.databases import databases
-from merging.errors import BadInput, Damage, Unavailable
-from registry.home import Home
-from registry.stack import Databases
 from tests.servers import free_port, postgres_programs, postgres_server
 
 PREFECT = "PREFECT_SERVER_DATABASE_CONNECTION_URL"

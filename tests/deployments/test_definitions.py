@@ -8,10 +8,10 @@ from uuid import uuid4
 
 import pytest
 from jinja2 import Environment
+from restitch.deployments import entry
+from restitch.deployments.definitions import DEFAULT_CRON, automations, flows, full_name
+from restitch.deployments.deploy import PREFIX, _same, _schema, cron_lines
 
-from deployments import entry
-from deployments.definitions import DEFAULT_CRON, automations, flows, full_name
-from deployments.deploy import PREFIX, _same, _schema, cron_lines
 from tests.conftest import NewHome
 from tests.worlds import World
 

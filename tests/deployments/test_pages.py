@@ -6,12 +6,12 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
+import restitch.cli.main  # noqa: F401  the commands
 import yaml
+from restitch.cli.app import app
+from restitch.deployments.definitions import WORKER_ENVIRONMENT, automations
+from restitch.deployments.doctor import VERSIONS
 
-import cli.main  # noqa: F401  the commands
-from cli.app import app
-from deployments.definitions import WORKER_ENVIRONMENT, automations
-from deployments.doctor import VERSIONS
 from tests.deployments.compose import FOLDER, services
 from tests.shell import ROOT
 

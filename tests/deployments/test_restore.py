@@ -3,8 +3,9 @@
 import shutil
 from pathlib import Path
 
-from registry.catalog import connect
-from registry.home import Home
+from restitch.registry.catalog import connect
+from restitch.registry.home import Home
+
 from tests.conftest import NewHome, Three
 
 

@@ -15,11 +15,11 @@ from typing import Any
 
 import psutil
 import pytest
+from restitch.flows.onboard import attempts_at
+from restitch.registry.attempts import Attempt, process_began
+from restitch.registry.image import DIGEST_TAG, STATE_TAG, VERSION_TAG
+from restitch.tasks.models import device
 
-from flows.onboard import attempts_at
-from registry.attempts import Attempt, process_began
-from registry.image import DIGEST_TAG, STATE_TAG, VERSION_TAG
-from tasks.models import device
 from tests.conftest import Three
 from tests.deployments.conftest import PATIENCE, PLANTED, Stack
 from tests.hostile.test_secrets import leaks

@@ -7,9 +7,9 @@ import sys
 from typing import Any
 
 import pytest
+from restitch.deployments.processes import answers, is_running
+from restitch.registry.attempts import process_began
 
-from deployments.processes import answers, is_running
-from registry.attempts import process_began
 from tests.deployments.conftest import Stack
 
 pytestmark = pytest.mark.timeout(600)

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from restitch.registry.stack import Databases
 from sqlalchemy import create_engine, text
 
-from registry.stack import Databases
 from tests.deployments.conftest import Stack, running_stack
 from tests.deployments.test_stack import *  # noqa: F403
 from tests.servers import postgres_programs, postgres_server

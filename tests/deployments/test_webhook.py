@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from deployments.webhook import (
+from restitch.deployments.webhook import (
     MAX_BYTES,
     NAME,
     Event,
@@ -27,8 +26,9 @@ from deployments.webhook import (
     serve,
     sign,
 )
-from merging.errors import BadInput, Unavailable
-from tasks.prefect_api import PrefectApi
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.tasks.prefect_api import PrefectApi
+
 from tests.servers import free_port, mlflow_server
 from tests.shell import Shell
 

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from restitch.flows.adopt import Adopted, adopt, adopt_one
+from restitch.flows.declare import declare_task
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.registry.catalog import Catalog, connect
+from restitch.registry.head import UNREAD
+from restitch.registry.home import Home
+from restitch.registry.image import DIGEST_TAG, VERSION_TAG
 
-from flows.adopt import Adopted, adopt, adopt_one
-from flows.declare import declare_task
-from merging.errors import BadInput, Unavailable
-from registry.catalog import Catalog, connect
-from registry.head import UNREAD
-from registry.home import Home
-from registry.image import DIGEST_TAG, VERSION_TAG
 from tests.servers import free_port, mlflow_server, s3_server
 from tests.shell import Shell
 from tests.worlds import World
@@ -400,7 +400,7 @@ def test_a_source_that_is_away_is_left_for_the_next_call(
 
     before = line.head_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr("flows.adopt.describe_model", away)
+        patched.setattr("restitch.flows.adopt.describe_model", away)
         assert adopt("demo") == ()
         with pytest.raises(Unavailable) as raised:
             adopt_one("demo", "colour", 1)

@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from restitch.merging.errors import Unavailable
+from restitch.registry.catalog import Catalog
+from restitch.registry.head import Member
+from restitch.tasks.evaluate import Exam
+from restitch.tasks.localizers import Localizer, Ranking
 
-from merging.errors import Unavailable
-from registry.catalog import Catalog
-from registry.head import Member
-from tasks.evaluate import Exam
-from tasks.localizers import Localizer, Ranking
 from tests.cli.test_end_to_end import plain
 from tests.flows.test_localizing import with_splits
 from tests.shell import Shell
@@ -120,7 +120,7 @@ def test_the_pair_shares_more_and_more_until_it_is_the_average(
 def test_again_nothing_is_ranked_or_evaluated_and_a_further_density_costs_only_itself(
     shell: Shell, everything: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from tasks import growing
+    from restitch.tasks import growing
 
     asked: list[str] = []
     take, rank = Exam.take, growing._rank
@@ -185,7 +185,7 @@ def test_a_localizer_is_left_out_where_a_task_has_no_rows_for_it(shell: Shell) -
 
 
 def test_it_is_a_run_in_mlflow(shell: Shell, everything: dict[str, Any]) -> None:
-    from registry.home import Home
+    from restitch.registry.home import Home
 
     with shell.inside():
         client = Catalog(Home.from_environment()).client

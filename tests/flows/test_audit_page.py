@@ -17,9 +17,6 @@ from unittest.mock import patch
 
 import pytest
 
-import flows.candidates
-import flows.register
-import registry.ledger
 from tests.conftest import NewHome
 from tests.shell import ROOT, Shell
 from tests.worlds import World

@@ -8,12 +8,11 @@ from typing import Any
 
 import pytest
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.digests import digest_file
+from restitch.merging.errors import Unavailable
+from restitch.merging.methods import get_method, method_names
 
-import merging.methods
-from merging.checkpoint import Checkpoint
-from merging.digests import digest_file
-from merging.errors import Unavailable
-from merging.methods import get_method, method_names
 from tests.cli.test_end_to_end import plain
 from tests.flows.test_localizing import with_splits
 from tests.shell import Shell
@@ -185,8 +184,8 @@ def test_the_table_has_every_method_with_its_tuned_setting(shell: Shell) -> None
 
 
 def test_it_is_a_run_in_mlflow(shell: Shell, tuned: dict[str, Any]) -> None:
-    from registry.catalog import Catalog
-    from registry.home import Home
+    from restitch.registry.catalog import Catalog
+    from restitch.registry.home import Home
 
     with shell.inside():
         client = Catalog(Home.from_environment()).client
@@ -260,8 +259,8 @@ def test_a_version_says_that_it_has_specialists_and_whose_they_are(
 def test_specialists_are_a_run_in_mlflow_with_their_table_and_a_plot(
     shell: Shell, kept: tuple[dict[str, Any], Path]
 ) -> None:
-    from registry.catalog import Catalog
-    from registry.home import Home
+    from restitch.registry.catalog import Catalog
+    from restitch.registry.home import Home
 
     found, out = kept
     champion = shell.ledger().merged(2).results
@@ -353,7 +352,7 @@ def test_specialists_that_a_removal_took_meanwhile_are_not_named(
 
     assert len(list((shell.home / "store/keys/specialists").iterdir())) == 1
     with monkeypatch.context() as patched:
-        patched.setattr("flows.experts.check_there", removed)
+        patched.setattr("restitch.flows.experts.check_there", removed)
         shell("experts", "demo", "--method", "emr", "--replace", code=6)
     assert not list((shell.home / "store/keys/specialists").iterdir())
     assert shell.json("experts", "demo", "--tune")["manifest"] == kept[0]["manifest"]

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from restitch.registry.head import Head
 
-from registry.head import Head
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.worlds import World
@@ -217,14 +217,14 @@ def test_a_retirement_during_a_remerge_is_not_lost(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No version that is made after a retirement holds what was retired."""
-    from flows.acts import record_version
+    from restitch.flows.acts import record_version
 
     def late(*args: Any) -> Any:
         line.do("retire", "demo", "number", "--no-remerge")
-        monkeypatch.setattr("flows.remerge.record_version", record_version)
+        monkeypatch.setattr("restitch.flows.remerge.record_version", record_version)
         return record_version(*args)
 
-    monkeypatch.setattr("flows.remerge.record_version", late)
+    monkeypatch.setattr("restitch.flows.remerge.record_version", late)
     line.add("wreck")
     kinds = line.shell.kinds()
     after = line.shell.acts()[kinds.index("retired") :]

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+from restitch.flows.snapshot import take_snapshot
+from restitch.registry.head import Head, ModelRef, ModelVersion
 
-from flows.snapshot import take_snapshot
-from registry.head import Head, ModelRef, ModelVersion
 from tests.shell import Shell
 from tests.worlds import World, write_yaml
 

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from restitch.merging.digests import digest_bytes
+from restitch.merging.errors import Unavailable
+from restitch.registry.announcement import STATE, announced
+from restitch.registry.inventory import in_use, take_inventory
+from restitch.registry.objects import ObjectStore
+from restitch.registry.references import named_in
+from restitch.registry.store import FolderStore
 
-from merging.digests import digest_bytes
-from merging.errors import Unavailable
-from registry.announcement import STATE, announced
-from registry.inventory import in_use, take_inventory
-from registry.objects import ObjectStore
-from registry.references import named_in
-from registry.store import FolderStore
 from tests.conftest import NewHome, Three
 from tests.registry.builders import ledger as ledger_of
 from tests.registry.builders import model, with_task
@@ -143,7 +143,7 @@ def test_masks_stay_while_a_model_waits_to_be_onboarded(
 
     task = ("register", "demo", "--task", world.task("colour"), "--model", world.model("colour"))
     with monkeypatch.context() as patched:
-        patched.setattr("flows.onboard.evaluate", away)
+        patched.setattr("restitch.flows.onboard.evaluate", away)
         shell(*task, code=6)
     (mask,) = objects_of(shell).store.list("keys/mask")
     shell("gc", "--older-than", "0s", "--yes")
@@ -162,7 +162,7 @@ def test_in_a_damaged_store_nothing_is_removed(copy: Shell) -> None:
 
 KILLED = """
 import os, sys
-from registry.store import FolderStore
+from restitch.registry.store import FolderStore
 remove, calls = FolderStore.remove, []
 def dies(self, name):
     calls.append(name)
@@ -170,7 +170,7 @@ def dies(self, name):
         os.kill(os.getpid(), 9)
     return remove(self, name)
 FolderStore.remove = dies
-from flows.gc import collect
+from restitch.flows.gc import collect
 collect(0.0, remove=True)
 """
 
@@ -203,7 +203,7 @@ def test_killed_at_any_removal_nothing_leads_nowhere_and_the_next_one_goes_on(
 
 REMOVING = """
 import sys
-from flows.gc import collect
+from restitch.flows.gc import collect
 while True:
     try:
         collect(0.0, remove=True)
@@ -266,7 +266,7 @@ def test_a_key_that_came_before_the_announcement_keeps_its_blob(
         with announced(*asked):
             yield
 
-    monkeypatch.setattr("flows.gc.announced", late)
+    monkeypatch.setattr("restitch.flows.gc.announced", late)
     copy("gc", "--older-than", "0s", "--yes")
     assert {blob, f"keys/patch/{digest}"} == names_of(copy) & (lone | {f"keys/patch/{digest}"})
 
@@ -282,7 +282,7 @@ def test_a_key_whose_blob_is_being_removed_is_taken_back(
             assert not publishing.done()
         objects.store.remove(f"blobs/{blob}")
         # Whoever removes is killed here, and cannot look for such keys any more.
-        monkeypatch.setattr("registry.announcement.process_began", lambda _pid: None)
+        monkeypatch.setattr("restitch.registry.announcement.process_began", lambda _pid: None)
         with pytest.raises(Unavailable, match="was removed by `restitch gc`"):
             publishing.result()
     assert objects.lookup("mask", blob) is None

@@ -15,10 +15,10 @@ from tests.worlds import World, write_yaml
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from flows.line import init_line
-from flows.register import register
-from flows.remerge import remerge
-from merging.errors import RestitchError
+from restitch.flows.line import init_line
+from restitch.flows.register import register
+from restitch.flows.remerge import remerge
+from restitch.merging.errors import RestitchError
 
 folder = Path(sys.argv[1])
 found = {}

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from restitch.merging.recipe import Recipe
+from restitch.merging.stitch import write_patch
+from restitch.registry.head import Head
 
-from merging.recipe import Recipe
-from merging.stitch import write_patch
-from registry.head import Head
 from tests.conftest import NewHome, Three
 from tests.shell import Shell
 from tests.worlds import SKILLS, World, copied, write_yaml
@@ -61,10 +61,10 @@ def test_step_by_step_is_the_same_as_from_nothing(bare: Bare, three: Three) -> N
 
 
 def test_a_version_is_rebuilt_from_its_recorded_recipe(three: Three, tmp_path: Path) -> None:
-    from tasks.merge import recipe_edits
-    from tasks.models import open_base
-    from tasks.refs import LineRef
-    from tasks.workspace import workspace
+    from restitch.tasks.merge import recipe_edits
+    from restitch.tasks.models import open_base
+    from restitch.tasks.refs import LineRef
+    from restitch.tasks.workspace import workspace
 
     head = three.shell.head()
     for version in head.versions:
@@ -219,7 +219,7 @@ def test_a_damaged_object_is_found_before_it_is_used(bare: Bare, kind: str, tmp_
 
 
 def test_models_registered_at_once_are_all_in_the_champion(bare: Bare) -> None:
-    from flows.register import register
+    from restitch.flows.register import register
 
     shell = bare.line("home")
     tasks = {f"task-{number}": SKILLS[number % 3] for number in range(6)}
@@ -245,7 +245,7 @@ def test_a_slow_worker_never_puts_back_what_another_one_has_merged(
     bare: Bare, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """On another host, where no lock keeps them apart."""
-    import flows.remerge as module
+    import restitch.flows.remerge as module
 
     shell = bare.line("home")
     for task in ("colour", "number"):

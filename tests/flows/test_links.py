@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-
-from flows.links import links, mlflow_run
+from restitch.flows.links import links, mlflow_run
 
 DIGEST = "ab" * 32
 

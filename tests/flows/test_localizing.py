@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from restitch.merging.checkpoint import Checkpoint
+from restitch.tasks import models
+from restitch.tasks.localizers import Fisher, Ranking
 
-from merging.checkpoint import Checkpoint
-from tasks import models
-from tasks.localizers import Fisher, Ranking
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.worlds import World, write_rows, write_yaml

@@ -30,7 +30,7 @@ def exported(shell: Shell, out: Path) -> dict[str, torch.Tensor]:
 
 def localizable(world: World, shell: Shell) -> tuple[str, ...]:
     """The tensors that the members' deltas have."""
-    from merging.sparse import SparseFile
+    from restitch.merging.sparse import SparseFile
 
     ledger = shell.ledger()
     delta = shell.head().tasks["colour"].versions[1].delta
@@ -95,7 +95,7 @@ def test_a_numeric_version_is_compared_with_what_made_it(
     # The same with another torch, whose singular vectors have other last bits.
     plain, other = torch.linalg.svd, {**record.fingerprint, "torch": "9.9"}
     monkeypatch.setattr(torch.linalg, "svd", lambda m, **o: plain(m + 1e-7 * m.abs().max(), **o))
-    monkeypatch.setattr("tasks.merge.fingerprint", lambda _device: other)
+    monkeypatch.setattr("restitch.tasks.merge.fingerprint", lambda _device: other)
     found = shell.json("verify", "demo", "--version", 2)
     assert (found["intact"], found["rebuilt"]) == (True, [])
     (note,) = [one["text"] for one in found["findings"] if one["subject"] == "version 2"]
@@ -103,7 +103,7 @@ def test_a_numeric_version_is_compared_with_what_made_it(
     apart = float(note.rpartition("more than ")[2].split()[0])
     assert 0 < apart < 1e-3
     # With the torch that made it, other bytes are damage.
-    monkeypatch.setattr("tasks.merge.fingerprint", lambda _device: record.fingerprint)
+    monkeypatch.setattr("restitch.tasks.merge.fingerprint", lambda _device: record.fingerprint)
     assert not shell.json("verify", "demo", "--version", 2, code=7)["intact"]
 
 

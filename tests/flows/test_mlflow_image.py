@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import pytest
+from restitch.registry.catalog import connect
+from restitch.registry.home import Home
 
-from registry.catalog import connect
-from registry.home import Home
 from tests.conftest import Three
 from tests.shell import Shell
 from tests.worlds import SKILLS, World
@@ -154,8 +154,8 @@ def test_a_candidate_and_a_champion_have_their_aliases(
 def test_what_mlflow_missed_is_completed_by_a_remerge(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from merging.errors import Unavailable
-    from registry.catalog import Catalog
+    from restitch.merging.errors import Unavailable
+    from restitch.registry.catalog import Catalog
 
     def away(*_: object, **__: object) -> int:
         raise Unavailable("MLflow is away")

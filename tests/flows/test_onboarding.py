@@ -161,7 +161,6 @@ def test_a_loss_outside_of_masks_is_warned_of_by_accuracy(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A small share of the norm may still be what the task lives on."""
-    import flows.onboard
 
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
     model = outside(world, tmp_path / "model", 0.5)
@@ -300,8 +299,8 @@ def test_the_classes_may_come_from_the_data(
 
 
 def test_a_model_may_come_from_mlflow(world: World, shell: Shell, tmp_path: Path) -> None:
-    from registry.catalog import connect
-    from registry.home import Home
+    from restitch.registry.catalog import connect
+    from restitch.registry.home import Home
 
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
     client = connect(Home(shell.home))

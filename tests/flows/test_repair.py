@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from restitch.registry.catalog import connect
+from restitch.registry.home import Home
+from restitch.registry.inventory import take_inventory
+from restitch.registry.objects import ObjectStore
+from restitch.registry.store import FolderStore
 
-from registry.catalog import connect
-from registry.home import Home
-from registry.inventory import take_inventory
-from registry.objects import ObjectStore
-from registry.store import FolderStore
 from tests.conftest import NewHome, Three
 from tests.flows.test_gc import exported
 from tests.shell import ROOT, Shell
@@ -181,7 +181,7 @@ def test_a_delta_whose_model_is_gone_or_comes_out_otherwise_is_lost(
     flip(file)
     broken = file.read_bytes()
     # As if the mask were found by gradients on another device.
-    from tasks.localize import write_delta
+    from restitch.tasks.localize import write_delta
 
     def otherwise(path: Path, *given: Any) -> Any:
         found = write_delta(path, *given)
@@ -189,7 +189,7 @@ def test_a_delta_whose_model_is_gone_or_comes_out_otherwise_is_lost(
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr("flows.remedies.write_delta", otherwise)
+        patched.setattr("restitch.flows.remedies.write_delta", otherwise)
         one = damaged(shell.json("verify", "--repair", code=7))[f"blobs/{delta}"]
     assert "it is lost" in one["outcome"]
     assert "gives" in one["outcome"]
@@ -242,7 +242,7 @@ def test_the_base_s_copy_comes_back_from_where_the_base_lies(
     world: World, new_home: NewHome, tmp_path: Path
 ) -> None:
     """Only a line in a bucket copies its base; here its head says so."""
-    from registry.sources import copy_into_store, resolve_source
+    from restitch.registry.sources import copy_into_store, resolve_source
 
     shell = new_home("home")
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
@@ -279,7 +279,7 @@ def test_mlflow_is_completed_from_the_trail(copy: Shell) -> None:
 
 KILLED = """
 import os, sys
-from registry.store import FolderStore
+from restitch.registry.store import FolderStore
 calls = []
 def dies(real):
     def call(*arguments, **given):
@@ -290,7 +290,7 @@ def dies(real):
     return call
 for name in ("mend", "remove", "put", "swap"):
     setattr(FolderStore, name, dies(getattr(FolderStore, name)))
-from flows.verify_all import verify_all
+from restitch.flows.verify_all import verify_all
 verify_all(None, deep=True, repair=True)
 """
 

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from restitch.cli.formats import size
+from restitch.merging.recipe import Recipe
+from restitch.registry.history import MergedRecord
+from restitch.registry.inventory import take_inventory
 
-from cli.formats import size
-from merging.recipe import Recipe
-from registry.history import MergedRecord
-from registry.inventory import take_inventory
 from tests.conftest import NewHome
 from tests.flows.test_localizing import with_splits
 from tests.shell import Shell
@@ -137,7 +137,7 @@ def test_a_member_brings_its_statistics_and_a_remerge_only_combines(
     (mended,) = shell.json("verify", "demo", "--repair")["store"]["damaged"]
     assert mended["outcome"] == "written again from what the line says of colour 1"
 
-    monkeypatch.setattr("tasks.statistics.write_statistic_of", None)
+    monkeypatch.setattr("restitch.tasks.statistics.write_statistic_of", None)
     shell("remerge", "demo")
     assert record(shell).statistics == {"gram/colour": digest}
     assert record(shell).members["colour"].facts["statistics_bytes"] == len(data)
@@ -189,7 +189,7 @@ def test_a_task_without_train_rows_is_refused_where_the_method_needs_them(
     assert shell.head_bytes() == before
     # One that was on its way while the line was given the method: it joins, the merge refuses.
     with monkeypatch.context() as racing:
-        racing.setattr("flows.declare.check_rows_for", lambda *_: None)
+        racing.setattr("restitch.flows.declare.check_rows_for", lambda *_: None)
         assert "none for number" in shell("register", "demo", *files, code=3).err
     assert shell.head().tasks["number"].versions[1].state == "ready"
     shell("retire", "demo", "number", "--no-remerge", "--reason", "it lacks rows")
@@ -206,7 +206,7 @@ def test_a_comparison_of_all_methods_leaves_out_those_that_lack_rows(
 ) -> None:
     line(shell, world, tmp_path, "averaging")
     shell.add(world, "colour")
-    monkeypatch.setattr("flows.compare.method_names", lambda: ["averaging", "regmean"])
+    monkeypatch.setattr("restitch.flows.compare.method_names", lambda: ["averaging", "regmean"])
     found = shell.json("compare", "demo")
     assert [row["method"] for row in found["methods"]] == ["averaging"]
     assert found["left_out"] == {"regmean": ["colour"]}

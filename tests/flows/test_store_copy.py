@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from restitch.registry.home import Home
+from restitch.registry.store import FolderStore, Store
 
-from registry.home import Home
-from registry.store import FolderStore, Store
 from tests.conftest import NewHome, Three
 from tests.shell import ROOT
 
@@ -30,7 +30,7 @@ def contents(store: Store) -> dict[str, bytes]:
 KILLED = """
 import os, sys
 from pathlib import Path
-from registry.store import FolderStore
+from restitch.registry.store import FolderStore
 put, swap, calls = FolderStore.put, FolderStore.swap, []
 def dies(real):
     def call(*arguments, **given):
@@ -40,7 +40,7 @@ def dies(real):
         return real(*arguments, **given)
     return call
 FolderStore.put, FolderStore.swap = dies(put), dies(swap)
-from flows.store_copy import copy_store
+from restitch.flows.store_copy import copy_store
 copy_store(sys.argv[1], sys.argv[2])
 """
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 import torch
+from restitch.flows.snapshot import take_snapshot
+from restitch.flows.study import STUDIES
+from restitch.flows.study.continual import FINETUNING
+from restitch.merging.errors import Unavailable
+from restitch.registry.catalog import Catalog
+from restitch.registry.objects import ObjectStore
+from restitch.tasks.finetune import finetune
+from restitch.tasks.models import live_base, open_base, open_sparse
+from restitch.tasks.workspace import workspace
 
-from flows.snapshot import take_snapshot
-from flows.study import STUDIES
-from flows.study.continual import FINETUNING
-from merging.errors import Unavailable
-from registry.catalog import Catalog
-from registry.objects import ObjectStore
-from tasks.finetune import finetune
-from tasks.models import live_base, open_base, open_sparse
-from tasks.workspace import workspace
 from tests.cli.test_end_to_end import plain
 from tests.flows.test_localizing import add_with_splits
 from tests.shell import Shell
@@ -43,10 +43,10 @@ def shell(world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: 
 
 def smaller(patch: pytest.MonkeyPatch) -> None:
     """Studies of fewer points; their numbers are exact whatever there is of them."""
-    patch.setattr("flows.study.tasks.MOST", 2)
-    patch.setattr("flows.study.continual.OTHERS", ("task-arithmetic",))
-    patch.setattr("flows.study.shots.SHOTS", (1, 4))
-    patch.setattr("flows.study.density.DENSITIES", (0.05, 0.3))
+    patch.setattr("restitch.flows.study.tasks.MOST", 2)
+    patch.setattr("restitch.flows.study.continual.OTHERS", ("task-arithmetic",))
+    patch.setattr("restitch.flows.study.shots.SHOTS", (1, 4))
+    patch.setattr("restitch.flows.study.density.DENSITIES", (0.05, 0.3))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_again_a_study_makes_nothing_anew(
 
     monkeypatch.setattr(ObjectStore, "publish", published)
     smaller(monkeypatch)
-    monkeypatch.setattr("flows.study.flow.log_study", lambda *_, **__: None)
+    monkeypatch.setattr("restitch.flows.study.flow.log_study", lambda *_, **__: None)
     for name in STUDIES:
         assert shell.json("study", name, "demo")["rows"] == made[name]["rows"]
 
@@ -145,8 +145,8 @@ def test_a_gpu_that_is_too_small_to_finetune_on_is_told(
             parameters[names[0]].zero_()
         raise torch.OutOfMemoryError("Tried to allocate 20 MiB\nand more")
 
-    monkeypatch.setattr("tasks.finetune.learn", learn)
-    monkeypatch.setattr("tasks.finetune.MOST_ROWS", 7)
+    monkeypatch.setattr("restitch.tasks.finetune.learn", learn)
+    monkeypatch.setattr("restitch.tasks.finetune.MOST_ROWS", 7)
     with shell.inside():
         snapshot = take_snapshot(shell.ledger())
         line, member = snapshot.line_in_use, snapshot.members[0]
@@ -200,7 +200,7 @@ def test_localizers_are_given_the_rows_that_a_study_says(made: Made) -> None:
 
 
 def test_every_method_is_timed(made: Made) -> None:
-    from merging.methods import get_method, method_names
+    from restitch.merging.methods import get_method, method_names
 
     rows = made["runtime"]["rows"]
     merged = {name for name in method_names() if get_method(name).kind == "merged"}
@@ -209,7 +209,7 @@ def test_every_method_is_timed(made: Made) -> None:
 
 
 def test_a_study_is_a_run_in_mlflow(shell: Shell, made: Made) -> None:
-    from registry.home import Home
+    from restitch.registry.home import Home
 
     with shell.inside():
         client = Catalog(Home.from_environment()).client

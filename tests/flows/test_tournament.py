@@ -7,14 +7,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from restitch.flows.snapshot import take_snapshot
+from restitch.flows.tournament import held_before, hold, told
+from restitch.modeling.family import get_family
+from restitch.modeling.heads import HeadSpec
+from restitch.modeling.rows import Example
+from restitch.registry.catalog import Catalog
+from restitch.registry.specs import TournamentSpec
 
-from flows.snapshot import take_snapshot
-from flows.tournament import held_before, hold, told
-from modeling.family import get_family
-from modeling.heads import HeadSpec
-from modeling.rows import Example
-from registry.catalog import Catalog
-from registry.specs import TournamentSpec
 from tests.cli.test_end_to_end import plain
 from tests.conftest import NewHome
 from tests.flows.test_localizing import SPLITS, add_with_splits, rows_of, with_splits
@@ -121,7 +121,7 @@ def test_the_best_by_validation_rows_merges_and_all_are_on_record(
 
 def test_the_better_half_is_asked_more_rows(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {one["label"]: one for one in tournament(shell)["entrants"]}
-    monkeypatch.setattr("tasks.contest.LEAST_ROWS", 5)
+    monkeypatch.setattr("restitch.tasks.contest.LEAST_ROWS", 5)
     with shell.inside():
         snapshot = take_snapshot(shell.ledger())
         found = hold(snapshot.line, snapshot.members, None, (), None).found
@@ -146,7 +146,7 @@ def test_the_better_half_is_asked_more_rows(shell: Shell, monkeypatch: pytest.Mo
 def test_nothing_new_does_nothing_and_needs_no_contest(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.contest._Jury.decide", held_again)
+    monkeypatch.setattr("restitch.tasks.contest._Jury.decide", held_again)
     before = shell.head_bytes()
     assert shell.json("remerge", "demo")["action"] == "unchanged"
     assert shell.json("remerge", "demo", "--force")["action"] == "unchanged"
@@ -175,7 +175,7 @@ def test_other_commands_take_the_method_in_use(
         spec = take_snapshot(shell.ledger()).line_in_use.spec
     best = tournament(shell)["entrants"][0]
     assert (spec.method.name, spec.method.settings) == (best["name"], best["settings"])
-    monkeypatch.setattr("flows.compare.log_study", lambda *_, **__: None)
+    monkeypatch.setattr("restitch.flows.compare.log_study", lambda *_, **__: None)
     (row,) = shell.json("compare", "demo", "--methods", best["name"])["methods"]
     assert row["settings"] == best["settings"]
     assert row["patch"] == shell.ledger().merged(shell.head().champion or 0).patch
@@ -228,10 +228,10 @@ def test_who_is_killed_after_a_contest_does_not_hold_it_again(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("flows.candidates.stitch", killed)
+        patch.setattr("restitch.flows.candidates.stitch", killed)
         shell("register", "demo", *_files(world, tmp_path, "animal"), code=130)
     assert shell.head().champion == 2
-    monkeypatch.setattr("tasks.contest._Jury.decide", held_again)
+    monkeypatch.setattr("restitch.tasks.contest._Jury.decide", held_again)
     assert shell.json("remerge", "demo")["action"] == "promoted"
     assert shell.head().champion == 3
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+from restitch.merging.digests import digest_bytes
+from restitch.registry.history import Entry
 
-from merging.digests import digest_bytes
-from registry.history import Entry
 from tests.cli.test_end_to_end import plain
 from tests.conftest import Three
 from tests.shell import Shell
@@ -221,7 +221,7 @@ def test_a_line_that_goes_on_meanwhile_is_not_called_damaged(
     copy: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An act between the look at MLflow and the look at the trail, and one during the latter."""
-    from registry.ledger import Ledger
+    from restitch.registry.ledger import Ledger
 
     real = Ledger.entries
     acts: list[Literal["pinned", "unpinned"]] = ["pinned", "unpinned"]

@@ -8,22 +8,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from restitch.flows.adopt import _parsed
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.merging.regular import open_regular
+from restitch.modeling.configs import read_config
+from restitch.modeling.family import get_family
+from restitch.modeling.licence import read_licence
+from restitch.registry.allowed import check_address, check_path
+from restitch.registry.catalog import connect
+from restitch.registry.home import Home
+from restitch.registry.sources import pin_data, resolve_source
+from restitch.registry.spec_files import load_task
+from restitch.registry.specs import TaskSpec
+from restitch.tasks.inputs import data_spec, task_data
 from safetensors.torch import save_file
 
-from flows.adopt import _parsed
-from merging.checkpoint import Checkpoint
-from merging.errors import BadInput, Unavailable
-from merging.regular import open_regular
-from modeling.configs import read_config
-from modeling.family import get_family
-from modeling.licence import read_licence
-from registry.allowed import check_address, check_path
-from registry.catalog import connect
-from registry.home import Home
-from registry.sources import pin_data, resolve_source
-from registry.spec_files import load_task
-from registry.specs import TaskSpec
-from tasks.inputs import data_spec, task_data
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.worlds import World, copied
@@ -199,7 +199,7 @@ def test_a_model_that_this_worker_may_not_read_stays_registered(
         raise Unavailable("the worker is away")
 
     with monkeypatch.context() as patched:
-        patched.setattr("flows.onboard.validate", away)
+        patched.setattr("restitch.flows.onboard.validate", away)
         shell("register", "demo", *task, "--model", model, code=6)
     monkeypatch.setenv(ROOTS, str(world.root))
     told = shell("remerge", "demo", code=None).err.replace("\n", "")

@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from restitch.merging import checkpoint as module
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.errors import BadInput
+from restitch.merging.header import Header, read_header
 from safetensors.torch import save, save_file
 
 from benchmarks.hostile_files import check_checkpoint, checkpoints
-from merging import checkpoint as module
-from merging.checkpoint import Checkpoint
-from merging.errors import BadInput
-from merging.header import Header, read_header
 
 GOOD = save({"a": torch.arange(6.0), "b": torch.ones(2, 2, dtype=torch.bfloat16)})
 
@@ -52,8 +52,8 @@ HUGE = {
 _LIMITED = """
 import resource, sys
 from pathlib import Path
-from merging.checkpoint import Checkpoint
-from merging.errors import BadInput
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.errors import BadInput
 import torch
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
+from restitch.deployments import webhook
+from restitch.deployments.webhook import application, handle, sign
 
 from benchmarks.hostile_texts import SECRET, Delivery, check_delivery, deliveries
-from deployments import webhook
-from deployments.webhook import application, handle, sign
 
 
 @settings(max_examples=200, deadline=None)

@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from restitch.merging.errors import BadInput, Damage
+from restitch.merging.recipe import Recipe
+from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.modeling.family import get_family
+from restitch.modeling.records import read_records
+from restitch.tasks.merge import recipe_edits
+from restitch.tasks.models import describe_model, live_base, open_base
+from restitch.tasks.refs import LineRef, WeightsRef
+from restitch.tasks.workspace import workspace
 
-from merging.errors import BadInput, Damage
-from merging.recipe import Recipe
-from merging.sparse import SparseFile, SparseTensor, write_sparse
-from modeling.family import get_family
-from modeling.records import read_records
-from tasks.merge import recipe_edits
-from tasks.models import describe_model, live_base, open_base
-from tasks.refs import LineRef, WeightsRef
-from tasks.workspace import workspace
 from tests.conftest import Three
 from tests.shell import Shell
 from tests.worlds import World, copied
@@ -124,7 +124,7 @@ def test_a_model_that_changes_while_it_is_localized_leaves_no_mask(
         return write_sparse(*args, **options)
 
     with monkeypatch.context() as patched:
-        patched.setattr("tasks.localize.write_sparse", changing)
+        patched.setattr("restitch.tasks.localize.write_sparse", changing)
         told = register(line, world, model, 3)
     assert "changed while it was read" in told.replace("\n", "")
     assert not line.head().members

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import given, settings
+from restitch.merging.errors import Damage
+from restitch.merging.positions import encode
+from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
 
 from benchmarks.hostile_files import (
     check_positions,
@@ -14,9 +17,6 @@ from benchmarks.hostile_files import (
     positions,
     sparse_files,
 )
-from merging.errors import Damage
-from merging.positions import encode
-from merging.sparse import SparseFile, SparseTensor, write_sparse
 
 
 @settings(max_examples=150, deadline=None)

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
+from restitch.flows.adopt import _parsed
+from restitch.merging.errors import BadInput
+from restitch.registry.documents import parse_mapping
+from restitch.registry.home import Home
+from restitch.registry.sources import pin_data, resolve_source
+from restitch.registry.spec_files import load_line, load_task
 
 from benchmarks.hostile_texts import LINE, TASK, check_line, check_task, lines, tasks
-from flows.adopt import _parsed
-from merging.errors import BadInput
-from registry.documents import parse_mapping
-from registry.home import Home
-from registry.sources import pin_data, resolve_source
-from registry.spec_files import load_line, load_task
 
 
 @settings(max_examples=100, deadline=None)
@@ -100,7 +100,7 @@ def test_anchors_that_explode_cost_nothing() -> None:
 
 
 def test_a_megabyte_of_values_is_refused_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    from registry.documents import _Loader
+    from restitch.registry.documents import _Loader
 
     composed = 0
     compose = _Loader.compose_node
@@ -110,7 +110,7 @@ def test_a_megabyte_of_values_is_refused_while_it_is_read(monkeypatch: pytest.Mo
         composed += 1
         return compose(self, *args)
 
-    monkeypatch.setattr("registry.documents._MAX_VALUES", 2000)
+    monkeypatch.setattr("restitch.registry.documents._MAX_VALUES", 2000)
     monkeypatch.setattr(_Loader, "compose_node", counted)
     with pytest.raises(BadInput, match="more than 2,000 values"):
         parse_mapping("a:\n" + "- b\n" * 250_000, "the file")

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import torch
+from restitch.merging.agreement import agreement_profile, elected_sum, kept_profile, summed
+from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.stitch import Member
 
-from merging.agreement import agreement_profile, elected_sum, kept_profile, summed
-from merging.sparse import SparseFile, SparseTensor, write_sparse
-from merging.stitch import Member
 from tests import tiny
 
 

@@ -3,8 +3,7 @@
 import threading
 
 import pytest
-
-from merging.batches import ahead
+from restitch.merging.batches import ahead
 
 
 @pytest.mark.parametrize("threads", [1, 4])

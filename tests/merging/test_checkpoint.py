@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.errors import BadInput
 from safetensors.torch import save_file
 
-from merging.checkpoint import Checkpoint
-from merging.errors import BadInput
 from tests import tiny
 
 

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from restitch.merging.comparison import compare
+from restitch.merging.errors import CannotJoin
 
-from merging.comparison import compare
-from merging.errors import CannotJoin
 from tests import tiny
 
 REQUIRED = ("encoder.a", "encoder.b")

@@ -2,8 +2,7 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
-
-from merging.digests import canonical_json, digest_bytes, digest_file, digest_json
+from restitch.merging.digests import canonical_json, digest_bytes, digest_file, digest_json
 
 
 def test_a_file_has_the_digest_of_its_bytes(tmp_path: Path) -> None:

@@ -7,17 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import Edits, StreamedEdits, edited
+from restitch.merging.errors import BadInput
+from restitch.merging.kept_vector import KeptVector
+from restitch.merging.mask import Mask
+from restitch.merging.methods import get_method
+from restitch.merging.rounding import round_once
+from restitch.merging.stitch import Member, write_patch
+from restitch.merging.task_vector import TaskVector
 from torch import Tensor
 
-from merging.checkpoint import Checkpoint
-from merging.edits import Edits, StreamedEdits, edited
-from merging.errors import BadInput
-from merging.kept_vector import KeptVector
-from merging.mask import Mask
-from merging.methods import get_method
-from merging.rounding import round_once
-from merging.stitch import Member, write_patch
-from merging.task_vector import TaskVector
 from tests import tiny
 
 METHODS = ("averaging", "task-arithmetic", "ties", "consensus-ta", "consensus-ties")
@@ -134,7 +134,7 @@ def test_streamed_in_any_parts_it_is_the_same_bytes(
     edits = get_method(name)(base, members)
     assert isinstance(edits, StreamedEdits)
     whole = {tensor: edited(base, edits, tensor) for tensor in edits.names}
-    monkeypatch.setattr("merging.elementwise.BLOCK", 7)
+    monkeypatch.setattr("restitch.merging.elementwise.BLOCK", 7)
     for tensor in edits.names:
         flat = base.tensor(tensor).clone().view(-1)
         edit = edits.editor(tensor)

@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from restitch.merging import export as module
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import Edits, NoEdits, StreamedEdits, edited
+from restitch.merging.export import export_weights
+from restitch.merging.stitch import stitch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from merging import export as module
-from merging.checkpoint import Checkpoint
-from merging.edits import Edits, NoEdits, StreamedEdits, edited
-from merging.export import export_weights
-from merging.stitch import stitch
 from tests import tiny
 
 

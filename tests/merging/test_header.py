@@ -7,11 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.errors import BadInput
+from restitch.merging.header import read_header, write_header
 from safetensors.torch import load_file, save
-
-from merging.checkpoint import Checkpoint
-from merging.errors import BadInput
-from merging.header import read_header, write_header
 
 GOOD: dict[str, Any] = {
     "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]},

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.digests import digest_file
+from restitch.merging.export import export_weights
+from restitch.merging.methods import get_method
+from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
+from restitch.merging.sparse import SparseFile
+from restitch.merging.stitch import Member, stitch, write_patch
 
-from merging.checkpoint import Checkpoint
-from merging.digests import digest_file
-from merging.export import export_weights
-from merging.methods import get_method
-from merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
-from merging.sparse import SparseFile
-from merging.stitch import Member, stitch, write_patch
 from tests import tiny
 
 TASKS = ("a", "B", "b2", "é", "z")

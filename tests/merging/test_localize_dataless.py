@@ -5,12 +5,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from restitch.merging.errors import BadInput
+from restitch.merging.localize_dataless import kept_count, localize_dataless
+from restitch.merging.mask import Mask
+from restitch.merging.task_vector import TaskVector
 from torch import Tensor
 
-from merging.errors import BadInput
-from merging.localize_dataless import kept_count, localize_dataless
-from merging.mask import Mask
-from merging.task_vector import TaskVector
 from tests import tiny
 
 

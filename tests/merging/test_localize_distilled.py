@@ -6,13 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from restitch.merging.errors import BadInput, CannotJoin
+from restitch.merging.live_weights import Part
+from restitch.merging.localize_distilled import (
+    DistilledResult,
+    DistilledSettings,
+    localize_distilled,
+)
+from restitch.merging.localize_fisher import FisherSettings, localize_fisher
+from restitch.merging.top_k import top_k
 from torch import Tensor
 
-from merging.errors import BadInput, CannotJoin
-from merging.live_weights import Part
-from merging.localize_distilled import DistilledResult, DistilledSettings, localize_distilled
-from merging.localize_fisher import FisherSettings, localize_fisher
-from merging.top_k import top_k
 from tests.merging.linear import NAMES, ROWS, Linear, flat
 
 SETTINGS = DistilledSettings(0.3, 0.3, epochs=3, batch_size=7, fisher=FisherSettings(batch_size=1))

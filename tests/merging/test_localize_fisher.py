@@ -7,13 +7,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from restitch.merging.errors import BadInput, CannotJoin
+from restitch.merging.localize_fisher import (
+    FisherScores,
+    FisherSettings,
+    Sensitivities,
+    localize_fisher,
+)
+from restitch.merging.task_vector import TaskVector
+from restitch.merging.top_k import top_k
 from torch import Tensor
 from torch.nn import functional as F
 
-from merging.errors import BadInput, CannotJoin
-from merging.localize_fisher import FisherScores, FisherSettings, Sensitivities, localize_fisher
-from merging.task_vector import TaskVector
-from merging.top_k import top_k
 from tests import tiny
 from tests.merging.linear import NAMES, ROWS, Linear, flat
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from restitch.merging.localize_random import random_scores
+from restitch.merging.mask import Mask
+from restitch.merging.task_vector import TaskVector
+from restitch.merging.top_k import top_k
 
-from merging.localize_random import random_scores
-from merging.mask import Mask
-from merging.task_vector import TaskVector
-from merging.top_k import top_k
 from tests import tiny
 
 

@@ -8,18 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch.nn import functional as F
-
-from merging.errors import BadInput, CannotJoin
-from merging.localize_trained import (
+from restitch.merging.errors import BadInput, CannotJoin
+from restitch.merging.localize_trained import (
     PRESETS,
     TrainedResult,
     TrainedSettings,
     fingerprint,
     localize_trained,
 )
-from merging.task_vector import TaskVector
+from restitch.merging.task_vector import TaskVector
+from torch import Tensor
+from torch.nn import functional as F
+
 from tests import tiny
 from tests.merging.linear import NAMES, ROWS, Linear, flat
 

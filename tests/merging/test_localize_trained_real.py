@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.coordinates import select_tensors
+from restitch.merging.localize_dataless import localize_dataless
+from restitch.merging.localize_trained import TrainedResult, TrainedSettings, localize_trained
+from restitch.merging.mask import Mask
+from restitch.merging.task_vector import TaskVector
+from restitch.modeling.data import DataSpec, TaskData
+from restitch.modeling.evaluation import evaluate
+from restitch.modeling.family import get_family
+from restitch.modeling.heads import HeadSpec
+from restitch.modeling.weights import load_checkpoint, set_weights
 from torch import Tensor
 
-from merging.checkpoint import Checkpoint
-from merging.coordinates import select_tensors
-from merging.localize_dataless import localize_dataless
-from merging.localize_trained import TrainedResult, TrainedSettings, localize_trained
-from merging.mask import Mask
-from merging.task_vector import TaskVector
-from modeling.data import DataSpec, TaskData
-from modeling.evaluation import evaluate
-from modeling.family import get_family
-from modeling.heads import HeadSpec
-from modeling.weights import load_checkpoint, set_weights
 from tests.modeling.conftest import SHARED, real_text
 
 __all__ = ["real_text"]

@@ -11,13 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from restitch.merging.errors import BadInput, Damage
+from restitch.merging.mask_file import Bits, MaskFile, MaskWriter
+from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from benchmarks.hostile_masks import HostileMask, check_mask, masks
-from merging.errors import BadInput, Damage
-from merging.mask_file import Bits, MaskFile, MaskWriter
-from merging.sparse import SparseFile, SparseTensor, write_sparse
 
 SIZES = {"a b": 5, "c": 20_000, "d": 64}
 

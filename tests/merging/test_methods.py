@@ -1,11 +1,11 @@
 from pathlib import Path
 
 import pytest
+from restitch.merging.edits import Edits, edited
+from restitch.merging.errors import BadInput
+from restitch.merging.methods import get_method, method, method_names, resolve_settings
+from restitch.merging.stitch import stitch
 
-from merging.edits import Edits, edited
-from merging.errors import BadInput
-from merging.methods import get_method, method, method_names, resolve_settings
-from merging.stitch import stitch
 from tests import tiny
 
 PAPER = "localize-and-stitch"

@@ -7,15 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import edited
+from restitch.merging.errors import BadInput
+from restitch.merging.methods import get_method
+from restitch.merging.rounding import round_once
+from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.stitch import OVERLAPS, Member, stitch, write_patch
 from torch import Tensor
 
-from merging.checkpoint import Checkpoint
-from merging.edits import edited
-from merging.errors import BadInput
-from merging.methods import get_method
-from merging.rounding import round_once
-from merging.sparse import SparseFile, SparseTensor, write_sparse
-from merging.stitch import OVERLAPS, Member, stitch, write_patch
 from tests import tiny
 
 RULES = tuple(rule for rule in OVERLAPS if rule != "mean")
@@ -135,7 +135,7 @@ def test_every_rule_is_that_of_the_slow_reference_however_the_tensor_is_cut(
     members = [tiny.member(tmp_path, base, task, i, density=0.6) for i, task in enumerate("wxyz")]
     members[1:] = [weighed(tmp_path, member, i) for i, member in enumerate(members[1:])]
     for block in (1 << 19, 7):
-        monkeypatch.setattr("merging.stitch._BLOCK", block)
+        monkeypatch.setattr("restitch.merging.stitch._BLOCK", block)
         if isinstance(rule, str):
             edits = stitch(base, members, rule)
         else:

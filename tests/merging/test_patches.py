@@ -5,9 +5,8 @@ from pathlib import Path
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from merging.patches import count_differences
-from merging.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.patches import count_differences
+from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
 
 
 def patch(path: Path, **tensors: dict[int, float]) -> SparseFile:

@@ -7,16 +7,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import edited
+from restitch.merging.errors import BadInput, Damage
+from restitch.merging.mask import Mask
+from restitch.merging.methods import get_method
+from restitch.merging.quantized import STEP_DTYPE, Quantized, quantized
+from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.stitch import Member
 from torch import Tensor
 
-from merging.checkpoint import Checkpoint
-from merging.edits import edited
-from merging.errors import BadInput, Damage
-from merging.mask import Mask
-from merging.methods import get_method
-from merging.quantized import STEP_DTYPE, Quantized, quantized
-from merging.sparse import SparseFile, SparseTensor, write_sparse
-from merging.stitch import Member
 from tests import tiny
 
 BASE = torch.tensor([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]])

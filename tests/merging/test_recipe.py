@@ -1,9 +1,8 @@
 import json
 
 import pytest
-
-from merging.errors import Damage
-from merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
+from restitch.merging.errors import Damage
+from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
 
 
 def recipe(*tasks: str, **settings: object) -> Recipe:

@@ -6,14 +6,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from restitch.merging.edits import Edits, edited
+from restitch.merging.errors import BadInput, Damage
+from restitch.merging.mask import Mask
+from restitch.merging.sparse import Cursor, SparseFile, SparseTensor, write_sparse
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from merging.edits import Edits, edited
-from merging.errors import BadInput, Damage
-from merging.mask import Mask
-from merging.sparse import Cursor, SparseFile, SparseTensor, write_sparse
 from tests import tiny
 
 ONE = SparseTensor("a b", (4, 5), torch.tensor([0, 3, 19]), torch.tensor([1.0, -2.5, 0.0]))

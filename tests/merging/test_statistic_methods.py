@@ -7,19 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.edits import edited
+from restitch.merging.entropy_coefficients import CoefficientSettings, entropy, learn_coefficients
+from restitch.merging.errors import BadInput, Damage
+from restitch.merging.grams import packed
+from restitch.merging.kept_vector import KeptVector
+from restitch.merging.mask import Mask
+from restitch.merging.methods import get_method, method_names
+from restitch.merging.methods.regmean import solved
+from restitch.merging.statistics import COEFFICIENTS, FISHER, GRAM, open_statistic, write_statistic
+from restitch.merging.stitch import Member
 from torch import Tensor
 
-from merging.checkpoint import Checkpoint
-from merging.edits import edited
-from merging.entropy_coefficients import CoefficientSettings, entropy, learn_coefficients
-from merging.errors import BadInput, Damage
-from merging.grams import packed
-from merging.kept_vector import KeptVector
-from merging.mask import Mask
-from merging.methods import get_method, method_names
-from merging.methods.regmean import solved
-from merging.statistics import COEFFICIENTS, FISHER, GRAM, open_statistic, write_statistic
-from merging.stitch import Member
 from tests import tiny
 from tests.merging.linear import NAMES, Linear
 from tests.merging.test_per_matrix import whole_members

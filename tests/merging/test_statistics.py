@@ -5,13 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from merging.errors import BadInput, Damage
-from merging.fisher_diagonal import MOST_ROWS, mean_of, measure_fisher
-from merging.grams import measure_grams, packed, unpacked
-from merging.statistics import (
+from restitch.merging.errors import BadInput, Damage
+from restitch.merging.fisher_diagonal import MOST_ROWS, mean_of, measure_fisher
+from restitch.merging.grams import measure_grams, packed, unpacked
+from restitch.merging.statistics import (
     FISHER,
     GRAM,
     asking_for_gradients,
@@ -20,6 +17,9 @@ from merging.statistics import (
     open_statistic,
     write_statistic,
 )
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from tests.merging.linear import NAMES, ROWS, Linear
 
 BELONGS = {"base": "b" * 64, "delta": "d" * 64}

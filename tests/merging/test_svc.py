@@ -5,11 +5,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from restitch.merging.edits import edited
+from restitch.merging.errors import BadInput
+from restitch.merging.methods import get_method, method_names
+from restitch.merging.methods.svc import FLOORS, calibrated
 
-from merging.edits import edited
-from merging.errors import BadInput
-from merging.methods import get_method, method_names
-from merging.methods.svc import FLOORS, calibrated
 from tests import tiny
 from tests.merging.test_per_matrix import Matrix, changes_of, whole_members
 

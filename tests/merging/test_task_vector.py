@@ -2,10 +2,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.errors import CannotJoin
+from restitch.merging.task_vector import TaskVector, outside_share
 
-from merging.checkpoint import Checkpoint
-from merging.errors import CannotJoin
-from merging.task_vector import TaskVector, outside_share
 from tests import tiny
 
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from restitch.merging import top_k as module
+from restitch.merging.mask import Mask
+from restitch.merging.top_k import TensorScores, strided_sample, top_k
 from torch import Tensor
-
-from merging import top_k as module
-from merging.mask import Mask
-from merging.top_k import TensorScores, strided_sample, top_k
 
 
 def slow_top_k(scores: dict[str, Tensor], k: int) -> dict[str, list[int]]:

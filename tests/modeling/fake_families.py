@@ -11,14 +11,13 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from restitch.merging.errors import BadInput
+from restitch.merging.progress import Progress
+from restitch.modeling.data import Example
+from restitch.modeling.family import Batch, Preprocess
+from restitch.modeling.heads import Head, HeadSpec
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-
-from merging.errors import BadInput
-from merging.progress import Progress
-from modeling.data import Example
-from modeling.family import Batch, Preprocess
-from modeling.heads import Head, HeadSpec
 
 WIDTH = 8
 BYTES = 256

@@ -6,17 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-
-from merging.checkpoint import Checkpoint
-from merging.comparison import compare
-from merging.coordinates import select_tensors
-from merging.grams import measure_grams
-from modeling.data import Rows
-from modeling.evaluation import evaluate
-from modeling.family import Family
-from modeling.heads import Head, HeadSpec
-from modeling.tables import ListTable
-from modeling.weights import apply_edits, linear_layers, load_checkpoint, restore
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.comparison import compare
+from restitch.merging.coordinates import select_tensors
+from restitch.merging.grams import measure_grams
+from restitch.modeling.data import Rows
+from restitch.modeling.evaluation import evaluate
+from restitch.modeling.family import Family
+from restitch.modeling.heads import Head, HeadSpec
+from restitch.modeling.tables import ListTable
+from restitch.modeling.weights import apply_edits, linear_layers, load_checkpoint, restore
 
 
 class FamilyContract:

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from restitch.merging.errors import BadInput
+from restitch.modeling.clip import Clip, _image_processor
+from restitch.modeling.heads import HeadSpec
+from restitch.modeling.rows import Example
 
-from merging.errors import BadInput
-from modeling.clip import Clip, _image_processor
-from modeling.heads import HeadSpec
-from modeling.rows import Example
 from tests.modeling.conftest import png
 from tests.tiny_models import tiny_clip, vision_tower
 
@@ -149,8 +149,8 @@ def test_the_base_must_be_a_whole_clip(clip, tmp_path):
 
 
 def test_only_the_vision_tower_s_blocks_are_localizable(clip):
-    from merging.checkpoint import Checkpoint
-    from merging.coordinates import select_tensors
+    from restitch.merging.checkpoint import Checkpoint
+    from restitch.merging.coordinates import select_tensors
 
     names = select_tensors(Checkpoint.open(clip).floating, FAMILY.localizable)
     assert names

@@ -5,9 +5,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-from modeling.configs import differences
-from modeling.text_encoder import TextEncoder
+from restitch.modeling.configs import differences
+from restitch.modeling.text_encoder import TextEncoder
 
 FAMILY = TextEncoder()
 

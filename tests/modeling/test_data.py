@@ -13,9 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-
-from merging.errors import BadInput, Unavailable
-from modeling.data import (
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.modeling.data import (
     DataSpec,
     Rows,
     TaskData,
@@ -25,6 +24,7 @@ from modeling.data import (
     set_apart,
     stratified,
 )
+
 from tests.modeling.conftest import png
 from tests.modeling.hub_server import Hub, hub
 
@@ -129,7 +129,7 @@ def test_reading_leaves_no_files_behind(tmp_path):
     write_disk(data / "disk")
     before = sorted(tmp_path.rglob("*"))
     code = (
-        "import sys; from modeling.data import *\n"
+        "import sys; from restitch.modeling.data import *\n"
         "for s in ('test', 'disk'):\n"
         "    open_split(DataSpec(sys.argv[1], test=s), 'test', labels=('a', 'b'))[0]\n"
     )
@@ -349,8 +349,8 @@ class TestHub:
     }
     CODE = """
 import json, sys
-from merging.errors import RestitchError
-from modeling.data import DataSpec, TaskData
+from restitch.merging.errors import RestitchError
+from restitch.modeling.data import DataSpec, TaskData
 found = []
 for repo, split, revision in json.loads(sys.argv[1]):
     data = TaskData(DataSpec(repo, test=split, revision=revision), ("no", "yes"), "text")

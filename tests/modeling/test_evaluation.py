@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from restitch.merging.errors import BadInput
+from restitch.modeling.evaluation import Evaluation, evaluate, normalized, summarize, wilson
+from restitch.modeling.family import get_family
+from restitch.modeling.heads import HeadSpec
+from restitch.modeling.rows import Rows
+from restitch.modeling.tables import ListTable
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 
-from merging.errors import BadInput
-from modeling.evaluation import Evaluation, evaluate, normalized, summarize, wilson
-from modeling.family import get_family
-from modeling.heads import HeadSpec
-from modeling.rows import Rows
-from modeling.tables import ListTable
 from tests.modeling.conftest import png
 
 

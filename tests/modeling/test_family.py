@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 import pytest
+from restitch.merging.errors import BadInput
+from restitch.modeling.family import add_family, family_names, get_family
 
-from merging.errors import BadInput
-from modeling.family import add_family, family_names, get_family
 from tests.modeling.conftest import png
 from tests.modeling.fake_families import LanguageModel, PerTaskClassifier, fake_folder
 from tests.modeling.family_contract import FamilyContract
@@ -129,8 +129,8 @@ def test_families_can_be_added_but_built_in_ones_not_replaced():
 
 def test_importing_the_package_imports_neither_transformers_nor_datasets():
     code = (
-        "import sys, modeling.family, modeling.data, modeling.evaluation, modeling.weights, "
-        "modeling.heads\n"
+        "import sys, restitch.modeling.family, restitch.modeling.data, restitch.modeling.evaluation, restitch.modeling.weights, "
+        "restitch.modeling.heads\n"
         "print([m for m in ('transformers', 'datasets', 'PIL', 'pyarrow') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

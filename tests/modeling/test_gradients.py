@@ -6,14 +6,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from restitch.modeling.clip import Clip
+from restitch.modeling.family import Batch, Family
+from restitch.modeling.gradients import checkpointed, precision, repeated_layers
+from restitch.modeling.heads import Head, HeadSpec
+from restitch.modeling.rows import Example
+from restitch.modeling.text_encoder import TextEncoder
 from torch import Tensor, nn
-
-from modeling.clip import Clip
-from modeling.family import Batch, Family
-from modeling.gradients import checkpointed, precision, repeated_layers
-from modeling.heads import Head, HeadSpec
-from modeling.rows import Example
-from modeling.text_encoder import TextEncoder
 
 
 def text(folder: Path) -> tuple[Family, nn.Module, Batch, Head]:

@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-
-from merging.digests import digest_json
-from merging.errors import BadInput, Damage
-from modeling.heads import Head, HeadSpec, embed_prompts, head_key
+from restitch.merging.digests import digest_json
+from restitch.merging.errors import BadInput, Damage
+from restitch.modeling.heads import Head, HeadSpec, embed_prompts, head_key
 
 SPEC = HeadSpec(("a", "b"), ("{}", "the {}"), 3.0, 7)
 

@@ -9,13 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from restitch.merging.errors import BadInput
+from restitch.modeling.data import DataSpec, Rows, TaskData, open_split
+from restitch.modeling.evaluation import evaluate
+from restitch.modeling.family import get_family
+from restitch.modeling.heads import Head, HeadSpec, openai_imagenet
+from restitch.modeling.imagenet import parse_metadata, synset_classes
 
-from merging.errors import BadInput
-from modeling.data import DataSpec, Rows, TaskData, open_split
-from modeling.evaluation import evaluate
-from modeling.family import get_family
-from modeling.heads import Head, HeadSpec, openai_imagenet
-from modeling.imagenet import parse_metadata, synset_classes
 from tests.modeling.conftest import png
 from tests.tiny_models import tiny_clip
 
@@ -46,7 +46,7 @@ def test_openai_s_names_and_templates_are_those_of_the_package():
 @has_open_clip
 def test_open_clip_is_never_imported():
     code = (
-        "import sys; from modeling.heads import openai_imagenet; openai_imagenet(); "
+        "import sys; from restitch.modeling.heads import openai_imagenet; openai_imagenet(); "
         "print(any(m.startswith(('open_clip', 'torchvision')) for m in sys.modules))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

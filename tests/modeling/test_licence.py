@@ -4,9 +4,8 @@ import os
 from pathlib import Path
 
 import pytest
-
-from modeling import licence
-from modeling.licence import Licence, read_licence
+from restitch.modeling import licence
+from restitch.modeling.licence import Licence, read_licence
 
 
 def stated(tmp_path: Path, front: str, rest: str = "# A model\n") -> Licence | None:

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+from restitch.modeling.places import COMPONENTS, Place, place_of
 from transformers import (
     AutoModel,
     BertConfig,
@@ -15,8 +16,6 @@ from transformers import (
     RobertaConfig,
     ViTConfig,
 )
-
-from modeling.places import COMPONENTS, Place, place_of
 
 SMALL = {
     "hidden_size": 8,

@@ -4,15 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.comparison import compare
+from restitch.merging.coordinates import select_tensors
+from restitch.modeling.data import DataSpec, TaskData
+from restitch.modeling.evaluation import evaluate
+from restitch.modeling.family import get_family
+from restitch.modeling.heads import HeadSpec
+from restitch.modeling.weights import load_checkpoint
 
-from merging.checkpoint import Checkpoint
-from merging.comparison import compare
-from merging.coordinates import select_tensors
-from modeling.data import DataSpec, TaskData
-from modeling.evaluation import evaluate
-from modeling.family import get_family
-from modeling.heads import HeadSpec
-from modeling.weights import load_checkpoint
 from tests.modeling.conftest import SHARED
 
 pytestmark = pytest.mark.realdata
@@ -114,7 +114,7 @@ def test_the_real_base_is_named_as_in_its_file(text):
 
 
 def test_pairs_get_their_segments(text):
-    from modeling.rows import Example
+    from restitch.modeling.rows import Example
 
     batch = text.family.preprocessor(text.base)([Example(("a", "b"), None, "here")])
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1]]

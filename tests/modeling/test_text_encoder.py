@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from restitch.merging.errors import BadInput
+from restitch.modeling.family import get_family
+from restitch.modeling.heads import HeadSpec
+from restitch.modeling.rows import Example
+from restitch.modeling.text_encoder import TextEncoder
 from safetensors.torch import load_file, save_file
 
-from merging.errors import BadInput
-from modeling.family import get_family
-from modeling.heads import HeadSpec
-from modeling.rows import Example
-from modeling.text_encoder import TextEncoder
 from tests.tiny_models import tiny_bert, tiny_roberta
 
 FAMILY = TextEncoder()

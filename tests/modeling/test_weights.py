@@ -2,10 +2,9 @@
 
 import pytest
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.modeling.weights import apply_edits, load_checkpoint, restore, set_weights
 from safetensors.torch import save_file
-
-from merging.checkpoint import Checkpoint
-from modeling.weights import apply_edits, load_checkpoint, restore, set_weights
 
 
 def test_values_are_copied_into_the_live_tensor_and_converted():

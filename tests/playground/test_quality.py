@@ -5,14 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.coordinates import select_tensors
+from restitch.merging.localize_dataless import localize_dataless
+from restitch.merging.mask import Mask
+from restitch.merging.task_vector import TaskVector
+from restitch.modeling.clip import Clip
 from torch import Tensor
 
-from merging.checkpoint import Checkpoint
-from merging.coordinates import select_tensors
-from merging.localize_dataless import localize_dataless
-from merging.mask import Mask
-from merging.task_vector import TaskVector
-from modeling.clip import Clip
 from playground.building import DENSITY, SIZES, Builder
 from playground.make import World, make_world
 from playground.skills import GENERAL, TASKS

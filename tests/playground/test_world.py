@@ -6,19 +6,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from restitch.merging.errors import BadInput, Unavailable, UsageError
+from restitch.modeling.clip import Clip
+from restitch.modeling.data import DataSpec, Example, TaskData
+from restitch.modeling.heads import HeadSpec
+from restitch.registry.spec_files import load_line, load_task
+from restitch.registry.specs import TaskSpec
 from safetensors.torch import load_file
 
-from merging.errors import BadInput, Unavailable, UsageError
-from modeling.clip import Clip
-from modeling.data import DataSpec, Example, TaskData
-from modeling.heads import HeadSpec
 from playground import building, make
 from playground.building import SIZES, Builder
 from playground.make import LOCK, MANIFEST, World, make_world
 from playground.skills import GENERAL, TASKS, Skill
 from playground.training import one_thread, pixels, zero_shot_head
-from registry.spec_files import load_line, load_task
-from registry.specs import TaskSpec
 
 
 def files(world: World) -> dict[str, bytes]:

@@ -4,14 +4,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from merging.digests import digest_bytes
-from registry.head import Head, ModelRef, ModelVersion
-from registry.history import MergedMember, MergedRecord, Retention, TaskResult
-from registry.home import Home
-from registry.ledger import Act, Ledger
-from registry.objects import ObjectStore
-from registry.specs import LineSpec, MethodSpec, TaskSpec
-from registry.store import FolderStore
+from restitch.merging.digests import digest_bytes
+from restitch.registry.head import Head, ModelRef, ModelVersion
+from restitch.registry.history import MergedMember, MergedRecord, Retention, TaskResult
+from restitch.registry.home import Home
+from restitch.registry.ledger import Act, Ledger
+from restitch.registry.objects import ObjectStore
+from restitch.registry.specs import LineSpec, MethodSpec, TaskSpec
+from restitch.registry.store import FolderStore
 
 TIME = "2026-03-01T12:00:00.000000+00:00"
 

@@ -1,12 +1,12 @@
-"""A small line and everything that MLflow holds of it, for the tests of `registry.catalog`."""
+"""A small line and everything that MLflow holds of it, for the tests of `restitch.registry.catalog`."""
 
 from typing import Any
 
 from mlflow import MlflowClient
+from restitch.registry.catalog import Catalog
+from restitch.registry.home import Home
+from restitch.registry.ledger import Ledger
 
-from registry.catalog import Catalog
-from registry.home import Home
-from registry.ledger import Ledger
 from tests.registry.builders import digest, ledger, merge, model, with_task
 
 

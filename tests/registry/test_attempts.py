@@ -11,18 +11,18 @@ from pathlib import Path
 
 import psutil
 import pytest
+from restitch.merging.errors import BadInput
+from restitch.registry.attempts import GIVEN_UP_AFTER, Attempt, Attempts, process_began
+from restitch.registry.store import FolderStore
 
-from merging.errors import BadInput
-from registry.attempts import GIVEN_UP_AFTER, Attempt, Attempts, process_began
-from registry.store import FolderStore
 from tests.shell import ROOT
 
 # Dies in an attempt as a worker does that is killed.
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from registry.attempts import Attempts
-from registry.store import FolderStore
+from restitch.registry.attempts import Attempts
+from restitch.registry.store import FolderStore
 
 with Attempts(FolderStore(Path(sys.argv[1])), "work").attempt():
     print(os.getpid(), flush=True)

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from restitch.merging.errors import Unavailable
+from restitch.registry.catalog import Catalog, without_credentials
+from restitch.registry.home import Home
+from restitch.registry.ledger import Ledger
+from restitch.registry.mlflow_writer import Writer
+from restitch.registry.objects import ObjectStore
+from restitch.registry.store import FolderStore
 
-from merging.errors import Unavailable
-from registry.catalog import Catalog, without_credentials
-from registry.home import Home
-from registry.ledger import Ledger
-from registry.mlflow_writer import Writer
-from registry.objects import ObjectStore
-from registry.store import FolderStore
 from tests.hub_server import ROOT
 from tests.registry.builders import (
     digest,
@@ -244,11 +244,11 @@ def test_nothing_is_written_beside_the_home(line, home, tmp_path):
     work.mkdir()
     code = f"""
 from pathlib import Path
-from registry.catalog import Catalog
-from registry.home import Home, prepare_environment
-from registry.ledger import Ledger
-from registry.mlflow_writer import Writer
-from registry.objects import ObjectStore
+from restitch.registry.catalog import Catalog
+from restitch.registry.home import Home, prepare_environment
+from restitch.registry.ledger import Ledger
+from restitch.registry.mlflow_writer import Writer
+from restitch.registry.objects import ObjectStore
 home = Home(Path({str(home.root)!r}))
 prepare_environment(home)
 print(Catalog(home).repair(Ledger(ObjectStore(home.open_store()), "line")))

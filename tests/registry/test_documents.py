@@ -1,9 +1,8 @@
 import time
 
 import pytest
-
-from merging.errors import BadInput
-from registry.documents import MAX_BYTES, parse_mapping, read_text
+from restitch.merging.errors import BadInput
+from restitch.registry.documents import MAX_BYTES, parse_mapping, read_text
 
 
 def refused(text: str) -> str:

@@ -2,9 +2,9 @@ from collections.abc import Callable
 
 import pytest
 from pydantic import ValidationError
+from restitch.registry.head import Head, ModelVersion
+from restitch.registry.specs import TaskSpec
 
-from registry.head import Head, ModelVersion
-from registry.specs import TaskSpec
 from tests.registry.builders import TIME, digest, head, line_spec, model, ready, with_task
 
 

@@ -4,10 +4,10 @@ import sys
 import time
 
 import pytest
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.registry.home import Home, prepare_environment
+from restitch.registry.s3_store import S3Store
 
-from merging.errors import BadInput, Unavailable
-from registry.home import Home, prepare_environment
-from registry.s3_store import S3Store
 from tests.hub_server import ROOT
 
 
@@ -113,8 +113,8 @@ def test_importing_the_libraries_writes_nothing_to_the_users_home(tmp_path):
     user.mkdir()
     work.mkdir()
     code = """
-from registry.home import Home, prepare_environment
-from registry.s3_store import S3Store
+from restitch.registry.home import Home, prepare_environment
+from restitch.registry.s3_store import S3Store
 home = Home.from_environment()
 home.create()
 prepare_environment(home)
@@ -141,7 +141,7 @@ import datasets, huggingface_hub, mlflow, prefect, transformers
 def test_looking_at_a_line_imports_nothing_heavy():
     code = """
 import sys
-import registry.home, registry.ledger, registry.specs, registry.catalog, registry.sources
+import restitch.registry.home, restitch.registry.ledger, restitch.registry.specs, restitch.registry.catalog, restitch.registry.sources
 heavy = {"torch", "mlflow", "prefect", "transformers", "datasets", "boto3", "huggingface_hub"}
 print(*sorted(heavy & set(sys.modules)))
 """

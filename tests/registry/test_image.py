@@ -1,8 +1,9 @@
 import json
 
-from registry import fates, image, image_merged
-from registry.fates import Fate
-from registry.history import Entry, Interval, TaskResult
+from restitch.registry import fates, image, image_merged
+from restitch.registry.fates import Fate
+from restitch.registry.history import Entry, Interval, TaskResult
+
 from tests.registry.builders import (
     TIME,
     digest,

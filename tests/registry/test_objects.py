@@ -3,11 +3,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from restitch.merging.digests import digest_bytes
+from restitch.merging.errors import BadInput, Damage
+from restitch.registry.objects import ObjectStore
+from restitch.registry.store import FolderStore
 
-from merging.digests import digest_bytes
-from merging.errors import BadInput, Damage
-from registry.objects import ObjectStore
-from registry.store import FolderStore
 from tests.registry.builders import digest
 
 
@@ -64,7 +64,9 @@ def test_a_missing_blob_is_damage(objects):
 def test_a_blob_is_verified_once_while_it_stays_unchanged(objects, monkeypatch):
     blob = objects.put_blob(b"content")
     objects.blob_path(blob)
-    monkeypatch.setattr("registry.objects.digest_file", lambda _path: pytest.fail("read again"))
+    monkeypatch.setattr(
+        "restitch.registry.objects.digest_file", lambda _path: pytest.fail("read again")
+    )
     objects.blob_path(blob)
 
 

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 
 import pytest
+from restitch.merging.errors import Unavailable
+from restitch.registry import s3_conditions
+from restitch.registry.s3_client import client
+from restitch.registry.s3_store import S3Store
 
-from merging.errors import Unavailable
-from registry import s3_conditions
-from registry.s3_client import client
-from registry.s3_store import S3Store
 from tests.shell import Shell
 
 CONDITIONS = ("IfMatch", "IfNoneMatch")

@@ -4,16 +4,16 @@ import shutil
 from pathlib import Path
 
 import pytest
+from restitch.modeling.family import get_family
+from restitch.registry import s3_calls
+from restitch.registry.home import Home
+from restitch.registry.objects import ObjectStore
+from restitch.registry.s3_store import S3Store
+from restitch.registry.sources import resolve_source
+from restitch.registry.store import FolderStore
+from restitch.tasks.models import describe_model
+from restitch.tasks.workspace import workspace
 
-from modeling.family import get_family
-from registry import s3_calls
-from registry.home import Home
-from registry.objects import ObjectStore
-from registry.s3_store import S3Store
-from registry.sources import resolve_source
-from registry.store import FolderStore
-from tasks.models import describe_model
-from tasks.workspace import workspace
 from tests.conftest import NewHome, Three
 from tests.faulty_proxy import Faults, faulty_proxy
 from tests.flows.test_store_copy import contents

@@ -8,12 +8,12 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from restitch.merging.errors import Unavailable
+from restitch.registry import s3_calls, s3_parts
+from restitch.registry.s3_conditions import keeps_conditions
+from restitch.registry.s3_store import S3Store
+from restitch.registry.store import NotInStore
 
-from merging.errors import Unavailable
-from registry import s3_calls, s3_parts
-from registry.s3_conditions import keeps_conditions
-from registry.s3_store import S3Store
-from registry.store import NotInStore
 from tests.faulty_proxy import AFTER, BEFORE, Faults, faulty_proxy
 from tests.registry.store_contract import StoreContract, start
 
@@ -49,7 +49,7 @@ class TestFaultyNetwork(StoreContract):
 
     @pytest.fixture
     def opener(self, faults, s3_bucket, prefix, tmp_path):
-        module = "__import__('registry.s3_store').s3_store"
+        module = "__import__('restitch.registry.s3_store').s3_store"
         cache = str(tmp_path / "cache")
         return f"{module}.S3Store({s3_bucket!r}, {prefix!r}, Path({cache!r}))"
 
@@ -79,7 +79,7 @@ class TestFaultyNetwork(StoreContract):
         # Each writer appends its own marks, and says which of them it was told took effect.
         code = f"""
             import sys
-            from registry.store import *
+            from restitch.registry.store import *
             from pathlib import Path
             store, me = {opener}, sys.argv[1]
             for turn in range(8):

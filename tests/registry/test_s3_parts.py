@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 from botocore.response import StreamingBody
-
-from merging.errors import BadInput, Damage, Unavailable
-from registry import s3_calls, s3_parts
-from registry.s3_client import client
-from registry.s3_store import S3Store
-from registry.store import NotInStore
+from restitch.merging.errors import BadInput, Damage, Unavailable
+from restitch.registry import s3_calls, s3_parts
+from restitch.registry.s3_client import client
+from restitch.registry.s3_store import S3Store
+from restitch.registry.store import NotInStore
 
 PART = 5 << 20
 

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.modeling.family import get_family
+from restitch.registry import s3_calls, s3_parts, s3_source
+from restitch.registry.home import Home
+from restitch.registry.s3_client import client
+from restitch.registry.sources import resolve_source
+from restitch.tasks import remote
+from restitch.tasks.models import describe_model, open_model
+from restitch.tasks.workspace import Workspace
 
-from merging.checkpoint import Checkpoint
-from merging.errors import BadInput, Unavailable
-from modeling.family import get_family
-from registry import s3_calls, s3_parts, s3_source
-from registry.home import Home
-from registry.s3_client import client
-from registry.sources import resolve_source
-from tasks import remote
-from tasks.models import describe_model, open_model
-from tasks.workspace import Workspace
 from tests.conftest import NewHome
 from tests.faulty_proxy import Faults, faulty_proxy
 from tests.shell import Shell
@@ -103,7 +103,7 @@ def test_a_worker_fetches_what_finetuning_changed_and_no_text_tower(
         raise Unavailable("the worker is away")
 
     with counting() as registering, pytest.MonkeyPatch.context() as patched:
-        patched.setattr("flows.onboard.validate", away)
+        patched.setattr("restitch.flows.onboard.validate", away)
         shell("register", "demo", *task, code=6)
     # The digest of a model needs all of its bytes, once; the header is looked at before.
     assert registering[WEIGHTS] == header + size
@@ -170,7 +170,7 @@ def test_shards_are_read_by_range_and_in_parts(
     space: Workspace, s3_client: Any, s3_bucket: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     monkeypatch.setattr(s3_parts, "PART", 1 << 16)
-    monkeypatch.setattr("registry.s3_source.PART", 1 << 16)
+    monkeypatch.setattr("restitch.registry.s3_source.PART", 1 << 16)
     tensors = {name: torch.randn(300, 100 + i) for i, name in enumerate("abcd")}
     expected = save(tmp_path / "model", tensors, shards=2)
     address = upload(s3_client, s3_bucket, tmp_path / "model", tmp_path.name)
@@ -352,7 +352,7 @@ def test_a_refusal_names_the_model_and_what_is_missing(
         raise ClientError(answer, "ListObjectsV2")
 
     with monkeypatch.context() as patched:
-        patched.setattr("registry.s3_source.persistently", refuse)
+        patched.setattr("restitch.registry.s3_source.persistently", refuse)
         with pytest.raises(Unavailable, match="may not be read with these") as found:
             resolve_source(f"s3://{s3_bucket}/model", space.home)
     assert "list and read" in str(found.value)

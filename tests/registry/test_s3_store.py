@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 from botocore.exceptions import ConnectionClosedError, ReadTimeoutError
 from botocore.httpsession import URLLib3Session
+from restitch.merging.errors import BadInput, Damage, Unavailable
+from restitch.registry import s3_calls, s3_client, s3_conditions, s3_parts, s3_store
+from restitch.registry.home import Home
+from restitch.registry.objects import ObjectStore
+from restitch.registry.s3_client import parse_address
+from restitch.registry.s3_store import S3Store
+from restitch.registry.store import NotInStore
 
-from merging.errors import BadInput, Damage, Unavailable
-from registry import s3_calls, s3_client, s3_conditions, s3_parts, s3_store
-from registry.home import Home
-from registry.objects import ObjectStore
-from registry.s3_client import parse_address
-from registry.s3_store import S3Store
-from registry.store import NotInStore
 from tests.registry.store_contract import StoreContract, start
 
 SECRETS = ("the-key-id", "the-secret", "pass-word")
@@ -33,7 +33,7 @@ def store(s3_bucket, prefix, tmp_path):
 
 @pytest.fixture
 def opener(s3_bucket, prefix, tmp_path):
-    module = "__import__('registry.s3_store').s3_store"
+    module = "__import__('restitch.registry.s3_store').s3_store"
     return f"{module}.S3Store({s3_bucket!r}, {prefix!r}, Path({str(tmp_path / 'cache')!r}))"
 
 
@@ -373,7 +373,7 @@ class TestErrors:
 
     def test_a_server_that_is_away_is_said(self, refused, monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:pass-word@127.0.0.1:9")
-        monkeypatch.setattr("registry.s3_calls.pause", lambda _seconds: None)
+        monkeypatch.setattr("restitch.registry.s3_calls.pause", lambda _seconds: None)
         assert all("AWS_ENDPOINT_URL" in text for text in refused())
 
     def test_a_server_that_does_not_answer_is_asked_a_few_times_only(self, store, monkeypatch):
@@ -384,7 +384,7 @@ class TestErrors:
             raise ReadTimeoutError(endpoint_url=request.url)
 
         monkeypatch.setattr(URLLib3Session, "send", silent)
-        monkeypatch.setattr("registry.s3_calls.pause", lambda _seconds: None)
+        monkeypatch.setattr("restitch.registry.s3_calls.pause", lambda _seconds: None)
         with pytest.raises(Unavailable, match="does not answer"):
             store.read("name")
         assert asked == ["GET"] * 8

@@ -5,10 +5,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from restitch.merging.errors import BadInput, Damage, Unavailable
+from restitch.registry.home import Home
+from restitch.registry.sources import Source, copy_into_store, pin_data, resolve_source
 
-from merging.errors import BadInput, Damage, Unavailable
-from registry.home import Home
-from registry.sources import Source, copy_into_store, pin_data, resolve_source
 from tests.hub_server import fake_hub
 from tests.registry.builders import home_with_mlflow
 
@@ -202,9 +202,9 @@ class TestHub:
     def test_the_environment_alone_decides_and_offline_the_cache_answers(self, hub, tmp_path):
         code = """
 from pathlib import Path
-from merging.errors import Unavailable
-from registry.home import Home
-from registry.sources import resolve_source
+from restitch.merging.errors import Unavailable
+from restitch.registry.home import Home
+from restitch.registry.sources import resolve_source
 try:
     print(resolve_source("org/model", Home(Path("home").absolute())).uri)
 except Unavailable as error:
@@ -234,7 +234,7 @@ def mlflow_home(tmp_path_factory, empty_mlflow):
 
 @pytest.fixture(scope="module")
 def run(mlflow_home, tmp_path_factory):
-    from registry.catalog import connect
+    from restitch.registry.catalog import connect
 
     client = connect(mlflow_home)
     location = mlflow_home.mlartifacts.as_uri()
@@ -321,7 +321,7 @@ def test_a_fetch_that_was_killed_is_fetched_again(mlflow_home, run, tmp_path):
 import os
 from pathlib import Path
 from registry import sources
-from registry.home import Home
+from restitch.registry.home import Home
 sources._kept = lambda *_: os.kill(os.getpid(), 9)
 home = Home(Path({str(tmp_path)!r}), None, {mlflow_home.mlflow_uri!r})
 sources.resolve_source("models:/trained/1", home)

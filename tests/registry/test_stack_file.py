@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-
-from registry.home import Home
-from registry.stack import FILE, StackFile, StackProcess
+from restitch.registry.home import Home
+from restitch.registry.stack import FILE, StackFile, StackProcess
 
 PROCESS = StackProcess(pid=7, began=1.5, port=4200, log="/logs/prefect.log", serves="digest")
 STACK = StackFile(
@@ -34,7 +33,7 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("registry.stack.json.dump", full)
+    monkeypatch.setattr("restitch.registry.stack.json.dump", full)
     with pytest.raises(OSError, match="No space left"):
         StackFile().write(tmp_path)
     assert StackFile.read(tmp_path) == STACK

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from registry.history import (
+from restitch.registry.history import (
     DataUsed,
     GateOutcome,
     Interval,
@@ -14,7 +14,8 @@ from registry.history import (
     Retention,
     TaskResult,
 )
-from tasks.report import ReportInput
+from restitch.tasks.report import ReportInput
+
 from tests.registry.builders import digest
 
 TASKS = (

@@ -4,14 +4,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from restitch.merging.analysis import MaskAnalysis
+from restitch.registry.history import MergedRecord
+from restitch.tasks import analyze as module
+from restitch.tasks.analyze import analyze, places_of
+from restitch.tasks.engine import Cached
+from restitch.tasks.refs import LineRef
+from restitch.tasks.report import ReportInput, render
 
-from merging.analysis import MaskAnalysis
-from registry.history import MergedRecord
-from tasks import analyze as module
-from tasks.analyze import analyze, places_of
-from tasks.engine import Cached
-from tasks.refs import LineRef
-from tasks.report import ReportInput, render
 from tests.conftest import Three
 from tests.shell import Shell
 from tests.worlds import SKILLS

@@ -5,14 +5,14 @@ from typing import Any
 
 import pytest
 import yaml
+from restitch.merging.checkpoint import Checkpoint
+from restitch.modeling.licence import Licence
+from restitch.registry.history import Interval, TaskResult
+from restitch.registry.objects import ObjectStore
+from restitch.registry.store import FolderStore
+from restitch.tasks.card import model_card, specialist_card
+from restitch.tasks.provenance import Provenance, licence_of, lineage, provenance
 
-from merging.checkpoint import Checkpoint
-from modeling.licence import Licence
-from registry.history import Interval, TaskResult
-from registry.objects import ObjectStore
-from registry.store import FolderStore
-from tasks.card import model_card, specialist_card
-from tasks.provenance import Provenance, licence_of, lineage, provenance
 from tests.conftest import Three
 from tests.registry import builders
 

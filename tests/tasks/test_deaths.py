@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from restitch.tasks.deaths import DEATHS, SILENT_AFTER, STUCK_AFTER, mark_silent_runs, start_again
 
-from tasks.deaths import DEATHS, SILENT_AFTER, STUCK_AFTER, mark_silent_runs, start_again
 from tests.fake_prefect import FakePrefect, fake_prefect
 
 START = {flow: f"POST /deployments/the-{flow}/create_flow_run" for flow in ("onboard", "remerge")}

@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from restitch.merging.errors import BadInput
+from restitch.modeling.family import get_family
+from restitch.modeling.rows import Example, Rows
+from restitch.registry.home import Home
+from restitch.registry.spec_files import load_task
+from restitch.registry.specs import LocalizeSpec, TaskSpec
+from restitch.tasks.inputs import check_rows, data_spec, evaluation_split, resolve_task, same_task
+from restitch.tasks.workspace import Workspace
 
-from merging.errors import BadInput
-from modeling.family import get_family
-from modeling.rows import Example, Rows
-from registry.home import Home
-from registry.spec_files import load_task
-from registry.specs import LocalizeSpec, TaskSpec
-from tasks.inputs import check_rows, data_spec, evaluation_split, resolve_task, same_task
-from tasks.workspace import Workspace
 from tests.worlds import World, write_rows, write_yaml
 
 FAMILY = get_family("text-encoder")

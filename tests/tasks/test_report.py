@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from restitch.tasks.report import Report, ReportInput, render
 
-from tasks.report import Report, ReportInput, render
 from tests.shell import ROOT
 from tests.tasks import report_data as data
 
@@ -309,7 +309,7 @@ def test_a_long_history_lists_the_newest_and_says_so() -> None:
 def test_the_same_input_gives_the_same_bytes_in_another_process(tmp_path: Path) -> None:
     script = (
         "import hashlib, sys\n"
-        "from tasks.report import render\n"
+        "from restitch.tasks.report import render\n"
         "from tests.tasks import report_data as data\n"
         "found = render(data.report_input(data.task_names(5), 6))\n"
         "whole = found.html.encode() + b''.join(found.plots.values())\n"

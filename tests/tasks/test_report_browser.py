@@ -11,8 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from restitch.tasks.report import ReportInput, render
 
-from tasks.report import ReportInput, render
 from tests.tasks import report_data as data
 from tests.tasks.test_report import Page, leaves
 

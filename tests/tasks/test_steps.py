@@ -5,13 +5,13 @@ import time
 from pathlib import Path
 
 import pytest
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.registry.catalog import Catalog
+from restitch.tasks import publish
+from restitch.tasks.engine import Cached, step
+from restitch.tasks.reporting import say, warn, working
+from restitch.tasks.workspace import actor, made_by, workspace
 
-from merging.errors import BadInput, Unavailable
-from registry.catalog import Catalog
-from tasks import publish
-from tasks.engine import Cached, step
-from tasks.reporting import say, warn, working
-from tasks.workspace import actor, made_by, workspace
 from tests.shell import Shell
 
 
@@ -50,7 +50,7 @@ def test_a_server_that_kept_us_waiting_is_not_asked_again_at_once(
         raise Unavailable("MLflow is away")
 
     monkeypatch.setattr(Catalog, "repair", slow)
-    monkeypatch.setattr("tasks.workspace.Workspace.ledger", lambda *_: None)
+    monkeypatch.setattr("restitch.tasks.workspace.Workspace.ledger", lambda *_: None)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(publish, "_away_until", {})
     with Shell(tmp_path).inside():
