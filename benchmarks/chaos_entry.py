@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from restitch.deployments import entry
+from restitch.flows import export as export_module
 from restitch.registry.mlflow_writer import Writer
 from restitch.registry.objects import ObjectStore
 from restitch.registry.store import FolderStore
@@ -107,7 +108,7 @@ def main() -> None:
 
     from restitch.cli.main import main as command
 
-    _before(flows.export, "_write_heads", EXPORT)  # the weights are there, the rest is not
+    _before(export_module, "_write_heads", EXPORT)  # the weights are there, the rest is not
     with inside(sys.argv[1], sys.argv[2]):
         command()
 

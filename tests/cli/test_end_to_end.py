@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from restitch.flows import export as export_module
 from restitch.merging.digests import digest_file
 from restitch.modeling.family import get_family
 from restitch.modeling.heads import Head
@@ -234,7 +235,7 @@ def test_an_export_that_fails_leaves_nothing(
     def fail(*_: Any) -> str:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(flows.export, "model_card", fail)
+    monkeypatch.setattr(export_module, "model_card", fail)
     three.shell("export", "demo", "2", out, "--overwrite", code=6)
     three.shell("export", "demo", "2", tmp_path / "other", code=6)
     assert {p: p.read_bytes() for p in out.rglob("*") if p.is_file()} == before

@@ -63,8 +63,8 @@ def told(
 
     with monkeypatch.context() as patched:
         patched.setattr(Calendar, "story", Calendar.story)
-        for module in (registry.ledger, flows.candidates, flows.register):
-            patched.setattr(module, "datetime", Calendar)
+        for module in ("restitch.registry.ledger", "restitch.flows.candidates", "restitch.flows.register"):
+            patched.setattr(f"{module}.datetime", Calendar)
         tell(new_home(".restitch"), world, tmp_path / "line.yaml")
     monkeypatch.chdir(tmp_path)
     with patch.dict(os.environ):  # where MLflow writes down the address

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from restitch.merging import methods as registry
 from restitch.merging.checkpoint import Checkpoint
 from restitch.merging.digests import digest_file
 from restitch.merging.errors import Unavailable
@@ -38,7 +39,7 @@ def shell(world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: 
 @pytest.fixture(scope="module", autouse=True)
 def _few_values() -> Iterator[None]:
     """Three values to try, not ten; thresholds, which each task has its own of, stay."""
-    methods: Any = merging.methods._scan()
+    methods: Any = registry._scan()
     with pytest.MonkeyPatch.context() as patch:
         for name, method in methods.items():
             if method.kind == "merged" and method.tunes is not None:

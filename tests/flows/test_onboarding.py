@@ -164,7 +164,7 @@ def test_a_loss_outside_of_masks_is_warned_of_by_accuracy(
 
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
     model = outside(world, tmp_path / "model", 0.5)
-    monkeypatch.setattr(flows.onboard, "OUTSIDE_WARNING", 1.0)
+    monkeypatch.setattr("restitch.flows.onboard.OUTSIDE_WARNING", 1.0)
     files = ("--task", world.task("colour"), "--model", model)
     done = shell("register", "demo", *files, "--json")
     results = done.json["facts"]["results"]
