@@ -18,12 +18,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from restitch.merging.checkpoint import FLOATING, Checkpoint
 from restitch.merging.errors import BadInput, Damage, RestitchError
-from restitch.merging.positions import decode_blocks, encoded_size
-from restitch.merging.quantized import STEP_DTYPE, Quantized, step_count
-from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
-from restitch.merging.sparse_layout import rows_and_columns
+from restitch.merging.files.checkpoint import FLOATING, Checkpoint
+from restitch.merging.files.coordinate_codec import decode_blocks, encoded_size
+from restitch.merging.files.quantized import STEP_DTYPE, Quantized, step_count
+from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.files.sparse_layout import rows_and_columns
 from safetensors.torch import load, save, save_file
 
 # What a reader may allocate: its own objects, and a multiple of the file.
@@ -303,7 +303,7 @@ def check_positions(given: tuple[str, bytes, int, int]) -> str:
 
 
 def decode_slowly(code: str, data: bytes, kept: int, numel: int) -> list[int]:
-    """What the layout in `restitch.merging.positions` says, bit by bit."""
+    """What the layout in `restitch.merging.files.coordinate_codec` says, bit by bit."""
 
     def bit(place: int) -> int:
         return data[place // 8] >> place % 8 & 1

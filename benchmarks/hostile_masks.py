@@ -16,12 +16,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from hypothesis import strategies as st
-from restitch.merging.checkpoint import Checkpoint
 from restitch.merging.digests import digest_file
 from restitch.merging.errors import BadInput, Damage, RestitchError
-from restitch.merging.expert_store import StoredExpert, open_expert
-from restitch.merging.mask_file import Bits, MaskWriter
-from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.experts.files import StoredExpert, open_expert
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.mask_file import Bits, MaskWriter
+from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from safetensors.torch import save_file
 
 from benchmarks.hostile_files import JUNK, SIZES, bounded, damaged_bytes, decode_slowly
@@ -210,7 +210,7 @@ def _is_digest(text: str) -> bool:
 
 
 def _slowly(path: Path) -> dict[str, Bits]:
-    """What the layout in `restitch.merging.mask_file` says, bit by bit."""
+    """What the layout in `restitch.merging.files.mask_file` says, bit by bit."""
     file = Checkpoint.open(path)
     section, begin = bytes(file.tensor_bytes("masks")), 0
     found = {}

@@ -31,21 +31,21 @@ from typing import Any
 
 import pyarrow
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.coordinates import select_tensors
-from restitch.merging.localize_dataless import kept_count
-from restitch.merging.localize_distilled import DistilledSettings, localize_distilled
-from restitch.merging.localize_fisher import FisherSettings, localize_fisher
-from restitch.merging.localize_random import random_scores
-from restitch.merging.localize_trained import TrainedSettings, localize_trained
-from restitch.merging.mask import Mask
-from restitch.merging.methods import get_method
-from restitch.merging.overwrite import take
-from restitch.merging.quantized import quantized
-from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
-from restitch.merging.stitch import Member
-from restitch.merging.task_vector import TaskVector
-from restitch.merging.top_k import Scores, top_k
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.coordinates import select_tensors
+from restitch.merging.files.mask import Mask
+from restitch.merging.files.quantized import quantized
+from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.localize.dataless import kept_count
+from restitch.merging.localize.distilled import DistilledSettings, localize_distilled
+from restitch.merging.localize.fisher import FisherSettings, localize_fisher
+from restitch.merging.localize.random import random_scores
+from restitch.merging.localize.trained import TrainedSettings, localize_trained
+from restitch.merging.methods.registry import get_method
+from restitch.merging.numerics.bitwise import take
+from restitch.merging.ranking.task_vector import TaskVector
+from restitch.merging.ranking.top_k import Scores, top_k
+from restitch.merging.rules.stitch import Member
 from restitch.modeling.data import DataSpec, TaskData
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.family import Batch, get_family

@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.export import export_weights
-from restitch.merging.mask import Mask
-from restitch.merging.methods import get_method
-from restitch.merging.sparse import SparseFile
-from restitch.merging.stitch import Member
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.export import export_weights
+from restitch.merging.files.mask import Mask
+from restitch.merging.files.sparse import SparseFile
+from restitch.merging.methods.registry import get_method
+from restitch.merging.rules.stitch import Member
 from rich.console import Console
 from rich.table import Table
 

@@ -29,13 +29,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.export import export_weights
-from restitch.merging.localize_dataless import localize_dataless
-from restitch.merging.mask import Mask
-from restitch.merging.sparse import SparseFile, SparseInfo, SparseTensor, write_sparse
-from restitch.merging.stitch import Member, stitch, write_patch
-from restitch.merging.task_vector import TaskVector
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.export import export_weights
+from restitch.merging.files.mask import Mask
+from restitch.merging.files.sparse import SparseFile, SparseInfo, SparseTensor, write_sparse
+from restitch.merging.localize.dataless import localize_dataless
+from restitch.merging.ranking.task_vector import TaskVector
+from restitch.merging.rules.stitch import Member, stitch, write_patch
 from rich.console import Console
 from rich.table import Table
 from safetensors import safe_open

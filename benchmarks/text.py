@@ -30,7 +30,7 @@ from restitch.flows.line import init_line
 from restitch.flows.register import register
 from restitch.flows.remerge import remerge
 from restitch.flows.snapshot import retention_task
-from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.evaluation import evaluate
 from restitch.registry.head import Head
 from restitch.registry.history import MergedRecord

@@ -22,7 +22,7 @@ from restitch.flows.studies import log_study, write_study
 from restitch.flows.trials import Trial, prepare
 from restitch.merging.digests import canonical_json
 from restitch.merging.errors import BadInput
-from restitch.merging.methods import KINDS, Method, get_method, method_names
+from restitch.merging.methods.registry import KINDS, Method, get_method, method_names
 from restitch.registry.history import mean_of
 from restitch.tasks.engine import flow
 from restitch.tasks.experts import make_experts

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from restitch.flows.report import mirror
 from restitch.merging.errors import BadInput
-from restitch.merging.methods import get_method
+from restitch.merging.methods.registry import get_method
 from restitch.modeling.family import get_family
 from restitch.registry.head import Head, ModelRef, State, Task
 from restitch.registry.ledger import Ledger

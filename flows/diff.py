@@ -9,9 +9,9 @@ from typing import Any
 
 from restitch.flows.audit import member_changes
 from restitch.flows.versions import find_version
-from restitch.merging.checkpoint import by_bytes
-from restitch.merging.patches import count_differences
-from restitch.merging.sparse import SparseFile
+from restitch.merging.analysis.patches import count_differences
+from restitch.merging.files.checkpoint import by_bytes
+from restitch.merging.files.sparse import SparseFile
 from restitch.modeling.places import place_of
 from restitch.registry.history import MergedRecord, Retention, TaskResult, differences
 from restitch.registry.objects import ObjectStore

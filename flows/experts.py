@@ -20,7 +20,7 @@ from restitch.flows.trials import prepare
 from restitch.flows.versions import find_version, members_of
 from restitch.merging.digests import canonical_json
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.merging.methods import Method, get_method, method_names
+from restitch.merging.methods.registry import Method, get_method, method_names
 from restitch.registry.announcement import check_there
 from restitch.registry.head import Member
 from restitch.registry.history import MergedRecord, TaskResult, mean_of

@@ -15,10 +15,10 @@ from uuid import uuid4
 
 from restitch.flows.experts import kept_experts
 from restitch.flows.versions import find_version
-from restitch.merging.checkpoint import Checkpoint
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
-from restitch.merging.export import export_weights
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.export import export_weights
 from restitch.registry.head import Head
 from restitch.registry.history import MergedMember, MergedRecord
 from restitch.registry.sizes import parse_size

@@ -18,7 +18,7 @@ from restitch.flows.trials import prepare
 from restitch.flows.versions import members_of
 from restitch.merging.digests import canonical_json, digest_file
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.merging.methods import get_method
+from restitch.merging.methods.registry import get_method
 from restitch.merging.recipe import Recipe
 from restitch.registry.fates import touched_models
 from restitch.registry.head import Head, Member, ModelRef

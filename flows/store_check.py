@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from restitch.merging.digests import canonical_json
 from restitch.merging.errors import Damage, RestitchError, Unavailable
-from restitch.merging.sparse import SparseFile
+from restitch.merging.files.sparse import SparseFile
 from restitch.registry.attempts import Attempt
 from restitch.registry.catalog import Catalog
 from restitch.registry.history import Entry, replay, state_of

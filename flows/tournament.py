@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from restitch.merging.methods import get_method
+from restitch.merging.methods.registry import get_method
 from restitch.registry.head import Member
 from restitch.registry.history import MergedRecord
 from restitch.registry.specs import MethodSpec, TaskSpec, TournamentSpec

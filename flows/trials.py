@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from restitch.merging.methods import Method, get_method, resolve_settings
+from restitch.merging.methods.registry import Method, get_method, resolve_settings
 from restitch.registry.head import Member
 from restitch.registry.localize_spec import LocalizeSpec
 from restitch.registry.specs import LineSpec, MethodSpec

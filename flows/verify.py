@@ -13,7 +13,7 @@ from typing import Any, Literal
 from restitch.flows.versions import find_version
 from restitch.merging.digests import canonical_json
 from restitch.merging.errors import BadInput, Damage, GateFailed, RestitchError, Unavailable
-from restitch.merging.methods import get_method
+from restitch.merging.methods.registry import get_method
 from restitch.merging.recipe import Recipe
 from restitch.registry.head import Head
 from restitch.registry.history import Entry, MergedRecord, replay, state_of

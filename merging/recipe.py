@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from restitch.merging.checkpoint import by_bytes
 from restitch.merging.digests import canonical_json, digest_bytes
 from restitch.merging.errors import Damage
+from restitch.merging.files.checkpoint import by_bytes
 
 FORMAT = 1
 

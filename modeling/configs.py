@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from restitch.merging.errors import BadInput
-from restitch.merging.regular import open_regular
+from restitch.merging.files.safe_open import open_regular
 
 _IGNORED = {
     "_attn_implementation",

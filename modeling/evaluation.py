@@ -16,8 +16,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from restitch.merging.batches import ahead
 from restitch.merging.errors import BadInput
+from restitch.merging.prefetch import ahead
 from restitch.merging.progress import Progress
 from restitch.modeling.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head

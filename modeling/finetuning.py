@@ -14,10 +14,10 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from restitch.merging.batches import ahead
 from restitch.merging.errors import BadInput
+from restitch.merging.prefetch import ahead
 from restitch.merging.progress import Progress, ignore
-from restitch.merging.statistics import asking_for_gradients
+from restitch.merging.statistics.statistic_file import asking_for_gradients
 from torch import Tensor, nn
 
 VERSION = 1

@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from restitch.merging.errors import BadInput
-from restitch.merging.regular import open_regular
+from restitch.merging.files.safe_open import open_regular
 
 MOST_PIXELS = 64_000_000  # 8000 x 8000
 

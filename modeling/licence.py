@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 from restitch.merging.errors import BadInput
-from restitch.merging.regular import open_regular
+from restitch.merging.files.safe_open import open_regular
 
 CARD = "README.md"
 MAX_BYTES = 64 << 10

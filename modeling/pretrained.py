@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from restitch.merging.checkpoint import Checkpoint
 from restitch.merging.errors import BadInput
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.configs import read_config
 from torch import Tensor, nn
 

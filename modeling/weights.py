@@ -7,8 +7,8 @@ added, so setting and restoring any number of times leaves no trace.
 from collections.abc import Iterable, Mapping
 
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import Edits
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits
 from torch import Tensor, nn
 
 

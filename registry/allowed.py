@@ -4,7 +4,7 @@
 and buckets (`huggingface.co, s3://models`, with commas). What is unset or empty limits
 nothing. Otherwise a model or data set elsewhere is refused wherever it would be opened, with
 symbolic links resolved first, also those in its folder, and again by where it really is once
-it is open (`restitch.merging.regular`). The store, the caches and the
+it is open (`restitch.merging.files.safe_open`). The store, the caches and the
 tracking server are the deployment's own choice and always allowed, not what they point to.
 """
 
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import unquote, urlsplit
 
 from restitch.merging.errors import BadInput
-from restitch.merging.regular import watch
+from restitch.merging.files.safe_open import watch
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
 from restitch.merging.errors import BadInput
-from restitch.merging.regular import open_regular
+from restitch.merging.files.safe_open import open_regular
 
 MAX_BYTES = 1 << 20
 _MAX_VALUES = 50_000

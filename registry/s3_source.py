@@ -207,7 +207,9 @@ class RemoteWeights:
 
     def _fill_header(self, name: str) -> None:
         """The first bytes of a file; whether they are a header is for its reader to say."""
-        from restitch.merging.header import MAX_HEADER  # with torch, which most commands do without
+        from restitch.merging.files.header import (
+            MAX_HEADER,  # with torch, which most commands do without
+        )
 
         size, descriptor = self.folder.files[name].size, self._descriptors[name]
         look = min(size, _FIRST_LOOK)

@@ -77,10 +77,7 @@ def _resolve_objective(values: dict[str, Any]) -> None:
 
 
 def _needs_whole(method: Any) -> bool:
-    from restitch.merging.methods import (  # with torch: most commands read no file
-        get_method,
-        method_names,
-    )
+    from restitch.merging.methods.registry import get_method, method_names
 
     if isinstance(method, dict) and isinstance(method.get("tournament"), list):
         return all(_needs_whole(one) for one in method["tournament"])

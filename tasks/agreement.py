@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Sequence
 
-from restitch.merging.agreement import (
+from restitch.merging.analysis.agreement import (
     VERSION,
     Together,
     agreement_profile,
@@ -12,9 +12,9 @@ from restitch.merging.agreement import (
     summed,
 )
 from restitch.merging.digests import digest_json
-from restitch.merging.kept_vector import KeptVector
-from restitch.merging.sparse import SparseFile
-from restitch.merging.stitch import Member as Part
+from restitch.merging.files.sparse import SparseFile
+from restitch.merging.ranking.kept_vector import KeptVector
+from restitch.merging.rules.stitch import Member as Part
 from restitch.tasks.engine import Cached, step
 from restitch.tasks.models import open_base
 from restitch.tasks.refs import LineRef

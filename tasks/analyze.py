@@ -10,11 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from restitch.merging.analysis import VERSION as ANALYSIS_VERSION
-from restitch.merging.analysis import MaskAnalysis, analyze_masks
-from restitch.merging.checkpoint import by_bytes
+from restitch.merging.analysis.masks import VERSION as ANALYSIS_VERSION
+from restitch.merging.analysis.masks import MaskAnalysis, analyze_masks
 from restitch.merging.digests import digest_json
-from restitch.merging.sparse import SparseFile
+from restitch.merging.files.checkpoint import by_bytes
+from restitch.merging.files.sparse import SparseFile
 from restitch.modeling.places import COMPONENTS, Place, place_of
 from restitch.registry.history import MergedRecord
 from restitch.tasks.engine import Cached, step

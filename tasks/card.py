@@ -222,7 +222,7 @@ def _verification(commands: str, origin: Provenance) -> str:
     if origin.weights is None:
         return text
     check = (
-        'python -c "from pathlib import Path; from restitch.merging.checkpoint import Checkpoint; '
+        'python -c "from pathlib import Path; from restitch.merging.files.checkpoint import Checkpoint; '
         "print(Checkpoint.open(Path('.')).digest())\""
     )
     return (

@@ -14,12 +14,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from restitch.merging.bisection import geometric, smallest
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.localize_dataless import kept_count
-from restitch.merging.mask import Mask
-from restitch.merging.overwrite import put, take
-from restitch.merging.top_k import Scores, top_k
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.mask import Mask
+from restitch.merging.localize.dataless import kept_count
+from restitch.merging.numerics.bisection import geometric, smallest
+from restitch.merging.numerics.bitwise import put, take
+from restitch.merging.ranking.top_k import Scores, top_k
 from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from restitch.modeling.significance import ratio_interval
 from restitch.registry.head import ModelRef
@@ -67,7 +67,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Grafted:
-    """Edits that put the finetuned values at a mask's coordinates; see `restitch.merging.edits`."""
+    """Edits that put the finetuned values at a mask's coordinates; see `restitch.merging.files.edits`."""
 
     finetuned: Checkpoint
     mask: Mask

@@ -13,9 +13,9 @@ from typing import Any
 
 from restitch.merging.digests import digest_file
 from restitch.merging.errors import Damage
-from restitch.merging.expert_store import write_experts
-from restitch.merging.experts import Experts
-from restitch.merging.methods import get_method
+from restitch.merging.experts.files import write_experts
+from restitch.merging.experts.specialists import Experts
+from restitch.merging.methods.registry import get_method
 from restitch.merging.recipe import Recipe
 from restitch.tasks.engine import Cached, step
 from restitch.tasks.merge import recipe_members

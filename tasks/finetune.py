@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 from restitch.merging.digests import digest_json
-from restitch.merging.localize_trained import NAME as TRAINED
-from restitch.merging.score_tensors import fingerprint
-from restitch.merging.sparse import SparseInfo
-from restitch.merging.stitch import write_patch
+from restitch.merging.files.sparse import SparseInfo
+from restitch.merging.localize.trained import NAME as TRAINED
+from restitch.merging.ranking.score_tensors import fingerprint
+from restitch.merging.rules.stitch import write_patch
 from restitch.modeling.data import stratified
 from restitch.modeling.family import Family
 from restitch.modeling.finetuning import VERSION, FinetuningSettings
@@ -157,7 +157,7 @@ def _opened(live: LiveBase, member: Member, space: Workspace) -> tuple[Rows, Ope
 
 @dataclass(frozen=True)
 class _Live:
-    """Edits that give what the live weights are; see `restitch.merging.edits`."""
+    """Edits that give what the live weights are; see `restitch.merging.files.edits`."""
 
     live: LiveBase
     names: tuple[str, ...]

@@ -11,15 +11,15 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from restitch.merging.analysis import VERSION as ANALYSIS_VERSION
-from restitch.merging.analysis import analyze_masks
+from restitch.merging.analysis.masks import VERSION as ANALYSIS_VERSION
+from restitch.merging.analysis.masks import analyze_masks
 from restitch.merging.digests import digest_json
-from restitch.merging.localize_dataless import kept_count
-from restitch.merging.methods import Method, get_method, resolve_settings
-from restitch.merging.sparse import SparseFile, write_sparse
-from restitch.merging.stitch import Member as Part
-from restitch.merging.task_vector import TaskVector
-from restitch.merging.top_k import top_k
+from restitch.merging.files.sparse import SparseFile, write_sparse
+from restitch.merging.localize.dataless import kept_count
+from restitch.merging.methods.registry import Method, get_method, resolve_settings
+from restitch.merging.ranking.task_vector import TaskVector
+from restitch.merging.ranking.top_k import top_k
+from restitch.merging.rules.stitch import Member as Part
 from restitch.modeling.evaluation import Evaluation
 from restitch.registry.head import Member
 from restitch.tasks.density import Grafted

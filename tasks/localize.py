@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from restitch.merging.checkpoint import Checkpoint
 from restitch.merging.digests import digest_json
-from restitch.merging.mask import Mask
-from restitch.merging.overwrite import take
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.mask import Mask
+from restitch.merging.files.quantized import quantized
+from restitch.merging.files.sparse import SparseInfo, SparseTensor, write_sparse
+from restitch.merging.numerics.bitwise import take
 from restitch.merging.progress import Progress
-from restitch.merging.quantized import quantized
-from restitch.merging.sparse import SparseInfo, SparseTensor, write_sparse
-from restitch.merging.task_vector import TaskVector
+from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.gradients import checkpointed
 from restitch.registry.head import ModelRef
 from restitch.registry.objects import KeyRecord

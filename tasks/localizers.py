@@ -12,16 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import JsonValue
-from restitch.merging import localize_dataless as dataless
-from restitch.merging import localize_distilled as distilled
-from restitch.merging import localize_fisher as fisher
-from restitch.merging import localize_random as lot
-from restitch.merging import localize_trained as trained
-from restitch.merging.mask import Mask
+from restitch.merging.files.mask import Mask
+from restitch.merging.localize import dataless, distilled, fisher, trained
+from restitch.merging.localize import random as lot
 from restitch.merging.progress import Progress
-from restitch.merging.score_tensors import fingerprint
-from restitch.merging.task_vector import TaskVector
-from restitch.merging.top_k import Scores
+from restitch.merging.ranking.score_tensors import fingerprint
+from restitch.merging.ranking.task_vector import TaskVector
+from restitch.merging.ranking.top_k import Scores
 from restitch.modeling.family import Batch, Family
 from restitch.modeling.gradients import precision
 from restitch.modeling.heads import Head
@@ -241,7 +238,7 @@ class Trained(_Calibrated):
         return f"{super().label} {self.calibration.choice.preset}"
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
-        """Learn the scores, or the mask; see `restitch.merging.localize_trained`."""
+        """Learn the scores, or the mask; see `restitch.merging.localize.trained`."""
         on = self.calibration.opened()
         found = trained.localize_trained(
             on.live.parameters,
@@ -272,7 +269,7 @@ class Fisher(_Calibrated):
         return {**super().inputs(), "density": self.calibration.choice.density}
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
-        """Measure the sensitivities; see `restitch.merging.localize_fisher`."""
+        """Measure the sensitivities; see `restitch.merging.localize.fisher`."""
         on = self.calibration.opened()
         scores, worth = on.by_inputs(fisher.localize_fisher, vector, self.settings, progress)
         rows = min(len(on.rows), self.settings.most_rows)
@@ -298,7 +295,7 @@ class Distilled(_Calibrated):
         )
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
-        """Refine the ranking; see `restitch.merging.localize_distilled`."""
+        """Refine the ranking; see `restitch.merging.localize.distilled`."""
         on = self.calibration.opened()
         found = on.by_inputs(distilled.localize_distilled, vector, self.settings, progress)
         factors = found.sensitivities.to_factors(vector.names)

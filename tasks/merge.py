@@ -6,19 +6,19 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import JsonValue
-from restitch.merging.checkpoint import Checkpoint
 from restitch.merging.digests import digest_file
-from restitch.merging.edits import Edits, edited
 from restitch.merging.errors import Damage
-from restitch.merging.methods import get_method
-from restitch.merging.per_matrix import computing_on
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits, edited
+from restitch.merging.files.sparse import SparseFile, SparseInfo
+from restitch.merging.methods.registry import get_method
+from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
-from restitch.merging.score_tensors import fingerprint
-from restitch.merging.sparse import SparseFile, SparseInfo
-from restitch.merging.statistics import open_statistic
-from restitch.merging.stitch import VERSION as STITCHING_VERSION
-from restitch.merging.stitch import Member as StitchMember
-from restitch.merging.stitch import write_patch
+from restitch.merging.rules.per_matrix import computing_on
+from restitch.merging.rules.stitch import VERSION as STITCHING_VERSION
+from restitch.merging.rules.stitch import Member as StitchMember
+from restitch.merging.rules.stitch import write_patch
+from restitch.merging.statistics.statistic_file import open_statistic
 from restitch.registry.head import Member
 from restitch.registry.objects import KeyRecord
 from restitch.tasks.engine import Cached, step

@@ -14,15 +14,15 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.comparison import Comparison, compare
-from restitch.merging.coordinates import select_tensors
 from restitch.merging.digests import digest_file, digest_json
-from restitch.merging.edits import Edits
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.merging.expert_store import open_expert
-from restitch.merging.sparse import SparseFile
-from restitch.merging.task_vector import TaskVector
+from restitch.merging.experts.files import open_expert
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.comparison import Comparison, compare
+from restitch.merging.files.coordinates import select_tensors
+from restitch.merging.files.edits import Edits
+from restitch.merging.files.sparse import SparseFile
+from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.family import Family, get_family
 from restitch.modeling.weights import apply_edits, restore, set_weights
 from restitch.registry.head import ModelRef

@@ -13,9 +13,9 @@ import threading
 from collections.abc import Mapping
 from pathlib import Path
 
-from restitch.merging.checkpoint import Checkpoint, index_shards
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput, Damage
+from restitch.merging.files.checkpoint import Checkpoint, index_shards
 from restitch.registry.s3_source import RemoteWeights, S3Folder
 from restitch.registry.sources import Source
 from restitch.registry.store import explained

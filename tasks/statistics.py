@@ -14,20 +14,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from restitch.merging.checkpoint import by_bytes
 from restitch.merging.digests import digest_json
-from restitch.merging.entropy_coefficients import VERSION as COEFFICIENTS_VERSION
-from restitch.merging.entropy_coefficients import CoefficientSettings, learn_coefficients
 from restitch.merging.errors import BadInput
-from restitch.merging.fisher_diagonal import VERSION as FISHER_VERSION
-from restitch.merging.fisher_diagonal import mean_of, measure_fisher
-from restitch.merging.grams import VERSION as GRAM_VERSION
-from restitch.merging.grams import measure_grams
-from restitch.merging.kept_vector import KeptVector
-from restitch.merging.methods import Method, get_method
-from restitch.merging.score_tensors import fingerprint
-from restitch.merging.sparse import SparseFile
-from restitch.merging.statistics import COEFFICIENTS, FISHER, GRAM, write_statistic
+from restitch.merging.files.checkpoint import by_bytes
+from restitch.merging.files.sparse import SparseFile
+from restitch.merging.methods.registry import Method, get_method
+from restitch.merging.ranking.kept_vector import KeptVector
+from restitch.merging.ranking.score_tensors import fingerprint
+from restitch.merging.statistics.entropy_coefficients import VERSION as COEFFICIENTS_VERSION
+from restitch.merging.statistics.entropy_coefficients import CoefficientSettings, learn_coefficients
+from restitch.merging.statistics.fisher_diagonal import VERSION as FISHER_VERSION
+from restitch.merging.statistics.fisher_diagonal import mean_of, measure_fisher
+from restitch.merging.statistics.grams import VERSION as GRAM_VERSION
+from restitch.merging.statistics.grams import measure_grams
+from restitch.merging.statistics.statistic_file import COEFFICIENTS, FISHER, GRAM, write_statistic
 from restitch.modeling.weights import linear_layers, restore
 from restitch.registry.head import Member
 from restitch.registry.objects import KeyRecord

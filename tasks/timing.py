@@ -5,7 +5,7 @@ import socket
 import time
 
 from restitch.merging.digests import digest_json
-from restitch.merging.score_tensors import fingerprint
+from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.registry.head import Member
 from restitch.tasks.engine import Cached, step
 from restitch.tasks.merge import make_recipe, write_patch_of

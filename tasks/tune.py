@@ -14,7 +14,7 @@ from typing import Any
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
-from restitch.merging.methods import Method, get_method
+from restitch.merging.methods.registry import Method, get_method
 from restitch.merging.recipe import Recipe
 from restitch.modeling.evaluation import EVALUATOR_VERSION
 from restitch.registry.head import Member

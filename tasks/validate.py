@@ -1,7 +1,7 @@
 """Decide whether a finetuned model can join its line, and measure what would be left out."""
 
 from restitch.merging.errors import BadInput, CannotJoin
-from restitch.merging.task_vector import TaskVector, outside_share
+from restitch.merging.ranking.task_vector import TaskVector, outside_share
 from restitch.registry.allowed import NotAllowed
 from restitch.registry.head import ModelRef
 from restitch.tasks.engine import step

@@ -8,7 +8,7 @@ line, where it keeps some weights of a member and not all.
 from typing import Any
 
 from restitch.flows.study.subject import Study, Subject
-from restitch.merging.methods import get_method
+from restitch.merging.methods.registry import get_method
 from restitch.tasks.agreement import TOGETHER, agreement
 from restitch.tasks.report.study_plots import Axes, bars_plot
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from restitch.flows.study.subject import Study, Subject
-from restitch.merging.methods import Method, get_method
+from restitch.merging.methods.registry import Method, get_method
 from restitch.registry.head import Member
 from restitch.tasks.finetune import finetune, lacks_labels
 from restitch.tasks.report.study_plots import Axes, lines_plot

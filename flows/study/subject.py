@@ -12,7 +12,7 @@ from typing import Any
 from restitch.flows.snapshot import Snapshot
 from restitch.flows.trials import Trial, everything, masks_like, own_settings, prepare
 from restitch.merging.errors import BadInput
-from restitch.merging.methods import Method, get_method
+from restitch.merging.methods.registry import Method, get_method
 from restitch.modeling.family import Family, get_family
 from restitch.registry.head import Member
 from restitch.registry.localize_spec import LocalizeSpec

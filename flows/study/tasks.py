@@ -10,7 +10,7 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from restitch.flows.study.subject import Study, Subject
-from restitch.merging.methods import get_method
+from restitch.merging.methods.registry import get_method
 from restitch.registry.head import Member
 from restitch.tasks.report.study_plots import Axes, lines_plot
 from restitch.tasks.reporting import say

@@ -7,7 +7,7 @@ for no agreement: the sum itself, every weight of it.
 from typing import Any
 
 from restitch.flows.study.subject import Study, Subject
-from restitch.merging.methods import Method, get_method
+from restitch.merging.methods.registry import Method, get_method
 from restitch.tasks.report.study_plots import Axes, lines_plot
 from restitch.tasks.reporting import say
 

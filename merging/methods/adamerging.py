@@ -1,13 +1,20 @@
-"""AdaMerging, layer-wise (Yang et al., ICLR 2024); see `restitch.merging.entropy_coefficients`."""
+"""AdaMerging, layer-wise (Yang et al., ICLR 2024); see `restitch.merging.statistics.entropy_coefficients`."""
 
 from collections.abc import Iterable
 
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import Edits
-from restitch.merging.elementwise import Elementwise, Floats, Range, added, checked, kept_vectors
-from restitch.merging.methods import method
-from restitch.merging.statistics import COEFFICIENTS, check_fits, statistics_of
-from restitch.merging.stitch import Member
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits
+from restitch.merging.methods.registry import method
+from restitch.merging.rules.elementwise import (
+    Elementwise,
+    Floats,
+    Range,
+    added,
+    checked,
+    kept_vectors,
+)
+from restitch.merging.rules.stitch import Member
+from restitch.merging.statistics.statistic_file import COEFFICIENTS, check_fits, statistics_of
 
 
 @method(

@@ -2,11 +2,11 @@
 
 from collections.abc import Iterable
 
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import Edits
-from restitch.merging.elementwise import Elementwise, kept_vectors, total
-from restitch.merging.methods import method
-from restitch.merging.stitch import Member
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits
+from restitch.merging.methods.registry import method
+from restitch.merging.rules.elementwise import Elementwise, kept_vectors, total
+from restitch.merging.rules.stitch import Member
 
 
 @method(

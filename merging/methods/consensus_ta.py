@@ -1,11 +1,12 @@
-"""Consensus task arithmetic (Wang et al., ICML 2024); see `restitch.merging.consensus`."""
+"""Consensus task arithmetic (Wang et al., ICML 2024); see `restitch.merging.rules.consensus`."""
 
 from collections.abc import Iterable
 
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.consensus import agreed
-from restitch.merging.edits import Edits
-from restitch.merging.elementwise import (
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits
+from restitch.merging.methods.registry import method
+from restitch.merging.rules.consensus import agreed
+from restitch.merging.rules.elementwise import (
     COEFFICIENTS,
     Elementwise,
     Floats,
@@ -14,8 +15,7 @@ from restitch.merging.elementwise import (
     kept_vectors,
     total,
 )
-from restitch.merging.methods import method
-from restitch.merging.stitch import Member
+from restitch.merging.rules.stitch import Member
 
 
 @method(

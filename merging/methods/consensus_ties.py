@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable
 
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.consensus import agreed
-from restitch.merging.edits import Edits
-from restitch.merging.elementwise import (
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits
+from restitch.merging.methods.registry import method
+from restitch.merging.rules.consensus import agreed
+from restitch.merging.rules.elementwise import (
     COEFFICIENTS,
     Elementwise,
     Floats,
@@ -13,9 +14,8 @@ from restitch.merging.elementwise import (
     checked,
     kept_vectors,
 )
-from restitch.merging.methods import method
-from restitch.merging.stitch import Member
-from restitch.merging.ties import Trim, elected
+from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.ties import Trim, elected
 
 
 @method(

@@ -9,13 +9,13 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
-from restitch.merging.checkpoint import Checkpoint, by_bytes
-from restitch.merging.elementwise import Floats, Range, total
-from restitch.merging.experts import Experts, Selected, SharedExperts, numbered
-from restitch.merging.kept_vector import BLOCK, KeptVector, working_dtype
-from restitch.merging.methods import method
-from restitch.merging.rounding import cast
-from restitch.merging.stitch import Member
+from restitch.merging.experts.specialists import Experts, Selected, SharedExperts, numbered
+from restitch.merging.files.checkpoint import Checkpoint, by_bytes
+from restitch.merging.methods.registry import method
+from restitch.merging.numerics.rounding import cast
+from restitch.merging.ranking.kept_vector import BLOCK, KeptVector, working_dtype
+from restitch.merging.rules.elementwise import Floats, Range, total
+from restitch.merging.rules.stitch import Member
 
 
 @method(

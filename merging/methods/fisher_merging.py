@@ -4,14 +4,21 @@ from collections.abc import Iterable
 
 import numpy as np
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import Edits
-from restitch.merging.elementwise import Elementwise, Floats, Range, added, checked, kept_vectors
 from restitch.merging.errors import BadInput
-from restitch.merging.methods import method
-from restitch.merging.rounding import cast
-from restitch.merging.statistics import FISHER, check_fits, statistics_of
-from restitch.merging.stitch import Member
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits
+from restitch.merging.methods.registry import method
+from restitch.merging.numerics.rounding import cast
+from restitch.merging.rules.elementwise import (
+    Elementwise,
+    Floats,
+    Range,
+    added,
+    checked,
+    kept_vectors,
+)
+from restitch.merging.rules.stitch import Member
+from restitch.merging.statistics.statistic_file import FISHER, check_fits, statistics_of
 
 
 @method(

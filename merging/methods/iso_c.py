@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import Edits
-from restitch.merging.elementwise import checked
-from restitch.merging.methods import method
-from restitch.merging.per_matrix import PerMatrix, svd
-from restitch.merging.stitch import Member
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits
+from restitch.merging.methods.registry import method
+from restitch.merging.rules.elementwise import checked
+from restitch.merging.rules.per_matrix import PerMatrix, svd
+from restitch.merging.rules.stitch import Member
 from torch import Tensor
 
 # From below what the paper finds best on CLIP, 0.9 to 1.9, to far above it: a model with 384

@@ -3,13 +3,13 @@
 from collections.abc import Iterable
 
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import Edits
-from restitch.merging.elementwise import checked
-from restitch.merging.methods import method
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits
 from restitch.merging.methods.iso_c import SCALES
-from restitch.merging.per_matrix import PerMatrix, nearest_orthogonal, svd
-from restitch.merging.stitch import Member
+from restitch.merging.methods.registry import method
+from restitch.merging.rules.elementwise import checked
+from restitch.merging.rules.per_matrix import PerMatrix, nearest_orthogonal, svd
+from restitch.merging.rules.stitch import Member
 from torch import Tensor
 
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import Edits
-from restitch.merging.methods import method
-from restitch.merging.stitch import VERSION, Member, stitch
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits
+from restitch.merging.methods.registry import method
+from restitch.merging.rules.stitch import VERSION, Member, stitch
 
 
 @method(

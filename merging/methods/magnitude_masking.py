@@ -2,12 +2,12 @@
 
 from collections.abc import Iterable
 
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.elementwise import Range, total
-from restitch.merging.experts import Experts, Selected, SharedExperts, numbered
-from restitch.merging.methods import method
-from restitch.merging.stitch import Member
-from restitch.merging.ties import Trim
+from restitch.merging.experts.specialists import Experts, Selected, SharedExperts, numbered
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.methods.registry import method
+from restitch.merging.rules.elementwise import Range, total
+from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.ties import Trim
 
 
 @method(

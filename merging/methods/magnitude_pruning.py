@@ -6,14 +6,14 @@ vectors of a share 1/T of the weights are as large as one whole vector and T mas
 
 from collections.abc import Iterable
 
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import Edits
-from restitch.merging.elementwise import Elementwise, Floats, Range
-from restitch.merging.experts import Experts, OwnExperts, numbered
-from restitch.merging.kept_vector import KeptVector
-from restitch.merging.methods import method
-from restitch.merging.stitch import Member
-from restitch.merging.ties import Trim
+from restitch.merging.experts.specialists import Experts, OwnExperts, numbered
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits
+from restitch.merging.methods.registry import method
+from restitch.merging.ranking.kept_vector import KeptVector
+from restitch.merging.rules.elementwise import Elementwise, Floats, Range
+from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.ties import Trim
 
 
 @method(

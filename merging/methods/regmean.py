@@ -3,14 +3,14 @@
 from collections.abc import Iterable
 
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import Edits
-from restitch.merging.elementwise import checked
-from restitch.merging.grams import unpacked
-from restitch.merging.methods import method
-from restitch.merging.per_matrix import Matrix, PerMatrix
-from restitch.merging.statistics import GRAM, statistics_of
-from restitch.merging.stitch import Member
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits
+from restitch.merging.methods.registry import method
+from restitch.merging.rules.elementwise import checked
+from restitch.merging.rules.per_matrix import Matrix, PerMatrix
+from restitch.merging.rules.stitch import Member
+from restitch.merging.statistics.grams import unpacked
+from restitch.merging.statistics.statistic_file import GRAM, statistics_of
 from torch import Tensor
 
 # Added to the diagonal, as a share of its mean: inputs that are always 0 decide nothing.

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import Edits
-from restitch.merging.elementwise import checked
 from restitch.merging.errors import BadInput
-from restitch.merging.methods import get_method, method, method_names
-from restitch.merging.per_matrix import Matrix, PerMatrix, svd
-from restitch.merging.rounding import cast
-from restitch.merging.stitch import Member
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits
+from restitch.merging.methods.registry import get_method, method, method_names
+from restitch.merging.numerics.rounding import cast
+from restitch.merging.rules.elementwise import checked
+from restitch.merging.rules.per_matrix import Matrix, PerMatrix, svd
+from restitch.merging.rules.stitch import Member
 from torch import Tensor
 
 NAME = "svc"

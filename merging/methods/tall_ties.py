@@ -2,13 +2,20 @@
 
 from collections.abc import Iterable
 
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.consensus import THRESHOLDS, tall_mask
-from restitch.merging.elementwise import Range
-from restitch.merging.experts import Experts, PerTask, Selected, SharedExperts, numbered, per_task
-from restitch.merging.methods import method
-from restitch.merging.stitch import Member
-from restitch.merging.ties import Trim, elected
+from restitch.merging.experts.specialists import (
+    Experts,
+    PerTask,
+    Selected,
+    SharedExperts,
+    numbered,
+    per_task,
+)
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.methods.registry import method
+from restitch.merging.rules.consensus import THRESHOLDS, tall_mask
+from restitch.merging.rules.elementwise import Range
+from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.ties import Trim, elected
 
 
 @method(

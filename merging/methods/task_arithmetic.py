@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable
 
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import Edits
-from restitch.merging.elementwise import (
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits
+from restitch.merging.methods.registry import method
+from restitch.merging.rules.elementwise import (
     COEFFICIENTS,
     Elementwise,
     checked,
@@ -12,8 +13,7 @@ from restitch.merging.elementwise import (
     scaled,
     total,
 )
-from restitch.merging.methods import method
-from restitch.merging.stitch import Member
+from restitch.merging.rules.stitch import Member
 
 
 @method(

@@ -1,13 +1,19 @@
-"""TIES-Merging (Yadav et al., NeurIPS 2023); see `restitch.merging.ties`."""
+"""TIES-Merging (Yadav et al., NeurIPS 2023); see `restitch.merging.rules.ties`."""
 
 from collections.abc import Iterable
 
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import Edits
-from restitch.merging.elementwise import COEFFICIENTS, Elementwise, checked, kept_vectors, scaled
-from restitch.merging.methods import method
-from restitch.merging.stitch import Member
-from restitch.merging.ties import Trim, elected
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits
+from restitch.merging.methods.registry import method
+from restitch.merging.rules.elementwise import (
+    COEFFICIENTS,
+    Elementwise,
+    checked,
+    kept_vectors,
+    scaled,
+)
+from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.ties import Trim, elected
 
 
 @method(

@@ -8,12 +8,12 @@ A = sum_t D_t^T D_t / ||D_t||^2 and B = sum_t D_t D_t^T D_t / ||D_t||^2, both ma
 from collections.abc import Iterable
 
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import Edits
-from restitch.merging.elementwise import checked
-from restitch.merging.methods import method
-from restitch.merging.per_matrix import PerMatrix
-from restitch.merging.stitch import Member
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits
+from restitch.merging.methods.registry import method
+from restitch.merging.rules.elementwise import checked
+from restitch.merging.rules.per_matrix import PerMatrix
+from restitch.merging.rules.stitch import Member
 from torch import Tensor
 
 

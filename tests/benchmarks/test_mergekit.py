@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.files.checkpoint import Checkpoint
 from rich.console import Console
 from torch import Tensor
 

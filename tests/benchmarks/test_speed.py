@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.files.checkpoint import Checkpoint
 from rich.console import Console
 
 from benchmarks import speed

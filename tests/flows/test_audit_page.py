@@ -63,7 +63,11 @@ def told(
 
     with monkeypatch.context() as patched:
         patched.setattr(Calendar, "story", Calendar.story)
-        for module in ("restitch.registry.ledger", "restitch.flows.candidates", "restitch.flows.register"):
+        for module in (
+            "restitch.registry.ledger",
+            "restitch.flows.candidates",
+            "restitch.flows.register",
+        ):
             patched.setattr(f"{module}.datetime", Calendar)
         tell(new_home(".restitch"), world, tmp_path / "line.yaml")
     monkeypatch.chdir(tmp_path)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from restitch.merging import methods as registry
-from restitch.merging.checkpoint import Checkpoint
 from restitch.merging.digests import digest_file
 from restitch.merging.errors import Unavailable
-from restitch.merging.methods import get_method, method_names
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.methods import registry
+from restitch.merging.methods.registry import get_method, method_names
 
 from tests.cli.test_end_to_end import plain
 from tests.flows.test_localizing import with_splits

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from restitch.merging.recipe import Recipe
-from restitch.merging.stitch import write_patch
+from restitch.merging.rules.stitch import write_patch
 from restitch.registry.head import Head
 
 from tests.conftest import NewHome, Three

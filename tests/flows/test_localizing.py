@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.tasks import models
 from restitch.tasks.localizers import Fisher, Ranking
 

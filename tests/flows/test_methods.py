@@ -30,7 +30,7 @@ def exported(shell: Shell, out: Path) -> dict[str, torch.Tensor]:
 
 def localizable(world: World, shell: Shell) -> tuple[str, ...]:
     """The tensors that the members' deltas have."""
-    from restitch.merging.sparse import SparseFile
+    from restitch.merging.files.sparse import SparseFile
 
     ledger = shell.ledger()
     delta = shell.head().tasks["colour"].versions[1].delta

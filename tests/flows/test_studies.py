@@ -200,7 +200,7 @@ def test_localizers_are_given_the_rows_that_a_study_says(made: Made) -> None:
 
 
 def test_every_method_is_timed(made: Made) -> None:
-    from restitch.merging.methods import get_method, method_names
+    from restitch.merging.methods.registry import get_method, method_names
 
     rows = made["runtime"]["rows"]
     merged = {name for name in method_names() if get_method(name).kind == "merged"}

@@ -9,9 +9,9 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from restitch.flows.adopt import _parsed
-from restitch.merging.checkpoint import Checkpoint
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.merging.regular import open_regular
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.safe_open import open_regular
 from restitch.modeling.configs import read_config
 from restitch.modeling.family import get_family
 from restitch.modeling.licence import read_licence

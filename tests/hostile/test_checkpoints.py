@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
-from restitch.merging import checkpoint as module
-from restitch.merging.checkpoint import Checkpoint
 from restitch.merging.errors import BadInput
-from restitch.merging.header import Header, read_header
+from restitch.merging.files import checkpoint as module
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.header import Header, read_header
 from safetensors.torch import save, save_file
 
 from benchmarks.hostile_files import check_checkpoint, checkpoints
@@ -52,7 +52,7 @@ HUGE = {
 _LIMITED = """
 import resource, sys
 from pathlib import Path
-from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.errors import BadInput
 import torch
 used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()

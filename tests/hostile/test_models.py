@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from restitch.merging.errors import BadInput, Damage
+from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from restitch.merging.recipe import Recipe
-from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
 from restitch.modeling.family import get_family
 from restitch.modeling.records import read_records
 from restitch.tasks.merge import recipe_edits

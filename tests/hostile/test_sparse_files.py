@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from restitch.merging.errors import Damage
-from restitch.merging.positions import encode
-from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.files.coordinate_codec import encode
+from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 
 from benchmarks.hostile_files import (
     check_positions,

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from restitch.merging.localize_trained import TrainedResult, TrainedSettings, localize_trained
-from restitch.merging.task_vector import TaskVector
+from restitch.merging.localize.trained import TrainedResult, TrainedSettings, localize_trained
+from restitch.merging.ranking.task_vector import TaskVector
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -3,9 +3,9 @@
 from pathlib import Path
 
 import torch
-from restitch.merging.agreement import agreement_profile, elected_sum, kept_profile, summed
-from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
-from restitch.merging.stitch import Member
+from restitch.merging.analysis.agreement import agreement_profile, elected_sum, kept_profile, summed
+from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.rules.stitch import Member
 
 from tests import tiny
 

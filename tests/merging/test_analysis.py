@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from restitch.merging.analysis import MaskAnalysis, analyze_masks
-from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.analysis.masks import MaskAnalysis, analyze_masks
 from restitch.merging.errors import BadInput, Damage
-from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 
 from tests import tiny
 
@@ -145,8 +145,8 @@ masks = st.fixed_dictionaries(
 def test_it_is_what_dense_masks_say(kept: list[Kept], block: int, dtype: torch.dtype) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         # Ranges shorter than the tensors, so that every seam is crossed.
-        patch.setattr("restitch.merging.analysis._MATRIX", block * max(len(kept), 1))
-        patch.setattr("restitch.merging.analysis._SHORTEST", 1)
+        patch.setattr("restitch.merging.analysis.masks._MATRIX", block * max(len(kept), 1))
+        patch.setattr("restitch.merging.analysis.masks._SHORTEST", 1)
         generator = torch.Generator().manual_seed(0)
         tensors = {n: torch.randn(41, generator=generator).to(dtype) for n in ("u", "v", "w")}
         base = tiny.save(Path(folder) / "base", tensors)
@@ -168,7 +168,7 @@ def test_large_tensors_in_several_ranges_with_every_encoding(tmp_path: Path) -> 
         write_sparse(tmp_path / f"{density}", [kept], kind="delta", metadata={})
         deltas[f"{density}"] = SparseFile.open(tmp_path / f"{density}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("restitch.merging.analysis._MATRIX", 1 << 18)
+        patch.setattr("restitch.merging.analysis.masks._MATRIX", 1 << 18)
         assert_same(analyze_masks(base, deltas), slow(base, deltas))
 
 

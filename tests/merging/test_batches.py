@@ -3,7 +3,7 @@
 import threading
 
 import pytest
-from restitch.merging.batches import ahead
+from restitch.merging.prefetch import ahead
 
 
 @pytest.mark.parametrize("threads", [1, 4])

@@ -3,7 +3,7 @@ import math
 
 from hypothesis import given
 from hypothesis import strategies as st
-from restitch.merging.bisection import geometric, smallest
+from restitch.merging.numerics.bisection import geometric, smallest
 
 
 def test_a_case_by_hand() -> None:

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from restitch.merging.checkpoint import Checkpoint
 from restitch.merging.errors import BadInput
+from restitch.merging.files.checkpoint import Checkpoint
 from safetensors.torch import save_file
 
 from tests import tiny

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from restitch.merging.comparison import compare
 from restitch.merging.errors import CannotJoin
+from restitch.merging.files.comparison import compare
 
 from tests import tiny
 

@@ -1,6 +1,6 @@
 import pytest
-from restitch.merging.coordinates import select_tensors
 from restitch.merging.errors import BadInput
+from restitch.merging.files.coordinates import select_tensors
 
 NAMES = ["m.layers.10.w", "m.layers.2.w", "m.layers.2.norm", "m.embed", "head"]
 

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import Edits, StreamedEdits, edited
 from restitch.merging.errors import BadInput
-from restitch.merging.kept_vector import KeptVector
-from restitch.merging.mask import Mask
-from restitch.merging.methods import get_method
-from restitch.merging.rounding import round_once
-from restitch.merging.stitch import Member, write_patch
-from restitch.merging.task_vector import TaskVector
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits, StreamedEdits, edited
+from restitch.merging.files.mask import Mask
+from restitch.merging.methods.registry import get_method
+from restitch.merging.numerics.rounding import round_once
+from restitch.merging.ranking.kept_vector import KeptVector
+from restitch.merging.ranking.task_vector import TaskVector
+from restitch.merging.rules.stitch import Member, write_patch
 from torch import Tensor
 
 from tests import tiny
@@ -134,7 +134,7 @@ def test_streamed_in_any_parts_it_is_the_same_bytes(
     edits = get_method(name)(base, members)
     assert isinstance(edits, StreamedEdits)
     whole = {tensor: edited(base, edits, tensor) for tensor in edits.names}
-    monkeypatch.setattr("restitch.merging.elementwise.BLOCK", 7)
+    monkeypatch.setattr("restitch.merging.rules.elementwise.BLOCK", 7)
     for tensor in edits.names:
         flat = base.tensor(tensor).clone().view(-1)
         edit = edits.editor(tensor)

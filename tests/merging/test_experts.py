@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import Edits, StreamedEdits, edited
 from restitch.merging.errors import BadInput, Damage
-from restitch.merging.expert_store import open_expert, write_experts
-from restitch.merging.experts import Experts
-from restitch.merging.export import export_weights
-from restitch.merging.methods import get_method, method, method_names
-from restitch.merging.rounding import round_once
-from restitch.merging.stitch import Member
+from restitch.merging.experts.files import open_expert, write_experts
+from restitch.merging.experts.specialists import Experts
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits, StreamedEdits, edited
+from restitch.merging.files.export import export_weights
+from restitch.merging.methods.registry import get_method, method, method_names
+from restitch.merging.numerics.rounding import round_once
+from restitch.merging.rules.stitch import Member
 from torch import Tensor
 
 from tests import tiny
@@ -202,7 +202,7 @@ def test_streamed_or_stored_it_is_the_same_bytes(
     }
     for tensor in tiny.LOCALIZABLE:
         assert any(not whole[t, tensor].equal(base.tensor(tensor)) for t in experts.tasks)
-    monkeypatch.setattr("restitch.merging.elementwise.BLOCK", 7)
+    monkeypatch.setattr("restitch.merging.rules.elementwise.BLOCK", 7)
     read = stored(tmp_path / "files", base, experts)
     for (task, tensor), wanted in whole.items():
         for edits in (experts.for_task(task), read[task]):
@@ -290,7 +290,7 @@ def test_thresholds_that_cannot_be_used_are_refused(tmp_path: Path, given: dict[
 
 @pytest.mark.parametrize("scale", ["nan", "inf", "-1", "1x", "0x1p+99999"])
 def test_a_scale_that_is_no_number_is_damage(tmp_path: Path, scale: str) -> None:
-    from restitch.merging.mask_file import MaskWriter
+    from restitch.merging.files.mask_file import MaskWriter
 
     with MaskWriter(tmp_path) as writer:
         writer.finish(tmp_path / "mask", {"shared": "d", "scale": scale})

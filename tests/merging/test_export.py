@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from restitch.merging import export as module
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import Edits, NoEdits, StreamedEdits, edited
-from restitch.merging.export import export_weights
-from restitch.merging.stitch import stitch
+from restitch.merging.files import export as module
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits, NoEdits, StreamedEdits, edited
+from restitch.merging.files.export import export_weights
+from restitch.merging.rules.stitch import stitch
 from safetensors import safe_open
 from safetensors.torch import load_file
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from restitch.merging.checkpoint import Checkpoint
 from restitch.merging.errors import BadInput
-from restitch.merging.header import read_header, write_header
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.header import read_header, write_header
 from safetensors.torch import load_file, save
 
 GOOD: dict[str, Any] = {

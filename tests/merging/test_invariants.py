@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from restitch.merging.checkpoint import Checkpoint
 from restitch.merging.digests import digest_file
-from restitch.merging.export import export_weights
-from restitch.merging.methods import get_method
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.export import export_weights
+from restitch.merging.files.sparse import SparseFile
+from restitch.merging.methods.registry import get_method
 from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
-from restitch.merging.sparse import SparseFile
-from restitch.merging.stitch import Member, stitch, write_patch
+from restitch.merging.rules.stitch import Member, stitch, write_patch
 
 from tests import tiny
 

@@ -6,9 +6,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from restitch.merging.errors import BadInput
-from restitch.merging.localize_dataless import kept_count, localize_dataless
-from restitch.merging.mask import Mask
-from restitch.merging.task_vector import TaskVector
+from restitch.merging.files.mask import Mask
+from restitch.merging.localize.dataless import kept_count, localize_dataless
+from restitch.merging.ranking.task_vector import TaskVector
 from torch import Tensor
 
 from tests import tiny

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 from restitch.merging.errors import BadInput, CannotJoin
-from restitch.merging.live_weights import Part
-from restitch.merging.localize_distilled import (
+from restitch.merging.localize.distilled import (
     DistilledResult,
     DistilledSettings,
     localize_distilled,
 )
-from restitch.merging.localize_fisher import FisherSettings, localize_fisher
-from restitch.merging.top_k import top_k
+from restitch.merging.localize.fisher import FisherSettings, localize_fisher
+from restitch.merging.localize.live_weights import Part
+from restitch.merging.ranking.top_k import top_k
 from torch import Tensor
 
 from tests.merging.linear import NAMES, ROWS, Linear, flat

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 import torch
 from restitch.merging.errors import BadInput, CannotJoin
-from restitch.merging.localize_fisher import (
+from restitch.merging.localize.fisher import (
     FisherScores,
     FisherSettings,
     Sensitivities,
     localize_fisher,
 )
-from restitch.merging.task_vector import TaskVector
-from restitch.merging.top_k import top_k
+from restitch.merging.ranking.task_vector import TaskVector
+from restitch.merging.ranking.top_k import top_k
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from restitch.merging.localize_random import random_scores
-from restitch.merging.mask import Mask
-from restitch.merging.task_vector import TaskVector
-from restitch.merging.top_k import top_k
+from restitch.merging.files.mask import Mask
+from restitch.merging.localize.random import random_scores
+from restitch.merging.ranking.task_vector import TaskVector
+from restitch.merging.ranking.top_k import top_k
 
 from tests import tiny
 

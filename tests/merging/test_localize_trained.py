@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from restitch.merging.errors import BadInput, CannotJoin
-from restitch.merging.localize_trained import (
+from restitch.merging.localize.trained import (
     PRESETS,
     TrainedResult,
     TrainedSettings,
     fingerprint,
     localize_trained,
 )
-from restitch.merging.task_vector import TaskVector
+from restitch.merging.ranking.task_vector import TaskVector
 from torch import Tensor
 from torch.nn import functional as F
 

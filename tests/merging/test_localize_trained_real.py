@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.coordinates import select_tensors
-from restitch.merging.localize_dataless import localize_dataless
-from restitch.merging.localize_trained import TrainedResult, TrainedSettings, localize_trained
-from restitch.merging.mask import Mask
-from restitch.merging.task_vector import TaskVector
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.coordinates import select_tensors
+from restitch.merging.files.mask import Mask
+from restitch.merging.localize.dataless import localize_dataless
+from restitch.merging.localize.trained import TrainedResult, TrainedSettings, localize_trained
+from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.data import DataSpec, TaskData
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.family import get_family

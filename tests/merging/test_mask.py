@@ -1,6 +1,6 @@
 import pytest
 import torch
-from restitch.merging.mask import Mask
+from restitch.merging.files.mask import Mask
 
 
 def test_a_mask_is_named_by_its_content_alone() -> None:

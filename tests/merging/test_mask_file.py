@@ -12,8 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from restitch.merging.errors import BadInput, Damage
-from restitch.merging.mask_file import Bits, MaskFile, MaskWriter
-from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.files.mask_file import Bits, MaskFile, MaskWriter
+from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from safetensors import safe_open
 from safetensors.torch import save_file
 

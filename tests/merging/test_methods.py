@@ -1,10 +1,10 @@
 from pathlib import Path
 
 import pytest
-from restitch.merging.edits import Edits, edited
 from restitch.merging.errors import BadInput
-from restitch.merging.methods import get_method, method, method_names, resolve_settings
-from restitch.merging.stitch import stitch
+from restitch.merging.files.edits import Edits, edited
+from restitch.merging.methods.registry import get_method, method, method_names, resolve_settings
+from restitch.merging.rules.stitch import stitch
 
 from tests import tiny
 

@@ -7,13 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import edited
 from restitch.merging.errors import BadInput
-from restitch.merging.methods import get_method
-from restitch.merging.rounding import round_once
-from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
-from restitch.merging.stitch import OVERLAPS, Member, stitch, write_patch
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import edited
+from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.methods.registry import get_method
+from restitch.merging.numerics.rounding import round_once
+from restitch.merging.rules.stitch import OVERLAPS, Member, stitch, write_patch
 from torch import Tensor
 
 from tests import tiny
@@ -135,7 +135,7 @@ def test_every_rule_is_that_of_the_slow_reference_however_the_tensor_is_cut(
     members = [tiny.member(tmp_path, base, task, i, density=0.6) for i, task in enumerate("wxyz")]
     members[1:] = [weighed(tmp_path, member, i) for i, member in enumerate(members[1:])]
     for block in (1 << 19, 7):
-        monkeypatch.setattr("restitch.merging.stitch._BLOCK", block)
+        monkeypatch.setattr("restitch.merging.rules.stitch._BLOCK", block)
         if isinstance(rule, str):
             edits = stitch(base, members, rule)
         else:

@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from restitch.merging.patches import count_differences
-from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.analysis.patches import count_differences
+from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 
 
 def patch(path: Path, **tensors: dict[int, float]) -> SparseFile:

@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import edited
-from restitch.merging.mask import Mask
-from restitch.merging.methods import get_method
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import edited
+from restitch.merging.files.mask import Mask
 from restitch.merging.methods.iso_c import isotropic
 from restitch.merging.methods.iso_cts import merged as common_and_own
+from restitch.merging.methods.registry import get_method
 from restitch.merging.methods.regmean import solved
 from restitch.merging.methods.tsv_m import merged
 from restitch.merging.methods.wudi import minimized
-from restitch.merging.per_matrix import PerMatrix, computing_on
-from restitch.merging.stitch import Member
+from restitch.merging.rules.per_matrix import PerMatrix, computing_on
+from restitch.merging.rules.stitch import Member
 
 from tests import tiny
 

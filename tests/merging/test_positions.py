@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from restitch.merging.positions import Coordinates, decode, encode, encoded_size
+from restitch.merging.files.coordinate_codec import Coordinates, decode, encode, encoded_size
 
 
 def coordinates(*values: int) -> Coordinates:
@@ -106,7 +106,7 @@ def test_what_encode_cannot_have_written_is_refused(
 
 
 def test_order_is_checked_across_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("restitch.merging.positions._BLOCK", 1)
+    monkeypatch.setattr("restitch.merging.files.coordinate_codec._BLOCK", 1)
     rising, twice = bytes([0b0100, 0, 0x80, 1]), bytes([0, 0, 0x80, 1])
     assert decode("e3", memoryview(rising), 2, 64).tolist() == [56, 57]
     with pytest.raises(ValueError):

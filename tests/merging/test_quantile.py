@@ -4,12 +4,12 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
-import restitch.merging.top_k as ranking
+import restitch.merging.ranking.top_k as ranking
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from restitch.merging.quantile import Cut, kth_largest
-from restitch.merging.top_k import Scores, TensorScores, top_k
+from restitch.merging.ranking.quantile import Cut, kth_largest
+from restitch.merging.ranking.top_k import Scores, TensorScores, top_k
 from torch import Tensor
 
 
@@ -63,7 +63,7 @@ def test_it_keeps_what_top_k_keeps(tensors: list[list[float]], data: st.DataObje
 def test_large_tensors_are_cut_where_the_sample_is_a_part(
     monkeypatch: pytest.MonkeyPatch, kind: str, wide: torch.dtype
 ) -> None:
-    for module in (ranking, __import__("restitch.merging.quantile", fromlist=["SAMPLE"])):
+    for module in (ranking, __import__("restitch.merging.ranking.quantile", fromlist=["SAMPLE"])):
         monkeypatch.setattr(module, "SAMPLE", 2000)
     generator = torch.Generator().manual_seed(3)
     flat = torch.randn(60_000, generator=generator, dtype=wide).abs()

@@ -7,14 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import edited
 from restitch.merging.errors import BadInput, Damage
-from restitch.merging.mask import Mask
-from restitch.merging.methods import get_method
-from restitch.merging.quantized import STEP_DTYPE, Quantized, quantized
-from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
-from restitch.merging.stitch import Member
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import edited
+from restitch.merging.files.mask import Mask
+from restitch.merging.files.quantized import STEP_DTYPE, Quantized, quantized
+from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.methods.registry import get_method
+from restitch.merging.rules.stitch import Member
 from torch import Tensor
 
 from tests import tiny

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from restitch.merging.rounding import round_once
+from restitch.merging.numerics.rounding import round_once
 
 BITS = {torch.bfloat16: (8, -133), torch.float16: (11, -24)}
 LARGEST = {dtype: Fraction(torch.finfo(dtype).max) for dtype in BITS}

@@ -6,10 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from restitch.merging.edits import Edits, edited
 from restitch.merging.errors import BadInput, Damage
-from restitch.merging.mask import Mask
-from restitch.merging.sparse import Cursor, SparseFile, SparseTensor, write_sparse
+from restitch.merging.files.edits import Edits, edited
+from restitch.merging.files.mask import Mask
+from restitch.merging.files.sparse import Cursor, SparseFile, SparseTensor, write_sparse
 from safetensors import safe_open
 from safetensors.torch import save, save_file
 from torch import Tensor

@@ -7,17 +7,27 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import edited
-from restitch.merging.entropy_coefficients import CoefficientSettings, entropy, learn_coefficients
 from restitch.merging.errors import BadInput, Damage
-from restitch.merging.grams import packed
-from restitch.merging.kept_vector import KeptVector
-from restitch.merging.mask import Mask
-from restitch.merging.methods import get_method, method_names
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import edited
+from restitch.merging.files.mask import Mask
+from restitch.merging.methods.registry import get_method, method_names
 from restitch.merging.methods.regmean import solved
-from restitch.merging.statistics import COEFFICIENTS, FISHER, GRAM, open_statistic, write_statistic
-from restitch.merging.stitch import Member
+from restitch.merging.ranking.kept_vector import KeptVector
+from restitch.merging.rules.stitch import Member
+from restitch.merging.statistics.entropy_coefficients import (
+    CoefficientSettings,
+    entropy,
+    learn_coefficients,
+)
+from restitch.merging.statistics.grams import packed
+from restitch.merging.statistics.statistic_file import (
+    COEFFICIENTS,
+    FISHER,
+    GRAM,
+    open_statistic,
+    write_statistic,
+)
 from torch import Tensor
 
 from tests import tiny

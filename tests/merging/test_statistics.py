@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from restitch.merging.errors import BadInput, Damage
-from restitch.merging.fisher_diagonal import MOST_ROWS, mean_of, measure_fisher
-from restitch.merging.grams import measure_grams, packed, unpacked
-from restitch.merging.statistics import (
+from restitch.merging.statistics.fisher_diagonal import MOST_ROWS, mean_of, measure_fisher
+from restitch.merging.statistics.grams import measure_grams, packed, unpacked
+from restitch.merging.statistics.statistic_file import (
     FISHER,
     GRAM,
     asking_for_gradients,

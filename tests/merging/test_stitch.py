@@ -3,12 +3,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.edits import edited
 from restitch.merging.errors import BadInput
-from restitch.merging.rounding import round_once
-from restitch.merging.sparse import SparseFile, SparseTensor, write_sparse
-from restitch.merging.stitch import Member, stitch, write_patch
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import edited
+from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.numerics.rounding import round_once
+from restitch.merging.rules.stitch import Member, stitch, write_patch
 from torch import Tensor
 
 from tests import tiny
@@ -75,7 +75,7 @@ def test_stitching_is_that_of_the_slow_reference(
 def test_tensors_of_many_blocks_with_every_encoding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("restitch.merging.stitch._BLOCK", 100_003)
+    monkeypatch.setattr("restitch.merging.rules.stitch._BLOCK", 100_003)
     numel = 600_000
     generator = torch.Generator().manual_seed(0)
     gap = torch.arange(numel)

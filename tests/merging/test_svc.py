@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from restitch.merging.edits import edited
 from restitch.merging.errors import BadInput
-from restitch.merging.methods import get_method, method_names
+from restitch.merging.files.edits import edited
+from restitch.merging.methods.registry import get_method, method_names
 from restitch.merging.methods.svc import FLOORS, calibrated
 
 from tests import tiny

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from restitch.merging.checkpoint import Checkpoint
 from restitch.merging.errors import CannotJoin
-from restitch.merging.task_vector import TaskVector, outside_share
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.ranking.task_vector import TaskVector, outside_share
 
 from tests import tiny
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from restitch.merging import top_k as module
-from restitch.merging.mask import Mask
-from restitch.merging.top_k import TensorScores, strided_sample, top_k
+from restitch.merging.files.mask import Mask
+from restitch.merging.ranking import top_k as module
+from restitch.merging.ranking.top_k import TensorScores, strided_sample, top_k
 from torch import Tensor
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from restitch.merging.quantile import Cut
+from restitch.merging.ranking.quantile import Cut
 
 VALUES = (0.0, 0.5, 1.0, float(np.nextafter(np.float32(1), np.float32(2))), float("inf"))
 

@@ -1,7 +1,7 @@
 """bfloat16 becomes float32 by moving bits, which gives what torch's own cast gives."""
 
 import torch
-from restitch.merging.rounding import cast, cast_into
+from restitch.merging.numerics.rounding import cast, cast_into
 
 
 def test_every_bfloat16_is_widened_as_torch_does_it() -> None:

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.comparison import compare
-from restitch.merging.coordinates import select_tensors
-from restitch.merging.grams import measure_grams
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.comparison import compare
+from restitch.merging.files.coordinates import select_tensors
+from restitch.merging.statistics.grams import measure_grams
 from restitch.modeling.data import Rows
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.family import Family

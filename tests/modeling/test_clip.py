@@ -149,8 +149,8 @@ def test_the_base_must_be_a_whole_clip(clip, tmp_path):
 
 
 def test_only_the_vision_tower_s_blocks_are_localizable(clip):
-    from restitch.merging.checkpoint import Checkpoint
-    from restitch.merging.coordinates import select_tensors
+    from restitch.merging.files.checkpoint import Checkpoint
+    from restitch.merging.files.coordinates import select_tensors
 
     names = select_tensors(Checkpoint.open(clip).floating, FAMILY.localizable)
     assert names

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.comparison import compare
-from restitch.merging.coordinates import select_tensors
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.comparison import compare
+from restitch.merging.files.coordinates import select_tensors
 from restitch.modeling.data import DataSpec, TaskData
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.family import get_family

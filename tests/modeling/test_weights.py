@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.weights import apply_edits, load_checkpoint, restore, set_weights
 from safetensors.torch import save_file
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from restitch.merging.checkpoint import Checkpoint
-from restitch.merging.coordinates import select_tensors
-from restitch.merging.localize_dataless import localize_dataless
-from restitch.merging.mask import Mask
-from restitch.merging.task_vector import TaskVector
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.coordinates import select_tensors
+from restitch.merging.files.mask import Mask
+from restitch.merging.localize.dataless import localize_dataless
+from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.clip import Clip
 from torch import Tensor
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from restitch.merging.checkpoint import Checkpoint
 from restitch.merging.errors import BadInput, Unavailable
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.family import get_family
 from restitch.registry import s3_calls, s3_parts, s3_source
 from restitch.registry.home import Home

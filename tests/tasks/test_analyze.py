@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from restitch.merging.analysis import MaskAnalysis
+from restitch.merging.analysis.masks import MaskAnalysis
 from restitch.registry.history import MergedRecord
 from restitch.tasks import analyze as module
 from restitch.tasks.analyze import analyze, places_of

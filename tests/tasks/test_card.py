@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import yaml
-from restitch.merging.checkpoint import Checkpoint
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.licence import Licence
 from restitch.registry.history import Interval, TaskResult
 from restitch.registry.objects import ObjectStore

@@ -1,0 +1,89 @@
+"""How many weights are in exactly 0, 1, ... masks (Wang et al., ICML 2024, Eq. 7).
+
+Either of TALL masks on a multi-task vector, or of the masks that the members' deltas keep. In
+the paper's words weights in no mask are catastrophic, those in one selfish, in two or more
+general, in all universal. Streamed over the tensors; a weight that no delta touches is in none.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+import torch
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.numerics.rounding import cast
+from restitch.merging.ranking.kept_vector import BLOCK, KeptVector, working_dtype
+from restitch.merging.rules.consensus import tall_mask
+from restitch.merging.rules.elementwise import Floats, Range, kept_vectors, total
+from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.ties import Trim, elected
+
+# Raised when the same members would have other counts.
+VERSION = 1
+
+Together = Callable[[Range], Floats]
+
+
+def summed(_: Sequence[KeptVector]) -> Together:
+    """The multi-task vector of task arithmetic."""
+    return lambda part: total(part.vectors)
+
+
+def elected_sum(vectors: Sequence[KeptVector], density: float = 0.2) -> Together:
+    """The multi-task vector of TIES, with a sum as Consensus takes it."""
+    kept = Trim(vectors, density, "model")
+
+    def together(part: Range) -> Floats:
+        return elected(kept.apply(part), mean=False)
+
+    return together
+
+
+def agreement_profile(
+    base: Checkpoint,
+    members: Iterable[Member],
+    names: Iterable[str],
+    together: Callable[[Sequence[KeptVector]], Together],
+    threshold: float,
+) -> tuple[int, ...]:
+    """The weights in exactly 0, 1, ... TALL masks, up to all members.
+
+    Args:
+        base: the base's checkpoint.
+        members: the members, each with its whole task vector.
+        names: of the tensors that count.
+        together: makes the multi-task vector.
+        threshold: lambda of the masks.
+    """
+    vectors = kept_vectors(base, members)
+    merged = together(vectors)
+    counts = np.zeros(len(vectors) + 1, dtype=np.int64)
+    for name in names:
+        readers = [(i, v.reader(name)) for i, v in enumerate(vectors) if name in v]
+        start = 0
+        for piece in torch.split(base.tensor(name).view(-1), BLOCK):
+            before = cast(piece, working_dtype(piece.dtype)).numpy()
+            taken = [(number, reader.take(before)) for number, reader in readers]
+            votes = np.zeros(piece.numel(), dtype=np.int64)
+            if taken:
+                own = [(number, vector.copy()) for number, vector in taken]
+                whole = merged(Range(name, start, taken))
+                for _, vector in own:
+                    votes += tall_mask(vector, whole, threshold)
+            counts += np.bincount(votes, minlength=len(counts))
+            start += piece.numel()
+    return tuple(counts.tolist())
+
+
+def kept_profile(
+    base: Checkpoint, members: Iterable[Member], names: Iterable[str]
+) -> tuple[int, ...]:
+    """The same for the masks of the members' deltas."""
+    deltas = [member.delta for member in members]
+    counts = np.zeros(len(deltas) + 1, dtype=np.int64)
+    for name in names:
+        votes = np.zeros(base.info(name).numel, dtype=np.int64)
+        for delta in deltas:
+            if name in delta:
+                votes[delta.coordinates(name).numpy()] += 1
+        counts += np.bincount(votes, minlength=len(counts))
+    return tuple(counts.tolist())

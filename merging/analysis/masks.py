@@ -1,0 +1,231 @@
+"""What the masks of some members have in common: overlaps, Jaccard, cosines, owners.
+
+A pure function of the base and the members' sparse deltas. The Jaccard index of two masks is
+|a & b| / |a | b|. The cosine is that of two *masked task vectors*: each is finetuned minus base
+at the coordinates of its own mask and zero elsewhere, as in the paper, so where two masks hardly
+meet it is near zero whatever the weights say. Everything is summed in float64, tensor by tensor
+and range by range: what is in memory is bounded by a part of one tensor, never by the model. Only
+coordinates with two owners or more cost work per pair.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from restitch.merging.errors import BadInput, Damage
+from restitch.merging.files.checkpoint import Checkpoint, by_bytes
+from restitch.merging.files.coordinate_codec import true_positions
+from restitch.merging.files.sparse import Piece, SparseFile
+from restitch.merging.numerics.rounding import cast
+from restitch.merging.progress import Progress, ignore
+
+VERSION = 1
+
+# Elements of the matrix members x coordinates that is worked on at once: 32 MiB of float64.
+_MATRIX = 1 << 22
+_SHORTEST = 1 << 14
+
+Matrix = tuple[tuple[float | None, ...], ...]
+
+
+@dataclass(frozen=True)
+class MaskAnalysis:
+    """What was found; rows and columns are in the order of `tasks`.
+
+    Attributes:
+        kept: coordinates that a task's mask keeps, by tensor; tensors with none are left out.
+        coordinates: elements of every tensor in which some mask keeps something.
+        shared: how many coordinates two masks have in common; a mask with itself: all of it.
+        jaccard: None where both masks are empty.
+        cosine: of the masked task vectors; None where one of them is zero.
+        owners: how many coordinates have exactly 1, 2, ... owners, up to all members.
+    """
+
+    tasks: tuple[str, ...]
+    kept: Mapping[str, Mapping[str, int]]
+    coordinates: Mapping[str, int]
+    shared: tuple[tuple[int, ...], ...]
+    jaccard: Matrix
+    cosine: Matrix
+    owners: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        plain = asdict(self)
+        for name in ("shared", "jaccard", "cosine"):
+            plain[name] = [list(row) for row in plain[name]]
+        return plain | {"tasks": list(self.tasks), "owners": list(self.owners)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "MaskAnalysis":
+        """The analysis that `to_json` was called on; `Damage` where it cannot be one."""
+        try:
+            return cls(
+                tasks=tuple(data["tasks"]),
+                kept={task: dict(counts) for task, counts in data["kept"].items()},
+                coordinates=dict(data["coordinates"]),
+                shared=tuple(tuple(row) for row in data["shared"]),
+                jaccard=tuple(tuple(row) for row in data["jaccard"]),
+                cosine=tuple(tuple(row) for row in data["cosine"]),
+                owners=tuple(data["owners"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as err:
+            raise Damage(
+                "an analysis of masks cannot be read",
+                found=f"{type(err).__name__}: {err}",
+                hint="remove it from the store: it is then made again",
+            ) from err
+
+
+def analyze_masks(
+    base: Checkpoint, deltas: Mapping[str, SparseFile], progress: Progress | None = None
+) -> MaskAnalysis:
+    """Compare the masks of members with each other.
+
+    Args:
+        base: what the deltas lie on.
+        deltas: by task; their order is that of the result.
+        progress: elements gone through, of all.
+
+    Raises:
+        BadInput: a delta has a tensor that the base lacks or has in another shape.
+    """
+    report = progress or ignore
+    for task, delta in deltas.items():
+        _check(base, task, delta)
+    names = sorted({name for delta in deltas.values() for name in delta.names}, key=by_bytes)
+    coordinates = {name: base.info(name).numel for name in names}
+    total, done = sum(coordinates.values()), 0
+    sums = _Sums(len(deltas))
+    for name in names:
+        sums.add(base, name, list(deltas.values()))
+        done += coordinates[name]
+        report(done, total)
+    return MaskAnalysis(
+        tasks=tuple(deltas),
+        kept={t: {n: d.info(n).kept for n in d.names} for t, d in deltas.items()},
+        coordinates=coordinates,
+        shared=tuple(tuple(row) for row in sums.shared.tolist()),
+        jaccard=_jaccard(sums.shared),
+        cosine=_cosine(sums.dots),
+        owners=tuple(sums.owners.tolist()[1:]),
+    )
+
+
+def _check(base: Checkpoint, task: str, delta: SparseFile) -> None:
+    wrong = [
+        f"{name}: base {list(base.info(name).shape) if name in base else 'has none'}, "
+        f"delta {list(delta.info(name).shape)}"
+        for name in delta.names
+        if name not in base or base.info(name).shape != delta.info(name).shape
+    ]
+    if wrong:
+        raise BadInput(
+            f"the delta of {task!r} does not fit the base {base.path}",
+            expected="tensors of the base in its shapes",
+            found=str(delta.path),
+            hint="localize the member again on this base",
+            details=wrong,
+        )
+
+
+class _Sums:
+    """What is summed over all coordinates.
+
+    Attributes:
+        shared: common coordinates of each pair, int64.
+        dots: inner products of the masked task vectors, float64.
+        owners: how many coordinates have 0, 1, 2, ... owners; those without are not counted.
+    """
+
+    def __init__(self, members: int) -> None:
+        self.shared = np.zeros((members, members), dtype=np.int64)
+        self.dots = np.zeros((members, members))
+        self.owners = np.zeros(members + 1, dtype=np.int64)
+        self._block = max(_MATRIX // max(members, 1), _SHORTEST)
+        self._ones = torch.ones(self._block, dtype=torch.int16)
+
+    def add(self, base: Checkpoint, name: str, deltas: Sequence[SparseFile]) -> None:
+        """Go through one tensor."""
+        rows = [row for row, delta in enumerate(deltas) if name in delta]
+        cursors = [deltas[row].cursor(name) for row in rows]
+        for part in torch.split(base.tensor(name).reshape(-1), self._block):
+            taken = [cursor.take(part.numel()) for cursor in cursors]
+            before = cast(part, torch.float64).numpy()
+            self._add_range(before, {row: _joined(t) for row, t in zip(rows, taken, strict=True)})
+
+    def _add_range(self, before: NDArray[np.float64], members: Mapping[int, Piece]) -> None:
+        counts = torch.zeros(len(before), dtype=torch.int16)
+        vectors = {}
+        for row, (coordinates, values) in members.items():
+            index = torch.from_numpy(coordinates)
+            counts.scatter_add_(0, index, self._ones[: len(coordinates)])
+            vectors[row] = cast(values, torch.float64).numpy() - before[coordinates]
+            self.shared[row, row] += len(coordinates)
+            self.dots[row, row] += np.dot(vectors[row], vectors[row])
+        owners = counts.numpy()
+        self.owners[1:] += np.bincount(owners, minlength=len(self.owners))[1:]
+        places = true_positions(owners > 1)
+        if len(places):
+            self._add_shared(owners, places, members, vectors)
+
+    def _add_shared(
+        self,
+        owners: NDArray[np.int16],
+        places: NDArray[np.int64],
+        members: Mapping[int, Piece],
+        vectors: Mapping[int, NDArray[np.float64]],
+    ) -> None:
+        column = np.zeros(len(owners), dtype=np.int64)
+        column[places] = np.arange(len(places))
+        there = np.zeros((len(members), len(places)), dtype=np.float32)
+        found = np.zeros((len(members), len(places)))
+        for line, (row, (coordinates, _)) in enumerate(members.items()):
+            chosen = owners[coordinates] > 1
+            at = column[coordinates[chosen]]
+            there[line, at] = 1
+            found[line, at] = vectors[row][chosen]
+        # Float32 counts exactly here: a range has fewer than 2^24 coordinates.
+        pairs = np.ix_(list(members), list(members))
+        self.shared[pairs] += _off_diagonal(there @ there.T).astype(np.int64)
+        self.dots[pairs] += _off_diagonal(found @ found.T)
+
+
+def _joined(pieces: Sequence[Piece]) -> Piece:
+    """The pieces of one range as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    coordinates = [piece[0] for piece in pieces] or [np.empty(0, dtype=np.int64)]
+    values = [piece[1] for piece in pieces] or [torch.empty(0)]
+    return np.concatenate(coordinates), torch.cat(values)
+
+
+def _off_diagonal(matrix: NDArray[Any]) -> NDArray[Any]:
+    """The matrix without its diagonal, which is summed over all coordinates instead."""
+    np.fill_diagonal(matrix, 0)
+    return matrix
+
+
+def _jaccard(shared: NDArray[np.int64]) -> Matrix:
+    sizes = shared.diagonal()
+    return _quotients(shared, sizes[:, None] + sizes[None, :] - shared)
+
+
+def _cosine(dots: NDArray[np.float64]) -> Matrix:
+    lengths = np.sqrt(dots.diagonal())
+    found = _quotients(dots, lengths[:, None] * lengths[None, :])
+    # Rounding may carry a cosine past 1.
+    return tuple(
+        tuple(None if value is None else max(-1.0, min(1.0, value)) for value in row)
+        for row in found
+    )
+
+
+def _quotients(above: NDArray[Any], below: NDArray[Any]) -> Matrix:
+    return tuple(
+        tuple(a / b if b else None for a, b in zip(row, under, strict=True))
+        for row, under in zip(above.tolist(), below.tolist(), strict=True)
+    )

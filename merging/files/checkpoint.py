@@ -1,0 +1,397 @@
+"""Checkpoints: safetensors files, one or sharded, memory-mapped tensor by tensor.
+
+Opening reads and checks headers only. Tensors are views of the mapped files: they cost
+no private memory until somebody writes to them, which callers must not. Names are
+ordered by their UTF-8 bytes everywhere. The digest is taken over the tensors in that
+order (name, type, shape, digest of the bytes), so it depends neither on sharding nor on
+file names.
+"""
+
+import json
+import mmap
+import os
+import sys
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from blake3 import blake3
+from restitch.merging.digests import digest_bytes
+from restitch.merging.errors import BadInput
+from restitch.merging.files.header import DTYPE_NAMES, MAX_HEADER, count_elements, read_header
+from restitch.merging.files.safe_open import open_regular, read_limited
+from restitch.merging.progress import Progress, ignore
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+# Python names this flag from 3.13 on; elsewhere than on Linux it has another number.
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+
+_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack"}
+_CONVERT = (
+    "convert it where you trust it: AutoModel.from_pretrained(FOLDER)"
+    ".save_pretrained(OUT, safe_serialization=True), then use OUT"
+)
+
+
+def by_bytes(name: str) -> bytes:
+    """The sort key of all names: their UTF-8 bytes."""
+    return name.encode("utf-8", "surrogatepass")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What is known of a tensor without reading it."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        """How many elements it has."""
+        return count_elements(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its elements take."""
+        return self.numel * self.dtype.itemsize
+
+
+# Sees to it that a tensor's bytes are in its file.
+Fill = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor's bytes lie: `start` counts from the beginning of the shard's file."""
+
+    shard: str
+    start: int
+
+
+class Checkpoint:
+    """A set of named tensors on disk; make one with `open`."""
+
+    def __init__(
+        self,
+        path: Path,
+        infos: Mapping[str, TensorInfo],
+        places: Mapping[str, Place],
+        files: Mapping[str, Path],
+        maps: Mapping[str, mmap.mmap],
+        shards: Mapping[str, tuple[str, ...]],
+        metadata: Mapping[str, Mapping[str, str]],
+        index: Path | None = None,
+        fill: Fill | None = None,
+    ) -> None:
+        self.path = path
+        self.names = tuple(sorted(infos, key=by_bytes))
+        self.shards = dict(shards)
+        self.files = dict(files)
+        self.index = index
+        self.shard_metadata = {name: dict(values) for name, values in metadata.items()}
+        self._infos = dict(infos)
+        self._places = dict(places)
+        self._maps = dict(maps)
+        self._fill = fill
+        self._listing: bytes | None = None
+
+    @classmethod
+    def open(cls, path: Path) -> "Checkpoint":
+        """Open a folder of safetensors or one safetensors file."""
+        path = Path(path)
+        try:
+            files, index = _locate(path)
+        except OSError as error:
+            raise BadInput(
+                f"{path} cannot be read",
+                found=error.strerror or str(error),
+                hint="check the path and its permissions",
+            ) from error
+        return cls.over(path, files, index)
+
+    @classmethod
+    def over(
+        cls,
+        path: Path,
+        files: Mapping[str, Path],
+        index: Path | None = None,
+        fill: Fill | None = None,
+    ) -> "Checkpoint":
+        """Open files as the shards of one checkpoint.
+
+        Args:
+            path: what messages call it.
+            files: by shard.
+            index: the file that says which tensor is in which shard, if there is one.
+            fill: is called with a tensor's name before its bytes are looked at, which it may
+                write to the file only then; headers are there from the beginning.
+        """
+        infos: dict[str, TensorInfo] = {}
+        places: dict[str, Place] = {}
+        maps: dict[str, mmap.mmap] = {}
+        shards: dict[str, tuple[str, ...]] = {}
+        metadata: dict[str, dict[str, str]] = {}
+        for shard, file in files.items():
+            header = read_header(file)
+            metadata[shard] = header.metadata
+            shards[shard] = tuple(entry.name for entry in header.entries)
+            for entry in header.entries:
+                if entry.name in infos:
+                    raise BadInput(
+                        f"{path} holds the tensor {entry.name!r} twice",
+                        expected="each tensor in one shard",
+                        found=f"{places[entry.name].shard} and {shard}",
+                        hint="save the checkpoint again",
+                    )
+                infos[entry.name] = TensorInfo(entry.name, entry.dtype, entry.shape)
+                places[entry.name] = Place(shard, header.data_start + entry.begin)
+            maps[shard] = _map(file, header.size)
+        if index is not None:
+            _check_index(index, {name: place.shard for name, place in places.items()})
+        return cls(path, infos, places, files, maps, shards, metadata, index, fill)
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The metadata of all shards together; the first shard that has a key decides."""
+        merged: dict[str, str] = {}
+        for values in self.shard_metadata.values():
+            for key, value in values.items():
+                merged.setdefault(key, value)
+        return merged
+
+    @property
+    def floating(self) -> tuple[str, ...]:
+        """The names of the tensors that hold weights (integer buffers are left out)."""
+        return tuple(name for name in self.names if self._infos[name].dtype in FLOATING)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors together."""
+        return sum(info.nbytes for info in self._infos.values())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos
+
+    def info(self, name: str) -> TensorInfo:
+        """Type and shape of a tensor."""
+        return self._infos[name]
+
+    def place(self, name: str) -> Place:
+        """The shard and the byte of it at which a tensor begins."""
+        return self._places[name]
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor as a view of the mapped file; do not write to it."""
+        info, place = self._infos[name], self._places[name]
+        if info.numel == 0:
+            return torch.empty(info.shape, dtype=info.dtype)
+        if self._fill is not None:
+            self._fill(name)
+        source = self._maps[place.shard]
+        if place.start % info.dtype.itemsize:
+            # A header need not be padded; torch wants elements at multiples of their size.
+            raw = bytearray(memoryview(source)[place.start : place.start + info.nbytes])
+            return torch.frombuffer(raw, dtype=info.dtype).view(info.shape)
+        flat = torch.frombuffer(source, dtype=info.dtype, count=info.numel, offset=place.start)
+        return flat.view(info.shape)
+
+    def tensor_bytes(self, name: str) -> memoryview:
+        """The bytes of a tensor, mapped."""
+        info, place = self._infos[name], self._places[name]
+        if self._fill is not None:
+            self._fill(name)
+        return memoryview(self._maps[place.shard])[place.start : place.start + info.nbytes]
+
+    def header_bytes(self, shard: str) -> bytes | None:
+        """The header of a shard's file as it is, or None where it names other tensors."""
+        with open_regular(self.files[shard]) as file:
+            length = file.read(8)
+            raw = length + file.read(int.from_bytes(length, "little"))
+        named = json.loads(raw[8:])
+        named.pop("__metadata__", None)
+        return raw if tuple(named) == self.shards[shard] else None
+
+    def digest(self, progress: Progress | None = None) -> str:
+        """The digest of all tensors in name order; computed once."""
+        return digest_bytes(self.listing(progress))
+
+    def listing(self, progress: Progress | None = None) -> bytes:
+        """A line of JSON for each tensor in name order: name, type, shape and digest.
+
+        Its own digest is the checkpoint's, so that who has it can compare single tensors.
+        """
+        if self._listing is None:
+            report, total, done = progress or ignore, self.nbytes, 0
+            lines = []
+            with ThreadPoolExecutor(max_workers=2) as pool:
+                for name, digest in zip(
+                    self.names, pool.map(self.tensor_digest, self.names), strict=True
+                ):
+                    info = self._infos[name]
+                    kind = DTYPE_NAMES[info.dtype]
+                    lines.append(json.dumps([name, kind, list(info.shape), digest]))
+                    done += info.nbytes
+                    report(done, total)
+            self._listing = "\n".join(lines).encode()
+        return self._listing
+
+    def tensor_digest(self, name: str) -> str:
+        """The digest of one tensor's bytes."""
+        return str(blake3(self.tensor_bytes(name)).hexdigest())
+
+    def renamed(self, mapping: Mapping[str, str]) -> "Checkpoint":
+        """The tensors named in `mapping` under their new names; the others are left out."""
+        if len(set(mapping.values())) != len(mapping):
+            raise ValueError("two tensors cannot have the same new name")
+        infos = {
+            new: TensorInfo(new, self._infos[old].dtype, self._infos[old].shape)
+            for old, new in mapping.items()
+        }
+        places = {new: self._places[old] for old, new in mapping.items()}
+        shards = {
+            shard: tuple(mapping[name] for name in names if name in mapping)
+            for shard, names in self.shards.items()
+        }
+        back, fill = {new: old for old, new in mapping.items()}, self._fill
+        return Checkpoint(
+            self.path,
+            infos,
+            places,
+            self.files,
+            self._maps,
+            shards,
+            self.shard_metadata,
+            fill=None if fill is None else lambda name: fill(back[name]),
+        )
+
+
+def _map(file: Path, size: int) -> mmap.mmap:
+    # Private and writable: torch refuses read-only memory without a warning, and what a
+    # careless caller writes stays in this process. No swap is reserved for it.
+    flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    try:
+        with open_regular(file) as handle:
+            # What is cut short while it is mapped kills the process that looks at it.
+            if os.fstat(handle.fileno()).st_size == size:
+                return mmap.mmap(handle.fileno(), size, flags=flags, prot=protection)
+        found = "another size than a moment before"
+    except (OSError, ValueError) as error:
+        found = str(error)
+    raise BadInput(
+        f"{file} changed while it was read",
+        expected=f"{size} bytes",
+        found=found,
+        hint="use it when it is whole, and nobody writes to it",
+    )
+
+
+def _locate(path: Path) -> tuple[dict[str, Path], Path | None]:
+    """The files of a checkpoint by name, and its index file where it is sharded."""
+    if path.is_file():
+        if path.suffix.lower() in _PICKLES:
+            raise _pickle(path, [path.name])
+        if path.name.endswith(".index.json"):
+            return _indexed(path)
+        return {path.name: path}, None
+    if not path.is_dir():
+        raise BadInput(
+            f"{path} does not exist",
+            expected="a folder with safetensors, or a .safetensors file",
+            found="nothing there",
+            hint="check the path",
+        )
+    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
+    if single.is_file():
+        return {single.name: single}, None
+    if index.is_file():
+        return _indexed(index)
+    found = sorted(item for item in path.iterdir() if item.suffix == ".safetensors")
+    if len(found) == 1:
+        return {found[0].name: found[0]}, None
+    pickles = sorted(item.name for item in path.iterdir() if item.suffix.lower() in _PICKLES)
+    if not found and pickles:
+        raise _pickle(path, pickles)
+    raise BadInput(
+        f"{path} holds no checkpoint" if not found else f"{path} holds several checkpoints",
+        expected="model.safetensors, or shards with model.safetensors.index.json",
+        found=", ".join(item.name for item in found) or "no safetensors file",
+        hint="name the .safetensors file itself" if found else "check the path",
+    )
+
+
+def _pickle(path: Path, names: list[str]) -> BadInput:
+    return BadInput(
+        f"{path} is not safetensors",
+        expected="safetensors (a pickle can run code when it is opened)",
+        found=", ".join(names),
+        hint=_CONVERT,
+    )
+
+
+def index_shards(index: Path) -> list[str]:
+    """The names of the files that an index speaks of, which are plain ones.
+
+    Raises:
+        BadInput: it is no index, or names a file elsewhere.
+    """
+    shards = sorted(set(_weight_map(index).values()), key=by_bytes)
+    for shard in shards:
+        if Path(shard).name != shard or shard in {"", ".", ".."} or "\0" in shard:
+            raise BadInput(
+                f"{index} names a shard outside of its folder",
+                expected="plain file names",
+                found=repr(shard),
+                hint="do not use this checkpoint",
+            )
+    return shards
+
+
+def _indexed(index: Path) -> tuple[dict[str, Path], Path]:
+    files = {}
+    for shard in index_shards(index):
+        if not (index.parent / shard).is_file():
+            raise BadInput(
+                f"{index.parent} lacks a shard",
+                expected=shard,
+                found="no such file",
+                hint="fetch or save the checkpoint again",
+            )
+        files[shard] = index.parent / shard
+    return files, index
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(read_limited(index, MAX_HEADER))["weight_map"]
+        if not all(isinstance(shard, str) for shard in weight_map.values()):
+            raise TypeError("shards must be file names")  # noqa: TRY301
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+        raise BadInput(
+            f"{index} is no index of shards",
+            expected="JSON with weight_map: tensor name to file name",
+            found=f"{type(err).__name__}: {err}",
+            hint="fetch or save the checkpoint again",
+        ) from err
+    return dict(weight_map)
+
+
+def _check_index(index: Path, actual: Mapping[str, str]) -> None:
+    listed = _weight_map(index)
+    wrong = sorted(
+        f"{name}: index {listed.get(name, 'nothing')}, files {actual.get(name, 'nothing')}"
+        for name in listed.keys() | actual.keys()
+        if listed.get(name) != actual.get(name)
+    )
+    if wrong:
+        raise BadInput(
+            f"{index} disagrees with its shards",
+            expected="each tensor in the shard that the index names",
+            hint="fetch or save the checkpoint again",
+            details=wrong,
+        )

@@ -1,0 +1,52 @@
+"""Which tensors of a checkpoint are localizable.
+
+Patterns are shell globs on whole tensor names, case-sensitive, in which `*` also
+matches dots. `include` adds to the default, `exclude` takes away and wins. A pattern of
+the user's that matches nothing is an error, because a silent one selects the wrong model.
+"""
+
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+
+from restitch.merging.errors import BadInput
+from restitch.merging.files.checkpoint import by_bytes
+
+
+def select_tensors(
+    names: Iterable[str],
+    default: Sequence[str],
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> list[str]:
+    """The localizable tensors among `names`, sorted.
+
+    Args:
+        names: the tensors to choose from; pass `Checkpoint.floating`, for integer
+            buffers are never coordinates.
+        default: the family's globs.
+        include: globs that add tensors.
+        exclude: globs that remove tensors.
+    """
+    names = sorted(set(names), key=by_bytes)
+    for pattern in (*include, *exclude):
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise BadInput(
+                f"the pattern {pattern!r} matches no tensor",
+                expected="a glob on tensor names",
+                found=f"{len(names)} tensors, for instance {', '.join(names[:3])}",
+                hint="correct or remove it under localize: include, exclude",
+            )
+    chosen = [
+        name
+        for name in names
+        if any(fnmatchcase(name, pattern) for pattern in (*default, *include))
+        and not any(fnmatchcase(name, pattern) for pattern in exclude)
+    ]
+    if not chosen:
+        raise BadInput(
+            "no tensor is localizable",
+            expected=f"tensors that match {', '.join((*default, *include))}",
+            found=f"{len(names)} tensors, for instance {', '.join(names[:3])}",
+            hint="check the family of the line, and localize: include, exclude",
+        )
+    return chosen

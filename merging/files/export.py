@@ -1,0 +1,226 @@
+"""Export: a merged checkpoint on disk, streamed tensor by tensor.
+
+The files are those of the base (names, header, order, metadata) with the edited weights
+in place of the base's: a tensor without edits is copied byte for byte without passing
+through Python, an edited one costs one tensor of memory. Alternatively the tensors are
+dealt anew to files of a given size. The folder is the caller's, who makes it appear
+atomically.
+"""
+
+import errno
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from restitch.merging.files.checkpoint import Checkpoint, TensorInfo
+from restitch.merging.files.edits import Edits, StreamedEdits
+from restitch.merging.files.header import write_header
+from restitch.merging.progress import Progress, ignore
+from torch import Tensor
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+_BLOCK = 1 << 22
+_PART = 1 << 20  # bytes edited at once: they stay in a core's cache from read to write
+_NO_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class _File:
+    """One file to write: its tensors in the order of their bytes."""
+
+    name: str
+    header: bytes
+    tensors: tuple[TensorInfo, ...]
+
+
+def export_weights(
+    base: Checkpoint,
+    edits: Edits,
+    out: Path,
+    *,
+    shard_size: int | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Write the merged checkpoint into the folder `out`.
+
+    Args:
+        base: the base's checkpoint.
+        edits: what the merged model changes.
+        out: an existing folder.
+        shard_size: bytes of tensors per file; None keeps the base's files.
+        extra: further tensors, for instance a head; they go behind the last of the base.
+        progress: called with bytes written and bytes in all.
+    """
+    extra = dict(extra or {})
+    clash = sorted(extra.keys() & set(base.names))
+    if clash:
+        raise ValueError(f"extra tensors have names of the base: {clash}")
+    files = _plan(base, extra, shard_size)
+    writer = _Writer(base, edits, extra, progress or ignore, sum(_size(file) for file in files))
+    for file in files:
+        writer.write(out / file.name, file)
+    if len(files) > 1:
+        _write_index(out / INDEX, files)
+
+
+def _plan(base: Checkpoint, extra: Mapping[str, Tensor], shard_size: int | None) -> list[_File]:
+    added = [TensorInfo(name, value.dtype, tuple(value.shape)) for name, value in extra.items()]
+    if shard_size is not None:
+        return _deal([*_in_place_order(base, base.shards), *added], base.metadata, shard_size)
+    files = []
+    shards = list(base.shards)
+    for shard in shards:
+        tensors = _in_place_order(base, [shard])
+        more = added if shard == shards[-1] else []
+        own = None if more else base.header_bytes(shard)
+        header = own or _header([*tensors, *more], base.shard_metadata[shard])
+        name = shard if len(shards) > 1 else SINGLE
+        files.append(_File(name, header, (*tensors, *more)))
+    return files
+
+
+def _in_place_order(base: Checkpoint, shards: Iterable[str]) -> list[TensorInfo]:
+    """The tensors of some shards in the order of their bytes."""
+    return [
+        base.info(name)
+        for shard in shards
+        for name in sorted(base.shards[shard], key=lambda name: base.place(name).start)
+    ]
+
+
+def _deal(tensors: Sequence[TensorInfo], metadata: Mapping[str, str], limit: int) -> list[_File]:
+    hands: list[list[TensorInfo]] = [[]]
+    for info in tensors:
+        if hands[-1] and sum(other.nbytes for other in hands[-1]) + info.nbytes > limit:
+            hands.append([])
+        hands[-1].append(info)
+    names = [f"model-{i:05d}-of-{len(hands):05d}.safetensors" for i in range(1, len(hands) + 1)]
+    if len(hands) == 1:
+        names = [SINGLE]
+    return [
+        _File(name, _header(hand, metadata), tuple(hand))
+        for name, hand in zip(names, hands, strict=True)
+    ]
+
+
+def _header(tensors: Sequence[TensorInfo], metadata: Mapping[str, str]) -> bytes:
+    return write_header([(info.name, info.dtype, info.shape) for info in tensors], metadata)
+
+
+def _size(file: _File) -> int:
+    return sum(info.nbytes for info in file.tensors)
+
+
+def _write_index(path: Path, files: Sequence[_File]) -> None:
+    weight_map = {info.name: file.name for file in files for info in file.tensors}
+    index = {
+        "metadata": {"total_size": sum(_size(file) for file in files)},
+        "weight_map": dict(sorted(weight_map.items())),
+    }
+    path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class _Writer:
+    """Writes files with two threads, each of which holds one tensor at a time."""
+
+    def __init__(
+        self,
+        base: Checkpoint,
+        edits: Edits,
+        extra: Mapping[str, Tensor],
+        progress: Progress,
+        total: int,
+    ) -> None:
+        self._base = base
+        self._edits = edits
+        self._edited = frozenset(edits.names)
+        self._extra = extra
+        self._progress = progress
+        self._total = total
+        self._done = 0
+
+    def write(self, path: Path, file: _File) -> None:
+        with ExitStack() as stack:
+            target = stack.enter_context(path.open("wb", buffering=0)).fileno()
+            sources = {
+                shard: stack.enter_context(source.open("rb", buffering=0)).fileno()
+                for shard, source in self._base.files.items()
+            }
+            _write_at(target, memoryview(file.header), 0)
+            at = len(file.header)
+            pool = ThreadPoolExecutor(max_workers=2)
+            stack.callback(pool.shutdown, cancel_futures=True)
+            jobs = []
+            for info in file.tensors:
+                jobs.append(pool.submit(self._tensor, target, at, info, sources))
+                at += info.nbytes
+            for job, info in zip(jobs, file.tensors, strict=True):
+                job.result()
+                self._done += info.nbytes
+                self._progress(self._done, self._total)
+
+    def _tensor(self, target: int, at: int, info: TensorInfo, sources: Mapping[str, int]) -> None:
+        if info.name in self._extra:
+            value = self._extra[info.name].detach().cpu().contiguous().view(-1)
+            if value.numel():
+                _write_at(target, value.view(torch.uint8).numpy().data, at)
+            return
+        place = self._base.place(info.name)
+        source = sources[place.shard]
+        if info.name not in self._edited:
+            _copy(source, place.start, target, at, info.nbytes)
+            return
+        edit: Callable[[Tensor], None] = partial(self._edits.apply, info.name)
+        step = info.nbytes
+        if isinstance(self._edits, StreamedEdits):
+            edit, step = self._edits.editor(info.name), min(info.nbytes, _PART)
+        buffer = torch.empty(step, dtype=torch.uint8)
+        for start in range(0, info.nbytes, step):
+            part = buffer[: info.nbytes - start]
+            data = part.numpy().data
+            _read_at(source, data, place.start + start)
+            edit(part.view(info.dtype))
+            _write_at(target, data, at + start)
+
+
+def _read_at(source: int, data: memoryview, at: int) -> None:
+    while data:
+        got = os.preadv(source, [data], at)
+        if not got:
+            raise OSError(errno.EIO, "the base's file became shorter while it was read")
+        data, at = data[got:], at + got
+
+
+def _write_at(target: int, data: memoryview, at: int) -> None:
+    while data:
+        put = os.pwrite(target, data, at)
+        data, at = data[put:], at + put
+
+
+def _copy(source: int, start: int, target: int, at: int, size: int) -> None:
+    """Copy bytes between files inside the kernel where it can."""
+    while size:
+        try:
+            got = os.copy_file_range(source, target, size, start, at)
+        except OSError as err:
+            if err.errno not in _NO_COPY:
+                raise
+            got = 0
+        if not got:
+            break
+        start, at, size = start + got, at + got, size - got
+    buffer = memoryview(bytearray(min(size, _BLOCK)))
+    while size:
+        part = buffer[: min(size, _BLOCK)]
+        _read_at(source, part, start)
+        _write_at(target, part, at)
+        start, at, size = start + len(part), at + len(part), size - len(part)

@@ -1,0 +1,60 @@
+"""Masks: which coordinates of a model are kept.
+
+A `Mask` maps tensor names to sorted coordinates (positions in the flat tensor, int64).
+It is immutable; tensors without a kept coordinate are not in it, so equal masks are
+equal by their digest. The coordinates may come from memory or from a file and are then
+read when they are asked for.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+
+import torch
+from restitch.merging.digests import digest_bytes
+from restitch.merging.files.checkpoint import by_bytes
+from torch import Tensor
+
+
+class Mask:
+    """Sorted coordinates by tensor name.
+
+    Args:
+        counts: kept coordinates per tensor; tensors with none are dropped.
+        load: reads the sorted int64 coordinates of one tensor.
+    """
+
+    def __init__(self, counts: Mapping[str, int], load: Callable[[str], Tensor]) -> None:
+        self._counts = {name: counts[name] for name in sorted(counts, key=by_bytes)}
+        self._counts = {name: count for name, count in self._counts.items() if count}
+        self._load = load
+        self.names = tuple(self._counts)
+        self.total = sum(self._counts.values())
+
+    @classmethod
+    def of(cls, coordinates: Mapping[str, Tensor]) -> "Mask":
+        """A mask in memory; the coordinates must be sorted and distinct."""
+        owned = {name: value.to(torch.int64, copy=True) for name, value in coordinates.items()}
+        for name, value in owned.items():
+            if value.dim() != 1 or bool((value[1:] <= value[:-1]).any()):
+                raise ValueError(f"the coordinates of {name!r} are not sorted and distinct")
+            if value.numel() and int(value[0]) < 0:
+                raise ValueError(f"the coordinates of {name!r} are negative")
+        return cls({name: value.numel() for name, value in owned.items()}, owned.__getitem__)
+
+    def count(self, name: str) -> int:
+        """How many coordinates of a tensor are kept; 0 for one that is not in the mask."""
+        return self._counts.get(name, 0)
+
+    def coordinates(self, name: str) -> Tensor:
+        """The kept coordinates of a tensor, sorted; do not write to them."""
+        if name not in self._counts:
+            return torch.empty(0, dtype=torch.int64)
+        return self._load(name)
+
+    def digest(self) -> str:
+        """The digest of the mask: names, and the coordinates as little-endian int64."""
+        lines = []
+        for name in self.names:
+            data = self.coordinates(name).contiguous().numpy().data.cast("B")
+            lines.append(json.dumps([name, self._counts[name], digest_bytes(data)]))
+        return digest_bytes("\n".join(lines).encode())

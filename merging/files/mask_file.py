@@ -1,0 +1,224 @@
+"""The mask file: which of a shared patch's weights one specialist takes, one bit for each.
+
+A safetensors file with one section of bytes, `masks`, in which the tensors follow one another in
+name order, and the table `restitch.masks` in the metadata: a JSON list of "WEIGHTS TAKEN CODE
+BYTES NAME". Bit i of a tensor stands for the i-th weight that the patch keeps of it. Per tensor
+the smallest of three encodings is taken: those of `restitch.merging.files.coordinate_codec` (Elias-Fano, bitmap,
+complement, whole), and `z`, the bitmap after the Huffman code of deflate, whose bytes may depend
+on the release of zlib; what they mean does not. A tensor of which nothing is taken is left out.
+What is read is checked against the patch before anything is allocated; what does not fit is
+`Damage`.
+"""
+
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryFile
+from types import TracebackType
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from restitch.merging.errors import BadInput, Damage
+from restitch.merging.files.checkpoint import Checkpoint, by_bytes
+from restitch.merging.files.coordinate_codec import decode_blocks, encode, encoded_size
+from restitch.merging.files.header import write_header
+from restitch.merging.files.sparse import SparseFile, assemble
+from restitch.merging.files.sparse_layout import natural
+
+FORMAT = "1"
+
+Bits = NDArray[np.bool_]
+
+_SECTION = "masks"
+_OWN = ("restitch.format", "restitch.kind", "restitch.masks")
+_RESTORE = "restore the file from a copy, or make it again"
+
+
+class MaskWriter:
+    """Collects the bits of one specialist, tensor by tensor; a context that removes its spool.
+
+    Args:
+        folder: where there is room.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._spool = TemporaryFile(dir=folder)  # noqa: SIM115  closed by the context
+        self._table: list[str] = []
+        self._last = b""
+
+    def __enter__(self) -> "MaskWriter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._spool.close()
+
+    def add(self, name: str, bits: Bits) -> None:
+        """The bits of the next tensor in name order."""
+        taken = int(np.count_nonzero(bits))
+        if self._table and by_bytes(name) <= self._last:
+            raise ValueError(f"{name!r} is not in name order")
+        if not taken:
+            return
+        code, data = _encoded(bits, taken)
+        self._spool.write(data)
+        self._table.append(f"{len(bits)} {taken} {code} {len(data)} {name}")
+        self._last = by_bytes(name)
+
+    def finish(self, path: Path, metadata: Mapping[str, str]) -> int:
+        """Write the file, atomically and durably; how many bytes it has.
+
+        Args:
+            path: its folder must exist.
+            metadata: text to keep with it; not the keys of the format.
+        """
+        clash = sorted(set(metadata) & set(_OWN))
+        if clash:
+            raise ValueError(f"metadata {clash} cannot be written")
+        table = json.dumps(self._table, separators=(",", ":"), ensure_ascii=False)
+        own = dict(zip(_OWN, (FORMAT, "mask", table), strict=True))
+        entries = [(_SECTION, torch.uint8, (self._spool.tell(),))]
+        header = write_header(entries, dict(sorted({**metadata, **own}.items())))
+        return assemble(path, header, [self._spool])
+
+
+def _encoded(bits: Bits, taken: int) -> tuple[str, bytes]:
+    code, data = encode(np.flatnonzero(bits), len(bits))
+    # The bits of a mask have no pattern that repeats; only how many there are can be used.
+    deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
+    bitmap = np.packbits(bits, bitorder="little").tobytes()
+    packed = deflate.compress(bitmap) + deflate.flush()
+    return ("z", packed) if len(packed) < len(data) else (code, data)
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A tensor's bits: how many, how many are set, and where they lie in the section."""
+
+    count: int
+    taken: int
+    code: str
+    place: slice
+
+
+class MaskFile:
+    """A mask file, mapped, with the patch that it selects from; make one with `open`.
+
+    Attributes:
+        names: the tensors of which something is taken, sorted.
+        metadata: what the writer added.
+    """
+
+    def __init__(
+        self, path: Path, metadata: Mapping[str, str], rows: Mapping[str, _Row], section: memoryview
+    ) -> None:
+        self.path = path
+        self.metadata = dict(metadata)
+        self.names = tuple(rows)
+        self.taken = sum(row.taken for row in rows.values())
+        self._rows = dict(rows)
+        self._section = section
+
+    @classmethod
+    def open(cls, path: Path, patch: SparseFile) -> "MaskFile":
+        """Open a mask file; its table is checked, its bits when they are read.
+
+        Raises:
+            BadInput: it is no mask file that can be read.
+            Damage: its table does not fit its bytes, or the patch.
+        """
+        path = Path(path)
+        file = Checkpoint.open(path)
+        version, kind = (file.metadata.get(key) for key in _OWN[:2])
+        if (version, kind) != (FORMAT, "mask"):
+            raise BadInput(
+                f"{path} is no mask file that can be read",
+                expected=f"restitch.format {FORMAT}, restitch.kind mask",
+                found=f"format {version}, kind {kind}",
+                hint="use the file as restitch wrote it, and a restitch as new as its writer",
+            )
+        metadata = {key: value for key, value in file.metadata.items() if key not in _OWN}
+        try:
+            rows = _read_table(file.metadata[_OWN[2]], patch)
+            section = _section(file, rows)
+        except (LookupError, ValueError, RecursionError) as err:
+            raise _damage(path, str(err)) from err
+        return cls(path, metadata, rows, section)
+
+    def bits(self, name: str) -> Bits:
+        """Which of the weights that the patch keeps of a tensor are taken.
+
+        Raises:
+            Damage: the bytes are not those of so many bits.
+        """
+        row = self._rows[name]
+        data = self._section[row.place]
+        try:
+            if row.code == "z":
+                code, data = "b", memoryview(_inflated(data, -(-row.count // 8)))
+            else:
+                code = row.code
+            found = np.zeros(row.count, dtype=np.bool_)
+            for block in decode_blocks(code, data, row.taken, row.count):
+                found[block] = True
+        except ValueError as err:
+            raise _damage(self.path, f"{name}: {err}") from err
+        return found
+
+
+def _section(file: Checkpoint, rows: Mapping[str, _Row]) -> memoryview:
+    """The bytes of all masks."""
+    need = {_SECTION: (torch.uint8, (max((row.place.stop for row in rows.values()), default=0),))}
+    found = {name: (file.info(name).dtype, file.info(name).shape) for name in file.names}
+    if found != need:
+        raise ValueError(f"sections {found} where the table needs {need}")
+    return file.tensor(_SECTION).numpy().data
+
+
+def _inflated(data: memoryview, size: int) -> bytes:
+    """Exactly so many bytes, whatever the data would become."""
+    inflate = zlib.decompressobj(-15)
+    try:
+        found = inflate.decompress(data, size + 1)
+    except zlib.error as err:
+        raise ValueError(f"no deflated bitmap: {err}") from err
+    if len(found) != size or not inflate.eof or inflate.unused_data:
+        raise ValueError(f"a deflated bitmap of other than {size} bytes")
+    return found
+
+
+def _read_table(text: str, patch: SparseFile) -> dict[str, _Row]:
+    found: dict[str, _Row] = {}
+    start, last = 0, b""
+    rows = json.loads(text)
+    if not isinstance(rows, list):
+        raise ValueError("the table of masks is no list")  # noqa: TRY004
+    for row in rows:
+        *sizes, name = str(row).split(" ", 4)
+        if found and by_bytes(name) <= last:
+            raise ValueError(f"{name!r} is not in name order")
+        last = by_bytes(name)
+        count, taken, size = (natural(sizes[place]) for place in (0, 1, 3))
+        # Whatever is allocated later is as large as what the patch holds in its file.
+        kept = patch.info(name).kept if name in patch else 0
+        if count != kept:
+            raise ValueError(f"{count} bits for {name!r}, of which the patch keeps {kept}")
+        code = sizes[2]
+        if size != (size if code == "z" else encoded_size(code, taken, kept)):
+            raise ValueError(f"{size} bytes for {taken} of {kept} bits in encoding {code!r}")
+        if not 0 < taken <= kept:
+            raise ValueError(f"{taken} of {kept} bits")
+        found[name] = _Row(kept, taken, code, slice(start, start + size))
+        start += size
+    return found
+
+
+def _damage(path: Path, found: str) -> Damage:
+    return Damage(f"{path} is damaged", expected="a whole mask file", found=found, hint=_RESTORE)

@@ -1,0 +1,359 @@
+"""The sparse file: coordinates and values of some tensors, for deltas and patches.
+
+Format 1 is a safetensors file. Its sections hold all tensors one after the other in
+name order: `values.<TYPE>` the values of the tensors of that type, `positions` (bytes)
+the coordinates as `restitch.merging.files.coordinate_codec` encodes them. The metadata hold
+`restitch.format`, `restitch.kind`, the table `restitch.tensors` (a JSON list of
+"TYPE SHAPE KEPT CODE NAME", all that is needed to find each tensor's part of a section)
+and what the writer adds. Format 2 is format 1 with a section `factors`: what the
+coordinates are worth to the model, as one factor per row and one per column of each
+tensor; a file without them is written as format 1. Format 3 holds values in 8 bits
+(`restitch.merging.files.quantized`): `codes` instead of all values, and `steps`; it is read beside the base. The
+other formats are lossless. The bytes are a function of the content alone. What is read is
+checked: coordinates out of order or range are `Damage`.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from restitch.merging.errors import BadInput, Damage
+from restitch.merging.files.checkpoint import FLOATING, Checkpoint, by_bytes
+from restitch.merging.files.coordinate_codec import decode_blocks, encode
+from restitch.merging.files.cursor import Cursor as Cursor
+from restitch.merging.files.cursor import Piece as Piece
+from restitch.merging.files.header import DTYPE_NAMES, count_elements, write_header
+from restitch.merging.files.mask import Mask
+from restitch.merging.files.quantized import STEP_DTYPE, Quantized, step_count
+from restitch.merging.files.sparse_layout import (
+    CODES,
+    FACTOR_DTYPE,
+    FACTORS,
+    FORMATS,
+    POSITIONS,
+    STEPS,
+    KeptInfo,
+    Part,
+    are_steps,
+    are_weights,
+    check_sections,
+    dtype_of,
+    place_of,
+    read_table,
+    rows_and_columns,
+)
+from restitch.merging.numerics.bitwise import put
+from torch import Tensor
+
+KINDS = ("delta", "patch")
+
+_RESERVED = "restitch."
+_RESTORE = "restore the file from a copy, or make it again"
+
+
+@dataclass(frozen=True)
+class SparseTensor:
+    """One tensor to write: its shape, and the coordinates kept with their values.
+
+    Attributes:
+        values: one per coordinate, as they are or in 8 bits.
+        factors: bfloat16, positive: one per row and then one per column, where a row is all that
+            shares the first index; what a coordinate is worth is the product of its two.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    coordinates: Tensor
+    values: Tensor | Quantized
+    factors: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class SparseInfo:
+    """What was written: the size of the file and how many coordinates it keeps."""
+
+    bytes: int
+    kept: int
+
+
+def write_sparse(
+    path: Path, tensors: Iterable[SparseTensor], *, kind: str, metadata: Mapping[str, str]
+) -> SparseInfo:
+    """Write a sparse file, atomically and durably; tensors without a coordinate are left out.
+
+    Args:
+        path: the file to write; its folder must exist.
+        tensors: sorted by name, each with sorted distinct coordinates.
+        kind: `delta` or `patch`.
+        metadata: text to keep with it; keys must not begin with `restitch.`.
+    """
+    if kind not in KINDS or any(key.startswith(_RESERVED) for key in metadata):
+        raise ValueError(f"kind {kind!r} and metadata {sorted(metadata)} cannot be written")
+    table: list[str] = []
+    kept = 0
+    ways: set[tuple[bool, bool]] = set()  # with factors, in 8 bits
+    last = b""
+    with ExitStack() as stack:
+        spools: dict[str, IO[bytes]] = {}
+
+        def spool(section: str, data: Any) -> None:
+            if section not in spools:
+                spools[section] = stack.enter_context(tempfile.TemporaryFile(dir=path.parent))
+            spools[section].write(data)
+
+        for tensor in tensors:
+            name, count = by_bytes(tensor.name), tensor.coordinates.numel()
+            if table and name <= last:
+                raise ValueError(f"{tensor.name!r} is not in name order")
+            if count != tensor.values.numel() or tensor.values.dtype not in FLOATING:
+                raise ValueError(f"{tensor.name!r} has values that do not fit its coordinates")
+            if not count:
+                continue
+            last = name
+            dtype = DTYPE_NAMES[tensor.values.dtype]
+            code, data = encode(tensor.coordinates.numpy(), count_elements(tensor.shape))
+            spool(POSITIONS, data)
+            if isinstance(tensor.values, Quantized):
+                spool(CODES, _bytes_of(tensor.values.codes))
+                spool(STEPS, _step_bytes(tensor.name, tensor.values, tensor.shape))
+            else:
+                spool(f"values.{dtype}", _bytes_of(tensor.values))
+            if tensor.factors is not None:
+                spool(FACTORS, _factor_bytes(tensor))
+            kept += count
+            ways.add((tensor.factors is not None, isinstance(tensor.values, Quantized)))
+            shape = "x".join(map(str, tensor.shape))
+            table.append(f"{dtype} {shape} {count} {code} {tensor.name}")
+        if len(ways) > 1:
+            raise ValueError("some tensors have factors, or values in 8 bits, and others have not")
+        spool(POSITIONS, b"")
+        # Wide types first: every section then begins at a multiple of its element size.
+        order = sorted(spools, key=place_of)
+        types = {section: dtype_of(section) for section in order}
+        sections = [
+            (section, types[section], (spools[section].tell() // types[section].itemsize,))
+            for section in order
+        ]
+        weighed, in_8_bits = next(iter(ways), (False, False))
+        own = {
+            "restitch.format": FORMATS[2 if in_8_bits else weighed],
+            "restitch.kind": kind,
+            "restitch.tensors": json.dumps(table, separators=(",", ":"), ensure_ascii=False),
+        }
+        header = write_header(sections, dict(sorted({**metadata, **own}.items())))
+        size = assemble(path, header, [spools[section] for section in order])
+    return SparseInfo(bytes=size, kept=kept)
+
+
+def _bytes_of(flat: Tensor) -> Any:
+    return flat.contiguous().view(torch.uint8).numpy().data
+
+
+def _step_bytes(name: str, values: Quantized, shape: tuple[int, ...]) -> Any:
+    fits = values.codes.dtype == torch.int8 and values.steps.dtype == STEP_DTYPE
+    if not fits or values.steps.numel() != step_count(shape) or not are_steps(values.steps):
+        raise ValueError(f"{name!r} has steps that do not fit it")
+    return _bytes_of(values.steps)
+
+
+def _factor_bytes(tensor: SparseTensor) -> Any:
+    factors = tensor.factors
+    assert factors is not None
+    fits = factors.dtype == FACTOR_DTYPE and factors.numel() == sum(rows_and_columns(tensor.shape))
+    if not fits or not are_weights(factors):
+        raise ValueError(f"{tensor.name!r} has factors that do not fit it")
+    return _bytes_of(factors)
+
+
+def assemble(path: Path, header: bytes, parts: Iterable[IO[bytes]]) -> int:
+    """Write a header and what was spooled, atomically and durably; how many bytes that is."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(header)
+            for part in parts:
+                part.seek(0)
+                shutil.copyfileobj(part, file, 1 << 22)
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+    return size
+
+
+class SparseFile:
+    """A sparse file, mapped; make one with `open`. It is an `Edits`: it overwrites."""
+
+    def __init__(
+        self,
+        path: Path,
+        kind: str,
+        metadata: Mapping[str, str],
+        infos: Mapping[str, KeptInfo],
+        parts: Mapping[str, Part],
+        sections: Mapping[str, Tensor],
+        base: Checkpoint | None,
+    ) -> None:
+        self.path = path
+        self.kind = kind
+        self.metadata = dict(metadata)
+        self._infos = dict(infos)
+        self._parts = dict(parts)
+        self._sections = dict(sections)
+        self._names = tuple(infos)
+        self._base = base
+        self.total = sum(info.kept for info in infos.values())
+
+    @classmethod
+    def open(cls, path: Path, base: Checkpoint | None = None) -> "SparseFile":
+        """Open a sparse file; its table is checked, its coordinates when they are read.
+
+        Args:
+            path: the file.
+            base: what it was found on; values in 8 bits cannot be read without it.
+        """
+        path = Path(path)
+        file = Checkpoint.open(path)
+        metadata = {k: v for k, v in file.metadata.items() if not k.startswith(_RESERVED)}
+        version, kind = (file.metadata.get(f"restitch.{key}") for key in ("format", "kind"))
+        if version not in FORMATS or kind not in KINDS:
+            raise BadInput(
+                f"{path} is no sparse file that can be read",
+                expected=(
+                    f"restitch.format {' or '.join(FORMATS)}, restitch.kind {' or '.join(KINDS)}"
+                ),
+                found=f"format {version}, kind {kind}",
+                hint="use the file as restitch wrote it, and a restitch as new as its writer",
+            )
+        try:
+            in_8_bits = version == FORMATS[2]
+            infos, parts = read_table(file.metadata["restitch.tensors"], in_8_bits=in_8_bits)
+            sections = {name: file.tensor(name) for name in file.names}
+            with_factors = FACTORS in sections if in_8_bits else version == FORMATS[1]
+            check_sections(infos, parts, sections, with_factors, in_8_bits)
+        except (KeyError, ValueError, RecursionError) as err:
+            raise _damage(path, str(err)) from err
+        return cls(path, kind, metadata, infos, parts, sections, base)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tensors with kept coordinates, sorted."""
+        return self._names
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._infos
+
+    def info(self, name: str) -> KeptInfo:
+        """Type, shape and number of kept coordinates of a tensor."""
+        return self._infos[name]
+
+    def coordinates(self, name: str) -> Tensor:
+        """The kept coordinates of a tensor, sorted int64."""
+        found = torch.empty(self._infos[name].kept, dtype=torch.int64)
+        array, done = found.numpy(), 0
+        for block in self.coordinate_blocks(name):
+            array[done : done + len(block)] = block
+            done += len(block)
+        return found
+
+    def coordinate_blocks(self, name: str) -> Iterator[NDArray[np.int64]]:
+        """The kept coordinates of a tensor in order, in blocks that fit a cache."""
+        info, part = self._infos[name], self._parts[name]
+        data = self._sections[POSITIONS][part.positions].numpy().data
+        try:
+            yield from decode_blocks(part.code, data, info.kept, info.numel)
+        except ValueError as err:
+            raise _damage(self.path, f"{name}: {err}") from err
+
+    def values(self, name: str) -> Tensor:
+        """The kept values of a tensor, mapped, or restored from 8 bits; do not write to them."""
+        info, part = self._infos[name], self._parts[name]
+        if not self.is_in_8_bits:
+            return self._sections[f"values.{DTYPE_NAMES[info.dtype]}"][part.values]
+        before = self._before(info)
+        steps = self._sections[STEPS][part.steps]
+        if not are_steps(steps):
+            raise _damage(self.path, f"{name}: steps that are no numbers from 0")
+        stored = Quantized(self._sections[CODES][part.values], steps, info.dtype)
+        return stored.restored(self.coordinates(name), before, info.shape)
+
+    def _before(self, info: KeptInfo) -> Tensor:
+        """The base's tensor, flat."""
+        if self._base is None:
+            raise ValueError(f"{self.path} was opened without its base")
+        there = self._base.info(info.name).shape if info.name in self._base else None
+        if there != info.shape:
+            raise BadInput(
+                f"the delta {self.path} does not fit the base {self._base.path}",
+                expected=f"{info.name} of shape {list(info.shape)}",
+                found="no such tensor" if there is None else f"shape {list(there)}",
+                hint="localize the member again on this base",
+            )
+        return self._base.tensor(info.name).view(-1)
+
+    @property
+    def is_in_8_bits(self) -> bool:
+        """Whether its values are steps from the base, and not the finetuned ones."""
+        return CODES in self._sections
+
+    @property
+    def has_factors(self) -> bool:
+        """Whether it says what its coordinates are worth to the model."""
+        return FACTORS in self._sections
+
+    def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
+        """What the rows and what the columns of a tensor are worth; None where it is not known."""
+        if not self.has_factors:
+            return None
+        found = self._sections[FACTORS][self._parts[name].factors]
+        if not are_weights(found):
+            raise _damage(self.path, f"{name}: factors that are no positive numbers")
+        rows, columns = rows_and_columns(self._infos[name].shape)
+        return found[:rows], found[rows : rows + columns]
+
+    def mask(self) -> Mask:
+        """The kept coordinates as a mask; read when they are asked for."""
+        return Mask({name: info.kept for name, info in self._infos.items()}, self.coordinates)
+
+    def apply(self, name: str, flat: Tensor) -> None:
+        """Overwrite the kept coordinates of a flat tensor by the values."""
+        info = self._infos[name]
+        if flat.shape != (info.numel,):
+            raise ValueError(f"{name!r} has {info.numel} elements, not {tuple(flat.shape)}")
+        self.editor(name)(flat)
+
+    def editor(self, name: str) -> Callable[[Tensor], None]:
+        """A function that overwrites the parts of a tensor, given one after the other."""
+        cursor = self.cursor(name)
+
+        def edit(part: Tensor) -> None:
+            for coordinates, values in cursor.take(part.numel()):
+                put(part, coordinates, values)
+
+        return edit
+
+    def cursor(self, name: str) -> "Cursor":
+        """The kept coordinates and values of a tensor, to be taken range by range."""
+        return Cursor(self.coordinate_blocks(name), self.values(name))
+
+
+def _damage(path: Path, found: str) -> Damage:
+    return Damage(f"{path} is damaged", expected="a whole sparse file", found=found, hint=_RESTORE)

@@ -1,0 +1,148 @@
+"""How a sparse file is laid out: its sections, and the table that says where each tensor lies.
+
+`restitch.merging.files.sparse` writes and reads by it. What a table says is not believed before it was checked
+against the sections that are there.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from restitch.merging.files.checkpoint import FLOATING, by_bytes
+from restitch.merging.files.coordinate_codec import encoded_size
+from restitch.merging.files.header import DTYPE_NAMES, DTYPES, count_elements
+from restitch.merging.files.quantized import STEP_DTYPE, step_count
+from torch import Tensor
+
+FORMATS = ("1", "2", "3")
+POSITIONS, FACTORS, STEPS, CODES = "positions", "factors", "steps", "codes"
+FACTOR_DTYPE = torch.bfloat16  # weights of a mean: nobody needs their ninth bit
+
+
+@dataclass(frozen=True)
+class KeptInfo:
+    """A tensor of a sparse file: type and shape of the whole, and how many are kept."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    kept: int
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole tensor."""
+        return count_elements(self.shape)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Where a tensor's coordinates, values, factors and steps lie in their sections."""
+
+    code: str
+    positions: slice
+    values: slice
+    factors: slice
+    steps: slice
+
+
+def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
+    """How many factors of each kind a tensor has; all that shares the first index is one row."""
+    rows = shape[0] if shape else 1
+    return rows, count_elements(shape[1:])
+
+
+def dtype_of(section: str) -> torch.dtype:
+    """The type of what a section holds."""
+    own = {
+        FACTORS: FACTOR_DTYPE,
+        STEPS: STEP_DTYPE,
+        CODES: torch.int8,
+        POSITIONS: torch.uint8,
+    }
+    return own[section] if section in own else DTYPES[section.removeprefix("values.")]
+
+
+def place_of(section: str) -> tuple[int, int, str]:
+    """What sections are sorted by: wide types first, so that all are aligned."""
+    own = (FACTORS, STEPS, CODES, POSITIONS)
+    rank = own.index(section) + 1 if section in own else 0
+    return -dtype_of(section).itemsize, rank, section
+
+
+def are_steps(steps: Tensor) -> bool:
+    """Whether all are numbers from 0."""
+    return bool((steps >= 0).all()) and bool(torch.isfinite(steps).all())
+
+
+def are_weights(factors: Tensor) -> bool:
+    """Whether all are positive numbers."""
+    return bool((factors > 0).all()) and bool(torch.isfinite(factors).all())
+
+
+def read_table(text: str, *, in_8_bits: bool) -> tuple[dict[str, KeptInfo], dict[str, Part]]:
+    """The tensors of a table, and where each one's parts lie; `ValueError` where it is none."""
+    infos: dict[str, KeptInfo] = {}
+    parts: dict[str, Part] = {}
+    ends: dict[str, int] = {}
+    last = b""
+
+    def following(section: str, size: int) -> slice:
+        begin = ends.get(section, 0)
+        ends[section] = begin + size
+        return slice(begin, begin + size)
+
+    rows = json.loads(text)
+    if not isinstance(rows, list):
+        raise ValueError("the table of tensors is no list")  # noqa: TRY004
+    for row in rows:
+        dtype, extents, count, code, name = str(row).split(" ", 4)
+        if infos and by_bytes(name) <= last:
+            raise ValueError(f"{name!r} is not in name order")
+        last = by_bytes(name)
+        shape = tuple(natural(extent) for extent in extents.split("x")) if extents else ()
+        kept = natural(count)
+        if count_elements(shape) >= 1 << 63:
+            raise ValueError(f"{name!r} is larger than any tensor")
+        infos[name] = KeptInfo(name, DTYPES[dtype], shape, kept)
+        parts[name] = Part(
+            code,
+            following(POSITIONS, encoded_size(code, kept, count_elements(shape))),
+            following(CODES if in_8_bits else dtype, kept),
+            following(FACTORS, sum(rows_and_columns(shape))),
+            following(STEPS, step_count(shape)),
+        )
+    return infos, parts
+
+
+def natural(text: str) -> int:
+    """A size as it stands in a table; ValueError where it is none."""
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise ValueError(f"{text!r} is no size")
+    return int(text)
+
+
+def check_sections(
+    infos: Mapping[str, KeptInfo],
+    parts: Mapping[str, Part],
+    sections: Mapping[str, Tensor],
+    with_factors: bool,
+    in_8_bits: bool,
+) -> None:
+    """`ValueError` where a file has other sections than its table needs."""
+    need: dict[str, tuple[torch.dtype, int]] = {POSITIONS: (torch.uint8, 0)}
+    for name, info in infos.items():
+        if info.dtype not in FLOATING:
+            raise ValueError(f"{name!r} holds no weights")
+        part = parts[name]
+        need[POSITIONS] = (torch.uint8, part.positions.stop)
+        if in_8_bits:
+            need[CODES] = (torch.int8, part.values.stop)
+            need[STEPS] = (STEP_DTYPE, part.steps.stop)
+        else:
+            need[f"values.{DTYPE_NAMES[info.dtype]}"] = (info.dtype, part.values.stop)
+        if with_factors:
+            need[FACTORS] = (FACTOR_DTYPE, part.factors.stop)
+    found = {name: (section.dtype, section.numel()) for name, section in sections.items()}
+    if found != need:
+        raise ValueError(f"sections {found} where the table needs {need}")

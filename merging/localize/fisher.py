@@ -1,0 +1,244 @@
+"""Localization by sensitivity: one pass over inputs without labels, and one score per coordinate.
+
+What dropping a coordinate costs is, to the second order, its difference squared times its entry
+on the diagonal of the Fisher matrix: the mean squared gradient of log p(y|x), with y drawn from
+the model itself, so that no labels are needed. Entries of single coordinates are noisy where rows
+are few, so each tensor's are replaced by the product of its row's and its column's means (as in
+Adafactor), which ranks as well (docs/log.md). All that is kept is then one factor per row and per
+column: scores are streamed from the checkpoints, a gradient is used up as soon as it is there, and
+no array of the model's size is made beside the weights. The gradients are taken half-way between
+base and finetuned.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from restitch.merging.errors import BadInput, CannotJoin
+from restitch.merging.files.sparse_layout import rows_and_columns
+from restitch.merging.localize.live_weights import LiveWeights
+from restitch.merging.prefetch import ahead
+from restitch.merging.progress import Progress, ignore
+from restitch.merging.ranking.task_vector import TaskVector
+from torch import Tensor
+from torch.nn import functional as F
+
+NAME = "fisher"
+VERSION = 1
+
+# What every coordinate has at least, as a share of the mean: without it, one that no row of the
+# calibration data touches could not be ranked by its difference.
+_FLOOR = 1e-6
+_SMALLEST, _LARGEST = 1e-30, 1e30  # of a factor, so that it is positive and finite in bfloat16
+
+Batch = TypeVar("Batch")
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class FisherSettings:
+    """How sensitivities are measured.
+
+    Attributes:
+        at: where on the way from base to finetuned the gradients are taken.
+        power: of an entry of the Fisher diagonal in a score; one half is the second-order
+            estimate, less trusts the difference more.
+        most_rows: rows that are used, of all that are given.
+        batch_size: rows per backward pass; their gradients are summed before they are squared.
+        seed: of the order of the rows and of the labels that are drawn.
+    """
+
+    at: float = 0.5
+    power: float = 0.25
+    most_rows: int = 128
+    batch_size: int = 4
+    seed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that determines the scores beside the model, the rows and the logits."""
+        return asdict(self)
+
+
+class Sensitivities:
+    """The Fisher diagonal, as one factor per row and one per column of each tensor."""
+
+    def __init__(self, factors: Mapping[str, tuple[Floats, Floats]]) -> None:
+        self._factors = dict(factors)
+
+    def factors(self, name: str, power: float) -> tuple[Floats, Floats]:
+        """Rows and columns whose products are the entries to that power."""
+        rows, columns = self._factors[name]
+        return rows**power, columns**power
+
+    def to_factors(self, names: Sequence[str]) -> dict[str, Tensor]:
+        """What a sparse delta says of tensors: `SparseTensor.factors`, the entries themselves."""
+        found = {}
+        for name in names:
+            both = np.concatenate(self.factors(name, 1.0)).clip(_SMALLEST, _LARGEST)
+            found[name] = torch.from_numpy(both).to(torch.bfloat16)
+        return found
+
+    def spread(self, name: str, power: float, shape: torch.Size) -> Tensor:
+        """All entries of a tensor to that power, in float64 and in its shape."""
+        rows, columns = self.factors(name, power)
+        return torch.from_numpy(np.outer(rows, columns)).view(shape)
+
+
+class FisherScores:
+    """|task vector| times the sensitivity to a power, streamed; see `top_k.Scores`."""
+
+    floor = 0.0
+
+    def __init__(self, task_vector: TaskVector, sensitivities: Sensitivities, power: float) -> None:
+        self.names = task_vector.names
+        self.score_dtype = task_vector.score_dtype
+        self._vector = task_vector
+        self._sensitivities = sensitivities
+        self._power = power
+
+    def numel(self, name: str) -> int:
+        """How many scores a tensor has."""
+        return self._vector.numel(name)
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """The scores of a tensor in order; a chunk is valid until the next one."""
+        start = 0
+        for chunk in self._vector.chunks(name):
+            self._weigh(name, chunk, np.arange(start, start + chunk.numel()))
+            start += chunk.numel()
+            yield chunk
+
+    def sample(self, name: str, stride: int, block: int) -> Tensor:
+        """The first `block` of every `stride` scores."""
+        found = self._vector.sample(name, stride, block)
+        rows = self.numel(name) // stride
+        starts = np.arange(rows)[:, None] * stride if rows else np.zeros((1, 1), dtype=np.int64)
+        positions = (starts + np.arange(block)).reshape(-1)[: found.numel()]
+        self._weigh(name, found, positions)
+        return found
+
+    def _weigh(self, name: str, scores: Tensor, positions: NDArray[np.int64]) -> None:
+        rows, columns = self._sensitivities.factors(name, self._power)
+        row, column = np.divmod(positions, len(columns))
+        array = scores.numpy()
+        array *= (rows[row] * columns[column]).astype(array.dtype)
+
+
+def localize_fisher(
+    parameters: Mapping[str, Tensor],
+    task_vector: TaskVector,
+    rows: int,
+    batch: Callable[[Sequence[int]], Batch],
+    logits: Callable[[Batch], Tensor],
+    settings: FisherSettings,
+    *,
+    progress: Progress | None = None,
+) -> tuple[FisherScores, Sensitivities]:
+    """The scores of all coordinates, and what they are worth to the model.
+
+    Args:
+        parameters: the live tensors of the loaded base by their names in its checkpoint; they
+            hold the base's weights again afterwards. The model should be in evaluation mode.
+        task_vector: what finetuning changed.
+        rows: how many calibration rows there are; labels are not looked at.
+        batch: makes the batch of some rows, by their indices.
+        logits: the scores of the classes at the model's current weights, [rows, classes].
+        settings: how.
+        progress: called with the rows done and the rows in all.
+
+    Raises:
+        BadInput: no rows.
+        CannotJoin: the model's scores or gradients are not finite.
+    """
+    with LiveWeights(parameters, task_vector) as live:
+        found = measure(live, rows, batch, logits, settings, progress or ignore)
+    return FisherScores(task_vector, found, settings.power), found
+
+
+def measure(
+    live: LiveWeights,
+    rows: int,
+    batch: Callable[[Sequence[int]], Batch],
+    logits: Callable[[Batch], Tensor],
+    settings: FisherSettings,
+    progress: Progress,
+) -> Sensitivities:
+    """The sensitivities at `settings.at`; the arguments are those of `localize_fisher`."""
+    if rows < 1:
+        raise BadInput(
+            "there are no rows to localize with",
+            expected="at least one row",
+            found="none",
+            hint="name a train split under data, or localize with mode: dataless",
+        )
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = torch.randperm(rows, generator=generator).tolist()[: settings.most_rows]
+    sums = {part.name: _zeros(part.live) for part in live.parts}
+    live.interpolate(settings.at)
+    size = settings.batch_size
+    chosen = [order[start : start + size] for start in range(0, len(order), size)]
+    done = 0
+    with live.using_up(lambda part: _add_squares(sums[part.name], part.live)):
+        for made in ahead(batch, chosen):
+            with torch.enable_grad():
+                found = logits(made)
+                target = drawn(found.detach(), generator)
+                loss = F.cross_entropy(found, target, reduction="sum")
+                torch.autograd.backward(loss)
+            done += len(found)
+            progress(done, len(order))
+    return Sensitivities(_factored(sums, len(order)))
+
+
+def drawn(found: Tensor, generator: torch.Generator) -> Tensor:
+    """A class for each row, drawn on the CPU: the same on any device for the same scores."""
+    shares = found.double().cpu().softmax(1)
+    if not bool(torch.isfinite(shares).all()):
+        raise CannotJoin(
+            "the model's scores are not finite",
+            expected="a number for every class",
+            found="NaN or infinity",
+            hint="check the calibration rows, or localize with mode: dataless",
+        )
+    return torch.multinomial(shares, 1, generator=generator).view(-1).to(found.device)
+
+
+def _zeros(live: Tensor) -> tuple[Tensor, Tensor]:
+    rows, columns = rows_and_columns(tuple(live.shape))
+    zeros = partial(torch.zeros, dtype=torch.float64, device=live.device)
+    return zeros(rows), zeros(columns)
+
+
+def _add_squares(sums: tuple[Tensor, Tensor], live: Tensor) -> None:
+    """Add the squares of a gradient, which are written over it, to those of rows and columns."""
+    assert live.grad is not None
+    squares = live.grad.reshape(len(sums[0]), len(sums[1])).square_()
+    sums[0].add_(squares.sum(1, dtype=torch.float64))
+    sums[1].add_(squares.sum(0, dtype=torch.float64))
+
+
+def _factored(
+    sums: Mapping[str, tuple[Tensor, Tensor]], rows: int
+) -> dict[str, tuple[Floats, Floats]]:
+    """Row sum times column sum over the sum of all, per row of data, with a floor."""
+    means = {name: (one.cpu() / rows, two.cpu() / rows) for name, (one, two) in sums.items()}
+    coordinates = sum(one.numel() * two.numel() for one, two in means.values())
+    mean = sum(float(one.sum()) for one, _ in means.values()) / max(coordinates, 1)
+    if not np.isfinite(mean):
+        raise CannotJoin(
+            "the gradients are not finite while localizing",
+            expected="a number for every weight",
+            found=str(mean),
+            hint="check the calibration rows, or localize with mode: dataless",
+        )
+    floor = _FLOOR * mean if mean > 0 else 1.0
+    result = {}
+    for name, (one, two) in means.items():
+        of_rows = one.numpy() + floor * len(two)
+        of_columns = two.numpy() + floor * len(one)
+        result[name] = (of_rows, of_columns / (of_rows.sum() or 1.0))
+    return result

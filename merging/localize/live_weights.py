@@ -1,0 +1,174 @@
+"""The live weights of a loaded model between its base and a finetuned checkpoint.
+
+Within `with LiveWeights(...)` the localizable tensors of the model ask for gradients, and
+no other tensor that was handed over does. What the weights are set to is computed from
+the two checkpoints each time. Leaving the block, by whatever way, writes the base's
+weights back, drops the gradients and restores who asks for them. On the CPU the
+checkpoints stay memory-mapped; on another device their localizable tensors are copied
+there once.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from restitch.merging.errors import BadInput
+from restitch.merging.ranking.task_vector import TaskVector
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Part:
+    """One localizable tensor: live, and as the two checkpoints have it, in one shape."""
+
+    name: str
+    live: Tensor
+    base: Tensor
+    finetuned: Tensor
+
+    def zeros(self) -> Tensor:
+        """A score of zero for each coordinate: float32, or float64 for such a tensor."""
+        wide = torch.float64 in (self.live.dtype, self.base.dtype, self.finetuned.dtype)
+        dtype = torch.float64 if wide else torch.float32
+        return torch.zeros(self.live.shape, dtype=dtype, device=self.live.device)
+
+    def difference(self, buffer: Tensor) -> Tensor:
+        """Finetuned minus base, written to `buffer`."""
+        if self.base.dtype == self.finetuned.dtype == buffer.dtype:
+            return torch.sub(self.finetuned, self.base, out=buffer)
+        return buffer.copy_(self.finetuned).sub_(self.base)
+
+    def pull(self, buffer: Tensor) -> Tensor:
+        """The gradient times the difference, written to `buffer`; zero without a gradient."""
+        if self.live.grad is None:
+            return buffer.zero_()
+        return self.difference(buffer).mul_(self.live.grad)
+
+    def add_pull(self, score: Tensor, buffer: Tensor, share: float) -> None:
+        """Add a share of the gradient times the difference to a score."""
+        if score.is_cuda and self.live.grad is not None:
+            # One kernel less; on the CPU it rounds otherwise, and nothing is gained.
+            score.addcmul_(self.difference(buffer), self.live.grad, value=share)
+        else:
+            score.add_(self.pull(buffer), alpha=share)
+
+    def graft(self, chosen: Tensor) -> None:
+        """Finetuned values where `chosen`, the base's elsewhere."""
+        dtype = self.live.dtype
+        torch.where(chosen, self.finetuned.to(dtype), self.base.to(dtype), out=self.live)
+
+
+class LiveWeights:
+    """The localizable tensors of a loaded model, for as long as the block lasts.
+
+    Args:
+        parameters: live tensors by the base checkpoint's names.
+        task_vector: the two checkpoints and the localizable names.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor], task_vector: TaskVector) -> None:
+        self.task_vector = task_vector
+        self.coordinates = task_vector.coordinates
+        missing = [name for name in task_vector.names if name not in parameters]
+        if missing:
+            raise BadInput(
+                "the model has no such localizable tensors",
+                expected="every localizable tensor of the checkpoint",
+                found=f"{len(missing)} missing",
+                hint="exclude them under localize: exclude",
+                details=missing,
+            )
+        self.parts = tuple(_part(name, parameters[name], task_vector) for name in task_vector.names)
+        self._asked = [(tensor, tensor.requires_grad) for tensor in parameters.values()]
+        self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def __enter__(self) -> Self:
+        self._no_grad = torch.no_grad()
+        self._no_grad.__enter__()
+        for tensor, _ in self._asked:
+            tensor.requires_grad_(False)
+        for part in self.parts:
+            part.live.grad = None
+            part.live.requires_grad_(True)
+        self._write_base()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.clear_gradients()
+        self._write_base()
+        for tensor, asked in self._asked:
+            tensor.requires_grad_(asked)
+        self._no_grad.__exit__(kind, error, trace)
+
+    def graft(self, scores: Mapping[str, Tensor], threshold: float) -> None:
+        """Finetuned values where the score is above the threshold, the base's elsewhere."""
+        for part in self.parts:
+            part.graft(scores[part.name] > threshold)
+
+    def interpolate(self, share: float) -> None:
+        """The base plus that share of the difference; with 1 the finetuned values themselves."""
+        for part in self.parts:
+            if share == 1:
+                part.live.copy_(part.finetuned)
+            else:
+                part.live.copy_(part.difference(self.buffer(part)).mul_(share).add_(part.base))
+
+    def clear_gradients(self) -> None:
+        """Drop all gradients."""
+        for part in self.parts:
+            part.live.grad = None
+
+    @contextmanager
+    def using_up(self, use: Callable[[Part], None]) -> Iterator[None]:
+        """Within the block a part's gradient is dropped as soon as `use` has seen it.
+
+        Args:
+            use: called in the middle of a backward pass, when the part's gradient is whole.
+        """
+
+        def whole(part: Part, live: Tensor) -> None:
+            use(part)
+            live.grad = None
+
+        hooks = []
+        for part in self.parts:
+            live: Any = part.live  # whose method has no types
+            hooks.append(live.register_post_accumulate_grad_hook(partial(whole, part)))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def buffer(self, part: Part) -> Tensor:
+        """Scratch in the shape and score type of a part; the next call uses it again."""
+        wide = torch.float64 in (part.live.dtype, part.base.dtype, part.finetuned.dtype)
+        key = (part.live.device, torch.float64 if wide else torch.float32)
+        if key not in self._buffers:
+            largest = max(other.live.numel() for other in self.parts)
+            self._buffers[key] = torch.empty(largest, dtype=key[1], device=key[0])
+        return self._buffers[key][: part.live.numel()].view(part.live.shape)
+
+    def _write_base(self) -> None:
+        for part in self.parts:
+            part.live.copy_(part.base)
+
+
+def _part(name: str, live: Tensor, task_vector: TaskVector) -> Part:
+    base, finetuned = task_vector.base.tensor(name), task_vector.finetuned.tensor(name)
+    if live.shape != base.shape:
+        raise BadInput(
+            f"the model's {name} has another shape than its checkpoint",
+            expected=list(base.shape),
+            found=list(live.shape),
+        )
+    return Part(name, live, base.to(live.device), finetuned.to(live.device))

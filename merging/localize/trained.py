@@ -1,0 +1,389 @@
+"""Localization with data: a mask that is learned with the task's own loss (Eq. 1).
+
+The loss is taken at W0 + sigmoid(S) * tau, its gradient by S is grad_W * tau * sigmoid(S)
+(1 - sigmoid(S)), and the mask is S > 0. The presets `paper` and `official` are the
+settings of the paper and of its authors' code, `grafting` is the localizer that the paper
+compares with (`restitch.merging.localize.grafting`); they end with whatever density comes out.
+`budget` keeps exactly k coordinates: the loss is taken at the hard mask of the k largest
+scores. Weights are computed from the checkpoints each time, never added back and forth,
+and are the base's again afterwards. The same rows, seed and `fingerprint` give the same
+mask.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from restitch.merging.errors import BadInput, CannotJoin
+from restitch.merging.files.mask import Mask
+from restitch.merging.localize.dataless import kept_count
+from restitch.merging.localize.grafting import graft
+from restitch.merging.localize.live_weights import LiveWeights
+from restitch.merging.prefetch import ahead
+from restitch.merging.progress import Progress, ignore
+from restitch.merging.ranking.score_tensors import check_finite, slope, step_unit, threshold_of
+from restitch.merging.ranking.score_tensors import fingerprint as fingerprint
+from restitch.merging.ranking.task_vector import TaskVector
+from restitch.merging.ranking.top_k import TensorScores, top_k
+from torch import Tensor
+
+NAME = "trained"
+VERSION = 1
+PRESETS = ("budget", "grafting", "official", "paper")
+
+Batch = TypeVar("Batch")
+
+
+@dataclass(frozen=True)
+class TrainedSettings:
+    """How a mask is learned; `of` fills in what a preset says.
+
+    Attributes:
+        preset: one of `PRESETS`.
+        density: what `budget` keeps, and where `grafting` begins; the presets other than
+            `budget` end with their own density.
+        epochs: how often the rows are gone through.
+        seed: of the order of the rows.
+        batch_size: rows per batch.
+        learning_rate: of S; in `budget` how far scores move in all passes together, in units
+            of the k-th largest.
+        penalty: lambda in `paper`, l1 in `official`; not used by `budget`.
+        start: S at the beginning on the coordinates of the largest differences.
+        start_elsewhere: S at the beginning on all other coordinates.
+        start_share: the fraction of the coordinates that begins with `start`.
+    """
+
+    preset: str = "budget"
+    density: float = 0.01
+    epochs: int = 10
+    seed: int = 0
+    batch_size: int = 16
+    learning_rate: float = 1.0
+    penalty: float = 0.0
+    start: float = 0.0
+    start_elsewhere: float = 0.0
+    start_share: float = 0.0
+
+    @classmethod
+    def of(
+        cls,
+        preset: str = "budget",
+        *,
+        modality: Literal["text", "image"] = "text",
+        density: float = 0.01,
+        epochs: int = 10,
+        seed: int = 0,
+        batch_size: int | None = None,
+    ) -> TrainedSettings:
+        """The settings of a preset for a kind of model.
+
+        Args:
+            preset: one of `PRESETS`.
+            modality: what the model reads; `official` differs by it.
+            density: for `budget`.
+            epochs: passes over the rows.
+            seed: of the order of the rows.
+            batch_size: None is the preset's own.
+        """
+        if preset not in PRESETS:
+            near = get_close_matches(preset, PRESETS, n=1)
+            raise BadInput(
+                f"unknown preset {preset!r}",
+                expected=f"one of {', '.join(PRESETS)}",
+                hint=f"did you mean {near[0]!r}?" if near else "correct localize: preset",
+            )
+        own: dict[str, Any] = _PRESET_SETTINGS[preset]
+        if preset == "official" and modality == "image":
+            own = own | _OFFICIAL_IMAGE
+        chosen = own if batch_size is None else own | {"batch_size": batch_size}
+        return cls(preset=preset, density=density, epochs=epochs, seed=seed, **chosen)
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise ValueError(f"unknown preset {self.preset!r}")
+        if self.epochs < 1 or self.batch_size < 1:
+            raise ValueError(f"{self.epochs} epochs with batches of {self.batch_size}")
+        kept_count(self.density, 0)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything that determines a mask beside the model, the rows and the loss."""
+        return asdict(self)
+
+
+_PRESET_SETTINGS: dict[str, dict[str, Any]] = {
+    "budget": {"batch_size": 16, "learning_rate": 0.3},
+    "grafting": {"batch_size": 16, "learning_rate": 1e7, "start": -5.0},
+    "official": {
+        "batch_size": 8,
+        "learning_rate": 1e7,
+        "penalty": 10.0,
+        "start": 5.0,
+        "start_elsewhere": -5.0,
+        "start_share": 1e-5,
+    },
+    "paper": {
+        "batch_size": 16,
+        "learning_rate": 1e7,
+        "penalty": 1e-5,
+        "start": 3.0,
+        "start_elsewhere": 0.0,
+        "start_share": 0.01,
+    },
+}
+_OFFICIAL_IMAGE = {"batch_size": 128, "penalty": 1.0}
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What one pass over the rows saw: the mean loss of its batches, and the share kept."""
+
+    loss: float
+    density: float
+
+
+@dataclass(frozen=True)
+class TrainedResult:
+    """A learned mask.
+
+    Attributes:
+        mask: the coordinates.
+        density: their share of all localizable coordinates.
+        steps: how often the scores were changed.
+        history: one entry per pass.
+        scores: what `budget` ranked, of which the mask keeps the largest; None for the other
+            presets, whose masks end with their own density.
+    """
+
+    mask: Mask
+    density: float
+    steps: int
+    history: tuple[Epoch, ...]
+    scores: TensorScores | None = None
+
+
+def localize_trained(
+    parameters: Mapping[str, Tensor],
+    task_vector: TaskVector,
+    rows: int,
+    batch: Callable[[Sequence[int]], Batch],
+    loss: Callable[[Batch], Tensor],
+    settings: TrainedSettings,
+    *,
+    scratch: Path | None = None,
+    progress: Progress | None = None,
+) -> TrainedResult:
+    """Learn the mask of one finetuned model.
+
+    Args:
+        parameters: the live tensors of the loaded base by their names in its checkpoint;
+            only those of the task vector are written to, and they hold the base's weights
+            again afterwards, also when this raises. The model should be in evaluation mode.
+        task_vector: what finetuning changed.
+        rows: how many calibration rows there are.
+        batch: makes the batch of some rows, by their indices; called once per batch.
+        loss: the mean loss of a batch at the model's current weights.
+        settings: a preset.
+        scratch: folder for temporary files.
+        progress: called with the batches done and the batches in all.
+
+    Raises:
+        BadInput: no rows.
+        CannotJoin: the loss or the scores are not finite.
+    """
+    if rows < 1:
+        raise BadInput(
+            "there are no rows to localize with",
+            expected="at least one labelled row",
+            found="none",
+            hint="name a train split under data, or localize with mode: dataless",
+        )
+    course = _Course(rows, batch, loss, settings, progress or ignore)
+    scores: TensorScores | None = None
+    with LiveWeights(parameters, task_vector) as live:
+        if settings.preset == "budget":
+            scores = _budget(live, course)
+            mask = top_k(scores, kept_count(settings.density, live.coordinates), scratch=scratch)
+        else:
+            train = {"grafting": graft, "official": _official, "paper": _paper}[settings.preset]
+            mask = train(live, course, scratch)
+    return TrainedResult(
+        mask, mask.total / max(1, live.coordinates), course.steps, tuple(course.history), scores
+    )
+
+
+class _Course(Generic[Batch]):
+    """The rows in batches, epoch by epoch, and what was seen on the way."""
+
+    def __init__(
+        self,
+        rows: int,
+        batch: Callable[[Sequence[int]], Batch],
+        loss: Callable[[Batch], Tensor],
+        settings: TrainedSettings,
+        progress: Progress,
+    ) -> None:
+        self.settings = settings
+        self.steps = 0
+        self.history: list[Epoch] = []
+        self.per_epoch = math.ceil(rows / settings.batch_size)
+        self._rows = rows
+        self._batch = batch
+        self._loss = loss
+        self._progress = progress
+        self._generator = torch.Generator().manual_seed(settings.seed)
+        self._seen = 0
+
+    def batches(self) -> Iterator[Batch]:
+        """One pass over the rows in a new order."""
+        order = torch.randperm(self._rows, generator=self._generator).tolist()
+        size = self.settings.batch_size
+        chosen = (order[start : start + size] for start in range(0, len(order), size))
+        for batch in ahead(self._batch, chosen):
+            yield batch
+            self._seen += 1
+            self._progress(self._seen, self.per_epoch * self.settings.epochs)
+
+    def backward(self, batch: Batch) -> Tensor:
+        """Add a batch's gradient to the live tensors; its loss."""
+        with torch.enable_grad():
+            value = self._loss(batch)
+            torch.autograd.backward(value)
+        return value.detach()
+
+    def record(self, losses: Sequence[Tensor], kept: int, coordinates: int) -> None:
+        """Note what a pass saw."""
+        mean = float(torch.stack(list(losses)).double().mean())
+        if not math.isfinite(mean):
+            raise CannotJoin(
+                "the loss is not finite while localizing",
+                expected="a number for every batch",
+                found=f"{mean} in epoch {len(self.history) + 1}",
+                hint="check the calibration rows, or localize with mode: dataless",
+            )
+        self.history.append(Epoch(mean, kept / max(1, coordinates)))
+
+
+def _paper(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> Mask:
+    """One SGD step per batch on loss + penalty * sum sigmoid(S)."""
+    settings = course.settings
+    scores = _start(live, settings, scratch)
+    for _ in range(settings.epochs):
+        losses = []
+        for batch in course.batches():
+            _interpolate(live, scores)
+            losses.append(course.backward(batch))
+            for part in live.parts:
+                score = scores[part.name]
+                pull = part.pull(live.buffer(part)).add_(settings.penalty).mul_(slope(score))
+                score.sub_(pull, alpha=settings.learning_rate)
+            live.clear_gradients()
+            course.steps += 1
+        course.record(losses, _count(scores, 0.0), live.coordinates)
+    return _positive(scores)
+
+
+def _official(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> Mask:
+    """One step per epoch with the batches' gradients summed, and a push away from zero."""
+    settings = course.settings
+    scores = _start(live, settings, scratch)
+    for _ in range(settings.epochs):
+        _interpolate(live, scores)
+        losses = [course.backward(batch) for batch in course.batches()]
+        for part in live.parts:
+            score = scores[part.name]
+            steepness = slope(score)
+            push = torch.sign(score).mul_(steepness).mul_(settings.penalty)
+            pull = part.pull(live.buffer(part)).mul_(steepness)
+            score.sub_(pull, alpha=settings.learning_rate)
+            score.add_(push)
+        live.clear_gradients()
+        course.steps += 1
+        course.record(losses, _count(scores, 0.0), live.coordinates)
+    return _positive(scores)
+
+
+def _budget(live: LiveWeights, course: _Course[Any]) -> TensorScores:
+    """Straight through a hard mask of the k largest scores.
+
+    The first pass is at the base: a score begins as the root mean square, over batches, of
+    the change in loss that its coordinate's difference makes, |gradient * tau|. Afterwards
+    each batch's loss is taken at the mask of the k largest scores, and its -gradient * tau
+    is added to the scores, also to those outside of the mask. Steps are measured by the
+    k-th largest score and the k-th largest pull, and shrink with the number of passes, so
+    that neither the scale of the loss, nor that of the differences, nor the number of
+    passes decides how far the mask may move.
+    """
+    settings = course.settings
+    kept = kept_count(settings.density, live.coordinates)
+    scores = _sensitivities(live, course, kept)
+    step: float | None = None
+    for _ in range(settings.epochs - 1):
+        losses = []
+        for batch in course.batches():
+            live.graft(scores, threshold_of(scores.values(), kept, live.coordinates))
+            losses.append(course.backward(batch))
+            if step is None:
+                step = settings.learning_rate / (settings.epochs - 1)
+                pulls = (part.pull(live.buffer(part)).abs_() for part in live.parts)
+                step *= step_unit(
+                    threshold_of(scores.values(), kept, live.coordinates),
+                    threshold_of(pulls, kept, live.coordinates),
+                )
+            for part in live.parts:
+                part.add_pull(scores[part.name], live.buffer(part), -step)
+            live.clear_gradients()
+            course.steps += 1
+        course.record(losses, kept, live.coordinates)
+    check_finite(scores)
+    return TensorScores({name: score.cpu() for name, score in scores.items()})
+
+
+def _sensitivities(live: LiveWeights, course: _Course[Any], kept: int) -> dict[str, Tensor]:
+    """The root mean square of |gradient * tau| over the batches of one pass at the base."""
+    scores = {part.name: part.zeros() for part in live.parts}
+    losses = []
+    for batch in course.batches():
+        losses.append(course.backward(batch))
+        for part in live.parts:
+            pull = part.pull(live.buffer(part))
+            scores[part.name].addcmul_(pull, pull)
+        live.clear_gradients()
+    for score in scores.values():
+        score.div_(course.per_epoch).sqrt_()
+    course.record(losses, kept, live.coordinates)
+    return scores
+
+
+def _start(live: LiveWeights, settings: TrainedSettings, scratch: Path | None) -> dict[str, Tensor]:
+    """S at the beginning: `start` where the differences are largest, else `start_elsewhere`."""
+    kept = kept_count(settings.start_share, live.coordinates)
+    largest = top_k(live.task_vector, kept, scratch=scratch)
+    scores = {}
+    for part in live.parts:
+        score = part.zeros().fill_(settings.start_elsewhere)
+        score.view(-1)[largest.coordinates(part.name).to(score.device)] = settings.start
+        scores[part.name] = score
+    return scores
+
+
+def _interpolate(live: LiveWeights, scores: Mapping[str, Tensor]) -> None:
+    for part in live.parts:
+        gate = torch.sigmoid(scores[part.name])
+        part.live.copy_(part.difference(live.buffer(part)).mul_(gate).add_(part.base))
+
+
+def _count(scores: Mapping[str, Tensor], threshold: float) -> int:
+    return sum(int(torch.count_nonzero(score > threshold)) for score in scores.values())
+
+
+def _positive(scores: Mapping[str, Tensor]) -> Mask:
+    check_finite(scores)
+    return Mask.of(
+        {name: (score.view(-1) > 0).nonzero().view(-1).cpu() for name, score in scores.items()}
+    )

@@ -1,0 +1,168 @@
+"""Merge methods: one file each in this folder, one decorated function each.
+
+A method is a function `(base, members, *, setting=default, ...) -> Edits`, or `-> Experts` where
+it gives one model for each task. Its keyword
+parameters with their types and defaults are its settings; nothing else describes them.
+The folder is scanned when a method is first asked for, so a new file is all that a new
+method needs (docs/adding_a_method.md).
+"""
+
+import difflib
+import importlib
+import inspect
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar, cast, get_type_hints
+
+from restitch.merging.errors import BadInput
+from restitch.merging.experts.specialists import Experts
+from restitch.merging.files.edits import Edits
+
+_F = TypeVar("_F", bound=Callable[..., Edits | Experts])
+KINDS = ("merged", "experts")
+_REGISTERED: dict[str, "Method"] = {}
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge method and what is recorded of it.
+
+    Attributes:
+        name: its name in a line's file.
+        version: raised whenever the same input gives other bytes.
+        source: the paper or code it follows.
+        exact: whether the result is the same bytes on every machine.
+        kind: `merged` for one model for all tasks, `experts` for one for each of them.
+        whole: whether it needs whole task vectors: deltas that keep every coordinate.
+        needs: the statistics that it needs of each member beside its delta, all of them found on
+            the train rows of its task (`restitch.merging.rules.stitch.Member.statistics`).
+        tunes: the setting that is tuned where tuning is asked for, with the values to try.
+        settings: its settings with their defaults.
+    """
+
+    name: str
+    version: int
+    source: str
+    exact: bool
+    kind: str
+    whole: bool
+    needs: tuple[str, ...]
+    tunes: tuple[str, tuple[float, ...]] | None
+    settings: Mapping[str, Any]
+    function: Callable[..., Edits | Experts] = field(repr=False)
+
+    def __call__(self, *args: Any, **settings: Any) -> Edits:
+        """Merge: the base, the members, and settings by name.
+
+        Raises:
+            BadInput: it gives no merged model.
+        """
+        if self.kind != "merged":
+            raise BadInput(
+                f"the method {self.name} gives no merged model",
+                expected="a method with one model for all tasks",
+                found=f"{self.name}, which gives one for each task and must be told which is asked",
+                hint="choose another method for the line; "
+                f"`restitch experts` and `restitch compare --methods {self.name}` use this one",
+            )
+        return cast(Edits, self.function(*args, **settings))
+
+    def experts(self, *args: Any, **settings: Any) -> Experts:
+        """One model per task: the base, the members, and settings by name."""
+        if self.kind != "experts":
+            raise ValueError(f"the method {self.name} gives no experts")
+        return cast(Experts, self.function(*args, **settings))
+
+
+def method(
+    *,
+    name: str,
+    version: int,
+    source: str,
+    exact: bool,
+    kind: str = "merged",
+    whole: bool = False,
+    needs: tuple[str, ...] = (),
+    tunes: tuple[str, tuple[float, ...]] | None = None,
+) -> Callable[[_F], _F]:
+    """Register the decorated function as the merge method `name`."""
+
+    def register(function: _F) -> _F:
+        keywords = [
+            parameter
+            for parameter in inspect.signature(function).parameters.values()
+            if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+        ]
+        bare = [item.name for item in keywords if item.default is inspect.Parameter.empty]
+        if bare or name in _REGISTERED:
+            raise ValueError(f"method {name!r}: registered twice, or no default for {bare}")
+        settings = {item.name: item.default for item in keywords}
+        if kind not in KINDS:
+            raise ValueError(f"method {name!r} is of no kind that there is: {kind!r}")
+        if tunes is not None and tunes[0] not in settings:
+            raise ValueError(f"method {name!r} has no setting {tunes[0]!r} to tune")
+        _REGISTERED[name] = Method(
+            name, version, source, exact, kind, whole, needs, tunes, settings, function
+        )
+        return function
+
+    return register
+
+
+@cache
+def _scan() -> Mapping[str, Method]:
+    folder = str(Path(__file__).parent)
+    for module in sorted(pkgutil.iter_modules([folder]), key=lambda item: item.name):
+        importlib.import_module(f"{__package__}.{module.name}")
+    return dict(sorted(_REGISTERED.items()))
+
+
+def method_names() -> list[str]:
+    """The names of all methods."""
+    return list(_scan())
+
+
+def get_method(name: str) -> Method:
+    """The method `name`; `BadInput` with the nearest name where there is none."""
+    methods = _scan()
+    if name not in methods:
+        raise _unknown("method", name, methods)
+    return methods[name]
+
+
+def resolve_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a method with its defaults filled in and their types checked."""
+    chosen = get_method(name)
+    for key, value in settings.items():
+        if key not in chosen.settings:
+            raise _unknown(f"setting of {name}", key, chosen.settings)
+        expected = get_type_hints(chosen.function)[key]
+        if not _fits(value, expected):
+            raise BadInput(
+                f"the setting {key!r} of {name} has another type",
+                expected=getattr(expected, "__name__", str(expected)),
+                found=f"{value!r} ({type(value).__name__})",
+                hint=f"the default is {chosen.settings[key]!r}",
+            )
+    return {**chosen.settings, **settings}
+
+
+def _fits(value: object, expected: Any) -> bool:
+    if expected is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if expected in (int, str, bool):
+        return type(value) is expected
+    return True
+
+
+def _unknown(what: str, name: str, known: Mapping[str, object]) -> BadInput:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return BadInput(
+        f"unknown {what}: {name!r}",
+        expected=", ".join(known) or "none",
+        found=name,
+        hint=f"did you mean {near[0]!r}?" if near else "choose one of these",
+    )

@@ -1,0 +1,31 @@
+"""Taking and overwriting weights at coordinates, and looking at them as bits.
+
+Values are rounded once to the type of what they overwrite, and bit patterns are moved
+unchanged where the types are equal, NaN payloads and negative zeros included.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from restitch.merging.numerics.rounding import round_once
+from torch import Tensor
+
+_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def as_integers(flat: Tensor) -> NDArray[Any]:
+    """The bit patterns of a flat tensor of weights, in the same memory."""
+    # Numpy knows no bfloat16, and integers are compared and moved exactly as they are.
+    return flat.view(_INTEGERS[flat.dtype.itemsize]).numpy()
+
+
+def take(flat: Tensor, coordinates: NDArray[np.int64]) -> Tensor:
+    """flat[coordinates], bit for bit."""
+    return torch.from_numpy(as_integers(flat)[coordinates]).view(flat.dtype)
+
+
+def put(flat: Tensor, coordinates: NDArray[np.int64], values: Tensor) -> None:
+    """flat[coordinates] = values, each rounded once."""
+    as_integers(flat)[coordinates] = as_integers(round_once(values, flat.dtype))

@@ -1,0 +1,123 @@
+"""What a member's delta tells of its task vector: finetuned minus base where it keeps a weight.
+
+Elsewhere the task vector counts as 0; of a delta of density 1 this is the whole task vector over
+the localizable tensors. It is read range by range, beside the base, so that nothing of the size
+of a model is made. Computed in float32 where the base has 16 bits, in float64 otherwise.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.sparse import SparseFile
+from restitch.merging.numerics.rounding import cast, cast_into
+from restitch.merging.ranking.top_k import strided_sample
+from torch import Tensor
+
+Floats = NDArray[Any]
+
+BLOCK = 1 << 16  # weights that are looked at together: little enough for a core's cache
+
+
+def working_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which weights of a type are merged: wide enough to be rounded once."""
+    return torch.float32 if dtype.itemsize == 2 else torch.float64
+
+
+class KeptVector:
+    """The task vector of one member; its absolute values are `Scores` (`restitch.merging.ranking.top_k`).
+
+    Args:
+        base: the base's checkpoint.
+        delta: the member's sparse delta on that base.
+    """
+
+    floor = 0.0
+
+    def __init__(self, base: Checkpoint, delta: SparseFile) -> None:
+        self.base = base
+        self.delta = delta
+        self.names = delta.names
+        types = {working_dtype(base.info(name).dtype) for name in self.names}
+        self.score_dtype = torch.float64 if torch.float64 in types else torch.float32
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.delta
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the delta keeps every coordinate of its tensors."""
+        return all(self._keeps_all(name) for name in self.names)
+
+    def numel(self, name: str) -> int:
+        """How many coordinates a tensor has."""
+        return self.delta.info(name).numel
+
+    def reader(self, name: str) -> "Reader":
+        """Reads the task vector of a tensor, one range after the other."""
+        return Reader(self.delta, name, whole=self._keeps_all(name))
+
+    def difference(self, name: str) -> Tensor:
+        """The task vector of one tensor, in its shape."""
+        before = self.base.tensor(name).view(-1)
+        wide = cast(before, working_dtype(before.dtype)).numpy()
+        found = torch.from_numpy(self.reader(name).take(wide))
+        return found.view(self.delta.info(name).shape)
+
+    def chunks(self, name: str) -> Iterator[Tensor]:
+        """|task vector| of a tensor in order; a chunk is valid until the next one."""
+        reader, flat = self.reader(name), self.base.tensor(name).view(-1)
+        wide = torch.empty(min(BLOCK, flat.numel()), dtype=working_dtype(flat.dtype))
+        for part in torch.split(flat, BLOCK):
+            cast_into(wide, part)
+            taken = reader.take(wide.numpy()[: part.numel()])
+            yield torch.from_numpy(np.absolute(taken, out=taken))
+
+    def sample(self, name: str, stride: int, block: int) -> Tensor:
+        """|task vector| at the first `block` of every `stride` coordinates."""
+        flat = self.base.tensor(name).view(-1)
+        wide = working_dtype(flat.dtype)
+        if not self._keeps_all(name):
+            return strided_sample(self.difference(name).view(-1).abs(), stride, block)
+        sides = [strided_sample(f, stride, block) for f in (self.delta.values(name), flat)]
+        after, before = (cast(side, wide).numpy() for side in sides)
+        return torch.from_numpy(np.absolute(after - before))
+
+    def _keeps_all(self, name: str) -> bool:
+        info = self.delta.info(name)
+        return info.kept == info.numel
+
+
+class Reader:
+    """Goes through the task vector of one tensor."""
+
+    def __init__(self, delta: SparseFile, name: str, *, whole: bool) -> None:
+        self._values = delta.values(name) if whole else None
+        self._cursor = None if whole else delta.cursor(name)
+        self._start = 0
+        self._room = torch.empty(0)
+
+    def take(self, before: Floats) -> Floats:
+        """The task vector at the next coordinates, in memory that the next call uses again.
+
+        Args:
+            before: the base's weights there, in the type to work in.
+        """
+        wide = torch.from_numpy(before).dtype
+        if self._cursor is None:
+            assert self._values is not None
+            stop = self._start + len(before)
+            if self._room.numel() < len(before) or self._room.dtype != wide:
+                self._room = torch.empty(len(before), dtype=wide)
+            cast_into(self._room, self._values[self._start : stop])
+            self._start = stop
+            array: Floats = self._room.numpy()[: len(before)]
+            array -= before
+            return array
+        array = np.zeros_like(before)
+        for coordinates, values in self._cursor.take(len(before)):
+            array[coordinates] = cast(values, wide).numpy() - before[coordinates]
+        return array

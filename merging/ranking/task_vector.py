@@ -1,0 +1,170 @@
+"""Task vectors: finetuned minus base, streamed over the localizable tensors.
+
+The difference is taken in float32 after upcasting both sides (float64 where either side
+is float64); scores are its absolute values. Nothing larger than one tensor (or one
+chunk, for scores) is ever in memory. A task vector is not a set of weights: functions
+that take the one do not take the other.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from restitch.merging.errors import CannotJoin
+from restitch.merging.files.checkpoint import FLOATING, Checkpoint, by_bytes
+from restitch.merging.numerics.rounding import SERIAL, cast_into
+from restitch.merging.ranking.top_k import strided_sample
+from torch import Tensor
+
+CHUNK = 1 << 18
+
+
+@dataclass(frozen=True)
+class OutsideShare:
+    """How much of what finetuning changed lies outside of the localizable tensors.
+
+    Attributes:
+        share: squared norm outside over the squared norm of everything, 0 to 1.
+        tensors: the tensors outside with their shares, largest first, none with 0.
+    """
+
+    share: float
+    tensors: tuple[tuple[str, float], ...]
+
+
+class TaskVector:
+    """The difference of a finetuned checkpoint to its base; it is also `Scores`.
+
+    Args:
+        base: the base's checkpoint.
+        finetuned: the finetuned one under the base's names (`Checkpoint.renamed`).
+        names: the localizable tensors; all must be weights of equal shape on both sides.
+
+    Attributes:
+        score_dtype: the type that holds every score exactly, float64 if any needs it.
+    """
+
+    floor = 0.0
+
+    def __init__(self, base: Checkpoint, finetuned: Checkpoint, names: Sequence[str]) -> None:
+        self.base = base
+        self.finetuned = finetuned
+        self.names = tuple(sorted(set(names), key=by_bytes))
+        for name in self.names:
+            b, f = base.info(name), finetuned.info(name)
+            if b.shape != f.shape or b.dtype not in FLOATING or f.dtype not in FLOATING:
+                raise CannotJoin(
+                    f"{name} cannot be localized",
+                    expected=f"weights of shape {list(b.shape)}",
+                    found=f"base {b.dtype} {list(b.shape)}, finetuned {f.dtype} {list(f.shape)}",
+                    hint="compare the checkpoints first",
+                )
+        self._dtypes = {name: self._dtype(name) for name in self.names}
+        wide = torch.float64 in self._dtypes.values()
+        self.score_dtype = torch.float64 if wide else torch.float32
+
+    @property
+    def coordinates(self) -> int:
+        """How many coordinates all tensors have together."""
+        return sum(self.numel(name) for name in self.names)
+
+    def numel(self, name: str) -> int:
+        """How many coordinates a tensor has."""
+        return self.base.info(name).numel
+
+    def chunks(self, name: str, size: int = CHUNK) -> Iterator[Tensor]:
+        """The scores of a tensor in order, in chunks of `size`.
+
+        A chunk is valid until the next one is asked for: the buffer is used again.
+        """
+        base, finetuned = self.base.tensor(name).view(-1), self.finetuned.tensor(name).view(-1)
+        left = torch.empty(min(size, base.numel()), dtype=self._dtypes[name])
+        right = torch.empty_like(left)
+        for start in range(0, base.numel(), size):
+            count = min(size, base.numel() - start)
+            cast_into(left, finetuned[start : start + count])
+            cast_into(right, base[start : start + count])
+            scores = left[:count]
+            array = scores.numpy()
+            np.subtract(array, right.numpy()[:count], out=array)
+            np.absolute(array, out=array)
+            yield scores
+
+    def sample(self, name: str, stride: int, block: int) -> Tensor:
+        """The scores of the first `block` of every `stride` coordinates."""
+        sides = []
+        for checkpoint in (self.finetuned, self.base):
+            flat = strided_sample(checkpoint.tensor(name).view(-1), stride, block)
+            sides.append(torch.empty(flat.numel(), dtype=self._dtypes[name]))
+            cast_into(sides[-1], flat)
+        return torch.from_numpy(np.abs(sides[0].numpy() - sides[1].numpy()))
+
+    def difference(self, name: str) -> Tensor:
+        """Finetuned minus base of one tensor, in its shape."""
+        dtype = self._dtypes[name]
+        return self.finetuned.tensor(name).to(dtype) - self.base.tensor(name).to(dtype)
+
+    def is_zero(self) -> bool:
+        """Whether finetuning changed no localizable weight."""
+        return all(not bool(chunk.any()) for name in self.names for chunk in self.chunks(name))
+
+    def check_finite(self) -> None:
+        """Raise `CannotJoin` that names every tensor of the finetuned model with NaN or Inf."""
+        bad = []
+        for name in self.finetuned.floating:
+            count = _not_finite(self.finetuned.tensor(name).view(-1))
+            if count:
+                bad.append(f"{name}: {count} of {self.finetuned.info(name).numel}")
+        if bad:
+            raise CannotJoin(
+                "the finetuned model has weights that are no numbers",
+                expected="finite weights",
+                found=f"NaN or infinity in {len(bad)} tensors",
+                hint="finetune again, perhaps with a smaller learning rate, and save",
+                details=bad,
+            )
+
+    def _dtype(self, name: str) -> torch.dtype:
+        pair = {self.base.info(name).dtype, self.finetuned.info(name).dtype}
+        return torch.float64 if torch.float64 in pair else torch.float32
+
+
+def outside_share(base: Checkpoint, finetuned: Checkpoint, names: Sequence[str]) -> OutsideShare:
+    """What finetuning changed outside of the tensors `names`, of all that both hold.
+
+    Args:
+        base: the base's checkpoint.
+        finetuned: the finetuned one under the base's names.
+        names: the localizable tensors.
+    """
+    shared = [
+        name
+        for name in finetuned.floating
+        if name in base
+        and base.info(name).dtype in FLOATING
+        and base.info(name).shape == finetuned.info(name).shape
+    ]
+    vector = TaskVector(base, finetuned, shared)
+    squares = {
+        name: sum(float(np.square(c.numpy(), dtype=np.float64).sum()) for c in vector.chunks(name))
+        for name in vector.names
+    }
+    total = sum(squares.values())
+    if not total:
+        return OutsideShare(0.0, ())
+    inside = frozenset(names)
+    outside = [(name, value / total) for name, value in squares.items() if name not in inside]
+    ranked = sorted((item for item in outside if item[1]), key=lambda item: (-item[1], item[0]))
+    return OutsideShare(sum(share for _, share in ranked), tuple(ranked))
+
+
+def _not_finite(flat: Tensor) -> int:
+    count = 0
+    for start in range(0, flat.numel(), SERIAL):
+        chunk = flat[start : start + SERIAL]
+        wide = torch.float64 if chunk.dtype == torch.float64 else torch.float32
+        # One sum settles it unless the sum itself overflows: only then look at each weight.
+        if not bool(torch.isfinite(chunk.sum(dtype=wide))):
+            count += chunk.numel() - int(torch.isfinite(chunk).sum())
+    return count

@@ -1,0 +1,157 @@
+"""Merge methods that look at each coordinate by itself: one rule, streamed over all weights.
+
+A rule is given the members' task vectors on a range of a tensor and returns the merged one, of
+their type; it may be one of them, written to. The merged weight is base plus that, computed in
+the working type and rounded once; where the merged task vector is 0 the base's bits stay. Members
+are ordered by the UTF-8 bytes of their task. The result is the same on every machine, for nothing
+depends on how a tensor is cut.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from restitch.merging.errors import BadInput
+from restitch.merging.files.checkpoint import Checkpoint, by_bytes
+from restitch.merging.numerics.bitwise import as_integers
+from restitch.merging.numerics.rounding import cast_into, round_once
+from restitch.merging.ranking.kept_vector import BLOCK, KeptVector, working_dtype
+from restitch.merging.rules.stitch import Member, check_fit
+from torch import Tensor
+
+Floats = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Range:
+    """Consecutive coordinates of one tensor.
+
+    Attributes:
+        name: the tensor.
+        start: the first coordinate.
+        vectors: the task vectors there, of the members that have the tensor, each with the
+            member's number. They may be written to.
+    """
+
+    name: str
+    start: int
+    vectors: Sequence[tuple[int, Floats]]
+
+
+# What the papers try where a coefficient is tuned.
+COEFFICIENTS = tuple(n / 10 for n in range(1, 11))
+
+Rule = Callable[[Range], Floats]
+
+
+def kept_vectors(base: Checkpoint, members: Iterable[Member]) -> tuple[KeptVector, ...]:
+    """The members' task vectors in the order of their tasks.
+
+    Raises:
+        BadInput: a delta does not fit the base.
+    """
+    ordered = sorted(members, key=lambda member: by_bytes(member.task))
+    if len({member.task for member in ordered}) != len(ordered):
+        raise ValueError("a task is there twice")
+    for member in ordered:
+        check_fit(base, member)
+    return tuple(KeptVector(base, member.delta) for member in ordered)
+
+
+class Elementwise:
+    """The edits of a rule.
+
+    Args:
+        base: the base's checkpoint.
+        vectors: the members' task vectors, in order.
+        rule: what they give together.
+    """
+
+    def __init__(self, base: Checkpoint, vectors: Sequence[KeptVector], rule: Rule) -> None:
+        self._base = base
+        self._vectors = tuple(vectors)
+        self._rule = rule
+        self.names = tuple(sorted({n for v in vectors for n in v.names}, key=by_bytes))
+
+    def apply(self, name: str, flat: Tensor) -> None:
+        """Overwrite weights in a flat copy of the base's tensor."""
+        self.editor(name)(flat)
+
+    def editor(self, name: str) -> Callable[[Tensor], None]:
+        """A function that edits the parts of a tensor, given one after the other."""
+        readers = [(i, v.reader(name)) for i, v in enumerate(self._vectors) if name in v]
+        start, room = 0, torch.empty(0)
+
+        def edit(part: Tensor) -> None:
+            nonlocal start, room
+            wide = working_dtype(part.dtype)
+            if room.numel() < min(BLOCK, part.numel()) or room.dtype != wide:
+                room = torch.empty(min(BLOCK, part.numel()), dtype=wide)
+            for piece in torch.split(part, BLOCK):
+                cast_into(room, piece)
+                before = room.numpy()[: piece.numel()]
+                taken = [(number, reader.take(before)) for number, reader in readers]
+                change = self._rule(Range(name, start, taken))
+                np.add(before, change, out=before, casting="no")
+                after = round_once(room[: piece.numel()], piece.dtype)
+                # Where nothing changes, zeros keep their sign.
+                _replace(as_integers(piece), as_integers(after), change != 0)
+                start += piece.numel()
+
+        return edit
+
+
+def _replace(bits: NDArray[Any], by: NDArray[Any], where: NDArray[np.bool_]) -> None:
+    """`np.copyto` without a branch for each element, on bits; `by` is written to."""
+    by ^= bits
+    by &= all_bits(where, bits.dtype)
+    bits ^= by
+
+
+def all_bits(mask: NDArray[np.bool_], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Integers with all bits set where the mask is, and none elsewhere."""
+    narrow = mask.view(np.int8)
+    return np.negative(narrow).astype(dtype)
+
+
+def total(vectors: Sequence[tuple[int, Floats]], *, reuse: bool = False) -> Floats:
+    """The sum of members' task vectors, member after member.
+
+    Args:
+        vectors: each with its member's number.
+        reuse: the first may be overwritten by the sum.
+    """
+    return added([vector for _, vector in vectors], reuse=reuse)
+
+
+def added(arrays: Sequence[Floats], *, reuse: bool = False) -> Floats:
+    """The sum of arrays, one after the other; with `reuse` the first becomes it."""
+    found = arrays[0] if reuse else arrays[0].copy()
+    for array in arrays[1:]:
+        found += array
+    return found
+
+
+def scaled(vector: Floats, alpha: float) -> Floats:
+    """A vector that becomes `alpha` times itself."""
+    vector *= alpha
+    return vector
+
+
+def checked(name: str, value: float, low: float, high: float) -> float:
+    """A setting that has to lie in a range.
+
+    Raises:
+        BadInput: it does not.
+    """
+    if not low <= value <= high:
+        raise BadInput(
+            f"the setting {name} cannot be used",
+            expected=f"a number from {low} to {high}",
+            found=value,
+            hint=f"correct method: settings: {name}",
+        )
+    return value

@@ -1,0 +1,108 @@
+"""TIES (Yadav et al., NeurIPS 2023): trim, elect a sign per coordinate, merge what agrees.
+
+Each task vector keeps its largest weights; a coordinate's sign is that of the sum of what is
+kept there; those that agree with it are averaged, or summed where Consensus asks for it
+(Wang et al., ICML 2024). A sum of 0 elects nothing, and the base stays.
+"""
+
+from collections.abc import Sequence
+from functools import cache
+
+import numpy as np
+from restitch.merging.errors import BadInput
+from restitch.merging.localize.dataless import kept_count
+from restitch.merging.ranking.kept_vector import KeptVector
+from restitch.merging.ranking.quantile import Cut, kth_largest
+from restitch.merging.ranking.top_k import Scores
+from restitch.merging.rules.elementwise import Floats, Range, added, all_bits, total
+
+TRIMS = ("model", "tensor")
+
+
+class Trim:
+    """Which weights of each task vector are kept; found when they are first asked for.
+
+    Args:
+        vectors: the members' task vectors.
+        density: the share that is kept of each.
+        over: `model` ranks all weights together, as the paper does; `tensor` each tensor alone.
+    """
+
+    def __init__(self, vectors: Sequence[KeptVector], density: float, over: str) -> None:
+        if over not in TRIMS:
+            raise BadInput(
+                "the setting trim is unknown",
+                expected=" or ".join(TRIMS),
+                found=over,
+                hint="correct method: settings: trim",
+            )
+        self._vectors = vectors
+        self._density = density
+        self._over = over
+        kept_count(density, 0)  # refuses what is no share
+        self._whole = cache(self._of_model)
+        self._single = cache(self._of_tensor)
+        if over == "model":
+            for number in range(len(vectors)):
+                self._whole(number)
+
+    def apply(self, part: Range) -> list[tuple[int, Floats]]:
+        """The task vectors of a range with 0 where they are not kept."""
+        for number, vector in part.vectors:
+            cut = self._whole(number) if self._over == "model" else self._single(number, part.name)
+            cut.trim(part.name, part.start, vector)
+        return list(part.vectors)
+
+    def _of_model(self, number: int) -> Cut:
+        return self._cut(self._vectors[number])
+
+    def _of_tensor(self, number: int, name: str) -> Cut:
+        return self._cut(_One(self._vectors[number], name))
+
+    def _cut(self, scores: Scores) -> Cut:
+        coordinates = sum(scores.numel(name) for name in scores.names)
+        return kth_largest(scores, kept_count(self._density, coordinates))
+
+
+class _One:
+    """The scores of one tensor of a task vector."""
+
+    floor = 0.0
+
+    def __init__(self, vector: KeptVector, name: str) -> None:
+        self.names = (name,)
+        self.score_dtype = vector.score_dtype
+        self.numel = vector.numel
+        self.chunks = vector.chunks
+        self.sample = vector.sample
+
+
+def elected(vectors: Sequence[tuple[int, Floats]], *, mean: bool) -> Floats:
+    """The mean, or the sum, of the task vectors that agree with the elected sign.
+
+    Args:
+        vectors: trimmed, each with its member's number; they are written to.
+        mean: average those that agree.
+    """
+    sums = total(vectors)
+    integers = np.dtype(f"i{sums.itemsize}")
+    decided = all_bits(np.absolute(sums) > 0, integers)
+    # Negated where the sum is negative, all that agree are positive.
+    signs = sums.view(integers)
+    signs &= np.iinfo(integers).min
+    turned = []
+    owners = np.zeros(len(sums), dtype=np.min_scalar_type(len(vectors)))
+    for _, vector in vectors:
+        bits = vector.view(integers)
+        bits ^= signs
+        np.maximum(vector, 0, out=vector)
+        owners += (vector > 0).view(np.uint8)
+        turned.append(vector)
+    found = added(turned, reuse=True)
+    if mean:
+        np.maximum(owners, 1, out=owners)
+        found /= owners.astype(found.dtype)
+    bits = found.view(integers)
+    bits ^= signs
+    bits &= decided
+    return found

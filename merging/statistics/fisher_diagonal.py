@@ -1,0 +1,91 @@
+"""The diagonal of the Fisher matrix of a model: how much its predictions depend on each weight.
+
+F = mean over rows x of the squared gradient of log p(y|x), y drawn from the model itself, so that
+no labels are needed (Matena and Raffel, NeurIPS 2022). Rows are taken one by one: the square of a
+sum of gradients is something else. Summed in float32 beside the live model, kept as bfloat16: its
+range is that of float32, and eight bits say more than a few hundred rows can.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from restitch.merging.errors import BadInput
+from restitch.merging.localize.fisher import drawn
+from restitch.merging.progress import Progress, ignore
+from restitch.merging.statistics.statistic_file import FISHER, asking_for_gradients, check_finite
+from torch import Tensor
+from torch.nn import functional as F
+
+VERSION = 1
+MOST_ROWS = 256
+
+Batch = dict[str, Tensor]
+
+
+def measure_fisher(
+    parameters: Mapping[str, Tensor],
+    names: Sequence[str],
+    rows: int,
+    batch: Callable[[Sequence[int]], Batch],
+    logits: Callable[[Batch], Tensor],
+    *,
+    seed: int = 0,
+    progress: Progress = ignore,
+) -> dict[str, Tensor]:
+    """The diagonal over some tensors, by name and in their shapes.
+
+    Args:
+        parameters: the live tensors of a model that holds the weights to look at.
+        names: those to measure.
+        rows: how many rows there are; at most `MOST_ROWS` of them are taken.
+        batch: makes the batch of some rows, by their indices.
+        logits: the scores of the classes, [rows, classes].
+        seed: which rows are taken, and the classes that are drawn.
+        progress: called with the rows done and the rows in all.
+
+    Raises:
+        BadInput: there are no rows, or a gradient is not finite.
+        CannotJoin: the model's scores are not finite.
+    """
+    if rows < 1:
+        raise BadInput(
+            "there are no rows to measure the Fisher matrix on", expected="at least one row"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(rows, generator=generator).tolist()[:MOST_ROWS]
+    sums = {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in names}
+    with asking_for_gradients(parameters, names):
+        hooks = []
+        for name in names:
+            live: Any = parameters[name]  # whose method has no types
+            use_up = partial(_use_up, sums[name])
+            hooks.append(live.register_post_accumulate_grad_hook(use_up))
+        try:
+            for done, row in enumerate(order, 1):
+                with torch.enable_grad():
+                    found = logits(batch([row]))
+                    target = drawn(found.detach(), generator)
+                    torch.autograd.backward(F.cross_entropy(found, target, reduction="sum"))
+                progress(done, len(order))
+        finally:
+            for hook in hooks:
+                hook.remove()
+    for name in names:
+        sums[name] = (sums[name] / len(order)).cpu()
+    check_finite(FISHER, sums)
+    return {name: value.to(torch.bfloat16) for name, value in sums.items()}
+
+
+def mean_of(diagonal: Mapping[str, Tensor]) -> float:
+    """The mean of all entries, in float64 and in the order of the names."""
+    total = sum(float(diagonal[name].sum(dtype=torch.float64)) for name in sorted(diagonal))
+    return total / max(1, sum(tensor.numel() for tensor in diagonal.values()))
+
+
+def _use_up(total: Tensor, live: Tensor) -> None:
+    """Add the squares of a gradient, and drop it."""
+    assert live.grad is not None
+    total.addcmul_(live.grad, live.grad)
+    live.grad = None

@@ -1,0 +1,91 @@
+"""Gram matrices of what goes into the linear layers of a model (Jin et al., ICLR 2023).
+
+G = mean of x^T x over the inputs x of a layer: every position of every row. Rows go through the
+model one by one, so that none is padded. Summed in float32 beside the live model, kept as float32:
+a matrix is symmetric, so only its rows from the diagonal on are.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from restitch.merging.errors import BadInput
+from restitch.merging.progress import Progress, ignore
+from restitch.merging.statistics.statistic_file import GRAM, check_finite
+from torch import Tensor, nn
+
+VERSION = 1
+MOST_ROWS = 1600
+
+
+def measure_grams(
+    layers: Mapping[str, nn.Module],
+    rows: int,
+    forward: Callable[[int], object],
+    *,
+    progress: Progress = ignore,
+) -> dict[str, Tensor]:
+    """The Gram matrices of layers, packed; see `unpacked`.
+
+    Args:
+        layers: by the name of their weight.
+        rows: how many rows there are; at most the first `MOST_ROWS` are taken.
+        forward: sends a row through the model, by its index.
+        progress: called with the rows done and the rows in all.
+
+    Raises:
+        BadInput: there are no rows, or an input is not finite.
+    """
+    if rows < 1:
+        raise BadInput("there are no rows to take Gram matrices of", expected="at least one row")
+    sums: dict[str, tuple[Tensor, int]] = {}
+    hooks = [
+        layer.register_forward_pre_hook(partial(_add, sums, name)) for name, layer in layers.items()
+    ]
+    count = min(rows, MOST_ROWS)
+    try:
+        with torch.no_grad():
+            for row in range(count):
+                forward(row)
+                progress(row + 1, count)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    found = {name: (total / inputs).cpu() for name, (total, inputs) in sums.items()}
+    check_finite(GRAM, found)
+    return {name: packed(gram) for name, gram in found.items()}
+
+
+def packed(gram: Tensor) -> Tensor:
+    """The rows of a symmetric matrix from the diagonal on, one behind the other."""
+    return torch.cat([gram[row, row:] for row in range(len(gram))])
+
+
+def unpacked(values: Tensor, size: int) -> Tensor:
+    """The symmetric matrix of which `packed` was kept, in float64.
+
+    Raises:
+        BadInput: it has another size.
+    """
+    if tuple(values.shape) != (size * (size + 1) // 2,):
+        raise BadInput(
+            "a Gram matrix does not fit its layer",
+            expected=f"{size * (size + 1) // 2} numbers for {size} inputs",
+            found=list(values.shape),
+        )
+    found = torch.empty((size, size), dtype=torch.float64)
+    start = 0
+    for row in range(size):
+        stop = start + size - row
+        found[row, row:] = values[start:stop]
+        found[row:, row] = values[start:stop]
+        start = stop
+    return found
+
+
+def _add(sums: dict[str, tuple[Tensor, int]], name: str, _: nn.Module, args: Any) -> None:
+    inputs = args[0].detach().reshape(-1, args[0].shape[-1]).float()
+    product = inputs.mT @ inputs
+    total, count = sums.get(name, (None, 0))
+    sums[name] = (product if total is None else total.add_(product), count + len(inputs))
