@@ -46,9 +46,9 @@ from restitch.merging.numerics.bitwise import take
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import Scores, top_k
 from restitch.merging.rules.stitch import Member
-from restitch.modeling.data import DataSpec, TaskData
+from restitch.modeling.data.task_data import DataSpec, TaskData
 from restitch.modeling.evaluation import evaluate
-from restitch.modeling.family import Batch, get_family
+from restitch.modeling.families.family import Batch, get_family
 from restitch.modeling.heads import HeadSpec
 from restitch.modeling.weights import apply_edits, restore
 from torch import Tensor

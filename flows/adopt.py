@@ -19,7 +19,7 @@ from urllib.parse import unquote, urlsplit
 from restitch.flows.declare import declared_spec, present, resolved
 from restitch.flows.report import mirror
 from restitch.merging.errors import BadInput, RestitchError, Unavailable
-from restitch.modeling.family import get_family
+from restitch.modeling.families.family import get_family
 from restitch.registry.allowed import NotAllowed, check_path
 from restitch.registry.catalog import without_credentials
 from restitch.registry.documents import parse_mapping, read_text

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from restitch.flows.report import mirror
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import get_method
-from restitch.modeling.family import get_family
+from restitch.modeling.families.family import get_family
 from restitch.registry.head import Head, ModelRef, State, Task
 from restitch.registry.ledger import Ledger
 from restitch.registry.spec_files import load_task

@@ -12,7 +12,7 @@ from restitch.flows.versions import find_version
 from restitch.merging.analysis.patches import count_differences
 from restitch.merging.files.checkpoint import by_bytes
 from restitch.merging.files.sparse import SparseFile
-from restitch.modeling.places import place_of
+from restitch.modeling.tensor_location import place_of
 from restitch.registry.history import MergedRecord, Retention, TaskResult, differences
 from restitch.registry.objects import ObjectStore
 from restitch.tasks.compare import compare_results

@@ -8,7 +8,7 @@ from restitch.flows.report import mirror
 from restitch.merging.errors import BadInput, CannotJoin
 from restitch.merging.methods.registry import get_method, method_names, resolve_settings
 from restitch.merging.ranking.task_vector import TaskVector
-from restitch.modeling.family import family_names, get_family
+from restitch.modeling.families.family import family_names, get_family
 from restitch.registry.head import Head
 from restitch.registry.ledger import Ledger
 from restitch.registry.sources import COPY_SCHEME

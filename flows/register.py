@@ -18,7 +18,7 @@ from restitch.flows.onboard import OnboardOutcome, onboard
 from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.flows.report import mirror
 from restitch.merging.errors import CannotJoin, GateFailed, Unavailable
-from restitch.modeling.family import get_family
+from restitch.modeling.families.family import get_family
 from restitch.registry.head import Head, ModelRef, ModelVersion
 from restitch.registry.history import MergedRecord
 from restitch.registry.ledger import Ledger

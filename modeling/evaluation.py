@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from restitch.merging.errors import BadInput
 from restitch.merging.prefetch import ahead
 from restitch.merging.progress import Progress
-from restitch.modeling.family import Batch, Family, Preprocess
+from restitch.modeling.data.rows import Rows
+from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head
-from restitch.modeling.rows import Rows
 from restitch.modeling.significance import unpacked
 from torch import nn
 

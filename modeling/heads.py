@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from restitch.merging.errors import BadInput, Damage
 from restitch.merging.progress import Progress
-from restitch.modeling.imagenet import openai_imagenet as openai_imagenet
+from restitch.modeling.data.imagenet import openai_imagenet as openai_imagenet
 from torch import Tensor
 
 FORMAT_VERSION = 1

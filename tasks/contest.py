@@ -15,7 +15,7 @@ from typing import Any
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
-from restitch.modeling.family import Family
+from restitch.modeling.families.family import Family
 from restitch.modeling.significance import ratio_interval
 from restitch.registry.head import Member
 from restitch.registry.specs import ObjectiveSpec, TaskSpec, TournamentSpec

@@ -9,10 +9,10 @@ import numpy as np
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
-from restitch.modeling.data import Rows, TaskData, stratified
+from restitch.modeling.data.task_data import Rows, TaskData, stratified
 from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from restitch.modeling.evaluation import evaluate as run_evaluation
-from restitch.modeling.family import Family
+from restitch.modeling.families.family import Family
 from restitch.registry.head import ModelRef
 from restitch.registry.specs import TaskSpec
 from restitch.tasks.engine import Cached, step

@@ -19,11 +19,11 @@ from restitch.merging.files.sparse import SparseInfo
 from restitch.merging.localize.trained import NAME as TRAINED
 from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.merging.rules.stitch import write_patch
-from restitch.modeling.data import stratified
-from restitch.modeling.family import Family
+from restitch.modeling.data.rows import Rows
+from restitch.modeling.data.task_data import stratified
+from restitch.modeling.families.family import Family
 from restitch.modeling.finetuning import VERSION, FinetuningSettings
 from restitch.modeling.finetuning import finetune as learn
-from restitch.modeling.rows import Rows
 from restitch.modeling.weights import apply_edits, restore
 from restitch.registry.head import Member
 from restitch.registry.objects import KeyRecord

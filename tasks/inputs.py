@@ -12,8 +12,8 @@ from typing import Any
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, RestitchError
-from restitch.modeling.data import DataSpec, Rows, TaskData, data_digest, labels_of
-from restitch.modeling.family import Family, get_family
+from restitch.modeling.data.task_data import DataSpec, Rows, TaskData, data_digest, labels_of
+from restitch.modeling.families.family import Family, get_family
 from restitch.modeling.heads import Head, HeadSpec, head_key
 from restitch.registry.allowed import check_hub, check_path
 from restitch.registry.head import ModelRef

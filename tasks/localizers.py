@@ -19,10 +19,10 @@ from restitch.merging.progress import Progress
 from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import Scores
-from restitch.modeling.family import Batch, Family
+from restitch.modeling.data.rows import Rows
+from restitch.modeling.families.family import Batch, Family
 from restitch.modeling.gradients import precision
 from restitch.modeling.heads import Head
-from restitch.modeling.rows import Rows
 from restitch.registry.head import ModelRef
 from restitch.registry.localize_spec import LocalizeSpec
 from restitch.registry.specs import TaskSpec

@@ -23,7 +23,7 @@ from restitch.merging.files.coordinates import select_tensors
 from restitch.merging.files.edits import Edits
 from restitch.merging.files.sparse import SparseFile
 from restitch.merging.ranking.task_vector import TaskVector
-from restitch.modeling.family import Family, get_family
+from restitch.modeling.families.family import Family, get_family
 from restitch.modeling.weights import apply_edits, restore, set_weights
 from restitch.registry.head import ModelRef
 from restitch.registry.sources import copy_into_store, resolve_source

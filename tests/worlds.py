@@ -16,9 +16,9 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
-from restitch.modeling.family import get_family
+from restitch.modeling.data.rows import Example
+from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import HeadSpec
-from restitch.modeling.rows import Example
 
 from tests.tiny_models import tiny_bert, tiny_clip, tweaked
 

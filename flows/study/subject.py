@@ -13,7 +13,7 @@ from restitch.flows.snapshot import Snapshot
 from restitch.flows.trials import Trial, everything, masks_like, own_settings, prepare
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import Method, get_method
-from restitch.modeling.family import Family, get_family
+from restitch.modeling.families.family import Family, get_family
 from restitch.registry.head import Member
 from restitch.registry.localize_spec import LocalizeSpec
 from restitch.tasks.evaluate import evaluate

@@ -10,9 +10,9 @@ import pytest
 import torch
 from restitch.flows import export as export_module
 from restitch.merging.digests import digest_file
-from restitch.modeling.family import get_family
+from restitch.modeling.data.rows import Example
+from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import Head
-from restitch.modeling.rows import Example
 from safetensors.torch import load_file
 
 from tests.conftest import NewHome, Three

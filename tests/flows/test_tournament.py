@@ -9,9 +9,9 @@ import torch
 import yaml
 from restitch.flows.snapshot import take_snapshot
 from restitch.flows.tournament import held_before, hold, told
-from restitch.modeling.family import get_family
+from restitch.modeling.data.rows import Example
+from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import HeadSpec
-from restitch.modeling.rows import Example
 from restitch.registry.catalog import Catalog
 from restitch.registry.specs import TournamentSpec
 

@@ -13,7 +13,7 @@ from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.safe_open import open_regular
 from restitch.modeling.configs import read_config
-from restitch.modeling.family import get_family
+from restitch.modeling.families.family import get_family
 from restitch.modeling.licence import read_licence
 from restitch.registry.allowed import check_address, check_path
 from restitch.registry.catalog import connect

@@ -11,8 +11,8 @@ import torch
 from restitch.merging.errors import BadInput, Damage
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from restitch.merging.recipe import Recipe
-from restitch.modeling.family import get_family
-from restitch.modeling.records import read_records
+from restitch.modeling.data.records import read_records
+from restitch.modeling.families.family import get_family
 from restitch.tasks.merge import recipe_edits
 from restitch.tasks.models import describe_model, live_base, open_base
 from restitch.tasks.refs import LineRef, WeightsRef

@@ -12,9 +12,9 @@ from restitch.merging.files.mask import Mask
 from restitch.merging.localize.dataless import localize_dataless
 from restitch.merging.localize.trained import TrainedResult, TrainedSettings, localize_trained
 from restitch.merging.ranking.task_vector import TaskVector
-from restitch.modeling.data import DataSpec, TaskData
+from restitch.modeling.data.task_data import DataSpec, TaskData
 from restitch.modeling.evaluation import evaluate
-from restitch.modeling.family import get_family
+from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import HeadSpec
 from restitch.modeling.weights import load_checkpoint, set_weights
 from torch import Tensor

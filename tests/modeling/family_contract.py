@@ -10,11 +10,11 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.comparison import compare
 from restitch.merging.files.coordinates import select_tensors
 from restitch.merging.statistics.grams import measure_grams
-from restitch.modeling.data import Rows
+from restitch.modeling.data.tables import ListTable
+from restitch.modeling.data.task_data import Rows
 from restitch.modeling.evaluation import evaluate
-from restitch.modeling.family import Family
+from restitch.modeling.families.family import Family
 from restitch.modeling.heads import Head, HeadSpec
-from restitch.modeling.tables import ListTable
 from restitch.modeling.weights import apply_edits, linear_layers, load_checkpoint, restore
 
 

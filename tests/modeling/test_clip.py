@@ -11,9 +11,9 @@ import pytest
 import torch
 from PIL import Image
 from restitch.merging.errors import BadInput
-from restitch.modeling.clip import Clip, _image_processor
+from restitch.modeling.data.rows import Example
+from restitch.modeling.families.clip import Clip, _image_processor
 from restitch.modeling.heads import HeadSpec
-from restitch.modeling.rows import Example
 
 from tests.modeling.conftest import png
 from tests.tiny_models import tiny_clip, vision_tower

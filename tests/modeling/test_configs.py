@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from restitch.modeling.configs import differences
-from restitch.modeling.text_encoder import TextEncoder
+from restitch.modeling.families.text_encoder import TextEncoder
 
 FAMILY = TextEncoder()
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.modeling.data import (
+from restitch.modeling.data.task_data import (
     DataSpec,
     Rows,
     TaskData,
@@ -129,7 +129,7 @@ def test_reading_leaves_no_files_behind(tmp_path):
     write_disk(data / "disk")
     before = sorted(tmp_path.rglob("*"))
     code = (
-        "import sys; from restitch.modeling.data import *\n"
+        "import sys; from restitch.modeling.data.task_data import *\n"
         "for s in ('test', 'disk'):\n"
         "    open_split(DataSpec(sys.argv[1], test=s), 'test', labels=('a', 'b'))[0]\n"
     )
@@ -350,7 +350,7 @@ class TestHub:
     CODE = """
 import json, sys
 from restitch.merging.errors import RestitchError
-from restitch.modeling.data import DataSpec, TaskData
+from restitch.modeling.data.task_data import DataSpec, TaskData
 found = []
 for repo, split, revision in json.loads(sys.argv[1]):
     data = TaskData(DataSpec(repo, test=split, revision=revision), ("no", "yes"), "text")

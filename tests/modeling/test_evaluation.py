@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 from restitch.merging.errors import BadInput
+from restitch.modeling.data.rows import Rows
+from restitch.modeling.data.tables import ListTable
 from restitch.modeling.evaluation import Evaluation, evaluate, normalized, summarize, wilson
-from restitch.modeling.family import get_family
+from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import HeadSpec
-from restitch.modeling.rows import Rows
-from restitch.modeling.tables import ListTable
 from scipy.stats import binomtest
 from sklearn.metrics import f1_score
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from restitch.merging.errors import BadInput
-from restitch.modeling.family import add_family, family_names, get_family
+from restitch.modeling.families.family import add_family, family_names, get_family
 
 from tests.modeling.conftest import png
 from tests.modeling.fake_families import LanguageModel, PerTaskClassifier, fake_folder
@@ -129,7 +129,7 @@ def test_families_can_be_added_but_built_in_ones_not_replaced():
 
 def test_importing_the_package_imports_neither_transformers_nor_datasets():
     code = (
-        "import sys, restitch.modeling.family, restitch.modeling.data, restitch.modeling.evaluation, restitch.modeling.weights, "
+        "import sys, restitch.modeling.families.family, restitch.modeling.data.task_data, restitch.modeling.evaluation, restitch.modeling.weights, "
         "restitch.modeling.heads\n"
         "print([m for m in ('transformers', 'datasets', 'PIL', 'pyarrow') if m in sys.modules])"
     )

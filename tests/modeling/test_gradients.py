@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from restitch.modeling.clip import Clip
-from restitch.modeling.family import Batch, Family
+from restitch.modeling.data.rows import Example
+from restitch.modeling.families.clip import Clip
+from restitch.modeling.families.family import Batch, Family
+from restitch.modeling.families.text_encoder import TextEncoder
 from restitch.modeling.gradients import checkpointed, precision, repeated_layers
 from restitch.modeling.heads import Head, HeadSpec
-from restitch.modeling.rows import Example
-from restitch.modeling.text_encoder import TextEncoder
 from torch import Tensor, nn
 
 

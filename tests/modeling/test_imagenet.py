@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from restitch.merging.errors import BadInput
-from restitch.modeling.data import DataSpec, Rows, TaskData, open_split
+from restitch.modeling.data.imagenet import parse_metadata, synset_classes
+from restitch.modeling.data.task_data import DataSpec, Rows, TaskData, open_split
 from restitch.modeling.evaluation import evaluate
-from restitch.modeling.family import get_family
+from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import Head, HeadSpec, openai_imagenet
-from restitch.modeling.imagenet import parse_metadata, synset_classes
 
 from tests.modeling.conftest import png
 from tests.tiny_models import tiny_clip

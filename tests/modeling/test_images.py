@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 from restitch.merging.errors import BadInput
-from restitch.modeling.data import DataSpec, Rows, labels_of, open_split
-from restitch.modeling.images import MOST_PIXELS, open_image
+from restitch.modeling.data.images import MOST_PIXELS, open_image
+from restitch.modeling.data.task_data import DataSpec, Rows, labels_of, open_split
 
 from tests.modeling.conftest import png
 
@@ -123,7 +123,7 @@ def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch, size)
 
 
 def test_the_limit_counts_pixels(monkeypatch):
-    monkeypatch.setattr("restitch.modeling.images.MOST_PIXELS", 20 * 16)
+    monkeypatch.setattr("restitch.modeling.data.images.MOST_PIXELS", 20 * 16)
     assert open_image(png(0, (20, 16)), Path(), "here").size == (20, 16)
     with pytest.raises(BadInput, match="here: the image is too large") as caught:
         open_image(png(0, (21, 16)), Path(), "here")

@@ -4,7 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
-from restitch.modeling.places import COMPONENTS, Place, place_of
+from restitch.modeling.tensor_location import COMPONENTS, Place, place_of
 from transformers import (
     AutoModel,
     BertConfig,

@@ -7,9 +7,9 @@ import pytest
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.comparison import compare
 from restitch.merging.files.coordinates import select_tensors
-from restitch.modeling.data import DataSpec, TaskData
+from restitch.modeling.data.task_data import DataSpec, TaskData
 from restitch.modeling.evaluation import evaluate
-from restitch.modeling.family import get_family
+from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import HeadSpec
 from restitch.modeling.weights import load_checkpoint
 
@@ -114,7 +114,7 @@ def test_the_real_base_is_named_as_in_its_file(text):
 
 
 def test_pairs_get_their_segments(text):
-    from restitch.modeling.rows import Example
+    from restitch.modeling.data.rows import Example
 
     batch = text.family.preprocessor(text.base)([Example(("a", "b"), None, "here")])
     assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1]]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 from restitch.merging.errors import BadInput
-from restitch.modeling.family import get_family
+from restitch.modeling.data.rows import Example
+from restitch.modeling.families.family import get_family
+from restitch.modeling.families.text_encoder import TextEncoder
 from restitch.modeling.heads import HeadSpec
-from restitch.modeling.rows import Example
-from restitch.modeling.text_encoder import TextEncoder
 from safetensors.torch import load_file, save_file
 
 from tests.tiny_models import tiny_bert, tiny_roberta

@@ -11,7 +11,7 @@ READ_AT_ONCE = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from restitch.modeling.arrow_tables import open_arrow_files
+from restitch.modeling.data.arrow_tables import open_arrow_files
 file = Path(sys.argv[1])
 for _ in range(30):
     table = open_arrow_files(file.parent, [file])

@@ -10,7 +10,7 @@ from restitch.merging.files.coordinates import select_tensors
 from restitch.merging.files.mask import Mask
 from restitch.merging.localize.dataless import localize_dataless
 from restitch.merging.ranking.task_vector import TaskVector
-from restitch.modeling.clip import Clip
+from restitch.modeling.families.clip import Clip
 from torch import Tensor
 
 from playground.building import DENSITY, SIZES, Builder

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 from restitch.merging.errors import BadInput, Unavailable, UsageError
-from restitch.modeling.clip import Clip
-from restitch.modeling.data import DataSpec, Example, TaskData
+from restitch.modeling.data.task_data import DataSpec, Example, TaskData
+from restitch.modeling.families.clip import Clip
 from restitch.modeling.heads import HeadSpec
 from restitch.registry.spec_files import load_line, load_task
 from restitch.registry.specs import TaskSpec

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from restitch.modeling.family import get_family
+from restitch.modeling.families.family import get_family
 from restitch.registry import s3_calls
 from restitch.registry.home import Home
 from restitch.registry.objects import ObjectStore

@@ -13,7 +13,7 @@ import pytest
 import torch
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.files.checkpoint import Checkpoint
-from restitch.modeling.family import get_family
+from restitch.modeling.families.family import get_family
 from restitch.registry import s3_calls, s3_parts, s3_source
 from restitch.registry.home import Home
 from restitch.registry.s3_client import client

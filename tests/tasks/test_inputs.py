@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 from restitch.merging.errors import BadInput
-from restitch.modeling.family import get_family
-from restitch.modeling.rows import Example, Rows
+from restitch.modeling.data.rows import Example, Rows
+from restitch.modeling.families.family import get_family
 from restitch.registry.home import Home
 from restitch.registry.spec_files import load_task
 from restitch.registry.specs import LocalizeSpec, TaskSpec

@@ -14,8 +14,8 @@ from typing import Any, Protocol
 from restitch.merging.digests import digest_file
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
-from restitch.modeling.imagenet import SYNSETS_FILE
-from restitch.modeling.records import read_records
+from restitch.modeling.data.imagenet import SYNSETS_FILE
+from restitch.modeling.data.records import read_records
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 TABLE_SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv")
@@ -123,19 +123,19 @@ def open_table(path: str, source: str, *, revision: str | None = None) -> Table:
     """
     location = locate(path, source, revision=revision)
     if location.kind == "hub":
-        from restitch.modeling.hub_data import open_hub
+        from restitch.modeling.data.hub import open_hub
 
         return open_hub(location)
     root = Path(location.root)
     if location.kind == "images":
         return _image_folder(root, location)
     if location.kind == "arrow":
-        from restitch.modeling.arrow_tables import open_arrow_folder
+        from restitch.modeling.data.arrow_tables import open_arrow_folder
 
         return open_arrow_folder(root)
     suffix = Path(location.files[0]).suffix.lower()
     if suffix in (".parquet", ".arrow"):
-        from restitch.modeling.arrow_tables import open_arrow_files
+        from restitch.modeling.data.arrow_tables import open_arrow_files
 
         return open_arrow_files(root, [root / name for name in location.files])
     return _read_rows(location)
@@ -220,7 +220,7 @@ def locate(path: str, source: str, *, revision: str | None = None) -> Location:
     """
     root = Path(path)
     if not root.exists():
-        from restitch.modeling.hub_data import locate_on_hub
+        from restitch.modeling.data.hub import locate_on_hub
 
         return locate_on_hub(path, source, revision=revision)
     if root.is_file():

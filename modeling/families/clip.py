@@ -15,10 +15,10 @@ import torch
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
 from restitch.modeling.configs import differences, model_type_difference, read_config
-from restitch.modeling.family import Batch, Preprocess
+from restitch.modeling.data.rows import Example
+from restitch.modeling.families.family import Batch, Preprocess
 from restitch.modeling.heads import Head, HeadSpec, embed_prompts, scaled_cosines
 from restitch.modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
-from restitch.modeling.rows import Example
 from torch import Tensor, nn
 
 # What changes the text tower's reading of its own tokens but never the images' features.

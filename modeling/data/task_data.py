@@ -13,10 +13,10 @@ import numpy as np
 from numpy.typing import NDArray
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
-from restitch.modeling.rows import Example as Example
-from restitch.modeling.rows import Modality
-from restitch.modeling.rows import Rows as Rows
-from restitch.modeling.tables import open_table, split_origin
+from restitch.modeling.data.rows import Example as Example
+from restitch.modeling.data.rows import Modality
+from restitch.modeling.data.rows import Rows as Rows
+from restitch.modeling.data.tables import open_table, split_origin
 
 SPLITS = ("train", "validation", "test")
 HOLDOUT_SHARE = 0.2

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from restitch.merging.digests import digest_bytes, digest_json
 from restitch.merging.errors import BadInput
-from restitch.modeling.imagenet import are_synsets, synset_classes
-from restitch.modeling.images import image_bytes, open_image
-from restitch.modeling.tables import ListTable, Table
+from restitch.modeling.data.imagenet import are_synsets, synset_classes
+from restitch.modeling.data.images import image_bytes, open_image
+from restitch.modeling.data.tables import ListTable, Table
 
 Modality = Literal["text", "image"]
 

@@ -15,8 +15,8 @@ from typing import Literal, Protocol, runtime_checkable
 
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
+from restitch.modeling.data.rows import Example
 from restitch.modeling.heads import Head, HeadSpec
-from restitch.modeling.rows import Example
 from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
@@ -96,8 +96,8 @@ class Family(Protocol):
 
 
 _BUILT_IN = {
-    "clip": ("restitch.modeling.clip", "Clip"),
-    "text-encoder": ("restitch.modeling.text_encoder", "TextEncoder"),
+    "clip": ("restitch.modeling.families.clip", "Clip"),
+    "text-encoder": ("restitch.modeling.families.text_encoder", "TextEncoder"),
 }
 _ADDED: dict[str, Family] = {}
 
