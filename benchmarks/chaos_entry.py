@@ -17,9 +17,9 @@ from typing import Any
 
 from restitch.deployments import entry
 from restitch.flows import export as export_module
-from restitch.registry.mlflow_writer import Writer
-from restitch.registry.objects import ObjectStore
-from restitch.registry.store import FolderStore
+from restitch.registry.mlflow.writer import Writer
+from restitch.registry.store.base import FolderStore
+from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.engine import flow
 
 MASK, ENTRY, HEAD, MLFLOW, EXPORT = "mask put", "entry put", "head swapped", "mlflow", "export"

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from restitch.merging.errors import Damage
 from restitch.registry.home import Home
-from restitch.registry.ledger import Ledger
+from restitch.registry.ledger.ledger import Ledger
 from rich.console import Console
 from rich.table import Table
 
@@ -101,7 +101,7 @@ def _look_for_doubles(outcome: Outcome, ledger: Ledger, registered: Sequence[str
 
 def _look_in_mlflow(outcome: Outcome, ledger: Ledger, registered: Sequence[str]) -> None:
     """Every act, model and version is shown once."""
-    from restitch.registry.catalog import connect
+    from restitch.registry.mlflow.sync import connect
 
     line = ledger.line
     client = connect(Home.from_environment())
@@ -128,7 +128,7 @@ def _undisturbed(line: str, folder: Path, registered: Sequence[str], models: Mod
     script = (
         "import sys, json\n"
         "from pathlib import Path\n"
-        "from restitch.registry.catalog import Catalog\n"
+        "from restitch.registry.mlflow.sync import Catalog\n"
         "Catalog.repair = lambda *_, **__: 0\n"
         "from restitch.flows.line import init_line\n"
         "from restitch.flows.register import register\n"

@@ -24,8 +24,10 @@ from statistics import median
 
 from restitch.merging.digests import digest_bytes, digest_json
 from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
-from restitch.registry.head import Head, ModelRef, ModelVersion
-from restitch.registry.history import (
+from restitch.registry.home import Home
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import Head, ModelRef, ModelVersion
+from restitch.registry.ledger.records import (
     DataUsed,
     Interval,
     MergedMember,
@@ -33,10 +35,8 @@ from restitch.registry.history import (
     Retention,
     TaskResult,
 )
-from restitch.registry.home import Home
-from restitch.registry.ledger import Ledger
-from restitch.registry.objects import ObjectStore
-from restitch.registry.specs import LineSpec, MethodSpec, TaskSpec
+from restitch.registry.specs.line import LineSpec, MethodSpec, TaskSpec
+from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.reporting import working
 from rich.console import Console
 

@@ -18,8 +18,8 @@ import yaml
 from hypothesis import strategies as st
 from restitch.deployments.webhook import MAX_BYTES, Event, handle, sign
 from restitch.merging.errors import BadInput
-from restitch.registry.spec_files import load_line, load_task
-from restitch.registry.specs import NAME, LineSpec, TaskSpec
+from restitch.registry.specs.files import load_line, load_task
+from restitch.registry.specs.line import NAME, LineSpec, TaskSpec
 
 from benchmarks.hostile_files import JUNK, damaged_bytes
 

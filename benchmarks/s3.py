@@ -98,7 +98,7 @@ def _in_a_process(
 
 def _move(send: Any, way: str, direction: str, name: str, file: Path, target: Path) -> None:
     """Move the file, and say how long it took and how much memory."""
-    from restitch.registry.s3_store import S3Store
+    from restitch.registry.s3.store import S3Store
 
     store = S3Store("bucket", "store", target.parent / f"cache-{name}")
     store.put(f"warm/{name}-{direction}", b"connected")

@@ -32,9 +32,9 @@ from restitch.flows.remerge import remerge
 from restitch.flows.snapshot import retention_task
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.evaluation import evaluate
-from restitch.registry.head import Head
-from restitch.registry.history import MergedRecord
 from restitch.registry.home import Home, prepare_environment
+from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.records import MergedRecord
 from restitch.tasks.inputs import task_head, verified_data
 from restitch.tasks.models import Base, LiveBase, aligned, live_base, open_base
 from restitch.tasks.refs import LineRef

@@ -28,9 +28,9 @@ from statistics import median
 import yaml
 from restitch.deployments import stack
 from restitch.registry.home import Home, prepare_environment
-from restitch.registry.ledger import Ledger
-from restitch.registry.objects import ObjectStore
+from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.stack import StackFile
+from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.prefect_api import PrefectApi
 from rich.console import Console
 

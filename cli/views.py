@@ -6,11 +6,11 @@ every server is away.
 
 from typing import Any
 
-from restitch.registry.head import UNREAD, Head, ModelVersion
-from restitch.registry.history import MergedRecord
-from restitch.registry.ledger import Ledger, lines
-from restitch.registry.objects import ObjectStore
-from restitch.registry.specialists import kept_specialists
+from restitch.registry.ledger.ledger import Ledger, lines
+from restitch.registry.ledger.line_state import UNREAD, Head, ModelVersion
+from restitch.registry.ledger.records import MergedRecord
+from restitch.registry.maintenance.specialists import kept_specialists
+from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.workspace import workspace
 
 

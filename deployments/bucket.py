@@ -14,9 +14,9 @@ from typing import Any
 
 from restitch.merging.errors import BadInput, RestitchError
 from restitch.registry.home import STORE_VARIABLE
-from restitch.registry.s3_calls import persistently
-from restitch.registry.s3_client import client, code_of, parse_address, s3_explained, status_of
-from restitch.registry.s3_conditions import keeps_conditions, refusal
+from restitch.registry.s3.client import client, code_of, parse_address, s3_explained, status_of
+from restitch.registry.s3.conditional_writes import keeps_conditions, refusal
+from restitch.registry.s3.retries import persistently
 
 _THERE = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
 

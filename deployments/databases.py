@@ -14,7 +14,7 @@ from importlib.util import find_spec
 
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.home import Home
-from restitch.registry.secrets import without_credentials
+from restitch.registry.redaction import without_credentials
 from restitch.registry.stack import Databases
 
 PREFECT_VARIABLES = (

@@ -19,8 +19,8 @@ from restitch.deployments.definitions import (
     flows,
 )
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.registry.catalog import without_credentials
-from restitch.registry.ledger import lines
+from restitch.registry.ledger.ledger import lines
+from restitch.registry.mlflow.sync import without_credentials
 from restitch.tasks.engine import engine_url
 from restitch.tasks.orchestration import DEPLOYMENT, has_workers
 from restitch.tasks.reporting import warn

@@ -17,12 +17,12 @@ from typing import Any, Literal
 from restitch.deployments.definitions import full_name
 from restitch.deployments.processes import answers, is_running
 from restitch.merging.errors import RestitchError, Unavailable
-from restitch.registry.catalog import mlflow_explained, without_credentials
-from restitch.registry.head import Head
-from restitch.registry.ledger import lines
-from restitch.registry.s3_client import parse_address
-from restitch.registry.s3_conditions import keeps_conditions, refusal
-from restitch.registry.s3_settings import WRITER_VARIABLE, single_writer
+from restitch.registry.ledger.ledger import lines
+from restitch.registry.ledger.line_state import Head
+from restitch.registry.mlflow.sync import mlflow_explained, without_credentials
+from restitch.registry.s3.client import parse_address
+from restitch.registry.s3.conditional_writes import keeps_conditions, refusal
+from restitch.registry.s3.settings import WRITER_VARIABLE, single_writer
 from restitch.registry.stack import StackFile
 from restitch.tasks.engine import engine_url
 from restitch.tasks.workspace import Workspace, workspace

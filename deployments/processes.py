@@ -22,9 +22,9 @@ from typing import Any
 from restitch.deployments.databases import VARIABLES
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import Unavailable
-from restitch.registry.attempts import process_began
 from restitch.registry.home import Home, prepare_environment
 from restitch.registry.stack import StackFile, StackProcess
+from restitch.registry.store.attempts import process_began
 
 LOOPBACK = "127.0.0.1"
 STARTS_WITHIN = 180.0

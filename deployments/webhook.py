@@ -22,10 +22,10 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Literal
 
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.registry.catalog import connect, mlflow_explained, without_credentials
-from restitch.registry.foreign import task_of
 from restitch.registry.home import Home
-from restitch.registry.image import VERSION_TAG
+from restitch.registry.mlflow.external_models import task_of
+from restitch.registry.mlflow.projection import VERSION_TAG
+from restitch.registry.mlflow.sync import connect, mlflow_explained, without_credentials
 from restitch.tasks.orchestration import MODEL_REGISTERED
 from restitch.tasks.prefect_api import PrefectApi
 

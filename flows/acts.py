@@ -11,8 +11,8 @@ from typing import Literal
 from restitch.flows.candidates import Candidate
 from restitch.flows.gates import Check
 from restitch.flows.snapshot import Snapshot
-from restitch.registry.head import Head, Member
-from restitch.registry.ledger import Ledger
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import Head, Member
 from restitch.tasks.reporting import say, warn
 from restitch.tasks.workspace import actor
 

@@ -20,10 +20,11 @@ from restitch.flows.declare import declared_spec, present, resolved
 from restitch.flows.report import mirror
 from restitch.merging.errors import BadInput, RestitchError, Unavailable
 from restitch.modeling.families.family import get_family
-from restitch.registry.allowed import NotAllowed, check_path
-from restitch.registry.catalog import without_credentials
-from restitch.registry.documents import parse_mapping, read_text
-from restitch.registry.foreign import (
+from restitch.registry.access_policy import NotAllowed, check_path
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import UNREAD, Head, ModelRef, ModelVersion
+from restitch.registry.ledger.records import Kind
+from restitch.registry.mlflow.external_models import (
     Foreign,
     foreign_version,
     foreign_versions,
@@ -31,12 +32,11 @@ from restitch.registry.foreign import (
     link,
     task_of,
 )
-from restitch.registry.head import UNREAD, Head, ModelRef, ModelVersion
-from restitch.registry.history import Kind
-from restitch.registry.ledger import Ledger
+from restitch.registry.mlflow.sync import without_credentials
 from restitch.registry.paths import named_path
-from restitch.registry.spec_files import parse_task
-from restitch.registry.specs import TaskSpec
+from restitch.registry.specs.files import parse_task
+from restitch.registry.specs.line import TaskSpec
+from restitch.registry.specs.strict_yaml import parse_mapping, read_text
 from restitch.tasks.inputs import same_task
 from restitch.tasks.models import describe_model
 from restitch.tasks.reporting import say, warn

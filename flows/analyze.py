@@ -20,7 +20,7 @@ from restitch.flows.studies import log_study, write_study
 from restitch.merging.digests import canonical_json
 from restitch.merging.errors import BadInput
 from restitch.modeling.families.family import Family, get_family
-from restitch.registry.head import Member
+from restitch.registry.ledger.line_state import Member
 from restitch.tasks.analyze import analyze as compare_masks
 from restitch.tasks.engine import flow
 from restitch.tasks.evaluate import evaluate

@@ -12,12 +12,12 @@ from typing import Any, get_args
 from restitch.flows.links import links
 from restitch.flows.versions import check_task, find_version
 from restitch.merging.errors import BadInput
-from restitch.registry.fates import merges_about, touched_models
-from restitch.registry.head import Head
-from restitch.registry.history import Entry, Kind, MergedRecord
-from restitch.registry.ledger import Ledger
-from restitch.registry.objects import ObjectStore
-from restitch.registry.specialists import kept_specialists
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.outcomes import merges_about, touched_models
+from restitch.registry.ledger.records import Entry, Kind, MergedRecord
+from restitch.registry.maintenance.specialists import kept_specialists
+from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.workspace import workspace
 
 

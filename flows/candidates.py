@@ -16,8 +16,8 @@ from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.recipe import Recipe
 from restitch.modeling.significance import ratio_interval, rows_of
-from restitch.registry.head import Head, Member
-from restitch.registry.history import (
+from restitch.registry.ledger.line_state import Head, Member
+from restitch.registry.ledger.records import (
     DataUsed,
     GateOutcome,
     Interval,
@@ -26,7 +26,7 @@ from restitch.registry.history import (
     Retention,
     TaskResult,
 )
-from restitch.registry.specs import TaskSpec
+from restitch.registry.specs.line import TaskSpec
 from restitch.tasks.compare import compare_results
 from restitch.tasks.evaluate import evaluate
 from restitch.tasks.inputs import evaluation_split

@@ -23,7 +23,7 @@ from restitch.flows.trials import Trial, prepare
 from restitch.merging.digests import canonical_json
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import KINDS, Method, get_method, method_names
-from restitch.registry.history import mean_of
+from restitch.registry.ledger.records import mean_of
 from restitch.tasks.engine import flow
 from restitch.tasks.experts import make_experts
 from restitch.tasks.memory import memory_added

@@ -19,9 +19,9 @@ from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.flows.report import mirror
 from restitch.flows.versions import check_task, find_version
 from restitch.merging.errors import BadInput, GateFailed
-from restitch.registry.head import Head, State
-from restitch.registry.history import Kind, MergedRecord
-from restitch.registry.ledger import Act, Ledger
+from restitch.registry.ledger.ledger import Act, Ledger
+from restitch.registry.ledger.line_state import Head, State
+from restitch.registry.ledger.records import Kind, MergedRecord
 from restitch.tasks.orchestration import has_workers, start_run
 from restitch.tasks.reporting import say, warn
 from restitch.tasks.workspace import actor, workspace

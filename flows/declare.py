@@ -14,10 +14,10 @@ from restitch.flows.report import mirror
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import get_method
 from restitch.modeling.families.family import get_family
-from restitch.registry.head import Head, ModelRef, State, Task
-from restitch.registry.ledger import Ledger
-from restitch.registry.spec_files import load_task
-from restitch.registry.specs import TaskSpec
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import Head, ModelRef, State, Task
+from restitch.registry.specs.files import load_task
+from restitch.registry.specs.line import TaskSpec
 from restitch.tasks.inputs import check_rows, resolve_task, same_task
 from restitch.tasks.reporting import say
 from restitch.tasks.statistics import check_rows_for

@@ -13,8 +13,8 @@ from restitch.merging.analysis.patches import count_differences
 from restitch.merging.files.checkpoint import by_bytes
 from restitch.merging.files.sparse import SparseFile
 from restitch.modeling.tensor_location import place_of
-from restitch.registry.history import MergedRecord, Retention, TaskResult, differences
-from restitch.registry.objects import ObjectStore
+from restitch.registry.ledger.records import MergedRecord, Retention, TaskResult, differences
+from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.compare import compare_results
 from restitch.tasks.workspace import workspace
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from restitch.flows.candidates import measure_member, measure_retention
 from restitch.flows.versions import find_version, members_of
-from restitch.registry.history import Retention, TaskResult
+from restitch.registry.ledger.records import Retention, TaskResult
 from restitch.tasks.engine import flow
 from restitch.tasks.refs import LineRef, WeightsRef
 from restitch.tasks.workspace import workspace

@@ -21,10 +21,10 @@ from restitch.flows.versions import find_version, members_of
 from restitch.merging.digests import canonical_json
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.methods.registry import Method, get_method, method_names
-from restitch.registry.announcement import check_there
-from restitch.registry.head import Member
-from restitch.registry.history import MergedRecord, TaskResult, mean_of
-from restitch.registry.references import SPECIALISTS
+from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.records import MergedRecord, TaskResult, mean_of
+from restitch.registry.ledger.references import SPECIALISTS
+from restitch.registry.store.deletion_notice import check_there
 from restitch.tasks.engine import flow
 from restitch.tasks.experts import ExpertsRef, make_experts, read_experts
 from restitch.tasks.merge import make_recipe
@@ -218,7 +218,7 @@ def _keep(record: MergedRecord, made: ExpertsRef, replace: bool, space: Workspac
 
 
 def facts_of(record: MergedRecord, made: ExpertsRef, at: str | None) -> dict[str, Any]:
-    """What the key of a version's specialists says of them; see `restitch.registry.specialists`."""
+    """What the key of a version's specialists says of them; see `restitch.registry.maintenance.specialists`."""
     return {
         "line": record.line,
         "version": record.version,

@@ -19,10 +19,10 @@ from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.export import export_weights
-from restitch.registry.head import Head
-from restitch.registry.history import MergedMember, MergedRecord
+from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.records import MergedMember, MergedRecord
 from restitch.registry.sizes import parse_size
-from restitch.registry.store import explained
+from restitch.registry.store.base import explained
 from restitch.tasks.card import model_card, specialist_card
 from restitch.tasks.inputs import head_inputs
 from restitch.tasks.models import Base, open_base, open_sparse, open_specialist

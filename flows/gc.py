@@ -1,10 +1,10 @@
 """Remove from a store what nothing refers to.
 
-What counts as a reference is in `restitch.registry.inventory`: whatever a head, a record or any audit
+What counts as a reference is in `restitch.registry.maintenance.inventory`: whatever a head, a record or any audit
 entry names stays for ever, and so does what was written less than an age ago, which work
 under way may be about to name. Keys go before the blobs that they name, and whoever publishes
 a key that came while its blob was being removed takes it back, so that nothing that is killed
-leaves a key that leads nowhere. `restitch.registry.removal` keeps acts apart from it. In a damaged store
+leaves a key that leads nowhere. `restitch.registry.ledger.safe_deletion` keeps acts apart from it. In a damaged store
 nothing is removed: what is damaged may have named anything.
 """
 
@@ -16,10 +16,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from restitch.merging.errors import Damage
-from restitch.registry.announcement import announced
-from restitch.registry.inventory import Inventory, in_use, take_inventory
-from restitch.registry.ledger import Ledger
-from restitch.registry.objects import ObjectStore
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.maintenance.inventory import Inventory, in_use, take_inventory
+from restitch.registry.store.deletion_notice import announced
+from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.reporting import working
 from restitch.tasks.workspace import workspace
 

@@ -9,11 +9,17 @@ from restitch.merging.errors import BadInput, CannotJoin
 from restitch.merging.methods.registry import get_method, method_names, resolve_settings
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.families.family import family_names, get_family
-from restitch.registry.head import Head
-from restitch.registry.ledger import Ledger
-from restitch.registry.sources import COPY_SCHEME
-from restitch.registry.spec_files import load_line
-from restitch.registry.specs import LineSpec, MethodSpec, TaskSpec, TournamentSpec, line_changes
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import Head
+from restitch.registry.sources.resolve import COPY_SCHEME
+from restitch.registry.specs.files import load_line
+from restitch.registry.specs.line import (
+    LineSpec,
+    MethodSpec,
+    TaskSpec,
+    TournamentSpec,
+    line_changes,
+)
 from restitch.tasks.contest import check_benchmark
 from restitch.tasks.inputs import check_rows, resolve_task
 from restitch.tasks.models import Base, describe_model, open_base

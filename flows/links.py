@@ -7,9 +7,9 @@ for a server nor import its client.
 import os
 from typing import TYPE_CHECKING, Any
 
-from restitch.registry.catalog import run_address, without_credentials
 from restitch.registry.home import Home
-from restitch.registry.image import DIGEST_TAG, experiment_name
+from restitch.registry.mlflow.projection import DIGEST_TAG, experiment_name
+from restitch.registry.mlflow.sync import run_address, without_credentials
 from restitch.tasks.engine import engine_url
 
 if TYPE_CHECKING:

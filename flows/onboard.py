@@ -18,11 +18,11 @@ from restitch.flows.adopt import adopt_one
 from restitch.flows.report import mirror
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, CannotJoin, RestitchError
-from restitch.registry.attempts import Attempt, Attempts
-from restitch.registry.head import Head, Member, ModelVersion
-from restitch.registry.ledger import Ledger
-from restitch.registry.references import STATISTIC
-from restitch.registry.specs import LineSpec, TaskSpec
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import Head, Member, ModelVersion
+from restitch.registry.ledger.references import STATISTIC
+from restitch.registry.specs.line import LineSpec, TaskSpec
+from restitch.registry.store.attempts import Attempt, Attempts
 from restitch.tasks.artifacts import show_onboarded
 from restitch.tasks.deaths import DEATHS
 from restitch.tasks.engine import engine_url, flow

@@ -19,10 +19,10 @@ from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.flows.report import mirror
 from restitch.merging.errors import CannotJoin, GateFailed, Unavailable
 from restitch.modeling.families.family import get_family
-from restitch.registry.head import Head, ModelRef, ModelVersion
-from restitch.registry.history import MergedRecord
-from restitch.registry.ledger import Ledger
-from restitch.registry.specs import TaskSpec
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import Head, ModelRef, ModelVersion
+from restitch.registry.ledger.records import MergedRecord
+from restitch.registry.specs.line import TaskSpec
 from restitch.tasks.inputs import same_task
 from restitch.tasks.models import describe_model, open_base
 from restitch.tasks.orchestration import MODEL_REGISTERED, announce, has_workers

@@ -20,14 +20,14 @@ from restitch.merging.digests import canonical_json, digest_file
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.methods.registry import get_method
 from restitch.merging.recipe import Recipe
-from restitch.registry.fates import touched_models
-from restitch.registry.head import Head, Member, ModelRef
-from restitch.registry.history import Entry, MergedRecord
-from restitch.registry.inventory import Inventory
-from restitch.registry.ledger import head_after
-from restitch.registry.references import COPY_SCHEME, MLFLOW_SCHEMES, SPECIALISTS, Reference
-from restitch.registry.sources import fetched_again, resolve_source
-from restitch.registry.specs import MethodSpec, TaskSpec
+from restitch.registry.ledger.ledger import head_after
+from restitch.registry.ledger.line_state import Head, Member, ModelRef
+from restitch.registry.ledger.outcomes import touched_models
+from restitch.registry.ledger.records import Entry, MergedRecord
+from restitch.registry.ledger.references import COPY_SCHEME, MLFLOW_SCHEMES, SPECIALISTS, Reference
+from restitch.registry.maintenance.inventory import Inventory
+from restitch.registry.sources.resolve import fetched_again, resolve_source
+from restitch.registry.specs.line import MethodSpec, TaskSpec
 from restitch.tasks.evaluate import evaluated
 from restitch.tasks.experts import write_parts
 from restitch.tasks.localize import write_delta

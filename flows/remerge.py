@@ -21,9 +21,9 @@ from restitch.flows.report import Reports, mirror
 from restitch.flows.snapshot import Snapshot, localized_models, take_snapshot
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import GateFailed, RestitchError, Unavailable
-from restitch.registry.head import Member
-from restitch.registry.history import MergedRecord
-from restitch.registry.ledger import Ledger
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.records import MergedRecord
 from restitch.tasks.artifacts import show_remerged
 from restitch.tasks.deaths import mark_silent_runs
 from restitch.tasks.engine import flow

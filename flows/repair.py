@@ -18,14 +18,14 @@ from restitch.flows.report import Reports
 from restitch.flows.store_check import MLFLOW, Checker, Damaged, Image, StoreCheck
 from restitch.merging.digests import digest_bytes, digest_file
 from restitch.merging.errors import Damage, RestitchError, Unavailable
-from restitch.registry.fates import touched_models
-from restitch.registry.head import ModelVersion
-from restitch.registry.history import Entry
-from restitch.registry.inventory import Inventory, mentioned
-from restitch.registry.ledger import Ledger, head_after
-from restitch.registry.references import MLFLOW_SCHEMES, SPECIALISTS
-from restitch.registry.sources import resolve_source
-from restitch.registry.store import NotInStore
+from restitch.registry.ledger.ledger import Ledger, head_after
+from restitch.registry.ledger.line_state import ModelVersion
+from restitch.registry.ledger.outcomes import touched_models
+from restitch.registry.ledger.records import Entry
+from restitch.registry.ledger.references import MLFLOW_SCHEMES, SPECIALISTS
+from restitch.registry.maintenance.inventory import Inventory, mentioned
+from restitch.registry.sources.resolve import resolve_source
+from restitch.registry.store.base import NotInStore
 from restitch.tasks.experts import read_experts
 from restitch.tasks.heads import heads_again
 from restitch.tasks.localize import FOUND, mask_key

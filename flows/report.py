@@ -15,10 +15,10 @@ from restitch.flows import audit
 from restitch.flows.diff import differences_of, weights_of
 from restitch.flows.versions import find_version
 from restitch.merging.errors import RestitchError
-from restitch.registry.head import Head
-from restitch.registry.history import MergedRecord
-from restitch.registry.ledger import Ledger
-from restitch.registry.store import explained
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.records import MergedRecord
+from restitch.registry.store.base import explained
 from restitch.tasks.analyze import analyze
 from restitch.tasks.publish import mirror as complete_mlflow
 from restitch.tasks.refs import LineRef

@@ -7,10 +7,10 @@ from functools import cached_property
 from restitch.flows.gates import Gates
 from restitch.flows.tournament import held_before
 from restitch.merging.digests import digest_json
-from restitch.registry.head import Head, Member, ModelVersion
-from restitch.registry.history import MergedRecord
-from restitch.registry.ledger import Ledger
-from restitch.registry.specs import MethodSpec, TaskSpec
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import Head, Member, ModelVersion
+from restitch.registry.ledger.records import MergedRecord
+from restitch.registry.specs.line import MethodSpec, TaskSpec
 from restitch.tasks.merge import known_recipe
 from restitch.tasks.refs import LineRef
 

@@ -15,14 +15,14 @@ from typing import TypeVar
 from restitch.merging.digests import canonical_json
 from restitch.merging.errors import Damage, RestitchError, Unavailable
 from restitch.merging.files.sparse import SparseFile
-from restitch.registry.attempts import Attempt
-from restitch.registry.catalog import Catalog
-from restitch.registry.history import Entry, replay, state_of
-from restitch.registry.inventory import Inventory, in_use, take_inventory
-from restitch.registry.ledger import Ledger
-from restitch.registry.objects import KeyRecord, ObjectStore
-from restitch.registry.references import SPECIALISTS
-from restitch.registry.store import NotInStore
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.records import Entry, replay, state_of
+from restitch.registry.ledger.references import SPECIALISTS
+from restitch.registry.maintenance.inventory import Inventory, in_use, take_inventory
+from restitch.registry.mlflow.sync import Catalog
+from restitch.registry.store.attempts import Attempt
+from restitch.registry.store.base import NotInStore
+from restitch.registry.store.objects import KeyRecord, ObjectStore
 from restitch.tasks.experts import read_experts
 from restitch.tasks.models import open_specialist
 from restitch.tasks.reporting import working

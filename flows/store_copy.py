@@ -17,12 +17,12 @@ from typing import Any
 
 from restitch.merging.digests import digest_bytes, digest_file
 from restitch.merging.errors import BadInput, Damage
-from restitch.registry.catalog import without_credentials
-from restitch.registry.head import Head
 from restitch.registry.home import Home
-from restitch.registry.ledger import Ledger, lines
-from restitch.registry.objects import ObjectStore
-from restitch.registry.store import FolderStore, NotInStore, Store, explained
+from restitch.registry.ledger.ledger import Ledger, lines
+from restitch.registry.ledger.line_state import Head
+from restitch.registry.mlflow.sync import without_credentials
+from restitch.registry.store.base import FolderStore, NotInStore, Store, explained
+from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.reporting import warn, working
 from restitch.tasks.workspace import workspace
 

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from restitch.merging.methods.registry import get_method
-from restitch.registry.head import Member
-from restitch.registry.history import MergedRecord
-from restitch.registry.specs import MethodSpec, TaskSpec, TournamentSpec
+from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.records import MergedRecord
+from restitch.registry.specs.line import MethodSpec, TaskSpec, TournamentSpec
 from restitch.tasks.contest import Contest, Entrant, contest_key, decide, outcome_of
 from restitch.tasks.merge import make_recipe, recipe_inputs, stitch
 from restitch.tasks.refs import LineRef

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from restitch.merging.methods.registry import Method, get_method, resolve_settings
-from restitch.registry.head import Member
-from restitch.registry.localize_spec import LocalizeSpec
-from restitch.registry.specs import LineSpec, MethodSpec
+from restitch.registry.ledger.line_state import Member
+from restitch.registry.specs.line import LineSpec, MethodSpec
+from restitch.registry.specs.localize import LocalizeSpec
 from restitch.tasks.localize import localize
 from restitch.tasks.refs import DeltaRef, LineRef, StatisticRef
 from restitch.tasks.statistics import statistics

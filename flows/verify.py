@@ -15,10 +15,10 @@ from restitch.merging.digests import canonical_json
 from restitch.merging.errors import BadInput, Damage, GateFailed, RestitchError, Unavailable
 from restitch.merging.methods.registry import get_method
 from restitch.merging.recipe import Recipe
-from restitch.registry.head import Head
-from restitch.registry.history import Entry, MergedRecord, replay, state_of
-from restitch.registry.ledger import Ledger
-from restitch.registry.objects import ObjectStore
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.records import Entry, MergedRecord, replay, state_of
+from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.merge import is_reproducible, rebuild
 from restitch.tasks.refs import LineRef
 from restitch.tasks.reporting import say, working

@@ -11,7 +11,7 @@ from restitch.flows.repair import check_store
 from restitch.flows.store_check import StoreCheck
 from restitch.flows.verify import Verification, verify
 from restitch.merging.errors import BadInput, Damage
-from restitch.registry.ledger import lines
+from restitch.registry.ledger.ledger import lines
 from restitch.tasks.workspace import workspace
 
 

@@ -1,8 +1,8 @@
 """What a user means: a version by a number, `champion` or `candidate`, and its members; a task."""
 
 from restitch.merging.errors import BadInput
-from restitch.registry.head import Head, Member
-from restitch.registry.history import MergedRecord
+from restitch.registry.ledger.line_state import Head, Member
+from restitch.registry.ledger.records import MergedRecord
 
 
 def find_version(head: Head, text: str) -> int:

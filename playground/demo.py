@@ -24,7 +24,7 @@ from restitch.cli.reporter import TerminalReporter
 from restitch.deployments.stack import down, up
 from restitch.merging.errors import RestitchError, Unavailable
 from restitch.registry.home import Home, prepare_environment
-from restitch.registry.ledger import Ledger
+from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.stack import StackFile
 from restitch.tasks.reporting import reporting_to, say, working
 from rich.console import Console
@@ -88,7 +88,7 @@ def start_line(world: World, state: Path, out: Console) -> str:
     """Make a line from the world's file, under a name that is not taken."""
     from restitch.deployments.deploy import keep_schedules
     from restitch.flows.line import init_line
-    from restitch.registry.ledger import lines
+    from restitch.registry.ledger.ledger import lines
     from restitch.tasks.workspace import workspace
 
     values = yaml.safe_load(world.line.read_text())

@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.registry.s3_client import parse_address
-from restitch.registry.s3_store import S3Store
+from restitch.registry.s3.client import parse_address
+from restitch.registry.s3.store import S3Store
 from restitch.registry.stack import Databases, StackFile
-from restitch.registry.store import FolderStore, Store, explained
+from restitch.registry.store.base import FolderStore, Store, explained
 
 HOME_VARIABLE = "RESTITCH_HOME"
 STORE_VARIABLE = "RESTITCH_STORE"

@@ -16,7 +16,7 @@ from restitch.merging.digests import digest_json
 from restitch.merging.files.checkpoint import by_bytes
 from restitch.merging.files.sparse import SparseFile
 from restitch.modeling.tensor_location import COMPONENTS, Place, place_of
-from restitch.registry.history import MergedRecord
+from restitch.registry.ledger.records import MergedRecord
 from restitch.tasks.engine import Cached, step
 from restitch.tasks.models import open_base
 from restitch.tasks.refs import LineRef

@@ -11,10 +11,10 @@ from typing import Any
 import yaml
 from restitch.merging.digests import canonical_json
 from restitch.modeling.licence import Licence
-from restitch.registry.catalog import without_credentials
-from restitch.registry.head import Head
-from restitch.registry.history import Interval, MergedRecord, TaskResult
-from restitch.registry.specs import is_hub_id, split_pin
+from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.records import Interval, MergedRecord, TaskResult
+from restitch.registry.mlflow.sync import without_credentials
+from restitch.registry.specs.line import is_hub_id, split_pin
 from restitch.tasks.provenance import Provenance
 
 Rows = Sequence[tuple[str, ...]]

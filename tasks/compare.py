@@ -3,8 +3,8 @@
 import json
 
 from restitch.modeling.significance import Paired, compare_rows, rows_of
-from restitch.registry.history import Retention, TaskResult
-from restitch.registry.objects import ObjectStore
+from restitch.registry.ledger.records import Retention, TaskResult
+from restitch.registry.store.objects import ObjectStore
 
 Result = TaskResult | Retention
 

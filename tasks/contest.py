@@ -17,8 +17,8 @@ from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.modeling.families.family import Family
 from restitch.modeling.significance import ratio_interval
-from restitch.registry.head import Member
-from restitch.registry.specs import ObjectiveSpec, TaskSpec, TournamentSpec
+from restitch.registry.ledger.line_state import Member
+from restitch.registry.specs.line import ObjectiveSpec, TaskSpec, TournamentSpec
 from restitch.tasks.engine import Cached, step
 from restitch.tasks.evaluate import Exam, choice_inputs, has_rows_to_choose_by
 from restitch.tasks.inputs import evaluation_split

@@ -22,9 +22,9 @@ from restitch.merging.numerics.bitwise import put, take
 from restitch.merging.ranking.top_k import Scores, top_k
 from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from restitch.modeling.significance import ratio_interval
-from restitch.registry.head import ModelRef
-from restitch.registry.localize_spec import DEFAULT_DENSITY, LocalizeSpec
-from restitch.registry.specs import TaskSpec
+from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.specs.line import TaskSpec
+from restitch.registry.specs.localize import DEFAULT_DENSITY, LocalizeSpec
 from restitch.tasks.evaluate import Exam
 from restitch.tasks.inputs import has_validation, reading_inputs
 from restitch.tasks.models import Base, live_base

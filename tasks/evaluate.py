@@ -13,8 +13,8 @@ from restitch.modeling.data.task_data import Rows, TaskData, stratified
 from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from restitch.modeling.evaluation import evaluate as run_evaluation
 from restitch.modeling.families.family import Family
-from restitch.registry.head import ModelRef
-from restitch.registry.specs import TaskSpec
+from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.specs.line import TaskSpec
 from restitch.tasks.engine import Cached, step
 from restitch.tasks.inputs import (
     evaluation_split,

@@ -25,9 +25,9 @@ from restitch.modeling.families.family import Family
 from restitch.modeling.finetuning import VERSION, FinetuningSettings
 from restitch.modeling.finetuning import finetune as learn
 from restitch.modeling.weights import apply_edits, restore
-from restitch.registry.head import Member
-from restitch.registry.objects import KeyRecord
-from restitch.registry.specs import TaskSpec
+from restitch.registry.ledger.line_state import Member
+from restitch.registry.specs.line import TaskSpec
+from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.engine import Cached, step
 from restitch.tasks.inputs import reading_inputs, task_head, verified_data
 from restitch.tasks.localizers import OpenCalibration, lacks

@@ -21,7 +21,7 @@ from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import top_k
 from restitch.merging.rules.stitch import Member as Part
 from restitch.modeling.evaluation import Evaluation
-from restitch.registry.head import Member
+from restitch.registry.ledger.line_state import Member
 from restitch.tasks.density import Grafted
 from restitch.tasks.engine import Cached, step
 from restitch.tasks.evaluate import Exam, result_inputs

@@ -1,7 +1,7 @@
 """Make the heads of a line's tasks again whose place in the store is empty."""
 
 from restitch.merging.digests import digest_json
-from restitch.registry.head import Head
+from restitch.registry.ledger.line_state import Head
 from restitch.tasks.inputs import head_inputs, task_head
 from restitch.tasks.models import live_base, open_base
 from restitch.tasks.refs import LineRef

@@ -15,12 +15,12 @@ from restitch.merging.errors import BadInput, RestitchError
 from restitch.modeling.data.task_data import DataSpec, Rows, TaskData, data_digest, labels_of
 from restitch.modeling.families.family import Family, get_family
 from restitch.modeling.heads import Head, HeadSpec, head_key
-from restitch.registry.allowed import check_hub, check_path
-from restitch.registry.head import ModelRef
-from restitch.registry.localize_spec import LocalizeSpec
+from restitch.registry.access_policy import check_hub, check_path
+from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.paths import is_there
-from restitch.registry.sources import pin_data, resolve_source
-from restitch.registry.specs import TaskSpec, split_pin
+from restitch.registry.sources.resolve import pin_data, resolve_source
+from restitch.registry.specs.line import TaskSpec, split_pin
+from restitch.registry.specs.localize import LocalizeSpec
 from restitch.tasks.models import Base, LiveBase
 from restitch.tasks.reporting import working
 from restitch.tasks.workspace import Workspace, made_by

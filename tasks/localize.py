@@ -20,9 +20,9 @@ from restitch.merging.numerics.bitwise import take
 from restitch.merging.progress import Progress
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.gradients import checkpointed
-from restitch.registry.head import ModelRef
-from restitch.registry.objects import KeyRecord
-from restitch.registry.specs import TaskSpec
+from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.specs.line import TaskSpec
+from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.density import Density
 from restitch.tasks.engine import Cached, step
 from restitch.tasks.localizers import Localizer, Ranking, localizer

@@ -23,9 +23,9 @@ from restitch.modeling.data.rows import Rows
 from restitch.modeling.families.family import Batch, Family
 from restitch.modeling.gradients import precision
 from restitch.modeling.heads import Head
-from restitch.registry.head import ModelRef
-from restitch.registry.localize_spec import LocalizeSpec
-from restitch.registry.specs import TaskSpec
+from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.specs.line import TaskSpec
+from restitch.registry.specs.localize import LocalizeSpec
 from restitch.tasks.inputs import reading_inputs, task_head, train_has_labels, verified_data
 from restitch.tasks.models import Base, LiveBase, device, live_base
 from restitch.tasks.refs import LineRef

@@ -19,8 +19,8 @@ from restitch.merging.rules.stitch import VERSION as STITCHING_VERSION
 from restitch.merging.rules.stitch import Member as StitchMember
 from restitch.merging.rules.stitch import write_patch
 from restitch.merging.statistics.statistic_file import open_statistic
-from restitch.registry.head import Member
-from restitch.registry.objects import KeyRecord
+from restitch.registry.ledger.line_state import Member
+from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.engine import Cached, step
 from restitch.tasks.models import Base, device, memory_explained, open_base
 from restitch.tasks.refs import LineRef, PatchRef

@@ -25,9 +25,9 @@ from restitch.merging.files.sparse import SparseFile
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.families.family import Family, get_family
 from restitch.modeling.weights import apply_edits, restore, set_weights
-from restitch.registry.head import ModelRef
-from restitch.registry.sources import copy_into_store, resolve_source
-from restitch.registry.specs import LineSpec
+from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.sources.resolve import copy_into_store, resolve_source
+from restitch.registry.specs.line import LineSpec
 from restitch.tasks.refs import LineRef, WeightsRef
 from restitch.tasks.remote import list_remote, remote_checkpoint
 from restitch.tasks.reporting import working
@@ -74,7 +74,7 @@ def describe_model(
     is read there, pinned or kept already, and not copied.
 
     Args:
-        source: where the model is; see `restitch.registry.sources.resolve_source`.
+        source: where the model is; see `restitch.registry.sources.resolve.resolve_source`.
         family: what it is read as.
         space: where it is copied to.
         copy: copy a local model in any case, and one in a bucket.

@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from restitch.merging.errors import Unavailable
-from restitch.registry.catalog import without_credentials
+from restitch.registry.mlflow.sync import without_credentials
 
 if TYPE_CHECKING:
     import httpx

@@ -12,12 +12,12 @@ from pathlib import Path
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput, RestitchError
 from restitch.modeling.licence import CARD, Licence, read_licence
-from restitch.registry.allowed import check_path
-from restitch.registry.fates import merges_about, touched_merges
-from restitch.registry.history import Entry, MergedRecord
-from restitch.registry.objects import ObjectStore
-from restitch.registry.sources import COPY_SCHEME, MLFLOW_SCHEMES
-from restitch.registry.specs import is_hub_id, split_pin
+from restitch.registry.access_policy import check_path
+from restitch.registry.ledger.outcomes import merges_about, touched_merges
+from restitch.registry.ledger.records import Entry, MergedRecord
+from restitch.registry.sources.resolve import COPY_SCHEME, MLFLOW_SCHEMES
+from restitch.registry.specs.line import is_hub_id, split_pin
+from restitch.registry.store.objects import ObjectStore
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import time
 
 from restitch.merging.errors import Unavailable
-from restitch.registry.catalog import Extras
+from restitch.registry.mlflow.sync import Extras
 from restitch.tasks.engine import step
 from restitch.tasks.reporting import warn
 from restitch.tasks.workspace import workspace

@@ -3,8 +3,8 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from restitch.registry.head import ModelRef
-from restitch.registry.specs import LineSpec
+from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.specs.line import LineSpec
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,9 @@ from pathlib import Path
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput, Damage
 from restitch.merging.files.checkpoint import Checkpoint, index_shards
-from restitch.registry.s3_source import RemoteWeights, S3Folder
-from restitch.registry.sources import Source
-from restitch.registry.store import explained
+from restitch.registry.sources.bucket import RemoteWeights, S3Folder
+from restitch.registry.sources.resolve import Source
+from restitch.registry.store.base import explained
 from restitch.tasks.workspace import Workspace
 
 _INDEX = "model.safetensors.index.json"

@@ -29,9 +29,9 @@ from restitch.merging.statistics.grams import VERSION as GRAM_VERSION
 from restitch.merging.statistics.grams import measure_grams
 from restitch.merging.statistics.statistic_file import COEFFICIENTS, FISHER, GRAM, write_statistic
 from restitch.modeling.weights import linear_layers, restore
-from restitch.registry.head import Member
-from restitch.registry.objects import KeyRecord
-from restitch.registry.specs import TaskSpec
+from restitch.registry.ledger.line_state import Member
+from restitch.registry.specs.line import TaskSpec
+from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.engine import Cached, step
 from restitch.tasks.localizers import Calibration, OpenCalibration
 from restitch.tasks.models import Base, device, live_base, open_base

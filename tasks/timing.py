@@ -6,7 +6,7 @@ import time
 
 from restitch.merging.digests import digest_json
 from restitch.merging.ranking.score_tensors import fingerprint
-from restitch.registry.head import Member
+from restitch.registry.ledger.line_state import Member
 from restitch.tasks.engine import Cached, step
 from restitch.tasks.merge import make_recipe, write_patch_of
 from restitch.tasks.models import device

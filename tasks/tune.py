@@ -17,7 +17,7 @@ from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import Method, get_method
 from restitch.merging.recipe import Recipe
 from restitch.modeling.evaluation import EVALUATOR_VERSION
-from restitch.registry.head import Member
+from restitch.registry.ledger.line_state import Member
 from restitch.tasks.engine import Cached, step
 from restitch.tasks.evaluate import Exam
 from restitch.tasks.experts import recipe_experts

@@ -21,8 +21,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from restitch.merging.errors import Unavailable
-from restitch.registry.attempts import process_began
-from restitch.registry.store import NotInStore, Store
+from restitch.registry.store.attempts import process_began
+from restitch.registry.store.base import NotInStore, Store
 from restitch.tasks.orchestration import api, cancel_queued, run_ended, this_run
 from restitch.tasks.prefect_api import PrefectApi
 from restitch.tasks.reporting import say, warn

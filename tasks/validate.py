@@ -2,8 +2,8 @@
 
 from restitch.merging.errors import BadInput, CannotJoin
 from restitch.merging.ranking.task_vector import TaskVector, outside_share
-from restitch.registry.allowed import NotAllowed
-from restitch.registry.head import ModelRef
+from restitch.registry.access_policy import NotAllowed
+from restitch.registry.ledger.line_state import ModelRef
 from restitch.tasks.engine import step
 from restitch.tasks.models import line_up, open_base, open_model
 from restitch.tasks.refs import LineRef, Validated

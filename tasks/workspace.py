@@ -16,11 +16,11 @@ from tempfile import TemporaryDirectory
 
 from pydantic import JsonValue
 from restitch.merging.errors import BadInput
-from restitch.registry.catalog import Catalog
 from restitch.registry.home import Home, prepare_environment
-from restitch.registry.ledger import Ledger, lines
-from restitch.registry.objects import ObjectStore
-from restitch.registry.store import explained
+from restitch.registry.ledger.ledger import Ledger, lines
+from restitch.registry.mlflow.sync import Catalog
+from restitch.registry.store.base import explained
+from restitch.registry.store.objects import ObjectStore
 
 
 @dataclass(frozen=True)

@@ -73,8 +73,8 @@ def clip_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="session")
 def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A database that MLflow has made, which takes it two seconds."""
-    from restitch.registry.catalog import connect
     from restitch.registry.home import Home
+    from restitch.registry.mlflow.sync import connect
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 
@@ -118,7 +118,7 @@ def three(tmp_path_factory: pytest.TempPathFactory, world: World, empty_mlflow: 
 @pytest.fixture
 def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the image in MLflow, which is most of the time of a small registration."""
-    from restitch.registry.catalog import Catalog
+    from restitch.registry.mlflow.sync import Catalog
 
     monkeypatch.setattr(Catalog, "repair", lambda *_, **__: 0)
 

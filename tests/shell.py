@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-from restitch.registry.head import Head
-from restitch.registry.history import Entry
 from restitch.registry.home import Home
-from restitch.registry.ledger import Ledger
-from restitch.registry.objects import ObjectStore
-from restitch.registry.store import NotInStore, Store
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.records import Entry
+from restitch.registry.store.base import NotInStore, Store
+from restitch.registry.store.objects import ObjectStore
 
 from tests.worlds import World
 

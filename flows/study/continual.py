@@ -15,7 +15,7 @@ from typing import Any
 
 from restitch.flows.study.subject import Study, Subject
 from restitch.merging.methods.registry import Method, get_method
-from restitch.registry.head import Member
+from restitch.registry.ledger.line_state import Member
 from restitch.tasks.finetune import finetune, lacks_labels
 from restitch.tasks.report.study_plots import Axes, lines_plot
 from restitch.tasks.reporting import say

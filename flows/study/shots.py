@@ -6,7 +6,7 @@ dashed line. All at one density.
 
 from restitch.flows.study.subject import Study, Subject
 from restitch.merging.errors import BadInput
-from restitch.registry.localize_spec import DEFAULT_DENSITY
+from restitch.registry.specs.localize import DEFAULT_DENSITY
 from restitch.tasks.localizers import lacks
 from restitch.tasks.report.study_plots import Axes, lines_plot
 from restitch.tasks.reporting import say

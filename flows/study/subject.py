@@ -14,8 +14,8 @@ from restitch.flows.trials import Trial, everything, masks_like, own_settings, p
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import Method, get_method
 from restitch.modeling.families.family import Family, get_family
-from restitch.registry.head import Member
-from restitch.registry.localize_spec import LocalizeSpec
+from restitch.registry.ledger.line_state import Member
+from restitch.registry.specs.localize import LocalizeSpec
 from restitch.tasks.evaluate import evaluate
 from restitch.tasks.inputs import evaluation_split, has_validation
 from restitch.tasks.merge import make_recipe, stitch

@@ -13,7 +13,7 @@ from typing import Any
 from restitch.flows.study.subject import Study, Subject
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import get_method
-from restitch.registry.head import Member
+from restitch.registry.ledger.line_state import Member
 from restitch.tasks.analyze import analyze
 from restitch.tasks.report.study_plots import Axes, points_plot
 from restitch.tasks.reporting import say

@@ -17,7 +17,7 @@ from tests.worlds import World
 @pytest.fixture(scope="module")
 def lived(tmp_path_factory: pytest.TempPathFactory, world: World) -> Shell:
     """A line with a life: joins, a replacement, a failed gate, a rollback, a retirement."""
-    from restitch.registry.catalog import Catalog
+    from restitch.registry.mlflow.sync import Catalog
 
     root = tmp_path_factory.mktemp("lived")
     shell = Shell(root / "home")

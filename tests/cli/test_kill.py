@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from restitch.registry.catalog import Catalog
+from restitch.registry.mlflow.sync import Catalog
 
 from tests.conftest import NewHome, Three
 from tests.flows.test_localizing import with_splits

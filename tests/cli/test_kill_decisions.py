@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from restitch.registry.history import state_of
+from restitch.registry.ledger.records import state_of
 
 from tests.cli.test_kill import calls_in, run
 from tests.conftest import Three

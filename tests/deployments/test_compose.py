@@ -172,7 +172,7 @@ def account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
 
 @pytest.mark.usefixtures("account")
 def test_the_bucket_is_made_once_and_nothing_is_left_in_it() -> None:
-    from restitch.registry.s3_client import client
+    from restitch.registry.s3.client import client
 
     assert "made" in prepare("s3://one/store")
     assert "there" in prepare("s3://one/store")
@@ -181,7 +181,7 @@ def test_the_bucket_is_made_once_and_nothing_is_left_in_it() -> None:
 
 @pytest.mark.usefixtures("account")
 def test_a_server_that_ignores_conditions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    from restitch.registry.s3_client import client
+    from restitch.registry.s3.client import client
 
     prepare("s3://two/store")
     put = client().put_object

@@ -3,8 +3,8 @@
 import shutil
 from pathlib import Path
 
-from restitch.registry.catalog import connect
 from restitch.registry.home import Home
+from restitch.registry.mlflow.sync import connect
 
 from tests.conftest import NewHome, Three
 

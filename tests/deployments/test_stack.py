@@ -16,8 +16,8 @@ from typing import Any
 import psutil
 import pytest
 from restitch.flows.onboard import attempts_at
-from restitch.registry.attempts import Attempt, process_began
-from restitch.registry.image import DIGEST_TAG, STATE_TAG, VERSION_TAG
+from restitch.registry.mlflow.projection import DIGEST_TAG, STATE_TAG, VERSION_TAG
+from restitch.registry.store.attempts import Attempt, process_began
 from restitch.tasks.models import device
 
 from tests.conftest import Three

@@ -9,10 +9,10 @@ import pytest
 from restitch.flows.adopt import Adopted, adopt, adopt_one
 from restitch.flows.declare import declare_task
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.registry.catalog import Catalog, connect
-from restitch.registry.head import UNREAD
 from restitch.registry.home import Home
-from restitch.registry.image import DIGEST_TAG, VERSION_TAG
+from restitch.registry.ledger.line_state import UNREAD
+from restitch.registry.mlflow.projection import DIGEST_TAG, VERSION_TAG
+from restitch.registry.mlflow.sync import Catalog, connect
 
 from tests.servers import free_port, mlflow_server, s3_server
 from tests.shell import Shell

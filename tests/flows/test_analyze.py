@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 from restitch.merging.errors import Unavailable
-from restitch.registry.catalog import Catalog
-from restitch.registry.head import Member
+from restitch.registry.ledger.line_state import Member
+from restitch.registry.mlflow.sync import Catalog
 from restitch.tasks.evaluate import Exam
 from restitch.tasks.localizers import Localizer, Ranking
 

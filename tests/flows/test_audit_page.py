@@ -64,7 +64,7 @@ def told(
     with monkeypatch.context() as patched:
         patched.setattr(Calendar, "story", Calendar.story)
         for module in (
-            "restitch.registry.ledger",
+            "restitch.registry.ledger.ledger",
             "restitch.flows.candidates",
             "restitch.flows.register",
         ):

@@ -185,8 +185,8 @@ def test_the_table_has_every_method_with_its_tuned_setting(shell: Shell) -> None
 
 
 def test_it_is_a_run_in_mlflow(shell: Shell, tuned: dict[str, Any]) -> None:
-    from restitch.registry.catalog import Catalog
     from restitch.registry.home import Home
+    from restitch.registry.mlflow.sync import Catalog
 
     with shell.inside():
         client = Catalog(Home.from_environment()).client
@@ -260,8 +260,8 @@ def test_a_version_says_that_it_has_specialists_and_whose_they_are(
 def test_specialists_are_a_run_in_mlflow_with_their_table_and_a_plot(
     shell: Shell, kept: tuple[dict[str, Any], Path]
 ) -> None:
-    from restitch.registry.catalog import Catalog
     from restitch.registry.home import Home
+    from restitch.registry.mlflow.sync import Catalog
 
     found, out = kept
     champion = shell.ledger().merged(2).results

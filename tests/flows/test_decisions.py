@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from restitch.registry.head import Head
+from restitch.registry.ledger.line_state import Head
 
 from tests.conftest import NewHome
 from tests.shell import Shell

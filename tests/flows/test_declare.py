@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from restitch.flows.snapshot import take_snapshot
-from restitch.registry.head import Head, ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import Head, ModelRef, ModelVersion
 
 from tests.shell import Shell
 from tests.worlds import World, write_yaml

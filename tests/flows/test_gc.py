@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import Unavailable
-from restitch.registry.announcement import STATE, announced
-from restitch.registry.inventory import in_use, take_inventory
-from restitch.registry.objects import ObjectStore
-from restitch.registry.references import named_in
-from restitch.registry.store import FolderStore
+from restitch.registry.ledger.references import named_in
+from restitch.registry.maintenance.inventory import in_use, take_inventory
+from restitch.registry.store.base import FolderStore
+from restitch.registry.store.deletion_notice import STATE, announced
+from restitch.registry.store.objects import ObjectStore
 
 from tests.conftest import NewHome, Three
 from tests.registry.builders import ledger as ledger_of
@@ -162,7 +162,7 @@ def test_in_a_damaged_store_nothing_is_removed(copy: Shell) -> None:
 
 KILLED = """
 import os, sys
-from restitch.registry.store import FolderStore
+from restitch.registry.store.base import FolderStore
 remove, calls = FolderStore.remove, []
 def dies(self, name):
     calls.append(name)
@@ -282,7 +282,9 @@ def test_a_key_whose_blob_is_being_removed_is_taken_back(
             assert not publishing.done()
         objects.store.remove(f"blobs/{blob}")
         # Whoever removes is killed here, and cannot look for such keys any more.
-        monkeypatch.setattr("restitch.registry.announcement.process_began", lambda _pid: None)
+        monkeypatch.setattr(
+            "restitch.registry.store.deletion_notice.process_began", lambda _pid: None
+        )
         with pytest.raises(Unavailable, match="was removed by `restitch gc`"):
             publishing.result()
     assert objects.lookup("mask", blob) is None

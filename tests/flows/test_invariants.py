@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from restitch.merging.recipe import Recipe
 from restitch.merging.rules.stitch import write_patch
-from restitch.registry.head import Head
+from restitch.registry.ledger.line_state import Head
 
 from tests.conftest import NewHome, Three
 from tests.shell import Shell

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import pytest
-from restitch.registry.catalog import connect
 from restitch.registry.home import Home
+from restitch.registry.mlflow.sync import connect
 
 from tests.conftest import Three
 from tests.shell import Shell
@@ -155,7 +155,7 @@ def test_what_mlflow_missed_is_completed_by_a_remerge(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from restitch.merging.errors import Unavailable
-    from restitch.registry.catalog import Catalog
+    from restitch.registry.mlflow.sync import Catalog
 
     def away(*_: object, **__: object) -> int:
         raise Unavailable("MLflow is away")

@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from restitch.registry.catalog import connect
 from restitch.registry.home import Home
-from restitch.registry.inventory import take_inventory
-from restitch.registry.objects import ObjectStore
-from restitch.registry.store import FolderStore
+from restitch.registry.maintenance.inventory import take_inventory
+from restitch.registry.mlflow.sync import connect
+from restitch.registry.store.base import FolderStore
+from restitch.registry.store.objects import ObjectStore
 
 from tests.conftest import NewHome, Three
 from tests.flows.test_gc import exported
@@ -242,7 +242,7 @@ def test_the_base_s_copy_comes_back_from_where_the_base_lies(
     world: World, new_home: NewHome, tmp_path: Path
 ) -> None:
     """Only a line in a bucket copies its base; here its head says so."""
-    from restitch.registry.sources import copy_into_store, resolve_source
+    from restitch.registry.sources.resolve import copy_into_store, resolve_source
 
     shell = new_home("home")
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
@@ -279,7 +279,7 @@ def test_mlflow_is_completed_from_the_trail(copy: Shell) -> None:
 
 KILLED = """
 import os, sys
-from restitch.registry.store import FolderStore
+from restitch.registry.store.base import FolderStore
 calls = []
 def dies(real):
     def call(*arguments, **given):

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 from restitch.cli.formats import size
 from restitch.merging.recipe import Recipe
-from restitch.registry.history import MergedRecord
-from restitch.registry.inventory import take_inventory
+from restitch.registry.ledger.records import MergedRecord
+from restitch.registry.maintenance.inventory import take_inventory
 
 from tests.conftest import NewHome
 from tests.flows.test_localizing import with_splits

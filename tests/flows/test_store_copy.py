@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from restitch.registry.home import Home
-from restitch.registry.store import FolderStore, Store
+from restitch.registry.store.base import FolderStore, Store
 
 from tests.conftest import NewHome, Three
 from tests.shell import ROOT
@@ -30,7 +30,7 @@ def contents(store: Store) -> dict[str, bytes]:
 KILLED = """
 import os, sys
 from pathlib import Path
-from restitch.registry.store import FolderStore
+from restitch.registry.store.base import FolderStore
 put, swap, calls = FolderStore.put, FolderStore.swap, []
 def dies(real):
     def call(*arguments, **given):

@@ -13,8 +13,8 @@ from restitch.flows.snapshot import take_snapshot
 from restitch.flows.study import STUDIES
 from restitch.flows.study.continual import FINETUNING
 from restitch.merging.errors import Unavailable
-from restitch.registry.catalog import Catalog
-from restitch.registry.objects import ObjectStore
+from restitch.registry.mlflow.sync import Catalog
+from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.finetune import finetune
 from restitch.tasks.models import live_base, open_base, open_sparse
 from restitch.tasks.workspace import workspace

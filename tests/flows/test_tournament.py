@@ -12,8 +12,8 @@ from restitch.flows.tournament import held_before, hold, told
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import HeadSpec
-from restitch.registry.catalog import Catalog
-from restitch.registry.specs import TournamentSpec
+from restitch.registry.mlflow.sync import Catalog
+from restitch.registry.specs.line import TournamentSpec
 
 from tests.cli.test_end_to_end import plain
 from tests.conftest import NewHome

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 import pytest
 from restitch.merging.digests import digest_bytes
-from restitch.registry.history import Entry
+from restitch.registry.ledger.records import Entry
 
 from tests.cli.test_end_to_end import plain
 from tests.conftest import Three
@@ -221,7 +221,7 @@ def test_a_line_that_goes_on_meanwhile_is_not_called_damaged(
     copy: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An act between the look at MLflow and the look at the trail, and one during the latter."""
-    from restitch.registry.ledger import Ledger
+    from restitch.registry.ledger.ledger import Ledger
 
     real = Ledger.entries
     acts: list[Literal["pinned", "unpinned"]] = ["pinned", "unpinned"]

@@ -15,12 +15,12 @@ from restitch.merging.files.safe_open import open_regular
 from restitch.modeling.configs import read_config
 from restitch.modeling.families.family import get_family
 from restitch.modeling.licence import read_licence
-from restitch.registry.allowed import check_address, check_path
-from restitch.registry.catalog import connect
+from restitch.registry.access_policy import check_address, check_path
 from restitch.registry.home import Home
-from restitch.registry.sources import pin_data, resolve_source
-from restitch.registry.spec_files import load_task
-from restitch.registry.specs import TaskSpec
+from restitch.registry.mlflow.sync import connect
+from restitch.registry.sources.resolve import pin_data, resolve_source
+from restitch.registry.specs.files import load_task
+from restitch.registry.specs.line import TaskSpec
 from restitch.tasks.inputs import data_spec, task_data
 from safetensors.torch import save_file
 

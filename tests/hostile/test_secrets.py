@@ -15,7 +15,7 @@ from urllib.parse import quote, quote_plus
 from xml.sax.saxutils import escape
 
 import pytest
-from restitch.registry.secrets import without_credentials
+from restitch.registry.redaction import without_credentials
 
 from tests.conftest import NewHome
 from tests.shell import Done, Shell

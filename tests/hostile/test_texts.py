@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from restitch.flows.adopt import _parsed
 from restitch.merging.errors import BadInput
-from restitch.registry.documents import parse_mapping
 from restitch.registry.home import Home
-from restitch.registry.sources import pin_data, resolve_source
-from restitch.registry.spec_files import load_line, load_task
+from restitch.registry.sources.resolve import pin_data, resolve_source
+from restitch.registry.specs.files import load_line, load_task
+from restitch.registry.specs.strict_yaml import parse_mapping
 
 from benchmarks.hostile_texts import LINE, TASK, check_line, check_task, lines, tasks
 
@@ -100,7 +100,7 @@ def test_anchors_that_explode_cost_nothing() -> None:
 
 
 def test_a_megabyte_of_values_is_refused_while_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    from restitch.registry.documents import _Loader
+    from restitch.registry.specs.strict_yaml import _Loader
 
     composed = 0
     compose = _Loader.compose_node
@@ -110,7 +110,7 @@ def test_a_megabyte_of_values_is_refused_while_it_is_read(monkeypatch: pytest.Mo
         composed += 1
         return compose(self, *args)
 
-    monkeypatch.setattr("restitch.registry.documents._MAX_VALUES", 2000)
+    monkeypatch.setattr("restitch.registry.specs.strict_yaml._MAX_VALUES", 2000)
     monkeypatch.setattr(_Loader, "compose_node", counted)
     with pytest.raises(BadInput, match="more than 2,000 values"):
         parse_mapping("a:\n" + "- b\n" * 250_000, "the file")

@@ -10,8 +10,8 @@ from restitch.merging.errors import BadInput, Unavailable, UsageError
 from restitch.modeling.data.task_data import DataSpec, Example, TaskData
 from restitch.modeling.families.clip import Clip
 from restitch.modeling.heads import HeadSpec
-from restitch.registry.spec_files import load_line, load_task
-from restitch.registry.specs import TaskSpec
+from restitch.registry.specs.files import load_line, load_task
+from restitch.registry.specs.line import TaskSpec
 from safetensors.torch import load_file
 
 from playground import building, make

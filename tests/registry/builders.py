@@ -5,13 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from restitch.merging.digests import digest_bytes
-from restitch.registry.head import Head, ModelRef, ModelVersion
-from restitch.registry.history import MergedMember, MergedRecord, Retention, TaskResult
 from restitch.registry.home import Home
-from restitch.registry.ledger import Act, Ledger
-from restitch.registry.objects import ObjectStore
-from restitch.registry.specs import LineSpec, MethodSpec, TaskSpec
-from restitch.registry.store import FolderStore
+from restitch.registry.ledger.ledger import Act, Ledger
+from restitch.registry.ledger.line_state import Head, ModelRef, ModelVersion
+from restitch.registry.ledger.records import MergedMember, MergedRecord, Retention, TaskResult
+from restitch.registry.specs.line import LineSpec, MethodSpec, TaskSpec
+from restitch.registry.store.base import FolderStore
+from restitch.registry.store.objects import ObjectStore
 
 TIME = "2026-03-01T12:00:00.000000+00:00"
 

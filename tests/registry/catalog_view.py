@@ -1,11 +1,11 @@
-"""A small line and everything that MLflow holds of it, for the tests of `restitch.registry.catalog`."""
+"""A small line and everything that MLflow holds of it, for the tests of `restitch.registry.mlflow.sync`."""
 
 from typing import Any
 
 from mlflow import MlflowClient
-from restitch.registry.catalog import Catalog
 from restitch.registry.home import Home
-from restitch.registry.ledger import Ledger
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.mlflow.sync import Catalog
 
 from tests.registry.builders import digest, ledger, merge, model, with_task
 

@@ -1,7 +1,7 @@
 import os
 
 import pytest
-from restitch.registry.catalog import Catalog
+from restitch.registry.mlflow.sync import Catalog
 
 from tests.registry.builders import home_with_mlflow
 from tests.registry.catalog_view import small_line

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 from restitch.merging.errors import BadInput
-from restitch.registry.attempts import GIVEN_UP_AFTER, Attempt, Attempts, process_began
-from restitch.registry.store import FolderStore
+from restitch.registry.store.attempts import GIVEN_UP_AFTER, Attempt, Attempts, process_began
+from restitch.registry.store.base import FolderStore
 
 from tests.shell import ROOT
 
@@ -21,8 +21,8 @@ from tests.shell import ROOT
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from restitch.registry.attempts import Attempts
-from restitch.registry.store import FolderStore
+from restitch.registry.store.attempts import Attempts
+from restitch.registry.store.base import FolderStore
 
 with Attempts(FolderStore(Path(sys.argv[1])), "work").attempt():
     print(os.getpid(), flush=True)

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 from restitch.merging.errors import Unavailable
-from restitch.registry.catalog import Catalog, without_credentials
 from restitch.registry.home import Home
-from restitch.registry.ledger import Ledger
-from restitch.registry.mlflow_writer import Writer
-from restitch.registry.objects import ObjectStore
-from restitch.registry.store import FolderStore
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.mlflow.sync import Catalog, without_credentials
+from restitch.registry.mlflow.writer import Writer
+from restitch.registry.store.base import FolderStore
+from restitch.registry.store.objects import ObjectStore
 
 from tests.hub_server import ROOT
 from tests.registry.builders import (
@@ -244,11 +244,11 @@ def test_nothing_is_written_beside_the_home(line, home, tmp_path):
     work.mkdir()
     code = f"""
 from pathlib import Path
-from restitch.registry.catalog import Catalog
+from restitch.registry.mlflow.sync import Catalog
 from restitch.registry.home import Home, prepare_environment
-from restitch.registry.ledger import Ledger
-from restitch.registry.mlflow_writer import Writer
-from restitch.registry.objects import ObjectStore
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.mlflow.writer import Writer
+from restitch.registry.store.objects import ObjectStore
 home = Home(Path({str(home.root)!r}))
 prepare_environment(home)
 print(Catalog(home).repair(Ledger(ObjectStore(home.open_store()), "line")))

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 from mlflow.data import get_source
-from restitch.registry.catalog import Catalog
-from restitch.registry.ledger import Ledger
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.mlflow.sync import Catalog
 
 from tests.registry.builders import digest, home_with_mlflow, merge, record
 from tests.registry.catalog_view import DyingClient, KilledError, points, run_of, shown

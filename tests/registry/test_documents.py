@@ -2,7 +2,7 @@ import time
 
 import pytest
 from restitch.merging.errors import BadInput
-from restitch.registry.documents import MAX_BYTES, parse_mapping, read_text
+from restitch.registry.specs.strict_yaml import MAX_BYTES, parse_mapping, read_text
 
 
 def refused(text: str) -> str:

@@ -4,7 +4,7 @@ import time
 
 import pytest
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.registry.store import FolderStore
+from restitch.registry.store.base import FolderStore
 
 from tests.registry.store_contract import StoreContract
 
@@ -54,7 +54,7 @@ class TestFolderStore(StoreContract):
         def refuse(*_):
             raise OSError(errno.EPERM, "no links here")
 
-        monkeypatch.setattr("restitch.registry.store.os.link", refuse)
+        monkeypatch.setattr("restitch.registry.store.base.os.link", refuse)
         file = tmp_path / "file"
         file.write_bytes(b"first")
         assert store.put("name", file, move=True)
@@ -67,7 +67,7 @@ class TestFolderStore(StoreContract):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         store.put("before", b"")
-        monkeypatch.setattr("restitch.registry.store.os.fsync", full)
+        monkeypatch.setattr("restitch.registry.store.base.os.fsync", full)
         with pytest.raises(Unavailable, match="free some disk space") as raised:
             store.put("name", b"content")
         assert str(store.root) in str(raised.value)
@@ -83,7 +83,7 @@ class TestFolderStore(StoreContract):
         def refuse(*_):
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr("restitch.registry.store.os.fsync", refuse)
+        monkeypatch.setattr("restitch.registry.store.base.os.fsync", refuse)
         with pytest.raises(Unavailable, match=hint):
             store.put("name", b"")
         with pytest.raises(Unavailable, match=hint):

@@ -2,8 +2,8 @@ from collections.abc import Callable
 
 import pytest
 from pydantic import ValidationError
-from restitch.registry.head import Head, ModelVersion
-from restitch.registry.specs import TaskSpec
+from restitch.registry.ledger.line_state import Head, ModelVersion
+from restitch.registry.specs.line import TaskSpec
 
 from tests.registry.builders import TIME, digest, head, line_spec, model, ready, with_task
 

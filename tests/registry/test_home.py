@@ -6,7 +6,7 @@ import time
 import pytest
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.home import Home, prepare_environment
-from restitch.registry.s3_store import S3Store
+from restitch.registry.s3.store import S3Store
 
 from tests.hub_server import ROOT
 
@@ -114,7 +114,7 @@ def test_importing_the_libraries_writes_nothing_to_the_users_home(tmp_path):
     work.mkdir()
     code = """
 from restitch.registry.home import Home, prepare_environment
-from restitch.registry.s3_store import S3Store
+from restitch.registry.s3.store import S3Store
 home = Home.from_environment()
 home.create()
 prepare_environment(home)
@@ -141,7 +141,7 @@ import datasets, huggingface_hub, mlflow, prefect, transformers
 def test_looking_at_a_line_imports_nothing_heavy():
     code = """
 import sys
-import restitch.registry.home, restitch.registry.ledger, restitch.registry.specs, restitch.registry.catalog, restitch.registry.sources
+import restitch.registry.home, restitch.registry.ledger.ledger, restitch.registry.specs.line, restitch.registry.mlflow.sync, restitch.registry.sources.resolve
 heavy = {"torch", "mlflow", "prefect", "transformers", "datasets", "boto3", "huggingface_hub"}
 print(*sorted(heavy & set(sys.modules)))
 """

@@ -13,11 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from restitch.merging.digests import canonical_json
 from restitch.merging.errors import BadInput, Damage, Unavailable
-from restitch.registry.history import Entry, differences, replay, state_of
-from restitch.registry.ledger import Act, Ledger, lines
-from restitch.registry.objects import ObjectStore
-from restitch.registry.specs import TaskSpec
-from restitch.registry.store import FolderStore
+from restitch.registry.ledger.ledger import Act, Ledger, lines
+from restitch.registry.ledger.records import Entry, differences, replay, state_of
+from restitch.registry.specs.line import TaskSpec
+from restitch.registry.store.base import FolderStore
+from restitch.registry.store.objects import ObjectStore
 
 from tests.registry.builders import (
     digest,
@@ -171,7 +171,7 @@ def test_an_entry_that_no_head_reaches_does_not_count(line, monkeypatch):
 
 def test_who_loses_every_race_says_so(line, monkeypatch):
     monkeypatch.setattr(line, "_swap", lambda *_: False)
-    monkeypatch.setattr("restitch.registry.ledger._ATTEMPTS", 5)
+    monkeypatch.setattr("restitch.registry.ledger.ledger._ATTEMPTS", 5)
     with pytest.raises(Unavailable, match="run the same command again"):
         register(line, "a")
 
@@ -336,7 +336,7 @@ def test_the_same_acts_at_the_same_times_give_the_same_bytes(tmp_path):
 
 
 def test_a_thousand_versions_are_read_in_less_than_two_seconds(tmp_path, monkeypatch):
-    monkeypatch.setattr("restitch.registry.store.os.fsync", lambda _descriptor: None)
+    monkeypatch.setattr("restitch.registry.store.base.os.fsync", lambda _descriptor: None)
     line = ledger(tmp_path)
     tasks = tuple(f"t{n}" for n in range(20))
 

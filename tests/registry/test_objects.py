@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput, Damage
-from restitch.registry.objects import ObjectStore
-from restitch.registry.store import FolderStore
+from restitch.registry.store.base import FolderStore
+from restitch.registry.store.objects import ObjectStore
 
 from tests.registry.builders import digest
 
@@ -65,7 +65,7 @@ def test_a_blob_is_verified_once_while_it_stays_unchanged(objects, monkeypatch):
     blob = objects.put_blob(b"content")
     objects.blob_path(blob)
     monkeypatch.setattr(
-        "restitch.registry.objects.digest_file", lambda _path: pytest.fail("read again")
+        "restitch.registry.store.objects.digest_file", lambda _path: pytest.fail("read again")
     )
     objects.blob_path(blob)
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from restitch.merging.errors import BadInput
-from restitch.registry.read_cache import ReadCache
-from restitch.registry.s3_settings import cache_limit
+from restitch.registry.s3.settings import cache_limit
+from restitch.registry.store.read_cache import ReadCache
 
 from tests.registry.store_contract import start, wait_for_line
 
@@ -42,7 +42,7 @@ def elsewhere(cache: ReadCache, *names: str, stays: bool = False):
         f"""
         import sys
         from pathlib import Path
-        from restitch.registry.read_cache import ReadCache
+        from restitch.registry.store.read_cache import ReadCache
         cache = ReadCache(Path({str(cache.root)!r}), lambda: {3 * SIZE})
         for name in {names!r}:
             cache.get(name, lambda file: file.write_bytes(name[-1].encode() * {SIZE}))
@@ -123,7 +123,7 @@ def test_processes_that_fill_and_are_killed_leave_whole_copies_within_the_limit(
     code = f"""
         import os, random
         from pathlib import Path
-        from restitch.registry.read_cache import ReadCache
+        from restitch.registry.store.read_cache import ReadCache
         cache = ReadCache(Path({str(cache.root)!r}), lambda: {20 * SIZE})
         print("on", flush=True)
         for turn in range(10 ** 6):
@@ -174,7 +174,7 @@ class TestFolders:
         """Keep folders in a process that ends."""
         code = f"""
             from pathlib import Path
-            from restitch.registry.read_cache import ReadCache
+            from restitch.registry.store.read_cache import ReadCache
             from tests.registry.test_read_cache import TestFolders
             cache = ReadCache(Path({str(cache.root)!r}), lambda: {3 * SIZE}, folders=True)
             for name in {names!r}:
@@ -211,7 +211,7 @@ def test_a_copy_where_nothing_can_be_noted_is_read_all_the_same(cache, monkeypat
     def read_only(*_):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("restitch.registry.read_cache._note", read_only)
+    monkeypatch.setattr("restitch.registry.store.read_cache._note", read_only)
     assert cache.get("b/1", refuse).read_bytes() == b"\1" * SIZE
 
 
@@ -238,7 +238,7 @@ def test_the_limit_is_a_variable(monkeypatch) -> None:
 def test_a_store_in_a_bucket_keeps_to_the_limit(s3_bucket, tmp_path, monkeypatch) -> None:
     code = f"""
         from pathlib import Path
-        from restitch.registry.s3_store import S3Store
+        from restitch.registry.s3.store import S3Store
         store = S3Store({s3_bucket!r}, "cache/{tmp_path.name}", Path({str(tmp_path / "c")!r}))
         for number in range(5):
             store.put(f"blobs/{{number}}", bytes([number]) * {SIZE})

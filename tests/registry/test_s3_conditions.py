@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 import pytest
 from restitch.merging.errors import Unavailable
-from restitch.registry import s3_conditions
-from restitch.registry.s3_client import client
-from restitch.registry.s3_store import S3Store
+from restitch.registry.s3 import conditional_writes
+from restitch.registry.s3.client import client
+from restitch.registry.s3.store import S3Store
 
 from tests.shell import Shell
 
@@ -23,7 +23,7 @@ def careless(s3_bucket, monkeypatch):
             return call(**{key: value for key, value in given.items() if key not in CONDITIONS})
 
         monkeypatch.setattr(client(), name, ignoring)
-    monkeypatch.setattr(s3_conditions, "_known", {})
+    monkeypatch.setattr(conditional_writes, "_known", {})
 
 
 @pytest.fixture
@@ -85,7 +85,7 @@ def test_a_server_that_knows_no_conditions_at_all_is_found_out(
         return put(**given)
 
     monkeypatch.setattr(client(), "put_object", refusing)
-    monkeypatch.setattr(s3_conditions, "_known", {})
+    monkeypatch.setattr(conditional_writes, "_known", {})
     with pytest.raises(Unavailable, match="ignores conditional writes"):
         store.put("name", b"content")
     monkeypatch.setenv("RESTITCH_SINGLE_WRITER", "1")
@@ -96,15 +96,15 @@ def test_a_server_is_asked_once_and_what_it_keeps_is_remembered(
     s3_bucket, store, monkeypatch, s3_client
 ) -> None:
     asked = []
-    tried = s3_conditions.keeps_conditions
+    tried = conditional_writes.keeps_conditions
 
     def asking(*place):
         asked.append(place)
         return tried(*place)
 
-    monkeypatch.setattr(s3_conditions, "keeps_conditions", asking)
+    monkeypatch.setattr(conditional_writes, "keeps_conditions", asking)
     for _process in range(2):
-        monkeypatch.setattr(s3_conditions, "_known", {})
+        monkeypatch.setattr(conditional_writes, "_known", {})
         store.put("name", b"content")
         store.swap("head", None, b"content")
     assert len(asked) == 1

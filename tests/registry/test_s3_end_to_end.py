@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 from restitch.modeling.families.family import get_family
-from restitch.registry import s3_calls
 from restitch.registry.home import Home
-from restitch.registry.objects import ObjectStore
-from restitch.registry.s3_store import S3Store
-from restitch.registry.sources import resolve_source
-from restitch.registry.store import FolderStore
+from restitch.registry.s3 import retries
+from restitch.registry.s3.store import S3Store
+from restitch.registry.sources.resolve import resolve_source
+from restitch.registry.store.base import FolderStore
+from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.models import describe_model
 from restitch.tasks.workspace import workspace
 
@@ -79,7 +79,7 @@ def test_a_line_in_a_bucket_has_the_same_bytes_wherever_it_is_merged(
 def test_a_line_has_the_same_bytes_through_a_network_that_fails(
     in_bucket, three: Three, world: World, s3_url: str, tmp_path: Path, monkeypatch
 ) -> None:
-    monkeypatch.setattr(s3_calls, "_FIRST_WAIT", 0.002)
+    monkeypatch.setattr(retries, "_FIRST_WAIT", 0.002)
     with faulty_proxy(s3_url, Faults(seed=5)) as faults:
         monkeypatch.setenv("AWS_ENDPOINT_URL", faults.url)
         first = in_bucket("first")

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from restitch.merging.errors import Unavailable
-from restitch.registry import s3_calls, s3_parts
-from restitch.registry.s3_conditions import keeps_conditions
-from restitch.registry.s3_store import S3Store
-from restitch.registry.store import NotInStore
+from restitch.registry.s3 import retries, transfer
+from restitch.registry.s3.conditional_writes import keeps_conditions
+from restitch.registry.s3.store import S3Store
+from restitch.registry.store.base import NotInStore
 
 from tests.faulty_proxy import AFTER, BEFORE, Faults, faulty_proxy
 from tests.registry.store_contract import StoreContract, start
@@ -28,7 +28,7 @@ def faults(request, s3_bucket, s3_url, monkeypatch):
     """A failing network between the store and the server."""
     seed = int.from_bytes(hashlib.sha256(request.node.name.encode()).digest()[:4], "big")
     # In this process only; others wait as they would.
-    monkeypatch.setattr(s3_calls, "_FIRST_WAIT", 0.002)
+    monkeypatch.setattr(retries, "_FIRST_WAIT", 0.002)
     with faulty_proxy(s3_url, Faults(seed)) as faults:
         monkeypatch.setenv("AWS_ENDPOINT_URL", faults.url)
         yield faults
@@ -49,14 +49,14 @@ class TestFaultyNetwork(StoreContract):
 
     @pytest.fixture
     def opener(self, faults, s3_bucket, prefix, tmp_path):
-        module = "__import__('restitch.registry.s3_store').s3_store"
+        module = "__import__('restitch.registry.s3.store').s3_store"
         cache = str(tmp_path / "cache")
         return f"{module}.S3Store({s3_bucket!r}, {prefix!r}, Path({cache!r}))"
 
     def test_large_files_come_and_go_with_the_same_bytes(
         self, store, faults, tmp_path, monkeypatch, opener
     ):
-        monkeypatch.setattr(s3_parts, "PART", 5 << 20)
+        monkeypatch.setattr(transfer, "PART", 5 << 20)
         file = tmp_path / "large"
         for number in range(2):
             file.write_bytes(os.urandom(22 << 20))
@@ -79,7 +79,7 @@ class TestFaultyNetwork(StoreContract):
         # Each writer appends its own marks, and says which of them it was told took effect.
         code = f"""
             import sys
-            from restitch.registry.store import *
+            from restitch.registry.store.base import *
             from pathlib import Path
             store, me = {opener}, sys.argv[1]
             for turn in range(8):
@@ -104,7 +104,7 @@ class TestFaultyNetwork(StoreContract):
 
 
 def test_a_network_that_lets_nothing_through_is_said(faults, store, monkeypatch) -> None:
-    monkeypatch.setattr(s3_calls, "pause", lambda _: None)
+    monkeypatch.setattr(retries, "pause", lambda _: None)
     store.put("name", b"content")
     faults.share = 1.0
     for kinds in (("error",), ("busy",), ("reset",), ("lost answer",), ("error after",)):
@@ -122,8 +122,8 @@ def test_a_network_that_lets_nothing_through_is_said(faults, store, monkeypatch)
 
 @pytest.mark.parametrize("kind", [*BEFORE, *AFTER])
 def test_each_kind_of_fault_is_survived(store, faults, tmp_path, monkeypatch, kind) -> None:
-    monkeypatch.setattr(s3_parts, "PART", 5 << 20)
-    monkeypatch.setattr(s3_calls, "ATTEMPTS_ALTERED", 8)  # here every fault may be of this kind
+    monkeypatch.setattr(transfer, "PART", 5 << 20)
+    monkeypatch.setattr(retries, "ATTEMPTS_ALTERED", 8)  # here every fault may be of this kind
     faults.kinds, faults.share = (kind,), 0.3
     file = tmp_path / "file"
     file.write_bytes(os.urandom(11 << 20))
@@ -144,7 +144,7 @@ def test_each_kind_of_fault_is_survived(store, faults, tmp_path, monkeypatch, ki
 def test_a_long_run_loses_nothing_and_alters_nothing(
     store, faults, tmp_path, monkeypatch, capsys
 ) -> None:
-    monkeypatch.setattr(s3_parts, "PART", 5 << 20)
+    monkeypatch.setattr(transfer, "PART", 5 << 20)
     contents = {f"o/{number}": os.urandom(number * 7) for number in range(3000)}
     files = {f"large/{number}": tmp_path / f"file-{number}" for number in range(20)}
     for file in files.values():

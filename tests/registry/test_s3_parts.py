@@ -7,18 +7,18 @@ from pathlib import Path
 import pytest
 from botocore.response import StreamingBody
 from restitch.merging.errors import BadInput, Damage, Unavailable
-from restitch.registry import s3_calls, s3_parts
-from restitch.registry.s3_client import client
-from restitch.registry.s3_store import S3Store
-from restitch.registry.store import NotInStore
+from restitch.registry.s3 import retries, transfer
+from restitch.registry.s3.client import client
+from restitch.registry.s3.store import S3Store
+from restitch.registry.store.base import NotInStore
 
 PART = 5 << 20
 
 
 @pytest.fixture
 def store(s3_bucket, tmp_path, monkeypatch):
-    monkeypatch.setattr(s3_parts, "PART", PART)
-    monkeypatch.setattr(s3_calls, "pause", lambda _: None)
+    monkeypatch.setattr(transfer, "PART", PART)
+    monkeypatch.setattr(retries, "pause", lambda _: None)
     return S3Store(s3_bucket, f"parts/{tmp_path.name}", tmp_path / "cache")
 
 
@@ -82,11 +82,11 @@ def test_few_parts_are_in_flight_and_none_is_larger_than_a_part(store, file, wat
     most, sent = watched("upload_part")
     assert store.put("name", file)
     assert len(sent) == 5
-    assert max(most) <= s3_parts.IN_FLIGHT
+    assert max(most) <= transfer.IN_FLIGHT
     assert max(len(given["Body"]) for given in sent) == PART
     most, got = watched("get_object")
     assert store.local_path("name").read_bytes() == file.read_bytes()
-    assert max(most) <= s3_parts.IN_FLIGHT
+    assert max(most) <= transfer.IN_FLIGHT
     assert sorted(given["Range"] for given in got if "Range" in given)[0] == f"bytes=0-{PART - 1}"
     assert {given.get("IfMatch") for given in got[1:]} == {store._head("name").etag}
 
@@ -99,7 +99,7 @@ def test_every_request_that_writes_carries_a_checksum(store, file, watched) -> N
     written = [given for seen in sent for given in seen]
     assert len(written) == 7
     for given in written:
-        assert given["ChecksumCRC32"] == s3_parts._checked(given["Body"])["ChecksumCRC32"]
+        assert given["ChecksumCRC32"] == transfer._checked(given["Body"])["ChecksumCRC32"]
 
 
 def test_a_server_that_received_something_else_is_sent_it_again(store, monkeypatch) -> None:
@@ -145,7 +145,7 @@ def test_content_that_is_altered_at_the_server_is_damage(store, tmp_path, flippe
 
 def test_a_body_that_does_not_end_is_given_up(store, monkeypatch) -> None:
     store.put("name", b"content")
-    monkeypatch.setattr(s3_calls, "_GRACE", -1.0)
+    monkeypatch.setattr(retries, "_GRACE", -1.0)
     with pytest.raises(Unavailable, match="does not answer"):
         store.read("name")
 
@@ -190,19 +190,19 @@ def test_the_digests_of_a_very_large_file_fit_into_its_metadata(tmp_path) -> Non
     with file.open("wb") as out:
         out.truncate(300 << 20)
     ranges = _ranges(file, part=1 << 20)
-    length, digests = s3_parts._read_ranges({s3_parts.RANGES: ranges}, 300 << 20)
+    length, digests = transfer._read_ranges({transfer.RANGES: ranges}, 300 << 20)
     assert (length, len(digests)) == (2 << 20, 150)
     assert len(ranges) + 300 < 2048
 
 
 def _ranges(file: Path, part: int) -> str:
-    kept = s3_parts.PART
-    s3_parts.PART = part
+    kept = transfer.PART
+    transfer.PART = part
     try:
         with file.open("rb") as source:
-            return s3_parts._ranges_of(source.fileno(), file.stat().st_size)
+            return transfer._ranges_of(source.fileno(), file.stat().st_size)
     finally:
-        s3_parts.PART = kept
+        transfer.PART = kept
 
 
 class TestSettings:

@@ -14,10 +14,11 @@ import torch
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.families.family import get_family
-from restitch.registry import s3_calls, s3_parts, s3_source
 from restitch.registry.home import Home
-from restitch.registry.s3_client import client
-from restitch.registry.sources import resolve_source
+from restitch.registry.s3 import retries, transfer
+from restitch.registry.s3.client import client
+from restitch.registry.sources import bucket
+from restitch.registry.sources.resolve import resolve_source
 from restitch.tasks import remote
 from restitch.tasks.models import describe_model, open_model
 from restitch.tasks.workspace import Workspace
@@ -84,7 +85,7 @@ def test_a_worker_fetches_what_finetuning_changed_and_no_text_tower(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(s3_source, "_FIRST_LOOK", 256)
+    monkeypatch.setattr(bucket, "_FIRST_LOOK", 256)
     model = clip_world.model("colour")
     with (model / WEIGHTS).open("rb") as file:
         header = 8 + int.from_bytes(file.read(8), "little")
@@ -149,7 +150,7 @@ def test_a_whole_line_lives_on_models_in_a_bucket(
         pytest.MonkeyPatch.context() as patched,
     ):
         patched.setenv("AWS_ENDPOINT_URL", faults.url)
-        patched.setattr(s3_calls, "_FIRST_WAIT", 0.002)
+        patched.setattr(retries, "_FIRST_WAIT", 0.002)
         line = world.line(tmp_path / "line.yaml", base=f"{base}/")
         shell("init", line)
         assert shell.json("init", line)["changes"] == []
@@ -169,8 +170,8 @@ def test_a_whole_line_lives_on_models_in_a_bucket(
 def test_shards_are_read_by_range_and_in_parts(
     space: Workspace, s3_client: Any, s3_bucket: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(s3_parts, "PART", 1 << 16)
-    monkeypatch.setattr("restitch.registry.s3_source.PART", 1 << 16)
+    monkeypatch.setattr(transfer, "PART", 1 << 16)
+    monkeypatch.setattr("restitch.registry.sources.bucket.PART", 1 << 16)
     tensors = {name: torch.randn(300, 100 + i) for i, name in enumerate("abcd")}
     expected = save(tmp_path / "model", tensors, shards=2)
     address = upload(s3_client, s3_bucket, tmp_path / "model", tmp_path.name)
@@ -224,7 +225,7 @@ def test_what_is_altered_on_its_way_is_read_again(
     """Nobody knows the digest of somebody else's file; an ETag tells, or a second look."""
     expected = save(tmp_path / "model", {"a": torch.randn(50, 50)})
     address = upload(s3_client, s3_bucket, tmp_path / "model", tmp_path.name)
-    family, real, fetched = get_family("clip"), s3_parts.fetch_range, []
+    family, real, fetched = get_family("clip"), transfer.fetch_range, []
 
     def altered(asked: Any, descriptor: int, start: int, length: int, digest: Any) -> None:
         real(asked, descriptor, start, length, digest)
@@ -233,7 +234,7 @@ def test_what_is_altered_on_its_way_is_read_again(
             (last,) = os.pread(descriptor, 1, start + length - 1)
             os.pwrite(descriptor, bytes([last ^ 1]), start + length - 1)
 
-    monkeypatch.setattr(s3_source, "fetch_range", altered)
+    monkeypatch.setattr(bucket, "fetch_range", altered)
     ref = describe_model(address, family, space)
     assert ref.weights == expected.digest()
     assert len(fetched) == 3, "the header, the whole, the whole again"
@@ -243,7 +244,7 @@ def test_what_is_altered_on_its_way_is_read_again(
     assert torch.equal(checkpoint.tensor("a"), expected.tensor("a"))
     assert len(fetched) == 5
     # At a server whose ETags are no digests of the content.
-    monkeypatch.setattr(s3_source.S3Folder, "_etag", lambda *_: f"etag {len(fetched) > 8}")
+    monkeypatch.setattr(bucket.S3Folder, "_etag", lambda *_: f"etag {len(fetched) > 8}")
     fetched[:] = [0] * 6
     assert describe_model(address, family, space) == ref
 
@@ -352,12 +353,12 @@ def test_a_refusal_names_the_model_and_what_is_missing(
         raise ClientError(answer, "ListObjectsV2")
 
     with monkeypatch.context() as patched:
-        patched.setattr("restitch.registry.s3_source.persistently", refuse)
+        patched.setattr("restitch.registry.sources.bucket.persistently", refuse)
         with pytest.raises(Unavailable, match="may not be read with these") as found:
             resolve_source(f"s3://{s3_bucket}/model", space.home)
     assert "list and read" in str(found.value)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    monkeypatch.setattr(s3_calls, "_FIRST_WAIT", 0.002)
+    monkeypatch.setattr(retries, "_FIRST_WAIT", 0.002)
     with pytest.raises(Unavailable, match="does not answer"):
         resolve_source(f"s3://{s3_bucket}/model", space.home)
 

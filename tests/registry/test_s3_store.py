@@ -7,12 +7,12 @@ import pytest
 from botocore.exceptions import ConnectionClosedError, ReadTimeoutError
 from botocore.httpsession import URLLib3Session
 from restitch.merging.errors import BadInput, Damage, Unavailable
-from restitch.registry import s3_calls, s3_client, s3_conditions, s3_parts, s3_store
 from restitch.registry.home import Home
-from restitch.registry.objects import ObjectStore
-from restitch.registry.s3_client import parse_address
-from restitch.registry.s3_store import S3Store
-from restitch.registry.store import NotInStore
+from restitch.registry.s3 import client, conditional_writes, retries, store, transfer
+from restitch.registry.s3.client import parse_address
+from restitch.registry.s3.store import S3Store
+from restitch.registry.store.base import NotInStore
+from restitch.registry.store.objects import ObjectStore
 
 from tests.registry.store_contract import StoreContract, start
 
@@ -27,13 +27,15 @@ def prefix(tmp_path):
 
 @pytest.fixture
 def store(s3_bucket, prefix, tmp_path):
-    s3_conditions.may_rely(s3_bucket, prefix, tmp_path)  # asked once, and not among what is counted
+    conditional_writes.may_rely(
+        s3_bucket, prefix, tmp_path
+    )  # asked once, and not among what is counted
     return S3Store(s3_bucket, prefix, tmp_path / "cache")
 
 
 @pytest.fixture
 def opener(s3_bucket, prefix, tmp_path):
-    module = "__import__('restitch.registry.s3_store').s3_store"
+    module = "__import__('restitch.registry.s3.store').s3_store"
     return f"{module}.S3Store({s3_bucket!r}, {prefix!r}, Path({str(tmp_path / 'cache')!r}))"
 
 
@@ -135,7 +137,7 @@ class TestLostAnswers:
     def test_a_swap_that_too_many_followed_to_tell_is_neither_made_nor_refused(
         self, store, monkeypatch
     ):
-        monkeypatch.setattr(s3_store, "_REMEMBERED", 4)
+        monkeypatch.setattr(store, "_REMEMBERED", 4)
         first = store.swap("head", None, b"0")
         _overtake(monkeypatch, store, 9)
         with pytest.raises(Unavailable, match="cannot tell whether head was written"):
@@ -144,7 +146,7 @@ class TestLostAnswers:
         assert store.swap("head", first, b"late") is None
 
     def test_a_read_that_breaks_off_begins_again(self, store, monkeypatch):
-        monkeypatch.setattr(s3_calls, "pause", lambda _seconds: None)
+        monkeypatch.setattr(retries, "pause", lambda _seconds: None)
         store.put("name", b"content" * 1000)
         breaks = _breaking_bodies(monkeypatch, 2)
         assert store.read("name") == b"content" * 1000
@@ -200,9 +202,9 @@ class TestConflicts:
         assert store.swap("name", store.read_tagged("name").tag, b"other")
         assert store.read("name") == b"other"
 
-    def test_a_swap_of_what_is_gone_changes_nothing(self, store, s3_client, prefix):
+    def test_a_swap_of_what_is_gone_changes_nothing(self, store, client, prefix):
         tag = store.swap("head", None, b"1")
-        s3_client.delete_object(Bucket="bucket", Key=f"{prefix}/head")
+        client.delete_object(Bucket="bucket", Key=f"{prefix}/head")
         assert store.swap("head", tag, b"2") is None
 
 
@@ -225,7 +227,7 @@ def _refuse(monkeypatch: pytest.MonkeyPatch, answers: list[int], code: str) -> N
 class TestLargeFiles:
     @pytest.fixture
     def file(self, monkeypatch, tmp_path):
-        monkeypatch.setattr(s3_parts, "PART", 5 << 20)
+        monkeypatch.setattr(transfer, "PART", 5 << 20)
         file = tmp_path / "large"
         file.write_bytes(bytes(range(256)) * (12 << 12))
         return file
@@ -250,13 +252,13 @@ class TestLargeFiles:
         assert store.put("name", file)
         assert store.read("name") == file.read_bytes()
 
-    def test_uploads_that_nobody_completes_are_swept_by_age(self, store, s3_client, prefix):
+    def test_uploads_that_nobody_completes_are_swept_by_age(self, store, client, prefix):
         for place in (prefix, "elsewhere"):
-            s3_client.create_multipart_upload(Bucket="bucket", Key=f"{place}/name")
+            client.create_multipart_upload(Bucket="bucket", Key=f"{place}/name")
         # This server says of each upload that it began in 2010.
         assert store.sweep(older_than=time.time()) == 0
         assert store.sweep(older_than=3600) == 1
-        left = s3_client.list_multipart_uploads(Bucket="bucket")["Uploads"]
+        left = client.list_multipart_uploads(Bucket="bucket")["Uploads"]
         assert f"{prefix}/name" not in [upload["Key"] for upload in left]
 
 
@@ -308,14 +310,14 @@ class TestCache:
         assert list((cache / ".tmp").iterdir()) == []
 
     def test_a_damaged_copy_is_fetched_again_and_a_damaged_object_is_damage(
-        self, store, s3_client, prefix
+        self, store, client, prefix
     ):
         objects = ObjectStore(store)
         blob = objects.put_blob(b"content")
         path = objects.blob_path(blob)
         path.write_bytes(b"altered")
         assert objects.blob_path(blob).read_bytes() == b"content"
-        s3_client.put_object(Bucket="bucket", Key=f"{prefix}/blobs/{blob}", Body=b"altered")
+        client.put_object(Bucket="bucket", Key=f"{prefix}/blobs/{blob}", Body=b"altered")
         path.unlink()
         for read in (objects.read_blob, objects.blob_path):
             with pytest.raises(Damage, match=f"blobs/{blob}"):
@@ -330,12 +332,12 @@ class TestCache:
 
 
 def test_more_than_a_page_is_listed_in_order_and_without_what_is_foreign(
-    store, s3_client, prefix, s3_bucket
+    store, client, prefix, s3_bucket
 ):
     names = [f"n/{number}" for number in range(1100)]
 
     def make(name):
-        s3_client.put_object(Bucket=s3_bucket, Key=name, Body=b"")
+        client.put_object(Bucket=s3_bucket, Key=name, Body=b"")
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(make, [f"{prefix}/{name}" for name in names]))
@@ -373,7 +375,7 @@ class TestErrors:
 
     def test_a_server_that_is_away_is_said(self, refused, monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:pass-word@127.0.0.1:9")
-        monkeypatch.setattr("restitch.registry.s3_calls.pause", lambda _seconds: None)
+        monkeypatch.setattr("restitch.registry.s3.retries.pause", lambda _seconds: None)
         assert all("AWS_ENDPOINT_URL" in text for text in refused())
 
     def test_a_server_that_does_not_answer_is_asked_a_few_times_only(self, store, monkeypatch):
@@ -384,7 +386,7 @@ class TestErrors:
             raise ReadTimeoutError(endpoint_url=request.url)
 
         monkeypatch.setattr(URLLib3Session, "send", silent)
-        monkeypatch.setattr("restitch.registry.s3_calls.pause", lambda _seconds: None)
+        monkeypatch.setattr("restitch.registry.s3.retries.pause", lambda _seconds: None)
         with pytest.raises(Unavailable, match="does not answer"):
             store.read("name")
         assert asked == ["GET"] * 8
@@ -425,7 +427,7 @@ class TestErrors:
                 answer = {"ResponseMetadata": {"HTTPStatusCode": 501}}
                 raise ClientError({"Error": {"Code": "NotImplemented"}, **answer}, "List")
 
-        monkeypatch.setattr(s3_store, "client", Plain)
+        monkeypatch.setattr(store, "client", Plain)
         assert store.sweep(0) == 0
 
     def test_an_address_of_the_server_that_is_none_is_bad_input(self, store, monkeypatch):
@@ -465,19 +467,19 @@ def test_a_good_address_is_a_bucket_and_a_prefix():
 
 
 def test_a_client_belongs_to_one_process_and_one_environment(s3_account, monkeypatch):
-    first = s3_client.client()
-    assert s3_client.client() is first
+    first = client.client()
+    assert client.client() is first
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
-    second = s3_client.client()
+    second = client.client()
     assert second is not first
     monkeypatch.setattr(os, "getpid", lambda: 1)
-    assert s3_client.client() is not second
+    assert client.client() is not second
 
 
 class TestPersistence:
     @pytest.fixture(autouse=True)
     def _no_waiting(self, monkeypatch):
-        monkeypatch.setattr(s3_calls, "pause", lambda _seconds: None)
+        monkeypatch.setattr(retries, "pause", lambda _seconds: None)
 
     def calls(self, *failures: Exception):
         """A call that fails so, one time after the other, and then does not."""
@@ -491,10 +493,10 @@ class TestPersistence:
         return call
 
     def test_what_is_altered_once_among_other_failures_is_asked_for_again(self):
-        cut, altered = s3_client.MangledError("cut"), s3_client.AlteredError("altered")
-        assert s3_calls.persistently(self.calls(cut, cut, cut, altered, cut, altered)) == "done"
+        cut, altered = client.MangledError("cut"), client.AlteredError("altered")
+        assert retries.persistently(self.calls(cut, cut, cut, altered, cut, altered)) == "done"
 
     def test_what_is_altered_again_and_again_is_so_at_the_server(self):
-        altered = [s3_client.AlteredError(str(number)) for number in range(5)]
-        with pytest.raises(s3_client.AlteredError, match="3"):
-            s3_calls.persistently(self.calls(*altered))
+        altered = [client.AlteredError(str(number)) for number in range(5)]
+        with pytest.raises(client.AlteredError, match="3"):
+            retries.persistently(self.calls(*altered))

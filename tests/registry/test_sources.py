@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from restitch.merging.errors import BadInput, Damage, Unavailable
 from restitch.registry.home import Home
-from restitch.registry.sources import Source, copy_into_store, pin_data, resolve_source
+from restitch.registry.sources.resolve import Source, copy_into_store, pin_data, resolve_source
 
 from tests.hub_server import fake_hub
 from tests.registry.builders import home_with_mlflow
@@ -204,7 +204,7 @@ class TestHub:
 from pathlib import Path
 from restitch.merging.errors import Unavailable
 from restitch.registry.home import Home
-from restitch.registry.sources import resolve_source
+from restitch.registry.sources.resolve import resolve_source
 try:
     print(resolve_source("org/model", Home(Path("home").absolute())).uri)
 except Unavailable as error:
@@ -234,7 +234,7 @@ def mlflow_home(tmp_path_factory, empty_mlflow):
 
 @pytest.fixture(scope="module")
 def run(mlflow_home, tmp_path_factory):
-    from restitch.registry.catalog import connect
+    from restitch.registry.mlflow.sync import connect
 
     client = connect(mlflow_home)
     location = mlflow_home.mlartifacts.as_uri()

@@ -2,8 +2,15 @@ from pathlib import Path
 
 import pytest
 from restitch.merging.errors import BadInput
-from restitch.registry.spec_files import load_line, load_task, parse_line, parse_task
-from restitch.registry.specs import LineSpec, TaskSpec, is_hub_id, keep_pin, line_changes, split_pin
+from restitch.registry.specs.files import load_line, load_task, parse_line, parse_task
+from restitch.registry.specs.line import (
+    LineSpec,
+    TaskSpec,
+    is_hub_id,
+    keep_pin,
+    line_changes,
+    split_pin,
+)
 
 COMMIT = "0123456789" * 4
 LINE = "line: demo\nbase: org/model\nfamily: clip\nmethod: localize-and-stitch\n"

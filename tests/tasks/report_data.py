@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from restitch.registry.history import (
+from restitch.registry.ledger.records import (
     DataUsed,
     GateOutcome,
     Interval,

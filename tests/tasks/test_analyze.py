@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from restitch.merging.analysis.masks import MaskAnalysis
-from restitch.registry.history import MergedRecord
+from restitch.registry.ledger.records import MergedRecord
 from restitch.tasks import analyze as module
 from restitch.tasks.analyze import analyze, places_of
 from restitch.tasks.engine import Cached

@@ -7,9 +7,9 @@ import pytest
 import yaml
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.licence import Licence
-from restitch.registry.history import Interval, TaskResult
-from restitch.registry.objects import ObjectStore
-from restitch.registry.store import FolderStore
+from restitch.registry.ledger.records import Interval, TaskResult
+from restitch.registry.store.base import FolderStore
+from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.card import model_card, specialist_card
 from restitch.tasks.provenance import Provenance, licence_of, lineage, provenance
 

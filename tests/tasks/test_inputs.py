@@ -8,8 +8,8 @@ from restitch.merging.errors import BadInput
 from restitch.modeling.data.rows import Example, Rows
 from restitch.modeling.families.family import get_family
 from restitch.registry.home import Home
-from restitch.registry.spec_files import load_task
-from restitch.registry.specs import LocalizeSpec, TaskSpec
+from restitch.registry.specs.files import load_task
+from restitch.registry.specs.line import LocalizeSpec, TaskSpec
 from restitch.tasks.inputs import check_rows, data_spec, evaluation_split, resolve_task, same_task
 from restitch.tasks.workspace import Workspace
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.registry.catalog import Catalog
+from restitch.registry.mlflow.sync import Catalog
 from restitch.tasks import publish
 from restitch.tasks.engine import Cached, step
 from restitch.tasks.reporting import say, warn, working

@@ -1,0 +1,317 @@
+"""The one way to change a line: an audit entry, then a swap of its head.
+
+Order of writes: the objects that an act names, its entry at `audit/<digest>`, the head at
+`lines/<line>/head.json`. The act counts by the swap: an entry that no head reaches is an
+orphan of a process that died or lost a race, and means nothing. Who loses a race looks
+again at the new head; nothing is lost and nothing happens twice.
+"""
+
+import random
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import UTC, datetime, timedelta
+from itertools import takewhile
+from typing import NamedTuple
+
+from restitch.merging.digests import digest_bytes
+from restitch.merging.errors import BadInput, Damage, Unavailable
+from restitch.registry.ledger.line_state import Head, ModelRef
+from restitch.registry.ledger.records import (
+    Entry,
+    Kind,
+    MergedRecord,
+    differences,
+    replay,
+    state_of,
+)
+from restitch.registry.ledger.safe_deletion import check_kept
+from restitch.registry.specs.line import LineSpec
+from restitch.registry.store.base import NotInStore
+from restitch.registry.store.objects import ObjectStore, parsed
+
+_ATTEMPTS = 200
+_LONGEST_PAUSE = 0.25
+
+
+class Act(NamedTuple):
+    """What `Ledger.act` did."""
+
+    entry: Entry
+    digest: str
+    head: Head
+
+
+class Ledger:
+    """The head and the trail of one line.
+
+    Args:
+        objects: the store.
+        line: the line's name.
+        now: the clock; UTC.
+    """
+
+    def __init__(
+        self,
+        objects: ObjectStore,
+        line: str,
+        *,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    ) -> None:
+        self.objects = objects
+        self.line = line
+        self._now = now
+
+    def exists(self) -> bool:
+        """Whether the line was made."""
+        return self.find() is not None
+
+    def find(self) -> Head | None:
+        """The head, or None where the line was never made."""
+        return self._tagged()[0]
+
+    def head(self) -> Head:
+        """The head.
+
+        Raises:
+            BadInput: there is no such line.
+        """
+        head = self.find()
+        if head is None:
+            known = list(lines(self.objects))
+            raise BadInput(
+                f"there is no line {self.line}",
+                found=f"lines {', '.join(known)}" if known else "no lines at all",
+                hint="make it with: restitch init FILE",
+            )
+        return head
+
+    def create(self, spec: LineSpec, base: ModelRef, actor: str, reason: str) -> Act | None:
+        """Make the line; None where it is there already."""
+
+        def change(head: Head | None) -> Head | None:
+            return Head(line=self.line, spec=spec, base=base) if head is None else None
+
+        return self._act("configured", actor, reason, change, {"base": base.weights})
+
+    def act(
+        self,
+        kind: Kind,
+        actor: str,
+        reason: str,
+        change: Callable[[Head], Head | None],
+        digests: Mapping[str, str] | Callable[[Head], Mapping[str, str]] | None = None,
+    ) -> Act | None:
+        """Do one act.
+
+        Args:
+            kind: what it is.
+            actor: who does it.
+            reason: why, for a reader.
+            change: the new head from the present one. It is run again on a newer head
+                after a lost race, and returns None where there is nothing to do any more.
+                It may put objects, which must be in the store before the act.
+            digests: the objects that the act is about; a function is given the new head.
+
+        Returns:
+            The act; None where `change` found nothing to do.
+
+        Raises:
+            BadInput: there is no such line.
+            Unavailable: others were faster again and again.
+        """
+        self.head()  # the message for a line that does not exist
+
+        def changed(head: Head | None) -> Head | None:
+            assert head is not None, "a head is never removed"
+            return change(head)
+
+        return self._act(kind, actor, reason, changed, digests)
+
+    def touch(self) -> None:
+        """Swap in the same head again: whoever is about to change it has to look again."""
+        while True:
+            head, tag = self._tagged()
+            if head is None:
+                return
+            again = head.model_copy(update={"generation": head.generation + 1})
+            data = again.model_dump_json(indent=1).encode()
+            if self.objects.store.swap(_head(self.line), tag, data) is not None:
+                return
+
+    def entries(self, *, newest_first: bool = True) -> Iterator[Entry]:
+        """The acts that count, each verified against the digest that leads to it.
+
+        Raises:
+            Damage: an entry is missing, altered or out of order.
+        """
+        walk = self._walk()
+        return walk if newest_first else reversed(list(walk))
+
+    def merged(self, version: int) -> MergedRecord:
+        """The record of a merged version.
+
+        Raises:
+            BadInput: there is no such version.
+            Damage: its record is missing or altered.
+        """
+        head = self.head()
+        if version not in head.versions:
+            raise BadInput(
+                f"line {self.line} has no version {version}",
+                found=f"versions 1 to {head.newest}" if head.newest else "no versions yet",
+            )
+        return self.record(head.versions[version])
+
+    def history(self) -> Iterator[MergedRecord]:
+        """The records of all merged versions, newest first."""
+        head = self.head()
+        return (self.record(head.versions[n]) for n in sorted(head.versions, reverse=True))
+
+    def head_at(self, when: datetime) -> Head | None:
+        """The head as it was at a time, from the trail; None before the line was made."""
+        entries = list(
+            takewhile(
+                lambda entry: datetime.fromisoformat(entry.time) <= when,
+                self.entries(newest_first=False),
+            )
+        )
+        return head_after(entries) if entries else None
+
+    def _act(
+        self,
+        kind: Kind,
+        actor: str,
+        reason: str,
+        change: Callable[[Head | None], Head | None],
+        digests: Mapping[str, str] | Callable[[Head], Mapping[str, str]] | None,
+    ) -> Act | None:
+        for attempt in range(_ATTEMPTS):
+            old, tag = self._tagged()
+            changed = change(old)
+            if changed is None:
+                return None
+            check_kept(self.objects, old, changed)
+            before, after = differences(state_of(old), state_of(changed))
+            entry = Entry(
+                line=self.line,
+                sequence=1 if old is None else old.sequence + 1,
+                previous=None if old is None else old.entry,
+                kind=kind,
+                actor=actor,
+                time=self._time_after(old),
+                before=before,
+                after=after,
+                reason=reason,
+                digests=dict(digests(changed) if callable(digests) else digests or {}),
+            )
+            data = entry.to_bytes()
+            digest = entry.digest
+            self.objects.store.put(_entry(digest), data)
+            head = changed.model_copy(
+                update={
+                    "generation": 1 if old is None else old.generation + 1,
+                    "sequence": entry.sequence,
+                    "entry": digest,
+                    "time": entry.time,
+                }
+            )
+            if self._swap(tag, head, digest):
+                return Act(entry, digest, head)
+            time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.002 * 2 ** min(attempt, 8))))
+        raise Unavailable(
+            f"line {self.line} is being changed by others all the time",
+            found=f"{_ATTEMPTS} lost races",
+            hint="run the same command again",
+        )
+
+    def _swap(self, tag: str | None, head: Head, entry: str) -> bool:
+        data = head.model_dump_json(indent=1).encode()
+        return self.objects.store.swap(_head(self.line), tag, data) is not None
+
+    def _tagged(self) -> tuple[Head | None, str | None]:
+        try:
+            data, tag = self.objects.store.read_tagged(_head(self.line))
+        except NotInStore:
+            return None, None
+        return parsed(Head, data, _head(self.line)), tag
+
+    def _walk(self) -> Iterator[Entry]:
+        head = self.head()
+        digest, sequence = head.entry, head.sequence
+        while digest is not None:
+            name = _entry(digest)
+            try:
+                data = self.objects.store.read(name)
+            except NotInStore:
+                raise Damage(
+                    f"line {self.line}: audit entry {sequence} is missing",
+                    expected=name,
+                    hint="restore it from a backup of the store",
+                ) from None
+            altered = digest_bytes(data)
+            if altered != digest:
+                raise Damage(
+                    f"line {self.line}: audit entry {sequence} was altered",
+                    expected=f"bytes with the digest {digest}",
+                    found=altered,
+                    hint=f"restore {name} from a backup of the store",
+                )
+            entry = parsed(Entry, data, name)
+            if entry.line != self.line or entry.sequence != sequence:
+                raise Damage(
+                    f"line {self.line}: the audit trail is broken at {name}",
+                    expected=f"entry {sequence} of {self.line}",
+                    found=f"entry {entry.sequence} of {entry.line}",
+                )
+            yield entry
+            digest, sequence = entry.previous, sequence - 1
+        if sequence != 0:
+            raise Damage(
+                f"line {self.line}: the audit trail does not reach its first entry",
+                found=f"no entry before {sequence + 1}",
+            )
+
+    def record(self, digest: str) -> MergedRecord:
+        """The record of a merged version, by its digest.
+
+        Raises:
+            Damage: it is missing or altered.
+        """
+        return parsed(MergedRecord, self.objects.read_blob(digest), f"blobs/{digest}")
+
+    def _time_after(self, old: Head | None) -> str:
+        now = self._now().astimezone(UTC)
+        if old is not None and old.time:
+            # A clock that lags behind another host's must not turn the trail around.
+            now = max(now, datetime.fromisoformat(old.time) + timedelta(microseconds=1))
+        return now.isoformat(timespec="microseconds")
+
+
+def head_after(entries: Sequence[Entry]) -> Head:
+    """The head that acts lead to, from the line's first one on."""
+    last = entries[-1]
+    return Head.model_validate(
+        {
+            **replay(entries),
+            "generation": last.sequence,
+            "sequence": last.sequence,
+            "entry": last.digest,
+            "time": last.time,
+        }
+    )
+
+
+def lines(objects: ObjectStore) -> Iterator[str]:
+    """The names of all lines, sorted."""
+    for name in objects.store.list("lines"):
+        parts = name.split("/")
+        if len(parts) == 3 and parts[2] == "head.json":
+            yield parts[1]
+
+
+def _head(line: str) -> str:
+    return f"lines/{line}/head.json"
+
+
+def _entry(digest: str) -> str:
+    return f"audit/{digest}"

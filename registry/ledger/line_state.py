@@ -1,0 +1,307 @@
+"""What holds on a line now: its tasks, their models, and which merged version is in use.
+
+A `Head` is a frozen value; each method that changes it returns a new one and does nothing
+else, so that a change can be run again on a newer head when somebody else was first
+(`restitch.registry.ledger.ledger`). Only digests and small facts are in it: what is large lies in the
+store under the digest that the head names.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from restitch.merging.digests import digest_bytes
+from restitch.registry.specs.line import LineSpec, Name, TaskSpec
+
+FORMAT = 1
+
+# The digest of a checkpoint that could not be read: that of no bytes at all.
+UNREAD = digest_bytes(b"")
+
+State = Literal["registered", "waiting", "quarantined", "ready", "held", "replaced", "retired"]
+
+Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Number = Annotated[int, Field(ge=1)]
+
+
+class Record(BaseModel):
+    """Frozen data that is stored as JSON and knows no other keys than its own."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return self.model_dump(mode="json")
+
+
+class ModelRef(Record):
+    """A checkpoint and where it is read.
+
+    Attributes:
+        uri: the resolved source: an absolute path, an address, or `org/name@commit`.
+        weights: the digest of the checkpoint's tensors; `UNREAD` where it could not be read.
+        config: the digest of its configuration and of the files that prepare its input.
+        size: the bytes of its tensors.
+        blob: the digest of a copy in the store, where there is one.
+    """
+
+    uri: str
+    weights: Digest
+    config: Digest
+    size: Annotated[int, Field(ge=0)] = 0
+    blob: Digest | None = None
+
+
+class MlflowVersion(Record):
+    """A version of a registered model that somebody made in MLflow.
+
+    Attributes:
+        number: MLflow's own.
+        created: when it was made, in milliseconds: a model that was deleted and made anew
+            counts from 1 again.
+    """
+
+    number: Number
+    created: int
+
+
+class ModelVersion(Record):
+    """One finetuned model of a task.
+
+    Attributes:
+        state: registered (nothing done yet), waiting (for its task's description),
+            quarantined (cannot join), ready (localized: the newest is the member), held
+            (its joining failed a gate), replaced (by a newer member), retired.
+        reason: why it is in this state, for a reader.
+        mask: the digest of its mask.
+        delta: the digest of its sparse delta.
+        registered_at: UTC, ISO.
+        facts: small findings, such as the kept coordinates or the share outside of them.
+        mlflow: the version in MLflow as which it was registered there, and not here.
+    """
+
+    model: ModelRef
+    state: State = "registered"
+    reason: str | None = None
+    mask: Digest | None = None
+    delta: Digest | None = None
+    registered_at: str = ""
+    facts: dict[str, JsonValue] = {}
+    mlflow: MlflowVersion | None = None
+
+    @property
+    def statistics(self) -> dict[str, str]:
+        """Digests of what methods of the line need of it beside its delta, by kind."""
+        known = self.facts.get("statistics")
+        return {kind: str(d) for kind, d in known.items()} if isinstance(known, dict) else {}
+
+    @model_validator(mode="after")
+    def _ready_has_a_delta(self) -> Self:
+        if self.state in ("ready", "held") and (self.mask is None or self.delta is None):
+            raise ValueError(f"a model that is {self.state} needs a mask and a delta")
+        return self
+
+
+class Task(Record):
+    """A task of the line and all models that were registered for it.
+
+    Attributes:
+        declared: whether somebody has described it; until then its models wait, and the
+            spec says nothing but its name.
+    """
+
+    spec: TaskSpec
+    declared: bool = True
+    versions: dict[Number, ModelVersion] = {}
+
+    @property
+    def next_version(self) -> int:
+        """The number of the next model: numbers are never used twice."""
+        return max(self.versions, default=0) + 1
+
+    @property
+    def ready(self) -> int | None:
+        """The newest ready version, which is the member."""
+        return max((n for n, v in self.versions.items() if v.state == "ready"), default=None)
+
+
+class Member(Record):
+    """A task's model that takes part in merges."""
+
+    task: str
+    version: int
+    spec: TaskSpec
+    model: ModelVersion
+
+
+class Head(Record):
+    """The present of a line.
+
+    Attributes:
+        generation: rises with every swap.
+        sequence: the number of the last act; 0 before the first.
+        entry: the digest of the last act's audit entry.
+        time: when that was; no later act is earlier.
+        base: the pinned base.
+        versions: the digests of the records of all merged versions.
+        champion: the version in use.
+        candidate: the newest one that has not passed its gates.
+        pinned: nothing is promoted automatically.
+    """
+
+    format: int = FORMAT
+    line: Name
+    generation: int = 0
+    sequence: int = 0
+    entry: Digest | None = None
+    time: str = ""
+    spec: LineSpec
+    base: ModelRef
+    tasks: dict[Name, Task] = {}
+    next_version: Number = 1
+    versions: dict[Number, Digest] = {}
+    champion: Number | None = None
+    candidate: Number | None = None
+    pinned: bool = False
+
+    @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        self.check()
+        return self
+
+    def check(self) -> None:
+        """Refuse a head that contradicts itself.
+
+        Raises:
+            ValueError: it does.
+        """
+        if self.spec.line != self.line:
+            raise ValueError(f"the spec is of line {self.spec.line}")
+        for role in ("champion", "candidate"):
+            version = getattr(self, role)
+            if version is not None and version not in self.versions:
+                raise ValueError(f"the {role} {version} is not a merged version")
+        if self.versions and max(self.versions) >= self.next_version:
+            raise ValueError("a merged version is newer than the next one")
+
+    @property
+    def newest(self) -> int | None:
+        """The newest merged version, whatever became of it."""
+        return max(self.versions, default=None)
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        """The newest ready model of each task, by task name."""
+        found = []
+        for name in sorted(self.tasks, key=str.encode):
+            task = self.tasks[name]
+            if task.ready is not None:
+                found.append(
+                    Member(
+                        task=name,
+                        version=task.ready,
+                        spec=task.spec,
+                        model=task.versions[task.ready],
+                    )
+                )
+        return tuple(found)
+
+    def member(self, task: str) -> Member | None:
+        """The task's model that takes part in merges, if it has one."""
+        return next((m for m in self.members if m.task == task), None)
+
+    def in_state(self, *states: State) -> tuple[tuple[str, int, ModelVersion], ...]:
+        """(task, version, model) of all models in one of the states, oldest first."""
+        found = [
+            (name, number, version)
+            for name, task in self.tasks.items()
+            for number, version in task.versions.items()
+            if version.state in states
+        ]
+        return tuple(sorted(found, key=lambda f: (f[2].registered_at, f[0].encode(), f[1])))
+
+    def find_model(self, task: str, weights: str, config: str) -> int | None:
+        """The newest version of a task that holds these very weights and files."""
+        versions = self.tasks[task].versions if task in self.tasks else {}
+        same = [
+            n
+            for n, v in versions.items()
+            if v.model.weights == weights and v.model.config == config
+        ]
+        return max(same, default=None)
+
+    def with_spec(self, spec: LineSpec) -> "Head":
+        """The line configured anew."""
+        return self._changed(spec=spec)
+
+    def with_task(self, spec: TaskSpec) -> "Head":
+        """A new task, or another description of one that is there."""
+        old = self.tasks.get(spec.task)
+        versions = {} if old is None else old.versions
+        return self._changed(tasks={**self.tasks, spec.task: Task(spec=spec, versions=versions)})
+
+    def with_undeclared(self, task: str) -> "Head":
+        """A place for the models of a task that nobody has described; nothing where it is there."""
+        if task in self.tasks:
+            return self
+        unknown = Task(spec=TaskSpec(task=task), declared=False)
+        return self._changed(tasks={**self.tasks, task: unknown})
+
+    def adopted(self, task: str, mlflow: MlflowVersion) -> int | None:
+        """The version of a task that was taken in from this very version in MLflow."""
+        versions = self.tasks[task].versions if task in self.tasks else {}
+        return next((n for n, v in versions.items() if v.mlflow == mlflow), None)
+
+    def with_version(self, task: str, model: ModelVersion) -> "Head":
+        """One more model of a task, with the task's next number."""
+        found = self._task(task)
+        return self._with_versions(task, {**found.versions, found.next_version: model})
+
+    def with_state(
+        self, task: str, version: int, state: State, reason: str | None = None, **changes: Any
+    ) -> "Head":
+        """A model in another state, with whatever else of it changes."""
+        found = self._task(task)
+        if version not in found.versions:
+            raise ValueError(f"task {task} has no model {version}")
+        values = found.versions[version].to_json() | changes | {"state": state, "reason": reason}
+        model = ModelVersion.model_validate(values)
+        return self._with_versions(task, {**found.versions, version: model})
+
+    def with_merged(self, record: str) -> "Head":
+        """One more merged version, whose record has this digest, as the candidate."""
+        return self._changed(
+            versions={**self.versions, self.next_version: record},
+            candidate=self.next_version,
+            next_version=self.next_version + 1,
+        )
+
+    def promoted(self, version: int) -> "Head":
+        """A merged version in use; it is no candidate any more."""
+        candidate = None if self.candidate == version else self.candidate
+        return self._changed(champion=version, candidate=candidate)
+
+    def without_champion(self) -> "Head":
+        """No merged version in use."""
+        return self._changed(champion=None)
+
+    def without_candidate(self) -> "Head":
+        """The candidate given up."""
+        return self._changed(candidate=None)
+
+    def with_pin(self, pinned: bool) -> "Head":
+        """Automatic promotion switched off or on."""
+        return self._changed(pinned=pinned)
+
+    def _task(self, name: str) -> Task:
+        if name not in self.tasks:
+            raise ValueError(f"line {self.line} has no task {name}")
+        return self.tasks[name]
+
+    def _with_versions(self, name: str, versions: dict[int, ModelVersion]) -> "Head":
+        task = self.tasks[name].model_copy(update={"versions": versions})
+        return self._changed(tasks={**self.tasks, name: task})
+
+    def _changed(self, **changes: Any) -> "Head":
+        head = self.model_copy(update=changes)
+        head.check()  # which a copy is not
+        return head

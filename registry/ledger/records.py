@@ -1,0 +1,313 @@
+"""What happened on a line: its acts, and the records of its merged versions.
+
+An act is one immutable `Entry` that names the digest of the one before, so that the trail
+is a chain. What it changed of the head stands in it by JSON pointers, before and after:
+applied from the first entry on (`replay`), the entries give the head itself.
+A `MergedRecord` says all about a merged version that belongs to its truth.
+"""
+
+import copy
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, JsonValue
+from restitch.merging.digests import canonical_json, digest_bytes
+from restitch.registry.ledger.line_state import Digest, Head, Number, Record
+
+FORMAT = 1
+
+Kind = Literal[
+    "configured",
+    "registered",
+    "localized",
+    "quarantined",
+    "waiting",
+    "held",
+    "merged",
+    "rejected",
+    "promoted",
+    "rolled-back",
+    "retired",
+    "restored",
+    "pinned",
+    "unpinned",
+]
+
+# What the chain itself moves on; an entry that named these would have to name its own digest.
+_BOOKKEEPING = ("generation", "sequence", "entry", "time")
+
+
+class Entry(Record):
+    """One act.
+
+    Attributes:
+        sequence: 1 for the first act of the line.
+        previous: the digest of the entry before.
+        actor: who did it.
+        time: UTC, ISO with microseconds; never earlier than the entry before.
+        before: what the act replaced or removed, by JSON pointers into the head.
+        after: what it put there.
+        reason: why, for a reader.
+        digests: the objects that the act is about, by what they are.
+    """
+
+    format: int = FORMAT
+    line: str
+    sequence: Annotated[int, Field(ge=1)]
+    previous: Digest | None
+    kind: Kind
+    actor: str
+    time: str
+    before: dict[str, JsonValue]
+    after: dict[str, JsonValue]
+    reason: str
+    digests: dict[str, str] = Field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """The bytes that are stored."""
+        return canonical_json(self.to_json())
+
+    @property
+    def digest(self) -> str:
+        """The entry's name."""
+        return digest_bytes(self.to_bytes())
+
+
+class Interval(Record):
+    """A 95 % interval."""
+
+    low: float
+    high: float
+
+
+class DataUsed(Record):
+    """The rows that something was measured on.
+
+    Attributes:
+        path: where they were read, an absolute path or a pinned hub id.
+        digest: of all that decides which rows they are and what stands in them.
+    """
+
+    path: str
+    split: str
+    digest: Digest
+
+
+class TaskResult(Record):
+    """How one task fares in a merged version, with the model that it came from.
+
+    Attributes:
+        base: of the base; the others likewise, where they were measured.
+        normalized: merged over finetuned.
+        interval: of the merged value.
+        intervals: of the others, by name.
+        count: examples.
+        evaluations: the stored evaluations by name, with the correctness of every row.
+        data: the rows.
+    """
+
+    metric: str = "accuracy"
+    split: str | None = None
+    base: float | None = None
+    finetuned: float | None = None
+    grafted: float | None = None
+    merged: float | None = None
+    normalized: float | None = None
+    interval: Interval | None = None
+    intervals: dict[str, Interval] = Field(default_factory=dict)
+    count: int | None = None
+    evaluations: dict[str, Digest] = Field(default_factory=dict)
+    data: DataUsed | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Retention(Record):
+    """What the merged model keeps of the base's general ability.
+
+    Attributes:
+        top1: of the merged model; its 95 % interval is `interval`.
+        ratio: top1 over that of the base; its 95 % interval is `ratio_interval`.
+        evaluations: the stored evaluations of base and merged.
+        data: the rows.
+    """
+
+    task: str
+    top1: float
+    top5: float | None = None
+    base_top1: float
+    base_top5: float | None = None
+    ratio: float
+    interval: Interval | None = None
+    base_interval: Interval | None = None
+    ratio_interval: Interval | None = None
+    count: int | None = None
+    evaluations: dict[str, Digest] = Field(default_factory=dict)
+    data: DataUsed | None = None
+
+
+class GateOutcome(Record):
+    """One gate with the values that decided.
+
+    Attributes:
+        value: what was compared with the limit; None where it could not be measured.
+        interval: the 95 % interval of the value, where it has one.
+        action: what failing it does: keep the version from being promoted, or only be said.
+        task: the task that decided, for a gate on tasks.
+    """
+
+    gate: str
+    limit: float
+    value: float | None
+    interval: Interval | None = None
+    passed: bool
+    action: Literal["block", "warn"] = "block"
+    task: str | None = None
+    note: str | None = None
+
+
+class MergedMember(Record):
+    """A member of a merged version.
+
+    Attributes:
+        uri: where its checkpoint was read; `weights` and `config` say what it was.
+        facts: what its localization found: localizer, density, kept, delta_bytes, seconds,
+            and by which process on which device.
+    """
+
+    version: int
+    uri: str
+    weights: Digest
+    config: Digest | None = None
+    mask: Digest
+    delta: Digest
+    facts: dict[str, JsonValue] = Field(default_factory=dict)
+
+
+class MergedRecord(Record):
+    """All that is kept about one merged version.
+
+    Attributes:
+        recipe: what determines its bytes.
+        recipe_digest: the recipe's name.
+        patch: the digest of the patch in the store.
+        patch_bytes: its size.
+        kept: coordinates in which it differs from the base.
+        members: by task.
+        results: by task.
+        gates: all that were asked; empty where the line has none.
+        files: digests of further objects by what they are.
+        timings: seconds by step.
+        software: versions of code and libraries.
+    """
+
+    format: int = FORMAT
+    line: str
+    version: Number
+    recipe: dict[str, JsonValue]
+    recipe_digest: Digest
+    patch: Digest
+    patch_bytes: int
+    kept: int
+    members: dict[str, MergedMember]
+    results: dict[str, TaskResult] = Field(default_factory=dict)
+    retention: Retention | None = None
+    gates: tuple[GateOutcome, ...] = ()
+    files: dict[str, str] = Field(default_factory=dict)
+    facts: dict[str, JsonValue] = Field(default_factory=dict)
+    created_at: str
+    made_by: JsonValue = None
+    timings: dict[str, float] = Field(default_factory=dict)
+    software: dict[str, str] = Field(default_factory=dict)
+
+    def to_bytes(self) -> bytes:
+        """The bytes that are stored."""
+        return canonical_json(self.to_json())
+
+    @property
+    def digest(self) -> str:
+        """The record's name."""
+        return digest_bytes(self.to_bytes())
+
+    @property
+    def statistics(self) -> dict[str, str]:
+        """Digests of what its method needed of members beside their deltas, as the recipe says."""
+        other = self.recipe.get("other")
+        return {n: str(d) for n, d in other.items()} if isinstance(other, dict) else {}
+
+    @property
+    def mean_accuracy(self) -> float | None:
+        """The merged value averaged over the tasks that were evaluated."""
+        return mean_of(r.merged for r in self.results.values())
+
+    @property
+    def mean_normalized(self) -> float | None:
+        """The normalized value averaged over the tasks that have one."""
+        return mean_of(r.normalized for r in self.results.values())
+
+    @property
+    def passed(self) -> bool:
+        """Whether no gate was failed that keeps a version from being promoted."""
+        return all(gate.passed or gate.action == "warn" for gate in self.gates)
+
+
+def mean_of(values: Iterable[float | None]) -> float | None:
+    """The mean of what is known; None where nothing is."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def state_of(head: Head | None) -> dict[str, Any]:
+    """The head as plain JSON, without what the chain itself moves on."""
+    if head is None:
+        return {}
+    return {k: v for k, v in head.to_json().items() if k not in _BOOKKEEPING}
+
+
+def differences(
+    old: dict[str, Any], new: dict[str, Any], prefix: str = ""
+) -> tuple[dict[str, JsonValue], dict[str, JsonValue]]:
+    """What was replaced or removed and what is there instead, by JSON pointers.
+
+    Mappings are compared key by key, all other values as wholes.
+    """
+    before: dict[str, JsonValue] = {}
+    after: dict[str, JsonValue] = {}
+    for key in sorted(old.keys() | new.keys()):
+        pointer = f"{prefix}/{key.replace('~', '~0').replace('/', '~1')}"
+        if key not in new:
+            before[pointer] = old[key]
+        elif key not in old:
+            after[pointer] = new[key]
+        elif isinstance(old[key], dict) and isinstance(new[key], dict):
+            gone, come = differences(old[key], new[key], pointer)
+            before |= gone
+            after |= come
+        elif not _same(old[key], new[key]):
+            before[pointer], after[pointer] = old[key], new[key]
+    return before, after
+
+
+def _same(old: JsonValue, new: JsonValue) -> bool:
+    # Python takes 1, 1.0 and True for the same, and JSON does not.
+    return old == new and canonical_json(old) == canonical_json(new)
+
+
+def replay(entries: Iterable[Entry], state: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What the acts, oldest first, make of a state (in place; of nothing by default)."""
+    state = {} if state is None else state
+    for entry in entries:
+        for pointer in entry.before.keys() - entry.after.keys():
+            owner, key = _owner(state, pointer)
+            owner.pop(key, None)
+        for pointer, value in entry.after.items():
+            owner, key = _owner(state, pointer)
+            # A copy: later acts change parts of it, and entries never change.
+            owner[key] = copy.deepcopy(value)
+    return state
+
+
+def _owner(state: dict[str, Any], pointer: str) -> tuple[dict[str, Any], str]:
+    *path, key = (p.replace("~1", "/").replace("~0", "~") for p in pointer.split("/")[1:])
+    for part in path:
+        state = state[part]
+    return state, key

@@ -1,0 +1,198 @@
+"""What refers to what in a store: heads, the trail and records name blobs by their digests.
+
+A `Reference` says what a blob is and whose, so that what is damaged can be told together
+with what depends on it, and made again. `named_in` takes the other, wider view: every digest
+and address that stands anywhere in a text, for whoever must not remove too much.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from restitch.registry.ledger.line_state import Head, ModelRef, ModelVersion
+from restitch.registry.ledger.records import Entry, MergedRecord
+
+# record: of a merged version. result: an evaluation. manifest: the list of a model's files.
+# listing: of the tensors of a model in a bucket, with their digests.
+# statistic: what a method needs of a member beside its delta.
+# experts: the list of a version's specialists. expert: one of its parts.
+Role = Literal[
+    "record",
+    "patch",
+    "delta",
+    "result",
+    "manifest",
+    "file",
+    "listing",
+    "attached",
+    "statistic",
+    "experts",
+    "expert",
+]
+
+# Keys of the specialists that versions keep, by the recipe of the version.
+SPECIALISTS = "specialists"
+
+# What an act calls a member's statistics: this, and the kind.
+STATISTIC = "statistic."
+
+# A copy of a model in the store, by the digest of the list of its files.
+COPY_SCHEME = "store://"
+S3_SCHEME = "s3://"
+MLFLOW_SCHEMES = ("models:/", "runs:/", "mlflow-artifacts:/")
+
+_DIGEST = re.compile(r"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+
+
+@dataclass(frozen=True, order=True)
+class Reference:
+    """Why a blob is in the store.
+
+    Attributes:
+        digest: of the blob.
+        owner: who depends on it, as "version 3" or "colour 1", or "the base".
+        weights: of a result: which it is of, as "grafted"; of a model's file its name; of a
+            statistic what its recipe calls it.
+        task: whose result or delta it is.
+        number: of the merged version or of the task's model.
+    """
+
+    digest: str
+    role: Role
+    line: str
+    owner: str
+    weights: str = ""
+    task: str = ""
+    number: int = 0
+
+    @property
+    def of_version(self) -> bool:
+        """Whether a merged version names it."""
+        return self.owner.startswith("version ")
+
+    def __str__(self) -> str:
+        what = {
+            "record": "the record",
+            "patch": "the patch",
+            "statistic": f"the {self.weights}",
+            "delta": f"the delta of {self.task}" if self.of_version else "the delta",
+            "result": f"the evaluation of {self.weights} on {self.task}",
+            "manifest": "the list of files",
+            "listing": "the digests of the tensors",
+            "file": f"the file {self.weights}",
+            "attached": f"the file {self.weights}",
+            "experts": "the list of the specialists",
+            "expert": f"the specialist of {self.task}" if self.task else "what specialists share",
+        }[self.role]
+        return f"{what} of {self.owner} ({self.line})"
+
+
+def of_head(head: Head) -> Iterator[Reference]:
+    """The blobs that a head names itself; what these name in turn is in them."""
+    line = head.line
+    yield from _of_source(head.base, line, "the base")
+    for number, record in head.versions.items():
+        yield Reference(record, "record", line, f"version {number}", number=number)
+    for task in head.tasks:
+        for number, model in head.tasks[task].versions.items():
+            yield from of_model(line, task, number, model)
+
+
+def of_model(line: str, task: str, number: int, model: ModelVersion) -> Iterator[Reference]:
+    """The blobs of a finetuned model: its copy, its delta, and what it was measured to be."""
+    owner = f"{task} {number}"
+    yield from _of_source(model.model, line, owner)
+    if model.model.uri.startswith(S3_SCHEME):
+        yield Reference(model.model.weights, "listing", line, owner, model.model.uri)
+    if model.delta is not None:
+        yield Reference(model.delta, "delta", line, owner, task=task, number=number)
+    for kind, digest in model.statistics.items():
+        yield Reference(digest, "statistic", line, owner, f"{kind}/{task}", task, number)
+    results = model.facts.get("results")
+    for name, result in results.items() if isinstance(results, dict) else ():
+        if isinstance(result, dict) and isinstance(result.get("blob"), str):
+            yield Reference(str(result["blob"]), "result", line, owner, name, task, number)
+
+
+def _of_source(model: ModelRef, line: str, owner: str) -> Iterator[Reference]:
+    if model.uri.startswith(COPY_SCHEME):
+        yield Reference(model.uri.removeprefix(COPY_SCHEME), "manifest", line, owner)
+
+
+def of_acts(entries: Iterable[Entry]) -> Iterator[Reference]:
+    """The deltas and statistics that acts have made, which models may have been without since."""
+    for entry in entries:
+        if entry.kind == "localized" and "delta" in entry.digests:
+            owner = f"act {entry.sequence}"
+            yield Reference(entry.digests["delta"], "delta", entry.line, owner)
+            for name, digest in entry.digests.items():
+                if name.startswith(STATISTIC):
+                    kind = name.removeprefix(STATISTIC)
+                    yield Reference(digest, "statistic", entry.line, owner, kind)
+
+
+def of_record(record: MergedRecord) -> Iterator[Reference]:
+    """The blobs that the record of a merged version names."""
+    line, owner, number = record.line, f"version {record.version}", record.version
+    yield Reference(record.patch, "patch", line, owner, number=number)
+    for task, member in record.members.items():
+        yield Reference(member.delta, "delta", line, owner, task=task, number=member.version)
+    for name, digest in record.statistics.items():
+        task = name.partition("/")[2]
+        yield Reference(digest, "statistic", line, owner, name, task, number)
+    for task, result in record.results.items():
+        for name, digest in result.evaluations.items():
+            yield Reference(digest, "result", line, owner, name, task, number)
+    if record.retention is not None:
+        for name, digest in record.retention.evaluations.items():
+            task = record.retention.task
+            yield Reference(digest, "result", line, owner, f"{name} (retention)", task, number)
+    for name, digest in record.files.items():
+        yield Reference(digest, "attached", line, owner, name)
+
+
+def of_manifest(data: bytes, manifest: Reference) -> Iterator[Reference]:
+    """The blobs of a model's files.
+
+    Raises:
+        ValueError: it is no list of files.
+    """
+    values = json.loads(data)
+    if not isinstance(values, dict):
+        raise ValueError("no object")  # noqa: TRY004
+    for name, digest in values.get("files", {}).items():
+        yield Reference(str(digest), "file", manifest.line, manifest.owner, str(name))
+
+
+def of_experts(data: bytes, experts: Reference) -> Iterator[Reference]:
+    """The parts of a version's specialists.
+
+    Raises:
+        ValueError: it is no list of them.
+    """
+    try:
+        values = json.loads(data)
+        parts = {task: str(part["blob"]) for task, part in values["tasks"].items()}
+        if values["shared"] is not None:
+            parts[""] = str(values["shared"]["blob"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no list of specialists: {error!r}") from error
+    for task, digest in parts.items():
+        yield replace(experts, digest=digest, role="expert", task=task)
+
+
+def named_in(value: Any) -> Iterator[str]:
+    """Every digest and every address of a kept model in JSON values, whatever it means there."""
+    if isinstance(value, str):
+        yield from _DIGEST.findall(value)
+        if value.startswith((COPY_SCHEME, *MLFLOW_SCHEMES)):
+            yield value
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from named_in(key)
+            yield from named_in(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from named_in(inner)

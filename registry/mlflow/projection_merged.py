@@ -1,0 +1,241 @@
+"""What MLflow shows of merged versions: each its run, and all of them in one run with charts.
+
+Pure functions of the record and of what became of the version. Names of metrics never change:
+charts over versions hang on them, and so do the tags that versions are searched by.
+"""
+
+import math
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from restitch.merging.digests import canonical_json
+from restitch.registry.ledger.outcomes import Fate
+from restitch.registry.ledger.records import DataUsed, Entry, Interval, MergedRecord
+from restitch.registry.mlflow.projection import (
+    DIGEST_TAG,
+    MAX_TAG,
+    NAME_TAG,
+    NOTE_TAG,
+    ROLE_TAG,
+    USER_TAG,
+    VERSION_TAG,
+    DataImage,
+    RunImage,
+    VersionImage,
+    as_text,
+    cut_params,
+    cut_tags,
+    milliseconds,
+    model_name,
+    shortened,
+    stand_in,
+)
+
+_MAX_DIGEST = 36  # of a data set, in hex digits
+
+
+@dataclass(frozen=True)
+class Point:
+    """One value of a metric of the line's history."""
+
+    metric: str
+    value: float
+    time: int
+    step: int
+
+
+def of_merged(
+    record: MergedRecord, files: dict[str, bytes], fate: Fate
+) -> tuple[RunImage, VersionImage]:
+    """The run and the registered version of a merged version."""
+    digest = record.digest
+    method = record.recipe.get("method")
+    params = {
+        "version": str(record.version),
+        "method": _method(method),
+        "members": ", ".join(f"{t} {m.version}" for t, m in sorted(record.members.items())),
+        "recipe": record.recipe_digest,
+        "patch": record.patch,
+        "patch_bytes": str(record.patch_bytes),
+        "record": digest,
+    }
+    settings = method.get("settings") if isinstance(method, dict) else None
+    if isinstance(settings, dict):
+        params |= {f"method.{k}": as_text(v) for k, v in sorted(settings.items())}
+    for name, version in sorted(record.software.items()):
+        params[f"software.{name}"] = version
+    description = f"{describe(record)} {fate.sentence}"
+    tags = _tags_of_merged(record, fate)
+    current = {NOTE_TAG: description, VERSION_TAG: str(record.version), **tags}
+    if actor := _maker(record).get("actor"):
+        current[USER_TAG] = str(actor)
+    run = RunImage(
+        digest=digest,
+        time=milliseconds(record.created_at),
+        tags=cut_tags({NAME_TAG: f"{record.line} {record.version}"}),
+        current=cut_tags(current),
+        params=cut_params(params),
+        metrics=metrics_of(record),
+        step=record.version,
+        inputs=_inputs(record),
+        artifacts={
+            "restitch/object.json": stand_in(
+                f"blobs/{record.patch}", record.patch, record.patch_bytes
+            ),
+            "record.json": canonical_json(record.to_json()),
+            "recipe.json": canonical_json(record.recipe),
+            **files,
+        },
+    )
+    shown = VersionImage(
+        name=model_name(record.line),
+        identity={DIGEST_TAG: digest, VERSION_TAG: str(record.version)},
+        tags=cut_tags(tags),
+        description=shortened(description, MAX_TAG),
+    )
+    return run, shown
+
+
+def history_digest(line: str) -> str:
+    """What the run of a line's history is found by."""
+    return f"history.{line}"
+
+
+def of_history(line: str, began: str) -> RunImage:
+    """The run whose charts show a line over its versions; its points are added to it."""
+    return RunImage(
+        digest=history_digest(line),
+        time=milliseconds(began),
+        tags={
+            NAME_TAG: f"history of {line}",
+            NOTE_TAG: f"The measurements of all merged versions of line {line}. The step is the "
+            "version; of `champion`, the version in use or 0, it is the number of the act.",
+        },
+        params={"line": line},
+    )
+
+
+def points_of(entry: Entry, made: Iterable[MergedRecord]) -> list[Point]:
+    """What an act adds to the history: its champion, and all of the versions that it made."""
+    found = [
+        Point(name, value, milliseconds(record.created_at), record.version)
+        for record in made
+        for name, value in sorted(metrics_of(record).items())
+    ]
+    before, after = entry.before.get("/champion"), entry.after.get("/champion")
+    if "/champion" in entry.after and (before, after) != (None, None):
+        value = after if isinstance(after, int) else 0
+        found.append(Point("champion", value, milliseconds(entry.time), entry.sequence))
+    return found
+
+
+def metrics_of(record: MergedRecord) -> dict[str, float]:
+    """The measurements of a merged version under the names of the design."""
+    found: dict[str, float | None] = {
+        "mean/accuracy": record.mean_accuracy,
+        "mean/normalized": record.mean_normalized,
+        "patch/bytes": float(record.patch_bytes),
+        "patch/kept": float(record.kept),
+        "members": float(len(record.members)),
+    }
+    kept = record.retention
+    if kept is not None:
+        found |= {
+            f"retention/{name}": getattr(kept, name)
+            for name in ("top1", "top5", "base_top1", "base_top5", "ratio")
+        }
+        found |= _bounds("retention/", kept.interval)
+        found |= _bounds("retention/ratio_", kept.ratio_interval)
+    for task, result in record.results.items():
+        found |= {
+            f"task/{task}/{result.metric}": result.merged,
+            f"task/{task}/normalized": result.normalized,
+            f"task/{task}/base": result.base,
+            f"task/{task}/finetuned": result.finetuned,
+            f"task/{task}/grafted": result.grafted,
+            **_bounds(f"task/{task}/", result.interval),
+        }
+    competed = record.facts.get("tournament")
+    if isinstance(competed, dict):
+        found |= {f"tournament/{_plain(one['label'])}": one["score"] for one in _entrants(competed)}
+    if record.gates:
+        found["gates/failed"] = float(sum(not gate.passed for gate in record.gates))
+    found |= {f"seconds/{step}": seconds for step, seconds in record.timings.items()}
+    return {k: float(v) for k, v in found.items() if v is not None and math.isfinite(v)}
+
+
+def _entrants(tournament: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = tournament["entrants"]
+    return found
+
+
+def _plain(label: str) -> str:
+    """A label with the characters alone that names of metrics may have."""
+    return re.sub(r"[^\w.\- ]", "", label)
+
+
+def describe(record: MergedRecord) -> str:
+    """Two sentences that say what a merged version is."""
+    names = sorted(record.members)
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    method = _method(record.recipe.get("method"))
+    first = (
+        f"Version {record.version} of line {record.line}: {len(names)} "
+        f"task{'' if len(names) == 1 else 's'} ({shown}) stitched into one model with {method}."
+    )
+    facts = []
+    if record.mean_accuracy is not None:
+        facts.append(f"scores {record.mean_accuracy:.3f} on average over its tasks")
+    if record.mean_normalized is not None:
+        facts.append(f"reaches {record.mean_normalized:.1%} of the finetuned models")
+    if record.retention is not None:
+        facts.append(f"keeps {record.retention.ratio:.1%} of the base's accuracy")
+    if not facts:
+        return f"{first} It was not evaluated."
+    *some, last = facts
+    return f"{first} It {', '.join(some)}{' and ' if some else ''}{last}."
+
+
+def _tags_of_merged(record: MergedRecord, fate: Fate) -> dict[str, str]:
+    """What merged versions are searched by; the same on the run and on the model version."""
+    tags = {
+        ROLE_TAG: fate.role,
+        "restitch.gates": "passed" if record.passed else "failed",
+        "restitch.recipe": record.recipe_digest,
+        "restitch.patch": record.patch,
+        "restitch.members": ",".join(sorted(record.members)),
+        **{f"restitch.task.{task}": str(m.version) for task, m in sorted(record.members.items())},
+    }
+    if flow_run := _maker(record).get("flow_run"):
+        tags["restitch.prefect_run"] = str(flow_run)
+    return tags
+
+
+def _maker(record: MergedRecord) -> dict[str, Any]:
+    return record.made_by if isinstance(record.made_by, dict) else {}
+
+
+def _inputs(record: MergedRecord) -> tuple[DataImage, ...]:
+    used = [(task, result.data) for task, result in sorted(record.results.items())]
+    if record.retention is not None:
+        used.append((record.retention.task, record.retention.data))
+    # A benchmark may be a task of the line, too: the same rows are one input.
+    return tuple(dict.fromkeys(_data(name, data) for name, data in used if data is not None))
+
+
+def _data(name: str, data: DataUsed) -> DataImage:
+    return DataImage(name, data.digest[:_MAX_DIGEST], data.path, data.split)
+
+
+def _bounds(prefix: str, interval: Interval | None) -> dict[str, float | None]:
+    if interval is None:
+        return {}
+    return {f"{prefix}low": interval.low, f"{prefix}high": interval.high}
+
+
+def _method(method: Any) -> str:
+    if isinstance(method, dict):
+        return f"{method.get('name', 'unknown')}/{method.get('version', '?')}"
+    return as_text(method)

@@ -1,0 +1,423 @@
+"""The one owner of MLflow: the readable image of what the store holds.
+
+MLflow is derived: whatever is missing there is completed from the ledger (`repair`), in an
+order in which it may be killed anywhere and run again. An experiment tag, written last,
+remembers up to which act the image is complete, which makes a repair with nothing to do cost a
+few queries. Credentials in an address never reach a message.
+"""
+
+import contextlib
+import fcntl
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from functools import cached_property, lru_cache
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from restitch.merging.errors import BadInput, Unavailable
+from restitch.registry.home import Home
+from restitch.registry.ledger import outcomes
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.records import Entry
+from restitch.registry.mlflow import projection, projection_merged
+from restitch.registry.mlflow.writer import Writer
+from restitch.registry.redaction import without_credentials as without_credentials
+from restitch.registry.store.base import explained
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_COMPLETE_TAG = "restitch.complete_to"
+_IMAGE_VERSION = "2"  # raised when images change, so that all are looked at again
+
+# Further artifacts of a merged version's run, by path.
+Extras = Callable[[int], Mapping[str, bytes]]
+
+
+class Catalog:
+    """MLflow's view of the lines of a home.
+
+    Nothing is imported or connected before the first call. Every method raises
+    `Unavailable` when MLflow cannot be used; the store is then as true as before.
+    """
+
+    def __init__(self, home: Home) -> None:
+        self.home = home
+
+    @cached_property
+    def client(self) -> "MlflowClient":
+        """MLflow's own client, for what this class does not do."""
+        with self._explained():
+            return connect(self.home)
+
+    @cached_property
+    def _writer(self) -> Writer:
+        return Writer(self.client, self.home)
+
+    def repair(self, ledger: Ledger, *, full: bool = False, extras: Extras | None = None) -> int:
+        """Complete the image of a line from its ledger.
+
+        Args:
+            ledger: the line.
+            full: look at every act, not only at those since the last complete repair.
+            extras: artifacts for the run of a merged version; asked for every version that an
+                act which is looked at is about, and written over what is there.
+
+        Returns:
+            How many acts were looked at.
+
+        Raises:
+            Unavailable: MLflow is away; what is missing is completed by the next repair.
+            Damage: the audit trail or a record is damaged.
+        """
+        with self._explained(), self._alone():
+            head = ledger.head()  # not before the lock: an old one would turn aliases back
+            audit = self._writer.experiment(projection.audit_experiment_name(head.line))
+            done = None if full else _completed(self.client.get_experiment(audit).tags)
+            aliases = self._aliases(head)
+            if aliases is None:
+                done, aliases = None, {}
+            trail = ledger.entries()
+            pending = _since(trail, head, done)
+            for entry in reversed(pending):
+                self._writer.write_run(audit, projection.of_act(entry))
+            self._show_models(head, pending)
+            self._show_merged(ledger, head, pending, trail, extras)
+            self._show_history(ledger, head, done, pending, full=full)
+            self._set_aliases(head, aliases)
+            if pending:
+                self.client.set_experiment_tag(audit, _COMPLETE_TAG, _complete(head))
+        return len(pending)
+
+    def show_study(
+        self,
+        line: str,
+        name: str,
+        digest: str,
+        by: str,
+        params: Mapping[str, Any],
+        metrics: Mapping[str, float],
+        artifacts: Mapping[str, bytes],
+    ) -> str:
+        """Show a study of a line, such as a comparison of methods, as a run; returns its id.
+
+        Args:
+            line: the line.
+            name: of the run.
+            digest: of what was found; the same study is shown once.
+            by: who made it.
+            params: any JSON values.
+            metrics: by name.
+            artifacts: contents by path.
+        """
+        with self._explained(), self._alone():
+            experiment = self._writer.experiment(f"{line}.studies")
+            run = projection.RunImage(
+                digest=digest,
+                time=int(time.time() * 1000),
+                tags={projection.NAME_TAG: name, projection.USER_TAG: by},
+                params={key: projection.as_text(value) for key, value in params.items()},
+                metrics=dict(metrics),
+                artifacts=dict(artifacts),
+            )
+            return self._writer.write_run(experiment, run)
+
+    def acts_shown(self, line: str) -> dict[str, str]:
+        """The digests of the audit entries that MLflow shows of a line, with the runs' names."""
+        with self._explained():
+            experiment = self.client.get_experiment_by_name(projection.audit_experiment_name(line))
+            shown: dict[str, str] = {}
+            token: str | None = None
+            while experiment is not None:
+                runs = self.client.search_runs(
+                    [experiment.experiment_id], max_results=1000, page_token=token
+                )
+                for run in runs:
+                    if projection.DIGEST_TAG in run.data.tags:
+                        shown[run.data.tags[projection.DIGEST_TAG]] = str(run.info.run_name)
+                token = runs.token
+                if not token:
+                    break
+            return shown
+
+    def copy_of(self, line: str, digest: str) -> bytes | None:
+        """The bytes of an act or of a version's record that MLflow has kept, whatever they say.
+
+        They are the caller's to compare with the digest.
+
+        Raises:
+            Unavailable: MLflow is away.
+        """
+        places = (
+            (projection.audit_experiment_name(line), "audit.json"),
+            (projection.experiment_name(line), "record.json"),
+        )
+        with self._explained():
+            for name, artifact in places:
+                experiment = self.client.get_experiment_by_name(name)
+                runs = (
+                    []
+                    if experiment is None
+                    else self._writer.runs(experiment.experiment_id, digest)
+                )
+                for run in runs:
+                    with self._artifact(run.info.run_id, artifact) as path:
+                        if path is not None:
+                            return path.read_bytes()
+        return None
+
+    def differences(self, ledger: Ledger) -> tuple[str, ...]:
+        """What MLflow shows otherwise than the line is, where its image should be complete.
+
+        Raises:
+            Unavailable: MLflow is away.
+        """
+        with self._explained():
+            head = ledger.head()
+            name = projection.audit_experiment_name(head.line)
+            audit = self.client.get_experiment_by_name(name)
+            if audit is None or _completed(audit.tags) != head.entry:
+                return ()  # it is behind, and the next remerge completes it
+            wrong = []
+            aliases = self._aliases(head)
+            if aliases is None:
+                return (f"the registered model {image.model_name(head.line)} is gone",)
+            for alias in ("champion", "candidate"):
+                version = getattr(head, alias)
+                shown = self._shown(head, aliases.get(alias))
+                if shown != version:
+                    wrong.append(
+                        f"the alias {alias} is on {_version(shown)}, not {_version(version)}"
+                    )
+            for number, record in sorted(head.versions.items()):
+                identity = {projection.DIGEST_TAG: record, projection.VERSION_TAG: str(number)}
+                if not self._writer.versions(projection.model_name(head.line), identity):
+                    wrong.append(f"version {number} is not there")
+        shown_acts = self.acts_shown(head.line)
+        missing = [entry for entry in ledger.entries() if entry.digest not in shown_acts]
+        wrong += [f"act {entry.sequence} ({entry.kind}) is not there" for entry in missing]
+        return tuple(wrong)
+
+    def _shown(self, head: Head, number: int | None) -> int | None:
+        """The version of ours that a version of MLflow's shows; -1 for another one."""
+        if number is None:
+            return None
+        found = self.client.get_model_version(projection.model_name(head.line), str(number))
+        for version, record in head.versions.items():
+            if found.tags.get(projection.DIGEST_TAG) == record:
+                return version
+        return -1
+
+    @contextlib.contextmanager
+    def _artifact(self, run: str, name: str) -> Iterator[Path | None]:
+        """A run's artifact as a file; None where it has none."""
+        from mlflow.exceptions import MlflowException
+
+        self.home.scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.home.scratch) as folder:
+            try:
+                path = Path(self.client.download_artifacts(run, name, folder))
+            except (MlflowException, OSError):
+                path = None
+            yield path
+
+    def _show_models(self, head: Head, pending: Iterable[Entry]) -> None:
+        """The finetuned models that acts are about, in their present state."""
+        for task, version in sorted(
+            {m for entry in pending for m in outcomes.touched_models(entry)}
+        ):
+            model = head.tasks[task].versions.get(version) if task in head.tasks else None
+            if model is not None:
+                run, shown = projection.of_model(head.line, task, version, model, head.base.weights)
+                experiment = self._writer.experiment(projection.models_experiment_name(head.line))
+                self._writer.write_version(shown, self._writer.write_run(experiment, run))
+
+    def _show_merged(
+        self,
+        ledger: Ledger,
+        head: Head,
+        pending: list[Entry],
+        older: Iterable[Entry],
+        extras: Extras | None,
+    ) -> None:
+        """The merged versions that acts are about, with what became of them."""
+        about = {v for entry in pending for v in outcomes.merges_about(entry) if v in head.versions}
+        moves = outcomes.last_moves(chain(pending, older), about)
+        for version in sorted(moves):
+            record, read = ledger.merged(version), ledger.objects.read_blob
+            files = {name: read(blob) for name, blob in record.files.items()}
+            fate = outcomes.fate_of(record, moves[version])
+            run, shown = projection_merged.of_merged(record, files, fate)
+            experiment = self._writer.experiment(projection.experiment_name(head.line))
+            run_id = self._writer.write_run(experiment, run)
+            self._writer.write_version(shown, run_id)
+            if extras is not None:
+                self._writer.write_artifacts(run_id, extras(version))
+
+    def _show_history(
+        self, ledger: Ledger, head: Head, done: str | None, pending: list[Entry], *, full: bool
+    ) -> None:
+        """The run that has the metrics of all versions; it remembers itself how far it is."""
+        name = projection.history_experiment_name(head.line)
+        experiment = self._writer.experiment(name)
+        found = self._writer.runs(experiment, projection_merged.history_digest(head.line))
+        complete = _completed(found[0].data.tags) if len(found) == 1 and not full else None
+        if complete != done:  # it was deleted, or a repair was killed in between
+            pending = _since(ledger.entries(), head, complete)
+        if not pending:
+            return
+        run = projection_merged.of_history(head.line, pending[-1].time)
+        run_id = self._writer.write_run(experiment, run)
+        points = [
+            point
+            for entry in reversed(pending)
+            for point in projection_merged.points_of(
+                entry, [ledger.merged(v) for v in outcomes.touched_merges(entry)]
+            )
+        ]
+        self._writer.write_points(run_id, points)
+        self.client.set_tag(run_id, _COMPLETE_TAG, _complete(head))
+
+    def _aliases(self, head: Head) -> dict[str, int] | None:
+        """The aliases of the line's model; None where it should have versions and is gone."""
+        from mlflow.exceptions import MlflowException
+
+        if not head.versions:
+            return {}
+        try:
+            model = self.client.get_registered_model(projection.model_name(head.line))
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return None
+            raise
+        self._writer.models.add(model.name)
+        return {alias: int(version) for alias, version in model.aliases.items()}
+
+    def _set_aliases(self, head: Head, present: Mapping[str, int]) -> None:
+        name = projection.model_name(head.line)
+        for alias in ("champion", "candidate"):
+            version = getattr(head, alias)
+            if version is None:
+                if alias in present:
+                    self.client.delete_registered_model_alias(name, alias)
+                continue
+            identity = {
+                projection.DIGEST_TAG: head.versions[version],
+                projection.VERSION_TAG: str(version),
+            }
+            found = self._writer.versions(name, identity)
+            if found and int(found[0].version) != present.get(alias):
+                self.client.set_registered_model_alias(name, alias, str(found[0].version))
+
+    @contextlib.contextmanager
+    def _alone(self) -> Iterator[None]:
+        """Keep the workers of one host from searching and creating at the same time."""
+        path = self.home.root / "mlflow.lock"
+        with explained(path, "write"):
+            self.home.root.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return mlflow_explained(self.home)
+
+
+def _completed(tags: Mapping[str, str]) -> str | None:
+    """The act up to which an image is complete, as its tags say."""
+    version, _, entry = tags.get(_COMPLETE_TAG, "").partition(":")
+    return entry if version == _IMAGE_VERSION else None
+
+
+def _version(number: int | None) -> str:
+    return "nothing" if number is None else "something else" if number < 0 else f"version {number}"
+
+
+def _complete(head: Head) -> str:
+    return f"{_IMAGE_VERSION}:{head.entry}"
+
+
+def _since(newest_first: Iterator[Entry], head: Head, complete_to: str | None) -> list[Entry]:
+    """The acts after one; those before it are left in the iterator."""
+    if head.entry == complete_to:
+        return []
+    found = []
+    for entry in newest_first:
+        found.append(entry)
+        if entry.previous is not None and entry.previous == complete_to:
+            break
+    return found
+
+
+@contextlib.contextmanager
+def mlflow_explained(home: Home, missing: str | None = None) -> Iterator[None]:
+    """Turn MLflow's failures into errors that say what to do.
+
+    Args:
+        home: whose MLflow it is.
+        missing: what to say when MLflow answers that something is not there.
+
+    Raises:
+        BadInput: something is not there, and `missing` was given.
+        Unavailable: MLflow cannot be used now.
+    """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError, OSError) as error:
+        first = without_credentials((str(error).splitlines() or [type(error).__name__])[0])[:300]
+        absent = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
+        if missing is not None and getattr(error, "error_code", None) in absent:
+            raise BadInput(missing, found=first, hint="check the name and the version") from None
+        # Not chained: the original may hold an address with its password.
+        raise Unavailable(
+            f"MLflow at {without_credentials(home.mlflow_uri)} cannot be used",
+            found=first,
+            hint="check MLFLOW_TRACKING_URI and that the server runs; the store is complete, "
+            "and the next remerge completes MLflow",
+        ) from None
+
+
+def run_address(server: str, experiment: str, run: str) -> str:
+    """Where a browser shows a run; the page would otherwise open for another kind of work."""
+    place = f"#/experiments/{experiment}/runs/{run}?workflowType=machine_learning"
+    return f"{without_credentials(server).rstrip('/')}/{place}"
+
+
+def connect(home: Home) -> "MlflowClient":
+    """MLflow's client for a home; nothing global in the process is set."""
+    # The first connection migrates a new database and would tell every step of it.
+    for name in ("alembic", "mlflow.store.db.utils"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    import mlflow
+
+    if home.owns_mlflow:
+        home.root.mkdir(parents=True, exist_ok=True)
+    _check_database(home.mlflow_uri)
+    return mlflow.MlflowClient(tracking_uri=home.mlflow_uri, registry_uri=home.mlflow_uri)
+
+
+@lru_cache(maxsize=8)
+def _check_database(uri: str) -> None:
+    """Ask a database that is used without a server once: MLflow would ask for an hour."""
+    if not uri.startswith("postgresql"):
+        return
+    from sqlalchemy import create_engine
+
+    with contextlib.suppress(ImportError):  # no driver, which MLflow explains itself
+        engine = create_engine(uri, connect_args={"connect_timeout": 10})
+        try:
+            engine.connect().close()
+        finally:
+            engine.dispose()

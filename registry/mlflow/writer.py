@@ -1,0 +1,216 @@
+"""Runs and model versions in MLflow: each there once, whole, and as its image says.
+
+Nothing is created before a search by the digest in a tag has not found it, and writing the
+same once more changes nothing: calls may be repeated, killed in between, or made by two
+workers. A run is finished last, so one that is not is written again.
+"""
+
+import contextlib
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from restitch.merging.errors import Unavailable
+from restitch.registry.home import Home
+from restitch.registry.mlflow import projection
+from restitch.registry.mlflow.projection_merged import Point
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput
+
+# What MLflow takes in one request.
+_MOST_METRICS, _MOST_TEXTS = 1000, 100
+
+
+class Writer:
+    """Writes images by MLflow's client; whatever it raises is the caller's to explain."""
+
+    def __init__(self, client: "MlflowClient", home: Home) -> None:
+        self.client = client
+        self.home = home
+        self._experiments: dict[str, str] = {}
+        self.models: set[str] = set()
+
+    def write_run(self, experiment: str, run: projection.RunImage) -> str:
+        """Show a run; returns its id."""
+        found = self.runs(experiment, run.digest)
+        if found:
+            first, *others = found
+            for other in others:  # two workers searched at the same moment
+                self.client.delete_run(other.info.run_id)
+            if _is_whole(first, run):
+                self._keep_tags(first, run.current)
+                return str(first.info.run_id)
+        else:
+            tags = {projection.DIGEST_TAG: run.digest}
+            first = self.client.create_run(experiment, start_time=run.time, tags=tags)
+        run_id = str(first.info.run_id)
+        # Writing the same values once more changes nothing, so an unfinished run is rewritten.
+        points = [Point(name, value, run.time, run.step) for name, value in run.metrics.items()]
+        self.write_points(run_id, points)
+        self._write_texts(run_id, run.params, {**run.tags, **run.current})
+        if run.inputs:
+            self.client.log_inputs(run_id, datasets=[self._input(data) for data in run.inputs])
+        self.write_artifacts(run_id, run.artifacts)
+        self.client.set_terminated(run_id, "FINISHED", end_time=run.time)
+        return run_id
+
+    def write_points(self, run_id: str, points: Sequence[Point]) -> None:
+        """Add values of metrics to a run; those that it has already change nothing."""
+        from mlflow.entities import Metric
+
+        metrics = [Metric(p.metric, p.value, p.time, p.step) for p in points]
+        for some in range(0, len(metrics), _MOST_METRICS):
+            self.client.log_batch(run_id, metrics=metrics[some : some + _MOST_METRICS])
+
+    def write_artifacts(self, run_id: str, artifacts: Mapping[str, bytes]) -> None:
+        """Write or overwrite artifacts of a run."""
+        if not artifacts:
+            return
+        self.home.scratch.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self.home.scratch) as folder:
+            for name, data in artifacts.items():
+                path = Path(folder, name)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(data)
+            self.client.log_artifacts(run_id, folder)
+
+    def write_version(self, version: projection.VersionImage, run_id: str) -> None:
+        """Show a version of a registered model."""
+        found = self.versions(version.name, version.identity)
+        if version.existing is not None:
+            number = version.existing.number
+            # A version that somebody made is never the one that is removed as a double.
+            found = sorted(found, key=lambda v: int(v.version) != number) or self._taken(version)
+        if not found:
+            self._make_model(version.name)
+            self.client.create_model_version(
+                version.name,
+                source=f"runs:/{run_id}/restitch",
+                run_id=run_id,
+                tags={**version.tags, **version.identity},
+                description=version.description,
+                await_creation_for=0,
+            )
+            return
+        first, *others = found
+        for other in others:
+            self.client.delete_model_version(version.name, str(other.version))
+        for key, value in version.tags.items():
+            if first.tags.get(key) != value:
+                self.client.set_model_version_tag(version.name, str(first.version), key, value)
+        own = version.existing is not None and first.description
+        if own and not first.description.startswith(version.opening):
+            return  # what somebody wrote there themselves stays
+        if first.description != version.description:
+            self.client.update_model_version(version.name, str(first.version), version.description)
+
+    def runs(self, experiment: str, digest: str) -> list[Any]:
+        """The runs that show an object; more than one where two workers were at it."""
+        runs = self.client.search_runs(
+            [experiment],
+            f"tags.`{image.DIGEST_TAG}` = '{digest}'",
+            max_results=10,
+        )
+        # The same first one for everybody, and never an unfinished one before a finished.
+        return sorted(runs, key=lambda r: (r.info.status != "FINISHED", r.info.run_id))
+
+    def versions(self, name: str, identity: Mapping[str, str]) -> list[Any]:
+        """The versions of a registered model that show an object."""
+        wanted = [f"name = '{name}'", *(f"tags.`{k}` = '{v}'" for k, v in identity.items())]
+        found = self.client.search_model_versions(" and ".join(wanted), max_results=10)
+        return sorted(found, key=lambda v: int(v.version))
+
+    def experiment(self, name: str) -> str:
+        """The id of an experiment, which is made or restored where it is missing."""
+        from mlflow.exceptions import MlflowException
+
+        if name in self._experiments:
+            return self._experiments[name]
+        found = self.client.get_experiment_by_name(name)
+        if found is None:
+            location = self.home.mlartifacts / name if self.home.owns_mlflow else None
+            with contextlib.suppress(MlflowException):  # another worker makes it now
+                self.client.create_experiment(
+                    name, artifact_location=None if location is None else location.as_uri()
+                )
+            found = self.client.get_experiment_by_name(name)
+        if found is None:
+            raise Unavailable(f"MLflow has no experiment {name} and does not make it")
+        if found.lifecycle_stage == "deleted":
+            self.client.restore_experiment(found.experiment_id)
+        self._experiments[name] = str(found.experiment_id)
+        return self._experiments[name]
+
+    def _keep_tags(self, run: Any, tags: Mapping[str, str]) -> None:
+        changed = {k: v for k, v in tags.items() if run.data.tags.get(k) != v}
+        self._write_texts(str(run.info.run_id), {}, changed)
+
+    def _write_texts(self, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
+        from mlflow.entities import Param, RunTag
+
+        texts = [
+            *(Param(k, v) for k, v in params.items()),
+            *(RunTag(k, v) for k, v in tags.items()),
+        ]
+        for some in range(0, len(texts), _MOST_TEXTS):
+            part = texts[some : some + _MOST_TEXTS]
+            self.client.log_batch(
+                run_id,
+                params=[text for text in part if isinstance(text, Param)],
+                tags=[text for text in part if isinstance(text, RunTag)],
+            )
+
+    def _input(self, data: projection.DataImage) -> "DatasetInput":
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        if data.source.startswith("/"):
+            kind, source = "local", {"uri": data.source}
+        else:
+            path, _, revision = data.source.partition("@")
+            kind, source = "hugging_face", {"path": path, "revision": revision}
+        shown = Dataset(data.name, data.digest, kind, json.dumps(source))
+        return DatasetInput(shown, [InputTag("mlflow.data.context", data.context)])
+
+    def _taken(self, version: projection.VersionImage) -> list[Any]:
+        """The version that was made in MLflow alone, from now on the image of ours."""
+        from mlflow.exceptions import MlflowException
+
+        assert version.existing is not None
+        number = str(version.existing.number)
+        try:
+            there = self.client.get_model_version(version.name, number)
+        except MlflowException as error:
+            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                return []
+            raise
+        if there.creation_timestamp != version.existing.created:
+            return []
+        for key, value in version.identity.items():
+            self.client.set_model_version_tag(version.name, number, key, value)
+        return [there]
+
+    def _make_model(self, name: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        if name in self.models:
+            return
+        try:
+            self.client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        self.models.add(name)
+
+
+def _is_whole(found: Any, run: projection.RunImage) -> bool:
+    """Whether a run was finished with all that its image has now."""
+    inputs = {(one.dataset.name, one.dataset.digest) for one in found.inputs.dataset_inputs}
+    return (
+        found.info.status == "FINISHED"
+        and run.metrics.keys() <= found.data.metrics.keys()
+        and {(data.name, data.digest) for data in run.inputs} <= inputs
+    )

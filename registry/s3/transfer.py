@@ -1,0 +1,293 @@
+"""Content on its way to an S3 server and back: in parts, in parallel, in bounded memory.
+
+A few parts are in flight at once, each in a thread, and none is kept when it is done. Every
+request carries a CRC32, which a server that knows it compares. Every object carries in its
+metadata what its reader compares: the digest of a small one; of a large one short digests
+of its ranges, so that a range that came altered is fetched again and not the whole object.
+"""
+
+import base64
+import contextlib
+import os
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from blake3 import blake3
+from restitch.merging.digests import digest_bytes
+from restitch.merging.errors import BadInput
+from restitch.registry.s3.client import AlteredError, MangledError, client
+from restitch.registry.s3.retries import persistently, take_body
+
+# Larger content goes in parts of this size, and so many of them at once.
+PART = 16 << 20
+IN_FLIGHT = 4
+
+DIGEST, RANGES = "restitch-digest", "restitch-ranges"
+
+_BLOCK = 1 << 20
+_MOST_PARTS = 10_000
+# With four bytes each they fit into the two kilobytes that metadata may have.
+_MOST_RANGES, _SHORT = 256, 4
+
+
+class Target(NamedTuple):
+    """Where content goes, and with what.
+
+    Attributes:
+        place: bucket and key.
+        metadata: what is kept with it.
+        settings: further parameters of whatever begins an object.
+        condition: what the server compares before the object is there.
+    """
+
+    place: dict[str, str]
+    metadata: dict[str, str]
+    settings: dict[str, str]
+    condition: dict[str, str]
+
+
+def send_bytes(target: Target, data: bytes) -> str:
+    """Write an object by one request; its ETag."""
+    checked = _checked(data)
+
+    def send() -> str:
+        answer = client().put_object(
+            **target.place,
+            **target.settings,
+            **target.condition,
+            **checked,
+            Body=data,
+            Metadata={**target.metadata, DIGEST: digest_bytes(data)},
+        )
+        _compare(answer, checked)
+        return str(answer["ETag"])
+
+    return persistently(send, len(data))
+
+
+def send_file(target: Target, file: Path) -> str:
+    """Write an object from a file, in parts where it is large; its ETag.
+
+    Raises:
+        BadInput: the file changed meanwhile; nothing was written.
+    """
+    with file.open("rb") as source:
+        before = _state(source.fileno())
+        size = before[0]
+        if size <= PART:
+            return send_bytes(target, source.read())
+        ranges = _ranges_of(source.fileno(), size)
+        with _upload(target, ranges) as upload:
+            parts = _send_parts(target, upload, source.fileno(), size)
+            if _state(source.fileno()) != before:
+                raise BadInput(f"{file} changed while it was read", hint="try again")
+            return _complete(target, upload, parts)
+
+
+def read_body(answer: Mapping[str, Any]) -> bytes:
+    """The content of a small object.
+
+    Raises:
+        AlteredError: it is not what was written.
+        MangledError: it is cut, or too slow.
+        BotoCoreError: the connection broke.
+    """
+    blocks: list[bytes] = []
+    take_body(answer["Body"], int(answer["ContentLength"]), blocks.append, _BLOCK)
+    data = b"".join(blocks)
+    _compare_digest(answer, lambda: digest_bytes(data))
+    return data
+
+
+def fetch_file(place: dict[str, str], file: Path) -> None:
+    """Download an object into a file that is not there yet.
+
+    It is not waited for until the disk has it: a copy that a power failure has torn is found
+    by its digest and fetched again.
+
+    Raises:
+        AlteredError: it is not what was written, however often it is fetched.
+        BotoCoreError, ClientError, MangledError: it cannot be fetched.
+    """
+    descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        size, etag, metadata = persistently(lambda: _begin(place, descriptor), PART)
+        if size > PART:
+            length, digests = _read_ranges(metadata, size)
+            os.truncate(descriptor, size)
+            _in_parallel(
+                lambda number: fetch_range(
+                    {**place, "IfMatch": etag},
+                    descriptor,
+                    number * length,
+                    min(length, size - number * length),
+                    digests[number] if digests else None,
+                ),
+                range(-(-size // length)),
+            )
+    finally:
+        os.close(descriptor)
+
+
+def _begin(place: dict[str, str], descriptor: int) -> tuple[int, str, Mapping[str, str]]:
+    """Ask for an object; take its content where it is small."""
+    answer = client().get_object(**place)
+    size = int(answer["ContentLength"])
+    if size > PART:
+        answer["Body"].close()
+    else:
+        hasher = blake3()
+        os.truncate(descriptor, 0)
+        os.lseek(descriptor, 0, os.SEEK_SET)
+
+        def take(block: bytes) -> None:
+            hasher.update(block)
+            os.write(descriptor, block)
+
+        take_body(answer["Body"], size, take, _BLOCK)
+        _compare_digest(answer, hasher.hexdigest)
+    return size, str(answer["ETag"]), answer.get("Metadata", {})
+
+
+def fetch_range(
+    asked: dict[str, str], descriptor: int, start: int, length: int, expected: bytes | None
+) -> None:
+    """Fetch a range of an object to the same place of a file; raises like `fetch_file`.
+
+    Args:
+        asked: bucket, key and condition.
+        descriptor: of the file.
+        start: where it begins.
+        length: its bytes.
+        expected: the short digest of what must come, where that is known.
+    """
+
+    def fetch() -> None:
+        answer = client().get_object(**asked, Range=f"bytes={start}-{start + length - 1}")
+        if int(answer["ContentLength"]) != length:
+            answer["Body"].close()
+            raise MangledError(f"a range of {length} bytes has {answer['ContentLength']}")
+        hasher, at = blake3(), start
+
+        def take(block: bytes) -> None:
+            nonlocal at
+            hasher.update(block)
+            at += os.pwrite(descriptor, block, at)
+
+        take_body(answer["Body"], length, take, _BLOCK)
+        if expected is not None and hasher.digest(_SHORT) != expected:
+            raise AlteredError(f"other bytes from {start} to {start + length}")
+
+    persistently(fetch, length)
+
+
+@contextlib.contextmanager
+def _upload(target: Target, ranges: str) -> Iterator[str]:
+    """The id of an upload in parts, which is aborted where it is not completed."""
+    answer = persistently(
+        lambda: client().create_multipart_upload(
+            **target.place,
+            **target.settings,
+            ChecksumAlgorithm="CRC32",
+            Metadata={**target.metadata, RANGES: ranges},
+        )
+    )
+    upload = str(answer["UploadId"])
+    try:
+        yield upload
+    except BaseException:
+        # Parts of an upload that nobody completes cost money until they are swept.
+        with contextlib.suppress(Exception):
+            persistently(lambda: client().abort_multipart_upload(**target.place, UploadId=upload))
+        raise
+
+
+def _send_parts(target: Target, upload: str, descriptor: int, size: int) -> list[dict[str, Any]]:
+    length = max(PART, -(-size // _MOST_PARTS))
+
+    def send(index: int) -> dict[str, Any]:
+        data = os.pread(descriptor, length, index * length)
+        checked = _checked(data)
+
+        def once() -> dict[str, Any]:
+            answer = client().upload_part(
+                **target.place, **checked, UploadId=upload, PartNumber=index + 1, Body=data
+            )
+            _compare(answer, checked)
+            crc = {"ChecksumCRC32": checked["ChecksumCRC32"]}
+            return {"PartNumber": index + 1, "ETag": answer["ETag"], **crc}
+
+        return persistently(once, len(data))
+
+    return _in_parallel(send, range(-(-size // length)))
+
+
+def _complete(target: Target, upload: str, parts: list[dict[str, Any]]) -> str:
+    answer = persistently(
+        lambda: client().complete_multipart_upload(
+            **target.place,
+            **target.condition,
+            UploadId=upload,
+            MultipartUpload={"Parts": parts},
+        )
+    )
+    return str(answer["ETag"])
+
+
+def _in_parallel(do: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
+    """The results in order; the first error ends it, and nothing new is begun."""
+    with ThreadPoolExecutor(IN_FLIGHT, "s3") as pool:
+        try:
+            return list(pool.map(do, numbers))
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def _ranges_of(descriptor: int, size: int) -> str:
+    """The short digests of a file's ranges, as metadata."""
+    length = max(PART, -(-size // (_MOST_RANGES * _BLOCK)) * _BLOCK)
+    digests = bytearray()
+    for start in range(0, size, length):
+        hasher = blake3()
+        for at in range(start, min(start + length, size), _BLOCK):
+            hasher.update(os.pread(descriptor, min(_BLOCK, start + length - at), at))
+        digests += hasher.digest(_SHORT)
+    return f"{length} {base64.b64encode(digests).decode()}"
+
+
+def _read_ranges(metadata: Mapping[str, str], size: int) -> tuple[int, list[bytes]]:
+    """The length of ranges and their short digests, if there are any."""
+    length, _, text = metadata.get(RANGES, "").partition(" ")
+    with contextlib.suppress(ValueError):
+        digests, each = base64.b64decode(text, validate=True), int(length)
+        if each > 0 and len(digests) == -(-size // each) * _SHORT:
+            at = range(0, len(digests), _SHORT)
+            return each, [digests[start : start + _SHORT] for start in at]
+    return PART, []
+
+
+def _checked(data: bytes) -> dict[str, str]:
+    crc = base64.b64encode(zlib.crc32(data).to_bytes(4, "big")).decode()
+    return {"ChecksumAlgorithm": "CRC32", "ChecksumCRC32": crc}
+
+
+def _compare(answer: Mapping[str, Any], checked: Mapping[str, str]) -> None:
+    """Refuse the answer of a server that knows the checksum and has got something else."""
+    expected = checked["ChecksumCRC32"]
+    if answer.get("ChecksumCRC32", expected) != expected:
+        raise AlteredError(f"the server received {answer['ChecksumCRC32']}, not {expected}")
+
+
+def _compare_digest(answer: Mapping[str, Any], found: Callable[[], str]) -> None:
+    expected = answer.get("Metadata", {}).get(DIGEST)
+    if expected is not None and found() != expected:
+        raise AlteredError(f"the digest {found()}, not {expected}")
+
+
+def _state(descriptor: int) -> tuple[int, int]:
+    found = os.fstat(descriptor)
+    return found.st_size, found.st_mtime_ns

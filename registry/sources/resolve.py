@@ -1,0 +1,320 @@
+"""Where models are read: a path, a bucket, the hub, or MLflow, always the same thing again.
+
+An existing local path wins and is used in place. A folder in a bucket is read there; whoever
+needs its weights as files gets them whole, in the cache. A hub id is pinned to its commit, and
+only weights, configuration, tokenizer and processor files are fetched, into the hub's own
+cache. An MLflow artifact is fetched once and kept in the store, so that it can be read
+again wherever the store can, whatever becomes of it in MLflow; a local model can be copied
+there likewise. Nothing that is fetched is executed, and pickles are not fetched at all.
+"""
+
+import json
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from restitch.merging.digests import digest_bytes, digest_json
+from restitch.merging.errors import BadInput, Damage
+from restitch.registry.access_policy import check_address, check_artifact, check_hub, check_path
+from restitch.registry.home import Home
+from restitch.registry.ledger.references import COPY_SCHEME as COPY_SCHEME
+from restitch.registry.ledger.references import MLFLOW_SCHEMES as MLFLOW_SCHEMES
+from restitch.registry.ledger.references import S3_SCHEME
+from restitch.registry.paths import is_there, named_path
+from restitch.registry.s3.settings import cache_limit
+from restitch.registry.sources.bucket import S3Folder, check_small, list_folder
+from restitch.registry.sources.hub import commit_of, from_hub, is_commit
+from restitch.registry.sources.model_files import check_safetensors, files_of, model_folder, wanted
+from restitch.registry.specs.line import is_hub_id, split_pin
+from restitch.registry.store.base import explained
+from restitch.registry.store.objects import ObjectStore
+from restitch.registry.store.read_cache import ReadCache
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+_DIGEST = re.compile(r"[0-9a-f]{64}\Z")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be read.
+
+    Attributes:
+        uri: what names the same thing for ever: an absolute path, `org/name@commit`, an
+            MLflow address that cannot move, `s3://bucket/folder`, or `store://DIGEST`.
+        local: its folder or file on this machine.
+        kind: where it comes from.
+        revision: the commit, for the hub.
+        remote: the folder in a bucket whose weights are not in `local`, with all else that is.
+    """
+
+    uri: str
+    local: Path
+    kind: Literal["path", "hub", "mlflow", "copy", "s3"]
+    revision: str | None = None
+    remote: S3Folder | None = None
+
+
+def resolve_source(source: str | Path, home: Home, *, whole: bool = True) -> Source:
+    """Find a model and make it readable on this machine.
+
+    Args:
+        source: a path, `org/name[@revision]`, `s3://bucket/folder`, `models:/`, `runs:/`,
+            `mlflow-artifacts:/`, or `store://` for a copy.
+        home: where what is fetched is kept.
+        whole: fetch a bucket's weights, too; without, they are left to `Source.remote`.
+
+    Raises:
+        BadInput: it is not there, or of a kind that is not read.
+        Unavailable: the server that holds it is away, or refuses.
+    """
+    text = str(source)
+    if text.startswith(S3_SCHEME):
+        return _from_s3(text.rstrip("/"), home, whole=whole)
+    path = named_path(text.removeprefix("file://"), None, "the model")
+    if is_there(path, "the model"):
+        check_path(path, "the model")
+        return Source(uri=str(path.resolve()), local=path.resolve(), kind="path")
+    if text.startswith(MLFLOW_SCHEMES):
+        return _from_mlflow(text, home)
+    if text.startswith(COPY_SCHEME):
+        return _from_copy(text, home)
+    if "://" not in text and is_hub_id(text):
+        name, revision, local = from_hub(text)
+        return Source(uri=f"{name}@{revision}", local=local, kind="hub", revision=revision)
+    raise BadInput(
+        f"there is no model at {text}",
+        expected="a folder, a hub id such as org/name, s3://bucket/folder, or models:/NAME/VERSION",
+        found="an address of another kind" if "://" in text else "nothing at this path",
+        hint="copy the model to a folder and name that" if "://" in text else "check the path",
+    )
+
+
+def copy_into_store(source: Source, home: Home) -> Source:
+    """Keep a local model in the store, where any worker can read it; each file only once.
+
+    Returns:
+        The copy, named by its content; its `local` is still the original.
+
+    Raises:
+        BadInput: it is no folder of safetensors and no such file.
+        Unavailable: the store cannot be written to.
+    """
+    local = source.local
+    if not local.is_dir() and local.suffix != ".safetensors":
+        raise BadInput(
+            f"{local} cannot be copied into the store",
+            expected="a folder of safetensors, or one .safetensors file",
+        )
+    objects = ObjectStore(home.open_store())
+    manifest = _manifest(source.uri, files_of(local), objects, move=False)
+    return Source(uri=f"{COPY_SCHEME}{manifest}", local=local, kind="copy")
+
+
+def pin_data(path: str) -> str:
+    """A task's data with a hub id pinned to its commit; a local path stays as it is.
+
+    Data is never copied: several hosts need local data on shared storage, at the same path.
+
+    Raises:
+        BadInput: there is no such data set or revision.
+        Unavailable: the hub is away.
+    """
+    if is_there(Path(path), "the data") or "://" in path:
+        return path
+    check_hub(f"the data set {path}")
+    name, revision = split_pin(path)
+    if revision is not None and is_commit(revision):
+        return path
+    repository = name.partition(":")[0]
+    return f"{name}@{commit_of(repository, revision, 'dataset')}"
+
+
+def _from_s3(text: str, home: Home, *, whole: bool) -> Source:
+    check_address(text, "the model")
+    folder = list_folder(text)
+    kept = wanted(dict(folder.files))
+    check_safetensors(text, kept, folder.files)
+    small = [name for name in kept if not name.endswith(".safetensors")]
+    check_small(folder, small)
+    names = sorted(kept) if whole else small
+    versions = [[name, kept[name].size, kept[name].etag] for name in names]
+
+    def fetch(building: Path) -> None:
+        building.mkdir()
+        for name in names:
+            folder.fetch(name, building / name)
+
+    cache = _cache(home)
+    with explained(cache.root, "write"):
+        local = cache.get(digest_json([text, versions]), fetch)
+    return Source(uri=text, local=local, kind="s3", remote=None if whole else folder)
+
+
+def _from_mlflow(uri: str, home: Home) -> Source:
+    objects = ObjectStore(home.open_store())
+    kept = objects.lookup("source", digest_bytes(uri.encode())) if _is_fixed(uri) else None
+    fixed = uri
+    if kept is None:
+        fixed, manifest = _fetch(uri, home, objects)
+        kept = objects.publish("source", digest_bytes(fixed.encode()), manifest)
+    files = json.loads(objects.read_blob(kept.blob))
+    if "uri" in files:  # a stand-in that names where the model really is
+        target = resolve_source(files["uri"], home)
+        return Source(target.uri, target.local, target.kind, target.revision)
+    return Source(uri=fixed, local=_unpacked(kept.blob, files, home, objects), kind="mlflow")
+
+
+def _from_copy(uri: str, home: Home) -> Source:
+    manifest = uri.removeprefix(COPY_SCHEME)
+    if not _DIGEST.match(manifest):
+        raise BadInput(f"{uri} names no copy", expected=f"{COPY_SCHEME} and a digest")
+    cache = _cache(home)
+    if not cache.use(manifest):
+        objects = ObjectStore(home.open_store())
+        _unpacked(manifest, json.loads(objects.read_blob(manifest)), home, objects)
+    return Source(uri=uri, local=cache.root / manifest, kind="copy")
+
+
+def _is_fixed(uri: str) -> bool:
+    """Whether an MLflow address means the same for ever, as an alias does not."""
+    rest = uri.removeprefix("models:/")
+    return rest == uri or ("@" not in rest and "/" in rest)
+
+
+def _fetch(uri: str, home: Home, objects: ObjectStore) -> tuple[str, str]:
+    """Download an MLflow artifact into the store: its fixed address and its manifest."""
+    with _downloaded(uri, home) as (fixed, got):
+        return fixed, _kept(uri, got, objects)
+
+
+@contextmanager
+def fetched_again(uri: str, home: Home) -> Iterator[dict[str, Path]]:
+    """The files that a model's source gives now, by name; gone with the context.
+
+    Args:
+        uri: a path, a hub id or an MLflow address.
+        home: where what is fetched lies meanwhile.
+
+    Raises:
+        BadInput: there is no such model any more.
+        Unavailable: the server that holds it is away.
+    """
+    if not uri.startswith(MLFLOW_SCHEMES):
+        yield wanted(files_of(resolve_source(uri, home).local))
+        return
+    with _downloaded(uri, home) as (_, got):
+        yield wanted(files_of(got if got.is_file() else model_folder(uri, got)))
+
+
+@contextmanager
+def _downloaded(uri: str, home: Home) -> Iterator[tuple[str, Path]]:
+    """An MLflow artifact's fixed address, and its files for the length of the context."""
+    from restitch.registry.mlflow.sync import connect, mlflow_explained
+
+    with explained(home.scratch, "write"):
+        home.scratch.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix="fetch-", dir=home.scratch))
+    try:
+        with mlflow_explained(home, missing=f"MLflow has no {uri}"):
+            fixed, place = _place(client := connect(home), uri)
+            check_artifact(client, place, uri, own=home.mlartifacts)
+            from mlflow.artifacts import download_artifacts
+
+            got = download_artifacts(
+                artifact_uri=place, dst_path=str(folder), tracking_uri=home.mlflow_uri
+            )
+        yield fixed, Path(got)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _place(client: "MlflowClient", uri: str) -> tuple[str, str]:
+    """The address of the same thing that cannot move, and where its artifacts lie.
+
+    MLflow's own way through `models:/` asks the process's global server and not ours.
+    """
+    if not uri.startswith("models:/"):
+        return uri, uri
+    first, *path = uri.removeprefix("models:/").strip("/").split("/")
+    name, _, alias = first.partition("@")
+    if alias:
+        version = str(client.get_model_version_by_alias(name, alias).version)
+    elif path and path[0].isdigit():
+        version, *path = path
+    elif not path:
+        return uri, str(client.get_logged_model(name).artifact_location)
+    else:
+        raise BadInput(
+            f"{uri} moves from version to version",
+            expected="models:/NAME/VERSION or models:/NAME@ALIAS",
+        )
+    fixed = "/".join((f"models:/{name}/{version}", *path))
+    place = client.get_model_version_download_uri(name, version)
+    if place.startswith("models:/"):
+        place = _place(client, place)[1]
+    return fixed, "/".join((place.rstrip("/"), *path))
+
+
+def _kept(uri: str, got: Path, objects: ObjectStore) -> str:
+    """Put a model's files into the store; returns the digest of their manifest."""
+    if not got.is_file():
+        stand_in = got / "object.json"
+        if stand_in.is_file() and not any(got.rglob("*.safetensors")):
+            return objects.put_json({"uri": _pointed_at(uri, stand_in)})
+        got = model_folder(uri, got)
+    return _manifest(uri, files_of(got), objects, move=True)
+
+
+def _manifest(uri: str, files: dict[str, Path], objects: ObjectStore, *, move: bool) -> str:
+    """Put those of a model's files that are read; returns the digest of what names them."""
+    kept_files = wanted(files)
+    check_safetensors(uri, kept_files, files)
+    kept = {name: objects.put_blob(path, move=move) for name, path in kept_files.items()}
+    return objects.put_json({"files": kept})
+
+
+def _pointed_at(uri: str, stand_in: Path) -> str:
+    try:
+        values = json.loads(stand_in.read_bytes())
+        target = values["uri"]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        target = None
+    # A stand-in may not lead to another one, or the chain might never end.
+    if not isinstance(target, str) or target.startswith(MLFLOW_SCHEMES):
+        raise BadInput(
+            f"{uri} holds an object.json that names no model",
+            expected="a path or a hub id under 'uri'",
+        )
+    return target
+
+
+def _unpacked(
+    manifest: str, files: dict[str, dict[str, str]], home: Home, objects: ObjectStore
+) -> Path:
+    """A folder in the cache with the files of a manifest, complete or not there at all."""
+    folder = (cache := _cache(home)).root / manifest
+    if cache.use(manifest):
+        return folder
+    with explained(folder, "write"), cache.temporary() as building:
+        building.mkdir()
+        for name, blob in files["files"].items():
+            if Path(name).name != name:
+                raise Damage(f"the manifest {manifest} names the file {name!r}")
+            path = objects.blob_path(blob)
+            try:
+                (building / name).hardlink_to(path)
+            except OSError:
+                shutil.copyfile(path, building / name)
+        cache.keep(manifest, building)
+    return folder
+
+
+def _cache(home: Home) -> ReadCache:
+    return ReadCache(home.cache / "sources", cache_limit, folders=True)
