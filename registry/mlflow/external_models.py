@@ -45,7 +45,7 @@ class Foreign:
     @property
     def uri(self) -> str:
         """The address by which its files are read."""
-        return f"models:/{image.model_name(self.line, self.task)}/{self.mlflow.number}"
+        return f"models:/{projection.model_name(self.line, self.task)}/{self.mlflow.number}"
 
 
 def foreign_versions(catalog: Catalog, line: str) -> list[Foreign]:

@@ -187,7 +187,7 @@ class Catalog:
             wrong = []
             aliases = self._aliases(head)
             if aliases is None:
-                return (f"the registered model {image.model_name(head.line)} is gone",)
+                return (f"the registered model {projection.model_name(head.line)} is gone",)
             for alias in ("champion", "candidate"):
                 version = getattr(head, alias)
                 shown = self._shown(head, aliases.get(alias))

@@ -112,7 +112,7 @@ class Writer:
         """The runs that show an object; more than one where two workers were at it."""
         runs = self.client.search_runs(
             [experiment],
-            f"tags.`{image.DIGEST_TAG}` = '{digest}'",
+            f"tags.`{projection.DIGEST_TAG}` = '{digest}'",
             max_results=10,
         )
         # The same first one for everybody, and never an unfinished one before a finished.

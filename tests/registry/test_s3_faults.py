@@ -49,7 +49,7 @@ class TestFaultyNetwork(StoreContract):
 
     @pytest.fixture
     def opener(self, faults, s3_bucket, prefix, tmp_path):
-        module = "__import__('restitch.registry.s3.store').s3_store"
+        module = "__import__('restitch.registry.s3.store').registry.s3.store"
         cache = str(tmp_path / "cache")
         return f"{module}.S3Store({s3_bucket!r}, {prefix!r}, Path({cache!r}))"
 

@@ -8,7 +8,9 @@ from botocore.exceptions import ConnectionClosedError, ReadTimeoutError
 from botocore.httpsession import URLLib3Session
 from restitch.merging.errors import BadInput, Damage, Unavailable
 from restitch.registry.home import Home
-from restitch.registry.s3 import client, conditional_writes, retries, store, transfer
+from restitch.registry.s3 import client as s3_client
+from restitch.registry.s3 import conditional_writes, retries, transfer
+from restitch.registry.s3 import store as s3_store
 from restitch.registry.s3.client import parse_address
 from restitch.registry.s3.store import S3Store
 from restitch.registry.store.base import NotInStore
@@ -35,7 +37,7 @@ def store(s3_bucket, prefix, tmp_path):
 
 @pytest.fixture
 def opener(s3_bucket, prefix, tmp_path):
-    module = "__import__('restitch.registry.s3.store').s3_store"
+    module = "__import__('restitch.registry.s3.store').registry.s3.store"
     return f"{module}.S3Store({s3_bucket!r}, {prefix!r}, Path({str(tmp_path / 'cache')!r}))"
 
 
@@ -137,7 +139,7 @@ class TestLostAnswers:
     def test_a_swap_that_too_many_followed_to_tell_is_neither_made_nor_refused(
         self, store, monkeypatch
     ):
-        monkeypatch.setattr(store, "_REMEMBERED", 4)
+        monkeypatch.setattr(s3_store, "_REMEMBERED", 4)
         first = store.swap("head", None, b"0")
         _overtake(monkeypatch, store, 9)
         with pytest.raises(Unavailable, match="cannot tell whether head was written"):
@@ -202,9 +204,9 @@ class TestConflicts:
         assert store.swap("name", store.read_tagged("name").tag, b"other")
         assert store.read("name") == b"other"
 
-    def test_a_swap_of_what_is_gone_changes_nothing(self, store, client, prefix):
+    def test_a_swap_of_what_is_gone_changes_nothing(self, store, s3_client, prefix):
         tag = store.swap("head", None, b"1")
-        client.delete_object(Bucket="bucket", Key=f"{prefix}/head")
+        s3_client.delete_object(Bucket="bucket", Key=f"{prefix}/head")
         assert store.swap("head", tag, b"2") is None
 
 
@@ -252,13 +254,13 @@ class TestLargeFiles:
         assert store.put("name", file)
         assert store.read("name") == file.read_bytes()
 
-    def test_uploads_that_nobody_completes_are_swept_by_age(self, store, client, prefix):
+    def test_uploads_that_nobody_completes_are_swept_by_age(self, store, s3_client, prefix):
         for place in (prefix, "elsewhere"):
-            client.create_multipart_upload(Bucket="bucket", Key=f"{place}/name")
+            s3_client.create_multipart_upload(Bucket="bucket", Key=f"{place}/name")
         # This server says of each upload that it began in 2010.
         assert store.sweep(older_than=time.time()) == 0
         assert store.sweep(older_than=3600) == 1
-        left = client.list_multipart_uploads(Bucket="bucket")["Uploads"]
+        left = s3_client.list_multipart_uploads(Bucket="bucket")["Uploads"]
         assert f"{prefix}/name" not in [upload["Key"] for upload in left]
 
 
@@ -310,14 +312,14 @@ class TestCache:
         assert list((cache / ".tmp").iterdir()) == []
 
     def test_a_damaged_copy_is_fetched_again_and_a_damaged_object_is_damage(
-        self, store, client, prefix
+        self, store, s3_client, prefix
     ):
         objects = ObjectStore(store)
         blob = objects.put_blob(b"content")
         path = objects.blob_path(blob)
         path.write_bytes(b"altered")
         assert objects.blob_path(blob).read_bytes() == b"content"
-        client.put_object(Bucket="bucket", Key=f"{prefix}/blobs/{blob}", Body=b"altered")
+        s3_client.put_object(Bucket="bucket", Key=f"{prefix}/blobs/{blob}", Body=b"altered")
         path.unlink()
         for read in (objects.read_blob, objects.blob_path):
             with pytest.raises(Damage, match=f"blobs/{blob}"):
@@ -332,12 +334,12 @@ class TestCache:
 
 
 def test_more_than_a_page_is_listed_in_order_and_without_what_is_foreign(
-    store, client, prefix, s3_bucket
+    store, s3_client, prefix, s3_bucket
 ):
     names = [f"n/{number}" for number in range(1100)]
 
     def make(name):
-        client.put_object(Bucket=s3_bucket, Key=name, Body=b"")
+        s3_client.put_object(Bucket=s3_bucket, Key=name, Body=b"")
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(make, [f"{prefix}/{name}" for name in names]))
@@ -427,7 +429,7 @@ class TestErrors:
                 answer = {"ResponseMetadata": {"HTTPStatusCode": 501}}
                 raise ClientError({"Error": {"Code": "NotImplemented"}, **answer}, "List")
 
-        monkeypatch.setattr(store, "client", Plain)
+        monkeypatch.setattr(s3_store, "client", Plain)
         assert store.sweep(0) == 0
 
     def test_an_address_of_the_server_that_is_none_is_bad_input(self, store, monkeypatch):
@@ -467,13 +469,13 @@ def test_a_good_address_is_a_bucket_and_a_prefix():
 
 
 def test_a_client_belongs_to_one_process_and_one_environment(s3_account, monkeypatch):
-    first = client.client()
-    assert client.client() is first
+    first = s3_client.client()
+    assert s3_client.client() is first
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "another")
-    second = client.client()
+    second = s3_client.client()
     assert second is not first
     monkeypatch.setattr(os, "getpid", lambda: 1)
-    assert client.client() is not second
+    assert s3_client.client() is not second
 
 
 class TestPersistence:
@@ -493,10 +495,10 @@ class TestPersistence:
         return call
 
     def test_what_is_altered_once_among_other_failures_is_asked_for_again(self):
-        cut, altered = client.MangledError("cut"), client.AlteredError("altered")
+        cut, altered = s3_client.MangledError("cut"), s3_client.AlteredError("altered")
         assert retries.persistently(self.calls(cut, cut, cut, altered, cut, altered)) == "done"
 
     def test_what_is_altered_again_and_again_is_so_at_the_server(self):
-        altered = [client.AlteredError(str(number)) for number in range(5)]
-        with pytest.raises(client.AlteredError, match="3"):
+        altered = [s3_client.AlteredError(str(number)) for number in range(5)]
+        with pytest.raises(s3_client.AlteredError, match="3"):
             retries.persistently(self.calls(*altered))
