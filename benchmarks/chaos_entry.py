@@ -20,7 +20,7 @@ from restitch.flows import export as export_module
 from restitch.registry.mlflow.writer import Writer
 from restitch.registry.store.base import FolderStore
 from restitch.registry.store.objects import ObjectStore
-from restitch.tasks.engine import flow
+from restitch.tasks.runtime.engine import flow
 
 MASK, ENTRY, HEAD, MLFLOW, EXPORT = "mask put", "entry put", "head swapped", "mlflow", "export"
 

@@ -37,7 +37,7 @@ from restitch.registry.ledger.records import (
 )
 from restitch.registry.specs.line import LineSpec, MethodSpec, TaskSpec
 from restitch.registry.store.objects import ObjectStore
-from restitch.tasks.reporting import working
+from restitch.tasks.runtime.console import working
 from rich.console import Console
 
 LINE = "long"

@@ -35,11 +35,11 @@ from restitch.modeling.evaluation import evaluate
 from restitch.registry.home import Home, prepare_environment
 from restitch.registry.ledger.line_state import Head
 from restitch.registry.ledger.records import MergedRecord
-from restitch.tasks.inputs import task_head, verified_data
-from restitch.tasks.models import Base, LiveBase, aligned, live_base, open_base
-from restitch.tasks.refs import LineRef
-from restitch.tasks.reporting import reporting_to, working
-from restitch.tasks.workspace import workspace
+from restitch.tasks.inputs.checkpoints import Base, LiveBase, aligned, live_base, open_base
+from restitch.tasks.inputs.task_data import task_head, verified_data
+from restitch.tasks.runtime.console import reporting_to, working
+from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.workspace import workspace
 from rich.console import Console
 
 SPLITS = ("train", "validation", "test")

@@ -31,7 +31,7 @@ from restitch.registry.home import Home, prepare_environment
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.stack import StackFile
 from restitch.registry.store.objects import ObjectStore
-from restitch.tasks.prefect_api import PrefectApi
+from restitch.tasks.runtime.prefect_api import PrefectApi
 from rich.console import Console
 
 from benchmarks.registering import make_models

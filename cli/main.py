@@ -28,7 +28,7 @@ from restitch.cli.app import Json, Line, Version, app, show_result
 from restitch.cli.reporter import TerminalReporter
 from restitch.merging.errors import RestitchError, Unavailable
 from restitch.registry.home import Home, prepare_environment
-from restitch.tasks.reporting import reporting_to, say
+from restitch.tasks.runtime.console import reporting_to, say
 from rich.console import Console
 
 INTERRUPTED = 130
@@ -243,7 +243,7 @@ def webhook(
     from RESTITCH_WEBHOOK_SECRET. `POST /webhook` takes deliveries, `GET /health` answers.
     """
     from restitch.deployments.webhook import SECRET_VARIABLE, register_webhook, serve
-    from restitch.tasks.engine import engine_url
+    from restitch.tasks.runtime.engine import engine_url
 
     secret = os.environ.get(SECRET_VARIABLE, "")
     if register_as is not None:

@@ -11,7 +11,7 @@ from restitch.registry.ledger.line_state import UNREAD, Head, ModelVersion
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.maintenance.specialists import kept_specialists
 from restitch.registry.store.objects import ObjectStore
-from restitch.tasks.workspace import workspace
+from restitch.tasks.runtime.workspace import workspace
 
 
 def status(line: str | None) -> dict[str, Any]:

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
-from restitch.tasks.deaths import HEARTBEAT_SECONDS
-from restitch.tasks.orchestration import DEPLOYMENT, MASK_READY, MODEL_REGISTERED
+from restitch.tasks.runtime.crash_recovery import HEARTBEAT_SECONDS
+from restitch.tasks.runtime.events import DEPLOYMENT, MASK_READY, MODEL_REGISTERED
 
 if TYPE_CHECKING:
     from uuid import UUID

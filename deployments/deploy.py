@@ -21,10 +21,10 @@ from restitch.deployments.definitions import (
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.ledger.ledger import lines
 from restitch.registry.mlflow.sync import without_credentials
-from restitch.tasks.engine import engine_url
-from restitch.tasks.orchestration import DEPLOYMENT, has_workers
-from restitch.tasks.reporting import warn
-from restitch.tasks.workspace import workspace
+from restitch.tasks.runtime.console import warn
+from restitch.tasks.runtime.engine import engine_url
+from restitch.tasks.runtime.events import DEPLOYMENT, has_workers
+from restitch.tasks.runtime.workspace import workspace
 
 if TYPE_CHECKING:
     from uuid import UUID

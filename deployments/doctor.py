@@ -24,8 +24,8 @@ from restitch.registry.s3.client import parse_address
 from restitch.registry.s3.conditional_writes import keeps_conditions, refusal
 from restitch.registry.s3.settings import WRITER_VARIABLE, single_writer
 from restitch.registry.stack import StackFile
-from restitch.tasks.engine import engine_url
-from restitch.tasks.workspace import Workspace, workspace
+from restitch.tasks.runtime.engine import engine_url
+from restitch.tasks.runtime.workspace import Workspace, workspace
 
 Status = Literal["ok", "warning", "failed"]
 
@@ -141,7 +141,7 @@ def _store(space: Workspace) -> Iterator[Check]:
 
 
 def _device(space: Workspace) -> Iterator[Check]:
-    from restitch.tasks.models import device
+    from restitch.tasks.inputs.checkpoints import device
 
     here = device()
     yield Check("device", "ok", str(here))

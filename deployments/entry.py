@@ -9,9 +9,9 @@ import logging
 from typing import Any
 
 from restitch.merging.errors import Unavailable
-from restitch.tasks.deaths import start_again
-from restitch.tasks.engine import flow
-from restitch.tasks.workspace import workspace
+from restitch.tasks.runtime.crash_recovery import start_again
+from restitch.tasks.runtime.engine import flow
+from restitch.tasks.runtime.workspace import workspace
 
 log = logging.getLogger("restitch")
 log.setLevel(logging.INFO)

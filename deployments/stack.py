@@ -38,9 +38,9 @@ from restitch.deployments.processes import (
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.home import Home, prepare_environment
 from restitch.registry.stack import SECRETS, StackFile
-from restitch.tasks.deaths import STUCK_AFTER
-from restitch.tasks.orchestration import start_run
-from restitch.tasks.reporting import warn
+from restitch.tasks.runtime.console import warn
+from restitch.tasks.runtime.crash_recovery import STUCK_AFTER
+from restitch.tasks.runtime.events import start_run
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from restitch.registry.home import Home
 from restitch.registry.mlflow.external_models import task_of
 from restitch.registry.mlflow.projection import VERSION_TAG
 from restitch.registry.mlflow.sync import connect, mlflow_explained, without_credentials
-from restitch.tasks.orchestration import MODEL_REGISTERED
-from restitch.tasks.prefect_api import PrefectApi
+from restitch.tasks.runtime.events import MODEL_REGISTERED
+from restitch.tasks.runtime.prefect_api import PrefectApi
 
 if TYPE_CHECKING:
     from starlette.applications import Starlette

@@ -13,8 +13,8 @@ from restitch.flows.gates import Check
 from restitch.flows.snapshot import Snapshot
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import Head, Member
-from restitch.tasks.reporting import say, warn
-from restitch.tasks.workspace import actor
+from restitch.tasks.runtime.console import say, warn
+from restitch.tasks.runtime.workspace import actor
 
 
 class MovedError(Exception):

@@ -37,10 +37,10 @@ from restitch.registry.paths import named_path
 from restitch.registry.specs.files import parse_task
 from restitch.registry.specs.line import TaskSpec
 from restitch.registry.specs.strict_yaml import parse_mapping, read_text
-from restitch.tasks.inputs import same_task
-from restitch.tasks.models import describe_model
-from restitch.tasks.reporting import say, warn
-from restitch.tasks.workspace import Workspace, actor, workspace
+from restitch.tasks.inputs.checkpoints import describe_model
+from restitch.tasks.inputs.task_data import same_task
+from restitch.tasks.runtime.console import say, warn
+from restitch.tasks.runtime.workspace import Workspace, actor, workspace
 
 _READ_FROM = ("file", "s3", "models", "runs", "mlflow-artifacts")
 _SCHEME = re.compile(r"([A-Za-z][\w+.-]*):/")

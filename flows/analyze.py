@@ -21,13 +21,9 @@ from restitch.merging.digests import canonical_json
 from restitch.merging.errors import BadInput
 from restitch.modeling.families.family import Family, get_family
 from restitch.registry.ledger.line_state import Member
-from restitch.tasks.analyze import analyze as compare_masks
-from restitch.tasks.engine import flow
 from restitch.tasks.evaluate import evaluate
-from restitch.tasks.growing import conflict, curve
-from restitch.tasks.inputs import evaluation_split
+from restitch.tasks.inputs.task_data import evaluation_split
 from restitch.tasks.localizers import LOCALIZERS, lacks
-from restitch.tasks.refs import ResultRef, WeightsRef
 from restitch.tasks.report.drawing import Plot, drawing, to_png
 from restitch.tasks.report.growth_plots import conflict_plot, curves_plot
 from restitch.tasks.report.mask_plots import (
@@ -37,8 +33,12 @@ from restitch.tasks.report.mask_plots import (
     layers_plot,
     owners_plot,
 )
-from restitch.tasks.reporting import say
-from restitch.tasks.workspace import actor, workspace
+from restitch.tasks.research.density_curves import conflict, curve
+from restitch.tasks.research.mask_analysis import analyze as compare_masks
+from restitch.tasks.runtime.console import say
+from restitch.tasks.runtime.engine import flow
+from restitch.tasks.runtime.refs import ResultRef, WeightsRef
+from restitch.tasks.runtime.workspace import actor, workspace
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 USUAL = ("dataless", "random")

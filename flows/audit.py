@@ -18,7 +18,7 @@ from restitch.registry.ledger.outcomes import merges_about, touched_models
 from restitch.registry.ledger.records import Entry, Kind, MergedRecord
 from restitch.registry.maintenance.specialists import kept_specialists
 from restitch.registry.store.objects import ObjectStore
-from restitch.tasks.workspace import workspace
+from restitch.tasks.runtime.workspace import workspace
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,7 @@ def why(line: str, task: str) -> dict[str, Any]:
     ledger = space.ledger(line)
     head = ledger.head()
     check_task(head, task)
-    from restitch.tasks.compare import compare_results  # numpy is for this one alone
+    from restitch.tasks.compare_results import compare_results  # numpy is for this one alone
 
     steps: list[dict[str, Any]] = []
     before: MergedRecord | None = None

@@ -27,13 +27,13 @@ from restitch.registry.ledger.records import (
     TaskResult,
 )
 from restitch.registry.specs.line import TaskSpec
-from restitch.tasks.compare import compare_results
+from restitch.tasks.compare_results import compare_results
 from restitch.tasks.evaluate import evaluate
-from restitch.tasks.inputs import evaluation_split
+from restitch.tasks.inputs.task_data import evaluation_split
 from restitch.tasks.merge import make_recipe, stitch
-from restitch.tasks.orchestration import this_run
-from restitch.tasks.refs import LineRef, PatchRef, ResultRef, WeightsRef
-from restitch.tasks.workspace import made_by, workspace
+from restitch.tasks.runtime.events import this_run
+from restitch.tasks.runtime.refs import LineRef, PatchRef, ResultRef, WeightsRef
+from restitch.tasks.runtime.workspace import made_by, workspace
 
 # What a version's record keeps of how each member was localized, and of its statistics.
 MEMBER_FACTS = (

@@ -24,16 +24,16 @@ from restitch.merging.digests import canonical_json
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import KINDS, Method, get_method, method_names
 from restitch.registry.ledger.records import mean_of
-from restitch.tasks.engine import flow
-from restitch.tasks.experts import make_experts
-from restitch.tasks.memory import memory_added
 from restitch.tasks.merge import make_recipe, stitch
-from restitch.tasks.refs import WeightsRef
 from restitch.tasks.report.drawing import drawing, to_png
 from restitch.tasks.report.method_plots import methods_plot
-from restitch.tasks.reporting import say
+from restitch.tasks.research.experts import make_experts
+from restitch.tasks.runtime.console import say
+from restitch.tasks.runtime.engine import flow
+from restitch.tasks.runtime.memory import memory_added
+from restitch.tasks.runtime.refs import WeightsRef
+from restitch.tasks.runtime.workspace import actor, workspace
 from restitch.tasks.statistics import lacks_rows
-from restitch.tasks.workspace import actor, workspace
 
 
 @flow("compare", "{line}")

@@ -22,9 +22,9 @@ from restitch.merging.errors import BadInput, GateFailed
 from restitch.registry.ledger.ledger import Act, Ledger
 from restitch.registry.ledger.line_state import Head, State
 from restitch.registry.ledger.records import Kind, MergedRecord
-from restitch.tasks.orchestration import has_workers, start_run
-from restitch.tasks.reporting import say, warn
-from restitch.tasks.workspace import actor, workspace
+from restitch.tasks.runtime.console import say, warn
+from restitch.tasks.runtime.events import has_workers, start_run
+from restitch.tasks.runtime.workspace import actor, workspace
 
 # What a retirement takes a model out of; what was quarantined or replaced is out already.
 _TAKES_PART = ("registered", "waiting", "ready", "held")

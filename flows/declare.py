@@ -18,10 +18,10 @@ from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import Head, ModelRef, State, Task
 from restitch.registry.specs.files import load_task
 from restitch.registry.specs.line import TaskSpec
-from restitch.tasks.inputs import check_rows, resolve_task, same_task
-from restitch.tasks.reporting import say
+from restitch.tasks.inputs.task_data import check_rows, resolve_task, same_task
+from restitch.tasks.runtime.console import say
+from restitch.tasks.runtime.workspace import Workspace, actor, workspace
 from restitch.tasks.statistics import check_rows_for
-from restitch.tasks.workspace import Workspace, actor, workspace
 
 _TAKES_PART: tuple[State, ...] = ("registered", "waiting", "ready")
 

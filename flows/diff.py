@@ -15,8 +15,8 @@ from restitch.merging.files.sparse import SparseFile
 from restitch.modeling.tensor_location import place_of
 from restitch.registry.ledger.records import MergedRecord, Retention, TaskResult, differences
 from restitch.registry.store.objects import ObjectStore
-from restitch.tasks.compare import compare_results
-from restitch.tasks.workspace import workspace
+from restitch.tasks.compare_results import compare_results
+from restitch.tasks.runtime.workspace import workspace
 
 
 def diff(line: str, a: str, b: str) -> dict[str, Any]:

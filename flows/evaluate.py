@@ -6,9 +6,9 @@ from typing import Any
 from restitch.flows.candidates import measure_member, measure_retention
 from restitch.flows.versions import find_version, members_of
 from restitch.registry.ledger.records import Retention, TaskResult
-from restitch.tasks.engine import flow
-from restitch.tasks.refs import LineRef, WeightsRef
-from restitch.tasks.workspace import workspace
+from restitch.tasks.runtime.engine import flow
+from restitch.tasks.runtime.refs import LineRef, WeightsRef
+from restitch.tasks.runtime.workspace import workspace
 
 
 @dataclass(frozen=True)

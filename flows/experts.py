@@ -25,14 +25,14 @@ from restitch.registry.ledger.line_state import Member
 from restitch.registry.ledger.records import MergedRecord, TaskResult, mean_of
 from restitch.registry.ledger.references import SPECIALISTS
 from restitch.registry.store.deletion_notice import check_there
-from restitch.tasks.engine import flow
-from restitch.tasks.experts import ExpertsRef, make_experts, read_experts
 from restitch.tasks.merge import make_recipe
-from restitch.tasks.refs import LineRef, WeightsRef
 from restitch.tasks.report.drawing import drawing, to_png
 from restitch.tasks.report.plots import experts_plot
-from restitch.tasks.reporting import say
-from restitch.tasks.workspace import Workspace, actor, made_by, workspace
+from restitch.tasks.research.experts import ExpertsRef, make_experts, read_experts
+from restitch.tasks.runtime.console import say
+from restitch.tasks.runtime.engine import flow
+from restitch.tasks.runtime.refs import LineRef, WeightsRef
+from restitch.tasks.runtime.workspace import Workspace, actor, made_by, workspace
 
 
 @flow("experts", "{line} {version}")

@@ -23,13 +23,13 @@ from restitch.registry.ledger.line_state import Head
 from restitch.registry.ledger.records import MergedMember, MergedRecord
 from restitch.registry.sizes import parse_size
 from restitch.registry.store.base import explained
-from restitch.tasks.card import model_card, specialist_card
-from restitch.tasks.inputs import head_inputs
-from restitch.tasks.models import Base, open_base, open_sparse, open_specialist
-from restitch.tasks.provenance import provenance
-from restitch.tasks.refs import LineRef
-from restitch.tasks.reporting import working
-from restitch.tasks.workspace import Workspace, workspace
+from restitch.tasks.inputs.checkpoints import Base, open_base, open_sparse, open_specialist
+from restitch.tasks.inputs.task_data import head_inputs
+from restitch.tasks.report.card import model_card, specialist_card
+from restitch.tasks.report.provenance import provenance
+from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.workspace import Workspace, workspace
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.maintenance.inventory import Inventory, in_use, take_inventory
 from restitch.registry.store.deletion_notice import announced
 from restitch.registry.store.objects import ObjectStore
-from restitch.tasks.reporting import working
-from restitch.tasks.workspace import workspace
+from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.workspace import workspace
 
 # As long as work may take from its first object to the act that names it.
 DEFAULT_AGE = 24 * 3600.0

@@ -20,12 +20,12 @@ from restitch.registry.specs.line import (
     TournamentSpec,
     line_changes,
 )
-from restitch.tasks.contest import check_benchmark
-from restitch.tasks.inputs import check_rows, resolve_task
-from restitch.tasks.models import Base, describe_model, open_base
-from restitch.tasks.refs import LineRef
+from restitch.tasks.inputs.checkpoints import Base, describe_model, open_base
+from restitch.tasks.inputs.task_data import check_rows, resolve_task
+from restitch.tasks.method_selection import check_benchmark
+from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.workspace import actor, workspace
 from restitch.tasks.statistics import check_rows_for
-from restitch.tasks.workspace import actor, workspace
 
 
 @dataclass(frozen=True)

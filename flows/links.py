@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from restitch.registry.home import Home
 from restitch.registry.mlflow.projection import DIGEST_TAG, experiment_name
 from restitch.registry.mlflow.sync import run_address, without_credentials
-from restitch.tasks.engine import engine_url
+from restitch.tasks.runtime.engine import engine_url
 
 if TYPE_CHECKING:
     import httpx

@@ -23,14 +23,14 @@ from restitch.registry.ledger.line_state import Head, Member, ModelVersion
 from restitch.registry.ledger.references import STATISTIC
 from restitch.registry.specs.line import LineSpec, TaskSpec
 from restitch.registry.store.attempts import Attempt, Attempts
-from restitch.tasks.artifacts import show_onboarded
-from restitch.tasks.deaths import DEATHS
-from restitch.tasks.engine import engine_url, flow
 from restitch.tasks.evaluate import evaluate
-from restitch.tasks.inputs import evaluation_split
+from restitch.tasks.inputs.checkpoints import check_device
+from restitch.tasks.inputs.task_data import evaluation_split
 from restitch.tasks.localize import localize
-from restitch.tasks.models import check_device
-from restitch.tasks.orchestration import (
+from restitch.tasks.runtime.console import say, warn
+from restitch.tasks.runtime.crash_recovery import DEATHS
+from restitch.tasks.runtime.engine import engine_url, flow
+from restitch.tasks.runtime.events import (
     MASK_READY,
     announce,
     is_workers_run,
@@ -38,11 +38,18 @@ from restitch.tasks.orchestration import (
     run_ended,
     this_run,
 )
-from restitch.tasks.refs import DeltaRef, LineRef, ResultRef, StatisticRef, Validated, WeightsRef
-from restitch.tasks.reporting import say, warn
+from restitch.tasks.runtime.prefect_artifacts import show_onboarded
+from restitch.tasks.runtime.refs import (
+    DeltaRef,
+    LineRef,
+    ResultRef,
+    StatisticRef,
+    Validated,
+    WeightsRef,
+)
+from restitch.tasks.runtime.workspace import actor, workspace
 from restitch.tasks.statistics import own_statistics
 from restitch.tasks.validate import validate
-from restitch.tasks.workspace import actor, workspace
 
 # Above this share of the task vector's squared norm, what masks cannot hold is worth a warning.
 OUTSIDE_WARNING = 0.1

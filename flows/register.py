@@ -23,12 +23,12 @@ from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import Head, ModelRef, ModelVersion
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.specs.line import TaskSpec
-from restitch.tasks.inputs import same_task
-from restitch.tasks.models import describe_model, open_base
-from restitch.tasks.orchestration import MODEL_REGISTERED, announce, has_workers
-from restitch.tasks.refs import LineRef
-from restitch.tasks.reporting import say, working
-from restitch.tasks.workspace import actor, workspace
+from restitch.tasks.inputs.checkpoints import describe_model, open_base
+from restitch.tasks.inputs.task_data import same_task
+from restitch.tasks.runtime.console import say, working
+from restitch.tasks.runtime.events import MODEL_REGISTERED, announce, has_workers
+from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.workspace import actor, workspace
 
 LOOK_EVERY_SECONDS = 0.5
 

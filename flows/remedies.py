@@ -29,14 +29,14 @@ from restitch.registry.maintenance.inventory import Inventory
 from restitch.registry.sources.resolve import fetched_again, resolve_source
 from restitch.registry.specs.line import MethodSpec, TaskSpec
 from restitch.tasks.evaluate import evaluated
-from restitch.tasks.experts import write_parts
+from restitch.tasks.inputs.checkpoints import open_base
+from restitch.tasks.inputs.remote_weights import list_remote
 from restitch.tasks.localize import write_delta
 from restitch.tasks.merge import make_recipe, write_patch_of
-from restitch.tasks.models import open_base
-from restitch.tasks.refs import LineRef, WeightsRef
-from restitch.tasks.remote import list_remote
+from restitch.tasks.research.experts import write_parts
+from restitch.tasks.runtime.refs import LineRef, WeightsRef
+from restitch.tasks.runtime.workspace import Workspace
 from restitch.tasks.statistics import Wanted, needed, write_statistic_of
-from restitch.tasks.workspace import Workspace
 
 
 @dataclass(frozen=True)

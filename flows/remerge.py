@@ -24,14 +24,20 @@ from restitch.merging.errors import GateFailed, RestitchError, Unavailable
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.ledger.records import MergedRecord
-from restitch.tasks.artifacts import show_remerged
-from restitch.tasks.deaths import mark_silent_runs
-from restitch.tasks.engine import flow
-from restitch.tasks.models import check_device
-from restitch.tasks.orchestration import has_workers, is_queued, is_workers_run, start_run, this_run
-from restitch.tasks.reporting import say, warn
-from restitch.tasks.turn import turn
-from restitch.tasks.workspace import workspace
+from restitch.tasks.inputs.checkpoints import check_device
+from restitch.tasks.runtime.console import say, warn
+from restitch.tasks.runtime.crash_recovery import mark_silent_runs
+from restitch.tasks.runtime.engine import flow
+from restitch.tasks.runtime.events import (
+    has_workers,
+    is_queued,
+    is_workers_run,
+    start_run,
+    this_run,
+)
+from restitch.tasks.runtime.merge_lease import turn
+from restitch.tasks.runtime.prefect_artifacts import show_remerged
+from restitch.tasks.runtime.workspace import workspace
 
 # What killed work left behind is removed when nothing can be running on it any more.
 LEFTOVERS_AFTER = 24 * 3600.0

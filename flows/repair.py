@@ -26,13 +26,13 @@ from restitch.registry.ledger.references import MLFLOW_SCHEMES, SPECIALISTS
 from restitch.registry.maintenance.inventory import Inventory, mentioned
 from restitch.registry.sources.resolve import resolve_source
 from restitch.registry.store.base import NotInStore
-from restitch.tasks.experts import read_experts
-from restitch.tasks.heads import heads_again
+from restitch.tasks.inputs.heads import heads_again
 from restitch.tasks.localize import FOUND, mask_key
-from restitch.tasks.refs import LineRef
-from restitch.tasks.reporting import say
+from restitch.tasks.research.experts import read_experts
+from restitch.tasks.runtime.console import say
+from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.workspace import Workspace
 from restitch.tasks.statistics import KINDS, statistic_key
-from restitch.tasks.workspace import Workspace
 
 _ROUNDS = 8
 _NAMING = ("audit/", "lines/")

@@ -19,12 +19,12 @@ from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import Head
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.store.base import explained
-from restitch.tasks.analyze import analyze
 from restitch.tasks.publish import mirror as complete_mlflow
-from restitch.tasks.refs import LineRef
 from restitch.tasks.report import Report, ReportInput, render
-from restitch.tasks.reporting import warn
-from restitch.tasks.workspace import workspace
+from restitch.tasks.research.mask_analysis import analyze
+from restitch.tasks.runtime.console import warn
+from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.workspace import workspace
 
 PAGE, PLOTS = "report.html", "plots"
 

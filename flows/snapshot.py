@@ -12,7 +12,7 @@ from restitch.registry.ledger.line_state import Head, Member, ModelVersion
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.specs.line import MethodSpec, TaskSpec
 from restitch.tasks.merge import known_recipe
-from restitch.tasks.refs import LineRef
+from restitch.tasks.runtime.refs import LineRef
 
 
 @dataclass(frozen=True)

@@ -23,10 +23,10 @@ from restitch.registry.mlflow.sync import Catalog
 from restitch.registry.store.attempts import Attempt
 from restitch.registry.store.base import NotInStore
 from restitch.registry.store.objects import KeyRecord, ObjectStore
-from restitch.tasks.experts import read_experts
-from restitch.tasks.models import open_specialist
-from restitch.tasks.reporting import working
-from restitch.tasks.workspace import Workspace
+from restitch.tasks.inputs.checkpoints import open_specialist
+from restitch.tasks.research.experts import read_experts
+from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.workspace import Workspace
 
 Answer = TypeVar("Answer")
 

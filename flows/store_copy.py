@@ -23,8 +23,8 @@ from restitch.registry.ledger.line_state import Head
 from restitch.registry.mlflow.sync import without_credentials
 from restitch.registry.store.base import FolderStore, NotInStore, Store, explained
 from restitch.registry.store.objects import ObjectStore
-from restitch.tasks.reporting import warn, working
-from restitch.tasks.workspace import workspace
+from restitch.tasks.runtime.console import warn, working
+from restitch.tasks.runtime.workspace import workspace
 
 _BY_DIGEST = re.compile(r"(blobs|audit)/([0-9a-f]{64})\Z")
 # What changes: heads; who has the turn on a server and what is removed mean nothing elsewhere.

@@ -12,8 +12,8 @@ from typing import Any
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import Unavailable
 from restitch.registry.store.base import explained
-from restitch.tasks.reporting import warn
-from restitch.tasks.workspace import workspace
+from restitch.tasks.runtime.console import warn
+from restitch.tasks.runtime.workspace import workspace
 
 
 def write_study(out: str | None, artifacts: Mapping[str, bytes]) -> None:

@@ -18,9 +18,9 @@ from restitch.merging.methods.registry import get_method
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.specs.line import MethodSpec, TaskSpec, TournamentSpec
-from restitch.tasks.contest import Contest, Entrant, contest_key, decide, outcome_of
 from restitch.tasks.merge import make_recipe, recipe_inputs, stitch
-from restitch.tasks.refs import LineRef
+from restitch.tasks.method_selection import Contest, Entrant, contest_key, decide, outcome_of
+from restitch.tasks.runtime.refs import LineRef
 
 # Where a version's record has what was found.
 FACT = "tournament"

@@ -14,9 +14,9 @@ from restitch.registry.ledger.line_state import Member
 from restitch.registry.specs.line import LineSpec, MethodSpec
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.tasks.localize import localize
-from restitch.tasks.refs import DeltaRef, LineRef, StatisticRef
+from restitch.tasks.research.tune import Tuned, tune
+from restitch.tasks.runtime.refs import DeltaRef, LineRef, StatisticRef
 from restitch.tasks.statistics import statistics
-from restitch.tasks.tune import Tuned, tune
 
 
 @dataclass(frozen=True)

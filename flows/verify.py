@@ -20,9 +20,9 @@ from restitch.registry.ledger.line_state import Head
 from restitch.registry.ledger.records import Entry, MergedRecord, replay, state_of
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.merge import is_reproducible, rebuild
-from restitch.tasks.refs import LineRef
-from restitch.tasks.reporting import say, working
-from restitch.tasks.workspace import Workspace, workspace
+from restitch.tasks.runtime.console import say, working
+from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.workspace import Workspace, workspace
 
 _LOOKS = 20
 _DIGEST = re.compile(r"[0-9a-f]{8,64}\Z")

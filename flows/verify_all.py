@@ -12,7 +12,7 @@ from restitch.flows.store_check import StoreCheck
 from restitch.flows.verify import Verification, verify
 from restitch.merging.errors import BadInput, Damage
 from restitch.registry.ledger.ledger import lines
-from restitch.tasks.workspace import workspace
+from restitch.tasks.runtime.workspace import workspace
 
 
 @dataclass(frozen=True)

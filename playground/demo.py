@@ -26,7 +26,7 @@ from restitch.merging.errors import RestitchError, Unavailable
 from restitch.registry.home import Home, prepare_environment
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.stack import StackFile
-from restitch.tasks.reporting import reporting_to, say, working
+from restitch.tasks.runtime.console import reporting_to, say, working
 from rich.console import Console
 
 from playground.make import World, make_world
@@ -89,7 +89,7 @@ def start_line(world: World, state: Path, out: Console) -> str:
     from restitch.deployments.deploy import keep_schedules
     from restitch.flows.line import init_line
     from restitch.registry.ledger.ledger import lines
-    from restitch.tasks.workspace import workspace
+    from restitch.tasks.runtime.workspace import workspace
 
     values = yaml.safe_load(world.line.read_text())
     del values["localize"]  # the demo shows what a line does by default
@@ -110,7 +110,7 @@ def start_line(world: World, state: Path, out: Console) -> str:
 def register_all(world: World, line: str, out: Console) -> None:
     """Register the models, each of which is an event, and watch what follows."""
     from restitch.flows.register import register
-    from restitch.tasks.workspace import workspace
+    from restitch.tasks.runtime.workspace import workspace
 
     ledger = workspace().ledger(line)
     watch = Watch(ledger, out)

@@ -26,11 +26,11 @@ from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.specs.line import TaskSpec
 from restitch.registry.specs.localize import DEFAULT_DENSITY, LocalizeSpec
 from restitch.tasks.evaluate import Exam
-from restitch.tasks.inputs import has_validation, reading_inputs
-from restitch.tasks.models import Base, live_base
-from restitch.tasks.refs import WeightsRef
-from restitch.tasks.reporting import say, warn, working
-from restitch.tasks.workspace import Workspace
+from restitch.tasks.inputs.checkpoints import Base, live_base
+from restitch.tasks.inputs.task_data import has_validation, reading_inputs
+from restitch.tasks.runtime.console import say, warn, working
+from restitch.tasks.runtime.refs import WeightsRef
+from restitch.tasks.runtime.workspace import Workspace
 from torch import Tensor
 
 # Raised when the same looks would lead to another choice.

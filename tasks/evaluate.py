@@ -15,18 +15,18 @@ from restitch.modeling.evaluation import evaluate as run_evaluation
 from restitch.modeling.families.family import Family
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.specs.line import TaskSpec
-from restitch.tasks.engine import Cached, step
-from restitch.tasks.inputs import (
+from restitch.tasks.inputs.checkpoints import Base, device, live_base, open_base
+from restitch.tasks.inputs.task_data import (
     evaluation_split,
     has_validation,
     head_inputs,
     task_head,
     verified_data,
 )
-from restitch.tasks.models import Base, device, live_base, open_base
-from restitch.tasks.refs import LineRef, ResultRef, WeightsRef
-from restitch.tasks.reporting import working
-from restitch.tasks.workspace import Workspace, made_by, workspace
+from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.engine import Cached, step
+from restitch.tasks.runtime.refs import LineRef, ResultRef, WeightsRef
+from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
 
 def result_inputs(

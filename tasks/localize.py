@@ -24,12 +24,19 @@ from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.specs.line import TaskSpec
 from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.density import Density
-from restitch.tasks.engine import Cached, step
+from restitch.tasks.inputs.checkpoints import (
+    Base,
+    device,
+    live_base,
+    memory_explained,
+    open_base,
+    open_vector,
+)
 from restitch.tasks.localizers import Localizer, Ranking, localizer
-from restitch.tasks.models import Base, device, live_base, memory_explained, open_base, open_vector
-from restitch.tasks.refs import DeltaRef, LineRef
-from restitch.tasks.reporting import warn, working
-from restitch.tasks.workspace import Workspace, made_by, workspace
+from restitch.tasks.runtime.console import warn, working
+from restitch.tasks.runtime.engine import Cached, step
+from restitch.tasks.runtime.refs import DeltaRef, LineRef
+from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 from torch import Tensor
 
 # How values in 8 bits are made; raised when the same input gives other bytes.

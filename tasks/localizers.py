@@ -26,11 +26,16 @@ from restitch.modeling.heads import Head
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.specs.line import TaskSpec
 from restitch.registry.specs.localize import LocalizeSpec
-from restitch.tasks.inputs import reading_inputs, task_head, train_has_labels, verified_data
-from restitch.tasks.models import Base, LiveBase, device, live_base
-from restitch.tasks.refs import LineRef
-from restitch.tasks.reporting import warn
-from restitch.tasks.workspace import Workspace
+from restitch.tasks.inputs.checkpoints import Base, LiveBase, device, live_base
+from restitch.tasks.inputs.task_data import (
+    reading_inputs,
+    task_head,
+    train_has_labels,
+    verified_data,
+)
+from restitch.tasks.runtime.console import warn
+from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.workspace import Workspace
 from torch import Tensor
 
 Found = TypeVar("Found")

@@ -21,12 +21,12 @@ from restitch.merging.rules.stitch import write_patch
 from restitch.merging.statistics.statistic_file import open_statistic
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.store.objects import KeyRecord
-from restitch.tasks.engine import Cached, step
-from restitch.tasks.models import Base, device, memory_explained, open_base
-from restitch.tasks.refs import LineRef, PatchRef
-from restitch.tasks.reporting import working
+from restitch.tasks.inputs.checkpoints import Base, device, memory_explained, open_base
+from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.engine import Cached, step
+from restitch.tasks.runtime.refs import LineRef, PatchRef
+from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 from restitch.tasks.statistics import known_statistics, statistic_inputs, statistics
-from restitch.tasks.workspace import Workspace, made_by, workspace
 
 
 def make_recipe(line: LineRef, members: tuple[Member, ...]) -> Recipe:

@@ -4,9 +4,9 @@ import time
 
 from restitch.merging.errors import Unavailable
 from restitch.registry.mlflow.sync import Extras
-from restitch.tasks.engine import step
-from restitch.tasks.reporting import warn
-from restitch.tasks.workspace import workspace
+from restitch.tasks.runtime.console import warn
+from restitch.tasks.runtime.engine import step
+from restitch.tasks.runtime.workspace import workspace
 
 # A server that kept us waiting in vain is not asked again for a while by this process.
 PATIENCE, PAUSE = 5.0, 120.0

@@ -32,12 +32,12 @@ from restitch.modeling.weights import linear_layers, restore
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.specs.line import TaskSpec
 from restitch.registry.store.objects import KeyRecord
-from restitch.tasks.engine import Cached, step
+from restitch.tasks.inputs.checkpoints import Base, device, live_base, open_base
 from restitch.tasks.localizers import Calibration, OpenCalibration
-from restitch.tasks.models import Base, device, live_base, open_base
-from restitch.tasks.refs import LineRef, StatisticRef
-from restitch.tasks.reporting import working
-from restitch.tasks.workspace import Workspace, made_by, workspace
+from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.engine import Cached, step
+from restitch.tasks.runtime.refs import LineRef, StatisticRef
+from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 from torch import Tensor
 
 # What a store calls the keys of statistics.

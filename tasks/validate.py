@@ -4,10 +4,10 @@ from restitch.merging.errors import BadInput, CannotJoin
 from restitch.merging.ranking.task_vector import TaskVector, outside_share
 from restitch.registry.access_policy import NotAllowed
 from restitch.registry.ledger.line_state import ModelRef
-from restitch.tasks.engine import step
-from restitch.tasks.models import line_up, open_base, open_model
-from restitch.tasks.refs import LineRef, Validated
-from restitch.tasks.workspace import workspace
+from restitch.tasks.inputs.checkpoints import line_up, open_base, open_model
+from restitch.tasks.runtime.engine import step
+from restitch.tasks.runtime.refs import LineRef, Validated
+from restitch.tasks.runtime.workspace import workspace
 
 
 @step("validate")

@@ -9,8 +9,8 @@ from typing import Any
 
 from restitch.flows.study.subject import Study, Subject
 from restitch.merging.methods.registry import get_method
-from restitch.tasks.agreement import TOGETHER, agreement
 from restitch.tasks.report.study_plots import Axes, bars_plot
+from restitch.tasks.research.agreement import TOGETHER, agreement
 
 THRESHOLD = 0.4
 WHOLE = "averaging"

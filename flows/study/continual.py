@@ -16,10 +16,10 @@ from typing import Any
 from restitch.flows.study.subject import Study, Subject
 from restitch.merging.methods.registry import Method, get_method
 from restitch.registry.ledger.line_state import Member
-from restitch.tasks.finetune import finetune, lacks_labels
 from restitch.tasks.report.study_plots import Axes, lines_plot
-from restitch.tasks.reporting import say
-from restitch.tasks.timing import merging_seconds
+from restitch.tasks.research.finetune import finetune, lacks_labels
+from restitch.tasks.research.timing import merging_seconds
+from restitch.tasks.runtime.console import say
 
 OTHERS = ("task-arithmetic", "ties", "consensus-ta")
 FINETUNING = "continual finetuning"

@@ -5,10 +5,10 @@ The dashed line is the plain average of the whole task vectors.
 """
 
 from restitch.flows.study.subject import Study, Subject
-from restitch.tasks.growing import conflict
 from restitch.tasks.localizers import lacks
 from restitch.tasks.report.study_plots import Axes, lines_plot
-from restitch.tasks.reporting import say
+from restitch.tasks.research.density_curves import conflict
+from restitch.tasks.runtime.console import say
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 USUAL = "dataless"

@@ -17,9 +17,9 @@ from restitch.flows.study import STUDIES
 from restitch.flows.study.subject import Study, Subject
 from restitch.merging.digests import canonical_json
 from restitch.merging.errors import BadInput
-from restitch.tasks.engine import flow
 from restitch.tasks.report.drawing import to_png
-from restitch.tasks.workspace import actor, workspace
+from restitch.tasks.runtime.engine import flow
+from restitch.tasks.runtime.workspace import actor, workspace
 
 
 @flow("study", "{name} of {line}")

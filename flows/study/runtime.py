@@ -11,8 +11,8 @@ from restitch.flows.study.subject import Study, Subject
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import get_method, method_names
 from restitch.tasks.report.study_plots import Axes, bars_plot
-from restitch.tasks.reporting import say
-from restitch.tasks.timing import merging_seconds
+from restitch.tasks.research.timing import merging_seconds
+from restitch.tasks.runtime.console import say
 
 
 def make(subject: Subject) -> Study:

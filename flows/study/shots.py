@@ -9,7 +9,7 @@ from restitch.merging.errors import BadInput
 from restitch.registry.specs.localize import DEFAULT_DENSITY
 from restitch.tasks.localizers import lacks
 from restitch.tasks.report.study_plots import Axes, lines_plot
-from restitch.tasks.reporting import say
+from restitch.tasks.runtime.console import say
 
 SHOTS = (1, 4, 16, 64)
 OTHERWISE = "fisher"

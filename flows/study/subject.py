@@ -17,10 +17,10 @@ from restitch.modeling.families.family import Family, get_family
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.tasks.evaluate import evaluate
-from restitch.tasks.inputs import evaluation_split, has_validation
+from restitch.tasks.inputs.task_data import evaluation_split, has_validation
 from restitch.tasks.merge import make_recipe, stitch
-from restitch.tasks.refs import LineRef, PatchRef, ResultRef, WeightsRef
 from restitch.tasks.report.drawing import Plot
+from restitch.tasks.runtime.refs import LineRef, PatchRef, ResultRef, WeightsRef
 
 STITCHING = "localize-and-stitch"
 

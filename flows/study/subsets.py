@@ -14,9 +14,9 @@ from restitch.flows.study.subject import Study, Subject
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import get_method
 from restitch.registry.ledger.line_state import Member
-from restitch.tasks.analyze import analyze
 from restitch.tasks.report.study_plots import Axes, points_plot
-from restitch.tasks.reporting import say
+from restitch.tasks.research.mask_analysis import analyze
+from restitch.tasks.runtime.console import say
 
 # Of each kind, so that a line with many tasks is done before the night is over.
 MOST = 4

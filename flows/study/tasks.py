@@ -13,7 +13,7 @@ from restitch.flows.study.subject import Study, Subject
 from restitch.merging.methods.registry import get_method
 from restitch.registry.ledger.line_state import Member
 from restitch.tasks.report.study_plots import Axes, lines_plot
-from restitch.tasks.reporting import say
+from restitch.tasks.runtime.console import say
 
 METHODS = ("averaging", "task-arithmetic", "ties", "consensus-ta")
 # Of each size.

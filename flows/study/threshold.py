@@ -9,7 +9,7 @@ from typing import Any
 from restitch.flows.study.subject import Study, Subject
 from restitch.merging.methods.registry import Method, get_method
 from restitch.tasks.report.study_plots import Axes, lines_plot
-from restitch.tasks.reporting import say
+from restitch.tasks.runtime.console import say
 
 CONSENSUS = ("consensus-ta", "consensus-ties")
 # Every weight is in a mask of threshold 0, so that one task always agrees.

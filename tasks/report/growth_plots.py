@@ -1,6 +1,6 @@
 """The plots of growing masks: what one member reaches alone, and what two reach together.
 
-Each function takes what `restitch.tasks.growing` found, as it is in the JSON of `restitch analyze`.
+Each function takes what `restitch.tasks.research.density_curves` found, as it is in the JSON of `restitch analyze`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,6 +1,6 @@
 """The plots of the masks: what members have in common, and where their masks lie.
 
-Each function takes the analysis of a merged version (`restitch.tasks.analyze`) and makes one `Plot`. Heat
+Each function takes the analysis of a merged version (`restitch.tasks.research.mask_analysis`) and makes one `Plot`. Heat
 maps colour by opacity over the page's own background, so they are right on light and on dark.
 """
 

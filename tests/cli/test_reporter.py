@@ -5,7 +5,7 @@ import time
 
 import pytest
 from restitch.cli.reporter import TerminalReporter
-from restitch.tasks.reporting import reporting_to, say, warn, working
+from restitch.tasks.runtime.console import reporting_to, say, warn, working
 from rich.console import Console
 
 

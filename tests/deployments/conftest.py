@@ -18,7 +18,7 @@ from unittest.mock import patch
 import psutil
 import pytest
 from restitch.registry.stack import StackFile
-from restitch.tasks.prefect_api import PrefectApi
+from restitch.tasks.runtime.prefect_api import PrefectApi
 
 from tests.hostile.test_secrets import SECRETS
 from tests.shell import Done, Shell

@@ -18,7 +18,7 @@ import pytest
 from restitch.flows.onboard import attempts_at
 from restitch.registry.mlflow.projection import DIGEST_TAG, STATE_TAG, VERSION_TAG
 from restitch.registry.store.attempts import Attempt, process_began
-from restitch.tasks.models import device
+from restitch.tasks.inputs.checkpoints import device
 
 from tests.conftest import Three
 from tests.deployments.conftest import PATIENCE, PLANTED, Stack

@@ -27,7 +27,7 @@ from restitch.deployments.webhook import (
     sign,
 )
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.tasks.prefect_api import PrefectApi
+from restitch.tasks.runtime.prefect_api import PrefectApi
 
 from tests.servers import free_port, mlflow_server
 from tests.shell import Shell

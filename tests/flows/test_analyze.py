@@ -120,10 +120,10 @@ def test_the_pair_shares_more_and_more_until_it_is_the_average(
 def test_again_nothing_is_ranked_or_evaluated_and_a_further_density_costs_only_itself(
     shell: Shell, everything: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from restitch.tasks import growing
+    from restitch.tasks.research import density_curves
 
     asked: list[str] = []
-    take, rank = Exam.take, growing._rank
+    take, rank = Exam.take, density_curves._rank
 
     def counted(self: Exam, *rest: Any) -> Any:
         asked.append(f"evaluate {self.spec.task}")
@@ -134,7 +134,7 @@ def test_again_nothing_is_ranked_or_evaluated_and_a_further_density_costs_only_i
         return rank(found_by, member, *rest)
 
     monkeypatch.setattr(Exam, "take", counted)
-    monkeypatch.setattr(growing, "_rank", ranked)
+    monkeypatch.setattr(density_curves, "_rank", ranked)
     given = ("--task", "colour,number", "--localizers", ALL)
     again = shell.json("analyze", "demo", *given, "--densities", "0.05,0.3,1")
     assert asked == []

@@ -238,7 +238,7 @@ def test_a_server_that_is_named_late_is_asked_and_none_is_started(three: Three) 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"prefect_api_url": 7}', '{"url": "x"}'])
 def test_a_broken_stack_file_means_embedded(tmp_path: Path, text: str) -> None:
-    from restitch.tasks.engine import engine_url
+    from restitch.tasks.runtime.engine import engine_url
 
     (tmp_path / "stack.json").write_text(text)
     with Shell(tmp_path).inside():
@@ -246,7 +246,7 @@ def test_a_broken_stack_file_means_embedded(tmp_path: Path, text: str) -> None:
 
 
 def test_a_live_server_in_the_stack_file_is_used(api: str, tmp_path: Path) -> None:
-    from restitch.tasks.engine import engine_url
+    from restitch.tasks.runtime.engine import engine_url
 
     (tmp_path / "stack.json").write_text(json.dumps({"prefect_api_url": api}))
     with Shell(tmp_path).inside():
@@ -254,7 +254,7 @@ def test_a_live_server_in_the_stack_file_is_used(api: str, tmp_path: Path) -> No
 
 
 def test_the_users_own_prefect_profile_is_not_used(tmp_path: Path) -> None:
-    from restitch.tasks.engine import engine_url
+    from restitch.tasks.runtime.engine import engine_url
 
     profile = 'active = "x"\n[profiles.x]\nPREFECT_API_URL = "http://127.0.0.1:1/api"\n'
     (tmp_path / "profiles.toml").write_text(profile)

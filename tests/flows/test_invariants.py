@@ -61,10 +61,10 @@ def test_step_by_step_is_the_same_as_from_nothing(bare: Bare, three: Three) -> N
 
 
 def test_a_version_is_rebuilt_from_its_recorded_recipe(three: Three, tmp_path: Path) -> None:
+    from restitch.tasks.inputs.checkpoints import open_base
     from restitch.tasks.merge import recipe_edits
-    from restitch.tasks.models import open_base
-    from restitch.tasks.refs import LineRef
-    from restitch.tasks.workspace import workspace
+    from restitch.tasks.runtime.refs import LineRef
+    from restitch.tasks.runtime.workspace import workspace
 
     head = three.shell.head()
     for version in head.versions:

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 from restitch.merging.files.checkpoint import Checkpoint
-from restitch.tasks import models
+from restitch.tasks.inputs import checkpoints
 from restitch.tasks.localizers import Fisher, Ranking
 
 from tests.conftest import NewHome
@@ -226,7 +226,9 @@ def test_a_gpu_that_is_too_small_is_helped_and_then_told(
         return real(self, *given)
 
     def checkpointed_layers() -> list[Any]:
-        model = next(iter(models._live.values())).model if models._live else torch.nn.Module()
+        model = (
+            next(iter(checkpoints._live.values())).model if checkpoints._live else torch.nn.Module()
+        )
         return [each for each in model.modules() if "forward" in vars(each)]
 
     deltas = []

@@ -15,9 +15,9 @@ from restitch.flows.study.continual import FINETUNING
 from restitch.merging.errors import Unavailable
 from restitch.registry.mlflow.sync import Catalog
 from restitch.registry.store.objects import ObjectStore
-from restitch.tasks.finetune import finetune
-from restitch.tasks.models import live_base, open_base, open_sparse
-from restitch.tasks.workspace import workspace
+from restitch.tasks.inputs.checkpoints import live_base, open_base, open_sparse
+from restitch.tasks.research.finetune import finetune
+from restitch.tasks.runtime.workspace import workspace
 
 from tests.cli.test_end_to_end import plain
 from tests.flows.test_localizing import add_with_splits
@@ -145,8 +145,8 @@ def test_a_gpu_that_is_too_small_to_finetune_on_is_told(
             parameters[names[0]].zero_()
         raise torch.OutOfMemoryError("Tried to allocate 20 MiB\nand more")
 
-    monkeypatch.setattr("restitch.tasks.finetune.learn", learn)
-    monkeypatch.setattr("restitch.tasks.finetune.MOST_ROWS", 7)
+    monkeypatch.setattr("restitch.tasks.research.finetune.learn", learn)
+    monkeypatch.setattr("restitch.tasks.research.finetune.MOST_ROWS", 7)
     with shell.inside():
         snapshot = take_snapshot(shell.ledger())
         line, member = snapshot.line_in_use, snapshot.members[0]

@@ -121,7 +121,7 @@ def test_the_best_by_validation_rows_merges_and_all_are_on_record(
 
 def test_the_better_half_is_asked_more_rows(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = {one["label"]: one for one in tournament(shell)["entrants"]}
-    monkeypatch.setattr("restitch.tasks.contest.LEAST_ROWS", 5)
+    monkeypatch.setattr("restitch.tasks.method_selection.LEAST_ROWS", 5)
     with shell.inside():
         snapshot = take_snapshot(shell.ledger())
         found = hold(snapshot.line, snapshot.members, None, (), None).found
@@ -146,7 +146,7 @@ def test_the_better_half_is_asked_more_rows(shell: Shell, monkeypatch: pytest.Mo
 def test_nothing_new_does_nothing_and_needs_no_contest(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("restitch.tasks.contest._Jury.decide", held_again)
+    monkeypatch.setattr("restitch.tasks.method_selection._Jury.decide", held_again)
     before = shell.head_bytes()
     assert shell.json("remerge", "demo")["action"] == "unchanged"
     assert shell.json("remerge", "demo", "--force")["action"] == "unchanged"
@@ -231,7 +231,7 @@ def test_who_is_killed_after_a_contest_does_not_hold_it_again(
         patch.setattr("restitch.flows.candidates.stitch", killed)
         shell("register", "demo", *_files(world, tmp_path, "animal"), code=130)
     assert shell.head().champion == 2
-    monkeypatch.setattr("restitch.tasks.contest._Jury.decide", held_again)
+    monkeypatch.setattr("restitch.tasks.method_selection._Jury.decide", held_again)
     assert shell.json("remerge", "demo")["action"] == "promoted"
     assert shell.head().champion == 3
 

@@ -21,7 +21,7 @@ from restitch.registry.mlflow.sync import connect
 from restitch.registry.sources.resolve import pin_data, resolve_source
 from restitch.registry.specs.files import load_task
 from restitch.registry.specs.line import TaskSpec
-from restitch.tasks.inputs import data_spec, task_data
+from restitch.tasks.inputs.task_data import data_spec, task_data
 from safetensors.torch import save_file
 
 from tests.conftest import NewHome

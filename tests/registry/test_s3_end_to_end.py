@@ -11,8 +11,8 @@ from restitch.registry.s3.store import S3Store
 from restitch.registry.sources.resolve import resolve_source
 from restitch.registry.store.base import FolderStore
 from restitch.registry.store.objects import ObjectStore
-from restitch.tasks.models import describe_model
-from restitch.tasks.workspace import workspace
+from restitch.tasks.inputs.checkpoints import describe_model
+from restitch.tasks.runtime.workspace import workspace
 
 from tests.conftest import NewHome, Three
 from tests.faulty_proxy import Faults, faulty_proxy

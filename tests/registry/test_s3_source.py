@@ -19,9 +19,9 @@ from restitch.registry.s3 import retries, transfer
 from restitch.registry.s3.client import client
 from restitch.registry.sources import bucket
 from restitch.registry.sources.resolve import resolve_source
-from restitch.tasks import remote
-from restitch.tasks.models import describe_model, open_model
-from restitch.tasks.workspace import Workspace
+from restitch.tasks.inputs import remote_weights
+from restitch.tasks.inputs.checkpoints import describe_model, open_model
+from restitch.tasks.runtime.workspace import Workspace
 
 from tests.conftest import NewHome
 from tests.faulty_proxy import Faults, faulty_proxy
@@ -35,9 +35,9 @@ pytestmark = pytest.mark.usefixtures("s3_account", "without_mlflow")
 @pytest.fixture(autouse=True)
 def _nothing_open() -> Iterator[None]:
     """As in a process that has just begun."""
-    remote._open.clear()
+    remote_weights._open.clear()
     yield
-    remote._open.clear()
+    remote_weights._open.clear()
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_a_worker_fetches_what_finetuning_changed_and_no_text_tower(
         shell("register", "demo", *task, code=6)
     # The digest of a model needs all of its bytes, once; the header is looked at before.
     assert registering[WEIGHTS] == header + size
-    remote._open.clear()
+    remote_weights._open.clear()
     with counting() as onboarding:
         shell("remerge", "demo")
     assert onboarding[WEIGHTS] == header + needed
@@ -124,7 +124,7 @@ def test_a_worker_fetches_what_finetuning_changed_and_no_text_tower(
     assert ours_.model.uri == address
     assert list((shell.home / "scratch").iterdir()) == []
     shell("gc", "--older-than", "0s", "--yes")
-    remote._open.clear()
+    remote_weights._open.clear()
     with counting() as later:
         assert shell.json("verify", "--deep")["intact"]
         shell("remerge", "demo", "--force")
@@ -177,7 +177,7 @@ def test_shards_are_read_by_range_and_in_parts(
     address = upload(s3_client, s3_bucket, tmp_path / "model", tmp_path.name)
     ref = describe_model(address, get_family("clip"), space)
     assert ref.weights == expected.digest()
-    remote._open.clear()
+    remote_weights._open.clear()
     _, checkpoint = open_model(ref, space, get_family("clip"))
     for name in tensors:
         assert torch.equal(checkpoint.renamed({name: "x"}).tensor("x"), tensors[name])
@@ -195,7 +195,7 @@ def test_what_changes_between_two_reads_is_an_error(
     address = upload(s3_client, s3_bucket, tmp_path / "model", tmp_path.name)
     family = get_family("clip")
     ref = describe_model(address, family, space)
-    remote._open.clear()
+    remote_weights._open.clear()
     _, checkpoint = open_model(ref, space, family)
     checkpoint.tensor("a")
     save(tmp_path / "model", {**tensors, "b": torch.zeros(200, 200)})
@@ -203,14 +203,14 @@ def test_what_changes_between_two_reads_is_an_error(
     with pytest.raises(BadInput, match="changed while it was read"):
         checkpoint.tensor("b")
     # And in a process that comes later.
-    remote._open.clear()
+    remote_weights._open.clear()
     _, later = open_model(ref, space, family)
     assert torch.equal(later.tensor("a"), tensors["a"])
     with pytest.raises(BadInput, match="changed since they were registered"):
         later.tensor("b")
     save(tmp_path / "model", {"a": tensors["a"], "c": tensors["b"]})
     upload(s3_client, s3_bucket, tmp_path / "model", tmp_path.name)
-    remote._open.clear()
+    remote_weights._open.clear()
     with pytest.raises(BadInput, match="changed since they were registered"):
         open_model(ref, space, family)
     # Without the listing everything is read, and is not what was registered either.
@@ -238,7 +238,7 @@ def test_what_is_altered_on_its_way_is_read_again(
     ref = describe_model(address, family, space)
     assert ref.weights == expected.digest()
     assert len(fetched) == 3, "the header, the whole, the whole again"
-    remote._open.clear()
+    remote_weights._open.clear()
     _, checkpoint = open_model(ref, space, family)
     fetched[:] = [0, 0, 0]
     assert torch.equal(checkpoint.tensor("a"), expected.tensor("a"))
@@ -273,7 +273,7 @@ def test_a_listing_that_is_lost_is_made_again(
     ref = describe_model(address, get_family("clip"), space)
     listing = space.objects.read_blob(ref.weights)
     space.objects.store.remove(f"blobs/{ref.weights}")
-    remote._open.clear()
+    remote_weights._open.clear()
     open_model(ref, space, get_family("clip"))
     assert space.objects.read_blob(ref.weights) == listing
 

@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from restitch.merging.analysis.masks import MaskAnalysis
 from restitch.registry.ledger.records import MergedRecord
-from restitch.tasks import analyze as module
-from restitch.tasks.analyze import analyze, places_of
-from restitch.tasks.engine import Cached
-from restitch.tasks.refs import LineRef
 from restitch.tasks.report import ReportInput, render
+from restitch.tasks.research import mask_analysis as module
+from restitch.tasks.research.mask_analysis import analyze, places_of
+from restitch.tasks.runtime.engine import Cached
+from restitch.tasks.runtime.refs import LineRef
 
 from tests.conftest import Three
 from tests.shell import Shell

@@ -10,8 +10,8 @@ from restitch.modeling.licence import Licence
 from restitch.registry.ledger.records import Interval, TaskResult
 from restitch.registry.store.base import FolderStore
 from restitch.registry.store.objects import ObjectStore
-from restitch.tasks.card import model_card, specialist_card
-from restitch.tasks.provenance import Provenance, licence_of, lineage, provenance
+from restitch.tasks.report.card import model_card, specialist_card
+from restitch.tasks.report.provenance import Provenance, licence_of, lineage, provenance
 
 from tests.conftest import Three
 from tests.registry import builders

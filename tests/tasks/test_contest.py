@@ -3,7 +3,7 @@
 import math
 
 import pytest
-from restitch.tasks.contest import LEAST_ROWS, _order, shares_of
+from restitch.tasks.method_selection import LEAST_ROWS, _order, shares_of
 
 
 @pytest.mark.parametrize("entrants", range(2, 33))

@@ -6,7 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from restitch.tasks.deaths import DEATHS, SILENT_AFTER, STUCK_AFTER, mark_silent_runs, start_again
+from restitch.tasks.runtime.crash_recovery import (
+    DEATHS,
+    SILENT_AFTER,
+    STUCK_AFTER,
+    mark_silent_runs,
+    start_again,
+)
 
 from tests.fake_prefect import FakePrefect, fake_prefect
 

@@ -10,8 +10,14 @@ from restitch.modeling.families.family import get_family
 from restitch.registry.home import Home
 from restitch.registry.specs.files import load_task
 from restitch.registry.specs.line import LocalizeSpec, TaskSpec
-from restitch.tasks.inputs import check_rows, data_spec, evaluation_split, resolve_task, same_task
-from restitch.tasks.workspace import Workspace
+from restitch.tasks.inputs.task_data import (
+    check_rows,
+    data_spec,
+    evaluation_split,
+    resolve_task,
+    same_task,
+)
+from restitch.tasks.runtime.workspace import Workspace
 
 from tests.worlds import World, write_rows, write_yaml
 

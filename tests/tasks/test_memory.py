@@ -2,7 +2,7 @@ import mmap
 from pathlib import Path
 
 import numpy as np
-from restitch.tasks.memory import memory_added
+from restitch.tasks.runtime.memory import memory_added
 
 
 def test_what_is_allocated_counts_and_what_is_mapped_does_not(tmp_path: Path) -> None:

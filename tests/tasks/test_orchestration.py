@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from restitch.merging.errors import Unavailable
-from restitch.tasks.orchestration import (
+from restitch.tasks.runtime.events import (
     MODEL_REGISTERED,
     MOST_STARTS,
     announce,
@@ -18,9 +18,9 @@ from restitch.tasks.orchestration import (
     run_ended,
     start_run,
 )
-from restitch.tasks.prefect_api import PrefectApi
-from restitch.tasks.turn import turn
-from restitch.tasks.workspace import workspace
+from restitch.tasks.runtime.merge_lease import turn
+from restitch.tasks.runtime.prefect_api import PrefectApi
+from restitch.tasks.runtime.workspace import workspace
 
 from tests.fake_prefect import FakePrefect, fake_prefect
 from tests.servers import free_port
@@ -48,7 +48,7 @@ def away(embedded: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The address of a server that does not run, with credentials in it."""
     url = f"http://user:secret@127.0.0.1:{free_port()}/api"
     monkeypatch.setenv("PREFECT_API_URL", url)
-    monkeypatch.setattr("restitch.tasks.prefect_api.PAUSE_SECONDS", 10.0)
+    monkeypatch.setattr("restitch.tasks.runtime.prefect_api.PAUSE_SECONDS", 10.0)
     return url
 
 
@@ -73,7 +73,7 @@ def test_a_server_without_our_deployments_has_no_workers(server: FakePrefect) ->
 def test_who_only_tells_of_an_event_does_not_import_prefect(server: FakePrefect) -> None:
     server.knows_deployments()
     script = (
-        "import sys; from restitch.tasks.orchestration import announce;"
+        "import sys; from restitch.tasks.runtime.events import announce;"
         "print(announce('e', 'demo', 'colour', 1), 'prefect' in sys.modules)"
     )
     done = Shell(Path(os.environ["RESTITCH_HOME"]), {"PREFECT_API_URL": server.url}).python(script)
@@ -163,7 +163,7 @@ def test_a_busy_server_is_asked_again(
     def answered_next(_: float) -> None:
         server.answers["POST /events"] = (204, None)
 
-    monkeypatch.setattr("restitch.tasks.prefect_api.time.sleep", answered_next)
+    monkeypatch.setattr("restitch.tasks.runtime.prefect_api.time.sleep", answered_next)
     PrefectApi(server.url).emit([{"id": "one"}])
     assert server.bodies("POST /events") == [[{"id": "one"}]] * 2
 
@@ -172,12 +172,12 @@ def test_a_server_that_stays_busy_is_given_up_long_after_one_that_is_away(
     server: FakePrefect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
-    monkeypatch.setattr("restitch.tasks.prefect_api.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("restitch.tasks.runtime.prefect_api.time.monotonic", lambda: now[0])
 
     def later(seconds: float) -> None:
         now[0] += seconds
 
-    monkeypatch.setattr("restitch.tasks.prefect_api.time.sleep", later)
+    monkeypatch.setattr("restitch.tasks.runtime.prefect_api.time.sleep", later)
     server.answers["POST /events"] = (503, None)
     with pytest.raises(Unavailable, match="status 503"):
         PrefectApi(server.url, patience=1.0).emit([{}])

@@ -8,9 +8,9 @@ import pytest
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.mlflow.sync import Catalog
 from restitch.tasks import publish
-from restitch.tasks.engine import Cached, step
-from restitch.tasks.reporting import say, warn, working
-from restitch.tasks.workspace import actor, made_by, workspace
+from restitch.tasks.runtime.console import say, warn, working
+from restitch.tasks.runtime.engine import Cached, step
+from restitch.tasks.runtime.workspace import actor, made_by, workspace
 
 from tests.shell import Shell
 
@@ -50,7 +50,7 @@ def test_a_server_that_kept_us_waiting_is_not_asked_again_at_once(
         raise Unavailable("MLflow is away")
 
     monkeypatch.setattr(Catalog, "repair", slow)
-    monkeypatch.setattr("restitch.tasks.workspace.Workspace.ledger", lambda *_: None)
+    monkeypatch.setattr("restitch.tasks.runtime.workspace.Workspace.ledger", lambda *_: None)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(publish, "_away_until", {})
     with Shell(tmp_path).inside():

@@ -2,10 +2,10 @@
 
 from restitch.merging.digests import digest_json
 from restitch.registry.ledger.line_state import Head
-from restitch.tasks.inputs import head_inputs, task_head
-from restitch.tasks.models import live_base, open_base
-from restitch.tasks.refs import LineRef
-from restitch.tasks.workspace import Workspace
+from restitch.tasks.inputs.checkpoints import live_base, open_base
+from restitch.tasks.inputs.task_data import head_inputs, task_head
+from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.workspace import Workspace
 
 
 def heads_again(head: Head, missing: set[str], space: Workspace) -> int:

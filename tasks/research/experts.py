@@ -17,12 +17,12 @@ from restitch.merging.experts.files import write_experts
 from restitch.merging.experts.specialists import Experts
 from restitch.merging.methods.registry import get_method
 from restitch.merging.recipe import Recipe
-from restitch.tasks.engine import Cached, step
+from restitch.tasks.inputs.checkpoints import Base, open_base
 from restitch.tasks.merge import recipe_members
-from restitch.tasks.models import Base, open_base
-from restitch.tasks.refs import LineRef
-from restitch.tasks.reporting import working
-from restitch.tasks.workspace import Workspace, made_by, workspace
+from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.engine import Cached, step
+from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
 
 @dataclass(frozen=True)

@@ -19,13 +19,13 @@ from restitch.modeling.families.family import Family
 from restitch.modeling.significance import ratio_interval
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.specs.line import ObjectiveSpec, TaskSpec, TournamentSpec
-from restitch.tasks.engine import Cached, step
 from restitch.tasks.evaluate import Exam, choice_inputs, has_rows_to_choose_by
-from restitch.tasks.inputs import evaluation_split
-from restitch.tasks.models import Base, LiveBase, live_base, open_base
-from restitch.tasks.refs import LineRef, WeightsRef
-from restitch.tasks.reporting import working
-from restitch.tasks.workspace import Workspace, made_by, workspace
+from restitch.tasks.inputs.checkpoints import Base, LiveBase, live_base, open_base
+from restitch.tasks.inputs.task_data import evaluation_split
+from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.engine import Cached, step
+from restitch.tasks.runtime.refs import LineRef, WeightsRef
+from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
 # Raised when the same inputs would have another winner.
 VERSION = 1

@@ -15,7 +15,7 @@ from restitch.registry.ledger.line_state import Head
 from restitch.registry.ledger.records import Interval, MergedRecord, TaskResult
 from restitch.registry.mlflow.sync import without_credentials
 from restitch.registry.specs.line import is_hub_id, split_pin
-from restitch.tasks.provenance import Provenance
+from restitch.tasks.report.provenance import Provenance
 
 Rows = Sequence[tuple[str, ...]]
 

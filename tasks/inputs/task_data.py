@@ -21,9 +21,9 @@ from restitch.registry.paths import is_there
 from restitch.registry.sources.resolve import pin_data, resolve_source
 from restitch.registry.specs.line import TaskSpec, split_pin
 from restitch.registry.specs.localize import LocalizeSpec
-from restitch.tasks.models import Base, LiveBase
-from restitch.tasks.reporting import working
-from restitch.tasks.workspace import Workspace, made_by
+from restitch.tasks.inputs.checkpoints import Base, LiveBase
+from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.workspace import Workspace, made_by
 
 
 def evaluation_split(spec: TaskSpec) -> str | None:

@@ -23,14 +23,14 @@ from restitch.merging.rules.stitch import Member as Part
 from restitch.modeling.evaluation import Evaluation
 from restitch.registry.ledger.line_state import Member
 from restitch.tasks.density import Grafted
-from restitch.tasks.engine import Cached, step
 from restitch.tasks.evaluate import Exam, result_inputs
+from restitch.tasks.inputs.checkpoints import Base, open_base, open_vector
 from restitch.tasks.localize import kept_values
 from restitch.tasks.localizers import Localizer, Ranking, named_localizer
-from restitch.tasks.models import Base, open_base, open_vector
-from restitch.tasks.refs import LineRef, WeightsRef
-from restitch.tasks.reporting import working
-from restitch.tasks.workspace import Workspace, made_by, workspace
+from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.engine import Cached, step
+from restitch.tasks.runtime.refs import LineRef, WeightsRef
+from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
 # Raised when the same inputs would give other numbers.
 VERSION = 1

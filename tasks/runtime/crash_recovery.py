@@ -10,8 +10,8 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from restitch.merging.digests import digest_json
-from restitch.tasks.orchestration import DEPLOYMENT, api, start_run, this_run
-from restitch.tasks.reporting import warn
+from restitch.tasks.runtime.console import warn
+from restitch.tasks.runtime.events import DEPLOYMENT, api, start_run, this_run
 
 # A run tells every so often that it lives; a server that restarts may miss some of it.
 HEARTBEAT_SECONDS = 30

@@ -28,10 +28,10 @@ from restitch.modeling.weights import apply_edits, restore, set_weights
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.sources.resolve import copy_into_store, resolve_source
 from restitch.registry.specs.line import LineSpec
-from restitch.tasks.refs import LineRef, WeightsRef
-from restitch.tasks.remote import list_remote, remote_checkpoint
-from restitch.tasks.reporting import working
-from restitch.tasks.workspace import Workspace
+from restitch.tasks.inputs.remote_weights import list_remote, remote_checkpoint
+from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.refs import LineRef, WeightsRef
+from restitch.tasks.runtime.workspace import Workspace
 
 # Larger than any vocabulary; a sparse file of a terabyte costs whoever sends it nothing.
 MOST_ASSET = 1 << 28

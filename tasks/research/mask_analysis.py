@@ -17,11 +17,11 @@ from restitch.merging.files.checkpoint import by_bytes
 from restitch.merging.files.sparse import SparseFile
 from restitch.modeling.tensor_location import COMPONENTS, Place, place_of
 from restitch.registry.ledger.records import MergedRecord
-from restitch.tasks.engine import Cached, step
-from restitch.tasks.models import open_base
-from restitch.tasks.refs import LineRef
-from restitch.tasks.reporting import working
-from restitch.tasks.workspace import Workspace, made_by, workspace
+from restitch.tasks.inputs.checkpoints import open_base
+from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.engine import Cached, step
+from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
 # Raised when places or their names change; the analysis itself has its own version.
 VERSION = 1

@@ -23,10 +23,10 @@ from typing import Any
 from restitch.merging.errors import Unavailable
 from restitch.registry.store.attempts import process_began
 from restitch.registry.store.base import NotInStore, Store
-from restitch.tasks.orchestration import api, cancel_queued, run_ended, this_run
-from restitch.tasks.prefect_api import PrefectApi
-from restitch.tasks.reporting import say, warn
-from restitch.tasks.workspace import Workspace
+from restitch.tasks.runtime.console import say, warn
+from restitch.tasks.runtime.events import api, cancel_queued, run_ended, this_run
+from restitch.tasks.runtime.prefect_api import PrefectApi
+from restitch.tasks.runtime.workspace import Workspace
 
 # The shortest lease that the server grants; it is renewed while the process lives.
 LEASE_SECONDS = 60.0

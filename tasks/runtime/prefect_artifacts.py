@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from typing import Any
 
 from restitch.merging.progress import Progress, ignore
-from restitch.tasks.orchestration import this_run
-from restitch.tasks.reporting import LogReporter
+from restitch.tasks.runtime.console import LogReporter
+from restitch.tasks.runtime.events import this_run
 
 # Work that is done sooner needs no bar; and a bar that moves every second is enough.
 SHOW_AFTER_SECONDS, EVERY_SECONDS = 2.0, 1.0

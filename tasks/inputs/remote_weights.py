@@ -19,7 +19,7 @@ from restitch.merging.files.checkpoint import Checkpoint, index_shards
 from restitch.registry.sources.bucket import RemoteWeights, S3Folder
 from restitch.registry.sources.resolve import Source
 from restitch.registry.store.base import explained
-from restitch.tasks.workspace import Workspace
+from restitch.tasks.runtime.workspace import Workspace
 
 _INDEX = "model.safetensors.index.json"
 _MOST_OPEN, _MOST_READS = 2, 3

@@ -12,9 +12,9 @@ from uuid import uuid4
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import Unavailable
-from restitch.tasks.engine import engine_url
-from restitch.tasks.prefect_api import PrefectApi
-from restitch.tasks.reporting import say, warn
+from restitch.tasks.runtime.console import say, warn
+from restitch.tasks.runtime.engine import engine_url
+from restitch.tasks.runtime.prefect_api import PrefectApi
 
 DEPLOYMENT = "restitch"
 MODEL_REGISTERED = "restitch.model.registered"

@@ -7,11 +7,11 @@ import time
 from restitch.merging.digests import digest_json
 from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.registry.ledger.line_state import Member
-from restitch.tasks.engine import Cached, step
+from restitch.tasks.inputs.checkpoints import device
 from restitch.tasks.merge import make_recipe, write_patch_of
-from restitch.tasks.models import device
-from restitch.tasks.refs import LineRef
-from restitch.tasks.workspace import made_by, workspace
+from restitch.tasks.runtime.engine import Cached, step
+from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.workspace import made_by, workspace
 
 # Raised when something else is timed.
 VERSION = 1

@@ -15,11 +15,11 @@ from restitch.merging.digests import digest_json
 from restitch.merging.files.sparse import SparseFile
 from restitch.merging.ranking.kept_vector import KeptVector
 from restitch.merging.rules.stitch import Member as Part
-from restitch.tasks.engine import Cached, step
-from restitch.tasks.models import open_base
-from restitch.tasks.refs import LineRef
-from restitch.tasks.reporting import working
-from restitch.tasks.workspace import made_by, workspace
+from restitch.tasks.inputs.checkpoints import open_base
+from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.engine import Cached, step
+from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.workspace import made_by, workspace
 
 # The multi-task vectors that TALL masks can be taken of, by what people call them.
 TOGETHER = {"of the sum": "sum", "of TIES": "elected"}

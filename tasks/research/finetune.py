@@ -28,10 +28,7 @@ from restitch.modeling.weights import apply_edits, restore
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.specs.line import TaskSpec
 from restitch.registry.store.objects import KeyRecord
-from restitch.tasks.engine import Cached, step
-from restitch.tasks.inputs import reading_inputs, task_head, verified_data
-from restitch.tasks.localizers import OpenCalibration, lacks
-from restitch.tasks.models import (
+from restitch.tasks.inputs.checkpoints import (
     Base,
     LiveBase,
     device,
@@ -40,9 +37,12 @@ from restitch.tasks.models import (
     open_base,
     open_sparse,
 )
-from restitch.tasks.refs import LineRef, PatchRef
-from restitch.tasks.reporting import working
-from restitch.tasks.workspace import Workspace, made_by, workspace
+from restitch.tasks.inputs.task_data import reading_inputs, task_head, verified_data
+from restitch.tasks.localizers import OpenCalibration, lacks
+from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.engine import Cached, step
+from restitch.tasks.runtime.refs import LineRef, PatchRef
+from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 from torch import Tensor
 
 # Of each task, of which every class has its share; more take longer and teach little more.

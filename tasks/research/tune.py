@@ -18,15 +18,15 @@ from restitch.merging.methods.registry import Method, get_method
 from restitch.merging.recipe import Recipe
 from restitch.modeling.evaluation import EVALUATOR_VERSION
 from restitch.registry.ledger.line_state import Member
-from restitch.tasks.engine import Cached, step
 from restitch.tasks.evaluate import Exam
-from restitch.tasks.experts import recipe_experts
-from restitch.tasks.inputs import has_validation, head_inputs
+from restitch.tasks.inputs.checkpoints import Base, LiveBase, device, live_base, open_base
+from restitch.tasks.inputs.task_data import has_validation, head_inputs
 from restitch.tasks.merge import make_recipe, recipe_edits
-from restitch.tasks.models import Base, LiveBase, device, live_base, open_base
-from restitch.tasks.refs import LineRef
-from restitch.tasks.reporting import working
-from restitch.tasks.workspace import Workspace, made_by, workspace
+from restitch.tasks.research.experts import recipe_experts
+from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.engine import Cached, step
+from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
 MOST_ROWS = 500
 
