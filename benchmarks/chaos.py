@@ -146,7 +146,7 @@ class Chaos:
 
     def begin(self) -> None:
         """Bring the stack up and make the line."""
-        from restitch.flows.line import init_line
+        from restitch.flows.lines.init_line import init_line
 
         self.mend()
         init_line(self._line_file())

@@ -21,7 +21,7 @@ from statistics import median
 
 import torch
 import yaml
-from restitch.flows.line import init_line
+from restitch.flows.lines.init_line import init_line
 from restitch.flows.register import register
 from restitch.registry.home import Home, prepare_environment
 from rich.console import Console

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 import yaml
 from restitch.cli.reporter import TerminalReporter
-from restitch.flows.line import init_line
+from restitch.flows.lines.init_line import init_line
+from restitch.flows.promotion.snapshot import retention_task
 from restitch.flows.register import register
 from restitch.flows.remerge import remerge
-from restitch.flows.snapshot import retention_task
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.evaluation import evaluate
 from restitch.registry.home import Home, prepare_environment

@@ -39,26 +39,26 @@ def history(
     Times are UTC unless they say otherwise.
     """
     from restitch.cli.moments import moment, start_of
-    from restitch.flows import audit
+    from restitch.flows.audit import queries
 
     narrowed = [name for name in (task, event, since, until) if name is not None]
     if (as_of is not None) + versions + bool(narrowed) > 1:
         raise typer.BadParameter("--as-of, --versions and filters of acts exclude each other")
     if as_of is not None:
-        show_result(audit.as_of(line, moment(as_of)), as_json, render.as_of)
+        show_result(queries.as_of(line, moment(as_of)), as_json, render.as_of)
     elif versions:
-        show_result(audit.versions(line), as_json, render.versions)
+        show_result(queries.versions(line), as_json, render.versions)
     else:
         first = None if since is None else start_of(since)
         last = None if until is None else moment(until)
-        wanted = audit.Wanted(task, event, first, last)
-        show_result(audit.history(line, wanted), as_json, render.history)
+        wanted = queries.Wanted(task, event, first, last)
+        show_result(queries.history(line, wanted), as_json, render.history)
 
 
 @app.command()
 def show(line: Line, version: Version = "champion", as_json: Json = False) -> None:
     """Show one merged version: recipe, members, results, retention, gates, cost, links."""
-    from restitch.flows.audit import show as view
+    from restitch.flows.audit.queries import show as view
 
     show_result(view(line, version), as_json, render.show)
 
@@ -71,7 +71,7 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write the report of a merged version: one page that needs no network, and its plots."""
-    from restitch.flows.report import write_report
+    from restitch.flows.audit.report import write_report
 
     show_result(write_report(line, version, out).as_dict(), as_json, render.reported)
 
@@ -79,7 +79,7 @@ def report(
 @app.command()
 def diff(line: Line, a: Version, b: Version = "champion", as_json: Json = False) -> None:
     """Show what version B has otherwise than version A, and what each difference is worth."""
-    from restitch.flows.diff import diff as run
+    from restitch.flows.audit.diff import diff as run
 
     show_result(run(line, a, b), as_json, render.diff)
 
@@ -87,7 +87,7 @@ def diff(line: Line, a: Version, b: Version = "champion", as_json: Json = False)
 @app.command()
 def why(line: Line, task: Task, as_json: Json = False) -> None:
     """Show how a task came to its accuracy over the versions, and which merge changed it."""
-    from restitch.flows.audit import why as view
+    from restitch.flows.audit.queries import why as view
 
     show_result(view(line, task), as_json, render.why)
 
@@ -115,7 +115,7 @@ def verify(
     Exit code 7 where something is damaged and not mended, 5 where --without names what is there.
     """
     if line is not None and not (deep or repair):
-        from restitch.flows.verify import verify as run
+        from restitch.flows.storage.verify import verify as run
 
         found = run(line, version, without)
         show_result(found.as_dict(), as_json, render.verified)
@@ -125,7 +125,7 @@ def verify(
             "--version and --without are about one line, and not about the store",
             hint="restitch verify LINE --version N --without WHAT",
         )
-    from restitch.flows.verify_all import verify_all
+    from restitch.flows.storage.verify_all import verify_all
 
     whole = verify_all(line, deep=deep, repair=repair)
     show_result(whole.as_dict(), as_json, render.all_verified)

@@ -29,7 +29,7 @@ def compare(
 
     Methods with one model for all tasks, and those with one for each, stand in two tables.
     """
-    from restitch.flows.compare import compare as run
+    from restitch.flows.research.compare import compare as run
 
     found = run(line, _names(methods), tune, None if out is None else str(out))
     show_result(found, as_json, compared)
@@ -61,7 +61,7 @@ def analyze(
     as_json: Json = False,
 ) -> None:
     """What the masks in use hold, share and reach as they grow; the line stays as it is."""
-    from restitch.flows.analyze import analyze as run
+    from restitch.flows.research.analyze import analyze as run
 
     found = run(
         line,

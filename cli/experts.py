@@ -32,7 +32,7 @@ def experts(
 
     `restitch export LINE VERSION OUT --task T` writes one of them.
     """
-    from restitch.flows.experts import experts as run
+    from restitch.flows.research.experts import experts as run
 
     found = run(line, version, method, tune, replace, None if out is None else str(out))
     show_result(found, as_json, _kept)

@@ -40,7 +40,7 @@ def init(
 ) -> None:
     """Make a line, or update it, from a YAML file."""
     from restitch.deployments.deploy import keep_schedules
-    from restitch.flows.line import init_line
+    from restitch.flows.lines.init_line import init_line
 
     outcome = init_line(file)
     keep_schedules()
@@ -104,7 +104,7 @@ def task(
     as_json: Json = False,
 ) -> None:
     """Declare a task without a model, for models that are registered in MLflow alone."""
-    from restitch.flows.declare import declare_task
+    from restitch.flows.lines.declare_task import declare_task
 
     outcome = declare_task(line, file, replace_task=replace_task)
     show_result(outcome.as_dict(), as_json, render.declared)

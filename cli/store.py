@@ -28,7 +28,7 @@ def copy(
 
     Every object is compared with its digest on its way; heads are written last.
     """
-    from restitch.flows.store_copy import copy_store
+    from restitch.flows.storage.store_copy import copy_store
 
     show_result(copy_store(source, target).as_dict(), as_json, _copied)
 

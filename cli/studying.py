@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from restitch.cli.app import Json, Line, app, show_result
 from restitch.cli.formats import table_of, text
-from restitch.flows.study import STUDIES
+from restitch.flows.research.study import STUDIES
 from rich.console import Console
 
 # A wider table has the values by task in its CSV and JSON alone: a terminal has 80 columns.
@@ -28,7 +28,7 @@ def study(
     as_json: Json = False,
 ) -> None:
     """Make a study."""
-    from restitch.flows.study.flow import study as run
+    from restitch.flows.research.study.flow import study as run
 
     show_result(run(name, line, None if out is None else str(out)), as_json, studied)
 

@@ -22,7 +22,7 @@ def gc(
 
     Whatever a line, one of its versions or any audit entry names stays.
     """
-    from restitch.flows.gc import collect
+    from restitch.flows.storage.gc import collect
     from restitch.registry.sizes import parse_age
 
     outcome = collect(parse_age(older_than), remove=yes)

@@ -15,9 +15,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
+from restitch.flows.audit.report import mirror
+from restitch.flows.promotion.versions import check_task, find_version
 from restitch.flows.remerge import RemergeOutcome, remerge
-from restitch.flows.report import mirror
-from restitch.flows.versions import check_task, find_version
 from restitch.merging.errors import BadInput, GateFailed
 from restitch.registry.ledger.ledger import Act, Ledger
 from restitch.registry.ledger.line_state import Head, State

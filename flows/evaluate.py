@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from restitch.flows.candidates import measure_member, measure_retention
-from restitch.flows.versions import find_version, members_of
+from restitch.flows.promotion.candidates import measure_member, measure_retention
+from restitch.flows.promotion.versions import find_version, members_of
 from restitch.registry.ledger.records import Retention, TaskResult
 from restitch.tasks.runtime.engine import flow
 from restitch.tasks.runtime.refs import LineRef, WeightsRef

@@ -1,7 +1,7 @@
 """Write a merged version, or its specialist for one task, as a normal Hugging Face folder.
 
 All of it or nothing, and the same bytes of weights each time. A specialist is the base with what
-its mask selects of the patch that the version's specialists share (`restitch.flows.experts`).
+its mask selects of the patch that the version's specialists share (`restitch.flows.research.experts`).
 """
 
 import json
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from restitch.flows.experts import kept_experts
-from restitch.flows.versions import find_version
+from restitch.flows.promotion.versions import find_version
+from restitch.flows.research.experts import kept_experts
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from restitch.flows.adopt import adopt_one
-from restitch.flows.report import mirror
+from restitch.flows.audit.report import mirror
+from restitch.flows.lines.adopt_mlflow import adopt_one
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, CannotJoin, RestitchError
 from restitch.registry.ledger.ledger import Ledger

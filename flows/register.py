@@ -13,10 +13,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from restitch.flows.declare import present, resolve_spec
+from restitch.flows.audit.report import mirror
+from restitch.flows.lines.declare_task import present, resolve_spec
 from restitch.flows.onboard import OnboardOutcome, onboard
 from restitch.flows.remerge import RemergeOutcome, remerge
-from restitch.flows.report import mirror
 from restitch.merging.errors import CannotJoin, GateFailed, Unavailable
 from restitch.modeling.families.family import get_family
 from restitch.registry.ledger.ledger import Ledger

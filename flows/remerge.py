@@ -11,14 +11,14 @@ already that, it does nothing and says so. It may be killed anywhere and run aga
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from restitch.flows.acts import MovedError, hold, promote, record_version, reject
-from restitch.flows.adopt import adopt
-from restitch.flows.candidates import Candidate, make_candidate
-from restitch.flows.gates import Check
-from restitch.flows.links import mlflow_run
+from restitch.flows.audit.report import Reports, mirror
+from restitch.flows.audit.urls import mlflow_run
+from restitch.flows.lines.adopt_mlflow import adopt
 from restitch.flows.onboard import attempts_at, died_at, is_outdated, onboard
-from restitch.flows.report import Reports, mirror
-from restitch.flows.snapshot import Snapshot, localized_models, take_snapshot
+from restitch.flows.promotion.candidates import Candidate, make_candidate
+from restitch.flows.promotion.gates import Check
+from restitch.flows.promotion.snapshot import Snapshot, localized_models, take_snapshot
+from restitch.flows.promotion.transitions import MovedError, hold, promote, record_version, reject
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import GateFailed, RestitchError, Unavailable
 from restitch.registry.ledger.ledger import Ledger

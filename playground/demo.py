@@ -87,7 +87,7 @@ def fresh_home(state: Path) -> None:
 def start_line(world: World, state: Path, out: Console) -> str:
     """Make a line from the world's file, under a name that is not taken."""
     from restitch.deployments.deploy import keep_schedules
-    from restitch.flows.line import init_line
+    from restitch.flows.lines.init_line import init_line
     from restitch.registry.ledger.ledger import lines
     from restitch.tasks.runtime.workspace import workspace
 
@@ -161,7 +161,7 @@ class Watch:
 
 def finish(state: Path, line: str, out: Console) -> None:
     """Show the line's history and export the champion."""
-    from restitch.flows.audit import versions
+    from restitch.flows.audit.queries import versions
     from restitch.flows.export import export_version
 
     out.rule("5. the line")

@@ -1,6 +1,6 @@
 """Which merged versions have specialists, of which method and by whom: read from keys alone.
 
-`restitch.flows.experts` names the specialists of a version under its recipe. What a reader asks first of
+`restitch.flows.research.experts` names the specialists of a version under its recipe. What a reader asks first of
 them stands in the key, so that `status` and `show` open no blob; the parts are in the list that the
 key names.
 """

@@ -1,7 +1,7 @@
 """How a line merges its members: one method, or several of which each merge takes the best.
 
 A tournament names its contestants, how many of them a merge may cost, and what "best" means; who
-wins is found out at each merge (`restitch.flows.tournament`) and stands in that version's recipe. Its
+wins is found out at each merge (`restitch.flows.promotion.method_selection`) and stands in that version's recipe. Its
 contestants are methods with settings of their own, the same method twice where the settings differ.
 """
 

@@ -2,7 +2,7 @@
 
 They are found again under the digest of all that determines them, like a patch. The blob that
 the key names is a list of the parts: `restitch gc` removes it with them, unless a version of a
-line keeps it (`restitch.flows.experts`).
+line keeps it (`restitch.flows.research.experts`).
 """
 
 import json

@@ -37,7 +37,7 @@ children.set_forkserver_preload(
     [
         *(
             "restitch.cli.main",
-            "restitch.flows.line",
+            "restitch.flows.lines.init_line",
             "restitch.flows.register",
             "restitch.flows.remerge",
             "restitch.flows.export",

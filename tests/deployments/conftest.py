@@ -76,7 +76,7 @@ class Stack:
 
     def line(self, name: str, **changes: Any) -> None:
         """Make a line without telling the server, so that nothing but events touches it."""
-        from restitch.flows.line import init_line
+        from restitch.flows.lines.init_line import init_line
 
         file = self.world.line(
             self.shell.home.parent / f"{name}.yaml", line=name, schedule=NEVER, **changes

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from restitch.flows.adopt import Adopted, adopt, adopt_one
-from restitch.flows.declare import declare_task
+from restitch.flows.lines.adopt_mlflow import Adopted, adopt, adopt_one
+from restitch.flows.lines.declare_task import declare_task
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.home import Home
 from restitch.registry.ledger.line_state import UNREAD
@@ -400,7 +400,7 @@ def test_a_source_that_is_away_is_left_for_the_next_call(
 
     before = line.head_bytes()
     with monkeypatch.context() as patched:
-        patched.setattr("restitch.flows.adopt.describe_model", away)
+        patched.setattr("restitch.flows.lines.adopt_mlflow.describe_model", away)
         assert adopt("demo") == ()
         with pytest.raises(Unavailable) as raised:
             adopt_one("demo", "colour", 1)

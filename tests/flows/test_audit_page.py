@@ -65,7 +65,7 @@ def told(
         patched.setattr(Calendar, "story", Calendar.story)
         for module in (
             "restitch.registry.ledger.ledger",
-            "restitch.flows.candidates",
+            "restitch.flows.promotion.candidates",
             "restitch.flows.register",
         ):
             patched.setattr(f"{module}.datetime", Calendar)

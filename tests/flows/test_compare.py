@@ -353,7 +353,7 @@ def test_specialists_that_a_removal_took_meanwhile_are_not_named(
 
     assert len(list((shell.home / "store/keys/specialists").iterdir())) == 1
     with monkeypatch.context() as patched:
-        patched.setattr("restitch.flows.experts.check_there", removed)
+        patched.setattr("restitch.flows.research.experts.check_there", removed)
         shell("experts", "demo", "--method", "emr", "--replace", code=6)
     assert not list((shell.home / "store/keys/specialists").iterdir())
     assert shell.json("experts", "demo", "--tune")["manifest"] == kept[0]["manifest"]

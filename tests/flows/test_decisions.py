@@ -217,7 +217,7 @@ def test_a_retirement_during_a_remerge_is_not_lost(
     line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No version that is made after a retirement holds what was retired."""
-    from restitch.flows.acts import record_version
+    from restitch.flows.promotion.transitions import record_version
 
     def late(*args: Any) -> Any:
         line.do("retire", "demo", "number", "--no-remerge")

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from restitch.flows.snapshot import take_snapshot
+from restitch.flows.promotion.snapshot import take_snapshot
 from restitch.registry.ledger.line_state import Head, ModelRef, ModelVersion
 
 from tests.shell import Shell

@@ -1,6 +1,6 @@
 """Gates decide over numbers alone; each decision names the value and the limit."""
 
-from restitch.flows.gates import Drop, Gates, Measured, check_gates
+from restitch.flows.promotion.gates import Drop, Gates, Measured, check_gates
 
 
 def test_no_gates_no_checks() -> None:

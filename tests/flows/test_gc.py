@@ -170,7 +170,7 @@ def dies(self, name):
         os.kill(os.getpid(), 9)
     return remove(self, name)
 FolderStore.remove = dies
-from restitch.flows.gc import collect
+from restitch.flows.storage.gc import collect
 collect(0.0, remove=True)
 """
 
@@ -203,7 +203,7 @@ def test_killed_at_any_removal_nothing_leads_nowhere_and_the_next_one_goes_on(
 
 REMOVING = """
 import sys
-from restitch.flows.gc import collect
+from restitch.flows.storage.gc import collect
 while True:
     try:
         collect(0.0, remove=True)
@@ -266,7 +266,7 @@ def test_a_key_that_came_before_the_announcement_keeps_its_blob(
         with announced(*asked):
             yield
 
-    monkeypatch.setattr("restitch.flows.gc.announced", late)
+    monkeypatch.setattr("restitch.flows.storage.gc.announced", late)
     copy("gc", "--older-than", "0s", "--yes")
     assert {blob, f"keys/patch/{digest}"} == names_of(copy) & (lone | {f"keys/patch/{digest}"})
 

@@ -15,7 +15,7 @@ from tests.worlds import World, write_yaml
 SCRIPT = """
 import json, sys
 from pathlib import Path
-from restitch.flows.line import init_line
+from restitch.flows.lines.init_line import init_line
 from restitch.flows.register import register
 from restitch.flows.remerge import remerge
 from restitch.merging.errors import RestitchError

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from restitch.flows.links import links, mlflow_run
+from restitch.flows.audit.urls import links, mlflow_run
 
 DIGEST = "ab" * 32
 

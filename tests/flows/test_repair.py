@@ -189,7 +189,7 @@ def test_a_delta_whose_model_is_gone_or_comes_out_otherwise_is_lost(
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr("restitch.flows.remedies.write_delta", otherwise)
+        patched.setattr("restitch.flows.storage.repair_sources.write_delta", otherwise)
         one = damaged(shell.json("verify", "--repair", code=7))[f"blobs/{delta}"]
     assert "it is lost" in one["outcome"]
     assert "gives" in one["outcome"]
@@ -290,7 +290,7 @@ def dies(real):
     return call
 for name in ("mend", "remove", "put", "swap"):
     setattr(FolderStore, name, dies(getattr(FolderStore, name)))
-from restitch.flows.verify_all import verify_all
+from restitch.flows.storage.verify_all import verify_all
 verify_all(None, deep=True, repair=True)
 """
 

@@ -189,7 +189,7 @@ def test_a_task_without_train_rows_is_refused_where_the_method_needs_them(
     assert shell.head_bytes() == before
     # One that was on its way while the line was given the method: it joins, the merge refuses.
     with monkeypatch.context() as racing:
-        racing.setattr("restitch.flows.declare.check_rows_for", lambda *_: None)
+        racing.setattr("restitch.flows.lines.declare_task.check_rows_for", lambda *_: None)
         assert "none for number" in shell("register", "demo", *files, code=3).err
     assert shell.head().tasks["number"].versions[1].state == "ready"
     shell("retire", "demo", "number", "--no-remerge", "--reason", "it lacks rows")
@@ -206,7 +206,9 @@ def test_a_comparison_of_all_methods_leaves_out_those_that_lack_rows(
 ) -> None:
     line(shell, world, tmp_path, "averaging")
     shell.add(world, "colour")
-    monkeypatch.setattr("restitch.flows.compare.method_names", lambda: ["averaging", "regmean"])
+    monkeypatch.setattr(
+        "restitch.flows.research.compare.method_names", lambda: ["averaging", "regmean"]
+    )
     found = shell.json("compare", "demo")
     assert [row["method"] for row in found["methods"]] == ["averaging"]
     assert found["left_out"] == {"regmean": ["colour"]}

@@ -40,7 +40,7 @@ def dies(real):
         return real(*arguments, **given)
     return call
 FolderStore.put, FolderStore.swap = dies(put), dies(swap)
-from restitch.flows.store_copy import copy_store
+from restitch.flows.storage.store_copy import copy_store
 copy_store(sys.argv[1], sys.argv[2])
 """
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from restitch.flows.snapshot import take_snapshot
-from restitch.flows.study import STUDIES
-from restitch.flows.study.continual import FINETUNING
+from restitch.flows.promotion.snapshot import take_snapshot
+from restitch.flows.research.study import STUDIES
+from restitch.flows.research.study.continual import FINETUNING
 from restitch.merging.errors import Unavailable
 from restitch.registry.mlflow.sync import Catalog
 from restitch.registry.store.objects import ObjectStore
@@ -43,10 +43,10 @@ def shell(world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: 
 
 def smaller(patch: pytest.MonkeyPatch) -> None:
     """Studies of fewer points; their numbers are exact whatever there is of them."""
-    patch.setattr("restitch.flows.study.tasks.MOST", 2)
-    patch.setattr("restitch.flows.study.continual.OTHERS", ("task-arithmetic",))
-    patch.setattr("restitch.flows.study.shots.SHOTS", (1, 4))
-    patch.setattr("restitch.flows.study.density.DENSITIES", (0.05, 0.3))
+    patch.setattr("restitch.flows.research.study.tasks.MOST", 2)
+    patch.setattr("restitch.flows.research.study.continual.OTHERS", ("task-arithmetic",))
+    patch.setattr("restitch.flows.research.study.shots.SHOTS", (1, 4))
+    patch.setattr("restitch.flows.research.study.density.DENSITIES", (0.05, 0.3))
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_again_a_study_makes_nothing_anew(
 
     monkeypatch.setattr(ObjectStore, "publish", published)
     smaller(monkeypatch)
-    monkeypatch.setattr("restitch.flows.study.flow.log_study", lambda *_, **__: None)
+    monkeypatch.setattr("restitch.flows.research.study.flow.log_study", lambda *_, **__: None)
     for name in STUDIES:
         assert shell.json("study", name, "demo")["rows"] == made[name]["rows"]
 

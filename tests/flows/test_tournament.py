@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from restitch.flows.snapshot import take_snapshot
-from restitch.flows.tournament import held_before, hold, told
+from restitch.flows.promotion.method_selection import held_before, hold, told
+from restitch.flows.promotion.snapshot import take_snapshot
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import HeadSpec
@@ -175,7 +175,7 @@ def test_other_commands_take_the_method_in_use(
         spec = take_snapshot(shell.ledger()).line_in_use.spec
     best = tournament(shell)["entrants"][0]
     assert (spec.method.name, spec.method.settings) == (best["name"], best["settings"])
-    monkeypatch.setattr("restitch.flows.compare.log_study", lambda *_, **__: None)
+    monkeypatch.setattr("restitch.flows.research.compare.log_study", lambda *_, **__: None)
     (row,) = shell.json("compare", "demo", "--methods", best["name"])["methods"]
     assert row["settings"] == best["settings"]
     assert row["patch"] == shell.ledger().merged(shell.head().champion or 0).patch
@@ -228,7 +228,7 @@ def test_who_is_killed_after_a_contest_does_not_hold_it_again(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("restitch.flows.candidates.stitch", killed)
+        patch.setattr("restitch.flows.promotion.candidates.stitch", killed)
         shell("register", "demo", *_files(world, tmp_path, "animal"), code=130)
     assert shell.head().champion == 2
     monkeypatch.setattr("restitch.tasks.method_selection._Jury.decide", held_again)

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from restitch.flows.adopt import _parsed
+from restitch.flows.lines.adopt_mlflow import _parsed
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.safe_open import open_regular

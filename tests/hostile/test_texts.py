@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from hypothesis import given, settings
-from restitch.flows.adopt import _parsed
+from restitch.flows.lines.adopt_mlflow import _parsed
 from restitch.merging.errors import BadInput
 from restitch.registry.home import Home
 from restitch.registry.sources.resolve import pin_data, resolve_source

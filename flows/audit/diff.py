@@ -1,0 +1,131 @@
+"""How two merged versions of a line differ: members, settings, results, weights.
+
+Results are compared row by row where both were measured on the same rows, so that a
+difference is told with what it is worth.
+"""
+
+from collections import Counter
+from typing import Any
+
+from restitch.flows.audit.queries import member_changes
+from restitch.flows.promotion.versions import find_version
+from restitch.merging.analysis.patches import count_differences
+from restitch.merging.files.checkpoint import by_bytes
+from restitch.merging.files.sparse import SparseFile
+from restitch.modeling.tensor_location import place_of
+from restitch.registry.ledger.records import MergedRecord, Retention, TaskResult, differences
+from restitch.registry.store.objects import ObjectStore
+from restitch.tasks.compare_results import compare_results
+from restitch.tasks.runtime.workspace import workspace
+
+
+def diff(line: str, a: str, b: str) -> dict[str, Any]:
+    """What version `b` has otherwise than version `a`.
+
+    Raises:
+        BadInput: there is no such version.
+    """
+    space = workspace(to_write=False)
+    ledger = space.ledger(line)
+    head = ledger.head()
+    first, second = (ledger.merged(find_version(head, version)) for version in (a, b))
+    return {
+        "line": line,
+        "a": first.version,
+        "b": second.version,
+        **differences_of(space.objects, first, second),
+        "weights": weights_of(space.objects, first, second),
+    }
+
+
+def differences_of(
+    objects: ObjectStore, first: MergedRecord, second: MergedRecord
+) -> dict[str, Any]:
+    """All but the weights, which take a look at both patches."""
+    tasks = sorted({*first.results, *second.results}, key=str.encode)
+    changes = member_changes(first, second)
+    results = []
+    for task in tasks:
+        row = _compared(objects, first.results.get(task), second.results.get(task))
+        for fate in ("joined", "left"):
+            if task in changes[fate]:
+                row["verdict"] = fate
+        results.append({"task": task, **row})
+    kept = [record.retention for record in (first, second)]
+    retention = None
+    if kept != [None, None]:
+        name = next(one.task for one in kept if one is not None)
+        retention = {"task": name, **_compared(objects, *kept)}
+    return {
+        "members": changes,
+        "settings": _settings(first, second),
+        "results": results,
+        "retention": retention,
+    }
+
+
+def _settings(first: MergedRecord, second: MergedRecord) -> list[list[Any]]:
+    """[path, old, new] of all in the recipes beside the members."""
+    old, new = (
+        {key: value for key, value in record.recipe.items() if key != "members"}
+        for record in (first, second)
+    )
+    before, after = differences(old, new)
+    paths = sorted({*before, *after})
+    return [[p.lstrip("/").replace("/", "."), before.get(p), after.get(p)] for p in paths]
+
+
+def _compared(
+    objects: ObjectStore,
+    first: TaskResult | Retention | None,
+    second: TaskResult | Retention | None,
+) -> dict[str, Any]:
+    one, other = _value(first), _value(second)
+    pairs = compare_results(objects, first, second)
+    verdict = "unknown"
+    if pairs is not None:
+        up = "better" if pairs.difference > 0 else "worse"
+        verdict = up if pairs.is_significant else "same"
+    return {
+        "a": one,
+        "b": other,
+        "difference": None if one is None or other is None else other - one,
+        "interval": None if pairs is None else {"low": pairs.low, "high": pairs.high},
+        "p_value": None if pairs is None else pairs.p_value,
+        "gained": None if pairs is None else pairs.gained,
+        "lost": None if pairs is None else pairs.lost,
+        "rows": None if pairs is None else pairs.rows,
+        "verdict": verdict,
+    }
+
+
+def _value(result: TaskResult | Retention | None) -> float | None:
+    if result is None:
+        return None
+    return result.top1 if isinstance(result, Retention) else result.merged
+
+
+def weights_of(objects: ObjectStore, first: MergedRecord, second: MergedRecord) -> dict[str, Any]:
+    """How many weights differ, by layer and by component."""
+    patches = [SparseFile.open(objects.blob_path(record.patch)) for record in (first, second)]
+    by_tensor = count_differences(*patches)
+    layers: Counter[str] = Counter()
+    components: Counter[str] = Counter()
+    for name, count in by_tensor.items():
+        place = place_of(name)
+        tower = "" if place.tower is None else f"{place.tower} "
+        layers[f"{tower}{'other' if place.layer is None else place.layer}"] += count
+        components[place.component] += count
+    touched = {name: patch.info(name).numel for patch in patches for name in patch.names}
+    return {
+        "differ": sum(by_tensor.values()),
+        "of": sum(touched.values()),
+        "by_layer": dict(sorted(layers.items(), key=lambda item: _layer_order(item[0]))),
+        "by_component": dict(sorted(components.items())),
+        "by_tensor": dict(sorted(by_tensor.items(), key=lambda item: by_bytes(item[0]))),
+    }
+
+
+def _layer_order(label: str) -> tuple[str, int]:
+    tower, _, number = label.rpartition(" ")
+    return tower, int(number) if number.isdigit() else 1 << 30

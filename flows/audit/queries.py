@@ -1,0 +1,275 @@
+"""What an auditor asks of a line, answered as plain JSON values from the store alone.
+
+Neither MLflow nor the engine is ever needed here: an auditor gets the answer when every
+server is away.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, get_args
+
+from restitch.flows.audit.urls import links
+from restitch.flows.promotion.versions import check_task, find_version
+from restitch.merging.errors import BadInput
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.outcomes import merges_about, touched_models
+from restitch.registry.ledger.records import Entry, Kind, MergedRecord
+from restitch.registry.maintenance.specialists import kept_specialists
+from restitch.registry.store.objects import ObjectStore
+from restitch.tasks.runtime.workspace import workspace
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which acts to list; None takes all.
+
+    Attributes:
+        task: those that were about models of this task.
+        event: those of this kind.
+        since: not before this time.
+        until: not after it.
+    """
+
+    task: str | None = None
+    event: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def __post_init__(self) -> None:
+        if self.event is not None and self.event not in get_args(Kind):
+            raise BadInput(f"there is no event {self.event!r}", expected=", ".join(get_args(Kind)))
+
+    def takes(self, entry: Entry) -> bool:
+        """Whether an act is one of these."""
+        at = datetime.fromisoformat(entry.time)
+        return (
+            (self.event is None or entry.kind == self.event)
+            and (self.task is None or any(task == self.task for task, _ in touched_models(entry)))
+            and (self.since is None or at >= self.since)
+            and (self.until is None or at <= self.until)
+        )
+
+
+def history(line: str, wanted: Wanted) -> dict[str, Any]:
+    """The audit trail, newest first."""
+    ledger = workspace(to_write=False).ledger(line)
+    if wanted.task is not None:
+        check_task(ledger.head(), wanted.task)
+    found = [_act(entry, champion) for entry, champion in _acts(ledger) if wanted.takes(entry)]
+    return {"line": line, "acts": found}
+
+
+def versions(line: str) -> dict[str, Any]:
+    """All merged versions, newest first, with the acts that moved the champion to them."""
+    ledger = workspace(to_write=False).ledger(line)
+    head = ledger.head()
+    acts: dict[int, list[dict[str, str]]] = {}
+    for entry in ledger.entries():
+        version = entry.after.get("/champion")
+        if isinstance(version, int):
+            act = {"act": entry.kind, "by": entry.actor, "at": entry.time, "why": entry.reason}
+            acts.setdefault(version, []).append(act)
+    records = list(ledger.history())
+    specialists = kept_specialists(ledger.objects, [one.recipe_digest for one in records])
+    return {
+        "line": line,
+        "champion": head.champion,
+        "candidate": head.candidate,
+        "versions": [_brief(record, head, acts, specialists) for record in records],
+    }
+
+
+def as_of(line: str, when: datetime) -> dict[str, Any]:
+    """What was in use at a time: version, members, who put it there and why."""
+    ledger = workspace(to_write=False).ledger(line)
+    head = ledger.head_at(when)
+    if head is None:
+        first = next(ledger.entries(newest_first=False))
+        raise BadInput(
+            f"line {line} was not there at {when.isoformat()}",
+            expected=f"a time from {first.time} on",
+        )
+    return {
+        "line": line,
+        "as_of": when.isoformat(),
+        "sequence": head.sequence,
+        "champion": None if head.champion is None else _in_use(ledger, head),
+        "candidate": head.candidate,
+        "pinned": head.pinned,
+        "models": [
+            {"task": task, "version": number, "state": model.state, "reason": model.reason}
+            for task in sorted(head.tasks, key=str.encode)
+            for number, model in sorted(head.tasks[task].versions.items())
+        ],
+    }
+
+
+def show(line: str, version: str) -> dict[str, Any]:
+    """One merged version whole."""
+    ledger = workspace(to_write=False).ledger(line)
+    head = ledger.head()
+    record = ledger.merged(find_version(head, version))
+    digest = head.versions[record.version]
+    found = whole(head, record, ledger.objects)
+    return {**found, "links": links(line, digest, record.made_by)}
+
+
+def whole(head: Head, record: MergedRecord, objects: ObjectStore) -> dict[str, Any]:
+    """All that is kept of a merged version, and what it is now."""
+    recipe = record.recipe_digest
+    return {
+        **record.to_json(),
+        "role": _role(head, record.version),
+        "mean_accuracy": record.mean_accuracy,
+        "mean_normalized": record.mean_normalized,
+        "digest": head.versions[record.version],
+        "specialists": kept_specialists(objects, [recipe]).get(recipe),
+    }
+
+
+def why(line: str, task: str) -> dict[str, Any]:
+    """How a task came to its present accuracy: every version, and what changed it."""
+    space = workspace(to_write=False)
+    ledger = space.ledger(line)
+    head = ledger.head()
+    check_task(head, task)
+    from restitch.tasks.compare_results import compare_results  # numpy is for this one alone
+
+    steps: list[dict[str, Any]] = []
+    before: MergedRecord | None = None
+    for record in reversed(list(ledger.history())):
+        new = record.results.get(task)
+        old = None if before is None else before.results.get(task)
+        pairs = compare_results(space.objects, old, new)
+        member = record.members.get(task)
+        steps.append(
+            {
+                "version": record.version,
+                "role": _role(head, record.version),
+                "at": record.created_at,
+                "model": None if member is None else member.version,
+                "merged": None if new is None else new.merged,
+                "interval": None if new is None else _json(new.interval),
+                "finetuned": None if new is None else new.finetuned,
+                "grafted": None if new is None else new.grafted,
+                "base": None if new is None else new.base,
+                "change": None if pairs is None else pairs.difference,
+                "p_value": None if pairs is None else pairs.p_value,
+                "significant": pairs is not None and pairs.is_significant,
+                "members": member_changes(before, record),
+                "settings": before is not None
+                and before.recipe["method"] != record.recipe["method"],
+                "passed": record.passed,
+            }
+        )
+        before = record
+    return {"line": line, "task": task, "champion": head.champion, "versions": steps}
+
+
+def member_changes(first: MergedRecord | None, second: MergedRecord) -> dict[str, Any]:
+    """What joined, left, was replaced by another model, or has another mask of the same model."""
+    old = {} if first is None else first.members
+    new = second.members
+    both = [task for task in new if task in old]
+    return {
+        "joined": {task: new[task].version for task in new if task not in old},
+        "left": {task: old[task].version for task in old if task not in new},
+        "replaced": {
+            task: [old[task].version, new[task].version]
+            for task in both
+            if old[task].version != new[task].version
+        },
+        "relocalized": {
+            task: new[task].version
+            for task in both
+            if old[task].version == new[task].version and old[task].mask != new[task].mask
+        },
+    }
+
+
+def _acts(ledger: Ledger) -> Iterator[tuple[Entry, int | None]]:
+    """Every act, newest first, with the champion after it."""
+    champion = ledger.head().champion
+    for entry in ledger.entries():
+        yield entry, champion
+        if "/champion" in entry.before or "/champion" in entry.after:
+            replaced = entry.before.get("/champion")
+            champion = replaced if isinstance(replaced, int) else None
+
+
+def _act(entry: Entry, champion: int | None) -> dict[str, Any]:
+    return {
+        "sequence": entry.sequence,
+        "time": entry.time,
+        "kind": entry.kind,
+        "actor": entry.actor,
+        "reason": entry.reason,
+        "models": [{"task": task, "version": n} for task, n in touched_models(entry)],
+        "versions": list(merges_about(entry)),
+        "champion": champion,
+        "digests": entry.digests,
+        "entry": entry.digest,
+        "previous": entry.previous,
+    }
+
+
+def _in_use(ledger: Ledger, head: Head) -> dict[str, Any]:
+    """The champion of a head with its members, and the act that put it in use."""
+    assert head.champion is not None
+    record = ledger.record(head.versions[head.champion])
+    put = next(
+        entry
+        for entry in ledger.entries()
+        if entry.sequence <= head.sequence and entry.after.get("/champion") == head.champion
+    )
+    return {
+        "version": record.version,
+        "since": put.time,
+        "act": put.kind,
+        "by": put.actor,
+        "why": put.reason,
+        "entry": put.digest,
+        "members": {task: member.to_json() for task, member in record.members.items()},
+        "mean_accuracy": record.mean_accuracy,
+        "mean_normalized": record.mean_normalized,
+        "retention": _json(record.retention),
+        "recipe": record.recipe_digest,
+        "patch": record.patch,
+    }
+
+
+def _brief(
+    record: MergedRecord,
+    head: Head,
+    acts: dict[int, list[dict[str, str]]],
+    specialists: dict[str, dict[str, Any]],
+) -> dict[str, Any]:
+    kept = record.retention
+    return {
+        "version": record.version,
+        "role": _role(head, record.version),
+        "members": {task: member.version for task, member in record.members.items()},
+        "mean_accuracy": record.mean_accuracy,
+        "mean_normalized": record.mean_normalized,
+        "retention": None if kept is None else kept.ratio,
+        "retention_interval": None if kept is None else _json(kept.ratio_interval),
+        "top1": None if kept is None else kept.top1,
+        "passed": record.passed,
+        "failed": [gate.note or gate.gate for gate in record.gates if not gate.passed],
+        "created_at": record.created_at,
+        "made_by": record.made_by,
+        "acts": acts.get(record.version, []),
+        "specialists": specialists.get(record.recipe_digest),
+    }
+
+
+def _role(head: Head, version: int) -> str | None:
+    if version == head.champion:
+        return "champion"
+    return "candidate" if version == head.candidate else None
+
+
+def _json(record: Any) -> Any:
+    return None if record is None else record.to_json()

@@ -1,0 +1,306 @@
+"""A set of members, stitched, evaluated and judged: what may become a merged version."""
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version as library_version
+from typing import Any
+
+from restitch.flows.promotion.gates import Check, Drop, Measured, check_gates
+from restitch.flows.promotion.method_selection import FACT, hold, told
+from restitch.flows.promotion.snapshot import Snapshot, is_merge_of, retention_task
+from restitch.merging.digests import digest_json
+from restitch.merging.errors import BadInput
+from restitch.merging.recipe import Recipe
+from restitch.modeling.significance import ratio_interval, rows_of
+from restitch.registry.ledger.line_state import Head, Member
+from restitch.registry.ledger.records import (
+    DataUsed,
+    GateOutcome,
+    Interval,
+    MergedMember,
+    MergedRecord,
+    Retention,
+    TaskResult,
+)
+from restitch.registry.specs.line import TaskSpec
+from restitch.tasks.compare_results import compare_results
+from restitch.tasks.evaluate import evaluate
+from restitch.tasks.inputs.task_data import evaluation_split
+from restitch.tasks.merge import make_recipe, stitch
+from restitch.tasks.runtime.events import this_run
+from restitch.tasks.runtime.refs import LineRef, PatchRef, ResultRef, WeightsRef
+from restitch.tasks.runtime.workspace import made_by, workspace
+
+# What a version's record keeps of how each member was localized, and of its statistics.
+MEMBER_FACTS = (
+    "localizer",
+    "density",
+    "kept",
+    "coordinates",
+    "delta_bytes",
+    "outside_share",
+    "seconds",
+    "localized_by",
+    "calibrated_with",
+    "calibration_rows",
+    "budget",
+    "recovery",
+    "statistics_bytes",
+    "statistics_seconds",
+)
+LIBRARIES = ("restitch", "torch", "transformers", "datasets", "prefect", "mlflow", "safetensors")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A merged model with all that was measured of it.
+
+    Attributes:
+        members: by task name.
+        checks: every gate that was applied.
+        tournament: what chose its method, where the line names several.
+    """
+
+    members: tuple[Member, ...]
+    recipe: Recipe
+    patch: PatchRef
+    results: dict[str, TaskResult]
+    retention: Retention | None
+    checks: tuple[Check, ...]
+    timings: dict[str, float]
+    tournament: dict[str, Any] | None = None
+
+    @property
+    def told(self) -> str:
+        """What was merged and, after a tournament, how, for the trail."""
+        members = ", ".join(f"{m.task} {m.version}" for m in self.members)
+        return members if self.tournament is None else f"{members}: {told(self.tournament)}"
+
+    @property
+    def passed(self) -> bool:
+        """Whether no gate was failed that blocks."""
+        return not self.failed
+
+    @property
+    def failed(self) -> tuple[Check, ...]:
+        """The checks that were failed and block."""
+        return tuple(check for check in self.checks if not check.passed and check.blocks)
+
+    @property
+    def warnings(self) -> tuple[Check, ...]:
+        """The checks that were failed and block nothing."""
+        return tuple(check for check in self.checks if not check.passed and not check.blocks)
+
+    def is_version(self, record: MergedRecord | None) -> bool:
+        """Whether this is a version that is there already."""
+        return record is not None and is_merge_of(record, self.patch.recipe, self.members)
+
+    def record(self, line: str, version: int) -> MergedRecord:
+        """The record of a merged version with this number."""
+        return MergedRecord(
+            line=line,
+            version=version,
+            recipe=self.recipe.to_json(),
+            recipe_digest=self.patch.recipe,
+            patch=self.patch.blob,
+            patch_bytes=self.patch.size,
+            kept=self.patch.kept,
+            members={m.task: _merged_member(m) for m in self.members},
+            results=self.results,
+            retention=self.retention,
+            gates=tuple(_gate_outcome(check) for check in self.checks),
+            facts={} if self.tournament is None else {FACT: self.tournament},
+            created_at=datetime.now(UTC).isoformat(timespec="microseconds"),
+            made_by=made_by() | ({} if (run := this_run()) is None else {"flow_run": run}),
+            timings=self.timings,
+            software={name: library_version(name) for name in LIBRARIES},
+        )
+
+
+def make_candidate(
+    snapshot: Snapshot, members: tuple[Member, ...], *, again: bool = False
+) -> Candidate:
+    """Stitch members, evaluate the merged model and apply the line's gates.
+
+    Args:
+        snapshot: the line, its champion and its gates.
+        members: by task name.
+        again: stitch and evaluate although the store holds the results.
+    """
+    timings: dict[str, float] = {}
+    with _timed(timings, "tournament"):
+        held = hold(snapshot.line, members, snapshot.benchmark, snapshot.current, snapshot.newest)
+    line = held.line
+    if held.found is None:
+        del timings["tournament"]
+    with _timed(timings, "statistics"):
+        recipe = make_recipe(line, members)
+    if not recipe.other:
+        del timings["statistics"]
+    with _timed(timings, "stitch"):
+        patch = stitch(line, recipe, again)
+    merged = WeightsRef("merged", patch.blob)
+    with _timed(timings, "evaluate"):
+        results = {m.task: measure_member(line, m, merged, again=again) for m in members}
+        retention = measure_retention(line, snapshot.head, merged, again=again)
+    reached = Measured(
+        normalized={t: r.normalized for t, r in results.items() if r.normalized is not None},
+        drops=_drops(snapshot.champion, results),
+        retention=None if retention is None else retention.ratio,
+        retention_interval=None if retention is None else _ends(retention.ratio_interval),
+        patch_bytes=patch.size,
+    )
+    checks = check_gates(snapshot.gates, reached, {m.task for m in snapshot.joining})
+    return Candidate(members, recipe, patch, results, retention, checks, timings, held.found)
+
+
+def measure_member(
+    line: LineRef, member: Member, merged: WeightsRef, *, again: bool = False
+) -> TaskResult:
+    """How a member's task fares in a merged model, beside its base and its finetuned model."""
+    spec, model = member.spec, member.model
+    split = evaluation_split(spec)
+    if split is None:
+        return TaskResult(metric=spec.metric, notes=("no data: not evaluated",))
+    found = evaluate(line, spec, merged, model.model, again)
+    base = evaluate(line, spec, WeightsRef("base"), model.model)
+    grafted = evaluate(line, spec, WeightsRef("grafted", str(model.delta)), model.model)
+    notes: tuple[str, ...] = ()
+    finetuned: ResultRef | None = None
+    try:
+        whole = WeightsRef("finetuned", model.model.weights, model.model.uri)
+        finetuned = evaluate(line, spec, whole, model.model)
+    except BadInput as error:  # its folder may be gone: the merge does not need it
+        notes += (f"the finetuned model cannot be evaluated: {error.what}",)
+    if spec.data is not None and spec.data.validation is None and split == "validation":
+        notes += ("validation rows are set apart from train: the model may have seen them",)
+    measured = {"base": base, "finetuned": finetuned, "grafted": grafted, "merged": found}
+    known = {name: result for name, result in measured.items() if result is not None}
+    return TaskResult(
+        metric=spec.metric,
+        split=split,
+        base=base.value,
+        finetuned=None if finetuned is None else finetuned.value,
+        grafted=grafted.value,
+        merged=found.value,
+        normalized=found.value / finetuned.value if finetuned and finetuned.value else None,
+        interval=_interval(found),
+        intervals={name: _interval(ref) for name, ref in known.items() if ref is not found},
+        count=found.count,
+        evaluations={name: result.blob for name, result in known.items()},
+        data=_data_used(spec, split),
+        notes=notes,
+    )
+
+
+def measure_retention(
+    line: LineRef, head: Head, merged: WeightsRef, *, again: bool = False
+) -> Retention | None:
+    """What a merged model keeps of the base's general ability; None without a benchmark."""
+    spec = retention_task(head)
+    split = None if spec is None else evaluation_split(spec)
+    if spec is None or split is None:
+        return None
+    base = evaluate(line, spec, WeightsRef("base"))
+    found = evaluate(line, spec, merged, None, again)
+    blobs = {"base": base.blob, "merged": found.blob}
+    right = {name: rows_of(_stored(blob)) for name, blob in blobs.items()}
+    of_ratio = ratio_interval(right["base"], right["merged"])
+    return Retention(
+        task=spec.task,
+        top1=found.top1,
+        top5=found.top5,
+        base_top1=base.top1,
+        base_top5=base.top5,
+        ratio=found.top1 / base.top1 if base.top1 else 0.0,
+        interval=_interval(found),
+        base_interval=_interval(base),
+        ratio_interval=None if of_ratio is None else _from(of_ratio),
+        count=found.count,
+        evaluations=blobs,
+        data=_data_used(spec, split),
+    )
+
+
+def _drops(champion: MergedRecord | None, results: dict[str, TaskResult]) -> dict[str, Drop]:
+    """What each task lost against the champion, and whether that is more than noise."""
+    drops = {}
+    for task, new in results.items():
+        old = None if champion is None else champion.results.get(task)
+        if old is None or old.merged is None or new.merged is None:
+            continue
+        pairs = compare_results(workspace().objects, old, new)
+        lost = old.merged - new.merged
+        if pairs is not None:
+            interval = (-pairs.high, -pairs.low)
+            drops[task] = Drop(lost, not pairs.is_significant, interval, pairs.p_value)
+        else:
+            inside = old.interval is not None and new.merged >= old.interval.low
+            drops[task] = Drop(lost, inside)
+    return drops
+
+
+def _stored(blob: str) -> dict[str, object]:
+    found: dict[str, object] = json.loads(workspace().objects.read_blob(blob))
+    return found
+
+
+def _interval(result: ResultRef) -> Interval:
+    return Interval(low=result.low, high=result.high)
+
+
+def _from(ends: tuple[float, float]) -> Interval:
+    return Interval(low=ends[0], high=ends[1])
+
+
+def _ends(interval: Interval | None) -> tuple[float, float] | None:
+    return None if interval is None else (interval.low, interval.high)
+
+
+def _data_used(spec: TaskSpec, split: str) -> DataUsed:
+    assert spec.data is not None
+    sample = None if spec.data.sample is None else spec.data.sample.to_json()
+    return DataUsed(
+        path=spec.data.path, split=split, digest=digest_json([spec.data.content, split, sample])
+    )
+
+
+def _merged_member(member: Member) -> MergedMember:
+    assert member.model.mask is not None, "a member has been localized"
+    assert member.model.delta is not None, "a member has been localized"
+    facts = member.model.facts
+    return MergedMember(
+        version=member.version,
+        uri=member.model.model.uri,
+        weights=member.model.model.weights,
+        config=member.model.model.config,
+        mask=member.model.mask,
+        delta=member.model.delta,
+        facts={name: facts[name] for name in MEMBER_FACTS if name in facts},
+    )
+
+
+def _gate_outcome(check: Check) -> GateOutcome:
+    return GateOutcome(
+        gate=check.gate,
+        limit=check.limit,
+        value=check.value,
+        interval=None if check.interval is None else _from(check.interval),
+        passed=check.passed,
+        action="block" if check.blocks else "warn",
+        task=check.subject if check.gate in ("max_task_drop", "min_normalized") else None,
+        note=str(check),
+    )
+
+
+@contextmanager
+def _timed(timings: dict[str, float], name: str) -> Iterator[None]:
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        timings[name] = round(time.perf_counter() - started, 3)

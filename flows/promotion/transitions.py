@@ -1,0 +1,136 @@
+"""What a remerge does to its line: record, promote, reject and hold, each of them once.
+
+Every act looks at the head as it is when it counts, so that one that was done before, by
+this run or by one that was killed, is not done again. Recording and promoting stand on the
+champion that the run began with: where somebody has changed it meanwhile, or retired a
+member, they raise `MovedError`, and the run looks again.
+"""
+
+from typing import Literal
+
+from restitch.flows.promotion.candidates import Candidate
+from restitch.flows.promotion.gates import Check
+from restitch.flows.promotion.snapshot import Snapshot
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import Head, Member
+from restitch.tasks.runtime.console import say, warn
+from restitch.tasks.runtime.workspace import actor
+
+
+class MovedError(Exception):
+    """The champion was changed or a member was retired since the snapshot was taken."""
+
+
+def record_version(ledger: Ledger, snapshot: Snapshot, candidate: Candidate) -> int:
+    """Make a merged version of a candidate, unless the newest one is it already."""
+    found: list[int] = []
+
+    def change(head: Head) -> Head | None:
+        found.clear()
+        _check_unmoved(head, snapshot, candidate)
+        newest = head.newest
+        if newest is not None and candidate.is_version(ledger.merged(newest)):
+            found.append(newest)
+            return None
+        found.append(head.next_version)
+        record = candidate.record(ledger.line, head.next_version)
+        ledger.objects.put_blob(record.to_bytes())
+        return head.with_merged(record.digest)
+
+    act = ledger.act(
+        "merged",
+        actor(),
+        f"stitched {candidate.told}",
+        change,
+        {"recipe": candidate.patch.recipe, "patch": candidate.patch.blob},
+    )
+    if act is not None:
+        say(f"{ledger.line} version {found[0]}: {candidate.told}")
+    return found[0]
+
+
+def _check_unmoved(head: Head, snapshot: Snapshot, candidate: Candidate) -> None:
+    # What was stitched and judged beside another champion could put that one's members out.
+    if head.champion != snapshot.head.champion:
+        raise MovedError
+    # No version that is made after a retirement holds what was retired.
+    states = (head.tasks[m.task].versions[m.version].state for m in candidate.members)
+    if "retired" in states:
+        raise MovedError
+
+
+def promote(
+    ledger: Ledger, snapshot: Snapshot, candidate: Candidate, version: int
+) -> Literal["promoted", "candidate"]:
+    """Put a version in use, unless promotion is switched off."""
+    if ledger.head().pinned:
+        say(f"{ledger.line} is pinned: version {version} stays a candidate")
+        return "candidate"
+
+    def change(head: Head) -> Head | None:
+        if head.pinned or head.champion == version:
+            return None
+        _check_unmoved(head, snapshot, candidate)
+        # A worker that was away must not put back what has been superseded meanwhile.
+        if head.newest != version:
+            return None
+        return _with_members_of(head.promoted(version), candidate)
+
+    for check in candidate.warnings:
+        warn(f"{ledger.line} version {version}: {check}")
+    checks = "; ".join(str(check) for check in candidate.checks) or "no gates"
+    act = ledger.act("promoted", actor(), f"version {version}: {checks}", change)
+    if act is not None:
+        say(f"{ledger.line} version {version} is the champion")
+    return "promoted" if ledger.head().champion == version else "candidate"
+
+
+def _with_members_of(head: Head, candidate: Candidate) -> Head:
+    """The head with the candidate's members ready and what they took the place of replaced."""
+    for member in candidate.members:
+        for number, model in head.tasks[member.task].versions.items():
+            if number == member.version and model.state == "held":
+                head = head.with_state(member.task, number, "ready")
+            elif number < member.version and model.state in ("ready", "held"):
+                head = head.with_state(
+                    member.task, number, "replaced", f"version {member.version} took its place"
+                )
+    return head
+
+
+def reject(ledger: Ledger, version: int, candidate: Candidate) -> None:
+    """Say in the trail that a version failed its gates; once."""
+
+    def change(head: Head) -> Head | None:
+        # Newest first, so this looks back no further than the merge itself.
+        for entry in ledger.entries():
+            if entry.digests.get("patch") == candidate.patch.blob:
+                if entry.kind == "rejected":
+                    return None
+                if entry.kind == "merged":
+                    break
+        return head
+
+    failed = "; ".join(str(check) for check in candidate.failed)
+    reason = f"version {version}: {failed}"
+    if ledger.act("rejected", actor(), reason, change, {"patch": candidate.patch.blob}) is not None:
+        warn(f"{ledger.line} {reason}")
+
+
+def hold(ledger: Ledger, snapshot: Snapshot, member: Member, checks: tuple[Check, ...]) -> None:
+    """Keep a model out of merges until members, gates or data change."""
+    failed = "; ".join(str(check) for check in checks)
+    context = snapshot.context
+
+    def change(head: Head) -> Head | None:
+        model = head.tasks[member.task].versions[member.version]
+        if model.state not in ("ready", "held"):
+            return None
+        if model.state == "held" and model.facts.get("held_in") == context:
+            return None
+        facts = {**model.facts, "held_in": context}
+        return head.with_state(member.task, member.version, "held", failed, facts=facts)
+
+    reason = f"{member.task} {member.version}: {failed}"
+    if ledger.act("held", actor(), reason, change) is not None:
+        warn(f"{ledger.line} holds {reason}")

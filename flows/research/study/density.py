@@ -1,0 +1,53 @@
+"""Merged accuracy against density: all members with larger and larger masks of one ranking each.
+
+By the largest differences, and by the line's own localizer where every task has what it needs.
+The dashed line is the plain average of the whole task vectors.
+"""
+
+from restitch.flows.research.study.subject import Study, Subject
+from restitch.tasks.localizers import lacks
+from restitch.tasks.report.study_plots import Axes, lines_plot
+from restitch.tasks.research.density_curves import conflict
+from restitch.tasks.runtime.console import say
+
+DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+USUAL = "dataless"
+
+
+def make(subject: Subject) -> Study:
+    """The study."""
+    own, notes = subject.line.spec.localize.mode, []
+    names = [USUAL]
+    missing = {m.task: lacks(own, m.spec, subject.family) for m in subject.members}
+    without = [task for task, one in missing.items() if one is not None]
+    if own != USUAL and not without:
+        names.append(own)
+    elif without:
+        notes.append(f"no {own} masks: {', '.join(without)} lacks {missing[without[0]]}")
+    rows, average = [], 0.0
+    for name in names:
+        say(f"{subject.line.spec.line}: {name}")
+        found = conflict(subject.line, subject.members, name, DENSITIES)
+        average = float(found["averaging"]["mean"])
+        rows += [
+            {
+                "localizer": name,
+                "density": point["density"],
+                "method": found["method"],
+                "shared": point["share"],
+                "mean": point["mean"],
+                **{task: value["value"] for task, value in point["tasks"].items()},
+            }
+            for point in found["points"]
+        ]
+    axes = Axes(
+        ("density", "share of the weights that a mask keeps"),
+        ("mean", "mean accuracy, merged"),
+        "localizer",
+        log=True,
+        percent=True,
+    )
+    title = f"Merged accuracy against density: {rows[0]['method']}"
+    plot = lines_plot("density", title, rows, axes, {"averaging": average})
+    notes.append(f"averaging whole task vectors reaches {average:.4f}")
+    return Study(rows, [plot], notes)

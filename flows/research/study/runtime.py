@@ -1,0 +1,62 @@
+"""Seconds by step and method on this host: to localize one member, and to merge all of them.
+
+Localizing is the mean over the members, by the largest differences, by everything kept, and by
+the line's own localizer; it is done once per member. Merging goes from the members' deltas to the
+patch and is done at each merge.
+"""
+
+from statistics import fmean
+
+from restitch.flows.research.study.subject import Study, Subject
+from restitch.merging.errors import BadInput
+from restitch.merging.methods.registry import get_method, method_names
+from restitch.tasks.report.study_plots import Axes, bars_plot
+from restitch.tasks.research.timing import merging_seconds
+from restitch.tasks.runtime.console import say
+
+
+def make(subject: Subject) -> Study:
+    """The study."""
+    own = subject.line.spec.localize
+    notes = [
+        "localize: seconds and bytes of one member; merge: seconds of all, and bytes of all deltas"
+    ]
+    choices = {
+        "dataless": subject.masks(mode="dataless"),
+        "whole task vectors": subject.everything(),
+    }
+    if own.mode != "dataless":
+        choices[own.mode] = own
+    rows = []
+    for name, masks in choices.items():
+        trial = subject.prepare(subject.sparse_method, subject.members, masks=masks)
+        seconds = [delta.seconds for delta in trial.deltas if delta.seconds is not None]
+        rows.append(
+            {
+                "step": "localize",
+                "what": name,
+                "seconds": fmean(seconds) if seconds else None,
+                "bytes": sum(delta.size for delta in trial.deltas) // len(trial.deltas),
+            }
+        )
+    methods = [get_method(name) for name in method_names()]
+    for method in (one for one in methods if one.kind == "merged"):
+        say(f"{subject.line.spec.line}: {method.name}")
+        try:
+            trial = subject.prepare(method, subject.members)
+            seconds_of_all = merging_seconds(trial.line, trial.members)
+        except BadInput as error:  # it needs what some task has not
+            notes.append(f"{method.name} is left out: {error.what}")
+            continue
+        rows.append(
+            {
+                "step": "merge",
+                "what": method.name,
+                "seconds": seconds_of_all,
+                "bytes": sum(delta.size for delta in trial.deltas),
+            }
+        )
+    axes = Axes(("seconds", "seconds"), ("what", ""), "step", log=True)
+    count = len(subject.members)
+    plot = bars_plot("runtime", f"Seconds by step, {count} members", rows, axes)
+    return Study(rows, [plot], notes)

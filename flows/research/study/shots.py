@@ -1,0 +1,62 @@
+"""Merged accuracy against the rows per class that localizers calibrate on.
+
+By the line's own localizer where that uses rows, else by `fisher`; masks that need none are the
+dashed line. All at one density.
+"""
+
+from restitch.flows.research.study.subject import Study, Subject
+from restitch.merging.errors import BadInput
+from restitch.registry.specs.localize import DEFAULT_DENSITY
+from restitch.tasks.localizers import lacks
+from restitch.tasks.report.study_plots import Axes, lines_plot
+from restitch.tasks.runtime.console import say
+
+SHOTS = (1, 4, 16, 64)
+OTHERWISE = "fisher"
+
+
+def make(subject: Subject) -> Study:
+    """The study.
+
+    Raises:
+        BadInput: a task has no rows to calibrate on.
+    """
+    given = subject.line.spec.localize
+    mode = OTHERWISE if given.mode == "dataless" else given.mode
+    for member in subject.members:
+        missing = lacks(mode, member.spec, subject.family)
+        if missing is not None:
+            raise BadInput(
+                f"{member.task} has no {missing}, which {mode} masks are found by",
+                hint="give its data a train split: `restitch register --replace-task`",
+            )
+    chosen = given.density if given.mode == mode else "auto"
+    density = DEFAULT_DENSITY[mode] if chosen == "auto" else chosen
+    own = {"preset": given.preset, "epochs": given.epochs} if given.mode == mode else {}
+    method, rows = subject.sparse_method, []
+    for shots in SHOTS:
+        say(f"{subject.line.spec.line}: {shots} per class")
+        masks = subject.masks(mode=mode, density=density, shots=shots, **own)
+        trial = subject.prepare(method, subject.members, masks=masks)
+        used = [int(delta.found.get("calibration_rows", 0)) for delta in trial.deltas]
+        seconds = [delta.seconds for delta in trial.deltas if delta.seconds is not None]
+        rows.append(
+            {
+                "localizer": mode,
+                "shots": shots,
+                "density": density,
+                "rows": sum(used),
+                "seconds": sum(seconds),
+                **subject.reached(trial).values(),
+            }
+        )
+    plain = subject.masks(mode="dataless", density=density)
+    without = subject.reached(subject.prepare(method, subject.members, masks=plain))
+    axes = Axes(
+        ("shots", "rows per class"), ("mean", "mean accuracy, merged"), "localizer", log=True
+    )
+    title = f"Merged accuracy against shots: {method.name}, {density:.0%} kept"
+    plot = lines_plot("shots", title, rows, axes, {"dataless": without.mean})
+    row = dict.fromkeys(rows[0]) | without.values()
+    rows.append({**row, "localizer": "dataless", "shots": 0, "density": density, "rows": 0})
+    return Study(rows, [plot])

@@ -1,0 +1,105 @@
+"""Similar against dissimilar subsets of the tasks, by how much the masks in use overlap.
+
+Similarity is the mean Jaccard index over the pairs of a subset of half of the tasks (at least
+two). The most and the least similar subsets are merged, by the line's method and by task
+arithmetic. Where the line keeps everything, masks of the largest differences tell tasks apart.
+"""
+
+from collections.abc import Sequence
+from itertools import combinations
+from statistics import fmean
+from typing import Any
+
+from restitch.flows.research.study.subject import Study, Subject
+from restitch.merging.errors import BadInput
+from restitch.merging.methods.registry import get_method
+from restitch.registry.ledger.line_state import Member
+from restitch.tasks.report.study_plots import Axes, points_plot
+from restitch.tasks.research.mask_analysis import analyze
+from restitch.tasks.runtime.console import say
+
+# Of each kind, so that a line with many tasks is done before the night is over.
+MOST = 4
+OTHER = "task-arithmetic"
+
+
+def make(subject: Subject) -> Study:
+    """The study.
+
+    Raises:
+        BadInput: there are not enough members to choose among.
+    """
+    if len(subject.members) < 3:
+        raise BadInput(
+            f"line {subject.line.spec.line} has two members, which is one subset",
+            expected="three members or more with rows to evaluate on",
+        )
+    jaccard = _jaccard(subject)
+    size = max(2, len(subject.members) // 2)
+    ranked = sorted(
+        combinations(subject.members, size), key=lambda some: -_similarity(some, jaccard)
+    )
+    half = min(MOST, (len(ranked) + 1) // 2)
+    groups = {"similar": ranked[:half], "dissimilar": ranked[half:][-MOST:]}
+    methods = [subject.method, *([] if subject.method.name == OTHER else [get_method(OTHER)])]
+    rows = []
+    for group, subsets in groups.items():
+        for subset in subsets:
+            names = " ".join(member.task for member in subset)
+            say(f"{subject.line.spec.line}: {names}")
+            for method in methods:
+                reached = subject.reached(subject.prepare(method, subset))
+                rows.append(
+                    {
+                        "group": group,
+                        "tasks": names,
+                        "similarity": _similarity(subset, jaccard),
+                        "method": method.name,
+                        "mean": reached.mean,
+                        "normalized": reached.normalized,
+                    }
+                )
+    axes = Axes(
+        ("similarity", "mean Jaccard index of the masks of a subset"),
+        ("normalized", "normalized accuracy, merged"),
+        "method",
+    )
+    title = f"Similar and dissimilar subsets of {size} tasks"
+    notes = [
+        f"{method.name}: {_mean(rows, 'similar', method.name)} on similar subsets, "
+        f"{_mean(rows, 'dissimilar', method.name)} on dissimilar ones (mean normalized)"
+        for method in methods
+    ]
+    return Study(rows, [points_plot("subsets", title, rows, axes)], notes)
+
+
+def _jaccard(subject: Subject) -> dict[tuple[str, str], float]:
+    """The Jaccard index of each two tasks' masks."""
+    champion = subject.snapshot.champion
+    assert champion is not None, "a line with members in use has a version in use"
+    sparse = subject.prepare(subject.sparse_method, subject.members)
+    deltas = {m.task: str(m.model.delta) for m in sparse.members}
+    members = {
+        task: champion.members[task].model_copy(update={"delta": delta})
+        for task, delta in deltas.items()
+    }
+    found = analyze(subject.line, champion.model_copy(update={"members": members}))
+    tasks = found["tasks"]
+    return {
+        (one, other): found["jaccard"][i][j] or 0.0
+        for i, one in enumerate(tasks)
+        for j, other in enumerate(tasks)
+    }
+
+
+def _similarity(subset: Sequence[Member], jaccard: dict[tuple[str, str], float]) -> float:
+    return fmean(jaccard[one.task, other.task] for one, other in combinations(subset, 2))
+
+
+def _mean(rows: Sequence[dict[str, Any]], group: str, method: str) -> str:
+    found = [
+        row["normalized"]
+        for row in rows
+        if (row["group"], row["method"]) == (group, method) and row["normalized"] is not None
+    ]
+    return f"{fmean(found):.4f}" if found else "not measured"
