@@ -31,7 +31,7 @@ from typing import Any
 
 import psutil
 import yaml
-from restitch.deployments import stack
+from restitch.deployments.local import stack
 from restitch.merging.errors import Unavailable
 from restitch.registry.home import Home, prepare_environment
 from restitch.registry.ledger.ledger import Ledger

@@ -4,7 +4,7 @@
 
 Processes that import this say where they are in files under `RESTITCH_CHAOS`, and wait at a
 moment that somebody has armed, so that they can be killed there from outside. Nothing else
-differs from `restitch.deployments.entry`; the product has no hooks.
+differs from `restitch.deployments.server.entry`; the product has no hooks.
 """
 
 import json
@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from restitch.deployments import entry
+from restitch.deployments.server import entry
 from restitch.flows import export as export_module
 from restitch.registry.mlflow.writer import Writer
 from restitch.registry.store.base import FolderStore
@@ -86,14 +86,14 @@ _before(Writer, "write_artifacts", MLFLOW)  # its run is made and not yet comple
 def onboard(
     line: str, task: str, version: int | None = None, mlflow_version: int | None = None
 ) -> None:
-    """`restitch.deployments.entry.onboard`, seen from outside."""
+    """`restitch.deployments.server.entry.onboard`, seen from outside."""
     with inside("onboard", task):
         entry.onboard.body(line, task, version, mlflow_version)
 
 
 @flow("remerge", "{line}")
 def remerge(line: str, force: bool = False, attempt: int = 0) -> None:
-    """`restitch.deployments.entry.remerge`, seen from outside."""
+    """`restitch.deployments.server.entry.remerge`, seen from outside."""
     with inside("remerge", line):
         entry.remerge.body(line, force, attempt)
 

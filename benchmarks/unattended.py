@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import median
 
 import yaml
-from restitch.deployments import stack
+from restitch.deployments.local import stack
 from restitch.registry.home import Home, prepare_environment
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.stack import StackFile

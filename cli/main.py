@@ -39,7 +39,7 @@ def init(
     file: Annotated[Path, typer.Argument(help="YAML file of the line.")], as_json: Json = False
 ) -> None:
     """Make a line, or update it, from a YAML file."""
-    from restitch.deployments.deploy import keep_schedules
+    from restitch.deployments.server.deploy import keep_schedules
     from restitch.flows.lines.init_line import init_line
 
     outcome = init_line(file)
@@ -152,7 +152,7 @@ def up(
     as_json: Json = False,
 ) -> None:
     """Start servers, workers and all that connects them on this machine; mend what died."""
-    from restitch.deployments.stack import up as run
+    from restitch.deployments.local.stack import up as run
 
     home = Home.from_environment()
     outcome = run(home, workers, pool, say)
@@ -162,7 +162,7 @@ def up(
 @app.command()
 def down(as_json: Json = False) -> None:
     """Stop what `up` started; the state stays."""
-    from restitch.deployments.stack import down as run
+    from restitch.deployments.local.stack import down as run
 
     show_result({"stopped": list(run(Home.from_environment()))}, as_json, render.down)
 
@@ -170,7 +170,7 @@ def down(as_json: Json = False) -> None:
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Check versions, servers, workers, triggers, store and device, and say how to mend each."""
-    from restitch.deployments.doctor import examine, exit_code
+    from restitch.deployments.local.doctor import examine, exit_code
 
     checks = examine()
     show_result({"checks": [check.as_dict() for check in checks]}, as_json, render.doctor)
@@ -186,7 +186,7 @@ def deploy(
     as_json: Json = False,
 ) -> None:
     """Make pools, deployments, triggers and schedules on the Prefect server of a team."""
-    from restitch.deployments.deploy import deploy as run
+    from restitch.deployments.server.deploy import deploy as run
 
     show_result(run(pool, remerge_pool).as_dict(), as_json, render.deployed)
 

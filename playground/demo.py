@@ -21,7 +21,7 @@ from pathlib import Path
 import yaml
 from restitch.cli import render, render_audit
 from restitch.cli.reporter import TerminalReporter
-from restitch.deployments.stack import down, up
+from restitch.deployments.local.stack import down, up
 from restitch.merging.errors import RestitchError, Unavailable
 from restitch.registry.home import Home, prepare_environment
 from restitch.registry.ledger.ledger import Ledger
@@ -86,7 +86,7 @@ def fresh_home(state: Path) -> None:
 
 def start_line(world: World, state: Path, out: Console) -> str:
     """Make a line from the world's file, under a name that is not taken."""
-    from restitch.deployments.deploy import keep_schedules
+    from restitch.deployments.server.deploy import keep_schedules
     from restitch.flows.lines.init_line import init_line
     from restitch.registry.ledger.ledger import lines
     from restitch.tasks.runtime.workspace import workspace

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from restitch.deployments.databases import databases
+from restitch.deployments.local.databases import databases
 from restitch.merging.errors import BadInput, Damage, Unavailable
 from restitch.registry.home import Home
 from restitch.registry.stack import Databases

@@ -8,9 +8,9 @@ from uuid import uuid4
 
 import pytest
 from jinja2 import Environment
-from restitch.deployments import entry
-from restitch.deployments.definitions import DEFAULT_CRON, automations, flows, full_name
-from restitch.deployments.deploy import PREFIX, _same, _schema, cron_lines
+from restitch.deployments.server import entry
+from restitch.deployments.server.definitions import DEFAULT_CRON, automations, flows, full_name
+from restitch.deployments.server.deploy import PREFIX, _same, _schema, cron_lines
 
 from tests.conftest import NewHome
 from tests.worlds import World

@@ -9,8 +9,8 @@ import pytest
 import restitch.cli.main  # noqa: F401  the commands
 import yaml
 from restitch.cli.app import app
-from restitch.deployments.definitions import WORKER_ENVIRONMENT, automations
-from restitch.deployments.doctor import VERSIONS
+from restitch.deployments.local.doctor import VERSIONS
+from restitch.deployments.server.definitions import WORKER_ENVIRONMENT, automations
 
 from tests.deployments.compose import FOLDER, services
 from tests.shell import ROOT

@@ -9,7 +9,7 @@ SCRIPT = """
 import asyncio, json, sys
 from sqlalchemy import event, text
 from sqlalchemy.ext.asyncio import create_async_engine
-from restitch.deployments.prefect_server import BUSY_MILLISECONDS
+from restitch.deployments.server.prefect_server import BUSY_MILLISECONDS
 
 async def patience(url):
     engine = create_async_engine(url)

@@ -2,7 +2,7 @@
 
 Torch and the models are imported when a run has begun, not before: a run is shown as running
 within seconds. The names and parameters are those of the flows; a deployment's entrypoint is
-`restitch.deployments.entry.onboard_flow` or `restitch.deployments.entry.remerge_flow`.
+`restitch.deployments.server.entry.onboard_flow` or `restitch.deployments.server.entry.remerge_flow`.
 """
 
 import logging

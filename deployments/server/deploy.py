@@ -1,4 +1,4 @@
-"""Bring a Prefect server to what `restitch.deployments.definitions` says; again changes nothing.
+"""Bring a Prefect server to what `restitch.deployments.server.definitions` says; again changes nothing.
 
 Pools, deployments and automations are found by their names, schedules by their line. What is
 there and right is left alone, so that no trigger is away for a moment; what is there and
@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from restitch.deployments.definitions import (
+from restitch.deployments.server.definitions import (
     DEFAULT_CRON,
     JOB_VARIABLES,
     DeployedFlow,

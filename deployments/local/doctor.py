@@ -14,8 +14,8 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from restitch.deployments.definitions import full_name
-from restitch.deployments.processes import answers, is_running
+from restitch.deployments.local.processes import answers, is_running
+from restitch.deployments.server.definitions import full_name
 from restitch.merging.errors import RestitchError, Unavailable
 from restitch.registry.ledger.ledger import lines
 from restitch.registry.ledger.line_state import Head
@@ -79,7 +79,7 @@ def exit_code(checks: list[Check]) -> int:
 def workers_online(pool: str) -> list[str]:
     """The names of the workers of a pool that have shown signs of life lately."""
     from prefect.exceptions import ObjectNotFound
-    from restitch.deployments.deploy import client
+    from restitch.deployments.server.deploy import client
 
     with client() as prefect:
         try:
@@ -203,7 +203,7 @@ def _prefect(space: Workspace) -> Iterator[Check]:
         yield Check("prefect", "failed", f"{shown} does not answer", "start it: restitch up")
         return
     yield Check("prefect", "ok", shown)
-    from restitch.deployments.deploy import client, cron_lines
+    from restitch.deployments.server.deploy import client, cron_lines
 
     with client() as prefect:
         pools = []
@@ -248,7 +248,7 @@ def _schedule_checks(wanted: dict[str, str], found: dict[Any, str]) -> Iterator[
 def _automation_checks(found: list[Any]) -> Iterator[Check]:
     from uuid import uuid4
 
-    from restitch.deployments.definitions import automations
+    from restitch.deployments.server.definitions import automations
 
     enabled = {one.name: one.enabled for one in found}
     for wanted in automations(uuid4(), uuid4()):

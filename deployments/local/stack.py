@@ -1,9 +1,9 @@
 """The whole team's set-up on one machine: `restitch up` and `restitch down`.
 
     Prefect server   MLflow server   webhook receiver   workers
-          └── pools, deployments, automations, schedules: restitch.deployments.deploy
+          └── pools, deployments, automations, schedules: restitch.deployments.server.deploy
 
-Both servers keep their state in SQLite in the home, or in PostgreSQL (`restitch.deployments.databases`).
+Both servers keep their state in SQLite in the home, or in PostgreSQL (`restitch.deployments.local.databases`).
 
 Every process has a session of its own, a log under `RESTITCH_HOME/logs` and its place in
 `stack.json`. `up` starts what is not running and leaves alone what is, so it also mends a
@@ -22,10 +22,8 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
-from restitch.deployments.databases import MLFLOW_VARIABLE, PREFECT_VARIABLES, databases
-from restitch.deployments.definitions import SERVER_ENVIRONMENT, WORKER_ENVIRONMENT
-from restitch.deployments.deploy import cron_lines, deploy
-from restitch.deployments.processes import (
+from restitch.deployments.local.databases import MLFLOW_VARIABLE, PREFECT_VARIABLES, databases
+from restitch.deployments.local.processes import (
     LOOPBACK,
     Plan,
     Runner,
@@ -35,6 +33,8 @@ from restitch.deployments.processes import (
     ports_of,
     stop_process,
 )
+from restitch.deployments.server.definitions import SERVER_ENVIRONMENT, WORKER_ENVIRONMENT
+from restitch.deployments.server.deploy import cron_lines, deploy
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.home import Home, prepare_environment
 from restitch.registry.stack import SECRETS, StackFile
@@ -174,7 +174,7 @@ def _prefect(home: Home, at: Addresses, database: str | None) -> Plan:
     return Plan(
         name="prefect",
         command=module(
-            *("restitch.deployments.prefect_server", "server", "start"),
+            *("restitch.deployments.server.prefect_server", "server", "start"),
             *("--host", LOOPBACK, "--port", str(port)),
         ),
         environment={

@@ -1,6 +1,6 @@
 """Make the bucket of `RESTITCH_STORE`, and make sure that its server keeps what merging needs.
 
-    python -m restitch.deployments.bucket
+    python -m restitch.deployments.server.bucket
 
 Registrations at the same moment are told apart by conditional writes alone. A server that
 takes them for plain ones would lose one of two and say nothing, so it is found out here: an

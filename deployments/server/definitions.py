@@ -4,7 +4,7 @@
     event restitch.mask.ready -------> run of `remerge`      on the same pool, or another
     cron, one schedule per line -----> run of `remerge`
 
-`restitch.deployments.deploy` brings a server to this. A worker needs the package and, in its
+`restitch.deployments.server.deploy` brings a server to this. A worker needs the package and, in its
 environment, the addresses: nothing is pulled from anywhere.
 """
 
@@ -67,7 +67,7 @@ def flows(pool: str, remerge_pool: str) -> tuple[DeployedFlow, DeployedFlow]:
     return (
         DeployedFlow(
             flow="onboard",
-            entrypoint="restitch.deployments.entry.onboard_flow",
+            entrypoint="restitch.deployments.server.entry.onboard_flow",
             pool=pool,
             description="Validate, localize and measure one finetuned model.",
             required=("line", "task"),
@@ -75,7 +75,7 @@ def flows(pool: str, remerge_pool: str) -> tuple[DeployedFlow, DeployedFlow]:
         ),
         DeployedFlow(
             flow="remerge",
-            entrypoint="restitch.deployments.entry.remerge_flow",
+            entrypoint="restitch.deployments.server.entry.remerge_flow",
             pool=remerge_pool,
             description="Bring a line's merged model up to date, and repair what events missed.",
             required=("line",),

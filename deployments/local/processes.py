@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from restitch.deployments.databases import VARIABLES
+from restitch.deployments.local.databases import VARIABLES
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import Unavailable
 from restitch.registry.home import Home, prepare_environment
@@ -129,7 +129,7 @@ class Runner:
 
     def wait_for_workers(self, plans: list[Plan], pool: str, say: Say) -> None:
         """Wait until Prefect has heard of all workers."""
-        from restitch.deployments.doctor import workers_online
+        from restitch.deployments.local.doctor import workers_online
 
         deadline = time.monotonic() + STARTS_WITHIN
         for plan in plans:

@@ -1,6 +1,6 @@
 """Prefect's server on SQLite, which does not stand still for a minute.
 
-    python -m restitch.deployments.prefect_server server start ...    (as `python -m prefect ...`)
+    python -m restitch.deployments.server.prefect_server server start ...    (as `python -m prefect ...`)
 
 Prefect lets a connection wait 60 seconds for a lock. Now and then the interpreter collects a
 cursor of such a connection in the thread of the event loop, where that waits for the
