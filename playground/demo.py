@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from restitch.cli import render, render_audit
+from restitch.cli.render import audit, lines
 from restitch.cli.reporter import TerminalReporter
 from restitch.deployments.local.stack import down, up
 from restitch.merging.errors import RestitchError, Unavailable
@@ -66,7 +66,7 @@ def run(state: Path, size: str, keep: bool) -> None:
     fresh_home(state)
     home = Home.from_environment()
     try:
-        render.up(up(home, WORKERS, say=say).as_dict(), out)
+        lines.up(up(home, WORKERS, say=say).as_dict(), out)
         line = start_line(world, state, out)
         register_all(world, line, out)
         finish(state, line, out)
@@ -103,7 +103,7 @@ def start_line(world: World, state: Path, out: Console) -> str:
     out.rule("3. a line")
     made = init_line(file)
     keep_schedules()
-    render.init(made.as_dict(), out)
+    lines.init(made.as_dict(), out)
     return made.line
 
 
@@ -151,7 +151,7 @@ class Watch:
             if entry.kind == "promoted":
                 version = entry.after["/champion"]
                 assert isinstance(version, int)
-                render.results(self.ledger.merged(version).to_json(), self.out)
+                lines.results(self.ledger.merged(version).to_json(), self.out)
 
     def holds(self, tasks: Sequence[str]) -> bool:
         """Whether the champion holds all tasks."""
@@ -165,9 +165,9 @@ def finish(state: Path, line: str, out: Console) -> None:
     from restitch.flows.export import export_version
 
     out.rule("5. the line")
-    render_audit.versions(versions(line), out)
+    audit.versions(versions(line), out)
     exported = export_version(line, "champion", state / "champion", overwrite=True)
-    render.exported(exported.as_dict(), out)
+    lines.exported(exported.as_dict(), out)
 
 
 def say_where_to_look(state: Path, keep: bool, out: Console) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from restitch.cli.formats import size
+from restitch.cli.render.formats import size
 from restitch.merging.recipe import Recipe
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.maintenance.inventory import take_inventory

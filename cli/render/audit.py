@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from restitch.cli.formats import number, percent, size, table_of, text, with_interval
-from restitch.cli.render import of_specialists, remerged, results
+from restitch.cli.render.formats import number, percent, size, table_of, text, with_interval
+from restitch.cli.render.lines import of_specialists, remerged, results
 from rich.console import Console
 
 Values = dict[str, Any]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
-from restitch.cli import render
+from restitch.cli.render import lines
 from rich.console import Console
 
 EVERY_SECONDS = 1.0
@@ -38,4 +38,4 @@ def _show(found: dict[str, Any], as_json: bool, out: Console) -> None:
     if out.is_terminal:
         out.clear()
     out.print(time.strftime("%H:%M:%S"), style="dim")
-    render.status(found, out)
+    lines.status(found, out)

@@ -5,8 +5,16 @@ from typing import Annotated, Any
 
 import typer
 from restitch.cli.app import Json, Line, app, show_result
-from restitch.cli.experts import by_task, experts_compared, seconds, settings_of
-from restitch.cli.formats import number, percent, size, table_of, text, with_half, with_interval
+from restitch.cli.commands.experts import by_task, experts_compared, seconds, settings_of
+from restitch.cli.render.formats import (
+    number,
+    percent,
+    size,
+    table_of,
+    text,
+    with_half,
+    with_interval,
+)
 from restitch.merging.errors import BadInput
 from rich.console import Console
 

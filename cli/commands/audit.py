@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from restitch.cli import render_audit as render
 from restitch.cli.app import Json, Line, Version, app, show_result
+from restitch.cli.render import audit as render
 from restitch.merging.errors import UsageError
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def history(
 
     Times are UTC unless they say otherwise.
     """
-    from restitch.cli.moments import moment, start_of
+    from restitch.cli.timestamps import moment, start_of
     from restitch.flows.audit import queries
 
     narrowed = [name for name in (task, event, since, until) if name is not None]

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 from restitch.cli.app import Json, Line, Version, app, show_result
-from restitch.cli.formats import number, percent, size, table_of
+from restitch.cli.render.formats import number, percent, size, table_of
 from rich.console import Console
 
 

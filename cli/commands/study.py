@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 from restitch.cli.app import Json, Line, app, show_result
-from restitch.cli.formats import table_of, text
+from restitch.cli.render.formats import table_of, text
 from restitch.flows.research.study import STUDIES
 from rich.console import Console
 

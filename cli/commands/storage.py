@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 from restitch.cli.app import Json, app, show_result
-from restitch.cli.formats import size
+from restitch.cli.render.formats import size
 from rich.console import Console
 
 store = typer.Typer(

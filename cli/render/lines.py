@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from restitch.cli.formats import number, percent, size, table_of, text, with_interval
+from restitch.cli.render.formats import number, percent, size, table_of, text, with_interval
 from rich.console import Console
 
 Values = dict[str, Any]
