@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.chaos import PLAN, drawn
 from tests.shell import ROOT
+from tests.stress.chaos import PLAN, drawn
 
 
 @pytest.mark.slow
@@ -19,7 +19,7 @@ def test_nothing_is_lost_doubled_or_wrong_while_processes_are_killed(tmp_path: P
     out = tmp_path / "chaos.json"
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "benchmarks.chaos", "--kills", "30"),
+            *(sys.executable, "-m", "tests.stress.chaos", "--kills", "30"),
             *("--world", str(tmp_path / "world"), "--json", str(out)),
         ],
         cwd=ROOT,
@@ -36,7 +36,7 @@ def test_nothing_is_lost_doubled_or_wrong_while_processes_are_killed(tmp_path: P
 
 def test_every_moment_that_can_be_armed_is_there(tmp_path: Path) -> None:
     """Workers load this module: a method that it watches and that is gone stops them all."""
-    script = "import benchmarks.chaos_entry as e, restitch.flows.export as x; print(bool(x._write_heads))"
+    script = "import tests.stress.chaos_entry as e, restitch.flows.export as x; print(bool(x._write_heads))"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "RESTITCH_CHAOS": str(tmp_path), "RESTITCH_HOME": str(tmp_path)},

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from hypothesis import strategies as st
 
-from benchmarks import fuzz
-from benchmarks.fuzz import Reader, main
+from tests.stress import fuzz
+from tests.stress.fuzz import Reader, main
 
 
 def test_inputs_and_outcomes_are_counted(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.header import Header, read_header
 from safetensors.torch import save, save_file
 
-from benchmarks.hostile_files import check_checkpoint, checkpoints
+from tests.stress.hostile_files import check_checkpoint, checkpoints
 
 GOOD = save({"a": torch.arange(6.0), "b": torch.ones(2, 2, dtype=torch.bfloat16)})
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from restitch.deployments import webhook
 from restitch.deployments.webhook import application, handle, sign
 
-from benchmarks.hostile_texts import SECRET, Delivery, check_delivery, deliveries
+from tests.stress.hostile_texts import SECRET, Delivery, check_delivery, deliveries
 
 
 @settings(max_examples=200, deadline=None)

@@ -10,7 +10,7 @@ from restitch.merging.errors import Damage
 from restitch.merging.files.coordinate_codec import encode
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 
-from benchmarks.hostile_files import (
+from tests.stress.hostile_files import (
     check_positions,
     check_sparse,
     decode_slowly,

@@ -14,7 +14,7 @@ from restitch.registry.sources.resolve import pin_data, resolve_source
 from restitch.registry.specs.files import load_line, load_task
 from restitch.registry.specs.strict_yaml import parse_mapping
 
-from benchmarks.hostile_texts import LINE, TASK, check_line, check_task, lines, tasks
+from tests.stress.hostile_texts import LINE, TASK, check_line, check_task, lines, tasks
 
 
 @settings(max_examples=100, deadline=None)

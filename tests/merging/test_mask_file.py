@@ -17,7 +17,7 @@ from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from benchmarks.hostile_masks import HostileMask, check_mask, masks
+from tests.stress.hostile_masks import HostileMask, check_mask, masks
 
 SIZES = {"a b": 5, "c": 20_000, "d": 64}
 

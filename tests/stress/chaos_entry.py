@@ -1,6 +1,6 @@
 """What the workers of the chaos benchmark load: the flows, which can be held at a moment.
 
-    python -m benchmarks.chaos_entry COMMAND ...    (the `restitch` command, held likewise)
+    python -m tests.stress.chaos_entry COMMAND ...    (the `restitch` command, held likewise)
 
 Processes that import this say where they are in files under `RESTITCH_CHAOS`, and wait at a
 moment that somebody has armed, so that they can be killed there from outside. Nothing else

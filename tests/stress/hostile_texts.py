@@ -21,7 +21,7 @@ from restitch.merging.errors import BadInput
 from restitch.registry.specs.files import load_line, load_task
 from restitch.registry.specs.line import NAME, LineSpec, TaskSpec
 
-from benchmarks.hostile_files import JUNK, damaged_bytes
+from tests.stress.hostile_files import JUNK, damaged_bytes
 
 LINE: dict[str, Any] = {
     "line": "demo",

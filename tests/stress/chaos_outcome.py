@@ -1,4 +1,4 @@
-"""What a run of `benchmarks.chaos` found: its kills, and what was lost, doubled or wrong.
+"""What a run of `tests.stress.chaos` found: its kills, and what was lost, doubled or wrong.
 
 Lost is a model that was not registered and localized once, or an act or version that MLflow lacks;
 doubled what is there twice; wrong a byte that is not what it would be had nothing been killed.

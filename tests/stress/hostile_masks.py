@@ -24,7 +24,7 @@ from restitch.merging.files.mask_file import Bits, MaskWriter
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from safetensors.torch import save_file
 
-from benchmarks.hostile_files import JUNK, SIZES, bounded, damaged_bytes, decode_slowly
+from tests.stress.hostile_files import JUNK, SIZES, bounded, damaged_bytes, decode_slowly
 
 NAMES = ("a", "b b", "c", "ü")
 TABLE = "restitch.masks"

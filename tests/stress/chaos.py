@@ -1,6 +1,6 @@
 """Nothing is lost, doubled or wrong while processes are killed at random moments.
 
-    python -m benchmarks.chaos [--kills 200] [--seed 0] [--workers 2] [--json FILE]
+    python -m tests.stress.chaos [--kills 200] [--seed 0] [--workers 2] [--json FILE]
 
 On a stack of its own (two servers, a receiver, workers) models are registered one after the
 other while `kill -9` hits the runs of the flows, at armed moments and at random ones, the workers
@@ -40,9 +40,9 @@ from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.runtime.prefect_api import PrefectApi
 from rich.console import Console
 
-from benchmarks.chaos_outcome import Kill, Outcome, examine, show
 from benchmarks.registering import make_models
 from playground.make import World, make_world
+from tests.stress.chaos_outcome import Kill, Outcome, examine, show
 
 LINE = "chaos"
 MOMENTS = ("mask put", "entry put", "head swapped", "mlflow")
@@ -70,7 +70,7 @@ KILLED_WITHIN = 45.0
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run it and print the table; exit code 1 when something was lost, doubled or wrong."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.chaos")
+    parser = argparse.ArgumentParser(prog="python -m tests.stress.chaos")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
@@ -196,7 +196,7 @@ class Chaos:
         for flow in ("onboard", "remerge"):
             found = api.deployment(f"{flow}/restitch")
             assert found is not None
-            entrypoint = f"benchmarks.chaos_entry.{flow}_flow"
+            entrypoint = f"tests.stress.chaos_entry.{flow}_flow"
             if found["entrypoint"] != entrypoint:
                 api.set_entrypoint(found["id"], entrypoint)
 
@@ -371,7 +371,7 @@ class Chaos:
     def _command(self, *arguments: str) -> "subprocess.Popen[bytes]":
         with (self.folder / "commands.log").open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.chaos_entry", *arguments],
+                [sys.executable, "-m", "tests.stress.chaos_entry", *arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -1,6 +1,6 @@
 """Fuzz one reader with Atheris, which looks for inputs that reach code that none reached before.
 
-`python -m benchmarks.fuzz_atheris READER OUT [--examples N] [--seed N]`, as `benchmarks.fuzz
+`python -m tests.stress.fuzz_atheris READER OUT [--examples N] [--seed N]`, as `tests.stress.fuzz
 --engine atheris` runs it for each reader in a process of its own, for it ends its process.
 Inputs are made by the same strategies; what became of them is in the file OUT. Atheris is
 installed by hand: `pip install atheris`.
@@ -32,7 +32,7 @@ def main() -> None:
         sys.exit("Atheris is not installed: pip install atheris")
     # What is imported here is watched; everything else only costs time.
     with atheris.instrument_imports(include=["merging", "modeling", "registry", "deployments"]):
-        from benchmarks.fuzz import HANG, READERS
+        from tests.stress.fuzz import HANG, READERS
 
     from hypothesis import HealthCheck, given, settings
 

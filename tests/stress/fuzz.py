@@ -1,10 +1,10 @@
 """Fuzz every reader of somebody else's files for longer than the tests do.
 
-`python -m benchmarks.fuzz [--engine ENGINE] [--examples N] [--seed N] [--only READER]
+`python -m tests.stress.fuzz [--engine ENGINE] [--examples N] [--seed N] [--only READER]
 [--json FILE]` gives each reader N inputs, counts what became of them, and ends with 1 where
 a property of the `hostile_*` modules here did not hold, with the smallest input that shows
 it. An input that takes longer than half a minute counts as a hang. With `--engine atheris`
-inputs are led by the code that they reach (`benchmarks.fuzz_atheris`).
+inputs are led by the code that they reach (`tests.stress.fuzz_atheris`).
 """
 
 import argparse
@@ -26,7 +26,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import hostile_files, hostile_masks, hostile_texts
+from tests.stress import hostile_files, hostile_masks, hostile_texts
 
 HANG = 30  # seconds
 
@@ -111,7 +111,7 @@ def fuzz_with_atheris(reader: Reader, examples: int, begin: int) -> Fuzzed:
     """The same with Atheris, in a process of its own; 0 is no seed for it."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "found.json")
-        command = [sys.executable, "-m", "benchmarks.fuzz_atheris", reader.name, str(out)]
+        command = [sys.executable, "-m", "tests.stress.fuzz_atheris", reader.name, str(out)]
         numbers = [f"--examples={examples}", f"--seed={begin or 1}"]
         done = subprocess.run([*command, *numbers], capture_output=True, text=True)
         told: dict[str, Any] = {"outcomes": {}, "slowest": 0.0, "found": None}
