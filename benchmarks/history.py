@@ -22,6 +22,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
 
+from rich.console import Console
+
 from restitch.merging.digests import digest_bytes, digest_json
 from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
 from restitch.registry.home import Home
@@ -35,10 +37,11 @@ from restitch.registry.ledger.records import (
     Retention,
     TaskResult,
 )
-from restitch.registry.specs.line import LineSpec, MethodSpec, TaskSpec
+from restitch.registry.specs.line import LineSpec
+from restitch.registry.specs.method import MethodSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.runtime.console import working
-from rich.console import Console
 
 LINE = "long"
 ROWS = 1000

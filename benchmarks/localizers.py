@@ -31,6 +31,9 @@ from typing import Any
 
 import pyarrow
 import torch
+from torch import Tensor
+
+from benchmarks.localizers_tables import tables
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.coordinates import select_tensors
 from restitch.merging.files.mask import Mask
@@ -51,9 +54,6 @@ from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import Batch, get_family
 from restitch.modeling.heads import HeadSpec
 from restitch.modeling.weights import apply_edits, restore
-from torch import Tensor
-
-from benchmarks.localizers_tables import tables
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2)
 MERGED = (0.05, 0.1, 0.2)

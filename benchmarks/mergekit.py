@@ -24,12 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from restitch.merging.files.checkpoint import Checkpoint
-from restitch.merging.files.export import export_weights
-from restitch.merging.files.mask import Mask
-from restitch.merging.files.sparse import SparseFile
-from restitch.merging.methods.registry import get_method
-from restitch.merging.rules.stitch import Member
 from rich.console import Console
 from rich.table import Table
 
@@ -44,6 +38,12 @@ from benchmarks.speed import (
     open_vector,
     write_delta,
 )
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.export import export_weights
+from restitch.merging.files.mask import Mask
+from restitch.merging.files.sparse import SparseFile
+from restitch.merging.methods.registry import get_method
+from restitch.merging.rules.stitch import Member
 
 
 @dataclass(frozen=True)

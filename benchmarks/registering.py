@@ -21,13 +21,13 @@ from statistics import median
 
 import torch
 import yaml
-from restitch.flows.lines.init_line import init_line
-from restitch.flows.register import register
-from restitch.registry.home import Home, prepare_environment
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from playground.make import World, make_world
+from restitch.flows.lines.init_line import init_line
+from restitch.flows.register import register
+from restitch.registry.home import Home, prepare_environment
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

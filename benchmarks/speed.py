@@ -29,6 +29,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.table import Table
+from safetensors import safe_open
+from safetensors.torch import save_file
+
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.export import export_weights
 from restitch.merging.files.mask import Mask
@@ -36,10 +41,6 @@ from restitch.merging.files.sparse import SparseFile, SparseInfo, SparseTensor, 
 from restitch.merging.localize.dataless import localize_dataless
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.rules.stitch import Member, stitch, write_patch
-from rich.console import Console
-from rich.table import Table
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 HIDDEN, INTERMEDIATE, KV, VOCABULARY = 2048, 5632, 256, 32000
 TASKS = ("one", "two", "three")

@@ -25,6 +25,8 @@ from typing import Any
 
 import torch
 import yaml
+from rich.console import Console
+
 from restitch.cli.reporter import TerminalReporter
 from restitch.flows.lines.init_line import init_line
 from restitch.flows.promotion.snapshot import retention_task
@@ -40,7 +42,6 @@ from restitch.tasks.inputs.task_data import task_head, verified_data
 from restitch.tasks.runtime.console import reporting_to, working
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import workspace
-from rich.console import Console
 
 SPLITS = ("train", "validation", "test")
 COEFFICIENTS = tuple(round(0.1 * n, 1) for n in range(1, 11))

@@ -26,16 +26,16 @@ from pathlib import Path
 from statistics import median
 
 import yaml
+from rich.console import Console
+
+from benchmarks.registering import make_models
+from playground.make import World, make_world
 from restitch.deployments.local import stack
 from restitch.registry.home import Home, prepare_environment
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.stack import StackFile
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.runtime.prefect_api import PrefectApi
-from rich.console import Console
-
-from benchmarks.registering import make_models
-from playground.make import World, make_world
 
 PATIENCE_SECONDS = 900.0
 

@@ -16,20 +16,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NoReturn
 
+import typer
+from rich.console import Console
+
 import restitch.cli.commands.audit  # whose commands belong to the same command
 import restitch.cli.commands.experts
 import restitch.cli.commands.research  # likewise, as do the next
 import restitch.cli.commands.storage
 import restitch.cli.commands.study
 import restitch.cli.commands.upkeep  # noqa: F401
-import typer
 from restitch.cli.app import Json, Line, Version, app, show_result
-from restitch.cli.render import lines
+from restitch.cli.render import lines as render
 from restitch.cli.reporter import TerminalReporter
 from restitch.merging.errors import RestitchError, Unavailable
 from restitch.registry.home import Home, prepare_environment
 from restitch.tasks.runtime.console import reporting_to, say
-from rich.console import Console
 
 INTERRUPTED = 130
 
@@ -44,7 +45,7 @@ def init(
 
     outcome = init_line(file)
     keep_schedules()
-    show_result(outcome.as_dict(), as_json, lines.init)
+    show_result(outcome.as_dict(), as_json, render.init)
 
 
 @app.command()
@@ -90,7 +91,7 @@ def register(
         wait=wait,
         timeout=timeout,
     )
-    show_result(outcome.as_dict(), as_json, lines.registered)
+    show_result(outcome.as_dict(), as_json, render.registered)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -107,7 +108,7 @@ def task(
     from restitch.flows.lines.declare_task import declare_task
 
     outcome = declare_task(line, file, replace_task=replace_task)
-    show_result(outcome.as_dict(), as_json, lines.declared)
+    show_result(outcome.as_dict(), as_json, render.declared)
 
 
 @app.command()
@@ -122,7 +123,7 @@ def remerge(
     from restitch.flows.remerge import remerge as run
 
     outcome = run(line, force)
-    show_result(outcome.as_dict(), as_json, lines.remerged)
+    show_result(outcome.as_dict(), as_json, render.remerged)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -140,7 +141,7 @@ def status(
 
         follow(lambda: view(line), as_json)
     else:
-        show_result(view(line), as_json, lines.status)
+        show_result(view(line), as_json, render.status)
 
 
 @app.command()
@@ -156,7 +157,7 @@ def up(
 
     home = Home.from_environment()
     outcome = run(home, workers, pool, say)
-    show_result(outcome.as_dict(), as_json, lines.up)
+    show_result(outcome.as_dict(), as_json, render.up)
 
 
 @app.command()
@@ -164,7 +165,7 @@ def down(as_json: Json = False) -> None:
     """Stop what `up` started; the state stays."""
     from restitch.deployments.local.stack import down as run
 
-    show_result({"stopped": list(run(Home.from_environment()))}, as_json, lines.down)
+    show_result({"stopped": list(run(Home.from_environment()))}, as_json, render.down)
 
 
 @app.command()
@@ -173,7 +174,7 @@ def doctor(as_json: Json = False) -> None:
     from restitch.deployments.local.doctor import examine, exit_code
 
     checks = examine()
-    show_result({"checks": [check.as_dict() for check in checks]}, as_json, lines.doctor)
+    show_result({"checks": [check.as_dict() for check in checks]}, as_json, render.doctor)
     raise typer.Exit(exit_code(checks))
 
 
@@ -188,7 +189,7 @@ def deploy(
     """Make pools, deployments, triggers and schedules on the Prefect server of a team."""
     from restitch.deployments.server.deploy import deploy as run
 
-    show_result(run(pool, remerge_pool).as_dict(), as_json, lines.deployed)
+    show_result(run(pool, remerge_pool).as_dict(), as_json, render.deployed)
 
 
 @app.command()
@@ -211,7 +212,7 @@ def export(
     outcome = export_version(
         line, version, out, overwrite=overwrite, shard_size=shard_size, task=task
     )
-    show_result(outcome.as_dict(), as_json, lines.exported)
+    show_result(outcome.as_dict(), as_json, render.exported)
 
 
 @app.command()
@@ -219,7 +220,7 @@ def evaluate(line: Line, version: Version = "champion", as_json: Json = False) -
     """Evaluate a merged version on every task and on the general benchmark."""
     from restitch.flows.evaluate import evaluate_version
 
-    show_result(evaluate_version(line, version).as_dict(), as_json, lines.evaluated)
+    show_result(evaluate_version(line, version).as_dict(), as_json, render.evaluated)
 
 
 @app.command()

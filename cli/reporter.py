@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from restitch.merging.progress import Progress as Callback
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from restitch.merging.progress import Progress as Callback
 
 SHOW_AFTER_SECONDS = 2.0
 

@@ -22,7 +22,7 @@ from restitch.merging.files.export import export_weights
 from restitch.registry.ledger.line_state import Head
 from restitch.registry.ledger.records import MergedMember, MergedRecord
 from restitch.registry.sizes import parse_size
-from restitch.registry.store.base import explained
+from restitch.registry.store.disk import explained
 from restitch.tasks.inputs.checkpoints import Base, open_base, open_sparse, open_specialist
 from restitch.tasks.inputs.task_data import head_inputs
 from restitch.tasks.report.card import model_card, specialist_card

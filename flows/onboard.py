@@ -21,7 +21,8 @@ from restitch.merging.errors import BadInput, CannotJoin, RestitchError
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import Head, Member, ModelVersion
 from restitch.registry.ledger.references import STATISTIC
-from restitch.registry.specs.line import LineSpec, TaskSpec
+from restitch.registry.specs.line import LineSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.attempts import Attempt, Attempts
 from restitch.tasks.evaluate import evaluate
 from restitch.tasks.inputs.checkpoints import check_device

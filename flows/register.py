@@ -22,7 +22,7 @@ from restitch.modeling.families.family import get_family
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import Head, ModelRef, ModelVersion
 from restitch.registry.ledger.records import MergedRecord
-from restitch.registry.specs.line import TaskSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import describe_model, open_base
 from restitch.tasks.inputs.task_data import same_task
 from restitch.tasks.runtime.console import say, working

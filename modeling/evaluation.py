@@ -16,6 +16,8 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
+
 from restitch.merging.errors import BadInput
 from restitch.merging.prefetch import ahead
 from restitch.merging.progress import Progress
@@ -23,7 +25,6 @@ from restitch.modeling.data.rows import Rows
 from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head
 from restitch.modeling.significance import unpacked
-from torch import nn
 
 EVALUATOR_VERSION = 1
 BATCH_SIZE = 64

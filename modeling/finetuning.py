@@ -14,11 +14,12 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
+
 from restitch.merging.errors import BadInput
 from restitch.merging.prefetch import ahead
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.statistics.statistic_file import asking_for_gradients
-from torch import Tensor, nn
 
 VERSION = 1
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from restitch.merging.errors import BadInput, Damage
 from restitch.merging.progress import Progress
 from restitch.modeling.data.imagenet import openai_imagenet as openai_imagenet
-from torch import Tensor
 
 FORMAT_VERSION = 1
 _METADATA = "restitch_head"

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.configs import read_config
-from torch import Tensor, nn
 
 _ASSETS = (
     "added_tokens.json",

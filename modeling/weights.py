@@ -7,9 +7,10 @@ added, so setting and restoring any number of times leaves no trace.
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor, nn
+
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
-from torch import Tensor, nn
 
 
 def set_weights(parameters: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:

@@ -22,17 +22,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import restitch.cli.main  # noqa: F401  the commands
 import torch
 import yaml
-from restitch.cli.app import app
-from restitch.merging.errors import RestitchError
-from restitch.registry.home import Home, prepare_environment
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
+import restitch.cli.main  # noqa: F401  the commands
 from playground.make import World, make_world
+from restitch.cli.app import app
+from restitch.merging.errors import RestitchError
+from restitch.registry.home import Home, prepare_environment
 
 LINE = "audited"
 GATES = {"min_retention": 0.9, "max_task_drop": 0.2, "warn": ["max_task_drop"]}

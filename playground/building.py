@@ -7,8 +7,6 @@ the same bytes as one that was made in a single run.
 from pathlib import Path
 from typing import Any
 
-from restitch.merging.progress import Progress
-
 from playground.captions import make_tokenizer
 from playground.folders import SPLITS, line_text, part, task_text, write_model, write_pictures
 from playground.scenes import Ints, Pictures
@@ -24,6 +22,7 @@ from playground.training import (
     pretrain,
     zero_shot_head,
 )
+from restitch.merging.progress import Progress
 
 LINE = "playground"
 DENSITY = 0.05

@@ -19,7 +19,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
-from restitch.cli.render import audit, lines
+from rich.console import Console
+
+from playground.make import World, make_world
+from restitch.cli.render import audit as render_audit
+from restitch.cli.render import lines as render
 from restitch.cli.reporter import TerminalReporter
 from restitch.deployments.local.stack import down, up
 from restitch.merging.errors import RestitchError, Unavailable
@@ -27,9 +31,6 @@ from restitch.registry.home import Home, prepare_environment
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.stack import StackFile
 from restitch.tasks.runtime.console import reporting_to, say, working
-from rich.console import Console
-
-from playground.make import World, make_world
 
 STATE = Path(".demo")
 WORKERS = 2
@@ -66,7 +67,7 @@ def run(state: Path, size: str, keep: bool) -> None:
     fresh_home(state)
     home = Home.from_environment()
     try:
-        lines.up(up(home, WORKERS, say=say).as_dict(), out)
+        render.up(up(home, WORKERS, say=say).as_dict(), out)
         line = start_line(world, state, out)
         register_all(world, line, out)
         finish(state, line, out)
@@ -103,7 +104,7 @@ def start_line(world: World, state: Path, out: Console) -> str:
     out.rule("3. a line")
     made = init_line(file)
     keep_schedules()
-    lines.init(made.as_dict(), out)
+    render.init(made.as_dict(), out)
     return made.line
 
 
@@ -151,7 +152,7 @@ class Watch:
             if entry.kind == "promoted":
                 version = entry.after["/champion"]
                 assert isinstance(version, int)
-                lines.results(self.ledger.merged(version).to_json(), self.out)
+                render.results(self.ledger.merged(version).to_json(), self.out)
 
     def holds(self, tasks: Sequence[str]) -> bool:
         """Whether the champion holds all tasks."""
@@ -165,9 +166,9 @@ def finish(state: Path, line: str, out: Console) -> None:
     from restitch.flows.export import export_version
 
     out.rule("5. the line")
-    audit.versions(versions(line), out)
+    render_audit.versions(versions(line), out)
     exported = export_version(line, "champion", state / "champion", overwrite=True)
-    lines.exported(exported.as_dict(), out)
+    render.exported(exported.as_dict(), out)
 
 
 def say_where_to_look(state: Path, keep: bool, out: Console) -> None:

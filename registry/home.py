@@ -19,7 +19,9 @@ from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.s3.client import parse_address
 from restitch.registry.s3.store import S3Store
 from restitch.registry.stack import Databases, StackFile
-from restitch.registry.store.base import FolderStore, Store, explained
+from restitch.registry.store.base import Store
+from restitch.registry.store.disk import explained
+from restitch.registry.store.folder import FolderStore
 
 HOME_VARIABLE = "RESTITCH_HOME"
 STORE_VARIABLE = "RESTITCH_STORE"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError
+
 from restitch.merging.errors import Damage, Unavailable
 
 FILE = "stack.json"

@@ -14,6 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.mask import Mask
 from restitch.merging.localize.dataless import kept_count
@@ -23,15 +25,14 @@ from restitch.merging.ranking.top_k import Scores, top_k
 from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from restitch.modeling.significance import ratio_interval
 from restitch.registry.ledger.line_state import ModelRef
-from restitch.registry.specs.line import TaskSpec
 from restitch.registry.specs.localize import DEFAULT_DENSITY, LocalizeSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.evaluate import Exam
 from restitch.tasks.inputs.checkpoints import Base, live_base
 from restitch.tasks.inputs.task_data import has_validation, reading_inputs
 from restitch.tasks.runtime.console import say, warn, working
 from restitch.tasks.runtime.refs import WeightsRef
 from restitch.tasks.runtime.workspace import Workspace
-from torch import Tensor
 
 # Raised when the same looks would lead to another choice.
 VERSION = 1

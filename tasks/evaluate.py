@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
@@ -14,7 +15,7 @@ from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from restitch.modeling.evaluation import evaluate as run_evaluation
 from restitch.modeling.families.family import Family
 from restitch.registry.ledger.line_state import ModelRef
-from restitch.registry.specs.line import TaskSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base, device, live_base, open_base
 from restitch.tasks.inputs.task_data import (
     evaluation_split,

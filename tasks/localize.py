@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from restitch.merging.digests import digest_json
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.mask import Mask
@@ -21,7 +23,7 @@ from restitch.merging.progress import Progress
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.gradients import checkpointed
 from restitch.registry.ledger.line_state import ModelRef
-from restitch.registry.specs.line import TaskSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.density import Density
 from restitch.tasks.inputs.checkpoints import (
@@ -37,7 +39,6 @@ from restitch.tasks.runtime.console import warn, working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import DeltaRef, LineRef
 from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
-from torch import Tensor
 
 # How values in 8 bits are made; raised when the same input gives other bytes.
 QUANTIZED = "int8/1"

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, TypeVar
 
 from pydantic import JsonValue
+from torch import Tensor
+
 from restitch.merging.files.mask import Mask
 from restitch.merging.localize import dataless, distilled, fisher, trained
 from restitch.merging.localize import random as lot
@@ -24,8 +26,8 @@ from restitch.modeling.families.family import Batch, Family
 from restitch.modeling.gradients import precision
 from restitch.modeling.heads import Head
 from restitch.registry.ledger.line_state import ModelRef
-from restitch.registry.specs.line import TaskSpec
 from restitch.registry.specs.localize import LocalizeSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base, LiveBase, device, live_base
 from restitch.tasks.inputs.task_data import (
     reading_inputs,
@@ -36,7 +38,6 @@ from restitch.tasks.inputs.task_data import (
 from restitch.tasks.runtime.console import warn
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace
-from torch import Tensor
 
 Found = TypeVar("Found")
 Calibrated = Literal["labels", "inputs", "nothing"]

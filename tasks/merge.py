@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import JsonValue
+
 from restitch.merging.digests import digest_file
 from restitch.merging.errors import Damage
 from restitch.merging.files.checkpoint import Checkpoint

@@ -18,7 +18,8 @@ from restitch.merging.errors import BadInput
 from restitch.modeling.families.family import Family
 from restitch.modeling.significance import ratio_interval
 from restitch.registry.ledger.line_state import Member
-from restitch.registry.specs.line import ObjectiveSpec, TaskSpec, TournamentSpec
+from restitch.registry.specs.method import ObjectiveSpec, TournamentSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.evaluate import Exam, choice_inputs, has_rows_to_choose_by
 from restitch.tasks.inputs.checkpoints import Base, LiveBase, live_base, open_base
 from restitch.tasks.inputs.task_data import evaluation_split

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import by_bytes
@@ -30,7 +32,7 @@ from restitch.merging.statistics.grams import measure_grams
 from restitch.merging.statistics.statistic_file import COEFFICIENTS, FISHER, GRAM, write_statistic
 from restitch.modeling.weights import linear_layers, restore
 from restitch.registry.ledger.line_state import Member
-from restitch.registry.specs.line import TaskSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.inputs.checkpoints import Base, device, live_base, open_base
 from restitch.tasks.localizers import Calibration, OpenCalibration
@@ -38,7 +40,6 @@ from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef, StatisticRef
 from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
-from torch import Tensor
 
 # What a store calls the keys of statistics.
 KINDS = (FISHER, GRAM, COEFFICIENTS)

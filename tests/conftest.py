@@ -73,10 +73,11 @@ def clip_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="session")
 def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A database that MLflow has made, which takes it two seconds."""
-    from restitch.registry.home import Home
-    from restitch.registry.mlflow.sync import connect
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
+
+    from restitch.registry.home import Home
+    from restitch.registry.mlflow.sync import connect
 
     # MLflow's databases need not survive a power failure here; the store's files do sync.
     @event.listens_for(Engine, "connect")

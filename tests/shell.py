@@ -19,7 +19,6 @@ from restitch.registry.ledger.line_state import Head
 from restitch.registry.ledger.records import Entry
 from restitch.registry.store.base import NotInStore, Store
 from restitch.registry.store.objects import ObjectStore
-
 from tests.worlds import World
 
 ROOT = Path(__file__).parent.parent

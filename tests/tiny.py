@@ -5,14 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.mask import Mask
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from restitch.merging.localize.dataless import localize_dataless
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.rules.stitch import Member
-from safetensors.torch import save_file
-from torch import Tensor
 
 SHAPES = {
     "embed.weight": (11, 8),

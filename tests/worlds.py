@@ -16,10 +16,10 @@ from typing import Any
 import torch
 import yaml
 from PIL import Image
+
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import HeadSpec
-
 from tests.tiny_models import tiny_bert, tiny_clip, tweaked
 
 BLOCKS = ("*encoder.layer.*",)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
 from restitch.cli.app import Json, Line, Version, app, show_result
 from restitch.cli.render import audit as render
 from restitch.merging.errors import UsageError

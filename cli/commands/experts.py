@@ -5,9 +5,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+
 from restitch.cli.app import Json, Line, Version, app, show_result
 from restitch.cli.render.formats import number, percent, size, table_of
-from rich.console import Console
 
 
 @app.command()

@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+
 from restitch.cli.app import Json, Line, app, show_result
 from restitch.cli.commands.experts import by_task, experts_compared, seconds, settings_of
 from restitch.cli.render.formats import (
@@ -16,7 +18,6 @@ from restitch.cli.render.formats import (
     with_interval,
 )
 from restitch.merging.errors import BadInput
-from rich.console import Console
 
 
 @app.command()

@@ -3,9 +3,10 @@
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+
 from restitch.cli.app import Json, app, show_result
 from restitch.cli.render.formats import size
-from rich.console import Console
 
 store = typer.Typer(
     name="store",

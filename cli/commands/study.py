@@ -4,10 +4,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+
 from restitch.cli.app import Json, Line, app, show_result
 from restitch.cli.render.formats import table_of, text
 from restitch.flows.research.study import STUDIES
-from rich.console import Console
 
 # A wider table has the values by task in its CSV and JSON alone: a terminal has 80 columns.
 MOST_COLUMNS = 8

@@ -3,9 +3,10 @@
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+
 from restitch.cli.app import Json, app, show_result
 from restitch.cli.render.formats import size, table_of
-from rich.console import Console
 
 
 @app.command()

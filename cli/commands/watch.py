@@ -10,8 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import typer
-from restitch.cli.render import lines
 from rich.console import Console
+
+from restitch.cli.render import lines as render
 
 EVERY_SECONDS = 1.0
 
@@ -38,4 +39,4 @@ def _show(found: dict[str, Any], as_json: bool, out: Console) -> None:
     if out.is_terminal:
         out.clear()
     out.print(time.strftime("%H:%M:%S"), style="dim")
-    lines.status(found, out)
+    render.status(found, out)

@@ -2,9 +2,10 @@
 
 from typing import Any
 
+from rich.console import Console
+
 from restitch.cli.render.formats import number, percent, size, table_of, text, with_interval
 from restitch.cli.render.lines import of_specialists, remerged, results
-from rich.console import Console
 
 Values = dict[str, Any]
 

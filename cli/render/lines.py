@@ -2,8 +2,9 @@
 
 from typing import Any
 
-from restitch.cli.render.formats import number, percent, size, table_of, text, with_interval
 from rich.console import Console
+
+from restitch.cli.render.formats import number, percent, size, table_of, text, with_interval
 
 Values = dict[str, Any]
 MOST_LINES = 10  # of one model's reason

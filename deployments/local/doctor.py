@@ -79,6 +79,7 @@ def exit_code(checks: list[Check]) -> int:
 def workers_online(pool: str) -> list[str]:
     """The names of the workers of a pool that have shown signs of life lately."""
     from prefect.exceptions import ObjectNotFound
+
     from restitch.deployments.server.deploy import client
 
     with client() as prefect:

@@ -18,7 +18,7 @@ from restitch.merging.errors import RestitchError
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import Head
 from restitch.registry.ledger.records import MergedRecord
-from restitch.registry.store.base import explained
+from restitch.registry.store.disk import explained
 from restitch.tasks.publish import mirror as complete_mlflow
 from restitch.tasks.report import Report, ReportInput, render
 from restitch.tasks.research.mask_analysis import analyze

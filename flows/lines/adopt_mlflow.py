@@ -35,8 +35,8 @@ from restitch.registry.mlflow.external_models import (
 from restitch.registry.mlflow.sync import without_credentials
 from restitch.registry.paths import named_path
 from restitch.registry.specs.files import parse_task
-from restitch.registry.specs.line import TaskSpec
 from restitch.registry.specs.strict_yaml import parse_mapping, read_text
+from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import describe_model
 from restitch.tasks.inputs.task_data import same_task
 from restitch.tasks.runtime.console import say, warn

@@ -17,7 +17,7 @@ from restitch.modeling.families.family import get_family
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import Head, ModelRef, State, Task
 from restitch.registry.specs.files import load_task
-from restitch.registry.specs.line import TaskSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.task_data import check_rows, resolve_task, same_task
 from restitch.tasks.runtime.console import say
 from restitch.tasks.runtime.workspace import Workspace, actor, workspace

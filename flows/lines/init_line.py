@@ -13,13 +13,9 @@ from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import Head
 from restitch.registry.sources.resolve import COPY_SCHEME
 from restitch.registry.specs.files import load_line
-from restitch.registry.specs.line import (
-    LineSpec,
-    MethodSpec,
-    TaskSpec,
-    TournamentSpec,
-    line_changes,
-)
+from restitch.registry.specs.line import LineSpec, line_changes
+from restitch.registry.specs.method import MethodSpec, TournamentSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base, describe_model, open_base
 from restitch.tasks.inputs.task_data import check_rows, resolve_task
 from restitch.tasks.method_selection import check_benchmark

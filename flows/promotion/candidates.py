@@ -26,7 +26,7 @@ from restitch.registry.ledger.records import (
     Retention,
     TaskResult,
 )
-from restitch.registry.specs.line import TaskSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.compare_results import compare_results
 from restitch.tasks.evaluate import evaluate
 from restitch.tasks.inputs.task_data import evaluation_split

@@ -17,7 +17,8 @@ from typing import Any
 from restitch.merging.methods.registry import get_method
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.ledger.records import MergedRecord
-from restitch.registry.specs.line import MethodSpec, TaskSpec, TournamentSpec
+from restitch.registry.specs.method import MethodSpec, TournamentSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.merge import make_recipe, recipe_inputs, stitch
 from restitch.tasks.method_selection import Contest, Entrant, contest_key, decide, outcome_of
 from restitch.tasks.runtime.refs import LineRef

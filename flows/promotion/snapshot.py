@@ -10,7 +10,8 @@ from restitch.merging.digests import digest_json
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import Head, Member, ModelVersion
 from restitch.registry.ledger.records import MergedRecord
-from restitch.registry.specs.line import MethodSpec, TaskSpec
+from restitch.registry.specs.method import MethodSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.merge import known_recipe
 from restitch.tasks.runtime.refs import LineRef
 

@@ -11,8 +11,9 @@ from typing import Any
 
 from restitch.merging.methods.registry import Method, get_method, resolve_settings
 from restitch.registry.ledger.line_state import Member
-from restitch.registry.specs.line import LineSpec, MethodSpec
+from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.localize import LocalizeSpec
+from restitch.registry.specs.method import MethodSpec
 from restitch.tasks.localize import localize
 from restitch.tasks.research.tune import Tuned, tune
 from restitch.tasks.runtime.refs import DeltaRef, LineRef, StatisticRef

@@ -11,7 +11,7 @@ from typing import Any
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import Unavailable
-from restitch.registry.store.base import explained
+from restitch.registry.store.disk import explained
 from restitch.tasks.runtime.console import warn
 from restitch.tasks.runtime.workspace import workspace
 

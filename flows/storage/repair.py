@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 from pydantic import JsonValue
+
 from restitch.flows.audit.report import Reports
 from restitch.flows.research.experts import facts_of
 from restitch.flows.storage.repair_sources import Remedies

@@ -27,7 +27,8 @@ from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.ledger.references import COPY_SCHEME, MLFLOW_SCHEMES, SPECIALISTS, Reference
 from restitch.registry.maintenance.inventory import Inventory
 from restitch.registry.sources.resolve import fetched_again, resolve_source
-from restitch.registry.specs.line import MethodSpec, TaskSpec
+from restitch.registry.specs.method import MethodSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.evaluate import evaluated
 from restitch.tasks.inputs.checkpoints import open_base
 from restitch.tasks.inputs.remote_weights import list_remote

@@ -21,7 +21,9 @@ from restitch.registry.home import Home
 from restitch.registry.ledger.ledger import Ledger, lines
 from restitch.registry.ledger.line_state import Head
 from restitch.registry.mlflow.sync import without_credentials
-from restitch.registry.store.base import FolderStore, NotInStore, Store, explained
+from restitch.registry.store.base import NotInStore, Store
+from restitch.registry.store.disk import explained
+from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.runtime.console import warn, working
 from restitch.tasks.runtime.workspace import workspace

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
+
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.numerics.rounding import cast
 from restitch.merging.ranking.kept_vector import BLOCK, KeptVector, working_dtype

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
 from restitch.merging.errors import BadInput, Damage
 from restitch.merging.files.checkpoint import Checkpoint, by_bytes
 from restitch.merging.files.coordinate_codec import true_positions

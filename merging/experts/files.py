@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
 from restitch.merging.digests import digest_file
 from restitch.merging.errors import Damage
 from restitch.merging.experts.specialists import Experts, Selected, SharedExperts
@@ -27,7 +29,6 @@ from restitch.merging.numerics.rounding import cast
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.ranking.kept_vector import working_dtype
 from restitch.merging.rules.stitch import differences, write_patch
-from torch import Tensor
 
 _SHARED, _SCALE = "shared", "scale"
 

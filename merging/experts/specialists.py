@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint, by_bytes
 from restitch.merging.files.edits import Edits

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 from blake3 import blake3
+from torch import Tensor
+
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput
 from restitch.merging.files.header import DTYPE_NAMES, MAX_HEADER, count_elements, read_header
 from restitch.merging.files.safe_open import open_regular, read_limited
 from restitch.merging.progress import Progress, ignore
-from torch import Tensor
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 

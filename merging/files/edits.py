@@ -8,8 +8,9 @@ model needs to exist. `edited` gives one whole tensor.
 from collections.abc import Callable
 from typing import Protocol, runtime_checkable
 
-from restitch.merging.files.checkpoint import Checkpoint
 from torch import Tensor
+
+from restitch.merging.files.checkpoint import Checkpoint
 
 
 @runtime_checkable

@@ -18,11 +18,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from restitch.merging.files.checkpoint import Checkpoint, TensorInfo
 from restitch.merging.files.edits import Edits, StreamedEdits
 from restitch.merging.files.header import write_header
 from restitch.merging.progress import Progress, ignore
-from torch import Tensor
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"

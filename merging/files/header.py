@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from restitch.merging.errors import BadInput
 from restitch.merging.files.safe_open import open_regular
 

@@ -10,9 +10,10 @@ import json
 from collections.abc import Callable, Mapping
 
 import torch
+from torch import Tensor
+
 from restitch.merging.digests import digest_bytes
 from restitch.merging.files.checkpoint import by_bytes
-from torch import Tensor
 
 
 class Mask:

@@ -21,6 +21,7 @@ from types import TracebackType
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
 from restitch.merging.errors import BadInput, Damage
 from restitch.merging.files.checkpoint import Checkpoint, by_bytes
 from restitch.merging.files.coordinate_codec import decode_blocks, encode, encoded_size

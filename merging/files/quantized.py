@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
 from restitch.merging.files.header import count_elements
 from restitch.merging.numerics.bitwise import take
 from restitch.merging.numerics.rounding import cast, round_once
-from torch import Tensor
 
 STEP_DTYPE = torch.bfloat16
 _MOST = 127

@@ -26,6 +26,8 @@ from typing import IO, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
 from restitch.merging.errors import BadInput, Damage
 from restitch.merging.files.checkpoint import FLOATING, Checkpoint, by_bytes
 from restitch.merging.files.coordinate_codec import decode_blocks, encode
@@ -52,7 +54,6 @@ from restitch.merging.files.sparse_layout import (
     rows_and_columns,
 )
 from restitch.merging.numerics.bitwise import put
-from torch import Tensor
 
 KINDS = ("delta", "patch")
 

@@ -9,11 +9,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from restitch.merging.files.checkpoint import FLOATING, by_bytes
 from restitch.merging.files.coordinate_codec import encoded_size
 from restitch.merging.files.header import DTYPE_NAMES, DTYPES, count_elements
 from restitch.merging.files.quantized import STEP_DTYPE, step_count
-from torch import Tensor
 
 FORMATS = ("1", "2", "3")
 POSITIONS, FACTORS, STEPS, CODES = "positions", "factors", "steps", "codes"

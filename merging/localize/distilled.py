@@ -16,6 +16,8 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
+
 from restitch.merging.errors import CannotJoin
 from restitch.merging.localize.dataless import kept_count
 from restitch.merging.localize.fisher import FisherSettings, Sensitivities, measure
@@ -25,7 +27,6 @@ from restitch.merging.progress import Progress, ignore
 from restitch.merging.ranking.score_tensors import Sample, check_finite, step_unit, threshold_of
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import TensorScores
-from torch import Tensor
 
 NAME = "distilled"
 VERSION = 1

@@ -18,14 +18,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
 from restitch.merging.errors import BadInput, CannotJoin
 from restitch.merging.files.sparse_layout import rows_and_columns
 from restitch.merging.localize.live_weights import LiveWeights
 from restitch.merging.prefetch import ahead
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.ranking.task_vector import TaskVector
-from torch import Tensor
-from torch.nn import functional as F
 
 NAME = "fisher"
 VERSION = 1

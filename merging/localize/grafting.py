@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from torch import Tensor
+
 from restitch.merging.files.mask import Mask
 from restitch.merging.localize.dataless import kept_count
 from restitch.merging.localize.live_weights import LiveWeights, Part
 from restitch.merging.ranking.score_tensors import check_finite, slope
 from restitch.merging.ranking.top_k import top_k
-from torch import Tensor
 
 
 class Settings(Protocol):

@@ -16,9 +16,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import torch
+from torch import Tensor
+
 from restitch.merging.errors import BadInput
 from restitch.merging.ranking.task_vector import TaskVector
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Coordinates by lot, which any localizer must beat: seeded, and nested for one seed."""
 
 import torch
+
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import TensorScores
 

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
+from torch import Tensor
+
 from restitch.merging.errors import BadInput, CannotJoin
 from restitch.merging.files.mask import Mask
 from restitch.merging.localize.dataless import kept_count
@@ -31,7 +33,6 @@ from restitch.merging.ranking.score_tensors import check_finite, slope, step_uni
 from restitch.merging.ranking.score_tensors import fingerprint as fingerprint
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import TensorScores, top_k
-from torch import Tensor
 
 NAME = "trained"
 VERSION = 1

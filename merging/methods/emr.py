@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
+
 from restitch.merging.experts.specialists import Experts, Selected, SharedExperts, numbered
 from restitch.merging.files.checkpoint import Checkpoint, by_bytes
 from restitch.merging.methods.registry import method

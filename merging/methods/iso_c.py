@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable
 
+from torch import Tensor
+
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
 from restitch.merging.rules.elementwise import checked
 from restitch.merging.rules.per_matrix import PerMatrix, svd
 from restitch.merging.rules.stitch import Member
-from torch import Tensor
 
 # From below what the paper finds best on CLIP, 0.9 to 1.9, to far above it: a model with 384
 # dimensions still gained at 5 (docs/results.md). Each is 1.4 times the one before.

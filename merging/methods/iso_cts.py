@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
+
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.iso_c import SCALES
@@ -10,7 +12,6 @@ from restitch.merging.methods.registry import method
 from restitch.merging.rules.elementwise import checked
 from restitch.merging.rules.per_matrix import PerMatrix, nearest_orthogonal, svd
 from restitch.merging.rules.stitch import Member
-from torch import Tensor
 
 
 @method(

@@ -3,6 +3,8 @@
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
+
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
@@ -11,7 +13,6 @@ from restitch.merging.rules.per_matrix import Matrix, PerMatrix
 from restitch.merging.rules.stitch import Member
 from restitch.merging.statistics.grams import unpacked
 from restitch.merging.statistics.statistic_file import GRAM, statistics_of
-from torch import Tensor
 
 # Added to the diagonal, as a share of its mean: inputs that are always 0 decide nothing.
 _RIDGE = 1e-6

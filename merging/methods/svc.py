@@ -8,6 +8,8 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import torch
+from torch import Tensor
+
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
@@ -16,7 +18,6 @@ from restitch.merging.numerics.rounding import cast
 from restitch.merging.rules.elementwise import checked
 from restitch.merging.rules.per_matrix import Matrix, PerMatrix, svd
 from restitch.merging.rules.stitch import Member
-from torch import Tensor
 
 NAME = "svc"
 

@@ -8,13 +8,14 @@ A = sum_t D_t^T D_t / ||D_t||^2 and B = sum_t D_t D_t^T D_t / ||D_t||^2, both ma
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
+
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
 from restitch.merging.rules.elementwise import checked
 from restitch.merging.rules.per_matrix import PerMatrix
 from restitch.merging.rules.stitch import Member
-from torch import Tensor
 
 
 @method(

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from restitch.merging.numerics.rounding import round_once
 from torch import Tensor
+
+from restitch.merging.numerics.rounding import round_once
 
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 

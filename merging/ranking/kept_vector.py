@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.sparse import SparseFile
 from restitch.merging.numerics.rounding import cast, cast_into
 from restitch.merging.ranking.top_k import strided_sample
-from torch import Tensor
 
 Floats = NDArray[Any]
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
 from restitch.merging.files.checkpoint import by_bytes
 from restitch.merging.files.coordinate_codec import true_positions
 from restitch.merging.numerics.rounding import SERIAL

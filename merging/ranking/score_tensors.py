@@ -9,8 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from restitch.merging.errors import CannotJoin
 from torch import Tensor
+
+from restitch.merging.errors import CannotJoin
 
 _SAMPLE = 1 << 18
 

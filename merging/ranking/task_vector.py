@@ -11,11 +11,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from restitch.merging.errors import CannotJoin
 from restitch.merging.files.checkpoint import FLOATING, Checkpoint, by_bytes
 from restitch.merging.numerics.rounding import SERIAL, cast_into
 from restitch.merging.ranking.top_k import strided_sample
-from torch import Tensor
 
 CHUNK = 1 << 18
 

@@ -19,12 +19,13 @@ from typing import IO, Any, Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
 from restitch.merging.files.checkpoint import by_bytes
 from restitch.merging.files.coordinate_codec import true_positions
 from restitch.merging.files.mask import Mask
 from restitch.merging.numerics.bitwise import as_integers
 from restitch.merging.progress import Progress, ignore
-from torch import Tensor
 
 SAMPLE = 1 << 20
 SAMPLE_BLOCK = 64

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
+
 from restitch.merging.rules.elementwise import Floats
 
 THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)

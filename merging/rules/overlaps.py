@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
 from restitch.merging.errors import BadInput
 
 Floats = NDArray[np.float64]

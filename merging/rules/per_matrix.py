@@ -14,12 +14,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
+
 from restitch.merging.files.checkpoint import Checkpoint, by_bytes
 from restitch.merging.numerics.bitwise import as_integers
 from restitch.merging.numerics.rounding import cast, round_once
 from restitch.merging.rules.elementwise import kept_vectors
 from restitch.merging.rules.stitch import Member
-from torch import Tensor
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint, by_bytes
 from restitch.merging.files.coordinate_codec import true_positions
@@ -26,7 +28,6 @@ from restitch.merging.numerics.bitwise import as_integers, put, take
 from restitch.merging.numerics.rounding import cast
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.rules.overlaps import MEAN, RULES, Claim, Floats, Rule
-from torch import Tensor
 
 VERSION = 1
 OVERLAPS = (MEAN, *RULES)

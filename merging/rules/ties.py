@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
+
 from restitch.merging.errors import BadInput
 from restitch.merging.localize.dataless import kept_count
 from restitch.merging.ranking.kept_vector import KeptVector

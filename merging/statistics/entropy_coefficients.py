@@ -12,6 +12,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
+
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint, by_bytes
 from restitch.merging.progress import Progress, ignore
@@ -21,7 +23,6 @@ from restitch.merging.statistics.statistic_file import (
     asking_for_gradients,
     check_finite,
 )
-from torch import Tensor
 
 VERSION = 1
 

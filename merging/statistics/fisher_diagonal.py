@@ -11,12 +11,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.nn import functional as F
+
 from restitch.merging.errors import BadInput
 from restitch.merging.localize.fisher import drawn
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.statistics.statistic_file import FISHER, asking_for_gradients, check_finite
-from torch import Tensor
-from torch.nn import functional as F
 
 VERSION = 1
 MOST_ROWS = 256

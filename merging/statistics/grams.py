@@ -10,10 +10,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.statistics.statistic_file import GRAM, check_finite
-from torch import Tensor, nn
 
 VERSION = 1
 MOST_ROWS = 1600

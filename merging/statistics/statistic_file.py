@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from restitch.merging.errors import BadInput, Damage, RestitchError
 from restitch.merging.files.checkpoint import Checkpoint, by_bytes
 from restitch.merging.files.header import write_header
 from restitch.merging.rules.stitch import Member
-from torch import Tensor
 
 FISHER, GRAM, COEFFICIENTS = "fisher", "gram", "coefficients"
 

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from restitch.merging.errors import BadInput
 from restitch.merging.files.safe_open import open_regular
 

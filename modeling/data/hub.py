@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from restitch.merging.errors import BadInput, RestitchError, Unavailable
-from restitch.modeling.data.tables import Location
+from restitch.modeling.data.location import Location
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+
 from restitch.merging.digests import digest_bytes, digest_json
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.imagenet import are_synsets, synset_classes

@@ -7,7 +7,6 @@ a cache; only hub ids go through `datasets`. A data set's own code is never run.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from restitch.merging.digests import digest_file
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
 from restitch.modeling.data.imagenet import SYNSETS_FILE
+from restitch.modeling.data.location import Location
 from restitch.modeling.data.records import read_records
 
 IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -49,29 +49,6 @@ class Table(Protocol):
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
         """The names of the classes, where the data itself carries them."""
-
-
-@dataclass(frozen=True)
-class Location:
-    """What a `path` with a split stands for.
-
-    Attributes:
-        kind: table, images, arrow or hub.
-        root: the folder, or the hub id.
-        files: what is read, in order; relative to `root`.
-        synsets: for images, the file that says which class a synset folder is.
-        split: for the hub, the split.
-        config: for the hub, the configuration.
-        revision: for the hub, the commit.
-    """
-
-    kind: str
-    root: str
-    files: tuple[str, ...] = ()
-    synsets: str | None = None
-    split: str | None = None
-    config: str | None = None
-    revision: str | None = None
 
 
 class ListTable:

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
 from restitch.modeling.data.rows import Example as Example

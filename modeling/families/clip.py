@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import Tensor, nn
+
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
 from restitch.modeling.configs import differences, model_type_difference, read_config
@@ -19,7 +21,6 @@ from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Preprocess
 from restitch.modeling.heads import Head, HeadSpec, embed_prompts, scaled_cosines
 from restitch.modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
-from torch import Tensor, nn
 
 # What changes the text tower's reading of its own tokens but never the images' features.
 _TOKEN_IDS = frozenset({"pad_token_id", "bos_token_id", "eos_token_id"})

@@ -13,11 +13,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal, Protocol, runtime_checkable
 
+from torch import Tensor, nn
+
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
 from restitch.modeling.data.rows import Example
 from restitch.modeling.heads import Head, HeadSpec
-from torch import Tensor, nn
 
 Batch = dict[str, Tensor]
 Preprocess = Callable[[Sequence[Example]], Batch]

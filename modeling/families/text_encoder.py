@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor, nn
+
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
 from restitch.modeling.configs import differences, model_type_difference, read_config
@@ -18,7 +20,6 @@ from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Preprocess
 from restitch.modeling.heads import Head, HeadSpec, embed_prompts, scaled_cosines
 from restitch.modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
-from torch import Tensor, nn
 
 DEFAULT_SCALE = 20.0
 # The transformer blocks in the layouts that encoders have, with or without a prefix.

@@ -9,8 +9,10 @@ store under the digest that the head names.
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+
 from restitch.merging.digests import digest_bytes
-from restitch.registry.specs.line import LineSpec, Name, TaskSpec
+from restitch.registry.specs.line import LineSpec
+from restitch.registry.specs.task import Name, TaskSpec
 
 FORMAT = 1
 

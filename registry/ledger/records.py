@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, JsonValue
+
 from restitch.merging.digests import canonical_json, digest_bytes
 from restitch.registry.ledger.line_state import Digest, Head, Number, Record
 

@@ -13,7 +13,7 @@ from typing import Any
 from restitch.registry.ledger.line_state import MlflowVersion
 from restitch.registry.mlflow import projection
 from restitch.registry.mlflow.sync import Catalog, mlflow_explained
-from restitch.registry.specs.line import NAME
+from restitch.registry.specs.task import NAME
 
 # How a training job says, on its version, what the task is: a path or the YAML itself.
 TASK_TAG = "restitch.task"

@@ -28,7 +28,7 @@ from restitch.registry.ledger.records import Entry
 from restitch.registry.mlflow import projection, projection_merged
 from restitch.registry.mlflow.writer import Writer
 from restitch.registry.redaction import without_credentials as without_credentials
-from restitch.registry.store.base import explained
+from restitch.registry.store.disk import explained
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

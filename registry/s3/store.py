@@ -23,7 +23,8 @@ from restitch.registry.s3.conditional_writes import may_rely
 from restitch.registry.s3.retries import pause, persistently
 from restitch.registry.s3.settings import cache_limit, writing
 from restitch.registry.s3.transfer import Target, fetch_file, read_body, send_bytes, send_file
-from restitch.registry.store.base import Listed, NotInStore, Tagged, check_name, explained
+from restitch.registry.store.base import Listed, NotInStore, Tagged, check_name
+from restitch.registry.store.disk import explained
 from restitch.registry.store.read_cache import ReadCache
 
 Result = TypeVar("Result")

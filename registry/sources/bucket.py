@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from blake3 import blake3
+
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.ledger.references import S3_SCHEME
 from restitch.registry.s3.client import (

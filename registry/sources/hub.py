@@ -10,7 +10,7 @@ from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.access_policy import check_hub
 from restitch.registry.redaction import without_credentials
 from restitch.registry.sources.model_files import CONVERT, UNWANTED, WANTED
-from restitch.registry.specs.line import split_pin
+from restitch.registry.specs.task import split_pin
 
 
 def from_hub(text: str) -> tuple[str, str, Path]:

@@ -30,8 +30,8 @@ from restitch.registry.s3.settings import cache_limit
 from restitch.registry.sources.bucket import S3Folder, check_small, list_folder
 from restitch.registry.sources.hub import commit_of, from_hub, is_commit
 from restitch.registry.sources.model_files import check_safetensors, files_of, model_folder, wanted
-from restitch.registry.specs.line import is_hub_id, split_pin
-from restitch.registry.store.base import explained
+from restitch.registry.specs.task import is_hub_id, split_pin
+from restitch.registry.store.disk import explained
 from restitch.registry.store.objects import ObjectStore
 from restitch.registry.store.read_cache import ReadCache
 

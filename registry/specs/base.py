@@ -4,6 +4,7 @@ import json
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field
+
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.registry.sizes import parse_size

@@ -12,8 +12,9 @@ from typing import Any
 from restitch.merging.errors import BadInput
 from restitch.registry.access_policy import check_path
 from restitch.registry.paths import is_there, named_path
-from restitch.registry.specs.line import NAME, LineSpec, TaskSpec, is_hub_id
+from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.strict_yaml import checked, parse_mapping, read_text
+from restitch.registry.specs.task import NAME, TaskSpec, is_hub_id
 
 _MAX_LABEL_FILE = 16 << 20
 

@@ -16,6 +16,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+
 from restitch.registry.specs.base import Spec, Text, parsed_size
 
 DEFAULT_DENSITY = {"dataless": 0.05, "trained": 0.01, "fisher": 0.1, "distilled": 0.1}

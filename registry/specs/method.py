@@ -16,6 +16,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+
 from restitch.registry.specs.base import Spec, Text
 
 MOST_CONTESTANTS = 32

@@ -18,6 +18,7 @@ from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, Tag, ValidationError
 from pydantic_core import ErrorDetails
+
 from restitch.merging.errors import BadInput
 from restitch.merging.files.safe_open import open_regular
 

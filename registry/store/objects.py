@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+
 from restitch.merging.digests import canonical_json, digest_bytes, digest_file
 from restitch.merging.errors import BadInput, Damage, Unavailable
-from restitch.registry.store.base import NotInStore, Store, explained
+from restitch.registry.store.base import NotInStore, Store
 from restitch.registry.store.deletion_notice import check_there
+from restitch.registry.store.disk import explained
 
 _REPAIR = "restitch verify --repair makes again what can be; restore the rest from a backup"
 

@@ -14,6 +14,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import torch
+
 from restitch.merging.digests import digest_file, digest_json
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.experts.files import open_expert

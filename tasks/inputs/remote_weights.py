@@ -18,7 +18,7 @@ from restitch.merging.errors import BadInput, Damage
 from restitch.merging.files.checkpoint import Checkpoint, index_shards
 from restitch.registry.sources.bucket import RemoteWeights, S3Folder
 from restitch.registry.sources.resolve import Source
-from restitch.registry.store.base import explained
+from restitch.registry.store.disk import explained
 from restitch.tasks.runtime.workspace import Workspace
 
 _INDEX = "model.safetensors.index.json"

@@ -19,8 +19,8 @@ from restitch.registry.access_policy import check_hub, check_path
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.paths import is_there
 from restitch.registry.sources.resolve import pin_data, resolve_source
-from restitch.registry.specs.line import TaskSpec, split_pin
 from restitch.registry.specs.localize import LocalizeSpec
+from restitch.registry.specs.task import TaskSpec, split_pin
 from restitch.tasks.inputs.checkpoints import Base, LiveBase
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.workspace import Workspace, made_by

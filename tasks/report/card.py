@@ -9,12 +9,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
+
 from restitch.merging.digests import canonical_json
 from restitch.modeling.licence import Licence
 from restitch.registry.ledger.line_state import Head
 from restitch.registry.ledger.records import Interval, MergedRecord, TaskResult
 from restitch.registry.mlflow.sync import without_credentials
-from restitch.registry.specs.line import is_hub_id, split_pin
+from restitch.registry.specs.task import is_hub_id, split_pin
 from restitch.tasks.report.provenance import Provenance
 
 Rows = Sequence[tuple[str, ...]]

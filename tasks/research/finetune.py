@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
+
 from restitch.merging.digests import digest_json
 from restitch.merging.files.sparse import SparseInfo
 from restitch.merging.localize.trained import NAME as TRAINED
@@ -26,7 +28,7 @@ from restitch.modeling.finetuning import VERSION, FinetuningSettings
 from restitch.modeling.finetuning import finetune as learn
 from restitch.modeling.weights import apply_edits, restore
 from restitch.registry.ledger.line_state import Member
-from restitch.registry.specs.line import TaskSpec
+from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.inputs.checkpoints import (
     Base,
@@ -43,7 +45,6 @@ from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef, PatchRef
 from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
-from torch import Tensor
 
 # Of each task, of which every class has its share; more take longer and teach little more.
 MOST_ROWS = 2000

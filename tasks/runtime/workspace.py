@@ -15,11 +15,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pydantic import JsonValue
+
 from restitch.merging.errors import BadInput
 from restitch.registry.home import Home, prepare_environment
 from restitch.registry.ledger.ledger import Ledger, lines
 from restitch.registry.mlflow.sync import Catalog
-from restitch.registry.store.base import explained
+from restitch.registry.store.disk import explained
 from restitch.registry.store.objects import ObjectStore
 
 

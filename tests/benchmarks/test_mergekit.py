@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from restitch.merging.files.checkpoint import Checkpoint
 from rich.console import Console
 from torch import Tensor
 
 from benchmarks import mergekit, speed
+from restitch.merging.files.checkpoint import Checkpoint
 
 PROGRAM = os.environ.get("MERGEKIT_BIN", "")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from restitch.merging.files.checkpoint import Checkpoint
 from rich.console import Console
 
 from benchmarks import speed
+from restitch.merging.files.checkpoint import Checkpoint
 
 
 def test_the_full_model_is_a_llama_of_1_1_billion_weights() -> None:

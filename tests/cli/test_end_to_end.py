@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+
 from restitch.flows import export as export_module
 from restitch.merging.digests import digest_file
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import Head
-from safetensors.torch import load_file
-
 from tests.conftest import NewHome, Three
 from tests.shell import Shell
 from tests.worlds import SKILLS, World, write_rows, write_yaml

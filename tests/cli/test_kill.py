@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from restitch.registry.mlflow.sync import Catalog
 
+from restitch.registry.mlflow.sync import Catalog
 from tests.conftest import NewHome, Three
 from tests.flows.test_localizing import with_splits
 from tests.flows.test_mlflow_image import client_of, image

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from restitch.registry.ledger.records import state_of
 
+from restitch.registry.ledger.records import state_of
 from tests.cli.test_kill import calls_in, run
 from tests.conftest import Three
 from tests.flows.test_mlflow_image import client_of

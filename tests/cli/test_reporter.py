@@ -4,9 +4,10 @@ import io
 import time
 
 import pytest
+from rich.console import Console
+
 from restitch.cli.reporter import TerminalReporter
 from restitch.tasks.runtime.console import reporting_to, say, warn, working
-from rich.console import Console
 
 
 def terminal(quiet: bool) -> tuple[TerminalReporter, io.StringIO]:

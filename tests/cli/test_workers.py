@@ -11,8 +11,8 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
-from restitch.registry.ledger.line_state import Head
 
+from restitch.registry.ledger.line_state import Head
 from tests.conftest import NewHome
 from tests.fake_prefect import FakePrefect, fake_prefect
 from tests.shell import Shell

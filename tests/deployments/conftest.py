@@ -17,11 +17,11 @@ from unittest.mock import patch
 
 import psutil
 import pytest
+
 from restitch.registry.stack import StackFile
 from restitch.tasks.runtime.prefect_api import PrefectApi
-
-from tests.hostile.test_secrets import SECRETS
 from tests.shell import Done, Shell
+from tests.stress.test_secrets import SECRETS
 from tests.worlds import World
 
 if TYPE_CHECKING:

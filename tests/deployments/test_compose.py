@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from restitch.deployments.server.bucket import prepare
 from restitch.deployments.server.definitions import SERVER_ENVIRONMENT, WORKER_ENVIRONMENT
 from restitch.deployments.webhook import SECRET_VARIABLE
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.home import STORE_VARIABLE, Home, prepare_environment
-
 from tests.deployments.compose import (
     FILE,
     FOLDER,

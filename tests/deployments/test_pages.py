@@ -6,12 +6,12 @@ from pathlib import Path
 from uuid import uuid4
 
 import pytest
-import restitch.cli.main  # noqa: F401  the commands
 import yaml
+
+import restitch.cli.main  # noqa: F401  the commands
 from restitch.cli.app import app
 from restitch.deployments.local.doctor import VERSIONS
 from restitch.deployments.server.definitions import WORKER_ENVIRONMENT, automations
-
 from tests.deployments.compose import FOLDER, services
 from tests.shell import ROOT
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from restitch.registry.home import Home
 from restitch.registry.mlflow.sync import connect
-
 from tests.conftest import NewHome, Three
 
 

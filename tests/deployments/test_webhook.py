@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from restitch.deployments.webhook import (
     MAX_BYTES,
     NAME,
@@ -28,7 +29,6 @@ from restitch.deployments.webhook import (
 )
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.tasks.runtime.prefect_api import PrefectApi
-
 from tests.servers import free_port, mlflow_server
 from tests.shell import Shell
 

@@ -4,9 +4,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+
 from restitch.registry.ledger.line_state import Head
 from restitch.registry.specs.line import LineSpec
-
 from tests.conftest import NewHome
 from tests.flows.test_decisions import Line
 from tests.shell import Shell

@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from restitch.registry.ledger.line_state import Head
 
+from restitch.registry.ledger.line_state import Head
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.worlds import World

@@ -225,6 +225,7 @@ def test_a_named_server_that_is_away_is_exit_code_6(three: Three) -> None:
 
 def test_a_server_that_is_named_late_is_asked_and_none_is_started(three: Three) -> None:
     from prefect.settings import PREFECT_API_URL
+
     from restitch.flows.remerge import remerge
     from restitch.merging.errors import Unavailable
 

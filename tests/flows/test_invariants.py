@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from restitch.merging.recipe import Recipe
 from restitch.merging.rules.stitch import write_patch
 from restitch.registry.ledger.line_state import Head
-
 from tests.conftest import NewHome, Three
 from tests.shell import Shell
 from tests.worlds import SKILLS, World, copied, write_yaml

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
+
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.tasks.inputs import checkpoints
 from restitch.tasks.localizers import Fisher, Ranking
-
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.worlds import World, write_rows, write_yaml

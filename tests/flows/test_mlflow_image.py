@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 from unittest.mock import patch
 
 import pytest
+
 from restitch.registry.home import Home
 from restitch.registry.mlflow.sync import connect
-
 from tests.conftest import Three
 from tests.shell import Shell
 from tests.worlds import SKILLS, World

@@ -4,11 +4,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from restitch.cli.render.formats import size
 from restitch.merging.recipe import Recipe
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.maintenance.inventory import take_inventory
-
 from tests.conftest import NewHome
 from tests.flows.test_localizing import with_splits
 from tests.shell import Shell

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from restitch.merging.localize.trained import TrainedResult, TrainedSettings, localize_trained
-from restitch.merging.ranking.task_vector import TaskVector
 from torch import Tensor
 from torch.nn import functional as F
 
+from restitch.merging.localize.trained import TrainedResult, TrainedSettings, localize_trained
+from restitch.merging.ranking.task_vector import TaskVector
 from tests import tiny
 
 INPUTS, CLASSES, ROWS = 10, 6, 24

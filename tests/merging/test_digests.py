@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 from blake3 import blake3
+
 from restitch.merging.digests import canonical_json, digest_bytes, digest_file, digest_json
 
 

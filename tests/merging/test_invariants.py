@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
 from restitch.merging.digests import digest_file
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.export import export_weights
@@ -13,7 +14,6 @@ from restitch.merging.files.sparse import SparseFile
 from restitch.merging.methods.registry import get_method
 from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
 from restitch.merging.rules.stitch import Member, stitch, write_patch
-
 from tests import tiny
 
 TASKS = ("a", "B", "b2", "é", "z")

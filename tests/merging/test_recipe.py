@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from restitch.merging.errors import Damage
 from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
 from restitch.modeling.data.task_data import Example
 from restitch.modeling.families.family import Batch, Preprocess
 from restitch.modeling.heads import Head, HeadSpec
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 WIDTH = 8
 BYTES = 256

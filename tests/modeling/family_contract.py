@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.comparison import compare
 from restitch.merging.files.coordinates import select_tensors

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+
 from restitch.modeling.configs import differences
 from restitch.modeling.families.text_encoder import TextEncoder
 

@@ -8,15 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.stats import binomtest
+from sklearn.metrics import f1_score
+
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.rows import Rows
 from restitch.modeling.data.tables import ListTable
 from restitch.modeling.evaluation import Evaluation, evaluate, normalized, summarize, wilson
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import HeadSpec
-from scipy.stats import binomtest
-from sklearn.metrics import f1_score
-
 from tests.modeling.conftest import png
 
 

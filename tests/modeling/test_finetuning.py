@@ -5,10 +5,11 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from restitch.merging.errors import BadInput
-from restitch.modeling.finetuning import FinetuningSettings, finetune
 from torch import Tensor
 from torch.nn import functional as F
+
+from restitch.merging.errors import BadInput
+from restitch.modeling.finetuning import FinetuningSettings, finetune
 
 QUICK = FinetuningSettings(learning_rate=0.05, epochs=5, batch_size=4)
 

@@ -6,13 +6,14 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
+
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.clip import Clip
 from restitch.modeling.families.family import Batch, Family
 from restitch.modeling.families.text_encoder import TextEncoder
 from restitch.modeling.gradients import checkpointed, precision, repeated_layers
 from restitch.modeling.heads import Head, HeadSpec
-from torch import Tensor, nn
 
 
 def text(folder: Path) -> tuple[Family, nn.Module, Batch, Head]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, Damage
 from restitch.modeling.heads import Head, HeadSpec, embed_prompts, head_key

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from restitch.modeling import licence
 from restitch.modeling.licence import Licence, read_licence
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.comparison import compare
 from restitch.merging.files.coordinates import select_tensors
@@ -12,7 +13,6 @@ from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import HeadSpec
 from restitch.modeling.weights import load_checkpoint
-
 from tests.modeling.conftest import SHARED
 
 pytestmark = pytest.mark.realdata

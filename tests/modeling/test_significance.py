@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from restitch.modeling.significance import compare_rows, ratio_interval, rows_of
 
 

@@ -5,18 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from restitch.merging.files.checkpoint import Checkpoint
-from restitch.merging.files.coordinates import select_tensors
-from restitch.merging.files.mask import Mask
-from restitch.merging.localize.dataless import localize_dataless
-from restitch.merging.ranking.task_vector import TaskVector
-from restitch.modeling.families.clip import Clip
 from torch import Tensor
 
 from playground.building import DENSITY, SIZES, Builder
 from playground.make import World, make_world
 from playground.skills import GENERAL, TASKS
 from playground.training import accuracy, one_thread, zero_shot_head
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.coordinates import select_tensors
+from restitch.merging.files.mask import Mask
+from restitch.merging.localize.dataless import localize_dataless
+from restitch.merging.ranking.task_vector import TaskVector
+from restitch.modeling.families.clip import Clip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 BY_NAME = {skill.name: skill for skill in (GENERAL, *TASKS)}

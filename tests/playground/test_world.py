@@ -6,12 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from restitch.merging.errors import BadInput, Unavailable, UsageError
-from restitch.modeling.data.task_data import DataSpec, Example, TaskData
-from restitch.modeling.families.clip import Clip
-from restitch.modeling.heads import HeadSpec
-from restitch.registry.specs.files import load_line, load_task
-from restitch.registry.specs.line import TaskSpec
 from safetensors.torch import load_file
 
 from playground import building, make
@@ -19,6 +13,12 @@ from playground.building import SIZES, Builder
 from playground.make import LOCK, MANIFEST, World, make_world
 from playground.skills import GENERAL, TASKS, Skill
 from playground.training import one_thread, pixels, zero_shot_head
+from restitch.merging.errors import BadInput, Unavailable, UsageError
+from restitch.modeling.data.task_data import DataSpec, Example, TaskData
+from restitch.modeling.families.clip import Clip
+from restitch.modeling.heads import HeadSpec
+from restitch.registry.specs.files import load_line, load_task
+from restitch.registry.specs.task import TaskSpec
 
 
 def files(world: World) -> dict[str, bytes]:

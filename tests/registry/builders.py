@@ -9,8 +9,10 @@ from restitch.registry.home import Home
 from restitch.registry.ledger.ledger import Act, Ledger
 from restitch.registry.ledger.line_state import Head, ModelRef, ModelVersion
 from restitch.registry.ledger.records import MergedMember, MergedRecord, Retention, TaskResult
-from restitch.registry.specs.line import LineSpec, MethodSpec, TaskSpec
-from restitch.registry.store.base import FolderStore
+from restitch.registry.specs.line import LineSpec
+from restitch.registry.specs.method import MethodSpec
+from restitch.registry.specs.task import TaskSpec
+from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore
 
 TIME = "2026-03-01T12:00:00.000000+00:00"

@@ -3,10 +3,10 @@
 from typing import Any
 
 from mlflow import MlflowClient
+
 from restitch.registry.home import Home
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.mlflow.sync import Catalog
-
 from tests.registry.builders import digest, ledger, merge, model, with_task
 
 

@@ -1,8 +1,8 @@
 import os
 
 import pytest
-from restitch.registry.mlflow.sync import Catalog
 
+from restitch.registry.mlflow.sync import Catalog
 from tests.registry.builders import home_with_mlflow
 from tests.registry.catalog_view import small_line
 from tests.servers import s3_server

@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput
 from restitch.registry.store.base import NotInStore, Store
-
 from tests.hub_server import ROOT
 
 

@@ -4,10 +4,10 @@ import sys
 import time
 
 import pytest
+
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.home import Home, prepare_environment
 from restitch.registry.s3.store import S3Store
-
 from tests.hub_server import ROOT
 
 

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from restitch.registry.home import Home
 from restitch.registry.stack import FILE, StackFile, StackProcess
 

@@ -31,6 +31,10 @@ from typing import Any
 
 import psutil
 import yaml
+from rich.console import Console
+
+from benchmarks.registering import make_models
+from playground.make import World, make_world
 from restitch.deployments.local import stack
 from restitch.merging.errors import Unavailable
 from restitch.registry.home import Home, prepare_environment
@@ -38,10 +42,6 @@ from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.stack import StackFile
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.runtime.prefect_api import PrefectApi
-from rich.console import Console
-
-from benchmarks.registering import make_models
-from playground.make import World, make_world
 from tests.stress.chaos_outcome import Kill, Outcome, examine, show
 
 LINE = "chaos"

@@ -18,7 +18,7 @@ from typing import Any
 from restitch.deployments.server import entry
 from restitch.flows import export as export_module
 from restitch.registry.mlflow.writer import Writer
-from restitch.registry.store.base import FolderStore
+from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.runtime.engine import flow
 

@@ -14,11 +14,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rich.console import Console
+from rich.table import Table
+
 from restitch.merging.errors import Damage
 from restitch.registry.home import Home
 from restitch.registry.ledger.ledger import Ledger
-from rich.console import Console
-from rich.table import Table
 
 # The folder of each task's model, and the file of the task.
 Models = Mapping[str, tuple[Path, Path]]

@@ -18,13 +18,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import load, save, save_file
+
 from restitch.merging.errors import BadInput, Damage, RestitchError
 from restitch.merging.files.checkpoint import FLOATING, Checkpoint
 from restitch.merging.files.coordinate_codec import decode_blocks, encoded_size
 from restitch.merging.files.quantized import STEP_DTYPE, Quantized, step_count
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from restitch.merging.files.sparse_layout import rows_and_columns
-from safetensors.torch import load, save, save_file
 
 # What a reader may allocate: its own objects, and a multiple of the file.
 _ALLOWED_BYTES = 4 << 20

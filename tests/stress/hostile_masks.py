@@ -16,14 +16,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from hypothesis import strategies as st
+from safetensors.torch import save_file
+
 from restitch.merging.digests import digest_file
 from restitch.merging.errors import BadInput, Damage, RestitchError
 from restitch.merging.experts.files import StoredExpert, open_expert
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.mask_file import Bits, MaskWriter
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
-from safetensors.torch import save_file
-
 from tests.stress.hostile_files import JUNK, SIZES, bounded, damaged_bytes, decode_slowly
 
 NAMES = ("a", "b b", "c", "ü")

@@ -16,11 +16,12 @@ from typing import Any
 
 import yaml
 from hypothesis import strategies as st
+
 from restitch.deployments.webhook import MAX_BYTES, Event, handle, sign
 from restitch.merging.errors import BadInput
 from restitch.registry.specs.files import load_line, load_task
-from restitch.registry.specs.line import NAME, LineSpec, TaskSpec
-
+from restitch.registry.specs.line import LineSpec
+from restitch.registry.specs.task import NAME, TaskSpec
 from tests.stress.hostile_files import JUNK, damaged_bytes
 
 LINE: dict[str, Any] = {

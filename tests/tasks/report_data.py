@@ -15,7 +15,6 @@ from restitch.registry.ledger.records import (
     TaskResult,
 )
 from restitch.tasks.report import ReportInput
-
 from tests.registry.builders import digest
 
 TASKS = (

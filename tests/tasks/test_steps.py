@@ -5,13 +5,13 @@ import time
 from pathlib import Path
 
 import pytest
+
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.mlflow.sync import Catalog
 from restitch.tasks import publish
 from restitch.tasks.runtime.console import say, warn, working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.workspace import actor, made_by, workspace
-
 from tests.shell import Shell
 
 

@@ -1,0 +1,227 @@
+"""A store in a folder of a POSIX file system."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from restitch.merging.digests import digest_bytes, digest_file
+from restitch.merging.errors import BadInput
+from restitch.registry.store.base import NAME_PART, Listed, NotInStore, Tagged, check_name
+from restitch.registry.store.disk import explained, files_below, sync, write_durably
+
+# A name's parts never begin with a dot, so these folders can hold no object.
+_TEMPORARY, _LOCKS = ".tmp", ".locks"
+
+
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+
+
+class FolderStore:
+    """A store in a folder: one file per object.
+
+    Files that are being written lie in `.tmp`, and `.locks` holds the files to which
+    `flock` is applied; the kernel lets go of a lock when its process dies.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(root)
+
+    def put(self, name: str, data: bytes | Path, *, move: bool = False) -> bool:
+        """Create the object durably; see `Store.put`."""
+        target = self._path(name)
+        if isinstance(data, Path) and not data.is_file():
+            raise BadInput(f"the file {data} is not there")
+        with explained(target, "write"):
+            if target.exists():
+                # Its writer may not have come to this point yet, and we say it is kept.
+                sync(target.parent)
+                created = False
+            else:
+                self._make_folder(target.parent)
+                created = self._create(target, data, move)
+            if move and isinstance(data, Path):
+                data.unlink(missing_ok=True)
+        return created
+
+    def read(self, name: str) -> bytes:
+        """The object's bytes; see `Store.read`."""
+        path = self._path(name)
+        with explained(path, "read"):
+            try:
+                return path.read_bytes()
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise NotInStore(name) from None
+
+    def read_tagged(self, name: str) -> Tagged:
+        """The object's bytes with their digest; see `Store.read_tagged`."""
+        data = self.read(name)
+        return Tagged(data, digest_bytes(data))
+
+    def swap(self, name: str, expected: str | None, data: bytes) -> str | None:
+        """Replace the object if it is still the expected one; see `Store.swap`."""
+        target = self._path(name)
+        with explained(target, "write"), self._locked(name):
+            try:
+                found = digest_bytes(target.read_bytes())
+            except FileNotFoundError:
+                found = None
+            if found != expected:
+                return None
+            self._make_folder(target.parent)
+            with self._temporary() as temporary:
+                write_durably(temporary, data)
+                temporary.replace(target)
+            sync(target.parent)
+        return digest_bytes(data)
+
+    def local_path(self, name: str, *, fresh: bool = False) -> Path:
+        """The object's own file; see `Store.local_path`."""
+        path = self._path(name)
+        with explained(path, "read"):
+            if not path.is_file():
+                raise NotInStore(name)
+        return path
+
+    def list(self, prefix: str = "") -> Iterator[str]:
+        """The names below a prefix, sorted; see `Store.list`."""
+        folder = self._path(prefix.rstrip("/")) if prefix else self.root
+        with explained(folder, "list"):
+            names = sorted(
+                str(path.relative_to(self.root))
+                for path in files_below(folder)
+                if all(NAME_PART.match(part) for part in path.relative_to(self.root).parts)
+            )
+        return iter(names)
+
+    def sweep(self, older_than: float) -> int:
+        """Remove temporary files by age; see `Store.sweep`."""
+        limit = time.time() - older_than
+        removed = 0
+        folder = self.root / _TEMPORARY
+        with explained(folder, "sweep"):
+            for path in files_below(folder):
+                with contextlib.suppress(FileNotFoundError):
+                    if path.stat().st_mtime < limit:
+                        path.unlink()
+                        removed += 1
+        return removed
+
+    def details(self, prefix: str = "") -> Iterator[Listed]:
+        """The objects below a prefix, sorted; see `Store.details`."""
+        for name in self.list(prefix):
+            path = self.root / name
+            with explained(path, "read"):
+                try:
+                    found = path.stat()
+                except FileNotFoundError:  # removed since it was listed
+                    continue
+            yield Listed(name, found.st_size, found.st_mtime)
+
+    def exists(self, name: str) -> bool:
+        """Whether its file is there; see `Store.exists`."""
+        path = self._path(name)
+        with explained(path, "read"):
+            return path.is_file()
+
+    def digest(self, name: str) -> str:
+        """The digest of its file; see `Store.digest`."""
+        path = self._path(name)
+        with explained(path, "read"):
+            try:
+                return digest_file(path)
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise NotInStore(name) from None
+
+    def mend(self, name: str, data: bytes | Path) -> None:
+        """Put another file in its place; see `Store.mend`."""
+        target = self._path(name)
+        with explained(target, "write"):
+            self._make_folder(target.parent)
+            with self._temporary() as temporary:
+                write_durably(temporary, data)
+                temporary.replace(target)
+            sync(target.parent)
+
+    def remove(self, name: str) -> bool:
+        """Remove its file; see `Store.remove`."""
+        path = self._path(name)
+        with explained(path, "remove"):
+            try:
+                path.unlink()
+            except (FileNotFoundError, NotADirectoryError):
+                return False
+            sync(path.parent)
+        return True
+
+    def _path(self, name: str) -> Path:
+        return self.root / check_name(name)
+
+    def _create(self, target: Path, data: bytes | Path, move: bool) -> bool:
+        if move and isinstance(data, Path):
+            with contextlib.suppress(_CannotLinkError):
+                sync(data)
+                return self._publish(data, target)
+        with self._temporary() as temporary:
+            write_durably(temporary, data)
+            try:
+                return self._publish(temporary, target)
+            except _CannotLinkError:
+                with self._locked("put"):
+                    if target.exists():
+                        return False
+                    temporary.rename(target)
+                sync(target.parent)
+                return True
+
+    def _publish(self, source: Path, target: Path) -> bool:
+        # `link` refuses an existing target, which `rename` would overwrite.
+        try:
+            os.link(source, target)
+            created = True
+        except FileExistsError:
+            created = False
+        except OSError as error:
+            if error.errno in _NO_LINKS or error.errno == errno.EXDEV:
+                raise _CannotLinkError from error
+            raise
+        sync(target.parent)
+        return created
+
+    @contextlib.contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        self._make_folder(self.root / _TEMPORARY)
+        path = self.root / _TEMPORARY / uuid.uuid4().hex
+        try:
+            yield path
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _locked(self, name: str) -> Iterator[None]:
+        self._make_folder(self.root / _LOCKS)
+        path = self.root / _LOCKS / name.replace("/", ",")
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(descriptor)
+
+    def _make_folder(self, folder: Path) -> None:
+        missing = []
+        while not folder.is_dir():
+            missing.append(folder)
+            folder = folder.parent
+        for path in reversed(missing):
+            path.mkdir(exist_ok=True)
+            sync(path.parent)
+
+
+class _CannotLinkError(Exception):
+    """This file system, or this pair of them, has no hard links."""

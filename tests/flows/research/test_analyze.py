@@ -1,0 +1,234 @@
+"""The figures of the papers for one's own line: nested masks, two members together, and plots."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from restitch.merging.errors import Unavailable
+from restitch.registry.ledger.line_state import Member
+from restitch.registry.mlflow.sync import Catalog
+from restitch.tasks.evaluate import Exam
+from restitch.tasks.localizers import Localizer, Ranking
+from tests.cli.test_end_to_end import plain
+from tests.flows.test_localizing import with_splits
+from tests.shell import Shell
+from tests.worlds import World
+
+TASKS = ("colour", "number")
+ALL = "dataless,fisher,distilled,trained,random"
+
+
+@pytest.fixture(scope="module")
+def shell(world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path) -> Shell:
+    """Two members with train, validation and test rows, and one with test rows alone."""
+    root = tmp_path_factory.mktemp("analyze")
+    (root / "home").mkdir()
+    (root / "home" / "mlflow.db").write_bytes(empty_mlflow.read_bytes())
+    shell = Shell(root / "home")
+    shell("init", world.line(root / "line.yaml", retention=None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Catalog, "repair", lambda *_, **__: 0)  # most of the time of a registration
+        for task in TASKS:
+            file = with_splits(world, root / task, task)
+            shell("register", "demo", "--task", file, "--model", world.model(task))
+        shell.add(world, "animal")
+    return shell
+
+
+@pytest.fixture(scope="module")
+def everything(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Two tasks by every localizer; what was written to the folder is beside what was printed."""
+    out = tmp_path_factory.mktemp("out")
+    before = shell.head_bytes()
+    given = ("--task", "number,colour", "--localizers", ALL, "--densities", "0.3,1,0.05")
+    found: dict[str, Any] = shell.json("analyze", "demo", *given, "--out", out)
+    assert shell.head_bytes() == before, "the line stays as it is"
+    assert json.loads((out / "analysis.json").read_bytes()) == found
+    plots = {file.stem for file in out.glob("*.png")}
+    assert plots == {
+        *(f"grafted-{task}" for task in TASKS),
+        *("conflict", "jaccard", "cosine", "layers", "components", "owners"),
+    }
+    assert all(file.read_bytes().startswith(b"\x89PNG") for file in out.glob("*.png"))
+    return found
+
+
+def test_everything_grafted_is_the_same_for_every_localizer_and_is_the_finetuned_model(
+    shell: Shell, everything: dict[str, Any]
+) -> None:
+    for task in TASKS:
+        found = everything["tasks"][task]
+        assert set(found["curves"]) == set(ALL.split(","))
+        assert found["left_out"] == {}
+        for curve in found["curves"].values():
+            last = curve["points"][-1]
+            assert last["density"] == 1.0
+            # Finetuning changed only localizable tensors in this world, and skills score 1.
+            for key in ("value", "interval", "count"):
+                assert last[key] == found["finetuned"][key]
+            assert last["interval"]["low"] < last["value"] == 1.0
+
+
+def test_masks_are_cut_at_every_density_and_what_calibrated_them_is_told(
+    everything: dict[str, Any],
+) -> None:
+    curves = everything["tasks"]["colour"]["curves"]
+    coordinates = curves["random"]["points"][-1]["kept"]
+    for curve in curves.values():
+        densities = [point["density"] for point in curve["points"]]
+        assert densities == everything["densities"] == [0.05, 0.3, 1.0]
+        for point in curve["points"]:
+            assert point["kept"] == pytest.approx(point["density"] * coordinates, abs=0.51)
+            assert point["count"] == 20
+    used = {name: curve["points"][0]["calibrated_with"] for name, curve in curves.items()}
+    inputs = dict.fromkeys(("fisher", "distilled"), "inputs")
+    nothing = dict.fromkeys(("dataless", "random"), "nothing")
+    assert used == {"trained": "labels", **inputs, **nothing}
+
+
+def test_the_lines_own_density_gives_the_mask_in_use(everything: dict[str, Any]) -> None:
+    found = everything["tasks"]["number"]
+    at = next(p for p in found["curves"]["dataless"]["points"] if p["density"] == 0.3)
+    assert found["own"]["kept"] == at["kept"]
+    assert found["own"]["value"] == at["value"]
+    assert found["own"]["localizer"] == found["curves"]["dataless"]["label"]
+
+
+def test_the_pair_shares_more_and_more_until_it_is_the_average(
+    everything: dict[str, Any],
+) -> None:
+    pair = everything["pair"]
+    assert pair["tasks"] == list(TASKS)
+    shares = [point["share"] for point in pair["points"]]
+    assert shares == sorted(shares)
+    assert shares[-1] == 1.0
+    last = pair["points"][-1]
+    assert last["shared"] == last["kept"]
+    # The mean over all owners of everything is plain averaging.
+    assert last["tasks"] == pair["averaging"]["tasks"]
+    middle = pair["points"][1]
+    tasks = everything["masks"]["tasks"]
+    places = [tasks.index(task) for task in TASKS]
+    assert middle["shared"] == everything["masks"]["shared"][places[0]][places[1]]
+    for point in pair["points"]:
+        values = [point["tasks"][task]["value"] for task in TASKS]
+        assert point["mean"] == pytest.approx(sum(values) / 2)
+
+
+def test_again_nothing_is_ranked_or_evaluated_and_a_further_density_costs_only_itself(
+    shell: Shell, everything: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from restitch.tasks.research import density_curves
+
+    asked: list[str] = []
+    take, rank = Exam.take, density_curves._rank
+
+    def counted(self: Exam, *rest: Any) -> Any:
+        asked.append(f"evaluate {self.spec.task}")
+        return take(self, *rest)
+
+    def ranked(found_by: Localizer, member: Member, *rest: Any) -> Ranking:
+        asked.append(f"rank {member.task}")
+        return rank(found_by, member, *rest)
+
+    monkeypatch.setattr(Exam, "take", counted)
+    monkeypatch.setattr(density_curves, "_rank", ranked)
+    given = ("--task", "colour,number", "--localizers", ALL)
+    again = shell.json("analyze", "demo", *given, "--densities", "0.05,0.3,1")
+    assert asked == []
+    for part in ("tasks", "pair", "masks"):
+        assert again[part] == everything[part]
+    one = ("--task", "colour", "--localizers", "random", "--densities", "0.05,0.5")
+    more = shell.json("analyze", "demo", *one)
+    assert asked == ["rank colour", "evaluate colour"]
+    assert more["pair"] is None, "one task is no pair"
+    first, _ = more["tasks"]["colour"]["curves"]["random"]["points"]
+    assert first == again["tasks"]["colour"]["curves"]["random"]["points"][0]
+
+
+def test_the_tables_have_every_task_and_by_default_no_localizer_that_costs(
+    shell: Shell,
+) -> None:
+    done = shell("analyze", "demo", "--densities", "0.3", "--pair", "animal,colour")
+    table = plain(done.out)
+    for words in ("colour, grafted accuracy", "animal and colour", "averaging", "Jaccard", "owner"):
+        assert words in table
+    assert "random" in table
+    assert "fisher" not in table
+
+
+@pytest.mark.usefixtures("without_mlflow")
+def test_a_line_of_whole_task_vectors_stitches_its_pair(
+    shell: Shell, everything: dict[str, Any], world: World, tmp_path: Path
+) -> None:
+    whole = {"method": "averaging", "localize": None, "retention": None}
+    shell("init", world.line(tmp_path / "whole.yaml", line="whole", **whole))
+    for task in TASKS:
+        again = with_splits(world, tmp_path / task, task)
+        shell("register", "whole", "--task", again, "--model", world.model(task))
+    found = shell.json("analyze", "whole", "--densities", "0.3,1")
+    assert found["pair"]["method"] == "localize-and-stitch"
+    assert found["pair"]["averaging"] == everything["pair"]["averaging"]
+    assert [p["mean"] for p in found["pair"]["points"]] == [
+        p["mean"] for p in everything["pair"]["points"][1:]
+    ]
+    assert found["masks"]["owners"][0] == 0, "every coordinate has both owners"
+
+
+def test_a_localizer_is_left_out_where_a_task_has_no_rows_for_it(shell: Shell) -> None:
+    given = ("--localizers", "fisher,trained,random", "--densities", "0.3", "--task", "animal")
+    found = shell.json("analyze", "demo", *given)["tasks"]["animal"]
+    assert set(found["curves"]) == {"random"}
+    assert found["left_out"] == {"fisher": "train rows", "trained": "train rows"}
+
+
+def test_it_is_a_run_in_mlflow(shell: Shell, everything: dict[str, Any]) -> None:
+    from restitch.registry.home import Home
+
+    with shell.inside():
+        client = Catalog(Home.from_environment()).client
+        experiment = client.get_experiment_by_name("demo.studies")
+        assert experiment is not None
+        runs = client.search_runs([experiment.experiment_id], order_by=["start_time"])
+    first = runs[0]
+    assert first.info.run_name == f"masks of demo {everything['version']} analyzed"
+    for task in TASKS:
+        for name, curve in everything["tasks"][task]["curves"].items():
+            for point in curve["points"]:
+                shown = first.data.metrics[f"{task}/{name}/{point['density']:g}"]
+                assert shown == pytest.approx(point["value"])
+
+
+def test_without_mlflow_it_warns(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(*_: object, **__: object) -> None:
+        raise Unavailable("MLflow is away")
+
+    monkeypatch.setattr(Catalog, "show_study", away)
+    given = ("--task", "colour", "--localizers", "random", "--densities", "0.05")
+    done = shell("analyze", "demo", *given, "--json")
+    assert "the study is not in MLflow" in done.err
+    assert done.json["tasks"]["colour"]["curves"]
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        (("--localizers", "datales"), "did you mean 'dataless'"),
+        (("--task", "color"), "did you mean 'colour'"),
+        (("--pair", "colour,nine"), "unknown task"),
+        (("--pair", "colour"), "a pair is two tasks"),
+        (("--densities", "0.1,2"), "cannot be used"),
+        (("--densities", "few"), "cannot be read"),
+    ],
+)
+def test_mistakes_are_told(shell: Shell, given: tuple[str, ...], told: str) -> None:
+    assert told in shell("analyze", "demo", *given, code=3).err
+
+
+def test_a_line_without_members_has_nothing_to_analyze(
+    shell: Shell, world: World, tmp_path: Path
+) -> None:
+    shell("init", world.line(tmp_path / "empty.yaml", line="empty"))
+    assert "no members to analyze" in shell("analyze", "empty", code=3).err

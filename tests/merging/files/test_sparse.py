@@ -1,0 +1,310 @@
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from restitch.merging.errors import BadInput, Damage
+from restitch.merging.files.edits import Edits, edited
+from restitch.merging.files.mask import Mask
+from restitch.merging.files.sparse import Cursor, SparseFile, SparseTensor, write_sparse
+from tests import tiny
+
+ONE = SparseTensor("a b", (4, 5), torch.tensor([0, 3, 19]), torch.tensor([1.0, -2.5, 0.0]))
+TWO = SparseTensor("é", (), torch.tensor([0]), torch.tensor([7.0], dtype=torch.bfloat16))
+NONE = SparseTensor("b", (2,), torch.tensor([], dtype=torch.int64), torch.tensor([]))
+
+
+def exact(tensor: SparseTensor) -> Tensor:
+    assert isinstance(tensor.values, Tensor)
+    return tensor.values
+
+
+def test_the_bytes_of_format_1_are_these(tmp_path: Path) -> None:
+    info = write_sparse(tmp_path / "x", [ONE, NONE, TWO], kind="delta", metadata={"model": "m"})
+    golden = (
+        b"H\x01\x00\x00\x00\x00\x00\x00"
+        b'{"__metadata__":{"model":"m","restitch.format":"1","restitch.kind":"de'
+        b'lta","restitch.tensors":"[\\"F32 4x5 3 e2 a b\\",\\"BF16  1 w \xc3\xa9\\"]"},"va'
+        b'lues.F32":{"dtype":"F32","shape":[3],"data_offsets":[0,12]},"values.BF'
+        b'16":{"dtype":"BF16","shape":[1],"data_offsets":[12,14]},"positions":{"'
+        b'dtype":"U8","shape":[2],"data_offsets":[14,16]}}'
+        b"\x00\x00\x80?\x00\x00 \xc0\x00\x00\x00\x00"  # values.F32
+        b"\xe0@"  # values.BF16
+        b"<C"  # positions
+    )
+    assert (tmp_path / "x").read_bytes() == golden
+    assert (info.bytes, info.kept) == (len(golden), 4)
+
+
+def weighed(tensor: SparseTensor, *factors: float) -> SparseTensor:
+    return replace(tensor, factors=torch.tensor(factors, dtype=torch.bfloat16))
+
+
+WEIGHED = [weighed(ONE, 1, 2, 3, 4, 1, 1, 1, 1, 0.5), NONE, weighed(TWO, 8, 1)]
+
+
+def test_the_bytes_of_format_2_are_these(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "x", WEIGHED, kind="delta", metadata={})
+    golden = (
+        b"\x80\x01\x00\x00\x00\x00\x00\x00"
+        b'{"__metadata__":{"restitch.format":"2","restitch.kind":"delta"'
+        b',"restitch.tensors":"[\\"F32 4x5 3 e2 a b\\",\\"BF16  1 w \xc3\xa9\\"]"}'
+        b',"values.F32":{"dtype":"F32","shape":[3],"data_offsets":[0,12]'
+        b'},"values.BF16":{"dtype":"BF16","shape":[1],"data_offsets":[12'
+        b',14]},"factors":{"dtype":"BF16","shape":[11],"data_offsets":[1'
+        b'4,36]},"positions":{"dtype":"U8","shape":[2],"data_offsets":[3'
+        b"6,38]}}     "
+        b"\x00\x00\x80?\x00\x00 \xc0\x00\x00\x00\x00"  # values.F32
+        b"\xe0@"  # values.BF16
+        b"\x80?\x00@@@\x80@\x80?\x80?\x80?\x80?\x00?\x00A\x80?"  # factors
+        b"<C"  # positions
+    )
+    assert (tmp_path / "x").read_bytes() == golden
+
+
+def test_factors_are_read_as_they_were_written(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "x", WEIGHED, kind="delta", metadata={})
+    file = SparseFile.open(tmp_path / "x")
+    found = file.factors("a b")
+    assert found is not None
+    assert [part.tolist() for part in found] == [[1, 2, 3, 4], [1, 1, 1, 1, 0.5]]
+    assert torch.equal(file.values("a b"), exact(ONE))
+    assert torch.equal(file.coordinates("a b"), ONE.coordinates)
+    write_sparse(tmp_path / "y", [ONE], kind="delta", metadata={})
+    assert SparseFile.open(tmp_path / "y").factors("a b") is None
+
+
+def test_factors_that_are_no_positive_numbers_are_damage(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "x", WEIGHED, kind="delta", metadata={})
+    good = (tmp_path / "x").read_bytes()
+    for bad in (b"\x00\x00", b"\x80\xbf", b"\xc0\x7f", b"\x80\x7f"):  # 0, -1, NaN, infinity
+        (tmp_path / "x").write_bytes(good.replace(b"\x00@@@", b"\x00@" + bad))
+        with pytest.raises(Damage, match="a b"):
+            SparseFile.open(tmp_path / "x").factors("a b")
+
+
+def test_factors_that_do_not_fit_the_tensors_are_damage(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "x", WEIGHED, kind="delta", metadata={})
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    for factors in (tensors["factors"][1:], tensors["factors"].double(), None):
+        changed = {**tensors, "factors": factors}
+        save_file({k: v for k, v in changed.items() if v is not None}, tmp_path / "y", metadata)
+        with pytest.raises(Damage, match="y is damaged"):
+            SparseFile.open(tmp_path / "y")
+    save_file(tensors, tmp_path / "z", metadata | {"restitch.format": "1"})
+    with pytest.raises(Damage, match="z is damaged"):
+        SparseFile.open(tmp_path / "z")
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "x", [ONE, NONE, TWO], kind="patch", metadata={"model": "m"})
+    file = SparseFile.open(tmp_path / "x")
+    assert (file.kind, file.metadata, file.names, file.total) == (
+        "patch",
+        {"model": "m"},
+        ("a b", "é"),
+        4,
+    )
+    for tensor in (ONE, TWO):
+        info = file.info(tensor.name)
+        assert (info.dtype, info.shape) == (tensor.values.dtype, tensor.shape)
+        assert info.kept == tensor.coordinates.numel()
+        assert torch.equal(file.coordinates(tensor.name), tensor.coordinates)
+        assert torch.equal(file.values(tensor.name), exact(tensor))
+    mask = Mask.of({tensor.name: tensor.coordinates for tensor in (ONE, TWO)})
+    assert file.mask().digest() == mask.digest()
+
+
+def test_values_keep_every_bit(tmp_path: Path) -> None:
+    values = torch.tensor([-0.0, torch.inf, 1e-45, 3.4e38])
+    tensor = SparseTensor("a", (9,), torch.tensor([1, 2, 4, 8]), values)
+    write_sparse(tmp_path / "x", [tensor], kind="delta", metadata={})
+    found = SparseFile.open(tmp_path / "x").values("a")
+    assert torch.equal(found.view(torch.int32), values.view(torch.int32))
+
+
+def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "x", [ONE, TWO], kind="delta", metadata={})
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        assert set(file.keys()) == {"positions", "values.F32", "values.BF16"}
+        assert torch.equal(file.get_tensor("values.F32"), exact(ONE))
+
+
+def test_a_file_without_tensors_is_a_file(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "x", [NONE], kind="delta", metadata={})
+    file = SparseFile.open(tmp_path / "x")
+    assert (file.names, file.total) == ((), 0)
+
+
+def test_a_sparse_file_is_edits_that_overwrite(tmp_path: Path) -> None:
+    base = tiny.save(tmp_path / "b", {"a b": torch.full((4, 5), 9.0), "c": torch.ones(1)})
+    write_sparse(tmp_path / "x", [ONE], kind="patch", metadata={})
+    file = SparseFile.open(tmp_path / "x")
+    assert isinstance(file, Edits)
+    expected = torch.full((20,), 9.0)
+    expected[ONE.coordinates] = exact(ONE)
+    assert torch.equal(edited(base, file, "a b"), expected.view(4, 5))
+    assert torch.equal(edited(base, file, "c"), torch.ones(1))
+    with pytest.raises(ValueError):
+        file.apply("a b", torch.ones(19))
+
+
+def test_a_cursor_takes_each_coordinate_in_its_range() -> None:
+    blocks = iter([np.array([3, 10]), np.array([11, 29]), np.array([30])])
+    cursor = Cursor(blocks, torch.arange(5.0))
+    taken = [
+        [(int(c), float(v)) for piece in cursor.take(10) for c, v in zip(*piece, strict=True)]
+        for _ in range(4)
+    ]
+    assert taken == [[(3, 0)], [(0, 1), (1, 2)], [(9, 3)], [(0, 4)]]
+
+
+def test_one_percent_of_an_encoder_costs_5_2_bytes_per_weight(tmp_path: Path) -> None:
+    # The localizable tensors of MiniLM: 10.6 M coordinates in 96 tensors with long names.
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in range(6):
+        front = f"encoder.layer.{layer}."
+        for name in ("query", "key", "value"):
+            shapes[f"{front}attention.self.{name}.weight"] = (384, 384)
+            shapes[f"{front}attention.self.{name}.bias"] = (384,)
+        for name, shape in (
+            ("attention.output.dense", (384, 384)),
+            ("intermediate.dense", (1536, 384)),
+            ("output.dense", (384, 1536)),
+        ):
+            shapes[f"{front}{name}.weight"] = shape
+            shapes[f"{front}{name}.bias"] = shape[:1]
+        for name in ("attention.output.LayerNorm", "output.LayerNorm"):
+            shapes[f"{front}{name}.weight"] = shapes[f"{front}{name}.bias"] = (384,)
+    assert len(shapes) == 96
+    generator = torch.Generator().manual_seed(0)
+
+    def kept(name: str) -> SparseTensor:
+        numel = torch.Size(shapes[name]).numel()
+        chosen = torch.rand(numel, generator=generator) < 0.01
+        coordinates = chosen.nonzero().view(-1)
+        return SparseTensor(name, shapes[name], coordinates, torch.ones(len(coordinates)))
+
+    info = write_sparse(tmp_path / "x", map(kept, sorted(shapes)), kind="delta", metadata={})
+    assert info.kept > 100_000
+    assert info.bytes / info.kept <= 5.2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("density", [0.3, 0.5, 0.9, 0.97, 0.999, 1.0])
+def test_a_dense_file_is_not_larger_than_the_tensor_whole(
+    tmp_path: Path, density: float, dtype: torch.dtype
+) -> None:
+    numel = 20_000
+    generator = torch.Generator().manual_seed(0)
+    coordinates = (torch.rand(numel, generator=generator) < density).nonzero().view(-1)
+    tensor = SparseTensor(
+        "layer.weight", (100, 200), coordinates, torch.zeros(len(coordinates), dtype=dtype)
+    )
+    info = write_sparse(tmp_path / "x", [tensor], kind="patch", metadata={})
+    whole = len(save({"layer.weight": torch.zeros(100, 200, dtype=dtype)}))
+    assert info.bytes <= whole + 200  # the table and the names of the sections
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    ["order", "values", "twice", "integers", "metadata", "kind", "factors", "zero", "mixed"],
+)
+def test_a_writer_that_breaks_the_format_is_stopped_and_leaves_nothing(
+    tmp_path: Path, wrong: str
+) -> None:
+    tensors = {
+        "order": [TWO, ONE],
+        "twice": [ONE, ONE],
+        "values": [SparseTensor("a", (4,), torch.tensor([0, 1]), torch.tensor([1.0]))],
+        "factors": [weighed(ONE, 1, 2, 3, 4)],
+        "zero": [weighed(ONE, 1, 2, 3, 4, 1, 1, 0, 1, 1)],
+        "mixed": [WEIGHED[0], TWO],
+        "integers": [SparseTensor("a", (4,), torch.tensor([0]), torch.tensor([1]))],
+    }.get(wrong, [ONE])
+    metadata = {"restitch.kind": "x"} if wrong == "metadata" else {}
+    kind = "mask" if wrong == "kind" else "delta"
+    with pytest.raises(ValueError):
+        write_sparse(tmp_path / "x", tensors, kind=kind, metadata=metadata)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_failure_keeps_the_old_file(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"old")
+
+    def failing() -> Iterator[SparseTensor]:
+        yield ONE
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        write_sparse(tmp_path / "x", failing(), kind="delta", metadata={})
+    assert (tmp_path / "x").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["x"]
+
+
+def test_other_safetensors_and_newer_formats_are_bad_input(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(BadInput, match="no sparse file"):
+        SparseFile.open(tmp_path / "x.safetensors")
+    save_file({"a": torch.ones(1)}, tmp_path / "y", {"restitch.format": "3"})
+    with pytest.raises(BadInput, match="format 3"):
+        SparseFile.open(tmp_path / "y")
+
+
+def rows(change: Callable[[list[str]], object]) -> Callable[[dict[str, str]], None]:
+    def apply(metadata: dict[str, str]) -> None:
+        table = json.loads(metadata["restitch.tensors"])
+        change(table)
+        metadata["restitch.tensors"] = json.dumps(table)
+
+    return apply
+
+
+DAMAGES: dict[str, Callable[[dict[str, str]], object]] = {
+    "no table": lambda m: m.pop("restitch.tensors"),
+    "table that is no JSON": lambda m: m.update({"restitch.tensors": "["}),
+    "table that is no list": lambda m: m.update({"restitch.tensors": "{}"}),
+    "a row less": rows(lambda t: t.pop()),
+    "a row twice": rows(lambda t: t.append(t[-1])),
+    "rows out of order": rows(lambda t: t.reverse()),
+    "another count": rows(lambda t: t.__setitem__(0, t[0].replace(" 3 ", " 2 "))),
+    "negative count": rows(lambda t: t.__setitem__(0, t[0].replace(" 3 ", " -3 "))),
+    "smaller shape": rows(lambda t: t.__setitem__(0, t[0].replace("4x5", "1x1"))),
+    "huge shape": rows(lambda t: t.__setitem__(0, t[0].replace("4x5", "9999999999x9999999999"))),
+    "another type": rows(lambda t: t.__setitem__(0, t[0].replace("F32", "F64"))),
+    "no type": rows(lambda t: t.__setitem__(0, t[0].replace("F32", "F31"))),
+    "short row": rows(lambda t: t.__setitem__(0, "F32 4x5")),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
+def test_a_table_that_does_not_fit_its_sections_is_damage(
+    tmp_path: Path, damage: Callable[[dict[str, str]], object]
+) -> None:
+    write_sparse(tmp_path / "x", [ONE, TWO], kind="delta", metadata={})
+    with safe_open(tmp_path / "x", framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    damage(metadata)
+    save_file(tensors, tmp_path / "y", metadata)
+    with pytest.raises(Damage, match="y is damaged"):
+        SparseFile.open(tmp_path / "y")
+
+
+def test_coordinates_that_were_changed_are_damage(tmp_path: Path) -> None:
+    write_sparse(tmp_path / "x", [ONE], kind="delta", metadata={})
+    data = bytearray((tmp_path / "x").read_bytes())
+    data[-1] ^= 0xFF
+    (tmp_path / "x").write_bytes(data)
+    file = SparseFile.open(tmp_path / "x")
+    with pytest.raises(Damage, match="a b"):
+        file.coordinates("a b")

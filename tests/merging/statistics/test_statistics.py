@@ -1,0 +1,161 @@
+"""Statistics of members: what is measured, and what a file that holds one may be."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from restitch.merging.errors import BadInput, Damage
+from restitch.merging.statistics.fisher_diagonal import MOST_ROWS, mean_of, measure_fisher
+from restitch.merging.statistics.grams import measure_grams, packed, unpacked
+from restitch.merging.statistics.statistic_file import (
+    FISHER,
+    GRAM,
+    asking_for_gradients,
+    check_finite,
+    check_fits,
+    open_statistic,
+    write_statistic,
+)
+from tests.merging.linear import NAMES, ROWS, Linear
+
+BELONGS = {"base": "b" * 64, "delta": "d" * 64}
+
+
+def written(folder: Path, name: str = "one") -> Path:
+    tensors = {"b": torch.arange(3.0), "a": torch.ones(2, 2, dtype=torch.bfloat16)}
+    write_statistic(folder / name, FISHER, tensors, {**BELONGS, "mean": "0.5"})
+    return folder / name
+
+
+def test_equal_statistics_are_equal_bytes_and_are_read_back(tmp_path: Path) -> None:
+    file = written(tmp_path)
+    assert file.read_bytes() == written(tmp_path, "other").read_bytes()
+    found = open_statistic(file, FISHER, BELONGS)
+    assert found.names == ("a", "b")
+    assert found.tensor("a").equal(torch.ones(2, 2, dtype=torch.bfloat16))
+    assert found.tensor("b").equal(torch.arange(3.0))
+    assert found.metadata["mean"] == "0.5"
+
+
+def test_a_file_of_another_kind_or_member_or_none_at_all_is_damage(tmp_path: Path) -> None:
+    file = written(tmp_path)
+    for kind, belongs in (
+        (GRAM, BELONGS),
+        (FISHER, BELONGS | {"base": "c" * 64}),
+        (FISHER, BELONGS | {"delta": "c" * 64}),
+    ):
+        with pytest.raises(Damage, match="belongs to something else"):
+            open_statistic(file, kind, belongs)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(Damage, match="cannot be read"):
+        open_statistic(file, FISHER, BELONGS)
+
+
+def test_one_that_does_not_fit_is_damage_and_one_of_no_numbers_is_refused(tmp_path: Path) -> None:
+    found = open_statistic(written(tmp_path), FISHER, BELONGS)
+    check_fits(FISHER, found, {"a": 4, "b": 3})
+    for sizes in ({"a": 5}, {"c": 1}):
+        with pytest.raises(Damage, match="do not fit the member"):
+            check_fits(FISHER, found, sizes)
+    with pytest.raises(BadInput, match="not finite") as caught:
+        check_finite(FISHER, {"a": torch.ones(2), "b": torch.tensor([torch.nan])})
+    assert caught.value.details == ("b",)
+
+
+def test_only_the_named_tensors_ask_for_gradients_and_afterwards_as_before() -> None:
+    live = {name: torch.zeros(2) for name in "abc"}
+    live["c"].requires_grad_(True)
+    with asking_for_gradients(live, ["a"]) as drop:
+        assert [live[name].requires_grad for name in "abc"] == [True, False, False]
+        torch.autograd.backward(live["a"].sum())
+        assert "1." in str(live["a"].grad)
+        drop()
+        assert str(live["a"].grad) == "None"
+    assert [live[name].requires_grad for name in "abc"] == [False, False, True]
+
+
+def test_the_fisher_of_an_undecided_coin_by_hand() -> None:
+    # Scores (w x, 0) at w = 0: whatever is drawn, the squared gradient is (x / 2)^2.
+    weight, inputs = torch.zeros(1), torch.tensor([1.0, 2.0, 3.0])
+
+    def logits(batch: dict[str, Tensor]) -> Tensor:
+        scores = weight * batch["x"]
+        return torch.stack([scores, torch.zeros_like(scores)], 1)
+
+    found = measure_fisher({"w": weight}, ["w"], 3, lambda rows: {"x": inputs[list(rows)]}, logits)
+    assert found["w"].dtype == torch.bfloat16
+    assert found["w"].item() == pytest.approx(0.25 * 14 / 3, rel=1 / 256)
+    assert mean_of(found) == found["w"].item()
+
+
+def test_the_fisher_is_the_mean_of_each_rows_own_squares(tmp_path: Path) -> None:
+    model = Linear(tmp_path)
+    live = {name: value.float() for name, value in model.base.items()}
+    model.x, model.live = model.x.float(), live
+
+    def batch(rows: Sequence[int]) -> dict[str, Tensor]:
+        assert len(rows) == 1, "the square of a sum is something else"
+        return {"rows": torch.tensor(rows)}
+
+    def logits(batch: dict[str, Tensor]) -> Tensor:
+        return model.logits_at(live, batch["rows"].tolist())
+
+    found = measure_fisher(live, NAMES, ROWS, batch, logits, seed=3)
+    generator = torch.Generator().manual_seed(3)
+    order = torch.randperm(ROWS, generator=generator).tolist()
+    wanted = {name: torch.zeros_like(live[name]) for name in NAMES}
+    for row in order:
+        plain = {n: v.detach().clone().requires_grad_(n in NAMES) for n, v in live.items()}
+        scores = model.logits_at(plain, [row])
+        shares = scores.detach().double().softmax(1)
+        drawn = torch.multinomial(shares, 1, generator=generator).view(-1)
+        gradients = torch.autograd.grad(F.cross_entropy(scores, drawn), [plain[n] for n in NAMES])
+        for name, gradient in zip(NAMES, gradients, strict=True):
+            wanted[name] += gradient.square() / ROWS
+    for name in NAMES:
+        assert torch.allclose(found[name].float(), wanted[name], rtol=1 / 128, atol=1e-9)
+        assert found[name].shape == live[name].shape
+
+
+def test_of_many_rows_the_fisher_takes_some() -> None:
+    seen: list[int] = []
+
+    def batch(rows: Sequence[int]) -> dict[str, Tensor]:
+        seen.extend(rows)
+        return {}
+
+    weight = torch.zeros(2)
+    measure_fisher({"w": weight}, ["w"], 1000, batch, lambda _: weight[None, :])
+    assert len(set(seen)) == len(seen) == MOST_ROWS
+    with pytest.raises(BadInput, match="no rows"):
+        measure_fisher({"w": weight}, ["w"], 0, batch, lambda _: weight[None, :])
+
+
+def test_gram_matrices_are_means_over_every_position_of_every_row() -> None:
+    layer, other = nn.Linear(2, 3), nn.Linear(3, 2)
+    rows = [torch.tensor([[[1.0, 2.0], [3.0, 4.0]]]), torch.tensor([[[0.0, 1.0]]])]
+    found = measure_grams(
+        {"one": layer, "two": other}, len(rows), lambda row: other(layer(rows[row]))
+    )
+    inputs = torch.cat([row.view(-1, 2) for row in rows])
+    assert found["one"].tolist() == pytest.approx([10 / 3, 14 / 3, 21 / 3])
+    assert torch.allclose(unpacked(found["one"], 2), (inputs.T @ inputs / 3).double())
+    between = layer(inputs).detach()
+    assert torch.allclose(unpacked(found["two"], 3), (between.T @ between / 3).double(), atol=1e-6)
+    assert not layer._forward_pre_hooks
+    with pytest.raises(BadInput, match="no rows"):
+        measure_grams({"one": layer}, 0, lambda _: None)
+
+
+def test_a_symmetric_matrix_survives_packing() -> None:
+    plain = torch.randn(7, 7, generator=torch.Generator().manual_seed(0))
+    gram = plain.T @ plain
+    gram = (gram + gram.T) / 2
+    assert packed(gram).shape == (28,)
+    assert unpacked(packed(gram), 7).equal(gram.double())
+    with pytest.raises(BadInput, match="does not fit its layer"):
+        unpacked(packed(gram), 8)

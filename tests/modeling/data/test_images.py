@@ -1,0 +1,166 @@
+"""Images of every form are the same pixels, and a bad one is an error that names its row."""
+
+import io
+import json
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from restitch.merging.errors import BadInput
+from restitch.modeling.data.images import MOST_PIXELS, open_image
+from restitch.modeling.data.task_data import DataSpec, Rows, labels_of, open_split
+from tests.modeling.conftest import png
+
+LABELS = ("cat", "dog")
+
+
+def read(folder: Path, source: str, labels: tuple[str, ...] = LABELS) -> Rows:
+    spec = DataSpec(str(folder), test=source, input=("image",))
+    return open_split(spec, "test", labels=labels, modality="image")
+
+
+def write_folder(root: Path) -> None:
+    for label, seeds in (("cat", (0, 1)), ("dog", (2,))):
+        (root / label).mkdir(parents=True)
+        for seed in seeds:
+            (root / label / f"{seed}.png").write_bytes(png(seed))
+
+
+def check(rows: Rows) -> None:
+    assert rows.targets.tolist() == [0, 0, 1]
+    for seed in range(3):
+        with Image.open(io.BytesIO(png(seed))) as image:
+            assert np.array_equal(np.asarray(rows[seed].inputs[0]), np.asarray(image))
+
+
+def test_a_folder_per_class(tmp_path):
+    write_folder(tmp_path / "test")
+    check(read(tmp_path, "test"))
+    check(read(tmp_path / "test", "."))
+    assert labels_of(DataSpec(str(tmp_path), test="test", input=("image",))) == LABELS
+
+
+def test_folders_are_classes_by_name_whatever_the_order_of_the_labels(tmp_path):
+    write_folder(tmp_path / "test")
+    assert read(tmp_path, "test", ("dog", "cat")).targets.tolist() == [1, 1, 0]
+
+
+def test_folders_of_other_names_are_never_classes_by_their_order(tmp_path):
+    write_folder(tmp_path / "test")
+    with pytest.raises(BadInput, match=r"cat/0\.png: label outside of the classes"):
+        read(tmp_path, "test", ("Katze", "Hund"))
+
+
+def test_folders_of_numbers_are_indices(tmp_path):
+    write_folder(tmp_path / "test")
+    (tmp_path / "test" / "cat").rename(tmp_path / "test" / "10")
+    (tmp_path / "test" / "dog").rename(tmp_path / "test" / "2")
+    labels = tuple(f"class {i}" for i in range(11))
+    assert read(tmp_path, "test", labels).targets.tolist() == [10, 10, 2]
+
+
+def test_parquet_with_images_inside(tmp_path):
+    images = [{"bytes": png(seed), "path": None} for seed in range(3)]
+    table = pa.table({"image": images, "label": [0, 0, 1]})
+    pq.write_table(table, tmp_path / "t.parquet", row_group_size=2)
+    check(read(tmp_path, "t.parquet"))
+
+
+def test_parquet_of_an_image_feature_and_a_data_set_on_disk(tmp_path):
+    import datasets
+
+    write_folder(tmp_path / "test")
+    made = datasets.load_dataset(
+        "imagefolder", data_dir=str(tmp_path / "test"), cache_dir=str(tmp_path / "cache")
+    )["train"]
+    made.save_to_disk(tmp_path / "disk")
+    made.to_parquet(tmp_path / "t.parquet")
+    check(read(tmp_path, "t.parquet"))
+    check(read(tmp_path, "disk"))
+
+
+def test_a_table_that_names_files(tmp_path):
+    write_folder(tmp_path / "test")
+    names = ["test/cat/0.png", "test/cat/1.png", "test/dog/2.png"]
+    rows = [{"image": n, "label": c} for n, c in zip(names, [0, 0, 1], strict=True)]
+    (tmp_path / "t.json").write_text(json.dumps(rows))
+    check(read(tmp_path, "t.json"))
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "CMYK", "1", "I;16"])
+def test_every_mode_becomes_rgb(mode):
+    stream = io.BytesIO()
+    image = Image.fromarray(np.arange(256, dtype=np.uint8).reshape(16, 16))
+    image = Image.new("I;16", (16, 16), 300) if mode == "I;16" else image.convert(mode)
+    image.save(stream, format="TIFF")
+    assert open_image(stream.getvalue(), Path(), "here").mode == "RGB"
+
+
+def bomb(width: int, height: int) -> bytes:
+    """A small PNG that claims to be huge."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        body = kind + data
+        return struct.pack(">I", len(data)) + body + struct.pack(">I", zlib.crc32(body))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    pixels = zlib.compress(b"\0" * 1000)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels)
+
+
+@pytest.mark.parametrize("size", [(8001, 8000), (60_000, 60_000), (2**31 - 1, 2**31 - 1)])
+def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch, size):
+    monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
+    assert size[0] * size[1] > MOST_PIXELS
+    with pytest.raises(BadInput, match=r"here: the image (is too large|cannot be read)"):
+        open_image(bomb(*size), Path(), "here")
+
+
+def test_the_limit_counts_pixels(monkeypatch):
+    monkeypatch.setattr("restitch.modeling.data.images.MOST_PIXELS", 20 * 16)
+    assert open_image(png(0, (20, 16)), Path(), "here").size == (20, 16)
+    with pytest.raises(BadInput, match="here: the image is too large") as caught:
+        open_image(png(0, (21, 16)), Path(), "here")
+    assert caught.value.found == "21 x 16"
+
+
+@pytest.mark.parametrize("data", [b"", b"no image", png(0)[:60], png(0)[:-200], bomb(100, 100)])
+def test_an_unreadable_image_names_its_row(tmp_path, data):
+    table = pa.table({"image": [png(0), data], "label": [0, 1]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    rows = read(tmp_path, "t.parquet")
+    assert rows[0].label == 0
+    with pytest.raises(BadInput, match=r"t\.parquet row 1, column 'image': the image cannot be"):
+        _ = rows[1]
+
+
+@pytest.mark.parametrize("name", ["/etc/hostname", "../secret.png", "a/../../secret.png"])
+def test_a_path_never_leaves_the_data(tmp_path, name):
+    (tmp_path / "secret.png").write_bytes(png(0))
+    (tmp_path / "data").mkdir()
+    with pytest.raises(BadInput, match="outside of the data"):
+        open_image(name, tmp_path / "data", "here")
+
+
+@pytest.mark.parametrize("value", [None, 3, {"bytes": None, "path": None}])
+def test_no_image_at_all_is_an_error(value):
+    with pytest.raises(BadInput, match="here holds no image"):
+        open_image(value, Path(), "here")
+
+
+def test_an_absent_file_is_an_error(tmp_path):
+    with pytest.raises(BadInput, match="here: the image cannot be read"):
+        open_image("a.png", tmp_path, "here")
+
+
+def test_images_outside_of_class_folders_are_an_error(tmp_path):
+    write_folder(tmp_path)
+    (tmp_path / "stray.png").write_bytes(png(9))
+    with pytest.raises(BadInput, match="outside of any class folder"):
+        read(tmp_path, ".")

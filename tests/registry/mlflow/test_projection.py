@@ -1,0 +1,205 @@
+import json
+
+from restitch.registry.ledger import outcomes
+from restitch.registry.ledger.outcomes import Fate
+from restitch.registry.ledger.records import Entry, Interval, TaskResult
+from restitch.registry.mlflow import projection, projection_merged
+from tests.registry.builders import (
+    TIME,
+    digest,
+    done,
+    ledger,
+    merge,
+    model,
+    ready,
+    record,
+    with_task,
+)
+
+IN_USE = Fate("champion", "In use.")
+
+
+def act(tmp_path, change, kind="registered") -> Entry:
+    return done(ledger(tmp_path).act(kind, "ann", "a reason", change)).entry
+
+
+def test_the_metrics_have_the_names_of_the_design():
+    made = record(
+        tasks=("a",),
+        results={
+            "a": TaskResult(base=0.4, finetuned=0.8, grafted=0.7, merged=0.6, normalized=0.75)
+        },
+        retention={
+            "task": "general",
+            "top1": 0.45,
+            "top5": 0.8,
+            "base_top1": 0.5,
+            "ratio": 0.9,
+        },
+        timings={"stitch": 2.5},
+    )
+    assert projection_merged.metrics_of(made) == {
+        "retention/top1": 0.45,
+        "retention/top5": 0.8,
+        "retention/base_top1": 0.5,
+        "retention/ratio": 0.9,
+        "task/a/accuracy": 0.6,
+        "task/a/normalized": 0.75,
+        "task/a/base": 0.4,
+        "task/a/finetuned": 0.8,
+        "task/a/grafted": 0.7,
+        "mean/accuracy": 0.6,
+        "mean/normalized": 0.75,
+        "patch/bytes": 100.0,
+        "patch/kept": 10.0,
+        "members": 1.0,
+        "seconds/stitch": 2.5,
+    }
+
+
+def test_intervals_and_failed_gates_are_metrics_too():
+    made = record(
+        results={"a": TaskResult(merged=0.6, interval=Interval(low=0.5, high=0.7))},
+        retention={
+            "task": "general",
+            "top1": 0.45,
+            "base_top1": 0.5,
+            "ratio": 0.9,
+            "interval": {"low": 0.4, "high": 0.5},
+            "ratio_interval": {"low": 0.85, "high": 0.95},
+        },
+        gates=[
+            {"gate": "min_retention", "limit": 0.95, "value": 0.9, "passed": False},
+            {"gate": "max_task_drop", "limit": 0.1, "value": 0.0, "passed": True, "task": "a"},
+        ],
+    )
+    found = projection_merged.metrics_of(made)
+    assert (found["retention/low"], found["retention/high"]) == (0.4, 0.5)
+    assert (found["retention/ratio_low"], found["retention/ratio_high"]) == (0.85, 0.95)
+    assert (found["task/a/low"], found["task/a/high"]) == (0.5, 0.7)
+    assert found["gates/failed"] == 1.0
+    assert "gates/failed" not in projection_merged.metrics_of(record())
+
+
+def test_what_was_not_measured_is_no_metric():
+    found = projection_merged.metrics_of(record(results={}, retention=None))
+    assert set(found) == {"patch/bytes", "patch/kept", "members"}
+
+
+def test_a_version_is_described_in_two_sentences():
+    assert projection_merged.describe(record(3)) == (
+        "Version 3 of line line: 2 tasks (a, b) stitched into one model with "
+        "localize-and-stitch/1. It scores 0.600 on average over its tasks, reaches 75.0% of the "
+        "finetuned models and keeps 90.0% of the base's accuracy."
+    )
+    many = record(tasks=tuple(f"t{n:02}" for n in range(12)), results={}, retention=None)
+    assert projection_merged.describe(many).endswith(
+        "t07 and 4 more) stitched into one model with localize-and-stitch/1. It was not evaluated."
+    )
+
+
+def test_an_act_names_the_models_and_versions_that_it_was_about(tmp_path):
+    registered = act(tmp_path / "1", lambda head: with_task(head, "a", model()))
+    assert outcomes.touched_models(registered) == (("a", 1),)
+    line = ledger(tmp_path / "2")
+    line.act("registered", "t", "", lambda head: with_task(head, "b", ready("1")))
+    more = done(line.act("registered", "t", "", lambda head: with_task(head, "b", model("2"))))
+    assert outcomes.touched_models(more.entry) == (("b", 2),)
+    state = done(
+        line.act("retired", "t", "", lambda head: head.with_state("b", 1, "retired", "old"))
+    )
+    assert outcomes.touched_models(state.entry) == (("b", 1),)
+    merge(line)
+    promoted, merged, *_ = line.entries()
+    assert outcomes.touched_merges(merged) == (1,)
+    assert outcomes.touched_merges(promoted) == ()
+    assert outcomes.touched_models(promoted) == ()
+    run = projection.of_act(promoted)
+    assert run.params["champion.before"] == "none"
+    assert run.params["champion.after"] == "1"
+
+
+def test_an_act_is_about_the_versions_that_it_made_moved_or_judged(tmp_path):
+    line = ledger(tmp_path)
+    merge(line)
+    merge(line)
+    rejected = done(line.act("rejected", "t", "version 1: too little", lambda head: head))
+    held = done(line.act("held", "t", "version 1: of a task, not of the line", lambda head: head))
+    back = done(line.act("rolled-back", "t", "it was slow", lambda head: head.promoted(1)))
+    promoted, merged, *_ = list(line.entries())[3:]
+    assert outcomes.merges_about(merged) == (2,)
+    assert outcomes.merges_about(promoted) == (1, 2)
+    assert outcomes.merges_about(rejected.entry) == (1,)
+    assert outcomes.merges_about(held.entry) == ()
+    assert outcomes.merges_about(back.entry) == (1, 2)
+    assert projection.of_act(promoted).current["restitch.versions"] == ",1,2,"
+
+
+def test_the_last_move_is_found_without_reading_further(tmp_path):
+    line = ledger(tmp_path)
+    merge(line)
+    merge(line)
+    trail = line.entries()
+    moves = outcomes.last_moves(trail, {2})
+    assert [(n, entry.kind) for n, entry in moves.items()] == [(2, "promoted")]
+    assert next(trail).kind == "merged"
+    assert outcomes.last_moves(line.entries(), set()) == {}
+
+
+def test_a_reason_is_one_sentence_and_not_said_twice(tmp_path):
+    line = ledger(tmp_path)
+    merge(line)
+    promoted = next(iter(line.entries())).model_copy(
+        update={"reason": "version 1: no\ngates.", "time": TIME}
+    )
+    fate = outcomes.fate_of(record(1), promoted)
+    said = "In use since 2026-03-01 12:00:00 UTC, promoted by tester: no gates."
+    assert fate == Fate("champion", said)
+
+
+def test_an_act_is_shown_with_its_facts_as_params(tmp_path):
+    entry = act(tmp_path, lambda head: with_task(head, "a", model()))
+    run = projection.of_act(entry)
+    assert run.digest == entry.digest
+    assert run.params["actor"] == "ann"
+    assert run.params["reason"] == "a reason"
+    assert run.params["models"] == "a 1"
+    assert run.tags["mlflow.runName"] == "0002 registered"
+    assert json.loads(run.artifacts["audit.json"]) == entry.to_json()
+
+
+def test_what_mlflow_would_cut_or_refuse_is_cut_here(tmp_path):
+    line = ledger(tmp_path)
+    entry = done(line.act("configured", "t", "x" * 10_000, lambda h: h.with_pin(True))).entry
+    run = projection.of_act(entry)
+    assert len(run.params["reason"]) < 6_000
+    assert run.params["reason"].endswith("...")
+    assert all(len(value) < 5_000 for value in run.tags.values())
+    assert json.loads(run.artifacts["audit.json"])["reason"] == "x" * 10_000
+
+
+def test_a_long_reason_is_cut_in_descriptions_too(tmp_path):
+    line = ledger(tmp_path)
+    merge(line)
+    promoted = next(iter(line.entries())).model_copy(update={"reason": "x" * 10_000})
+    run, shown = projection_merged.of_merged(record(1), {}, outcomes.fate_of(record(1), promoted))
+    assert len(shown.description) < 5_000
+    assert run.current["mlflow.note.content"] == shown.description
+
+
+def test_a_stand_in_says_where_the_model_really_is():
+    run, version = projection.of_model("line", "a", 1, model(), digest("base"))
+    stand_in = json.loads(run.artifacts["restitch/object.json"])
+    assert stand_in == {"uri": "/models/model", "digest": digest("model"), "size": 8}
+    assert version.name == "line.a"
+    assert version.identity[projection.DIGEST_TAG] == digest("model")
+    merged, shown = projection_merged.of_merged(record(), {"report.html": b"<p>"}, IN_USE)
+    assert json.loads(merged.artifacts["restitch/object.json"])["digest"] == digest("patch 1")
+    assert merged.artifacts["report.html"] == b"<p>"
+    assert shown.name == "line"
+
+
+def test_the_same_record_gives_the_same_image():
+    assert projection_merged.of_merged(record(), {}, IN_USE) == projection_merged.of_merged(
+        record(), {}, IN_USE
+    )

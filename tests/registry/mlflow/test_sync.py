@@ -1,0 +1,318 @@
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from restitch.merging.errors import Unavailable
+from restitch.registry.home import Home
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.mlflow.sync import Catalog, without_credentials
+from restitch.registry.mlflow.writer import Writer
+from restitch.registry.store.folder import FolderStore
+from restitch.registry.store.objects import ObjectStore
+from tests.hub_server import ROOT
+from tests.registry.builders import (
+    digest,
+    home_with_mlflow,
+    ledger,
+    line_spec,
+    merge,
+    model,
+    model_ref,
+    with_task,
+)
+from tests.registry.catalog_view import DyingClient, KilledError, run_of, shown
+
+
+def counts(catalog: Catalog) -> dict[str, int]:
+    return {name: len(things) for name, things in shown(catalog).items()}
+
+
+WHOLE = {
+    "line": 2,
+    "line.audit": 9,
+    "line.models": 2,
+    "line.history": 1,
+    "model line": 2,
+    "model line.a": 1,
+    "model line.b": 1,
+    "aliases": 1,
+}
+
+
+def test_a_line_is_shown_whole(catalog, line):
+    assert catalog.repair(line) == 9
+    assert counts(catalog) == WHOLE
+    client = catalog.client
+    champion = client.get_model_version_by_alias("line", "champion")
+    assert champion.tags["restitch.version"] == "2"
+    run = client.get_run(champion.run_id)
+    assert run.data.metrics["retention/ratio"] == 0.9
+    assert run.data.metrics["mean/accuracy"] == 0.6
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "mean/accuracy")] == [2]
+    assert champion.source == f"runs:/{champion.run_id}/restitch"
+    artifacts = {file.path for file in client.list_artifacts(champion.run_id)}
+    assert artifacts == {"recipe.json", "record.json", "report.html", "restitch"}
+    assert "Version 2 of line line" in champion.description
+    (joined,) = client.search_model_versions("name = 'line.a'")
+    assert joined.tags["restitch.state"] == "ready"
+    (refused,) = client.search_model_versions("name = 'line.b'")
+    assert (refused.tags["restitch.state"], refused.tags["restitch.reason"]) == (
+        "quarantined",
+        "NaN",
+    )
+    assert run_of(catalog, 2).info.run_id == champion.run_id
+
+
+def test_what_the_command_line_answers_is_found_by_a_search(catalog, line):
+    catalog.repair(line)
+    client = catalog.client
+    audit = client.get_experiment_by_name("line.audit").experiment_id
+    (run,) = client.search_runs(
+        [audit], "params.kind = 'promoted' and params.`champion.after` = '2'"
+    )
+    assert run.data.params["champion.before"] == "1"
+    (run,) = client.search_runs([audit], f"tags.`restitch.digest` = '{line.head().entry}'")
+    assert run.data.params["sequence"] == "9"
+    found = client.search_model_versions(
+        f"name = 'line.a' and tags.`restitch.digest` = '{digest('a')}'"
+    )
+    assert len(found) == 1
+
+
+def test_a_second_repair_looks_at_nothing_and_is_fast(catalog, line):
+    catalog.repair(line)
+    before = shown(catalog)
+    began = time.process_time()
+    assert catalog.repair(line) == 0
+    assert time.process_time() - began < 0.5
+    assert Catalog(catalog.home).repair(line) == 0
+    assert shown(catalog) == before
+
+
+def test_a_full_repair_of_a_whole_image_changes_nothing(catalog, line):
+    catalog.repair(line)
+    before = shown(catalog)
+    assert catalog.repair(line, full=True) == 9
+    assert shown(catalog) == before
+
+
+def test_only_new_acts_are_looked_at(catalog, line):
+    catalog.repair(line)
+    line.act("retired", "ann", "old", lambda head: head.with_state("a", 1, "retired", "old"))
+    assert catalog.repair(line) == 1
+    (version,) = catalog.client.search_model_versions("name = 'line.a'")
+    assert version.tags["restitch.state"] == "retired"
+    assert "retired" in version.description
+
+
+def test_a_repair_that_is_killed_again_and_again_is_completed(home, tmp_path, empty_mlflow):
+    line = ledger(home.store_path)
+    line.act("registered", "ann", "", lambda head: with_task(head, "a", model("a")))
+    rows = {"path": "/data/a", "split": "test", "digest": digest("rows")}
+    merge(line, tasks=("a",), results={"a": {"merged": 0.5, "data": rows}})
+    merge(line, tasks=("a",))
+    line.act("rolled-back", "ann", "worse", lambda head: head.promoted(1))
+    reference = Catalog(home_with_mlflow(tmp_path / "reference", empty_mlflow))
+    reference.repair(line)
+    catalog = Catalog(home)
+    chance = random.Random(0)
+    killed = 0
+    while True:
+        dying = Catalog(home)
+        vars(dying)["client"] = DyingClient(catalog.client, chance.randint(1, 9))
+        try:
+            dying.repair(line, extras=lambda version: {"report.html": b"of %d" % version})
+            break
+        except KilledError:
+            killed += 1
+            assert killed < 200
+    assert killed > 10
+    assert shown(catalog) == shown(reference)
+    for version in (1, 2):
+        run = run_of(catalog, version).info.run_id
+        page = catalog.client.download_artifacts(run, "report.html", str(tmp_path))
+        assert Path(page).read_bytes() == b"of %d" % version
+    assert catalog.repair(line) == 0
+
+
+def test_two_workers_at_once_do_not_double_anything(home, line):
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda _: Catalog(home).repair(line), range(2)))
+    assert counts(Catalog(home)) == WHOLE
+
+
+def test_what_other_hosts_doubled_is_made_single(home, catalog, monkeypatch):
+    line = ledger(home.store_path)
+    merge(line)
+    # Another host holds another lock, and its search came before our creation.
+    monkeypatch.setattr(Writer, "runs", lambda *_: [])
+    monkeypatch.setattr(Writer, "versions", lambda *_: [])
+    catalog.repair(line)
+    catalog.repair(line, full=True)
+    found = counts(catalog)
+    assert (found["line"], found["line.audit"], found["model line"]) == (2, 6, 2)
+    monkeypatch.undo()
+    catalog.repair(line, full=True)
+    found = counts(catalog)
+    assert (found["line"], found["line.audit"], found["model line"]) == (1, 3, 1)
+    assert found["aliases"] == 1
+
+
+def test_aliases_follow_the_head(catalog, line):
+    catalog.repair(line)
+    line.act("rolled-back", "ann", "worse", lambda head: head.promoted(1))
+    catalog.repair(line)
+    assert shown(catalog)["aliases"] == {"champion": "1"}
+    line.act("merged", "t", "", lambda head: head.with_merged(line.head().versions[2]))
+    version = catalog.client.search_model_versions("name = 'line'")[0].version
+    catalog.client.set_registered_model_alias("line", "champion", str(version))
+    catalog.client.set_registered_model_alias("line", "mine", str(version))
+    catalog.repair(line)
+    assert shown(catalog)["aliases"]["champion"] == "1"
+    assert shown(catalog)["aliases"]["mine"], "an alias of somebody else is left alone"
+
+
+def test_a_candidate_has_its_alias_while_it_is_one(catalog, line):
+    record = line.merged(2).model_copy(update={"version": 3})
+    blob = line.objects.put_blob(record.to_bytes())
+    line.act("merged", "t", "", lambda head: head.with_merged(blob))
+    catalog.repair(line)
+    assert shown(catalog)["aliases"] == {"champion": "2", "candidate": "3"}
+    line.act("rejected", "t", "gate", lambda head: head.without_candidate())
+    catalog.repair(line)
+    assert shown(catalog)["aliases"] == {"champion": "2"}
+
+
+def test_a_deleted_model_and_a_deleted_database_are_made_again(catalog, line, empty_mlflow):
+    catalog.repair(line)
+    before = shown(catalog)
+    catalog.client.delete_registered_model("line")
+    Catalog(catalog.home).repair(line)
+    assert shown(catalog) == before
+    experiment = catalog.client.get_experiment_by_name("line.audit")
+    catalog.client.delete_experiment(experiment.experiment_id)
+    Catalog(catalog.home).repair(line, full=True)
+    assert shown(catalog) == before
+
+
+def test_two_lines_do_not_disturb_each_other(catalog, line):
+    other = Ledger(line.objects, "other")
+    other.create(line_spec("other"), model_ref("base"), "t", "")
+    merge(other)
+    catalog.repair(line)
+    catalog.repair(other)
+    assert counts(catalog) == WHOLE
+    assert len(shown(catalog, "other")["other"]) == 1
+
+
+def test_mlflow_away_is_unavailable_without_its_password(tmp_path, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    store = tmp_path / "store"
+    line = ledger(store)
+    home = Home(tmp_path / "home", str(store), "http://ann:secret@127.0.0.1:9")
+    with pytest.raises(Unavailable) as raised:
+        Catalog(home).repair(line)
+    assert "secret" not in str(raised.value)
+    assert "secret" not in repr(raised.value.__cause__)
+    assert raised.value.__suppress_context__
+    assert "remerge completes" in str(raised.value)
+    assert without_credentials("at postgresql://u:p@host/db and s3://k:s@b") == (
+        "at postgresql://***@host/db and s3://***@b"
+    )
+
+
+def test_a_database_that_is_none_is_unavailable(tmp_path):
+    line = ledger(tmp_path / "home" / "store")
+    (tmp_path / "home" / "mlflow.db").write_bytes(b"not a database" * 100)
+    with pytest.raises(Unavailable, match="cannot be used"):
+        Catalog(Home(tmp_path / "home")).repair(line)
+
+
+def test_nothing_is_written_beside_the_home(line, home, tmp_path):
+    """Parts of MLflow ask for a global address and make ./mlflow.db where there is none."""
+    work = tmp_path / "work"
+    work.mkdir()
+    code = f"""
+from pathlib import Path
+from restitch.registry.mlflow.sync import Catalog
+from restitch.registry.home import Home, prepare_environment
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.mlflow.writer import Writer
+from restitch.registry.store.objects import ObjectStore
+home = Home(Path({str(home.root)!r}))
+prepare_environment(home)
+print(Catalog(home).repair(Ledger(ObjectStore(home.open_store()), "line")))
+"""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_TRACKING")}
+    ran = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=work,
+        env=environment | {"PYTHONPATH": str(ROOT), "HOME": str(work)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.strip() == "9"
+    assert "INFO" not in ran.stderr
+    assert list(work.iterdir()) == []
+
+
+def test_the_store_alone_is_enough_for_another_mlflow(line, catalog, tmp_path, empty_mlflow):
+    catalog.repair(line)
+    elsewhere = Catalog(home_with_mlflow(tmp_path / "elsewhere", empty_mlflow))
+    copy = Ledger(ObjectStore(FolderStore(line.objects.store.root)), "line")
+    elsewhere.repair(copy)
+    assert shown(elsewhere) == shown(catalog)
+
+
+@pytest.mark.slow
+def test_a_server_is_shown_the_same_as_a_database(line, catalog, tmp_path):
+    catalog.repair(line)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--workers", "1", "--port", str(port)]
+    database = ["--backend-store-uri", f"sqlite:///{tmp_path}/server.db"]
+    artifacts = ["--artifacts-destination", str(tmp_path / "artifacts")]
+    environment = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    server = subprocess.Popen(
+        [*command, *database, *artifacts], cwd=tmp_path, env=environment, start_new_session=True
+    )
+    try:
+        deadline = time.time() + 120
+        while time.time() < deadline:
+            with socket.socket() as probe:
+                if probe.connect_ex(("127.0.0.1", port)) == 0:
+                    break
+            time.sleep(0.2)
+        home = Home(tmp_path / "client", str(catalog.home.store_path), f"http://127.0.0.1:{port}")
+        remote = Catalog(home)
+        remote.repair(line)
+        assert remote.repair(line, full=True) == 9
+        assert shown(remote) == shown(catalog)
+        champion = remote.client.get_model_version_by_alias("line", "champion")
+        found = resolve_object(home, f"runs:/{champion.run_id}/restitch/object.json")
+        assert found["digest"] == line.merged(2).patch
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait()
+
+
+def resolve_object(home: Home, uri: str) -> dict[str, Any]:
+    from mlflow.artifacts import download_artifacts
+
+    path = download_artifacts(
+        artifact_uri=uri, dst_path=str(home.scratch), tracking_uri=home.mlflow_uri
+    )
+    return dict(json.loads(Path(path).read_bytes()))

@@ -1,0 +1,144 @@
+"""What a task file means, and when its rows are read."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from restitch.merging.errors import BadInput
+from restitch.modeling.data.rows import Example, Rows
+from restitch.modeling.families.family import get_family
+from restitch.registry.home import Home
+from restitch.registry.specs.files import load_task
+from restitch.registry.specs.localize import LocalizeSpec
+from restitch.registry.specs.task import TaskSpec
+from restitch.tasks.inputs.task_data import (
+    check_rows,
+    data_spec,
+    evaluation_split,
+    resolve_task,
+    same_task,
+)
+from restitch.tasks.runtime.workspace import Workspace
+from tests.worlds import World, write_rows, write_yaml
+
+FAMILY = get_family("text-encoder")
+
+
+def task_of(folder: Path, **changes: Any) -> TaskSpec:
+    rows = [{"text": f"text {n}", "label": n % 2} for n in range(10)]
+    write_rows(folder / "rows" / "test.jsonl", rows)
+    values: dict[str, Any] = {
+        "task": "colour",
+        "data": {"path": "rows", "test": "test.jsonl"},
+        "head": {"labels": ["red", "green"]},
+        **changes,
+    }
+    return load_task(write_yaml(folder / "task.yaml", values))
+
+
+def test_what_is_left_out_is_filled_in(tmp_path: Path) -> None:
+    spec = resolve_task(task_of(tmp_path), FAMILY)
+    assert spec.data is not None
+    assert (spec.data.input, spec.data.label) == (("text",), "label")
+    assert spec.data.content is not None
+    given = {"path": "rows", "test": "test.jsonl", "input": "text", "label": "label"}
+    assert resolve_task(task_of(tmp_path, data=given), FAMILY) == spec
+
+
+def test_resolving_again_changes_nothing(tmp_path: Path) -> None:
+    spec = resolve_task(task_of(tmp_path), FAMILY)
+    assert resolve_task(spec, FAMILY) == spec
+
+
+def test_a_task_is_the_same_wherever_its_files_lie(tmp_path: Path) -> None:
+    one, other = (resolve_task(task_of(tmp_path / n), FAMILY) for n in ("one", "other"))
+    assert one != other
+    assert same_task(one, other)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"metric": "f1"},
+        {"scale": 5},
+        {"max_length": 7},
+        {"head": {"labels": ["green", "red"]}},
+        {"head": {"labels": ["red", "green"], "templates": ["a {}"]}},
+        {"data": {"path": "rows", "validation": "test.jsonl"}},
+    ],
+)
+def test_whatever_changes_a_result_makes_another_task(
+    tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    spec = resolve_task(task_of(tmp_path), FAMILY)
+    assert not same_task(spec, resolve_task(task_of(tmp_path, **changes), FAMILY))
+
+
+def test_other_rows_make_another_task(tmp_path: Path) -> None:
+    spec = resolve_task(task_of(tmp_path), FAMILY)
+    write_rows(tmp_path / "rows" / "test.jsonl", [{"text": "x", "label": 0}])
+    again = resolve_task(load_task(tmp_path / "task.yaml"), FAMILY)
+    assert not same_task(spec, again)
+
+
+@pytest.mark.parametrize(
+    ("splits", "expected"),
+    [
+        (("train", "validation", "test"), "test"),
+        (("train", "validation"), "validation"),
+        (("train",), "validation"),
+        (("validation",), "validation"),
+        ((), None),
+    ],
+)
+def test_results_are_reported_on_test_or_else_on_validation(
+    tmp_path: Path, splits: tuple[str, ...], expected: str | None
+) -> None:
+    data = {"path": "rows", **dict.fromkeys(splits, "test.jsonl")}
+    assert evaluation_split(task_of(tmp_path, data=data)) == expected
+    assert evaluation_split(TaskSpec(task="bare")) is None
+
+
+def test_a_path_may_hold_an_at_sign(tmp_path: Path) -> None:
+    spec = task_of(tmp_path / "user@host")
+    found = data_spec(spec, FAMILY)
+    assert (found.path, found.revision) == (str(tmp_path / "user@host" / "rows"), None)
+    resolve_task(spec, FAMILY)
+
+
+def test_rows_are_read_once_for_the_same_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    space = Workspace(Home(tmp_path / "home"))
+    spec = resolve_task(task_of(tmp_path), FAMILY)
+    read = []
+    real = Rows.__getitem__
+
+    def noted(rows: Rows, place: int) -> Example:
+        read.append(place)
+        return real(rows, place)
+
+    monkeypatch.setattr(Rows, "__getitem__", noted)
+    check_rows(spec, FAMILY, space)
+    assert read == list(range(10))
+    check_rows(spec, FAMILY, space)
+    assert len(read) == 10
+
+
+def test_rows_to_calibrate_on_are_read_too(tmp_path: Path) -> None:
+    """Not all of train, which may be large, but those that a trained mask will ask for."""
+    spec = task_of(tmp_path, data={"path": "rows", "train": "train.jsonl", "test": "test.jsonl"})
+    rows: list[dict[str, Any]] = [{"text": f"t {n}", "label": n % 2} for n in range(40)]
+    rows[7]["text"] = None
+    write_rows(tmp_path / "rows" / "train.jsonl", rows)
+    spec = resolve_task(spec, FAMILY)
+    space = Workspace(Home(tmp_path / "home"))
+    check_rows(spec, FAMILY, space, LocalizeSpec(mode="dataless"))
+    with pytest.raises(BadInput, match="row 7"):
+        check_rows(spec, FAMILY, space, LocalizeSpec(mode="trained"))
+
+
+def test_data_without_a_head_says_what_is_missing(world: World, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no head"):
+        resolve_task(task_of(tmp_path, head=None), FAMILY)
