@@ -1,1 +1,4 @@
-"""The restitch command."""
+"""The `restitch` command.
+
+Nothing imports it but the playground.
+"""

@@ -1,1 +1,4 @@
-"""How restitch runs for a team."""
+"""How restitch runs unattended: on one machine, and for a team.
+
+The command line imports it.
+"""

@@ -1,1 +1,5 @@
-"""Pure tensors: checkpoints, sparse deltas, localization, stitching and merge methods."""
+"""Pure tensors: masks, sparse deltas, stitching and merge methods.
+
+Every other package may import it; it imports only torch, numpy, safetensors, blake3 and the
+standard library.
+"""

@@ -13,7 +13,7 @@ from typing import Any
 
 from restitch.merging.digests import canonical_json, digest_bytes
 from restitch.merging.errors import Damage
-from restitch.merging.files.checkpoint import by_bytes
+from restitch.merging.order import by_bytes
 
 FORMAT = 1
 

@@ -1,1 +1,4 @@
-"""What is remembered: the content-addressed store, the audit trail and the MLflow image."""
+"""What is remembered: the store, the audit trail, the specs and the MLflow projection.
+
+`tasks` and all packages above it import it; it knows no model and no Prefect.
+"""

@@ -1,1 +1,4 @@
-"""One step of the work each: load references, call one function, store, return a reference."""
+"""Steps: each loads references, calls one function, stores its result and returns a reference.
+
+`flows` calls them; no step calls a flow.
+"""

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
-from restitch.merging.files.checkpoint import by_bytes
 from restitch.merging.files.sparse import SparseFile
 from restitch.merging.methods.registry import Method, get_method
+from restitch.merging.order import by_bytes
 from restitch.merging.ranking.kept_vector import KeptVector
 from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.merging.statistics.entropy_coefficients import VERSION as COEFFICIENTS_VERSION

@@ -1,1 +1,4 @@
-"""."""
+"""The commands, grouped as `restitch --help` shows them.
+
+`cli.main` imports it.
+"""

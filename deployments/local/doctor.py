@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from restitch.deployments.local.processes import answers, is_running
+from restitch.deployments.local.health import answers, is_running, workers_online
 from restitch.deployments.server.definitions import full_name
 from restitch.merging.errors import RestitchError, Unavailable
 from restitch.registry.ledger.ledger import lines
@@ -74,20 +74,6 @@ def examine() -> list[Check]:
 def exit_code(checks: list[Check]) -> int:
     """6 when something has failed."""
     return Unavailable.exit_code if any(c.status == "failed" for c in checks) else 0
-
-
-def workers_online(pool: str) -> list[str]:
-    """The names of the workers of a pool that have shown signs of life lately."""
-    from prefect.exceptions import ObjectNotFound
-
-    from restitch.deployments.server.deploy import client
-
-    with client() as prefect:
-        try:
-            found = prefect.read_workers_for_work_pool(pool)
-        except ObjectNotFound:
-            return []
-    return [worker.name for worker in found if str(worker.status).endswith("ONLINE")]
 
 
 def _versions(_: Workspace) -> Iterator[Check]:

@@ -10,8 +10,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from restitch.deployments.local.databases import VARIABLES
+from restitch.deployments.local.health import answers, is_running, workers_online
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import Unavailable
 from restitch.registry.home import Home, prepare_environment
@@ -129,8 +128,6 @@ class Runner:
 
     def wait_for_workers(self, plans: list[Plan], pool: str, say: Say) -> None:
         """Wait until Prefect has heard of all workers."""
-        from restitch.deployments.local.doctor import workers_online
-
         deadline = time.monotonic() + STARTS_WITHIN
         for plan in plans:
             say(f"waiting for {plan.name} in pool {pool}")
@@ -168,11 +165,6 @@ def _is_among(online: Callable[[str], list[str]], pool: str, worker: str) -> boo
     return worker in online(pool)
 
 
-def is_running(process: StackProcess) -> bool:
-    """Whether a process of the stack is there, and is the very one."""
-    return process_began(process.pid) == process.began
-
-
 def stop_process(process: StackProcess) -> bool:
     """Stop a process and all that it started, also where it has died itself.
 
@@ -203,15 +195,6 @@ def _session(process: StackProcess) -> list[Any]:
             if os.getsid(one.pid) == process.pid and one.create_time() >= process.began - 0.1:
                 found.append(one)
     return found
-
-
-def answers(url: str) -> bool:
-    """Whether an address answers with success."""
-    try:
-        with urllib.request.urlopen(url, timeout=2) as answer:
-            return bool(answer.status == 200)
-    except (OSError, urllib.error.URLError):
-        return False
 
 
 def ports_of(stack: StackFile) -> dict[str, int]:

@@ -23,12 +23,12 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from restitch.deployments.local.databases import MLFLOW_VARIABLE, PREFECT_VARIABLES, databases
+from restitch.deployments.local.health import is_running
 from restitch.deployments.local.processes import (
     LOOPBACK,
     Plan,
     Runner,
     Say,
-    is_running,
     module,
     ports_of,
     stop_process,

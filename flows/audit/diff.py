@@ -10,8 +10,8 @@ from typing import Any
 from restitch.flows.audit.queries import member_changes
 from restitch.flows.promotion.versions import find_version
 from restitch.merging.analysis.patches import count_differences
-from restitch.merging.files.checkpoint import by_bytes
 from restitch.merging.files.sparse import SparseFile
+from restitch.merging.order import by_bytes
 from restitch.modeling.tensor_location import place_of
 from restitch.registry.ledger.records import MergedRecord, Retention, TaskResult, differences
 from restitch.registry.store.objects import ObjectStore

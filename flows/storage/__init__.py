@@ -1,1 +1,4 @@
-"""."""
+"""The health of a store: verification, repair, garbage collection and copies.
+
+The command line imports it.
+"""

@@ -17,10 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from restitch.merging.errors import BadInput, Damage
-from restitch.merging.files.checkpoint import Checkpoint, by_bytes
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.coordinate_codec import true_positions
 from restitch.merging.files.sparse import Piece, SparseFile
 from restitch.merging.numerics.rounding import cast
+from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress, ignore
 
 VERSION = 1

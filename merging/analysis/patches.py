@@ -7,9 +7,9 @@ hold differs where their bits do. The base is never read; memory holds one tenso
 
 import numpy as np
 
-from restitch.merging.files.checkpoint import by_bytes
 from restitch.merging.files.sparse import SparseFile
 from restitch.merging.numerics.bitwise import as_integers
+from restitch.merging.order import by_bytes
 
 
 def count_differences(first: SparseFile, second: SparseFile) -> dict[str, int]:

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from restitch.merging.errors import BadInput
-from restitch.merging.files.checkpoint import Checkpoint, by_bytes
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
+from restitch.merging.order import by_bytes
 from restitch.merging.ranking.kept_vector import KeptVector
 from restitch.merging.rules.elementwise import Elementwise, Floats, Range, checked, kept_vectors
 from restitch.merging.rules.stitch import Member

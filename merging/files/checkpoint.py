@@ -24,6 +24,7 @@ from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput
 from restitch.merging.files.header import DTYPE_NAMES, MAX_HEADER, count_elements, read_header
 from restitch.merging.files.safe_open import open_regular, read_limited
+from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress, ignore
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -36,11 +37,6 @@ _CONVERT = (
     "convert it where you trust it: AutoModel.from_pretrained(FOLDER)"
     ".save_pretrained(OUT, safe_serialization=True), then use OUT"
 )
-
-
-def by_bytes(name: str) -> bytes:
-    """The sort key of all names: their UTF-8 bytes."""
-    return name.encode("utf-8", "surrogatepass")
 
 
 @dataclass(frozen=True)

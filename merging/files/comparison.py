@@ -11,8 +11,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from restitch.merging.errors import CannotJoin
-from restitch.merging.files.checkpoint import FLOATING, Checkpoint, by_bytes
+from restitch.merging.files.checkpoint import FLOATING, Checkpoint
 from restitch.merging.files.header import DTYPE_NAMES
+from restitch.merging.order import by_bytes
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from fnmatch import fnmatchcase
 
 from restitch.merging.errors import BadInput
-from restitch.merging.files.checkpoint import by_bytes
+from restitch.merging.order import by_bytes
 
 
 def select_tensors(

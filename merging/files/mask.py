@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from restitch.merging.digests import digest_bytes
-from restitch.merging.files.checkpoint import by_bytes
+from restitch.merging.order import by_bytes
 
 
 class Mask:

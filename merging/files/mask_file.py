@@ -23,11 +23,12 @@ import torch
 from numpy.typing import NDArray
 
 from restitch.merging.errors import BadInput, Damage
-from restitch.merging.files.checkpoint import Checkpoint, by_bytes
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.coordinate_codec import decode_blocks, encode, encoded_size
 from restitch.merging.files.header import write_header
 from restitch.merging.files.sparse import SparseFile, assemble
 from restitch.merging.files.sparse_layout import natural
+from restitch.merging.order import by_bytes
 
 FORMAT = "1"
 

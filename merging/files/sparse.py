@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from restitch.merging.errors import BadInput, Damage
-from restitch.merging.files.checkpoint import FLOATING, Checkpoint, by_bytes
+from restitch.merging.files.checkpoint import FLOATING, Checkpoint
 from restitch.merging.files.coordinate_codec import decode_blocks, encode
 from restitch.merging.files.cursor import Cursor as Cursor
 from restitch.merging.files.cursor import Piece as Piece
@@ -54,6 +54,7 @@ from restitch.merging.files.sparse_layout import (
     rows_and_columns,
 )
 from restitch.merging.numerics.bitwise import put
+from restitch.merging.order import by_bytes
 
 KINDS = ("delta", "patch")
 

@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from restitch.merging.files.checkpoint import FLOATING, by_bytes
+from restitch.merging.files.checkpoint import FLOATING
 from restitch.merging.files.coordinate_codec import encoded_size
 from restitch.merging.files.header import DTYPE_NAMES, DTYPES, count_elements
 from restitch.merging.files.quantized import STEP_DTYPE, step_count
+from restitch.merging.order import by_bytes
 
 FORMATS = ("1", "2", "3")
 POSITIONS, FACTORS, STEPS, CODES = "positions", "factors", "steps", "codes"

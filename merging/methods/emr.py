@@ -11,9 +11,10 @@ import numpy as np
 import torch
 
 from restitch.merging.experts.specialists import Experts, Selected, SharedExperts, numbered
-from restitch.merging.files.checkpoint import Checkpoint, by_bytes
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.methods.registry import method
 from restitch.merging.numerics.rounding import cast
+from restitch.merging.order import by_bytes
 from restitch.merging.ranking.kept_vector import BLOCK, KeptVector, working_dtype
 from restitch.merging.rules.elementwise import Floats, Range, total
 from restitch.merging.rules.stitch import Member

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from restitch.merging.files.checkpoint import by_bytes
 from restitch.merging.files.coordinate_codec import true_positions
 from restitch.merging.numerics.rounding import SERIAL
+from restitch.merging.order import by_bytes
 from restitch.merging.ranking.top_k import SAMPLE, SAMPLE_BLOCK, Scores
 
 Floats = NDArray[Any]

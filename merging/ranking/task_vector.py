@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from restitch.merging.errors import CannotJoin
-from restitch.merging.files.checkpoint import FLOATING, Checkpoint, by_bytes
+from restitch.merging.files.checkpoint import FLOATING, Checkpoint
 from restitch.merging.numerics.rounding import SERIAL, cast_into
+from restitch.merging.order import by_bytes
 from restitch.merging.ranking.top_k import strided_sample
 
 CHUNK = 1 << 18

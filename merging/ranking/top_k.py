@@ -21,10 +21,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from restitch.merging.files.checkpoint import by_bytes
 from restitch.merging.files.coordinate_codec import true_positions
 from restitch.merging.files.mask import Mask
 from restitch.merging.numerics.bitwise import as_integers
+from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress, ignore
 
 SAMPLE = 1 << 20

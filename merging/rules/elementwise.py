@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from restitch.merging.errors import BadInput
-from restitch.merging.files.checkpoint import Checkpoint, by_bytes
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.numerics.bitwise import as_integers
 from restitch.merging.numerics.rounding import cast_into, round_once
+from restitch.merging.order import by_bytes
 from restitch.merging.ranking.kept_vector import BLOCK, KeptVector, working_dtype
 from restitch.merging.rules.stitch import Member, check_fit
 

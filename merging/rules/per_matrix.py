@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from restitch.merging.files.checkpoint import Checkpoint, by_bytes
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.numerics.bitwise import as_integers
 from restitch.merging.numerics.rounding import cast, round_once
+from restitch.merging.order import by_bytes
 from restitch.merging.rules.elementwise import kept_vectors
 from restitch.merging.rules.stitch import Member
 

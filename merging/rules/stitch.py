@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from restitch.merging.errors import BadInput
-from restitch.merging.files.checkpoint import Checkpoint, by_bytes
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.coordinate_codec import true_positions
 from restitch.merging.files.edits import Edits, NoEdits
 from restitch.merging.files.sparse import Piece, SparseFile, SparseInfo, SparseTensor, write_sparse
 from restitch.merging.numerics.bitwise import as_integers, put, take
 from restitch.merging.numerics.rounding import cast
+from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.rules.overlaps import MEAN, RULES, Claim, Floats, Rule
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from restitch.merging.errors import BadInput
-from restitch.merging.files.checkpoint import Checkpoint, by_bytes
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.ranking.kept_vector import KeptVector
 from restitch.merging.statistics.statistic_file import (

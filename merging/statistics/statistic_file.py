@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from restitch.merging.errors import BadInput, Damage, RestitchError
-from restitch.merging.files.checkpoint import Checkpoint, by_bytes
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.header import write_header
+from restitch.merging.order import by_bytes
 from restitch.merging.rules.stitch import Member
 
 FISHER, GRAM, COEFFICIENTS = "fisher", "gram", "coefficients"

@@ -1,1 +1,4 @@
-"""."""
+"""Rows of data sets: how they are found, read and decoded.
+
+Heads, families and `tasks.inputs` import it.
+"""

@@ -1,1 +1,4 @@
-"""."""
+"""Model families, one file each; `family` defines their interface and finds them.
+
+Other rooms import `families.family` only, never an architecture.
+"""

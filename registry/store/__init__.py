@@ -1,1 +1,4 @@
-"""."""
+"""Content-addressed objects, and the folder that keeps them.
+
+All other rooms of `registry` may import it.
+"""

@@ -1,7 +1,6 @@
-"""The report of a merged version: one self-contained page, and its plots as pictures.
+"""The HTML report, its plots, and the model card of an export.
 
-Pure functions of plain JSON values: nothing is read, nothing is computed that was not given,
-and the same input gives the same bytes.
+The flows `audit.report`, `export` and `research` import it.
 """
 
 from restitch.tasks.report.page import Report, ReportInput, render

@@ -13,8 +13,8 @@ from typing import Any
 from restitch.merging.analysis.masks import VERSION as ANALYSIS_VERSION
 from restitch.merging.analysis.masks import MaskAnalysis, analyze_masks
 from restitch.merging.digests import digest_json
-from restitch.merging.files.checkpoint import by_bytes
 from restitch.merging.files.sparse import SparseFile
+from restitch.merging.order import by_bytes
 from restitch.modeling.tensor_location import COMPONENTS, Place, place_of
 from restitch.registry.ledger.records import MergedRecord
 from restitch.tasks.inputs.checkpoints import open_base

@@ -1,7 +1,6 @@
-"""The studies of the papers, for the members of a line; one module each.
+"""The studies of the papers, one file each; `flow` runs one and keeps its results.
 
-`STUDIES` says what there is. A module of that name here has `make(subject) -> Study`, and nothing
-else needs to know it.
+The command line imports `flow` only.
 """
 
 STUDIES = {

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from restitch.deployments.local.processes import answers, is_running
+from restitch.deployments.local.health import answers, is_running
 from restitch.registry.store.attempts import process_began
 from tests.deployments.conftest import Stack
 
