@@ -28,7 +28,7 @@ from restitch.merging.digests import digest_bytes, digest_json
 from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
 from restitch.registry.home import Home
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import Head, ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import LineState, ModelRef, ModelVersion
 from restitch.registry.ledger.records import (
     DataUsed,
     Interval,
@@ -115,8 +115,8 @@ def simulated(objects: ObjectStore, versions: int, members: int) -> Ledger:
 
 
 def _register(ledger: Ledger, task: str, model: ModelVersion) -> None:
-    def change(head: Head) -> Head:
-        return head.with_task(TaskSpec(task=task)).with_version(task, model)
+    def change(line_state: LineState) -> LineState:
+        return line_state.with_task(TaskSpec(task=task)).with_version(task, model)
 
     ledger.act("registered", "benchmark", f"{task} from {model.model.uri}", change)
 

@@ -48,7 +48,7 @@ from restitch.merging.methods.registry import get_method
 from restitch.merging.numerics.bitwise import take
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import Scores, top_k
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 from restitch.modeling.data.task_data import DataSpec, TaskData
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import Batch, get_family
@@ -62,9 +62,9 @@ RULES: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("sum", "localize-and-stitch", {"overlap": "sum"}),
     ("elect", "localize-and-stitch", {"overlap": "elect"}),
     ("weighted", "localize-and-stitch", {"overlap": "weighted"}),
-    ("restitch 0.25", "restitch", {"growth": 0.25}),
-    ("restitch 0.5", "restitch", {"growth": 0.5}),
-    ("restitch 0.75", "restitch", {"growth": 0.75}),
+    ("weighted-stitch 0.25", "weighted-stitch", {"growth": 0.25}),
+    ("weighted-stitch 0.5", "weighted-stitch", {"growth": 0.5}),
+    ("weighted-stitch 0.75", "weighted-stitch", {"growth": 0.75}),
 )
 SHOTS = 64
 EPOCHS = 10
@@ -246,7 +246,7 @@ def merged(
         }
         if not all(path.exists() for path in files.values()):
             continue
-        members = [Member(name, SparseFile.open(path)) for name, path in files.items()]
+        members = [DeltaMember(name, SparseFile.open(path)) for name, path in files.items()]
         wanted_rules = [rule for rule in RULES if rule[0] in rules]
         for (rule, method, settings), task in product(wanted_rules, world.tasks.values()):
             wanted = kept.get(
@@ -366,8 +366,8 @@ def int8(world: World, kept: Kept, mode: str, densities: Sequence[float]) -> Non
             kept.get((density, values, task.name, "bytes"), partial(float, size))
             grafted = partial(world.wearing, file, partial(task.value, "test"))
             kept.get((density, values, task.name, "grafted"), grafted)
-            members.append(Member(task.name, file))
-        edits = get_method("restitch")(world.base, members)
+            members.append(DeltaMember(task.name, file))
+        edits = get_method("weighted-stitch")(world.base, members)
         for task in world.tasks.values():
             merged = partial(world.wearing, edits, partial(task.value, "test"))
             kept.get((density, values, task.name, "merged"), merged)

@@ -34,9 +34,9 @@ def told(values: Sequence[float]) -> str:
     return f"{mean:.3f} ± {half:.3f}"
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(line_state: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
+    lines = [line_state, ["---"] * len(line_state), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -43,7 +43,7 @@ from restitch.merging.files.export import export_weights
 from restitch.merging.files.mask import Mask
 from restitch.merging.files.sparse import SparseFile
 from restitch.merging.methods.registry import get_method
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def keep(folder: Path, task: str) -> None:
 
 def merged(folder: Path, merge: Merge, out: Path) -> None:
     """Merge the deltas and export the merged model."""
-    members = [Member(task, SparseFile.open(folder / f"{task}.delta")) for task in TASKS]
+    members = [DeltaMember(task, SparseFile.open(folder / f"{task}.delta")) for task in TASKS]
     base = Checkpoint.open(folder / "base")
     out.mkdir()
     export_weights(base, get_method(merge.method)(base, members, **merge.settings), out)

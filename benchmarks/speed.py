@@ -40,7 +40,7 @@ from restitch.merging.files.mask import Mask
 from restitch.merging.files.sparse import SparseFile, SparseInfo, SparseTensor, write_sparse
 from restitch.merging.localize.dataless import localize_dataless
 from restitch.merging.ranking.task_vector import TaskVector
-from restitch.merging.rules.stitch import Member, stitch, write_patch
+from restitch.merging.rules.stitch import DeltaMember, stitch, write_patch
 
 HIDDEN, INTERMEDIATE, KV, VOCABULARY = 2048, 5632, 256, 32000
 TASKS = ("one", "two", "three")
@@ -164,7 +164,7 @@ def copy(folder: Path) -> None:
 
 def export(folder: Path) -> None:
     """Stitch the members and export the merged model."""
-    members = [Member(task, SparseFile.open(folder / f"{task}.delta")) for task in TASKS]
+    members = [DeltaMember(task, SparseFile.open(folder / f"{task}.delta")) for task in TASKS]
     base = Checkpoint.open(folder / "base")
     (folder / "out").mkdir()
     export_weights(base, stitch(base, members), folder / "out")
@@ -172,7 +172,7 @@ def export(folder: Path) -> None:
 
 def patch(folder: Path) -> None:
     """Stitch the members and write the patch."""
-    members = [Member(task, SparseFile.open(folder / f"{task}.delta")) for task in TASKS]
+    members = [DeltaMember(task, SparseFile.open(folder / f"{task}.delta")) for task in TASKS]
     base = Checkpoint.open(folder / "base")
     (folder / "out").mkdir()
     write_patch(folder / "out" / "patch", base, stitch(base, members), {})

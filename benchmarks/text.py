@@ -35,7 +35,7 @@ from restitch.flows.remerge import remerge
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.evaluation import evaluate
 from restitch.registry.home import Home, prepare_environment
-from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedRecord
 from restitch.tasks.inputs.checkpoints import Base, LiveBase, aligned, live_base, open_base
 from restitch.tasks.inputs.task_data import task_head, verified_data
@@ -146,10 +146,10 @@ def settings(options: argparse.Namespace) -> Iterator[Setting]:
     for mode, densities in (("fisher", options.fisher), ("distilled", options.distilled)):
         for density in densities:
             choice = {"mode": mode, "density": density, **own}
-            yield Setting(f"restitch {mode} {density:.0%}", choice, "restitch")
+            yield Setting(f"weighted-stitch {mode} {density:.0%}", choice, "weighted-stitch")
     for mode in filter(None, options.auto.split(",")):
         choice = {"mode": mode, "density": "auto", "recovery": options.recovery, **own}
-        yield Setting(f"restitch {mode} auto", choice, "restitch")
+        yield Setting(f"weighted-stitch {mode} auto", choice, "weighted-stitch")
 
 
 def write_task_files(data: Path, work: Path) -> tuple[dict[str, Path], Path | None]:
@@ -159,10 +159,10 @@ def write_task_files(data: Path, work: Path) -> tuple[dict[str, Path], Path | No
     for folder in sorted(p.parent for p in data.glob("*/task.json")):
         described = json.loads((folder / "task.json").read_text(encoding="utf-8"))
         files = {p.stem: p.name for p in folder.iterdir() if p.stem in SPLITS}
-        head = {"labels": described["labels"]}
+        line_state = {"labels": described["labels"]}
         if "templates" in described:
-            head["templates"] = described["templates"]
-        spec = {"task": folder.name, "data": {"path": str(folder), **files}, "head": head}
+            line_state["templates"] = described["templates"]
+        spec = {"task": folder.name, "data": {"path": str(folder), **files}, "head": line_state}
         spec |= {key: described[key] for key in ("scale", "max_length") if key in described}
         path = work / f"{folder.name}.yaml"
         path.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
@@ -200,7 +200,7 @@ def measure(
     ledger = workspace().ledger(line)
     record = ledger.merged(merged.version)
     sizes = [int(str(member.facts["delta_bytes"])) for member in record.members.values()]
-    share = sum(sizes) / len(sizes) / ledger.head().base.size
+    share = sum(sizes) / len(sizes) / ledger.state().base.size
     return Found(setting.name, time.perf_counter() - started, record, density, share)
 
 
@@ -208,8 +208,8 @@ def at_the_same_density(
     official: Found, options: argparse.Namespace, work: Path, tasks: dict[str, Path]
 ) -> str:
     """Grafted accuracy of `official` beside `budget` and dataless at official's own densities."""
-    head = ("task", "density", "official", "budget", "dataless")
-    lines = [_row(head), _row(["---"] * len(head))]
+    line_state = ("task", "density", "official", "budget", "dataless")
+    lines = [_row(line_state), _row(["---"] * len(line_state))]
     for task, density in official.density.items():
         row = [task, f"{density:.2%}", _number(official.record.results[task].grafted)]
         budget = {"mode": "trained", "shots": options.shots, "seed": options.seed}
@@ -234,8 +234,8 @@ class Reference:
 def task_arithmetic(work: Path, found: Found, tasks: dict[str, Path]) -> Reference:
     """Base + coefficient x sum of task vectors, tuned over 0.1 to 1.0 on validation rows."""
     space = workspace()
-    head = space.ledger(found.record.line).head()
-    base = open_base(LineRef(head.spec, head.base), space)
+    line_state = space.ledger(found.record.line).state()
+    base = open_base(LineRef(line_state.spec, line_state.base), space)
     live = live_base(base)
     sums = _sum_of_task_vectors(base, [work / "checkpoints" / task for task in tasks])
     scores = {}
@@ -243,16 +243,16 @@ def task_arithmetic(work: Path, found: Found, tasks: dict[str, Path]) -> Referen
         for done, coefficient in enumerate(COEFFICIENTS):
             _set(live, base, sums, coefficient)
             scores[coefficient] = sum(
-                _accuracy(head, base, live, task, "validation") for task in tasks
+                _accuracy(line_state, base, live, task, "validation") for task in tasks
             )
             progress(done + 1, len(COEFFICIENTS))
     best = max(scores, key=lambda c: (scores[c], -c))
     _set(live, base, sums, best)
-    accuracy = {task: _accuracy(head, base, live, task, "test") for task in tasks}
+    accuracy = {task: _accuracy(line_state, base, live, task, "test") for task in tasks}
     kept = found.record.retention
     retention = None
     if kept is not None:
-        retention = _accuracy(head, base, live, None, "test") / kept.base_top1
+        retention = _accuracy(line_state, base, live, None, "test") / kept.base_top1
     _set(live, base, sums, 0.0)
     own = {t: r.finetuned for t, r in found.record.results.items()}
     shares = [accuracy[task] / value for task, value in own.items() if value]
@@ -275,9 +275,11 @@ def _set(live: LiveBase, base: Base, sums: dict[str, torch.Tensor], coefficient:
             live.parameters[name].copy_(value)
 
 
-def _accuracy(head: Head, base: Base, live: LiveBase, task: str | None, split: str) -> float:
+def _accuracy(
+    line_state: LineState, base: Base, live: LiveBase, task: str | None, split: str
+) -> float:
     space = workspace()
-    spec = retention_task(head) if task is None else head.tasks[task].spec
+    spec = retention_task(line_state) if task is None else line_state.tasks[task].spec
     assert spec is not None
     own = task_head(spec, base, live, None, space)
     rows = verified_data(spec, base.family).rows(split)
@@ -288,8 +290,8 @@ def _accuracy(head: Head, base: Base, live: LiveBase, task: str | None, split: s
 def per_task(found: Found) -> str:
     """One setting's table."""
     lines = [f"**{found.setting}** ({found.seconds:.0f} s)", ""]
-    head = ("task", "density", "base", "finetuned", "grafted", "merged", "95 %", "normalized")
-    lines += _row(head), _row(["---"] * len(head))
+    line_state = ("task", "density", "base", "finetuned", "grafted", "merged", "95 %", "normalized")
+    lines += _row(line_state), _row(["---"] * len(line_state))
     for task, result in found.record.results.items():
         interval = result.interval
         spread = "" if interval is None else f"{interval.low:.3f} to {interval.high:.3f}"
@@ -301,8 +303,8 @@ def per_task(found: Found) -> str:
 
 def summary(found: Sequence[Found], reference: Reference | None) -> str:
     """All settings side by side."""
-    head = ("setting", "mean merged", "mean normalized", "retention", "delta of one model")
-    lines = [_row(head), _row(["---"] * len(head))]
+    line_state = ("setting", "mean merged", "mean normalized", "retention", "delta of one model")
+    lines = [_row(line_state), _row(["---"] * len(line_state))]
     for one in found:
         kept = one.record.retention
         values = (

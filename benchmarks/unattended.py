@@ -171,7 +171,7 @@ class Bench:
         process.wait()
         command = time.monotonic() - began
         self._wait_for(line, {task})
-        registered = self._ledger(line).head().tasks[task].versions[1].registered_at
+        registered = self._ledger(line).state().tasks[task].versions[1].registered_at
         runs = self.api.runs("onboard", "restitch", "COMPLETED")
         mine = [
             run
@@ -188,7 +188,7 @@ class Bench:
         for process, _ in started:
             process.wait()
         self._wait_for(line, {task for _, task in started})
-        return len(self._ledger(line).head().versions), time.monotonic() - began
+        return len(self._ledger(line).state().versions), time.monotonic() - began
 
     def idle_remerge(self, line: str) -> tuple[float, float]:
         """Own seconds of a remerge without anything to do, and those of a whole run."""
@@ -227,7 +227,7 @@ class Bench:
         ledger = self._ledger(line)
         deadline = time.monotonic() + PATIENCE_SECONDS
         while time.monotonic() < deadline:
-            champion = ledger.head().champion
+            champion = ledger.state().champion
             if champion is not None and tasks <= set(ledger.merged(champion).members):
                 return
             time.sleep(0.1)

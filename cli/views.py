@@ -7,7 +7,7 @@ every server is away.
 from typing import Any
 
 from restitch.registry.ledger.ledger import Ledger, lines
-from restitch.registry.ledger.line_state import UNREAD, Head, ModelVersion
+from restitch.registry.ledger.line_state import UNREAD, LineState, ModelVersion
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.maintenance.specialists import kept_specialists
 from restitch.registry.store.objects import ObjectStore
@@ -20,24 +20,28 @@ def status(line: str | None) -> dict[str, Any]:
     names = list(lines(space.objects)) if line is None else [line]
     return {
         "home": str(space.home.root),
-        "lines": [_line_status(space.ledger(name).head(), space.objects) for name in names],
+        "lines": [_line_status(space.ledger(name).state(), space.objects) for name in names],
     }
 
 
-def _line_status(head: Head, objects: ObjectStore) -> dict[str, Any]:
-    champion = None if head.champion is None else Ledger(objects, head.line).merged(head.champion)
+def _line_status(line_state: LineState, objects: ObjectStore) -> dict[str, Any]:
+    champion = (
+        None
+        if line_state.champion is None
+        else Ledger(objects, line_state.line).merged(line_state.champion)
+    )
     kept = None if champion is None else champion.retention
     recipe = "" if champion is None else champion.recipe_digest
     return {
-        "line": head.line,
-        "base": head.base.uri,
-        "family": head.spec.family,
-        "method": head.spec.method.to_json(),
-        "localize": head.spec.localize.to_json(),
-        "gates": head.spec.gates.to_json(),
-        "champion": head.champion,
-        "candidate": head.candidate,
-        "pinned": head.pinned,
+        "line": line_state.line,
+        "base": line_state.base.uri,
+        "family": line_state.spec.family,
+        "method": line_state.spec.method.to_json(),
+        "localize": line_state.spec.localize.to_json(),
+        "gates": line_state.spec.gates.to_json(),
+        "champion": line_state.champion,
+        "candidate": line_state.candidate,
+        "pinned": line_state.pinned,
         "mean_normalized": None if champion is None else champion.mean_normalized,
         "retention": None if kept is None else kept.ratio,
         "retention_interval": None
@@ -45,12 +49,14 @@ def _line_status(head: Head, objects: ObjectStore) -> dict[str, Any]:
         else kept.ratio_interval.to_json(),
         "specialists": kept_specialists(objects, [recipe]).get(recipe),
         "without_models": [
-            name for name in sorted(head.tasks, key=str.encode) if not head.tasks[name].versions
+            name
+            for name in sorted(line_state.tasks, key=str.encode)
+            if not line_state.tasks[name].versions
         ],
         "models": [
             _model_status(task, number, model, champion)
-            for task in sorted(head.tasks, key=str.encode)
-            for number, model in sorted(head.tasks[task].versions.items())
+            for task in sorted(line_state.tasks, key=str.encode)
+            for number, model in sorted(line_state.tasks[task].versions.items())
         ],
     }
 

@@ -20,7 +20,7 @@ from restitch.flows.promotion.versions import check_task, find_version
 from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.merging.errors import BadInput, GateFailed
 from restitch.registry.ledger.ledger import Act, Ledger
-from restitch.registry.ledger.line_state import Head, State
+from restitch.registry.ledger.line_state import LineState, State
 from restitch.registry.ledger.records import Kind, MergedRecord
 from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.events import has_workers, start_run
@@ -91,20 +91,22 @@ def rollback(line: str, version: str, reason: str) -> Decision:
         BadInput: there is no such version, or it was never in use.
     """
     ledger, number = _ledger_and_version(line, version)
-    head = ledger.head()
-    if head.champion != number and number not in former_champions(ledger):
+    line_state = ledger.state()
+    if line_state.champion != number and number not in former_champions(ledger):
         raise BadInput(
             f"version {number} of line {line} was never in use",
             expected="a version that was champion once",
             hint=f"put it in use for the first time with: restitch promote {line} {number}",
         )
 
-    def change(head: Head) -> Head | None:
-        return None if head.champion == number else head.promoted(number).with_pin(True)
+    def change(line_state: LineState) -> LineState | None:
+        return None if line_state.champion == number else line_state.promoted(number).with_pin(True)
 
-    said = f"version {number} in place of {_name(head.champion)}, pinned: {_given(reason)}"
+    said = f"version {number} in place of {_name(line_state.champion)}, pinned: {_given(reason)}"
     record = ledger.merged(number)
-    return _decided(ledger, "rolled-back", said, change, _digests(record), _outdated(head, record))
+    return _decided(
+        ledger, "rolled-back", said, change, _digests(record), _outdated(line_state, record)
+    )
 
 
 def promote(line: str, version: str, reason: str) -> Decision:
@@ -116,15 +118,15 @@ def promote(line: str, version: str, reason: str) -> Decision:
     ledger, number = _ledger_and_version(line, version)
     record = ledger.merged(number)
 
-    def change(head: Head) -> Head | None:
-        if head.champion == number:
+    def change(line_state: LineState) -> LineState | None:
+        if line_state.champion == number:
             return None
-        head = _with_members(head.promoted(number), record)
-        return head if _holds_all(head, record) else head.with_pin(True)
+        line_state = _with_members(line_state.promoted(number), record)
+        return line_state if _holds_all(line_state, record) else line_state.with_pin(True)
 
     failed = [gate.note or gate.gate for gate in record.gates if not gate.passed]
     past = f", past {'; '.join(failed)}" if failed else ""
-    before = ledger.head()
+    before = ledger.state()
     said = f"version {number} by hand{past}: {_given(reason)}"
     found = _decided(ledger, "promoted", said, change, _digests(record), _outdated(before, record))
     if found.done and found.pinned and not before.pinned:
@@ -143,18 +145,18 @@ def retire(line: str, task: str, reason: str, *, merge: bool = True) -> Decision
         BadInput: the line has no such task.
     """
     ledger = workspace().ledger(line)
-    check_task(ledger.head(), task)
+    check_task(ledger.state(), task)
 
-    def change(head: Head) -> Head | None:
-        models = head.tasks[task].versions.items()
+    def change(line_state: LineState) -> LineState | None:
+        models = line_state.tasks[task].versions.items()
         leaving = [(n, m) for n, m in models if m.state in _TAKES_PART]
         if not leaving:
             return None
         for number, model in leaving:
             facts = {**model.facts, _FROM: [model.state, model.reason]}
-            head = head.with_state(task, number, "retired", reason.strip(), facts=facts)
-        nothing_left = not head.members and not head.pinned
-        return head.without_champion() if nothing_left else head
+            line_state = line_state.with_state(task, number, "retired", reason.strip(), facts=facts)
+        nothing_left = not line_state.members and not line_state.pinned
+        return line_state.without_champion() if nothing_left else line_state
 
     found = _decided(ledger, "retired", f"{task}: {_given(reason)}", change, {}, ())
     return _merged_after(found, merge)
@@ -167,17 +169,17 @@ def restore(line: str, task: str, reason: str = "", *, merge: bool = True) -> De
         BadInput: the line has no such task.
     """
     ledger = workspace().ledger(line)
-    check_task(ledger.head(), task)
+    check_task(ledger.state(), task)
 
-    def change(head: Head) -> Head | None:
+    def change(line_state: LineState) -> LineState | None:
         # One that was left out as a double of another was never retired by anybody.
-        models = head.tasks[task].versions.items()
+        models = line_state.tasks[task].versions.items()
         retired = [(n, m) for n, m in models if m.state == "retired" and _FROM in m.facts]
         for number, model in retired:
             facts = dict(model.facts)
             state, why = cast(tuple[State, str | None], facts.pop(_FROM))
-            head = head.with_state(task, number, state, why, facts=facts)
-        return head if retired else None
+            line_state = line_state.with_state(task, number, state, why, facts=facts)
+        return line_state if retired else None
 
     found = _decided(ledger, "restored", _with_reason(task, reason), change, {}, ())
     return _merged_after(found, merge)
@@ -187,10 +189,10 @@ def pin(line: str, reason: str = "") -> Decision:
     """Promote nothing automatically from now on."""
     ledger = workspace().ledger(line)
 
-    def change(head: Head) -> Head | None:
-        return None if head.pinned else head.with_pin(True)
+    def change(line_state: LineState) -> LineState | None:
+        return None if line_state.pinned else line_state.with_pin(True)
 
-    said = _with_reason(f"version {_name(ledger.head().champion)} stays in use", reason)
+    said = _with_reason(f"version {_name(ledger.state().champion)} stays in use", reason)
     return _decided(ledger, "pinned", said, change, {}, ())
 
 
@@ -198,8 +200,8 @@ def unpin(line: str, reason: str = "", *, merge: bool = True) -> Decision:
     """Promote automatically again, and bring the merged model up to date."""
     ledger = workspace().ledger(line)
 
-    def change(head: Head) -> Head | None:
-        return head.with_pin(False) if head.pinned else None
+    def change(line_state: LineState) -> LineState | None:
+        return line_state.with_pin(False) if line_state.pinned else None
 
     said = _with_reason("versions are promoted automatically again", reason)
     return _merged_after(_decided(ledger, "unpinned", said, change, {}, ()), merge)
@@ -215,22 +217,22 @@ def _decided(
     ledger: Ledger,
     kind: Kind,
     reason: str,
-    change: Callable[[Head], Head | None],
+    change: Callable[[LineState], LineState | None],
     digests: dict[str, str],
     notes: tuple[str, ...],
 ) -> Decision:
-    before, who = ledger.head(), actor()
+    before, who = ledger.state(), actor()
 
-    def if_allowed(head: Head) -> Head | None:
-        _check_actor(head, _DECISIONS[kind], who)
-        return change(head)
+    def if_allowed(line_state: LineState) -> LineState | None:
+        _check_actor(line_state, _DECISIONS[kind], who)
+        return change(line_state)
 
     act: Act | None = ledger.act(kind, who, reason, if_allowed, digests)
     say(f"{ledger.line}: {reason}" if act is not None else f"{ledger.line}: decided before")
     for note in notes:
         warn(note)
     mirror(ledger.line)
-    head = ledger.head() if act is None else act.head
+    line_state = ledger.state() if act is None else act.line_state
     return Decision(
         ledger.line,
         kind,
@@ -238,22 +240,22 @@ def _decided(
         reason,
         None if act is None else act.digest,
         before.champion,
-        head.champion,
-        head.pinned,
+        line_state.champion,
+        line_state.pinned,
         notes,
     )
 
 
-def _check_actor(head: Head, decision: str, who: str) -> None:
+def _check_actor(line_state: LineState, decision: str, who: str) -> None:
     """Refuse a decision that the line leaves to others.
 
     Raises:
         BadInput: it does.
     """
-    allowed = None if head.spec.actors is None else head.spec.actors.of(decision)
+    allowed = None if line_state.spec.actors is None else line_state.spec.actors.of(decision)
     if allowed is not None and who not in allowed:
         raise BadInput(
-            f"{who} may not {decision} on line {head.line}",
+            f"{who} may not {decision} on line {line_state.line}",
             expected=f"one of {', '.join(allowed)}",
             found=who,
             hint="ask one of them, or change `actors` in the line's file with `restitch init`; "
@@ -274,7 +276,7 @@ def _merged_after(found: Decision, merge: bool) -> Decision:
 
 def _ledger_and_version(line: str, version: str) -> tuple[Ledger, int]:
     ledger = workspace().ledger(line)
-    return ledger, find_version(ledger.head(), version)
+    return ledger, find_version(ledger.state(), version)
 
 
 def _given(reason: str) -> str:
@@ -302,27 +304,27 @@ def _digests(record: MergedRecord) -> dict[str, str]:
     return {"recipe": record.recipe_digest, "patch": record.patch}
 
 
-def _outdated(head: Head, record: MergedRecord) -> tuple[str, ...]:
+def _outdated(line_state: LineState, record: MergedRecord) -> tuple[str, ...]:
     """What a version holds that has been retired since."""
     gone = [
         f"{task} {member.version}"
         for task, member in record.members.items()
-        if head.tasks[task].versions[member.version].state == "retired"
+        if line_state.tasks[task].versions[member.version].state == "retired"
     ]
     if not gone:
         return ()
     return (f"version {record.version} holds {', '.join(gone)}, retired since",)
 
 
-def _with_members(head: Head, record: MergedRecord) -> Head:
+def _with_members(line_state: LineState, record: MergedRecord) -> LineState:
     """The head with the held members of a version taking part."""
     for task, member in record.members.items():
-        if head.tasks[task].versions[member.version].state == "held":
-            head = head.with_state(task, member.version, "ready")
-    return head
+        if line_state.tasks[task].versions[member.version].state == "held":
+            line_state = line_state.with_state(task, member.version, "ready")
+    return line_state
 
 
-def _holds_all(head: Head, record: MergedRecord) -> bool:
+def _holds_all(line_state: LineState, record: MergedRecord) -> bool:
     """Whether the members that are ready are those of a version."""
-    ready = {member.task: member.version for member in head.members}
+    ready = {member.task: member.version for member in line_state.members}
     return ready == {task: member.version for task, member in record.members.items()}

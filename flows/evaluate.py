@@ -38,13 +38,13 @@ def evaluate_version(line: str, version: str = "champion") -> EvaluateOutcome:
         BadInput: there is no such version, or its data is gone.
     """
     ledger = workspace().ledger(line)
-    head = ledger.head()
-    record = ledger.merged(find_version(head, version))
-    ref = LineRef(head.spec, head.base)
+    line_state = ledger.state()
+    record = ledger.merged(find_version(line_state, version))
+    ref = LineRef(line_state.spec, line_state.base)
     merged = WeightsRef("merged", record.patch)
     return EvaluateOutcome(
         line,
         record.version,
-        {m.task: measure_member(ref, m, merged) for m in members_of(head, record)},
-        measure_retention(ref, head, merged),
+        {m.task: measure_member(ref, m, merged) for m in members_of(line_state, record)},
+        measure_retention(ref, line_state, merged),
     )

@@ -19,7 +19,7 @@ from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.export import export_weights
-from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedMember, MergedRecord
 from restitch.registry.sizes import parse_size
 from restitch.registry.store.disk import explained
@@ -76,13 +76,13 @@ def export_version(
     """
     space = workspace()
     ledger = space.ledger(line)
-    head = ledger.head()
-    record = ledger.merged(find_version(head, version))
+    line_state = ledger.state()
+    record = ledger.merged(find_version(line_state, version))
     limit = None if shard_size is None else parse_size(shard_size)
     what = _merged(record) if task is None else _specialist(record, task, space)
     out = out.expanduser().absolute()
     _check_free(out, overwrite)
-    base = open_base(LineRef(head.spec, head.base), space)
+    base = open_base(LineRef(line_state.spec, line_state.base), space)
     with _appearing(out) as folder:
         open_weights = open_sparse if task is None else open_specialist
         edits = open_weights(what.blob, space, base.checkpoint)
@@ -92,15 +92,15 @@ def export_version(
             for name in base.family.asset_files(base.folder):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(base.folder / name, folder / name)
-        _write_heads(folder, head, what.members, base, space)
+        _write_heads(folder, line_state, what.members, base, space)
         text = json.dumps(what.told, indent=2, ensure_ascii=False)
         (folder / "restitch.json").write_text(text + "\n", encoding="utf-8")
         made = Checkpoint.open(folder).digest()
-        origin = provenance(head.base.uri, record, ledger.entries(), space.objects, made)
+        origin = provenance(line_state.base.uri, record, ledger.entries(), space.objects, made)
         if task is None:
-            card = model_card(head, record, origin)
+            card = model_card(line_state, record, origin)
         else:
-            card = specialist_card(head, record, task, what.told["specialists"], origin)
+            card = specialist_card(line_state, record, task, what.told["specialists"], origin)
         (folder / "README.md").write_text(card, encoding="utf-8")
     files = sorted(p for p in out.rglob("*") if p.is_file())
     return ExportOutcome(
@@ -172,14 +172,18 @@ def _specialist(record: MergedRecord, task: str, space: Workspace) -> _What:
 
 
 def _write_heads(
-    folder: Path, head: Head, members: Mapping[str, MergedMember], base: Base, space: Workspace
+    folder: Path,
+    line_state: LineState,
+    members: Mapping[str, MergedMember],
+    base: Base,
+    space: Workspace,
 ) -> None:
     """The heads of the members' tasks, which lie beside the model and not in it."""
     for task, member in members.items():
-        spec = head.tasks[task].spec
+        spec = line_state.tasks[task].spec
         if spec.head is None:
             continue
-        model = head.tasks[task].versions[member.version].model
+        model = line_state.tasks[task].versions[member.version].model
         key = space.objects.lookup("head", digest_json(head_inputs(spec, base, model)))
         if key is not None:
             (folder / "heads").mkdir(exist_ok=True)

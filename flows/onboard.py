@@ -19,7 +19,7 @@ from restitch.flows.lines.adopt_mlflow import adopt_one
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, CannotJoin, RestitchError
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import Head, Member, ModelVersion
+from restitch.registry.ledger.line_state import LineState, Member, ModelVersion
 from restitch.registry.ledger.references import STATISTIC
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.task import TaskSpec
@@ -90,11 +90,11 @@ def onboard(line: str, task: str, version: int) -> OnboardOutcome:
         RestitchError: its data or a server cannot be used now; it stays registered.
     """
     ledger = workspace().ledger(line)
-    head = ledger.head()
-    model = _registered(head, task, version)
-    if model.state != "registered" and not is_outdated(head, model):
+    line_state = ledger.state()
+    model = _registered(line_state, task, version)
+    if model.state != "registered" and not is_outdated(line_state, model):
         return _done(ledger, task, version, localized=False)
-    check_device(head.spec)
+    check_device(line_state.spec)
     attempts = attempts_at(ledger, task, version)
     died = died_at(attempts)
     if len(died) >= DEATHS and model.state == "registered":
@@ -104,7 +104,7 @@ def onboard(line: str, task: str, version: int) -> OnboardOutcome:
         if is_workers_run() and _others_at_work(attempts, mine):
             say(f"{task} version {version} is onboarded by another run already")
             return _done(ledger, task, version, localized=False)
-        return _onboard(ledger, head, task, version)
+        return _onboard(ledger, line_state, task, version)
 
 
 def onboard_event(
@@ -123,9 +123,9 @@ def onboard_event(
     return outcome
 
 
-def _onboard(ledger: Ledger, head: Head, task: str, version: int) -> OnboardOutcome:
-    ref, spec = LineRef(head.spec, head.base), head.tasks[task].spec
-    model = head.tasks[task].versions[version]
+def _onboard(ledger: Ledger, line_state: LineState, task: str, version: int) -> OnboardOutcome:
+    ref, spec = LineRef(line_state.spec, line_state.base), line_state.tasks[task].spec
+    model = line_state.tasks[task].versions[version]
     try:
         checked = validate(ref, model.model)
         delta = localize(ref, spec, model.model)
@@ -146,7 +146,7 @@ def _onboard(ledger: Ledger, head: Head, task: str, version: int) -> OnboardOutc
 
 def attempts_at(ledger: Ledger, task: str, version: int) -> Attempts:
     """The attempts at onboarding a model, counted anew when it is registered again."""
-    model = ledger.head().tasks[task].versions[version]
+    model = ledger.state().tasks[task].versions[version]
     again = model.facts.get("registered_again", 0)
     return Attempts(ledger.objects.store, "onboard", ledger.line, task, version, again)
 
@@ -179,10 +179,10 @@ def _deadly(task: str, version: int, died: list[Attempt]) -> CannotJoin:
     )
 
 
-def is_outdated(head: Head, model: ModelVersion) -> bool:
+def is_outdated(line_state: LineState, model: ModelVersion) -> bool:
     """Whether a localized model's mask was chosen in another way than the line's present one."""
     chosen = model.facts.get("choice")
-    return model.state in ("ready", "held") and chosen not in (None, _choice(head.spec))
+    return model.state in ("ready", "held") and chosen not in (None, _choice(line_state.spec))
 
 
 def _choice(line: LineSpec) -> str:
@@ -191,12 +191,14 @@ def _choice(line: LineSpec) -> str:
     return digest_json([choice.mode, choice.settings, tensors])
 
 
-def _registered(head: Head, task: str, version: int) -> ModelVersion:
-    known = head.tasks[task].versions if task in head.tasks else {}
+def _registered(line_state: LineState, task: str, version: int) -> ModelVersion:
+    known = line_state.tasks[task].versions if task in line_state.tasks else {}
     if version not in known:
-        models = ", ".join(f"{name} {n}" for name, t in head.tasks.items() for n in t.versions)
+        models = ", ".join(
+            f"{name} {n}" for name, t in line_state.tasks.items() for n in t.versions
+        )
         raise BadInput(
-            f"line {head.line} has no model {task} {version}",
+            f"line {line_state.line} has no model {task} {version}",
             found=f"models: {models or 'none'}",
             hint="register it first",
         )
@@ -273,12 +275,12 @@ def _differs(one: ResultRef, other: ResultRef) -> bool:
 def _quarantine(
     ledger: Ledger, task: str, version: int, error: RestitchError, deaths: int = 0
 ) -> None:
-    def change(head: Head) -> Head | None:
-        model = head.tasks[task].versions[version]
+    def change(line_state: LineState) -> LineState | None:
+        model = line_state.tasks[task].versions[version]
         if model.state != "registered":
             return None
         facts = {**model.facts, **({"deaths": deaths} if deaths else {})}
-        return head.with_state(task, version, "quarantined", error.message(), facts=facts)
+        return line_state.with_state(task, version, "quarantined", error.message(), facts=facts)
 
     act = ledger.act("quarantined", actor(), f"{task} {version}: {error.what}", change)
     if act is not None:
@@ -294,16 +296,16 @@ def _join(
     facts: dict[str, Any],
     statistics: Mapping[str, StatisticRef],
 ) -> None:
-    def change(head: Head) -> Head | None:
-        model = head.tasks[task].versions[version]
+    def change(line_state: LineState) -> LineState | None:
+        model = line_state.tasks[task].versions[version]
         # Statistics belong to one delta: those of another one are not this one's.
         kept = {name: value for name, value in model.facts.items() if name not in STATISTIC_FACTS}
         known = {**kept, **facts}
         new: dict[str, Any] = {"mask": delta.mask, "delta": delta.blob, "facts": known}
         if model.state == "registered":
-            return head.with_state(task, version, "ready", **new)
-        if is_outdated(head, model):
-            return head.with_state(task, version, model.state, model.reason, **new)
+            return line_state.with_state(task, version, "ready", **new)
+        if is_outdated(line_state, model):
+            return line_state.with_state(task, version, model.state, model.reason, **new)
         return None
 
     reason = f"{task} {version}: {delta.kept} of {delta.coordinates} coordinates"
@@ -316,15 +318,15 @@ def _join(
 
 def _done(ledger: Ledger, task: str, version: int, *, localized: bool) -> OnboardOutcome:
     """What became of the model; what can be merged and is not yet is announced."""
-    head = ledger.head()
-    model = head.tasks[task].versions[version]
+    line_state = ledger.state()
+    model = line_state.tasks[task].versions[version]
     if this_run() is not None and model.state in ("ready", "held"):
-        champion = None if head.champion is None else ledger.merged(head.champion)
+        champion = None if line_state.champion is None else ledger.merged(line_state.champion)
         member = None if champion is None else champion.members.get(task)
         if localized or member is None or member.version != version:
             announce(MASK_READY, ledger.line, task, version)
     outcome = OnboardOutcome(
-        head.line, task, version, model.state, model.reason, localized, dict(model.facts)
+        line_state.line, task, version, model.state, model.reason, localized, dict(model.facts)
     )
     show_onboarded(outcome.as_dict())
     return outcome

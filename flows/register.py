@@ -20,7 +20,7 @@ from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.merging.errors import CannotJoin, GateFailed, Unavailable
 from restitch.modeling.families.family import get_family
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import Head, ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import LineState, ModelRef, ModelVersion
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import describe_model, open_base
@@ -103,10 +103,10 @@ def register(
     """
     space = workspace()
     ledger = space.ledger(line)
-    head = ledger.head()
+    line_state = ledger.state()
     spec = resolve_spec(ledger, task_file, replace_task)
-    open_base(LineRef(head.spec, head.base), space)  # without it nothing can join
-    model = describe_model(source, get_family(head.spec.family), space, copy=copy)
+    open_base(LineRef(line_state.spec, line_state.base), space)  # without it nothing can join
+    model = describe_model(source, get_family(line_state.spec.family), space, copy=copy)
     version, already = _enter(ledger, spec, model, replace_task)
     if already:
         say(f"{spec.task}: already version {version}")
@@ -131,22 +131,22 @@ def _enter(ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool) 
     """
     entered: list[tuple[int, bool]] = []
 
-    def change(head: Head) -> Head | None:
+    def change(line_state: LineState) -> LineState | None:
         entered.clear()
-        task = head.tasks.get(spec.task)
+        task = line_state.tasks.get(spec.task)
         found = None if task is None else present(task, spec, model)
         if task is not None and found is not None:
             entered.append((found, True))
             # The same task from another place: what was said when the old place is gone.
             described = (replace_task and spec != task.spec) or not task.declared
-            after = head.with_task(spec) if described else head
+            after = line_state.with_task(spec) if described else line_state
             after = _tried_again(after, spec.task, found)
-            return None if after is head else after
+            return None if after is line_state else after
         now = datetime.now(UTC).isoformat(timespec="microseconds")
         if task is None or not task.declared or not same_task(task.spec, spec):
-            head = head.with_task(spec)
-        entered.append((head.tasks[spec.task].next_version, False))
-        return head.with_version(spec.task, ModelVersion(model=model, registered_at=now))
+            line_state = line_state.with_task(spec)
+        entered.append((line_state.tasks[spec.task].next_version, False))
+        return line_state.with_version(spec.task, ModelVersion(model=model, registered_at=now))
 
     ledger.act(
         "registered",
@@ -158,17 +158,17 @@ def _enter(ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool) 
     return entered[-1]
 
 
-def _tried_again(head: Head, task: str, version: int) -> Head:
+def _tried_again(line_state: LineState, task: str, version: int) -> LineState:
     """The head with a model that waited, or that killed its workers, registered anew."""
-    model = head.tasks[task].versions[version]
+    model = line_state.tasks[task].versions[version]
     deadly = model.state == "quarantined" and "deaths" in model.facts
     if not (deadly or model.state == "waiting"):
-        return head
+        return line_state
     facts = {name: value for name, value in model.facts.items() if name != "deaths"}
     if deadly:
         before = model.facts.get("registered_again", 0)
         facts["registered_again"] = (before if isinstance(before, int) else 0) + 1
-    return head.with_state(task, version, "registered", facts=facts)
+    return line_state.with_state(task, version, "registered", facts=facts)
 
 
 def _handed_over(
@@ -177,7 +177,7 @@ def _handed_over(
     """What workers make of a model: at once, or when it is decided."""
     deadline = None if timeout is None else time.monotonic() + timeout
     with working(f"waiting for {task} version {version} to be merged"):
-        while wait and not _is_decided(ledger.head(), ledger, task, version):
+        while wait and not _is_decided(ledger.state(), ledger, task, version):
             if deadline is not None and time.monotonic() > deadline:
                 raise Unavailable(
                     f"{task} version {version} is not in the merged model yet",
@@ -191,12 +191,12 @@ def _handed_over(
     return replace(outcome, handed_over=True)
 
 
-def _is_decided(head: Head, ledger: Ledger, task: str, version: int) -> bool:
+def _is_decided(line_state: LineState, ledger: Ledger, task: str, version: int) -> bool:
     """Whether a model is in the champion, or will not be without something new."""
-    model = head.tasks[task].versions[version]
+    model = line_state.tasks[task].versions[version]
     if model.state == "ready":
         # Where promotion is switched off, the newest version is as far as it goes.
-        last = head.newest if head.pinned else head.champion
+        last = line_state.newest if line_state.pinned else line_state.champion
         return last is not None and _holds(ledger.merged(last), task, version)
     return model.state != "registered"
 
@@ -214,13 +214,13 @@ def _outcome(
     onboarded: OnboardOutcome | None = None,
     merged: RemergeOutcome | None = None,
 ) -> RegisterOutcome:
-    head = ledger.head()
-    model = head.tasks[task].versions[version]
+    line_state = ledger.state()
+    model = line_state.tasks[task].versions[version]
     if onboarded is None:
         onboarded = OnboardOutcome(
             ledger.line, task, version, model.state, model.reason, False, dict(model.facts)
         )
-    record = None if head.champion is None else ledger.merged(head.champion)
+    record = None if line_state.champion is None else ledger.merged(line_state.champion)
     if record is not None and not _holds(record, task, version):
         record = None
     return RegisterOutcome(
@@ -233,4 +233,4 @@ def _outcome(
 
 
 def _state(ledger: Ledger, task: str, version: int) -> str:
-    return ledger.head().tasks[task].versions[version].state
+    return ledger.state().tasks[task].versions[version].state

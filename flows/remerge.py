@@ -92,7 +92,7 @@ def remerge(line: str, force: bool = False) -> RemergeOutcome:
     """
     space = workspace()
     ledger = space.ledger(line)
-    check_device(ledger.head().spec)
+    check_device(ledger.state().spec)
     if is_workers_run():
         mark_silent_runs(line)
     with turn(space, line) as mine:
@@ -102,7 +102,7 @@ def remerge(line: str, force: bool = False) -> RemergeOutcome:
         _take_in(line)
         mirror(ledger.line)
         outcome = _merge_until_settled(ledger, _onboard_missing(ledger), force)
-    record = None if outcome.version is None else ledger.head().versions[outcome.version]
+    record = None if outcome.version is None else ledger.state().versions[outcome.version]
     link = None if record is None or this_run() is None else mlflow_run(line, record, LINK_PATIENCE)
     show_remerged(outcome.as_dict(), link)
     return outcome
@@ -145,10 +145,10 @@ def _onboard_missing(ledger: Ledger) -> tuple[str, ...]:
     So it goes with members whose masks the line now chooses in another way. Where there are
     workers, a run on their pool is started for each, and its mask starts the next remerge.
     """
-    head, done = ledger.head(), []
-    newest = {task: (task, number, model) for task, number, model in localized_models(head)}
-    outdated = [found for found in newest.values() if is_outdated(head, found[2])]
-    missing = (*head.in_state("registered"), *outdated)
+    line_state, done = ledger.state(), []
+    newest = {task: (task, number, model) for task, number, model in localized_models(line_state)}
+    outdated = [found for found in newest.values() if is_outdated(line_state, found[2])]
+    missing = (*line_state.in_state("registered"), *outdated)
     to_workers = bool(missing) and has_workers()
     for task, version, _ in missing:
         try:
@@ -163,17 +163,17 @@ def _onboard_missing(ledger: Ledger) -> tuple[str, ...]:
 
 def _start_onboard(ledger: Ledger, task: str, version: int) -> None:
     """Start a run on the workers' pool, unless one is at work or waits for a worker."""
-    head, attempts = ledger.head(), attempts_at(ledger, task, version)
+    line_state, attempts = ledger.state(), attempts_at(ledger, task, version)
     died = {one.number for one in died_at(attempts)}
     at_work = [one for one in attempts.unfinished() if one.number not in died]
-    asked = {"line": head.line, "task": task, "version": version}
+    asked = {"line": line_state.line, "task": task, "version": version}
     if at_work or is_queued("onboard", asked):
-        say(f"{head.line}: {task} version {version} is being onboarded")
+        say(f"{line_state.line}: {task} version {version} is being onboarded")
         return
     # Another attempt, another key: a run that ended without a mask may be started again.
-    key = digest_json([asked, head.spec.localize.to_json(), attempts.count])
+    key = digest_json([asked, line_state.spec.localize.to_json(), attempts.count])
     start_run("onboard", asked, key)
-    say(f"{head.line}: a worker onboards {task} version {version}")
+    say(f"{line_state.line}: a worker onboards {task} version {version}")
 
 
 def _settle(
@@ -252,7 +252,7 @@ def _outcome(
         ledger.line,
         action,
         version,
-        ledger.head().champion,
+        ledger.state().champion,
         localized,
         held or {},
         () if record is None else tuple(g.gate for g in record.gates if not g.passed),

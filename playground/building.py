@@ -122,10 +122,10 @@ class Builder:
         place = self.root / "models" / skill.name
         if not place.exists():
             model = self.load(self.root / "base")
-            head = zero_shot_head(model, self.tokenizer, skill)
+            line_state = zero_shot_head(model, self.tokenizer, skill)
             pictures, labels = self.rows(skill, "train")
             order = self._random(f"{skill.name} order")
-            for count in finetune(model, head, pictures, labels, self.sizes, order):
+            for count in finetune(model, line_state, pictures, labels, self.sizes, order):
                 self._advance(count)
             with part(place, self.root) as folder:
                 write_model(folder, model, self.tokenizer)
@@ -140,12 +140,12 @@ class Builder:
         base = self.load(self.root / "base")
         found: dict[str, dict[str, float]] = {}
         for skill in (GENERAL, *TASKS):
-            head = zero_shot_head(base, self.tokenizer, skill)
+            line_state = zero_shot_head(base, self.tokenizer, skill)
             pictures, labels = self.rows(skill, "test")
-            found[skill.name] = {"base": accuracy(base, head, pictures, labels)}
+            found[skill.name] = {"base": accuracy(base, line_state, pictures, labels)}
             if skill is not GENERAL:
                 tuned = self.load(self.root / "models" / skill.name)
-                found[skill.name]["finetuned"] = accuracy(tuned, head, pictures, labels)
+                found[skill.name]["finetuned"] = accuracy(tuned, line_state, pictures, labels)
         return found
 
     def rows(self, skill: Skill, split: str) -> tuple[Pictures, Ints]:

@@ -156,7 +156,7 @@ class Watch:
 
     def holds(self, tasks: Sequence[str]) -> bool:
         """Whether the champion holds all tasks."""
-        champion = self.ledger.head().champion
+        champion = self.ledger.state().champion
         return champion is not None and set(self.ledger.merged(champion).members) == set(tasks)
 
 

@@ -63,8 +63,8 @@ def _star(x: Floats, y: Floats) -> Floats:
 
 def _arrow(x: Floats, y: Floats) -> Floats:
     sides = np.float32(0.75) * np.abs(x) - np.float32(0.66) * (y + np.float32(1.0))
-    head = np.maximum(sides, y + np.float32(0.05))
-    arrow: Floats = np.minimum(head, _box(x, y - np.float32(0.45), 0.25, 0.55))
+    line_state = np.maximum(sides, y + np.float32(0.05))
+    arrow: Floats = np.minimum(line_state, _box(x, y - np.float32(0.45), 0.25, 0.55))
     return arrow
 
 

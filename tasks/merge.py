@@ -17,8 +17,7 @@ from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
 from restitch.merging.rules.per_matrix import computing_on
 from restitch.merging.rules.stitch import VERSION as STITCHING_VERSION
-from restitch.merging.rules.stitch import Member as StitchMember
-from restitch.merging.rules.stitch import write_patch
+from restitch.merging.rules.stitch import DeltaMember, write_patch
 from restitch.merging.statistics.statistic_file import open_statistic
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.store.objects import KeyRecord
@@ -190,7 +189,7 @@ def recipe_edits(base: Base, recipe: Recipe, space: Workspace) -> Edits:
         return method(base.checkpoint, members, **recipe.method.settings)
 
 
-def recipe_members(base: Base, recipe: Recipe, space: Workspace) -> list[StitchMember]:
+def recipe_members(base: Base, recipe: Recipe, space: Workspace) -> list[DeltaMember]:
     """The members of a recipe with their deltas, opened."""
     members = []
     for member in recipe.members:
@@ -203,7 +202,7 @@ def recipe_members(base: Base, recipe: Recipe, space: Workspace) -> list[StitchM
                 found=f"base {delta.metadata.get('base', 'unknown')[:12]}",
                 hint="restore the store from a backup, and find out what altered it",
             )
-        members.append(StitchMember(member.task, delta, _statistics(base, recipe, member, space)))
+        members.append(DeltaMember(member.task, delta, _statistics(base, recipe, member, space)))
     return members
 
 

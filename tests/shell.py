@@ -15,7 +15,7 @@ from unittest.mock import patch
 
 from restitch.registry.home import Home
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import Entry
 from restitch.registry.store.base import NotInStore, Store
 from restitch.registry.store.objects import ObjectStore
@@ -117,9 +117,9 @@ class Shell:
         """The head and the trail of a line."""
         return Ledger(ObjectStore(self._store()), line)
 
-    def head(self, line: str = "demo") -> Head:
+    def state(self, line: str = "demo") -> LineState:
         """The head of a line."""
-        return self.ledger(line).head()
+        return self.ledger(line).state()
 
     def head_bytes(self, line: str = "demo") -> bytes | None:
         """The very bytes of the head; None without a line."""
@@ -145,7 +145,7 @@ class Shell:
     def patch_bytes(self, version: int | None = None, line: str = "demo") -> bytes:
         """The patch of a merged version, by default the champion's."""
         ledger = self.ledger(line)
-        version = version if version is not None else ledger.head().champion
+        version = version if version is not None else ledger.state().champion
         assert version is not None, "there is no champion"
         return ledger.objects.read_blob(ledger.merged(version).patch)
 

@@ -13,7 +13,7 @@ from restitch.merging.files.mask import Mask
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from restitch.merging.localize.dataless import localize_dataless
 from restitch.merging.ranking.task_vector import TaskVector
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 
 SHAPES = {
     "embed.weight": (11, 8),
@@ -84,7 +84,7 @@ def member(
     *,
     density: float = 0.4,
     dtype: torch.dtype | None = None,
-) -> Member:
+) -> DeltaMember:
     """A member finetuned from `base` with noise of `seed`, localized without data."""
     tensors = {name: base.tensor(name) for name in base.names}
     changed = finetuned_tensors(tensors, seed)
@@ -92,4 +92,4 @@ def member(
         changed = {k: v.to(dtype) if v.is_floating_point() else v for k, v in changed.items()}
     finetuned = save(folder / f"{task}-{seed}", changed)
     mask = localize_dataless(TaskVector(base, finetuned, LOCALIZABLE), density)
-    return Member(task, write_delta(folder / f"{task}-{seed}.delta", finetuned, mask))
+    return DeltaMember(task, write_delta(folder / f"{task}-{seed}.delta", finetuned, mask))

@@ -113,9 +113,9 @@ def clip_world(root: Path) -> World:
 
 
 def _write_task(world: World, name: str, columns: dict[str, str]) -> None:
-    head = {"labels": list(LABELS[name]), "templates": list(TEMPLATES)}
+    line_state = {"labels": list(LABELS[name]), "templates": list(TEMPLATES)}
     data = {"path": str(world.root / "data" / name), **columns}
-    write_yaml(world.task(name), {"task": name, "data": data, "head": head})
+    write_yaml(world.task(name), {"task": name, "data": data, "head": line_state})
 
 
 def _texts(seed: str) -> list[str]:
@@ -136,10 +136,12 @@ def _classes(world: World, name: str, inputs: Sequence[Any]) -> list[int]:
     """What a task's model says of inputs, with the head that the base gives."""
     family = get_family(world.family)
     folder = world.base if name == "general" else world.model(name)
-    head = family.build_head(family.load(world.base), world.base, HeadSpec(LABELS[name], TEMPLATES))
+    line_state = family.build_head(
+        family.load(world.base), world.base, HeadSpec(LABELS[name], TEMPLATES)
+    )
     batch = family.preprocessor(world.base)([Example((i,), None, "") for i in inputs])
     with torch.inference_mode():
-        found: list[int] = family.logits(family.load(folder), batch, head).argmax(1).tolist()
+        found: list[int] = family.logits(family.load(folder), batch, line_state).argmax(1).tolist()
     return found
 
 

@@ -18,7 +18,7 @@ from restitch.deployments.local.health import answers, is_running, workers_onlin
 from restitch.deployments.server.definitions import full_name
 from restitch.merging.errors import RestitchError, Unavailable
 from restitch.registry.ledger.ledger import lines
-from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.mlflow.sync import mlflow_explained, without_credentials
 from restitch.registry.s3.client import parse_address
 from restitch.registry.s3.conditional_writes import keeps_conditions, refusal
@@ -132,11 +132,11 @@ def _device(space: Workspace) -> Iterator[Check]:
 
     here = device()
     yield Check("device", "ok", str(here))
-    for head in _heads(space):
-        wanted = head.spec.require_device
+    for line_state in _heads(space):
+        wanted = line_state.spec.require_device
         if wanted is not None and wanted != here.type:
             yield Check(
-                f"device of {head.line}",
+                f"device of {line_state.line}",
                 "warning",
                 f"it asks for {wanted}; this host has {here.type}",
                 "nothing, if this host is no worker; its workers need the device",
@@ -254,5 +254,5 @@ def _asked(question: Callable[[str], Any], name: str) -> Any:
     return None
 
 
-def _heads(space: Workspace) -> Iterator[Head]:
-    return (space.ledger(line).head() for line in lines(space.objects))
+def _heads(space: Workspace) -> Iterator[LineState]:
+    return (space.ledger(line).state() for line in lines(space.objects))

@@ -16,7 +16,7 @@ from restitch.merging.errors import BadInput, RestitchError
 from restitch.registry.home import STORE_VARIABLE
 from restitch.registry.s3.client import client, code_of, parse_address, s3_explained, status_of
 from restitch.registry.s3.conditional_writes import keeps_conditions, refusal
-from restitch.registry.s3.retries import persistently
+from restitch.registry.s3.retries import with_retries
 
 _THERE = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
 
@@ -46,7 +46,7 @@ def _make(bucket: str) -> bool:
     from botocore.exceptions import ClientError
 
     try:
-        persistently(lambda: client().head_bucket(Bucket=bucket))
+        with_retries(lambda: client().head_bucket(Bucket=bucket))
     except ClientError as error:
         if status_of(error) != 404:
             raise
@@ -57,7 +57,7 @@ def _make(bucket: str) -> bool:
     try:
         if region == "us-east-1":
             elsewhere = {}
-        persistently(lambda: client().create_bucket(Bucket=bucket, **elsewhere))
+        with_retries(lambda: client().create_bucket(Bucket=bucket, **elsewhere))
     except ClientError as error:
         if code_of(error) not in _THERE:  # another one made it at the same moment
             raise

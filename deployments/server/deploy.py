@@ -122,8 +122,8 @@ def keep_schedules() -> None:
 def cron_lines() -> dict[str, str]:
     """When each line of the store is remerged whatever happens."""
     space = workspace()
-    heads = {line: space.ledger(line).head() for line in lines(space.objects)}
-    return {line: head.spec.schedule or DEFAULT_CRON for line, head in heads.items()}
+    heads = {line: space.ledger(line).state() for line in lines(space.objects)}
+    return {line: line_state.spec.schedule or DEFAULT_CRON for line, line_state in heads.items()}
 
 
 def _pool(prefect: "SyncPrefectClient", name: str, changes: list[str]) -> None:

@@ -27,8 +27,8 @@ def diff(line: str, a: str, b: str) -> dict[str, Any]:
     """
     space = workspace(to_write=False)
     ledger = space.ledger(line)
-    head = ledger.head()
-    first, second = (ledger.merged(find_version(head, version)) for version in (a, b))
+    line_state = ledger.state()
+    first, second = (ledger.merged(find_version(line_state, version)) for version in (a, b))
     return {
         "line": line,
         "a": first.version,

@@ -13,7 +13,7 @@ from restitch.flows.audit.urls import links
 from restitch.flows.promotion.versions import check_task, find_version
 from restitch.merging.errors import BadInput
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.outcomes import merges_about, touched_models
 from restitch.registry.ledger.records import Entry, Kind, MergedRecord
 from restitch.registry.maintenance.specialists import kept_specialists
@@ -56,7 +56,7 @@ def history(line: str, wanted: Wanted) -> dict[str, Any]:
     """The audit trail, newest first."""
     ledger = workspace(to_write=False).ledger(line)
     if wanted.task is not None:
-        check_task(ledger.head(), wanted.task)
+        check_task(ledger.state(), wanted.task)
     found = [_act(entry, champion) for entry, champion in _acts(ledger) if wanted.takes(entry)]
     return {"line": line, "acts": found}
 
@@ -64,7 +64,7 @@ def history(line: str, wanted: Wanted) -> dict[str, Any]:
 def versions(line: str) -> dict[str, Any]:
     """All merged versions, newest first, with the acts that moved the champion to them."""
     ledger = workspace(to_write=False).ledger(line)
-    head = ledger.head()
+    line_state = ledger.state()
     acts: dict[int, list[dict[str, str]]] = {}
     for entry in ledger.entries():
         version = entry.after.get("/champion")
@@ -75,17 +75,17 @@ def versions(line: str) -> dict[str, Any]:
     specialists = kept_specialists(ledger.objects, [one.recipe_digest for one in records])
     return {
         "line": line,
-        "champion": head.champion,
-        "candidate": head.candidate,
-        "versions": [_brief(record, head, acts, specialists) for record in records],
+        "champion": line_state.champion,
+        "candidate": line_state.candidate,
+        "versions": [_brief(record, line_state, acts, specialists) for record in records],
     }
 
 
 def as_of(line: str, when: datetime) -> dict[str, Any]:
     """What was in use at a time: version, members, who put it there and why."""
     ledger = workspace(to_write=False).ledger(line)
-    head = ledger.head_at(when)
-    if head is None:
+    line_state = ledger.state_at(when)
+    if line_state is None:
         first = next(ledger.entries(newest_first=False))
         raise BadInput(
             f"line {line} was not there at {when.isoformat()}",
@@ -94,14 +94,14 @@ def as_of(line: str, when: datetime) -> dict[str, Any]:
     return {
         "line": line,
         "as_of": when.isoformat(),
-        "sequence": head.sequence,
-        "champion": None if head.champion is None else _in_use(ledger, head),
-        "candidate": head.candidate,
-        "pinned": head.pinned,
+        "sequence": line_state.sequence,
+        "champion": None if line_state.champion is None else _in_use(ledger, line_state),
+        "candidate": line_state.candidate,
+        "pinned": line_state.pinned,
         "models": [
             {"task": task, "version": number, "state": model.state, "reason": model.reason}
-            for task in sorted(head.tasks, key=str.encode)
-            for number, model in sorted(head.tasks[task].versions.items())
+            for task in sorted(line_state.tasks, key=str.encode)
+            for number, model in sorted(line_state.tasks[task].versions.items())
         ],
     }
 
@@ -109,22 +109,22 @@ def as_of(line: str, when: datetime) -> dict[str, Any]:
 def show(line: str, version: str) -> dict[str, Any]:
     """One merged version whole."""
     ledger = workspace(to_write=False).ledger(line)
-    head = ledger.head()
-    record = ledger.merged(find_version(head, version))
-    digest = head.versions[record.version]
-    found = whole(head, record, ledger.objects)
+    line_state = ledger.state()
+    record = ledger.merged(find_version(line_state, version))
+    digest = line_state.versions[record.version]
+    found = whole(line_state, record, ledger.objects)
     return {**found, "links": links(line, digest, record.made_by)}
 
 
-def whole(head: Head, record: MergedRecord, objects: ObjectStore) -> dict[str, Any]:
+def whole(line_state: LineState, record: MergedRecord, objects: ObjectStore) -> dict[str, Any]:
     """All that is kept of a merged version, and what it is now."""
     recipe = record.recipe_digest
     return {
         **record.to_json(),
-        "role": _role(head, record.version),
+        "role": _role(line_state, record.version),
         "mean_accuracy": record.mean_accuracy,
         "mean_normalized": record.mean_normalized,
-        "digest": head.versions[record.version],
+        "digest": line_state.versions[record.version],
         "specialists": kept_specialists(objects, [recipe]).get(recipe),
     }
 
@@ -133,8 +133,8 @@ def why(line: str, task: str) -> dict[str, Any]:
     """How a task came to its present accuracy: every version, and what changed it."""
     space = workspace(to_write=False)
     ledger = space.ledger(line)
-    head = ledger.head()
-    check_task(head, task)
+    line_state = ledger.state()
+    check_task(line_state, task)
     from restitch.tasks.compare_results import compare_results  # numpy is for this one alone
 
     steps: list[dict[str, Any]] = []
@@ -147,7 +147,7 @@ def why(line: str, task: str) -> dict[str, Any]:
         steps.append(
             {
                 "version": record.version,
-                "role": _role(head, record.version),
+                "role": _role(line_state, record.version),
                 "at": record.created_at,
                 "model": None if member is None else member.version,
                 "merged": None if new is None else new.merged,
@@ -165,7 +165,7 @@ def why(line: str, task: str) -> dict[str, Any]:
             }
         )
         before = record
-    return {"line": line, "task": task, "champion": head.champion, "versions": steps}
+    return {"line": line, "task": task, "champion": line_state.champion, "versions": steps}
 
 
 def member_changes(first: MergedRecord | None, second: MergedRecord) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def member_changes(first: MergedRecord | None, second: MergedRecord) -> dict[str
 
 def _acts(ledger: Ledger) -> Iterator[tuple[Entry, int | None]]:
     """Every act, newest first, with the champion after it."""
-    champion = ledger.head().champion
+    champion = ledger.state().champion
     for entry in ledger.entries():
         yield entry, champion
         if "/champion" in entry.before or "/champion" in entry.after:
@@ -215,14 +215,15 @@ def _act(entry: Entry, champion: int | None) -> dict[str, Any]:
     }
 
 
-def _in_use(ledger: Ledger, head: Head) -> dict[str, Any]:
+def _in_use(ledger: Ledger, line_state: LineState) -> dict[str, Any]:
     """The champion of a head with its members, and the act that put it in use."""
-    assert head.champion is not None
-    record = ledger.record(head.versions[head.champion])
+    assert line_state.champion is not None
+    record = ledger.record(line_state.versions[line_state.champion])
     put = next(
         entry
         for entry in ledger.entries()
-        if entry.sequence <= head.sequence and entry.after.get("/champion") == head.champion
+        if entry.sequence <= line_state.sequence
+        and entry.after.get("/champion") == line_state.champion
     )
     return {
         "version": record.version,
@@ -242,14 +243,14 @@ def _in_use(ledger: Ledger, head: Head) -> dict[str, Any]:
 
 def _brief(
     record: MergedRecord,
-    head: Head,
+    line_state: LineState,
     acts: dict[int, list[dict[str, str]]],
     specialists: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
     kept = record.retention
     return {
         "version": record.version,
-        "role": _role(head, record.version),
+        "role": _role(line_state, record.version),
         "members": {task: member.version for task, member in record.members.items()},
         "mean_accuracy": record.mean_accuracy,
         "mean_normalized": record.mean_normalized,
@@ -265,10 +266,10 @@ def _brief(
     }
 
 
-def _role(head: Head, version: int) -> str | None:
-    if version == head.champion:
+def _role(line_state: LineState, version: int) -> str | None:
+    if version == line_state.champion:
         return "champion"
-    return "candidate" if version == head.candidate else None
+    return "candidate" if version == line_state.candidate else None
 
 
 def _json(record: Any) -> Any:

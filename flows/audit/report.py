@@ -16,7 +16,7 @@ from restitch.flows.audit.diff import differences_of, weights_of
 from restitch.flows.promotion.versions import find_version
 from restitch.merging.errors import RestitchError
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.store.disk import explained
 from restitch.tasks.publish import mirror as complete_mlflow
@@ -54,9 +54,9 @@ class Reports:
         self.ledger = ledger
 
     @cached_property
-    def head(self) -> Head:
+    def state(self) -> LineState:
         """The line's head."""
-        return self.ledger.head()
+        return self.ledger.state()
 
     @cached_property
     def acts(self) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ class Reports:
         record = self.ledger.merged(version)
         return render(
             ReportInput(
-                version=queries.whole(self.head, record, self.ledger.objects),
+                version=queries.whole(self.state, record, self.ledger.objects),
                 versions=self.versions,
                 changes=self._changes(record),
                 acts=[act for act in self.acts if version in act["versions"]],
@@ -112,7 +112,7 @@ class Reports:
     def analysis(self, record: MergedRecord) -> dict[str, Any] | None:
         """What the masks have in common; None where they cannot be read now."""
         try:
-            found: dict[str, Any] = analyze(LineRef(self.head.spec, self.head.base), record)
+            found: dict[str, Any] = analyze(LineRef(self.state.spec, self.state.base), record)
         except RestitchError as error:  # the base may be away; all else is in the store
             warn(f"the masks of version {record.version} are not compared: {error.message()}")
             return None
@@ -141,7 +141,7 @@ def write_report(line: str, version: str, out: Path) -> ReportOutcome:
         Unavailable: nothing can be written there.
     """
     ledger = workspace().ledger(line)
-    number = find_version(ledger.head(), version)
+    number = find_version(ledger.state(), version)
     out = out.expanduser().absolute()
     files = _files(Reports(ledger).report(number))
     if out.suffix.lower() == ".html":

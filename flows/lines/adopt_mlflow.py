@@ -22,7 +22,7 @@ from restitch.merging.errors import BadInput, RestitchError, Unavailable
 from restitch.modeling.families.family import get_family
 from restitch.registry.access_policy import NotAllowed, check_path
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import UNREAD, Head, ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import UNREAD, LineState, ModelRef, ModelVersion
 from restitch.registry.ledger.records import Kind
 from restitch.registry.mlflow.external_models import (
     Foreign,
@@ -97,7 +97,7 @@ def adopt(line: str) -> tuple[Adopted, ...]:
     calls = [(f.uri, partial(_take_in, space, ledger, f)) for f in foreign]
     calls += [
         (f"{task} {version}", partial(_look_again, space, ledger, task, version))
-        for task, version, _ in ledger.head().in_state("waiting")
+        for task, version, _ in ledger.state().in_state("waiting")
     ]
     found = []
     for name, call in calls:
@@ -129,35 +129,35 @@ def adopt_one(line: str, task: str, mlflow_version: int) -> int | None:
             f"MLflow has no version {mlflow_version} of {line}.{task}",
             hint="check the name; the schedule finds whatever is there",
         )
-    head = ledger.head()
-    version = head.adopted(task, foreign.mlflow) or _image_of(head, foreign)
+    line_state = ledger.state()
+    version = line_state.adopted(task, foreign.mlflow) or _image_of(line_state, foreign)
     if version is None:
         _take_in(space, ledger, foreign)
-        version = ledger.head().adopted(task, foreign.mlflow)
+        version = ledger.state().adopted(task, foreign.mlflow)
         if version is None:  # linked
             foreign = foreign_version(space.catalog, line, task, mlflow_version)
-            version = None if foreign is None else _image_of(ledger.head(), foreign)
-    elif head.tasks[task].versions[version].state == "waiting":
+            version = None if foreign is None else _image_of(ledger.state(), foreign)
+    elif line_state.tasks[task].versions[version].state == "waiting":
         _look_again(space, ledger, task, version)
     mirror(line)
-    if version is None or ledger.head().tasks[task].versions[version].state == "waiting":
+    if version is None or ledger.state().tasks[task].versions[version].state == "waiting":
         return None
     return version
 
 
-def _image_of(head: Head, foreign: Foreign) -> int | None:
-    versions = head.tasks[foreign.task].versions if foreign.task in head.tasks else {}
+def _image_of(line_state: LineState, foreign: Foreign) -> int | None:
+    versions = line_state.tasks[foreign.task].versions if foreign.task in line_state.tasks else {}
     return foreign.image_of if foreign.image_of in versions else None
 
 
 def _take_in(space: Workspace, ledger: Ledger, foreign: Foreign) -> Adopted | None:
     """Enter a version in the head; None where it is there and only MLflow does not show it."""
-    head = ledger.head()
-    if head.adopted(foreign.task, foreign.mlflow) is not None:
+    line_state = ledger.state()
+    if line_state.adopted(foreign.task, foreign.mlflow) is not None:
         return None
-    described = _describe(space, head, foreign.task, foreign.described)
+    described = _describe(space, line_state, foreign.task, foreign.described)
     try:
-        model = _read(space, head, foreign)
+        model = _read(space, line_state, foreign)
     except NotAllowed:
         raise  # another worker may read it, or this one when its list has changed
     except BadInput as error:
@@ -173,7 +173,7 @@ def _take_in(space: Workspace, ledger: Ledger, foreign: Foreign) -> Adopted | No
     return adopted
 
 
-def _read(space: Workspace, head: Head, foreign: Foreign) -> ModelRef:
+def _read(space: Workspace, line_state: LineState, foreign: Foreign) -> ModelRef:
     """Fetch a version's files and take their digests."""
     scheme = _SCHEME.match(foreign.source)
     if scheme is not None and scheme[1].lower() not in _READ_FROM:
@@ -183,7 +183,7 @@ def _read(space: Workspace, head: Head, foreign: Foreign) -> ModelRef:
             found=f"{scheme[1]}:/...",
         )
     try:
-        return describe_model(foreign.uri, get_family(head.spec.family), space)
+        return describe_model(foreign.uri, get_family(line_state.spec.family), space)
     except RestitchError as error:
         if isinstance(error, Unavailable) and holds_nothing(space.catalog, foreign):
             raise BadInput(
@@ -206,12 +206,14 @@ def _enter(
     """Put a model on the line, unless it is there: from this version or as the same weights."""
     task, entered = foreign.task, list[tuple[int, bool]]()
 
-    def change(head: Head) -> Head | None:
+    def change(line_state: LineState) -> LineState | None:
         entered.clear()
-        if head.adopted(task, foreign.mlflow) is not None:
+        if line_state.adopted(task, foreign.mlflow) is not None:
             return None
-        head = _with_described(head, given) if given else head.with_undeclared(task)
-        found = head.tasks[task]
+        line_state = (
+            _with_described(line_state, given) if given else line_state.with_undeclared(task)
+        )
+        found = line_state.tasks[task]
         same = present(found, found.spec, model.model) if model.state == "registered" else None
         if same is not None:
             entered.append((same, True))
@@ -219,7 +221,7 @@ def _enter(
         entered.append((found.next_version, False))
         now = datetime.now(UTC).isoformat(timespec="microseconds")
         new = {"registered_at": now, "mlflow": foreign.mlflow}
-        return head.with_version(task, model.model_copy(update=new))
+        return line_state.with_version(task, model.model_copy(update=new))
 
     kind: Kind = "registered"
     if model.state != "registered":
@@ -233,7 +235,7 @@ def _enter(
         return None
     (version, linked), state = entered[-1], model.state
     if linked:
-        state = ledger.head().tasks[task].versions[version].state
+        state = ledger.state().tasks[task].versions[version].state
         say(f"{foreign.uri} has the same weights as {task} version {version}")
     else:
         tell = say if state == "registered" else warn
@@ -244,67 +246,71 @@ def _enter(
 
 def _look_again(space: Workspace, ledger: Ledger, task: str, version: int) -> Adopted | None:
     """Register a model that waited, where its task is described by now; None while it is not."""
-    head = ledger.head()
-    model = head.tasks[task].versions[version]
+    line_state = ledger.state()
+    model = line_state.tasks[task].versions[version]
     tag = None
     if model.mlflow is not None:
         there = foreign_version(space.catalog, ledger.line, task, model.mlflow.number)
         if there is not None and there.mlflow == model.mlflow:
             tag = there.described
-    described = _describe(space, head, task, tag)
+    described = _describe(space, line_state, task, tag)
 
-    def decided(head: Head) -> tuple[Kind, Head | None]:
-        present_one = head.tasks[task].versions[version]
+    def decided(line_state: LineState) -> tuple[Kind, LineState | None]:
+        present_one = line_state.tasks[task].versions[version]
         if present_one.state != "waiting":
             return "waiting", None
         if described.lacking is not None:
             unchanged = present_one.reason == described.lacking
-            new = head.with_state(task, version, "waiting", described.lacking)
+            new = line_state.with_state(task, version, "waiting", described.lacking)
             return "waiting", None if unchanged else new
         if described.given is not None:
-            head = _with_described(head, described.given)
-        found = head.tasks[task]
+            line_state = _with_described(line_state, described.given)
+        found = line_state.tasks[task]
         others = {n: v for n, v in found.versions.items() if n != version}
         rest = found.model_copy(update={"versions": others})
         same = present(rest, found.spec, model.model)
         if same is not None:
             reason = f"the same weights as version {same} of the task"
-            return "retired", head.with_state(task, version, "retired", reason)
-        return "registered", head.with_state(task, version, "registered")
+            return "retired", line_state.with_state(task, version, "retired", reason)
+        return "registered", line_state.with_state(task, version, "registered")
 
-    kind, changed = decided(head)
+    kind, changed = decided(line_state)
     if changed is None:
         return None
 
-    def change(head: Head) -> Head | None:
-        again, new = decided(head)
+    def change(line_state: LineState) -> LineState | None:
+        again, new = decided(line_state)
         return new if again == kind else None  # the next call looks at what has changed
 
     act = ledger.act(kind, actor(), f"{task} {version}, which waited", change)
     if act is None:
         return None
-    now = act.head.tasks[task].versions[version]
+    now = act.line_state.tasks[task].versions[version]
     say(f"{task} version {version}, which waited, is {now.state}{_because(now.reason)}")
     number = None if now.mlflow is None else now.mlflow.number
     return Adopted(ledger.line, task, number, version, now.state, now.reason)
 
 
-def _with_described(head: Head, given: TaskSpec) -> Head:
-    known = declared_spec(head, given.task)
-    return head if known is not None and same_task(known, given) else head.with_task(given)
+def _with_described(line_state: LineState, given: TaskSpec) -> LineState:
+    known = declared_spec(line_state, given.task)
+    return (
+        line_state if known is not None and same_task(known, given) else line_state.with_task(given)
+    )
 
 
-def _describe(space: Workspace, head: Head, task: str, tag: str | None) -> _Described:
+def _describe(space: Workspace, line_state: LineState, task: str, tag: str | None) -> _Described:
     """What describes a model's task: its tag, or what the line knows."""
     if tag is None:
-        if declared_spec(head, task) is not None:
+        if declared_spec(line_state, task) is not None:
             return _Described()
         return _Described(
-            lacking=f"nobody has described the task {task}: run `restitch task {head.line} "
+            lacking=f"nobody has described the task {task}: run `restitch task {line_state.line} "
             "--task FILE`, or give the version the tag restitch.task"
         )
     try:
-        return _Described(resolved(space, head, _parsed(task, tag.strip()), replace_task=True))
+        return _Described(
+            resolved(space, line_state, _parsed(task, tag.strip()), replace_task=True)
+        )
     except BadInput as error:
         return _Described(lacking=f"its tag restitch.task cannot be used: {error.message()}")
 

@@ -15,7 +15,7 @@ from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import get_method
 from restitch.modeling.families.family import get_family
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import Head, ModelRef, State, Task
+from restitch.registry.ledger.line_state import LineState, ModelRef, State, Task
 from restitch.registry.specs.files import load_task
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.task_data import check_rows, resolve_task, same_task
@@ -54,15 +54,15 @@ def declare_task(line: str, task_file: Path, *, replace_task: bool = False) -> T
     """
     ledger = workspace().ledger(line)
     spec = resolve_spec(ledger, task_file, replace_task)
-    before = declared_spec(ledger.head(), spec.task)
+    before = declared_spec(ledger.state(), spec.task)
 
-    def change(head: Head) -> Head | None:
-        known = declared_spec(head, spec.task)
+    def change(line_state: LineState) -> LineState | None:
+        known = declared_spec(line_state, spec.task)
         if known is not None:
             refuse_another(line, known, spec, replace_task)
             if known == spec or (same_task(known, spec) and not replace_task):
                 return None
-        return head.with_task(spec)
+        return line_state.with_task(spec)
 
     new = before is None
     reason = f"task {spec.task} is {'declared' if new else 'described anew'}"
@@ -70,7 +70,7 @@ def declare_task(line: str, task_file: Path, *, replace_task: bool = False) -> T
     if act is None:
         say(f"task {spec.task} is already declared like this")
     mirror(line)
-    versions = ledger.head().tasks[spec.task].versions
+    versions = ledger.state().tasks[spec.task].versions
     return TaskOutcome(
         line,
         spec.task,
@@ -86,29 +86,31 @@ def resolve_spec(ledger: Ledger, task_file: Path, replace_task: bool) -> TaskSpe
         BadInput: the file or its data cannot be used, or the line's task of this name is
             described in another way and `replace_task` is off.
     """
-    return resolved(workspace(), ledger.head(), load_task(task_file), replace_task)
+    return resolved(workspace(), ledger.state(), load_task(task_file), replace_task)
 
 
-def resolved(space: Workspace, head: Head, spec: TaskSpec, replace_task: bool) -> TaskSpec:
+def resolved(
+    space: Workspace, line_state: LineState, spec: TaskSpec, replace_task: bool
+) -> TaskSpec:
     """A loaded task made whole for a line; raises like `resolve_spec`."""
-    known = declared_spec(head, spec.task)
+    known = declared_spec(line_state, spec.task)
     if known is not None:
         spec = spec.with_pins_of(known)
-    family = get_family(head.spec.family)
+    family = get_family(line_state.spec.family)
     spec = resolve_task(spec, family)
     if known is not None:
-        refuse_another(head.line, known, spec, replace_task)
-    methods = [get_method(one.name) for one in head.spec.method.methods]
+        refuse_another(line_state.line, known, spec, replace_task)
+    methods = [get_method(one.name) for one in line_state.spec.method.methods]
     for method in methods:
         check_rows_for(method, [spec])
     calibrated = any(method.needs for method in methods)
-    check_rows(spec, family, space, head.spec.localize, calibrated=calibrated)
+    check_rows(spec, family, space, line_state.spec.localize, calibrated=calibrated)
     return spec
 
 
-def declared_spec(head: Head, task: str) -> TaskSpec | None:
+def declared_spec(line_state: LineState, task: str) -> TaskSpec | None:
     """The newest description of a task; None where nobody has given one."""
-    found = head.tasks.get(task)
+    found = line_state.tasks.get(task)
     return found.spec if found is not None and found.declared else None
 
 

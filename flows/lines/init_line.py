@@ -10,7 +10,7 @@ from restitch.merging.methods.registry import get_method, method_names, resolve_
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.families.family import family_names, get_family
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.sources.resolve import COPY_SCHEME
 from restitch.registry.specs.files import load_line
 from restitch.registry.specs.line import LineSpec, line_changes
@@ -173,8 +173,8 @@ def _check_alike(chosen: tuple[MethodSpec, ...]) -> None:
 
 
 def _configure(ledger: Ledger, spec: LineSpec, changes: list[tuple[str, Any, Any]]) -> None:
-    def change(head: Head) -> Head | None:
-        return None if head.spec == spec else head.with_spec(spec)
+    def change(line_state: LineState) -> LineState | None:
+        return None if line_state.spec == spec else line_state.with_spec(spec)
 
     if changes:
         text = "; ".join(f"{key}: {old} -> {new}" for key, old, new in changes)

@@ -10,13 +10,13 @@ from importlib.metadata import version as library_version
 from typing import Any
 
 from restitch.flows.promotion.gates import Check, Drop, Measured, check_gates
-from restitch.flows.promotion.method_selection import FACT, hold, told
+from restitch.flows.promotion.method_selection import FACT, select_method, told
 from restitch.flows.promotion.snapshot import Snapshot, is_merge_of, retention_task
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.recipe import Recipe
 from restitch.modeling.significance import ratio_interval, rows_of
-from restitch.registry.ledger.line_state import Head, Member
+from restitch.registry.ledger.line_state import LineState, Member
 from restitch.registry.ledger.records import (
     DataUsed,
     GateOutcome,
@@ -133,7 +133,9 @@ def make_candidate(
     """
     timings: dict[str, float] = {}
     with _timed(timings, "tournament"):
-        held = hold(snapshot.line, members, snapshot.benchmark, snapshot.current, snapshot.newest)
+        held = select_method(
+            snapshot.line, members, snapshot.benchmark, snapshot.current, snapshot.newest
+        )
     line = held.line
     if held.found is None:
         del timings["tournament"]
@@ -146,7 +148,7 @@ def make_candidate(
     merged = WeightsRef("merged", patch.blob)
     with _timed(timings, "evaluate"):
         results = {m.task: measure_member(line, m, merged, again=again) for m in members}
-        retention = measure_retention(line, snapshot.head, merged, again=again)
+        retention = measure_retention(line, snapshot.line_state, merged, again=again)
     reached = Measured(
         normalized={t: r.normalized for t, r in results.items() if r.normalized is not None},
         drops=_drops(snapshot.champion, results),
@@ -198,10 +200,10 @@ def measure_member(
 
 
 def measure_retention(
-    line: LineRef, head: Head, merged: WeightsRef, *, again: bool = False
+    line: LineRef, line_state: LineState, merged: WeightsRef, *, again: bool = False
 ) -> Retention | None:
     """What a merged model keeps of the base's general ability; None without a benchmark."""
-    spec = retention_task(head)
+    spec = retention_task(line_state)
     split = None if spec is None else evaluation_split(spec)
     if spec is None or split is None:
         return None

@@ -28,7 +28,7 @@ FACT = "tournament"
 
 
 @dataclass(frozen=True)
-class Held:
+class Selection:
     """A line with one method.
 
     Attributes:
@@ -40,12 +40,12 @@ class Held:
     found: dict[str, Any] | None = None
 
 
-def held_before(
+def earlier_selection(
     line: LineRef,
     members: tuple[Member, ...],
     benchmark: TaskSpec | None,
     records: Iterable[MergedRecord],
-) -> Held | None:
+) -> Selection | None:
     """The line with the method that merges these members, where that needs no contest now.
 
     Args:
@@ -59,7 +59,7 @@ def held_before(
     """
     method = line.spec.method
     if isinstance(method, MethodSpec):
-        return Held(line)
+        return Selection(line)
     key = _key(line, method, members, benchmark)
     for record in records:
         found = _found_of(record)
@@ -69,26 +69,26 @@ def held_before(
     return None if known is None else _won(line, known)
 
 
-def hold(
+def select_method(
     line: LineRef,
     members: tuple[Member, ...],
     benchmark: TaskSpec | None,
     records: Sequence[MergedRecord],
     newest: MergedRecord | None,
-) -> Held:
+) -> Selection:
     """The line with the method that merges these members.
 
     Args:
-        line: as for `held_before`, with which it begins.
+        line: as for `earlier_selection`, with which it begins.
         members: likewise.
         benchmark: likewise.
         records: likewise; the method of the first takes part.
         newest: the newest version, whatever became of it: it knows who waits.
     """
-    before = held_before(line, members, benchmark, records)
+    before = earlier_selection(line, members, benchmark, records)
     method = line.spec.method
     if before is not None or isinstance(method, MethodSpec):
-        return before or Held(line)
+        return before or Selection(line)
     part = taking_part(method, records[0] if records else None, newest)
     contestants = [method.tournament[place] for place in part]
     lines = [LineRef(line.spec.with_method(one), line.base) for one in contestants]
@@ -190,6 +190,6 @@ def _method(found: dict[str, Any]) -> MethodSpec:
     return MethodSpec(name=found["name"], settings=found["settings"])
 
 
-def _won(line: LineRef, found: dict[str, Any]) -> Held:
+def _won(line: LineRef, found: dict[str, Any]) -> Selection:
     method = _method(found["entrants"][0])
-    return Held(LineRef(line.spec.with_method(method), line.base), found)
+    return Selection(LineRef(line.spec.with_method(method), line.base), found)

@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from restitch.flows.promotion.gates import Gates
-from restitch.flows.promotion.method_selection import held_before
+from restitch.flows.promotion.method_selection import earlier_selection
 from restitch.merging.digests import digest_json
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import Head, Member, ModelVersion
+from restitch.registry.ledger.line_state import LineState, Member, ModelVersion
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.specs.method import MethodSpec
 from restitch.registry.specs.task import TaskSpec
@@ -28,7 +28,7 @@ class Snapshot:
         context: digest of all that decides about holding: models, gates and data.
     """
 
-    head: Head
+    line_state: LineState
     members: tuple[Member, ...]
     champion: MergedRecord | None
     newest: MergedRecord | None
@@ -37,17 +37,17 @@ class Snapshot:
     @property
     def line(self) -> LineRef:
         """The line as this run sees it."""
-        return LineRef(self.head.spec, self.head.base)
+        return LineRef(self.line_state.spec, self.line_state.base)
 
     @property
     def line_in_use(self) -> LineRef:
         """The line with one method: of a tournament's that of the version in use, or the first."""
-        return line_with_one_method(self.head, self.champion)
+        return line_with_one_method(self.line_state, self.champion)
 
     @property
     def gates(self) -> Gates:
         """The line's limits."""
-        return Gates(**self.head.spec.gates.to_json())
+        return Gates(**self.line_state.spec.gates.to_json())
 
     @cached_property
     def settled(self) -> MergedRecord | None:
@@ -55,7 +55,7 @@ class Snapshot:
 
         None, too, where a tournament has yet to say what their merge is.
         """
-        held = held_before(self.line, self.members, self.benchmark, self.current)
+        held = earlier_selection(self.line, self.members, self.benchmark, self.current)
         recipe = None if held is None else known_recipe(held.line, self.members)
         return None if recipe is None else self.merge_of(recipe.digest(), self.members)
 
@@ -69,13 +69,13 @@ class Snapshot:
 
         Otherwise a newer one that failed its gates counts for nothing.
         """
-        found = (self.champion, self.newest if self.head.pinned else None)
+        found = (self.champion, self.newest if self.line_state.pinned else None)
         return tuple(record for record in found if record is not None)
 
     @property
     def benchmark(self) -> TaskSpec | None:
         """The general benchmark of the line."""
-        return retention_task(self.head)
+        return retention_task(self.line_state)
 
     @cached_property
     def champion_members(self) -> tuple[Member, ...]:
@@ -84,10 +84,10 @@ class Snapshot:
             return ()
         found = []
         for task, kept in self.champion.members.items():
-            versions = self.head.tasks[task].versions
+            versions = self.line_state.tasks[task].versions
             model = versions.get(kept.version)
             if model is not None and model.state in ("ready", "held", "replaced"):
-                spec = self.head.tasks[task].spec
+                spec = self.line_state.tasks[task].spec
                 found.append(Member(task=task, version=kept.version, spec=spec, model=model))
         return _by_task(found)
 
@@ -114,71 +114,71 @@ def is_merge_of(record: MergedRecord, recipe: str, members: Iterable[Member]) ->
     return record.recipe_digest == recipe and recorded == versions
 
 
-def line_with_one_method(head: Head, record: MergedRecord | None) -> LineRef:
+def line_with_one_method(line_state: LineState, record: MergedRecord | None) -> LineRef:
     """The line with its method; of a tournament's with that of a version, or else the first."""
-    method = head.spec.method
+    method = line_state.spec.method
     if isinstance(method, MethodSpec):
-        return LineRef(head.spec, head.base)
+        return LineRef(line_state.spec, line_state.base)
     found = None if record is None else record.recipe["method"]
     one = method.tournament[0]
     if isinstance(found, dict):
         one = MethodSpec.from_json({name: found[name] for name in ("name", "settings")})
-    return LineRef(head.spec.with_method(one), head.base)
+    return LineRef(line_state.spec.with_method(one), line_state.base)
 
 
-def retention_task(head: Head) -> TaskSpec | None:
+def retention_task(line_state: LineState) -> TaskSpec | None:
     """The general benchmark: described in the line, or a task of the line by its name."""
-    retention = head.spec.retention
+    retention = line_state.spec.retention
     if isinstance(retention, str):
-        task = head.tasks.get(retention)
+        task = line_state.tasks.get(retention)
         return None if task is None else task.spec
     return retention
 
 
 def take_snapshot(ledger: Ledger) -> Snapshot:
     """Look at the head once."""
-    head = ledger.head()
-    context = _context(head)
-    members = {m.task: m for m in head.members}
+    line_state = ledger.state()
+    context = _context(line_state)
+    members = {m.task: m for m in line_state.members}
     # A task's newest model counts: one that was held before it is not tried any more.
-    newest = {task: (number, model) for task, number, model in localized_models(head)}
+    newest = {task: (number, model) for task, number, model in localized_models(line_state)}
     for task, (number, model) in newest.items():
         if model.state == "held" and model.facts.get("held_in") != context:
-            spec = head.tasks[task].spec
+            spec = line_state.tasks[task].spec
             members[task] = Member(task=task, version=number, spec=spec, model=model)
     return Snapshot(
-        head=head,
+        line_state=line_state,
         members=_by_task(members.values()),
-        champion=None if head.champion is None else ledger.merged(head.champion),
-        newest=None if head.newest is None else ledger.merged(head.newest),
+        champion=None if line_state.champion is None else ledger.merged(line_state.champion),
+        newest=None if line_state.newest is None else ledger.merged(line_state.newest),
         context=context,
     )
 
 
-def _context(head: Head) -> str:
+def _context(line_state: LineState) -> str:
     """What a gate's verdict depends on: a held model is tried again when this changes."""
     # The newest of each task: holding or replacing a model must not change its own context.
-    models = {task: [number, model.delta] for task, number, model in localized_models(head)}
+    models = {task: [number, model.delta] for task, number, model in localized_models(line_state)}
     data = {
         name: None if task.spec.data is None else task.spec.data.content
-        for name, task in head.tasks.items()
+        for name, task in line_state.tasks.items()
         if task.declared
     }
-    retention = head.spec.retention
+    retention = line_state.spec.retention
     return digest_json(
         {
             "models": models,
-            "gates": head.spec.gates.to_json(),
-            "method": head.spec.method.to_json(),
+            "gates": line_state.spec.gates.to_json(),
+            "method": line_state.spec.method.to_json(),
             "data": data,
             "retention": retention if isinstance(retention, str | None) else retention.to_json(),
         }
     )
 
 
-def localized_models(head: Head) -> list[tuple[str, int, ModelVersion]]:
+def localized_models(line_state: LineState) -> list[tuple[str, int, ModelVersion]]:
     """All models that could be merged, the newest of each task last."""
-    return sorted(head.in_state("ready", "held"), key=lambda found: found[1])
+    return sorted(line_state.in_state("ready", "held"), key=lambda found: found[1])
 
 
 def _by_task(members: Iterable[Member]) -> tuple[Member, ...]:

@@ -12,7 +12,7 @@ from restitch.flows.promotion.candidates import Candidate
 from restitch.flows.promotion.gates import Check
 from restitch.flows.promotion.snapshot import Snapshot
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import Head, Member
+from restitch.registry.ledger.line_state import LineState, Member
 from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.workspace import actor
 
@@ -25,17 +25,17 @@ def record_version(ledger: Ledger, snapshot: Snapshot, candidate: Candidate) -> 
     """Make a merged version of a candidate, unless the newest one is it already."""
     found: list[int] = []
 
-    def change(head: Head) -> Head | None:
+    def change(line_state: LineState) -> LineState | None:
         found.clear()
-        _check_unmoved(head, snapshot, candidate)
-        newest = head.newest
+        _check_unmoved(line_state, snapshot, candidate)
+        newest = line_state.newest
         if newest is not None and candidate.is_version(ledger.merged(newest)):
             found.append(newest)
             return None
-        found.append(head.next_version)
-        record = candidate.record(ledger.line, head.next_version)
+        found.append(line_state.next_version)
+        record = candidate.record(ledger.line, line_state.next_version)
         ledger.objects.put_blob(record.to_bytes())
-        return head.with_merged(record.digest)
+        return line_state.with_merged(record.digest)
 
     act = ledger.act(
         "merged",
@@ -49,12 +49,12 @@ def record_version(ledger: Ledger, snapshot: Snapshot, candidate: Candidate) -> 
     return found[0]
 
 
-def _check_unmoved(head: Head, snapshot: Snapshot, candidate: Candidate) -> None:
+def _check_unmoved(line_state: LineState, snapshot: Snapshot, candidate: Candidate) -> None:
     # What was stitched and judged beside another champion could put that one's members out.
-    if head.champion != snapshot.head.champion:
+    if line_state.champion != snapshot.line_state.champion:
         raise MovedError
     # No version that is made after a retirement holds what was retired.
-    states = (head.tasks[m.task].versions[m.version].state for m in candidate.members)
+    states = (line_state.tasks[m.task].versions[m.version].state for m in candidate.members)
     if "retired" in states:
         raise MovedError
 
@@ -63,18 +63,18 @@ def promote(
     ledger: Ledger, snapshot: Snapshot, candidate: Candidate, version: int
 ) -> Literal["promoted", "candidate"]:
     """Put a version in use, unless promotion is switched off."""
-    if ledger.head().pinned:
+    if ledger.state().pinned:
         say(f"{ledger.line} is pinned: version {version} stays a candidate")
         return "candidate"
 
-    def change(head: Head) -> Head | None:
-        if head.pinned or head.champion == version:
+    def change(line_state: LineState) -> LineState | None:
+        if line_state.pinned or line_state.champion == version:
             return None
-        _check_unmoved(head, snapshot, candidate)
+        _check_unmoved(line_state, snapshot, candidate)
         # A worker that was away must not put back what has been superseded meanwhile.
-        if head.newest != version:
+        if line_state.newest != version:
             return None
-        return _with_members_of(head.promoted(version), candidate)
+        return _with_members_of(line_state.promoted(version), candidate)
 
     for check in candidate.warnings:
         warn(f"{ledger.line} version {version}: {check}")
@@ -82,26 +82,26 @@ def promote(
     act = ledger.act("promoted", actor(), f"version {version}: {checks}", change)
     if act is not None:
         say(f"{ledger.line} version {version} is the champion")
-    return "promoted" if ledger.head().champion == version else "candidate"
+    return "promoted" if ledger.state().champion == version else "candidate"
 
 
-def _with_members_of(head: Head, candidate: Candidate) -> Head:
+def _with_members_of(line_state: LineState, candidate: Candidate) -> LineState:
     """The head with the candidate's members ready and what they took the place of replaced."""
     for member in candidate.members:
-        for number, model in head.tasks[member.task].versions.items():
+        for number, model in line_state.tasks[member.task].versions.items():
             if number == member.version and model.state == "held":
-                head = head.with_state(member.task, number, "ready")
+                line_state = line_state.with_state(member.task, number, "ready")
             elif number < member.version and model.state in ("ready", "held"):
-                head = head.with_state(
+                line_state = line_state.with_state(
                     member.task, number, "replaced", f"version {member.version} took its place"
                 )
-    return head
+    return line_state
 
 
 def reject(ledger: Ledger, version: int, candidate: Candidate) -> None:
     """Say in the trail that a version failed its gates; once."""
 
-    def change(head: Head) -> Head | None:
+    def change(line_state: LineState) -> LineState | None:
         # Newest first, so this looks back no further than the merge itself.
         for entry in ledger.entries():
             if entry.digests.get("patch") == candidate.patch.blob:
@@ -109,7 +109,7 @@ def reject(ledger: Ledger, version: int, candidate: Candidate) -> None:
                     return None
                 if entry.kind == "merged":
                     break
-        return head
+        return line_state
 
     failed = "; ".join(str(check) for check in candidate.failed)
     reason = f"version {version}: {failed}"
@@ -122,14 +122,14 @@ def hold(ledger: Ledger, snapshot: Snapshot, member: Member, checks: tuple[Check
     failed = "; ".join(str(check) for check in checks)
     context = snapshot.context
 
-    def change(head: Head) -> Head | None:
-        model = head.tasks[member.task].versions[member.version]
+    def change(line_state: LineState) -> LineState | None:
+        model = line_state.tasks[member.task].versions[member.version]
         if model.state not in ("ready", "held"):
             return None
         if model.state == "held" and model.facts.get("held_in") == context:
             return None
         facts = {**model.facts, "held_in": context}
-        return head.with_state(member.task, member.version, "held", failed, facts=facts)
+        return line_state.with_state(member.task, member.version, "held", failed, facts=facts)
 
     reason = f"{member.task} {member.version}: {failed}"
     if ledger.act("held", actor(), reason, change) is not None:

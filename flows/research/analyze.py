@@ -71,8 +71,8 @@ def analyze(
     """
     space = workspace()
     snapshot = take_snapshot(space.ledger(line))
-    family = get_family(snapshot.head.spec.family)
-    own = snapshot.head.spec.localize.mode
+    family = get_family(snapshot.line_state.spec.family)
+    own = snapshot.line_state.spec.localize.mode
     names = tuple(dict.fromkeys(localizers or (*USUAL, own)))
     for name in names:
         _check("localizer", name, LOCALIZERS)
@@ -92,7 +92,7 @@ def analyze(
         "members": {m.task: m.version for m in snapshot.champion_members},
         "localizers": list(names),
         "densities": list(cuts),
-        "seed": snapshot.head.spec.localize.seed,
+        "seed": snapshot.line_state.spec.localize.seed,
         "tasks": {m.task: _measure(snapshot, m, names, cuts, family) for m in members},
         "pair": None,
         "masks": masks,

@@ -122,7 +122,7 @@ def _measure(snapshot: Snapshot, method: Method, tuned: bool) -> dict[str, Any]:
         patch = stitch(line, make_recipe(line, members))
     merged = WeightsRef("merged", patch.blob)
     results = {m.task: measure_member(line, m, merged) for m in members}
-    retention = measure_retention(line, snapshot.head, merged)
+    retention = measure_retention(line, snapshot.line_state, merged)
     return {
         **_told(ready, method),
         "results": {task: result.to_json() for task, result in results.items()},

@@ -60,8 +60,8 @@ def experts(
     """
     space = workspace()
     ledger = space.ledger(line)
-    head = ledger.head()
-    record = ledger.merged(find_version(head, version))
+    line_state = ledger.state()
+    record = ledger.merged(find_version(line_state, version))
     chosen = _experts_method(method)
     if not record.members:
         raise BadInput(
@@ -69,8 +69,8 @@ def experts(
             expected="a version that holds finetuned models",
             hint=f"see `restitch history {line} --versions`",
         )
-    line_then = line_with_one_method(head, record)
-    ready = prepare(line_then, members_of(head, record), chosen, tuned=tuned)
+    line_then = line_with_one_method(line_state, record)
+    ready = prepare(line_then, members_of(line_state, record), chosen, tuned=tuned)
     say(f"{line} {record.version}: {method}")
     made = make_experts(ready.line, make_recipe(ready.line, ready.members))
     _keep(record, made, replace, space)

@@ -19,7 +19,7 @@ from restitch.flows.storage.repair_sources import Remedies
 from restitch.flows.storage.store_check import MLFLOW, Checker, Damaged, Image, StoreCheck
 from restitch.merging.digests import digest_bytes, digest_file
 from restitch.merging.errors import Damage, RestitchError, Unavailable
-from restitch.registry.ledger.ledger import Ledger, head_after
+from restitch.registry.ledger.ledger import Ledger, state_after
 from restitch.registry.ledger.line_state import ModelVersion
 from restitch.registry.ledger.outcomes import touched_models
 from restitch.registry.ledger.records import Entry
@@ -60,11 +60,11 @@ def check_store(space: Workspace, *, repair: bool) -> StoreCheck:
     result, found = checker.check()
     if not repair:
         for each in result.damaged:
-            each.remedy = each.remedy or _Mender(space, found, checker.image).remedy(each)
+            each.remedy = each.remedy or _Repairer(space, found, checker.image).remedy(each)
         return result
     mended: dict[str, Damaged] = {}
     for _ in range(_ROUNDS):
-        mender = _Mender(space, found, checker.image)
+        mender = _Repairer(space, found, checker.image)
         waiting = sorted(result.damaged, key=mender.order)
         now: list[Damaged] = []
         mender.knows_all = not any(each.object.startswith(_NAMING) for each in waiting)
@@ -81,7 +81,7 @@ def check_store(space: Workspace, *, repair: bool) -> StoreCheck:
     return result
 
 
-class _Mender:
+class _Repairer:
     """One round: what is damaged in a store that was just looked at."""
 
     def __init__(self, space: Workspace, found: Inventory, image: Image) -> None:
@@ -139,13 +139,13 @@ class _Mender:
 
     def finish(self) -> None:
         """Make the heads of tasks again that were removed: an export takes what is there."""
-        for head in self.found.heads.values():
+        for line_state in self.found.heads.values():
             if self.heads:
                 try:
-                    heads_again(head, self.heads, self.space)
+                    heads_again(line_state, self.heads, self.space)
                 except RestitchError as error:
                     say(
-                        f"heads of {head.line} are made again when they are asked for: {error.what}"
+                        f"heads of {line_state.line} are made again when they are asked for: {error.what}"
                     )
 
     def _from_ways(self, each: Damaged, digest: str) -> str:
@@ -280,10 +280,13 @@ class _Mender:
             for at, entry in enumerate(trail):
                 if entry.kind != "localized" or trail[-1].previous is not None:
                     continue
-                head = head_after(trail[at:][::-1])
+                line_state = state_after(trail[at:][::-1])
                 for task, number in touched_models(entry):
-                    model, spec = head.tasks[task].versions[number], head.tasks[task].spec
-                    line = LineRef(head.spec, head.base)
+                    model, spec = (
+                        line_state.tasks[task].versions[number],
+                        line_state.tasks[task].spec,
+                    )
+                    line = LineRef(line_state.spec, line_state.base)
                     with suppress(RestitchError):  # of another line, whose base may be away
                         if mask_key(line, spec, model.model, self.space) == inputs:
                             yield task, number, model
@@ -306,13 +309,13 @@ class _Mender:
             old, tag = self.store.read_tagged(each.object)
         except NotInStore:
             old, tag = b"", None
-        head = self.found.heads.get(line)
-        trail = self.found.trails[line] if head is not None else self._last_acts(line)
+        line_state = self.found.heads.get(line)
+        trail = self.found.trails[line] if line_state is not None else self._last_acts(line)
         if not trail or trail[-1].previous is not None:
             raise Damage(f"the trail of line {line} is not whole", hint="mend its acts first")
-        made = head_after(trail[::-1])
-        if head is not None:
-            made = made.model_copy(update={"generation": head.generation + 1})
+        made = state_after(trail[::-1])
+        if line_state is not None:
+            made = made.model_copy(update={"generation": line_state.generation + 1})
         if self.store.swap(each.object, tag, made.model_dump_json(indent=1).encode()) is None:
             raise Unavailable(f"line {line} was changed meanwhile", hint="run the same again")
         return f"made again from its {len(trail)} acts; before: {len(old)} bytes"

@@ -20,8 +20,8 @@ from restitch.merging.digests import canonical_json, digest_file
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.methods.registry import get_method
 from restitch.merging.recipe import Recipe
-from restitch.registry.ledger.ledger import head_after
-from restitch.registry.ledger.line_state import Head, Member, ModelRef
+from restitch.registry.ledger.ledger import state_after
+from restitch.registry.ledger.line_state import LineState, Member, ModelRef
 from restitch.registry.ledger.outcomes import touched_models
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.ledger.references import COPY_SCHEME, MLFLOW_SCHEMES, SPECIALISTS, Reference
@@ -41,7 +41,7 @@ from restitch.tasks.statistics import Wanted, needed, write_statistic_of
 
 
 @dataclass(frozen=True)
-class Way:
+class Recovery:
     """One way to make an object again.
 
     Attributes:
@@ -67,11 +67,11 @@ class Remedies:
         self.image = image
         self.found = found
 
-    def of_entry(self, digest: str) -> Iterator[Way]:
+    def of_entry(self, digest: str) -> Iterator[Recovery]:
         """The ways to an act."""
         yield from self._in_mlflow(digest)
 
-    def of_blob(self, digest: str) -> Iterator[Way]:
+    def of_blob(self, digest: str) -> Iterator[Recovery]:
         """The ways to a blob, the surest first."""
         references = self.found.references.get(digest, [])
         yield from self._copies(digest, references)
@@ -82,7 +82,7 @@ class Remedies:
                     seen.add(way.source)
                     yield way
 
-    def _of(self, each: Reference) -> Iterator[Way]:
+    def _of(self, each: Reference) -> Iterator[Recovery]:
         if each.role == "record":
             yield from self._in_mlflow(each.digest)
         elif each.role == "patch":
@@ -94,13 +94,15 @@ class Remedies:
         elif each.role == "statistic":
             yield from self._statistic(each)
         elif each.role == "listing":
-            yield Way(f"the weights at {each.weights}", partial(_list, each.weights, self.space))
+            yield Recovery(
+                f"the weights at {each.weights}", partial(_list, each.weights, self.space)
+            )
         elif each.role in ("manifest", "file"):
             yield from self._model(each)
         elif each.role in ("experts", "expert"):
             yield from self._experts(each)
 
-    def _in_mlflow(self, digest: str) -> Iterator[Way]:
+    def _in_mlflow(self, digest: str) -> Iterator[Recovery]:
         lines = {*self.found.heads, *(entry.line for entry in self.found.entries.values())}
         for line in sorted(lines):
             try:
@@ -108,9 +110,9 @@ class Remedies:
             except Unavailable:
                 return
             if data is not None:
-                yield Way(f"the copy in MLflow's image of line {line}", partial(_write, data))
+                yield Recovery(f"the copy in MLflow's image of line {line}", partial(_write, data))
 
-    def _copies(self, digest: str, references: list[Reference]) -> Iterator[Way]:
+    def _copies(self, digest: str, references: list[Reference]) -> Iterator[Recovery]:
         """Copies on this machine: of a bucket's objects, and of models that were unpacked."""
         cache = self.space.home.cache
         places = [*(cache / "store").glob(f"**/blobs/{digest}")]
@@ -119,38 +121,40 @@ class Remedies:
                 places += (cache / "sources").glob(f"*/{each.weights}")
         for path in places:
             if path.is_file() and digest_file(path) == digest:
-                yield Way("a copy in this machine's cache", partial(_copy, path))
+                yield Recovery("a copy in this machine's cache", partial(_copy, path))
                 return
         for each in references:
             folder = cache / "sources" / digest
             if each.role == "manifest" and folder.is_dir():
                 files = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
                 data = canonical_json({"files": files})
-                yield Way("the files in this machine's cache", partial(_write, data))
+                yield Recovery("the files in this machine's cache", partial(_write, data))
                 return
 
-    def _patch(self, each: Reference) -> Iterator[Way]:
+    def _patch(self, each: Reference) -> Iterator[Recovery]:
         for record in self.found.records.values():
             if record.patch == each.digest and record.line in self.found.heads:
                 line = _line(self.found.heads[record.line])
                 recipe = Recipe.from_json(record.recipe)
-                yield Way(
+                yield Recovery(
                     f"the recipe of version {record.version} and the deltas of its members",
                     partial(_write_patch, line, recipe, self.space),
                 )
                 return
 
-    def _delta(self, each: Reference) -> Iterator[Way]:
+    def _delta(self, each: Reference) -> Iterator[Recovery]:
         """By localizing the model as it was localized then."""
-        for head, entry in self._after(each.line, lambda e: e.digests.get("delta") == each.digest):
+        for line_state, entry in self._after(
+            each.line, lambda e: e.digests.get("delta") == each.digest
+        ):
             for task, number in touched_models(entry):
-                model = head.tasks[task].versions[number]
-                spec = head.tasks[task].spec
+                model = line_state.tasks[task].versions[number]
+                spec = line_state.tasks[task].spec
                 localizer = str(model.facts.get("localizer", ""))
                 numeric = "" if localizer.startswith("dataless") else " (its mask is numeric)"
-                yield Way(
+                yield Recovery(
                     f"the finetuned model {task} {number} at {model.model.uri}{numeric}",
-                    partial(_write_delta, _line(head), spec, model.model, self.space),
+                    partial(_write_delta, _line(line_state), spec, model.model, self.space),
                 )
             return
 
@@ -162,8 +166,8 @@ class Remedies:
                 yield from _of_localized(then, touched_models(entry))
 
     def _of_versions(self) -> Iterator["Known"]:
-        for line, head in self.found.heads.items():
-            for number, digest in head.versions.items():
+        for line, line_state in self.found.heads.items():
+            for number, digest in line_state.versions.items():
                 record = self.found.records.get(digest)
                 if record is None or not record.statistics:
                     continue
@@ -171,18 +175,18 @@ class Remedies:
                 for then, _ in self._after(line, made):
                     yield from _of_version(record, then)
 
-    def _statistic(self, each: Reference) -> Iterator[Way]:
+    def _statistic(self, each: Reference) -> Iterator[Recovery]:
         """By looking at the members again as they were then: the same bytes on a like machine."""
         for known in self.statistics():
             if known.digest == each.digest:
                 tasks = ", ".join(member.task for member in known.wanted.members)
-                yield Way(
+                yield Recovery(
                     f"the deltas and train rows of {tasks} (it is numeric)",
                     partial(_write_statistic, known.line, known.wanted, self.space),
                 )
                 return
 
-    def _result(self, each: Reference) -> Iterator[Way]:
+    def _result(self, each: Reference) -> Iterator[Recovery]:
         """By evaluating the same weights on the same rows."""
         pointer = f"/versions/{each.number}"
 
@@ -193,25 +197,25 @@ class Remedies:
             return touched and entry.kind == "localized"
 
         record = self._record(each) if each.of_version else None
-        for head, _ in self._after(each.line, made):
-            found = _weights(each, head, record)
+        for line_state, _ in self._after(each.line, made):
+            found = _weights(each, line_state, record)
             if found is not None:
                 spec, weights, model = found
 
-                yield Way(
+                yield Recovery(
                     f"evaluating {weights.kind} on {spec.task} again",
-                    partial(self._evaluate, head, spec, weights, model),
+                    partial(self._evaluate, line_state, spec, weights, model),
                 )
 
-    def _experts(self, each: Reference) -> Iterator[Way]:
+    def _experts(self, each: Reference) -> Iterator[Recovery]:
         """By making the specialists of a version again, as they were made then."""
-        record, head = self._record(each), self.found.heads.get(each.line)
+        record, line_state = self._record(each), self.found.heads.get(each.line)
         key = (
             None
             if record is None
             else self.found.keys.get(f"keys/{SPECIALISTS}/{record.recipe_digest}")
         )
-        if record is None or head is None or key is None:
+        if record is None or line_state is None or key is None:
             return
 
         def write(file: Path) -> None:
@@ -219,8 +223,8 @@ class Remedies:
                 facts: dict[str, Any] = key.facts
                 chosen = get_method(str(facts["method"]))
                 ready = prepare(
-                    line_with_one_method(head, record),
-                    members_of(head, record),
+                    line_with_one_method(line_state, record),
+                    members_of(line_state, record),
                     chosen,
                     settings=facts["settings"],
                 )
@@ -231,30 +235,35 @@ class Remedies:
                 else:
                     file.write_bytes(canonical_json(values))
 
-        yield Way(f"the finetuned models of version {record.version}", write)
+        yield Recovery(f"the finetuned models of version {record.version}", write)
 
     def _evaluate(
-        self, head: Head, spec: TaskSpec, weights: WeightsRef, model: ModelRef | None, file: Path
+        self,
+        line_state: LineState,
+        spec: TaskSpec,
+        weights: WeightsRef,
+        model: ModelRef | None,
+        file: Path,
     ) -> None:
-        base = open_base(_line(head), self.space)
+        base = open_base(_line(line_state), self.space)
         result = evaluated(base, spec, weights, model, self.space)
         file.write_bytes(canonical_json(result.to_json()))
 
     def _record(self, each: Reference) -> MergedRecord | None:
-        head = self.found.heads.get(each.line)
-        digest = None if head is None else head.versions.get(each.number)
+        line_state = self.found.heads.get(each.line)
+        digest = None if line_state is None else line_state.versions.get(each.number)
         return None if digest is None else self.found.records.get(digest)
 
-    def _model(self, each: Reference) -> Iterator[Way]:
+    def _model(self, each: Reference) -> Iterator[Recovery]:
         """From where the model came, as far as that is known."""
-        head = self.found.heads.get(each.line)
-        if head is None:
+        line_state = self.found.heads.get(each.line)
+        if line_state is None:
             return
         if each.owner == "the base":
-            origin = head.spec.base
+            origin = line_state.spec.base
         else:
             task, _, number = each.owner.rpartition(" ")
-            origin = head.tasks[task].versions[int(number)].model.uri
+            origin = line_state.tasks[task].versions[int(number)].model.uri
         if origin.startswith(COPY_SCHEME):
             return
 
@@ -269,16 +278,18 @@ class Remedies:
                     raise BadInput(f"{origin} has no file {each.weights} any more")
 
         kind = "MLflow's" if origin.startswith(MLFLOW_SCHEMES) else "the source"
-        yield Way(f"{kind} {origin}, where that has not changed", write)
+        yield Recovery(f"{kind} {origin}, where that has not changed", write)
 
-    def _after(self, line: str, wanted: Callable[[Entry], bool]) -> Iterator[tuple[Head, Entry]]:
+    def _after(
+        self, line: str, wanted: Callable[[Entry], bool]
+    ) -> Iterator[tuple[LineState, Entry]]:
         """The line right after the acts that are wanted, the newest first."""
         trail = self.found.trails.get(line, [])
         if not trail or trail[-1].previous is not None:
             return  # the beginning is not there
         for at, entry in enumerate(trail):
             if wanted(entry):
-                yield head_after(trail[at:][::-1]), entry
+                yield state_after(trail[at:][::-1]), entry
 
 
 @dataclass(frozen=True)
@@ -298,46 +309,46 @@ class Known:
     made_by: Any
 
 
-def _of_version(record: MergedRecord, head: Head) -> Iterator[Known]:
+def _of_version(record: MergedRecord, line_state: LineState) -> Iterator[Known]:
     """The statistics that a version was merged with."""
     members = []
     for task, kept in record.members.items():
-        known = head.tasks[task]
+        known = line_state.tasks[task]
         model = known.versions[kept.version].model_copy(update={"delta": kept.delta})
         members.append(Member(task=task, version=kept.version, spec=known.spec, model=model))
     method = Recipe.from_json(record.recipe).method
-    spec = head.spec.with_method(MethodSpec(name=method.name, settings=dict(method.settings)))
+    spec = line_state.spec.with_method(MethodSpec(name=method.name, settings=dict(method.settings)))
     source = f"the recipe of version {record.version}"
     for wanted in needed(get_method(method.name), members):
         digest = record.statistics.get(wanted.name)
         if digest is not None:
-            yield Known(digest, wanted, LineRef(spec, head.base), source, record.made_by)
+            yield Known(digest, wanted, LineRef(spec, line_state.base), source, record.made_by)
 
 
-def _of_localized(head: Head, models: Iterable[tuple[str, int]]) -> Iterator[Known]:
+def _of_localized(line_state: LineState, models: Iterable[tuple[str, int]]) -> Iterator[Known]:
     """The statistics of models that an act has just localized."""
     for task, number in models:
-        spec, model = head.tasks[task].spec, head.tasks[task].versions[number]
+        spec, model = line_state.tasks[task].spec, line_state.tasks[task].versions[number]
         member = Member(task=task, version=number, spec=spec, model=model)
         for kind, digest in model.statistics.items():
             source = f"what the line says of {task} {number}"
             maker = model.facts.get("localized_by")
-            yield Known(digest, Wanted(kind, (member,)), _line(head), source, maker)
+            yield Known(digest, Wanted(kind, (member,)), _line(line_state), source, maker)
 
 
 def _weights(
-    each: Reference, head: Head, record: MergedRecord | None
+    each: Reference, line_state: LineState, record: MergedRecord | None
 ) -> tuple[TaskSpec, WeightsRef, ModelRef | None] | None:
     """What was evaluated: on which task, which weights, and whose head they wore."""
     name, _, retention = each.weights.partition(" ")
     if retention:
-        spec = retention_task(head)
+        spec = retention_task(line_state)
         if spec is None or record is None:
             return None
         merged = WeightsRef("merged", record.patch)
         return spec, merged if name == "merged" else WeightsRef("base"), None
     member = None if record is None else record.members.get(each.task)
-    task = head.tasks.get(each.task)
+    task = line_state.tasks.get(each.task)
     number = each.number if member is None else member.version
     if task is None or number not in task.versions:
         return None
@@ -363,8 +374,8 @@ def _made_version(pointer: str, entry: Entry) -> bool:
     return pointer in entry.after
 
 
-def _line(head: Head) -> LineRef:
-    return LineRef(head.spec, head.base)
+def _line(line_state: LineState) -> LineRef:
+    return LineRef(line_state.spec, line_state.base)
 
 
 def _write_patch(line: LineRef, recipe: Recipe, space: Workspace, file: Path) -> None:

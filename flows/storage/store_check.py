@@ -249,10 +249,12 @@ class Checker:
 
     def _heads(self, found: Inventory) -> dict[str, str]:
         wrong = {}
-        for line, head in found.heads.items():
+        for line, line_state in found.heads.items():
             trail = found.trails[line]
-            whole = trail and trail[-1].previous is None and len(trail) == head.sequence
-            if whole and canonical_json(replay(trail[::-1])) != canonical_json(state_of(head)):
+            whole = trail and trail[-1].previous is None and len(trail) == line_state.sequence
+            if whole and canonical_json(replay(trail[::-1])) != canonical_json(
+                state_of(line_state)
+            ):
                 wrong[f"lines/{line}/head.json"] = "it says something else than its acts"
         return wrong
 

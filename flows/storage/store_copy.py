@@ -19,7 +19,7 @@ from restitch.merging.digests import digest_bytes, digest_file
 from restitch.merging.errors import BadInput, Damage
 from restitch.registry.home import Home
 from restitch.registry.ledger.ledger import Ledger, lines
-from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.mlflow.sync import without_credentials
 from restitch.registry.store.base import NotInStore, Store
 from restitch.registry.store.disk import explained
@@ -174,7 +174,7 @@ class _Copy:
             found = self.target.read_tagged(_head(line))
         except NotInStore:
             return None
-        entry = Head.model_validate_json(found.data).entry
+        entry = LineState.model_validate_json(found.data).entry
         if found.data == data or any(
             each.digest == entry for each in Ledger(ObjectStore(self.source), line).entries()
         ):

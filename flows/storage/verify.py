@@ -16,7 +16,7 @@ from restitch.merging.errors import BadInput, Damage, GateFailed, RestitchError,
 from restitch.merging.methods.registry import get_method
 from restitch.merging.recipe import Recipe
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import Entry, MergedRecord, replay, state_of
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.merge import is_reproducible, rebuild
@@ -119,44 +119,46 @@ def verify(line: str, version: str | None = None, without: str | None = None) ->
     found = Verification(line)
     # Before the trail is read: whatever is there by now must be in it, though the line goes on.
     shown, stored = _acts_in_mlflow(space, line, found), list(ledger.objects.store.list("audit"))
-    head, trail = _check_trail(ledger, found)
-    found.versions += sorted(head.versions) if version is None else [find_version(head, version)]
-    wanted = None if without is None else _wanted(ledger, head, without)
+    line_state, trail = _check_trail(ledger, found)
+    found.versions += (
+        sorted(line_state.versions) if version is None else [find_version(line_state, version)]
+    )
+    wanted = None if without is None else _wanted(ledger, line_state, without)
     _look_beside_the_trail(ledger, trail, stored, shown, found)
     objects = _Objects(space.objects, found)
-    _check_members(head, objects)
-    _check_versions(ledger, head, trail, objects, found)
+    _check_members(line_state, objects)
+    _check_versions(ledger, line_state, trail, objects, found)
     found.objects = len(objects.seen)
     if wanted is not None:
         found.claim = _claim(ledger, found, str(without), wanted)
     return found
 
 
-def _check_trail(ledger: Ledger, found: Verification) -> tuple[Head, list[Entry]]:
+def _check_trail(ledger: Ledger, found: Verification) -> tuple[LineState, list[Entry]]:
     """The head and the acts that led to it, oldest first, as far as their chain holds."""
-    head, newest_first = _at_one_moment(ledger, found)
+    line_state, newest_first = _at_one_moment(ledger, found)
     found.acts = len(newest_first)
     trail = newest_first[::-1]
-    if found.intact and canonical_json(replay(trail)) != canonical_json(state_of(head)):
+    if found.intact and canonical_json(replay(trail)) != canonical_json(state_of(line_state)):
         found.damaged(
             "the head",
             f"lines/{ledger.line}/head.json says something else than the acts that led to it: "
-            + _first_difference(replay(trail), state_of(head)),
+            + _first_difference(replay(trail), state_of(line_state)),
         )
-    return head, trail
+    return line_state, trail
 
 
-def _at_one_moment(ledger: Ledger, found: Verification) -> tuple[Head, list[Entry]]:
+def _at_one_moment(ledger: Ledger, found: Verification) -> tuple[LineState, list[Entry]]:
     """A head with its own trail, newest first, of a line that may go on meanwhile."""
     for _ in range(_LOOKS):
-        head, acts = ledger.head(), list[Entry]()
+        line_state, acts = ledger.state(), list[Entry]()
         try:
             acts.extend(ledger.entries())
         except Damage as error:
             found.damaged("the audit trail", error)
-            return head, acts
-        if ledger.head().entry == head.entry:
-            return head, acts
+            return line_state, acts
+        if ledger.state().entry == line_state.entry:
+            return line_state, acts
     raise Unavailable(
         f"line {ledger.line} is being changed all the time",
         found=f"another act during each of {_LOOKS} looks",
@@ -241,14 +243,18 @@ class _Objects:
         return self.seen[digest]
 
 
-def _check_members(head: Head, objects: _Objects) -> None:
-    for task, number, model in head.in_state("ready", "held", "replaced", "retired"):
+def _check_members(line_state: LineState, objects: _Objects) -> None:
+    for task, number, model in line_state.in_state("ready", "held", "replaced", "retired"):
         objects.check(f"the delta of {task} {number}", filter(None, [model.delta]))
         objects.check(f"the statistics of {task} {number}", model.statistics.values())
 
 
 def _check_versions(
-    ledger: Ledger, head: Head, trail: list[Entry], objects: _Objects, found: Verification
+    ledger: Ledger,
+    line_state: LineState,
+    trail: list[Entry],
+    objects: _Objects,
+    found: Verification,
 ) -> None:
     made = {
         pointer.rpartition("/")[2]: entry
@@ -266,7 +272,7 @@ def _check_versions(
             except Damage as error:
                 found.damaged(subject, error)
                 continue
-            problems = _contradictions(head, number, record, recipe, made.get(str(number)))
+            problems = _contradictions(line_state, number, record, recipe, made.get(str(number)))
             for problem in problems:
                 found.damaged(subject, problem)
             evidence = [d for r in record.results.values() for d in r.evaluations.values()]
@@ -278,22 +284,23 @@ def _check_versions(
             read = objects.check(f"{subject}, its deltas", deltas)
             read &= objects.check(f"{subject}, its statistics", record.statistics.values())
             if read and not problems:
-                _rebuild(head, recipe, record, whole, found)
+                _rebuild(line_state, recipe, record, whole, found)
 
 
 def _contradictions(
-    head: Head, number: int, record: MergedRecord, recipe: Recipe, made: Entry | None
+    line_state: LineState, number: int, record: MergedRecord, recipe: Recipe, made: Entry | None
 ) -> list[str]:
     """What a version's record says against itself, its line or the act that made it."""
     listed = {m.task: (m.model, m.mask, m.delta) for m in recipe.members}
     recorded = {t: (m.weights, m.mask, m.delta) for t, m in record.members.items()}
     held = {
         "its record is of another line or version": (record.line, record.version)
-        == (head.line, number),
+        == (line_state.line, number),
         "its recipe has another digest than its record says": recipe.digest()
         == record.recipe_digest,
         "its recipe has other members than its record": listed == recorded,
-        "its recipe is on another base than its line": recipe.base.weights == head.base.weights,
+        "its recipe is on another base than its line": recipe.base.weights
+        == line_state.base.weights,
         "no act of the trail made it from this recipe and patch": made is not None
         and (made.digests.get("recipe"), made.digests.get("patch"))
         == (record.recipe_digest, record.patch),
@@ -302,7 +309,7 @@ def _contradictions(
 
 
 def _rebuild(
-    head: Head, recipe: Recipe, record: MergedRecord, whole: bool, found: Verification
+    line_state: LineState, recipe: Recipe, record: MergedRecord, whole: bool, found: Verification
 ) -> None:
     """Make a version anew from its recipe and compare the bytes."""
     subject = f"version {record.version}"
@@ -315,7 +322,9 @@ def _rebuild(
         found.findings.append(Finding("note", subject, text))
         return
     try:
-        made = rebuild(LineRef(head.spec, head.base), recipe, record.patch if whole else None)
+        made = rebuild(
+            LineRef(line_state.spec, line_state.base), recipe, record.patch if whole else None
+        )
     except RestitchError as error:
         found.damaged(subject, error)
         return
@@ -340,11 +349,11 @@ def _made_elsewhere(recipe: Recipe) -> bool:
     return record is not None and not is_reproducible(recipe, record)
 
 
-def _wanted(ledger: Ledger, head: Head, asked: str) -> dict[str, str]:
+def _wanted(ledger: Ledger, line_state: LineState, asked: str) -> dict[str, str]:
     """The digests that a user means, with what each is."""
     task, _, number = asked.partition("/")
-    if task in head.tasks:
-        models = head.tasks[task].versions
+    if task in line_state.tasks:
+        models = line_state.tasks[task].versions
         if number and (not number.isdigit() or int(number) not in models):
             raise BadInput(
                 f"task {task} has no model {number}", found=f"models {', '.join(map(str, models))}"
@@ -353,11 +362,11 @@ def _wanted(ledger: Ledger, head: Head, asked: str) -> dict[str, str]:
         return {m.model.weights: f"{task} {n}" for n, m in some.items()}
     if not _DIGEST.match(asked):
         raise BadInput(
-            f"{asked!r} is neither a task of line {head.line} nor a digest",
+            f"{asked!r} is neither a task of line {line_state.line} nor a digest",
             expected="a task, task/version, or 8 to 64 hexadecimal digits",
-            found=f"tasks: {', '.join(sorted(head.tasks)) or 'none'}",
+            found=f"tasks: {', '.join(sorted(line_state.tasks)) or 'none'}",
         )
-    known = _known_digests(ledger, head)
+    known = _known_digests(ledger, line_state)
     found = {digest: what for digest, what in known.items() if digest.startswith(asked)}
     if len(found) > 1:
         raise BadInput(f"{asked} is the beginning of several digests", details=list(found))
@@ -372,9 +381,9 @@ def _unknown(asked: str) -> dict[str, str]:
     )
 
 
-def _known_digests(ledger: Ledger, head: Head) -> dict[str, str]:
+def _known_digests(ledger: Ledger, line_state: LineState) -> dict[str, str]:
     known = {}
-    for name, task in head.tasks.items():
+    for name, task in line_state.tasks.items():
         for number, model in task.versions.items():
             known[model.model.weights] = f"{name} {number}"
             known |= {d: f"the mask of {name} {number}" for d in [model.mask] if d}

@@ -15,7 +15,7 @@ from restitch.merging.numerics.rounding import cast
 from restitch.merging.ranking.kept_vector import BLOCK, KeptVector, working_dtype
 from restitch.merging.rules.consensus import tall_mask
 from restitch.merging.rules.elementwise import Floats, Range, kept_vectors, total
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 from restitch.merging.rules.ties import Trim, elected
 
 # Raised when the same members would have other counts.
@@ -41,7 +41,7 @@ def elected_sum(vectors: Sequence[KeptVector], density: float = 0.2) -> Together
 
 def agreement_profile(
     base: Checkpoint,
-    members: Iterable[Member],
+    members: Iterable[DeltaMember],
     names: Iterable[str],
     together: Callable[[Sequence[KeptVector]], Together],
     threshold: float,
@@ -76,7 +76,7 @@ def agreement_profile(
 
 
 def kept_profile(
-    base: Checkpoint, members: Iterable[Member], names: Iterable[str]
+    base: Checkpoint, members: Iterable[DeltaMember], names: Iterable[str]
 ) -> tuple[int, ...]:
     """The same for the masks of the members' deltas."""
     deltas = [member.delta for member in members]

@@ -19,7 +19,7 @@ from restitch.merging.files.edits import Edits
 from restitch.merging.order import by_bytes
 from restitch.merging.ranking.kept_vector import KeptVector
 from restitch.merging.rules.elementwise import Elementwise, Floats, Range, checked, kept_vectors
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 
 # A number for all tasks, or one for each by its name.
 PerTask = float | Mapping[str, float]
@@ -55,7 +55,7 @@ SelectionRule = Callable[[Range], Selected]
 
 
 def numbered(
-    base: Checkpoint, members: Iterable[Member]
+    base: Checkpoint, members: Iterable[DeltaMember]
 ) -> tuple[tuple[str, ...], tuple[KeptVector, ...]]:
     """The members' tasks and task vectors, in the order of the tasks.
 

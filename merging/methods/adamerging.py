@@ -13,7 +13,7 @@ from restitch.merging.rules.elementwise import (
     checked,
     kept_vectors,
 )
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 from restitch.merging.statistics.statistic_file import COEFFICIENTS, check_fits, statistics_of
 
 
@@ -27,7 +27,7 @@ from restitch.merging.statistics.statistic_file import COEFFICIENTS, check_fits,
 )
 def adamerging(
     base: Checkpoint,
-    members: Iterable[Member],
+    members: Iterable[DeltaMember],
     *,
     steps: int = 50,
     learning_rate: float = 1e-2,

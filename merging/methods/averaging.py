@@ -6,7 +6,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
 from restitch.merging.rules.elementwise import Elementwise, kept_vectors, total
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 
 
 @method(
@@ -16,7 +16,7 @@ from restitch.merging.rules.stitch import Member
     exact=True,
     whole=True,
 )
-def averaging(base: Checkpoint, members: Iterable[Member]) -> Edits:
+def averaging(base: Checkpoint, members: Iterable[DeltaMember]) -> Edits:
     """Base + (1/T) sum of task vectors.
 
     Args:

@@ -15,7 +15,7 @@ from restitch.merging.rules.elementwise import (
     kept_vectors,
     total,
 )
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 
 
 @method(
@@ -28,7 +28,7 @@ from restitch.merging.rules.stitch import Member
 )
 def consensus_ta(
     base: Checkpoint,
-    members: Iterable[Member],
+    members: Iterable[DeltaMember],
     *,
     alpha: float = 0.4,
     threshold: float = 0.4,

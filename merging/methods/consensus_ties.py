@@ -14,7 +14,7 @@ from restitch.merging.rules.elementwise import (
     checked,
     kept_vectors,
 )
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 from restitch.merging.rules.ties import Trim, elected
 
 
@@ -28,7 +28,7 @@ from restitch.merging.rules.ties import Trim, elected
 )
 def consensus_ties(
     base: Checkpoint,
-    members: Iterable[Member],
+    members: Iterable[DeltaMember],
     *,
     density: float = 0.2,
     alpha: float = 0.4,

@@ -17,7 +17,7 @@ from restitch.merging.numerics.rounding import cast
 from restitch.merging.order import by_bytes
 from restitch.merging.ranking.kept_vector import BLOCK, KeptVector, working_dtype
 from restitch.merging.rules.elementwise import Floats, Range, total
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 
 
 @method(
@@ -28,7 +28,7 @@ from restitch.merging.rules.stitch import Member
     kind="experts",
     whole=True,
 )
-def emr(base: Checkpoint, members: Iterable[Member]) -> Experts:
+def emr(base: Checkpoint, members: Iterable[DeltaMember]) -> Experts:
     """Base + scale * (the elected vector where the task's own has its sign).
 
     Args:

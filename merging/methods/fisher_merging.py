@@ -18,7 +18,7 @@ from restitch.merging.rules.elementwise import (
     checked,
     kept_vectors,
 )
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 from restitch.merging.statistics.statistic_file import FISHER, check_fits, statistics_of
 
 
@@ -33,7 +33,7 @@ from restitch.merging.statistics.statistic_file import FISHER, check_fits, stati
 )
 def fisher_merging(
     base: Checkpoint,
-    members: Iterable[Member],
+    members: Iterable[DeltaMember],
     *,
     scale: str = "mean",
     floor: float = 1e-6,

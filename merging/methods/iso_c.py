@@ -9,7 +9,7 @@ from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
 from restitch.merging.rules.elementwise import checked
 from restitch.merging.rules.per_matrix import PerMatrix, svd
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 
 # From below what the paper finds best on CLIP, 0.9 to 1.9, to far above it: a model with 384
 # dimensions still gained at 5 (docs/results.md). Each is 1.4 times the one before.
@@ -24,7 +24,7 @@ SCALES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0)
     whole=True,
     tunes=("alpha", SCALES),
 )
-def iso_c(base: Checkpoint, members: Iterable[Member], *, alpha: float = 1.3) -> Edits:
+def iso_c(base: Checkpoint, members: Iterable[DeltaMember], *, alpha: float = 1.3) -> Edits:
     """Base + alpha * (the sum of task vectors, every singular value set to their mean).
 
     Args:

@@ -11,7 +11,7 @@ from restitch.merging.methods.iso_c import SCALES
 from restitch.merging.methods.registry import method
 from restitch.merging.rules.elementwise import checked
 from restitch.merging.rules.per_matrix import PerMatrix, nearest_orthogonal, svd
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 
 
 @method(
@@ -23,7 +23,7 @@ from restitch.merging.rules.stitch import Member
     tunes=("alpha", SCALES),
 )
 def iso_cts(
-    base: Checkpoint, members: Iterable[Member], *, alpha: float = 1.3, common: float = 0.8
+    base: Checkpoint, members: Iterable[DeltaMember], *, alpha: float = 1.3, common: float = 0.8
 ) -> Edits:
     """Base + alpha * (mean singular value * common and task-specific directions, orthogonal).
 

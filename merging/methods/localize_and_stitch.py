@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.stitch import VERSION, Member, stitch
+from restitch.merging.rules.stitch import VERSION, DeltaMember, stitch
 
 
 @method(
@@ -15,7 +15,7 @@ from restitch.merging.rules.stitch import VERSION, Member, stitch
     exact=True,
 )
 def localize_and_stitch(
-    base: Checkpoint, members: Iterable[Member], *, overlap: str = "mean"
+    base: Checkpoint, members: Iterable[DeltaMember], *, overlap: str = "mean"
 ) -> Edits:
     """Overwrite each kept coordinate by the mean of its owners' finetuned values.
 

@@ -6,7 +6,7 @@ from restitch.merging.experts.specialists import Experts, Selected, SharedExpert
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.methods.registry import method
 from restitch.merging.rules.elementwise import Range, total
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 from restitch.merging.rules.ties import Trim
 
 
@@ -19,7 +19,7 @@ from restitch.merging.rules.ties import Trim
     whole=True,
 )
 def magnitude_masking(
-    base: Checkpoint, members: Iterable[Member], *, density: float = 0.1
+    base: Checkpoint, members: Iterable[DeltaMember], *, density: float = 0.1
 ) -> Experts:
     """Base + (the sum of task vectors where the task's own is among its largest).
 

@@ -12,7 +12,7 @@ from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
 from restitch.merging.ranking.kept_vector import KeptVector
 from restitch.merging.rules.elementwise import Elementwise, Floats, Range
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 from restitch.merging.rules.ties import Trim
 
 
@@ -24,7 +24,7 @@ from restitch.merging.rules.ties import Trim
     kind="experts",
     whole=True,
 )
-def magnitude_pruning(base: Checkpoint, members: Iterable[Member]) -> Experts:
+def magnitude_pruning(base: Checkpoint, members: Iterable[DeltaMember]) -> Experts:
     """Base + (the largest 1/T of the task's own vector, over the whole model).
 
     Args:

@@ -38,7 +38,7 @@ class Method:
         kind: `merged` for one model for all tasks, `experts` for one for each of them.
         whole: whether it needs whole task vectors: deltas that keep every coordinate.
         needs: the statistics that it needs of each member beside its delta, all of them found on
-            the train rows of its task (`restitch.merging.rules.stitch.Member.statistics`).
+            the train rows of its task (`restitch.merging.rules.stitch.DeltaMember.statistics`).
         tunes: the setting that is tuned where tuning is asked for, with the values to try.
         settings: its settings with their defaults.
     """

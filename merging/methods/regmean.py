@@ -10,7 +10,7 @@ from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
 from restitch.merging.rules.elementwise import checked
 from restitch.merging.rules.per_matrix import Matrix, PerMatrix
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 from restitch.merging.statistics.grams import unpacked
 from restitch.merging.statistics.statistic_file import GRAM, statistics_of
 
@@ -27,7 +27,7 @@ _RIDGE = 1e-6
     needs=(GRAM,),
     tunes=("scale", tuple(n / 10 for n in range(1, 11))),
 )
-def regmean(base: Checkpoint, members: Iterable[Member], *, scale: float = 0.9) -> Edits:
+def regmean(base: Checkpoint, members: Iterable[DeltaMember], *, scale: float = 0.9) -> Edits:
     """Base + (sum tau_t G_t) (sum G_t)^-1 for linear layers, the mean for other tensors.
 
     That is W = (sum W_t G_t) (sum G_t)^-1, which minimizes sum |X_t (W - W_t)^T|^2 over the inputs

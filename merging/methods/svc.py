@@ -17,7 +17,7 @@ from restitch.merging.methods.registry import get_method, method, method_names
 from restitch.merging.numerics.rounding import cast
 from restitch.merging.rules.elementwise import checked
 from restitch.merging.rules.per_matrix import Matrix, PerMatrix, svd
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 
 NAME = "svc"
 
@@ -40,7 +40,7 @@ _LEAN = 1e-2
 )
 def svc(
     base: Checkpoint,
-    members: Iterable[Member],
+    members: Iterable[DeltaMember],
     *,
     after: str = "tsv-m",
     floor: float = 0.0,

@@ -14,7 +14,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.methods.registry import method
 from restitch.merging.rules.consensus import THRESHOLDS, tall_mask
 from restitch.merging.rules.elementwise import Range, total
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 
 
 @method(
@@ -26,7 +26,7 @@ from restitch.merging.rules.stitch import Member
     whole=True,
     tunes=("threshold", THRESHOLDS),
 )
-def tall(base: Checkpoint, members: Iterable[Member], *, threshold: PerTask = 0.4) -> Experts:
+def tall(base: Checkpoint, members: Iterable[DeltaMember], *, threshold: PerTask = 0.4) -> Experts:
     """Base + (the sum of task vectors where the task's TALL mask is set).
 
     Args:

@@ -14,7 +14,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.methods.registry import method
 from restitch.merging.rules.consensus import THRESHOLDS, tall_mask
 from restitch.merging.rules.elementwise import Range
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 from restitch.merging.rules.ties import Trim, elected
 
 
@@ -29,7 +29,7 @@ from restitch.merging.rules.ties import Trim, elected
 )
 def tall_ties(
     base: Checkpoint,
-    members: Iterable[Member],
+    members: Iterable[DeltaMember],
     *,
     threshold: PerTask = 0.4,
     density: float = 0.2,

@@ -13,7 +13,7 @@ from restitch.merging.rules.elementwise import (
     scaled,
     total,
 )
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 
 
 @method(
@@ -24,7 +24,9 @@ from restitch.merging.rules.stitch import Member
     whole=True,
     tunes=("alpha", COEFFICIENTS),
 )
-def task_arithmetic(base: Checkpoint, members: Iterable[Member], *, alpha: float = 0.4) -> Edits:
+def task_arithmetic(
+    base: Checkpoint, members: Iterable[DeltaMember], *, alpha: float = 0.4
+) -> Edits:
     """Base + alpha * sum of task vectors.
 
     Args:

@@ -12,7 +12,7 @@ from restitch.merging.rules.elementwise import (
     kept_vectors,
     scaled,
 )
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 from restitch.merging.rules.ties import Trim, elected
 
 
@@ -26,7 +26,7 @@ from restitch.merging.rules.ties import Trim, elected
 )
 def ties(
     base: Checkpoint,
-    members: Iterable[Member],
+    members: Iterable[DeltaMember],
     *,
     density: float = 0.2,
     alpha: float = 1.0,

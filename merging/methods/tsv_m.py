@@ -10,7 +10,7 @@ from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
 from restitch.merging.rules.elementwise import checked
 from restitch.merging.rules.per_matrix import PerMatrix, nearest_orthogonal, svd
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 
 
 @method(
@@ -21,7 +21,7 @@ from restitch.merging.rules.stitch import Member
     whole=True,
     tunes=("alpha", tuple(n / 5 for n in range(1, 11))),
 )
-def tsv_m(base: Checkpoint, members: Iterable[Member], *, alpha: float = 1.0) -> Edits:
+def tsv_m(base: Checkpoint, members: Iterable[DeltaMember], *, alpha: float = 1.0) -> Edits:
     """Base + alpha * (sum over tasks of decorrelated leading singular triplets).
 
     Args:

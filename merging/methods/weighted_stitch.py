@@ -11,18 +11,20 @@ from collections.abc import Iterable
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.overlaps import grown
-from restitch.merging.rules.stitch import Member, stitch
+from restitch.merging.rules.overlaps import owner_growth
+from restitch.merging.rules.stitch import DeltaMember, stitch
 
 
 @method(
-    name="restitch",
+    name="weighted-stitch",
     version=1,
     source="after He et al., TMLR 2025, and Matena and Raffel, NeurIPS 2022; docs/results.md",
     exact=True,
     tunes=("growth", (0.0, 0.25, 0.5, 0.75, 1.0)),
 )
-def restitch(base: Checkpoint, members: Iterable[Member], *, growth: float = 0.5) -> Edits:
+def weighted_stitch(
+    base: Checkpoint, members: Iterable[DeltaMember], *, growth: float = 0.5
+) -> Edits:
     """Overwrite each kept coordinate; on shared ones a weighted mean of differences, grown.
 
     Args:
@@ -31,4 +33,4 @@ def restitch(base: Checkpoint, members: Iterable[Member], *, growth: float = 0.5
             counts as much as the others that share them do on average.
         growth: 0 averages, 1 sums; a multiple of a quarter.
     """
-    return stitch(base, members, grown(growth))
+    return stitch(base, members, owner_growth(growth))

@@ -15,7 +15,7 @@ from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
 from restitch.merging.rules.elementwise import checked
 from restitch.merging.rules.per_matrix import PerMatrix
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 
 
 @method(
@@ -28,7 +28,7 @@ from restitch.merging.rules.stitch import Member
 )
 def wudi(
     base: Checkpoint,
-    members: Iterable[Member],
+    members: Iterable[DeltaMember],
     *,
     steps: int = 300,
     learning_rate: float = 1e-5,

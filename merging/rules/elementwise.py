@@ -22,7 +22,7 @@ from restitch.merging.numerics.bitwise import as_integers
 from restitch.merging.numerics.rounding import cast_into, round_once
 from restitch.merging.order import by_bytes
 from restitch.merging.ranking.kept_vector import BLOCK, KeptVector, working_dtype
-from restitch.merging.rules.stitch import Member, check_fit
+from restitch.merging.rules.stitch import DeltaMember, check_fit
 
 Floats = NDArray[Any]
 
@@ -49,7 +49,7 @@ COEFFICIENTS = tuple(n / 10 for n in range(1, 11))
 Rule = Callable[[Range], Floats]
 
 
-def kept_vectors(base: Checkpoint, members: Iterable[Member]) -> tuple[KeptVector, ...]:
+def kept_vectors(base: Checkpoint, members: Iterable[DeltaMember]) -> tuple[KeptVector, ...]:
     """The members' task vectors in the order of their tasks.
 
     Raises:

@@ -48,7 +48,7 @@ def weighted_mean(before: Floats, claims: Sequence[Claim]) -> Floats:
     return before + _weighted(len(before), claims)
 
 
-def grown(growth: float) -> Rule:
+def owner_growth(growth: float) -> Rule:
     """The weighted mean of the deviations, times the number of owners to the power `growth`.
 
     With 0 it is the weighted mean; with 1 and equal weights it is the sum.

@@ -21,7 +21,7 @@ from restitch.merging.numerics.bitwise import as_integers
 from restitch.merging.numerics.rounding import cast, round_once
 from restitch.merging.order import by_bytes
 from restitch.merging.rules.elementwise import kept_vectors
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class PerMatrix:
     def __init__(
         self,
         base: Checkpoint,
-        members: Iterable[Member],
+        members: Iterable[DeltaMember],
         rule: Rule,
         otherwise: Rule | None = None,
     ) -> None:

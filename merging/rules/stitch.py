@@ -38,7 +38,7 @@ _NOWHERE = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
-class Member:
+class DeltaMember:
     """One model in a merged version.
 
     Attributes:
@@ -52,7 +52,7 @@ class Member:
     statistics: Mapping[str, Checkpoint] = field(default_factory=dict)
 
 
-def stitch(base: Checkpoint, members: Iterable[Member], overlap: str | Rule = MEAN) -> Edits:
+def stitch(base: Checkpoint, members: Iterable[DeltaMember], overlap: str | Rule = MEAN) -> Edits:
     """The edits that make the merged model out of the base.
 
     Args:
@@ -94,7 +94,7 @@ def write_patch(
     )
 
 
-def check_fit(base: Checkpoint, member: Member) -> None:
+def check_fit(base: Checkpoint, member: DeltaMember) -> None:
     """Make sure that a member's delta is one for this base.
 
     Raises:
@@ -120,7 +120,7 @@ def check_fit(base: Checkpoint, member: Member) -> None:
 class _Stitched:
     """Edits by members in order; without a rule by the mean. See `stitch`."""
 
-    def __init__(self, members: Sequence[Member], rule: Rule | None) -> None:
+    def __init__(self, members: Sequence[DeltaMember], rule: Rule | None) -> None:
         self._members = tuple(members)
         self._rule = rule
         names = {name for member in members for name in member.delta.names}

@@ -16,7 +16,7 @@ from restitch.merging.errors import BadInput, Damage, RestitchError
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.header import write_header
 from restitch.merging.order import by_bytes
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 
 FISHER, GRAM, COEFFICIENTS = "fisher", "gram", "coefficients"
 
@@ -72,7 +72,7 @@ def open_statistic(path: Path, kind: str, belongs: Mapping[str, str]) -> Checkpo
     return found
 
 
-def statistics_of(members: Sequence[Member], kind: str) -> tuple[Checkpoint, ...]:
+def statistics_of(members: Sequence[DeltaMember], kind: str) -> tuple[Checkpoint, ...]:
     """One statistic of each member, in the order of their tasks.
 
     Raises:

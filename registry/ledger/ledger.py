@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput, Damage, Unavailable
-from restitch.registry.ledger.line_state import Head, ModelRef
+from restitch.registry.ledger.line_state import LineState, ModelRef
 from restitch.registry.ledger.records import (
     Entry,
     Kind,
@@ -38,7 +38,7 @@ class Act(NamedTuple):
 
     entry: Entry
     digest: str
-    head: Head
+    line_state: LineState
 
 
 class Ledger:
@@ -65,31 +65,31 @@ class Ledger:
         """Whether the line was made."""
         return self.find() is not None
 
-    def find(self) -> Head | None:
+    def find(self) -> LineState | None:
         """The head, or None where the line was never made."""
         return self._tagged()[0]
 
-    def head(self) -> Head:
+    def state(self) -> LineState:
         """The head.
 
         Raises:
             BadInput: there is no such line.
         """
-        head = self.find()
-        if head is None:
+        line_state = self.find()
+        if line_state is None:
             known = list(lines(self.objects))
             raise BadInput(
                 f"there is no line {self.line}",
                 found=f"lines {', '.join(known)}" if known else "no lines at all",
                 hint="make it with: restitch init FILE",
             )
-        return head
+        return line_state
 
     def create(self, spec: LineSpec, base: ModelRef, actor: str, reason: str) -> Act | None:
         """Make the line; None where it is there already."""
 
-        def change(head: Head | None) -> Head | None:
-            return Head(line=self.line, spec=spec, base=base) if head is None else None
+        def change(line_state: LineState | None) -> LineState | None:
+            return LineState(line=self.line, spec=spec, base=base) if line_state is None else None
 
         return self._act("configured", actor, reason, change, {"base": base.weights})
 
@@ -98,8 +98,8 @@ class Ledger:
         kind: Kind,
         actor: str,
         reason: str,
-        change: Callable[[Head], Head | None],
-        digests: Mapping[str, str] | Callable[[Head], Mapping[str, str]] | None = None,
+        change: Callable[[LineState], LineState | None],
+        digests: Mapping[str, str] | Callable[[LineState], Mapping[str, str]] | None = None,
     ) -> Act | None:
         """Do one act.
 
@@ -119,21 +119,21 @@ class Ledger:
             BadInput: there is no such line.
             Unavailable: others were faster again and again.
         """
-        self.head()  # the message for a line that does not exist
+        self.state()  # the message for a line that does not exist
 
-        def changed(head: Head | None) -> Head | None:
-            assert head is not None, "a head is never removed"
-            return change(head)
+        def changed(line_state: LineState | None) -> LineState | None:
+            assert line_state is not None, "a head is never removed"
+            return change(line_state)
 
         return self._act(kind, actor, reason, changed, digests)
 
     def touch(self) -> None:
         """Swap in the same head again: whoever is about to change it has to look again."""
         while True:
-            head, tag = self._tagged()
-            if head is None:
+            line_state, tag = self._tagged()
+            if line_state is None:
                 return
-            again = head.model_copy(update={"generation": head.generation + 1})
+            again = line_state.model_copy(update={"generation": line_state.generation + 1})
             data = again.model_dump_json(indent=1).encode()
             if self.objects.store.swap(_head(self.line), tag, data) is not None:
                 return
@@ -154,20 +154,24 @@ class Ledger:
             BadInput: there is no such version.
             Damage: its record is missing or altered.
         """
-        head = self.head()
-        if version not in head.versions:
+        line_state = self.state()
+        if version not in line_state.versions:
             raise BadInput(
                 f"line {self.line} has no version {version}",
-                found=f"versions 1 to {head.newest}" if head.newest else "no versions yet",
+                found=f"versions 1 to {line_state.newest}"
+                if line_state.newest
+                else "no versions yet",
             )
-        return self.record(head.versions[version])
+        return self.record(line_state.versions[version])
 
     def history(self) -> Iterator[MergedRecord]:
         """The records of all merged versions, newest first."""
-        head = self.head()
-        return (self.record(head.versions[n]) for n in sorted(head.versions, reverse=True))
+        line_state = self.state()
+        return (
+            self.record(line_state.versions[n]) for n in sorted(line_state.versions, reverse=True)
+        )
 
-    def head_at(self, when: datetime) -> Head | None:
+    def state_at(self, when: datetime) -> LineState | None:
         """The head as it was at a time, from the trail; None before the line was made."""
         entries = list(
             takewhile(
@@ -175,15 +179,15 @@ class Ledger:
                 self.entries(newest_first=False),
             )
         )
-        return head_after(entries) if entries else None
+        return state_after(entries) if entries else None
 
     def _act(
         self,
         kind: Kind,
         actor: str,
         reason: str,
-        change: Callable[[Head | None], Head | None],
-        digests: Mapping[str, str] | Callable[[Head], Mapping[str, str]] | None,
+        change: Callable[[LineState | None], LineState | None],
+        digests: Mapping[str, str] | Callable[[LineState], Mapping[str, str]] | None,
     ) -> Act | None:
         for attempt in range(_ATTEMPTS):
             old, tag = self._tagged()
@@ -207,7 +211,7 @@ class Ledger:
             data = entry.to_bytes()
             digest = entry.digest
             self.objects.store.put(_entry(digest), data)
-            head = changed.model_copy(
+            line_state = changed.model_copy(
                 update={
                     "generation": 1 if old is None else old.generation + 1,
                     "sequence": entry.sequence,
@@ -215,8 +219,8 @@ class Ledger:
                     "time": entry.time,
                 }
             )
-            if self._swap(tag, head, digest):
-                return Act(entry, digest, head)
+            if self._swap(tag, line_state, digest):
+                return Act(entry, digest, line_state)
             time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.002 * 2 ** min(attempt, 8))))
         raise Unavailable(
             f"line {self.line} is being changed by others all the time",
@@ -224,20 +228,20 @@ class Ledger:
             hint="run the same command again",
         )
 
-    def _swap(self, tag: str | None, head: Head, entry: str) -> bool:
-        data = head.model_dump_json(indent=1).encode()
+    def _swap(self, tag: str | None, line_state: LineState, entry: str) -> bool:
+        data = line_state.model_dump_json(indent=1).encode()
         return self.objects.store.swap(_head(self.line), tag, data) is not None
 
-    def _tagged(self) -> tuple[Head | None, str | None]:
+    def _tagged(self) -> tuple[LineState | None, str | None]:
         try:
             data, tag = self.objects.store.read_tagged(_head(self.line))
         except NotInStore:
             return None, None
-        return parsed(Head, data, _head(self.line)), tag
+        return parsed(LineState, data, _head(self.line)), tag
 
     def _walk(self) -> Iterator[Entry]:
-        head = self.head()
-        digest, sequence = head.entry, head.sequence
+        line_state = self.state()
+        digest, sequence = line_state.entry, line_state.sequence
         while digest is not None:
             name = _entry(digest)
             try:
@@ -279,7 +283,7 @@ class Ledger:
         """
         return parsed(MergedRecord, self.objects.read_blob(digest), f"blobs/{digest}")
 
-    def _time_after(self, old: Head | None) -> str:
+    def _time_after(self, old: LineState | None) -> str:
         now = self._now().astimezone(UTC)
         if old is not None and old.time:
             # A clock that lags behind another host's must not turn the trail around.
@@ -287,10 +291,10 @@ class Ledger:
         return now.isoformat(timespec="microseconds")
 
 
-def head_after(entries: Sequence[Entry]) -> Head:
+def state_after(entries: Sequence[Entry]) -> LineState:
     """The head that acts lead to, from the line's first one on."""
     last = entries[-1]
-    return Head.model_validate(
+    return LineState.model_validate(
         {
             **replay(entries),
             "generation": last.sequence,

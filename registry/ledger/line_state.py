@@ -1,6 +1,6 @@
 """What holds on a line now: its tasks, their models, and which merged version is in use.
 
-A `Head` is a frozen value; each method that changes it returns a new one and does nothing
+A `LineState` is a frozen value; each method that changes it returns a new one and does nothing
 else, so that a change can be run again on a newer head when somebody else was first
 (`restitch.registry.ledger.ledger`). Only digests and small facts are in it: what is large lies in the
 store under the digest that the head names.
@@ -135,7 +135,7 @@ class Member(Record):
     model: ModelVersion
 
 
-class Head(Record):
+class LineState(Record):
     """The present of a line.
 
     Attributes:
@@ -231,17 +231,17 @@ class Head(Record):
         ]
         return max(same, default=None)
 
-    def with_spec(self, spec: LineSpec) -> "Head":
+    def with_spec(self, spec: LineSpec) -> "LineState":
         """The line configured anew."""
         return self._changed(spec=spec)
 
-    def with_task(self, spec: TaskSpec) -> "Head":
+    def with_task(self, spec: TaskSpec) -> "LineState":
         """A new task, or another description of one that is there."""
         old = self.tasks.get(spec.task)
         versions = {} if old is None else old.versions
         return self._changed(tasks={**self.tasks, spec.task: Task(spec=spec, versions=versions)})
 
-    def with_undeclared(self, task: str) -> "Head":
+    def with_undeclared(self, task: str) -> "LineState":
         """A place for the models of a task that nobody has described; nothing where it is there."""
         if task in self.tasks:
             return self
@@ -253,14 +253,14 @@ class Head(Record):
         versions = self.tasks[task].versions if task in self.tasks else {}
         return next((n for n, v in versions.items() if v.mlflow == mlflow), None)
 
-    def with_version(self, task: str, model: ModelVersion) -> "Head":
+    def with_version(self, task: str, model: ModelVersion) -> "LineState":
         """One more model of a task, with the task's next number."""
         found = self._task(task)
         return self._with_versions(task, {**found.versions, found.next_version: model})
 
     def with_state(
         self, task: str, version: int, state: State, reason: str | None = None, **changes: Any
-    ) -> "Head":
+    ) -> "LineState":
         """A model in another state, with whatever else of it changes."""
         found = self._task(task)
         if version not in found.versions:
@@ -269,7 +269,7 @@ class Head(Record):
         model = ModelVersion.model_validate(values)
         return self._with_versions(task, {**found.versions, version: model})
 
-    def with_merged(self, record: str) -> "Head":
+    def with_merged(self, record: str) -> "LineState":
         """One more merged version, whose record has this digest, as the candidate."""
         return self._changed(
             versions={**self.versions, self.next_version: record},
@@ -277,20 +277,20 @@ class Head(Record):
             next_version=self.next_version + 1,
         )
 
-    def promoted(self, version: int) -> "Head":
+    def promoted(self, version: int) -> "LineState":
         """A merged version in use; it is no candidate any more."""
         candidate = None if self.candidate == version else self.candidate
         return self._changed(champion=version, candidate=candidate)
 
-    def without_champion(self) -> "Head":
+    def without_champion(self) -> "LineState":
         """No merged version in use."""
         return self._changed(champion=None)
 
-    def without_candidate(self) -> "Head":
+    def without_candidate(self) -> "LineState":
         """The candidate given up."""
         return self._changed(candidate=None)
 
-    def with_pin(self, pinned: bool) -> "Head":
+    def with_pin(self, pinned: bool) -> "LineState":
         """Automatic promotion switched off or on."""
         return self._changed(pinned=pinned)
 
@@ -299,11 +299,11 @@ class Head(Record):
             raise ValueError(f"line {self.line} has no task {name}")
         return self.tasks[name]
 
-    def _with_versions(self, name: str, versions: dict[int, ModelVersion]) -> "Head":
+    def _with_versions(self, name: str, versions: dict[int, ModelVersion]) -> "LineState":
         task = self.tasks[name].model_copy(update={"versions": versions})
         return self._changed(tasks={**self.tasks, name: task})
 
-    def _changed(self, **changes: Any) -> "Head":
-        head = self.model_copy(update=changes)
-        head.check()  # which a copy is not
-        return head
+    def _changed(self, **changes: Any) -> "LineState":
+        line_state = self.model_copy(update=changes)
+        line_state.check()  # which a copy is not
+        return line_state

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from restitch.merging.digests import canonical_json, digest_bytes
-from restitch.registry.ledger.line_state import Digest, Head, Number, Record
+from restitch.registry.ledger.line_state import Digest, LineState, Number, Record
 
 FORMAT = 1
 
@@ -257,11 +257,11 @@ def mean_of(values: Iterable[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def state_of(head: Head | None) -> dict[str, Any]:
+def state_of(line_state: LineState | None) -> dict[str, Any]:
     """The head as plain JSON, without what the chain itself moves on."""
-    if head is None:
+    if line_state is None:
         return {}
-    return {k: v for k, v in head.to_json().items() if k not in _BOOKKEEPING}
+    return {k: v for k, v in line_state.to_json().items() if k not in _BOOKKEEPING}
 
 
 def differences(

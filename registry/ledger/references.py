@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from restitch.registry.ledger.line_state import Head, ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import LineState, ModelRef, ModelVersion
 from restitch.registry.ledger.records import Entry, MergedRecord
 
 # record: of a merged version. result: an evaluation. manifest: the list of a model's files.
@@ -89,14 +89,14 @@ class Reference:
         return f"{what} of {self.owner} ({self.line})"
 
 
-def of_head(head: Head) -> Iterator[Reference]:
+def of_head(line_state: LineState) -> Iterator[Reference]:
     """The blobs that a head names itself; what these name in turn is in them."""
-    line = head.line
-    yield from _of_source(head.base, line, "the base")
-    for number, record in head.versions.items():
+    line = line_state.line
+    yield from _of_source(line_state.base, line, "the base")
+    for number, record in line_state.versions.items():
         yield Reference(record, "record", line, f"version {number}", number=number)
-    for task in head.tasks:
-        for number, model in head.tasks[task].versions.items():
+    for task in line_state.tasks:
+        for number, model in line_state.tasks[task].versions.items():
             yield from of_model(line, task, number, model)
 
 

@@ -11,14 +11,14 @@ look more.
 from contextlib import suppress
 
 from restitch.merging.errors import Damage
-from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.ledger.references import Reference, of_head, of_manifest, of_record
 from restitch.registry.store.deletion_notice import check_there, was_ever
 from restitch.registry.store.objects import ObjectStore, parsed
 
 
-def check_kept(objects: ObjectStore, old: Head | None, new: Head) -> None:
+def check_kept(objects: ObjectStore, old: LineState | None, new: LineState) -> None:
     """Make sure that what a head would name and the one before did not is there, and stays.
 
     Raises:

@@ -16,7 +16,7 @@ from typing import Generic, NamedTuple, TypeVar
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import Damage
 from restitch.merging.progress import Progress, ignore
-from restitch.registry.ledger.line_state import Head, ModelVersion
+from restitch.registry.ledger.line_state import LineState, ModelVersion
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.ledger.references import (
     COPY_SCHEME,
@@ -57,7 +57,7 @@ class Inventory:
     """
 
     listed: dict[str, Listed]
-    heads: dict[str, Head] = field(default_factory=dict)
+    heads: dict[str, LineState] = field(default_factory=dict)
     trails: dict[str, list[Entry]] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
     records: dict[str, MergedRecord] = field(default_factory=dict)
@@ -86,17 +86,17 @@ def take_inventory(objects: ObjectStore, progress: Progress = ignore) -> Invento
     # The heads last: what they name was there before them, and is listed or read by name.
     entries = _read_all(objects, _below(objects, "audit"), _entry, progress)
     keys = _read_all(objects, _below(objects, "keys"), lambda d, n: parsed(KeyRecord, d, n))
-    heads = _read_all(objects, _heads(objects), lambda d, n: parsed(Head, d, n))
+    heads = _read_all(objects, _heads(objects), lambda d, n: parsed(LineState, d, n))
     found = Inventory({each.name: each for each in objects.store.details()})
     found.damaged = {**entries.wrong, **keys.wrong, **heads.wrong}
     found.entries = {name.rpartition("/")[2]: entry for name, entry in entries.good.items()}
     found.keys = keys.good
-    found.heads = {name.split("/")[1]: head for name, head in heads.good.items()}
+    found.heads = {name.split("/")[1]: line_state for name, line_state in heads.good.items()}
     kinds = ("audit", "blobs", "keys", "lines", "attempts", "turns", "gc")
     found.unknown = [name for name in found.listed if name.split("/")[0] not in kinds]
-    for line, head in found.heads.items():
-        found.trails[line] = _trail(found, objects, head)
-        found.refer(of_head(head))
+    for line, line_state in found.heads.items():
+        found.trails[line] = _trail(found, objects, line_state)
+        found.refer(of_head(line_state))
         found.refer(of_acts(found.trails[line]))
     for line in {entry.line for entry in found.entries.values()} - found.heads.keys():
         found.damaged.setdefault(f"lines/{line}/head.json", "it is missing")
@@ -117,7 +117,9 @@ def in_use(found: Inventory, objects: ObjectStore) -> set[str]:
     used = {name for name in found.listed if not name.startswith(("blobs/", "keys/"))}
     addresses = {digest_bytes(each.encode()) for each in named if each.startswith(MLFLOW_SCHEMES)}
     # What is being onboarded, or will be tried again, may ask for a mask that no act names yet.
-    waiting = any(head.in_state("registered", "waiting") for head in found.heads.values())
+    waiting = any(
+        line_state.in_state("registered", "waiting") for line_state in found.heads.values()
+    )
     manifests = {each.removeprefix(COPY_SCHEME) for each in named if each.startswith(COPY_SCHEME)}
     # Those that are kept first: another key may name the same blob.
     for name, key in sorted(found.keys.items(), key=lambda item: _kind(item[0]) not in _KEPT_KEYS):
@@ -195,10 +197,10 @@ def _entry(data: bytes, name: str) -> Entry:
     return parsed(Entry, verified(data, name.rpartition("/")[2], name), name)
 
 
-def _trail(found: Inventory, objects: ObjectStore, head: Head) -> list[Entry]:
+def _trail(found: Inventory, objects: ObjectStore, line_state: LineState) -> list[Entry]:
     """The acts that led to a head, newest first, up to the first that is damaged."""
     trail: list[Entry] = []
-    digest = head.entry
+    digest = line_state.entry
     while digest is not None:
         name = f"audit/{digest}"
         if digest not in found.entries and name not in found.damaged:
@@ -216,7 +218,9 @@ def _trail(found: Inventory, objects: ObjectStore, head: Head) -> list[Entry]:
 
 def _read_records(found: Inventory, objects: ObjectStore) -> None:
     """The records of all merged versions that a head has or an act has made."""
-    of_heads = {digest for head in found.heads.values() for digest in head.versions.values()}
+    of_heads = {
+        digest for line_state in found.heads.values() for digest in line_state.versions.values()
+    }
     of_acts = {
         str(value)
         for entry in found.entries.values()
@@ -239,13 +243,13 @@ def _read_records(found: Inventory, objects: ObjectStore) -> None:
 def _read_manifests(found: Inventory, objects: ObjectStore) -> None:
     """The files of the models that heads name, whose copies are in the store."""
     manifests = [r for some in found.references.values() for r in some if r.role == "manifest"]
-    for head in found.heads.values():
-        for task, number, model in _models(head):
+    for line_state in found.heads.values():
+        for task, number, model in _models(line_state):
             if model.model.uri.startswith(MLFLOW_SCHEMES):
                 key = found.keys.get(f"keys/source/{digest_bytes(model.model.uri.encode())}")
                 if key is not None:
                     owner = f"{task} {number}"
-                    one = Reference(key.blob, "manifest", head.line, owner, model.model.uri)
+                    one = Reference(key.blob, "manifest", line_state.line, owner, model.model.uri)
                     found.refer([one])
                     manifests.append(one)
     for manifest in manifests:
@@ -273,8 +277,8 @@ def _read_experts(found: Inventory, objects: ObjectStore) -> None:
             found.damaged[f"blobs/{key.blob}"] = text
 
 
-def _models(head: Head) -> list[tuple[str, int, ModelVersion]]:
-    return [(n, v, m) for n, task in head.tasks.items() for v, m in task.versions.items()]
+def _models(line_state: LineState) -> list[tuple[str, int, ModelVersion]]:
+    return [(n, v, m) for n, task in line_state.tasks.items() for v, m in task.versions.items()]
 
 
 def _manifest(found: Inventory, objects: ObjectStore, digest: str) -> bytes:

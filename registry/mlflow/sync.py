@@ -23,7 +23,7 @@ from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.home import Home
 from restitch.registry.ledger import outcomes
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import Entry
 from restitch.registry.mlflow import projection, projection_merged
 from restitch.registry.mlflow.writer import Writer
@@ -77,22 +77,22 @@ class Catalog:
             Damage: the audit trail or a record is damaged.
         """
         with self._explained(), self._alone():
-            head = ledger.head()  # not before the lock: an old one would turn aliases back
-            audit = self._writer.experiment(projection.audit_experiment_name(head.line))
+            line_state = ledger.state()  # not before the lock: an old one would turn aliases back
+            audit = self._writer.experiment(projection.audit_experiment_name(line_state.line))
             done = None if full else _completed(self.client.get_experiment(audit).tags)
-            aliases = self._aliases(head)
+            aliases = self._aliases(line_state)
             if aliases is None:
                 done, aliases = None, {}
             trail = ledger.entries()
-            pending = _since(trail, head, done)
+            pending = _since(trail, line_state, done)
             for entry in reversed(pending):
                 self._writer.write_run(audit, projection.of_act(entry))
-            self._show_models(head, pending)
-            self._show_merged(ledger, head, pending, trail, extras)
-            self._show_history(ledger, head, done, pending, full=full)
-            self._set_aliases(head, aliases)
+            self._show_models(line_state, pending)
+            self._show_merged(ledger, line_state, pending, trail, extras)
+            self._show_history(ledger, line_state, done, pending, full=full)
+            self._set_aliases(line_state, aliases)
             if pending:
-                self.client.set_experiment_tag(audit, _COMPLETE_TAG, _complete(head))
+                self.client.set_experiment_tag(audit, _COMPLETE_TAG, _complete(line_state))
         return len(pending)
 
     def show_study(
@@ -179,37 +179,37 @@ class Catalog:
             Unavailable: MLflow is away.
         """
         with self._explained():
-            head = ledger.head()
-            name = projection.audit_experiment_name(head.line)
+            line_state = ledger.state()
+            name = projection.audit_experiment_name(line_state.line)
             audit = self.client.get_experiment_by_name(name)
-            if audit is None or _completed(audit.tags) != head.entry:
+            if audit is None or _completed(audit.tags) != line_state.entry:
                 return ()  # it is behind, and the next remerge completes it
             wrong = []
-            aliases = self._aliases(head)
+            aliases = self._aliases(line_state)
             if aliases is None:
-                return (f"the registered model {projection.model_name(head.line)} is gone",)
+                return (f"the registered model {projection.model_name(line_state.line)} is gone",)
             for alias in ("champion", "candidate"):
-                version = getattr(head, alias)
-                shown = self._shown(head, aliases.get(alias))
+                version = getattr(line_state, alias)
+                shown = self._shown(line_state, aliases.get(alias))
                 if shown != version:
                     wrong.append(
                         f"the alias {alias} is on {_version(shown)}, not {_version(version)}"
                     )
-            for number, record in sorted(head.versions.items()):
+            for number, record in sorted(line_state.versions.items()):
                 identity = {projection.DIGEST_TAG: record, projection.VERSION_TAG: str(number)}
-                if not self._writer.versions(projection.model_name(head.line), identity):
+                if not self._writer.versions(projection.model_name(line_state.line), identity):
                     wrong.append(f"version {number} is not there")
-        shown_acts = self.acts_shown(head.line)
+        shown_acts = self.acts_shown(line_state.line)
         missing = [entry for entry in ledger.entries() if entry.digest not in shown_acts]
         wrong += [f"act {entry.sequence} ({entry.kind}) is not there" for entry in missing]
         return tuple(wrong)
 
-    def _shown(self, head: Head, number: int | None) -> int | None:
+    def _shown(self, line_state: LineState, number: int | None) -> int | None:
         """The version of ours that a version of MLflow's shows; -1 for another one."""
         if number is None:
             return None
-        found = self.client.get_model_version(projection.model_name(head.line), str(number))
-        for version, record in head.versions.items():
+        found = self.client.get_model_version(projection.model_name(line_state.line), str(number))
+        for version, record in line_state.versions.items():
             if found.tags.get(projection.DIGEST_TAG) == record:
                 return version
         return -1
@@ -227,52 +227,66 @@ class Catalog:
                 path = None
             yield path
 
-    def _show_models(self, head: Head, pending: Iterable[Entry]) -> None:
+    def _show_models(self, line_state: LineState, pending: Iterable[Entry]) -> None:
         """The finetuned models that acts are about, in their present state."""
         for task, version in sorted(
             {m for entry in pending for m in outcomes.touched_models(entry)}
         ):
-            model = head.tasks[task].versions.get(version) if task in head.tasks else None
+            model = (
+                line_state.tasks[task].versions.get(version) if task in line_state.tasks else None
+            )
             if model is not None:
-                run, shown = projection.of_model(head.line, task, version, model, head.base.weights)
-                experiment = self._writer.experiment(projection.models_experiment_name(head.line))
+                run, shown = projection.of_model(
+                    line_state.line, task, version, model, line_state.base.weights
+                )
+                experiment = self._writer.experiment(
+                    projection.models_experiment_name(line_state.line)
+                )
                 self._writer.write_version(shown, self._writer.write_run(experiment, run))
 
     def _show_merged(
         self,
         ledger: Ledger,
-        head: Head,
+        line_state: LineState,
         pending: list[Entry],
         older: Iterable[Entry],
         extras: Extras | None,
     ) -> None:
         """The merged versions that acts are about, with what became of them."""
-        about = {v for entry in pending for v in outcomes.merges_about(entry) if v in head.versions}
+        about = {
+            v for entry in pending for v in outcomes.merges_about(entry) if v in line_state.versions
+        }
         moves = outcomes.last_moves(chain(pending, older), about)
         for version in sorted(moves):
             record, read = ledger.merged(version), ledger.objects.read_blob
             files = {name: read(blob) for name, blob in record.files.items()}
             fate = outcomes.fate_of(record, moves[version])
             run, shown = projection_merged.of_merged(record, files, fate)
-            experiment = self._writer.experiment(projection.experiment_name(head.line))
+            experiment = self._writer.experiment(projection.experiment_name(line_state.line))
             run_id = self._writer.write_run(experiment, run)
             self._writer.write_version(shown, run_id)
             if extras is not None:
                 self._writer.write_artifacts(run_id, extras(version))
 
     def _show_history(
-        self, ledger: Ledger, head: Head, done: str | None, pending: list[Entry], *, full: bool
+        self,
+        ledger: Ledger,
+        line_state: LineState,
+        done: str | None,
+        pending: list[Entry],
+        *,
+        full: bool,
     ) -> None:
         """The run that has the metrics of all versions; it remembers itself how far it is."""
-        name = projection.history_experiment_name(head.line)
+        name = projection.history_experiment_name(line_state.line)
         experiment = self._writer.experiment(name)
-        found = self._writer.runs(experiment, projection_merged.history_digest(head.line))
+        found = self._writer.runs(experiment, projection_merged.history_digest(line_state.line))
         complete = _completed(found[0].data.tags) if len(found) == 1 and not full else None
         if complete != done:  # it was deleted, or a repair was killed in between
-            pending = _since(ledger.entries(), head, complete)
+            pending = _since(ledger.entries(), line_state, complete)
         if not pending:
             return
-        run = projection_merged.of_history(head.line, pending[-1].time)
+        run = projection_merged.of_history(line_state.line, pending[-1].time)
         run_id = self._writer.write_run(experiment, run)
         points = [
             point
@@ -282,16 +296,16 @@ class Catalog:
             )
         ]
         self._writer.write_points(run_id, points)
-        self.client.set_tag(run_id, _COMPLETE_TAG, _complete(head))
+        self.client.set_tag(run_id, _COMPLETE_TAG, _complete(line_state))
 
-    def _aliases(self, head: Head) -> dict[str, int] | None:
+    def _aliases(self, line_state: LineState) -> dict[str, int] | None:
         """The aliases of the line's model; None where it should have versions and is gone."""
         from mlflow.exceptions import MlflowException
 
-        if not head.versions:
+        if not line_state.versions:
             return {}
         try:
-            model = self.client.get_registered_model(projection.model_name(head.line))
+            model = self.client.get_registered_model(projection.model_name(line_state.line))
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None
@@ -299,16 +313,16 @@ class Catalog:
         self._writer.models.add(model.name)
         return {alias: int(version) for alias, version in model.aliases.items()}
 
-    def _set_aliases(self, head: Head, present: Mapping[str, int]) -> None:
-        name = projection.model_name(head.line)
+    def _set_aliases(self, line_state: LineState, present: Mapping[str, int]) -> None:
+        name = projection.model_name(line_state.line)
         for alias in ("champion", "candidate"):
-            version = getattr(head, alias)
+            version = getattr(line_state, alias)
             if version is None:
                 if alias in present:
                     self.client.delete_registered_model_alias(name, alias)
                 continue
             identity = {
-                projection.DIGEST_TAG: head.versions[version],
+                projection.DIGEST_TAG: line_state.versions[version],
                 projection.VERSION_TAG: str(version),
             }
             found = self._writer.versions(name, identity)
@@ -342,13 +356,15 @@ def _version(number: int | None) -> str:
     return "nothing" if number is None else "something else" if number < 0 else f"version {number}"
 
 
-def _complete(head: Head) -> str:
-    return f"{_IMAGE_VERSION}:{head.entry}"
+def _complete(line_state: LineState) -> str:
+    return f"{_IMAGE_VERSION}:{line_state.entry}"
 
 
-def _since(newest_first: Iterator[Entry], head: Head, complete_to: str | None) -> list[Entry]:
+def _since(
+    newest_first: Iterator[Entry], line_state: LineState, complete_to: str | None
+) -> list[Entry]:
     """The acts after one; those before it are left in the iterator."""
-    if head.entry == complete_to:
+    if line_state.entry == complete_to:
         return []
     found = []
     for entry in newest_first:

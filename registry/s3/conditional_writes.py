@@ -15,7 +15,7 @@ from uuid import uuid4
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import Unavailable
 from restitch.registry.s3.client import client, code_of, s3_explained, status_of
-from restitch.registry.s3.retries import persistently
+from restitch.registry.s3.retries import with_retries
 from restitch.registry.s3.settings import WRITER_VARIABLE, single_writer, writing
 
 _known: dict[tuple[str, str], bool] = {}
@@ -44,7 +44,7 @@ def keeps_conditions(bucket: str, prefix: str) -> bool:
             return _etag(probe) != first and not _write(probe, IfMatch=first)
         finally:
             with contextlib.suppress(Exception):
-                persistently(lambda: client().delete_object(**probe))
+                with_retries(lambda: client().delete_object(**probe))
 
 
 def may_rely(bucket: str, prefix: str, cache: Path) -> bool:
@@ -88,7 +88,7 @@ def _write(probe: dict[str, str], **condition: str) -> bool:
     from botocore.exceptions import ClientError
 
     try:
-        persistently(
+        with_retries(
             lambda: client().put_object(**probe, **condition, **writing(""), Body=uuid4().bytes)
         )
     except ClientError as error:
@@ -102,7 +102,7 @@ def _etag(probe: dict[str, str]) -> str | None:
     from botocore.exceptions import ClientError
 
     try:
-        return str(persistently(lambda: client().head_object(**probe))["ETag"])
+        return str(with_retries(lambda: client().head_object(**probe))["ETag"])
     except ClientError as error:
         if status_of(error) == 404:
             return None

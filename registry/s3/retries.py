@@ -38,7 +38,7 @@ _ON_THE_WAY = {
 }
 
 
-def persistently(call: Callable[[], Result], size: int = 0) -> Result:
+def with_retries(call: Callable[[], Result], size: int = 0) -> Result:
     """Make a call, again and again while a repetition may help.
 
     Args:

@@ -20,7 +20,7 @@ from restitch.merging.digests import digest_file
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.s3.client import NOT_ALLOWED, client, code_of, s3_explained, status_of
 from restitch.registry.s3.conditional_writes import may_rely
-from restitch.registry.s3.retries import pause, persistently
+from restitch.registry.s3.retries import pause, with_retries
 from restitch.registry.s3.settings import cache_limit, writing
 from restitch.registry.s3.transfer import Target, fetch_file, read_body, send_bytes, send_file
 from restitch.registry.store.base import Listed, NotInStore, Tagged, check_name
@@ -93,7 +93,7 @@ class S3Store:
             answer = client().get_object(**place)
             return Tagged(read_body(answer), _found(answer).tag)
 
-        return self._got(name, lambda: persistently(read))
+        return self._got(name, lambda: with_retries(read))
 
     def swap(self, name: str, expected: str | None, data: bytes) -> str | None:
         """Replace the object if it is still the expected one; see `Store.swap`."""
@@ -133,7 +133,7 @@ class S3Store:
         found: list[Listed] = []
         with s3_explained(self._address, "list"):
             while True:
-                page = persistently(lambda: client().list_objects_v2(**asked))
+                page = with_retries(lambda: client().list_objects_v2(**asked))
                 for each in page.get("Contents", ()):
                     name = str(each["Key"]).removeprefix(f"{self.prefix}/")
                     if _is_name(name):
@@ -165,7 +165,7 @@ class S3Store:
         """Remove it from the server; see `Store.remove`."""
         there = self.exists(name)
         with s3_explained(self._address, f"remove {name}"):
-            persistently(lambda: client().delete_object(**self._place(name)))
+            with_retries(lambda: client().delete_object(**self._place(name)))
         return there
 
     def _key(self, name: str) -> str:
@@ -185,7 +185,7 @@ class S3Store:
         place = self._place(name)
         with s3_explained(self._address, f"look for {name}"):
             try:
-                return _found(persistently(lambda: client().head_object(**place)))
+                return _found(with_retries(lambda: client().head_object(**place)))
             except ClientError as error:
                 if status_of(error) == 404:
                     return None
@@ -265,7 +265,7 @@ class S3Store:
         asked: dict[str, Any] = {"Bucket": self.bucket, "Prefix": f"{self.prefix}/"}
         while True:
             try:
-                page = persistently(lambda: client().list_multipart_uploads(**asked))  # noqa: B023
+                page = with_retries(lambda: client().list_multipart_uploads(**asked))  # noqa: B023
             except ClientError as error:
                 # Not every server lists them, and not every account may: both can do without.
                 if code_of(error) in (*NOT_ALLOWED, "NotImplemented", "MethodNotAllowed"):
@@ -283,7 +283,7 @@ class S3Store:
 
         asked = {"Bucket": self.bucket, "Key": key, "UploadId": upload}
         try:
-            persistently(lambda: client().abort_multipart_upload(**asked))
+            with_retries(lambda: client().abort_multipart_upload(**asked))
         except ClientError as error:
             if code_of(error) != "NoSuchUpload":  # another has, or the answer was lost
                 raise

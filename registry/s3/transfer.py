@@ -20,7 +20,7 @@ from blake3 import blake3
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput
 from restitch.registry.s3.client import AlteredError, MangledError, client
-from restitch.registry.s3.retries import persistently, take_body
+from restitch.registry.s3.retries import take_body, with_retries
 
 # Larger content goes in parts of this size, and so many of them at once.
 PART = 16 << 20
@@ -66,7 +66,7 @@ def send_bytes(target: Target, data: bytes) -> str:
         _compare(answer, checked)
         return str(answer["ETag"])
 
-    return persistently(send, len(data))
+    return with_retries(send, len(data))
 
 
 def send_file(target: Target, file: Path) -> str:
@@ -115,7 +115,7 @@ def fetch_file(place: dict[str, str], file: Path) -> None:
     """
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
     try:
-        size, etag, metadata = persistently(lambda: _begin(place, descriptor), PART)
+        size, etag, metadata = with_retries(lambda: _begin(place, descriptor), PART)
         if size > PART:
             length, digests = _read_ranges(metadata, size)
             os.truncate(descriptor, size)
@@ -182,13 +182,13 @@ def fetch_range(
         if expected is not None and hasher.digest(_SHORT) != expected:
             raise AlteredError(f"other bytes from {start} to {start + length}")
 
-    persistently(fetch, length)
+    with_retries(fetch, length)
 
 
 @contextlib.contextmanager
 def _upload(target: Target, ranges: str) -> Iterator[str]:
     """The id of an upload in parts, which is aborted where it is not completed."""
-    answer = persistently(
+    answer = with_retries(
         lambda: client().create_multipart_upload(
             **target.place,
             **target.settings,
@@ -202,7 +202,7 @@ def _upload(target: Target, ranges: str) -> Iterator[str]:
     except BaseException:
         # Parts of an upload that nobody completes cost money until they are swept.
         with contextlib.suppress(Exception):
-            persistently(lambda: client().abort_multipart_upload(**target.place, UploadId=upload))
+            with_retries(lambda: client().abort_multipart_upload(**target.place, UploadId=upload))
         raise
 
 
@@ -221,13 +221,13 @@ def _send_parts(target: Target, upload: str, descriptor: int, size: int) -> list
             crc = {"ChecksumCRC32": checked["ChecksumCRC32"]}
             return {"PartNumber": index + 1, "ETag": answer["ETag"], **crc}
 
-        return persistently(once, len(data))
+        return with_retries(once, len(data))
 
     return _in_parallel(send, range(-(-size // length)))
 
 
 def _complete(target: Target, upload: str, parts: list[dict[str, Any]]) -> str:
-    answer = persistently(
+    answer = with_retries(
         lambda: client().complete_multipart_upload(
             **target.place,
             **target.condition,

@@ -31,7 +31,7 @@ from restitch.registry.s3.client import (
     s3_explained,
     status_of,
 )
-from restitch.registry.s3.retries import persistently
+from restitch.registry.s3.retries import with_retries
 from restitch.registry.s3.transfer import IN_FLIGHT, PART, fetch_file, fetch_range
 
 # Larger than any vocabulary or configuration.
@@ -133,7 +133,7 @@ class S3Folder:
 
         place = {"Bucket": self.bucket, "Key": file.key}
         try:
-            answer = persistently(lambda: client().head_object(**place, PartNumber=1))
+            answer = with_retries(lambda: client().head_object(**place, PartNumber=1))
         except ClientError:
             return None
         return int(answer.get("ContentLength", 0)) or None
@@ -336,7 +336,7 @@ def _objects(bucket: str, prefix: str) -> Iterator[tuple[str, RemoteFile]]:
     asked: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
     seen = 0
     while True:
-        page = persistently(lambda: client().list_objects_v2(**asked))
+        page = with_retries(lambda: client().list_objects_v2(**asked))
         for each in page.get("Contents", ()):
             key = str(each["Key"])
             yield key, RemoteFile(key, int(each["Size"]), str(each["ETag"]))

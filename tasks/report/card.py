@@ -12,7 +12,7 @@ import yaml
 
 from restitch.merging.digests import canonical_json
 from restitch.modeling.licence import Licence
-from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import Interval, MergedRecord, TaskResult
 from restitch.registry.mlflow.sync import without_credentials
 from restitch.registry.specs.task import is_hub_id, split_pin
@@ -23,12 +23,12 @@ Rows = Sequence[tuple[str, ...]]
 _MARKUP = re.compile(r"([\\`*_\[\]<>|#~])")
 
 
-def model_card(head: Head, record: MergedRecord, origin: Provenance) -> str:
+def model_card(line_state: LineState, record: MergedRecord, origin: Provenance) -> str:
     """The README.md of an exported version, Markdown with the hub's front matter."""
     parts = [
-        _front_matter(head, origin),
+        _front_matter(line_state, origin),
         f"# {record.line}, version {record.version}",
-        _summary(head, record),
+        _summary(line_state, record),
         "## Results",
         _results(record),
         _retention(record),
@@ -38,9 +38,9 @@ def model_card(head: Head, record: MergedRecord, origin: Provenance) -> str:
         "## Lineage",
         _lineage(record, origin),
         "## Licences",
-        _licences(head, record, origin),
+        _licences(line_state, record, origin),
         "## Recipe",
-        _recipe(head, record),
+        _recipe(line_state, record),
         _table(("software", "version"), list(record.software.items())),
         "## How to verify it",
         _verification(_commands(record), origin),
@@ -49,12 +49,16 @@ def model_card(head: Head, record: MergedRecord, origin: Provenance) -> str:
 
 
 def specialist_card(
-    head: Head, record: MergedRecord, task: str, made: Mapping[str, Any], origin: Provenance
+    line_state: LineState,
+    record: MergedRecord,
+    task: str,
+    made: Mapping[str, Any],
+    origin: Provenance,
 ) -> str:
     """The README.md of the specialist for one task of a merged version.
 
     Args:
-        head: of the line.
+        line_state: of the line.
         record: the version.
         task: one of its members'.
         made: how the specialists were made, as `restitch.json` says it.
@@ -67,15 +71,15 @@ def specialist_card(
         for name, m in record.members.items()
     ]
     parts = [
-        _front_matter(head, origin),
+        _front_matter(line_state, origin),
         f"# {line}, version {version}: {task}",
-        f"The specialist for `{task}`: {_source(head.base.uri)} with the part of the multi-task "
+        f"The specialist for `{task}`: {_source(line_state.base.uri)} with the part of the multi-task "
         f"vector of {len(record.members)} finetuned models that the mask of `{task}` selects. "
         "It is for this task alone.",
         "## Members",
         _table(("task", "version", "finetuned model", "weights"), members),
         "## Licences",
-        _licences(head, record, origin),
+        _licences(line_state, record, origin),
         "## Recipe",
         f"All details are in `restitch.json`.\n\n```json\n{canonical_json(made).decode()}\n```",
         "## How to verify it",
@@ -88,9 +92,9 @@ def _page(parts: Sequence[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(head: Head, origin: Provenance) -> str:
+def _front_matter(line_state: LineState, origin: Provenance) -> str:
     fields: dict[str, Any] = {"tags": ["model-merging", "restitch"]}
-    name, _ = split_pin(head.base.uri)
+    name, _ = split_pin(line_state.base.uri)
     if is_hub_id(name) and "/" in name and ":" not in name:
         fields |= {"base_model": name, "base_model_relation": "merge"}
     fields |= _licence_fields([origin.base_licence, *origin.licences.values()])
@@ -112,11 +116,11 @@ def _licence_fields(all_of_them: Sequence[Licence | None]) -> dict[str, str]:
     return fields
 
 
-def _summary(head: Head, record: MergedRecord) -> str:
+def _summary(line_state: LineState, record: MergedRecord) -> str:
     tasks = ", ".join(record.members) or "no task"
     return (
         f"A merged model that holds the skills of {len(record.members)} finetuned models "
-        f"({tasks}), stitched from their sparse masks onto {_source(head.base.uri)} by restitch. "
+        f"({tasks}), stitched from their sparse masks onto {_source(line_state.base.uri)} by restitch. "
         f"{record.kept:,} weights differ from the base. Made {_time(record.created_at)}."
     )
 
@@ -126,8 +130,8 @@ def _results(record: MergedRecord) -> str:
         (task, *_values(result), _interval(result.interval))
         for task, result in record.results.items()
     ]
-    head = ("task", "base", "finetuned", "grafted", "merged", "normalized", "95 % interval")
-    return _table(head, rows)
+    line_state = ("task", "base", "finetuned", "grafted", "merged", "normalized", "95 % interval")
+    return _table(line_state, rows)
 
 
 def _values(result: TaskResult) -> tuple[str, ...]:
@@ -189,8 +193,8 @@ def _lineage(record: MergedRecord, origin: Provenance) -> str:
     return f"{text} What happened to it until it was exported:\n\n{acts}"
 
 
-def _licences(head: Head, record: MergedRecord, origin: Provenance) -> str:
-    rows = [("base", _source(head.base.uri), _licence(origin.base_licence))]
+def _licences(line_state: LineState, record: MergedRecord, origin: Provenance) -> str:
+    rows = [("base", _source(line_state.base.uri), _licence(origin.base_licence))]
     rows += [
         (task, _source(member.uri), _licence(origin.licences.get(task)))
         for task, member in record.members.items()
@@ -200,11 +204,11 @@ def _licences(head: Head, record: MergedRecord, origin: Provenance) -> str:
     )
 
 
-def _recipe(head: Head, record: MergedRecord) -> str:
+def _recipe(line_state: LineState, record: MergedRecord) -> str:
     method = record.recipe.get("method")
     return (
         f"Recipe `{record.recipe_digest}`, patch `{record.patch}` on base "
-        f"`{head.base.weights}`. The merged weights are a function of the recipe alone. "
+        f"`{line_state.base.weights}`. The merged weights are a function of the recipe alone. "
         "All details are in `restitch.json`.\n\n"
         f"```json\n{canonical_json(method).decode()}\n```"
     )
@@ -251,8 +255,8 @@ def _time(text: str) -> str:
     return f"{text[:19].replace('T', ' ')} UTC"
 
 
-def _table(head: tuple[str, ...], rows: Rows) -> str:
-    lines = [head, tuple("---" for _ in head), *rows]
+def _table(line_state: tuple[str, ...], rows: Rows) -> str:
+    lines = [line_state, tuple("---" for _ in line_state), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

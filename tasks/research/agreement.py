@@ -14,7 +14,7 @@ from restitch.merging.analysis.agreement import (
 from restitch.merging.digests import digest_json
 from restitch.merging.files.sparse import SparseFile
 from restitch.merging.ranking.kept_vector import KeptVector
-from restitch.merging.rules.stitch import Member as Part
+from restitch.merging.rules.stitch import DeltaMember as Part
 from restitch.tasks.inputs.checkpoints import open_base
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step

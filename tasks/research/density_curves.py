@@ -19,7 +19,7 @@ from restitch.merging.localize.dataless import kept_count
 from restitch.merging.methods.registry import Method, get_method, resolve_settings
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import top_k
-from restitch.merging.rules.stitch import Member as Part
+from restitch.merging.rules.stitch import DeltaMember
 from restitch.modeling.evaluation import Evaluation
 from restitch.registry.ledger.line_state import Member
 from restitch.tasks.density import Grafted
@@ -124,13 +124,13 @@ def conflict(
         exams = [Exam(base, m.spec, m.model.model, space) for m in members]
         whole = _coordinates(base)
 
-        def parts(kept: int, rankings: Sequence[Ranking]) -> list[Part]:
+        def parts(kept: int, rankings: Sequence[Ranking]) -> list[DeltaMember]:
             return [
                 _part(m, v, r, kept, scratch)
                 for m, v, r in zip(members, vectors, rankings, strict=True)
             ]
 
-        def measured(by: Method, given: list[Part], **chosen: Any) -> dict[str, Any]:
+        def measured(by: Method, given: list[DeltaMember], **chosen: Any) -> dict[str, Any]:
             with exams[0].live.edited(by(base.checkpoint, given, **chosen)):
                 found = {m.task: _measured(e.take()) for m, e in zip(members, exams, strict=True)}
             return {"mean": sum(v["value"] for v in found.values()) / len(found), "tasks": found}
@@ -209,14 +209,16 @@ def _mask(ranking: Ranking, kept: int, scratch: Path) -> Any:
     return top_k(ranking.scores, kept, scratch=scratch)
 
 
-def _part(member: Member, vector: TaskVector, ranking: Ranking, kept: int, scratch: Path) -> Part:
+def _part(
+    member: Member, vector: TaskVector, ranking: Ranking, kept: int, scratch: Path
+) -> DeltaMember:
     """A member with the sparse delta of a density; its file has no name any more."""
     file = scratch / f"{member.task}.delta"
     values = kept_values(vector.finetuned, _mask(ranking, kept, scratch), ranking.factors)
     write_sparse(file, values, kind="delta", metadata={})
     delta = SparseFile.open(file)
     file.unlink()
-    return Part(member.task, delta)
+    return DeltaMember(member.task, delta)
 
 
 def _measured(found: Evaluation) -> dict[str, Any]:

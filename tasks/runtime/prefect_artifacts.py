@@ -88,9 +88,9 @@ def _results(record: Mapping[str, Any]) -> str:
     return text
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(line_state: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
+    lines = [line_state, ["---"] * len(line_state), *rows]
     return "\n".join(
         "| " + " | ".join(one.replace("|", "\\|").replace("\n", " ") for one in line) + " |"
         for line in lines

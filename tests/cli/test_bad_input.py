@@ -193,14 +193,14 @@ CANNOT_JOIN: dict[str, tuple[Callable[[Path], None], tuple[str, ...]]] = {
 
 
 def check_quarantined(world: World, line: Shell, model: Path, named: tuple[str, ...]) -> None:
-    before, champion, kinds = line.head(), line.patch_bytes(), line.kinds()
+    before, champion, kinds = line.state(), line.patch_bytes(), line.kinds()
     found = line.json("register", "demo", "--task", world.task("colour"), "--model", model, code=4)
     assert found["state"] == "quarantined"
     assert found["merged"] is None
     for name in named:
         assert name in found["reason"]
     assert line.kinds() == [*kinds, "registered", "quarantined"]
-    after = line.head()
+    after = line.state()
     assert (after.champion, after.versions) == (before.champion, before.versions)
     assert after.members == before.members
     # Again: it is known, and nothing is written.
@@ -211,7 +211,7 @@ def check_quarantined(world: World, line: Shell, model: Path, named: tuple[str, 
     # The line goes on without it.
     assert line.json("remerge", "demo")["action"] == "unchanged"
     assert line.add(world, "colour")["version"] == 2
-    assert line.head().members[0].version == 2
+    assert line.state().members[0].version == 2
     assert line.patch_bytes() != champion
 
 

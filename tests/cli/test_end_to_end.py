@@ -67,7 +67,7 @@ def test_every_registration_ends_in_a_champion_that_holds_all_models(three: Thre
         )
         assert merged["localized"] == [], "the model is localized before the remerge"
         assert set(merged["record"]["members"]) == set(SKILLS[:number])
-    assert three.shell.head().champion == 3
+    assert three.shell.state().champion == 3
 
 
 def test_results_are_those_of_the_models(three: Three) -> None:
@@ -174,11 +174,15 @@ def test_recorded_results_are_what_the_exported_model_reaches(
     for task, result in record.results.items():
         text = (world.root / "data" / task / "test.jsonl").read_text()
         rows = [json.loads(line) for line in text.splitlines()]
-        head = Head.from_bytes((tmp_path / "out" / "heads" / f"{task}.safetensors").read_bytes())
+        line_state = Head.from_bytes(
+            (tmp_path / "out" / "heads" / f"{task}.safetensors").read_bytes()
+        )
         batch = family.preprocessor(world.base)([Example((r["text"],), None, "") for r in rows])
         with torch.inference_mode():
-            guesses = family.logits(model, batch, head).argmax(1).tolist()
-        right = sum(head.spec.labels[g] == r["label"] for g, r in zip(guesses, rows, strict=True))
+            guesses = family.logits(model, batch, line_state).argmax(1).tolist()
+        right = sum(
+            line_state.spec.labels[g] == r["label"] for g, r in zip(guesses, rows, strict=True)
+        )
         assert result.merged == right / len(rows)
 
 
@@ -280,7 +284,7 @@ def test_the_same_model_again_finishes_what_is_unfinished(
 ) -> None:
     shell("init", world.line(tmp_path / "line.yaml"))
     found = shell.add(world, "colour", "--no-remerge")
-    assert (found["state"], found["merged"], shell.head().champion) == ("ready", None, None)
+    assert (found["state"], found["merged"], shell.state().champion) == ("ready", None, None)
     found = shell.add(world, "colour")
     assert (found["already"], found["merged"]["action"]) == (True, "promoted")
     assert shell.kinds() == ["configured", "registered", "localized", "merged", "promoted"]
@@ -299,7 +303,7 @@ def test_other_weights_take_the_place_of_the_member(
     only.add(world, "colour", model="colour-2")
     assert (found["version"], found["already"], found["state"]) == (2, False, "ready")
     assert found["merged"]["record"]["members"]["colour"]["version"] == 2
-    states = {n: m.state for n, m in shell.head().tasks["colour"].versions.items()}
+    states = {n: m.state for n, m in shell.state().tasks["colour"].versions.items()}
     assert states == {1: "replaced", 2: "ready"}
     assert shell.patch_bytes() == only.patch_bytes()
 

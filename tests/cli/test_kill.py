@@ -216,7 +216,7 @@ def test_init_can_be_killed_at_every_write(world: World, tmp_path: Path) -> None
 
 
 def states(shell: Shell) -> dict[str, dict[int, str]]:
-    tasks = shell.head().tasks.items()
+    tasks = shell.state().tasks.items()
     return {name: {n: v.state for n, v in task.versions.items()} for name, task in tasks}
 
 

@@ -30,7 +30,7 @@ def copied(three: Three, folder: Path) -> Shell:
 
 
 def state(shell: Shell) -> dict[str, Any]:
-    return state_of(shell.head())
+    return state_of(shell.state())
 
 
 @pytest.mark.usefixtures("without_mlflow")
@@ -67,7 +67,7 @@ def test_who_dies_before_mlflow_leaves_the_alias_to_the_next_remerge(
         return str(found.tags["restitch.version"])
 
     assert run(shell, ROLLBACK) == 0  # the child leaves MLflow out, as if it were killed there
-    assert shell.head().champion == 2
+    assert shell.state().champion == 2
     assert alias() == "3"
     shell("remerge", "demo")
     assert alias() == "2"

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 import pytest
 
-from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.line_state import LineState
 from tests.conftest import NewHome
 from tests.fake_prefect import FakePrefect, fake_prefect
 from tests.shell import Shell
@@ -84,7 +84,7 @@ def test_waiting_ends_with_a_message_when_no_worker_answers(
     assert "it is registered" in done.err
     assert "nothing is lost" in done.err
     assert "restitch doctor" in done.err
-    assert handing_over.head().tasks["colour"].versions[1].state == "registered"
+    assert handing_over.state().tasks["colour"].versions[1].state == "registered"
 
 
 def test_waiting_returns_when_the_model_is_in_the_champion(
@@ -177,8 +177,8 @@ def test_watching_prints_each_state_once_until_ctrl_c(embedded: Shell) -> None:
     assert "Traceback" not in err
 
 
-def pinned(head: Head) -> Head:
-    return head.model_copy(update={"pinned": True})
+def pinned(line_state: LineState) -> LineState:
+    return line_state.model_copy(update={"pinned": True})
 
 
 def test_a_model_that_killed_three_processes_is_quarantined_and_tried_again_when_registered(
@@ -187,9 +187,9 @@ def test_a_model_that_killed_three_processes_is_quarantined_and_tried_again_when
     shell = new_home("deadly")
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
     shell.python(DIES, world.task("colour"), world.model("colour"))
-    assert shell.head().tasks["colour"].versions[1].state == "registered"
+    assert shell.state().tasks["colour"].versions[1].state == "registered"
     told = shell.json("remerge", "demo")
-    model = shell.head().tasks["colour"].versions[1]
+    model = shell.state().tasks["colour"].versions[1]
     assert (told["action"], model.state, model.facts["deaths"]) == ("empty", "quarantined", 3)
     assert "killed the process that onboarded it 3 times" in str(model.reason)
     assert shell.json("remerge", "demo")["action"] == "empty"

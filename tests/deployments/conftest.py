@@ -123,7 +123,7 @@ class Stack:
 
         def look() -> set[str] | None:
             ledger = self.shell.ledger(line)
-            champion = ledger.head().champion
+            champion = ledger.state().champion
             members = set() if champion is None else set(ledger.merged(champion).members)
             return members if set(tasks) <= members else None
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.specs.line import LineSpec
 from tests.conftest import NewHome
 from tests.flows.test_decisions import Line
@@ -59,7 +59,7 @@ def test_who_is_not_listed_is_refused_and_nothing_is_written(
 
 def test_what_a_remerge_promotes_is_nobody_s_decision(guarded: tuple[Shell, Path]) -> None:
     shell, _ = guarded
-    assert shell.head().champion == 2
+    assert shell.state().champion == 2
     promoted = [entry for entry in shell.acts() if entry.kind == "promoted"]
     assert {entry.actor for entry in promoted} == {"trainer"}
 
@@ -68,9 +68,9 @@ def test_who_is_listed_decides(world: World, shell: Shell, tmp_path: Path) -> No
     line = Line(world, shell, tmp_path, "colour", "number", actors={"rollback": ["ann", "bob"]})
     as_actor(shell, "carl")("rollback", "demo", 1, "--reason", "because", code=3)
     as_actor(shell, "bob")("rollback", "demo", 1, "--reason", "because")
-    assert (line.head().champion, shell.acts()[-1].actor) == (1, "bob")
+    assert (line.state().champion, shell.acts()[-1].actor) == (1, "bob")
     as_actor(shell, "carl")("unpin", "demo", "--reason", "nobody is listed for this")
-    assert line.head().champion != 1
+    assert line.state().champion != 1
 
 
 def test_the_list_is_changed_by_an_act(world: World, shell: Shell, tmp_path: Path) -> None:
@@ -82,7 +82,7 @@ def test_the_list_is_changed_by_an_act(world: World, shell: Shell, tmp_path: Pat
     assert (act.kind, act.actor) == ("configured", "bob")
     assert "actors.pin: ['ann'] -> ['bob']" in act.reason
     as_actor(shell, "bob")("pin", "demo", "--reason", "because")
-    assert shell.head().pinned
+    assert shell.state().pinned
 
 
 def test_who_loses_the_right_meanwhile_has_lost_it(
@@ -93,17 +93,17 @@ def test_who_loses_the_right_meanwhile_has_lost_it(
     shell("init", world.line(file, retention=None, actors={"pin": ["bob"]}))
     changed: list[bool] = []
 
-    def change_first(head: Head, pinned: bool) -> Head:
+    def change_first(line_state: LineState, pinned: bool) -> LineState:
         if not changed:
             changed.append(True)
             shell("init", world.line(file, retention=None, actors={"pin": ["ann"]}))
-        return with_pin(head, pinned)
+        return with_pin(line_state, pinned)
 
-    with_pin = Head.with_pin
-    monkeypatch.setattr(Head, "with_pin", change_first)
+    with_pin = LineState.with_pin
+    monkeypatch.setattr(LineState, "with_pin", change_first)
     as_actor(shell, "bob")("pin", "demo", "--reason", "because", code=3)
     assert changed
-    assert not shell.head().pinned
+    assert not shell.state().pinned
 
 
 @pytest.mark.parametrize(

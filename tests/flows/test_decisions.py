@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.line_state import LineState
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.worlds import World
@@ -28,11 +28,11 @@ class Line:
     def do(self, *words: object, reason: str = "because", code: int = 0) -> Any:
         return self.shell.json(*words, "--reason", reason, code=code)
 
-    def head(self) -> Head:
-        return self.shell.head()
+    def state(self) -> LineState:
+        return self.shell.state()
 
     def members(self) -> dict[str, int]:
-        champion = self.head().champion
+        champion = self.state().champion
         assert champion is not None
         record = self.shell.ledger().merged(champion)
         return {task: member.version for task, member in record.members.items()}
@@ -51,7 +51,7 @@ def test_a_rollback_puts_the_old_version_in_use_and_pins_it(line: Line) -> None:
         2,
         True,
     )
-    assert (line.head().champion, line.head().pinned) == (2, True)
+    assert (line.state().champion, line.state().pinned) == (2, True)
     act = line.shell.acts()[-1]
     assert (act.kind, act.reason) == (
         "rolled-back",
@@ -75,10 +75,10 @@ def test_after_a_rollback_new_models_become_candidates_until_the_line_is_unpinne
 ) -> None:
     line.do("rollback", "demo", 2)
     line.add("wreck")
-    assert (line.head().champion, line.head().candidate) == (2, 4)
+    assert (line.state().champion, line.state().candidate) == (2, 4)
     found = line.do("unpin", "demo", reason="looked at it")
     assert found["merged"]["action"] == "promoted"
-    assert (line.head().champion, line.head().candidate, line.head().pinned) == (4, None, False)
+    assert (line.state().champion, line.state().candidate, line.state().pinned) == (4, None, False)
     assert line.shell.kinds()[-2:] == ["unpinned", "promoted"]
     line.shell.check_settled()
 
@@ -91,13 +91,13 @@ def test_only_what_was_in_use_can_be_rolled_back_to(line: Line) -> None:
     assert "restitch promote demo 4" in done.err.replace("\n", " ")
     done = line.shell("rollback", "demo", 9, "--reason", "x", code=3)
     assert "no version 9" in done.err
-    assert line.head().champion == 3
+    assert line.state().champion == 3
 
 
 def test_one_can_roll_forward_again(line: Line) -> None:
     line.do("rollback", "demo", 1)
     line.do("rollback", "demo", 3)
-    assert line.head().champion == 3
+    assert line.state().champion == 3
 
 
 def test_a_promotion_past_a_gate_says_so_and_stays(
@@ -105,14 +105,14 @@ def test_a_promotion_past_a_gate_says_so_and_stays(
 ) -> None:
     line = Line(world, shell, tmp_path, "colour", gates={"min_retention": 0.25})
     line.add("wreck", code=5)
-    assert line.head().tasks["wreck"].versions[1].state == "held"
+    assert line.state().tasks["wreck"].versions[1].state == "held"
     found = line.do("promote", "demo", 2, reason="we need it")
     assert (found["done"], found["champion"], found["pinned"]) == (True, 2, False)
     act = line.shell.acts()[-1]
     assert act.kind == "promoted"
     assert act.reason.startswith("version 2 by hand, past min_retention of the general benchmark")
     assert act.reason.endswith("< 0.25: we need it")
-    assert line.head().tasks["wreck"].versions[1].state == "ready"
+    assert line.state().tasks["wreck"].versions[1].state == "ready"
     line.shell.check_settled()
     assert line.members() == {"colour": 1, "wreck": 1}
 
@@ -128,9 +128,9 @@ def test_a_promotion_that_a_remerge_would_undo_pins_the_line(line: Line) -> None
 def test_a_candidate_is_promoted_and_the_line_stays_pinned(line: Line) -> None:
     line.do("pin", "demo", reason="freeze")
     line.add("wreck")
-    assert line.head().candidate == 4
+    assert line.state().candidate == 4
     assert line.do("promote", "demo", "candidate")["champion"] == 4
-    assert (line.head().candidate, line.head().pinned) == (None, True)
+    assert (line.state().candidate, line.state().pinned) == (None, True)
 
 
 def test_after_a_retirement_the_bytes_are_those_without_the_model(
@@ -141,23 +141,23 @@ def test_after_a_retirement_the_bytes_are_those_without_the_model(
     assert line.members() == {"animal": 1, "colour": 1}
     never = Line(line.world, new_home("never"), tmp_path, "colour", "animal")
     assert line.shell.patch_bytes() == never.shell.patch_bytes()
-    records = [one.ledger().merged(one.head().champion or 0) for one in (line.shell, never.shell)]
+    records = [one.ledger().merged(one.state().champion or 0) for one in (line.shell, never.shell)]
     assert records[0].recipe == records[1].recipe
     act = next(act for act in line.shell.acts() if act.kind == "retired")
     assert act.reason == "number: its data was withdrawn"
-    model = line.head().tasks["number"].versions[1]
+    model = line.state().tasks["number"].versions[1]
     assert (model.state, model.reason) == ("retired", "its data was withdrawn")
     line.shell.check_settled()
 
 
 def test_restoring_brings_back_the_very_bytes(line: Line) -> None:
     before = line.shell.patch_bytes()
-    state = line.head().tasks["number"].versions[1]
+    state = line.state().tasks["number"].versions[1]
     line.do("retire", "demo", "number")
     assert line.shell.patch_bytes() != before
     line.do("restore", "demo", "number", reason="a mistake")
     assert line.shell.patch_bytes() == before
-    assert line.head().tasks["number"].versions[1] == state
+    assert line.state().tasks["number"].versions[1] == state
     assert line.do("restore", "demo", "number")["done"] is False
     assert line.do("retire", "demo", "number")["done"] is True
 
@@ -165,10 +165,10 @@ def test_restoring_brings_back_the_very_bytes(line: Line) -> None:
 def test_a_held_model_is_restored_as_held(world: World, shell: Shell, tmp_path: Path) -> None:
     line = Line(world, shell, tmp_path, "colour", gates={"min_retention": 0.25})
     line.add("wreck", code=5)
-    reason = line.head().tasks["wreck"].versions[1].reason
+    reason = line.state().tasks["wreck"].versions[1].reason
     line.do("retire", "demo", "wreck")
     line.do("restore", "demo", "wreck")
-    model = line.head().tasks["wreck"].versions[1]
+    model = line.state().tasks["wreck"].versions[1]
     assert (model.state, model.reason) == ("held", reason)
 
 
@@ -178,7 +178,7 @@ def test_without_any_member_no_version_is_in_use(
     line = Line(world, shell, tmp_path, "colour")
     found = line.do("retire", "demo", "colour")
     assert (found["champion"], found["merged"]["action"]) == (None, "empty")
-    assert line.head().champion is None
+    assert line.state().champion is None
     assert line.shell.json("status", "demo")["lines"][0]["champion"] is None
     assert line.do("restore", "demo", "colour")["champion"] is not None
 
@@ -187,7 +187,7 @@ def test_a_pinned_line_keeps_its_champion_when_its_model_is_retired(line: Line) 
     line.do("pin", "demo")
     for task in ("colour", "number", "animal"):
         line.do("retire", "demo", task)
-    assert line.head().champion == 3
+    assert line.state().champion == 3
     assert line.do("rollback", "demo", 2)["notes"] == [
         "version 2 holds colour 1, number 1, retired since"
     ]
@@ -197,7 +197,7 @@ def test_a_model_that_is_registered_after_a_retirement_joins(line: Line) -> None
     line.do("retire", "demo", "colour")
     line.add("colour", model="colour-2")
     assert line.members()["colour"] == 2
-    assert line.head().tasks["colour"].versions[1].state == "retired"
+    assert line.state().tasks["colour"].versions[1].state == "retired"
 
 
 def test_a_model_that_is_retired_while_it_waits_to_be_localized_does_not_join(line: Line) -> None:
@@ -206,10 +206,10 @@ def test_a_model_that_is_retired_while_it_waits_to_be_localized_does_not_join(li
             "registered",
             "test",
             "again",
-            lambda head: head.with_state("colour", 1, "registered"),
+            lambda line_state: line_state.with_state("colour", 1, "registered"),
         )
     line.do("retire", "demo", "colour")
-    assert line.head().tasks["colour"].versions[1].state == "retired"
+    assert line.state().tasks["colour"].versions[1].state == "retired"
     assert line.members() == {"animal": 1, "number": 1}
 
 

@@ -176,7 +176,7 @@ def test_a_quarantine_is_a_completed_flow_run(both: Both) -> None:
     run = both.runs[4]
     assert run.state == "Completed"
     assert ("validate", "Failed") in run.tasks
-    assert both.engine.head().tasks["animal"].versions[1].state == "quarantined"
+    assert both.engine.state().tasks["animal"].versions[1].state == "quarantined"
     assert both.engine.kinds().count("quarantined") == 1
 
 
@@ -188,9 +188,9 @@ def test_errors_come_through_the_engine_with_their_exit_codes(both: Both) -> Non
 
 def test_the_bytes_are_those_of_the_embedded_mode(both: Both) -> None:
     assert both.engine.patch_bytes() == both.embedded.patch_bytes()
-    ours, theirs = both.engine.head(), both.embedded.head()
+    ours, theirs = both.engine.state(), both.embedded.state()
     for task in ("colour", "number"):
-        one, other = (head.tasks[task].versions[1] for head in (ours, theirs))
+        one, other = (line_state.tasks[task].versions[1] for line_state in (ours, theirs))
         assert (one.delta, one.mask) == (other.delta, other.mask)
         process = {"localized_by": None, "seconds": None}
         assert {**one.facts, **process} == {**other.facts, **process}

@@ -72,8 +72,8 @@ def test_what_is_registered_from_the_hub_stays_what_it_was(
     assert "error" not in first, first
     assert first["init"]["base"] == f"team/base@{commits['base']}"
     assert first["register"]["merged"]["action"] == "promoted"
-    head = Shell(home).head()
-    task = head.tasks["colour"]
+    line_state = Shell(home).state()
+    task = line_state.tasks["colour"]
     assert task.versions[1].model.uri == f"team/colour@{commits['colour']}"
     assert task.spec.data is not None
     assert task.spec.data.path == f"team/rows@{commits['rows']}"

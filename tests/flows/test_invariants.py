@@ -11,7 +11,7 @@ import pytest
 
 from restitch.merging.recipe import Recipe
 from restitch.merging.rules.stitch import write_patch
-from restitch.registry.ledger.line_state import Head
+from restitch.registry.ledger.line_state import LineState
 from tests.conftest import NewHome, Three
 from tests.shell import Shell
 from tests.worlds import SKILLS, World, copied, write_yaml
@@ -66,14 +66,14 @@ def test_a_version_is_rebuilt_from_its_recorded_recipe(three: Three, tmp_path: P
     from restitch.tasks.runtime.refs import LineRef
     from restitch.tasks.runtime.workspace import workspace
 
-    head = three.shell.head()
-    for version in head.versions:
+    line_state = three.shell.state()
+    for version in line_state.versions:
         record = three.shell.ledger().merged(version)
         recipe = Recipe.from_json(record.recipe)
         assert recipe.digest() == record.recipe_digest
         with three.shell.inside():
             space = workspace()
-            base = open_base(LineRef(head.spec, head.base), space)
+            base = open_base(LineRef(line_state.spec, line_state.base), space)
             metadata = {"base": recipe.base.weights, "recipe": recipe.digest()}
             file = tmp_path / f"{version}.safetensors"
             write_patch(file, base.checkpoint, recipe_edits(base, recipe, space), metadata)
@@ -87,8 +87,8 @@ def test_a_retired_member_leaves_what_would_be_without_it(bare: Bare) -> None:
     for task in ("colour", "animal"):
         bare.add(without, task)
 
-    def retire(head: Head) -> Head:
-        return head.with_state("number", 1, "retired", "no longer wanted")
+    def retire(line_state: LineState) -> LineState:
+        return line_state.with_state("number", 1, "retired", "no longer wanted")
 
     shell.ledger().act("retired", "tester", "number 1", retire)
     assert shell.json("remerge", "demo")["version"] == 4
@@ -112,8 +112,8 @@ def test_the_way_back_to_older_weights_is_a_new_version(bare: Bare) -> None:
     bare.add(shell, "colour")
     bare.add(shell, "colour", model="colour-2")
     bare.add(shell, "colour")
-    assert shell.head().tasks["colour"].ready == 3
-    assert shell.head().champion == 3
+    assert shell.state().tasks["colour"].ready == 3
+    assert shell.state().champion == 3
     assert shell.patch_bytes(3) == shell.patch_bytes(1)
 
 
@@ -161,7 +161,7 @@ def test_each_model_is_localized_once_and_never_in_a_later_remerge(three: Three)
     shell = three.shell
     acts = shell.acts()
     localized = [act for act in acts if act.kind == "localized"]
-    models = [model for task in shell.head().tasks.values() for model in task.versions.values()]
+    models = [model for task in shell.state().tasks.values() for model in task.versions.values()]
     assert len(localized) == len(models) == 3
     assert {act.digests["delta"] for act in localized} == {model.delta for model in models}
     expected = ["configured", *["registered", "localized", "merged", "promoted"] * 3]
@@ -232,12 +232,12 @@ def test_models_registered_at_once_are_all_in_the_champion(bare: Bare) -> None:
 
     with shell.inside(), ThreadPoolExecutor(len(tasks)) as pool:
         assert list(pool.map(run, tasks)) == [0] * len(tasks)
-    head = shell.head()
-    assert head.champion is not None
-    assert set(shell.ledger().merged(head.champion).members) == set(tasks)
+    line_state = shell.state()
+    assert line_state.champion is not None
+    assert set(shell.ledger().merged(line_state.champion).members) == set(tasks)
     kinds = shell.kinds()
     assert kinds.count("registered") == kinds.count("localized") == len(tasks)
-    assert head.candidate is None
+    assert line_state.candidate is None
 
 
 @pytest.mark.parametrize("moment", ["before it is recorded", "before it is promoted"])
@@ -263,9 +263,9 @@ def test_a_slow_worker_never_puts_back_what_another_one_has_merged(
 
     monkeypatch.setattr(module, name, slow)
     shell("remerge", "demo")
-    head = shell.head()
-    assert head.champion is not None
-    assert set(shell.ledger().merged(head.champion).members) == set(SKILLS)
+    line_state = shell.state()
+    assert line_state.champion is not None
+    assert set(shell.ledger().merged(line_state.champion).members) == set(SKILLS)
     assert shell.json("remerge", "demo")["action"] == "unchanged"
 
 
@@ -274,11 +274,11 @@ def test_a_damaged_record_of_the_line_is_exit_code_7(bare: Bare, what: str) -> N
     shell = bare.line("home")
     bare.add(shell, "colour")
     store = shell.home / "store"
-    head = shell.head()
+    line_state = shell.state()
     place = {
         "head": store / "lines" / "demo" / "head.json",
-        "entry": store / "audit" / str(head.entry),
-        "record": store / "blobs" / head.versions[1],
+        "entry": store / "audit" / str(line_state.entry),
+        "record": store / "blobs" / line_state.versions[1],
     }[what]
     place.chmod(0o644)
     place.write_bytes(b"{" if what == "head" else place.read_bytes().replace(b"demo", b"damo"))

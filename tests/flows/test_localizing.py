@@ -75,7 +75,7 @@ def test_inputs_without_labels_are_enough_and_the_record_says_so(
         member = found["merged"]["record"]["members"]["colour"]
         assert member["facts"]["calibrated_with"] == "inputs"
         if labelled:
-            deltas.add(shell.head().tasks["colour"].versions[1].delta)
+            deltas.add(shell.state().tasks["colour"].versions[1].delta)
     assert len(deltas) == 1, "the same rows and seed give the same bytes"
 
 
@@ -210,7 +210,7 @@ def test_a_budget_that_is_no_limit_changes_nothing_of_the_delta(
         file = world.line(tmp_path / "line.yaml", retention=None, localize={"density": 0.1, **more})
         shell("init", file)
         shell.add(world, "colour")
-        deltas.add(shell.head().tasks["colour"].versions[1].delta)
+        deltas.add(shell.state().tasks["colour"].versions[1].delta)
     assert len(deltas) == 1
 
 
@@ -237,7 +237,7 @@ def test_a_gpu_that_is_too_small_is_helped_and_then_told(
         task = with_splits(world, tmp_path / name)
         localize = {"mode": "fisher", "density": 0.3}
         done = register(shell, world, tmp_path / f"{name}.yaml", task, **localize)
-        deltas.append(shell.head().tasks["colour"].versions[1].delta)
+        deltas.append(shell.state().tasks["colour"].versions[1].delta)
         monkeypatch.setattr(Fisher, "rank", rank)
     assert "memory is not enough to keep all activations" in done.err
     assert tries == [0, 0, 2], "the second time with fewer activations"
@@ -254,7 +254,7 @@ def test_a_gpu_that_is_too_small_is_helped_and_then_told(
 @pytest.mark.parametrize(
     ("method", "localize"),
     [
-        ("restitch", {"mode": "fisher", "density": 0.3}),
+        ("weighted-stitch", {"mode": "fisher", "density": 0.3}),
         ("task-arithmetic", {"density": 1.0}),
     ],
 )
@@ -289,13 +289,13 @@ def test_values_in_8_bits_go_all_the_way(
     [
         ("localize-and-stitch", {"overlap": "weighted"}),
         ("localize-and-stitch", {"overlap": "elect"}),
-        ("restitch", {"growth": 0.5}),
+        ("weighted-stitch", {"growth": 0.5}),
     ],
 )
 def test_every_rule_for_shared_coordinates_goes_all_the_way(
     world: World, shell: Shell, tmp_path: Path, name: str, settings: dict[str, Any]
 ) -> None:
-    chosen = {"name": name, "settings": settings if name != "restitch" else {}}
+    chosen = {"name": name, "settings": settings if name != "weighted-stitch" else {}}
     localize = {"mode": "fisher", "density": 0.3}
     file = world.line(tmp_path / "line.yaml", retention=None, method=chosen, localize=localize)
     shell("init", file)

@@ -33,7 +33,7 @@ def localizable(world: World, shell: Shell) -> tuple[str, ...]:
     from restitch.merging.files.sparse import SparseFile
 
     ledger = shell.ledger()
-    delta = shell.head().tasks["colour"].versions[1].delta
+    delta = shell.state().tasks["colour"].versions[1].delta
     assert delta is not None
     return SparseFile.open(ledger.objects.blob_path(delta)).names
 
@@ -42,10 +42,10 @@ def test_a_line_without_localize_keeps_whole_task_vectors_and_says_so(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     made(shell, world, tmp_path / "line.yaml", "task-arithmetic", "colour")
-    spec = shell.head().spec
+    spec = shell.state().spec
     assert (spec.localize.mode, spec.localize.density) == ("dataless", 1.0)
     assert spec.method.settings == {"alpha": 0.4}
-    facts: Any = shell.head().tasks["colour"].versions[1].facts
+    facts: Any = shell.state().tasks["colour"].versions[1].facts
     assert facts["density"] == 1.0
     assert facts["kept"] == facts["coordinates"]
 
@@ -128,8 +128,8 @@ def test_an_existing_line_changes_its_method_and_its_members_follow(
     made(shell, world, tmp_path / "line.yaml", "averaging")
     shell("remerge", "demo")
     assert shell.patch_bytes() != sparse
-    head = shell.head()
-    assert {t.versions[1].facts["density"] for t in head.tasks.values()} == {1.0}
+    line_state = shell.state()
+    assert {t.versions[1].facts["density"] for t in line_state.tasks.values()} == {1.0}
     base, found = load_file(world.base / "model.safetensors"), exported(shell, tmp_path / "out")
     models = [load_file(world.model(task) / "model.safetensors") for task in ("colour", "number")]
     for name in localizable(world, shell):

@@ -86,12 +86,12 @@ def test_each_act_is_a_short_finished_run(three: Three, client: "MlflowClient") 
 
 
 def test_each_finetuned_model_is_a_registered_version(three: Three, client: "MlflowClient") -> None:
-    head = three.shell.head()
+    line_state = three.shell.state()
     for task in SKILLS:
         (version,) = client.search_model_versions(f"name = 'demo.{task}'")
-        model = head.tasks[task].versions[1]
+        model = line_state.tasks[task].versions[1]
         assert version.tags["restitch.digest"] == model.model.weights
-        assert version.tags["restitch.base"] == head.base.weights
+        assert version.tags["restitch.base"] == line_state.base.weights
         assert version.tags["restitch.state"] == "ready"
 
 
@@ -165,7 +165,7 @@ def test_what_mlflow_missed_is_completed_by_a_remerge(
         done = shell("init", world.line(tmp_path / "line.yaml"))
         assert "MLflow is away" in done.err
         shell.add(world, "colour")
-    assert shell.head().champion == 1, "the store is the truth"
+    assert shell.state().champion == 1, "the store is the truth"
     assert shell.json("remerge", "demo")["action"] == "unchanged"
     client = client_of(shell)
     assert [run.data.params["version"] for run in runs_of(client, "demo")] == ["1"]

@@ -246,7 +246,7 @@ def test_a_trained_mask_is_the_same_bytes_again(
         found = shell.json("register", "demo", *files)
         assert found["facts"]["localizer"].startswith("trained/")
         assert found["facts"]["density"] == pytest.approx(0.2, abs=1e-3)
-        deltas.append(shell.head().tasks["colour"].versions[1].delta)
+        deltas.append(shell.state().tasks["colour"].versions[1].delta)
         assert shell.json("evaluate", "demo")["results"] == found["merged"]["record"]["results"]
     assert deltas[0] == deltas[1]
 
@@ -291,7 +291,7 @@ def test_the_classes_may_come_from_the_data(
     task = write_yaml(tmp_path / "colour.yaml", values)
     files = ("--task", task, "--model", clip_world.model("colour"))
     shell("register", "demo", *files)
-    spec = shell.head().tasks["colour"].spec
+    spec = shell.state().tasks["colour"].spec
     assert spec.head is not None
     folders = sorted(p.name for p in (clip_world.root / "data" / "colour" / "test").iterdir())
     assert spec.head.labels == tuple(folders)
@@ -325,6 +325,6 @@ def test_a_line_that_asks_for_a_device_waits_for_a_worker_that_has_it(
     files = ("--task", world.task("colour"), "--model", world.model("colour"))
     done = shell("register", "demo", *files, code=6)
     assert "cuda only" in done.err
-    assert shell.head().tasks["colour"].versions[1].state == "registered"
+    assert shell.state().tasks["colour"].versions[1].state == "registered"
     done = Shell(home, {"RESTITCH_DEVICE": "gpu"})("remerge", "demo", code=3)
     assert "'gpu'" in done.err

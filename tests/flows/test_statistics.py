@@ -32,7 +32,7 @@ def add(shell: Shell, world: World, folder: Path, task: str) -> None:
 
 
 def record(shell: Shell) -> MergedRecord:
-    return shell.ledger().merged(shell.head().champion or 0)
+    return shell.ledger().merged(shell.state().champion or 0)
 
 
 def keys(shell: Shell, kind: str) -> dict[str, bytes]:
@@ -150,7 +150,7 @@ def test_a_remerge_finds_what_another_method_needs_of_members_that_are_there(
 ) -> None:
     line(shell, world, tmp_path, "averaging")
     add(shell, world, tmp_path, "colour")
-    assert "statistics" not in shell.head().tasks["colour"].versions[1].facts
+    assert "statistics" not in shell.state().tasks["colour"].versions[1].facts
     assert "statistics" not in record(shell).timings
     line(shell, world, tmp_path, "fisher-merging")
     shell("remerge", "demo")
@@ -172,7 +172,7 @@ def test_other_rows_are_other_statistics_and_another_version(
     add(shell, world, tmp_path, "colour")
     line(shell, world, tmp_path, "regmean", shots=3)
     shell("remerge", "demo")
-    assert shell.head().champion == 2
+    assert shell.state().champion == 2
     assert len(keys(shell, "gram")) == 2
     assert len(keys(shell, "mask")) == 1, "the mask needs no rows"
 
@@ -191,14 +191,14 @@ def test_a_task_without_train_rows_is_refused_where_the_method_needs_them(
     with monkeypatch.context() as racing:
         racing.setattr("restitch.flows.lines.declare_task.check_rows_for", lambda *_: None)
         assert "none for number" in shell("register", "demo", *files, code=3).err
-    assert shell.head().tasks["number"].versions[1].state == "ready"
+    assert shell.state().tasks["number"].versions[1].state == "ready"
     shell("retire", "demo", "number", "--no-remerge", "--reason", "it lacks rows")
     line(shell, world, tmp_path, "averaging")
     shell("restore", "demo", "number")
     given = {"name": "regmean"}
     file = world.line(tmp_path / "again.yaml", method=given, localize=None, retention=None)
     assert "none for number" in shell("init", file, code=3).err
-    assert shell.head().spec.method.name == "averaging"
+    assert shell.state().spec.method.name == "averaging"
 
 
 def test_a_comparison_of_all_methods_leaves_out_those_that_lack_rows(

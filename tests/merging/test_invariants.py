@@ -13,26 +13,26 @@ from restitch.merging.files.export import export_weights
 from restitch.merging.files.sparse import SparseFile
 from restitch.merging.methods.registry import get_method
 from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
-from restitch.merging.rules.stitch import Member, stitch, write_patch
+from restitch.merging.rules.stitch import DeltaMember, stitch, write_patch
 from tests import tiny
 
 TASKS = ("a", "B", "b2", "é", "z")
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, dict[str, Member]]:
+def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, dict[str, DeltaMember]]:
     folder = tmp_path_factory.mktemp("world")
     base = tiny.save(folder / "base", tiny.base_tensors())
     return base, {task: tiny.member(folder, base, task, i) for i, task in enumerate(TASKS)}
 
 
-World = tuple[Checkpoint, dict[str, Member]]
+World = tuple[Checkpoint, dict[str, DeltaMember]]
 quick = settings(
     max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
-def patch_bytes(folder: Path, base: Checkpoint, members: list[Member]) -> bytes:
+def patch_bytes(folder: Path, base: Checkpoint, members: list[DeltaMember]) -> bytes:
     write_patch(folder / "patch", base, stitch(base, members), {})
     return (folder / "patch").read_bytes()
 
@@ -54,12 +54,12 @@ def test_restitching_incrementally_equals_restitching_from_nothing(
     world: World, tmp_path: Path, tasks: list[str]
 ) -> None:
     base, members = world
-    joined: list[Member] = []
+    joined: list[DeltaMember] = []
     for task in tasks:
         joined.append(members[task])
         incremental = patch_bytes(tmp_path, base, joined)
     # From nothing: other processes open the files anew.
-    fresh = [Member(task, SparseFile.open(members[task].delta.path)) for task in sorted(TASKS)]
+    fresh = [DeltaMember(task, SparseFile.open(members[task].delta.path)) for task in sorted(TASKS)]
     again = Checkpoint.open(base.path)
     assert patch_bytes(tmp_path, again, fresh) == incremental
 
@@ -98,7 +98,7 @@ def test_an_auditor_rebuilds_a_version_from_its_recipe(
 
     read = Recipe.from_json(stored)
     by_digest = {digest_file(m.delta.path): m.delta.path for m in members.values()}
-    parts = [Member(m.task, SparseFile.open(by_digest[m.delta])) for m in read.members]
+    parts = [DeltaMember(m.task, SparseFile.open(by_digest[m.delta])) for m in read.members]
     method = get_method(read.method.name)
     write_patch(tmp_path / "rebuilt", base, method(base, parts, **read.method.settings), {})
     assert (tmp_path / "rebuilt").read_bytes() == published

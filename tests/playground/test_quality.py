@@ -53,8 +53,8 @@ class Merger:
         with one_thread():
             model = self.builder.load(self.world.base)
             model.load_state_dict(dict(self.merged(tasks)), strict=False)
-            head = zero_shot_head(model, self.builder.tokenizer, skill)
-            return accuracy(model, head, *self.builder.rows(skill, "test"))
+            line_state = zero_shot_head(model, self.builder.tokenizer, skill)
+            return accuracy(model, line_state, *self.builder.rows(skill, "test"))
 
 
 @pytest.fixture(scope="module")

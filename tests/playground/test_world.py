@@ -176,10 +176,10 @@ def test_restitch_sees_the_rows_pixels_and_heads_that_training_saw(
         assert np.array_equal(batch["labels"].numpy(), labels)
         torch.testing.assert_close(batch["pixel_values"], pixels(pictures), atol=1e-6, rtol=0)
     model = family.load(small.base)
-    head = family.build_head(model, small.base, HeadSpec(skill.labels, skill.templates))
+    line_state = family.build_head(model, small.base, HeadSpec(skill.labels, skill.templates))
     with one_thread():
         ours = zero_shot_head(builder.load(small.base), builder.tokenizer, skill)
-    torch.testing.assert_close(head.tensors["weight"], ours, atol=1e-5, rtol=0)
+    torch.testing.assert_close(line_state.tensors["weight"], ours, atol=1e-5, rtol=0)
 
 
 def examples(data: TaskData, split: str) -> list[Example]:

@@ -7,7 +7,7 @@ from typing import Any
 from restitch.merging.digests import digest_bytes
 from restitch.registry.home import Home
 from restitch.registry.ledger.ledger import Act, Ledger
-from restitch.registry.ledger.line_state import Head, ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import LineState, ModelRef, ModelVersion
 from restitch.registry.ledger.records import MergedMember, MergedRecord, Retention, TaskResult
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.method import MethodSpec
@@ -41,14 +41,14 @@ def line_spec(line: str = "line", **changes: Any) -> LineSpec:
     )
 
 
-def head(line: str = "line") -> Head:
-    return Head(line=line, spec=line_spec(line), base=model_ref("base"))
+def line_state(line: str = "line") -> LineState:
+    return LineState(line=line, spec=line_spec(line), base=model_ref("base"))
 
 
-def with_task(head: Head, task: str, model: ModelVersion) -> Head:
-    if task not in head.tasks:
-        head = head.with_task(TaskSpec(task=task))
-    return head.with_version(task, model)
+def with_task(line_state: LineState, task: str, model: ModelVersion) -> LineState:
+    if task not in line_state.tasks:
+        line_state = line_state.with_task(TaskSpec(task=task))
+    return line_state.with_version(task, model)
 
 
 def record(
@@ -106,12 +106,12 @@ def done(act: Act | None) -> Act:
 def merge(ledger: Ledger, **changes: Any) -> int:
     """One more merged version, promoted."""
 
-    def change(head: Head) -> Head:
-        made = record(head.next_version, head.line, **changes)
-        return head.with_merged(ledger.objects.put_blob(made.to_bytes()))
+    def change(line_state: LineState) -> LineState:
+        made = record(line_state.next_version, line_state.line, **changes)
+        return line_state.with_merged(ledger.objects.put_blob(made.to_bytes()))
 
     act = ledger.act("merged", "tester", "because", change)
-    version = done(act).head.newest
+    version = done(act).line_state.newest
     assert version is not None
-    ledger.act("promoted", "tester", "no gates", lambda head: head.promoted(version))
+    ledger.act("promoted", "tester", "no gates", lambda line_state: line_state.promoted(version))
     return version

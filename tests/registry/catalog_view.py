@@ -13,18 +13,21 @@ from tests.registry.builders import digest, ledger, merge, model, with_task
 def small_line(home: Home) -> Ledger:
     """A line with a model that joined and one that could not, and two merged versions."""
     made = ledger(home.store_path)
-    made.act("registered", "ann", "new", lambda head: with_task(head, "a", model("a")))
+    made.act("registered", "ann", "new", lambda line_state: with_task(line_state, "a", model("a")))
     made.act(
         "localized",
         "worker",
         "done",
-        lambda head: head.with_state(
+        lambda line_state: line_state.with_state(
             "a", 1, "ready", mask=digest("mask"), delta=digest("delta"), facts={"density": 0.05}
         ),
     )
-    made.act("registered", "ann", "new", lambda head: with_task(head, "b", model("b")))
+    made.act("registered", "ann", "new", lambda line_state: with_task(line_state, "b", model("b")))
     made.act(
-        "quarantined", "worker", "NaN", lambda head: head.with_state("b", 1, "quarantined", "NaN")
+        "quarantined",
+        "worker",
+        "NaN",
+        lambda line_state: line_state.with_state("b", 1, "quarantined", "NaN"),
     )
     merge(made, tasks=("a",))
     merge(made, tasks=("a",), files={"report.html": made.objects.put_blob(b"<p>report</p>")})

@@ -179,7 +179,7 @@ class Chaos:
         self.mend()
         mirror(LINE)
         self.outcome.models = len(self.registered)
-        self.outcome.versions = len(self.ledger.head().versions)
+        self.outcome.versions = len(self.ledger.state().versions)
         examine(self.outcome, self.ledger, self.folder, self.registered, self.models)
 
     def mend(self) -> None:
@@ -319,11 +319,11 @@ class Chaos:
         return None
 
     def _exporting(self) -> bool:
-        head = self.ledger.head()
-        if head.champion is None:
+        line_state = self.ledger.state()
+        if line_state.champion is None:
             return False
         out = self.folder / "export"
-        arguments = ("export", LINE, str(head.champion), str(out), "--overwrite")
+        arguments = ("export", LINE, str(line_state.champion), str(out), "--overwrite")
         (self.signs / "armed" / "export").touch()
         process = self._command(*arguments)
         claim = self._claimed("export", KILLED_WITHIN)
@@ -335,12 +335,12 @@ class Chaos:
         (self.signs / "inside" / str(process.pid)).unlink(missing_ok=True)
         before = sorted(out.iterdir()) if out.exists() else []
         if before and not (out / "restitch.json").exists():
-            self.outcome.wrong.append(f"half an export of version {head.champion}")
+            self.outcome.wrong.append(f"half an export of version {line_state.champion}")
         if self._command(*arguments).wait() != 0:
-            self.outcome.wrong.append(f"no export of version {head.champion} after a kill")
+            self.outcome.wrong.append(f"no export of version {line_state.champion} after a kill")
         record = json.loads((out / "restitch.json").read_text())
-        if record["patch"] != self.ledger.merged(head.champion).patch:
-            self.outcome.wrong.append(f"export of version {head.champion}")
+        if record["patch"] != self.ledger.merged(line_state.champion).patch:
+            self.outcome.wrong.append(f"export of version {line_state.champion}")
         return True
 
     def _register(self, task: str) -> None:
@@ -381,12 +381,18 @@ class Chaos:
         """Wait until the champion holds everything, or call it lost."""
         deadline = time.monotonic() + SETTLES_WITHIN
         while time.monotonic() < deadline:
-            head = self.ledger.head()
-            record = None if head.champion is None else self.ledger.merged(head.champion)
+            line_state = self.ledger.state()
+            record = (
+                None if line_state.champion is None else self.ledger.merged(line_state.champion)
+            )
             if record is not None and set(record.members) == set(self.registered):
                 return
             time.sleep(0.2)
-        states = {t: head.tasks[t].versions[1].state for t in self.registered if t in head.tasks}
+        states = {
+            t: line_state.tasks[t].versions[1].state
+            for t in self.registered
+            if t in line_state.tasks
+        }
         odd = {t: s for t, s in states.items() if s != "ready"}
         self.outcome.lost.append(f"round {self.round}: not all in the champion; {odd}")
         raise RuntimeError(f"the line did not settle: {odd}, kills {self.outcome.kills[-8:]}")

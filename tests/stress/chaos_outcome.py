@@ -77,7 +77,7 @@ def examine(
     """
     _look_for_doubles(outcome, ledger, registered)
     _look_in_mlflow(outcome, ledger, registered)
-    champion = ledger.head().champion
+    champion = ledger.state().champion
     assert champion is not None
     if ledger.merged(champion).patch != _undisturbed(ledger.line, folder, registered, models):
         outcome.wrong.append(f"champion {champion}")
@@ -106,10 +106,10 @@ def _look_in_mlflow(outcome: Outcome, ledger: Ledger, registered: Sequence[str])
 
     line = ledger.line
     client = connect(Home.from_environment())
-    head = ledger.head()
+    line_state = ledger.state()
     experiments = {e.name: e.experiment_id for e in client.search_experiments()}
     acts = list(ledger.entries())
-    expected = {line: len(head.versions), f"{line}.audit": len(acts)}
+    expected = {line: len(line_state.versions), f"{line}.audit": len(acts)}
     expected[f"{line}.models"] = len(registered)
     for name, count in expected.items():
         runs = client.search_runs([experiments[name]], max_results=5000)
@@ -120,7 +120,7 @@ def _look_in_mlflow(outcome: Outcome, ledger: Ledger, registered: Sequence[str])
                 f"MLflow {name}: {len(runs)} runs of {count}, {len(unfinished)} unfinished"
             )
     versions = client.search_model_versions(f"name = '{line}'", max_results=5000)
-    if len(versions) != len(head.versions):
+    if len(versions) != len(line_state.versions):
         outcome.doubled.append(f"MLflow has {len(versions)} versions of {line}")
 
 

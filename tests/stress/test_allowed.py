@@ -140,9 +140,9 @@ def test_a_split_may_not_climb_out_of_its_data(places: Path, split: str) -> None
     (places / "in" / "out.csv").symlink_to(places / "out" / "rows.csv")
     (places / "in" / "deep").mkdir()
     (places / "in" / "deep" / "a.png").symlink_to(places / "out" / "file")
-    head = {"labels": ["a", "b"]}
+    line_state = {"labels": ["a", "b"]}
     task = TaskSpec.model_validate(
-        {"task": "t", "data": {"path": str(places / "in"), "train": split}, "head": head}
+        {"task": "t", "data": {"path": str(places / "in"), "train": split}, "head": line_state}
     )
     with pytest.raises(BadInput, match="the data of task t lies outside"):
         data_spec(task, get_family("text-encoder"))
@@ -178,13 +178,13 @@ def test_an_event_makes_no_worker_read_elsewhere(
     monkeypatch.setenv(ROOTS, str(world.root))
     told = shell(*args, code=3).err.replace("\n", "")
     assert ROOTS in told
-    assert shell.head().tasks == {}
+    assert shell.state().tasks == {}
     monkeypatch.setenv(ROOTS, f"{world.root}{os.pathsep}{model}")
     shell(*args)
     monkeypatch.setenv(ROOTS, str(tmp_path))  # the data is not in there any more
     told = shell("register", "demo", "--task", world.task("number"), "--model", model, code=3).err
     assert ROOTS in told.replace("\n", "")
-    assert list(shell.head().tasks) == ["colour"]
+    assert list(shell.state().tasks) == ["colour"]
 
 
 @pytest.mark.usefixtures("without_mlflow")
@@ -204,10 +204,10 @@ def test_a_model_that_this_worker_may_not_read_stays_registered(
     monkeypatch.setenv(ROOTS, str(world.root))
     told = shell("remerge", "demo", code=None).err.replace("\n", "")
     assert ROOTS in told
-    assert shell.head().tasks["colour"].versions[1].state == "registered"
+    assert shell.state().tasks["colour"].versions[1].state == "registered"
     monkeypatch.setenv(ROOTS, f"{world.root}{os.pathsep}{tmp_path}")
     shell("remerge", "demo")
-    assert [member.task for member in shell.head().members] == ["colour"]
+    assert [member.task for member in shell.state().members] == ["colour"]
 
 
 def test_a_version_that_this_worker_may_not_read_is_not_taken_in(
@@ -222,10 +222,10 @@ def test_a_version_that_this_worker_may_not_read_is_not_taken_in(
     told = shell("remerge", "demo", code=None).err.replace("\n", "")
     assert "cannot be taken in now" in told
     assert ROOTS in told
-    assert shell.head().tasks["colour"].versions == {}
+    assert shell.state().tasks["colour"].versions == {}
     monkeypatch.delenv(ROOTS)
     shell("remerge", "demo")
-    assert [member.task for member in shell.head().members] == ["colour"]
+    assert [member.task for member in shell.state().members] == ["colour"]
 
 
 def elsewhere(path: Path, outside: Path) -> None:

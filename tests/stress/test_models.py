@@ -42,11 +42,11 @@ def register(line: Shell, world: World, model: Path, code: int) -> str:
 def test_a_tokenizer_of_a_terabyte_is_refused_unread(
     world: World, line: Shell, tmp_path: Path, name: str
 ) -> None:
-    def grown(folder: Path) -> None:
+    def owner_growth(folder: Path) -> None:
         with (folder / name).open("r+b" if (folder / name).exists() else "wb") as file:
             file.truncate(1 << 40)  # takes no room
 
-    model = copied(world.model("colour"), tmp_path / "model", grown)
+    model = copied(world.model("colour"), tmp_path / "model", owner_growth)
     before = line.head_bytes()
     told = register(line, world, model, 3)
     assert f"{name} is too large" in told.replace("\n", "")
@@ -127,10 +127,10 @@ def test_a_model_that_changes_while_it_is_localized_leaves_no_mask(
         patched.setattr("restitch.tasks.localize.write_sparse", changing)
         told = register(line, world, model, 3)
     assert "changed while it was read" in told.replace("\n", "")
-    assert not line.head().members
+    assert not line.state().members
     (model / WEIGHTS).write_bytes(good)
     line("remerge", "demo")
-    assert [member.task for member in line.head().members] == ["colour"]
+    assert [member.task for member in line.state().members] == ["colour"]
 
 
 def test_a_delta_of_another_base_is_not_stitched(
@@ -139,10 +139,10 @@ def test_a_delta_of_another_base_is_not_stitched(
     with three.shell.inside():
         space = workspace(to_write=False)
         ledger = three.shell.ledger()
-        head = ledger.head()
-        assert head.champion is not None
-        recipe = Recipe.from_json(ledger.merged(head.champion).recipe)
-        base = open_base(LineRef(head.spec, head.base), space)
+        line_state = ledger.state()
+        assert line_state.champion is not None
+        recipe = Recipe.from_json(ledger.merged(line_state.champion).recipe)
+        base = open_base(LineRef(line_state.spec, line_state.base), space)
         recipe_edits(base, recipe, space)  # as it is, it is fine
         name = base.names[0]
         shape = base.checkpoint.info(name).shape
@@ -168,11 +168,11 @@ def test_an_index_may_not_lead_out_of_its_folder(world: World, line: Shell, tmp_
 def test_a_model_that_changed_is_not_evaluated(world: World, line: Shell, tmp_path: Path) -> None:
     model = copied(world.model("colour"), tmp_path / "model", lambda _: None)
     register(line, world, model, 0)
-    head = line.head()
+    line_state = line.state()
     with line.inside():
         space = workspace()
-        live = live_base(open_base(LineRef(head.spec, head.base), space))
-        ref = head.tasks["colour"].versions[1].model
+        live = live_base(open_base(LineRef(line_state.spec, line_state.base), space))
+        ref = line_state.tasks["colour"].versions[1].model
         weights = WeightsRef("finetuned", ref.weights, ref.uri)
         with live.wearing(weights, space):
             pass

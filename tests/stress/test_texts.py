@@ -44,8 +44,8 @@ def test_what_can_be_no_path_is_refused(tmp_path: Path, text: str) -> None:
     for base in (LINE | {"base": text}, LINE | {"retention": text}):
         with pytest.raises(BadInput):
             load_line(written(tmp_path, base))
-    head = {"labels": text}
-    for task in (TASK | {"head": head}, TASK | {"data": {"path": text}}):
+    line_state = {"labels": text}
+    for task in (TASK | {"head": line_state}, TASK | {"data": {"path": text}}):
         with pytest.raises(BadInput):
             load_task(written(tmp_path, task))
     with pytest.raises(BadInput):

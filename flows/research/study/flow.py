@@ -51,7 +51,7 @@ def study(name: str, line: str, out: str | None = None) -> dict[str, Any]:
         "study": name,
         "about": STUDIES[name],
         "line": line,
-        "version": subject.snapshot.head.champion,
+        "version": subject.snapshot.line_state.champion,
         "members": {member.task: member.version for member in subject.members},
         "columns": list(made.rows[0]),
         "details": list(made.details),

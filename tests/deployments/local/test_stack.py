@@ -128,7 +128,7 @@ def test_a_registration_is_handed_over_and_the_champion_follows(
 
 def test_localization_ran_in_a_process_of_the_pool_gpu(stack: Stack, begun: dict[str, Any]) -> None:
     stack.champion("demo", "colour")
-    facts: Any = stack.shell.head().tasks["colour"].versions[1].facts
+    facts: Any = stack.shell.state().tasks["colour"].versions[1].facts
     found = facts["localized_by"]
     assert found["work_pool"] == "gpu"
     assert found["worker"] in {f"{socket.gethostname()}-worker-{n}" for n in (1, 2)}
@@ -174,7 +174,7 @@ def test_a_version_that_mlflow_alone_has_joins_by_its_webhook(
         return tags if tags.get(STATE_TAG) == "ready" else None
 
     tags = stack.until("MLflow shows the state", shown)
-    model = stack.shell.head("trained").tasks["colour"].versions[1].model
+    model = stack.shell.state("trained").tasks["colour"].versions[1].model
     assert (tags[DIGEST_TAG], tags[VERSION_TAG]) == (model.weights, "1")
     assert tags["team"] == "vision", "what others have written stays"
     assert len(client.search_model_versions(f"name = '{name}'")) == 1
@@ -199,7 +199,7 @@ def test_many_at_once_end_in_one_champion_that_holds_them_all(
     stack.until("nothing more is under way", lambda: not under_way(stack, "many"))
     acts = intact(stack, "many")
     assert (acts.count("registered"), acts.count("localized")) == (3, 3)
-    assert acts.count("promoted") == acts.count("merged") == stack.shell.head("many").newest
+    assert acts.count("promoted") == acts.count("merged") == stack.shell.state("many").newest
     assert stack.shell.patch_bytes(line="many") == three.shell.patch_bytes()
 
 
@@ -256,7 +256,7 @@ def test_a_decision_is_followed_by_the_workers_and_by_the_alias(
 ) -> None:
     stack.champion("many", *SKILLS)
     _idle(stack, "many")
-    whole, name = stack.shell.head("many").champion, "many"
+    whole, name = stack.shell.state("many").champion, "many"
     assert whole is not None
 
     def alias() -> int:
@@ -269,7 +269,7 @@ def test_a_decision_is_followed_by_the_workers_and_by_the_alias(
     assert (told["done"], told["handed_over"], told["merged"]) == (True, True, None)
 
     def without() -> bool:
-        champion = stack.shell.head("many").champion
+        champion = stack.shell.state("many").champion
         record = stack.shell.ledger("many").merged(champion or whole)
         return set(record.members) == {"colour", "number"}
 
@@ -277,12 +277,12 @@ def test_a_decision_is_followed_by_the_workers_and_by_the_alias(
     # The same two models as in the second version of a line that never had the third.
     assert stack.shell.patch_bytes(line="many") == three.shell.patch_bytes(2)
     _idle(stack, "many")
-    assert alias() == stack.shell.head("many").champion
+    assert alias() == stack.shell.state("many").champion
     stack.process("rollback", "many", whole, "--reason", "a test")
     assert alias() == whole
     run = stack.remerge("many", "many after the rollback")
     stack.finished(run)
-    assert stack.shell.head("many").champion == whole
+    assert stack.shell.state("many").champion == whole
     assert intact(stack, "many")[-1] in ("rolled-back", "merged")
     found = json.loads(stack.process("verify", "many", "--json").out)
     assert found["intact"]

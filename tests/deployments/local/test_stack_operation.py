@@ -79,7 +79,7 @@ def test_down_stops_what_up_started_and_nothing_else_and_the_state_stays(stack: 
     stack.line("kept")
     deployment = stack.prefect.deployment("onboard/restitch")
     stack.mlflow.create_experiment("kept by MLflow")
-    head, addresses = stack.shell.head_bytes("kept"), _addresses(stack)
+    line_state, addresses = stack.shell.head_bytes("kept"), _addresses(stack)
     began = {name: process_began(pid) for name, pid in pids(stack).items()}
     # Somebody else's process that looks much like ours.
     foreign = subprocess.Popen(
@@ -98,7 +98,7 @@ def test_down_stops_what_up_started_and_nothing_else_and_the_state_stays(stack: 
         foreign.wait()
     assert set(up(stack, "--workers", 2)["started"]) == NAMES
     assert _addresses(stack) == addresses
-    assert stack.shell.head_bytes("kept") == head
+    assert stack.shell.head_bytes("kept") == line_state
     assert _id(stack.prefect.deployment("onboard/restitch")) == _id(deployment)
     assert stack.mlflow.get_experiment_by_name("kept by MLflow") is not None
 

@@ -62,9 +62,9 @@ def test_a_version_of_mlflow_alone_reaches_the_champion(
     assert states(adopt("demo")) == [("colour", 1, "registered")]
     assert tags(client, version)["restitch.state"] == "registered"
     line("remerge", "demo")
-    head = line.head()
-    model = head.tasks["colour"].versions[1]
-    assert (head.champion, model.state) == (1, "ready")
+    line_state = line.state()
+    model = line_state.tasks["colour"].versions[1]
+    assert (line_state.champion, model.state) == (1, "ready")
     assert model.model.uri == "models:/demo.colour/1"
     assert model.mlflow is not None
     assert model.mlflow.number == int(version[1])
@@ -118,7 +118,7 @@ def test_a_tag_describes_the_task(
     }[form]
     made(client, world.model("colour"), tags={"restitch.task": tag})
     assert states(adopt("demo")) == [("colour", 1, "registered")]
-    spec = line.head().tasks["colour"].spec
+    spec = line.state().tasks["colour"].spec
     assert spec.data is not None
     assert spec.data.content is not None
     assert declare_task("demo", file).action == "unchanged"
@@ -135,7 +135,7 @@ def test_without_a_description_a_model_waits_until_there_is_one(
     assert "waiting" in line("status", "demo").out
     assert "nobody has described" in tags(client, version)["restitch.reason"]
     assert line.json("remerge", "demo")["action"] == "empty"
-    assert line.head().members == ()
+    assert line.state().members == ()
     declared = line.json("task", "demo", "--task", world.task("colour"))
     assert (declared["action"], declared["waiting"]) == ("declared", [1])
     assert states(adopt("demo")) == [("colour", 1, "registered")]
@@ -184,7 +184,7 @@ def test_what_cannot_be_read_is_quarantined_once_and_stops_nobody(
     assert all(a.reason for a in found[:5])
     assert "safetensors" in (found[1].reason or "")
     assert line.kinds()[2:] == ["quarantined"] * 5 + ["registered"]
-    assert line.head().tasks["colour"].versions[1].model.weights == UNREAD
+    assert line.state().tasks["colour"].versions[1].model.weights == UNREAD
     for version in bad:
         assert tags(client, version)["restitch.state"] == "quarantined"
         assert tags(client, version)["restitch.reason"]
@@ -360,7 +360,7 @@ def test_another_description_in_a_tag_becomes_the_task_s(
     line("task", "demo", "--task", world.task("colour"))
     made(client, world.model("colour"), tags={"restitch.task": json.dumps({"metric": "f1"})})
     assert states(adopt("demo")) == [("colour", 1, "registered")]
-    assert line.head().tasks["colour"].spec.metric == "f1"
+    assert line.state().tasks["colour"].spec.metric == "f1"
 
 
 def test_an_event_may_name_what_is_not_there(line: Shell) -> None:

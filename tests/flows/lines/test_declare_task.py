@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from restitch.flows.promotion.snapshot import take_snapshot
-from restitch.registry.ledger.line_state import Head, ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import LineState, ModelRef, ModelVersion
 from tests.shell import Shell
 from tests.worlds import World, write_yaml
 
@@ -23,7 +23,7 @@ def test_a_task_is_declared_once(line: Shell, world: World) -> None:
     assert line.json("task", "demo", "--task", world.task("colour")) == {
         **{"line": "demo", "task": "colour", "action": "declared", "waiting": []}
     }
-    task = line.head().tasks["colour"]
+    task = line.state().tasks["colour"]
     assert (task.declared, task.versions) == (True, {})
     assert task.spec.data is not None
     assert task.spec.data.content is not None
@@ -46,9 +46,9 @@ def test_status_lists_a_task_that_has_no_model_yet(line: Shell, world: World) ->
 
 def test_it_is_the_task_that_a_registration_would_have_made(line: Shell, world: World) -> None:
     line("task", "demo", "--task", world.task("colour"))
-    declared = line.head().tasks["colour"].spec
+    declared = line.state().tasks["colour"].spec
     line.add(world, "colour")
-    assert line.head().tasks["colour"].spec == declared
+    assert line.state().tasks["colour"].spec == declared
     assert line.json("task", "demo", "--task", world.task("colour"))["action"] == "unchanged"
 
 
@@ -63,7 +63,7 @@ def test_another_description_is_refused_unless_it_is_asked_for(
     assert line.head_bytes() == before
     changed = line.json("task", "demo", "--task", other, "--replace-task")
     assert changed["action"] == "changed"
-    assert line.head().tasks["colour"].spec.metric == "f1"
+    assert line.state().tasks["colour"].spec.metric == "f1"
 
 
 @pytest.mark.parametrize(
@@ -89,13 +89,13 @@ def test_a_task_that_nobody_described_decides_nothing(line: Shell) -> None:
     ref = ModelRef(uri="models:/demo.colour/1", weights="a" * 64, config="b" * 64)
     waiting = ModelVersion(model=ref, state="waiting", reason="not described")
 
-    def change(head: Head) -> Head:
-        return head.with_undeclared("colour").with_version("colour", waiting)
+    def change(line_state: LineState) -> LineState:
+        return line_state.with_undeclared("colour").with_version("colour", waiting)
 
     line.ledger().act("waiting", "tester", "", change)
     after = take_snapshot(line.ledger())
     assert (after.members, after.context) == ((), before.context)
-    assert line.head().tasks["colour"].declared is False
+    assert line.state().tasks["colour"].declared is False
     (shown,) = line.json("status")["lines"][0]["models"]
     assert (shown["state"], shown["reason"]) == ("waiting", "not described")
     assert "not described" in line("status").out
@@ -108,4 +108,4 @@ def test_a_head_from_before_tasks_could_be_undeclared_is_read(line: Shell, world
         del task["declared"]
         for version in task["versions"].values():
             del version["mlflow"]
-    assert Head.model_validate(old) == line.head()
+    assert LineState.model_validate(old) == line.state()

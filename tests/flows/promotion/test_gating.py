@@ -34,11 +34,11 @@ class Gated:
         return self.shell.json("remerge", "demo", code=code)
 
     def state(self, task: str, version: int = 1) -> str:
-        return self.shell.head().tasks[task].versions[version].state
+        return self.shell.state().tasks[task].versions[version].state
 
     def members(self) -> dict[str, int]:
         """The champion's members."""
-        champion = self.shell.head().champion
+        champion = self.shell.state().champion
         if champion is None:
             return {}
         record = self.shell.ledger().merged(champion)
@@ -59,8 +59,8 @@ def test_a_joining_that_fails_is_held_with_the_values_that_decided(line: Gated) 
     assert found["reason"].endswith("< 0.25")
     assert found["merged"]["action"] == "rejected"
     assert found["merged"]["held"] == {"wreck 1": [found["reason"]]}
-    head = line.shell.head()
-    assert (head.champion, head.candidate, head.newest) == (1, 2, 2)
+    line_state = line.shell.state()
+    assert (line_state.champion, line_state.candidate, line_state.newest) == (1, 2, 2)
     assert line.members() == {"colour": 1}
     assert line.shell.kinds()[-3:] == ["merged", "rejected", "held"]
     (rejected,) = [act for act in line.shell.acts() if act.kind == "rejected"]
@@ -100,8 +100,10 @@ def test_the_rest_is_promoted_without_the_one_that_fails(line: Gated) -> None:
         "animal": "ready",
         "colour": "ready",
     }
-    head = line.shell.head()
-    assert (head.champion, head.candidate) == (3, None), "what it left behind is no candidate"
+    line_state = line.shell.state()
+    assert (line_state.champion, line_state.candidate) == (3, None), (
+        "what it left behind is no candidate"
+    )
     line.shell.check_settled()
 
 
@@ -122,8 +124,8 @@ def test_a_first_model_that_fails_leaves_no_champion(line: Gated) -> None:
     line.configure(min_retention=0.25)
     found = line.add("wreck", code=5)
     assert found["state"] == "held"
-    head = line.shell.head()
-    assert (head.champion, head.candidate) == (None, 1)
+    line_state = line.shell.state()
+    assert (line_state.champion, line_state.candidate) == (None, 1)
     assert line.remerge()["action"] == "empty"
     line.shell.check_settled()
     line.shell("export", "demo", "champion", line.file.parent / "out", code=3)
@@ -141,8 +143,8 @@ def test_a_lower_gate_lets_a_held_model_in(line: Gated) -> None:
     assert found["action"] == "promoted"
     assert line.members() == {"colour": 1, "wreck": 1}
     assert line.state("wreck") == "ready"
-    head = line.shell.head()
-    assert (head.champion, head.candidate) == (2, None)
+    line_state = line.shell.state()
+    assert (line_state.champion, line_state.candidate) == (2, None)
     line.shell.check_settled()
 
 
@@ -151,7 +153,7 @@ def test_a_higher_gate_does_not_take_the_champion_away(line: Gated) -> None:
     line.add("colour")
     line.configure(min_retention=0.99)
     assert line.remerge()["action"] == "unchanged"
-    assert line.shell.head().champion == 1
+    assert line.shell.state().champion == 1
 
 
 def test_a_held_model_is_tried_again_when_a_member_comes(line: Gated) -> None:
@@ -255,15 +257,19 @@ def test_a_rejected_version_stays_in_the_history(line: Gated) -> None:
 def test_a_pinned_line_makes_candidates(line: Gated) -> None:
     line.configure()
     line.add("colour")
-    line.shell.ledger().act("configured", "tester", "pin", lambda head: head.with_pin(True))
+    line.shell.ledger().act(
+        "configured", "tester", "pin", lambda line_state: line_state.with_pin(True)
+    )
     found = line.add("number")
     assert found["merged"]["action"] == "candidate"
-    head = line.shell.head()
-    assert (head.champion, head.candidate) == (1, 2)
+    line_state = line.shell.state()
+    assert (line_state.champion, line_state.candidate) == (1, 2)
     line.shell.check_settled()
-    line.shell.ledger().act("configured", "tester", "unpin", lambda head: head.with_pin(False))
+    line.shell.ledger().act(
+        "configured", "tester", "unpin", lambda line_state: line_state.with_pin(False)
+    )
     assert line.remerge()["action"] == "promoted"
-    assert line.shell.head().champion == 2
+    assert line.shell.state().champion == 2
 
 
 def test_a_gate_that_only_warns_keeps_nothing_from_promotion(line: Gated) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from restitch.flows.promotion.method_selection import held_before, hold, told
+from restitch.flows.promotion.method_selection import earlier_selection, select_method, told
 from restitch.flows.promotion.snapshot import take_snapshot
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
@@ -64,7 +64,7 @@ def shell(made: tuple[Shell, Path], tmp_path: Path) -> Shell:
 
 def tournament(shell: Shell, version: int | None = None) -> dict[str, Any]:
     ledger = shell.ledger()
-    found: Any = ledger.merged(version or ledger.head().champion or 0).facts["tournament"]
+    found: Any = ledger.merged(version or ledger.state().champion or 0).facts["tournament"]
     return dict(found)
 
 
@@ -73,10 +73,10 @@ def reached(world: World, model: Path, task: str) -> float:
     family = get_family(world.family)
     rows = rows_of(world, task)[SPLITS["validation"]]
     spec = HeadSpec(LABELS[task], TEMPLATES)
-    head = family.build_head(family.load(world.base), world.base, spec)
+    line_state = family.build_head(family.load(world.base), world.base, spec)
     batch = family.preprocessor(world.base)([Example((row["text"],), None, "") for row in rows])
     with torch.inference_mode():
-        found: list[int] = family.logits(family.load(model), batch, head).argmax(1).tolist()
+        found: list[int] = family.logits(family.load(model), batch, line_state).argmax(1).tolist()
     right: list[bool] = [
         LABELS[task][one] == row["label"] for one, row in zip(found, rows, strict=True)
     ]
@@ -106,7 +106,7 @@ def test_the_best_by_validation_rows_merges_and_all_are_on_record(
     assert found["rounds"] == [{"share": 1.0, "entrants": 4, "rows": {"colour": 20, "number": 20}}]
     assert (found["reported"], found["cost"]) == ([], 4.0)
     # The version is what its winner alone would have made; its recipe says so.
-    record = shell.ledger().merged(shell.head().champion or 0)
+    record = shell.ledger().merged(shell.state().champion or 0)
     assert shell.patch_bytes() == shell.patch_bytes(line=f"alone{LABELLED.index(best)}")
     recipe: Any = record.recipe
     assert recipe["method"]["settings"] == found["entrants"][0]["settings"]
@@ -124,7 +124,7 @@ def test_the_better_half_is_asked_more_rows(shell: Shell, monkeypatch: pytest.Mo
     monkeypatch.setattr("restitch.tasks.method_selection.LEAST_ROWS", 5)
     with shell.inside():
         snapshot = take_snapshot(shell.ledger())
-        found = hold(snapshot.line, snapshot.members, None, (), None).found
+        found = select_method(snapshot.line, snapshot.members, None, (), None).found
     assert found is not None
     assert found["rounds"] == [
         {"share": 0.5, "entrants": 4, "rows": {"colour": 10, "number": 10}},
@@ -160,7 +160,7 @@ def test_nothing_new_does_nothing_and_needs_no_contest(
     again = {"tournament": CONTESTANTS, "objective": {"accuracy": 2.0}}
     shell("init", line_file(world, tmp_path, again))
     assert shell.json("remerge", "demo")["action"] == "unchanged"
-    assert shell.head().newest == 2
+    assert shell.state().newest == 2
 
 
 def held_again(*_: object) -> None:
@@ -178,7 +178,7 @@ def test_other_commands_take_the_method_in_use(
     monkeypatch.setattr("restitch.flows.research.compare.log_study", lambda *_, **__: None)
     (row,) = shell.json("compare", "demo", "--methods", best["name"])["methods"]
     assert row["settings"] == best["settings"]
-    assert row["patch"] == shell.ledger().merged(shell.head().champion or 0).patch
+    assert row["patch"] == shell.ledger().merged(shell.state().champion or 0).patch
 
 
 def test_where_a_merge_may_cost_two_methods_the_one_in_use_meets_who_waited_longest(
@@ -230,10 +230,10 @@ def test_who_is_killed_after_a_contest_does_not_hold_it_again(
     with monkeypatch.context() as patch:
         patch.setattr("restitch.flows.promotion.candidates.stitch", killed)
         shell("register", "demo", *_files(world, tmp_path, "animal"), code=130)
-    assert shell.head().champion == 2
+    assert shell.state().champion == 2
     monkeypatch.setattr("restitch.tasks.method_selection._Jury.decide", held_again)
     assert shell.json("remerge", "demo")["action"] == "promoted"
-    assert shell.head().champion == 3
+    assert shell.state().champion == 3
 
 
 def killed(*_: object, **__: object) -> None:
@@ -261,13 +261,13 @@ def test_retention_counts_by_rows_that_are_not_reported_on(
     gates = {"min_retention": limit, "warn": ["min_retention"]}
     file = line_file(world, tmp_path, gated, retention=benchmark, gates=gates)
     shell("init", file)
-    chosen = shell.head().spec.method
+    chosen = shell.state().spec.method
     assert isinstance(chosen, TournamentSpec)
     assert chosen.objective.min_retention == limit
     shell("remerge", "demo")
     with shell.inside():
         snapshot = take_snapshot(shell.ledger())
-        held = held_before(snapshot.line, snapshot.members, snapshot.benchmark, ())
+        held = earlier_selection(snapshot.line, snapshot.members, snapshot.benchmark, ())
     assert held is not None
     assert held.found is not None
     assert held.found["winner"] == max(kept, key=lambda label: kept[label])
@@ -288,7 +288,7 @@ def test_mistakes_are_told(world: World, new_home: NewHome, tmp_path: Path) -> N
         method = {"tournament": tournament, "objective": objective}
         return shell("init", line_file(world, tmp_path, method, **changes), code=3).err
 
-    mixed = refused(["ties", "restitch"])
+    mixed = refused(["ties", "weighted-stitch"])
     assert "whole task vectors: ties; sparse deltas: restitch" in mixed
     assert "did you mean 'ties'" in refused(["averaging", "tie"])
     assert "twice" in refused(["ties", {"name": "ties", "settings": {"alpha": 1.0}}])

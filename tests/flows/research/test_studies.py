@@ -88,7 +88,7 @@ def of_method(found: dict[str, Any], method: str) -> list[dict[str, Any]]:
 def test_all_members_merged_by_the_lines_method_are_the_version_in_use(
     shell: Shell, made: Made
 ) -> None:
-    champion = shell.ledger().merged(shell.head().champion or 0)
+    champion = shell.ledger().merged(shell.state().champion or 0)
     for name in ("continual", "tasks"):
         last = of_method(made[name], "localize-and-stitch")[-1]
         assert last["mean"] == champion.mean_accuracy
@@ -165,7 +165,7 @@ def test_who_asks_for_more_agreement_keeps_less_and_no_agreement_is_the_sum_itse
     assert [row["agreement"] for row in rows] == [0, 1, 2, 3]
     changed = [row["changed"] for row in rows]
     assert changed == sorted(changed, reverse=True)
-    facts: Any = shell.head().tasks["colour"].versions[1].facts
+    facts: Any = shell.state().tasks["colour"].versions[1].facts
     assert changed[0] == facts["coordinates"]
 
 

@@ -63,7 +63,7 @@ def names_of(shell: Shell) -> set[str]:
 def exported(shell: Shell, folder: Path) -> dict[str, bytes]:
     """All files of all versions, as anybody would get them."""
     found: dict[str, bytes] = {}
-    for version in shell.head().versions:
+    for version in shell.state().versions:
         out = folder / str(version)
         shell("export", "demo", version, out)
         files = (path for path in sorted(out.rglob("*")) if path.is_file())
@@ -152,10 +152,10 @@ def test_masks_stay_while_a_model_waits_to_be_onboarded(
 
 def test_in_a_damaged_store_nothing_is_removed(copy: Shell) -> None:
     littered(copy)
-    (copy.home / "store" / "blobs" / copy.head().versions[2]).unlink()
+    (copy.home / "store" / "blobs" / copy.state().versions[2]).unlink()
     before = names_of(copy)
     told = copy("gc", "--older-than", "0s", "--yes", code=7).err
-    assert copy.head().versions[2] in told
+    assert copy.state().versions[2] in told
     assert "verify --repair" in told
     assert names_of(copy) == before
 
@@ -303,29 +303,29 @@ def test_an_act_whose_objects_were_removed_does_not_count(tmp_path: Path) -> Non
         found = model()
         ref = found.model.model_copy(update={"uri": f"store://{manifest}"})
         copied = found.model_copy(update={"model": ref})
-        ledger.act("registered", "me", "why", lambda head: with_task(head, "t", copied))
+        ledger.act("registered", "me", "why", lambda line_state: with_task(line_state, "t", copied))
 
     register(there)
-    before = ledger.head()
+    before = ledger.state()
     for manifest in ("0" * 64, lacks):
         with pytest.raises(Unavailable, match="was removed"):
             register(manifest)
-    assert ledger.head() == before
+    assert ledger.state() == before
 
 
 def test_an_act_that_looked_before_the_announcement_looks_again(tmp_path: Path) -> None:
     ledger = ledger_of(tmp_path / "store")
     looked = []
 
-    def change(head: Any) -> Any:
-        looked.append(head.generation)
+    def change(line_state: Any) -> Any:
+        looked.append(line_state.generation)
         if len(looked) == 1:
             ledger.touch()
-        return head.with_pin(True)
+        return line_state.with_pin(True)
 
     ledger.act("pinned", "me", "why", change)
     assert looked == [1, 2]
-    assert ledger.head().pinned
+    assert ledger.state().pinned
 
 
 def test_two_do_not_remove_at_once(tmp_path: Path) -> None:

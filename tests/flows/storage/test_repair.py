@@ -101,7 +101,7 @@ def test_all_that_can_be_made_again_is_and_has_the_same_bytes(
     assert copy.json("verify", "--deep")["store"]["damaged"] == []
     assert exported(copy, tmp_path / "after") == versions
     copy("remerge", "demo", "--force")
-    assert copy.head().champion == 3, "the same bytes, so nothing new"
+    assert copy.state().champion == 3, "the same bytes, so nothing new"
 
 
 @pytest.mark.parametrize("how", WAYS)
@@ -150,7 +150,7 @@ def test_the_head_is_made_again_from_its_acts(copy: Shell) -> None:
 
 def test_without_mlflow_an_act_or_a_record_comes_only_from_a_backup(copy: Shell) -> None:
     # A patch of another version: what its own record does not say, nobody knows.
-    record, patch = copy.head().versions[1], copy.ledger().merged(2).patch
+    record, patch = copy.state().versions[1], copy.ledger().merged(2).patch
     before = contents(copy)
     names = [picked(copy)["act"], f"blobs/{record}", f"blobs/{patch}"]
     for name in names:
@@ -175,7 +175,7 @@ def test_a_delta_whose_model_is_gone_or_comes_out_otherwise_is_lost(
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
     model = copied(world.model("colour"), tmp_path / "model")
     shell("register", "demo", "--task", world.task("colour"), "--model", model)
-    delta = shell.head().tasks["colour"].versions[1].delta
+    delta = shell.state().tasks["colour"].versions[1].delta
     file = shell.home / "store" / "blobs" / str(delta)
     whole = file.read_bytes()
     flip(file)
@@ -218,7 +218,7 @@ def test_a_copied_model_comes_back_from_the_cache_or_not_at_all(
         world.model("colour"),
         "--copy",
     )
-    uri = shell.head().tasks["colour"].versions[1].model.uri
+    uri = shell.state().tasks["colour"].versions[1].model.uri
     manifest = shell.home / "store" / "blobs" / uri.removeprefix("store://")
     files = json.loads(manifest.read_bytes())["files"]
     weights = shell.home / "store" / "blobs" / files["model.safetensors"]
@@ -249,8 +249,13 @@ def test_the_base_s_copy_comes_back_from_where_the_base_lies(
     home = Home(shell.home)
     copied_base = copy_into_store(resolve_source(world.base, home), home)
     ledger = shell.ledger()
-    base = ledger.head().base.model_copy(update={"uri": copied_base.uri})
-    ledger.act("configured", "me", "copied", lambda head: head.model_copy(update={"base": base}))
+    base = ledger.state().base.model_copy(update={"uri": copied_base.uri})
+    ledger.act(
+        "configured",
+        "me",
+        "copied",
+        lambda line_state: line_state.model_copy(update={"base": base}),
+    )
     store = FolderStore(shell.home / "store")
     before = {name: store.read(name) for name in store.list("blobs")}
     for name in before:

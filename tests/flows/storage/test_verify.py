@@ -101,9 +101,9 @@ def forged(shell: Shell, change: Callable[[list[Entry]], list[Entry]]) -> None:
         entry = entry.model_copy(update={"previous": previous, "sequence": number})
         previous = digest_bytes(entry.to_bytes())
         (store / "audit" / previous).write_bytes(entry.to_bytes())
-    head = json.loads(shell.head_bytes() or b"")
-    head |= {"entry": previous, "sequence": len(entries)}
-    write(store / "lines" / "demo" / "head.json", json.dumps(head).encode())
+    line_state = json.loads(shell.head_bytes() or b"")
+    line_state |= {"entry": previous, "sequence": len(entries)}
+    write(store / "lines" / "demo" / "head.json", json.dumps(line_state).encode())
 
 
 def test_a_trail_that_was_rewritten_whole_shows_beside_mlflow(copy: Shell) -> None:
@@ -119,7 +119,7 @@ def test_a_trail_that_was_cut_short_is_found(copy: Shell) -> None:
     with copy.inside():
         from datetime import datetime
 
-        old = copy.ledger().head_at(datetime.fromisoformat(short[-1].time))
+        old = copy.ledger().state_at(datetime.fromisoformat(short[-1].time))
     assert old is not None
     write(copy.home / "store" / "lines" / "demo" / "head.json", old.model_dump_json().encode())
     found = copy.json("verify", "demo", code=7)
@@ -129,8 +129,8 @@ def test_a_trail_that_was_cut_short_is_found(copy: Shell) -> None:
 
 def test_a_head_that_says_something_else_is_found(copy: Shell) -> None:
     file = copy.home / "store" / "lines" / "demo" / "head.json"
-    head = json.loads(file.read_bytes())
-    write(file, json.dumps({**head, "champion": 1}).encode())
+    line_state = json.loads(file.read_bytes())
+    write(file, json.dumps({**line_state, "champion": 1}).encode())
     found = damage(copy.json("verify", "demo", code=7))
     assert "/champion is 1, and by the acts 3" in found["the head"]
 
@@ -143,7 +143,7 @@ def test_a_damaged_object_is_found_and_named(copy: Shell, what: str, how: str) -
     digest = {
         "patch": record.patch,
         "delta": record.members["number"].delta,
-        "record": copy.head().versions[2],
+        "record": copy.state().versions[2],
         "result": record.results["number"].evaluations["grafted"],
     }[what]
     file = copy.home / "store" / "blobs" / digest
@@ -167,7 +167,7 @@ def test_a_damaged_object_is_found_and_named(copy: Shell, what: str, how: str) -
 
 
 def test_a_model_that_is_not_in_a_version_is_proved_absent(three: Three) -> None:
-    weights = three.shell.head().tasks["animal"].versions[1].model.weights
+    weights = three.shell.state().tasks["animal"].versions[1].model.weights
     for name in ("animal", "animal/1", weights, weights[:10]):
         found = three.shell.json("verify", "demo", "--without", name, code=5)
         claim = found["claim"]
@@ -199,9 +199,9 @@ def test_a_delta_put_in_the_place_of_another_does_not_pass(copy: Shell) -> None:
     with copy.inside():
         ledger.objects.put_blob(lie.to_bytes())
     file = copy.home / "store" / "lines" / "demo" / "head.json"
-    head = json.loads(file.read_bytes())
-    head["versions"]["3"] = lie.digest
-    write(file, json.dumps(head).encode())
+    line_state = json.loads(file.read_bytes())
+    line_state["versions"]["3"] = lie.digest
+    write(file, json.dumps(line_state).encode())
     texts = damage(copy.json("verify", "demo", code=7))
     assert "its recipe has other members than its record" in texts["version 3"]
     assert "/versions/3" in texts["the head"]

@@ -6,16 +6,16 @@ import torch
 
 from restitch.merging.analysis.agreement import agreement_profile, elected_sum, kept_profile, summed
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 from tests import tiny
 
 
-def members(folder: Path, vectors: dict[str, list[float]]) -> list[Member]:
+def members(folder: Path, vectors: dict[str, list[float]]) -> list[DeltaMember]:
     found = []
     for task, values in vectors.items():
         tensor = SparseTensor("w", (len(values),), torch.arange(len(values)), torch.tensor(values))
         write_sparse(folder / task, [tensor], kind="delta", metadata={})
-        found.append(Member(task, SparseFile.open(folder / task)))
+        found.append(DeltaMember(task, SparseFile.open(folder / task)))
     return found
 
 
@@ -49,5 +49,5 @@ def test_masks_of_deltas_are_counted_as_they_are(tmp_path: Path) -> None:
     for task, kept in (("a", [0, 1, 2]), ("b", [2, 3])):
         tensor = SparseTensor("w", (5,), torch.tensor(kept), torch.ones(len(kept)))
         write_sparse(tmp_path / task, [tensor], kind="delta", metadata={})
-        some.append(Member(task, SparseFile.open(tmp_path / task)))
+        some.append(DeltaMember(task, SparseFile.open(tmp_path / task)))
     assert kept_profile(base, some, ("w",)) == (1, 3, 1)

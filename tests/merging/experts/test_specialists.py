@@ -17,7 +17,7 @@ from restitch.merging.files.edits import Edits, StreamedEdits, edited
 from restitch.merging.files.export import export_weights
 from restitch.merging.methods.registry import get_method, method, method_names
 from restitch.merging.numerics.rounding import round_once
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 from tests import tiny
 from tests.merging.rules.test_elementwise import HAND, agreeing, by_hand, members_of, trimmed
 
@@ -145,7 +145,7 @@ def reference(
     return found
 
 
-def three(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Checkpoint, list[Member]]:
+def three(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Checkpoint, list[DeltaMember]]:
     base = tiny.save(folder / "base", tiny.base_tensors(dtype=dtype))
     return base, members_of(folder, base, dtype, 3)
 

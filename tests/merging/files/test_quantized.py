@@ -16,7 +16,7 @@ from restitch.merging.files.mask import Mask
 from restitch.merging.files.quantized import STEP_DTYPE, Quantized, quantized
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from restitch.merging.methods.registry import get_method
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 from tests import tiny
 
 BASE = torch.tensor([[1.0, 1.0, 1.0], [2.0, 2.0, 2.0]])
@@ -122,9 +122,11 @@ def test_members_in_8_bits_are_merged_as_what_they_restore(
         tiny.save(tmp_path / "finetuned", {"w": BASE + 1}),
         Mask.of({"w": torch.tensor([2, 3, 4])}),
     )
-    for name in ("localize-and-stitch", "restitch"):
+    for name in ("localize-and-stitch", "weighted-stitch"):
         merged = [
-            edited(base, get_method(name)(base, [Member("a", one), Member("b", other)]), "w")
+            edited(
+                base, get_method(name)(base, [DeltaMember("a", one), DeltaMember("b", other)]), "w"
+            )
             for one in (written(tmp_path, base), SparseFile.open(exact))
         ]
         assert torch.equal(*merged)

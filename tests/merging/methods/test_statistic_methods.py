@@ -16,7 +16,7 @@ from restitch.merging.files.mask import Mask
 from restitch.merging.methods.registry import get_method, method_names
 from restitch.merging.methods.regmean import solved
 from restitch.merging.ranking.kept_vector import KeptVector
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 from restitch.merging.statistics.entropy_coefficients import (
     CoefficientSettings,
     entropy,
@@ -40,11 +40,11 @@ NEEDING = [name for name in method_names() if get_method(name).needs]
 
 def given(
     folder: Path,
-    members: Sequence[Member],
+    members: Sequence[DeltaMember],
     kind: str,
     tensors: Sequence[Mapping[str, Tensor]],
     metadata: Sequence[Mapping[str, str]] | None = None,
-) -> list[Member]:
+) -> list[DeltaMember]:
     """Members with a statistic each."""
     found = []
     for number, (member, values) in enumerate(zip(members, tensors, strict=True)):
@@ -74,7 +74,7 @@ def means(of: Sequence[Mapping[str, Tensor]]) -> list[dict[str, str]]:
     return found
 
 
-def dense(base: Checkpoint, member: Member, name: str) -> Tensor:
+def dense(base: Checkpoint, member: DeltaMember, name: str) -> Tensor:
     before = base.tensor(name).double()
     return member.delta.values(name).view(before.shape).double() - before
 
@@ -104,7 +104,9 @@ def test_fisher_merging_by_hand(tmp_path: Path) -> None:
     for task, values in (("a", [1.0, 1.0, 1.0, 8.0]), ("b", [-1.0, 3.0, 0.0, 4.0])):
         finetuned = tiny.save(tmp_path / task, {"w": torch.tensor(values)})
         mask = Mask.of({"w": torch.arange(4)})
-        members.append(Member(task, tiny.write_delta(tmp_path / f"{task}.delta", finetuned, mask)))
+        members.append(
+            DeltaMember(task, tiny.write_delta(tmp_path / f"{task}.delta", finetuned, mask))
+        )
     worth = [{"w": torch.tensor(one).bfloat16()} for one in ([3.0, 1, 2, 0], [1.0, 1, 2, 0])]
     members = given(tmp_path, members, FISHER, worth, [{"mean": "1.5"}, {"mean": "1.0"}])
     edits = get_method("fisher-merging")(base, members, scale="none", floor=1e-9)

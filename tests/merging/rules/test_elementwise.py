@@ -17,7 +17,7 @@ from restitch.merging.methods.registry import get_method
 from restitch.merging.numerics.rounding import round_once
 from restitch.merging.ranking.kept_vector import KeptVector
 from restitch.merging.ranking.task_vector import TaskVector
-from restitch.merging.rules.stitch import Member, write_patch
+from restitch.merging.rules.stitch import DeltaMember, write_patch
 from tests import tiny
 
 METHODS = ("averaging", "task-arithmetic", "ties", "consensus-ta", "consensus-ties")
@@ -31,14 +31,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 CASES = [(name, given) for name in METHODS for given in SETTINGS[name]]
 
 
-def whole_member(folder: Path, base: Checkpoint, task: str, finetuned: Checkpoint) -> Member:
+def whole_member(folder: Path, base: Checkpoint, task: str, finetuned: Checkpoint) -> DeltaMember:
     """A member whose delta keeps every coordinate of the localizable tensors."""
     names = [name for name in tiny.LOCALIZABLE if name in finetuned.names]
     mask = Mask.of({name: torch.arange(base.info(name).numel) for name in names})
-    return Member(task, tiny.write_delta(folder / f"{task}.safetensors", finetuned, mask))
+    return DeltaMember(task, tiny.write_delta(folder / f"{task}.safetensors", finetuned, mask))
 
 
-def members_of(folder: Path, base: Checkpoint, dtype: torch.dtype, count: int) -> list[Member]:
+def members_of(folder: Path, base: Checkpoint, dtype: torch.dtype, count: int) -> list[DeltaMember]:
     tensors = {name: base.tensor(name) for name in base.names}
     found = []
     for seed in range(count):
@@ -161,14 +161,16 @@ def test_neither_order_nor_threads_matter(tmp_path: Path, name: str, threads: in
         torch.set_num_threads(before)
 
 
-def by_hand(tmp_path: Path, vectors: dict[str, list[float]]) -> tuple[Checkpoint, list[Member]]:
+def by_hand(
+    tmp_path: Path, vectors: dict[str, list[float]]
+) -> tuple[Checkpoint, list[DeltaMember]]:
     base = tiny.save(tmp_path / "base", {"w": torch.full((4,), 10.0), "other": torch.ones(2)})
     members = []
     for task, change in vectors.items():
         mask = Mask.of({"w": torch.arange(4)})
         tensors = {"w": 10 + torch.tensor(change), "other": torch.ones(2)}
         finetuned = tiny.save(tmp_path / task, tensors)
-        members.append(Member(task, tiny.write_delta(tmp_path / f"{task}.d", finetuned, mask)))
+        members.append(DeltaMember(task, tiny.write_delta(tmp_path / f"{task}.d", finetuned, mask)))
     return base, members
 
 
@@ -224,7 +226,7 @@ def test_where_nothing_changes_the_bits_of_the_base_stay(tmp_path: Path) -> None
     base = tiny.save(tmp_path / "base", tensors)
     mask = Mask.of({"w": torch.arange(4)})
     other = tiny.save(tmp_path / "a", {"w": torch.tensor([-0.0, 0.0, 2.0, 0.0])})
-    member = Member("a", tiny.write_delta(tmp_path / "d", other, mask))
+    member = DeltaMember("a", tiny.write_delta(tmp_path / "d", other, mask))
     edits = get_method("task-arithmetic")(base, [member], alpha=1.0)
     found = edited(base, edits, "w").view(torch.int32).tolist()
     assert found == torch.tensor([-0.0, 0.0, 2.0, -0.0]).view(torch.int32).tolist()

@@ -15,7 +15,7 @@ from restitch.merging.files.edits import edited
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from restitch.merging.methods.registry import get_method
 from restitch.merging.numerics.rounding import round_once
-from restitch.merging.rules.stitch import OVERLAPS, Member, stitch, write_patch
+from restitch.merging.rules.stitch import OVERLAPS, DeltaMember, stitch, write_patch
 from tests import tiny
 
 RULES = tuple(rule for rule in OVERLAPS if rule != "mean")
@@ -31,7 +31,7 @@ def delta(path: Path, values: dict[int, float], factors: list[float] | None = No
     return SparseFile.open(path)
 
 
-def slow(base: Checkpoint, members: list[Member], name: str, rule: str | float) -> Tensor:
+def slow(base: Checkpoint, members: list[DeltaMember], name: str, rule: str | float) -> Tensor:
     """The reference: coordinate by coordinate, in Python's own numbers."""
     ordered = sorted(members, key=lambda member: member.task.encode())
     flat = base.tensor(name).clone().view(-1)
@@ -88,9 +88,9 @@ def total(values: list[float]) -> float:
 def test_a_case_by_hand(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.ones(2, 4)})
     members = [
-        Member("a", delta(tmp_path / "a", {0: 3.0, 1: 2.0, 5: 5.0}, [1, 2, 1, 3, 1, 1])),
-        Member("b", delta(tmp_path / "b", {5: -1.0, 7: 9.0}, [1, 1, 1, 1, 1, 1])),
-        Member("c", delta(tmp_path / "c", {1: 4.0, 5: 3.0})),
+        DeltaMember("a", delta(tmp_path / "a", {0: 3.0, 1: 2.0, 5: 5.0}, [1, 2, 1, 3, 1, 1])),
+        DeltaMember("b", delta(tmp_path / "b", {5: -1.0, 7: 9.0}, [1, 1, 1, 1, 1, 1])),
+        DeltaMember("c", delta(tmp_path / "c", {1: 4.0, 5: 3.0})),
     ]
     # At 1 the owners move by 1 and 3; at 5 by 4, -2 and 2. At 1 `a` is worth 1 x 3 and the other
     # is not known; at 5 `a` is worth 2 x 3, `b` 1 x 1, and `c` is taken to be worth 3.5.
@@ -107,11 +107,11 @@ def test_a_case_by_hand(tmp_path: Path) -> None:
 
 def test_owners_that_cancel_leave_the_base_where_a_sign_is_elected(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.ones(2, 4)})
-    members = [Member(t, delta(tmp_path / t, {3: v})) for t, v in (("a", 3.0), ("b", -1.0))]
+    members = [DeltaMember(t, delta(tmp_path / t, {3: v})) for t, v in (("a", 3.0), ("b", -1.0))]
     assert torch.equal(edited(base, stitch(base, members, "elect"), "w"), torch.ones(2, 4))
 
 
-def weighed(folder: Path, member: Member, seed: int) -> Member:
+def weighed(folder: Path, member: DeltaMember, seed: int) -> DeltaMember:
     """The same member with random factors."""
     generator = torch.Generator().manual_seed(seed)
     tensors = []
@@ -123,7 +123,7 @@ def weighed(folder: Path, member: Member, seed: int) -> Member:
         tensors.append(SparseTensor(name, info.shape, coordinates, values, factors))
     path = folder / f"{member.task}.weighed"
     write_sparse(path, tensors, kind="delta", metadata={})
-    return Member(member.task, SparseFile.open(path))
+    return DeltaMember(member.task, SparseFile.open(path))
 
 
 @pytest.mark.parametrize("rule", [*RULES, 0.0, 0.25, 0.5, 0.75, 1.0])
@@ -139,7 +139,7 @@ def test_every_rule_is_that_of_the_slow_reference_however_the_tensor_is_cut(
         if isinstance(rule, str):
             edits = stitch(base, members, rule)
         else:
-            edits = get_method("restitch")(base, members, growth=rule)
+            edits = get_method("weighted-stitch")(base, members, growth=rule)
         for name in base.names:
             assert torch.equal(edited(base, edits, name), slow(base, members, name, rule))
 
@@ -167,8 +167,8 @@ def test_a_weight_with_one_owner_is_the_finetuned_weight_bit_for_bit(
     base = tiny.save(tmp_path, {"w": torch.full((2, 4), 0.1)})
     odd = {0: -0.0, 1: 1e-45, 2: 3.4e38, 6: 1 / 3}
     members = [
-        Member("a", delta(tmp_path / "a", {**odd, 5: 2.0})),
-        Member("b", delta(tmp_path / "b", {5: 1.0})),
+        DeltaMember("a", delta(tmp_path / "a", {**odd, 5: 2.0})),
+        DeltaMember("b", delta(tmp_path / "b", {5: 1.0})),
     ]
     found = edited(base, stitch(base, members, rule), "w").view(-1).view(torch.int32)
     expected = torch.tensor(list(odd.values())).view(torch.int32)
@@ -186,12 +186,12 @@ def test_members_without_factors_are_worth_the_same(tmp_path: Path) -> None:
 def test_growth_goes_from_the_mean_to_the_sum(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.ones(2, 4)})
     members = [
-        Member(t, delta(tmp_path / t, {3: v}))
+        DeltaMember(t, delta(tmp_path / t, {3: v}))
         for t, v in zip("abcd", (3.0, 5.0, 1.0, 9.0), strict=True)
     ]
     found = []
     for growth in (0.0, 0.25, 0.5, 0.75, 1.0):
-        edits = get_method("restitch")(base, members, growth=growth)
+        edits = get_method("weighted-stitch")(base, members, growth=growth)
         found.append(float(edited(base, edits, "w")[0, 3]))
     # The owners move by 2, 4, 0 and 8: 3.5 on average, 14 together.
     expected = [1 + 3.5 * 4**growth for growth in (0.0, 0.25, 0.5, 0.75, 1.0)]
@@ -202,4 +202,4 @@ def test_a_growth_that_machines_round_differently_is_refused(tmp_path: Path) -> 
     base = tiny.save(tmp_path, {"w": torch.ones(2, 4)})
     for growth in (0.3, -0.25, 1.25):
         with pytest.raises(BadInput, match="growth"):
-            get_method("restitch")(base, [], growth=growth)
+            get_method("weighted-stitch")(base, [], growth=growth)

@@ -19,21 +19,21 @@ from restitch.merging.methods.regmean import solved
 from restitch.merging.methods.tsv_m import merged
 from restitch.merging.methods.wudi import minimized
 from restitch.merging.rules.per_matrix import PerMatrix, computing_on
-from restitch.merging.rules.stitch import Member
+from restitch.merging.rules.stitch import DeltaMember
 from tests import tiny
 
 METHODS = ("tsv-m", "iso-c", "iso-cts", "wudi")
 Matrix = NDArray[np.float64]
 
 
-def whole_members(folder: Path, base: Checkpoint, count: int) -> list[Member]:
+def whole_members(folder: Path, base: Checkpoint, count: int) -> list[DeltaMember]:
     tensors = {name: base.tensor(name) for name in base.names}
     found = []
     for seed in range(count):
         finetuned = tiny.save(folder / f"{seed}", tiny.finetuned_tensors(tensors, seed))
         mask = Mask.of({n: torch.arange(base.info(n).numel) for n in tiny.LOCALIZABLE})
         delta = tiny.write_delta(folder / f"{seed}.delta", finetuned, mask)
-        found.append(Member("zyxw"[seed], delta))
+        found.append(DeltaMember("zyxw"[seed], delta))
     return found
 
 

@@ -10,7 +10,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import edited
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from restitch.merging.numerics.rounding import round_once
-from restitch.merging.rules.stitch import Member, stitch, write_patch
+from restitch.merging.rules.stitch import DeltaMember, stitch, write_patch
 from tests import tiny
 
 
@@ -22,7 +22,7 @@ def delta(path: Path, values: dict[int, float], dtype: torch.dtype = torch.float
     return SparseFile.open(path)
 
 
-def slow_stitch(base: Checkpoint, members: list[Member], name: str) -> Tensor:
+def slow_stitch(base: Checkpoint, members: list[DeltaMember], name: str) -> Tensor:
     """The reference: coordinate by coordinate."""
     ordered = sorted(members, key=lambda member: member.task.encode())
     flat = base.tensor(name).clone().view(-1)
@@ -47,9 +47,9 @@ def slow_stitch(base: Checkpoint, members: list[Member], name: str) -> Tensor:
 def test_a_case_by_hand(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.arange(8.0).view(2, 4), "other": torch.ones(1)})
     members = [
-        Member("b", delta(tmp_path / "b", {1: 10.0, 2: 30.0, 7: 2.0})),
-        Member("a", delta(tmp_path / "a", {1: 20.0, 3: -1.0, 7: 3.0})),
-        Member("c", delta(tmp_path / "c", {7: 7.0})),
+        DeltaMember("b", delta(tmp_path / "b", {1: 10.0, 2: 30.0, 7: 2.0})),
+        DeltaMember("a", delta(tmp_path / "a", {1: 20.0, 3: -1.0, 7: 3.0})),
+        DeltaMember("c", delta(tmp_path / "c", {7: 7.0})),
     ]
     edits = stitch(base, members)
     assert edits.names == ("w",)
@@ -93,7 +93,7 @@ def test_tensors_of_many_blocks_with_every_encoding(
         values = torch.randn(len(coordinates), generator=generator).bfloat16()
         tensor = SparseTensor("w", (numel,), coordinates, values)
         write_sparse(tmp_path / name, [tensor], kind="delta", metadata={})
-        members.append(Member(name, SparseFile.open(tmp_path / name)))
+        members.append(DeltaMember(name, SparseFile.open(tmp_path / name)))
         total[coordinates] += values.double()
         owners[coordinates] += 1
     found = edited(base, stitch(base, members), "w")
@@ -104,7 +104,7 @@ def test_the_sum_does_not_depend_on_what_else_is_summed(tmp_path: Path) -> None:
     # In float32 1e8 + 1 - 1e8 is 0; in float64 the mean is exactly 1/3, rounded once.
     base = tiny.save(tmp_path, {"w": torch.zeros(2, 4)})
     values = {"a": 1e8, "b": 1.0, "c": -1e8}
-    members = [Member(t, delta(tmp_path / t, {5: v})) for t, v in values.items()]
+    members = [DeltaMember(t, delta(tmp_path / t, {5: v})) for t, v in values.items()]
     found = edited(base, stitch(base, members), "w")[1, 1]
     assert float(found) == float(torch.tensor(1 / 3))
 
@@ -112,8 +112,8 @@ def test_the_sum_does_not_depend_on_what_else_is_summed(tmp_path: Path) -> None:
 def test_a_weight_with_one_owner_is_the_finetuned_weight_bit_for_bit(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.zeros(2, 4)})
     odd = {0: -0.0, 1: 1e-45, 2: 3.4e38, 6: 1 / 3}
-    one = Member("a", delta(tmp_path / "a", odd))
-    two = Member("b", delta(tmp_path / "b", {5: 1.0}))
+    one = DeltaMember("a", delta(tmp_path / "a", odd))
+    two = DeltaMember("b", delta(tmp_path / "b", {5: 1.0}))
     for edits in (stitch(base, [one]), stitch(base, [two, one])):
         found = edited(base, edits, "w").view(-1).view(torch.int32)
         assert [int(found[c]) for c in odd] == list(
@@ -125,13 +125,13 @@ def test_a_wider_value_with_one_owner_is_rounded_once(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.zeros(2, 4, dtype=torch.bfloat16)})
     just_above_the_middle = 1 + 2.0**-8 + 2.0**-40
     file = delta(tmp_path / "a", {5: just_above_the_middle}, torch.float64)
-    assert float(edited(base, stitch(base, [Member("a", file)]), "w")[1, 1]) == 1 + 2.0**-7
+    assert float(edited(base, stitch(base, [DeltaMember("a", file)]), "w")[1, 1]) == 1 + 2.0**-7
 
 
 def test_more_members_than_a_byte_counts(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.zeros(2, 4)})
     files = [delta(tmp_path / f"{value}", {3: float(value)}) for value in range(3)]
-    members = [Member(f"task{i:03d}", files[i % 3]) for i in range(300)]
+    members = [DeltaMember(f"task{i:03d}", files[i % 3]) for i in range(300)]
     assert float(edited(base, stitch(base, members), "w")[0, 3]) == 1.0
 
 
@@ -139,7 +139,7 @@ def test_shared_values_are_summed_in_the_order_of_the_tasks(tmp_path: Path) -> N
     base = tiny.save(tmp_path, {"w": torch.zeros(2, 4, dtype=torch.float64)})
     values = {"B": 1e16, "a": 1.0, "b": -1e16}  # (1e16 + 1) - 1e16 is 0, other orders give 1
     members = [
-        Member(task, delta(tmp_path / task, {5: value}, torch.float64))
+        DeltaMember(task, delta(tmp_path / task, {5: value}, torch.float64))
         for task, value in values.items()
     ]
     for order in itertools.permutations(members):
@@ -158,7 +158,9 @@ def test_a_patch_holds_the_coordinates_whose_bytes_differ(tmp_path: Path) -> Non
     weights = torch.tensor([[1.0, 0.0, 2.0, 3.0], [4.0, 5.0, 6.0, 7.0]])
     base = tiny.save(tmp_path, {"w": weights})
     # 0: the base's own value; 1: -0 differs from 0 in its bytes; 4 and 5: other values.
-    edits = stitch(base, [Member("a", delta(tmp_path / "a", {0: 1.0, 1: -0.0, 4: 9.0, 5: 8.0}))])
+    edits = stitch(
+        base, [DeltaMember("a", delta(tmp_path / "a", {0: 1.0, 1: -0.0, 4: 9.0, 5: 8.0}))]
+    )
     info = write_patch(tmp_path / "p", base, edits, {"recipe": "r"})
     patch = SparseFile.open(tmp_path / "p")
     assert (info.kept, patch.kind, patch.metadata) == (3, "patch", {"recipe": "r"})
@@ -189,17 +191,17 @@ def test_a_delta_that_does_not_fit_the_base_lists_why(tmp_path: Path) -> None:
     for tensors in ({"v": torch.zeros(2, 4)}, {"w": torch.zeros(4, 2)}):
         base = tiny.save(tmp_path / "b", tensors)
         with pytest.raises(BadInput, match="w: ") as caught:
-            stitch(base, [Member("mnist", file)])
+            stitch(base, [DeltaMember("mnist", file)])
         assert "mnist" in str(caught.value)
 
 
 def test_a_patch_is_no_delta_and_a_task_is_there_once(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.zeros(2, 4)})
     file = delta(tmp_path / "a", {1: 1.0})
-    write_patch(tmp_path / "p", base, stitch(base, [Member("a", file)]), {})
+    write_patch(tmp_path / "p", base, stitch(base, [DeltaMember("a", file)]), {})
     with pytest.raises(BadInput):
-        stitch(base, [Member("a", SparseFile.open(tmp_path / "p"))])
+        stitch(base, [DeltaMember("a", SparseFile.open(tmp_path / "p"))])
     with pytest.raises(ValueError):
-        stitch(base, [Member("a", file), Member("a", file)])
+        stitch(base, [DeltaMember("a", file), DeltaMember("a", file)])
     with pytest.raises(BadInput, match="overlap"):
-        stitch(base, [Member("a", file)], overlap="median")
+        stitch(base, [DeltaMember("a", file)], overlap="median")

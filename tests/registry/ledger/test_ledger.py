@@ -47,8 +47,8 @@ def register(line: Ledger, task: str, name: str = "model") -> Act:
 
 def test_an_act_is_in_the_head_and_in_the_trail(line):
     act = register(line, "a")
-    assert line.head() == act.head
-    assert act.head.entry == act.digest == act.entry.digest
+    assert line.state() == act.line_state
+    assert act.line_state.entry == act.digest == act.entry.digest
     assert [entry.kind for entry in line.entries()] == ["registered", "configured"]
     assert [e.kind for e in line.entries(newest_first=False)] == ["configured", "registered"]
     assert act.entry.reason == "why not"
@@ -67,7 +67,7 @@ def test_an_entry_says_what_changed_before_and_after(line):
     assert next(e for e in line.entries() if e.kind == "merged").after == {
         "/candidate": 2,
         "/next_version": 3,
-        "/versions/2": line.head().versions[2],
+        "/versions/2": line.state().versions[2],
     }
 
 
@@ -76,8 +76,8 @@ def test_the_trail_replayed_is_the_head(line):
     merge(line)
     line.act("retired", "t", "", lambda h: h.with_state("a", 1, "retired", "not wanted"))
     line.act("configured", "t", "", lambda h: h.with_task(TaskSpec(task="a/b".replace("/", "-"))))
-    head = line.head()
-    assert replay(line.entries(newest_first=False)) == state_of(head)
+    line_state = line.state()
+    assert replay(line.entries(newest_first=False)) == state_of(line_state)
 
 
 json_values = st.recursive(
@@ -112,7 +112,7 @@ def test_differences_lead_from_any_state_to_any_other(old, new):
 
 def test_a_line_is_made_once(line):
     assert line.create(line_spec(), model_ref("other"), "tester", "again") is None
-    assert line.head().base == model_ref("base")
+    assert line.state().base == model_ref("base")
     assert len(list(line.entries())) == 1
 
 
@@ -121,7 +121,7 @@ def test_a_line_that_was_not_made_is_said_with_those_that_were(line):
     assert other.find() is None
     assert not other.exists()
     asked: list[Callable[[], object]] = [
-        other.head,
+        other.state,
         lambda: register(other, "a"),
         lambda: list(other.entries()),
     ]
@@ -137,24 +137,24 @@ def test_lines_are_found_by_their_heads(line):
 
 
 def test_a_change_that_finds_nothing_to_do_is_no_act(line):
-    head = line.head()
+    line_state = line.state()
     assert line.act("promoted", "tester", "", lambda _head: None) is None
-    assert line.head() == head
+    assert line.state() == line_state
     assert len(list(line.objects.store.list("audit"))) == 1
 
 
 def test_a_lost_race_runs_the_change_again_on_the_newer_head(line):
     seen = []
 
-    def change(head):
-        seen.append(head.sequence)
+    def change(line_state):
+        seen.append(line_state.sequence)
         if len(seen) == 1:
             register(line, "first")
-        return with_task(head, "second", model())
+        return with_task(line_state, "second", model())
 
     act = line.act("registered", "tester", "", change)
     assert seen == [1, 2]
-    assert set(act.head.tasks) == {"first", "second"}
+    assert set(act.line_state.tasks) == {"first", "second"}
     assert [e.sequence for e in line.entries()] == [3, 2, 1]
 
 
@@ -164,7 +164,7 @@ def test_an_entry_that_no_head_reaches_does_not_count(line, monkeypatch):
         register(line, "a")
     monkeypatch.undo()
     assert len(list(line.objects.store.list("audit"))) == 2, "an orphan is left"
-    assert line.head().tasks == {}
+    assert line.state().tasks == {}
     register(line, "a")
     assert [e.sequence for e in line.entries()] == [2, 1]
 
@@ -181,8 +181,8 @@ def test_objects_are_named_when_the_act_counts(line):
         "registered",
         "tester",
         "",
-        lambda head: with_task(head, "a", model()),
-        lambda head: {"weights": head.tasks["a"].versions[1].model.weights},
+        lambda line_state: with_task(line_state, "a", model()),
+        lambda line_state: {"weights": line_state.tasks["a"].versions[1].model.weights},
     )
     assert act.entry.digests == {"weights": model().model.weights}
 
@@ -194,13 +194,13 @@ def test_many_threads_lose_nothing(line, seed):
     chance.shuffle(tasks)
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(lambda task: register(line, task), tasks))
-    head = line.head()
-    assert set(head.tasks) == set(tasks)
+    line_state = line.state()
+    assert set(line_state.tasks) == set(tasks)
     entries = list(line.entries(newest_first=False))
     assert [e.sequence for e in entries] == list(range(1, 32))
     assert [e.time for e in entries] == sorted(e.time for e in entries)
     assert len({e.time for e in entries}) == 31
-    assert replay(entries) == state_of(head)
+    assert replay(entries) == state_of(line_state)
 
 
 def test_many_processes_lose_nothing(line):
@@ -215,10 +215,10 @@ def test_many_processes_lose_nothing(line):
     """
     processes = [start(code, str(n)) for n in range(4)]
     assert [process.wait() for process in processes] == [0] * 4
-    head = line.head()
-    assert len(head.tasks) == 60
+    line_state = line.state()
+    assert len(line_state.tasks) == 60
     assert [e.sequence for e in line.entries()] == list(range(61, 0, -1))
-    assert replay(line.entries(newest_first=False)) == state_of(head)
+    assert replay(line.entries(newest_first=False)) == state_of(line_state)
 
 
 def test_a_process_killed_at_any_moment_leaves_a_line_that_goes_on(line):
@@ -236,10 +236,10 @@ def test_a_process_killed_at_any_moment_leaves_a_line_that_goes_on(line):
         wait_for_line(process)
         time.sleep(chance.uniform(0.05, 0.3))
         kill(process)
-        head = line.head()
-        assert replay(line.entries(newest_first=False)) == state_of(head)
-        assert [r.version for r in line.history()] == sorted(head.versions, reverse=True)
-    assert merge(line) == line.head().newest
+        line_state = line.state()
+        assert replay(line.entries(newest_first=False)) == state_of(line_state)
+        assert [r.version for r in line.history()] == sorted(line_state.versions, reverse=True)
+    assert merge(line) == line.state().newest
 
 
 def test_an_altered_entry_is_damage_that_names_it(line):
@@ -267,9 +267,9 @@ def test_an_entry_left_out_of_the_chain_is_damage(line):
     first = list(line.entries())[2]
     forged = act.entry.model_copy(update={"previous": first.digest})
     line.objects.store.put(f"audit/{forged.digest}", forged.to_bytes())
-    head = line.head().model_copy(update={"entry": forged.digest})
+    line_state = line.state().model_copy(update={"entry": forged.digest})
     tag = line.objects.store.read_tagged("lines/line/head.json").tag
-    line.objects.store.swap("lines/line/head.json", tag, head.model_dump_json().encode())
+    line.objects.store.swap("lines/line/head.json", tag, line_state.model_dump_json().encode())
     with pytest.raises(Damage, match="broken at"):
         list(line.entries())
 
@@ -278,7 +278,7 @@ def test_a_head_that_is_not_readable_is_damage(line):
     store = line.objects.store
     (store.root / "lines/line/head.json").write_bytes(b'{"format": 99}')
     with pytest.raises(Damage, match=re.escape("lines/line/head.json")):
-        line.head()
+        line.state()
 
 
 def test_a_record_of_a_merged_version_is_verified(line):
@@ -286,7 +286,7 @@ def test_a_record_of_a_merged_version_is_verified(line):
     assert line.merged(version).version == version
     with pytest.raises(BadInput, match="no version 7"):
         line.merged(7)
-    blob = line.head().versions[version]
+    blob = line.state().versions[version]
     (line.objects.store.root / "blobs" / blob).write_bytes(b"{}")
     with pytest.raises(Damage, match=blob):
         line.merged(version)
@@ -308,17 +308,17 @@ def test_the_head_at_a_time_is_the_one_of_then(tmp_path):
     now = [datetime(2026, 3, 1, tzinfo=UTC)]
     line = Ledger(ObjectStore(FolderStore(tmp_path)), "line", now=lambda: now[0])
     line.create(line_spec(), model_ref("base"), "t", "")
-    heads = [line.head()]
+    heads = [line.state()]
     for task in ("a", "b", "c"):
         now[0] += timedelta(days=1)
         line.act("localized", "t", "", partial(with_task, task=task, model=ready(task)))
         merge(line)
-        heads.append(line.head())
-    for day, head in enumerate(heads):
-        assert line.head_at(datetime(2026, 3, 1 + day, 12, tzinfo=UTC)) == head.model_copy(
-            update={"generation": head.sequence}
+        heads.append(line.state())
+    for day, line_state in enumerate(heads):
+        assert line.state_at(datetime(2026, 3, 1 + day, 12, tzinfo=UTC)) == line_state.model_copy(
+            update={"generation": line_state.sequence}
         )
-    assert line.head_at(datetime(2026, 2, 1, tzinfo=UTC)) is None
+    assert line.state_at(datetime(2026, 2, 1, tzinfo=UTC)) is None
 
 
 def test_the_same_acts_at_the_same_times_give_the_same_bytes(tmp_path):
@@ -340,11 +340,11 @@ def test_a_thousand_versions_are_read_in_less_than_two_seconds(tmp_path, monkeyp
     line = ledger(tmp_path)
     tasks = tuple(f"t{n}" for n in range(20))
 
-    def change(head):
+    def change(line_state):
         for version in range(1, 1001):
             made = record(version, tasks=tasks)
-            head = head.with_merged(line.objects.put_blob(made.to_bytes()))
-        return head
+            line_state = line_state.with_merged(line.objects.put_blob(made.to_bytes()))
+        return line_state
 
     for number in range(1000):
         line.act("configured", "t", "", methodcaller("with_pin", number % 2 == 0))
@@ -352,7 +352,7 @@ def test_a_thousand_versions_are_read_in_less_than_two_seconds(tmp_path, monkeyp
     began = time.process_time()
     assert len(list(line.entries())) == 1002
     assert len(list(line.history())) == 1000
-    then = line.head_at(datetime.now(UTC))
+    then = line.state_at(datetime.now(UTC))
     assert then is not None
     assert then.newest == 1000
     assert line.merged(500).version == 500
@@ -364,8 +364,8 @@ def test_a_record_is_read_as_it_was_stored(tmp_path):
     made = record(gates=[{"gate": "min_retention", "limit": 0.9, "value": 0.8, "passed": False}])
     blob = line.objects.put_blob(made.to_bytes())
     assert blob == made.digest
-    act = done(line.act("merged", "t", "", lambda head: head.with_merged(blob)))
-    assert act.head.newest == 1
+    act = done(line.act("merged", "t", "", lambda line_state: line_state.with_merged(blob)))
+    assert act.line_state.newest == 1
     assert line.merged(1) == made
     assert not made.passed
     assert made.mean_accuracy == 0.6

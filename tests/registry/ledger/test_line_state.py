@@ -3,13 +3,13 @@ from collections.abc import Callable
 import pytest
 from pydantic import ValidationError
 
-from restitch.registry.ledger.line_state import Head, ModelVersion
+from restitch.registry.ledger.line_state import LineState, ModelVersion
 from restitch.registry.specs.task import TaskSpec
-from tests.registry.builders import TIME, digest, head, line_spec, model, ready, with_task
+from tests.registry.builders import TIME, digest, line_spec, line_state, model, ready, with_task
 
 
 def test_the_newest_ready_model_of_a_task_is_its_member():
-    line = with_task(head(), "a", ready("1"))
+    line = with_task(line_state(), "a", ready("1"))
     line = with_task(line, "a", ready("2"))
     line = with_task(line, "a", model("3"))
     assert [(m.task, m.version) for m in line.members] == [("a", 2)]
@@ -22,20 +22,20 @@ def test_members_are_ordered_by_the_bytes_of_the_task_whatever_came_first():
     names = ["b", "a-b", "a_b", "a", "b0", "0"]
     orders = (names, names[::-1])
     for order in orders:
-        line = head()
+        line = line_state()
         for name in order:
             line = with_task(line, name, ready(name))
         assert [m.task for m in line.members] == ["0", "a", "a-b", "a_b", "b", "b0"]
 
 
 def test_a_number_of_a_model_is_never_used_twice():
-    line = with_task(with_task(head(), "a", ready("1")), "a", ready("2"))
+    line = with_task(with_task(line_state(), "a", ready("1")), "a", ready("2"))
     line = line.with_state("a", 2, "retired", "not wanted")
     assert line.with_version("a", model("3")).tasks["a"].next_version == 4
 
 
 def test_the_same_weights_and_files_are_found_again():
-    line = with_task(head(), "a", model("x"))
+    line = with_task(line_state(), "a", model("x"))
     same = model("x").model
     assert line.find_model("a", same.weights, same.config) == 1
     assert line.find_model("a", same.weights, digest("other config")) is None
@@ -43,14 +43,14 @@ def test_the_same_weights_and_files_are_found_again():
 
 
 def test_models_in_a_state_come_oldest_first():
-    line = with_task(head(), "b", model("1", registered_at="2026-01-01T00:00:00+00:00"))
+    line = with_task(line_state(), "b", model("1", registered_at="2026-01-01T00:00:00+00:00"))
     line = with_task(line, "a", model("2", registered_at="2026-01-02T00:00:00+00:00"))
     line = with_task(line, "a", ready("3"))
     assert [found[:2] for found in line.in_state("registered", "waiting")] == [("b", 1), ("a", 1)]
 
 
 def test_a_state_changes_with_what_belongs_to_it_and_nothing_else():
-    line = with_task(head(), "a", model("x", facts={"old": 1}))
+    line = with_task(line_state(), "a", model("x", facts={"old": 1}))
     line = line.with_state("a", 1, "ready", mask=digest("m"), delta=digest("d"))
     found = line.tasks["a"].versions[1]
     assert (found.state, found.mask, found.facts) == ("ready", digest("m"), {"old": 1})
@@ -61,11 +61,11 @@ def test_a_model_without_a_mask_is_never_ready():
     with pytest.raises(ValidationError, match="needs a mask"):
         model(state="ready")
     with pytest.raises(ValidationError, match="needs a mask"):
-        with_task(head(), "a", model()).with_state("a", 1, "ready")
+        with_task(line_state(), "a", model()).with_state("a", 1, "ready")
 
 
 def test_a_change_makes_a_new_head_and_leaves_the_old_one():
-    old = with_task(head(), "a", ready())
+    old = with_task(line_state(), "a", ready())
     before = old.to_json()
     old.with_merged(digest("record")).promoted(1)
     old.with_version("a", model("other"))
@@ -76,7 +76,7 @@ def test_a_change_makes_a_new_head_and_leaves_the_old_one():
 
 
 def test_a_merged_version_is_the_candidate_until_it_is_promoted():
-    line = head().with_merged(digest("1"))
+    line = line_state().with_merged(digest("1"))
     assert (line.newest, line.candidate, line.champion) == (1, 1, None)
     line = line.promoted(1).with_merged(digest("2"))
     assert (line.newest, line.candidate, line.champion) == (2, 2, 1)
@@ -97,12 +97,12 @@ def test_a_merged_version_is_the_candidate_until_it_is_promoted():
 )
 def test_a_head_that_contradicts_itself_is_refused(broken):
     with pytest.raises(ValidationError):
-        Head.model_validate(head().to_json() | broken)
+        LineState.model_validate(line_state().to_json() | broken)
 
 
 def test_an_impossible_change_is_refused():
-    line = with_task(head(), "a", model())
-    changes: list[Callable[[], Head]] = [
+    line = with_task(line_state(), "a", model())
+    changes: list[Callable[[], LineState]] = [
         lambda: line.promoted(1),
         lambda: line.with_state("a", 2, "retired"),
         lambda: line.with_state("b", 1, "retired"),
@@ -115,13 +115,13 @@ def test_an_impossible_change_is_refused():
 
 
 def test_another_description_keeps_the_models():
-    line = with_task(head(), "a", model()).with_task(TaskSpec(task="a", scale=20.0))
+    line = with_task(line_state(), "a", model()).with_task(TaskSpec(task="a", scale=20.0))
     assert line.tasks["a"].spec.scale == 20.0
     assert list(line.tasks["a"].versions) == [1]
 
 
 def test_a_stored_head_is_read_as_it_was():
-    line = with_task(head(), "a", ready()).with_merged(digest("1"))
-    assert Head.model_validate_json(line.model_dump_json()) == line
+    line = with_task(line_state(), "a", ready()).with_merged(digest("1"))
+    assert LineState.model_validate_json(line.model_dump_json()) == line
     stored = ModelVersion.model_validate_json(ready().model_dump_json())
     assert stored == ready()

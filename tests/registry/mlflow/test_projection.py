@@ -99,14 +99,18 @@ def test_a_version_is_described_in_two_sentences():
 
 
 def test_an_act_names_the_models_and_versions_that_it_was_about(tmp_path):
-    registered = act(tmp_path / "1", lambda head: with_task(head, "a", model()))
+    registered = act(tmp_path / "1", lambda line_state: with_task(line_state, "a", model()))
     assert outcomes.touched_models(registered) == (("a", 1),)
     line = ledger(tmp_path / "2")
-    line.act("registered", "t", "", lambda head: with_task(head, "b", ready("1")))
-    more = done(line.act("registered", "t", "", lambda head: with_task(head, "b", model("2"))))
+    line.act("registered", "t", "", lambda line_state: with_task(line_state, "b", ready("1")))
+    more = done(
+        line.act("registered", "t", "", lambda line_state: with_task(line_state, "b", model("2")))
+    )
     assert outcomes.touched_models(more.entry) == (("b", 2),)
     state = done(
-        line.act("retired", "t", "", lambda head: head.with_state("b", 1, "retired", "old"))
+        line.act(
+            "retired", "t", "", lambda line_state: line_state.with_state("b", 1, "retired", "old")
+        )
     )
     assert outcomes.touched_models(state.entry) == (("b", 1),)
     merge(line)
@@ -123,9 +127,17 @@ def test_an_act_is_about_the_versions_that_it_made_moved_or_judged(tmp_path):
     line = ledger(tmp_path)
     merge(line)
     merge(line)
-    rejected = done(line.act("rejected", "t", "version 1: too little", lambda head: head))
-    held = done(line.act("held", "t", "version 1: of a task, not of the line", lambda head: head))
-    back = done(line.act("rolled-back", "t", "it was slow", lambda head: head.promoted(1)))
+    rejected = done(
+        line.act("rejected", "t", "version 1: too little", lambda line_state: line_state)
+    )
+    held = done(
+        line.act(
+            "held", "t", "version 1: of a task, not of the line", lambda line_state: line_state
+        )
+    )
+    back = done(
+        line.act("rolled-back", "t", "it was slow", lambda line_state: line_state.promoted(1))
+    )
     promoted, merged, *_ = list(line.entries())[3:]
     assert outcomes.merges_about(merged) == (2,)
     assert outcomes.merges_about(promoted) == (1, 2)
@@ -158,7 +170,7 @@ def test_a_reason_is_one_sentence_and_not_said_twice(tmp_path):
 
 
 def test_an_act_is_shown_with_its_facts_as_params(tmp_path):
-    entry = act(tmp_path, lambda head: with_task(head, "a", model()))
+    entry = act(tmp_path, lambda line_state: with_task(line_state, "a", model()))
     run = projection.of_act(entry)
     assert run.digest == entry.digest
     assert run.params["actor"] == "ann"

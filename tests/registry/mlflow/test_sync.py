@@ -81,7 +81,7 @@ def test_what_the_command_line_answers_is_found_by_a_search(catalog, line):
         [audit], "params.kind = 'promoted' and params.`champion.after` = '2'"
     )
     assert run.data.params["champion.before"] == "1"
-    (run,) = client.search_runs([audit], f"tags.`restitch.digest` = '{line.head().entry}'")
+    (run,) = client.search_runs([audit], f"tags.`restitch.digest` = '{line.state().entry}'")
     assert run.data.params["sequence"] == "9"
     found = client.search_model_versions(
         f"name = 'line.a' and tags.`restitch.digest` = '{digest('a')}'"
@@ -108,7 +108,9 @@ def test_a_full_repair_of_a_whole_image_changes_nothing(catalog, line):
 
 def test_only_new_acts_are_looked_at(catalog, line):
     catalog.repair(line)
-    line.act("retired", "ann", "old", lambda head: head.with_state("a", 1, "retired", "old"))
+    line.act(
+        "retired", "ann", "old", lambda line_state: line_state.with_state("a", 1, "retired", "old")
+    )
     assert catalog.repair(line) == 1
     (version,) = catalog.client.search_model_versions("name = 'line.a'")
     assert version.tags["restitch.state"] == "retired"
@@ -117,11 +119,11 @@ def test_only_new_acts_are_looked_at(catalog, line):
 
 def test_a_repair_that_is_killed_again_and_again_is_completed(home, tmp_path, empty_mlflow):
     line = ledger(home.store_path)
-    line.act("registered", "ann", "", lambda head: with_task(head, "a", model("a")))
+    line.act("registered", "ann", "", lambda line_state: with_task(line_state, "a", model("a")))
     rows = {"path": "/data/a", "split": "test", "digest": digest("rows")}
     merge(line, tasks=("a",), results={"a": {"merged": 0.5, "data": rows}})
     merge(line, tasks=("a",))
-    line.act("rolled-back", "ann", "worse", lambda head: head.promoted(1))
+    line.act("rolled-back", "ann", "worse", lambda line_state: line_state.promoted(1))
     reference = Catalog(home_with_mlflow(tmp_path / "reference", empty_mlflow))
     reference.repair(line)
     catalog = Catalog(home)
@@ -170,10 +172,10 @@ def test_what_other_hosts_doubled_is_made_single(home, catalog, monkeypatch):
 
 def test_aliases_follow_the_head(catalog, line):
     catalog.repair(line)
-    line.act("rolled-back", "ann", "worse", lambda head: head.promoted(1))
+    line.act("rolled-back", "ann", "worse", lambda line_state: line_state.promoted(1))
     catalog.repair(line)
     assert shown(catalog)["aliases"] == {"champion": "1"}
-    line.act("merged", "t", "", lambda head: head.with_merged(line.head().versions[2]))
+    line.act("merged", "t", "", lambda line_state: line_state.with_merged(line.state().versions[2]))
     version = catalog.client.search_model_versions("name = 'line'")[0].version
     catalog.client.set_registered_model_alias("line", "champion", str(version))
     catalog.client.set_registered_model_alias("line", "mine", str(version))
@@ -185,10 +187,10 @@ def test_aliases_follow_the_head(catalog, line):
 def test_a_candidate_has_its_alias_while_it_is_one(catalog, line):
     record = line.merged(2).model_copy(update={"version": 3})
     blob = line.objects.put_blob(record.to_bytes())
-    line.act("merged", "t", "", lambda head: head.with_merged(blob))
+    line.act("merged", "t", "", lambda line_state: line_state.with_merged(blob))
     catalog.repair(line)
     assert shown(catalog)["aliases"] == {"champion": "2", "candidate": "3"}
-    line.act("rejected", "t", "gate", lambda head: head.without_candidate())
+    line.act("rejected", "t", "gate", lambda line_state: line_state.without_candidate())
     catalog.repair(line)
     assert shown(catalog)["aliases"] == {"champion": "2"}
 

@@ -26,7 +26,7 @@ FAILED = {
 def test_one_run_has_the_metrics_of_all_versions(catalog, line):
     catalog.repair(line)
     merge(line, tasks=("a", "b"), retention={**RETENTION, "ratio": 0.8})
-    line.act("rolled-back", "ann", "worse", lambda head: head.promoted(2))
+    line.act("rolled-back", "ann", "worse", lambda line_state: line_state.promoted(2))
     catalog.repair(line)
     assert points(catalog, "retention/ratio") == [(1, 0.9), (2, 0.9), (3, 0.8)]
     assert points(catalog, "members") == [(1, 1.0), (2, 1.0), (3, 2.0)]
@@ -84,7 +84,7 @@ def test_an_image_of_an_older_kind_is_looked_at_again(catalog, line):
     catalog.repair(line)
     before = shown(catalog)
     audit = catalog.client.get_experiment_by_name("line.audit").experiment_id
-    catalog.client.set_experiment_tag(audit, "restitch.complete_to", f"1:{line.head().entry}")
+    catalog.client.set_experiment_tag(audit, "restitch.complete_to", f"1:{line.state().entry}")
     run = run_of(catalog, 2)
     catalog.client.delete_tag(run.info.run_id, "restitch.members")
     assert catalog.repair(line) == 9
@@ -101,24 +101,24 @@ def roles(catalog: Catalog) -> dict[int, str]:
 
 
 def candidate(line: Ledger, **changes: Any) -> None:
-    made = record(line.head().next_version, tasks=("a",), **changes)
+    made = record(line.state().next_version, tasks=("a",), **changes)
     blob = line.objects.put_blob(made.to_bytes())
-    line.act("merged", "t", "", lambda head: head.with_merged(blob))
+    line.act("merged", "t", "", lambda line_state: line_state.with_merged(blob))
 
 
 def test_roles_follow_what_became_of_each_version(catalog, line, tmp_path, empty_mlflow):
     catalog.repair(line)
     assert roles(catalog) == {1: "former champion", 2: "champion"}
     candidate(line, gates=[FAILED])
-    line.act("rejected", "t", "version 3: too little", lambda head: head)
+    line.act("rejected", "t", "version 3: too little", lambda line_state: line_state)
     catalog.repair(line)
     assert roles(catalog) == {1: "former champion", 2: "champion", 3: "candidate"}
     candidate(line)
     catalog.repair(line)
     candidate(line)
     catalog.repair(line)
-    line.act("promoted", "ann", "version 5: I say so", lambda head: head.promoted(5))
-    line.act("rolled-back", "ann", "it was slow", lambda head: head.promoted(1))
+    line.act("promoted", "ann", "version 5: I say so", lambda line_state: line_state.promoted(5))
+    line.act("rolled-back", "ann", "it was slow", lambda line_state: line_state.promoted(1))
     catalog.repair(line)
     expected = {
         1: "champion",
@@ -150,7 +150,10 @@ def test_roles_follow_what_became_of_each_version(catalog, line, tmp_path, empty
 
 def test_a_champion_that_nothing_replaced_is_shown_as_gone(catalog, line):
     line.act(
-        "retired", "ann", "a: too old", lambda head: head.model_copy(update={"champion": None})
+        "retired",
+        "ann",
+        "a: too old",
+        lambda line_state: line_state.model_copy(update={"champion": None}),
     )
     catalog.repair(line)
     assert roles(catalog) == {1: "former champion", 2: "former champion"}
@@ -193,7 +196,7 @@ def test_runs_were_created_by_who_did_it(catalog, line):
 
 def test_acts_are_found_by_the_version_that_they_are_about(catalog, line):
     candidate(line, gates=[FAILED])
-    line.act("rejected", "t", "version 3: too little", lambda head: head)
+    line.act("rejected", "t", "version 3: too little", lambda line_state: line_state)
     catalog.repair(line)
     audit = catalog.client.get_experiment_by_name("line.audit").experiment_id
 
@@ -244,12 +247,12 @@ def test_further_artifacts_are_written_where_an_act_is_about_a_version(catalog, 
 
     catalog.repair(line, extras=report)
     assert asked == [1, 2]
-    line.act("rolled-back", "ann", "worse", lambda head: head.promoted(1))
+    line.act("rolled-back", "ann", "worse", lambda line_state: line_state.promoted(1))
     candidate(line)
-    line.act("configured", "ann", "", lambda head: head.with_pin(True))
+    line.act("configured", "ann", "", lambda line_state: line_state.with_pin(True))
     catalog.repair(line, extras=report)
     assert asked == [1, 2, 1, 2, 3]
-    line.act("rejected", "t", "version 3: too little", lambda head: head)
+    line.act("rejected", "t", "version 3: too little", lambda line_state: line_state)
     catalog.repair(line, extras=report)
     assert asked == [1, 2, 1, 2, 3, 3]
     assert catalog.repair(line, extras=report) == 0

@@ -72,7 +72,7 @@ def test_a_line_in_a_bucket_has_the_same_bytes_wherever_it_is_merged(
     assert weights[0].read_bytes() == weights[1].read_bytes()
     home = Home(second.home, second.environment["RESTITCH_STORE"])
     for name in SKILLS:
-        uri = second.head().tasks[name].versions[1].model.uri
+        uri = second.state().tasks[name].versions[1].model.uri
         assert files(resolve_source(uri, home).local) == files(world.model(name))
 
 
@@ -119,7 +119,7 @@ def test_a_copy_that_was_asked_for_outlives_its_original(
         again = describe_model(str(model), get_family("text-encoder"), space, copy=True)
         blobs = list(space.objects.store.list("blobs"))
         assert ref == again
-        assert ref.weights == three.shell.head().tasks["colour"].versions[1].model.weights
+        assert ref.weights == three.shell.state().tasks["colour"].versions[1].model.weights
         shutil.rmtree(model)
         shutil.rmtree(shell.home / "cache")
         assert files(resolve_source(ref.uri, space.home).local) == files(world.model("colour"))
@@ -135,7 +135,7 @@ def test_what_is_damaged_at_the_server_is_found_past_the_cache_and_mended(
     shell("store", "copy", three.shell.home / "store", shell.environment["RESTITCH_STORE"])
     store = S3Store(s3_bucket, tmp_path.name, tmp_path / "cache")
     before = contents(store)
-    head = shell.head()
+    line_state = shell.state()
     record = shell.ledger().merged(2)
     # This machine gets whole copies of all of them.
     assert shell.json("verify", "demo")["intact"]
@@ -167,7 +167,7 @@ def test_what_is_damaged_at_the_server_is_found_past_the_cache_and_mended(
     store.remove("gc/state.json")
     found = contents(store)
     assert {**found, HEAD: b""} == {**before, HEAD: b""}
-    assert shell.head().versions == head.versions
+    assert shell.state().versions == line_state.versions
 
 
 def test_a_store_comes_back_from_a_bucket_with_the_same_bytes(

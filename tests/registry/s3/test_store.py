@@ -496,9 +496,9 @@ class TestPersistence:
 
     def test_what_is_altered_once_among_other_failures_is_asked_for_again(self):
         cut, altered = s3_client.MangledError("cut"), s3_client.AlteredError("altered")
-        assert retries.persistently(self.calls(cut, cut, cut, altered, cut, altered)) == "done"
+        assert retries.with_retries(self.calls(cut, cut, cut, altered, cut, altered)) == "done"
 
     def test_what_is_altered_again_and_again_is_so_at_the_server(self):
         altered = [s3_client.AlteredError(str(number)) for number in range(5)]
         with pytest.raises(s3_client.AlteredError, match="3"):
-            retries.persistently(self.calls(*altered))
+            retries.with_retries(self.calls(*altered))

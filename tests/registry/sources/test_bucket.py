@@ -117,7 +117,7 @@ def test_a_worker_fetches_what_finetuning_changed_and_no_text_tower(
     local("init", clip_world.line(tmp_path / "line.yaml"))
     local("register", "demo", *task[:3], model)
     assert shell.patch_bytes() == local.patch_bytes()
-    ours_, theirs_ = (s.head().tasks["colour"].versions[1] for s in (shell, local))
+    ours_, theirs_ = (s.state().tasks["colour"].versions[1] for s in (shell, local))
     assert (ours_.delta, ours_.model.weights) == (theirs_.delta, theirs_.model.weights)
     assert ours_.model.config == theirs_.model.config
     assert ours_.facts["results"] == theirs_.facts["results"]
@@ -159,7 +159,7 @@ def test_a_whole_line_lives_on_models_in_a_bucket(
             task = ("--task", world.task(name), "--model", f"{address}/")
             assert shell.json("register", "demo", *task)["state"] == "ready"
         assert sum(faults.injected.values()) > 3
-    assert shell.head().base.uri == base
+    assert shell.state().base.uri == base
     assert shell.patch_bytes() == three.shell.patch_bytes()
     shell("export", "demo", "champion", tmp_path / "out")
     three.shell("export", "demo", "champion", tmp_path / "expected")
@@ -353,7 +353,7 @@ def test_a_refusal_names_the_model_and_what_is_missing(
         raise ClientError(answer, "ListObjectsV2")
 
     with monkeypatch.context() as patched:
-        patched.setattr("restitch.registry.sources.bucket.persistently", refuse)
+        patched.setattr("restitch.registry.sources.bucket.with_retries", refuse)
         with pytest.raises(Unavailable, match="may not be read with these") as found:
             resolve_source(f"s3://{s3_bucket}/model", space.home)
     assert "list and read" in str(found.value)
@@ -373,6 +373,6 @@ def test_a_model_that_is_gone_from_its_bucket_is_quarantined_with_the_reason(
         *("register", "demo", "--task", world.task("colour"), "--model", f"{address}/none"), code=3
     )
     assert "there is no model" in told.err
-    assert shell.head().tasks == {}
+    assert shell.state().tasks == {}
     shutil.rmtree(model)
     assert shell.json("register", "demo", "--task", world.task("colour"), "--model", address)

@@ -141,4 +141,4 @@ def test_rows_to_calibrate_on_are_read_too(tmp_path: Path) -> None:
 
 def test_data_without_a_head_says_what_is_missing(world: World, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no head"):
-        resolve_task(task_of(tmp_path, head=None), FAMILY)
+        resolve_task(task_of(tmp_path, line_state=None), FAMILY)

@@ -21,9 +21,11 @@ LLAMA = Licence(("other",), "llama3", "https://u:p@example.org/LICENSE")
 
 
 def card(record: Any = None, base: str = "/models/base", **origin: Any) -> str:
-    head = builders.head()
-    head = head.model_copy(update={"base": head.base.model_copy(update={"uri": base})})
-    return model_card(head, record or builders.record(), Provenance(**origin))
+    line_state = builders.line_state()
+    line_state = line_state.model_copy(
+        update={"base": line_state.base.model_copy(update={"uri": base})}
+    )
+    return model_card(line_state, record or builders.record(), Provenance(**origin))
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -101,10 +103,10 @@ def test_gates_stand_with_what_they_decided_by() -> None:
 
 
 def test_the_card_of_a_specialist_says_whose_it_is_and_what_is_in_it() -> None:
-    head = builders.head()
+    line_state = builders.line_state()
     record = builders.record(tasks=("a", "b"))
     origin = Provenance(weights="w" * 64, licences={"a": MIT, "b": MIT}, base_licence=MIT)
-    text = specialist_card(head, record, "a", {"method": ["tall", 1]}, origin)
+    text = specialist_card(line_state, record, "a", {"method": ["tall", 1]}, origin)
     assert f"# {record.line}, version {record.version}: a\n" in text
     assert "The specialist for `a`" in text
     assert front_matter(text)["license"] == "mit"
@@ -126,8 +128,8 @@ def test_the_card_says_what_was_in_use_before_and_who_did_what_and_why(tmp_path:
     line = builders.ledger(tmp_path)
     for _ in range(3):
         builders.merge(line)
-    line.act("rejected", "t", "version 3: <b>too</b> | little", lambda head: head)
-    line.act("rolled-back", "ann", "it was slow", lambda head: head.promoted(1))
+    line.act("rejected", "t", "version 3: <b>too</b> | little", lambda line_state: line_state)
+    line.act("rolled-back", "ann", "it was slow", lambda line_state: line_state.promoted(1))
     parent, acts = lineage(2, line.entries())
     assert (parent, [act.kind for act in acts]) == (1, ["merged", "promoted", "promoted"])
     parent, acts = lineage(3, line.entries())

@@ -18,9 +18,9 @@ from tests.worlds import SKILLS
 
 
 def line_and_record(shell: Shell) -> tuple[LineRef, MergedRecord]:
-    head = shell.head()
-    assert head.champion is not None
-    return LineRef(head.spec, head.base), shell.ledger().merged(head.champion)
+    line_state = shell.state()
+    assert line_state.champion is not None
+    return LineRef(line_state.spec, line_state.base), shell.ledger().merged(line_state.champion)
 
 
 @pytest.fixture
