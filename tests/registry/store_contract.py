@@ -217,7 +217,8 @@ class StoreContract:
 
     def test_of_many_processes_each_swap_counts_once(self, store, opener):
         code = f"""
-            from restitch.registry.store.base import *
+            from restitch.registry.store.base import NotInStore
+            from restitch.registry.store.folder import FolderStore
             from pathlib import Path
             store = {opener}
             for _ in range(25):
@@ -236,7 +237,8 @@ class StoreContract:
     def test_of_many_processes_one_creates_each_object(self, store, opener):
         code = f"""
             import sys
-            from restitch.registry.store.base import *
+            from restitch.registry.store.base import NotInStore
+            from restitch.registry.store.folder import FolderStore
             from pathlib import Path
             store = {opener}
             made = [n for n in range(40) if store.put(f"o/{{n}}", sys.argv[1].encode() * 5000)]
@@ -256,7 +258,8 @@ class StoreContract:
         file.write_bytes(bytes(range(256)) * 40_000)
         code = f"""
             import sys
-            from restitch.registry.store.base import *
+            from restitch.registry.store.base import NotInStore
+            from restitch.registry.store.folder import FolderStore
             from pathlib import Path
             store = {opener}
             tag = None

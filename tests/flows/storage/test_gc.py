@@ -162,7 +162,7 @@ def test_in_a_damaged_store_nothing_is_removed(copy: Shell) -> None:
 
 KILLED = """
 import os, sys
-from restitch.registry.store.base import FolderStore
+from restitch.registry.store.folder import FolderStore
 remove, calls = FolderStore.remove, []
 def dies(self, name):
     calls.append(name)

@@ -284,7 +284,7 @@ def test_mlflow_is_completed_from_the_trail(copy: Shell) -> None:
 
 KILLED = """
 import os, sys
-from restitch.registry.store.base import FolderStore
+from restitch.registry.store.folder import FolderStore
 calls = []
 def dies(real):
     def call(*arguments, **given):

@@ -31,7 +31,7 @@ def contents(store: Store) -> dict[str, bytes]:
 KILLED = """
 import os, sys
 from pathlib import Path
-from restitch.registry.store.base import FolderStore
+from restitch.registry.store.folder import FolderStore
 put, swap, calls = FolderStore.put, FolderStore.swap, []
 def dies(real):
     def call(*arguments, **given):

@@ -320,11 +320,11 @@ def test_a_fetch_that_was_killed_is_fetched_again(mlflow_home, run, tmp_path):
     code = f"""
 import os
 from pathlib import Path
-from registry import sources
+from restitch.registry.sources import resolve
 from restitch.registry.home import Home
-sources._kept = lambda *_: os.kill(os.getpid(), 9)
+resolve._kept = lambda *_: os.kill(os.getpid(), 9)
 home = Home(Path({str(tmp_path)!r}), None, {mlflow_home.mlflow_uri!r})
-sources.resolve_source("models:/trained/1", home)
+resolve.resolve_source("models:/trained/1", home)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=Path.cwd(), check=False)
     assert done.returncode == -9

@@ -22,7 +22,7 @@ SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 from restitch.registry.store.attempts import Attempts
-from restitch.registry.store.base import FolderStore
+from restitch.registry.store.folder import FolderStore
 
 with Attempts(FolderStore(Path(sys.argv[1])), "work").attempt():
     print(os.getpid(), flush=True)

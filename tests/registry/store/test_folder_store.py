@@ -54,7 +54,7 @@ class TestFolderStore(StoreContract):
         def refuse(*_):
             raise OSError(errno.EPERM, "no links here")
 
-        monkeypatch.setattr("restitch.registry.store.base.os.link", refuse)
+        monkeypatch.setattr("restitch.registry.store.folder.os.link", refuse)
         file = tmp_path / "file"
         file.write_bytes(b"first")
         assert store.put("name", file, move=True)
@@ -67,7 +67,7 @@ class TestFolderStore(StoreContract):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         store.put("before", b"")
-        monkeypatch.setattr("restitch.registry.store.base.os.fsync", full)
+        monkeypatch.setattr("restitch.registry.store.folder.os.fsync", full)
         with pytest.raises(Unavailable, match="free some disk space") as raised:
             store.put("name", b"content")
         assert str(store.root) in str(raised.value)
@@ -83,7 +83,7 @@ class TestFolderStore(StoreContract):
         def refuse(*_):
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr("restitch.registry.store.base.os.fsync", refuse)
+        monkeypatch.setattr("restitch.registry.store.folder.os.fsync", refuse)
         with pytest.raises(Unavailable, match=hint):
             store.put("name", b"")
         with pytest.raises(Unavailable, match=hint):
