@@ -194,12 +194,12 @@ def measure(
     density = {}
     for task, spec in tasks.items():
         outcome = register(line, spec, str(work / "checkpoints" / task), merge=False)
-        density[task] = outcome.onboarded.facts["density"]
+        density[task] = outcome.onboarded.facts.density or 0.0
     merged = remerge(line)
     assert merged.version is not None
     ledger = workspace().ledger(line)
     record = ledger.merged(merged.version)
-    sizes = [int(str(member.facts["delta_bytes"])) for member in record.members.values()]
+    sizes = [member.facts.delta_bytes or 0 for member in record.members.values()]
     share = sum(sizes) / len(sizes) / ledger.state().base.size
     return Found(setting.name, time.perf_counter() - started, record, density, share)
 

@@ -76,8 +76,8 @@ def _model_status(
         "weights": None if model.model.weights == UNREAD else model.model.weights,
         "registered_at": model.registered_at,
         "reason": model.reason,
-        "density": model.facts.get("density"),
-        "delta_bytes": model.facts.get("delta_bytes"),
+        "density": model.facts.density,
+        "delta_bytes": model.facts.delta_bytes,
         "merged": None if result is None else result.merged,
         "normalized": None if result is None else result.normalized,
     }

@@ -13,14 +13,14 @@ promotion of a version that the next remerge would replace at once.
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
-from typing import Any, cast
+from typing import Any
 
 from restitch.flows.audit.report import mirror
 from restitch.flows.promotion.versions import check_task, find_version
 from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.merging.errors import BadInput, GateFailed
 from restitch.registry.ledger.ledger import Act, Ledger
-from restitch.registry.ledger.line_state import LineState, State
+from restitch.registry.ledger.line_state import LineState, RetiredFrom
 from restitch.registry.ledger.records import Kind, MergedRecord
 from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.events import has_workers, start_run
@@ -28,7 +28,6 @@ from restitch.tasks.runtime.workspace import actor, workspace
 
 # What a retirement takes a model out of; what was quarantined or replaced is out already.
 _TAKES_PART = ("registered", "waiting", "ready", "held")
-_FROM = "retired_from"
 
 # The acts by the words that the command and `actors` in the line's file have for them.
 _DECISIONS: dict[Kind, str] = {
@@ -153,7 +152,8 @@ def retire(line: str, task: str, reason: str, *, merge: bool = True) -> Decision
         if not leaving:
             return None
         for number, model in leaving:
-            facts = {**model.facts, _FROM: [model.state, model.reason]}
+            before = RetiredFrom(state=model.state, reason=model.reason)
+            facts = model.facts.model_copy(update={"retired_from": before})
             line_state = line_state.with_state(task, number, "retired", reason.strip(), facts=facts)
         nothing_left = not line_state.members and not line_state.pinned
         return line_state.without_champion() if nothing_left else line_state
@@ -173,13 +173,13 @@ def restore(line: str, task: str, reason: str = "", *, merge: bool = True) -> De
 
     def change(line_state: LineState) -> LineState | None:
         # One that was left out as a double of another was never retired by anybody.
-        models = line_state.tasks[task].versions.items()
-        retired = [(n, m) for n, m in models if m.state == "retired" and _FROM in m.facts]
-        for number, model in retired:
-            facts = dict(model.facts)
-            state, why = cast(tuple[State, str | None], facts.pop(_FROM))
-            line_state = line_state.with_state(task, number, state, why, facts=facts)
-        return line_state if retired else None
+        after = line_state
+        for number, model in line_state.tasks[task].versions.items():
+            before = model.facts.retired_from
+            if model.state == "retired" and before is not None:
+                facts = model.facts.model_copy(update={"retired_from": None})
+                after = after.with_state(task, number, before.state, before.reason, facts=facts)
+        return None if after is line_state else after
 
     found = _decided(ledger, "restored", _with_reason(task, reason), change, {}, ())
     return _merged_after(found, merge)

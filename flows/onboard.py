@@ -11,7 +11,7 @@ at which three processes have died is quarantined.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from restitch.flows.audit.report import mirror
@@ -19,7 +19,7 @@ from restitch.flows.lines.adopt_mlflow import adopt_one
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, CannotJoin, RestitchError
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, Member, ModelVersion
+from restitch.registry.ledger.line_state import LineState, Member, ModelFacts, ModelVersion
 from restitch.registry.ledger.references import STATISTIC
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.task import TaskSpec
@@ -55,9 +55,6 @@ from restitch.tasks.validate import validate
 # Above this share of the task vector's squared norm, what masks cannot hold is worth a warning.
 OUTSIDE_WARNING = 0.1
 
-# What is known of a member's statistics: which they are, and what they took.
-STATISTIC_FACTS = ("statistics", "statistics_bytes", "statistics_seconds")
-
 
 @dataclass(frozen=True)
 class OnboardOutcome:
@@ -74,11 +71,11 @@ class OnboardOutcome:
     state: str
     reason: str | None
     localized: bool
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: ModelFacts = ModelFacts()
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        return asdict(self)
+        return asdict(self) | {"facts": self.facts.to_json()}
 
 
 @flow("onboard", "{line}/{task}/{version}")
@@ -139,7 +136,7 @@ def _onboard(ledger: Ledger, line_state: LineState, task: str, version: int) -> 
     member = Member(task=task, version=version, spec=spec, model=localized)
     # Here, where the task's rows are: whoever merges later need not reach them.
     statistics = own_statistics(ref, member)
-    facts = _measure(ref, spec, model, checked, delta) | _told(statistics)
+    facts = _measure(ref, spec, model, checked, delta, statistics)
     _join(ledger, task, version, delta, facts, statistics)
     return _done(ledger, task, version, localized=True)
 
@@ -147,7 +144,7 @@ def _onboard(ledger: Ledger, line_state: LineState, task: str, version: int) -> 
 def attempts_at(ledger: Ledger, task: str, version: int) -> Attempts:
     """The attempts at onboarding a model, counted anew when it is registered again."""
     model = ledger.state().tasks[task].versions[version]
-    again = model.facts.get("registered_again", 0)
+    again = model.facts.registered_again
     return Attempts(ledger.objects.store, "onboard", ledger.line, task, version, again)
 
 
@@ -181,7 +178,7 @@ def _deadly(task: str, version: int, died: list[Attempt]) -> CannotJoin:
 
 def is_outdated(line_state: LineState, model: ModelVersion) -> bool:
     """Whether a localized model's mask was chosen in another way than the line's present one."""
-    chosen = model.facts.get("choice")
+    chosen = model.facts.choice
     return model.state in ("ready", "held") and chosen not in (None, _choice(line_state.spec))
 
 
@@ -206,62 +203,61 @@ def _registered(line_state: LineState, task: str, version: int) -> ModelVersion:
 
 
 def _measure(
-    line: LineRef, spec: TaskSpec, model: ModelVersion, checked: Validated, delta: DeltaRef
-) -> dict[str, Any]:
-    """The small findings that the record keeps: sizes, shares, and accuracies if there is data."""
-    facts: dict[str, Any] = {
-        "kept": delta.kept,
-        "coordinates": delta.coordinates,
-        "density": delta.density,
-        "delta_bytes": delta.size,
-        "localizer": delta.localizer,
-        "seconds": delta.seconds,
-        "localized_by": delta.made_by,
+    line: LineRef,
+    spec: TaskSpec,
+    model: ModelVersion,
+    checked: Validated,
+    delta: DeltaRef,
+    statistics: Mapping[str, StatisticRef],
+) -> ModelFacts:
+    """Collect the findings that the line keeps, with accuracies if the task has data."""
+    results: dict[str, ResultRef] = {}
+    if evaluation_split(spec) is not None:
+        weights = {
+            "base": WeightsRef("base"),
+            "finetuned": WeightsRef("finetuned", model.model.weights, model.model.uri),
+            "localizable": WeightsRef("localizable", model.model.weights, model.model.uri),
+            "grafted": WeightsRef("grafted", delta.blob),
+        }
+        results = {
+            name: evaluate(line, spec, which, model.model) for name, which in weights.items()
+        }
+    _warn_of_outside(spec.task, checked, results)
+    measured: dict[str, Any] = {}
+    if statistics:
+        seconds = sum(each.took or 0.0 for each in statistics.values())
+        measured = {
+            "statistics": {kind: each.blob for kind, each in statistics.items()},
+            "statistics_bytes": sum(each.size for each in statistics.values()),
+            "statistics_seconds": round(seconds, 3),
+        }
+    return ModelFacts(
+        kept=delta.kept,
+        coordinates=delta.coordinates,
+        density=delta.density,
+        delta_bytes=delta.size,
+        localizer=delta.localizer,
+        seconds=delta.seconds,
+        localized_by=delta.made_by,
+        choice=_choice(line.spec),
+        outside_share=checked.outside_share,
+        outside_tensors=checked.outside_tensors,
+        results=results,
         **delta.found,
-        "choice": _choice(line.spec),
-        "outside_share": checked.outside_share,
-        "outside_tensors": [list(item) for item in checked.outside_tensors],
-    }
-    if evaluation_split(spec) is None:
-        _warn_of_outside(spec.task, checked, None)
-        return facts
-    found = {
-        "base": evaluate(line, spec, WeightsRef("base"), model.model),
-        "finetuned": evaluate(line, spec, _whole("finetuned", model), model.model),
-        "localizable": evaluate(line, spec, _whole("localizable", model), model.model),
-        "grafted": evaluate(line, spec, WeightsRef("grafted", delta.blob), model.model),
-    }
-    facts["results"] = {name: result.to_json() for name, result in found.items()}
-    _warn_of_outside(spec.task, checked, found)
-    return facts
-
-
-def _told(statistics: Mapping[str, StatisticRef]) -> dict[str, Any]:
-    """What the facts say of a member's statistics; nothing where no method needs any."""
-    if not statistics:
-        return {}
-    values = (
-        {kind: found.blob for kind, found in statistics.items()},
-        sum(found.size for found in statistics.values()),
-        round(sum(found.took or 0.0 for found in statistics.values()), 3),
+        **measured,
     )
-    return dict(zip(STATISTIC_FACTS, values, strict=True))
 
 
-def _whole(kind: Any, model: ModelVersion) -> WeightsRef:
-    return WeightsRef(kind, model.model.weights, model.model.uri)
-
-
-def _warn_of_outside(task: str, checked: Validated, found: dict[str, ResultRef] | None) -> None:
-    """Say what finetuning changed that no mask can hold, where that matters."""
-    matters = found is not None and _differs(found["localizable"], found["finetuned"])
+def _warn_of_outside(task: str, checked: Validated, results: Mapping[str, ResultRef]) -> None:
+    """Warn if masks cannot hold a considerable part of what finetuning changed."""
+    matters = bool(results) and _differs(results["localizable"], results["finetuned"])
     if checked.outside_share <= OUTSIDE_WARNING and not matters:
         return
     text = f"{task}: {checked.outside_share:.1%} of what finetuning changed is outside of masks"
-    if found is not None:
+    if results:
         text += (
-            f"; with all localizable weights it has {found['localizable'].value:.3f}"
-            f" instead of {found['finetuned'].value:.3f}"
+            f"; with all localizable weights it has {results['localizable'].value:.3f}"
+            f" instead of {results['finetuned'].value:.3f}"
         )
     names = ", ".join(name for name, _ in checked.outside_tensors[:8])
     warn(f"{text} (in {names or 'no tensor'}); see localize: include in the line's file")
@@ -279,7 +275,7 @@ def _quarantine(
         model = line_state.tasks[task].versions[version]
         if model.state != "registered":
             return None
-        facts = {**model.facts, **({"deaths": deaths} if deaths else {})}
+        facts = model.facts.model_copy(update={"deaths": deaths})
         return line_state.with_state(task, version, "quarantined", error.message(), facts=facts)
 
     act = ledger.act("quarantined", actor(), f"{task} {version}: {error.what}", change)
@@ -293,14 +289,13 @@ def _join(
     task: str,
     version: int,
     delta: DeltaRef,
-    facts: dict[str, Any],
+    facts: ModelFacts,
     statistics: Mapping[str, StatisticRef],
 ) -> None:
     def change(line_state: LineState) -> LineState | None:
         model = line_state.tasks[task].versions[version]
-        # Statistics belong to one delta: those of another one are not this one's.
-        kept = {name: value for name, value in model.facts.items() if name not in STATISTIC_FACTS}
-        known = {**kept, **facts}
+        history = {"registered_again": model.facts.registered_again, "held_in": model.facts.held_in}
+        known = facts.model_copy(update=history)
         new: dict[str, Any] = {"mask": delta.mask, "delta": delta.blob, "facts": known}
         if model.state == "registered":
             return line_state.with_state(task, version, "ready", **new)
@@ -326,7 +321,7 @@ def _done(ledger: Ledger, task: str, version: int, *, localized: bool) -> Onboar
         if localized or member is None or member.version != version:
             announce(MASK_READY, ledger.line, task, version)
     outcome = OnboardOutcome(
-        line_state.line, task, version, model.state, model.reason, localized, dict(model.facts)
+        line_state.line, task, version, model.state, model.reason, localized, model.facts
     )
     show_onboarded(outcome.as_dict())
     return outcome

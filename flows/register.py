@@ -161,13 +161,11 @@ def _enter(ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool) 
 def _tried_again(line_state: LineState, task: str, version: int) -> LineState:
     """The head with a model that waited, or that killed its workers, registered anew."""
     model = line_state.tasks[task].versions[version]
-    deadly = model.state == "quarantined" and "deaths" in model.facts
+    deadly = model.state == "quarantined" and model.facts.deaths > 0
     if not (deadly or model.state == "waiting"):
         return line_state
-    facts = {name: value for name, value in model.facts.items() if name != "deaths"}
-    if deadly:
-        before = model.facts.get("registered_again", 0)
-        facts["registered_again"] = (before if isinstance(before, int) else 0) + 1
+    again = model.facts.registered_again + deadly
+    facts = model.facts.model_copy(update={"deaths": 0, "registered_again": again})
     return line_state.with_state(task, version, "registered", facts=facts)
 
 
@@ -218,7 +216,7 @@ def _outcome(
     model = line_state.tasks[task].versions[version]
     if onboarded is None:
         onboarded = OnboardOutcome(
-            ledger.line, task, version, model.state, model.reason, False, dict(model.facts)
+            ledger.line, task, version, model.state, model.reason, False, model.facts
         )
     record = None if line_state.champion is None else ledger.merged(line_state.champion)
     if record is not None and not _holds(record, task, version):

@@ -233,7 +233,7 @@ def _shortened(reason: str) -> str:
 
 
 def _facts(facts: Values, out: Console) -> None:
-    if not facts:
+    if "localizer" not in facts:
         return
     beside = ""
     if "statistics" in facts:

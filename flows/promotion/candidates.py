@@ -35,23 +35,6 @@ from restitch.tasks.runtime.events import this_run
 from restitch.tasks.runtime.refs import LineRef, PatchRef, ResultRef, WeightsRef
 from restitch.tasks.runtime.workspace import made_by, workspace
 
-# What a version's record keeps of how each member was localized, and of its statistics.
-MEMBER_FACTS = (
-    "localizer",
-    "density",
-    "kept",
-    "coordinates",
-    "delta_bytes",
-    "outside_share",
-    "seconds",
-    "localized_by",
-    "calibrated_with",
-    "calibration_rows",
-    "budget",
-    "recovery",
-    "statistics_bytes",
-    "statistics_seconds",
-)
 LIBRARIES = ("restitch", "torch", "transformers", "datasets", "prefect", "mlflow", "safetensors")
 
 
@@ -274,7 +257,6 @@ def _data_used(spec: TaskSpec, split: str) -> DataUsed:
 def _merged_member(member: Member) -> MergedMember:
     assert member.model.mask is not None, "a member has been localized"
     assert member.model.delta is not None, "a member has been localized"
-    facts = member.model.facts
     return MergedMember(
         version=member.version,
         uri=member.model.model.uri,
@@ -282,7 +264,7 @@ def _merged_member(member: Member) -> MergedMember:
         config=member.model.model.config,
         mask=member.model.mask,
         delta=member.model.delta,
-        facts={name: facts[name] for name in MEMBER_FACTS if name in facts},
+        facts=member.model.facts.of_member(),
     )
 
 

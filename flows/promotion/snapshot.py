@@ -143,7 +143,7 @@ def take_snapshot(ledger: Ledger) -> Snapshot:
     # A task's newest model counts: one that was held before it is not tried any more.
     newest = {task: (number, model) for task, number, model in localized_models(line_state)}
     for task, (number, model) in newest.items():
-        if model.state == "held" and model.facts.get("held_in") != context:
+        if model.state == "held" and model.facts.held_in != context:
             spec = line_state.tasks[task].spec
             members[task] = Member(task=task, version=number, spec=spec, model=model)
     return Snapshot(

@@ -126,9 +126,9 @@ def hold(ledger: Ledger, snapshot: Snapshot, member: Member, checks: tuple[Check
         model = line_state.tasks[member.task].versions[member.version]
         if model.state not in ("ready", "held"):
             return None
-        if model.state == "held" and model.facts.get("held_in") == context:
+        if model.state == "held" and model.facts.held_in == context:
             return None
-        facts = {**model.facts, "held_in": context}
+        facts = model.facts.model_copy(update={"held_in": context})
         return line_state.with_state(member.task, member.version, "held", failed, facts=facts)
 
     reason = f"{member.task} {member.version}: {failed}"

@@ -145,9 +145,9 @@ def _measure(
         "base": _value(evaluate(line, spec, WeightsRef("base"), model.model)),
         "finetuned": _value(evaluate(line, spec, whole, model.model)),
         "own": {
-            "localizer": facts.get("localizer"),
-            "density": facts.get("density"),
-            "kept": facts.get("kept"),
+            "localizer": facts.localizer,
+            "density": facts.density,
+            "kept": facts.kept,
             **_value(evaluate(line, spec, WeightsRef("grafted", str(model.delta)), model.model)),
         },
         "curves": curves,

@@ -231,10 +231,10 @@ class _Repairer:
                     return f"written again from the record of version {record.version}"
         if kind == "mask":
             for task, number, model in self._localized(inputs):
-                facts = {name: model.facts.get(name) for name in _MASK_FACTS}
-                facts |= {name: model.facts[name] for name in FOUND if name in model.facts}
-                maker = model.facts.get("localized_by")
-                known = {**facts, "mask": model.mask}
+                facts = model.facts.to_json()
+                known = {name: facts[name] for name in (*_MASK_FACTS, *FOUND) if name in facts}
+                known["mask"] = model.mask
+                maker = model.facts.localized_by
                 self._publish(kind, inputs, str(model.delta), maker, known)
                 return f"written again from what the line says of {task} {number}"
         if kind in KINDS:

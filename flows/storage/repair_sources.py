@@ -150,7 +150,7 @@ class Remedies:
             for task, number in touched_models(entry):
                 model = line_state.tasks[task].versions[number]
                 spec = line_state.tasks[task].spec
-                localizer = str(model.facts.get("localizer", ""))
+                localizer = model.facts.localizer or ""
                 numeric = "" if localizer.startswith("dataless") else " (its mask is numeric)"
                 yield Recovery(
                     f"the finetuned model {task} {number} at {model.model.uri}{numeric}",
@@ -330,9 +330,9 @@ def _of_localized(line_state: LineState, models: Iterable[tuple[str, int]]) -> I
     for task, number in models:
         spec, model = line_state.tasks[task].spec, line_state.tasks[task].versions[number]
         member = Member(task=task, version=number, spec=spec, model=model)
-        for kind, digest in model.statistics.items():
+        for kind, digest in model.facts.statistics.items():
             source = f"what the line says of {task} {number}"
-            maker = model.facts.get("localized_by")
+            maker = model.facts.localized_by
             yield Known(digest, Wanted(kind, (member,)), _line(line_state), source, maker)
 
 

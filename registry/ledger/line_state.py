@@ -8,7 +8,15 @@ store under the digest that the head names.
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from restitch.merging.digests import digest_bytes
 from restitch.registry.specs.line import LineSpec
@@ -66,19 +74,124 @@ class MlflowVersion(Record):
     created: int
 
 
+class ResultRef(Record):
+    """One evaluation.
+
+    Attributes:
+        value: the task's metric, between 0 and 1.
+        low: the lower end of its 95 % interval.
+        high: the upper end.
+        count: the number of rows.
+        top1: the share of rows whose first guess is right.
+        top5: the share of rows with the right class among the first five; None with five
+            classes or fewer.
+        blob: the digest of the stored evaluation, with the correctness of every row.
+    """
+
+    metric: str
+    value: float
+    low: float
+    high: float
+    count: int
+    top1: float
+    top5: float | None
+    blob: Digest
+
+
+class RetiredFrom(Record):
+    """The state that a retired model had before, and the reason for it."""
+
+    state: State
+    reason: str | None = None
+
+
+class MemberFacts(Record):
+    """How a member was localized; a merged version's record keeps it. Unset fields are not written.
+
+    Attributes:
+        localizer: the name and version of the localizer, for instance `dataless/1`.
+        density: the fraction of localizable coordinates in the mask.
+        kept: the number of coordinates in the mask.
+        coordinates: the number of localizable coordinates.
+        delta_bytes: the size of the sparse delta.
+        outside_share: the share of the finetuning's squared norm outside of the localizable
+            tensors.
+        seconds: the time that localizing took.
+        localized_by: the process that localized: actor, host, pid, device.
+        calibrated_with: what was used of the calibration rows: labels, inputs or nothing.
+        calibration_rows: the number of calibration rows.
+        budget: the allowed `bytes` of the delta, and how many coordinates fit (`fits`).
+        recovery: the measurements from which `density: auto` chose the density.
+        statistics_bytes: the size of the statistics.
+        statistics_seconds: the time that measuring the statistics took.
+    """
+
+    localizer: str | None = None
+    density: float | None = None
+    kept: int | None = None
+    coordinates: int | None = None
+    delta_bytes: int | None = None
+    outside_share: float | None = None
+    seconds: float | None = None
+    localized_by: dict[str, JsonValue] | None = None
+    calibrated_with: str | None = None
+    calibration_rows: int | None = None
+    budget: dict[str, int] | None = None
+    recovery: dict[str, JsonValue] | None = None
+    statistics_bytes: int | None = None
+    statistics_seconds: float | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields = type(self).model_fields
+        values: dict[str, Any] = handler(self)
+        return {k: v for k, v in values.items() if getattr(self, k) != fields[k].default}
+
+
+class ModelFacts(MemberFacts):
+    """The findings about a finetuned model. Unset fields are not written.
+
+    Attributes:
+        choice: the digest of the settings that chose the mask; `onboard` localizes again when
+            the line's settings have another.
+        outside_tensors: the tensors outside of the localizable ones that changed, with their
+            shares of the squared norm, largest first.
+        results: the evaluations of base, finetuned, localizable and grafted weights.
+        statistics: the digests of the statistics that the line's methods need, by kind.
+        deaths: the number of processes that died while they onboarded the model.
+        registered_again: how often the model was registered again after such deaths.
+        retired_from: the state before a retirement, which `restore` gives back.
+        held_in: the digest of the circumstances in which a gate held the model; it is tried
+            again when they change.
+    """
+
+    choice: str | None = None
+    outside_tensors: tuple[tuple[str, float], ...] = ()
+    results: dict[str, ResultRef] = {}
+    statistics: dict[str, Digest] = {}
+    deaths: int = 0
+    registered_again: int = 0
+    retired_from: RetiredFrom | None = None
+    held_in: str | None = None
+
+    def of_member(self) -> MemberFacts:
+        """The part that a merged version's record keeps."""
+        return MemberFacts(**{name: getattr(self, name) for name in MemberFacts.model_fields})
+
+
 class ModelVersion(Record):
     """One finetuned model of a task.
 
     Attributes:
         state: registered (nothing done yet), waiting (for its task's description),
-            quarantined (cannot join), ready (localized: the newest is the member), held
+            quarantined (cannot join), ready (localized: the newest one is the member), held
             (its joining failed a gate), replaced (by a newer member), retired.
-        reason: why it is in this state, for a reader.
+        reason: the reason for the state, for a reader.
         mask: the digest of its mask.
         delta: the digest of its sparse delta.
-        registered_at: UTC, ISO.
-        facts: small findings, such as the kept coordinates or the share outside of them.
-        mlflow: the version in MLflow as which it was registered there, and not here.
+        registered_at: the time of registration, UTC, ISO.
+        facts: the findings about it.
+        mlflow: the version in MLflow, if it was registered there and not here.
     """
 
     model: ModelRef
@@ -87,14 +200,8 @@ class ModelVersion(Record):
     mask: Digest | None = None
     delta: Digest | None = None
     registered_at: str = ""
-    facts: dict[str, JsonValue] = {}
+    facts: ModelFacts = ModelFacts()
     mlflow: MlflowVersion | None = None
-
-    @property
-    def statistics(self) -> dict[str, str]:
-        """Digests of what methods of the line need of it beside its delta, by kind."""
-        known = self.facts.get("statistics")
-        return {kind: str(d) for kind, d in known.items()} if isinstance(known, dict) else {}
 
     @model_validator(mode="after")
     def _ready_has_a_delta(self) -> Self:

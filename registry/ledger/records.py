@@ -13,7 +13,13 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from restitch.merging.digests import canonical_json, digest_bytes
-from restitch.registry.ledger.line_state import Digest, LineState, Number, Record
+from restitch.registry.ledger.line_state import (
+    Digest,
+    LineState,
+    MemberFacts,
+    Number,
+    Record,
+)
 
 FORMAT = 1
 
@@ -171,8 +177,7 @@ class MergedMember(Record):
 
     Attributes:
         uri: where its checkpoint was read; `weights` and `config` say what it was.
-        facts: what its localization found: localizer, density, kept, delta_bytes, seconds,
-            and by which process on which device.
+        facts: how it was localized.
     """
 
     version: int
@@ -181,7 +186,7 @@ class MergedMember(Record):
     config: Digest | None = None
     mask: Digest
     delta: Digest
-    facts: dict[str, JsonValue] = Field(default_factory=dict)
+    facts: MemberFacts = MemberFacts()
 
 
 class MergedRecord(Record):

@@ -108,12 +108,10 @@ def of_model(line: str, task: str, number: int, model: ModelVersion) -> Iterator
         yield Reference(model.model.weights, "listing", line, owner, model.model.uri)
     if model.delta is not None:
         yield Reference(model.delta, "delta", line, owner, task=task, number=number)
-    for kind, digest in model.statistics.items():
+    for kind, digest in model.facts.statistics.items():
         yield Reference(digest, "statistic", line, owner, f"{kind}/{task}", task, number)
-    results = model.facts.get("results")
-    for name, result in results.items() if isinstance(results, dict) else ():
-        if isinstance(result, dict) and isinstance(result.get("blob"), str):
-            yield Reference(str(result["blob"]), "result", line, owner, name, task, number)
+    for name, result in model.facts.results.items():
+        yield Reference(result.blob, "result", line, owner, name, task, number)
 
 
 def _of_source(model: ModelRef, line: str, owner: str) -> Iterator[Reference]:

@@ -167,7 +167,7 @@ def of_model(
     digest = ref.weights
     metrics = {
         name: float(value)
-        for name, value in model.facts.items()
+        for name, value in model.facts.to_json().items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
     run = RunImage(

@@ -1,9 +1,10 @@
 """What steps hand to each other: small frozen references, never tensors."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.ledger.line_state import ResultRef as ResultRef
 from restitch.registry.specs.line import LineSpec
 
 
@@ -98,35 +99,6 @@ class WeightsRef:
     kind: WeightsKind
     identity: str = ""
     uri: str = ""
-
-
-@dataclass(frozen=True)
-class ResultRef:
-    """One evaluation.
-
-    Attributes:
-        value: the task's metric, between 0 and 1.
-        low: lower end of its 95 % interval.
-        high: upper end.
-        count: rows.
-        top1: share of rows whose first guess is right.
-        top5: share of rows with the right class among the first five; None with five
-            classes or fewer.
-        blob: digest of the stored evaluation, with the correctness of every row.
-    """
-
-    metric: str
-    value: float
-    low: float
-    high: float
-    count: int
-    top1: float
-    top5: float | None
-    blob: str
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

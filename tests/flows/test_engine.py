@@ -193,7 +193,7 @@ def test_the_bytes_are_those_of_the_embedded_mode(both: Both) -> None:
         one, other = (line_state.tasks[task].versions[1] for line_state in (ours, theirs))
         assert (one.delta, one.mask) == (other.delta, other.mask)
         process = {"localized_by": None, "seconds": None}
-        assert {**one.facts, **process} == {**other.facts, **process}
+        assert one.facts.model_copy(update=process) == other.facts.model_copy(update=process)
     assert both.engine.kinds()[: len(both.embedded.kinds())] == both.embedded.kinds()
     for version in (1, 2):
         first, second = (s.ledger().merged(version) for s in (both.engine, both.embedded))

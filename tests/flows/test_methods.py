@@ -45,9 +45,9 @@ def test_a_line_without_localize_keeps_whole_task_vectors_and_says_so(
     spec = shell.state().spec
     assert (spec.localize.mode, spec.localize.density) == ("dataless", 1.0)
     assert spec.method.settings == {"alpha": 0.4}
-    facts: Any = shell.state().tasks["colour"].versions[1].facts
-    assert facts["density"] == 1.0
-    assert facts["kept"] == facts["coordinates"]
+    facts = shell.state().tasks["colour"].versions[1].facts
+    assert facts.density == 1.0
+    assert facts.kept == facts.coordinates
 
 
 def test_the_exported_model_is_the_formula(world: World, shell: Shell, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_an_existing_line_changes_its_method_and_its_members_follow(
     shell("remerge", "demo")
     assert shell.patch_bytes() != sparse
     line_state = shell.state()
-    assert {t.versions[1].facts["density"] for t in line_state.tasks.values()} == {1.0}
+    assert {t.versions[1].facts.density for t in line_state.tasks.values()} == {1.0}
     base, found = load_file(world.base / "model.safetensors"), exported(shell, tmp_path / "out")
     models = [load_file(world.model(task) / "model.safetensors") for task in ("colour", "number")]
     for name in localizable(world, shell):

@@ -140,7 +140,7 @@ def test_a_member_brings_its_statistics_and_a_remerge_only_combines(
     monkeypatch.setattr("restitch.tasks.statistics.write_statistic_of", None)
     shell("remerge", "demo")
     assert record(shell).statistics == {"gram/colour": digest}
-    assert record(shell).members["colour"].facts["statistics_bytes"] == len(data)
+    assert record(shell).members["colour"].facts.statistics_bytes == len(data)
     assert "statistics" in record(shell).timings
     assert "statistics" in shell("show", "demo").out
 
@@ -150,7 +150,7 @@ def test_a_remerge_finds_what_another_method_needs_of_members_that_are_there(
 ) -> None:
     line(shell, world, tmp_path, "averaging")
     add(shell, world, tmp_path, "colour")
-    assert "statistics" not in shell.state().tasks["colour"].versions[1].facts
+    assert not shell.state().tasks["colour"].versions[1].facts.statistics
     assert "statistics" not in record(shell).timings
     line(shell, world, tmp_path, "fisher-merging")
     shell("remerge", "demo")

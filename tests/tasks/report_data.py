@@ -142,7 +142,7 @@ def record(tasks: Sequence[str], version: int, **changes: Any) -> MergedRecord:
                 "delta_bytes": 22114300 + i,
                 "seconds": 3.25,
                 **({"statistics_bytes": 8512345, "statistics_seconds": 41.5} if i else {}),
-                "made_by": {"actor": "nightly", "host": "worker-1", "device": "cpu"},
+                "localized_by": {"actor": "nightly", "host": "worker-1", "device": "cpu"},
             },
         )
         for i, task in enumerate(tasks)

@@ -128,8 +128,8 @@ def test_a_registration_is_handed_over_and_the_champion_follows(
 
 def test_localization_ran_in_a_process_of_the_pool_gpu(stack: Stack, begun: dict[str, Any]) -> None:
     stack.champion("demo", "colour")
-    facts: Any = stack.shell.state().tasks["colour"].versions[1].facts
-    found = facts["localized_by"]
+    facts = stack.shell.state().tasks["colour"].versions[1].facts
+    found: Any = facts.localized_by
     assert found["work_pool"] == "gpu"
     assert found["worker"] in {f"{socket.gethostname()}-worker-{n}" for n in (1, 2)}
     assert (found["host"], found["device"]) == (socket.gethostname(), device().type)

@@ -165,8 +165,8 @@ def test_who_asks_for_more_agreement_keeps_less_and_no_agreement_is_the_sum_itse
     assert [row["agreement"] for row in rows] == [0, 1, 2, 3]
     changed = [row["changed"] for row in rows]
     assert changed == sorted(changed, reverse=True)
-    facts: Any = shell.state().tasks["colour"].versions[1].facts
-    assert changed[0] == facts["coordinates"]
+    facts = shell.state().tasks["colour"].versions[1].facts
+    assert changed[0] == facts.coordinates
 
 
 def test_every_weight_agrees_with_some_number_of_masks(shell: Shell, made: Made) -> None:

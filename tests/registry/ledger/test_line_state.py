@@ -50,10 +50,10 @@ def test_models_in_a_state_come_oldest_first():
 
 
 def test_a_state_changes_with_what_belongs_to_it_and_nothing_else():
-    line = with_task(line_state(), "a", model("x", facts={"old": 1}))
+    line = with_task(line_state(), "a", model("x", facts={"density": 0.5}))
     line = line.with_state("a", 1, "ready", mask=digest("m"), delta=digest("d"))
     found = line.tasks["a"].versions[1]
-    assert (found.state, found.mask, found.facts) == ("ready", digest("m"), {"old": 1})
+    assert (found.state, found.mask, found.facts.density) == ("ready", digest("m"), 0.5)
     assert found.registered_at == TIME
 
 

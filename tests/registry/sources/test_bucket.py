@@ -120,7 +120,7 @@ def test_a_worker_fetches_what_finetuning_changed_and_no_text_tower(
     ours_, theirs_ = (s.state().tasks["colour"].versions[1] for s in (shell, local))
     assert (ours_.delta, ours_.model.weights) == (theirs_.delta, theirs_.model.weights)
     assert ours_.model.config == theirs_.model.config
-    assert ours_.facts["results"] == theirs_.facts["results"]
+    assert ours_.facts.results == theirs_.facts.results
     assert ours_.model.uri == address
     assert list((shell.home / "scratch").iterdir()) == []
     shell("gc", "--older-than", "0s", "--yes")
