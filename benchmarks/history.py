@@ -28,15 +28,15 @@ from restitch.merging.digests import digest_bytes, digest_json
 from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
 from restitch.registry.home import Home
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import LineState, MemberFacts, ModelRef, ModelVersion
 from restitch.registry.ledger.records import (
     DataUsed,
-    Interval,
     MergedMember,
     MergedRecord,
     Retention,
     TaskResult,
 )
+from restitch.registry.record import Interval
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.method import MethodSpec
 from restitch.registry.specs.task import TaskSpec
@@ -184,7 +184,7 @@ def _record(
                 config=m.model.config,
                 mask=str(m.mask),
                 delta=str(m.delta),
-                facts={"density": 0.01, "kept": 10**5, "delta_bytes": 5 * 10**5},
+                facts=MemberFacts(density=0.01, kept=10**5, delta_bytes=5 * 10**5),
             )
             for n, m in enumerate(models)
         },

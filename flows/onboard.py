@@ -71,7 +71,7 @@ class OnboardOutcome:
     state: str
     reason: str | None
     localized: bool
-    facts: ModelFacts = ModelFacts()
+    facts: ModelFacts
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""

@@ -16,11 +16,11 @@ from restitch.flows.audit.urls import mlflow_run
 from restitch.flows.lines.adopt_mlflow import adopt
 from restitch.flows.onboard import attempts_at, died_at, is_outdated, onboard
 from restitch.flows.promotion.candidates import Candidate, make_candidate
-from restitch.flows.promotion.gates import Check
 from restitch.flows.promotion.snapshot import Snapshot, localized_models, take_snapshot
 from restitch.flows.promotion.transitions import MovedError, hold, promote, record_version, reject
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import GateFailed, RestitchError, Unavailable
+from restitch.registry.gates.gate import GateOutcome
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.ledger.records import MergedRecord
@@ -201,8 +201,8 @@ def _settle(
     reject(ledger, version, everything)
     kept, held = _one_by_one(snapshot)
     # Before the rest is promoted: who is killed between them would try them all again.
-    for member, checks in held:
-        hold(ledger, snapshot, member, checks)
+    for member, failed in held:
+        hold(ledger, snapshot, member, failed)
     action: Action = "rejected"
     if kept is not None and not kept.is_version(snapshot.champion):
         version = record_version(ledger, snapshot, kept)
@@ -215,13 +215,13 @@ def _settle(
         action,
         version,
         localized,
-        held={f"{m.task} {m.version}": [str(c) for c in checks] for m, checks in held},
+        held={f"{m.task} {m.version}": [str(g.note) for g in failed] for m, failed in held},
     )
 
 
 def _one_by_one(
     snapshot: Snapshot,
-) -> tuple[Candidate | None, list[tuple[Member, tuple[Check, ...]]]]:
+) -> tuple[Candidate | None, list[tuple[Member, tuple[GateOutcome, ...]]]]:
     """Try the new members on top of the champion's, oldest first.
 
     Returns:

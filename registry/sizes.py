@@ -1,6 +1,9 @@
 """Sizes and ages as people write them: `500MB`, `5 GB` or plain bytes; `12h`, `7d`."""
 
 import re
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, Field
 
 from restitch.merging.errors import BadInput
 
@@ -22,6 +25,25 @@ def parse_size(text: str) -> int:
     if size < 1:
         raise BadInput(f"{text!r} is no file size", expected="for instance 5GB or 500MB")
     return size
+
+
+def _parsed(value: Any) -> Any:
+    try:
+        return parse_size(value) if isinstance(value, str) else value
+    except BadInput as error:
+        raise ValueError(error.message()) from error
+
+
+# A number of bytes, or a text such as `500MB`.
+Size = Annotated[
+    int,
+    Field(ge=1),
+    BeforeValidator(
+        _parsed,
+        json_schema_input_type=Annotated[int, Field(ge=1)]
+        | Annotated[str, Field(pattern=r"^\s*\d+(\.\d+)?\s*([KMGTkmgt]?[Bb])?\s*$")],
+    ),
+]
 
 
 def parse_age(text: str) -> float:

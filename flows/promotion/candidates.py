@@ -9,23 +9,23 @@ from datetime import UTC, datetime
 from importlib.metadata import version as library_version
 from typing import Any
 
-from restitch.flows.promotion.gates import Check, Drop, Measured, check_gates
 from restitch.flows.promotion.method_selection import FACT, select_method, told
 from restitch.flows.promotion.snapshot import Snapshot, is_merge_of, retention_task
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.recipe import Recipe
 from restitch.modeling.significance import ratio_interval, rows_of
+from restitch.registry.gates.gate import Drop, GateOutcome, Measured
+from restitch.registry.gates.registry import check_gates
 from restitch.registry.ledger.line_state import LineState, Member
 from restitch.registry.ledger.records import (
     DataUsed,
-    GateOutcome,
-    Interval,
     MergedMember,
     MergedRecord,
     Retention,
     TaskResult,
 )
+from restitch.registry.record import Interval
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.compare_results import compare_results
 from restitch.tasks.evaluate import evaluate
@@ -44,7 +44,7 @@ class Candidate:
 
     Attributes:
         members: by task name.
-        checks: every gate that was applied.
+        gates: the outcome of every gate that was applied.
         tournament: what chose its method, where the line names several.
     """
 
@@ -53,7 +53,7 @@ class Candidate:
     patch: PatchRef
     results: dict[str, TaskResult]
     retention: Retention | None
-    checks: tuple[Check, ...]
+    gates: tuple[GateOutcome, ...]
     timings: dict[str, float]
     tournament: dict[str, Any] | None = None
 
@@ -69,14 +69,14 @@ class Candidate:
         return not self.failed
 
     @property
-    def failed(self) -> tuple[Check, ...]:
-        """The checks that were failed and block."""
-        return tuple(check for check in self.checks if not check.passed and check.blocks)
+    def failed(self) -> tuple[GateOutcome, ...]:
+        """The gates that keep it from promotion."""
+        return tuple(gate for gate in self.gates if gate.blocks)
 
     @property
-    def warnings(self) -> tuple[Check, ...]:
-        """The checks that were failed and block nothing."""
-        return tuple(check for check in self.checks if not check.passed and not check.blocks)
+    def warnings(self) -> tuple[GateOutcome, ...]:
+        """The gates that failed and only warn."""
+        return tuple(gate for gate in self.gates if not gate.passed and not gate.blocks)
 
     def is_version(self, record: MergedRecord | None) -> bool:
         """Whether this is a version that is there already."""
@@ -95,7 +95,7 @@ class Candidate:
             members={m.task: _merged_member(m) for m in self.members},
             results=self.results,
             retention=self.retention,
-            gates=tuple(_gate_outcome(check) for check in self.checks),
+            gates=self.gates,
             facts={} if self.tournament is None else {FACT: self.tournament},
             created_at=datetime.now(UTC).isoformat(timespec="microseconds"),
             made_by=made_by() | ({} if (run := this_run()) is None else {"flow_run": run}),
@@ -132,15 +132,17 @@ def make_candidate(
     with _timed(timings, "evaluate"):
         results = {m.task: measure_member(line, m, merged, again=again) for m in members}
         retention = measure_retention(line, snapshot.line_state, merged, again=again)
-    reached = Measured(
+    measured = Measured(
         normalized={t: r.normalized for t, r in results.items() if r.normalized is not None},
         drops=_drops(snapshot.champion, results),
         retention=None if retention is None else retention.ratio,
-        retention_interval=None if retention is None else _ends(retention.ratio_interval),
+        joining=frozenset(m.task for m in snapshot.joining),
+        retention_interval=None if retention is None else retention.ratio_interval,
         patch_bytes=patch.size,
     )
-    checks = check_gates(snapshot.gates, reached, {m.task for m in snapshot.joining})
-    return Candidate(members, recipe, patch, results, retention, checks, timings, held.found)
+    limits = snapshot.line_state.spec.gates
+    gates = check_gates(limits.limits, measured, limits.warn)
+    return Candidate(members, recipe, patch, results, retention, gates, timings, held.found)
 
 
 def measure_member(
@@ -204,7 +206,7 @@ def measure_retention(
         ratio=found.top1 / base.top1 if base.top1 else 0.0,
         interval=_interval(found),
         base_interval=_interval(base),
-        ratio_interval=None if of_ratio is None else _from(of_ratio),
+        ratio_interval=None if of_ratio is None else Interval(low=of_ratio[0], high=of_ratio[1]),
         count=found.count,
         evaluations=blobs,
         data=_data_used(spec, split),
@@ -221,7 +223,7 @@ def _drops(champion: MergedRecord | None, results: dict[str, TaskResult]) -> dic
         pairs = compare_results(workspace().objects, old, new)
         lost = old.merged - new.merged
         if pairs is not None:
-            interval = (-pairs.high, -pairs.low)
+            interval = Interval(low=-pairs.high, high=-pairs.low)
             drops[task] = Drop(lost, not pairs.is_significant, interval, pairs.p_value)
         else:
             inside = old.interval is not None and new.merged >= old.interval.low
@@ -236,14 +238,6 @@ def _stored(blob: str) -> dict[str, object]:
 
 def _interval(result: ResultRef) -> Interval:
     return Interval(low=result.low, high=result.high)
-
-
-def _from(ends: tuple[float, float]) -> Interval:
-    return Interval(low=ends[0], high=ends[1])
-
-
-def _ends(interval: Interval | None) -> tuple[float, float] | None:
-    return None if interval is None else (interval.low, interval.high)
 
 
 def _data_used(spec: TaskSpec, split: str) -> DataUsed:
@@ -265,19 +259,6 @@ def _merged_member(member: Member) -> MergedMember:
         mask=member.model.mask,
         delta=member.model.delta,
         facts=member.model.facts.of_member(),
-    )
-
-
-def _gate_outcome(check: Check) -> GateOutcome:
-    return GateOutcome(
-        gate=check.gate,
-        limit=check.limit,
-        value=check.value,
-        interval=None if check.interval is None else _from(check.interval),
-        passed=check.passed,
-        action="block" if check.blocks else "warn",
-        task=check.subject if check.gate in ("max_task_drop", "min_normalized") else None,
-        note=str(check),
     )
 
 

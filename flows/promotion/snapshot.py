@@ -4,7 +4,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
-from restitch.flows.promotion.gates import Gates
 from restitch.flows.promotion.method_selection import earlier_selection
 from restitch.merging.digests import digest_json
 from restitch.registry.ledger.ledger import Ledger
@@ -43,11 +42,6 @@ class Snapshot:
     def line_in_use(self) -> LineRef:
         """The line with one method: of a tournament's that of the version in use, or the first."""
         return line_with_one_method(self.line_state, self.champion)
-
-    @property
-    def gates(self) -> Gates:
-        """The line's limits."""
-        return Gates(**self.line_state.spec.gates.to_json())
 
     @cached_property
     def settled(self) -> MergedRecord | None:

@@ -9,8 +9,8 @@ member, they raise `MovedError`, and the run looks again.
 from typing import Literal
 
 from restitch.flows.promotion.candidates import Candidate
-from restitch.flows.promotion.gates import Check
 from restitch.flows.promotion.snapshot import Snapshot
+from restitch.registry.gates.gate import GateOutcome
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, Member
 from restitch.tasks.runtime.console import say, warn
@@ -76,10 +76,10 @@ def promote(
             return None
         return _with_members_of(line_state.promoted(version), candidate)
 
-    for check in candidate.warnings:
-        warn(f"{ledger.line} version {version}: {check}")
-    checks = "; ".join(str(check) for check in candidate.checks) or "no gates"
-    act = ledger.act("promoted", actor(), f"version {version}: {checks}", change)
+    for warning in candidate.warnings:
+        warn(f"{ledger.line} version {version}: {warning.note}")
+    reason = f"version {version}: {_notes(candidate.gates) or 'no gates'}"
+    act = ledger.act("promoted", actor(), reason, change)
     if act is not None:
         say(f"{ledger.line} version {version} is the champion")
     return "promoted" if ledger.state().champion == version else "candidate"
@@ -111,16 +111,16 @@ def reject(ledger: Ledger, version: int, candidate: Candidate) -> None:
                     break
         return line_state
 
-    failed = "; ".join(str(check) for check in candidate.failed)
-    reason = f"version {version}: {failed}"
+    reason = f"version {version}: {_notes(candidate.failed)}"
     if ledger.act("rejected", actor(), reason, change, {"patch": candidate.patch.blob}) is not None:
         warn(f"{ledger.line} {reason}")
 
 
-def hold(ledger: Ledger, snapshot: Snapshot, member: Member, checks: tuple[Check, ...]) -> None:
+def hold(
+    ledger: Ledger, snapshot: Snapshot, member: Member, failed: tuple[GateOutcome, ...]
+) -> None:
     """Keep a model out of merges until members, gates or data change."""
-    failed = "; ".join(str(check) for check in checks)
-    context = snapshot.context
+    context, why = snapshot.context, _notes(failed)
 
     def change(line_state: LineState) -> LineState | None:
         model = line_state.tasks[member.task].versions[member.version]
@@ -129,8 +129,12 @@ def hold(ledger: Ledger, snapshot: Snapshot, member: Member, checks: tuple[Check
         if model.state == "held" and model.facts.held_in == context:
             return None
         facts = model.facts.model_copy(update={"held_in": context})
-        return line_state.with_state(member.task, member.version, "held", failed, facts=facts)
+        return line_state.with_state(member.task, member.version, "held", why, facts=facts)
 
-    reason = f"{member.task} {member.version}: {failed}"
+    reason = f"{member.task} {member.version}: {why}"
     if ledger.act("held", actor(), reason, change) is not None:
         warn(f"{ledger.line} holds {reason}")
+
+
+def _notes(gates: tuple[GateOutcome, ...]) -> str:
+    return "; ".join(str(gate.note) for gate in gates)

@@ -9,8 +9,6 @@ store under the digest that the head names.
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    BaseModel,
-    ConfigDict,
     Field,
     JsonValue,
     SerializerFunctionWrapHandler,
@@ -19,6 +17,7 @@ from pydantic import (
 )
 
 from restitch.merging.digests import digest_bytes
+from restitch.registry.record import Record
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.task import Name, TaskSpec
 
@@ -31,16 +30,6 @@ State = Literal["registered", "waiting", "quarantined", "ready", "held", "replac
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Number = Annotated[int, Field(ge=1)]
-
-
-class Record(BaseModel):
-    """Frozen data that is stored as JSON and knows no other keys than its own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return self.model_dump(mode="json")
 
 
 class ModelRef(Record):
@@ -143,9 +132,9 @@ class MemberFacts(Record):
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields = type(self).model_fields
         values: dict[str, Any] = handler(self)
-        return {k: v for k, v in values.items() if getattr(self, k) != fields[k].default}
+        default = type(self)()
+        return {k: v for k, v in values.items() if getattr(self, k) != getattr(default, k)}
 
 
 class ModelFacts(MemberFacts):
@@ -167,8 +156,8 @@ class ModelFacts(MemberFacts):
 
     choice: str | None = None
     outside_tensors: tuple[tuple[str, float], ...] = ()
-    results: dict[str, ResultRef] = {}
-    statistics: dict[str, Digest] = {}
+    results: dict[str, ResultRef] = Field(default_factory=dict)
+    statistics: dict[str, Digest] = Field(default_factory=dict)
     deaths: int = 0
     registered_again: int = 0
     retired_from: RetiredFrom | None = None
@@ -220,7 +209,7 @@ class Task(Record):
 
     spec: TaskSpec
     declared: bool = True
-    versions: dict[Number, ModelVersion] = {}
+    versions: dict[Number, ModelVersion] = Field(default_factory=dict)
 
     @property
     def next_version(self) -> int:
@@ -265,9 +254,9 @@ class LineState(Record):
     time: str = ""
     spec: LineSpec
     base: ModelRef
-    tasks: dict[Name, Task] = {}
+    tasks: dict[Name, Task] = Field(default_factory=dict)
     next_version: Number = 1
-    versions: dict[Number, Digest] = {}
+    versions: dict[Number, Digest] = Field(default_factory=dict)
     champion: Number | None = None
     candidate: Number | None = None
     pinned: bool = False

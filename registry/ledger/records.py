@@ -13,13 +13,14 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, JsonValue
 
 from restitch.merging.digests import canonical_json, digest_bytes
+from restitch.registry.gates.gate import GateOutcome
 from restitch.registry.ledger.line_state import (
     Digest,
     LineState,
     MemberFacts,
     Number,
-    Record,
 )
+from restitch.registry.record import Interval, Record
 
 FORMAT = 1
 
@@ -78,13 +79,6 @@ class Entry(Record):
     def digest(self) -> str:
         """The entry's name."""
         return digest_bytes(self.to_bytes())
-
-
-class Interval(Record):
-    """A 95 % interval."""
-
-    low: float
-    high: float
 
 
 class DataUsed(Record):
@@ -150,26 +144,6 @@ class Retention(Record):
     count: int | None = None
     evaluations: dict[str, Digest] = Field(default_factory=dict)
     data: DataUsed | None = None
-
-
-class GateOutcome(Record):
-    """One gate with the values that decided.
-
-    Attributes:
-        value: what was compared with the limit; None where it could not be measured.
-        interval: the 95 % interval of the value, where it has one.
-        action: what failing it does: keep the version from being promoted, or only be said.
-        task: the task that decided, for a gate on tasks.
-    """
-
-    gate: str
-    limit: float
-    value: float | None
-    interval: Interval | None = None
-    passed: bool
-    action: Literal["block", "warn"] = "block"
-    task: str | None = None
-    note: str | None = None
 
 
 class MergedMember(Record):

@@ -12,7 +12,7 @@ from typing import Any
 
 from restitch.merging.digests import canonical_json
 from restitch.registry.ledger.outcomes import Fate
-from restitch.registry.ledger.records import DataUsed, Entry, Interval, MergedRecord
+from restitch.registry.ledger.records import DataUsed, Entry, MergedRecord
 from restitch.registry.mlflow.projection import (
     DIGEST_TAG,
     MAX_TAG,
@@ -32,6 +32,7 @@ from restitch.registry.mlflow.projection import (
     shortened,
     stand_in,
 )
+from restitch.registry.record import Interval
 
 _MAX_DIGEST = 36  # of a data set, in hex digits
 

@@ -6,8 +6,6 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from restitch.merging.digests import digest_json
-from restitch.merging.errors import BadInput
-from restitch.registry.sizes import parse_size
 
 Text = Annotated[str, Field(min_length=1)]
 
@@ -30,11 +28,3 @@ class Spec(BaseModel):
     def digest(self) -> str:
         """The digest of the resolved spec."""
         return digest_json(self.to_json())
-
-
-def parsed_size(value: Any) -> Any:
-    """Bytes where the value is a text such as `500MB`, otherwise the value."""
-    try:
-        return parse_size(value) if isinstance(value, str) else value
-    except BadInput as error:
-        raise ValueError(error.message()) from error

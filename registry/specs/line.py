@@ -7,7 +7,7 @@ pinned as `org/name@commit` once it is resolved.
 """
 
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     Field,
@@ -15,52 +15,19 @@ from pydantic import (
     SerializerFunctionWrapHandler,
     field_validator,
     model_serializer,
-    model_validator,
 )
 
 from restitch.merging.errors import BadInput
-from restitch.registry.specs.base import Spec, Text, parsed_size
+from restitch.registry.specs.base import Spec, Text
+from restitch.registry.specs.gates import GatesSpec
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.registry.specs.method import AnyMethod, MethodSpec, TournamentSpec
-from restitch.registry.specs.task import Fraction, Name, TaskSpec, keep_pin
+from restitch.registry.specs.task import Name, TaskSpec, keep_pin
 
 _CRON_FIELD = re.compile(r"[0-9A-Za-z*/,#?-]+\Z")
 
 
 Actors = Annotated[tuple[Text, ...], Field(min_length=1)]
-
-
-GateName = Literal["min_retention", "max_task_drop", "min_normalized", "max_patch_bytes"]
-
-
-class GatesSpec(Spec):
-    """What a merged version must reach to be promoted; None is no gate.
-
-    Attributes:
-        min_retention: the fraction of the base's accuracy on the general benchmark.
-        max_task_drop: absolute accuracy that a task may lose against the champion.
-        min_normalized: accuracy over that of the finetuned model, of each joining task.
-        max_patch_bytes: the size of what the version adds to its base; may be given as `500MB`.
-        warn: the gates that are only said when they fail, and keep nothing from promotion.
-    """
-
-    min_retention: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    max_task_drop: Fraction | None = None
-    min_normalized: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    max_patch_bytes: Annotated[int, Field(ge=1)] | None = None
-    warn: tuple[GateName, ...] = ()
-
-    @field_validator("max_patch_bytes", mode="before")
-    @classmethod
-    def _size(cls, value: Any) -> Any:
-        return parsed_size(value)
-
-    @model_validator(mode="after")
-    def _warns_of_gates_that_are_on(self) -> Self:
-        off = [name for name in self.warn if getattr(self, name) is None]
-        if off:
-            raise ValueError(f"warn names {', '.join(off)}, which has no limit here")
-        return self
 
 
 class ActorsSpec(Spec):

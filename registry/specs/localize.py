@@ -12,12 +12,12 @@ from pydantic import (
     Field,
     SerializerFunctionWrapHandler,
     Tag,
-    field_validator,
     model_serializer,
     model_validator,
 )
 
-from restitch.registry.specs.base import Spec, Text, parsed_size
+from restitch.registry.sizes import Size
+from restitch.registry.specs.base import Spec, Text
 
 DEFAULT_DENSITY = {"dataless": 0.05, "trained": 0.01, "fisher": 0.1, "distilled": 0.1}
 DEFAULT_EPOCHS = {"distilled": 3}
@@ -72,13 +72,8 @@ class LocalizeSpec(Spec):
     exclude: tuple[Text, ...] = ()
     recovery: Share | None = Field(default_factory=_if_auto(DEFAULT_RECOVERY))
     max_density: Share | None = Field(default_factory=_if_auto(DEFAULT_MAX_DENSITY))
-    budget: Annotated[int, Field(ge=1)] | None = None
+    budget: Size | None = None
     values: Literal["exact", "int8"] = "exact"
-
-    @field_validator("budget", mode="before")
-    @classmethod
-    def _size(cls, value: Any) -> Any:
-        return parsed_size(value)
 
     @model_validator(mode="after")
     def _one_way_to_a_density(self) -> Self:

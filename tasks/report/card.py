@@ -13,8 +13,9 @@ import yaml
 from restitch.merging.digests import canonical_json
 from restitch.modeling.licence import Licence
 from restitch.registry.ledger.line_state import LineState
-from restitch.registry.ledger.records import Interval, MergedRecord, TaskResult
+from restitch.registry.ledger.records import MergedRecord, TaskResult
 from restitch.registry.mlflow.sync import without_credentials
+from restitch.registry.record import Interval
 from restitch.registry.specs.task import is_hub_id, split_pin
 from restitch.tasks.report.provenance import Provenance
 

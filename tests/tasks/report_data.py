@@ -5,15 +5,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from restitch.registry.gates.gate import GateOutcome
 from restitch.registry.ledger.records import (
     DataUsed,
-    GateOutcome,
-    Interval,
     MergedMember,
     MergedRecord,
     Retention,
     TaskResult,
 )
+from restitch.registry.record import Interval
 from restitch.tasks.report import ReportInput
 from tests.registry.builders import digest
 

@@ -2,8 +2,9 @@ import json
 
 from restitch.registry.ledger import outcomes
 from restitch.registry.ledger.outcomes import Fate
-from restitch.registry.ledger.records import Entry, Interval, TaskResult
+from restitch.registry.ledger.records import Entry, TaskResult
 from restitch.registry.mlflow import projection, projection_merged
+from restitch.registry.record import Interval
 from tests.registry.builders import (
     TIME,
     digest,

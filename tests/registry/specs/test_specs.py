@@ -90,7 +90,7 @@ require_device: cuda
     assert spec.localize.density == 0.001
     assert spec.localize.include == ("*.w",)
     assert spec.retention == "imagenet"
-    assert spec.gates.min_retention == 0.95
+    assert spec.gates.limits["min_retention"] == 0.95
     assert LineSpec.from_json(spec.to_json()) == spec
 
 

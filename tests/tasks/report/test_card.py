@@ -8,7 +8,8 @@ import yaml
 
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.licence import Licence
-from restitch.registry.ledger.records import Interval, TaskResult
+from restitch.registry.ledger.records import TaskResult
+from restitch.registry.record import Interval
 from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.report.card import model_card, specialist_card

@@ -1,0 +1,38 @@
+"""The gate on the accuracy that a task loses against the champion."""
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field
+
+from restitch.registry.gates.gate import Gate, GateOutcome, Measured
+
+
+class MaxTaskDrop(Gate):
+    """The largest loss of a task against the champion; a loss that can be chance passes."""
+
+    name = "max_task_drop"
+    limit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    description = (
+        "The most absolute accuracy that a task may lose against the champion. "
+        "A loss that can be chance passes."
+    )
+    example = 0.01
+    is_maximum = True
+
+    def check(self, limit: float, measured: Measured) -> Iterator[GateOutcome]:
+        """Check every task that the champion holds, too."""
+        for task, drop in sorted(measured.drops.items()):
+            remark = ""
+            if drop.value > limit:
+                remark = ", within noise" if drop.is_noise else ""
+                remark += "" if drop.p_value is None else f" (p = {drop.p_value:.2g})"
+            yield self.outcome(
+                limit,
+                drop.value,
+                task,
+                task=task,
+                interval=drop.interval,
+                excused=drop.is_noise,
+                remark=remark,
+            )

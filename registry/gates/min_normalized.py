@@ -1,0 +1,20 @@
+"""The gate on the accuracy that a joining task reaches in the merged model."""
+
+from collections.abc import Iterator
+
+from restitch.registry.gates.gate import Gate, GateOutcome, Measured, Ratio
+
+
+class MinNormalized(Gate):
+    """The least accuracy of a joining task, over that of its finetuned model."""
+
+    name = "min_normalized"
+    limit = Ratio
+    description = "The least accuracy of each joining task, as a fraction of its finetuned model's."
+    example = 0.9
+    is_maximum = False
+
+    def check(self, limit: float, measured: Measured) -> Iterator[GateOutcome]:
+        """Check every joining task that was measured."""
+        for task in sorted(measured.normalized.keys() & measured.joining):
+            yield self.outcome(limit, measured.normalized[task], task, task=task)
