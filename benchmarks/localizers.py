@@ -45,7 +45,7 @@ from restitch.merging.localize.fisher import FisherSettings, localize_fisher
 from restitch.merging.localize.random import random_scores
 from restitch.merging.localize.trained import TrainedSettings, localize_trained
 from restitch.merging.methods.registry import get_method
-from restitch.merging.numerics.bitwise import take
+from restitch.merging.numerics.bitwise import gather
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import Scores, top_k
 from restitch.merging.rules.stitch import DeltaMember
@@ -150,7 +150,7 @@ class Task:
         def kept() -> Iterator[SparseTensor]:
             for name in mask.names:
                 coordinates = mask.coordinates(name)
-                values = take(self.finetuned.tensor(name).reshape(-1), coordinates.numpy())
+                values = gather(self.finetuned.tensor(name).reshape(-1), coordinates.numpy())
                 shape = self.finetuned.info(name).shape
                 yield SparseTensor(name, shape, coordinates, values, factors.get(name))
 

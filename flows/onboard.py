@@ -278,7 +278,7 @@ def _quarantine(
         facts = model.facts.model_copy(update={"deaths": deaths})
         return line_state.with_state(task, version, "quarantined", error.message(), facts=facts)
 
-    act = ledger.act("quarantined", actor(), f"{task} {version}: {error.what}", change)
+    act = ledger.act("quarantined", actor(), f"{task} {version}: {error.summary}", change)
     if act is not None:
         warn(f"{task} version {version} is quarantined: {error.message()}")
         mirror(ledger.line)

@@ -13,7 +13,7 @@ class RestitchError(Exception):
     """An error that is explained to the user.
 
     Args:
-        what: the thing and what is wrong with it, one sentence.
+        summary: the thing and what is wrong with it, one sentence.
         expected: what would have been right.
         found: what is there instead.
         hint: what to do about it.
@@ -24,14 +24,14 @@ class RestitchError(Exception):
 
     def __init__(
         self,
-        what: str,
+        summary: str,
         *,
         expected: object | None = None,
         found: object | None = None,
         hint: str | None = None,
         details: Sequence[str] = (),
     ) -> None:
-        self.what = what
+        self.summary = summary
         self.expected = None if expected is None else str(expected)
         self.found = None if found is None else str(found)
         self.hint = hint
@@ -40,7 +40,7 @@ class RestitchError(Exception):
 
     def message(self) -> str:
         """The whole message, one fact per line."""
-        lines = [self.what]
+        lines = [self.summary]
         if self.expected is not None:
             lines.append(f"  expected: {self.expected}")
         if self.found is not None:
@@ -52,7 +52,7 @@ class RestitchError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Prefect and process pools pickle exceptions; the default would lose the keywords.
-        return (_rebuild, (type(self), self.what, self._keywords()))
+        return (_rebuild, (type(self), self.summary, self._keywords()))
 
     def _keywords(self) -> dict[str, Any]:
         return {
@@ -63,8 +63,8 @@ class RestitchError(Exception):
         }
 
 
-def _rebuild(kind: type[RestitchError], what: str, keywords: dict[str, Any]) -> RestitchError:
-    return kind(what, **keywords)
+def _rebuild(kind: type[RestitchError], summary: str, keywords: dict[str, Any]) -> RestitchError:
+    return kind(summary, **keywords)
 
 
 class UsageError(RestitchError):

@@ -9,7 +9,7 @@ Batch = TypeVar("Batch")
 Rows = TypeVar("Rows")
 
 
-def ahead(
+def prefetch(
     prepare: Callable[[Rows], Batch], wanted: Iterable[Rows], *, threads: int = 1
 ) -> Iterator[Batch]:
     """All batches in order; what goes wrong in a thread is raised at its batch's turn.

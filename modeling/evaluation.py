@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from restitch.merging.errors import BadInput
-from restitch.merging.prefetch import ahead
+from restitch.merging.prefetch import prefetch
 from restitch.merging.progress import Progress
 from restitch.modeling.data.rows import Rows
 from restitch.modeling.families.family import Batch, Family, Preprocess
@@ -151,7 +151,7 @@ def _prepared(rows: Rows, preprocess: Preprocess, batch_size: int) -> Iterator[B
         stop = min(start + batch_size, len(rows))
         return preprocess([rows[position] for position in range(start, stop)])
 
-    yield from ahead(prepare, range(0, len(rows), batch_size), threads=threads)
+    yield from prefetch(prepare, range(0, len(rows), batch_size), threads=threads)
 
 
 def summarize(scores: NDArray[np.float32], targets: NDArray[np.int64], metric: str) -> Evaluation:

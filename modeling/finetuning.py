@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
-from restitch.merging.prefetch import ahead
+from restitch.merging.prefetch import prefetch
 from restitch.merging.progress import Progress, ignore
-from restitch.merging.statistics.statistic_file import asking_for_gradients
+from restitch.merging.statistics.statistic_file import requiring_gradients
 
 VERSION = 1
 
@@ -95,12 +95,12 @@ def finetune(
     generator = torch.Generator().manual_seed(settings.seed)
     losses: list[float] = []
     done = 0
-    with asking_for_gradients(parameters, names) as drop:
+    with requiring_gradients(parameters, names) as drop:
         live = [parameters[name] for name in names]
         adam = torch.optim.AdamW(live, weight_decay=settings.weight_decay)
         for _ in range(settings.epochs):
             seen = []
-            for made in ahead(batch, _batches(lengths, settings.batch_size, generator)):
+            for made in prefetch(batch, _batches(lengths, settings.batch_size, generator)):
                 with torch.enable_grad():
                     value = loss(made)
                     torch.autograd.backward(value)

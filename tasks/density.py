@@ -20,7 +20,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.mask import Mask
 from restitch.merging.localize.dataless import kept_count
 from restitch.merging.numerics.bisection import geometric, smallest
-from restitch.merging.numerics.bitwise import put, take
+from restitch.merging.numerics.bitwise import gather, scatter
 from restitch.merging.ranking.top_k import Scores, top_k
 from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from restitch.modeling.significance import ratio_interval
@@ -81,7 +81,7 @@ class Grafted:
     def apply(self, name: str, flat: Tensor) -> None:
         """Overwrite the kept coordinates."""
         coordinates = self.mask.coordinates(name).numpy()
-        put(flat, coordinates, take(self.finetuned.tensor(name).reshape(-1), coordinates))
+        scatter(flat, coordinates, gather(self.finetuned.tensor(name).reshape(-1), coordinates))
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.mask import Mask
 from restitch.merging.files.quantized import quantized
 from restitch.merging.files.sparse import SparseInfo, SparseTensor, write_sparse
-from restitch.merging.numerics.bitwise import take
+from restitch.merging.numerics.bitwise import gather
 from restitch.merging.progress import Progress
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.gradients import checkpointed
@@ -191,7 +191,7 @@ def kept_values(
     """
     for name in mask.names:
         coordinates = mask.coordinates(name)
-        values = take(finetuned.tensor(name).reshape(-1), coordinates.numpy())
+        values = gather(finetuned.tensor(name).reshape(-1), coordinates.numpy())
         shape = finetuned.info(name).shape
         known = factors.get(name)
         if in_8_bits_from is None:

@@ -31,7 +31,7 @@ def validate(line: LineRef, model: ModelRef) -> Validated:
         raise
     except BadInput as error:
         raise CannotJoin(
-            error.what,
+            error.summary,
             expected=error.expected,
             found=error.found,
             hint=error.hint,

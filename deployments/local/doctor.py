@@ -122,9 +122,9 @@ def _store(space: Workspace) -> Iterator[Check]:
     refused = refusal(f"s3://{bucket}")
     if single_writer():
         mend = f"see to it that one process at a time writes: {WRITER_VARIABLE} promises it"
-        yield Check("conditional writes", "warning", refused.what, mend)
+        yield Check("conditional writes", "warning", refused.summary, mend)
     else:
-        yield Check("conditional writes", "failed", refused.what, refused.hint or "")
+        yield Check("conditional writes", "failed", refused.summary, refused.hint or "")
 
 
 def _device(space: Workspace) -> Iterator[Check]:

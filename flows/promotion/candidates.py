@@ -162,7 +162,7 @@ def measure_member(
         whole = WeightsRef("finetuned", model.model.weights, model.model.uri)
         finetuned = evaluate(line, spec, whole, model.model)
     except BadInput as error:  # its folder may be gone: the merge does not need it
-        notes += (f"the finetuned model cannot be evaluated: {error.what}",)
+        notes += (f"the finetuned model cannot be evaluated: {error.summary}",)
     if spec.data is not None and spec.data.validation is None and split == "validation":
         notes += ("validation rows are set apart from train: the model may have seen them",)
     measured = {"base": base, "finetuned": finetuned, "grafted": grafted, "merged": found}

@@ -145,7 +145,7 @@ class _Repairer:
                     heads_again(line_state, self.heads, self.space)
                 except RestitchError as error:
                     say(
-                        f"heads of {line_state.line} are made again when they are asked for: {error.what}"
+                        f"heads of {line_state.line} are made again when they are asked for: {error.summary}"
                     )
 
     def _from_ways(self, each: Damaged, digest: str) -> str:
@@ -164,7 +164,7 @@ class _Repairer:
                 try:
                     way.write(file)
                 except RestitchError as error:
-                    tried.append(f"{way.source}: {error.what}")
+                    tried.append(f"{way.source}: {error.summary}")
                     continue
                 made = digest_file(file)
                 if made != digest:

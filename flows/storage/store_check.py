@@ -217,7 +217,7 @@ class Checker:
             if kind == "mask" and file.mask().digest() != key.facts.get("mask"):
                 return f"it gives {key.blob} another mask than it has"
         except RestitchError as error:
-            return f"it names {key.blob}, which cannot be read: {error.what}"
+            return f"it names {key.blob}, which cannot be read: {error.summary}"
         return None if kept == key.facts.get("kept") else f"it gives {key.blob} another size"
 
     def _unfit_experts(self, key: KeyRecord, known: dict[str, str]) -> str | None:
@@ -229,7 +229,7 @@ class Checker:
             for part in parts:
                 open_specialist(part.blob, self.space)
         except RestitchError as error:
-            return f"it names {key.blob}, of which a part cannot be used: {error.what}"
+            return f"it names {key.blob}, of which a part cannot be used: {error.summary}"
         return None
 
     def _attempts(self, found: Inventory) -> dict[str, str]:
@@ -276,7 +276,7 @@ class Checker:
                 ledger = Ledger(self.objects, line)
                 wrong = self.image.differences(ledger)
             except Unavailable as error:
-                result.notes.append(f"MLflow is not compared with line {line}: {error.what}")
+                result.notes.append(f"MLflow is not compared with line {line}: {error.summary}")
                 continue
             except Damage:
                 continue  # which is told of the objects themselves

@@ -128,7 +128,7 @@ class _Copy:
             try:
                 for done, found in enumerate(pool.map(copy, names), 1):
                     if isinstance(found, Damage):
-                        damaged.append(found.what)
+                        damaged.append(found.summary)
                     else:
                         sizes.append(found)
                     progress(done, len(names))

@@ -213,7 +213,7 @@ def _acts_in_mlflow(space: Workspace, line: str, found: Verification) -> dict[st
     try:
         shown = space.catalog.acts_shown(line)
     except Unavailable as error:
-        text = f"MLflow cannot be asked, so a trail cut short would not show: {error.what}"
+        text = f"MLflow cannot be asked, so a trail cut short would not show: {error.summary}"
         found.findings.append(Finding("note", "MLflow", text))
         return {}
     found.mlflow = True

@@ -14,27 +14,27 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.numerics.rounding import cast
 from restitch.merging.ranking.kept_vector import BLOCK, KeptVector, working_dtype
 from restitch.merging.rules.consensus import tall_mask
-from restitch.merging.rules.elementwise import Floats, Range, kept_vectors, total
+from restitch.merging.rules.elementwise import Floats, Range, kept_vectors, sum_vectors
 from restitch.merging.rules.stitch import DeltaMember
-from restitch.merging.rules.ties import Trim, elected
+from restitch.merging.rules.ties import Trim, disjoint_merge
 
 # Raised when the same members would have other counts.
 VERSION = 1
 
-Together = Callable[[Range], Floats]
+MultiTaskVector = Callable[[Range], Floats]
 
 
-def summed(_: Sequence[KeptVector]) -> Together:
+def task_arithmetic_sum(_: Sequence[KeptVector]) -> MultiTaskVector:
     """The multi-task vector of task arithmetic."""
-    return lambda part: total(part.vectors)
+    return lambda part: sum_vectors(part.vectors)
 
 
-def elected_sum(vectors: Sequence[KeptVector], density: float = 0.2) -> Together:
+def ties_sum(vectors: Sequence[KeptVector], density: float = 0.2) -> MultiTaskVector:
     """The multi-task vector of TIES, with a sum as Consensus takes it."""
     kept = Trim(vectors, density, "model")
 
     def together(part: Range) -> Floats:
-        return elected(kept.apply(part), mean=False)
+        return disjoint_merge(kept.apply(part), mean=False)
 
     return together
 
@@ -43,7 +43,7 @@ def agreement_profile(
     base: Checkpoint,
     members: Iterable[DeltaMember],
     names: Iterable[str],
-    together: Callable[[Sequence[KeptVector]], Together],
+    together: Callable[[Sequence[KeptVector]], MultiTaskVector],
     threshold: float,
 ) -> tuple[int, ...]:
     """The weights in exactly 0, 1, ... TALL masks, up to all members.
@@ -63,7 +63,7 @@ def agreement_profile(
         start = 0
         for piece in torch.split(base.tensor(name).view(-1), BLOCK):
             before = cast(piece, working_dtype(piece.dtype)).numpy()
-            taken = [(number, reader.take(before)) for number, reader in readers]
+            taken = [(number, reader.read(before)) for number, reader in readers]
             votes = np.zeros(piece.numel(), dtype=np.int64)
             if taken:
                 own = [(number, vector.copy()) for number, vector in taken]

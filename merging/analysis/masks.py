@@ -155,7 +155,7 @@ class _Sums:
         rows = [row for row, delta in enumerate(deltas) if name in delta]
         cursors = [deltas[row].cursor(name) for row in rows]
         for part in torch.split(base.tensor(name).reshape(-1), self._block):
-            taken = [cursor.take(part.numel()) for cursor in cursors]
+            taken = [cursor.advance(part.numel()) for cursor in cursors]
             before = cast(part, torch.float64).numpy()
             self._add_range(before, {row: _joined(t) for row, t in zip(rows, taken, strict=True)})
 

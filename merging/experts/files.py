@@ -24,7 +24,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.files.mask_file import Bits, MaskFile, MaskWriter
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
-from restitch.merging.numerics.bitwise import put, take
+from restitch.merging.numerics.bitwise import gather, scatter
 from restitch.merging.numerics.rounding import cast
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.ranking.kept_vector import working_dtype
@@ -89,7 +89,7 @@ def _selecting(
         packed = {number: np.packbits(mask) for number, mask in part.masks.items()}
         seen.append((len(part.together), packed))
 
-    for tensor in differences(base, experts.watched(see), progress):
+    for tensor in differences(base, experts.observed(see), progress):
         places = tensor.coordinates.numpy()
         for number, task in enumerate(experts.tasks):
             writers[task].add(tensor.name, _unpacked(seen, number)[places])
@@ -133,11 +133,11 @@ class StoredExpert:
 
         def edit(part: Tensor) -> None:
             nonlocal done
-            for coordinates, values in cursor.take(part.numel()):
+            for coordinates, values in cursor.advance(part.numel()):
                 chosen = np.flatnonzero(bits[done : done + len(coordinates)])
                 done += len(coordinates)
-                places, wanted = coordinates[chosen], take(values, chosen)
-                put(part, places, self._scaled(take(part, places), wanted))
+                places, wanted = coordinates[chosen], gather(values, chosen)
+                scatter(part, places, self._scaled(gather(part, places), wanted))
 
         return edit
 

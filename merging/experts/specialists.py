@@ -18,7 +18,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.order import by_bytes
 from restitch.merging.ranking.kept_vector import KeptVector
-from restitch.merging.rules.elementwise import Elementwise, Floats, Range, checked, kept_vectors
+from restitch.merging.rules.elementwise import Elementwise, Floats, Range, check_range, kept_vectors
 from restitch.merging.rules.stitch import DeltaMember
 
 # A number for all tasks, or one for each by its name.
@@ -54,7 +54,7 @@ class Selected:
 SelectionRule = Callable[[Range], Selected]
 
 
-def numbered(
+def tasks_and_vectors(
     base: Checkpoint, members: Iterable[DeltaMember]
 ) -> tuple[tuple[str, ...], tuple[KeptVector, ...]]:
     """The members' tasks and task vectors, in the order of the tasks.
@@ -109,7 +109,7 @@ class SharedExperts:
 
         return Elementwise(self._base, self._vectors, taken)
 
-    def watched(self, see: Callable[[Selected], None]) -> Edits:
+    def observed(self, see: Callable[[Selected], None]) -> Edits:
         """The base plus the whole multi-task vector; each range is shown as it is computed."""
 
         def shared(part: Range) -> Floats:
@@ -149,7 +149,7 @@ def per_task(name: str, value: PerTask, tasks: Sequence[str], high: float) -> li
         BadInput: it lies outside of that range, or leaves out a task.
     """
     if not isinstance(value, Mapping):
-        return [checked(name, value, 0, high)] * len(tasks)
+        return [check_range(name, value, 0, high)] * len(tasks)
     missing = [task for task in tasks if task not in value]
     if missing:
         raise BadInput(
@@ -158,4 +158,4 @@ def per_task(name: str, value: PerTask, tasks: Sequence[str], high: float) -> li
             found=f"none for {', '.join(missing)}",
             hint=f"correct method: settings: {name}",
         )
-    return [checked(f"{name} of {task}", value[task], 0, high) for task in tasks]
+    return [check_range(f"{name} of {task}", value[task], 0, high) for task in tasks]

@@ -59,11 +59,11 @@ class TensorInfo:
 
 
 # Sees to it that a tensor's bytes are in its file.
-Fill = Callable[[str], None]
+Fetch = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """Where a tensor's bytes lie: `start` counts from the beginning of the shard's file."""
 
     shard: str
@@ -77,13 +77,13 @@ class Checkpoint:
         self,
         path: Path,
         infos: Mapping[str, TensorInfo],
-        places: Mapping[str, Place],
+        locations: Mapping[str, TensorLocation],
         files: Mapping[str, Path],
         maps: Mapping[str, mmap.mmap],
         shards: Mapping[str, tuple[str, ...]],
         metadata: Mapping[str, Mapping[str, str]],
         index: Path | None = None,
-        fill: Fill | None = None,
+        fetch: Fetch | None = None,
     ) -> None:
         self.path = path
         self.names = tuple(sorted(infos, key=by_bytes))
@@ -92,9 +92,9 @@ class Checkpoint:
         self.index = index
         self.shard_metadata = {name: dict(values) for name, values in metadata.items()}
         self._infos = dict(infos)
-        self._places = dict(places)
+        self._locations = dict(locations)
         self._maps = dict(maps)
-        self._fill = fill
+        self._fetch = fetch
         self._listing: bytes | None = None
 
     @classmethod
@@ -109,15 +109,15 @@ class Checkpoint:
                 found=error.strerror or str(error),
                 hint="check the path and its permissions",
             ) from error
-        return cls.over(path, files, index)
+        return cls.from_files(path, files, index)
 
     @classmethod
-    def over(
+    def from_files(
         cls,
         path: Path,
         files: Mapping[str, Path],
         index: Path | None = None,
-        fill: Fill | None = None,
+        fetch: Fetch | None = None,
     ) -> "Checkpoint":
         """Open files as the shards of one checkpoint.
 
@@ -125,11 +125,11 @@ class Checkpoint:
             path: what messages call it.
             files: by shard.
             index: the file that says which tensor is in which shard, if there is one.
-            fill: is called with a tensor's name before its bytes are looked at, which it may
+            fetch: is called with a tensor's name before its bytes are looked at, which it may
                 write to the file only then; headers are there from the beginning.
         """
         infos: dict[str, TensorInfo] = {}
-        places: dict[str, Place] = {}
+        locations: dict[str, TensorLocation] = {}
         maps: dict[str, mmap.mmap] = {}
         shards: dict[str, tuple[str, ...]] = {}
         metadata: dict[str, dict[str, str]] = {}
@@ -142,15 +142,15 @@ class Checkpoint:
                     raise BadInput(
                         f"{path} holds the tensor {entry.name!r} twice",
                         expected="each tensor in one shard",
-                        found=f"{places[entry.name].shard} and {shard}",
+                        found=f"{locations[entry.name].shard} and {shard}",
                         hint="save the checkpoint again",
                     )
                 infos[entry.name] = TensorInfo(entry.name, entry.dtype, entry.shape)
-                places[entry.name] = Place(shard, header.data_start + entry.begin)
+                locations[entry.name] = TensorLocation(shard, header.data_start + entry.begin)
             maps[shard] = _map(file, header.size)
         if index is not None:
-            _check_index(index, {name: place.shard for name, place in places.items()})
-        return cls(path, infos, places, files, maps, shards, metadata, index, fill)
+            _check_index(index, {name: location.shard for name, location in locations.items()})
+        return cls(path, infos, locations, files, maps, shards, metadata, index, fetch)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -178,31 +178,31 @@ class Checkpoint:
         """Type and shape of a tensor."""
         return self._infos[name]
 
-    def place(self, name: str) -> Place:
+    def location(self, name: str) -> TensorLocation:
         """The shard and the byte of it at which a tensor begins."""
-        return self._places[name]
+        return self._locations[name]
 
     def tensor(self, name: str) -> Tensor:
         """The tensor as a view of the mapped file; do not write to it."""
-        info, place = self._infos[name], self._places[name]
+        info, location = self._infos[name], self._locations[name]
         if info.numel == 0:
             return torch.empty(info.shape, dtype=info.dtype)
-        if self._fill is not None:
-            self._fill(name)
-        source = self._maps[place.shard]
-        if place.start % info.dtype.itemsize:
+        if self._fetch is not None:
+            self._fetch(name)
+        source = self._maps[location.shard]
+        if location.start % info.dtype.itemsize:
             # A header need not be padded; torch wants elements at multiples of their size.
-            raw = bytearray(memoryview(source)[place.start : place.start + info.nbytes])
+            raw = bytearray(memoryview(source)[location.start : location.start + info.nbytes])
             return torch.frombuffer(raw, dtype=info.dtype).view(info.shape)
-        flat = torch.frombuffer(source, dtype=info.dtype, count=info.numel, offset=place.start)
+        flat = torch.frombuffer(source, dtype=info.dtype, count=info.numel, offset=location.start)
         return flat.view(info.shape)
 
     def tensor_bytes(self, name: str) -> memoryview:
         """The bytes of a tensor, mapped."""
-        info, place = self._infos[name], self._places[name]
-        if self._fill is not None:
-            self._fill(name)
-        return memoryview(self._maps[place.shard])[place.start : place.start + info.nbytes]
+        info, location = self._infos[name], self._locations[name]
+        if self._fetch is not None:
+            self._fetch(name)
+        return memoryview(self._maps[location.shard])[location.start : location.start + info.nbytes]
 
     def header_bytes(self, shard: str) -> bytes | None:
         """The header of a shard's file as it is, or None where it names other tensors."""
@@ -249,21 +249,21 @@ class Checkpoint:
             new: TensorInfo(new, self._infos[old].dtype, self._infos[old].shape)
             for old, new in mapping.items()
         }
-        places = {new: self._places[old] for old, new in mapping.items()}
+        locations = {new: self._locations[old] for old, new in mapping.items()}
         shards = {
             shard: tuple(mapping[name] for name in names if name in mapping)
             for shard, names in self.shards.items()
         }
-        back, fill = {new: old for old, new in mapping.items()}, self._fill
+        back, fetch = {new: old for old, new in mapping.items()}, self._fetch
         return Checkpoint(
             self.path,
             infos,
-            places,
+            locations,
             self.files,
             self._maps,
             shards,
             self.shard_metadata,
-            fill=None if fill is None else lambda name: fill(back[name]),
+            fetch=None if fetch is None else lambda name: fetch(back[name]),
         )
 
 

@@ -22,7 +22,7 @@ class Cursor:
         self._start = 0
         self._done = 0
 
-    def take(self, count: int) -> list[Piece]:
+    def advance(self, count: int) -> list[Piece]:
         """What lies in the next `count` elements, counted from the first of them."""
         pieces = []
         stop = self._start + count

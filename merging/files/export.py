@@ -76,7 +76,7 @@ def export_weights(
 def _plan(base: Checkpoint, extra: Mapping[str, Tensor], shard_size: int | None) -> list[_File]:
     added = [TensorInfo(name, value.dtype, tuple(value.shape)) for name, value in extra.items()]
     if shard_size is not None:
-        return _deal([*_in_place_order(base, base.shards), *added], base.metadata, shard_size)
+        return _reshard([*_in_place_order(base, base.shards), *added], base.metadata, shard_size)
     files = []
     shards = list(base.shards)
     for shard in shards:
@@ -94,22 +94,22 @@ def _in_place_order(base: Checkpoint, shards: Iterable[str]) -> list[TensorInfo]
     return [
         base.info(name)
         for shard in shards
-        for name in sorted(base.shards[shard], key=lambda name: base.place(name).start)
+        for name in sorted(base.shards[shard], key=lambda name: base.location(name).start)
     ]
 
 
-def _deal(tensors: Sequence[TensorInfo], metadata: Mapping[str, str], limit: int) -> list[_File]:
-    hands: list[list[TensorInfo]] = [[]]
+def _reshard(tensors: Sequence[TensorInfo], metadata: Mapping[str, str], limit: int) -> list[_File]:
+    shards: list[list[TensorInfo]] = [[]]
     for info in tensors:
-        if hands[-1] and sum(other.nbytes for other in hands[-1]) + info.nbytes > limit:
-            hands.append([])
-        hands[-1].append(info)
-    names = [f"model-{i:05d}-of-{len(hands):05d}.safetensors" for i in range(1, len(hands) + 1)]
-    if len(hands) == 1:
+        if shards[-1] and sum(other.nbytes for other in shards[-1]) + info.nbytes > limit:
+            shards.append([])
+        shards[-1].append(info)
+    names = [f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    if len(shards) == 1:
         names = [SINGLE]
     return [
-        _File(name, _header(hand, metadata), tuple(hand))
-        for name, hand in zip(names, hands, strict=True)
+        _File(name, _header(tensors_of_shard, metadata), tuple(tensors_of_shard))
+        for name, tensors_of_shard in zip(names, shards, strict=True)
     ]
 
 
@@ -175,7 +175,7 @@ class _Writer:
             if value.numel():
                 _write_at(target, value.view(torch.uint8).numpy().data, at)
             return
-        place = self._base.place(info.name)
+        place = self._base.location(info.name)
         source = sources[place.shard]
         if info.name not in self._edited:
             _copy(source, place.start, target, at, info.nbytes)

@@ -26,8 +26,8 @@ from restitch.merging.errors import BadInput, Damage
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.coordinate_codec import decode_blocks, encode, encoded_size
 from restitch.merging.files.header import write_header
-from restitch.merging.files.sparse import SparseFile, assemble
-from restitch.merging.files.sparse_layout import natural
+from restitch.merging.files.sparse import SparseFile, write_sections
+from restitch.merging.files.sparse_layout import parse_size
 from restitch.merging.order import by_bytes
 
 FORMAT = "1"
@@ -88,7 +88,7 @@ class MaskWriter:
         own = dict(zip(_OWN, (FORMAT, "mask", table), strict=True))
         entries = [(_SECTION, torch.uint8, (self._spool.tell(),))]
         header = write_header(entries, dict(sorted({**metadata, **own}.items())))
-        return assemble(path, header, [self._spool])
+        return write_sections(path, header, [self._spool])
 
 
 def _encoded(bits: Bits, taken: int) -> tuple[str, bytes]:
@@ -207,7 +207,7 @@ def _read_table(text: str, patch: SparseFile) -> dict[str, _Row]:
         if found and by_bytes(name) <= last:
             raise ValueError(f"{name!r} is not in name order")
         last = by_bytes(name)
-        count, taken, size = (natural(sizes[place]) for place in (0, 1, 3))
+        count, taken, size = (parse_size(sizes[place]) for place in (0, 1, 3))
         # Whatever is allocated later is as large as what the patch holds in its file.
         kept = patch.info(name).kept if name in patch else 0
         if count != kept:

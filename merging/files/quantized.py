@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from restitch.merging.files.header import count_elements
-from restitch.merging.numerics.bitwise import take
+from restitch.merging.numerics.bitwise import gather
 from restitch.merging.numerics.rounding import cast, round_once
 
 STEP_DTYPE = torch.bfloat16
@@ -49,7 +49,7 @@ class Quantized:
         """
         steps = cast(self.steps, torch.float64).numpy()
         places = coordinates.numpy()
-        found = cast(take(before, places), torch.float64).numpy()
+        found = cast(gather(before, places), torch.float64).numpy()
         found += self.codes.numpy() * steps[_rows_of(places, shape)]
         return round_once(torch.from_numpy(found), self.dtype)
 
@@ -72,7 +72,7 @@ def quantized(
     """
     places = coordinates.numpy()
     apart = cast(values, torch.float64).numpy()
-    apart = apart - cast(take(before, places), torch.float64).numpy()
+    apart = apart - cast(gather(before, places), torch.float64).numpy()
     rows = _rows_of(places, shape)
     largest = np.zeros(step_count(shape))
     np.maximum.at(largest, rows, np.absolute(apart))

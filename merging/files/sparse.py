@@ -44,16 +44,16 @@ from restitch.merging.files.sparse_layout import (
     POSITIONS,
     STEPS,
     KeptInfo,
-    Part,
-    are_steps,
-    are_weights,
+    SectionSlices,
     check_sections,
-    dtype_of,
-    place_of,
     read_table,
     rows_and_columns,
+    section_dtype,
+    section_order,
+    valid_factors,
+    valid_steps,
 )
-from restitch.merging.numerics.bitwise import put
+from restitch.merging.numerics.bitwise import scatter
 from restitch.merging.order import by_bytes
 
 KINDS = ("delta", "patch")
@@ -139,20 +139,20 @@ def write_sparse(
             raise ValueError("some tensors have factors, or values in 8 bits, and others have not")
         spool(POSITIONS, b"")
         # Wide types first: every section then begins at a multiple of its element size.
-        order = sorted(spools, key=place_of)
-        types = {section: dtype_of(section) for section in order}
+        order = sorted(spools, key=section_order)
+        types = {section: section_dtype(section) for section in order}
         sections = [
             (section, types[section], (spools[section].tell() // types[section].itemsize,))
             for section in order
         ]
-        weighed, in_8_bits = next(iter(ways), (False, False))
+        weighed, quantized = next(iter(ways), (False, False))
         own = {
-            "restitch.format": FORMATS[2 if in_8_bits else weighed],
+            "restitch.format": FORMATS[2 if quantized else weighed],
             "restitch.kind": kind,
             "restitch.tensors": json.dumps(table, separators=(",", ":"), ensure_ascii=False),
         }
         header = write_header(sections, dict(sorted({**metadata, **own}.items())))
-        size = assemble(path, header, [spools[section] for section in order])
+        size = write_sections(path, header, [spools[section] for section in order])
     return SparseInfo(bytes=size, kept=kept)
 
 
@@ -162,7 +162,7 @@ def _bytes_of(flat: Tensor) -> Any:
 
 def _step_bytes(name: str, values: Quantized, shape: tuple[int, ...]) -> Any:
     fits = values.codes.dtype == torch.int8 and values.steps.dtype == STEP_DTYPE
-    if not fits or values.steps.numel() != step_count(shape) or not are_steps(values.steps):
+    if not fits or values.steps.numel() != step_count(shape) or not valid_steps(values.steps):
         raise ValueError(f"{name!r} has steps that do not fit it")
     return _bytes_of(values.steps)
 
@@ -171,12 +171,12 @@ def _factor_bytes(tensor: SparseTensor) -> Any:
     factors = tensor.factors
     assert factors is not None
     fits = factors.dtype == FACTOR_DTYPE and factors.numel() == sum(rows_and_columns(tensor.shape))
-    if not fits or not are_weights(factors):
+    if not fits or not valid_factors(factors):
         raise ValueError(f"{tensor.name!r} has factors that do not fit it")
     return _bytes_of(factors)
 
 
-def assemble(path: Path, header: bytes, parts: Iterable[IO[bytes]]) -> int:
+def write_sections(path: Path, header: bytes, parts: Iterable[IO[bytes]]) -> int:
     """Write a header and what was spooled, atomically and durably; how many bytes that is."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -210,7 +210,7 @@ class SparseFile:
         kind: str,
         metadata: Mapping[str, str],
         infos: Mapping[str, KeptInfo],
-        parts: Mapping[str, Part],
+        parts: Mapping[str, SectionSlices],
         sections: Mapping[str, Tensor],
         base: Checkpoint | None,
     ) -> None:
@@ -246,11 +246,11 @@ class SparseFile:
                 hint="use the file as restitch wrote it, and a restitch as new as its writer",
             )
         try:
-            in_8_bits = version == FORMATS[2]
-            infos, parts = read_table(file.metadata["restitch.tensors"], in_8_bits=in_8_bits)
+            quantized = version == FORMATS[2]
+            infos, parts = read_table(file.metadata["restitch.tensors"], quantized=quantized)
             sections = {name: file.tensor(name) for name in file.names}
-            with_factors = FACTORS in sections if in_8_bits else version == FORMATS[1]
-            check_sections(infos, parts, sections, with_factors, in_8_bits)
+            with_factors = FACTORS in sections if quantized else version == FORMATS[1]
+            check_sections(infos, parts, sections, with_factors, quantized)
         except (KeyError, ValueError, RecursionError) as err:
             raise _damage(path, str(err)) from err
         return cls(path, kind, metadata, infos, parts, sections, base)
@@ -288,11 +288,11 @@ class SparseFile:
     def values(self, name: str) -> Tensor:
         """The kept values of a tensor, mapped, or restored from 8 bits; do not write to them."""
         info, part = self._infos[name], self._parts[name]
-        if not self.is_in_8_bits:
+        if not self.is_quantized:
             return self._sections[f"values.{DTYPE_NAMES[info.dtype]}"][part.values]
         before = self._before(info)
         steps = self._sections[STEPS][part.steps]
-        if not are_steps(steps):
+        if not valid_steps(steps):
             raise _damage(self.path, f"{name}: steps that are no numbers from 0")
         stored = Quantized(self._sections[CODES][part.values], steps, info.dtype)
         return stored.restored(self.coordinates(name), before, info.shape)
@@ -312,7 +312,7 @@ class SparseFile:
         return self._base.tensor(info.name).view(-1)
 
     @property
-    def is_in_8_bits(self) -> bool:
+    def is_quantized(self) -> bool:
         """Whether its values are steps from the base, and not the finetuned ones."""
         return CODES in self._sections
 
@@ -326,7 +326,7 @@ class SparseFile:
         if not self.has_factors:
             return None
         found = self._sections[FACTORS][self._parts[name].factors]
-        if not are_weights(found):
+        if not valid_factors(found):
             raise _damage(self.path, f"{name}: factors that are no positive numbers")
         rows, columns = rows_and_columns(self._infos[name].shape)
         return found[:rows], found[rows : rows + columns]
@@ -347,8 +347,8 @@ class SparseFile:
         cursor = self.cursor(name)
 
         def edit(part: Tensor) -> None:
-            for coordinates, values in cursor.take(part.numel()):
-                put(part, coordinates, values)
+            for coordinates, values in cursor.advance(part.numel()):
+                scatter(part, coordinates, values)
 
         return edit
 

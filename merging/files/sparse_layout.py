@@ -38,7 +38,7 @@ class KeptInfo:
 
 
 @dataclass(frozen=True)
-class Part:
+class SectionSlices:
     """Where a tensor's coordinates, values, factors and steps lie in their sections."""
 
     code: str
@@ -54,7 +54,7 @@ def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
     return rows, count_elements(shape[1:])
 
 
-def dtype_of(section: str) -> torch.dtype:
+def section_dtype(section: str) -> torch.dtype:
     """The type of what a section holds."""
     own = {
         FACTORS: FACTOR_DTYPE,
@@ -65,27 +65,29 @@ def dtype_of(section: str) -> torch.dtype:
     return own[section] if section in own else DTYPES[section.removeprefix("values.")]
 
 
-def place_of(section: str) -> tuple[int, int, str]:
+def section_order(section: str) -> tuple[int, int, str]:
     """What sections are sorted by: wide types first, so that all are aligned."""
     own = (FACTORS, STEPS, CODES, POSITIONS)
     rank = own.index(section) + 1 if section in own else 0
-    return -dtype_of(section).itemsize, rank, section
+    return -section_dtype(section).itemsize, rank, section
 
 
-def are_steps(steps: Tensor) -> bool:
+def valid_steps(steps: Tensor) -> bool:
     """Whether all are numbers from 0."""
     return bool((steps >= 0).all()) and bool(torch.isfinite(steps).all())
 
 
-def are_weights(factors: Tensor) -> bool:
+def valid_factors(factors: Tensor) -> bool:
     """Whether all are positive numbers."""
     return bool((factors > 0).all()) and bool(torch.isfinite(factors).all())
 
 
-def read_table(text: str, *, in_8_bits: bool) -> tuple[dict[str, KeptInfo], dict[str, Part]]:
+def read_table(
+    text: str, *, quantized: bool
+) -> tuple[dict[str, KeptInfo], dict[str, SectionSlices]]:
     """The tensors of a table, and where each one's parts lie; `ValueError` where it is none."""
     infos: dict[str, KeptInfo] = {}
-    parts: dict[str, Part] = {}
+    parts: dict[str, SectionSlices] = {}
     ends: dict[str, int] = {}
     last = b""
 
@@ -102,22 +104,22 @@ def read_table(text: str, *, in_8_bits: bool) -> tuple[dict[str, KeptInfo], dict
         if infos and by_bytes(name) <= last:
             raise ValueError(f"{name!r} is not in name order")
         last = by_bytes(name)
-        shape = tuple(natural(extent) for extent in extents.split("x")) if extents else ()
-        kept = natural(count)
+        shape = tuple(parse_size(extent) for extent in extents.split("x")) if extents else ()
+        kept = parse_size(count)
         if count_elements(shape) >= 1 << 63:
             raise ValueError(f"{name!r} is larger than any tensor")
         infos[name] = KeptInfo(name, DTYPES[dtype], shape, kept)
-        parts[name] = Part(
+        parts[name] = SectionSlices(
             code,
             following(POSITIONS, encoded_size(code, kept, count_elements(shape))),
-            following(CODES if in_8_bits else dtype, kept),
+            following(CODES if quantized else dtype, kept),
             following(FACTORS, sum(rows_and_columns(shape))),
             following(STEPS, step_count(shape)),
         )
     return infos, parts
 
 
-def natural(text: str) -> int:
+def parse_size(text: str) -> int:
     """A size as it stands in a table; ValueError where it is none."""
     if not (text.isascii() and text.isdigit() and len(text) < 20):
         raise ValueError(f"{text!r} is no size")
@@ -126,10 +128,10 @@ def natural(text: str) -> int:
 
 def check_sections(
     infos: Mapping[str, KeptInfo],
-    parts: Mapping[str, Part],
+    parts: Mapping[str, SectionSlices],
     sections: Mapping[str, Tensor],
     with_factors: bool,
-    in_8_bits: bool,
+    quantized: bool,
 ) -> None:
     """`ValueError` where a file has other sections than its table needs."""
     need: dict[str, tuple[torch.dtype, int]] = {POSITIONS: (torch.uint8, 0)}
@@ -138,7 +140,7 @@ def check_sections(
             raise ValueError(f"{name!r} holds no weights")
         part = parts[name]
         need[POSITIONS] = (torch.uint8, part.positions.stop)
-        if in_8_bits:
+        if quantized:
             need[CODES] = (torch.int8, part.values.stop)
             need[STEPS] = (STEP_DTYPE, part.steps.stop)
         else:

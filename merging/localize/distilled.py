@@ -20,9 +20,9 @@ from torch import Tensor
 
 from restitch.merging.errors import CannotJoin
 from restitch.merging.localize.dataless import kept_count
-from restitch.merging.localize.fisher import FisherSettings, Sensitivities, measure
-from restitch.merging.localize.live_weights import LiveWeights, Part
-from restitch.merging.prefetch import ahead
+from restitch.merging.localize.fisher import FisherSettings, Sensitivities, measure_sensitivities
+from restitch.merging.localize.live_weights import LiveTensor, LiveWeights
+from restitch.merging.prefetch import prefetch
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.ranking.score_tensors import Sample, check_finite, step_unit, threshold_of
 from restitch.merging.ranking.task_vector import TaskVector
@@ -112,7 +112,7 @@ def localize_distilled(
     """
     report = _Counted(progress or ignore, rows, settings)
     with LiveWeights(parameters, task_vector) as live:
-        found = measure(live, rows, batch, logits, settings.fisher, report.within)
+        found = measure_sensitivities(live, rows, batch, logits, settings.fisher, report.within)
         report.next(min(rows, settings.fisher.most_rows))
         targets = _targets(live, rows, batch, logits, report)
         scores = {}
@@ -139,7 +139,7 @@ def _targets(
     live.interpolate(1.0)
     found = []
     starts = range(0, rows, _TARGET_ROWS)
-    for made in ahead(batch, (range(at, min(at + _TARGET_ROWS, rows)) for at in starts)):
+    for made in prefetch(batch, (range(at, min(at + _TARGET_ROWS, rows)) for at in starts)):
         found.append(logits(made).log_softmax(1))
         report.next(len(found[-1]))
     return torch.cat(found)
@@ -173,7 +173,9 @@ def _refine(
         order = torch.randperm(len(targets), generator=generator)
         chosen = torch.split(order, settings.batch_size)
         seen = []
-        for made, rows in zip(ahead(batch, (one.tolist() for one in chosen)), chosen, strict=True):
+        for made, rows in zip(
+            prefetch(batch, (one.tolist() for one in chosen)), chosen, strict=True
+        ):
             kept = max(1, kept_count(densities[step], live.coordinates))
             threshold = threshold_of(scores.values(), kept, live.coordinates)
             live.graft(scores, threshold)
@@ -181,7 +183,7 @@ def _refine(
                 pull = _kth_pull(live, kept, partial(backward, made, rows))
                 unit = step_unit(threshold, pull)
             size = settings.learning_rate * unit * (1 - step / steps) / math.sqrt(steps)
-            with live.using_up(partial(_move, live, scores, -size)):
+            with live.consuming_gradients(partial(_move, live, scores, -size)):
                 seen.append(backward(made, rows))
             step += 1
             report.next(len(rows))
@@ -189,7 +191,7 @@ def _refine(
     return losses
 
 
-def _move(live: LiveWeights, scores: Mapping[str, Tensor], share: float, part: Part) -> None:
+def _move(live: LiveWeights, scores: Mapping[str, Tensor], share: float, part: LiveTensor) -> None:
     part.add_pull(scores[part.name], live.buffer(part), share)
 
 
@@ -199,11 +201,11 @@ def _kth_pull(live: LiveWeights, kept: int, backward: Callable[[], Tensor]) -> f
     places = {part.name: sample.next(part.live.numel()) for part in live.parts}
     pieces = {part.name: part.zeros().view(-1)[places[part.name]].clone() for part in live.parts}
 
-    def look(part: Part) -> None:
+    def look(part: LiveTensor) -> None:
         pull = part.pull(live.buffer(part)).abs_()
         pieces[part.name] = pull.view(-1)[places[part.name]].clone()
 
-    with live.using_up(look):
+    with live.consuming_gradients(look):
         backward()
     return sample.threshold([pieces[part.name] for part in live.parts], kept)
 

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from restitch.merging.errors import BadInput, CannotJoin
 from restitch.merging.files.sparse_layout import rows_and_columns
 from restitch.merging.localize.live_weights import LiveWeights
-from restitch.merging.prefetch import ahead
+from restitch.merging.prefetch import prefetch
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.ranking.task_vector import TaskVector
 
@@ -156,11 +156,11 @@ def localize_fisher(
         CannotJoin: the model's scores or gradients are not finite.
     """
     with LiveWeights(parameters, task_vector) as live:
-        found = measure(live, rows, batch, logits, settings, progress or ignore)
+        found = measure_sensitivities(live, rows, batch, logits, settings, progress or ignore)
     return FisherScores(task_vector, found, settings.power), found
 
 
-def measure(
+def measure_sensitivities(
     live: LiveWeights,
     rows: int,
     batch: Callable[[Sequence[int]], Batch],
@@ -183,11 +183,11 @@ def measure(
     size = settings.batch_size
     chosen = [order[start : start + size] for start in range(0, len(order), size)]
     done = 0
-    with live.using_up(lambda part: _add_squares(sums[part.name], part.live)):
-        for made in ahead(batch, chosen):
+    with live.consuming_gradients(lambda part: _add_squares(sums[part.name], part.live)):
+        for made in prefetch(batch, chosen):
             with torch.enable_grad():
                 found = logits(made)
-                target = drawn(found.detach(), generator)
+                target = sample_classes(found.detach(), generator)
                 loss = F.cross_entropy(found, target, reduction="sum")
                 torch.autograd.backward(loss)
             done += len(found)
@@ -195,7 +195,7 @@ def measure(
     return Sensitivities(_factored(sums, len(order)))
 
 
-def drawn(found: Tensor, generator: torch.Generator) -> Tensor:
+def sample_classes(found: Tensor, generator: torch.Generator) -> Tensor:
     """A class for each row, drawn on the CPU: the same on any device for the same scores."""
     shares = found.double().cpu().softmax(1)
     if not bool(torch.isfinite(shares).all()):

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from restitch.merging.files.mask import Mask
 from restitch.merging.localize.dataless import kept_count
-from restitch.merging.localize.live_weights import LiveWeights, Part
+from restitch.merging.localize.live_weights import LiveTensor, LiveWeights
 from restitch.merging.ranking.score_tensors import check_finite, slope
 from restitch.merging.ranking.top_k import top_k
 
 
-class Settings(Protocol):
+class GraftingSettings(Protocol):
     """What it asks of the settings of a trained localizer."""
 
     @property
@@ -40,7 +40,7 @@ class Settings(Protocol):
         """S at the beginning, everywhere."""
 
 
-class Course(Protocol):
+class TrainingRun(Protocol):
     """The rows in batches, and what was seen on the way."""
 
     settings: Any
@@ -57,9 +57,9 @@ class Course(Protocol):
         """Note what a pass saw."""
 
 
-def graft(live: LiveWeights, course: Course, scratch: Path | None) -> Mask:
+def graft(live: LiveWeights, run: TrainingRun, scratch: Path | None) -> Mask:
     """The mask that the passes end with."""
-    settings: Settings = course.settings
+    settings: GraftingSettings = run.settings
     kept = kept_count(settings.density, live.coordinates)
     largest = top_k(live.task_vector, kept, scratch=scratch)
     begun, scores = {}, {}
@@ -70,19 +70,19 @@ def graft(live: LiveWeights, course: Course, scratch: Path | None) -> Mask:
         scores[part.name] = part.zeros().fill_(settings.start)
     for _ in range(settings.epochs):
         losses = []
-        for batch in course.batches():
+        for batch in run.batches():
             for part in live.parts:
                 _put(live, part, begun[part.name], scores[part.name])
-            losses.append(course.backward(batch))
+            losses.append(run.backward(batch))
             for part in live.parts:
                 base, score = begun[part.name], scores[part.name]
                 pull = part.pull(live.buffer(part)).mul_(slope(score))
                 pull = torch.where(base, -pull, pull)
                 score.sub_(pull, alpha=settings.learning_rate)
             live.clear_gradients()
-            course.steps += 1
+            run.steps += 1
         count = sum(int((begun[n] != (s > 0)).sum()) for n, s in scores.items())
-        course.record(losses, count, live.coordinates)
+        run.record(losses, count, live.coordinates)
     check_finite(scores)
     # gamma is above one half where S is positive outside of the mask or negative inside of it.
     return Mask.of(
@@ -90,7 +90,7 @@ def graft(live: LiveWeights, course: Course, scratch: Path | None) -> Mask:
     )
 
 
-def _put(live: LiveWeights, part: Part, base: Tensor, score: Tensor) -> None:
+def _put(live: LiveWeights, part: LiveTensor, base: Tensor, score: Tensor) -> None:
     gate = torch.sigmoid(score)
     gamma = torch.where(base, 1 - gate, gate)
     part.live.copy_(part.difference(live.buffer(part)).mul_(gamma).add_(part.base))

@@ -23,7 +23,7 @@ from restitch.merging.ranking.task_vector import TaskVector
 
 
 @dataclass(frozen=True)
-class Part:
+class LiveTensor:
     """One localizable tensor: live, and as the two checkpoints have it, in one shape."""
 
     name: str
@@ -129,14 +129,14 @@ class LiveWeights:
             part.live.grad = None
 
     @contextmanager
-    def using_up(self, use: Callable[[Part], None]) -> Iterator[None]:
+    def consuming_gradients(self, use: Callable[[LiveTensor], None]) -> Iterator[None]:
         """Within the block a part's gradient is dropped as soon as `use` has seen it.
 
         Args:
             use: called in the middle of a backward pass, when the part's gradient is whole.
         """
 
-        def whole(part: Part, live: Tensor) -> None:
+        def whole(part: LiveTensor, live: Tensor) -> None:
             use(part)
             live.grad = None
 
@@ -150,7 +150,7 @@ class LiveWeights:
             for hook in hooks:
                 hook.remove()
 
-    def buffer(self, part: Part) -> Tensor:
+    def buffer(self, part: LiveTensor) -> Tensor:
         """Scratch in the shape and score type of a part; the next call uses it again."""
         wide = torch.float64 in (part.live.dtype, part.base.dtype, part.finetuned.dtype)
         key = (part.live.device, torch.float64 if wide else torch.float32)
@@ -164,7 +164,7 @@ class LiveWeights:
             part.live.copy_(part.base)
 
 
-def _part(name: str, live: Tensor, task_vector: TaskVector) -> Part:
+def _part(name: str, live: Tensor, task_vector: TaskVector) -> LiveTensor:
     base, finetuned = task_vector.base.tensor(name), task_vector.finetuned.tensor(name)
     if live.shape != base.shape:
         raise BadInput(
@@ -172,4 +172,4 @@ def _part(name: str, live: Tensor, task_vector: TaskVector) -> Part:
             expected=list(base.shape),
             found=list(live.shape),
         )
-    return Part(name, live, base.to(live.device), finetuned.to(live.device))
+    return LiveTensor(name, live, base.to(live.device), finetuned.to(live.device))

@@ -27,7 +27,7 @@ from restitch.merging.files.mask import Mask
 from restitch.merging.localize.dataless import kept_count
 from restitch.merging.localize.grafting import graft
 from restitch.merging.localize.live_weights import LiveWeights
-from restitch.merging.prefetch import ahead
+from restitch.merging.prefetch import prefetch
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.ranking.score_tensors import check_finite, slope, step_unit, threshold_of
 from restitch.merging.ranking.score_tensors import fingerprint as fingerprint
@@ -204,21 +204,21 @@ def localize_trained(
             found="none",
             hint="name a train split under data, or localize with mode: dataless",
         )
-    course = _Course(rows, batch, loss, settings, progress or ignore)
+    run = _TrainingRun(rows, batch, loss, settings, progress or ignore)
     scores: TensorScores | None = None
     with LiveWeights(parameters, task_vector) as live:
         if settings.preset == "budget":
-            scores = _budget(live, course)
+            scores = _budget(live, run)
             mask = top_k(scores, kept_count(settings.density, live.coordinates), scratch=scratch)
         else:
             train = {"grafting": graft, "official": _official, "paper": _paper}[settings.preset]
-            mask = train(live, course, scratch)
+            mask = train(live, run, scratch)
     return TrainedResult(
-        mask, mask.total / max(1, live.coordinates), course.steps, tuple(course.history), scores
+        mask, mask.total / max(1, live.coordinates), run.steps, tuple(run.history), scores
     )
 
 
-class _Course(Generic[Batch]):
+class _TrainingRun(Generic[Batch]):
     """The rows in batches, epoch by epoch, and what was seen on the way."""
 
     def __init__(
@@ -245,7 +245,7 @@ class _Course(Generic[Batch]):
         order = torch.randperm(self._rows, generator=self._generator).tolist()
         size = self.settings.batch_size
         chosen = (order[start : start + size] for start in range(0, len(order), size))
-        for batch in ahead(self._batch, chosen):
+        for batch in prefetch(self._batch, chosen):
             yield batch
             self._seen += 1
             self._progress(self._seen, self.per_epoch * self.settings.epochs)
@@ -270,32 +270,32 @@ class _Course(Generic[Batch]):
         self.history.append(Epoch(mean, kept / max(1, coordinates)))
 
 
-def _paper(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> Mask:
+def _paper(live: LiveWeights, run: _TrainingRun[Any], scratch: Path | None) -> Mask:
     """One SGD step per batch on loss + penalty * sum sigmoid(S)."""
-    settings = course.settings
+    settings = run.settings
     scores = _start(live, settings, scratch)
     for _ in range(settings.epochs):
         losses = []
-        for batch in course.batches():
+        for batch in run.batches():
             _interpolate(live, scores)
-            losses.append(course.backward(batch))
+            losses.append(run.backward(batch))
             for part in live.parts:
                 score = scores[part.name]
                 pull = part.pull(live.buffer(part)).add_(settings.penalty).mul_(slope(score))
                 score.sub_(pull, alpha=settings.learning_rate)
             live.clear_gradients()
-            course.steps += 1
-        course.record(losses, _count(scores, 0.0), live.coordinates)
+            run.steps += 1
+        run.record(losses, _count(scores, 0.0), live.coordinates)
     return _positive(scores)
 
 
-def _official(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> Mask:
+def _official(live: LiveWeights, run: _TrainingRun[Any], scratch: Path | None) -> Mask:
     """One step per epoch with the batches' gradients summed, and a push away from zero."""
-    settings = course.settings
+    settings = run.settings
     scores = _start(live, settings, scratch)
     for _ in range(settings.epochs):
         _interpolate(live, scores)
-        losses = [course.backward(batch) for batch in course.batches()]
+        losses = [run.backward(batch) for batch in run.batches()]
         for part in live.parts:
             score = scores[part.name]
             steepness = slope(score)
@@ -304,12 +304,12 @@ def _official(live: LiveWeights, course: _Course[Any], scratch: Path | None) -> 
             score.sub_(pull, alpha=settings.learning_rate)
             score.add_(push)
         live.clear_gradients()
-        course.steps += 1
-        course.record(losses, _count(scores, 0.0), live.coordinates)
+        run.steps += 1
+        run.record(losses, _count(scores, 0.0), live.coordinates)
     return _positive(scores)
 
 
-def _budget(live: LiveWeights, course: _Course[Any]) -> TensorScores:
+def _budget(live: LiveWeights, run: _TrainingRun[Any]) -> TensorScores:
     """Straight through a hard mask of the k largest scores.
 
     The first pass is at the base: a score begins as the root mean square, over batches, of
@@ -320,15 +320,15 @@ def _budget(live: LiveWeights, course: _Course[Any]) -> TensorScores:
     that neither the scale of the loss, nor that of the differences, nor the number of
     passes decides how far the mask may move.
     """
-    settings = course.settings
+    settings = run.settings
     kept = kept_count(settings.density, live.coordinates)
-    scores = _sensitivities(live, course, kept)
+    scores = _sensitivities(live, run, kept)
     step: float | None = None
     for _ in range(settings.epochs - 1):
         losses = []
-        for batch in course.batches():
+        for batch in run.batches():
             live.graft(scores, threshold_of(scores.values(), kept, live.coordinates))
-            losses.append(course.backward(batch))
+            losses.append(run.backward(batch))
             if step is None:
                 step = settings.learning_rate / (settings.epochs - 1)
                 pulls = (part.pull(live.buffer(part)).abs_() for part in live.parts)
@@ -339,25 +339,25 @@ def _budget(live: LiveWeights, course: _Course[Any]) -> TensorScores:
             for part in live.parts:
                 part.add_pull(scores[part.name], live.buffer(part), -step)
             live.clear_gradients()
-            course.steps += 1
-        course.record(losses, kept, live.coordinates)
+            run.steps += 1
+        run.record(losses, kept, live.coordinates)
     check_finite(scores)
     return TensorScores({name: score.cpu() for name, score in scores.items()})
 
 
-def _sensitivities(live: LiveWeights, course: _Course[Any], kept: int) -> dict[str, Tensor]:
+def _sensitivities(live: LiveWeights, run: _TrainingRun[Any], kept: int) -> dict[str, Tensor]:
     """The root mean square of |gradient * tau| over the batches of one pass at the base."""
     scores = {part.name: part.zeros() for part in live.parts}
     losses = []
-    for batch in course.batches():
-        losses.append(course.backward(batch))
+    for batch in run.batches():
+        losses.append(run.backward(batch))
         for part in live.parts:
             pull = part.pull(live.buffer(part))
             scores[part.name].addcmul_(pull, pull)
         live.clear_gradients()
     for score in scores.values():
-        score.div_(course.per_epoch).sqrt_()
-    course.record(losses, kept, live.coordinates)
+        score.div_(run.per_epoch).sqrt_()
+    run.record(losses, kept, live.coordinates)
     return scores
 
 

@@ -9,9 +9,9 @@ from restitch.merging.rules.elementwise import (
     Elementwise,
     Floats,
     Range,
-    added,
-    checked,
+    check_range,
     kept_vectors,
+    sum_arrays,
 )
 from restitch.merging.rules.stitch import DeltaMember
 from restitch.merging.statistics.statistic_file import COEFFICIENTS, check_fits, statistics_of
@@ -46,17 +46,17 @@ def adamerging(
         start: what all coefficients are at first.
         batch: rows of a batch.
     """
-    checked("steps", steps, 0, 100_000)
-    checked("learning_rate", learning_rate, 0, 1)
-    checked("start", start, 0, 1)
-    checked("batch", batch, 1, 1 << 16)
+    check_range("steps", steps, 0, 100_000)
+    check_range("learning_rate", learning_rate, 0, 1)
+    check_range("start", start, 0, 1)
+    check_range("batch", batch, 1, 1 << 16)
     given = tuple(members)
     vectors, learned = kept_vectors(base, given), statistics_of(given, COEFFICIENTS)
     for vector, found in zip(vectors, learned, strict=True):
         check_fits(COEFFICIENTS, found, dict.fromkeys(vector.names, len(vectors)))
 
     def merged(part: Range) -> Floats:
-        return added(
+        return sum_arrays(
             [
                 vector * float(learned[number].tensor(part.name)[number])
                 for number, vector in part.vectors

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.elementwise import Elementwise, kept_vectors, total
+from restitch.merging.rules.elementwise import Elementwise, kept_vectors, sum_vectors
 from restitch.merging.rules.stitch import DeltaMember
 
 
@@ -24,4 +24,4 @@ def averaging(base: Checkpoint, members: Iterable[DeltaMember]) -> Edits:
         members: the members, each with its whole task vector.
     """
     vectors = kept_vectors(base, members)
-    return Elementwise(base, vectors, lambda part: total(part.vectors) / len(vectors))
+    return Elementwise(base, vectors, lambda part: sum_vectors(part.vectors) / len(vectors))

@@ -5,15 +5,15 @@ from collections.abc import Iterable
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.consensus import agreed
+from restitch.merging.rules.consensus import consensus_vector
 from restitch.merging.rules.elementwise import (
     COEFFICIENTS,
     Elementwise,
     Floats,
     Range,
-    checked,
+    check_range,
     kept_vectors,
-    total,
+    sum_vectors,
 )
 from restitch.merging.rules.stitch import DeltaMember
 
@@ -43,14 +43,14 @@ def consensus_ta(
         threshold: lambda of the TALL masks.
         agreement: how many tasks must agree on a coordinate; with fewer members, all of them.
     """
-    checked("alpha", alpha, 0, 10)
-    checked("threshold", threshold, 0, 10)
-    checked("agreement", agreement, 1, 1 << 15)
+    check_range("alpha", alpha, 0, 10)
+    check_range("threshold", threshold, 0, 10)
+    check_range("agreement", agreement, 1, 1 << 15)
     vectors = kept_vectors(base, members)
     needed = min(agreement, len(vectors))
 
     def merged(part: Range) -> Floats:
-        together = total(part.vectors)
-        return alpha * agreed(part.vectors, together, [threshold] * len(vectors), needed)
+        together = sum_vectors(part.vectors)
+        return alpha * consensus_vector(part.vectors, together, [threshold] * len(vectors), needed)
 
     return Elementwise(base, vectors, merged)

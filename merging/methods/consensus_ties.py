@@ -5,17 +5,17 @@ from collections.abc import Iterable
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.consensus import agreed
+from restitch.merging.rules.consensus import consensus_vector
 from restitch.merging.rules.elementwise import (
     COEFFICIENTS,
     Elementwise,
     Floats,
     Range,
-    checked,
+    check_range,
     kept_vectors,
 )
 from restitch.merging.rules.stitch import DeltaMember
-from restitch.merging.rules.ties import Trim, elected
+from restitch.merging.rules.ties import Trim, disjoint_merge
 
 
 @method(
@@ -47,15 +47,15 @@ def consensus_ties(
         agreement: how many tasks must agree; the paper finds 1 better than 2 here.
         trim: `model` ranks the weights of a model together, `tensor` those of each tensor alone.
     """
-    checked("alpha", alpha, 0, 10)
-    checked("threshold", threshold, 0, 10)
-    checked("agreement", agreement, 1, 1 << 15)
+    check_range("alpha", alpha, 0, 10)
+    check_range("threshold", threshold, 0, 10)
+    check_range("agreement", agreement, 1, 1 << 15)
     vectors = kept_vectors(base, members)
     kept, needed = Trim(vectors, density, trim), min(agreement, len(vectors))
 
     def merged(part: Range) -> Floats:
         own = [(number, vector.copy()) for number, vector in part.vectors]
-        together = elected(kept.apply(part), mean=False)
-        return alpha * agreed(own, together, [threshold] * len(vectors), needed)
+        together = disjoint_merge(kept.apply(part), mean=False)
+        return alpha * consensus_vector(own, together, [threshold] * len(vectors), needed)
 
     return Elementwise(base, vectors, merged)

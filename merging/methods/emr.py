@@ -10,13 +10,13 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from restitch.merging.experts.specialists import Experts, Selected, SharedExperts, numbered
+from restitch.merging.experts.specialists import Experts, Selected, SharedExperts, tasks_and_vectors
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.methods.registry import method
 from restitch.merging.numerics.rounding import cast
 from restitch.merging.order import by_bytes
 from restitch.merging.ranking.kept_vector import BLOCK, KeptVector, working_dtype
-from restitch.merging.rules.elementwise import Floats, Range, total
+from restitch.merging.rules.elementwise import Floats, Range, sum_vectors
 from restitch.merging.rules.stitch import DeltaMember
 
 
@@ -35,12 +35,12 @@ def emr(base: Checkpoint, members: Iterable[DeltaMember]) -> Experts:
         base: the base's checkpoint.
         members: the members, each with its whole task vector.
     """
-    tasks, vectors = numbered(base, members)
+    tasks, vectors = tasks_and_vectors(base, members)
     return SharedExperts(base, tasks, vectors, _elected, _scales(base, vectors))
 
 
 def _elected(part: Range) -> Selected:
-    sign = np.sign(total(part.vectors))
+    sign = np.sign(sum_vectors(part.vectors))
     largest = np.zeros_like(sign)
     masks = {}
     for number, vector in part.vectors:
@@ -57,7 +57,7 @@ def _scales(base: Checkpoint, vectors: Sequence[KeptVector]) -> list[float]:
         flat = base.tensor(name).view(-1)
         for piece in torch.split(flat, BLOCK):
             before = cast(piece, working_dtype(piece.dtype)).numpy()
-            part = Range(name, 0, [(number, reader.take(before)) for number, reader in readers])
+            part = Range(name, 0, [(number, reader.read(before)) for number, reader in readers])
             found = _elected(part)
             largest = np.absolute(found.together)
             for number, vector in part.vectors:

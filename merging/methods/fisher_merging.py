@@ -14,9 +14,9 @@ from restitch.merging.rules.elementwise import (
     Elementwise,
     Floats,
     Range,
-    added,
-    checked,
+    check_range,
     kept_vectors,
+    sum_arrays,
 )
 from restitch.merging.rules.stitch import DeltaMember
 from restitch.merging.statistics.statistic_file import FISHER, check_fits, statistics_of
@@ -48,7 +48,7 @@ def fisher_merging(
         floor: what is added to each entry, as a share of the mean of that member's diagonal:
             weights that no row depends on get the mean.
     """
-    checked("floor", floor, 1e-12, 1)
+    check_range("floor", floor, 1e-12, 1)
     if scale not in ("mean", "none"):
         raise BadInput(
             "the setting scale cannot be used",
@@ -73,6 +73,6 @@ def fisher_merging(
     def merged(part: Range) -> Floats:
         worths = [worth(part, number, vector) for number, vector in part.vectors]
         weighted = [w * v for w, (_, v) in zip(worths, part.vectors, strict=True)]
-        return np.asarray(added(weighted) / added(worths))
+        return np.asarray(sum_arrays(weighted) / sum_arrays(worths))
 
     return Elementwise(base, vectors, merged)

@@ -7,7 +7,7 @@ from torch import Tensor
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.elementwise import checked
+from restitch.merging.rules.elementwise import check_range
 from restitch.merging.rules.per_matrix import PerMatrix, svd
 from restitch.merging.rules.stitch import DeltaMember
 
@@ -32,7 +32,7 @@ def iso_c(base: Checkpoint, members: Iterable[DeltaMember], *, alpha: float = 1.
         members: the members, each with its whole task vector.
         alpha: the coefficient; the paper tunes it (0.9 to 1.9 on CLIP).
     """
-    checked("alpha", alpha, 0, 100)
+    check_range("alpha", alpha, 0, 100)
     return PerMatrix(base, members, lambda matrix: alpha * isotropic(matrix.changes.sum(0)))
 
 

@@ -9,7 +9,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.iso_c import SCALES
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.elementwise import checked
+from restitch.merging.rules.elementwise import check_range
 from restitch.merging.rules.per_matrix import PerMatrix, nearest_orthogonal, svd
 from restitch.merging.rules.stitch import DeltaMember
 
@@ -33,8 +33,8 @@ def iso_cts(
         alpha: the coefficient, which the paper tunes.
         common: the share of directions that are those of the sum; the others are the members'.
     """
-    checked("alpha", alpha, 0, 100)
-    checked("common", common, 0, 1)
+    check_range("alpha", alpha, 0, 100)
+    check_range("common", common, 0, 1)
     return PerMatrix(base, members, lambda matrix: alpha * merged(matrix.changes, common))
 
 

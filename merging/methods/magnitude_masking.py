@@ -2,10 +2,10 @@
 
 from collections.abc import Iterable
 
-from restitch.merging.experts.specialists import Experts, Selected, SharedExperts, numbered
+from restitch.merging.experts.specialists import Experts, Selected, SharedExperts, tasks_and_vectors
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.elementwise import Range, total
+from restitch.merging.rules.elementwise import Range, sum_vectors
 from restitch.merging.rules.stitch import DeltaMember
 from restitch.merging.rules.ties import Trim
 
@@ -28,11 +28,11 @@ def magnitude_masking(
         members: the members, each with its whole task vector.
         density: the share of each task vector that is its mask, over the whole model.
     """
-    tasks, vectors = numbered(base, members)
+    tasks, vectors = tasks_and_vectors(base, members)
     kept = Trim(vectors, density, "model")
 
     def selected(part: Range) -> Selected:
-        together = total(part.vectors)
+        together = sum_vectors(part.vectors)
         return Selected(together, {i: vector != 0 for i, vector in kept.apply(part)})
 
     return SharedExperts(base, tasks, vectors, selected)

@@ -6,7 +6,7 @@ vectors of a share 1/T of the weights are as large as one whole vector and T mas
 
 from collections.abc import Iterable
 
-from restitch.merging.experts.specialists import Experts, OwnExperts, numbered
+from restitch.merging.experts.specialists import Experts, OwnExperts, tasks_and_vectors
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
@@ -31,7 +31,7 @@ def magnitude_pruning(base: Checkpoint, members: Iterable[DeltaMember]) -> Exper
         base: the base's checkpoint.
         members: the members, each with its whole task vector.
     """
-    tasks, vectors = numbered(base, members)
+    tasks, vectors = tasks_and_vectors(base, members)
     pruned = {t: _pruned(base, v, 1 / len(tasks)) for t, v in zip(tasks, vectors, strict=True)}
     return OwnExperts(pruned)
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.elementwise import checked
+from restitch.merging.rules.elementwise import check_range
 from restitch.merging.rules.per_matrix import Matrix, PerMatrix
 from restitch.merging.rules.stitch import DeltaMember
 from restitch.merging.statistics.grams import unpacked
@@ -38,7 +38,7 @@ def regmean(base: Checkpoint, members: Iterable[DeltaMember], *, scale: float = 
         members: the members, each with its whole task vector and its Gram matrices.
         scale: what the Gram matrices' entries beside the diagonal are multiplied with.
     """
-    checked("scale", scale, 0, 1)
+    check_range("scale", scale, 0, 1)
     given = tuple(members)
     grams = statistics_of(given, GRAM)
 

@@ -15,7 +15,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import get_method, method, method_names
 from restitch.merging.numerics.rounding import cast
-from restitch.merging.rules.elementwise import checked
+from restitch.merging.rules.elementwise import check_range
 from restitch.merging.rules.per_matrix import Matrix, PerMatrix, svd
 from restitch.merging.rules.stitch import DeltaMember
 
@@ -55,8 +55,8 @@ def svc(
         floor: the least that a task counts for in a direction; 0 takes the paper's value.
         alpha: the coefficient.
     """
-    checked("floor", floor, 0, 100)
-    checked("alpha", alpha, 0, 10)
+    check_range("floor", floor, 0, 100)
+    check_range("alpha", alpha, 0, 10)
     given = tuple(members)
     inner = get_method(_checked_method(after))(base, given)
     least = floor or FLOORS.get(after, _FLOOR)

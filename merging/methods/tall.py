@@ -7,13 +7,13 @@ from restitch.merging.experts.specialists import (
     PerTask,
     Selected,
     SharedExperts,
-    numbered,
     per_task,
+    tasks_and_vectors,
 )
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.methods.registry import method
 from restitch.merging.rules.consensus import THRESHOLDS, tall_mask
-from restitch.merging.rules.elementwise import Range, total
+from restitch.merging.rules.elementwise import Range, sum_vectors
 from restitch.merging.rules.stitch import DeltaMember
 
 
@@ -34,11 +34,11 @@ def tall(base: Checkpoint, members: Iterable[DeltaMember], *, threshold: PerTask
         members: the members, each with its whole task vector.
         threshold: lambda of the masks, for all tasks or by task.
     """
-    tasks, vectors = numbered(base, members)
+    tasks, vectors = tasks_and_vectors(base, members)
     limits = per_task("threshold", threshold, tasks, 10)
 
     def selected(part: Range) -> Selected:
-        together = total(part.vectors)
+        together = sum_vectors(part.vectors)
         masks = {i: tall_mask(vector, together, limits[i]) for i, vector in part.vectors}
         return Selected(together, masks)
 

@@ -7,15 +7,15 @@ from restitch.merging.experts.specialists import (
     PerTask,
     Selected,
     SharedExperts,
-    numbered,
     per_task,
+    tasks_and_vectors,
 )
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.methods.registry import method
 from restitch.merging.rules.consensus import THRESHOLDS, tall_mask
 from restitch.merging.rules.elementwise import Range
 from restitch.merging.rules.stitch import DeltaMember
-from restitch.merging.rules.ties import Trim, elected
+from restitch.merging.rules.ties import Trim, disjoint_merge
 
 
 @method(
@@ -44,13 +44,13 @@ def tall_ties(
         density: the share of each task vector that trimming keeps.
         trim: `model` ranks the weights of a model together, `tensor` those of each tensor alone.
     """
-    tasks, vectors = numbered(base, members)
+    tasks, vectors = tasks_and_vectors(base, members)
     limits = per_task("threshold", threshold, tasks, 10)
     kept = Trim(vectors, density, trim)
 
     def selected(part: Range) -> Selected:
         own = [(i, vector.copy()) for i, vector in part.vectors]
-        together = elected(kept.apply(part), mean=False)
+        together = disjoint_merge(kept.apply(part), mean=False)
         return Selected(together, {i: tall_mask(v, together, limits[i]) for i, v in own})
 
     return SharedExperts(base, tasks, vectors, selected)

@@ -8,10 +8,10 @@ from restitch.merging.methods.registry import method
 from restitch.merging.rules.elementwise import (
     COEFFICIENTS,
     Elementwise,
-    checked,
+    check_range,
     kept_vectors,
-    scaled,
-    total,
+    scale_in_place,
+    sum_vectors,
 )
 from restitch.merging.rules.stitch import DeltaMember
 
@@ -34,6 +34,8 @@ def task_arithmetic(
         members: the members, each with its whole task vector.
         alpha: the coefficient; 0.4 is what is recommended where nothing is tuned.
     """
-    checked("alpha", alpha, 0, 10)
+    check_range("alpha", alpha, 0, 10)
     vectors = kept_vectors(base, members)
-    return Elementwise(base, vectors, lambda part: scaled(total(part.vectors, reuse=True), alpha))
+    return Elementwise(
+        base, vectors, lambda part: scale_in_place(sum_vectors(part.vectors, reuse=True), alpha)
+    )

@@ -8,12 +8,12 @@ from restitch.merging.methods.registry import method
 from restitch.merging.rules.elementwise import (
     COEFFICIENTS,
     Elementwise,
-    checked,
+    check_range,
     kept_vectors,
-    scaled,
+    scale_in_place,
 )
 from restitch.merging.rules.stitch import DeltaMember
-from restitch.merging.rules.ties import Trim, elected
+from restitch.merging.rules.ties import Trim, disjoint_merge
 
 
 @method(
@@ -41,9 +41,11 @@ def ties(
         alpha: the coefficient.
         trim: `model` ranks the weights of a model together, `tensor` those of each tensor alone.
     """
-    checked("alpha", alpha, 0, 10)
+    check_range("alpha", alpha, 0, 10)
     vectors = kept_vectors(base, members)
     kept = Trim(vectors, density, trim)
     return Elementwise(
-        base, vectors, lambda part: scaled(elected(kept.apply(part), mean=True), alpha)
+        base,
+        vectors,
+        lambda part: scale_in_place(disjoint_merge(kept.apply(part), mean=True), alpha),
     )

@@ -8,7 +8,7 @@ from torch import Tensor
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.elementwise import checked
+from restitch.merging.rules.elementwise import check_range
 from restitch.merging.rules.per_matrix import PerMatrix, nearest_orthogonal, svd
 from restitch.merging.rules.stitch import DeltaMember
 
@@ -29,7 +29,7 @@ def tsv_m(base: Checkpoint, members: Iterable[DeltaMember], *, alpha: float = 1.
         members: the members, each with its whole task vector.
         alpha: the coefficient; the paper finds 1.
     """
-    checked("alpha", alpha, 0, 10)
+    check_range("alpha", alpha, 0, 10)
     return PerMatrix(base, members, lambda matrix: alpha * merged(matrix.changes))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.elementwise import checked
+from restitch.merging.rules.elementwise import check_range
 from restitch.merging.rules.per_matrix import PerMatrix
 from restitch.merging.rules.stitch import DeltaMember
 
@@ -41,8 +41,8 @@ def wudi(
         steps: of Adam.
         learning_rate: how far a weight moves in a step.
     """
-    checked("steps", steps, 0, 100_000)
-    checked("learning_rate", learning_rate, 0, 1)
+    check_range("steps", steps, 0, 100_000)
+    check_range("learning_rate", learning_rate, 0, 1)
     return PerMatrix(base, members, lambda matrix: minimized(matrix.changes, steps, learning_rate))
 
 

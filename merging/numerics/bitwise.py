@@ -22,11 +22,11 @@ def as_integers(flat: Tensor) -> NDArray[Any]:
     return flat.view(_INTEGERS[flat.dtype.itemsize]).numpy()
 
 
-def take(flat: Tensor, coordinates: NDArray[np.int64]) -> Tensor:
+def gather(flat: Tensor, coordinates: NDArray[np.int64]) -> Tensor:
     """flat[coordinates], bit for bit."""
     return torch.from_numpy(as_integers(flat)[coordinates]).view(flat.dtype)
 
 
-def put(flat: Tensor, coordinates: NDArray[np.int64], values: Tensor) -> None:
+def scatter(flat: Tensor, coordinates: NDArray[np.int64], values: Tensor) -> None:
     """flat[coordinates] = values, each rounded once."""
     as_integers(flat)[coordinates] = as_integers(round_once(values, flat.dtype))

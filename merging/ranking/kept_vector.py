@@ -65,7 +65,7 @@ class KeptVector:
         """The task vector of one tensor, in its shape."""
         before = self.base.tensor(name).view(-1)
         wide = cast(before, working_dtype(before.dtype)).numpy()
-        found = torch.from_numpy(self.reader(name).take(wide))
+        found = torch.from_numpy(self.reader(name).read(wide))
         return found.view(self.delta.info(name).shape)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
@@ -74,7 +74,7 @@ class KeptVector:
         wide = torch.empty(min(BLOCK, flat.numel()), dtype=working_dtype(flat.dtype))
         for part in torch.split(flat, BLOCK):
             cast_into(wide, part)
-            taken = reader.take(wide.numpy()[: part.numel()])
+            taken = reader.read(wide.numpy()[: part.numel()])
             yield torch.from_numpy(np.absolute(taken, out=taken))
 
     def sample(self, name: str, stride: int, block: int) -> Tensor:
@@ -101,7 +101,7 @@ class Reader:
         self._start = 0
         self._room = torch.empty(0)
 
-    def take(self, before: Floats) -> Floats:
+    def read(self, before: Floats) -> Floats:
         """The task vector at the next coordinates, in memory that the next call uses again.
 
         Args:
@@ -119,6 +119,6 @@ class Reader:
             array -= before
             return array
         array = np.zeros_like(before)
-        for coordinates, values in self._cursor.take(len(before)):
+        for coordinates, values in self._cursor.advance(len(before)):
             array[coordinates] = cast(values, wide).numpy() - before[coordinates]
         return array

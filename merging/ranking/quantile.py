@@ -89,7 +89,7 @@ def kth_largest(scores: Scores, k: int) -> Cut:
         return Cut(math.inf)
     for low, high in _brackets(scores, k):
         above, tallies = _count(scores, low, high)
-        values, counts = _together(tallies)
+        values, counts = _merge_tallies(tallies)
         if above < k <= above + int(counts.sum()):
             break
     else:
@@ -100,7 +100,7 @@ def kth_largest(scores: Scores, k: int) -> Cut:
     beyond = int(upward[at]) - (k - above)
     if not beyond:
         return Cut(float(value))
-    return _divided(scores, tallies, value, int(counts[::-1][at]) - beyond)
+    return _cut_ties(scores, tallies, value, int(counts[::-1][at]) - beyond)
 
 
 def _brackets(scores: Scores, k: int) -> Iterator[tuple[float, float]]:
@@ -172,7 +172,7 @@ def _count(scores: Scores, low: float, high: float) -> tuple[int, list[_Tally]]:
     return sum(above for above, _ in seen), [one for _, tallies in seen for one in tallies]
 
 
-def _together(tallies: Sequence[_Tally]) -> tuple[Floats, NDArray[np.int64]]:
+def _merge_tallies(tallies: Sequence[_Tally]) -> tuple[Floats, NDArray[np.int64]]:
     """All values, rising, and how often each occurs."""
     every = np.concatenate([np.empty(0, np.float32), *(one.values for one in tallies)])
     often = np.concatenate([np.empty(0, np.int64), *(one.counts for one in tallies)])
@@ -182,7 +182,7 @@ def _together(tallies: Sequence[_Tally]) -> tuple[Floats, NDArray[np.int64]]:
     return values, totals
 
 
-def _divided(scores: Scores, tallies: Sequence[_Tally], value: Any, wanted: int) -> Cut:
+def _cut_ties(scores: Scores, tallies: Sequence[_Tally], value: Any, wanted: int) -> Cut:
     """The cut that keeps the first `wanted` of the scores that equal a value."""
     for tally in tallies:
         there = tally.count(value)

@@ -138,7 +138,7 @@ def _thresholds(scores: Scores, k: int, total: int) -> Iterator[float]:
 
 
 @dataclass(frozen=True)
-class _Part:
+class _CandidateSpan:
     """One tensor's candidates: where they begin in the scratch files, and how many."""
 
     begin: int
@@ -152,7 +152,7 @@ class _Candidates:
     def __init__(self, scratch: Path | None, wide: bool, long: bool) -> None:
         self.key_dtype = np.dtype(np.uint64 if wide else np.uint32)
         self.position_dtype = np.dtype(np.uint64 if long else np.uint32)
-        self.parts: dict[str, _Part] = {}
+        self.parts: dict[str, _CandidateSpan] = {}
         self.total = 0
         # No `with`: the mask reads from the files for as long as it lives.
         self._keys: IO[bytes] = tempfile.TemporaryFile(dir=scratch, buffering=0)  # noqa: SIM115
@@ -216,7 +216,7 @@ def _collect(
                 candidates.append(found + start, _ordered(array[found]))
             start += len(array)
             progress(done + start, total)
-        candidates.parts[name] = _Part(begin, candidates.total - begin, scores.numel(name))
+        candidates.parts[name] = _CandidateSpan(begin, candidates.total - begin, scores.numel(name))
         done += start
     return candidates
 

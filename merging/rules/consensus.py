@@ -26,7 +26,7 @@ def tall_mask(vector: Floats, together: Floats, threshold: float) -> NDArray[np.
     return np.asarray(np.absolute(vector) >= threshold * np.absolute(together - vector))
 
 
-def agreed(
+def consensus_vector(
     vectors: Sequence[tuple[int, Floats]],
     together: Floats,
     thresholds: Sequence[float],

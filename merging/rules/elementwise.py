@@ -95,7 +95,7 @@ class Elementwise:
             for piece in torch.split(part, BLOCK):
                 cast_into(room, piece)
                 before = room.numpy()[: piece.numel()]
-                taken = [(number, reader.take(before)) for number, reader in readers]
+                taken = [(number, reader.read(before)) for number, reader in readers]
                 change = self._rule(Range(name, start, taken))
                 np.add(before, change, out=before, casting="no")
                 after = round_once(room[: piece.numel()], piece.dtype)
@@ -119,17 +119,17 @@ def all_bits(mask: NDArray[np.bool_], dtype: np.dtype[Any]) -> NDArray[Any]:
     return np.negative(narrow).astype(dtype)
 
 
-def total(vectors: Sequence[tuple[int, Floats]], *, reuse: bool = False) -> Floats:
+def sum_vectors(vectors: Sequence[tuple[int, Floats]], *, reuse: bool = False) -> Floats:
     """The sum of members' task vectors, member after member.
 
     Args:
         vectors: each with its member's number.
         reuse: the first may be overwritten by the sum.
     """
-    return added([vector for _, vector in vectors], reuse=reuse)
+    return sum_arrays([vector for _, vector in vectors], reuse=reuse)
 
 
-def added(arrays: Sequence[Floats], *, reuse: bool = False) -> Floats:
+def sum_arrays(arrays: Sequence[Floats], *, reuse: bool = False) -> Floats:
     """The sum of arrays, one after the other; with `reuse` the first becomes it."""
     found = arrays[0] if reuse else arrays[0].copy()
     for array in arrays[1:]:
@@ -137,13 +137,13 @@ def added(arrays: Sequence[Floats], *, reuse: bool = False) -> Floats:
     return found
 
 
-def scaled(vector: Floats, alpha: float) -> Floats:
+def scale_in_place(vector: Floats, alpha: float) -> Floats:
     """A vector that becomes `alpha` times itself."""
     vector *= alpha
     return vector
 
 
-def checked(name: str, value: float, low: float, high: float) -> float:
+def check_range(name: str, value: float, low: float, high: float) -> float:
     """A setting that has to lie in a range.
 
     Raises:

@@ -20,14 +20,14 @@ MEAN = "mean"
 
 
 @dataclass(frozen=True)
-class Claim:
+class Owner:
     """What one member wants at the shared coordinates that it keeps.
 
     Attributes:
         places: which of the shared coordinates, each once.
         deviations: the finetuned value minus the base's, one per place.
         weights: what the member's wish is worth there, all positive; None where it is not known,
-            and then it is worth what those of the other owners are on average.
+            and then it is worth what those of the other counts are on average.
     """
 
     places: NDArray[np.int64]
@@ -35,21 +35,21 @@ class Claim:
     weights: Floats | None
 
 
-Rule = Callable[[Floats, Sequence[Claim]], Floats]
+Rule = Callable[[Floats, Sequence[Owner]], Floats]
 
 
-def sum_of_owners(before: Floats, claims: Sequence[Claim]) -> Floats:
+def sum_of_owners(before: Floats, owners: Sequence[Owner]) -> Floats:
     """The base and all deviations: task arithmetic with coefficient 1, where members meet."""
-    return before + _totals(len(before), claims)
+    return before + _totals(len(before), owners)
 
 
-def weighted_mean(before: Floats, claims: Sequence[Claim]) -> Floats:
-    """The mean of the owners by their weights."""
-    return before + _weighted(len(before), claims)
+def weighted_mean(before: Floats, owners: Sequence[Owner]) -> Floats:
+    """The mean of the counts by their weights."""
+    return before + _weighted(len(before), owners)
 
 
 def owner_growth(growth: float) -> Rule:
-    """The weighted mean of the deviations, times the number of owners to the power `growth`.
+    """The weighted mean of the deviations, times the number of counts to the power `growth`.
 
     With 0 it is the weighted mean; with 1 and equal weights it is the sum.
 
@@ -66,57 +66,57 @@ def owner_growth(growth: float) -> Rule:
             hint="correct method: settings: growth",
         )
 
-    def rule(before: Floats, claims: Sequence[Claim]) -> Floats:
-        owners = np.zeros(len(before))
-        for claim in claims:
-            owners[claim.places] += 1
-        factor = owners if quarters == 4 else np.ones(len(before))
+    def rule(before: Floats, owners: Sequence[Owner]) -> Floats:
+        counts = np.zeros(len(before))
+        for owner in owners:
+            counts[owner.places] += 1
+        factor = counts if quarters == 4 else np.ones(len(before))
         if quarters in (2, 3):
-            factor = np.sqrt(owners)
+            factor = np.sqrt(counts)
         if quarters in (1, 3):
-            factor = factor * np.sqrt(np.sqrt(owners))
-        return before + factor * _weighted(len(before), claims)
+            factor = factor * np.sqrt(np.sqrt(counts))
+        return before + factor * _weighted(len(before), owners)
 
     return rule
 
 
-def elected(before: Floats, claims: Sequence[Claim]) -> Floats:
-    """TIES: the sign of the sum is elected, and the owners that agree with it have their mean."""
-    sign = np.sign(_totals(len(before), claims))
+def elect_sign(before: Floats, owners: Sequence[Owner]) -> Floats:
+    """TIES: the sign of the sum is elect_sign, and the counts that agree with it have their mean."""
+    sign = np.sign(_totals(len(before), owners))
     agreeing, count = np.zeros(len(before)), np.zeros(len(before))
-    for claim in claims:
-        agrees = np.sign(claim.deviations) == sign[claim.places]
-        places = claim.places[agrees]
-        agreeing[places] += claim.deviations[agrees]
+    for owner in owners:
+        agrees = np.sign(owner.deviations) == sign[owner.places]
+        places = owner.places[agrees]
+        agreeing[places] += owner.deviations[agrees]
         count[places] += 1
     # Nobody agrees where the sum is zero and no owner stayed at the base: it stays there.
     return before + agreeing / np.maximum(count, 1)
 
 
-def _weighted(shared: int, claims: Sequence[Claim]) -> Floats:
+def _weighted(shared: int, owners: Sequence[Owner]) -> Floats:
     known, count = np.zeros(shared), np.zeros(shared)
-    for claim in claims:
-        if claim.weights is not None:
-            known[claim.places] += claim.weights
-            count[claim.places] += 1
+    for owner in owners:
+        if owner.weights is not None:
+            known[owner.places] += owner.weights
+            count[owner.places] += 1
     usual = np.where(count > 0, known / np.maximum(count, 1), 1.0)
     above, below = np.zeros(shared), np.zeros(shared)
-    for claim in claims:
-        weights = usual[claim.places] if claim.weights is None else claim.weights
-        above[claim.places] += weights * claim.deviations
-        below[claim.places] += weights
+    for owner in owners:
+        weights = usual[owner.places] if owner.weights is None else owner.weights
+        above[owner.places] += weights * owner.deviations
+        below[owner.places] += weights
     return above / below
 
 
-def _totals(shared: int, claims: Sequence[Claim]) -> Floats:
+def _totals(shared: int, owners: Sequence[Owner]) -> Floats:
     totals = np.zeros(shared)
-    for claim in claims:
-        totals[claim.places] += claim.deviations
+    for owner in owners:
+        totals[owner.places] += owner.deviations
     return totals
 
 
 RULES: Mapping[str, Rule] = {
     "sum": sum_of_owners,
     "weighted": weighted_mean,
-    "elect": elected,
+    "elect": elect_sign,
 }

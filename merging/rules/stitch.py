@@ -24,11 +24,11 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.coordinate_codec import true_positions
 from restitch.merging.files.edits import Edits, NoEdits
 from restitch.merging.files.sparse import Piece, SparseFile, SparseInfo, SparseTensor, write_sparse
-from restitch.merging.numerics.bitwise import as_integers, put, take
+from restitch.merging.numerics.bitwise import as_integers, gather, scatter
 from restitch.merging.numerics.rounding import cast
 from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress, ignore
-from restitch.merging.rules.overlaps import MEAN, RULES, Claim, Floats, Rule
+from restitch.merging.rules.overlaps import MEAN, RULES, Floats, Owner, Rule
 
 VERSION = 1
 OVERLAPS = (MEAN, *RULES)
@@ -137,7 +137,7 @@ class _Stitched:
         if len(deltas) == 1:
             return deltas[0].editor(name)
         cursors = [delta.cursor(name) for delta in deltas]
-        worth = [_Worth.of(delta, name) for delta in deltas]
+        importances = [_Importance.of(delta, name) for delta in deltas]
         block: _Block | None = getattr(self._own, "block", None)
         if block is None:
             block = self._own.block = _Block(len(self._members))
@@ -146,30 +146,32 @@ class _Stitched:
         def edit(part: Tensor) -> None:
             nonlocal start
             for piece in torch.split(part, _BLOCK):
-                taken = [cursor.take(piece.numel()) for cursor in cursors]
+                taken = [cursor.advance(piece.numel()) for cursor in cursors]
                 if self._rule is None:
                     block.average(piece, taken)
                 else:
-                    block.settle(piece, taken, self._rule, [one.after(start) for one in worth])
+                    block.settle(
+                        piece, taken, self._rule, [one.after(start) for one in importances]
+                    )
                 start += piece.numel()
 
         return edit
 
 
 @dataclass(frozen=True)
-class _Worth:
-    """What the coordinates of a tensor are worth to a member, counted from `start`."""
+class _Importance:
+    """What the coordinates of a tensor are importances to a member, counted from `start`."""
 
     factors: tuple[Floats, Floats] | None
     start: int = 0
 
     @classmethod
-    def of(cls, delta: SparseFile, name: str) -> "_Worth":
+    def of(cls, delta: SparseFile, name: str) -> "_Importance":
         found = delta.factors(name)
         return cls(None if found is None else (_wide(found[0]), _wide(found[1])))
 
-    def after(self, start: int) -> "_Worth":
-        return _Worth(self.factors, start)
+    def after(self, start: int) -> "_Importance":
+        return _Importance(self.factors, start)
 
     def __getitem__(self, coordinates: NDArray[np.int64]) -> Floats | None:
         if self.factors is None:
@@ -198,7 +200,7 @@ class _Block:
         pieces = [piece for taken in members for piece in taken]
         owners, shared = self._shared(flat.numel(), pieces)
         for coordinates, values in pieces:
-            put(flat, coordinates, values)
+            scatter(flat, coordinates, values)
         if not len(shared):
             return
         totals = self._totals[: flat.numel()]
@@ -208,31 +210,31 @@ class _Block:
             index = torch.from_numpy(coordinates)
             totals.scatter_add_(0, index, cast(values, torch.float64))
         means = totals.numpy()[shared] / owners[shared]
-        put(flat, shared, torch.from_numpy(means))
+        scatter(flat, shared, torch.from_numpy(means))
 
     def settle(
         self,
         flat: Tensor,
         members: Sequence[Sequence[Piece]],
         rule: Rule,
-        worth: Sequence["_Worth"],
+        importances: Sequence["_Importance"],
     ) -> None:
         """What the rule says where there are several owners; `flat` holds the base's weights."""
         owners, shared = self._shared(flat.numel(), [p for taken in members for p in taken])
-        before = cast(take(flat, shared), torch.float64).numpy()
+        before = cast(gather(flat, shared), torch.float64).numpy()
         column = np.empty(flat.numel() if len(shared) else 0, dtype=np.int64)
         column[shared] = np.arange(len(shared))
-        claims = []
-        for taken, own in zip(members, worth, strict=True):
+        claimants = []
+        for taken, own in zip(members, importances, strict=True):
             for coordinates, values in taken:
-                put(flat, coordinates, values)
+                scatter(flat, coordinates, values)
                 chosen = owners[coordinates] > 1
                 asked = coordinates[chosen]
                 places = column[asked]
-                wanted = cast(take(values, np.flatnonzero(chosen)), torch.float64).numpy()
-                claims.append(Claim(places, wanted - before[places], own[asked]))
+                wanted = cast(gather(values, np.flatnonzero(chosen)), torch.float64).numpy()
+                claimants.append(Owner(places, wanted - before[places], own[asked]))
         if len(shared):
-            put(flat, shared, torch.from_numpy(rule(before, claims)))
+            scatter(flat, shared, torch.from_numpy(rule(before, claimants)))
 
     def _shared(
         self, size: int, pieces: Sequence[Piece]
@@ -261,7 +263,7 @@ def differences(base: Checkpoint, edits: Edits, progress: Progress) -> Iterator[
         ]
         coordinates = np.concatenate([_NOWHERE, *found])
         yield SparseTensor(
-            name, base.info(name).shape, torch.from_numpy(coordinates), take(after, coordinates)
+            name, base.info(name).shape, torch.from_numpy(coordinates), gather(after, coordinates)
         )
         done += base.info(name).nbytes
         progress(done, total)

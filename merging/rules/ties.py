@@ -15,7 +15,7 @@ from restitch.merging.localize.dataless import kept_count
 from restitch.merging.ranking.kept_vector import KeptVector
 from restitch.merging.ranking.quantile import Cut, kth_largest
 from restitch.merging.ranking.top_k import Scores
-from restitch.merging.rules.elementwise import Floats, Range, added, all_bits, total
+from restitch.merging.rules.elementwise import Floats, Range, all_bits, sum_arrays, sum_vectors
 
 TRIMS = ("model", "tensor")
 
@@ -78,14 +78,14 @@ class _One:
         self.sample = vector.sample
 
 
-def elected(vectors: Sequence[tuple[int, Floats]], *, mean: bool) -> Floats:
+def disjoint_merge(vectors: Sequence[tuple[int, Floats]], *, mean: bool) -> Floats:
     """The mean, or the sum, of the task vectors that agree with the elected sign.
 
     Args:
         vectors: trimmed, each with its member's number; they are written to.
         mean: average those that agree.
     """
-    sums = total(vectors)
+    sums = sum_vectors(vectors)
     integers = np.dtype(f"i{sums.itemsize}")
     decided = all_bits(np.absolute(sums) > 0, integers)
     # Negated where the sum is negative, all that agree are positive.
@@ -99,7 +99,7 @@ def elected(vectors: Sequence[tuple[int, Floats]], *, mean: bool) -> Floats:
         np.maximum(vector, 0, out=vector)
         owners += (vector > 0).view(np.uint8)
         turned.append(vector)
-    found = added(turned, reuse=True)
+    found = sum_arrays(turned, reuse=True)
     if mean:
         np.maximum(owners, 1, out=owners)
         found /= owners.astype(found.dtype)

@@ -21,8 +21,8 @@ from restitch.merging.progress import Progress, ignore
 from restitch.merging.ranking.kept_vector import KeptVector
 from restitch.merging.statistics.statistic_file import (
     COEFFICIENTS,
-    asking_for_gradients,
     check_finite,
+    requiring_gradients,
 )
 
 VERSION = 1
@@ -86,12 +86,12 @@ def learn_coefficients(
     raw = torch.nn.Parameter(torch.full(shape, settings.start, dtype=torch.float64))
     adam = torch.optim.Adam([raw], lr=settings.learning_rate)
     streams = [_Stream(count, settings, number) for number, count in enumerate(rows)]
-    with asking_for_gradients(parameters, names) as drop:
+    with requiring_gradients(parameters, names) as drop:
         for step in range(settings.steps):
-            _wear(parameters, befores, stacks, raw.detach().clamp(0, 1))
+            _set_weights(parameters, befores, stacks, raw.detach().clamp(0, 1))
             for number, stream in enumerate(streams):
                 with torch.enable_grad():
-                    loss = entropy(logits(number, stream.take()))
+                    loss = entropy(logits(number, stream.next_batch()))
                     torch.autograd.backward(loss)
             slopes = [_slope(parameters[name], stacks[name]) for name in names]
             drop()
@@ -120,7 +120,7 @@ class _Stream:
         self._generator = torch.Generator().manual_seed(settings.seed + number)
         self._left: list[int] = []
 
-    def take(self) -> list[int]:
+    def next_batch(self) -> list[int]:
         if len(self._left) < self._size:
             self._left += torch.randperm(self._rows, generator=self._generator).tolist()
         taken, self._left = self._left[: self._size], self._left[self._size :]
@@ -136,7 +136,7 @@ def _stack(base: Checkpoint, vectors: Sequence[KeptVector], name: str) -> Tensor
     return found
 
 
-def _wear(
+def _set_weights(
     parameters: Mapping[str, Tensor],
     befores: Mapping[str, Tensor],
     stacks: Mapping[str, Tensor],

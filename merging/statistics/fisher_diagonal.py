@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from restitch.merging.errors import BadInput
-from restitch.merging.localize.fisher import drawn
+from restitch.merging.localize.fisher import sample_classes
 from restitch.merging.progress import Progress, ignore
-from restitch.merging.statistics.statistic_file import FISHER, asking_for_gradients, check_finite
+from restitch.merging.statistics.statistic_file import FISHER, check_finite, requiring_gradients
 
 VERSION = 1
 MOST_ROWS = 256
@@ -57,17 +57,17 @@ def measure_fisher(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(rows, generator=generator).tolist()[:MOST_ROWS]
     sums = {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in names}
-    with asking_for_gradients(parameters, names):
+    with requiring_gradients(parameters, names):
         hooks = []
         for name in names:
             live: Any = parameters[name]  # whose method has no types
-            use_up = partial(_use_up, sums[name])
-            hooks.append(live.register_post_accumulate_grad_hook(use_up))
+            add_squares = partial(_add_squares, sums[name])
+            hooks.append(live.register_post_accumulate_grad_hook(add_squares))
         try:
             for done, row in enumerate(order, 1):
                 with torch.enable_grad():
                     found = logits(batch([row]))
-                    target = drawn(found.detach(), generator)
+                    target = sample_classes(found.detach(), generator)
                     torch.autograd.backward(F.cross_entropy(found, target, reduction="sum"))
                 progress(done, len(order))
         finally:
@@ -85,7 +85,7 @@ def mean_of(diagonal: Mapping[str, Tensor]) -> float:
     return total / max(1, sum(tensor.numel() for tensor in diagonal.values()))
 
 
-def _use_up(total: Tensor, live: Tensor) -> None:
+def _add_squares(total: Tensor, live: Tensor) -> None:
     """Add the squares of a gradient, and drop it."""
     assert live.grad is not None
     total.addcmul_(live.grad, live.grad)

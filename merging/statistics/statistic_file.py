@@ -59,7 +59,7 @@ def open_statistic(path: Path, kind: str, belongs: Mapping[str, str]) -> Checkpo
     try:
         found = Checkpoint.open(path)
     except RestitchError as error:
-        raise Damage("a statistic cannot be read", found=error.what) from error
+        raise Damage("a statistic cannot be read", found=error.summary) from error
     said = {name: found.metadata.get(name) for name in _BELONGS if name in belongs}
     if found.metadata.get(_KIND) != kind or said != dict(belongs):
         raise Damage(
@@ -112,7 +112,7 @@ def check_fits(kind: str, statistic: Checkpoint, sizes: Mapping[str, int]) -> No
 
 
 @contextmanager
-def asking_for_gradients(
+def requiring_gradients(
     parameters: Mapping[str, Tensor], names: Sequence[str]
 ) -> Iterator[Callable[[], None]]:
     """Have some live tensors ask for gradients, and no others, for the length of a block.

@@ -291,6 +291,6 @@ def _said(error: Damage) -> str:
     """What is wrong, in a few words: the object is named beside it."""
     if error.found is not None and error.expected is not None and len(error.expected) == 64:
         return f"its bytes have the digest {error.found}"
-    if "missing" in error.what:
+    if "missing" in error.summary:
         return "it is missing"
-    return f"it cannot be read: {error.found or error.what}"
+    return f"it cannot be read: {error.found or error.summary}"

@@ -87,7 +87,7 @@ def _over(source: Source, space: Workspace) -> "tuple[Checkpoint, _Filling]":
             names, index = _shards(folder, source.local)
             filling = _Filling(source.uri, RemoteWeights(folder, names, scratch))
             files = filling.weights.files
-            checkpoint = Checkpoint.over(Path(source.uri), files, index, filling.fill)
+            checkpoint = Checkpoint.from_files(Path(source.uri), files, index, filling.fill)
         finally:
             shutil.rmtree(scratch, ignore_errors=True)  # what is mapped stays
     filling.checkpoint = checkpoint
@@ -152,7 +152,7 @@ class _Filling:
 
     def _fill(self, name: str) -> None:
         assert self.checkpoint is not None, "it is set when the files are opened"
-        place, length = self.checkpoint.place(name), self.checkpoint.info(name).nbytes
+        place, length = self.checkpoint.location(name), self.checkpoint.info(name).nbytes
         if not length:
             return
         expected = self.expected.get(name)

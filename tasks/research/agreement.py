@@ -5,11 +5,11 @@ from collections.abc import Callable, Sequence
 
 from restitch.merging.analysis.agreement import (
     VERSION,
-    Together,
+    MultiTaskVector,
     agreement_profile,
-    elected_sum,
     kept_profile,
-    summed,
+    task_arithmetic_sum,
+    ties_sum,
 )
 from restitch.merging.digests import digest_json
 from restitch.merging.files.sparse import SparseFile
@@ -23,9 +23,9 @@ from restitch.tasks.runtime.workspace import made_by, workspace
 
 # The multi-task vectors that TALL masks can be taken of, by what people call them.
 TOGETHER = {"of the sum": "sum", "of TIES": "elected"}
-_MAKERS: dict[str, Callable[[Sequence[KeptVector]], Together]] = {
-    "sum": summed,
-    "elected": elected_sum,
+_MAKERS: dict[str, Callable[[Sequence[KeptVector]], MultiTaskVector]] = {
+    "sum": task_arithmetic_sum,
+    "elected": ties_sum,
 }
 
 

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 
-from restitch.merging.prefetch import ahead
+from restitch.merging.prefetch import prefetch
 
 
 @pytest.mark.parametrize("threads", [1, 4])
@@ -17,7 +17,7 @@ def test_batches_come_in_order_and_no_more_are_made_than_are_said(threads: int) 
         assert len(made) - taken <= threads + 2, "those that wait, and the one that is asked for"
         return number * number
 
-    for number, found in enumerate(ahead(prepare, range(40), threads=threads)):
+    for number, found in enumerate(prefetch(prepare, range(40), threads=threads)):
         assert found == number * number
         taken += 1
     assert sorted(made) == [*range(40)]
@@ -32,7 +32,7 @@ def test_one_thread_never_prepares_two_at_a_time_and_in_order() -> None:
         busy.release()
         return number
 
-    assert list(ahead(prepare, range(50))) == made == [*range(50)]
+    assert list(prefetch(prepare, range(50))) == made == [*range(50)]
 
 
 def test_an_error_is_raised_at_its_batch_and_nothing_is_prepared_after_the_end() -> None:
@@ -44,7 +44,7 @@ def test_an_error_is_raised_at_its_batch_and_nothing_is_prepared_after_the_end()
             raise ValueError("row 3")
         return number
 
-    batches = ahead(prepare, range(100))
+    batches = prefetch(prepare, range(100))
     assert [next(batches) for _ in range(3)] == [0, 1, 2]
     with pytest.raises(ValueError, match="row 3"):
         next(batches)

@@ -241,7 +241,7 @@ def _read_sparse(path: Path) -> str:
         coordinates = file.coordinates(name)
         wanted = decode_slowly(code, encoded, info.kept, info.numel)
         assert coordinates.tolist() == wanted
-        if not file.is_in_8_bits or info.numel <= _SMALL:
+        if not file.is_quantized or info.numel <= _SMALL:
             assert file.values(name).numel() == info.kept
         factors = file.factors(name)
         assert (factors is None) == ("factors" not in sections.names)
@@ -253,7 +253,7 @@ def _read_sparse(path: Path) -> str:
             # Taken in parts, as stitching does, they are the same.
             cursor, start, parts = file.cursor(name), 0, list[int]()
             while start < info.numel:
-                parts += [start + int(c) for found, _ in cursor.take(7) for c in found]
+                parts += [start + int(c) for found, _ in cursor.advance(7) for c in found]
                 start += 7
             assert parts == wanted
     return "read"
@@ -262,7 +262,7 @@ def _read_sparse(path: Path) -> str:
 def _opened(path: Path) -> SparseFile:
     """A sparse file, with a base that fits it where it cannot be read without one."""
     file = SparseFile.open(path)
-    if not file.is_in_8_bits:
+    if not file.is_quantized:
         return file
     infos = [file.info(name) for name in file.names if file.info(name).numel <= _SMALL]
     base = path.parent / "base.safetensors"

@@ -62,7 +62,7 @@ for name in sys.argv[1:]:
         file = Checkpoint.open(Path(name))
         print("read", [tuple(file.tensor(each).shape) for each in file.names])
     except BadInput as error:
-        print("refused", error.what.replace(name, "FILE"))
+        print("refused", error.summary.replace(name, "FILE"))
 """
 
 

@@ -46,7 +46,7 @@ def make(subject: Subject) -> Study:
             trial = subject.prepare(method, subject.members)
             seconds_of_all = merging_seconds(trial.line, trial.members)
         except BadInput as error:  # it needs what some task has not
-            notes.append(f"{method.name} is left out: {error.what}")
+            notes.append(f"{method.name} is left out: {error.summary}")
             continue
         rows.append(
             {

@@ -4,7 +4,12 @@ from pathlib import Path
 
 import torch
 
-from restitch.merging.analysis.agreement import agreement_profile, elected_sum, kept_profile, summed
+from restitch.merging.analysis.agreement import (
+    agreement_profile,
+    kept_profile,
+    task_arithmetic_sum,
+    ties_sum,
+)
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from restitch.merging.rules.stitch import DeltaMember
 from tests import tiny
@@ -23,7 +28,7 @@ def test_weights_are_counted_by_how_many_tasks_need_them(tmp_path: Path) -> None
     base = tiny.save(tmp_path, {"w": torch.zeros(4), "untouched": torch.zeros(3)})
     # Alone; needed by both; small beside the other; of opposite signs, so that their sum is small.
     some = members(tmp_path, {"a": [1.0, 1.0, 1.0, 1.0], "b": [0.0, 1.0, 9.0, -1.0]})
-    found = agreement_profile(base, some, ("untouched", "w"), summed, 0.4)
+    found = agreement_profile(base, some, ("untouched", "w"), task_arithmetic_sum, 0.4)
     # First: a has 1 >= 0; b has 0 >= 0.4 * 1, no. Third: a has 1 >= 0.4 * 9, no.
     assert found == (3, 2, 2)
 
@@ -37,7 +42,10 @@ def test_streamed_counts_are_those_of_whole_vectors(tmp_path: Path) -> None:
     trimmed = [torch.where(v.abs() >= v.abs().kthvalue(801).values, v, 0.0) for v in vectors]
     sign = torch.stack(trimmed).sum(0).sign()
     agreeing = torch.stack([torch.where(v.sign() == sign, v, 0.0) for v in trimmed]).sum(0)
-    for together, maker in ((torch.stack(vectors).sum(0), summed), (agreeing, elected_sum)):
+    for together, maker in (
+        (torch.stack(vectors).sum(0), task_arithmetic_sum),
+        (agreeing, ties_sum),
+    ):
         masks = torch.stack([v.abs() >= 0.4 * (together - v).abs() for v in vectors])
         expected = torch.bincount(masks.sum(0), minlength=4).tolist()
         assert list(agreement_profile(base, some, ("w",), maker, 0.4)) == expected

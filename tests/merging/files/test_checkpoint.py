@@ -88,7 +88,7 @@ def test_a_tensor_at_an_odd_byte_is_read(tmp_path: Path) -> None:
     data = torch.tensor([1.5, -2.0]).numpy().tobytes()
     (tmp_path / "odd.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + data)
     checkpoint = Checkpoint.open(tmp_path / "odd.safetensors")
-    assert checkpoint.place("a").start % 4
+    assert checkpoint.location("a").start % 4
     assert checkpoint.tensor("a").tolist() == [1.5, -2.0]
 
 

@@ -63,7 +63,7 @@ def test_edits_change_their_tensors_and_no_other_byte(tmp_path: Path, base: Chec
     changed = {i for i, (a, b) in enumerate(zip(written, original, strict=True)) if a != b}
     allowed = set()
     for name in edits.names:
-        start = base.place(name).start
+        start = base.location(name).start
         allowed |= set(range(start, start + base.info(name).nbytes))
     assert changed
     assert changed <= allowed

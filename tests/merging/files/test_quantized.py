@@ -105,7 +105,7 @@ def test_the_bytes_of_format_3_are_these(tmp_path: Path, base: Checkpoint) -> No
         b"\x15"  # positions
     )
     assert (tmp_path / "x").read_bytes() == golden
-    assert file.is_in_8_bits
+    assert file.is_quantized
     assert torch.equal(file.values("w"), FINETUNED)
     wanted = BASE.view(-1).clone()
     wanted[AT] = FINETUNED

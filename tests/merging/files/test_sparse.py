@@ -162,7 +162,7 @@ def test_a_cursor_takes_each_coordinate_in_its_range() -> None:
     blocks = iter([np.array([3, 10]), np.array([11, 29]), np.array([30])])
     cursor = Cursor(blocks, torch.arange(5.0))
     taken = [
-        [(int(c), float(v)) for piece in cursor.take(10) for c, v in zip(*piece, strict=True)]
+        [(int(c), float(v)) for piece in cursor.advance(10) for c, v in zip(*piece, strict=True)]
         for _ in range(4)
     ]
     assert taken == [[(3, 0)], [(0, 1), (1, 2)], [(9, 3)], [(0, 4)]]

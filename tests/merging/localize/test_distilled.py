@@ -15,7 +15,7 @@ from restitch.merging.localize.distilled import (
     localize_distilled,
 )
 from restitch.merging.localize.fisher import FisherSettings, localize_fisher
-from restitch.merging.localize.live_weights import Part
+from restitch.merging.localize.live_weights import LiveTensor
 from restitch.merging.ranking.top_k import top_k
 from tests.merging.linear import NAMES, ROWS, Linear, flat
 
@@ -154,5 +154,5 @@ def test_a_score_moves_by_the_gradient_times_the_difference() -> None:
     live = torch.zeros(2, requires_grad=True)
     live.grad = torch.tensor([3.0, 5.0])
     score = torch.tensor([10.0, 10.0])
-    Part("w", live, base, finetuned).add_pull(score, torch.empty(2), -0.5)
+    LiveTensor("w", live, base, finetuned).add_pull(score, torch.empty(2), -0.5)
     assert score.tolist() == [10 - 0.5 * 3, 10 + 0.5 * 10]

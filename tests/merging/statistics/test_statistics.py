@@ -14,10 +14,10 @@ from restitch.merging.statistics.grams import measure_grams, packed, unpacked
 from restitch.merging.statistics.statistic_file import (
     FISHER,
     GRAM,
-    asking_for_gradients,
     check_finite,
     check_fits,
     open_statistic,
+    requiring_gradients,
     write_statistic,
 )
 from tests.merging.linear import NAMES, ROWS, Linear
@@ -69,7 +69,7 @@ def test_one_that_does_not_fit_is_damage_and_one_of_no_numbers_is_refused(tmp_pa
 def test_only_the_named_tensors_ask_for_gradients_and_afterwards_as_before() -> None:
     live = {name: torch.zeros(2) for name in "abc"}
     live["c"].requires_grad_(True)
-    with asking_for_gradients(live, ["a"]) as drop:
+    with requiring_gradients(live, ["a"]) as drop:
         assert [live[name].requires_grad for name in "abc"] == [True, False, False]
         torch.autograd.backward(live["a"].sum())
         assert "1." in str(live["a"].grad)
