@@ -14,7 +14,7 @@ from typing import Any
 from uuid import uuid4
 
 from restitch.flows.promotion.versions import find_version
-from restitch.flows.research.experts import kept_experts
+from restitch.flows.research.experts import specialists_of
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
@@ -146,7 +146,7 @@ def _specialist(record: MergedRecord, task: str, space: Workspace) -> _What:
             found=task,
             hint="choose one of these, or a version that holds it",
         )
-    made = kept_experts(record, space)
+    made = specialists_of(record, space)
     if made is None:
         raise BadInput(
             f"{where} has no specialists",

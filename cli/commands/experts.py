@@ -35,8 +35,8 @@ def experts(
     """
     from restitch.flows.research.experts import experts as run
 
-    found = run(line, version, method, tune, replace, None if out is None else str(out))
-    show_result(found, as_json, _kept)
+    made = run(line, version, method, tune, replace, None if out is None else str(out))
+    show_result(made.as_dict(), as_json, _kept)
 
 
 def _kept(found: dict[str, Any], out: Console) -> None:

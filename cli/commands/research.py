@@ -40,8 +40,8 @@ def compare(
     """
     from restitch.flows.research.compare import compare as run
 
-    found = run(line, _names(methods), tune, None if out is None else str(out))
-    show_result(found, as_json, compared)
+    outcome = run(line, _names(methods), tune, None if out is None else str(out))
+    show_result(outcome.as_dict(), as_json, compared)
 
 
 @app.command()
@@ -72,7 +72,7 @@ def analyze(
     """What the masks in use hold, share and reach as they grow; the line stays as it is."""
     from restitch.flows.research.analyze import analyze as run
 
-    found = run(
+    outcome = run(
         line,
         _names(task),
         _names(pair),
@@ -80,7 +80,7 @@ def analyze(
         [_fraction(one) for one in _names(densities)],
         None if out is None else str(out),
     )
-    show_result(found, as_json, analyzed)
+    show_result(outcome.as_dict(), as_json, analyzed)
 
 
 def _names(given: str | None) -> list[str]:

@@ -31,7 +31,8 @@ def study(
     """Make a study."""
     from restitch.flows.research.study.flow import study as run
 
-    show_result(run(name, line, None if out is None else str(out)), as_json, studied)
+    outcome = run(name, line, None if out is None else str(out))
+    show_result(outcome.as_dict(), as_json, studied)
 
 
 def studied(found: dict[str, Any], out: Console) -> None:

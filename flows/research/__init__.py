@@ -1,4 +1,4 @@
-"""Comparisons of merge methods, analyses of masks, specialists and studies.
+"""Comparisons of merge methods, analyses of masks, specialists, and the studies of the papers.
 
 The command line imports it; export and repair read specialists through it.
 """

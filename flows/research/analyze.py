@@ -1,23 +1,22 @@
-"""Analyze the members of a line: the figures of the papers for one's own models.
+"""Analyze the members of a line: the papers' figures for the user's own models.
 
-    members in use --> per task and localizer: graft more and more of one ranking --> curves
-                   --> two of them: merge larger and larger masks --> accuracy against overlap
-                   --> all masks: what they share, and where they lie
+    members in use --> per task and localizer: graft growing masks of one ranking --> curves
+                   --> two members: merge growing masks --> accuracy against overlap
+                   --> all masks: their overlap and their location
 
-Nothing of the line changes, and nothing is decided here: accuracy is that on the rows that
-results are reported on. What was measured is kept in the store, so that a repetition makes
-nothing anew; `restitch gc` removes it. Localizers that cost gradients run where they are asked
-for, and where one of them is the line's own.
+The line does not change, and no decision depends on the result: accuracy is measured on the rows
+that results are reported on. Measurements are kept in the store, so that a second run computes
+nothing; `restitch gc` removes them. By default, no localizer computes gradients unless it is the
+line's own.
 """
 
 import difflib
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from typing import Any
 
 from restitch.flows.promotion.snapshot import Snapshot, take_snapshot
-from restitch.flows.research.studies import log_study, write_study
-from restitch.merging.digests import canonical_json
+from restitch.flows.research.study_output import StudyOutcome, publish_study
 from restitch.merging.errors import BadInput
 from restitch.modeling.families.family import Family, get_family
 from restitch.registry.ledger.line_state import Member
@@ -38,12 +37,33 @@ from restitch.tasks.research.mask_analysis import analyze as compare_masks
 from restitch.tasks.runtime.console import say
 from restitch.tasks.runtime.engine import flow
 from restitch.tasks.runtime.refs import ResultRef, WeightsRef
-from restitch.tasks.runtime.workspace import actor, workspace
+from restitch.tasks.runtime.workspace import workspace
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-USUAL = ("dataless", "random")
+DEFAULT_LOCALIZERS = ("dataless", "random")
 
 _MASK_PLOTS = (jaccard_plot, cosine_plot, layers_plot, components_plot, owners_plot)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis(StudyOutcome):
+    """Measurements of the masks of the version in use.
+
+    Attributes:
+        version: the version in use.
+        tasks: for each task its base, its finetuned model, its mask in use, and a curve for each
+            localizer; `left_out` names localizers that lack something.
+        pair: two members merged with growing masks; None with fewer than two members.
+        masks: the overlap and the location of all masks.
+    """
+
+    version: int
+    localizers: list[str]
+    densities: list[float]
+    seed: int
+    tasks: dict[str, dict[str, Any]]
+    pair: dict[str, Any] | None
+    masks: dict[str, Any]
 
 
 @flow("analyze", "{line}")
@@ -54,15 +74,15 @@ def analyze(
     localizers: Sequence[str] = (),
     densities: Sequence[float] = (),
     out: str | None = None,
-) -> dict[str, Any]:
+) -> Analysis:
     """Measure the masks of the version in use.
 
     Args:
         line: its name.
-        tasks: whose curves; by default all that have rows to evaluate on.
-        pair: the two that are merged with each other; by default the two of `tasks` whose masks
+        tasks: to draw curves for; by default all with rows to evaluate on.
+        pair: two tasks to merge with each other; by default the two of `tasks` whose masks
             overlap most.
-        localizers: which; by default `USUAL` and the line's own.
+        localizers: names; by default `DEFAULT_LOCALIZERS` and the line's own.
         densities: where rankings are cut.
         out: a folder for `analysis.json` and the plots.
 
@@ -73,7 +93,7 @@ def analyze(
     snapshot = take_snapshot(space.ledger(line))
     family = get_family(snapshot.line_state.spec.family)
     own = snapshot.line_state.spec.localize.mode
-    names = tuple(dict.fromkeys(localizers or (*USUAL, own)))
+    names = tuple(dict.fromkeys(localizers or (*DEFAULT_LOCALIZERS, own)))
     for name in names:
         _check("localizer", name, LOCALIZERS)
     cuts = _checked_densities(densities or DENSITIES)
@@ -86,32 +106,29 @@ def analyze(
             "a pair is two tasks", expected="--pair A,B", found=", ".join(pair) or "nothing"
         )
     masks = compare_masks(snapshot.line, snapshot.champion)
-    found: dict[str, Any] = {
-        "line": line,
-        "version": snapshot.champion.version,
-        "members": {m.task: m.version for m in snapshot.champion_members},
-        "localizers": list(names),
-        "densities": list(cuts),
-        "seed": snapshot.line_state.spec.localize.seed,
-        "tasks": {m.task: _measure(snapshot, m, names, cuts, family) for m in members},
-        "pair": None,
-        "masks": masks,
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "actor": actor(),
-    }
-    two = _overlapping_most(masks, known)
-    if two is not None:
-        usable = not any(lacks(own, member.spec, family) for member in two)
-        say(f"{line}: {two[0].task} and {two[1].task} together")
-        found["pair"] = conflict(snapshot.line_in_use, two, own if usable else "dataless", cuts)
-    artifacts = {"analysis.json": canonical_json(found), **_pictures(found)}
-    write_study(out, artifacts)
-    told = ("version", "members", "localizers", "densities", "seed")
-    params = {name: found[name] for name in told}
-    log_study(
-        found, f"masks of {line} {found['version']} analyzed", params, _metrics(found), artifacts
+    two = _largest_overlap(masks, known)
+    outcome = Analysis(
+        line=line,
+        version=snapshot.champion.version,
+        members={m.task: m.version for m in snapshot.champion_members},
+        localizers=list(names),
+        densities=list(cuts),
+        seed=snapshot.line_state.spec.localize.seed,
+        tasks={m.task: _measure(snapshot, m, names, cuts, family) for m in members},
+        pair=None if two is None else _measure_pair(snapshot, two, cuts, family),
+        masks=masks,
     )
-    return found
+    params = ("version", "members", "localizers", "densities", "seed")
+    publish_study(
+        outcome,
+        f"masks of {line} {outcome.version} analyzed",
+        out,
+        name="analysis",
+        params={name: getattr(outcome, name) for name in params},
+        metrics=_metrics(outcome),
+        artifacts=_pictures(outcome),
+    )
+    return outcome
 
 
 def _by_task(members: Iterable[Member]) -> dict[str, Member]:
@@ -126,24 +143,24 @@ def _measure(
     densities: tuple[float, ...],
     family: Family,
 ) -> dict[str, Any]:
-    """One task: its curves, and what they lie between."""
+    """The curves of one task, and the models that bound them."""
     line, spec, model = snapshot.line, member.spec, member.model
     curves, left_out = {}, {}
     for name in names:
         missing = lacks(name, spec, family)
         if missing is not None:
-            say(f"{member.task} has no {missing}: no {name} masks")
+            say(f"{member.task} has no {missing}: its {name} masks are left out")
             left_out[name] = missing
             continue
         say(f"{member.task}: {name}")
         curves[name] = curve(line, member, name, densities)
-    whole = WeightsRef("finetuned", model.model.weights, model.model.uri)
+    finetuned = WeightsRef("finetuned", model.model.weights, model.model.uri)
     facts = model.facts
     return {
         "metric": spec.metric,
         "split": evaluation_split(spec),
         "base": _value(evaluate(line, spec, WeightsRef("base"), model.model)),
-        "finetuned": _value(evaluate(line, spec, whole, model.model)),
+        "finetuned": _value(evaluate(line, spec, finetuned, model.model)),
         "own": {
             "localizer": facts.localizer,
             "density": facts.density,
@@ -155,13 +172,23 @@ def _measure(
     }
 
 
+def _measure_pair(
+    snapshot: Snapshot, pair: tuple[Member, Member], densities: tuple[float, ...], family: Family
+) -> dict[str, Any]:
+    """Two members merged with growing masks of the line's own localizer, if both can use it."""
+    own = snapshot.line_state.spec.localize.mode
+    usable = not any(lacks(own, member.spec, family) for member in pair)
+    say(f"{snapshot.line_state.line}: {pair[0].task} and {pair[1].task} together")
+    return conflict(snapshot.line_in_use, pair, own if usable else "dataless", densities)
+
+
 def _value(result: ResultRef) -> dict[str, Any]:
     interval = {"low": result.low, "high": result.high}
     return {"value": result.value, "interval": interval, "count": result.count}
 
 
 def _chosen(snapshot: Snapshot, tasks: Sequence[str]) -> list[Member]:
-    """The members of these tasks; of all that can be evaluated where none is named."""
+    """The members of these tasks; without tasks, all that can be evaluated."""
     known = _by_task(snapshot.champion_members)
     for task in tasks:
         _check("task of the version in use", task, known)
@@ -169,17 +196,17 @@ def _chosen(snapshot: Snapshot, tasks: Sequence[str]) -> list[Member]:
     without = [m.task for m in chosen if evaluation_split(m.spec) is None]
     if tasks and without:
         raise BadInput(
-            f"{', '.join(without)} cannot be analyzed",
-            expected="a task with rows to evaluate on",
-            hint="describe its data with `restitch register --replace-task`",
+            f"no rows to evaluate {', '.join(without)} on",
+            expected="tasks with test or validation rows",
+            hint="describe their data with `restitch register --replace-task`",
         )
     return [member for member in chosen if member.task not in without]
 
 
-def _overlapping_most(
+def _largest_overlap(
     masks: Mapping[str, Any], members: Mapping[str, Member]
 ) -> tuple[Member, Member] | None:
-    """The two members whose masks have the largest Jaccard index, the first of equals."""
+    """The two members whose masks have the largest Jaccard index; the first two of equals."""
     tasks = [task for task in masks["tasks"] if task in members]
     places = {task: masks["tasks"].index(task) for task in tasks}
     pairs = [(a, b) for i, a in enumerate(tasks) for b in tasks[i + 1 :]]
@@ -189,13 +216,13 @@ def _overlapping_most(
     return members[a], members[b]
 
 
-def _check(what: str, name: str, known: Iterable[str]) -> None:
+def _check(kind: str, name: str, known: Iterable[str]) -> None:
     names = list(known)
     if name in names:
         return
     near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     raise BadInput(
-        f"unknown {what}: {name!r}",
+        f"unknown {kind}: {name!r}",
         expected=", ".join(names),
         found=name,
         hint=f"did you mean {near[0]!r}?" if near else "choose one of these",
@@ -203,37 +230,37 @@ def _check(what: str, name: str, known: Iterable[str]) -> None:
 
 
 def _checked_densities(densities: Iterable[float]) -> tuple[float, ...]:
-    found = tuple(sorted(set(densities)))
-    for density in found:
+    distinct = tuple(sorted(set(densities)))
+    for density in distinct:
         if not 0 < density <= 1:
             raise BadInput(
-                "a density cannot be used",
+                f"the density {density:g} cannot be used",
                 expected="fractions above 0 and up to 1, such as 0.01,0.1,1",
                 found=density,
                 hint="correct --densities",
             )
-    return found
+    return distinct
 
 
-def _pictures(found: Mapping[str, Any]) -> dict[str, bytes]:
+def _pictures(outcome: Analysis) -> dict[str, bytes]:
     drawn: list[Plot | None] = []
-    for task, measured in found["tasks"].items():
+    for task, measured in outcome.tasks.items():
         with drawing("grafted"):
             drawn.append(curves_plot(task, measured))
-    if found["pair"] is not None:
+    if outcome.pair is not None:
         with drawing("conflict"):
-            drawn.append(conflict_plot(found["pair"]))
+            drawn.append(conflict_plot(outcome.pair))
     for make in _MASK_PLOTS:
         with drawing("masks"):
-            drawn.append(make(found["masks"]))
+            drawn.append(make(outcome.masks))
     return {f"{plot.name}.png": to_png(plot) for plot in drawn if plot is not None}
 
 
-def _metrics(found: Mapping[str, Any]) -> dict[str, float]:
-    """What MLflow charts: the value of each graft, by task, localizer and density."""
+def _metrics(outcome: Analysis) -> dict[str, float]:
+    """The charts in MLflow: the value of each graft, by task, localizer and density."""
     return {
         f"{task}/{name}/{point['density']:g}": point["value"]
-        for task, measured in found["tasks"].items()
-        for name, one in measured["curves"].items()
-        for point in one["points"]
+        for task, measured in outcome.tasks.items()
+        for name, graph in measured["curves"].items()
+        for point in graph["points"]
     }

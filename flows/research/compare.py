@@ -1,28 +1,26 @@
 """Compare merge methods on the members of a line: same models, same data, one table.
 
-    members --> per method: what it needs of each (a sparse delta, or its whole task vector)
-            --> tune on validation rows, where that is asked for --> stitch --> evaluate --> table
+    members --> per method: a sparse delta or the whole task vector of each member
+            --> tune on validation rows (on request) --> stitch --> evaluate --> table
 
-Methods with one model for all tasks and those with one for each (`experts`) stand in two tables:
-the second kind must be told which task is asked.
+Methods that give one model for all tasks and methods that give one specialist per task stand in
+two tables: a specialist is only useful to a caller who knows the task.
 
-Nothing of the line changes. What a method needs is localized once and kept, like everything else
-that is made here, under the key of all that it depends on; `restitch gc` removes what no version
-refers to.
+The line does not change. Results are kept in the store under a digest of their inputs, so that
+nothing is computed twice; `restitch gc` removes what no version refers to.
 """
 
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
-from typing import Any
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from restitch.flows.promotion.candidates import measure_member, measure_retention
 from restitch.flows.promotion.snapshot import Snapshot, take_snapshot
 from restitch.flows.promotion.what_if import Trial, prepare
-from restitch.flows.research.experts import measure_experts
-from restitch.flows.research.studies import log_study, write_study
-from restitch.merging.digests import canonical_json
+from restitch.flows.research.experts import SpecialistMeasurements, measure_specialists
+from restitch.flows.research.study_output import StudyOutcome, publish_study
 from restitch.merging.errors import BadInput
-from restitch.merging.methods.registry import KINDS, Method, get_method, method_names
+from restitch.merging.methods.registry import Method, get_method, method_names
 from restitch.registry.ledger.records import mean_of
 from restitch.tasks.merge import make_recipe, stitch
 from restitch.tasks.report.drawing import drawing, to_png
@@ -32,20 +30,84 @@ from restitch.tasks.runtime.console import say
 from restitch.tasks.runtime.engine import flow
 from restitch.tasks.runtime.memory import memory_added
 from restitch.tasks.runtime.refs import WeightsRef
-from restitch.tasks.runtime.workspace import actor, workspace
+from restitch.tasks.runtime.workspace import workspace
 from restitch.tasks.statistics import lacks_rows
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodResult:
+    """A method, its cost, and the accuracy that it reaches.
+
+    Attributes:
+        tuned: the outcome of tuning; None without tuning.
+        needs: the method's input for each member, in words.
+        statistics: blobs by name.
+        localize: the settings of the masks.
+        stored_bytes: deltas and statistics in the store.
+        seconds: of the merge; None if its result was in the store, like `memory`.
+    """
+
+    method: str
+    version: int
+    source: str
+    settings: dict[str, Any]
+    tuned: dict[str, Any] | None
+    needs: str
+    statistics: dict[str, str]
+    statistics_seconds: float
+    localize: dict[str, Any]
+    stored_bytes: int
+    results: dict[str, dict[str, Any]]
+    mean_accuracy: float | None
+    mean_normalized: float | None
+    recipe: str
+    seconds: float | None
+    memory: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergedResult(MethodResult):
+    """A method that gives one model for all tasks."""
+
+    retention: dict[str, Any] | None
+    patch: str
+    patch_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialistsResult(SpecialistMeasurements, MethodResult):
+    """A method that gives one specialist per task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison(StudyOutcome):
+    """Methods on the members of a line.
+
+    Attributes:
+        methods: that give one merged model, the best first.
+        experts: that give specialists, the best first.
+        left_out: methods that cannot run, with the tasks that have no train rows for them.
+    """
+
+    tuned: bool
+    methods: tuple[MergedResult, ...]
+    experts: tuple[SpecialistsResult, ...]
+    left_out: dict[str, list[str]]
+
+
+Row = TypeVar("Row", bound=MethodResult)
 
 
 @flow("compare", "{line}")
 def compare(
     line: str, methods: Sequence[str] = (), tuned: bool = False, out: str | None = None
-) -> dict[str, Any]:
-    """Merge a line's members by several methods and measure each.
+) -> Comparison:
+    """Merge a line's members by several methods and measure each result.
 
     Args:
         line: its name.
-        methods: which; all by default.
-        tuned: choose the setting that each method tunes on validation rows.
+        methods: names; all methods by default.
+        tuned: choose each method's tunable setting on validation rows.
         out: a folder for `compare.json` and the plot.
 
     Raises:
@@ -57,109 +119,108 @@ def compare(
     if not snapshot.members:
         raise BadInput(f"line {line} has no member to merge", hint="register models first")
     tasks = [member.spec for member in snapshot.members]
-    lacking = {method.name: lacks_rows(method, tasks) for method in chosen}
+    lacking: dict[str, list[str]] = {}
     if not methods:
-        chosen = [method for method in chosen if not lacking[method.name]]
+        lacking = {m.name: without for m in chosen if (without := lacks_rows(m, tasks))}
+        chosen = [method for method in chosen if method.name not in lacking]
         for name, without in lacking.items():
-            if without:
-                say(f"{line}: {name} is left out: no train rows for {', '.join(without)}")
-    rows: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+            say(f"{line}: {name} is left out: no train rows for {', '.join(without)}")
+    merged, experts = [], []
     for method in chosen:
         say(f"{line}: {method.name}")
-        measure = _measure if method.kind == "merged" else _measure_experts
-        rows[method.kind].append(measure(snapshot, method, tuned))
-    for some in rows.values():
-        some.sort(key=lambda row: -(row["mean_accuracy"] or 0.0))
-    found: dict[str, Any] = {
-        "line": line,
-        "members": {m.task: m.version for m in snapshot.members},
-        "tuned": tuned,
-        "methods": rows["merged"],
-        "experts": rows["experts"],
-        "left_out": {} if methods else {name: one for name, one in lacking.items() if one},
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "actor": actor(),
-    }
-    artifacts = {"compare.json": canonical_json(found)}
+        ready = prepare(snapshot.line_in_use, snapshot.members, method, tuned=tuned)
+        if method.kind == "merged":
+            merged.append(_measure_merged(snapshot, ready, method))
+        else:
+            experts.append(_measure_specialists(ready, method))
+    outcome = Comparison(
+        line=line,
+        members={m.task: m.version for m in snapshot.members},
+        tuned=tuned,
+        methods=_best_first(merged),
+        experts=_best_first(experts),
+        left_out=lacking,
+    )
+    artifacts = {}
     with drawing("methods"):
-        plot = methods_plot(rows["merged"])
+        plot = methods_plot(outcome.as_dict()["methods"])
         if plot is not None:
             artifacts["accuracy-against-retention.png"] = to_png(plot)
-    write_study(out, artifacts)
-    both = [*rows["merged"], *rows["experts"]]
-    params = {f"{row['method']}.settings": row["settings"] for row in both}
-    params |= {"members": found["members"], "tuned": tuned}
-    log_study(found, f"methods of {line} compared", params, _metrics(both), artifacts)
-    return found
+    both: list[MergedResult | SpecialistsResult] = [*outcome.methods, *outcome.experts]
+    params: dict[str, Any] = {f"{row.method}.settings": row.settings for row in both}
+    publish_study(
+        outcome,
+        f"methods of {line} compared",
+        out,
+        name="compare",
+        params=params | {"members": outcome.members, "tuned": tuned},
+        metrics=_metrics(both),
+        artifacts=artifacts,
+    )
+    return outcome
 
 
-def _told(ready: Trial, method: Method) -> dict[str, Any]:
-    """What is said of a method of either kind."""
+def _best_first(rows: Iterable[Row]) -> tuple[Row, ...]:
+    return tuple(sorted(rows, key=lambda row: -(row.mean_accuracy or 0.0)))
+
+
+def _describe(ready: Trial, method: Method) -> dict[str, Any]:
+    """The fields of a result that do not depend on the method's kind."""
+    deltas = "whole task vectors" if method.whole else "sparse deltas"
     return {
         "method": method.name,
         "version": method.version,
         "source": method.source,
         "settings": dict(ready.line.spec.method.settings),
         "tuned": None if ready.choice is None else ready.choice.as_dict(),
-        "needs": _needs(method),
-        "statistics": {name: found.blob for name, found in ready.statistics.items()},
-        "statistics_seconds": sum(found.seconds or 0.0 for found in ready.statistics.values()),
+        "needs": f"{deltas} and train rows" if method.needs else deltas,
+        "statistics": {name: ref.blob for name, ref in ready.statistics.items()},
+        "statistics_seconds": sum(ref.seconds or 0.0 for ref in ready.statistics.values()),
         "localize": ready.line.spec.localize.to_json(),
         "stored_bytes": ready.stored,
     }
 
 
-def _needs(method: Method) -> str:
-    """What a method needs of each member, for readers."""
-    deltas = "whole task vectors" if method.whole else "sparse deltas"
-    return f"{deltas} and train rows" if method.needs else deltas
-
-
-def _measure(snapshot: Snapshot, method: Method, tuned: bool) -> dict[str, Any]:
-    ready = prepare(snapshot.line_in_use, snapshot.members, method, tuned=tuned)
+def _measure_merged(snapshot: Snapshot, ready: Trial, method: Method) -> MergedResult:
     line, members = ready.line, ready.members
     with memory_added() as memory:
         patch = stitch(line, make_recipe(line, members))
     merged = WeightsRef("merged", patch.blob)
     results = {m.task: measure_member(line, m, merged) for m in members}
     retention = measure_retention(line, snapshot.line_state, merged)
-    return {
-        **_told(ready, method),
-        "results": {task: result.to_json() for task, result in results.items()},
-        "mean_accuracy": mean_of(result.merged for result in results.values()),
-        "mean_normalized": mean_of(result.normalized for result in results.values()),
-        "retention": None if retention is None else retention.to_json(),
-        "seconds": patch.seconds,
-        "memory": None if patch.seconds is None else memory.added,
-        "recipe": patch.recipe,
-        "patch": patch.blob,
-        "patch_bytes": patch.size,
-    }
+    return MergedResult(
+        **_describe(ready, method),
+        results={task: result.to_json() for task, result in results.items()},
+        mean_accuracy=mean_of(result.merged for result in results.values()),
+        mean_normalized=mean_of(result.normalized for result in results.values()),
+        retention=None if retention is None else retention.to_json(),
+        seconds=patch.seconds,
+        memory=None if patch.seconds is None else memory.added,
+        recipe=patch.recipe,
+        patch=patch.blob,
+        patch_bytes=patch.size,
+    )
 
 
-def _measure_experts(snapshot: Snapshot, method: Method, tuned: bool) -> dict[str, Any]:
-    ready = prepare(snapshot.line_in_use, snapshot.members, method, tuned=tuned)
+def _measure_specialists(ready: Trial, method: Method) -> SpecialistsResult:
     with memory_added() as memory:
-        experts = make_experts(ready.line, make_recipe(ready.line, ready.members))
-    return {
-        **_told(ready, method),
-        **measure_experts(ready.line, ready.members, experts),
-        "seconds": experts.seconds,
-        "memory": None if experts.seconds is None else memory.added,
-    }
+        specialists = make_experts(ready.line, make_recipe(ready.line, ready.members))
+    return SpecialistsResult(
+        **_describe(ready, method),
+        **vars(measure_specialists(ready.line, ready.members, specialists)),
+        seconds=specialists.seconds,
+        memory=None if specialists.seconds is None else memory.added,
+    )
 
 
-def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What MLflow charts: each method's means, its retention, or what its experts take."""
-    found: dict[str, float] = {}
+def _metrics(rows: Iterable[MergedResult | SpecialistsResult]) -> dict[str, float]:
+    """The charts in MLflow: each method's means, and its retention or the bytes it stores."""
+    metrics: dict[str, float] = {}
     for row in rows:
-        kept = row.get("retention") or {}
-        for name, value in (
-            ("mean_accuracy", row["mean_accuracy"]),
-            ("mean_normalized", row["mean_normalized"]),
-            ("retention", kept.get("ratio")),
-            ("bytes", row.get("bytes", {}).get("all")),
-        ):
-            if value is not None:
-                found[f"{row['method']}/{name}"] = value
-    return found
+        values = {"mean_accuracy": row.mean_accuracy, "mean_normalized": row.mean_normalized}
+        if isinstance(row, SpecialistsResult):
+            values["bytes"] = row.bytes.all
+        else:
+            values["retention"] = (row.retention or {}).get("ratio")
+        metrics |= {f"{row.method}/{name}": v for name, v in values.items() if v is not None}
+    return metrics

@@ -1,15 +1,16 @@
-"""The compressed store of specialists: one multi-task vector and a bit mask per task.
+"""Make a compressed set of specialists: one shared patch, and a bit mask per task.
 
-    a version's members --> whole task vectors --> thresholds, tuned where that is asked for
-        --> shared patch and masks --> evaluate each on its own task --> a table, kept in MLflow
+    a version's members --> whole task vectors --> thresholds (tuned on request)
+        --> shared patch and masks --> evaluate each specialist on its task --> table in MLflow
 
-What `restitch experts` makes is kept with the version: `keys/specialists/<recipe of the version>`
-names the list of the parts, and `restitch gc` leaves all of them alone, for the finetuned models
-may be gone by the time somebody exports one. A version has one set; another one takes its place
-only where that is asked for.
+A specialist is a model for one task; `restitch experts` makes one for each member of a merged
+version. The set is kept with the version: the key `keys/specialists/<recipe of the version>`
+names the list of its parts, and `restitch gc` keeps them all, because an export may need them
+after the finetuned models are gone. A version has one set; `replace` puts another in its place.
 """
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,8 +18,7 @@ from restitch.flows.promotion.candidates import measure_member
 from restitch.flows.promotion.snapshot import line_with_one_method
 from restitch.flows.promotion.versions import find_version, members_of
 from restitch.flows.promotion.what_if import prepare
-from restitch.flows.research.studies import as_csv, log_study, write_study
-from restitch.merging.digests import canonical_json
+from restitch.flows.research.study_output import StudyOutcome, as_csv, publish_study
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.methods.registry import Method, get_method, method_names
 from restitch.registry.ledger.line_state import Member
@@ -32,7 +32,60 @@ from restitch.tasks.research.experts import ExpertsRef, make_experts, read_exper
 from restitch.tasks.runtime.console import say
 from restitch.tasks.runtime.engine import flow
 from restitch.tasks.runtime.refs import LineRef, WeightsRef
-from restitch.tasks.runtime.workspace import Workspace, actor, made_by, workspace
+from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
+
+
+@dataclass(frozen=True)
+class SpecialistBytes:
+    """The bytes of a set of specialists.
+
+    Attributes:
+        shared: of the part that all specialists read.
+        tasks: of each task's own part.
+        all: of the whole set.
+        base: of the base, which every specialist needs as well.
+        models: of the finetuned models that the set replaces.
+    """
+
+    shared: int
+    tasks: dict[str, int]
+    all: int
+    base: int
+    models: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialistMeasurements:
+    """The accuracy and the size of a set of specialists.
+
+    Attributes:
+        results: by task; the value of the specialist is called `expert`.
+        recipe: digest of the inputs of the set.
+    """
+
+    results: dict[str, dict[str, Any]]
+    mean_accuracy: float | None
+    mean_normalized: float | None
+    recipe: str
+    bytes: SpecialistBytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpecialistSet(SpecialistMeasurements, StudyOutcome):
+    """The specialists of a merged version.
+
+    Attributes:
+        tuned: the outcome of tuning; None without tuning.
+        manifest: digest of the list of the parts.
+        seconds: of making them; None if they were in the store.
+    """
+
+    version: int
+    method: str
+    settings: dict[str, Any]
+    tuned: dict[str, Any] | None
+    manifest: str
+    seconds: float | None
 
 
 @flow("experts", "{line} {version}")
@@ -43,7 +96,7 @@ def experts(
     tuned: bool = False,
     replace: bool = False,
     out: str | None = None,
-) -> dict[str, Any]:
+) -> SpecialistSet:
     """Make, keep and measure a specialist for each member of a merged version.
 
     Args:
@@ -51,18 +104,18 @@ def experts(
         version: a number, `champion` or `candidate`.
         method: one of kind `experts`.
         tuned: choose each task's threshold on its validation rows.
-        replace: let them take the place of others that the version has.
+        replace: replace another set that the version has.
         out: a folder for the table as JSON and CSV, and the plot.
 
     Raises:
-        BadInput: there is no such version or method, it has other specialists, or a finetuned
+        BadInput: there is no such version or method, the version has another set, or a finetuned
             model is gone.
     """
     space = workspace()
     ledger = space.ledger(line)
     line_state = ledger.state()
     record = ledger.merged(find_version(line_state, version))
-    chosen = _experts_method(method)
+    chosen = _specialist_method(method)
     if not record.members:
         raise BadInput(
             f"version {record.version} of line {line} has no members",
@@ -74,74 +127,75 @@ def experts(
     say(f"{line} {record.version}: {method}")
     made = make_experts(ready.line, make_recipe(ready.line, ready.members))
     _keep(record, made, replace, space)
-    found = {
-        "line": line,
-        "version": record.version,
-        "method": method,
-        "settings": made.settings,
-        "tuned": None if ready.choice is None else ready.choice.as_dict(),
-        "members": {task: member.version for task, member in record.members.items()},
-        "manifest": made.manifest,
-        "seconds": made.seconds,
-        **measure_experts(ready.line, ready.members, made),
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "actor": actor(),
-    }
-    _show(found, record.results, out)
-    return found
+    outcome = SpecialistSet(
+        line=line,
+        version=record.version,
+        method=method,
+        settings=made.settings,
+        tuned=None if ready.choice is None else ready.choice.as_dict(),
+        members={task: member.version for task, member in record.members.items()},
+        manifest=made.manifest,
+        seconds=made.seconds,
+        **vars(measure_specialists(ready.line, ready.members, made)),
+    )
+    _publish(outcome, record.results, out)
+    return outcome
 
 
-def _rows(
-    found: Mapping[str, Any], merged: Mapping[str, TaskResult]
-) -> Iterator[dict[str, str | float | None]]:
-    """The table of specialists: what each reaches, beside the merged version, and its bytes."""
-    for task, one in found["results"].items():
-        span = one["interval"] or {}
-        yield {
-            "task": task,
-            "accuracy": one["expert"],
-            "low": span.get("low"),
-            "high": span.get("high"),
-            "normalized": one["normalized"],
-            "base": one["base"],
-            "merged": merged[task].merged if task in merged else None,
-            "finetuned": one["finetuned"],
-            "bytes": found["bytes"]["tasks"][task],
-        }
-
-
-def _show(found: Mapping[str, Any], merged: Mapping[str, TaskResult], out: str | None) -> None:
-    """Put the table where studies are put: a folder, and a run in MLflow."""
-    rows = list(_rows(found, merged))
-    artifacts = {"experts.json": canonical_json(found), "experts.csv": as_csv(rows).encode()}
+def _publish(outcome: SpecialistSet, merged: Mapping[str, TaskResult], out: str | None) -> None:
+    rows = list(_rows(outcome, merged))
+    artifacts = {"experts.csv": as_csv(rows).encode()}
     with drawing("experts"):
-        plot = experts_plot(found["results"], {t: r.to_json() for t, r in merged.items()})
+        plot = experts_plot(outcome.results, {t: r.to_json() for t, r in merged.items()})
         if plot is not None:
             artifacts["experts.png"] = to_png(plot)
-    write_study(out, artifacts)
-    room = found["bytes"]
-    params = {
-        name: found[name]
-        for name in ("version", "method", "settings", "tuned", "members", "recipe", "manifest")
-    }
-    metrics = {
-        "mean/accuracy": found["mean_accuracy"],
-        "mean/normalized": found["mean_normalized"],
-        "bytes/all": room["all"],
-        "bytes/shared": room["shared"],
-        "bytes/models": room["models"],
-        "bytes/share_of_models": room["all"] / room["models"] if room["models"] else None,
-        "seconds": found["seconds"],
+    size = outcome.bytes
+    metrics: dict[str, str | float | None] = {
+        "mean/accuracy": outcome.mean_accuracy,
+        "mean/normalized": outcome.mean_normalized,
+        "bytes/all": size.all,
+        "bytes/shared": size.shared,
+        "bytes/models": size.models,
+        "bytes/share_of_models": size.all / size.models if size.models else None,
+        "seconds": outcome.seconds,
     }
     for row in rows:
         metrics |= {f"task/{row['task']}/{key}": row[key] for key in row if key != "task"}
-    known = {name: float(value) for name, value in metrics.items() if value is not None}
-    name = f"specialists of {found['line']} {found['version']} by {found['method']}"
-    log_study(found, name, params, known, artifacts)
+    params = ("version", "method", "settings", "tuned", "members", "recipe", "manifest")
+    publish_study(
+        outcome,
+        f"specialists of {outcome.line} {outcome.version} by {outcome.method}",
+        out,
+        name="experts",
+        params={name: getattr(outcome, name) for name in params},
+        metrics={name: float(value) for name, value in metrics.items() if value is not None},
+        artifacts=artifacts,
+    )
 
 
-def measure_experts(line: LineRef, members: tuple[Member, ...], made: ExpertsRef) -> dict[str, Any]:
-    """What each specialist reaches on its task, and what all of them take in the store.
+def _rows(
+    outcome: SpecialistSet, merged: Mapping[str, TaskResult]
+) -> Iterator[dict[str, str | float | None]]:
+    """The table: each specialist's accuracy next to the merged version's, and its bytes."""
+    for task, result in outcome.results.items():
+        interval = result["interval"] or {}
+        yield {
+            "task": task,
+            "accuracy": result["expert"],
+            "low": interval.get("low"),
+            "high": interval.get("high"),
+            "normalized": result["normalized"],
+            "base": result["base"],
+            "merged": merged[task].merged if task in merged else None,
+            "finetuned": result["finetuned"],
+            "bytes": outcome.bytes.tasks[task],
+        }
+
+
+def measure_specialists(
+    line: LineRef, members: tuple[Member, ...], made: ExpertsRef
+) -> SpecialistMeasurements:
+    """Measure each specialist on its task, and the bytes of the set.
 
     Args:
         line: with the base.
@@ -153,17 +207,16 @@ def measure_experts(line: LineRef, members: tuple[Member, ...], made: ExpertsRef
         weights = WeightsRef("expert", made.tasks[member.task].blob)
         results[member.task] = measure_member(line, member, weights)
     models = sum(member.model.model.size for member in members)
-    return {
-        "results": {task: _of_expert(result) for task, result in results.items()},
-        "mean_accuracy": mean_of(result.merged for result in results.values()),
-        "mean_normalized": mean_of(result.normalized for result in results.values()),
-        "recipe": made.recipe,
-        "bytes": {**_room(made), "base": line.base.size, "models": models},
-    }
+    return SpecialistMeasurements(
+        results={task: _specialist_result(result) for task, result in results.items()},
+        mean_accuracy=mean_of(result.merged for result in results.values()),
+        mean_normalized=mean_of(result.normalized for result in results.values()),
+        recipe=made.recipe,
+        bytes=SpecialistBytes(**_part_bytes(made), base=line.base.size, models=models),
+    )
 
 
-def _room(made: ExpertsRef) -> dict[str, Any]:
-    """Bytes of specialists, by part."""
+def _part_bytes(made: ExpertsRef) -> dict[str, Any]:
     return {
         "shared": 0 if made.shared is None else made.shared.bytes,
         "tasks": {task: part.bytes for task, part in made.tasks.items()},
@@ -171,18 +224,18 @@ def _room(made: ExpertsRef) -> dict[str, Any]:
     }
 
 
-def kept_experts(record: MergedRecord, space: Workspace) -> ExpertsRef | None:
-    """The specialists that a version has, if any were made."""
+def specialists_of(record: MergedRecord, space: Workspace) -> ExpertsRef | None:
+    """The specialists that are kept with a version, if there are any."""
     key = space.objects.lookup(SPECIALISTS, record.recipe_digest)
     return None if key is None else read_experts(key.blob, space)
 
 
-def _experts_method(name: str) -> Method:
+def _specialist_method(name: str) -> Method:
     method = get_method(name)
     if method.kind != "experts":
         known = [each for each in method_names() if get_method(each).kind == "experts"]
         raise BadInput(
-            f"the method {name} gives one model for all tasks",
+            f"the method {name} gives one model for all tasks, and no specialists",
             expected=" or ".join(known),
             found=name,
             hint="leave --method out, or make it the line's method",
@@ -191,47 +244,47 @@ def _experts_method(name: str) -> Method:
 
 
 def _keep(record: MergedRecord, made: ExpertsRef, replace: bool, space: Workspace) -> None:
-    """Name the specialists as those of the version.
+    """Keep a set of specialists with a version.
 
     Raises:
-        BadInput: it has others.
+        BadInput: the version has another set.
     """
-    there = space.objects.lookup(SPECIALISTS, record.recipe_digest)
-    if there is not None and there.blob != made.manifest:
+    existing = space.objects.lookup(SPECIALISTS, record.recipe_digest)
+    if existing is not None and existing.blob != made.manifest:
         if not replace:
-            other = read_experts(there.blob, space)
+            other = read_experts(existing.blob, space)
             raise BadInput(
                 f"version {record.version} of line {record.line} has other specialists",
                 expected=f"{made.method[0]} with {made.settings}",
                 found=f"{other.method[0]} with {other.settings}",
-                hint="add --replace to keep these instead",
+                hint="add --replace to keep the new ones instead",
             )
         space.objects.store.remove(f"keys/{SPECIALISTS}/{record.recipe_digest}")
-    facts = facts_of(record, made, datetime.now(UTC).isoformat(timespec="microseconds"))
+    facts = key_facts(record, made, datetime.now(UTC).isoformat(timespec="microseconds"))
     space.objects.publish(SPECIALISTS, record.recipe_digest, made.manifest, made_by(), facts=facts)
     names = {f"blobs/{blob}" for blob in (made.manifest, *(part.blob for part in made.parts))}
     try:
-        check_there(space.objects.store, names)  # that nothing named before
+        check_there(space.objects.store, names)  # `restitch gc` may have removed unnamed parts
     except Unavailable:
         space.objects.store.remove(f"keys/{SPECIALISTS}/{record.recipe_digest}")
         raise
 
 
-def facts_of(record: MergedRecord, made: ExpertsRef, at: str | None) -> dict[str, Any]:
-    """What the key of a version's specialists says of them; see `restitch.registry.maintenance.specialists`."""
+def key_facts(record: MergedRecord, made: ExpertsRef, at: str | None) -> dict[str, Any]:
+    """The facts in the key of a version's specialists (read by `maintenance.specialists`)."""
     return {
         "line": record.line,
         "version": record.version,
         "method": made.method[0],
         "method_version": made.method[1],
         "settings": made.settings,
-        "bytes": _room(made),
+        "bytes": _part_bytes(made),
         "made_at": at,
     }
 
 
-def _of_expert(result: TaskResult) -> dict[str, Any]:
-    """A result in which what was measured of the specialist is called by its name."""
+def _specialist_result(result: TaskResult) -> dict[str, Any]:
+    """A task's result, with the specialist's value under `expert` and not under `merged`."""
     values = result.to_json()
     values["expert"] = values.pop("merged")
     values["evaluations"] = {

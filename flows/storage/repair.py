@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import JsonValue
 
 from restitch.flows.audit.report import Reports
-from restitch.flows.research.experts import facts_of
+from restitch.flows.research.experts import key_facts
 from restitch.flows.storage.repair_sources import Remedies
 from restitch.flows.storage.store_check import MLFLOW, Checker, Damaged, Image, StoreCheck
 from restitch.merging.digests import digest_bytes, digest_file
@@ -265,7 +265,7 @@ class _Repairer:
         if len(of_these) != 1:
             made = f"restitch experts {record.line} {record.version}"
             return f"removed: `{made}` names them again, before `restitch gc` removes them"
-        facts = facts_of(record, of_these[0], None)
+        facts = key_facts(record, of_these[0], None)
         self._publish(SPECIALISTS, recipe, of_these[0].manifest, None, facts)
         return f"written again: those of {record.line} {record.version} by {facts['method']}"
 

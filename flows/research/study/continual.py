@@ -1,13 +1,13 @@
-"""Members join one by one, in the order of their registration: accuracy and cost of each step.
+"""Accuracy and cost of each step as members join one by one, in the order of registration.
 
-The line's own method against task arithmetic, TIES and Consensus, whose coefficient is chosen
-again at every step on validation rows, where all tasks have them. Every method merges all members
-that are there: only the line keeps what it found of each. Seconds are those of localizing
-the member that joins, once, and of every merge of the step: one, or one more per value that was
-tried. Looking at validation rows comes on top.
+The line's own method is compared with task arithmetic, TIES and Consensus. Their coefficient is
+tuned at every step, if all tasks have validation rows. Every method merges all members that have
+joined. The seconds of a step are those of localizing the member that joins and of the step's
+merges: one merge, and one more per value that tuning tried. Evaluating validation rows is not
+counted.
 
-Beside them, where all tasks have labelled train rows, is continual finetuning: one model that
-begins as the base and learns each member's task in turn, with the earlier ones' rows gone.
+If all tasks have labelled train rows, continual finetuning is compared as well: one model starts
+as the base and learns the members' tasks one after another, without the rows of earlier tasks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -39,22 +39,22 @@ def make(subject: Subject) -> Study:
     ]
     notes = [f"in the order {', '.join(member.task for member in order)}"]
     if not subject.can_tune:
-        notes.append("coefficients are the defaults: not every task has validation rows")
+        notes.append("coefficients have their defaults: not every task has validation rows")
     lacking = {m.task: lacks_labels(m.spec, subject.family) for m in order}
-    without = [f"{task} lacks {what}" for task, what in lacking.items() if what is not None]
+    without = [f"{task} lacks {missing}" for task, missing in lacking.items() if missing]
     if without:
         notes.append(f"{FINETUNING} is left out: {', '.join(without)}")
     else:
-        learned = _finetuned(subject, order)
-        rows = sorted([*rows, *learned[1:]], key=lambda row: int(row["count"]))
-        notes += _forgotten(learned)
+        finetuned = _finetuned(subject, order)
+        rows = sorted([*rows, *finetuned[1:]], key=lambda row: int(row["count"]))
+        notes += _forgetting(finetuned)
     x = ("count", "members")
     plots = [
         lines_plot(
             "continual",
             "Mean accuracy as members join",
             rows,
-            Axes(x, ("mean", "mean accuracy of those that joined"), "method", whole=True),
+            Axes(x, ("mean", "mean accuracy of the members"), "method", whole=True),
         ),
         lines_plot(
             "continual-seconds",
@@ -76,24 +76,24 @@ def _row(
     reached = subject.reached(trial)
     once = merging_seconds(trial.line, trial.members)
     merges = 1 if trial.choice is None else 1 + len(trial.choice.curve)
-    places = [member.task for member in trial.members]
-    found = trial.deltas[places.index(joined.task)].seconds
+    tasks = [member.task for member in trial.members]
+    localizing = trial.deltas[tasks.index(joined.task)].seconds
     return {
         "count": count,
         "joined": joined.task,
         "method": method.name,
         "tuned": None if trial.choice is None else f"{trial.choice.setting} {trial.choice.value:g}",
         "merges": merges,
-        "localize": found,
+        "localize": localizing,
         "merge": once,
         "finetune": None,
-        "seconds": (found or 0.0) + merges * once,
+        "seconds": (localizing or 0.0) + merges * once,
         **reached.values(),
     }
 
 
 def _finetuned(subject: Subject, order: Sequence[Member]) -> list[Row]:
-    """One model that learns one task after the other; a row for each, the first one too."""
+    """A row for each task of one model that learns them one after another."""
     rows: list[Row] = []
     before = None
     for count, joined in enumerate(order, 1):
@@ -115,19 +115,19 @@ def _finetuned(subject: Subject, order: Sequence[Member]) -> list[Row]:
     return rows
 
 
-def _forgotten(rows: Sequence[Row]) -> list[str]:
-    """What a model that learns one task after the other reached of each, and has at the end."""
+def _forgetting(rows: Sequence[Row]) -> list[str]:
+    """The accuracy of continual finetuning on each task when it was learned and at the end."""
     first, last = rows[0], rows[-1]
     share = first["normalized"]
     of_model = "" if share is None else f", {share:.4f} of its finetuned model"
     earlier = {row["joined"]: row[row["joined"]] for row in rows[:-1]}
-    kept = ", ".join(f"{task} {value:.4f} to {last[task]:.4f}" for task, value in earlier.items())
+    changes = ", ".join(f"{task} from {v:.4f} to {last[task]:.4f}" for task, v in earlier.items())
     return [
         f"{FINETUNING} reaches {first['mean']:.4f} on {first['joined']} alone{of_model}",
-        f"from when a task was learned to the end it goes from {kept}",
+        f"after a task was learned, its accuracy goes: {changes}",
     ]
 
 
 def _with_all_tasks(rows: Sequence[Mapping[str, Any]], order: Sequence[Member]) -> list[Row]:
-    """Rows with a column for each task; empty before it joined."""
+    """Rows with a column for each task, which is empty before the task joined."""
     return [{**row, **{m.task: row.get(m.task) for m in order}} for row in rows]

@@ -1,7 +1,7 @@
-"""Merged accuracy against density: all members with larger and larger masks of one ranking each.
+"""Merged accuracy against density: all members are merged with growing masks.
 
-By the largest differences, and by the line's own localizer where every task has what it needs.
-The dashed line is the plain average of the whole task vectors.
+The masks come from the dataless localizer, and from the line's own if every task has the rows
+that it needs. The dashed line is the plain average of the whole task vectors.
 """
 
 from restitch.flows.research.study.subject import Study, Subject
@@ -11,16 +11,16 @@ from restitch.tasks.research.density_curves import conflict
 from restitch.tasks.runtime.console import say
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-USUAL = "dataless"
+DATALESS = "dataless"
 
 
 def make(subject: Subject) -> Study:
     """The study."""
     own, notes = subject.line.spec.localize.mode, []
-    names = [USUAL]
+    names = [DATALESS]
     missing = {m.task: lacks(own, m.spec, subject.family) for m in subject.members}
-    without = [task for task, one in missing.items() if one is not None]
-    if own != USUAL and not without:
+    without = [task for task, rows in missing.items() if rows is not None]
+    if own != DATALESS and not without:
         names.append(own)
     elif without:
         notes.append(f"no {own} masks: {', '.join(without)} lacks {missing[without[0]]}")

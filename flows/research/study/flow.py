@@ -2,37 +2,57 @@
 
     members in use --> the study's own merges and measurements (kept in the store) --> table
 
-Test rows are for reporting alone: what a study has to choose it chooses on validation rows.
+Settings are chosen on validation rows; test rows serve only to report results.
 """
 
 import difflib
 import importlib
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
+from dataclasses import dataclass
 from typing import Any
 
 from restitch.flows.promotion.snapshot import take_snapshot
-from restitch.flows.research.studies import as_csv, log_study, write_study
 from restitch.flows.research.study import STUDIES
 from restitch.flows.research.study.subject import Study, Subject
-from restitch.merging.digests import canonical_json
+from restitch.flows.research.study_output import StudyOutcome, as_csv, publish_study
 from restitch.merging.errors import BadInput
 from restitch.tasks.report.drawing import to_png
 from restitch.tasks.runtime.engine import flow
-from restitch.tasks.runtime.workspace import actor, workspace
+from restitch.tasks.runtime.workspace import workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyTable(StudyOutcome):
+    """The result of a study.
+
+    Attributes:
+        about: the study in one line.
+        version: the version in use.
+        columns: of the rows, in order.
+        details: columns that a terminal leaves out.
+        notes: on how the table was made.
+    """
+
+    study: str
+    about: str
+    version: int | None
+    columns: list[str]
+    details: list[str]
+    rows: list[dict[str, Any]]
+    notes: list[str]
 
 
 @flow("study", "{name} of {line}")
-def study(name: str, line: str, out: str | None = None) -> dict[str, Any]:
+def study(name: str, line: str, out: str | None = None) -> StudyTable:
     """Make a study.
 
     Args:
-        name: which; see `restitch.flows.research.study.STUDIES`.
+        name: one of `STUDIES`.
         line: the line's name.
         out: a folder for the table and the plots.
 
     Raises:
-        BadInput: there is no such study, or the line has not what it needs.
+        BadInput: there is no such study, or the line lacks data that it needs.
     """
     if name not in STUDIES:
         near = difflib.get_close_matches(name, STUDIES, n=1, cutoff=0.5)
@@ -40,42 +60,43 @@ def study(name: str, line: str, out: str | None = None) -> dict[str, Any]:
             f"unknown study: {name!r}",
             expected=", ".join(STUDIES),
             found=name,
-            hint=f"did you mean {near[0]!r}?"
-            if near
-            else "restitch study --help says what is there",
+            hint=f"did you mean {near[0]!r}?" if near else "`restitch study --help` lists them",
         )
     subject = Subject(take_snapshot(workspace().ledger(line)))
     made: Study = importlib.import_module(f"restitch.flows.research.study.{name}").make(subject)
-    left_out = [f"{task} has no rows to evaluate on" for task in subject.left_out]
-    found: dict[str, Any] = {
-        "study": name,
-        "about": STUDIES[name],
-        "line": line,
-        "version": subject.snapshot.line_state.champion,
-        "members": {member.task: member.version for member in subject.members},
-        "columns": list(made.rows[0]),
-        "details": list(made.details),
-        "rows": [dict(row) for row in made.rows],
-        "notes": [*made.notes, *left_out],
-        "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "actor": actor(),
-    }
-    artifacts = {
-        f"{name}.json": canonical_json(found),
-        f"{name}.csv": as_csv(made.rows).encode(),
-        **{f"{plot.name}.png": to_png(plot) for plot in made.plots},
-    }
-    write_study(out, artifacts)
-    params = {key: found[key] for key in ("study", "version", "members", "notes")}
-    log_study(found, f"{name} of {line}", params, _metrics(made.rows), artifacts)
-    return found
+    left_out = [f"{task} is left out: it has no rows to evaluate on" for task in subject.left_out]
+    outcome = StudyTable(
+        study=name,
+        about=STUDIES[name],
+        line=line,
+        version=subject.snapshot.line_state.champion,
+        members={member.task: member.version for member in subject.members},
+        columns=list(made.rows[0]),
+        details=list(made.details),
+        rows=[dict(row) for row in made.rows],
+        notes=[*made.notes, *left_out],
+    )
+    params = ("study", "version", "members", "notes")
+    publish_study(
+        outcome,
+        f"{name} of {line}",
+        out,
+        name=name,
+        params={key: getattr(outcome, key) for key in params},
+        metrics=_metrics(outcome.rows),
+        artifacts={
+            f"{name}.csv": as_csv(outcome.rows).encode(),
+            **{f"{plot.name}.png": to_png(plot) for plot in made.plots},
+        },
+    )
+    return outcome
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """What MLflow charts: the mean, or what else a study is about, of each row."""
-    found = {}
-    for place, row in enumerate(rows, 1):
+    """The charts in MLflow: of each row its mean, or the other values that a study measures."""
+    metrics = {}
+    for number, row in enumerate(rows, 1):
         for name in ("mean", "normalized", "seconds", "share"):
             if isinstance(row.get(name), int | float):
-                found[f"{place:03d}/{name}"] = float(row[name])
-    return found
+                metrics[f"{number:03d}/{name}"] = float(row[name])
+    return metrics

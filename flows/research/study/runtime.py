@@ -1,8 +1,8 @@
-"""Seconds by step and method on this host: to localize one member, and to merge all of them.
+"""Seconds on this host to localize one member and to merge all members, by method.
 
-Localizing is the mean over the members, by the largest differences, by everything kept, and by
-the line's own localizer; it is done once per member. Merging goes from the members' deltas to the
-patch and is done at each merge.
+Localizing happens once per member: the table has the mean over the members for dataless masks,
+for whole task vectors, and for the line's own localizer. Merging happens for each version: it
+makes the patch from the members' deltas.
 """
 
 from statistics import fmean
@@ -19,7 +19,7 @@ def make(subject: Subject) -> Study:
     """The study."""
     own = subject.line.spec.localize
     notes = [
-        "localize: seconds and bytes of one member; merge: seconds of all, and bytes of all deltas"
+        "localize: mean seconds and bytes of a member; merge: seconds, and bytes of all deltas"
     ]
     choices = {
         "dataless": subject.masks(mode="dataless"),
@@ -40,12 +40,12 @@ def make(subject: Subject) -> Study:
             }
         )
     methods = [get_method(name) for name in method_names()]
-    for method in (one for one in methods if one.kind == "merged"):
+    for method in (method for method in methods if method.kind == "merged"):
         say(f"{subject.line.spec.line}: {method.name}")
         try:
             trial = subject.prepare(method, subject.members)
             seconds_of_all = merging_seconds(trial.line, trial.members)
-        except BadInput as error:  # it needs what some task has not
+        except BadInput as error:  # a task lacks the rows that the method needs
             notes.append(f"{method.name} is left out: {error.summary}")
             continue
         rows.append(

@@ -1,7 +1,7 @@
-"""Merged accuracy against the rows per class that localizers calibrate on.
+"""Merged accuracy against the rows per class that a localizer calibrates on.
 
-By the line's own localizer where that uses rows, else by `fisher`; masks that need none are the
-dashed line. All at one density.
+The localizer is the line's own if it uses rows, and `fisher` otherwise. The dashed line shows
+dataless masks of the same density.
 """
 
 from restitch.flows.research.study.subject import Study, Subject
@@ -12,7 +12,7 @@ from restitch.tasks.report.study_plots import Axes, lines_plot
 from restitch.tasks.runtime.console import say
 
 SHOTS = (1, 4, 16, 64)
-OTHERWISE = "fisher"
+DEFAULT_LOCALIZER = "fisher"
 
 
 def make(subject: Subject) -> Study:
@@ -22,13 +22,13 @@ def make(subject: Subject) -> Study:
         BadInput: a task has no rows to calibrate on.
     """
     given = subject.line.spec.localize
-    mode = OTHERWISE if given.mode == "dataless" else given.mode
+    mode = DEFAULT_LOCALIZER if given.mode == "dataless" else given.mode
     for member in subject.members:
         missing = lacks(mode, member.spec, subject.family)
         if missing is not None:
             raise BadInput(
-                f"{member.task} has no {missing}, which {mode} masks are found by",
-                hint="give its data a train split: `restitch register --replace-task`",
+                f"{member.task} has no {missing}, which {mode} masks need",
+                hint="add a train split to its data with `restitch register --replace-task`",
             )
     chosen = given.density if given.mode == mode else "auto"
     density = DEFAULT_DENSITY[mode] if chosen == "auto" else chosen

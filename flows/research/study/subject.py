@@ -1,10 +1,11 @@
-"""What a study is about and what it hands back: the members of a line, and a table.
+"""The input and the output of a study: the members of a line, and a table.
 
-A study merges some of the members in some way and measures that on the rows that results are
-reported on. Whatever it makes is a step of a merge, and kept like one.
+A study merges some of the members and measures the result on the rows that results are reported
+on. It runs the same steps as a merge, which keep their results in the store.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -27,13 +28,13 @@ STITCHING = "localize-and-stitch"
 
 @dataclass(frozen=True)
 class Study:
-    """What a study found.
+    """The table of a study.
 
     Attributes:
-        rows: of its table, all with the same columns.
+        rows: all with the same columns.
         plots: of the rows.
-        notes: what a reader must know of how it was made.
-        details: columns that a table for a terminal goes without.
+        notes: on how the table was made.
+        details: columns that a terminal leaves out.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -44,11 +45,11 @@ class Study:
 
 @dataclass(frozen=True)
 class Reached:
-    """What a merged model reaches.
+    """The accuracy of a merged model.
 
     Attributes:
         tasks: by task.
-        finetuned: what the finetuned models reach, of those that can still be read.
+        finetuned: the accuracy of each finetuned model that can still be read, by task.
     """
 
     patch: PatchRef
@@ -58,7 +59,7 @@ class Reached:
     @property
     def mean(self) -> float:
         """Over the tasks."""
-        return sum(found.value for found in self.tasks.values()) / len(self.tasks)
+        return sum(result.value for result in self.tasks.values()) / len(self.tasks)
 
     @property
     def normalized(self) -> float | None:
@@ -68,13 +69,13 @@ class Reached:
 
     def values(self) -> dict[str, Any]:
         """The columns that every study of merged models has."""
-        each = {task: found.value for task, found in self.tasks.items()}
-        return {"mean": self.mean, "normalized": self.normalized, **each}
+        by_task = {task: result.value for task, result in self.tasks.items()}
+        return {"mean": self.mean, "normalized": self.normalized, **by_task}
 
 
 @dataclass(frozen=True)
 class Subject:
-    """The members of a line that a study is made of.
+    """The members of a line that a study is about.
 
     Attributes:
         snapshot: of the line.
@@ -101,7 +102,7 @@ class Subject:
 
     @cached_property
     def members(self) -> tuple[Member, ...]:
-        """Those of the version in use that can be measured, by the names of their tasks."""
+        """The members of the version in use that can be evaluated, by task name."""
         return tuple(m for m in self._all if evaluation_split(m.spec) is not None)
 
     @property
@@ -121,20 +122,20 @@ class Subject:
 
     @property
     def sparse_method(self) -> Method:
-        """The line's method where it merges sparse deltas, otherwise localize-and-stitch."""
+        """The line's method if it merges sparse deltas, otherwise localize-and-stitch."""
         return get_method(STITCHING) if self.method.whole else self.method
 
     @property
     def can_tune(self) -> bool:
-        """Whether every task has rows to choose settings by."""
+        """True if every task has validation rows, on which settings are chosen."""
         return all(has_validation(member.spec, self.family) for member in self.members)
 
     def masks(self, **choice: Any) -> LocalizeSpec:
-        """How masks are found in the line, otherwise where `choice` says so."""
+        """The line's settings for masks, changed by `choice`."""
         return masks_like(self.line.spec, **choice)
 
     def everything(self) -> LocalizeSpec:
-        """Whole task vectors, to the bit."""
+        """The settings that keep whole task vectors, bit for bit."""
         return everything(self.line.spec)
 
     def prepare(
@@ -146,35 +147,32 @@ class Subject:
         settings: Mapping[str, Any] | None = None,
         tuned: bool = False,
     ) -> Trial:
-        """Find what a method needs of members, and its setting where that is asked for.
+        """Make a method's inputs from members, and choose its setting on request.
 
         Args:
             method: any that gives one merged model.
-            members: which.
-            masks: how masks are found; by default what the method needs, else as in the line.
-            settings: what differs from the method's defaults, or from the line's where it is its
-                own.
-            tuned: choose the setting that it tunes on validation rows, where all have them.
+            members: to merge.
+            masks: settings of the masks; by default what the method needs, else the line's.
+            settings: changes to the method's defaults, or to the line's if the method is its own.
+            tuned: tune on validation rows, if all tasks have them.
         """
         chosen = {**own_settings(self.line, method), **(settings or {})}
         tuned = tuned and self.can_tune
         return prepare(self.line, members, method, tuned=tuned, masks=masks, settings=chosen)
 
     def reached(self, trial: Trial) -> Reached:
-        """What the merged model of a trial reaches on the rows that results are reported on."""
+        """The accuracy of a merged model on the rows that results are reported on."""
         patch = stitch(trial.line, make_recipe(trial.line, trial.members))
         return self.reached_with(patch, trial.members)
 
     def reached_with(self, patch: PatchRef, members: Iterable[Member]) -> Reached:
-        """What the base with a patch reaches on members' tasks, on the rows for reporting."""
+        """The accuracy of the base with a patch on members' tasks."""
         merged = WeightsRef("merged", patch.blob)
-        found, whole = {}, {}
+        results, finetuned = {}, {}
         for member in members:
             model = member.model.model
-            found[member.task] = evaluate(self.line, member.spec, merged, model)
-            finetuned = WeightsRef("finetuned", model.weights, model.uri)
-            try:
-                whole[member.task] = evaluate(self.line, member.spec, finetuned, model).value
-            except BadInput:  # its folder may be gone: the merge does not need it
-                continue
-        return Reached(patch, found, whole)
+            results[member.task] = evaluate(self.line, member.spec, merged, model)
+            weights = WeightsRef("finetuned", model.weights, model.uri)
+            with suppress(BadInput):  # its folder may be gone: the merge does not need it
+                finetuned[member.task] = evaluate(self.line, member.spec, weights, model).value
+        return Reached(patch, results, finetuned)

@@ -1,8 +1,8 @@
-"""Similar against dissimilar subsets of the tasks, by how much the masks in use overlap.
+"""Accuracy of similar and of dissimilar subsets of the tasks, judged by the overlap of masks.
 
-Similarity is the mean Jaccard index over the pairs of a subset of half of the tasks (at least
-two). The most and the least similar subsets are merged, by the line's method and by task
-arithmetic. Where the line keeps everything, masks of the largest differences tell tasks apart.
+A subset has half of the tasks (at least two). Its similarity is the mean Jaccard index over its
+pairs of masks; a line that keeps whole task vectors is judged by dataless masks. The most and the
+least similar subsets are merged by the line's method and by task arithmetic.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from restitch.tasks.report.study_plots import Axes, points_plot
 from restitch.tasks.research.mask_analysis import analyze
 from restitch.tasks.runtime.console import say
 
-# Of each kind, so that a line with many tasks is done before the night is over.
+# Subsets of each group. The number of all subsets grows exponentially with the tasks.
 MOST = 4
 OTHER = "task-arithmetic"
 
@@ -27,17 +27,17 @@ def make(subject: Subject) -> Study:
     """The study.
 
     Raises:
-        BadInput: there are not enough members to choose among.
+        BadInput: there are fewer than three members.
     """
     if len(subject.members) < 3:
         raise BadInput(
-            f"line {subject.line.spec.line} has two members, which is one subset",
+            f"line {subject.line.spec.line} has two members, which form only one subset",
             expected="three members or more with rows to evaluate on",
         )
     jaccard = _jaccard(subject)
     size = max(2, len(subject.members) // 2)
     ranked = sorted(
-        combinations(subject.members, size), key=lambda some: -_similarity(some, jaccard)
+        combinations(subject.members, size), key=lambda subset: -_similarity(subset, jaccard)
     )
     half = min(MOST, (len(ranked) + 1) // 2)
     groups = {"similar": ranked[:half], "dissimilar": ranked[half:][-MOST:]}
@@ -74,19 +74,19 @@ def make(subject: Subject) -> Study:
 
 
 def _jaccard(subject: Subject) -> dict[tuple[str, str], float]:
-    """The Jaccard index of each two tasks' masks."""
+    """The Jaccard index of the masks of each pair of tasks."""
     champion = subject.snapshot.champion
-    assert champion is not None, "a line with members in use has a version in use"
+    assert champion is not None, "a line with members in use has a champion"
     sparse = subject.prepare(subject.sparse_method, subject.members)
     deltas = {m.task: str(m.model.delta) for m in sparse.members}
     members = {
         task: champion.members[task].model_copy(update={"delta": delta})
         for task, delta in deltas.items()
     }
-    found = analyze(subject.line, champion.model_copy(update={"members": members}))
-    tasks = found["tasks"]
+    masks = analyze(subject.line, champion.model_copy(update={"members": members}))
+    tasks = masks["tasks"]
     return {
-        (one, other): found["jaccard"][i][j] or 0.0
+        (one, other): masks["jaccard"][i][j] or 0.0
         for i, one in enumerate(tasks)
         for j, other in enumerate(tasks)
     }
@@ -97,9 +97,9 @@ def _similarity(subset: Sequence[Member], jaccard: dict[tuple[str, str], float])
 
 
 def _mean(rows: Sequence[dict[str, Any]], group: str, method: str) -> str:
-    found = [
+    values = [
         row["normalized"]
         for row in rows
         if (row["group"], row["method"]) == (group, method) and row["normalized"] is not None
     ]
-    return f"{fmean(found):.4f}" if found else "not measured"
+    return f"{fmean(values):.4f}" if values else "not measured"

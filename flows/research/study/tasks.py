@@ -1,7 +1,8 @@
-"""Normalized accuracy against the number of tasks: subsets of each size, merged by several methods.
+"""Normalized accuracy against the number of tasks, for several methods.
 
-All subsets of a size, or a few that a seed draws, the same ones for every method. Methods have
-the line's settings or their defaults: tuning each subset would show the tuning.
+Every method merges the same subsets of each size: all of them, or a few drawn with a seed.
+Methods have the line's settings or their defaults, because tuning each subset would hide the
+effect of the number of tasks.
 """
 
 import random
@@ -16,7 +17,7 @@ from restitch.tasks.report.study_plots import Axes, lines_plot
 from restitch.tasks.runtime.console import say
 
 METHODS = ("averaging", "task-arithmetic", "ties", "consensus-ta")
-# Of each size.
+# Subsets of each size.
 MOST = 4
 SEED = 0
 
@@ -30,14 +31,14 @@ def make(subject: Subject) -> Study:
         subsets = _drawn(subject.members, size)
         for method in methods:
             say(f"{subject.line.spec.line}: {method.name}, {len(subsets)} subsets of {size}")
-            found = [subject.reached(subject.prepare(method, some)) for some in subsets]
-            ratios = [one.normalized for one in found if one.normalized is not None]
+            merged = [subject.reached(subject.prepare(method, subset)) for subset in subsets]
+            ratios = [one.normalized for one in merged if one.normalized is not None]
             rows.append(
                 {
                     "count": size,
                     "method": method.name,
                     "subsets": len(subsets),
-                    "mean": fmean(one.mean for one in found),
+                    "mean": fmean(one.mean for one in merged),
                     "normalized": fmean(ratios) if ratios else None,
                     "deviation": pstdev(ratios) if ratios else None,
                 }
@@ -46,13 +47,13 @@ def make(subject: Subject) -> Study:
         ("count", "tasks"), ("normalized", "mean normalized accuracy"), "method", whole=True
     )
     plot = lines_plot("tasks", "Normalized accuracy against the number of tasks", rows, axes)
-    drawn = [f"of each size at most {MOST} subsets, drawn with seed {SEED}"]
-    return Study(rows, [plot], drawn)
+    notes = [f"at most {MOST} subsets of each size, drawn with seed {SEED}"]
+    return Study(rows, [plot], notes)
 
 
 def _drawn(members: tuple[Member, ...], size: int) -> list[tuple[Member, ...]]:
-    every = list(combinations(members, size))
-    if len(every) <= MOST:
-        return every
-    places = random.Random(SEED + size).sample(range(len(every)), MOST)
-    return [every[place] for place in sorted(places)]
+    subsets = list(combinations(members, size))
+    if len(subsets) <= MOST:
+        return subsets
+    indices = random.Random(SEED + size).sample(range(len(subsets)), MOST)
+    return [subsets[index] for index in sorted(indices)]

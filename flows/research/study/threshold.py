@@ -1,7 +1,7 @@
-"""Consensus by how many tasks must agree on a weight, with task arithmetic and with TIES.
+"""Accuracy of Consensus against the number of tasks that must agree on a weight.
 
-The coefficient is chosen again for each on validation rows, where all tasks have them. Zero asks
-for no agreement: the sum itself, every weight of it.
+Consensus runs with task arithmetic and with TIES. The coefficient is tuned for each number, if
+all tasks have validation rows. Zero requires no agreement: the whole sum is merged.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from restitch.tasks.report.study_plots import Axes, lines_plot
 from restitch.tasks.runtime.console import say
 
 CONSENSUS = ("consensus-ta", "consensus-ties")
-# Every weight is in a mask of threshold 0, so that one task always agrees.
+# With threshold 0 a mask keeps every weight, so that one task always agrees.
 _NONE = {"agreement": 1, "threshold": 0.0}
 
 
@@ -29,11 +29,11 @@ def make(subject: Subject) -> Study:
         "method",
         whole=True,
     )
-    plot = lines_plot("threshold", "Consensus by the agreement that it asks for", rows, axes)
+    plot = lines_plot("threshold", "Consensus by the number of tasks that must agree", rows, axes)
     notes = (
         []
         if subject.can_tune
-        else ["coefficients are the defaults: not every task has validation rows"]
+        else ["coefficients have their defaults: not every task has validation rows"]
     )
     return Study(rows, [plot], notes)
 

@@ -175,7 +175,7 @@ def test_other_commands_take_the_method_in_use(
         spec = take_snapshot(shell.ledger()).line_in_use.spec
     best = tournament(shell)["entrants"][0]
     assert (spec.method.name, spec.method.settings) == (best["name"], best["settings"])
-    monkeypatch.setattr("restitch.flows.research.compare.log_study", lambda *_, **__: None)
+    monkeypatch.setattr("restitch.flows.research.compare.publish_study", lambda *_, **__: None)
     (row,) = shell.json("compare", "demo", "--methods", best["name"])["methods"]
     assert row["settings"] == best["settings"]
     assert row["patch"] == shell.ledger().merged(shell.state().champion or 0).patch

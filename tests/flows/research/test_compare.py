@@ -158,7 +158,7 @@ def test_what_was_tuned_is_what_a_line_with_that_value_gives(
 def test_again_it_makes_nothing_anew_and_without_tuning_it_takes_the_defaults(
     shell: Shell, tuned: dict[str, Any]
 ) -> None:
-    again = rows(shell.json("compare", "demo", "--tune", "--methods", "ties,restitch"))
+    again = rows(shell.json("compare", "demo", "--tune", "--methods", "ties,weighted-stitch"))
     assert set(again) == {"ties", "weighted-stitch"}
     for name, row in again.items():
         assert row["seconds"] is None, "its patch was in the store"

@@ -76,7 +76,7 @@ def test_again_a_study_makes_nothing_anew(
 
     monkeypatch.setattr(ObjectStore, "publish", published)
     smaller(monkeypatch)
-    monkeypatch.setattr("restitch.flows.research.study.flow.log_study", lambda *_, **__: None)
+    monkeypatch.setattr("restitch.flows.research.study.flow.publish_study", lambda *_, **__: None)
     for name in STUDIES:
         assert shell.json("study", name, "demo")["rows"] == made[name]["rows"]
 

@@ -1,0 +1,88 @@
+"""The outcome of a study of a line: files in the user's folder, and a run in MLflow."""
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from restitch.merging.digests import canonical_json, digest_json
+from restitch.merging.errors import Unavailable
+from restitch.registry.store.disk import explained
+from restitch.tasks.runtime.console import warn
+from restitch.tasks.runtime.workspace import actor, workspace
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOutcome:
+    """The part that all studies of a line share.
+
+    Attributes:
+        members: the version of each task's finetuned model.
+    """
+
+    line: str
+    members: dict[str, int]
+    time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    actor: str = field(default_factory=actor)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return asdict(self)
+
+
+def publish_study(
+    outcome: StudyOutcome,
+    title: str,
+    out: str | None,
+    *,
+    name: str,
+    params: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    artifacts: Mapping[str, bytes],
+) -> None:
+    """Write a study to a folder if there is one, and show it as a run in MLflow.
+
+    Args:
+        outcome: of the study; it becomes the artifact `<name>.json`.
+        title: the name of the run.
+        out: a folder.
+        name: of the JSON file.
+        params: of the run.
+        metrics: of the run.
+        artifacts: the other files.
+
+    Raises:
+        Unavailable: the folder cannot be written to. If MLflow is away, this only warns.
+    """
+    values = outcome.as_dict()
+    files = {f"{name}.json": canonical_json(values), **artifacts}
+    if out is not None:
+        folder = Path(out)
+        with explained(folder, "write to"):
+            folder.mkdir(parents=True, exist_ok=True)
+            for file, data in files.items():
+                (folder / file).write_bytes(data)
+    try:
+        workspace().catalog.show_study(
+            outcome.line,
+            title,
+            digest=digest_json(values),
+            by=outcome.actor,
+            params=params,
+            metrics=metrics,
+            artifacts=files,
+        )
+    except Unavailable as error:
+        warn(f"the study is not in MLflow: {error.message()}")
+
+
+def as_csv(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Rows as comma-separated values; a value that was not measured is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
