@@ -115,15 +115,20 @@ def keys(kind: str) -> str:
         f"```yaml\n# yaml-language-server: $schema={kind}.schema.json\n```\n"
     ]
     seen: list[str] = []
-    _object("", schema, schema, parts, seen)
+    _object("", "", schema, schema, parts, seen)
     return "\n".join(parts)
 
 
 def _object(
-    path: str, node: Mapping[str, Any], schema: Mapping[str, Any], parts: list[str], seen: list[str]
+    path: str,
+    heading: str,
+    node: Mapping[str, Any],
+    schema: Mapping[str, Any],
+    parts: list[str],
+    seen: list[str],
 ) -> None:
     """The section of one mapping, then those of the mappings in it."""
-    title = f"## `{path}`" if path else "## Keys"
+    title = f"## {heading}" if heading else "## Keys"
     about = _prose(node.get("description", ""))
     required = node.get("required", ())
     rows, inner = [], []
@@ -133,14 +138,15 @@ def _object(
         rows.append(
             (_code(key), _type(raw, schema), _default(raw, key in required), _meaning(raw, one))
         )
-        inner += [(name, sub) for sub in _mappings(raw, schema)]
+        inner += [(name, sub, len(_mappings(raw, schema)) > 1) for sub in _mappings(raw, schema)]
     parts.append(f"{title}\n\n{about}\n\n" + table(("key", "type", "default", "meaning"), rows))
-    for name, sub in inner:
-        title = sub.get("title", name)
-        if title in seen:
-            continue
-        seen.append(title)
-        _object(name, sub, schema, parts, seen)
+    for name, sub, has_others in inner:
+        identity = json.dumps(sub, sort_keys=True)
+        if identity not in seen:
+            seen.append(identity)
+            first = next(iter(sub["properties"]))
+            heading = f"`{name}` with `{first}`" if has_others else _code(name)
+            _object(name, heading, sub, schema, parts, seen)
 
 
 def _prose(text: str) -> str:
@@ -208,8 +214,8 @@ def _default(node: Mapping[str, Any], is_required: bool) -> str:
     if is_required:
         return "required"
     value = node.get("default")
-    if value is None:
-        return ""
+    if value in (None, [], {}, "") or isinstance(value, dict):
+        return ""  # a mapping's own section has its defaults
     if isinstance(value, str) and " " in value:
         return value
     return _code(value if isinstance(value, str) else json.dumps(value))
