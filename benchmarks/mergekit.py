@@ -1,7 +1,7 @@
 """Task arithmetic and TIES beside mergekit: seconds and memory, taking turns in one run.
 
 `python -m benchmarks.mergekit BIN [--params 1.1e9] [--work DIR] [--json FILE]`: BIN is the `bin`
-folder of an environment of its own in which mergekit is installed (docs/results.md says how to make
+folder of an environment of its own in which mergekit is installed (docs/results/ says how to make
 one). It is only run as a program. Every merge is a process of its own, from its start to the merged
 checkpoint on disk, imports included; what it reads is in the page cache before. restitch reads
 the deltas that it keeps of the finetuned models, once made by `keep`, whose cost stands by

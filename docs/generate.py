@@ -7,7 +7,6 @@ import inspect
 import json
 import os
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,6 @@ import yaml
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
-
-sys.path.insert(0, str(Path(__file__).parent))
-from environment import VARIABLES
 
 import restitch.cli.main  # whose import defines the commands
 from restitch.cli.app import app
@@ -50,7 +46,10 @@ def commands() -> str:
     """Every command with its arguments and options."""
     sections = list(_commands("restitch", typer.main.get_command(app)))
     groups = dict.fromkeys(group for group, *_ in sections)
-    parts = ["# Commands\n\nEvery command takes `--help`. `VERSION` is a number, `champion` or `candidate`.\n"]
+    parts = [
+        "# Commands\n\n"
+        "Every command takes `--help`. `VERSION` is a number, `champion` or `candidate`.\n"
+    ]
     for group in groups:
         rows = [
             (f"[`{name}`](#{name.replace(' ', '-')})", summary.split("\n\n")[0])
@@ -109,36 +108,45 @@ def keys(kind: str) -> str:
     """Every key of a line's or a task's file, from its JSON schema."""
     schema = schema_of(kind)
     parts = [
-        f"# {kind.capitalize()} file\n\nYAML. A key that is not listed here is an error that names the nearest one. "
-        f"`restitch schema {kind}` prints this page as a JSON schema; put this first line into a file and "
-        "editors complete and check its keys:\n\n"
+        f"# {kind.capitalize()} file\n\n"
+        "YAML. A key that is not listed here is an error that names the nearest one. "
+        f"`restitch schema {kind}` prints this page as a JSON schema. "
+        "With this first line in a file, editors complete and check its keys:\n\n"
         f"```yaml\n# yaml-language-server: $schema={kind}.schema.json\n```\n"
     ]
     seen: list[str] = []
-    _object("", schema, schema, parts, seen)
+    _object("", "", schema, schema, parts, seen)
     return "\n".join(parts)
 
 
 def _object(
-    path: str, node: Mapping[str, Any], schema: Mapping[str, Any], parts: list[str], seen: list[str]
+    path: str,
+    heading: str,
+    node: Mapping[str, Any],
+    schema: Mapping[str, Any],
+    parts: list[str],
+    seen: list[str],
 ) -> None:
     """The section of one mapping, then those of the mappings in it."""
-    title = f"## `{path}`" if path else "## Keys"
+    title = f"## {heading}" if heading else "## Keys"
     about = _prose(node.get("description", ""))
     required = node.get("required", ())
     rows, inner = [], []
     for key, raw in node["properties"].items():
         one = _resolved(raw, schema)
         name = f"{path}.{key}" if path else key
-        rows.append((_code(key), _type(raw, schema), _default(raw, key in required), _meaning(raw, one)))
-        inner += [(name, sub) for sub in _mappings(raw, schema)]
+        rows.append(
+            (_code(key), _type(raw, schema), _default(raw, key in required), _meaning(raw, one))
+        )
+        inner += [(name, sub, len(_mappings(raw, schema)) > 1) for sub in _mappings(raw, schema)]
     parts.append(f"{title}\n\n{about}\n\n" + table(("key", "type", "default", "meaning"), rows))
-    for name, sub in inner:
-        title = sub.get("title", name)
-        if title in seen:
-            continue
-        seen.append(title)
-        _object(name, sub, schema, parts, seen)
+    for name, sub, has_others in inner:
+        identity = json.dumps(sub, sort_keys=True)
+        if identity not in seen:
+            seen.append(identity)
+            first = next(iter(sub["properties"]))
+            heading = f"`{name}` with `{first}`" if has_others else _code(name)
+            _object(name, heading, sub, schema, parts, seen)
 
 
 def _prose(text: str) -> str:
@@ -186,7 +194,9 @@ def _one_type(node: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
         return f"list of {_type(node.get('items', {}), schema) or 'values'}"
     if node.get("type") == "object" or "properties" in node:
         return "mapping"
-    name = {"string": "text", "boolean": "true or false"}.get(node.get("type", ""), node.get("type", "any value"))
+    name = {"string": "text", "boolean": "true or false"}.get(
+        node.get("type", ""), node.get("type", "any value")
+    )
     bounds = [
         f"{sign} {node[bound]:g}"
         for bound, sign in (
@@ -204,8 +214,8 @@ def _default(node: Mapping[str, Any], is_required: bool) -> str:
     if is_required:
         return "required"
     value = node.get("default")
-    if value is None:
-        return ""
+    if value in (None, [], {}, "") or isinstance(value, dict):
+        return ""  # a mapping's own section has its defaults
     if isinstance(value, str) and " " in value:
         return value
     return _code(value if isinstance(value, str) else json.dumps(value))
@@ -226,7 +236,10 @@ def _flow(value: object) -> str:
 
 def method_settings() -> str:
     """Every method with its settings and their defaults."""
-    parts = ["# Settings of methods\n\n[Merge methods](../methods.md) describes what each method computes.\n"]
+    parts = [
+        "# Settings of methods\n\n"
+        "[Merge methods](../methods.md) describes what each method computes.\n"
+    ]
     rows = []
     for name in method_names():
         one = get_method(name)
@@ -254,13 +267,18 @@ def exit_codes() -> str:
     ]
     rows = [(_code(0), "", "Done.")]
     rows += [
-        (_code(one.exit_code), _code(one.__name__), inspect.cleandoc(one.__doc__ or "").split("\n\n")[0])
+        (
+            _code(one.exit_code),
+            _code(one.__name__),
+            inspect.cleandoc(one.__doc__ or "").split("\n\n")[0],
+        )
         for one in sorted(kinds, key=lambda one: one.exit_code)
         if one is not errors.RestitchError
     ]
     rows.append((_code(restitch.cli.main.INTERRUPTED), "", "Interrupted with Ctrl-C."))
     return (
-        "# Exit codes\n\nAny other code is a bug. A command that ended with 6 can be repeated as it is. "
+        "# Exit codes\n\n"
+        "Any other code is a bug. A command that ended with 6 can be repeated as it is. "
         "`restitch verify --without` exits with 5 if the named model is in a version.\n\n"
         + table(("code", "error", "meaning"), rows)
     )
@@ -268,9 +286,10 @@ def exit_codes() -> str:
 
 def environment() -> str:
     """Every environment variable that restitch reads, or passes on."""
+    known = yaml.safe_load((DOCS / "environment.yaml").read_text(encoding="utf-8"))
     parts = ["# Environment variables\n\nAn empty value counts as no value.\n"]
-    for title, variables in VARIABLES.items():
-        rows = [(_code(one.name), one.read_by, one.meaning) for one in variables]
+    for title, variables in known.items():
+        rows = [(_code(one["name"]), one["read_by"], one["meaning"]) for one in variables]
         parts.append(f"## {title}\n\n" + table(("variable", "read by", "meaning"), rows))
     return "\n".join(parts)
 
@@ -299,6 +318,10 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     def target(match: "re.Match[str]") -> str:
         path = Path(os.path.normpath(folder / match[1]))
         is_outside = path.exists() and not path.is_relative_to(DOCS)
-        return f"{config.repo_url}/blob/main/{path.relative_to(DOCS.parent)}" if is_outside else match[1]
+        return (
+            f"{config.repo_url}/blob/main/{path.relative_to(DOCS.parent)}"
+            if is_outside
+            else match[1]
+        )
 
     return _LINK.sub(target, markdown)

@@ -4,7 +4,7 @@ A method is a function `(base, members, *, setting=default, ...) -> Edits`, or `
 it gives one model for each task. Its keyword
 parameters with their types and defaults are its settings; nothing else describes them.
 The folder is scanned when a method is first asked for, so a new file is all that a new
-method needs (docs/adding_a_method.md).
+method needs (docs/how-to/add-a-method.md).
 """
 
 import difflib

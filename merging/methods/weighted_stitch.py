@@ -3,7 +3,7 @@
 Where several members keep a coordinate, their differences from the base are averaged by what the
 coordinate is worth to each (the entries of its Fisher diagonal, which deltas found by `fisher` or
 `distilled` carry), and the average is multiplied by the number of owners to the power `growth`: a
-plain average loses skill where many members meet, a sum goes too far (docs/results.md).
+plain average loses skill where many members meet, a sum goes too far (docs/results/).
 """
 
 from collections.abc import Iterable
@@ -18,7 +18,7 @@ from restitch.merging.rules.stitch import DeltaMember, stitch
 @method(
     name="weighted-stitch",
     version=1,
-    source="after He et al., TMLR 2025, and Matena and Raffel, NeurIPS 2022; docs/results.md",
+    source="after He et al., TMLR 2025, and Matena and Raffel, NeurIPS 2022; docs/results/",
     exact=True,
     tunes=("growth", (0.0, 0.25, 0.5, 0.75, 1.0)),
 )

@@ -43,7 +43,7 @@ class LocalizeSpec(Spec):
             model's predictions depend on each, `distilled` refines that until the graft predicts
             what the model does, both from inputs alone; `trained` learns from labelled examples.
             A task without train rows is localized without data in any mode. The default holds
-            most of a model for its cost (docs/results.md).
+            most of a model for its cost (docs/results/).
         density: the fraction of localizable coordinates that is kept; `auto` is the lowest that
             recovers the finetuned model on validation rows.
         preset: how a trained mask is learned.

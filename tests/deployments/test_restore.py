@@ -1,4 +1,4 @@
-"""What docs/operations.md says of back-ups: a copy of the store is enough to go on from."""
+"""What docs/how-to/recover.md says of back-ups: a copy of the store is enough to go on from."""
 
 import shutil
 from pathlib import Path

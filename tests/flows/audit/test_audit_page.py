@@ -1,4 +1,4 @@
-"""The queries of docs/audit.md, asked of a line whose story the page tells.
+"""The queries of docs/how-to/audit-in-mlflow.md, asked of a line whose story the page tells.
 
 Every block of Python on the page is run in order, as a reader would, beside the home; what it
 prints is the text block behind it, but for digests, digits and spacing, which hang on the
@@ -21,7 +21,7 @@ from tests.conftest import NewHome
 from tests.shell import ROOT, Shell
 from tests.worlds import World
 
-PAGE = ROOT / "docs" / "audit.md"
+PAGE = ROOT / "docs" / "how-to" / "audit-in-mlflow.md"
 _BLOCK = re.compile(r"```python\n(.*?)```\n+```text\n(.*?)```", re.DOTALL)
 _VARIES = re.compile(r"\b[0-9a-f]{12,}\b|\d+\.\d+|\s+")
 
