@@ -69,7 +69,7 @@ def task(
 def remerge(
     line: Line,
     force: Annotated[
-        bool, typer.Option(help="Stitch and evaluate again although nothing changed.")
+        bool, typer.Option("--force", help="Stitch and evaluate again although nothing changed.")
     ] = False,
     as_json: Json = False,
 ) -> None:

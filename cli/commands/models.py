@@ -73,7 +73,9 @@ def export(
     line: Line,
     version: Version,
     out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace what OUT contains.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the content of the folder.")
+    ] = False,
     shard_size: Annotated[
         str | None,
         typer.Option(help="Size of the largest file, such as 5GB or 500MB; default: as the base."),
