@@ -2,8 +2,8 @@
 
 Exit codes: 0 done, 2 usage, 3 bad file or spec, 4 quarantined, 5 gate failed or held, 6 store
 or server away, 7 damage found, 130 interrupted. With `--json` standard output is one JSON
-document and nothing else. Heavy libraries are imported by the functions that need them, so
-`status`, `history` and `show` answer at once.
+document and nothing else. Functions import the heavy libraries that they need, after the
+arguments were checked: help, mistakes, `status`, `history` and `show` never wait for torch.
 """
 
 import logging
@@ -13,261 +13,95 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from enum import StrEnum
 from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
 
-import restitch.cli.commands.audit  # whose commands belong to the same command
-import restitch.cli.commands.experts
-import restitch.cli.commands.research  # likewise, as do the next
-import restitch.cli.commands.storage
-import restitch.cli.commands.study
-import restitch.cli.commands.upkeep  # noqa: F401
-from restitch.cli.app import Json, Line, Version, app, show_result
-from restitch.cli.render import lines as render
+from restitch import __version__
+from restitch.cli.app import app
+from restitch.cli.commands import audit, lines, models, operations, research, storage
 from restitch.cli.reporter import TerminalReporter
 from restitch.merging.errors import RestitchError, Unavailable
 from restitch.registry.home import Home, prepare_environment
-from restitch.tasks.runtime.console import reporting_to, say
+from restitch.tasks.runtime.console import reporting_to
 
 INTERRUPTED = 130
 
+# `restitch --help` shows the panels and commands in this order.
+PANELS = {
+    "Get started": (lines.init, models.register, lines.status),
+    "Every day": (
+        *(lines.task, lines.remerge, audit.show, audit.history),
+        *(models.evaluate, models.export, models.retire, models.restore),
+    ),
+    "Audit": (
+        *(audit.diff, audit.why, audit.report, audit.verify),
+        *(audit.rollback, audit.promote, audit.pin, audit.unpin),
+    ),
+    "Compare and study": (research.compare, research.experts, research.analyze, research.study),
+    "Operate": (
+        *(operations.up, operations.down, operations.doctor),
+        *(operations.deploy, operations.webhook, storage.gc, lines.schema),
+    ),
+}
+for _panel, _commands in PANELS.items():
+    for _command in _commands:
+        app.command(rich_help_panel=_panel)(_command)
+app.add_typer(storage.store, rich_help_panel="Operate")
 
-@app.command()
-def init(
-    file: Annotated[Path, typer.Argument(help="YAML file of the line.")], as_json: Json = False
-) -> None:
-    """Make a line, or update it, from a YAML file."""
-    from restitch.deployments.server.deploy import keep_schedules
-    from restitch.flows.lines.init_line import init_line
+FIRST_STEPS = """\
+restitch keeps one merged model of many finetuned models. The first three steps:
 
-    outcome = init_line(file)
-    keep_schedules()
-    show_result(outcome.as_dict(), as_json, render.init)
+  restitch init line.yaml                                     make a line on a base model
+  restitch register LINE --task task.yaml --model FOLDER      add a finetuned model
+  restitch status                                             see what was merged
 
-
-@app.command()
-def register(
-    line: Line,
-    task: Annotated[Path, typer.Option("--task", help="YAML file of the task.")],
-    model: Annotated[
-        str, typer.Option("--model", help="Folder, s3://bucket/folder, hub id or MLflow URI.")
-    ],
-    remerge: Annotated[bool, typer.Option(help="Merge it now, too.")] = True,
-    replace_task: Annotated[
-        bool, typer.Option("--replace-task", help="Accept another task file for this name.")
-    ] = False,
-    copy: Annotated[
-        bool, typer.Option("--copy", help="Keep a copy of the model's files in the store.")
-    ] = False,
-    wait: Annotated[
-        bool, typer.Option("--wait", help="With workers, return when it is merged or cannot be.")
-    ] = False,
-    timeout: Annotated[
-        float | None, typer.Option(help="Seconds to wait at most; exit code 6 after them.")
-    ] = None,
-    here: Annotated[
-        bool, typer.Option("--here", help="Do the work in this process though there are workers.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Register a finetuned model.
-
-    Where workers are set up they take over and this returns at once, or with --wait when the
-    model is in the champion or cannot be. Without workers the work is done here.
-    """
-    from restitch.flows.register import register as run
-
-    outcome = run(
-        line,
-        task,
-        model,
-        merge=remerge,
-        replace_task=replace_task,
-        copy=copy,
-        here=here,
-        wait=wait,
-        timeout=timeout,
-    )
-    show_result(outcome.as_dict(), as_json, render.registered)
-    raise typer.Exit(outcome.exit_code)
+All commands: restitch --help"""
 
 
-@app.command()
-def task(
-    line: Line,
-    file: Annotated[Path, typer.Option("--task", help="YAML file of the task.")],
-    replace_task: Annotated[
-        bool, typer.Option("--replace-task", help="Accept another task file for this name.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Declare a task without a model, for models that are registered in MLflow alone."""
-    from restitch.flows.lines.declare_task import declare_task
+class LogLevel(StrEnum):
+    """The least severe log lines to show."""
 
-    outcome = declare_task(line, file, replace_task=replace_task)
-    show_result(outcome.as_dict(), as_json, render.declared)
+    debug = "debug"
+    info = "info"
+    warning = "warning"
+    error = "error"
 
 
-@app.command()
-def remerge(
-    line: Line,
-    force: Annotated[
-        bool, typer.Option(help="Stitch and evaluate anew although nothing changed.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Bring the merged model up to date; does nothing when nothing changed."""
-    from restitch.flows.remerge import remerge as run
-
-    outcome = run(line, force)
-    show_result(outcome.as_dict(), as_json, render.remerged)
-    raise typer.Exit(outcome.exit_code)
+def _print_version(requested: bool) -> None:
+    if requested:
+        typer.echo(f"restitch {__version__}")
+        raise typer.Exit
 
 
-@app.command()
-def status(
-    line: Annotated[str | None, typer.Argument(help="Name of the line; all without.")] = None,
-    watch: Annotated[bool, typer.Option("--watch", help="Follow it until Ctrl-C.")] = False,
-    as_json: Json = False,
-) -> None:
-    """Show members, their states, champion and candidate."""
-    from restitch.cli.views import status as view
-
-    if watch:
-        from restitch.cli.commands.watch import follow
-
-        follow(lambda: view(line), as_json)
-    else:
-        show_result(view(line), as_json, render.status)
-
-
-@app.command()
-def up(
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="How many workers; as before, at first one.")
-    ] = None,
-    pool: Annotated[str, typer.Option(help="The work pool that they serve.")] = "gpu",
-    as_json: Json = False,
-) -> None:
-    """Start servers, workers and all that connects them on this machine; mend what died."""
-    from restitch.deployments.local.stack import up as run
-
-    home = Home.from_environment()
-    outcome = run(home, workers, pool, say)
-    show_result(outcome.as_dict(), as_json, render.up)
-
-
-@app.command()
-def down(as_json: Json = False) -> None:
-    """Stop what `up` started; the state stays."""
-    from restitch.deployments.local.stack import down as run
-
-    show_result({"stopped": list(run(Home.from_environment()))}, as_json, render.down)
-
-
-@app.command()
-def doctor(as_json: Json = False) -> None:
-    """Check versions, servers, workers, triggers, store and device, and say how to mend each."""
-    from restitch.deployments.local.doctor import examine, exit_code
-
-    checks = examine()
-    show_result({"checks": [check.as_dict() for check in checks]}, as_json, render.doctor)
-    raise typer.Exit(exit_code(checks))
-
-
-@app.command()
-def deploy(
-    pool: Annotated[str, typer.Option(help="The work pool for onboarding.")] = "gpu",
-    remerge_pool: Annotated[
-        str | None, typer.Option(help="The work pool for remerging; the same by default.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Make pools, deployments, triggers and schedules on the Prefect server of a team."""
-    from restitch.deployments.server.deploy import deploy as run
-
-    show_result(run(pool, remerge_pool).as_dict(), as_json, render.deployed)
-
-
-@app.command()
-def export(
-    line: Line,
-    version: Version,
-    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
-    overwrite: Annotated[bool, typer.Option(help="Replace what is in OUT.")] = False,
-    shard_size: Annotated[
-        str | None, typer.Option(help="Largest file, as 5GB or 500MB; default: like the base.")
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="Write the specialist for this task; see `experts`.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Write a merged version, or its specialist for one task, as a Hugging Face folder."""
-    from restitch.flows.export import export_version
-
-    outcome = export_version(
-        line, version, out, overwrite=overwrite, shard_size=shard_size, task=task
-    )
-    show_result(outcome.as_dict(), as_json, render.exported)
-
-
-@app.command()
-def evaluate(line: Line, version: Version = "champion", as_json: Json = False) -> None:
-    """Evaluate a merged version on every task and on the general benchmark."""
-    from restitch.flows.evaluate import evaluate_version
-
-    show_result(evaluate_version(line, version).as_dict(), as_json, render.evaluated)
-
-
-@app.command()
-def webhook(
-    host: Annotated[
-        str, typer.Option(help="Where to listen; by default this machine alone can reach it.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0 takes a free one.", min=0, max=65535)] = 4280,
-    register_as: Annotated[
-        str | None,
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    version: Annotated[
+        bool,
         typer.Option(
-            "--register",
-            metavar="URL",
-            help="Receive nothing; tell MLflow to send to a receiver at this address.",
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
         ),
+    ] = False,
+    log: Annotated[
+        LogLevel | None,
+        typer.Option(envvar="RESTITCH_LOG", help="Show Prefect's log lines from this level on."),
     ] = None,
 ) -> None:
-    """Receive MLflow's webhooks and hand new models to Prefect as events.
-
-    Listens on loopback unless told otherwise. The secret that it shares with MLflow is read
-    from RESTITCH_WEBHOOK_SECRET. `POST /webhook` takes deliveries, `GET /health` answers.
-    """
-    from restitch.deployments.webhook import SECRET_VARIABLE, register_webhook, serve
-    from restitch.tasks.runtime.engine import engine_url
-
-    secret = os.environ.get(SECRET_VARIABLE, "")
-    if register_as is not None:
-        done = register_webhook(Home.from_environment().mlflow_uri, register_as, secret)
-        typer.echo(f"webhook of MLflow to {register_as}: {done}")
-        return
-    prefect = engine_url()
-    if prefect is None:
-        raise Unavailable(
-            "there is no Prefect server to hand events to",
-            hint="set PREFECT_API_URL, or start one with `restitch up`",
-        )
-    serve(
-        host,
-        port,
-        secret=secret,
-        prefect_api_url=prefect,
-        started=lambda address: typer.echo(f"receiving at {address}"),
-    )
+    """One merged model, kept current."""
+    # Only the terminal: the pages of Prefect show all lines in any case.
+    level = "CRITICAL" if log is None else log.upper()
+    os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = level
+    if log is LogLevel.debug:
+        os.environ["PREFECT_LOGGING_LEVEL"] = "DEBUG"
+    if context.invoked_subcommand is None:
+        typer.echo(FIRST_STEPS)
 
 
-def _quieten() -> None:
-    """Keep MLflow from printing tracebacks of what is told in one message here."""
+def _silence_mlflow() -> None:
+    """Drop MLflow's tracebacks of database errors; they end here in one message."""
     logging.getLogger("mlflow.store.db.utils").addFilter(lambda _: False)
 
 
@@ -280,31 +114,31 @@ def _fail(error: RestitchError) -> int:
 
 @contextmanager
 def _interrupts_kept() -> Iterator[None]:
-    """Raise an interrupt again that Python has dropped because it came within a `__del__`."""
+    """Raise an interrupt again that Python dropped because it came within a `__del__`."""
     usual = sys.unraisablehook
-    # Not raised at once: within the hook it would be dropped a second time.
-    again: list[threading.Timer] = []
+    timers: list[threading.Timer] = []
 
     def hook(dropped: "sys.UnraisableHookArgs") -> None:
         if not isinstance(dropped.exc_value, KeyboardInterrupt):
             usual(dropped)
             return
         main_thread = threading.main_thread().ident or 0
-        # To that very thread, so that it ends what it waits for.
-        again.append(threading.Timer(0.05, signal.pthread_kill, (main_thread, signal.SIGINT)))
-        again[-1].start()
+        # Later, for within the hook Python would drop it again; and to the main thread, so that
+        # it ends what it waits for.
+        timers.append(threading.Timer(0.05, signal.pthread_kill, (main_thread, signal.SIGINT)))
+        timers[-1].start()
 
     sys.unraisablehook = hook
     try:
         yield
     finally:
         sys.unraisablehook = usual
-        for timer in again:
+        for timer in timers:
             timer.cancel()
 
 
 def _interrupted() -> NoReturn:
-    Console(stderr=True).print("interrupted: run the same command again to go on")
+    Console(stderr=True).print("interrupted: run the same command again to continue")
     sys.exit(INTERRUPTED)
 
 
@@ -312,13 +146,13 @@ def main() -> None:
     """Run the command; a user's mistake is one message and an exit code, never a traceback."""
     try:
         home = Home.from_environment()
-        # Steps, engines and child processes find the same place whatever their directory is.
+        # Steps, engines and child processes need the same home in any working directory.
         os.environ["RESTITCH_HOME"] = str(home.root)
         prepare_environment(home)
-        _quieten()
+        _silence_mlflow()
         with _interrupts_kept(), reporting_to(TerminalReporter(quiet="--json" in sys.argv)):
-            app(standalone_mode=True)
-    except SystemExit as end:  # typer turns Ctrl-C into this code without a word
+            app(prog_name="restitch")
+    except SystemExit as end:  # typer turns Ctrl-C into this code without a message
         if end.code == INTERRUPTED:
             _interrupted()
         raise

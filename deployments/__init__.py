@@ -1,4 +1,4 @@
-"""How restitch runs unattended: on one machine, and for a team.
+"""Unattended operation: on one machine, and for a team.
 
 The command line imports it.
 """

@@ -1,10 +1,10 @@
 """The receiver of MLflow's webhooks: a new version there becomes an event in Prefect.
 
-MLflow signs what it sends and tries again for a few seconds where the answer is a failure of
-the server; hence whatever Prefect has not taken is answered with 502. A delivery counts once:
-its id becomes the event's id, and one that was handed over is only acknowledged when it comes
-again. Nothing is read before the signature is right, and the secret appears in no message.
-What is lost in spite of it, and what in-process clients register, the schedule finds.
+MLflow signs its deliveries and repeats them for a few seconds after a server error; so the answer
+is 502 as long as Prefect has not taken the event. A delivery counts once: its id becomes the
+event's id, and a repeated one is only acknowledged. The signature is checked before the body is
+read, and no message contains the secret. The schedule finds the models of lost deliveries, and
+those of clients that write to MLflow's database directly.
 """
 
 import asyncio
@@ -37,11 +37,11 @@ SECRET_VARIABLE = "RESTITCH_WEBHOOK_SECRET"
 NAME = "restitch"  # of the webhook in MLflow
 
 MAX_BYTES = 1 << 20
-PATIENCE = 20.0  # seconds for a body, which MLflow sends at once
-OLDEST = 300.0  # seconds; MLflow's last attempt comes about ten after the first, as of then
-AHEAD = 60.0  # by which the clocks of two hosts may differ
-MOST_CONNECTIONS = 100  # at a time; MLflow tries again where one is refused
-REMEMBERED = 600.0  # longer than a delivery may be old, so that none can come twice
+BODY_SECONDS = 20.0  # MLflow sends a body at once
+MAX_AGE_SECONDS = 300.0  # MLflow's last attempt comes about ten seconds after the first
+MAX_SKEW_SECONDS = 60.0  # between the clocks of two hosts
+MAX_CONNECTIONS = 100  # at a time; MLflow repeats a refused delivery
+MEMORY_SECONDS = 600.0  # longer than the greatest age, so that no delivery counts twice
 
 Event = dict[str, Any]
 Answer = tuple[int, str]
@@ -62,34 +62,34 @@ def handle(
 
     Args:
         headers: of the request.
-        body: its raw bytes, which are what was signed.
+        body: its raw bytes, which the signature covers.
         secret: shared with MLflow.
         now: seconds since 1970.
-        emit: hands an event to Prefect, or raises `Unavailable`.
-        remembered: the deliveries that were handed over, with their time; changed in place.
+        emit: sends an event to Prefect, or raises `Unavailable`.
+        remembered: the accepted deliveries with their time; changed in place.
 
     Returns:
         The status and a line of text.
     """
     if len(body) > MAX_BYTES:
         return 413, f"more than {MAX_BYTES} bytes"
-    given = {name.lower(): value for name, value in headers.items()}
-    delivery = given.get("x-mlflow-delivery-id")
-    sent = given.get("x-mlflow-timestamp")
-    signature = given.get("x-mlflow-signature")
+    by_name = {name.lower(): value for name, value in headers.items()}
+    delivery = by_name.get("x-mlflow-delivery-id")
+    sent = by_name.get("x-mlflow-timestamp")
+    signature = by_name.get("x-mlflow-signature")
     if not delivery or not sent or not signature:
         return 400, "not a signed delivery of MLflow"
     if not (sent.isascii() and sent.isdigit() and len(sent) <= 12):
-        return 400, "the timestamp is no number"
+        return 400, "the timestamp is not a number"
     expected = sign(secret, delivery, sent, body)
     if not hmac.compare_digest(expected.encode(), signature.encode()):
         return 401, "wrong signature"
-    if not now - OLDEST <= int(sent) <= now + AHEAD:
+    if not now - MAX_AGE_SECONDS <= int(sent) <= now + MAX_SKEW_SECONDS:
         return 401, "too old, or from the future"
-    for known in [known for known, when in remembered.items() if when < now - REMEMBERED]:
+    for known in [known for known, when in remembered.items() if when < now - MEMORY_SECONDS]:
         remembered.pop(known, None)
     if delivery in remembered:
-        return 200, "handed over before"
+        return 200, "accepted before"
     try:
         event = event_of(json.loads(body), delivery, int(sent))
     except (ValueError, RecursionError) as error:
@@ -102,7 +102,7 @@ def handle(
         log.warning("%s: %s", delivery, error.message())
         return 502, "Prefect did not take the event"
     remembered[delivery] = now
-    return 200, "handed over"
+    return 200, "accepted"
 
 
 def sign(secret: str, delivery: str, sent: str, body: bytes) -> str:
@@ -113,10 +113,10 @@ def sign(secret: str, delivery: str, sent: str, body: bytes) -> str:
 
 
 def event_of(message: Any, delivery: str, sent: int) -> Event | None:
-    """The event that a delivery is about; None where it is not about a new model of a line.
+    """The event of a delivery; None if it is not about a new model of a line.
 
     Raises:
-        ValueError: it is no message of MLflow's.
+        ValueError: it is not a message of MLflow.
     """
     if not isinstance(message, dict) or not isinstance(message.get("data"), dict):
         raise ValueError("not a message of MLflow")  # noqa: TRY004
@@ -125,12 +125,12 @@ def event_of(message: Any, delivery: str, sent: int) -> Event | None:
         return None
     named, tags = task_of(str(data.get("name"))), data.get("tags") or {}
     if not isinstance(tags, dict):
-        raise ValueError("the tags are no names with values")  # noqa: TRY004
+        raise ValueError("the tags are not a mapping")  # noqa: TRY004
     if named is None or VERSION_TAG in tags:
-        return None  # of another kind, or an image that we made ourselves
+        return None  # of another kind, or our own projection
     number = str(data.get("version"))
     if not (number.isascii() and number.isdigit() and len(number) <= 12):
-        raise ValueError("the version is no number")
+        raise ValueError("the version is not a number")
     line, task = named
     return {
         "id": _event_id(delivery),
@@ -161,10 +161,10 @@ def application(secret: str, emit: Callable[[Event], None]) -> "Starlette":
     async def webhook(request: Request) -> PlainTextResponse:
         body = b""
         try:
-            async with asyncio.timeout(PATIENCE):
+            async with asyncio.timeout(BODY_SECONDS):
                 async for part in request.stream():
                     body += part
-                    if len(body) > MAX_BYTES:  # whoever sends it is not waited for
+                    if len(body) > MAX_BYTES:  # the answer needs no more of it
                         break
         except TimeoutError:
             return PlainTextResponse("the body took too long", 408)
@@ -202,11 +202,11 @@ def serve(
     """Receive until the process is stopped.
 
     Args:
-        host: the address to listen on; by default nobody else's machine can reach it.
+        host: the address to listen on; by default other machines cannot reach it.
         port: 0 takes a free one.
         secret: shared with MLflow.
-        prefect_api_url: where events go.
-        started: is told the address.
+        prefect_api_url: the server that gets the events.
+        started: receives the address.
 
     Raises:
         BadInput: there is no secret.
@@ -223,7 +223,7 @@ def serve(
         raise Unavailable(
             f"cannot listen on {host} port {port}",
             found=error.strerror or str(error),
-            hint="stop what listens there, or choose another --port",
+            hint="stop the program that listens there, or choose another --port",
         ) from error
     with listener:
         number = listener.getsockname()[1]
@@ -233,21 +233,21 @@ def serve(
             log_level="warning",
             access_log=False,
             server_header=False,
-            limit_concurrency=MOST_CONNECTIONS,
+            limit_concurrency=MAX_CONNECTIONS,
             lifespan="off",
         )
         uvicorn.Server(config).run(sockets=[listener])
 
 
 def check_secret(secret: str) -> str:
-    """The secret, if it is one.
+    """Return the secret.
 
     Raises:
-        BadInput: it is missing or short enough to be guessed.
+        BadInput: it is missing, or short enough to be guessed.
     """
     if len(secret) < 16:
         raise BadInput(
-            f"{SECRET_VARIABLE} holds no secret",
+            f"{SECRET_VARIABLE} is missing or too short",
             expected="16 characters or more, the same as in MLflow's webhook",
             found=f"{len(secret)} characters",
             hint="make one with: python -c 'import secrets; print(secrets.token_urlsafe(32))'",
@@ -258,9 +258,9 @@ def check_secret(secret: str) -> str:
 def register_webhook(
     mlflow_uri: str, url: str, secret: str
 ) -> Literal["created", "repaired", "unchanged"]:
-    """Let an MLflow server tell a receiver of new model versions; again is harmless.
+    """Make an MLflow server send new model versions to a receiver; may run again.
 
-    MLflow never shows a secret, so that it is set anew each time.
+    MLflow never shows a secret, so this sets it each time.
 
     Raises:
         BadInput: this MLflow has no webhooks, or refuses the address.
@@ -268,9 +268,9 @@ def register_webhook(
     """
     if not mlflow_uri.startswith(("http://", "https://")):
         raise BadInput(
-            f"MLflow at {without_credentials(mlflow_uri)} fires no webhooks",
+            f"MLflow at {without_credentials(mlflow_uri)} sends no webhooks",
             expected="the http address of an MLflow server",
-            hint="the schedule finds what is registered without a server",
+            hint="without a server, the schedule finds new models",
         )
     from mlflow.exceptions import MlflowException
 
@@ -291,29 +291,27 @@ def register_webhook(
 
 
 def _registered(client: Any, url: str, secret: str) -> Literal["created", "repaired", "unchanged"]:
-    wanted = "model_version.created"
+    event = "model_version.created"
     ours = [hook for hook in _webhooks(client) if hook.name == NAME]
     if not ours:
         client.create_webhook(
-            NAME, url, [wanted], "Tells restitch of new model versions.", secret, "ACTIVE"
+            NAME, url, [event], "Sends new model versions to restitch.", secret, "ACTIVE"
         )
         return "created"
     first, *others = sorted(ours, key=lambda hook: (hook.creation_timestamp, hook.webhook_id))
-    for other in others:  # two hosts made it at the same moment
+    for other in others:  # two hosts made one at the same moment
         client.delete_webhook(other.webhook_id)
-    events = [f"{event.entity.value}.{event.action.value}" for event in first.events]
-    same = (first.url, events, str(first.status)) == (url, [wanted], "ACTIVE")
-    client.update_webhook(
-        first.webhook_id, url=url, events=[wanted], secret=secret, status="ACTIVE"
-    )
+    events = [f"{one.entity.value}.{one.action.value}" for one in first.events]
+    same = (first.url, events, str(first.status)) == (url, [event], "ACTIVE")
+    client.update_webhook(first.webhook_id, url=url, events=[event], secret=secret, status="ACTIVE")
     return "unchanged" if same and not others else "repaired"
 
 
 def _webhooks(client: Any) -> list[Any]:
-    found, token = [], None
+    webhooks, token = [], None
     while True:
         page = client.list_webhooks(max_results=100, page_token=token)
-        found.extend(page)
+        webhooks.extend(page)
         token = page.token
         if not token:
-            return found
+            return webhooks

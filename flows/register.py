@@ -28,9 +28,10 @@ from restitch.tasks.inputs.task_data import same_task
 from restitch.tasks.runtime.console import say, working
 from restitch.tasks.runtime.events import MODEL_REGISTERED, announce, has_workers
 from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.run_progress import run_progress
 from restitch.tasks.runtime.workspace import actor, workspace
 
-LOOK_EVERY_SECONDS = 0.5
+LOOK_EVERY_SECONDS, REPORT_EVERY_SECONDS = 0.5, 2.0
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,8 @@ def _handed_over(
 ) -> RegisterOutcome:
     """What workers make of a model: at once, or when it is decided."""
     deadline = None if timeout is None else time.monotonic() + timeout
-    with working(f"waiting for {task} version {version} to be merged"):
+    report_at, reported = 0.0, ""
+    with working(f"waiting for {task} version {version} to be merged") as show_percent:
         while wait and not _is_decided(ledger.state(), ledger, task, version):
             if deadline is not None and time.monotonic() > deadline:
                 raise Unavailable(
@@ -184,6 +186,16 @@ def _handed_over(
                     hint="nothing is lost: `restitch status --watch` follows it, "
                     "`restitch doctor` tells what is missing",
                 )
+            if time.monotonic() >= report_at:
+                report_at = time.monotonic() + REPORT_EVERY_SECONDS
+                state = _state(ledger, task, version)
+                run, percent = run_progress(ledger.line, task, state) or ("no run yet", None)
+                message = f"{task} version {version} is {state}: {run}"
+                if message != reported:
+                    say(message)
+                    reported = message
+                if percent is not None:
+                    show_percent(round(percent), 100)
             time.sleep(LOOK_EVERY_SECONDS)
     outcome = _outcome(ledger, task, version, already)
     return replace(outcome, handed_over=True)

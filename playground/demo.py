@@ -24,6 +24,8 @@ from rich.console import Console
 from playground.make import World, make_world
 from restitch.cli.render import audit as render_audit
 from restitch.cli.render import lines as render
+from restitch.cli.render import models as render_models
+from restitch.cli.render import operations as render_operations
 from restitch.cli.reporter import TerminalReporter
 from restitch.deployments.local.stack import down, up
 from restitch.merging.errors import RestitchError, Unavailable
@@ -67,7 +69,7 @@ def run(state: Path, size: str, keep: bool) -> None:
     fresh_home(state)
     home = Home.from_environment()
     try:
-        render.up(up(home, WORKERS, say=say).as_dict(), out)
+        render_operations.up(up(home, WORKERS, say=say).as_dict(), out)
         line = start_line(world, state, out)
         register_all(world, line, out)
         finish(state, line, out)
@@ -168,7 +170,7 @@ def finish(state: Path, line: str, out: Console) -> None:
     out.rule("5. the line")
     render_audit.versions(versions(line), out)
     exported = export_version(line, "champion", state / "champion", overwrite=True)
-    render.exported(exported.as_dict(), out)
+    render_models.exported(exported.as_dict(), out)
 
 
 def say_where_to_look(state: Path, keep: bool, out: Console) -> None:

@@ -1,4 +1,4 @@
-"""The commands, grouped as `restitch --help` shows them.
+"""The commands, one file per subject; each checks its arguments before it imports torch.
 
-`cli.main` imports it.
+`cli.main` imports them and gives each its place in `restitch --help`.
 """

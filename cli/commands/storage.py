@@ -1,12 +1,11 @@
-"""Commands about the store itself, and not about one line in it."""
+"""Commands about the store itself."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from restitch.cli.app import Json, app, show_result
-from restitch.cli.render.formats import size
+from restitch.cli.app import Json, show_result
+from restitch.cli.render import storage as render
 
 store = typer.Typer(
     name="store",
@@ -14,9 +13,8 @@ store = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
-app.add_typer(store)
 
-Address = "A folder, as RESTITCH_HOME/store, or s3://bucket/prefix."
+Address = "A folder, such as RESTITCH_HOME/store, or s3://bucket/prefix."
 
 
 @store.command()
@@ -25,17 +23,30 @@ def copy(
     target: Annotated[str, typer.Argument(metavar="TO", help=Address)],
     as_json: Json = False,
 ) -> None:
-    """Copy a store into an empty one, or go on with a copy that was interrupted.
+    """Copy a store into an empty one, or continue an interrupted copy.
 
-    Every object is compared with its digest on its way; heads are written last.
+    Every object is compared with its digest; the lines' states are written last.
     """
     from restitch.flows.storage.store_copy import copy_store
 
-    show_result(copy_store(source, target).as_dict(), as_json, _copied)
+    show_result(copy_store(source, target).as_dict(), as_json, render.copied)
 
 
-def _copied(found: dict[str, Any], out: Console) -> None:
-    out.print(f"{found['target']}: lines {', '.join(found['lines'])}", soft_wrap=True)
-    out.print(
-        f"  {found['copied']} objects copied ({size(found['bytes'])}), {found['there']} were there"
-    )
+def gc(
+    older_than: Annotated[
+        str, typer.Option(metavar="AGE", help="Keep younger objects; such as 24h, 90m or 7d.")
+    ] = "24h",
+    yes: Annotated[
+        bool, typer.Option("--yes", help="Remove the objects; without, only list them.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """List the objects that nothing in the store refers to, and with --yes remove them.
+
+    Everything that a line, one of its versions or an audit entry names stays.
+    """
+    from restitch.flows.storage.gc import collect
+    from restitch.registry.sizes import parse_age
+
+    outcome = collect(parse_age(older_than), remove=yes)
+    show_result(outcome.as_dict(), as_json, render.collected)

@@ -1,4 +1,4 @@
-"""How results look in a terminal, made from the same values as `--json`.
+"""The look of results in a terminal, made from the same values as `--json`.
 
-The commands import it.
+The commands and the playground import it.
 """

@@ -1,19 +1,25 @@
-"""How the answers to an auditor look in a terminal, from the same values as `--json`."""
-
-from typing import Any
+"""The look of the answers to an auditor, and of people's decisions."""
 
 from rich.console import Console
 
-from restitch.cli.render.formats import number, percent, size, table_of, text, with_interval
+from restitch.cli.render.formats import (
+    Values,
+    number,
+    numbered,
+    percent,
+    size,
+    table_of,
+    text,
+    with_interval,
+    write,
+)
 from restitch.cli.render.lines import of_specialists, remerged, results
 
-Values = dict[str, Any]
 
-
-def history(found: Values, out: Console) -> None:
+def history(result: Values, out: Console) -> None:
     """The audit trail."""
     table = table_of("no", "time", "act", "by", "champion", "why")
-    for act in found["acts"]:
+    for act in result["acts"]:
         table.add_row(
             str(act["sequence"]),
             _time(act["time"]),
@@ -23,14 +29,14 @@ def history(found: Values, out: Console) -> None:
             act["reason"],
         )
     out.print(table)
-    if not found["acts"]:
-        out.print("no such act")
+    if not result["acts"]:
+        write(out, "no acts")
 
 
-def versions(found: Values, out: Console) -> None:
-    """The merged versions of a line."""
+def versions(result: Values, out: Console) -> None:
+    """All merged versions of a line."""
     table = table_of("version", "mean", "normalized", "retention", "made", "by", "members")
-    for version in found["versions"]:
+    for version in result["versions"]:
         made_by = version["made_by"] if isinstance(version["made_by"], dict) else {}
         role = version["role"] or ("" if version["passed"] else "failed")
         table.add_row(
@@ -41,28 +47,28 @@ def versions(found: Values, out: Console) -> None:
             + _ends(version["retention_interval"], "({low:.2f}-{high:.2f})"),
             version["created_at"][:16].replace("T", " "),
             str(made_by.get("actor", "")),
-            ", ".join(f"{task} {n}" for task, n in version["members"].items()),
+            numbered(version["members"]),
         )
     out.print(table)
-    for version in found["versions"]:
+    for version in result["versions"]:
         if version["specialists"] is not None:
-            _say(out, f"  version {version['version']}: {of_specialists(version['specialists'])}")
+            write(out, f"  version {version['version']}: {of_specialists(version['specialists'])}")
 
 
-def as_of(found: Values, out: Console) -> None:
-    """What was in use at a time."""
-    used = found["champion"]
+def as_of(result: Values, out: Console) -> None:
+    """The version in use at a time, with its members."""
+    used = result["champion"]
     if used is None:
-        _say(out, f"{found['line']} at {found['as_of']}: no version was in use")
+        write(out, f"{result['line']} at {result['as_of']}: no version was in use")
         return
-    _say(out, f"{found['line']} at {found['as_of']}: version {used['version']} was in use")
-    _say(out, f"  {used['act']} by {used['by']} at {used['since']}: {used['why']}")
+    write(out, f"{result['line']} at {result['as_of']}: version {used['version']} was in use")
+    write(out, f"  {used['act']} by {used['by']} at {used['since']}: {used['why']}")
     kept = used["retention"]
     ratio = "-" if kept is None else with_interval(kept["ratio"], kept["ratio_interval"])
-    _say(
+    write(
         out,
         f"  normalized {number(used['mean_normalized'])}, retention {ratio}, "
-        f"patch {used['patch'][:16]}{', pinned' if found['pinned'] else ''}",
+        f"patch {used['patch'][:16]}{', pinned' if result['pinned'] else ''}",
     )
     table = table_of("member", "version", "weights", "mask", "source")
     for task, member in used["members"].items():
@@ -76,46 +82,46 @@ def as_of(found: Values, out: Console) -> None:
     out.print(table)
 
 
-def show(found: Values, out: Console) -> None:
+def show(result: Values, out: Console) -> None:
     """One merged version."""
-    role = f" ({found['role']})" if found["role"] else ""
-    made_by = found["made_by"] if isinstance(found["made_by"], dict) else {}
+    role = f" ({result['role']})" if result["role"] else ""
+    made_by = result["made_by"] if isinstance(result["made_by"], dict) else {}
     by = "".join(f" {word} {made_by[key]}" for word, key in _MAKERS if key in made_by)
-    made = f"made {found['created_at'][:19]} UTC{by}"
-    _say(out, f"{found['line']} version {found['version']}{role}, {made}")
-    results(found, out)
-    _intervals(found["results"], out)
-    for gate in found["gates"]:
+    made = f"made {result['created_at'][:19]} UTC{by}"
+    write(out, f"{result['line']} version {result['version']}{role}, {made}")
+    results(result, out)
+    _intervals(result["results"], out)
+    for gate in result["gates"]:
         mark = "passed" if gate["passed"] else "failed" if gate["action"] == "block" else "warned"
-        _say(out, f"  {mark}: {gate['note'] or gate['gate']}{_ends(gate['interval'])}")
-    method = found["recipe"]["method"]
-    _say(out, f"  method {method['name']} {method['version']} {method['settings']}")
-    if "tournament" in found["facts"]:
-        _tournament(found["facts"]["tournament"], out)
-    _members(found["members"], out)
-    _say(
+        write(out, f"  {mark}: {gate['note'] or gate['gate']}{_ends(gate['interval'])}")
+    method = result["recipe"]["method"]
+    write(out, f"  method {method['name']} {method['version']} {method['settings']}")
+    if "tournament" in result["facts"]:
+        _selection(result["facts"]["tournament"], out)
+    _members(result["members"], out)
+    write(
         out,
-        f"  recipe {found['recipe_digest'][:16]}, patch {found['patch'][:16]}: "
-        f"{found['kept']:,} weights, {size(found['patch_bytes'])}",
+        f"  recipe {result['recipe_digest'][:16]}, patch {result['patch'][:16]}: "
+        f"{result['kept']:,} weights, {size(result['patch_bytes'])}",
     )
-    if found["specialists"] is not None:
-        _say(out, f"  {of_specialists(found['specialists'])}")
-    _say(out, "  seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in found["timings"].items()))
-    _say(out, "  with " + ", ".join(f"{k} {v}" for k, v in found["software"].items()))
+    if result["specialists"] is not None:
+        write(out, f"  {of_specialists(result['specialists'])}")
+    write(out, "  seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in result["timings"].items()))
+    write(out, "  with " + ", ".join(f"{k} {v}" for k, v in result["software"].items()))
     for name in ("mlflow", "prefect"):
-        if found["links"][name]:
-            _say(out, f"  {name} {found['links'][name]}")
+        if result["links"][name]:
+            write(out, f"  {name} {result['links'][name]}")
 
 
-def _members(found: Values, out: Console) -> None:
-    """The members of a version: what each adds, what finding it took, where it was read."""
-    weighed = any("statistics_seconds" in member["facts"] for member in found.values())
+def _members(result: Values, out: Console) -> None:
+    """The members of a version: their masks, the cost of finding them, and their sources."""
+    weighed = any("statistics_seconds" in member["facts"] for member in result.values())
     table = table_of(
         *("member", "version", "density", "delta", "seconds"),
         *(["statistics", "seconds"] if weighed else []),
         *("weights", "mask", "source"),
     )
-    for task, member in found.items():
+    for task, member in result.items():
         facts = member["facts"]
         statistics = (
             size(facts.get("statistics_bytes")),
@@ -135,54 +141,57 @@ def _members(found: Values, out: Console) -> None:
     out.print(table)
 
 
-def _tournament(found: Values, out: Console) -> None:
-    """Who competed for the version, the best first; values of the last rows that each was asked."""
-    rows = found["rounds"][-1]["rows"]
-    _say(out, f"  won by {', '.join(f'{count} rows of {task}' for task, count in rows.items())}:")
-    table = table_of(
-        "contestant", "score", "mean", "retention", "round", *found["entrants"][0]["tasks"]
+def _selection(result: Values, out: Console) -> None:
+    """The methods that competed for the version, the best first, by their last round."""
+    rows = result["rounds"][-1]["rows"]
+    write(
+        out, f"  chosen by {', '.join(f'{count} rows of {task}' for task, count in rows.items())}:"
     )
-    for one in found["entrants"]:
+    table = table_of(
+        "contestant", "score", "mean", "retention", "round", *result["entrants"][0]["tasks"]
+    )
+    for one in result["entrants"]:
         table.add_row(
             one["label"],
             number(one["score"]),
             number(one["mean"]),
             number(one["retention"]) + ("" if one["meets"] else " (too low)"),
-            f"{one['round']} of {len(found['rounds'])}",
+            f"{one['round']} of {len(result['rounds'])}",
             *(number(value) for value in one["tasks"].values()),
         )
     out.print(table)
-    if waiting := found.get("waiting"):
-        _say(
-            out, f"  {len(waiting)} waited for their turn: {', '.join(o['name'] for o in waiting)}"
-        )
-    if found["reported"]:
-        _say(out, f"  {', '.join(found['reported'])}: results are reported on rows that decided")
+    if waiting := result.get("waiting"):
+        write(out, f"  {len(waiting)} did not take part: {', '.join(o['name'] for o in waiting)}")
+    if result["reported"]:
+        tasks = ", ".join(result["reported"])
+        write(out, f"  {tasks}: the results are from the rows that chose the method")
 
 
 _MAKERS = (("by", "actor"), ("on", "host"), ("as", "worker"))
 
 
-def reported(found: Values, out: Console) -> None:
-    """What was written."""
-    pages = len(found["files"]) - 1
+def reported(result: Values, out: Console) -> None:
+    """The report that was written."""
+    pages = len(result["files"]) - 1
     plots = f" with {pages} plots" if pages else ""
-    _say(
+    write(
         out,
-        f"{found['line']} version {found['version']}: {found['out']}/{found['files'][0]}{plots}",
+        f"{result['line']} version {result['version']}: "
+        f"{result['out']}/{result['files'][0]}{plots}",
     )
 
 
-def diff(found: Values, out: Console) -> None:
-    """What one version has otherwise than another."""
-    _say(out, f"{found['line']}: version {found['b']} against version {found['a']}")
-    for word, names in found["members"].items():
+def diff(result: Values, out: Console) -> None:
+    """The differences of two versions."""
+    write(out, f"{result['line']}: version {result['b']} compared with version {result['a']}")
+    for word, names in result["members"].items():
         for task, model in names.items():
-            _say(out, f"  {word}: {task} {_arrow(model)}")
-    for path, old, new in found["settings"]:
-        _say(out, f"  {path}: {text(old)} -> {text(new)}")
-    rows = found["results"] + ([found["retention"]] if found["retention"] else [])
-    table = table_of("task", str(found["a"]), str(found["b"]), "difference", "95 %", "p", "verdict")
+            write(out, f"  {word}: {task} {_arrow(model)}")
+    for path, old, new in result["settings"]:
+        write(out, f"  {path}: {text(old)} -> {text(new)}")
+    rows = result["results"] + ([result["retention"]] if result["retention"] else [])
+    a, b = str(result["a"]), str(result["b"])
+    table = table_of("task", a, b, "difference", "95 %", "p", "verdict")
     for row in rows:
         table.add_row(
             row["task"],
@@ -194,21 +203,21 @@ def diff(found: Values, out: Console) -> None:
             row["verdict"],
         )
     out.print(table)
-    weights = found["weights"]
-    _say(
+    weights = result["weights"]
+    write(
         out, f"  {weights['differ']:,} weights differ, of {weights['of']:,} in the tensors touched"
     )
     for kind in ("layer", "component"):
         counts = weights[f"by_{kind}"].items()
         if counts:
-            _say(out, f"  by {kind}: " + ", ".join(f"{name} {n:,}" for name, n in counts))
+            write(out, f"  by {kind}: " + ", ".join(f"{name} {n:,}" for name, n in counts))
 
 
-def why(found: Values, out: Console) -> None:
-    """How a task fared over the versions."""
-    _say(out, f"{found['line']}: {found['task']} over the merged versions")
+def why(result: Values, out: Console) -> None:
+    """The accuracy of a task over the versions."""
+    write(out, f"{result['line']}: {result['task']} over the merged versions")
     table = table_of("version", "made", "model", "merged", "95 %", "change", "p")
-    for step in found["versions"]:
+    for step in result["versions"]:
         change = "-" if step["change"] is None else f"{step['change']:+.3f}"
         table.add_row(
             f"{step['version']} {step['role'] or ('' if step['passed'] else 'failed')}".rstrip(),
@@ -221,91 +230,94 @@ def why(found: Values, out: Console) -> None:
         )
     out.print(table)
     before = None
-    for step in found["versions"]:
+    for step in result["versions"]:
         if step["significant"] or step["model"] != before:
             changed = _changes(step["members"]) + ("; another method" if step["settings"] else "")
-            _say(out, f"  version {step['version']}: {changed}")
+            write(out, f"  version {step['version']}: {changed}")
         before = step["model"]
-    _say(out, "  * more than chance would make of the same rows (McNemar's mid-p test, 5 %)")
+    write(out, "  * significant on the same rows (McNemar's mid-p test, 5 %)")
 
 
-def verified(found: Values, out: Console) -> None:
-    """What a verification found."""
-    rebuilt, looked = len(found["rebuilt"]), len(found["versions"])
-    _say(out, f"{found['line']}: {'intact' if found['intact'] else 'DAMAGED'}")
-    _say(out, f"  {found['acts']} acts in an unbroken chain, {found['objects']} objects compared")
-    _say(out, f"  {rebuilt} of {looked} merged versions rebuilt from their recipes, byte for byte")
-    if found["mlflow"]:
-        _say(out, "  every act that MLflow shows is in the trail")
-    for finding in found["findings"]:
+def verified(result: Values, out: Console) -> None:
+    """The findings about one line."""
+    rebuilt, versions = len(result["rebuilt"]), len(result["versions"])
+    write(out, f"{result['line']}: {'intact' if result['intact'] else 'DAMAGED'}")
+    acts, objects = result["acts"], result["objects"]
+    write(out, f"  {acts} acts in an unbroken chain, {objects} objects compared")
+    write(
+        out, f"  {rebuilt} of {versions} merged versions rebuilt from their recipes, byte for byte"
+    )
+    if result["mlflow"]:
+        write(out, "  every act in MLflow is in the trail")
+    for finding in result["findings"]:
         mark = "DAMAGE" if finding["kind"] == "damage" else "note"
         style = "red" if finding["kind"] == "damage" else "yellow"
-        _say(out, f"  {mark}: {finding['subject']}: {finding['text']}", style)
-    claim = found["claim"]
+        write(out, f"  {mark}: {finding['subject']}: {finding['text']}", style)
+    claim = result["claim"]
     if claim is not None:
-        for digest, what in claim["digests"].items():
-            _say(out, f"  {digest} is {what}")
+        for digest, use in claim["digests"].items():
+            write(out, f"  {digest} is {use}")
         if claim["present_in"]:
-            _say(out, f"  it is in version {_list(claim['present_in'])}", "red")
+            write(out, f"  it is in version {_list(claim['present_in'])}", "red")
         if claim["absent_from"]:
-            said = f"  it is not in version {_list(claim['absent_from'])}: rebuilt without it"
-            _say(out, said)
+            absent = _list(claim["absent_from"])
+            write(out, f"  it is not in version {absent}: rebuilt without it")
 
 
-def all_verified(found: Values, out: Console) -> None:
-    """What a verification of lines and of their store found."""
-    for line in found["lines"]:
+def all_verified(result: Values, out: Console) -> None:
+    """The findings about lines and about their store."""
+    for line in result["lines"]:
         verified(line, out)
-    store = found["store"]
+    store = result["store"]
     if store is None:
         return
-    _say(out, f"the store: {'intact' if store['intact'] else 'DAMAGED'}")
-    _say(out, f"  {store['objects']} objects ({size(store['bytes'])})")
-    _say(out, f"  {store['compared']} of them compared with the digests that they are stored under")
+    write(out, f"the store: {'intact' if store['intact'] else 'DAMAGED'}")
+    write(out, f"  {store['objects']} objects ({size(store['bytes'])})")
+    write(out, f"  {store['compared']} of them compared with their digests")
     if store["mlflow"]:
-        _say(out, f"  MLflow compared with line {', '.join(store['mlflow'])}")
+        write(out, f"  MLflow compared with the lines {', '.join(store['mlflow'])}")
     for one in store["damaged"]:
         _damaged(one, out)
     if store["orphans"]:
         many, much = len(store["orphans"]), size(store["orphan_bytes"])
-        _say(out, f"  nothing refers to {many} objects ({much}); `restitch gc` removes them")
+        write(out, f"  nothing refers to {many} objects ({much}); `restitch gc` removes them")
     for note in store["notes"]:
-        _say(out, f"  note: {note}", "yellow")
+        write(out, f"  note: {note}", "yellow")
 
 
 def _damaged(one: Values, out: Console) -> None:
-    word, style = ("MENDED", "yellow") if one["mended"] else ("DAMAGE", "red")
-    _say(out, f"  {word}: {one['object']}: {one['problem']}", style)
-    for what in one["what"]:
-        _say(out, f"    it is {what}")
+    word, style = ("REPAIRED", "yellow") if one["mended"] else ("DAMAGE", "red")
+    write(out, f"  {word}: {one['object']}: {one['problem']}", style)
+    for use in one["what"]:
+        write(out, f"    it is {use}")
     if one["depends"]:
-        _say(out, f"    needed by {', '.join(one['depends'])}")
+        write(out, f"    needed by {', '.join(one['depends'])}")
     if one["outcome"] is not None:
-        _say(out, f"    {one['outcome']}")
+        write(out, f"    {one['outcome']}")
     elif one["remedy"] is None:
-        _say(out, "    it can only be restored from a backup")
+        write(out, "    only a backup can restore it")
     else:
-        _say(out, f"    --repair can make it again from {one['remedy']}")
+        write(out, f"    --repair can make it again from {one['remedy']}")
 
 
-def decided(found: Values, out: Console) -> None:
-    """What a decision did."""
-    if not found["done"]:
-        _say(out, f"{found['line']}: nothing to do, it was decided before")
+def decided(result: Values, out: Console) -> None:
+    """A decision and its effects."""
+    if not result["done"]:
+        write(out, f"{result['line']}: nothing to do, this was decided before")
     else:
-        _say(out, f"{found['line']}: {found['act']}: {found['reason']}")
-        used = "no version" if found["champion"] is None else f"version {found['champion']}"
-        _say(out, f"  {used} is in use{', pinned' if found['pinned'] else ''}")
-    for note in found["notes"]:
-        _say(out, f"  {note}", "yellow")
-    if found["handed_over"]:
-        _say(out, "  the workers merge: `restitch status --watch` follows them")
-    if found["merged"] is not None:
-        remerged(found["merged"], out)
+        write(out, f"{result['line']}: {result['act']}: {result['reason']}")
+        used = "no version" if result["champion"] is None else f"version {result['champion']}"
+        write(out, f"  {used} is in use{', pinned' if result['pinned'] else ''}")
+    for note in result["notes"]:
+        write(out, f"  {note}", "yellow")
+    if result["handed_over"]:
+        write(out, "  the workers merge; follow them with `restitch status --watch`")
+    if result["merged"] is not None:
+        remerged(result["merged"], out)
 
 
 def _intervals(measured: Values, out: Console) -> None:
-    """The 95 % intervals beside those of the merged values, which the results show."""
+    """The other 95 % intervals; the results have those of the merged values."""
     names = ("base", "finetuned", "grafted")
     table = table_of("95 % of", *names)
     for task, result in measured.items():
@@ -338,7 +350,3 @@ def _ends(interval: Values | None, form: str = "({low:.3f} to {high:.3f})") -> s
 
 def _time(iso: str) -> str:
     return iso[:19].replace("T", " ")
-
-
-def _say(out: Console, line: str, style: str | None = None) -> None:
-    out.print(line, style=style, markup=False, soft_wrap=True)

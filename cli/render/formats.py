@@ -1,13 +1,29 @@
-"""How numbers, sizes and tables look in a terminal, in one place."""
+"""The look of numbers, sizes, lines and tables."""
 
+import sys
 from collections.abc import Mapping
+from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
+Values = dict[str, Any]
+
+_PIPE_WIDTH = 10_000
 _BREAKS = {"members", "source", "task", "why", "changed"}
-_MEASURED = {"retention"}  # a number, and its interval on the next line where it must
+_MEASURED = {"retention"}  # a number; its interval may go to the next line
 _LEAST = {"task": None, "retention": 11}
 _WORDS = _BREAKS | {"state", "member", "made", "by", "mask", "weights", "time", "act", "verdict"}
+
+
+def console() -> Console:
+    """Standard output; neither wrapped nor cut where it is no terminal."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _PIPE_WIDTH)
+
+
+def write(out: Console, line: str, style: str | None = None) -> None:
+    """Print a line as it is; the terminal wraps it."""
+    out.print(line, style=style, markup=False, soft_wrap=True)
 
 
 def table_of(*columns: str) -> Table:
@@ -15,7 +31,7 @@ def table_of(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         words = column in _WORDS
-        # Names may break into lines; a number or a time that does is not one any more.
+        # Names may break into lines; numbers and times must not.
         table.add_column(
             column,
             justify="left" if words else "right",
@@ -49,13 +65,39 @@ def text(value: object) -> str:
     return "-" if value is None else str(value)
 
 
+def numbered(members: Mapping[str, Any]) -> str:
+    """Tasks with their versions: `colour 2, number 1`."""
+    return ", ".join(f"{task} {version}" for task, version in members.items())
+
+
+def changed(key: str, old: Any, new: Any) -> list[str]:
+    """A changed setting as `key: old -> new`, one line for each value in a group of settings."""
+    if isinstance(old, dict) or isinstance(new, dict):
+        before, after = (value if isinstance(value, dict) else {} for value in (old, new))
+        return [
+            line
+            for name in sorted(before.keys() | after.keys())
+            if before.get(name) != after.get(name)
+            for line in changed(f"{key}.{name}", before.get(name), after.get(name))
+        ]
+    return [f"{key}: {_setting(old)} -> {_setting(new)}"]
+
+
+def _setting(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={_setting(one)}" for name, one in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_setting, value)) or "none"
+    return "none" if value is None else str(value)
+
+
 def with_half(value: float, interval: Mapping[str, float]) -> str:
-    """A number with half of its 95 % interval, where a table has many of them."""
+    """A number with half of its 95 % interval, for tables with many of them."""
     return f"{number(value)} ± {(interval['high'] - interval['low']) / 2:.3f}"
 
 
 def with_interval(value: float | None, interval: Mapping[str, float] | None) -> str:
-    """A number with its 95 % interval, where it has one."""
+    """A number with its 95 % interval, if it has one."""
     if value is None or interval is None:
         return number(value)
     return f"{number(value)} ({number(interval['low'])} to {number(interval['high'])})"

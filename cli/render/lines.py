@@ -1,207 +1,122 @@
-"""How results look in a terminal: one function per command, from the same values as `--json`."""
-
-from typing import Any
+"""The look of lines: made, changed, remerged, their status, and the results of a version."""
 
 from rich.console import Console
 
-from restitch.cli.render.formats import number, percent, size, table_of, text, with_interval
+from restitch.cli.render.formats import (
+    Values,
+    changed,
+    number,
+    percent,
+    size,
+    table_of,
+    text,
+    with_interval,
+    write,
+)
 
-Values = dict[str, Any]
 MOST_LINES = 10  # of one model's reason
 
+_REMERGED = {
+    "unchanged": "nothing changed; version {version} stays",
+    "empty": "no model is ready to be merged",
+    "promoted": "version {version} is the champion",
+    "rejected": "version {version} failed its gates; the champion is {champion}",
+    "candidate": "version {version} is a candidate: promotion is switched off",
+}
+_DECLARED = {
+    "declared": "is declared",
+    "changed": "is changed",
+    "unchanged": "is unchanged",
+}
 
-def init(found: Values, out: Console) -> None:
-    """What `init` did."""
-    localizable = found["localizable"]
-    if found["created"]:
-        out.print(f"made line {found['line']} on {found['base']}", markup=False, soft_wrap=True)
-    elif found["changes"]:
-        out.print(f"changed line {found['line']}", markup=False, soft_wrap=True)
-        for key, old, new in found["changes"]:
-            out.print(f"  {key}: {old} -> {new}", markup=False, soft_wrap=True)
+
+def init(result: Values, out: Console) -> None:
+    """A new or changed line, with one line of text per changed setting."""
+    if result["created"]:
+        write(out, f"made line {result['line']} on {result['base']}")
+    elif result["changes"]:
+        write(out, f"changed line {result['line']}")
+        for key, old, new in result["changes"]:
+            for line in changed(key, old, new):
+                write(out, f"  {line}")
     else:
-        out.print(f"line {found['line']} is as its file says", markup=False, soft_wrap=True)
-    out.print(
-        f"  localizable: {localizable['coordinates']:,} weights in {localizable['tensors']} tensors"
+        write(out, f"line {result['line']} is unchanged")
+    weights, tensors = (result["localizable"][key] for key in ("coordinates", "tensors"))
+    write(out, f"  localizable: {weights:,} weights in {tensors} tensors")
+
+
+def declared(result: Values, out: Console) -> None:
+    """A task that was declared without a model."""
+    write(out, f"{result['line']}: task {result['task']} {_DECLARED[result['action']]}")
+    if result["waiting"]:
+        versions = ", ".join(map(str, result["waiting"]))
+        write(out, f"  the next remerge takes up the waiting version {versions}")
+
+
+def remerged(result: Values, out: Console) -> None:
+    """The outcome of a remerge, the held models, and the results of the version."""
+    write(out, f"{result['line']}: {_REMERGED[result['action']].format(**result)}")
+    for model, checks in result["held"].items():
+        write(out, f"  held {model}: {'; '.join(checks)}", "yellow")
+    if result["record"] is not None:
+        results(result["record"], out)
+
+
+def status(result: Values, out: Console) -> None:
+    """Each line with its models."""
+    if not result["lines"]:
+        write(out, f"no lines in {result['home']}: make one with `restitch init FILE`")
+    for line in result["lines"]:
+        _line(line, out)
+
+
+def _line(line: Values, out: Console) -> None:
+    method = _method(line["method"])
+    write(out, f"{line['line']}  {line['family']}, {method}, base {line['base']}")
+    write(
+        out,
+        f"  champion {text(line['champion'])}, candidate {text(line['candidate'])}"
+        f"{', pinned' if line['pinned'] else ''}"
+        f", normalized {number(line['mean_normalized'])}"
+        f", retention {with_interval(line['retention'], line['retention_interval'])}",
     )
-
-
-def registered(found: Values, out: Console) -> None:
-    """What became of a registered model."""
-    already = "already " if found["already"] else ""
-    out.print(f"{found['task']}: {already}version {found['version']}, {found['state']}")
-    if found["reason"]:
-        out.print(found["reason"], style="yellow", markup=False, soft_wrap=True)
-    _facts(found["facts"], out)
-    if found["merged"] is not None:
-        remerged(found["merged"], out)
-    elif found["record"] is not None:
-        out.print(f"{found['line']}: version {found['champion']} is the champion", markup=False)
-        results(found["record"], out)
-    elif found["handed_over"] and found["state"] in ("registered", "ready"):
-        out.print("  the workers take over: `restitch status --watch` follows them")
-
-
-def declared(found: Values, out: Console) -> None:
-    """What became of a task without a model."""
-    says = {
-        "declared": "is declared",
-        "changed": "is described anew",
-        "unchanged": "is as its file says",
-    }
-    done = f"{found['line']}: task {found['task']} {says[found['action']]}"
-    out.print(done, markup=False, soft_wrap=True)
-    if found["waiting"]:
-        versions = ", ".join(map(str, found["waiting"]))
-        out.print(f"  the next remerge looks at what waits: version {versions}", markup=False)
-
-
-def remerged(found: Values, out: Console) -> None:
-    """What a remerge did."""
-    says = {
-        "unchanged": "nothing changed; version {version} stays as it is",
-        "empty": "no model is ready to be merged",
-        "promoted": "version {version} is the champion",
-        "rejected": "version {version} failed its gates; the champion is {champion}",
-        "candidate": "version {version} is a candidate: promotion is switched off",
-    }
-    out.print(
-        f"{found['line']}: {says[found['action']].format(**found)}", markup=False, soft_wrap=True
-    )
-    for model, checks in found["held"].items():
-        out.print(
-            f"  held {model}: {'; '.join(checks)}", style="yellow", markup=False, soft_wrap=True
+    if line["specialists"] is not None:
+        write(out, f"  {of_specialists(line['specialists'])}")
+    table = table_of("task", "version", "state", "in champion", "density", "delta", "merged")
+    for model in line["models"]:
+        table.add_row(
+            model["task"],
+            str(model["version"]),
+            model["state"],
+            "yes" if model["in_champion"] else "",
+            percent(model["density"]),
+            size(model["delta_bytes"]),
+            number(model["merged"]),
         )
-    if found["record"] is not None:
-        results(found["record"], out)
+    out.print(table)
+    if line["without_models"]:
+        write(out, f"  declared, without a model: {', '.join(line['without_models'])}")
+    for model in line["models"]:
+        if model["reason"] and model["state"] in ("quarantined", "held", "waiting"):
+            reason = _shortened(f"{model['task']} {model['version']}: {model['reason']}")
+            write(out, f"  {reason}", "yellow")
 
 
-def _method(found: Values) -> str:
-    if "tournament" not in found:
-        return str(found["name"])
-    names = ", ".join(one["name"] for one in found["tournament"])
-    most = found.get("at_most")
-    return f"the best of {names}" + ("" if most is None else f", at most {most} at each merge")
-
-
-def status(found: Values, out: Console) -> None:
-    """The present of lines."""
-    if not found["lines"]:
-        out.print(
-            f"no lines in {found['home']}: make one with `restitch init FILE`",
-            markup=False,
-            soft_wrap=True,
-        )
-    for line in found["lines"]:
-        method = _method(line["method"])
-        out.print(
-            f"{line['line']}  {line['family']}, {method}, base {line['base']}",
-            markup=False,
-            soft_wrap=True,
-        )
-        out.print(
-            f"  champion {text(line['champion'])}, candidate {text(line['candidate'])}"
-            f"{', pinned' if line['pinned'] else ''}"
-            f", normalized {number(line['mean_normalized'])}"
-            f", retention {with_interval(line['retention'], line['retention_interval'])}",
-            markup=False,
-        )
-        if line["specialists"] is not None:
-            out.print(f"  {of_specialists(line['specialists'])}", markup=False, soft_wrap=True)
-        table = table_of("task", "version", "state", "in champion", "density", "delta", "merged")
-        for model in line["models"]:
-            table.add_row(
-                model["task"],
-                str(model["version"]),
-                model["state"],
-                "yes" if model["in_champion"] else "",
-                percent(model["density"]),
-                size(model["delta_bytes"]),
-                number(model["merged"]),
-            )
-        out.print(table)
-        if line["without_models"]:
-            names = ", ".join(line["without_models"])
-            out.print(f"  declared, without a model: {names}", markup=False, soft_wrap=True)
-        for model in line["models"]:
-            if model["reason"] and model["state"] in ("quarantined", "held", "waiting"):
-                why = _shortened(f"{model['task']} {model['version']}: {model['reason']}")
-                out.print(f"  {why}", style="yellow", markup=False, soft_wrap=True)
-
-
-def of_specialists(found: Values) -> str:
-    """Which specialists a version has, what they take, and who made them when."""
-    room, maker = found["bytes"], found["made_by"] or {}
-    tasks = ", ".join(room.get("tasks", {}))
-    made = "" if found["made_at"] is None else f", made {found['made_at'][:19]} UTC"
+def of_specialists(specialists: Values) -> str:
+    """A version's specialists: for which tasks, their size, who made them and when."""
+    sizes, maker = specialists["bytes"], specialists["made_by"] or {}
+    tasks = ", ".join(sizes.get("tasks", {}))
+    at = specialists["made_at"]
+    made = "" if at is None else f", made {at[:19]} UTC"
     by = f" by {maker['actor']}" if "actor" in maker else ""
-    return f"specialists for {tasks} by {found['method']}, {size(room.get('all'))}{made}{by}"
+    all_bytes = size(sizes.get("all"))
+    return f"specialists for {tasks} by {specialists['method']}, {all_bytes}{made}{by}"
 
 
-def evaluated(found: Values, out: Console) -> None:
-    """What a version reaches now."""
-    out.print(f"{found['line']} version {found['version']}")
-    results(found, out)
-
-
-def exported(found: Values, out: Console) -> None:
-    """What was written."""
-    whose = "" if found["task"] is None else f", the specialist for {found['task']},"
-    out.print(
-        f"{found['line']} version {found['version']}{whose} is in {found['out']}",
-        markup=False,
-        soft_wrap=True,
-    )
-    out.print(f"  {len(found['files'])} files, {size(found['bytes'])}")
-
-
-def up(found: Values, out: Console) -> None:
-    """Where the stack's pages are."""
-    started = ", ".join(found["started"])
-    out.print(f"started {started}" if started else "everything was up", markup=False)
-    for change in found["changes"]:
-        out.print(f"  {change}", markup=False, soft_wrap=True)
-    out.print(f"Prefect   {found['prefect_url']}", markup=False)
-    out.print(f"MLflow    {found['mlflow_url']}", markup=False)
-    workers = "worker" if found["workers"] == 1 else "workers"
-    out.print(
-        f"{found['workers']} {workers}; logs in {found['logs']}", markup=False, soft_wrap=True
-    )
-
-
-def down(found: Values, out: Console) -> None:
-    """What was stopped."""
-    stopped = ", ".join(found["stopped"])
-    out.print(f"stopped {stopped}" if stopped else "nothing was up", markup=False, soft_wrap=True)
-
-
-def deployed(found: Values, out: Console) -> None:
-    """What a Prefect server was brought to."""
-    for change in found["changes"]:
-        out.print(change, markup=False, soft_wrap=True)
-    if not found["changes"]:
-        out.print("everything was there")
-    for line, cron in found["schedules"].items():
-        out.print(f"line {line} is remerged at {cron}", markup=False)
-    for pool in found["pools"]:
-        out.print(f"workers: prefect worker start --pool {pool} --limit 1", markup=False)
-
-
-def doctor(found: Values, out: Console) -> None:
-    """One line per check, with what to do."""
-    marks = {"ok": ("ok", "green"), "warning": ("look", "yellow"), "failed": ("FAILED", "red")}
-    for check in found["checks"]:
-        mark, style = marks[check["status"]]
-        out.print(f"{mark:7}", style=style, end="")
-        out.print(f"{check['name']}: {check['found']}", markup=False, soft_wrap=True)
-        if check["mend"]:
-            out.print(f"       -> {check['mend']}", style=style, markup=False, soft_wrap=True)
-
-
-def results(found: Values, out: Console) -> None:
-    """The table per task, and the retention."""
+def results(record: Values, out: Console) -> None:
+    """The table of a version's tasks, and its retention."""
     table = table_of("task", "base", "finetuned", "grafted", "merged", "95 %", "normalized", "rows")
-    for task, result in found["results"].items():
+    for task, result in record["results"].items():
         interval = result["interval"]
         table.add_row(
             task,
@@ -211,36 +126,29 @@ def results(found: Values, out: Console) -> None:
             text(result["count"]),
         )
     out.print(table)
-    kept = found["retention"]
+    kept = record["retention"]
     if kept is not None:
-        out.print(
+        write(
+            out,
             f"  retention on {kept['task']}: top-1"
             f" {with_interval(kept['top1'], kept['interval'])}, base {kept['base_top1']:.3f},"
             f" ratio {with_interval(kept['ratio'], kept['ratio_interval'])}"
             f" ({kept['count']} rows)",
-            markup=False,
-            soft_wrap=True,
         )
 
 
+def _method(method: Values) -> str:
+    if "tournament" not in method:
+        return str(method["name"])
+    names = ", ".join(one["name"] for one in method["tournament"])
+    most = method.get("at_most")
+    return f"the best of {names}" + ("" if most is None else f", at most {most} at each merge")
+
+
 def _shortened(reason: str) -> str:
-    """A reason without the middle of a long list of details; its last line says what to do."""
+    """A reason without the middle of a long list; its last line says what to do."""
     lines = reason.splitlines()
     if len(lines) <= MOST_LINES:
         return reason
-    left_out = f"  ... and {len(lines) - MOST_LINES + 1} lines more, which --json shows"
+    left_out = f"  ... and {len(lines) - MOST_LINES + 1} more lines, see --json"
     return "\n".join([*lines[: MOST_LINES - 2], left_out, lines[-1]])
-
-
-def _facts(facts: Values, out: Console) -> None:
-    if "localizer" not in facts:
-        return
-    beside = ""
-    if "statistics" in facts:
-        beside = f" {' and '.join(facts['statistics'])} {size(facts['statistics_bytes'])},"
-    out.print(
-        f"  {facts['localizer']}: {facts['kept']:,} of {facts['coordinates']:,} weights"
-        f" ({percent(facts['density'])}), delta {size(facts['delta_bytes'])},{beside}"
-        f" {facts['outside_share']:.1%} of the change is outside of masks",
-        markup=False,
-    )

@@ -1,12 +1,11 @@
-"""The databases of a stack's two servers: SQLite in the home, or PostgreSQL by setting.
+"""The databases of a stack's two servers: SQLite in the home by default, or PostgreSQL.
 
     PREFECT_SERVER_DATABASE_CONNECTION_URL   Prefect's (or ..._API_..., its older name)
     MLFLOW_BACKEND_STORE_URI                 MLflow's
 
-What the environment names is remembered with the home's secrets, so that a later `up` from a
-terminal or a unit without these variables starts the same servers and not empty ones. Both
-databases are asked once before a server is started: its own answer to a wrong password is a
-page of traceback in a log.
+The addresses are kept with the home's secrets, so that a later `up` without these variables
+starts the same servers, not empty ones. Both databases are tried once before a server starts:
+the server itself would answer a wrong password with a page of traceback in its log.
 """
 
 from collections.abc import Mapping
@@ -24,11 +23,11 @@ PREFECT_VARIABLES = (
 MLFLOW_VARIABLE = "MLFLOW_BACKEND_STORE_URI"
 VARIABLES = (*PREFECT_VARIABLES, MLFLOW_VARIABLE)
 
-_PATIENCE_SECONDS = 10
+_TIMEOUT_SECONDS = 10
 
 
 def databases(home: Home, environment: Mapping[str, str]) -> Databases:
-    """Which databases the servers of a home use, remembered and seen to answer.
+    """The databases of a home's servers; they are remembered, and known to answer.
 
     Raises:
         BadInput: an address is not one of PostgreSQL, or its driver is not installed.
@@ -42,10 +41,10 @@ def databases(home: Home, environment: Mapping[str, str]) -> Databases:
         _check(prefect, given or PREFECT_VARIABLES[0], "postgresql+asyncpg")
     if mlflow is not None:
         _check(mlflow, MLFLOW_VARIABLE, "postgresql")
-    found = Databases(prefect=prefect, mlflow=mlflow)
-    if found != known:
-        found.write(home.root)
-    return found
+    used = Databases(prefect=prefect, mlflow=mlflow)
+    if used != known:
+        used.write(home.root)
+    return used
 
 
 def _check(address: str, variable: str, driver: str) -> None:
@@ -57,14 +56,14 @@ def _check(address: str, variable: str, driver: str) -> None:
     try:
         url = make_url(address)
     except (ArgumentError, ValueError):
-        raise BadInput(f"{variable} is no address of a database", expected=expected) from None
+        raise BadInput(f"{variable} is not a database address", expected=expected) from None
     fits = url.get_backend_name() == "postgresql" and url.drivername.startswith(driver)
     if not fits or not url.host or not url.database:
         raise BadInput(
-            f"{variable} is no address that this server can use",
+            f"{variable} is not an address that this server can use",
             expected=expected,
             found=shown,
-            hint="without the variable it uses SQLite in RESTITCH_HOME",
+            hint="unset the variable to use SQLite in RESTITCH_HOME",
         )
     if find_spec("psycopg2") is None:
         raise BadInput(
@@ -73,7 +72,7 @@ def _check(address: str, variable: str, driver: str) -> None:
         )
     plain = url.set(drivername="postgresql+psycopg2", query={})
     try:
-        engine = create_engine(plain, connect_args={"connect_timeout": _PATIENCE_SECONDS})
+        engine = create_engine(plain, connect_args={"connect_timeout": _TIMEOUT_SECONDS})
         engine.connect().close()
         engine.dispose()
     except SQLAlchemyError as error:
@@ -82,5 +81,5 @@ def _check(address: str, variable: str, driver: str) -> None:
             f"the database {url.host}:{url.port or 5432}/{url.database} cannot be used "
             f"as {url.username}",
             found=without_credentials(cause).splitlines()[0],
-            hint=f"check {variable}, and that the database takes connections from this host",
+            hint=f"check {variable}, and that the database accepts connections from this host",
         ) from None

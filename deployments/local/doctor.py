@@ -1,15 +1,14 @@
-"""Is everything there that restitch needs? One check after the other, each with its remedy.
+"""Check everything that restitch needs, and name the remedy of each problem.
 
-Nothing is changed; in a bucket one object beside the store is written and removed again. A
-check that cannot be made because an earlier one failed says so. The exit code is 6 when
-something has failed; warnings alone leave it at 0.
+Nothing is changed, except that one object next to the store is written to a bucket and removed.
+The exit code is 6 if a check failed; warnings leave it at 0.
 """
 
 import importlib.metadata
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -18,7 +17,6 @@ from restitch.deployments.local.health import answers, is_running, workers_onlin
 from restitch.deployments.server.definitions import full_name
 from restitch.merging.errors import RestitchError, Unavailable
 from restitch.registry.ledger.ledger import lines
-from restitch.registry.ledger.line_state import LineState
 from restitch.registry.mlflow.sync import mlflow_explained, without_credentials
 from restitch.registry.s3.client import parse_address
 from restitch.registry.s3.conditional_writes import keeps_conditions, refusal
@@ -29,7 +27,7 @@ from restitch.tasks.runtime.workspace import Workspace, workspace
 
 Status = Literal["ok", "warning", "failed"]
 
-# What is known to work together: name, lowest, first that does not work, and what it does.
+# Versions that work together: name, lowest, first untested or broken one, and its effect.
 VERSIONS = (
     ("prefect", "3.8.8", "3.9", "untested"),
     ("fastapi", "0.115", "0.151", "the Prefect server dies at import"),
@@ -42,10 +40,10 @@ FREE_BYTES = 5 << 30
 
 @dataclass(frozen=True)
 class Check:
-    """One finding.
+    """The result of one check.
 
     Attributes:
-        mend: what to do about it; empty where all is well.
+        mend: the remedy; empty if the check passed.
     """
 
     name: str
@@ -59,7 +57,7 @@ class Check:
 
 
 def examine() -> list[Check]:
-    """All checks, in the order in which things depend on each other."""
+    """Run all checks; later ones depend on earlier ones."""
     space = workspace(to_write=False)
     checks: list[Check] = []
     for part in (_versions, _home, _store, _device, _processes, _mlflow, _prefect):
@@ -72,7 +70,7 @@ def examine() -> list[Check]:
 
 
 def exit_code(checks: list[Check]) -> int:
-    """6 when something has failed."""
+    """6 if a check failed."""
     return Unavailable.exit_code if any(c.status == "failed" for c in checks) else 0
 
 
@@ -95,18 +93,18 @@ def _numbers(version: str) -> tuple[int, ...]:
 def _home(space: Workspace) -> Iterator[Check]:
     root = space.home.root
     if not root.exists():
-        yield Check("home", "warning", f"{root} is not there yet", "restitch init FILE makes it")
+        yield Check("home", "warning", f"{root} does not exist", "restitch init FILE makes it")
         return
     if os.access(root, os.W_OK | os.X_OK):
         yield Check("home", "ok", str(root))
     else:
-        yield Check("home", "failed", f"{root} cannot be written", "give yourself the permission")
+        yield Check("home", "failed", f"{root} is not writable", "give yourself write permission")
     free = shutil.disk_usage(root).free
     text = f"{free / 1e9:.1f} GB free at {root}"
     if free >= FREE_BYTES:
         yield Check("disk", "ok", text)
     else:
-        yield Check("disk", "warning", text, "make room: a full disk stops every worker")
+        yield Check("disk", "warning", text, "free some space: a full disk stops every worker")
 
 
 def _store(space: Workspace) -> Iterator[Check]:
@@ -117,11 +115,11 @@ def _store(space: Workspace) -> Iterator[Check]:
         return
     bucket, prefix = parse_address(space.home.store_url)
     if keeps_conditions(bucket, prefix):
-        yield Check("conditional writes", "ok", "the server keeps them")
+        yield Check("conditional writes", "ok", "the server supports them")
         return
     refused = refusal(f"s3://{bucket}")
     if single_writer():
-        mend = f"see to it that one process at a time writes: {WRITER_VARIABLE} promises it"
+        mend = f"let only one process write at a time, as {WRITER_VARIABLE} promises"
         yield Check("conditional writes", "warning", refused.summary, mend)
     else:
         yield Check("conditional writes", "failed", refused.summary, refused.hint or "")
@@ -132,14 +130,14 @@ def _device(space: Workspace) -> Iterator[Check]:
 
     here = device()
     yield Check("device", "ok", str(here))
-    for line_state in _heads(space):
-        wanted = line_state.spec.require_device
-        if wanted is not None and wanted != here.type:
+    for line_state in (space.ledger(line).state() for line in lines(space.objects)):
+        required = line_state.spec.require_device
+        if required is not None and required != here.type:
             yield Check(
                 f"device of {line_state.line}",
                 "warning",
-                f"it asks for {wanted}; this host has {here.type}",
-                "nothing, if this host is no worker; its workers need the device",
+                f"it requires {required}; this host has {here.type}",
+                "run its workers on hosts with this device; other hosts do not need it",
             )
 
 
@@ -150,14 +148,14 @@ def _processes(space: Workspace) -> Iterator[Check]:
             yield Check(name, "ok", f"process {process.pid}{at}")
         else:
             mend = f"restitch up starts it again; its log is {process.log}"
-            yield Check(name, "failed", f"process {process.pid} is gone", mend)
+            yield Check(name, "failed", f"process {process.pid} has ended", mend)
 
 
 def _mlflow(space: Workspace) -> Iterator[Check]:
     uri = space.home.mlflow_uri
     shown = without_credentials(uri)
     if not uri.startswith("http"):
-        yield Check("mlflow", "ok", f"{shown}; its clients fire no webhooks, the schedule looks")
+        yield Check("mlflow", "ok", f"{shown}; without a server, the schedule finds new models")
         return
     if not answers(f"{uri}/health"):
         yield Check("mlflow", "failed", f"{shown} does not answer", "start it: restitch up")
@@ -169,15 +167,15 @@ def _mlflow(space: Workspace) -> Iterator[Check]:
         with mlflow_explained(space.home):
             hooks = [hook for hook in space.catalog.client.list_webhooks() if hook.name == NAME]
     except Unavailable as error:
-        mend = "'a webhook is not delivered' in docs/operations.md; the schedule looks meanwhile"
+        mend = "'a webhook is not delivered' in docs/operations.md; the schedule finds new models"
         yield Check("mlflow webhook", "warning", f"cannot be listed: {error.found}", mend)
         return
     if hooks and str(hooks[0].status).upper().endswith("ACTIVE"):
         yield Check("mlflow webhook", "ok", hooks[0].url)
     else:
-        found = "disabled" if hooks else "none"
-        mend = "restitch webhook --register URL; until then the schedule finds what it would tell"
-        yield Check("mlflow webhook", "warning", found, mend)
+        state = "disabled" if hooks else "none"
+        mend = "restitch webhook --register URL; until then the schedule finds new models"
+        yield Check("mlflow webhook", "warning", state, mend)
 
 
 def _prefect(space: Workspace) -> Iterator[Check]:
@@ -195,22 +193,20 @@ def _prefect(space: Workspace) -> Iterator[Check]:
     with client() as prefect:
         pools = []
         for flow in ("onboard", "remerge"):
-            found = _asked(prefect.read_deployment_by_name, full_name(flow))
-            if found is None:
-                mend = "restitch deploy"
-                yield Check(f"deployment {flow}", "failed", "there is none", mend)
+            name, deployment = f"deployment {flow}", _deployment(prefect, flow)
+            if deployment is None:
+                yield Check(name, "failed", "missing", "restitch deploy")
                 continue
-            state = "paused" if found.paused else f"pool {found.work_pool_name}"
-            if found.paused:
+            if deployment.paused:
                 mend = f"switch {full_name(flow)} on again, on its page in Prefect"
-                yield Check(f"deployment {flow}", "failed", state, mend)
+                yield Check(name, "failed", "paused", mend)
             else:
-                yield Check(f"deployment {flow}", "ok", state)
-            pools.append(found.work_pool_name)
+                yield Check(name, "ok", f"pool {deployment.work_pool_name}")
+            pools.append(deployment.work_pool_name)
             if flow == "remerge":
                 scheduled = {
                     (s.parameters or {}).get("line"): getattr(s.schedule, "cron", "?")
-                    for s in prefect.read_deployment_schedules(found.id)
+                    for s in prefect.read_deployment_schedules(deployment.id)
                     if s.active
                 }
                 yield from _schedule_checks(cron_lines(), scheduled)
@@ -224,35 +220,32 @@ def _prefect(space: Workspace) -> Iterator[Check]:
             yield Check(f"workers of {pool}", "failed", "none online", mend)
 
 
-def _schedule_checks(wanted: dict[str, str], found: dict[Any, str]) -> Iterator[Check]:
-    for line, cron in wanted.items():
-        if found.get(line) == cron:
-            yield Check(f"schedule of {line}", "ok", cron)
+def _schedule_checks(expected: dict[str, str], present: dict[Any, str]) -> Iterator[Check]:
+    for line, cron in expected.items():
+        name, state = f"schedule of {line}", present.get(line, "none")
+        if state == cron:
+            yield Check(name, "ok", cron)
         else:
-            yield Check(f"schedule of {line}", "failed", found.get(line, "none"), "restitch deploy")
+            yield Check(name, "failed", state, "restitch deploy")
 
 
-def _automation_checks(found: list[Any]) -> Iterator[Check]:
+def _automation_checks(present: list[Any]) -> Iterator[Check]:
     from uuid import uuid4
 
     from restitch.deployments.server.definitions import automations
 
-    enabled = {one.name: one.enabled for one in found}
-    for wanted in automations(uuid4(), uuid4()):
-        if enabled.get(wanted.name):
-            yield Check(wanted.name, "ok", "enabled")
+    enabled = {one.name: one.enabled for one in present}
+    for automation in automations(uuid4(), uuid4()):
+        if enabled.get(automation.name):
+            yield Check(automation.name, "ok", "enabled")
         else:
-            state = "disabled" if wanted.name in enabled else "there is none"
-            yield Check(wanted.name, "failed", state, "restitch deploy")
+            state = "disabled" if automation.name in enabled else "missing"
+            yield Check(automation.name, "failed", state, "restitch deploy")
 
 
-def _asked(question: Callable[[str], Any], name: str) -> Any:
+def _deployment(prefect: Any, flow: str) -> Any:
     from prefect.exceptions import ObjectNotFound
 
     with suppress(ObjectNotFound):
-        return question(name)
+        return prefect.read_deployment_by_name(full_name(flow))
     return None
-
-
-def _heads(space: Workspace) -> Iterator[LineState]:
-    return (space.ledger(line).state() for line in lines(space.objects))

@@ -1,4 +1,4 @@
-"""Whether processes, addresses and workers of a stack are alive."""
+"""Signs of life of a stack's processes, addresses and workers."""
 
 import urllib.error
 import urllib.request
@@ -8,12 +8,12 @@ from restitch.registry.store.attempts import process_began
 
 
 def is_running(process: StackProcess) -> bool:
-    """Whether a process of the stack is there, and is the very one."""
+    """Whether a process of the stack runs, and its id was not given to another process."""
     return process_began(process.pid) == process.began
 
 
 def answers(url: str) -> bool:
-    """Whether an address answers with success."""
+    """Whether an address answers with status 200."""
     try:
         with urllib.request.urlopen(url, timeout=2) as answer:
             return bool(answer.status == 200)
@@ -22,14 +22,14 @@ def answers(url: str) -> bool:
 
 
 def workers_online(pool: str) -> list[str]:
-    """The names of the workers of a pool that have shown signs of life lately."""
+    """The names of the pool's workers that Prefect considers online."""
     from prefect.exceptions import ObjectNotFound
 
     from restitch.deployments.server.deploy import client
 
     with client() as prefect:
         try:
-            found = prefect.read_workers_for_work_pool(pool)
+            workers = prefect.read_workers_for_work_pool(pool)
         except ObjectNotFound:
             return []
-    return [worker.name for worker in found if str(worker.status).endswith("ONLINE")]
+    return [worker.name for worker in workers if str(worker.status).endswith("ONLINE")]

@@ -1,7 +1,7 @@
-"""The processes of a stack: started as planned, known again, and stopped with all they started.
+"""Start and stop the processes of a stack, with their children.
 
-A process that runs as its plan says is left alone; another one is stopped and started anew.
-Each has a session of its own, by which its children are found also after its death.
+A process that runs as planned is left alone; a process that differs from its plan is restarted.
+Each leads a session of its own, which identifies its children even after it died.
 """
 
 import os
@@ -37,8 +37,8 @@ class Plan:
     """A process as it should be.
 
     Attributes:
-        ready: the address that answers once it is there.
-        threads: with how many it computes; another number is no reason to start it anew.
+        ready: the address that answers once the process is ready.
+        threads: its number of compute threads; a change alone does not restart it.
     """
 
     name: str
@@ -50,41 +50,41 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """What it serves: another digest, another process."""
-        # Whatever name this Python has: `up` is called by path, by link and by `make`.
+        """The digest of command and environment; a change of it restarts the process."""
+        # Without Python's own path: `up` is called by path, by link and by `make`.
         return digest_json([list(self.command[1:]), self.environment])
 
 
 def module(*command: str) -> tuple[str, ...]:
-    """The command that runs a Python module with this very Python."""
+    """The command that runs a module with this Python."""
     return (sys.executable, "-m", *command)
 
 
 class Runner:
-    """Starts processes and keeps the stack file in step with them."""
+    """Starts processes and keeps the stack file up to date."""
 
     def __init__(self, home: Home, stack: StackFile) -> None:
         self.home = home
         self.stack = stack
         self.started: list[str] = []
 
-    def bring(self, plans: list[Plan], say: Say) -> None:
-        """Start those that are not running as planned, and wait until all answer."""
-        begun = time.monotonic()
+    def ensure(self, plans: list[Plan], say: Say) -> None:
+        """Start each process that does not run as planned, and wait until all answer."""
+        started = time.monotonic()
         new = [plan for plan in plans if not self._runs(plan)]
         for plan in new:
             self._start(plan)
         for plan in new:
             if plan.ready is not None:
                 say(f"waiting for {plan.name} at {plan.ready}")
-                self._wait(plan, begun + STARTS_WITHIN)
+                self._wait(plan, started + STARTS_WITHIN)
 
     def publish(self, **addresses: str) -> None:
-        """Write the addresses: from here on commands of this home use them."""
+        """Write the addresses; from now on commands of this home use them."""
         self._write(self.stack.model_copy(update=addresses))
 
     def stop_others(self, workers: set[str]) -> None:
-        """Stop the workers that are too many."""
+        """Stop all workers but these."""
         for name in sorted(self.stack.processes):
             if name.startswith("worker-") and name not in workers:
                 stop_process(self.stack.processes[name])
@@ -113,7 +113,7 @@ class Runner:
                 cwd=self.home.root,
                 start_new_session=True,
                 # In the background Ctrl-C is ignored, and a worker that ignores it never stops.
-                preexec_fn=_hear_interrupts,
+                preexec_fn=_allow_interrupts,
             )
         entry = StackProcess(
             pid=process.pid,
@@ -127,20 +127,20 @@ class Runner:
         self.started.append(plan.name)
 
     def wait_for_workers(self, plans: list[Plan], pool: str, say: Say) -> None:
-        """Wait until Prefect has heard of all workers."""
+        """Wait until Prefect knows all workers."""
         deadline = time.monotonic() + STARTS_WITHIN
         for plan in plans:
             say(f"waiting for {plan.name} in pool {pool}")
             worker = plan.environment["RESTITCH_WORKER"]
-            self._until(partial(_is_among, workers_online, pool, worker), plan, deadline)
+            self._until(partial(_is_online, worker, pool), plan, deadline)
 
     def _wait(self, plan: Plan, deadline: float) -> None:
         self._until(lambda: answers(str(plan.ready)), plan, deadline)
 
-    def _until(self, there: Callable[[], bool], plan: Plan, deadline: float) -> None:
+    def _until(self, is_ready: Callable[[], bool], plan: Plan, deadline: float) -> None:
         entry = self.stack.processes[plan.name]
         while time.monotonic() < deadline:
-            if there():
+            if is_ready():
                 return
             if not is_running(entry):
                 break
@@ -149,7 +149,7 @@ class Runner:
         raise Unavailable(
             f"{plan.name} does not answer",
             found="it is running" if is_running(entry) else f"it ended; its log ends with\n{tail}",
-            hint=f"look at {entry.log}, then run `restitch up` again",
+            hint=f"read {entry.log}, then run `restitch up` again",
         )
 
     def _forget(self, name: str) -> None:
@@ -161,12 +161,12 @@ class Runner:
         self.stack = stack
 
 
-def _is_among(online: Callable[[str], list[str]], pool: str, worker: str) -> bool:
-    return worker in online(pool)
+def _is_online(worker: str, pool: str) -> bool:
+    return worker in workers_online(pool)
 
 
 def stop_process(process: StackProcess) -> bool:
-    """Stop a process and all that it started, also where it has died itself.
+    """Stop a process and its children, even if the process itself has died.
 
     Returns:
         Whether it was running.
@@ -186,27 +186,27 @@ def stop_process(process: StackProcess) -> bool:
 
 
 def _session(process: StackProcess) -> list[Any]:
-    """The processes of the session that it leads, or led; nobody else's have its number."""
+    """The processes of the session that a process leads, or led before it died."""
     import psutil
 
-    found = []
+    members = []
     for one in psutil.process_iter():
         with suppress(psutil.Error, ProcessLookupError, PermissionError):
             if os.getsid(one.pid) == process.pid and one.create_time() >= process.began - 0.1:
-                found.append(one)
-    return found
+                members.append(one)
+    return members
 
 
 def ports_of(stack: StackFile) -> dict[str, int]:
-    """The ports of the last time, or free ones where those are taken by somebody else."""
-    found: dict[str, int] = {}
+    """The ports of the last time, or free ones if another program took those."""
+    ports: dict[str, int] = {}
     for name in ("prefect", "mlflow", "webhook"):
         port = stack.ports.get(name)
-        mine = stack.processes.get(name)
-        if port is None or not ((mine is not None and is_running(mine)) or _is_free(port)):
+        server = stack.processes.get(name)
+        if port is None or not ((server is not None and is_running(server)) or _is_free(port)):
             port = _free_port()
-        found[name] = port
-    return found
+        ports[name] = port
+    return ports
 
 
 def _is_free(port: int) -> bool:
@@ -226,18 +226,22 @@ def _free_port() -> int:
 
 
 def _environment(home: Home, plan: Plan) -> dict[str, str]:
-    """A process's environment: no profile of the user's own, and none of his Prefect settings."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
-    for name in VARIABLES:  # the servers' passwords are no business of the workers
-        kept.pop(name, None)
-    kept["RESTITCH_HOME"] = str(home.root)
-    # Runs are started with `python`: the one that runs this.
-    kept["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", "")])
-    prepare_environment(home, kept)
+    """A process's environment, without the user's own settings of Prefect."""
+    # Workers must not see the passwords of the servers' databases.
+    variables = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith("PREFECT_") and name not in VARIABLES
+    }
+    variables["RESTITCH_HOME"] = str(home.root)
+    # Workers start runs with `python`, which must be this one.
+    path = [str(Path(sys.executable).parent), variables.get("PATH", "")]
+    variables["PATH"] = os.pathsep.join(path)
+    prepare_environment(home, variables)
     if plan.threads is not None:
-        kept.setdefault("OMP_NUM_THREADS", plan.threads)
-    return kept | plan.environment
+        variables.setdefault("OMP_NUM_THREADS", plan.threads)
+    return variables | plan.environment
 
 
-def _hear_interrupts() -> None:
+def _allow_interrupts() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)

@@ -1,14 +1,12 @@
-"""The whole team's set-up on one machine: `restitch up` and `restitch down`.
+"""The whole set-up of a team on one machine: `restitch up` and `restitch down`.
 
     Prefect server   MLflow server   webhook receiver   workers
-          └── pools, deployments, automations, schedules: restitch.deployments.server.deploy
+          └── pools, deployments, automations, schedules: `server.deploy`
 
-Both servers keep their state in SQLite in the home, or in PostgreSQL (`restitch.deployments.local.databases`).
-
-Every process has a session of its own, a log under `RESTITCH_HOME/logs` and its place in
-`stack.json`. `up` starts what is not running and leaves alone what is, so it also mends a
-stack of which something died; `down` stops what `up` started, with all that those processes
-started, and nothing else. Both may be killed and run again. Servers listen on loopback.
+Both servers keep their state in SQLite in the home, or in PostgreSQL (`local.databases`), and
+listen on loopback. Every process has a log in `RESTITCH_HOME/logs` and an entry in `stack.json`.
+`up` starts only what is not running, so it also repairs a stack after a crash; `down` stops the
+processes of `up` with their children. Both may be killed and run again.
 """
 
 import base64
@@ -45,11 +43,11 @@ from restitch.tasks.runtime.events import start_run
 
 @dataclass(frozen=True)
 class Up:
-    """What runs.
+    """A running stack.
 
     Attributes:
-        started: the processes that this call started; empty where all was there.
-        changes: what it changed on the Prefect server.
+        started: the processes that this call started.
+        changes: its changes on the Prefect server.
     """
 
     prefect_url: str
@@ -66,31 +64,30 @@ class Up:
 
 
 def up(home: Home, workers: int | None = None, pool: str = "gpu", say: Say = print) -> Up:
-    """Start what is not running, and wait until all answer.
+    """Start the processes that are not running, and wait until all answer.
 
     Args:
-        home: whose stack it is.
-        workers: how many workers; by default as many as before, at first one.
-        pool: the work pool that they serve.
-        say: told what is waited for.
+        home: of the stack.
+        workers: their number; by default as many as before, at first one.
+        pool: the workers' pool.
+        say: receives a line about each wait.
 
     Raises:
-        BadInput: the environment names servers that the stack would not be.
-        Unavailable: something does not start, and its log is named; or a database refuses.
+        BadInput: the environment names other servers.
+        Unavailable: a process does not start, or a database refuses.
     """
     for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
         if os.environ.get(name):
             raise BadInput(
-                f"{name} is set, and `restitch up` would start a server of its own",
-                found=name,
+                f"{name} is set, but `restitch up` starts a server of its own",
                 hint="unset it; or use your servers with `restitch deploy` and workers",
             )
     home.create()
-    with _alone(home), _same_environment():
+    with _locked(home), _environment_restored():
         stack = StackFile.read(home.root)
         for process in stack.processes.values():
             if not is_running(process):
-                stop_process(process)  # what it left behind when it died holds its port
+                stop_process(process)  # children that survived it hold its port
         known = sum(name.startswith("worker-") for name in stack.processes)
         count = workers if workers is not None else max(known, 1)
         ports = ports_of(stack)
@@ -98,7 +95,7 @@ def up(home: Home, workers: int | None = None, pool: str = "gpu", say: Say = pri
         runner = Runner(home, stack.model_copy(update={"ports": ports}))
         used = databases(home, os.environ)
         servers = [_prefect(home, addresses, used.prefect), _mlflow(home, addresses, used.mlflow)]
-        runner.bring(servers, say)
+        runner.ensure(servers, say)
         runner.publish(
             prefect_api_url=addresses.prefect_api,
             mlflow_uri=addresses.mlflow,
@@ -106,10 +103,10 @@ def up(home: Home, workers: int | None = None, pool: str = "gpu", say: Say = pri
         )
         prepare_environment(home)
         changes = deploy(pool).changes
-        runner.bring([_webhook(home, addresses)], say)
+        runner.ensure([_webhook(home, addresses)], say)
         _connect_webhook(addresses, home)
         plans = [_worker(number, pool, addresses, count) for number in range(1, count + 1)]
-        runner.bring(plans, say)
+        runner.ensure(plans, say)
         runner.stop_others({plan.name for plan in plans})
         if runner.started:
             runner.wait_for_workers(plans, pool, say)
@@ -126,14 +123,14 @@ def up(home: Home, workers: int | None = None, pool: str = "gpu", say: Say = pri
 
 
 def down(home: Home) -> tuple[str, ...]:
-    """Stop what `up` started, workers first.
+    """Stop the processes of `up`, workers first.
 
     Returns:
-        The names of the processes that were running.
+        The names of those that were running.
     """
     if not home.root.exists():
         return ()
-    with _alone(home):
+    with _locked(home):
         stack = StackFile.read(home.root)
         order = sorted(stack.processes, key=lambda name: (not name.startswith("worker"), name))
         stopped = [name for name in order if stop_process(stack.processes[name])]
@@ -143,13 +140,13 @@ def down(home: Home) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Addresses:
-    """Where the servers of a stack listen."""
+    """The addresses of a stack's servers."""
 
     ports: Mapping[str, int]
 
     @property
     def prefect(self) -> str:
-        """Prefect's pages; its API is below."""
+        """Prefect's pages."""
         return f"http://{LOOPBACK}:{self.ports['prefect']}"
 
     @property
@@ -164,13 +161,13 @@ class Addresses:
 
     @property
     def webhook(self) -> str:
-        """Where the receiver takes webhooks."""
+        """The address that takes webhooks."""
         return f"http://{LOOPBACK}:{self.ports['webhook']}/webhook"
 
 
 def _prefect(home: Home, at: Addresses, database: str | None) -> Plan:
     port = at.ports["prefect"]
-    kept = {} if database is None else {PREFECT_VARIABLES[0]: database}
+    connection = {} if database is None else {PREFECT_VARIABLES[0]: database}
     return Plan(
         name="prefect",
         command=module(
@@ -179,9 +176,9 @@ def _prefect(home: Home, at: Addresses, database: str | None) -> Plan:
         ),
         environment={
             **SERVER_ENVIRONMENT,
-            **kept,
+            **connection,
             "PREFECT_HOME": str(home.root / "prefect"),
-            # Its pages ask at the standard port otherwise.
+            # Otherwise its pages use the standard port.
             "PREFECT_SERVER_UI_API_URL": at.prefect_api,
         },
         port=port,
@@ -195,11 +192,11 @@ def _mlflow(home: Home, at: Addresses, database: str | None) -> Plan:
         name="mlflow",
         command=module(
             *("mlflow", "server", "--host", LOOPBACK, "--port", str(port), "--workers", "1"),
-            # Clients of this machine write artifacts themselves, with the server and without.
+            # Clients on this machine write artifacts themselves, with or without the server.
             *("--default-artifact-root", home.mlartifacts.as_uri(), "--no-serve-artifacts"),
         ),
         environment={
-            # Not in the command, where every user of the host could read a password.
+            # Not in the command, which every user of the host can read: it may have a password.
             MLFLOW_VARIABLE: database or f"sqlite:///{home.root / 'mlflow.db'}",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
             "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
@@ -227,13 +224,13 @@ def _webhook(home: Home, at: Addresses) -> Plan:
 
 def _worker(number: int, pool: str, at: Addresses, count: int) -> Plan:
     name = f"worker-{number}"
-    # Workers that all compute with every core stand in each other's way.
+    # Workers that each use every core slow each other down.
     threads = str(max(1, (os.cpu_count() or 1) // count))
     return Plan(
         name=name,
         command=module(
             *("prefect", "worker", "start", "--pool", pool, "--type", "process"),
-            # One model at a time: a device has no room for two.
+            # One model at a time: a device may not have memory for two.
             *("--name", f"{socket.gethostname()}-{name}", "--limit", "1"),
         ),
         environment={
@@ -247,12 +244,12 @@ def _worker(number: int, pool: str, at: Addresses, count: int) -> Plan:
 
 
 def _secret(home: Home, name: str) -> str:
-    """A secret of this home, made once and readable by its owner only."""
+    """A secret of this home, made once; only its owner can read it."""
     folder = home.root / SECRETS
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / name
     if not path.exists():
-        # Written whole before it has its name; the form is that of a Fernet key.
+        # Complete before it gets its name; in the form of a Fernet key.
         temporary = folder / f".{name}-{os.getpid()}"
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
         with os.fdopen(descriptor, "wb") as file:
@@ -267,14 +264,14 @@ def _connect_webhook(at: Addresses, home: Home) -> None:
     try:
         register_webhook(at.mlflow, at.webhook, _secret(home, "webhook-secret"))
     except Unavailable as error:
-        # For instance another encryption key than that of the webhooks in the database.
+        # For instance: the webhooks in the database have another encryption key.
         warn(f"MLflow fires no webhook, the schedule finds new versions: {error.message()}")
 
 
 def _reconcile() -> None:
-    """Start a remerge of every line: whatever happened while the stack was down is found now.
+    """Start a remerge of every line, to catch up with what happened while the stack was down.
 
-    And one more a little later: a run that a dead worker had taken shows only by not beginning.
+    A second one later finds the runs that a worker took before it died and that never start.
     """
     now = datetime.now(UTC)
     for line in cron_lines():
@@ -283,8 +280,8 @@ def _reconcile() -> None:
 
 
 @contextmanager
-def _same_environment() -> Iterator[None]:
-    """Leave the environment as it was: the stack file names the server, not a variable."""
+def _environment_restored() -> Iterator[None]:
+    """Remove the variable that clients set: the stack file names the server."""
     try:
         yield
     finally:
@@ -292,7 +289,7 @@ def _same_environment() -> Iterator[None]:
 
 
 @contextmanager
-def _alone(home: Home) -> Iterator[None]:
+def _locked(home: Home) -> Iterator[None]:
     folder = home.root / "locks"
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "stack").open("w") as file:

@@ -1,6 +1,6 @@
 #!/bin/sh
-# A database with an owner of its own for Prefect and for MLflow; run once, by the image of
-# PostgreSQL, when its data folder is new. Passwords come from the environment.
+# Makes a database and its owner for Prefect and for MLflow. The image of PostgreSQL runs it once,
+# when its data folder is new. Passwords come from the environment.
 set -eu
 
 for name in prefect mlflow; do

@@ -1,11 +1,10 @@
-"""Make the bucket of `RESTITCH_STORE`, and make sure that its server keeps what merging needs.
+"""Make the bucket of `RESTITCH_STORE`, and check that its server supports conditional writes.
 
     python -m restitch.deployments.server.bucket
 
-Registrations at the same moment are told apart by conditional writes alone. A server that
-takes them for plain ones would lose one of two and say nothing, so it is found out here: an
-object beside the store is created twice and swapped twice, and the second has to be refused.
-Again changes nothing.
+Only conditional writes keep two registrations at the same moment apart; a server that ignores
+the conditions would silently lose one. The check creates an object next to the store twice and
+swaps it twice; the server must refuse the second. The command may run again.
 """
 
 import os
@@ -18,20 +17,20 @@ from restitch.registry.s3.client import client, code_of, parse_address, s3_expla
 from restitch.registry.s3.conditional_writes import keeps_conditions, refusal
 from restitch.registry.s3.retries import with_retries
 
-_THERE = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
+_EXISTS = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
 
 
 def prepare(address: str) -> str:
-    """Make the bucket unless it is there, and try conditional writes in it.
+    """Make the bucket if it does not exist, and check conditional writes in it.
 
     Args:
         address: `s3://bucket/prefix`, as in `RESTITCH_STORE`.
 
     Returns:
-        What was found, for people.
+        A sentence about the bucket.
 
     Raises:
-        BadInput: the address is not one.
+        BadInput: it is not such an address.
         Unavailable: the server is away, refuses the account, or ignores conditions.
     """
     bucket, prefix = parse_address(address)
@@ -39,7 +38,8 @@ def prepare(address: str) -> str:
         made = _make(bucket)
     if not keeps_conditions(bucket, prefix):
         raise refusal(f"s3://{bucket}")
-    return f"s3://{bucket}: {'made' if made else 'there'}, its server knows conditional writes"
+    state = "made" if made else "exists"
+    return f"s3://{bucket}: {state}, its server supports conditional writes"
 
 
 def _make(bucket: str) -> bool:
@@ -53,27 +53,28 @@ def _make(bucket: str) -> bool:
     else:
         return False
     region = client().meta.region_name
-    elsewhere: dict[str, Any] = {"CreateBucketConfiguration": {"LocationConstraint": region}}
+    options: dict[str, Any] = {"CreateBucketConfiguration": {"LocationConstraint": region}}
+    if region == "us-east-1":  # the default, which the server refuses as a constraint
+        options = {}
     try:
-        if region == "us-east-1":
-            elsewhere = {}
-        with_retries(lambda: client().create_bucket(Bucket=bucket, **elsewhere))
+        with_retries(lambda: client().create_bucket(Bucket=bucket, **options))
     except ClientError as error:
-        if code_of(error) not in _THERE:  # another one made it at the same moment
+        if code_of(error) not in _EXISTS:  # another process made it at the same moment
             raise
         return False
     return True
 
 
 def main() -> None:
-    """Prepare what the environment names."""
+    """Prepare the bucket of `RESTITCH_STORE`."""
     try:
         address = os.environ.get(STORE_VARIABLE, "")
         if not address.startswith("s3://"):
             raise BadInput(
-                f"{STORE_VARIABLE} names no bucket",
+                f"{STORE_VARIABLE} does not name a bucket",
                 expected="s3://bucket/prefix",
-                hint="a store in a folder needs no preparing",
+                found=address or "nothing",
+                hint="set the variable; a store in a folder needs no preparation",
             )
         sys.stdout.write(prepare(address) + "\n")
     except RestitchError as error:

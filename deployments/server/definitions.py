@@ -1,11 +1,11 @@
-"""What restitch asks of a Prefect server, as data: pools, deployments, automations, limits.
+"""The pools, deployments, automations and schedules of a Prefect server, as data.
 
     event restitch.model.registered --> run of `onboard`     on the pool `gpu`
     event restitch.mask.ready -------> run of `remerge`      on the same pool, or another
     cron, one schedule per line -----> run of `remerge`
 
-`restitch.deployments.server.deploy` brings a server to this. A worker needs the package and, in its
-environment, the addresses: nothing is pulled from anywhere.
+`server.deploy` brings a server to this state. A worker needs the package and, in its environment,
+the addresses; no code is pulled.
 """
 
 from dataclasses import dataclass
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 DEFAULT_CRON = "*/15 * * * *"
 
-# Named, the engine is started at once; otherwise a process before it looks for code to fetch,
-# which costs a run more than a second. A worker finds this `python` on its path.
+# Starts the engine at once. Prefect's default command first looks for code to pull, which costs
+# each run more than a second. A worker finds this `python` on its path.
 JOB_VARIABLES = {"command": "python -m prefect.engine"}
 
 SERVER_ENVIRONMENT = {
@@ -49,9 +49,9 @@ class DeployedFlow:
 
     Attributes:
         flow: its name.
-        entrypoint: where a worker imports it.
+        entrypoint: the name by which a worker imports it.
         pool: the work pool.
-        optional: parameters that a run may leave out, with what stands for them.
+        optional: parameters that a run may leave out, with their defaults.
     """
 
     flow: str
@@ -77,7 +77,7 @@ def flows(pool: str, remerge_pool: str) -> tuple[DeployedFlow, DeployedFlow]:
             flow="remerge",
             entrypoint="restitch.deployments.server.entry.remerge_flow",
             pool=remerge_pool,
-            description="Bring a line's merged model up to date, and repair what events missed.",
+            description="Bring a line's merged model up to date, and catch up with lost events.",
             required=("line",),
             optional={"force": False, "attempt": 0},
         ),
@@ -85,11 +85,11 @@ def flows(pool: str, remerge_pool: str) -> tuple[DeployedFlow, DeployedFlow]:
 
 
 def automations(onboard: "UUID", remerge: "UUID") -> "list[AutomationCore]":
-    """What starts runs when something has happened.
+    """The automations that start runs on events.
 
-    There are no more than these: every automation writes at every event that it looks at. On
-    SQLite under load such writes collide and are tried again, and one crash was seen to start
-    four runs. A crash starts its run again by itself, and the next remerge finds what died.
+    There are only two, because every automation writes to the database on every event. On SQLite
+    under load such writes collide and are retried; one crash was seen to start four runs. After
+    a crash the worker starts the run again, or else the next remerge does.
     """
     return [
         _on_event(
@@ -113,7 +113,7 @@ def automations(onboard: "UUID", remerge: "UUID") -> "list[AutomationCore]":
 
 
 def _json(expression: str) -> dict[str, Any]:
-    """A parameter that keeps its JSON type, and that an event may leave out."""
+    """A parameter that keeps its JSON type and may be missing from an event."""
     return {
         "__prefect_kind": "json",
         "value": {
@@ -147,5 +147,5 @@ def _run(deployment: "UUID", parameters: dict[str, Any]) -> Any:
 
 
 def full_name(flow: str) -> str:
-    """What Prefect calls the deployment of a flow."""
+    """The name of a flow's deployment in Prefect."""
     return f"{flow}/{DEPLOYMENT}"

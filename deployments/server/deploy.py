@@ -1,8 +1,8 @@
-"""Bring a Prefect server to what `restitch.deployments.server.definitions` says; again changes nothing.
+"""Bring a Prefect server to the state of `server.definitions`; a second run changes nothing.
 
-Pools, deployments and automations are found by their names, schedules by their line. What is
-there and right is left alone, so that no trigger is away for a moment; what is there and
-differs is replaced; what belongs to a line that is gone is removed.
+Pools, deployments and automations are matched by name, schedules by line. Those that are right
+stay untouched, so that no trigger is missing for a moment; those that differ are replaced, and
+schedules of unknown lines are removed.
 """
 
 import os
@@ -17,6 +17,7 @@ from restitch.deployments.server.definitions import (
     DeployedFlow,
     automations,
     flows,
+    full_name,
 )
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.ledger.ledger import lines
@@ -36,16 +37,17 @@ PREFIX = "restitch: "
 
 @contextmanager
 def client() -> "Iterator[SyncPrefectClient]":
-    """Prefect's own client of the engine's server.
+    """Prefect's client of the engine's server.
 
     Raises:
-        Unavailable: it cannot be reached, or refuses.
+        BadInput: no server is named.
+        Unavailable: the server cannot be reached, or refuses.
     """
     url = engine_url()
     if url is None:
         raise BadInput(
             "there is no Prefect server to deploy to",
-            expected="PREFECT_API_URL, or a stack that is up",
+            expected="PREFECT_API_URL, or a running stack",
             hint="set PREFECT_API_URL, or run `restitch up`",
         )
     os.environ["PREFECT_API_URL"] = url  # before Prefect reads its settings
@@ -54,26 +56,26 @@ def client() -> "Iterator[SyncPrefectClient]":
     from prefect.exceptions import PrefectHTTPStatusError
 
     try:
-        with get_client(sync_client=True) as found:
-            yield found
+        with get_client(sync_client=True) as connected:
+            yield connected
     except (httpx.HTTPError, PrefectHTTPStatusError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "Failed to reach API" not in str(error):
             raise
         raise Unavailable(
             f"the Prefect server at {without_credentials(url)} cannot be used",
             found=without_credentials(str(error))[:300] or type(error).__name__,
-            hint="start it; `restitch doctor` tells what runs",
+            hint="start the server; `restitch doctor` shows what is running",
         ) from None
 
 
 @dataclass(frozen=True)
 class Deployed:
-    """What `deploy` did.
+    """The outcome of `deploy`.
 
     Attributes:
-        pools: the work pools that workers may serve.
-        schedules: the cron line of each line.
-        changes: what had to be changed.
+        pools: the work pools that need workers.
+        schedules: each line's cron expression.
+        changes: the changes on the server, for people.
     """
 
     pools: tuple[str, ...]
@@ -89,11 +91,11 @@ def deploy(pool: str = "gpu", remerge_pool: str | None = None) -> Deployed:
     """Make pools, deployments, automations and schedules on the engine's server.
 
     Args:
-        pool: where models are onboarded.
-        remerge_pool: where lines are merged; the same by default.
+        pool: for onboarding models.
+        remerge_pool: for merging lines; the same by default.
 
     Raises:
-        Unavailable: the server is away.
+        Unavailable: the server cannot be reached.
     """
     schedules = cron_lines()
     changes: list[str] = []
@@ -109,21 +111,21 @@ def deploy(pool: str = "gpu", remerge_pool: str | None = None) -> Deployed:
 
 
 def keep_schedules() -> None:
-    """Bring the schedules in step with the lines, where the engine's server has deployments."""
+    """Update the schedules to the lines, if the engine's server has deployments."""
     try:
         if has_workers():
             with client() as prefect:
-                remerge = prefect.read_deployment_by_name(f"remerge/{DEPLOYMENT}")
+                remerge = prefect.read_deployment_by_name(full_name("remerge"))
                 _schedules(prefect, remerge.id, cron_lines(), [])
     except Unavailable as error:
-        warn(f"the schedules are as before, `restitch deploy` mends them: {error.message()}")
+        warn(f"the schedules were not updated, run `restitch deploy`: {error.message()}")
 
 
 def cron_lines() -> dict[str, str]:
-    """When each line of the store is remerged whatever happens."""
+    """The cron expression of each line's scheduled remerge."""
     space = workspace()
-    heads = {line: space.ledger(line).state() for line in lines(space.objects)}
-    return {line: line_state.spec.schedule or DEFAULT_CRON for line, line_state in heads.items()}
+    specs = {line: space.ledger(line).state().spec for line in lines(space.objects)}
+    return {line: spec.schedule or DEFAULT_CRON for line, spec in specs.items()}
 
 
 def _pool(prefect: "SyncPrefectClient", name: str, changes: list[str]) -> None:
@@ -140,16 +142,16 @@ def _pool(prefect: "SyncPrefectClient", name: str, changes: list[str]) -> None:
 def _deployment(prefect: "SyncPrefectClient", flow: DeployedFlow, changes: list[str]) -> "UUID":
     from prefect.exceptions import ObjectNotFound
 
-    name = f"{flow.flow}/{DEPLOYMENT}"
+    name = full_name(flow.flow)
     try:
-        found = prefect.read_deployment_by_name(name)
+        present = prefect.read_deployment_by_name(name)
         if (
-            found.entrypoint == flow.entrypoint
-            and found.work_pool_name == flow.pool
-            and found.parameters == flow.optional
-            and found.job_variables == JOB_VARIABLES
+            present.entrypoint == flow.entrypoint
+            and present.work_pool_name == flow.pool
+            and present.parameters == flow.optional
+            and present.job_variables == JOB_VARIABLES
         ):
-            return found.id
+            return present.id
     except ObjectNotFound:
         pass
     changes.append(f"deployment {name} on pool {flow.pool}")
@@ -169,7 +171,7 @@ def _deployment(prefect: "SyncPrefectClient", flow: DeployedFlow, changes: list[
 
 
 def _schema(flow: DeployedFlow) -> dict[str, Any]:
-    """What Prefect checks before it makes a run."""
+    """The schema by which Prefect checks a run's parameters."""
     number = {"anyOf": [{"type": "integer"}, {"type": "null"}]}
     types: Mapping[str, dict[str, Any]] = {
         "line": {"type": "string"},
@@ -197,19 +199,19 @@ def _automations(
     from prefect.events.schemas.automations import AutomationCore
 
     present: dict[str, list[Any]] = {}
-    for found in prefect.read_automations():
-        present.setdefault(found.name, []).append(found)
-    for wanted in automations(ids["onboard"], ids["remerge"]):
-        first, *others = present.pop(wanted.name, None) or [None]
+    for automation in prefect.read_automations():
+        present.setdefault(automation.name, []).append(automation)
+    for expected in automations(ids["onboard"], ids["remerge"]):
+        first, *others = present.pop(expected.name, None) or [None]
         for other in others:
             prefect.delete_automation(other.id)
         if first is not None:
-            mine = AutomationCore.model_validate(first.model_dump())
-            if _same(mine, wanted) and first.enabled:
+            core = AutomationCore.model_validate(first.model_dump())
+            if _same(core, expected) and first.enabled:
                 continue
             prefect.delete_automation(first.id)
-        prefect.create_automation(wanted)
-        changes.append(f"automation '{wanted.name}'")
+        prefect.create_automation(expected)
+        changes.append(f"automation '{expected.name}'")
     for name, old in present.items():
         if name.startswith(PREFIX):
             for automation in old:
@@ -228,28 +230,28 @@ def _same(one: Any, other: Any) -> bool:
 
 
 def _schedules(
-    prefect: "SyncPrefectClient", remerge: "UUID", wanted: Mapping[str, str], changes: list[str]
+    prefect: "SyncPrefectClient", remerge: "UUID", crons: Mapping[str, str], changes: list[str]
 ) -> None:
     from prefect.client.schemas.actions import DeploymentScheduleCreate
     from prefect.client.schemas.schedules import CronSchedule
 
-    present = {}
-    for found in prefect.read_deployment_schedules(remerge):
-        line = str((found.parameters or {}).get("line"))
-        if line in present or wanted.get(line) != getattr(found.schedule, "cron", None):
-            prefect.delete_deployment_schedule(remerge, found.id)
+    present = set()
+    for schedule in prefect.read_deployment_schedules(remerge):
+        line = str((schedule.parameters or {}).get("line"))
+        if line in present or crons.get(line) != getattr(schedule.schedule, "cron", None):
+            prefect.delete_deployment_schedule(remerge, schedule.id)
             changes.append(f"schedule of {line} removed")
         else:
-            present[line] = found
+            present.add(line)
     new = [
         DeploymentScheduleCreate(
             schedule=CronSchedule(cron=cron, timezone="UTC"),
             parameters={"line": line},
             slug=line,
         )
-        for line, cron in wanted.items()
+        for line, cron in crons.items()
         if line not in present
     ]
     if new:
         prefect.create_deployment_schedules(remerge, new)
-        changes += [f"schedule of {one.slug}: {wanted[str(one.slug)]}" for one in new]
+        changes += [f"schedule of {one.slug}: {crons[str(one.slug)]}" for one in new]

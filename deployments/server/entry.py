@@ -1,8 +1,8 @@
-"""What a worker loads: the flows, without what they need.
+"""The entry points of a worker: the flows, without their heavy imports.
 
-Torch and the models are imported when a run has begun, not before: a run is shown as running
-within seconds. The names and parameters are those of the flows; a deployment's entrypoint is
-`restitch.deployments.server.entry.onboard_flow` or `restitch.deployments.server.entry.remerge_flow`.
+Torch is imported after a run has started, so that Prefect shows it as running within seconds.
+Names and parameters are those of the flows. The deployments name `onboard_flow` and
+`remerge_flow` of this module.
 """
 
 import logging
@@ -21,13 +21,13 @@ log.setLevel(logging.INFO)
 def onboard(
     line: str, task: str, version: int | None = None, mlflow_version: int | None = None
 ) -> None:
-    """Make one registered model a member of its line; see `restitch.flows.onboard`.
+    """Make one registered model a member of its line; see `flows.onboard`.
 
     Args:
         line: the line's name.
         task: the task's name.
-        version: the model's number on the line.
-        mlflow_version: in place of it, the number of a model that was registered in MLflow.
+        version: the model's version on the line.
+        mlflow_version: instead, the version of a model that was registered in MLflow.
     """
     workspace()
     from restitch.flows.onboard import onboard_event
@@ -37,12 +37,12 @@ def onboard(
 
 @flow("remerge", "{line}")
 def remerge(line: str, force: bool = False, attempt: int = 0) -> None:
-    """Merge what is ready, evaluate it, promote it if its gates pass; see `restitch.flows.remerge`.
+    """Merge the ready models, evaluate, and promote if the gates pass; see `flows.remerge`.
 
     Args:
         line: the line's name.
-        force: stitch and evaluate anew although nothing changed.
-        attempt: how many runs before this one died at the same work.
+        force: stitch and evaluate again although nothing changed.
+        attempt: the number of earlier runs that crashed at the same work.
     """
     workspace()
     from restitch.flows.remerge import remerge as work
@@ -50,8 +50,8 @@ def remerge(line: str, force: bool = False, attempt: int = 0) -> None:
     work.body(line, force)
 
 
-def begin_again(flow: Any, flow_run: Any, state: Any) -> None:
-    """What a worker calls when a run of its own has crashed."""
+def restart(flow: Any, flow_run: Any, state: Any) -> None:
+    """Start a crashed run again; the worker calls this."""
     try:
         if not start_again(flow.name, str(flow_run.id), flow_run.parameters):
             log.warning("run %s crashed too often: %s", flow_run.name, state.message)
@@ -59,12 +59,12 @@ def begin_again(flow: Any, flow_run: Any, state: Any) -> None:
         log.warning("run %s is left to the schedule: %s", flow_run.name, error.message())
 
 
-def watched(function: Any) -> Any:
-    """A flow as Prefect has it, which is started again when it crashes."""
-    found = function.engine_object()
-    found.on_crashed(begin_again)
-    return found
+def restarting(function: Any) -> Any:
+    """Prefect's flow of a function, which starts again after a crash."""
+    flow = function.engine_object()
+    flow.on_crashed(restart)
+    return flow
 
 
-onboard_flow = watched(onboard)
-remerge_flow = watched(remerge)
+onboard_flow = restarting(onboard)
+remerge_flow = restarting(remerge)

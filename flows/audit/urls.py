@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from restitch.registry.home import Home
 from restitch.registry.mlflow.projection import DIGEST_TAG, experiment_name
-from restitch.registry.mlflow.sync import run_address, without_credentials
-from restitch.tasks.runtime.engine import engine_url
+from restitch.registry.mlflow.sync import run_address
+from restitch.tasks.runtime.run_progress import run_page
 
 if TYPE_CHECKING:
     import httpx
@@ -27,15 +27,8 @@ def links(line: str, digest: str, made_by: Any) -> dict[str, str | None]:
     return {
         "mlflow": mlflow_run(line, digest),
         "mlflow_filter": _wanted(digest),
-        "prefect": None if run is None else _prefect_run(str(run)),
+        "prefect": None if run is None else run_page(str(run)),
     }
-
-
-def _prefect_run(run: str) -> str | None:
-    api = engine_url()
-    if api is None:
-        return None
-    return f"{without_credentials(api).removesuffix('/').removesuffix('/api')}/runs/flow-run/{run}"
 
 
 def mlflow_run(line: str, digest: str, patience: float = PATIENCE_SECONDS) -> str | None:

@@ -84,6 +84,17 @@ class PrefectApi:
         found = self._send("GET", f"/flow_runs/{run}", allow=(_NOT_FOUND,))
         return None if found.status_code == _NOT_FOUND else dict(found.json())
 
+    def progress(self, run: str) -> float | None:
+        """The percentage in a run's newest progress artifact, or None."""
+        body = {
+            "flow_runs": {"id": {"any_": [run]}},
+            "artifacts": {"type": {"any_": ["progress"]}},
+            "sort": "CREATED_DESC",
+            "limit": 1,
+        }
+        artifacts = self._send("POST", "/artifacts/filter", json=body).json()
+        return float(artifacts[0]["data"]) if artifacts else None
+
     def set_state(self, run: str, state: str, message: str) -> None:
         """Ask for another state of a run; the server's rules decide."""
         body = {"state": {"type": state, "message": message}, "force": False}

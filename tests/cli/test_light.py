@@ -1,54 +1,120 @@
-"""`status`, `history` and `show` read the store alone: no heavy library, no server, at once."""
+"""Help, mistakes and looking at a line need no heavy library and no server."""
 
 import json
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from restitch import __version__
+from restitch.cli.main import PANELS
 from tests.conftest import Three
-from tests.shell import ROOT
+from tests.shell import Shell
+from tests.worlds import World
 
 HEAVY = ("mlflow", "torch", "transformers", "prefect", "datasets", "sqlalchemy", "numpy", "PIL")
 
 PROBE = f"""
-import json, sys, time
-started = time.process_time()
+import json, sys
 from restitch.cli.main import main
 try:
     main()
 except SystemExit as end:
     code = end.code or 0
-seconds = time.process_time() - started
-loaded = sorted(set({HEAVY!r}) & set(sys.modules))
-print(json.dumps([code, loaded, seconds]), file=sys.stderr)
+print(json.dumps([code, sorted(set({HEAVY!r}) & set(sys.modules))]), file=sys.stderr)
 """
 
+TASK = "TASK"  # stands for the path of a task file
+COMMANDS = {
+    ("--help",): (0, "Get started"),
+    ("--version",): (0, f"restitch {__version__}"),
+    ("register", "--help"): (0, "--replace-task"),
+    ("status",): (0, "champion 3"),
+    ("history", "demo"): (0, "promoted"),
+    ("show", "demo", "--json"): (0, '"version": 3'),
+    ("rgister",): (2, "register"),
+    ("remerge", "demo", "--forced"): (2, "--force"),
+    ("export", "demo", "champion"): (2, "Missing argument"),
+    ("status", "dmeo"): (3, "there is no line 'dmeo'"),
+    ("remerge", "dmeo"): (3, "there is no line 'dmeo'"),
+    ("export", "dmeo", "champion", "out"): (3, "there is no line 'dmeo'"),
+    ("retire", "dmeo", "colour", "--reason", "old"): (3, "there is no line 'dmeo'"),
+    ("register", "dmeo", "--task", TASK, "--model", "org/name"): (3, "there is no line 'dmeo'"),
+    ("register", "demo", "--task", "no.yaml", "--model", "org/name"): (3, "no.yaml"),
+    ("register", "demo", "--task", TASK, "--model", "./no-model"): (3, "./no-model"),
+    ("task", "demo", "--task", "no.yaml"): (3, "no.yaml"),
+    ("init", "no.yaml"): (3, "no.yaml"),
+    ("analyze", "demo", "--densities", "few"): (3, "'few' is not a number"),
+}
 
-@pytest.mark.parametrize(
-    "args", [("status",), ("history", "demo"), ("show", "demo", "--json"), ("status", "dmeo")]
-)
-def test_looking_imports_nothing_heavy(three: Three, args: tuple[str, ...]) -> None:
+
+@pytest.mark.parametrize("args", COMMANDS, ids=" ".join)
+def test_nothing_heavy_is_imported_before_the_arguments_are_checked(
+    three: Three, world: World, args: tuple[str, ...]
+) -> None:
+    code, text = COMMANDS[args]
+    words = [str(world.task("colour")) if word == TASK else word for word in args]
     with three.shell.inside():
         done = subprocess.run(
-            [sys.executable, "-c", PROBE, *args],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            timeout=60,
+            [sys.executable, "-c", PROBE, *words], capture_output=True, text=True, timeout=60
         )
-    code, loaded, seconds = json.loads(done.stderr.splitlines()[-1])
-    assert code == (3 if "dmeo" in args else 0)
-    assert loaded == []
-    assert seconds < 2.5
+    *err, probed = done.stderr.splitlines()
+    assert json.loads(probed) == [code, []]
+    assert text in done.stdout + "\n".join(err)
 
 
 def test_looking_needs_no_mlflow(three: Three) -> None:
-    shell = type(three.shell)(three.shell.home, {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"})
+    shell = Shell(three.shell.home, {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9"})
     assert shell.json("status", "demo")["lines"][0]["champion"] == 3
 
 
-def test_help_names_all_commands(three: Three) -> None:
-    told = three.shell("--help").out
-    for command in ("init", "register", "remerge", "status", "history", "show", "export"):
-        assert command in told
+def test_help_shows_every_command_in_its_panel(three: Three) -> None:
+    page = three.shell("--help").out
+    panels = [page.index(f"─ {panel} ─") for panel in PANELS]
+    assert panels == sorted(panels)
+    for start, commands in zip(panels, PANELS.values(), strict=True):
+        for command in commands:
+            assert f"│ {command.__name__} " in page[start:]
+
+
+def test_without_a_command_the_first_three_steps_are_shown(tmp_path: Path) -> None:
+    page = Shell(tmp_path)().out
+    steps = [page.index(f"restitch {command}") for command in ("init", "register", "status")]
+    assert steps == sorted(steps)
+    assert "restitch --help" in page
+
+
+def completed(shell: Shell, instruction: str, **variables: str) -> str:
+    environment = {**os.environ, **variables, "_RESTITCH_COMPLETE": instruction}
+    return shell.process(environment=environment).out
+
+
+@pytest.mark.parametrize(
+    ("name", "sign"),
+    [("bash", "complete -o default"), ("zsh", "#compdef restitch"), ("fish", "complete --command")],
+)
+def test_each_shell_gets_a_completion_script(three: Three, name: str, sign: str) -> None:
+    script = completed(three.shell, f"source_{name}")
+    assert sign in script
+    assert "_RESTITCH_COMPLETE" in script
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [("restitch remer", "remerge"), ("restitch status d", "demo"), ("restitch show demo ch", "ch")],
+)
+def test_commands_and_names_of_lines_are_completed(three: Three, words: str, expected: str) -> None:
+    last = str(len(words.split()) - 1)
+    out = completed(three.shell, "complete_bash", COMP_WORDS=words, COMP_CWORD=last)
+    assert out.splitlines()[0].startswith(expected)
+
+
+def test_tables_in_a_pipe_are_not_wrapped(three: Three) -> None:
+    members = three.shell.json("show", "demo")["members"]
+    lines = three.shell.process("show", "demo").out.splitlines()
+    for task, member in members.items():
+        (row,) = [line for line in lines if line.startswith(task) and member["uri"] in line]
+        assert len(row) > 80
+        assert member["weights"][:12] in row

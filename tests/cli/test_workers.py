@@ -13,6 +13,7 @@ from unittest.mock import patch
 import pytest
 
 from restitch.registry.ledger.line_state import LineState
+from restitch.tasks.runtime.run_progress import run_progress
 from tests.conftest import NewHome
 from tests.fake_prefect import FakePrefect, fake_prefect
 from tests.shell import Shell
@@ -85,6 +86,22 @@ def test_waiting_ends_with_a_message_when_no_worker_answers(
     assert "nothing is lost" in done.err
     assert "restitch doctor" in done.err
     assert handing_over.state().tasks["colour"].versions[1].state == "registered"
+
+
+def test_waiting_shows_the_state_and_the_run_that_works_on_the_model(
+    handing_over: Shell, world: World, prefect: FakePrefect
+) -> None:
+    run = {"id": "r1", "name": "demo/colour/1", "state_type": "RUNNING", "state_name": "Running"}
+    other = {**run, "id": "r2", "parameters": {"line": "demo", "task": "number"}}
+    runs = [other, {**run, "parameters": {"line": "demo", "task": "colour"}}]
+    prefect.answers["POST /flow_runs/filter"] = (200, runs)
+    prefect.answers["POST /artifacts/filter"] = (200, [{"data": 40}])
+    done = handing_over(*registration(world), "--wait", "--timeout", "0.1", code=6)
+    page = f"{prefect.url.removesuffix('/api')}/runs/flow-run/r1"
+    assert f"colour version 1 is registered: run demo/colour/1 is running, {page}" in done.err
+    with handing_over.inside():
+        progress = run_progress("demo", "colour", "registered")
+    assert progress == (f"run demo/colour/1 is running, {page}", 40)
 
 
 def test_waiting_returns_when_the_model_is_in_the_champion(

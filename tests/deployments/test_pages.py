@@ -27,7 +27,7 @@ def warnings() -> list[str]:
     """The longest fixed piece of each warning in the code that runs unattended."""
     found = []
     for package in ("flows", "tasks", "deployments"):
-        for path in sorted((ROOT / package).glob("*.py")):
+        for path in sorted((ROOT / package).rglob("*.py")):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if (
                     isinstance(node, ast.Call)

@@ -254,7 +254,7 @@ def test_a_port_that_is_taken_is_told() -> None:
 
 
 def test_only_a_server_has_webhooks(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="fires no webhooks"):
+    with pytest.raises(BadInput, match="sends no webhooks"):
         register_webhook(f"sqlite:///{tmp_path}/mlflow.db", "http://127.0.0.1:9/webhook", SECRET)
 
 

@@ -98,8 +98,8 @@ def remerge(line: str, force: bool = False, attempt: int = 0) -> None:
         entry.remerge.body(line, force, attempt)
 
 
-onboard_flow = entry.watched(onboard)
-remerge_flow = entry.watched(remerge)
+onboard_flow = entry.restarting(onboard)
+remerge_flow = entry.restarting(remerge)
 
 
 def main() -> None:

@@ -204,7 +204,7 @@ def check_delivery(given: Delivery) -> str:
     )
     assert status in (200, 400, 401, 413)
     assert SECRET not in text
-    assert len(events) == (text == "handed over") <= (status == 200)
+    assert len(events) == (text == "accepted") <= (status == 200)
     for event in events:
         delivery, sent, signature = (headers[name] for name in _HEADERS)
         assert signature == sign(SECRET, delivery, sent, body)

@@ -39,7 +39,7 @@ def test_what_mlflow_would_never_sign_is_refused(data: object) -> None:
 
 
 def test_a_body_that_never_ends_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(webhook, "PATIENCE", 0.05)
+    monkeypatch.setattr(webhook, "BODY_SECONDS", 0.05)
     sent: list[dict[str, Any]] = []
     parts = iter([{"type": "http.request", "body": b"{", "more_body": True}])
 

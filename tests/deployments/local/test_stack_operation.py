@@ -60,7 +60,7 @@ def test_what_was_killed_is_named_with_its_remedy_and_up_mends_it(stack: Stack) 
     found = findings(stack, code=6)
     for name in ("mlflow", "worker-1"):
         assert found[name]["status"] == "failed"
-        assert "gone" in found[name]["found"] or "does not answer" in found[name]["found"]
+        assert "has ended" in found[name]["found"] or "does not answer" in found[name]["found"]
         assert "restitch up" in found[name]["mend"]
     assert {found[name]["status"] for name in NAMES - {"mlflow", "worker-1"}} == {"ok"}
     assert up(stack)["started"] == ["mlflow", "worker-1"]

@@ -220,7 +220,7 @@ def test_without_mlflow_it_warns(shell: Shell, monkeypatch: pytest.MonkeyPatch) 
         (("--pair", "colour,nine"), "unknown task"),
         (("--pair", "colour"), "a pair is two tasks"),
         (("--densities", "0.1,2"), "cannot be used"),
-        (("--densities", "few"), "cannot be read"),
+        (("--densities", "few"), "is not a number"),
     ],
 )
 def test_mistakes_are_told(shell: Shell, given: tuple[str, ...], told: str) -> None:

@@ -161,7 +161,7 @@ def test_without_mlflow_an_act_or_a_record_comes_only_from_a_backup(copy: Shell)
         assert found[names[0]]["remedy"] is None
         assert found[names[1]]["remedy"] is None
         assert not found[names[0]]["mended"]
-    assert "only be restored from a backup" in away("verify", "--deep", code=7).out
+    assert "only a backup can restore it" in away("verify", "--deep", code=7).out
     assert found[names[2]]["mended"], "what can be is mended all the same"
     for name in names[:2]:
         (copy.home / "store" / name).write_bytes(before[name])

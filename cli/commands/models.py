@@ -1,0 +1,123 @@
+"""Commands about models: register, export, evaluate, retire and restore them."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from restitch.cli.app import Json, Line, Version, show_result
+from restitch.cli.commands.audit import OptionalReason, Reason, Remerge, Task, decide
+from restitch.cli.commands.lines import ReplaceTask, TaskFile
+from restitch.cli.render import models as render
+from restitch.registry.home import Home
+
+
+def _existing(context: typer.Context, model: str) -> str:
+    """Refuse a local path that does not exist before the command imports what it needs."""
+    if not context.resilient_parsing and model.startswith(("/", ".", "~")):
+        from restitch.registry.sources.resolve import resolve_source
+
+        resolve_source(model, Home.from_environment())
+    return model
+
+
+def register(
+    line: Line,
+    task: TaskFile,
+    model: Annotated[
+        str,
+        typer.Option(
+            "--model", help="Folder, s3://bucket/folder, hub id or MLflow URI.", callback=_existing
+        ),
+    ],
+    remerge: Annotated[bool, typer.Option(help="Merge the model as well.")] = True,
+    replace_task: ReplaceTask = False,
+    copy: Annotated[
+        bool, typer.Option("--copy", help="Keep a copy of the model's files in the store.")
+    ] = False,
+    wait: Annotated[
+        bool,
+        typer.Option("--wait", help="Wait for the workers to merge the model, or to refuse it."),
+    ] = False,
+    timeout: Annotated[
+        float | None, typer.Option(help="Wait this many seconds at most; then exit with 6.")
+    ] = None,
+    here: Annotated[
+        bool, typer.Option("--here", help="Do the work in this process, not in the workers.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Register a finetuned model.
+
+    With workers, they do the work and the command returns at once; with --wait, it returns when
+    the model is in the champion or was refused. Without workers the command does the work.
+    """
+    from restitch.flows.register import register as run
+
+    outcome = run(
+        line,
+        task,
+        model,
+        merge=remerge,
+        replace_task=replace_task,
+        copy=copy,
+        here=here,
+        wait=wait,
+        timeout=timeout,
+    )
+    show_result(outcome.as_dict(), as_json, render.registered)
+    raise typer.Exit(outcome.exit_code)
+
+
+def export(
+    line: Line,
+    version: Version,
+    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the content of the folder.")
+    ] = False,
+    shard_size: Annotated[
+        str | None,
+        typer.Option(help="Size of the largest file, such as 5GB or 500MB; default: as the base."),
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option(help="Write the specialist for this task; see `experts`.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a merged version, or its specialist for one task, as a Hugging Face folder."""
+    from restitch.flows.export import export_version
+
+    outcome = export_version(
+        line, version, out, overwrite=overwrite, shard_size=shard_size, task=task
+    )
+    show_result(outcome.as_dict(), as_json, render.exported)
+
+
+def evaluate(line: Line, version: Version = "champion", as_json: Json = False) -> None:
+    """Evaluate a merged version on every task and on the general benchmark."""
+    from restitch.flows.evaluate import evaluate_version
+
+    show_result(evaluate_version(line, version).as_dict(), as_json, render.evaluated)
+
+
+def retire(
+    line: Line, task: Task, reason: Reason, remerge: Remerge = True, as_json: Json = False
+) -> None:
+    """Leave a task out of all future merges, and merge without it."""
+    from restitch.flows.decisions import retire as run
+
+    decide(lambda: run(line, task, reason, merge=remerge), as_json)
+
+
+def restore(
+    line: Line,
+    task: Task,
+    reason: OptionalReason = "",
+    remerge: Remerge = True,
+    as_json: Json = False,
+) -> None:
+    """Take a retired task back, and merge with it."""
+    from restitch.flows.decisions import restore as run
+
+    decide(lambda: run(line, task, reason, merge=remerge), as_json)

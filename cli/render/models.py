@@ -1,0 +1,49 @@
+"""The look of models: registered, evaluated, exported."""
+
+from rich.console import Console
+
+from restitch.cli.render.formats import Values, percent, size, write
+from restitch.cli.render.lines import remerged, results
+
+
+def registered(result: Values, out: Console) -> None:
+    """A registered model: its state, its mask, and the merge that took it in."""
+    already = "already " if result["already"] else ""
+    write(out, f"{result['task']}: {already}version {result['version']}, {result['state']}")
+    if result["reason"]:
+        write(out, result["reason"], "yellow")
+    _facts(result["facts"], out)
+    if result["merged"] is not None:
+        remerged(result["merged"], out)
+    elif result["record"] is not None:
+        write(out, f"{result['line']}: version {result['champion']} is the champion")
+        results(result["record"], out)
+    elif result["handed_over"] and result["state"] in ("registered", "ready"):
+        write(out, "  the workers continue; follow them with `restitch status --watch`")
+
+
+def evaluated(result: Values, out: Console) -> None:
+    """The present results of a version."""
+    write(out, f"{result['line']} version {result['version']}")
+    results(result, out)
+
+
+def exported(result: Values, out: Console) -> None:
+    """The folder that was written."""
+    whose = "" if result["task"] is None else f", the specialist for {result['task']},"
+    write(out, f"{result['line']} version {result['version']}{whose} is in {result['out']}")
+    write(out, f"  {len(result['files'])} files, {size(result['bytes'])}")
+
+
+def _facts(facts: Values, out: Console) -> None:
+    if "localizer" not in facts:
+        return
+    statistics = ""
+    if "statistics" in facts:
+        statistics = f" {' and '.join(facts['statistics'])} {size(facts['statistics_bytes'])},"
+    write(
+        out,
+        f"  {facts['localizer']}: {facts['kept']:,} of {facts['coordinates']:,} weights"
+        f" ({percent(facts['density'])}), delta {size(facts['delta_bytes'])},{statistics}"
+        f" {facts['outside_share']:.1%} of the change is outside of masks",
+    )

@@ -1,0 +1,46 @@
+"""The look of what an operator's commands did."""
+
+from rich.console import Console
+
+from restitch.cli.render.formats import Values, write
+
+
+def up(result: Values, out: Console) -> None:
+    """The addresses of the stack's pages."""
+    started = ", ".join(result["started"])
+    write(out, f"started {started}" if started else "everything was running")
+    for change in result["changes"]:
+        write(out, f"  {change}")
+    write(out, f"Prefect   {result['prefect_url']}")
+    write(out, f"MLflow    {result['mlflow_url']}")
+    workers = "worker" if result["workers"] == 1 else "workers"
+    write(out, f"{result['workers']} {workers}; logs in {result['logs']}")
+
+
+def down(result: Values, out: Console) -> None:
+    """The processes that were stopped."""
+    stopped = ", ".join(result["stopped"])
+    write(out, f"stopped {stopped}" if stopped else "nothing was running")
+
+
+def deployed(result: Values, out: Console) -> None:
+    """The changes on a Prefect server, its schedules and its pools."""
+    for change in result["changes"]:
+        write(out, change)
+    if not result["changes"]:
+        write(out, "nothing to change")
+    for line, cron in result["schedules"].items():
+        write(out, f"line {line} is remerged at {cron}")
+    for pool in result["pools"]:
+        write(out, f"start workers with: prefect worker start --pool {pool} --limit 1")
+
+
+def doctor(result: Values, out: Console) -> None:
+    """Each check, with its remedy."""
+    marks = {"ok": ("ok", "green"), "warning": ("look", "yellow"), "failed": ("FAILED", "red")}
+    for check in result["checks"]:
+        mark, style = marks[check["status"]]
+        out.print(f"{mark:7}", style=style, end="")
+        write(out, f"{check['name']}: {check['found']}")
+        if check["mend"]:
+            write(out, f"       -> {check['mend']}", style)
