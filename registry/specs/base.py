@@ -1,9 +1,16 @@
-"""What all specs have in common: frozen plain data with a digest and no keys but its own."""
+"""The base of all specs: frozen plain data with a digest, and the types that several share."""
 
 import json
 from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    TypeAdapter,
+)
+from pydantic_core import CoreSchema
 
 from restitch.merging.digests import digest_json
 
@@ -11,20 +18,47 @@ Text = Annotated[str, Field(min_length=1)]
 
 
 class Spec(BaseModel):
-    """Frozen data that knows no other keys than its own."""
+    """Frozen data that refuses unknown keys.
+
+    The fields are the keys that people write: the JSON schema and the reference of keys are made
+    from their types and descriptions.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """All keys as plain JSON values, with the defaults filled in."""
         return self.model_dump(mode="json")
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:
-        """What `to_json` gave."""
+        """Read what `to_json` gave."""
         return cls.model_validate_json(json.dumps(values))
 
     @property
     def digest(self) -> str:
-        """The digest of the resolved spec."""
-        return digest_json(self.to_json())
+        """The digest of all values that differ from a fixed default.
+
+        A new optional key leaves the digests of specs that do not use it as they are. A default
+        that depends on another key always enters.
+        """
+        return digest_json(self.model_dump(mode="json", exclude_defaults=True))
+
+
+class InFile:
+    """Annotates a field whose form in a file is wider than its type.
+
+    `registry.specs.files` turns that form into the type before it validates. The JSON schema
+    describes the form.
+
+    Args:
+        form: the type of what people write.
+    """
+
+    def __init__(self, form: Any) -> None:
+        self.form = form
+
+    def __get_pydantic_json_schema__(
+        self, schema: CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return handler(TypeAdapter(self.form).core_schema)

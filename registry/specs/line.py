@@ -1,24 +1,16 @@
-"""What users describe: a line and a task, as frozen plain data.
+"""The keys of a line file: its base, how models join it, and what it must keep.
 
-A spec is resolved when it is made from a file (`restitch.registry.specs.files`): it means the same
-when the file, its folder or our defaults have changed. `to_json`, `from_json`, `digest`.
-A source that is a path is absolute; anything else in its place is an address or a hub id,
-pinned as `org/name@commit` once it is resolved.
+A spec made from a file (`registry.specs.files`) is resolved: it means the same when the file,
+its folder or our defaults change.
 """
 
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Field,
-    JsonValue,
-    SerializerFunctionWrapHandler,
-    field_validator,
-    model_serializer,
-)
+from pydantic import Field, JsonValue, field_validator
 
 from restitch.merging.errors import BadInput
-from restitch.registry.specs.base import Spec, Text
+from restitch.registry.specs.base import InFile, Spec, Text
 from restitch.registry.specs.gates import GatesSpec
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.registry.specs.method import AnyMethod, MethodSpec, TournamentSpec
@@ -31,62 +23,82 @@ Actors = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
 class ActorsSpec(Spec):
-    """Who may decide what about a line; whatever has no list may be done by anybody.
+    """Who may make which decision by hand; without a list anyone may.
 
-    One list in place of the keys stands for all of them.
+    In a file, one list in place of the keys stands for all of them.
     """
 
-    promote: Actors | None = None
-    rollback: Actors | None = None
-    retire: Actors | None = None
-    restore: Actors | None = None
-    pin: Actors | None = None
-    unpin: Actors | None = None
+    promote: Actors | None = Field(default=None, description="Who may promote a version.")
+    rollback: Actors | None = Field(default=None, description="Who may roll back the champion.")
+    retire: Actors | None = Field(default=None, description="Who may retire a model.")
+    restore: Actors | None = Field(default=None, description="Who may restore a retired model.")
+    pin: Actors | None = Field(default=None, description="Who may pin the champion.")
+    unpin: Actors | None = Field(default=None, description="Who may unpin the champion.")
 
     def of(self, decision: str) -> tuple[str, ...] | None:
-        """Those who may do it; None is anybody."""
-        found: tuple[str, ...] | None = getattr(self, decision)
-        return found
-
-    @model_serializer(mode="wrap")
-    def _lists(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        return {name: names for name, names in handler(self).items() if names is not None}
+        """Those who may make a decision; None is anyone."""
+        names: tuple[str, ...] | None = getattr(self, decision)
+        return names
 
 
 class LineSpec(Spec):
-    """A line: its base, how models join it, and what it must keep.
+    """A line: its base, how models join it, and what it must keep."""
 
-    Attributes:
-        base: an absolute path, an address, or a hub id, pinned as `org/name@commit`.
-        retention: the general benchmark, described here or as a task of the line.
-        require_device: the line is worked on by workers that have it only.
-        actors: who may promote, roll back and so on by hand; None is anybody.
-    """
+    line: Name = Field(
+        description="The name of the line: 1 to 63 of a-z, 0-9, `_` and `-`.", examples=["photos"]
+    )
+    base: Text = Field(
+        description="The pretrained checkpoint that all models were finetuned from: a folder, an "
+        "address, or a hub id (`owner/name[@commit]`); it cannot change.",
+        examples=["models/base", "owner/name", "s3://bucket/models/base"],
+    )
+    family: Text = Field(
+        description="The kind of model, which says how it loads and scores; it cannot change.",
+        examples=["text-encoder", "clip"],
+    )
+    method: AnyMethod = Field(
+        description="The merge method: a name, a name with settings, or a tournament of several.",
+        examples=["localize-and-stitch", {"name": "ties", "settings": {"density": 0.2}}],
+    )
+    localize: Annotated[LocalizeSpec, InFile(LocalizeSpec | None)] = Field(
+        default=LocalizeSpec(),
+        description="How masks are found; a method that needs whole task vectors defaults to "
+        "`{mode: dataless, density: 1}`.",
+        examples=[{"mode": "dataless", "density": 0.05}],
+    )
+    retention: Annotated[TaskSpec | Name | None, InFile(Text | TaskSpec | None)] = Field(
+        default=None,
+        description="The general benchmark, on which retention is measured: a task file, the "
+        "name of a task of the line, or the keys of a task.",
+        examples=["tasks/imagenet.yaml"],
+    )
+    gates: Annotated[GatesSpec, InFile(GatesSpec | None)] = Field(
+        default=GatesSpec(),
+        description="What a merged version must reach to be promoted.",
+        examples=[{"max_task_drop": 0.01}],
+    )
+    schedule: str | None = Field(
+        default=None,
+        description="When to remerge without an event, as a cron line.",
+        examples=["*/15 * * * *"],
+    )
+    require_device: Literal["cpu", "cuda"] | None = Field(
+        default=None, description="Only workers with this device work on the line."
+    )
+    actors: ActorsSpec | None = Field(
+        default=None,
+        description="Who may promote, roll back, retire, restore, pin and unpin by hand: a list "
+        "for each decision, or one list for all; by default anyone.",
+        examples=[["alice", "bob"], {"promote": ["alice"]}],
+    )
 
-    line: Name
-    base: Text
-    family: Text
-    method: AnyMethod
-    localize: LocalizeSpec = LocalizeSpec()
-    retention: TaskSpec | Name | None = None
-    gates: GatesSpec = GatesSpec()
-    schedule: str | None = None
-    require_device: Literal["cpu", "cuda"] | None = None
-    actors: ActorsSpec | None = None
-
-    @field_validator("actors", mode="before")
+    @field_validator("actors", mode="before", json_schema_input_type=list[Text] | ActorsSpec | None)
     @classmethod
     def _same_for_all(cls, value: Any) -> Any:
         given = dict.fromkeys(ActorsSpec.model_fields, value) if isinstance(value, list) else value
         if not isinstance(given, dict):
             return given
         return {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
-
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # A line without a list is written, and digested, as it was before there were any.
-        values: dict[str, Any] = handler(self)
-        return {key: value for key, value in values.items() if key != "actors" or value}
 
     @field_validator("method", mode="before")
     @classmethod
@@ -103,23 +115,23 @@ class LineSpec(Spec):
         return value
 
     def with_method_settings(self, settings: dict[str, Any]) -> "LineSpec":
-        """The same method with other settings."""
+        """Return the same line with other settings of its method."""
         return self.with_method(MethodSpec(name=self.method.name, settings=settings))
 
     def with_method(self, method: MethodSpec | TournamentSpec) -> "LineSpec":
-        """The same with another method."""
+        """Return the same line with another method."""
         return self.model_copy(update={"method": method})
 
     def with_base(self, base: str) -> "LineSpec":
-        """The same with the base pinned."""
+        """Return the same line with a pinned base."""
         return self.model_copy(update={"base": base})
 
     def with_retention(self, retention: TaskSpec | str | None) -> "LineSpec":
-        """The same with another benchmark, for instance one whose data is pinned."""
+        """Return the same line with another benchmark, such as one whose data is pinned."""
         return self.model_copy(update={"retention": retention})
 
     def with_pins_of(self, old: "LineSpec") -> "LineSpec":
-        """This spec with what it leaves unpinned read at the commits that the old one pinned."""
+        """Pin unpinned sources to the commits that the old spec pinned."""
         new = self.with_base(keep_pin(self.base, old.base))
         if isinstance(new.retention, TaskSpec) and isinstance(old.retention, TaskSpec):
             new = new.with_retention(new.retention.with_pins_of(old.retention))
@@ -127,15 +139,13 @@ class LineSpec(Spec):
 
 
 def line_changes(old: LineSpec, new: LineSpec) -> list[tuple[str, JsonValue, JsonValue]]:
-    """What an existing line's new file changes: (key, old value, new value).
+    """List the changes to an existing line as (key, old value, new value).
 
     Raises:
-        BadInput: it changes what is fixed.
+        BadInput: a key changes that must not.
     """
-    changes = [
-        (key, before, after) for key, before, after in _differences(old.to_json(), new.to_json())
-    ]
-    fixed = [c for c in changes if c[0] in ("line", "base", "family")]
+    changes = _differences(old.to_json(), new.to_json())
+    fixed = [change for change in changes if change[0] in ("line", "base", "family")]
     if fixed:
         raise BadInput(
             f"line {old.line}: {' and '.join(key for key, *_ in fixed)} cannot change",
@@ -149,11 +159,11 @@ def line_changes(old: LineSpec, new: LineSpec) -> list[tuple[str, JsonValue, Jso
 def _differences(
     old: dict[str, Any], new: dict[str, Any], prefix: str = ""
 ) -> list[tuple[str, JsonValue, JsonValue]]:
-    found: list[tuple[str, JsonValue, JsonValue]] = []
+    changes: list[tuple[str, JsonValue, JsonValue]] = []
     for key in sorted(old.keys() | new.keys()):
         before, after = old.get(key), new.get(key)
-        if isinstance(before, dict) and isinstance(after, dict):
-            found.extend(_differences(before, after, f"{prefix}{key}."))
+        if all(isinstance(value, dict | None) for value in (before, after)):
+            changes.extend(_differences(before or {}, after or {}, f"{prefix}{key}."))
         elif before != after:
-            found.append((f"{prefix}{key}", before, after))
-    return found
+            changes.append((f"{prefix}{key}", before, after))
+    return changes

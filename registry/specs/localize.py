@@ -1,20 +1,8 @@
-"""How a line selects the coordinates of a finetuned model: the keys under `localize`.
-
-Defaults depend on the mode and are stored where a line is made, so that they mean the same when
-ours change. Keys that came later are written only where they are used: an older line keeps its
-digest.
-"""
+"""The keys under `localize`: how a line selects the coordinates of a finetuned model."""
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    Discriminator,
-    Field,
-    SerializerFunctionWrapHandler,
-    Tag,
-    model_serializer,
-    model_validator,
-)
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from restitch.registry.sizes import Size
 from restitch.registry.specs.base import Spec, Text
@@ -22,6 +10,14 @@ from restitch.registry.specs.base import Spec, Text
 DEFAULT_DENSITY = {"dataless": 0.05, "trained": 0.01, "fisher": 0.1, "distilled": 0.1}
 DEFAULT_EPOCHS = {"distilled": 3}
 DEFAULT_RECOVERY, DEFAULT_MAX_DENSITY = 0.99, 0.3
+
+# What determines the mask in each mode, in addition to its density.
+_USED: dict[str, set[str]] = {
+    "dataless": set(),
+    "trained": {"preset", "shots", "epochs", "seed"},
+    "fisher": {"shots", "seed"},
+    "distilled": {"shots", "epochs", "seed"},
+}
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 # The tags keep pydantic from reporting what is wrong with the other choice.
@@ -36,44 +32,78 @@ def _if_auto(value: float) -> Any:
 
 
 class LocalizeSpec(Spec):
-    """How the coordinates of a finetuned model are selected.
+    """How masks are found.
 
-    Attributes:
-        mode: `dataless` takes the largest differences; `fisher` weighs them with how much the
-            model's predictions depend on each, `distilled` refines that until the graft predicts
-            what the model does, both from inputs alone; `trained` learns from labelled examples.
-            A task without train rows is localized without data in any mode. The default holds
-            most of a model for its cost (docs/results/).
-        density: the fraction of localizable coordinates that is kept; `auto` is the lowest that
-            recovers the finetuned model on validation rows.
-        preset: how a trained mask is learned.
-        shots: examples per class, or all where there are fewer.
-        epochs: passes over them, for `trained` and `distilled`.
-        include: globs on tensor names that add to the family's localizable tensors.
-        exclude: globs on tensor names that are never localized, and win.
-        recovery: for `auto`: the share of the finetuned model's value that is to be reached.
-        max_density: for `auto`: what is kept where that is not reached.
-        budget: the most bytes that a delta may have; may be given as `20MB`.
-        values: what a delta keeps of a weight: its `exact` bits, or `int8`, its difference from
-            the base in 8 bits.
+    A task without train rows is localized without data in any mode. The default mode recovers
+    most of a finetuned model for its cost (docs/results/).
     """
 
-    mode: Literal["dataless", "trained", "fisher", "distilled"] = "distilled"
+    mode: Literal["dataless", "trained", "fisher", "distilled"] = Field(
+        default="distilled",
+        description="How coordinates are ranked: `dataless` takes the largest differences; "
+        "`fisher` weighs them by how much the model's predictions depend on each; `distilled` "
+        "refines that until the base with the mask predicts what the finetuned model predicts; "
+        "`trained` learns the mask from labelled rows.",
+    )
     density: Density = Field(
-        default_factory=lambda earlier: DEFAULT_DENSITY[earlier.get("mode", "distilled")]
+        default_factory=lambda earlier: DEFAULT_DENSITY[earlier.get("mode", "distilled")],
+        description="The fraction of the localizable coordinates that a mask keeps, or `auto` "
+        "for the lowest that recovers the finetuned model on validation rows; the default is "
+        + ", ".join(f"{density} for {mode}" for mode, density in DEFAULT_DENSITY.items())
+        + ".",
+        examples=[0.05, "auto"],
     )
-    preset: Literal["budget", "grafting", "paper", "official"] = "budget"
-    shots: Annotated[int, Field(ge=1)] = 64
+    preset: Literal["budget", "grafting", "paper", "official"] = Field(
+        default="budget",
+        description="For `trained`: how the mask is learned. Only `budget` keeps exactly the "
+        "density.",
+    )
+    shots: Annotated[int, Field(ge=1)] = Field(
+        default=64,
+        description="For all modes but `dataless`: train rows per class, or all where there "
+        "are fewer.",
+    )
     epochs: Annotated[int, Field(ge=1)] = Field(
-        default_factory=lambda earlier: DEFAULT_EPOCHS.get(earlier.get("mode", "distilled"), 10)
+        default_factory=lambda earlier: DEFAULT_EPOCHS.get(earlier.get("mode", "distilled"), 10),
+        description="For `trained` and `distilled`: passes over those rows; the default is 3 "
+        "for distilled and 10 for trained.",
+        examples=[3],
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    include: tuple[Text, ...] = ()
-    exclude: tuple[Text, ...] = ()
-    recovery: Share | None = Field(default_factory=_if_auto(DEFAULT_RECOVERY))
-    max_density: Share | None = Field(default_factory=_if_auto(DEFAULT_MAX_DENSITY))
-    budget: Size | None = None
-    values: Literal["exact", "int8"] = "exact"
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="Seeds the choice of rows and the training."
+    )
+    include: tuple[Text, ...] = Field(
+        default=(),
+        description="Globs on tensor names that add to the family's localizable tensors.",
+        examples=[["embeddings.*"]],
+    )
+    exclude: tuple[Text, ...] = Field(
+        default=(),
+        description="Globs on tensor names that are never localized; they win over `include`.",
+        examples=[["*.bias"]],
+    )
+    recovery: Share | None = Field(
+        default_factory=_if_auto(DEFAULT_RECOVERY),
+        description="For `density: auto`: the share of the finetuned model's metric to reach; "
+        f"the default is {DEFAULT_RECOVERY}.",
+        examples=[DEFAULT_RECOVERY],
+    )
+    max_density: Share | None = Field(
+        default_factory=_if_auto(DEFAULT_MAX_DENSITY),
+        description="For `density: auto`: the density to use where `recovery` is not reached; "
+        f"the default is {DEFAULT_MAX_DENSITY}.",
+        examples=[DEFAULT_MAX_DENSITY],
+    )
+    budget: Size | None = Field(
+        default=None,
+        description="The largest size of a sparse delta, in bytes or as text.",
+        examples=["20MB"],
+    )
+    values: Literal["exact", "int8"] = Field(
+        default="exact",
+        description="What a delta stores of a weight: its `exact` bits, or `int8`, its "
+        "difference from the base in 8 bits.",
+    )
 
     @model_validator(mode="after")
     def _one_way_to_a_density(self) -> Self:
@@ -90,21 +120,13 @@ class LocalizeSpec(Spec):
             )
         return self
 
-    @model_serializer(mode="wrap")
-    def _as_before(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        # What is not used is not written: the digest is then what it was before there were any.
-        values: dict[str, Any] = handler(self)
-        unused = {"recovery": None, "max_density": None, "budget": None, "values": "exact"}
-        return {k: v for k, v in values.items() if k not in unused or v != unused[k]}
-
     @property
     def settings(self) -> dict[str, Any]:
-        """What determines the mask in this mode, beside the choice of tensors."""
-        used = {
-            "dataless": set(),
-            "trained": {"preset", "shots", "epochs", "seed"},
-            "fisher": {"shots", "seed"},
-            "distilled": {"shots", "epochs", "seed"},
-        }[self.mode]
-        chosen = used | {"density", "recovery", "max_density", "budget", "values"}
-        return {key: value for key, value in self.to_json().items() if key in chosen}
+        """What determines the mask in this mode, except for the choice of tensors."""
+        optional = self.model_dump(
+            mode="json",
+            include={"recovery", "max_density", "budget", "values"},
+            exclude_defaults=True,
+            exclude_none=True,
+        )
+        return {**self.model_dump(mode="json", include={"density", *_USED[self.mode]}), **optional}

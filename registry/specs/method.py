@@ -1,8 +1,8 @@
-"""How a line merges its members: one method, or several of which each merge takes the best.
+"""The key `method`: one merge method, or a tournament of several.
 
-A tournament names its contestants, how many of them a merge may cost, and what "best" means; who
-wins is found out at each merge (`restitch.flows.promotion.method_selection`) and stands in that version's recipe. Its
-contestants are methods with settings of their own, the same method twice where the settings differ.
+A tournament names its contestants, how many of them run in one merge, and what "best" means.
+Each merge selects the winner (`flows.promotion.method_selection`) and writes it to the recipe.
+A method may take part twice with different settings.
 """
 
 import json
@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from restitch.registry.specs.base import Spec, Text
+from restitch.registry.specs.base import InFile, Spec, Text
 
 MOST_CONTESTANTS = 32
 
@@ -27,17 +27,24 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class MethodSpec(Spec):
     """A merge method and its settings."""
 
-    name: Text
-    settings: dict[str, JsonValue] = Field(default_factory=dict)
+    name: Text = Field(
+        description="The name of a merge method; `restitch methods` lists them.",
+        examples=["localize-and-stitch"],
+    )
+    settings: dict[str, JsonValue] = Field(
+        default_factory=dict,
+        description="The method's settings; those left out get the method's defaults.",
+        examples=[{"overlap": "mean"}],
+    )
 
     @field_validator("settings")
     @classmethod
     def _finite(cls, value: dict[str, JsonValue]) -> dict[str, JsonValue]:
-        # One that is no number equals nothing, not even itself.
+        # NaN equals nothing, not even itself.
         try:
             json.dumps(value, allow_nan=False)
         except ValueError:
-            raise ValueError("holds a number that is not finite") from None
+            raise ValueError("all numbers must be finite") from None
         return value
 
     @property
@@ -47,17 +54,20 @@ class MethodSpec(Spec):
 
 
 class ObjectiveSpec(Spec):
-    """What the best contestant has the most of; the word `mean` is accuracy alone.
+    """What the winner of a tournament has the most of."""
 
-    Attributes:
-        accuracy: weight of the mean over the tasks.
-        retention: weight of retention.
-        min_retention: contestants below it come after all others; None, or 0, asks for nothing.
-    """
-
-    accuracy: Weight = 1.0
-    retention: Weight = 0.0
-    min_retention: Weight | None = None
+    accuracy: Weight = Field(
+        default=1.0, description="The weight of the mean accuracy over the tasks."
+    )
+    retention: Weight = Field(
+        default=0.0, description="The weight of retention, the accuracy kept on the benchmark."
+    )
+    min_retention: Weight | None = Field(
+        default=None,
+        description="Contestants with less retention come after all others; by default the "
+        "line's gate of this name.",
+        examples=[0.95],
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -67,28 +77,38 @@ class ObjectiveSpec(Spec):
     @model_validator(mode="after")
     def _weighs_something(self) -> "ObjectiveSpec":
         if self.accuracy == 0 and self.retention == 0:
-            raise ValueError("weighs nothing: give accuracy or retention a weight above 0")
+            raise ValueError("give accuracy or retention a weight above 0")
         return self
 
     @property
     def asks_retention(self) -> bool:
-        """Whether retention has to be measured."""
+        """True if retention must be measured."""
         return self.retention > 0 or bool(self.min_retention)
 
 
 class TournamentSpec(Spec):
-    """Merge methods of which the best becomes the merged version.
+    """Merge methods of which the best becomes the merged version."""
 
-    Attributes:
-        tournament: the contestants, in an order that decides between equals.
-        objective: which is the best.
-        at_most: how many take part in one merge; None for all. The method in use does, and those
-            that have waited longest.
-    """
-
-    tournament: Annotated[tuple[MethodSpec, ...], Field(min_length=2, max_length=MOST_CONTESTANTS)]
-    objective: ObjectiveSpec = ObjectiveSpec()
-    at_most: Annotated[int, Field(ge=2, le=MOST_CONTESTANTS)] | None = None
+    tournament: Annotated[
+        tuple[MethodSpec, ...],
+        Field(min_length=2, max_length=MOST_CONTESTANTS),
+        InFile(
+            Annotated[list[Text | MethodSpec], Field(min_length=2, max_length=MOST_CONTESTANTS)]
+        ),
+    ] = Field(
+        description="The contestants; of equally good ones the first wins.",
+        examples=[["localize-and-stitch", "ties"]],
+    )
+    objective: Annotated[ObjectiveSpec, InFile(ObjectiveSpec | Literal["mean"] | None)] = Field(
+        default=ObjectiveSpec(),
+        description="What the winner has the most of; `mean` is the mean accuracy alone.",
+    )
+    at_most: Annotated[int, Field(ge=2, le=MOST_CONTESTANTS)] | None = Field(
+        default=None,
+        description="How many contestants run in one merge: the method in use, and those that "
+        "have waited longest; by default all.",
+        examples=[3],
+    )
 
     @field_validator("tournament", mode="before")
     @classmethod
@@ -107,12 +127,12 @@ class TournamentSpec(Spec):
 
     @property
     def name(self) -> Literal["tournament"]:
-        """What it is called where a method's name stands."""
+        """The word in place of a method's name."""
         return "tournament"
 
     @property
     def settings(self) -> dict[str, JsonValue]:
-        """None of its own: each contestant has its settings."""
+        """Empty: each contestant has its own settings."""
         return {}
 
     @property
@@ -122,12 +142,12 @@ class TournamentSpec(Spec):
 
     @property
     def rotates(self) -> bool:
-        """Whether some contestants sit out."""
+        """True if some contestants sit out each merge."""
         return self.at_most is not None and self.at_most < len(self.tournament)
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """What the contestants are called: names, with what differs where a name occurs twice."""
+        """The contestants' names, with the settings that differ where a name occurs twice."""
         return tuple(_label(one, self.tournament) for one in self.tournament)
 
 
@@ -135,12 +155,12 @@ def _label(one: MethodSpec, others: tuple[MethodSpec, ...]) -> str:
     same = [other.settings for other in others if other.name == one.name]
     if len(same) == 1:
         return one.name
-    told = (
+    differences = (
         f"{key} {json.dumps(value)}"
         for key, value in sorted(one.settings.items())
         if any(other.get(key) != value for other in same)
     )
-    return f"{one.name} ({', '.join(told) or 'defaults'})"
+    return f"{one.name} ({', '.join(differences) or 'defaults'})"
 
 
 # The tags keep pydantic from reporting what is wrong with the other choice.
@@ -154,4 +174,5 @@ AnyMethod = Annotated[
             else "as method"
         )
     ),
+    InFile(Text | MethodSpec | TournamentSpec),
 ]

@@ -1,4 +1,8 @@
-"""What a user describes as a task: its rows, its classes, its measure."""
+"""The keys of a task file: its rows, its head, its metric.
+
+A path is absolute; any other source is an address or a hub id, pinned as `owner/name@commit`
+once it is resolved.
+"""
 
 import re
 from typing import Annotated, Any, Literal, Self
@@ -13,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from restitch.registry.specs.base import Spec, Text
+from restitch.registry.specs.base import InFile, Spec, Text
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 
@@ -25,65 +29,103 @@ _PIN = re.compile(r"@[0-9a-f]{40}\Z")
 
 
 def check_name(name: str) -> str:
-    """The name of a line or a task.
+    """Return the name of a line or a task.
 
     Raises:
-        ValueError: it is not one.
+        ValueError: it is not a valid name.
     """
     if not NAME.match(name):
         raise ValueError(
-            f"{name[:80]!r} is not a name: 1 to 63 of a-z, 0-9, '_' and '-', "
-            "beginning with a letter or digit"
+            f"{name[:80]!r} is not a name: use 1 to 63 of a-z, 0-9, '_' and '-', "
+            "starting with a letter or digit"
         )
     return name
 
 
-Name = Annotated[str, BeforeValidator(lambda v: check_name(v) if isinstance(v, str) else v)]
+Name = Annotated[
+    str,
+    BeforeValidator(
+        lambda value: check_name(value) if isinstance(value, str) else value,
+        json_schema_input_type=Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_-]{0,62}$")],
+    ),
+]
 
 
 Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+Metric = Literal["accuracy", "f1"]
 
 
 # The tags keep pydantic from reporting what is wrong with the other choice.
 Texts = Annotated[
     Annotated[tuple[Text, ...], Tag("as list")] | Annotated[Literal["openai"], Tag("as word")],
     Discriminator(lambda value: "as word" if isinstance(value, str) else "as list"),
+    InFile(Text | list[Text]),
 ]
 
 
 class SampleSpec(Spec):
-    """Some of the rows that a task is evaluated on: each class has its share of them.
+    """Some of the rows that a task is evaluated on; each class has its share of them."""
 
-    Attributes:
-        rows: how many; all where there are fewer.
-        seed: which ones.
-    """
-
-    rows: Annotated[int, Field(ge=1)]
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    rows: Annotated[int, Field(ge=1)] = Field(
+        description="How many rows, or all where there are fewer.", examples=[1000]
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
+        default=0, description="Seeds the choice of rows; the same seed always gives the same."
+    )
 
 
 class DataSpec(Spec):
-    """Where a task's examples are.
+    """Where a task's rows are."""
 
-    Attributes:
-        path: an absolute path, or a hub id, pinned as `org/name@commit`.
-        train: the file or split for calibration; the others likewise.
-        input: the column, or columns, that the model reads.
-        label: the column of the class index or name.
-        sample: evaluate on so many rows only, the same ones every time; all where it is None.
-        content: what the rows are read from, by digest; taken at registration where it is
-            not given, and compared before rows are used.
-    """
-
-    path: Text
-    train: Text | None = None
-    validation: Text | None = None
-    test: Text | None = None
-    input: tuple[Text, ...] = ()
-    label: Text | None = None
-    sample: SampleSpec | None = None
-    content: dict[str, JsonValue] | None = None
+    path: Text = Field(
+        description="A folder, or a data set on the hub, `owner/name[:config][@commit]`; "
+        "registration pins the commit.",
+        examples=["data/pets", "owner/name"],
+    )
+    train: Text | None = Field(
+        default=None,
+        description="The rows to calibrate masks and methods with: a file or folder in `path`, "
+        "or the name of a split.",
+        examples=["train.jsonl"],
+    )
+    validation: Text | None = Field(
+        default=None,
+        description="The rows to tune on: a file or folder in `path`, or the name of a split; by "
+        "default a part of `train`, set apart.",
+        examples=["validation.jsonl"],
+    )
+    test: Text | None = Field(
+        default=None,
+        description="The rows to report on: a file or folder in `path`, or the name of a split; "
+        "by default the validation rows.",
+        examples=["test.jsonl"],
+    )
+    input: Annotated[tuple[Text, ...], InFile(Text | list[Text])] = Field(
+        default=(),
+        description="The column with the input, or two columns for sentence pairs; by default "
+        "`text` or `image`, as the family reads.",
+        examples=["text", ["question", "answer"]],
+    )
+    label: Text | None = Field(
+        default=None,
+        description="The column with the class: an index, or one of the labels; by default "
+        "`label`.",
+        examples=["label"],
+    )
+    sample: Annotated[
+        SampleSpec | None, InFile(Annotated[int, Field(ge=1)] | SampleSpec | None)
+    ] = Field(
+        default=None,
+        description="Evaluate on this many rows only, the same ones every time; by default on all.",
+        examples=[1000],
+    )
+    content: dict[str, JsonValue] | None = Field(
+        default=None,
+        description="The digests of the files behind the rows; registration fills it in, and "
+        "rows are compared with it before use.",
+    )
 
     @field_validator("sample", mode="before")
     @classmethod
@@ -99,17 +141,25 @@ class DataSpec(Spec):
 
 
 class HeadSpec(Spec):
-    """How the classes are described.
+    """How a task's classes are described."""
 
-    Attributes:
-        labels: the classes in order; `openai` are the 1000 curated ImageNet names; None
-            where `labels_from` says that the data set names them.
-        templates: prompts with `{}` for the label; `openai` are the 80 of CLIP.
-    """
-
-    labels: Texts | None = None
-    templates: Texts = ("{}",)
-    labels_from: Literal["dataset"] | None = None
+    labels: Texts | None = Field(
+        default=None,
+        description="The classes in the order of their indices: a list, a file with one per line "
+        "or a JSON list, or `openai` for the 1000 curated ImageNet names.",
+        examples=[["negative", "positive"], "labels.txt"],
+    )
+    templates: Texts = Field(
+        default=("{}",),
+        description="Prompts with `{}` in place of the label: a list, a file, or `openai` for "
+        "the 80 prompts of CLIP.",
+        examples=[["a photo of a {}."]],
+    )
+    labels_from: Literal["dataset"] | None = Field(
+        default=None,
+        description="`dataset` takes the names of the classes from the data set, instead of "
+        "`labels`.",
+    )
 
     @model_validator(mode="after")
     def _one_source_of_labels(self) -> Self:
@@ -131,23 +181,37 @@ class HeadSpec(Spec):
 
 
 class TaskSpec(Spec):
-    """One skill: its examples, its head, its measure.
+    """One skill: its rows, its head, its metric."""
 
-    Attributes:
-        data: None means localized without data and not evaluated.
-        scale: what cosines are multiplied with; None is the family's own.
-        max_length: tokens per text; None is the model's own limit.
-    """
-
-    task: Name
-    data: DataSpec | None = None
-    head: HeadSpec | None = None
-    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    max_length: Annotated[int, Field(ge=1)] | None = None
-    metric: Literal["accuracy", "f1"] = "accuracy"
+    task: Name = Field(
+        description="The name of the task: 1 to 63 of a-z, 0-9, `_` and `-`.", examples=["pets"]
+    )
+    data: DataSpec | None = Field(
+        default=None,
+        description="The rows of the task; without them its models are localized without data "
+        "and not evaluated.",
+    )
+    head: HeadSpec | None = Field(
+        default=None, description="How the classes are described; required with `data`."
+    )
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="The factor of the cosines in the scores; by default the family's own.",
+        examples=[20.0],
+    )
+    max_length: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Tokens per text; by default as many as the model reads.",
+        examples=[128],
+    )
+    metric: Metric = Field(
+        default="accuracy",
+        description="`accuracy`, or `f1`: of class 1 where there are two, else the mean over the "
+        "classes.",
+    )
 
     def with_pins_of(self, old: "TaskSpec") -> "TaskSpec":
-        """This spec with its unpinned data read at the commit that the old one pinned."""
+        """Pin unpinned data to the commit that the old spec pinned."""
         if self.data is None or old.data is None:
             return self
         path = keep_pin(self.data.path, old.data.path)
@@ -155,12 +219,12 @@ class TaskSpec(Spec):
 
 
 def keep_pin(new: str, old: str) -> str:
-    """The old source where the new one is the same without its pinned commit."""
+    """Return the old source if the new one is the same without the pinned commit."""
     return old if _PIN.sub("", old) == new else new
 
 
 def split_pin(source: str) -> tuple[str, str | None]:
-    """A hub id without its revision, and the revision; a path is never split."""
+    """Split a hub id into the id and its revision; a path is never split."""
     if source.startswith("/"):
         return source, None
     name, _, revision = source.partition("@")
@@ -168,5 +232,5 @@ def split_pin(source: str) -> tuple[str, str | None]:
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source that is no path has the form of a hub id."""
+    """True if the source has the form of a hub id."""
     return _HUB_ID.match(source) is not None and not source.startswith((".", "/"))

@@ -293,7 +293,7 @@ def test_mistakes_are_told(world: World, new_home: NewHome, tmp_path: Path) -> N
     assert "did you mean 'ties'" in refused(["averaging", "tie"])
     assert "twice" in refused(["ties", {"name": "ties", "settings": {"alpha": 1.0}}])
     assert "tournament" in refused(["ties"])
-    assert "weighs nothing" in refused(["ties", "averaging"], {"accuracy": 0})
+    assert "a weight above 0" in refused(["ties", "averaging"], {"accuracy": 0})
     no_rows = refused(["ties", "averaging"], {"retention": 1}, retention=str(world.task("general")))
     assert "none for general" in no_rows
     assert "min_retention: 0" in no_rows

@@ -3,20 +3,27 @@ from pathlib import Path
 import pytest
 
 from restitch.merging.errors import BadInput
+from restitch.registry.specs.base import Spec
 from restitch.registry.specs.files import load_line, load_task, parse_line, parse_task
 from restitch.registry.specs.line import LineSpec, line_changes
+from restitch.registry.specs.localize import DEFAULT_DENSITY
 from restitch.registry.specs.task import TaskSpec, is_hub_id, keep_pin, split_pin
+from tests.registry.specs.schemas import schema_problems
 
 COMMIT = "0123456789" * 4
 LINE = "line: demo\nbase: org/model\nfamily: clip\nmethod: localize-and-stitch\n"
 
 
 def line(text: str = "", folder: Path = Path("/nowhere")) -> LineSpec:
-    return parse_line(LINE + text, "line.yaml", folder)
+    spec = parse_line(LINE + text, "line.yaml", folder)
+    assert schema_problems("line", LINE + text) == []
+    return spec
 
 
 def task(text: str = "", folder: Path = Path("/nowhere")) -> TaskSpec:
-    return parse_task("task: demo\n" + text, "task.yaml", folder)
+    spec = parse_task("task: demo\n" + text, "task.yaml", folder)
+    assert schema_problems("task", "task: demo\n" + text) == []
+    return spec
 
 
 def problems(make, *args) -> str:
@@ -40,6 +47,10 @@ def test_all_defaults_are_stored():
             "seed": 0,
             "include": [],
             "exclude": [],
+            "recovery": None,
+            "max_density": None,
+            "budget": None,
+            "values": "exact",
         },
         "retention": None,
         "gates": {
@@ -51,6 +62,7 @@ def test_all_defaults_are_stored():
         },
         "schedule": None,
         "require_device": None,
+        "actors": None,
     }
 
 
@@ -242,6 +254,14 @@ def test_base_and_family_are_fixed_and_any_other_change_is_named():
         ("localize.density", 0.1, 0.2),
         ("retention", None, "other"),
     ]
+    assert line_changes(new, old) == [
+        ("gates.min_retention", 0.9, None),
+        ("localize.density", 0.2, 0.1),
+        ("retention", "other", None),
+    ]
+    assert line_changes(old, line("actors: {promote: [a]}\nlocalize: {seed: 0}\n")) == [
+        ("actors.promote", None, ["a"])
+    ]
     assert line_changes(old, old) == []
     for key, value in (("base", "/other"), ("family", "text-encoder")):
         assert f"{key} cannot change" in problems(
@@ -277,12 +297,44 @@ def test_these_are_not(bad):
     assert not is_hub_id(bad)
 
 
-def test_lines_keep_the_digests_that_they_had_before_there_was_more_to_choose():
-    dataless = line("localize: {mode: dataless}")
-    assert dataless.digest == "88944ad9d9a8e8c91ed42d1d29d1674af926ea8d60c1117957689eff65382635"
+def test_a_new_optional_key_leaves_the_digests_of_lines_that_do_not_use_it():
+    class Part(Spec):
+        x: int = 1
+
+    class LaterLine(LineSpec):
+        colour: str = "none"
+        part: Part = Part()
+
+    class LaterTask(TaskSpec):
+        colour: str | None = None
+
+    for text in ("", "localize: {mode: trained}", "gates: {max_task_drop: 0.1}"):
+        now = line(text)
+        later = LaterLine.from_json(now.to_json())
+        assert later.digest == now.digest
+        assert later.model_copy(update={"colour": "red"}).digest != now.digest
+        assert later.model_copy(update={"part": Part(x=2)}).digest != now.digest
+    assert LaterTask.from_json(task().to_json()).digest == task().digest
+
+
+def test_a_default_that_is_written_out_gives_the_same_digest():
+    assert (
+        line("localize: {mode: dataless, seed: 0}").digest
+        == line("localize: {mode: dataless}").digest
+    )
+    assert line("schedule: null").digest == line().digest
+    digests = {line(f"localize: {{mode: {mode}}}").digest for mode in DEFAULT_DENSITY}
+    assert len(digests) == len(DEFAULT_DENSITY)
+
+
+def test_the_digest_of_a_line_does_not_change_by_accident():
+    assert (
+        line("localize: {mode: dataless}").digest
+        == "11c92133ee75421c845f6c43c036bf3a46d7cfae9b14d8779b244599fb1c1bfb"
+    )
     assert (
         line("localize: {mode: trained}").digest
-        == "ce0c16eeb7bef4ca23241b6a12b1dc48a7d71d8e10ae82ceca6bdfab861e068d"
+        == "d6671e04495036bd9e5373a09d451f7b06739b70b6eb04fb96926b003c078d11"
     )
 
 
@@ -311,11 +363,12 @@ def test_a_density_that_is_chosen_brings_its_defaults():
     }
 
 
-def test_what_a_delta_keeps_of_a_weight_is_only_written_where_it_is_chosen():
+def test_what_a_delta_stores_of_a_weight_enters_digests_only_where_it_is_chosen():
     plain = line("localize: {mode: dataless}")
     short = line("localize: {mode: dataless, values: int8}")
-    assert line("localize: {mode: dataless, values: exact}").to_json() == plain.to_json()
-    assert "values" not in plain.to_json()["localize"]
+    assert line("localize: {mode: dataless, values: exact}").digest == plain.digest
+    assert short.digest != plain.digest
+    assert plain.localize.settings == {"density": 0.05}
     assert short.localize.settings == {"density": 0.05, "values": "int8"}
     assert LineSpec.from_json(short.to_json()) == short
     assert "expected 'exact' or 'int8'" in problems(line, "localize: {values: int4}")
