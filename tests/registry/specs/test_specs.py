@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from restitch.merging.errors import BadInput
+from restitch.registry.gates.registry import GATES
 from restitch.registry.specs.files import load_line, load_task, parse_line, parse_task
 from restitch.registry.specs.line import LineSpec, line_changes
 from restitch.registry.specs.task import TaskSpec, is_hub_id, keep_pin, split_pin
@@ -42,13 +43,7 @@ def test_all_defaults_are_stored():
             "exclude": [],
         },
         "retention": None,
-        "gates": {
-            "min_retention": None,
-            "max_task_drop": None,
-            "min_normalized": None,
-            "max_patch_bytes": None,
-            "warn": [],
-        },
+        "gates": {**dict.fromkeys(GATES), "warn": []},
         "schedule": None,
         "require_device": None,
     }
