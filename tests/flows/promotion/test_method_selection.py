@@ -289,7 +289,7 @@ def test_mistakes_are_told(world: World, new_home: NewHome, tmp_path: Path) -> N
         return shell("init", line_file(world, tmp_path, method, **changes), code=3).err
 
     mixed = refused(["ties", "weighted-stitch"])
-    assert "whole task vectors: ties; sparse deltas: restitch" in mixed
+    assert "whole task vectors: ties; sparse deltas: weighted-stitch" in mixed
     assert "did you mean 'ties'" in refused(["averaging", "tie"])
     assert "twice" in refused(["ties", {"name": "ties", "settings": {"alpha": 1.0}}])
     assert "tournament" in refused(["ties"])

@@ -29,7 +29,7 @@ def test_gates_are_checked_in_the_order_of_their_names() -> None:
     limits = {"min_retention": 1.0, "min_normalized": 1.0, "max_task_drop": 0, "max_patch_bytes": 1}
     checked = [outcome.gate for outcome in check_gates(limits, EVERYTHING)]
     assert checked == ["max_patch_bytes", "max_task_drop", "min_normalized", "min_retention"]
-    assert checked == list(GATES)
+    assert checked == [name for name in GATES if name in limits]
 
 
 @pytest.mark.parametrize("name", GATES)

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from restitch.merging.errors import BadInput
+from restitch.registry.gates.registry import GATES
 from restitch.registry.specs.base import Spec
 from restitch.registry.specs.files import load_line, load_task, parse_line, parse_task
 from restitch.registry.specs.line import LineSpec, line_changes
@@ -53,13 +54,7 @@ def test_all_defaults_are_stored():
             "values": "exact",
         },
         "retention": None,
-        "gates": {
-            "min_retention": None,
-            "max_task_drop": None,
-            "min_normalized": None,
-            "max_patch_bytes": None,
-            "warn": [],
-        },
+        "gates": {**dict.fromkeys(GATES), "warn": []},
         "schedule": None,
         "require_device": None,
         "actors": None,
