@@ -1,4 +1,4 @@
-"""What a person sees while a command works."""
+"""The terminal while a command works."""
 
 import io
 import time
@@ -17,7 +17,7 @@ def terminal(quiet: bool) -> tuple[TerminalReporter, io.StringIO]:
     return reporter, out
 
 
-def test_facts_are_not_told_when_quiet_and_warnings_are() -> None:
+def test_quiet_hides_facts_and_shows_warnings() -> None:
     for quiet in (False, True):
         reporter, out = terminal(quiet)
         with reporting_to(reporter):
@@ -27,7 +27,7 @@ def test_facts_are_not_told_when_quiet_and_warnings_are() -> None:
         assert "a warning" in out.getvalue()
 
 
-def test_a_bar_appears_only_when_work_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_appears_only_for_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("restitch.cli.reporter.SHOW_AFTER_SECONDS", 0.05)
     reporter, out = terminal(quiet=False)
     with reporting_to(reporter), working("quick work") as progress:
