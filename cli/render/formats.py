@@ -85,7 +85,7 @@ def changed(key: str, old: Any, new: Any) -> list[str]:
 
 def _setting(value: Any) -> str:
     if isinstance(value, dict):
-        return " ".join(f"{name}={_setting(one)}" for name, one in value.items())
+        return " ".join(f"{name}={_setting(one)}" for name, one in value.items()) or "none"
     if isinstance(value, list | tuple):
         return ", ".join(map(_setting, value)) or "none"
     return "none" if value is None else str(value)

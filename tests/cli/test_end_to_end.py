@@ -411,6 +411,8 @@ def test_init_of_a_known_line_does_nothing_or_changes_settings_or_refuses(
         done = shell("init", world.line(line, **wrong), code=3)
         assert "cannot change" in done.err
         assert shell.head_bytes() == before
+    done = shell("init", world.line(line, gates={"min_retention": 0.6}))
+    assert "\n  gates.min_retention: 0.5 -> 0.6\n" in done.out
 
 
 @pytest.mark.usefixtures("without_mlflow")

@@ -2,10 +2,12 @@
 
 import io
 import time
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from restitch.cli.render.formats import changed
 from restitch.cli.reporter import TerminalReporter
 from restitch.tasks.runtime.console import reporting_to, say, warn, working
 
@@ -37,3 +39,17 @@ def test_a_bar_appears_only_for_long_work(monkeypatch: pytest.MonkeyPatch) -> No
         time.sleep(0.06)
         progress(1, 2)
     assert "long work" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lines"),
+    [
+        (None, 0.02, ["key: none -> 0.02"]),
+        (["a"], ["a", "b"], ["key: a -> a, b"]),
+        (None, {"x": 1, "y": {"z": True}}, ["key.x: none -> 1", "key.y.z: none -> True"]),
+        ({"x": 1, "y": 2}, {"x": 1}, ["key.y: 2 -> none"]),
+        ([], [{"name": "ties", "settings": {}}], ["key: none -> name=ties settings=none"]),
+    ],
+)
+def test_changed_settings_are_shown_one_per_line(old: Any, new: Any, lines: list[str]) -> None:
+    assert changed("key", old, new) == lines
