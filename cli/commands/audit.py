@@ -22,18 +22,13 @@ Remerge = Annotated[bool, typer.Option(help="Merge now, without waiting for the 
 def history(
     line: Line,
     as_of: Annotated[
-        str | None,
-        typer.Option(
-            "--as-of", metavar="TIME", help="The version in use then; a date means its end."
-        ),
+        str | None, typer.Option(metavar="TIME", help="The version in use then; a date is its end.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="Only acts about models of this task.")] = None,
     event: Annotated[str | None, typer.Option(help="Only acts of this kind: `promoted`.")] = None,
     since: Annotated[str | None, typer.Option(metavar="TIME", help="Only acts since then.")] = None,
     until: Annotated[str | None, typer.Option(metavar="TIME", help="Only acts until then.")] = None,
-    versions: Annotated[
-        bool, typer.Option("--versions", help="List the merged versions with their metrics.")
-    ] = False,
+    versions: Annotated[bool, typer.Option("--versions", help="All versions.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show the audit trail, the version in use at a time, or all merged versions.
@@ -73,7 +68,7 @@ def report(
     """Write the report of a merged version: one page that needs no network, and its plots."""
     from restitch.flows.audit.report import write_report
 
-    show_result(write_report(line, version, out).as_dict(), as_json, render.reported)
+    show_result(write_report(line, version, out), as_json, render.reported)
 
 
 def diff(line: Line, a: Version, b: Version = "champion", as_json: Json = False) -> None:
@@ -92,19 +87,13 @@ def why(line: Line, task: Task, as_json: Json = False) -> None:
 
 def verify(
     line: AnyLine = None,
-    version: Annotated[str | None, typer.Option(help="Only this version; all by default.")] = None,
+    version: Annotated[str | None, typer.Option(help="Only this version.")] = None,
     without: Annotated[
         str | None,
-        typer.Option(
-            metavar="WHAT", help="A digest, task or task/version to prove absent from versions."
-        ),
+        typer.Option(metavar="WHAT", help="Prove a digest, task or task/version absent."),
     ] = None,
-    deep: Annotated[
-        bool, typer.Option("--deep", help="Check every object of the store, of all lines.")
-    ] = False,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Check as --deep, and make damaged objects again.")
-    ] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Check the whole store.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="As --deep; repair damage.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compare a line with its record: the trail, all objects, and every version rebuilt.
@@ -115,7 +104,7 @@ def verify(
         from restitch.flows.storage.verify import verify as run
 
         outcome = run(line, version, without)
-        show_result(outcome.as_dict(), as_json, render.verified)
+        show_result(outcome, as_json, render.verified)
         raise typer.Exit(outcome.exit_code)
     if version is not None or without is not None:
         raise UsageError(
@@ -125,7 +114,7 @@ def verify(
     from restitch.flows.storage.verify_all import verify_all
 
     whole = verify_all(line, deep=deep, repair=repair)
-    show_result(whole.as_dict(), as_json, render.all_verified)
+    show_result(whole, as_json, render.all_verified)
     raise typer.Exit(whole.exit_code)
 
 
@@ -162,5 +151,5 @@ def unpin(
 def decide(run: "Callable[[], Decision]", as_json: bool) -> None:
     """Carry out a decision, print it, and exit with its code."""
     decision = run()
-    show_result(decision.as_dict(), as_json, render.decided)
+    show_result(decision, as_json, render.decided)
     raise typer.Exit(decision.exit_code)

@@ -53,7 +53,7 @@ def init(
 
     outcome = init_line(file)
     keep_schedules()
-    show_result(outcome.as_dict(), as_json, render.init)
+    show_result(outcome, as_json, render.init)
 
 
 def task(
@@ -63,7 +63,7 @@ def task(
     from restitch.flows.lines.declare_task import declare_task
 
     outcome = declare_task(line, file, replace_task=replace_task)
-    show_result(outcome.as_dict(), as_json, render.declared)
+    show_result(outcome, as_json, render.declared)
 
 
 def remerge(
@@ -77,7 +77,7 @@ def remerge(
     from restitch.flows.remerge import remerge as run
 
     outcome = run(line, force)
-    show_result(outcome.as_dict(), as_json, render.remerged)
+    show_result(outcome, as_json, render.remerged)
     raise typer.Exit(outcome.exit_code)
 
 
