@@ -1,6 +1,5 @@
 """Commands of an auditor, and people's decisions about the version in use."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -122,21 +121,21 @@ def rollback(line: Line, version: Version, reason: Reason, as_json: Json = False
     """Use a former champion again, and pin the line to it."""
     from restitch.flows.decisions import rollback as run
 
-    decide(lambda: run(line, version, reason), as_json)
+    decide(run(line, version, reason), as_json)
 
 
 def promote(line: Line, version: Version, reason: Reason, as_json: Json = False) -> None:
     """Make a version the champion by hand, even if it failed a gate."""
     from restitch.flows.decisions import promote as run
 
-    decide(lambda: run(line, version, reason), as_json)
+    decide(run(line, version, reason), as_json)
 
 
 def pin(line: Line, reason: OptionalReason = "", as_json: Json = False) -> None:
     """Stop automatic promotion; new versions become candidates."""
     from restitch.flows.decisions import pin as run
 
-    decide(lambda: run(line, reason), as_json)
+    decide(run(line, reason), as_json)
 
 
 def unpin(
@@ -145,11 +144,10 @@ def unpin(
     """Promote automatically again, and bring the merged model up to date."""
     from restitch.flows.decisions import unpin as run
 
-    decide(lambda: run(line, reason, merge=remerge), as_json)
+    decide(run(line, reason, merge=remerge), as_json)
 
 
-def decide(run: "Callable[[], Decision]", as_json: bool) -> None:
-    """Carry out a decision, print it, and exit with its code."""
-    decision = run()
+def decide(decision: "Decision", as_json: bool) -> None:
+    """Print a decision, and exit with its code."""
     show_result(decision, as_json, render.decided)
     raise typer.Exit(decision.exit_code)

@@ -95,7 +95,7 @@ def retire(
     """Leave a task out of all future merges, and merge without it."""
     from restitch.flows.decisions import retire as run
 
-    decide(lambda: run(line, task, reason, merge=remerge), as_json)
+    decide(run(line, task, reason, merge=remerge), as_json)
 
 
 def restore(
@@ -108,4 +108,4 @@ def restore(
     """Take a retired task back, and merge with it."""
     from restitch.flows.decisions import restore as run
 
-    decide(lambda: run(line, task, reason, merge=remerge), as_json)
+    decide(run(line, task, reason, merge=remerge), as_json)
