@@ -52,8 +52,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
 def show_result(result: Any, as_json: bool, render: Callable[[Any, Console], None]) -> None:
-    """Print a result: as JSON, or for people."""
+    """Print a result, plain values or an outcome, as JSON or for people."""
+    values = result if isinstance(result, dict) else result.as_dict()
     if as_json:
-        typer.echo(json.dumps(result, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
     else:
-        render(result, console())
+        render(values, console())

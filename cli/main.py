@@ -13,8 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from enum import StrEnum
-from typing import Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -61,15 +60,6 @@ restitch keeps one merged model of many finetuned models. The first three steps:
 All commands: restitch --help"""
 
 
-class LogLevel(StrEnum):
-    """The least severe log lines to show."""
-
-    debug = "debug"
-    info = "info"
-    warning = "warning"
-    error = "error"
-
-
 def _print_version(requested: bool) -> None:
     if requested:
         typer.echo(f"restitch {__version__}")
@@ -86,15 +76,18 @@ def options(
         ),
     ] = False,
     log: Annotated[
-        LogLevel | None,
-        typer.Option(envvar="RESTITCH_LOG", help="Show Prefect's log lines from this level on."),
+        Literal["debug", "info", "warning", "error"] | None,
+        typer.Option(
+            envvar="RESTITCH_LOG",
+            metavar="LEVEL",
+            help="Show Prefect's log lines: debug, info, warning or error.",
+        ),
     ] = None,
 ) -> None:
     """One merged model, kept current."""
     # Only the terminal: the pages of Prefect show all lines in any case.
-    level = "CRITICAL" if log is None else log.upper()
-    os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = level
-    if log is LogLevel.debug:
+    os.environ["PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL"] = (log or "critical").upper()
+    if log == "debug":
         os.environ["PREFECT_LOGGING_LEVEL"] = "DEBUG"
     if context.invoked_subcommand is None:
         typer.echo(FIRST_STEPS)

@@ -1,7 +1,7 @@
-"""The terminal's reporter: bars for long work on standard error, one line per fact.
+"""Report on standard error: bars for long work, one line per fact.
 
-Results go to standard output and nothing else does, so `--json` can be piped. Bars appear
-only on a terminal, and only when the work takes longer than two seconds.
+Only results go to standard output, so `--json` can be piped. Bars appear only on a terminal, after
+two seconds of work.
 """
 
 import time
@@ -17,7 +17,7 @@ SHOW_AFTER_SECONDS = 2.0
 
 
 class TerminalReporter:
-    """Draws on standard error; silent about facts when `quiet`."""
+    """Writes to standard error; `quiet` hides facts."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -25,7 +25,7 @@ class TerminalReporter:
 
     @contextmanager
     def working(self, title: str) -> Iterator[Callback]:
-        """A bar that appears once the work has taken two seconds."""
+        """Show a bar after two seconds of work."""
         started = time.monotonic()
         bar = Progress(
             TextColumn("{task.description}"),
@@ -53,10 +53,10 @@ class TerminalReporter:
                 bar.stop()
 
     def say(self, text: str) -> None:
-        """One line on standard error."""
+        """Print one line."""
         if not self.quiet:
             self.console.print(text, markup=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """One highlighted line on standard error, also when quiet."""
+        """Print one highlighted line, also when quiet."""
         self.console.print(f"warning: {text}", style="yellow", markup=False, soft_wrap=True)

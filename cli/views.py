@@ -1,8 +1,4 @@
-"""What `status` answers, as plain JSON values, from the store alone.
-
-MLflow, torch and the engine are never imported here: the answers come at once, also when
-every server is away.
-"""
+"""The values of `status`, from the store alone: no server, MLflow or torch is needed."""
 
 from typing import Any
 
@@ -15,7 +11,7 @@ from restitch.tasks.runtime.workspace import workspace
 
 
 def status(line: str | None) -> dict[str, Any]:
-    """The present of one line, or of all."""
+    """The state of one line, or of all, as plain JSON values."""
     space = workspace(to_write=False)
     names = list(lines(space.objects)) if line is None else [line]
     return {

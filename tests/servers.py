@@ -1,4 +1,4 @@
-"""Servers for tests on loopback, each in a process of its own with state of its own."""
+"""Servers for tests on loopback, each in its own process and with its own state."""
 
 import base64
 import os
@@ -30,7 +30,7 @@ QUIET = {
 MLFLOW = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
-    # Webhooks to loopback, and to one that was made a moment ago.
+    # Webhooks go to loopback, and a new one works at once.
     "MLFLOW_WEBHOOK_ALLOWED_SCHEMES": "http,https",
     "MLFLOW_WEBHOOK_ALLOW_PRIVATE_IPS": "true",
     "MLFLOW_WEBHOOK_CACHE_TTL": "1",
@@ -39,7 +39,7 @@ MLFLOW = {
 
 
 def free_port() -> int:
-    """A port on loopback that nobody uses now."""
+    """A free port on loopback."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -89,7 +89,7 @@ import sys, threading
 from moto import server
 one, answer = threading.Lock(), server.DomainDispatcherApplication.__call__
 def in_turn(self, environ, start):
-    # moto looks and then writes; that both are one is what conditional writes promise.
+    # moto looks and then writes; conditional writes need both in one step.
     with one:
         return answer(self, environ, start)
 server.DomainDispatcherApplication.__call__ = in_turn
@@ -99,7 +99,7 @@ server.main(sys.argv[1:])
 
 @contextmanager
 def s3_server(folder: Path) -> Iterator[str]:
-    """Run an S3 server for the length of the context; it forgets everything afterwards.
+    """Run an S3 server for the length of the context, in memory.
 
     Args:
         folder: for its log.
@@ -163,20 +163,20 @@ def mlflow_server(home: Path, **environment: str) -> Iterator[str]:
         _wait(f"{url}/health", process, log)
         yield url
     finally:
-        # Its workers are processes of their own and would outlive it.
+        # Its workers are separate processes and would outlive it.
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
 
 
 def postgres_programs() -> list[Path]:
-    """The folders of the installed releases of PostgreSQL, as Debian has them; newest last."""
-    found = Path("/usr/lib/postgresql").glob("*/bin/initdb")
-    return [path.parent for path in sorted(found, key=lambda path: int(path.parts[4]))]
+    """The program folders of the installed releases of PostgreSQL, newest last, as on Debian."""
+    programs = Path("/usr/lib/postgresql").glob("*/bin/initdb")
+    return [path.parent for path in sorted(programs, key=lambda path: int(path.parts[4]))]
 
 
 @contextmanager
 def postgres_server(password: str) -> Iterator[str]:
-    """Run an empty PostgreSQL for the length of the context; it forgets everything afterwards.
+    """Run an empty PostgreSQL for the length of the context.
 
     Args:
         password: of its superuser `postgres`.
@@ -185,7 +185,7 @@ def postgres_server(password: str) -> Iterator[str]:
         Its host and port.
     """
     programs, port = postgres_programs()[-1], free_port()
-    # It refuses to run as root, and the account of its own cannot enter root's folders.
+    # It refuses to run as root, and its account `postgres` cannot enter root's folders.
     as_root = os.geteuid() == 0
     account: dict[str, Any] = {}
     if as_root:
@@ -230,7 +230,7 @@ def postgres_server(password: str) -> Iterator[str]:
                 time.sleep(0.1)
             yield f"127.0.0.1:{port}"
         finally:
-            process.send_signal(signal.SIGQUIT)  # at once, and with its own children
+            process.send_signal(signal.SIGQUIT)  # stops at once, with its children
             process.wait()
 
 

@@ -1,6 +1,5 @@
 """Commands of an auditor, and people's decisions about the version in use."""
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,18 +21,13 @@ Remerge = Annotated[bool, typer.Option(help="Merge now, without waiting for the 
 def history(
     line: Line,
     as_of: Annotated[
-        str | None,
-        typer.Option(
-            "--as-of", metavar="TIME", help="The version in use then; a date means its end."
-        ),
+        str | None, typer.Option(metavar="TIME", help="The version in use then; a date is its end.")
     ] = None,
     task: Annotated[str | None, typer.Option(help="Only acts about models of this task.")] = None,
     event: Annotated[str | None, typer.Option(help="Only acts of this kind: `promoted`.")] = None,
     since: Annotated[str | None, typer.Option(metavar="TIME", help="Only acts since then.")] = None,
     until: Annotated[str | None, typer.Option(metavar="TIME", help="Only acts until then.")] = None,
-    versions: Annotated[
-        bool, typer.Option("--versions", help="List the merged versions with their metrics.")
-    ] = False,
+    versions: Annotated[bool, typer.Option("--versions", help="All versions.")] = False,
     as_json: Json = False,
 ) -> None:
     """Show the audit trail, the version in use at a time, or all merged versions.
@@ -73,7 +67,7 @@ def report(
     """Write the report of a merged version: one page that needs no network, and its plots."""
     from restitch.flows.audit.report import write_report
 
-    show_result(write_report(line, version, out).as_dict(), as_json, render.reported)
+    show_result(write_report(line, version, out), as_json, render.reported)
 
 
 def diff(line: Line, a: Version, b: Version = "champion", as_json: Json = False) -> None:
@@ -92,19 +86,13 @@ def why(line: Line, task: Task, as_json: Json = False) -> None:
 
 def verify(
     line: AnyLine = None,
-    version: Annotated[str | None, typer.Option(help="Only this version; all by default.")] = None,
+    version: Annotated[str | None, typer.Option(help="Only this version.")] = None,
     without: Annotated[
         str | None,
-        typer.Option(
-            metavar="WHAT", help="A digest, task or task/version to prove absent from versions."
-        ),
+        typer.Option(metavar="WHAT", help="Prove a digest, task or task/version absent."),
     ] = None,
-    deep: Annotated[
-        bool, typer.Option("--deep", help="Check every object of the store, of all lines.")
-    ] = False,
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Check as --deep, and make damaged objects again.")
-    ] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Check the whole store.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="As --deep; repair damage.")] = False,
     as_json: Json = False,
 ) -> None:
     """Compare a line with its record: the trail, all objects, and every version rebuilt.
@@ -115,7 +103,7 @@ def verify(
         from restitch.flows.storage.verify import verify as run
 
         outcome = run(line, version, without)
-        show_result(outcome.as_dict(), as_json, render.verified)
+        show_result(outcome, as_json, render.verified)
         raise typer.Exit(outcome.exit_code)
     if version is not None or without is not None:
         raise UsageError(
@@ -125,7 +113,7 @@ def verify(
     from restitch.flows.storage.verify_all import verify_all
 
     whole = verify_all(line, deep=deep, repair=repair)
-    show_result(whole.as_dict(), as_json, render.all_verified)
+    show_result(whole, as_json, render.all_verified)
     raise typer.Exit(whole.exit_code)
 
 
@@ -133,21 +121,21 @@ def rollback(line: Line, version: Version, reason: Reason, as_json: Json = False
     """Use a former champion again, and pin the line to it."""
     from restitch.flows.decisions import rollback as run
 
-    decide(lambda: run(line, version, reason), as_json)
+    decide(run(line, version, reason), as_json)
 
 
 def promote(line: Line, version: Version, reason: Reason, as_json: Json = False) -> None:
     """Make a version the champion by hand, even if it failed a gate."""
     from restitch.flows.decisions import promote as run
 
-    decide(lambda: run(line, version, reason), as_json)
+    decide(run(line, version, reason), as_json)
 
 
 def pin(line: Line, reason: OptionalReason = "", as_json: Json = False) -> None:
     """Stop automatic promotion; new versions become candidates."""
     from restitch.flows.decisions import pin as run
 
-    decide(lambda: run(line, reason), as_json)
+    decide(run(line, reason), as_json)
 
 
 def unpin(
@@ -156,11 +144,10 @@ def unpin(
     """Promote automatically again, and bring the merged model up to date."""
     from restitch.flows.decisions import unpin as run
 
-    decide(lambda: run(line, reason, merge=remerge), as_json)
+    decide(run(line, reason, merge=remerge), as_json)
 
 
-def decide(run: "Callable[[], Decision]", as_json: bool) -> None:
-    """Carry out a decision, print it, and exit with its code."""
-    decision = run()
-    show_result(decision.as_dict(), as_json, render.decided)
+def decide(decision: "Decision", as_json: bool) -> None:
+    """Print a decision, and exit with its code."""
+    show_result(decision, as_json, render.decided)
     raise typer.Exit(decision.exit_code)

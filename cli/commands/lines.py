@@ -3,9 +3,8 @@
 import json
 import time
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -14,13 +13,6 @@ from restitch.cli.render import lines as render
 from restitch.cli.render.formats import console
 
 WATCH_EVERY_SECONDS = 1.0
-
-
-class FileKind(StrEnum):
-    """The YAML files that people write."""
-
-    line = "line"
-    task = "task"
 
 
 def _readable(context: typer.Context, file: Path) -> Path:
@@ -53,7 +45,7 @@ def init(
 
     outcome = init_line(file)
     keep_schedules()
-    show_result(outcome.as_dict(), as_json, render.init)
+    show_result(outcome, as_json, render.init)
 
 
 def task(
@@ -63,7 +55,7 @@ def task(
     from restitch.flows.lines.declare_task import declare_task
 
     outcome = declare_task(line, file, replace_task=replace_task)
-    show_result(outcome.as_dict(), as_json, render.declared)
+    show_result(outcome, as_json, render.declared)
 
 
 def remerge(
@@ -77,7 +69,7 @@ def remerge(
     from restitch.flows.remerge import remerge as run
 
     outcome = run(line, force)
-    show_result(outcome.as_dict(), as_json, render.remerged)
+    show_result(outcome, as_json, render.remerged)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -95,11 +87,11 @@ def status(
         show_result(view(line), as_json, render.status)
 
 
-def schema(kind: Annotated[FileKind, typer.Argument(help="The kind of file.")]) -> None:
+def schema(kind: Annotated[Literal["line", "task"], typer.Argument(help="The file.")]) -> None:
     """Print the JSON schema of line or task files, with which editors complete their keys."""
     from restitch.registry.specs.schema import schema_of
 
-    typer.echo(json.dumps(schema_of(kind.value), indent=2, ensure_ascii=False))
+    typer.echo(json.dumps(schema_of(kind), indent=2, ensure_ascii=False))
 
 
 def _follow(view: Callable[[], dict[str, Any]], as_json: bool) -> None:

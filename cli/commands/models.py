@@ -32,19 +32,12 @@ def register(
     ],
     remerge: Annotated[bool, typer.Option(help="Merge the model as well.")] = True,
     replace_task: ReplaceTask = False,
-    copy: Annotated[
-        bool, typer.Option("--copy", help="Keep a copy of the model's files in the store.")
-    ] = False,
-    wait: Annotated[
-        bool,
-        typer.Option("--wait", help="Wait for the workers to merge the model, or to refuse it."),
-    ] = False,
+    copy: Annotated[bool, typer.Option("--copy", help="Copy the model to the store.")] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Wait for the workers.")] = False,
     timeout: Annotated[
         float | None, typer.Option(help="Wait this many seconds at most; then exit with 6.")
     ] = None,
-    here: Annotated[
-        bool, typer.Option("--here", help="Do the work in this process, not in the workers.")
-    ] = False,
+    here: Annotated[bool, typer.Option("--here", help="Work here, not in the workers.")] = False,
     as_json: Json = False,
 ) -> None:
     """Register a finetuned model.
@@ -65,7 +58,7 @@ def register(
         wait=wait,
         timeout=timeout,
     )
-    show_result(outcome.as_dict(), as_json, render.registered)
+    show_result(outcome, as_json, render.registered)
     raise typer.Exit(outcome.exit_code)
 
 
@@ -73,16 +66,11 @@ def export(
     line: Line,
     version: Version,
     out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace the content of the folder.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
     shard_size: Annotated[
-        str | None,
-        typer.Option(help="Size of the largest file, such as 5GB or 500MB; default: as the base."),
+        str | None, typer.Option(help="Largest file, such as 5GB or 500MB; default: as the base.")
     ] = None,
-    task: Annotated[
-        str | None, typer.Option(help="Write the specialist for this task; see `experts`.")
-    ] = None,
+    task: Annotated[str | None, typer.Option(help="Only its specialist; see `experts`.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write a merged version, or its specialist for one task, as a Hugging Face folder."""
@@ -91,14 +79,14 @@ def export(
     outcome = export_version(
         line, version, out, overwrite=overwrite, shard_size=shard_size, task=task
     )
-    show_result(outcome.as_dict(), as_json, render.exported)
+    show_result(outcome, as_json, render.exported)
 
 
 def evaluate(line: Line, version: Version = "champion", as_json: Json = False) -> None:
     """Evaluate a merged version on every task and on the general benchmark."""
     from restitch.flows.evaluate import evaluate_version
 
-    show_result(evaluate_version(line, version).as_dict(), as_json, render.evaluated)
+    show_result(evaluate_version(line, version), as_json, render.evaluated)
 
 
 def retire(
@@ -107,7 +95,7 @@ def retire(
     """Leave a task out of all future merges, and merge without it."""
     from restitch.flows.decisions import retire as run
 
-    decide(lambda: run(line, task, reason, merge=remerge), as_json)
+    decide(run(line, task, reason, merge=remerge), as_json)
 
 
 def restore(
@@ -120,4 +108,4 @@ def restore(
     """Take a retired task back, and merge with it."""
     from restitch.flows.decisions import restore as run
 
-    decide(lambda: run(line, task, reason, merge=remerge), as_json)
+    decide(run(line, task, reason, merge=remerge), as_json)

@@ -23,7 +23,7 @@ def up(
     from restitch.deployments.local.stack import up as run
 
     outcome = run(Home.from_environment(), workers, pool, say)
-    show_result(outcome.as_dict(), as_json, render.up)
+    show_result(outcome, as_json, render.up)
 
 
 def down(as_json: Json = False) -> None:
@@ -52,7 +52,7 @@ def deploy(
     """Make pools, deployments, triggers and schedules on a team's Prefect server."""
     from restitch.deployments.server.deploy import deploy as run
 
-    show_result(run(pool, remerge_pool).as_dict(), as_json, render.deployed)
+    show_result(run(pool, remerge_pool), as_json, render.deployed)
 
 
 def webhook(

@@ -1,6 +1,5 @@
 """Commands of a researcher; all but `experts` leave the line as it is."""
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,20 +9,16 @@ from restitch.cli.render import research as render
 from restitch.flows.research.study import STUDIES
 from restitch.merging.errors import BadInput
 
-Tune = Annotated[
-    bool, typer.Option("--tune", help="Choose each method's setting on validation rows.")
-]
+Tune = Annotated[bool, typer.Option("--tune", help="Choose settings on validation rows.")]
+Names = Annotated[str | None, typer.Option(help="Names with commas between; all by default.")]
+Out = Annotated[str | None, typer.Option(metavar="FOLDER", help="For the tables and plots.")]
 
 
 def compare(
     line: Line,
-    methods: Annotated[
-        str | None, typer.Option(help="Names, separated by commas; all methods by default.")
-    ] = None,
+    methods: Names = None,
     tune: Tune = False,
-    out: Annotated[
-        Path | None, typer.Option(help="A folder for the table as JSON and the plot.")
-    ] = None,
+    out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Merge the line's members by several methods and measure each.
@@ -32,25 +27,18 @@ def compare(
     """
     from restitch.flows.research.compare import compare as run
 
-    result = run(line, _names(methods), tune, None if out is None else str(out))
-    show_result(result.as_dict(), as_json, render.compared)
+    show_result(run(line, _names(methods), tune, out), as_json, render.compared)
 
 
 def experts(
     line: Line,
     version: Version = "champion",
-    method: Annotated[
-        str, typer.Option(help="A method with one model per task, such as tall or tall-ties.")
-    ] = "tall",
-    tune: Annotated[
-        bool, typer.Option("--tune", help="Choose each task's threshold on its validation rows.")
-    ] = False,
+    method: Annotated[str, typer.Option(help="A method with one model per task.")] = "tall",
+    tune: Tune = False,
     replace: Annotated[
         bool, typer.Option("--replace", help="Replace other specialists of the version.")
     ] = False,
-    out: Annotated[
-        Path | None, typer.Option(help="A folder for the table as JSON and CSV, and the plot.")
-    ] = None,
+    out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Keep a specialist for each member of a version: a multi-task vector and a mask per task.
@@ -59,20 +47,16 @@ def experts(
     """
     from restitch.flows.research.experts import experts as run
 
-    result = run(line, version, method, tune, replace, None if out is None else str(out))
-    show_result(result.as_dict(), as_json, render.specialists)
+    outcome = run(line, version, method, tune, replace, out)
+    show_result(outcome, as_json, render.specialists)
 
 
 def analyze(
     line: Line,
-    task: Annotated[
-        str | None, typer.Option(help="Names, separated by commas; all tasks by default.")
-    ] = None,
+    task: Names = None,
     pair: Annotated[
         str | None,
-        typer.Option(
-            metavar="A,B", help="Two tasks to merge; by default those with most in common."
-        ),
+        typer.Option(metavar="A,B", help="Two tasks; by default those that overlap most."),
     ] = None,
     localizers: Annotated[
         str | None,
@@ -81,36 +65,28 @@ def analyze(
             "and the line's own."
         ),
     ] = None,
-    densities: Annotated[
-        str | None, typer.Option(help="Fractions of the coordinates, such as 0.01,0.1,1.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="A folder for the analysis as JSON and the plots.")
-    ] = None,
+    densities: Annotated[str | None, typer.Option(help="Fractions such as 0.01,0.1,1.")] = None,
+    out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Measure what the line's masks hold, share and reach as they grow."""
     fractions = [_fraction(one) for one in _names(densities)]
     from restitch.flows.research.analyze import analyze as run
 
-    folder = None if out is None else str(out)
-    result = run(line, _names(task), _names(pair), _names(localizers), fractions, folder)
-    show_result(result.as_dict(), as_json, render.analyzed)
+    outcome = run(line, _names(task), _names(pair), _names(localizers), fractions, out)
+    show_result(outcome, as_json, render.analyzed)
 
 
 def study(
     name: Annotated[str, typer.Argument(help="One of the studies above.")],
     line: Line,
-    out: Annotated[
-        Path | None, typer.Option(help="A folder for the table as CSV and JSON, and the plots.")
-    ] = None,
+    out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Repeat a study."""
     from restitch.flows.research.study.flow import study as run
 
-    result = run(name, line, None if out is None else str(out))
-    show_result(result.as_dict(), as_json, render.studied)
+    show_result(run(name, line, out), as_json, render.studied)
 
 
 study.__doc__ = (

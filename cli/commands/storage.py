@@ -29,16 +29,14 @@ def copy(
     """
     from restitch.flows.storage.store_copy import copy_store
 
-    show_result(copy_store(source, target).as_dict(), as_json, render.copied)
+    show_result(copy_store(source, target), as_json, render.copied)
 
 
 def gc(
     older_than: Annotated[
         str, typer.Option(metavar="AGE", help="Keep younger objects; such as 24h, 90m or 7d.")
     ] = "24h",
-    yes: Annotated[
-        bool, typer.Option("--yes", help="Remove the objects; without, only list them.")
-    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Remove them.")] = False,
     as_json: Json = False,
 ) -> None:
     """List the objects that nothing in the store refers to, and with --yes remove them.
@@ -48,5 +46,4 @@ def gc(
     from restitch.flows.storage.gc import collect
     from restitch.registry.sizes import parse_age
 
-    outcome = collect(parse_age(older_than), remove=yes)
-    show_result(outcome.as_dict(), as_json, render.collected)
+    show_result(collect(parse_age(older_than), remove=yes), as_json, render.collected)

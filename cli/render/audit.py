@@ -4,12 +4,13 @@ from rich.console import Console
 
 from restitch.cli.render.formats import (
     Values,
+    changed,
     number,
     numbered,
     percent,
+    show_table,
     size,
-    table_of,
-    text,
+    span,
     with_interval,
     write,
 )
@@ -18,38 +19,33 @@ from restitch.cli.render.lines import of_specialists, remerged, results
 
 def history(result: Values, out: Console) -> None:
     """The audit trail."""
-    table = table_of("no", "time", "act", "by", "champion", "why")
-    for act in result["acts"]:
-        table.add_row(
-            str(act["sequence"]),
-            _time(act["time"]),
-            act["kind"],
-            act["actor"],
-            text(act["champion"]),
-            act["reason"],
+    rows = [
+        (
+            *(act["sequence"], _time(act["time"]), act["kind"], act["actor"]),
+            *(act["champion"], act["reason"]),
         )
-    out.print(table)
+        for act in result["acts"]
+    ]
+    show_table(out, ("no", "time", "act", "by", "champion", "why"), rows)
     if not result["acts"]:
         write(out, "no acts")
 
 
 def versions(result: Values, out: Console) -> None:
     """All merged versions of a line."""
-    table = table_of("version", "mean", "normalized", "retention", "made", "by", "members")
-    for version in result["versions"]:
-        made_by = version["made_by"] if isinstance(version["made_by"], dict) else {}
-        role = version["role"] or ("" if version["passed"] else "failed")
-        table.add_row(
-            f"{version['version']} {role}".rstrip(),
-            number(version["mean_accuracy"]),
-            number(version["mean_normalized"]),
+    rows = [
+        (
+            *(_role(version), number(version["mean_accuracy"]), number(version["mean_normalized"])),
             number(version["retention"])
             + _ends(version["retention_interval"], "({low:.2f}-{high:.2f})"),
-            version["created_at"][:16].replace("T", " "),
-            str(made_by.get("actor", "")),
+            _time(version["created_at"])[:16],
+            _maker(version).get("actor", ""),
             numbered(version["members"]),
         )
-    out.print(table)
+        for version in result["versions"]
+    ]
+    columns = ("version", "mean", "normalized", "retention", "made", "by", "members")
+    show_table(out, columns, rows)
     for version in result["versions"]:
         if version["specialists"] is not None:
             write(out, f"  version {version['version']}: {of_specialists(version['specialists'])}")
@@ -70,23 +66,15 @@ def as_of(result: Values, out: Console) -> None:
         f"  normalized {number(used['mean_normalized'])}, retention {ratio}, "
         f"patch {used['patch'][:16]}{', pinned' if result['pinned'] else ''}",
     )
-    table = table_of("member", "version", "weights", "mask", "source")
-    for task, member in used["members"].items():
-        table.add_row(
-            task,
-            str(member["version"]),
-            member["weights"][:12],
-            member["mask"][:12],
-            member["uri"],
-        )
-    out.print(table)
+    rows = [(task, member["version"], *_read(member)) for task, member in used["members"].items()]
+    show_table(out, ("member", "version", *_READ), rows)
 
 
 def show(result: Values, out: Console) -> None:
     """One merged version."""
     role = f" ({result['role']})" if result["role"] else ""
-    made_by = result["made_by"] if isinstance(result["made_by"], dict) else {}
-    by = "".join(f" {word} {made_by[key]}" for word, key in _MAKERS if key in made_by)
+    maker = _maker(result)
+    by = "".join(f" {word} {maker[key]}" for word, key in _MAKERS if key in maker)
     made = f"made {result['created_at'][:19]} UTC{by}"
     write(out, f"{result['line']} version {result['version']}{role}, {made}")
     results(result, out)
@@ -116,50 +104,35 @@ def show(result: Values, out: Console) -> None:
 def _members(result: Values, out: Console) -> None:
     """The members of a version: their masks, the cost of finding them, and their sources."""
     weighed = any("statistics_seconds" in member["facts"] for member in result.values())
-    table = table_of(
-        *("member", "version", "density", "delta", "seconds"),
-        *(["statistics", "seconds"] if weighed else []),
-        *("weights", "mask", "source"),
-    )
+    columns = ["member", "version", "density", "delta", "seconds"]
+    columns += ["statistics", "seconds"] if weighed else []
+    rows = []
     for task, member in result.items():
         facts = member["facts"]
-        statistics = (
-            size(facts.get("statistics_bytes")),
-            number(facts.get("statistics_seconds")),
-        )
-        table.add_row(
-            task,
-            str(member["version"]),
-            percent(facts.get("density")),
-            size(facts.get("delta_bytes")),
-            number(facts.get("seconds")),
-            *(statistics if weighed else ()),
-            member["weights"][:12],
-            member["mask"][:12],
-            member["uri"],
-        )
-    out.print(table)
+        row = [task, member["version"], percent(facts.get("density"))]
+        row += [size(facts.get("delta_bytes")), number(facts.get("seconds"))]
+        if weighed:
+            row += [size(facts.get("statistics_bytes")), number(facts.get("statistics_seconds"))]
+        rows.append([*row, *_read(member)])
+    show_table(out, (*columns, *_READ), rows)
 
 
 def _selection(result: Values, out: Console) -> None:
     """The methods that competed for the version, the best first, by their last round."""
-    rows = result["rounds"][-1]["rows"]
-    write(
-        out, f"  chosen by {', '.join(f'{count} rows of {task}' for task, count in rows.items())}:"
-    )
-    table = table_of(
-        "contestant", "score", "mean", "retention", "round", *result["entrants"][0]["tasks"]
-    )
-    for one in result["entrants"]:
-        table.add_row(
-            one["label"],
-            number(one["score"]),
-            number(one["mean"]),
+    rounds, entrants = result["rounds"], result["entrants"]
+    counts = (f"{count} rows of {task}" for task, count in rounds[-1]["rows"].items())
+    write(out, f"  chosen by {', '.join(counts)}:")
+    rows = [
+        (
+            *(one["label"], number(one["score"]), number(one["mean"])),
             number(one["retention"]) + ("" if one["meets"] else " (too low)"),
-            f"{one['round']} of {len(result['rounds'])}",
+            f"{one['round']} of {len(rounds)}",
             *(number(value) for value in one["tasks"].values()),
         )
-    out.print(table)
+        for one in entrants
+    ]
+    columns = ("contestant", "score", "mean", "retention", "round")
+    show_table(out, (*columns, *entrants[0]["tasks"]), rows)
     if waiting := result.get("waiting"):
         write(out, f"  {len(waiting)} did not take part: {', '.join(o['name'] for o in waiting)}")
     if result["reported"]:
@@ -168,6 +141,20 @@ def _selection(result: Values, out: Console) -> None:
 
 
 _MAKERS = (("by", "actor"), ("on", "host"), ("as", "worker"))
+_READ = ("weights", "mask", "source")
+
+
+def _read(member: Values) -> tuple[str, str, str]:
+    return member["weights"][:12], member["mask"][:12], member["uri"]
+
+
+def _maker(version: Values) -> Values:
+    return version["made_by"] if isinstance(version["made_by"], dict) else {}
+
+
+def _role(version: Values) -> str:
+    role = version["role"] or ("" if version["passed"] else "failed")
+    return f"{version['version']} {role}".rstrip()
 
 
 def reported(result: Values, out: Console) -> None:
@@ -187,25 +174,22 @@ def diff(result: Values, out: Console) -> None:
     for word, names in result["members"].items():
         for task, model in names.items():
             write(out, f"  {word}: {task} {_arrow(model)}")
-    for path, old, new in result["settings"]:
-        write(out, f"  {path}: {text(old)} -> {text(new)}")
-    rows = result["results"] + ([result["retention"]] if result["retention"] else [])
-    a, b = str(result["a"]), str(result["b"])
-    table = table_of("task", a, b, "difference", "95 %", "p", "verdict")
-    for row in rows:
-        table.add_row(
-            row["task"],
-            number(row["a"]),
-            number(row["b"]),
-            "-" if row["difference"] is None else f"{row['difference']:+.3f}",
+    for setting in result["settings"]:
+        for line in changed(*setting):
+            write(out, f"  {line}")
+    rows = [
+        (
+            *(row["task"], number(row["a"]), number(row["b"]), _difference(row["difference"])),
             _ends(row["interval"], "{low:+.3f} to {high:+.3f}").strip(),
-            "-" if row["p_value"] is None else f"{row['p_value']:.2g}",
-            row["verdict"],
+            *(_probability(row["p_value"]), row["verdict"]),
         )
-    out.print(table)
+        for row in result["results"] + ([result["retention"]] if result["retention"] else [])
+    ]
+    a, b = str(result["a"]), str(result["b"])
+    show_table(out, ("task", a, b, "difference", "95 %", "p", "verdict"), rows)
     weights = result["weights"]
     write(
-        out, f"  {weights['differ']:,} weights differ, of {weights['of']:,} in the tensors touched"
+        out, f"  {weights['differ']:,} of {weights['of']:,} weights in the tensors touched differ"
     )
     for kind in ("layer", "component"):
         counts = weights[f"by_{kind}"].items()
@@ -216,24 +200,21 @@ def diff(result: Values, out: Console) -> None:
 def why(result: Values, out: Console) -> None:
     """The accuracy of a task over the versions."""
     write(out, f"{result['line']}: {result['task']} over the merged versions")
-    table = table_of("version", "made", "model", "merged", "95 %", "change", "p")
-    for step in result["versions"]:
-        change = "-" if step["change"] is None else f"{step['change']:+.3f}"
-        table.add_row(
-            f"{step['version']} {step['role'] or ('' if step['passed'] else 'failed')}".rstrip(),
-            _time(step["at"]),
-            text(step["model"]),
-            number(step["merged"]),
-            _ends(step["interval"], "{low:.3f}-{high:.3f}").strip(),
-            f"{change} *" if step["significant"] else change,
-            "-" if step["p_value"] is None else f"{step['p_value']:.2g}",
+    rows = [
+        (
+            *(_role(step), _time(step["at"]), step["model"], number(step["merged"])),
+            span(step["interval"]),
+            _difference(step["change"]) + (" *" if step["significant"] else ""),
+            _probability(step["p_value"]),
         )
-    out.print(table)
+        for step in result["versions"]
+    ]
+    show_table(out, ("version", "made", "model", "merged", "95 %", "change", "p"), rows)
     before = None
     for step in result["versions"]:
         if step["significant"] or step["model"] != before:
-            changed = _changes(step["members"]) + ("; another method" if step["settings"] else "")
-            write(out, f"  version {step['version']}: {changed}")
+            changes = _changes(step["members"]) + ("; another method" if step["settings"] else "")
+            write(out, f"  version {step['version']}: {changes}")
         before = step["model"]
     write(out, "  * significant on the same rows (McNemar's mid-p test, 5 %)")
 
@@ -318,13 +299,13 @@ def decided(result: Values, out: Console) -> None:
 
 def _intervals(measured: Values, out: Console) -> None:
     """The other 95 % intervals; the results have those of the merged values."""
-    names = ("base", "finetuned", "grafted")
-    table = table_of("95 % of", *names)
-    for task, result in measured.items():
-        ends = (_ends(result["intervals"].get(name), "{low:.3f}-{high:.3f}") for name in names)
-        table.add_row(task, *(end.strip() or "-" for end in ends))
     if any(result["intervals"] for result in measured.values()):
-        out.print(table)
+        names = ("base", "finetuned", "grafted")
+        rows = [
+            (task, *(span(result["intervals"].get(name)) for name in names))
+            for task, result in measured.items()
+        ]
+        show_table(out, ("95 % of", *names), rows)
 
 
 def _changes(members: Values) -> str:
@@ -346,6 +327,14 @@ def _list(numbers: list[int]) -> str:
 
 def _ends(interval: Values | None, form: str = "({low:.3f} to {high:.3f})") -> str:
     return "" if interval is None else " " + form.format(**interval)
+
+
+def _difference(value: float | None) -> str:
+    return "-" if value is None else f"{value:+.3f}"
+
+
+def _probability(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2g}"
 
 
 def _time(iso: str) -> str:

@@ -1,7 +1,7 @@
 """The look of numbers, sizes, lines and tables."""
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -26,8 +26,8 @@ def write(out: Console, line: str, style: str | None = None) -> None:
     out.print(line, style=style, markup=False, soft_wrap=True)
 
 
-def table_of(*columns: str) -> Table:
-    """An empty table; columns of words are on the left, numbers on the right."""
+def show_table(out: Console, columns: Iterable[str], rows: Iterable[Iterable[object]]) -> None:
+    """Print a table; columns of words are on the left, numbers on the right."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in columns:
         words = column in _WORDS
@@ -38,7 +38,9 @@ def table_of(*columns: str) -> Table:
             no_wrap=column not in _BREAKS | _MEASURED,
             min_width=_LEAST.get(column, 12 if column in _BREAKS else None),
         )
-    return table
+    for row in rows:
+        table.add_row(*map(text, row))
+    out.print(table)
 
 
 def number(value: float | None) -> str:
@@ -85,15 +87,21 @@ def changed(key: str, old: Any, new: Any) -> list[str]:
 
 def _setting(value: Any) -> str:
     if isinstance(value, dict):
-        return " ".join(f"{name}={_setting(one)}" for name, one in value.items())
+        return " ".join(f"{name}={_setting(one)}" for name, one in value.items()) or "none"
     if isinstance(value, list | tuple):
         return ", ".join(map(_setting, value)) or "none"
     return "none" if value is None else str(value)
 
 
-def with_half(value: float, interval: Mapping[str, float]) -> str:
-    """A number with half of its 95 % interval, for tables with many of them."""
-    return f"{number(value)} ± {(interval['high'] - interval['low']) / 2:.3f}"
+def span(interval: Mapping[str, float] | None) -> str:
+    """The ends of a 95 % interval."""
+    return "-" if interval is None else f"{number(interval['low'])}-{number(interval['high'])}"
+
+
+def with_half(measured: Mapping[str, Any]) -> str:
+    """A value with half of its 95 % interval, for tables with many of them."""
+    ends = measured["interval"]
+    return f"{number(measured['value'])} ± {(ends['high'] - ends['low']) / 2:.3f}"
 
 
 def with_interval(value: float | None, interval: Mapping[str, float] | None) -> str:

@@ -7,8 +7,9 @@ from restitch.cli.render.formats import (
     changed,
     number,
     percent,
+    show_table,
     size,
-    table_of,
+    span,
     text,
     with_interval,
     write,
@@ -82,18 +83,16 @@ def _line(line: Values, out: Console) -> None:
     )
     if line["specialists"] is not None:
         write(out, f"  {of_specialists(line['specialists'])}")
-    table = table_of("task", "version", "state", "in champion", "density", "delta", "merged")
-    for model in line["models"]:
-        table.add_row(
-            model["task"],
-            str(model["version"]),
-            model["state"],
+    columns = ("task", "version", "state", "in champion", "density", "delta", "merged")
+    rows = [
+        (
+            *(model["task"], model["version"], model["state"]),
             "yes" if model["in_champion"] else "",
-            percent(model["density"]),
-            size(model["delta_bytes"]),
-            number(model["merged"]),
+            *(percent(model["density"]), size(model["delta_bytes"]), number(model["merged"])),
         )
-    out.print(table)
+        for model in line["models"]
+    ]
+    show_table(out, columns, rows)
     if line["without_models"]:
         write(out, f"  declared, without a model: {', '.join(line['without_models'])}")
     for model in line["models"]:
@@ -115,17 +114,15 @@ def of_specialists(specialists: Values) -> str:
 
 def results(record: Values, out: Console) -> None:
     """The table of a version's tasks, and its retention."""
-    table = table_of("task", "base", "finetuned", "grafted", "merged", "95 %", "normalized", "rows")
-    for task, result in record["results"].items():
-        interval = result["interval"]
-        table.add_row(
-            task,
-            *(number(result[name]) for name in ("base", "finetuned", "grafted", "merged")),
-            "" if interval is None else f"{interval['low']:.3f}-{interval['high']:.3f}",
-            number(result["normalized"]),
-            text(result["count"]),
+    values = ("base", "finetuned", "grafted", "merged")
+    rows = [
+        (
+            *(task, *(number(result[name]) for name in values)),
+            *(span(result["interval"]), number(result["normalized"]), result["count"]),
         )
-    out.print(table)
+        for task, result in record["results"].items()
+    ]
+    show_table(out, ("task", *values, "95 %", "normalized", "rows"), rows)
     kept = record["retention"]
     if kept is not None:
         write(

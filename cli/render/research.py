@@ -10,9 +10,9 @@ from restitch.cli.render.formats import (
     number,
     numbered,
     percent,
+    show_table,
     size,
-    table_of,
-    text,
+    span,
     with_half,
     with_interval,
     write,
@@ -28,19 +28,8 @@ def compared(result: Values, out: Console) -> None:
     members = numbered(result["members"])
     write(out, f"{result['line']}: {len(rows) + len(experts)} methods on {members}")
     if rows:
-        table = table_of("method", "mean", "normalized", "retention", "seconds", "memory", "stored")
-        for row in rows:
-            retention = row["retention"] or {}
-            table.add_row(
-                row["method"],
-                number(row["mean_accuracy"]),
-                number(row["mean_normalized"]),
-                with_interval(retention.get("ratio"), retention.get("ratio_interval")),
-                _seconds(row),
-                size(row["memory"]),
-                size(row["stored_bytes"]),
-            )
-        out.print(table)
+        columns = ("method", "mean", "normalized", "retention", "seconds", "memory", "stored")
+        show_table(out, columns, map(_method_row, rows))
     if experts:
         _experts(experts, out)
     for row in (*rows, *experts):
@@ -61,14 +50,14 @@ def specialists(result: Values, out: Console) -> None:
     )
     _by_task([result], result["members"], "expert", out, reference="grafted")
     sizes = result["bytes"]
-    table = table_of("what", "bytes")
-    table.add_row("shared by all", size(sizes["shared"]))
-    for task, part in sizes["tasks"].items():
-        table.add_row(task, size(part))
-    table.add_row("together", size(sizes["all"]))
-    table.add_row("with the base", size(sizes["all"] + sizes["base"]))
-    table.add_row("all finetuned models", size(sizes["models"]))
-    out.print(table)
+    parts = {
+        "shared by all": sizes["shared"],
+        **sizes["tasks"],
+        "together": sizes["all"],
+        "with the base": sizes["all"] + sizes["base"],
+        "all finetuned models": sizes["models"],
+    }
+    show_table(out, ("what", "bytes"), ((name, size(part)) for name, part in parts.items()))
 
 
 def analyzed(result: Values, out: Console) -> None:
@@ -88,30 +77,23 @@ def studied(result: Values, out: Console) -> None:
     columns = [name for name in result["columns"] if name not in result["details"]]
     if len(columns) > MOST_COLUMNS:
         columns = [name for name in columns if name not in result["members"]]
-    table = table_of(*columns)
-    for row in result["rows"]:
-        cells = (row[column] for column in columns)
-        table.add_row(*(f"{one:.4g}" if isinstance(one, float) else text(one) for one in cells))
-    out.print(table)
+    cells = ([row[column] for column in columns] for row in result["rows"])
+    rows = ([f"{one:.4g}" if isinstance(one, float) else one for one in row] for row in cells)
+    show_table(out, columns, rows)
     for note in result["notes"]:
         write(out, f"  {note}")
 
 
 def _experts(rows: Sequence[Values], out: Console) -> None:
     """Methods with one model per task: the size of all specialists, against the models."""
-    table = table_of("experts", "mean", "normalized", "bytes", "of models", "seconds", "memory")
+    lines = []
     for row in rows:
         sizes = row["bytes"]
-        table.add_row(
-            row["method"],
-            number(row["mean_accuracy"]),
-            number(row["mean_normalized"]),
-            size(sizes["all"]),
-            percent(sizes["all"] / sizes["models"] if sizes["models"] else None),
-            _seconds(row),
-            size(row["memory"]),
-        )
-    out.print(table)
+        share = percent(sizes["all"] / sizes["models"] if sizes["models"] else None)
+        *means, seconds, memory = _costs(row)
+        lines.append((row["method"], *means, size(sizes["all"]), share, seconds, memory))
+    columns = ("experts", "mean", "normalized", "bytes", "of models", "seconds", "memory")
+    show_table(out, columns, lines)
 
 
 def _by_task(
@@ -122,51 +104,42 @@ def _by_task(
     reference: str = "base",
 ) -> None:
     """Each task's value `name` with its interval, next to the reference and the finetuned model."""
-    table = table_of("method", "task", name, "95 %", "normalized", reference, "finetuned")
+    others = ("normalized", reference, "finetuned")
+    lines = []
     for row in rows:
         for task in tasks:
             values = row["results"][task]
-            interval = values.get("interval")
-            table.add_row(
-                row["method"],
-                task,
-                number(values.get(name)),
-                "-"
-                if interval is None
-                else f"{number(interval['low'])}-{number(interval['high'])}",
-                *(number(values.get(other)) for other in ("normalized", reference, "finetuned")),
+            measured = (number(values.get(name)), span(values.get("interval")))
+            lines.append(
+                (row["method"], task, *measured, *(number(values.get(one)) for one in others))
             )
-    out.print(table)
+    show_table(out, ("method", "task", name, "95 %", *others), lines)
 
 
 def _curves(task: str, result: Values, out: Console) -> None:
     ends = ", ".join(f"{name} {number(result[name]['value'])}" for name in ("base", "finetuned"))
     own = f"in use {number(result['own']['value'])} at {percent(result['own']['density'])}"
     write(out, f"\n{task}, grafted {result['metric']}: {ends}, {own}")
-    curves = result["curves"].values()
-    if not curves:
-        return
-    table = table_of("kept", *result["curves"])
-    for points in zip(*(curve["points"] for curve in curves), strict=True):
-        cells = (with_half(point["value"], point["interval"]) for point in points)
-        table.add_row(percent(points[0]["density"]), *cells)
-    out.print(table)
+    if curves := result["curves"]:
+        rows = [
+            (percent(points[0]["density"]), *map(with_half, points))
+            for points in zip(*(curve["points"] for curve in curves.values()), strict=True)
+        ]
+        show_table(out, ("kept", *curves), rows)
 
 
 def _pair(pair: Values, out: Console) -> None:
     tasks, localizer = pair["tasks"], pair["localizers"][0]
     write(out, f"\n{' and '.join(tasks)}, merged by {pair['method']}, masks by {localizer}")
-    table = table_of("density", "shared", "share", "mean", *tasks)
-    for row in [*pair["points"], {**pair["averaging"], "density": None}]:
-        values = (row["tasks"][task] for task in tasks)
-        table.add_row(
-            "averaging" if row["density"] is None else percent(row["density"]),
-            text(row.get("shared")),
-            percent(row.get("share")),
-            number(row["mean"]),
-            *(with_half(value["value"], value["interval"]) for value in values),
+    rows = [
+        (
+            "averaging" if row is pair["averaging"] else percent(row["density"]),
+            *(row.get("shared"), percent(row.get("share")), number(row["mean"])),
+            *(with_half(row["tasks"][task]) for task in tasks),
         )
-    out.print(table)
+        for row in (*pair["points"], pair["averaging"])
+    ]
+    show_table(out, ("density", "shared", "share", "mean", *tasks), rows)
 
 
 def _masks(masks: Values, out: Console) -> None:
@@ -176,29 +149,32 @@ def _masks(masks: Values, out: Console) -> None:
         ("cosine", "cosine of the masked task vectors"),
     ):
         write(out, f"\n{title}")
-        table = table_of("task", *tasks)
-        for task, row in zip(tasks, masks[name], strict=True):
-            table.add_row(task, *(number(value) for value in row))
-        out.print(table)
+        pairs = zip(tasks, masks[name], strict=True)
+        show_table(out, ("task", *tasks), ((task, *map(number, row)) for task, row in pairs))
     write(out, "\ncoordinates by the number of members that keep them")
-    table = table_of("owners", "coordinates")
-    for owners, count in enumerate(masks["owners"], 1):
-        table.add_row(str(owners), f"{count:,}")
-    out.print(table)
+    rows = [(owners, f"{count:,}") for owners, count in enumerate(masks["owners"], 1)]
+    show_table(out, ("owners", "coordinates"), rows)
     places = masks["places"]
     for name, group in (("component", "components"), ("layer", "layers")):
         write(out, f"\nshare of the masks by {name}")
-        table = table_of(name, *tasks, "all weights")
-        shares = [places[f"by_{name}"]["tasks"][task] for task in tasks]
-        for part in places[group]:
-            columns = (*shares, places[f"by_{name}"]["all"])
-            table.add_row(part, *(percent(share.get(part, 0.0)) for share in columns))
-        out.print(table)
+        by_part = places[f"by_{name}"]
+        shares = (*(by_part["tasks"][task] for task in tasks), by_part["all"])
+        parts = [(part, *(percent(one.get(part, 0.0)) for one in shares)) for part in places[group]]
+        show_table(out, (name, *tasks, "all weights"), parts)
 
 
-def _seconds(row: Values) -> str:
-    """The seconds that the merge took; a dash if it came from the store."""
-    return "-" if row["seconds"] is None else f"{row['seconds']:.1f}"
+def _method_row(row: Values) -> tuple[str, ...]:
+    retention = row["retention"] or {}
+    ratio = with_interval(retention.get("ratio"), retention.get("ratio_interval"))
+    *means, seconds, memory = _costs(row)
+    return (row["method"], *means, ratio, seconds, memory, size(row["stored_bytes"]))
+
+
+def _costs(row: Values) -> tuple[str, ...]:
+    """Mean, normalized mean, seconds and memory; a merge from the store took no seconds."""
+    seconds = "-" if row["seconds"] is None else f"{row['seconds']:.1f}"
+    means = (number(row["mean_accuracy"]), number(row["mean_normalized"]))
+    return (*means, seconds, size(row["memory"]))
 
 
 def _settings(row: Values) -> str:

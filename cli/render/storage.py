@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from restitch.cli.render.formats import Values, size, table_of, write
+from restitch.cli.render.formats import Values, show_table, size, write
 
 
 def copied(result: Values, out: Console) -> None:
@@ -17,10 +17,9 @@ def collected(result: Values, out: Console) -> None:
     action = "removed" if result["removed"] else "would be removed"
     write(out, f"{result['objects']} objects {action} ({size(result['bytes'])})")
     if result["kinds"]:
-        table = table_of("kind", "objects", "bytes")
-        for kind, each in result["kinds"].items():
-            table.add_row(kind, str(each["objects"]), size(each["bytes"]))
-        out.print(table)
+        kinds = result["kinds"].items()
+        rows = [(kind, each["objects"], size(each["bytes"])) for kind, each in kinds]
+        show_table(out, ("kind", "objects", "bytes"), rows)
     write(out, f"  {result['in_use']} objects are in use and stay")
     if result["young"]:
         write(out, f"  {result['young']} more are not in use, but too young to remove")

@@ -1,4 +1,4 @@
-"""Every question of an auditor, on a line whose life the test knows: what it did is answered."""
+"""The questions of an auditor, about a line whose history the test knows."""
 
 import json
 from datetime import datetime, timedelta
@@ -16,7 +16,7 @@ from tests.worlds import World
 
 @pytest.fixture(scope="module")
 def lived(tmp_path_factory: pytest.TempPathFactory, world: World) -> Shell:
-    """A line with a life: joins, a replacement, a failed gate, a rollback, a retirement."""
+    """A line with a history: joins, a replacement, a failed gate, a rollback, a retirement."""
     from restitch.registry.mlflow.sync import Catalog
 
     root = tmp_path_factory.mktemp("lived")
@@ -47,7 +47,7 @@ KINDS = [
 ]
 
 
-def test_the_history_is_every_act_newest_first_in_both_forms(lived: Shell) -> None:
+def test_history_lists_every_act_newest_first_as_json_and_as_a_table(lived: Shell) -> None:
     acts = lived.json("history", "demo")["acts"]
     assert [act["kind"] for act in acts] == KINDS[::-1]
     assert [act["sequence"] for act in acts] == list(range(len(KINDS), 0, -1))
@@ -60,7 +60,7 @@ def test_the_history_is_every_act_newest_first_in_both_forms(lived: Shell) -> No
         assert row in table
 
 
-def test_every_act_tells_the_champion_after_it(lived: Shell) -> None:
+def test_every_act_names_the_champion_after_it(lived: Shell) -> None:
     acts = lived.json("history", "demo")["acts"][::-1]
     champions = [act["champion"] for act in acts]
     assert champions == [
@@ -82,7 +82,7 @@ def test_every_act_tells_the_champion_after_it(lived: Shell) -> None:
         (("--task", "number", "--event", "retired"), ["retired"]),
     ],
 )
-def test_the_history_can_be_narrowed(
+def test_history_can_be_filtered(
     lived: Shell, filters: tuple[str, ...], expected: list[str]
 ) -> None:
     acts = lived.json("history", "demo", *filters)["acts"]
@@ -129,7 +129,7 @@ def test_as_of_answers_what_was_in_use_between_any_two_acts(lived: Shell) -> Non
             assert earlier["sequence"] == act["sequence"] - 1
 
 
-def test_as_of_tells_members_and_who_put_them_there_and_why(lived: Shell) -> None:
+def test_as_of_shows_the_members_the_actor_and_the_reason(lived: Shell) -> None:
     acts = lived.json("history", "demo")["acts"]
     rolled = next(act for act in acts if act["kind"] == "rolled-back")
     found = lived.json("history", "demo", "--as-of", rolled["time"])
@@ -158,7 +158,7 @@ def test_as_of_tells_members_and_who_put_them_there_and_why(lived: Shell) -> Non
         assert member["weights"][:12] in table
 
 
-def test_a_date_alone_is_its_end(lived: Shell) -> None:
+def test_a_date_means_its_end(lived: Shell) -> None:
     acts = lived.json("history", "demo")["acts"]
     found = lived.json("history", "demo", "--as-of", acts[0]["time"][:10])
     assert found["as_of"].endswith("23:59:59.999999+00:00")
@@ -166,11 +166,11 @@ def test_a_date_alone_is_its_end(lived: Shell) -> None:
 
 
 def inside(value: float, ends: dict[str, float]) -> bool:
-    """Whether an interval holds a value; its ends are rounded."""
+    """Whether a value is in an interval with rounded ends."""
     return ends["low"] - 1e-9 <= value <= ends["high"] + 1e-9
 
 
-def test_show_holds_all_that_decided(lived: Shell) -> None:
+def test_show_has_every_value_that_decided(lived: Shell) -> None:
     shown = lived.json("show", "demo", 4)
     (gate,) = [gate for gate in shown["gates"] if not gate["passed"]]
     assert (gate["gate"], gate["action"], gate["limit"]) == ("min_retention", "block", 0.25)
@@ -197,13 +197,13 @@ def test_show_holds_all_that_decided(lived: Shell) -> None:
 
 
 def rows_of(shell: Shell, digest: str) -> list[bool]:
-    """Whether each row is right, read the slow way."""
+    """Whether each row was predicted right, read from the stored bits."""
     found = json.loads((shell.home / "store" / "blobs" / digest).read_bytes())
     bits = "".join(f"{byte:08b}" for byte in bytes.fromhex(found["correct"]))
     return [bit == "1" for bit in bits[: found["count"]]]
 
 
-def test_diff_tells_members_results_and_what_they_are_worth(lived: Shell) -> None:
+def test_diff_compares_members_and_results_and_tests_each_difference(lived: Shell) -> None:
     found = lived.json("diff", "demo", 2, 3)
     assert found["members"] == {
         "joined": {},
@@ -247,7 +247,7 @@ def test_diff_counts_the_weights_that_differ(lived: Shell, tmp_path: Path) -> No
     assert lived.json("diff", "demo", 3, 3)["weights"]["differ"] == 0
 
 
-def test_diff_tells_who_joined_and_left(lived: Shell) -> None:
+def test_diff_shows_the_members_that_joined_and_left(lived: Shell) -> None:
     assert lived.json("diff", "demo", 1, 2)["members"]["joined"] == {"number": 1}
     found = lived.json("diff", "demo", 2, 6)["members"]
     assert (found["left"], found["replaced"]) == ({"number": 1}, {"colour": [1, 2]})
@@ -277,7 +277,7 @@ def test_why_follows_a_task_over_the_versions(lived: Shell) -> None:
     assert [step["model"] for step in wreck] == [None, None, None, 1, 1, None]
 
 
-def test_answers_need_no_server(lived: Shell) -> None:
+def test_an_auditors_commands_need_no_server(lived: Shell) -> None:
     away = {
         "MLFLOW_TRACKING_URI": "http://127.0.0.1:9",
         "PREFECT_API_URL": "http://127.0.0.1:9/api",
@@ -307,8 +307,7 @@ def test_looking_changes_nothing(lived: Shell) -> None:
     assert everything() == before
 
 
-def test_a_version_that_was_made_by_hand_of_nobody_is_in_three(three: Three) -> None:
-    """The first three acts of a plain line: who, when, which champion."""
+def test_each_registration_promotes_one_version(three: Three) -> None:
     acts = three.shell.json("history", "demo", "--event", "promoted")["acts"]
     assert [act["champion"] for act in acts] == [3, 2, 1]
     assert [act["versions"] for act in acts] == [[2, 3], [1, 2], [1]]

@@ -1,7 +1,7 @@
-"""Bad input: one clear message, the exit code of its kind, and nothing changed.
+"""Bad input: one clear message, the exit code of its kind, and no change.
 
-What cannot be read is refused before the line knows of it; what can be read and cannot join
-is quarantined with everything that is wrong, by exactly one act.
+Unreadable input is refused before it is recorded. A readable model that cannot join is
+quarantined by exactly one act, which names all its faults.
 """
 
 import json
@@ -110,7 +110,7 @@ def test_an_unreadable_model_is_refused(
 
 
 class Mark:
-    """A pickle that leaves a file where it is loaded."""
+    """A pickle that makes a file when it is loaded."""
 
     def __init__(self, file: Path) -> None:
         self.file = file
@@ -120,7 +120,7 @@ class Mark:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "adapter.pkl"])
-def test_a_pickle_is_refused_with_the_way_to_convert_and_never_loaded(
+def test_a_pickle_is_never_loaded_and_the_message_says_how_to_convert_it(
     world: World, line: Shell, tmp_path: Path, name: str
 ) -> None:
     mark = tmp_path / "it-was-loaded"
@@ -309,7 +309,7 @@ def test_a_bad_task_is_refused(world: World, line: Shell, tmp_path: Path, case: 
     assert line.head_bytes() == before
 
 
-def test_a_file_that_is_no_yaml_is_refused(world: World, line: Shell, tmp_path: Path) -> None:
+def test_a_file_that_is_not_yaml_is_refused(world: World, line: Shell, tmp_path: Path) -> None:
     file = tmp_path / "task.yaml"
     before = line.head_bytes()
     for text in ("task: [", "- a\n- b", "", "task: a\ntask: b", "!!python/object:os.system {}"):
@@ -377,7 +377,7 @@ def test_a_base_without_config_or_tokenizer_is_refused(
     assert shell.json("status")["lines"] == []
 
 
-def test_a_base_with_weights_that_are_no_numbers_is_refused(
+def test_a_base_with_weights_that_are_not_numbers_is_refused(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     base = copied(world.base, tmp_path / "base", retensored(poisoned(float("nan"), OUTSIDE)))
@@ -386,7 +386,7 @@ def test_a_base_with_weights_that_are_no_numbers_is_refused(
     assert shell.json("status")["lines"] == []
 
 
-def test_an_unreadable_image_is_refused(
+def test_an_unreadable_image_file_is_refused(
     clip_world: World, new_home: NewHome, tmp_path: Path
 ) -> None:
     line = new_home("clip")
@@ -406,7 +406,7 @@ def test_an_unreadable_image_is_refused(
     assert line.head_bytes() == before
 
 
-def test_data_that_changed_is_refused_and_the_line_stays(
+def test_changed_data_is_refused_and_the_line_stays(
     world: World, line: Shell, tmp_path: Path
 ) -> None:
     file = task_file(tmp_path, ROWS)

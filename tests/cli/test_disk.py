@@ -1,4 +1,4 @@
-"""No space, no permission, something in the way: exit code 6, nothing changed, and it goes on."""
+"""No space, no permission, a file in the way: exit code 6, no change, and a retry succeeds."""
 
 import contextlib
 import os
@@ -20,7 +20,7 @@ Mount = Callable[[Path, str], None]
 
 @pytest.fixture
 def mount() -> Iterator[Mount]:
-    """Mount small disks of memory; skips where that is not allowed."""
+    """Mount small disks of memory; skip the test if that is not allowed."""
     mounted: list[Path] = []
 
     def make(folder: Path, options: str) -> None:
@@ -36,7 +36,7 @@ def mount() -> Iterator[Mount]:
 
 
 def fill(folder: Path, left: int) -> Path:
-    """Use up a disk but for about so many bytes."""
+    """Fill a disk except for about so many bytes."""
     filler = folder / "filler"
     with contextlib.suppress(OSError), filler.open("wb", buffering=0) as out:
         free = shutil.disk_usage(folder).free - left
@@ -45,7 +45,7 @@ def fill(folder: Path, left: int) -> Path:
     return filler
 
 
-def test_a_full_disk_changes_nothing_and_the_command_goes_on_when_there_is_space(
+def test_a_full_disk_changes_nothing_and_the_command_continues_when_there_is_space(
     world: World, new_home: NewHome, tmp_path: Path, mount: Mount
 ) -> None:
     undisturbed = new_home("undisturbed")
@@ -76,7 +76,7 @@ def test_a_full_disk_changes_nothing_and_the_command_goes_on_when_there_is_space
 def test_a_disk_that_is_full_at_any_write_changes_nothing(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The n-th time that anything is made durable, for every n until it succeeds."""
+    """Fail the n-th durable write, for every n until the command succeeds."""
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
     real = os.fsync
     files = ("--task", world.task("colour"), "--model", world.model("colour"))
@@ -150,7 +150,7 @@ def test_looking_leaves_no_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("without_mlflow")
-def test_an_export_to_where_nothing_can_be_written(
+def test_an_export_to_an_unwritable_folder_is_refused(
     three: Any, tmp_path: Path, mount: Mount
 ) -> None:
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""The main job through the command: register models, look at the line, take the model out."""
+"""The main job through the command: register models, look at the line, export the model."""
 
 import json
 import re
@@ -31,7 +31,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def stitched(world: World, three: Three) -> dict[str, torch.Tensor]:
-    """The merged model by the book: k largest differences each, means where they meet."""
+    """A simple reference: the k largest differences of each model, means where they overlap."""
     base = load_file(world.base / "model.safetensors")
     names = sorted(n for n in base if "encoder.layer." in n)
     sums = {n: torch.zeros(base[n].shape, dtype=torch.float64) for n in names}
@@ -70,7 +70,7 @@ def test_every_registration_ends_in_a_champion_that_holds_all_models(three: Thre
     assert three.shell.state().champion == 3
 
 
-def test_results_are_those_of_the_models(three: Three) -> None:
+def test_results_belong_to_the_registered_models(three: Three) -> None:
     record = three.registered["animal"]["merged"]["record"]
     for task in SKILLS:
         result = record["results"][task]
@@ -85,7 +85,7 @@ def test_results_are_those_of_the_models(three: Three) -> None:
     assert kept["top5"] is not None
 
 
-def test_status_tells_the_same_in_both_forms(three: Three) -> None:
+def test_status_shows_the_same_as_json_and_as_a_table(three: Three) -> None:
     found = three.shell.json("status")
     table = plain(three.shell("status").out)
     (line,) = found["lines"]
@@ -100,7 +100,7 @@ def test_status_tells_the_same_in_both_forms(three: Three) -> None:
         assert f"{model['merged']:.3f}" in table.split(row)[1].split("kB")[1]
 
 
-def test_the_versions_are_the_same_in_both_forms(three: Three) -> None:
+def test_versions_are_the_same_as_json_and_as_a_table(three: Three) -> None:
     found = three.shell.json("history", "demo", "--versions")
     table = plain(three.shell("history", "demo", "--versions").out)
     assert [v["version"] for v in found["versions"]] == [3, 2, 1]
@@ -115,7 +115,7 @@ def test_the_versions_are_the_same_in_both_forms(three: Three) -> None:
 
 
 @pytest.mark.parametrize("version", ["champion", "1"])
-def test_show_tells_the_same_in_both_forms(three: Three, version: str) -> None:
+def test_show_is_the_same_as_json_and_as_text(three: Three, version: str) -> None:
     found = three.shell.json("show", "demo", version)
     table = plain(three.shell("show", "demo", version).out)
     assert f"version {found['version']}" in table
@@ -129,7 +129,7 @@ def test_show_tells_the_same_in_both_forms(three: Three, version: str) -> None:
     assert found["timings"].keys() == {"stitch", "evaluate"}
 
 
-def test_evaluate_repeats_what_was_recorded(three: Three) -> None:
+def test_evaluate_repeats_the_recorded_results(three: Three) -> None:
     before = three.shell.head_bytes()
     found = three.shell.json("evaluate", "demo", 2)
     record = three.shell.json("show", "demo", 2)
@@ -138,7 +138,7 @@ def test_evaluate_repeats_what_was_recorded(three: Three) -> None:
     assert three.shell.head_bytes() == before
 
 
-def test_an_export_is_what_the_book_says_and_loads(
+def test_an_export_equals_a_simple_reference_and_loads(
     three: Three, world: World, tmp_path: Path
 ) -> None:
     from transformers import AutoModel, AutoTokenizer
@@ -163,10 +163,10 @@ def test_an_export_is_what_the_book_says_and_loads(
 
 
 @pytest.mark.parametrize("version", [1, 3])
-def test_recorded_results_are_what_the_exported_model_reaches(
+def test_the_exported_model_reaches_the_recorded_results(
     three: Three, world: World, tmp_path: Path, version: int
 ) -> None:
-    """Loaded anew from its folder, with the head that lies beside it."""
+    """It is loaded from its folder, with the head next to it."""
     three.shell("export", "demo", version, tmp_path / "out")
     family = get_family("text-encoder")
     model = family.load(tmp_path / "out")
@@ -207,7 +207,7 @@ def test_an_export_can_be_sharded(three: Three, world: World, tmp_path: Path) ->
     assert all(torch.equal(whole[name], dealt[name]) for name in whole)
 
 
-def test_an_export_replaces_a_model_only_when_told_to(three: Three, tmp_path: Path) -> None:
+def test_an_export_replaces_a_model_only_with_overwrite(three: Three, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
     three.shell("export", "demo", "1", out)  # an empty folder is free
@@ -247,26 +247,28 @@ def test_an_export_that_fails_leaves_nothing(
 
 
 @pytest.mark.parametrize("version", ["4", "0", "-1", "latest", "candidate", "\u0661"])
-def test_a_version_that_is_not_there_is_named(three: Three, version: str) -> None:
+def test_an_unknown_version_is_named(three: Three, version: str) -> None:
     done = three.shell("show", "demo", "--", version, code=3)
     assert version in done.err
     assert "champion" in done.err
 
 
-def test_a_line_that_is_not_there_is_named_beside_those_that_are(three: Three) -> None:
+def test_an_unknown_line_is_named_with_the_known_ones(three: Three) -> None:
     for command in ("history", "show", "remerge", "evaluate", "status"):
         done = three.shell(command, "dmeo", code=3)
         assert "'dmeo'" in done.err
         assert "demo" in done.err
 
 
-def test_wrong_usage_is_exit_code_2(three: Three) -> None:
+def test_wrong_usage_exits_with_2(three: Three) -> None:
     for args in (("registr",), ("register", "demo"), ("status", "--jsno"), ("show",)):
         three.shell(*args, code=2)
 
 
 @pytest.mark.usefixtures("without_mlflow")
-def test_the_same_model_again_is_already_there(world: World, shell: Shell, tmp_path: Path) -> None:
+def test_registering_the_same_model_again_changes_nothing(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
     shell("init", world.line(tmp_path / "line.yaml"))
     shell.add(world, "colour")
     before = shell.head_bytes()
@@ -279,7 +281,7 @@ def test_the_same_model_again_is_already_there(world: World, shell: Shell, tmp_p
 
 
 @pytest.mark.usefixtures("without_mlflow")
-def test_the_same_model_again_finishes_what_is_unfinished(
+def test_registering_the_same_model_again_finishes_unfinished_work(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     shell("init", world.line(tmp_path / "line.yaml"))
@@ -291,9 +293,7 @@ def test_the_same_model_again_finishes_what_is_unfinished(
 
 
 @pytest.mark.usefixtures("without_mlflow")
-def test_other_weights_take_the_place_of_the_member(
-    world: World, new_home: NewHome, tmp_path: Path
-) -> None:
+def test_other_weights_replace_the_member(world: World, new_home: NewHome, tmp_path: Path) -> None:
     shell, only = new_home("home"), new_home("only")
     for one in (shell, only):
         one("init", world.line(tmp_path / "line.yaml"))
@@ -337,7 +337,7 @@ def test_another_task_file_needs_replace_task(world: World, shell: Shell, tmp_pa
 
 
 @pytest.mark.usefixtures("without_mlflow")
-def test_a_replaced_task_is_measured_anew_with_the_same_weights(
+def test_a_replaced_task_is_measured_again_with_the_same_weights(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     shell("init", world.line(tmp_path / "line.yaml"))
@@ -355,7 +355,7 @@ def test_a_replaced_task_is_measured_anew_with_the_same_weights(
 
 @pytest.mark.usefixtures("without_mlflow")
 def test_a_task_file_may_move(world: World, shell: Shell, tmp_path: Path) -> None:
-    """What a task means does not hang on where its files lie."""
+    """The place of its files does not change a task."""
     shell("init", world.line(tmp_path / "line.yaml"))
     shell.add(world, "colour")
     rows = (world.root / "data/colour/test.jsonl").read_bytes()
@@ -392,7 +392,7 @@ def test_a_task_without_data_is_merged_and_not_evaluated(
 
 
 @pytest.mark.usefixtures("without_mlflow")
-def test_init_again_does_nothing_or_configures_or_refuses(
+def test_init_of_a_known_line_does_nothing_or_changes_settings_or_refuses(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     line = tmp_path / "line.yaml"
@@ -411,6 +411,8 @@ def test_init_again_does_nothing_or_configures_or_refuses(
         done = shell("init", world.line(line, **wrong), code=3)
         assert "cannot change" in done.err
         assert shell.head_bytes() == before
+    done = shell("init", world.line(line, gates={"min_retention": 0.6}))
+    assert "\n  gates.min_retention: 0.5 -> 0.6\n" in done.out
 
 
 @pytest.mark.usefixtures("without_mlflow")

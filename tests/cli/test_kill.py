@@ -1,4 +1,4 @@
-"""Killed or interrupted at any moment, the next command finds a consistent state and goes on.
+"""After a kill or an interrupt at any time, the next command finds a consistent state.
 
 The command runs in children of its own, which are killed for good: at every call that makes
 something durable, one after the other, and at seeded random moments.
@@ -86,7 +86,7 @@ def _counted(
     report: Path | None,
     names: tuple[str, ...],
 ) -> None:
-    """Kill this process at the call of that number which makes anything durable."""
+    """Kill this process at the n-th durable write."""
     calls = 0
 
     def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
@@ -118,8 +118,8 @@ def _interruptible(shell: Shell, command: tuple[object, ...], said: Path, starte
     sys.exit(done.code)
 
 
-def moments(calls: int, every: bool) -> range:
-    """The calls at which to kill: all of them, or about twelve that lie apart."""
+def kill_points(calls: int, every: bool) -> range:
+    """The calls at which to kill: all, or about twelve of them."""
     return range(0, calls, 1 if every else max(1, calls // 12))
 
 
@@ -153,7 +153,7 @@ def test_a_registration_can_be_killed_at_every_write(
     calls = calls_in(report)
     assert calls > 20
     seen = set()
-    for limit in moments(calls, every):
+    for limit in kill_points(calls, every):
         shell = fresh(f"killed-{limit}")
         assert run(shell, command, limit) == -signal.SIGKILL
         kinds = shell.kinds()
@@ -259,10 +259,10 @@ def test_a_gated_remerge_can_be_killed_at_every_write(
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
-def test_a_registration_can_be_stopped_at_random_moments(
+def test_a_registration_can_be_interrupted_at_random_times(
     world: World, new_home: NewHome, tmp_path: Path, sent: signal.Signals
 ) -> None:
-    """With evaluation and MLflow, again and again in the same home until it is through."""
+    """With evaluation and MLflow, repeated in the same home until it finishes."""
     undisturbed, shell = new_home("undisturbed"), new_home("home")
     undisturbed("init", world.line(tmp_path / "line.yaml"))
     started = time.monotonic()
@@ -304,10 +304,10 @@ def test_a_registration_can_be_stopped_at_random_moments(
     assert counts[0] == counts[1], "nothing is doubled, nothing is missing"
 
 
-def test_interrupted_is_exit_code_130_and_no_traceback(
+def test_an_interrupt_exits_with_130_and_without_a_traceback(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
-    """Ctrl-C as a terminal sends it, to a process of its own."""
+    """Send Ctrl-C to a process, as a terminal does."""
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
     files = ("--task", world.task("colour"), "--model", world.model("colour"))
     process = shell.start("register", "demo", *files)
@@ -326,7 +326,7 @@ def test_interrupted_is_exit_code_130_and_no_traceback(
 
 
 def test_an_interrupt_within_a_destructor_is_not_dropped(shell: Shell) -> None:
-    """Python ignores every exception there, and would go on with the command."""
+    """Python ignores every exception there, and would continue the command."""
     script = """
 import signal, sys, time
 import restitch.cli.main
@@ -356,7 +356,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.usefixtures("without_mlflow")
 @pytest.mark.parametrize("options", [(), ("--overwrite",)], ids=["new", "overwrite"])
-def test_an_export_that_is_killed_leaves_no_half_model(
+def test_a_killed_export_leaves_no_half_model(
     three: Three, tmp_path: Path, options: tuple[str, ...]
 ) -> None:
     report, out = tmp_path / "calls", tmp_path / "place" / "out"

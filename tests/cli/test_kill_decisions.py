@@ -1,4 +1,4 @@
-"""A decision that is killed anywhere was made or was not; made again, it is there once."""
+"""A killed decision counts fully or not at all; a retry makes it count once."""
 
 import shutil
 import signal
@@ -57,7 +57,7 @@ def test_a_decision_can_be_killed_at_every_write(
     assert True in seen
 
 
-def test_who_dies_before_mlflow_leaves_the_alias_to_the_next_remerge(
+def test_a_kill_before_mlflow_leaves_the_alias_to_the_next_remerge(
     three: Three, tmp_path: Path
 ) -> None:
     shell = copied(three, tmp_path / "home")

@@ -1,11 +1,13 @@
-"""What a person sees while a command works."""
+"""The terminal while a command works."""
 
 import io
 import time
+from typing import Any
 
 import pytest
 from rich.console import Console
 
+from restitch.cli.render.formats import changed
 from restitch.cli.reporter import TerminalReporter
 from restitch.tasks.runtime.console import reporting_to, say, warn, working
 
@@ -17,7 +19,7 @@ def terminal(quiet: bool) -> tuple[TerminalReporter, io.StringIO]:
     return reporter, out
 
 
-def test_facts_are_not_told_when_quiet_and_warnings_are() -> None:
+def test_quiet_hides_facts_and_shows_warnings() -> None:
     for quiet in (False, True):
         reporter, out = terminal(quiet)
         with reporting_to(reporter):
@@ -27,7 +29,7 @@ def test_facts_are_not_told_when_quiet_and_warnings_are() -> None:
         assert "a warning" in out.getvalue()
 
 
-def test_a_bar_appears_only_when_work_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bar_appears_only_for_long_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("restitch.cli.reporter.SHOW_AFTER_SECONDS", 0.05)
     reporter, out = terminal(quiet=False)
     with reporting_to(reporter), working("quick work") as progress:
@@ -37,3 +39,17 @@ def test_a_bar_appears_only_when_work_takes_long(monkeypatch: pytest.MonkeyPatch
         time.sleep(0.06)
         progress(1, 2)
     assert "long work" in out.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "lines"),
+    [
+        (None, 0.02, ["key: none -> 0.02"]),
+        (["a"], ["a", "b"], ["key: a -> a, b"]),
+        (None, {"x": 1, "y": {"z": True}}, ["key.x: none -> 1", "key.y.z: none -> True"]),
+        ({"x": 1, "y": 2}, {"x": 1}, ["key.y: 2 -> none"]),
+        ([], [{"name": "ties", "settings": {}}], ["key: none -> name=ties settings=none"]),
+    ],
+)
+def test_changed_settings_are_shown_one_per_line(old: Any, new: Any, lines: list[str]) -> None:
+    assert changed("key", old, new) == lines

@@ -1,4 +1,4 @@
-"""The command where workers do the work: handing over, waiting, watching, and what it refuses."""
+"""The command with workers: hand over, wait, watch, and refuse."""
 
 import json
 import os
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("without_mlflow")
 
 @pytest.fixture
 def prefect() -> Iterator[FakePrefect]:
-    """A server that hands work to workers, of whom there is none."""
+    """A server with deployments and without workers."""
     with fake_prefect() as found:
         found.knows_deployments()
         yield found
@@ -39,7 +39,7 @@ def embedded(shell: Shell, world: World, tmp_path: Path) -> Shell:
 
 @pytest.fixture
 def handing_over(embedded: Shell, prefect: FakePrefect) -> Shell:
-    """The same home where a server is named."""
+    """The same home with a Prefect server."""
     return Shell(embedded.home, {"PREFECT_API_URL": prefect.url})
 
 
@@ -48,7 +48,7 @@ def registration(world: World, task: str = "colour", model: str = "") -> tuple[o
     return ("register", "demo", *files)
 
 
-def test_a_registration_is_entered_and_told_and_nothing_else(
+def test_a_registration_is_recorded_and_announced_and_not_onboarded(
     handing_over: Shell, world: World, prefect: FakePrefect
 ) -> None:
     told = handing_over.add(world, "colour")
@@ -59,7 +59,7 @@ def test_a_registration_is_entered_and_told_and_nothing_else(
     assert handing_over.kinds() == ["configured", "registered"]
 
 
-def test_registering_again_tells_again_what_is_not_done(
+def test_registering_again_announces_unfinished_work_again(
     handing_over: Shell, world: World, prefect: FakePrefect
 ) -> None:
     first, second = handing_over.add(world, "colour"), handing_over.add(world, "colour")
@@ -113,7 +113,7 @@ def test_waiting_returns_when_the_model_is_in_the_champion(
     assert told["record"]["members"].keys() == {"colour"}
 
 
-def test_waiting_for_a_model_that_cannot_join_is_exit_code_4(
+def test_waiting_for_a_model_that_cannot_join_exits_with_4(
     handing_over: Shell, embedded: Shell, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = ("--task", world.task("colour"), "--model", world.base)
@@ -127,7 +127,7 @@ def test_waiting_for_a_model_that_cannot_join_is_exit_code_4(
 
 
 def when_waited_for(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -> None:
-    """Do a worker's work in the first pause of who waits for it."""
+    """Do a worker's work during the first pause of the waiting command."""
     pauses: list[float] = []
 
     def pause(seconds: float) -> None:
@@ -144,7 +144,7 @@ def when_waited_for(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) ->
     monkeypatch.setattr("restitch.flows.register.time", Clock)
 
 
-def test_here_the_work_is_done_though_there_are_workers(
+def test_here_does_the_work_in_spite_of_workers(
     embedded: Shell, world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("restitch.flows.register.has_workers", lambda: True)
@@ -153,7 +153,7 @@ def test_here_the_work_is_done_though_there_are_workers(
 
 
 @pytest.mark.parametrize("name", ["PREFECT_API_URL", "MLFLOW_TRACKING_URI"])
-def test_up_refuses_where_other_servers_are_named(tmp_path: Path, name: str) -> None:
+def test_up_refuses_if_other_servers_are_named(tmp_path: Path, name: str) -> None:
     shell = Shell(tmp_path / "home", {name: "http://user:secret@team:4200/api"})
     done = shell("up", code=3)
     assert f"{name} is set" in done.err
@@ -162,7 +162,7 @@ def test_up_refuses_where_other_servers_are_named(tmp_path: Path, name: str) -> 
     assert not (tmp_path / "home" / "stack.json").exists()
 
 
-def test_down_where_nothing_is_up_stops_nothing(tmp_path: Path) -> None:
+def test_down_without_a_stack_stops_nothing(tmp_path: Path) -> None:
     assert Shell(tmp_path / "home").json("down") == {"stopped": []}
     assert not (tmp_path / "home").exists()
 
@@ -215,13 +215,15 @@ def test_a_model_that_killed_three_processes_is_quarantined_and_tried_again_when
     assert (again["already"], again["state"], again["champion"]) == (True, "ready", 1)
 
 
-# Three children, each killed when it has begun to onboard, as by a lack of memory.
+# Three children without MLflow, each killed after it began to onboard, as by a lack of memory.
 DIES = """
 import os, signal, sys
 from pathlib import Path
 import restitch.flows.onboard
 from restitch.flows.register import register
+from restitch.registry.mlflow.sync import Catalog
 
+Catalog.repair = lambda *_, **__: 0
 restitch.flows.onboard.validate = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 for _ in range(3):
     pid = os.fork()

@@ -1,8 +1,7 @@
-"""The files of the team's set-up as Docker would read them, and their services as processes.
+"""Read the files of the team's set-up as Docker does, and run their services as processes.
 
-Addresses in compose.yaml are variables, so each service's own command runs here on loopback:
-with the environment of the file and of the image, a folder in place of the volume, and this
-checkout in place of the image.
+Addresses in compose.yaml are variables, so each service's command runs here on loopback: with the
+environment of the file and of the image, a folder as its volume, and this checkout as its image.
 """
 
 import os
@@ -96,7 +95,7 @@ def example() -> dict[str, str]:
 
 
 def image_environment() -> dict[str, str]:
-    """What the Dockerfile sets for everything that runs in the image."""
+    """The variables that the Dockerfile sets."""
     text = (FOLDER / "Dockerfile").read_text(encoding="utf-8").replace("\\\n", " ")
     pairs = [
         pair.partition("=")
@@ -109,7 +108,7 @@ def image_environment() -> dict[str, str]:
 
 @dataclass
 class Team:
-    """The services of the file as processes of this machine.
+    """The services of the file as processes on this machine.
 
     Attributes:
         root: a folder for their homes and logs.
@@ -139,7 +138,7 @@ class Team:
         return {**kept, **fixed, **image, **own}
 
     def command(self, service: str) -> list[str]:
-        """The command of a service; what would listen on the network listens on loopback."""
+        """The command of a service, which listens on loopback instead of the network."""
         words = filled_in(services()[service]["command"], self.variables)
         return ["127.0.0.1" if word == "0.0.0.0" else word for word in words]
 
@@ -176,7 +175,7 @@ class Team:
             process.wait()
 
     def healthy(self, service: str, **more: str) -> None:
-        """Wait until the healthcheck of a service is content."""
+        """Wait until the health check of a service passes."""
         kind, *probe = filled_in(
             services()[service]["healthcheck"]["test"], {**self.variables, **more}
         )

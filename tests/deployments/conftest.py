@@ -1,7 +1,7 @@
-"""One whole set-up for all tests of this folder: servers and workers as `restitch up` starts them.
+"""One stack for all tests of this folder: servers and workers as `restitch up` starts them.
 
-It stands in a home of its own, in an environment without anything that a developer has set.
-Tests share it: each has lines of its own, and whatever a test stops it starts again.
+It has its own home, and an environment without a developer's settings. Tests share it: each uses
+its own lines, and starts again the processes that it stops.
 """
 
 import json
@@ -55,19 +55,19 @@ class Stack:
 
     @property
     def file(self) -> StackFile:
-        """What `up` wrote down."""
+        """The stack file."""
         return StackFile.read(self.shell.home)
 
     @property
     def prefect(self) -> PrefectApi:
-        """The Prefect server, as restitch asks it."""
+        """Our client of the Prefect server."""
         url = self.file.prefect_api_url
         assert url is not None, "the stack is down"
         return PrefectApi(url)
 
     @property
     def mlflow(self) -> "MlflowClient":
-        """MLflow's own client of the MLflow server."""
+        """MLflow's client of the MLflow server."""
         from mlflow import MlflowClient
 
         uri = self.file.mlflow_uri
@@ -75,7 +75,7 @@ class Stack:
         return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
     def line(self, name: str, **changes: Any) -> None:
-        """Make a line without telling the server, so that nothing but events touches it."""
+        """Make a line without a schedule on the server, so that only events start runs."""
         from restitch.flows.lines.init_line import init_line
 
         file = self.world.line(
@@ -96,19 +96,19 @@ class Stack:
             return register(line, self.world.task(task), str(self.world.model(task))).as_dict()
 
     def remerge(self, line: str, key: str) -> str:
-        """Start a remerge as the schedule does; its id."""
+        """Start a remerge as the schedule does, and return its id."""
         deployment = self.prefect.deployment("remerge/restitch")
         assert deployment is not None
         return str(self.prefect.create_run(deployment["id"], {"line": line}, key)["id"])
 
     def runs(self, flow: str, line: str, *states: str) -> list[dict[str, Any]]:
-        """The runs of a line, in some states or all."""
+        """The runs of a line, in the given states or all."""
         every = ("SCHEDULED", "PENDING", "RUNNING", "COMPLETED", "FAILED", "CANCELLED", "CRASHED")
         found = self.prefect.runs(flow, "restitch", *(states or every))
         return [run for run in found if run["parameters"].get("line") == line]
 
     def finished(self, run: str) -> dict[str, Any]:
-        """A run, once it is over."""
+        """Wait for the end of a run."""
 
         def look() -> dict[str, Any] | None:
             found = self.prefect.run(run)
@@ -119,7 +119,7 @@ class Stack:
         return self.until(f"run {run} is over", look)
 
     def champion(self, line: str, *tasks: str) -> set[str]:
-        """The tasks in the champion, once those are there."""
+        """Wait until the champion has these tasks; return all of its tasks."""
 
         def look() -> set[str] | None:
             ledger = self.shell.ledger(line)
@@ -130,7 +130,7 @@ class Stack:
         return self.until(f"the champion of {line} has {', '.join(tasks)}", look)
 
     def until(self, what: str, look: Callable[[], T | None]) -> T:
-        """What `look` finds, once it finds something."""
+        """Wait until `look` returns something, and return it."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             found = look()
@@ -140,7 +140,7 @@ class Stack:
         raise AssertionError(f"not after {PATIENCE:.0f} s: {what}\n{self._logs()}")
 
     def processes(self) -> list[psutil.Process]:
-        """Every process that works in this home, whoever started it."""
+        """Every process that works in this home."""
         found = []
         for process in psutil.process_iter():
             with suppress(psutil.Error):
@@ -167,7 +167,7 @@ def stack(
 ) -> Iterator[Stack]:
     """A Prefect server, an MLflow server, the receiver of webhooks, and two workers.
 
-    All of them have secrets in their environment, which are not to be found anywhere else.
+    All have secrets in their environment, which must not appear anywhere else.
     """
     root = tmp_path_factory.mktemp("stack")
     (root / "home").mkdir()

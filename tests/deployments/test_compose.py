@@ -58,7 +58,7 @@ def test_the_file_follows_the_schema_of_compose() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_services_wait_for_services_that_can_say_that_they_are_there() -> None:
+def test_services_wait_only_for_services_with_a_health_check() -> None:
     for name, service in services().items():
         for other, how in service.get("depends_on", {}).items():
             there = services()[other]
@@ -90,7 +90,7 @@ def test_every_variable_is_in_the_example_and_no_secret_has_a_value() -> None:
     assert required == secret
 
 
-def test_secrets_stand_in_environments_only() -> None:
+def test_secrets_are_only_in_environments() -> None:
     secret = {name for name, default in variables_of(services()).items() if default is None}
     for name, service in services().items():
         rest = {key: value for key, value in service.items() if key != "environment"}
@@ -130,7 +130,7 @@ def test_the_gpu_is_reserved_for_the_worker_of_its_pool() -> None:
     assert "--limit 1" in services()["worker-gpu"]["command"][-1]
 
 
-def test_the_image_sets_what_restitch_would_set_by_itself() -> None:
+def test_the_image_sets_the_environment_that_restitch_would_set() -> None:
     expected = prepare_environment(Home(Path(HOME)), {})
     found = image_environment()
     assert found.pop("RESTITCH_HOME") == HOME
@@ -138,7 +138,7 @@ def test_the_image_sets_what_restitch_would_set_by_itself() -> None:
     assert {k: v for k, v in found.items() if k not in others} == expected
 
 
-def test_the_image_holds_every_package_and_its_user_is_nobody_special() -> None:
+def test_the_image_has_every_package_and_an_unprivileged_user() -> None:
     text = (FOLDER / "Dockerfile").read_text(encoding="utf-8")
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     folders = set(project["tool"]["setuptools"]["package-dir"].values())
@@ -287,7 +287,7 @@ def _keys(team: Team, prefix: str) -> list[str]:
     return found
 
 
-def test_doctor_finds_every_service_well(team: Team) -> None:
+def test_doctor_finds_every_service_healthy(team: Team) -> None:
     done = team.run("worker-cpu", "restitch", "doctor", "--json")
     found = {one["name"]: one for one in json.loads(done.stdout)["checks"]}
     assert done.returncode == 0, found
@@ -305,14 +305,14 @@ def test_one_shot_services_may_run_again(team: Team) -> None:
     assert "there" in team.run("bucket").stdout
 
 
-def test_prefect_asks_for_the_word(team: Team) -> None:
+def test_prefect_requires_the_password(team: Team) -> None:
     url = f"http://{team.variables['PREFECT_ADDRESS']}/api/admin/version"
     with pytest.raises(urllib.error.HTTPError) as refused:
         _get(url)
     assert refused.value.code == 401
 
 
-def test_mlflow_keeps_artifacts_in_the_bucket_and_knows_its_names(team: Team) -> None:
+def test_mlflow_keeps_artifacts_in_the_bucket_and_checks_host_names(team: Team) -> None:
     script = (
         "import mlflow\nwith mlflow.start_run() as run:\n mlflow.log_text('of the team', 'a.txt')\n"
         "print(mlflow.artifacts.load_text(run.info.artifact_uri + '/a.txt'))"

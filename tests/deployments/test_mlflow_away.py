@@ -1,6 +1,6 @@
-"""MLflow goes away while a version is published: the same bytes, and an image that is completed.
+"""MLflow disappears during a publication: the bytes stay the same, the rest is completed later.
 
-A real server behind a relay that can be cut, and one that is killed for good in the midst.
+A real server runs behind a relay that can be cut; another is killed.
 """
 
 import socket
@@ -21,13 +21,13 @@ from tests.worlds import SKILLS, World
 
 @dataclass
 class Relay:
-    """A way to a server that can be cut.
+    """A connection to a server that can be cut.
 
     Attributes:
         url: its own address.
         target: host and port of the server.
-        whole: how many more connections get through; None for all.
-        at_cut: called when the last of them is through.
+        whole: the number of further connections that get through; None for all.
+        at_cut: called after the last of them.
     """
 
     url: str = ""
@@ -38,7 +38,7 @@ class Relay:
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def leads_to(self, url: str) -> None:
-        """Another server from now on, and all connections get through."""
+        """Use another server from now on, and let all connections through."""
         parts = urlsplit(url)
         self.target, self.whole = (str(parts.hostname), int(parts.port or 0)), None
 
@@ -89,7 +89,7 @@ def relay() -> Iterator[Relay]:
 
 @pytest.fixture
 def one_request_each(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A connection for each request, so that cutting falls between and within all of them."""
+    """Use one connection per request, so that the cut can fall between and within them."""
     from requests.adapters import HTTPAdapter
 
     real = HTTPAdapter.send
@@ -102,7 +102,7 @@ def one_request_each(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("one_request_each")
-def test_the_same_bytes_and_in_the_end_the_same_image(
+def test_an_absent_mlflow_changes_no_bytes_and_is_completed_later(
     world: World, three: Three, new_home: NewHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("restitch.tasks.publish._away_until", {})
@@ -131,7 +131,7 @@ def test_the_same_bytes_and_in_the_end_the_same_image(
         assert found["store"]["mlflow"] == ["demo"]
 
 
-def test_a_database_that_refuses_is_named_and_its_password_is_not(
+def test_a_refusing_database_is_named_without_its_password(
     world: World, new_home: NewHome, tmp_path: Path
 ) -> None:
     if not postgres_programs():  # CI installs it, and fails where this was left out

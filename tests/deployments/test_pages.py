@@ -1,4 +1,4 @@
-"""The pages for operators name what the code says and does, so that neither goes its own way."""
+"""The pages for operators match the code."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""What docs/how-to/recover.md says of back-ups: a copy of the store is enough to go on from."""
+"""A copy of the store is enough to continue, as docs/how-to/recover.md says."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ from restitch.registry.mlflow.sync import connect
 from tests.conftest import NewHome, Three
 
 
-def test_from_a_copy_of_the_store_a_line_goes_on_and_mlflow_is_made_again(
+def test_a_copy_of_the_store_restores_a_line_and_its_projection_in_mlflow(
     three: Three, new_home: NewHome, tmp_path: Path
 ) -> None:
     restored = new_home("restored")

@@ -29,14 +29,12 @@ def url(address: str, *, password: str = PASSWORD, driver: str = "", name: str =
     return f"postgresql{driver}://postgres:{password}@{address}/{name}"
 
 
-def test_without_a_setting_both_are_files_of_the_home(tmp_path: Path) -> None:
+def test_by_default_both_databases_are_files_in_the_home(tmp_path: Path) -> None:
     assert databases(Home(tmp_path), {}) == Databases(prefect=None, mlflow=None)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_was_given_once_is_used_again_also_by_commands_without_a_server(
-    tmp_path: Path, address: str
-) -> None:
+def test_given_addresses_are_remembered(tmp_path: Path, address: str) -> None:
     given = {PREFECT: url(address, driver="+asyncpg"), MLFLOW: url(address)}
     found = databases(Home(tmp_path), given)
     assert found.model_dump() == {"prefect": given[PREFECT], "mlflow": given[MLFLOW]}
@@ -46,13 +44,13 @@ def test_what_was_given_once_is_used_again_also_by_commands_without_a_server(
     assert (file.stat().st_mode & 0o077, file.parent.stat().st_mode & 0o077) == (0, 0)
 
 
-def test_an_older_name_of_prefects_setting_is_known(tmp_path: Path, address: str) -> None:
+def test_the_older_name_of_prefects_setting_works(tmp_path: Path, address: str) -> None:
     older = {"PREFECT_API_DATABASE_CONNECTION_URL": url(address, driver="+asyncpg")}
     assert databases(Home(tmp_path), older).prefect == url(address, driver="+asyncpg")
 
 
 @pytest.mark.parametrize("variable", [PREFECT, MLFLOW])
-def test_a_wrong_password_is_told_without_the_password(
+def test_a_wrong_password_is_reported_without_the_password(
     tmp_path: Path, address: str, variable: str
 ) -> None:
     driver = "+asyncpg" if variable == PREFECT else ""
@@ -66,7 +64,7 @@ def test_a_wrong_password_is_told_without_the_password(
     assert list(tmp_path.iterdir()) == [], "what cannot be used is not remembered"
 
 
-def test_an_absent_database_and_an_absent_server_are_told(tmp_path: Path, address: str) -> None:
+def test_an_absent_database_and_an_absent_server_are_reported(tmp_path: Path, address: str) -> None:
     with pytest.raises(Unavailable, match='database "absent" does not exist'):
         databases(Home(tmp_path), {MLFLOW: url(address, name="absent")})
     nowhere = f"127.0.0.1:{free_port()}"
@@ -94,19 +92,19 @@ def test_an_address_of_another_form_is_refused(tmp_path: Path, variable: str, va
     assert "hidden" not in message
 
 
-def test_a_broken_memory_is_told_and_no_other_database_begun(tmp_path: Path) -> None:
+def test_a_broken_file_of_addresses_is_refused(tmp_path: Path) -> None:
     Databases(mlflow="postgresql://u:p@h/d").write(tmp_path)
     (tmp_path / "secrets" / "databases.json").write_text("{")
     with pytest.raises(Damage, match=r"databases\.json"):
         databases(Home(tmp_path), {})
 
 
-def test_a_home_that_is_no_folder_has_no_memory(tmp_path: Path) -> None:
+def test_a_home_that_is_not_a_folder_remembers_nothing(tmp_path: Path) -> None:
     (tmp_path / "home").write_text("a file")
     assert Databases.read(tmp_path / "home") == Databases()
 
 
-def test_a_memory_that_cannot_be_read_is_told(
+def test_an_unreadable_file_of_addresses_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Databases(mlflow="postgresql://u:p@h/d").write(tmp_path)

@@ -156,12 +156,12 @@ def test_two_lines_do_not_disturb_each_other(stack: Stack, begun: dict[str, Any]
         assert intact(stack, line) == ONE
 
 
-def test_a_line_with_a_schedule_gets_runs_planned(clock: list[datetime]) -> None:
+def test_prefect_plans_the_runs_of_a_schedule(clock: list[datetime]) -> None:
     assert {time.second for time in clock} == {0}
     assert {(after - time).seconds for time, after in pairwise(clock)} == {60}
 
 
-def test_a_version_that_mlflow_alone_has_joins_by_its_webhook(
+def test_a_version_registered_in_mlflow_joins_by_its_webhook(
     stack: Stack, begun: dict[str, Any], three: Three
 ) -> None:
     assert stack.champion("trained", "colour") == {"colour"}
@@ -191,7 +191,7 @@ def test_a_lost_event_is_repaired_by_the_schedule_and_nothing_is_started_twice(
     assert intact(stack, "lost") == ONE
 
 
-def test_many_at_once_end_in_one_champion_that_holds_them_all(
+def test_many_registrations_at_once_end_in_one_champion_with_all(
     stack: Stack, begun: dict[str, Any], three: Three
 ) -> None:
     assert stack.champion("many", *SKILLS) == set(SKILLS)
@@ -203,7 +203,7 @@ def test_many_at_once_end_in_one_champion_that_holds_them_all(
     assert stack.shell.patch_bytes(line="many") == three.shell.patch_bytes()
 
 
-def test_a_run_that_is_killed_is_made_again_without_a_person(
+def test_a_killed_run_starts_again_by_itself(
     stack: Stack, begun: dict[str, Any], three: Three
 ) -> None:
     stack.register("killed", "colour")
@@ -244,14 +244,14 @@ def _at_work(stack: Stack, line: str) -> int | None:
     return int(begun[0].facts["pid"]) if begun else None
 
 
-def test_a_changed_schedule_replaces_what_was_planned(stack: Stack, clock: list[datetime]) -> None:
+def test_a_changed_schedule_replaces_the_planned_runs(stack: Stack, clock: list[datetime]) -> None:
     def at_night() -> bool:
         return {(time.hour, time.minute) for time in planned(stack, "clock")} == {(3, 30)}
 
     stack.until("the plan has changed", at_night)
 
 
-def test_a_decision_is_followed_by_the_workers_and_by_the_alias(
+def test_workers_and_the_alias_follow_a_decision(
     stack: Stack, begun: dict[str, Any], three: Three
 ) -> None:
     stack.champion("many", *SKILLS)
@@ -302,9 +302,7 @@ def _idle(stack: Stack, line: str) -> None:
     stack.until(f"nothing is under way on {line}", lambda: not under_way(stack, line))
 
 
-def test_logs_databases_and_records_hold_no_secret_of_a_server_or_worker(
-    stack: Stack, begun: dict[str, Any]
-) -> None:
+def test_no_secret_is_in_logs_databases_or_records(stack: Stack, begun: dict[str, Any]) -> None:
     home = stack.shell.home
     stack.champion("demo", "colour")
     shown = [stack.process("doctor", code=None)]

@@ -40,7 +40,7 @@ def test_up_again_changes_nothing(stack: Stack) -> None:
     assert all(is_running(process) for process in before.processes.values())
 
 
-def test_a_doctor_finds_nothing_on_a_stack_that_is_well(stack: Stack) -> None:
+def test_doctor_finds_no_problem_on_a_healthy_stack(stack: Stack) -> None:
     found = findings(stack, code=0)
     assert found.keys() >= NAMES | {"mlflow webhook", "deployment onboard", "deployment remerge"}
     # How much is free on the disk is not the stack's doing.
@@ -51,7 +51,7 @@ def test_a_doctor_finds_nothing_on_a_stack_that_is_well(stack: Stack) -> None:
     assert "worker-2" in online
 
 
-def test_what_was_killed_is_named_with_its_remedy_and_up_mends_it(stack: Stack) -> None:
+def test_doctor_names_killed_processes_and_up_restarts_them(stack: Stack) -> None:
     before = pids(stack)
     mlflow = stack.file.mlflow_uri
     for name in ("mlflow", "worker-1"):
@@ -75,7 +75,7 @@ def _alive(stack: Stack, *names: str) -> bool:
     return any(is_running(stack.file.processes[name]) for name in names)
 
 
-def test_down_stops_what_up_started_and_nothing_else_and_the_state_stays(stack: Stack) -> None:
+def test_down_stops_only_the_processes_of_up_and_the_state_stays(stack: Stack) -> None:
     stack.line("kept")
     deployment = stack.prefect.deployment("onboard/restitch")
     stack.mlflow.create_experiment("kept by MLflow")

@@ -1,7 +1,7 @@
-"""The tests of `test_stack` once more, with Prefect and MLflow on a real PostgreSQL.
+"""The tests of `test_stack` with Prefect and MLflow on a real PostgreSQL.
 
-Only the first `up` is told of the database: what comes later finds it by itself. Slow, for a whole
-stack's work takes minutes; the services of compose.yaml run on PostgreSQL in every run of tests.
+Only the first `up` gets the addresses; later commands remember them. The tests are slow: a whole
+stack's work takes minutes. The services of compose.yaml run on PostgreSQL in every run of tests.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ PASSWORD = "password-of-the-databases"
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory, world: World) -> Iterator[Stack]:
-    """As the other tests' stack, but for its databases."""
+    """The stack of the other tests, with other databases."""
     if not postgres_programs():  # CI installs it, and fails where this was left out
         pytest.skip("PostgreSQL is not installed; on Debian: apt-get install postgresql")
     with postgres_server(PASSWORD) as address:
@@ -49,7 +49,7 @@ def _ask(address: str, question: str) -> list[Any]:
         engine.dispose()
 
 
-def test_both_servers_have_written_there_and_nothing_is_in_a_file(stack: Stack) -> None:
+def test_both_servers_write_to_postgresql_and_to_no_file(stack: Stack) -> None:
     used = Databases.read(stack.shell.home)
     assert used.mlflow is not None
     (runs,) = _ask(used.mlflow, "SELECT count(*) FROM runs")
@@ -58,7 +58,7 @@ def test_both_servers_have_written_there_and_nothing_is_in_a_file(stack: Stack) 
     assert not list(stack.shell.home.glob("**/*.db"))
 
 
-def test_the_password_is_in_no_file_but_one_that_others_cannot_read(stack: Stack) -> None:
+def test_only_one_private_file_contains_the_password(stack: Stack) -> None:
     holding = [
         path
         for path in stack.shell.home.rglob("*")

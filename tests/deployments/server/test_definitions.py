@@ -53,7 +53,7 @@ def parameters(automation: dict[str, Any], **names: Any) -> dict[str, Any]:
         ({"version": 3}, 3, None),
     ],
 )
-def test_a_registered_model_starts_onboard_with_numbers_that_stay_numbers(
+def test_a_registered_model_starts_onboard_with_integer_parameters(
     wanted: dict[str, Any], told: dict[str, Any], version: int | None, mlflow_version: int | None
 ) -> None:
     automation = wanted["onboard a registered model"]
@@ -76,14 +76,14 @@ def test_a_mask_starts_remerge(wanted: dict[str, Any]) -> None:
     assert parameters(automation, event=event) == {"line": "demo"}
 
 
-def test_nothing_waits_for_silence(wanted: dict[str, Any]) -> None:
+def test_no_automation_waits_for_missing_events(wanted: dict[str, Any]) -> None:
     """Such automations write at every event, and fire more than once on a busy server."""
     assert len(wanted) == 2
     assert {one["trigger"]["posture"] for one in wanted.values()} == {"Reactive"}
     assert {one["trigger"]["within"] for one in wanted.values()} == {0}
 
 
-def test_the_same_automation_is_the_same_in_any_order_and_another_one_is_not() -> None:
+def test_automations_compare_equal_in_any_order() -> None:
     first, second = automations(ONBOARD, REMERGE), automations(ONBOARD, REMERGE)
     assert all(_same(one, other) for one, other in zip(first, second, strict=True))
     others = automations(ONBOARD, uuid4())

@@ -30,7 +30,7 @@ print(json.dumps([BUSY_MILLISECONDS, *asyncio.run(patience(sys.argv[1]))]))
 """
 
 
-def test_every_use_of_a_connection_has_the_short_patience(tmp_path: Path) -> None:
+def test_every_use_of_a_connection_has_the_short_timeout(tmp_path: Path) -> None:
     found = Shell(tmp_path).python(SCRIPT, f"sqlite+aiosqlite:///{tmp_path / 'test.db'}")
     short, *patience = found.json
     assert patience == [short, short]
