@@ -140,9 +140,9 @@ def _tournament(found: Values, out: Console) -> None:
     rows = found["rounds"][-1]["rows"]
     _say(out, f"  won by {', '.join(f'{count} rows of {task}' for task, count in rows.items())}:")
     table = table_of(
-        "contestant", "score", "mean", "retention", "round", *found["entrants"][0]["tasks"]
+        "contestant", "score", "mean", "retention", "round", *found["contestants"][0]["tasks"]
     )
-    for one in found["entrants"]:
+    for one in found["contestants"]:
         table.add_row(
             one["label"],
             number(one["score"]),

@@ -9,8 +9,10 @@ import logging
 from typing import Any
 
 from restitch.merging.errors import Unavailable
+from restitch.tasks.runtime.console import reporting_to
 from restitch.tasks.runtime.crash_recovery import start_again
 from restitch.tasks.runtime.engine import flow
+from restitch.tasks.runtime.prefect_artifacts import RunReporter
 from restitch.tasks.runtime.workspace import workspace
 
 log = logging.getLogger("restitch")
@@ -18,6 +20,7 @@ log.setLevel(logging.INFO)
 
 
 @flow("onboard", "{line}/{task}/{version}")
+@reporting_to(RunReporter())
 def onboard(
     line: str, task: str, version: int | None = None, mlflow_version: int | None = None
 ) -> None:
@@ -36,6 +39,7 @@ def onboard(
 
 
 @flow("remerge", "{line}")
+@reporting_to(RunReporter())
 def remerge(line: str, force: bool = False, attempt: int = 0) -> None:
     """Merge what is ready, evaluate it, promote it if its gates pass; see `restitch.flows.remerge`.
 

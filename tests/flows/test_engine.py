@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from restitch.tasks.runtime.prefect_api import PrefectApi
 from tests.conftest import NewHome, Three
 from tests.servers import free_port, prefect_server
 from tests.shell import Done, Shell
@@ -22,6 +23,7 @@ FLOWS = {
     "onboard": {"validate", "localize", "evaluate", "log"},
     "remerge": {"stitch", "evaluate", "analyze", "log"},
 }
+WORKER = ("worker", "start", "--pool", "gpu", "--type", "process", "--run-once")
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +201,36 @@ def test_the_bytes_are_those_of_the_embedded_mode(both: Both) -> None:
         first, second = (s.ledger().merged(version) for s in (both.engine, both.embedded))
         assert (first.recipe_digest, first.patch) == (second.recipe_digest, second.patch)
         assert (first.results, first.retention) == (second.results, second.retention)
+
+
+# Nothing in these tests takes the two seconds after which work is shown.
+ENTRY = """
+from restitch.deployments.server.entry import remerge_flow
+from restitch.tasks.runtime import prefect_artifacts
+
+prefect_artifacts.SHOW_AFTER_SECONDS = prefect_artifacts.EVERY_SECONDS = 0.0
+"""
+
+
+def test_a_worker_shows_the_progress_of_long_steps_as_artifacts(
+    both: Both, api: str, tmp_path: Path
+) -> None:
+    (tmp_path / "entry.py").write_text(ENTRY)
+    shell = both.engine
+    shell.process("deploy")
+    server = PrefectApi(api)
+    deployment = server.deployment("remerge/restitch")
+    assert deployment is not None
+    server.set_entrypoint(deployment["id"], f"{tmp_path / 'entry.py'}:remerge_flow")
+    run = server.create_run(deployment["id"], {"line": "demo", "force": True}, "progress")["id"]
+    shell.python("from prefect.cli import app; app()", *WORKER)
+    ended = server.run(run)
+    assert ended is not None
+    assert ended["state_type"] == "COMPLETED"
+    shown = ask(api, "artifacts/filter", artifacts={"flow_run_id": {"any_": [run]}})
+    bars = {one["description"]: one["data"] for one in shown if one["type"] == "progress"}
+    assert bars["evaluating merged on colour"] == 100.0
+    assert bars["stitching"] == 100.0
 
 
 def test_the_command_prints_one_document_with_the_engine_too(both: Both) -> None:

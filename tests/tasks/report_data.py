@@ -104,7 +104,7 @@ def gates(task: str | None) -> tuple[GateOutcome, ...]:
 
 def tournament(tasks: Sequence[str]) -> dict[str, Any]:
     """What chose the method: a second contestant was left out after half of the rows."""
-    entrants = [
+    contestants = [
         {
             "label": label,
             "score": score,
@@ -118,9 +118,9 @@ def tournament(tasks: Sequence[str]) -> dict[str, Any]:
     ]
     return {
         "winner": "ties (alpha 0.5)",
-        "entrants": entrants,
+        "contestants": contestants,
         "waiting": [{"label": "wudi", "name": "wudi", "settings": {}}],
-        "rounds": [{"share": 0.5, "entrants": 2, "rows": dict.fromkeys(tasks, 250)}] * 2,
+        "rounds": [{"share": 0.5, "contestants": 2, "rows": dict.fromkeys(tasks, 250)}] * 2,
         "reported": [tasks[0]],
     }
 

@@ -156,7 +156,7 @@ def test_what_was_measured_is_on_the_page(full: Case) -> None:
         "gates.",
         "timings.",
         "mean_",
-        "facts.tournament.entrants.",
+        "facts.tournament.contestants.",
         "specialists.bytes.",
         "kept",
         "patch_bytes",
