@@ -10,7 +10,7 @@ from typing import Any
 
 from restitch.merging.errors import Unavailable
 from restitch.tasks.runtime.console import reporting_to
-from restitch.tasks.runtime.crash_recovery import start_again
+from restitch.tasks.runtime.crash_recovery import restart
 from restitch.tasks.runtime.engine import flow
 from restitch.tasks.runtime.prefect_artifacts import RunReporter
 from restitch.tasks.runtime.workspace import workspace
@@ -57,7 +57,7 @@ def remerge(line: str, force: bool = False, attempt: int = 0) -> None:
 def begin_again(flow: Any, flow_run: Any, state: Any) -> None:
     """What a worker calls when a run of its own has crashed."""
     try:
-        if not start_again(flow.name, str(flow_run.id), flow_run.parameters):
+        if not restart(flow.name, str(flow_run.id), flow_run.parameters):
             log.warning("run %s crashed too often: %s", flow_run.name, state.message)
     except Unavailable as error:
         log.warning("run %s is left to the schedule: %s", flow_run.name, error.message())

@@ -31,6 +31,7 @@ from restitch.tasks.compare_results import compare_results
 from restitch.tasks.evaluate import evaluate
 from restitch.tasks.inputs.task_data import evaluation_split
 from restitch.tasks.merge import make_recipe, stitch
+from restitch.tasks.method_selection import SelectionOutcome
 from restitch.tasks.runtime.events import this_run
 from restitch.tasks.runtime.refs import LineRef, PatchRef, ResultRef, WeightsRef
 from restitch.tasks.runtime.workspace import made_by, workspace
@@ -55,7 +56,7 @@ class Candidate:
     retention: Retention | None
     checks: tuple[Check, ...]
     timings: dict[str, float]
-    tournament: dict[str, Any] | None = None
+    tournament: SelectionOutcome | None = None
 
     @property
     def told(self) -> str:

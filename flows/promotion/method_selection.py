@@ -10,9 +10,9 @@ winner stands in the recipe of the version, and with all contestants in its reco
 a later look nor a rebuild depends on a contest that is held again.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from restitch.merging.methods.registry import get_method
 from restitch.registry.ledger.line_state import Member
@@ -22,7 +22,9 @@ from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.merge import make_recipe, recipe_inputs, stitch
 from restitch.tasks.method_selection import (
     Contestant,
+    ContestantResult,
     MethodSelection,
+    SelectionOutcome,
     known_outcome,
     rank_methods,
     selection_key,
@@ -43,7 +45,7 @@ class Selection:
     """
 
     line: LineRef
-    found: dict[str, Any] | None = None
+    found: SelectionOutcome | None = None
 
 
 def earlier_selection(
@@ -150,7 +152,7 @@ def taking_part(
     return sorted(method.tournament.index(one) for one in queue[: method.at_most])
 
 
-def told(found: dict[str, Any]) -> str:
+def told(found: SelectionOutcome) -> str:
     """The outcome in one sentence; values of other rounds are of fewer rows, and told apart."""
     first, *others = found["contestants"]
     last = [one for one in others if one["round"] == first["round"]]
@@ -161,7 +163,7 @@ def told(found: dict[str, Any]) -> str:
     return sentence
 
 
-def _reached(one: dict[str, Any]) -> str:
+def _reached(one: ContestantResult) -> str:
     return f"{one['label']} ({one['score']:.4f}{'' if one['meets'] else ', keeps too little'})"
 
 
@@ -186,16 +188,16 @@ def _key(
     return selection_key(line, method, inputs, members, benchmark)
 
 
-def _found_of(record: MergedRecord) -> dict[str, Any] | None:
+def _found_of(record: MergedRecord) -> SelectionOutcome | None:
     """What the tournament found that chose a version's method, if one did."""
     found = record.facts.get(FACT)
-    return found if isinstance(found, dict) else None
+    return cast(SelectionOutcome, found) if isinstance(found, dict) else None
 
 
-def _method(found: dict[str, Any]) -> MethodSpec:
+def _method(found: Mapping[str, Any]) -> MethodSpec:
     return MethodSpec(name=found["name"], settings=found["settings"])
 
 
-def _won(line: LineRef, found: dict[str, Any]) -> Selection:
+def _won(line: LineRef, found: SelectionOutcome) -> Selection:
     method = _method(found["contestants"][0])
     return Selection(LineRef(line.spec.with_method(method), line.base), found)

@@ -1,4 +1,4 @@
-"""What the commands print about a line that has seen much, made up: input for the report."""
+"""Invented JSON of a line with a long history, as input for the report."""
 
 import random
 from collections.abc import Sequence
@@ -103,7 +103,7 @@ def gates(task: str | None) -> tuple[GateOutcome, ...]:
 
 
 def tournament(tasks: Sequence[str]) -> dict[str, Any]:
-    """What chose the method: a second contestant was left out after half of the rows."""
+    """A tournament whose second contestant was eliminated after the first round."""
     contestants = [
         {
             "label": label,
