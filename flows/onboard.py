@@ -29,7 +29,7 @@ from restitch.tasks.inputs.checkpoints import check_device
 from restitch.tasks.inputs.task_data import evaluation_split
 from restitch.tasks.localize import localize
 from restitch.tasks.runtime.console import say, warn
-from restitch.tasks.runtime.crash_recovery import DEATHS
+from restitch.tasks.runtime.crash_recovery import MAX_CRASHES
 from restitch.tasks.runtime.engine import engine_url, flow
 from restitch.tasks.runtime.events import (
     MASK_READY,
@@ -94,7 +94,7 @@ def onboard(line: str, task: str, version: int) -> OnboardOutcome:
     check_device(line_state.spec)
     attempts = attempts_at(ledger, task, version)
     died = died_at(attempts)
-    if len(died) >= DEATHS and model.state == "registered":
+    if len(died) >= MAX_CRASHES and model.state == "registered":
         _quarantine(ledger, task, version, _deadly(task, version, died), deaths=len(died))
         return _done(ledger, task, version, localized=False)
     with attempts.attempt(this_run()) as mine:
@@ -225,7 +225,7 @@ def _measure(
     _warn_of_outside(spec.task, checked, results)
     measured: dict[str, Any] = {}
     if statistics:
-        seconds = sum(each.took or 0.0 for each in statistics.values())
+        seconds = sum(each.recorded_seconds or 0.0 for each in statistics.values())
         measured = {
             "statistics": {kind: each.blob for kind, each in statistics.items()},
             "statistics_bytes": sum(each.size for each in statistics.values()),
@@ -243,7 +243,7 @@ def _measure(
         outside_share=checked.outside_share,
         outside_tensors=checked.outside_tensors,
         results=results,
-        **delta.found,
+        **delta.facts,
         **measured,
     )
 

@@ -35,7 +35,7 @@ from restitch.tasks.runtime.events import (
     start_run,
     this_run,
 )
-from restitch.tasks.runtime.merge_lease import turn
+from restitch.tasks.runtime.merge_lease import merge_lease
 from restitch.tasks.runtime.prefect_artifacts import show_remerged
 from restitch.tasks.runtime.workspace import workspace
 
@@ -95,8 +95,8 @@ def remerge(line: str, force: bool = False) -> RemergeOutcome:
     check_device(ledger.state().spec)
     if is_workers_run():
         mark_silent_runs(line)
-    with turn(space, line) as mine:
-        if not mine:
+    with merge_lease(space, line) as acquired:
+        if not acquired:
             return _outcome(ledger, "covered", None, ())
         space.home.sweep(LEFTOVERS_AFTER)
         _take_in(line)

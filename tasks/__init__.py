@@ -1,4 +1,4 @@
-"""Steps: each loads references, calls one function, stores its result and returns a reference.
+"""Steps: each loads its inputs by reference, computes, stores the result, returns a reference.
 
-`flows` calls them; no step calls a flow.
+Flows call steps; no step calls a flow.
 """

@@ -1,4 +1,4 @@
-"""Two stored evaluations, row by row."""
+"""Compare two stored evaluations row by row."""
 
 import json
 
@@ -12,10 +12,10 @@ Result = TaskResult | Retention
 def compare_results(
     objects: ObjectStore, first: Result | None, second: Result | None
 ) -> Paired | None:
-    """What merged models reached on the same rows: the second against the first.
+    """Compare the second result of a merged model with the first on the same rows.
 
-    None where either was not measured, was measured on other rows, or where the measure is
-    not a share of right rows.
+    Returns:
+        None if either was not measured, if the rows differ, or if the metric is not accuracy.
     """
     if first is None or second is None:
         return None

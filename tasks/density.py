@@ -1,11 +1,11 @@
-"""How many coordinates of a ranking are kept: a density, what recovers the model, what fits.
+"""Choose how many coordinates of a ranking a mask keeps.
 
-With `density: auto` it is the fewest whose graft reaches the asked share of the finetuned model's
-value on validation rows: masks are nested, so no coordinate is ranked again. Test rows are never
-looked at, nor are those that the ranking was calibrated on. Where the highest density falls short
-by no more than chance explains, its own value is what the others are measured by: few rows must not
-make every model as large as is allowed. A budget bounds the bytes of the delta, counted on the
-file. All that was tried is in the record.
+A line gives a density, a budget for the bytes of the delta file, or `density: auto`. The latter
+keeps the fewest coordinates whose graft recovers the requested share of the finetuned model's value
+on validation rows. Masks are nested, so coordinates are ranked only once. Neither test rows nor
+calibration rows are used. If even the highest density misses the target, but by no more than its
+confidence interval, then its own value becomes the reference: otherwise few validation rows would
+give every model the largest allowed mask. The record keeps every density that was tried.
 """
 
 from collections.abc import Callable
@@ -34,23 +34,23 @@ from restitch.tasks.runtime.console import say, warn, working
 from restitch.tasks.runtime.refs import WeightsRef
 from restitch.tasks.runtime.workspace import Workspace
 
-# Raised when the same looks would lead to another choice.
+# Raised when the same measurements would lead to another choice.
 VERSION = 1
 
-# Rows that are looked at: more would not tell densities apart that matter, and cost each look.
+# Validation rows: more would make each look slower and hardly change the choice.
 _MOST_ROWS = 2000
 _LOWEST = 0.001
-# A delta below its budget by less than this share is not made larger.
-_NEAR = 0.002
+# The search stops when a delta is within this share of its budget.
+_TOLERANCE = 0.002
 
 
 @dataclass(frozen=True)
 class Look:
-    """The graft of one density on validation rows.
+    """One density, measured by its graft on validation rows.
 
     Attributes:
-        recovered: its value over that of the finetuned model.
-        low: lower end of the 95 % interval of the shares of right rows over each other.
+        recovered: the graft's value over that of the finetuned model.
+        low: lower end of the 95 % interval of that ratio.
         high: upper end.
     """
 
@@ -61,14 +61,14 @@ class Look:
     low: float | None
     high: float | None
 
-    def is_target_by_chance(self, target: float) -> bool:
-        """Whether it falls short of the target by no more than its interval."""
+    def may_reach(self, target: float) -> bool:
+        """Whether it misses the target by no more than its interval."""
         return self.recovered < target and self.high is not None and self.high >= target
 
 
 @dataclass(frozen=True)
 class Grafted:
-    """Edits that put the finetuned values at a mask's coordinates; see `restitch.merging.files.edits`."""
+    """Edits that write the finetuned values at a mask's coordinates; see `files.edits`."""
 
     finetuned: Checkpoint
     mask: Mask
@@ -79,14 +79,14 @@ class Grafted:
         return self.mask.names
 
     def apply(self, name: str, flat: Tensor) -> None:
-        """Overwrite the kept coordinates."""
+        """Overwrite the mask's coordinates."""
         coordinates = self.mask.coordinates(name).numpy()
         scatter(flat, coordinates, gather(self.finetuned.tensor(name).reshape(-1), coordinates))
 
 
 @dataclass(frozen=True)
 class Density:
-    """What a line says about densities, for one finetuned model."""
+    """The density settings of a line, applied to one finetuned model."""
 
     choice: LocalizeSpec
     task: TaskSpec
@@ -97,28 +97,28 @@ class Density:
     def __post_init__(self) -> None:
         if self.choice.density == "auto" and not self.is_measured:
             warn(
-                f"{self.task.task} has no validation rows to choose a density by: "
-                f"{self._given:.0%} are kept"
+                f"task {self.task.task} has no validation rows to choose a density by: "
+                f"using a density of {self._given:.0%}"
             )
 
     @cached_property
     def is_measured(self) -> bool:
-        """Whether it is chosen by validation rows."""
+        """Whether validation rows choose the density."""
         return self.choice.density == "auto" and has_validation(self.task, self.base.family)
 
     def inputs(self) -> dict[str, Any] | None:
-        """All that the choice depends on beside the ranking; None where a density is all."""
-        known: dict[str, Any] = {}
+        """All that the choice depends on in addition to the ranking; None for a fixed density."""
+        inputs: dict[str, Any] = {}
         if self.choice.budget is not None:
-            known["budget"] = self.choice.budget
+            inputs["budget"] = self.choice.budget
         if self.choice.density == "auto":
-            known["given"] = self._given
+            inputs["given"] = self._given
         if self.is_measured:
             data = self.task.data
             assert data is not None
             assert data.content is not None
             splits: Any = data.content["splits"]
-            known |= {
+            inputs |= {
                 "recovery": self.choice.recovery,
                 "max_density": self.choice.max_density,
                 "validation": splits.get("validation", splits.get("train")),
@@ -126,7 +126,7 @@ class Density:
                 "metric": self.task.metric,
                 "version": [VERSION, EVALUATOR_VERSION],
             }
-        return known or None
+        return inputs or None
 
     def choose(
         self,
@@ -135,13 +135,13 @@ class Density:
         size_of: Callable[[Mask], int],
         scratch: Path,
     ) -> tuple[Mask, dict[str, Any]]:
-        """The mask, and what the record keeps of how it was chosen.
+        """Choose the mask; also return how it was chosen, for the record.
 
         Args:
             scores: of all coordinates.
-            finetuned: under the base's names.
-            size_of: the bytes of the delta with a mask.
-            scratch: for temporary files, for as long as the mask lives.
+            finetuned: the finetuned model under the base's tensor names.
+            size_of: returns the bytes of the delta with a mask.
+            scratch: for temporary files; must outlive the mask.
         """
         coordinates = sum(scores.numel(name) for name in scores.names)
 
@@ -158,8 +158,8 @@ class Density:
             most = min(most, fits)
         if not self.is_measured or most == 0:
             return mask_of(most), facts
-        found = self._recovering(most, coordinates, finetuned, mask_of)
-        return mask_of(int(found["kept"])), {**facts, "recovery": found}
+        recovery = self._recovering(most, coordinates, finetuned, mask_of)
+        return mask_of(int(recovery["kept"])), {**facts, "recovery": recovery}
 
     @property
     def _given(self) -> float:
@@ -167,26 +167,29 @@ class Density:
         return DEFAULT_DENSITY[self.choice.mode] if density == "auto" else density
 
     def _fitting(self, most: int, size: Callable[[int], int]) -> int:
-        """The most coordinates, up to `most`, whose delta is no larger than the budget."""
+        """The most coordinates, up to `most`, whose delta fits the budget."""
         budget = self.choice.budget
         assert budget is not None
         if size(most) <= budget:
             return most
         fits, over = 0, most
-        while over - fits > max(1, _NEAR * fits):
+        while over - fits > max(1, _TOLERANCE * fits):
             middle = (fits + over) // 2
             if size(middle) <= budget:
                 fits = middle
             else:
                 over = middle
         if fits == 0:
-            warn(f"{self.task.task} fits its budget of {budget:,} bytes with no coordinate at all")
+            warn(
+                f"the mask of {self.task.task} is empty: its budget of {budget:,} bytes "
+                "is too small for any coordinate"
+            )
         return fits
 
     def _recovering(
         self, most: int, coordinates: int, finetuned: Checkpoint, mask_of: Callable[[int], Mask]
     ) -> dict[str, Any]:
-        """The fewest coordinates that reach the target, or `most`, with all that was tried."""
+        """The fewest coordinates that reach the target, or else `most`, and all measurements."""
         choice, live = self.choice, live_base(self.base)
         assert choice.recovery is not None
         target = choice.recovery
@@ -194,36 +197,38 @@ class Density:
         exam = Exam(self.base, self.task, self.model, self.space, validation=_MOST_ROWS)
         whole = WeightsRef("finetuned", self.model.weights, self.model.uri)
         with live.wearing(whole, self.space):
-            wanted = exam.take()
+            whole_model = exam.take()
         looks: dict[int, Look] = {}
 
         def look(kept: int) -> Look:
             if kept not in looks:
                 with live.edited(Grafted(finetuned, mask_of(kept))):
-                    found = exam.take()
-                looks[kept] = _look(kept, coordinates, found, wanted)
+                    grafted = exam.take()
+                looks[kept] = _look(kept, coordinates, grafted, whole_model)
             return looks[kept]
 
         with working(f"choosing the density of {self.task.task}"):
             best = look(most)
-            measure = wanted.value
-            if best.is_target_by_chance(target):
-                measure = min(measure, best.value)
+            reference = whole_model.value
+            if best.may_reach(target):
+                reference = min(reference, best.value)
             candidates = geometric(max(1, kept_count(_LOWEST, coordinates)), most)
-            kept = smallest(candidates, lambda some: look(some).value >= target * measure)
+            kept = smallest(candidates, lambda count: look(count).value >= target * reference)
         chosen = look(most if kept is None else kept)
-        told = f"{self.task.task} recovers {chosen.recovered:.1%} of its model's value with "
-        told += f"{chosen.density:.1%} of the coordinates"
+        message = (
+            f"the mask of {self.task.task} recovers {chosen.recovered:.1%} of the finetuned "
+            f"model's {self.task.metric} with {chosen.density:.1%} of the coordinates"
+        )
         if kept is None:
-            warn(f"{told}, less than the {target:.1%} asked for")
+            warn(f"{message}, less than the requested {target:.1%}")
         else:
-            say(told)
+            say(message)
         return {
             "target": target,
             "reached": chosen.recovered >= target,
             "kept": chosen.kept,
-            "finetuned": wanted.value,
-            "measured_by": measure,
+            "finetuned": whole_model.value,
+            "reference": reference,
             "metric": self.task.metric,
             "rows": exam.count,
             "rows_set_apart_from_train": self.task.data.validation is None,
@@ -231,8 +236,8 @@ class Density:
         }
 
 
-def _look(kept: int, coordinates: int, found: Evaluation, wanted: Evaluation) -> Look:
-    spread = ratio_interval(wanted.correct_rows(), found.correct_rows())
-    low, high = (None, None) if spread is None else spread
-    recovered = found.value / wanted.value if wanted.value else 1.0
-    return Look(kept, kept / coordinates, found.value, recovered, low, high)
+def _look(kept: int, coordinates: int, grafted: Evaluation, finetuned: Evaluation) -> Look:
+    interval = ratio_interval(finetuned.correct_rows(), grafted.correct_rows())
+    low, high = (None, None) if interval is None else interval
+    recovered = grafted.value / finetuned.value if finetuned.value else 1.0
+    return Look(kept, kept / coordinates, grafted.value, recovered, low, high)

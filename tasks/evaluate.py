@@ -1,4 +1,4 @@
-"""Evaluate weights on a task: the step that is cached by everything that it depends on."""
+"""Evaluate weights on a task; results are cached by all that they depend on."""
 
 import copy
 import json
@@ -33,14 +33,14 @@ from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 def result_inputs(
     spec: TaskSpec, base: Base, weights: WeightsRef, head_of: ModelRef | None
 ) -> dict[str, Any]:
-    """All that an evaluation depends on (DESIGN: result key)."""
+    """All that an evaluation depends on: the inputs of its key."""
     assert spec.data is not None
     return {
         "base": base.ref.weights,
         "assets": base.ref.config,
         "family": [base.family.name, base.family.version],
         "weights": [weights.kind, weights.identity],
-        # All localizable coordinates of a model are another set under another choice.
+        # Another selection of localizable tensors gives other weights of this kind.
         "localizable": list(base.names) if weights.kind == "localizable" else None,
         "head": digest_json(head_inputs(spec, base, head_of)),
         "data": spec.data.content,
@@ -63,11 +63,11 @@ def evaluate(
     """The accuracy of weights on a task's evaluation split.
 
     Args:
-        line: with the base that the weights lie on.
+        line: with the base of the weights.
         spec: a task with data.
-        weights: what lies on top of the base.
-        head_of: the finetuned model that holds the task's own head, where families have one.
-        again: evaluate even where there is a result.
+        weights: the weights to evaluate.
+        head_of: the finetuned model with the task's own head, for families that have heads.
+        again: evaluate even if there is a stored result.
     """
     space = workspace()
     base = open_base(line, space)
@@ -87,7 +87,7 @@ def evaluated(
     head_of: ModelRef | None,
     space: Workspace,
 ) -> Evaluation:
-    """What weights reach on a task's evaluation split, found anew and kept nowhere."""
+    """Evaluate weights on a task's evaluation split, without reading or storing a result."""
     exam = Exam(base, spec, head_of, space)
     title = f"evaluating {weights.kind} on {spec.task}"
     with exam.live.wearing(weights, space), working(title) as progress:
@@ -95,21 +95,21 @@ def evaluated(
 
 
 class Exam:
-    """Rows of a task and its head, ready to be asked again and again.
+    """The rows of a task and its head, loaded to evaluate several sets of weights.
 
-    Made while the live base has its own weights, which give heads.
+    Create it while the live base has its own weights, because heads may be made from them.
 
     Args:
         base: of the line, opened.
         spec: a task with data.
-        head_of: the finetuned model that holds the task's own head, where families have one.
-        space: where heads are kept.
-        validation: ask at most so many of the rows to choose by (`has_rows_to_choose_by`); by
-            default those of the evaluation split that results are reported on.
+        head_of: the finetuned model with the task's own head, for families that have heads.
+        space: stores heads.
+        validation: use at most this many rows to choose by (see `has_rows_to_choose_by`); None
+            uses the rows of the evaluation split.
 
     Attributes:
-        live: the model that takes it, with whatever weights it has at the time.
-        count: how many rows there are.
+        live: the model that is evaluated, with its current weights.
+        count: the number of rows.
     """
 
     def __init__(
@@ -136,15 +136,15 @@ class Exam:
         self._preprocess = base.family.preprocessor(base.folder, self._head.spec.max_length)
 
     def part(self, share: float) -> "Exam":
-        """The same with a part of the rows; smaller parts lie in larger ones, but for rounding."""
-        found = copy.copy(self)
+        """An exam with a share of the rows; except for rounding, shares are nested."""
+        part = copy.copy(self)
         count = math.ceil(share * self.count)
-        found._rows = self._rows.select(stratified(self._rows.targets, count, 0))
-        found.count = len(found._rows)
-        return found
+        part._rows = self._rows.select(stratified(self._rows.targets, count, 0))
+        part.count = len(part._rows)
+        return part
 
     def take(self, progress: Progress | None = None) -> Evaluation:
-        """What the live model reaches as it is."""
+        """Evaluate the live model with its current weights."""
         return run_evaluation(
             self.live.base.family,
             self.live.model,
@@ -157,7 +157,7 @@ class Exam:
 
 
 def choice_inputs(spec: TaskSpec, base: Base, head_of: ModelRef | None) -> dict[str, Any]:
-    """All that the value of weights on rows to choose by depends on, beside the weights."""
+    """All that a value on rows to choose by depends on, in addition to the weights."""
     assert spec.data is not None
     return {
         "data": spec.data.content,
@@ -170,9 +170,9 @@ def choice_inputs(spec: TaskSpec, base: Base, head_of: ModelRef | None) -> dict[
 
 
 def has_rows_to_choose_by(spec: TaskSpec, family: Family) -> bool:
-    """Whether a task has labelled rows that are not the test rows its results are reported on.
+    """Whether a task has labelled rows other than those that its results are reported on.
 
-    Validation rows, those set apart from train, or what a sample of the test rows leaves.
+    These are validation rows, rows set apart from train, or test rows outside of the sample.
     """
     return has_validation(spec, family) or (spec.data is not None and spec.data.sample is not None)
 
@@ -190,15 +190,15 @@ def _unreported(data: TaskData, spec: TaskSpec, family: Family) -> Rows:
     if len(reported) == len(rows):
         raise BadInput(
             f"task {spec.task} has no rows to choose by",
-            expected="rows beside those that results are reported on",
-            found=f"{len(rows)} {split} rows, and all of them are reported on",
-            hint="name validation rows in its file, or a smaller sample",
+            expected="rows in addition to those that results are reported on",
+            found=f"{len(rows)} {split} rows, and results are reported on all of them",
+            hint="name validation rows in the task's file, or a smaller sample",
         )
     return rows.select(np.setdiff1d(np.arange(len(rows)), reported))
 
 
 def _sampled(rows: Rows, spec: TaskSpec) -> Rows:
-    """The rows that the task is evaluated on: all of the split, or the sample it asks for."""
+    """The rows that results are reported on: the whole split, or the task's sample of it."""
     assert spec.data is not None
     sample = spec.data.sample
     if sample is None:
@@ -207,14 +207,14 @@ def _sampled(rows: Rows, spec: TaskSpec) -> Rows:
 
 
 def _ref(blob: str, space: Workspace) -> ResultRef:
-    found = Evaluation.from_json(json.loads(space.objects.read_blob(blob)))
+    stored = Evaluation.from_json(json.loads(space.objects.read_blob(blob)))
     return ResultRef(
-        metric=found.metric,
-        value=found.value,
-        low=found.interval[0],
-        high=found.interval[1],
-        count=found.count,
-        top1=found.top1,
-        top5=found.top5,
+        metric=stored.metric,
+        value=stored.value,
+        low=stored.interval[0],
+        high=stored.interval[1],
+        count=stored.count,
+        top1=stored.top1,
+        top5=stored.top5,
         blob=blob,
     )

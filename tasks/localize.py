@@ -1,7 +1,7 @@
-"""Find the mask of one finetuned model and keep it as a sparse delta: once per model.
+"""Localize a finetuned model once, and store its mask with the values as a sparse delta.
 
-The key of a mask holds everything that determines it (DESIGN.md section 4); the first mask
-published under a key stays, which is what makes a numeric localizer's result one result.
+The key of a mask covers all that determines it. The first mask published under a key stays, so a
+numeric localizer has one result per key.
 """
 
 import time
@@ -40,16 +40,16 @@ from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import DeltaRef, LineRef
 from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
-# How values in 8 bits are made; raised when the same input gives other bytes.
+# The encoding of 8-bit values; raised when the same input gives other bytes.
 QUANTIZED = "int8/1"
 
-# What the record of a mask says about how it came about, where it says so.
-FOUND = ("calibrated_with", "calibration_rows", "budget", "recovery")
+# Facts of a mask's key record on how it was localized; each is optional.
+RECORDED_FACTS = ("calibrated_with", "calibration_rows", "budget", "recovery")
 
 
 @step("localize", "localize {task.task}")
 def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cached[DeltaRef]:
-    """The sparse delta of a finetuned model: from the store, or localized now."""
+    """The sparse delta of a finetuned model, from the store or localized now."""
     space = workspace()
     plan = _plan(line, task, model, space)
     record = space.objects.lookup("mask", plan.key)
@@ -58,19 +58,19 @@ def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cache
     began = time.perf_counter()
     with space.scratch() as scratch:
         file = scratch / "delta.safetensors"
-        found = _write(file, line, task, model, space, plan)
+        written = _write(file, line, task, model, space, plan)
         facts: dict[str, Any] = {
-            "mask": found.mask,
-            "kept": found.kept,
-            "coordinates": found.coordinates,
-            "localizer": plan.found_by.label,
+            "mask": written.mask,
+            "kept": written.kept,
+            "coordinates": written.coordinates,
+            "localizer": plan.localizer.label,
             "seconds": round(time.perf_counter() - began, 3),
-            **found.facts,
+            **written.facts,
         }
         blob = space.objects.put_blob(file, move=True)
     maker = made_by() | {"device": device().type}
     return _ref(
-        space.objects.publish("mask", plan.key, blob, maker, plan.found_by.fingerprint, facts)
+        space.objects.publish("mask", plan.key, blob, maker, plan.localizer.fingerprint, facts)
     )
 
 
@@ -81,37 +81,37 @@ def mask_key(line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace) -
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a mask is to be found, and the digest of all that determines it."""
+    """The localizer and the density for a model, and the digest of all that determines its mask."""
 
-    found_by: Localizer
+    localizer: Localizer
     density: Density
     key: str
 
 
 def _plan(line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace) -> _Plan:
     base = open_base(line, space)
-    found_by = localizer(line, task, base, model, space)
+    chosen = localizer(line, task, base, model, space)
     density = Density(line.spec.localize, task, base, model, space)
-    chosen_by = density.inputs()
-    # What was resolved from names and globs is in the key, not the globs.
+    density_inputs = density.inputs()
+    # The key has the tensors that globs resolved to, not the globs.
     inputs = {
         "base": [base.ref.weights, base.ref.config],
         "finetuned": model.weights,
         "family": [base.family.name, base.family.version],
         "localizable": list(base.names),
-        "localizer": found_by.inputs(),
-        **({} if chosen_by is None else {"density": chosen_by}),
+        "localizer": chosen.inputs(),
+        **({} if density_inputs is None else {"density": density_inputs}),
         **({} if line.spec.localize.values == "exact" else {"values": QUANTIZED}),
     }
-    return _Plan(found_by, density, digest_json(inputs))
+    return _Plan(chosen, density, digest_json(inputs))
 
 
 @dataclass(frozen=True)
-class FoundDelta:
-    """What a delta that was written holds.
+class WrittenDelta:
+    """A delta file that was written.
 
     Attributes:
-        facts: what the localizer had to go by, and how the density was chosen.
+        facts: the data that calibrated it, and how its density was chosen.
     """
 
     mask: str
@@ -122,19 +122,19 @@ class FoundDelta:
 
 def write_delta(
     file: Path, line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace
-) -> FoundDelta:
-    """Find a finetuned model's mask and write its delta to a file beside which there is room."""
+) -> WrittenDelta:
+    """Localize a finetuned model and write its delta; temporary files go to the same folder."""
     return _write(file, line, task, model, space, _plan(line, task, model, space))
 
 
 def _write(
     file: Path, line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace, plan: _Plan
-) -> FoundDelta:
+) -> WrittenDelta:
     with open_vector(line, model, space) as (base, vector):
         finetuned = vector.finetuned
         before = vector.base if line.spec.localize.values == "int8" else None
         with working(f"localizing {task.task}") as progress:
-            ranking = _ranked(plan.found_by, vector, base, file.parent, progress)
+            ranking = _ranked(plan.localizer, vector, base, file.parent, progress)
 
         def write(mask: Mask) -> SparseInfo:
             return write_sparse(
@@ -153,25 +153,25 @@ def _write(
             )
         info = write(mask)
     facts = {**ranking.facts(), **choice}
-    return FoundDelta(mask.digest(), info.kept, vector.coordinates, facts)
+    return WrittenDelta(mask.digest(), info.kept, vector.coordinates, facts)
 
 
 def _ranked(
-    found_by: Localizer, vector: TaskVector, base: Base, scratch: Path, progress: Progress
+    chosen: Localizer, vector: TaskVector, base: Base, scratch: Path, progress: Progress
 ) -> Ranking:
-    """The ranking; where the GPU's memory is not enough for activations, with fewer of them."""
+    """Rank; when the GPU runs out of memory, again with activation checkpointing."""
     try:
-        return found_by.rank(vector, scratch, progress)
+        return chosen.rank(vector, scratch, progress)
     except torch.OutOfMemoryError:
         warn(
-            "the GPU's memory is not enough to keep all activations while localizing: they are "
-            "computed twice, which takes longer"
+            "localizing ran out of GPU memory and starts again with activation checkpointing, "
+            "which is slower"
         )
     torch.cuda.empty_cache()
-    room = "room for the weights, what was finetuned and one score per coordinate"
-    hint = ", or localize with mode: fisher, which keeps no scores, or dataless"
+    room = "room for the base and the finetuned weights, and one score per coordinate"
+    hint = ", or localize with mode: fisher, which stores no scores, or mode: dataless"
     with memory_explained("localize this model", room, hint), checkpointed(live_base(base).model):
-        return found_by.rank(vector, scratch, progress)
+        return chosen.rank(vector, scratch, progress)
 
 
 def kept_values(
@@ -184,10 +184,10 @@ def kept_values(
     """The finetuned values at the mask's coordinates, tensor by tensor.
 
     Args:
-        finetuned: under the base's names.
+        finetuned: the finetuned model under the base's tensor names.
         mask: the coordinates.
-        factors: what they are worth, where that is known.
-        in_8_bits_from: the base, where values are to be kept as steps from its own.
+        factors: the sensitivity of the coordinates by tensor, if the localizer measured it.
+        in_8_bits_from: the base, to store values as 8-bit steps from its own.
     """
     for name in mask.names:
         coordinates = mask.coordinates(name)
@@ -213,5 +213,5 @@ def _ref(record: KeyRecord) -> DeltaRef:
         localizer=facts["localizer"],
         seconds=facts.get("seconds"),
         made_by=record.made_by,
-        found={name: facts[name] for name in FOUND if name in facts},
+        facts={name: facts[name] for name in RECORDED_FACTS if name in facts},
     )

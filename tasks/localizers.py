@@ -1,9 +1,9 @@
-"""Which localizer a line uses for a task, and all that its mask depends on.
+"""The localizers that a line can use, and all that their rankings depend on.
 
-A localizer ranks all coordinates; how many of them are kept is decided elsewhere
-(`restitch.tasks.density`), except by the presets that end with a density of their own. What it needs of a
-task differs: labelled rows (`trained`), inputs alone (`fisher`, `distilled`), or nothing. Where a
-task has less, the next best is taken, which is said and recorded.
+A localizer ranks all coordinates; `density` decides how many of them a mask keeps, except with
+presets that end with a mask. `trained` needs labelled rows of the task, `fisher` and `distilled`
+need inputs only, `dataless` needs no rows. A task with less data gets the next best localizer, with
+a warning and a note in the record.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from restitch.merging.files.mask import Mask
 from restitch.merging.localize import dataless, distilled, fisher, trained
-from restitch.merging.localize import random as lot
+from restitch.merging.localize import random as random_baseline
 from restitch.merging.progress import Progress
 from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.merging.ranking.task_vector import TaskVector
@@ -39,53 +39,53 @@ from restitch.tasks.runtime.console import warn
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace
 
-Found = TypeVar("Found")
-Calibrated = Literal["labels", "inputs", "nothing"]
+T = TypeVar("T")
+CalibratedWith = Literal["labels", "inputs", "nothing"]
 
 
 @dataclass(frozen=True)
 class Ranking:
-    """What a localizer found.
+    """The result of a localizer.
 
     Attributes:
-        scores: of all coordinates; None where there is a mask.
-        mask: of a localizer that ends with a density of its own.
-        factors: what coordinates are worth to the model, for the sparse delta.
-        calibrated: what of the task's train rows was used.
-        rows: how many.
+        scores: of all coordinates; None if there is a mask.
+        mask: from a localizer that chooses the density itself.
+        factors: sensitivities of coordinates for the sparse delta, if measured.
+        calibrated: the part of the task's train rows that was used.
+        rows: the number of rows that were used.
     """
 
     scores: Scores | None
     mask: Mask | None = None
     factors: Mapping[str, Tensor] = field(default_factory=dict)
-    calibrated: Calibrated = "nothing"
+    calibrated: CalibratedWith = "nothing"
     rows: int = 0
 
     def facts(self) -> dict[str, Any]:
-        """What the record keeps of it."""
+        """The facts for the record."""
         return {"calibrated_with": self.calibrated, "calibration_rows": self.rows}
 
 
 class Localizer(Protocol):
-    """A way to rank coordinates, with its settings."""
+    """A localizer with its settings."""
 
     @property
     def label(self) -> str:
-        """For people: name and version."""
+        """Its name and version, for display."""
 
     @property
     def fingerprint(self) -> JsonValue:
-        """What a repetition must share to find the same bytes; None if nothing."""
+        """The environment that another run needs to get the same bytes; None for any."""
 
     def inputs(self) -> dict[str, Any]:
-        """Name, version, settings and the digests of whatever data the ranking depends on."""
+        """Name, version, settings, and digests of all data that the ranking depends on."""
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
-        """Rank the coordinates of a task vector; `scratch` is for temporary files."""
+        """Rank the coordinates of a task vector, with temporary files in `scratch`."""
 
 
 class Dataless:
-    """The largest differences, over all localizable coordinates together."""
+    """Ranks coordinates by the magnitude of the task vector."""
 
     label = f"{dataless.NAME}/{dataless.VERSION}"
     fingerprint: JsonValue = None
@@ -94,36 +94,36 @@ class Dataless:
         self.choice = choice
 
     def inputs(self) -> dict[str, Any]:
-        """Nothing but the density, where it is given."""
-        known = {} if self.choice.density == "auto" else {"density": self.choice.density}
-        return {"name": dataless.NAME, "version": dataless.VERSION, **known}
+        """Name and version, and the density unless it is chosen later."""
+        given = {} if self.choice.density == "auto" else {"density": self.choice.density}
+        return {"name": dataless.NAME, "version": dataless.VERSION, **given}
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
-        """The differences are the scores."""
+        """Use the task vector itself as scores."""
         return Ranking(vector)
 
 
 class Random:
-    """Coordinates by lot, which no line uses: what a localizer must beat."""
+    """Ranks coordinates at random: a baseline for studies that no line uses."""
 
-    label = f"{lot.NAME}/{lot.VERSION}"
+    label = f"{random_baseline.NAME}/{random_baseline.VERSION}"
     fingerprint: JsonValue = None
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def inputs(self) -> dict[str, Any]:
-        """The seed."""
-        return {"name": lot.NAME, "version": lot.VERSION, "seed": self.seed}
+        """Name, version and seed."""
+        return {"name": random_baseline.NAME, "version": random_baseline.VERSION, "seed": self.seed}
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
-        """Draw the scores."""
-        return Ranking(lot.random_scores(vector, self.seed))
+        """Draw random scores."""
+        return Ranking(random_baseline.random_scores(vector, self.seed))
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """The rows of a task that a localizer looks at, and the model that it looks with."""
+    """The rows of a task that calibrate a localizer, and the model that evaluates them."""
 
     choice: LocalizeSpec
     task: TaskSpec
@@ -132,7 +132,7 @@ class Calibration:
     space: Workspace
 
     def inputs(self) -> dict[str, Any]:
-        """The rows by content and choice, and the head that reads them."""
+        """The rows by content and selection, and the head."""
         data = self.task.data
         assert data is not None
         assert data.content is not None
@@ -144,7 +144,7 @@ class Calibration:
         }
 
     def opened(self) -> "OpenCalibration":
-        """The rows, the head and the live base."""
+        """Load the rows, the head and the live base."""
         family, live = self.base.family, live_base(self.base)
         rows = verified_data(self.task, family).calibration(self.choice.shots, self.choice.seed)
         head = task_head(self.task, self.base, live, self.model, self.space)
@@ -159,7 +159,7 @@ class Calibration:
 
 @dataclass(frozen=True)
 class OpenCalibration:
-    """What localizers call: rows in batches, and the loaded base with the task's head."""
+    """A loaded calibration: rows in batches, and the live base with the task's head."""
 
     live: LiveBase
     rows: Rows
@@ -167,31 +167,31 @@ class OpenCalibration:
     batch: Callable[[Sequence[int]], Batch]
 
     def logits(self, batch: Batch) -> Tensor:
-        """The scores of the classes at the model's current weights."""
+        """The logits of the model with its current weights."""
         with precision(self.live.device):
             return self.live.base.family.logits(self.live.model, batch, self.head)
 
     def loss(self, batch: Batch) -> Tensor:
-        """The loss that the task is trained with."""
+        """The training loss of the task."""
         with precision(self.live.device):
             return self.live.base.family.loss(self.live.model, batch, self.head)
 
     def by_inputs(
-        self, find: Callable[..., Found], vector: TaskVector, settings: Any, progress: Progress
-    ) -> Found:
-        """What a function that ranks by inputs alone makes of a task vector."""
+        self, rank: Callable[..., T], vector: TaskVector, settings: Any, progress: Progress
+    ) -> T:
+        """Call a function that ranks coordinates by inputs without labels."""
         rows = len(self.rows)
-        on = self.live.parameters, vector, rows, self.batch, self.logits
-        return find(*on, settings, progress=progress)
+        inputs = self.live.parameters, vector, rows, self.batch, self.logits
+        return rank(*inputs, settings, progress=progress)
 
 
 class _Calibrated:
-    """What localizers that look at rows have in common.
+    """The common part of localizers that use rows.
 
     Attributes:
         name: of the localizer.
-        version: raised whenever the same input gives another ranking.
-        settings: all that it was told.
+        version: raised when the same inputs give another ranking.
+        settings: all of its settings.
     """
 
     name: str
@@ -208,11 +208,11 @@ class _Calibrated:
 
     @property
     def fingerprint(self) -> JsonValue:
-        """Gradients are the same bytes only with the same torch, device and threads."""
+        """Gradients have equal bytes only with the same torch, device and threads."""
         return fingerprint(device())
 
     def inputs(self) -> dict[str, Any]:
-        """Settings, the rows by content and choice, and the head that reads them."""
+        """Name, version and settings, the rows by content and selection, and the head."""
         return {
             "name": self.name,
             "version": self.version,
@@ -222,7 +222,7 @@ class _Calibrated:
 
 
 class Trained(_Calibrated):
-    """A mask that is learned with the task's loss on labelled rows of its train split."""
+    """Learns a mask with the task's loss on labelled train rows."""
 
     name, version = trained.NAME, trained.VERSION
     settings: trained.TrainedSettings
@@ -244,24 +244,24 @@ class Trained(_Calibrated):
         return f"{super().label} {self.calibration.choice.preset}"
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
-        """Learn the scores, or the mask; see `restitch.merging.localize.trained`."""
-        on = self.calibration.opened()
-        found = trained.localize_trained(
-            on.live.parameters,
+        """Learn the scores or the mask; see `localize.trained`."""
+        opened = self.calibration.opened()
+        learned = trained.localize_trained(
+            opened.live.parameters,
             vector,
-            len(on.rows),
-            on.batch,
-            on.loss,
+            len(opened.rows),
+            opened.batch,
+            opened.loss,
             self.settings,
             scratch=scratch,
             progress=progress,
         )
-        mask = found.mask if found.scores is None else None
-        return Ranking(found.scores, mask, calibrated="labels", rows=len(on.rows))
+        mask = learned.mask if learned.scores is None else None
+        return Ranking(learned.scores, mask, calibrated="labels", rows=len(opened.rows))
 
 
 class Fisher(_Calibrated):
-    """Differences weighed with how much the model's predictions depend on each coordinate."""
+    """Ranks differences weighted by the sensitivity of the predictions to each coordinate."""
 
     name, version = fisher.NAME, fisher.VERSION
     settings: fisher.FisherSettings
@@ -271,19 +271,21 @@ class Fisher(_Calibrated):
         self.settings = fisher.FisherSettings(seed=calibration.choice.seed)
 
     def inputs(self) -> dict[str, Any]:
-        """The same, and the density, of which the settings know nothing."""
+        """Also the density, which is no setting of this localizer."""
         return {**super().inputs(), "density": self.calibration.choice.density}
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
-        """Measure the sensitivities; see `restitch.merging.localize.fisher`."""
-        on = self.calibration.opened()
-        scores, worth = on.by_inputs(fisher.localize_fisher, vector, self.settings, progress)
-        rows = min(len(on.rows), self.settings.most_rows)
-        return Ranking(scores, None, worth.to_factors(vector.names), "inputs", rows)
+        """Measure the sensitivities; see `localize.fisher`."""
+        opened = self.calibration.opened()
+        scores, sensitivities = opened.by_inputs(
+            fisher.localize_fisher, vector, self.settings, progress
+        )
+        rows = min(len(opened.rows), self.settings.most_rows)
+        return Ranking(scores, None, sensitivities.to_factors(vector.names), "inputs", rows)
 
 
 class Distilled(_Calibrated):
-    """A ranking that is refined until the graft predicts what the finetuned model does."""
+    """Refines a ranking until the graft predicts like the finetuned model."""
 
     name, version = distilled.NAME, distilled.VERSION
     settings: distilled.DistilledSettings
@@ -301,14 +303,14 @@ class Distilled(_Calibrated):
         )
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
-        """Refine the ranking; see `restitch.merging.localize.distilled`."""
-        on = self.calibration.opened()
-        found = on.by_inputs(distilled.localize_distilled, vector, self.settings, progress)
-        factors = found.sensitivities.to_factors(vector.names)
-        return Ranking(found.scores, None, factors, "inputs", len(on.rows))
+        """Refine the ranking; see `localize.distilled`."""
+        opened = self.calibration.opened()
+        refined = opened.by_inputs(distilled.localize_distilled, vector, self.settings, progress)
+        factors = refined.sensitivities.to_factors(vector.names)
+        return Ranking(refined.scores, None, factors, "inputs", len(opened.rows))
 
 
-# Where the density is not known, a ranking is refined at densities from this part of the highest.
+# Without a given density, `distilled` refines at densities from the highest down to it over this.
 _RANGE = 8
 
 
@@ -327,7 +329,7 @@ def localizer(
     if choice.mode == "dataless":
         return Dataless(choice)
     if task.data is None or task.data.train is None:
-        warn(f"{task.task} has no train rows to calibrate on: its largest differences are kept")
+        warn(f"task {task.task} has no train rows for mode {choice.mode}: using mode dataless")
         return Dataless(choice)
     calibration = Calibration(choice, task, base, model, space)
     if choice.mode == "fisher":
@@ -335,17 +337,17 @@ def localizer(
     if choice.mode == "distilled":
         return Distilled(calibration)
     if not train_has_labels(task, base.family):
-        warn(f"{task.task} has train rows without labels: its mask is distilled from the model")
+        warn(f"the train rows of task {task.task} have no labels: using mode distilled")
         return Distilled(calibration)
     return Trained(calibration)
 
 
-LOCALIZERS = (dataless.NAME, fisher.NAME, distilled.NAME, trained.NAME, lot.NAME)
+LOCALIZERS = (dataless.NAME, fisher.NAME, distilled.NAME, trained.NAME, random_baseline.NAME)
 
 
 def lacks(name: str, task: TaskSpec, family: Family) -> str | None:
-    """What a task lacks that a localizer needs of it; None where it has all."""
-    if name in (dataless.NAME, lot.NAME):
+    """The data that a localizer needs and a task lacks; None if nothing is missing."""
+    if name in (dataless.NAME, random_baseline.NAME):
         return None
     if task.data is None or task.data.train is None:
         return "train rows"
@@ -357,23 +359,23 @@ def lacks(name: str, task: TaskSpec, family: Family) -> str | None:
 def named_localizer(
     name: str, line: LineRef, task: TaskSpec, base: Base, model: ModelRef, space: Workspace
 ) -> Localizer:
-    """A localizer by its name, which ranks as it would for a density that is not known yet.
+    """A localizer by its name, with a density that is chosen later.
 
-    Rows and seed are the line's, and all settings where it is the line's own.
+    It uses the line's rows and seed, and the line's settings if it is the line's own localizer.
 
     Args:
         name: one of `LOCALIZERS`.
         line: the line.
-        task: one that lacks nothing for it; see `lacks`.
+        task: a task with the data that the localizer needs; see `lacks`.
         base: of the line, opened.
         model: the finetuned model.
-        space: where heads are kept.
+        space: stores heads.
     """
     own = line.spec.localize
-    if name == lot.NAME:
+    if name == random_baseline.NAME:
         return Random(own.seed)
     settings = {"epochs": own.epochs} if name == own.mode else {}
     given = {"mode": name, "density": "auto", "shots": own.shots, "seed": own.seed, **settings}
     choice = LocalizeSpec.model_validate(given)
-    asked = LineRef(line.spec.model_copy(update={"localize": choice}), line.base)
-    return localizer(asked, task, base, model, space)
+    changed = LineRef(line.spec.model_copy(update={"localize": choice}), line.base)
+    return localizer(changed, task, base, model, space)

@@ -1,4 +1,4 @@
-"""Make a merged model from its recipe and keep it as a patch; a pure function of the recipe."""
+"""Make a merged model, a pure function of its recipe, and store it as a patch."""
 
 import time
 from collections.abc import Mapping
@@ -30,25 +30,25 @@ from restitch.tasks.statistics import known_statistics, statistic_inputs, statis
 
 
 def make_recipe(line: LineRef, members: tuple[Member, ...]) -> Recipe:
-    """All that determines the merged model of these members.
+    """The recipe of the merged model of these members.
 
-    What the line's method needs of them beside their deltas is found where it is not in the store.
+    Statistics that the line's method needs are measured if they are not in the store.
 
     Raises:
-        BadInput: a task lacks the rows for that.
+        BadInput: a task lacks the rows to measure them.
     """
-    found = statistics(line, members)
-    return _recipe(line, members, {name: ref.blob for name, ref in found.items()})
+    measured = statistics(line, members)
+    return _recipe(line, members, {name: ref.blob for name, ref in measured.items()})
 
 
 def known_recipe(line: LineRef, members: tuple[Member, ...]) -> Recipe | None:
-    """The same where nothing has to be found for it; None otherwise."""
+    """The recipe if all statistics are in the store; None otherwise."""
     other = known_statistics(line, members)
     return None if other is None else _recipe(line, members, other)
 
 
 def recipe_inputs(line: LineRef, members: tuple[Member, ...]) -> str:
-    """The digest of all that determines that recipe, for which nothing has to be found.
+    """The digest of all that determines the recipe, without measuring any statistics.
 
     Raises:
         BadInput: a task lacks the rows that the method needs.
@@ -78,15 +78,15 @@ def _recipe_member(member: Member) -> RecipeMember:
 
 @step("stitch")
 def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cached[PatchRef]:
-    """The patch of a recipe: from the store, or made from the members' deltas.
+    """The patch of a recipe, from the store or made from the members' deltas.
 
     Args:
         line: with the base.
-        recipe: what to make.
-        again: make it although it is there, and compare.
+        recipe: of the merged model.
+        again: make it even if it is in the store, and compare.
 
     Raises:
-        Damage: what is in the store is not what the recipe gives.
+        Damage: the stored patch differs from the one that the recipe gives.
     """
     space = workspace()
     key = recipe.digest()
@@ -101,36 +101,35 @@ def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cac
         blob = space.objects.put_blob(file, move=True)
     if record is not None and record.blob != blob and is_reproducible(recipe, record):
         raise Damage(
-            f"the patch of recipe {key[:12]} in the store is not what the recipe gives",
+            f"the stored patch of recipe {key[:12]} differs from the one that the recipe gives",
             expected=blob,
             found=record.blob,
             hint="restore the store from a backup, and find out what altered it",
         )
     won = space.objects.publish(
-        "patch", key, blob, made_by(), circumstances(recipe), facts={"kept": info.kept}
+        "patch", key, blob, made_by(), required_fingerprint(recipe), facts={"kept": info.kept}
     )
     return PatchRef(won.blob, info.kept, won.size, key, round(time.perf_counter() - began, 3))
 
 
-def circumstances(recipe: Recipe) -> JsonValue:
-    """What a repetition must share to give the same bytes; None for a method that is exact."""
+def required_fingerprint(recipe: Recipe) -> JsonValue:
+    """The environment that another run needs to get the same bytes; None for an exact method."""
     return None if get_method(recipe.method.name).exact else fingerprint(device())
 
 
 def is_reproducible(recipe: Recipe, record: KeyRecord) -> bool:
-    """Whether what the recipe gives here must be the bytes that were once made of it."""
-    return circumstances(recipe) in (None, record.fingerprint)
+    """Whether making the recipe here must give the bytes of the recorded patch."""
+    return required_fingerprint(recipe) in (None, record.fingerprint)
 
 
 @dataclass(frozen=True)
 class Rebuilt:
-    """A patch that was made anew.
+    """A patch that was made again.
 
     Attributes:
         digest: of its bytes.
-        difference: the largest difference of a merged weight from the one that was to be
-            compared with, over the largest weight of its tensor; None where the bytes are equal
-            or nothing was there to compare.
+        difference: the largest difference between a weight of the two patches, relative to the
+            largest weight of its tensor; None if the bytes are equal or there was no other patch.
     """
 
     digest: str
@@ -138,12 +137,12 @@ class Rebuilt:
 
 
 def rebuild(line: LineRef, recipe: Recipe, patch: str | None) -> Rebuilt:
-    """The patch that a recipe gives, made anew and kept nowhere.
+    """Make the patch of a recipe again, without storing it.
 
     Args:
         line: with the base.
         recipe: of the patch.
-        patch: the digest of the one to compare with, where that is there.
+        patch: the digest of a stored patch to compare with, or None.
     """
     space = workspace()
     with space.scratch() as scratch:
@@ -153,8 +152,8 @@ def rebuild(line: LineRef, recipe: Recipe, patch: str | None) -> Rebuilt:
         digest = digest_file(file)
         if patch in (None, digest) or get_method(recipe.method.name).exact:
             return Rebuilt(digest)
-        there = SparseFile.open(space.objects.blob_path(str(patch)))
-        return Rebuilt(digest, _largest_difference(base, SparseFile.open(file), there))
+        stored = SparseFile.open(space.objects.blob_path(str(patch)))
+        return Rebuilt(digest, _largest_difference(base, SparseFile.open(file), stored))
 
 
 def _largest_difference(base: Base, one: SparseFile, other: SparseFile) -> float:
@@ -162,27 +161,27 @@ def _largest_difference(base: Base, one: SparseFile, other: SparseFile) -> float
     for name in sorted({*one.names, *other.names}):
         first, second = (edited(base.checkpoint, edits, name).double() for edits in (one, other))
         scale = float(second.abs().max())
-        apart = float((first - second).abs().max())
-        largest = max(largest, apart / scale if scale else apart)
+        difference = float((first - second).abs().max())
+        largest = max(largest, difference / scale if scale else difference)
     return largest
 
 
 def write_patch_of(file: Path, line: LineRef, recipe: Recipe, space: Workspace) -> None:
-    """Write the patch that a recipe gives to a file."""
+    """Make the patch of a recipe and write it to a file."""
     _write(file, open_base(line, space), recipe, space)
 
 
 def _write(file: Path, base: Base, recipe: Recipe, space: Workspace) -> SparseInfo:
     edits = recipe_edits(base, recipe, space)
     metadata = {"base": base.ref.weights, "recipe": recipe.digest()}
-    doing = f"merge by {recipe.method.name}"
-    room = "room for one matrix of every member and what is computed of them"
-    with memory_explained(doing, room), working("stitching") as progress:
+    action = f"merge by {recipe.method.name}"
+    room = "room for one matrix of every member and intermediate results"
+    with memory_explained(action, room), working("stitching") as progress:
         return write_patch(file, base.checkpoint, edits, metadata=metadata, progress=progress)
 
 
 def recipe_edits(base: Base, recipe: Recipe, space: Workspace) -> Edits:
-    """The merged model of a recipe, computed tensor by tensor as it is asked for."""
+    """The merged model of a recipe as edits, computed tensor by tensor on demand."""
     method = get_method(recipe.method.name)
     members = recipe_members(base, recipe, space)
     with computing_on(device()):
@@ -190,14 +189,14 @@ def recipe_edits(base: Base, recipe: Recipe, space: Workspace) -> Edits:
 
 
 def recipe_members(base: Base, recipe: Recipe, space: Workspace) -> list[DeltaMember]:
-    """The members of a recipe with their deltas, opened."""
+    """The members of a recipe with their opened deltas."""
     members = []
     for member in recipe.members:
         delta = SparseFile.open(space.objects.blob_path(member.delta), base.checkpoint)
         if delta.metadata.get("base") != base.ref.weights:
-            # Shapes say nothing: models of one architecture fit each other's bases.
+            # Shapes cannot tell: models of one architecture fit each other's bases.
             raise Damage(
-                f"the delta of {member.task} was found on another base",
+                f"the delta of {member.task} belongs to another base",
                 expected=f"base {base.ref.weights[:12]}",
                 found=f"base {delta.metadata.get('base', 'unknown')[:12]}",
                 hint="restore the store from a backup, and find out what altered it",
@@ -209,16 +208,16 @@ def recipe_members(base: Base, recipe: Recipe, space: Workspace) -> list[DeltaMe
 def _statistics(
     base: Base, recipe: Recipe, member: RecipeMember, space: Workspace
 ) -> dict[str, Checkpoint]:
-    """What the recipe's method needs of a member: of its own, or learned for all together."""
-    found = {}
+    """The statistics that the recipe's method needs of a member: its own and common ones."""
+    opened = {}
     for kind in get_method(recipe.method.name).needs:
         own = recipe.other.get(f"{kind}/{member.task}")
         digest = recipe.other.get(kind) if own is None else own
         if digest is None:
             raise Damage(
-                f"a recipe of {recipe.method.name} names no {kind} for {member.task}",
+                f"the recipe of a merge by {recipe.method.name} has no {kind} for {member.task}",
                 hint="restore the record of the version from a backup",
             )
-        belongs = {"base": base.ref.weights} | ({} if own is None else {"delta": member.delta})
-        found[kind] = open_statistic(space.objects.blob_path(digest), kind, belongs)
-    return found
+        origin = {"base": base.ref.weights} | ({} if own is None else {"delta": member.delta})
+        opened[kind] = open_statistic(space.objects.blob_path(digest), kind, origin)
+    return opened

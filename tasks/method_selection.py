@@ -1,17 +1,17 @@
-"""Which of several merged models is the best, by rows that decide and are not reported on.
+"""Rank merged models on rows to choose by, so that a line can select its merge method.
 
-All are asked on a part of the rows, the better half on twice as many, and so on until the last
-ones are asked on all (successive halving): as long as the smallest part has enough rows to tell
-models apart. So the rows cost at most 2 log2(n) times what one model's cost, or n + 1 times where
-rows are few. Test rows are never looked at. The first outcome that is published for the same
-models, rows and objective is the one that counts, on whatever device it was found.
+Successive halving: the first round evaluates every model on a part of the rows, the better half
+continues on twice as many, and so on until the last round evaluates on all rows. There are only as
+many rounds as leave enough rows in the first one. The cost is at most 2 log2(n) evaluations of one
+model on all rows, or n + 1 where rows are few. Test rows are never used. The first outcome that is
+published for the same models, rows and objective counts, whichever device computed it.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
@@ -33,39 +33,41 @@ VERSION = 1
 
 # Of each task: more would hardly tell methods apart.
 MOST_ROWS = 500
-# No round asks fewer of any task that has as many.
+# Every round uses at least this many rows of each task that has them.
 LEAST_ROWS = 50
+
+_KEY_KIND = "method-selection"
 
 
 @dataclass(frozen=True)
-class Entrant:
+class Contestant:
     """A merged model that takes part.
 
     Attributes:
-        label: what it is called.
-        facts: its method with name, version and settings.
-        recipe: the digest of what determines it.
+        label: its name in the outcome.
+        method: its method with name, version and settings.
+        recipe: the digest of all that determines it.
     """
 
     label: str
-    facts: Mapping[str, Any]
+    method: Mapping[str, Any]
     recipe: str
 
 
 @dataclass(frozen=True)
-class Contest:
-    """Who takes part, and by which rows and rule.
+class MethodSelection:
+    """The contestants, the rows and the objective.
 
     Attributes:
-        entrants: in the order that decides between equals.
-        waiting: the methods that do not, with their labels, those first that come next.
-        members: whose tasks are asked.
-        benchmark: the general benchmark, where the objective asks for retention.
-        objective: which is the best.
-        key: the digest of all that decides; see `contest_key`.
+        contestants: between equals the earlier one wins.
+        waiting: the methods that do not take part, with their labels; the next ones first.
+        members: the members whose tasks decide.
+        benchmark: the general benchmark, where the objective includes retention.
+        objective: defines which contestant is the best.
+        key: the digest of all that decides; see `selection_key`.
     """
 
-    entrants: tuple[Entrant, ...]
+    contestants: tuple[Contestant, ...]
     waiting: tuple[Mapping[str, Any], ...]
     members: tuple[Member, ...]
     benchmark: TaskSpec | None
@@ -73,39 +75,86 @@ class Contest:
     key: str
 
 
-def contest_key(
+class ContestantResult(TypedDict):
+    """The values of one contestant in the last round that it was in.
+
+    Attributes:
+        tasks: the metric of each task.
+        mean: over the tasks.
+        retention: on the general benchmark, where the objective includes it.
+        score: by the objective.
+        meets: whether it can still reach the objective's minimum retention.
+        round: the number of that round, from 1.
+    """
+
+    label: str
+    name: str
+    version: int
+    settings: dict[str, Any]
+    recipe: str
+    tasks: dict[str, float]
+    mean: float
+    retention: float | None
+    score: float
+    meets: bool
+    round: int
+
+
+class SelectionOutcome(TypedDict):
+    """The outcome as the store and the record of a version keep it.
+
+    Attributes:
+        contestants: from the best to the worst.
+        waiting: the methods that did not take part.
+        rounds: `share` of the rows, number of `contestants`, and `rows` by task.
+        reported: tasks whose results are reported on the rows that decided.
+        cost: in evaluations of one model on all rows.
+    """
+
+    key: str
+    winner: str
+    objective: dict[str, Any]
+    contestants: list[ContestantResult]
+    waiting: list[dict[str, Any]]
+    rounds: list[dict[str, Any]]
+    reported: list[str]
+    benchmark: str | None
+    cost: float
+
+
+def selection_key(
     line: LineRef,
     method: TournamentSpec,
     inputs: Sequence[str],
     members: Sequence[Member],
     benchmark: TaskSpec | None,
 ) -> str:
-    """The digest of all that decides a contest, after making sure that there are rows for it.
+    """Check that there are rows to choose by, and digest all that decides.
 
-    Where not all contestants take part, it does not say who does: what was found of the same
-    members counts whoever did.
+    With `at_most`, the key does not depend on which contestants take part this time: an outcome for
+    the same members counts, whichever took part in it.
 
     Args:
         line: with the base.
-        method: the contestants and the rule.
-        inputs: for each contestant the digest of all that determines what it makes.
-        members: whose tasks are asked.
+        method: all contestants and the objective.
+        inputs: for each contestant the digest of all that determines its merged model.
+        members: the members whose tasks decide.
         benchmark: the general benchmark.
 
     Raises:
-        BadInput: a task, or the benchmark where it is asked for, has no rows.
+        BadInput: a task, or the benchmark where it is needed, has no rows.
     """
     base = open_base(line, workspace())
     objective = method.objective
     _check_rows(line, members, base)
     check_benchmark(line.spec.line, objective, benchmark, base.family)
-    asked = benchmark if objective.asks_retention else None
+    used = benchmark if objective.asks_retention else None
     decides = {
         "version": [VERSION, MOST_ROWS, LEAST_ROWS],
-        "entrants": list(inputs),
+        "contestants": list(inputs),
         "objective": objective.to_json(),
         "tasks": {m.task: choice_inputs(m.spec, base, m.model.model) for m in members},
-        "benchmark": None if asked is None else choice_inputs(asked, base, None),
+        "benchmark": None if used is None else choice_inputs(used, base, None),
         "assets": base.ref.config,
     }
     return digest_json(decides | ({"at_most": method.at_most} if method.rotates else {}))
@@ -126,179 +175,174 @@ def _check_rows(line: LineRef, members: Sequence[Member], base: Base) -> None:
 def check_benchmark(
     line: str, objective: ObjectiveSpec, benchmark: TaskSpec | None, family: Family
 ) -> None:
-    """Refuse an objective that asks for retention where no rows can tell it.
+    """Refuse an objective with retention when there are no rows to measure it on.
 
     Raises:
-        BadInput: it does.
+        BadInput: there are none.
     """
     if not objective.asks_retention:
         return
     if benchmark is None or not has_rows_to_choose_by(benchmark, family):
-        named = "no benchmark" if benchmark is None else f"none for {benchmark.task}"
+        found = "no benchmark" if benchmark is None else f"none for {benchmark.task}"
         raise BadInput(
-            f"the tournament of line {line} asks for retention, which cannot be measured",
-            expected="rows of the general benchmark beside those that are reported on",
-            found=named,
-            hint="name validation rows of the benchmark, or a sample of its test rows to report "
-            "on; or let the tournament ask for none: `objective: {min_retention: 0}`",
+            f"the tournament of line {line} needs retention, which cannot be measured",
+            expected="rows of the general benchmark in addition to those that are reported on",
+            found=found,
+            hint="name validation rows of the benchmark, or report on a sample of its test rows; "
+            "or leave retention out of the tournament: `objective: {min_retention: 0}`",
         )
 
 
-def outcome_of(key: str) -> dict[str, Any] | None:
-    """What was found before; None where it was not decided yet, or is not kept any more."""
+def known_outcome(key: str) -> SelectionOutcome | None:
+    """The stored outcome; None where there is none yet, or it was removed."""
     return _look_up(workspace(), key)
 
 
-@step("contest")
-def decide(
-    line: LineRef, contest: Contest, patches: tuple[str, ...]
-) -> dict[str, Any] | Cached[dict[str, Any]]:
-    """The outcome of a contest.
+@step("select method")
+def rank_methods(
+    line: LineRef, selection: MethodSelection, patches: tuple[str, ...]
+) -> SelectionOutcome | Cached[SelectionOutcome]:
+    """Rank the contestants.
 
     Args:
         line: with the base.
-        contest: who takes part.
-        patches: the entrants' merged models, by the digests of their patches.
-
-    Returns:
-        `winner`, `entrants` from the best to the worst, each with what it reached in the last
-        `round` that it was in; `waiting`, the methods that did not take part; `rounds` with the
-        rows that were asked; and what it cost.
+        selection: the contestants, the rows and the objective.
+        patches: the contestants' merged models, by the digests of their patches.
     """
     space = workspace()
-    known = _look_up(space, contest.key)
+    known = _look_up(space, selection.key)
     if known is not None:
         return Cached(known)
-    base = open_base(line, space)
-    jury = _Jury(contest, base, space)
-    found = jury.decide(patches)
-    space.objects.publish("contest", contest.key, space.objects.put_json(found), made_by())
-    return _look_up(space, contest.key) or found
+    outcome = _SuccessiveHalving(selection, open_base(line, space), space).run(patches)
+    space.objects.publish(_KEY_KIND, selection.key, space.objects.put_json(outcome), made_by())
+    return _look_up(space, selection.key) or outcome
 
 
-def _look_up(space: Workspace, key: str) -> dict[str, Any] | None:
-    record = space.objects.lookup("contest", key)
+def _look_up(space: Workspace, key: str) -> SelectionOutcome | None:
+    record = space.objects.lookup(_KEY_KIND, key)
     if record is None:
         return None
-    found: dict[str, Any] = json.loads(space.objects.read_blob(record.blob))
-    return found
+    outcome: SelectionOutcome = json.loads(space.objects.read_blob(record.blob))
+    return outcome
 
 
-class _Jury:
-    """The exams of a contest, and who is the best by them."""
+class _SuccessiveHalving:
+    """Evaluates contestants in rounds and keeps the better half after each."""
 
-    def __init__(self, contest: Contest, base: Base, space: Workspace) -> None:
-        self._contest, self._space = contest, space
+    def __init__(self, selection: MethodSelection, base: Base, space: Workspace) -> None:
+        self._selection, self._space = selection, space
         self._live: LiveBase = live_base(base)
         self._exams = {
             m.task: Exam(base, m.spec, m.model.model, space, validation=MOST_ROWS)
-            for m in contest.members
+            for m in selection.members
         }
         self._general = (
             None
-            if contest.benchmark is None
-            else Exam(base, contest.benchmark, None, space, validation=MOST_ROWS)
+            if selection.benchmark is None
+            else Exam(base, selection.benchmark, None, space, validation=MOST_ROWS)
         )
 
-    def decide(self, patches: Sequence[str]) -> dict[str, Any]:
-        places = list(range(len(patches)))
+    def run(self, patches: Sequence[str]) -> SelectionOutcome:
+        remaining = list(range(len(patches)))
         exams = [*self._exams.values(), *([] if self._general is None else [self._general])]
-        shares = shares_of(len(places), min(exam.count for exam in exams))
-        found: dict[int, dict[str, Any]] = {}
-        rounds, out, cost = [], list[int](), 0.0
+        shares = shares_of(len(remaining), min(exam.count for exam in exams))
+        results: dict[int, dict[str, Any]] = {}
+        rounds, eliminated, cost = [], list[int](), 0.0
         with working("tournament") as progress:
             for number, share in enumerate(shares, 1):
                 last = number == len(shares)
-                rows = self._ask(places, patches, share, last, found)
-                rounds.append({"share": share, "entrants": len(places), "rows": rows})
-                cost += share * len(places)
-                places.sort(key=lambda place: _order(found[place], place))
-                for place in places:
-                    found[place]["round"] = number
+                rows = self._evaluate(remaining, patches, share, last, results)
+                rounds.append({"share": share, "contestants": len(remaining), "rows": rows})
+                cost += share * len(remaining)
+                remaining.sort(key=lambda index: _order(results[index], index))
+                for index in remaining:
+                    results[index]["round"] = number
                 if not last:
-                    kept = math.ceil(len(places) / 2)
-                    places, out = sorted(places[:kept]), places[kept:] + out
+                    half = math.ceil(len(remaining) / 2)
+                    remaining, eliminated = (
+                        sorted(remaining[:half]),
+                        remaining[half:] + eliminated,
+                    )
                 progress(number, len(shares))
-        ranked = [
-            {"label": e.label, **e.facts, "recipe": e.recipe, **found[place]}
-            for place in (*places, *out)
-            for e in (self._contest.entrants[place],)
+        selection = self._selection
+        ranked: list[Any] = [
+            {"label": one.label, **one.method, "recipe": one.recipe, **results[index]}
+            for index in (*remaining, *eliminated)
+            for one in (selection.contestants[index],)
         ]
         return {
-            "key": self._contest.key,
+            "key": selection.key,
             "winner": ranked[0]["label"],
-            "objective": self._contest.objective.to_json(),
-            "entrants": ranked,
-            "waiting": [dict(one) for one in self._contest.waiting],
+            "objective": selection.objective.to_json(),
+            "contestants": ranked,
+            "waiting": [dict(one) for one in selection.waiting],
             "rounds": rounds,
-            "reported": [m.task for m in self._contest.members if _is_reported(m.spec)],
-            "benchmark": None if self._contest.benchmark is None else self._contest.benchmark.task,
+            "reported": [m.task for m in selection.members if _is_reported(m.spec)],
+            "benchmark": None if selection.benchmark is None else selection.benchmark.task,
             "cost": cost,
         }
 
-    def _ask(
+    def _evaluate(
         self,
-        places: Sequence[int],
+        remaining: Sequence[int],
         patches: Sequence[str],
         share: float,
         last: bool,
-        found: dict[int, dict[str, Any]],
+        results: dict[int, dict[str, Any]],
     ) -> dict[str, int]:
-        """Ask entrants on a part of the rows; how many of each task that was."""
+        """Evaluate contestants on a share of the rows; return the number of rows by task."""
         exams = {task: exam.part(share) for task, exam in self._exams.items()}
         general = None if self._general is None else self._general.part(share)
         base = None if general is None else general.take()
-        for place in places:
-            with self._live.wearing(WeightsRef("merged", patches[place]), self._space):
+        for index in remaining:
+            with self._live.wearing(WeightsRef("merged", patches[index]), self._space):
                 tasks = {task: exam.take().value for task, exam in exams.items()}
-                kept, most = None, None
+                retention, highest = None, None
                 if general is not None and base is not None:
                     merged = general.take()
-                    kept = merged.top1 / base.top1 if base.top1 else 0.0
-                    spread = ratio_interval(base.correct_rows(), merged.correct_rows())
-                    # Few rows must not put out what all of them would have let pass.
-                    most = kept if last or spread is None else spread[1]
-            found[place] = self._scored(tasks, kept, most)
+                    retention = merged.top1 / base.top1 if base.top1 else 0.0
+                    interval = ratio_interval(base.correct_rows(), merged.correct_rows())
+                    # A few rows must not eliminate what all rows would have let pass.
+                    highest = retention if last or interval is None else interval[1]
+            results[index] = self._scored(tasks, retention, highest)
         counts = {task: exam.count for task, exam in exams.items()}
-        return (
-            counts
-            if general is None
-            else {**counts, f"{general.spec.task} (retention)": general.count}
-        )
+        if general is not None:
+            counts[f"{general.spec.task} (retention)"] = general.count
+        return counts
 
     def _scored(
-        self, tasks: dict[str, float], kept: float | None, most: float | None
+        self, tasks: dict[str, float], retention: float | None, highest: float | None
     ) -> dict[str, Any]:
-        objective = self._contest.objective
+        objective = self._selection.objective
         mean = sum(tasks.values()) / len(tasks)
         return {
             "tasks": tasks,
             "mean": mean,
-            "retention": kept,
-            "score": objective.accuracy * mean + objective.retention * (kept or 0.0),
-            "meets": most is None or most >= (objective.min_retention or 0.0),
+            "retention": retention,
+            "score": objective.accuracy * mean + objective.retention * (retention or 0.0),
+            "meets": highest is None or highest >= (objective.min_retention or 0.0),
         }
 
 
-def _order(found: Mapping[str, Any], place: int) -> tuple[bool, float, int]:
-    """Those that keep enough by their score, then the others by what they keep."""
-    best = found["score"] if found["meets"] else found["retention"]
-    return (not found["meets"], -best, place)
+def _order(result: Mapping[str, Any], index: int) -> tuple[bool, float, int]:
+    """First those with enough retention, by score; then the others, by retention."""
+    best = result["score"] if result["meets"] else result["retention"]
+    return (not result["meets"], -best, index)
 
 
-def shares_of(entrants: int, rows: int) -> list[float]:
-    """Which part of the rows each round asks.
+def shares_of(contestants: int, rows: int) -> list[float]:
+    """The share of the rows that each round uses.
 
     Args:
-        entrants: how many there are.
-        rows: how many the task with the fewest has.
+        contestants: how many there are.
+        rows: of the task that has the fewest.
     """
-    rounds = max(1, math.ceil(math.log2(entrants)))
+    rounds = max(1, math.ceil(math.log2(contestants)))
     while rounds > 1 and rows * 2.0 ** (1 - rounds) < LEAST_ROWS:
         rounds -= 1
     return [2.0 ** (number - rounds) for number in range(1, rounds + 1)]
 
 
 def _is_reported(spec: TaskSpec) -> bool:
-    """Whether what decides is what results are reported on, for want of test rows."""
+    """Whether the rows that decide are also those that results are reported on: no test rows."""
     return evaluation_split(spec) == "validation"

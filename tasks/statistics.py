@@ -1,11 +1,10 @@
-"""The statistics that a merge method needs of its members: found once, and kept under their inputs.
+"""Measure the statistics that merge methods need, and store each under a digest of its inputs.
 
-A Fisher diagonal or Gram matrices belong to one member: its delta, the calibration rows of its
-task, the head that reads them. They are found where it is onboarded; so whoever joins costs their
-own statistics and one combination, and nobody needs the others' data again. Coefficients belong to
-the whole set, and are learned anew when it changes. All are gradients or sums of products, whose
-last bits differ between machines: the first that is published counts, and the recipe names its
-digest.
+A Fisher diagonal or Gram matrices belong to one member: they depend on its delta, the calibration
+rows of its task and its head. They are measured when the member is onboarded, so that a new member
+needs no data of the others. Coefficients belong to a set of members and are learned again when it
+changes. The last bits of all statistics differ between machines: the first one published counts,
+and the recipe names its digest.
 """
 
 import time
@@ -41,30 +40,30 @@ from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef, StatisticRef
 from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
-# What a store calls the keys of statistics.
+# The kinds of statistics, which are also their key kinds in the store.
 KINDS = (FISHER, GRAM, COEFFICIENTS)
 
 _VERSIONS = {FISHER: FISHER_VERSION, GRAM: GRAM_VERSION, COEFFICIENTS: COEFFICIENTS_VERSION}
 
 
 def lacks_rows(method: Method, tasks: Sequence[TaskSpec]) -> list[str]:
-    """The tasks without the train rows that a method needs, by name."""
+    """The names of the tasks that lack the train rows that a method needs."""
     if not method.needs:
         return []
     return [task.task for task in tasks if task.data is None or task.data.train is None]
 
 
 def check_rows_for(method: Method, tasks: Sequence[TaskSpec]) -> None:
-    """Refuse tasks without the train rows that a method needs.
+    """Refuse tasks that lack the train rows that a method needs.
 
     Raises:
-        BadInput: names them.
+        BadInput: the message names them.
     """
     lacking = lacks_rows(method, tasks)
     if lacking:
         raise BadInput(
             f"the method {method.name} needs train rows of every task",
-            expected="data: train: in every task's file; labels are not looked at",
+            expected="data: train: in every task's file; labels are not used",
             found=f"none for {', '.join(lacking)}",
             hint="name a train split and register with --replace-task, or choose a method that "
             "needs no data",
@@ -72,45 +71,47 @@ def check_rows_for(method: Method, tasks: Sequence[TaskSpec]) -> None:
 
 
 def statistics(line: LineRef, members: Sequence[Member]) -> dict[str, StatisticRef]:
-    """What the line's method needs of members, by the name that a recipe gives it.
+    """The statistics that the line's method needs, by their names in a recipe.
 
     Raises:
         BadInput: a task has no train rows, or they cannot be used.
     """
     method = get_method(line.spec.method.name)
     check_rows_for(method, [member.spec for member in members])
-    return {each.name: find(line, each) for each in needed(method, members)}
+    return {each.name: measure(line, each) for each in needed(method, members)}
 
 
 def own_statistics(line: LineRef, member: Member) -> dict[str, StatisticRef]:
-    """What methods of the line need of one member alone, by kind.
+    """The statistics of one member that methods of the line need, by kind.
 
-    Nothing of a task without train rows: whoever merges it by such a method says so.
+    Methods whose train rows the task lacks are left out; merging by such a method is an error.
     """
     methods = [get_method(one.name) for one in line.spec.method.methods]
     kinds = {kind for one in methods if not lacks_rows(one, [member.spec]) for kind in one.needs}
     return {
-        kind: find(line, Wanted(kind, (member,))) for kind in sorted(kinds) if kind != COEFFICIENTS
+        kind: measure(line, Statistic(kind, (member,)))
+        for kind in sorted(kinds)
+        if kind != COEFFICIENTS
     }
 
 
 def known_statistics(line: LineRef, members: Sequence[Member]) -> dict[str, str] | None:
-    """The digests of what is in the store already; None where something is missing."""
+    """The digests of stored statistics by name; None if any is missing."""
     method = get_method(line.spec.method.name)
     if lacks_rows(method, [member.spec for member in members]):
         return None
     space = workspace()
-    found = {}
+    digests = {}
     for each in needed(method, members):
         record = space.objects.lookup(each.kind, statistic_key(line, each, space))
         if record is None:
             return None
-        found[each.name] = record.blob
-    return found
+        digests[each.name] = record.blob
+    return digests
 
 
 def statistic_inputs(line: LineRef, members: Sequence[Member]) -> dict[str, str]:
-    """What `statistics` are found from: digests by the same names, and nothing is found for them.
+    """The keys of the statistics by their names in a recipe; measures nothing.
 
     Raises:
         BadInput: a task has no train rows, or they cannot be used.
@@ -122,94 +123,94 @@ def statistic_inputs(line: LineRef, members: Sequence[Member]) -> dict[str, str]
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """A statistic of one member, or of all together."""
+class Statistic:
+    """A statistic of one member or of a set of members."""
 
     kind: str
     members: tuple[Member, ...]
 
     @property
     def name(self) -> str:
-        """What a recipe calls it: its kind, and the task where it is of one member."""
+        """Its name in a recipe: the kind, and the task if it is of one member."""
         return self.kind if self.kind == COEFFICIENTS else f"{self.kind}/{self.members[0].task}"
 
 
-def needed(method: Method, members: Sequence[Member]) -> list[Wanted]:
+def needed(method: Method, members: Sequence[Member]) -> list[Statistic]:
     """The statistics that a method needs of members."""
     ordered = tuple(sorted(members, key=lambda member: by_bytes(member.task)))
-    found = []
+    result = []
     for kind in method.needs:
         if kind == COEFFICIENTS:
-            found += [Wanted(kind, ordered)] if ordered else []
+            result += [Statistic(kind, ordered)] if ordered else []
         else:
-            found += [Wanted(kind, (member,)) for member in ordered]
-    return found
+            result += [Statistic(kind, (member,)) for member in ordered]
+    return result
 
 
-@step("find statistics", "{wanted.name}")
-def find(line: LineRef, wanted: Wanted) -> StatisticRef | Cached[StatisticRef]:
-    """A statistic: from the store, or found now."""
+@step("measure statistics", "{statistic.name}")
+def measure(line: LineRef, statistic: Statistic) -> StatisticRef | Cached[StatisticRef]:
+    """A statistic, from the store or measured now."""
     space = workspace()
-    key = statistic_key(line, wanted, space)
-    record = space.objects.lookup(wanted.kind, key)
+    key = statistic_key(line, statistic, space)
+    record = space.objects.lookup(statistic.kind, key)
     if record is not None:
         return Cached(_ref(record))
     began = time.perf_counter()
     with space.scratch() as scratch:
-        file = scratch / f"{wanted.kind}.safetensors"
-        rows = write_statistic_of(file, line, wanted, space)
+        file = scratch / f"{statistic.kind}.safetensors"
+        rows = write_statistic_of(file, line, statistic, space)
         blob = space.objects.put_blob(file, move=True)
     maker = made_by() | {"device": device().type}
     facts = {"rows": rows, "seconds": round(time.perf_counter() - began, 3)}
-    won = space.objects.publish(wanted.kind, key, blob, maker, fingerprint(device()), facts)
+    won = space.objects.publish(statistic.kind, key, blob, maker, fingerprint(device()), facts)
     return _ref(won, facts["seconds"] if won.blob == blob else None)
 
 
-def statistic_key(line: LineRef, wanted: Wanted, space: Workspace) -> str:
+def statistic_key(line: LineRef, statistic: Statistic, space: Workspace) -> str:
     """The digest of all that determines a statistic."""
     base = open_base(line, space)
     inputs: dict[str, Any] = {
-        "statistic": [wanted.kind, _VERSIONS[wanted.kind]],
+        "statistic": [statistic.kind, _VERSIONS[statistic.kind]],
         "base": [base.ref.weights, base.ref.config],
         "family": [base.family.name, base.family.version],
-        # Where the model is looked at: the base with all that the delta holds.
-        "deltas": {member.task: _delta(member) for member in wanted.members},
+        # The model is measured as the base with the delta.
+        "deltas": {member.task: _delta(member) for member in statistic.members},
         "seed": line.spec.localize.seed,
-        "rows": {m.task: _calibration(line, m, base, space).inputs() for m in wanted.members},
+        "rows": {m.task: _calibration(line, m, base, space).inputs() for m in statistic.members},
     }
-    if wanted.kind == COEFFICIENTS:
+    if statistic.kind == COEFFICIENTS:
         inputs["settings"] = _settings(line).to_json()
     return digest_json(inputs)
 
 
-def write_statistic_of(file: Path, line: LineRef, wanted: Wanted, space: Workspace) -> int:
-    """Find a statistic and write it to a file.
+def write_statistic_of(file: Path, line: LineRef, statistic: Statistic, space: Workspace) -> int:
+    """Measure a statistic and write it to a file.
 
     Returns:
-        How many rows there were to look at.
+        The number of calibration rows.
     """
     base = open_base(line, space)
-    opened = [_calibration(line, member, base, space).opened() for member in wanted.members]
-    paths = [space.objects.blob_path(_delta(member)) for member in wanted.members]
+    opened = [_calibration(line, member, base, space).opened() for member in statistic.members]
+    paths = [space.objects.blob_path(_delta(member)) for member in statistic.members]
     deltas = [SparseFile.open(path, base.checkpoint) for path in paths]
-    find_it = {FISHER: _fisher, GRAM: _gram, COEFFICIENTS: _coefficients}[wanted.kind]
-    found, facts = find_it(line, base, deltas, opened)
-    belongs = {"base": base.ref.weights}
-    if wanted.kind != COEFFICIENTS:
-        belongs["delta"] = _delta(wanted.members[0])
-    write_statistic(file, wanted.kind, found, belongs | facts)
+    function = {FISHER: _fisher, GRAM: _gram, COEFFICIENTS: _coefficients}[statistic.kind]
+    tensors, metadata = function(line, base, deltas, opened)
+    origin = {"base": base.ref.weights}
+    if statistic.kind != COEFFICIENTS:
+        origin["delta"] = _delta(statistic.members[0])
+    write_statistic(file, statistic.kind, tensors, origin | metadata)
     return sum(len(on.rows) for on in opened)
 
 
-Found = tuple[dict[str, Tensor], dict[str, str]]
+Measured = tuple[dict[str, Tensor], dict[str, str]]
 
 
 def _fisher(
     line: LineRef, _: Base, deltas: Sequence[SparseFile], opened: Sequence[OpenCalibration]
-) -> Found:
+) -> Measured:
     (delta,), (on,) = deltas, opened
-    with on.live.edited(delta), working("measuring what weights are worth") as progress:
-        found = measure_fisher(
+    with on.live.edited(delta), working("measuring the Fisher diagonal") as progress:
+        tensors = measure_fisher(
             on.live.parameters,
             delta.names,
             len(on.rows),
@@ -218,30 +219,30 @@ def _fisher(
             seed=line.spec.localize.seed,
             progress=progress,
         )
-    return found, {"mean": repr(mean_of(found))}
+    return tensors, {"mean": repr(mean_of(tensors))}
 
 
 def _gram(
     _: LineRef, _base: Base, deltas: Sequence[SparseFile], opened: Sequence[OpenCalibration]
-) -> Found:
+) -> Measured:
     (delta,), (on,) = deltas, opened
     layers = linear_layers(on.live.model, on.live.parameters)
     chosen = {name: layer for name, layer in layers.items() if name in delta}
-    with on.live.edited(delta), working("measuring the inputs of layers") as progress:
-        found = measure_grams(
+    with on.live.edited(delta), working("measuring Gram matrices") as progress:
+        tensors = measure_grams(
             chosen, len(on.rows), lambda row: on.logits(on.batch([row])), progress=progress
         )
-    return found, {}
+    return tensors, {}
 
 
 def _coefficients(
     line: LineRef, base: Base, deltas: Sequence[SparseFile], opened: Sequence[OpenCalibration]
-) -> Found:
+) -> Measured:
     vectors = [KeptVector(base.checkpoint, delta) for delta in deltas]
     live = live_base(base)
     try:
         with working("learning coefficients") as progress:
-            found = learn_coefficients(
+            tensors = learn_coefficients(
                 live.parameters,
                 base.checkpoint,
                 vectors,
@@ -253,7 +254,7 @@ def _coefficients(
     finally:
         touched = {name for vector in vectors for name in vector.names}
         restore(live.parameters, base.checkpoint, touched)
-    return found, {}
+    return tensors, {}
 
 
 def _settings(line: LineRef) -> CoefficientSettings:
@@ -271,5 +272,5 @@ def _delta(member: Member) -> str:
 
 
 def _ref(record: KeyRecord, seconds: float | None = None) -> StatisticRef:
-    took: Any = record.facts.get("seconds")
-    return StatisticRef(record.blob, record.size, seconds, took)
+    recorded: Any = record.facts.get("seconds")
+    return StatisticRef(record.blob, record.size, seconds, recorded)

@@ -1,4 +1,4 @@
-"""Decide whether a finetuned model can join its line, and measure what would be left out."""
+"""Check that a finetuned model can join its line, and measure changes that masks cannot hold."""
 
 from restitch.merging.errors import BadInput, CannotJoin
 from restitch.merging.ranking.task_vector import TaskVector, outside_share
@@ -15,9 +15,9 @@ def validate(line: LineRef, model: ModelRef) -> Validated:
     """Check a finetuned model against the base of its line.
 
     Raises:
-        CannotJoin: another architecture or configuration, missing tensors, other shapes, NaN or
-            infinity, or no difference at all; every difference is listed.
-        NotAllowed: this worker may not read it; another one may.
+        CannotJoin: it has another architecture or configuration, missing tensors, other shapes,
+            NaN or infinity, or equals the base; the message lists every difference.
+        NotAllowed: this worker may not read it, but another one may.
     """
     space = workspace()
     base = open_base(line, space)
@@ -53,7 +53,7 @@ def validate(line: LineRef, model: ModelRef) -> Validated:
             f"{model.uri} has the same localizable weights as the base",
             expected="weights that finetuning changed",
             found=f"no difference in {len(base.names)} tensors",
-            hint="check that the finetuned model was saved, not the one it started from",
+            hint="check that the finetuned model was saved, and not its base",
         )
     outside = outside_share(base.checkpoint, finetuned, base.names)
     return Validated(

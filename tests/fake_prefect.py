@@ -1,4 +1,4 @@
-"""A Prefect server for tests that remembers what it is asked and answers what a test wants."""
+"""A fake Prefect server for tests: it records requests and returns prepared answers."""
 
 import json
 import threading
@@ -17,7 +17,7 @@ class FakePrefect:
 
     Attributes:
         url: the value for `PREFECT_API_URL`.
-        answers: status and JSON by "METHOD /path"; what is not named is answered with 404.
+        answers: status and JSON by "METHOD /path"; all other requests get 404.
         asked: every request as (method and path, JSON or None, headers), in order.
     """
 
@@ -26,7 +26,7 @@ class FakePrefect:
     asked: list[tuple[str, Any, dict[str, str]]] = field(default_factory=list)
 
     def knows_deployments(self) -> None:
-        """Answer like a server that hands work to workers, and takes events."""
+        """Answer like a server that has our deployments and accepts events."""
         for flow in ("onboard", "remerge"):
             name = f"GET /deployments/name/{flow}/restitch"
             self.answers[name] = (200, {"id": f"the-{flow}"})
@@ -35,13 +35,13 @@ class FakePrefect:
         self.answers["POST /flow_runs/filter"] = (200, [])
 
     def bodies(self, request: str) -> list[Any]:
-        """What was sent with the requests of one kind."""
+        """The JSON bodies of all requests to one method and path."""
         return [body for asked, body, _ in self.asked if asked == request]
 
 
 @contextmanager
 def fake_prefect() -> Iterator[FakePrefect]:
-    """Run the server for the length of the context."""
+    """Run the server while the context is open."""
     fake = FakePrefect()
 
     class Handler(BaseHTTPRequestHandler):

@@ -119,7 +119,7 @@ def _members(result: Values, out: Console) -> None:
 
 def _selection(result: Values, out: Console) -> None:
     """The methods that competed for the version, the best first, by their last round."""
-    rounds, entrants = result["rounds"], result["entrants"]
+    rounds, contestants = result["rounds"], result["contestants"]
     counts = (f"{count} rows of {task}" for task, count in rounds[-1]["rows"].items())
     write(out, f"  chosen by {', '.join(counts)}:")
     rows = [
@@ -129,10 +129,10 @@ def _selection(result: Values, out: Console) -> None:
             f"{one['round']} of {len(rounds)}",
             *(number(value) for value in one["tasks"].values()),
         )
-        for one in entrants
+        for one in contestants
     ]
     columns = ("contestant", "score", "mean", "retention", "round")
-    show_table(out, (*columns, *entrants[0]["tasks"]), rows)
+    show_table(out, (*columns, *contestants[0]["tasks"]), rows)
     if waiting := result.get("waiting"):
         write(out, f"  {len(waiting)} did not take part: {', '.join(o['name'] for o in waiting)}")
     if result["reported"]:

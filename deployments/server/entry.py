@@ -9,8 +9,10 @@ import logging
 from typing import Any
 
 from restitch.merging.errors import Unavailable
-from restitch.tasks.runtime.crash_recovery import start_again
+from restitch.tasks.runtime import crash_recovery
+from restitch.tasks.runtime.console import reporting_to
 from restitch.tasks.runtime.engine import flow
+from restitch.tasks.runtime.prefect_artifacts import RunReporter
 from restitch.tasks.runtime.workspace import workspace
 
 log = logging.getLogger("restitch")
@@ -18,6 +20,7 @@ log.setLevel(logging.INFO)
 
 
 @flow("onboard", "{line}/{task}/{version}")
+@reporting_to(RunReporter())
 def onboard(
     line: str, task: str, version: int | None = None, mlflow_version: int | None = None
 ) -> None:
@@ -36,6 +39,7 @@ def onboard(
 
 
 @flow("remerge", "{line}")
+@reporting_to(RunReporter())
 def remerge(line: str, force: bool = False, attempt: int = 0) -> None:
     """Merge the ready models, evaluate, and promote if the gates pass; see `flows.remerge`.
 
@@ -53,7 +57,7 @@ def remerge(line: str, force: bool = False, attempt: int = 0) -> None:
 def restart(flow: Any, flow_run: Any, state: Any) -> None:
     """Start a crashed run again; the worker calls this."""
     try:
-        if not start_again(flow.name, str(flow_run.id), flow_run.parameters):
+        if not crash_recovery.restart(flow.name, str(flow_run.id), flow_run.parameters):
             log.warning("run %s crashed too often: %s", flow_run.name, state.message)
     except Unavailable as error:
         log.warning("run %s is left to the schedule: %s", flow_run.name, error.message())

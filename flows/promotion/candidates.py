@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as library_version
-from typing import Any
 
 from restitch.flows.promotion.method_selection import FACT, select_method, told
 from restitch.flows.promotion.snapshot import Snapshot, is_merge_of, retention_task
@@ -31,6 +30,7 @@ from restitch.tasks.compare_results import compare_results
 from restitch.tasks.evaluate import evaluate
 from restitch.tasks.inputs.task_data import evaluation_split
 from restitch.tasks.merge import make_recipe, stitch
+from restitch.tasks.method_selection import SelectionOutcome
 from restitch.tasks.runtime.events import this_run
 from restitch.tasks.runtime.refs import LineRef, PatchRef, ResultRef, WeightsRef
 from restitch.tasks.runtime.workspace import made_by, workspace
@@ -55,7 +55,7 @@ class Candidate:
     retention: Retention | None
     gates: tuple[GateOutcome, ...]
     timings: dict[str, float]
-    tournament: dict[str, Any] | None = None
+    tournament: SelectionOutcome | None = None
 
     @property
     def told(self) -> str:

@@ -10,9 +10,9 @@ winner stands in the recipe of the version, and with all contestants in its reco
 a later look nor a rebuild depends on a contest that is held again.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from restitch.merging.methods.registry import get_method
 from restitch.registry.ledger.line_state import Member
@@ -20,7 +20,15 @@ from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.specs.method import MethodSpec, TournamentSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.merge import make_recipe, recipe_inputs, stitch
-from restitch.tasks.method_selection import Contest, Entrant, contest_key, decide, outcome_of
+from restitch.tasks.method_selection import (
+    Contestant,
+    ContestantResult,
+    MethodSelection,
+    SelectionOutcome,
+    known_outcome,
+    rank_methods,
+    selection_key,
+)
 from restitch.tasks.runtime.refs import LineRef
 
 # Where a version's record has what was found.
@@ -37,7 +45,7 @@ class Selection:
     """
 
     line: LineRef
-    found: dict[str, Any] | None = None
+    found: SelectionOutcome | None = None
 
 
 def earlier_selection(
@@ -65,7 +73,7 @@ def earlier_selection(
         found = _found_of(record)
         if found is not None and found.get("key") == key:
             return _won(line, found)
-    known = outcome_of(key)
+    known = known_outcome(key)
     return None if known is None else _won(line, known)
 
 
@@ -93,9 +101,9 @@ def select_method(
     contestants = [method.tournament[place] for place in part]
     lines = [LineRef(line.spec.with_method(one), line.base) for one in contestants]
     recipes = [make_recipe(lined, members) for lined in lines]
-    contest = Contest(
-        entrants=tuple(
-            Entrant(
+    selection = MethodSelection(
+        contestants=tuple(
+            Contestant(
                 method.labels[place],
                 {
                     "name": one.name,
@@ -119,7 +127,7 @@ def select_method(
     patches = tuple(
         stitch(lined, recipe).blob for lined, recipe in zip(lines, recipes, strict=True)
     )
-    return _won(line, decide(line, contest, patches))
+    return _won(line, rank_methods(line, selection, patches))
 
 
 def taking_part(
@@ -144,9 +152,9 @@ def taking_part(
     return sorted(method.tournament.index(one) for one in queue[: method.at_most])
 
 
-def told(found: dict[str, Any]) -> str:
+def told(found: SelectionOutcome) -> str:
     """The outcome in one sentence; values of other rounds are of fewer rows, and told apart."""
-    first, *others = found["entrants"]
+    first, *others = found["contestants"]
     last = [one for one in others if one["round"] == first["round"]]
     before = [one for one in others if one["round"] != first["round"]]
     sentence = f"{_reached(first)} won over {', '.join(map(_reached, last))}"
@@ -155,7 +163,7 @@ def told(found: dict[str, Any]) -> str:
     return sentence
 
 
-def _reached(one: dict[str, Any]) -> str:
+def _reached(one: ContestantResult) -> str:
     return f"{one['label']} ({one['score']:.4f}{'' if one['meets'] else ', keeps too little'})"
 
 
@@ -164,7 +172,7 @@ def _queue(method: TournamentSpec, newest: MergedRecord | None) -> list[MethodSp
     found = None if newest is None else _found_of(newest)
     if found is None:
         return list(method.tournament)
-    won, *lost = found["entrants"]
+    won, *lost = found["contestants"]
     last = [_method(one) for one in (*found.get("waiting", ()), *lost, won)]
     return sorted(method.tournament, key=lambda one: last.index(one) if one in last else -1)
 
@@ -177,19 +185,19 @@ def _key(
 ) -> str:
     lines = (LineRef(line.spec.with_method(one), line.base) for one in method.tournament)
     inputs = [recipe_inputs(lined, members) for lined in lines]
-    return contest_key(line, method, inputs, members, benchmark)
+    return selection_key(line, method, inputs, members, benchmark)
 
 
-def _found_of(record: MergedRecord) -> dict[str, Any] | None:
+def _found_of(record: MergedRecord) -> SelectionOutcome | None:
     """What the tournament found that chose a version's method, if one did."""
     found = record.facts.get(FACT)
-    return found if isinstance(found, dict) else None
+    return cast(SelectionOutcome, found) if isinstance(found, dict) else None
 
 
-def _method(found: dict[str, Any]) -> MethodSpec:
+def _method(found: Mapping[str, Any]) -> MethodSpec:
     return MethodSpec(name=found["name"], settings=found["settings"])
 
 
-def _won(line: LineRef, found: dict[str, Any]) -> Selection:
-    method = _method(found["entrants"][0])
+def _won(line: LineRef, found: SelectionOutcome) -> Selection:
+    method = _method(found["contestants"][0])
     return Selection(LineRef(line.spec.with_method(method), line.base), found)

@@ -28,7 +28,7 @@ from restitch.registry.maintenance.inventory import Inventory, mentioned
 from restitch.registry.sources.resolve import resolve_source
 from restitch.registry.store.base import NotInStore
 from restitch.tasks.inputs.heads import heads_again
-from restitch.tasks.localize import FOUND, mask_key
+from restitch.tasks.localize import RECORDED_FACTS, mask_key
 from restitch.tasks.research.experts import read_experts
 from restitch.tasks.runtime.console import say
 from restitch.tasks.runtime.refs import LineRef
@@ -232,7 +232,9 @@ class _Repairer:
         if kind == "mask":
             for task, number, model in self._localized(inputs):
                 facts = model.facts.to_json()
-                known = {name: facts[name] for name in (*_MASK_FACTS, *FOUND) if name in facts}
+                known = {
+                    name: facts[name] for name in (*_MASK_FACTS, *RECORDED_FACTS) if name in facts
+                }
                 known["mask"] = model.mask
                 maker = model.facts.localized_by
                 self._publish(kind, inputs, str(model.delta), maker, known)
@@ -240,7 +242,7 @@ class _Repairer:
         if kind in KINDS:
             for named in self.remedies.statistics():
                 with suppress(RestitchError):  # of another line, whose base may be away
-                    if statistic_key(named.line, named.wanted, self.space) == inputs:
+                    if statistic_key(named.line, named.statistic, self.space) == inputs:
                         self._publish(kind, inputs, named.digest, named.made_by, {})
                         return f"written again from {named.source}"
         if kind == SPECIALISTS:

@@ -37,7 +37,7 @@ from restitch.tasks.merge import make_recipe, write_patch_of
 from restitch.tasks.research.experts import write_parts
 from restitch.tasks.runtime.refs import LineRef, WeightsRef
 from restitch.tasks.runtime.workspace import Workspace
-from restitch.tasks.statistics import Wanted, needed, write_statistic_of
+from restitch.tasks.statistics import Statistic, needed, write_statistic_of
 
 
 @dataclass(frozen=True)
@@ -179,10 +179,10 @@ class Remedies:
         """By looking at the members again as they were then: the same bytes on a like machine."""
         for known in self.statistics():
             if known.digest == each.digest:
-                tasks = ", ".join(member.task for member in known.wanted.members)
+                tasks = ", ".join(member.task for member in known.statistic.members)
                 yield Recovery(
                     f"the deltas and train rows of {tasks} (it is numeric)",
-                    partial(_write_statistic, known.line, known.wanted, self.space),
+                    partial(_write_statistic, known.line, known.statistic, self.space),
                 )
                 return
 
@@ -303,7 +303,7 @@ class Known:
     """
 
     digest: str
-    wanted: Wanted
+    statistic: Statistic
     line: LineRef
     source: str
     made_by: Any
@@ -319,10 +319,10 @@ def _of_version(record: MergedRecord, line_state: LineState) -> Iterator[Known]:
     method = Recipe.from_json(record.recipe).method
     spec = line_state.spec.with_method(MethodSpec(name=method.name, settings=dict(method.settings)))
     source = f"the recipe of version {record.version}"
-    for wanted in needed(get_method(method.name), members):
-        digest = record.statistics.get(wanted.name)
+    for statistic in needed(get_method(method.name), members):
+        digest = record.statistics.get(statistic.name)
         if digest is not None:
-            yield Known(digest, wanted, LineRef(spec, line_state.base), source, record.made_by)
+            yield Known(digest, statistic, LineRef(spec, line_state.base), source, record.made_by)
 
 
 def _of_localized(line_state: LineState, models: Iterable[tuple[str, int]]) -> Iterator[Known]:
@@ -333,7 +333,7 @@ def _of_localized(line_state: LineState, models: Iterable[tuple[str, int]]) -> I
         for kind, digest in model.facts.statistics.items():
             source = f"what the line says of {task} {number}"
             maker = model.facts.localized_by
-            yield Known(digest, Wanted(kind, (member,)), _line(line_state), source, maker)
+            yield Known(digest, Statistic(kind, (member,)), _line(line_state), source, maker)
 
 
 def _weights(
@@ -388,8 +388,8 @@ def _write_delta(
     write_delta(file, line, task, model, space)
 
 
-def _write_statistic(line: LineRef, wanted: Wanted, space: Workspace, file: Path) -> None:
-    write_statistic_of(file, line, wanted, space)
+def _write_statistic(line: LineRef, statistic: Statistic, space: Workspace, file: Path) -> None:
+    write_statistic_of(file, line, statistic, space)
 
 
 def _list(uri: str, space: Workspace, file: Path) -> None:

@@ -31,7 +31,7 @@ from restitch.tasks.runtime.workspace import workspace
 _BY_DIGEST = re.compile(r"(blobs|audit)/([0-9a-f]{64})\Z")
 # What changes: heads; who has the turn on a server and what is removed mean nothing elsewhere.
 _HEAD = re.compile(r"lines/([^/]+)/head\.json\Z")
-_LEFT_OUT = ("turns/", "gc/")
+_LEFT_OUT = ("leases/", "gc/")
 
 _AT_ONCE = 4
 

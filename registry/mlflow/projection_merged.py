@@ -160,15 +160,17 @@ def metrics_of(record: MergedRecord) -> dict[str, float]:
         }
     competed = record.facts.get("tournament")
     if isinstance(competed, dict):
-        found |= {f"tournament/{_plain(one['label'])}": one["score"] for one in _entrants(competed)}
+        found |= {
+            f"tournament/{_plain(one['label'])}": one["score"] for one in _contestants(competed)
+        }
     if record.gates:
         found["gates/failed"] = float(sum(not gate.passed for gate in record.gates))
     found |= {f"seconds/{step}": seconds for step, seconds in record.timings.items()}
     return {k: float(v) for k, v in found.items() if v is not None and math.isfinite(v)}
 
 
-def _entrants(tournament: dict[str, Any]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = tournament["entrants"]
+def _contestants(tournament: dict[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = tournament["contestants"]
     return found
 
 

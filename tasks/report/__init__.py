@@ -1,6 +1,6 @@
 """The HTML report, its plots, and the model card of an export.
 
-The flows `audit.report`, `export` and `research` import it.
+Only the flows `audit.report`, `export` and `research` import it.
 """
 
 from restitch.tasks.report.page import Report, ReportInput, render

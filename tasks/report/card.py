@@ -1,7 +1,7 @@
-"""The model card of an export: what it is, what is in it, what it scored, how to check it.
+"""The model card of an export: summary, results, members, lineage, licences and verification.
 
-A function of the record and of where the version comes from. Texts of others stand in it as
-texts: nothing in a reason, a source or a licence becomes markup.
+It is a pure function of the version's record and provenance. Text from others, such as reasons,
+sources and licences, is escaped so that it never becomes markup.
 """
 
 import re
@@ -61,12 +61,12 @@ def specialist_card(
     Args:
         line_state: of the line.
         record: the version.
-        task: one of its members'.
-        made: how the specialists were made, as `restitch.json` says it.
-        origin: where the version comes from, with the digest of these weights.
+        task: of one of its members.
+        made: how the specialists were made, as in `restitch.json`.
+        origin: the provenance of the version, with the digest of these weights.
     """
     line, version = record.line, record.version
-    again = f"restitch export {line} {version} OUT --task {task}  # the same weights again"
+    command = f"restitch export {line} {version} OUT --task {task}  # exports the same weights"
     members = [
         (name, str(m.version), _source(m.uri), f"`{m.weights}`")
         for name, m in record.members.items()
@@ -74,9 +74,9 @@ def specialist_card(
     parts = [
         _front_matter(line_state, origin),
         f"# {line}, version {version}: {task}",
-        f"The specialist for `{task}`: {_source(line_state.base.uri)} with the part of the multi-task "
-        f"vector of {len(record.members)} finetuned models that the mask of `{task}` selects. "
-        "It is for this task alone.",
+        f"The specialist for `{task}`: {_source(line_state.base.uri)} plus those coordinates of "
+        f"the multi-task vector of {len(record.members)} finetuned models that the task's mask "
+        "selects. Use it for this task only.",
         "## Members",
         _table(("task", "version", "finetuned model", "weights"), members),
         "## Licences",
@@ -84,7 +84,7 @@ def specialist_card(
         "## Recipe",
         f"All details are in `restitch.json`.\n\n```json\n{canonical_json(made).decode()}\n```",
         "## How to verify it",
-        _verification(again, origin),
+        _verification(command, origin),
     ]
     return _page(parts)
 
@@ -103,7 +103,7 @@ def _front_matter(line_state: LineState, origin: Provenance) -> str:
 
 
 def _licence_fields(all_of_them: Sequence[Licence | None]) -> dict[str, str]:
-    """One licence where all are known and agree; what is unknown is not guessed."""
+    """The licence if all are known and equal, or `other`; unknown licences are not guessed."""
     known = {licence for licence in all_of_them if licence is not None}
     if not known:
         return {}
@@ -112,7 +112,7 @@ def _licence_fields(all_of_them: Sequence[Licence | None]) -> dict[str, str]:
     fields = {"license": only.ids[0]}
     if only.name is not None:
         fields["license_name"] = only.name
-    if only.link is not None and "://" in only.link:  # a file beside their card is not beside ours
+    if only.link is not None and "://" in only.link:  # a relative link would not work here
         fields["license_link"] = without_credentials(only.link)
     return fields
 
@@ -120,9 +120,9 @@ def _licence_fields(all_of_them: Sequence[Licence | None]) -> dict[str, str]:
 def _summary(line_state: LineState, record: MergedRecord) -> str:
     tasks = ", ".join(record.members) or "no task"
     return (
-        f"A merged model that holds the skills of {len(record.members)} finetuned models "
-        f"({tasks}), stitched from their sparse masks onto {_source(line_state.base.uri)} by restitch. "
-        f"{record.kept:,} weights differ from the base. Made {_time(record.created_at)}."
+        f"A merged model with the skills of {len(record.members)} finetuned models ({tasks}). "
+        f"restitch stitched their sparse task vectors onto {_source(line_state.base.uri)}. "
+        f"{record.kept:,} weights differ from the base. Created {_time(record.created_at)}."
     )
 
 
@@ -131,30 +131,31 @@ def _results(record: MergedRecord) -> str:
         (task, *_values(result), _interval(result.interval))
         for task, result in record.results.items()
     ]
-    line_state = ("task", "base", "finetuned", "grafted", "merged", "normalized", "95 % interval")
-    return _table(line_state, rows)
+    header = ("task", "base", "finetuned", "grafted", "merged", "normalized", "95 % interval")
+    return _table(header, rows)
 
 
 def _values(result: TaskResult) -> tuple[str, ...]:
-    found = []
+    cells = []
     for name in ("base", "finetuned", "grafted", "merged", "normalized"):
         value, interval = getattr(result, name), result.intervals.get(name)
-        found.append(_number(value) + (f" ({_interval(interval)})" if interval else ""))
-    return tuple(found)
+        cells.append(_number(value) + (f" ({_interval(interval)})" if interval else ""))
+    return tuple(cells)
 
 
 def _retention(record: MergedRecord) -> str:
-    kept = record.retention
-    if kept is None:
+    retention = record.retention
+    if retention is None:
         return ""
     rows = [
-        ("merged, top-1", _number(kept.top1), _interval(kept.interval)),
-        ("base, top-1", _number(kept.base_top1), _interval(kept.base_interval)),
-        ("retention", _number(kept.ratio), _interval(kept.ratio_interval)),
+        ("merged, top-1", _number(retention.top1), _interval(retention.interval)),
+        ("base, top-1", _number(retention.base_top1), _interval(retention.base_interval)),
+        ("retention", _number(retention.ratio), _interval(retention.ratio_interval)),
     ]
     return (
-        f"Zero-shot top-1 on `{kept.task}` ({kept.count} rows): {kept.top1:.4f}, "
-        f"base {kept.base_top1:.4f}, retention {kept.ratio:.4f}.\n\n"
+        f"Zero-shot top-1 accuracy on `{retention.task}` ({retention.count} rows): "
+        f"{retention.top1:.4f}, base {retention.base_top1:.4f}, "
+        f"retention {retention.ratio:.4f}.\n\n"
         + _table(("general benchmark", "value", "95 % interval"), rows)
     )
 
@@ -182,16 +183,20 @@ def _members(record: MergedRecord) -> str:
 
 
 def _lineage(record: MergedRecord, origin: Provenance) -> str:
-    before = "no version was" if origin.parent is None else f"version {origin.parent} was"
-    text = f"When it was made, {before} in use."
+    champion = (
+        "there was no champion"
+        if origin.parent is None
+        else f"version {origin.parent} was champion"
+    )
+    text = f"When this version was created, {champion}."
     rows = [
         (_time(act.time), act.kind, _plain(act.actor), _plain(act.reason), f"`{act.digest[:16]}`")
         for act in origin.acts
     ]
     if not rows:
         return text
-    acts = _table(("time", "act", "by", "why", "audit entry"), rows)
-    return f"{text} What happened to it until it was exported:\n\n{acts}"
+    acts = _table(("time", "act", "actor", "reason", "audit entry"), rows)
+    return f"{text} Acts on it before this export:\n\n{acts}"
 
 
 def _licences(line_state: LineState, record: MergedRecord, origin: Provenance) -> str:
@@ -200,8 +205,8 @@ def _licences(line_state: LineState, record: MergedRecord, origin: Provenance) -
         (task, _source(member.uri), _licence(origin.licences.get(task)))
         for task, member in record.members.items()
     ]
-    return "As the cards of base and members state them; nothing was guessed.\n\n" + _table(
-        ("what", "source", "licence"), rows
+    return "As stated by the model cards of the base and the members.\n\n" + _table(
+        ("model", "source", "licence"), rows
     )
 
 
@@ -209,7 +214,7 @@ def _recipe(line_state: LineState, record: MergedRecord) -> str:
     method = record.recipe.get("method")
     return (
         f"Recipe `{record.recipe_digest}`, patch `{record.patch}` on base "
-        f"`{line_state.base.weights}`. The merged weights are a function of the recipe alone. "
+        f"`{line_state.base.weights}`. The recipe alone determines the merged weights. "
         "All details are in `restitch.json`.\n\n"
         f"```json\n{canonical_json(method).decode()}\n```"
     )
@@ -218,23 +223,24 @@ def _recipe(line_state: LineState, record: MergedRecord) -> str:
 def _commands(record: MergedRecord) -> str:
     line, version = record.line, record.version
     return (
-        f"restitch verify {line} --version {version}  # trail, digests, the patch rebuilt\n"
-        f"restitch export {line} {version} OUT  # the same weights again, byte for byte"
+        f"restitch verify {line} --version {version}  # trail, digests, rebuilt patch\n"
+        f"restitch export {line} {version} OUT  # exports the same weights, byte for byte"
     )
 
 
 def _verification(commands: str, origin: Provenance) -> str:
-    text = f"With the line's store:\n\n```sh\n{commands}\n```"
+    text = f"With access to the line's store:\n\n```sh\n{commands}\n```"
     if origin.weights is None:
         return text
     check = (
-        'python -c "from pathlib import Path; from restitch.merging.files.checkpoint import Checkpoint; '
+        'python -c "from pathlib import Path; '
+        "from restitch.merging.files.checkpoint import Checkpoint; "
         "print(Checkpoint.open(Path('.')).digest())\""
     )
     return (
-        f"{text}\n\nIn this folder, without the store, with restitch installed:\n\n"
+        f"{text}\n\nWithout the store, in this folder, with restitch installed:\n\n"
         f"```sh\n{check}\n```\n\nIt prints `{origin.weights}` (BLAKE3 over all tensors by name, "
-        "however they are dealt to files)."
+        "independent of sharding)."
     )
 
 
@@ -243,7 +249,7 @@ def _licence(licence: Licence | None) -> str:
 
 
 def _source(uri: str) -> str:
-    # In code nothing is markup but its own end, and in a table the end of a cell.
+    # In inline code only backticks are markup, and in a table the pipe.
     text = " ".join(without_credentials(uri).split())
     return f"`{text.replace('`', '').replace('|', chr(92) + '|')}`"
 
@@ -256,8 +262,8 @@ def _time(text: str) -> str:
     return f"{text[:19].replace('T', ' ')} UTC"
 
 
-def _table(line_state: tuple[str, ...], rows: Rows) -> str:
-    lines = [line_state, tuple("---" for _ in line_state), *rows]
+def _table(header: tuple[str, ...], rows: Rows) -> str:
+    lines = [header, tuple("---" for _ in header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 

@@ -1,9 +1,9 @@
-"""How figures become pictures: SVG for the page and PNG for everything else.
+"""Render figures as SVG for the HTML page, and as PNG for everything else.
 
-A figure names its colours by `COLOURS`; in the SVG they are the page's own variables, so that
-the same picture is right on light, dark and paper. Text stays text. Identifiers carry the plot's
-name, so that several pictures live in one page. Bytes depend on the figure and the versions of
-the libraries alone.
+Figures use the colours of `COLOURS`. In the SVG these become CSS variables of the page, so that a
+plot suits light mode, dark mode and print. Text stays text. All identifiers contain the plot's
+name, so that several plots fit into one page. The bytes depend only on the figure and the versions
+of the libraries.
 """
 
 import io
@@ -16,8 +16,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-# What a colour is called on the page, and what it is on white. Series are told apart by shape
-# or by text too; the hues are those of Okabe and Ito, which most eyes can tell apart.
+# The CSS variable of each colour, and its value on white. Series differ by shape or text too; the
+# hues follow Okabe and Ito, which readers with colour blindness can tell apart.
 COLOURS = {
     "ink": "#1f2328",
     "muted": "#59636f",
@@ -36,7 +36,7 @@ _SETTINGS = {
     "svg.fonttype": "none",
     "font.family": ["DejaVu Sans"],
     "font.size": 8.0,
-    "text.parse_math": False,  # a dollar in a name is a dollar
+    "text.parse_math": False,  # a dollar sign in a name is literal
     "text.color": COLOURS["ink"],
     "axes.edgecolor": COLOURS["grid"],
     "axes.facecolor": "none",
@@ -57,11 +57,11 @@ _SETTINGS = {
     "ytick.labelcolor": COLOURS["ink"],
     "ytick.labelsize": 8.0,
 }
-# Inches: what a phone can show without making the text small.
+# In inches: a phone shows this width without shrinking the text.
 WIDTH = 4.8
 _POINTS_PER_INCH, _PIXELS_PER_INCH = 72.0, 96.0
 _PNG_DPI = 144
-_NAMELESS = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+_NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _UNWANTED = re.compile(r"<metadata>.*?</metadata>|<!--.*?-->|<style[^>]*>.*?</style>", re.DOTALL)
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 
@@ -71,9 +71,9 @@ class Plot:
     """One plot.
 
     Attributes:
-        name: a short name without blanks; the picture is `<name>.png`.
-        title: what it shows.
-        description: the same in words, for who does not see it.
+        name: a short name without spaces; the file is `<name>.png`.
+        title: its caption.
+        description: the plot in words, for screen readers.
         figure: a `matplotlib.figure.Figure`.
     """
 
@@ -84,13 +84,13 @@ class Plot:
 
     @property
     def is_wide(self) -> bool:
-        """Whether it needs more than the usual width to be read."""
+        """Whether it needs more than the usual width."""
         return bool(self.figure.get_size_inches()[0] > 1.1 * WIDTH)
 
 
 @contextmanager
 def drawing(name: str) -> Iterator[None]:
-    """Everything about a figure happens in here: no setting of a user's reaches it.
+    """Set up matplotlib for one plot, independent of the user's own settings.
 
     Args:
         name: of the plot.
@@ -98,7 +98,7 @@ def drawing(name: str) -> Iterator[None]:
     import matplotlib as mpl
 
     with mpl.rc_context(), warnings.catch_warnings():
-        # The browser has fonts for the letters that DejaVu has not.
+        # The browser has fonts for glyphs that DejaVu lacks.
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         mpl.rcdefaults()
         mpl.rcParams.update({**_SETTINGS, "svg.hashsalt": f"restitch {name}"})
@@ -114,15 +114,15 @@ def axes_in(
     right: float = 0.14,
     width: float | None = None,
 ) -> tuple[Any, Any]:
-    """A figure with one pair of axes in it; all sizes are inches.
+    """A figure with one pair of axes; all sizes are in inches.
 
     Args:
         height: of the axes.
-        left: room beside them, for what is written there; the others likewise.
-        top: above.
-        bottom: below.
-        right: beside them.
-        width: of the axes; None makes the figure as wide as all others.
+        left: margin for labels; likewise the other sides.
+        top: margin.
+        bottom: margin.
+        right: margin.
+        width: of the axes; None gives the figure the common width.
     """
     from matplotlib.figure import Figure
 
@@ -134,12 +134,12 @@ def axes_in(
 
 
 def room(names: Sequence[str]) -> float:
-    """Inches that the longest of some labels takes."""
+    """The width in inches of the longest label."""
     return 0.2 + 0.067 * max((len(label(name)) for name in names), default=0)
 
 
 def label(text: str, longest: int = 20) -> str:
-    """A text for a plot: in one line, without control characters, shortened in the middle."""
+    """A text as a label: on one line, without control characters, shortened in the middle."""
     text = _UNPRINTABLE.sub(" ", text)
     if len(text) <= longest:
         return text
@@ -148,7 +148,7 @@ def label(text: str, longest: int = 20) -> str:
 
 
 def to_png(plot: Plot) -> bytes:
-    """The plot on white."""
+    """Render the plot as PNG on white."""
     stream = io.BytesIO()
     with drawing(plot.name):
         plot.figure.savefig(
@@ -158,14 +158,14 @@ def to_png(plot: Plot) -> bytes:
 
 
 def to_svg(plot: Plot) -> Markup:
-    """The plot as an element of a page."""
+    """Render the plot as an inline SVG element."""
     stream = io.StringIO()
     with drawing(plot.name):
-        plot.figure.savefig(stream, format="svg", metadata=_NAMELESS)
+        plot.figure.savefig(stream, format="svg", metadata=_NO_METADATA)
     drawn = stream.getvalue()
     inner = drawn[drawn.index(">", drawn.index("<svg")) + 1 : drawn.rindex("</svg>")]
     inner = _UNWANTED.sub("", inner)
-    inner = re.sub(r' id="[A-Za-z.]+_[0-9]+"', "", inner)  # of groups: nothing refers to them
+    inner = re.sub(r' id="[A-Za-z.]+_[0-9]+"', "", inner)  # ids of groups, which nothing refers to
     inner = re.sub(r"(\bid=\"|href=\"#|url\(#)", rf"\g<1>{plot.name}-", inner)
     inner = inner.replace("xlink:href", "href")
     inner = re.sub(r"(font: [^;\"]*?px )[^;\"]+", r"\1var(--font)", inner)

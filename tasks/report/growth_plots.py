@@ -1,6 +1,6 @@
-"""The plots of growing masks: what one member reaches alone, and what two reach together.
+"""Plots of accuracy as masks grow: of one member alone, and of two merged members.
 
-Each function takes what `restitch.tasks.research.density_curves` found, as it is in the JSON of `restitch analyze`.
+Each function takes a result of `density_curves`, as in the JSON of `restitch analyze`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -9,7 +9,7 @@ from typing import Any
 from restitch.tasks.report.drawing import COLOURS, Plot, axes_in
 from restitch.tasks.report.numbers import number
 
-# A localizer looks the same in every picture.
+# A localizer looks the same in every plot.
 _MARKS = {
     "dataless": ("o", "blue"),
     "fisher": ("^", "green"),
@@ -20,17 +20,17 @@ _MARKS = {
 _PAIR = (("o", "blue"), ("D", "orange"))
 
 
-def curves_plot(task: str, found: Mapping[str, Any]) -> Plot | None:
+def curves_plot(task: str, measured: Mapping[str, Any]) -> Plot | None:
     """Grafted accuracy against density, one line per localizer.
 
     Args:
         task: its name.
-        found: what was measured of it.
+        measured: the results of the task.
 
     Returns:
-        None where no localizer was asked.
+        None if no localizer was measured.
     """
-    curves: Mapping[str, Any] = found["curves"]
+    curves: Mapping[str, Any] = measured["curves"]
     if not curves:
         return None
     figure, axes = axes_in(2.6, left=0.62, top=0.2, bottom=0.5, right=1.5)
@@ -39,35 +39,35 @@ def curves_plot(task: str, found: Mapping[str, Any]) -> Plot | None:
         x, y = [p["density"] for p in points], [p["value"] for p in points]
         _band(axes, x, [p["interval"] for p in points], colour)
         axes.plot(x, y, f"{shape}-", color=COLOURS[colour], label=name, **_THIN)
-    own = found["own"]
+    own = measured["own"]
     if own["density"] is not None:
         at = {"color": COLOURS["ink"], "markersize": 9, "label": "in use"}
         axes.plot([own["density"]], [own["value"]], "*", linestyle="none", **at)
     for name, style in (("finetuned", "--"), ("base", ":")):
-        if found[name] is not None:
+        if measured[name] is not None:
             line = {"linestyle": style, "linewidth": 1, "color": COLOURS["ink"]}
-            axes.axhline(found[name]["value"], label=name, **line)
+            axes.axhline(measured[name]["value"], label=name, **line)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    axes.set_xlabel("share of the coordinates that is kept")
-    axes.set_ylabel(f"grafted {found['metric']}")
+    axes.set_xlabel("mask density")
+    axes.set_ylabel(f"grafted {measured['metric']}")
     _finish(axes)
-    told = "; ".join(
+    values = "; ".join(
         f"{name} from {number(float(c['points'][0]['value']))} "
         f"to {number(float(c['points'][-1]['value']))}"
         for name, c in curves.items()
     )
     return Plot(
         f"grafted-{task}",
-        f"Grafted {found['metric']} against density: {task}",
-        f"What the base reaches on {task} with some of the finetuned weights, by localizer, with "
-        f"95 % intervals: {told}.",
+        f"Grafted {measured['metric']} against density: {task}",
+        f"The base with a growing share of the finetuned weights of {task}, by localizer, with "
+        f"95 % intervals: {values}.",
         figure,
     )
 
 
 def conflict_plot(pair: Mapping[str, Any]) -> Plot:
-    """What two merged members reach against what their masks share, and plain averaging."""
+    """Accuracy of two merged members against the overlap of their masks, and of averaging."""
     figure, axes = axes_in(2.6, left=0.62, top=0.2, bottom=0.5, right=1.5)
     points = [point for point in pair["points"] if point["share"] is not None]
     shares = [point["share"] for point in points]
@@ -77,18 +77,18 @@ def conflict_plot(pair: Mapping[str, Any]) -> Plot:
         y = [result["value"] for result in results]
         axes.plot(shares, y, f"{shape}-", color=COLOURS[colour], label=task, **_THIN)
     mean = [point["mean"] for point in points]
-    axes.plot(shares, mean, "P-", color=COLOURS["ink"], label="mean of both", **_THIN)
+    axes.plot(shares, mean, "P-", color=COLOURS["ink"], label="mean", **_THIN)
     averaging = pair["averaging"]["mean"]
     axes.axhline(averaging, linestyle="--", linewidth=1, color=COLOURS["ink"], label="averaging")
-    axes.set_xlabel("share of the kept coordinates that both masks keep")
+    axes.set_xlabel("Jaccard index of the two masks")
     axes.set_ylabel("accuracy of the merged model")
     _finish(axes)
-    told = ", ".join(f"{number(float(p['mean']))} at {number(float(p['share']))}" for p in points)
+    values = ", ".join(f"{number(float(p['mean']))} at {number(float(p['share']))}" for p in points)
     return Plot(
         "conflict",
-        f"Merged accuracy against shared coordinates: {' and '.join(pair['tasks'])}",
-        f"Mean accuracy of both tasks by what the masks share: {told}; averaging whole task "
-        f"vectors {number(float(averaging))}.",
+        f"Merged accuracy against overlap of the masks: {' and '.join(pair['tasks'])}",
+        f"Mean accuracy of both tasks by the Jaccard index of the masks: {values}; averaging of "
+        f"whole task vectors: {number(float(averaging))}.",
         figure,
     )
 

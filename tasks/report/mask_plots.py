@@ -1,7 +1,7 @@
-"""The plots of the masks: what members have in common, and where their masks lie.
+"""Plots of masks: their overlaps, and their shares by layer and component.
 
-Each function takes the analysis of a merged version (`restitch.tasks.research.mask_analysis`) and makes one `Plot`. Heat
-maps colour by opacity over the page's own background, so they are right on light and on dark.
+Each function takes the analysis of a merged version (see `mask_analysis`) and makes one `Plot`.
+Heat maps vary opacity over the page's background, so they suit light and dark mode.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,8 +14,8 @@ EVERYTHING = "all weights"
 
 _BLUE, _RED = (0.0, 0.36, 0.62), (0.72, 0.24, 0.04)
 _PARTS = ("blue", "orange", "green", "pink", "sky", "grey")
-_MOST_WITH_NUMBERS = 8  # cells of more members are too small for a number
-_MOST_IN_WIDTH = 24  # columns that fit the width of a page; more make the picture wider
+_MOST_WITH_NUMBERS = 8  # with more members, cells are too small for numbers
+_MOST_IN_WIDTH = 24  # columns that fit the common width; more make the plot wider
 _SCALE_ROOM = 2.6  # inches
 
 
@@ -28,7 +28,7 @@ def jaccard_plot(analysis: Mapping[str, Any]) -> Plot | None:
     return Plot(
         "jaccard",
         "Jaccard index of the masks",
-        f"Common coordinates over all coordinates of two masks, for {len(pairs)} pairs of "
+        f"Common coordinates of two masks over all of theirs, for {len(pairs)} pairs of "
         f"members: {_range_in_words(pairs)}.",
         _square(analysis, "jaccard", highest or 1.0),
     )
@@ -41,41 +41,41 @@ def cosine_plot(analysis: Mapping[str, Any]) -> Plot | None:
         return None
     return Plot(
         "cosine",
-        "Cosine of the masked task vectors",
-        f"Cosine of what two members change, each at its own mask, for {len(pairs)} pairs of "
+        "Cosine similarity of the masked task vectors",
+        f"Cosine similarity of two masked task vectors, for {len(pairs)} pairs of "
         f"members: {_range_in_words(pairs)}.",
         _square(analysis, "cosine", max(abs(value) for *_, value in pairs) or 1.0),
     )
 
 
 def layers_plot(analysis: Mapping[str, Any]) -> Plot | None:
-    """The share of every mask in every layer, beside that of all weights."""
-    found = _shares(analysis, "by_layer")
-    if not found:
+    """The share of every mask in every layer, compared with that of all weights."""
+    shares = _shares(analysis, "by_layer")
+    if not shares:
         return None
     layers = analysis["places"]["layers"]
-    rows = [[share.get(layer, 0.0) for layer in layers] for share in found.values()]
+    rows = [[share.get(layer, 0.0) for layer in layers] for share in shares.values()]
     highest = max(value for row in rows for value in row)
     return Plot(
         "layers",
-        "Where the masks lie: layers",
-        f"The share of each of {len(rows) - 1} masks in each of {len(layers)} layers, and that "
-        f"of all weights of the tensors that masks touch. The largest share is "
+        "Masks by layer",
+        f"The share of each of {len(rows) - 1} masks in each of {len(layers)} layers, and the "
+        f"share of all weights in the tensors that masks touch. The largest share is "
         f"{number(highest)}.",
-        _heat_map(rows, list(found), layers, highest, cell=0.26, numbers=False),
+        _heat_map(rows, list(shares), layers, highest, cell=0.26, numbers=False),
     )
 
 
 def components_plot(analysis: Mapping[str, Any]) -> Plot | None:
-    """The share of every mask in every component, beside that of all weights."""
-    found = _shares(analysis, "by_component")
-    if not found:
+    """The share of every mask in every component, compared with that of all weights."""
+    shares = _shares(analysis, "by_component")
+    if not shares:
         return None
-    parts, names = analysis["places"]["components"], list(found)
+    parts, names = analysis["places"]["components"], list(shares)
     figure, axes = axes_in(len(names) * 0.26, left=room(names), right=0.2, top=0.55, bottom=0.5)
     start = [0.0] * len(names)
     for part, colour in zip(parts, _PARTS, strict=False):
-        widths = [share.get(part, 0.0) for share in found.values()]
+        widths = [share.get(part, 0.0) for share in shares.values()]
         axes.barh(range(len(names)), widths, 0.72, left=start, color=COLOURS[colour], label=part)
         start = [a + b for a, b in zip(start, widths, strict=True)]
     axes.set_yticks(range(len(names)), [label(name) for name in names])
@@ -83,19 +83,19 @@ def components_plot(analysis: Mapping[str, Any]) -> Plot | None:
     axes.set_xlim(0, 1)
     axes.tick_params(axis="y", length=0)
     axes.set_xlabel("share of the mask")
-    handles, told = axes.get_legend_handles_labels()
+    handles, labels = axes.get_legend_handles_labels()
     columns = len(parts) if len(parts) <= 4 else 3
-    figure.legend(handles, told, loc="upper center", ncols=columns, handlelength=1)
+    figure.legend(handles, labels, loc="upper center", ncols=columns, handlelength=1)
     means = {
-        part: sum(share.get(part, 0.0) for name, share in found.items() if name != EVERYTHING)
-        / (len(found) - 1)
+        part: sum(share.get(part, 0.0) for name, share in shares.items() if name != EVERYTHING)
+        / (len(shares) - 1)
         for part in parts
     }
     return Plot(
         "components",
-        "Where the masks lie: components",
-        f"The share of each of {len(names) - 1} masks by component, and that of all weights of "
-        "the tensors that masks touch. On average over the masks: "
+        "Masks by component",
+        f"The share of each of {len(names) - 1} masks by component, and the share of all weights "
+        "in the tensors that masks touch. Mean over the masks: "
         + ", ".join(f"{part} {number(mean)}" for part, mean in means.items())
         + ".",
         figure,
@@ -103,13 +103,13 @@ def components_plot(analysis: Mapping[str, Any]) -> Plot | None:
 
 
 def owners_plot(analysis: Mapping[str, Any]) -> Plot | None:
-    """How many coordinates are chosen by exactly 1, 2, 3, ... masks."""
+    """The number of coordinates in exactly 1, 2, 3, ... masks."""
     from matplotlib.ticker import NullLocator
 
     owners = analysis["owners"]
     if not sum(owners):
         return None
-    # Those that nothing has are not drawn; a scale of powers could not.
+    # Counts of zero at the end are not drawn; a log scale could not show them.
     last = max(i for i, count in enumerate(owners) if count) + 1
     figure, axes = axes_in(1.9, left=1.05, top=0.3, bottom=0.5)
     places = list(range(1, last + 1))
@@ -136,28 +136,28 @@ def owners_plot(analysis: Mapping[str, Any]) -> Plot | None:
                 ha="center",
                 fontsize=7.5,
             )
-    axes.set_xlabel("members that choose a coordinate")
+    axes.set_xlabel("number of masks that select a coordinate")
     axes.set_ylabel("coordinates")
-    told = ", ".join(f"{place}: {number(count)}" for place, count in enumerate(owners[:12], 1))
+    words = ", ".join(f"{masks}: {number(count)}" for masks, count in enumerate(owners[:12], 1))
     return Plot(
         "owners",
-        "How many members share a coordinate",
-        f"Coordinates by how many members choose them. {told}"
+        "Coordinates by number of masks",
+        f"Number of coordinates by how many masks select them. {words}"
         + (" and so on." if len(owners) > 12 else "."),
         figure,
     )
 
 
 def _pairs(analysis: Mapping[str, Any], name: str) -> list[tuple[str, str, float]]:
-    """The pairs of members that have a value, largest first."""
+    """The pairs of members with their values, largest first."""
     tasks, matrix = analysis["tasks"], analysis[name]
-    found = [
+    pairs = [
         (tasks[i], tasks[j], matrix[i][j])
         for i in range(len(tasks))
         for j in range(i)
         if matrix[i][j] is not None
     ]
-    return sorted(found, key=lambda pair: -pair[2])
+    return sorted(pairs, key=lambda pair: -pair[2])
 
 
 def _range_in_words(pairs: Sequence[tuple[str, str, float]]) -> str:
@@ -170,8 +170,8 @@ def _range_in_words(pairs: Sequence[tuple[str, str, float]]) -> str:
 
 def _shares(analysis: Mapping[str, Any], group: str) -> dict[str, dict[str, float]]:
     places = analysis["places"][group]
-    found = {task: places["tasks"][task] for task in analysis["tasks"] if places["tasks"][task]}
-    return {**found, EVERYTHING: places["all"]} if found else {}
+    shares = {task: places["tasks"][task] for task in analysis["tasks"] if places["tasks"][task]}
+    return {**shares, EVERYTHING: places["all"]} if shares else {}
 
 
 def _square(analysis: Mapping[str, Any], name: str, highest: float) -> Any:
@@ -194,7 +194,7 @@ def _heat_map(
     cell: float,
     numbers: bool,
 ) -> Any:
-    """Cells that are the more opaque the larger they are: blue above zero, red below."""
+    """A heat map whose opacity is the magnitude: blue above zero, red below."""
     import numpy as np
 
     pixels = np.zeros((len(rows), len(across), 4))
@@ -210,7 +210,7 @@ def _heat_map(
     figure, axes = axes_in(
         cell * len(rows),
         left=left,
-        # The scale above needs its room, however few cells there are.
+        # Leave room for the scale above, even with few cells.
         right=max(0.14, _SCALE_ROOM - left - width),
         top=0.4,
         bottom=room(across) if turned else 0.3,
@@ -239,7 +239,7 @@ def _write_numbers(axes: Any, rows: Sequence[Sequence[float | None]], highest: f
 
 
 def _scale(figure: Any, highest: float, *, signed: bool) -> None:
-    """What the colours mean: a strip above the picture."""
+    """Draw the colour scale above the heat map."""
     import numpy as np
 
     width, height = figure.get_size_inches()

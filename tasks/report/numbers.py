@@ -1,9 +1,8 @@
-"""The one way in which the report writes a number, and the way back to where it came from.
+"""Format the numbers of the report, and mark each with its path in the JSON.
 
-Whole numbers and those from ten thousand on stand without decimals, all others with four, or in
-two digits and a power of ten where four would make them zero. On the page every number is a
-`<span>` with its full value in `data-value` and its path in the JSON in `data-field`, so that a
-program can compare the two.
+Integers and numbers from ten thousand on have no decimals; all others have four, or scientific
+notation where four decimals would show zero. Every number on the page is a `<span>` with its full
+value in `data-value` and its JSON path in `data-field`, so that a program can check it.
 """
 
 import json
@@ -15,7 +14,7 @@ MISSING = Markup('<span class="missing" title="not measured">&ndash;</span>')
 
 
 def number(value: float) -> str:
-    """A number as people read it."""
+    """A number, formatted for reading."""
     if isinstance(value, int) or abs(value) >= 10_000:
         return f"{value:,.0f}"
     if value and abs(value) < 0.00005:
@@ -24,17 +23,17 @@ def number(value: float) -> str:
 
 
 class Numbers:
-    """Numbers by their path in the JSON values of a report.
+    """Formats numbers by their path in the JSON values of a report.
 
     Args:
-        values: the JSON values of the version, with further ones beside them.
+        values: the JSON values of the version and of the other parts of the report.
     """
 
     def __init__(self, values: dict[str, Any]) -> None:
         self._values = values
 
     def find(self, *path: str | int) -> Any:
-        """The value at a path; None where there is none."""
+        """The value at a path, or None."""
         value: Any = self._values
         for key in path:
             if isinstance(value, dict):
@@ -46,7 +45,7 @@ class Numbers:
         return value
 
     def __call__(self, *path: str | int) -> Markup:
-        """The number at a path as an element of the page; a dash where it was not measured."""
+        """The number at a path as an HTML element; a dash if it was not measured."""
         value = self.find(*path)
         if isinstance(value, bool) or not isinstance(value, int | float):
             return MISSING
@@ -54,7 +53,7 @@ class Numbers:
         return _SPAN.format(field, json.dumps(value), number(value))
 
     def interval(self, *path: str | int) -> Markup:
-        """The interval at a path, `low` to `high`."""
+        """The interval at a path as HTML: `low` to `high`."""
         if self.find(*path) is None:
             return MISSING
         return Markup("{} to {}").format(self(*path, "low"), self(*path, "high"))

@@ -1,9 +1,8 @@
-"""The page: one HTML file that needs nothing else, no network and no script.
+"""Render the report of a merged version as one HTML file, without scripts or network requests.
 
-`render` lays out what it is given. A number on the page is the number in the JSON (see
-`restitch.tasks.report.numbers`); what is missing is a dash. Everything that comes from others is escaped:
-names, reasons and addresses are text, never markup, and the page's own policy forbids scripts and
-every request.
+Every number on the page is marked with its path in the JSON (see `numbers`); missing values are
+dashes. Names, reasons and addresses are escaped, and the page's content security policy forbids
+scripts and all requests.
 """
 
 import json
@@ -24,7 +23,7 @@ from restitch.tasks.report.mask_plots import (
 from restitch.tasks.report.numbers import Numbers
 from restitch.tasks.report.plots import results_plot, retention_plot, tradeoff_plot
 
-# Of a line that is remerged every night for years the page lists the newest.
+# The page lists only the newest versions of a line.
 MOST_VERSIONS = 60
 MOST_PAIRS = 12
 
@@ -33,15 +32,15 @@ _FOLDER = Path(__file__).parent
 
 @dataclass(frozen=True)
 class ReportInput:
-    """What is known of a merged version, as plain JSON values.
+    """The content of the report, as plain JSON values.
 
     Attributes:
         version: as `restitch show LINE VERSION --json` prints it.
         versions: the list of `restitch history LINE --versions --json`, newest first.
-        changes: as `restitch diff LINE A B --json` prints it, B being this version and A the
-            champion before; None where there was none.
-        acts: those of `restitch history LINE --json` that are about this version.
-        analysis: as the step `analyze` returns it; None where it was not made.
+        changes: as `restitch diff LINE A B --json` prints it, where B is this version and A the
+            previous champion; None without one.
+        acts: the acts of `restitch history LINE --json` that are about this version.
+        analysis: as the step `analyze` returns it; None if it was not made.
     """
 
     version: dict[str, Any]
@@ -57,43 +56,43 @@ class Report:
 
     Attributes:
         html: the page.
-        plots: its plots as pictures on white, `<name>.png`.
+        plots: its plots as PNG on white, by file name.
     """
 
     html: str
     plots: dict[str, bytes]
 
 
-def render(found: ReportInput) -> Report:
+def render(content: ReportInput) -> Report:
     """Render the report of a merged version."""
-    plots = _plots(found)
+    plots = _plots(content)
     values = {
-        **found.version,
-        "versions": list(found.versions),
-        "changes": found.changes,
-        "acts": list(found.acts),
-        "analysis": found.analysis,
+        **content.version,
+        "versions": list(content.versions),
+        "changes": content.changes,
+        "acts": list(content.acts),
+        "analysis": content.analysis,
     }
     html = _template().render(
         n=Numbers(values),
-        v=found.version,
-        versions=found.versions[:MOST_VERSIONS],
-        all_versions=len(found.versions),
-        changes=found.changes,
-        by_verdict=_by_verdict(found.changes),
-        acts=found.acts,
-        analysis=found.analysis,
-        whole=_all_is_kept(found.analysis),
-        pairs=_closest_pairs(found.analysis),
+        v=content.version,
+        versions=content.versions[:MOST_VERSIONS],
+        all_versions=len(content.versions),
+        changes=content.changes,
+        by_verdict=_by_verdict(content.changes),
+        acts=content.acts,
+        analysis=content.analysis,
+        whole=_all_is_kept(content.analysis),
+        pairs=_closest_pairs(content.analysis),
         plots={plot.name: plot for plot in plots},
         svg=to_svg,
-        recipe=_as_json(found.version["recipe"], indent=2),
+        recipe=_as_json(content.version["recipe"], indent=2),
     )
     return Report(html, {f"{plot.name}.png": to_png(plot) for plot in plots})
 
 
-def _plots(found: ReportInput) -> list[Plot]:
-    version, versions, analysis = found.version, found.versions, found.analysis
+def _plots(content: ReportInput) -> list[Plot]:
+    version, versions, analysis = content.version, content.versions, content.analysis
     makers: list[tuple[str, Callable[[], Plot | None]]] = [
         ("results", lambda: results_plot(version["results"])),
         ("retention", lambda: retention_plot(version, versions)),
@@ -116,15 +115,15 @@ def _plots(found: ReportInput) -> list[Plot]:
 
 
 def _by_verdict(changes: Mapping[str, Any] | None) -> dict[str, list[tuple[int, str]]]:
-    """The compared tasks with their places in the list, by what became of them."""
+    """The compared tasks with their indices in the list, by verdict."""
     grouped: dict[str, list[tuple[int, str]]] = {}
-    for place, row in enumerate([] if changes is None else changes["results"]):
-        grouped.setdefault(row["verdict"], []).append((place, row["task"]))
+    for index, row in enumerate([] if changes is None else changes["results"]):
+        grouped.setdefault(row["verdict"], []).append((index, row["task"]))
     return grouped
 
 
 def _all_is_kept(analysis: Mapping[str, Any] | None) -> bool:
-    """Whether the members are whole task vectors, which leave nothing to see of masks."""
+    """Whether the members are whole task vectors, so that there are no masks to compare."""
     if analysis is None:
         return False
     sizes, kept = analysis["coordinates"], analysis["kept"].values()
@@ -132,7 +131,7 @@ def _all_is_kept(analysis: Mapping[str, Any] | None) -> bool:
 
 
 def _closest_pairs(analysis: Mapping[str, Any] | None) -> list[tuple[int, int]]:
-    """The pairs of members whose masks overlap most, by their places."""
+    """The pairs of members whose masks overlap most, by their indices."""
     if analysis is None:
         return []
     jaccard = analysis["jaccard"]

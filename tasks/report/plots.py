@@ -1,7 +1,7 @@
-"""The plots of results over tasks and over versions: one function makes one `Plot`.
+"""Plots of results by task and by version; `mask_plots` has those of the masks.
 
-Each takes plain JSON values as the commands print them and says in words what it shows. What was
-not measured is left out of the picture. See `restitch.tasks.report.mask_plots` for those of the masks.
+Each function takes plain JSON values as the commands print them, and makes one `Plot` with a
+description in words. Values that were not measured are left out.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from typing import Any
 from restitch.tasks.report.drawing import COLOURS, Plot, axes_in, label, room
 from restitch.tasks.report.numbers import number
 
-# What is compared on a task, in the order of the rows' marks: colour and shape.
+# The weights that are compared on a task, in the order of their marks, with colour and shape.
 SERIES = {
     "base": ("grey", "s"),
     "finetuned": ("blue", "D"),
@@ -22,27 +22,27 @@ _MOST_IN_WORDS = 12
 
 
 def results_plot(results: Mapping[str, Any]) -> Plot | None:
-    """Base, finetuned, grafted and merged value of every task, with their intervals."""
-    return _of_tasks("results", "Every task before and after merging", results, "merged")
+    """Values of base, finetuned, grafted and merged weights on every task, with intervals."""
+    return _of_tasks("results", "Results by task before and after merging", results, "merged")
 
 
 def experts_plot(experts: Mapping[str, Any], merged: Mapping[str, Any]) -> Plot | None:
-    """Base, finetuned model, merged model and specialist of every task, with their intervals.
+    """Values of base, finetuned model, merged model and specialist on every task, with intervals.
 
     Args:
-        experts: the results of specialists, by task.
-        merged: the results of the version that they are of.
+        experts: the results of the specialists, by task.
+        merged: the results of their merged version, by task.
     """
     results = {}
     for task, one in experts.items():
         spans = {**one["intervals"], "expert": one["interval"]}
-        beside = {name: merged.get(task, {}).get(name) for name in ("merged", "interval")}
-        results[task] = {**one, "grafted": None, **beside, "intervals": spans}
-    return _of_tasks("experts", "Specialists beside the merged model", results, "expert")
+        of_merged = {name: merged.get(task, {}).get(name) for name in ("merged", "interval")}
+        results[task] = {**one, "grafted": None, **of_merged, "intervals": spans}
+    return _of_tasks("experts", "Specialists and the merged model", results, "expert")
 
 
-def _of_tasks(name: str, title: str, results: Mapping[str, Any], about: str) -> Plot | None:
-    """Every value of every task; the one that the plot is about is told in words, too."""
+def _of_tasks(name: str, title: str, results: Mapping[str, Any], main: str) -> Plot | None:
+    """Values of every task; the description lists those of the main series."""
     known = [n for n in SERIES if any(r.get(n) is not None for r in results.values())]
     if not known:
         return None
@@ -51,8 +51,8 @@ def _of_tasks(name: str, title: str, results: Mapping[str, Any], about: str) -> 
     figure, axes = axes_in(row * len(tasks), left=room(tasks), top=0.36, bottom=0.5)
     for index in range(0, len(tasks), 2):
         axes.axhspan(index - 0.5, index + 0.5, color=COLOURS["stripe"], linewidth=0, zorder=0)
-    for place, one in enumerate(known):
-        offset = (place - (len(known) - 1) / 2) * 0.8 / len(known)
+    for index, one in enumerate(known):
+        offset = (index - (len(known) - 1) / 2) * 0.8 / len(known)
         points = [(i, results[t]) for i, t in enumerate(tasks) if results[t].get(one) is not None]
         _marks(axes, one, [(i + offset, r[one], _interval_of(r, one)) for i, r in points])
     axes.set_yticks(range(len(tasks)), [label(task) for task in tasks])
@@ -61,15 +61,15 @@ def _of_tasks(name: str, title: str, results: Mapping[str, Any], about: str) -> 
     axes.grid(axis="x")
     metrics = sorted({str(r.get("metric") or "accuracy") for r in results.values()})
     axes.set_xlabel(label(" or ".join(metrics)))
-    # Ordered by hand: a legend sorts by the kind of mark otherwise.
+    # In this order: a legend would sort by the kind of mark.
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=len(known), handletextpad=0.2)
-    told = [(t, r[about]) for t, r in results.items() if r.get(about) is not None]
+    values = [(t, r[main]) for t, r in results.items() if r.get(main) is not None]
     return Plot(
         name,
         title,
-        f"For {len(tasks)} tasks: {', '.join(known)}, with 95 % intervals where they are known. "
-        f"{about.capitalize()}: {_in_words(told)}. The table below has all values.",
+        f"For {len(tasks)} tasks: {', '.join(known)}, with 95 % intervals if known. "
+        f"{main.capitalize()}: {_in_words(values)}. The table below has all values.",
         figure,
     )
 
@@ -93,20 +93,20 @@ def _marks(
 
 def _interval_of(result: Mapping[str, Any], name: str) -> tuple[float, float] | None:
     intervals = result.get("intervals") or {}
-    found = result.get("interval") if name == "merged" else intervals.get(name)
-    return None if found is None else (found["low"], found["high"])
+    interval = result.get("interval") if name == "merged" else intervals.get(name)
+    return None if interval is None else (interval["low"], interval["high"])
 
 
 def retention_plot(
     version: Mapping[str, Any], versions: Sequence[Mapping[str, Any]]
 ) -> Plot | None:
-    """Retention over versions, with the interval of the version that the page is about."""
+    """Retention by version, with the interval of the reported version."""
     points = _with(versions, "retention")
     if not points:
         return None
     figure, axes = axes_in(2.1, left=0.62, top=0.36, bottom=0.5)
     axes.axhline(1.0, color=COLOURS["grey"], linewidth=1, linestyle=(0, (4, 3)))
-    # The line goes through what could be in use.
+    # The line connects the versions that no gate blocked.
     good = [v for v in points if v["passed"]]
     x, y = [v["version"] for v in good], [v["retention"] for v in good]
     axes.plot(x, y, "-", color=COLOURS["sky"], linewidth=1.2)
@@ -116,17 +116,17 @@ def retention_plot(
         axes.vlines(at, [span["low"]], [span["high"]], color=COLOURS["green"], linewidth=1.5)
     _mark_versions(figure, axes, version["version"], points, "version", "retention")
     axes.set_xlabel("version")
-    axes.set_ylabel("retention (1: that of the base)")
+    axes.set_ylabel("retention (base: 1)")
     axes.grid(axis="y")
     axes.xaxis.get_major_locator().set_params(integer=True)
     _widen(axes)
     numbers = [v["version"] for v in points]
-    beside = max(0.6, 0.1 * (max(numbers) - min(numbers)))
-    axes.set_xlim(min(numbers) - beside, max(numbers) + beside)
+    margin = max(0.6, 0.1 * (max(numbers) - min(numbers)))
+    axes.set_xlim(min(numbers) - margin, max(numbers) + margin)
     words = [(f"version {v['version']}", v["retention"]) for v in points]
     return Plot(
         "retention",
-        "Retention over versions",
+        "Retention by version",
         f"Retention of {len(points)} versions, oldest first: "
         f"{_in_words(words)}. The dashed line is the base.",
         figure,
@@ -134,20 +134,20 @@ def retention_plot(
 
 
 def tradeoff_plot(version: Mapping[str, Any], versions: Sequence[Mapping[str, Any]]) -> Plot | None:
-    """Accuracy over the tasks against retention: one mark per version."""
+    """Mean accuracy over the tasks against retention, one mark per version."""
     points = _with(versions, "retention", "mean_accuracy")
     if not points:
         return None
     figure, axes = axes_in(2.1, left=0.62, top=0.36, bottom=0.5)
     _mark_versions(figure, axes, version["version"], points, "retention", "mean_accuracy")
-    axes.set_xlabel("retention (1: that of the base)")
-    axes.set_ylabel("mean accuracy over its tasks")
+    axes.set_xlabel("retention (base: 1)")
+    axes.set_ylabel("mean accuracy over the tasks")
     axes.grid()
     _widen(axes)
     words = [(f"version {v['version']}", v["mean_accuracy"]) for v in points]
     return Plot(
         "tradeoff",
-        "Accuracy against retention, every version",
+        "Accuracy against retention by version",
         f"Mean accuracy over the tasks of each of {len(points)} versions against its retention. "
         f"Mean accuracy: {_in_words(words)}.",
         figure,
@@ -157,7 +157,7 @@ def tradeoff_plot(version: Mapping[str, Any], versions: Sequence[Mapping[str, An
 def _mark_versions(
     figure: Any, axes: Any, this: int, points: Sequence[Mapping[str, Any]], x: str, y: str
 ) -> None:
-    """Marks by what became of a version; this one, the champion and the candidate are named."""
+    """Mark versions by the outcome of their gates; label this one, champion and candidate."""
     kinds = (
         ("not blocked by a gate", "blue", "o", [p for p in points if p["passed"]]),
         ("blocked by a gate", "red", "X", [p for p in points if not p["passed"]]),
@@ -186,7 +186,7 @@ def _mark_versions(
 
 
 def _widen(axes: Any) -> None:
-    # Room for the names beside the outermost marks; one version alone has no extent at all.
+    # Leave room for labels next to the outermost marks; a single version has no extent.
     axes.margins(x=0.12, y=0.18)
     for low, high, widen in (
         (*axes.get_xlim(), axes.set_xlim),
@@ -197,11 +197,11 @@ def _widen(axes: Any) -> None:
 
 
 def _with(versions: Sequence[Mapping[str, Any]], *names: str) -> list[Mapping[str, Any]]:
-    """The versions, oldest first, that have a value under all of these names."""
+    """The versions that have all of these values, oldest first."""
     return [v for v in reversed(versions) if all(v.get(name) is not None for name in names)]
 
 
 def _in_words(values: Sequence[tuple[str, float]]) -> str:
-    told = [f"{name} {number(value)}" for name, value in values[:_MOST_IN_WORDS]]
-    rest = len(values) - len(told)
-    return ", ".join(told) + (f" and {rest} more" if rest else "")
+    words = [f"{name} {number(value)}" for name, value in values[:_MOST_IN_WORDS]]
+    rest = len(values) - len(words)
+    return ", ".join(words) + (f" and {rest} more" if rest else "")

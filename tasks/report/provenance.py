@@ -1,7 +1,7 @@
-"""Where an exported version comes from: its place in the trail, and licences of what is in it.
+"""The provenance of an exported version: its lineage in the audit trail, and licences.
 
-Licences are read where a source has its files already: a local folder, a copy in the store, the
-hub's cache. The hub and MLflow are never asked, so what is not there is unknown.
+Licences are read from files at hand: a local folder, a copy in the store, or the hub's cache. The
+hub and MLflow are never queried, so other licences are unknown.
 """
 
 import json
@@ -22,13 +22,13 @@ from restitch.registry.store.objects import ObjectStore
 
 @dataclass(frozen=True)
 class Provenance:
-    """What a card says beside the record.
+    """Facts for the model card that are not in the record of the version.
 
     Attributes:
         parent: the champion when the version was made.
-        acts: those that were about the version, oldest first.
-        base_licence: None where it is unknown; the members' likewise.
-        licences: of the members, by task.
+        acts: the acts about the version, oldest first.
+        base_licence: None if unknown.
+        licences: of the members by task; None if unknown.
         weights: the digest of the exported checkpoint.
     """
 
@@ -46,12 +46,12 @@ def provenance(
     objects: ObjectStore,
     weights: str,
 ) -> Provenance:
-    """Look up where a version comes from.
+    """Look up the provenance of a version.
 
     Args:
         base: the source of the line's base.
         record: the version.
-        newest_first: the line's trail.
+        newest_first: the line's audit trail.
         objects: the store.
         weights: the digest of the exported checkpoint.
     """
@@ -61,7 +61,7 @@ def provenance(
 
 
 def lineage(version: int, newest_first: Iterable[Entry]) -> tuple[int | None, tuple[Entry, ...]]:
-    """The champion when a version was made, and all acts about the version, oldest first."""
+    """The champion when a version was made, and the acts about the version, oldest first."""
     acts: list[Entry] = []
     made = False
     for entry in newest_first:
@@ -75,9 +75,9 @@ def lineage(version: int, newest_first: Iterable[Entry]) -> tuple[int | None, tu
 
 
 def licence_of(source: str, objects: ObjectStore) -> Licence | None:
-    """The licence that a resolved source states, as far as it can be read here."""
+    """The licence that a resolved source states, if its files are at hand."""
     if source.startswith("/"):
-        # A card beside a single file may be anybody's.
+        # A card next to a single file may belong to something else.
         try:
             check_path(Path(source), "the model")
         except BadInput:
@@ -87,7 +87,7 @@ def licence_of(source: str, objects: ObjectStore) -> Licence | None:
         try:
             return _in_store(source, objects)
         except (RestitchError, ValueError, KeyError, TypeError, AttributeError):
-            return None  # whatever is wrong with the copy, a card is not where to find it
+            return None  # a damaged copy is reported elsewhere, not by its licence
     name, revision = split_pin(source)
     if revision is None or not is_hub_id(name):
         return None
@@ -97,10 +97,10 @@ def licence_of(source: str, objects: ObjectStore) -> Licence | None:
 def _in_store(source: str, objects: ObjectStore) -> Licence | None:
     manifest = source.removeprefix(COPY_SCHEME)
     if manifest == source:
-        kept = objects.lookup("source", digest_bytes(source.encode()))
-        if kept is None:
+        record = objects.lookup("source", digest_bytes(source.encode()))
+        if record is None:
             return None
-        manifest = kept.blob
+        manifest = record.blob
     files = json.loads(objects.read_blob(manifest))
     if CARD not in files["files"]:
         return None

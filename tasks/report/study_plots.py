@@ -1,6 +1,6 @@
-"""The plots of studies: lines of one measure against another by series, points, and bars.
+"""Plots of studies: lines, points and bars of one measure against another, by series.
 
-Each function takes the rows of a study's table, as they are in the CSV.
+Each function takes the rows of a study's table, as in its CSV file.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,15 +22,15 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Axes:
-    """What is drawn against what.
+    """The axes of a plot.
 
     Attributes:
-        x: the column, and what is written below the axis.
-        y: likewise, beside it.
-        by: the column that tells series apart.
-        log: whether x grows by factors.
-        whole: whether x counts.
-        percent: whether x is a share.
+        x: the column and the label of the x axis.
+        y: the column and the label of the y axis.
+        by: the column that separates series.
+        log: whether x is logarithmic.
+        whole: whether x has integer ticks.
+        percent: whether x is shown in percent.
     """
 
     x: tuple[str, str]
@@ -47,11 +47,11 @@ def lines_plot(
     """One line per series.
 
     Args:
-        name: of the picture.
-        title: what it shows.
-        rows: those that lack either value are left out.
-        axes: what is drawn.
-        levels: values that do not depend on x, as dashed lines by their names.
+        name: of the plot.
+        title: its caption.
+        rows: of the table; rows without a value are left out.
+        axes: the columns to draw.
+        levels: values that do not depend on x, drawn as dashed lines, by name.
     """
 
     def draw(canvas: Any, some: Rows, shape: str, colour: str, series: str) -> None:
@@ -62,7 +62,7 @@ def lines_plot(
 
 
 def points_plot(name: str, title: str, rows: Rows, axes: Axes) -> Plot:
-    """One kind of point per series."""
+    """One kind of mark per series."""
 
     def draw(canvas: Any, some: Rows, shape: str, colour: str, series: str) -> None:
         x, y = [row[axes.x[0]] for row in some], [row[axes.y[0]] for row in some]
@@ -73,14 +73,14 @@ def points_plot(name: str, title: str, rows: Rows, axes: Axes) -> Plot:
 
 
 def bars_plot(name: str, title: str, rows: Rows, axes: Axes) -> Plot:
-    """Horizontal bars: y names them, x is how long they are, side by side by series."""
+    """Horizontal bars of length x with names y, grouped by series."""
     known = [row for row in rows if row[axes.x[0]] is not None]
     names = list(dict.fromkeys(str(row[axes.y[0]]) for row in known))
     series = list(dict.fromkeys(str(row[axes.by]) for row in known))
-    beside: dict[str, list[str]] = {one: [] for one in names}
+    series_of: dict[str, list[str]] = {one: [] for one in names}
     for row in known:
-        beside[str(row[axes.y[0]])].append(str(row[axes.by]))
-    most = max((len(some) for some in beside.values()), default=1)
+        series_of[str(row[axes.y[0]])].append(str(row[axes.by]))
+    most = max((len(some) for some in series_of.values()), default=1)
     with drawing(name):
         height = 0.25 + len(names) * max(0.2, 0.12 * most)
         right = 0.3 if len(series) == 1 else 0.2 + room(series)
@@ -88,7 +88,7 @@ def bars_plot(name: str, title: str, rows: Rows, axes: Axes) -> Plot:
         thick = 0.8 / most
         for place, one in enumerate(series):
             some = [row for row in known if str(row[axes.by]) == one]
-            at = [_place(names, beside, str(row[axes.y[0]]), one, thick) for row in some]
+            at = [_place(names, series_of, str(row[axes.y[0]]), one, thick) for row in some]
             colour = COLOURS[_MARKS[place % len(_MARKS)][1]]
             widths = [row[axes.x[0]] for row in some]
             canvas.barh(at, widths, height=0.9 * thick, color=colour, label=label(one))
@@ -98,14 +98,18 @@ def bars_plot(name: str, title: str, rows: Rows, axes: Axes) -> Plot:
         canvas.grid(axis="x")
         _finish(canvas, axes, legend=len(series) > 1)
         canvas.set_ylabel("")
-    return Plot(name, title, _told(title, known, axes), figure)
+    return Plot(name, title, _description(title, known, axes), figure)
 
 
 def _place(
-    names: Sequence[str], beside: Mapping[str, Sequence[str]], name: str, series: str, thick: float
+    names: Sequence[str],
+    series_of: Mapping[str, Sequence[str]],
+    name: str,
+    series: str,
+    thick: float,
 ) -> float:
-    """Where a bar lies: those of one name are around the name's own place."""
-    some = beside[name]
+    """The position of a bar: the bars of a name are centred on it."""
+    some = series_of[name]
     return names.index(name) + (some.index(series) - (len(some) - 1) / 2) * thick
 
 
@@ -133,7 +137,7 @@ def _plotted(
         if axes.log:
             canvas.set_xticks(sorted({row[axes.x[0]] for row in known}))
         canvas.set_ylabel(axes.y[1])
-    return Plot(name, title, _told(title, known, axes), figure)
+    return Plot(name, title, _description(title, known, axes), figure)
 
 
 def _finish(canvas: Any, axes: Axes, *, legend: bool) -> None:
@@ -153,12 +157,11 @@ def _finish(canvas: Any, axes: Axes, *, legend: bool) -> None:
         canvas.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handletextpad=0.4)
 
 
-def _told(title: str, rows: Rows, axes: Axes) -> str:
-    """The values in words."""
-    told = "; ".join(
+def _description(title: str, rows: Rows, axes: Axes) -> str:
+    values = "; ".join(
         f"{row[axes.by]}, {_short(row[axes.x[0]])}: {_short(row[axes.y[0]])}" for row in rows
     )
-    return f"{title}: {told}."
+    return f"{title}: {values}."
 
 
 def _short(value: Any) -> str:

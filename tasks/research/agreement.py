@@ -1,4 +1,4 @@
-"""How many weights the masks of members agree on, kept in the store once per set of deltas."""
+"""Count how many masks select each weight; results are stored once per set of deltas."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -21,7 +21,7 @@ from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import made_by, workspace
 
-# The multi-task vectors that TALL masks can be taken of, by what people call them.
+# The multi-task vectors that TALL masks can be computed from, by their display names.
 TOGETHER = {"of the sum": "sum", "of TIES": "elected"}
 _MAKERS: dict[str, Callable[[Sequence[KeptVector]], MultiTaskVector]] = {
     "sum": task_arithmetic_sum,
@@ -33,14 +33,14 @@ _MAKERS: dict[str, Callable[[Sequence[KeptVector]], MultiTaskVector]] = {
 def agreement(
     line: LineRef, deltas: tuple[str, ...], together: str | None, threshold: float
 ) -> tuple[int, ...] | Cached[tuple[int, ...]]:
-    """The localizable weights in exactly 0, 1, ... masks.
+    """The number of localizable weights in exactly 0, 1, ... masks.
 
     Args:
         line: with the base.
-        deltas: of the members, by digest, in the order of their tasks.
-        together: the multi-task vector of TALL masks, a value of `TOGETHER`; None counts the
-            masks of the deltas themselves.
-        threshold: lambda of TALL masks.
+        deltas: digests of the members' deltas, in the order of their tasks.
+        together: the multi-task vector for TALL masks, a value of `TOGETHER`; None counts the
+            deltas' own masks.
+        threshold: lambda of the TALL masks.
     """
     space = workspace()
     base = open_base(line, space)
@@ -48,17 +48,17 @@ def agreement(
     record = space.objects.lookup("agreement", key)
     if record is not None:
         return Cached(tuple(json.loads(space.objects.read_blob(record.blob))))
-    # Places in a row stand for tasks: nothing here depends on their names.
+    # Numbers stand for tasks, because the result does not depend on names.
     parts = [
-        Part(f"{place:06d}", SparseFile.open(space.objects.blob_path(delta), base.checkpoint))
-        for place, delta in enumerate(deltas)
+        Part(f"{index:06d}", SparseFile.open(space.objects.blob_path(delta), base.checkpoint))
+        for index, delta in enumerate(deltas)
     ]
     with working("counting agreement"):
         if together is None:
-            found = kept_profile(base.checkpoint, parts, base.names)
+            profile = kept_profile(base.checkpoint, parts, base.names)
         else:
-            found = agreement_profile(
+            profile = agreement_profile(
                 base.checkpoint, parts, base.names, _MAKERS[together], threshold
             )
-    space.objects.publish("agreement", key, space.objects.put_json(list(found)), made_by())
-    return found
+    space.objects.publish("agreement", key, space.objects.put_json(list(profile)), made_by())
+    return profile

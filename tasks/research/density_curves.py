@@ -1,8 +1,8 @@
-"""What members reach while their masks grow: one alone, by localizer, and some of them together.
+"""Measure accuracy as masks grow: of one member by localizer, and of several merged members.
 
-One ranking per localizer, cut at every density, so that masks are nested. Everything is measured
-on the rows that results are reported on, and decides nothing. It is kept in the store by all that
-it depends on: what was measured before is neither ranked nor evaluated again.
+Each localizer ranks once and its ranking is cut at every density, so masks are nested. All values
+are measured on the rows that results are reported on; no decision depends on them. They are stored
+under all that they depend on, so that nothing is ranked or evaluated twice.
 """
 
 import json
@@ -32,7 +32,7 @@ from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef, WeightsRef
 from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
-# Raised when the same inputs would give other numbers.
+# Raised when the same inputs would give other values.
 VERSION = 1
 
 AVERAGING, STITCHING = "averaging", "localize-and-stitch"
@@ -42,30 +42,30 @@ AVERAGING, STITCHING = "averaging", "localize-and-stitch"
 def curve(
     line: LineRef, member: Member, localizer: str, densities: tuple[float, ...]
 ) -> dict[str, Any] | Cached[dict[str, Any]]:
-    """What the base reaches on a member's task with more and more of the member's weights.
+    """Evaluate the base on a member's task with grafts of rising density.
 
     Args:
         line: the line.
-        member: one with rows to evaluate on.
-        localizer: one of `restitch.tasks.localizers.LOCALIZERS` that the task has the data for.
-        densities: where to cut the ranking.
+        member: a member with rows to evaluate on.
+        localizer: one of `localizers.LOCALIZERS` that the task has the data for.
+        densities: the densities of the grafts.
 
     Returns:
         The localizer's `label`, and `points` by rising density.
     """
     space = workspace()
     base = open_base(line, space)
-    found_by = _localizer(line, member, localizer, base, space)
-    inputs = {"version": VERSION, **_inputs(member, found_by, base)}
+    ranker = _localizer(line, member, localizer, base, space)
+    inputs = {"version": VERSION, **_inputs(member, ranker, base)}
     counts = _counts(base, densities)
     keys = {kept: digest_json({**inputs, "kept": kept}) for kept in counts.values()}
     known = {kept: _look_up(space, "graft", key) for kept, key in keys.items()}
-    missing = [kept for kept, found in known.items() if found is None]
+    missing = [kept for kept, value in known.items() if value is None]
     if missing:
         with space.scratch() as scratch, open_vector(line, member.model.model, space) as opened:
             base, vector = opened
             exam = Exam(base, member.spec, member.model.model, space)
-            ranking = _rank(found_by, member, vector, scratch)
+            ranking = _rank(ranker, member, vector, scratch)
             with working(f"grafting {member.task}") as progress:
                 for done, kept in enumerate(missing, 1):
                     mask = _mask(ranking, kept, scratch)
@@ -77,7 +77,7 @@ def curve(
         {"density": density, "kept": kept, **(known[kept] or {})}
         for density, kept in counts.items()
     ]
-    result = {"label": found_by.label, "points": points}
+    result = {"label": ranker.label, "points": points}
     return result if missing else Cached(result)
 
 
@@ -85,24 +85,23 @@ def curve(
 def conflict(
     line: LineRef, members: tuple[Member, ...], localizer: str, densities: tuple[float, ...]
 ) -> dict[str, Any] | Cached[dict[str, Any]]:
-    """What members reach when they are merged with larger and larger masks.
+    """Evaluate a merge of members with masks of rising density.
 
     Args:
-        line: its method merges them where that takes sparse deltas, otherwise
-            localize-and-stitch does.
-        members: two or more with rows to evaluate on.
-        localizer: as for `curve`, for all of them.
-        densities: of all masks.
+        line: its method merges them if it takes sparse deltas; otherwise localize-and-stitch.
+        members: two or more members with rows to evaluate on.
+        localizer: as for `curve`, for all members.
+        densities: the densities of all masks.
 
     Returns:
-        `points` by rising density, each with the coordinates that two masks or more keep, their
-        `share` of those that any does (of two masks, the Jaccard index) and what each task
-        reaches; and the plain `averaging` of the whole task vectors.
+        `points` by rising density, each with the number of coordinates in two or more masks
+        (`shared`), their `share` of those in any mask (for two masks the Jaccard index) and the
+        value of each task; and the values of plain `averaging` of whole task vectors.
     """
     space = workspace()
     base = open_base(line, space)
     method, settings = _method(line)
-    found_by = [_localizer(line, member, localizer, base, space) for member in members]
+    rankers = [_localizer(line, member, localizer, base, space) for member in members]
     counts = _counts(base, densities)
     average = get_method(AVERAGING)
     key = digest_json(
@@ -110,7 +109,7 @@ def conflict(
             "version": [VERSION, ANALYSIS_VERSION],
             "method": [method.name, method.version, settings],
             "averaging": average.version,
-            "tasks": [_inputs(m, one, base) for m, one in zip(members, found_by, strict=True)],
+            "tasks": [_inputs(m, one, base) for m, one in zip(members, rankers, strict=True)],
             "kept": list(counts.items()),
         }
     )
@@ -132,13 +131,13 @@ def conflict(
 
         def measured(by: Method, given: list[DeltaMember], **chosen: Any) -> dict[str, Any]:
             with exams[0].live.edited(by(base.checkpoint, given, **chosen)):
-                found = {m.task: _measured(e.take()) for m, e in zip(members, exams, strict=True)}
-            return {"mean": sum(v["value"] for v in found.values()) / len(found), "tasks": found}
+                tasks = {m.task: _measured(e.take()) for m, e in zip(members, exams, strict=True)}
+            return {"mean": sum(v["value"] for v in tasks.values()) / len(tasks), "tasks": tasks}
 
         averaged = measured(average, parts(whole, [Ranking(vector) for vector in vectors]))
         rankings = [
             _rank(by, m, v, _folder(scratch / m.task))
-            for by, m, v in zip(found_by, members, vectors, strict=True)
+            for by, m, v in zip(rankers, members, vectors, strict=True)
         ]
         points = []
         with working(f"merging {' and '.join(m.task for m in members)}") as progress:
@@ -155,7 +154,7 @@ def conflict(
                 progress(done, len(counts))
     result = {
         "tasks": [m.task for m in members],
-        "localizers": [by.label for by in found_by],
+        "localizers": [by.label for by in rankers],
         "method": method.name,
         "settings": dict(settings),
         "points": points,
@@ -175,13 +174,13 @@ def _method(line: LineRef) -> tuple[Method, dict[str, Any]]:
     return get_method(own.name), dict(resolve_settings(own.name, own.settings))
 
 
-def _inputs(member: Member, found_by: Localizer, base: Base) -> dict[str, Any]:
-    """All that a graft depends on, beside how much is kept."""
+def _inputs(member: Member, ranker: Localizer, base: Base) -> dict[str, Any]:
+    """All that a graft depends on, in addition to its density."""
     model = member.model.model
     whole = WeightsRef("localizable", model.weights)
     return {
         "result": result_inputs(member.spec, base, whole, model),
-        "localizer": found_by.inputs(),
+        "localizer": ranker.inputs(),
     }
 
 
@@ -193,26 +192,26 @@ def _coordinates(base: Base) -> int:
     return sum(base.checkpoint.info(name).numel for name in base.names)
 
 
-def _rank(found_by: Localizer, member: Member, vector: TaskVector, scratch: Path) -> Ranking:
-    with working(f"localizing {member.task}, {found_by.label}") as progress:
-        return found_by.rank(vector, scratch, progress)
+def _rank(ranker: Localizer, member: Member, vector: TaskVector, scratch: Path) -> Ranking:
+    with working(f"localizing {member.task}, {ranker.label}") as progress:
+        return ranker.rank(vector, scratch, progress)
 
 
 def _folder(path: Path) -> Path:
-    """A new folder: what localizers write has the same names for every member."""
+    """A new folder, because localizers use the same file names for every member."""
     path.mkdir()
     return path
 
 
 def _mask(ranking: Ranking, kept: int, scratch: Path) -> Any:
-    assert ranking.scores is not None, "localizers that end with a mask are not asked"
+    assert ranking.scores is not None, "these localizers return scores"
     return top_k(ranking.scores, kept, scratch=scratch)
 
 
 def _part(
     member: Member, vector: TaskVector, ranking: Ranking, kept: int, scratch: Path
 ) -> DeltaMember:
-    """A member with the sparse delta of a density; its file has no name any more."""
+    """A member with the sparse delta of one density; its file is already unlinked."""
     file = scratch / f"{member.task}.delta"
     values = kept_values(vector.finetuned, _mask(ranking, kept, scratch), ranking.factors)
     write_sparse(file, values, kind="delta", metadata={})
@@ -221,21 +220,21 @@ def _part(
     return DeltaMember(member.task, delta)
 
 
-def _measured(found: Evaluation) -> dict[str, Any]:
-    low, high = found.interval
+def _measured(result: Evaluation) -> dict[str, Any]:
+    low, high = result.interval
     interval = {"low": low, "high": high}
-    return {"value": found.value, "interval": interval, "count": found.count}
+    return {"value": result.value, "interval": interval, "count": result.count}
 
 
 def _look_up(space: Workspace, kind: str, key: str) -> dict[str, Any] | None:
     record = space.objects.lookup(kind, key)
     if record is None:
         return None
-    found: dict[str, Any] = json.loads(space.objects.read_blob(record.blob))
-    return found
+    value: dict[str, Any] = json.loads(space.objects.read_blob(record.blob))
+    return value
 
 
 def _keep(space: Workspace, kind: str, key: str, value: dict[str, Any]) -> dict[str, Any]:
-    """Keep a value; another worker may have been first, and then its own holds."""
+    """Store a value and return the stored one, which another worker may have stored first."""
     space.objects.publish(kind, key, space.objects.put_json(value), made_by())
     return _look_up(space, kind, key) or value

@@ -1,8 +1,8 @@
-"""Make the specialists of a recipe and keep them: a shared patch, and a mask file for each task.
+"""Make and store the specialists of a recipe: a shared patch, and a mask file for each task.
 
-They are found again under the digest of all that determines them, like a patch. The blob that
-the key names is a list of the parts: `restitch gc` removes it with them, unless a version of a
-line keeps it (`restitch.flows.research.experts`).
+Like a patch, they are stored under the digest of all that determines them. The key names a
+manifest that lists the parts; `restitch gc` removes both unless a version of a line keeps them
+(see `flows.research.experts`).
 """
 
 import json
@@ -27,7 +27,7 @@ from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
 @dataclass(frozen=True)
 class Part:
-    """A file of some specialists: the digest of its blob, and its bytes."""
+    """One file: the digest of its blob and its size in bytes."""
 
     blob: str
     bytes: int
@@ -38,14 +38,14 @@ class ExpertsRef:
     """Specialists in the store.
 
     Attributes:
-        manifest: digest of the list that names all of this.
-        recipe: digest of what determines them.
+        manifest: digest of the manifest.
+        recipe: digest of the recipe.
         method: its name and version.
-        settings: with every default, and one threshold for each task where they were tuned.
-        members: the weights of the finetuned models, by task.
-        shared: the patch that all select from; None where each has its own.
-        tasks: what each needs beside it.
-        seconds: how long making them took, where this run has made them.
+        settings: all settings with defaults; with tuning, one threshold for each task.
+        members: digests of the finetuned weights, by task.
+        shared: the patch that all specialists select from; None if each has its own.
+        tasks: the part of each task, in addition to the shared patch.
+        seconds: how long they took to make; None if they were in the store.
     """
 
     manifest: str
@@ -59,18 +59,18 @@ class ExpertsRef:
 
     @property
     def bytes(self) -> int:
-        """Of all parts together."""
+        """The size of all parts."""
         return sum(part.bytes for part in self.parts)
 
     @property
     def parts(self) -> tuple[Part, ...]:
-        """All of them."""
+        """The shared part and those of the tasks."""
         return (*([] if self.shared is None else [self.shared]), *self.tasks.values())
 
 
 @step("make-experts", "experts {recipe.method.name}")
 def make_experts(line: LineRef, recipe: Recipe) -> ExpertsRef | Cached[ExpertsRef]:
-    """The specialists of a recipe: from the store, or made from the members' deltas.
+    """The specialists of a recipe, from the store or made from the members' deltas.
 
     Args:
         line: with the base.
@@ -99,11 +99,11 @@ def write_parts(
     """Make the specialists of a recipe in a folder.
 
     Returns:
-        The list of the parts as plain values, and their files by digest.
+        The manifest as JSON values, and the files by digest.
     """
     base = open_base(line, space)
     experts = recipe_experts(base, recipe, space)
-    with working("selecting") as progress:
+    with working("making specialists") as progress:
         origin = {"base": base.ref.weights, "recipe": recipe.digest()}
         written = write_experts(folder, base.checkpoint, experts, origin, progress)
     files: dict[str, Path] = {}
@@ -125,24 +125,24 @@ def write_parts(
 
 
 def recipe_experts(base: Base, recipe: Recipe, space: Workspace) -> Experts:
-    """The specialists of a recipe, computed tensor by tensor as they are asked for."""
+    """The specialists of a recipe, computed tensor by tensor on demand."""
     method = get_method(recipe.method.name)
     members = recipe_members(base, recipe, space)
     return method.experts(base.checkpoint, members, **recipe.method.settings)
 
 
 def read_experts(manifest: str, space: Workspace) -> ExpertsRef:
-    """The specialists that a list names.
+    """The specialists that a manifest lists.
 
     Raises:
-        Damage: it is gone, or is no such list.
+        Damage: the manifest is missing or malformed.
     """
     try:
         return _ref(manifest, json.loads(space.objects.read_blob(manifest)))
     except (ValueError, KeyError, TypeError) as error:
         raise Damage(
             f"the object blobs/{manifest} is not readable",
-            expected="a list of specialists",
+            expected="a manifest of specialists",
             found=str(error),
             hint="make them again with `restitch experts`",
         ) from error

@@ -1,10 +1,10 @@
-"""Finetune further and further on members' train rows: the baseline of a study that trains.
+"""Finetune sequentially on members' train rows: the training baseline of a study.
 
-All localizable weights learn. The head is the one that the task is evaluated with, and stays as it
-is: finetuned models of a line have learned with it, too. Weights begin as the finetuning before
-left them, or as the base's, and are kept as a patch under the key of all that they depend on, of
-which the patch before is a part. Gradients are the same bytes only on the same device, with the
-same torch and threads: the first that is published counts.
+All localizable weights are trained. The head stays fixed; it is the one that the task is evaluated
+with, as it was when the line's models were finetuned. Training starts from the base or from the
+patch of the previous finetuning. The result is stored as a patch under the digest of all that it
+depends on, including the previous patch. Gradients have equal bytes only on the same device, with
+the same torch and threads: the first patch published counts.
 """
 
 import time
@@ -46,12 +46,12 @@ from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef, PatchRef
 from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
-# Of each task, of which every class has its share; more take longer and teach little more.
+# Of each task, stratified by class; more rows take longer and improve little.
 MOST_ROWS = 2000
 
 
 def lacks_labels(task: TaskSpec, family: Family) -> str | None:
-    """What a task lacks to be finetuned on; None where it has labelled train rows."""
+    """The data that finetuning needs and a task lacks; None if it has labelled train rows."""
     return lacks(TRAINED, task, family)
 
 
@@ -59,19 +59,19 @@ def lacks_labels(task: TaskSpec, family: Family) -> str | None:
 def finetune(
     line: LineRef, member: Member, before: str | None = None
 ) -> PatchRef | Cached[PatchRef]:
-    """The base's localizable weights, finetuned on a member's train rows.
+    """Finetune the base's localizable weights on a member's train rows.
 
     Args:
         line: with the base.
-        member: of a task that lacks no labels.
-        before: the patch that they begin with; None begins with the base's own.
+        member: with a task that has labelled train rows.
+        before: the patch to start from; None starts from the base.
 
     Returns:
-        Where they differ from the base's, and the seconds of learning them.
+        The patch of the finetuned weights, with the seconds that training took.
 
     Raises:
         BadInput: the rows cannot be read, or the loss is not finite.
-        Unavailable: the GPU's memory is not enough.
+        Unavailable: the GPU runs out of memory.
     """
     space = workspace()
     base = open_base(line, space)
@@ -120,7 +120,7 @@ def _learned(
     settings: FinetuningSettings,
     space: Workspace,
 ) -> SparseInfo:
-    """Finetune the live base, and write where it differs then; it is the base again afterwards."""
+    """Finetune the live base and write its patch; afterwards restore the live base."""
     live = live_base(base)
     rows, on = _opened(live, member, space)
     names = [name for name in base.names if name in live.parameters]
@@ -142,15 +142,15 @@ def _learned(
 
 
 def _opened(live: LiveBase, member: Member, space: Workspace) -> tuple[Rows, OpenCalibration]:
-    """The rows to learn from, and what reads them; heads come from the live base's own weights."""
+    """Load the train rows and the head while the live base has its own weights."""
     base = live.base
     every = verified_data(member.spec, base.family).rows("train")
     rows = every.select(stratified(every.targets, MOST_ROWS, 0))
     head = task_head(member.spec, base, live, member.model.model, space)
     preprocess = base.family.preprocessor(base.folder, head.spec.max_length)
 
-    def batch(places: Sequence[int]) -> dict[str, Tensor]:
-        made = preprocess([rows[place] for place in places])
+    def batch(indices: Sequence[int]) -> dict[str, Tensor]:
+        made = preprocess([rows[index] for index in indices])
         return {name: tensor.to(live.device) for name, tensor in made.items()}
 
     return rows, OpenCalibration(live, rows, head, batch)
@@ -158,13 +158,13 @@ def _opened(live: LiveBase, member: Member, space: Workspace) -> tuple[Rows, Ope
 
 @dataclass(frozen=True)
 class _Live:
-    """Edits that give what the live weights are; see `restitch.merging.files.edits`."""
+    """Edits that copy the live weights; see `files.edits`."""
 
     live: LiveBase
     names: tuple[str, ...]
 
     def apply(self, name: str, flat: Tensor) -> None:
-        """Overwrite a flat copy of the base's tensor."""
+        """Overwrite a flat copy of the base's tensor with the live weights."""
         flat.copy_(self.live.parameters[name].detach().reshape(-1))
 
 

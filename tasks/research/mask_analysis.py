@@ -1,8 +1,7 @@
-"""What the masks of a merged version have in common, kept in the store once per set of members.
+"""Analyze the overlaps of the masks of a merged version, and their shares by layer and component.
 
-A pure function of the base and the members' deltas, so the key holds these and the version of
-the analysis, and an analysis that is there needs neither base nor deltas to be read. Beside the
-overlaps it says where each mask lies: its share by layer and by component.
+The analysis is a pure function of the base and the members' deltas. It is stored under their
+digests, so that a stored analysis is returned without reading base or deltas.
 """
 
 import json
@@ -23,24 +22,24 @@ from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
-# Raised when places or their names change; the analysis itself has its own version.
+# Raised when locations or their names change; the analysis itself has its own version.
 VERSION = 1
 
-OUTSIDE = "outside"  # of the blocks that have a number
+OUTSIDE = "outside"  # of all numbered layers
 
 
 @step("analyze", "analyze version {record.version}")
 def analyze(line: LineRef, record: MergedRecord) -> dict[str, Any] | Cached[dict[str, Any]]:
-    """The analysis of a merged version's masks: from the store, or made now.
+    """The analysis of a merged version's masks, from the store or made now.
 
     Args:
-        line: with the base that the version lies on.
+        line: with the base of the version.
         record: the version.
 
     Returns:
-        `MaskAnalysis.to_json`, and under `places` the names of `layers` and `components` with
-        the share of each mask in them by task, and that of the coordinates of all tensors
-        that some mask touches.
+        `MaskAnalysis.to_json`, and under `places` the names of `layers` and `components`, with
+        the share of each mask in them by task, and the share of all coordinates of the tensors
+        that any mask touches.
     """
     space = workspace()
     deltas = {t: record.members[t].delta for t in sorted(record.members, key=by_bytes)}
@@ -51,9 +50,9 @@ def analyze(line: LineRef, record: MergedRecord) -> dict[str, Any] | Cached[dict
             "members": list(deltas.items()),
         }
     )
-    found = space.objects.lookup("analysis", key)
-    if found is not None:
-        return Cached(_read(space, found.blob))
+    record_of_key = space.objects.lookup("analysis", key)
+    if record_of_key is not None:
+        return Cached(_read(space, record_of_key.blob))
     base = open_base(line, space)
     with working("comparing the masks") as progress:
         files = {
@@ -62,17 +61,17 @@ def analyze(line: LineRef, record: MergedRecord) -> dict[str, Any] | Cached[dict
         }
         analysis = analyze_masks(base.checkpoint, files, progress)
     blob = space.objects.put_json({**analysis.to_json(), "places": places_of(analysis)})
-    # Read back, for another worker may have been first, and its sums rounded otherwise.
+    # Read it back: another worker may have been first, with differently rounded sums.
     return _read(space, space.objects.publish("analysis", key, blob, made_by()).blob)
 
 
 def _read(space: Workspace, blob: str) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(space.objects.read_blob(blob))
-    return found
+    analysis: dict[str, Any] = json.loads(space.objects.read_blob(blob))
+    return analysis
 
 
 def places_of(analysis: MaskAnalysis) -> dict[str, Any]:
-    """Where the masks lie, by layer and by component."""
+    """The share of each mask by layer and by component."""
     places = {name: place_of(name) for name in analysis.coordinates}
     layers = _layer_names(places.values())
     used = {place.component for place in places.values()}
@@ -85,9 +84,9 @@ def places_of(analysis: MaskAnalysis) -> dict[str, Any]:
 
 
 def _layer_names(places: Iterable[Place]) -> dict[Place, str]:
-    """What each place's layer is called, towers and layers in order, what has no layer last."""
-    found = set(places)
-    towers = len({place.tower for place in found if place.layer is not None}) > 1
+    """The name of each place's layer, sorted by tower and layer; places without layer last."""
+    distinct = set(places)
+    towers = len({place.tower for place in distinct if place.layer is not None}) > 1
 
     def order(place: Place) -> tuple[bool, str, int, str]:
         tower = place.tower or ""
@@ -98,7 +97,7 @@ def _layer_names(places: Iterable[Place]) -> dict[Place, str]:
             return OUTSIDE
         return f"{place.tower or 'other'} {place.layer}" if towers else str(place.layer)
 
-    return {place: name(place) for place in sorted(found, key=order)}
+    return {place: name(place) for place in sorted(distinct, key=order)}
 
 
 def _shares(analysis: MaskAnalysis, group: Callable[[str], str]) -> dict[str, Any]:

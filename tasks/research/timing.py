@@ -1,4 +1,4 @@
-"""How long a merge takes on this host: measured once, kept by all that it depends on."""
+"""Measure how long a merge takes on this host; the time is stored with all that it depends on."""
 
 import json
 import socket
@@ -13,17 +13,17 @@ from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import made_by, workspace
 
-# Raised when something else is timed.
+# Raised when the timed work changes.
 VERSION = 1
 
 
 @step("time a merge", "time {line.spec.method.name}")
 def merging_seconds(line: LineRef, members: tuple[Member, ...]) -> float | Cached[float]:
-    """Seconds from the members' deltas to the patch, written to a file that is thrown away.
+    """Seconds to merge the members' deltas into a temporary patch file.
 
     Args:
         line: with the method.
-        members: with the deltas that it merges.
+        members: with the deltas to merge.
     """
     space = workspace()
     recipe = make_recipe(line, members)

@@ -1,10 +1,10 @@
 """Tune one setting of a merge method on the members' validation rows.
 
-Every value is tried on the same rows: those of `validation`, or the part of train that is set
-apart, at most 500 of each task, each class with its share. The best has the highest mean over the
-tasks, the first of equals; of a method with one model per task, each task has a best value of its
-own, by its own rows. Test rows are never looked at. What was tried is kept in the store by
-all that it depends on, so that a comparison that is repeated tunes nothing again.
+All values are tried on the same rows: those of `validation`, or those set apart from train, at most
+500 of each task, stratified by class. The value with the highest mean over the tasks wins, the
+first of equals. For a method with one model per task, each task gets its own best value. Test rows
+are never used. Results are stored under all that they depend on, so that repeating a comparison
+does not tune again.
 """
 
 import json
@@ -33,13 +33,13 @@ MOST_ROWS = 500
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning found.
+    """The result of tuning.
 
     Attributes:
-        setting: its name.
-        value: the best; by task, where each has one of its own.
+        setting: the name of the setting.
+        value: the best value; by task for a method with one model per task.
         curve: every value that was tried, with the metric of each task and their mean.
-        rows: how many rows of each task were looked at.
+        rows: the number of rows that were used, by task.
     """
 
     setting: str
@@ -58,8 +58,8 @@ def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | 
 
     Args:
         line: with the method and its other settings.
-        members: what is merged.
-        method: one that tunes something.
+        members: the members to merge.
+        method: a method with a setting to tune.
 
     Raises:
         BadInput: a task has no rows to tune on.
@@ -68,12 +68,12 @@ def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | 
     setting, values = method.tunes
     space = workspace()
     base = open_base(line, space)
-    untold = [member.task for member in members if not has_validation(member.spec, base.family)]
-    if untold:
+    without = [member.task for member in members if not has_validation(member.spec, base.family)]
+    if without:
         raise BadInput(
             f"{method.name} cannot be tuned on line {line.spec.line}",
             expected="validation rows, or labelled train rows, for every task",
-            found=f"none for {', '.join(untold)}",
+            found=f"none for {', '.join(without)}",
             hint="name a validation split in the task's file, or compare without --tune",
         )
     recipes = [make_recipe(_with(line, setting, value), members) for value in values]
@@ -89,9 +89,9 @@ def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | 
     curve: list[dict[str, Any]] = []
     with working(f"tuning {method.name}") as progress:
         for number, (value, recipe) in enumerate(zip(values, recipes, strict=True)):
-            found = _tried(live, base, recipe, exams, space)
-            mean = sum(found.values()) / len(found)
-            curve.append({"value": value, "mean": mean, "tasks": found})
+            values_by_task = _evaluated(live, base, recipe, exams, space)
+            mean = sum(values_by_task.values()) / len(values_by_task)
+            curve.append({"value": value, "mean": mean, "tasks": values_by_task})
             progress(number + 1, len(values))
     rows = {exam.spec.task: exam.count for exam in exams}
     best: float | dict[str, float] = _best(curve, lambda point: float(point["mean"]))
@@ -103,22 +103,22 @@ def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | 
     return result
 
 
-def _tried(
+def _evaluated(
     live: LiveBase, base: Base, recipe: Recipe, exams: list[Exam], space: Workspace
 ) -> dict[str, float]:
-    """What a merged model reaches on each task, or each task's own model on that."""
+    """The metric of each task with the merged model, or with the task's specialist."""
     if get_method(recipe.method.name).kind == "experts":
-        experts, found = recipe_experts(base, recipe, space), {}
+        experts, values = recipe_experts(base, recipe, space), {}
         for exam in exams:
             with live.edited(experts.for_task(exam.spec.task)):
-                found[exam.spec.task] = exam.take().value
-        return found
+                values[exam.spec.task] = exam.take().value
+        return values
     with live.edited(recipe_edits(base, recipe, space)):
         return {exam.spec.task: exam.take().value for exam in exams}
 
 
 def _best(curve: list[dict[str, Any]], score: Callable[[dict[str, Any]], float]) -> float:
-    """The value of the point with the highest score, the first of equals."""
+    """The setting's value at the point with the highest score, the first of equals."""
     return float(max(curve, key=score)["value"])
 
 
@@ -132,7 +132,7 @@ def _with(line: LineRef, setting: str, value: float) -> LineRef:
 
 
 def _inputs(recipes: list[Recipe], members: tuple[Member, ...], base: Base) -> dict[str, Any]:
-    """All that the outcome depends on."""
+    """All that the result depends on."""
     tasks: dict[str, Any] = {}
     for member in members:
         data = member.spec.data

@@ -1,4 +1,4 @@
-"""What steps run on: the engine, the workspace, progress reporting, events and leases.
+"""The runtime of steps: the engine, the workspace, progress, events and leases.
 
-It imports no other room of `tasks`, and all of them import it.
+All other rooms of `tasks` import it; it imports none of them.
 """

@@ -1,8 +1,8 @@
-"""What steps tell the person or the log that watches them.
+"""Progress and messages of steps, for the terminal or the log.
 
-Steps call `working(title)` around long work and `say(...)` for one-line facts. The command
-line installs a reporter that draws bars; a worker without one writes to the log. Nothing
-here changes a result.
+Steps call `working(title)` around long work, and `say` or `warn` for one-line messages. The
+command line installs a reporter that draws progress bars; the default writes to the log.
+Reporters never change a result.
 """
 
 import logging
@@ -17,33 +17,33 @@ log = logging.getLogger("restitch")
 
 
 class Reporter(Protocol):
-    """Where progress and facts go: bars for long work, lines for facts and warnings."""
+    """Shows progress bars for long work, and lines for messages and warnings."""
 
     def working(self, title: str) -> AbstractContextManager[Progress]:
-        """A bar for the length of the context."""
+        """Show a progress bar while the context is open."""
 
     def say(self, text: str) -> None:
-        """One fact."""
+        """Show a message."""
 
     def warn(self, text: str) -> None:
-        """One thing that the user should look at."""
+        """Show a warning that needs the user's attention."""
 
 
 class LogReporter:
-    """Writes facts to the log and draws nothing."""
+    """Writes messages to the log and draws no progress bar."""
 
     @contextmanager
     def working(self, title: str) -> Iterator[Progress]:
-        """No bar; the title goes to the log."""
+        """Write the title to the log."""
         log.info("%s", title)
         yield ignore
 
     def say(self, text: str) -> None:
-        """One line at level INFO."""
+        """Write a line at level INFO."""
         log.info("%s", text)
 
     def warn(self, text: str) -> None:
-        """One line at level WARNING."""
+        """Write a line at level WARNING."""
         log.warning("%s", text)
 
 
@@ -52,7 +52,7 @@ _current: ContextVar[Reporter] = ContextVar("reporter", default=LogReporter())  
 
 @contextmanager
 def reporting_to(reporter: Reporter) -> Iterator[None]:
-    """Send what steps report to `reporter` within the context."""
+    """Make `reporter` the reporter of all steps while the context is open."""
     token = _current.set(reporter)
     try:
         yield
@@ -61,15 +61,15 @@ def reporting_to(reporter: Reporter) -> Iterator[None]:
 
 
 def working(title: str) -> AbstractContextManager[Progress]:
-    """A progress for a piece of work that may take longer than two seconds."""
+    """Report the progress of work that may take longer than two seconds."""
     return _current.get().working(title)
 
 
 def say(text: str) -> None:
-    """Report one fact."""
+    """Show a message."""
     _current.get().say(text)
 
 
 def warn(text: str) -> None:
-    """Report one thing that the user should look at."""
+    """Show a warning that needs the user's attention."""
     _current.get().warn(text)

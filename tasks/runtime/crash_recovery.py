@@ -1,8 +1,8 @@
-"""Runs that died: what crashes is started again, and what fell silent is marked as crashed.
+"""Restart runs that crashed, and mark runs as crashed whose process is gone.
 
-A worker sees a run of its own end without a word, and calls the flow's hook. When the worker
-died too, nobody does: the run stays "running" in Prefect for ever. Whoever remerges the line
-next finds that it has shown no sign of life, says so, and sees to what it was about.
+When a run's process dies, its worker notices and calls the flow's crash hook. When the worker
+dies too, Prefect shows the run as "running" for ever. The next remerge of the line therefore
+looks for runs without a recent heartbeat, marks them as crashed and takes over their work.
 """
 
 from collections.abc import Mapping
@@ -13,38 +13,38 @@ from restitch.merging.digests import digest_json
 from restitch.tasks.runtime.console import warn
 from restitch.tasks.runtime.events import DEPLOYMENT, api, start_run, this_run
 
-# A run tells every so often that it lives; a server that restarts may miss some of it.
+# A server that restarts may miss some heartbeats.
 HEARTBEAT_SECONDS = 30
 SILENT_AFTER = timedelta(seconds=10 * HEARTBEAT_SECONDS)
-# Between being taken by a worker and beginning lie seconds.
+# A run that a worker has taken normally begins within seconds.
 STUCK_AFTER = timedelta(minutes=2)
 
-# A model that has cost so many processes their life is not tried again, and so many remerges
-# of a line that died one after the other are left to the schedule.
-DEATHS = 3
+# A model is not tried again after this many crashes, and this many crashes of a line's remerge
+# in a row are left to the schedule.
+MAX_CRASHES = 3
 
 
-def start_again(flow: str, run: str, parameters: Mapping[str, Any]) -> bool:
-    """Start a run once more that crashed.
+def restart(flow: str, run: str, parameters: Mapping[str, Any]) -> bool:
+    """Start a crashed run again.
 
     Returns:
-        Whether it was; a remerge that crashes again and again is left to the schedule, and a
-        model that does is quarantined when it is onboarded the next time.
+        False when a remerge crashed too often: the schedule tries it later. A model that crashes
+        too often is quarantined by its next onboarding.
     """
-    asked = dict(parameters)
+    parameters = dict(parameters)
     if flow == "remerge":
-        asked["attempt"] = int(asked.get("attempt") or 0) + 1
-        if asked["attempt"] >= DEATHS:
+        parameters["attempt"] = int(parameters.get("attempt") or 0) + 1
+        if parameters["attempt"] >= MAX_CRASHES:
             return False
-    start_run(flow, asked, digest_json(["crashed", run]))
+    start_run(flow, parameters, digest_json(["crashed", run]))
     return True
 
 
 def mark_silent_runs(line: str) -> None:
-    """Mark the line's runs as crashed that have shown no sign of life for long.
+    """Mark those runs of a line as crashed that have sent no heartbeat for long.
 
     Raises:
-        Unavailable: the server is away.
+        Unavailable: the Prefect server cannot be reached.
     """
     server, now = api(), datetime.now(UTC)
     for flow in ("onboard", "remerge"):
@@ -53,10 +53,12 @@ def mark_silent_runs(line: str) -> None:
                 continue
             since = now - datetime.fromisoformat(run["state"]["timestamp"])
             if run["state_type"] == "PENDING":
-                why = "taken by a worker that is gone" if since > STUCK_AFTER else None
+                reason = "the worker that took it is gone" if since > STUCK_AFTER else None
             else:
-                silent = since > SILENT_AFTER and not server.heard_of(run["id"], now - SILENT_AFTER)
-                why = "no sign of life: its process or its host is gone" if silent else None
-            if why is not None:
-                warn(f"run {run['name']} of {flow} is marked as crashed: {why}")
-                server.set_state(run["id"], "CRASHED", why)
+                silent = since > SILENT_AFTER and not server.has_heartbeat(
+                    run["id"], now - SILENT_AFTER
+                )
+                reason = "no heartbeat: its process or its host is gone" if silent else None
+            if reason is not None:
+                warn(f"marked run {run['name']} of {flow} as crashed: {reason}")
+                server.set_state(run["id"], "CRASHED", reason)

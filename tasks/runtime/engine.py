@@ -1,13 +1,12 @@
-"""One decorator for steps and flows: under Prefect's engine, or called as they are.
+"""Decorators for steps and flows, which run in Prefect's engine or as plain functions.
 
-The engine is on where a server is named (`PREFECT_API_URL`, or a live server in
-`RESTITCH_HOME/stack.json`), never because of the user's own Prefect profile. Without it the
-same functions run in the calling process: an ephemeral server would cost every command
-twelve seconds and more. The code of a step cannot tell the difference.
+The engine is on when a server is named: by `PREFECT_API_URL`, or by a live server in
+`RESTITCH_HOME/stack.json`, never by the user's own Prefect profile. Otherwise steps and flows are
+plain function calls, because starting an ephemeral server takes twelve seconds or more. Their code
+is the same in both modes.
 
-A step that found its result in the store returns `Cached(value)`: callers get `value`, and
-Prefect shows the run in the state "Cached". A step that is called outside of any flow is
-called as it is.
+A step that finds its result in the store returns `Cached(value)`: callers get `value`, and Prefect
+shows the run in the state "Cached". A step called outside of a flow is a plain function call.
 """
 
 import functools
@@ -31,7 +30,7 @@ R_co = TypeVar("R_co", covariant=True)
 
 @dataclass(frozen=True)
 class Cached(Generic[R]):
-    """What a step returns whose result was already in the store."""
+    """The result of a step that was already in the store."""
 
     value: R
 
@@ -40,19 +39,19 @@ class Run(Protocol[P, R_co]):
     """A step or a flow.
 
     Attributes:
-        body: the function itself, past the engine.
-        engine_object: gives the task or the flow as Prefect has it.
+        body: the function itself, without the engine.
+        engine_object: returns Prefect's own task or flow object.
     """
 
     body: Callable[..., Any]
     engine_object: Callable[[], Any]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R_co:
-        """Through the engine where it is on, otherwise as it is."""
+        """Run it in the engine if that is on, otherwise call it directly."""
 
 
 def engine_url() -> str | None:
-    """The API of the Prefect server to use, or None for the embedded mode."""
+    """The API address of the Prefect server, or None without the engine."""
     url = os.environ.get("PREFECT_API_URL")
     if url:
         return url
@@ -74,12 +73,12 @@ def _live_stack(home: Path) -> str | None:
 def step(
     name: str, run_name: str | None = None
 ) -> Callable[[Callable[P, R | Cached[R]]], Run[P, R]]:
-    """Make a function one step of a flow.
+    """Make a function a step.
 
     Args:
-        name: what Prefect calls the task.
-        run_name: template of a run's name over the function's parameters; the task's name with
-            some letters where it is None.
+        name: of the task in Prefect.
+        run_name: template for the names of runs, filled from the function's parameters; None
+            lets Prefect make them from the task's name.
     """
     return _decorator(name, "task", run_name)
 
@@ -88,8 +87,8 @@ def flow(name: str, run_name: str) -> Callable[[Callable[P, R | Cached[R]]], Run
     """Make a function a flow.
 
     Args:
-        name: what Prefect calls the flow.
-        run_name: template of a run's name over the function's parameters.
+        name: of the flow in Prefect.
+        run_name: template for the names of runs, filled from the function's parameters.
     """
     return _decorator(name, "flow", run_name)
 
@@ -104,7 +103,7 @@ def _decorator(
             if url is not None:
                 os.environ["PREFECT_API_URL"] = url  # before Prefect reads its settings
                 if kind == "flow" or _inside_a_flow():
-                    with _explained(url), _at(url):
+                    with _explained(url), _using(url):
                         return cast(R, _value(engine_object()(*args, **kwargs)))
             returned = function(*args, **kwargs)
             return returned.value if isinstance(returned, Cached) else returned
@@ -122,10 +121,10 @@ def _decorator(
 
 
 @contextmanager
-def _at(url: str) -> Iterator[None]:
-    """Have Prefect use this server, also where it read its settings before one was named.
+def _using(url: str) -> Iterator[None]:
+    """Make Prefect use this server even if it read its settings earlier.
 
-    It would start one of its own otherwise, and wait for that.
+    Otherwise it would start a server of its own and wait for it.
     """
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -138,7 +137,7 @@ def _at(url: str) -> Iterator[None]:
 
 @contextmanager
 def _explained(url: str) -> Iterator[None]:
-    """Say in our words that the server is away; whatever else happened stays what it is."""
+    """Turn connection errors into `Unavailable`; other errors pass unchanged."""
     import httpx
 
     try:
@@ -149,7 +148,7 @@ def _explained(url: str) -> Iterator[None]:
         raise Unavailable(
             f"the Prefect server at {without_credentials(url)} cannot be used",
             found=without_credentials(str(error))[:300],
-            hint="start it, or unset PREFECT_API_URL to work without one",
+            hint="start the server, or unset PREFECT_API_URL to work without one",
         ) from None
 
 
@@ -160,7 +159,7 @@ def _inside_a_flow() -> bool:
 
 
 def _value(returned: Any) -> Any:
-    """The value of a run: one that ends in a state of its own hands back that state."""
+    """The value of a run, also when Prefect returns its state instead."""
     from prefect.client.schemas.objects import State
 
     return returned.result() if isinstance(returned, State) else returned
@@ -178,10 +177,10 @@ def _in_engine(
         try:
             returned = function(*args, **kwargs)
         except RestitchError as error:
-            # Explained already: the caller gets the error, and no log a traceback.
+            # The message explains it: the caller gets the error, the log no traceback.
             return Failed(message=error.message(), data=error)
         if isinstance(returned, Cached):
-            # Our store is the cache: its digests are verified, Prefect's record is a pointer.
+            # Our store is the cache, with verified digests; Prefect only keeps a reference.
             return Completed(name="Cached", message="found in the store", data=returned.value)
         return returned
 

@@ -1,7 +1,7 @@
-"""What flows ask of the Prefect server beside being run by it: events, and runs of others.
+"""Emit events to the Prefect server, and start, inspect and cancel runs.
 
-The server makes things fast and saves work; nothing here decides what is true. Where it is
-away or knows no deployments, events are lost, and the scheduled remerge puts that right.
+The server only makes things fast; the store decides what is true. Without a server, or without
+our deployments on it, events are lost and the scheduled remerge does the work later.
 """
 
 import sys
@@ -22,33 +22,33 @@ MASK_READY = "restitch.mask.ready"
 
 MOST_STARTS = 20
 
-# A worker outlives a restart of the server; nobody waits at a terminal for it.
-WORKERS_PATIENCE = 60.0
+# Long enough for a restart of the server: nobody waits at a terminal for a worker.
+WORKER_PATIENCE = 60.0
 
 _FINAL = ("COMPLETED", "FAILED", "CANCELLED", "CRASHED")
 
 
 def api() -> PrefectApi:
-    """The engine's server; asked for only where the engine is on."""
+    """The API of the engine's server; the engine must be on."""
     url = engine_url()
     assert url is not None, "the engine is off"
-    return PrefectApi(url, WORKERS_PATIENCE) if is_workers_run() else PrefectApi(url)
+    return PrefectApi(url, WORKER_PATIENCE) if is_workers_run() else PrefectApi(url)
 
 
 def has_workers() -> bool:
-    """Whether the engine's server hands work to workers: it knows our deployments."""
+    """Whether the engine's server has our deployments, and so hands work to workers."""
     return engine_url() is not None and api().deployment(f"onboard/{DEPLOYMENT}") is not None
 
 
 def announce(event: str, line: str, task: str, version: int | None, **facts: Any) -> bool:
-    """Tell the server what happened, which starts the next run.
+    """Emit an event that starts the next run.
 
     Returns:
-        Whether it took the event. Where not, the scheduled remerge finds what happened.
+        Whether the server took it. If not, the scheduled remerge does the work later.
     """
     if engine_url() is None:
         return False
-    told = {
+    message = {
         "id": str(uuid4()),
         "occurred": datetime.now(UTC).isoformat(),
         "event": event,
@@ -59,9 +59,12 @@ def announce(event: str, line: str, task: str, version: int | None, **facts: Any
         "payload": {"line": line, "task": task, "version": version, **facts},
     }
     try:
-        api().emit([told])
+        api().emit([message])
     except Unavailable as error:
-        warn(f"{event} of {line}.{task} was not told, the schedule finds it: {error.message()}")
+        warn(
+            f"event {event} for {line}.{task} was not sent, the scheduled remerge picks it up: "
+            f"{error.message()}"
+        )
         return False
     return True
 
@@ -69,33 +72,33 @@ def announce(event: str, line: str, task: str, version: int | None, **facts: Any
 def start_run(
     flow: str, parameters: Mapping[str, Any], key: str, at: datetime | None = None
 ) -> None:
-    """Start a run of a deployment; once for a key, unless what it started came to nothing.
+    """Start a run of a deployment, unless one with this key is queued or running.
 
     Args:
         flow: the flow's name.
-        parameters: those of the run.
-        key: digest of what the run would be about.
-        at: when it begins; now without.
+        parameters: of the run.
+        key: digest of the run's purpose.
+        at: start time; None starts it now.
 
     Raises:
-        Unavailable: the server is away, or has no such deployment.
+        Unavailable: the server cannot be reached, or has no such deployment.
     """
     server = api()
     deployment = server.deployment(f"{flow}/{DEPLOYMENT}")
     if deployment is None:
         raise Unavailable(
             f"the Prefect server has no deployment {flow}/{DEPLOYMENT}",
-            hint="make it with `restitch deploy`",
+            hint="create it with `restitch deploy`",
         )
     for _ in range(MOST_STARTS):
         run = server.create_run(deployment["id"], parameters, key, at)
         if run["state_type"] not in _FINAL:
             return
-        key = digest_json([key, run["id"]])  # that one is over, and it is asked for again
+        key = digest_json([key, run["id"]])  # that run is over: ask for another
 
 
 def is_queued(flow: str, parameters: Mapping[str, Any]) -> bool:
-    """Whether a run of a deployment with these parameters waits for a worker or is taken."""
+    """Whether a run with these parameters waits for a worker, or was taken by one."""
     return any(
         all(run["parameters"].get(name) == value for name, value in parameters.items())
         for run in api().runs(flow, DEPLOYMENT, "SCHEDULED", "PENDING")
@@ -104,20 +107,20 @@ def is_queued(flow: str, parameters: Mapping[str, Any]) -> bool:
 
 
 def run_ended(run: str) -> bool:
-    """Whether a flow run is over, as far as the server knows; one that it forgot is."""
-    found = api().run(run)
-    return found is None or found["state_type"] in _FINAL
+    """Whether a flow run is over; one that the server does not know counts as over."""
+    known = api().run(run)
+    return known is None or known["state_type"] in _FINAL
 
 
 def mark_crashed(run: str, message: str) -> None:
-    """Say of a run whose process is known to be gone that it crashed."""
+    """Mark a run as crashed whose process is known to be gone."""
     if not run_ended(run):
         api().set_state(run, "CRASHED", message)
 
 
 def this_run() -> str | None:
-    """The id of the flow run that this code runs in."""
-    # Who has not imported Prefect is in no run of its, and should not pay for the import.
+    """The id of the current flow run; None outside of one."""
+    # Without Prefect imported there is no run, and importing it here would cost seconds.
     if engine_url() is None or "prefect" not in sys.modules:
         return None
     from prefect.context import FlowRunContext
@@ -127,17 +130,17 @@ def this_run() -> str | None:
 
 
 def cancel_queued(line: str) -> None:
-    """Cancel the line's remerges that wait for a worker: this run sees what they would."""
+    """Cancel the line's remerges that wait for a worker: this run does their work."""
     server, me = api(), this_run()
     for run in server.runs("remerge", DEPLOYMENT, "SCHEDULED"):
-        asked = run["parameters"]
-        if _is_due(run) and asked.get("line") == line and not asked.get("force"):
+        parameters = run["parameters"]
+        if _is_due(run) and parameters.get("line") == line and not parameters.get("force"):
             server.set_state(run["id"], "CANCELLED", f"run {me} does its work")
-            say(f"cancelled the waiting remerge {run['name']}: this run does its work")
+            say(f"cancelled the queued remerge {run['name']}: this run does its work")
 
 
 def is_workers_run() -> bool:
-    """Whether this code runs in a run that a worker has begun."""
+    """Whether a worker started the current flow run."""
     if this_run() is None:
         return False
     from prefect.context import FlowRunContext
@@ -147,7 +150,7 @@ def is_workers_run() -> bool:
 
 
 def _is_due(run: Mapping[str, Any]) -> bool:
-    """Whether a run is under way or could be: not one that the schedule has planned."""
+    """Whether a run has started or could start now, unlike one that is scheduled for later."""
     if run["state_type"] != "SCHEDULED" or run["expected_start_time"] is None:
         return True
     return datetime.fromisoformat(run["expected_start_time"]) <= datetime.now(UTC)

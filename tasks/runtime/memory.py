@@ -1,9 +1,9 @@
-"""The most memory of its own that a piece of work adds to this process.
+"""Measure the peak memory that a piece of work adds to this process.
 
-Counted are anonymous pages (`RssAnon`): what was allocated, not the files that are mapped, whose
-pages the system takes back when it needs them. The kernel keeps no peak of these, so they are
-looked at every few milliseconds; what lives shorter than that is missed. What was free before is
-given back first, so that the work does not live on it unseen.
+It counts anonymous pages (`RssAnon`), which are allocated memory, but not mapped files, whose pages
+the system can reclaim. The kernel keeps no peak of anonymous pages, so they are sampled every few
+milliseconds; shorter allocations are missed. Free memory of the allocator is returned to the system
+first, because work that reuses it would not be counted.
 """
 
 import ctypes
@@ -13,14 +13,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 _STATUS = Path("/proc/self/status")
-_EVERY = 0.003
+_INTERVAL_SECONDS = 0.003
 
 
 class Peak:
-    """What was seen.
+    """The peak.
 
     Attributes:
-        added: bytes; None where the system does not tell.
+        added: bytes; None where the system does not report them.
     """
 
     added: int | None = None
@@ -28,26 +28,26 @@ class Peak:
 
 @contextmanager
 def memory_added() -> Iterator[Peak]:
-    """Watch the memory of this process for the length of a block."""
+    """Sample the memory of this process while the context is open."""
     peak, stop = Peak(), threading.Event()
     with suppress(AttributeError, OSError):  # the C library has another allocator
         ctypes.CDLL(None).malloc_trim(0)
     before = _anonymous()
 
-    def look() -> None:
+    def sample() -> None:
         now = _anonymous()
         if before is not None and now is not None:
             peak.added = max(peak.added or 0, now - before)
 
     def watch() -> None:
-        while not stop.wait(_EVERY):
-            look()
+        while not stop.wait(_INTERVAL_SECONDS):
+            sample()
 
     watcher = threading.Thread(target=watch, daemon=True)
     watcher.start()
     try:
         yield peak
-        look()
+        sample()
     finally:
         stop.set()
         watcher.join()
@@ -58,5 +58,5 @@ def _anonymous() -> int | None:
         lines = _STATUS.read_text(encoding="ascii").splitlines()
     except OSError:
         return None
-    found = [line for line in lines if line.startswith("RssAnon:")]
-    return int(found[0].split()[1]) * 1024 if found else None
+    rows = [line for line in lines if line.startswith("RssAnon:")]
+    return int(rows[0].split()[1]) * 1024 if rows else None

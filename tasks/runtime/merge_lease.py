@@ -1,12 +1,14 @@
-"""One remerge per line at a time: saves work, decides nothing.
+"""Run one remerge per line at a time. This saves work; correctness does not depend on it.
 
-On one host a file lock keeps remerges apart. Among hosts there are two slots per line, both
-concurrency limits of the Prefect server held by leases: `merge` for the remerge at work and
-`next` for one that waits and has not yet looked at the line. Whoever finds `next` taken may
-go home: the one that waits will see all that it would. A lease outlives its holder by up to
-a minute, so the holder is written beside the store's lines, and one that is known to be dead
-is relieved of its lease at once. Where the server is away, or a slot was lost with it, a
-remerge goes on without a turn: the compare-and-swap on the head keeps it right.
+On one host a file lock serializes remerges. Across hosts each line has two slots, which are
+concurrency limits of the Prefect server held by leases: `merge` for the running remerge and `next`
+for one that waits and has not read the line yet. A remerge that finds `next` taken can stop: the
+waiting one will see everything that it would.
+
+A lease outlives a dead process by up to a minute. The holder of a slot is therefore recorded in the
+store, and the lease of a holder that is known to be dead is released at once. Without the server,
+or when a slot was lost with it, remerges run without a lease: the compare-and-swap on the line's
+state keeps them correct.
 """
 
 import fcntl
@@ -30,42 +32,42 @@ from restitch.tasks.runtime.workspace import Workspace
 
 # The shortest lease that the server grants; it is renewed while the process lives.
 LEASE_SECONDS = 60.0
-LOOK_EVERY_SECONDS = 1.0
-# A slot that is taken and that nobody alive holds was lost with the server.
+POLL_SECONDS = 1.0
+# A slot that is taken without a living holder for this long was lost with the server.
 LOST_AFTER_SECONDS = 2 * LEASE_SECONDS
 
 
 @contextmanager
-def turn(space: Workspace, line: str) -> Iterator[bool]:
-    """Wait for the line's turn.
+def merge_lease(space: Workspace, line: str) -> Iterator[bool]:
+    """Wait until no other remerge of the line runs, and keep others waiting.
 
     Yields:
-        Whether this remerge should go on; not where another one waits already.
+        False when another remerge already waits; this one should stop then.
     """
-    with ExitStack() as held:
-        mine = _among_hosts(held, space.objects.store, line) if this_run() is not None else True
-        if mine:
-            held.enter_context(_on_this_host(space, line))
-        yield mine
+    with ExitStack() as leases:
+        acquired = this_run() is None or _across_hosts(leases, space.objects.store, line)
+        if acquired:
+            leases.enter_context(_on_this_host(space, line))
+        yield acquired
 
 
-def _among_hosts(held: ExitStack, store: Store, line: str) -> bool:
+def _across_hosts(leases: ExitStack, store: Store, line: str) -> bool:
     try:
         server = api()
         waiting = Slot(server, store, line, "next")
         if not waiting.take(wait=False):
-            say(f"{line}: another remerge waits and will look at it")
+            say(f"{line}: another remerge is waiting and covers this one")
             return False
         try:
             cancel_queued(line)
             merging = Slot(server, store, line, "merge")
             merging.take(wait=True)
-            held.callback(merging.release)
+            leases.callback(merging.release)
         finally:
-            # Before this one looks at the line: who comes later must not rely on it.
+            # Before this one reads the line: later remerges must not rely on it.
             waiting.release()
     except Unavailable as error:
-        warn(f"remerging {line} without a turn: {error.message()}")
+        warn(f"remerging {line} without a lease: {error.message()}")
     return True
 
 
@@ -80,7 +82,7 @@ def _on_this_host(space: Workspace, line: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class _Holder:
-    """Who took a slot last."""
+    """The process that took a slot last."""
 
     lease: str
     run: str
@@ -89,20 +91,20 @@ class _Holder:
     began: float | None
 
     def is_dead(self) -> bool:
-        """Whether its process is gone, or its run is over."""
+        """Whether its process is gone or its run is over."""
         if self.host == socket.gethostname():
             return process_began(self.pid) != self.began
         return run_ended(self.run)
 
 
 class Slot:
-    """One of a line's two slots."""
+    """One of a line's two slots, `merge` or `next`."""
 
-    def __init__(self, server: PrefectApi, store: Store, line: str, place: str) -> None:
+    def __init__(self, server: PrefectApi, store: Store, line: str, name: str) -> None:
         self.server = server
         self.store = store
-        self.name = f"restitch.{line}.{place}"
-        self.record = f"turns/{line}.{place}.json"
+        self.name = f"restitch.{line}.{name}"
+        self.record = f"leases/{line}.{name}.json"
         self.lease: str | None = None
         self._released = threading.Event()
 
@@ -110,10 +112,10 @@ class Slot:
         """Take the slot.
 
         Args:
-            wait: until it is free; otherwise only if it is, or if its holder is dead.
+            wait: wait until it is free; otherwise take it only if it is free or its holder dead.
 
         Returns:
-            Whether it was taken. With `wait` always true, also where the slot was lost.
+            Whether it was taken; always true with `wait`.
         """
         self.server.ensure_limit(self.name, 1)
         lost_at = time.monotonic() + LOST_AFTER_SECONDS
@@ -131,12 +133,14 @@ class Slot:
                 if holder is not None:
                     self.server.release_lease(holder.lease)
                 if time.monotonic() > lost_at:
-                    warn(f"{self.name} is taken and nobody holds it: it is freed")
+                    warn(
+                        f"freeing the concurrency limit {self.name}: it is taken, but has no holder"
+                    )
                     self.server.free_limit(self.name)
-            time.sleep(LOOK_EVERY_SECONDS)
+            time.sleep(POLL_SECONDS)
 
     def release(self) -> None:
-        """Give the slot back; where the server is away it frees itself."""
+        """Release the slot; without the server its lease expires."""
         self._released.set()
         if self.lease is not None:
             with suppress(Unavailable):
@@ -156,7 +160,7 @@ class Slot:
 
     def _renew(self) -> None:
         while not self._released.wait(LEASE_SECONDS / 2):
-            with suppress(Unavailable):  # it may come back before the lease ends
+            with suppress(Unavailable):  # the server may return before the lease expires
                 self.server.renew_lease(str(self.lease), LEASE_SECONDS)
 
     def _holder(self) -> _Holder | None:

@@ -1,8 +1,8 @@
-"""The few calls to a Prefect server that restitch makes itself, over plain HTTP.
+"""A small client for the Prefect server's HTTP API.
 
-Prefect's own client takes seconds to import and to connect, which a command that only tells
-of an event would pay for. Credentials come from Prefect's variables `PREFECT_API_KEY` and
-`PREFECT_API_AUTH_STRING`, and appear in no message.
+Prefect's own client takes seconds to import and to connect, too long for a command that only emits
+an event. Credentials come from Prefect's variables `PREFECT_API_KEY` and `PREFECT_API_AUTH_STRING`
+and never appear in a message.
 """
 
 import os
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import httpx
 
 TIMEOUT_SECONDS, PAUSE_SECONDS = 20.0, 0.5
-# Who answers at all is there: each attempt may have waited seconds for the database.
+# For a server that answers but is busy: each attempt may wait seconds for its database.
 BUSY_SECONDS = 30.0
 _BUSY = (429, 502, 503, 504)
 _NOT_FOUND, _CONFLICT, _LOCKED = 404, 409, 423
@@ -34,7 +34,7 @@ class PrefectApi:
 
     Args:
         url: its address, as in `PREFECT_API_URL`.
-        patience: for how many seconds to ask again while it is away.
+        patience: for how many seconds to retry while it cannot be reached.
     """
 
     def __init__(self, url: str, patience: float = 5.0) -> None:
@@ -42,16 +42,15 @@ class PrefectApi:
         self.patience = patience
 
     def emit(self, events: Iterable[Json]) -> None:
-        """Hand over events; the server does not take the same id twice."""
+        """Emit events; the server ignores an id that it has seen."""
         self._send("POST", "/events", json=list(events))
 
     def deployment(self, name: str) -> Json | None:
-        """A deployment by its full name `flow/name`; None where there is none."""
-        found = self._send("GET", f"/deployments/name/{name}", allow=(_NOT_FOUND,))
-        return None if found.status_code == _NOT_FOUND else dict(found.json())
+        """A deployment by its full name `flow/name`, or None."""
+        return self._read(f"/deployments/name/{name}")
 
     def set_entrypoint(self, deployment: str, entrypoint: str) -> None:
-        """Let workers load a deployment's flow from another place."""
+        """Change where workers load a deployment's flow from."""
         self._send("PATCH", f"/deployments/{deployment}", json={"entrypoint": entrypoint})
 
     def create_run(
@@ -61,7 +60,7 @@ class PrefectApi:
         key: str,
         at: datetime | None = None,
     ) -> Json:
-        """Start a run of a deployment, now or at a time; the same key gives the same run."""
+        """Start a run of a deployment, now or later; the same key returns the same run."""
         state: Json = {"type": "SCHEDULED"}
         if at is not None:
             state["state_details"] = {"scheduled_time": at.isoformat()}
@@ -70,7 +69,7 @@ class PrefectApi:
         return dict(self._send("POST", path, json=body).json())
 
     def runs(self, flow: str, deployment: str, *states: str) -> list[Json]:
-        """The runs of a deployment in some states, at most 200."""
+        """The runs of a deployment in the given states, at most 200."""
         body = {
             "flows": {"name": {"any_": [flow]}},
             "deployments": {"name": {"any_": [deployment]}},
@@ -80,9 +79,8 @@ class PrefectApi:
         return list(self._send("POST", "/flow_runs/filter", json=body).json())
 
     def run(self, run: str) -> Json | None:
-        """A run; None where the server knows none of this id."""
-        found = self._send("GET", f"/flow_runs/{run}", allow=(_NOT_FOUND,))
-        return None if found.status_code == _NOT_FOUND else dict(found.json())
+        """A run by its id, or None."""
+        return self._read(f"/flow_runs/{run}")
 
     def progress(self, run: str) -> float | None:
         """The percentage in a run's newest progress artifact, or None."""
@@ -96,12 +94,12 @@ class PrefectApi:
         return float(artifacts[0]["data"]) if artifacts else None
 
     def set_state(self, run: str, state: str, message: str) -> None:
-        """Ask for another state of a run; the server's rules decide."""
+        """Request a state for a run; the server may refuse the transition."""
         body = {"state": {"type": state, "message": message}, "force": False}
         self._send("POST", f"/flow_runs/{run}/set_state", json=body)
 
-    def heard_of(self, run: str, since: datetime) -> bool:
-        """Whether a run has shown a sign of life since a time."""
+    def has_heartbeat(self, run: str, since: datetime) -> bool:
+        """Whether a run has sent a heartbeat since a time."""
         body = {
             "filter": {
                 "event": {"name": ["prefect.flow-run.heartbeat"]},
@@ -113,15 +111,14 @@ class PrefectApi:
         return bool(self._send("POST", "/events/filter", json=body).json()["events"])
 
     def ensure_limit(self, name: str, limit: int) -> None:
-        """Make a concurrency limit, unless it is there."""
-        # Asked for first: the server logs a traceback for one that is made twice.
-        path = f"/v2/concurrency_limits/{name}"
-        if self._send("GET", path, allow=(_NOT_FOUND,)).status_code == _NOT_FOUND:
+        """Create a concurrency limit if it does not exist."""
+        # Look first: the server logs a traceback when a limit is created twice.
+        if self._read(f"/v2/concurrency_limits/{name}") is None:
             body = {"name": name, "limit": limit}
             self._send("POST", "/v2/concurrency_limits/", json=body, allow=(_CONFLICT,))
 
     def take_lease(self, limit: str, seconds: float, run: str) -> str | None:
-        """Take a slot of a limit for some seconds; None where none is free."""
+        """Lease a slot of a limit; None if none is free."""
         body = {
             "names": [limit],
             "slots": 1,
@@ -130,22 +127,26 @@ class PrefectApi:
             "holder": {"type": "flow_run", "id": run},
         }
         path = "/v2/concurrency_limits/increment-with-lease"
-        found = self._send("POST", path, json=body, allow=(_LOCKED,))
-        return None if found.status_code == _LOCKED else str(found.json()["lease_id"])
+        answer = self._send("POST", path, json=body, allow=(_LOCKED,))
+        return None if answer.status_code == _LOCKED else str(answer.json()["lease_id"])
 
     def renew_lease(self, lease: str, seconds: float) -> None:
-        """Hold a slot for so many more seconds."""
+        """Extend a lease."""
         path = f"/v2/concurrency_limits/leases/{lease}/renew"
         self._send("POST", path, json={"lease_duration": seconds})
 
     def release_lease(self, lease: str) -> None:
-        """Give a slot back; one that has ended already is no error."""
+        """End a lease; one that has already ended is no error."""
         path = "/v2/concurrency_limits/decrement-with-lease"
         self._send("POST", path, json={"lease_id": lease})
 
     def free_limit(self, name: str) -> None:
-        """Say that nobody holds a slot of a limit."""
+        """Mark all slots of a limit as free."""
         self._send("PATCH", f"/v2/concurrency_limits/{name}", json={"active_slots": 0})
+
+    def _read(self, path: str) -> Json | None:
+        answer = self._send("GET", path, allow=(_NOT_FOUND,))
+        return None if answer.status_code == _NOT_FOUND else dict(answer.json())
 
     def _send(
         self, method: str, path: str, *, json: Any = None, allow: tuple[int, ...] = ()
@@ -163,7 +164,7 @@ class PrefectApi:
                 if answer.is_success or answer.status_code in allow:
                     return answer
                 found = f"status {answer.status_code} for {path}: {answer.text[:200]}"
-                # On SQLite a server that is busy answers like this, and takes it a moment later.
+                # A busy server on SQLite answers like this, and succeeds a moment later.
                 if answer.status_code not in _BUSY:
                     raise self._unavailable(found)
                 patience = max(patience, BUSY_SECONDS)
@@ -175,7 +176,7 @@ class PrefectApi:
         return Unavailable(
             f"the Prefect server at {without_credentials(self.url)} cannot be used",
             found=found,
-            hint="start it; `restitch doctor` tells what runs",
+            hint="start the server; `restitch doctor` shows what is running",
         )
 
     @cached_property

@@ -1,7 +1,7 @@
-"""What a run leaves in Prefect for people to read: Markdown per run, progress of long steps.
+"""Artifacts in Prefect: a Markdown summary per run, and progress bars of long steps.
 
-Outside of a flow run nothing happens. Artifacts are for the eye: whatever they say is in
-the store, so an artifact that cannot be written is only a line in the log.
+All that they show is in the store, so a failure to write one is only a warning in the log. Outside
+of flow runs, summaries are not written.
 """
 
 import logging
@@ -10,39 +10,38 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from restitch.merging.progress import Progress, ignore
+from restitch.merging.progress import Progress
 from restitch.tasks.runtime.console import LogReporter
 from restitch.tasks.runtime.events import this_run
 
-# Work that is done sooner needs no bar; and a bar that moves every second is enough.
-SHOW_AFTER_SECONDS, EVERY_SECONDS = 2.0, 1.0
+SHOW_AFTER_SECONDS, UPDATE_SECONDS = 2.0, 1.0
 
 log = logging.getLogger("restitch")
 
 
-def show_onboarded(found: Mapping[str, Any]) -> None:
-    """The table of an onboarding: state, grafted accuracy, density, size of the delta."""
+def show_onboarded(outcome: Mapping[str, Any]) -> None:
+    """Summarize an onboarding: the model's state, its mask and its results."""
     if this_run() is None:
         return
-    facts = found["facts"]
-    rows = [("state", found["state"])]
-    if found["reason"]:
-        rows.append(("reason", found["reason"]))
+    facts = outcome["facts"]
+    rows = [("state", outcome["state"])]
+    if outcome["reason"]:
+        rows.append(("reason", outcome["reason"]))
     if "density" in facts:
         rows += [
             ("localizer", facts["localizer"]),
             ("density", f"{facts['density']:.4%} ({facts['kept']} of {facts['coordinates']})"),
             ("delta", f"{facts['delta_bytes']} bytes"),
-            ("changed outside of masks", f"{facts['outside_share']:.2%}"),
+            ("change outside of localizable tensors", f"{facts['outside_share']:.2%}"),
         ]
     if "statistics" in facts:
         kinds = ", ".join(facts["statistics"])
-        took = f"{facts['statistics_bytes']} bytes in {facts['statistics_seconds']} s"
-        rows.append(("statistics", f"{kinds}: {took}"))
+        cost = f"{facts['statistics_bytes']} bytes in {facts['statistics_seconds']} s"
+        rows.append(("statistics", f"{kinds}: {cost}"))
     by = facts.get("localized_by") or {}
     rows += [(name, str(value)) for name, value in by.items()]
-    text = f"# {found['line']}: {found['task']} version {found['version']}\n\n"
-    text += table(("what", "value"), rows)
+    text = f"# {outcome['line']}: {outcome['task']} version {outcome['version']}\n\n"
+    text += table(("field", "value"), rows)
     results = facts.get("results", {})
     if results:
         text += "\n\n" + table(
@@ -52,15 +51,15 @@ def show_onboarded(found: Mapping[str, Any]) -> None:
                 for name, r in results.items()
             ],
         )
-    _markdown(f"onboard-{found['line']}-{found['task']}", text, "what became of the model")
+    _markdown(f"onboard-{outcome['line']}-{outcome['task']}", text, "outcome of the onboarding")
 
 
-def show_remerged(found: Mapping[str, Any], link: str | None) -> None:
-    """The table of a remerge: what changed, every task, retention, gates."""
+def show_remerged(outcome: Mapping[str, Any], link: str | None) -> None:
+    """Summarize a remerge: the champion, results by task, retention, gates and held models."""
     if this_run() is None:
         return
-    line, record = found["line"], found["record"]
-    text = f"# {line}: {found['action']}, champion {found['champion'] or 'none'}\n\n"
+    line, record = outcome["line"], outcome["record"]
+    text = f"# {line}: {outcome['action']}, champion {outcome['champion'] or 'none'}\n\n"
     if record is not None:
         members = ", ".join(f"{task} {m['version']}" for task, m in record["members"].items())
         text += f"Version {record['version']}: {members}."
@@ -68,8 +67,8 @@ def show_remerged(found: Mapping[str, Any], link: str | None) -> None:
         text += _results(record)
         gates = [f"- {'passed' if g['passed'] else 'FAILED'}: {g['note']}" for g in record["gates"]]
         text += "\n\n" + ("\n".join(gates) or "No gates.")
-    held = [f"- held {model}: {'; '.join(why)}" for model, why in found["held"].items()]
-    _markdown(f"remerge-{line}", text + "\n\n" + "\n".join(held), "what the remerge did")
+    held = [f"- held {model}: {'; '.join(reasons)}" for model, reasons in outcome["held"].items()]
+    _markdown(f"remerge-{line}", text + "\n\n" + "\n".join(held), "outcome of the remerge")
 
 
 def _results(record: Mapping[str, Any]) -> str:
@@ -78,26 +77,26 @@ def _results(record: Mapping[str, Any]) -> str:
         for task, r in record["results"].items()
     ]
     text = table(("task", "base", "finetuned", "grafted", "merged", "normalized"), rows)
-    kept = record["retention"]
-    if kept is not None:
+    retention = record["retention"]
+    if retention is not None:
         text += (
-            f"\n\nRetention on {kept['task']}: top-1 {kept['top1']:.4f}, base "
-            f"{kept['base_top1']:.4f}, ratio {kept['ratio']:.4f}"
-            f"{_ends(kept['ratio_interval'])} ({kept['count']} rows)."
+            f"\n\nRetention on {retention['task']}: top-1 {retention['top1']:.4f}, base "
+            f"{retention['base_top1']:.4f}, ratio {retention['ratio']:.4f}"
+            f"{_interval(retention['ratio_interval'])} ({retention['count']} rows)."
         )
     return text
 
 
-def table(line_state: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = [line_state, ["---"] * len(line_state), *rows]
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join(
-        "| " + " | ".join(one.replace("|", "\\|").replace("\n", " ") for one in line) + " |"
+        "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in line) + " |"
         for line in lines
     )
 
 
-def _ends(interval: Mapping[str, float] | None) -> str:
+def _interval(interval: Mapping[str, float] | None) -> str:
     return "" if interval is None else f" (95 %: {interval['low']:.4f} to {interval['high']:.4f})"
 
 
@@ -109,21 +108,18 @@ def _markdown(key: str, text: str, description: str) -> None:
     from prefect.artifacts import create_markdown_artifact
 
     try:
-        # Names have underscores, keys must not.
+        # Names may have underscores, keys must not.
         create_markdown_artifact(text, key=key.replace("_", "-"), description=description)
-    except Exception as error:  # nothing is lost with it
-        log.warning("the artifact %s was not written: %s", key, error)
+    except Exception as error:  # the store has all that it would show
+        log.warning("could not write the artifact %s: %s", key, error)
 
 
 class RunReporter(LogReporter):
-    """Writes to the log of the run, and shows long work as a progress artifact."""
+    """Writes to the run's log, and shows long work as progress artifacts; workers install it."""
 
     @contextmanager
     def working(self, title: str) -> Iterator[Progress]:
-        """A bar in Prefect once the work has taken two seconds."""
-        if this_run() is None:
-            yield ignore
-            return
+        """Show a progress artifact once the work has taken two seconds."""
         log.info("%s", title)
         began = shown_at = time.monotonic()
         bar: Any = None
@@ -131,7 +127,7 @@ class RunReporter(LogReporter):
         def report(done: int, total: int) -> None:
             nonlocal bar, shown_at
             now = time.monotonic()
-            if now - began < SHOW_AFTER_SECONDS or now - shown_at < EVERY_SECONDS:
+            if now - began < SHOW_AFTER_SECONDS or now - shown_at < UPDATE_SECONDS:
                 return
             shown_at = now
             bar = _progress(bar, title, 100 * done / max(total, 1))
@@ -148,6 +144,6 @@ def _progress(bar: Any, title: str, percent: float) -> Any:
         if bar is None:
             return create_progress_artifact(percent, description=title)
         update_progress_artifact(bar, percent)
-    except Exception as error:  # nothing is lost with it
-        log.warning("the progress of %s was not shown: %s", title, error)
+    except Exception as error:  # the store has all that it would show
+        log.warning("could not show the progress of %s: %s", title, error)
     return bar

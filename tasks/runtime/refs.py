@@ -1,4 +1,4 @@
-"""What steps hand to each other: small frozen references, never tensors."""
+"""The references that steps pass to each other: small frozen values, never tensors."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -10,7 +10,7 @@ from restitch.registry.specs.line import LineSpec
 
 @dataclass(frozen=True)
 class LineRef:
-    """A line as one flow run sees it from beginning to end: its specification and its base."""
+    """A line as one flow run sees it from start to end: its specification and its base."""
 
     spec: LineSpec
     base: ModelRef
@@ -23,13 +23,14 @@ class DeltaRef:
     Attributes:
         blob: digest of the delta file.
         mask: digest of the mask alone.
-        kept: how many coordinates it keeps.
-        coordinates: how many there are to choose from.
+        kept: the number of coordinates in the mask.
+        coordinates: the number of localizable coordinates.
         size: bytes of the file.
-        localizer: how the mask was found, for instance "dataless/1".
-        seconds: how long finding it took.
-        made_by: which process found it: worker, host, process, pool, device.
-        found: what it was calibrated with, and how its density was chosen.
+        localizer: its name and version, for instance "dataless/1".
+        seconds: how long localizing took.
+        made_by: the process that localized: worker, host, process, pool, device.
+        facts: the data that calibrated it, and how its density was chosen; see
+            `localize.RECORDED_FACTS`.
     """
 
     blob: str
@@ -40,20 +41,20 @@ class DeltaRef:
     localizer: str
     seconds: float | None = None
     made_by: Any = None
-    found: dict[str, Any] = field(default_factory=dict)
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def density(self) -> float:
-        """The fraction of localizable coordinates that is kept."""
+        """The fraction of localizable coordinates in the mask."""
         return self.kept / self.coordinates if self.coordinates else 0.0
 
 
 @dataclass(frozen=True)
 class PatchRef:
-    """A merged model in the store: where it differs from its base.
+    """A merged model in the store, as a patch on its base.
 
     Attributes:
-        seconds: how long making it took, where this run has made it.
+        seconds: how long it took to make; None if it was in the store.
     """
 
     blob: str
@@ -65,19 +66,19 @@ class PatchRef:
 
 @dataclass(frozen=True)
 class StatisticRef:
-    """What a method needs of a member beside its delta, in the store.
+    """A statistic in the store, which a merge method needs in addition to deltas.
 
     Attributes:
         blob: digest of its file.
         size: bytes of the file.
-        seconds: how long finding it took, where this run has found it.
-        took: how long it took whoever found it.
+        seconds: how long this run took to measure it; None if it was in the store.
+        recorded_seconds: how long the run took that measured it.
     """
 
     blob: str
     size: int
     seconds: float | None = None
-    took: float | None = None
+    recorded_seconds: float | None = None
 
 
 WeightsKind = Literal["base", "finetuned", "localizable", "grafted", "merged", "expert"]
@@ -85,15 +86,14 @@ WeightsKind = Literal["base", "finetuned", "localizable", "grafted", "merged", "
 
 @dataclass(frozen=True)
 class WeightsRef:
-    """Which weights to evaluate, as what lies on top of the base.
+    """Weights to evaluate, described by their difference from the base.
 
     Attributes:
-        kind: the base itself; a finetuned model whole; the base with all of its localizable
-            coordinates finetuned; the base with one delta; a merged model; the specialist of a
-            task.
-        identity: digest of what lies on top: of the finetuned weights, the delta, the patch, or
-            the mask of a specialist, which names the patch that it selects from.
-        uri: where a finetuned model is read; the others are in the store.
+        kind: the base; a whole finetuned model; the base with all localizable coordinates of a
+            finetuned model; the base with one delta; a merged model; a specialist for one task.
+        identity: digest of the finetuned weights, the delta, the patch, or the mask of a
+            specialist, which names the patch that it selects from.
+        uri: source of a finetuned model; the others are in the store.
     """
 
     kind: WeightsKind
@@ -106,10 +106,9 @@ class Validated:
     """A finetuned model that can join its line.
 
     Attributes:
-        outside_share: squared norm of what finetuning changed outside of the localizable
-            tensors, over that of everything it changed.
+        outside_share: share of the squared change that lies outside of the localizable tensors.
         outside_tensors: those tensors with their shares, largest first.
-        ignored: tensors that the base does not have, or that the finetuned model lacks.
+        ignored: tensors that only the finetuned model or only the base has.
     """
 
     outside_share: float

@@ -1,7 +1,7 @@
-"""Where steps find things: the store, a line's ledger, the catalog, and who acts.
+"""Access for steps to the store, the ledgers of lines, MLflow, and the identity of the actor.
 
-Everything hangs on `RESTITCH_HOME`, which the command line and the workers set. A
-`Workspace` holds no state of its own; opening one costs nothing.
+`RESTITCH_HOME`, which the command line and the workers set, determines all of it. A `Workspace`
+has no state of its own; opening one costs nothing.
 """
 
 import getpass
@@ -26,7 +26,7 @@ from restitch.registry.store.objects import ObjectStore
 
 @dataclass(frozen=True)
 class Workspace:
-    """One installation, opened."""
+    """An opened `RESTITCH_HOME`."""
 
     home: Home
 
@@ -37,34 +37,34 @@ class Workspace:
 
     @cached_property
     def catalog(self) -> Catalog:
-        """The owner of MLflow."""
+        """The client of MLflow."""
         return Catalog(self.home)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:
-        """A folder for files that are being made; it is gone afterwards.
+        """A temporary folder, removed when the context closes.
 
         Raises:
-            Unavailable: no space, no permission.
+            Unavailable: there is no space or no permission.
         """
-        place = self.home.scratch
-        with explained(place, "write"), TemporaryDirectory(dir=place) as folder:
+        parent = self.home.scratch
+        with explained(parent, "write"), TemporaryDirectory(dir=parent) as folder:
             yield Path(folder)
 
     def ledger(self, line: str) -> Ledger:
-        """The head and the audit trail of a line.
+        """The state and the audit trail of a line.
 
         Raises:
-            BadInput: there is no such line; the message lists those that there are.
+            BadInput: there is no such line; the message lists the lines that exist.
         """
         ledger = Ledger(self.objects, line)
         if not ledger.exists():
             known = ", ".join(lines(self.objects)) or "none"
             raise BadInput(
                 f"there is no line {line!r}",
-                expected="a line made by `restitch init`",
+                expected="a line created by `restitch init`",
                 found=f"lines: {known} (in {self.home.root})",
-                hint="make it with `restitch init FILE`, or set RESTITCH_HOME",
+                hint="create it with `restitch init FILE`, or set RESTITCH_HOME",
             )
         return ledger
 
@@ -73,8 +73,7 @@ def workspace(*, to_write: bool = True) -> Workspace:
     """The workspace that the environment names.
 
     Args:
-        to_write: make its folders; who only looks leaves no trace, and may look at a
-            home that is read-only.
+        to_write: create its folders. Without it nothing is written, and the home may be read-only.
     """
     home = Home.from_environment()
     prepare_environment(home)
@@ -89,12 +88,12 @@ def _opened(home: Home) -> Workspace:
 
 
 def actor() -> str:
-    """Who acts: the identity that the deployment gives, or the user of the system."""
+    """The identity for the audit trail: `RESTITCH_ACTOR`, or the system's user."""
     return os.environ.get("RESTITCH_ACTOR") or getpass.getuser()
 
 
 def made_by() -> dict[str, JsonValue]:
-    """Which process made something: for the record, never for a key."""
+    """The process that makes something: for records, never for keys."""
     of_worker = {"worker": "RESTITCH_WORKER", "work_pool": "RESTITCH_WORK_POOL"}
     return {
         "actor": actor(),

@@ -105,7 +105,7 @@ def one_request_each(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_absent_mlflow_changes_no_bytes_and_is_completed_later(
     world: World, three: Three, new_home: NewHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("restitch.tasks.publish._away_until", {})
+    monkeypatch.setattr("restitch.tasks.publish._paused_until", {})
     with relay() as way, ExitStack() as servers:
         way.leads_to(servers.enter_context(mlflow_server(tmp_path / "mlflow")))
         around = {"MLFLOW_TRACKING_URI": way.url, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}

@@ -1,8 +1,10 @@
-"""The same flows through a real Prefect engine: runs that the API finds, and the same bytes."""
+"""Flows in a real Prefect engine: their runs in the API, and the same bytes as without it."""
 
 import json
+import os
 import re
 import shutil
+import sys
 import urllib.request
 from collections import Counter
 from collections.abc import Iterator
@@ -13,6 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
+from restitch.tasks.runtime.prefect_api import PrefectApi
 from tests.conftest import NewHome, Three
 from tests.servers import free_port, prefect_server
 from tests.shell import Done, Shell
@@ -22,6 +25,7 @@ FLOWS = {
     "onboard": {"validate", "localize", "evaluate", "log"},
     "remerge": {"stitch", "evaluate", "analyze", "log"},
 }
+WORKER = ("worker", "start", "--pool", "gpu", "--type", "process", "--run-once")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +48,7 @@ class Run:
     """A flow run with the states of its task runs, by task name in order.
 
     Attributes:
-        named: what the task runs are called.
+        named: the names of the task runs.
     """
 
     flow: str
@@ -58,8 +62,8 @@ def runs(api: str) -> list[Run]:
     flows = {flow["id"]: flow["name"] for flow in ask(api, "flows/filter")}
     found = []
     for run in ask(api, "flow_runs/filter", sort="START_TIME_ASC"):
-        mine = {"flow_runs": {"id": {"any_": [run["id"]]}}}
-        begun = [t for t in ask(api, "task_runs/filter", **mine) if t["state_type"] is not None]
+        of_run = {"flow_runs": {"id": {"any_": [run["id"]]}}}
+        begun = [t for t in ask(api, "task_runs/filter", **of_run) if t["state_type"] is not None]
         tasks = [(re.split("[ -]", task["name"])[0], task["state_name"]) for task in begun]
         named = {task["name"] for task in begun}
         found.append(Run(flows[run["flow_id"]], run["name"], run["state_name"], tasks, named))
@@ -68,12 +72,12 @@ def runs(api: str) -> list[Run]:
 
 @dataclass(frozen=True)
 class Both:
-    """The same registrations with the engine and embedded.
+    """The same registrations with and without the engine.
 
     Attributes:
-        command: the first one with the engine, which the command made.
-        script: exit codes of what a script did afterwards, and what it said.
-        runs: what the API knows.
+        command: the first registration with the engine, by the command.
+        script: the output of `SCRIPT`, with its exit codes.
+        runs: all flow runs in the API.
     """
 
     engine: Shell
@@ -83,8 +87,8 @@ class Both:
     runs: list[Run]
 
 
-# A process of its own takes seconds to start, so this one does several things: it registers a
-# model, then one that cannot join, then one whose data is gone when it is merged.
+# One process for three registrations: a model, a model that cannot join, and a model whose data is
+# gone when it is merged. Starting processes takes seconds.
 SCRIPT = """
 import json, sys
 from pathlib import Path
@@ -135,7 +139,7 @@ def both(
     return Both(engine, embedded, command, script, runs(api))
 
 
-def test_flow_runs_are_found_by_their_names_and_are_completed(both: Both) -> None:
+def test_flow_runs_have_names_and_final_states(both: Both) -> None:
     assert [(run.flow, run.name) for run in both.runs] == [
         ("onboard", "demo/colour/1"),
         ("remerge", "demo"),
@@ -154,14 +158,14 @@ def test_every_step_is_a_task_run(both: Both) -> None:
         assert {state for _, state in run.tasks} <= {"Completed", "Cached"}
 
 
-def test_a_task_run_says_what_it_is_about(both: Both) -> None:
+def test_task_runs_name_their_subject(both: Both) -> None:
     onboarded, merged = both.runs[0].named, both.runs[1].named
     assert {"localize colour", "evaluate grafted on colour"} <= onboarded
     expected = {"evaluate merged on colour", "evaluate base on general", "analyze version 1"}
     assert expected <= merged
 
 
-def test_what_is_in_the_store_is_cached(both: Both) -> None:
+def test_results_in_the_store_are_cached_task_runs(both: Both) -> None:
     first, second, third, fourth = (Counter(run.tasks) for run in both.runs[:4])
     assert first["evaluate", "Cached"] == 0
     assert second["evaluate", "Completed"] == 3, "merged on its task and the benchmark, and base"
@@ -180,13 +184,13 @@ def test_a_quarantine_is_a_completed_flow_run(both: Both) -> None:
     assert both.engine.kinds().count("quarantined") == 1
 
 
-def test_errors_come_through_the_engine_with_their_exit_codes(both: Both) -> None:
+def test_errors_pass_through_the_engine_with_their_exit_codes(both: Both) -> None:
     assert both.script.json == [0, 4, 0, 3]
     assert ("evaluate", "Failed") in both.runs[6].tasks
     assert "Traceback" not in both.script.err
 
 
-def test_the_bytes_are_those_of_the_embedded_mode(both: Both) -> None:
+def test_the_engine_gives_the_same_bytes_as_the_embedded_mode(both: Both) -> None:
     assert both.engine.patch_bytes() == both.embedded.patch_bytes()
     ours, theirs = both.engine.state(), both.embedded.state()
     for task in ("colour", "number"):
@@ -201,11 +205,42 @@ def test_the_bytes_are_those_of_the_embedded_mode(both: Both) -> None:
         assert (first.results, first.retention) == (second.results, second.retention)
 
 
-def test_the_command_prints_one_document_with_the_engine_too(both: Both) -> None:
+# Nothing in these tests takes the two seconds after which work is shown.
+ENTRY = """
+from restitch.deployments.server.entry import remerge_flow
+from restitch.tasks.runtime import prefect_artifacts
+
+prefect_artifacts.SHOW_AFTER_SECONDS = prefect_artifacts.UPDATE_SECONDS = 0.0
+"""
+
+
+def test_a_worker_shows_the_progress_of_long_steps_as_artifacts(
+    both: Both, api: str, tmp_path: Path
+) -> None:
+    (tmp_path / "entry.py").write_text(ENTRY)
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    shell = Shell(both.embedded.home, {"PREFECT_API_URL": api, "PATH": path})
+    shell.process("deploy")
+    server = PrefectApi(api)
+    deployment = server.deployment("remerge/restitch")
+    assert deployment is not None
+    server.set_entrypoint(deployment["id"], f"{tmp_path / 'entry.py'}:remerge_flow")
+    run = server.create_run(deployment["id"], {"line": "demo", "force": True}, "progress")["id"]
+    shell.python("from prefect.cli import app; app()", *WORKER)
+    ended = server.run(run)
+    assert ended is not None
+    assert ended["state_type"] == "COMPLETED"
+    shown = ask(api, "artifacts/filter", artifacts={"flow_run_id": {"any_": [run]}})
+    bars = {one["description"]: one["data"] for one in shown if one["type"] == "progress"}
+    assert bars["evaluating merged on colour"] == 100.0
+    assert bars["stitching"] == 100.0
+
+
+def test_the_command_prints_one_json_document_with_the_engine(both: Both) -> None:
     assert both.command.json["merged"]["action"] == "promoted"
 
 
-def test_a_server_that_is_gone_means_embedded(
+def test_a_stopped_server_in_the_stack_file_means_embedded_mode(
     world: World, new_home: NewHome, tmp_path: Path
 ) -> None:
     shell = new_home("home")
@@ -215,7 +250,7 @@ def test_a_server_that_is_gone_means_embedded(
     assert shell.add(world, "colour")["merged"]["action"] == "promoted"
 
 
-def test_a_named_server_that_is_away_is_exit_code_6(three: Three) -> None:
+def test_a_named_server_that_cannot_be_reached_is_exit_code_6(three: Three) -> None:
     url = f"http://user:secret@127.0.0.1:{free_port()}/api"
     shell = Shell(three.shell.home, {"PREFECT_API_URL": url})
     done = shell.process("remerge", "demo", code=6)
@@ -223,7 +258,7 @@ def test_a_named_server_that_is_away_is_exit_code_6(three: Three) -> None:
     assert "secret" not in done.err
 
 
-def test_a_server_that_is_named_late_is_asked_and_none_is_started(three: Three) -> None:
+def test_a_server_named_after_prefect_was_imported_is_used(three: Three) -> None:
     from prefect.settings import PREFECT_API_URL
 
     from restitch.flows.remerge import remerge
@@ -238,7 +273,7 @@ def test_a_server_that_is_named_late_is_asked_and_none_is_started(three: Three) 
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"prefect_api_url": 7}', '{"url": "x"}'])
-def test_a_broken_stack_file_means_embedded(tmp_path: Path, text: str) -> None:
+def test_a_broken_stack_file_means_embedded_mode(tmp_path: Path, text: str) -> None:
     from restitch.tasks.runtime.engine import engine_url
 
     (tmp_path / "stack.json").write_text(text)

@@ -1,4 +1,4 @@
-"""Lines that choose masks by sensitivity, by distillation, by a recovery target or a budget."""
+"""Lines with localizers that use rows, with `density: auto`, with a budget, with 8-bit values."""
 
 import json
 from collections.abc import Mapping
@@ -60,7 +60,7 @@ def register(shell: Shell, world: World, file: Path, task: Path, **localize: Any
 
 
 @pytest.mark.parametrize("mode", ["fisher", "distilled"])
-def test_inputs_without_labels_are_enough_and_the_record_says_so(
+def test_fisher_and_distilled_need_no_labels_and_the_record_names_the_calibration(
     world: World, new_home: NewHome, tmp_path: Path, mode: str
 ) -> None:
     deltas = set()
@@ -79,16 +79,16 @@ def test_inputs_without_labels_are_enough_and_the_record_says_so(
     assert len(deltas) == 1, "the same rows and seed give the same bytes"
 
 
-def test_a_line_that_needs_labels_does_without_them(
+def test_trained_falls_back_to_distilled_without_labels(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     task = with_splits(world, tmp_path, labelled=False)
     done = register(shell, world, tmp_path / "line.yaml", task, mode="trained", density=0.2)
-    assert "without labels" in done.err
+    assert "have no labels: using mode distilled" in done.err
     assert done.json["facts"]["localizer"].startswith("distilled/")
 
 
-def test_a_task_without_train_rows_takes_its_largest_differences(
+def test_fisher_falls_back_to_dataless_without_train_rows(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     done = register(
@@ -99,7 +99,7 @@ def test_a_task_without_train_rows_takes_its_largest_differences(
     assert (facts["calibrated_with"], facts["calibration_rows"]) == ("nothing", 0)
 
 
-def test_rows_without_labels_cannot_stand_in_for_validation(
+def test_train_rows_without_labels_cannot_replace_validation_rows(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     task = with_splits(world, tmp_path, splits={"train": slice(0, 60)}, labelled=False)
@@ -109,7 +109,7 @@ def test_rows_without_labels_cannot_stand_in_for_validation(
 
 
 @pytest.mark.parametrize("mode", ["dataless", "fisher", "distilled", "trained"])
-def test_the_density_is_the_lowest_that_recovers_the_model(
+def test_auto_density_is_the_lowest_that_reaches_the_recovery_target(
     world: World, shell: Shell, tmp_path: Path, mode: str
 ) -> None:
     task = with_splits(world, tmp_path)
@@ -121,14 +121,14 @@ def test_the_density_is_the_lowest_that_recovers_the_model(
     curve = {look["kept"]: look for look in found["curve"]}
     assert curve[facts["kept"]]["value"] >= 0.8
     assert all(look["value"] < 0.8 for kept, look in curve.items() if kept < facts["kept"])
-    assert facts["coordinates"] in curve, "the highest density is looked at first"
+    assert facts["coordinates"] in curve, "the highest density is measured first"
     assert len(curve) <= 7
     for look in curve.values():
         assert look["recovered"] == look["value"] / 1.0
         assert look["low"] is None or look["low"] <= look["recovered"] <= look["high"]
 
 
-def test_a_target_that_is_not_reached_keeps_the_most_and_is_said(
+def test_an_unreachable_target_gives_the_highest_density_and_a_warning(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     task = with_splits(world, tmp_path)
@@ -137,10 +137,10 @@ def test_a_target_that_is_not_reached_keeps_the_most_and_is_said(
     facts = done.json["facts"]
     assert facts["density"] == pytest.approx(0.01, abs=1e-3)
     assert facts["recovery"]["reached"] is False
-    assert "less than the 100.0% asked for" in done.err
+    assert "less than the requested 100.0%" in done.err
 
 
-def test_falling_short_by_chance_does_not_keep_all_that_is_allowed(
+def test_missing_the_target_by_chance_does_not_give_the_highest_density(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     task = with_splits(world, tmp_path)
@@ -148,18 +148,18 @@ def test_falling_short_by_chance_does_not_keep_all_that_is_allowed(
     done = register(shell, world, tmp_path / "line.yaml", task, **chosen)
     found = done.json["facts"]["recovery"]
     highest = found["curve"][-1]
-    assert highest["recovered"] < 0.95 <= highest["high"], "20 rows cannot tell"
-    assert (found["measured_by"], found["reached"]) == (highest["value"], False)
+    assert highest["recovered"] < 0.95 <= highest["high"], "20 rows cannot tell apart"
+    assert (found["reference"], found["reached"]) == (highest["value"], False)
     values = {look["kept"]: look["value"] for look in found["curve"]}
     assert values[found["kept"]] >= 0.95 * highest["value"]
     assert all(v < 0.95 * highest["value"] for k, v in values.items() if k < found["kept"])
-    assert "asked for" not in done.err
+    assert "requested" not in done.err
 
 
-def test_validation_rows_are_never_those_of_test_or_calibration(
+def test_density_depends_on_validation_rows_but_not_on_test_rows(
     world: World, new_home: NewHome, tmp_path: Path
 ) -> None:
-    """Other test rows change nothing of the choice; other validation rows are another choice."""
+    """Other test rows keep the mask's key and recovery; other validation rows give another key."""
     chosen = {"mode": "fisher", "density": "auto", "recovery": 0.9, "max_density": 1.0}
     found = []
     for name, change in (
@@ -176,7 +176,7 @@ def test_validation_rows_are_never_those_of_test_or_calibration(
     assert found[0][0] != found[2][0]
 
 
-def test_without_validation_rows_the_usual_density_is_kept(
+def test_without_validation_rows_the_default_density_is_used(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     done = register(shell, world, tmp_path / "line.yaml", world.task("colour"), density="auto")
@@ -186,7 +186,7 @@ def test_without_validation_rows_the_usual_density_is_kept(
 
 
 @pytest.mark.parametrize("density", [0.5, "auto"])
-def test_a_delta_keeps_to_its_budget(
+def test_a_delta_fits_its_budget(
     world: World, shell: Shell, tmp_path: Path, density: float | str
 ) -> None:
     task = with_splits(world, tmp_path)
@@ -201,7 +201,7 @@ def test_a_delta_keeps_to_its_budget(
         assert facts["kept"] == facts["budget"]["fits"]
 
 
-def test_a_budget_that_is_no_limit_changes_nothing_of_the_delta(
+def test_a_large_budget_does_not_change_the_delta(
     world: World, new_home: NewHome, tmp_path: Path
 ) -> None:
     deltas = set()
@@ -214,7 +214,7 @@ def test_a_budget_that_is_no_limit_changes_nothing_of_the_delta(
     assert len(deltas) == 1
 
 
-def test_a_gpu_that_is_too_small_is_helped_and_then_told(
+def test_running_out_of_gpu_memory_retries_with_checkpointing_and_then_fails(
     world: World, new_home: NewHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real, tries, failing = Fisher.rank, [0], 1
@@ -239,16 +239,16 @@ def test_a_gpu_that_is_too_small_is_helped_and_then_told(
         done = register(shell, world, tmp_path / f"{name}.yaml", task, **localize)
         deltas.append(shell.state().tasks["colour"].versions[1].delta)
         monkeypatch.setattr(Fisher, "rank", rank)
-    assert "memory is not enough to keep all activations" in done.err
-    assert tries == [0, 0, 2], "the second time with fewer activations"
+    assert "starts again with activation checkpointing" in done.err
+    assert tries == [0, 0, 2], "the second time with checkpointing"
     assert deltas[0] == deltas[1] is not None
     failing, tries = 2, [0]
     shell = new_home("smallest")
     shell("init", world.line(tmp_path / "line.yaml", retention=None, localize=localize))
     files = ("--task", task, "--model", world.model("colour"))
-    told = shell("register", "demo", *files, code=6).err
-    assert "memory is not enough to localize this model" in told
-    assert "Tried to allocate 2.00 GiB" in told
+    message = shell("register", "demo", *files, code=6).err
+    assert "memory is not enough to localize this model" in message
+    assert "Tried to allocate 2.00 GiB" in message
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_a_gpu_that_is_too_small_is_helped_and_then_told(
         ("task-arithmetic", {"density": 1.0}),
     ],
 )
-def test_values_in_8_bits_go_all_the_way(
+def test_lines_with_8_bit_values_merge_export_and_verify(
     world: World, new_home: NewHome, tmp_path: Path, method: str, localize: dict[str, Any]
 ) -> None:
     size, merged = {}, {}
@@ -292,7 +292,7 @@ def test_values_in_8_bits_go_all_the_way(
         ("weighted-stitch", {"growth": 0.5}),
     ],
 )
-def test_every_rule_for_shared_coordinates_goes_all_the_way(
+def test_lines_with_each_overlap_rule_merge_and_verify(
     world: World, shell: Shell, tmp_path: Path, name: str, settings: dict[str, Any]
 ) -> None:
     chosen = {"name": name, "settings": settings if name != "weighted-stitch" else {}}

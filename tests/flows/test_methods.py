@@ -1,4 +1,4 @@
-"""Lines whose method merges whole task vectors, from the file to the bytes of the export."""
+"""Lines whose method merges whole task vectors, up to the bytes of the export."""
 
 import itertools
 from pathlib import Path
@@ -38,7 +38,7 @@ def localizable(world: World, shell: Shell) -> tuple[str, ...]:
     return SparseFile.open(ledger.objects.blob_path(delta)).names
 
 
-def test_a_line_without_localize_keeps_whole_task_vectors_and_says_so(
+def test_a_line_without_localize_keeps_whole_task_vectors(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     made(shell, world, tmp_path / "line.yaml", "task-arithmetic", "colour")
@@ -50,7 +50,7 @@ def test_a_line_without_localize_keeps_whole_task_vectors_and_says_so(
     assert facts.kept == facts.coordinates
 
 
-def test_the_exported_model_is_the_formula(world: World, shell: Shell, tmp_path: Path) -> None:
+def test_the_exported_weights_equal_the_formula(world: World, shell: Shell, tmp_path: Path) -> None:
     method = {"name": "task-arithmetic", "settings": {"alpha": 0.5}}
     made(shell, world, tmp_path / "line.yaml", method, *SKILLS)
     base = load_file(world.base / "model.safetensors")
@@ -65,7 +65,7 @@ def test_the_exported_model_is_the_formula(world: World, shell: Shell, tmp_path:
 
 
 @pytest.mark.parametrize("method", ["ties", "consensus-ta"])
-def test_neither_order_nor_increments_matter_and_a_retired_model_leaves_no_trace(
+def test_the_order_of_joining_does_not_matter_and_a_retired_model_leaves_no_trace(
     world: World, new_home: NewHome, tmp_path: Path, method: str
 ) -> None:
     bytes_found = set()
@@ -79,7 +79,7 @@ def test_neither_order_nor_increments_matter_and_a_retired_model_leaves_no_trace
     assert shell.patch_bytes() == fresh.patch_bytes()
 
 
-def test_a_numeric_version_is_compared_with_what_made_it(
+def test_a_numeric_version_is_rebuilt_exactly_only_with_the_same_torch(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made(shell, world, tmp_path / "line.yaml", "tsv-m", "colour", "number")
@@ -107,7 +107,7 @@ def test_a_numeric_version_is_compared_with_what_made_it(
     assert not shell.json("verify", "demo", "--version", 2, code=7)["intact"]
 
 
-def test_sparse_deltas_are_refused_for_a_method_that_needs_everything(
+def test_sparse_deltas_are_refused_for_methods_that_need_whole_task_vectors(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     file = world.line(tmp_path / "line.yaml", method="ties", localize={"density": 0.05})
@@ -117,7 +117,7 @@ def test_sparse_deltas_are_refused_for_a_method_that_needs_everything(
     assert shell.head_bytes() is None
 
 
-def test_an_existing_line_changes_its_method_and_its_members_follow(
+def test_changing_the_method_of_a_line_localizes_its_members_again(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     file = world.line(tmp_path / "line.yaml", retention=None)

@@ -1,4 +1,4 @@
-"""Lines whose method needs rows of its members: from the file to the audit of the result."""
+"""Lines whose merge method needs statistics of its members."""
 
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def blob(shell: Shell, digest: str) -> Path:
     ("method", "kind"),
     [("fisher-merging", "fisher"), ("regmean", "gram"), ("adamerging", "coefficients")],
 )
-def test_order_and_increments_do_not_matter_and_a_version_is_rebuilt_from_its_recipe(
+def test_the_order_of_joining_does_not_matter_and_versions_are_rebuilt_from_recipes(
     world: World, new_home: NewHome, tmp_path: Path, method: str, kind: str
 ) -> None:
     shell = line(new_home("one"), world, tmp_path, method)
@@ -75,7 +75,7 @@ def test_order_and_increments_do_not_matter_and_a_version_is_rebuilt_from_its_re
     assert other.patch_bytes() == together
 
 
-def test_what_a_version_was_made_from_stays_and_is_made_again_where_it_is_damaged(
+def test_statistics_of_a_version_survive_gc_and_are_repaired_when_damaged(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     line(shell, world, tmp_path, "fisher-merging")
@@ -110,7 +110,7 @@ def test_what_a_version_was_made_from_stays_and_is_made_again_where_it_is_damage
     shell.check_settled()
 
 
-def test_a_member_brings_its_statistics_and_a_remerge_only_combines(
+def test_statistics_are_measured_at_onboarding_and_a_remerge_only_combines_them(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line(shell, world, tmp_path, "regmean")
@@ -145,7 +145,7 @@ def test_a_member_brings_its_statistics_and_a_remerge_only_combines(
     assert "statistics" in shell("show", "demo").out
 
 
-def test_a_remerge_finds_what_another_method_needs_of_members_that_are_there(
+def test_a_remerge_measures_missing_statistics_for_a_new_method(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     line(shell, world, tmp_path, "averaging")
@@ -155,9 +155,9 @@ def test_a_remerge_finds_what_another_method_needs_of_members_that_are_there(
     line(shell, world, tmp_path, "fisher-merging")
     shell("remerge", "demo")
     assert set(record(shell).statistics) == {"fisher/colour"}
-    contest = {"tournament": ["regmean", {"name": "fisher-merging"}, "averaging"]}
+    method = {"tournament": ["regmean", {"name": "fisher-merging"}, "averaging"]}
     kept = {"mode": "dataless", "density": 1, "shots": 4}
-    file = world.line(tmp_path / "l.yaml", method=contest, localize=kept, retention=None)
+    file = world.line(tmp_path / "l.yaml", method=method, localize=kept, retention=None)
     shell("init", file)
     again = with_splits(world, tmp_path / "number", "number")
     files = ("--task", again, "--model", world.model("number"))
@@ -165,7 +165,7 @@ def test_a_remerge_finds_what_another_method_needs_of_members_that_are_there(
     assert set(facts["statistics"]) == {"fisher", "gram"}
 
 
-def test_other_rows_are_other_statistics_and_another_version(
+def test_other_rows_give_other_statistics_and_another_version(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     line(shell, world, tmp_path, "regmean")
@@ -177,7 +177,7 @@ def test_other_rows_are_other_statistics_and_another_version(
     assert len(keys(shell, "mask")) == 1, "the mask needs no rows"
 
 
-def test_a_task_without_train_rows_is_refused_where_the_method_needs_them(
+def test_a_task_without_train_rows_is_refused_if_the_method_needs_them(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line(shell, world, tmp_path, "regmean")
@@ -201,7 +201,7 @@ def test_a_task_without_train_rows_is_refused_where_the_method_needs_them(
     assert shell.state().spec.method.name == "averaging"
 
 
-def test_a_comparison_of_all_methods_leaves_out_those_that_lack_rows(
+def test_a_comparison_leaves_out_methods_whose_rows_are_missing(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line(shell, world, tmp_path, "averaging")

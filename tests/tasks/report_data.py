@@ -1,4 +1,4 @@
-"""What the commands print about a line that has seen much, made up: input for the report."""
+"""Invented JSON of a line with a long history, as input for the report."""
 
 import random
 from collections.abc import Sequence
@@ -103,8 +103,8 @@ def gates(task: str | None) -> tuple[GateOutcome, ...]:
 
 
 def tournament(tasks: Sequence[str]) -> dict[str, Any]:
-    """What chose the method: a second contestant was left out after half of the rows."""
-    entrants = [
+    """A tournament whose second contestant was eliminated after the first round."""
+    contestants = [
         {
             "label": label,
             "score": score,
@@ -118,9 +118,9 @@ def tournament(tasks: Sequence[str]) -> dict[str, Any]:
     ]
     return {
         "winner": "ties (alpha 0.5)",
-        "entrants": entrants,
+        "contestants": contestants,
         "waiting": [{"label": "wudi", "name": "wudi", "settings": {}}],
-        "rounds": [{"share": 0.5, "entrants": 2, "rows": dict.fromkeys(tasks, 250)}] * 2,
+        "rounds": [{"share": 0.5, "contestants": 2, "rows": dict.fromkeys(tasks, 250)}] * 2,
         "reported": [tasks[0]],
     }
 

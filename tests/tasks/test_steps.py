@@ -1,4 +1,4 @@
-"""Small promises of the steps: the decorator, the image, who acts, what is told."""
+"""Steps: the decorator, writing to MLflow, the actor, and the log."""
 
 import logging
 import time
@@ -15,7 +15,7 @@ from restitch.tasks.runtime.workspace import actor, made_by, workspace
 from tests.shell import Shell
 
 
-def test_a_step_hands_back_the_value_of_what_was_cached() -> None:
+def test_a_step_returns_the_value_of_a_cached_result() -> None:
     @step("number")
     def number(cached: bool) -> int | Cached[int]:
         return Cached(1) if cached else 2
@@ -23,12 +23,12 @@ def test_a_step_hands_back_the_value_of_what_was_cached() -> None:
     assert (number(True), number(False)) == (1, 2)
 
 
-def test_a_line_that_is_not_there_is_named_with_those_that_are(tmp_path: Path) -> None:
+def test_an_unknown_line_is_refused_with_a_list_of_lines(tmp_path: Path) -> None:
     with Shell(tmp_path).inside(), pytest.raises(BadInput, match="lines: none"):
         workspace().ledger("demo")
 
 
-def test_who_acts_is_who_the_deployment_names(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_deployment_can_name_the_actor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RESTITCH_ACTOR", raising=False)
     assert actor()
     monkeypatch.setenv("RESTITCH_ACTOR", "nightly")
@@ -38,27 +38,27 @@ def test_who_acts_is_who_the_deployment_names(monkeypatch: pytest.MonkeyPatch) -
     assert (made["actor"], made["work_pool"]) == ("nightly", "gpu")
 
 
-def test_a_server_that_kept_us_waiting_is_not_asked_again_at_once(
+def test_a_slow_unreachable_server_is_not_tried_again_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
+    attempts = []
     clock = [1000.0]
 
     def slow(*_: object, **__: object) -> int:
-        asked.append(clock[0])
-        clock[0] += publish.PATIENCE + 1
+        attempts.append(clock[0])
+        clock[0] += publish.SLOW_SECONDS + 1
         raise Unavailable("MLflow is away")
 
     monkeypatch.setattr(Catalog, "repair", slow)
     monkeypatch.setattr("restitch.tasks.runtime.workspace.Workspace.ledger", lambda *_: None)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(publish, "_away_until", {})
+    monkeypatch.setattr(publish, "_paused_until", {})
     with Shell(tmp_path).inside():
         assert [publish.mirror("demo") for _ in range(3)] == [False] * 3
-        assert len(asked) == 1
-        clock[0] += publish.PAUSE
+        assert len(attempts) == 1
+        clock[0] += publish.PAUSE_SECONDS
         publish.mirror("demo")
-    assert len(asked) == 2
+    assert len(attempts) == 2
 
 
 def test_without_a_terminal_steps_write_to_the_log(caplog: pytest.LogCaptureFixture) -> None:

@@ -38,7 +38,7 @@ def make(subject: Subject) -> Study:
         say(f"{subject.line.spec.line}: {shots} per class")
         masks = subject.masks(mode=mode, density=density, shots=shots, **own)
         trial = subject.prepare(method, subject.members, masks=masks)
-        used = [int(delta.found.get("calibration_rows", 0)) for delta in trial.deltas]
+        used = [int(delta.facts.get("calibration_rows", 0)) for delta in trial.deltas]
         seconds = [delta.seconds for delta in trial.deltas if delta.seconds is not None]
         rows.append(
             {

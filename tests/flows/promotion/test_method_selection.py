@@ -98,18 +98,20 @@ def test_the_best_by_validation_rows_merges_and_all_are_on_record(
         shell("export", name, "champion", tmp_path / name / "out")
         values = [reached(world, tmp_path / name / "out", task) for task in TASKS]
         alone[label] = sum(values) / len(values)
-    scores = {one["label"]: one["score"] for one in found["entrants"]}
+    scores = {one["label"]: one["score"] for one in found["contestants"]}
     assert scores == pytest.approx(alone)
-    assert [one["score"] for one in found["entrants"]] == sorted(alone.values(), reverse=True)
+    assert [one["score"] for one in found["contestants"]] == sorted(alone.values(), reverse=True)
     best = next(label for label in LABELLED if alone[label] == max(alone.values()))
-    assert found["winner"] == best == found["entrants"][0]["label"]
-    assert found["rounds"] == [{"share": 1.0, "entrants": 4, "rows": {"colour": 20, "number": 20}}]
+    assert found["winner"] == best == found["contestants"][0]["label"]
+    assert found["rounds"] == [
+        {"share": 1.0, "contestants": 4, "rows": {"colour": 20, "number": 20}}
+    ]
     assert (found["reported"], found["cost"]) == ([], 4.0)
     # The version is what its winner alone would have made; its recipe says so.
     record = shell.ledger().merged(shell.state().champion or 0)
     assert shell.patch_bytes() == shell.patch_bytes(line=f"alone{LABELLED.index(best)}")
     recipe: Any = record.recipe
-    assert recipe["method"]["settings"] == found["entrants"][0]["settings"]
+    assert recipe["method"]["settings"] == found["contestants"][0]["settings"]
     assert shell.json("verify", "demo")["rebuilt"] == [1, 2]
     reason = [act.reason for act in shell.acts() if act.kind == "merged"][-1]
     assert f"{best} ({max(alone.values()):.4f}) won over" in reason
@@ -120,22 +122,22 @@ def test_the_best_by_validation_rows_merges_and_all_are_on_record(
 
 
 def test_the_better_half_is_asked_more_rows(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = {one["label"]: one for one in tournament(shell)["entrants"]}
+    whole = {one["label"]: one for one in tournament(shell)["contestants"]}
     monkeypatch.setattr("restitch.tasks.method_selection.LEAST_ROWS", 5)
     with shell.inside():
         snapshot = take_snapshot(shell.ledger())
         found = select_method(snapshot.line, snapshot.members, None, (), None).found
     assert found is not None
     assert found["rounds"] == [
-        {"share": 0.5, "entrants": 4, "rows": {"colour": 10, "number": 10}},
-        {"share": 1.0, "entrants": 2, "rows": {"colour": 20, "number": 20}},
+        {"share": 0.5, "contestants": 4, "rows": {"colour": 10, "number": 10}},
+        {"share": 1.0, "contestants": 2, "rows": {"colour": 20, "number": 20}},
     ]
     assert found["cost"] == 4.0
-    assert [one["round"] for one in found["entrants"]] == [2, 2, 1, 1]
+    assert [one["round"] for one in found["contestants"]] == [2, 2, 1, 1]
     # Who was asked all rows reached on them what was found of it when all were.
-    last, others = found["entrants"][:2], found["entrants"][2:]
+    last, others = found["contestants"][:2], found["contestants"][2:]
     sentence = told(found).partition("; out before that, on fewer rows: ")
-    assert [one["label"] in sentence[0] for one in found["entrants"]] == [True] * 2 + [False] * 2
+    assert [one["label"] in sentence[0] for one in found["contestants"]] == [True] * 2 + [False] * 2
     assert all(f"{one['label']} ({one['score']:.4f})" in sentence[2] for one in others)
     assert [one["tasks"] for one in last] == [whole[one["label"]]["tasks"] for one in last]
     for some in (last, others):
@@ -146,12 +148,12 @@ def test_the_better_half_is_asked_more_rows(shell: Shell, monkeypatch: pytest.Mo
 def test_nothing_new_does_nothing_and_needs_no_contest(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("restitch.tasks.method_selection._Jury.decide", held_again)
+    monkeypatch.setattr("restitch.tasks.method_selection._SuccessiveHalving.run", held_again)
     before = shell.head_bytes()
     assert shell.json("remerge", "demo")["action"] == "unchanged"
     assert shell.json("remerge", "demo", "--force")["action"] == "unchanged"
     # Nor where the outcome is not kept any more: the version's record has it.
-    shutil.rmtree(shell.home / "store" / "keys" / "contest")
+    shutil.rmtree(shell.home / "store" / "keys" / "method-selection")
     assert shell.json("remerge", "demo")["action"] == "unchanged"
     assert shell.head_bytes() == before
     # Another rule, the same winner: one contest, and the version stays.
@@ -173,7 +175,7 @@ def test_other_commands_take_the_method_in_use(
     shell, _ = made
     with shell.inside():
         spec = take_snapshot(shell.ledger()).line_in_use.spec
-    best = tournament(shell)["entrants"][0]
+    best = tournament(shell)["contestants"][0]
     assert (spec.method.name, spec.method.settings) == (best["name"], best["settings"])
     monkeypatch.setattr("restitch.flows.research.compare.publish_study", lambda *_, **__: None)
     (row,) = shell.json("compare", "demo", "--methods", best["name"])["methods"]
@@ -190,7 +192,7 @@ def test_where_a_merge_may_cost_two_methods_the_one_in_use_meets_who_waited_long
     for version, task in enumerate((*TASKS, "animal"), 1):
         add_with_splits(shell, world, tmp_path, task)
         found = tournament(shell, version)
-        ranked = [one["label"] for one in found["entrants"]]
+        ranked = [one["label"] for one in found["contestants"]]
         # The one in use and whose turn it is; the loser goes to the end, the winner behind it.
         challengers = [label for label in waiting if label != won]
         expected = {won or challengers.pop(0), challengers.pop(0)}
@@ -231,7 +233,7 @@ def test_who_is_killed_after_a_contest_does_not_hold_it_again(
         patch.setattr("restitch.flows.promotion.candidates.stitch", killed)
         shell("register", "demo", *_files(world, tmp_path, "animal"), code=130)
     assert shell.state().champion == 2
-    monkeypatch.setattr("restitch.tasks.method_selection._Jury.decide", held_again)
+    monkeypatch.setattr("restitch.tasks.method_selection._SuccessiveHalving.run", held_again)
     assert shell.json("remerge", "demo")["action"] == "promoted"
     assert shell.state().champion == 3
 
@@ -253,8 +255,8 @@ def test_retention_counts_by_rows_that_are_not_reported_on(
     found = tournament(shell)
     assert found["benchmark"] == "general"
     assert found["rounds"][-1]["rows"] == {"colour": 20, "general (retention)": 20}
-    kept = {one["label"]: one["retention"] for one in found["entrants"]}
-    assert max(kept.values()) == kept[found["winner"]] == found["entrants"][0]["score"]
+    kept = {one["label"]: one["retention"] for one in found["contestants"]}
+    assert max(kept.values()) == kept[found["winner"]] == found["contestants"][0]["score"]
     # What keeps too little comes after all that keep enough, whatever it scores.
     limit = max(kept.values())
     gated = {"tournament": CONTESTANTS}
@@ -272,7 +274,7 @@ def test_retention_counts_by_rows_that_are_not_reported_on(
     assert held.found is not None
     assert held.found["winner"] == max(kept, key=lambda label: kept[label])
     assert told(held.found).count("keeps too little") == sum(v < limit for v in kept.values())
-    assert {one["label"]: one["meets"] for one in held.found["entrants"]} == {
+    assert {one["label"]: one["meets"] for one in held.found["contestants"]} == {
         label: value >= limit for label, value in kept.items()
     }
 

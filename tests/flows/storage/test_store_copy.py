@@ -25,7 +25,7 @@ def source(three: Three) -> str:
 
 
 def contents(store: Store) -> dict[str, bytes]:
-    return {name: store.read(name) for name in store.list() if not name.startswith("turns/")}
+    return {name: store.read(name) for name in store.list() if not name.startswith("leases/")}
 
 
 KILLED = """
@@ -134,6 +134,6 @@ def test_who_has_the_turn_is_not_copied(source: str, new_home: NewHome, tmp_path
     shell = new_home("home")
     shutil.copytree(source, shell.home / "store")
     store = Home(shell.home).open_store()
-    store.swap("turns/demo.merge.json", None, json.dumps({"pid": 1}).encode())
+    store.swap("leases/demo.merge.json", None, json.dumps({"pid": 1}).encode())
     shell("store", "copy", shell.home / "store", tmp_path / "target")
     assert list(FolderStore(tmp_path / "target").list("turns")) == []

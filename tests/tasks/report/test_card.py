@@ -1,4 +1,4 @@
-"""The model card of an export: from records, the trail and what sources state of licences."""
+"""The model card of an export: results, lineage, licences and escaping."""
 
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ def test_a_base_from_the_hub_is_named_without_its_commit() -> None:
         "s3://bucket/base",
     ],
 )
-def test_a_base_that_is_not_on_the_hub_is_no_base_model(base: str) -> None:
+def test_a_base_outside_of_the_hub_is_not_named_as_base_model(base: str) -> None:
     assert "base_model" not in front_matter(card(base=base))
 
 
@@ -75,7 +75,7 @@ def test_the_card_has_results_members_and_recipe() -> None:
     assert '"settings":{"overlap":"mean"}' in text
 
 
-def test_every_value_that_has_an_interval_shows_it() -> None:
+def test_values_with_an_interval_show_it() -> None:
     result = TaskResult(base=0.4, merged=0.6, intervals={"base": Interval(low=0.3, high=0.5)})
     retention = {
         "task": "general",
@@ -93,7 +93,7 @@ def test_every_value_that_has_an_interval_shows_it() -> None:
     assert "| retention | 0.9000 | 0.8500 to 0.9500 |" in text
 
 
-def test_gates_stand_with_what_they_decided_by() -> None:
+def test_gates_show_their_values_and_limits() -> None:
     gates = [
         {"gate": "min_retention", "limit": 0.95, "value": 0.9, "passed": False},
         {"gate": "max_task_drop", "limit": 0.1, "value": 0.0, "passed": True, "task": "a"},
@@ -103,7 +103,7 @@ def test_gates_stand_with_what_they_decided_by() -> None:
     assert "| max_task_drop | a | 0.0000 | 0.1 | passed |" in text
 
 
-def test_the_card_of_a_specialist_says_whose_it_is_and_what_is_in_it() -> None:
+def test_the_card_of_a_specialist_names_its_task_its_members_and_its_recipe() -> None:
     line_state = builders.line_state()
     record = builders.record(tasks=("a", "b"))
     origin = Provenance(weights="w" * 64, licences={"a": MIT, "b": MIT}, base_licence=MIT)
@@ -119,13 +119,15 @@ def test_the_card_of_a_specialist_says_whose_it_is_and_what_is_in_it() -> None:
     assert f"It prints `{'w' * 64}`" in text
 
 
-def test_a_card_without_a_benchmark_or_members_stands() -> None:
+def test_a_card_needs_no_benchmark_and_no_members() -> None:
     text = card(builders.record(tasks=(), results={}, retention=None))
     assert "no task" in text
     assert "retention" not in text
 
 
-def test_the_card_says_what_was_in_use_before_and_who_did_what_and_why(tmp_path: Path) -> None:
+def test_the_card_lists_the_previous_champion_and_all_acts_with_actor_and_reason(
+    tmp_path: Path,
+) -> None:
     line = builders.ledger(tmp_path)
     for _ in range(3):
         builders.merge(line)
@@ -137,15 +139,15 @@ def test_the_card_says_what_was_in_use_before_and_who_did_what_and_why(tmp_path:
     assert parent == 2
     assert [act.kind for act in acts] == ["merged", "promoted", "rejected", "rolled-back"]
     text = card(line.merged(3), parent=parent, acts=acts)
-    assert "When it was made, version 2 was in use." in text
+    assert "When this version was created, version 2 was champion." in text
     assert f"| rolled-back | ann | it was slow | `{acts[-1].digest[:16]}` |" in text
-    assert "| version 3: \\<b\\>too\\</b\\> \\| little | `" in text, "a reason is no markup"
+    assert "| version 3: \\<b\\>too\\</b\\> \\| little | `" in text, "a reason is escaped"
     parent, acts = lineage(1, line.entries())
     assert parent is None
-    assert "no version was in use" in card(line.merged(1), acts=acts)
+    assert "there was no champion" in card(line.merged(1), acts=acts)
 
 
-def test_a_licence_that_all_state_is_that_of_the_card() -> None:
+def test_a_common_licence_is_the_licence_of_the_card() -> None:
     text = card(base_licence=MIT, licences={"a": MIT, "b": MIT})
     assert front_matter(text)["license"] == "mit"
     text = card(base_licence=LLAMA, licences={"a": LLAMA, "b": LLAMA})
@@ -155,14 +157,14 @@ def test_a_licence_that_all_state_is_that_of_the_card() -> None:
     assert "u:p" not in text
 
 
-def test_licences_that_differ_are_listed() -> None:
+def test_different_licences_are_listed() -> None:
     text = card(base_licence=MIT, licences={"a": APACHE, "b": MIT})
     assert front_matter(text)["license"] == "other"
     assert "| base | `/models/base` | mit |" in text
     assert "| a | `/models/a` | apache-2.0 |" in text
 
 
-def test_an_unknown_licence_is_said_and_never_guessed() -> None:
+def test_an_unknown_licence_is_shown_as_unknown() -> None:
     text = card(base_licence=MIT, licences={"a": None, "b": MIT})
     assert front_matter(text)["license"] == "other"
     assert "| a | `/models/a` | unknown |" in text
@@ -179,7 +181,7 @@ def test_the_card_of_an_export_names_the_digest_of_its_weights(
     text = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     assert f"It prints `{Checkpoint.open(tmp_path / 'out').digest()}`" in text
     assert (tmp_path / "parts" / "README.md").read_text(encoding="utf-8") == text
-    assert "When it was made, version 1 was in use." in text
+    assert "When this version was created, version 1 was champion." in text
     assert "| merged |" in text
     assert "| promoted |" in text
 
@@ -198,7 +200,7 @@ def model_folder(path: Path, licence: str) -> Path:
     return path
 
 
-def test_licences_are_read_from_folders_and_not_beside_single_files(tmp_path: Path) -> None:
+def test_licences_are_read_from_folders_but_not_next_to_single_files(tmp_path: Path) -> None:
     objects = ObjectStore(FolderStore(tmp_path / "store"))
     folder = model_folder(tmp_path / "model", "mit")
     assert licence_of(str(folder), objects) == MIT
@@ -222,7 +224,7 @@ def test_licences_are_read_from_copies_that_have_a_card(tmp_path: Path) -> None:
     assert licence_of("store://../../x", objects) is None
 
 
-def test_licences_of_the_hub_are_read_from_its_cache_alone(
+def test_licences_of_the_hub_are_read_only_from_its_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from huggingface_hub import constants
@@ -237,7 +239,7 @@ def test_licences_of_the_hub_are_read_from_its_cache_alone(
     assert licence_of(f"org/model@{'b' * 40}", objects) is None
 
 
-def test_the_origin_of_a_version_is_looked_up_whole(tmp_path: Path) -> None:
+def test_provenance_has_licences_and_acts(tmp_path: Path) -> None:
     line = builders.ledger(tmp_path / "store")
     builders.merge(line)
     base = model_folder(tmp_path / "base", "mit")

@@ -1,4 +1,4 @@
-"""The report as text: structure, numbers, escaping; the same input gives the same bytes."""
+"""The report as HTML: structure, numbers, escaping and reproducible bytes."""
 
 import io
 import json
@@ -35,7 +35,7 @@ MASKS = {f"{name}.png" for name in ("jaccard", "cosine", "layers", "components",
 
 
 class Page(HTMLParser):
-    """A page read strictly: what is opened is closed, in order."""
+    """A strict HTML parser: every element must be closed, in order."""
 
     def __init__(self, html: str) -> None:
         super().__init__(convert_charrefs=True)
@@ -68,9 +68,9 @@ class Page(HTMLParser):
 
     @property
     def text(self) -> str:
-        """Everything that is read, with single blanks."""
-        told = "".join(text for tag, text in self.texts if tag != "style")
-        return re.sub(r"\s+", " ", told)
+        """The visible text with single spaces."""
+        text = "".join(text for tag, text in self.texts if tag != "style")
+        return re.sub(r"\s+", " ", text)
 
     @property
     def numbers(self) -> Iterator[tuple[str, str]]:
@@ -99,7 +99,7 @@ def leaves(found: ReportInput) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Case:
-    """A report with what it was made of."""
+    """A report with its input."""
 
     found: ReportInput
     report: Report
@@ -129,7 +129,7 @@ def full() -> Case:
     return rendered("full")
 
 
-def test_every_number_is_the_one_in_the_json(case: Case) -> None:
+def test_every_number_equals_the_one_in_the_json(case: Case) -> None:
     found, page = case.found, case.page
     known = leaves(found)
     numbers = list(page.numbers)
@@ -147,7 +147,7 @@ def test_whole_task_vectors_are_not_shown_as_masks(full: Case) -> None:
     assert {*full.report.plots} >= MASKS
 
 
-def test_what_was_measured_is_on_the_page(full: Case) -> None:
+def test_the_page_has_all_measured_values(full: Case) -> None:
     found, page = full.found, full.page
     shown = {field for field, _ in page.numbers}
     measured = (
@@ -156,7 +156,7 @@ def test_what_was_measured_is_on_the_page(full: Case) -> None:
         "gates.",
         "timings.",
         "mean_",
-        "facts.tournament.entrants.",
+        "facts.tournament.contestants.",
         "specialists.bytes.",
         "kept",
         "patch_bytes",
@@ -167,7 +167,7 @@ def test_what_was_measured_is_on_the_page(full: Case) -> None:
             assert field in shown, field
 
 
-def test_a_number_is_written_in_one_way(full: Case) -> None:
+def test_numbers_have_one_format(full: Case) -> None:
     written = re.findall(r'data-value="([^"]+)">([^<]+)</span>', full.html)
     assert len(written) > 500
     for value, text in written:
@@ -175,7 +175,7 @@ def test_a_number_is_written_in_one_way(full: Case) -> None:
         assert float(text.replace(",", "")) == pytest.approx(float(value), abs=5e-5, rel=0.05)
 
 
-def test_the_page_is_a_document(case: Case) -> None:
+def test_the_page_is_valid_html_with_unique_ids_and_valid_links(case: Case) -> None:
     found, page, html = case.found, case.page, case.html
     assert html.lstrip().startswith("<!DOCTYPE html>")
     assert page.all("html") == [{"lang": "en"}]
@@ -183,13 +183,13 @@ def test_the_page_is_a_document(case: Case) -> None:
     title = f"{found.version['line']}, version {found.version['version']}"
     assert ("title", title) in page.texts
     ids = [str(attributes["id"]) for _, attributes in page.elements if attributes.get("id")]
-    assert len(ids) == len(set(ids)), "identifiers of several plots do not meet"
+    assert len(ids) == len(set(ids)), "identifiers of plots are unique"
     for attributes in page.all("a"):
         target = str(attributes["href"])
         assert target.startswith("https://mlflow.example") or target[1:] in ids
 
 
-def test_tables_are_tables(case: Case) -> None:
+def test_tables_have_captions_headers_and_full_rows(case: Case) -> None:
     tables = re.findall(r"<table>.*?</table>", case.html, re.DOTALL)
     assert tables
     for table in tables:
@@ -203,7 +203,7 @@ def test_tables_are_tables(case: Case) -> None:
             assert len(cells.all("th")) + len(cells.all("td")) == columns
 
 
-def test_every_plot_says_what_it_shows(full: Case) -> None:
+def test_every_plot_has_a_title_and_a_description(full: Case) -> None:
     page, report = full.page, full.report
     assert set(report.plots) == {
         *("results.png", "retention.png", "tradeoff.png", "jaccard.png", "cosine.png"),
@@ -224,7 +224,7 @@ def test_every_plot_says_what_it_shows(full: Case) -> None:
         assert image.getextrema() != ((255, 255), (255, 255), (255, 255))
 
 
-def test_colours_are_the_page_s_own(full: Case) -> None:
+def test_plots_use_the_colours_of_the_page(full: Case) -> None:
     html = full.html
     drawn = "".join(re.findall(r"<svg.*?</svg>", html, re.DOTALL))
     assert set(re.findall(r"#[0-9a-f]{6}\b", drawn)) <= {"#ffffff"}, "white on the strong cells"
@@ -233,7 +233,7 @@ def test_colours_are_the_page_s_own(full: Case) -> None:
         assert style.count(f"--{name}: ") >= (1 if name in ("font", "width") else 3), name
 
 
-def test_nothing_is_loaded_and_nothing_runs(case: Case) -> None:
+def test_the_page_has_no_scripts_and_loads_nothing(case: Case) -> None:
     page, html = case.page, case.html
     policy = [m["content"] for m in page.all("meta") if "http-equiv" in m]
     assert policy == ["default-src 'none'; style-src 'unsafe-inline'; img-src data:"]
@@ -259,7 +259,7 @@ def test_nothing_is_loaded_and_nothing_runs(case: Case) -> None:
     assert not re.search(r"url\((?!#)", html)
 
 
-def test_texts_of_others_stay_texts() -> None:
+def test_text_from_others_is_escaped() -> None:
     page = rendered("hostile").page
     assert "script" not in {tag for tag, _ in page.elements}
     assert page.text.count("<script>alert('task')</script>") > 20
@@ -269,37 +269,37 @@ def test_texts_of_others_stay_texts() -> None:
     assert not [a for a in page.all("a") if "javascript" in str(a["href"])]
 
 
-def test_the_summary_says_what_changed_and_whether_it_is_better(full: Case) -> None:
+def test_the_summary_compares_with_the_previous_champion(full: Case) -> None:
     page = full.page
-    for told in (
-        "This is the champion: the version in use. It merges 12 finetuned models into one.",
-        "it is ▲ better on 3, ▼ worse on 2, = same on 3, unknown on 3 of 11 tasks of both.",
-        "Against version 29, the champion before: joined: svhn 1. Left: emnist 2.",
+    for message in (
+        "This is the champion, the version in use. It merges 12 finetuned models.",
+        "it is ▲ better on 3, ▼ worse on 2, = same on 3, unknown on 3 of 11 tasks that both have.",
+        "Compared with version 29, the previous champion: Joined: svhn 1. Left: emnist 2.",
         "Replaced: cars 1 by 2. Same model with another mask: cifar100 1.",
         "▲ better: cars by 0.0312 (0.0212 to 0.0412), flowers102 by 0.0312",
         "keeps 0.9712 of the base's top-1 accuracy on imagenet (95 % interval 0.9600 to 0.9824).",
-        "max_task_drop (cars) FAILED, which is only a warning with 0.0310 (limit 0.0200)",
+        "max_task_drop (cars) FAILED (warning only) with 0.0310 (limit 0.0200)",
     ):
-        assert told in page.text, told
+        assert message in page.text, message
 
 
-def test_what_was_not_measured_is_not_told() -> None:
+def test_missing_values_are_reported_as_missing() -> None:
     page = rendered("bare").page
     assert rendered("bare").report.plots == {}
-    for told in (
-        "neither the version in use nor a candidate",
-        "There is no champion before it to compare it with.",
+    for message in (
+        "neither the champion nor a candidate",
+        "There is no previous champion to compare it with.",
         "Retention was not measured.",
         "The line has no gates.",
         "no data: not evaluated",
-        "No act was given for this version.",
+        "There are no acts on this version.",
     ):
-        assert told in page.text, told
+        assert message in page.text, message
     fields = {field for field, _ in page.numbers}
     assert not [f for f in fields if f.startswith(("results.", "retention.", "mean_"))]
 
 
-def test_a_long_history_lists_the_newest_and_says_so() -> None:
+def test_a_long_history_lists_only_the_newest_versions() -> None:
     page = rendered("sixty members").page
     assert "The newest 60 of 100 versions, newest first" in page.text
     shown = [field for field, _ in page.numbers if re.fullmatch(r"versions\.\d+\.version", field)]
@@ -329,7 +329,7 @@ def test_the_same_input_gives_the_same_bytes_in_another_process(tmp_path: Path) 
     assert told[0][1] == "False"
 
 
-def test_rendering_leaves_matplotlib_and_its_input_as_they_were() -> None:
+def test_rendering_does_not_change_matplotlib_or_its_input() -> None:
     import matplotlib as mpl
 
     found = data.report_input(data.task_names(3), 4)

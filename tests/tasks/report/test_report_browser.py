@@ -1,4 +1,4 @@
-"""The report in headless Chromium: it renders, says no error and asks nobody for anything."""
+"""The report in headless Chromium: it renders without errors and without requests."""
 
 import json
 import os
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="Chromium is not installed; on Debian: apt-get install chromium"
 )
 HOST = "report.example"
-# No window is as narrow as a phone, but a frame can be.
+# A window cannot be as narrow as a phone, but a frame can.
 PHONE = """<!DOCTYPE html><html><body><iframe src="/page.html" width="390" height="800"></iframe>
 <script>
 document.querySelector("iframe").onload = (event) => {
@@ -33,12 +33,12 @@ document.querySelector("iframe").onload = (event) => {
 
 @dataclass(frozen=True)
 class Seen:
-    """What became of a page.
+    """The browser's view of a page.
 
     Attributes:
         page: the document after it was rendered.
         console: what the browser logged about it.
-        requests: host and path of everything that was asked for, of any host.
+        requests: host and path of all requests, to any host.
     """
 
     page: Page
@@ -51,15 +51,15 @@ Open = Callable[..., Seen]
 
 @pytest.fixture
 def browse(tmp_path: Path) -> Iterator[Open]:
-    """Open a page in a browser for which every host in the world is one server of ours."""
+    """Open a page in a browser that resolves every host to a test server."""
     served: dict[str, bytes] = {}
-    asked: list[tuple[str, str]] = []
+    requests: list[tuple[str, str]] = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
-            # The browser asks for things of its own, but never in a page's name.
+            # The browser's own requests have no referrer.
             if self.headers.get("Host") == HOST or self.headers.get("Referer"):
-                asked.append((self.headers.get("Host", ""), self.path))
+                requests.append((self.headers.get("Host", ""), self.path))
             body = served.get(self.path, b"")
             self.send_response(200 if body else 404)
             self.send_header("Content-Type", "text/html; charset=utf-8")
@@ -101,7 +101,7 @@ def browse(tmp_path: Path) -> Iterator[Open]:
         )
         assert done.returncode == 0, done.stderr
         console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-        return Seen(Page(done.stdout), console, list(asked))
+        return Seen(Page(done.stdout), console, list(requests))
 
     yield visit
     server.shutdown()
@@ -109,7 +109,7 @@ def browse(tmp_path: Path) -> Iterator[Open]:
     server.server_close()
 
 
-def test_what_is_looked_for_would_be_found(browse: Open) -> None:
+def test_the_browser_reports_errors_and_requests(browse: Open) -> None:
     html = (
         "<!DOCTYPE html><html><head></head><body><img src='http://elsewhere.example/x.png'>"
         "<script>console.error('oh')</script></body></html>"
@@ -120,7 +120,7 @@ def test_what_is_looked_for_would_be_found(browse: Open) -> None:
 
 
 @pytest.mark.parametrize("make", [data.report_input, data.hostile_input, data.bare_input])
-def test_it_renders_without_an_error_or_a_request(
+def test_the_page_renders_without_errors_or_requests(
     browse: Open, make: Callable[[], ReportInput]
 ) -> None:
     found = make()
@@ -128,7 +128,7 @@ def test_it_renders_without_an_error_or_a_request(
     seen = browse(report.html)
     assert seen.console == []
     assert seen.requests == [(HOST, "/page.html")]
-    # The document that the browser made holds the very numbers of the JSON, and every plot.
+    # The rendered document has the numbers of the JSON and every plot.
     known, drawn = leaves(found), list(seen.page.numbers)
     assert drawn == list(Page(report.html).numbers)
     assert all(json.dumps(known[field]) == value for field, value in drawn)
@@ -137,9 +137,9 @@ def test_it_renders_without_an_error_or_a_request(
 
 
 @pytest.mark.parametrize("make", [data.report_input, data.hostile_input])
-def test_a_phone_need_not_scroll_sideways(browse: Open, make: Callable[[], ReportInput]) -> None:
+def test_the_page_fits_the_width_of_a_phone(browse: Open, make: Callable[[], ReportInput]) -> None:
     seen = browse(render(make()).html, around=PHONE)
     [document] = seen.page.all("html")
     inside, needed = map(int, str(document["data-widths"]).split(","))
-    assert 370 <= inside <= 390, "with or without the bar for scrolling"
+    assert 370 <= inside <= 390, "with or without a scroll bar"
     assert needed == inside

@@ -1,4 +1,4 @@
-"""The step that compares the masks of a merged version: what it finds, and that it is kept."""
+"""The step that analyzes the masks of a merged version."""
 
 import shutil
 from pathlib import Path
@@ -25,13 +25,13 @@ def line_and_record(shell: Shell) -> tuple[LineRef, MergedRecord]:
 
 @pytest.fixture
 def home(three: Three, tmp_path: Path) -> Shell:
-    """A home of one's own with three members in its champion, and no analysis yet."""
+    """A home with three members in its champion and no analysis."""
     home = Path(shutil.copytree(three.shell.home, tmp_path / "home"))
     shutil.rmtree(home / "store" / "keys" / "analysis", ignore_errors=True)
     return Shell(home)
 
 
-def test_it_says_what_masks_share_and_where_they_lie(home: Shell) -> None:
+def test_an_analysis_has_the_overlaps_and_locations_of_masks(home: Shell) -> None:
     line, record = line_and_record(home)
     with home.inside():
         found = analyze(line, record)
@@ -52,7 +52,7 @@ def test_it_says_what_masks_share_and_where_they_lie(home: Shell) -> None:
             assert sum(share.values()) == pytest.approx(1)
 
 
-def test_an_analysis_is_made_once_and_needs_no_model_afterwards(
+def test_a_stored_analysis_is_returned_without_reading_models(
     home: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line, record = line_and_record(home)
@@ -68,7 +68,7 @@ def test_an_analysis_is_made_once_and_needs_no_model_afterwards(
     assert again.value == first
 
 
-def test_other_members_have_another_analysis(home: Shell) -> None:
+def test_other_members_give_another_analysis(home: Shell) -> None:
     line, record = line_and_record(home)
     fewer = record.model_copy(update={"members": {"colour": record.members["colour"]}})
     with home.inside():
@@ -78,7 +78,7 @@ def test_other_members_have_another_analysis(home: Shell) -> None:
     assert len(found["owners"]) == 1
 
 
-def test_nobody_is_a_member_of_the_base_alone(home: Shell) -> None:
+def test_a_version_without_members_has_an_empty_analysis(home: Shell) -> None:
     line, record = line_and_record(home)
     with home.inside():
         found = analyze(line, record.model_copy(update={"members": {}}))
@@ -86,7 +86,7 @@ def test_nobody_is_a_member_of_the_base_alone(home: Shell) -> None:
     assert found["places"]["by_layer"] == {"tasks": {}, "all": {}}
 
 
-def test_the_report_takes_what_the_commands_print(home: Shell) -> None:
+def test_the_report_renders_the_json_of_the_commands(home: Shell) -> None:
     line, record = line_and_record(home)
     shown = home.json("show", "demo", record.version)
     acts = home.json("history", "demo")["acts"]
@@ -105,7 +105,7 @@ def test_the_report_takes_what_the_commands_print(home: Shell) -> None:
     assert len(report.plots) == 8
 
 
-def test_layers_of_two_towers_are_told_apart() -> None:
+def test_layers_of_two_towers_have_different_names() -> None:
     names = [
         "vision_model.encoder.layers.10.mlp.fc1.weight",
         "vision_model.encoder.layers.2.mlp.fc1.weight",

@@ -1,4 +1,4 @@
-"""What crashed is started again, once for a crash; what fell silent is marked, and nothing else."""
+"""Each crash restarts its run once; only runs without heartbeat are marked as crashed."""
 
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from restitch.tasks.runtime.crash_recovery import (
-    DEATHS,
+    MAX_CRASHES,
     SILENT_AFTER,
     STUCK_AFTER,
     mark_silent_runs,
-    start_again,
+    restart,
 )
 from tests.fake_prefect import FakePrefect, fake_prefect
 
@@ -29,23 +29,23 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakePref
         yield found
 
 
-def test_a_crash_starts_the_same_once_more_by_a_key_of_its_own(server: FakePrefect) -> None:
+def test_each_crash_restarts_its_run_once_with_the_same_parameters(server: FakePrefect) -> None:
     for run in ("first", "first", "second"):
-        assert start_again("onboard", run, MODEL)
+        assert restart("onboard", run, MODEL)
     bodies = server.bodies(START["onboard"])
     assert [body["parameters"] for body in bodies] == [MODEL] * 3
     keys = [body["idempotency_key"] for body in bodies]
     assert keys[0] == keys[1] != keys[2]
 
 
-def test_a_remerge_that_dies_again_and_again_is_left_to_the_schedule(server: FakePrefect) -> None:
-    asked: dict[str, Any] = {"line": "demo", "force": True}
+def test_a_remerge_that_crashes_too_often_is_left_to_the_schedule(server: FakePrefect) -> None:
+    parameters: dict[str, Any] = {"line": "demo", "force": True}
     started = 0
-    while start_again("remerge", f"run {started}", asked):
-        asked = server.bodies(START["remerge"])[-1]["parameters"]
+    while restart("remerge", f"run {started}", parameters):
+        parameters = server.bodies(START["remerge"])[-1]["parameters"]
         started += 1
-        assert asked == {"line": "demo", "force": True, "attempt": started}
-    assert started == DEATHS - 1
+        assert parameters == {"line": "demo", "force": True, "attempt": started}
+    assert started == MAX_CRASHES - 1
 
 
 def run_of(state: str, age: timedelta, line: str = "demo") -> dict[str, Any]:
@@ -72,7 +72,7 @@ SECOND = timedelta(seconds=1)
         ("PENDING", STUCK_AFTER - SECOND, False, False),
     ],
 )
-def test_only_a_run_that_is_silent_for_long_is_marked(
+def test_only_a_run_without_heartbeat_for_long_is_marked(
     server: FakePrefect, state: str, age: timedelta, heard: bool, marked: bool
 ) -> None:
     runs = [run_of(state, age), run_of(state, age, line="another")]
@@ -82,7 +82,7 @@ def test_only_a_run_that_is_silent_for_long_is_marked(
     server.answers[request] = (201, {})
     mark_silent_runs("demo")
     bodies = server.bodies(request)
-    # Looked for among the runs of both flows.
+    # One for each of the two flows.
     assert len(bodies) == (2 if marked else 0)
     assert all(body["state"]["type"] == "CRASHED" and not body["force"] for body in bodies)
     assert not server.bodies(f"POST /flow_runs/{state}-another/set_state")

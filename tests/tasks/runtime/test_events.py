@@ -1,4 +1,4 @@
-"""What is asked of a Prefect server, and that work goes on without one."""
+"""Requests to a Prefect server, and work without one."""
 
 import fcntl
 import os
@@ -19,7 +19,7 @@ from restitch.tasks.runtime.events import (
     run_ended,
     start_run,
 )
-from restitch.tasks.runtime.merge_lease import turn
+from restitch.tasks.runtime.merge_lease import merge_lease
 from restitch.tasks.runtime.prefect_api import PrefectApi
 from restitch.tasks.runtime.workspace import workspace
 from tests.fake_prefect import FakePrefect, fake_prefect
@@ -45,7 +45,7 @@ def server(embedded: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakePref
 
 @pytest.fixture
 def away(embedded: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The address of a server that does not run, with credentials in it."""
+    """The address of a server that is not running, with credentials in it."""
     url = f"http://user:secret@127.0.0.1:{free_port()}/api"
     monkeypatch.setenv("PREFECT_API_URL", url)
     monkeypatch.setattr("restitch.tasks.runtime.prefect_api.PAUSE_SECONDS", 10.0)
@@ -59,7 +59,7 @@ def run_of(
     return {"state_type": state, "expected_start_time": time, "parameters": parameters}
 
 
-def test_without_an_engine_nothing_is_told_and_nobody_works(embedded: Path) -> None:
+def test_without_an_engine_there_are_no_events_and_no_workers(embedded: Path) -> None:
     assert not announce(MODEL_REGISTERED, "demo", "colour", 1)
     assert not has_workers()
 
@@ -70,7 +70,7 @@ def test_a_server_without_our_deployments_has_no_workers(server: FakePrefect) ->
     assert has_workers()
 
 
-def test_who_only_tells_of_an_event_does_not_import_prefect(server: FakePrefect) -> None:
+def test_emitting_an_event_does_not_import_prefect(server: FakePrefect) -> None:
     server.knows_deployments()
     script = (
         "import sys; from restitch.tasks.runtime.events import announce;"
@@ -80,7 +80,7 @@ def test_who_only_tells_of_an_event_does_not_import_prefect(server: FakePrefect)
     assert done.out.split() == ["True", "False"]
 
 
-def test_an_event_says_what_happened(server: FakePrefect) -> None:
+def test_an_event_names_the_line_the_task_and_the_version(server: FakePrefect) -> None:
     server.knows_deployments()
     assert announce(MODEL_REGISTERED, "demo", "colour", 1, mlflow_version=7)
     assert announce(MODEL_REGISTERED, "demo", "colour", 1)
@@ -91,15 +91,15 @@ def test_an_event_says_what_happened(server: FakePrefect) -> None:
     assert first["id"] != second["id"]
 
 
-def test_an_event_that_nobody_takes_is_a_warning(
+def test_an_event_that_cannot_be_sent_is_a_warning(
     away: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert not announce(MODEL_REGISTERED, "demo", "colour", 1)
-    assert "the schedule finds it" in caplog.text
+    assert "the scheduled remerge picks it up" in caplog.text
     assert "secret" not in caplog.text
 
 
-def test_a_key_starts_one_run_and_another_when_that_one_is_over(server: FakePrefect) -> None:
+def test_a_key_starts_one_run_and_another_after_that_one_is_over(server: FakePrefect) -> None:
     server.knows_deployments()
     start_run("onboard", MODEL, "key")
     assert server.bodies(START) == [
@@ -110,10 +110,10 @@ def test_a_key_starts_one_run_and_another_when_that_one_is_over(server: FakePref
     start_run("onboard", MODEL, "key")
     keys = [body["idempotency_key"] for body in server.bodies(START)]
     assert keys[0] == "key"
-    assert len(set(keys)) == len(keys) == MOST_STARTS, "another key each time, and not for ever"
+    assert len(set(keys)) == len(keys) == MOST_STARTS, "another key each time, up to a limit"
 
 
-def test_what_the_schedule_has_planned_is_not_queued(server: FakePrefect) -> None:
+def test_runs_scheduled_for_later_are_not_queued(server: FakePrefect) -> None:
     now = datetime.now(UTC)
 
     def queued(*runs: dict[str, Any]) -> bool:
@@ -127,19 +127,19 @@ def test_what_the_schedule_has_planned_is_not_queued(server: FakePrefect) -> Non
     assert not queued()
 
 
-def test_a_deployment_that_is_missing_is_named(server: FakePrefect) -> None:
+def test_a_missing_deployment_is_named(server: FakePrefect) -> None:
     server.answers["POST /flow_runs/filter"] = (200, [])
     with pytest.raises(Unavailable, match="no deployment onboard/restitch"):
         start_run("onboard", MODEL, "key")
 
 
-def test_a_run_that_the_server_forgot_is_over(server: FakePrefect) -> None:
+def test_a_run_that_the_server_does_not_know_is_over(server: FakePrefect) -> None:
     server.answers["GET /flow_runs/one"] = (200, run_of("RUNNING"))
     server.answers["GET /flow_runs/two"] = (200, run_of("CRASHED"))
     assert [run_ended(run) for run in ("one", "two", "three")] == [False, True, True]
 
 
-def test_a_server_that_is_away_is_unavailable_and_its_credentials_stay_hidden(away: str) -> None:
+def test_an_unreachable_server_is_unavailable_and_its_credentials_stay_hidden(away: str) -> None:
     with pytest.raises(Unavailable) as caught:
         PrefectApi(away, patience=0).deployment("onboard/restitch")
     assert "127.0.0.1" in caught.value.message()
@@ -151,11 +151,11 @@ def test_a_refusal_is_unavailable_with_its_status(server: FakePrefect, status: i
     server.answers["POST /events"] = (status, {"detail": "no"})
     with pytest.raises(Unavailable, match=f"status {status} for /events"):
         PrefectApi(server.url).emit([{}])
-    assert len(server.asked) == 1, "asking again would not help"
+    assert len(server.asked) == 1, "a retry would not help"
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
-def test_a_busy_server_is_asked_again(
+def test_requests_to_a_busy_server_are_retried(
     server: FakePrefect, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     server.answers["POST /events"] = (status, None)
@@ -168,7 +168,7 @@ def test_a_busy_server_is_asked_again(
     assert server.bodies("POST /events") == [[{"id": "one"}]] * 2
 
 
-def test_a_server_that_stays_busy_is_given_up_long_after_one_that_is_away(
+def test_a_busy_server_is_retried_longer_than_an_unreachable_one(
     server: FakePrefect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     now = [0.0]
@@ -207,13 +207,13 @@ def test_credentials_come_from_prefects_variables(
     assert server.asked[0][2]["Authorization"] == header
 
 
-def test_a_turn_of_one_host_is_taken_by_one_at_a_time(embedded: Path) -> None:
-    with turn(workspace(), "demo") as mine:
-        assert mine
+def test_one_remerge_of_a_line_runs_on_a_host_at_a_time(embedded: Path) -> None:
+    with merge_lease(workspace(), "demo") as acquired:
+        assert acquired
         lock = (embedded / "locks" / "remerge-demo").open("w")
         with lock, pytest.raises(BlockingIOError):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        with turn(workspace(), "other") as also:
-            assert also, "another line does not wait"
-    with turn(workspace(), "demo") as mine:
-        assert mine
+        with merge_lease(workspace(), "other") as other:
+            assert other, "another line does not wait"
+    with merge_lease(workspace(), "demo") as acquired:
+        assert acquired

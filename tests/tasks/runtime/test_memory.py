@@ -6,7 +6,7 @@ import numpy as np
 from restitch.tasks.runtime.memory import memory_added
 
 
-def test_what_is_allocated_counts_and_what_is_mapped_does_not(tmp_path: Path) -> None:
+def test_allocated_memory_counts_and_mapped_files_do_not(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(bytes(1 << 25))
     with memory_added() as mapping, (tmp_path / "file").open("rb") as file:
         mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
@@ -19,10 +19,10 @@ def test_what_is_allocated_counts_and_what_is_mapped_does_not(tmp_path: Path) ->
     assert held.nbytes <= holding.added < 3 * held.nbytes
 
 
-def test_what_was_given_back_before_the_end_counts_too() -> None:
+def test_memory_freed_before_the_end_counts() -> None:
     with memory_added() as peak:
         held = np.ones(1 << 22)
-        for _ in range(60):  # until the watcher has looked at least once
+        for _ in range(60):  # until at least one sample was taken
             held += 1
         size = held.nbytes
         del held
