@@ -1,9 +1,8 @@
-"""Names by content: BLAKE3 of bytes, of files and of canonical JSON.
+"""BLAKE3 digests of bytes, of files and of canonical JSON.
 
 The same content has the same digest on every machine and in every process: JSON is
 written with sorted keys and without blanks, text is UTF-8, and a number that JSON
-cannot hold (NaN, infinity) is refused. Files are read through a map or in blocks, so
-their size does not matter for memory.
+cannot hold (NaN, infinity) is refused. Files are read in blocks, in bounded memory.
 """
 
 import json
@@ -21,7 +20,7 @@ def digest_bytes(data: bytes | bytearray | memoryview) -> str:
 
 
 def canonical_json(obj: object) -> bytes:
-    """The one way in which an object is written as JSON when it is digested."""
+    """The JSON text of an object from which its digest is computed."""
     text = json.dumps(
         obj, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False
     )

@@ -1,8 +1,8 @@
 """The errors that a user can meet, each with the exit code of its kind.
 
 Every message names the thing, what was expected, what was found and what to do. A
-`RestitchError` is a user's or an environment's fault and is shown without a traceback;
-anything else that escapes is our mistake.
+`RestitchError` has its cause in the input or the environment and is shown without a
+traceback; any other exception is a bug.
 """
 
 from collections.abc import Sequence
@@ -14,10 +14,10 @@ class RestitchError(Exception):
 
     Args:
         summary: the thing and what is wrong with it, one sentence.
-        expected: what would have been right.
-        found: what is there instead.
-        hint: what to do about it.
-        details: further lines, for instance every differing tensor.
+        expected: the correct value or state.
+        found: the actual value or state.
+        hint: what the user can do.
+        details: more lines, for instance every differing tensor.
     """
 
     exit_code = 1
@@ -68,7 +68,7 @@ def _rebuild(kind: type[RestitchError], summary: str, keywords: dict[str, Any]) 
 
 
 class UsageError(RestitchError):
-    """The command was called in a way that it does not have."""
+    """A command was called with wrong arguments or options."""
 
     exit_code = 2
 
@@ -92,12 +92,12 @@ class GateFailed(RestitchError):  # noqa: N818
 
 
 class Unavailable(RestitchError):  # noqa: N818
-    """The store, a server or the disk cannot be used now."""
+    """The store, a server or the disk is not available now."""
 
     exit_code = 6
 
 
 class Damage(RestitchError):  # noqa: N818
-    """Something stored is not what its digest says."""
+    """A stored object does not match its digest or its format."""
 
     exit_code = 7

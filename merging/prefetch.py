@@ -1,4 +1,4 @@
-"""Batches that are made ahead: while the model works on one, the next ones are prepared."""
+"""Prefetching: threads prepare the next batches while the model works on the current one."""
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -10,19 +10,19 @@ Rows = TypeVar("Rows")
 
 
 def prefetch(
-    prepare: Callable[[Rows], Batch], wanted: Iterable[Rows], *, threads: int = 1
+    prepare: Callable[[Rows], Batch], batches: Iterable[Rows], *, threads: int = 1
 ) -> Iterator[Batch]:
-    """All batches in order; what goes wrong in a thread is raised at its batch's turn.
+    """Yield all batches in order; an error in a thread is raised in place of its batch.
 
     Args:
-        prepare: makes a batch; with one thread it is called in order and never twice at a time.
-        wanted: what each batch is made of.
-        threads: that prepare; one batch more than these is waiting at most.
+        prepare: makes a batch; with one thread the calls are in order and never overlap.
+        batches: the rows of each batch.
+        threads: how many prepare batches; at most one more batch than these is waiting.
     """
     with ThreadPoolExecutor(threads) as pool:
         waiting: deque[Future[Batch]] = deque()
         try:
-            for rows in wanted:
+            for rows in batches:
                 waiting.append(pool.submit(prepare, rows))
                 if len(waiting) > threads + 1:
                     yield waiting.popleft().result()

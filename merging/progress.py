@@ -1,7 +1,7 @@
-"""How long work reports that it goes on.
+"""The callback through which long work reports its progress.
 
-A `Progress` is called with what is done and what there is to do, in the same unit; it
-must return at once and must not raise. The pure code never draws anything itself.
+A `Progress` is called with the amount done and the total, in the same unit. It must
+return at once and must not raise.
 """
 
 from collections.abc import Callable
@@ -10,4 +10,4 @@ Progress = Callable[[int, int], None]
 
 
 def ignore(_done: int, _total: int) -> None:
-    """The progress that nobody watches."""
+    """Report progress to nobody."""

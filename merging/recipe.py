@@ -1,9 +1,8 @@
-"""The recipe of a merged version: all that determines its weights.
+"""The recipe of a merged version: everything that determines its weights.
 
-Two versions with the same recipe are the same model; the digest of the recipe is its
-name. Members are ordered by the UTF-8 bytes of their task, settings hold every default,
-so the JSON of a recipe is one of a kind. Reading refuses what writing would not have
-made.
+Two versions with the same recipe are the same model, and the digest of the recipe
+identifies it. Members are ordered by the UTF-8 bytes of their task and settings hold
+every default, so a recipe has exactly one JSON text. `from_json` refuses any other.
 """
 
 import json
@@ -28,7 +27,7 @@ class RecipeBase:
 
 @dataclass(frozen=True)
 class RecipeMethod:
-    """The merge method with all its settings, tuned values too."""
+    """The merge method with all its settings, including tuned values."""
 
     name: str
     version: int
@@ -47,7 +46,7 @@ class RecipeMember:
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that determines a merged version.
+    """Everything that determines a merged version.
 
     Attributes:
         base: the base.
@@ -55,7 +54,7 @@ class Recipe:
         method: the merge method.
         members: sorted by task.
         code: version of the stitching code.
-        other: digests of whatever else was read, by name.
+        other: digests of all other inputs, by name.
     """
 
     base: RecipeBase
@@ -68,20 +67,20 @@ class Recipe:
     def __post_init__(self) -> None:
         ordered = tuple(sorted(self.members, key=lambda member: by_bytes(member.task)))
         if len({member.task for member in ordered}) != len(ordered):
-            raise ValueError("a task is in the recipe twice")
+            raise ValueError("a recipe must name each task once")
         object.__setattr__(self, "members", ordered)
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as JSON values."""
         plain = asdict(self)
         plain["members"] = list(plain["members"])
-        # Through text and back: what cannot be said in JSON fails here, not in a digest.
+        # Through text and back: a value that JSON cannot hold fails here, not in a digest.
         result: dict[str, Any] = json.loads(canonical_json({"format": FORMAT, **plain}))
         return result
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Recipe":
-        """The recipe that `to_json` was called on; `Damage` where it cannot be one."""
+        """The recipe of `to_json`'s output; raises `Damage` for anything else."""
         try:
             rest = dict(data)
             if rest.pop("format") != FORMAT:
@@ -104,5 +103,5 @@ class Recipe:
         return recipe
 
     def digest(self) -> str:
-        """The name of the merged version by its content."""
+        """The digest that identifies the merged version."""
         return digest_bytes(canonical_json(self.to_json()))

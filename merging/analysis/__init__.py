@@ -1,4 +1,4 @@
-"""What masks and merged models have in common: overlaps, agreement and differences.
+"""Comparisons of masks and of merged models: overlaps, agreement and differences.
 
 Reports, studies and audits import it through `tasks` and `flows`.
 """

@@ -1,8 +1,8 @@
-"""How many weights are in exactly 0, 1, ... masks (Wang et al., ICML 2024, Eq. 7).
+"""The number of weights in exactly 0, 1, ... masks (Wang et al., ICML 2024, Eq. 7).
 
-Either of TALL masks on a multi-task vector, or of the masks that the members' deltas keep. In
-the paper's words weights in no mask are catastrophic, those in one selfish, in two or more
-general, in all universal. Streamed over the tensors; a weight that no delta touches is in none.
+The masks are TALL masks on a multi-task vector, or those of the members' deltas. The paper calls
+weights in no mask catastrophic, in one selfish, in two or more general, and in all universal.
+Streamed over the tensors; a weight that no delta keeps is in no mask.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ from restitch.merging.rules.elementwise import Floats, Range, kept_vectors, sum_
 from restitch.merging.rules.stitch import DeltaMember
 from restitch.merging.rules.ties import Trim, disjoint_merge
 
-# Raised when the same members would have other counts.
+# Raised when the counts of the same members change.
 VERSION = 1
 
 MultiTaskVector = Callable[[Range], Floats]
@@ -30,33 +30,29 @@ def task_arithmetic_sum(_: Sequence[KeptVector]) -> MultiTaskVector:
 
 
 def ties_sum(vectors: Sequence[KeptVector], density: float = 0.2) -> MultiTaskVector:
-    """The multi-task vector of TIES, with a sum as Consensus takes it."""
-    kept = Trim(vectors, density, "model")
-
-    def together(part: Range) -> Floats:
-        return disjoint_merge(kept.apply(part), mean=False)
-
-    return together
+    """The multi-task vector of TIES, summed instead of averaged as in Consensus TIES."""
+    trim = Trim(vectors, density, "model")
+    return lambda part: disjoint_merge(trim.apply(part), mean=False)
 
 
 def agreement_profile(
     base: Checkpoint,
     members: Iterable[DeltaMember],
     names: Iterable[str],
-    together: Callable[[Sequence[KeptVector]], MultiTaskVector],
+    multi_task_vector: Callable[[Sequence[KeptVector]], MultiTaskVector],
     threshold: float,
 ) -> tuple[int, ...]:
-    """The weights in exactly 0, 1, ... TALL masks, up to all members.
+    """Count the weights in exactly 0, 1, ... TALL masks, up to all members.
 
     Args:
         base: the base's checkpoint.
         members: the members, each with its whole task vector.
-        names: of the tensors that count.
-        together: makes the multi-task vector.
+        names: the tensors to count.
+        multi_task_vector: makes the multi-task vector of the task vectors.
         threshold: lambda of the masks.
     """
     vectors = kept_vectors(base, members)
-    merged = together(vectors)
+    merged = multi_task_vector(vectors)
     counts = np.zeros(len(vectors) + 1, dtype=np.int64)
     for name in names:
         readers = [(i, v.reader(name)) for i, v in enumerate(vectors) if name in v]
@@ -78,7 +74,7 @@ def agreement_profile(
 def kept_profile(
     base: Checkpoint, members: Iterable[DeltaMember], names: Iterable[str]
 ) -> tuple[int, ...]:
-    """The same for the masks of the members' deltas."""
+    """Count the weights in exactly 0, 1, ... masks of the members' deltas."""
     deltas = [member.delta for member in members]
     counts = np.zeros(len(deltas) + 1, dtype=np.int64)
     for name in names:

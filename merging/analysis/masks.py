@@ -1,11 +1,10 @@
-"""What the masks of some members have in common: overlaps, Jaccard, cosines, owners.
+"""Overlaps, Jaccard indices, cosines and owner counts of the masks of some members.
 
 A pure function of the base and the members' sparse deltas. The Jaccard index of two masks is
-|a & b| / |a | b|. The cosine is that of two *masked task vectors*: each is finetuned minus base
-at the coordinates of its own mask and zero elsewhere, as in the paper, so where two masks hardly
-meet it is near zero whatever the weights say. Everything is summed in float64, tensor by tensor
-and range by range: what is in memory is bounded by a part of one tensor, never by the model. Only
-coordinates with two owners or more cost work per pair.
+|a & b| / |a | b|. The cosine is that of two *masked task vectors*: finetuned minus base at the
+coordinates of the model's own mask and zero elsewhere, as in the paper. So it is near zero if two
+masks hardly overlap. Sums are float64, tensor by tensor and range by range: memory is bounded by
+a part of one tensor. Only coordinates with two or more owners cost work per pair.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,7 @@ from restitch.merging.progress import Progress, ignore
 
 VERSION = 1
 
-# Elements of the matrix members x coordinates that is worked on at once: 32 MiB of float64.
+# Elements of the matrix members x coordinates of one step: 32 MiB of float64.
 _MATRIX = 1 << 22
 _SHORTEST = 1 << 14
 
@@ -35,15 +34,15 @@ Matrix = tuple[tuple[float | None, ...], ...]
 
 @dataclass(frozen=True)
 class MaskAnalysis:
-    """What was found; rows and columns are in the order of `tasks`.
+    """The result of `analyze_masks`; rows and columns are in the order of `tasks`.
 
     Attributes:
-        kept: coordinates that a task's mask keeps, by tensor; tensors with none are left out.
-        coordinates: elements of every tensor in which some mask keeps something.
-        shared: how many coordinates two masks have in common; a mask with itself: all of it.
-        jaccard: None where both masks are empty.
-        cosine: of the masked task vectors; None where one of them is zero.
-        owners: how many coordinates have exactly 1, 2, ... owners, up to all members.
+        kept: the number of kept coordinates by task and tensor; tensors with 0 are omitted.
+        coordinates: the number of elements of every tensor in which a mask keeps a coordinate.
+        shared: the number of common coordinates of two masks; on the diagonal the size of one.
+        jaccard: None if both masks are empty.
+        cosine: of the masked task vectors; None if one of them is zero.
+        owners: the number of coordinates with exactly 1, 2, ... owners, up to all members.
     """
 
     tasks: tuple[str, ...]
@@ -63,7 +62,7 @@ class MaskAnalysis:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "MaskAnalysis":
-        """The analysis that `to_json` was called on; `Damage` where it cannot be one."""
+        """The analysis of `to_json`'s output; raises `Damage` for anything else."""
         try:
             return cls(
                 tasks=tuple(data["tasks"]),
@@ -78,7 +77,7 @@ class MaskAnalysis:
             raise Damage(
                 "an analysis of masks cannot be read",
                 found=f"{type(err).__name__}: {err}",
-                hint="remove it from the store: it is then made again",
+                hint="remove it from the store; the next analysis creates it again",
             ) from err
 
 
@@ -88,12 +87,12 @@ def analyze_masks(
     """Compare the masks of members with each other.
 
     Args:
-        base: what the deltas lie on.
-        deltas: by task; their order is that of the result.
-        progress: elements gone through, of all.
+        base: the base of the deltas.
+        deltas: by task, in the order of the result.
+        progress: called with the elements done and the total.
 
     Raises:
-        BadInput: a delta has a tensor that the base lacks or has in another shape.
+        BadInput: a delta has a tensor that the base does not have in the same shape.
     """
     report = progress or ignore
     for task, delta in deltas.items():
@@ -127,7 +126,7 @@ def _check(base: Checkpoint, task: str, delta: SparseFile) -> None:
     if wrong:
         raise BadInput(
             f"the delta of {task!r} does not fit the base {base.path}",
-            expected="tensors of the base in its shapes",
+            expected="only tensors of the base, in the same shapes",
             found=str(delta.path),
             hint="localize the member again on this base",
             details=wrong,
@@ -135,12 +134,12 @@ def _check(base: Checkpoint, task: str, delta: SparseFile) -> None:
 
 
 class _Sums:
-    """What is summed over all coordinates.
+    """Sums over all coordinates.
 
     Attributes:
-        shared: common coordinates of each pair, int64.
+        shared: the number of common coordinates of each pair, int64.
         dots: inner products of the masked task vectors, float64.
-        owners: how many coordinates have 0, 1, 2, ... owners; those without are not counted.
+        owners: the number of coordinates with 0, 1, 2, ... owners; the first is not counted.
     """
 
     def __init__(self, members: int) -> None:
@@ -151,7 +150,7 @@ class _Sums:
         self._ones = torch.ones(self._block, dtype=torch.int16)
 
     def add(self, base: Checkpoint, name: str, deltas: Sequence[SparseFile]) -> None:
-        """Go through one tensor."""
+        """Add one tensor."""
         rows = [row for row, delta in enumerate(deltas) if name in delta]
         cursors = [deltas[row].cursor(name) for row in rows]
         for part in torch.split(base.tensor(name).reshape(-1), self._block):
@@ -183,17 +182,17 @@ class _Sums:
     ) -> None:
         column = np.zeros(len(owners), dtype=np.int64)
         column[places] = np.arange(len(places))
-        there = np.zeros((len(members), len(places)), dtype=np.float32)
-        found = np.zeros((len(members), len(places)))
+        owned = np.zeros((len(members), len(places)), dtype=np.float32)
+        changes = np.zeros((len(members), len(places)))
         for line, (row, (coordinates, _)) in enumerate(members.items()):
             chosen = owners[coordinates] > 1
             at = column[coordinates[chosen]]
-            there[line, at] = 1
-            found[line, at] = vectors[row][chosen]
+            owned[line, at] = 1
+            changes[line, at] = vectors[row][chosen]
         # Float32 counts exactly here: a range has fewer than 2^24 coordinates.
         pairs = np.ix_(list(members), list(members))
-        self.shared[pairs] += _off_diagonal(there @ there.T).astype(np.int64)
-        self.dots[pairs] += _off_diagonal(found @ found.T)
+        self.shared[pairs] += _off_diagonal(owned @ owned.T).astype(np.int64)
+        self.dots[pairs] += _off_diagonal(changes @ changes.T)
 
 
 def _joined(pieces: Sequence[Piece]) -> Piece:
@@ -218,11 +217,11 @@ def _jaccard(shared: NDArray[np.int64]) -> Matrix:
 
 def _cosine(dots: NDArray[np.float64]) -> Matrix:
     lengths = np.sqrt(dots.diagonal())
-    found = _quotients(dots, lengths[:, None] * lengths[None, :])
-    # Rounding may carry a cosine past 1.
+    cosines = _quotients(dots, lengths[:, None] * lengths[None, :])
+    # Rounding may lead to a value above 1.
     return tuple(
         tuple(None if value is None else max(-1.0, min(1.0, value)) for value in row)
-        for row in found
+        for row in cosines
     )
 
 

@@ -1,8 +1,8 @@
-"""How two merged models on one base differ, from their patches alone.
+"""The differences of two merged models on one base, from their patches alone.
 
-A patch holds exactly the coordinates in which a merged model differs from its base, so a
-coordinate that only one of two patches holds differs between the models, and one that both
-hold differs where their bits do. The base is never read; memory holds one tensor's part.
+A patch holds exactly the coordinates in which a merged model differs from its base. So the
+models differ at a coordinate that only one patch holds, and at one that both hold with
+different bits. The base is not read; memory holds the kept weights of one tensor.
 """
 
 import numpy as np
@@ -13,13 +13,13 @@ from restitch.merging.order import by_bytes
 
 
 def count_differences(first: SparseFile, second: SparseFile) -> dict[str, int]:
-    """How many weights differ, by tensor; tensors without one are left out."""
-    found = {}
+    """The number of weights that differ, by tensor; tensors without a difference are omitted."""
+    counts = {}
     for name in sorted({*first.names, *second.names}, key=by_bytes):
         count = _count(first, second, name)
         if count:
-            found[name] = count
-    return found
+            counts[name] = count
+    return counts
 
 
 def _count(first: SparseFile, second: SparseFile, name: str) -> int:
@@ -27,7 +27,7 @@ def _count(first: SparseFile, second: SparseFile, name: str) -> int:
         return (first if name in first else second).info(name).kept
     one, other = (patch.coordinates(name).numpy() for patch in (first, second))
     places = np.searchsorted(other, one)
-    places[places == len(other)] = 0  # past the end: compared with the first, and unequal to it
+    places[places == len(other)] = 0  # past the end: the first coordinate is never equal
     shared = other[places] == one
     bits = as_integers(first.values(name)), as_integers(second.values(name))
     equal = int((bits[0][shared] == bits[1][places[shared]]).sum())

@@ -1,9 +1,9 @@
-"""Specialists as files: one patch that all share and a mask file for each, or a patch for each.
+"""Specialists as files: one shared patch and a mask file for each, or a patch for each.
 
-`write_experts` computes everything once, tensor by tensor: the shared patch holds the weights of
-base + multi-task vector that differ from the base's, a mask one bit for each of them. A
-`StoredExpert` is the base with the weights that its mask selects, copied bit for bit, or, with a
-scale, moved so many times as far from the base and rounded once: what the method's own edits give.
+`write_experts` computes everything once, tensor by tensor. The shared patch holds the weights of
+base + multi-task vector that differ from the base's, and a mask one bit for each of them. A
+`StoredExpert` is the base with the weights that its mask selects, copied bit for bit. With a scale,
+their difference from the base is multiplied by it and rounded once, as in the method's own edits.
 """
 
 import math
@@ -35,11 +35,11 @@ _SHARED, _SCALE = "shared", "scale"
 
 @dataclass(frozen=True)
 class ExpertFiles:
-    """What was written.
+    """The files of a set of specialists.
 
     Attributes:
-        shared: the patch that all share; None where each task has its own.
-        tasks: by task, its mask file, or its own patch.
+        shared: the shared patch; None if each task has its own.
+        tasks: the mask file, or the own patch, of each task.
     """
 
     shared: Path | None
@@ -58,9 +58,9 @@ def write_experts(
     Args:
         folder: an existing folder.
         base: the base's checkpoint.
-        experts: what a method gave.
-        metadata: text to keep with each file.
-        progress: called with bytes looked at and bytes in all.
+        experts: the result of a merge method.
+        metadata: text for the metadata of each file.
+        progress: called with the bytes done and the total.
     """
     paths = {task: folder / f"{number}.task" for number, task in enumerate(experts.tasks)}
     if not isinstance(experts, SharedExperts):
@@ -70,7 +70,7 @@ def write_experts(
     shared = folder / "shared"
     with ExitStack() as stack:
         writers = {task: stack.enter_context(MaskWriter(folder)) for task in paths}
-        tensors = _selecting(base, experts, writers, progress or ignore)
+        tensors = _shared_tensors(base, experts, writers, progress or ignore)
         write_sparse(shared, tensors, kind="patch", metadata=metadata)
         binding = {**metadata, _SHARED: digest_file(shared)}
         for task, writer in writers.items():
@@ -79,17 +79,17 @@ def write_experts(
     return ExpertFiles(shared, paths)
 
 
-def _selecting(
+def _shared_tensors(
     base: Checkpoint, experts: SharedExperts, writers: Mapping[str, MaskWriter], progress: Progress
 ) -> Iterator[SparseTensor]:
-    """The tensors of the shared patch; the masks of each are written as it is passed on."""
+    """The tensors of the shared patch; the masks of a tensor are written before it is yielded."""
     seen: list[tuple[int, Mapping[int, NDArray[np.uint8]]]] = []
 
-    def see(part: Selected) -> None:
+    def observe(part: Selected) -> None:
         packed = {number: np.packbits(mask) for number, mask in part.masks.items()}
         seen.append((len(part.together), packed))
 
-    for tensor in differences(base, experts.observed(see), progress):
+    for tensor in differences(base, experts.observed(observe), progress):
         places = tensor.coordinates.numpy()
         for number, task in enumerate(experts.tasks):
             writers[task].add(tensor.name, _unpacked(seen, number)[places])
@@ -112,8 +112,8 @@ class StoredExpert:
 
     Args:
         shared: the patch.
-        mask: what the specialist takes of it.
-        scale: by what its distance from the base is multiplied.
+        mask: the weights of the patch that the specialist takes.
+        scale: the factor of their differences from the base.
     """
 
     def __init__(self, shared: SparseFile, mask: MaskFile, scale: float) -> None:
@@ -123,11 +123,11 @@ class StoredExpert:
         self.names = mask.names
 
     def apply(self, name: str, flat: Tensor) -> None:
-        """Overwrite what is taken in a flat copy of the base's tensor."""
+        """Overwrite the selected weights in a flat copy of the base's tensor."""
         self.editor(name)(flat)
 
     def editor(self, name: str) -> Callable[[Tensor], None]:
-        """A function that edits the parts of a tensor, given one after the other."""
+        """A function that edits the parts of a tensor in order."""
         cursor, bits = self.shared.cursor(name), self.mask.bits(name)
         done = 0
 
@@ -136,8 +136,9 @@ class StoredExpert:
             for coordinates, values in cursor.advance(part.numel()):
                 chosen = np.flatnonzero(bits[done : done + len(coordinates)])
                 done += len(coordinates)
-                places, wanted = coordinates[chosen], gather(values, chosen)
-                scatter(part, places, self._scaled(gather(part, places), wanted))
+                places = coordinates[chosen]
+                after = self._scaled(gather(part, places), gather(values, chosen))
+                scatter(part, places, after)
 
         return edit
 
@@ -151,16 +152,16 @@ class StoredExpert:
 
 
 def open_expert(path: Path, patch: Callable[[str], Path], base: Checkpoint | None = None) -> Edits:
-    """Edits from their file: a mask file with the patch that it names, or a patch or a delta.
+    """Open edits from a mask file and the patch that it names, from a patch or from a delta.
 
     Args:
-        path: its file.
-        patch: where a patch lies, by its digest.
-        base: what it lies on, which values in 8 bits are read beside.
+        path: the file.
+        patch: returns the path of a patch by its digest.
+        base: the base, required to read values in 8 bits.
 
     Raises:
-        BadInput: it is no such file.
-        Damage: it does not fit the patch that it names.
+        BadInput: the file is none of these.
+        Damage: a mask file does not match the patch that it names.
     """
     metadata = Checkpoint.open(path).metadata
     if metadata.get("restitch.kind") != "mask":
@@ -170,9 +171,9 @@ def open_expert(path: Path, patch: Callable[[str], Path], base: Checkpoint | Non
     except (KeyError, ValueError, OverflowError) as err:
         raise Damage(
             f"{path} is damaged",
-            expected="the patch that it selects from, and a scale",
+            expected="the digest of its shared patch, and a scale",
             found=f"{_SHARED} {metadata.get(_SHARED)!r}, {_SCALE} {metadata.get(_SCALE)!r}",
-            hint="restore the file from a copy, or make it again",
+            hint="restore the file from a backup, or create it again",
         ) from err
     opened = SparseFile.open(patch(shared), base)
     return StoredExpert(opened, MaskFile.open(path, opened), scale)
@@ -181,5 +182,5 @@ def open_expert(path: Path, patch: Callable[[str], Path], base: Checkpoint | Non
 def _scale(text: str) -> float:
     value = float.fromhex(text)
     if not 0 <= value < math.inf:
-        raise ValueError(f"{text!r} is no scale")
+        raise ValueError(f"{text!r} is not a scale")
     return value

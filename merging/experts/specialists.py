@@ -1,9 +1,9 @@
-"""Experts: what methods of `kind="experts"` give, one specialist per task on one base.
+"""Experts: the result of methods of `kind="experts"`, one specialist per task on one base.
 
-Most share a multi-task vector: every specialist is the base plus the part of that vector which
-the task's mask selects, multiplied by the task's scale where a method has one (`SharedExperts`).
-Others keep a vector for each task (`OwnExperts`). Specialists are `Edits`, streamed like any
-other; on a coordinate that a mask selects with scale 1, all specialists have the same bits.
+Most methods share a multi-task vector (`SharedExperts`): a specialist is the base plus the part of
+the vector that the task's mask selects, multiplied by the task's scale if the method has one.
+Others keep a vector for each task (`OwnExperts`). Specialists are streamed `Edits`. With scale 1,
+all specialists have the same bits at the coordinates that their masks select.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,7 +21,7 @@ from restitch.merging.ranking.kept_vector import KeptVector
 from restitch.merging.rules.elementwise import Elementwise, Floats, Range, check_range, kept_vectors
 from restitch.merging.rules.stitch import DeltaMember
 
-# A number for all tasks, or one for each by its name.
+# One number for all tasks, or one for each task by name.
 PerTask = float | Mapping[str, float]
 
 
@@ -35,16 +35,16 @@ class Experts(Protocol):
     tasks: tuple[str, ...]
 
     def for_task(self, task: str) -> Edits:
-        """The specialist of a task, as edits of the base."""
+        """The specialist of a task as edits of the base."""
 
 
 @dataclass(frozen=True)
 class Selected:
-    """A multi-task vector on a range of a tensor, and what each member takes of it.
+    """A multi-task vector on a range of a tensor, and each member's mask on it.
 
     Attributes:
         together: the multi-task vector.
-        masks: by member's number; a member that is not in it takes nothing.
+        masks: by member number; a member without a mask takes nothing.
     """
 
     together: Floats
@@ -71,10 +71,10 @@ class SharedExperts:
 
     Args:
         base: the base's checkpoint.
-        tasks: in order.
+        tasks: the tasks in order.
         vectors: the members' task vectors, in the same order.
-        rule: what is shared on a range, and who takes what of it.
-        scales: by what the part of each task is multiplied, in the same order; 1 by default.
+        rule: computes the multi-task vector and the masks on a range.
+        scales: the factor of each task's part, in the same order; 1 by default.
     """
 
     def __init__(
@@ -92,39 +92,39 @@ class SharedExperts:
         self._scales = tuple(scales) or (1.0,) * len(self.tasks)
 
     def scale(self, task: str) -> float:
-        """By what a task's part is multiplied."""
+        """The factor of a task's part."""
         return self._scales[self.tasks.index(task)]
 
     def for_task(self, task: str) -> Edits:
-        """The base plus what a task takes of the multi-task vector."""
+        """The base plus the task's part of the multi-task vector."""
         number = self.tasks.index(task)
         scale = self._scales[number]
 
         def taken(part: Range) -> Floats:
-            found = self._rule(part)
-            mask = found.masks.get(number)
+            selected = self._rule(part)
+            mask = selected.masks.get(number)
             if mask is None:
-                return np.zeros_like(found.together)
-            return np.where(mask, scale * found.together, 0)
+                return np.zeros_like(selected.together)
+            return np.where(mask, scale * selected.together, 0)
 
         return Elementwise(self._base, self._vectors, taken)
 
-    def observed(self, see: Callable[[Selected], None]) -> Edits:
-        """The base plus the whole multi-task vector; each range is shown as it is computed."""
+    def observed(self, observe: Callable[[Selected], None]) -> Edits:
+        """The base plus the whole multi-task vector; `observe` receives each computed range."""
 
         def shared(part: Range) -> Floats:
-            found = self._rule(part)
-            see(found)
-            return found.together
+            selected = self._rule(part)
+            observe(selected)
+            return selected.together
 
         return Elementwise(self._base, self._vectors, shared)
 
 
 class OwnExperts:
-    """Specialists that have nothing in common but the base.
+    """Specialists that share only the base.
 
     Args:
-        edits: of each task, in the order of the tasks.
+        edits: by task, in order.
     """
 
     def __init__(self, edits: Mapping[str, Edits]) -> None:
@@ -132,29 +132,29 @@ class OwnExperts:
         self._edits = dict(edits)
 
     def for_task(self, task: str) -> Edits:
-        """The base plus what the task keeps of its own vector."""
+        """The base plus the kept part of the task's own vector."""
         return self._edits[task]
 
 
 def per_task(name: str, value: PerTask, tasks: Sequence[str], high: float) -> list[float]:
-    """A setting for each task, where it is given for all of them or by their names.
+    """The value of a setting for each task, from one number or from a number by task.
 
     Args:
-        name: of the setting.
-        value: what it is set to.
-        tasks: in order.
-        high: the most that it can be; the least is 0.
+        name: the name of the setting.
+        value: its value.
+        tasks: the tasks in order.
+        high: the largest allowed value; the smallest is 0.
 
     Raises:
-        BadInput: it lies outside of that range, or leaves out a task.
+        BadInput: a value is out of range, or a task is missing.
     """
     if not isinstance(value, Mapping):
         return [check_range(name, value, 0, high)] * len(tasks)
     missing = [task for task in tasks if task not in value]
     if missing:
         raise BadInput(
-            f"the setting {name} cannot be used",
-            expected=f"a number, or one for each of {', '.join(tasks)}",
+            f"the setting {name} is not valid",
+            expected=f"one number, or one for each of {', '.join(tasks)}",
             found=f"none for {', '.join(missing)}",
             hint=f"correct method: settings: {name}",
         )

@@ -1,10 +1,9 @@
-"""Checkpoints: safetensors files, one or sharded, memory-mapped tensor by tensor.
+"""Checkpoints: one safetensors file or several shards, memory-mapped tensor by tensor.
 
-Opening reads and checks headers only. Tensors are views of the mapped files: they cost
-no private memory until somebody writes to them, which callers must not. Names are
-ordered by their UTF-8 bytes everywhere. The digest is taken over the tensors in that
-order (name, type, shape, digest of the bytes), so it depends neither on sharding nor on
-file names.
+Opening reads and checks headers only. Tensors are views of the mapped files and cost no
+private memory; callers must not write to them. Names are ordered by their UTF-8 bytes.
+The digest is taken over the tensors in that order (name, type, shape, digest of the
+bytes), so it depends neither on sharding nor on file names.
 """
 
 import json
@@ -29,19 +28,19 @@ from restitch.merging.progress import Progress, ignore
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-# Python names this flag from 3.13 on; elsewhere than on Linux it has another number.
+# Python has a name for this flag from 3.13 on; its number is different outside of Linux.
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
 
 _PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack"}
 _CONVERT = (
-    "convert it where you trust it: AutoModel.from_pretrained(FOLDER)"
+    "if you trust the file, convert it: AutoModel.from_pretrained(FOLDER)"
     ".save_pretrained(OUT, safe_serialization=True), then use OUT"
 )
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a tensor without reading it."""
+    """Name, type and shape of a tensor, known without reading it."""
 
     name: str
     dtype: torch.dtype
@@ -49,22 +48,22 @@ class TensorInfo:
 
     @property
     def numel(self) -> int:
-        """How many elements it has."""
+        """The number of elements."""
         return count_elements(self.shape)
 
     @property
     def nbytes(self) -> int:
-        """How many bytes its elements take."""
+        """The number of bytes of all elements."""
         return self.numel * self.dtype.itemsize
 
 
-# Sees to it that a tensor's bytes are in its file.
+# Makes sure that a tensor's bytes are in its file.
 Fetch = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """Where a tensor's bytes lie: `start` counts from the beginning of the shard's file."""
+    """The shard of a tensor and its first byte, counted from the start of the shard's file."""
 
     shard: str
     start: int
@@ -122,11 +121,11 @@ class Checkpoint:
         """Open files as the shards of one checkpoint.
 
         Args:
-            path: what messages call it.
+            path: the name of the checkpoint in messages.
             files: by shard.
-            index: the file that says which tensor is in which shard, if there is one.
-            fetch: is called with a tensor's name before its bytes are looked at, which it may
-                write to the file only then; headers are there from the beginning.
+            index: the file that maps tensors to shards, if there is one.
+            fetch: called with a tensor's name before its bytes are read, so that it can
+                download them then; the headers must be complete from the start.
         """
         infos: dict[str, TensorInfo] = {}
         locations: dict[str, TensorLocation] = {}
@@ -140,7 +139,7 @@ class Checkpoint:
             for entry in header.entries:
                 if entry.name in infos:
                     raise BadInput(
-                        f"{path} holds the tensor {entry.name!r} twice",
+                        f"{path} contains the tensor {entry.name!r} twice",
                         expected="each tensor in one shard",
                         found=f"{locations[entry.name].shard} and {shard}",
                         hint="save the checkpoint again",
@@ -154,7 +153,7 @@ class Checkpoint:
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The metadata of all shards together; the first shard that has a key decides."""
+        """The metadata of all shards together; for a repeated key the first shard counts."""
         merged: dict[str, str] = {}
         for values in self.shard_metadata.values():
             for key, value in values.items():
@@ -163,7 +162,7 @@ class Checkpoint:
 
     @property
     def floating(self) -> tuple[str, ...]:
-        """The names of the tensors that hold weights (integer buffers are left out)."""
+        """The names of the tensors that hold weights, without integer buffers."""
         return tuple(name for name in self.names if self._infos[name].dtype in FLOATING)
 
     @property
@@ -179,7 +178,7 @@ class Checkpoint:
         return self._infos[name]
 
     def location(self, name: str) -> TensorLocation:
-        """The shard and the byte of it at which a tensor begins."""
+        """The position of a tensor's bytes."""
         return self._locations[name]
 
     def tensor(self, name: str) -> Tensor:
@@ -205,7 +204,7 @@ class Checkpoint:
         return memoryview(self._maps[location.shard])[location.start : location.start + info.nbytes]
 
     def header_bytes(self, shard: str) -> bytes | None:
-        """The header of a shard's file as it is, or None where it names other tensors."""
+        """The header of a shard's file, or None if this view renames or omits its tensors."""
         with open_regular(self.files[shard]) as file:
             length = file.read(8)
             raw = length + file.read(int.from_bytes(length, "little"))
@@ -220,7 +219,7 @@ class Checkpoint:
     def listing(self, progress: Progress | None = None) -> bytes:
         """A line of JSON for each tensor in name order: name, type, shape and digest.
 
-        Its own digest is the checkpoint's, so that who has it can compare single tensors.
+        Its digest is the checkpoint's digest, so a stored listing allows to compare tensors.
         """
         if self._listing is None:
             report, total, done = progress or ignore, self.nbytes, 0
@@ -274,17 +273,17 @@ def _map(file: Path, size: int) -> mmap.mmap:
     protection = mmap.PROT_READ | mmap.PROT_WRITE
     try:
         with open_regular(file) as handle:
-            # What is cut short while it is mapped kills the process that looks at it.
+            # Reading beyond the end of a mapped file kills the process, so check its size.
             if os.fstat(handle.fileno()).st_size == size:
                 return mmap.mmap(handle.fileno(), size, flags=flags, prot=protection)
-        found = "another size than a moment before"
+        found = "a different size"
     except (OSError, ValueError) as error:
         found = str(error)
     raise BadInput(
         f"{file} changed while it was read",
         expected=f"{size} bytes",
         found=found,
-        hint="use it when it is whole, and nobody writes to it",
+        hint="try again when the file is complete and no program writes to it",
     )
 
 
@@ -300,7 +299,7 @@ def _locate(path: Path) -> tuple[dict[str, Path], Path | None]:
         raise BadInput(
             f"{path} does not exist",
             expected="a folder with safetensors, or a .safetensors file",
-            found="nothing there",
+            found="no file or folder",
             hint="check the path",
         )
     single, index = path / "model.safetensors", path / "model.safetensors.index.json"
@@ -315,7 +314,7 @@ def _locate(path: Path) -> tuple[dict[str, Path], Path | None]:
     if not found and pickles:
         raise _pickle(path, pickles)
     raise BadInput(
-        f"{path} holds no checkpoint" if not found else f"{path} holds several checkpoints",
+        f"{path} contains no checkpoint" if not found else f"{path} contains several checkpoints",
         expected="model.safetensors, or shards with model.safetensors.index.json",
         found=", ".join(item.name for item in found) or "no safetensors file",
         hint="name the .safetensors file itself" if found else "check the path",
@@ -324,18 +323,18 @@ def _locate(path: Path) -> tuple[dict[str, Path], Path | None]:
 
 def _pickle(path: Path, names: list[str]) -> BadInput:
     return BadInput(
-        f"{path} is not safetensors",
-        expected="safetensors (a pickle can run code when it is opened)",
+        f"{path} is not a safetensors checkpoint",
+        expected="safetensors (opening a pickle can run code)",
         found=", ".join(names),
         hint=_CONVERT,
     )
 
 
 def index_shards(index: Path) -> list[str]:
-    """The names of the files that an index speaks of, which are plain ones.
+    """The file names of the shards in an index.
 
     Raises:
-        BadInput: it is no index, or names a file elsewhere.
+        BadInput: the file is not an index, or names a file outside of its folder.
     """
     shards = sorted(set(_weight_map(index).values()), key=by_bytes)
     for shard in shards:
@@ -344,7 +343,7 @@ def index_shards(index: Path) -> list[str]:
                 f"{index} names a shard outside of its folder",
                 expected="plain file names",
                 found=repr(shard),
-                hint="do not use this checkpoint",
+                hint="do not use this checkpoint: it may have been tampered with",
             )
     return shards
 
@@ -354,7 +353,7 @@ def _indexed(index: Path) -> tuple[dict[str, Path], Path]:
     for shard in index_shards(index):
         if not (index.parent / shard).is_file():
             raise BadInput(
-                f"{index.parent} lacks a shard",
+                f"a shard is missing in {index.parent}",
                 expected=shard,
                 found="no such file",
                 hint="fetch or save the checkpoint again",
@@ -370,7 +369,7 @@ def _weight_map(index: Path) -> dict[str, str]:
             raise TypeError("shards must be file names")  # noqa: TRY301
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
         raise BadInput(
-            f"{index} is no index of shards",
+            f"{index} is not a valid index of shards",
             expected="JSON with weight_map: tensor name to file name",
             found=f"{type(err).__name__}: {err}",
             hint="fetch or save the checkpoint again",

@@ -1,10 +1,10 @@
-"""How a finetuned checkpoint lines up with its base: names, shapes and types.
+"""Comparison of a finetuned checkpoint with its base: names, shapes and types.
 
-`compare` matches names up to one common prefix on either side and lists everything that
-differs; it raises only where the match itself is ambiguous. What makes joining
-impossible is `Comparison.problems`: localizable tensors that are missing, shapes that
-differ, weights on one side and integers on the other. A subset is fine as long as all
-required tensors are there, and so is any mix of float types.
+`compare` matches names up to one common prefix on either side and lists all differences;
+it raises only if the match itself is ambiguous. `Comparison.problems` lists the reasons
+why the model cannot join: localizable tensors are missing, shapes differ, or a tensor
+holds weights on one side and integers on the other. A subset of the tensors is allowed
+if it holds all required ones, and so is any mix of float types.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,16 +18,16 @@ from restitch.merging.order import by_bytes
 
 @dataclass(frozen=True)
 class Comparison:
-    """What `compare` found; all lists are readable and sorted by name.
+    """The result of `compare`; all lists are sorted by name.
 
     Attributes:
         mapping: finetuned name to base name, for every tensor that both hold.
         missing: tensors of the base that the finetuned checkpoint lacks.
-        missing_required: those of them that are localizable.
+        missing_required: the missing tensors that are localizable.
         unexpected: tensors of the finetuned checkpoint that the base lacks.
-        other_shape: tensors of another shape.
-        other_dtype: tensors of another type.
-        other_kind: those of them that are weights on one side only.
+        other_shape: tensors whose shapes differ.
+        other_dtype: tensors whose types differ.
+        other_kind: tensors that are weights on one side only.
     """
 
     mapping: Mapping[str, str]
@@ -39,11 +39,11 @@ class Comparison:
     other_kind: tuple[str, ...]
 
     def problems(self) -> list[str]:
-        """What makes joining impossible, everything at once; empty when it can join."""
+        """All reasons why the model cannot join; empty if it can."""
         return [
             *(f"missing: {name}" for name in self.missing_required),
-            *(f"other shape: {item}" for item in self.other_shape),
-            *(f"other kind of numbers: {item}" for item in self.other_kind),
+            *(f"shape differs: {item}" for item in self.other_shape),
+            *(f"kind of numbers differs: {item}" for item in self.other_kind),
         ]
 
 
@@ -58,8 +58,8 @@ def compare(
     Args:
         base: the base's checkpoint.
         finetuned: the finetuned one; it may hold a subset.
-        required: names in the base that joining needs: the localizable tensors.
-        prefixes: prefixes that either side may have in front of its names.
+        required: the base's names of the localizable tensors, which joining needs.
+        prefixes: prefixes that the names of either side may have.
     """
     mapping = _match(base.names, finetuned.names, frozenset(required), prefixes)
     matched = set(mapping.values())
@@ -93,26 +93,30 @@ def _match(
         candidates.append(_renamed(known, {name: prefix + name for name in theirs}))
         candidates.append(_renamed(known, {name: name.removeprefix(prefix) for name in theirs}))
 
-    def wanted(candidate: dict[str, str]) -> set[tuple[str, str]]:
+    def required_pairs(candidate: dict[str, str]) -> set[tuple[str, str]]:
         return {item for item in candidate.items() if item[1] in required}
 
     def score(candidate: dict[str, str]) -> tuple[int, int]:
-        return len({new for _, new in wanted(candidate)}), len(candidate)
+        return len({new for _, new in required_pairs(candidate)}), len(candidate)
 
-    best = max(candidates, key=score)  # the first of equals: names as they are win
-    rivals = [c for c in candidates if score(c)[0] == score(best)[0] and wanted(c) != wanted(best)]
+    best = max(candidates, key=score)  # the first of equals: unchanged names win
+    rivals = [
+        c
+        for c in candidates
+        if score(c)[0] == score(best)[0] and required_pairs(c) != required_pairs(best)
+    ]
     if rivals and score(best)[0]:
         raise CannotJoin(
             "the finetuned tensors match the base's in more than one way",
             expected="one common prefix on either side",
             found=_examples([best, *rivals], required),
-            hint="save the finetuned model with the names of its base",
+            hint="save the finetuned model with the tensor names of its base",
         )
     return _injective(best)
 
 
 def _renamed(known: frozenset[str], names: Mapping[str, str]) -> dict[str, str]:
-    """The base's names of finetuned tensors: the new ones where it has them, or as they are."""
+    """Map finetuned names to base names: the new name if the base has it, else the name itself."""
     mapping = {}
     for name, new in names.items():
         if new in known:
@@ -128,9 +132,9 @@ def _injective(mapping: dict[str, str]) -> dict[str, str]:
         if ours in back:
             raise CannotJoin(
                 f"two finetuned tensors match the base's {ours!r}",
-                expected="one",
+                expected="one finetuned tensor for each tensor of the base",
                 found=f"{back[ours]}, {theirs}",
-                hint="save the finetuned model with the names of its base",
+                hint="save the finetuned model with the tensor names of its base",
             )
         back[ours] = theirs
     return mapping

@@ -1,19 +1,19 @@
-"""How sorted coordinates are written in bits: Elias-Fano, bitmap, complement or whole.
+"""Encodings of sorted coordinates: Elias-Fano, bitmap, complement or whole tensor.
 
-For k coordinates of a tensor with n elements Elias-Fano stores the low l bits of each
-coordinate as bit planes and the rest in unary: about 2 + log2(n / k) bits per coordinate
-at most, wherever they lie. The complement stores the coordinates that are left out in
-the same way, a bitmap one bit per element, and a whole tensor nothing. `encode` takes
-the smallest; a code such as `e6` together with k and n is all that `decode` needs.
-Decoding checks order, range and count and raises ValueError.
+For k coordinates of a tensor with n elements, Elias-Fano stores the low l bits of each
+coordinate as bit planes and the rest in unary: at most about 2 + log2(n / k) bits per
+coordinate. The complement stores the omitted coordinates in the same way, a bitmap one
+bit per element, and a whole tensor nothing. `encode` chooses the smallest encoding;
+`decode` needs its code (such as `e6`), k and n. Decoding checks order, range and count
+and raises ValueError.
 
-Layout of Elias-Fano: for l as a sum of powers of two, largest first, a plane of that
-many bits per coordinate, taken from the low end (little-endian, low bits of a byte
-first, filled up to a byte); then the unary vector of k + (n - 1 >> l) bits in which bit
-(coordinate >> l) + its index is set.
+Layout of Elias-Fano: write l as a sum of powers of two, largest first. Each is the width
+of a plane, which holds that many bits per coordinate from the low end (little-endian, low
+bits of a byte first, padded to a byte). The unary vector of k + (n - 1 >> l) bits follows,
+in which the bit (coordinate >> l) + index of the coordinate is set.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,8 +21,8 @@ from numpy.typing import NDArray
 
 Coordinates = NDArray[np.int64]
 
-# Bytes of a bit vector to work on at once: what that needs stays in the cache, and is enough
-# that two threads seldom wait for each other between calls.
+# Bytes of a bit vector per step: few enough for the cache, and enough that two threads seldom
+# wait for each other between calls.
 _BLOCK = 1 << 16
 _INDICES = np.arange(8 * _BLOCK, dtype=np.int64)
 _BYTE_TYPES = {8: "<u1", 16: "<u2", 32: "<u4"}
@@ -51,7 +51,7 @@ def encode(coordinates: Coordinates, numel: int) -> tuple[str, bytes]:
 
 
 def encoded_size(code: str, kept: int, numel: int) -> int:
-    """How many bytes `kept` coordinates take in an encoding; ValueError for an unknown one."""
+    """The number of bytes of `kept` coordinates in an encoding; ValueError if it is unknown."""
     if not 0 < kept <= numel:
         raise ValueError(f"{kept} of {numel} coordinates")
     if code == "w" and kept == numel:
@@ -67,13 +67,18 @@ def encoded_size(code: str, kept: int, numel: int) -> int:
 
 
 def decode(code: str, data: memoryview, kept: int, numel: int) -> Coordinates:
-    """The coordinates that `encode` was given; ValueError where `data` cannot be right."""
-    found = np.empty(kept, dtype=np.int64)
+    """The coordinates that were encoded; ValueError if `data` is not a valid encoding."""
+    return joined(decode_blocks(code, data, kept, numel), kept)
+
+
+def joined(blocks: Iterable[Coordinates], count: int) -> Coordinates:
+    """The `count` coordinates of some blocks as one array."""
+    coordinates = np.empty(count, dtype=np.int64)
     done = 0
-    for block in decode_blocks(code, data, kept, numel):
-        found[done : done + len(block)] = block
+    for block in blocks:
+        coordinates[done : done + len(block)] = block
         done += len(block)
-    return found
+    return coordinates
 
 
 def decode_blocks(code: str, data: memoryview, kept: int, numel: int) -> Iterator[Coordinates]:
@@ -86,12 +91,9 @@ def decode_blocks(code: str, data: memoryview, kept: int, numel: int) -> Iterato
     elif code == "b":
         blocks = _set_bits(raw, numel)
     elif code[0] == "c":
-        left_out = np.empty(numel - kept, dtype=np.int64)
-        done = 0
-        for block in _sorted_blocks(raw, numel - kept, numel, int(code[1:])):
-            left_out[done : done + len(block)] = block
-            done += len(block)
-        blocks = _complement_blocks(left_out, numel)
+        omitted = numel - kept
+        encoded = _sorted_blocks(raw, omitted, numel, int(code[1:]))
+        blocks = _complement_blocks(joined(encoded, omitted), numel)
     else:
         blocks = _sorted_blocks(raw, kept, numel, int(code[1:]))
     count = 0
@@ -102,18 +104,18 @@ def decode_blocks(code: str, data: memoryview, kept: int, numel: int) -> Iterato
         if len(block):
             yield block
     if count != kept:
-        raise ValueError(f"{count} coordinates or more where {kept} are promised")
+        raise ValueError(f"{count} or more coordinates, expected {kept}")
 
 
 def true_positions(mask: NDArray[np.bool_]) -> Coordinates:
-    """`np.flatnonzero` of a mask, several times as fast where few elements are true."""
+    """`np.flatnonzero` of a mask, several times faster if few elements are true."""
     whole = len(mask) // 8 * 8
     words = mask[:whole].view(np.uint64)
-    # Numpy branches per element on sparse masks and mispredicts; words with something in
-    # them are dense enough for its loop without branches.
-    found = np.flatnonzero(words != 0)
-    inside = np.flatnonzero(words[found].view(np.bool_))
-    positions: Coordinates = found[inside >> 3]
+    # On sparse masks numpy branches per element and mispredicts; the words that are not zero
+    # are dense enough for its loop without branches.
+    nonzero = np.flatnonzero(words != 0)
+    inside = np.flatnonzero(words[nonzero].view(np.bool_))
+    positions: Coordinates = nonzero[inside >> 3]
     positions <<= 3
     inside &= 7
     positions |= inside
@@ -182,7 +184,7 @@ def _sorted_blocks(
         planes.append((raw[:size], width, shift))
         raw = raw[size:]
         if stored * width % 8 and planes[-1][0][-1] >> stored * width % 8:
-            raise ValueError("the filling of a plane is not zero")
+            raise ValueError("the padding of a plane is not zero")
     done, last = 0, -1
     for bits in _set_bits(raw, stored + (numel - 1 >> low)):
         count = len(bits)
@@ -200,13 +202,13 @@ def _sorted_blocks(
         done, last = done + count, int(bits[-1])
         yield bits
     if done != stored:
-        raise ValueError(f"{done} coordinates where {stored} are promised")
+        raise ValueError(f"{done} coordinates, expected {stored}")
 
 
 def _lows(
     planes: Sequence[tuple[NDArray[np.uint8], int, int]], low: int, begin: int, end: int
 ) -> NDArray[Any]:
-    """The low bits of the coordinates number `begin` to `end`."""
+    """The low bits of the coordinates with indices `begin` to `end`."""
     dtype = np.uint8 if low <= 8 else np.uint16 if low <= 16 else np.int64
     lows: NDArray[Any] | None = None
     for plane, width, shift in planes:
@@ -254,9 +256,9 @@ def _bitmap(coordinates: Coordinates, numel: int) -> bytes:
 
 
 def _set_bits(raw: NDArray[np.uint8], count: int) -> Iterator[Coordinates]:
-    """Positions of the set bits among the first `count`, by block; the rest must be zero."""
+    """Positions of the set bits among the first `count`, by block; the padding must be zero."""
     if count % 8 and raw[-1] >> count % 8:
-        raise ValueError("the filling of a bit vector is not zero")
+        raise ValueError("the padding of a bit vector is not zero")
     for start in range(0, len(raw), _BLOCK):
         bits = np.unpackbits(raw[start : start + _BLOCK], bitorder="little")
         positions = np.flatnonzero(bits.view(np.bool_))

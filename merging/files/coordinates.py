@@ -1,8 +1,8 @@
-"""Which tensors of a checkpoint are localizable.
+"""Selection of the localizable tensors of a checkpoint.
 
-Patterns are shell globs on whole tensor names, case-sensitive, in which `*` also
-matches dots. `include` adds to the default, `exclude` takes away and wins. A pattern of
-the user's that matches nothing is an error, because a silent one selects the wrong model.
+Patterns are case-sensitive shell globs on whole tensor names, in which `*` also matches
+dots. `include` adds to the family's default; `exclude` removes and wins. A pattern of the
+user that matches no tensor is an error: ignoring it would select the wrong tensors.
 """
 
 from collections.abc import Iterable, Sequence
@@ -21,8 +21,8 @@ def select_tensors(
     """The localizable tensors among `names`, sorted.
 
     Args:
-        names: the tensors to choose from; pass `Checkpoint.floating`, for integer
-            buffers are never coordinates.
+        names: the tensors to choose from: `Checkpoint.floating`, since integer buffers are
+            never localizable.
         default: the family's globs.
         include: globs that add tensors.
         exclude: globs that remove tensors.
@@ -32,9 +32,9 @@ def select_tensors(
         if not any(fnmatchcase(name, pattern) for name in names):
             raise BadInput(
                 f"the pattern {pattern!r} matches no tensor",
-                expected="a glob on tensor names",
+                expected="a glob that matches a tensor name",
                 found=f"{len(names)} tensors, for instance {', '.join(names[:3])}",
-                hint="correct or remove it under localize: include, exclude",
+                hint="correct or remove it in localize: include or exclude",
             )
     chosen = [
         name
@@ -47,6 +47,6 @@ def select_tensors(
             "no tensor is localizable",
             expected=f"tensors that match {', '.join((*default, *include))}",
             found=f"{len(names)} tensors, for instance {', '.join(names[:3])}",
-            hint="check the family of the line, and localize: include, exclude",
+            hint="check the family of the line, and localize: include and exclude",
         )
     return chosen

@@ -1,8 +1,8 @@
-"""Edits: how a merged model differs from its base, tensor by tensor.
+"""Edits: the differences of a merged model from its base, tensor by tensor.
 
-An `Edits` knows which tensors it touches and overwrites weights in a flat copy of such a
-tensor, in the base's type. It may compute them on the way: nothing of the size of the
-model needs to exist. `edited` gives one whole tensor.
+An `Edits` names the tensors that it changes and overwrites weights in a flat copy of such
+a tensor, in the base's type. It may compute the weights on demand, so nothing of the size
+of the model needs to exist. `edited` returns one whole tensor.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 
 @runtime_checkable
 class Edits(Protocol):
-    """What export, patches and evaluation need of a merged model: just this."""
+    """All that export, patches and evaluation need of a merged model."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -26,19 +26,19 @@ class Edits(Protocol):
 
         Args:
             name: one of `names`.
-            flat: a flat, contiguous copy of the base's tensor, of the base's type; edits of whole
-                task vectors take a wider one too, and then round to that.
+            flat: a flat, contiguous copy of the base's tensor in the base's type. Edits of whole
+                task vectors also accept a wider type and then round to it.
         """
 
 
 @runtime_checkable
 class StreamedEdits(Edits, Protocol):
-    """Edits that can also be applied part by part, so that no whole tensor is needed."""
+    """Edits that can also be applied part by part, without a whole tensor in memory."""
 
     def editor(self, name: str) -> Callable[[Tensor], None]:
-        """A function that edits the parts of tensor `name`, given one after the other.
+        """A function that edits the parts of tensor `name` in order.
 
-        It is used in the thread that asked for it, before that thread asks for another.
+        It is used only in the thread that asked for it, before that thread asks for another.
 
         Args:
             name: one of `names`. The parts are flat, of any size, and together the tensor.
@@ -51,7 +51,7 @@ class NoEdits:
     names: tuple[str, ...] = ()
 
     def apply(self, name: str, flat: Tensor) -> None:
-        """Nothing to overwrite."""
+        """Overwrite nothing."""
 
 
 def edited(base: Checkpoint, edits: Edits, name: str) -> Tensor:

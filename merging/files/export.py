@@ -1,10 +1,9 @@
-"""Export: a merged checkpoint on disk, streamed tensor by tensor.
+"""Export of a merged checkpoint, streamed tensor by tensor.
 
 The files are those of the base (names, header, order, metadata) with the edited weights
-in place of the base's: a tensor without edits is copied byte for byte without passing
-through Python, an edited one costs one tensor of memory. Alternatively the tensors are
-dealt anew to files of a given size. The folder is the caller's, who makes it appear
-atomically.
+in place of the base's. The kernel copies a tensor without edits; an edited one needs
+memory for one tensor. With a shard size the tensors are distributed to new files instead.
+The caller makes the folder appear atomically.
 """
 
 import errno
@@ -29,7 +28,7 @@ SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 
 _BLOCK = 1 << 22
-_PART = 1 << 20  # bytes edited at once: they stay in a core's cache from read to write
+_PART = 1 << 20  # bytes to edit at once: they stay in a core's cache from read to write
 _NO_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
 
 
@@ -55,16 +54,16 @@ def export_weights(
 
     Args:
         base: the base's checkpoint.
-        edits: what the merged model changes.
+        edits: the differences of the merged model from the base.
         out: an existing folder.
         shard_size: bytes of tensors per file; None keeps the base's files.
-        extra: further tensors, for instance a head; they go behind the last of the base.
-        progress: called with bytes written and bytes in all.
+        extra: more tensors, for instance a head; they follow the last one of the base.
+        progress: called with the bytes written and the total.
     """
     extra = dict(extra or {})
     clash = sorted(extra.keys() & set(base.names))
     if clash:
-        raise ValueError(f"extra tensors have names of the base: {clash}")
+        raise ValueError(f"extra tensors have the same names as tensors of the base: {clash}")
     files = _plan(base, extra, shard_size)
     writer = _Writer(base, edits, extra, progress or ignore, sum(_size(file) for file in files))
     for file in files:
@@ -131,7 +130,7 @@ def _write_index(path: Path, files: Sequence[_File]) -> None:
 
 
 class _Writer:
-    """Writes files with two threads, each of which holds one tensor at a time."""
+    """Writes files in two threads, each of which holds one tensor at a time."""
 
     def __init__(
         self,
@@ -208,7 +207,7 @@ def _write_at(target: int, data: memoryview, at: int) -> None:
 
 
 def _copy(source: int, start: int, target: int, at: int, size: int) -> None:
-    """Copy bytes between files inside the kernel where it can."""
+    """Copy bytes between files, inside the kernel if the file system supports it."""
     while size:
         try:
             got = os.copy_file_range(source, target, size, start, at)

@@ -1,9 +1,9 @@
 """The header of a safetensors file, read without trusting it.
 
-`read_header` returns what a file holds only after everything that the header says has
-been checked against the size of the file: lengths, types, shapes, offsets that neither
-overlap nor leave holes. Whatever is wrong becomes a `BadInput` that names the file,
-before anything is allocated or mapped. `write_header` is the counterpart.
+`read_header` checks everything in the header against the size of the file: lengths,
+types, shapes, and offsets that must neither overlap nor leave gaps. Any error is a
+`BadInput` that names the file, raised before anything is allocated or mapped.
+`write_header` is the counterpart.
 """
 
 import json
@@ -37,14 +37,14 @@ DTYPES: dict[str, torch.dtype] = {
 }
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
-# What the safetensors library itself refuses to read.
+# The limit of the safetensors library itself.
 MAX_HEADER = 100_000_000
-_DAMAGED = "fetch or save the file again; it is damaged or was cut short"
+_DAMAGED = "fetch or save the file again; it is damaged or incomplete"
 
 
 @dataclass(frozen=True)
 class HeaderEntry:
-    """One tensor as a header describes it; `begin` and `end` count from the data's start."""
+    """One tensor in a header; `begin` and `end` count from the start of the data."""
 
     name: str
     dtype: torch.dtype
@@ -55,7 +55,7 @@ class HeaderEntry:
 
 @dataclass(frozen=True)
 class Header:
-    """A checked header: entries in the order in which the header lists them."""
+    """A checked header, with its entries in their order in the file."""
 
     entries: tuple[HeaderEntry, ...]
     metadata: dict[str, str]
@@ -64,7 +64,7 @@ class Header:
 
 
 def count_elements(shape: Iterable[int]) -> int:
-    """The product of a shape in unbounded integers, so that nothing overflows."""
+    """The product of a shape, in Python integers that cannot overflow."""
     count = 1
     for extent in shape:
         count *= extent
@@ -102,7 +102,7 @@ def read_header(path: Path) -> Header:
 def write_header(
     entries: Iterable[tuple[str, torch.dtype, tuple[int, ...]]], metadata: Mapping[str, str]
 ) -> bytes:
-    """The length and header of a file that holds `entries` one after the other."""
+    """The length and header of a file that contains `entries` one after the other."""
     table: dict[str, object] = {}
     if metadata:
         table["__metadata__"] = dict(metadata)
@@ -126,19 +126,19 @@ def _bad(path: Path, what: str, expected: object, found: object) -> BadInput:
 
 def _parse(path: Path, raw: bytes) -> dict[str, object]:
     def unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        found = dict(pairs)
-        if len(found) != len(pairs):
+        result = dict(pairs)
+        if len(result) != len(pairs):
             twice = sorted(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
-            raise _bad(path, "names the same thing twice in its header", "each name once", twice)
-        return found
+            raise _bad(path, "has repeated names in its header", "each name once", twice)
+        return result
 
     try:
         table = json.loads(raw.decode("utf-8"), object_pairs_hook=unique)
-        json.dumps(table, ensure_ascii=False).encode("utf-8")  # half a surrogate is no text
+        json.dumps(table, ensure_ascii=False).encode("utf-8")  # refuses half a surrogate pair
     except (ValueError, RecursionError) as err:
         raise _bad(path, "has a header that is not JSON", "a JSON object", err) from err
     if not isinstance(table, dict):
-        raise _bad(path, "has a header that is no table", "a JSON object", type(table).__name__)
+        raise _bad(path, "has a header of the wrong type", "a JSON object", type(table).__name__)
     return table
 
 
@@ -147,15 +147,15 @@ def _check(path: Path, table: dict[str, object], *, data_start: int, size: int) 
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
-        raise _bad(path, "has metadata that is not text", "names with text values", metadata)
+        raise _bad(path, "has metadata that is not text", "names with string values", metadata)
     entries = tuple(_entry(path, name, value) for name, value in table.items())
     end = 0
     for entry in sorted(entries, key=lambda entry: (entry.begin, entry.end)):
         if entry.begin != end:
-            what = "overlap" if entry.begin < end else "leave a hole"
+            problem = "overlap" if entry.begin < end else "leave a gap"
             raise _bad(
                 path,
-                f"has tensors that {what} at {entry.name!r}",
+                f"has tensors that {problem} at {entry.name!r}",
                 f"data from byte {end}",
                 f"data from byte {entry.begin}",
             )
@@ -163,7 +163,7 @@ def _check(path: Path, table: dict[str, object], *, data_start: int, size: int) 
     if end != size - data_start:
         raise _bad(
             path,
-            "has another size than its header says",
+            "does not have the size that its header gives",
             f"{data_start + end} bytes",
             f"{size} bytes",
         )
@@ -173,12 +173,12 @@ def _check(path: Path, table: dict[str, object], *, data_start: int, size: int) 
 def _entry(path: Path, name: str, value: object) -> HeaderEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise _bad(
-            path, f"describes {name!r} in no known way", "dtype, shape and data_offsets", value
+            path, f"has a bad header entry for {name!r}", "dtype, shape and data_offsets", value
         )
     dtype = DTYPES.get(value["dtype"]) if isinstance(value["dtype"], str) else None
     if dtype is None:
         raise BadInput(
-            f"{path} holds {name!r} in a type that cannot be read",
+            f"{path} contains {name!r} in an unknown type",
             expected=", ".join(DTYPES),
             found=value["dtype"],
             hint="save the model as float32, bfloat16 or float16",
@@ -187,8 +187,8 @@ def _entry(path: Path, name: str, value: object) -> HeaderEntry:
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:
         raise _bad(
             path,
-            f"gives {name!r} a shape or offsets that are no sizes",
-            "whole numbers from 0",
+            f"has a bad shape or bad offsets for {name!r}",
+            "whole numbers of at least 0",
             f"shape {shape}, offsets {offsets}",
         )
     begin, end = offsets
@@ -196,7 +196,7 @@ def _entry(path: Path, name: str, value: object) -> HeaderEntry:
     if end - begin != need:
         raise _bad(
             path,
-            f"gives {name!r} another size than its shape",
+            f"has a size for {name!r} that does not fit its shape",
             f"{need} bytes for {value['dtype']} {shape}",
             f"{end - begin} bytes",
         )

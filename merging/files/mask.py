@@ -1,9 +1,8 @@
-"""Masks: which coordinates of a model are kept.
+"""Masks: the kept coordinates of a model.
 
 A `Mask` maps tensor names to sorted coordinates (positions in the flat tensor, int64).
-It is immutable; tensors without a kept coordinate are not in it, so equal masks are
-equal by their digest. The coordinates may come from memory or from a file and are then
-read when they are asked for.
+It is immutable and omits tensors without a kept coordinate, so equal masks have equal
+digests. The coordinates are in memory, or in a file from which they are read on demand.
 """
 
 import json
@@ -20,7 +19,7 @@ class Mask:
     """Sorted coordinates by tensor name.
 
     Args:
-        counts: kept coordinates per tensor; tensors with none are dropped.
+        counts: the number of kept coordinates of each tensor; tensors with 0 are omitted.
         load: reads the sorted int64 coordinates of one tensor.
     """
 
@@ -43,7 +42,7 @@ class Mask:
         return cls({name: value.numel() for name, value in owned.items()}, owned.__getitem__)
 
     def count(self, name: str) -> int:
-        """How many coordinates of a tensor are kept; 0 for one that is not in the mask."""
+        """The number of kept coordinates of a tensor; 0 if it is not in the mask."""
         return self._counts.get(name, 0)
 
     def coordinates(self, name: str) -> Tensor:

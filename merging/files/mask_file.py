@@ -1,13 +1,12 @@
-"""The mask file: which of a shared patch's weights one specialist takes, one bit for each.
+"""The mask file: one bit for each weight of a shared patch, set if a specialist takes it.
 
-A safetensors file with one section of bytes, `masks`, in which the tensors follow one another in
-name order, and the table `restitch.masks` in the metadata: a JSON list of "WEIGHTS TAKEN CODE
-BYTES NAME". Bit i of a tensor stands for the i-th weight that the patch keeps of it. Per tensor
-the smallest of three encodings is taken: those of `restitch.merging.files.coordinate_codec` (Elias-Fano, bitmap,
-complement, whole), and `z`, the bitmap after the Huffman code of deflate, whose bytes may depend
-on the release of zlib; what they mean does not. A tensor of which nothing is taken is left out.
-What is read is checked against the patch before anything is allocated; what does not fit is
-`Damage`.
+A safetensors file with one section of bytes, `masks`, which holds the tensors in name order, and
+the table `restitch.masks` in the metadata: a JSON list of "WEIGHTS TAKEN CODE BYTES NAME". Bit i
+of a tensor stands for the i-th weight that the patch keeps of it. Each tensor has the smallest of
+the encodings of `coordinate_codec` and of `z`: the bitmap, compressed with the Huffman code of
+deflate. The bytes of `z` may depend on the release of zlib, their meaning does not. A tensor
+without a set bit is omitted. Reading checks the table against the patch before it allocates
+anything, and raises `Damage` if they do not match.
 """
 
 import json
@@ -36,14 +35,14 @@ Bits = NDArray[np.bool_]
 
 _SECTION = "masks"
 _OWN = ("restitch.format", "restitch.kind", "restitch.masks")
-_RESTORE = "restore the file from a copy, or make it again"
+_RESTORE = "restore the file from a backup, or create it again"
 
 
 class MaskWriter:
     """Collects the bits of one specialist, tensor by tensor; a context that removes its spool.
 
     Args:
-        folder: where there is room.
+        folder: the folder of the temporary file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -63,7 +62,7 @@ class MaskWriter:
         self._spool.close()
 
     def add(self, name: str, bits: Bits) -> None:
-        """The bits of the next tensor in name order."""
+        """Add the bits of the next tensor in name order."""
         taken = int(np.count_nonzero(bits))
         if self._table and by_bytes(name) <= self._last:
             raise ValueError(f"{name!r} is not in name order")
@@ -75,11 +74,11 @@ class MaskWriter:
         self._last = by_bytes(name)
 
     def finish(self, path: Path, metadata: Mapping[str, str]) -> int:
-        """Write the file, atomically and durably; how many bytes it has.
+        """Write the file atomically and durably, and return its size.
 
         Args:
-            path: its folder must exist.
-            metadata: text to keep with it; not the keys of the format.
+            path: the file; its folder must exist.
+            metadata: more text for the metadata, without the keys of the format.
         """
         clash = sorted(set(metadata) & set(_OWN))
         if clash:
@@ -93,7 +92,7 @@ class MaskWriter:
 
 def _encoded(bits: Bits, taken: int) -> tuple[str, bytes]:
     code, data = encode(np.flatnonzero(bits), len(bits))
-    # The bits of a mask have no pattern that repeats; only how many there are can be used.
+    # The bits of a mask have no repeated patterns; only their share of ones can be exploited.
     deflate = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
     bitmap = np.packbits(bits, bitorder="little").tobytes()
     packed = deflate.compress(bitmap) + deflate.flush()
@@ -102,7 +101,7 @@ def _encoded(bits: Bits, taken: int) -> tuple[str, bytes]:
 
 @dataclass(frozen=True)
 class _Row:
-    """A tensor's bits: how many, how many are set, and where they lie in the section."""
+    """A tensor's bits: their number, the number of set ones, and their slice of the section."""
 
     count: int
     taken: int
@@ -114,8 +113,8 @@ class MaskFile:
     """A mask file, mapped, with the patch that it selects from; make one with `open`.
 
     Attributes:
-        names: the tensors of which something is taken, sorted.
-        metadata: what the writer added.
+        names: the tensors with a set bit, sorted.
+        metadata: the text that the writer added.
     """
 
     def __init__(
@@ -130,21 +129,21 @@ class MaskFile:
 
     @classmethod
     def open(cls, path: Path, patch: SparseFile) -> "MaskFile":
-        """Open a mask file; its table is checked, its bits when they are read.
+        """Open a mask file and check its table; its bits are checked when they are read.
 
         Raises:
-            BadInput: it is no mask file that can be read.
-            Damage: its table does not fit its bytes, or the patch.
+            BadInput: the file is not a mask file, or of a newer format.
+            Damage: the table does not match the bytes or the patch.
         """
         path = Path(path)
         file = Checkpoint.open(path)
         version, kind = (file.metadata.get(key) for key in _OWN[:2])
         if (version, kind) != (FORMAT, "mask"):
             raise BadInput(
-                f"{path} is no mask file that can be read",
+                f"{path} is not a mask file of a known format",
                 expected=f"restitch.format {FORMAT}, restitch.kind mask",
                 found=f"format {version}, kind {kind}",
-                hint="use the file as restitch wrote it, and a restitch as new as its writer",
+                hint="use the version of restitch that wrote the file, or a newer one",
             )
         metadata = {key: value for key, value in file.metadata.items() if key not in _OWN}
         try:
@@ -155,10 +154,10 @@ class MaskFile:
         return cls(path, metadata, rows, section)
 
     def bits(self, name: str) -> Bits:
-        """Which of the weights that the patch keeps of a tensor are taken.
+        """One bit for each weight that the patch keeps of a tensor.
 
         Raises:
-            Damage: the bytes are not those of so many bits.
+            Damage: the bytes are not an encoding of that many bits.
         """
         row = self._rows[name]
         data = self._section[row.place]
@@ -167,12 +166,12 @@ class MaskFile:
                 code, data = "b", memoryview(_inflated(data, -(-row.count // 8)))
             else:
                 code = row.code
-            found = np.zeros(row.count, dtype=np.bool_)
+            bits = np.zeros(row.count, dtype=np.bool_)
             for block in decode_blocks(code, data, row.taken, row.count):
-                found[block] = True
+                bits[block] = True
         except ValueError as err:
             raise _damage(self.path, f"{name}: {err}") from err
-        return found
+        return bits
 
 
 def _section(file: Checkpoint, rows: Mapping[str, _Row]) -> memoryview:
@@ -180,35 +179,35 @@ def _section(file: Checkpoint, rows: Mapping[str, _Row]) -> memoryview:
     need = {_SECTION: (torch.uint8, (max((row.place.stop for row in rows.values()), default=0),))}
     found = {name: (file.info(name).dtype, file.info(name).shape) for name in file.names}
     if found != need:
-        raise ValueError(f"sections {found} where the table needs {need}")
+        raise ValueError(f"sections {found}, but the table requires {need}")
     return file.tensor(_SECTION).numpy().data
 
 
 def _inflated(data: memoryview, size: int) -> bytes:
-    """Exactly so many bytes, whatever the data would become."""
+    """The decompressed data, which must have exactly `size` bytes; no more are produced."""
     inflate = zlib.decompressobj(-15)
     try:
-        found = inflate.decompress(data, size + 1)
+        bitmap = inflate.decompress(data, size + 1)
     except zlib.error as err:
-        raise ValueError(f"no deflated bitmap: {err}") from err
-    if len(found) != size or not inflate.eof or inflate.unused_data:
-        raise ValueError(f"a deflated bitmap of other than {size} bytes")
-    return found
+        raise ValueError(f"not a deflated bitmap: {err}") from err
+    if len(bitmap) != size or not inflate.eof or inflate.unused_data:
+        raise ValueError(f"a deflated bitmap that does not have {size} bytes")
+    return bitmap
 
 
 def _read_table(text: str, patch: SparseFile) -> dict[str, _Row]:
-    found: dict[str, _Row] = {}
+    result: dict[str, _Row] = {}
     start, last = 0, b""
     rows = json.loads(text)
     if not isinstance(rows, list):
-        raise ValueError("the table of masks is no list")  # noqa: TRY004
+        raise ValueError("the table of masks is not a list")  # noqa: TRY004
     for row in rows:
         *sizes, name = str(row).split(" ", 4)
-        if found and by_bytes(name) <= last:
+        if result and by_bytes(name) <= last:
             raise ValueError(f"{name!r} is not in name order")
         last = by_bytes(name)
         count, taken, size = (parse_size(sizes[place]) for place in (0, 1, 3))
-        # Whatever is allocated later is as large as what the patch holds in its file.
+        # So nothing that is allocated later can be larger than the patch's own file.
         kept = patch.info(name).kept if name in patch else 0
         if count != kept:
             raise ValueError(f"{count} bits for {name!r}, of which the patch keeps {kept}")
@@ -217,10 +216,10 @@ def _read_table(text: str, patch: SparseFile) -> dict[str, _Row]:
             raise ValueError(f"{size} bytes for {taken} of {kept} bits in encoding {code!r}")
         if not 0 < taken <= kept:
             raise ValueError(f"{taken} of {kept} bits")
-        found[name] = _Row(kept, taken, code, slice(start, start + size))
+        result[name] = _Row(kept, taken, code, slice(start, start + size))
         start += size
-    return found
+    return result
 
 
 def _damage(path: Path, found: str) -> Damage:
-    return Damage(f"{path} is damaged", expected="a whole mask file", found=found, hint=_RESTORE)
+    return Damage(f"{path} is damaged", expected="a valid mask file", found=found, hint=_RESTORE)

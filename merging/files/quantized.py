@@ -1,9 +1,9 @@
-"""Values in 8 bits: how far each kept weight is from the base, in steps of its row.
+"""Values in 8 bits: the difference of each kept weight from the base, in steps of its row.
 
-A step is the largest difference of a row (all that shares the first index; one row where a tensor
-has one dimension) over 127, in bfloat16. What is restored is the base plus a whole number of steps,
-computed in float64 and rounded once: the same bytes on every machine, and off by no more than half
-a step and a 250th of the row's largest difference.
+The step of a row is its largest difference over 127, in bfloat16. A row is all that shares the
+first index; a tensor of one dimension is one row. A restored value is the base plus a whole number
+of steps, computed in float64 and rounded once: the same bytes on every machine. Its error is at
+most half a step plus a 250th of the row's largest difference.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Quantized:
     Attributes:
         codes: int8, one per coordinate.
         steps: bfloat16, one per row.
-        dtype: of the tensor.
+        dtype: the type of the tensor.
     """
 
     codes: Tensor
@@ -36,49 +36,49 @@ class Quantized:
     dtype: torch.dtype
 
     def numel(self) -> int:
-        """How many values there are."""
+        """The number of values."""
         return self.codes.numel()
 
     def restored(self, coordinates: Tensor, before: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The values.
+        """The restored values.
 
         Args:
-            coordinates: of the values, sorted.
+            coordinates: the sorted coordinates of the values.
             before: the base's tensor, flat.
-            shape: of the whole tensor.
+            shape: the shape of the whole tensor.
         """
         steps = cast(self.steps, torch.float64).numpy()
         places = coordinates.numpy()
-        found = cast(gather(before, places), torch.float64).numpy()
-        found += self.codes.numpy() * steps[_rows_of(places, shape)]
-        return round_once(torch.from_numpy(found), self.dtype)
+        values = cast(gather(before, places), torch.float64).numpy()
+        values += self.codes.numpy() * steps[_rows_of(places, shape)]
+        return round_once(torch.from_numpy(values), self.dtype)
 
 
 def step_count(shape: tuple[int, ...]) -> int:
-    """How many steps a tensor has."""
+    """The number of steps of a tensor."""
     return shape[0] if len(shape) > 1 else 1
 
 
 def quantized(
     coordinates: Tensor, values: Tensor, before: Tensor, shape: tuple[int, ...]
 ) -> Quantized:
-    """The values of some coordinates in 8 bits.
+    """Quantize the values of some coordinates to 8 bits.
 
     Args:
-        coordinates: sorted.
-        values: one each, finite.
+        coordinates: the sorted coordinates.
+        values: one finite value for each.
         before: the base's tensor, flat.
-        shape: of the whole tensor.
+        shape: the shape of the whole tensor.
     """
     places = coordinates.numpy()
-    apart = cast(values, torch.float64).numpy()
-    apart = apart - cast(gather(before, places), torch.float64).numpy()
+    difference = cast(values, torch.float64).numpy()
+    difference = difference - cast(gather(before, places), torch.float64).numpy()
     rows = _rows_of(places, shape)
     largest = np.zeros(step_count(shape))
-    np.maximum.at(largest, rows, np.absolute(apart))
+    np.maximum.at(largest, rows, np.absolute(difference))
     steps = torch.from_numpy(largest / _MOST).to(torch.float32).to(STEP_DTYPE)
     sizes = cast(steps, torch.float64).numpy()[rows]
-    codes = np.divide(apart, sizes, out=np.zeros_like(apart), where=sizes > 0)
+    codes = np.divide(difference, sizes, out=np.zeros_like(difference), where=sizes > 0)
     codes = np.rint(codes).clip(-_MOST, _MOST).astype(np.int8)
     return Quantized(torch.from_numpy(codes), steps, values.dtype)
 

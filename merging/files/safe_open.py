@@ -1,9 +1,8 @@
-"""Opening files of somebody else: regular ones only, and never more of them than expected.
+"""Safe opening of untrusted files: regular files only, with a limit on their size.
 
-A pipe would be waited for without an end, a device need have none: both are refused at
-once, as an `OSError` like any file that cannot be read. Who allows a folder to be read can
-have every file that is opened below it looked at once more (`watch`), by where it really is:
-a link may have come since the folder was looked at.
+Opening a pipe could block forever and a device may have no end, so both raise an `OSError`
+like any unreadable file. `watch` adds a check for every file that is opened below a folder.
+It receives the real path, because a link may have appeared since the folder was checked.
 """
 
 import errno
@@ -17,23 +16,23 @@ _watched: dict[Path, Callable[[Path], None]] = {}
 
 
 def watch(folder: Path, check: Callable[[Path], None]) -> None:
-    """Have whatever is opened in a folder checked, from now on and in all threads.
+    """Check every file that is opened in a folder, from now on and in all threads.
 
     Args:
-        folder: it, or a file.
-        check: is called with where an opened file really is, and raises where it may not be.
+        folder: the folder, or one file.
+        check: called with the real path of an opened file; raises if it is not allowed.
     """
     _watched[folder] = check
 
 
 def open_regular(path: Path) -> BinaryIO:
-    """Open a regular file to read it.
+    """Open a regular file for reading.
 
     Raises:
-        OSError: there is none, it may not be read, or it is a pipe, a device or a folder.
+        OSError: the file is missing or unreadable, or is a pipe, a device or a folder.
     """
     try:
-        # Without this flag, opening a pipe waits for somebody who writes to it.
+        # Without O_NONBLOCK, opening a pipe waits for a writer.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except ValueError as error:  # a NUL in the path
         raise OSError(errno.EINVAL, str(error), str(path)) from error
@@ -52,7 +51,7 @@ def open_regular(path: Path) -> BinaryIO:
 
 
 def read_limited(path: Path, limit: int) -> bytes:
-    """The bytes of a regular file; an `OSError` where it is larger than the limit."""
+    """The bytes of a regular file; `OSError` if it is larger than the limit."""
     with open_regular(path) as file:
         data = file.read(limit + 1)
     if len(data) > limit:
@@ -63,7 +62,7 @@ def read_limited(path: Path, limit: int) -> bytes:
 def _check(path: Path, descriptor: int) -> None:
     checks = [check for folder, check in tuple(_watched.items()) if path.is_relative_to(folder)]
     if checks:
-        # Of what was opened: by its name another file may be there already.
+        # The path of the opened file itself: its name may refer to another file by now.
         shown = Path(f"/proc/self/fd/{descriptor}")
         known = shown.readlink() if shown.parent.exists() else os.path.realpath(path)
         opened = Path(str(known).removesuffix(" (deleted)"))

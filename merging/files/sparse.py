@@ -2,15 +2,14 @@
 
 Format 1 is a safetensors file. Its sections hold all tensors one after the other in
 name order: `values.<TYPE>` the values of the tensors of that type, `positions` (bytes)
-the coordinates as `restitch.merging.files.coordinate_codec` encodes them. The metadata hold
-`restitch.format`, `restitch.kind`, the table `restitch.tensors` (a JSON list of
-"TYPE SHAPE KEPT CODE NAME", all that is needed to find each tensor's part of a section)
-and what the writer adds. Format 2 is format 1 with a section `factors`: what the
-coordinates are worth to the model, as one factor per row and one per column of each
-tensor; a file without them is written as format 1. Format 3 holds values in 8 bits
-(`restitch.merging.files.quantized`): `codes` instead of all values, and `steps`; it is read beside the base. The
-other formats are lossless. The bytes are a function of the content alone. What is read is
-checked: coordinates out of order or range are `Damage`.
+the coordinates, encoded by `coordinate_codec`. The metadata hold `restitch.format`,
+`restitch.kind`, the table `restitch.tensors` (a JSON list of "TYPE SHAPE KEPT CODE NAME",
+from which each tensor's slice of a section follows) and the text that the writer adds.
+Format 2 is format 1 with a section `factors`: the importance of the coordinates to the
+model, as one factor per row and one per column of each tensor. Format 3 holds values in
+8 bits (see `quantized`): `codes` instead of values, and `steps`; reading it requires the
+base. Formats 1 and 2 are lossless. The bytes are a function of the content alone. Reading
+checks the file: coordinates out of order or out of range raise `Damage`.
 """
 
 import json
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from restitch.merging.errors import BadInput, Damage
 from restitch.merging.files.checkpoint import FLOATING, Checkpoint
-from restitch.merging.files.coordinate_codec import decode_blocks, encode
+from restitch.merging.files.coordinate_codec import decode_blocks, encode, joined
 from restitch.merging.files.cursor import Cursor as Cursor
 from restitch.merging.files.cursor import Piece as Piece
 from restitch.merging.files.header import DTYPE_NAMES, count_elements, write_header
@@ -59,17 +58,17 @@ from restitch.merging.order import by_bytes
 KINDS = ("delta", "patch")
 
 _RESERVED = "restitch."
-_RESTORE = "restore the file from a copy, or make it again"
+_RESTORE = "restore the file from a backup, or create it again"
 
 
 @dataclass(frozen=True)
 class SparseTensor:
-    """One tensor to write: its shape, and the coordinates kept with their values.
+    """One tensor to write: its shape, and its kept coordinates with their values.
 
     Attributes:
-        values: one per coordinate, as they are or in 8 bits.
-        factors: bfloat16, positive: one per row and then one per column, where a row is all that
-            shares the first index; what a coordinate is worth is the product of its two.
+        values: one per coordinate, exact or in 8 bits.
+        factors: positive bfloat16, one per row and then one per column, where a row is all that
+            shares the first index. The importance of a coordinate is the product of its two.
     """
 
     name: str
@@ -81,7 +80,7 @@ class SparseTensor:
 
 @dataclass(frozen=True)
 class SparseInfo:
-    """What was written: the size of the file and how many coordinates it keeps."""
+    """The size of a written file and the number of coordinates that it keeps."""
 
     bytes: int
     kept: int
@@ -90,19 +89,19 @@ class SparseInfo:
 def write_sparse(
     path: Path, tensors: Iterable[SparseTensor], *, kind: str, metadata: Mapping[str, str]
 ) -> SparseInfo:
-    """Write a sparse file, atomically and durably; tensors without a coordinate are left out.
+    """Write a sparse file atomically and durably; tensors without a coordinate are omitted.
 
     Args:
         path: the file to write; its folder must exist.
         tensors: sorted by name, each with sorted distinct coordinates.
         kind: `delta` or `patch`.
-        metadata: text to keep with it; keys must not begin with `restitch.`.
+        metadata: more text for the metadata; keys must not begin with `restitch.`.
     """
     if kind not in KINDS or any(key.startswith(_RESERVED) for key in metadata):
         raise ValueError(f"kind {kind!r} and metadata {sorted(metadata)} cannot be written")
     table: list[str] = []
     kept = 0
-    ways: set[tuple[bool, bool]] = set()  # with factors, in 8 bits
+    variants: set[tuple[bool, bool]] = set()  # with factors, in 8 bits
     last = b""
     with ExitStack() as stack:
         spools: dict[str, IO[bytes]] = {}
@@ -132,11 +131,11 @@ def write_sparse(
             if tensor.factors is not None:
                 spool(FACTORS, _factor_bytes(tensor))
             kept += count
-            ways.add((tensor.factors is not None, isinstance(tensor.values, Quantized)))
+            variants.add((tensor.factors is not None, isinstance(tensor.values, Quantized)))
             shape = "x".join(map(str, tensor.shape))
             table.append(f"{dtype} {shape} {count} {code} {tensor.name}")
-        if len(ways) > 1:
-            raise ValueError("some tensors have factors, or values in 8 bits, and others have not")
+        if len(variants) > 1:
+            raise ValueError("either all tensors or none have factors, and values in 8 bits")
         spool(POSITIONS, b"")
         # Wide types first: every section then begins at a multiple of its element size.
         order = sorted(spools, key=section_order)
@@ -145,7 +144,7 @@ def write_sparse(
             (section, types[section], (spools[section].tell() // types[section].itemsize,))
             for section in order
         ]
-        weighed, quantized = next(iter(ways), (False, False))
+        weighed, quantized = next(iter(variants), (False, False))
         own = {
             "restitch.format": FORMATS[2 if quantized else weighed],
             "restitch.kind": kind,
@@ -177,7 +176,7 @@ def _factor_bytes(tensor: SparseTensor) -> Any:
 
 
 def write_sections(path: Path, header: bytes, parts: Iterable[IO[bytes]]) -> int:
-    """Write a header and what was spooled, atomically and durably; how many bytes that is."""
+    """Write a header and its sections atomically and durably, and return the size."""
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
@@ -202,7 +201,7 @@ def write_sections(path: Path, header: bytes, parts: Iterable[IO[bytes]]) -> int
 
 
 class SparseFile:
-    """A sparse file, mapped; make one with `open`. It is an `Edits`: it overwrites."""
+    """A mapped sparse file; make one with `open`. It is an `Edits`: it overwrites weights."""
 
     def __init__(
         self,
@@ -226,11 +225,11 @@ class SparseFile:
 
     @classmethod
     def open(cls, path: Path, base: Checkpoint | None = None) -> "SparseFile":
-        """Open a sparse file; its table is checked, its coordinates when they are read.
+        """Open a sparse file and check its table; coordinates are checked when they are read.
 
         Args:
             path: the file.
-            base: what it was found on; values in 8 bits cannot be read without it.
+            base: the base of the delta, required to read values in 8 bits.
         """
         path = Path(path)
         file = Checkpoint.open(path)
@@ -238,12 +237,12 @@ class SparseFile:
         version, kind = (file.metadata.get(f"restitch.{key}") for key in ("format", "kind"))
         if version not in FORMATS or kind not in KINDS:
             raise BadInput(
-                f"{path} is no sparse file that can be read",
+                f"{path} is not a sparse file of a known format",
                 expected=(
                     f"restitch.format {' or '.join(FORMATS)}, restitch.kind {' or '.join(KINDS)}"
                 ),
                 found=f"format {version}, kind {kind}",
-                hint="use the file as restitch wrote it, and a restitch as new as its writer",
+                hint="use the version of restitch that wrote the file, or a newer one",
             )
         try:
             quantized = version == FORMATS[2]
@@ -269,15 +268,10 @@ class SparseFile:
 
     def coordinates(self, name: str) -> Tensor:
         """The kept coordinates of a tensor, sorted int64."""
-        found = torch.empty(self._infos[name].kept, dtype=torch.int64)
-        array, done = found.numpy(), 0
-        for block in self.coordinate_blocks(name):
-            array[done : done + len(block)] = block
-            done += len(block)
-        return found
+        return torch.from_numpy(joined(self.coordinate_blocks(name), self._infos[name].kept))
 
     def coordinate_blocks(self, name: str) -> Iterator[NDArray[np.int64]]:
-        """The kept coordinates of a tensor in order, in blocks that fit a cache."""
+        """The kept coordinates of a tensor in order, in blocks that fit a core's cache."""
         info, part = self._infos[name], self._parts[name]
         data = self._sections[POSITIONS][part.positions].numpy().data
         try:
@@ -286,14 +280,14 @@ class SparseFile:
             raise _damage(self.path, f"{name}: {err}") from err
 
     def values(self, name: str) -> Tensor:
-        """The kept values of a tensor, mapped, or restored from 8 bits; do not write to them."""
+        """The kept values of a tensor, mapped or restored from 8 bits; do not write to them."""
         info, part = self._infos[name], self._parts[name]
         if not self.is_quantized:
             return self._sections[f"values.{DTYPE_NAMES[info.dtype]}"][part.values]
         before = self._before(info)
         steps = self._sections[STEPS][part.steps]
         if not valid_steps(steps):
-            raise _damage(self.path, f"{name}: steps that are no numbers from 0")
+            raise _damage(self.path, f"{name}: steps that are negative or not finite")
         stored = Quantized(self._sections[CODES][part.values], steps, info.dtype)
         return stored.restored(self.coordinates(name), before, info.shape)
 
@@ -301,49 +295,49 @@ class SparseFile:
         """The base's tensor, flat."""
         if self._base is None:
             raise ValueError(f"{self.path} was opened without its base")
-        there = self._base.info(info.name).shape if info.name in self._base else None
-        if there != info.shape:
+        shape = self._base.info(info.name).shape if info.name in self._base else None
+        if shape != info.shape:
             raise BadInput(
                 f"the delta {self.path} does not fit the base {self._base.path}",
                 expected=f"{info.name} of shape {list(info.shape)}",
-                found="no such tensor" if there is None else f"shape {list(there)}",
+                found="no such tensor" if shape is None else f"shape {list(shape)}",
                 hint="localize the member again on this base",
             )
         return self._base.tensor(info.name).view(-1)
 
     @property
     def is_quantized(self) -> bool:
-        """Whether its values are steps from the base, and not the finetuned ones."""
+        """True if the file holds values in 8 bits, which are relative to the base."""
         return CODES in self._sections
 
     @property
     def has_factors(self) -> bool:
-        """Whether it says what its coordinates are worth to the model."""
+        """True if the file holds the importance of its coordinates."""
         return FACTORS in self._sections
 
     def factors(self, name: str) -> tuple[Tensor, Tensor] | None:
-        """What the rows and what the columns of a tensor are worth; None where it is not known."""
+        """The importance factors of a tensor's rows and columns; None if the file has none."""
         if not self.has_factors:
             return None
-        found = self._sections[FACTORS][self._parts[name].factors]
-        if not valid_factors(found):
-            raise _damage(self.path, f"{name}: factors that are no positive numbers")
+        factors = self._sections[FACTORS][self._parts[name].factors]
+        if not valid_factors(factors):
+            raise _damage(self.path, f"{name}: factors that are not positive and finite")
         rows, columns = rows_and_columns(self._infos[name].shape)
-        return found[:rows], found[rows : rows + columns]
+        return factors[:rows], factors[rows : rows + columns]
 
     def mask(self) -> Mask:
-        """The kept coordinates as a mask; read when they are asked for."""
+        """The kept coordinates as a mask, read on demand."""
         return Mask({name: info.kept for name, info in self._infos.items()}, self.coordinates)
 
     def apply(self, name: str, flat: Tensor) -> None:
-        """Overwrite the kept coordinates of a flat tensor by the values."""
+        """Overwrite the kept coordinates of a flat tensor with the values."""
         info = self._infos[name]
         if flat.shape != (info.numel,):
             raise ValueError(f"{name!r} has {info.numel} elements, not {tuple(flat.shape)}")
         self.editor(name)(flat)
 
     def editor(self, name: str) -> Callable[[Tensor], None]:
-        """A function that overwrites the parts of a tensor, given one after the other."""
+        """A function that overwrites the parts of a tensor in order."""
         cursor = self.cursor(name)
 
         def edit(part: Tensor) -> None:
@@ -353,9 +347,9 @@ class SparseFile:
         return edit
 
     def cursor(self, name: str) -> "Cursor":
-        """The kept coordinates and values of a tensor, to be taken range by range."""
+        """A reader of the kept coordinates and values of a tensor, range by range."""
         return Cursor(self.coordinate_blocks(name), self.values(name))
 
 
 def _damage(path: Path, found: str) -> Damage:
-    return Damage(f"{path} is damaged", expected="a whole sparse file", found=found, hint=_RESTORE)
+    return Damage(f"{path} is damaged", expected="a valid sparse file", found=found, hint=_RESTORE)

@@ -1,7 +1,7 @@
-"""How a sparse file is laid out: its sections, and the table that says where each tensor lies.
+"""The layout of a sparse file: its sections, and the table of each tensor's slices of them.
 
-`restitch.merging.files.sparse` writes and reads by it. What a table says is not believed before it was checked
-against the sections that are there.
+`sparse` writes and reads files with it. A table is checked against the actual sections before
+anything relies on it.
 """
 
 import json
@@ -19,12 +19,12 @@ from restitch.merging.order import by_bytes
 
 FORMATS = ("1", "2", "3")
 POSITIONS, FACTORS, STEPS, CODES = "positions", "factors", "steps", "codes"
-FACTOR_DTYPE = torch.bfloat16  # weights of a mean: nobody needs their ninth bit
+FACTOR_DTYPE = torch.bfloat16  # weights of a mean: 8 bits are precise enough
 
 
 @dataclass(frozen=True)
 class KeptInfo:
-    """A tensor of a sparse file: type and shape of the whole, and how many are kept."""
+    """A tensor of a sparse file: type and shape of the whole, and its number of kept weights."""
 
     name: str
     dtype: torch.dtype
@@ -33,13 +33,13 @@ class KeptInfo:
 
     @property
     def numel(self) -> int:
-        """Elements of the whole tensor."""
+        """The number of elements of the whole tensor."""
         return count_elements(self.shape)
 
 
 @dataclass(frozen=True)
 class SectionSlices:
-    """Where a tensor's coordinates, values, factors and steps lie in their sections."""
+    """The slices of the sections that hold a tensor's coordinates, values, factors and steps."""
 
     code: str
     positions: slice
@@ -49,13 +49,13 @@ class SectionSlices:
 
 
 def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
-    """How many factors of each kind a tensor has; all that shares the first index is one row."""
+    """The number of row factors and column factors; all that shares the first index is a row."""
     rows = shape[0] if shape else 1
     return rows, count_elements(shape[1:])
 
 
 def section_dtype(section: str) -> torch.dtype:
-    """The type of what a section holds."""
+    """The element type of a section."""
     own = {
         FACTORS: FACTOR_DTYPE,
         STEPS: STEP_DTYPE,
@@ -66,26 +66,26 @@ def section_dtype(section: str) -> torch.dtype:
 
 
 def section_order(section: str) -> tuple[int, int, str]:
-    """What sections are sorted by: wide types first, so that all are aligned."""
+    """The sort key of sections: wide types first, so that all are aligned."""
     own = (FACTORS, STEPS, CODES, POSITIONS)
     rank = own.index(section) + 1 if section in own else 0
     return -section_dtype(section).itemsize, rank, section
 
 
 def valid_steps(steps: Tensor) -> bool:
-    """Whether all are numbers from 0."""
+    """True if all steps are finite and at least 0."""
     return bool((steps >= 0).all()) and bool(torch.isfinite(steps).all())
 
 
 def valid_factors(factors: Tensor) -> bool:
-    """Whether all are positive numbers."""
+    """True if all factors are finite and positive."""
     return bool((factors > 0).all()) and bool(torch.isfinite(factors).all())
 
 
 def read_table(
     text: str, *, quantized: bool
 ) -> tuple[dict[str, KeptInfo], dict[str, SectionSlices]]:
-    """The tensors of a table, and where each one's parts lie; `ValueError` where it is none."""
+    """The tensors of a table and the slices of each; `ValueError` if the table is not valid."""
     infos: dict[str, KeptInfo] = {}
     parts: dict[str, SectionSlices] = {}
     ends: dict[str, int] = {}
@@ -98,7 +98,7 @@ def read_table(
 
     rows = json.loads(text)
     if not isinstance(rows, list):
-        raise ValueError("the table of tensors is no list")  # noqa: TRY004
+        raise ValueError("the table of tensors is not a list")  # noqa: TRY004
     for row in rows:
         dtype, extents, count, code, name = str(row).split(" ", 4)
         if infos and by_bytes(name) <= last:
@@ -107,7 +107,7 @@ def read_table(
         shape = tuple(parse_size(extent) for extent in extents.split("x")) if extents else ()
         kept = parse_size(count)
         if count_elements(shape) >= 1 << 63:
-            raise ValueError(f"{name!r} is larger than any tensor")
+            raise ValueError(f"{name!r} has more elements than a tensor can have")
         infos[name] = KeptInfo(name, DTYPES[dtype], shape, kept)
         parts[name] = SectionSlices(
             code,
@@ -120,9 +120,9 @@ def read_table(
 
 
 def parse_size(text: str) -> int:
-    """A size as it stands in a table; ValueError where it is none."""
+    """A number from a table; ValueError if it is not a whole number of at least 0."""
     if not (text.isascii() and text.isdigit() and len(text) < 20):
-        raise ValueError(f"{text!r} is no size")
+        raise ValueError(f"{text!r} is not a size")
     return int(text)
 
 
@@ -133,11 +133,11 @@ def check_sections(
     with_factors: bool,
     quantized: bool,
 ) -> None:
-    """`ValueError` where a file has other sections than its table needs."""
+    """Raise `ValueError` if the sections of a file are not those that its table requires."""
     need: dict[str, tuple[torch.dtype, int]] = {POSITIONS: (torch.uint8, 0)}
     for name, info in infos.items():
         if info.dtype not in FLOATING:
-            raise ValueError(f"{name!r} holds no weights")
+            raise ValueError(f"{name!r} has a type that is not floating point")
         part = parts[name]
         need[POSITIONS] = (torch.uint8, part.positions.stop)
         if quantized:
@@ -149,4 +149,4 @@ def check_sections(
             need[FACTORS] = (FACTOR_DTYPE, part.factors.stop)
     found = {name: (section.dtype, section.numel()) for name, section in sections.items()}
     if found != need:
-        raise ValueError(f"sections {found} where the table needs {need}")
+        raise ValueError(f"sections {found}, but the table requires {need}")

@@ -1,8 +1,8 @@
-"""Localization without data: the largest weights of the task vector.
+"""Localization without data: keep the largest entries of the task vector.
 
-Keeps exactly floor(density * coordinates + 0.5) coordinates, those with the largest
-|task vector| over all localizable tensors together, ties to the lower coordinate. The
-mask is the same on every machine.
+Keeps exactly floor(density * coordinates + 0.5) coordinates with the largest |task vector|
+over all localizable tensors together, with ties to the lower coordinate. The mask is the
+same on every machine.
 """
 
 import math
@@ -20,15 +20,15 @@ VERSION = 1
 
 
 def kept_count(density: float, coordinates: int) -> int:
-    """How many of `coordinates` a density keeps: floor(density * coordinates + 0.5)."""
+    """The number of coordinates that a density keeps: floor(density * coordinates + 0.5)."""
     if not 0 <= density <= 1:
         raise BadInput(
-            "the density cannot be used",
-            expected="a fraction from 0 to 1",
+            "the density is out of range",
+            expected="a number from 0 to 1",
             found=density,
             hint="correct localize: density",
         )
-    # In rationals, from the decimal that was written: 0.15 of 10 is 1.5 and rounds up.
+    # With rationals, from the decimal that the user wrote: 0.15 of 10 is 1.5 and rounds up.
     return math.floor(Fraction(repr(float(density))) * coordinates + Fraction(1, 2))
 
 
@@ -42,10 +42,10 @@ def localize_dataless(
     """The mask of the largest |task vector|.
 
     Args:
-        task_vector: what finetuning changed.
+        task_vector: the task vector of the finetuned model.
         density: the fraction of all localizable coordinates to keep.
-        scratch: folder for temporary files.
-        progress: called with the coordinates seen and the coordinates in all.
+        scratch: the folder for temporary files.
+        progress: called with the coordinates done and the total.
     """
     kept = kept_count(density, task_vector.coordinates)
     return top_k(task_vector, kept, scratch=scratch, progress=progress)

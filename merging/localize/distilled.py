@@ -1,12 +1,12 @@
-"""Localization by distillation: a mask that is refined until the graft says what the model says.
+"""Localization by distillation: refine a mask until the grafted model predicts like the finetuned.
 
-Scores begin as those of `restitch.merging.localize.fisher`. Then each batch's loss is taken with exactly
-the k highest scores grafted: the divergence of the graft's class probabilities from the finetuned
-model's own, so that no labels are needed and what is preserved is what grafting should preserve.
-Its -gradient x difference is added to all scores, also to those outside of the mask (straight
-through). Steps are measured by the k-th largest score and the k-th largest pull and become smaller
-to the end. Where the density is not known yet, every step is taken at another one of a range, so
-that one ranking is good at all of them. The same rows, seed and fingerprint give the same scores.
+The initial scores are those of `fisher`. Then the loss of each batch is computed with the finetuned
+values grafted at exactly the k highest scores. It is the divergence of the grafted model's class
+probabilities from the finetuned model's, so it needs no labels. Minus gradient times difference is
+added to all scores, also outside of the mask (straight through). The step size is scaled by the
+k-th largest score and the k-th largest pull, and decreases to 0. If the density is not known yet,
+every step uses another one of a range, so that one ranking is good at all of them. The same rows,
+seed and fingerprint give the same scores.
 """
 
 import math
@@ -38,17 +38,17 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class DistilledSettings:
-    """How a mask is refined.
+    """The settings of the refinement.
 
     Attributes:
-        lowest: the lowest density that a step is taken at.
-        highest: the highest; the same where the density is known.
+        lowest: the lowest density of a step.
+        highest: the highest density of a step; equal to `lowest` if the density is known.
         epochs: passes over the rows after the one for the sensitivities.
-        seed: of the order of the rows and of the densities.
+        seed: the seed of the order of the rows and of the densities.
         batch_size: rows per step.
-        learning_rate: how far scores move, in units of the k-th largest and of the square root
-            of the number of steps.
-        fisher: how the scores begin.
+        learning_rate: the step size, in units of the k-th largest score over the square root of
+            the number of steps.
+        fisher: the settings of the initial scores.
     """
 
     lowest: float
@@ -61,11 +61,11 @@ class DistilledSettings:
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch_size < 1 or not 0 < self.lowest <= self.highest:
-            raise ValueError(f"{self} cannot be followed")
+            raise ValueError(f"bad settings: {self}")
         kept_count(self.highest, 0)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that determines the scores beside the model, the rows and the logits."""
+        """Everything except the model, the rows and the logits that determines the scores."""
         return asdict(self)
 
 
@@ -74,8 +74,8 @@ class DistilledResult:
     """A refined ranking.
 
     Attributes:
-        scores: of all coordinates.
-        sensitivities: what the coordinates are worth to the model.
+        scores: the scores of all coordinates.
+        sensitivities: the importance of the coordinates to the model.
         losses: the mean divergence of each pass.
     """
 
@@ -97,14 +97,14 @@ def localize_distilled(
     """Refine the ranking of one finetuned model.
 
     Args:
-        parameters: the live tensors of the loaded base by their names in its checkpoint; they
-            hold the base's weights again afterwards. The model should be in evaluation mode.
-        task_vector: what finetuning changed.
-        rows: how many calibration rows there are; labels are not looked at.
+        parameters: the live tensors of the loaded base by their names in its checkpoint; the
+            base's weights are restored at the end. The model should be in evaluation mode.
+        task_vector: the task vector of the finetuned model.
+        rows: the number of calibration rows; labels are not used.
         batch: makes the batch of some rows, by their indices.
         logits: the scores of the classes at the model's current weights, [rows, classes].
-        settings: how.
-        progress: called with the rows gone through and the rows in all.
+        settings: the settings of the refinement.
+        progress: called with the rows done and the total.
 
     Raises:
         BadInput: no rows.
@@ -117,10 +117,10 @@ def localize_distilled(
         targets = _targets(live, rows, batch, logits, report)
         scores = {}
         for part in live.parts:
-            worth = found.spread(part.name, settings.fisher.power, part.live.shape)
+            importance = found.spread(part.name, settings.fisher.power, part.live.shape)
             score = part.zeros()
             size = part.difference(live.buffer(part)).abs_()
-            scores[part.name] = score.copy_(worth).mul_(size)
+            scores[part.name] = score.copy_(importance).mul_(size)
         losses = _refine(live, scores, targets, batch, logits, settings, report)
     check_finite(scores)
     return DistilledResult(
@@ -135,7 +135,7 @@ def _targets(
     logits: Callable[[Batch], Tensor],
     report: "_Counted",
 ) -> Tensor:
-    """What the finetuned model says of each row, with all that masks can hold of it."""
+    """The log probabilities of the model with all localizable weights finetuned, by row."""
     live.interpolate(1.0)
     found = []
     starts = range(0, rows, _TARGET_ROWS)
@@ -159,11 +159,11 @@ def _refine(
     generator = torch.Generator().manual_seed(settings.seed)
 
     def backward(made: Any, chosen: Tensor) -> Tensor:
-        """The gradients of a batch's divergence from what the finetuned model says."""
+        """Compute the gradients of a batch's divergence from the targets, and return it."""
         with torch.enable_grad():
-            found = logits(made).log_softmax(1)
-            wanted = targets[chosen.to(targets.device)]
-            loss = (wanted.exp() * (wanted - found)).sum(1).mean()
+            actual = logits(made).log_softmax(1)
+            target = targets[chosen.to(targets.device)]
+            loss = (target.exp() * (target - actual)).sum(1).mean()
             torch.autograd.backward(loss)
         return loss.detach()
 
@@ -196,7 +196,7 @@ def _move(live: LiveWeights, scores: Mapping[str, Tensor], share: float, part: L
 
 
 def _kth_pull(live: LiveWeights, kept: int, backward: Callable[[], Tensor]) -> float:
-    """The k-th largest pull of a backward pass, of which no two gradients are kept at a time."""
+    """The k-th largest pull of a backward pass, which keeps at most one gradient at a time."""
     sample = Sample(live.coordinates)
     places = {part.name: sample.next(part.live.numel()) for part in live.parts}
     pieces = {part.name: part.zeros().view(-1)[places[part.name]].clone() for part in live.parts}
@@ -211,7 +211,7 @@ def _kth_pull(live: LiveWeights, kept: int, backward: Callable[[], Tensor]) -> f
 
 
 def _densities(settings: DistilledSettings, steps: int) -> list[float]:
-    """The density of each step: from a range, evenly in the logarithm and in a seeded order."""
+    """The density of each step: spaced evenly in the logarithm, in a seeded order."""
     if settings.lowest == settings.highest:
         return [settings.highest] * steps
     shares = (torch.arange(steps, dtype=torch.float64) + 0.5) / steps
@@ -225,7 +225,7 @@ def _mean(losses: Sequence[Tensor]) -> float:
     if not math.isfinite(mean):
         raise CannotJoin(
             "the divergence is not finite while localizing",
-            expected="a number for every batch",
+            expected="a finite divergence for every batch",
             found=str(mean),
             hint="check the calibration rows, or localize with mode: dataless",
         )

@@ -1,13 +1,12 @@
 """Localization by sensitivity: one pass over inputs without labels, and one score per coordinate.
 
-What dropping a coordinate costs is, to the second order, its difference squared times its entry
-on the diagonal of the Fisher matrix: the mean squared gradient of log p(y|x), with y drawn from
-the model itself, so that no labels are needed. Entries of single coordinates are noisy where rows
-are few, so each tensor's are replaced by the product of its row's and its column's means (as in
-Adafactor), which ranks as well (docs/log.md). All that is kept is then one factor per row and per
-column: scores are streamed from the checkpoints, a gradient is used up as soon as it is there, and
-no array of the model's size is made beside the weights. The gradients are taken half-way between
-base and finetuned.
+To the second order, dropping a coordinate costs its squared difference times its entry on the
+diagonal of the Fisher matrix: the mean squared gradient of log p(y|x), with y sampled from the
+model itself, so no labels are needed. Entries are noisy if there are few rows, so each is replaced
+by the product of its row's and its column's means (as in Adafactor), which ranks as well
+(docs/log.md). So only one factor per row and per column is stored: scores are streamed from the
+checkpoints, a gradient is dropped as soon as it is added, and no further array of the model's size
+is allocated. The gradients are computed half-way between base and finetuned.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -31,10 +30,10 @@ from restitch.merging.ranking.task_vector import TaskVector
 NAME = "fisher"
 VERSION = 1
 
-# What every coordinate has at least, as a share of the mean: without it, one that no row of the
-# calibration data touches could not be ranked by its difference.
+# The smallest entry as a share of the mean: without it, coordinates that no calibration row
+# depends on could not be ranked by their difference.
 _FLOOR = 1e-6
-_SMALLEST, _LARGEST = 1e-30, 1e30  # of a factor, so that it is positive and finite in bfloat16
+_SMALLEST, _LARGEST = 1e-30, 1e30  # limits of a factor: positive and finite in bfloat16
 
 Batch = TypeVar("Batch")
 Floats = NDArray[np.float64]
@@ -42,15 +41,15 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class FisherSettings:
-    """How sensitivities are measured.
+    """The settings of the measurement of sensitivities.
 
     Attributes:
-        at: where on the way from base to finetuned the gradients are taken.
-        power: of an entry of the Fisher diagonal in a score; one half is the second-order
-            estimate, less trusts the difference more.
-        most_rows: rows that are used, of all that are given.
+        at: the point between base (0) and finetuned (1) where the gradients are computed.
+        power: the exponent of a Fisher entry in a score; one half is the second-order estimate,
+            a smaller one gives the difference more weight.
+        most_rows: the largest number of rows to use.
         batch_size: rows per backward pass; their gradients are summed before they are squared.
-        seed: of the order of the rows and of the labels that are drawn.
+        seed: the seed of the order of the rows and of the sampled labels.
     """
 
     at: float = 0.5
@@ -60,7 +59,7 @@ class FisherSettings:
     seed: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that determines the scores beside the model, the rows and the logits."""
+        """Everything except the model, the rows and the logits that determines the scores."""
         return asdict(self)
 
 
@@ -71,17 +70,17 @@ class Sensitivities:
         self._factors = dict(factors)
 
     def factors(self, name: str, power: float) -> tuple[Floats, Floats]:
-        """Rows and columns whose products are the entries to that power."""
+        """Row and column factors, whose products are the entries to that power."""
         rows, columns = self._factors[name]
         return rows**power, columns**power
 
     def to_factors(self, names: Sequence[str]) -> dict[str, Tensor]:
-        """What a sparse delta says of tensors: `SparseTensor.factors`, the entries themselves."""
-        found = {}
+        """The `SparseTensor.factors` of tensors for a sparse delta."""
+        result = {}
         for name in names:
             both = np.concatenate(self.factors(name, 1.0)).clip(_SMALLEST, _LARGEST)
-            found[name] = torch.from_numpy(both).to(torch.bfloat16)
-        return found
+            result[name] = torch.from_numpy(both).to(torch.bfloat16)
+        return result
 
     def spread(self, name: str, power: float, shape: torch.Size) -> Tensor:
         """All entries of a tensor to that power, in float64 and in its shape."""
@@ -102,7 +101,7 @@ class FisherScores:
         self._power = power
 
     def numel(self, name: str) -> int:
-        """How many scores a tensor has."""
+        """The number of scores of a tensor."""
         return self._vector.numel(name)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
@@ -115,12 +114,12 @@ class FisherScores:
 
     def sample(self, name: str, stride: int, block: int) -> Tensor:
         """The first `block` of every `stride` scores."""
-        found = self._vector.sample(name, stride, block)
+        sample = self._vector.sample(name, stride, block)
         rows = self.numel(name) // stride
         starts = np.arange(rows)[:, None] * stride if rows else np.zeros((1, 1), dtype=np.int64)
-        positions = (starts + np.arange(block)).reshape(-1)[: found.numel()]
-        self._weigh(name, found, positions)
-        return found
+        positions = (starts + np.arange(block)).reshape(-1)[: sample.numel()]
+        self._weigh(name, sample, positions)
+        return sample
 
     def _weigh(self, name: str, scores: Tensor, positions: NDArray[np.int64]) -> None:
         rows, columns = self._sensitivities.factors(name, self._power)
@@ -139,25 +138,25 @@ def localize_fisher(
     *,
     progress: Progress | None = None,
 ) -> tuple[FisherScores, Sensitivities]:
-    """The scores of all coordinates, and what they are worth to the model.
+    """The scores of all coordinates, and their sensitivities.
 
     Args:
-        parameters: the live tensors of the loaded base by their names in its checkpoint; they
-            hold the base's weights again afterwards. The model should be in evaluation mode.
-        task_vector: what finetuning changed.
-        rows: how many calibration rows there are; labels are not looked at.
+        parameters: the live tensors of the loaded base by their names in its checkpoint; the
+            base's weights are restored at the end. The model should be in evaluation mode.
+        task_vector: the task vector of the finetuned model.
+        rows: the number of calibration rows; labels are not used.
         batch: makes the batch of some rows, by their indices.
         logits: the scores of the classes at the model's current weights, [rows, classes].
-        settings: how.
-        progress: called with the rows done and the rows in all.
+        settings: the settings of the measurement.
+        progress: called with the rows done and the total.
 
     Raises:
         BadInput: no rows.
         CannotJoin: the model's scores or gradients are not finite.
     """
     with LiveWeights(parameters, task_vector) as live:
-        found = measure_sensitivities(live, rows, batch, logits, settings, progress or ignore)
-    return FisherScores(task_vector, found, settings.power), found
+        measured = measure_sensitivities(live, rows, batch, logits, settings, progress or ignore)
+    return FisherScores(task_vector, measured, settings.power), measured
 
 
 def measure_sensitivities(
@@ -168,7 +167,7 @@ def measure_sensitivities(
     settings: FisherSettings,
     progress: Progress,
 ) -> Sensitivities:
-    """The sensitivities at `settings.at`; the arguments are those of `localize_fisher`."""
+    """Measure the sensitivities at `settings.at`, with the arguments of `localize_fisher`."""
     if rows < 1:
         raise BadInput(
             "there are no rows to localize with",
@@ -186,26 +185,26 @@ def measure_sensitivities(
     with live.consuming_gradients(lambda part: _add_squares(sums[part.name], part.live)):
         for made in prefetch(batch, chosen):
             with torch.enable_grad():
-                found = logits(made)
-                target = sample_classes(found.detach(), generator)
-                loss = F.cross_entropy(found, target, reduction="sum")
+                scores = logits(made)
+                target = sample_classes(scores.detach(), generator)
+                loss = F.cross_entropy(scores, target, reduction="sum")
                 torch.autograd.backward(loss)
-            done += len(found)
+            done += len(scores)
             progress(done, len(order))
     return Sensitivities(_factored(sums, len(order)))
 
 
-def sample_classes(found: Tensor, generator: torch.Generator) -> Tensor:
-    """A class for each row, drawn on the CPU: the same on any device for the same scores."""
-    shares = found.double().cpu().softmax(1)
+def sample_classes(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """Sample a class for each row, on the CPU: equal scores give equal classes on any device."""
+    shares = scores.double().cpu().softmax(1)
     if not bool(torch.isfinite(shares).all()):
         raise CannotJoin(
             "the model's scores are not finite",
-            expected="a number for every class",
+            expected="a finite score for every class",
             found="NaN or infinity",
             hint="check the calibration rows, or localize with mode: dataless",
         )
-    return torch.multinomial(shares, 1, generator=generator).view(-1).to(found.device)
+    return torch.multinomial(shares, 1, generator=generator).view(-1).to(scores.device)
 
 
 def _zeros(live: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,7 +214,7 @@ def _zeros(live: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _add_squares(sums: tuple[Tensor, Tensor], live: Tensor) -> None:
-    """Add the squares of a gradient, which are written over it, to those of rows and columns."""
+    """Add the squares of a gradient to the sums of rows and columns; overwrites the gradient."""
     assert live.grad is not None
     squares = live.grad.reshape(len(sums[0]), len(sums[1])).square_()
     sums[0].add_(squares.sum(1, dtype=torch.float64))
@@ -225,14 +224,14 @@ def _add_squares(sums: tuple[Tensor, Tensor], live: Tensor) -> None:
 def _factored(
     sums: Mapping[str, tuple[Tensor, Tensor]], rows: int
 ) -> dict[str, tuple[Floats, Floats]]:
-    """Row sum times column sum over the sum of all, per row of data, with a floor."""
+    """Factors of row sum times column sum over the whole sum, per row of data, with a floor."""
     means = {name: (one.cpu() / rows, two.cpu() / rows) for name, (one, two) in sums.items()}
     coordinates = sum(one.numel() * two.numel() for one, two in means.values())
     mean = sum(float(one.sum()) for one, _ in means.values()) / max(coordinates, 1)
     if not np.isfinite(mean):
         raise CannotJoin(
             "the gradients are not finite while localizing",
-            expected="a number for every weight",
+            expected="a finite gradient for every weight",
             found=str(mean),
             hint="check the calibration rows, or localize with mode: dataless",
         )

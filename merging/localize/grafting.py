@@ -1,9 +1,9 @@
-"""Localization by grafting (Eq. 2; Panigrahi et al. 2023), which Localize-and-Stitch compares with.
+"""Localization by grafting (Eq. 2; Panigrahi et al. 2023), the baseline of Localize-and-Stitch.
 
-It begins with the mask of the largest differences and learns where to leave it: the loss is taken
-at W0 + gamma * tau with gamma = base (1 - sigmoid(S)) + (1 - base) sigmoid(S), one SGD step per
-batch. The mask is gamma > 1/2; its density is where the passes end. It is the preset `grafting` of
-`restitch.merging.localize.trained`, whose settings and batches it uses.
+It starts with the mask of the largest differences and learns where to deviate from it. The loss is
+computed at W0 + gamma * tau with gamma = base (1 - sigmoid(S)) + (1 - base) sigmoid(S), with one
+SGD step per batch. The mask is gamma > 1/2, whose density is not fixed. It is the preset `grafting`
+of `trained`, whose settings and batches it uses.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +21,11 @@ from restitch.merging.ranking.top_k import top_k
 
 
 class GraftingSettings(Protocol):
-    """What it asks of the settings of a trained localizer."""
+    """The required settings of a trained localizer."""
 
     @property
     def density(self) -> float:
-        """Of the mask that it begins with."""
+        """The density of the initial mask."""
 
     @property
     def epochs(self) -> int:
@@ -33,32 +33,32 @@ class GraftingSettings(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """Of S."""
+        """The learning rate of S."""
 
     @property
     def start(self) -> float:
-        """S at the beginning, everywhere."""
+        """The initial value of S everywhere."""
 
 
 class TrainingRun(Protocol):
-    """The rows in batches, and what was seen on the way."""
+    """The rows in batches, and the record of the passes."""
 
     settings: Any
     steps: int
 
     def batches(self) -> Iterator[Any]:
-        """One pass over the rows in a new order."""
+        """The batches of one pass over the rows, in a new order."""
 
     @property
     def backward(self) -> Callable[[Any], Tensor]:
-        """Adds a batch's gradient to the live tensors; its loss."""
+        """Adds a batch's gradient to the live tensors and returns its loss."""
 
     def record(self, losses: Sequence[Tensor], kept: int, coordinates: int) -> None:
-        """Note what a pass saw."""
+        """Record the losses and the number of kept coordinates of a pass."""
 
 
 def graft(live: LiveWeights, run: TrainingRun, scratch: Path | None) -> Mask:
-    """The mask that the passes end with."""
+    """The mask after the last pass."""
     settings: GraftingSettings = run.settings
     kept = kept_count(settings.density, live.coordinates)
     largest = top_k(live.task_vector, kept, scratch=scratch)
@@ -72,7 +72,7 @@ def graft(live: LiveWeights, run: TrainingRun, scratch: Path | None) -> Mask:
         losses = []
         for batch in run.batches():
             for part in live.parts:
-                _put(live, part, begun[part.name], scores[part.name])
+                _interpolate(live, part, begun[part.name], scores[part.name])
             losses.append(run.backward(batch))
             for part in live.parts:
                 base, score = begun[part.name], scores[part.name]
@@ -84,13 +84,13 @@ def graft(live: LiveWeights, run: TrainingRun, scratch: Path | None) -> Mask:
         count = sum(int((begun[n] != (s > 0)).sum()) for n, s in scores.items())
         run.record(losses, count, live.coordinates)
     check_finite(scores)
-    # gamma is above one half where S is positive outside of the mask or negative inside of it.
+    # gamma > 1/2 where S is positive outside of the initial mask, or negative inside of it.
     return Mask.of(
         {n: (begun[n] != (s > 0)).view(-1).nonzero().view(-1).cpu() for n, s in scores.items()}
     )
 
 
-def _put(live: LiveWeights, part: LiveTensor, base: Tensor, score: Tensor) -> None:
+def _interpolate(live: LiveWeights, part: LiveTensor, base: Tensor, score: Tensor) -> None:
     gate = torch.sigmoid(score)
     gamma = torch.where(base, 1 - gate, gate)
     part.live.copy_(part.difference(live.buffer(part)).mul_(gamma).add_(part.base))

@@ -1,11 +1,9 @@
-"""The live weights of a loaded model between its base and a finetuned checkpoint.
+"""The live weights of a loaded model, set to points between its base and a finetuned checkpoint.
 
-Within `with LiveWeights(...)` the localizable tensors of the model ask for gradients, and
-no other tensor that was handed over does. What the weights are set to is computed from
-the two checkpoints each time. Leaving the block, by whatever way, writes the base's
-weights back, drops the gradients and restores who asks for them. On the CPU the
-checkpoints stay memory-mapped; on another device their localizable tensors are copied
-there once.
+Within `with LiveWeights(...)` exactly the localizable tensors of the model require gradients.
+Weights are computed from the two checkpoints each time. Leaving the block, also by an exception,
+restores the base's weights and `requires_grad` of all tensors, and drops the gradients. On the CPU
+the checkpoints stay memory-mapped; on another device their localizable tensors are copied once.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +22,7 @@ from restitch.merging.ranking.task_vector import TaskVector
 
 @dataclass(frozen=True)
 class LiveTensor:
-    """One localizable tensor: live, and as the two checkpoints have it, in one shape."""
+    """One localizable tensor: live, in the base and in the finetuned checkpoint."""
 
     name: str
     live: Tensor
@@ -52,19 +50,19 @@ class LiveTensor:
     def add_pull(self, score: Tensor, buffer: Tensor, share: float) -> None:
         """Add a share of the gradient times the difference to a score."""
         if score.is_cuda and self.live.grad is not None:
-            # One kernel less; on the CPU it rounds otherwise, and nothing is gained.
+            # Saves a kernel; on the CPU it rounds differently and saves nothing.
             score.addcmul_(self.difference(buffer), self.live.grad, value=share)
         else:
             score.add_(self.pull(buffer), alpha=share)
 
     def graft(self, chosen: Tensor) -> None:
-        """Finetuned values where `chosen`, the base's elsewhere."""
+        """Write finetuned values where `chosen`, and the base's elsewhere."""
         dtype = self.live.dtype
         torch.where(chosen, self.finetuned.to(dtype), self.base.to(dtype), out=self.live)
 
 
 class LiveWeights:
-    """The localizable tensors of a loaded model, for as long as the block lasts.
+    """The localizable tensors of a loaded model, as a context manager.
 
     Args:
         parameters: live tensors by the base checkpoint's names.
@@ -77,20 +75,20 @@ class LiveWeights:
         missing = [name for name in task_vector.names if name not in parameters]
         if missing:
             raise BadInput(
-                "the model has no such localizable tensors",
+                "the loaded model lacks localizable tensors of its checkpoint",
                 expected="every localizable tensor of the checkpoint",
                 found=f"{len(missing)} missing",
-                hint="exclude them under localize: exclude",
+                hint="exclude them in localize: exclude",
                 details=missing,
             )
         self.parts = tuple(_part(name, parameters[name], task_vector) for name in task_vector.names)
-        self._asked = [(tensor, tensor.requires_grad) for tensor in parameters.values()]
+        self._previous = [(tensor, tensor.requires_grad) for tensor in parameters.values()]
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
 
     def __enter__(self) -> Self:
         self._no_grad = torch.no_grad()
         self._no_grad.__enter__()
-        for tensor, _ in self._asked:
+        for tensor, _ in self._previous:
             tensor.requires_grad_(False)
         for part in self.parts:
             part.live.grad = None
@@ -106,17 +104,17 @@ class LiveWeights:
     ) -> None:
         self.clear_gradients()
         self._write_base()
-        for tensor, asked in self._asked:
-            tensor.requires_grad_(asked)
+        for tensor, required in self._previous:
+            tensor.requires_grad_(required)
         self._no_grad.__exit__(kind, error, trace)
 
     def graft(self, scores: Mapping[str, Tensor], threshold: float) -> None:
-        """Finetuned values where the score is above the threshold, the base's elsewhere."""
+        """Write finetuned values where scores are above the threshold, the base's elsewhere."""
         for part in self.parts:
             part.graft(scores[part.name] > threshold)
 
     def interpolate(self, share: float) -> None:
-        """The base plus that share of the difference; with 1 the finetuned values themselves."""
+        """Write the base plus a share of the difference; 1 gives exactly the finetuned values."""
         for part in self.parts:
             if share == 1:
                 part.live.copy_(part.finetuned)
@@ -130,10 +128,10 @@ class LiveWeights:
 
     @contextmanager
     def consuming_gradients(self, use: Callable[[LiveTensor], None]) -> Iterator[None]:
-        """Within the block a part's gradient is dropped as soon as `use` has seen it.
+        """Within the block, pass each gradient to `use` and then drop it.
 
         Args:
-            use: called in the middle of a backward pass, when the part's gradient is whole.
+            use: called during a backward pass, when the gradient of a tensor is complete.
         """
 
         def whole(part: LiveTensor, live: Tensor) -> None:
@@ -142,7 +140,7 @@ class LiveWeights:
 
         hooks = []
         for part in self.parts:
-            live: Any = part.live  # whose method has no types
+            live: Any = part.live  # the method below has no type annotations
             hooks.append(live.register_post_accumulate_grad_hook(partial(whole, part)))
         try:
             yield
@@ -151,7 +149,7 @@ class LiveWeights:
                 hook.remove()
 
     def buffer(self, part: LiveTensor) -> Tensor:
-        """Scratch in the shape and score type of a part; the next call uses it again."""
+        """Scratch memory in the shape and score type of a tensor; the next call reuses it."""
         wide = torch.float64 in (part.live.dtype, part.base.dtype, part.finetuned.dtype)
         key = (part.live.device, torch.float64 if wide else torch.float32)
         if key not in self._buffers:
@@ -168,7 +166,7 @@ def _part(name: str, live: Tensor, task_vector: TaskVector) -> LiveTensor:
     base, finetuned = task_vector.base.tensor(name), task_vector.finetuned.tensor(name)
     if live.shape != base.shape:
         raise BadInput(
-            f"the model's {name} has another shape than its checkpoint",
+            f"the shape of the loaded model's {name} differs from its checkpoint",
             expected=list(base.shape),
             found=list(live.shape),
         )

@@ -1,4 +1,4 @@
-"""Coordinates by lot, which any localizer must beat: seeded, and nested for one seed."""
+"""Random coordinates, the baseline of all localizers; the masks of one seed are nested."""
 
 import torch
 
@@ -10,11 +10,11 @@ VERSION = 1
 
 
 def random_scores(vector: TaskVector, seed: int) -> TensorScores:
-    """A score for every coordinate, drawn tensor by tensor.
+    """A random score for every coordinate.
 
     Args:
-        vector: whose coordinates are ranked; its values do not matter.
-        seed: other seeds rank otherwise.
+        vector: the task vector whose coordinates are ranked; its values do not matter.
+        seed: the seed of the ranking.
     """
     draw = torch.Generator().manual_seed(seed)
     return TensorScores(

@@ -1,13 +1,12 @@
 """Localization with data: a mask that is learned with the task's own loss (Eq. 1).
 
-The loss is taken at W0 + sigmoid(S) * tau, its gradient by S is grad_W * tau * sigmoid(S)
-(1 - sigmoid(S)), and the mask is S > 0. The presets `paper` and `official` are the
-settings of the paper and of its authors' code, `grafting` is the localizer that the paper
-compares with (`restitch.merging.localize.grafting`); they end with whatever density comes out.
-`budget` keeps exactly k coordinates: the loss is taken at the hard mask of the k largest
-scores. Weights are computed from the checkpoints each time, never added back and forth,
-and are the base's again afterwards. The same rows, seed and `fingerprint` give the same
-mask.
+The loss is computed at W0 + sigmoid(S) * tau, its gradient by S is grad_W * tau * sigmoid(S)
+(1 - sigmoid(S)), and the mask is S > 0. The presets `paper` and `official` are the settings
+of the paper and of its authors' code, and `grafting` is the paper's baseline (see `grafting`);
+their density is not fixed. `budget` keeps exactly k coordinates: the loss is computed at the
+hard mask of the k largest scores. Weights are computed from the checkpoints each time, so
+rounding errors do not add up, and the base's are restored at the end. The same rows, seed and
+`fingerprint` give the same mask.
 """
 
 from __future__ import annotations
@@ -43,21 +42,21 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class TrainedSettings:
-    """How a mask is learned; `of` fills in what a preset says.
+    """The settings of learning; `of` makes them from a preset.
 
     Attributes:
         preset: one of `PRESETS`.
-        density: what `budget` keeps, and where `grafting` begins; the presets other than
-            `budget` end with their own density.
-        epochs: how often the rows are gone through.
-        seed: of the order of the rows.
+        density: the density of `budget`, and of the initial mask of `grafting`; the density of
+            the other presets is not fixed.
+        epochs: passes over the rows.
+        seed: the seed of the order of the rows.
         batch_size: rows per batch.
-        learning_rate: of S; in `budget` how far scores move in all passes together, in units
-            of the k-th largest.
+        learning_rate: the learning rate of S; for `budget` the distance that scores move in all
+            passes together, in units of the k-th largest.
         penalty: lambda in `paper`, l1 in `official`; not used by `budget`.
-        start: S at the beginning on the coordinates of the largest differences.
-        start_elsewhere: S at the beginning on all other coordinates.
-        start_share: the fraction of the coordinates that begins with `start`.
+        start: the initial value of S on the coordinates of the largest differences.
+        start_elsewhere: the initial value of S on all other coordinates.
+        start_share: the fraction of the coordinates whose initial value is `start`.
     """
 
     preset: str = "budget"
@@ -86,11 +85,11 @@ class TrainedSettings:
 
         Args:
             preset: one of `PRESETS`.
-            modality: what the model reads; `official` differs by it.
-            density: for `budget`.
+            modality: the input of the model, on which the settings of `official` depend.
+            density: the density of `budget`.
             epochs: passes over the rows.
-            seed: of the order of the rows.
-            batch_size: None is the preset's own.
+            seed: the seed of the order of the rows.
+            batch_size: rows per batch; None is the preset's own.
         """
         if preset not in PRESETS:
             near = get_close_matches(preset, PRESETS, n=1)
@@ -113,7 +112,7 @@ class TrainedSettings:
         kept_count(self.density, 0)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that determines a mask beside the model, the rows and the loss."""
+        """Everything except the model, the rows and the loss that determines a mask."""
         return asdict(self)
 
 
@@ -142,7 +141,7 @@ _OFFICIAL_IMAGE = {"batch_size": 128, "penalty": 1.0}
 
 @dataclass(frozen=True)
 class Epoch:
-    """What one pass over the rows saw: the mean loss of its batches, and the share kept."""
+    """One pass over the rows: the mean loss of its batches, and the density of the mask."""
 
     loss: float
     density: float
@@ -153,12 +152,11 @@ class TrainedResult:
     """A learned mask.
 
     Attributes:
-        mask: the coordinates.
+        mask: the kept coordinates.
         density: their share of all localizable coordinates.
-        steps: how often the scores were changed.
+        steps: the number of updates of the scores.
         history: one entry per pass.
-        scores: what `budget` ranked, of which the mask keeps the largest; None for the other
-            presets, whose masks end with their own density.
+        scores: the ranking of `budget`; None for the other presets.
     """
 
     mask: Mask
@@ -182,16 +180,16 @@ def localize_trained(
     """Learn the mask of one finetuned model.
 
     Args:
-        parameters: the live tensors of the loaded base by their names in its checkpoint;
-            only those of the task vector are written to, and they hold the base's weights
-            again afterwards, also when this raises. The model should be in evaluation mode.
-        task_vector: what finetuning changed.
-        rows: how many calibration rows there are.
+        parameters: the live tensors of the loaded base by their names in its checkpoint; only
+            those of the task vector are written to, and the base's weights are restored at the
+            end, also after an exception. The model should be in evaluation mode.
+        task_vector: the task vector of the finetuned model.
+        rows: the number of calibration rows.
         batch: makes the batch of some rows, by their indices; called once per batch.
         loss: the mean loss of a batch at the model's current weights.
-        settings: a preset.
-        scratch: folder for temporary files.
-        progress: called with the batches done and the batches in all.
+        settings: the settings of learning.
+        scratch: the folder for temporary files.
+        progress: called with the batches done and the total.
 
     Raises:
         BadInput: no rows.
@@ -219,7 +217,7 @@ def localize_trained(
 
 
 class _TrainingRun(Generic[Batch]):
-    """The rows in batches, epoch by epoch, and what was seen on the way."""
+    """The rows in batches, epoch by epoch, and the record of the passes."""
 
     def __init__(
         self,
@@ -241,7 +239,7 @@ class _TrainingRun(Generic[Batch]):
         self._seen = 0
 
     def batches(self) -> Iterator[Batch]:
-        """One pass over the rows in a new order."""
+        """The batches of one pass over the rows, in a new order."""
         order = torch.randperm(self._rows, generator=self._generator).tolist()
         size = self.settings.batch_size
         chosen = (order[start : start + size] for start in range(0, len(order), size))
@@ -251,19 +249,19 @@ class _TrainingRun(Generic[Batch]):
             self._progress(self._seen, self.per_epoch * self.settings.epochs)
 
     def backward(self, batch: Batch) -> Tensor:
-        """Add a batch's gradient to the live tensors; its loss."""
+        """Add a batch's gradient to the live tensors, and return its loss."""
         with torch.enable_grad():
             value = self._loss(batch)
             torch.autograd.backward(value)
         return value.detach()
 
     def record(self, losses: Sequence[Tensor], kept: int, coordinates: int) -> None:
-        """Note what a pass saw."""
+        """Record the losses and the number of kept coordinates of a pass."""
         mean = float(torch.stack(list(losses)).double().mean())
         if not math.isfinite(mean):
             raise CannotJoin(
                 "the loss is not finite while localizing",
-                expected="a number for every batch",
+                expected="a finite loss for every batch",
                 found=f"{mean} in epoch {len(self.history) + 1}",
                 hint="check the calibration rows, or localize with mode: dataless",
             )
@@ -290,7 +288,7 @@ def _paper(live: LiveWeights, run: _TrainingRun[Any], scratch: Path | None) -> M
 
 
 def _official(live: LiveWeights, run: _TrainingRun[Any], scratch: Path | None) -> Mask:
-    """One step per epoch with the batches' gradients summed, and a push away from zero."""
+    """One step per epoch with the sum of the batches' gradients, and a push away from zero."""
     settings = run.settings
     scores = _start(live, settings, scratch)
     for _ in range(settings.epochs):
@@ -310,15 +308,14 @@ def _official(live: LiveWeights, run: _TrainingRun[Any], scratch: Path | None) -
 
 
 def _budget(live: LiveWeights, run: _TrainingRun[Any]) -> TensorScores:
-    """Straight through a hard mask of the k largest scores.
+    """Straight-through training of a hard mask of the k largest scores.
 
-    The first pass is at the base: a score begins as the root mean square, over batches, of
-    the change in loss that its coordinate's difference makes, |gradient * tau|. Afterwards
-    each batch's loss is taken at the mask of the k largest scores, and its -gradient * tau
-    is added to the scores, also to those outside of the mask. Steps are measured by the
-    k-th largest score and the k-th largest pull, and shrink with the number of passes, so
-    that neither the scale of the loss, nor that of the differences, nor the number of
-    passes decides how far the mask may move.
+    The first pass is at the base: the initial score is the root mean square of |gradient * tau|
+    over the batches, a first-order estimate of the change in loss. Then each batch's loss is
+    computed at the mask of the k largest scores, and -gradient * tau is added to the scores, also
+    outside of the mask. The step size is scaled by the k-th largest score and the k-th largest
+    pull, and divided by the number of passes. So the mask moves equally far whatever the scale
+    of the loss, the scale of the differences and the number of passes are.
     """
     settings = run.settings
     kept = kept_count(settings.density, live.coordinates)
@@ -362,7 +359,7 @@ def _sensitivities(live: LiveWeights, run: _TrainingRun[Any], kept: int) -> dict
 
 
 def _start(live: LiveWeights, settings: TrainedSettings, scratch: Path | None) -> dict[str, Tensor]:
-    """S at the beginning: `start` where the differences are largest, else `start_elsewhere`."""
+    """The initial S: `start` where the differences are largest, else `start_elsewhere`."""
     kept = kept_count(settings.start_share, live.coordinates)
     largest = top_k(live.task_vector, kept, scratch=scratch)
     scores = {}

@@ -1,4 +1,4 @@
-"""AdaMerging, layer-wise (Yang et al., ICLR 2024); see `restitch.merging.statistics.entropy_coefficients`."""
+"""AdaMerging, layer-wise (Yang et al., ICLR 2024); see `statistics.entropy_coefficients`."""
 
 from collections.abc import Iterable
 
@@ -36,24 +36,24 @@ def adamerging(
 ) -> Edits:
     """Base + sum_t lambda_tl * tau_tl with the learned coefficients, one per task and tensor.
 
-    The settings are those of learning, which was done before; the merge only reads its result.
+    The settings are those of learning, which happens before; the merge only reads its result.
 
     Args:
         base: the base's checkpoint.
         members: the members, each with its whole task vector and the coefficients of all.
-        steps: of Adam; each sees one batch of every task.
-        learning_rate: of Adam.
-        start: what all coefficients are at first.
-        batch: rows of a batch.
+        steps: the number of steps of Adam; each uses one batch of every task.
+        learning_rate: the learning rate of Adam.
+        start: the initial value of all coefficients.
+        batch: rows per batch.
     """
     check_range("steps", steps, 0, 100_000)
     check_range("learning_rate", learning_rate, 0, 1)
     check_range("start", start, 0, 1)
     check_range("batch", batch, 1, 1 << 16)
-    given = tuple(members)
-    vectors, learned = kept_vectors(base, given), statistics_of(given, COEFFICIENTS)
-    for vector, found in zip(vectors, learned, strict=True):
-        check_fits(COEFFICIENTS, found, dict.fromkeys(vector.names, len(vectors)))
+    members = tuple(members)
+    vectors, learned = kept_vectors(base, members), statistics_of(members, COEFFICIENTS)
+    for vector, coefficients in zip(vectors, learned, strict=True):
+        check_fits(COEFFICIENTS, coefficients, dict.fromkeys(vector.names, len(vectors)))
 
     def merged(part: Range) -> Floats:
         return sum_arrays(

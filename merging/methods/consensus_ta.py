@@ -1,4 +1,4 @@
-"""Consensus task arithmetic (Wang et al., ICML 2024); see `restitch.merging.rules.consensus`."""
+"""Consensus task arithmetic (Wang et al., ICML 2024); see `rules.consensus`."""
 
 from collections.abc import Iterable
 
@@ -41,7 +41,7 @@ def consensus_ta(
         members: the members, each with its whole task vector.
         alpha: the coefficient.
         threshold: lambda of the TALL masks.
-        agreement: how many tasks must agree on a coordinate; with fewer members, all of them.
+        agreement: the number of tasks that must agree on a coordinate; at most all members.
     """
     check_range("alpha", alpha, 0, 10)
     check_range("threshold", threshold, 0, 10)
@@ -51,6 +51,6 @@ def consensus_ta(
 
     def merged(part: Range) -> Floats:
         together = sum_vectors(part.vectors)
-        return alpha * consensus_vector(part.vectors, together, [threshold] * len(vectors), needed)
+        return alpha * consensus_vector(part.vectors, together, threshold, needed)
 
     return Elementwise(base, vectors, merged)

@@ -44,7 +44,7 @@ def consensus_ties(
         density: the share of each task vector that trimming keeps.
         alpha: the coefficient.
         threshold: lambda of the TALL masks.
-        agreement: how many tasks must agree; the paper finds 1 better than 2 here.
+        agreement: the number of tasks that must agree; the paper finds 1 better than 2 here.
         trim: `model` ranks the weights of a model together, `tensor` those of each tensor alone.
     """
     check_range("alpha", alpha, 0, 10)
@@ -56,6 +56,6 @@ def consensus_ties(
     def merged(part: Range) -> Floats:
         own = [(number, vector.copy()) for number, vector in part.vectors]
         together = disjoint_merge(kept.apply(part), mean=False)
-        return alpha * consensus_vector(own, together, [threshold] * len(vectors), needed)
+        return alpha * consensus_vector(own, together, threshold, needed)
 
     return Elementwise(base, vectors, merged)

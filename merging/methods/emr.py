@@ -1,8 +1,8 @@
 """EMR-Merging (Huang et al., NeurIPS 2024): elect, mask and rescale, without tuning.
 
-What is shared has on each coordinate the sign of the sum and the largest magnitude among the
-task vectors of that sign; a task takes it where its own vector has that sign too, scaled so
-that what it takes is as large in all as its own vector.
+The shared vector has on each coordinate the sign of the sum and the largest magnitude among the
+task vectors of that sign. A task takes it where its own vector has the same sign, scaled so that
+the sum of magnitudes is that of its own vector.
 """
 
 from collections.abc import Iterable, Sequence
@@ -50,7 +50,7 @@ def _elected(part: Range) -> Selected:
 
 
 def _scales(base: Checkpoint, vectors: Sequence[KeptVector]) -> list[float]:
-    """The sum of magnitudes of each task vector over that of what its task takes."""
+    """The sum of magnitudes of each task vector over that of its task's part."""
     own, taken = [0.0] * len(vectors), [0.0] * len(vectors)
     for name in sorted({n for vector in vectors for n in vector.names}, key=by_bytes):
         readers = [(i, vector.reader(name)) for i, vector in enumerate(vectors) if name in vector]
@@ -58,14 +58,14 @@ def _scales(base: Checkpoint, vectors: Sequence[KeptVector]) -> list[float]:
         for piece in torch.split(flat, BLOCK):
             before = cast(piece, working_dtype(piece.dtype)).numpy()
             part = Range(name, 0, [(number, reader.read(before)) for number, reader in readers])
-            found = _elected(part)
-            largest = np.absolute(found.together)
+            selected = _elected(part)
+            largest = np.absolute(selected.together)
             for number, vector in part.vectors:
                 own[number] = _summed(own[number], np.absolute(vector))
-                taken[number] = _summed(taken[number], np.where(found.masks[number], largest, 0))
+                taken[number] = _summed(taken[number], np.where(selected.masks[number], largest, 0))
     return [one / other if other else 1.0 for one, other in zip(own, taken, strict=True)]
 
 
 def _summed(start: float, values: Floats) -> float:
-    # One after the other: any other order would be the machine's, and so would the last bits.
+    # In order: any other order, and so the last bits, would depend on the machine.
     return float(np.add.accumulate(np.concatenate([[start], values], dtype=np.float64))[-1])

@@ -1,4 +1,4 @@
-"""Fisher merging (Matena and Raffel, 2022): the mean of weights by what each is worth."""
+"""Fisher merging (Matena and Raffel, 2022): the mean of the weights by their Fisher diagonals."""
 
 from collections.abc import Iterable
 
@@ -43,26 +43,26 @@ def fisher_merging(
     Args:
         base: the base's checkpoint.
         members: the members, each with its whole task vector and its Fisher diagonal.
-        scale: `mean` divides each member's diagonal by its mean, so that one whose predictions
-            are less sure does not count for more everywhere; `none` does not.
-        floor: what is added to each entry, as a share of the mean of that member's diagonal:
+        scale: `mean` divides each member's diagonal by its mean, so that a member with less
+            certain predictions does not count more everywhere; `none` does not.
+        floor: the amount added to each entry, as a share of the mean of the member's diagonal;
             weights that no row depends on get the mean.
     """
     check_range("floor", floor, 1e-12, 1)
     if scale not in ("mean", "none"):
         raise BadInput(
-            "the setting scale cannot be used",
+            "the setting scale is unknown",
             expected="mean or none",
             found=scale,
             hint="correct method: settings: scale",
         )
-    given = tuple(members)
-    vectors, diagonals = kept_vectors(base, given), statistics_of(given, FISHER)
+    members = tuple(members)
+    vectors, diagonals = kept_vectors(base, members), statistics_of(members, FISHER)
     for vector, diagonal in zip(vectors, diagonals, strict=True):
         check_fits(FISHER, diagonal, {name: vector.numel(name) for name in vector.names})
     means = [float(diagonal.metadata["mean"]) or 1.0 for diagonal in diagonals]
 
-    def worth(part: Range, number: int, like: Floats) -> Floats:
+    def importance(part: Range, number: int, like: Floats) -> Floats:
         """The entries of a member's diagonal on a range, scaled and with the floor."""
         diagonal, mean = diagonals[number], means[number]
         flat = diagonal.tensor(part.name).view(-1)[part.start : part.start + len(like)]
@@ -71,8 +71,8 @@ def fisher_merging(
         return entries if scale == "mean" else entries * mean
 
     def merged(part: Range) -> Floats:
-        worths = [worth(part, number, vector) for number, vector in part.vectors]
-        weighted = [w * v for w, (_, v) in zip(worths, part.vectors, strict=True)]
-        return np.asarray(sum_arrays(weighted) / sum_arrays(worths))
+        weights = [importance(part, number, vector) for number, vector in part.vectors]
+        weighted = [w * v for w, (_, v) in zip(weights, part.vectors, strict=True)]
+        return np.asarray(sum_arrays(weighted) / sum_arrays(weights))
 
     return Elementwise(base, vectors, merged)

@@ -11,8 +11,8 @@ from restitch.merging.rules.elementwise import check_range
 from restitch.merging.rules.per_matrix import PerMatrix, svd
 from restitch.merging.rules.stitch import DeltaMember
 
-# From below what the paper finds best on CLIP, 0.9 to 1.9, to far above it: a model with 384
-# dimensions still gained at 5 (docs/results/). Each is 1.4 times the one before.
+# From below the best values of the paper on CLIP (0.9 to 1.9) to far above them: a model with 384
+# dimensions was still better at 5 (docs/results/). Each is 1.4 times the one before.
 SCALES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0)
 
 

@@ -1,4 +1,4 @@
-"""Iso-CTS (Marczak et al., ICML 2025): an even spectrum over common and the tasks' directions."""
+"""Iso-CTS (Marczak et al., ICML 2025): an even spectrum, common and task-specific directions."""
 
 from collections.abc import Iterable
 
@@ -31,7 +31,7 @@ def iso_cts(
         base: the base's checkpoint.
         members: the members, each with its whole task vector.
         alpha: the coefficient, which the paper tunes.
-        common: the share of directions that are those of the sum; the others are the members'.
+        common: the share of directions from the sum; the others are from the members.
     """
     check_range("alpha", alpha, 0, 100)
     check_range("common", common, 0, 1)
@@ -39,12 +39,12 @@ def iso_cts(
 
 
 def merged(changes: Tensor, common: float) -> Tensor:
-    """The leading k directions of the sum, s of each member's rest, with one singular value.
+    """Merge the leading k directions of the sum and s of each member's residual.
 
-    With r the rank, s = round((r - floor(common * r)) / T) and k = r - T * s, as in the authors'
-    code. The rest of D_t is D_t - U_k U_k^T D_t, U_k the leading left vectors of the sum. All left
-    and all right vectors are replaced by the nearest orthonormal ones; their singular value is the
-    mean of those that they had.
+    With the rank r, s = round((r - floor(common * r)) / T) and k = r - T * s, as in the authors'
+    code. The residual of D_t is D_t - U_k U_k^T D_t, where U_k are the leading left vectors of the
+    sum. All left and all right vectors are replaced by the nearest orthonormal ones, and all
+    singular values by their mean.
 
     Args:
         changes: task vectors of one matrix, members x rows x columns.

@@ -17,11 +17,11 @@ from restitch.merging.rules.stitch import VERSION, DeltaMember, stitch
 def localize_and_stitch(
     base: Checkpoint, members: Iterable[DeltaMember], *, overlap: str = "mean"
 ) -> Edits:
-    """Overwrite each kept coordinate by the mean of its owners' finetuned values.
+    """Overwrite each kept coordinate with the mean of its owners' finetuned values.
 
     Args:
         base: the base's checkpoint.
         members: the members, each with its sparse delta.
-        overlap: what becomes of coordinates with several owners.
+        overlap: the rule for coordinates with several owners: mean, sum, weighted or elect.
     """
     return stitch(base, members, overlap)

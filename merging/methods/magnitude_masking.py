@@ -1,4 +1,4 @@
-"""Magnitude masking (compared with TALL by Wang et al., ICML 2024): each task's largest changes."""
+"""Magnitude masking (a baseline of Wang et al., ICML 2024): masks of the largest changes."""
 
 from collections.abc import Iterable
 
@@ -26,7 +26,7 @@ def magnitude_masking(
     Args:
         base: the base's checkpoint.
         members: the members, each with its whole task vector.
-        density: the share of each task vector that is its mask, over the whole model.
+        density: the share of the model's weights in each task's mask.
     """
     tasks, vectors = tasks_and_vectors(base, members)
     kept = Trim(vectors, density, "model")

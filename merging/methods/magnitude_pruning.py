@@ -1,7 +1,7 @@
-"""Magnitude pruning (compared with TALL by Wang et al., ICML 2024): each task keeps its largest.
+"""Magnitude pruning (a baseline of Wang et al., ICML 2024): each task keeps its largest changes.
 
-As many weights as TALL masks take the room of: with one bit per weight for where they are, T
-vectors of a share 1/T of the weights are as large as one whole vector and T masks.
+It needs as much space as TALL masks: T pruned vectors, each with 1/T of the weights and one bit
+per weight for their positions, are as large as one whole vector and T masks.
 """
 
 from collections.abc import Iterable
@@ -40,7 +40,7 @@ def _pruned(base: Checkpoint, vector: KeptVector, share: float) -> Edits:
     kept = Trim([vector], share, "model")
 
     def largest(part: Range) -> Floats:
-        [(_, found)] = kept.apply(part)
-        return found
+        [(_, trimmed)] = kept.apply(part)
+        return trimmed
 
     return Elementwise(base, [vector], largest)

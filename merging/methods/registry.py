@@ -1,10 +1,9 @@
-"""Merge methods: one file each in this folder, one decorated function each.
+"""Merge methods: one file each in this folder, with one decorated function.
 
-A method is a function `(base, members, *, setting=default, ...) -> Edits`, or `-> Experts` where
-it gives one model for each task. Its keyword
-parameters with their types and defaults are its settings; nothing else describes them.
-The folder is scanned when a method is first asked for, so a new file is all that a new
-method needs (docs/how-to/add-a-method.md).
+A method is a function `(base, members, *, setting=default, ...) -> Edits`, or `-> Experts` if it
+gives one model for each task. Its keyword parameters, with their types and defaults, are its
+settings. The folder is scanned when a method is first used, so a new method needs only a new file
+(docs/how-to/add-a-method.md).
 """
 
 import difflib
@@ -28,18 +27,18 @@ _REGISTERED: dict[str, "Method"] = {}
 
 @dataclass(frozen=True)
 class Method:
-    """A merge method and what is recorded of it.
+    """A merge method.
 
     Attributes:
         name: its name in a line's file.
-        version: raised whenever the same input gives other bytes.
-        source: the paper or code it follows.
-        exact: whether the result is the same bytes on every machine.
-        kind: `merged` for one model for all tasks, `experts` for one for each of them.
-        whole: whether it needs whole task vectors: deltas that keep every coordinate.
-        needs: the statistics that it needs of each member beside its delta, all of them found on
-            the train rows of its task (`restitch.merging.rules.stitch.DeltaMember.statistics`).
-        tunes: the setting that is tuned where tuning is asked for, with the values to try.
+        version: raised whenever the same input gives different bytes.
+        source: the paper or code that it follows.
+        exact: True if the result has the same bytes on every machine.
+        kind: `merged` for one model for all tasks, `experts` for one model for each task.
+        whole: True if it needs whole task vectors: deltas that keep every coordinate.
+        needs: the statistics of each member that it needs in addition to its delta, measured on
+            the train rows of its task (`DeltaMember.statistics`).
+        tunes: the setting to tune on request, with the values to try.
         settings: its settings with their defaults.
     """
 
@@ -58,13 +57,13 @@ class Method:
         """Merge: the base, the members, and settings by name.
 
         Raises:
-            BadInput: it gives no merged model.
+            BadInput: the method gives one model for each task.
         """
         if self.kind != "merged":
             raise BadInput(
                 f"the method {self.name} gives no merged model",
-                expected="a method with one model for all tasks",
-                found=f"{self.name}, which gives one for each task and must be told which is asked",
+                expected="a method that gives one model for all tasks",
+                found=f"{self.name}, which gives one for each task",
                 hint="choose another method for the line; "
                 f"`restitch experts` and `restitch compare --methods {self.name}` use this one",
             )
@@ -101,7 +100,7 @@ def method(
             raise ValueError(f"method {name!r}: registered twice, or no default for {bare}")
         settings = {item.name: item.default for item in keywords}
         if kind not in KINDS:
-            raise ValueError(f"method {name!r} is of no kind that there is: {kind!r}")
+            raise ValueError(f"method {name!r} has the unknown kind {kind!r}")
         if tunes is not None and tunes[0] not in settings:
             raise ValueError(f"method {name!r} has no setting {tunes[0]!r} to tune")
         _REGISTERED[name] = Method(
@@ -126,7 +125,7 @@ def method_names() -> list[str]:
 
 
 def get_method(name: str) -> Method:
-    """The method `name`; `BadInput` with the nearest name where there is none."""
+    """The method `name`; `BadInput` with the nearest name if it does not exist."""
     methods = _scan()
     if name not in methods:
         raise _unknown("method", name, methods)
@@ -134,7 +133,7 @@ def get_method(name: str) -> Method:
 
 
 def resolve_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a method with its defaults filled in and their types checked."""
+    """Check the types of a method's settings and fill in its defaults."""
     chosen = get_method(name)
     for key, value in settings.items():
         if key not in chosen.settings:
@@ -142,7 +141,7 @@ def resolve_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
         expected = get_type_hints(chosen.function)[key]
         if not _fits(value, expected):
             raise BadInput(
-                f"the setting {key!r} of {name} has another type",
+                f"the setting {key!r} of {name} has the wrong type",
                 expected=getattr(expected, "__name__", str(expected)),
                 found=f"{value!r} ({type(value).__name__})",
                 hint=f"the default is {chosen.settings[key]!r}",
@@ -164,5 +163,5 @@ def _unknown(what: str, name: str, known: Mapping[str, object]) -> BadInput:
         f"unknown {what}: {name!r}",
         expected=", ".join(known) or "none",
         found=name,
-        hint=f"did you mean {near[0]!r}?" if near else "choose one of these",
+        hint=f"did you mean {near[0]!r}?" if near else "choose one of the expected names",
     )

@@ -1,4 +1,4 @@
-"""RegMean (Jin et al., ICLR 2023): linear layers that answer each task's inputs as its own do."""
+"""RegMean (Jin et al., ICLR 2023): linear layers with outputs closest to those of each task."""
 
 from collections.abc import Iterable
 
@@ -14,7 +14,7 @@ from restitch.merging.rules.stitch import DeltaMember
 from restitch.merging.statistics.grams import unpacked
 from restitch.merging.statistics.statistic_file import GRAM, statistics_of
 
-# Added to the diagonal, as a share of its mean: inputs that are always 0 decide nothing.
+# Added to the diagonal, as a share of its mean, since inputs may always be 0.
 _RIDGE = 1e-6
 
 
@@ -36,21 +36,21 @@ def regmean(base: Checkpoint, members: Iterable[DeltaMember], *, scale: float = 
     Args:
         base: the base's checkpoint.
         members: the members, each with its whole task vector and its Gram matrices.
-        scale: what the Gram matrices' entries beside the diagonal are multiplied with.
+        scale: the factor of the Gram matrices' entries outside of the diagonal.
     """
     check_range("scale", scale, 0, 1)
-    given = tuple(members)
-    grams = statistics_of(given, GRAM)
+    members = tuple(members)
+    statistics = statistics_of(members, GRAM)
 
     def merged(matrix: Matrix) -> Tensor:
-        there = [grams[number] for number in matrix.members]
-        if not all(matrix.name in statistic for statistic in there):
-            return matrix.changes.sum(0) / len(grams)  # no linear layer, such as an embedding
+        own = [statistics[number] for number in matrix.members]
+        if not all(matrix.name in statistic for statistic in own):
+            return matrix.changes.sum(0) / len(statistics)  # not a linear layer, but an embedding
         size = matrix.changes.shape[2]
-        inputs = [unpacked(statistic.tensor(matrix.name), size) for statistic in there]
-        return solved(matrix.changes, inputs, scale).float()
+        grams = [unpacked(statistic.tensor(matrix.name), size) for statistic in own]
+        return solved(matrix.changes, grams, scale).float()
 
-    return PerMatrix(base, given, merged)
+    return PerMatrix(base, members, merged)
 
 
 def solved(changes: Tensor, grams: Iterable[Tensor], scale: float) -> Tensor:
@@ -58,18 +58,18 @@ def solved(changes: Tensor, grams: Iterable[Tensor], scale: float) -> Tensor:
 
     Args:
         changes: task vectors, members x outputs x inputs.
-        grams: of each member, inputs x inputs.
+        grams: the Gram matrix of each member, inputs x inputs.
         scale: see `regmean`.
     """
     wide = torch.zeros((), dtype=torch.float64, device=changes.device)
-    wanted = wide.new_zeros(changes.shape[1:])
+    outputs = wide.new_zeros(changes.shape[1:])
     together = wide.new_zeros((changes.shape[2],) * 2)
-    for change, given in zip(changes, grams, strict=True):
-        gram = given.to(wide)
+    for change, own in zip(changes, grams, strict=True):
+        gram = own.to(wide)
         diagonal = gram.diagonal()
         least = _RIDGE * diagonal.mean().clamp_min(torch.finfo().tiny)
         weighed = scale * gram + torch.diag((1 - scale) * diagonal + least)
-        wanted += change.double() @ weighed
+        outputs += change.double() @ weighed
         together += weighed
-    found: Tensor = torch.linalg.solve(together, wanted, left=False)
-    return found
+    solution: Tensor = torch.linalg.solve(together, outputs, left=False)
+    return solution

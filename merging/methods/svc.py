@@ -1,7 +1,7 @@
-"""Singular value calibration (Li et al., 2026): what several tasks share is not counted again.
+"""Singular value calibration (Li et al., 2026): shared directions are not counted several times.
 
 A step after another method: the singular vectors of its merged matrix stay, and each singular
-value is scaled so that along its direction the tasks find, on average, what they had themselves.
+value is scaled so that, along its direction, the tasks get on average their own response.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,11 +21,11 @@ from restitch.merging.rules.stitch import DeltaMember
 
 NAME = "svc"
 
-# What the paper takes after a method; 0.1 after the others, which are sums of some kind too.
+# The paper's values after a method; 0.1 after the other methods, which are kinds of sums too.
 FLOORS: Mapping[str, float] = MappingProxyType({"iso-cts": 0.2, "tsv-m": 1.0, "wudi": 1.0})
 _FLOOR = 0.1
 
-# Singular values that differ by less than this share are equal, and their vectors any basis.
+# Singular values that differ by less than this share count as equal; their vectors are arbitrary.
 _EQUAL = 1e-3
 _LEAN = 1e-2
 
@@ -51,18 +51,18 @@ def svc(
     Args:
         base: the base's checkpoint.
         members: the members, each with its whole task vector.
-        after: the method, with its defaults: a coefficient of its own mostly cancels out.
-        floor: the least that a task counts for in a direction; 0 takes the paper's value.
+        after: the method, used with its defaults: a coefficient of its own mostly cancels out.
+        floor: the lower bound of a task's coefficient in a direction; 0 is the paper's value.
         alpha: the coefficient.
     """
     check_range("floor", floor, 0, 100)
     check_range("alpha", alpha, 0, 10)
-    given = tuple(members)
-    inner = get_method(_checked_method(after))(base, given)
+    members = tuple(members)
+    inner = get_method(_checked_method(after))(base, members)
     least = floor or FLOORS.get(after, _FLOOR)
 
     def unchanged(matrix: Matrix) -> Tensor:
-        """What the other method makes of a tensor, not rounded to the base's type."""
+        """The other method's merged task vector, not rounded to the base's type."""
         before = cast(base.tensor(matrix.name).reshape(-1), torch.float64)
         wide = before.clone()
         inner.apply(matrix.name, wide)
@@ -70,7 +70,7 @@ def svc(
 
     return PerMatrix(
         base,
-        given,
+        members,
         lambda matrix: alpha * calibrated(unchanged(matrix), matrix.changes, least),
         lambda matrix: alpha * unchanged(matrix),
     )
@@ -79,15 +79,15 @@ def svc(
 def calibrated(change: Tensor, changes: Tensor, floor: float) -> Tensor:
     """D = U S V^T with s_r scaled by T / sum_t max(floor, p_rt).
 
-    p_rt = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2 says how often the task finds its own response along
-    the direction u_r in the merged one; of a task that changes nothing there it is 0. Where all
-    singular values are equal, as after Iso-C, any basis is one of singular vectors; then that is
-    taken to which D leads when it leans a little towards the sum (after Iso-C, the sum's own).
+    p_rt = <u_r^T D, u_r^T D_t> / |u_r^T D_t|^2 is the coefficient of the task's own response along
+    the direction u_r in the merged one; it is 0 if the task changes nothing there. If all singular
+    values are equal, as after Iso-C, the singular vectors are arbitrary. Then those of D plus a
+    small multiple of the sum are used (after Iso-C, they are the sum's own).
 
     Args:
         change: the merged matrix, rows x columns.
         changes: task vectors, members x rows x columns.
-        floor: more than 0.
+        floor: the lower bound of p_rt, more than 0.
     """
     left, values, right = svd(change)
     if values[0] - values[-1] <= _EQUAL * values[0]:
@@ -96,8 +96,8 @@ def calibrated(change: Tensor, changes: Tensor, floor: float) -> Tensor:
         left, _, right = svd(change + _LEAN * values[0] / size * together)
     responses = left.mT @ changes
     met = (responses * (values[:, None] * right)).sum(2)
-    found = met / responses.square().sum(2).clamp_min(torch.finfo().tiny)
-    scale = len(changes) / found.clamp_min(floor).sum(0)
+    coefficients = met / responses.square().sum(2).clamp_min(torch.finfo().tiny)
+    scale = len(changes) / coefficients.clamp_min(floor).sum(0)
     return (left * (values * scale)) @ right
 
 
@@ -107,7 +107,7 @@ def _checked_method(name: str) -> str:
         raise BadInput(
             f"{NAME} cannot come after {name}",
             expected=", ".join(filter(_can_be_before, method_names())),
-            found=f"{name}, which is not a merged method of whole task vectors alone"
+            found=f"{name}, which does not merge whole task vectors alone into one model"
             if name != NAME
             else f"{NAME} itself",
             hint="correct method: settings: after",

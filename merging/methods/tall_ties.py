@@ -1,4 +1,4 @@
-"""TALL masks on TIES (Wang et al., ICML 2024): what is shared is TIES with a sum, not a mean."""
+"""TALL masks on TIES (Wang et al., ICML 2024): the shared vector is TIES with a sum, not a mean."""
 
 from collections.abc import Iterable
 

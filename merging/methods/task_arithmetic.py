@@ -32,7 +32,7 @@ def task_arithmetic(
     Args:
         base: the base's checkpoint.
         members: the members, each with its whole task vector.
-        alpha: the coefficient; 0.4 is what is recommended where nothing is tuned.
+        alpha: the coefficient; the paper recommends 0.4 without tuning.
     """
     check_range("alpha", alpha, 0, 10)
     vectors = kept_vectors(base, members)

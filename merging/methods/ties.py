@@ -1,4 +1,4 @@
-"""TIES-Merging (Yadav et al., NeurIPS 2023); see `restitch.merging.rules.ties`."""
+"""TIES-Merging (Yadav et al., NeurIPS 2023); see `rules.ties`."""
 
 from collections.abc import Iterable
 

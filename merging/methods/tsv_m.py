@@ -27,14 +27,14 @@ def tsv_m(base: Checkpoint, members: Iterable[DeltaMember], *, alpha: float = 1.
     Args:
         base: the base's checkpoint.
         members: the members, each with its whole task vector.
-        alpha: the coefficient; the paper finds 1.
+        alpha: the coefficient; the paper uses 1.
     """
     check_range("alpha", alpha, 0, 10)
     return PerMatrix(base, members, lambda matrix: alpha * merged(matrix.changes))
 
 
 def merged(changes: Tensor) -> Tensor:
-    """Of each matrix the leading r/T triplets; all left and all right vectors made orthogonal.
+    """Merge the leading r/T triplets of each matrix, with left and right vectors orthogonalized.
 
     Args:
         changes: task vectors of one matrix, members x rows x columns.

@@ -1,9 +1,9 @@
-"""restitch: localize-and-stitch with a rule for shared coordinates that was chosen by measuring.
+"""Weighted stitch: localize-and-stitch with a weighted mean on shared coordinates.
 
-Where several members keep a coordinate, their differences from the base are averaged by what the
-coordinate is worth to each (the entries of its Fisher diagonal, which deltas found by `fisher` or
-`distilled` carry), and the average is multiplied by the number of owners to the power `growth`: a
-plain average loses skill where many members meet, a sum goes too far (docs/results/).
+On a shared coordinate the owners' differences from the base are averaged by their importance (the
+entries of the Fisher diagonals, which deltas of `fisher` and `distilled` contain). The average is
+multiplied by the number of owners to the power `growth`: where many members meet, a plain average
+loses skill and a sum goes too far (docs/results/).
 """
 
 from collections.abc import Iterable
@@ -25,12 +25,12 @@ from restitch.merging.rules.stitch import DeltaMember, stitch
 def weighted_stitch(
     base: Checkpoint, members: Iterable[DeltaMember], *, growth: float = 0.5
 ) -> Edits:
-    """Overwrite each kept coordinate; on shared ones a weighted mean of differences, grown.
+    """Overwrite each kept coordinate, with a scaled weighted mean on shared ones.
 
     Args:
         base: the base's checkpoint.
-        members: the members; one whose delta does not say what its coordinates are worth
-            counts as much as the others that share them do on average.
+        members: the members; one whose delta does not contain importance factors counts as much
+            as the other owners on average.
         growth: 0 averages, 1 sums; a multiple of a quarter.
     """
     return stitch(base, members, owner_growth(growth))

@@ -1,8 +1,8 @@
-"""WUDI (Cheng et al., ICML 2025): the task vector that interferes least with each of the others.
+"""WUDI (Cheng et al., ICML 2025): the merged task vector that interferes least with each task.
 
-Minimizes sum_t ||(D - D_t) D_t^T||^2 / ||D_t||^2 over D for each matrix by Adam, from the sum: rows
-of a task's own matrix stand for the inputs that it is meant for. The gradient is 2 (D A - B) with
-A = sum_t D_t^T D_t / ||D_t||^2 and B = sum_t D_t D_t^T D_t / ||D_t||^2, both made once.
+Minimizes sum_t ||(D - D_t) D_t^T||^2 / ||D_t||^2 over D for each matrix by Adam, from the sum: the
+rows of a task's own matrix stand for its inputs. The gradient is 2 (D A - B) with
+A = sum_t D_t^T D_t / ||D_t||^2 and B = sum_t D_t D_t^T D_t / ||D_t||^2, both computed once.
 """
 
 from collections.abc import Iterable
@@ -38,8 +38,8 @@ def wudi(
     Args:
         base: the base's checkpoint.
         members: the members, each with its whole task vector.
-        steps: of Adam.
-        learning_rate: how far a weight moves in a step.
+        steps: the number of steps of Adam.
+        learning_rate: the learning rate of Adam.
     """
     check_range("steps", steps, 0, 100_000)
     check_range("learning_rate", learning_rate, 0, 1)
@@ -51,17 +51,17 @@ def minimized(changes: Tensor, steps: int, learning_rate: float) -> Tensor:
 
     Args:
         changes: task vectors, members x rows x columns.
-        steps: of Adam.
-        learning_rate: of Adam.
+        steps: the number of steps of Adam.
+        learning_rate: the learning rate of Adam.
     """
-    # A member that changed nothing here wants nothing here.
+    # A member that changed nothing here does not count.
     norms = changes.square().sum((1, 2), keepdim=True).clamp_min(torch.finfo().tiny)
     grams = changes.mT @ changes / norms
-    pull, wanted = grams.sum(0), (changes @ grams).sum(0)
-    found = torch.nn.Parameter(changes.sum(0))
-    adam = torch.optim.Adam([found], lr=learning_rate)
+    a, b = grams.sum(0), (changes @ grams).sum(0)
+    merged = torch.nn.Parameter(changes.sum(0))
+    adam = torch.optim.Adam([merged], lr=learning_rate)
     with torch.no_grad():
         for _ in range(steps):
-            found.grad = 2 * (found @ pull - wanted)
+            merged.grad = 2 * (merged @ a - b)
             adam.step()
-    return found.detach()
+    return merged.detach()

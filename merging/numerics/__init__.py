@@ -1,4 +1,4 @@
 """Arithmetic on the bits of weights: rounding, bitwise access and bisection.
 
-It imports no other room, and every room may import it.
+It imports no other room; every room may import it.
 """

@@ -1,28 +1,28 @@
-"""The smallest of some rising candidates that is good enough, with few looks."""
+"""Bisection: the smallest of some candidates that is good enough, with few evaluations."""
 
 from collections.abc import Callable, Sequence
 
 
 def geometric(lowest: int, highest: int, per_doubling: int = 4) -> list[int]:
-    """Whole numbers from `lowest` to `highest`, both of them, each so much more than the last."""
+    """Whole numbers from `lowest` to `highest` inclusive, `per_doubling` of them per doubling."""
     if not 0 < lowest <= highest:
         return [highest]
-    found, step = {lowest, highest}, 1
+    numbers, step = {lowest, highest}, 1
     while (value := round(highest * 2 ** (-step / per_doubling))) > lowest:
-        found.add(value)
+        numbers.add(value)
         step += 1
-    return sorted(found)
+    return sorted(numbers)
 
 
 def smallest(candidates: Sequence[int], reaches: Callable[[int], bool]) -> int | None:
-    """The smallest candidate that reaches, taking it that larger ones do as well.
+    """The smallest candidate that passes a test, assuming that all larger ones pass too.
 
     Args:
-        candidates: rising, at least one.
-        reaches: asked for the largest first, and for about log2 of the others.
+        candidates: at least one, in rising order.
+        reaches: the test, called for the largest first and then for about log2 of the others.
 
     Returns:
-        None where not even the largest does. What is returned was asked for.
+        A candidate for which `reaches` was called; None if not even the largest passes.
     """
     if not reaches(candidates[-1]):
         return None

@@ -1,7 +1,7 @@
-"""Taking and overwriting weights at coordinates, and looking at them as bits.
+"""Bitwise access to weights: gather and scatter at coordinates, and views as integers.
 
-Values are rounded once to the type of what they overwrite, and bit patterns are moved
-unchanged where the types are equal, NaN payloads and negative zeros included.
+Written values are rounded once to the type of the target. If the types are equal, bit
+patterns stay unchanged, including NaN payloads and negative zeros.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def as_integers(flat: Tensor) -> NDArray[Any]:
     """The bit patterns of a flat tensor of weights, in the same memory."""
-    # Numpy knows no bfloat16, and integers are compared and moved exactly as they are.
+    # Numpy has no bfloat16, and compares and copies integers exactly.
     return flat.view(_INTEGERS[flat.dtype.itemsize]).numpy()
 
 

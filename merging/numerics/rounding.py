@@ -1,10 +1,10 @@
 """Casts between the types of checkpoints: rounded once, and in the calling thread.
 
 Torch casts float64 to bfloat16 and float16 through float32, which rounds twice: a value
-just beside the middle of two neighbours can end at the wrong one. `round_once` rounds to
-odd in between, which keeps what the second rounding needs to know. Work is done in
-pieces so short that torch does not start other threads for them: on busy cores waiting
-for those at every step takes many times as long as the work.
+close to the middle of two neighbours can end at the wrong one. `round_once` rounds to odd
+in float32, which preserves what the second rounding needs. All work is done in pieces so
+short that torch does not start other threads: on busy cores, waiting for them takes many
+times longer than the work.
 """
 
 import numpy as np
@@ -17,7 +17,7 @@ _PIECE = 1 << 16  # elements that stay in a core's cache from one step to the ne
 
 
 def cast_into(out: Tensor, flat: Tensor) -> None:
-    """Copy flat `flat` to the beginning of flat `out` by torch's own casts, or what equals them."""
+    """Copy `flat` to the start of `out`, both flat, with the same result as torch's casts."""
     if flat.dtype == torch.bfloat16 and out.dtype == torch.float32:
         _widen(out.view(torch.int32).numpy(), flat.view(torch.int16).numpy())
         return
@@ -36,7 +36,7 @@ def _widen(out: NDArray[np.int32], flat: NDArray[np.int16]) -> None:
 
 
 def cast(flat: Tensor, dtype: torch.dtype) -> Tensor:
-    """A flat tensor in `dtype` by torch's own cast; exact where `dtype` is wider."""
+    """A flat tensor in `dtype` by torch's own cast; exact if `dtype` is wider."""
     if flat.dtype == dtype or flat.numel() <= SERIAL:
         return flat.to(dtype)
     out = torch.empty(flat.numel(), dtype=dtype)
@@ -56,7 +56,7 @@ def round_once(values: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _to_odd(values: Tensor) -> Tensor:
-    """float64 as float32, with the lowest bit set where something was cut off."""
+    """float64 as float32, with the lowest bit set where the value is not exact."""
     near = values.to(torch.float32)
     bits = near.view(torch.int32)
     bits -= (near.abs() > values.abs()).to(torch.int32)  # toward zero first

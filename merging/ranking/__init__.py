@@ -1,4 +1,4 @@
-"""Task vectors, and which of a model's coordinates have the k largest scores.
+"""Task vectors, and the selection of the coordinates with the k largest scores.
 
 Localizers, merge rules and the steps in `tasks` import it.
 """

@@ -1,8 +1,8 @@
-"""What a member's delta tells of its task vector: finetuned minus base where it keeps a weight.
+"""The task vector of a member's delta: finetuned minus base at the kept coordinates.
 
-Elsewhere the task vector counts as 0; of a delta of density 1 this is the whole task vector over
-the localizable tensors. It is read range by range, beside the base, so that nothing of the size
-of a model is made. Computed in float32 where the base has 16 bits, in float64 otherwise.
+It is 0 elsewhere; for a delta of density 1 it is the whole task vector over the localizable
+tensors. It is read range by range together with the base, so nothing of the size of a model is
+allocated. Computed in float32 if the base has 16 bits, in float64 otherwise.
 """
 
 from collections.abc import Iterator
@@ -20,16 +20,16 @@ from restitch.merging.ranking.top_k import strided_sample
 
 Floats = NDArray[Any]
 
-BLOCK = 1 << 16  # weights that are looked at together: little enough for a core's cache
+BLOCK = 1 << 16  # weights per step: few enough for a core's cache
 
 
 def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which weights of a type are merged: wide enough to be rounded once."""
+    """The type in which weights of type `dtype` are merged, before one rounding."""
     return torch.float32 if dtype.itemsize == 2 else torch.float64
 
 
 class KeptVector:
-    """The task vector of one member; its absolute values are `Scores` (`restitch.merging.ranking.top_k`).
+    """The task vector of one member; its absolute values are `top_k.Scores`.
 
     Args:
         base: the base's checkpoint.
@@ -50,23 +50,23 @@ class KeptVector:
 
     @property
     def is_whole(self) -> bool:
-        """Whether the delta keeps every coordinate of its tensors."""
+        """True if the delta keeps every coordinate of its tensors."""
         return all(self._keeps_all(name) for name in self.names)
 
     def numel(self, name: str) -> int:
-        """How many coordinates a tensor has."""
+        """The number of coordinates of a tensor."""
         return self.delta.info(name).numel
 
     def reader(self, name: str) -> "Reader":
-        """Reads the task vector of a tensor, one range after the other."""
+        """A reader of the task vector of a tensor, one range after the other."""
         return Reader(self.delta, name, whole=self._keeps_all(name))
 
     def difference(self, name: str) -> Tensor:
         """The task vector of one tensor, in its shape."""
         before = self.base.tensor(name).view(-1)
         wide = cast(before, working_dtype(before.dtype)).numpy()
-        found = torch.from_numpy(self.reader(name).read(wide))
-        return found.view(self.delta.info(name).shape)
+        difference = torch.from_numpy(self.reader(name).read(wide))
+        return difference.view(self.delta.info(name).shape)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """|task vector| of a tensor in order; a chunk is valid until the next one."""
@@ -93,7 +93,7 @@ class KeptVector:
 
 
 class Reader:
-    """Goes through the task vector of one tensor."""
+    """Reads the task vector of one tensor, range by range."""
 
     def __init__(self, delta: SparseFile, name: str, *, whole: bool) -> None:
         self._values = delta.values(name) if whole else None
@@ -102,10 +102,10 @@ class Reader:
         self._room = torch.empty(0)
 
     def read(self, before: Floats) -> Floats:
-        """The task vector at the next coordinates, in memory that the next call uses again.
+        """The task vector at the next coordinates, in memory that the next call reuses.
 
         Args:
-            before: the base's weights there, in the type to work in.
+            before: the base's weights there, in the working type.
         """
         wide = torch.from_numpy(before).dtype
         if self._cursor is None:

@@ -1,11 +1,11 @@
-"""The k-th largest of a model's worth of scores, and which coordinates reach it.
+"""The k-th largest of a model's scores, and the selection of the coordinates that reach it.
 
-A `Cut` says of any range of a tensor which coordinates are among the k largest, ties to the
-lower coordinate, without a list of them: what `restitch.merging.ranking.top_k` writes down, this decides anew
-where it is read, which is cheaper where k is a large share of a model. A sample gives a bracket
-that almost surely holds the k-th score; one pass counts what is above it and, value by value,
-what is inside; where equal scores have to be divided, a second pass finds the place. Scores are
-never negative; those that are 0 are never among the largest.
+A `Cut` decides for any range of a tensor which coordinates are among the k largest, with ties to
+the lower coordinate. `top_k` stores a list of them instead; a `Cut` is cheaper if k is a large
+share of a model. A sample gives a bracket that almost surely contains the k-th score. One pass
+counts the scores above the bracket and, value by value, those inside. If only some of the equal
+scores are kept, a second pass finds the last of them. Scores must not be negative; a score of 0
+is never among the largest.
 """
 
 import math
@@ -25,18 +25,18 @@ from restitch.merging.ranking.top_k import SAMPLE, SAMPLE_BLOCK, Scores
 
 Floats = NDArray[Any]
 _THREADS = 2
-_RANGE = 1 << 20  # scores that are looked at before those in the bracket are counted
+_RANGE = 1 << 20  # scores to read before the values inside the bracket are counted
 
 
 @dataclass(frozen=True)
 class Cut:
-    """Which scores are among the k largest.
+    """The boundary of the k largest scores.
 
     Attributes:
-        value: the smallest score that is kept; 0 keeps all that are positive.
-        name: the tensor in which the last kept score of this value lies; of tensors before it all
-            such scores are kept, of tensors behind it none. None keeps all of them.
-        position: where in that tensor.
+        value: the smallest kept score; 0 keeps all positive scores.
+        name: the tensor with the last kept score of this value; all such scores in tensors before
+            it are kept, and none in tensors after it. None keeps all of them.
+        position: the position of that score in its tensor.
     """
 
     value: float
@@ -44,11 +44,11 @@ class Cut:
     position: int = 0
 
     def keeps(self, name: str, start: int, scores: Floats) -> NDArray[np.bool_]:
-        """Which scores of a range are kept.
+        """True for each score of a range that is kept.
 
         Args:
             name: the tensor.
-            start: position of the first score in it.
+            start: the position of the first score in the tensor.
             scores: the scores of the range.
         """
         kept: NDArray[np.bool_] = scores > self.value
@@ -60,12 +60,12 @@ class Cut:
         return kept
 
     def trim(self, name: str, start: int, vector: Floats) -> None:
-        """Write 0 to what is not kept of a range, the scores being absolute values.
+        """Set the entries of a range to 0 whose absolute values are not kept.
 
         Args:
             name: the tensor.
-            start: position of the first coordinate in it.
-            vector: the coordinates.
+            start: the position of the first entry in the tensor.
+            vector: the entries.
         """
         if name == self.name and start <= self.position < start + len(vector):
             vector[~self.keeps(name, start, np.absolute(vector))] = 0
@@ -73,17 +73,17 @@ class Cut:
         limit = vector.dtype.type(self.value)
         place = (by_bytes(name), start)
         if self.name is None or place <= (by_bytes(self.name), self.position):
-            limit = np.nextafter(limit, vector.dtype.type(0))  # values that equal it stay
+            limit = np.nextafter(limit, vector.dtype.type(0))  # keeps values equal to the limit
         for piece in torch.split(torch.from_numpy(vector), SERIAL):
             torch.hardshrink(piece, float(limit), out=piece)
 
 
 def kth_largest(scores: Scores, k: int) -> Cut:
-    """Where the k largest positive scores end; all positive ones where there are fewer.
+    """The cut that keeps the k largest positive scores, or all if there are fewer.
 
     Args:
-        scores: non-negative, floor 0.
-        k: how many to keep.
+        scores: scores of at least 0, with floor 0.
+        k: the number to keep.
     """
     if k <= 0:
         return Cut(math.inf)
@@ -104,9 +104,9 @@ def kth_largest(scores: Scores, k: int) -> Cut:
 
 
 def _brackets(scores: Scores, k: int) -> Iterator[tuple[float, float]]:
-    """Ranges (low, high] to look for the k-th score in; together they hold all positive ones."""
+    """Ranges (low, high] to search for the k-th score, which together cover all positive ones."""
     total = sum(scores.numel(name) for name in scores.names)
-    # A tensor by itself is not worth as large a sample as a model.
+    # A single tensor needs a smaller sample than a model.
     size = min(SAMPLE, max(total >> 4, 1 << 14))
     stride = max(1, total // size) * SAMPLE_BLOCK
     pieces = [scores.sample(name, stride, SAMPLE_BLOCK).numpy() for name in scores.names]
@@ -117,7 +117,7 @@ def _brackets(scores: Scores, k: int) -> Iterator[tuple[float, float]]:
     high = float(sample[-top]) if 0 < top <= len(sample) else math.inf
     low = float(sample[-bottom]) if bottom <= len(sample) else 0.0
     if low < high:
-        # The low end belongs to the range: one step below it does not.
+        # One step lower, so that the low value itself is inside the range.
         low = max(float(np.nextafter(sample.dtype.type(low), -np.inf)), 0.0)
         yield low, high
         if high < math.inf:
@@ -130,7 +130,7 @@ def _brackets(scores: Scores, k: int) -> Iterator[tuple[float, float]]:
 
 @dataclass(frozen=True)
 class _Tally:
-    """The values inside a bracket in a range of a tensor that begins at `start`."""
+    """The values inside a bracket, in the range of a tensor that starts at `start`."""
 
     name: str
     start: int
@@ -138,24 +138,24 @@ class _Tally:
     counts: NDArray[np.intp]
 
     def count(self, value: Any) -> int:
-        """How often a value is there."""
+        """The number of occurrences of a value."""
         at = int(np.searchsorted(self.values, value))
         return int(self.counts[at]) if at < len(self.values) and self.values[at] == value else 0
 
 
 def _count(scores: Scores, low: float, high: float) -> tuple[int, list[_Tally]]:
-    """How many scores are above a bracket, and what is inside it, in order."""
+    """The number of scores above a bracket, and the tallies of those inside it, in order."""
 
-    def look(name: str) -> tuple[int, list[_Tally]]:
+    def count_tensor(name: str) -> tuple[int, list[_Tally]]:
         above = start = done = 0
         inside: list[Floats] = []
         tallies = []
         for chunk in scores.chunks(name):
             array = chunk.numpy()
-            over, wanted = array > high, array > low
+            over, in_bracket = array > high, array > low
             above += int(np.count_nonzero(over))
-            wanted ^= over
-            inside.append(array[true_positions(wanted)])
+            in_bracket ^= over
+            inside.append(array[true_positions(in_bracket)])
             done += len(array)
             if done - start >= _RANGE or done == scores.numel(name):
                 values, counts = np.unique(np.concatenate(inside), return_counts=True)
@@ -165,15 +165,15 @@ def _count(scores: Scores, low: float, high: float) -> tuple[int, list[_Tally]]:
         return above, tallies
 
     if len(scores.names) == 1:
-        seen = [look(scores.names[0])]
+        counted = [count_tensor(scores.names[0])]
     else:
         with ThreadPoolExecutor(_THREADS) as pool:
-            seen = list(pool.map(look, scores.names))
-    return sum(above for above, _ in seen), [one for _, tallies in seen for one in tallies]
+            counted = list(pool.map(count_tensor, scores.names))
+    return sum(above for above, _ in counted), [one for _, tallies in counted for one in tallies]
 
 
 def _merge_tallies(tallies: Sequence[_Tally]) -> tuple[Floats, NDArray[np.int64]]:
-    """All values, rising, and how often each occurs."""
+    """All values in rising order, and the number of occurrences of each."""
     every = np.concatenate([np.empty(0, np.float32), *(one.values for one in tallies)])
     often = np.concatenate([np.empty(0, np.int64), *(one.counts for one in tallies)])
     values, places = np.unique(every, return_inverse=True)
@@ -182,19 +182,19 @@ def _merge_tallies(tallies: Sequence[_Tally]) -> tuple[Floats, NDArray[np.int64]
     return values, totals
 
 
-def _cut_ties(scores: Scores, tallies: Sequence[_Tally], value: Any, wanted: int) -> Cut:
-    """The cut that keeps the first `wanted` of the scores that equal a value."""
+def _cut_ties(scores: Scores, tallies: Sequence[_Tally], value: Any, left: int) -> Cut:
+    """The cut that keeps the first `left` of the scores that are equal to a value."""
     for tally in tallies:
-        there = tally.count(value)
-        if there < wanted:
-            wanted -= there
+        count = tally.count(value)
+        if count < left:
+            left -= count
             continue
         start = 0
         for chunk in scores.chunks(tally.name):
             if start >= tally.start:
                 ties = np.flatnonzero(chunk.numpy() == value)
-                if len(ties) >= wanted:
-                    return Cut(float(value), tally.name, start + int(ties[wanted - 1]))
-                wanted -= len(ties)
+                if len(ties) >= left:
+                    return Cut(float(value), tally.name, start + int(ties[left - 1]))
+                left -= len(ties)
             start += chunk.numel()
     raise AssertionError("the scores changed while they were read")

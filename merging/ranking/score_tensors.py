@@ -1,7 +1,7 @@
-"""What the localizers that keep one score per coordinate in memory have in common.
+"""Shared code of the localizers that keep one score per coordinate in memory.
 
 Scores are tensors by name in the shapes of the weights, on the device of the model. A threshold
-is estimated from a sample that is always the same, so that a step costs no sort of the model.
+is estimated from a fixed sample, so that a step does not sort the scores of the whole model.
 """
 
 import math
@@ -17,7 +17,7 @@ _SAMPLE = 1 << 18
 
 
 def fingerprint(device: torch.device | str = "cpu") -> dict[str, Any]:
-    """What a repetition must share to find the same bytes."""
+    """The environment that must be equal to reproduce the same bytes."""
     on = torch.device(device)
     has_gpu = on.type == "cuda" and torch.cuda.is_available()
     kind = {"gpu": torch.cuda.get_device_name(on)} if has_gpu else {}
@@ -36,24 +36,24 @@ def slope(score: Tensor) -> Tensor:
 
 
 def threshold_of(scores: Iterable[Tensor], kept: int, coordinates: int) -> float:
-    """A value that about `kept` scores are above; exactly so many in a small model without ties.
+    """A threshold that about `kept` scores exceed; exactly `kept` in a small model without ties.
 
     Args:
-        scores: tensor by tensor; each is read before the next is asked for.
-        kept: how many should be above.
-        coordinates: how many scores there are.
+        scores: tensor by tensor; each is read before the next one is requested.
+        kept: the number of scores above the threshold.
+        coordinates: the number of all scores.
     """
     sample = Sample(coordinates)
     return sample.threshold([sample.take(score) for score in scores], kept)
 
 
 class Sample:
-    """Every so manieth score of a model, whatever tensors it is cut into.
+    """A sample of a model's scores with a fixed stride.
 
-    The stride runs on from tensor to tensor, so that small ones get no more than their share.
+    The stride continues from tensor to tensor, so that small tensors are not overrepresented.
 
     Args:
-        coordinates: how many scores there are.
+        coordinates: the number of all scores.
     """
 
     def __init__(self, coordinates: int) -> None:
@@ -62,10 +62,10 @@ class Sample:
         self._start = 0
 
     def next(self, count: int) -> slice:
-        """Where the sample of the next tensor lies in it.
+        """The slice of the next tensor that belongs to the sample.
 
         Args:
-            count: how many scores the tensor has.
+            count: the number of scores of the tensor.
         """
         start = self._start
         self._start = (start - count) % self._stride
@@ -77,7 +77,7 @@ class Sample:
         return flat[self.next(flat.numel())].clone()
 
     def threshold(self, pieces: Sequence[Tensor], kept: int) -> float:
-        """A value that about `kept` of all scores are above, by their samples."""
+        """The threshold that about `kept` of all scores exceed, estimated from the samples."""
         if not 0 < kept < self._coordinates:
             return math.inf if kept == 0 else -math.inf
         sample = torch.cat(list(pieces))
@@ -86,18 +86,18 @@ class Sample:
 
 
 def step_unit(score: float, pull: float) -> float:
-    """The k-th largest score over the k-th largest pull; 1 where either has no such one."""
+    """The k-th largest score over the k-th largest pull; 1 if either is not positive and finite."""
     usable = math.isfinite(score) and math.isfinite(pull) and score > 0 and pull > 0
     return score / pull if usable else 1.0
 
 
 def check_finite(scores: Mapping[str, Tensor]) -> None:
-    """Raise `CannotJoin` that names every tensor whose scores are no numbers."""
+    """Raise `CannotJoin` with the names of all tensors whose scores are not finite."""
     bad = [name for name, score in scores.items() if not bool(torch.isfinite(score.sum()))]
     if bad:
         raise CannotJoin(
             "the scores are not finite after localizing",
-            expected="a number for every coordinate",
+            expected="a finite score for every coordinate",
             found=f"infinity or NaN in {len(bad)} tensors",
             hint="check the calibration rows, or localize with mode: dataless",
             details=bad,

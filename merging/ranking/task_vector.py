@@ -1,9 +1,8 @@
 """Task vectors: finetuned minus base, streamed over the localizable tensors.
 
-The difference is taken in float32 after upcasting both sides (float64 where either side
-is float64); scores are its absolute values. Nothing larger than one tensor (or one
-chunk, for scores) is ever in memory. A task vector is not a set of weights: functions
-that take the one do not take the other.
+The difference is taken in float32 after upcasting both sides (in float64 if either side
+is float64); scores are its absolute values. Memory holds at most one tensor, or one chunk
+of scores. A task vector is not a set of weights and has a type of its own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -24,11 +23,11 @@ CHUNK = 1 << 18
 
 @dataclass(frozen=True)
 class OutsideShare:
-    """How much of what finetuning changed lies outside of the localizable tensors.
+    """The share of the changes of finetuning outside of the localizable tensors.
 
     Attributes:
-        share: squared norm outside over the squared norm of everything, 0 to 1.
-        tensors: the tensors outside with their shares, largest first, none with 0.
+        share: the squared norm outside over the whole squared norm, 0 to 1.
+        tensors: the tensors outside with their shares, largest first, without those of 0.
     """
 
     share: float
@@ -36,7 +35,7 @@ class OutsideShare:
 
 
 class TaskVector:
-    """The difference of a finetuned checkpoint to its base; it is also `Scores`.
+    """The difference of a finetuned checkpoint from its base; it is also `Scores`.
 
     Args:
         base: the base's checkpoint.
@@ -60,7 +59,7 @@ class TaskVector:
                     f"{name} cannot be localized",
                     expected=f"weights of shape {list(b.shape)}",
                     found=f"base {b.dtype} {list(b.shape)}, finetuned {f.dtype} {list(f.shape)}",
-                    hint="compare the checkpoints first",
+                    hint="save the finetuned model with the tensor shapes and types of its base",
                 )
         self._dtypes = {name: self._dtype(name) for name in self.names}
         wide = torch.float64 in self._dtypes.values()
@@ -68,17 +67,17 @@ class TaskVector:
 
     @property
     def coordinates(self) -> int:
-        """How many coordinates all tensors have together."""
+        """The number of coordinates of all tensors together."""
         return sum(self.numel(name) for name in self.names)
 
     def numel(self, name: str) -> int:
-        """How many coordinates a tensor has."""
+        """The number of coordinates of a tensor."""
         return self.base.info(name).numel
 
     def chunks(self, name: str, size: int = CHUNK) -> Iterator[Tensor]:
         """The scores of a tensor in order, in chunks of `size`.
 
-        A chunk is valid until the next one is asked for: the buffer is used again.
+        A chunk is valid until the next one is requested: the buffer is reused.
         """
         base, finetuned = self.base.tensor(name).view(-1), self.finetuned.tensor(name).view(-1)
         left = torch.empty(min(size, base.numel()), dtype=self._dtypes[name])
@@ -108,11 +107,11 @@ class TaskVector:
         return self.finetuned.tensor(name).to(dtype) - self.base.tensor(name).to(dtype)
 
     def is_zero(self) -> bool:
-        """Whether finetuning changed no localizable weight."""
+        """True if finetuning changed no localizable weight."""
         return all(not bool(chunk.any()) for name in self.names for chunk in self.chunks(name))
 
     def check_finite(self) -> None:
-        """Raise `CannotJoin` that names every tensor of the finetuned model with NaN or Inf."""
+        """Raise `CannotJoin` with the names of all finetuned tensors with NaN or infinity."""
         bad = []
         for name in self.finetuned.floating:
             count = _not_finite(self.finetuned.tensor(name).view(-1))
@@ -120,10 +119,10 @@ class TaskVector:
                 bad.append(f"{name}: {count} of {self.finetuned.info(name).numel}")
         if bad:
             raise CannotJoin(
-                "the finetuned model has weights that are no numbers",
+                "the finetuned model has weights that are not finite",
                 expected="finite weights",
                 found=f"NaN or infinity in {len(bad)} tensors",
-                hint="finetune again, perhaps with a smaller learning rate, and save",
+                hint="finetune the model again, perhaps with a smaller learning rate",
                 details=bad,
             )
 
@@ -133,7 +132,7 @@ class TaskVector:
 
 
 def outside_share(base: Checkpoint, finetuned: Checkpoint, names: Sequence[str]) -> OutsideShare:
-    """What finetuning changed outside of the tensors `names`, of all that both hold.
+    """Measure the changes outside of the tensors `names`, over all tensors of both checkpoints.
 
     Args:
         base: the base's checkpoint.
@@ -166,7 +165,7 @@ def _not_finite(flat: Tensor) -> int:
     for start in range(0, flat.numel(), SERIAL):
         chunk = flat[start : start + SERIAL]
         wide = torch.float64 if chunk.dtype == torch.float64 else torch.float32
-        # One sum settles it unless the sum itself overflows: only then look at each weight.
+        # A finite sum means finite weights; otherwise the sum may have overflowed, so count.
         if not bool(torch.isfinite(chunk.sum(dtype=wide))):
             count += chunk.numel() - int(torch.isfinite(chunk).sum())
     return count

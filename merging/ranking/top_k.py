@@ -1,11 +1,11 @@
-"""Exactly the k largest of a model's worth of scores, out of core.
+"""Selection of exactly the k largest scores of a model, out of core.
 
 `top_k` keeps the k coordinates with the largest scores; ties go to the lower coordinate
-(tensors by name, then position). No array of the model's size is made: a sample gives a
-threshold that is almost surely low enough, one pass collects the candidates above it in
-scratch files, and a radix selection over the candidates finds the exact k-th score. If
-the sample misled, the pass is made again with a lower threshold. Scores are never NaN;
-the result depends on them alone, not on chunks, threads or the sample.
+(tensors by name, then position). No array of the model's size is allocated: a sample gives
+a threshold that is almost surely low enough, one pass collects the candidates above it in
+scratch files, and a radix selection over the candidates finds the exact k-th score. If the
+threshold was too high, the pass is repeated with a lower one. Scores must not be NaN; the
+result depends on them alone, not on chunks, threads or the sample.
 """
 
 import math
@@ -34,7 +34,7 @@ _DIGIT = 16
 
 
 class Scores(Protocol):
-    """What `top_k` ranks: one score for each coordinate of some tensors."""
+    """The input of `top_k`: one score for each coordinate of some tensors."""
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -42,14 +42,14 @@ class Scores(Protocol):
 
     @property
     def score_dtype(self) -> torch.dtype:
-        """float32, or float64 where a score needs it."""
+        """float32, or float64 if a score needs it."""
 
     @property
     def floor(self) -> float:
-        """A value that no score is below; those that equal it are never collected."""
+        """A lower bound of all scores; scores equal to it are never collected."""
 
     def numel(self, name: str) -> int:
-        """How many scores a tensor has."""
+        """The number of scores of a tensor."""
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The scores of a tensor in order; a chunk is valid until the next one."""
@@ -59,7 +59,7 @@ class Scores(Protocol):
 
 
 class TensorScores:
-    """Scores that are in memory, any finite floats."""
+    """Scores in memory: any finite floats."""
 
     def __init__(self, scores: dict[str, Tensor]) -> None:
         self.names = tuple(sorted(scores, key=by_bytes))
@@ -73,7 +73,7 @@ class TensorScores:
         self.floor = min(least, default=0.0)
 
     def numel(self, name: str) -> int:
-        """How many scores a tensor has."""
+        """The number of scores of a tensor."""
         return self._scores[name].numel()
 
     def chunks(self, name: str) -> Iterator[Tensor]:
@@ -90,7 +90,7 @@ def strided_sample(flat: Tensor, stride: int, block: int) -> Tensor:
     rows = flat.numel() // stride
     if not rows:
         return flat[:block]
-    # Through numpy, which copies in the calling thread (see `restitch.merging.numerics.rounding`).
+    # Through numpy, which copies in the calling thread (see `rounding`).
     bits = as_integers(flat)[: rows * stride].reshape(rows, stride)[:, :block]
     return torch.from_numpy(np.ascontiguousarray(bits).reshape(-1)).view(flat.dtype)
 
@@ -101,11 +101,11 @@ def top_k(
     """The mask of the k largest scores.
 
     Args:
-        scores: what to rank.
-        k: how many to keep, from 0 to the number of scores.
-        scratch: folder for temporary files of about 8 bytes per kept coordinate; they
-            have no name and vanish with the mask.
-        progress: called with the scores seen and the scores in all.
+        scores: the scores to rank.
+        k: the number to keep, from 0 to the number of scores.
+        scratch: the folder for temporary files of about 8 bytes per kept coordinate; they
+            have no name and are removed together with the mask.
+        progress: called with the scores done and the total.
     """
     total = sum(scores.numel(name) for name in scores.names)
     if not 0 <= k <= total:
@@ -121,7 +121,7 @@ def top_k(
 
 
 def _thresholds(scores: Scores, k: int, total: int) -> Iterator[float]:
-    """Thresholds to try, falling; the last one is just above the floor."""
+    """Thresholds to try, in falling order; the last one is just above the floor."""
     dtype = np.float64 if scores.score_dtype == torch.float64 else np.float32
     last = float(np.nextafter(dtype(scores.floor), dtype(np.inf)))
     stride = max(1, total // SAMPLE) * SAMPLE_BLOCK
@@ -139,7 +139,7 @@ def _thresholds(scores: Scores, k: int, total: int) -> Iterator[float]:
 
 @dataclass(frozen=True)
 class _CandidateSpan:
-    """One tensor's candidates: where they begin in the scratch files, and how many."""
+    """One tensor's candidates: their start in the scratch files, and their number."""
 
     begin: int
     count: int
@@ -154,7 +154,7 @@ class _Candidates:
         self.position_dtype = np.dtype(np.uint64 if long else np.uint32)
         self.parts: dict[str, _CandidateSpan] = {}
         self.total = 0
-        # No `with`: the mask reads from the files for as long as it lives.
+        # No `with`: the mask reads from the files as long as it exists.
         self._keys: IO[bytes] = tempfile.TemporaryFile(dir=scratch, buffering=0)  # noqa: SIM115
         self._positions: IO[bytes] = tempfile.TemporaryFile(dir=scratch, buffering=0)  # noqa: SIM115
 
@@ -188,7 +188,7 @@ def _read(file: IO[bytes], dtype: np.dtype[Any], begin: int, count: int) -> NDAr
     while data:
         got = os.preadv(file.fileno(), [data], at)
         if not got:
-            raise OSError("a scratch file is shorter than what was written to it")
+            raise OSError("a scratch file is shorter than the data written to it")
         data, at = data[got:], at + got
     return array
 
@@ -196,10 +196,10 @@ def _read(file: IO[bytes], dtype: np.dtype[Any], begin: int, count: int) -> NDAr
 def _collect(
     scores: Scores, k: int, threshold: float, scratch: Path | None, progress: Progress
 ) -> _Candidates:
-    """The scores that reach the threshold.
+    """Collect the scores that reach the threshold.
 
-    Those that only just do count while fewer than k are found: later ones would lose
-    every tie, and there may be very many (bf16 differences take few values).
+    Scores equal to the threshold are collected only until there are k candidates: later ones
+    would lose every tie, and there may be very many (bf16 differences take few values).
     """
     wide = scores.score_dtype == torch.float64
     long = any(scores.numel(name) > 1 << 32 for name in scores.names)
@@ -211,9 +211,9 @@ def _collect(
         for chunk in scores.chunks(name):
             array = chunk.to(scores.score_dtype).numpy()
             reached = array >= limit if candidates.total < k else array > limit
-            found = true_positions(reached)
-            if len(found):
-                candidates.append(found + start, _ordered(array[found]))
+            positions = true_positions(reached)
+            if len(positions):
+                candidates.append(positions + start, _ordered(array[positions]))
             start += len(array)
             progress(done + start, total)
         candidates.parts[name] = _CandidateSpan(begin, candidates.total - begin, scores.numel(name))
@@ -222,7 +222,7 @@ def _collect(
 
 
 def _ordered(values: NDArray[Any]) -> NDArray[Any]:
-    """Unsigned integers in the order of the floats; both zeros have the same one."""
+    """Unsigned integers in the order of the floats; both zeros map to the same integer."""
     if values.itemsize == 8:
         wide = (values + np.float64(0)).view(np.int64)  # + 0 turns -0 into 0
         return wide.view(np.uint64) ^ ((wide >> 63).view(np.uint64) | np.uint64(1 << 63))
@@ -254,10 +254,10 @@ def _select(candidates: _Candidates, k: int) -> Mask:
 
 
 def _kth(candidates: _Candidates, k: int) -> tuple[Any, int]:
-    """The k-th largest key, and how many coordinates with that very key are kept."""
+    """The k-th largest key, and the number of kept coordinates with exactly that key."""
     dtype = candidates.key_dtype
     bits = dtype.itemsize * 8
-    prefix, wanted = 0, k
+    prefix, rank = 0, k
     for shift in range(bits - _DIGIT, -1, -_DIGIT):
         counts = np.zeros(1 << _DIGIT, dtype=np.int64)
         for block in candidates.key_blocks():
@@ -267,14 +267,14 @@ def _kth(candidates: _Candidates, k: int) -> tuple[Any, int]:
             digits = (keys >> dtype.type(shift)) & dtype.type((1 << _DIGIT) - 1)
             counts += np.bincount(digits.astype(np.int64), minlength=1 << _DIGIT)
         from_top = np.cumsum(counts[::-1])
-        place = int(np.searchsorted(from_top, wanted))
-        wanted -= int(from_top[place - 1]) if place else 0
+        place = int(np.searchsorted(from_top, rank))
+        rank -= int(from_top[place - 1]) if place else 0
         prefix = prefix << _DIGIT | ((1 << _DIGIT) - 1 - place)
-    return dtype.type(prefix), wanted
+    return dtype.type(prefix), rank
 
 
 def _fill(candidates: _Candidates, k: int) -> Mask:
-    """All candidates, and the lowest coordinates of those at the floor up to k."""
+    """All candidates, filled up to k with the lowest coordinates at the floor."""
     left = k - candidates.total
     counts: dict[str, int] = {}
     for name, part in candidates.parts.items():

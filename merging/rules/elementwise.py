@@ -1,10 +1,10 @@
-"""Merge methods that look at each coordinate by itself: one rule, streamed over all weights.
+"""Elementwise merge methods: one rule for each coordinate, streamed over all weights.
 
-A rule is given the members' task vectors on a range of a tensor and returns the merged one, of
-their type; it may be one of them, written to. The merged weight is base plus that, computed in
-the working type and rounded once; where the merged task vector is 0 the base's bits stay. Members
-are ordered by the UTF-8 bytes of their task. The result is the same on every machine, for nothing
-depends on how a tensor is cut.
+A rule receives the members' task vectors on a range of a tensor and returns the merged task vector
+in their type; it may overwrite one of them and return it. The merged weight is the base plus that,
+computed in the working type and rounded once. Where the merged task vector is 0, the base's bits
+stay. Members are ordered by the UTF-8 bytes of their task. The result does not depend on the
+ranges, so it is the same on every machine.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -22,7 +22,7 @@ from restitch.merging.numerics.bitwise import as_integers
 from restitch.merging.numerics.rounding import cast_into, round_once
 from restitch.merging.order import by_bytes
 from restitch.merging.ranking.kept_vector import BLOCK, KeptVector, working_dtype
-from restitch.merging.rules.stitch import DeltaMember, check_fit
+from restitch.merging.rules.stitch import DeltaMember, ordered_members
 
 Floats = NDArray[Any]
 
@@ -34,8 +34,8 @@ class Range:
     Attributes:
         name: the tensor.
         start: the first coordinate.
-        vectors: the task vectors there, of the members that have the tensor, each with the
-            member's number. They may be written to.
+        vectors: the task vectors there of the members that have the tensor, each with its member
+            number. A rule may overwrite them.
     """
 
     name: str
@@ -43,7 +43,7 @@ class Range:
     vectors: Sequence[tuple[int, Floats]]
 
 
-# What the papers try where a coefficient is tuned.
+# The coefficients that the papers try when they tune one.
 COEFFICIENTS = tuple(n / 10 for n in range(1, 11))
 
 Rule = Callable[[Range], Floats]
@@ -55,12 +55,7 @@ def kept_vectors(base: Checkpoint, members: Iterable[DeltaMember]) -> tuple[Kept
     Raises:
         BadInput: a delta does not fit the base.
     """
-    ordered = sorted(members, key=lambda member: by_bytes(member.task))
-    if len({member.task for member in ordered}) != len(ordered):
-        raise ValueError("a task is there twice")
-    for member in ordered:
-        check_fit(base, member)
-    return tuple(KeptVector(base, member.delta) for member in ordered)
+    return tuple(KeptVector(base, member.delta) for member in ordered_members(base, members))
 
 
 class Elementwise:
@@ -69,7 +64,7 @@ class Elementwise:
     Args:
         base: the base's checkpoint.
         vectors: the members' task vectors, in order.
-        rule: what they give together.
+        rule: merges them on a range.
     """
 
     def __init__(self, base: Checkpoint, vectors: Sequence[KeptVector], rule: Rule) -> None:
@@ -83,7 +78,7 @@ class Elementwise:
         self.editor(name)(flat)
 
     def editor(self, name: str) -> Callable[[Tensor], None]:
-        """A function that edits the parts of a tensor, given one after the other."""
+        """A function that edits the parts of a tensor in order."""
         readers = [(i, v.reader(name)) for i, v in enumerate(self._vectors) if name in v]
         start, room = 0, torch.empty(0)
 
@@ -99,7 +94,7 @@ class Elementwise:
                 change = self._rule(Range(name, start, taken))
                 np.add(before, change, out=before, casting="no")
                 after = round_once(room[: piece.numel()], piece.dtype)
-                # Where nothing changes, zeros keep their sign.
+                # Where nothing changes, zeros must keep their sign.
                 _replace(as_integers(piece), as_integers(after), change != 0)
                 start += piece.numel()
 
@@ -107,51 +102,51 @@ class Elementwise:
 
 
 def _replace(bits: NDArray[Any], by: NDArray[Any], where: NDArray[np.bool_]) -> None:
-    """`np.copyto` without a branch for each element, on bits; `by` is written to."""
+    """`np.copyto` on bits, without a branch for each element; overwrites `by`."""
     by ^= bits
     by &= all_bits(where, bits.dtype)
     bits ^= by
 
 
 def all_bits(mask: NDArray[np.bool_], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Integers with all bits set where the mask is, and none elsewhere."""
+    """Integers with all bits set where the mask is true, and 0 elsewhere."""
     narrow = mask.view(np.int8)
     return np.negative(narrow).astype(dtype)
 
 
 def sum_vectors(vectors: Sequence[tuple[int, Floats]], *, reuse: bool = False) -> Floats:
-    """The sum of members' task vectors, member after member.
+    """The sum of members' task vectors, in the order of the members.
 
     Args:
-        vectors: each with its member's number.
-        reuse: the first may be overwritten by the sum.
+        vectors: the task vectors, each with its member number.
+        reuse: overwrite the first with the sum.
     """
     return sum_arrays([vector for _, vector in vectors], reuse=reuse)
 
 
 def sum_arrays(arrays: Sequence[Floats], *, reuse: bool = False) -> Floats:
-    """The sum of arrays, one after the other; with `reuse` the first becomes it."""
-    found = arrays[0] if reuse else arrays[0].copy()
+    """The sum of arrays, in order; `reuse` overwrites the first with the sum."""
+    result = arrays[0] if reuse else arrays[0].copy()
     for array in arrays[1:]:
-        found += array
-    return found
+        result += array
+    return result
 
 
 def scale_in_place(vector: Floats, alpha: float) -> Floats:
-    """A vector that becomes `alpha` times itself."""
+    """Multiply a vector by `alpha` in place, and return it."""
     vector *= alpha
     return vector
 
 
 def check_range(name: str, value: float, low: float, high: float) -> float:
-    """A setting that has to lie in a range.
+    """The value of a setting.
 
     Raises:
-        BadInput: it does not.
+        BadInput: the value is not in the range from `low` to `high`.
     """
     if not low <= value <= high:
         raise BadInput(
-            f"the setting {name} cannot be used",
+            f"the setting {name} is out of range",
             expected=f"a number from {low} to {high}",
             found=value,
             hint=f"correct method: settings: {name}",

@@ -1,9 +1,9 @@
-"""What becomes of a coordinate that several members keep: the rules, on plain arrays.
+"""Rules for shared coordinates, which several members keep, on plain arrays.
 
-A rule sees the base's weights at some shared coordinates and, member by member in their order,
-how far each owner is from them; it returns the merged weights. All is float64 and elementwise,
-so a weight does not depend on what else is settled with it, nor on how a tensor is cut.
-`mean` (the paper's) needs no base and is done where models are stitched.
+A rule receives the base's weights at some shared coordinates and, in the order of the members, the
+deviation of each owner; it returns the merged weights. Everything is float64 and elementwise, so a
+merged weight does not depend on the other coordinates or on the ranges of a tensor. The paper's
+rule `mean` needs no base and is part of `stitch`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,13 +21,13 @@ MEAN = "mean"
 
 @dataclass(frozen=True)
 class Owner:
-    """What one member wants at the shared coordinates that it keeps.
+    """One member's values at the shared coordinates that it keeps.
 
     Attributes:
-        places: which of the shared coordinates, each once.
+        places: the indices of the shared coordinates that it keeps, each once.
         deviations: the finetuned value minus the base's, one per place.
-        weights: what the member's wish is worth there, all positive; None where it is not known,
-            and then it is worth what those of the other counts are on average.
+        weights: the positive importance of each to the member; None if it is unknown, and then
+            the average of the other owners counts.
     """
 
     places: NDArray[np.int64]
@@ -39,28 +39,28 @@ Rule = Callable[[Floats, Sequence[Owner]], Floats]
 
 
 def sum_of_owners(before: Floats, owners: Sequence[Owner]) -> Floats:
-    """The base and all deviations: task arithmetic with coefficient 1, where members meet."""
+    """The base plus all deviations: task arithmetic with coefficient 1."""
     return before + _totals(len(before), owners)
 
 
 def weighted_mean(before: Floats, owners: Sequence[Owner]) -> Floats:
-    """The mean of the counts by their weights."""
+    """The weighted mean of the owners."""
     return before + _weighted(len(before), owners)
 
 
 def owner_growth(growth: float) -> Rule:
-    """The weighted mean of the deviations, times the number of counts to the power `growth`.
+    """The weighted mean of the deviations, times the number of owners to the power `growth`.
 
     With 0 it is the weighted mean; with 1 and equal weights it is the sum.
 
     Args:
-        growth: a multiple of a quarter from 0 to 1, since roots of roots are rounded alike on
-            every machine, and other powers are not.
+        growth: a multiple of a quarter from 0 to 1, because square roots are rounded in the same
+            way on every machine and other powers are not.
     """
     quarters = round(4 * growth)
     if not 0 <= quarters <= 4 or quarters != 4 * growth:
         raise BadInput(
-            "the growth on shared coordinates cannot be used",
+            "the setting growth is not valid",
             expected="0, 0.25, 0.5, 0.75 or 1",
             found=growth,
             hint="correct method: settings: growth",
@@ -81,7 +81,7 @@ def owner_growth(growth: float) -> Rule:
 
 
 def elect_sign(before: Floats, owners: Sequence[Owner]) -> Floats:
-    """TIES: the sign of the sum is elect_sign, and the counts that agree with it have their mean."""
+    """TIES: elect the sign of the sum, and average the owners that agree with it."""
     sign = np.sign(_totals(len(before), owners))
     agreeing, count = np.zeros(len(before)), np.zeros(len(before))
     for owner in owners:
@@ -89,7 +89,7 @@ def elect_sign(before: Floats, owners: Sequence[Owner]) -> Floats:
         places = owner.places[agrees]
         agreeing[places] += owner.deviations[agrees]
         count[places] += 1
-    # Nobody agrees where the sum is zero and no owner stayed at the base: it stays there.
+    # If the sum is 0 and no deviation is 0, no owner agrees and the base stays.
     return before + agreeing / np.maximum(count, 1)
 
 

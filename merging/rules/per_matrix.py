@@ -1,10 +1,10 @@
-"""Merge methods that look at each weight matrix as a whole: singular vectors, or a small problem.
+"""Merge methods that work on whole weight matrices, with an SVD or a small optimization problem.
 
-A rule is given the members' task vectors of one matrix and returns the merged one; tensors of
-other shapes get the mean, unless the method says otherwise. Computed in float32, rounded once;
-where the merged task vector is 0 the base's bits stay. Decompositions and optimizer steps differ
-in their last bits between machines: such a method is `numeric`, and may compute where that is
-fast (`computing_on`). One matrix of each member is in memory at a time.
+A rule receives the members' task vectors of one matrix and returns the merged one. Tensors of other
+shapes get the mean, unless the method has another rule for them. Computed in float32 and rounded
+once; where the merged task vector is 0, the base's bits stay. Decompositions and optimizer steps
+differ in their last bits between machines, so such a method is `numeric` and may compute on a GPU
+(`computing_on`). Memory holds one matrix of each member at a time.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,8 +30,7 @@ class Matrix:
 
     Attributes:
         name: the tensor.
-        changes: one behind the other: members x rows x columns, float32, on the device to
-            compute on.
+        changes: members x rows x columns, float32, on the device for the computation.
         members: the numbers of the members that have the tensor, in the order of their tasks.
     """
 
@@ -47,7 +46,7 @@ _device: ContextVar[torch.device | None] = ContextVar("device", default=None)
 
 @contextmanager
 def computing_on(device: torch.device) -> Iterator[None]:
-    """What methods make of matrices, if they are called in this block, is computed there."""
+    """Let methods that are called in this block compute their matrices on `device`."""
     before = _device.set(device)
     try:
         yield
@@ -61,8 +60,8 @@ class PerMatrix:
     Args:
         base: the base's checkpoint.
         members: the members, each with its whole task vector.
-        rule: what the task vectors of a matrix give together.
-        otherwise: what those of a tensor that is no matrix give; by default their mean.
+        rule: merges the task vectors of a matrix.
+        otherwise: merges those of a tensor that is not a matrix; by default the mean.
     """
 
     def __init__(
@@ -80,9 +79,9 @@ class PerMatrix:
 
     def apply(self, name: str, flat: Tensor) -> None:
         """Overwrite weights in a flat copy of the base's tensor."""
-        there = tuple(i for i, vector in enumerate(self._vectors) if name in vector)
-        changes = torch.stack([self._vectors[i].difference(name).float() for i in there])
-        matrix = Matrix(name, changes.to(self._device), there)
+        members = tuple(i for i, vector in enumerate(self._vectors) if name in vector)
+        changes = torch.stack([self._vectors[i].difference(name).float() for i in members])
+        matrix = Matrix(name, changes.to(self._device), members)
         is_matrix = changes.dim() == 3 and min(changes.shape[1:]) > 1
         moved = (self._rule if is_matrix else self._otherwise)(matrix).cpu().reshape(-1)
         after = cast(flat, torch.float64) + moved.double()
@@ -97,12 +96,12 @@ class PerMatrix:
 
 
 def nearest_orthogonal(factors: Tensor) -> Tensor:
-    """The matrix with orthonormal columns (or rows) that is nearest: P R^T of its SVD P Q R^T."""
+    """The nearest matrix with orthonormal columns (or rows): P R^T of the SVD P Q R^T."""
     left, _, right = svd(factors)
     return left @ right
 
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Left vectors as columns, singular values from the largest, right vectors as rows."""
+    """Left vectors as columns, singular values in falling order, right vectors as rows."""
     left, values, right = torch.linalg.svd(matrix, full_matrices=False)
     return left, values, right

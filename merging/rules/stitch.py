@@ -1,11 +1,11 @@
-"""Stitching: one model out of the base and the members' sparse deltas.
+"""Stitching: one merged model from the base and the members' sparse deltas.
 
-Deltas hold finetuned values, so stitching needs no arithmetic where a coordinate has one
-owner: the merged weight is the finetuned one, cast once to the base's type (bit for bit
-the same where the types are equal). On a shared coordinate it is by default the mean over
-the owners: summed in float64 in the order of the members, rounded once; the other rules
-are in `restitch.merging.rules.overlaps`. Members are ordered by the UTF-8 bytes of their task, so the
-order of registration cannot matter. Nothing is computed before a tensor is asked for.
+Deltas hold finetuned values, so a coordinate with one owner needs no arithmetic: the merged
+weight is the finetuned one, cast once to the base's type (bit for bit the same if the types
+are equal). On a shared coordinate it is by default the mean over the owners, summed in
+float64 in the order of the members and rounded once; the other rules are in `overlaps`.
+Members are ordered by the UTF-8 bytes of their task, so the order of registration does not
+matter. Tensors are computed on demand.
 """
 
 import threading
@@ -44,7 +44,7 @@ class DeltaMember:
     Attributes:
         task: its task.
         delta: its sparse delta.
-        statistics: what a method that needs more knows of it, by `Method.needs`.
+        statistics: the statistics that the method needs in addition, by `Method.needs`.
     """
 
     task: str
@@ -53,26 +53,22 @@ class DeltaMember:
 
 
 def stitch(base: Checkpoint, members: Iterable[DeltaMember], overlap: str | Rule = MEAN) -> Edits:
-    """The edits that make the merged model out of the base.
+    """The edits that turn the base into the merged model.
 
     Args:
         base: the base's checkpoint.
         members: the members in any order, each task once.
-        overlap: what becomes of shared coordinates: one of `OVERLAPS`, of which `mean` is the
-            paper's, or a rule of a method's own.
+        overlap: the rule for shared coordinates: one of `OVERLAPS`, of which `mean` is the
+            paper's, or a method's own rule.
     """
-    ordered = sorted(members, key=lambda member: by_bytes(member.task))
     if isinstance(overlap, str) and overlap not in OVERLAPS:
         raise BadInput(
             "the rule for shared coordinates is unknown",
             expected=" or ".join(OVERLAPS),
             found=overlap,
-            hint="correct method: overlap",
+            hint="correct method: settings: overlap",
         )
-    if len({member.task for member in ordered}) != len(ordered):
-        raise ValueError("a task is there twice")
-    for member in ordered:
-        check_fit(base, member)
+    ordered = ordered_members(base, members)
     rule = RULES.get(overlap) if isinstance(overlap, str) else overlap
     return _Stitched(ordered, rule) if ordered else NoEdits()
 
@@ -86,31 +82,39 @@ def write_patch(
 ) -> SparseInfo:
     """Write the coordinates whose bytes differ from the base's, with their new values.
 
-    The patch is a function of the base and the merged model alone, however the edits
-    came about.
+    The patch is a function of the base and the merged model alone.
     """
     return write_sparse(
         path, differences(base, edits, progress or ignore), kind="patch", metadata=metadata
     )
 
 
-def check_fit(base: Checkpoint, member: DeltaMember) -> None:
-    """Make sure that a member's delta is one for this base.
+def ordered_members(base: Checkpoint, members: Iterable[DeltaMember]) -> list[DeltaMember]:
+    """The members in the order of their tasks.
 
     Raises:
-        BadInput: it has other tensors, or is no delta.
+        BadInput: a delta does not fit the base.
     """
+    ordered = sorted(members, key=lambda member: by_bytes(member.task))
+    if len({member.task for member in ordered}) != len(ordered):
+        raise ValueError("two members have the same task")
+    for member in ordered:
+        _check_fit(base, member)
+    return ordered
+
+
+def _check_fit(base: Checkpoint, member: DeltaMember) -> None:
     wrong = []
     for name in member.delta.names:
-        found = list(member.delta.info(name).shape)
+        shape = list(member.delta.info(name).shape)
         if name not in base:
             wrong.append(f"{name}: not in the base")
-        elif list(base.info(name).shape) != found:
-            wrong.append(f"{name}: base {list(base.info(name).shape)}, delta {found}")
+        elif list(base.info(name).shape) != shape:
+            wrong.append(f"{name}: base {list(base.info(name).shape)}, delta {shape}")
     if wrong or member.delta.kind != "delta":
         raise BadInput(
             f"the delta of {member.task!r} does not fit the base {base.path}",
-            expected="a delta with tensors of the base",
+            expected="a delta with only tensors of the base, in the same shapes",
             found=f"a {member.delta.kind} ({member.delta.path})",
             hint="localize the member again on this base",
             details=wrong,
@@ -118,7 +122,7 @@ def check_fit(base: Checkpoint, member: DeltaMember) -> None:
 
 
 class _Stitched:
-    """Edits by members in order; without a rule by the mean. See `stitch`."""
+    """The edits of `stitch`: members in order, and a rule or None for the mean."""
 
     def __init__(self, members: Sequence[DeltaMember], rule: Rule | None) -> None:
         self._members = tuple(members)
@@ -132,7 +136,7 @@ class _Stitched:
         self.editor(name)(flat)
 
     def editor(self, name: str) -> Callable[[Tensor], None]:
-        """A function that edits the parts of a tensor, given one after the other."""
+        """A function that edits the parts of a tensor in order."""
         deltas = [member.delta for member in self._members if name in member.delta]
         if len(deltas) == 1:
             return deltas[0].editor(name)
@@ -150,9 +154,8 @@ class _Stitched:
                 if self._rule is None:
                     block.average(piece, taken)
                 else:
-                    block.settle(
-                        piece, taken, self._rule, [one.after(start) for one in importances]
-                    )
+                    here = [one.after(start) for one in importances]
+                    block.apply_rule(piece, taken, self._rule, here)
                 start += piece.numel()
 
         return edit
@@ -160,15 +163,15 @@ class _Stitched:
 
 @dataclass(frozen=True)
 class _Importance:
-    """What the coordinates of a tensor are importances to a member, counted from `start`."""
+    """The importance of a tensor's coordinates to a member, counted from `start`."""
 
     factors: tuple[Floats, Floats] | None
     start: int = 0
 
     @classmethod
     def of(cls, delta: SparseFile, name: str) -> "_Importance":
-        found = delta.factors(name)
-        return cls(None if found is None else (_wide(found[0]), _wide(found[1])))
+        factors = delta.factors(name)
+        return cls(None if factors is None else (_wide(factors[0]), _wide(factors[1])))
 
     def after(self, start: int) -> "_Importance":
         return _Importance(self.factors, start)
@@ -178,17 +181,17 @@ class _Importance:
             return None
         rows, columns = self.factors
         row, column = np.divmod(coordinates + self.start, len(columns))
-        found: Floats = rows[row] * columns[column]
-        return found
+        importance: Floats = rows[row] * columns[column]
+        return importance
 
 
 def _wide(factors: Tensor) -> Floats:
-    found: Floats = cast(factors, torch.float64).numpy()
-    return found
+    wide: Floats = cast(factors, torch.float64).numpy()
+    return wide
 
 
 class _Block:
-    """Stitches ranges of at most `_BLOCK` weights, for which a core's cache is large enough."""
+    """Stitches ranges of at most `_BLOCK` weights, which fit a core's cache."""
 
     def __init__(self, members: int) -> None:
         self._ones = torch.ones(_BLOCK, dtype=torch.uint8 if members < 256 else torch.int16)
@@ -196,7 +199,7 @@ class _Block:
         self._totals = torch.zeros(_BLOCK, dtype=torch.float64)
 
     def average(self, flat: Tensor, members: Sequence[Sequence[Piece]]) -> None:
-        """The mean where there are several owners; no base is needed."""
+        """Overwrite owned weights, with the mean on shared coordinates."""
         pieces = [piece for taken in members for piece in taken]
         owners, shared = self._shared(flat.numel(), pieces)
         for coordinates, values in pieces:
@@ -206,42 +209,42 @@ class _Block:
         totals = self._totals[: flat.numel()]
         totals.numpy()[shared] = 0
         for coordinates, values in pieces:
-            # Everywhere, for that is faster than picking; only shared places are read.
+            # Add everywhere, which is faster than a selection; only shared places are read.
             index = torch.from_numpy(coordinates)
             totals.scatter_add_(0, index, cast(values, torch.float64))
         means = totals.numpy()[shared] / owners[shared]
         scatter(flat, shared, torch.from_numpy(means))
 
-    def settle(
+    def apply_rule(
         self,
         flat: Tensor,
         members: Sequence[Sequence[Piece]],
         rule: Rule,
         importances: Sequence["_Importance"],
     ) -> None:
-        """What the rule says where there are several owners; `flat` holds the base's weights."""
+        """Overwrite owned weights of the base in `flat`, by the rule on shared coordinates."""
         owners, shared = self._shared(flat.numel(), [p for taken in members for p in taken])
         before = cast(gather(flat, shared), torch.float64).numpy()
         column = np.empty(flat.numel() if len(shared) else 0, dtype=np.int64)
         column[shared] = np.arange(len(shared))
-        claimants = []
-        for taken, own in zip(members, importances, strict=True):
+        claims = []
+        for taken, importance in zip(members, importances, strict=True):
             for coordinates, values in taken:
                 scatter(flat, coordinates, values)
                 chosen = owners[coordinates] > 1
-                asked = coordinates[chosen]
-                places = column[asked]
-                wanted = cast(gather(values, np.flatnonzero(chosen)), torch.float64).numpy()
-                claimants.append(Owner(places, wanted - before[places], own[asked]))
+                own = coordinates[chosen]
+                places = column[own]
+                after = cast(gather(values, np.flatnonzero(chosen)), torch.float64).numpy()
+                claims.append(Owner(places, after - before[places], importance[own]))
         if len(shared):
-            scatter(flat, shared, torch.from_numpy(rule(before, claimants)))
+            scatter(flat, shared, torch.from_numpy(rule(before, claims)))
 
     def _shared(
         self, size: int, pieces: Sequence[Piece]
     ) -> tuple[NDArray[np.integer[Any]], NDArray[np.int64]]:
-        """How many owners each weight has, and where there are several."""
+        """The number of owners of each weight, and the coordinates with several."""
         owners = self._owners[:size]
-        owners.numpy().fill(0)  # in this thread; torch would start others for it
+        owners.numpy().fill(0)  # in this thread; torch would start others
         for coordinates, _ in pieces:
             index = torch.from_numpy(coordinates)
             owners.scatter_add_(0, index, self._ones[: len(coordinates)])
@@ -249,7 +252,7 @@ class _Block:
 
 
 def differences(base: Checkpoint, edits: Edits, progress: Progress) -> Iterator[SparseTensor]:
-    """Where the bytes of edited tensors differ from the base's, tensor by tensor."""
+    """The weights of edited tensors whose bytes differ from the base's, tensor by tensor."""
     total, done = sum(base.info(name).nbytes for name in edits.names), 0
     for name in edits.names:
         before = base.tensor(name).view(-1)
@@ -257,11 +260,11 @@ def differences(base: Checkpoint, edits: Edits, progress: Progress) -> Iterator[
         new = old.copy()
         after = torch.from_numpy(new).view(before.dtype)
         edits.apply(name, after)
-        found = [
+        changed = [
             true_positions(old[start : start + _BLOCK] != new[start : start + _BLOCK]) + start
             for start in range(0, len(old), _BLOCK)
         ]
-        coordinates = np.concatenate([_NOWHERE, *found])
+        coordinates = np.concatenate([_NOWHERE, *changed])
         yield SparseTensor(
             name, base.info(name).shape, torch.from_numpy(coordinates), gather(after, coordinates)
         )

@@ -1,8 +1,8 @@
-"""TIES (Yadav et al., NeurIPS 2023): trim, elect a sign per coordinate, merge what agrees.
+"""TIES (Yadav et al., NeurIPS 2023): trim, elect a sign per coordinate, disjoint merge.
 
-Each task vector keeps its largest weights; a coordinate's sign is that of the sum of what is
-kept there; those that agree with it are averaged, or summed where Consensus asks for it
-(Wang et al., ICML 2024). A sum of 0 elects nothing, and the base stays.
+Each task vector keeps its largest entries. The elected sign of a coordinate is that of the sum of
+the kept entries, and the entries with that sign are averaged, or summed for Consensus (Wang et
+al., ICML 2024). If the sum is 0, the base stays.
 """
 
 from collections.abc import Sequence
@@ -21,11 +21,11 @@ TRIMS = ("model", "tensor")
 
 
 class Trim:
-    """Which weights of each task vector are kept; found when they are first asked for.
+    """Sets the small entries of task vectors to 0.
 
     Args:
         vectors: the members' task vectors.
-        density: the share that is kept of each.
+        density: the share of each that is kept.
         over: `model` ranks all weights together, as the paper does; `tensor` each tensor alone.
     """
 
@@ -40,7 +40,7 @@ class Trim:
         self._vectors = vectors
         self._density = density
         self._over = over
-        kept_count(density, 0)  # refuses what is no share
+        kept_count(density, 0)  # checks the density
         self._whole = cache(self._of_model)
         self._single = cache(self._of_tensor)
         if over == "model":
@@ -48,7 +48,7 @@ class Trim:
                 self._whole(number)
 
     def apply(self, part: Range) -> list[tuple[int, Floats]]:
-        """The task vectors of a range with 0 where they are not kept."""
+        """The trimmed task vectors of a range."""
         for number, vector in part.vectors:
             cut = self._whole(number) if self._over == "model" else self._single(number, part.name)
             cut.trim(part.name, part.start, vector)
@@ -58,14 +58,14 @@ class Trim:
         return self._cut(self._vectors[number])
 
     def _of_tensor(self, number: int, name: str) -> Cut:
-        return self._cut(_One(self._vectors[number], name))
+        return self._cut(_TensorScores(self._vectors[number], name))
 
     def _cut(self, scores: Scores) -> Cut:
         coordinates = sum(scores.numel(name) for name in scores.names)
         return kth_largest(scores, kept_count(self._density, coordinates))
 
 
-class _One:
+class _TensorScores:
     """The scores of one tensor of a task vector."""
 
     floor = 0.0
@@ -82,13 +82,13 @@ def disjoint_merge(vectors: Sequence[tuple[int, Floats]], *, mean: bool) -> Floa
     """The mean, or the sum, of the task vectors that agree with the elected sign.
 
     Args:
-        vectors: trimmed, each with its member's number; they are written to.
-        mean: average those that agree.
+        vectors: the trimmed task vectors, each with its member number; they are overwritten.
+        mean: average instead of sum.
     """
     sums = sum_vectors(vectors)
     integers = np.dtype(f"i{sums.itemsize}")
     decided = all_bits(np.absolute(sums) > 0, integers)
-    # Negated where the sum is negative, all that agree are positive.
+    # After negation where the sum is negative, all that agree are positive.
     signs = sums.view(integers)
     signs &= np.iinfo(integers).min
     turned = []
@@ -99,11 +99,11 @@ def disjoint_merge(vectors: Sequence[tuple[int, Floats]], *, mean: bool) -> Floa
         np.maximum(vector, 0, out=vector)
         owners += (vector > 0).view(np.uint8)
         turned.append(vector)
-    found = sum_arrays(turned, reuse=True)
+    merged = sum_arrays(turned, reuse=True)
     if mean:
         np.maximum(owners, 1, out=owners)
-        found /= owners.astype(found.dtype)
-    bits = found.view(integers)
+        merged /= owners.astype(merged.dtype)
+    bits = merged.view(integers)
     bits ^= signs
     bits &= decided
-    return found
+    return merged

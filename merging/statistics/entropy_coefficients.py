@@ -1,10 +1,10 @@
-"""One coefficient per task and tensor, learned so that the merged model is sure of its answers.
+"""One coefficient per task and tensor, learned by minimizing the entropy of the predictions.
 
-AdaMerging, layer-wise (Yang et al., ICLR 2024): W_l = W0_l + sum_t lambda_tl * tau_tl, and the
+Layer-wise AdaMerging (Yang et al., ICLR 2024): W_l = W0_l + sum_t lambda_tl * tau_tl, where the
 lambdas minimize the sum over tasks of the mean entropy of the merged model's predictions on
-unlabelled rows, by Adam. They are kept between 0 and 1 as in the authors' code. Gradients of
-weights are taken through the live model and projected on the task vectors, which lie beside it in
-float32: one model's size for each task.
+unlabelled rows, by Adam. They are clamped to 0 to 1 as in the authors' code. Gradients of the
+weights are computed through the live model and projected on the task vectors. Memory holds the
+task vectors in float32: one model's size for each task.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,14 +30,14 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class CoefficientSettings:
-    """How coefficients are learned.
+    """The settings of learning.
 
     Attributes:
-        steps: of Adam; each sees one batch of every task.
-        learning_rate: of Adam.
-        start: what all coefficients are at first.
-        batch: rows of a batch.
-        seed: the order of rows.
+        steps: the number of steps of Adam; each uses one batch of every task.
+        learning_rate: the learning rate of Adam.
+        start: the initial value of all coefficients.
+        batch: rows per batch.
+        seed: the seed of the order of the rows.
     """
 
     steps: int
@@ -47,7 +47,7 @@ class CoefficientSettings:
     seed: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that determines the coefficients beside weights and rows."""
+        """Everything except weights and rows that determines the coefficients."""
         return asdict(self)
 
 
@@ -61,23 +61,23 @@ def learn_coefficients(
     *,
     progress: Progress = ignore,
 ) -> dict[str, Tensor]:
-    """The coefficients of each tensor: float64, in the order of the vectors.
+    """Learn the coefficients of each tensor: float64, in the order of the vectors.
 
     Args:
-        parameters: the live tensors of the loaded base; their weights are altered, and are the
-            caller's to restore.
+        parameters: the live tensors of the loaded base; their weights are overwritten, and the
+            caller restores them.
         base: the base's checkpoint.
         vectors: the task vectors.
-        rows: how many rows each task has.
-        logits: the scores at the live weights for some rows of a task, by its number and theirs.
-        settings: how.
-        progress: called with the steps done and the steps in all.
+        rows: the number of rows of each task.
+        logits: the scores at the live weights, by task number and row indices.
+        settings: the settings of learning.
+        progress: called with the steps done and the total.
 
     Raises:
-        BadInput: a task has no rows, or what is learned is not finite.
+        BadInput: a task has no rows, or a coefficient is not finite.
     """
     if min(rows, default=0) < 1:
-        raise BadInput("there are no rows to learn coefficients on", expected="some of every task")
+        raise BadInput("there are no rows to learn coefficients on", expected="rows of every task")
     names = sorted({name for vector in vectors for name in vector.names}, key=by_bytes)
     where = {name: parameters[name].device for name in names}
     befores = {name: base.tensor(name).float().to(where[name]) for name in names}
@@ -100,19 +100,19 @@ def learn_coefficients(
             adam.step()
             progress(step + 1, settings.steps)
     chosen = raw.detach().clamp(0, 1)
-    found = {name: chosen[place] for place, name in enumerate(names)}
-    check_finite(COEFFICIENTS, found)
-    return found
+    coefficients = {name: chosen[place] for place, name in enumerate(names)}
+    check_finite(COEFFICIENTS, coefficients)
+    return coefficients
 
 
 def entropy(scores: Tensor) -> Tensor:
-    """The mean entropy of the predictions that scores give, in nats."""
+    """The mean entropy of the predictions for some scores, in nats."""
     shares = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(1)
     return -(shares.exp() * shares).sum(1).mean()
 
 
 class _Stream:
-    """Batches of one task's rows, in an order that is drawn anew in each pass."""
+    """Batches of one task's rows, in a new random order in each pass."""
 
     def __init__(self, rows: int, settings: CoefficientSettings, number: int) -> None:
         self._rows = rows
@@ -128,12 +128,12 @@ class _Stream:
 
 
 def _stack(base: Checkpoint, vectors: Sequence[KeptVector], name: str) -> Tensor:
-    """The task vectors of a tensor, flat, one behind the other; 0 where a member has none."""
-    found = torch.zeros((len(vectors), base.info(name).numel))
-    for row, vector in zip(found, vectors, strict=True):
+    """The flat task vectors of a tensor as rows; 0 if a member does not have the tensor."""
+    stack = torch.zeros((len(vectors), base.info(name).numel))
+    for row, vector in zip(stack, vectors, strict=True):
         if name in vector:
             row.copy_(vector.difference(name).reshape(-1))
-    return found
+    return stack
 
 
 def _set_weights(

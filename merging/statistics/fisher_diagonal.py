@@ -1,9 +1,9 @@
 """The diagonal of the Fisher matrix of a model: how much its predictions depend on each weight.
 
-F = mean over rows x of the squared gradient of log p(y|x), y drawn from the model itself, so that
-no labels are needed (Matena and Raffel, NeurIPS 2022). Rows are taken one by one: the square of a
-sum of gradients is something else. Summed in float32 beside the live model, kept as bfloat16: its
-range is that of float32, and eight bits say more than a few hundred rows can.
+F = mean over rows x of the squared gradient of log p(y|x), with y sampled from the model itself,
+so no labels are needed (Matena and Raffel, NeurIPS 2022). Rows are processed one by one, because
+gradients must be squared before they are summed. Summed in float32 and stored as bfloat16: it has
+the range of float32, and a few hundred rows do not give more than eight bits of precision.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -35,16 +35,16 @@ def measure_fisher(
     seed: int = 0,
     progress: Progress = ignore,
 ) -> dict[str, Tensor]:
-    """The diagonal over some tensors, by name and in their shapes.
+    """Measure the diagonal over some tensors, by name and in their shapes.
 
     Args:
-        parameters: the live tensors of a model that holds the weights to look at.
-        names: those to measure.
-        rows: how many rows there are; at most `MOST_ROWS` of them are taken.
+        parameters: the live tensors of a model with the weights to measure.
+        names: the tensors to measure.
+        rows: the number of rows; at most `MOST_ROWS` of them are used.
         batch: makes the batch of some rows, by their indices.
         logits: the scores of the classes, [rows, classes].
-        seed: which rows are taken, and the classes that are drawn.
-        progress: called with the rows done and the rows in all.
+        seed: the seed of the choice of rows and of the sampled classes.
+        progress: called with the rows done and the total.
 
     Raises:
         BadInput: there are no rows, or a gradient is not finite.
@@ -60,15 +60,15 @@ def measure_fisher(
     with requiring_gradients(parameters, names):
         hooks = []
         for name in names:
-            live: Any = parameters[name]  # whose method has no types
+            live: Any = parameters[name]  # the method below has no type annotations
             add_squares = partial(_add_squares, sums[name])
             hooks.append(live.register_post_accumulate_grad_hook(add_squares))
         try:
             for done, row in enumerate(order, 1):
                 with torch.enable_grad():
-                    found = logits(batch([row]))
-                    target = sample_classes(found.detach(), generator)
-                    torch.autograd.backward(F.cross_entropy(found, target, reduction="sum"))
+                    scores = logits(batch([row]))
+                    target = sample_classes(scores.detach(), generator)
+                    torch.autograd.backward(F.cross_entropy(scores, target, reduction="sum"))
                 progress(done, len(order))
         finally:
             for hook in hooks:

@@ -1,8 +1,8 @@
-"""Gram matrices of what goes into the linear layers of a model (Jin et al., ICLR 2023).
+"""Gram matrices of the inputs of a model's linear layers (Jin et al., ICLR 2023).
 
 G = mean of x^T x over the inputs x of a layer: every position of every row. Rows go through the
-model one by one, so that none is padded. Summed in float32 beside the live model, kept as float32:
-a matrix is symmetric, so only its rows from the diagonal on are.
+model one by one, so that none is padded. Summed and stored in float32. A Gram matrix is symmetric,
+so only its upper triangle is stored.
 """
 
 from collections.abc import Callable, Mapping
@@ -27,19 +27,19 @@ def measure_grams(
     *,
     progress: Progress = ignore,
 ) -> dict[str, Tensor]:
-    """The Gram matrices of layers, packed; see `unpacked`.
+    """Measure the Gram matrices of layers, in the packed form of `packed`.
 
     Args:
-        layers: by the name of their weight.
-        rows: how many rows there are; at most the first `MOST_ROWS` are taken.
+        layers: the layers by the name of their weight.
+        rows: the number of rows; at most the first `MOST_ROWS` are used.
         forward: sends a row through the model, by its index.
-        progress: called with the rows done and the rows in all.
+        progress: called with the rows done and the total.
 
     Raises:
         BadInput: there are no rows, or an input is not finite.
     """
     if rows < 1:
-        raise BadInput("there are no rows to take Gram matrices of", expected="at least one row")
+        raise BadInput("there are no rows to measure Gram matrices on", expected="at least one row")
     sums: dict[str, tuple[Tensor, int]] = {}
     hooks = [
         layer.register_forward_pre_hook(partial(_add, sums, name)) for name, layer in layers.items()
@@ -53,21 +53,21 @@ def measure_grams(
     finally:
         for hook in hooks:
             hook.remove()
-    found = {name: (total / inputs).cpu() for name, (total, inputs) in sums.items()}
-    check_finite(GRAM, found)
-    return {name: packed(gram) for name, gram in found.items()}
+    grams = {name: (total / inputs).cpu() for name, (total, inputs) in sums.items()}
+    check_finite(GRAM, grams)
+    return {name: packed(gram) for name, gram in grams.items()}
 
 
 def packed(gram: Tensor) -> Tensor:
-    """The rows of a symmetric matrix from the diagonal on, one behind the other."""
+    """The upper triangle of a symmetric matrix, row by row."""
     return torch.cat([gram[row, row:] for row in range(len(gram))])
 
 
 def unpacked(values: Tensor, size: int) -> Tensor:
-    """The symmetric matrix of which `packed` was kept, in float64.
+    """The symmetric matrix of its packed form, in float64.
 
     Raises:
-        BadInput: it has another size.
+        BadInput: the values do not fit a matrix of this size.
     """
     if tuple(values.shape) != (size * (size + 1) // 2,):
         raise BadInput(
@@ -75,14 +75,14 @@ def unpacked(values: Tensor, size: int) -> Tensor:
             expected=f"{size * (size + 1) // 2} numbers for {size} inputs",
             found=list(values.shape),
         )
-    found = torch.empty((size, size), dtype=torch.float64)
+    gram = torch.empty((size, size), dtype=torch.float64)
     start = 0
     for row in range(size):
         stop = start + size - row
-        found[row, row:] = values[start:stop]
-        found[row:, row] = values[start:stop]
+        gram[row, row:] = values[start:stop]
+        gram[row:, row] = values[start:stop]
         start = stop
-    return found
+    return gram
 
 
 def _add(sums: dict[str, tuple[Tensor, int]], name: str, _: nn.Module, args: Any) -> None:

@@ -1,8 +1,8 @@
-"""What a method knows of a finetuned model beside its delta, each as one safetensors file.
+"""Statistics of a finetuned model that a method needs in addition to its delta, as safetensors.
 
-A statistic is found once on rows of the model's own task and kept by digest; a merge reads it
-tensor by tensor. The file says of what kind it is and to which base and delta it belongs; equal
-statistics give equal bytes.
+A statistic is measured once on rows of the model's own task and stored by digest; a merge reads it
+tensor by tensor. The file names its kind and the base and delta that it belongs to. Equal
+statistics have equal bytes.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +21,7 @@ from restitch.merging.rules.stitch import DeltaMember
 FISHER, GRAM, COEFFICIENTS = "fisher", "gram", "coefficients"
 
 _KIND = "restitch.statistic"
-_BELONGS = ("base", "delta")
+_SUBJECTS = ("base", "delta")
 
 
 def write_statistic(
@@ -31,13 +31,13 @@ def write_statistic(
 
     Args:
         path: the file.
-        kind: one of those above.
+        kind: `FISHER`, `GRAM` or `COEFFICIENTS`.
         tensors: by name, on any device.
-        metadata: `base` and whatever it belongs to.
+        metadata: the digest of `base` and, for a statistic of one member, of `delta`.
     """
     names = sorted(tensors, key=by_bytes)
     entries = [(name, tensors[name].dtype, tuple(tensors[name].shape)) for name in names]
-    # Not by the safetensors library, which does not order what is in the metadata.
+    # Without the safetensors library, which does not sort the metadata.
     with path.open("wb") as file:
         file.write(write_header(entries, dict(sorted({**metadata, _KIND: kind}.items()))))
         for name in names:
@@ -45,38 +45,38 @@ def write_statistic(
             file.write(plain.view(torch.uint8).numpy().data)
 
 
-def open_statistic(path: Path, kind: str, belongs: Mapping[str, str]) -> Checkpoint:
+def open_statistic(path: Path, kind: str, subjects: Mapping[str, str]) -> Checkpoint:
     """Open a statistic.
 
     Args:
         path: the file.
-        kind: what it must be.
-        belongs: the digests of the base and, where it is of one member, of the delta.
+        kind: the expected kind.
+        subjects: the digests of the base and, for a statistic of one member, of the delta.
 
     Raises:
-        Damage: it is something else.
+        Damage: the file is a statistic of another kind or subject, or none at all.
     """
     try:
-        found = Checkpoint.open(path)
+        statistic = Checkpoint.open(path)
     except RestitchError as error:
         raise Damage("a statistic cannot be read", found=error.summary) from error
-    said = {name: found.metadata.get(name) for name in _BELONGS if name in belongs}
-    if found.metadata.get(_KIND) != kind or said != dict(belongs):
+    recorded = {name: statistic.metadata.get(name) for name in _SUBJECTS if name in subjects}
+    if statistic.metadata.get(_KIND) != kind or recorded != dict(subjects):
         raise Damage(
-            "a statistic belongs to something else",
-            expected=f"{kind} of {', '.join(f'{k} {v[:12]}' for k, v in belongs.items())}",
-            found=f"{found.metadata.get(_KIND)} of "
-            + ", ".join(f"{name} {str(value)[:12]}" for name, value in said.items()),
-            hint="restore the store from a backup, and find out what altered it",
+            "a statistic belongs to another base or delta, or is of another kind",
+            expected=f"{kind} of {', '.join(f'{k} {v[:12]}' for k, v in subjects.items())}",
+            found=f"{statistic.metadata.get(_KIND)} of "
+            + ", ".join(f"{name} {str(value)[:12]}" for name, value in recorded.items()),
+            hint="restore the store from a backup, and find out what changed it",
         )
-    return found
+    return statistic
 
 
 def statistics_of(members: Sequence[DeltaMember], kind: str) -> tuple[Checkpoint, ...]:
     """One statistic of each member, in the order of their tasks.
 
     Raises:
-        BadInput: a member has none.
+        BadInput: a member does not have this statistic.
     """
     ordered = sorted(members, key=lambda member: by_bytes(member.task))
     lacking = [member.task for member in ordered if kind not in member.statistics]
@@ -90,24 +90,24 @@ def statistics_of(members: Sequence[DeltaMember], kind: str) -> tuple[Checkpoint
 
 
 def check_fits(kind: str, statistic: Checkpoint, sizes: Mapping[str, int]) -> None:
-    """Make sure that a statistic has entries for a member's tensors.
+    """Check that a statistic has the right number of entries for each of a member's tensors.
 
     Args:
-        kind: of the statistic.
+        kind: the kind of the statistic.
         statistic: the statistic.
-        sizes: how many entries each tensor must have.
+        sizes: the number of entries of each tensor.
 
     Raises:
-        Damage: it has others.
+        Damage: a tensor has another number of entries.
     """
     for name, size in sizes.items():
-        found = statistic.info(name).numel if name in statistic else 0
-        if found != size:
+        entries = statistic.info(name).numel if name in statistic else 0
+        if entries != size:
             raise Damage(
                 f"the statistics of kind {kind} do not fit the member at {name}",
                 expected=f"{size} entries",
-                found=found,
-                hint="restore the store from a backup, and find out what altered it",
+                found=entries,
+                hint="restore the store from a backup, and find out what changed it",
             )
 
 
@@ -115,12 +115,12 @@ def check_fits(kind: str, statistic: Checkpoint, sizes: Mapping[str, int]) -> No
 def requiring_gradients(
     parameters: Mapping[str, Tensor], names: Sequence[str]
 ) -> Iterator[Callable[[], None]]:
-    """Have some live tensors ask for gradients, and no others, for the length of a block.
+    """Let exactly the named live tensors require gradients within a block.
 
     Yields:
-        What drops their gradients.
+        A function that drops their gradients.
     """
-    asked = [(tensor, tensor.requires_grad) for tensor in parameters.values()]
+    previous = [(tensor, tensor.requires_grad) for tensor in parameters.values()]
     live = [parameters[name] for name in names]
 
     def drop() -> None:
@@ -128,7 +128,7 @@ def requiring_gradients(
             tensor.grad = None
 
     try:
-        for tensor, _ in asked:
+        for tensor, _ in previous:
             tensor.requires_grad_(False)
         for tensor in live:
             tensor.requires_grad_(True)
@@ -136,21 +136,21 @@ def requiring_gradients(
         yield drop
     finally:
         drop()
-        for tensor, before in asked:
+        for tensor, before in previous:
             tensor.requires_grad_(before)
 
 
 def check_finite(kind: str, tensors: Mapping[str, Tensor]) -> None:
-    """Refuse a statistic with numbers that are none.
+    """Check that all entries of a statistic are finite.
 
     Raises:
-        BadInput: names every tensor that has some.
+        BadInput: some are not; the error names their tensors.
     """
     bad = [name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]
     if bad:
         raise BadInput(
             f"the statistics of kind {kind} are not finite",
-            expected="a number for every weight",
+            expected="finite entries",
             found=f"infinity or NaN in {len(bad)} tensors",
             hint="check the train rows of the task and the finetuned model",
             details=bad,

@@ -272,7 +272,7 @@ def test_such_a_method_gives_no_merged_model_and_says_why(tmp_path: Path, name: 
 def test_a_merged_method_gives_no_experts_and_there_is_no_third_kind() -> None:
     with pytest.raises(ValueError, match="gives no experts"):
         get_method("ties").experts(None, ())
-    with pytest.raises(ValueError, match="of no kind"):
+    with pytest.raises(ValueError, match="unknown kind"):
 
         @method(name="odd", version=1, source="none", exact=True, kind="both")
         def odd(base: object, members: object) -> Edits:

@@ -56,8 +56,8 @@ def test_everything_that_differs_is_listed_at_once(tmp_path: Path) -> None:
     )
     assert found.problems() == [
         "missing: encoder.a",
-        "other shape: encoder.b: base [3], finetuned [4]",
-        "other kind of numbers: embed: base F32, finetuned I64",
+        "shape differs: encoder.b: base [3], finetuned [4]",
+        "kind of numbers differs: embed: base F32, finetuned I64",
     ]
 
 

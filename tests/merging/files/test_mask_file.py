@@ -143,7 +143,7 @@ def test_a_mask_of_another_patch_is_damage(tmp_path: Path) -> None:
 
 def test_other_files_are_bad_input(tmp_path: Path) -> None:
     patch, _ = good(tmp_path)
-    with pytest.raises(BadInput, match="no mask file"):
+    with pytest.raises(BadInput, match="not a mask file"):
         MaskFile.open(patch.path, patch)
 
 

@@ -48,7 +48,7 @@ def test_a_file_of_another_kind_or_member_or_none_at_all_is_damage(tmp_path: Pat
         (FISHER, BELONGS | {"base": "c" * 64}),
         (FISHER, BELONGS | {"delta": "c" * 64}),
     ):
-        with pytest.raises(Damage, match="belongs to something else"):
+        with pytest.raises(Damage, match="belongs to another base or delta"):
             open_statistic(file, kind, belongs)
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(Damage, match="cannot be read"):
