@@ -1,5 +1,6 @@
 """Commands of an auditor, and people's decisions about the version in use."""
 
+from datetime import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,7 +35,7 @@ def history(
 
     A time without a zone is UTC.
     """
-    from restitch.cli.timestamps import parse_time, start_of
+    from restitch.cli.timestamps import parse_time
     from restitch.flows.audit import queries
 
     filters = [name for name in (task, event, since, until) if name is not None]
@@ -45,7 +46,7 @@ def history(
     elif versions:
         show_result(queries.versions(line), as_json, render.versions)
     else:
-        first = None if since is None else start_of(since)
+        first = None if since is None else parse_time(since, time.min)
         last = None if until is None else parse_time(until)
         wanted = queries.Wanted(task, event, first, last)
         show_result(queries.history(line, wanted), as_json, render.history)
