@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from restitch.cli.app import AnyLine, Json, Line, Version, show_result
+from restitch.cli.app import AnyLine, Json, Line, Task, Version, show_result
 from restitch.cli.render import audit as render
 from restitch.merging.errors import UsageError
 
 if TYPE_CHECKING:
     from restitch.flows.decisions import Decision
 
-Task = Annotated[str, typer.Argument(help="Name of the task.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; the audit trail keeps it.")]
 OptionalReason = Annotated[str, typer.Option("--reason", help="Why, for the audit trail.")]
 Remerge = Annotated[bool, typer.Option(help="Merge now, without waiting for the schedule.")]
