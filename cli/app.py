@@ -26,17 +26,33 @@ def _line_names() -> list[str]:
     return []
 
 
-def _existing(context: typer.Context, line: str | None) -> str | None:
-    """Refuse an unknown line before a command imports what it needs."""
+# These refuse a mistyped name before the command imports what it needs.
+def _known_line(context: typer.Context, line: str | None) -> str | None:
     if line is not None and not context.resilient_parsing:
         from restitch.tasks.runtime.workspace import workspace
 
-        workspace(to_write=False).ledger(line)
+        context.obj = workspace(to_write=False).ledger(line).state()
     return line
 
 
+def _known_version(context: typer.Context, version: str) -> str:
+    if not context.resilient_parsing:
+        from restitch.flows.promotion.versions import find_version
+
+        find_version(context.obj, version)
+    return version
+
+
+def _known_task(context: typer.Context, task: str) -> str:
+    if not context.resilient_parsing:
+        from restitch.flows.promotion.versions import check_task
+
+        check_task(context.obj, task)
+    return task
+
+
 def _line(help_text: str) -> Any:
-    return typer.Argument(help=help_text, callback=_existing, autocompletion=_line_names)
+    return typer.Argument(help=help_text, callback=_known_line, autocompletion=_line_names)
 
 
 Line = Annotated[str, _line("Name of the line.")]
@@ -45,9 +61,11 @@ Version = Annotated[
     str,
     typer.Argument(
         help="A number, `champion` or `candidate`.",
+        callback=_known_version,
         autocompletion=lambda: ["champion", "candidate"],
     ),
 ]
+Task = Annotated[str, typer.Argument(help="Name of the task.", callback=_known_task)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 

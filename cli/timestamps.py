@@ -4,29 +4,24 @@ from datetime import UTC, datetime, time
 
 from restitch.merging.errors import BadInput
 
-_DATE_LENGTH = len("2026-03-03")
 
+def parse_time(text: str, of_date: time = time.max) -> datetime:
+    """A time that a user gave; without a zone it is UTC.
 
-def parse_time(text: str) -> datetime:
-    """A time that a user gave; a date means its end, and without a zone it is UTC.
+    Args:
+        text: a date, or a date with a time.
+        of_date: the time that a date alone means, by default its end.
 
     Raises:
         BadInput: it is not a time.
     """
+    text = text.strip()
     try:
-        result = datetime.fromisoformat(text.strip())
+        result = datetime.fromisoformat(text)
     except ValueError:
         raise BadInput(
             f"{text!r} is not a time", expected="for instance 2026-03-03 or 2026-03-03T14:30:00Z"
         ) from None
-    if len(text.strip()) <= _DATE_LENGTH:
-        result = datetime.combine(result.date(), time.max)
+    if len(text) <= len("2026-03-03"):
+        result = datetime.combine(result.date(), of_date)
     return result if result.tzinfo is not None else result.replace(tzinfo=UTC)
-
-
-def start_of(text: str) -> datetime:
-    """The same for the beginning of a span: a date means its beginning."""
-    result = parse_time(text)
-    if len(text.strip()) <= _DATE_LENGTH:
-        result = datetime.combine(result.date(), time.min, tzinfo=result.tzinfo)
-    return result

@@ -21,51 +21,44 @@ def status(line: str | None) -> dict[str, Any]:
 
 
 def _line_status(line_state: LineState, objects: ObjectStore) -> dict[str, Any]:
-    champion = (
-        None
-        if line_state.champion is None
-        else Ledger(objects, line_state.line).merged(line_state.champion)
-    )
-    kept = None if champion is None else champion.retention
+    spec, number = line_state.spec, line_state.champion
+    champion = None if number is None else Ledger(objects, spec.line).merged(number)
+    retention = None if champion is None else champion.retention
+    interval = None if retention is None else retention.ratio_interval
     recipe = "" if champion is None else champion.recipe_digest
+    tasks = sorted(line_state.tasks.items(), key=lambda item: item[0].encode())
     return {
-        "line": line_state.line,
+        "line": spec.line,
         "base": line_state.base.uri,
-        "family": line_state.spec.family,
-        "method": line_state.spec.method.to_json(),
-        "localize": line_state.spec.localize.to_json(),
-        "gates": line_state.spec.gates.to_json(),
+        "family": spec.family,
+        "method": spec.method.to_json(),
+        "localize": spec.localize.to_json(),
+        "gates": spec.gates.to_json(),
         "champion": line_state.champion,
         "candidate": line_state.candidate,
         "pinned": line_state.pinned,
         "mean_normalized": None if champion is None else champion.mean_normalized,
-        "retention": None if kept is None else kept.ratio,
-        "retention_interval": None
-        if kept is None or kept.ratio_interval is None
-        else kept.ratio_interval.to_json(),
+        "retention": None if retention is None else retention.ratio,
+        "retention_interval": None if interval is None else interval.to_json(),
         "specialists": kept_specialists(objects, [recipe]).get(recipe),
-        "without_models": [
-            name
-            for name in sorted(line_state.tasks, key=str.encode)
-            if not line_state.tasks[name].versions
-        ],
+        "without_models": [name for name, task in tasks if not task.versions],
         "models": [
-            _model_status(task, number, model, champion)
-            for task in sorted(line_state.tasks, key=str.encode)
-            for number, model in sorted(line_state.tasks[task].versions.items())
+            _model_status(name, version, model, champion)
+            for name, task in tasks
+            for version, model in sorted(task.versions.items())
         ],
     }
 
 
 def _model_status(
-    task: str, number: int, model: ModelVersion, champion: MergedRecord | None
+    task: str, version: int, model: ModelVersion, champion: MergedRecord | None
 ) -> dict[str, Any]:
     member = None if champion is None else champion.members.get(task)
-    inside = member is not None and member.version == number
+    inside = member is not None and member.version == version
     result = champion.results.get(task) if inside and champion is not None else None
     return {
         "task": task,
-        "version": number,
+        "version": version,
         "state": model.state,
         "in_champion": inside,
         "source": model.model.uri,

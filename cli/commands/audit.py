@@ -1,18 +1,18 @@
 """Commands of an auditor, and people's decisions about the version in use."""
 
+from datetime import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from restitch.cli.app import AnyLine, Json, Line, Version, show_result
+from restitch.cli.app import AnyLine, Json, Line, Task, Version, show_result
 from restitch.cli.render import audit as render
 from restitch.merging.errors import UsageError
 
 if TYPE_CHECKING:
     from restitch.flows.decisions import Decision
 
-Task = Annotated[str, typer.Argument(help="Name of the task.")]
 Reason = Annotated[str, typer.Option("--reason", help="Why; the audit trail keeps it.")]
 OptionalReason = Annotated[str, typer.Option("--reason", help="Why, for the audit trail.")]
 Remerge = Annotated[bool, typer.Option(help="Merge now, without waiting for the schedule.")]
@@ -34,7 +34,7 @@ def history(
 
     A time without a zone is UTC.
     """
-    from restitch.cli.timestamps import parse_time, start_of
+    from restitch.cli.timestamps import parse_time
     from restitch.flows.audit import queries
 
     filters = [name for name in (task, event, since, until) if name is not None]
@@ -45,7 +45,7 @@ def history(
     elif versions:
         show_result(queries.versions(line), as_json, render.versions)
     else:
-        first = None if since is None else start_of(since)
+        first = None if since is None else parse_time(since, time.min)
         last = None if until is None else parse_time(until)
         wanted = queries.Wanted(task, event, first, last)
         show_result(queries.history(line, wanted), as_json, render.history)

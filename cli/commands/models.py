@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from restitch.cli.app import Json, Line, Version, show_result
-from restitch.cli.commands.audit import OptionalReason, Reason, Remerge, Task, decide
+from restitch.cli.app import Json, Line, Task, Version, show_result
+from restitch.cli.commands.audit import OptionalReason, Reason, Remerge, decide
 from restitch.cli.commands.lines import ReplaceTask, TaskFile
 from restitch.cli.render import models as render
 from restitch.registry.home import Home

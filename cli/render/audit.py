@@ -221,13 +221,11 @@ def why(result: Values, out: Console) -> None:
 
 def verified(result: Values, out: Console) -> None:
     """The findings about one line."""
-    rebuilt, versions = len(result["rebuilt"]), len(result["versions"])
     write(out, f"{result['line']}: {'intact' if result['intact'] else 'DAMAGED'}")
     acts, objects = result["acts"], result["objects"]
+    rebuilt = f"{len(result['rebuilt'])} of {len(result['versions'])} merged versions rebuilt"
     write(out, f"  {acts} acts in an unbroken chain, {objects} objects compared")
-    write(
-        out, f"  {rebuilt} of {versions} merged versions rebuilt from their recipes, byte for byte"
-    )
+    write(out, f"  {rebuilt} from their recipes, byte for byte")
     if result["mlflow"]:
         write(out, "  every act in MLflow is in the trail")
     for finding in result["findings"]:

@@ -42,5 +42,5 @@ def doctor(result: Values, out: Console) -> None:
         mark, style = marks[check["status"]]
         out.print(f"{mark:7}", style=style, end="")
         write(out, f"{check['name']}: {check['found']}")
-        if check["mend"]:
-            write(out, f"       -> {check['mend']}", style)
+        if check["remedy"]:
+            write(out, f"       -> {check['remedy']}", style)

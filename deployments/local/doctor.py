@@ -43,13 +43,13 @@ class Check:
     """The result of one check.
 
     Attributes:
-        mend: the remedy; empty if the check passed.
+        remedy: the remedy; empty if the check passed.
     """
 
     name: str
     status: Status
     found: str
-    mend: str = ""
+    remedy: str = ""
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -82,8 +82,8 @@ def _versions(_: Workspace) -> Iterator[Check]:
         if _numbers(lowest) <= _numbers(version) < _numbers(beyond):
             yield Check(name, "ok", version)
         else:
-            mend = f"pip install '{name}>={lowest},<{beyond}'"
-            yield Check(name, "failed", f"{version}: {harm}", mend)
+            remedy = f"pip install '{name}>={lowest},<{beyond}'"
+            yield Check(name, "failed", f"{version}: {harm}", remedy)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -119,8 +119,8 @@ def _store(space: Workspace) -> Iterator[Check]:
         return
     refused = refusal(f"s3://{bucket}")
     if single_writer():
-        mend = f"let only one process write at a time, as {WRITER_VARIABLE} promises"
-        yield Check("conditional writes", "warning", refused.summary, mend)
+        remedy = f"let only one process write at a time, as {WRITER_VARIABLE} promises"
+        yield Check("conditional writes", "warning", refused.summary, remedy)
     else:
         yield Check("conditional writes", "failed", refused.summary, refused.hint or "")
 
@@ -147,8 +147,8 @@ def _processes(space: Workspace) -> Iterator[Check]:
             at = f", port {process.port}" if process.port else ""
             yield Check(name, "ok", f"process {process.pid}{at}")
         else:
-            mend = f"restitch up starts it again; its log is {process.log}"
-            yield Check(name, "failed", f"process {process.pid} has ended", mend)
+            remedy = f"restitch up starts it again; its log is {process.log}"
+            yield Check(name, "failed", f"process {process.pid} has ended", remedy)
 
 
 def _mlflow(space: Workspace) -> Iterator[Check]:
@@ -167,15 +167,15 @@ def _mlflow(space: Workspace) -> Iterator[Check]:
         with mlflow_explained(space.home):
             hooks = [hook for hook in space.catalog.client.list_webhooks() if hook.name == NAME]
     except Unavailable as error:
-        mend = "'a webhook is not delivered' in docs/operations.md; the schedule finds new models"
-        yield Check("mlflow webhook", "warning", f"cannot be listed: {error.found}", mend)
+        remedy = "'a webhook is not delivered' in docs/operations.md; the schedule finds new models"
+        yield Check("mlflow webhook", "warning", f"cannot be listed: {error.found}", remedy)
         return
     if hooks and str(hooks[0].status).upper().endswith("ACTIVE"):
         yield Check("mlflow webhook", "ok", hooks[0].url)
     else:
         state = "disabled" if hooks else "none"
-        mend = "restitch webhook --register URL; until then the schedule finds new models"
-        yield Check("mlflow webhook", "warning", state, mend)
+        remedy = "restitch webhook --register URL; until then the schedule finds new models"
+        yield Check("mlflow webhook", "warning", state, remedy)
 
 
 def _prefect(space: Workspace) -> Iterator[Check]:
@@ -198,8 +198,8 @@ def _prefect(space: Workspace) -> Iterator[Check]:
                 yield Check(name, "failed", "missing", "restitch deploy")
                 continue
             if deployment.paused:
-                mend = f"switch {full_name(flow)} on again, on its page in Prefect"
-                yield Check(name, "failed", "paused", mend)
+                remedy = f"switch {full_name(flow)} on again, on its page in Prefect"
+                yield Check(name, "failed", "paused", remedy)
             else:
                 yield Check(name, "ok", f"pool {deployment.work_pool_name}")
             pools.append(deployment.work_pool_name)
@@ -216,8 +216,8 @@ def _prefect(space: Workspace) -> Iterator[Check]:
         if online:
             yield Check(f"workers of {pool}", "ok", ", ".join(sorted(online)))
         else:
-            mend = f"restitch up, or on a worker: prefect worker start --pool {pool}"
-            yield Check(f"workers of {pool}", "failed", "none online", mend)
+            remedy = f"restitch up, or on a worker: prefect worker start --pool {pool}"
+            yield Check(f"workers of {pool}", "failed", "none online", remedy)
 
 
 def _schedule_checks(expected: dict[str, str], present: dict[Any, str]) -> Iterator[Check]:

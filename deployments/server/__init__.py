@@ -1,4 +1,4 @@
-"""What a Prefect server must hold: pools, deployments, triggers and schedules.
+"""Pools, deployments, triggers and schedules of a Prefect server.
 
 `local`, the containers and the command line import it.
 """

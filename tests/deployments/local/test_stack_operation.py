@@ -1,4 +1,4 @@
-"""What an operator does with a stack: `up` again, `up` after deaths, `doctor`, `down`, `up`."""
+"""The operation of a stack: `up` again, `up` after crashes, `doctor`, `down`, `up`."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ def pids(stack: Stack) -> dict[str, int]:
 
 
 def findings(stack: Stack, code: int) -> dict[str, dict[str, str]]:
-    """What `doctor` says by name; where a process and its address are two checks, the worse."""
+    """The checks of `doctor` by name; of two with one name, the worse."""
     checks = stack.process("doctor", "--json", code=code).json["checks"]
     return {check["name"]: check for check in sorted(checks, key=lambda c: c["status"] == "failed")}
 
@@ -45,7 +45,7 @@ def test_doctor_finds_no_problem_on_a_healthy_stack(stack: Stack) -> None:
     assert found.keys() >= NAMES | {"mlflow webhook", "deployment onboard", "deployment remerge"}
     # How much is free on the disk is not the stack's doing.
     assert {check["status"] for name, check in found.items() if name != "disk"} == {"ok"}
-    assert {check["mend"] for name, check in found.items() if name != "disk"} == {""}
+    assert {check["remedy"] for name, check in found.items() if name != "disk"} == {""}
     online = found["workers of gpu"]["found"]
     assert "worker-1" in online
     assert "worker-2" in online
@@ -61,7 +61,7 @@ def test_doctor_names_killed_processes_and_up_restarts_them(stack: Stack) -> Non
     for name in ("mlflow", "worker-1"):
         assert found[name]["status"] == "failed"
         assert "has ended" in found[name]["found"] or "does not answer" in found[name]["found"]
-        assert "restitch up" in found[name]["mend"]
+        assert "restitch up" in found[name]["remedy"]
     assert {found[name]["status"] for name in NAMES - {"mlflow", "worker-1"}} == {"ok"}
     assert up(stack)["started"] == ["mlflow", "worker-1"]
     after = pids(stack)

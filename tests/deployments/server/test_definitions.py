@@ -1,4 +1,4 @@
-"""What a server is asked for: triggers that keep types, schedules, and what counts as the same."""
+"""The triggers and schedules of a Prefect server, and their comparison."""
 
 import inspect
 import json
@@ -31,7 +31,7 @@ def wanted() -> dict[str, dict[str, Any]]:
 
 
 def rendered(template: Any, **names: Any) -> Any:
-    """What Prefect makes of a parameter: a JSON one keeps its type, a bare one is text."""
+    """A parameter as Prefect fills it in: a JSON one keeps its type, a plain one is text."""
     if isinstance(template, dict):
         assert template["__prefect_kind"] == "json"
         assert template["value"]["__prefect_kind"] == "jinja"

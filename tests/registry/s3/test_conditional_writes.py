@@ -132,6 +132,6 @@ def test_doctor_says_that_a_server_keeps_conditions(checked) -> None:
 @pytest.mark.usefixtures("careless")
 def test_doctor_says_that_a_server_ignores_conditions(checked, monkeypatch) -> None:
     assert checked()["status"] == "failed"
-    assert "RESTITCH_SINGLE_WRITER=1" in checked()["mend"]
+    assert "RESTITCH_SINGLE_WRITER=1" in checked()["remedy"]
     monkeypatch.setenv("RESTITCH_SINGLE_WRITER", "1")
     assert checked()["status"] == "warning"
