@@ -188,9 +188,8 @@ def diff(result: Values, out: Console) -> None:
     a, b = str(result["a"]), str(result["b"])
     show_table(out, ("task", a, b, "difference", "95 %", "p", "verdict"), rows)
     weights = result["weights"]
-    write(
-        out, f"  {weights['differ']:,} of {weights['of']:,} weights in the tensors touched differ"
-    )
+    differ, touched = weights["differ"], weights["of"]
+    write(out, f"  {differ:,} weights differ, of {touched:,} in the tensors touched")
     for kind in ("layer", "component"):
         counts = weights[f"by_{kind}"].items()
         if counts:

@@ -253,7 +253,7 @@ def test_a_version_says_that_it_has_specialists_and_whose_they_are(
         assert "specialists for colour, number by tall, " in plain(shell(*command).out)
     shell("report", "demo", "champion", tmp_path / "page.html")
     page = (tmp_path / "page.html").read_text()
-    assert "Specialists that are kept with it, by tall" in page
+    assert "Sizes of the stored specialists, made by tall" in page
     assert found["manifest"] in page
 
 
