@@ -79,11 +79,9 @@ def _versions(_: Workspace) -> Iterator[Check]:
     yield Check("python", "ok", python)
     for name, lowest, beyond, harm in VERSIONS:
         version = importlib.metadata.version(name)
-        if _numbers(lowest) <= _numbers(version) < _numbers(beyond):
-            yield Check(name, "ok", version)
-        else:
-            remedy = f"pip install '{name}>={lowest},<{beyond}'"
-            yield Check(name, "failed", f"{version}: {harm}", remedy)
+        works = _numbers(lowest) <= _numbers(version) < _numbers(beyond)
+        state = version if works else f"{version}: {harm}"
+        yield _check(name, works, state, f"pip install '{name}>={lowest},<{beyond}'")
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -95,10 +93,9 @@ def _home(space: Workspace) -> Iterator[Check]:
     if not root.exists():
         yield Check("home", "warning", f"{root} does not exist", "restitch init FILE makes it")
         return
-    if os.access(root, os.W_OK | os.X_OK):
-        yield Check("home", "ok", str(root))
-    else:
-        yield Check("home", "failed", f"{root} is not writable", "give yourself write permission")
+    writable = os.access(root, os.W_OK | os.X_OK)
+    state = str(root) if writable else f"{root} is not writable"
+    yield _check("home", writable, state, "give yourself write permission")
     free = shutil.disk_usage(root).free
     text = f"{free / 1e9:.1f} GB free at {root}"
     if free >= FREE_BYTES:
@@ -143,12 +140,10 @@ def _device(space: Workspace) -> Iterator[Check]:
 
 def _processes(space: Workspace) -> Iterator[Check]:
     for name, process in StackFile.read(space.home.root).processes.items():
-        if is_running(process):
-            at = f", port {process.port}" if process.port else ""
-            yield Check(name, "ok", f"process {process.pid}{at}")
-        else:
-            remedy = f"restitch up starts it again; its log is {process.log}"
-            yield Check(name, "failed", f"process {process.pid} has ended", remedy)
+        running = is_running(process)
+        at = f", port {process.port}" if process.port else ""
+        state = f"process {process.pid}{at if running else ' has ended'}"
+        yield _check(name, running, state, f"restitch up starts it again; its log is {process.log}")
 
 
 def _mlflow(space: Workspace) -> Iterator[Check]:
@@ -190,18 +185,16 @@ def _prefect(space: Workspace) -> Iterator[Check]:
     yield Check("prefect", "ok", shown)
     from restitch.deployments.server.deploy import client, cron_lines
 
+    pools = []
     with client() as prefect:
-        pools = []
         for flow in ("onboard", "remerge"):
             name, deployment = f"deployment {flow}", _deployment(prefect, flow)
             if deployment is None:
                 yield Check(name, "failed", "missing", "restitch deploy")
                 continue
-            if deployment.paused:
-                remedy = f"switch {full_name(flow)} on again, on its page in Prefect"
-                yield Check(name, "failed", "paused", remedy)
-            else:
-                yield Check(name, "ok", f"pool {deployment.work_pool_name}")
+            state = "paused" if deployment.paused else f"pool {deployment.work_pool_name}"
+            remedy = f"switch {full_name(flow)} on again, on its page in Prefect"
+            yield _check(name, not deployment.paused, state, remedy)
             pools.append(deployment.work_pool_name)
             if flow == "remerge":
                 scheduled = {
@@ -212,21 +205,15 @@ def _prefect(space: Workspace) -> Iterator[Check]:
                 yield from _schedule_checks(cron_lines(), scheduled)
         yield from _automation_checks(prefect.read_automations())
     for pool in dict.fromkeys(pools):
-        online = workers_online(pool)
-        if online:
-            yield Check(f"workers of {pool}", "ok", ", ".join(sorted(online)))
-        else:
-            remedy = f"restitch up, or on a worker: prefect worker start --pool {pool}"
-            yield Check(f"workers of {pool}", "failed", "none online", remedy)
+        online = ", ".join(sorted(workers_online(pool)))
+        remedy = f"restitch up, or on a worker: prefect worker start --pool {pool}"
+        yield _check(f"workers of {pool}", bool(online), online or "none online", remedy)
 
 
 def _schedule_checks(expected: dict[str, str], present: dict[Any, str]) -> Iterator[Check]:
     for line, cron in expected.items():
-        name, state = f"schedule of {line}", present.get(line, "none")
-        if state == cron:
-            yield Check(name, "ok", cron)
-        else:
-            yield Check(name, "failed", state, "restitch deploy")
+        state = present.get(line, "none")
+        yield _check(f"schedule of {line}", state == cron, state, "restitch deploy")
 
 
 def _automation_checks(present: list[Any]) -> Iterator[Check]:
@@ -234,13 +221,14 @@ def _automation_checks(present: list[Any]) -> Iterator[Check]:
 
     from restitch.deployments.server.definitions import automations
 
-    enabled = {one.name: one.enabled for one in present}
+    states = {one.name: "enabled" if one.enabled else "disabled" for one in present}
     for automation in automations(uuid4(), uuid4()):
-        if enabled.get(automation.name):
-            yield Check(automation.name, "ok", "enabled")
-        else:
-            state = "disabled" if automation.name in enabled else "missing"
-            yield Check(automation.name, "failed", state, "restitch deploy")
+        state = states.get(automation.name, "missing")
+        yield _check(automation.name, state == "enabled", state, "restitch deploy")
+
+
+def _check(name: str, passed: bool, found: str, remedy: str) -> Check:
+    return Check(name, "ok", found) if passed else Check(name, "failed", found, remedy)
 
 
 def _deployment(prefect: Any, flow: str) -> Any:

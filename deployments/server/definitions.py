@@ -126,6 +126,7 @@ def _json(expression: str) -> dict[str, Any]:
 def _on_event(
     name: str, event: str, deployment: "UUID", parameters: dict[str, Any]
 ) -> "AutomationCore":
+    from prefect.events.actions import RunDeployment
     from prefect.events.schemas.automations import AutomationCore, EventTrigger, Posture
 
     return AutomationCore(
@@ -136,14 +137,8 @@ def _on_event(
             threshold=1,
             within=timedelta(0),
         ),
-        actions=[_run(deployment, parameters)],
+        actions=[RunDeployment(deployment_id=deployment, parameters=parameters)],
     )
-
-
-def _run(deployment: "UUID", parameters: dict[str, Any]) -> Any:
-    from prefect.events.actions import RunDeployment
-
-    return RunDeployment(deployment_id=deployment, parameters=parameters)
 
 
 def full_name(flow: str) -> str:
