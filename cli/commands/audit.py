@@ -27,7 +27,9 @@ def history(
     event: Annotated[str | None, typer.Option(help="Only acts of this kind: `promoted`.")] = None,
     since: Annotated[str | None, typer.Option(metavar="TIME", help="Only acts since then.")] = None,
     until: Annotated[str | None, typer.Option(metavar="TIME", help="Only acts until then.")] = None,
-    versions: Annotated[bool, typer.Option("--versions", help="All versions.")] = False,
+    versions: Annotated[
+        bool, typer.Option("--versions", help="Merged versions, not acts.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Show the audit trail, the version in use at a time, or all merged versions.
