@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -25,11 +25,11 @@ from restitch.modeling.data.rows import Rows
 from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head
 from restitch.modeling.significance import unpacked
+from restitch.registry.specs.task import Metric
 
 EVALUATOR_VERSION = 1
 BATCH_SIZE = 64
-METRICS = ("accuracy", "f1")
-Metric = Literal["accuracy", "f1"]
+METRICS: tuple[str, ...] = get_args(Metric)
 
 _Z = 1.959963984540054  # the normal quantile of 0.975
 _RESAMPLES = 1000

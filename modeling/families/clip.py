@@ -7,9 +7,8 @@ Only the blocks of the vision tower are localizable by default.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +18,9 @@ from restitch.merging.progress import Progress
 from restitch.modeling.configs import differences, model_type_difference, read_config
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Preprocess
-from restitch.modeling.heads import Head, HeadSpec, embed_prompts, scaled_cosines
+from restitch.modeling.heads import Head, embed_prompts, scaled_cosines
 from restitch.modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
+from restitch.registry.specs.task import HeadSpec, Modality
 
 # What changes the text tower's reading of its own tokens but never the images' features.
 _TOKEN_IDS = frozenset({"pad_token_id", "bos_token_id", "eos_token_id"})
@@ -39,7 +39,7 @@ class Clip:
         "*.vision_model.encoder.layers.*",
     )
     head_tensors: tuple[str, ...] = ()
-    modality: Literal["text", "image"] = "image"
+    modality: Modality = "image"
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         """All configuration keys that change the forward pass of what both hold."""
@@ -115,7 +115,7 @@ class Clip:
 
     def resolve(self, folder: Path, spec: HeadSpec) -> HeadSpec:
         """Fill in the length; without a scale it is the model's own."""
-        return replace(spec, max_length=spec.max_length or self.max_length(folder))
+        return spec.model_copy(update={"max_length": spec.max_length or self.max_length(folder)})
 
     def build_head(
         self,

@@ -6,9 +6,7 @@ base's features of its label prompts. Only the transformer blocks are localizabl
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +16,9 @@ from restitch.merging.progress import Progress
 from restitch.modeling.configs import differences, model_type_difference, read_config
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Preprocess
-from restitch.modeling.heads import Head, HeadSpec, embed_prompts, scaled_cosines
+from restitch.modeling.heads import Head, embed_prompts, scaled_cosines
 from restitch.modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
+from restitch.registry.specs.task import HeadSpec, Modality
 
 DEFAULT_SCALE = 20.0
 # The transformer blocks in the layouts that encoders have, with or without a prefix.
@@ -53,7 +52,7 @@ class TextEncoder:
     )
     localizable = tuple(glob for block in _BLOCKS for glob in (block, f"*.{block}"))
     head_tensors: tuple[str, ...] = ()
-    modality: Literal["text", "image"] = "text"
+    modality: Modality = "text"
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         """All configuration keys that change the forward pass."""
@@ -104,10 +103,11 @@ class TextEncoder:
 
     def resolve(self, folder: Path, spec: HeadSpec) -> HeadSpec:
         """Fill in scale and length."""
-        return replace(
-            spec,
-            scale=DEFAULT_SCALE if spec.scale is None else spec.scale,
-            max_length=spec.max_length or self.max_length(folder),
+        return spec.model_copy(
+            update={
+                "scale": DEFAULT_SCALE if spec.scale is None else spec.scale,
+                "max_length": spec.max_length or self.max_length(folder),
+            }
         )
 
     def build_head(

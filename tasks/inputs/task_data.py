@@ -12,15 +12,15 @@ from typing import Any
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, RestitchError
-from restitch.modeling.data.task_data import DataSpec, Rows, TaskData, data_digest, labels_of
+from restitch.modeling.data.task_data import Rows, TaskData, data_digest, labels_of
 from restitch.modeling.families.family import Family, get_family
-from restitch.modeling.heads import Head, HeadSpec, head_key
+from restitch.modeling.heads import Head, head_key, listed
 from restitch.registry.access_policy import check_hub, check_path
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.paths import is_there
 from restitch.registry.sources.resolve import pin_data, resolve_source
 from restitch.registry.specs.localize import LocalizeSpec
-from restitch.registry.specs.task import TaskSpec, split_pin
+from restitch.registry.specs.task import HeadSpec, TaskSpec, split_pin
 from restitch.tasks.inputs.checkpoints import Base, LiveBase
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.workspace import Workspace, made_by
@@ -62,28 +62,22 @@ def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
             expected="head: {labels: [...]}, or labels_from: dataset",
             hint="name the classes, or leave out data: to merge without evaluating",
         )
-    given_head, resolved = spec.head, data_spec(spec, family)
-    given = spec.data.model_copy(
-        update={
-            "path": pin_data(spec.data.path),
-            "input": resolved.input,
-            "label": resolved.label,
-        }
-    )
-    spec = spec.model_copy(update={"data": given})
-    if given_head.labels_from is not None:
-        labels = labels_of(data_spec(spec, family))
-        head = given_head.model_copy(update={"labels": labels, "labels_from": None})
-        spec = spec.model_copy(update={"head": head})
+    head = spec.head
+    check_access(spec)
+    pinned = spec.data.with_columns(family.modality)
+    pinned = pinned.model_copy(update={"path": pin_data(pinned.path)})
+    if head.labels_from is not None:
+        head = head.model_copy(update={"labels": labels_of(pinned), "labels_from": None})
+    spec = spec.model_copy(update={"data": pinned, "head": head})
     data = task_data(spec, family)
     for split in data.splits:
         data.rows(split)
-    if given.content is not None:
+    if pinned.content is not None:
         verified_data(spec, family)
         return spec
     with working(f"reading the data of {spec.task}"):
-        content = data_digest(data.spec)
-    return spec.model_copy(update={"data": given.model_copy(update={"content": content})})
+        content = data_digest(pinned)
+    return spec.model_copy(update={"data": pinned.model_copy(update={"content": content})})
 
 
 def check_rows(
@@ -139,30 +133,14 @@ def check_rows(
     space.objects.publish("rows", key, blob, made_by=made_by())
 
 
-def data_spec(spec: TaskSpec, family: Family) -> DataSpec:
-    """The task's data in the words of `modeling`.
+def check_access(spec: TaskSpec) -> None:
+    """Refuse data that this worker may not read, before anything of it is opened.
 
     Raises:
-        BadInput: this worker may not read there.
+        BadInput: the task's data is outside of what `access_policy` allows.
     """
     assert spec.data is not None
-    _check_allowed(spec)
-    path, revision = split_pin(spec.data.path)
-    return DataSpec(
-        path=path,
-        train=spec.data.train,
-        validation=spec.data.validation,
-        test=spec.data.test,
-        input=spec.data.input or (("image",) if family.modality == "image" else ("text",)),
-        label=spec.data.label or "label",
-        revision=revision,
-    )
-
-
-def _check_allowed(spec: TaskSpec) -> None:
-    """Refuse data that this worker may not read, before anything of it is opened."""
-    assert spec.data is not None
-    what, root = f"the data of task {spec.task}", Path(spec.data.path)
+    what, root = f"the data of task {spec.task}", Path(split_pin(spec.data.path)[0])
     if not is_there(root, what):
         check_hub(what)
         return
@@ -175,8 +153,15 @@ def _check_allowed(spec: TaskSpec) -> None:
 
 
 def task_data(spec: TaskSpec, family: Family) -> TaskData:
-    """The task's rows, not yet compared with what was registered."""
-    return TaskData(data_spec(spec, family), head_spec(spec).labels, family.modality)
+    """The task's rows, not yet compared with the registered digests.
+
+    Raises:
+        BadInput: this worker may not read them.
+    """
+    assert spec.data is not None
+    assert spec.head is not None
+    check_access(spec)
+    return TaskData(spec.data, listed(spec.head).classes, family.modality)
 
 
 def has_validation(task: TaskSpec, family: Family) -> bool:
@@ -212,29 +197,16 @@ def verified_data(spec: TaskSpec, family: Family) -> TaskData:
     return data
 
 
-def head_spec(spec: TaskSpec) -> HeadSpec:
-    """The task's head in the words of `modeling`, with `openai` read from its package."""
-    assert spec.head is not None
-    labels, templates = spec.head.labels, spec.head.templates
-    if labels == "openai" or templates == "openai":
-        from restitch.modeling.heads import openai_imagenet
-
-        known_labels, known_templates = openai_imagenet()
-        labels = known_labels if labels == "openai" else labels
-        templates = known_templates if templates == "openai" else templates
-    assert labels is not None
-    return HeadSpec(tuple(labels), tuple(templates), spec.scale, spec.max_length)
-
-
 def resolved_head(spec: TaskSpec, base: Base) -> HeadSpec:
     """The task's head with the family's defaults for this base."""
-    return _resolved(head_spec(spec), base.family.name, base.folder, base.ref.config)
+    assert spec.head is not None
+    return _resolved(listed(spec.head), base.family.name, base.folder, base.ref.config)
 
 
 @lru_cache(maxsize=256)
-def _resolved(spec: HeadSpec, family: str, folder: Path, _config: str) -> HeadSpec:
+def _resolved(head: HeadSpec, family: str, folder: Path, _config: str) -> HeadSpec:
     # It opens a tokenizer, and every look-up of a result asks for it.
-    return get_family(family).resolve(folder, spec)
+    return get_family(family).resolve(folder, head)
 
 
 def head_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> dict[str, object]:

@@ -13,7 +13,7 @@ from restitch.merging.errors import BadInput
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
 from restitch.modeling.families.text_encoder import TextEncoder
-from restitch.modeling.heads import HeadSpec
+from restitch.registry.specs.task import HeadSpec
 from tests.tiny_models import tiny_bert, tiny_roberta
 
 FAMILY = TextEncoder()
@@ -38,7 +38,9 @@ def test_features_are_the_normalized_mean_over_the_text_s_own_tokens(bert):
 def test_scores_are_scaled_cosines_with_the_label_embeddings(bert):
     model = FAMILY.load(bert)
     preprocess = FAMILY.preprocessor(bert)
-    head = FAMILY.build_head(model, bert, HeadSpec(("cat", "dog"), ("a {}", "the {}"), scale=7))
+    head = FAMILY.build_head(
+        model, bert, HeadSpec(labels=("cat", "dog"), templates=("a {}", "the {}"), scale=7)
+    )
     texts = [example(text) for text in ("a cat", "the cat", "a dog", "the dog")]
     prompts = FAMILY.features(model, preprocess(texts))
     means = torch.nn.functional.normalize(prompts.reshape(2, 2, -1).mean(1), dim=-1)
@@ -52,8 +54,8 @@ def test_scores_are_scaled_cosines_with_the_label_embeddings(bert):
 
 
 def test_the_default_scale_is_twenty_and_is_recorded(bert):
-    head = FAMILY.build_head(FAMILY.load(bert), bert, HeadSpec(("a", "b")))
-    assert head.spec == HeadSpec(("a", "b"), scale=20.0, max_length=48)
+    head = FAMILY.build_head(FAMILY.load(bert), bert, HeadSpec(labels=("a", "b")))
+    assert head.spec == HeadSpec(labels=("a", "b"), scale=20.0, max_length=48)
 
 
 def test_the_default_length_is_the_smaller_of_tokenizer_and_positions(bert, tmp_path):

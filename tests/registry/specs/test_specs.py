@@ -154,8 +154,6 @@ def test_a_task_needs_nothing_but_its_name():
         "task": "demo",
         "data": None,
         "head": None,
-        "scale": None,
-        "max_length": None,
         "metric": "accuracy",
     }
 
@@ -224,8 +222,8 @@ def test_a_line_that_is_wrong_says_where(text, part):
         ("head: {labels: gone.txt}", "gone.txt cannot be read"),
         ("data: {path: ./gone, input: x}", "data.path './gone' is neither"),
         ("data: {train: x}", "'data.path' is missing"),
-        ("scale: -1", "scale"),
-        ("max_length: 0", "max_length"),
+        ("head: {labels: [a, b], scale: -1}", "head.scale"),
+        ("head: {labels: [a, b], max_length: 0}", "head.max_length"),
         ("metric: acc", "metric: expected 'accuracy' or 'f1'"),
         ("labels: [a, b]", "unknown key 'labels'"),
     ],

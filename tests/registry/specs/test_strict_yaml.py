@@ -85,7 +85,7 @@ def test_nothing_but_plain_values_is_made(text):
 
 @pytest.mark.parametrize("text", ["", "# nothing", "- a", "text", "3"])
 def test_a_document_that_is_no_mapping_is_refused(text):
-    assert "is not a list of keys and values" in refused(text)
+    assert "does not hold keys and values" in refused(text)
 
 
 @pytest.mark.parametrize(
