@@ -1,7 +1,7 @@
-"""What a task file says, made whole: labels, head, data, and the digests they are known by.
+"""Resolve task files: labels, head, data, and the digests that identify them.
 
-`resolve_task` runs once, at registration; the result means the same ever after. Whatever
-reads data later compares it with the digest taken then, before it uses a row.
+`resolve_task` runs once, at registration, and its result always means the same. Code that reads
+data later compares it with the registered digest before it uses a row.
 """
 
 import os
@@ -27,7 +27,7 @@ from restitch.tasks.runtime.workspace import Workspace, made_by
 
 
 def evaluation_split(spec: TaskSpec) -> str | None:
-    """The split that results are reported on; None without rows to evaluate on."""
+    """The split to report results on; None without rows to evaluate on."""
     if spec.data is None:
         return None
     if spec.data.test is not None:
@@ -36,7 +36,7 @@ def evaluation_split(spec: TaskSpec) -> str | None:
 
 
 def same_task(one: TaskSpec, other: TaskSpec) -> bool:
-    """Whether two specifications mean the same, wherever their files lie."""
+    """True if two specs mean the same, although their files may lie elsewhere."""
     return _meaning(one) == _meaning(other)
 
 
@@ -49,10 +49,10 @@ def _meaning(spec: TaskSpec) -> dict[str, Any]:
 
 
 def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
-    """Fill in what the files that a task names say, and check that its rows can be read.
+    """Fill in what a task file leaves out or refers to, and check that its rows can be read.
 
     Raises:
-        BadInput: the data is empty, lacks a column, has a label outside of the classes, ...
+        BadInput: the data is empty, lacks a column, has a label that is not a class, ...
     """
     if spec.data is None:
         return spec
@@ -60,7 +60,7 @@ def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
         raise BadInput(
             f"task {spec.task} has data but no head",
             expected="head: {labels: [...]}, or labels_from: dataset",
-            hint="name the classes, or leave out data: to merge without evaluating",
+            hint="list the classes, or leave out data: to merge without evaluating",
         )
     head = spec.head
     check_access(spec)
@@ -88,17 +88,17 @@ def check_rows(
     *,
     calibrated: bool = False,
 ) -> None:
-    """Read every row that will be read later, once for the same content.
+    """Read every row that is used later, once for the same content.
 
     Args:
         spec: a resolved task.
-        family: what the rows are read for.
-        space: where it is remembered.
-        choice: how masks are found, which may read rows to calibrate on.
-        calibrated: rows to calibrate on are read in any case: the line's method needs them.
+        family: the family, which says how rows are read.
+        space: the workspace that remembers the result.
+        choice: how masks are found; some modes read rows to calibrate on.
+        calibrated: read rows to calibrate on in any case: the line's method needs them.
 
     Raises:
-        BadInput: a row holds no text, an image cannot be decoded, ...
+        BadInput: a row is not a text, an image cannot be decoded, ...
     """
     split = evaluation_split(spec)
     if spec.data is None or split is None:
@@ -115,11 +115,11 @@ def check_rows(
         return
     parts = [data.rows(one) for one in (split, *others)]
     parts += [] if shots is None else [data.calibration(*shots)]
-    places = [(rows, place) for rows in parts for place in range(len(rows))]
+    places = [(rows, index) for rows in parts for index in range(len(rows))]
 
-    def read(one: tuple[Rows, int]) -> None:
-        rows, place = one
-        _ = rows[place]
+    def read(place: tuple[Rows, int]) -> None:
+        rows, index = place
+        _ = rows[index]
 
     # Decoding images releases the interpreter.
     threads = min(8, os.cpu_count() or 1) if family.modality == "image" else 1
@@ -137,7 +137,7 @@ def check_access(spec: TaskSpec) -> None:
     """Refuse data that this worker may not read, before anything of it is opened.
 
     Raises:
-        BadInput: the task's data is outside of what `access_policy` allows.
+        BadInput: `registry.access_policy` does not allow the data.
     """
     assert spec.data is not None
     what, root = f"the data of task {spec.task}", Path(split_pin(spec.data.path)[0])
@@ -165,33 +165,34 @@ def task_data(spec: TaskSpec, family: Family) -> TaskData:
 
 
 def has_validation(task: TaskSpec, family: Family) -> bool:
-    """Whether a task has rows to choose by that are not its test rows."""
+    """True if a task has rows to tune on that are not its test rows."""
     given = task.data is not None and task.data.validation is not None
     return given or train_has_labels(task, family)
 
 
 def train_has_labels(spec: TaskSpec, family: Family) -> bool:
-    """Whether the train rows of a task have labels; what cannot be read is taken to have them."""
+    """True if the train rows of a task have labels, or cannot be read."""
     if spec.data is None or spec.data.train is None:
         return False
     try:
         return task_data(spec, family).rows("train").label is not None
-    except RestitchError:  # said where the rows are needed, if they are
+    except RestitchError:  # reported where the rows are needed
         return True
 
 
 def verified_data(spec: TaskSpec, family: Family) -> TaskData:
-    """The task's rows, after making sure that they are the registered ones.
+    """The task's rows, checked against the registered digests.
 
     Raises:
-        BadInput: a file is gone or changed.
+        BadInput: a file is missing or has changed.
     """
     assert spec.data is not None
     data = task_data(spec, family)
     if data_digest(data.spec) != spec.data.content:
         raise BadInput(
             f"the data of task {spec.task} changed since it was registered",
-            expected="the files in " + data.spec.path + " as they were",
+            expected=f"the registered files in {data.spec.path}",
+            found="different content",
             hint="put the files back, or register the task again with --replace-task",
         )
     return data
@@ -205,12 +206,12 @@ def resolved_head(spec: TaskSpec, base: Base) -> HeadSpec:
 
 @lru_cache(maxsize=256)
 def _resolved(head: HeadSpec, family: str, folder: Path, _config: str) -> HeadSpec:
-    # It opens a tokenizer, and every look-up of a result asks for it.
+    # Cached: it opens a tokenizer, and every lookup of a result needs it.
     return get_family(family).resolve(folder, head)
 
 
 def head_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> dict[str, object]:
-    """All that the head's tensors are made from; its digest is the head's key."""
+    """Everything that the head is built from; its digest is the head's key."""
     own = base.family.head_tensors and finetuned is not None
     return head_key(
         family=base.family.name,
@@ -223,13 +224,13 @@ def head_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> dict[
 
 
 def reading_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> dict[str, object]:
-    """How rows that something depends on are read: their columns, the head, what is set apart."""
+    """How rows are read: their columns, the head, and if rows are set apart; for keys."""
     data = spec.data
     assert data is not None
     assert data.content is not None
     return {
         "columns": [data.content["input"], data.content["label"]],
-        # Without validation rows of its own, a part of train is set apart.
+        # Without validation rows, a part of train is set apart.
         "set_apart": data.validation is None,
         "head": digest_json(head_inputs(spec, base, finetuned)),
     }
@@ -238,7 +239,7 @@ def reading_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> di
 def task_head(
     spec: TaskSpec, base: Base, live: LiveBase, finetuned: ModelRef | None, space: Workspace
 ) -> Head:
-    """The task's head: from the store, or made once from the base and stored."""
+    """The task's head: from the store, or built from the base and stored."""
     inputs = digest_json(head_inputs(spec, base, finetuned))
     record = space.objects.lookup("head", inputs)
     if record is None:

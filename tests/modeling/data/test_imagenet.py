@@ -47,7 +47,8 @@ def test_openai_s_names_and_templates_are_those_of_the_package():
 @has_open_clip
 def test_open_clip_is_never_imported():
     code = (
-        "import sys; from restitch.modeling.data.imagenet import openai_imagenet; openai_imagenet(); "
+        "import sys; from restitch.modeling.data.imagenet import openai_imagenet\n"
+        "openai_imagenet()\n"
         "print(any(m.startswith(('open_clip', 'torchvision')) for m in sys.modules))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

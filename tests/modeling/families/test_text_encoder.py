@@ -167,7 +167,7 @@ def test_a_block_without_a_place_in_the_architecture_is_listed(bert, tmp_path):
     shutil.copytree(bert, tmp_path / "deeper")
     tensors["encoder.layer.2.output.dense.weight"] = torch.zeros(16, 32)
     save_file(tensors, tmp_path / "deeper" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BadInput, match="no place for") as caught:
+    with pytest.raises(BadInput, match="that do not exist in the model") as caught:
         FAMILY.load(tmp_path / "deeper")
     assert caught.value.details == ("encoder.layer.2.output.dense.weight",)
 
@@ -213,7 +213,7 @@ def test_an_adapter_or_a_quantization_is_refused(bert, tmp_path):
     folder = tmp_path / "adapted"
     shutil.copytree(bert, folder)
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(BadInput, match="holds an adapter"):
+    with pytest.raises(BadInput, match=r"has an adapter_config\.json"):
         FAMILY.load(folder)
     (folder / "adapter_config.json").unlink()
     config = json.loads((folder / "config.json").read_text())
