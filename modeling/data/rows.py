@@ -4,7 +4,7 @@ Rows keep the order of their table. Labels are checked against the classes befor
 read; nothing is guessed, and every error names its file and row.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -68,11 +68,6 @@ class Rows:
             for column, value in zip(self.inputs, values, strict=True)
         )
         return Example(inputs, None if self.label is None else int(self.targets[position]), where)
-
-    def batches(self, size: int) -> Iterator[list[Example]]:
-        """All rows in order, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield [self[position] for position in range(start, min(start + size, len(self)))]
 
     def select(self, positions: Sequence[int] | NDArray[np.int64]) -> "Rows":
         """The rows at these positions, in the given order."""

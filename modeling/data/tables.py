@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from restitch.merging.digests import digest_file
 from restitch.merging.errors import BadInput
-from restitch.merging.progress import Progress
 from restitch.modeling.data.imagenet import SYNSETS_FILE
 from restitch.modeling.data.location import Location
 from restitch.modeling.data.records import read_records
@@ -138,7 +137,6 @@ def split_origin(
     *,
     inputs: Sequence[str] = (),
     revision: str | None = None,
-    progress: Progress | None = None,
 ) -> dict[str, object]:
     """The content of a split, as plain values to digest.
 
@@ -147,7 +145,6 @@ def split_origin(
         source: the split.
         inputs: the input columns; the image files that they name belong to the content.
         revision: for the hub, the commit.
-        progress: files read, of how many.
     """
     location = locate(path, source, revision=revision)
     if location.kind == "hub":
@@ -159,12 +156,7 @@ def split_origin(
         }
     root = Path(location.root)
     names = [*location.files, *_named_images(location, inputs)]
-    files = []
-    for done, name in enumerate(names, 1):
-        files.append([name, digest_file(root / name)])
-        if progress is not None:
-            progress(done, len(names))
-    origin: dict[str, object] = {"files": files}
+    origin: dict[str, object] = {"files": [[name, digest_file(root / name)] for name in names]}
     if location.synsets is not None:
         origin["synsets"] = digest_file(Path(location.synsets))
     return origin

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from restitch.merging.errors import BadInput
-from restitch.merging.progress import Progress
 from restitch.modeling.data.rows import Example as Example
 from restitch.modeling.data.rows import Rows as Rows
 from restitch.modeling.data.tables import Table, open_table, split_origin
@@ -50,11 +49,6 @@ class TaskData:
         if self.validation_from_train:
             given.append("validation")
         return tuple(s for s in SPLITS if s in given)
-
-    @property
-    def evaluation_split(self) -> str | None:
-        """What results are reported on: test if given, else validation."""
-        return next((s for s in ("test", "validation") if s in self.splits), None)
 
     def rows(self, split: str) -> Rows:
         """The rows of train, validation or test.
@@ -97,10 +91,6 @@ class TaskData:
             for index in range(len(self.labels))
         ]
         return rows.select(random.permutation(np.concatenate(chosen))).in_memory()
-
-    def digest(self, progress: Progress | None = None) -> dict[str, object]:
-        """The content of all splits, for keys; see `data_digest`."""
-        return data_digest(self.spec, progress)
 
     @cached_property
     def _train(self) -> Rows:
@@ -222,14 +212,14 @@ def stratified(targets: NDArray[np.int64], count: int, seed: int) -> NDArray[np.
     return np.sort(np.concatenate(chosen))
 
 
-def data_digest(spec: DataSpec, progress: Progress | None = None) -> dict[str, object]:
+def data_digest(spec: DataSpec) -> dict[str, object]:
     """The content of each split, without local paths: the digests of files, the commit on the hub.
 
     The columns of `spec` must be filled in.
     """
     path, revision = split_pin(spec.path)
     splits = {
-        split: split_origin(path, source, inputs=spec.input, revision=revision, progress=progress)
+        split: split_origin(path, source, inputs=spec.input, revision=revision)
         for split in SPLITS
         if (source := spec.source(split)) is not None
     }

@@ -141,6 +141,13 @@ class DataSpec(Spec):
         """The file, folder or split behind `train`, `validation` or `test`."""
         return {"train": self.train, "validation": self.validation, "test": self.test}[split]
 
+    @property
+    def evaluation_split(self) -> str | None:
+        """The split to report results on: test if given, else validation."""
+        if self.test is not None:
+            return "test"
+        return "validation" if self.validation or self.train else None
+
     def with_columns(self, modality: Modality) -> "DataSpec":
         """Fill in the columns that the file leaves out: `text` or `image`, and `label`."""
         return self.model_copy(

@@ -28,11 +28,7 @@ from restitch.tasks.runtime.workspace import Workspace, made_by
 
 def evaluation_split(spec: TaskSpec) -> str | None:
     """The split to report results on; None without rows to evaluate on."""
-    if spec.data is None:
-        return None
-    if spec.data.test is not None:
-        return "test"
-    return "validation" if spec.data.validation or spec.data.train else None
+    return None if spec.data is None else spec.data.evaluation_split
 
 
 def same_task(one: TaskSpec, other: TaskSpec) -> bool:

@@ -66,7 +66,7 @@ class FamilyContract:
     def localizable(self, family, base) -> list[str]:
         return select_tensors(Checkpoint.open(base).floating, family.localizable)
 
-    def test_it_has_the_whole_surface(self, family):
+    def test_it_has_the_whole_interface(self, family):
         assert isinstance(family, Family)
         assert family.modality in ("text", "image")
         assert family.version >= 1
@@ -156,7 +156,7 @@ class FamilyContract:
         )
         assert found.problems() == []
 
-    def test_wearing_other_weights_and_restoring_leaves_no_trace(
+    def test_setting_other_weights_and_restoring_leaves_no_trace(
         self, family, base, finetuned, model, batch, head, localizable
     ):
         before = family.logits(model, batch, head)

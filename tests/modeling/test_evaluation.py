@@ -46,7 +46,7 @@ def test_equal_scores_rank_the_lower_class_first():
     assert found.correct_rows().tolist() == [True, False, False]
 
 
-def test_a_score_that_is_no_number_is_wrong_and_never_right_by_chance():
+def test_a_nan_score_counts_as_wrong():
     nan, inf = float("nan"), float("inf")
     rows = scores([nan, 0], [0, nan], [inf, 0], [nan, nan], [1, 0])
     for metric in ("accuracy", "f1"):

@@ -72,7 +72,7 @@ def test_fewer_activations_change_no_gradient(
     assert not any("forward" in vars(layer) for layer in layers)
 
 
-def test_scores_are_in_full_precision_whatever_features_are_computed_in(bert: Path) -> None:
+def test_scores_are_in_full_precision_also_under_autocast(bert: Path) -> None:
     family, model, batch, head = text(bert)
     with torch.no_grad():
         full = family.logits(model, batch, head)

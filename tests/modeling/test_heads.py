@@ -27,7 +27,7 @@ SPEC = HeadSpec(labels=("a", "b"), templates=("{}", "the {}"), scale=3.0, max_le
         ({"labels": ("a",), "max_length": 0}, "max_length\\n.*greater than or equal to 1"),
     ],
 )
-def test_a_description_that_means_nothing_is_an_error(fields, message):
+def test_an_impossible_description_is_an_error(fields, message):
     with pytest.raises(ValidationError, match=message):
         HeadSpec(**fields)
 
@@ -63,7 +63,7 @@ def test_a_head_survives_storing_with_any_tensors():
     assert stored.to_bytes() == Head(tensors, SPEC).to_bytes()
 
 
-def test_bytes_that_are_no_head_are_damage():
+def test_bytes_that_are_not_a_head_are_damage():
     from safetensors.torch import save
 
     good = Head({"weight": torch.zeros(1)}, SPEC).to_bytes()

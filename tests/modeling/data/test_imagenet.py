@@ -12,7 +12,7 @@ import pytest
 
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.imagenet import openai_imagenet, parse_metadata, synset_classes
-from restitch.modeling.data.task_data import Rows, TaskData, open_split
+from restitch.modeling.data.task_data import Rows, TaskData, data_digest, open_split
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import Head
@@ -136,14 +136,14 @@ def test_a_file_that_does_not_fit_is_an_error(tmp_path, content, message):
         read(tmp_path)
 
 
-def test_the_file_counts_in_the_digest(tmp_path):
+def test_the_synsets_file_enters_the_digest(tmp_path):
     write_synsets(tmp_path / "val", SYNSETS[:2])
     found = []
     for pair in (("tench", "goldfish"), ("goldfish", "tench")):
         lines = [f"{s}\t{n}\n" for s, n in zip(SYNSETS[:2], pair, strict=True)]
         (tmp_path / "synsets.txt").write_text("".join(lines))
         spec = DataSpec(path=str(tmp_path), test="val", input=("image",))
-        found.append(TaskData(spec, LABELS, "image").digest())
+        found.append(data_digest(spec))
     assert found[0] != found[1]
 
 

@@ -40,7 +40,7 @@ def check(rows: Rows) -> None:
             assert np.array_equal(np.asarray(rows[seed].inputs[0]), np.asarray(image))
 
 
-def test_a_folder_per_class(tmp_path):
+def test_each_class_can_have_a_folder(tmp_path):
     write_folder(tmp_path / "test")
     check(read(tmp_path, "test"))
     check(read(tmp_path / "test", "."))
@@ -86,7 +86,7 @@ def test_parquet_of_an_image_feature_and_a_data_set_on_disk(tmp_path):
     check(read(tmp_path, "disk"))
 
 
-def test_a_table_that_names_files(tmp_path):
+def test_a_table_can_name_image_files(tmp_path):
     write_folder(tmp_path / "test")
     names = ["test/cat/0.png", "test/cat/1.png", "test/dog/2.png"]
     rows = [{"image": n, "label": c} for n, c in zip(names, [0, 0, 1], strict=True)]
@@ -150,7 +150,7 @@ def test_a_path_never_leaves_the_data(tmp_path, name):
 
 
 @pytest.mark.parametrize("value", [None, 3, {"bytes": None, "path": None}])
-def test_no_image_at_all_is_an_error(value):
+def test_a_missing_image_is_an_error(value):
     with pytest.raises(BadInput, match="here is not an image"):
         open_image(value, Path(), "here")
 

@@ -163,7 +163,7 @@ def test_only_the_vision_tower_s_blocks_are_localizable(clip):
     assert all(name.startswith("vision_model.encoder.layers.") for name in names)
 
 
-def test_one_image_is_read_and_no_pair(clip):
+def test_two_images_per_row_are_refused(clip):
     image = examples(1)[0].inputs[0]
     with pytest.raises(BadInput, match="CLIP reads one image"):
         FAMILY.preprocessor(clip)([Example((image, image), None, "here")])

@@ -125,7 +125,7 @@ def test_the_blocks_of_every_layout_are_localizable(name):
 
 
 @pytest.mark.parametrize("name", NEVER)
-def test_embeddings_poolers_and_heads_never_are(name):
+def test_embeddings_poolers_and_heads_are_never_localizable(name):
     assert not any(fnmatchcase(name, glob) for glob in FAMILY.localizable)
 
 
@@ -162,7 +162,7 @@ def test_a_missing_tensor_is_listed(bert, tmp_path):
     assert caught.value.details == ("encoder.layer.1.output.dense.weight",)
 
 
-def test_a_block_without_a_place_in_the_architecture_is_listed(bert, tmp_path):
+def test_tensors_unknown_to_the_architecture_are_listed(bert, tmp_path):
     tensors = load_file(bert / "model.safetensors")
     shutil.copytree(bert, tmp_path / "deeper")
     tensors["encoder.layer.2.output.dense.weight"] = torch.zeros(16, 32)

@@ -36,7 +36,7 @@ def task_of(folder: Path, **changes: Any) -> TaskSpec:
     return load_task(write_yaml(folder / "task.yaml", values))
 
 
-def test_what_is_left_out_is_filled_in(tmp_path: Path) -> None:
+def test_missing_keys_are_filled_in(tmp_path: Path) -> None:
     spec = resolve_task(task_of(tmp_path), FAMILY)
     assert spec.data is not None
     assert (spec.data.input, spec.data.label) == (("text",), "label")
@@ -67,7 +67,7 @@ def test_a_task_is_the_same_wherever_its_files_lie(tmp_path: Path) -> None:
         {"data": {"path": "rows", "validation": "test.jsonl"}},
     ],
 )
-def test_whatever_changes_a_result_makes_another_task(
+def test_a_change_that_affects_results_makes_another_task(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     spec = resolve_task(task_of(tmp_path), FAMILY)
