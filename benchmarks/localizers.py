@@ -49,11 +49,11 @@ from restitch.merging.numerics.bitwise import gather
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import Scores, top_k
 from restitch.merging.rules.stitch import DeltaMember
-from restitch.modeling.data.task_data import DataSpec, TaskData
+from restitch.modeling.data.task_data import TaskData
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import Batch, get_family
-from restitch.modeling.heads import HeadSpec
 from restitch.modeling.weights import apply_edits, restore
+from restitch.registry.specs.task import DataSpec, HeadSpec
 
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.15, 0.2)
 MERGED = (0.05, 0.1, 0.2)
@@ -109,11 +109,11 @@ class Task:
         self.world = world
         self.finetuned = Checkpoint.open(checkpoints / name)
         self.vector = TaskVector(world.base, self.finetuned, world.names)
-        spec = HeadSpec(labels, ("{}",), float(described["scale"]), described["max_length"])
+        spec = HeadSpec(labels=labels, scale=described["scale"], max_length=described["max_length"])
         self.head = world.family.build_head(world.model, world.folder, spec)
         self.preprocess = world.family.preprocessor(world.folder, described["max_length"])
         files = DataSpec(
-            str(data / name),
+            path=str(data / name),
             train="train.jsonl",
             validation="validation.jsonl",
             test="test.jsonl",

@@ -1,4 +1,5 @@
-"""What a model is: families, data sets, heads, evaluation and finetuning.
+"""Models: families, data sets, heads, evaluation and finetuning.
 
-`tasks` and `flows` import it; it knows nothing of the store, MLflow or Prefect.
+`tasks` and `flows` import it. It knows the descriptions of heads and data in `registry.specs`, and
+nothing of the store, MLflow or Prefect.
 """

@@ -1,8 +1,8 @@
-"""Which configuration keys of two checkpoints differ so that their forward passes differ.
+"""Compare the configuration keys of two checkpoints that change the forward pass.
 
-Defaults are resolved by `AutoConfig`, so a key that one file leaves out equals the same key
-written out. Keys that only training, generation, bookkeeping or file handling read are ignored;
-every other key counts, also one that nobody here has heard of.
+`AutoConfig` fills in defaults, so a key that one file leaves out equals the default written out.
+Keys for training, generation, bookkeeping or file handling are ignored; every other key counts,
+even an unknown one.
 """
 
 import json
@@ -54,15 +54,15 @@ _IGNORED = {
     "transformers_version",
     "use_cache",
 }
-# What version 4 wrote out and version 5 no longer knows: absent means this.
+# Keys that transformers 4 wrote and 5 dropped, with the value that their absence means.
 _ONCE_DEFAULT = {"position_embedding_type": "absolute", "pruned_heads": {}}
 
 
 def read_config(folder: Path) -> Any:
-    """The configuration of a folder, with all defaults; never runs code from the folder.
+    """Read the configuration of a folder, with all defaults; never runs code from the folder.
 
     Raises:
-        BadInput: it is absent, unreadable, or of an architecture that transformers does not know.
+        BadInput: it is missing, unreadable, or of an architecture that transformers does not know.
     """
     from transformers import AutoConfig
 
@@ -72,16 +72,16 @@ def read_config(folder: Path) -> Any:
             json.loads(opened.read().decode("utf-8"))
     except FileNotFoundError as error:
         raise BadInput(
-            f"{folder} has no config.json", hint="give the whole Hugging Face folder"
+            f"{folder} has no config.json", hint="give the whole folder in Hugging Face's layout"
         ) from error
     except (OSError, ValueError, RecursionError) as error:
-        raise BadInput(f"{file} cannot be read", expected="JSON", found=error) from error
+        raise BadInput(f"{file} is not valid JSON", found=error) from error
     try:
         return AutoConfig.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # a validation error of any kind: the file is not ours
-        raise BadInput(f"{file} describes no architecture that is known", found=error) from error
+    except Exception as error:  # a file of somebody else can raise any error
+        raise BadInput(f"{file} does not describe a known architecture", found=error) from error
 
 
 def differences(
@@ -91,13 +91,13 @@ def differences(
     ignore: frozenset[str] = frozenset(),
     prefix: str = "",
 ) -> list[str]:
-    """All differing keys as `key: base x, finetuned y`, sorted; nested keys with a dot.
+    """All differing keys as `key: base x, finetuned y`, sorted; nested keys are joined by dots.
 
     Args:
         base: a configuration with its defaults.
         finetuned: the other one.
-        ignore: further keys that do not matter here.
-        prefix: the key that both lie under.
+        ignore: more keys to ignore.
+        prefix: the key above both.
     """
     start = f"{prefix}." if prefix else ""
     left, right = _flat(base, ignore, start), _flat(finetuned, ignore, start)
@@ -111,7 +111,7 @@ def differences(
 
 
 def model_type_difference(base: str, finetuned: str) -> list[str]:
-    """The difference between two architectures, in the same words."""
+    """The difference between two architectures, in the form of `differences`."""
     return [] if base == finetuned else [f"model_type: base {base!r}, finetuned {finetuned!r}"]
 
 

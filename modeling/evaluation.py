@@ -1,9 +1,9 @@
-"""How well a model does on rows, with what the number is worth.
+"""Accuracy or F1 of a model on labelled rows, with a 95 % interval.
 
-Deterministic: evaluation mode and the same batches every time; among equal scores the lower class
-counts as the higher ranked, and a row with a score that is no number counts as wrong. The
-interval of an accuracy is Wilson's, the interval of an F1 comes from 1,000 seeded resamples of
-the confusion matrix; both hold 95 %.
+Evaluation is deterministic: evaluation mode, and the same batches every time. Among equal scores
+the lower class ranks first, and a row with a NaN score counts as wrong. The interval of an
+accuracy is Wilson's; the interval of an F1 comes from 1,000 seeded resamples of the confusion
+matrix.
 """
 
 import math
@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any, get_args
 
 import numpy as np
 import torch
@@ -25,11 +25,11 @@ from restitch.modeling.data.rows import Rows
 from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head
 from restitch.modeling.significance import unpacked
+from restitch.registry.specs.task import Metric
 
 EVALUATOR_VERSION = 1
 BATCH_SIZE = 64
-METRICS = ("accuracy", "f1")
-Metric = Literal["accuracy", "f1"]
+METRICS: tuple[str, ...] = get_args(Metric)
 
 _Z = 1.959963984540054  # the normal quantile of 0.975
 _RESAMPLES = 1000
@@ -37,18 +37,17 @@ _RESAMPLES = 1000
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found.
+    """The result of an evaluation.
 
     Attributes:
-        metric: accuracy, or f1: of class 1 where there are two classes, else the mean over
-            classes.
+        metric: accuracy, or f1: of class 1 if there are two classes, else the mean over classes.
         value: the metric.
         interval: its 95 % interval.
-        top1: share of rows whose class is ranked first.
+        top1: the share of rows whose class ranks first.
         top1_interval: Wilson's 95 % interval of top1; the same as `interval` for accuracy.
-        top5: share of rows whose class is among the first five; None below six classes.
-        count: rows.
-        correct: one bit per row, most significant first: whether its class is ranked first.
+        top5: the share of rows whose class is among the first five; None below six classes.
+        count: the number of rows.
+        correct: one bit per row, most significant first: 1 if its class ranks first.
     """
 
     metric: str
@@ -61,7 +60,7 @@ class Evaluation:
     correct: bytes
 
     def correct_rows(self) -> NDArray[np.bool_]:
-        """Whether each row is right."""
+        """One boolean per row: true if its class ranks first."""
         return unpacked(self.correct, self.count)
 
     def to_json(self) -> dict[str, Any]:
@@ -74,7 +73,7 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "Evaluation":
-        """What `to_json` wrote."""
+        """Read what `to_json` wrote."""
         values = dict(data)
         for name in ("interval", "top1_interval"):
             values[name] = tuple(values[name])
@@ -97,14 +96,14 @@ def evaluate(
     """Score a model on labelled rows.
 
     Args:
-        family: how the model scores.
-        model: as the family loaded it; moved to `device`.
-        head: of the task.
-        rows: with labels.
+        family: the family, which scores.
+        model: the loaded model; it is moved to `device`.
+        head: the head of the task.
+        rows: the rows, with labels.
         preprocess: the family's preprocessor.
         metric: accuracy or f1.
-        batch_size: rows at once.
-        device: None is where the model is.
+        batch_size: the number of rows at once.
+        device: the device; None is where the model is.
         progress: rows scored, of how many.
     """
     if metric not in METRICS:
@@ -121,11 +120,11 @@ def evaluate(
     with torch.inference_mode():
         for batch in _prepared(rows.select(order), preprocess, batch_size):
             on_device = {name: tensor.to(where) for name, tensor in batch.items()}
-            found = family.logits(model, on_device, head).float().cpu().numpy()
+            part = family.logits(model, on_device, head).float().cpu().numpy()
             if scores is None:
-                scores = np.empty((len(rows), found.shape[1]), dtype=np.float32)
-            scores[order[done : done + len(found)]] = found
-            done += len(found)
+                scores = np.empty((len(rows), part.shape[1]), dtype=np.float32)
+            scores[order[done : done + len(part)]] = part
+            done += len(part)
             if progress is not None:
                 progress(done, len(rows))
     assert scores is not None
@@ -133,14 +132,14 @@ def evaluate(
 
 
 def _order(rows: Rows) -> NDArray[np.int64]:
-    """The order in which rows are scored: texts of like length share a batch, padded little."""
+    """The order of scoring: texts of similar length share a batch, to save padding."""
     if rows.modality == "image":
         return np.arange(len(rows))
     return np.argsort(rows.lengths(), kind="stable")
 
 
 def _prepared(rows: Rows, preprocess: Preprocess, batch_size: int) -> Iterator[Batch]:
-    """All batches in order, prepared ahead by threads while the model works.
+    """All batches in order, which threads prepare while the model works.
 
     Decoding and resizing release the interpreter, so images gain from several threads; a
     tokenizer must not be used by two.
@@ -155,7 +154,7 @@ def _prepared(rows: Rows, preprocess: Preprocess, batch_size: int) -> Iterator[B
 
 
 def summarize(scores: NDArray[np.float32], targets: NDArray[np.int64], metric: str) -> Evaluation:
-    """What scores, [rows, classes], are worth against the classes of the rows."""
+    """Evaluate scores, [rows, classes], against the classes of the rows."""
     count, classes = scores.shape
     own = scores[np.arange(count), targets][:, None]
     ahead = (scores > own) | ((scores == own) & (np.arange(classes) < targets[:, None]))
@@ -182,7 +181,7 @@ def summarize(scores: NDArray[np.float32], targets: NDArray[np.int64], metric: s
 
 
 def wilson(successes: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share."""
+    """Compute Wilson's 95 % interval of a share."""
     share, square = successes / count, _Z * _Z
     centre = share + square / (2 * count)
     half = _Z * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
@@ -191,7 +190,7 @@ def wilson(successes: int, count: int) -> tuple[float, float]:
 
 
 def f1(confusion: NDArray[np.int64]) -> float:
-    """F1 of class 1 of two, the mean over more classes; confusion is [class, predicted].
+    """F1 of class 1 of two, or the mean over more classes; confusion is [class, predicted].
 
     A last column beyond the classes counts rows without a prediction. A class that neither
     occurs nor is predicted has F1 zero.
@@ -213,10 +212,10 @@ def _f1_interval(confusion: NDArray[np.int64]) -> tuple[float, float]:
 
 
 def normalized(merged: Evaluation, finetuned: Evaluation) -> float | None:
-    """What is left of the finetuned model's value; None where that is zero.
+    """The merged model's value over the finetuned model's; None if that is zero.
 
     Raises:
-        ValueError: the two are not the same metric on as many rows.
+        ValueError: the metrics or the numbers of rows differ.
     """
     if (merged.metric, merged.count) != (finetuned.metric, finetuned.count):
         raise ValueError("evaluations of different metrics or rows have no ratio")

@@ -1,9 +1,9 @@
-"""Finetuning: some of a live model's weights learn a task's rows by the task's own loss.
+"""Finetune some weights of a live model on a task's rows, by the task's own loss.
 
-AdamW with a linear rise and a linear fall of the learning rate, gradients clipped, no dropout: the
-model stays in evaluation mode, so that the same rows, seed, device and threads give the same
-weights. The live tensors begin as they are found and are left as they were learned; giving them
-back is the caller's. Rows of like length share a batch, so that little is computed on padding.
+AdamW with a linear rise and fall of the learning rate and clipped gradients. The model stays in
+evaluation mode, without dropout, so the same rows, seed, device and threads give the same weights.
+The caller restores the live tensors afterwards. Rows of similar length share a batch, to save
+padding.
 """
 
 import math
@@ -23,8 +23,8 @@ from restitch.merging.statistics.statistic_file import requiring_gradients
 
 VERSION = 1
 
-# Of so many batches the rows are sorted by length; of fewer where there are few, for each pass
-# should see other batches.
+# Rows are sorted by length within this many batches, or fewer if there are few rows: each pass
+# should see different batches.
 _SORTED_TOGETHER = 8
 
 Batch = TypeVar("Batch")
@@ -32,16 +32,16 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class FinetuningSettings:
-    """How weights are learned.
+    """The settings of finetuning.
 
     Attributes:
-        learning_rate: the highest, after the rise.
-        epochs: passes over the rows.
-        batch_size: rows per step.
+        learning_rate: the highest learning rate, after the rise.
+        epochs: the number of passes over the rows.
+        batch_size: the number of rows per step.
         rise: the share of all steps in which the learning rate grows.
-        weight_decay: of AdamW.
+        weight_decay: the weight decay of AdamW.
         largest_gradient: the norm that gradients are clipped to, over all weights.
-        seed: of the order of the rows.
+        seed: the seed for the order of the rows.
     """
 
     learning_rate: float
@@ -54,11 +54,11 @@ class FinetuningSettings:
 
     @classmethod
     def of(cls, modality: Literal["text", "image"], *, seed: int = 0) -> "FinetuningSettings":
-        """What is usual for a kind of model: 5e-5 for text encoders, 1e-5 for CLIP."""
+        """The usual settings for a kind of model: 5e-5 for text encoders, 1e-5 for CLIP."""
         return cls(5e-5 if modality == "text" else 1e-5, seed=seed)
 
     def to_json(self) -> dict[str, Any]:
-        """Everything that determines the weights beside the model, the rows and the loss."""
+        """Everything that determines the weights except for the model, the rows and the loss."""
         return asdict(self)
 
 
@@ -72,16 +72,16 @@ def finetune(
     *,
     progress: Progress = ignore,
 ) -> list[float]:
-    """Learn some tensors of a live model.
+    """Train some tensors of a live model.
 
     Args:
         parameters: the live tensors of a loaded model, in evaluation mode.
-        names: those that learn.
-        lengths: of the rows, in whatever unit; all equal where it says nothing.
+        names: the tensors to train.
+        lengths: the lengths of the rows, in any unit; all equal if they do not matter.
         batch: makes the batch of some rows, by their indices.
         loss: the mean loss of a batch at the model's current weights.
-        settings: how.
-        progress: called with the steps done and the steps in all.
+        settings: the settings.
+        progress: steps done, of how many.
 
     Returns:
         The mean loss of each pass.
@@ -117,7 +117,7 @@ def finetune(
 
 
 def _share(step: int, steps: int, rise: float) -> float:
-    """The share of the highest learning rate at a step, from 0 on: up, then down to nothing."""
+    """The share of the highest learning rate at a step, counted from 0: up, then down to zero."""
     up = max(1, round(rise * steps))
     return (step + 1) / up if step < up else (steps - step) / max(1, steps - up)
 
@@ -125,16 +125,16 @@ def _share(step: int, steps: int, rise: float) -> float:
 def _batches(
     lengths: NDArray[np.int64], size: int, generator: torch.Generator
 ) -> Iterator[list[int]]:
-    """One pass over the rows in a new order, those of like length together."""
+    """One pass over the rows in a new order, rows of similar length together."""
     order = torch.randperm(len(lengths), generator=generator).numpy()
     together = size * max(1, min(_SORTED_TOGETHER, len(lengths) // size // 4))
-    found: list[list[int]] = []
+    batches: list[list[int]] = []
     for start in range(0, len(order), together):
-        some = order[start : start + together]
-        some = some[np.argsort(lengths[some], kind="stable")]
-        found += [some[at : at + size].tolist() for at in range(0, len(some), size)]
-    for place in torch.randperm(len(found), generator=generator).tolist():
-        yield found[place]
+        part = order[start : start + together]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        batches += [part[at : at + size].tolist() for at in range(0, len(part), size)]
+    for place in torch.randperm(len(batches), generator=generator).tolist():
+        yield batches[place]
 
 
 def _mean(losses: Sequence[Tensor], epoch: int) -> float:

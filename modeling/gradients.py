@@ -1,9 +1,9 @@
-"""How a model's backward passes are taken: in which precision, and with how much memory.
+"""Precision and memory of backward passes.
 
-On a GPU matrix products are in bfloat16, where it has that; weights, scores and everything that is
-reported stay as they are. Elsewhere nothing is rounded. A model whose activations do not fit keeps
-only what goes into each of its repeated layers, and computes the rest again for the backward pass:
-the same gradients, one forward pass more.
+On a GPU that has bfloat16, matrix products use it; weights, scores and reported numbers do not.
+Elsewhere nothing is rounded. If the activations of a model do not fit, only the inputs of its
+repeated layers are stored and the rest is computed again in the backward pass: the gradients are
+the same, for one more forward pass.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 
 def precision(device: torch.device) -> AbstractContextManager[object]:
-    """What products are computed in on a device, for the length of a block."""
+    """Set the precision of matrix products on a device, within a block."""
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return torch.autocast("cuda", torch.bfloat16)
     return nullcontext()
 
 
 def repeated_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers that a model has many of: the elements of its lists of one kind of module."""
+    """The repeated layers of a model: the items of its lists of one kind of module."""
     found = []
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) > 1:
@@ -36,10 +36,10 @@ def repeated_layers(model: nn.Module) -> list[nn.Module]:
 
 @contextmanager
 def checkpointed(model: nn.Module) -> Iterator[None]:
-    """Within the block the activations inside of repeated layers are not kept."""
+    """Store no activations inside repeated layers, within a block."""
     layers = repeated_layers(model)
     for layer in layers:
-        # An attribute of the instance, which the class's own method is behind again afterwards.
+        # It hides the method of the class until it is deleted.
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
     try:
         yield

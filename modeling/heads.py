@@ -1,8 +1,8 @@
-"""The head of a task: the tensors beside the base that turn features into class scores.
+"""The head of a task: the tensors, in addition to the base, that turn features into class scores.
 
-A `HeadSpec` is what a user describes, a `Head` what a family made of it. A head is a store
-object: its bytes are the same for the same tensors and description, and `head_key` names all
-that it was made from, so that it is made once.
+A `HeadSpec` is the description in the task file, a `Head` what a family builds from it. A head is
+stored: equal tensors and descriptions give equal bytes, and `head_key` names everything that the
+head is built from, so each head is built once.
 """
 
 import json
@@ -13,67 +13,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from restitch.merging.errors import BadInput, Damage
+from restitch.merging.errors import Damage
 from restitch.merging.progress import Progress
-from restitch.modeling.data.imagenet import openai_imagenet as openai_imagenet
+from restitch.modeling.data.imagenet import openai_imagenet
+from restitch.registry.specs.task import HeadSpec
 
 FORMAT_VERSION = 1
 _METADATA = "restitch_head"
 
 
-@dataclass(frozen=True)
-class HeadSpec:
-    """How a task's classes are described.
+def listed(spec: HeadSpec) -> HeadSpec:
+    """List the labels and templates that the word `openai` stands for.
 
-    Attributes:
-        labels: the names of the classes in the order of their indices.
-        templates: prompts in which `{}` stands for the label.
-        scale: what cosines are multiplied with; None is the family's default.
-        max_length: tokens per text; None is the family's default.
+    Raises:
+        BadInput: the package that has them is not installed.
     """
+    if "openai" not in (spec.labels, spec.templates):
+        return spec
+    labels, templates = openai_imagenet()
+    update = {
+        "labels": labels if spec.labels == "openai" else spec.labels,
+        "templates": templates if spec.templates == "openai" else spec.templates,
+    }
+    return spec.model_copy(update=update)
 
-    labels: tuple[str, ...]
-    templates: tuple[str, ...] = ("{}",)
-    scale: float | None = None
-    max_length: int | None = None
 
-    def __post_init__(self) -> None:
-        if not self.labels:
-            raise BadInput("a head needs labels", hint="list the classes under head: labels")
-        if not self.templates:
-            raise BadInput("a head needs at least one template", hint='the plain one is "{}"')
-        for template in self.templates:
-            if "{}" not in template:
-                raise BadInput(f"template {template!r} has no place for the label", expected="{}")
-        if self.scale is not None and not 0 < self.scale < float("inf"):
-            raise BadInput(
-                "the head's scale is no usable number", expected="above 0", found=self.scale
-            )
-        if self.max_length is not None and self.max_length < 1:
-            raise BadInput(
-                "the head's max_length is too small", expected="at least 1", found=self.max_length
-            )
-
-    def prompts(self) -> list[str]:
-        """All texts, the templates of the first label first."""
-        return [t.replace("{}", label) for label in self.labels for t in self.templates]
-
-    def to_json(self) -> dict[str, object]:
-        """The description as plain values."""
-        return {
-            "labels": list(self.labels),
-            "templates": list(self.templates),
-            "scale": self.scale,
-            "max_length": self.max_length,
-        }
-
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> "HeadSpec":
-        """What `to_json` wrote."""
-        values = dict(data)
-        values["labels"] = tuple(values["labels"])
-        values["templates"] = tuple(values["templates"])
-        return cls(**values)
+def _described(spec: HeadSpec) -> dict[str, Any]:
+    """All of a listed head's description."""
+    return spec.model_dump(mode="json", exclude={"labels_from"})
 
 
 @dataclass(frozen=True)
@@ -81,8 +48,8 @@ class Head:
     """A head that a family built.
 
     Attributes:
-        tensors: known to the family alone; `weight` is [classes, features] in label-embedding
-            families.
+        tensors: known only to the family; `weight` is [classes, features] in families that embed
+            labels.
         spec: the resolved description.
     """
 
@@ -99,7 +66,7 @@ class Head:
 
         # One metadata entry only: safetensors does not order several.
         text = json.dumps(
-            {"format": FORMAT_VERSION, "spec": self.spec.to_json()},
+            {"format": FORMAT_VERSION, "spec": _described(self.spec)},
             sort_keys=True,
             separators=(",", ":"),
             ensure_ascii=False,
@@ -110,10 +77,10 @@ class Head:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> "Head":
-        """What `to_bytes` wrote.
+        """Read what `to_bytes` wrote.
 
         Raises:
-            Damage: the bytes are no head, or one of a later format.
+            Damage: the bytes are not a head, or of another format.
         """
         from safetensors import SafetensorError
         from safetensors.torch import load
@@ -124,7 +91,7 @@ class Head:
             described = json.loads(json.loads(data[8 : 8 + size])["__metadata__"][_METADATA])
             if described["format"] != FORMAT_VERSION:
                 raise Damage(
-                    "a head has another format",
+                    "a stored head has an unknown format",
                     expected=FORMAT_VERSION,
                     found=described["format"],
                     hint="it was written by another version of restitch",
@@ -138,7 +105,7 @@ class Head:
 def head_key(
     *, family: str, version: int, base: str, assets: str, spec: HeadSpec, finetuned: str | None
 ) -> dict[str, object]:
-    """All that a head is made from, as plain values to digest.
+    """Everything that a head is built from, as plain values to digest.
 
     Args:
         family: the family's name.
@@ -155,12 +122,12 @@ def head_key(
         "family": family,
         "family_version": version,
         "finetuned": finetuned,
-        "spec": spec.to_json(),
+        "spec": _described(spec),
     }
 
 
 def scaled_cosines(features: Tensor, weight: Tensor, scale: float | Tensor) -> Tensor:
-    """The scores of classes, [batch, classes]; in full precision, however features came about.
+    """The scores of the classes, [batch, classes]; in full precision, even under autocast.
 
     Args:
         features: normalized, [batch, features].
@@ -181,7 +148,7 @@ def embed_prompts(
     """Class weights by the zero-shot convention, [classes, features].
 
     Each text embedding is normalized, averaged over the templates and normalized again. Texts
-    of like length share a batch, so that little is padded; each distinct text is embedded once.
+    of similar length share a batch to save padding; each distinct text is embedded once.
 
     Args:
         spec: labels and templates.

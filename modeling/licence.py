@@ -1,8 +1,7 @@
-"""Which licence a model's folder states, in the YAML front matter of its README.md.
+"""Read the licence of a model folder from the YAML front matter of its README.md.
 
-The file comes from strangers: it is read to a bound, nothing of it is constructed but the texts
-of three keys, and what is odd in any way counts as nothing stated. Nothing is ever guessed from
-another file or asked of the network.
+The file is not trusted: only its beginning is read, only the texts of three keys are used, and
+anything unusual counts as no licence. Nothing is guessed from other files or from the network.
 """
 
 import re
@@ -26,12 +25,12 @@ _LINK = re.compile(r"(https?://[!-~]+|[A-Za-z0-9][\w./-]*)\Z", re.ASCII)
 
 @dataclass(frozen=True)
 class Licence:
-    """A licence as its owner states it.
+    """A licence as the model's owner states it.
 
     Attributes:
-        ids: the hub's identifiers, such as `apache-2.0` or `other`; several hold all at once.
-        name: what `other` stands for.
-        link: where its text is, an address or a file beside the card.
+        ids: the hub's identifiers, such as `apache-2.0` or `other`; all of them apply.
+        name: the name of an `other` licence.
+        link: the address of its text, or a file next to the card.
     """
 
     ids: tuple[str, ...]
@@ -44,14 +43,14 @@ class Licence:
 
 
 def read_licence(path: Path) -> Licence | None:
-    """The licence that a model folder, or a card itself, states; None where none is stated."""
+    """The licence that a model folder, or a card itself, states, or None."""
     card = path / CARD if path.is_dir() else path
-    if not card.is_file():  # a pipe or a device would never end
+    if not card.is_file():  # reading a pipe or a device might never end
         return None
     try:
         with open_regular(card) as file:
             data = file.read(MAX_BYTES)
-        # The bound may cut a letter of the text behind the front matter.
+        # The limit may cut a character in the text after the front matter.
         return _stated(_front_matter(data.decode("utf-8-sig", errors="replace")))
     except (OSError, yaml.YAMLError, ValueError, BadInput):
         return None
@@ -72,27 +71,27 @@ def _stated(text: str) -> Licence | None:
     node = yaml.compose(text, Loader=yaml.SafeLoader)
     if not isinstance(node, yaml.MappingNode):
         return None
-    found: dict[str, yaml.Node] = {}
+    keys: dict[str, yaml.Node] = {}
     for key, value in node.value:
         if isinstance(key, yaml.ScalarNode) and key.value.startswith("license"):
-            if key.value in found:
-                return None  # twice: which one holds is not for us to say
-            found[key.value] = value
-    ids = _ids(found.get("license"))
+            if key.value in keys:
+                return None  # stated twice: ambiguous
+            keys[key.value] = value
+    ids = _ids(keys.get("license"))
     if not ids:
         return None
-    name, link = _text(found.get("license_name")), _text(found.get("license_link"))
+    name, link = _text(keys.get("license_name")), _text(keys.get("license_link"))
     return Licence(ids, name, link if link and _LINK.match(link) else None)
 
 
 def _measure(text: str) -> None:
-    """Refuse what is large or deep, or grows when it is read."""
+    """Refuse front matter that is large, deep, or has aliases."""
     depth = 0
     for number, event in enumerate(yaml.parse(text, Loader=yaml.SafeLoader)):
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent) or depth > _MAX_DEPTH or number > _MAX_EVENTS:
-            raise ValueError("no honest front matter")
+            raise ValueError("front matter that is too large or has aliases")
 
 
 def _ids(node: yaml.Node | None) -> tuple[str, ...]:
@@ -100,12 +99,12 @@ def _ids(node: yaml.Node | None) -> tuple[str, ...]:
     nodes = node.value if listed and node is not None else [node]
     texts = [_text(one) for one in nodes]
     ids = [text for text in texts if text is not None and _ID.match(text)]
-    # One that cannot be read makes the whole statement unknown.
+    # One unreadable identifier makes the whole statement unknown.
     return tuple(sorted(set(ids))) if len(ids) == len(texts) else ()
 
 
 def _text(node: yaml.Node | None) -> str | None:
-    """A text of one line; None for a number, a null, or anything else."""
+    """A text of one line, or None for anything else."""
     if not isinstance(node, yaml.ScalarNode) or node.tag != "tag:yaml.org,2002:str":
         return None
     text: str = node.value.strip()

@@ -1,8 +1,8 @@
-"""Pretrained folders in Hugging Face's layout, read without running anything from them.
+"""Load pretrained folders in Hugging Face's layout, without running anything from them.
 
 Weights come from safetensors only and become float32; code in the folder is never run and the
-network never asked. Tensors keep the names that the folder's own file gives them: a model knows
-for each of these names which of its live tensors it is.
+network never used. Tensors keep their names in the folder's own file: a model maps each of these
+names to one of its live tensors.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -44,11 +44,11 @@ _VOCABULARIES = (
 
 
 class NamedModel(nn.Module):
-    """A transformers model that knows its tensors by the names of the file it came from.
+    """A transformers model that knows its tensors by their names in its file.
 
     Args:
         inner: the model.
-        names: name in the file to name in `inner`.
+        names: from names in the file to names in `inner`.
     """
 
     def __init__(self, inner: nn.Module, names: Mapping[str, str]) -> None:
@@ -71,21 +71,21 @@ def load_pretrained(
         folder: config.json with model.safetensors or its shards.
         auto_class: the transformers class with `from_pretrained`.
         prefixes: what a file may carry before all of its names.
-        required: globs; a tensor of the file that matches must have a place in the model.
+        required: globs; a tensor of the file that matches must exist in the model.
 
     Raises:
-        BadInput: the folder cannot be read as such a model; lists what does not fit.
+        BadInput: the folder cannot be read as such a model; lists the tensors that do not fit.
     """
     import transformers
 
     if (folder / "adapter_config.json").is_file():
         raise BadInput(
-            f"{folder} holds an adapter, which would change the weights in its file",
-            hint="merge the adapter into the model and save that",
+            f"{folder} has an adapter_config.json: an adapter would change its weights",
+            hint="merge the adapter into the model and save the merged model",
         )
     config = read_config(folder)
     file = Checkpoint.open(folder)
-    # What does not fit is said below, in our words.
+    # The errors below say what does not fit.
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     try:
@@ -96,29 +96,29 @@ def load_pretrained(
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
-            # Not the configuration's choice: it may name a kernel to fetch and run. This one
-            # every architecture has, and its gradients are the same bits every time.
+            # Not the configuration's choice, which may name a kernel to fetch and run. Every
+            # architecture has this one, and its gradients are the same bits every time.
             attn_implementation="eager",
             output_loading_info=True,
         )
-    except Exception as error:  # files of somebody else: whatever their readers raise
+    except Exception as error:  # files of somebody else can raise any error
         raise BadInput(f"{folder} cannot be loaded as a model", found=error) from error
     inner.requires_grad_(False)
-    absent = sorted(name for name in report["missing_keys"] if "pooler." not in name)
-    if absent:
+    missing = sorted(name for name in report["missing_keys"] if "pooler." not in name)
+    if missing:
         raise BadInput(
-            f"{folder} lacks {len(absent)} tensors of its architecture",
-            details=absent,
-            hint="the file must hold the whole model that config.json describes",
+            f"{folder} lacks {len(missing)} tensors that its config.json asks for",
+            details=missing,
+            hint="save the whole model, not a part of it",
         )
     shapes = {name: file.info(name).shape for name in file.names}
     names = match_names(shapes, live_tensors(inner), prefixes)
-    lost = [n for n in shapes if n not in names and any(fnmatchcase(n, g) for g in required)]
-    if lost:
+    unknown = [n for n in shapes if n not in names and any(fnmatchcase(n, g) for g in required)]
+    if unknown:
         raise BadInput(
-            f"{folder} has tensors that its architecture has no place for",
-            details=lost,
-            hint="does config.json belong to these weights?",
+            f"{folder} has tensors that do not exist in the model of its config.json",
+            details=unknown,
+            hint="check that config.json belongs to these weights",
         )
     return NamedModel(inner, names).eval()
 
@@ -134,10 +134,10 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
 def match_names(
     shapes: Mapping[str, Sequence[int]], live: Mapping[str, Tensor], prefixes: Sequence[str]
 ) -> dict[str, str]:
-    """Which live tensor each name of a file is, by one common prefix on either side.
+    """Map the names of a file to live tensors, by one common prefix on either side.
 
-    The prefix that places most names wins; the plain names win a tie. A name without a place,
-    or whose shape differs, is left out.
+    The prefix that maps most names wins; the plain names win a tie. A name without a live tensor
+    of its shape is left out.
     """
     best: dict[str, str] = {}
     for candidate in _renamings(prefixes):
@@ -159,7 +159,7 @@ def _renamings(prefixes: Sequence[str]) -> Iterable[Any]:
 
 
 def _modern(name: str) -> str:
-    """Checkpoints from before 2019 call a norm's tensors gamma and beta."""
+    """Rename gamma and beta of norms, which checkpoints from before 2019 have."""
     stem, _, last = name.rpartition(".")
     if stem.endswith("LayerNorm") and last in ("gamma", "beta"):
         return f"{stem}.{'weight' if last == 'gamma' else 'bias'}"
@@ -167,28 +167,28 @@ def _modern(name: str) -> str:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The folder's tokenizer.
+    """Load the folder's tokenizer.
 
     Raises:
-        BadInput: there is none that can be read.
+        BadInput: there is none, or it cannot be read.
     """
     from transformers import AutoTokenizer
 
     if not any((folder / name).is_file() for name in _VOCABULARIES):
-        # Without one, transformers would make an empty tokenizer and say nothing.
+        # Without one, transformers makes an empty tokenizer without a warning.
         raise BadInput(
             f"{folder} has no tokenizer",
             expected=f"one of {', '.join(_VOCABULARIES)}",
-            hint="give the whole Hugging Face folder",
+            hint="give the whole folder in Hugging Face's layout",
         )
     try:
         return AutoTokenizer.from_pretrained(
             str(folder), local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # files of many formats: whatever their readers raise
-        raise BadInput(f"{folder} has no tokenizer that can be read", found=error) from error
+    except Exception as error:  # files of somebody else can raise any error
+        raise BadInput(f"the tokenizer of {folder} cannot be read", found=error) from error
 
 
 def asset_files(folder: Path) -> tuple[str, ...]:
-    """Which configuration, tokenizer and processor files a folder has, sorted."""
+    """The configuration, tokenizer and processor files of a folder, sorted."""
     return tuple(name for name in _ASSETS if (folder / name).is_file())

@@ -1,10 +1,9 @@
-"""Whether two models differ on the same rows, from the correctness of every row.
+"""Paired comparison of two models on the same rows, from the correctness of each row.
 
-The test is McNemar's with the mid-p value: of the rows that only one of the two has right, each is
-as likely to be the one's as the other's where they are equally good, and the observed case counts
-half, for the exact value errs on the safe side so far that it contradicts the intervals (Fagerland
-et al. 2013). Intervals hold 95 %: of a difference of shares by Agresti and Min (2005), of a ratio
-by the delta method on its logarithm.
+The test is McNemar's with the mid-p value, in which the observed case counts half: the exact test
+is so conservative that it contradicts the intervals (Fagerland et al. 2013). The 95 % intervals
+are those of Agresti and Min (2005) for a difference of shares, and of the delta method on the
+logarithm for a ratio.
 """
 
 import math
@@ -24,13 +23,13 @@ class Paired:
     """Two models on the same rows.
 
     Attributes:
-        difference: share of right rows, the second's minus the first's.
-        low: lower end of its 95 % interval.
-        high: upper end.
-        p_value: of equal shares.
-        gained: rows that only the second has right.
-        lost: rows that only the first has right.
-        rows: all rows.
+        difference: the second model's share of correct rows minus the first's.
+        low: the lower end of its 95 % interval.
+        high: the upper end.
+        p_value: of the hypothesis that both shares are equal.
+        gained: rows that only the second model has right.
+        lost: rows that only the first model has right.
+        rows: the number of rows.
     """
 
     difference: float
@@ -43,15 +42,15 @@ class Paired:
 
     @property
     def is_significant(self) -> bool:
-        """Whether chance alone would seldom make such a difference."""
+        """True if chance alone would rarely make such a difference."""
         return self.p_value < LEVEL
 
 
 def compare_rows(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Paired:
-    """The difference between two models from whether each has each row right.
+    """Compare two models by whether each has each row right.
 
     Raises:
-        ValueError: they have not the same rows, or none.
+        ValueError: the rows differ, or there are none.
     """
     if first.shape != second.shape or not len(first):
         raise ValueError("only models on the same rows can be compared row by row")
@@ -75,9 +74,9 @@ def compare_rows(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Paired:
 def ratio_interval(
     base: NDArray[np.bool_], merged: NDArray[np.bool_]
 ) -> tuple[float, float] | None:
-    """The 95 % interval of the merged model's share of right rows over that of the base.
+    """The 95 % interval of the merged model's share of correct rows over that of the base.
 
-    None where either has no row right: a ratio has no interval there.
+    None if either has no row right: the ratio then has no interval.
     """
     if base.shape != merged.shape:
         raise ValueError("only models on the same rows can be compared row by row")
@@ -92,12 +91,12 @@ def ratio_interval(
 
 
 def rows_of(evaluation: Mapping[str, object]) -> NDArray[np.bool_]:
-    """Whether each row is right, from a stored evaluation."""
+    """One boolean per row, from a stored evaluation."""
     return unpacked(bytes.fromhex(str(evaluation["correct"])), int(str(evaluation["count"])))
 
 
 def unpacked(correct: bytes, count: int) -> NDArray[np.bool_]:
-    """Whether each row is right, from one bit per row, most significant first."""
+    """One boolean per row, from one bit per row, most significant first."""
     bits = np.unpackbits(np.frombuffer(correct, dtype=np.uint8), count=count)
     return bits.astype(np.bool_)
 
@@ -105,7 +104,7 @@ def unpacked(correct: bytes, count: int) -> NDArray[np.bool_]:
 def _mcnemar(gained: int, lost: int) -> float:
     if gained == lost:
         return 1.0
-    from scipy.stats import binom  # which takes a while to import
+    from scipy.stats import binom  # slow to import
 
     less, both = min(gained, lost), gained + lost
     return float(2 * binom.cdf(less, both, 0.5) - binom.pmf(less, both, 0.5))

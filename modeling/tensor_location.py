@@ -1,9 +1,9 @@
-"""Where in a model a tensor lies, by its name: layer, component and tower.
+"""The layer, component and tower of a tensor, by its name.
 
-Names are read as transformers writes them (CLIP, ViT, BERT, RoBERTa, DistilBERT, MPNet, ALBERT,
-T5 encoders, GPT-2, Llama and their kin). What no rule knows is `other`, never an error: places
-are for reading, and nothing is decided by them. The components are those of the figures in the
-papers: a bias of attention or MLP counts as a bias, one of a layer norm as layer norm.
+Names follow transformers (CLIP, ViT, BERT, RoBERTa, DistilBERT, MPNet, ALBERT, T5 encoders, GPT-2,
+Llama and related models). An unknown name is `other`, never an error: locations are for reports,
+and nothing depends on them. The components are those of the papers' figures: a bias of attention
+or MLP counts as bias, one of a layer norm as layer norm.
 """
 
 import re
@@ -21,12 +21,12 @@ _MLP = re.compile(r"mlp|ffn|ff$|feed_?forward|densereludense|intermediate|^(?:fc
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies.
+    """The location of a tensor in its model.
 
     Attributes:
-        layer: the number of its transformer block; None outside of the blocks.
+        layer: the number of its transformer block; None outside the blocks.
         component: one of `COMPONENTS`.
-        tower: "vision" or "text" in a model that has both, else None.
+        tower: "vision" or "text" in a model with both, else None.
     """
 
     layer: int | None
@@ -35,7 +35,7 @@ class Place:
 
 
 def place_of(name: str) -> Place:
-    """The place of the tensor with this name."""
+    """The location of the tensor with this name."""
     parts = name.lower().split(".")
     layer = _layer(parts)
     return Place(layer, _component(parts[:-1], parts[-1], inside=layer is not None), _tower(parts))
@@ -60,13 +60,13 @@ def _tower(parts: list[str]) -> str | None:
 
 def _component(modules: list[str], leaf: str, *, inside: bool) -> str:
     path = [*modules, leaf]
-    # The innermost module says whether it is a norm: attention and embeddings hold norms.
+    # Only the innermost module decides on norms: attention and embeddings contain norms.
     if _NORM.search(path[-2] if modules else leaf):
         return "layer norm"
     if any(_EMBEDDING.search(part) for part in path):
         return "embedding"
     attention = any(_ATTENTION.search(part) for part in path)
-    # BERT names the second half of its MLP only `output`.
+    # BERT calls the second half of its MLP just `output`.
     mlp = any(_MLP.search(part) for part in path) or (inside and "output" in modules)
     if not (attention or mlp):
         return "other"

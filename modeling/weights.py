@@ -1,7 +1,7 @@
-"""Weights of a loaded model, set by the names of its checkpoint.
+"""Set the weights of a loaded model by the names of its checkpoint.
 
-Everything is copied in place into the live tensors, converted to their dtype; nothing is ever
-added, so setting and restoring any number of times leaves no trace.
+Values are copied into the live tensors and converted to their dtype; nothing is ever added, so
+setting and restoring leaves no trace.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,21 +21,21 @@ def set_weights(parameters: Mapping[str, Tensor], tensors: Iterable[tuple[str, T
         tensors: names with values of the same shapes, read one at a time.
 
     Raises:
-        KeyError: a name that the model does not have.
-        ValueError: another shape.
+        KeyError: the model does not have a name.
+        ValueError: a shape differs.
     """
     with torch.no_grad():
         for name, value in tensors:
             live = parameters[name]
             if live.shape != value.shape:
-                raise ValueError(f"{name} is {tuple(live.shape)}, not {tuple(value.shape)}")
+                raise ValueError(f"{name} has shape {tuple(live.shape)}, not {tuple(value.shape)}")
             live.copy_(value)
 
 
 def load_checkpoint(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
     """Copy all floating tensors that the checkpoint and the model share.
 
-    A checkpoint of a part (a vision tower) changes that part; the rest stays the base's.
+    A checkpoint of a part, such as a vision tower, changes only that part.
     """
     shared = (name for name in checkpoint.names if name in parameters)
     set_weights(
@@ -45,10 +45,10 @@ def load_checkpoint(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) ->
 
 
 def apply_edits(parameters: Mapping[str, Tensor], base: Checkpoint, edits: Edits) -> None:
-    """Give the tensors that edits touch the values that an export would write.
+    """Set the edited tensors to the values that an export would write.
 
-    Edits are applied in the base's own dtype and converted afterwards, so what is evaluated is
-    what is stored.
+    Edits are applied in the base's own dtype and converted afterwards, so that the evaluated
+    weights are the stored ones.
     """
 
     def edited() -> Iterable[tuple[str, Tensor]]:
@@ -62,7 +62,7 @@ def apply_edits(parameters: Mapping[str, Tensor], base: Checkpoint, edits: Edits
 
 
 def restore(parameters: Mapping[str, Tensor], base: Checkpoint, names: Iterable[str]) -> None:
-    """Give tensors the base's values again."""
+    """Set tensors back to the base's values."""
     set_weights(parameters, ((name, base.tensor(name)) for name in names))
 
 

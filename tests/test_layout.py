@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 # Each package may import itself and the packages in its row.
 PACKAGES = {
     "merging": set(),
-    "modeling": {"merging"},
+    "modeling": {"merging", "registry"},
     "registry": {"merging"},
     "tasks": {"merging", "modeling", "registry"},
     "flows": {"merging", "modeling", "registry", "tasks"},
@@ -66,6 +66,8 @@ ROOMS = {
     "cli.commands": {"render"},
     "cli.render": set(),
 }
+# Of registry, modeling uses the descriptions of heads and data and nothing else.
+MODELING_MAY_USE = {"registry.specs"}
 MERGING_MAY_USE = {"torch", "numpy", "safetensors", "blake3"} | set(sys.stdlib_module_names)
 ENGINE = "prefect"
 # Folders of the checkout that use the product and are no part of it.
@@ -118,6 +120,12 @@ def test_packages_are_imported_one_way(package: str) -> None:
     for path in files:
         others = {name.partition(".")[0] for name in ours(path)} - {package}
         assert others <= PACKAGES[package], f"{path} imports {sorted(others - PACKAGES[package])}"
+
+
+def test_modeling_sees_only_the_specs_of_registry() -> None:
+    for path in modules("modeling"):
+        rooms = {room_of(name) for name in ours(path) if name.startswith("registry")}
+        assert rooms <= MODELING_MAY_USE, f"{path} imports {sorted(rooms - MODELING_MAY_USE)}"
 
 
 @pytest.mark.parametrize("room", ROOMS)

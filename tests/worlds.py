@@ -19,7 +19,7 @@ from PIL import Image
 
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
-from restitch.modeling.heads import HeadSpec
+from restitch.registry.specs.task import HeadSpec
 from tests.tiny_models import tiny_bert, tiny_clip, tweaked
 
 BLOCKS = ("*encoder.layer.*",)
@@ -137,7 +137,7 @@ def _classes(world: World, name: str, inputs: Sequence[Any]) -> list[int]:
     family = get_family(world.family)
     folder = world.base if name == "general" else world.model(name)
     line_state = family.build_head(
-        family.load(world.base), world.base, HeadSpec(LABELS[name], TEMPLATES)
+        family.load(world.base), world.base, HeadSpec(labels=LABELS[name], templates=TEMPLATES)
     )
     batch = family.preprocessor(world.base)([Example((i,), None, "") for i in inputs])
     with torch.inference_mode():

@@ -1,4 +1,4 @@
-"""Rows of data sets: how they are found, read and decoded.
+"""Find, read and decode the rows of data sets.
 
 Heads, families and `tasks.inputs` import it.
 """

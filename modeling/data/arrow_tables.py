@@ -1,6 +1,6 @@
-"""Parquet and arrow files as tables, row group by row group: never a whole file in memory.
+"""Parquet and arrow files as tables, read one row group at a time.
 
-Class names come from the schema, as `datasets` writes them there. Images stay encoded.
+Class names come from the schema, where `datasets` writes them. Images stay encoded.
 """
 
 import json
@@ -18,7 +18,7 @@ from restitch.merging.files.safe_open import open_regular
 
 
 class ArrowTable:
-    """Files of one schema, one after another."""
+    """Files of one schema, one after the other."""
 
     def __init__(self, root: Path, files: Sequence["_Groups"]) -> None:
         self.root = root
@@ -33,7 +33,7 @@ class ArrowTable:
         for file in files:
             if tuple(file.schema.names) != self.columns:
                 raise BadInput(
-                    f"{file.name} has other columns than {files[0].name}",
+                    f"{file.name} and {files[0].name} have different columns",
                     expected=", ".join(self.columns),
                     found=", ".join(file.schema.names),
                 )
@@ -45,7 +45,7 @@ class ArrowTable:
                 total += size
                 row += size
         self._total = total
-        self._kept: tuple[int, tuple[str, ...], pa.Table] | None = None
+        self._cached: tuple[int, tuple[str, ...], pa.Table] | None = None
         self._lock = Lock()  # rows are prepared by several threads
 
     def __len__(self) -> int:
@@ -72,15 +72,15 @@ class ArrowTable:
         return f"{file} row {first + index - self._starts[group]}"
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
-        """The names of the classes, where the schema has them."""
+        """The names of the classes, if the schema has them."""
         return self._names.get(column)
 
     def _group(self, index: int, columns: tuple[str, ...]) -> pa.Table:
         with self._lock:
-            if self._kept is None or self._kept[:2] != (index, columns):
+            if self._cached is None or self._cached[:2] != (index, columns):
                 file, group = self._groups[index]
-                self._kept = (index, columns, file.read(group, columns))
-            return self._kept[2]
+                self._cached = (index, columns, file.read(group, columns))
+            return self._cached[2]
 
 
 class _Groups(Protocol):
@@ -113,7 +113,7 @@ class _Parquet(_Groups):
 
 
 class _Arrow(_Groups):
-    """An arrow file or stream; memory-mapped, so its batches cost nothing until they are used."""
+    """An arrow file or stream, memory-mapped: unused batches cost nothing."""
 
     def __init__(self, path: Path) -> None:
         with open_regular(path) as file:
@@ -137,7 +137,7 @@ def open_arrow_files(root: Path, files: Sequence[Path]) -> ArrowTable:
 
 
 def open_arrow_folder(root: Path) -> ArrowTable:
-    """What `datasets` saved to disk as one split."""
+    """Open one split that `datasets` saved to disk."""
     state = root / "state.json"
     try:
         with open_regular(state) as file:
@@ -147,7 +147,8 @@ def open_arrow_folder(root: Path) -> ArrowTable:
         raise BadInput(f"{state} cannot be read", found=error) from error
     if content.get("_indices_data_files") or not names:
         raise BadInput(
-            f"{root} is no plain data set on disk", hint="save it again after flatten_indices()"
+            f"{root} is a data set with an index over its rows, or without rows",
+            hint="save it again after flatten_indices()",
         )
     if any(Path(name).name != name for name in names):
         raise BadInput(f"{state} names files outside of its folder")

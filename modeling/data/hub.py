@@ -1,7 +1,7 @@
 """Data sets on the hub, by id and commit, through `datasets`.
 
-The commit is pinned before anything is read, so a key that names it names the bytes. A data
-set's own code is never run. `HF_ENDPOINT` and the cache variables of the environment hold.
+The commit is pinned before anything is read, so a key with the commit identifies the bytes. Code
+of a data set is never run. `HF_ENDPOINT` and the cache variables of the environment apply.
 """
 
 import logging
@@ -41,10 +41,10 @@ class HubTable:
 
     def row(self, index: int, columns: Sequence[str]) -> tuple[Any, ...]:
         """The values of one row."""
-        wanted = tuple(columns)
-        if wanted not in self._views:
-            self._views[wanted] = self._dataset.select_columns(list(wanted))
-        values = self._views[wanted][index]
+        key = tuple(columns)
+        if key not in self._views:
+            self._views[key] = self._dataset.select_columns(list(key))
+        values = self._views[key][index]
         return tuple(values[column] for column in columns)
 
     def column(self, name: str) -> Sequence[Any]:
@@ -57,12 +57,12 @@ class HubTable:
         return f"{self.name} row {index}"
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
-        """The names of the classes, where the data set has them."""
+        """The names of the classes, if the data set has them."""
         return self._names.get(column)
 
 
 def locate_on_hub(path: str, source: str, *, revision: str | None) -> Location:
-    """A split of a data set on the hub; asks no network.
+    """Locate a split of a data set on the hub, without network access.
 
     Args:
         path: `owner/name` or `owner/name:configuration`.
@@ -71,13 +71,16 @@ def locate_on_hub(path: str, source: str, *, revision: str | None) -> Location:
     """
     path, _, config = path.partition(":")
     if not _ID.fullmatch(path):
-        raise BadInput(f"there is no data at {path}", hint="name a folder or a hub id")
+        raise BadInput(
+            f"{path} is neither a folder nor the id of a data set on the hub",
+            hint="set path: to a folder, or to owner/name",
+        )
     if revision is None or not _COMMIT.fullmatch(revision):
         raise BadInput(
-            f"there is no folder {path}, and as a hub id it is not pinned",
-            expected="a folder, or owner/name with its commit",
+            f"there is no folder {path}, and as a hub id it has no commit",
+            expected="a folder, or owner/name@commit",
             found=revision,
-            hint="check path:; hub ids are pinned when a task is registered",
+            hint="check path:; registration pins hub ids to a commit",
         )
     other, _, split = source.rpartition("/")
     return Location("hub", path, split=split, config=other or config or None, revision=revision)
@@ -87,8 +90,8 @@ def open_hub(location: Location) -> HubTable:
     """The rows of a split on the hub, downloaded once into the cache of `datasets`.
 
     Raises:
-        BadInput: no such data set, configuration or split; the message lists what there is.
-        Unavailable: the hub cannot be reached and the cache does not have it.
+        BadInput: no such data set, configuration or split; lists the known ones.
+        Unavailable: the hub cannot be reached and the cache does not have the data set.
     """
     import datasets
 
@@ -101,21 +104,21 @@ def open_hub(location: Location) -> HubTable:
         )
     except Exception as error:
         raise _explained(location.root, error) from error
-    # Without a network `datasets` takes the newest commit in its cache, whatever was asked for;
+    # Without a network `datasets` takes the newest commit in its cache, not the requested one;
     # the folder of the prepared files is named by the commit that they came from.
-    kept = {Path(file["filename"]).parent.name for file in dataset.cache_files}
-    if kept != {location.revision}:
+    cached = {Path(file["filename"]).parent.name for file in dataset.cache_files}
+    if cached != {location.revision}:
         raise Unavailable(
             f"{location.root} cannot be fetched from the hub",
             expected=f"commit {location.revision}",
-            found=f"in the cache: {', '.join(sorted(kept)) or 'nothing'}",
-            hint="try again with a network",
+            found=f"in the cache: {', '.join(sorted(cached)) or 'nothing'}",
+            hint="try again when the hub can be reached",
         )
     return HubTable(f"{location.root} {location.split}", dataset)
 
 
 def _explained(path: str, error: Exception) -> RestitchError:
-    """What an error of the hub's libraries means for the user."""
+    """Explain an error of the hub's libraries to the user."""
     from datasets.exceptions import DatasetNotFoundError
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -127,16 +130,20 @@ def _explained(path: str, error: Exception) -> RestitchError:
     absent = (RepositoryNotFoundError, RevisionNotFoundError, DatasetNotFoundError)
     if isinstance(error, GatedRepoError):
         return BadInput(
-            f"{path} is gated", found=error, hint="set HF_TOKEN after asking for access"
+            f"the data set {path} is gated on the hub",
+            found=error,
+            hint="request access on its page, then set HF_TOKEN",
         )
     if isinstance(error, absent):
         return BadInput(f"there is no data set {path} on the hub", found=error)
     if isinstance(error, LocalEntryNotFoundError | ConnectionError | TimeoutError):
         return Unavailable(f"{path} cannot be fetched from the hub", found=error)
     if isinstance(error, ValueError | RuntimeError | KeyError):
-        # Unknown configuration or split, a data set that is a script: the message says which.
+        # An unknown configuration or split, or a data set that is a script: the error says which.
         return BadInput(
-            f"{path} cannot be used", found=error, hint="a split is named split or config/split"
+            f"the data set {path} cannot be used",
+            found=error,
+            hint="name a split as split or config/split",
         )
     return Unavailable(
         f"{path} cannot be fetched from the hub", found=f"{type(error).__name__}: {error}"

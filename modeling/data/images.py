@@ -1,7 +1,7 @@
 """Images from bytes or files, as RGB, with errors that name their row.
 
-An image of more pixels than `MOST_PIXELS` is refused from its header, before it is decoded: a
-small file can claim a picture that fills the memory.
+An image with more than `MOST_PIXELS` is refused by its header, before it is decoded: a small file
+can claim a picture that fills the memory.
 """
 
 import io
@@ -25,24 +25,24 @@ def open_image(value: object, root: Path, where: str) -> Any:
         where: file and row, for errors.
 
     Raises:
-        BadInput: there is no image, it cannot be decoded or is too large.
+        BadInput: the image is missing, cannot be decoded, or is too large.
     """
     from PIL import Image
 
     data = image_bytes(value, root, where)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the limit here is stricter than Pillow's warning
+            warnings.simplefilter("ignore")  # this limit is stricter than Pillow's warning
             with Image.open(io.BytesIO(data)) as image:
                 width, height = image.size
                 decoded = image.convert("RGB") if width * height <= MOST_PIXELS else None
-    except Exception as error:  # decoders of broken files raise whatever they meet
-        raise BadInput(f"{where}: the image cannot be read", found=error) from error
+    except Exception as error:  # decoders raise many kinds of errors
+        raise BadInput(f"{where}: the image cannot be decoded", found=error) from error
     if decoded is None:
         raise BadInput(
             f"{where}: the image is too large",
-            expected=f"at most {MOST_PIXELS} pixels",
-            found=f"{width} x {height}",
+            expected=f"at most {MOST_PIXELS:,} pixels",
+            found=f"{width} x {height} pixels",
         )
     return decoded
 
@@ -55,8 +55,8 @@ def image_bytes(value: object, root: Path, where: str) -> bytes:
         return value
     if not isinstance(value, str):
         raise BadInput(
-            f"{where} holds no image",
-            expected="encoded bytes or a path",
+            f"{where} is not an image",
+            expected="encoded bytes, or the path of a file",
             found=type(value).__name__,
         )
     path = PurePosixPath(value)
@@ -64,10 +64,10 @@ def image_bytes(value: object, root: Path, where: str) -> bytes:
         path = path.relative_to(root.absolute())
     if path.is_absolute() or ".." in path.parts:
         raise BadInput(
-            f"{where}: the image lies outside of the data",
+            f"{where}: the image is outside of the folder of the data",
             expected=f"a path in {root}",
             found=value,
-            hint="put the images beside the table and name them relative to it",
+            hint="put the images next to the table and give paths relative to it",
         )
     try:
         with open_regular(root / path) as file:

@@ -1,17 +1,17 @@
-"""Where the rows of a split lie."""
+"""The place of a split's rows."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Location:
-    """What a `path` with a split stands for.
+    """The files, or the data set on the hub, behind a `path` and a split.
 
     Attributes:
         kind: table, images, arrow or hub.
         root: the folder, or the hub id.
-        files: what is read, in order; relative to `root`.
-        synsets: for images, the file that says which class a synset folder is.
+        files: the files to read, in order; relative to `root`.
+        synsets: for images, the file that gives the class of each synset folder.
         split: for the hub, the split.
         config: for the hub, the configuration.
         revision: for the hub, the commit.

@@ -1,6 +1,6 @@
 """Rows of text files: JSON, JSON lines, CSV and TSV, with errors that name the line.
 
-CSV holds strings only; what they mean is decided by who reads the column.
+CSV holds strings only; the reader of a column decides what they mean.
 """
 
 import csv
@@ -15,10 +15,10 @@ from restitch.merging.files.safe_open import open_regular
 
 
 def read_records(file: Path) -> Iterator[Mapping[str, Any]]:
-    """The rows of a file, column to value, in order.
+    """Read the rows of a file in order, as column to value.
 
     Raises:
-        BadInput: the file is broken; names the line.
+        BadInput: the file cannot be read; names the line.
     """
     suffix = file.suffix.lower()
     try:
@@ -43,11 +43,11 @@ def _jsonl_records(file: Path) -> Iterator[Mapping[str, Any]]:
             try:
                 record = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise BadInput(f"{file} line {number} is no JSON", found=error) from error
+                raise BadInput(f"{file} line {number} is not valid JSON", found=error) from error
             if not isinstance(record, dict):
                 raise BadInput(
-                    f"{file} line {number} is no row",
-                    expected="an object {column: value}",
+                    f"{file} line {number} is not a row",
+                    expected="a JSON object {column: value}",
                     found=type(record).__name__,
                 )
             yield record
@@ -58,14 +58,16 @@ def _json_records(file: Path) -> Iterator[Mapping[str, Any]]:
         with open_regular(file) as stream:
             content = json.loads(stream.read().decode("utf-8"))
     except (ValueError, RecursionError) as error:
-        try:  # many write one object per line into .json
+        try:  # .json files often hold one object per line
             return _jsonl_records(file)
         except BadInput:
-            raise BadInput(f"{file} is no JSON", found=error) from error
+            raise BadInput(f"{file} is not valid JSON", found=error) from error
     if isinstance(content, dict):
         content = [content]
     if not isinstance(content, list) or not all(isinstance(r, dict) for r in content):
-        raise BadInput(f"{file} holds no rows", expected="a list of objects {column: value}")
+        raise BadInput(
+            f"{file} does not hold rows", expected="a JSON list of objects {column: value}"
+        )
     return iter(content)
 
 
@@ -76,9 +78,11 @@ def _csv_records(file: Path, delimiter: str) -> Iterator[Mapping[str, Any]]:
             for record in reader:
                 if None in record or None in record.values():
                     raise BadInput(
-                        f"{file} line {reader.line_num} has another number of fields",
-                        expected=f"{len(reader.fieldnames or ())} as in the first line",
+                        f"{file} line {reader.line_num} has too many or too few fields",
+                        expected=f"{len(reader.fieldnames or ())} fields, as in the first line",
                     )
                 yield record
         except csv.Error as error:
-            raise BadInput(f"{file} line {reader.line_num} is no CSV", found=error) from error
+            raise BadInput(
+                f"{file} line {reader.line_num} is not valid CSV", found=error
+            ) from error

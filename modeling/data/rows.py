@@ -1,12 +1,12 @@
-"""Rows of a table as a model reads them: inputs decoded, classes as indices.
+"""Rows of a table as a model reads them: decoded inputs, and classes as indices.
 
-Rows keep the order of their table. A label is checked against the classes before any input is
+Rows keep the order of their table. Labels are checked against the classes before any input is
 read; nothing is guessed, and every error names its file and row.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,8 +16,7 @@ from restitch.merging.errors import BadInput
 from restitch.modeling.data.imagenet import are_synsets, synset_classes
 from restitch.modeling.data.images import image_bytes, open_image
 from restitch.modeling.data.tables import ListTable, Table
-
-Modality = Literal["text", "image"]
+from restitch.registry.specs.task import Modality
 
 
 @dataclass(frozen=True)
@@ -26,7 +25,7 @@ class Example:
 
     Attributes:
         inputs: texts, or one `PIL.Image.Image`.
-        label: the index of its class, None where the data has no labels.
+        label: the index of its class; None if the data has no labels.
         where: file and row, for errors.
     """
 
@@ -40,12 +39,12 @@ class Rows:
     """Some rows of one table, in order.
 
     Attributes:
-        table: where they come from.
+        table: the table that holds them.
         inputs: the input columns.
-        label: the label column, None where there is none.
+        label: the label column, or None.
         labels: the names of the classes.
         modality: how inputs are read.
-        indices: the rows of the table; None is all of them.
+        indices: the rows of the table; None for all.
     """
 
     table: Table
@@ -70,11 +69,6 @@ class Rows:
         )
         return Example(inputs, None if self.label is None else int(self.targets[position]), where)
 
-    def batches(self, size: int) -> Iterator[list[Example]]:
-        """All rows in order, `size` at a time."""
-        for start in range(0, len(self), size):
-            yield [self[position] for position in range(start, min(start + size, len(self)))]
-
     def select(self, positions: Sequence[int] | NDArray[np.int64]) -> "Rows":
         """The rows at these positions, in the given order."""
         chosen = np.asarray(positions, dtype=np.int64)
@@ -83,19 +77,20 @@ class Rows:
 
     @property
     def targets(self) -> NDArray[np.int64]:
-        """The class index of every row; reads no inputs."""
+        """The class index of every row, without reading inputs."""
         if "targets" not in self._memo:
             if self.label is None:
                 raise BadInput(
-                    f"{self.table.name} is used without labels", hint="set label: to a column"
+                    f"the rows of {self.table.name} have no labels",
+                    hint="set label: to the column with the class",
                 )
-            everything = _class_indices(self.table, self.label, self.labels)
-            self._memo["targets"] = everything if self.indices is None else everything[self.indices]
+            indices = _class_indices(self.table, self.label, self.labels)
+            self._memo["targets"] = indices if self.indices is None else indices[self.indices]
         result: NDArray[np.int64] = self._memo["targets"]
         return result
 
     def lengths(self) -> NDArray[np.int64]:
-        """How many characters each row's texts have together."""
+        """The number of characters in all texts of each row."""
         rows = range(len(self.table)) if self.indices is None else self.indices.tolist()
         return np.array(
             [sum(len(str(v)) for v in self.table.row(row, self.inputs)) for row in rows],
@@ -103,7 +98,7 @@ class Rows:
         )
 
     def in_memory(self) -> "Rows":
-        """The same rows, read once in the table's order; for few rows that are read often."""
+        """The same rows in memory, read in the table's order: for few rows that are read often."""
         rows = np.arange(len(self.table)) if self.indices is None else self.indices
         columns = (*self.inputs, *(() if self.label is None else (self.label,)))
         read = {row: self.table.row(row, columns) for row in sorted(set(rows.tolist()))}
@@ -117,7 +112,7 @@ class Rows:
         return replace(self, table=table, indices=None, _memo=memo)
 
     def digest(self) -> str:
-        """The digest of what the rows hold: raw inputs and classes, not where they lie."""
+        """The digest of raw inputs and classes, independent of where the rows are."""
         rows = range(len(self.table)) if self.indices is None else self.indices.tolist()
         inputs = []
         for row in rows:
@@ -138,16 +133,16 @@ class Rows:
 def _text(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise BadInput(
-            f"{where} holds no text", expected="a string", found=f"{type(value).__name__} {value!r}"
+            f"{where} is not a text", expected="a string", found=f"{type(value).__name__} {value!r}"
         )
     return value
 
 
 def _class_indices(table: Table, column: str, labels: tuple[str, ...]) -> NDArray[np.int64]:
-    """The class index of every row: an index stays, a name is looked up.
+    """The class index of every row: an index stays, a name is looked up in the labels.
 
-    Where the data names its classes and all of these names are labels, they decide, not the
-    data's own order. Folders named by synset ids are classes in their sorted order.
+    If the data set names its classes and all names are labels, the names decide and not the
+    data set's own order. Folders named by synset ids are classes in sorted order.
     """
     names: Mapping[str, int] = {name: index for index, name in enumerate(labels)}
     own = table.class_names(column) or ()
@@ -162,14 +157,14 @@ def _class_indices(table: Table, column: str, labels: tuple[str, ...]) -> NDArra
         index = _class_index(value, names, len(labels))
         if index is None:
             raise BadInput(
-                f"{table.where(row)}: label outside of the classes",
-                expected=f"an index below {len(labels)} or one of {_some(labels)}",
+                f"{table.where(row)}: the label is not one of the classes",
+                expected=f"an index from 0 to {len(labels) - 1}, or one of {_some(labels)}",
                 found=repr(value),
-                hint="check label: and head: labels",
+                hint="check the column under label: and the classes under head: labels",
             )
         if isinstance(value, str) and labels.count(value) > 1:
             raise BadInput(
-                f"{table.where(row)}: label {value!r} names several classes",
+                f"{table.where(row)}: the label {value!r} is the name of several classes",
                 hint="use class indices in the label column",
             )
         result[row] = index

@@ -1,9 +1,9 @@
-"""Tables of rows as they lie on disk, by one small surface; values are raw, nothing is decoded.
+"""Tables of rows with one small interface; values are raw, nothing is decoded.
 
-`locate` decides what a `path` with a split means: a file, several shards, a folder of images
-or of arrow files, a split of a data set on disk or on the hub. It is asked both for reading and
-for the digest, so a key always names the bytes that were read. Files are read directly, without
-a cache; only hub ids go through `datasets`. A data set's own code is never run.
+`locate` decides what a `path` and a split mean: a file, several shards, a folder of images or of
+arrow files, a split of a data set on disk or on the hub. Reading and the digest both use it, so a
+key always identifies the bytes that were read. Files are read directly, without a cache; only hub
+ids go through `datasets`. Code of a data set is never run.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +12,6 @@ from typing import Any, Protocol
 
 from restitch.merging.digests import digest_file
 from restitch.merging.errors import BadInput
-from restitch.merging.progress import Progress
 from restitch.modeling.data.imagenet import SYNSETS_FILE
 from restitch.modeling.data.location import Location
 from restitch.modeling.data.records import read_records
@@ -25,10 +24,10 @@ class Table(Protocol):
     """Rows with named columns.
 
     Attributes:
-        name: what it is, for errors.
+        name: its name in errors.
         root: the folder that image paths are relative to.
         columns: in the order of the file.
-        synsets: the file that says which class a synset folder is, where there is one.
+        synsets: the file that gives the class of each synset folder, if there is one.
     """
 
     name: str
@@ -42,13 +41,13 @@ class Table(Protocol):
         """The values of one row."""
 
     def column(self, name: str) -> Sequence[Any]:
-        """All values of one column; asked for labels only, which are small."""
+        """All values of one column; used for labels only, which are small."""
 
     def where(self, index: int) -> str:
-        """How an error names a row."""
+        """The name of a row in errors."""
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
-        """The names of the classes, where the data itself carries them."""
+        """The names of the classes, if the data set has them."""
 
 
 class ListTable:
@@ -88,15 +87,15 @@ class ListTable:
         return self._wheres[index] if self._wheres else f"{self.name} row {index}"
 
     def class_names(self, column: str) -> tuple[str, ...] | None:
-        """The names of the classes, where the data carries them."""
+        """The names of the classes, if the data set has them."""
         return self._names.get(column)
 
 
 def open_table(path: str, source: str, *, revision: str | None = None) -> Table:
-    """The rows that a `path` and a split stand for.
+    """Open the rows behind a `path` and a split.
 
     Raises:
-        BadInput: there is no such thing, or it cannot be read.
+        BadInput: there is nothing of that name, or it cannot be read.
     """
     location = locate(path, source, revision=revision)
     if location.kind == "hub":
@@ -138,16 +137,14 @@ def split_origin(
     *,
     inputs: Sequence[str] = (),
     revision: str | None = None,
-    progress: Progress | None = None,
 ) -> dict[str, object]:
-    """What a split is read from, by content, as plain values to digest.
+    """The content of a split, as plain values to digest.
 
     Args:
         path: as in `open_table`.
         source: the split.
-        inputs: the input columns; image files that they name are part of the content.
+        inputs: the input columns; the image files that they name belong to the content.
         revision: for the hub, the commit.
-        progress: files read, of how many.
     """
     location = locate(path, source, revision=revision)
     if location.kind == "hub":
@@ -159,12 +156,7 @@ def split_origin(
         }
     root = Path(location.root)
     names = [*location.files, *_named_images(location, inputs)]
-    files = []
-    for done, name in enumerate(names, 1):
-        files.append([name, digest_file(root / name)])
-        if progress is not None:
-            progress(done, len(names))
-    origin: dict[str, object] = {"files": files}
+    origin: dict[str, object] = {"files": [[name, digest_file(root / name)] for name in names]}
     if location.synsets is not None:
         origin["synsets"] = digest_file(Path(location.synsets))
     return origin
@@ -190,10 +182,10 @@ def _named_images(location: Location, inputs: Sequence[str]) -> list[str]:
 
 
 def locate(path: str, source: str, *, revision: str | None = None) -> Location:
-    """Decide what a `path` with a split stands for; an existing local path wins.
+    """Decide what a `path` and a split mean; an existing local path wins.
 
     Raises:
-        BadInput: nothing of that name; the message lists what there is.
+        BadInput: there is nothing of that name; lists what there is.
     """
     root = Path(path)
     if not root.exists():
@@ -202,7 +194,7 @@ def locate(path: str, source: str, *, revision: str | None = None) -> Location:
         return locate_on_hub(path, source, revision=revision)
     if root.is_file():
         raise BadInput(
-            f"the data's path {path} is a file",
+            f"the path of the data, {path}, is a file",
             expected="a folder",
             hint=f"set path: {root.parent} and name {root.name} as train, validation or test",
         )
@@ -220,16 +212,16 @@ def locate(path: str, source: str, *, revision: str | None = None) -> Location:
     kinds = {Path(name).suffix.lower() for name in files}
     if len(kinds) > 1:
         raise BadInput(
-            f"{source!r} in {path} could be several things",
+            f"{source!r} in {path} is ambiguous",
             found=", ".join(files),
-            hint="name the file itself",
+            hint="give the whole name of the file",
         )
     if files:
         return Location("table", str(root), tuple(files))
     raise BadInput(
-        f"there is no {source!r} in {path}",
+        f"there is no file, folder or split {source!r} in {path}",
         found=_content(root),
-        hint="name a file or folder in path, or a split",
+        hint="set train:, validation: or test: to one of these names",
     )
 
 
@@ -243,7 +235,7 @@ def _locate_folder(folder: Path, root: Path) -> Location:
     images = sorted(_images(folder))
     listing = [name for name in tables if Path(name).stem == "metadata"]
     if images and listing:
-        tables = listing  # a row per image, as `datasets` has it
+        tables = listing  # one row per image, in the form of `datasets`
     elif images:
         places = (folder / SYNSETS_FILE, root / SYNSETS_FILE)
         synsets = next((str(file) for file in places if file.is_file()), None)
@@ -253,10 +245,10 @@ def _locate_folder(folder: Path, root: Path) -> Location:
         return Location("table", str(folder), tuple(tables))
     scripts = any(f.suffix == ".py" for f in folder.iterdir())
     raise BadInput(
-        f"{folder} holds no data that can be read",
+        f"{folder} does not hold data in a known form",
         expected=f"images in folders of classes, or one kind of {', '.join(TABLE_SUFFIXES)}",
         found=_content(folder),
-        hint="a data set's script is never run; save its rows as a file" if scripts else None,
+        hint="scripts of data sets are never run; save the rows as a file" if scripts else None,
     )
 
 
@@ -267,14 +259,14 @@ def _images(folder: Path) -> Iterator[str]:
 
 
 def _image_folder(root: Path, location: Location) -> ListTable:
-    """One row per image, its class is the folder that it lies in."""
+    """One row per image; its folder is its class."""
     files = location.files
     folders = [name.split("/")[0] if "/" in name else "" for name in files]
     if "" in folders:
         raise BadInput(
-            f"{root} has images outside of any class folder",
+            f"{root} has an image outside of the class folders",
             found=files[folders.index("")],
-            hint="one folder per class, its images inside",
+            hint="put the images of each class into a folder of its own",
         )
     values = {"image": list(files), "label": folders}
     names = {"label": tuple(sorted(set(folders), key=lambda name: name.encode()))}
@@ -283,7 +275,7 @@ def _image_folder(root: Path, location: Location) -> ListTable:
 
 
 def _is_split_file(stem: str, split: str) -> bool:
-    """Whether a file is `train` or a shard of it, `train-00000-of-00002`."""
+    """True for `train` and for a shard of it, `train-00000-of-00002`."""
     if stem == split:
         return True
     rest = stem.removeprefix(f"{split}-")
@@ -293,9 +285,9 @@ def _is_split_file(stem: str, split: str) -> bool:
 def _check_suffix(file: Path) -> None:
     if file.suffix.lower() not in TABLE_SUFFIXES:
         raise BadInput(
-            f"{file} is no table that can be read",
+            f"{file} is not in a known format",
             expected=", ".join(TABLE_SUFFIXES),
-            hint="a data set's script is never run" if file.suffix == ".py" else None,
+            hint="scripts of data sets are never run" if file.suffix == ".py" else None,
         )
 
 

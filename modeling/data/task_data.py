@@ -1,23 +1,21 @@
-"""The data of a task: what rows there are to calibrate, tune and report on.
+"""The data of a task: the rows to calibrate, tune and report on.
 
 A `DataSpec` names files, folders or splits; `TaskData` opens them. Everything random is seeded,
-and nothing is guessed: an unknown column, split or label is an error that lists what there is.
+and nothing is guessed: an unknown column, split or label is an error that lists the known ones.
 Rows that stand in for a missing validation split never take part in calibration.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from restitch.merging.errors import BadInput
-from restitch.merging.progress import Progress
 from restitch.modeling.data.rows import Example as Example
-from restitch.modeling.data.rows import Modality
 from restitch.modeling.data.rows import Rows as Rows
-from restitch.modeling.data.tables import open_table, split_origin
+from restitch.modeling.data.tables import Table, open_table, split_origin
+from restitch.registry.specs.task import DataSpec, Modality, split_pin
 
 SPLITS = ("train", "validation", "test")
 HOLDOUT_SHARE = 0.2
@@ -25,54 +23,23 @@ HOLDOUT_MOST = 1000
 HOLDOUT_SEED = 0  # fixed: which rows are set apart must not depend on a method's seed
 
 
-@dataclass(frozen=True)
-class DataSpec:
-    """Where a task's rows are.
-
-    Attributes:
-        path: a folder, or a data set on the hub, `owner/name[:config]`.
-        train: a file or folder in `path`, or the name of a split; likewise the next two.
-        validation: rows to tune on.
-        test: rows to report on.
-        input: the column or columns that hold the input; two texts are a sentence pair.
-        label: the column with the class index or a name in the head's labels.
-        revision: for the hub, the commit.
-    """
-
-    path: str
-    train: str | None = None
-    validation: str | None = None
-    test: str | None = None
-    input: tuple[str, ...] = ("text",)
-    label: str | None = "label"
-    revision: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.input:
-            raise BadInput("data names no input column", hint="set input: to a column")
-
-    def source(self, split: str) -> str | None:
-        """What the specification says for `train`, `validation` or `test`."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
-
-
 class TaskData:
     """The data of a task, opened.
 
     Args:
-        spec: where it is.
-        labels: the names of the classes; empty where the data has no labels.
+        spec: where the rows are.
+        labels: the names of the classes; empty if the data has no labels.
         modality: what the family reads.
     """
 
     def __init__(self, spec: DataSpec, labels: Sequence[str], modality: Modality) -> None:
-        self.spec = spec
+        self.spec = spec.with_columns(modality)
         self.labels = tuple(labels)
         self.modality = modality
 
     @property
     def validation_from_train(self) -> bool:
-        """Whether validation rows are set apart from train: the model may have seen them."""
+        """True if validation rows are set apart from train: the model may have seen them."""
         return self.spec.validation is None and self.spec.train is not None
 
     @property
@@ -82,11 +49,6 @@ class TaskData:
         if self.validation_from_train:
             given.append("validation")
         return tuple(s for s in SPLITS if s in given)
-
-    @property
-    def evaluation_split(self) -> str | None:
-        """What results are reported on: test if given, else validation."""
-        return next((s for s in ("test", "validation") if s in self.splits), None)
 
     def rows(self, split: str) -> Rows:
         """The rows of train, validation or test.
@@ -130,10 +92,6 @@ class TaskData:
         ]
         return rows.select(random.permutation(np.concatenate(chosen))).in_memory()
 
-    def digest(self, progress: Progress | None = None) -> dict[str, object]:
-        """What the splits are read from, by content, for keys: no paths of this machine."""
-        return data_digest(self.spec, progress)
-
     @cached_property
     def _train(self) -> Rows:
         return self._open("train")
@@ -156,35 +114,37 @@ def open_split(
 ) -> Rows:
     """The rows of one described split.
 
-    The train rows of a task with rows of its own to evaluate on need no label: they have none
-    where the column is missing, and serve as inputs to calibrate with.
+    If the task has rows of its own to evaluate on, its train rows may lack the label column: they
+    then serve as inputs to calibrate with.
 
     Args:
-        spec: where they are.
+        spec: where the rows are.
         split: train, validation or test.
         labels: the names of the classes; a label column is checked against them at once.
         modality: how inputs are read.
 
     Raises:
-        BadInput: it is not described, cannot be read, is empty, lacks a column, or has a label
-            outside of the classes.
+        BadInput: the split is not described, cannot be read, is empty, lacks a column, or has a
+            label outside of the classes.
     """
+    spec = spec.with_columns(modality)
     source = spec.source(split)
     if source is None:
         raise BadInput(
-            f"the data in {spec.path} describes no {split} rows",
+            f"the data in {spec.path} has no {split} rows",
+            expected=f"the key {split} under data",
             found=", ".join(s for s in SPLITS if spec.source(s)) or "no split at all",
-            hint=f"set {split}: to a file in path or to a split's name",
+            hint=f"set {split}: to a file in path or to the name of a split",
         )
-    table = open_table(spec.path, source, revision=spec.revision)
+    table = _open_source(spec, source)
     if len(table) == 0:
         raise BadInput(f"{table.name} has no rows", expected="at least one")
     label = spec.label if labels else None
     evaluated = spec.validation is not None or spec.test is not None
     if split == "train" and evaluated and label not in table.columns:
         label = None
-    wanted = [*spec.input, *([] if label is None else [label])]
-    missing = [column for column in wanted if column not in table.columns]
+    requested = [*spec.input, *([] if label is None else [label])]
+    missing = [column for column in requested if column not in table.columns]
     if missing:
         raise BadInput(
             f"{table.name} has no column {', '.join(map(repr, missing))}",
@@ -198,13 +158,16 @@ def open_split(
 
 
 def labels_of(spec: DataSpec) -> tuple[str, ...]:
-    """The names of the classes as the data itself gives them (`labels_from: dataset`)."""
+    """The names of the classes that the data set gives (`labels_from: dataset`).
+
+    Raises:
+        BadInput: it gives none.
+    """
     for split in SPLITS:
         source = spec.source(split)
-        if source is None or spec.label is None:
+        if source is None:
             continue
-        table = open_table(spec.path, source, revision=spec.revision)
-        names = table.class_names(spec.label)
+        names = _open_source(spec, source).class_names(spec.label or "label")
         if names is not None:
             return names
     raise BadInput(
@@ -214,7 +177,7 @@ def labels_of(spec: DataSpec) -> tuple[str, ...]:
 
 
 def set_apart(targets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The positions that stay in train and those that stand in for validation, both ascending.
+    """Split train into positions that stay and positions for validation, both ascending.
 
     A seeded share of each class, at least one row where the class has two, at most
     `HOLDOUT_MOST` rows together; every class keeps a row in train.
@@ -234,7 +197,7 @@ def stratified(targets: NDArray[np.int64], count: int, seed: int) -> NDArray[np.
     """The positions of `count` rows, ascending, of which each class has its share.
 
     Shares are rounded by largest remainder, the lower class first; the same seed gives the
-    same rows for ever. All rows where there are no more than that.
+    same rows forever. All rows if there are no more than `count`.
     """
     if count >= len(targets):
         return np.arange(len(targets))
@@ -249,18 +212,25 @@ def stratified(targets: NDArray[np.int64], count: int, seed: int) -> NDArray[np.
     return np.sort(np.concatenate(chosen))
 
 
-def data_digest(spec: DataSpec, progress: Progress | None = None) -> dict[str, object]:
-    """What each split is read from, by content: files with their digests, hub ids by commit."""
+def data_digest(spec: DataSpec) -> dict[str, object]:
+    """The content of each split, without local paths: the digests of files, the commit on the hub.
+
+    The columns of `spec` must be filled in.
+    """
+    path, revision = split_pin(spec.path)
     splits = {
-        split: split_origin(
-            spec.path, source, inputs=spec.input, revision=spec.revision, progress=progress
-        )
+        split: split_origin(path, source, inputs=spec.input, revision=revision)
         for split in SPLITS
         if (source := spec.source(split)) is not None
     }
     return {"splits": splits, "input": list(spec.input), "label": spec.label}
 
 
+def _open_source(spec: DataSpec, source: str) -> Table:
+    path, revision = split_pin(spec.path)
+    return open_table(path, source, revision=revision)
+
+
 def _random(seed: int) -> np.random.RandomState:
-    """Numbers that are the same for a seed in every version of numpy, as `Generator`'s are not."""
+    """The same numbers for a seed in every version of numpy, unlike `Generator`."""
     return np.random.RandomState([seed & 0xFFFFFFFF, seed >> 32])

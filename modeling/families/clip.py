@@ -1,15 +1,14 @@
-"""CLIP: image towers scored against the zero-shot head of the base's own text tower.
+"""CLIP: image towers, scored against the zero-shot head of the base's own text tower.
 
-Any CLIP of transformers fits, whatever its activation. Images are always prepared by the PIL
-processor with the folder's own settings, so that every worker sees the same pixels. A finetuned
-folder may hold the vision tower alone: projection, text tower and logit scale are the base's.
-Only the blocks of the vision tower are localizable by default.
+Any CLIP of transformers works, with any activation. The PIL processor always prepares images, with
+the folder's own settings, so that every worker sees the same pixels. A finetuned folder may hold
+the vision tower alone: projection, text tower and logit scale are the base's. By default only the
+blocks of the vision tower are localizable.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +18,13 @@ from restitch.merging.progress import Progress
 from restitch.modeling.configs import differences, model_type_difference, read_config
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Preprocess
-from restitch.modeling.heads import Head, HeadSpec, embed_prompts, scaled_cosines
+from restitch.modeling.heads import Head, embed_prompts, scaled_cosines
 from restitch.modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
+from restitch.registry.specs.task import HeadSpec, Modality
 
-# What changes the text tower's reading of its own tokens but never the images' features.
+# Keys that affect the text tower only, never the features of images.
 _TOKEN_IDS = frozenset({"pad_token_id", "bos_token_id", "eos_token_id"})
-# A tower's own copy of the width that only models without a common configuration read.
+# A tower's copy of the width; only models without a common configuration read it.
 _UNREAD = frozenset({"projection_dim"})
 
 
@@ -39,10 +39,10 @@ class Clip:
         "*.vision_model.encoder.layers.*",
     )
     head_tensors: tuple[str, ...] = ()
-    modality: Literal["text", "image"] = "image"
+    modality: Modality = "image"
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
-        """All configuration keys that change the forward pass of what both hold."""
+        """The configuration keys that change the forward pass of the common towers."""
         ours, theirs = read_config(base), read_config(finetuned)
         if theirs.model_type == "clip_vision_model" and ours.model_type == "clip":
             return differences(
@@ -55,28 +55,28 @@ class Clip:
             return model_type_difference(ours.model_type, theirs.model_type) or [
                 f"model_type: {ours.model_type!r} is not 'clip'"
             ]
-        found = (
+        keys = (
             []
             if ours.projection_dim == theirs.projection_dim
             else [f"projection_dim: base {ours.projection_dim}, finetuned {theirs.projection_dim}"]
         )
         for part in ("text_config", "vision_config"):
-            found += differences(
+            keys += differences(
                 getattr(ours, part).to_dict(),
                 getattr(theirs, part).to_dict(),
                 ignore=_TOKEN_IDS | _UNREAD,
                 prefix=part,
             )
-        return found
+        return keys
 
     def load(self, folder: Path) -> nn.Module:
-        """The whole CLIP in a folder."""
+        """Load the whole CLIP in a folder."""
         from transformers import CLIPModel
 
         kind = read_config(folder).model_type
         if kind != "clip":
             raise BadInput(
-                f"{folder} is no whole CLIP",
+                f"{folder} is not a whole CLIP",
                 expected="model_type 'clip'",
                 found=repr(kind),
                 hint="the base needs both towers; a finetuned model may be the vision tower alone",
@@ -88,23 +88,23 @@ class Clip:
         return _named(model).tensors()
 
     def max_length(self, folder: Path) -> int:
-        """The smaller of what tokenizer and text tower allow."""
+        """The smaller limit of tokenizer and text tower."""
         positions = int(read_config(folder).text_config.max_position_embeddings)
         return min(int(load_tokenizer(folder).model_max_length), positions)
 
     def preprocessor(self, folder: Path, max_length: int | None = None) -> Preprocess:
-        """Resize, crop and normalize images as the folder's processor says."""
+        """Resize, crop and normalize images with the settings of the folder's processor."""
         process = _image_processor(folder)
 
         def preprocess(examples: Sequence[Example]) -> Batch:
             for example in examples:
                 if len(example.inputs) != 1:
                     raise BadInput(
-                        f"{example.where}: CLIP reads one image",
+                        f"{example.where}: CLIP reads one image per row",
                         found=f"{len(example.inputs)} input columns",
                     )
             images = [example.inputs[0] for example in examples]
-            # Stacked by numpy: threads that prepare batches must not start torch's own threads.
+            # Stacked by numpy: the threads that prepare batches must not start torch's own threads.
             pixels = process(images, return_tensors="np")["pixel_values"]
             batch: Batch = {"pixel_values": torch.from_numpy(pixels)}
             if all(example.label is not None for example in examples):
@@ -114,8 +114,8 @@ class Clip:
         return preprocess
 
     def resolve(self, folder: Path, spec: HeadSpec) -> HeadSpec:
-        """Fill in the length; without a scale it is the model's own."""
-        return replace(spec, max_length=spec.max_length or self.max_length(folder))
+        """Fill in the length; no scale means the model's own."""
+        return spec.model_copy(update={"max_length": spec.max_length or self.max_length(folder)})
 
     def build_head(
         self,
@@ -169,22 +169,22 @@ class Clip:
 
 
 def _image_processor(folder: Path) -> Any:
-    """The folder's image processor, always the one of PIL: torchvision gives other pixels."""
+    """Load the folder's image processor for PIL: torchvision gives other pixels."""
     from transformers import AutoImageProcessor
 
     try:
         processor = AutoImageProcessor.from_pretrained(
             str(folder), backend="pil", local_files_only=True, trust_remote_code=False
         )
-    except Exception as error:  # a file of somebody else: whatever its reader raises
+    except Exception as error:  # files of somebody else can raise any error
         raise BadInput(
-            f"{folder} has no image processor that can be read",
-            expected="preprocessor_config.json",
+            f"the image processor of {folder} cannot be read",
+            expected="a valid preprocessor_config.json",
             found=error,
         ) from error
     if getattr(processor, "backend", None) != "pil":
         raise BadInput(
-            f"{folder} asks for an image processor without a PIL variant",
+            f"the image processor of {folder} has no variant for PIL",
             found=type(processor).__name__,
         )
     return processor

@@ -1,25 +1,32 @@
-"""A family says what a kind of model is: how it loads, what may be localized, how it scores.
+"""A family describes a kind of model: how it loads, what is localizable, how a row is scored.
 
-`Family` is the whole surface that the rest of restitch uses; nothing outside of this package
-knows an architecture. A family is stateless: whatever belongs to one model lies in the
-`torch.nn.Module` that `load` returned or in the `Head` of a task. The Protocol knows nothing
-about label embeddings: a head is a set of tensors that only its family understands, so a
-family with a classifier per task, or one with a language-model loss, fits as well.
+`Family` is the whole interface that restitch uses; no other room knows an architecture. A family
+is one file of this folder (`text_encoder.py` holds the class `TextEncoder`, the family
+`text-encoder`), or comes from another package through the entry point group `restitch.families`.
+
+A family is stateless: the state of a model lies in the `torch.nn.Module` that `load` returned or
+in the `Head` of a task. A head is a set of tensors that only its family understands, so a family
+with a classifier per task, or with a language-model loss, fits as well.
 """
 
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
-from typing import Literal, Protocol, runtime_checkable
+from pkgutil import iter_modules
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
 from restitch.modeling.data.rows import Example
-from restitch.modeling.heads import Head, HeadSpec
+from restitch.modeling.heads import Head
+from restitch.registry.specs.task import HeadSpec, Modality
 
+GROUP = "restitch.families"
 Batch = dict[str, Tensor]
 Preprocess = Callable[[Sequence[Example]], Batch]
 
@@ -29,14 +36,14 @@ class Family(Protocol):
     """A kind of model.
 
     Attributes:
-        name: as users write it.
-        version: raised when the same inputs would give other features, logits or losses.
+        name: the name in line files.
+        version: raise it when the same inputs give other features, logits or losses.
         prefixes: what one of two checkpoints may carry before all of its tensor names.
         localizable: globs on the base's tensor names that masks select from by default.
         head_tensors: globs on tensor names of a finetuned checkpoint that are its task's own
-            head and have no counterpart in the base. Empty where heads come from the base;
+            head and have no counterpart in the base. Empty if heads come from the base;
             otherwise `build_head` reads them from the finetuned folder.
-        modality: what a row's input is, a text (or several) or one image.
+        modality: the input of a row: one or more texts, or one image.
     """
 
     name: str
@@ -44,10 +51,13 @@ class Family(Protocol):
     prefixes: tuple[str, ...]
     localizable: tuple[str, ...]
     head_tensors: tuple[str, ...]
-    modality: Literal["text", "image"]
+    modality: Modality
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
-        """All configuration keys that change the forward pass, `key: base x, finetuned y`."""
+        """The differing configuration keys that change the forward pass.
+
+        Each as `key: base x, finetuned y`.
+        """
 
     def load(self, folder: Path) -> nn.Module:
         """The model in a folder: float32, evaluation mode, from safetensors only."""
@@ -55,14 +65,14 @@ class Family(Protocol):
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:
         """The live tensors of a loaded model by their names in the folder's own file.
 
-        Ask after moving the model to its device: moving replaces buffers.
+        Call it after moving the model to its device: moving replaces buffers.
         """
 
     def preprocessor(self, folder: Path, max_length: int | None = None) -> Preprocess:
-        """What turns examples into a batch; it has `labels` where the examples have them."""
+        """A function that turns examples into a batch, with `labels` if the examples have them."""
 
     def max_length(self, folder: Path) -> int | None:
-        """The longest text that tokenizer and positions allow, None without a tokenizer."""
+        """The most tokens that tokenizer and positions allow; None without a tokenizer."""
 
     def resolve(self, folder: Path, spec: HeadSpec) -> HeadSpec:
         """The head's description with this family's defaults filled in."""
@@ -81,7 +91,7 @@ class Family(Protocol):
         Args:
             model: the loaded base.
             folder: the base's folder.
-            spec: labels, templates, scale and length; defaults are filled in.
+            spec: labels, templates, scale and length; `build_head` fills in defaults.
             finetuned: the finetuned folder, for families with `head_tensors`.
             progress: texts embedded, of how many.
         """
@@ -90,46 +100,81 @@ class Family(Protocol):
         """The scores of the classes, [batch, classes]."""
 
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
-        """The mean loss that the task is trained with, a scalar."""
+        """The mean training loss of the batch, a scalar."""
 
     def asset_files(self, folder: Path) -> tuple[str, ...]:
         """The names of configuration, tokenizer and processor files, sorted."""
 
 
-_BUILT_IN = {
-    "clip": ("restitch.modeling.families.clip", "Clip"),
-    "text-encoder": ("restitch.modeling.families.text_encoder", "TextEncoder"),
-}
-_ADDED: dict[str, Family] = {}
+_SURFACE = {*Family.__annotations__, *(name for name in vars(Family) if name[0] != "_")}
 
 
 def family_names() -> tuple[str, ...]:
     """All families that a line may name, sorted."""
-    return tuple(sorted({*_BUILT_IN, *_ADDED}))
+    return tuple(sorted({*_files(), *(entry.name for entry in entry_points(group=GROUP))}))
 
 
+@cache
 def get_family(name: str) -> Family:
-    """The family of that name; its module is imported only now.
+    """The family with this name; its module is imported only now.
 
     Raises:
-        BadInput: there is none; the message has the nearest name.
+        BadInput: there is none, two packages offer it, or its package is broken.
     """
-    if name in _ADDED:
-        return _ADDED[name]
-    if name not in _BUILT_IN:
-        near = get_close_matches(name, family_names(), n=1)
+    files = _files()
+    entries = list(entry_points(group=GROUP, name=name))
+    if len(entries) + (name in files) > 1:
+        owners = sorted({_package(entry) for entry in entries})
         raise BadInput(
-            f"unknown family {name!r}",
-            expected=f"one of {', '.join(family_names())}",
-            hint=f"did you mean {near[0]!r}?" if near else None,
+            f"several packages offer the family {name!r}",
+            found=", ".join(["restitch"] * (name in files) + owners),
+            hint="uninstall all but one, or rename the family in its package",
         )
-    module, attribute = _BUILT_IN[name]
-    family: Family = getattr(import_module(module), attribute)()
-    return family
+    if entries:
+        return _load(entries[0])
+    if name in files:
+        stem = files[name]
+        kind = "".join(part.capitalize() for part in stem.split("_"))
+        family: Family = getattr(import_module(f"{__package__}.{stem}"), kind)()
+        return family
+    near = get_close_matches(name, family_names(), n=1)
+    raise BadInput(
+        f"unknown family {name!r}",
+        expected=f"one of {', '.join(family_names())}",
+        hint=f"did you mean {near[0]!r}?" if near else None,
+    )
 
 
-def add_family(family: Family) -> None:
-    """Make one more family known in this process."""
-    if family.name in _BUILT_IN:
-        raise ValueError(f"family {family.name!r} is built in")
-    _ADDED[family.name] = family
+def _files() -> dict[str, str]:
+    """The modules of this folder by the family that each holds."""
+    stems = (module.name for module in iter_modules([str(Path(__file__).parent)]))
+    return {stem.replace("_", "-"): stem for stem in stems if stem != Path(__file__).stem}
+
+
+def _load(entry: EntryPoint) -> Family:
+    """The family that another package offers, as a class or as an object."""
+    problem = f"the family {entry.name!r} of the package {_package(entry)} cannot be used"
+    hint = f"fix or uninstall {_package(entry)}; its entry point is {entry.value!r}"
+    try:
+        family = entry.load()
+        family = family() if isinstance(family, type) else family
+    except Exception as error:  # code of somebody else
+        found = f"{type(error).__name__}: {error}"
+        raise BadInput(
+            problem, expected="a class or an object that can be imported", found=found, hint=hint
+        ) from error
+    missing = sorted(name for name in _SURFACE if not hasattr(family, name))
+    if missing:
+        raise BadInput(
+            problem, expected="all members of Family", found=f"no {', '.join(missing)}", hint=hint
+        )
+    if family.name != entry.name:
+        raise BadInput(
+            problem, expected=f"name = {entry.name!r}", found=f"name = {family.name!r}", hint=hint
+        )
+    known: Family = family
+    return known
+
+
+def _package(entry: EntryPoint) -> str:
+    return "?" if entry.dist is None else entry.dist.name

@@ -1,14 +1,12 @@
 """Text encoders: mean-pooled, normalized embeddings, scored against embeddings of the labels.
 
-Any encoder of transformers fits. A text's features are the mean of the last hidden states over
-its attention mask, L2-normalized; the score of a class is the scale times the cosine with the
-base's features of its label prompts. Only the transformer blocks are localizable by default.
+Any encoder of transformers works. The features of a text are the mean of the last hidden states
+over its attention mask, L2-normalized. The score of a class is the scale times the cosine with the
+base's features of its label prompts. By default only the transformer blocks are localizable.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +16,9 @@ from restitch.merging.progress import Progress
 from restitch.modeling.configs import differences, model_type_difference, read_config
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Preprocess
-from restitch.modeling.heads import Head, HeadSpec, embed_prompts, scaled_cosines
+from restitch.modeling.heads import Head, embed_prompts, scaled_cosines
 from restitch.modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
+from restitch.registry.specs.task import HeadSpec, Modality
 
 DEFAULT_SCALE = 20.0
 # The transformer blocks in the layouts that encoders have, with or without a prefix.
@@ -53,10 +52,10 @@ class TextEncoder:
     )
     localizable = tuple(glob for block in _BLOCKS for glob in (block, f"*.{block}"))
     head_tensors: tuple[str, ...] = ()
-    modality: Literal["text", "image"] = "text"
+    modality: Modality = "text"
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
-        """All configuration keys that change the forward pass."""
+        """The configuration keys that change the forward pass."""
         ours, theirs = read_config(base), read_config(finetuned)
         return [
             *model_type_difference(ours.model_type, theirs.model_type),
@@ -64,11 +63,11 @@ class TextEncoder:
         ]
 
     def load(self, folder: Path) -> nn.Module:
-        """The encoder in a folder."""
+        """Load the encoder in a folder."""
         from transformers import AutoModel
 
         if getattr(read_config(folder), "is_encoder_decoder", False):
-            raise BadInput(f"{folder} holds an encoder with a decoder", expected="an encoder")
+            raise BadInput(f"{folder} is a model with a decoder", expected="an encoder alone")
         return load_pretrained(folder, AutoModel, prefixes=self.prefixes, required=self.localizable)
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:
@@ -76,12 +75,12 @@ class TextEncoder:
         return _named(model).tensors()
 
     def max_length(self, folder: Path) -> int:
-        """The smaller of what tokenizer and position embeddings allow."""
+        """The smaller limit of tokenizer and position embeddings."""
         tokenizer = load_tokenizer(folder)
         return min(int(tokenizer.model_max_length), position_limit(folder))
 
     def preprocessor(self, folder: Path, max_length: int | None = None) -> Preprocess:
-        """Tokenize texts or sentence pairs, padded to the longest of the batch."""
+        """Tokenize texts or sentence pairs, padded to the longest in the batch."""
         tokenizer = load_tokenizer(folder)
         limit = max_length or self.max_length(folder)
 
@@ -89,7 +88,9 @@ class TextEncoder:
             columns = [list(column) for column in zip(*(e.inputs for e in examples), strict=True)]
             if len(columns) > 2:
                 raise BadInput(
-                    "too many input columns", expected="one text or a pair", found=len(columns)
+                    "too many input columns under data: input",
+                    expected="one column, or two for sentence pairs",
+                    found=len(columns),
                 )
             batch: Batch = dict(
                 tokenizer(
@@ -104,10 +105,11 @@ class TextEncoder:
 
     def resolve(self, folder: Path, spec: HeadSpec) -> HeadSpec:
         """Fill in scale and length."""
-        return replace(
-            spec,
-            scale=DEFAULT_SCALE if spec.scale is None else spec.scale,
-            max_length=spec.max_length or self.max_length(folder),
+        return spec.model_copy(
+            update={
+                "scale": DEFAULT_SCALE if spec.scale is None else spec.scale,
+                "max_length": spec.max_length or self.max_length(folder),
+            }
         )
 
     def build_head(
@@ -153,9 +155,9 @@ class TextEncoder:
 
 
 def position_limit(folder: Path) -> int:
-    """How many tokens the position embeddings allow.
+    """The number of tokens that the position embeddings allow.
 
-    RoBERTa and its kin start counting positions after the padding index, so their tables have
+    RoBERTa and related models count positions from after the padding index, so their tables have
     more rows than positions.
     """
     from transformers import AutoModel

@@ -1,8 +1,8 @@
-"""Line and task files: YAML that people write, read into specs.
+"""Read line and task files into specs.
 
-What is read is resolved: relative paths become absolute, files of labels and templates are
-read into the spec, defaults are filled in; a method that needs whole task vectors has every
-coordinate kept where the file does not say. Every refusal names the file and the key.
+A spec is resolved: relative paths become absolute, files of labels and templates are read into
+the spec, and defaults are filled in. A method that needs whole task vectors keeps every
+coordinate unless the file says otherwise. Every error names the file and the key.
 """
 
 import json
@@ -20,27 +20,27 @@ _MAX_LABEL_FILE = 16 << 20
 
 
 def load_line(path: Path) -> LineSpec:
-    """The line that a YAML file describes.
+    """Read a line file.
 
     Raises:
-        BadInput: the file, or one that it names, cannot be used.
+        BadInput: the file, or a file that it names, cannot be used.
     """
     path = Path(path)
     return parse_line(read_text(path, "line file"), str(path), path.absolute().parent)
 
 
 def load_task(path: Path) -> TaskSpec:
-    """The task that a YAML file describes.
+    """Read a task file.
 
     Raises:
-        BadInput: the file, or one that it names, cannot be used.
+        BadInput: the file, or a file that it names, cannot be used.
     """
     path = Path(path)
     return parse_task(read_text(path, "task file"), str(path), path.absolute().parent)
 
 
 def parse_line(text: str, origin: str, folder: Path) -> LineSpec:
-    """The line that a YAML text describes; its relative paths begin at the folder."""
+    """Read the text of a line file; its relative paths start at the folder."""
     values = parse_mapping(text, origin)
     if isinstance(values.get("base"), str):
         values["base"] = _source(values["base"], folder, f"{origin}: base")
@@ -52,12 +52,12 @@ def parse_line(text: str, origin: str, folder: Path) -> LineSpec:
         elif not NAME.match(retention):
             raise BadInput(
                 f"{origin}: retention {retention!r} is neither a file nor the name of a task",
-                hint=f"paths are relative to {folder}",
+                expected=f"a task file, relative to {folder}, or the name of a task of the line",
             )
     elif isinstance(retention, dict):
         values["retention"] = _task(retention, f"{origin}: retention", folder).to_json()
     for key in ("localize", "gates", "actors"):
-        if values.get(key, ...) is None:  # `gates:` with nothing behind it
+        if values.get(key, ...) is None:  # `gates:` without a value
             del values[key]
     _resolve_objective(values)
     if "localize" not in values and _needs_whole(values.get("method")):
@@ -66,7 +66,7 @@ def parse_line(text: str, origin: str, folder: Path) -> LineSpec:
 
 
 def _resolve_objective(values: dict[str, Any]) -> None:
-    """What a tournament's winner must keep is what the line's gate asks, where it is not said."""
+    """By default the winner of a tournament must keep the retention that the gate asks for."""
     method, gates = values.get("method"), values.get("gates")
     if not isinstance(method, dict) or "tournament" not in method:
         return
@@ -87,7 +87,7 @@ def _needs_whole(method: Any) -> bool:
 
 
 def parse_task(text: str, origin: str, folder: Path) -> TaskSpec:
-    """The task that a YAML text describes; its relative paths begin at the folder."""
+    """Read the text of a task file; its relative paths start at the folder."""
     return _task(parse_mapping(text, origin), origin, folder)
 
 
@@ -103,7 +103,7 @@ def _task(values: dict[str, Any], origin: str, folder: Path) -> TaskSpec:
 
 
 def _source(value: str, folder: Path, what: str) -> str:
-    """An existing path, absolute; otherwise an address or a hub id as it stands."""
+    """Make an existing path absolute; return an address or a hub id as it is."""
     path = named_path(value, folder, what)
     if is_there(path, what):
         return str(path.resolve())
@@ -114,16 +114,16 @@ def _source(value: str, folder: Path, what: str) -> str:
     raise BadInput(
         f"{what} {value!r} is neither an existing path nor a hub id",
         found=f"nothing at {path}",
-        hint="relative paths in a file are relative to that file",
+        hint="check the path; relative paths in a file are relative to that file",
     )
 
 
 def _listed(value: str, folder: Path, what: str) -> list[Any] | str:
-    """The texts that a file holds, one per line or as a JSON list; `openai` stays a word."""
+    """Read texts from a file, one per line or as a JSON list; the word `openai` stays."""
     path = named_path(value, folder, what)
     if value == "openai" and not is_there(path, what):
         return value
-    check_path(path, what)  # the texts would be shown: a task may come from anybody
+    check_path(path, what)  # the texts are shown, and anyone may have written the task file
     text = read_text(path, what, _MAX_LABEL_FILE)
     if path.suffix == ".json":
         try:

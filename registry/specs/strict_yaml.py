@@ -1,9 +1,9 @@
-"""Strict YAML from people: what a file says is what it means, or the error says why not.
+"""Strict YAML: a file means what it seems to say, or an error says why it cannot.
 
-Only plain values are made (no tags, no dates; `1e-3` is a number). Duplicate keys, files
-of unusual size, deep nesting and aliases that multiply are refused. `checked` turns what
-pydantic finds into one readable message that names the file and lists every problem,
-with the nearest right name for a key that does not exist.
+Only plain values are read (no tags, no dates; `1e-3` is a number). Duplicate keys, files of
+unusual size, deep nesting and aliases that multiply are refused. `checked` turns the errors of
+pydantic into one readable message that names the file and lists every problem, with the nearest
+known name for an unknown key.
 """
 
 import json
@@ -37,18 +37,18 @@ class _Loader(yaml.SafeLoader):
     composed = 0
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        """A node, unless there have been too many."""
+        """Return a node, unless there have been too many."""
         self.composed += 1
         if self.composed > _MAX_VALUES:
-            raise _RefusedError(f"it holds more than {_MAX_VALUES:,} values")
+            raise _RefusedError(f"the file has more than {_MAX_VALUES:,} values")
         node: yaml.Node | None = super().compose_node(parent, index)
         if isinstance(node, yaml.ScalarNode):
             where, shown = f"line {node.start_mark.line + 1}", ascii(node.value[:80])
             if not _is_text(node.value):
-                raise _RefusedError(f"{where}: {shown} holds what is no text")
+                raise _RefusedError(f"{where}: {shown} has a character that is not allowed in text")
             # YAML 1.1 reads 1:1:1 in base 60, for which Python takes hours where it is long.
             if node.tag.endswith((":int", ":float")) and len(node.value) > _MAX_DIGITS:
-                raise _RefusedError(f"{where}: {shown} is too long for a number")
+                raise _RefusedError(f"{where}: the number {shown} is too long")
         return node
 
     # A copy: the resolvers of the class itself are shared by the whole process.
@@ -58,7 +58,7 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping whose keys are texts and occur once."""
+        """Return a mapping whose keys are texts and occur once."""
         seen: set[object] = set()
         for key_node, _value in node.value:
             if key_node.tag == "tag:yaml.org,2002:merge":
@@ -82,14 +82,14 @@ _Loader.add_implicit_resolver(
 
 
 class _RefusedError(ValueError):
-    """A document that is well-formed YAML and still not accepted."""
+    """A document that is well-formed YAML but not accepted."""
 
 
 def read_text(path: Path, what: str, limit: int = MAX_BYTES) -> str:
-    """A UTF-8 text file.
+    """Read a UTF-8 text file.
 
     Raises:
-        BadInput: it is not there, too large, or not UTF-8.
+        BadInput: the file is missing, too large, or not UTF-8.
     """
     try:
         with open_regular(path) as file:
@@ -108,14 +108,14 @@ def read_text(path: Path, what: str, limit: int = MAX_BYTES) -> str:
 
 
 def parse_mapping(text: str, origin: str) -> dict[str, Any]:
-    """The mapping that a YAML document holds.
+    """Read a YAML document that holds a mapping.
 
     Args:
         text: the document.
-        origin: what to call it in an error, for instance its path.
+        origin: its name in errors, for instance its path.
 
     Raises:
-        BadInput: it is not such a document.
+        BadInput: the document is not valid, or not a mapping.
     """
     try:
         loader = _Loader(text)
@@ -123,7 +123,7 @@ def parse_mapping(text: str, origin: str) -> dict[str, Any]:
         if node is not None:
             _measure(node)
         value = None if node is None else loader.construct_document(node)
-        json.dumps(value, default=str)  # a whole number may be too long to be written again
+        json.dumps(value, default=str)  # fails for an integer that is too long to print
     except _RefusedError as error:
         raise BadInput(f"{origin} cannot be used", details=[str(error)]) from error
     except (yaml.YAMLError, ValueError, OverflowError) as error:
@@ -132,7 +132,7 @@ def parse_mapping(text: str, origin: str) -> dict[str, Any]:
         raise BadInput(f"{origin} is nested too deeply") from error
     if not isinstance(value, dict):
         raise BadInput(
-            f"{origin} is not a list of keys and values",
+            f"{origin} does not hold keys and values",
             expected="lines such as 'line: NAME'",
             found="nothing" if value is None else f"a {type(value).__name__}",
         )
@@ -140,23 +140,28 @@ def parse_mapping(text: str, origin: str) -> dict[str, Any]:
 
 
 def checked(model: type[Model], values: Mapping[str, Any], origin: str) -> Model:
-    """The values as a model.
+    """Validate the values.
 
     Raises:
-        BadInput: with every problem in one message.
+        BadInput: they are not valid; lists every problem.
     """
     try:
-        # By way of JSON, where a list is a list and a model can be strict about types.
+        # Through JSON, where a list can become a tuple although the model is strict about types.
         return model.model_validate_json(json.dumps(values, default=str), strict=True)
     except ValidationError as error:
-        # A default that depends on what is wrong is no problem of its own.
-        found = [one for one in error.errors() if one["type"] != "default_factory_not_called"]
-        problems = sorted({_explain(model, problem) for problem in found})
+        # A default that depends on a wrong value is not a problem of its own.
+        problems = sorted(
+            {
+                _explain(model, problem)
+                for problem in error.errors()
+                if problem["type"] != "default_factory_not_called"
+            }
+        )
     raise BadInput(f"{origin} cannot be used", details=problems)
 
 
 def unknown_key(key: str, known: Iterator[str] | list[str], where: str = "") -> str:
-    """The sentence about a key that does not exist."""
+    """Say that a key does not exist, and name the nearest one or all that do."""
     names = list(known)
     near = get_close_matches(key, names, n=1, cutoff=0.6)
     place = f" in {where}" if where else ""
@@ -166,17 +171,19 @@ def unknown_key(key: str, known: Iterator[str] | list[str], where: str = "") -> 
 
 
 def _is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8 and be part of a path."""
+    """True if the text can be written as UTF-8 and be part of a path."""
     return "\0" not in value and not any("\ud800" <= char <= "\udfff" for char in value)
 
 
 def _measure(root: yaml.Node) -> None:
-    """Refuse a document whose aliases make it larger than any honest one."""
+    """Refuse a document that its aliases make too large."""
     sizes: dict[int, int] = {}
 
     def size(node: yaml.Node, depth: int) -> int:
         if depth > _MAX_DEPTH:
-            raise _RefusedError(f"it is nested more than {_MAX_DEPTH} deep, or contains itself")
+            raise _RefusedError(
+                f"the file is nested more than {_MAX_DEPTH} deep, or contains itself"
+            )
         known = sizes.get(id(node))
         if known is None:
             children: list[yaml.Node] = []
@@ -187,7 +194,7 @@ def _measure(root: yaml.Node) -> None:
             known = 1 + sum(size(child, depth + 1) for child in children)
             sizes[id(node)] = known
         if known > _MAX_VALUES:
-            raise _RefusedError(f"with its aliases it holds more than {_MAX_VALUES:,} values")
+            raise _RefusedError(f"with its aliases the file has more than {_MAX_VALUES:,} values")
         return known
 
     size(root, 0)
@@ -203,40 +210,40 @@ def _explain(model: type[BaseModel], problem: ErrorDetails) -> str:
         return unknown_key(str(key), list(owner.model_fields) if owner else [], where)
     if kind == "missing":
         return f"'{full}' is missing"
-    found = _short(problem["input"])
+    value = _short(problem["input"])
     if kind == "literal_error":
-        return f"{full}: expected {context.get('expected')}, found {found}"
+        return f"{full}: expected {context.get('expected')}, found {value}"
     if kind == "value_error":
         return f"{full}: {context.get('error')}" if full else str(context.get("error"))
     message = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")
     advice = ""
     if kind == "string_type" and isinstance(problem["input"], bool | int | float):
         advice = "; put it in quotes"
-    return f"{full}: expected {message}, found {found}{advice}"
+    return f"{full}: expected {message}, found {value}{advice}"
 
 
 def _is_tag(part: int | str) -> bool:
-    """Whether a place in a document is the name of a choice between types, which nobody wrote."""
+    """True for the tag of a union, which pydantic adds to the path of a value."""
     return str(part).startswith("as ")
 
 
 def _model_at(model: type[BaseModel], path: Sequence[int | str]) -> type[BaseModel] | None:
-    found: Any = model
+    current: Any = model
     for part in path:
-        if isinstance(part, int):  # one of several: each is of the same type
+        if isinstance(part, int):  # the items of a list all have one type
             continue
         if _is_tag(part):
-            found = _tagged(found, str(part))
+            current = _tagged(current, str(part))
             continue
-        owner = _model_in(found)
+        owner = _model_in(current)
         if owner is None or part not in owner.model_fields:
             return None
-        found = owner.model_fields[part].annotation
-    return _model_in(found)
+        current = owner.model_fields[part].annotation
+    return _model_in(current)
 
 
 def _tagged(annotation: Any, tag: str) -> Any:
-    """The choice of a union that has a tag."""
+    """The choice with a tag in a union."""
     choices = get_args(annotation)
     return next(
         (one for one in choices if Tag(tag) in getattr(one, "__metadata__", ())), annotation

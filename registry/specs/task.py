@@ -51,10 +51,8 @@ Name = Annotated[
 ]
 
 
-Fraction = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-
-
 Metric = Literal["accuracy", "f1"]
+Modality = Literal["text", "image"]
 
 
 # The tags keep pydantic from reporting what is wrong with the other choice.
@@ -139,6 +137,23 @@ class DataSpec(Spec):
             return (value,)
         return tuple(value) if isinstance(value, list) else value
 
+    def source(self, split: str) -> str | None:
+        """The file, folder or split behind `train`, `validation` or `test`."""
+        return {"train": self.train, "validation": self.validation, "test": self.test}[split]
+
+    @property
+    def evaluation_split(self) -> str | None:
+        """The split to report results on: test if given, else validation."""
+        if self.test is not None:
+            return "test"
+        return "validation" if self.validation or self.train else None
+
+    def with_columns(self, modality: Modality) -> "DataSpec":
+        """Fill in the columns that the file leaves out: `text` or `image`, and `label`."""
+        return self.model_copy(
+            update={"input": self.input or (modality,), "label": self.label or "label"}
+        )
+
 
 class HeadSpec(Spec):
     """How a task's classes are described."""
@@ -161,16 +176,23 @@ class HeadSpec(Spec):
         "`labels`.",
     )
 
+    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
+        default=None,
+        description="The factor of the cosines in the scores; by default the family's own.",
+        examples=[20.0],
+    )
+    max_length: Annotated[int, Field(ge=1)] | None = Field(
+        default=None,
+        description="Tokens per text; by default as many as the model reads.",
+        examples=[128],
+    )
+
     @model_validator(mode="after")
-    def _one_source_of_labels(self) -> Self:
+    def _is_complete(self) -> Self:
         if (self.labels is None) == (self.labels_from is None):
             raise ValueError("give either 'labels' or 'labels_from: dataset'")
-        if isinstance(self.labels, tuple):
-            if len(self.labels) < 2:
-                raise ValueError("a head needs at least two labels")
-            if len(set(self.labels)) != len(self.labels):
-                twice = sorted({x for x in self.labels if self.labels.count(x) > 1})
-                raise ValueError(f"labels occur twice: {', '.join(map(repr, twice[:5]))}")
+        if self.labels == ():
+            raise ValueError("a head needs labels")
         if isinstance(self.templates, tuple):
             if not self.templates:
                 raise ValueError("a head needs at least one template, for instance '{}'")
@@ -178,6 +200,17 @@ class HeadSpec(Spec):
                 if "{}" not in template:
                     raise ValueError(f"template {template!r} has no '{{}}' for the label")
         return self
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels, where they are listed."""
+        assert isinstance(self.labels, tuple)
+        return self.labels
+
+    def prompts(self) -> list[str]:
+        """All prompts, the templates of the first label first."""
+        assert isinstance(self.templates, tuple)
+        return [text.replace("{}", label) for label in self.classes for text in self.templates]
 
 
 class TaskSpec(Spec):
@@ -194,21 +227,22 @@ class TaskSpec(Spec):
     head: HeadSpec | None = Field(
         default=None, description="How the classes are described; required with `data`."
     )
-    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        default=None,
-        description="The factor of the cosines in the scores; by default the family's own.",
-        examples=[20.0],
-    )
-    max_length: Annotated[int, Field(ge=1)] | None = Field(
-        default=None,
-        description="Tokens per text; by default as many as the model reads.",
-        examples=[128],
-    )
     metric: Metric = Field(
         default="accuracy",
         description="`accuracy`, or `f1`: of class 1 where there are two, else the mean over the "
         "classes.",
     )
+
+    @field_validator("head")
+    @classmethod
+    def _labels_differ(cls, value: HeadSpec | None) -> HeadSpec | None:
+        labels = () if value is None or not isinstance(value.labels, tuple) else value.labels
+        if len(labels) == 1:
+            raise ValueError("a head needs at least two labels")
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ValueError(f"labels occur twice: {', '.join(map(repr, twice[:5]))}")
+        return value
 
     def with_pins_of(self, old: "TaskSpec") -> "TaskSpec":
         """Pin unpinned data to the commit that the old spec pinned."""

@@ -1,4 +1,4 @@
-"""What a step reads: checkpoints, task data and heads, opened and checked against digests.
+"""The inputs of steps: checkpoints, task data and heads, checked against their digests.
 
-The steps and the flows import it.
+The steps in `tasks` and the flows import it.
 """

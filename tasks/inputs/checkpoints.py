@@ -1,9 +1,8 @@
-"""Opened models: the base of a line, finetuned checkpoints, and the live base in memory.
+"""Open models: the base of a line, finetuned checkpoints, and the live base in memory.
 
-What is opened is checked against the digest that was recorded when it was registered, so
-a folder that changed since is an error and never a wrong result. The live base is loaded
-once per process; other weights are put onto it for the length of a context and the base's
-own are put back by copying, so nothing drifts.
+Every model is checked against its registered digest when it is opened, so a folder that has
+changed is an error and never a wrong result. The live base is loaded once per process; a context
+sets other weights on it and copies the base's own back afterwards, so nothing drifts.
 """
 
 import os
@@ -34,10 +33,10 @@ from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.refs import LineRef, WeightsRef
 from restitch.tasks.runtime.workspace import Workspace
 
-# Larger than any vocabulary; a sparse file of a terabyte costs whoever sends it nothing.
+# Larger than any vocabulary; a sparse file of a terabyte is easy to make.
 MOST_ASSET = 1 << 28
 
-# Name, number, size and time of each file. Not ctime: another name for a file changes it too.
+# Name, inode, size and time of each file. Not ctime: a new hard link changes it too.
 _State = tuple[tuple[str, int, int, int], ...]
 
 
@@ -68,22 +67,22 @@ def open_base(line: LineRef, space: Workspace) -> Base:
 def describe_model(
     source: str, family: Family, space: Workspace, *, copy: bool = False, whole: bool = False
 ) -> ModelRef:
-    """Resolve a source and take the digests that it will be known by.
+    """Resolve a source and compute the digests that identify the model.
 
-    A local model is used in place while the store is a folder beside it, and is copied into the
-    store otherwise: other hosts do not have its folder. What a bucket, the hub or MLflow holds
-    is read there, pinned or kept already, and not copied.
+    A local model is used in place if the store is a local folder, and copied into the store
+    otherwise: other hosts do not have its folder. Models in a bucket, on the hub or in MLflow are
+    read there.
 
     Args:
-        source: where the model is; see `restitch.registry.sources.resolve.resolve_source`.
-        family: what it is read as.
-        space: where it is copied to.
+        source: the place of the model; see `registry.sources.resolve`.
+        family: the family that it belongs to.
+        space: the workspace to copy it into.
         copy: copy a local model in any case, and one in a bucket.
-        whole: it will be used whole, as a base is.
+        whole: fetch the whole model, as for a base.
 
     Raises:
-        BadInput: it is not there or is no usable checkpoint.
-        Unavailable: a server that holds it is away.
+        BadInput: the model is missing, or not a usable checkpoint.
+        Unavailable: its server cannot be reached.
     """
     resolved = resolve_source(source, space.home, whole=whole or copy)
     local = resolved.local
@@ -104,7 +103,7 @@ def assets_digest(family: Family, folder: Path) -> str:
     """The digest of a model folder's configuration, tokenizer and processor files.
 
     Raises:
-        BadInput: one of them is larger than any honest one.
+        BadInput: one of them is too large.
     """
     if not folder.is_dir():
         return digest_json({})
@@ -116,7 +115,7 @@ def assets_digest(family: Family, folder: Path) -> str:
                 f"{folder / name} is too large",
                 expected=f"at most {MOST_ASSET:,} bytes of configuration or vocabulary",
                 found=f"{size:,} bytes",
-                hint="does it belong to this model?",
+                hint="check that the file belongs to this model",
             )
     return digest_json({name: digest_file(folder / name) for name in names})
 
@@ -129,26 +128,26 @@ def open_model(
     like: Checkpoint | None = None,
     whole: bool = False,
 ) -> tuple[Path, Checkpoint]:
-    """Open a recorded model and make sure that it is still what was recorded.
+    """Open a registered model and check it against its digests.
 
     Args:
         ref: the model.
-        space: where it is read.
-        family: what it is read as.
-        like: the base, which may have some of the same tensors.
-        whole: its folder must hold all of it; otherwise weights in a bucket stay there, and
-            the checkpoint fetches what is looked at.
+        space: the workspace.
+        family: the family that it belongs to.
+        like: the base, which may share some of the tensors.
+        whole: fetch the whole model; otherwise weights in a bucket stay there, and the checkpoint
+            fetches tensors when they are read.
 
     Raises:
-        BadInput: it is gone or has changed.
+        BadInput: the model is missing or has changed.
     """
     local, checkpoint = _open_weights(ref.uri, ref.weights, space, like, whole=whole)
-    found = assets_digest(family, local)
-    if found != ref.config:
+    config = assets_digest(family, local)
+    if config != ref.config:
         raise BadInput(
             f"the configuration files of {ref.uri} changed since it was registered",
-            expected=f"files of digest {ref.config[:12]}",
-            found=found[:12],
+            expected=f"digest {ref.config[:12]}",
+            found=f"digest {config[:12]}",
             hint="put the files back, or register the changed model as a new version",
         )
     return local, checkpoint
@@ -166,12 +165,12 @@ def _open_weights(
 @lru_cache(maxsize=16)
 def _verified(local: Path, _state: _State, weights: str) -> Checkpoint:
     checkpoint = Checkpoint.open(local)
-    found = checkpoint.digest()
-    if found != weights:
+    digest = checkpoint.digest()
+    if digest != weights:
         raise BadInput(
             f"the weights in {local} changed since they were registered",
             expected=f"digest {weights[:12]}",
-            found=found[:12],
+            found=f"digest {digest[:12]}",
             hint="put the files back, or register the changed model as a new version",
         )
     return checkpoint
@@ -179,18 +178,18 @@ def _verified(local: Path, _state: _State, weights: str) -> Checkpoint:
 
 def _state(local: Path) -> _State:
     files = sorted(local.glob("*.safetensors*")) if local.is_dir() else [local]
-    found = [(str(file), file.stat()) for file in files if file.exists()]
-    return tuple((name, at.st_ino, at.st_size, at.st_mtime_ns) for name, at in found)
+    stats = [(str(file), file.stat()) for file in files if file.exists()]
+    return tuple((name, at.st_ino, at.st_size, at.st_mtime_ns) for name, at in stats)
 
 
 @contextmanager
 def unchanged(local: Path) -> Iterator[None]:
-    """Make sure that the weights which a block reads are the same before and after it.
+    """Check that the weights a block reads did not change meanwhile.
 
-    Weights are mapped: what is written to their file shows in what is computed from them.
+    Weights are memory-mapped: a change of the file would change the result.
 
     Raises:
-        BadInput: they were written to, replaced or removed meanwhile.
+        BadInput: the files were written to, replaced or removed.
     """
     before = _state(local)
     yield
@@ -201,8 +200,8 @@ def unchanged(local: Path) -> Iterator[None]:
 def _changed(local: Path) -> BadInput:
     return BadInput(
         f"{local} changed while it was read",
-        expected="files that nobody writes to",
-        hint="register it again when it is whole",
+        expected="files that nothing writes to",
+        hint="register the model again when it is complete",
     )
 
 
@@ -213,15 +212,15 @@ def line_up(base: Base, finetuned: Checkpoint) -> Comparison:
 
 @contextmanager
 def memory_explained(doing: str, expected: str, hint: str = "") -> Iterator[None]:
-    """Tell what to do where a GPU's memory is not enough for what is done in the block.
+    """Explain what to do if the GPU's memory is not enough for a block.
 
     Args:
-        doing: what that is.
-        expected: what has to fit.
-        hint: what helps beside another device.
+        doing: the work of the block, after "to".
+        expected: what must fit into the memory.
+        hint: more that helps, in addition to another device.
 
     Raises:
-        Unavailable: it is not enough.
+        Unavailable: the memory is not enough.
     """
     try:
         yield
@@ -235,42 +234,42 @@ def memory_explained(doing: str, expected: str, hint: str = "") -> Iterator[None
 
 
 def device() -> torch.device:
-    """The worker's device: `RESTITCH_DEVICE`, by default CUDA where there is one.
+    """The worker's device: `RESTITCH_DEVICE`, by default CUDA if there is a GPU.
 
     Raises:
-        BadInput: the variable names a device that is not here.
+        BadInput: the variable names a device that this machine does not have.
     """
-    wanted = os.environ.get("RESTITCH_DEVICE", "auto")
-    if wanted == "auto":
+    requested = os.environ.get("RESTITCH_DEVICE", "auto")
+    if requested == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        chosen = torch.device(wanted)
+        chosen = torch.device(requested)
     except RuntimeError as error:
         raise BadInput(
-            f"RESTITCH_DEVICE={wanted!r} is no device",
+            f"RESTITCH_DEVICE={requested!r} is not a device",
             expected="auto, cpu, cuda or cuda:N",
             hint="correct or unset it",
         ) from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise BadInput(
-            f"RESTITCH_DEVICE={wanted!r}, but there is no CUDA here",
+            f"RESTITCH_DEVICE={requested!r}, but CUDA is not available on this machine",
             hint="set it to auto or cpu, or run on a worker with a GPU",
         )
     return chosen
 
 
 def check_device(line: LineSpec) -> None:
-    """Refuse to work on a line that asks for another device than this worker's.
+    """Refuse a line that requires another device than this worker's.
 
     Raises:
-        Unavailable: it does.
+        Unavailable: the line requires another device.
     """
     here = device().type
     if line.require_device not in (None, here):
         raise Unavailable(
-            f"line {line.line} is worked on with {line.require_device} only",
-            found=f"{here} here",
-            hint=f"run `restitch remerge {line.line}` on a worker that has it",
+            f"line {line.line} requires the device {line.require_device}",
+            found=f"this worker has {here}",
+            hint=f"run `restitch remerge {line.line}` on a worker with {line.require_device}",
         )
 
 
@@ -278,7 +277,7 @@ class LiveBase:
     """The base as a loaded model on the worker's device.
 
     Attributes:
-        parameters: the live tensors by the base's tensor names.
+        parameters: the live tensors, by the base's tensor names.
     """
 
     def __init__(self, base: Base, on: torch.device) -> None:
@@ -289,7 +288,7 @@ class LiveBase:
 
     @contextmanager
     def wearing(self, weights: WeightsRef, space: Workspace) -> Iterator[torch.nn.Module]:
-        """The model with other weights; the base's are back afterwards, bit for bit."""
+        """The model with other weights; afterwards it has the base's again, bit for bit."""
         touched = self._put_on(weights, space)
         try:
             yield self.model
@@ -298,7 +297,7 @@ class LiveBase:
 
     @contextmanager
     def edited(self, edits: Edits) -> Iterator[torch.nn.Module]:
-        """The model with edits applied; the base's weights are back afterwards, bit for bit."""
+        """The model with edits applied; afterwards it has the base's weights again, bit for bit."""
         try:
             apply_edits(self.parameters, self.base.checkpoint, edits)
             yield self.model
@@ -325,19 +324,19 @@ class LiveBase:
 
 
 def open_sparse(blob: str, space: Workspace, base: Checkpoint) -> Edits:
-    """What a delta or a patch makes of the base.
+    """Open the edits of a delta or a patch.
 
     Raises:
-        Damage: it is missing or altered.
+        Damage: the file is missing or altered.
     """
     return SparseFile.open(space.objects.blob_path(blob), base)
 
 
 def open_specialist(blob: str, space: Workspace, base: Checkpoint | None = None) -> Edits:
-    """What the mask of a specialist, or a patch of its own, makes of the base.
+    """Open the edits of a specialist: a mask over a shared patch, or a patch of its own.
 
     Raises:
-        Damage: it, or the patch that a mask selects from, is missing or altered.
+        Damage: the mask or the patch is missing or altered.
     """
     return open_expert(space.objects.blob_path(blob), space.objects.blob_path, base)
 
@@ -346,14 +345,14 @@ def open_specialist(blob: str, space: Workspace, base: Checkpoint | None = None)
 def open_vector(
     line: LineRef, model: ModelRef, space: Workspace
 ) -> Iterator[tuple[Base, TaskVector]]:
-    """The base and a model's task vector over the localizable tensors, for the length of a block.
+    """The base and a model's task vector over the localizable tensors, within a block.
 
     Raises:
-        BadInput: a model is gone, or changed since it was registered or while it was read.
+        BadInput: a model is missing, or changed after its registration or while it was read.
     """
     base = open_base(line, space)
     folder = resolve_source(model.uri, space.home, whole=False).local
-    # What is verified at the beginning is what is read to the end.
+    # Opened again inside: the files must not change between the check and the end of the block.
     with unchanged(folder), unchanged(base.folder):
         base = open_base(line, space)
         _, checkpoint = open_model(model, space, base.family, like=base.checkpoint)
@@ -369,7 +368,7 @@ _live: dict[tuple[str, str, str], LiveBase] = {}
 
 
 def live_base(base: Base) -> LiveBase:
-    """The loaded base; one at a time is kept in memory."""
+    """The loaded base; the process holds one at a time."""
     on = device()
     key = (base.ref.weights, base.ref.config, str(on))
     if key not in _live:

@@ -1,4 +1,4 @@
-"""Make the heads of a line's tasks again whose place in the store is empty."""
+"""Rebuild heads of a line's tasks that are missing in the store."""
 
 from restitch.merging.digests import digest_json
 from restitch.registry.ledger.line_state import LineState
@@ -9,15 +9,15 @@ from restitch.tasks.runtime.workspace import Workspace
 
 
 def heads_again(line_state: LineState, missing: set[str], space: Workspace) -> int:
-    """Make those heads that these digests of inputs stand for.
+    """Rebuild the heads with these digests of inputs.
 
     Args:
-        line_state: a line.
-        missing: digests of inputs, as keys have them.
-        space: where the heads go.
+        line_state: the line's state.
+        missing: the digests of their inputs, as in keys; rebuilt ones are removed from the set.
+        space: the workspace to store them in.
 
     Returns:
-        How many were made.
+        The number of heads that were built.
 
     Raises:
         RestitchError: the base cannot be read now.

@@ -1,9 +1,9 @@
-"""Weights that lie in a bucket, opened as a checkpoint that fetches what is looked at.
+"""Open weights in a bucket as a checkpoint that fetches tensors when they are read.
 
-A registration reads all of them once and keeps their listing in the store: a line for each
-tensor with its digest, whose own digest is the model's. Whoever opens the model later compares
-each tensor that it fetches with that, and takes one that the base has, too, from the base: so
-what finetuning left alone is never fetched.
+Registration reads all weights once and stores a listing: one line per tensor with its digest. The
+digest of the listing is the model's digest. Later, each fetched tensor is compared with the
+listing, and a tensor that the base has too is copied from the base: tensors that finetuning did
+not change are never fetched.
 """
 
 import json
@@ -30,16 +30,16 @@ _open: dict[tuple[str, str], Checkpoint] = {}
 def remote_checkpoint(
     source: Source, space: Workspace, weights: str, like: Checkpoint | None = None
 ) -> Checkpoint:
-    """The recorded weights of a model in a bucket; the last few stay open in this process.
+    """Open the registered weights of a model in a bucket; the last few stay open.
 
     Args:
-        source: with `remote`.
-        space: whose store has the listing.
-        weights: their digest.
-        like: a checkpoint that may have some of the same tensors, such as the base.
+        source: the source, with `remote`.
+        space: the workspace whose store has the listing.
+        weights: the digest of the weights.
+        like: a checkpoint that may share some of the tensors, such as the base.
 
     Raises:
-        BadInput: they are gone or have changed.
+        BadInput: the weights are missing or have changed.
         Unavailable: the bucket cannot be read.
     """
     key = (source.uri, weights)
@@ -49,35 +49,35 @@ def remote_checkpoint(
 
 
 def list_remote(source: Source, space: Workspace) -> Checkpoint:
-    """Read all weights of a model in a bucket once, and keep their listing in the store."""
-    checkpoint, filling = _over(source, space)
-    filling.fetch_all()
+    """Read all weights of a model in a bucket once, and store their listing."""
+    checkpoint, fetcher = _over(source, space)
+    fetcher.fetch_all()
     listing = checkpoint.listing()
-    filling.expected = _digests(listing)
+    fetcher.expected = _digests(listing)
     _remember((source.uri, space.objects.put_blob(listing)), checkpoint)
     return checkpoint
 
 
 def _opened(source: Source, space: Workspace, weights: str, like: Checkpoint | None) -> Checkpoint:
-    checkpoint, filling = _over(source, space)
+    checkpoint, fetcher = _over(source, space)
     try:
         listing = space.objects.read_blob(weights)
-    except Damage:  # without it, all has to be read to know anything
-        filling.fetch_all()
+    except Damage:  # the listing is missing: compute it from all weights
+        fetcher.fetch_all()
         listing = checkpoint.listing()
         if digest_bytes(listing) != weights:
-            raise _other(source.uri) from None
+            raise _changed(source.uri) from None
         space.objects.put_blob(listing)
     expected = _digests(listing)
     if set(expected) != set(checkpoint.names):
-        raise _other(source.uri)
-    filling.expected = expected
-    filling.like = {} if like is None else {like.tensor_digest(n): n for n in like.names}
-    filling.base = like
+        raise _changed(source.uri)
+    fetcher.expected = expected
+    fetcher.like = {} if like is None else {like.tensor_digest(n): n for n in like.names}
+    fetcher.base = like
     return checkpoint
 
 
-def _over(source: Source, space: Workspace) -> "tuple[Checkpoint, _Filling]":
+def _over(source: Source, space: Workspace) -> "tuple[Checkpoint, _Fetcher]":
     folder, place = source.remote, space.home.scratch
     assert folder is not None, "its weights are not local"
     with explained(place, "write"):
@@ -85,44 +85,44 @@ def _over(source: Source, space: Workspace) -> "tuple[Checkpoint, _Filling]":
         scratch = Path(tempfile.mkdtemp(prefix="s3-", dir=place))
         try:
             names, index = _shards(folder, source.local)
-            filling = _Filling(source.uri, RemoteWeights(folder, names, scratch))
-            files = filling.weights.files
-            checkpoint = Checkpoint.from_files(Path(source.uri), files, index, filling.fill)
+            fetcher = _Fetcher(source.uri, RemoteWeights(folder, names, scratch))
+            files = fetcher.weights.files
+            checkpoint = Checkpoint.from_files(Path(source.uri), files, index, fetcher.fill)
         finally:
-            shutil.rmtree(scratch, ignore_errors=True)  # what is mapped stays
-    filling.checkpoint = checkpoint
-    return checkpoint, filling
+            shutil.rmtree(scratch, ignore_errors=True)  # mapped files stay until they are closed
+    fetcher.checkpoint = checkpoint
+    return checkpoint, fetcher
 
 
 def _shards(folder: S3Folder, local: Path) -> tuple[list[str], Path | None]:
-    """The files of the weights, and their index where there is one."""
-    found = [name for name in folder.files if name.endswith(".safetensors")]
-    if "model.safetensors" in found:
+    """The files of the weights, and their index if there is one."""
+    files = [name for name in folder.files if name.endswith(".safetensors")]
+    if "model.safetensors" in files:
         return ["model.safetensors"], None
     index = local / _INDEX
     if index.is_file():
         shards = index_shards(index)
-        lacking = [shard for shard in shards if shard not in found]
-        if lacking:
+        missing = [shard for shard in shards if shard not in files]
+        if missing:
             raise BadInput(
-                f"{folder.address} lacks a shard",
-                expected=", ".join(lacking),
-                found="no such object",
-                hint="put the whole checkpoint there",
+                f"{folder.address} lacks shards that its index lists",
+                expected=", ".join(missing),
+                found="no such objects",
+                hint="upload the whole checkpoint",
             )
         return shards, index
-    if len(found) != 1:
+    if len(files) != 1:
         raise BadInput(
             f"{folder.address} holds several checkpoints",
             expected="model.safetensors, or shards with model.safetensors.index.json",
-            found=", ".join(found),
+            found=", ".join(files),
             hint="give each model a folder of its own",
         )
-    return found, None
+    return files, None
 
 
-class _Filling:
-    """What is fetched of a checkpoint, tensor by tensor."""
+class _Fetcher:
+    """Fetches a checkpoint tensor by tensor."""
 
     def __init__(self, uri: str, weights: RemoteWeights) -> None:
         self.uri = uri
@@ -135,7 +135,7 @@ class _Filling:
         self._one = threading.Lock()
 
     def fill(self, name: str) -> None:
-        """Have a tensor's bytes in its file, and be what they were."""
+        """Fetch a tensor into its file and compare its digest, once."""
         if name in self._done:
             return
         with self._one:
@@ -144,14 +144,14 @@ class _Filling:
                 self._done.add(name)
 
     def fetch_all(self) -> None:
-        """Have all bytes of all files."""
-        assert self.checkpoint is not None, "it is set when the files are opened"
+        """Fetch all files."""
+        assert self.checkpoint is not None, "set when the files are opened"
         for shard in self.weights.files:
             self.weights.fill_whole(shard)
         self._done.update(self.checkpoint.names)
 
     def _fill(self, name: str) -> None:
-        assert self.checkpoint is not None, "it is set when the files are opened"
+        assert self.checkpoint is not None, "set when the files are opened"
         place, length = self.checkpoint.location(name), self.checkpoint.info(name).nbytes
         if not length:
             return
@@ -160,12 +160,12 @@ class _Filling:
         if same is not None and self.base is not None:
             self.weights.write(place.shard, place.start, self.base.tensor_bytes(same))
             return
-        for _ in range(_MOST_READS):  # it may have been altered on its way
+        for _ in range(_MOST_READS):  # a transfer may damage the bytes
             self.weights.fill(place.shard, place.start, length)
-            found = self.weights.digest(place.shard, place.start, length)
-            if expected in (None, found):
+            digest = self.weights.digest(place.shard, place.start, length)
+            if expected in (None, digest):
                 return
-        raise _other(self.uri, f"another {name}")
+        raise _changed(self.uri, f"a different tensor {name}")
 
 
 def _digests(listing: bytes) -> dict[str, str]:
@@ -179,10 +179,10 @@ def _remember(key: tuple[str, str], checkpoint: Checkpoint) -> None:
     _open[key] = checkpoint
 
 
-def _other(uri: str, found: str = "other tensors") -> BadInput:
+def _changed(uri: str, found: str = "different tensors") -> BadInput:
     return BadInput(
         f"the weights at {uri} changed since they were registered",
-        expected="the tensors that were there then",
+        expected="the registered tensors",
         found=found,
         hint="put the files back, or register the changed model as a new version",
     )

@@ -1,7 +1,7 @@
-"""What a task file says, made whole: labels, head, data, and the digests they are known by.
+"""Resolve task files: labels, head, data, and the digests that identify them.
 
-`resolve_task` runs once, at registration; the result means the same ever after. Whatever
-reads data later compares it with the digest taken then, before it uses a row.
+`resolve_task` runs once, at registration, and its result always means the same. Code that reads
+data later compares it with the registered digest before it uses a row.
 """
 
 import os
@@ -12,31 +12,27 @@ from typing import Any
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, RestitchError
-from restitch.modeling.data.task_data import DataSpec, Rows, TaskData, data_digest, labels_of
+from restitch.modeling.data.task_data import Rows, TaskData, data_digest, labels_of
 from restitch.modeling.families.family import Family, get_family
-from restitch.modeling.heads import Head, HeadSpec, head_key
+from restitch.modeling.heads import Head, head_key, listed
 from restitch.registry.access_policy import check_hub, check_path
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.paths import is_there
 from restitch.registry.sources.resolve import pin_data, resolve_source
 from restitch.registry.specs.localize import LocalizeSpec
-from restitch.registry.specs.task import TaskSpec, split_pin
+from restitch.registry.specs.task import HeadSpec, TaskSpec, split_pin
 from restitch.tasks.inputs.checkpoints import Base, LiveBase
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.workspace import Workspace, made_by
 
 
 def evaluation_split(spec: TaskSpec) -> str | None:
-    """The split that results are reported on; None without rows to evaluate on."""
-    if spec.data is None:
-        return None
-    if spec.data.test is not None:
-        return "test"
-    return "validation" if spec.data.validation or spec.data.train else None
+    """The split to report results on; None without rows to evaluate on."""
+    return None if spec.data is None else spec.data.evaluation_split
 
 
 def same_task(one: TaskSpec, other: TaskSpec) -> bool:
-    """Whether two specifications mean the same, wherever their files lie."""
+    """True if two specs mean the same, although their files may lie elsewhere."""
     return _meaning(one) == _meaning(other)
 
 
@@ -49,10 +45,10 @@ def _meaning(spec: TaskSpec) -> dict[str, Any]:
 
 
 def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
-    """Fill in what the files that a task names say, and check that its rows can be read.
+    """Fill in what a task file leaves out or refers to, and check that its rows can be read.
 
     Raises:
-        BadInput: the data is empty, lacks a column, has a label outside of the classes, ...
+        BadInput: the data is empty, lacks a column, has a label that is not a class, ...
     """
     if spec.data is None:
         return spec
@@ -60,30 +56,24 @@ def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
         raise BadInput(
             f"task {spec.task} has data but no head",
             expected="head: {labels: [...]}, or labels_from: dataset",
-            hint="name the classes, or leave out data: to merge without evaluating",
+            hint="list the classes, or leave out data: to merge without evaluating",
         )
-    given_head, resolved = spec.head, data_spec(spec, family)
-    given = spec.data.model_copy(
-        update={
-            "path": pin_data(spec.data.path),
-            "input": resolved.input,
-            "label": resolved.label,
-        }
-    )
-    spec = spec.model_copy(update={"data": given})
-    if given_head.labels_from is not None:
-        labels = labels_of(data_spec(spec, family))
-        head = given_head.model_copy(update={"labels": labels, "labels_from": None})
-        spec = spec.model_copy(update={"head": head})
+    head = spec.head
+    check_access(spec)
+    pinned = spec.data.with_columns(family.modality)
+    pinned = pinned.model_copy(update={"path": pin_data(pinned.path)})
+    if head.labels_from is not None:
+        head = head.model_copy(update={"labels": labels_of(pinned), "labels_from": None})
+    spec = spec.model_copy(update={"data": pinned, "head": head})
     data = task_data(spec, family)
     for split in data.splits:
         data.rows(split)
-    if given.content is not None:
+    if pinned.content is not None:
         verified_data(spec, family)
         return spec
     with working(f"reading the data of {spec.task}"):
-        content = data_digest(data.spec)
-    return spec.model_copy(update={"data": given.model_copy(update={"content": content})})
+        content = data_digest(pinned)
+    return spec.model_copy(update={"data": pinned.model_copy(update={"content": content})})
 
 
 def check_rows(
@@ -94,17 +84,17 @@ def check_rows(
     *,
     calibrated: bool = False,
 ) -> None:
-    """Read every row that will be read later, once for the same content.
+    """Read every row that is used later, once for the same content.
 
     Args:
         spec: a resolved task.
-        family: what the rows are read for.
-        space: where it is remembered.
-        choice: how masks are found, which may read rows to calibrate on.
-        calibrated: rows to calibrate on are read in any case: the line's method needs them.
+        family: the family, which says how rows are read.
+        space: the workspace that remembers the result.
+        choice: how masks are found; some modes read rows to calibrate on.
+        calibrated: read rows to calibrate on in any case: the line's method needs them.
 
     Raises:
-        BadInput: a row holds no text, an image cannot be decoded, ...
+        BadInput: a row is not a text, an image cannot be decoded, ...
     """
     split = evaluation_split(spec)
     if spec.data is None or split is None:
@@ -121,11 +111,11 @@ def check_rows(
         return
     parts = [data.rows(one) for one in (split, *others)]
     parts += [] if shots is None else [data.calibration(*shots)]
-    places = [(rows, place) for rows in parts for place in range(len(rows))]
+    places = [(rows, index) for rows in parts for index in range(len(rows))]
 
-    def read(one: tuple[Rows, int]) -> None:
-        rows, place = one
-        _ = rows[place]
+    def read(place: tuple[Rows, int]) -> None:
+        rows, index = place
+        _ = rows[index]
 
     # Decoding images releases the interpreter.
     threads = min(8, os.cpu_count() or 1) if family.modality == "image" else 1
@@ -139,30 +129,14 @@ def check_rows(
     space.objects.publish("rows", key, blob, made_by=made_by())
 
 
-def data_spec(spec: TaskSpec, family: Family) -> DataSpec:
-    """The task's data in the words of `modeling`.
+def check_access(spec: TaskSpec) -> None:
+    """Refuse data that this worker may not read, before anything of it is opened.
 
     Raises:
-        BadInput: this worker may not read there.
+        BadInput: `registry.access_policy` does not allow the data.
     """
     assert spec.data is not None
-    _check_allowed(spec)
-    path, revision = split_pin(spec.data.path)
-    return DataSpec(
-        path=path,
-        train=spec.data.train,
-        validation=spec.data.validation,
-        test=spec.data.test,
-        input=spec.data.input or (("image",) if family.modality == "image" else ("text",)),
-        label=spec.data.label or "label",
-        revision=revision,
-    )
-
-
-def _check_allowed(spec: TaskSpec) -> None:
-    """Refuse data that this worker may not read, before anything of it is opened."""
-    assert spec.data is not None
-    what, root = f"the data of task {spec.task}", Path(spec.data.path)
+    what, root = f"the data of task {spec.task}", Path(split_pin(spec.data.path)[0])
     if not is_there(root, what):
         check_hub(what)
         return
@@ -175,70 +149,65 @@ def _check_allowed(spec: TaskSpec) -> None:
 
 
 def task_data(spec: TaskSpec, family: Family) -> TaskData:
-    """The task's rows, not yet compared with what was registered."""
-    return TaskData(data_spec(spec, family), head_spec(spec).labels, family.modality)
+    """The task's rows, not yet compared with the registered digests.
+
+    Raises:
+        BadInput: this worker may not read them.
+    """
+    assert spec.data is not None
+    assert spec.head is not None
+    check_access(spec)
+    return TaskData(spec.data, listed(spec.head).classes, family.modality)
 
 
 def has_validation(task: TaskSpec, family: Family) -> bool:
-    """Whether a task has rows to choose by that are not its test rows."""
+    """True if a task has rows to tune on that are not its test rows."""
     given = task.data is not None and task.data.validation is not None
     return given or train_has_labels(task, family)
 
 
 def train_has_labels(spec: TaskSpec, family: Family) -> bool:
-    """Whether the train rows of a task have labels; what cannot be read is taken to have them."""
+    """True if the train rows of a task have labels, or cannot be read."""
     if spec.data is None or spec.data.train is None:
         return False
     try:
         return task_data(spec, family).rows("train").label is not None
-    except RestitchError:  # said where the rows are needed, if they are
+    except RestitchError:  # reported where the rows are needed
         return True
 
 
 def verified_data(spec: TaskSpec, family: Family) -> TaskData:
-    """The task's rows, after making sure that they are the registered ones.
+    """The task's rows, checked against the registered digests.
 
     Raises:
-        BadInput: a file is gone or changed.
+        BadInput: a file is missing or has changed.
     """
     assert spec.data is not None
     data = task_data(spec, family)
     if data_digest(data.spec) != spec.data.content:
         raise BadInput(
             f"the data of task {spec.task} changed since it was registered",
-            expected="the files in " + data.spec.path + " as they were",
+            expected=f"the registered files in {data.spec.path}",
+            found="different content",
             hint="put the files back, or register the task again with --replace-task",
         )
     return data
 
 
-def head_spec(spec: TaskSpec) -> HeadSpec:
-    """The task's head in the words of `modeling`, with `openai` read from its package."""
-    assert spec.head is not None
-    labels, templates = spec.head.labels, spec.head.templates
-    if labels == "openai" or templates == "openai":
-        from restitch.modeling.heads import openai_imagenet
-
-        known_labels, known_templates = openai_imagenet()
-        labels = known_labels if labels == "openai" else labels
-        templates = known_templates if templates == "openai" else templates
-    assert labels is not None
-    return HeadSpec(tuple(labels), tuple(templates), spec.scale, spec.max_length)
-
-
 def resolved_head(spec: TaskSpec, base: Base) -> HeadSpec:
     """The task's head with the family's defaults for this base."""
-    return _resolved(head_spec(spec), base.family.name, base.folder, base.ref.config)
+    assert spec.head is not None
+    return _resolved(listed(spec.head), base.family.name, base.folder, base.ref.config)
 
 
 @lru_cache(maxsize=256)
-def _resolved(spec: HeadSpec, family: str, folder: Path, _config: str) -> HeadSpec:
-    # It opens a tokenizer, and every look-up of a result asks for it.
-    return get_family(family).resolve(folder, spec)
+def _resolved(head: HeadSpec, family: str, folder: Path, _config: str) -> HeadSpec:
+    # Cached: it opens a tokenizer, and every lookup of a result needs it.
+    return get_family(family).resolve(folder, head)
 
 
 def head_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> dict[str, object]:
-    """All that the head's tensors are made from; its digest is the head's key."""
+    """Everything that the head is built from; its digest is the head's key."""
     own = base.family.head_tensors and finetuned is not None
     return head_key(
         family=base.family.name,
@@ -251,13 +220,13 @@ def head_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> dict[
 
 
 def reading_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> dict[str, object]:
-    """How rows that something depends on are read: their columns, the head, what is set apart."""
+    """How rows are read: their columns, the head, and if rows are set apart; for keys."""
     data = spec.data
     assert data is not None
     assert data.content is not None
     return {
         "columns": [data.content["input"], data.content["label"]],
-        # Without validation rows of its own, a part of train is set apart.
+        # Without validation rows, a part of train is set apart.
         "set_apart": data.validation is None,
         "head": digest_json(head_inputs(spec, base, finetuned)),
     }
@@ -266,7 +235,7 @@ def reading_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> di
 def task_head(
     spec: TaskSpec, base: Base, live: LiveBase, finetuned: ModelRef | None, space: Workspace
 ) -> Head:
-    """The task's head: from the store, or made once from the base and stored."""
+    """The task's head: from the store, or built from the base and stored."""
     inputs = digest_json(head_inputs(spec, base, finetuned))
     record = space.objects.lookup("head", inputs)
     if record is None:

@@ -174,15 +174,11 @@ def test_the_exported_model_reaches_the_recorded_results(
     for task, result in record.results.items():
         text = (world.root / "data" / task / "test.jsonl").read_text()
         rows = [json.loads(line) for line in text.splitlines()]
-        line_state = Head.from_bytes(
-            (tmp_path / "out" / "heads" / f"{task}.safetensors").read_bytes()
-        )
+        head = Head.from_bytes((tmp_path / "out" / "heads" / f"{task}.safetensors").read_bytes())
         batch = family.preprocessor(world.base)([Example((r["text"],), None, "") for r in rows])
         with torch.inference_mode():
-            guesses = family.logits(model, batch, line_state).argmax(1).tolist()
-        right = sum(
-            line_state.spec.labels[g] == r["label"] for g, r in zip(guesses, rows, strict=True)
-        )
+            guesses = family.logits(model, batch, head).argmax(1).tolist()
+        right = sum(head.spec.classes[g] == r["label"] for g, r in zip(guesses, rows, strict=True))
         assert result.merged == right / len(rows)
 
 

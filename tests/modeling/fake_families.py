@@ -6,7 +6,6 @@ with next-token losses and scores a class by the logit of its label's first byte
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -18,7 +17,8 @@ from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
 from restitch.modeling.data.task_data import Example
 from restitch.modeling.families.family import Batch, Preprocess
-from restitch.modeling.heads import Head, HeadSpec
+from restitch.modeling.heads import Head
+from restitch.registry.specs.task import HeadSpec
 
 WIDTH = 8
 BYTES = 256
@@ -80,7 +80,7 @@ class _Tokens:
         return preprocess
 
     def resolve(self, folder: Path, spec: HeadSpec) -> HeadSpec:
-        return replace(spec, max_length=spec.max_length or self.max_length(folder))
+        return spec.model_copy(update={"max_length": spec.max_length or self.max_length(folder)})
 
     def asset_files(self, folder: Path) -> tuple[str, ...]:
         return ("config.json",)
@@ -135,7 +135,7 @@ class LanguageModel(_Tokens):
         finetuned: Path | None = None,
         progress: Progress | None = None,
     ) -> Head:
-        first = torch.tensor([label.encode()[0] for label in spec.labels])
+        first = torch.tensor([label.encode()[0] for label in spec.classes])
         return Head({"tokens": first}, self.resolve(folder, spec))
 
     def _next(self, model: nn.Module, batch: Batch) -> Tensor:

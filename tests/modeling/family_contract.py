@@ -1,4 +1,8 @@
-"""What every family promises: inherit `FamilyContract` and give it a family and two folders."""
+"""The tests that every family must pass: inherit `FamilyContract` and give it four fixtures.
+
+A package with a family of its own copies this file: it imports only restitch, pytest and torch.
+See docs/how-to/add-a-family.md.
+"""
 
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -11,18 +15,19 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.comparison import compare
 from restitch.merging.files.coordinates import select_tensors
 from restitch.merging.statistics.grams import measure_grams
+from restitch.modeling.data.rows import Rows
 from restitch.modeling.data.tables import ListTable
-from restitch.modeling.data.task_data import Rows
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import Family
-from restitch.modeling.heads import Head, HeadSpec
+from restitch.modeling.heads import Head
 from restitch.modeling.weights import apply_edits, linear_layers, load_checkpoint, restore
+from restitch.registry.specs.task import HeadSpec
 
 
 class FamilyContract:
-    """Subclasses give the four fixtures; `values` are the raw inputs of six rows."""
+    """Subclasses give `family`, `base`, `finetuned` and `values`: the raw inputs of six rows."""
 
-    spec = HeadSpec(("no", "yes", "maybe"))
+    spec = HeadSpec(labels=("no", "yes", "maybe"))
 
     @pytest.fixture
     def family(self) -> Family:
@@ -43,7 +48,7 @@ class FamilyContract:
     @pytest.fixture
     def rows(self, family, values) -> Rows:
         table = ListTable("rows", Path(), {"x": values, "y": [0, 1, 2] * (len(values) // 3)})
-        return Rows(table, ("x",), "y", self.spec.labels, family.modality)
+        return Rows(table, ("x",), "y", self.spec.classes, family.modality)
 
     @pytest.fixture
     def batch(self, family, base, rows):
@@ -61,7 +66,7 @@ class FamilyContract:
     def localizable(self, family, base) -> list[str]:
         return select_tensors(Checkpoint.open(base).floating, family.localizable)
 
-    def test_it_has_the_whole_surface(self, family):
+    def test_it_has_the_whole_interface(self, family):
         assert isinstance(family, Family)
         assert family.modality in ("text", "image")
         assert family.version >= 1
@@ -113,7 +118,7 @@ class FamilyContract:
 
     def test_scores_are_one_finite_number_per_row_and_class(self, family, model, batch, head):
         scores = family.logits(model, batch, head)
-        assert scores.shape == (6, len(self.spec.labels))
+        assert scores.shape == (6, len(self.spec.classes))
         assert scores.isfinite().all()
 
     def test_loading_again_gives_the_same_scores_bit_for_bit(
@@ -137,8 +142,8 @@ class FamilyContract:
     def test_a_head_is_the_same_bytes_every_time_and_survives_storing(
         self, family, base, finetuned, model, batch, head
     ):
-        again = family.build_head(family.load(base), base, self.spec, finetuned=finetuned)
-        assert again.to_bytes() == head.to_bytes()
+        second = family.build_head(family.load(base), base, self.spec, finetuned=finetuned)
+        assert second.to_bytes() == head.to_bytes()
         stored = Head.from_bytes(head.to_bytes())
         assert stored.spec == head.spec == family.resolve(base, self.spec)
         assert torch.equal(family.logits(model, batch, stored), family.logits(model, batch, head))
@@ -151,7 +156,7 @@ class FamilyContract:
         )
         assert found.problems() == []
 
-    def test_wearing_other_weights_and_restoring_leaves_no_trace(
+    def test_setting_other_weights_and_restoring_leaves_no_trace(
         self, family, base, finetuned, model, batch, head, localizable
     ):
         before = family.logits(model, batch, head)

@@ -50,7 +50,7 @@ def changed(bert, tmp_path):
     ],
     ids=lambda changes: next(iter(changes)),
 )
-def test_what_no_evaluation_reads_is_no_difference(bert, changed, changes):
+def test_keys_that_no_evaluation_reads_are_ignored(bert, changed, changes):
     assert FAMILY.config_differences(bert, changed(**changes)) == []
     assert FAMILY.config_differences(changed(**changes), bert) == []
 
@@ -67,7 +67,7 @@ def test_what_no_evaluation_reads_is_no_difference(bert, changed, changes):
         ("something_new", 7, "None"),
     ],
 )
-def test_what_changes_the_forward_pass_is_listed(bert, changed, key, value, base):
+def test_keys_that_change_the_forward_pass_are_listed(bert, changed, key, value, base):
     expected = f"{key}: base {base}, finetuned {value!r}"
     assert FAMILY.config_differences(bert, changed(**{key: value})) == [expected]
 

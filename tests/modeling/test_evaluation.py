@@ -16,7 +16,7 @@ from restitch.modeling.data.rows import Rows
 from restitch.modeling.data.tables import ListTable
 from restitch.modeling.evaluation import Evaluation, evaluate, normalized, summarize, wilson
 from restitch.modeling.families.family import get_family
-from restitch.modeling.heads import HeadSpec
+from restitch.registry.specs.task import HeadSpec
 from tests.modeling.conftest import png
 
 
@@ -46,7 +46,7 @@ def test_equal_scores_rank_the_lower_class_first():
     assert found.correct_rows().tolist() == [True, False, False]
 
 
-def test_a_score_that_is_no_number_is_wrong_and_never_right_by_chance():
+def test_a_nan_score_counts_as_wrong():
     nan, inf = float("nan"), float("inf")
     rows = scores([nan, 0], [0, nan], [inf, 0], [nan, nan], [1, 0])
     for metric in ("accuracy", "f1"):
@@ -133,7 +133,7 @@ class TestRunning:
     def run(self, bert, rows):
         family = get_family("text-encoder")
         model = family.load(bert)
-        head = family.build_head(model, bert, HeadSpec(self.LABELS))
+        head = family.build_head(model, bert, HeadSpec(labels=self.LABELS))
         return partial(evaluate, family, model, head, rows, family.preprocessor(bert))
 
     def test_rows_are_reported_in_their_own_order(self, rows, run):
@@ -162,7 +162,7 @@ class TestRunning:
     def test_images_prepared_by_many_threads_keep_their_order(self, clip):
         family = get_family("clip")
         model = family.load(clip)
-        head = family.build_head(model, clip, HeadSpec(("a", "b", "c")))
+        head = family.build_head(model, clip, HeadSpec(labels=("a", "b", "c")))
         images = [png(seed, (16 + seed % 5, 17)) for seed in range(40)]
         table = ListTable("rows", Path(), {"image": images, "label": [0, 1, 2, 0] * 10})
         rows = Rows(table, ("image",), "label", ("a", "b", "c"), "image")
@@ -174,7 +174,7 @@ class TestRunning:
     def test_a_broken_image_ends_the_evaluation_with_its_row(self, clip):
         family = get_family("clip")
         model = family.load(clip)
-        head = family.build_head(model, clip, HeadSpec(("a", "b")))
+        head = family.build_head(model, clip, HeadSpec(labels=("a", "b")))
         images = [*(png(seed) for seed in range(20)), b"broken"]
         table = ListTable("rows", Path(), {"image": images, "label": [0] * 21})
         rows = Rows(table, ("image",), "label", ("a", "b"), "image")

@@ -38,7 +38,7 @@ class Classes:
         return self.live["w"].detach().clone()
 
 
-def test_what_is_named_learns_the_rows_and_nothing_else_does() -> None:
+def test_only_the_named_tensors_are_trained() -> None:
     classes = Classes()
     classes.live["b"].requires_grad_(True)
     weights = classes.learn(QUICK)
@@ -88,7 +88,7 @@ def test_steps_grow_at_first_and_shrink_to_the_end() -> None:
     )
 
 
-def test_no_rows_and_a_loss_that_is_no_number_are_errors() -> None:
+def test_no_rows_or_a_nan_loss_is_an_error() -> None:
     with pytest.raises(BadInput, match="no rows"):
         Classes(rows=0).learn(QUICK)
     classes = Classes()
@@ -98,7 +98,7 @@ def test_no_rows_and_a_loss_that_is_no_number_are_errors() -> None:
     assert classes.live["w"].grad is None
 
 
-def test_what_is_usual_depends_on_what_a_model_reads() -> None:
+def test_default_settings_depend_on_the_modality() -> None:
     assert FinetuningSettings.of("text", seed=3).to_json()["seed"] == 3
     text, image = (FinetuningSettings.of(kind).learning_rate for kind in ("text", "image"))
     assert text > image

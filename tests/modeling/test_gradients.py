@@ -13,7 +13,8 @@ from restitch.modeling.families.clip import Clip
 from restitch.modeling.families.family import Batch, Family
 from restitch.modeling.families.text_encoder import TextEncoder
 from restitch.modeling.gradients import checkpointed, precision, repeated_layers
-from restitch.modeling.heads import Head, HeadSpec
+from restitch.modeling.heads import Head
+from restitch.registry.specs.task import HeadSpec
 
 
 def text(folder: Path) -> tuple[Family, nn.Module, Batch, Head]:
@@ -21,7 +22,7 @@ def text(folder: Path) -> tuple[Family, nn.Module, Batch, Head]:
     model = family.load(folder)
     rows = [Example((word,), place % 2, "here") for place, word in enumerate("abcd")]
     batch = family.preprocessor(folder)(rows)
-    return family, model, batch, family.build_head(model, folder, HeadSpec(("a", "b")))
+    return family, model, batch, family.build_head(model, folder, HeadSpec(labels=("a", "b")))
 
 
 def image(folder: Path) -> tuple[Family, nn.Module, Batch, Head]:
@@ -33,7 +34,7 @@ def image(folder: Path) -> tuple[Family, nn.Module, Batch, Head]:
         for place, colour in enumerate(colours)
     ]
     batch = family.preprocessor(folder)(rows)
-    return family, model, batch, family.build_head(model, folder, HeadSpec(("a", "b")))
+    return family, model, batch, family.build_head(model, folder, HeadSpec(labels=("a", "b")))
 
 
 def gradients(family: Family, model: nn.Module, batch: Batch, head: Head) -> dict[str, Tensor]:
@@ -71,7 +72,7 @@ def test_fewer_activations_change_no_gradient(
     assert not any("forward" in vars(layer) for layer in layers)
 
 
-def test_scores_are_in_full_precision_whatever_features_are_computed_in(bert: Path) -> None:
+def test_scores_are_in_full_precision_also_under_autocast(bert: Path) -> None:
     family, model, batch, head = text(bert)
     with torch.no_grad():
         full = family.logits(model, batch, head)

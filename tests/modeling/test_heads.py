@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from restitch.merging.digests import digest_json
-from restitch.merging.errors import BadInput, Damage
-from restitch.modeling.heads import Head, HeadSpec, embed_prompts, head_key
+from restitch.merging.errors import Damage
+from restitch.modeling.heads import Head, embed_prompts, head_key
+from restitch.registry.specs.task import HeadSpec
 
-SPEC = HeadSpec(("a", "b"), ("{}", "the {}"), 3.0, 7)
+SPEC = HeadSpec(labels=("a", "b"), templates=("{}", "the {}"), scale=3.0, max_length=7)
 
 
 @pytest.mark.parametrize(
@@ -18,25 +20,25 @@ SPEC = HeadSpec(("a", "b"), ("{}", "the {}"), 3.0, 7)
     [
         ({"labels": ()}, "needs labels"),
         ({"labels": ("a",), "templates": ()}, "needs at least one template"),
-        ({"labels": ("a",), "templates": ("a photo",)}, "no place for the label"),
-        ({"labels": ("a",), "scale": 0.0}, "no usable number"),
-        ({"labels": ("a",), "scale": float("nan")}, "no usable number"),
-        ({"labels": ("a",), "scale": float("inf")}, "no usable number"),
-        ({"labels": ("a",), "max_length": 0}, "too small"),
+        ({"labels": ("a",), "templates": ("a photo",)}, "has no '{}' for the label"),
+        ({"labels": ("a",), "scale": 0.0}, "scale\\n.*greater than 0"),
+        ({"labels": ("a",), "scale": float("nan")}, "scale\\n.*finite"),
+        ({"labels": ("a",), "scale": float("inf")}, "scale\\n.*finite"),
+        ({"labels": ("a",), "max_length": 0}, "max_length\\n.*greater than or equal to 1"),
     ],
 )
-def test_a_description_that_means_nothing_is_an_error(fields, message):
-    with pytest.raises(BadInput, match=message):
+def test_an_impossible_description_is_an_error(fields, message):
+    with pytest.raises(ValidationError, match=message):
         HeadSpec(**fields)
 
 
 def test_labels_are_put_into_templates_as_they_are():
-    spec = HeadSpec(("{x}", "{}"), ("a {} and {}", "{{}}"))
+    spec = HeadSpec(labels=("{x}", "{}"), templates=("a {} and {}", "{{}}"))
     assert spec.prompts() == ["a {x} and {x}", "{{x}}", "a {} and {}", "{{}}"]
 
 
 def test_a_stored_head_is_exactly_these_bytes():
-    head = Head({"weight": torch.tensor([[1.0, -2.0]])}, HeadSpec(("é",)))
+    head = Head({"weight": torch.tensor([[1.0, -2.0]])}, HeadSpec(labels=("é",)))
     metadata = (
         '{"__metadata__":{"restitch_head":"{\\"format\\":1,\\"spec\\":{\\"labels\\":[\\"é\\"],'
         '\\"max_length\\":null,\\"scale\\":null,\\"templates\\":[\\"{}\\"]}}"},'
@@ -61,7 +63,7 @@ def test_a_head_survives_storing_with_any_tensors():
     assert stored.to_bytes() == Head(tensors, SPEC).to_bytes()
 
 
-def test_bytes_that_are_no_head_are_damage():
+def test_bytes_that_are_not_a_head_are_damage():
     from safetensors.torch import save
 
     good = Head({"weight": torch.zeros(1)}, SPEC).to_bytes()
@@ -96,11 +98,11 @@ def test_every_input_of_a_head_changes_its_key():
     keys = {digest_json(head_key(**inputs))}
     keys |= {digest_json(head_key(**(inputs | {name: v}))) for name, v in others.items()}
     for spec in (
-        HeadSpec(("b", "a"), SPEC.templates, 3.0, 7),
-        HeadSpec(SPEC.labels, ("the {}", "{}"), 3.0, 7),
-        HeadSpec(SPEC.labels, SPEC.templates, 3.5, 7),
-        HeadSpec(SPEC.labels, SPEC.templates, 3.0, 8),
-        HeadSpec(SPEC.labels, SPEC.templates),
+        HeadSpec(labels=("b", "a"), templates=SPEC.templates, scale=3.0, max_length=7),
+        HeadSpec(labels=SPEC.labels, templates=("the {}", "{}"), scale=3.0, max_length=7),
+        HeadSpec(labels=SPEC.labels, templates=SPEC.templates, scale=3.5, max_length=7),
+        HeadSpec(labels=SPEC.labels, templates=SPEC.templates, scale=3.0, max_length=8),
+        HeadSpec(labels=SPEC.labels, templates=SPEC.templates),
     ):
         keys.add(digest_json(head_key(**(inputs | {"spec": spec}))))
     assert len(keys) == 11
@@ -113,7 +115,7 @@ def test_each_distinct_text_is_embedded_once_and_progress_reaches_their_number()
         seen.extend(texts)
         return torch.tensor([[float(len(t)), float(ord(t[0]))] for t in texts])
 
-    spec = HeadSpec(("cat", "dog", "cat"), ("{}", "{}", "a {}"))
+    spec = HeadSpec(labels=("cat", "dog", "cat"), templates=("{}", "{}", "a {}"))
     weight = embed_prompts(spec, embed, batch_size=3, progress=lambda *p: done.append(p))
     assert sorted(seen) == ["a cat", "a dog", "cat", "dog"]
     assert done == [(3, 4), (4, 4)]

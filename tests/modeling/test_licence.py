@@ -44,7 +44,7 @@ def test_a_card_is_read_through_a_link_as_the_hub_cache_has_it(tmp_path: Path) -
     assert read_licence(folder) == Licence(("mit",))
 
 
-def test_nothing_is_guessed_where_nothing_is_stated(tmp_path: Path) -> None:
+def test_no_licence_is_guessed(tmp_path: Path) -> None:
     assert read_licence(tmp_path) is None
     assert read_licence(tmp_path / "gone") is None
     (tmp_path / "LICENSE").write_text("MIT License", encoding="utf-8")
@@ -53,7 +53,7 @@ def test_nothing_is_guessed_where_nothing_is_stated(tmp_path: Path) -> None:
     assert read_licence(tmp_path) is None
 
 
-def test_a_long_text_behind_the_front_matter_does_no_harm(tmp_path: Path) -> None:
+def test_a_long_text_after_the_front_matter_is_ignored(tmp_path: Path) -> None:
     assert stated(tmp_path, "license: mit", "é" * licence.MAX_BYTES) == Licence(("mit",))
 
 
@@ -79,7 +79,7 @@ def test_a_long_text_behind_the_front_matter_does_no_harm(tmp_path: Path) -> Non
         "license: mit\nx: " + "a" * licence.MAX_BYTES,
     ],
 )
-def test_hostile_or_odd_front_matter_states_nothing(tmp_path: Path, front: str) -> None:
+def test_hostile_or_unusual_front_matter_states_no_licence(tmp_path: Path, front: str) -> None:
     assert stated(tmp_path, front) is None
 
 
@@ -90,11 +90,11 @@ def test_an_odd_name_or_link_is_left_out(tmp_path: Path) -> None:
     assert stated(tmp_path, 'license: other\nlicense_name: "a\\nb"') == Licence(("other",))
 
 
-def test_bytes_that_are_no_text_state_nothing(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_state_no_licence(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_bytes(b"---\nlicense: \xff\xfe\n---\n")
     assert read_licence(tmp_path) is None
 
 
-def test_what_is_no_file_is_not_opened(tmp_path: Path) -> None:
+def test_only_regular_files_are_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "README.md")
     assert read_licence(tmp_path) is None

@@ -8,11 +8,11 @@ import pytest
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.comparison import compare
 from restitch.merging.files.coordinates import select_tensors
-from restitch.modeling.data.task_data import DataSpec, TaskData
+from restitch.modeling.data.task_data import TaskData
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import get_family
-from restitch.modeling.heads import HeadSpec
 from restitch.modeling.weights import load_checkpoint
+from restitch.registry.specs.task import DataSpec, HeadSpec
 from tests.modeling.conftest import SHARED
 
 pytestmark = pytest.mark.realdata
@@ -34,10 +34,10 @@ class Line:
         load_checkpoint(self.live, self.file)
         described = json.loads((task / "task.json").read_text())
         spec = HeadSpec(
-            tuple(described["labels"]),
-            tuple(described.get("templates", ["{}"])),
-            described.get("scale"),
-            described.get("max_length"),
+            labels=tuple(described["labels"]),
+            templates=tuple(described.get("templates", ["{}"])),
+            scale=described.get("scale"),
+            max_length=described.get("max_length"),
         )
         head = self.family.build_head(self.model, self.base, spec)
         found = compare(
@@ -49,8 +49,8 @@ class Line:
         assert found.problems() == []
         tuned = Checkpoint.open(self.checkpoints / checkpoint).renamed(found.mapping)
         load_checkpoint(self.live, tuned)
-        data = DataSpec(str(task), test=f"test.{form}", input=(self.column,))
-        rows = TaskData(data, spec.labels, self.family.modality).rows("test")
+        data = DataSpec(path=str(task), test=f"test.{form}", input=(self.column,))
+        rows = TaskData(data, spec.classes, self.family.modality).rows("test")
         preprocess = self.family.preprocessor(self.base, head.spec.max_length)
         result = evaluate(self.family, self.model, head, rows, preprocess)
         assert result.count == described["accuracy"]["examples"]

@@ -27,7 +27,7 @@ def test_a_difference_by_hand() -> None:
     assert (found.low, found.high) == pytest.approx((centre - half, centre + half))
 
 
-def test_the_test_and_the_interval_seldom_disagree() -> None:
+def test_the_test_and_the_interval_rarely_disagree() -> None:
     draw = np.random.default_rng(1)
     agree = 0
     for _ in range(300):
@@ -37,7 +37,7 @@ def test_the_test_and_the_interval_seldom_disagree() -> None:
     assert agree >= 285
 
 
-def test_ten_rows_to_none_are_no_chance() -> None:
+def test_ten_gained_rows_and_none_lost_are_significant() -> None:
     found = compare_rows(np.zeros(50, bool), np.arange(50) < 10)
     assert found.p_value == pytest.approx(1 / 2**10)
     assert found.is_significant
@@ -51,7 +51,7 @@ def test_the_same_model_does_not_differ_and_its_interval_has_a_width() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
-def test_the_test_is_the_binomial_one_and_has_no_direction(pairs: list[tuple[bool, bool]]) -> None:
+def test_the_test_is_binomial_and_two_sided(pairs: list[tuple[bool, bool]]) -> None:
     one, other = (np.array(side) for side in zip(*pairs, strict=True))
     found, back = compare_rows(one, other), compare_rows(other, one)
     gained = sum(b and not a for a, b in pairs)
@@ -66,7 +66,7 @@ def test_the_test_is_the_binomial_one_and_has_no_direction(pairs: list[tuple[boo
     assert found.low <= found.difference * len(pairs) / (len(pairs) + 2) <= found.high
 
 
-def test_intervals_hold_what_they_promise() -> None:
+def test_intervals_cover_the_truth_as_often_as_stated() -> None:
     draw = np.random.default_rng(0)
     inside = of_ratio = 0
     for _ in range(400):

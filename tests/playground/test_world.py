@@ -14,11 +14,10 @@ from playground.make import LOCK, MANIFEST, World, make_world
 from playground.skills import GENERAL, TASKS, Skill
 from playground.training import one_thread, pixels, zero_shot_head
 from restitch.merging.errors import BadInput, Unavailable, UsageError
-from restitch.modeling.data.task_data import DataSpec, Example, TaskData
+from restitch.modeling.data.task_data import Example, TaskData
 from restitch.modeling.families.clip import Clip
-from restitch.modeling.heads import HeadSpec
 from restitch.registry.specs.files import load_line, load_task
-from restitch.registry.specs.task import TaskSpec
+from restitch.registry.specs.task import DataSpec, HeadSpec, TaskSpec
 
 
 def files(world: World) -> dict[str, bytes]:
@@ -176,15 +175,17 @@ def test_restitch_sees_the_rows_pixels_and_heads_that_training_saw(
         assert np.array_equal(batch["labels"].numpy(), labels)
         torch.testing.assert_close(batch["pixel_values"], pixels(pictures), atol=1e-6, rtol=0)
     model = family.load(small.base)
-    line_state = family.build_head(model, small.base, HeadSpec(skill.labels, skill.templates))
+    head = family.build_head(
+        model, small.base, HeadSpec(labels=skill.labels, templates=skill.templates)
+    )
     with one_thread():
         ours = zero_shot_head(builder.load(small.base), builder.tokenizer, skill)
-    torch.testing.assert_close(line_state.tensors["weight"], ours, atol=1e-5, rtol=0)
+    torch.testing.assert_close(head.tensors["weight"], ours, atol=1e-5, rtol=0)
 
 
 def examples(data: TaskData, split: str) -> list[Example]:
     rows = data.rows(split)
-    return [example for batch in rows.batches(64) for example in batch]
+    return [rows[position] for position in range(len(rows))]
 
 
 def test_the_manifest_says_how_good_the_models_are(small: World) -> None:

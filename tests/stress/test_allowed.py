@@ -23,7 +23,7 @@ from restitch.registry.mlflow.sync import connect
 from restitch.registry.sources.resolve import pin_data, resolve_source
 from restitch.registry.specs.files import load_task
 from restitch.registry.specs.task import TaskSpec
-from restitch.tasks.inputs.task_data import data_spec, task_data
+from restitch.tasks.inputs.task_data import check_access, task_data
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.worlds import World, copied
@@ -140,12 +140,12 @@ def test_a_split_may_not_climb_out_of_its_data(places: Path, split: str) -> None
     (places / "in" / "out.csv").symlink_to(places / "out" / "rows.csv")
     (places / "in" / "deep").mkdir()
     (places / "in" / "deep" / "a.png").symlink_to(places / "out" / "file")
-    line_state = {"labels": ["a", "b"]}
+    head = {"labels": ["a", "b"]}
     task = TaskSpec.model_validate(
-        {"task": "t", "data": {"path": str(places / "in"), "train": split}, "head": line_state}
+        {"task": "t", "data": {"path": str(places / "in"), "train": split}, "head": head}
     )
     with pytest.raises(BadInput, match="the data of task t lies outside"):
-        data_spec(task, get_family("text-encoder"))
+        check_access(task)
 
 
 def test_a_version_of_mlflow_s_leads_nowhere_else(

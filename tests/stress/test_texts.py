@@ -79,7 +79,7 @@ def test_a_setting_is_a_number_that_can_be_written_and_compared(
 
 @pytest.mark.parametrize("text", ['"\\ud800"', '"\\0"', '["a", "\\udfff"]', '{"a\\0": 1}'])
 def test_half_a_character_and_nul_are_no_text(text: str) -> None:
-    with pytest.raises(BadInput, match="no text"):
+    with pytest.raises(BadInput, match="not allowed in text"):
         parse_mapping(f"a: {text}", "the file")
 
 
@@ -88,7 +88,7 @@ def test_half_a_character_and_nul_are_no_text(text: str) -> None:
 )
 def test_a_number_of_a_megabyte_is_refused_unread(number: str) -> None:
     # In base 60, which YAML 1.1 has, the first one would take hours.
-    with pytest.raises(BadInput, match="too long for a number"):
+    with pytest.raises(BadInput, match="is too long"):
         parse_mapping(f"a: {number}", "the file")
 
 

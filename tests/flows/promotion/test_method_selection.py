@@ -12,9 +12,9 @@ from restitch.flows.promotion.method_selection import earlier_selection, select_
 from restitch.flows.promotion.snapshot import take_snapshot
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
-from restitch.modeling.heads import HeadSpec
 from restitch.registry.mlflow.sync import Catalog
 from restitch.registry.specs.method import TournamentSpec
+from restitch.registry.specs.task import HeadSpec
 from tests.cli.test_end_to_end import plain
 from tests.conftest import NewHome
 from tests.flows.test_localizing import SPLITS, add_with_splits, rows_of, with_splits
@@ -72,7 +72,7 @@ def reached(world: World, model: Path, task: str) -> float:
     """The accuracy of a folder's weights on validation rows, found without the exam's code."""
     family = get_family(world.family)
     rows = rows_of(world, task)[SPLITS["validation"]]
-    spec = HeadSpec(LABELS[task], TEMPLATES)
+    spec = HeadSpec(labels=LABELS[task], templates=TEMPLATES)
     line_state = family.build_head(family.load(world.base), world.base, spec)
     batch = family.preprocessor(world.base)([Example((row["text"],), None, "") for row in rows])
     with torch.inference_mode():

@@ -14,11 +14,11 @@ from restitch.merging.files.mask import Mask
 from restitch.merging.localize.dataless import localize_dataless
 from restitch.merging.localize.trained import TrainedResult, TrainedSettings, localize_trained
 from restitch.merging.ranking.task_vector import TaskVector
-from restitch.modeling.data.task_data import DataSpec, TaskData
+from restitch.modeling.data.task_data import TaskData
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import get_family
-from restitch.modeling.heads import HeadSpec
 from restitch.modeling.weights import load_checkpoint, set_weights
+from restitch.registry.specs.task import DataSpec, HeadSpec
 from tests.modeling.conftest import SHARED, real_text
 
 __all__ = ["real_text"]
@@ -44,11 +44,16 @@ def trec(real_text: Path) -> Trec:
     vector = TaskVector(base, tuned, select_tensors(base.floating, family.localizable))
     task = SHARED / "text" / "trec"
     about = json.loads((task / "task.json").read_text())
-    spec = HeadSpec(tuple(about["labels"]), ("{}",), about["scale"], about["max_length"])
+    spec = HeadSpec(
+        labels=tuple(about["labels"]),
+        templates=("{}",),
+        scale=about["scale"],
+        max_length=about["max_length"],
+    )
     head = family.build_head(model, folder, spec)
     preprocess = family.preprocessor(folder, spec.max_length)
-    source = DataSpec(str(task), train="train.jsonl", test="test.jsonl", input=("text",))
-    data = TaskData(source, spec.labels, family.modality)
+    source = DataSpec(path=str(task), train="train.jsonl", test="test.jsonl", input=("text",))
+    data = TaskData(source, spec.classes, family.modality)
     rows, test = data.calibration(64, 0), data.rows("test")
 
     def learn(settings: TrainedSettings) -> TrainedResult:

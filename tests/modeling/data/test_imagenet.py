@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 
 from restitch.merging.errors import BadInput
-from restitch.modeling.data.imagenet import parse_metadata, synset_classes
-from restitch.modeling.data.task_data import DataSpec, Rows, TaskData, open_split
+from restitch.modeling.data.imagenet import openai_imagenet, parse_metadata, synset_classes
+from restitch.modeling.data.task_data import Rows, TaskData, data_digest, open_split
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import get_family
-from restitch.modeling.heads import Head, HeadSpec, openai_imagenet
+from restitch.modeling.heads import Head
+from restitch.registry.specs.task import DataSpec, HeadSpec
 from tests.modeling.conftest import png
 from tests.tiny_models import tiny_clip
 
@@ -46,7 +47,8 @@ def test_openai_s_names_and_templates_are_those_of_the_package():
 @has_open_clip
 def test_open_clip_is_never_imported():
     code = (
-        "import sys; from restitch.modeling.heads import openai_imagenet; openai_imagenet(); "
+        "import sys; from restitch.modeling.data.imagenet import openai_imagenet\n"
+        "openai_imagenet()\n"
         "print(any(m.startswith(('open_clip', 'torchvision')) for m in sys.modules))"
     )
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -72,7 +74,7 @@ def test_without_the_package_the_error_says_what_to_install(monkeypatch):
     ],
 )
 def test_a_file_of_another_form_is_not_guessed_at(source):
-    with pytest.raises(BadInput, match="another form"):
+    with pytest.raises(BadInput, match="an unknown form"):
         parse_metadata(source)
 
 
@@ -83,7 +85,7 @@ def write_synsets(root: Path, synsets: tuple[str, ...]) -> None:
 
 
 def read(root: Path) -> Rows:
-    spec = DataSpec(str(root), test="val", input=("image",))
+    spec = DataSpec(path=str(root), test="val", input=("image",))
     return open_split(spec, "test", labels=LABELS, modality="image")
 
 
@@ -120,7 +122,7 @@ def test_a_file_of_all_synsets_tells_classes_of_one_name_apart(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (f"{SYNSETS[0]}\ttench\n", "lacks synsets"),
+        (f"{SYNSETS[0]}\ttench\n", "does not list all synsets"),
         (f"{SYNSETS[0]}\ttench\n{SYNSETS[2]}\tshark\n", "no labels"),
         (f"{SYNSETS[0]}\ttench\n{SYNSETS[2]}\tmissile\n", "several classes share"),
         (f"{SYNSETS[0]} tench\n", "line 1 cannot be used"),
@@ -134,14 +136,14 @@ def test_a_file_that_does_not_fit_is_an_error(tmp_path, content, message):
         read(tmp_path)
 
 
-def test_the_file_counts_in_the_digest(tmp_path):
+def test_the_synsets_file_enters_the_digest(tmp_path):
     write_synsets(tmp_path / "val", SYNSETS[:2])
     found = []
     for pair in (("tench", "goldfish"), ("goldfish", "tench")):
         lines = [f"{s}\t{n}\n" for s, n in zip(SYNSETS[:2], pair, strict=True)]
         (tmp_path / "synsets.txt").write_text("".join(lines))
-        spec = DataSpec(str(tmp_path), test="val", input=("image",))
-        found.append(TaskData(spec, LABELS, "image").digest())
+        spec = DataSpec(path=str(tmp_path), test="val", input=("image",))
+        found.append(data_digest(spec))
     assert found[0] != found[1]
 
 
@@ -159,13 +161,16 @@ def whole_path(folder: Path, *, size: int, templates: tuple[str, ...]) -> float:
     seen: list[tuple[int, int]] = []
     started = time.perf_counter()
     head = family.build_head(
-        model, base, HeadSpec(names, templates), progress=lambda *done: seen.append(done)
+        model,
+        base,
+        HeadSpec(labels=names, templates=templates),
+        progress=lambda *done: seen.append(done),
     )
     seconds = time.perf_counter() - started
     distinct = len({t.replace("{}", n) for n in names for t in templates})
     assert seen[-1] == (distinct, distinct)
     assert head.tensors["weight"].shape[0] == 1000
-    data = TaskData(DataSpec(str(folder), test="val", input=("image",)), names, "image")
+    data = TaskData(DataSpec(path=str(folder), test="val", input=("image",)), names, "image")
     found = evaluate(family, model, head, data.rows("test"), family.preprocessor(base))
     # One picture for all: exactly one class is right, and five among the first five.
     assert (found.count, found.top1, found.top5) == (1000, 0.001, 0.005)
@@ -197,9 +202,11 @@ def test_eighty_thousand_texts_and_the_shape_of_b32(tmp_path, record_property):
     model = family.load(base)
     names, templates = openai_imagenet()
     started = time.perf_counter()
-    head = family.build_head(model, base, HeadSpec(names, templates[:1]))
+    head = family.build_head(model, base, HeadSpec(labels=names, templates=templates[:1]))
     full = time.perf_counter() - started
-    data = TaskData(DataSpec(str(tmp_path / "small"), test="val", input=("image",)), names, "image")
+    data = TaskData(
+        DataSpec(path=str(tmp_path / "small"), test="val", input=("image",)), names, "image"
+    )
     rows = data.rows("test").select(range(0, 1000, 10))
     found = evaluate(family, model, head, rows, family.preprocessor(base))
     assert found.count == 100

@@ -14,14 +14,15 @@ from PIL import Image
 
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.images import MOST_PIXELS, open_image
-from restitch.modeling.data.task_data import DataSpec, Rows, labels_of, open_split
+from restitch.modeling.data.task_data import Rows, labels_of, open_split
+from restitch.registry.specs.task import DataSpec
 from tests.modeling.conftest import png
 
 LABELS = ("cat", "dog")
 
 
 def read(folder: Path, source: str, labels: tuple[str, ...] = LABELS) -> Rows:
-    spec = DataSpec(str(folder), test=source, input=("image",))
+    spec = DataSpec(path=str(folder), test=source, input=("image",))
     return open_split(spec, "test", labels=labels, modality="image")
 
 
@@ -39,11 +40,11 @@ def check(rows: Rows) -> None:
             assert np.array_equal(np.asarray(rows[seed].inputs[0]), np.asarray(image))
 
 
-def test_a_folder_per_class(tmp_path):
+def test_each_class_can_have_a_folder(tmp_path):
     write_folder(tmp_path / "test")
     check(read(tmp_path, "test"))
     check(read(tmp_path / "test", "."))
-    assert labels_of(DataSpec(str(tmp_path), test="test", input=("image",))) == LABELS
+    assert labels_of(DataSpec(path=str(tmp_path), test="test", input=("image",))) == LABELS
 
 
 def test_folders_are_classes_by_name_whatever_the_order_of_the_labels(tmp_path):
@@ -53,7 +54,7 @@ def test_folders_are_classes_by_name_whatever_the_order_of_the_labels(tmp_path):
 
 def test_folders_of_other_names_are_never_classes_by_their_order(tmp_path):
     write_folder(tmp_path / "test")
-    with pytest.raises(BadInput, match=r"cat/0\.png: label outside of the classes"):
+    with pytest.raises(BadInput, match=r"cat/0\.png: the label is not one of the classes"):
         read(tmp_path, "test", ("Katze", "Hund"))
 
 
@@ -85,7 +86,7 @@ def test_parquet_of_an_image_feature_and_a_data_set_on_disk(tmp_path):
     check(read(tmp_path, "disk"))
 
 
-def test_a_table_that_names_files(tmp_path):
+def test_a_table_can_name_image_files(tmp_path):
     write_folder(tmp_path / "test")
     names = ["test/cat/0.png", "test/cat/1.png", "test/dog/2.png"]
     rows = [{"image": n, "label": c} for n, c in zip(names, [0, 0, 1], strict=True)]
@@ -118,7 +119,7 @@ def bomb(width: int, height: int) -> bytes:
 def test_a_decompression_bomb_is_refused_before_it_is_decoded(monkeypatch, size):
     monkeypatch.setattr(Image.Image, "convert", lambda *_: pytest.fail("decoded"))
     assert size[0] * size[1] > MOST_PIXELS
-    with pytest.raises(BadInput, match=r"here: the image (is too large|cannot be read)"):
+    with pytest.raises(BadInput, match=r"here: the image (is too large|cannot be decoded)"):
         open_image(bomb(*size), Path(), "here")
 
 
@@ -144,13 +145,13 @@ def test_an_unreadable_image_names_its_row(tmp_path, data):
 def test_a_path_never_leaves_the_data(tmp_path, name):
     (tmp_path / "secret.png").write_bytes(png(0))
     (tmp_path / "data").mkdir()
-    with pytest.raises(BadInput, match="outside of the data"):
+    with pytest.raises(BadInput, match="outside of the folder of the data"):
         open_image(name, tmp_path / "data", "here")
 
 
 @pytest.mark.parametrize("value", [None, 3, {"bytes": None, "path": None}])
-def test_no_image_at_all_is_an_error(value):
-    with pytest.raises(BadInput, match="here holds no image"):
+def test_a_missing_image_is_an_error(value):
+    with pytest.raises(BadInput, match="here is not an image"):
         open_image(value, Path(), "here")
 
 
@@ -162,5 +163,5 @@ def test_an_absent_file_is_an_error(tmp_path):
 def test_images_outside_of_class_folders_are_an_error(tmp_path):
     write_folder(tmp_path)
     (tmp_path / "stray.png").write_bytes(png(9))
-    with pytest.raises(BadInput, match="outside of any class folder"):
+    with pytest.raises(BadInput, match="outside of the class folders"):
         read(tmp_path, ".")

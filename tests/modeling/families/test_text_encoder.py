@@ -13,7 +13,7 @@ from restitch.merging.errors import BadInput
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
 from restitch.modeling.families.text_encoder import TextEncoder
-from restitch.modeling.heads import HeadSpec
+from restitch.registry.specs.task import HeadSpec
 from tests.tiny_models import tiny_bert, tiny_roberta
 
 FAMILY = TextEncoder()
@@ -38,7 +38,9 @@ def test_features_are_the_normalized_mean_over_the_text_s_own_tokens(bert):
 def test_scores_are_scaled_cosines_with_the_label_embeddings(bert):
     model = FAMILY.load(bert)
     preprocess = FAMILY.preprocessor(bert)
-    head = FAMILY.build_head(model, bert, HeadSpec(("cat", "dog"), ("a {}", "the {}"), scale=7))
+    head = FAMILY.build_head(
+        model, bert, HeadSpec(labels=("cat", "dog"), templates=("a {}", "the {}"), scale=7)
+    )
     texts = [example(text) for text in ("a cat", "the cat", "a dog", "the dog")]
     prompts = FAMILY.features(model, preprocess(texts))
     means = torch.nn.functional.normalize(prompts.reshape(2, 2, -1).mean(1), dim=-1)
@@ -52,8 +54,8 @@ def test_scores_are_scaled_cosines_with_the_label_embeddings(bert):
 
 
 def test_the_default_scale_is_twenty_and_is_recorded(bert):
-    head = FAMILY.build_head(FAMILY.load(bert), bert, HeadSpec(("a", "b")))
-    assert head.spec == HeadSpec(("a", "b"), scale=20.0, max_length=48)
+    head = FAMILY.build_head(FAMILY.load(bert), bert, HeadSpec(labels=("a", "b")))
+    assert head.spec == HeadSpec(labels=("a", "b"), scale=20.0, max_length=48)
 
 
 def test_the_default_length_is_the_smaller_of_tokenizer_and_positions(bert, tmp_path):
@@ -123,7 +125,7 @@ def test_the_blocks_of_every_layout_are_localizable(name):
 
 
 @pytest.mark.parametrize("name", NEVER)
-def test_embeddings_poolers_and_heads_never_are(name):
+def test_embeddings_poolers_and_heads_are_never_localizable(name):
     assert not any(fnmatchcase(name, glob) for glob in FAMILY.localizable)
 
 
@@ -160,12 +162,12 @@ def test_a_missing_tensor_is_listed(bert, tmp_path):
     assert caught.value.details == ("encoder.layer.1.output.dense.weight",)
 
 
-def test_a_block_without_a_place_in_the_architecture_is_listed(bert, tmp_path):
+def test_tensors_unknown_to_the_architecture_are_listed(bert, tmp_path):
     tensors = load_file(bert / "model.safetensors")
     shutil.copytree(bert, tmp_path / "deeper")
     tensors["encoder.layer.2.output.dense.weight"] = torch.zeros(16, 32)
     save_file(tensors, tmp_path / "deeper" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(BadInput, match="no place for") as caught:
+    with pytest.raises(BadInput, match="that do not exist in the model") as caught:
         FAMILY.load(tmp_path / "deeper")
     assert caught.value.details == ("encoder.layer.2.output.dense.weight",)
 
@@ -211,7 +213,7 @@ def test_an_adapter_or_a_quantization_is_refused(bert, tmp_path):
     folder = tmp_path / "adapted"
     shutil.copytree(bert, folder)
     (folder / "adapter_config.json").write_text("{}")
-    with pytest.raises(BadInput, match="holds an adapter"):
+    with pytest.raises(BadInput, match=r"has an adapter_config\.json"):
         FAMILY.load(folder)
     (folder / "adapter_config.json").unlink()
     config = json.loads((folder / "config.json").read_text())

@@ -115,8 +115,8 @@ def test_an_impossible_change_is_refused():
 
 
 def test_another_description_keeps_the_models():
-    line = with_task(line_state(), "a", model()).with_task(TaskSpec(task="a", scale=20.0))
-    assert line.tasks["a"].spec.scale == 20.0
+    line = with_task(line_state(), "a", model()).with_task(TaskSpec(task="a", metric="f1"))
+    assert line.tasks["a"].spec.metric == "f1"
     assert list(line.tasks["a"].versions) == [1]
 
 

@@ -124,7 +124,7 @@ def test_paths_are_relative_to_their_file(tmp_path, monkeypatch):
     assert spec.head.templates == ("a photo of a {}",)
 
 
-def test_what_the_files_said_stays_when_they_change(tmp_path):
+def test_a_spec_does_not_change_with_its_files(tmp_path):
     (tmp_path / "labels.txt").write_text("a\nb\n")
     spec = task("head: {labels: labels.txt}", tmp_path)
     stored = spec.to_json()
@@ -154,8 +154,6 @@ def test_a_task_needs_nothing_but_its_name():
         "task": "demo",
         "data": None,
         "head": None,
-        "scale": None,
-        "max_length": None,
         "metric": "accuracy",
     }
 
@@ -203,7 +201,7 @@ def test_all_problems_are_listed_at_once_with_their_places():
         ("base: [a]", "base: expected string"),
     ],
 )
-def test_a_line_that_is_wrong_says_where(text, part):
+def test_a_wrong_line_file_names_the_place(text, part):
     assert part in problems(parse_line, text, "line.yaml", Path("/nowhere"))
 
 
@@ -224,17 +222,17 @@ def test_a_line_that_is_wrong_says_where(text, part):
         ("head: {labels: gone.txt}", "gone.txt cannot be read"),
         ("data: {path: ./gone, input: x}", "data.path './gone' is neither"),
         ("data: {train: x}", "'data.path' is missing"),
-        ("scale: -1", "scale"),
-        ("max_length: 0", "max_length"),
+        ("head: {labels: [a, b], scale: -1}", "head.scale"),
+        ("head: {labels: [a, b], max_length: 0}", "head.max_length"),
         ("metric: acc", "metric: expected 'accuracy' or 'f1'"),
         ("labels: [a, b]", "unknown key 'labels'"),
     ],
 )
-def test_a_task_that_is_wrong_says_where(text, part):
+def test_a_wrong_task_file_names_the_place(text, part):
     assert part in problems(task, text)
 
 
-def test_a_label_file_that_is_no_list_is_refused(tmp_path):
+def test_a_label_file_that_is_not_a_list_is_refused(tmp_path):
     (tmp_path / "labels.json").write_text('{"a": 1}')
     assert "not a JSON list" in problems(task, "head: {labels: labels.json}", tmp_path)
     (tmp_path / "labels.json").write_text("[")
@@ -288,7 +286,7 @@ def test_these_are_hub_ids(good):
 @pytest.mark.parametrize(
     "bad", ["", "/a", "./a", "../a", "a/b/c", "a b", "org/", "a/b@", "~/a", "s3://a/b"]
 )
-def test_these_are_not(bad):
+def test_these_are_not_hub_ids(bad):
     assert not is_hub_id(bad)
 
 
@@ -333,7 +331,7 @@ def test_the_digest_of_a_line_does_not_change_by_accident():
     )
 
 
-def test_what_depends_on_the_mode_is_stored():
+def test_defaults_that_depend_on_the_mode_are_stored():
     for mode, density, epochs in (("fisher", 0.1, 10), ("distilled", 0.1, 3)):
         found = line(f"localize: {{mode: {mode}}}").localize
         assert (found.density, found.epochs) == (density, epochs)
@@ -383,7 +381,7 @@ def test_what_a_delta_stores_of_a_weight_enters_digests_only_where_it_is_chosen(
         ("{budget: many}", "is no file size"),
     ],
 )
-def test_a_density_that_cannot_be_is_explained_in_one_line(localize, found):
+def test_an_impossible_density_is_explained_in_one_line(localize, found):
     text = problems(line, f"localize: {localize}")
     assert found in text
     assert text.count("  - ") == 1, text

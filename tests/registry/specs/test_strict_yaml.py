@@ -41,7 +41,7 @@ def test_a_key_is_a_text():
     assert "the key True is not a text" in refused("yes: b")
 
 
-def test_a_few_aliases_are_welcome():
+def test_a_few_aliases_are_accepted():
     assert parse_mapping("a: &x [1]\nb: *x", "f") == {"a": [1], "b": [1]}
     assert parse_mapping("a: &x {k: 1}\nb:\n  <<: *x\n  l: 2", "f")["b"] == {"k": 1, "l": 2}
 
@@ -79,13 +79,13 @@ def test_nesting_has_a_limit():
         "a: !custom b",
     ],
 )
-def test_nothing_but_plain_values_is_made(text):
+def test_only_plain_values_are_made(text):
     assert "not valid YAML" in refused(text)
 
 
 @pytest.mark.parametrize("text", ["", "# nothing", "- a", "text", "3"])
-def test_a_document_that_is_no_mapping_is_refused(text):
-    assert "is not a list of keys and values" in refused(text)
+def test_a_document_that_is_not_a_mapping_is_refused(text):
+    assert "does not hold keys and values" in refused(text)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ from restitch.registry.specs.localize import LocalizeSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.task_data import (
     check_rows,
-    data_spec,
     evaluation_split,
     resolve_task,
     same_task,
@@ -37,7 +36,7 @@ def task_of(folder: Path, **changes: Any) -> TaskSpec:
     return load_task(write_yaml(folder / "task.yaml", values))
 
 
-def test_what_is_left_out_is_filled_in(tmp_path: Path) -> None:
+def test_missing_keys_are_filled_in(tmp_path: Path) -> None:
     spec = resolve_task(task_of(tmp_path), FAMILY)
     assert spec.data is not None
     assert (spec.data.input, spec.data.label) == (("text",), "label")
@@ -61,14 +60,14 @@ def test_a_task_is_the_same_wherever_its_files_lie(tmp_path: Path) -> None:
     "changes",
     [
         {"metric": "f1"},
-        {"scale": 5},
-        {"max_length": 7},
+        {"head": {"labels": ["red", "green"], "scale": 5}},
+        {"head": {"labels": ["red", "green"], "max_length": 7}},
         {"head": {"labels": ["green", "red"]}},
         {"head": {"labels": ["red", "green"], "templates": ["a {}"]}},
         {"data": {"path": "rows", "validation": "test.jsonl"}},
     ],
 )
-def test_whatever_changes_a_result_makes_another_task(
+def test_a_change_that_affects_results_makes_another_task(
     tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     spec = resolve_task(task_of(tmp_path), FAMILY)
@@ -102,9 +101,9 @@ def test_results_are_reported_on_test_or_else_on_validation(
 
 def test_a_path_may_hold_an_at_sign(tmp_path: Path) -> None:
     spec = task_of(tmp_path / "user@host")
-    found = data_spec(spec, FAMILY)
-    assert (found.path, found.revision) == (str(tmp_path / "user@host" / "rows"), None)
-    resolve_task(spec, FAMILY)
+    resolved = resolve_task(spec, FAMILY)
+    assert resolved.data is not None
+    assert resolved.data.path == str(tmp_path / "user@host" / "rows")
 
 
 def test_rows_are_read_once_for_the_same_content(
@@ -141,4 +140,4 @@ def test_rows_to_calibrate_on_are_read_too(tmp_path: Path) -> None:
 
 def test_data_without_a_head_says_what_is_missing(world: World, tmp_path: Path) -> None:
     with pytest.raises(BadInput, match="no head"):
-        resolve_task(task_of(tmp_path, line_state=None), FAMILY)
+        resolve_task(task_of(tmp_path, head=None), FAMILY)
