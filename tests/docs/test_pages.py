@@ -46,6 +46,20 @@ def test_the_guide_to_methods_works(tmp_path: Path) -> None:
     run_pytest(tmp_path)
 
 
+def test_the_guide_to_gates_works(tmp_path: Path) -> None:
+    page = (DOCS / "how-to" / "add-a-gate.md").read_text(encoding="utf-8")
+    gate, test = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "min_mean.py").write_text(gate, encoding="utf-8")
+    # As above; GATES is made when the folder is scanned.
+    (tmp_path / "test_min_mean.py").write_text(
+        f"import min_mean\n{test}\n"
+        "from restitch.registry.gates import registry\n"
+        "registry.GATES = {**registry.GATES, 'min_mean': min_mean.MinMean()}\n",
+        encoding="utf-8",
+    )
+    run_pytest(tmp_path)
+
+
 def test_the_guide_to_families_works(tmp_path: Path) -> None:
     page = (DOCS / "how-to" / "add-a-family.md").read_text(encoding="utf-8")
     [family] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
