@@ -2,14 +2,11 @@
 
 import ast
 import re
-from pathlib import Path
 from uuid import uuid4
 
 import pytest
 import yaml
 
-import restitch.cli.main  # noqa: F401  the commands
-from restitch.cli.app import app
 from restitch.deployments.local.doctor import VERSIONS
 from restitch.deployments.server.definitions import WORKER_ENVIRONMENT, automations
 from tests.deployments.compose import FOLDER, services
@@ -61,20 +58,6 @@ def test_every_automation_and_check_is_explained() -> None:
             assert f"`{wanted.name}`" in page
     for name in ("python", "home", "disk", "store", "device", *(name for name, *_ in VERSIONS)):
         assert f"`{name}`" in page
-
-
-def test_the_readme_names_every_command() -> None:
-    page = (ROOT / "README.md").read_text(encoding="utf-8")
-    table = set(re.findall(r"^\| `restitch ([a-z]+)", page, re.MULTILINE))
-    names = {one.name or one.callback.__name__ for one in app.registered_commands if one.callback}
-    groups = {one.typer_instance.info.name for one in app.registered_groups if one.typer_instance}
-    assert table == names | groups
-
-
-@pytest.mark.parametrize("page", [OPERATIONS, KUBERNETES, ROOT / "README.md"])
-def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text(encoding="utf-8")):
-        assert target.startswith("http") or (page.parent / target).exists(), target
 
 
 def test_the_objects_for_kubernetes_give_workers_what_compose_gives_them() -> None:

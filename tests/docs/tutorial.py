@@ -19,7 +19,9 @@ _BLOCK = re.compile(r"(?<=```console\n).*?(?=```\n)", re.DOTALL)
 
 def run(page: str) -> str:
     """The page with the output that its commands print now."""
-    shutil.rmtree(FOLDER, ignore_errors=True)
+    for name in (".restitch", "merged"):  # the world takes minutes and is made once
+        shutil.rmtree(FOLDER / name, ignore_errors=True)
+    (FOLDER / "line.yaml").unlink(missing_ok=True)
     folder = ROOT
 
     def outputs(block: "re.Match[str]") -> str:
@@ -41,6 +43,7 @@ def _output(command: str, folder: Path) -> str:
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "COLUMNS": "100",
+        "RESTITCH_ACTOR": "you",
     }
     done = subprocess.run(
         ["bash", "-c", f"{command} 2>&1"],
@@ -51,7 +54,8 @@ def _output(command: str, folder: Path) -> str:
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}"
     text = done.stdout.replace(str(FOLDER), ".../tutorial").replace(str(ROOT), "...")
-    return "".join(f"{line.rstrip()}\n" for line in text.splitlines())
+    lines = [line.rstrip() for line in text.splitlines() if "━" not in line]  # no progress bars
+    return "".join(f"{line}\n" for line in lines)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,26 @@
+#!/usr/bin/env bash
+# Run this line: init, register one model per task, status, export.
+#
+#   MODELS=/models bash examples/text/run.sh
+#
+# MODELS is a folder with one finetuned model per task (sst2, cr, subj). BASE and DATA replace the
+# hub ids of the files by local folders; DATA has one folder of rows per task. State and the merged
+# model go to WORK.
+set -euo pipefail
+
+models=${MODELS:?set MODELS to a folder with one finetuned model per task}
+here=$(cd "$(dirname "$0")" && pwd)
+work=${WORK:-$here/work}
+mkdir -p "$work/tasks"
+export RESTITCH_HOME="$work/.restitch"
+
+sed "${BASE:+s|^base: .*|base: $BASE|}" "$here/line.yaml" > "$work/line.yaml"
+restitch init "$work/line.yaml"
+for file in "$here"/tasks/*.yaml; do
+  task=$(basename "$file" .yaml)
+  sed "${DATA:+s|^  path: .*|  path: $DATA/$task|}" "$file" > "$work/tasks/$task.yaml"
+  # Exit code 5: a gate held this model. The line goes on with the others.
+  restitch register text --task "$work/tasks/$task.yaml" --model "$models/$task" || [ $? -eq 5 ]
+done
+restitch status text
+restitch export text champion "$work/merged" --overwrite

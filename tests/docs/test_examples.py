@@ -1,0 +1,82 @@
+"""The examples: their files are right, and their scripts run, here on tiny models."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from restitch.modeling.data.rows import Example
+from restitch.modeling.families.family import get_family
+from restitch.modeling.heads import HeadSpec
+from restitch.registry.specs.files import load_line, load_task
+from restitch.registry.specs.schema import schema_of
+from tests.shell import ROOT
+from tests.tiny_models import tiny_bert, tweaked
+from tests.worlds import BLOCKS, write_rows
+
+EXAMPLES = ROOT / "examples"
+FILES = sorted(EXAMPLES.glob("*/line.yaml")) + sorted(EXAMPLES.glob("*/tasks/*.yaml"))
+
+
+@pytest.mark.parametrize("kind", ["line", "task"])
+def test_the_schemas_are_those_of_the_code(kind: str) -> None:
+    assert json.loads((EXAMPLES / f"{kind}.schema.json").read_text()) == schema_of(kind)
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(EXAMPLES)))
+def test_every_file_can_be_read_and_names_its_schema(file: Path) -> None:
+    head = re.match(r"# yaml-language-server: \$schema=(.*)\n", file.read_text())
+    assert head is not None
+    assert (file.parent / head[1]).resolve().parent == EXAMPLES
+    if file.name == "line.yaml":
+        assert load_line(file).gates.max_task_drop is not None
+    else:
+        assert load_task(file).task == file.stem
+
+
+def test_the_text_example_runs(tmp_path: Path) -> None:
+    base = tiny_bert(tmp_path / "base")
+    for seed, file in enumerate(sorted((EXAMPLES / "text" / "tasks").glob("*.yaml"))):
+        task = yaml.safe_load(file.read_text())
+        model = tweaked(base, tmp_path / "models" / file.stem, seed=seed, size=0.15, globs=BLOCKS)
+        for split in ("train", "validation", "test"):
+            rows = labelled(base, model, task, split)
+            write_rows(tmp_path / "data" / file.stem / f"{split}.jsonl", rows)
+    environment = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "BASE": str(base),
+        "DATA": str(tmp_path / "data"),
+        "MODELS": str(tmp_path / "models"),
+        "WORK": str(tmp_path / "work"),
+    }
+    done = subprocess.run(
+        ["bash", str(EXAMPLES / "text" / "run.sh")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "work" / "merged" / "model.safetensors").is_file()
+    for task in ("cr", "sst2", "subj"):
+        assert re.search(rf"^{task} +1 +(ready|held)", done.stdout, re.MULTILINE), done.stdout
+
+
+def labelled(base: Path, model: Path, task: dict, split: str) -> list[dict]:
+    """Rows whose labels are the model's own predictions, so that it scores 1."""
+    family = get_family("text-encoder")
+    head = family.build_head(
+        family.load(base), base, HeadSpec(tuple(task["head"]["labels"]), ("{}",))
+    )
+    texts = [
+        f"{split} {number * 7919 % 1009} {'abcdefghij'[number % 10] * 5}" for number in range(40)
+    ]
+    batch = family.preprocessor(base)([Example((text,), None, "") for text in texts])
+    found = family.logits(family.load(model), batch, head).argmax(1).tolist()
+    return [{"text": text, "label": label} for text, label in zip(texts, found, strict=True)]

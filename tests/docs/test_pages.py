@@ -1,0 +1,93 @@
+"""The pages: links lead somewhere, the site builds, and the code on the guides runs."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.docs.site import DOCS, generator
+from tests.shell import ROOT
+
+PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "deployments" / "kubernetes.md"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path) -> None:
+    generated = {DOCS / path for path in generator().PAGES}
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            path = Path(os.path.normpath(page.parent / target))
+            assert path.exists() or path in generated, target
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", tmp_path],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "reference" / "commands" / "index.html").is_file()
+    text = (tmp_path / "index.html").read_text(encoding="utf-8")
+    assert not re.search(r'(?:src|href)="https?://(?!github\.com)[^"]*\.(?:js|css|woff2?)"', text)
+
+
+def test_the_guide_to_methods_works(tmp_path: Path) -> None:
+    page = (DOCS / "how-to" / "add-a-method.md").read_text(encoding="utf-8")
+    method, test = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "farthest.py").write_text(method, encoding="utf-8")
+    # The page's file lies in the folder that is scanned. Here, the test imports it.
+    (tmp_path / "test_farthest.py").write_text(f"import farthest\n{test}", encoding="utf-8")
+    run_pytest(tmp_path)
+
+
+def test_the_guide_to_gates_works(tmp_path: Path) -> None:
+    page = (DOCS / "how-to" / "add-a-gate.md").read_text(encoding="utf-8")
+    gate, test = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "min_mean.py").write_text(gate, encoding="utf-8")
+    # As above; GATES is made when the folder is scanned.
+    (tmp_path / "test_min_mean.py").write_text(
+        f"import min_mean\n{test}\n"
+        "from restitch.registry.gates import registry\n"
+        "registry.GATES = {**registry.GATES, 'min_mean': min_mean.MinMean()}\n",
+        encoding="utf-8",
+    )
+    run_pytest(tmp_path)
+
+
+def test_the_guide_to_families_works(tmp_path: Path) -> None:
+    page = (DOCS / "how-to" / "add-a-family.md").read_text(encoding="utf-8")
+    [family] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (tmp_path / "short_text.py").write_text(family, encoding="utf-8")
+    (tmp_path / "test_short_text.py").write_text(
+        """
+from restitch.modeling.families.family import Family, add_family, get_family
+from short_text import ShortText
+from tests.tiny_models import tiny_bert
+
+def test_it_reads_at_most_32_tokens(tmp_path):
+    add_family(ShortText())
+    family = get_family("short-text")
+    assert isinstance(family, Family)
+    assert family.max_length(tiny_bert(tmp_path)) == 32
+""",
+        encoding="utf-8",
+    )
+    run_pytest(tmp_path)
+
+
+def run_pytest(folder: Path) -> None:
+    """Run the tests in a folder, in a process of their own: they register methods and families."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"},
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr

@@ -1,0 +1,58 @@
+"""Plain English: phrases that made this project hard to read do not come back.
+
+CONTRIBUTING.md has the style guide. If a phrase is right in one place, list the file in `RIGHT`.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+# A phrase, and what to write instead.
+PHRASES = {
+    r"what it took": "the cost, the seconds",
+    r"whoever|whomever": "anyone who, people who",
+    r"whatever": "any, everything that",
+    r"anew": "again",
+    r"beside(?! the point)": "next to, in addition to, outside of",
+    r"(?:is|are|was|were) (?:told|said)\b(?! to)": "warns, reports, prints, names",
+    r"became of|becomes of": "the outcome, the state",
+    r"otherwise than": "differs from",
+    r"by lot": "at random",
+    r"for (?:who|whom) (?:does|do|is|are|has|have)": "for people who",
+}
+# Legitimate uses, by phrase: the file.
+RIGHT: dict[str, set[str]] = {}
+TEXTS = ("*.md", "docs/**/*.md", "deployments/*.md", "examples/**/*.yaml")
+CODE = ("restitch", "deployments", "cli")
+
+
+def files() -> Iterator[Path]:
+    """The texts and the code of the product."""
+    for pattern in TEXTS:
+        yield from ROOT.glob(pattern)
+    for folder in CODE:
+        yield from (ROOT / folder).rglob("*.py")
+
+
+def offenders(phrase: str) -> list[str]:
+    """Each line with the phrase, as `file:line: text`."""
+    pattern = re.compile(rf"\b(?:{phrase})\b", re.IGNORECASE)
+    result = []
+    for file in sorted(files()):
+        name = str(file.relative_to(ROOT))
+        if any(name == right or name.startswith(f"{right}/") for right in RIGHT.get(phrase, ())):
+            continue
+        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+            if pattern.search(line):
+                result.append(f"{name}:{number}: {line.strip()[:100]}")
+    return result
+
+
+@pytest.mark.parametrize("phrase", PHRASES)
+def test_no_file_uses_the_phrase(phrase: str) -> None:
+    result = offenders(phrase)
+    assert not result, f"write {PHRASES[phrase]!r} instead:\n" + "\n".join(result)
