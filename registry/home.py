@@ -22,6 +22,7 @@ from restitch.registry.stack import Databases, StackFile
 from restitch.registry.store.base import Store
 from restitch.registry.store.disk import explained
 from restitch.registry.store.folder import FolderStore
+from restitch.registry.store.format import check_format
 
 HOME_VARIABLE = "RESTITCH_HOME"
 STORE_VARIABLE = "RESTITCH_STORE"
@@ -127,11 +128,16 @@ class Home:
         """The store of this home.
 
         Raises:
-            BadInput: its address is not one.
+            BadInput: its address is malformed, or the store has another format.
+            Unavailable: the store cannot be read.
         """
+        store: Store
         if self.store_url is not None and not self.store_is_local:
-            return S3Store(*parse_address(self.store_url), cache=self.cache / "store")
-        return FolderStore(self.store_path)
+            store = S3Store(*parse_address(self.store_url), cache=self.cache / "store")
+        else:
+            store = FolderStore(self.store_path)
+        check_format(store)
+        return store
 
     def sweep(self, older_than: float) -> int:
         """Remove what killed work left behind and nothing has touched for so many seconds.

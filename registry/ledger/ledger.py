@@ -27,6 +27,7 @@ from restitch.registry.ledger.records import (
 from restitch.registry.ledger.safe_deletion import check_kept
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.store.base import NotInStore
+from restitch.registry.store.format import mark_format
 from restitch.registry.store.objects import ObjectStore, parsed
 
 _ATTEMPTS = 200
@@ -91,6 +92,7 @@ class Ledger:
         def change(line_state: LineState | None) -> LineState | None:
             return LineState(line=self.line, spec=spec, base=base) if line_state is None else None
 
+        mark_format(self.objects.store)
         return self._act("configured", actor, reason, change, {"base": base.weights})
 
     def act(

@@ -31,6 +31,7 @@ from restitch.registry.ledger.references import (
     of_record,
 )
 from restitch.registry.store.base import Listed, NotInStore
+from restitch.registry.store.format import MARKER
 from restitch.registry.store.objects import KeyRecord, ObjectStore, parsed, verified
 
 # Small, and asked for by what they were made from, not by what names them: never removed.
@@ -92,7 +93,7 @@ def take_inventory(objects: ObjectStore, progress: Progress = ignore) -> Invento
     found.entries = {name.rpartition("/")[2]: entry for name, entry in entries.good.items()}
     found.keys = keys.good
     found.heads = {name.split("/")[1]: line_state for name, line_state in heads.good.items()}
-    kinds = ("audit", "blobs", "keys", "lines", "attempts", "turns", "gc")
+    kinds = ("audit", "blobs", "keys", "lines", "attempts", "turns", "gc", MARKER)
     found.unknown = [name for name in found.listed if name.split("/")[0] not in kinds]
     for line, line_state in found.heads.items():
         found.trails[line] = _trail(found, objects, line_state)

@@ -66,6 +66,7 @@ class S3Store:
     def __init__(self, bucket: str, prefix: str, cache: Path) -> None:
         self.bucket = bucket
         self.prefix = prefix
+        self.address = f"s3://{bucket}/{prefix}"
         self.cache = ReadCache(cache, cache_limit)
 
     def put(self, name: str, data: bytes | Path, *, move: bool = False) -> bool:
@@ -119,7 +120,7 @@ class S3Store:
         limit = time.time() - older_than
         with explained(self.cache.root, "sweep"):
             removed = self.cache.sweep(limit)
-        with s3_explained(self._address, "sweep"):
+        with s3_explained(self.address, "sweep"):
             for key, upload, since in self._uploads():
                 if since < limit:
                     self._abort(key, upload)
@@ -131,7 +132,7 @@ class S3Store:
         below = self._key(prefix.rstrip("/")) + "/" if prefix else f"{self.prefix}/"
         asked = {"Bucket": self.bucket, "Prefix": below}
         found: list[Listed] = []
-        with s3_explained(self._address, "list"):
+        with s3_explained(self.address, "list"):
             while True:
                 page = with_retries(lambda: client().list_objects_v2(**asked))
                 for each in page.get("Contents", ()):
@@ -158,13 +159,13 @@ class S3Store:
     def mend(self, name: str, data: bytes | Path) -> None:
         """Write without a condition; see `Store.mend`."""
         metadata = {_TOKEN: uuid.uuid4().hex[:16]}
-        with s3_explained(self._address, f"write {name}"):
+        with s3_explained(self.address, f"write {name}"):
             self._send(Target(self._place(name), metadata, writing(name), {}), data)
 
     def remove(self, name: str) -> bool:
         """Remove it from the server; see `Store.remove`."""
         there = self.exists(name)
-        with s3_explained(self._address, f"remove {name}"):
+        with s3_explained(self.address, f"remove {name}"):
             with_retries(lambda: client().delete_object(**self._place(name)))
         return there
 
@@ -174,16 +175,12 @@ class S3Store:
     def _place(self, name: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self._key(name)}
 
-    @property
-    def _address(self) -> str:
-        return f"s3://{self.bucket}/{self.prefix}"
-
     def _head(self, name: str) -> _Found | None:
         """What is there, without its content."""
         from botocore.exceptions import ClientError
 
         place = self._place(name)
-        with s3_explained(self._address, f"look for {name}"):
+        with s3_explained(self.address, f"look for {name}"):
             try:
                 return _found(with_retries(lambda: client().head_object(**place)))
             except ClientError as error:
@@ -194,7 +191,7 @@ class S3Store:
     def _got(self, name: str, get: Callable[[], Result]) -> Result:
         from botocore.exceptions import ClientError
 
-        with s3_explained(self._address, f"read {name}"):
+        with s3_explained(self.address, f"read {name}"):
             try:
                 return get()
             except ClientError as error:
@@ -219,7 +216,7 @@ class S3Store:
             condition = {}
         target = Target(place, {_TOKEN: " ".join(written)}, writing(name), condition)
         for attempt in range(_CONFLICTS):
-            with s3_explained(self._address, f"write {name}"):
+            with s3_explained(self.address, f"write {name}"):
                 try:
                     return _Found(self._send(target, data), written).tag
                 except ClientError as error:
@@ -240,14 +237,14 @@ class S3Store:
                         raise
             pause(random.uniform(0, min(1.0, 0.01 * 2 ** min(attempt, 8))))
         raise Unavailable(
-            f"cannot write {name} to {self._address}",
+            f"cannot write {name} to {self.address}",
             found=f"{_CONFLICTS} conflicts with other writers",
             hint="run the same command again",
         )
 
     def _untold(self, name: str) -> Unavailable:
         return Unavailable(
-            f"cannot tell whether {name} was written to {self._address}",
+            f"cannot tell whether {name} was written to {self.address}",
             found=f"more than {_REMEMBERED} writes of others since",
             hint="run the same command again: it looks at what is there",
         )

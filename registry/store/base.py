@@ -48,7 +48,12 @@ class Store(Protocol):
     Raises:
         BadInput: the name is not one (any method).
         Unavailable: the disk or the server cannot be used now (any method).
+
+    Attributes:
+        address: the folder or `s3://bucket/prefix`, for messages.
     """
+
+    address: str
 
     def put(self, name: str, data: bytes | Path, *, move: bool = False) -> bool:
         """Create the object durably from bytes or a file.

@@ -30,6 +30,7 @@ class FolderStore:
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
+        self.address = str(root)
 
     def put(self, name: str, data: bytes | Path, *, move: bool = False) -> bool:
         """Create the object durably; see `Store.put`."""

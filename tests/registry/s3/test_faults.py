@@ -79,7 +79,7 @@ class TestFaultyNetwork(StoreContract):
         # Each writer appends its own marks, and says which of them it was told took effect.
         code = f"""
             import sys
-            from restitch.registry.store.base import *
+            from restitch.registry.store.base import NotInStore
             from pathlib import Path
             store, me = {opener}, sys.argv[1]
             for turn in range(8):

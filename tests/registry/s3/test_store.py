@@ -14,9 +14,8 @@ from restitch.registry.s3 import conditional_writes, retries, transfer
 from restitch.registry.s3 import store as s3_store
 from restitch.registry.s3.client import parse_address
 from restitch.registry.s3.store import S3Store
-from restitch.registry.store.base import NotInStore
 from restitch.registry.store.objects import ObjectStore
-from tests.registry.store_contract import StoreContract, start
+from tests.registry.store_contract import StoreContract, count_up, start
 
 SECRETS = ("the-key-id", "the-secret", "pass-word")
 
@@ -122,17 +121,8 @@ class TestLostAnswers:
     def test_each_of_many_writers_with_lost_answers_counts_once(self, store, lose_answers):
         lose_answers(["PUT", "-", "-", "-", "PUT"])
 
-        def add(_):
-            done = None
-            while done is None:
-                try:
-                    data, tag = store.read_tagged("count")
-                except NotInStore:
-                    data, tag = b"0", None
-                done = store.swap("count", tag, str(int(data) + 1).encode())
-
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(add, range(20)))
+            list(pool.map(lambda _: count_up(store), range(20)))
         # Also where another swap has followed before the answer was missed.
         assert store.read("count") == b"20"
 

@@ -320,8 +320,8 @@ def test_a_fetch_that_was_killed_is_fetched_again(mlflow_home, run, tmp_path):
     code = f"""
 import os
 from pathlib import Path
-from restitch.registry.sources import resolve
 from restitch.registry.home import Home
+from restitch.registry.sources import resolve
 resolve._kept = lambda *_: os.kill(os.getpid(), 9)
 home = Home(Path({str(tmp_path)!r}), None, {mlflow_home.mlflow_uri!r})
 resolve.resolve_source("models:/trained/1", home)

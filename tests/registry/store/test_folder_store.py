@@ -67,7 +67,7 @@ class TestFolderStore(StoreContract):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         store.put("before", b"")
-        monkeypatch.setattr("restitch.registry.store.folder.os.fsync", full)
+        monkeypatch.setattr("restitch.registry.store.disk.os.fsync", full)
         with pytest.raises(Unavailable, match="free some disk space") as raised:
             store.put("name", b"content")
         assert str(store.root) in str(raised.value)
@@ -83,7 +83,7 @@ class TestFolderStore(StoreContract):
         def refuse(*_):
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr("restitch.registry.store.folder.os.fsync", refuse)
+        monkeypatch.setattr("restitch.registry.store.disk.os.fsync", refuse)
         with pytest.raises(Unavailable, match=hint):
             store.put("name", b"")
         with pytest.raises(Unavailable, match=hint):
