@@ -28,7 +28,7 @@ HOSTS_VARIABLE = "RESTITCH_ALLOWED_HOSTS"
 _HUB = "https://huggingface.co"
 
 
-class NotAllowed(BadInput):
+class AccessDenied(BadInput):
     """It may not be read here, which says nothing about it: elsewhere, or later, it may be."""
 
 
@@ -41,7 +41,7 @@ def check_path(path: Path, what: str, *, own: Path | None = None) -> None:
         own: a folder of the installation itself, allowed in any case.
 
     Raises:
-        NotAllowed: it lies elsewhere.
+        AccessDenied: it lies elsewhere.
     """
     listed = os.environ.get(ROOTS_VARIABLE)
     if not listed:
@@ -60,7 +60,7 @@ def _check_real(real: Path, what: str, own: Path | None, place: Path | None = No
     roots = [_real(Path(root).expanduser()) for root in listed.split(os.pathsep) if root]
     roots += [] if own is None else [_real(own)]
     if not any(real.is_relative_to(root) for root in roots):
-        raise NotAllowed(
+        raise AccessDenied(
             f"{what} lies outside of what may be read here: {place or real}",
             expected=f"a place below {listed} ({ROOTS_VARIABLE})",
             found=real,
@@ -72,13 +72,13 @@ def check_host(host: str, what: str) -> None:
     """Refuse a host or a bucket, as `s3://NAME`, that is not listed.
 
     Raises:
-        NotAllowed: it is not.
+        AccessDenied: it is not.
     """
     listed = os.environ.get(HOSTS_VARIABLE)
     if not listed:
         return
     if host.lower() not in [name.strip().lower() for name in listed.split(",")]:
-        raise NotAllowed(
+        raise AccessDenied(
             f"{what} is on a host that may not be read here",
             expected=f"one of {listed} ({HOSTS_VARIABLE})",
             found=host,

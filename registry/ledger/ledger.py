@@ -24,7 +24,7 @@ from restitch.registry.ledger.records import (
     replay,
     state_of,
 )
-from restitch.registry.ledger.safe_deletion import check_kept
+from restitch.registry.ledger.safe_deletion import check_references
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.store.base import NotInStore
 from restitch.registry.store.format import mark_format
@@ -196,7 +196,7 @@ class Ledger:
             changed = change(old)
             if changed is None:
                 return None
-            check_kept(self.objects, old, changed)
+            check_references(self.objects, old, changed)
             before, after = differences(state_of(old), state_of(changed))
             entry = Entry(
                 line=self.line,

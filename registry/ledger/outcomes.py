@@ -22,7 +22,7 @@ _SUBJECT = re.compile(r"version (\d+)\b:?\s*")
 
 
 @dataclass(frozen=True)
-class Fate:
+class Outcome:
     """What a merged version is now, and the sentence that says since when and why."""
 
     role: Role
@@ -81,12 +81,12 @@ def last_moves(newest_first: Iterable[Entry], versions: Set[int]) -> dict[int, E
     return found
 
 
-def fate_of(record: MergedRecord, move: Entry) -> Fate:
+def outcome_of(record: MergedRecord, move: Entry) -> Outcome:
     """What became of a version by the last act that moved it."""
     version, champion = record.version, move.after.get("/champion")
     if champion == version:
         how = "rolled back to" if move.kind == "rolled-back" else move.kind
-        return Fate("champion", f"In use since {_when(move)}, {how} by {_who_and_why(move)}")
+        return Outcome("champion", f"In use since {_when(move)}, {how} by {_who_and_why(move)}")
     if move.before.get("/champion") == version:
         if champion is None:
             by = f"when nothing was left to merge: {move.kind} by {_who_and_why(move)}"
@@ -94,15 +94,15 @@ def fate_of(record: MergedRecord, move: Entry) -> Fate:
             by = f"rolled back to version {champion} by {_who_and_why(move)}"
         else:
             by = f"when version {champion} took its place."
-        return Fate("former champion", f"In use until {_when(move)}, {by}")
+        return Outcome("former champion", f"In use until {_when(move)}, {by}")
     failed = "; ".join(g.note or g.gate for g in record.gates if not g.passed)
     judged = f"It failed its gates: {_sentence(failed)}"
     if move.after.get("/candidate") == version:
         waiting = "It has not been promoted."
-        return Fate("candidate", waiting if record.passed else f"{judged} {waiting}")
+        return Outcome("candidate", waiting if record.passed else f"{judged} {waiting}")
     if record.passed:
-        return Fate("superseded", "It was never promoted.")
-    return Fate("rejected", judged)
+        return Outcome("superseded", "It was never promoted.")
+    return Outcome("rejected", judged)
 
 
 def _who_and_why(move: Entry) -> str:

@@ -1,7 +1,7 @@
 """What refers to what in a store: heads, the trail and records name blobs by their digests.
 
 A `Reference` says what a blob is and whose, so that what is damaged can be told together
-with what depends on it, and made again. `named_in` takes the other, wider view: every digest
+with what depends on it, and made again. `digests_in` takes the other, wider view: every digest
 and address that stands anywhere in a text, for whoever must not remove too much.
 """
 
@@ -89,7 +89,7 @@ class Reference:
         return f"{what} of {self.owner} ({self.line})"
 
 
-def of_head(line_state: LineState) -> Iterator[Reference]:
+def of_line_state(line_state: LineState) -> Iterator[Reference]:
     """The blobs that a head names itself; what these name in turn is in them."""
     line = line_state.line
     yield from _of_source(line_state.base, line, "the base")
@@ -181,7 +181,7 @@ def of_experts(data: bytes, experts: Reference) -> Iterator[Reference]:
         yield replace(experts, digest=digest, role="expert", task=task)
 
 
-def named_in(value: Any) -> Iterator[str]:
+def digests_in(value: Any) -> Iterator[str]:
     """Every digest and every address of a kept model in JSON values, whatever it means there."""
     if isinstance(value, str):
         yield from _DIGEST.findall(value)
@@ -189,8 +189,8 @@ def named_in(value: Any) -> Iterator[str]:
             yield value
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield from named_in(key)
-            yield from named_in(inner)
+            yield from digests_in(key)
+            yield from digests_in(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from named_in(inner)
+            yield from digests_in(inner)

@@ -13,22 +13,22 @@ from contextlib import suppress
 from restitch.merging.errors import Damage
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedRecord
-from restitch.registry.ledger.references import Reference, of_head, of_manifest, of_record
-from restitch.registry.store.deletion_notice import check_there, was_ever
+from restitch.registry.ledger.references import Reference, of_line_state, of_manifest, of_record
+from restitch.registry.store.deletion_notice import check_not_deleted, has_notice
 from restitch.registry.store.objects import ObjectStore, parsed
 
 
-def check_kept(objects: ObjectStore, old: LineState | None, new: LineState) -> None:
+def check_references(objects: ObjectStore, old: LineState | None, new: LineState) -> None:
     """Make sure that what a head would name and the one before did not is there, and stays.
 
     Raises:
         Unavailable: something was removed meanwhile, or is being removed all the time.
     """
-    if not was_ever(objects.store):
+    if not has_notice(objects.store):
         return
-    before = {each.digest for each in of_head(old)} if old is not None else set()
-    added = [each for each in of_head(new) if each.digest not in before]
-    check_there(objects.store, {f"blobs/{each}" for each in _whole(objects, added) - before})
+    before = {each.digest for each in of_line_state(old)} if old is not None else set()
+    added = [each for each in of_line_state(new) if each.digest not in before]
+    check_not_deleted(objects.store, {f"blobs/{each}" for each in _whole(objects, added) - before})
 
 
 def _whole(objects: ObjectStore, added: list[Reference]) -> set[str]:

@@ -23,10 +23,10 @@ from restitch.registry.ledger.references import (
     MLFLOW_SCHEMES,
     SPECIALISTS,
     Reference,
-    named_in,
+    digests_in,
     of_acts,
     of_experts,
-    of_head,
+    of_line_state,
     of_manifest,
     of_record,
 )
@@ -58,7 +58,7 @@ class Inventory:
     """
 
     listed: dict[str, Listed]
-    heads: dict[str, LineState] = field(default_factory=dict)
+    line_states: dict[str, LineState] = field(default_factory=dict)
     trails: dict[str, list[Entry]] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
     records: dict[str, MergedRecord] = field(default_factory=dict)
@@ -92,14 +92,14 @@ def take_inventory(objects: ObjectStore, progress: Progress = ignore) -> Invento
     found.damaged = {**entries.wrong, **keys.wrong, **heads.wrong}
     found.entries = {name.rpartition("/")[2]: entry for name, entry in entries.good.items()}
     found.keys = keys.good
-    found.heads = {name.split("/")[1]: line_state for name, line_state in heads.good.items()}
+    found.line_states = {name.split("/")[1]: line_state for name, line_state in heads.good.items()}
     kinds = ("audit", "blobs", "keys", "lines", "attempts", "turns", "gc", MARKER)
     found.unknown = [name for name in found.listed if name.split("/")[0] not in kinds]
-    for line, line_state in found.heads.items():
+    for line, line_state in found.line_states.items():
         found.trails[line] = _trail(found, objects, line_state)
-        found.refer(of_head(line_state))
+        found.refer(of_line_state(line_state))
         found.refer(of_acts(found.trails[line]))
-    for line in {entry.line for entry in found.entries.values()} - found.heads.keys():
+    for line in {entry.line for entry in found.entries.values()} - found.line_states.keys():
         found.damaged.setdefault(f"lines/{line}/head.json", "it is missing")
     _read_records(found, objects)
     _read_manifests(found, objects)
@@ -114,12 +114,12 @@ def in_use(found: Inventory, objects: ObjectStore) -> set[str]:
     reference, also in acts that are in no trail. A key is in use when its blob is. Where
     something is damaged, what it would have named is not known.
     """
-    named = mentioned(found)
+    named = mentioned_digests(found)
     used = {name for name in found.listed if not name.startswith(("blobs/", "keys/"))}
     addresses = {digest_bytes(each.encode()) for each in named if each.startswith(MLFLOW_SCHEMES)}
     # What is being onboarded, or will be tried again, may ask for a mask that no act names yet.
     waiting = any(
-        line_state.in_state("registered", "waiting") for line_state in found.heads.values()
+        line_state.in_state("registered", "waiting") for line_state in found.line_states.values()
     )
     manifests = {each.removeprefix(COPY_SCHEME) for each in named if each.startswith(COPY_SCHEME)}
     # Those that are kept first: another key may name the same blob.
@@ -137,7 +137,7 @@ def in_use(found: Inventory, objects: ObjectStore) -> set[str]:
                 manifests.add(key.blob)
     for digest in manifests & {name.rpartition("/")[2] for name in found.listed}:
         with contextlib.suppress(Damage, ValueError):
-            named.update(named_in(json.loads(_manifest(found, objects, digest))))
+            named.update(digests_in(json.loads(_manifest(found, objects, digest))))
     return used | {f"blobs/{each}" for each in named if f"blobs/{each}" in found.listed}
 
 
@@ -145,12 +145,12 @@ def _kind(key: str) -> str:
     return key.split("/")[1]
 
 
-def mentioned(found: Inventory) -> set[str]:
+def mentioned_digests(found: Inventory) -> set[str]:
     """Every digest and address that stands in a head, a record or an act."""
     named: set[str] = set()
-    for values in (found.heads, found.entries, found.records):
+    for values in (found.line_states, found.entries, found.records):
         for each in values.values():
-            named.update(named_in(each.to_json()))
+            named.update(digests_in(each.to_json()))
     return named
 
 
@@ -220,7 +220,9 @@ def _trail(found: Inventory, objects: ObjectStore, line_state: LineState) -> lis
 def _read_records(found: Inventory, objects: ObjectStore) -> None:
     """The records of all merged versions that a head has or an act has made."""
     of_heads = {
-        digest for line_state in found.heads.values() for digest in line_state.versions.values()
+        digest
+        for line_state in found.line_states.values()
+        for digest in line_state.versions.values()
     }
     of_acts = {
         str(value)
@@ -244,7 +246,7 @@ def _read_records(found: Inventory, objects: ObjectStore) -> None:
 def _read_manifests(found: Inventory, objects: ObjectStore) -> None:
     """The files of the models that heads name, whose copies are in the store."""
     manifests = [r for some in found.references.values() for r in some if r.role == "manifest"]
-    for line_state in found.heads.values():
+    for line_state in found.line_states.values():
         for task, number, model in _models(line_state):
             if model.model.uri.startswith(MLFLOW_SCHEMES):
                 key = found.keys.get(f"keys/source/{digest_bytes(model.model.uri.encode())}")

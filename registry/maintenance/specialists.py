@@ -12,7 +12,7 @@ from restitch.registry.ledger.references import SPECIALISTS
 from restitch.registry.store.objects import ObjectStore
 
 
-def kept_specialists(objects: ObjectStore, recipes: Iterable[str]) -> dict[str, dict[str, Any]]:
+def stored_specialists(objects: ObjectStore, recipes: Iterable[str]) -> dict[str, dict[str, Any]]:
     """What is kept of specialists, by the recipe of the version that has them.
 
     Args:

@@ -12,7 +12,7 @@ from typing import Any
 
 from restitch.registry.ledger.line_state import MlflowVersion
 from restitch.registry.mlflow import projection
-from restitch.registry.mlflow.sync import Catalog, mlflow_explained
+from restitch.registry.mlflow.sync import MlflowProjection, mlflow_explained
 from restitch.registry.specs.task import NAME
 
 # How a training job says, on its version, what the task is: a path or the YAML itself.
@@ -23,7 +23,7 @@ log = logging.getLogger("restitch")
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ExternalModel:
     """A version that was made in MLflow alone.
 
     Attributes:
@@ -48,7 +48,7 @@ class Foreign:
         return f"models:/{projection.model_name(self.line, self.task)}/{self.mlflow.number}"
 
 
-def foreign_versions(catalog: Catalog, line: str) -> list[Foreign]:
+def external_models_of(catalog: MlflowProjection, line: str) -> list[ExternalModel]:
     """All versions of a line's tasks that are not the image of one of ours, oldest first.
 
     Raises:
@@ -63,7 +63,9 @@ def foreign_versions(catalog: Catalog, line: str) -> list[Foreign]:
     return sorted(found, key=lambda f: (f.mlflow.created, f.task, f.mlflow.number))
 
 
-def foreign_version(catalog: Catalog, line: str, task: str, number: int) -> Foreign | None:
+def external_model(
+    catalog: MlflowProjection, line: str, task: str, number: int
+) -> ExternalModel | None:
     """One version by its number, also when it has become the image of ours since.
 
     Raises:
@@ -82,7 +84,7 @@ def foreign_version(catalog: Catalog, line: str, task: str, number: int) -> Fore
         return _foreign(catalog.client, line, task, version)
 
 
-def holds_nothing(catalog: Catalog, foreign: Foreign) -> bool:
+def has_no_files(catalog: MlflowProjection, foreign: ExternalModel) -> bool:
     """Whether the place of a version's files answers that nothing is there.
 
     A download from a bucket fails alike where the bucket is away and where it holds nothing.
@@ -98,7 +100,7 @@ def holds_nothing(catalog: Catalog, foreign: Foreign) -> bool:
         return False
 
 
-def link(catalog: Catalog, foreign: Foreign, version: int) -> None:
+def link(catalog: MlflowProjection, foreign: ExternalModel, version: int) -> None:
     """Note on a version that these weights are there already, as another version's image.
 
     It gets no digest: the tags that make an image are on one version each.
@@ -138,9 +140,9 @@ def _pages(client: Any, wanted: str) -> Iterator[Any]:
             return
 
 
-def _foreign(client: Any, line: str, task: str, version: Any) -> Foreign:
+def _foreign(client: Any, line: str, task: str, version: Any) -> ExternalModel:
     number = version.tags.get(projection.VERSION_TAG, "")
-    return Foreign(
+    return ExternalModel(
         line,
         task,
         MlflowVersion(number=int(version.version), created=int(version.creation_timestamp)),

@@ -1,6 +1,6 @@
 """What MLflow shows of a line's acts and finetuned models: pure functions from records.
 
-Everything here is derived from the store and can be made again. `RunImage` and `VersionImage`
+Everything here is derived from the store and can be made again. `RunProjection` and `VersionProjection`
 say what is to be there, `restitch.registry.mlflow.writer` sees to it.
 """
 
@@ -28,7 +28,7 @@ NAME_TAG, NOTE_TAG, USER_TAG = "mlflow.runName", "mlflow.note.content", "mlflow.
 
 
 @dataclass(frozen=True)
-class DataImage:
+class DataProjection:
     """A data set that a run was measured on.
 
     Attributes:
@@ -45,7 +45,7 @@ class DataImage:
 
 
 @dataclass(frozen=True)
-class RunImage:
+class RunProjection:
     """One run, complete.
 
     Attributes:
@@ -65,12 +65,12 @@ class RunImage:
     metrics: dict[str, float] = field(default_factory=dict)
     step: int = 0
     current: dict[str, str] = field(default_factory=dict)
-    inputs: tuple[DataImage, ...] = ()
+    inputs: tuple[DataProjection, ...] = ()
     artifacts: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class VersionImage:
+class VersionProjection:
     """One version of a registered model, beside its source.
 
     Attributes:
@@ -113,7 +113,7 @@ def model_name(line: str, task: str | None = None) -> str:
     return line if task is None else f"{line}.{task}"
 
 
-def of_act(entry: Entry) -> RunImage:
+def project_act(entry: Entry) -> RunProjection:
     """The run of an act."""
     params = {
         "kind": entry.kind,
@@ -149,7 +149,7 @@ def of_act(entry: Entry) -> RunImage:
     about = merges_about(entry)
     if about:  # with commas around, so that LIKE '%,1,%' finds 1 and not 12
         searched["restitch.versions"] = f",{','.join(map(str, about))},"
-    return RunImage(
+    return RunProjection(
         digest=entry.digest,
         time=milliseconds(entry.time),
         tags=cut_tags(tags),
@@ -159,9 +159,9 @@ def of_act(entry: Entry) -> RunImage:
     )
 
 
-def of_model(
+def project_model(
     line: str, task: str, version: int, model: ModelVersion, base: str
-) -> tuple[RunImage, VersionImage]:
+) -> tuple[RunProjection, VersionProjection]:
     """The run and the registered version of a finetuned model."""
     ref = model.model
     digest = ref.weights
@@ -170,7 +170,7 @@ def of_model(
         for name, value in model.facts.to_json().items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
-    run = RunImage(
+    run = RunProjection(
         # The same weights may be registered for two tasks, or again after a retirement.
         digest=f"{digest}.{task}.{version}",
         time=milliseconds(model.registered_at),
@@ -194,12 +194,12 @@ def of_model(
         ),
         metrics=metrics,
         step=version,
-        artifacts={"restitch/object.json": stand_in(ref.uri, ref.weights, ref.size)},
+        artifacts={"restitch/object.json": placeholder(ref.uri, ref.weights, ref.size)},
     )
     tags = {STATE_TAG: model.state, REASON_TAG: model.reason or "", "restitch.base": base}
     if model.mask is not None and model.delta is not None:
         tags |= {"restitch.mask": model.mask, "restitch.delta": model.delta}
-    shown = VersionImage(
+    shown = VersionProjection(
         name=model_name(line, task),
         identity={DIGEST_TAG: digest, VERSION_TAG: str(version)},
         tags=cut_tags(tags),
@@ -228,7 +228,7 @@ def _opening(task: str, version: int) -> str:
     return f"Finetuned model {version} of task {task}."
 
 
-def stand_in(uri: str, digest: str, size: int) -> bytes:
+def placeholder(uri: str, digest: str, size: int) -> bytes:
     """What lies in place of a model: MLflow's servers take no address of a store."""
     return canonical_json({"uri": uri, "digest": digest, "size": size})
 

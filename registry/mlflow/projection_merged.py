@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from restitch.merging.digests import canonical_json
-from restitch.registry.ledger.outcomes import Fate
+from restitch.registry.ledger.outcomes import Outcome
 from restitch.registry.ledger.records import DataUsed, Entry, MergedRecord
 from restitch.registry.mlflow.projection import (
     DIGEST_TAG,
@@ -21,16 +21,16 @@ from restitch.registry.mlflow.projection import (
     ROLE_TAG,
     USER_TAG,
     VERSION_TAG,
-    DataImage,
-    RunImage,
-    VersionImage,
+    DataProjection,
+    RunProjection,
+    VersionProjection,
     as_text,
     cut_params,
     cut_tags,
     milliseconds,
     model_name,
+    placeholder,
     shortened,
-    stand_in,
 )
 from restitch.registry.record import Interval
 
@@ -47,9 +47,9 @@ class Point:
     step: int
 
 
-def of_merged(
-    record: MergedRecord, files: dict[str, bytes], fate: Fate
-) -> tuple[RunImage, VersionImage]:
+def project_merged(
+    record: MergedRecord, files: dict[str, bytes], fate: Outcome
+) -> tuple[RunProjection, VersionProjection]:
     """The run and the registered version of a merged version."""
     digest = record.digest
     method = record.recipe.get("method")
@@ -72,7 +72,7 @@ def of_merged(
     current = {NOTE_TAG: description, VERSION_TAG: str(record.version), **tags}
     if actor := _maker(record).get("actor"):
         current[USER_TAG] = str(actor)
-    run = RunImage(
+    run = RunProjection(
         digest=digest,
         time=milliseconds(record.created_at),
         tags=cut_tags({NAME_TAG: f"{record.line} {record.version}"}),
@@ -82,7 +82,7 @@ def of_merged(
         step=record.version,
         inputs=_inputs(record),
         artifacts={
-            "restitch/object.json": stand_in(
+            "restitch/object.json": placeholder(
                 f"blobs/{record.patch}", record.patch, record.patch_bytes
             ),
             "record.json": canonical_json(record.to_json()),
@@ -90,7 +90,7 @@ def of_merged(
             **files,
         },
     )
-    shown = VersionImage(
+    shown = VersionProjection(
         name=model_name(record.line),
         identity={DIGEST_TAG: digest, VERSION_TAG: str(record.version)},
         tags=cut_tags(tags),
@@ -104,9 +104,9 @@ def history_digest(line: str) -> str:
     return f"history.{line}"
 
 
-def of_history(line: str, began: str) -> RunImage:
+def project_history(line: str, began: str) -> RunProjection:
     """The run whose charts show a line over its versions; its points are added to it."""
-    return RunImage(
+    return RunProjection(
         digest=history_digest(line),
         time=milliseconds(began),
         tags={
@@ -201,7 +201,7 @@ def describe(record: MergedRecord) -> str:
     return f"{first} It {', '.join(some)}{' and ' if some else ''}{last}."
 
 
-def _tags_of_merged(record: MergedRecord, fate: Fate) -> dict[str, str]:
+def _tags_of_merged(record: MergedRecord, fate: Outcome) -> dict[str, str]:
     """What merged versions are searched by; the same on the run and on the model version."""
     tags = {
         ROLE_TAG: fate.role,
@@ -220,7 +220,7 @@ def _maker(record: MergedRecord) -> dict[str, Any]:
     return record.made_by if isinstance(record.made_by, dict) else {}
 
 
-def _inputs(record: MergedRecord) -> tuple[DataImage, ...]:
+def _inputs(record: MergedRecord) -> tuple[DataProjection, ...]:
     used = [(task, result.data) for task, result in sorted(record.results.items())]
     if record.retention is not None:
         used.append((record.retention.task, record.retention.data))
@@ -228,8 +228,8 @@ def _inputs(record: MergedRecord) -> tuple[DataImage, ...]:
     return tuple(dict.fromkeys(_data(name, data) for name, data in used if data is not None))
 
 
-def _data(name: str, data: DataUsed) -> DataImage:
-    return DataImage(name, data.digest[:_MAX_DIGEST], data.path, data.split)
+def _data(name: str, data: DataUsed) -> DataProjection:
+    return DataProjection(name, data.digest[:_MAX_DIGEST], data.path, data.split)
 
 
 def _bounds(prefix: str, interval: Interval | None) -> dict[str, float | None]:

@@ -40,7 +40,7 @@ _IMAGE_VERSION = "2"  # raised when images change, so that all are looked at aga
 Extras = Callable[[int], Mapping[str, bytes]]
 
 
-class Catalog:
+class MlflowProjection:
     """MLflow's view of the lines of a home.
 
     Nothing is imported or connected before the first call. Every method raises
@@ -86,7 +86,7 @@ class Catalog:
             trail = ledger.entries()
             pending = _since(trail, line_state, done)
             for entry in reversed(pending):
-                self._writer.write_run(audit, projection.of_act(entry))
+                self._writer.write_run(audit, projection.project_act(entry))
             self._show_models(line_state, pending)
             self._show_merged(ledger, line_state, pending, trail, extras)
             self._show_history(ledger, line_state, done, pending, full=full)
@@ -118,7 +118,7 @@ class Catalog:
         """
         with self._explained(), self._alone():
             experiment = self._writer.experiment(f"{line}.studies")
-            run = projection.RunImage(
+            run = projection.RunProjection(
                 digest=digest,
                 time=int(time.time() * 1000),
                 tags={projection.NAME_TAG: name, projection.USER_TAG: by},
@@ -236,7 +236,7 @@ class Catalog:
                 line_state.tasks[task].versions.get(version) if task in line_state.tasks else None
             )
             if model is not None:
-                run, shown = projection.of_model(
+                run, shown = projection.project_model(
                     line_state.line, task, version, model, line_state.base.weights
                 )
                 experiment = self._writer.experiment(
@@ -260,8 +260,8 @@ class Catalog:
         for version in sorted(moves):
             record, read = ledger.merged(version), ledger.objects.read_blob
             files = {name: read(blob) for name, blob in record.files.items()}
-            fate = outcomes.fate_of(record, moves[version])
-            run, shown = projection_merged.of_merged(record, files, fate)
+            fate = outcomes.outcome_of(record, moves[version])
+            run, shown = projection_merged.project_merged(record, files, fate)
             experiment = self._writer.experiment(projection.experiment_name(line_state.line))
             run_id = self._writer.write_run(experiment, run)
             self._writer.write_version(shown, run_id)
@@ -286,7 +286,7 @@ class Catalog:
             pending = _since(ledger.entries(), line_state, complete)
         if not pending:
             return
-        run = projection_merged.of_history(line_state.line, pending[-1].time)
+        run = projection_merged.project_history(line_state.line, pending[-1].time)
         run_id = self._writer.write_run(experiment, run)
         points = [
             point

@@ -34,7 +34,7 @@ class Writer:
         self._experiments: dict[str, str] = {}
         self.models: set[str] = set()
 
-    def write_run(self, experiment: str, run: projection.RunImage) -> str:
+    def write_run(self, experiment: str, run: projection.RunProjection) -> str:
         """Show a run; returns its id."""
         found = self.runs(experiment, run.digest)
         if found:
@@ -78,7 +78,7 @@ class Writer:
                 path.write_bytes(data)
             self.client.log_artifacts(run_id, folder)
 
-    def write_version(self, version: projection.VersionImage, run_id: str) -> None:
+    def write_version(self, version: projection.VersionProjection, run_id: str) -> None:
         """Show a version of a registered model."""
         found = self.versions(version.name, version.identity)
         if version.existing is not None:
@@ -164,7 +164,7 @@ class Writer:
                 tags=[text for text in part if isinstance(text, RunTag)],
             )
 
-    def _input(self, data: projection.DataImage) -> "DatasetInput":
+    def _input(self, data: projection.DataProjection) -> "DatasetInput":
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         if data.source.startswith("/"):
@@ -175,7 +175,7 @@ class Writer:
         shown = Dataset(data.name, data.digest, kind, json.dumps(source))
         return DatasetInput(shown, [InputTag("mlflow.data.context", data.context)])
 
-    def _taken(self, version: projection.VersionImage) -> list[Any]:
+    def _taken(self, version: projection.VersionProjection) -> list[Any]:
         """The version that was made in MLflow alone, from now on the image of ours."""
         from mlflow.exceptions import MlflowException
 
@@ -206,7 +206,7 @@ class Writer:
         self.models.add(name)
 
 
-def _is_whole(found: Any, run: projection.RunImage) -> bool:
+def _is_whole(found: Any, run: projection.RunProjection) -> bool:
     """Whether a run was finished with all that its image has now."""
     inputs = {(one.dataset.name, one.dataset.digest) for one in found.inputs.dataset_inputs}
     return (

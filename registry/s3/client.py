@@ -113,7 +113,7 @@ def _connect() -> Any:
 
 
 @contextlib.contextmanager
-def s3_explained(place: str, doing: str) -> Iterator[None]:
+def s3_errors(place: str, doing: str) -> Iterator[None]:
     """Turn what boto3 raises into errors that say what to do.
 
     Raises:

@@ -14,15 +14,15 @@ from uuid import uuid4
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import Unavailable
-from restitch.registry.s3.client import client, code_of, s3_explained, status_of
+from restitch.registry.s3.client import client, code_of, s3_errors, status_of
 from restitch.registry.s3.retries import with_retries
-from restitch.registry.s3.settings import WRITER_VARIABLE, single_writer, writing
+from restitch.registry.s3.settings import WRITER_VARIABLE, single_writer, write_settings
 
 _known: dict[tuple[str, str], bool] = {}
 _trying = threading.Lock()
 
 
-def keeps_conditions(bucket: str, prefix: str) -> bool:
+def probe_conditional_writes(bucket: str, prefix: str) -> bool:
     """Try it: an object is created twice and swapped twice, and the second has to be refused.
 
     Raises:
@@ -30,7 +30,7 @@ def keeps_conditions(bucket: str, prefix: str) -> bool:
     """
     # A name that no object of a store can have, and nobody else's.
     probe = {"Bucket": bucket, "Key": f"{prefix}/.probe-{uuid4().hex}"}
-    with s3_explained(f"s3://{bucket}/{prefix}", "try conditional writes"):
+    with s3_errors(f"s3://{bucket}/{prefix}", "try conditional writes"):
         try:
             # A refusal alone proves nothing: it may be of a repetition whose first answer
             # was lost. What counts is what must be refused, and what is there.
@@ -47,7 +47,7 @@ def keeps_conditions(bucket: str, prefix: str) -> bool:
                 with_retries(lambda: client().delete_object(**probe))
 
 
-def may_rely(bucket: str, prefix: str, cache: Path) -> bool:
+def check_conditional_writes(bucket: str, prefix: str, cache: Path) -> bool:
     """Whether writes are conditional at this server; asked once and remembered.
 
     Returns:
@@ -61,7 +61,7 @@ def may_rely(bucket: str, prefix: str, cache: Path) -> bool:
     mark = cache / f".conditional-{digest_json(list(place))[:16]}"
     with _trying:
         if not _known.get(place):
-            _known[place] = mark.exists() or keeps_conditions(bucket, prefix)
+            _known[place] = mark.exists() or probe_conditional_writes(bucket, prefix)
             if _known[place]:
                 with contextlib.suppress(OSError):
                     cache.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,9 @@ def _write(probe: dict[str, str], **condition: str) -> bool:
 
     try:
         with_retries(
-            lambda: client().put_object(**probe, **condition, **writing(""), Body=uuid4().bytes)
+            lambda: client().put_object(
+                **probe, **condition, **write_settings(""), Body=uuid4().bytes
+            )
         )
     except ClientError as error:
         if status_of(error) in (409, 412, 501) or code_of(error) == "NotImplemented":

@@ -3,7 +3,7 @@
 boto3's own repetitions are off. What a network or a server under load does (an error 5xx, a
 connection that ends, a body that is cut, altered or endless) is tried again after a random
 wait that grows; what a server decides is not. A call that does not get through is the last
-error, which `restitch.registry.s3.client.s3_explained` explains.
+error, which `restitch.registry.s3.client.s3_errors` explains.
 """
 
 import random
@@ -75,7 +75,7 @@ def with_retries(call: Callable[[], Result], size: int = 0) -> Result:
         pause(wait)
 
 
-def take_body(body: Any, size: int, take: Callable[[bytes], object], block: int) -> None:
+def read_blocks(body: Any, size: int, take: Callable[[bytes], object], block: int) -> None:
     """Read a body of a known size to its end, block by block.
 
     Raises:

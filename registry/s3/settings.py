@@ -24,7 +24,7 @@ _CLASSES = (
 )
 
 
-def writing(name: str) -> dict[str, str]:
+def write_settings(name: str) -> dict[str, str]:
     """The parameters with which boto3 writes the object of this name.
 
     The storage class is for blobs alone: heads and keys are small, read often and changed.

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from restitch.merging.digests import digest_file
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.registry.s3.client import NOT_ALLOWED, client, code_of, s3_explained, status_of
-from restitch.registry.s3.conditional_writes import may_rely
+from restitch.registry.s3.client import NOT_ALLOWED, client, code_of, s3_errors, status_of
+from restitch.registry.s3.conditional_writes import check_conditional_writes
 from restitch.registry.s3.retries import pause, with_retries
-from restitch.registry.s3.settings import cache_limit, writing
+from restitch.registry.s3.settings import cache_limit, write_settings
 from restitch.registry.s3.transfer import Target, fetch_file, read_body, send_bytes, send_file
 from restitch.registry.store.base import Listed, NotInStore, Tagged, check_name
 from restitch.registry.store.disk import explained
@@ -120,7 +120,7 @@ class S3Store:
         limit = time.time() - older_than
         with explained(self.cache.root, "sweep"):
             removed = self.cache.sweep(limit)
-        with s3_explained(self.address, "sweep"):
+        with s3_errors(self.address, "sweep"):
             for key, upload, since in self._uploads():
                 if since < limit:
                     self._abort(key, upload)
@@ -132,7 +132,7 @@ class S3Store:
         below = self._key(prefix.rstrip("/")) + "/" if prefix else f"{self.prefix}/"
         asked = {"Bucket": self.bucket, "Prefix": below}
         found: list[Listed] = []
-        with s3_explained(self.address, "list"):
+        with s3_errors(self.address, "list"):
             while True:
                 page = with_retries(lambda: client().list_objects_v2(**asked))
                 for each in page.get("Contents", ()):
@@ -159,13 +159,13 @@ class S3Store:
     def mend(self, name: str, data: bytes | Path) -> None:
         """Write without a condition; see `Store.mend`."""
         metadata = {_TOKEN: uuid.uuid4().hex[:16]}
-        with s3_explained(self.address, f"write {name}"):
-            self._send(Target(self._place(name), metadata, writing(name), {}), data)
+        with s3_errors(self.address, f"write {name}"):
+            self._send(Target(self._place(name), metadata, write_settings(name), {}), data)
 
     def remove(self, name: str) -> bool:
         """Remove it from the server; see `Store.remove`."""
         there = self.exists(name)
-        with s3_explained(self.address, f"remove {name}"):
+        with s3_errors(self.address, f"remove {name}"):
             with_retries(lambda: client().delete_object(**self._place(name)))
         return there
 
@@ -180,7 +180,7 @@ class S3Store:
         from botocore.exceptions import ClientError
 
         place = self._place(name)
-        with s3_explained(self.address, f"look for {name}"):
+        with s3_errors(self.address, f"look for {name}"):
             try:
                 return _found(with_retries(lambda: client().head_object(**place)))
             except ClientError as error:
@@ -191,7 +191,7 @@ class S3Store:
     def _got(self, name: str, get: Callable[[], Result]) -> Result:
         from botocore.exceptions import ClientError
 
-        with s3_explained(self.address, f"read {name}"):
+        with s3_errors(self.address, f"read {name}"):
             try:
                 return get()
             except ClientError as error:
@@ -208,15 +208,15 @@ class S3Store:
         written = (token, *before)[:_REMEMBERED]
         condition = {"IfMatch": expected.etag} if expected else {"IfNoneMatch": "*"}
         place = self._place(name)
-        if not may_rely(self.bucket, self.prefix, self.cache.root):
+        if not check_conditional_writes(self.bucket, self.prefix, self.cache.root):
             # There is one writer, so that what is so now is so when it writes.
             found = self._head(name)
             if (found.etag if found else None) != (expected.etag if expected else None):
                 return None
             condition = {}
-        target = Target(place, {_TOKEN: " ".join(written)}, writing(name), condition)
+        target = Target(place, {_TOKEN: " ".join(written)}, write_settings(name), condition)
         for attempt in range(_CONFLICTS):
-            with s3_explained(self.address, f"write {name}"):
+            with s3_errors(self.address, f"write {name}"):
                 try:
                     return _Found(self._send(target, data), written).tag
                 except ClientError as error:
@@ -232,7 +232,7 @@ class S3Store:
                         may_be_ours = error.__cause__ is not None  # an answer got lost
                         if found is None or found.tells_all_since(before) or not may_be_ours:
                             return None
-                        raise self._untold(name) from None
+                        raise self._unknown_outcome(name) from None
                     if status != 409:
                         raise
             pause(random.uniform(0, min(1.0, 0.01 * 2 ** min(attempt, 8))))
@@ -242,7 +242,7 @@ class S3Store:
             hint="run the same command again",
         )
 
-    def _untold(self, name: str) -> Unavailable:
+    def _unknown_outcome(self, name: str) -> Unavailable:
         return Unavailable(
             f"cannot tell whether {name} was written to {self.address}",
             found=f"more than {_REMEMBERED} writes of others since",

@@ -20,7 +20,7 @@ from blake3 import blake3
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput
 from restitch.registry.s3.client import AlteredError, MangledError, client
-from restitch.registry.s3.retries import take_body, with_retries
+from restitch.registry.s3.retries import read_blocks, with_retries
 
 # Larger content goes in parts of this size, and so many of them at once.
 PART = 16 << 20
@@ -97,7 +97,7 @@ def read_body(answer: Mapping[str, Any]) -> bytes:
         BotoCoreError: the connection broke.
     """
     blocks: list[bytes] = []
-    take_body(answer["Body"], int(answer["ContentLength"]), blocks.append, _BLOCK)
+    read_blocks(answer["Body"], int(answer["ContentLength"]), blocks.append, _BLOCK)
     data = b"".join(blocks)
     _compare_digest(answer, lambda: digest_bytes(data))
     return data
@@ -148,7 +148,7 @@ def _begin(place: dict[str, str], descriptor: int) -> tuple[int, str, Mapping[st
             hasher.update(block)
             os.write(descriptor, block)
 
-        take_body(answer["Body"], size, take, _BLOCK)
+        read_blocks(answer["Body"], size, take, _BLOCK)
         _compare_digest(answer, hasher.hexdigest)
     return size, str(answer["ETag"]), answer.get("Metadata", {})
 
@@ -178,7 +178,7 @@ def fetch_range(
             hasher.update(block)
             at += os.pwrite(descriptor, block, at)
 
-        take_body(answer["Body"], length, take, _BLOCK)
+        read_blocks(answer["Body"], length, take, _BLOCK)
         if expected is not None and hasher.digest(_SHORT) != expected:
             raise AlteredError(f"other bytes from {start} to {start + length}")
 

@@ -28,7 +28,7 @@ from restitch.registry.s3.client import (
     NOT_ALLOWED,
     client,
     code_of,
-    s3_explained,
+    s3_errors,
     status_of,
 )
 from restitch.registry.s3.retries import with_retries
@@ -295,7 +295,7 @@ def explained_source(address: str, name: str) -> Iterator[None]:
     """
     from botocore.exceptions import ClientError
 
-    with s3_explained(address, f"read the model {address}"):
+    with s3_errors(address, f"read the model {address}"):
         try:
             yield
         except ClientError as error:

@@ -195,7 +195,7 @@ def _fetch(uri: str, home: Home, objects: ObjectStore) -> tuple[str, str]:
 
 
 @contextmanager
-def fetched_again(uri: str, home: Home) -> Iterator[dict[str, Path]]:
+def fetch_again(uri: str, home: Home) -> Iterator[dict[str, Path]]:
     """The files that a model's source gives now, by name; gone with the context.
 
     Args:
@@ -265,9 +265,9 @@ def _place(client: "MlflowClient", uri: str) -> tuple[str, str]:
 def _kept(uri: str, got: Path, objects: ObjectStore) -> str:
     """Put a model's files into the store; returns the digest of their manifest."""
     if not got.is_file():
-        stand_in = got / "object.json"
-        if stand_in.is_file() and not any(got.rglob("*.safetensors")):
-            return objects.put_json({"uri": _pointed_at(uri, stand_in)})
+        placeholder = got / "object.json"
+        if placeholder.is_file() and not any(got.rglob("*.safetensors")):
+            return objects.put_json({"uri": _pointed_at(uri, placeholder)})
         got = model_folder(uri, got)
     return _manifest(uri, files_of(got), objects, move=True)
 
@@ -280,9 +280,9 @@ def _manifest(uri: str, files: dict[str, Path], objects: ObjectStore, *, move: b
     return objects.put_json({"files": kept})
 
 
-def _pointed_at(uri: str, stand_in: Path) -> str:
+def _pointed_at(uri: str, placeholder: Path) -> str:
     try:
-        values = json.loads(stand_in.read_bytes())
+        values = json.loads(placeholder.read_bytes())
         target = values["uri"]
     except (ValueError, KeyError, TypeError, RecursionError):
         target = None

@@ -1,8 +1,8 @@
 """The announcement of what is being removed from a store (`gc/state.json`), for all to see.
 
 One process at a time removes, and says beforehand what. Whoever is about to rely on an object
-looks here after it has said so: one that is announced is waited for, and then is there or not.
-A process that was killed removes nothing any more, whatever it announced.
+looks here after it has said so: one that is deletion_notice is waited for, and then is there or not.
+A process that was killed removes nothing any more, whatever it deletion_notice.
 """
 
 import json
@@ -28,7 +28,7 @@ _AT_ONCE = 8
 
 
 @contextmanager
-def announced(store: Store, names: list[str]) -> Iterator[None]:
+def deletion_notice(store: Store, names: list[str]) -> Iterator[None]:
     """Announce what will be removed for the length of the context, if nobody else removes.
 
     Raises:
@@ -57,7 +57,7 @@ def announced(store: Store, names: list[str]) -> Iterator[None]:
         store.swap(STATE, mine_tag, json.dumps({**mine, "names": []}).encode())
 
 
-def check_there(store: Store, wanted: set[str]) -> None:
+def check_not_deleted(store: Store, wanted: set[str]) -> None:
     """Make sure that objects are there, and stay, which something names since a moment ago.
 
     Raises:
@@ -88,8 +88,8 @@ def check_there(store: Store, wanted: set[str]) -> None:
         )
 
 
-def was_ever(store: Store) -> bool:
-    """Whether anything was ever announced in a store."""
+def has_notice(store: Store) -> bool:
+    """Whether anything was ever deletion_notice in a store."""
     return bool(_state(store)[0])
 
 

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from restitch.merging.digests import canonical_json, digest_bytes, digest_file
 from restitch.merging.errors import BadInput, Damage, Unavailable
 from restitch.registry.store.base import NotInStore, Store
-from restitch.registry.store.deletion_notice import check_there
+from restitch.registry.store.deletion_notice import check_not_deleted
 from restitch.registry.store.disk import explained
 
 _REPAIR = "restitch verify --repair makes again what can be; restore the rest from a backup"
@@ -140,7 +140,7 @@ class ObjectStore:
         if not created:
             return self._record(name)
         try:
-            check_there(self.store, {_blob(blob)})
+            check_not_deleted(self.store, {_blob(blob)})
         except Unavailable:
             # `restitch gc` was faster: nobody may find a key that leads nowhere.
             self.store.remove(name)

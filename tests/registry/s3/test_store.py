@@ -28,7 +28,7 @@ def prefix(tmp_path):
 
 @pytest.fixture
 def store(s3_bucket, prefix, tmp_path):
-    conditional_writes.may_rely(
+    conditional_writes.check_conditional_writes(
         s3_bucket, prefix, tmp_path
     )  # asked once, and not among what is counted
     return S3Store(s3_bucket, prefix, tmp_path / "cache")

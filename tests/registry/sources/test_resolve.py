@@ -247,8 +247,10 @@ def run(mlflow_home, tmp_path_factory):
     client.log_artifacts(made.info.run_id, str(folder(source / "nested", nested)), "nested")
     client.log_artifacts(made.info.run_id, str(folder(source / "weights")), "nested/model")
     target = folder(source / "target", MODEL | {"model.safetensors": b"target"})
-    stand_in = {"object.json": json.dumps({"uri": str(target)}).encode()}
-    client.log_artifacts(made.info.run_id, str(folder(source / "restitch", stand_in)), "restitch")
+    placeholder = {"object.json": json.dumps({"uri": str(target)}).encode()}
+    client.log_artifacts(
+        made.info.run_id, str(folder(source / "restitch", placeholder)), "restitch"
+    )
     client.create_registered_model("trained")
     run_id = str(made.info.run_id)
     client.create_model_version("trained", f"runs:/{run_id}/model", run_id)

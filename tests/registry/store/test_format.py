@@ -107,11 +107,11 @@ def test_every_command_refuses_a_store_of_an_older_format(new_home: NewHome, tmp
         ("remerge", "line"),
         ("verify",),
         ("gc",),
-        ("store", "copy", store.root, tmp_path / "copy"),
-        ("store", "copy", tmp_path / "copy", store.root),
+        ("store", "copy", store.address, tmp_path / "copy"),
+        ("store", "copy", tmp_path / "copy", store.address),
     ):
         message = shell(*command, code=3).err
-        assert f"the store {store.root} has another format" in message
+        assert f"the store {store.address} has another format" in message
     assert {name: store.read(name) for name in store.list()} == before
 
 
