@@ -147,7 +147,7 @@ def adopt_one(line: str, task: str, mlflow_version: int) -> int | None:
 
 def _image_of(line_state: LineState, foreign: ExternalModel) -> int | None:
     versions = line_state.tasks[foreign.task].versions if foreign.task in line_state.tasks else {}
-    return foreign.image_of if foreign.image_of in versions else None
+    return foreign.own_version if foreign.own_version in versions else None
 
 
 def _take_in(space: Workspace, ledger: Ledger, foreign: ExternalModel) -> Adopted | None:
@@ -155,7 +155,7 @@ def _take_in(space: Workspace, ledger: Ledger, foreign: ExternalModel) -> Adopte
     line_state = ledger.state()
     if line_state.adopted(foreign.task, foreign.mlflow) is not None:
         return None
-    described = _describe(space, line_state, foreign.task, foreign.described)
+    described = _describe(space, line_state, foreign.task, foreign.task_tag)
     try:
         model = _read(space, line_state, foreign)
     except AccessDenied:
@@ -252,7 +252,7 @@ def _look_again(space: Workspace, ledger: Ledger, task: str, version: int) -> Ad
     if model.mlflow is not None:
         there = external_model(space.mlflow, ledger.line, task, model.mlflow.number)
         if there is not None and there.mlflow == model.mlflow:
-            tag = there.described
+            tag = there.task_tag
     described = _describe(space, line_state, task, tag)
 
     def decided(line_state: LineState) -> tuple[Kind, LineState | None]:

@@ -386,7 +386,7 @@ class TestErrors:
     def test_a_bucket_that_is_not_there_is_said(self, s3_account, tmp_path):
         store = S3Store("no-bucket", "prefix", tmp_path)
         for call in (store.read, store.local_path, lambda name: store.put(name, b"")):
-            with pytest.raises(Unavailable, match="make the bucket of s3://no-bucket/prefix"):
+            with pytest.raises(Unavailable, match="create the bucket of s3://no-bucket/prefix"):
                 call("name")
         with pytest.raises(Unavailable, match="NoSuchBucket"):
             list(store.list())
@@ -429,7 +429,7 @@ class TestErrors:
         assert "pass-word" not in str(raised.value)
 
     def test_a_file_that_is_not_there_cannot_be_put(self, store, tmp_path):
-        with pytest.raises(BadInput, match="gone is not there"):
+        with pytest.raises(BadInput, match="gone does not exist"):
             store.put("name", tmp_path / "gone")
 
 

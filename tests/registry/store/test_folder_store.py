@@ -96,6 +96,6 @@ class TestFolderStore(StoreContract):
 
     def test_a_file_that_is_not_there_cannot_be_put(self, store, tmp_path):
         for move in (False, True):
-            with pytest.raises(BadInput, match="gone is not there"):
+            with pytest.raises(BadInput, match="gone does not exist"):
                 store.put("name", tmp_path / "gone", move=move)
         assert list(store.list()) == []

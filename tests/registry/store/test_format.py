@@ -77,7 +77,7 @@ def test_a_store_that_another_process_makes_meanwhile_is_not_refused(home, monke
     listed = store.list
 
     def made_meanwhile(prefix=""):
-        monkeypatch.undo()
+        monkeypatch.setattr(store, "list", listed)
         new_line(home)
         return listed(prefix)
 
