@@ -125,7 +125,7 @@ def checked(store, new_home):
     return check
 
 
-def test_doctor_says_that_a_server_keeps_conditions(checked) -> None:
+def test_doctor_reports_that_a_server_supports_conditional_writes(checked) -> None:
     assert checked()["status"] == "ok"
 
 

@@ -59,7 +59,7 @@ def test_a_store_of_another_format_is_refused(home, marker, found):
     with pytest.raises(BadInput, match="has another format") as raised:
         home.open_store()
     assert (raised.value.found, raised.value.exit_code) == (found, 3)
-    assert store.address in raised.value.what
+    assert store.address in str(raised.value)
 
 
 def test_two_processes_may_create_a_store_at_once(home):
