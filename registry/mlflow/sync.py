@@ -299,7 +299,7 @@ class MlflowProjection:
         self.client.set_tag(run_id, _COMPLETE_TAG, _complete(line_state))
 
     def _aliases(self, line_state: LineState) -> dict[str, int] | None:
-        """The aliases of the line's model; None if the model is missing although it has versions."""
+        """The aliases of the line's model; None if it has versions and is missing."""
         from mlflow.exceptions import MlflowException
 
         if not line_state.versions:

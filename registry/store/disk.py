@@ -29,7 +29,7 @@ def explained(path: Path, doing: str) -> Iterator[None]:
     except OSError as error:
         hints = {
             errno.ENOSPC: "free some disk space and run the same command again",
-            errno.EDQUOT: "your disk quota is used up: free some space and run the same command again",
+            errno.EDQUOT: "your disk quota is used up: free some space and run the command again",
             errno.EACCES: "give yourself permission for this path, or choose another folder",
             errno.EPERM: "give yourself permission for this path, or choose another folder",
             errno.EROFS: "the disk is mounted read-only: choose another folder",

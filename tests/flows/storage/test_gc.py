@@ -110,7 +110,7 @@ def test_what_is_young_stays(copy: Shell) -> None:
 
 @pytest.mark.parametrize("age", ["", "x", "-3h", "3", "3y"])
 def test_what_is_no_age_is_refused(copy: Shell, age: str) -> None:
-    assert "is no age" in copy("gc", f"--older-than={age}", code=3).err
+    assert "is not an age" in copy("gc", f"--older-than={age}", code=3).err
 
 
 def test_whatever_an_audit_entry_names_stays(copy: Shell, world: World) -> None:

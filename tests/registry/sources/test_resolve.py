@@ -92,7 +92,7 @@ class TestCopy:
 
     def test_an_address_that_names_no_copy_is_said(self, home):
         for uri in ("store://", "store://../../etc", "store://" + "A" * 64):
-            with pytest.raises(BadInput, match="names no copy"):
+            with pytest.raises(BadInput, match="is not the address of a copy"):
                 resolve_source(uri, home)
         with pytest.raises(Damage, match="missing"):
             resolve_source("store://" + "0" * 64, home)
@@ -324,7 +324,7 @@ import os
 from pathlib import Path
 from restitch.registry.home import Home
 from restitch.registry.sources import resolve
-resolve._kept = lambda *_: os.kill(os.getpid(), 9)
+resolve._put_files = lambda *_: os.kill(os.getpid(), 9)
 home = Home(Path({str(tmp_path)!r}), None, {mlflow_home.mlflow_uri!r})
 resolve.resolve_source("models:/trained/1", home)
 """
