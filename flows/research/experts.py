@@ -264,7 +264,8 @@ def _keep(record: MergedRecord, made: ExpertsRef, replace: bool, space: Workspac
     space.objects.publish(SPECIALISTS, record.recipe_digest, made.manifest, made_by(), facts=facts)
     names = {f"blobs/{blob}" for blob in (made.manifest, *(part.blob for part in made.parts))}
     try:
-        check_not_deleted(space.objects.store, names)  # `restitch gc` may have removed unnamed parts
+        # `restitch gc` may have removed parts that nothing named before.
+        check_not_deleted(space.objects.store, names)
     except Unavailable:
         space.objects.store.remove(f"keys/{SPECIALISTS}/{record.recipe_digest}")
         raise

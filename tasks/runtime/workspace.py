@@ -1,7 +1,7 @@
 """Access for steps to the store, the ledgers of lines, MLflow, and the identity of the actor.
 
 `RESTITCH_HOME`, which the command line and the workers set, determines all of it. A `Workspace`
-has no state of its own; opening one costs nothing.
+has no state of its own; it is opened when it is first used.
 """
 
 import getpass
