@@ -5,7 +5,7 @@ from typing import Any
 from restitch.registry.ledger.ledger import Ledger, lines
 from restitch.registry.ledger.line_state import UNREAD, LineState, ModelVersion
 from restitch.registry.ledger.records import MergedRecord
-from restitch.registry.maintenance.specialists import kept_specialists
+from restitch.registry.maintenance.specialists import stored_specialists
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.runtime.workspace import workspace
 
@@ -40,7 +40,7 @@ def _line_status(line_state: LineState, objects: ObjectStore) -> dict[str, Any]:
         "mean_normalized": None if champion is None else champion.mean_normalized,
         "retention": None if retention is None else retention.ratio,
         "retention_interval": None if interval is None else interval.to_json(),
-        "specialists": kept_specialists(objects, [recipe]).get(recipe),
+        "specialists": stored_specialists(objects, [recipe]).get(recipe),
         "without_models": [name for name, task in tasks if not task.versions],
         "models": [
             _model_status(name, version, model, champion)

@@ -1,11 +1,10 @@
-"""What a process may read that others name: folders and hosts, by the environment.
+"""The folders and hosts that a process may read models and data from.
 
-`RESTITCH_ALLOWED_ROOTS` lists folders (with `:` between them), `RESTITCH_ALLOWED_HOSTS` hosts
-and buckets (`huggingface.co, s3://models`, with commas). What is unset or empty limits
-nothing. Otherwise a model or data set elsewhere is refused wherever it would be opened, with
-symbolic links resolved first, also those in its folder, and again by where it really is once
-it is open (`restitch.merging.files.safe_open`). The store, the caches and the
-tracking server are the deployment's own choice and always allowed, not what they point to.
+`RESTITCH_ALLOWED_ROOTS` lists folders, separated by `:`, and `RESTITCH_ALLOWED_HOSTS` hosts and
+buckets, separated by commas (`huggingface.co, s3://models`). An unset or empty variable limits
+nothing. A model or data set elsewhere is refused: symbolic links are resolved first, also those
+in its folder, and the real path is checked again when a file is open (`files.safe_open`). The
+store, the caches and the tracking server are always allowed, but not what they point to.
 """
 
 import os
@@ -28,91 +27,91 @@ HOSTS_VARIABLE = "RESTITCH_ALLOWED_HOSTS"
 _HUB = "https://huggingface.co"
 
 
-class NotAllowed(BadInput):
-    """It may not be read here, which says nothing about it: elsewhere, or later, it may be."""
+class AccessDenied(BadInput):
+    """The access policy of this process forbids to read it."""
 
 
-def check_path(path: Path, what: str, *, own: Path | None = None) -> None:
-    """Refuse a file or folder outside of the allowed roots, and links in it that lead out.
+def check_path(path: Path, subject: str, *, own: Path | None = None) -> None:
+    """Refuse a file or folder outside of the allowed folders, and links in it that lead outside.
 
     Args:
-        path: what is going to be read.
-        what: what to call it in an error.
-        own: a folder of the installation itself, allowed in any case.
+        path: the file or folder to read.
+        subject: its name in an error.
+        own: a folder of the installation itself, which is always allowed.
 
     Raises:
-        NotAllowed: it lies elsewhere.
+        AccessDenied: it lies outside.
     """
     listed = os.environ.get(ROOTS_VARIABLE)
     if not listed:
         return
     for place in chain([path], _links(path)):
-        _check_real(_real(place), what, own, place)
-    # A link may come, or be turned, between this look and the reading.
+        _check_real(_real(place), subject, own, place)
+    # A link may be created or changed between this check and the reading.
     for place in (path, _real(path)):
-        watch(place, partial(_check_real, what=what, own=own))
+        watch(place, partial(_check_real, subject=subject, own=own))
 
 
-def _check_real(real: Path, what: str, own: Path | None, place: Path | None = None) -> None:
+def _check_real(real: Path, subject: str, own: Path | None, place: Path | None = None) -> None:
     listed = os.environ.get(ROOTS_VARIABLE)
     if not listed:
         return
     roots = [_real(Path(root).expanduser()) for root in listed.split(os.pathsep) if root]
     roots += [] if own is None else [_real(own)]
     if not any(real.is_relative_to(root) for root in roots):
-        raise NotAllowed(
-            f"{what} lies outside of what may be read here: {place or real}",
-            expected=f"a place below {listed} ({ROOTS_VARIABLE})",
+        raise AccessDenied(
+            f"{subject} lies outside of the allowed folders: {place or real}",
+            expected=f"a path below {listed} ({ROOTS_VARIABLE})",
             found=real,
-            hint=f"move it there, or let its folder stand in {ROOTS_VARIABLE}",
+            hint=f"move it there, or add its folder to {ROOTS_VARIABLE}",
         )
 
 
-def check_host(host: str, what: str) -> None:
-    """Refuse a host or a bucket, as `s3://NAME`, that is not listed.
+def check_host(host: str, subject: str) -> None:
+    """Refuse a host, or a bucket such as `s3://NAME`, that is not listed.
 
     Raises:
-        NotAllowed: it is not.
+        AccessDenied: it is not listed.
     """
     listed = os.environ.get(HOSTS_VARIABLE)
     if not listed:
         return
     if host.lower() not in [name.strip().lower() for name in listed.split(",")]:
-        raise NotAllowed(
-            f"{what} is on a host that may not be read here",
+        raise AccessDenied(
+            f"{subject} is on a host that is not allowed",
             expected=f"one of {listed} ({HOSTS_VARIABLE})",
             found=host,
-            hint=f"let {host} stand in {HOSTS_VARIABLE}, or use a copy that may be read",
+            hint=f"add {host} to {HOSTS_VARIABLE}, or use a copy in an allowed place",
         )
 
 
-def check_hub(what: str) -> None:
-    """Refuse what is on the hub unless the hub's own host is listed."""
-    check_host(urlsplit(os.environ.get("HF_ENDPOINT") or _HUB).hostname or "", what)
+def check_hub(subject: str) -> None:
+    """Refuse a model or data set on the hub unless the hub's host is listed."""
+    check_host(urlsplit(os.environ.get("HF_ENDPOINT") or _HUB).hostname or "", subject)
 
 
-def check_address(address: str, what: str, *, own: Path | None = None) -> None:
-    """Refuse a path or an address that is not allowed; raises like the others."""
+def check_address(address: str, subject: str, *, own: Path | None = None) -> None:
+    """Refuse a path or an address that is not allowed; raises like `check_path`."""
     try:
         parts = urlsplit(address)
         host = parts.hostname
     except ValueError as error:
-        raise BadInput(f"{what} has no address that can be read", found=error) from error
+        raise BadInput(f"{subject} has an invalid address", found=error) from error
     if parts.scheme in ("", "file"):
         place = unquote(parts.path) if parts.scheme else address
-        check_path(Path(place), what, own=own)
+        check_path(Path(place), subject, own=own)
     elif parts.scheme in ("http", "https"):
-        check_host(host or "", what)
+        check_host(host or "", subject)
     elif parts.scheme != "mlflow-artifacts":  # those come through the tracking server
-        check_host(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", what)
+        check_host(f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}", subject)
 
 
-def check_artifact(client: "MlflowClient", place: str, what: str, *, own: Path) -> None:
-    """Refuse artifacts of MLflow that lie where is not allowed; a run stands for its folder."""
+def check_artifact(client: "MlflowClient", place: str, subject: str, *, own: Path) -> None:
+    """Refuse artifacts of MLflow outside of the allowed places; a run stands for its folder."""
     if place.startswith("runs:/"):
         run, _, path = place.removeprefix("runs:/").strip("/").partition("/")
         place = f"{client.get_run(run).info.artifact_uri}/{path}"
-    check_address(place, what, own=own)
+    check_address(place, subject, own=own)
 
 
 def _links(path: Path) -> Iterator[Path]:
@@ -131,5 +130,5 @@ def _links(path: Path) -> Iterator[Path]:
 
 
 def _real(path: Path) -> Path:
-    # Path.resolve raises for a link that leads to itself; nothing can be read by that one.
+    # Path.resolve raises for a link to itself; nothing can be read through one.
     return Path(os.path.realpath(path))

@@ -1,10 +1,10 @@
-"""Where restitch keeps its state, and the environment in which its libraries run.
+"""The folder of an installation, and the environment variables of its libraries.
 
 Everything lies under one folder, `RESTITCH_HOME` (default `.restitch` in the working
 directory): store, caches, scratch space, the MLflow database and its artifacts.
 `prepare_environment` must run before Prefect, MLflow or the Hugging Face libraries are
-imported, for they read their folders at import; after it nothing is written to the
-user's home and nothing is reported to anybody.
+imported, because they read their settings at import. It keeps them from writing to the user's
+home and from sending telemetry.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from restitch.registry.stack import Databases, StackFile
 from restitch.registry.store.base import Store
 from restitch.registry.store.disk import explained
 from restitch.registry.store.folder import FolderStore
+from restitch.registry.store.format import check_format
 
 HOME_VARIABLE = "RESTITCH_HOME"
 STORE_VARIABLE = "RESTITCH_STORE"
@@ -29,14 +30,13 @@ STORE_VARIABLE = "RESTITCH_STORE"
 
 @dataclass(frozen=True)
 class Home:
-    """The folder of one installation and the places in it.
+    """The folder of an installation.
 
     Args:
         root: the folder, absolute.
         store_url: a folder or `s3://bucket/prefix` in place of `root/store`.
         tracking_uri: an MLflow server or database in place of `root/mlflow.db`.
-        stack_mlflow_uri: the server of `restitch up`, or the database that it was given
-            while that server is down.
+        stack_mlflow_uri: the server of `restitch up`, or its database while it is down.
     """
 
     root: Path
@@ -46,7 +46,7 @@ class Home:
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] | None = None) -> "Home":
-        """The home that the environment names; nothing is created yet."""
+        """The home that the environment names; creates nothing."""
         environment = os.environ if environment is None else environment
         root = Path(environment.get(HOME_VARIABLE) or ".restitch").expanduser().absolute()
         return cls(
@@ -58,15 +58,15 @@ class Home:
 
     @property
     def store_is_local(self) -> bool:
-        """Whether the store is a folder, where what lies beside it can be read in place."""
+        """True if the store is a folder."""
         return self.store_url is None or not self.store_url.startswith("s3://")
 
     @property
     def store_path(self) -> Path:
-        """The folder of the store, where it is one.
+        """The folder of the store.
 
         Raises:
-            BadInput: it is not.
+            BadInput: the store is not a folder.
         """
         if self.store_url is None:
             return self.root / "store"
@@ -76,15 +76,15 @@ class Home:
         if scheme == "file":
             return Path("/" + rest.lstrip("/"))
         raise BadInput(
-            f"{STORE_VARIABLE} names a store of a kind that this version cannot use",
+            f"{STORE_VARIABLE} is not an address that this version of restitch supports",
             expected="a folder, or s3://bucket/prefix",
             found=f"{scheme}://...",
-            hint=f"set {STORE_VARIABLE} to one that all workers share, or unset it",
+            hint=f"set {STORE_VARIABLE} to a store that all workers share, or unset it",
         )
 
     @property
     def cache(self) -> Path:
-        """What can be fetched or made again; may be emptied while nothing runs."""
+        """Files that can be fetched or made again; may be emptied while nothing runs."""
         return self.root / "cache"
 
     @property
@@ -94,7 +94,7 @@ class Home:
 
     @property
     def mlartifacts(self) -> Path:
-        """MLflow's artifacts, when its database is ours."""
+        """MLflow's artifacts, if its database is in this home."""
         return self.root / "mlartifacts"
 
     @property
@@ -105,17 +105,17 @@ class Home:
 
     @property
     def owns_mlflow(self) -> bool:
-        """Whether MLflow keeps its artifacts in this home."""
+        """True if MLflow stores its artifacts in this home."""
         return self.tracking_uri is None
 
     def create(self) -> None:
-        """Make the folders that are missing.
+        """Create the missing folders.
 
         Raises:
-            Unavailable: the folder cannot be made or written to.
+            Unavailable: the folder cannot be created or written to.
         """
         for folder in (self.root, self.cache, self.scratch):
-            with explained(folder, "make the folder"):
+            with explained(folder, "create the folder"):
                 folder.mkdir(parents=True, exist_ok=True)
         if not os.access(self.root, os.W_OK | os.X_OK):
             raise Unavailable(
@@ -127,17 +127,25 @@ class Home:
         """The store of this home.
 
         Raises:
-            BadInput: its address is not one.
+            BadInput: its address is malformed, or the store has another format.
+            Unavailable: the store cannot be read.
         """
+        store: Store
         if self.store_url is not None and not self.store_is_local:
-            return S3Store(*parse_address(self.store_url), cache=self.cache / "store")
-        return FolderStore(self.store_path)
+            store = S3Store(*parse_address(self.store_url), cache=self.cache / "store")
+        else:
+            store = FolderStore(self.store_path)
+        check_format(store)
+        return store
 
     def sweep(self, older_than: float) -> int:
-        """Remove what killed work left behind and nothing has touched for so many seconds.
+        """Remove leftovers of killed work.
+
+        Args:
+            older_than: the time in seconds since the last change of a leftover.
 
         Returns:
-            How many leftovers were removed.
+            The number of leftovers that were removed.
         """
         limit = time.time() - older_than
         leftovers = [*self.scratch.glob("*"), *self.cache.glob("sources/.tmp/*")]
@@ -153,15 +161,15 @@ class Home:
 def prepare_environment(
     home: Home, environment: MutableMapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Point the libraries at the home's folders and switch off what they would report.
+    """Point the libraries at the home's folders and switch their telemetry off.
 
-    Variables that are already set are respected.
+    Variables that are already set stay unchanged.
 
     Returns:
         The variables that were set here, for processes that are started with them.
     """
     environment = os.environ if environment is None else environment
-    wanted = {
+    variables = {
         "PREFECT_HOME": str(home.root / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_TELEMETRY_ENABLE_RESOURCE_METRICS": "false",
@@ -169,7 +177,7 @@ def prepare_environment(
         "DO_NOT_TRACK": "1",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-        # Its default waits two minutes for a server that is away; the store does not need it.
+        # The default waits two minutes for an unreachable server.
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "4",
         "GIT_PYTHON_REFRESH": "quiet",
         "HF_HOME": str(home.cache / "huggingface"),
@@ -178,19 +186,19 @@ def prepare_environment(
         "TOKENIZERS_PARALLELISM": "false",
         "TORCH_HOME": str(home.cache / "torch"),
         "MPLCONFIGDIR": str(home.cache / "matplotlib"),
-        # The rest of what follows the desktop rules and would fill ~/.cache.
+        # Everything else that would write to ~/.cache.
         "XDG_CACHE_HOME": str(home.cache / "xdg"),
     }
     token = _user_token(environment)
     if token is not None:
-        wanted["HF_TOKEN_PATH"] = str(token)
-    added = {name: value for name, value in wanted.items() if name not in environment}
+        variables["HF_TOKEN_PATH"] = str(token)
+    added = {name: value for name, value in variables.items() if name not in environment}
     environment.update(added)
     return added
 
 
 def _last_touched(path: Path) -> float:
-    """The newest time in a tree: a folder's own does not move while its files grow."""
+    """The newest modification time in a tree; that of a folder ignores growing files."""
     times = [time.time()]
     with contextlib.suppress(FileNotFoundError):
         times = [each.stat().st_mtime for each in (path, *path.rglob("*"))]
@@ -198,7 +206,7 @@ def _last_touched(path: Path) -> float:
 
 
 def _user_token(environment: Mapping[str, str]) -> Path | None:
-    # Moving HF_HOME would log the user out: the token file is still read where it was.
+    # A moved HF_HOME would log the user out, so the token file is still read at its old path.
     if "HF_HOME" in environment or "HF_TOKEN" in environment or "HOME" not in environment:
         return None
     cache = environment.get("XDG_CACHE_HOME") or str(Path(environment["HOME"]) / ".cache")

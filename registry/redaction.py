@@ -1,9 +1,8 @@
-"""Keeping credentials out of what is shown, logged or stored.
+"""Removal of credentials from texts that are shown, logged or stored.
 
-Messages of servers and libraries may hold anything that they were sent. `without_credentials`
-takes out user and password of every address, what follows `Authorization`, and whatever the
-environment holds under a name that is known to be secret, also as addresses and headers
-write it.
+Messages of servers and libraries may quote anything that they received. `without_credentials`
+removes user and password from every address, the value of every `Authorization` header, and the
+values of environment variables that hold secrets, also in encoded form.
 """
 
 import base64
@@ -35,34 +34,34 @@ ADDRESS_VARIABLES = (
     "RESTITCH_STORE",
 )
 
-_SHORTEST = 6  # what is shorter occurs in other words
+_SHORTEST = 6  # shorter secrets occur in other words
 _ADDRESS = re.compile(r"(\w://)[^/@\s'\"]+@")
 _HEADER = re.compile(r"(authorization['\"]?\s*[:=]\s*['\"]?)(?:\w+\s+)?[^\s'\",]+", re.IGNORECASE)
 
 
 def without_credentials(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """A text without the credentials that can be known as such."""
+    """Replace all known credentials in a text by `***`."""
     text = _HEADER.sub(r"\1***", _ADDRESS.sub(r"\1***@", text))
     # The longest first: one secret may be a part of another.
-    found = set(_known(os.environ if environment is None else environment))
-    for secret in sorted(found, key=len, reverse=True):
+    secrets = set(_known(os.environ if environment is None else environment))
+    for secret in sorted(secrets, key=len, reverse=True):
         text = text.replace(secret, "***")
     return text
 
 
 def _known(environment: Mapping[str, str]) -> Iterator[str]:
-    """Every form of every secret that the environment holds."""
+    """All secrets in the environment, in all forms."""
     for name in SECRET_VARIABLES:
         secret = environment.get(name, "")
         yield from _forms(secret)
         yield from _forms(secret.partition(":")[2])  # an auth string is user and password
     for name in ADDRESS_VARIABLES:
-        # The last @: who forgot to quote a password has one in it.
-        given = environment.get(name, "").partition("://")[2].rpartition("@")[0]
-        if given:
-            yield from _forms(given)
-            yield from _forms(unquote(given))
-            yield from _forms(unquote(given.partition(":")[2]))
+        # The last @: an unquoted password may contain one.
+        login = environment.get(name, "").partition("://")[2].rpartition("@")[0]
+        if login:
+            yield from _forms(login)
+            yield from _forms(unquote(login))
+            yield from _forms(unquote(login.partition(":")[2]))
 
 
 def _forms(secret: str) -> Iterator[str]:

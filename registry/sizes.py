@@ -1,4 +1,4 @@
-"""Sizes and ages as people write them: `500MB`, `5 GB` or plain bytes; `12h`, `7d`."""
+"""Sizes and ages in human notation: `500MB`, `5 GB` or plain bytes; `12h`, `7d`."""
 
 import re
 from typing import Annotated, Any
@@ -23,7 +23,7 @@ def parse_size(text: str) -> int:
     match = _SIZE.match(text.strip())
     size = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
     if size < 1:
-        raise BadInput(f"{text!r} is no file size", expected="for instance 5GB or 500MB")
+        raise BadInput(f"{text!r} is not a file size", expected="a size such as 5GB or 500MB")
     return size
 
 
@@ -54,5 +54,5 @@ def parse_age(text: str) -> float:
     """
     match = _AGE.match(text.strip())
     if match is None:
-        raise BadInput(f"{text!r} is no age", expected="for instance 24h, 90m or 7d")
+        raise BadInput(f"{text!r} is not an age", expected="an age such as 24h, 90m or 7d")
     return float(match[1]) * _AGES[match[2].lower()]

@@ -1,10 +1,8 @@
-"""What `restitch up` started for a home: `stack.json`, the addresses and the processes.
+"""The stack that `restitch up` started for a home: `stack.json` with addresses and processes.
 
-A file is written whole or not at all. A process is known by its id together with the
-time at which it began, so that another one with the same id is never taken for it. The
-addresses count while the file says that the stack is up; after `restitch down` the ports
-are remembered and nothing else. Addresses of databases hold passwords: they lie with the home's
-secrets, which only their owner can read.
+Files are replaced atomically. A process is identified by its id and start time, because ids are
+reused. After `restitch down` the file keeps only the ports. Addresses of databases hold
+passwords, so they lie in a folder that only its owner can read.
 """
 
 import json
@@ -18,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from restitch.merging.errors import Damage, Unavailable
 
 FILE = "stack.json"
-SECRETS = "secrets"  # the folder of a home that nobody else can read
+SECRETS = "secrets"  # the folder of a home that only its owner can read
 _DATABASES = "databases.json"
 
 
@@ -26,8 +24,8 @@ class StackProcess(BaseModel):
     """One process of the stack.
 
     Attributes:
-        began: when it began, in seconds since the epoch.
-        port: where it listens, if it does.
+        began: its start time, in seconds since the epoch.
+        port: the port that it listens on, if any.
         log: its log file.
         serves: digest of the command and the settings that it was started with.
     """
@@ -47,9 +45,9 @@ class StackFile(BaseModel):
     Attributes:
         prefect_api_url: the API of its Prefect server; None while it is down.
         mlflow_uri: the address of its MLflow server; None while it is down.
-        webhook_url: where its receiver takes MLflow's webhooks; None while it is down.
-        ports: what was last used, by process, so that addresses stay the same.
-        processes: what runs, by name.
+        webhook_url: the address of its receiver of MLflow's webhooks; None while it is down.
+        ports: the last ports by process, so that addresses stay the same.
+        processes: the running processes by name.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -62,7 +60,7 @@ class StackFile(BaseModel):
 
     @classmethod
     def read(cls, root: Path) -> Self:
-        """The stack of a home; an absent or broken file means that nothing is up."""
+        """The stack of a home; a missing or unreadable file means that nothing is running."""
         try:
             return cls.model_validate(json.loads((root / FILE).read_text(encoding="utf-8")))
         except (OSError, ValueError, ValidationError):
@@ -75,7 +73,7 @@ class StackFile(BaseModel):
 
 
 class Databases(BaseModel):
-    """The databases of a home's servers; None is SQLite in the home."""
+    """The databases of a home's servers; None means SQLite in the home."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -84,10 +82,10 @@ class Databases(BaseModel):
 
     @classmethod
     def read(cls, root: Path) -> Self:
-        """What was last used.
+        """The databases that were last used.
 
         Raises:
-            Damage: the file is not what was written.
+            Damage: the file has another content.
             Unavailable: this user may not read it.
         """
         path = root / SECRETS / _DATABASES
@@ -99,18 +97,18 @@ class Databases(BaseModel):
             raise Unavailable(
                 f"cannot read {path}",
                 found=error.strerror,
-                hint="work as the user who ran `restitch up` in this home",
+                hint="run the command as the user who ran `restitch up` in this home",
             ) from None
         except ValueError:
-            # Without it another database would be begun beside the one that is in use.
+            # Without it a new database would be created although there is one.
             raise Damage(
                 f"{path} cannot be read",
                 expected="the addresses of the databases that `restitch up` was started with",
-                hint="remove it, and give them to `restitch up` once more: docs/operations.md",
+                hint="remove it, and pass the addresses to `restitch up` again",
             ) from None
 
     def write(self, root: Path) -> None:
-        """Replace the file, readable by its owner only."""
+        """Replace the file, readable only by its owner."""
         folder = root / SECRETS
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         _replace(folder / _DATABASES, self)

@@ -32,7 +32,7 @@ def mirror(line: str, extras: Extras | None = None) -> bool:
     if started < _paused_until.get(address, 0.0):
         return False
     try:
-        space.catalog.repair(space.ledger(line), extras=extras)
+        space.mlflow.repair(space.ledger(line), extras=extras)
     except Unavailable as error:
         now = time.monotonic()
         if now - started > SLOW_SECONDS:

@@ -2,7 +2,7 @@
 
 from restitch.merging.errors import BadInput, CannotJoin
 from restitch.merging.ranking.task_vector import TaskVector, outside_share
-from restitch.registry.access_policy import NotAllowed
+from restitch.registry.access_policy import AccessDenied
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.tasks.inputs.checkpoints import line_up, open_base, open_model
 from restitch.tasks.runtime.engine import step
@@ -17,7 +17,7 @@ def validate(line: LineRef, model: ModelRef) -> Validated:
     Raises:
         CannotJoin: it has another architecture or configuration, missing tensors, other shapes,
             NaN or infinity, or equals the base; the message lists every difference.
-        NotAllowed: this worker may not read it, but another one may.
+        AccessDenied: this worker may not read it, but another one may.
     """
     space = workspace()
     base = open_base(line, space)
@@ -27,7 +27,7 @@ def validate(line: LineRef, model: ModelRef) -> Validated:
         problems = comparison.problems()
         if folder.is_dir():
             problems += base.family.config_differences(base.folder, folder)
-    except NotAllowed:
+    except AccessDenied:
         raise
     except BadInput as error:
         raise CannotJoin(

@@ -119,9 +119,9 @@ def three(tmp_path_factory: pytest.TempPathFactory, world: World, empty_mlflow: 
 @pytest.fixture
 def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the image in MLflow, which is most of the time of a small registration."""
-    from restitch.registry.mlflow.sync import Catalog
+    from restitch.registry.mlflow.sync import MlflowProjection
 
-    monkeypatch.setattr(Catalog, "repair", lambda *_, **__: 0)
+    monkeypatch.setattr(MlflowProjection, "repair", lambda *_, **__: 0)
 
 
 @pytest.fixture

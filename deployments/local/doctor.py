@@ -19,7 +19,7 @@ from restitch.merging.errors import RestitchError, Unavailable
 from restitch.registry.ledger.ledger import lines
 from restitch.registry.mlflow.sync import mlflow_explained, without_credentials
 from restitch.registry.s3.client import parse_address
-from restitch.registry.s3.conditional_writes import keeps_conditions, refusal
+from restitch.registry.s3.conditional_writes import probe_conditional_writes, refusal
 from restitch.registry.s3.settings import WRITER_VARIABLE, single_writer
 from restitch.registry.stack import StackFile
 from restitch.tasks.runtime.engine import engine_url
@@ -111,7 +111,7 @@ def _store(space: Workspace) -> Iterator[Check]:
     if space.home.store_url is None or space.home.store_is_local:
         return
     bucket, prefix = parse_address(space.home.store_url)
-    if keeps_conditions(bucket, prefix):
+    if probe_conditional_writes(bucket, prefix):
         yield Check("conditional writes", "ok", "the server supports them")
         return
     refused = refusal(f"s3://{bucket}")
@@ -160,7 +160,7 @@ def _mlflow(space: Workspace) -> Iterator[Check]:
 
     try:
         with mlflow_explained(space.home):
-            hooks = [hook for hook in space.catalog.client.list_webhooks() if hook.name == NAME]
+            hooks = [hook for hook in space.mlflow.client.list_webhooks() if hook.name == NAME]
     except Unavailable as error:
         remedy = "'a webhook is not delivered' in docs/operations.md; the schedule finds new models"
         yield Check("mlflow webhook", "warning", f"cannot be listed: {error.found}", remedy)

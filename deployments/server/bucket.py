@@ -13,8 +13,8 @@ from typing import Any
 
 from restitch.merging.errors import BadInput, RestitchError
 from restitch.registry.home import STORE_VARIABLE
-from restitch.registry.s3.client import client, code_of, parse_address, s3_explained, status_of
-from restitch.registry.s3.conditional_writes import keeps_conditions, refusal
+from restitch.registry.s3.client import client, code_of, parse_address, s3_errors, status_of
+from restitch.registry.s3.conditional_writes import probe_conditional_writes, refusal
 from restitch.registry.s3.retries import with_retries
 
 _EXISTS = ("BucketAlreadyOwnedByYou", "BucketAlreadyExists")
@@ -34,9 +34,9 @@ def prepare(address: str) -> str:
         Unavailable: the server is away, refuses the account, or ignores conditions.
     """
     bucket, prefix = parse_address(address)
-    with s3_explained(f"s3://{bucket}", "make the bucket"):
+    with s3_errors(f"s3://{bucket}", "make the bucket"):
         made = _make(bucket)
-    if not keeps_conditions(bucket, prefix):
+    if not probe_conditional_writes(bucket, prefix):
         raise refusal(f"s3://{bucket}")
     state = "made" if made else "exists"
     return f"s3://{bucket}: {state}, its server supports conditional writes"

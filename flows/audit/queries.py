@@ -16,7 +16,7 @@ from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.outcomes import merges_about, touched_models
 from restitch.registry.ledger.records import Entry, Kind, MergedRecord
-from restitch.registry.maintenance.specialists import kept_specialists
+from restitch.registry.maintenance.specialists import stored_specialists
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.runtime.workspace import workspace
 
@@ -72,7 +72,7 @@ def versions(line: str) -> dict[str, Any]:
             act = {"act": entry.kind, "by": entry.actor, "at": entry.time, "why": entry.reason}
             acts.setdefault(version, []).append(act)
     records = list(ledger.history())
-    specialists = kept_specialists(ledger.objects, [one.recipe_digest for one in records])
+    specialists = stored_specialists(ledger.objects, [one.recipe_digest for one in records])
     return {
         "line": line,
         "champion": line_state.champion,
@@ -125,7 +125,7 @@ def whole(line_state: LineState, record: MergedRecord, objects: ObjectStore) -> 
         "mean_accuracy": record.mean_accuracy,
         "mean_normalized": record.mean_normalized,
         "digest": line_state.versions[record.version],
-        "specialists": kept_specialists(objects, [recipe]).get(recipe),
+        "specialists": stored_specialists(objects, [recipe]).get(recipe),
     }
 
 

@@ -20,15 +20,15 @@ from restitch.flows.audit.report import mirror
 from restitch.flows.lines.declare_task import declared_spec, present, resolved
 from restitch.merging.errors import BadInput, RestitchError, Unavailable
 from restitch.modeling.families.family import get_family
-from restitch.registry.access_policy import NotAllowed, check_path
+from restitch.registry.access_policy import AccessDenied, check_path
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import UNREAD, LineState, ModelRef, ModelVersion
 from restitch.registry.ledger.records import Kind
 from restitch.registry.mlflow.external_models import (
-    Foreign,
-    foreign_version,
-    foreign_versions,
-    holds_nothing,
+    ExternalModel,
+    external_model,
+    external_models_of,
+    has_no_files,
     link,
     task_of,
 )
@@ -93,7 +93,7 @@ def adopt(line: str) -> tuple[Adopted, ...]:
     """
     space = workspace()
     ledger = space.ledger(line)
-    foreign = foreign_versions(space.catalog, line)
+    foreign = external_models_of(space.mlflow, line)
     calls = [(f.uri, partial(_take_in, space, ledger, f)) for f in foreign]
     calls += [
         (f"{task} {version}", partial(_look_again, space, ledger, task, version))
@@ -123,7 +123,7 @@ def adopt_one(line: str, task: str, mlflow_version: int) -> int | None:
     space = workspace()
     ledger = space.ledger(line)
     named = task_of(f"{line}.{task}") is not None
-    foreign = foreign_version(space.catalog, line, task, mlflow_version) if named else None
+    foreign = external_model(space.mlflow, line, task, mlflow_version) if named else None
     if foreign is None:
         raise BadInput(
             f"MLflow has no version {mlflow_version} of {line}.{task}",
@@ -135,7 +135,7 @@ def adopt_one(line: str, task: str, mlflow_version: int) -> int | None:
         _take_in(space, ledger, foreign)
         version = ledger.state().adopted(task, foreign.mlflow)
         if version is None:  # linked
-            foreign = foreign_version(space.catalog, line, task, mlflow_version)
+            foreign = external_model(space.mlflow, line, task, mlflow_version)
             version = None if foreign is None else _image_of(ledger.state(), foreign)
     elif line_state.tasks[task].versions[version].state == "waiting":
         _look_again(space, ledger, task, version)
@@ -145,20 +145,20 @@ def adopt_one(line: str, task: str, mlflow_version: int) -> int | None:
     return version
 
 
-def _image_of(line_state: LineState, foreign: Foreign) -> int | None:
+def _image_of(line_state: LineState, foreign: ExternalModel) -> int | None:
     versions = line_state.tasks[foreign.task].versions if foreign.task in line_state.tasks else {}
-    return foreign.image_of if foreign.image_of in versions else None
+    return foreign.own_version if foreign.own_version in versions else None
 
 
-def _take_in(space: Workspace, ledger: Ledger, foreign: Foreign) -> Adopted | None:
+def _take_in(space: Workspace, ledger: Ledger, foreign: ExternalModel) -> Adopted | None:
     """Enter a version in the head; None where it is there and only MLflow does not show it."""
     line_state = ledger.state()
     if line_state.adopted(foreign.task, foreign.mlflow) is not None:
         return None
-    described = _describe(space, line_state, foreign.task, foreign.described)
+    described = _describe(space, line_state, foreign.task, foreign.task_tag)
     try:
         model = _read(space, line_state, foreign)
-    except NotAllowed:
+    except AccessDenied:
         raise  # another worker may read it, or this one when its list has changed
     except BadInput as error:
         unread = ModelRef(uri=foreign.uri, weights=UNREAD, config=UNREAD)
@@ -169,11 +169,11 @@ def _take_in(space: Workspace, ledger: Ledger, foreign: Foreign) -> Adopted | No
         return _enter(ledger, foreign, waiting, None)
     adopted = _enter(ledger, foreign, ModelVersion(model=model), described.given)
     if adopted is not None and adopted.linked:
-        link(space.catalog, foreign, adopted.version)
+        link(space.mlflow, foreign, adopted.version)
     return adopted
 
 
-def _read(space: Workspace, line_state: LineState, foreign: Foreign) -> ModelRef:
+def _read(space: Workspace, line_state: LineState, foreign: ExternalModel) -> ModelRef:
     """Fetch a version's files and take their digests."""
     scheme = _SCHEME.match(foreign.source)
     if scheme is not None and scheme[1].lower() not in _READ_FROM:
@@ -185,7 +185,7 @@ def _read(space: Workspace, line_state: LineState, foreign: Foreign) -> ModelRef
     try:
         return describe_model(foreign.uri, get_family(line_state.spec.family), space)
     except RestitchError as error:
-        if isinstance(error, Unavailable) and holds_nothing(space.catalog, foreign):
+        if isinstance(error, Unavailable) and has_no_files(space.mlflow, foreign):
             raise BadInput(
                 f"{foreign.uri} holds no safetensors",
                 found=f"nothing at {without_credentials(foreign.source)}",
@@ -201,7 +201,7 @@ def _read(space: Workspace, line_state: LineState, foreign: Foreign) -> ModelRef
 
 
 def _enter(
-    ledger: Ledger, foreign: Foreign, model: ModelVersion, given: TaskSpec | None
+    ledger: Ledger, foreign: ExternalModel, model: ModelVersion, given: TaskSpec | None
 ) -> Adopted | None:
     """Put a model on the line, unless it is there: from this version or as the same weights."""
     task, entered = foreign.task, list[tuple[int, bool]]()
@@ -250,9 +250,9 @@ def _look_again(space: Workspace, ledger: Ledger, task: str, version: int) -> Ad
     model = line_state.tasks[task].versions[version]
     tag = None
     if model.mlflow is not None:
-        there = foreign_version(space.catalog, ledger.line, task, model.mlflow.number)
+        there = external_model(space.mlflow, ledger.line, task, model.mlflow.number)
         if there is not None and there.mlflow == model.mlflow:
-            tag = there.described
+            tag = there.task_tag
     described = _describe(space, line_state, task, tag)
 
     def decided(line_state: LineState) -> tuple[Kind, LineState | None]:

@@ -24,7 +24,7 @@ from restitch.merging.methods.registry import Method, get_method, method_names
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.ledger.records import MergedRecord, TaskResult, mean_of
 from restitch.registry.ledger.references import SPECIALISTS
-from restitch.registry.store.deletion_notice import check_there
+from restitch.registry.store.deletion_notice import check_not_deleted
 from restitch.tasks.merge import make_recipe
 from restitch.tasks.report.drawing import drawing, to_png
 from restitch.tasks.report.plots import experts_plot
@@ -264,7 +264,8 @@ def _keep(record: MergedRecord, made: ExpertsRef, replace: bool, space: Workspac
     space.objects.publish(SPECIALISTS, record.recipe_digest, made.manifest, made_by(), facts=facts)
     names = {f"blobs/{blob}" for blob in (made.manifest, *(part.blob for part in made.parts))}
     try:
-        check_there(space.objects.store, names)  # `restitch gc` may have removed unnamed parts
+        # `restitch gc` may have removed parts that nothing named before.
+        check_not_deleted(space.objects.store, names)
     except Unavailable:
         space.objects.store.remove(f"keys/{SPECIALISTS}/{record.recipe_digest}")
         raise

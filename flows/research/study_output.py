@@ -66,7 +66,7 @@ def publish_study(
             for file, data in files.items():
                 (folder / file).write_bytes(data)
     try:
-        workspace().catalog.show_study(
+        workspace().mlflow.show_study(
             outcome.line,
             title,
             digest=digest_json(values),

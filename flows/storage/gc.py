@@ -18,7 +18,7 @@ from typing import Any
 from restitch.merging.errors import Damage
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.maintenance.inventory import Inventory, in_use, take_inventory
-from restitch.registry.store.deletion_notice import announced
+from restitch.registry.store.deletion_notice import deletion_notice
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.workspace import workspace
@@ -79,8 +79,8 @@ def collect(older_than: float = DEFAULT_AGE, *, remove: bool = False) -> GcOutco
     garbage = _look(objects, older_than)
     if not remove or not garbage.names:
         return _outcome(garbage, older_than, removed=remove)
-    with announced(objects.store, sorted(garbage.names)):
-        for line in garbage.found.heads:
+    with deletion_notice(objects.store, sorted(garbage.names)):
+        for line in garbage.found.line_states:
             Ledger(objects, line).touch()
         again = _look(objects, older_than)
         names = again.names & garbage.names

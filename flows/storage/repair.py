@@ -24,7 +24,7 @@ from restitch.registry.ledger.line_state import ModelVersion
 from restitch.registry.ledger.outcomes import touched_models
 from restitch.registry.ledger.records import Entry
 from restitch.registry.ledger.references import MLFLOW_SCHEMES, SPECIALISTS
-from restitch.registry.maintenance.inventory import Inventory, mentioned
+from restitch.registry.maintenance.inventory import Inventory, mentioned_digests
 from restitch.registry.sources.resolve import resolve_source
 from restitch.registry.store.base import NotInStore
 from restitch.tasks.inputs.heads import heads_again
@@ -90,7 +90,7 @@ class _Repairer:
         self.found = found
         self.store = space.objects.store
         self.remedies = Remedies(space, found, image)
-        self.mentioned = mentioned(found)
+        self.mentioned = mentioned_digests(found)
         self.heads: set[str] = set()
         self.knows_all = False
 
@@ -139,7 +139,7 @@ class _Repairer:
 
     def finish(self) -> None:
         """Make the heads of tasks again that were removed: an export takes what is there."""
-        for line_state in self.found.heads.values():
+        for line_state in self.found.line_states.values():
             if self.heads:
                 try:
                     heads_again(line_state, self.heads, self.space)
@@ -299,8 +299,8 @@ class _Repairer:
 
     def _image(self, line: str) -> str:
         ledger = Ledger(self.space.objects, line)
-        self.space.catalog.repair(ledger, full=True, extras=Reports(ledger).artifacts)
-        left = self.space.catalog.differences(ledger)
+        self.space.mlflow.repair(ledger, full=True, extras=Reports(ledger).artifacts)
+        left = self.space.mlflow.differences(ledger)
         if left:
             raise Unavailable(f"MLflow's image still differs: {'; '.join(left)}")
         return "completed from the trail"
@@ -311,7 +311,7 @@ class _Repairer:
             old, tag = self.store.read_tagged(each.object)
         except NotInStore:
             old, tag = b"", None
-        line_state = self.found.heads.get(line)
+        line_state = self.found.line_states.get(line)
         trail = self.found.trails[line] if line_state is not None else self._last_acts(line)
         if not trail or trail[-1].previous is not None:
             raise Damage(f"the trail of line {line} is not whole", hint="mend its acts first")

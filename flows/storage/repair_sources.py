@@ -26,7 +26,7 @@ from restitch.registry.ledger.outcomes import touched_models
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.ledger.references import COPY_SCHEME, MLFLOW_SCHEMES, SPECIALISTS, Reference
 from restitch.registry.maintenance.inventory import Inventory
-from restitch.registry.sources.resolve import fetched_again, resolve_source
+from restitch.registry.sources.resolve import fetch_again, resolve_source
 from restitch.registry.specs.method import MethodSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.evaluate import evaluated
@@ -103,7 +103,7 @@ class Remedies:
             yield from self._experts(each)
 
     def _in_mlflow(self, digest: str) -> Iterator[Recovery]:
-        lines = {*self.found.heads, *(entry.line for entry in self.found.entries.values())}
+        lines = {*self.found.line_states, *(entry.line for entry in self.found.entries.values())}
         for line in sorted(lines):
             try:
                 data = self.image.copy_of(line, digest)
@@ -133,8 +133,8 @@ class Remedies:
 
     def _patch(self, each: Reference) -> Iterator[Recovery]:
         for record in self.found.records.values():
-            if record.patch == each.digest and record.line in self.found.heads:
-                line = _line(self.found.heads[record.line])
+            if record.patch == each.digest and record.line in self.found.line_states:
+                line = _line(self.found.line_states[record.line])
                 recipe = Recipe.from_json(record.recipe)
                 yield Recovery(
                     f"the recipe of version {record.version} and the deltas of its members",
@@ -161,12 +161,12 @@ class Remedies:
     def statistics(self) -> Iterator["Known"]:
         """What merged versions and models name, with the line as it was for them."""
         yield from self._of_versions()
-        for line in self.found.heads:
+        for line in self.found.line_states:
             for then, entry in self._after(line, lambda e: e.kind == "localized"):
                 yield from _of_localized(then, touched_models(entry))
 
     def _of_versions(self) -> Iterator["Known"]:
-        for line, line_state in self.found.heads.items():
+        for line, line_state in self.found.line_states.items():
             for number, digest in line_state.versions.items():
                 record = self.found.records.get(digest)
                 if record is None or not record.statistics:
@@ -209,7 +209,7 @@ class Remedies:
 
     def _experts(self, each: Reference) -> Iterator[Recovery]:
         """By making the specialists of a version again, as they were made then."""
-        record, line_state = self._record(each), self.found.heads.get(each.line)
+        record, line_state = self._record(each), self.found.line_states.get(each.line)
         key = (
             None
             if record is None
@@ -250,13 +250,13 @@ class Remedies:
         file.write_bytes(canonical_json(result.to_json()))
 
     def _record(self, each: Reference) -> MergedRecord | None:
-        line_state = self.found.heads.get(each.line)
+        line_state = self.found.line_states.get(each.line)
         digest = None if line_state is None else line_state.versions.get(each.number)
         return None if digest is None else self.found.records.get(digest)
 
     def _model(self, each: Reference) -> Iterator[Recovery]:
         """From where the model came, as far as that is known."""
-        line_state = self.found.heads.get(each.line)
+        line_state = self.found.line_states.get(each.line)
         if line_state is None:
             return
         if each.owner == "the base":
@@ -268,7 +268,7 @@ class Remedies:
             return
 
         def write(file: Path) -> None:
-            with fetched_again(origin, self.space.home) as files:
+            with fetch_again(origin, self.space.home) as files:
                 if each.role == "manifest":
                     digests = {name: digest_file(path) for name, path in files.items()}
                     file.write_bytes(canonical_json({"files": digests}))

@@ -19,7 +19,7 @@ from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.records import Entry, replay, state_of
 from restitch.registry.ledger.references import SPECIALISTS
 from restitch.registry.maintenance.inventory import Inventory, in_use, take_inventory
-from restitch.registry.mlflow.sync import Catalog
+from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.registry.store.attempts import Attempt
 from restitch.registry.store.base import NotInStore
 from restitch.registry.store.objects import KeyRecord, ObjectStore
@@ -88,21 +88,21 @@ class StoreCheck:
 class Image:
     """MLflow's image of the lines, which is asked no more once it was away."""
 
-    def __init__(self, catalog: Catalog) -> None:
-        self.catalog = catalog
+    def __init__(self, mlflow: MlflowProjection) -> None:
+        self.mlflow = mlflow
         self.away: Unavailable | None = None
 
     def acts_shown(self, line: str) -> dict[str, str]:
         """The acts that it shows; each of these raises Unavailable where MLflow is away."""
-        return self._ask(lambda: self.catalog.acts_shown(line))
+        return self._ask(lambda: self.mlflow.acts_shown(line))
 
     def copy_of(self, line: str, digest: str) -> bytes | None:
         """What it has kept of an act or a record."""
-        return self._ask(lambda: self.catalog.copy_of(line, digest))
+        return self._ask(lambda: self.mlflow.copy_of(line, digest))
 
     def differences(self, ledger: Ledger) -> tuple[str, ...]:
         """What it shows otherwise than the line is."""
-        return self._ask(lambda: self.catalog.differences(ledger))
+        return self._ask(lambda: self.mlflow.differences(ledger))
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
         if self.away is not None:
@@ -121,7 +121,7 @@ class Checker:
         self.space = space
         self.objects: ObjectStore = space.objects
         self.whole: set[str] = set()
-        self.image = Image(space.catalog)
+        self.image = Image(space.mlflow)
 
     def check(self) -> tuple[StoreCheck, Inventory]:
         """Look at everything once."""
@@ -249,7 +249,7 @@ class Checker:
 
     def _heads(self, found: Inventory) -> dict[str, str]:
         wrong = {}
-        for line, line_state in found.heads.items():
+        for line, line_state in found.line_states.items():
             trail = found.trails[line]
             whole = trail and trail[-1].previous is None and len(trail) == line_state.sequence
             if whole and canonical_json(replay(trail[::-1])) != canonical_json(
@@ -261,7 +261,7 @@ class Checker:
     def _acts_shown(self, found: Inventory) -> dict[str, str]:
         """Acts that only MLflow has: a head that is gone cannot say that they were."""
         wrong = {}
-        for line in {*found.heads, *(entry.line for entry in found.entries.values())}:
+        for line in {*found.line_states, *(entry.line for entry in found.entries.values())}:
             with suppress(Unavailable):
                 for digest in self.image.acts_shown(line):
                     if digest not in found.entries:
@@ -271,7 +271,7 @@ class Checker:
     def _images(self, found: Inventory, result: StoreCheck) -> None:
         """Compare MLflow with the heads of lines that can be read."""
         compared = []
-        for line in sorted(found.heads):
+        for line in sorted(found.line_states):
             try:
                 ledger = Ledger(self.objects, line)
                 wrong = self.image.differences(ledger)

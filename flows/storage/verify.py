@@ -211,7 +211,7 @@ def _first_difference(one: Any, other: Any, path: str = "") -> str:
 def _acts_in_mlflow(space: Workspace, line: str, found: Verification) -> dict[str, str]:
     """The acts that MLflow shows, by digest: nobody can take one out of the trail and of it."""
     try:
-        shown = space.catalog.acts_shown(line)
+        shown = space.mlflow.acts_shown(line)
     except Unavailable as error:
         text = f"MLflow cannot be asked, so a trail cut short would not show: {error.summary}"
         found.findings.append(Finding("note", "MLflow", text))

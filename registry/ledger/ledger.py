@@ -1,9 +1,9 @@
-"""The one way to change a line: an audit entry, then a swap of its head.
+"""The only way to change a line: write an audit entry, then swap the line's state.
 
-Order of writes: the objects that an act names, its entry at `audit/<digest>`, the head at
-`lines/<line>/head.json`. The act counts by the swap: an entry that no head reaches is an
-orphan of a process that died or lost a race, and means nothing. Who loses a race looks
-again at the new head; nothing is lost and nothing happens twice.
+Order of writes: the objects that an act names, its entry at `audit/<digest>`, the state at
+`lines/<line>/head.json`. The act counts when the swap succeeds. An entry that no state reaches
+was left by a process that died or lost a race, and is ignored. A process that loses a race
+starts again from the new state, so nothing is lost and nothing happens twice.
 """
 
 import random
@@ -24,9 +24,10 @@ from restitch.registry.ledger.records import (
     replay,
     state_of,
 )
-from restitch.registry.ledger.safe_deletion import check_kept
+from restitch.registry.ledger.safe_deletion import check_references
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.store.base import NotInStore
+from restitch.registry.store.format import mark_format
 from restitch.registry.store.objects import ObjectStore, parsed
 
 _ATTEMPTS = 200
@@ -34,7 +35,7 @@ _LONGEST_PAUSE = 0.25
 
 
 class Act(NamedTuple):
-    """What `Ledger.act` did."""
+    """The result of `Ledger.act`."""
 
     entry: Entry
     digest: str
@@ -42,12 +43,12 @@ class Act(NamedTuple):
 
 
 class Ledger:
-    """The head and the trail of one line.
+    """The state and the audit trail of one line.
 
     Args:
         objects: the store.
         line: the line's name.
-        now: the clock; UTC.
+        now: the clock, in UTC.
     """
 
     def __init__(
@@ -62,35 +63,36 @@ class Ledger:
         self._now = now
 
     def exists(self) -> bool:
-        """Whether the line was made."""
+        """True if the line was created."""
         return self.find() is not None
 
     def find(self) -> LineState | None:
-        """The head, or None where the line was never made."""
+        """The line's state, or None if the line does not exist."""
         return self._tagged()[0]
 
     def state(self) -> LineState:
-        """The head.
+        """The line's state.
 
         Raises:
-            BadInput: there is no such line.
+            BadInput: the line does not exist.
         """
         line_state = self.find()
         if line_state is None:
             known = list(lines(self.objects))
             raise BadInput(
                 f"there is no line {self.line}",
-                found=f"lines {', '.join(known)}" if known else "no lines at all",
-                hint="make it with: restitch init FILE",
+                found=f"lines {', '.join(known)}" if known else "no lines",
+                hint="create it with `restitch init FILE`",
             )
         return line_state
 
     def create(self, spec: LineSpec, base: ModelRef, actor: str, reason: str) -> Act | None:
-        """Make the line; None where it is there already."""
+        """Create the line; returns None if it already exists."""
 
         def change(line_state: LineState | None) -> LineState | None:
             return LineState(line=self.line, spec=spec, base=base) if line_state is None else None
 
+        mark_format(self.objects.store)
         return self._act("configured", actor, reason, change, {"base": base.weights})
 
     def act(
@@ -104,38 +106,37 @@ class Ledger:
         """Do one act.
 
         Args:
-            kind: what it is.
+            kind: the kind of act.
             actor: who does it.
             reason: why, for a reader.
-            change: the new head from the present one. It is run again on a newer head
-                after a lost race, and returns None where there is nothing to do any more.
-                It may put objects, which must be in the store before the act.
-            digests: the objects that the act is about; a function is given the new head.
+            change: makes the new state from the present one. It is called again with a newer
+                state after a lost race, and returns None if nothing is left to do. It may
+                put objects, which must be in the store before the act.
+            digests: the objects that the act is about, or a function of the new state.
 
         Returns:
-            The act; None where `change` found nothing to do.
+            The act; None if `change` returned None.
 
         Raises:
-            BadInput: there is no such line.
-            Unavailable: others were faster again and again.
+            BadInput: the line does not exist.
+            Unavailable: other processes changed the line at each attempt.
         """
-        self.state()  # the message for a line that does not exist
+        self.state()  # raises if the line does not exist
 
         def changed(line_state: LineState | None) -> LineState | None:
-            assert line_state is not None, "a head is never removed"
+            assert line_state is not None, "a line is never removed"
             return change(line_state)
 
         return self._act(kind, actor, reason, changed, digests)
 
     def touch(self) -> None:
-        """Swap in the same head again: whoever is about to change it has to look again."""
+        """Swap in the same state again, so that a change which has read it must start again."""
         while True:
             line_state, tag = self._tagged()
             if line_state is None:
                 return
-            again = line_state.model_copy(update={"generation": line_state.generation + 1})
-            data = again.model_dump_json(indent=1).encode()
-            if self.objects.store.swap(_head(self.line), tag, data) is not None:
+            generation = line_state.generation + 1
+            if self._swap(tag, line_state.model_copy(update={"generation": generation})):
                 return
 
     def entries(self, *, newest_first: bool = True) -> Iterator[Entry]:
@@ -144,14 +145,14 @@ class Ledger:
         Raises:
             Damage: an entry is missing, altered or out of order.
         """
-        walk = self._walk()
-        return walk if newest_first else reversed(list(walk))
+        entries = self._walk()
+        return entries if newest_first else reversed(list(entries))
 
     def merged(self, version: int) -> MergedRecord:
         """The record of a merged version.
 
         Raises:
-            BadInput: there is no such version.
+            BadInput: the version does not exist.
             Damage: its record is missing or altered.
         """
         line_state = self.state()
@@ -172,7 +173,7 @@ class Ledger:
         )
 
     def state_at(self, when: datetime) -> LineState | None:
-        """The head as it was at a time, from the trail; None before the line was made."""
+        """The line's state at a time, from the trail; None before the line was created."""
         entries = list(
             takewhile(
                 lambda entry: datetime.fromisoformat(entry.time) <= when,
@@ -194,7 +195,7 @@ class Ledger:
             changed = change(old)
             if changed is None:
                 return None
-            check_kept(self.objects, old, changed)
+            check_references(self.objects, old, changed)
             before, after = differences(state_of(old), state_of(changed))
             entry = Entry(
                 line=self.line,
@@ -219,16 +220,15 @@ class Ledger:
                     "time": entry.time,
                 }
             )
-            if self._swap(tag, line_state, digest):
+            if self._swap(tag, line_state):
                 return Act(entry, digest, line_state)
             time.sleep(random.uniform(0, min(_LONGEST_PAUSE, 0.002 * 2 ** min(attempt, 8))))
         raise Unavailable(
-            f"line {self.line} is being changed by others all the time",
-            found=f"{_ATTEMPTS} lost races",
+            f"gave up after {_ATTEMPTS} attempts: line {self.line} kept changing",
             hint="run the same command again",
         )
 
-    def _swap(self, tag: str | None, line_state: LineState, entry: str) -> bool:
+    def _swap(self, tag: str | None, line_state: LineState) -> bool:
         data = line_state.model_dump_json(indent=1).encode()
         return self.objects.store.swap(_head(self.line), tag, data) is not None
 
@@ -252,12 +252,12 @@ class Ledger:
                     expected=name,
                     hint="restore it from a backup of the store",
                 ) from None
-            altered = digest_bytes(data)
-            if altered != digest:
+            actual = digest_bytes(data)
+            if actual != digest:
                 raise Damage(
                     f"line {self.line}: audit entry {sequence} was altered",
-                    expected=f"bytes with the digest {digest}",
-                    found=altered,
+                    expected=f"the digest {digest}",
+                    found=actual,
                     hint=f"restore {name} from a backup of the store",
                 )
             entry = parsed(Entry, data, name)
@@ -266,6 +266,7 @@ class Ledger:
                     f"line {self.line}: the audit trail is broken at {name}",
                     expected=f"entry {sequence} of {self.line}",
                     found=f"entry {entry.sequence} of {entry.line}",
+                    hint="restore the store from a backup",
                 )
             yield entry
             digest, sequence = entry.previous, sequence - 1
@@ -273,6 +274,7 @@ class Ledger:
             raise Damage(
                 f"line {self.line}: the audit trail does not reach its first entry",
                 found=f"no entry before {sequence + 1}",
+                hint="restore the store from a backup",
             )
 
     def record(self, digest: str) -> MergedRecord:
@@ -286,13 +288,13 @@ class Ledger:
     def _time_after(self, old: LineState | None) -> str:
         now = self._now().astimezone(UTC)
         if old is not None and old.time:
-            # A clock that lags behind another host's must not turn the trail around.
+            # The clock of another host may be ahead; times in the trail never go back.
             now = max(now, datetime.fromisoformat(old.time) + timedelta(microseconds=1))
         return now.isoformat(timespec="microseconds")
 
 
 def state_after(entries: Sequence[Entry]) -> LineState:
-    """The head that acts lead to, from the line's first one on."""
+    """The line's state after these acts, which begin with its first one."""
     last = entries[-1]
     return LineState.model_validate(
         {

@@ -1,8 +1,8 @@
-"""What acts were about, and what became of each merged version: pure functions over the trail.
+"""The subjects of acts, and the outcome of each merged version: pure functions of the trail.
 
-A merged version is moved by the acts that change which one is the champion or the candidate.
-Its role and the sentence about it hang on the last of them and on its own record alone, so that
-a look at the newest acts says the same as a look at all of them.
+An act moves a merged version when it makes it champion or candidate, or ends that role. The
+outcome of a version depends only on the last act that moved it and on its record, so the newest
+acts are enough to know it.
 """
 
 import re
@@ -13,8 +13,8 @@ from typing import Literal
 
 from restitch.registry.ledger.records import Entry, MergedRecord
 
-# champion: in use. candidate: the newest that was never in use. former champion: was in use.
-# rejected and superseded: never in use, with and without a failed gate, and a newer one came.
+# champion: in use. candidate: the newest version that was never in use. former champion: was in
+# use. rejected: failed a gate and was never in use. superseded: passed, but was never in use.
 Role = Literal["champion", "candidate", "former champion", "rejected", "superseded"]
 
 _ROLES = ("/champion", "/candidate")
@@ -22,8 +22,8 @@ _SUBJECT = re.compile(r"version (\d+)\b:?\s*")
 
 
 @dataclass(frozen=True)
-class Fate:
-    """What a merged version is now, and the sentence that says since when and why."""
+class Outcome:
+    """The role of a merged version, and a sentence that says since when and why."""
 
     role: Role
     sentence: str
@@ -55,58 +55,58 @@ def touched_merges(entry: Entry) -> tuple[int, ...]:
 
 
 def moved_merges(entry: Entry) -> tuple[int, ...]:
-    """The merged versions that an act made champion or candidate, or that it relieved of that."""
+    """The merged versions that became champion or candidate by an act, or ceased to be."""
     values = (changes.get(role) for changes in (entry.before, entry.after) for role in _ROLES)
     return tuple(sorted({value for value in values if isinstance(value, int)}))
 
 
 def merges_about(entry: Entry) -> tuple[int, ...]:
-    """All merged versions that an act is about: made, moved, or judged by it."""
-    # A rejection changes nothing of the head: only its reason names the version.
-    judged = _SUBJECT.match(entry.reason) if entry.kind == "rejected" else None
-    named = () if judged is None else (int(judged[1]),)
-    return tuple(sorted({*touched_merges(entry), *moved_merges(entry), *named}))
+    """All merged versions that an act made, moved or rejected."""
+    # A rejection does not change the line's state: only its reason names the version.
+    subject = _SUBJECT.match(entry.reason) if entry.kind == "rejected" else None
+    rejected = () if subject is None else (int(subject[1]),)
+    return tuple(sorted({*touched_merges(entry), *moved_merges(entry), *rejected}))
 
 
 def last_moves(newest_first: Iterable[Entry], versions: Set[int]) -> dict[int, Entry]:
-    """The last act that moved each of some versions; the trail is read no further than needed."""
-    found: dict[int, Entry] = {}
+    """The last act that moved each version; reads the trail no further than needed."""
+    moves: dict[int, Entry] = {}
     if versions:
         for entry in newest_first:
             for version in moved_merges(entry):
                 if version in versions:
-                    found.setdefault(version, entry)
-            if len(found) == len(versions):
+                    moves.setdefault(version, entry)
+            if len(moves) == len(versions):
                 break
-    return found
+    return moves
 
 
-def fate_of(record: MergedRecord, move: Entry) -> Fate:
-    """What became of a version by the last act that moved it."""
+def outcome_of(record: MergedRecord, move: Entry) -> Outcome:
+    """The outcome of a version after the last act that moved it."""
     version, champion = record.version, move.after.get("/champion")
     if champion == version:
         how = "rolled back to" if move.kind == "rolled-back" else move.kind
-        return Fate("champion", f"In use since {_when(move)}, {how} by {_who_and_why(move)}")
+        return Outcome("champion", f"In use since {_when(move)}, {how} by {_who_and_why(move)}")
     if move.before.get("/champion") == version:
         if champion is None:
-            by = f"when nothing was left to merge: {move.kind} by {_who_and_why(move)}"
+            why = f"when no member was left to merge: {move.kind} by {_who_and_why(move)}"
         elif move.kind == "rolled-back":
-            by = f"rolled back to version {champion} by {_who_and_why(move)}"
+            why = f"rolled back to version {champion} by {_who_and_why(move)}"
         else:
-            by = f"when version {champion} took its place."
-        return Fate("former champion", f"In use until {_when(move)}, {by}")
+            why = f"when version {champion} replaced it."
+        return Outcome("former champion", f"In use until {_when(move)}, {why}")
     failed = "; ".join(g.note or g.gate for g in record.gates if not g.passed)
-    judged = f"It failed its gates: {_sentence(failed)}"
+    verdict = f"It failed its gates: {_sentence(failed)}"
     if move.after.get("/candidate") == version:
         waiting = "It has not been promoted."
-        return Fate("candidate", waiting if record.passed else f"{judged} {waiting}")
+        return Outcome("candidate", waiting if record.passed else f"{verdict} {waiting}")
     if record.passed:
-        return Fate("superseded", "It was never promoted.")
-    return Fate("rejected", judged)
+        return Outcome("superseded", "It was never promoted.")
+    return Outcome("rejected", verdict)
 
 
 def _who_and_why(move: Entry) -> str:
-    # What the act says of its own version would be said twice.
+    # The sentence is about the version: its number need not stand in it again.
     why = _SUBJECT.sub("", move.reason, count=1) if _SUBJECT.match(move.reason) else move.reason
     return f"{move.actor}: {_sentence(why)}" if why else f"{move.actor}."
 

@@ -1,9 +1,9 @@
-"""What happened on a line: its acts, and the records of its merged versions.
+"""The acts of a line, and the records of its merged versions.
 
-An act is one immutable `Entry` that names the digest of the one before, so that the trail
-is a chain. What it changed of the head stands in it by JSON pointers, before and after:
-applied from the first entry on (`replay`), the entries give the head itself.
-A `MergedRecord` says all about a merged version that belongs to its truth.
+An act is an immutable `Entry` that names the digest of the previous one, so that the trail is
+a hash chain. It holds what it changed of the line's state as JSON pointers with the values
+before and after: applied from the first entry on (`replay`), they give the state itself.
+A `MergedRecord` holds everything that is recorded about a merged version.
 """
 
 import copy
@@ -41,7 +41,7 @@ Kind = Literal[
     "unpinned",
 ]
 
-# What the chain itself moves on; an entry that named these would have to name its own digest.
+# The chain's own fields: an entry with them would have to contain its own digest.
 _BOOKKEEPING = ("generation", "sequence", "entry", "time")
 
 
@@ -50,13 +50,14 @@ class Entry(Record):
 
     Attributes:
         sequence: 1 for the first act of the line.
-        previous: the digest of the entry before.
+        previous: the digest of the previous entry.
         actor: who did it.
-        time: UTC, ISO with microseconds; never earlier than the entry before.
-        before: what the act replaced or removed, by JSON pointers into the head.
-        after: what it put there.
+        time: UTC, ISO with microseconds; never earlier than that of the previous entry.
+        before: the values that the act replaced or removed, by JSON pointers into the line's
+            state.
+        after: the new values.
         reason: why, for a reader.
-        digests: the objects that the act is about, by what they are.
+        digests: the objects that the act is about, by name.
     """
 
     format: int = FORMAT
@@ -77,7 +78,7 @@ class Entry(Record):
 
     @property
     def digest(self) -> str:
-        """The entry's name."""
+        """The digest under which the entry is stored."""
         return digest_bytes(self.to_bytes())
 
 
@@ -85,8 +86,8 @@ class DataUsed(Record):
     """The rows that something was measured on.
 
     Attributes:
-        path: where they were read, an absolute path or a pinned hub id.
-        digest: of all that decides which rows they are and what stands in them.
+        path: their source, an absolute path or a pinned hub id.
+        digest: of everything that determines the rows and their content.
     """
 
     path: str
@@ -95,14 +96,15 @@ class DataUsed(Record):
 
 
 class TaskResult(Record):
-    """How one task fares in a merged version, with the model that it came from.
+    """The measurements of one task in a merged version.
 
     Attributes:
-        base: of the base; the others likewise, where they were measured.
+        base: the value of the base; likewise `finetuned`, `grafted` and `merged`. None if it
+            was not measured.
         normalized: merged over finetuned.
         interval: of the merged value.
-        intervals: of the others, by name.
-        count: examples.
+        intervals: of the other values, by name.
+        count: the number of examples.
         evaluations: the stored evaluations by name, with the correctness of every row.
         data: the rows.
     """
@@ -123,7 +125,7 @@ class TaskResult(Record):
 
 
 class Retention(Record):
-    """What the merged model keeps of the base's general ability.
+    """How much of the base's general ability the merged model keeps.
 
     Attributes:
         top1: of the merged model; its 95 % interval is `interval`.
@@ -150,7 +152,7 @@ class MergedMember(Record):
     """A member of a merged version.
 
     Attributes:
-        uri: where its checkpoint was read; `weights` and `config` say what it was.
+        uri: the source of its checkpoint; `weights` and `config` are its digests.
         facts: how it was localized.
     """
 
@@ -164,18 +166,18 @@ class MergedMember(Record):
 
 
 class MergedRecord(Record):
-    """All that is kept about one merged version.
+    """Everything that is recorded about one merged version.
 
     Attributes:
-        recipe: what determines its bytes.
-        recipe_digest: the recipe's name.
+        recipe: everything that determines its bytes.
+        recipe_digest: the digest of the recipe.
         patch: the digest of the patch in the store.
         patch_bytes: its size.
         kept: coordinates in which it differs from the base.
         members: by task.
         results: by task.
-        gates: all that were asked; empty where the line has none.
-        files: digests of further objects by what they are.
+        gates: the outcomes of all gates; empty if the line has none.
+        files: digests of further files, by name.
         timings: seconds by step.
         software: versions of code and libraries.
     """
@@ -205,39 +207,39 @@ class MergedRecord(Record):
 
     @property
     def digest(self) -> str:
-        """The record's name."""
+        """The digest under which the record is stored."""
         return digest_bytes(self.to_bytes())
 
     @property
     def statistics(self) -> dict[str, str]:
-        """Digests of what its method needed of members beside their deltas, as the recipe says."""
+        """Digests of the member statistics that its method used, from the recipe."""
         other = self.recipe.get("other")
         return {n: str(d) for n, d in other.items()} if isinstance(other, dict) else {}
 
     @property
     def mean_accuracy(self) -> float | None:
-        """The merged value averaged over the tasks that were evaluated."""
+        """The mean of the merged values of the tasks that were evaluated."""
         return mean_of(r.merged for r in self.results.values())
 
     @property
     def mean_normalized(self) -> float | None:
-        """The normalized value averaged over the tasks that have one."""
+        """The mean of the normalized values of the tasks that have one."""
         return mean_of(r.normalized for r in self.results.values())
 
     @property
     def passed(self) -> bool:
-        """Whether no gate was failed that keeps a version from being promoted."""
+        """True if no gate that blocks promotion has failed."""
         return all(gate.passed or gate.action == "warn" for gate in self.gates)
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:
-    """The mean of what is known; None where nothing is."""
+    """The mean of the known values; None if there are none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def state_of(line_state: LineState | None) -> dict[str, Any]:
-    """The head as plain JSON, without what the chain itself moves on."""
+    """A line's state as plain JSON, without the fields of the chain."""
     if line_state is None:
         return {}
     return {k: v for k, v in line_state.to_json().items() if k not in _BOOKKEEPING}
@@ -246,9 +248,9 @@ def state_of(line_state: LineState | None) -> dict[str, Any]:
 def differences(
     old: dict[str, Any], new: dict[str, Any], prefix: str = ""
 ) -> tuple[dict[str, JsonValue], dict[str, JsonValue]]:
-    """What was replaced or removed and what is there instead, by JSON pointers.
+    """The values that differ, before and after, by JSON pointers.
 
-    Mappings are compared key by key, all other values as wholes.
+    Mappings are compared key by key, other values as a whole.
     """
     before: dict[str, JsonValue] = {}
     after: dict[str, JsonValue] = {}
@@ -259,21 +261,21 @@ def differences(
         elif key not in old:
             after[pointer] = new[key]
         elif isinstance(old[key], dict) and isinstance(new[key], dict):
-            gone, come = differences(old[key], new[key], pointer)
-            before |= gone
-            after |= come
+            inner_before, inner_after = differences(old[key], new[key], pointer)
+            before |= inner_before
+            after |= inner_after
         elif not _same(old[key], new[key]):
             before[pointer], after[pointer] = old[key], new[key]
     return before, after
 
 
 def _same(old: JsonValue, new: JsonValue) -> bool:
-    # Python takes 1, 1.0 and True for the same, and JSON does not.
+    # In Python 1, 1.0 and True are equal; in JSON they are not.
     return old == new and canonical_json(old) == canonical_json(new)
 
 
 def replay(entries: Iterable[Entry], state: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What the acts, oldest first, make of a state (in place; of nothing by default)."""
+    """Apply acts, oldest first, to a state in place; by default to an empty one."""
     state = {} if state is None else state
     for entry in entries:
         for pointer in entry.before.keys() - entry.after.keys():

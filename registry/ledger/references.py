@@ -1,8 +1,8 @@
-"""What refers to what in a store: heads, the trail and records name blobs by their digests.
+"""References in a store: line states, the trail and records name blobs by their digests.
 
-A `Reference` says what a blob is and whose, so that what is damaged can be told together
-with what depends on it, and made again. `named_in` takes the other, wider view: every digest
-and address that stands anywhere in a text, for whoever must not remove too much.
+A `Reference` says what a blob is and what depends on it, so that damage can be reported with its
+consequences and repaired. `digests_in` finds every digest and address in a JSON value, whatever
+it means there, for garbage collection, which must not remove too much.
 """
 
 import json
@@ -15,9 +15,8 @@ from restitch.registry.ledger.line_state import LineState, ModelRef, ModelVersio
 from restitch.registry.ledger.records import Entry, MergedRecord
 
 # record: of a merged version. result: an evaluation. manifest: the list of a model's files.
-# listing: of the tensors of a model in a bucket, with their digests.
-# statistic: what a method needs of a member beside its delta.
-# experts: the list of a version's specialists. expert: one of its parts.
+# listing: the digests of the tensors of a model in a bucket. statistic: what a method needs of a
+# member in addition to its delta. experts: the list of a version's specialists. expert: one part.
 Role = Literal[
     "record",
     "patch",
@@ -32,10 +31,10 @@ Role = Literal[
     "expert",
 ]
 
-# Keys of the specialists that versions keep, by the recipe of the version.
+# The kind of the keys of stored specialists, by the recipe of their version.
 SPECIALISTS = "specialists"
 
-# What an act calls a member's statistics: this, and the kind.
+# The prefix of a statistic's kind in the digests of an act.
 STATISTIC = "statistic."
 
 # A copy of a model in the store, by the digest of the list of its files.
@@ -52,10 +51,10 @@ class Reference:
 
     Attributes:
         digest: of the blob.
-        owner: who depends on it, as "version 3" or "colour 1", or "the base".
-        weights: of a result: which it is of, as "grafted"; of a model's file its name; of a
-            statistic what its recipe calls it.
-        task: whose result or delta it is.
+        owner: what depends on it, such as "version 3", "colour 1" or "the base".
+        weights: of a result the evaluated weights, such as "grafted"; of a file its name; of a
+            statistic its name in the recipe.
+        task: the task of the result or delta.
         number: of the merged version or of the task's model.
     """
 
@@ -69,11 +68,11 @@ class Reference:
 
     @property
     def of_version(self) -> bool:
-        """Whether a merged version names it."""
+        """True if a merged version refers to it."""
         return self.owner.startswith("version ")
 
     def __str__(self) -> str:
-        what = {
+        name = {
             "record": "the record",
             "patch": "the patch",
             "statistic": f"the {self.weights}",
@@ -84,13 +83,15 @@ class Reference:
             "file": f"the file {self.weights}",
             "attached": f"the file {self.weights}",
             "experts": "the list of the specialists",
-            "expert": f"the specialist of {self.task}" if self.task else "what specialists share",
+            "expert": f"the specialist of {self.task}"
+            if self.task
+            else "the shared part of the specialists",
         }[self.role]
-        return f"{what} of {self.owner} ({self.line})"
+        return f"{name} of {self.owner} ({self.line})"
 
 
-def of_head(line_state: LineState) -> Iterator[Reference]:
-    """The blobs that a head names itself; what these name in turn is in them."""
+def of_line_state(line_state: LineState) -> Iterator[Reference]:
+    """The blobs that a line's state refers to itself."""
     line = line_state.line
     yield from _of_source(line_state.base, line, "the base")
     for number, record in line_state.versions.items():
@@ -101,7 +102,7 @@ def of_head(line_state: LineState) -> Iterator[Reference]:
 
 
 def of_model(line: str, task: str, number: int, model: ModelVersion) -> Iterator[Reference]:
-    """The blobs of a finetuned model: its copy, its delta, and what it was measured to be."""
+    """The blobs of a finetuned model: its copy, delta, statistics and evaluations."""
     owner = f"{task} {number}"
     yield from _of_source(model.model, line, owner)
     if model.model.uri.startswith(S3_SCHEME):
@@ -120,7 +121,7 @@ def _of_source(model: ModelRef, line: str, owner: str) -> Iterator[Reference]:
 
 
 def of_acts(entries: Iterable[Entry]) -> Iterator[Reference]:
-    """The deltas and statistics that acts have made, which models may have been without since."""
+    """The deltas and statistics that acts have made; models may not refer to them any more."""
     for entry in entries:
         if entry.kind == "localized" and "delta" in entry.digests:
             owner = f"act {entry.sequence}"
@@ -132,7 +133,7 @@ def of_acts(entries: Iterable[Entry]) -> Iterator[Reference]:
 
 
 def of_record(record: MergedRecord) -> Iterator[Reference]:
-    """The blobs that the record of a merged version names."""
+    """The blobs that the record of a merged version refers to."""
     line, owner, number = record.line, f"version {record.version}", record.version
     yield Reference(record.patch, "patch", line, owner, number=number)
     for task, member in record.members.items():
@@ -155,11 +156,11 @@ def of_manifest(data: bytes, manifest: Reference) -> Iterator[Reference]:
     """The blobs of a model's files.
 
     Raises:
-        ValueError: it is no list of files.
+        ValueError: it is not a list of files.
     """
     values = json.loads(data)
     if not isinstance(values, dict):
-        raise ValueError("no object")  # noqa: TRY004
+        raise ValueError("not an object")  # noqa: TRY004
     for name, digest in values.get("files", {}).items():
         yield Reference(str(digest), "file", manifest.line, manifest.owner, str(name))
 
@@ -168,7 +169,7 @@ def of_experts(data: bytes, experts: Reference) -> Iterator[Reference]:
     """The parts of a version's specialists.
 
     Raises:
-        ValueError: it is no list of them.
+        ValueError: it is not a list of specialists.
     """
     try:
         values = json.loads(data)
@@ -176,21 +177,21 @@ def of_experts(data: bytes, experts: Reference) -> Iterator[Reference]:
         if values["shared"] is not None:
             parts[""] = str(values["shared"]["blob"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"no list of specialists: {error!r}") from error
+        raise ValueError(f"not a list of specialists: {error!r}") from error
     for task, digest in parts.items():
         yield replace(experts, digest=digest, role="expert", task=task)
 
 
-def named_in(value: Any) -> Iterator[str]:
-    """Every digest and every address of a kept model in JSON values, whatever it means there."""
+def digests_in(value: Any) -> Iterator[str]:
+    """Every digest and every address of a stored model in a JSON value."""
     if isinstance(value, str):
         yield from _DIGEST.findall(value)
         if value.startswith((COPY_SCHEME, *MLFLOW_SCHEMES)):
             yield value
     elif isinstance(value, dict):
         for key, inner in value.items():
-            yield from named_in(key)
-            yield from named_in(inner)
+            yield from digests_in(key)
+            yield from digests_in(inner)
     elif isinstance(value, list):
         for inner in value:
-            yield from named_in(inner)
+            yield from digests_in(inner)

@@ -1,11 +1,9 @@
-"""Removing objects while others work, so that no act ever counts whose objects are gone.
+"""The check that lets `restitch gc` run while lines change: no act refers to a removed object.
 
-Whoever removes announces what (`restitch.registry.store.deletion_notice`), then swaps every head once, then looks
-again at what is referred to. An act that had looked at its head before that loses its swap and
-looks again; one that looks later finds the announcement, waits, and compares what it is about
-to name with what is there. So either the removal sees the reference, or the act sees the
-removal: neither needs the other to be quick. Where nothing was ever removed, an act costs one
-look more.
+The remover posts its notice (`store.deletion_notice`), then swaps the state of every line once,
+then looks at the references again. An act that had read the line's state before loses its swap
+and starts again; a later one finds the notice, waits, and checks that its objects exist. So
+either the removal sees the reference, or the act sees the removal, however slow one of them is.
 """
 
 from contextlib import suppress
@@ -13,30 +11,31 @@ from contextlib import suppress
 from restitch.merging.errors import Damage
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedRecord
-from restitch.registry.ledger.references import Reference, of_head, of_manifest, of_record
-from restitch.registry.store.deletion_notice import check_there, was_ever
+from restitch.registry.ledger.references import Reference, of_line_state, of_manifest, of_record
+from restitch.registry.store.deletion_notice import check_not_deleted, has_notice
 from restitch.registry.store.objects import ObjectStore, parsed
 
 
-def check_kept(objects: ObjectStore, old: LineState | None, new: LineState) -> None:
-    """Make sure that what a head would name and the one before did not is there, and stays.
+def check_references(objects: ObjectStore, old: LineState | None, new: LineState) -> None:
+    """Make sure that the objects which a new state adds exist and stay.
 
     Raises:
-        Unavailable: something was removed meanwhile, or is being removed all the time.
+        Unavailable: one of them was removed, or its removal did not end in time.
     """
-    if not was_ever(objects.store):
+    if not has_notice(objects.store):
         return
-    before = {each.digest for each in of_head(old)} if old is not None else set()
-    added = [each for each in of_head(new) if each.digest not in before]
-    check_there(objects.store, {f"blobs/{each}" for each in _whole(objects, added) - before})
+    before = {each.digest for each in of_line_state(old)} if old is not None else set()
+    added = [each for each in of_line_state(new) if each.digest not in before]
+    digests = _with_contents(objects, added) - before
+    check_not_deleted(objects.store, {f"blobs/{digest}" for digest in digests})
 
 
-def _whole(objects: ObjectStore, added: list[Reference]) -> set[str]:
-    """The digests of references, and of what records and lists of files name in turn."""
+def _with_contents(objects: ObjectStore, added: list[Reference]) -> set[str]:
+    """The digests of references, and of what their records and manifests refer to."""
     digests = set()
     for each in added:
         digests.add(each.digest)
-        with suppress(Damage, ValueError):  # what is gone is found to be so anyway
+        with suppress(Damage, ValueError):  # the caller reports what is missing
             if each.role == "record":
                 data = objects.read_blob(each.digest)
                 digests |= {r.digest for r in of_record(parsed(MergedRecord, data, each.digest))}

@@ -1,8 +1,8 @@
-"""All that a store holds, read once: what is there, what names it, and what cannot be read.
+"""The inventory of a store: every object, what refers to it, and what cannot be read.
 
-Small objects (heads, audit entries, records, keys, lists of files) are read and compared with
-their digests; the bytes of other blobs are not looked at. Nothing is changed. `in_use` says
-which objects something still refers to; it errs on the side of keeping.
+Small objects (line states, audit entries, records, keys, manifests) are read and compared with
+their digests; the bytes of other blobs are not read. Nothing is changed. `in_use` says which
+objects something still refers to; in doubt it keeps them.
 """
 
 import contextlib
@@ -23,17 +23,18 @@ from restitch.registry.ledger.references import (
     MLFLOW_SCHEMES,
     SPECIALISTS,
     Reference,
-    named_in,
+    digests_in,
     of_acts,
     of_experts,
-    of_head,
+    of_line_state,
     of_manifest,
     of_record,
 )
 from restitch.registry.store.base import Listed, NotInStore
+from restitch.registry.store.format import MARKER
 from restitch.registry.store.objects import KeyRecord, ObjectStore, parsed, verified
 
-# Small, and asked for by what they were made from, not by what names them: never removed.
+# Kinds of small results that are looked up by their inputs, so no reference shows their use.
 _KEPT_KEYS = ("head", "rows", "analysis", SPECIALISTS)
 _AT_ONCE = 8
 
@@ -42,22 +43,23 @@ Read = TypeVar("Read")
 
 @dataclass
 class Inventory:
-    """What a store holds.
+    """The contents of a store.
 
     Attributes:
-        listed: every object by its name.
-        trails: the acts of each line, newest first, as far as their chain holds.
-        entries: all audit entries that can be read, by digest; also those in no trail.
+        listed: every object by name.
+        line_states: the states of the lines by name.
+        trails: the acts of each line, newest first, up to the first damaged one.
+        entries: all readable audit entries by digest, including those in no trail.
         records: of merged versions, by digest.
         manifests: lists of a model's files, by digest.
         keys: by name.
-        references: what heads and what they name refer to, by digest.
-        damaged: what is missing or not what its name says, with what is wrong.
-        unknown: names of no kind that this version knows.
+        references: the direct and indirect references of the lines' states, by digest.
+        damaged: missing or damaged objects by name, with the problem.
+        unknown: names of objects of an unknown kind.
     """
 
     listed: dict[str, Listed]
-    heads: dict[str, LineState] = field(default_factory=dict)
+    line_states: dict[str, LineState] = field(default_factory=dict)
     trails: dict[str, list[Entry]] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
     records: dict[str, MergedRecord] = field(default_factory=dict)
@@ -67,38 +69,40 @@ class Inventory:
     damaged: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
-    def refer(self, found: Iterable[Reference]) -> None:
-        """Note references."""
-        for reference in found:
+    def refer(self, references: Iterable[Reference]) -> None:
+        """Add references."""
+        for reference in references:
             self.references[reference.digest].append(reference)
 
     def keys_of(self, blob: str) -> list[str]:
-        """The names of the keys that name a blob."""
+        """The names of the keys of a blob."""
         return [name for name, key in self.keys.items() if key.blob == blob]
 
 
 def take_inventory(objects: ObjectStore, progress: Progress = ignore) -> Inventory:
-    """Read a store.
+    """Take the inventory of a store.
 
     Raises:
         Unavailable: it cannot be used.
     """
-    # The heads last: what they name was there before them, and is listed or read by name.
+    # The lines' states are read last: what they refer to was stored before.
     entries = _read_all(objects, _below(objects, "audit"), _entry, progress)
     keys = _read_all(objects, _below(objects, "keys"), lambda d, n: parsed(KeyRecord, d, n))
-    heads = _read_all(objects, _heads(objects), lambda d, n: parsed(LineState, d, n))
+    states = _read_all(objects, _state_names(objects), lambda d, n: parsed(LineState, d, n))
     found = Inventory({each.name: each for each in objects.store.details()})
-    found.damaged = {**entries.wrong, **keys.wrong, **heads.wrong}
-    found.entries = {name.rpartition("/")[2]: entry for name, entry in entries.good.items()}
-    found.keys = keys.good
-    found.heads = {name.split("/")[1]: line_state for name, line_state in heads.good.items()}
-    kinds = ("audit", "blobs", "keys", "lines", "attempts", "turns", "gc")
+    found.damaged = {**entries.problems, **keys.problems, **states.problems}
+    found.entries = {name.rpartition("/")[2]: entry for name, entry in entries.values.items()}
+    found.keys = keys.values
+    found.line_states = {
+        name.split("/")[1]: line_state for name, line_state in states.values.items()
+    }
+    kinds = ("audit", "blobs", "keys", "lines", "attempts", "turns", "gc", MARKER)
     found.unknown = [name for name in found.listed if name.split("/")[0] not in kinds]
-    for line, line_state in found.heads.items():
+    for line, line_state in found.line_states.items():
         found.trails[line] = _trail(found, objects, line_state)
-        found.refer(of_head(line_state))
+        found.refer(of_line_state(line_state))
         found.refer(of_acts(found.trails[line]))
-    for line in {entry.line for entry in found.entries.values()} - found.heads.keys():
+    for line in {entry.line for entry in found.entries.values()} - found.line_states.keys():
         found.damaged.setdefault(f"lines/{line}/head.json", "it is missing")
     _read_records(found, objects)
     _read_manifests(found, objects)
@@ -107,21 +111,21 @@ def take_inventory(objects: ObjectStore, progress: Progress = ignore) -> Invento
 
 
 def in_use(found: Inventory, objects: ObjectStore) -> set[str]:
-    """The names of all objects that something refers to, or that are kept whatever does.
+    """The names of all objects that something refers to, and of those that are never removed.
 
-    Whatever a head, a record or any audit entry holds that looks like a digest counts as a
-    reference, also in acts that are in no trail. A key is in use when its blob is. Where
-    something is damaged, what it would have named is not known.
+    Anything that looks like a digest in a line's state, a record or an audit entry counts as a
+    reference, even in acts that are in no trail. A key is in use if its blob is. The references
+    of damaged objects are unknown.
     """
-    named = mentioned(found)
+    named = mentioned_digests(found)
     used = {name for name in found.listed if not name.startswith(("blobs/", "keys/"))}
     addresses = {digest_bytes(each.encode()) for each in named if each.startswith(MLFLOW_SCHEMES)}
-    # What is being onboarded, or will be tried again, may ask for a mask that no act names yet.
+    # A model that is being onboarded may need a mask that no act refers to yet.
     waiting = any(
-        line_state.in_state("registered", "waiting") for line_state in found.heads.values()
+        line_state.in_state("registered", "waiting") for line_state in found.line_states.values()
     )
     manifests = {each.removeprefix(COPY_SCHEME) for each in named if each.startswith(COPY_SCHEME)}
-    # Those that are kept first: another key may name the same blob.
+    # Keys that are never removed come first: another key may name the same blob.
     for name, key in sorted(found.keys.items(), key=lambda item: _kind(item[0]) not in _KEPT_KEYS):
         kind, inputs = name.split("/")[1:3]
         if (
@@ -136,7 +140,7 @@ def in_use(found: Inventory, objects: ObjectStore) -> set[str]:
                 manifests.add(key.blob)
     for digest in manifests & {name.rpartition("/")[2] for name in found.listed}:
         with contextlib.suppress(Damage, ValueError):
-            named.update(named_in(json.loads(_manifest(found, objects, digest))))
+            named.update(digests_in(json.loads(_manifest(found, objects, digest))))
     return used | {f"blobs/{each}" for each in named if f"blobs/{each}" in found.listed}
 
 
@@ -144,20 +148,20 @@ def _kind(key: str) -> str:
     return key.split("/")[1]
 
 
-def mentioned(found: Inventory) -> set[str]:
-    """Every digest and address that stands in a head, a record or an act."""
+def mentioned_digests(found: Inventory) -> set[str]:
+    """Every digest and address in a line's state, a record or an act."""
     named: set[str] = set()
-    for values in (found.heads, found.entries, found.records):
+    for values in (found.line_states, found.entries, found.records):
         for each in values.values():
-            named.update(named_in(each.to_json()))
+            named.update(digests_in(each.to_json()))
     return named
 
 
 class _Outcome(NamedTuple, Generic[Read]):
-    """What could be read, by name, and what is wrong with the rest."""
+    """The values that could be read, and the problems of the others, by name."""
 
-    good: dict[str, Read]
-    wrong: dict[str, str]
+    values: dict[str, Read]
+    problems: dict[str, str]
 
 
 def _read_all(
@@ -179,9 +183,9 @@ def _read_all(
         for done, (name, found) in enumerate(zip(names, pool.map(read, names), strict=True), 1):
             progress(done, len(names))
             if isinstance(found, Damage):
-                outcome.wrong[name] = _said(found)
+                outcome.problems[name] = _problem(found)
             elif found is not None:
-                outcome.good[name] = found
+                outcome.values[name] = found
     return outcome
 
 
@@ -189,7 +193,7 @@ def _below(objects: ObjectStore, prefix: str) -> list[str]:
     return list(objects.store.list(prefix))
 
 
-def _heads(objects: ObjectStore) -> list[str]:
+def _state_names(objects: ObjectStore) -> list[str]:
     return [name for name in objects.store.list("lines") if name.endswith("/head.json")]
 
 
@@ -198,16 +202,16 @@ def _entry(data: bytes, name: str) -> Entry:
 
 
 def _trail(found: Inventory, objects: ObjectStore, line_state: LineState) -> list[Entry]:
-    """The acts that led to a head, newest first, up to the first that is damaged."""
+    """The acts that led to a line's state, newest first, up to the first damaged one."""
     trail: list[Entry] = []
     digest = line_state.entry
     while digest is not None:
         name = f"audit/{digest}"
         if digest not in found.entries and name not in found.damaged:
-            # One that was written since the entries were listed, or none.
+            # It may have been written since the entries were listed.
             late = _read_all(objects, [name], _entry)
-            found.damaged |= late.wrong or ({} if late.good else {name: "it is missing"})
-            for entry in late.good.values():
+            found.damaged |= late.problems or ({} if late.values else {name: "it is missing"})
+            for entry in late.values.values():
                 found.entries[digest] = entry
         if digest not in found.entries:
             break
@@ -217,33 +221,35 @@ def _trail(found: Inventory, objects: ObjectStore, line_state: LineState) -> lis
 
 
 def _read_records(found: Inventory, objects: ObjectStore) -> None:
-    """The records of all merged versions that a head has or an act has made."""
-    of_heads = {
-        digest for line_state in found.heads.values() for digest in line_state.versions.values()
+    """Read the records of all merged versions that a line's state or an act names."""
+    in_states = {
+        digest
+        for line_state in found.line_states.values()
+        for digest in line_state.versions.values()
     }
-    of_acts = {
+    in_acts = {
         str(value)
         for entry in found.entries.values()
         for pointer, value in entry.after.items()
         if pointer.startswith("/versions/") and pointer.count("/") == 2
     }
-    for digest in sorted(of_heads | of_acts):
+    for digest in sorted(in_states | in_acts):
         try:
             record = parsed(MergedRecord, objects.read_blob(digest), f"blobs/{digest}")
         except Damage as error:
-            # An act that lost its race may name what was never there.
-            if digest in of_heads or f"blobs/{digest}" in found.listed:
-                found.damaged[f"blobs/{digest}"] = _said(error)
+            # An act that lost its race may name a record that was never stored.
+            if digest in in_states or f"blobs/{digest}" in found.listed:
+                found.damaged[f"blobs/{digest}"] = _problem(error)
             continue
         found.records[digest] = record
-        if digest in of_heads:
+        if digest in in_states:
             found.refer(of_record(record))
 
 
 def _read_manifests(found: Inventory, objects: ObjectStore) -> None:
-    """The files of the models that heads name, whose copies are in the store."""
+    """Read the manifests of models whose copies are in the store."""
     manifests = [r for some in found.references.values() for r in some if r.role == "manifest"]
-    for line_state in found.heads.values():
+    for line_state in found.line_states.values():
         for task, number, model in _models(line_state):
             if model.model.uri.startswith(MLFLOW_SCHEMES):
                 key = found.keys.get(f"keys/source/{digest_bytes(model.model.uri.encode())}")
@@ -257,12 +263,12 @@ def _read_manifests(found: Inventory, objects: ObjectStore) -> None:
             data = _manifest(found, objects, manifest.digest)
             found.refer(list(of_manifest(data, manifest)))
         except (Damage, ValueError) as error:
-            text = _said(error) if isinstance(error, Damage) else "it is no list of files"
+            text = _problem(error) if isinstance(error, Damage) else "it is not a list of files"
             found.damaged[f"blobs/{manifest.digest}"] = text
 
 
 def _read_experts(found: Inventory, objects: ObjectStore) -> None:
-    """The parts of the specialists that versions keep."""
+    """Read the lists of the specialists that versions keep."""
     for name, key in found.keys.items():
         if _kind(name) != SPECIALISTS:
             continue
@@ -273,7 +279,9 @@ def _read_experts(found: Inventory, objects: ObjectStore) -> None:
         try:
             found.refer(list(of_experts(_manifest(found, objects, key.blob), one)))
         except (Damage, ValueError) as error:
-            text = _said(error) if isinstance(error, Damage) else "it is no list of specialists"
+            text = (
+                _problem(error) if isinstance(error, Damage) else "it is not a list of specialists"
+            )
             found.damaged[f"blobs/{key.blob}"] = text
 
 
@@ -287,8 +295,8 @@ def _manifest(found: Inventory, objects: ObjectStore, digest: str) -> bytes:
     return found.manifests[digest]
 
 
-def _said(error: Damage) -> str:
-    """What is wrong, in a few words: the object is named beside it."""
+def _problem(error: Damage) -> str:
+    """The problem in a few words, without the name of the object."""
     if error.found is not None and error.expected is not None and len(error.expected) == 64:
         return f"its bytes have the digest {error.found}"
     if "missing" in error.summary:

@@ -1,8 +1,7 @@
-"""Finetuned models that somebody registered in MLflow and not here.
+"""External models: finetuned models that a user or a training job registered in MLflow.
 
-A version of the registered model `<line>.<task>` that is the image of one of ours has our
-tag; any other was made by a training job or a person with MLflow's own client. Nothing is
-decided here: what becomes of such a version is for the flows to say.
+A version of the registered model `<line>.<task>` that projects one of our models has our tag;
+any other is external. The flows decide what to do with it.
 """
 
 import logging
@@ -12,10 +11,10 @@ from typing import Any
 
 from restitch.registry.ledger.line_state import MlflowVersion
 from restitch.registry.mlflow import projection
-from restitch.registry.mlflow.sync import Catalog, mlflow_explained
+from restitch.registry.mlflow.sync import MlflowProjection, mlflow_explained
 from restitch.registry.specs.task import NAME
 
-# How a training job says, on its version, what the task is: a path or the YAML itself.
+# The tag by which a training job describes the task: a path of a task file, or its YAML.
 TASK_TAG = "restitch.task"
 NOBODY = "mlflow"
 
@@ -23,15 +22,15 @@ log = logging.getLogger("restitch")
 
 
 @dataclass(frozen=True)
-class Foreign:
-    """A version that was made in MLflow alone.
+class ExternalModel:
+    """A version that was registered in MLflow only.
 
     Attributes:
-        task: the name behind the line's.
-        source: where its artifacts are, as whoever made it said.
-        actor: who that was, as far as MLflow knows.
-        described: its tag `restitch.task`.
-        image_of: the version of ours whose image it has become.
+        task: the part of the model's name after the line.
+        source: where its artifacts are, as MLflow records it.
+        actor: who registered it, as far as MLflow knows.
+        task_tag: its tag `restitch.task`.
+        own_version: the version of the task that it projects by now.
     """
 
     line: str
@@ -39,8 +38,8 @@ class Foreign:
     mlflow: MlflowVersion
     source: str
     actor: str
-    described: str | None
-    image_of: int | None
+    task_tag: str | None
+    own_version: int | None
 
     @property
     def uri(self) -> str:
@@ -48,99 +47,101 @@ class Foreign:
         return f"models:/{projection.model_name(self.line, self.task)}/{self.mlflow.number}"
 
 
-def foreign_versions(catalog: Catalog, line: str) -> list[Foreign]:
-    """All versions of a line's tasks that are not the image of one of ours, oldest first.
+def external_models_of(mlflow: MlflowProjection, line: str) -> list[ExternalModel]:
+    """All external versions of a line's tasks, oldest first.
 
     Raises:
         Unavailable: MLflow cannot be used.
     """
-    with mlflow_explained(catalog.home):
-        found = []
-        for version in _pages(catalog.client, f"name LIKE '{line}.%'"):
+    with mlflow_explained(mlflow.home):
+        models = []
+        for version in _pages(mlflow.client, f"name LIKE '{line}.%'"):
             task = _task(line, version.name)
             if task is not None and version.status == "READY" and not _is_ours(version):
-                found.append(_foreign(catalog.client, line, task, version))
-    return sorted(found, key=lambda f: (f.mlflow.created, f.task, f.mlflow.number))
+                models.append(_external(mlflow.client, line, task, version))
+    return sorted(models, key=lambda m: (m.mlflow.created, m.task, m.mlflow.number))
 
 
-def foreign_version(catalog: Catalog, line: str, task: str, number: int) -> Foreign | None:
-    """One version by its number, also when it has become the image of ours since.
+def external_model(
+    mlflow: MlflowProjection, line: str, task: str, number: int
+) -> ExternalModel | None:
+    """One version by its number, even if it projects one of our models by now.
 
     Raises:
         Unavailable: MLflow cannot be used.
     """
     from mlflow.exceptions import MlflowException
 
-    with mlflow_explained(catalog.home):
+    with mlflow_explained(mlflow.home):
         try:
             name = projection.model_name(line, task)
-            version = catalog.client.get_model_version(name, str(number))
+            version = mlflow.client.get_model_version(name, str(number))
         except MlflowException as error:
             if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                 return None
             raise
-        return _foreign(catalog.client, line, task, version)
+        return _external(mlflow.client, line, task, version)
 
 
-def holds_nothing(catalog: Catalog, foreign: Foreign) -> bool:
-    """Whether the place of a version's files answers that nothing is there.
+def has_no_files(mlflow: MlflowProjection, model: ExternalModel) -> bool:
+    """Return True if the artifact location of a version can be listed and is empty.
 
-    A download from a bucket fails alike where the bucket is away and where it holds nothing.
+    A download from a bucket fails alike if the bucket is unreachable and if it is empty.
     """
     from mlflow.artifacts import list_artifacts
 
-    name, number = projection.model_name(foreign.line, foreign.task), str(foreign.mlflow.number)
+    name, number = projection.model_name(model.line, model.task), str(model.mlflow.number)
     try:
-        place = catalog.client.get_model_version_download_uri(name, number)
-        return not list_artifacts(artifact_uri=place, tracking_uri=catalog.home.mlflow_uri)
-    except Exception as error:  # of whatever library that reads there: it has not answered
-        log.debug("%s: %s", foreign.uri, type(error).__name__)
+        place = mlflow.client.get_model_version_download_uri(name, number)
+        return not list_artifacts(artifact_uri=place, tracking_uri=mlflow.home.mlflow_uri)
+    except Exception as error:  # any library may read there: the location is unreachable
+        log.debug("%s: %s", model.uri, type(error).__name__)
         return False
 
 
-def link(catalog: Catalog, foreign: Foreign, version: int) -> None:
-    """Note on a version that these weights are there already, as another version's image.
+def link(mlflow: MlflowProjection, model: ExternalModel, version: int) -> None:
+    """Tag an external version whose weights another version of the task already has.
 
-    It gets no digest: the tags that make an image are on one version each.
+    It gets no digest tag: the tags that identify a projection are on one version each.
 
     Raises:
         Unavailable: MLflow cannot be used.
     """
-    name, number = projection.model_name(foreign.line, foreign.task), str(foreign.mlflow.number)
-    with mlflow_explained(catalog.home):
+    name, number = projection.model_name(model.line, model.task), str(model.mlflow.number)
+    with mlflow_explained(mlflow.home):
         reason = f"the same weights as version {version} of the task"
-        catalog.client.set_model_version_tag(name, number, projection.REASON_TAG, reason)
-        catalog.client.set_model_version_tag(name, number, projection.VERSION_TAG, str(version))
+        mlflow.client.set_model_version_tag(name, number, projection.REASON_TAG, reason)
+        mlflow.client.set_model_version_tag(name, number, projection.VERSION_TAG, str(version))
 
 
 def task_of(name: str) -> tuple[str, str] | None:
-    """Line and task of a registered model's name; None where it is none of a finetuned model."""
+    """Line and task of a registered model's name; None if it is not a finetuned model's."""
     line, dot, task = name.partition(".")
     return (line, task) if dot and NAME.match(line) and NAME.match(task) else None
 
 
 def _task(line: str, name: str) -> str | None:
-    found = task_of(name)  # in a pattern of LIKE, a line's `_` stands for any letter
-    return found[1] if found is not None and found[0] == line else None
+    parts = task_of(name)  # in a LIKE pattern, the `_` of a line matches any character
+    return parts[1] if parts is not None and parts[0] == line else None
 
 
 def _is_ours(version: Any) -> bool:
     return projection.VERSION_TAG in version.tags
 
 
-def _pages(client: Any, wanted: str) -> Iterator[Any]:
+def _pages(client: Any, query: str) -> Iterator[Any]:
     token: str | None = None
     while True:
-        page = client.search_model_versions(wanted, max_results=1000, page_token=token)
+        page = client.search_model_versions(query, max_results=1000, page_token=token)
         yield from page
         token = page.token
         if not token:
             return
 
 
-def _foreign(client: Any, line: str, task: str, version: Any) -> Foreign:
+def _external(client: Any, line: str, task: str, version: Any) -> ExternalModel:
     number = version.tags.get(projection.VERSION_TAG, "")
-    return Foreign(
+    return ExternalModel(
         line,
         task,
         MlflowVersion(number=int(version.version), created=int(version.creation_timestamp)),
@@ -152,7 +153,7 @@ def _foreign(client: Any, line: str, task: str, version: Any) -> Foreign:
 
 
 def _actor(client: Any, version: Any) -> str:
-    """Who made a version; MLflow's open server does not say, the run that it came from may."""
+    """The user who registered a version, or who made the run that it came from."""
     from mlflow.exceptions import MlflowException
 
     known = version.user_id or version.tags.get("mlflow.user")

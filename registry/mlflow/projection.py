@@ -1,7 +1,7 @@
-"""What MLflow shows of a line's acts and finetuned models: pure functions from records.
+"""The projection of a line's acts and finetuned models to MLflow: pure functions of records.
 
-Everything here is derived from the store and can be made again. `RunImage` and `VersionImage`
-say what is to be there, `restitch.registry.mlflow.writer` sees to it.
+Everything here is derived from the store and can be made again. A `RunProjection` or
+`VersionProjection` is the desired content, which `registry.mlflow.writer` writes.
 """
 
 import math
@@ -14,7 +14,7 @@ from restitch.registry.ledger.line_state import MlflowVersion, ModelVersion
 from restitch.registry.ledger.outcomes import merges_about, touched_merges, touched_models
 from restitch.registry.ledger.records import Entry
 
-# The tag that says of which object a run or a model version is the image.
+# The tag with the digest of the object that a run or a model version shows.
 DIGEST_TAG = "restitch.digest"
 VERSION_TAG = "restitch.version"
 STATE_TAG = "restitch.state"
@@ -23,17 +23,17 @@ ROLE_TAG = "restitch.role"
 
 _MAX_PARAM = 5_900  # MLflow cuts silently at 6,000
 MAX_TAG = 4_900  # and refuses longer ones
-# What MLflow's own pages show as name, description and "created by".
+# The tags that MLflow's pages show as name, description and "created by".
 NAME_TAG, NOTE_TAG, USER_TAG = "mlflow.runName", "mlflow.note.content", "mlflow.user"
 
 
 @dataclass(frozen=True)
-class DataImage:
+class DataProjection:
     """A data set that a run was measured on.
 
     Attributes:
-        name: of its task.
-        digest: as much of it as MLflow takes.
+        name: the task.
+        digest: cut to the length that MLflow accepts.
         source: an absolute path or a pinned hub id.
         context: the split.
     """
@@ -45,14 +45,14 @@ class DataImage:
 
 
 @dataclass(frozen=True)
-class RunImage:
-    """One run, complete.
+class RunProjection:
+    """The complete content of a run.
 
     Attributes:
         digest: of the object that it shows.
-        time: when it happened, in milliseconds.
-        tags: as it is made; what somebody changes later stays.
-        current: tags that are kept as they are here.
+        time: in milliseconds since the epoch.
+        tags: tags at creation; later changes by users stay.
+        current: tags that each repair sets to these values.
         step: of all metrics.
         inputs: the data sets that it was measured on.
         artifacts: contents by path.
@@ -65,19 +65,19 @@ class RunImage:
     metrics: dict[str, float] = field(default_factory=dict)
     step: int = 0
     current: dict[str, str] = field(default_factory=dict)
-    inputs: tuple[DataImage, ...] = ()
+    inputs: tuple[DataProjection, ...] = ()
     artifacts: dict[str, bytes] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class VersionImage:
-    """One version of a registered model, beside its source.
+class VersionProjection:
+    """The content of a version of a registered model, without its source.
 
     Attributes:
-        identity: the tags that make it this version; there is one with them or none.
+        identity: the tags that identify it; at most one version has them.
         tags: further tags, which may change.
-        opening: how the description begins whatever else it says; another one is somebody's own.
-        existing: the version that somebody made in MLflow and that becomes this one.
+        opening: the beginning of every description that we write; any other one is a user's.
+        existing: the version that a user registered in MLflow, which becomes this one.
     """
 
     name: str
@@ -89,22 +89,22 @@ class VersionImage:
 
 
 def experiment_name(line: str) -> str:
-    """Where the merged versions of a line are shown."""
+    """The experiment of a line's merged versions."""
     return line
 
 
 def audit_experiment_name(line: str) -> str:
-    """Where its acts are shown."""
+    """The experiment of its acts."""
     return f"{line}.audit"
 
 
 def models_experiment_name(line: str) -> str:
-    """Where the finetuned models that were registered are shown."""
+    """The experiment of its finetuned models."""
     return f"{line}.models"
 
 
 def history_experiment_name(line: str) -> str:
-    """Where one run has the metrics of all merged versions, so that charts show the line."""
+    """The experiment with one run that has the metrics of all merged versions, for charts."""
     return f"{line}.history"
 
 
@@ -113,7 +113,7 @@ def model_name(line: str, task: str | None = None) -> str:
     return line if task is None else f"{line}.{task}"
 
 
-def of_act(entry: Entry) -> RunImage:
+def project_act(entry: Entry) -> RunProjection:
     """The run of an act."""
     params = {
         "kind": entry.kind,
@@ -134,34 +134,34 @@ def of_act(entry: Entry) -> RunImage:
         NAME_TAG: f"{entry.sequence:04d} {entry.kind}",
         NOTE_TAG: f"{entry.kind} by {entry.actor}: {entry.reason}",
     }
-    searched = {
+    search_tags = {
         USER_TAG: entry.actor,
         "restitch.kind": entry.kind,
         "restitch.sequence": str(entry.sequence),
         "restitch.actor": entry.actor,
     }
     if models:
-        searched["restitch.task"] = ",".join(sorted({task for task, _ in models}))
+        search_tags["restitch.task"] = ",".join(sorted({task for task, _ in models}))
         params["models"] = ", ".join(f"{task} {version}" for task, version in models)
     merged = touched_merges(entry)
     if merged:
         params["version"] = ", ".join(map(str, merged))
     about = merges_about(entry)
-    if about:  # with commas around, so that LIKE '%,1,%' finds 1 and not 12
-        searched["restitch.versions"] = f",{','.join(map(str, about))},"
-    return RunImage(
+    if about:  # commas on both sides, so that LIKE '%,1,%' finds 1 and not 12
+        search_tags["restitch.versions"] = f",{','.join(map(str, about))},"
+    return RunProjection(
         digest=entry.digest,
         time=milliseconds(entry.time),
         tags=cut_tags(tags),
-        current=cut_tags(searched),
+        current=cut_tags(search_tags),
         params=cut_params(params),
         artifacts={"audit.json": entry.to_bytes()},
     )
 
 
-def of_model(
+def project_model(
     line: str, task: str, version: int, model: ModelVersion, base: str
-) -> tuple[RunImage, VersionImage]:
+) -> tuple[RunProjection, VersionProjection]:
     """The run and the registered version of a finetuned model."""
     ref = model.model
     digest = ref.weights
@@ -170,8 +170,8 @@ def of_model(
         for name, value in model.facts.to_json().items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
-    run = RunImage(
-        # The same weights may be registered for two tasks, or again after a retirement.
+    run = RunProjection(
+        # The same weights may be registered for two tasks, or again after they were retired.
         digest=f"{digest}.{task}.{version}",
         time=milliseconds(model.registered_at),
         tags=cut_tags(
@@ -194,12 +194,12 @@ def of_model(
         ),
         metrics=metrics,
         step=version,
-        artifacts={"restitch/object.json": stand_in(ref.uri, ref.weights, ref.size)},
+        artifacts={"restitch/object.json": placeholder(ref.uri, ref.weights, ref.size)},
     )
     tags = {STATE_TAG: model.state, REASON_TAG: model.reason or "", "restitch.base": base}
     if model.mask is not None and model.delta is not None:
         tags |= {"restitch.mask": model.mask, "restitch.delta": model.delta}
-    shown = VersionImage(
+    shown = VersionProjection(
         name=model_name(line, task),
         identity={DIGEST_TAG: digest, VERSION_TAG: str(version)},
         tags=cut_tags(tags),
@@ -212,13 +212,13 @@ def of_model(
 
 def _of_state(task: str, version: int, model: ModelVersion) -> str:
     meaning = {
-        "registered": "It was registered and not yet looked at.",
-        "waiting": "It waits for what it lacks.",
+        "registered": "It is registered and not yet validated.",
+        "waiting": "It waits for something that is missing.",
         "quarantined": "It cannot join the merged model.",
-        "ready": "It is localized and takes part in merges unless a newer one does.",
-        "held": "It is localized and kept out of the merged model by a gate.",
-        "replaced": "A newer model of the task took its place.",
-        "retired": "It was retired and takes part in no merge.",
+        "ready": "It is localized and takes part in merges, unless a newer version does.",
+        "held": "It is localized, but a gate keeps it out of the merged model.",
+        "replaced": "A newer model of the task has replaced it.",
+        "retired": "It is retired and takes part in no merge.",
     }
     text = f"{_opening(task, version)} {meaning[model.state]}"
     return f"{text} Reason: {model.reason}" if model.reason else text
@@ -228,35 +228,35 @@ def _opening(task: str, version: int) -> str:
     return f"Finetuned model {version} of task {task}."
 
 
-def stand_in(uri: str, digest: str, size: int) -> bytes:
-    """What lies in place of a model: MLflow's servers take no address of a store."""
+def placeholder(uri: str, digest: str, size: int) -> bytes:
+    """The small file in place of a model: MLflow servers accept no address of a store."""
     return canonical_json({"uri": uri, "digest": digest, "size": size})
 
 
 def as_text(value: Any) -> str:
-    """A param's text for a JSON value."""
+    """The text of a param for a JSON value."""
     if value is None:
         return "none"
     return value if isinstance(value, str) else canonical_json(value).decode()
 
 
 def cut_params(params: dict[str, str]) -> dict[str, str]:
-    """Params that MLflow takes whole."""
+    """Params cut to the length that MLflow accepts."""
     return {k: shortened(v, _MAX_PARAM) for k, v in params.items()}
 
 
 def shortened(text: str, limit: int) -> str:
-    """A text of at most so many characters."""
+    """A text cut to a number of characters."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
 def cut_tags(tags: dict[str, str]) -> dict[str, str]:
-    """Tags that MLflow takes."""
+    """Tags cut to the length that MLflow accepts."""
     return {k: shortened(v, MAX_TAG) for k, v in tags.items()}
 
 
 def milliseconds(time: str) -> int:
-    """MLflow's time for ours; 0 where there is none."""
+    """An ISO time in milliseconds since the epoch; 0 if it is not a time."""
     try:
         return int(datetime.fromisoformat(time).timestamp() * 1000)
     except ValueError:

@@ -1,7 +1,7 @@
-"""What MLflow shows of merged versions: each its run, and all of them in one run with charts.
+"""The projection of merged versions to MLflow: a run for each, and one run with all metrics.
 
-Pure functions of the record and of what became of the version. Names of metrics never change:
-charts over versions hang on them, and so do the tags that versions are searched by.
+Pure functions of a version's record and outcome. Names of metrics and of search tags never
+change, because charts and searches depend on them.
 """
 
 import math
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from restitch.merging.digests import canonical_json
-from restitch.registry.ledger.outcomes import Fate
+from restitch.registry.ledger.outcomes import Outcome
 from restitch.registry.ledger.records import DataUsed, Entry, MergedRecord
 from restitch.registry.mlflow.projection import (
     DIGEST_TAG,
@@ -21,16 +21,16 @@ from restitch.registry.mlflow.projection import (
     ROLE_TAG,
     USER_TAG,
     VERSION_TAG,
-    DataImage,
-    RunImage,
-    VersionImage,
+    DataProjection,
+    RunProjection,
+    VersionProjection,
     as_text,
     cut_params,
     cut_tags,
     milliseconds,
     model_name,
+    placeholder,
     shortened,
-    stand_in,
 )
 from restitch.registry.record import Interval
 
@@ -47,9 +47,9 @@ class Point:
     step: int
 
 
-def of_merged(
-    record: MergedRecord, files: dict[str, bytes], fate: Fate
-) -> tuple[RunImage, VersionImage]:
+def project_merged(
+    record: MergedRecord, files: dict[str, bytes], outcome: Outcome
+) -> tuple[RunProjection, VersionProjection]:
     """The run and the registered version of a merged version."""
     digest = record.digest
     method = record.recipe.get("method")
@@ -67,12 +67,12 @@ def of_merged(
         params |= {f"method.{k}": as_text(v) for k, v in sorted(settings.items())}
     for name, version in sorted(record.software.items()):
         params[f"software.{name}"] = version
-    description = f"{describe(record)} {fate.sentence}"
-    tags = _tags_of_merged(record, fate)
+    description = f"{describe(record)} {outcome.sentence}"
+    tags = _tags_of_merged(record, outcome)
     current = {NOTE_TAG: description, VERSION_TAG: str(record.version), **tags}
     if actor := _maker(record).get("actor"):
         current[USER_TAG] = str(actor)
-    run = RunImage(
+    run = RunProjection(
         digest=digest,
         time=milliseconds(record.created_at),
         tags=cut_tags({NAME_TAG: f"{record.line} {record.version}"}),
@@ -82,7 +82,7 @@ def of_merged(
         step=record.version,
         inputs=_inputs(record),
         artifacts={
-            "restitch/object.json": stand_in(
+            "restitch/object.json": placeholder(
                 f"blobs/{record.patch}", record.patch, record.patch_bytes
             ),
             "record.json": canonical_json(record.to_json()),
@@ -90,7 +90,7 @@ def of_merged(
             **files,
         },
     )
-    shown = VersionImage(
+    shown = VersionProjection(
         name=model_name(record.line),
         identity={DIGEST_TAG: digest, VERSION_TAG: str(record.version)},
         tags=cut_tags(tags),
@@ -100,27 +100,28 @@ def of_merged(
 
 
 def history_digest(line: str) -> str:
-    """What the run of a line's history is found by."""
+    """The digest tag of the run with a line's history."""
     return f"history.{line}"
 
 
-def of_history(line: str, began: str) -> RunImage:
-    """The run whose charts show a line over its versions; its points are added to it."""
-    return RunImage(
+def project_history(line: str, began: str) -> RunProjection:
+    """The run whose charts show a line over its versions; points are added as they come."""
+    return RunProjection(
         digest=history_digest(line),
         time=milliseconds(began),
         tags={
             NAME_TAG: f"history of {line}",
             NOTE_TAG: f"The measurements of all merged versions of line {line}. The step is the "
-            "version; of `champion`, the version in use or 0, it is the number of the act.",
+            "version number. `champion` is the version in use, or 0; its step is the number of "
+            "the act in the audit trail.",
         },
         params={"line": line},
     )
 
 
 def points_of(entry: Entry, made: Iterable[MergedRecord]) -> list[Point]:
-    """What an act adds to the history: its champion, and all of the versions that it made."""
-    found = [
+    """The points that an act adds to the history: the champion, and the versions it made."""
+    points = [
         Point(name, value, milliseconds(record.created_at), record.version)
         for record in made
         for name, value in sorted(metrics_of(record).items())
@@ -128,29 +129,29 @@ def points_of(entry: Entry, made: Iterable[MergedRecord]) -> list[Point]:
     before, after = entry.before.get("/champion"), entry.after.get("/champion")
     if "/champion" in entry.after and (before, after) != (None, None):
         value = after if isinstance(after, int) else 0
-        found.append(Point("champion", value, milliseconds(entry.time), entry.sequence))
-    return found
+        points.append(Point("champion", value, milliseconds(entry.time), entry.sequence))
+    return points
 
 
 def metrics_of(record: MergedRecord) -> dict[str, float]:
-    """The measurements of a merged version under the names of the design."""
-    found: dict[str, float | None] = {
+    """The metrics of a merged version by name."""
+    metrics: dict[str, float | None] = {
         "mean/accuracy": record.mean_accuracy,
         "mean/normalized": record.mean_normalized,
         "patch/bytes": float(record.patch_bytes),
         "patch/kept": float(record.kept),
         "members": float(len(record.members)),
     }
-    kept = record.retention
-    if kept is not None:
-        found |= {
-            f"retention/{name}": getattr(kept, name)
+    retention = record.retention
+    if retention is not None:
+        metrics |= {
+            f"retention/{name}": getattr(retention, name)
             for name in ("top1", "top5", "base_top1", "base_top5", "ratio")
         }
-        found |= _bounds("retention/", kept.interval)
-        found |= _bounds("retention/ratio_", kept.ratio_interval)
+        metrics |= _bounds("retention/", retention.interval)
+        metrics |= _bounds("retention/ratio_", retention.ratio_interval)
     for task, result in record.results.items():
-        found |= {
+        metrics |= {
             f"task/{task}/{result.metric}": result.merged,
             f"task/{task}/normalized": result.normalized,
             f"task/{task}/base": result.base,
@@ -160,27 +161,27 @@ def metrics_of(record: MergedRecord) -> dict[str, float]:
         }
     competed = record.facts.get("tournament")
     if isinstance(competed, dict):
-        found |= {
+        metrics |= {
             f"tournament/{_plain(one['label'])}": one["score"] for one in _contestants(competed)
         }
     if record.gates:
-        found["gates/failed"] = float(sum(not gate.passed for gate in record.gates))
-    found |= {f"seconds/{step}": seconds for step, seconds in record.timings.items()}
-    return {k: float(v) for k, v in found.items() if v is not None and math.isfinite(v)}
+        metrics["gates/failed"] = float(sum(not gate.passed for gate in record.gates))
+    metrics |= {f"seconds/{step}": seconds for step, seconds in record.timings.items()}
+    return {k: float(v) for k, v in metrics.items() if v is not None and math.isfinite(v)}
 
 
 def _contestants(tournament: dict[str, Any]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = tournament["contestants"]
-    return found
+    contestants: list[dict[str, Any]] = tournament["contestants"]
+    return contestants
 
 
 def _plain(label: str) -> str:
-    """A label with the characters alone that names of metrics may have."""
+    """A label without the characters that names of metrics may not have."""
     return re.sub(r"[^\w.\- ]", "", label)
 
 
 def describe(record: MergedRecord) -> str:
-    """Two sentences that say what a merged version is."""
+    """Describe a merged version in two sentences."""
     names = sorted(record.members)
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     method = _method(record.recipe.get("method"))
@@ -192,7 +193,9 @@ def describe(record: MergedRecord) -> str:
     if record.mean_accuracy is not None:
         facts.append(f"scores {record.mean_accuracy:.3f} on average over its tasks")
     if record.mean_normalized is not None:
-        facts.append(f"reaches {record.mean_normalized:.1%} of the finetuned models")
+        facts.append(
+            f"reaches {record.mean_normalized:.1%} of the accuracy of the finetuned models"
+        )
     if record.retention is not None:
         facts.append(f"keeps {record.retention.ratio:.1%} of the base's accuracy")
     if not facts:
@@ -201,10 +204,10 @@ def describe(record: MergedRecord) -> str:
     return f"{first} It {', '.join(some)}{' and ' if some else ''}{last}."
 
 
-def _tags_of_merged(record: MergedRecord, fate: Fate) -> dict[str, str]:
-    """What merged versions are searched by; the same on the run and on the model version."""
+def _tags_of_merged(record: MergedRecord, outcome: Outcome) -> dict[str, str]:
+    """The tags to search merged versions by, the same on the run and on the model version."""
     tags = {
-        ROLE_TAG: fate.role,
+        ROLE_TAG: outcome.role,
         "restitch.gates": "passed" if record.passed else "failed",
         "restitch.recipe": record.recipe_digest,
         "restitch.patch": record.patch,
@@ -220,16 +223,16 @@ def _maker(record: MergedRecord) -> dict[str, Any]:
     return record.made_by if isinstance(record.made_by, dict) else {}
 
 
-def _inputs(record: MergedRecord) -> tuple[DataImage, ...]:
+def _inputs(record: MergedRecord) -> tuple[DataProjection, ...]:
     used = [(task, result.data) for task, result in sorted(record.results.items())]
     if record.retention is not None:
         used.append((record.retention.task, record.retention.data))
-    # A benchmark may be a task of the line, too: the same rows are one input.
+    # The benchmark may also be a task of the line: the same rows are one input.
     return tuple(dict.fromkeys(_data(name, data) for name, data in used if data is not None))
 
 
-def _data(name: str, data: DataUsed) -> DataImage:
-    return DataImage(name, data.digest[:_MAX_DIGEST], data.path, data.split)
+def _data(name: str, data: DataUsed) -> DataProjection:
+    return DataProjection(name, data.digest[:_MAX_DIGEST], data.path, data.split)
 
 
 def _bounds(prefix: str, interval: Interval | None) -> dict[str, float | None]:

@@ -1,15 +1,13 @@
-"""The one owner of MLflow: the readable image of what the store holds.
+"""The projection of the ledger to MLflow, which only this module and `writer` write.
 
-MLflow is derived: whatever is missing there is completed from the ledger (`repair`), in an
-order in which it may be killed anywhere and run again. An experiment tag, written last,
-remembers up to which act the image is complete, which makes a repair with nothing to do cost a
-few queries. Credentials in an address never reach a message.
+`repair` completes whatever is missing in MLflow from the ledger. It may be killed at any point
+and run again. An experiment tag, written last, records up to which act the projection is
+complete, so that a repair with nothing to do costs a few queries. Credentials in an address
+never reach a message.
 """
 
 import contextlib
-import fcntl
 import logging
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -28,23 +26,23 @@ from restitch.registry.ledger.records import Entry
 from restitch.registry.mlflow import projection, projection_merged
 from restitch.registry.mlflow.writer import Writer
 from restitch.registry.redaction import without_credentials as without_credentials
-from restitch.registry.store.disk import explained
+from restitch.registry.store.disk import explained, locked
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _COMPLETE_TAG = "restitch.complete_to"
-_IMAGE_VERSION = "2"  # raised when images change, so that all are looked at again
+_PROJECTION_VERSION = "3"  # raised when projections change, so that all are written again
 
 # Further artifacts of a merged version's run, by path.
 Extras = Callable[[int], Mapping[str, bytes]]
 
 
-class Catalog:
-    """MLflow's view of the lines of a home.
+class MlflowProjection:
+    """The lines of a home in MLflow.
 
-    Nothing is imported or connected before the first call. Every method raises
-    `Unavailable` when MLflow cannot be used; the store is then as true as before.
+    MLflow is imported and connected at the first call. Every method raises `Unavailable` if
+    MLflow cannot be used; the store does not depend on it.
     """
 
     def __init__(self, home: Home) -> None:
@@ -52,7 +50,7 @@ class Catalog:
 
     @cached_property
     def client(self) -> "MlflowClient":
-        """MLflow's own client, for what this class does not do."""
+        """MLflow's own client."""
         with self._explained():
             return connect(self.home)
 
@@ -61,23 +59,23 @@ class Catalog:
         return Writer(self.client, self.home)
 
     def repair(self, ledger: Ledger, *, full: bool = False, extras: Extras | None = None) -> int:
-        """Complete the image of a line from its ledger.
+        """Complete the projection of a line from its ledger.
 
         Args:
             ledger: the line.
-            full: look at every act, not only at those since the last complete repair.
-            extras: artifacts for the run of a merged version; asked for every version that an
-                act which is looked at is about, and written over what is there.
+            full: process every act, not only those since the last complete repair.
+            extras: makes artifacts for the run of a merged version, which replace existing
+                ones; called for every version that a processed act is about.
 
         Returns:
-            How many acts were looked at.
+            The number of acts that were processed.
 
         Raises:
-            Unavailable: MLflow is away; what is missing is completed by the next repair.
+            Unavailable: MLflow cannot be reached; the next repair completes the rest.
             Damage: the audit trail or a record is damaged.
         """
         with self._explained(), self._alone():
-            line_state = ledger.state()  # not before the lock: an old one would turn aliases back
+            line_state = ledger.state()  # under the lock: an older state would move aliases back
             audit = self._writer.experiment(projection.audit_experiment_name(line_state.line))
             done = None if full else _completed(self.client.get_experiment(audit).tags)
             aliases = self._aliases(line_state)
@@ -86,7 +84,7 @@ class Catalog:
             trail = ledger.entries()
             pending = _since(trail, line_state, done)
             for entry in reversed(pending):
-                self._writer.write_run(audit, projection.of_act(entry))
+                self._writer.write_run(audit, projection.project_act(entry))
             self._show_models(line_state, pending)
             self._show_merged(ledger, line_state, pending, trail, extras)
             self._show_history(ledger, line_state, done, pending, full=full)
@@ -105,20 +103,20 @@ class Catalog:
         metrics: Mapping[str, float],
         artifacts: Mapping[str, bytes],
     ) -> str:
-        """Show a study of a line, such as a comparison of methods, as a run; returns its id.
+        """Write a study of a line, such as a comparison of methods, as a run; returns its id.
 
         Args:
             line: the line.
-            name: of the run.
-            digest: of what was found; the same study is shown once.
-            by: who made it.
+            name: the name of the run.
+            digest: the digest of the results; the same study is written once.
+            by: the user who made it.
             params: any JSON values.
             metrics: by name.
             artifacts: contents by path.
         """
         with self._explained(), self._alone():
             experiment = self._writer.experiment(f"{line}.studies")
-            run = projection.RunImage(
+            run = projection.RunProjection(
                 digest=digest,
                 time=int(time.time() * 1000),
                 tags={projection.NAME_TAG: name, projection.USER_TAG: by},
@@ -129,7 +127,7 @@ class Catalog:
             return self._writer.write_run(experiment, run)
 
     def acts_shown(self, line: str) -> dict[str, str]:
-        """The digests of the audit entries that MLflow shows of a line, with the runs' names."""
+        """The digests of a line's audit entries in MLflow, with the names of their runs."""
         with self._explained():
             experiment = self.client.get_experiment_by_name(projection.audit_experiment_name(line))
             shown: dict[str, str] = {}
@@ -147,12 +145,12 @@ class Catalog:
             return shown
 
     def copy_of(self, line: str, digest: str) -> bytes | None:
-        """The bytes of an act or of a version's record that MLflow has kept, whatever they say.
+        """The bytes of an act or of a version's record from MLflow; None if it has none.
 
-        They are the caller's to compare with the digest.
+        The caller must compare them with the digest.
 
         Raises:
-            Unavailable: MLflow is away.
+            Unavailable: MLflow cannot be reached.
         """
         places = (
             (projection.audit_experiment_name(line), "audit.json"),
@@ -173,39 +171,41 @@ class Catalog:
         return None
 
     def differences(self, ledger: Ledger) -> tuple[str, ...]:
-        """What MLflow shows otherwise than the line is, where its image should be complete.
+        """The differences between MLflow and the ledger; none while MLflow is behind.
 
         Raises:
-            Unavailable: MLflow is away.
+            Unavailable: MLflow cannot be reached.
         """
         with self._explained():
             line_state = ledger.state()
             name = projection.audit_experiment_name(line_state.line)
             audit = self.client.get_experiment_by_name(name)
             if audit is None or _completed(audit.tags) != line_state.entry:
-                return ()  # it is behind, and the next remerge completes it
-            wrong = []
+                return ()  # the next remerge completes it
+            problems = []
             aliases = self._aliases(line_state)
             if aliases is None:
-                return (f"the registered model {projection.model_name(line_state.line)} is gone",)
+                return (
+                    f"the registered model {projection.model_name(line_state.line)} is missing",
+                )
             for alias in ("champion", "candidate"):
                 version = getattr(line_state, alias)
                 shown = self._shown(line_state, aliases.get(alias))
                 if shown != version:
-                    wrong.append(
+                    problems.append(
                         f"the alias {alias} is on {_version(shown)}, not {_version(version)}"
                     )
             for number, record in sorted(line_state.versions.items()):
                 identity = {projection.DIGEST_TAG: record, projection.VERSION_TAG: str(number)}
                 if not self._writer.versions(projection.model_name(line_state.line), identity):
-                    wrong.append(f"version {number} is not there")
+                    problems.append(f"version {number} is missing")
         shown_acts = self.acts_shown(line_state.line)
         missing = [entry for entry in ledger.entries() if entry.digest not in shown_acts]
-        wrong += [f"act {entry.sequence} ({entry.kind}) is not there" for entry in missing]
-        return tuple(wrong)
+        problems += [f"act {entry.sequence} ({entry.kind}) is missing" for entry in missing]
+        return tuple(problems)
 
     def _shown(self, line_state: LineState, number: int | None) -> int | None:
-        """The version of ours that a version of MLflow's shows; -1 for another one."""
+        """The merged version that a version in MLflow shows; -1 if it shows none."""
         if number is None:
             return None
         found = self.client.get_model_version(projection.model_name(line_state.line), str(number))
@@ -216,7 +216,7 @@ class Catalog:
 
     @contextlib.contextmanager
     def _artifact(self, run: str, name: str) -> Iterator[Path | None]:
-        """A run's artifact as a file; None where it has none."""
+        """A run's artifact as a file; None if it has none."""
         from mlflow.exceptions import MlflowException
 
         self.home.scratch.mkdir(parents=True, exist_ok=True)
@@ -228,7 +228,7 @@ class Catalog:
             yield path
 
     def _show_models(self, line_state: LineState, pending: Iterable[Entry]) -> None:
-        """The finetuned models that acts are about, in their present state."""
+        """Write the finetuned models that acts are about, in their present state."""
         for task, version in sorted(
             {m for entry in pending for m in outcomes.touched_models(entry)}
         ):
@@ -236,7 +236,7 @@ class Catalog:
                 line_state.tasks[task].versions.get(version) if task in line_state.tasks else None
             )
             if model is not None:
-                run, shown = projection.of_model(
+                run, shown = projection.project_model(
                     line_state.line, task, version, model, line_state.base.weights
                 )
                 experiment = self._writer.experiment(
@@ -252,7 +252,7 @@ class Catalog:
         older: Iterable[Entry],
         extras: Extras | None,
     ) -> None:
-        """The merged versions that acts are about, with what became of them."""
+        """Write the merged versions that acts are about, with their outcomes."""
         about = {
             v for entry in pending for v in outcomes.merges_about(entry) if v in line_state.versions
         }
@@ -260,8 +260,8 @@ class Catalog:
         for version in sorted(moves):
             record, read = ledger.merged(version), ledger.objects.read_blob
             files = {name: read(blob) for name, blob in record.files.items()}
-            fate = outcomes.fate_of(record, moves[version])
-            run, shown = projection_merged.of_merged(record, files, fate)
+            outcome = outcomes.outcome_of(record, moves[version])
+            run, shown = projection_merged.project_merged(record, files, outcome)
             experiment = self._writer.experiment(projection.experiment_name(line_state.line))
             run_id = self._writer.write_run(experiment, run)
             self._writer.write_version(shown, run_id)
@@ -277,16 +277,16 @@ class Catalog:
         *,
         full: bool,
     ) -> None:
-        """The run that has the metrics of all versions; it remembers itself how far it is."""
+        """Write the run with the metrics of all versions; its own tag says how far it is."""
         name = projection.history_experiment_name(line_state.line)
         experiment = self._writer.experiment(name)
         found = self._writer.runs(experiment, projection_merged.history_digest(line_state.line))
         complete = _completed(found[0].data.tags) if len(found) == 1 and not full else None
-        if complete != done:  # it was deleted, or a repair was killed in between
+        if complete != done:  # it was deleted, or a repair was killed
             pending = _since(ledger.entries(), line_state, complete)
         if not pending:
             return
-        run = projection_merged.of_history(line_state.line, pending[-1].time)
+        run = projection_merged.project_history(line_state.line, pending[-1].time)
         run_id = self._writer.write_run(experiment, run)
         points = [
             point
@@ -299,7 +299,7 @@ class Catalog:
         self.client.set_tag(run_id, _COMPLETE_TAG, _complete(line_state))
 
     def _aliases(self, line_state: LineState) -> dict[str, int] | None:
-        """The aliases of the line's model; None where it should have versions and is gone."""
+        """The aliases of the line's model; None if it has versions and is missing."""
         from mlflow.exceptions import MlflowException
 
         if not line_state.versions:
@@ -331,25 +331,22 @@ class Catalog:
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:
-        """Keep the workers of one host from searching and creating at the same time."""
+        """Let one worker of this host at a time search and create."""
         path = self.home.root / "mlflow.lock"
         with explained(path, "write"):
             self.home.root.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            path.touch()
+        with locked(path):
             yield
-        finally:
-            os.close(descriptor)
 
     def _explained(self) -> AbstractContextManager[None]:
         return mlflow_explained(self.home)
 
 
 def _completed(tags: Mapping[str, str]) -> str | None:
-    """The act up to which an image is complete, as its tags say."""
+    """The act up to which a projection is complete, from its tags."""
     version, _, entry = tags.get(_COMPLETE_TAG, "").partition(":")
-    return entry if version == _IMAGE_VERSION else None
+    return entry if version == _PROJECTION_VERSION else None
 
 
 def _version(number: int | None) -> str:
@@ -357,21 +354,21 @@ def _version(number: int | None) -> str:
 
 
 def _complete(line_state: LineState) -> str:
-    return f"{_IMAGE_VERSION}:{line_state.entry}"
+    return f"{_PROJECTION_VERSION}:{line_state.entry}"
 
 
 def _since(
     newest_first: Iterator[Entry], line_state: LineState, complete_to: str | None
 ) -> list[Entry]:
-    """The acts after one; those before it are left in the iterator."""
+    """The acts after the last complete one; the rest stays in the iterator."""
     if line_state.entry == complete_to:
         return []
-    found = []
+    pending = []
     for entry in newest_first:
-        found.append(entry)
+        pending.append(entry)
         if entry.previous is not None and entry.previous == complete_to:
             break
-    return found
+    return pending
 
 
 @contextlib.contextmanager
@@ -379,12 +376,12 @@ def mlflow_explained(home: Home, missing: str | None = None) -> Iterator[None]:
     """Turn MLflow's failures into errors that say what to do.
 
     Args:
-        home: whose MLflow it is.
-        missing: what to say when MLflow answers that something is not there.
+        home: the home of this MLflow.
+        missing: the message if MLflow answers that something does not exist.
 
     Raises:
-        BadInput: something is not there, and `missing` was given.
-        Unavailable: MLflow cannot be used now.
+        BadInput: something does not exist, and `missing` was given.
+        Unavailable: MLflow cannot be used.
     """
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
@@ -400,20 +397,20 @@ def mlflow_explained(home: Home, missing: str | None = None) -> Iterator[None]:
         raise Unavailable(
             f"MLflow at {without_credentials(home.mlflow_uri)} cannot be used",
             found=first,
-            hint="check MLFLOW_TRACKING_URI and that the server runs; the store is complete, "
-            "and the next remerge completes MLflow",
+            hint="check MLFLOW_TRACKING_URI and that the server is running; the store is complete, "
+            "and the next remerge updates MLflow",
         ) from None
 
 
 def run_address(server: str, experiment: str, run: str) -> str:
-    """Where a browser shows a run; the page would otherwise open for another kind of work."""
+    """The address of a run's page, in the view for machine learning."""
     place = f"#/experiments/{experiment}/runs/{run}?workflowType=machine_learning"
     return f"{without_credentials(server).rstrip('/')}/{place}"
 
 
 def connect(home: Home) -> "MlflowClient":
-    """MLflow's client for a home; nothing global in the process is set."""
-    # The first connection migrates a new database and would tell every step of it.
+    """MLflow's client for a home; sets nothing global in the process."""
+    # The first connection migrates a new database, and would log every step.
     for name in ("alembic", "mlflow.store.db.utils"):
         logging.getLogger(name).setLevel(logging.WARNING)
     import mlflow
@@ -426,12 +423,12 @@ def connect(home: Home) -> "MlflowClient":
 
 @lru_cache(maxsize=8)
 def _check_database(uri: str) -> None:
-    """Ask a database that is used without a server once: MLflow would ask for an hour."""
+    """Try a database that is used without a server: MLflow itself retries for an hour."""
     if not uri.startswith("postgresql"):
         return
     from sqlalchemy import create_engine
 
-    with contextlib.suppress(ImportError):  # no driver, which MLflow explains itself
+    with contextlib.suppress(ImportError):  # MLflow explains a missing driver
         engine = create_engine(uri, connect_args={"connect_timeout": 10})
         try:
             engine.connect().close()

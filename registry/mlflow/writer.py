@@ -1,8 +1,8 @@
-"""Runs and model versions in MLflow: each there once, whole, and as its image says.
+"""Writes runs and model versions to MLflow, each once and completely.
 
-Nothing is created before a search by the digest in a tag has not found it, and writing the
-same once more changes nothing: calls may be repeated, killed in between, or made by two
-workers. A run is finished last, so one that is not is written again.
+Nothing is created before a search for its digest tag, and writing the same content again
+changes nothing: calls may be repeated, killed, or made by two workers at once. A run is
+finished last; an unfinished one is written again.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import DatasetInput
 
-# What MLflow takes in one request.
+# The most that MLflow accepts in one request.
 _MOST_METRICS, _MOST_TEXTS = 1000, 100
 
 
 class Writer:
-    """Writes images by MLflow's client; whatever it raises is the caller's to explain."""
+    """Writes projections by MLflow's client; the caller explains its errors."""
 
     def __init__(self, client: "MlflowClient", home: Home) -> None:
         self.client = client
@@ -34,8 +34,8 @@ class Writer:
         self._experiments: dict[str, str] = {}
         self.models: set[str] = set()
 
-    def write_run(self, experiment: str, run: projection.RunImage) -> str:
-        """Show a run; returns its id."""
+    def write_run(self, experiment: str, run: projection.RunProjection) -> str:
+        """Write a run; returns its id."""
         found = self.runs(experiment, run.digest)
         if found:
             first, *others = found
@@ -59,7 +59,7 @@ class Writer:
         return run_id
 
     def write_points(self, run_id: str, points: Sequence[Point]) -> None:
-        """Add values of metrics to a run; those that it has already change nothing."""
+        """Add values of metrics to a run; existing ones change nothing."""
         from mlflow.entities import Metric
 
         metrics = [Metric(p.metric, p.value, p.time, p.step) for p in points]
@@ -67,7 +67,7 @@ class Writer:
             self.client.log_batch(run_id, metrics=metrics[some : some + _MOST_METRICS])
 
     def write_artifacts(self, run_id: str, artifacts: Mapping[str, bytes]) -> None:
-        """Write or overwrite artifacts of a run."""
+        """Write artifacts of a run, replacing existing ones."""
         if not artifacts:
             return
         self.home.scratch.mkdir(parents=True, exist_ok=True)
@@ -78,13 +78,13 @@ class Writer:
                 path.write_bytes(data)
             self.client.log_artifacts(run_id, folder)
 
-    def write_version(self, version: projection.VersionImage, run_id: str) -> None:
-        """Show a version of a registered model."""
+    def write_version(self, version: projection.VersionProjection, run_id: str) -> None:
+        """Write a version of a registered model."""
         found = self.versions(version.name, version.identity)
         if version.existing is not None:
             number = version.existing.number
-            # A version that somebody made is never the one that is removed as a double.
-            found = sorted(found, key=lambda v: int(v.version) != number) or self._taken(version)
+            # The version of a user comes first, so that it is not removed as a duplicate.
+            found = sorted(found, key=lambda v: int(v.version) != number) or self._adopted(version)
         if not found:
             self._make_model(version.name)
             self.client.create_model_version(
@@ -104,28 +104,28 @@ class Writer:
                 self.client.set_model_version_tag(version.name, str(first.version), key, value)
         own = version.existing is not None and first.description
         if own and not first.description.startswith(version.opening):
-            return  # what somebody wrote there themselves stays
+            return  # a description that a user wrote stays
         if first.description != version.description:
             self.client.update_model_version(version.name, str(first.version), version.description)
 
     def runs(self, experiment: str, digest: str) -> list[Any]:
-        """The runs that show an object; more than one where two workers were at it."""
+        """The runs that show an object; more than one if two workers created it at once."""
         runs = self.client.search_runs(
             [experiment],
             f"tags.`{projection.DIGEST_TAG}` = '{digest}'",
             max_results=10,
         )
-        # The same first one for everybody, and never an unfinished one before a finished.
+        # Every worker gets the same first one, a finished one if there is any.
         return sorted(runs, key=lambda r: (r.info.status != "FINISHED", r.info.run_id))
 
     def versions(self, name: str, identity: Mapping[str, str]) -> list[Any]:
         """The versions of a registered model that show an object."""
-        wanted = [f"name = '{name}'", *(f"tags.`{k}` = '{v}'" for k, v in identity.items())]
-        found = self.client.search_model_versions(" and ".join(wanted), max_results=10)
-        return sorted(found, key=lambda v: int(v.version))
+        terms = [f"name = '{name}'", *(f"tags.`{k}` = '{v}'" for k, v in identity.items())]
+        versions = self.client.search_model_versions(" and ".join(terms), max_results=10)
+        return sorted(versions, key=lambda v: int(v.version))
 
     def experiment(self, name: str) -> str:
-        """The id of an experiment, which is made or restored where it is missing."""
+        """The id of an experiment, which is created or restored if necessary."""
         from mlflow.exceptions import MlflowException
 
         if name in self._experiments:
@@ -133,13 +133,16 @@ class Writer:
         found = self.client.get_experiment_by_name(name)
         if found is None:
             location = self.home.mlartifacts / name if self.home.owns_mlflow else None
-            with contextlib.suppress(MlflowException):  # another worker makes it now
+            with contextlib.suppress(MlflowException):  # another worker creates it now
                 self.client.create_experiment(
                     name, artifact_location=None if location is None else location.as_uri()
                 )
             found = self.client.get_experiment_by_name(name)
         if found is None:
-            raise Unavailable(f"MLflow has no experiment {name} and does not make it")
+            raise Unavailable(
+                f"MLflow did not create the experiment {name}",
+                hint="look at the log of the MLflow server",
+            )
         if found.lifecycle_stage == "deleted":
             self.client.restore_experiment(found.experiment_id)
         self._experiments[name] = str(found.experiment_id)
@@ -164,7 +167,7 @@ class Writer:
                 tags=[text for text in part if isinstance(text, RunTag)],
             )
 
-    def _input(self, data: projection.DataImage) -> "DatasetInput":
+    def _input(self, data: projection.DataProjection) -> "DatasetInput":
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         if data.source.startswith("/"):
@@ -175,8 +178,8 @@ class Writer:
         shown = Dataset(data.name, data.digest, kind, json.dumps(source))
         return DatasetInput(shown, [InputTag("mlflow.data.context", data.context)])
 
-    def _taken(self, version: projection.VersionImage) -> list[Any]:
-        """The version that was made in MLflow alone, from now on the image of ours."""
+    def _adopted(self, version: projection.VersionProjection) -> list[Any]:
+        """The version that a user registered in MLflow, now tagged as ours."""
         from mlflow.exceptions import MlflowException
 
         assert version.existing is not None
@@ -206,8 +209,8 @@ class Writer:
         self.models.add(name)
 
 
-def _is_whole(found: Any, run: projection.RunImage) -> bool:
-    """Whether a run was finished with all that its image has now."""
+def _is_whole(found: Any, run: projection.RunProjection) -> bool:
+    """True if a run is finished and has all metrics and inputs of its projection."""
     inputs = {(one.dataset.name, one.dataset.digest) for one in found.inputs.dataset_inputs}
     return (
         found.info.status == "FINISHED"

@@ -1,8 +1,7 @@
-"""The connection to an S3 server: its address, its client, and what its errors mean.
+"""The connection to an S3 server: addresses, the client, and explained errors.
 
-The server and the credentials are boto3's to find in the environment (`AWS_ENDPOINT_URL`,
-`AWS_ACCESS_KEY_ID`, ...), and none of them is ever part of a message. boto3 is imported
-when it is needed.
+boto3 finds the server and the credentials in the environment (`AWS_ENDPOINT_URL`,
+`AWS_ACCESS_KEY_ID`, ...); no message repeats them. boto3 is imported when it is needed.
 """
 
 import contextlib
@@ -18,7 +17,7 @@ from restitch.registry.store.base import check_name
 BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]\Z")
 _LONGEST_PREFIX = 100  # a key has at most 1024 bytes, and a name 900
 
-# For one attempt; `restitch.registry.s3.retries` says how many there are.
+# In seconds, for one attempt; `s3.retries` makes several.
 _CONNECT_TIMEOUT, _READ_TIMEOUT = 4, 10
 
 NOT_ALLOWED = ("AccessDenied", "AllAccessDisabled", "AccountProblem", "403", "Forbidden")
@@ -36,34 +35,34 @@ _making = threading.Lock()
 
 
 class MangledError(Exception):
-    """A body that was cut on its way, or that comes too slowly to wait for."""
+    """A body that was cut on its way, or that arrives too slowly."""
 
 
 class AlteredError(MangledError):
-    """A body that is whole and not what was stored."""
+    """A complete body that is not what was stored."""
 
 
 def parse_address(address: str) -> tuple[str, str]:
     """The bucket and the prefix of `s3://bucket/prefix`.
 
     Raises:
-        BadInput: it is not of this form; the message does not repeat it.
+        BadInput: it has another form; the message does not repeat it.
     """
     bucket, _, prefix = address.removeprefix("s3://").partition("/")
     prefix = prefix.rstrip("/")
     if not address.startswith("s3://") or not BUCKET.match(bucket):
-        raise _bad_address("something else in the place of the bucket")
+        raise _bad_address("an invalid bucket name")
     if not prefix or len(prefix) > _LONGEST_PREFIX:
         raise _bad_address("no prefix" if not prefix else f"a prefix of {len(prefix)} characters")
     try:
         return bucket, check_name(prefix)
     except BadInput:
-        raise _bad_address("something else in the place of the prefix") from None
+        raise _bad_address("an invalid prefix") from None
 
 
 def _bad_address(found: str) -> BadInput:
     return BadInput(
-        "the address of the store is not one",
+        "the address of the store is not valid",
         expected="s3://bucket/prefix of letters, digits, '-', '_' and '.'",
         found=found,
         hint="set RESTITCH_STORE to s3://bucket/prefix; the server goes into AWS_ENDPOINT_URL "
@@ -72,12 +71,12 @@ def _bad_address(found: str) -> BadInput:
 
 
 def client() -> Any:
-    """This process's client for the server and the credentials that the environment names now.
+    """The client of this process for the server and credentials in its environment.
 
     Raises:
-        BadInput: the address of the server is not one.
+        BadInput: the address of the server is not valid.
     """
-    # A forked process must not share its parent's connections: it would get its answers.
+    # A forked process must not share the connections of its parent.
     settings = ((name, value) for name, value in os.environ.items() if name.startswith("AWS_"))
     key = (os.getpid(), *sorted(settings))
     with _making:
@@ -96,29 +95,29 @@ def _connect() -> Any:
         read_timeout=_READ_TIMEOUT,
         retries={"mode": "standard", "total_max_attempts": 1},
         max_pool_connections=32,
-        # The checksums are ours: plain headers, which a server that knows none can ignore.
+        # We send checksums ourselves, as headers that any server may ignore.
         request_checksum_calculation="when_required",
         response_checksum_validation="when_required",
         s3={"payload_signing_enabled": True},
     )
     try:
-        # A session of its own: boto3's global one is not made for threads.
+        # A separate session: boto3's global one is not thread-safe.
         return boto3.session.Session().client("s3", config=settings)
     except ValueError:
         raise BadInput(
-            "AWS_ENDPOINT_URL is not the address of a server",
+            "AWS_ENDPOINT_URL is not a valid address of a server",
             expected="http://host:port or https://host",
             hint="correct or unset it",
         ) from None
 
 
 @contextlib.contextmanager
-def s3_explained(place: str, doing: str) -> Iterator[None]:
+def s3_errors(place: str, doing: str) -> Iterator[None]:
     """Turn what boto3 raises into errors that say what to do.
 
     Raises:
-        Damage: what comes is not what was stored.
-        Unavailable: the server is away or refuses.
+        Damage: the content is not what was stored.
+        Unavailable: the server is unreachable or refuses the call.
     """
     from botocore import exceptions, parsers
 
@@ -139,7 +138,7 @@ def s3_explained(place: str, doing: str) -> Iterator[None]:
             f"cannot {doing}: the content at {place} is damaged",
             expected="the content that was written",
             found=str(error),
-            hint="restore it from a backup, or remove it: what can be made again then is",
+            hint="run `restitch verify --repair`; restore what it cannot repair from a backup",
         ) from None
     except (exceptions.BotoCoreError, parsers.ResponseParserError, MangledError) as error:
         # Not chained and not quoted: its text may hold an address with a password.
@@ -152,7 +151,7 @@ def s3_explained(place: str, doing: str) -> Iterator[None]:
 
 def _refuse(place: str, doing: str, code: str, status: int) -> NoReturn:
     if code == "NoSuchBucket":
-        hint = f"make the bucket of {place}, or set RESTITCH_STORE to one that there is"
+        hint = f"create the bucket of {place}, or set RESTITCH_STORE to another one"
     elif code in _UNKNOWN:
         hint = f"the server does not accept the credentials: {_CREDENTIALS}"
     elif code in NOT_ALLOWED or status in (401, 403):
@@ -160,16 +159,16 @@ def _refuse(place: str, doing: str, code: str, status: int) -> NoReturn:
             f"give these credentials the right to list, read and write {place}, or {_CREDENTIALS}"
         )
     else:
-        hint = "run the same command again; if it stays, look at the server's log"
+        hint = "run the same command again; if it fails again, look at the server's log"
     raise Unavailable(
-        f"cannot {doing}: the server of {place} refuses",
+        f"cannot {doing}: the server of {place} refuses the call",
         found=f"{code} (HTTP {status})",
         hint=hint,
     ) from None
 
 
 def code_of(error: Any) -> str:
-    """The name of a server's refusal."""
+    """The error code of a server's refusal."""
     return str(error.response.get("Error", {}).get("Code", "unknown"))
 
 

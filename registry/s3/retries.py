@@ -1,9 +1,10 @@
-"""How often a call to an S3 server is repeated, and until when: all of it is decided here.
+"""Retries of calls to an S3 server.
 
-boto3's own repetitions are off. What a network or a server under load does (an error 5xx, a
-connection that ends, a body that is cut, altered or endless) is tried again after a random
-wait that grows; what a server decides is not. A call that does not get through is the last
-error, which `restitch.registry.s3.client.s3_explained` explains.
+boto3's own retries are off, because they cover neither the body of an answer nor requests that
+were altered on their way. Faults of the network or of a server under load (an error 5xx, a
+closed connection, a body that is cut, altered or endless) are retried after a random, growing
+pause; a server's decision is not. The last error is raised, and `s3.client.s3_errors` explains
+it.
 """
 
 import random
@@ -16,22 +17,22 @@ from restitch.registry.s3.client import AlteredError, MangledError, code_of, sta
 
 Result = TypeVar("Result")
 
-# A server that refuses connections is known to be away after some seconds; one that fails
-# every third call is got through to. What is altered again and again is so at the server.
-# No attempt begins after the deadline.
+# An unreachable server is reported after a few seconds, while a server that fails every third call
+# is still used. Content that is altered every time is damaged at the server. No attempt begins
+# after the deadline, in seconds.
 ATTEMPTS = 8
 ATTEMPTS_UNREACHABLE = ATTEMPTS_ALTERED = 4
 DEADLINE = 30.0
 _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
 
-# A body that comes more slowly than this, in bytes a second, is taken for endless.
+# A body that arrives more slowly than this, in bytes per second, counts as endless.
 SLOWEST = 128 << 10
 _GRACE = 15.0
 
 _BUSY = (429, 500, 502, 503, 504)
 
-# Refusals that say nothing about the call: it was cut or altered on the way, or is early.
-_ON_THE_WAY = {
+# Refusals of calls that were cut or altered on their way, or came too early.
+_TRANSIENT = {
     *("RequestTimeout", "RequestTimeTooSkewed", "SlowDown", "Throttling", "ThrottlingException"),
     *("TooManyRequests", "InternalError", "ServiceUnavailable", "BadDigest", "IncompleteBody"),
     *("XAmzContentSHA256Mismatch", "XAmzContentChecksumMismatch", "OperationAborted"),
@@ -39,15 +40,15 @@ _ON_THE_WAY = {
 
 
 def with_retries(call: Callable[[], Result], size: int = 0) -> Result:
-    """Make a call, again and again while a repetition may help.
+    """Make a call, and repeat it while that may help.
 
     Args:
-        call: what to do; it must be fit to be repeated.
+        call: the call, which must be safe to repeat.
         size: the bytes that it moves, for which it gets more time.
 
     Raises:
-        BotoCoreError, ClientError, MangledError: the last attempt's. Its cause is the failure
-            before it, where there was one: that attempt may have done what this one was refused.
+        BotoCoreError, ClientError, MangledError: the error of the last attempt. Its cause is
+            the failure before it, if any: that attempt may have taken effect.
     """
     from botocore import exceptions, parsers
 
@@ -56,30 +57,29 @@ def with_retries(call: Callable[[], Result], size: int = 0) -> Result:
         *(parsers.ResponseParserError, MangledError),
     )
     ends = time.monotonic() + DEADLINE + size / SLOWEST
-    attempt, before = 0, None
-    # By how often a call is made that ends so: what is altered once, after the network failed
-    # a few times, is not yet altered again and again.
-    ended: Counter[int] = Counter()
+    attempt, previous = 0, None
+    # Failures by their limit: content altered once, after some network failures, is fetched again.
+    failed: Counter[int] = Counter()
     while True:
         attempt += 1
         try:
             return call()
         except failures as error:
-            most = _attempts(error)
-            ended[most] += 1
+            limit = _attempts(error)
+            failed[limit] += 1
             wait = random.uniform(0, min(_LONGEST_WAIT, _FIRST_WAIT * 2**attempt))
-            enough = ended[most] >= most or attempt >= ATTEMPTS
-            if enough or time.monotonic() + wait > ends:
-                raise error from before
-            before = error
+            exhausted = failed[limit] >= limit or attempt >= ATTEMPTS
+            if exhausted or time.monotonic() + wait > ends:
+                raise error from previous
+            previous = error
         pause(wait)
 
 
-def take_body(body: Any, size: int, take: Callable[[bytes], object], block: int) -> None:
-    """Read a body of a known size to its end, block by block.
+def read_blocks(body: Any, size: int, take: Callable[[bytes], object], block: int) -> None:
+    """Read a body of a known size to its end, in blocks.
 
     Raises:
-        MangledError: it ended early, or comes too slowly.
+        MangledError: it ended early, or arrives too slowly.
         BotoCoreError: the connection broke.
     """
     ends = time.monotonic() + _GRACE + size / SLOWEST
@@ -89,9 +89,9 @@ def take_body(body: Any, size: int, take: Callable[[bytes], object], block: int)
         left -= len(data)
         if time.monotonic() > ends:
             body.close()
-            raise MangledError(f"a body of {size} bytes came too slowly")
+            raise MangledError(f"a body of {size} bytes arrived too slowly")
     if left != 0:
-        raise MangledError(f"a body of {size} bytes has {size - left}")
+        raise MangledError(f"{size - left} of {size} bytes arrived")
 
 
 def pause(seconds: float) -> None:
@@ -100,18 +100,18 @@ def pause(seconds: float) -> None:
 
 
 def _attempts(error: Exception) -> int:
-    """How often a call is made that ends like this: once, where it would end so again."""
+    """How often to make a call that fails with this error; 1 if a repetition cannot help."""
     from botocore import exceptions, parsers
 
     if isinstance(error, exceptions.ClientError):
-        passes = status_of(error) in _BUSY or code_of(error) in _ON_THE_WAY
-        return ATTEMPTS if passes else 1
+        transient = status_of(error) in _BUSY or code_of(error) in _TRANSIENT
+        return ATTEMPTS if transient else 1
     if isinstance(error, AlteredError):
         return ATTEMPTS_ALTERED
     if isinstance(error, exceptions.EndpointConnectionError | exceptions.ConnectTimeoutError):
         return ATTEMPTS_UNREACHABLE
     broken = (
-        exceptions.HTTPClientError,  # whatever became of the connection
+        exceptions.HTTPClientError,  # any failure of the connection
         exceptions.IncompleteReadError,
         parsers.ResponseParserError,
         MangledError,

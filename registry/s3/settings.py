@@ -1,8 +1,7 @@
-"""How objects are written to a bucket, and how much of them is kept here: by variables.
+"""Settings of a store in a bucket, from environment variables.
 
-Encryption and storage class are the server's to do; they change no byte that is read back.
-A value that cannot work is refused before anything is sent, and never repeated in a message
-where it could be a secret.
+The server applies encryption and storage class; they change no byte that is read back. An
+invalid value is refused before anything is sent, and no message repeats a key.
 """
 
 import os
@@ -17,65 +16,65 @@ CACHE_VARIABLE = "RESTITCH_CACHE_SIZE"
 WRITER_VARIABLE = "RESTITCH_SINGLE_WRITER"
 
 _ENCRYPTIONS = ("AES256", "aws:kms", "aws:kms:dsse")
-# Those from which an object can be read at once.
+# The classes from which an object can be read at once.
 _CLASSES = (
     *("STANDARD", "STANDARD_IA", "ONEZONE_IA", "INTELLIGENT_TIERING", "GLACIER_IR"),
     *("REDUCED_REDUNDANCY", "EXPRESS_ONEZONE", "OUTPOSTS"),
 )
 
 
-def writing(name: str) -> dict[str, str]:
+def write_settings(name: str) -> dict[str, str]:
     """The parameters with which boto3 writes the object of this name.
 
-    The storage class is for blobs alone: heads and keys are small, read often and changed.
+    The storage class applies to blobs only: other objects are small, read often or changed.
 
     Raises:
-        BadInput: a variable has a value that cannot work.
+        BadInput: a variable has an invalid value.
     """
-    found = {}
+    parameters = {}
     encryption, key = os.environ.get(ENCRYPTION_VARIABLE), os.environ.get(KEY_VARIABLE)
     if key and not encryption:
         encryption = "aws:kms"
     if encryption:
         if encryption not in _ENCRYPTIONS or (key and encryption == "AES256"):
             raise BadInput(
-                f"{ENCRYPTION_VARIABLE} names no encryption"
+                f"{ENCRYPTION_VARIABLE} is not the name of an encryption"
                 + (" that takes a key" if encryption in _ENCRYPTIONS else ""),
                 expected=f"{', '.join(_ENCRYPTIONS)}; {KEY_VARIABLE} goes with the latter two",
                 hint=f"correct or unset {ENCRYPTION_VARIABLE} and {KEY_VARIABLE}",
             )
-        found["ServerSideEncryption"] = encryption
+        parameters["ServerSideEncryption"] = encryption
     if key:
-        found["SSEKMSKeyId"] = key
-    kept = os.environ.get(CLASS_VARIABLE)
-    if kept and kept not in _CLASSES:
+        parameters["SSEKMSKeyId"] = key
+    storage_class = os.environ.get(CLASS_VARIABLE)
+    if storage_class and storage_class not in _CLASSES:
         raise BadInput(
-            f"{CLASS_VARIABLE} names no class from which an object can be read at once",
+            f"{CLASS_VARIABLE} is not a storage class from which objects can be read at once",
             expected=", ".join(_CLASSES),
             hint=f"correct or unset {CLASS_VARIABLE}",
         )
-    if kept and name.startswith("blobs/"):
-        found["StorageClass"] = kept
-    return found
+    if storage_class and name.startswith("blobs/"):
+        parameters["StorageClass"] = storage_class
+    return parameters
 
 
 def cache_limit() -> int | None:
-    """How many bytes of downloaded objects are kept on this machine; None without a limit.
+    """The bytes of downloaded objects that this machine may cache; None for no limit.
 
     Raises:
-        BadInput: the variable holds no size.
+        BadInput: the variable is not a size.
     """
     text = os.environ.get(CACHE_VARIABLE)
     try:
         return parse_size(text) if text else None
     except BadInput:
         raise BadInput(
-            f"{CACHE_VARIABLE} is no size",
-            expected="for instance 50GB or 500MB",
-            hint="correct it, or unset it to keep everything that was downloaded",
+            f"{CACHE_VARIABLE} is not a size",
+            expected="a size such as 50GB or 500MB",
+            hint="correct it, or unset it to cache everything that is downloaded",
         ) from None
 
 
 def single_writer() -> bool:
-    """Whether the deployment promises that one process at a time writes to the store."""
+    """True if the deployment promises that one process at a time writes to the store."""
     return os.environ.get(WRITER_VARIABLE, "") not in ("", "0")

@@ -1,11 +1,10 @@
-"""A store in an S3 bucket, or in anything that speaks its protocol.
+"""A store in an S3 bucket, on any server that speaks the protocol.
 
-Objects are created and swapped by conditional writes, on which the server decides. Each
-write carries a token of its own in the object's metadata, and a swap those of the swaps
-before it: where an answer got lost and the repetition is refused, the tokens say whether
-ours is what is there, or what was there before others followed. Where so many followed that
-they cannot say it, neither do we. What must be a local file is downloaded whole into a cache
-before it has its name.
+Objects are created and swapped by conditional writes, on which the server decides. Each write
+has its own token in the object's metadata, followed by the tokens of the swaps before it. If
+the answer to a write is lost and the repetition is refused, the tokens tell whether the write
+took effect, even if others followed. If too many followed to tell, the store raises an error.
+Local files are downloaded into a cache and get their name when they are complete.
 """
 
 import contextlib
@@ -18,10 +17,10 @@ from typing import Any, NamedTuple, TypeVar
 
 from restitch.merging.digests import digest_file
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.registry.s3.client import NOT_ALLOWED, client, code_of, s3_explained, status_of
-from restitch.registry.s3.conditional_writes import may_rely
+from restitch.registry.s3.client import NOT_ALLOWED, client, code_of, s3_errors, status_of
+from restitch.registry.s3.conditional_writes import check_conditional_writes
 from restitch.registry.s3.retries import pause, with_retries
-from restitch.registry.s3.settings import cache_limit, writing
+from restitch.registry.s3.settings import cache_limit, write_settings
 from restitch.registry.s3.transfer import Target, fetch_file, read_body, send_bytes, send_file
 from restitch.registry.store.base import Listed, NotInStore, Tagged, check_name
 from restitch.registry.store.disk import explained
@@ -30,16 +29,16 @@ from restitch.registry.store.read_cache import ReadCache
 Result = TypeVar("Result")
 
 _TOKEN = "restitch-writer"
-# So many swaps may follow one whose answer was lost, and it is still known to have been. They
-# fit into the two kilobytes that metadata may have, beside the digest.
+# The number of tokens that an object keeps; with the digest they fit into the two kilobytes that
+# metadata may have.
 _REMEMBERED = 64
 
-# Two conditional writes at once: the server may ask both to come again.
+# Of two conditional writes at once, the server may ask both to try again.
 _CONFLICTS = 30
 
 
-class _Found(NamedTuple):
-    """What is there under a key: its ETag, and who wrote it, the last first."""
+class _ObjectState(NamedTuple):
+    """The ETag of an object, and the tokens of its writers, newest first."""
 
     etag: str
     writers: tuple[str, ...]
@@ -48,8 +47,8 @@ class _Found(NamedTuple):
     def tag(self) -> str:
         return " ".join((self.etag, *self.writers))
 
-    def tells_all_since(self, writers: tuple[str, ...]) -> bool:
-        """Whether everybody who wrote since these did is among the writers."""
+    def knows_all_since(self, writers: tuple[str, ...]) -> bool:
+        """True if the tokens of all writes since these are known."""
         return writers[0] in self.writers if writers else len(self.writers) < _REMEMBERED
 
 
@@ -57,15 +56,16 @@ class S3Store:
     """A store below a prefix of a bucket.
 
     Args:
-        bucket: the bucket, which must be there.
-        prefix: where in it the store lies; nothing else may lie there.
-        cache: a folder for local copies. They are of objects that never change, so it may
-            be emptied while nothing runs, and serves any number of processes.
+        bucket: the bucket, which must exist.
+        prefix: the prefix of all its objects; nothing else may lie there.
+        cache: a folder for local copies of objects that never change. Processes may share it,
+            and it may be emptied while nothing runs.
     """
 
     def __init__(self, bucket: str, prefix: str, cache: Path) -> None:
         self.bucket = bucket
         self.prefix = prefix
+        self.address = f"s3://{bucket}/{prefix}"
         self.cache = ReadCache(cache, cache_limit)
 
     def put(self, name: str, data: bytes | Path, *, move: bool = False) -> bool:
@@ -73,12 +73,11 @@ class S3Store:
         if not isinstance(data, Path):
             return self._write(name, data, None) is not None
         if not data.is_file():
-            raise BadInput(f"the file {data} is not there")
-        # What is there already is not sent again, only to be refused at the end.
-        there = self._head(name) is not None
-        created = not there and self._write(name, data, None) is not None
+            raise BadInput(f"the file {data} does not exist")
+        # A large file is not sent only to be refused at the end.
+        created = not self.exists(name) and self._write(name, data, None) is not None
         if move:
-            self._take(name, data, keep=created)
+            self._take_file(name, data, into_cache=created)
         return created
 
     def read(self, name: str) -> bytes:
@@ -91,23 +90,23 @@ class S3Store:
 
         def read() -> Tagged:
             answer = client().get_object(**place)
-            return Tagged(read_body(answer), _found(answer).tag)
+            return Tagged(read_body(answer), _state_of(answer).tag)
 
-        return self._got(name, lambda: with_retries(read))
+        return self._read(name, lambda: with_retries(read))
 
     def swap(self, name: str, expected: str | None, data: bytes) -> str | None:
         """Replace the object if it is still the expected one; see `Store.swap`."""
         if expected is None:
             return self._write(name, data, None)
         etag, *writers = expected.split(" ")
-        return self._write(name, data, _Found(etag, tuple(writers)))
+        return self._write(name, data, _ObjectState(etag, tuple(writers)))
 
     def local_path(self, name: str, *, fresh: bool = False) -> Path:
         """A copy in the cache, downloaded once; see `Store.local_path`."""
         key, place = self._key(name), self._place(name)
         with explained(self.cache.root / key, "write"):
             return self.cache.get(
-                key, lambda file: self._got(name, lambda: fetch_file(place, file)), fresh=fresh
+                key, lambda file: self._read(name, lambda: fetch_file(place, file)), fresh=fresh
             )
 
     def list(self, prefix: str = "") -> Iterator[str]:
@@ -115,11 +114,11 @@ class S3Store:
         return (each.name for each in self.details(prefix))
 
     def sweep(self, older_than: float) -> int:
-        """Remove halves of downloads and of uploads by age; see `Store.sweep`."""
+        """Remove incomplete downloads and uploads by age; see `Store.sweep`."""
         limit = time.time() - older_than
         with explained(self.cache.root, "sweep"):
             removed = self.cache.sweep(limit)
-        with s3_explained(self._address, "sweep"):
+        with s3_errors(self.address, "sweep"):
             for key, upload, since in self._uploads():
                 if since < limit:
                     self._abort(key, upload)
@@ -129,44 +128,44 @@ class S3Store:
     def details(self, prefix: str = "") -> Iterator[Listed]:
         """The objects below a prefix, sorted; see `Store.details`."""
         below = self._key(prefix.rstrip("/")) + "/" if prefix else f"{self.prefix}/"
-        asked = {"Bucket": self.bucket, "Prefix": below}
-        found: list[Listed] = []
-        with s3_explained(self._address, "list"):
+        request = {"Bucket": self.bucket, "Prefix": below}
+        objects: list[Listed] = []
+        with s3_errors(self.address, "list"):
             while True:
-                page = with_retries(lambda: client().list_objects_v2(**asked))
+                page = with_retries(lambda: client().list_objects_v2(**request))
                 for each in page.get("Contents", ()):
                     name = str(each["Key"]).removeprefix(f"{self.prefix}/")
                     if _is_name(name):
                         modified = each["LastModified"].timestamp()
-                        found.append(Listed(name, int(each["Size"]), modified))
+                        objects.append(Listed(name, int(each["Size"]), modified))
                 if not page.get("IsTruncated"):
                     break
-                asked["ContinuationToken"] = page["NextContinuationToken"]
-        return iter(sorted(found))
+                request["ContinuationToken"] = page["NextContinuationToken"]
+        return iter(sorted(objects))
 
     def exists(self, name: str) -> bool:
-        """Whether the server has it; see `Store.exists`."""
+        """True if the server has it; see `Store.exists`."""
         return self._head(name) is not None
 
     def digest(self, name: str) -> str:
-        """The digest of what the server sends, which is not kept; see `Store.digest`."""
+        """The digest of a download that is not cached; see `Store.digest`."""
         place = self._place(name)
         with explained(self.cache.root, "write"), self.cache.temporary() as file:
-            self._got(name, lambda: fetch_file(place, file))
+            self._read(name, lambda: fetch_file(place, file))
             return digest_file(file)
 
     def mend(self, name: str, data: bytes | Path) -> None:
         """Write without a condition; see `Store.mend`."""
         metadata = {_TOKEN: uuid.uuid4().hex[:16]}
-        with s3_explained(self._address, f"write {name}"):
-            self._send(Target(self._place(name), metadata, writing(name), {}), data)
+        with s3_errors(self.address, f"write {name}"):
+            self._send(Target(self._place(name), metadata, write_settings(name), {}), data)
 
     def remove(self, name: str) -> bool:
         """Remove it from the server; see `Store.remove`."""
-        there = self.exists(name)
-        with s3_explained(self._address, f"remove {name}"):
+        existed = self.exists(name)
+        with s3_errors(self.address, f"remove {name}"):
             with_retries(lambda: client().delete_object(**self._place(name)))
-        return there
+        return existed
 
     def _key(self, name: str) -> str:
         return f"{self.prefix}/{check_name(name)}"
@@ -174,27 +173,24 @@ class S3Store:
     def _place(self, name: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self._key(name)}
 
-    @property
-    def _address(self) -> str:
-        return f"s3://{self.bucket}/{self.prefix}"
-
-    def _head(self, name: str) -> _Found | None:
-        """What is there, without its content."""
+    def _head(self, name: str) -> _ObjectState | None:
+        """The state of an object, or None if it does not exist."""
         from botocore.exceptions import ClientError
 
         place = self._place(name)
-        with s3_explained(self._address, f"look for {name}"):
+        with s3_errors(self.address, f"look for {name}"):
             try:
-                return _found(with_retries(lambda: client().head_object(**place)))
+                return _state_of(with_retries(lambda: client().head_object(**place)))
             except ClientError as error:
                 if status_of(error) == 404:
                     return None
                 raise
 
-    def _got(self, name: str, get: Callable[[], Result]) -> Result:
+    def _read(self, name: str, get: Callable[[], Result]) -> Result:
+        """Call `get`, and explain its errors."""
         from botocore.exceptions import ClientError
 
-        with s3_explained(self._address, f"read {name}"):
+        with s3_errors(self.address, f"read {name}"):
             try:
                 return get()
             except ClientError as error:
@@ -202,8 +198,8 @@ class S3Store:
                     raise NotInStore(name) from None
                 raise
 
-    def _write(self, name: str, data: bytes | Path, expected: _Found | None) -> str | None:
-        """Write if what is expected is there, None for nothing; the new tag, or None."""
+    def _write(self, name: str, data: bytes | Path, expected: _ObjectState | None) -> str | None:
+        """Write if the object is in the expected state; returns the new tag, or None."""
         from botocore.exceptions import ClientError
 
         token = uuid.uuid4().hex[:16]
@@ -211,45 +207,45 @@ class S3Store:
         written = (token, *before)[:_REMEMBERED]
         condition = {"IfMatch": expected.etag} if expected else {"IfNoneMatch": "*"}
         place = self._place(name)
-        if not may_rely(self.bucket, self.prefix, self.cache.root):
-            # There is one writer, so that what is so now is so when it writes.
-            found = self._head(name)
-            if (found.etag if found else None) != (expected.etag if expected else None):
+        if not check_conditional_writes(self.bucket, self.prefix, self.cache.root):
+            # There is one writer, so the state does not change between this check and the write.
+            present = self._head(name)
+            if (present.etag if present else None) != (expected.etag if expected else None):
                 return None
             condition = {}
-        target = Target(place, {_TOKEN: " ".join(written)}, writing(name), condition)
+        target = Target(place, {_TOKEN: " ".join(written)}, write_settings(name), condition)
         for attempt in range(_CONFLICTS):
-            with s3_explained(self._address, f"write {name}"):
+            with s3_errors(self.address, f"write {name}"):
                 try:
-                    return _Found(self._send(target, data), written).tag
+                    return _ObjectState(self._send(target, data), written).tag
                 except ClientError as error:
                     code, status = code_of(error), status_of(error)
-                    lost = code == "NoSuchUpload"  # completed by a call whose answer was lost
+                    lost = code == "NoSuchUpload"  # an earlier call may have completed it
                     if status == 412 or lost or code == "NoSuchKey":
-                        found = self._head(name)
-                        if found is not None and token in found.writers:
-                            ours = found.writers[0] == token
-                            return found.tag if ours else _Found("overtaken", written).tag
+                        present = self._head(name)
+                        if present is not None and token in present.writers:
+                            ours = present.writers[0] == token
+                            return present.tag if ours else _ObjectState("overtaken", written).tag
                         if lost:
                             raise
-                        may_be_ours = error.__cause__ is not None  # an answer got lost
-                        if found is None or found.tells_all_since(before) or not may_be_ours:
+                        answer_lost = error.__cause__ is not None
+                        if present is None or present.knows_all_since(before) or not answer_lost:
                             return None
-                        raise self._untold(name) from None
+                        raise self._unknown_outcome(name) from None
                     if status != 409:
                         raise
             pause(random.uniform(0, min(1.0, 0.01 * 2 ** min(attempt, 8))))
         raise Unavailable(
-            f"cannot write {name} to {self._address}",
-            found=f"{_CONFLICTS} conflicts with other writers",
+            f"cannot write {name} to {self.address}",
+            found=f"conflicts with other writers in {_CONFLICTS} attempts",
             hint="run the same command again",
         )
 
-    def _untold(self, name: str) -> Unavailable:
+    def _unknown_outcome(self, name: str) -> Unavailable:
         return Unavailable(
-            f"cannot tell whether {name} was written to {self._address}",
-            found=f"more than {_REMEMBERED} writes of others since",
-            hint="run the same command again: it looks at what is there",
+            f"cannot tell whether {name} was written to {self.address}",
+            found=f"an unanswered request, and more than {_REMEMBERED} writes of others since",
+            hint="run the same command again: it starts from the present content",
         )
 
     def _send(self, target: Target, data: bytes | Path) -> str:
@@ -259,15 +255,15 @@ class S3Store:
             return send_file(target, data)
 
     def _uploads(self) -> Iterator[tuple[str, str, float]]:
-        """Uploads in parts that are not completed: key, id, when they began."""
+        """Key, id and start time of the multipart uploads that are not completed."""
         from botocore.exceptions import ClientError
 
-        asked: dict[str, Any] = {"Bucket": self.bucket, "Prefix": f"{self.prefix}/"}
+        request: dict[str, Any] = {"Bucket": self.bucket, "Prefix": f"{self.prefix}/"}
         while True:
             try:
-                page = with_retries(lambda: client().list_multipart_uploads(**asked))  # noqa: B023
+                page = with_retries(lambda: client().list_multipart_uploads(**request))  # noqa: B023
             except ClientError as error:
-                # Not every server lists them, and not every account may: both can do without.
+                # Some servers do not list them, and some accounts may not; the sweep is optional.
                 if code_of(error) in (*NOT_ALLOWED, "NotImplemented", "MethodNotAllowed"):
                     return
                 raise
@@ -275,31 +271,31 @@ class S3Store:
                 yield str(each["Key"]), str(each["UploadId"]), each["Initiated"].timestamp()
             if not page.get("IsTruncated"):
                 return
-            asked |= {"KeyMarker": page["NextKeyMarker"]}
-            asked |= {"UploadIdMarker": page["NextUploadIdMarker"]}
+            request |= {"KeyMarker": page["NextKeyMarker"]}
+            request |= {"UploadIdMarker": page["NextUploadIdMarker"]}
 
     def _abort(self, key: str, upload: str) -> None:
         from botocore.exceptions import ClientError
 
-        asked = {"Bucket": self.bucket, "Key": key, "UploadId": upload}
+        request = {"Bucket": self.bucket, "Key": key, "UploadId": upload}
         try:
-            with_retries(lambda: client().abort_multipart_upload(**asked))
+            with_retries(lambda: client().abort_multipart_upload(**request))
         except ClientError as error:
-            if code_of(error) != "NoSuchUpload":  # another has, or the answer was lost
+            if code_of(error) != "NoSuchUpload":  # it is aborted already
                 raise
 
-    def _take(self, name: str, file: Path, *, keep: bool) -> None:
-        """Take a file that was given away: what it holds need not be downloaded again."""
+    def _take_file(self, name: str, file: Path, *, into_cache: bool) -> None:
+        """Move an uploaded file into the cache, so that it is not downloaded again."""
         with explained(file, "remove"):
-            if keep:
+            if into_cache:
                 with contextlib.suppress(OSError):
                     self.cache.keep(self._key(name), file)
             file.unlink(missing_ok=True)
 
 
-def _found(answer: Any) -> _Found:
+def _state_of(answer: Any) -> _ObjectState:
     writers = answer.get("Metadata", {}).get(_TOKEN, "")
-    return _Found(str(answer["ETag"]), tuple(writers.split()))
+    return _ObjectState(str(answer["ETag"]), tuple(writers.split()))
 
 
 def _is_name(text: str) -> bool:

@@ -1,9 +1,9 @@
-"""Content on its way to an S3 server and back: in parts, in parallel, in bounded memory.
+"""Uploads and downloads of objects: in parts, in parallel, in bounded memory.
 
-A few parts are in flight at once, each in a thread, and none is kept when it is done. Every
-request carries a CRC32, which a server that knows it compares. Every object carries in its
-metadata what its reader compares: the digest of a small one; of a large one short digests
-of its ranges, so that a range that came altered is fetched again and not the whole object.
+A few parts are in flight at once, each in a thread. Every request has a CRC32, which the server
+compares if it supports that. The metadata of an object holds what its reader compares: the
+digest of a small object, or short digests of the ranges of a large one, so that only an altered
+range is fetched again.
 """
 
 import base64
@@ -20,9 +20,9 @@ from blake3 import blake3
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput
 from restitch.registry.s3.client import AlteredError, MangledError, client
-from restitch.registry.s3.retries import take_body, with_retries
+from restitch.registry.s3.retries import read_blocks, with_retries
 
-# Larger content goes in parts of this size, and so many of them at once.
+# Larger content is sent in parts of this size, IN_FLIGHT of them at once.
 PART = 16 << 20
 IN_FLIGHT = 4
 
@@ -30,18 +30,18 @@ DIGEST, RANGES = "restitch-digest", "restitch-ranges"
 
 _BLOCK = 1 << 20
 _MOST_PARTS = 10_000
-# With four bytes each they fit into the two kilobytes that metadata may have.
+# With four bytes each, the digests fit into the two kilobytes that metadata may have.
 _MOST_RANGES, _SHORT = 256, 4
 
 
 class Target(NamedTuple):
-    """Where content goes, and with what.
+    """The destination of an upload.
 
     Attributes:
         place: bucket and key.
-        metadata: what is kept with it.
-        settings: further parameters of whatever begins an object.
-        condition: what the server compares before the object is there.
+        metadata: the object's metadata.
+        settings: further parameters of the call that begins the object.
+        condition: the condition under which the server creates the object.
     """
 
     place: dict[str, str]
@@ -51,7 +51,7 @@ class Target(NamedTuple):
 
 
 def send_bytes(target: Target, data: bytes) -> str:
-    """Write an object by one request; its ETag."""
+    """Write an object by one request; returns its ETag."""
     checked = _checked(data)
 
     def send() -> str:
@@ -70,7 +70,7 @@ def send_bytes(target: Target, data: bytes) -> str:
 
 
 def send_file(target: Target, file: Path) -> str:
-    """Write an object from a file, in parts where it is large; its ETag.
+    """Write an object from a file, in parts if it is large; returns its ETag.
 
     Raises:
         BadInput: the file changed meanwhile; nothing was written.
@@ -84,7 +84,10 @@ def send_file(target: Target, file: Path) -> str:
         with _upload(target, ranges) as upload:
             parts = _send_parts(target, upload, source.fileno(), size)
             if _state(source.fileno()) != before:
-                raise BadInput(f"{file} changed while it was read", hint="try again")
+                raise BadInput(
+                    f"{file} changed while it was read",
+                    hint="run the command again when nobody writes to it",
+                )
             return _complete(target, upload, parts)
 
 
@@ -93,24 +96,23 @@ def read_body(answer: Mapping[str, Any]) -> bytes:
 
     Raises:
         AlteredError: it is not what was written.
-        MangledError: it is cut, or too slow.
+        MangledError: it was cut, or arrives too slowly.
         BotoCoreError: the connection broke.
     """
     blocks: list[bytes] = []
-    take_body(answer["Body"], int(answer["ContentLength"]), blocks.append, _BLOCK)
+    read_blocks(answer["Body"], int(answer["ContentLength"]), blocks.append, _BLOCK)
     data = b"".join(blocks)
     _compare_digest(answer, lambda: digest_bytes(data))
     return data
 
 
 def fetch_file(place: dict[str, str], file: Path) -> None:
-    """Download an object into a file that is not there yet.
+    """Download an object into a new file.
 
-    It is not waited for until the disk has it: a copy that a power failure has torn is found
-    by its digest and fetched again.
+    The file is not synced: its digest reveals a copy that a power failure has torn.
 
     Raises:
-        AlteredError: it is not what was written, however often it is fetched.
+        AlteredError: it is not what was written, at each attempt.
         BotoCoreError, ClientError, MangledError: it cannot be fetched.
     """
     descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
@@ -134,7 +136,7 @@ def fetch_file(place: dict[str, str], file: Path) -> None:
 
 
 def _begin(place: dict[str, str], descriptor: int) -> tuple[int, str, Mapping[str, str]]:
-    """Ask for an object; take its content where it is small."""
+    """Request an object, and write its content if it is small."""
     answer = client().get_object(**place)
     size = int(answer["ContentLength"])
     if size > PART:
@@ -148,29 +150,29 @@ def _begin(place: dict[str, str], descriptor: int) -> tuple[int, str, Mapping[st
             hasher.update(block)
             os.write(descriptor, block)
 
-        take_body(answer["Body"], size, take, _BLOCK)
+        read_blocks(answer["Body"], size, take, _BLOCK)
         _compare_digest(answer, hasher.hexdigest)
     return size, str(answer["ETag"]), answer.get("Metadata", {})
 
 
 def fetch_range(
-    asked: dict[str, str], descriptor: int, start: int, length: int, expected: bytes | None
+    place: dict[str, str], descriptor: int, start: int, length: int, expected: bytes | None
 ) -> None:
-    """Fetch a range of an object to the same place of a file; raises like `fetch_file`.
+    """Fetch a range of an object to the same offset of a file; raises like `fetch_file`.
 
     Args:
-        asked: bucket, key and condition.
+        place: bucket, key and condition.
         descriptor: of the file.
-        start: where it begins.
-        length: its bytes.
-        expected: the short digest of what must come, where that is known.
+        start: the first byte.
+        length: the number of bytes.
+        expected: the short digest of the range, if it is known.
     """
 
     def fetch() -> None:
-        answer = client().get_object(**asked, Range=f"bytes={start}-{start + length - 1}")
+        answer = client().get_object(**place, Range=f"bytes={start}-{start + length - 1}")
         if int(answer["ContentLength"]) != length:
             answer["Body"].close()
-            raise MangledError(f"a range of {length} bytes has {answer['ContentLength']}")
+            raise MangledError(f"{answer['ContentLength']} of {length} bytes arrived")
         hasher, at = blake3(), start
 
         def take(block: bytes) -> None:
@@ -178,16 +180,16 @@ def fetch_range(
             hasher.update(block)
             at += os.pwrite(descriptor, block, at)
 
-        take_body(answer["Body"], length, take, _BLOCK)
+        read_blocks(answer["Body"], length, take, _BLOCK)
         if expected is not None and hasher.digest(_SHORT) != expected:
-            raise AlteredError(f"other bytes from {start} to {start + length}")
+            raise AlteredError(f"altered bytes from {start} to {start + length}")
 
     with_retries(fetch, length)
 
 
 @contextlib.contextmanager
 def _upload(target: Target, ranges: str) -> Iterator[str]:
-    """The id of an upload in parts, which is aborted where it is not completed."""
+    """The id of a multipart upload, which is aborted unless it is completed."""
     answer = with_retries(
         lambda: client().create_multipart_upload(
             **target.place,
@@ -200,7 +202,7 @@ def _upload(target: Target, ranges: str) -> Iterator[str]:
     try:
         yield upload
     except BaseException:
-        # Parts of an upload that nobody completes cost money until they are swept.
+        # The parts of an abandoned upload cost money until they are swept.
         with contextlib.suppress(Exception):
             with_retries(lambda: client().abort_multipart_upload(**target.place, UploadId=upload))
         raise
@@ -239,7 +241,7 @@ def _complete(target: Target, upload: str, parts: list[dict[str, Any]]) -> str:
 
 
 def _in_parallel(do: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
-    """The results in order; the first error ends it, and nothing new is begun."""
+    """The results in order; after the first error nothing new is started."""
     with ThreadPoolExecutor(IN_FLIGHT, "s3") as pool:
         try:
             return list(pool.map(do, numbers))
@@ -249,7 +251,7 @@ def _in_parallel(do: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
 
 
 def _ranges_of(descriptor: int, size: int) -> str:
-    """The short digests of a file's ranges, as metadata."""
+    """The metadata with the length of a file's ranges and their short digests."""
     length = max(PART, -(-size // (_MOST_RANGES * _BLOCK)) * _BLOCK)
     digests = bytearray()
     for start in range(0, size, length):
@@ -261,7 +263,7 @@ def _ranges_of(descriptor: int, size: int) -> str:
 
 
 def _read_ranges(metadata: Mapping[str, str], size: int) -> tuple[int, list[bytes]]:
-    """The length of ranges and their short digests, if there are any."""
+    """The length of the ranges and their short digests, from the metadata if they are there."""
     length, _, text = metadata.get(RANGES, "").partition(" ")
     with contextlib.suppress(ValueError):
         digests, each = base64.b64decode(text, validate=True), int(length)
@@ -277,18 +279,20 @@ def _checked(data: bytes) -> dict[str, str]:
 
 
 def _compare(answer: Mapping[str, Any], checked: Mapping[str, str]) -> None:
-    """Refuse the answer of a server that knows the checksum and has got something else."""
+    """Raise if the server computed another checksum than ours."""
     expected = checked["ChecksumCRC32"]
     if answer.get("ChecksumCRC32", expected) != expected:
-        raise AlteredError(f"the server received {answer['ChecksumCRC32']}, not {expected}")
+        raise AlteredError(
+            f"the server received the checksum {answer['ChecksumCRC32']}, not {expected}"
+        )
 
 
-def _compare_digest(answer: Mapping[str, Any], found: Callable[[], str]) -> None:
+def _compare_digest(answer: Mapping[str, Any], digest: Callable[[], str]) -> None:
     expected = answer.get("Metadata", {}).get(DIGEST)
-    if expected is not None and found() != expected:
-        raise AlteredError(f"the digest {found()}, not {expected}")
+    if expected is not None and digest() != expected:
+        raise AlteredError(f"the digest {digest()}, not {expected}")
 
 
 def _state(descriptor: int) -> tuple[int, int]:
-    found = os.fstat(descriptor)
-    return found.st_size, found.st_mtime_ns
+    status = os.fstat(descriptor)
+    return status.st_size, status.st_mtime_ns

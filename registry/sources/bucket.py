@@ -1,10 +1,10 @@
-"""A model's folder in a bucket, which belongs to somebody else: only ever read.
+"""A model's folder in a bucket, which is only read.
 
-Its files are listed once, with their ETags, and each range is asked for by `If-Match`: what
-was written to since is an error and never a mixture. Small files are fetched whole; weights
-either whole into the cache (`fetch`), or range by range into a sparse file that has no name
-(`RemoteWeights`), so that no reader can take the holes in it for zeros. Calls are repeated
-like those to the store, with the credentials of the process.
+Its files are listed once with their ETags, and each range is requested with `If-Match`, so that
+a file which changes meanwhile is an error and never a mixture. Small files are fetched whole;
+weights either whole into the cache (`fetch`), or range by range into a sparse file without a
+name (`RemoteWeights`), so that no other reader takes its holes for zeros. Calls are retried like
+those to the store.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from restitch.registry.s3.client import (
     NOT_ALLOWED,
     client,
     code_of,
-    s3_explained,
+    s3_errors,
     status_of,
 )
 from restitch.registry.s3.retries import with_retries
@@ -39,7 +39,7 @@ _BLOCK = 1 << 20
 _MOST_SMALL = 1 << 28
 _MOST_FILES = 10_000
 _MOST_READS = 4
-_FIRST_LOOK = 64 << 10  # most headers are smaller
+_FIRST_READ = 64 << 10  # most headers are smaller
 _NO_NAME = re.compile(r"[\0/]")
 
 
@@ -57,7 +57,7 @@ class S3Folder:
     """A folder in a bucket, as it was when it was listed.
 
     Attributes:
-        address: as the user named it.
+        address: the address that the user gave.
         files: by name.
     """
 
@@ -81,43 +81,43 @@ class S3Folder:
 
         def fetch() -> str:
             with explained_source(self.address, name):
-                fetch_file(self._asked(file), target)
+                fetch_file(self._request(file), target)
             if target.stat().st_size != file.size:
                 raise changed(self.address, name)
             with target.open("rb") as opened:
                 return self._etag(name, opened.fileno())
 
-        self._agreed(name, fetch)
+        self._fetch_until_stable(name, fetch)
 
     def fill_whole(self, name: str, descriptor: int) -> None:
-        """Fetch all of a file to another that is there; raises like `fetch`."""
+        """Fetch all of a file into an open one; raises like `fetch`."""
 
         def fetch() -> str:
             self.fill(name, descriptor, 0, self.files[name].size)
             return self._etag(name, descriptor)
 
-        self._agreed(name, fetch)
+        self._fetch_until_stable(name, fetch)
 
-    def _agreed(self, name: str, fetch: Callable[[], str]) -> None:
-        """Fetch until what came has the ETag of the listing, or comes the same twice.
+    def _fetch_until_stable(self, name: str, fetch: Callable[[], str]) -> None:
+        """Fetch until the content has the ETag of the listing, or two reads agree.
 
-        Nobody knows the digest of somebody else's file before it was read. At most servers an
-        ETag is the content's MD5; where it is something else, two reads have to agree.
+        The digest of the file is not known before it was read. On most servers an ETag is the
+        MD5 of the content; on others two reads have to agree.
         """
         seen: set[str] = set()
         for _ in range(_MOST_READS):
-            found = fetch()
-            if found == self.files[name].etag.strip('"') or found in seen:
+            etag = fetch()
+            if etag == self.files[name].etag.strip('"') or etag in seen:
                 return
-            seen.add(found)
+            seen.add(etag)
         raise Unavailable(
-            f"{self.address}/{name} comes otherwise each time that it is read",
-            found=f"{len(seen)} different contents",
-            hint="look at the network and at the server; TLS would tell where it is altered",
+            f"{self.address}/{name} has other bytes each time that it is read",
+            found=f"{len(seen)} different contents in {_MOST_READS} reads",
+            hint="check the network and the server; use https if it is not in use",
         )
 
     def _etag(self, name: str, descriptor: int) -> str:
-        """The ETag that most servers would give to a content."""
+        """The ETag that most servers give to this content."""
         file = self.files[name]
         parts = file.etag.strip('"').partition("-")[2]
         length = self._part_length(file) if parts else None
@@ -128,7 +128,7 @@ class S3Folder:
         return f"{hashlib.md5(b''.join(each), usedforsecurity=False).hexdigest()}-{len(each)}"
 
     def _part_length(self, file: RemoteFile) -> int | None:
-        """The length of the parts in which an object was sent, where the server says it."""
+        """The length of the parts in which an object was uploaded, if the server tells it."""
         from botocore.exceptions import ClientError
 
         place = {"Bucket": self.bucket, "Key": file.key}
@@ -139,13 +139,13 @@ class S3Folder:
         return int(answer.get("ContentLength", 0)) or None
 
     def fill(self, name: str, descriptor: int, start: int, length: int) -> None:
-        """Fetch a range of a file to the same place of another; raises like `fetch`."""
-        asked = self._asked(self.files[name])
+        """Fetch a range of a file to the same offset of an open one; raises like `fetch`."""
+        request = self._request(self.files[name])
         starts = range(start, start + length, PART)
         with explained_source(self.address, name):
 
             def part(at: int) -> None:
-                fetch_range(asked, descriptor, at, min(PART, start + length - at), None)
+                fetch_range(request, descriptor, at, min(PART, start + length - at), None)
 
             if len(starts) == 1:
                 part(start)
@@ -153,17 +153,17 @@ class S3Folder:
             with ThreadPoolExecutor(IN_FLIGHT, "s3") as pool:
                 list(pool.map(part, starts))
 
-    def _asked(self, file: RemoteFile) -> dict[str, str]:
+    def _request(self, file: RemoteFile) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": file.key, "IfMatch": file.etag}
 
 
 class RemoteWeights:
-    """The safetensors of a folder in a bucket, of which only what is asked for is fetched.
+    """The safetensors of a folder in a bucket, fetched range by range.
 
     Attributes:
-        files: local files by name with the headers in them and holes for the rest. Whoever
-            has mapped them takes their names away, so that they go with this process.
-        fetched: how many bytes came from the bucket.
+        files: local files by name, with the headers and holes for the rest. Their reader maps
+            and unlinks them, so that they end with this process.
+        fetched: the bytes that were fetched from the bucket.
     """
 
     def __init__(self, folder: S3Folder, names: list[str], scratch: Path) -> None:
@@ -172,7 +172,7 @@ class RemoteWeights:
         self.fetched = 0
         self._descriptors: dict[str, int] = {}
         self._counting = threading.Lock()
-        # What is mapped can still be read when they are closed.
+        # Mapped files can still be read when the descriptors are closed.
         weakref.finalize(self, _close, self._descriptors)
         for name, path in self.files.items():
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
@@ -193,13 +193,13 @@ class RemoteWeights:
             self.fetched += self.folder.files[name].size
 
     def write(self, name: str, start: int, data: memoryview) -> None:
-        """Take a range of a file from elsewhere."""
+        """Write a range of a file from another source."""
         while data:
             done = os.pwrite(self._descriptors[name], data, start)
             start, data = start + done, data[done:]
 
     def digest(self, name: str, start: int, length: int) -> str:
-        """The digest of a range of a file, as it is here."""
+        """The digest of a range of the local file."""
         hasher = blake3()
         for at in range(start, start + length, _BLOCK):
             block = min(_BLOCK, start + length - at)
@@ -207,18 +207,17 @@ class RemoteWeights:
         return hasher.hexdigest()
 
     def _fill_header(self, name: str) -> None:
-        """The first bytes of a file; whether they are a header is for its reader to say."""
-        from restitch.merging.files.header import (
-            MAX_HEADER,  # with torch, which most commands do without
-        )
+        """Fetch the header of a file; its reader validates it."""
+        # Imported here because it imports torch, which most commands do not need.
+        from restitch.merging.files.header import MAX_HEADER
 
         size, descriptor = self.folder.files[name].size, self._descriptors[name]
-        look = min(size, _FIRST_LOOK)
-        if look:
-            self.fill(name, 0, look)
+        first = min(size, _FIRST_READ)
+        if first:
+            self.fill(name, 0, first)
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-        if look < 8 + length <= min(size, 8 + MAX_HEADER):
-            self.fill(name, look, 8 + length - look)
+        if first < 8 + length <= min(size, 8 + MAX_HEADER):
+            self.fill(name, first, 8 + length - first)
 
 
 def _md5(descriptor: int, start: int, length: int) -> "hashlib._Hash":
@@ -237,13 +236,13 @@ def list_folder(address: str) -> S3Folder:
     """The files directly below an address, or the one file that it names.
 
     Raises:
-        BadInput: it is no address, or there is nothing.
-        Unavailable: the server is away, or does not let these credentials look.
+        BadInput: the address is invalid, or nothing lies there.
+        Unavailable: the server is unreachable, or refuses the credentials.
     """
     bucket, prefix = _parsed(address)
     with explained_source(address, ""):
-        found = list(_objects(bucket, f"{prefix}/" if prefix else ""))
-        files = {key.removeprefix(f"{prefix}/") if prefix else key: f for key, f in found}
+        objects = list(_objects(bucket, f"{prefix}/" if prefix else ""))
+        files = {key.removeprefix(f"{prefix}/") if prefix else key: f for key, f in objects}
         files = {name: file for name, file in files.items() if name and not _NO_NAME.search(name)}
         if not files and prefix.endswith(".safetensors"):
             one = dict(_objects(bucket, prefix))
@@ -252,7 +251,7 @@ def list_folder(address: str) -> S3Folder:
     if not files:
         raise BadInput(
             f"there is no model at {address}",
-            expected="a folder with safetensors, as s3://bucket/folder",
+            expected="a folder with safetensors, such as s3://bucket/folder",
             found="nothing below it",
             hint="check the bucket, the path and AWS_ENDPOINT_URL",
         )
@@ -260,10 +259,10 @@ def list_folder(address: str) -> S3Folder:
 
 
 def check_small(folder: S3Folder, names: list[str]) -> None:
-    """Refuse files beside the weights that are larger than any honest one.
+    """Refuse other files than weights that are larger than any real one.
 
     Raises:
-        BadInput: one is.
+        BadInput: a file is too large.
     """
     for name in names:
         if folder.files[name].size > _MOST_SMALL:
@@ -271,31 +270,31 @@ def check_small(folder: S3Folder, names: list[str]) -> None:
                 f"{folder.address}/{name} is too large",
                 expected=f"at most {_MOST_SMALL:,} bytes of configuration or vocabulary",
                 found=f"{folder.files[name].size:,} bytes",
-                hint="does it belong to this model?",
+                hint="remove the file from the folder if it does not belong to the model",
             )
 
 
 def changed(address: str, name: str) -> BadInput:
-    """What is said of a folder that somebody writes to while it is read."""
+    """The error for a folder that changes while it is read."""
     return BadInput(
         f"{address} changed while it was read",
-        expected="objects that nobody writes to",
-        found=f"another {name}" if name else "other objects",
-        hint="use it when it is whole; give each model a folder of its own",
+        expected="a folder that nobody writes to",
+        found=f"another content of {name}" if name else "other objects",
+        hint="run the command again when the upload is complete; use one folder for each model",
     )
 
 
 @contextlib.contextmanager
 def explained_source(address: str, name: str) -> Iterator[None]:
-    """Turn what a server says about somebody's model into errors that name it.
+    """Turn errors of the server into ones that name the model.
 
     Raises:
-        BadInput: there is no such bucket, or an object has changed.
-        Unavailable: the server is away, or refuses the credentials.
+        BadInput: the bucket does not exist, or an object has changed.
+        Unavailable: the server is unreachable, or refuses the credentials.
     """
     from botocore.exceptions import ClientError
 
-    with s3_explained(address, f"read the model {address}"):
+    with s3_errors(address, f"read the model {address}"):
         try:
             yield
         except ClientError as error:
@@ -303,7 +302,7 @@ def explained_source(address: str, name: str) -> Iterator[None]:
             if code == "NoSuchBucket":
                 raise BadInput(
                     f"there is no model at {address}",
-                    found="no such bucket",
+                    found="a bucket that does not exist",
                     hint="check the name of the bucket and AWS_ENDPOINT_URL",
                 ) from None
             if name and (status_of(error) in (404, 412) or code == "NoSuchKey"):
@@ -312,8 +311,8 @@ def explained_source(address: str, name: str) -> Iterator[None]:
                 raise Unavailable(
                     f"the model at {address} may not be read with these credentials",
                     found=f"{code} (HTTP {status_of(error)})",
-                    hint="give the account that this process has in AWS_ACCESS_KEY_ID the right "
-                    "to list and read there; workers have accounts of their own",
+                    hint="allow the account in AWS_ACCESS_KEY_ID of this process to list and read "
+                    "there; the accounts of workers need it too",
                 ) from None
             raise
 
@@ -323,9 +322,9 @@ def _parsed(address: str) -> tuple[str, str]:
     prefix = prefix.rstrip("/")
     if not BUCKET.match(bucket) or "\0" in prefix or len(prefix.encode("utf-8", "replace")) > 900:
         raise BadInput(
-            "the address of the model is not one",  # and may hold a password
+            "the address of the model is not valid",  # not repeated: it may hold a password
             expected="s3://bucket/folder",
-            found="something else in the place of the bucket or the folder",
+            found="an invalid bucket or folder name",
             hint="the server goes into AWS_ENDPOINT_URL, credentials into AWS_ACCESS_KEY_ID and "
             "AWS_SECRET_ACCESS_KEY",
         )
@@ -333,20 +332,20 @@ def _parsed(address: str) -> tuple[str, str]:
 
 
 def _objects(bucket: str, prefix: str) -> Iterator[tuple[str, RemoteFile]]:
-    asked: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
+    request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
     seen = 0
     while True:
-        page = with_retries(lambda: client().list_objects_v2(**asked))
+        page = with_retries(lambda: client().list_objects_v2(**request))
         for each in page.get("Contents", ()):
             key = str(each["Key"])
             yield key, RemoteFile(key, int(each["Size"]), str(each["ETag"]))
             seen += 1
         if seen > _MOST_FILES:
             raise BadInput(
-                f"s3://{bucket}/{prefix} is no folder of a model",
+                f"s3://{bucket}/{prefix} is not the folder of a model",
                 expected=f"at most {_MOST_FILES} files",
                 hint="name the folder that holds model.safetensors",
             )
         if not page.get("IsTruncated"):
             return
-        asked["ContinuationToken"] = page["NextContinuationToken"]
+        request["ContinuationToken"] = page["NextContinuationToken"]

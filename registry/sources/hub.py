@@ -17,8 +17,8 @@ def from_hub(text: str) -> tuple[str, str, Path]:
     """The name, the commit and the folder of a model.
 
     Raises:
-        BadInput: there is no such model or revision, or no safetensors in it.
-        Unavailable: the hub is away, or refuses.
+        BadInput: the model or revision does not exist, or has no safetensors.
+        Unavailable: the hub is unreachable, or refuses the request.
     """
     check_hub(f"the model {text}")
     name, revision = split_pin(text)
@@ -28,7 +28,7 @@ def from_hub(text: str) -> tuple[str, str, Path]:
         local = _snapshot(name, revision)
     if not any(local.glob("*.safetensors")):
         raise BadInput(
-            f"the hub's {name} holds no safetensors",
+            f"{name} on the hub has no safetensors",
             expected="model.safetensors, whole or in shards",
             hint=CONVERT,
         )
@@ -36,7 +36,7 @@ def from_hub(text: str) -> tuple[str, str, Path]:
 
 
 def _snapshot(name: str, revision: str) -> Path:
-    """The folder of a commit, from the cache without a call where it is there whole."""
+    """The folder of a commit; from the cache without a request if it is complete there."""
     from huggingface_hub import errors, snapshot_download
 
     def fetch(only_cached: bool) -> Path:
@@ -66,15 +66,17 @@ def commit_of(name: str, revision: str | None, kind: Literal["model", "dataset"]
 
     with _hub_explained(name, revision or "main"):
         if os.environ.get("HF_HUB_OFFLINE", "").lower() in ("1", "true", "yes", "on"):
-            # Asked to do without the network: what the cache holds is the answer.
+            # Offline: the cache decides.
             return Path(
                 snapshot_download(name, repo_type=kind, revision=revision, local_files_only=True)
             ).name
         api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
-        found = api.repo_info(name, repo_type=kind, revision=revision).sha
-        if found is None:
-            raise Unavailable(f"the hub names no commit for {name}", hint="try again later")
-        return str(found)
+        commit = api.repo_info(name, repo_type=kind, revision=revision).sha
+        if commit is None:
+            raise Unavailable(
+                f"the hub returned no commit for {name}", hint="run the command again later"
+            )
+        return str(commit)
 
 
 @contextmanager
@@ -85,24 +87,24 @@ def _hub_explained(name: str, revision: str) -> Iterator[None]:
         yield
     except errors.GatedRepoError:
         raise Unavailable(
-            f"the hub's {name} is only for those who were admitted",
-            hint="ask for access on its page and set HF_TOKEN, or use a local copy",
+            f"access to {name} on the hub is restricted",
+            hint="request access on its page and set HF_TOKEN, or use a local copy",
         ) from None
     except errors.RepositoryNotFoundError:
         raise BadInput(
             f"{name} is neither a local path nor on the hub",
-            found="no such public repository, or one that your token may not read",
-            hint="check the spelling; for a private one set HF_TOKEN",
+            found="no public repository of this name, and none that your token may read",
+            hint="check the spelling; for a private repository set HF_TOKEN",
         ) from None
     except errors.RevisionNotFoundError:
         raise BadInput(
-            f"the hub's {name} has no revision {revision}",
-            hint="name a branch, a tag or a commit that is there, or none",
+            f"{name} on the hub has no revision {revision}",
+            hint="name an existing branch, tag or commit, or none",
         ) from None
     except (errors.RemoteEntryNotFoundError, errors.HFValidationError) as error:
-        raise BadInput(f"the hub's {name} cannot be read", found=_first_line(error)) from None
+        raise BadInput(f"{name} on the hub cannot be read", found=_first_line(error)) from None
     except (
-        # That of whichever client the hub's library has inside; it is exported nowhere.
+        # The error of the library's HTTP client, which it does not export.
         errors.HTTPError,  # type: ignore[attr-defined]
         errors.OfflineModeIsEnabled,
         errors.LocalEntryNotFoundError,
@@ -111,14 +113,14 @@ def _hub_explained(name: str, revision: str) -> Iterator[None]:
         errors.XetDownloadError,
     ) as error:
         raise Unavailable(
-            f"the hub cannot be asked for {name} at {revision}",
+            f"cannot read {name} at {revision} from the hub",
             found=_first_line(error),
-            hint="check the network and HF_ENDPOINT and try again, or use a local copy",
+            hint="check the network and HF_ENDPOINT and run the command again, or use a local copy",
         ) from None
 
 
 def is_commit(revision: str) -> bool:
-    """Whether a revision is a commit, which cannot move."""
+    """True if a revision is a commit, which cannot move."""
     return len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
 
 

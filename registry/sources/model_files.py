@@ -1,4 +1,4 @@
-"""Which files make a model's folder: weights as safetensors, and what is read beside them."""
+"""The files of a model's folder: weights as safetensors, and the other files that are read."""
 
 from collections.abc import Iterable
 from fnmatch import fnmatch
@@ -7,8 +7,8 @@ from typing import TypeVar
 
 from restitch.merging.errors import BadInput
 
-# The files of a model folder that are read, its card for the licence; `*/*` because a pattern's
-# `*` crosses folders.
+# The files that are read; the model card for the licence. `*/*` excludes subfolders, because the
+# `*` of a pattern matches a slash.
 WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
 UNWANTED = ("*/*", "*.fp16.*", "*.bf16.*", "*.onnx*")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
@@ -21,11 +21,11 @@ File = TypeVar("File")
 
 
 def model_folder(uri: str, got: Path) -> Path:
-    """The folder of the weights: MLflow's own model format has them in one below."""
+    """The folder of the weights, which MLflow's model format has in a subfolder."""
     folders = sorted({path.parent for path in got.rglob("*.safetensors")})
     if len(folders) > 1 and got not in folders:
         raise BadInput(
-            f"{uri} holds several models",
+            f"{uri} contains several models",
             found=", ".join(str(folder.relative_to(got)) for folder in folders),
             hint="name the folder of one of them",
         )
@@ -36,12 +36,12 @@ def files_of(local: Path) -> dict[str, Path]:
     """The files of a folder, or the one file of a model, by name."""
     if local.is_dir():
         return {path.name: path for path in sorted(local.iterdir()) if path.is_file()}
-    # Whatever its name, it is the folder's only one.
+    # A single file of weights may have any name.
     return {"model.safetensors" if local.suffix == ".safetensors" else local.name: local}
 
 
 def wanted(files: dict[str, File]) -> dict[str, File]:
-    """Those of a model's files that are read."""
+    """The files of a model that are read."""
     return {n: path for n, path in files.items() if any(fnmatch(n, one) for one in WANTED)}
 
 

@@ -1,11 +1,10 @@
-"""Where models are read: a path, a bucket, the hub, or MLflow, always the same thing again.
+"""Sources of models: a path, a bucket, the hub or MLflow, pinned to the same content.
 
-An existing local path wins and is used in place. A folder in a bucket is read there; whoever
-needs its weights as files gets them whole, in the cache. A hub id is pinned to its commit, and
-only weights, configuration, tokenizer and processor files are fetched, into the hub's own
-cache. An MLflow artifact is fetched once and kept in the store, so that it can be read
-again wherever the store can, whatever becomes of it in MLflow; a local model can be copied
-there likewise. Nothing that is fetched is executed, and pickles are not fetched at all.
+An existing local path comes first and is used in place. A folder in a bucket is read there, or
+fetched whole into the cache. A hub id is pinned to its commit, and only weights, configuration,
+tokenizer and processor files are fetched, into the hub's own cache. An MLflow artifact is
+fetched once and kept in the store, which any worker can read; a local model can be copied there
+too. Nothing that is fetched is executed, and pickles are not fetched.
 """
 
 import json
@@ -46,12 +45,12 @@ class Source:
     """A model that can be read.
 
     Attributes:
-        uri: what names the same thing for ever: an absolute path, `org/name@commit`, an
-            MLflow address that cannot move, `s3://bucket/folder`, or `store://DIGEST`.
+        uri: the pinned address: an absolute path, `org/name@commit`, an MLflow address that
+            cannot move, `s3://bucket/folder`, or `store://DIGEST`.
         local: its folder or file on this machine.
-        kind: where it comes from.
+        kind: the kind of source.
         revision: the commit, for the hub.
-        remote: the folder in a bucket whose weights are not in `local`, with all else that is.
+        remote: the folder in a bucket that holds the weights, if they are not in `local`.
     """
 
     uri: str
@@ -67,12 +66,12 @@ def resolve_source(source: str | Path, home: Home, *, whole: bool = True) -> Sou
     Args:
         source: a path, `org/name[@revision]`, `s3://bucket/folder`, `models:/`, `runs:/`,
             `mlflow-artifacts:/`, or `store://` for a copy.
-        home: where what is fetched is kept.
-        whole: fetch a bucket's weights, too; without, they are left to `Source.remote`.
+        home: the installation whose store and caches keep fetched files.
+        whole: also fetch the weights from a bucket; otherwise `Source.remote` reads them.
 
     Raises:
-        BadInput: it is not there, or of a kind that is not read.
-        Unavailable: the server that holds it is away, or refuses.
+        BadInput: it does not exist, or is not supported.
+        Unavailable: its server is unreachable, or refuses the request.
     """
     text = str(source)
     if text.startswith(S3_SCHEME):
@@ -91,19 +90,19 @@ def resolve_source(source: str | Path, home: Home, *, whole: bool = True) -> Sou
     raise BadInput(
         f"there is no model at {text}",
         expected="a folder, a hub id such as org/name, s3://bucket/folder, or models:/NAME/VERSION",
-        found="an address of another kind" if "://" in text else "nothing at this path",
-        hint="copy the model to a folder and name that" if "://" in text else "check the path",
+        found="an unsupported kind of address" if "://" in text else "nothing at this path",
+        hint="copy the model to a folder and use its path" if "://" in text else "check the path",
     )
 
 
 def copy_into_store(source: Source, home: Home) -> Source:
-    """Keep a local model in the store, where any worker can read it; each file only once.
+    """Copy a local model into the store, where any worker can read it.
 
     Returns:
         The copy, named by its content; its `local` is still the original.
 
     Raises:
-        BadInput: it is no folder of safetensors and no such file.
+        BadInput: it is neither a folder of safetensors nor such a file.
         Unavailable: the store cannot be written to.
     """
     local = source.local
@@ -118,13 +117,13 @@ def copy_into_store(source: Source, home: Home) -> Source:
 
 
 def pin_data(path: str) -> str:
-    """A task's data with a hub id pinned to its commit; a local path stays as it is.
+    """Pin a data set on the hub to its commit; a local path stays as it is.
 
     Data is never copied: several hosts need local data on shared storage, at the same path.
 
     Raises:
-        BadInput: there is no such data set or revision.
-        Unavailable: the hub is away.
+        BadInput: the data set or revision does not exist.
+        Unavailable: the hub is unreachable.
     """
     if is_there(Path(path), "the data") or "://" in path:
         return path
@@ -165,7 +164,7 @@ def _from_mlflow(uri: str, home: Home) -> Source:
         fixed, manifest = _fetch(uri, home, objects)
         kept = objects.publish("source", digest_bytes(fixed.encode()), manifest)
     files = json.loads(objects.read_blob(kept.blob))
-    if "uri" in files:  # a stand-in that names where the model really is
+    if "uri" in files:  # a placeholder with the address of the model
         target = resolve_source(files["uri"], home)
         return Source(target.uri, target.local, target.kind, target.revision)
     return Source(uri=fixed, local=_unpacked(kept.blob, files, home, objects), kind="mlflow")
@@ -174,7 +173,10 @@ def _from_mlflow(uri: str, home: Home) -> Source:
 def _from_copy(uri: str, home: Home) -> Source:
     manifest = uri.removeprefix(COPY_SCHEME)
     if not _DIGEST.match(manifest):
-        raise BadInput(f"{uri} names no copy", expected=f"{COPY_SCHEME} and a digest")
+        raise BadInput(
+            f"{uri} is not the address of a copy in the store",
+            expected=f"{COPY_SCHEME} and a digest",
+        )
     cache = _cache(home)
     if not cache.use(manifest):
         objects = ObjectStore(home.open_store())
@@ -183,7 +185,7 @@ def _from_copy(uri: str, home: Home) -> Source:
 
 
 def _is_fixed(uri: str) -> bool:
-    """Whether an MLflow address means the same for ever, as an alias does not."""
+    """True if an MLflow address cannot move, as an alias can."""
     rest = uri.removeprefix("models:/")
     return rest == uri or ("@" not in rest and "/" in rest)
 
@@ -191,20 +193,20 @@ def _is_fixed(uri: str) -> bool:
 def _fetch(uri: str, home: Home, objects: ObjectStore) -> tuple[str, str]:
     """Download an MLflow artifact into the store: its fixed address and its manifest."""
     with _downloaded(uri, home) as (fixed, got):
-        return fixed, _kept(uri, got, objects)
+        return fixed, _put_files(uri, got, objects)
 
 
 @contextmanager
-def fetched_again(uri: str, home: Home) -> Iterator[dict[str, Path]]:
-    """The files that a model's source gives now, by name; gone with the context.
+def fetch_again(uri: str, home: Home) -> Iterator[dict[str, Path]]:
+    """Fetch the files of a model from its source, by name, for the length of the context.
 
     Args:
         uri: a path, a hub id or an MLflow address.
-        home: where what is fetched lies meanwhile.
+        home: the installation whose scratch folder holds them.
 
     Raises:
-        BadInput: there is no such model any more.
-        Unavailable: the server that holds it is away.
+        BadInput: the model does not exist any more.
+        Unavailable: its server is unreachable.
     """
     if not uri.startswith(MLFLOW_SCHEMES):
         yield wanted(files_of(resolve_source(uri, home).local))
@@ -236,9 +238,9 @@ def _downloaded(uri: str, home: Home) -> Iterator[tuple[str, Path]]:
 
 
 def _place(client: "MlflowClient", uri: str) -> tuple[str, str]:
-    """The address of the same thing that cannot move, and where its artifacts lie.
+    """The pinned address of a model in MLflow, and the location of its artifacts.
 
-    MLflow's own way through `models:/` asks the process's global server and not ours.
+    MLflow itself resolves `models:/` by the global server of the process, not by ours.
     """
     if not uri.startswith("models:/"):
         return uri, uri
@@ -252,7 +254,7 @@ def _place(client: "MlflowClient", uri: str) -> tuple[str, str]:
         return uri, str(client.get_logged_model(name).artifact_location)
     else:
         raise BadInput(
-            f"{uri} moves from version to version",
+            f"{uri} does not name a version",
             expected="models:/NAME/VERSION or models:/NAME@ALIAS",
         )
     fixed = "/".join((f"models:/{name}/{version}", *path))
@@ -262,14 +264,14 @@ def _place(client: "MlflowClient", uri: str) -> tuple[str, str]:
     return fixed, "/".join((place.rstrip("/"), *path))
 
 
-def _kept(uri: str, got: Path, objects: ObjectStore) -> str:
+def _put_files(uri: str, downloaded: Path, objects: ObjectStore) -> str:
     """Put a model's files into the store; returns the digest of their manifest."""
-    if not got.is_file():
-        stand_in = got / "object.json"
-        if stand_in.is_file() and not any(got.rglob("*.safetensors")):
-            return objects.put_json({"uri": _pointed_at(uri, stand_in)})
-        got = model_folder(uri, got)
-    return _manifest(uri, files_of(got), objects, move=True)
+    if not downloaded.is_file():
+        placeholder = downloaded / "object.json"
+        if placeholder.is_file() and not any(downloaded.rglob("*.safetensors")):
+            return objects.put_json({"uri": _pointed_at(uri, placeholder)})
+        downloaded = model_folder(uri, downloaded)
+    return _manifest(uri, files_of(downloaded), objects, move=True)
 
 
 def _manifest(uri: str, files: dict[str, Path], objects: ObjectStore, *, move: bool) -> str:
@@ -280,16 +282,16 @@ def _manifest(uri: str, files: dict[str, Path], objects: ObjectStore, *, move: b
     return objects.put_json({"files": kept})
 
 
-def _pointed_at(uri: str, stand_in: Path) -> str:
+def _pointed_at(uri: str, placeholder: Path) -> str:
     try:
-        values = json.loads(stand_in.read_bytes())
+        values = json.loads(placeholder.read_bytes())
         target = values["uri"]
     except (ValueError, KeyError, TypeError, RecursionError):
         target = None
-    # A stand-in may not lead to another one, or the chain might never end.
+    # A placeholder may not name another one, or the chain might never end.
     if not isinstance(target, str) or target.startswith(MLFLOW_SCHEMES):
         raise BadInput(
-            f"{uri} holds an object.json that names no model",
+            f"the object.json of {uri} does not name a model",
             expected="a path or a hub id under 'uri'",
         )
     return target
@@ -298,7 +300,7 @@ def _pointed_at(uri: str, stand_in: Path) -> str:
 def _unpacked(
     manifest: str, files: dict[str, dict[str, str]], home: Home, objects: ObjectStore
 ) -> Path:
-    """A folder in the cache with the files of a manifest, complete or not there at all."""
+    """A folder in the cache with the files of a manifest, created atomically."""
     folder = (cache := _cache(home)).root / manifest
     if cache.use(manifest):
         return folder

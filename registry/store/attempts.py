@@ -1,9 +1,9 @@
-"""How often work on something was begun and never ended: what kills its worker shows here.
+"""The attempts at a piece of work, so that work which kills its worker is recognized.
 
 An attempt is an object `attempts/<digest of the subject>/<number>.begun`, and a second one
-`.ended` when the work came to an orderly end, also with an explained error. What was begun,
-has not ended, and whose process is gone, died. Numbers are given by create-only puts, so
-that workers of several hosts never share one.
+`.ended` when the work succeeds or fails with an explained error. An attempt without an end
+whose process is gone has died. Numbers are claimed by create-only puts, so that workers on
+several hosts never share one.
 """
 
 import json
@@ -19,7 +19,7 @@ from restitch.merging.digests import digest_json
 from restitch.merging.errors import RestitchError
 from restitch.registry.store.base import Store
 
-# Longer than any work takes: without a sign of life, somebody else's attempt is given up.
+# Longer than any work takes: an older attempt on a host that we cannot ask counts as dead.
 GIVEN_UP_AFTER = timedelta(days=1)
 
 
@@ -42,14 +42,14 @@ class Attempt:
 
     @property
     def is_here(self) -> bool:
-        """Whether it was made on this host."""
+        """True if it was made on this host."""
         return bool(self.facts.get("host") == socket.gethostname())
 
     def is_alive(self, run_ended: Callable[[str], bool] | None = None) -> bool:
-        """Whether its process may still be at work.
+        """Return True if its process may still be running.
 
         Args:
-            run_ended: asks the engine about a run on another host.
+            run_ended: tells whether a run on another host has ended.
         """
         if self.facts.get("failed"):
             return False
@@ -68,8 +68,8 @@ class Attempts:
     """The attempts at one piece of work.
 
     Args:
-        store: where they are remembered.
-        subject: what the work is about; the same subject, the same attempts.
+        store: where they are recorded.
+        subject: JSON values that identify the work.
     """
 
     def __init__(self, store: Store, *subject: Any) -> None:
@@ -78,9 +78,9 @@ class Attempts:
 
     @contextmanager
     def attempt(self, run: str | None = None) -> Iterator[Attempt]:
-        """Make an attempt; it ends with the context, unless the process dies in it.
+        """Record an attempt, which ends with the context unless the process dies.
 
-        An error that nobody foresaw does not end it: it counts as a death.
+        An unexpected error counts as a death.
         """
         number = max(self._numbers("begun"), default=0) + 1
         facts: dict[str, Any] = {
@@ -100,38 +100,38 @@ class Attempts:
         except Exception as error:
             self._put(number, "failed", {"error": f"{type(error).__name__}: {error}"[:500]})
             raise
-        except BaseException:  # told to stop
+        except BaseException:  # the process was asked to stop
             self._put(number, "ended", {})
             raise
         self._put(number, "ended", {})
 
     @property
     def count(self) -> int:
-        """How many there were."""
+        """The number of attempts so far."""
         return len(self._numbers("begun"))
 
     def unfinished(self) -> list[Attempt]:
-        """The attempts that were begun and have not ended."""
+        """The attempts that have begun and not ended."""
         failed = self._numbers("failed")
-        found = []
+        attempts = []
         for number in sorted(self._numbers("begun") - self._numbers("ended")):
             facts = json.loads(self.store.read(self._name(number, "begun")))
-            found.append(Attempt(number, {**facts, "failed": number in failed}))
-        return found
+            attempts.append(Attempt(number, {**facts, "failed": number in failed}))
+        return attempts
 
-    def _put(self, number: int, what: str, facts: dict[str, Any]) -> bool:
-        return self.store.put(self._name(number, what), json.dumps(facts).encode())
+    def _put(self, number: int, event: str, facts: dict[str, Any]) -> bool:
+        return self.store.put(self._name(number, event), json.dumps(facts).encode())
 
-    def _numbers(self, what: str) -> set[int]:
+    def _numbers(self, event: str) -> set[int]:
         names = (name.rpartition("/")[2].partition(".") for name in self.store.list(self.prefix))
-        return {int(number) for number, _, kind in names if kind == what}
+        return {int(number) for number, _, kind in names if kind == event}
 
-    def _name(self, number: int, what: str) -> str:
-        return f"{self.prefix}/{number:04d}.{what}"
+    def _name(self, number: int, event: str) -> str:
+        return f"{self.prefix}/{number:04d}.{event}"
 
 
 def process_began(pid: int) -> float | None:
-    """When a process of this host began, in seconds since the epoch; None if it is gone."""
+    """The start of a process on this host, in seconds since the epoch; None if it is gone."""
     import psutil
 
     try:

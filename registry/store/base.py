@@ -1,11 +1,9 @@
-"""Named objects that are written whole or not at all.
+"""The interface of a store: named objects that are written whole or not at all.
 
 An object is created once (`put`) and never changes; the few that must change do so by
-compare-and-swap (`swap`). A reader sees a whole object or none, whatever is killed when.
-`Store` is the whole surface (`registry/s3/store.py` keeps it in a bucket); `FolderStore`
-keeps it in a folder of a POSIX file system, where writers in other processes and on other
-mounts of it are safe as far as `link`, `rename` and `flock` are. Names are checked, so that
-none leaves its store.
+compare-and-swap (`swap`). A reader sees a whole object or none, even if a writer is killed.
+`FolderStore` implements it in a POSIX folder, `S3Store` in a bucket. Names are checked, so
+that none leaves its store.
 """
 
 import re
@@ -43,25 +41,30 @@ class Listed(NamedTuple):
 
 
 class Store(Protocol):
-    """What a folder and an S3 bucket can both do atomically, and the upkeep of what they hold.
+    """Atomic operations on objects that a folder and an S3 bucket both support.
 
     Raises:
-        BadInput: the name is not one (any method).
+        BadInput: the name is invalid (any method).
         Unavailable: the disk or the server cannot be used now (any method).
+
+    Attributes:
+        address: the folder or `s3://bucket/prefix`, for messages.
     """
+
+    address: str
 
     def put(self, name: str, data: bytes | Path, *, move: bool = False) -> bool:
         """Create the object durably from bytes or a file.
 
         Args:
             name: the object's name.
-            data: the content. A file is copied and left as it is.
-            move: the file is the caller's to give away: it may be taken instead of
-                copied, and is gone when this returns. Nobody may write to it any more.
+            data: the content. A file is copied and stays unchanged.
+            move: take the file instead of copying it. The file is gone afterwards, and
+                nobody may write to it any more.
 
         Returns:
-            Whether it was created; False where one of this name was already there, which
-            is then left as it is.
+            True if the object was created; False if one of this name already exists, which
+            stays unchanged.
         """
         ...
 
@@ -69,7 +72,7 @@ class Store(Protocol):
         """The object's bytes.
 
         Raises:
-            NotInStore: there is none.
+            NotInStore: it does not exist.
         """
         ...
 
@@ -77,7 +80,7 @@ class Store(Protocol):
         """The object's bytes with the tag for `swap`.
 
         Raises:
-            NotInStore: there is none.
+            NotInStore: it does not exist.
         """
         ...
 
@@ -86,23 +89,23 @@ class Store(Protocol):
 
         Args:
             name: the object's name.
-            expected: the tag that was read; None for "there is none".
+            expected: the tag that was read; None if no object must exist.
             data: the new content.
 
         Returns:
-            The new tag; None where somebody else was first, and nothing changed.
+            The new tag; None if the object has changed, in which case nothing is written.
         """
         ...
 
     def local_path(self, name: str, *, fresh: bool = False) -> Path:
-        """A local file with the content of an object that is never swapped, to be read only.
+        """A read-only local file with the content of an object that is never swapped.
 
         Args:
             name: the object's name.
-            fresh: fetch it anew where this machine has a copy: that one is damaged.
+            fresh: download it again although this machine has a copy, which is damaged.
 
         Raises:
-            NotInStore: there is none.
+            NotInStore: it does not exist.
         """
         ...
 
@@ -111,10 +114,13 @@ class Store(Protocol):
         ...
 
     def sweep(self, older_than: float) -> int:
-        """Remove what killed writers left behind more than so many seconds ago.
+        """Remove leftovers of killed writers.
+
+        Args:
+            older_than: the age in seconds from which a leftover is removed.
 
         Returns:
-            How many leftovers were removed.
+            The number of leftovers that were removed.
         """
         ...
 
@@ -123,35 +129,35 @@ class Store(Protocol):
         ...
 
     def exists(self, name: str) -> bool:
-        """Whether the object is there now, whatever this machine has a copy of."""
+        """True if the store holds the object now; local copies do not count."""
         ...
 
     def digest(self, name: str) -> str:
-        """The digest of what the store itself holds, never of a copy on this machine.
+        """The digest of what the store itself holds, never of a local copy.
 
         Raises:
-            NotInStore: there is none.
-            Damage: the server says that it holds something else than was written.
+            NotInStore: it does not exist.
+            Damage: the server holds something else than was written.
         """
         ...
 
     def mend(self, name: str, data: bytes | Path) -> None:
-        """Put content in the place of a damaged object, or of one that is gone, at once.
+        """Replace a damaged or missing object atomically.
 
-        The caller has made sure that the name is the digest of the content.
+        The caller has checked that the name is the digest of the content.
         """
         ...
 
     def remove(self, name: str) -> bool:
-        """Remove an object; whether it was there."""
+        """Remove an object; returns True if it existed."""
         ...
 
 
 def check_name(name: str) -> str:
-    """The name itself.
+    """Check the name of an object and return it.
 
     Raises:
-        BadInput: it is not made of `[A-Za-z0-9._-]` parts or could leave its prefix.
+        BadInput: it is not made of `[A-Za-z0-9._-]` parts, or could leave its prefix.
     """
     parts = name.split("/")
     if len(name) <= _MAX_NAME and all(
@@ -159,7 +165,7 @@ def check_name(name: str) -> str:
     ):
         return name
     raise BadInput(
-        f"{name[:200]!r} cannot name an object of the store",
-        expected="parts of letters, digits, '.', '_' and '-', not beginning with '.', "
-        "separated by single slashes",
+        f"{name[:200]!r} is not a valid name for an object in the store",
+        expected="parts of letters, digits, '.', '_' and '-', separated by single slashes; "
+        "no part begins with '.'",
     )

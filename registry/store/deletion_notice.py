@@ -1,8 +1,8 @@
-"""The announcement of what is being removed from a store (`gc/state.json`), for all to see.
+"""The deletion notice of a store, `gc/state.json`: which objects are being removed, and by whom.
 
-One process at a time removes, and says beforehand what. Whoever is about to rely on an object
-looks here after it has said so: one that is announced is waited for, and then is there or not.
-A process that was killed removes nothing any more, whatever it announced.
+One process at a time removes objects, and lists them here first. A process that has just named
+an object checks the notice: if the object is listed, it waits for the removal to end and then
+checks that the object still exists. The notice of a process that was killed is ignored.
 """
 
 import json
@@ -21,75 +21,75 @@ from restitch.registry.store.base import NotInStore, Store
 
 STATE = "gc/state.json"
 
-# A removal on another host that has not ended by then was killed.
+# A removal on another host that takes longer than this was killed.
 _GIVEN_UP_AFTER = timedelta(hours=1)
 _WAIT_AT_MOST, _LOOK_EVERY = 60.0, 0.2
 _AT_ONCE = 8
 
 
 @contextmanager
-def announced(store: Store, names: list[str]) -> Iterator[None]:
-    """Announce what will be removed for the length of the context, if nobody else removes.
+def deletion_notice(store: Store, names: list[str]) -> Iterator[None]:
+    """List the objects that the caller removes within the context.
 
     Raises:
-        Unavailable: somebody does.
+        Unavailable: another process is removing objects.
     """
     state, tag = _state(store)
     if _is_alive(state):
         raise Unavailable(
-            "another `restitch gc` is at work in this store",
+            "another `restitch gc` is running in this store",
             found=f"process {state['pid']} on {state['host']}",
-            hint="wait until it has ended; one that was killed is given up after an hour",
+            hint="wait until it has ended; the notice of a killed process expires after an hour",
         )
-    mine = {
+    notice = {
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "process_began": process_began(os.getpid()),
         "time": datetime.now(UTC).isoformat(),
         "names": names,
     }
-    mine_tag = store.swap(STATE, tag, json.dumps(mine).encode())
-    if mine_tag is None:
-        raise Unavailable("another `restitch gc` began at the same moment", hint="run it again")
+    notice_tag = store.swap(STATE, tag, json.dumps(notice).encode())
+    if notice_tag is None:
+        raise Unavailable("another `restitch gc` started at the same moment", hint="run it again")
     try:
         yield
     finally:
-        store.swap(STATE, mine_tag, json.dumps({**mine, "names": []}).encode())
+        store.swap(STATE, notice_tag, json.dumps({**notice, "names": []}).encode())
 
 
-def check_there(store: Store, wanted: set[str]) -> None:
-    """Make sure that objects are there, and stay, which something names since a moment ago.
+def check_not_deleted(store: Store, names: set[str]) -> None:
+    """Make sure that objects which the caller has just named exist and stay.
 
     Raises:
-        Unavailable: one was removed meanwhile, or is being removed all the time.
+        Unavailable: one of them was removed, or its removal did not end in time.
     """
     state, _ = _state(store)
     if not state:
         return
     deadline = time.monotonic() + _WAIT_AT_MOST
-    while _is_alive(state) and wanted & set(state["names"]):
+    while _is_alive(state) and names & set(state["names"]):
         if time.monotonic() > deadline:
             raise Unavailable(
-                "what this act names is being removed by `restitch gc`",
+                "`restitch gc` is removing objects that this change refers to",
                 found=f"process {state['pid']} on {state['host']}",
-                hint="run the same command again when that has ended",
+                hint="run the same command again when `restitch gc` has ended",
             )
         time.sleep(_LOOK_EVERY)
         state, _ = _state(store)
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        names = sorted(wanted)
-        there = pool.map(store.exists, names)
-        gone = [name for name, is_there in zip(names, there, strict=True) if not is_there]
-    if gone:
+        ordered = sorted(names)
+        exist = pool.map(store.exists, ordered)
+        missing = [name for name, exists in zip(ordered, exist, strict=True) if not exists]
+    if missing:
         raise Unavailable(
-            "what this act names was removed by `restitch gc` while it was made",
-            hint="run the same command again: it is made anew",
-            details=gone[:10],
+            "`restitch gc` has removed objects that this change refers to",
+            hint="run the same command again: it makes them again",
+            details=missing[:10],
         )
 
 
-def was_ever(store: Store) -> bool:
-    """Whether anything was ever announced in a store."""
+def has_notice(store: Store) -> bool:
+    """True if objects were ever removed from a store."""
     return bool(_state(store)[0])
 
 
@@ -105,7 +105,7 @@ def _state(store: Store) -> tuple[dict[str, Any], str | None]:
 
 
 def _is_alive(state: dict[str, Any]) -> bool:
-    """Whether a removal may still be at work."""
+    """True if the process of a notice may still remove objects."""
     if not state.get("names"):
         return False
     if state["host"] == socket.gethostname():

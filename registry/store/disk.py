@@ -1,4 +1,4 @@
-"""Files of a store in a folder: written whole and durably, walked, and their refusals explained."""
+"""File operations of stores and caches: durable writes, locks, and errors with hints."""
 
 import contextlib
 import errno
@@ -15,7 +15,11 @@ _FICLONE = 0x40049409
 
 @contextlib.contextmanager
 def explained(path: Path, doing: str) -> Iterator[None]:
-    """Turn the operating system's refusals into errors that say what to do.
+    """Turn errors of the operating system into ones that say what to do.
+
+    Args:
+        path: names the file where the error does not.
+        doing: the verb of the message, such as "write".
 
     Raises:
         Unavailable: no space, no permission, a read-only or failing disk.
@@ -25,7 +29,7 @@ def explained(path: Path, doing: str) -> Iterator[None]:
     except OSError as error:
         hints = {
             errno.ENOSPC: "free some disk space and run the same command again",
-            errno.EDQUOT: "your disk quota is used up: free some space and run it again",
+            errno.EDQUOT: "your disk quota is used up: free some space and run the command again",
             errno.EACCES: "give yourself permission for this path, or choose another folder",
             errno.EPERM: "give yourself permission for this path, or choose another folder",
             errno.EROFS: "the disk is mounted read-only: choose another folder",
@@ -40,7 +44,7 @@ def explained(path: Path, doing: str) -> Iterator[None]:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """All files below a folder that are not hidden; none where it is not there."""
+    """All files below a folder that do not lie in a hidden one; none if it does not exist."""
 
     def refuse(error: OSError) -> None:
         if error.errno not in (errno.ENOENT, errno.ENOTDIR):
@@ -52,7 +56,7 @@ def files_below(folder: Path) -> Iterator[Path]:
 
 
 def write_durably(target: Path, data: bytes | Path) -> None:
-    """Write a new file, and wait until the disk has it."""
+    """Write a new file and sync it to the disk."""
     with target.open("xb") as out:
         if isinstance(data, Path):
             with data.open("rb") as source:
@@ -67,9 +71,23 @@ def write_durably(target: Path, data: bytes | Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until the disk has a file, or what a folder lists."""
+    """Sync a file, or the entries of a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold a `flock` on a lock file, whose folder exists; `how` is `LOCK_EX` or `LOCK_SH`.
+
+    The kernel releases it when the process dies.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(descriptor, how)
+        yield
     finally:
         os.close(descriptor)

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import fcntl
 import os
 import time
 import uuid
@@ -12,7 +11,7 @@ from pathlib import Path
 from restitch.merging.digests import digest_bytes, digest_file
 from restitch.merging.errors import BadInput
 from restitch.registry.store.base import NAME_PART, Listed, NotInStore, Tagged, check_name
-from restitch.registry.store.disk import explained, files_below, sync, write_durably
+from restitch.registry.store.disk import explained, files_below, locked, sync, write_durably
 
 # A name's parts never begin with a dot, so these folders can hold no object.
 _TEMPORARY, _LOCKS = ".tmp", ".locks"
@@ -24,21 +23,23 @@ _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.E
 class FolderStore:
     """A store in a folder: one file per object.
 
-    Files that are being written lie in `.tmp`, and `.locks` holds the files to which
-    `flock` is applied; the kernel lets go of a lock when its process dies.
+    Files that are being written lie in `.tmp`, lock files in `.locks`. Writers in other
+    processes and on other mounts are safe as far as `link`, `rename` and `flock` are. The
+    kernel releases a lock when its process dies.
     """
 
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
+        self.address = str(root)
 
     def put(self, name: str, data: bytes | Path, *, move: bool = False) -> bool:
         """Create the object durably; see `Store.put`."""
         target = self._path(name)
         if isinstance(data, Path) and not data.is_file():
-            raise BadInput(f"the file {data} is not there")
+            raise BadInput(f"the file {data} does not exist")
         with explained(target, "write"):
             if target.exists():
-                # Its writer may not have come to this point yet, and we say it is kept.
+                # Its writer may not have synced the folder yet, and we promise durability.
                 sync(target.parent)
                 created = False
             else:
@@ -67,16 +68,12 @@ class FolderStore:
         target = self._path(name)
         with explained(target, "write"), self._locked(name):
             try:
-                found = digest_bytes(target.read_bytes())
+                present = digest_bytes(target.read_bytes())
             except FileNotFoundError:
-                found = None
-            if found != expected:
+                present = None
+            if present != expected:
                 return None
-            self._make_folder(target.parent)
-            with self._temporary() as temporary:
-                write_durably(temporary, data)
-                temporary.replace(target)
-            sync(target.parent)
+            self._replace(target, data)
         return digest_bytes(data)
 
     def local_path(self, name: str, *, fresh: bool = False) -> Path:
@@ -117,13 +114,13 @@ class FolderStore:
             path = self.root / name
             with explained(path, "read"):
                 try:
-                    found = path.stat()
+                    status = path.stat()
                 except FileNotFoundError:  # removed since it was listed
                     continue
-            yield Listed(name, found.st_size, found.st_mtime)
+            yield Listed(name, status.st_size, status.st_mtime)
 
     def exists(self, name: str) -> bool:
-        """Whether its file is there; see `Store.exists`."""
+        """True if its file exists; see `Store.exists`."""
         path = self._path(name)
         with explained(path, "read"):
             return path.is_file()
@@ -138,14 +135,10 @@ class FolderStore:
                 raise NotInStore(name) from None
 
     def mend(self, name: str, data: bytes | Path) -> None:
-        """Put another file in its place; see `Store.mend`."""
+        """Replace its file; see `Store.mend`."""
         target = self._path(name)
         with explained(target, "write"):
-            self._make_folder(target.parent)
-            with self._temporary() as temporary:
-                write_durably(temporary, data)
-                temporary.replace(target)
-            sync(target.parent)
+            self._replace(target, data)
 
     def remove(self, name: str) -> bool:
         """Remove its file; see `Store.remove`."""
@@ -160,6 +153,13 @@ class FolderStore:
 
     def _path(self, name: str) -> Path:
         return self.root / check_name(name)
+
+    def _replace(self, target: Path, data: bytes | Path) -> None:
+        self._make_folder(target.parent)
+        with self._temporary() as temporary:
+            write_durably(temporary, data)
+            temporary.replace(target)
+        sync(target.parent)
 
     def _create(self, target: Path, data: bytes | Path, move: bool) -> bool:
         if move and isinstance(data, Path):
@@ -205,13 +205,8 @@ class FolderStore:
     @contextlib.contextmanager
     def _locked(self, name: str) -> Iterator[None]:
         self._make_folder(self.root / _LOCKS)
-        path = self.root / _LOCKS / name.replace("/", ",")
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with locked(self.root / _LOCKS / name.replace("/", ",")):
             yield
-        finally:
-            os.close(descriptor)
 
     def _make_folder(self, folder: Path) -> None:
         missing = []
@@ -224,4 +219,4 @@ class FolderStore:
 
 
 class _CannotLinkError(Exception):
-    """This file system, or this pair of them, has no hard links."""
+    """The file system has no hard links, or source and target lie on two of them."""

@@ -1,8 +1,8 @@
 """Blobs by their digest, and keys that say which blob was made from which inputs.
 
 A blob lies at `blobs/<digest of its bytes>`; a key `keys/<kind>/<digest of inputs>` is
-published after its blob, and the first one published stays. Whatever is read is verified
-against its digest: a `Damage` names the object, and nothing wrong is ever returned.
+published after its blob, and the first one published stays. Every read is verified against
+the digest; a mismatch raises a `Damage` that names the object.
 """
 
 from collections.abc import Mapping
@@ -14,23 +14,23 @@ from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
 from restitch.merging.digests import canonical_json, digest_bytes, digest_file
 from restitch.merging.errors import BadInput, Damage, Unavailable
 from restitch.registry.store.base import NotInStore, Store
-from restitch.registry.store.deletion_notice import check_there
+from restitch.registry.store.deletion_notice import check_not_deleted
 from restitch.registry.store.disk import explained
 
-_REPAIR = "restitch verify --repair makes again what can be; restore the rest from a backup"
+_REPAIR = "run `restitch verify --repair`; restore what it cannot repair from a backup"
 
 Model = TypeVar("Model", bound=BaseModel)
 
 
 class KeyRecord(BaseModel):
-    """What was made from some inputs.
+    """The result that was made from some inputs.
 
     Attributes:
         blob: the digest of the result.
         size: its bytes.
         made_by: who or what made it: worker, host, device.
-        fingerprint: what a repetition must share to give the same bytes.
-        facts: small findings that belong to the result.
+        fingerprint: the environment that is needed to make the same bytes again.
+        facts: small values that belong to the result.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,7 +51,7 @@ class ObjectStore:
         self._sizes: dict[str, int] = {}
 
     def put_blob(self, data: bytes | Path, *, move: bool = False) -> str:
-        """Keep bytes or a file; see `Store.put` for `move`.
+        """Store bytes or a file; see `Store.put` for `move`.
 
         Returns:
             The digest under which it is found.
@@ -66,15 +66,18 @@ class ObjectStore:
                 before = _state(data)
                 digest = digest_file(data)
         except FileNotFoundError as error:
-            raise BadInput(f"{data} is not there") from error
+            raise BadInput(f"the file {data} does not exist") from error
         self.store.put(_blob(digest), data, move=move)
         if not move and _state(data) != before:
-            raise BadInput(f"{data} changed while it was read", hint="try again when it is whole")
+            raise BadInput(
+                f"{data} changed while it was read",
+                hint="run the command again when nobody writes to it",
+            )
         self._sizes[digest] = before[2]
         return digest
 
     def put_json(self, value: object) -> str:
-        """Keep a JSON value in its canonical form."""
+        """Store a JSON value in its canonical form."""
         return self.put_blob(canonical_json(value))
 
     def read_blob(self, digest: str) -> bytes:
@@ -104,12 +107,12 @@ class ObjectStore:
                 state = _state(path)
                 if self._verified.get(digest) == state:
                     return path
-                found = digest_file(path)
-            if found == digest:
+                actual = digest_file(path)
+            if actual == digest:
                 self._verified[digest] = state
                 return path
-        # Neither a copy on this machine, if there was one, nor the object itself.
-        raise _altered(_blob(digest), found)
+        # Neither a local copy, if there was one, nor the object itself is intact.
+        raise _altered(_blob(digest), actual)
 
     def publish(
         self,
@@ -120,13 +123,13 @@ class ObjectStore:
         fingerprint: JsonValue = None,
         facts: Mapping[str, Any] | None = None,
     ) -> KeyRecord:
-        """Say that a blob, already kept, was made from these inputs.
+        """Publish the key of a blob that is in the store and was made from these inputs.
 
         Returns:
-            The record that holds now: the first that was published, ours or another's.
+            The record of the first publication, which may be another process's.
 
         Raises:
-            Unavailable: the blob was removed meanwhile; there is no key either.
+            Unavailable: `restitch gc` removed the blob meanwhile; the key is removed too.
         """
         record = KeyRecord(
             blob=blob,
@@ -140,18 +143,18 @@ class ObjectStore:
         if not created:
             return self._record(name)
         try:
-            check_there(self.store, {_blob(blob)})
+            check_not_deleted(self.store, {_blob(blob)})
         except Unavailable:
-            # `restitch gc` was faster: nobody may find a key that leads nowhere.
+            # A key without its blob must not stay.
             self.store.remove(name)
             raise
         return record
 
     def lookup(self, kind: str, inputs_digest: str) -> KeyRecord | None:
-        """What was made from these inputs, if anything was.
+        """The record of what was made from these inputs, or None.
 
         Raises:
-            Damage: the record is there and unreadable.
+            Damage: the record cannot be read.
         """
         try:
             return self._record(_key(kind, inputs_digest))
@@ -168,39 +171,36 @@ class ObjectStore:
         try:
             return KeyRecord.model_validate_json(data)
         except ValidationError as error:
-            raise Damage(
-                f"the key {name} is not readable",
-                hint=_REPAIR,
-            ) from error
+            raise Damage(f"the key {name} cannot be read", hint=_REPAIR) from error
 
 
 def verified(data: bytes, digest: str, name: str) -> bytes:
-    """The data itself.
+    """Check the digest of data and return them.
 
     Raises:
-        Damage: it has another digest.
+        Damage: they have another digest.
     """
-    found = digest_bytes(data)
-    if found != digest:
-        raise _altered(name, found)
+    actual = digest_bytes(data)
+    if actual != digest:
+        raise _altered(name, actual)
     return data
 
 
 def parsed(model: type[Model], data: bytes, name: str) -> Model:
-    """The value that an object of this name holds.
+    """Parse the content of an object.
 
     Raises:
-        Damage: it holds something else.
+        Damage: it is not a value of this model.
     """
     try:
         return model.model_validate_json(data)
     except ValidationError as error:
         first = error.errors()[0]
         raise Damage(
-            f"the object {name} is not readable",
-            expected="what this version of restitch writes there",
+            f"the object {name} cannot be read",
+            expected=f"a {model.__name__} as this version of restitch writes it",
             found=f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
-            hint="restore it from a backup; if a newer restitch wrote it, use that one",
+            hint="restore it from a backup, or use the version of restitch that wrote it",
         ) from error
 
 
@@ -213,21 +213,18 @@ def _key(kind: str, inputs_digest: str) -> str:
 
 
 def _state(path: Path) -> tuple[int, ...]:
-    found = path.stat()
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    status = path.stat()
+    return (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 def _missing(digest: str) -> Damage:
-    return Damage(
-        f"the object {_blob(digest)} is missing from the store",
-        hint=_REPAIR,
-    )
+    return Damage(f"the object {_blob(digest)} is missing from the store", hint=_REPAIR)
 
 
-def _altered(name: str, found: str) -> Damage:
+def _altered(name: str, actual: str) -> Damage:
     return Damage(
         f"the object {name} is damaged",
         expected=name.rpartition("/")[2],
-        found=found,
+        found=actual,
         hint=_REPAIR,
     )

@@ -1,10 +1,9 @@
-"""Local copies of what lies elsewhere: read through, bounded in size, shared by processes.
+"""A read-through cache of files or folders, bounded in size and shared by processes.
 
-A copy, a file or a folder of files, has its name only when it is whole. Each process notes,
-in a file that it holds locked while it lives, which copies it has handed out; what a living
-process has is never removed. Otherwise the least recently used goes first when there is more
-than the limit. Whatever is killed when, a copy is whole or absent, and the notes of the dead
-count for nothing.
+A copy gets its name only when it is complete. Each process lists the copies that it uses in a
+file that it keeps locked while it lives; a copy in use is never removed. Otherwise the least
+recently used copies are removed when the cache exceeds its limit. The list of a process that
+was killed is ignored.
 """
 
 import contextlib
@@ -18,9 +17,11 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from restitch.registry.store.disk import locked
+
 # Names of objects never begin with a dot, so these folders can hold no copy.
 _TEMPORARY, _USERS, _LOCK = ".tmp", ".users", ".lock"
-_NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
+_READ_ONLY = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 class ReadCache:
@@ -28,9 +29,9 @@ class ReadCache:
 
     Args:
         root: the folder; it may be emptied while nothing runs.
-        limit: says how many bytes it may hold; None for any number. What is in use is kept
+        limit: returns the bytes that it may hold, or None for no limit. Copies in use stay
             even above it.
-        folders: each copy is a folder below the root, and not a file at some depth.
+        folders: each copy is a folder directly below the root, not a file at some depth.
     """
 
     def __init__(
@@ -41,12 +42,12 @@ class ReadCache:
         self.folders = folders
 
     def get(self, name: str, fetch: Callable[[Path], None], *, fresh: bool = False) -> Path:
-        """A copy, which is there and unchanged for as long as this process lives.
+        """A copy, which stays unchanged for as long as this process lives.
 
         Args:
-            name: what it is a copy of; a path below the root.
-            fetch: writes it to a new file.
-            fresh: fetch it although there is a copy.
+            name: a path below the root.
+            fetch: writes the content to a new file.
+            fresh: fetch it even if there is a copy.
 
         Raises:
             OSError: the disk refuses.
@@ -60,38 +61,38 @@ class ReadCache:
         return path
 
     def keep(self, name: str, made: Path) -> None:
-        """Take what is whole as a copy, and make room for it."""
+        """Take a complete file or folder as a copy, and make room for it."""
         path = self.root / name
         with self._locked(fcntl.LOCK_SH):
-            _note(self.root, name)
+            _mark_used(self.root, name)
             path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 made.replace(path)
             except OSError:
-                if not (self.folders and path.is_dir()):  # another was first, and its is as good
+                if not (self.folders and path.is_dir()):  # another process was first
                     raise
         self._make_room()
 
     def use(self, name: str) -> bool:
-        """Note that this process has a copy from now on, if there is one."""
+        """Mark a copy as used by this process; returns False if there is none."""
         path = self.root / name
         if not (path.is_dir() if self.folders else path.is_file()):
             return False
         try:
             with self._locked(fcntl.LOCK_SH):
-                _note(self.root, name)
-                # The time of change stays: by it others know that the content did.
+                _mark_used(self.root, name)
+                # The modification time stays: it shows that the content has not changed.
                 os.utime(path, ns=(time.time_ns(), path.stat().st_mtime_ns))
-        except FileNotFoundError:  # it had to make room a moment ago
+        except FileNotFoundError:  # removed a moment ago to make room
             return False
         except OSError as error:
-            if error.errno not in _NOT_OURS:  # where nothing can be noted, it is only read
+            if error.errno not in _READ_ONLY:  # on a read-only disk it is used without a mark
                 raise
         return True
 
     @contextlib.contextmanager
     def temporary(self) -> Iterator[Path]:
-        """A name for something new, which is removed afterwards if it is still there."""
+        """A path for new content; what is left at it is removed afterwards."""
         folder = self.root / _TEMPORARY
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / uuid.uuid4().hex
@@ -104,7 +105,7 @@ class ReadCache:
                 path.unlink(missing_ok=True)
 
     def sweep(self, before: float) -> int:
-        """Remove halves of copies that nobody has written to since then; how many.
+        """Remove incomplete copies that are older than a time; returns how many.
 
         Raises:
             OSError: the disk refuses.
@@ -135,12 +136,12 @@ class ReadCache:
                     return
 
     def _remove(self, path: Path) -> None:
-        """Remove a copy at once, as others see it."""
-        with self.temporary() as gone:
-            path.replace(gone)
+        """Remove a copy atomically."""
+        with self.temporary() as removed:
+            path.replace(removed)
 
     def _copies(self) -> Iterator[tuple[int, str, int]]:
-        """When it was used last, name and size of each copy."""
+        """Time of last use, name and size of each copy."""
         for folder, folders, files in os.walk(self.root):
             folders[:] = [each for each in folders if not each.startswith(".")]
             if self.folders:
@@ -152,23 +153,19 @@ class ReadCache:
             for file in files:
                 if not file.startswith("."):
                     path = Path(folder, file)
-                    found = path.stat()
-                    yield found.st_atime_ns, str(path.relative_to(self.root)), found.st_size
+                    status = path.stat()
+                    yield status.st_atime_ns, str(path.relative_to(self.root)), status.st_size
 
     @contextlib.contextmanager
     def _locked(self, how: int) -> Iterator[None]:
-        """Shared by those who take copies, alone for who removes some."""
+        """Lock the cache: shared to use a copy, exclusive to remove copies."""
         self.root.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(self.root / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(descriptor, how)
+        with locked(self.root / _LOCK, how):
             yield
-        finally:
-            os.close(descriptor)
 
 
-class _Notes:
-    """The file in which this process notes what it has, locked while it lives."""
+class _UseList:
+    """The file that lists the copies that this process uses, locked while it lives."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -179,28 +176,28 @@ class _Notes:
         fcntl.flock(self._descriptor, fcntl.LOCK_EX)
 
     def add(self, name: str) -> None:
-        """One more name; there is no newline in any."""
+        """Add a name, which contains no newline."""
         if name not in self.names:
             os.write(self._descriptor, f"{name}\n".encode())
             self.names.add(name)
 
 
-_notes: dict[tuple[int, Path], _Notes] = {}
-_noting = threading.Lock()
+_use_lists: dict[tuple[int, Path], _UseList] = {}
+_marking = threading.Lock()
 
 
-def _note(root: Path, name: str) -> None:
-    """Note in this process's file that it has a copy; the caller holds the folder's lock."""
+def _mark_used(root: Path, name: str) -> None:
+    """Add a copy to the list of this process; the caller holds the lock of the cache."""
     key = (os.getpid(), root)
-    with _noting:
-        notes = _notes.get(key)
-        if notes is None or not notes.path.exists():  # somebody has emptied the folder
-            notes = _notes[key] = _Notes(root / _USERS)
-        notes.add(name)
+    with _marking:
+        used = _use_lists.get(key)
+        if used is None or not used.path.exists():  # the folder was emptied
+            used = _use_lists[key] = _UseList(root / _USERS)
+        used.add(name)
 
 
 def _in_use(root: Path) -> set[str]:
-    """What living processes have; the notes of the dead are removed."""
+    """The copies that living processes use; lists of dead ones are removed."""
     used: set[str] = set()
     for path in (root / _USERS).glob("*"):
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)

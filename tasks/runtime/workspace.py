@@ -1,7 +1,7 @@
 """Access for steps to the store, the ledgers of lines, MLflow, and the identity of the actor.
 
 `RESTITCH_HOME`, which the command line and the workers set, determines all of it. A `Workspace`
-has no state of its own; opening one costs nothing.
+has no state of its own; it is opened when it is first used.
 """
 
 import getpass
@@ -19,7 +19,7 @@ from pydantic import JsonValue
 from restitch.merging.errors import BadInput
 from restitch.registry.home import Home, prepare_environment
 from restitch.registry.ledger.ledger import Ledger, lines
-from restitch.registry.mlflow.sync import Catalog
+from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.registry.store.disk import explained
 from restitch.registry.store.objects import ObjectStore
 
@@ -36,9 +36,9 @@ class Workspace:
         return ObjectStore(self.home.open_store())
 
     @cached_property
-    def catalog(self) -> Catalog:
+    def mlflow(self) -> MlflowProjection:
         """The client of MLflow."""
-        return Catalog(self.home)
+        return MlflowProjection(self.home)
 
     @contextmanager
     def scratch(self) -> Iterator[Path]:

@@ -17,12 +17,12 @@ from tests.worlds import World
 @pytest.fixture(scope="module")
 def lived(tmp_path_factory: pytest.TempPathFactory, world: World) -> Shell:
     """A line with a history: joins, a replacement, a failed gate, a rollback, a retirement."""
-    from restitch.registry.mlflow.sync import Catalog
+    from restitch.registry.mlflow.sync import MlflowProjection
 
     root = tmp_path_factory.mktemp("lived")
     shell = Shell(root / "home")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Catalog, "repair", lambda *_, **__: 0)
+        patch.setattr(MlflowProjection, "repair", lambda *_, **__: 0)
         shell("init", world.line(root / "line.yaml", gates={"min_retention": 0.25}))
         shell.add(world, "colour")  # 1
         shell.add(world, "number")  # 2

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from restitch.registry.mlflow.sync import Catalog
+from restitch.registry.mlflow.sync import MlflowProjection
 from tests.conftest import NewHome, Three
 from tests.flows.test_localizing import with_splits
 from tests.flows.test_mlflow_image import client_of, image
@@ -103,7 +103,7 @@ def _counted(
         return call
 
     # The image in MLflow is most of the time of a small registration.
-    setattr(Catalog, "repair", lambda *_, **__: 0)  # noqa: B010
+    setattr(MlflowProjection, "repair", lambda *_, **__: 0)  # noqa: B010
     for name in names:
         setattr(os, name, wrap(getattr(os, name)))
     sys.exit(shell(*command, code=None).code)

@@ -155,13 +155,13 @@ def test_what_mlflow_missed_is_completed_by_a_remerge(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from restitch.merging.errors import Unavailable
-    from restitch.registry.mlflow.sync import Catalog
+    from restitch.registry.mlflow.sync import MlflowProjection
 
     def away(*_: object, **__: object) -> int:
         raise Unavailable("MLflow is away")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Catalog, "repair", away)
+        patched.setattr(MlflowProjection, "repair", away)
         done = shell("init", world.line(tmp_path / "line.yaml"))
         assert "MLflow is away" in done.err
         shell.add(world, "colour")

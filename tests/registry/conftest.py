@@ -2,9 +2,9 @@ import os
 
 import pytest
 
-from restitch.registry.mlflow.sync import Catalog
+from restitch.registry.mlflow.sync import MlflowProjection
 from tests.registry.builders import home_with_mlflow
-from tests.registry.catalog_view import small_line
+from tests.registry.mlflow_view import small_line
 from tests.servers import s3_server
 
 _ACCOUNT = {
@@ -29,9 +29,9 @@ def home(tmp_path, empty_mlflow):
 
 
 @pytest.fixture
-def catalog(home):
+def mlflow(home):
     """Its view in MLflow."""
-    return Catalog(home)
+    return MlflowProjection(home)
 
 
 @pytest.fixture

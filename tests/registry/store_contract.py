@@ -202,33 +202,18 @@ class StoreContract:
                 assert store.read(name) == contents[created.index(True)]
 
     def test_of_many_threads_each_swap_counts_once(self, store):
-        def add(_: int) -> None:
-            done = None
-            while done is None:
-                try:
-                    data, tag = store.read_tagged("count")
-                except NotInStore:
-                    data, tag = b"0", None
-                done = store.swap("count", tag, str(int(data) + 1).encode())
-
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(add, range(80)))
+            list(pool.map(lambda _: count_up(store), range(80)))
         assert store.read("count") == b"80"
 
     def test_of_many_processes_each_swap_counts_once(self, store, opener):
         code = f"""
-            from restitch.registry.store.base import NotInStore
-            from restitch.registry.store.folder import FolderStore
             from pathlib import Path
+            from restitch.registry.store.folder import FolderStore
+            from tests.registry.store_contract import count_up
             store = {opener}
             for _ in range(25):
-                done = None
-                while done is None:
-                    try:
-                        data, tag = store.read_tagged("count")
-                    except NotInStore:
-                        data, tag = b"0", None
-                    done = store.swap("count", tag, str(int(data) + 1).encode())
+                count_up(store)
         """
         processes = [start(code) for _ in range(4)]
         assert [process.wait() for process in processes] == [0] * 4
@@ -237,9 +222,8 @@ class StoreContract:
     def test_of_many_processes_one_creates_each_object(self, store, opener):
         code = f"""
             import sys
-            from restitch.registry.store.base import NotInStore
-            from restitch.registry.store.folder import FolderStore
             from pathlib import Path
+            from restitch.registry.store.folder import FolderStore
             store = {opener}
             made = [n for n in range(40) if store.put(f"o/{{n}}", sys.argv[1].encode() * 5000)]
             print(*made)
@@ -258,9 +242,8 @@ class StoreContract:
         file.write_bytes(bytes(range(256)) * 40_000)
         code = f"""
             import sys
-            from restitch.registry.store.base import NotInStore
-            from restitch.registry.store.folder import FolderStore
             from pathlib import Path
+            from restitch.registry.store.folder import FolderStore
             store = {opener}
             tag = None
             store.put(f"begun/{{sys.argv[1]}}", b"")
@@ -290,6 +273,17 @@ class StoreContract:
         assert store.put("killed/after", file)
         store.sweep(0)
         assert sum(1 for _ in store.list("killed")) == len(names) + 1
+
+
+def count_up(store: Store) -> None:
+    """Add one to the number that an object holds, again after each lost swap."""
+    done = None
+    while done is None:
+        try:
+            data, tag = store.read_tagged("count")
+        except NotInStore:
+            data, tag = b"0", None
+        done = store.swap("count", tag, str(int(data) + 1).encode())
 
 
 def wait_for_line(process: subprocess.Popen[str]) -> None:

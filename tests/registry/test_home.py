@@ -42,11 +42,11 @@ def test_a_store_of_another_kind_is_refused_without_its_address(tmp_path):
     assert "secret" not in str(raised.value)
 
 
-def test_a_bucket_is_a_store_whose_copies_lie_in_the_cache(tmp_path):
-    home = Home(tmp_path, "s3://bucket/a/prefix")
+def test_a_bucket_is_a_store_whose_copies_lie_in_the_cache(tmp_path, s3_bucket):
+    home = Home(tmp_path, f"s3://{s3_bucket}/a/prefix")
     store = home.open_store()
     assert isinstance(store, S3Store)
-    assert (store.bucket, store.prefix) == ("bucket", "a/prefix")
+    assert (store.bucket, store.prefix) == (s3_bucket, "a/prefix")
     assert store.cache.root == home.cache / "store"
     assert not home.store_is_local
     assert Home(tmp_path).store_is_local

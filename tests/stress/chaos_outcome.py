@@ -129,8 +129,8 @@ def _undisturbed(line: str, folder: Path, registered: Sequence[str], models: Mod
     script = (
         "import sys, json\n"
         "from pathlib import Path\n"
-        "from restitch.registry.mlflow.sync import Catalog\n"
-        "Catalog.repair = lambda *_, **__: 0\n"
+        "from restitch.registry.mlflow.sync import MlflowProjection\n"
+        "MlflowProjection.repair = lambda *_, **__: 0\n"
         "from restitch.flows.lines.init_line import init_line\n"
         "from restitch.flows.register import register\n"
         "from restitch.flows.remerge import remerge\n"

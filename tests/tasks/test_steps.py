@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.registry.mlflow.sync import Catalog
+from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.tasks import publish
 from restitch.tasks.runtime.console import say, warn, working
 from restitch.tasks.runtime.engine import Cached, step
@@ -49,7 +49,7 @@ def test_a_slow_unreachable_server_is_not_tried_again_at_once(
         clock[0] += publish.SLOW_SECONDS + 1
         raise Unavailable("MLflow is away")
 
-    monkeypatch.setattr(Catalog, "repair", slow)
+    monkeypatch.setattr(MlflowProjection, "repair", slow)
     monkeypatch.setattr("restitch.tasks.runtime.workspace.Workspace.ledger", lambda *_: None)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(publish, "_paused_until", {})

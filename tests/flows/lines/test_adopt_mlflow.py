@@ -13,7 +13,7 @@ from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.home import Home
 from restitch.registry.ledger.line_state import UNREAD
 from restitch.registry.mlflow.projection import DIGEST_TAG, VERSION_TAG
-from restitch.registry.mlflow.sync import Catalog, connect
+from restitch.registry.mlflow.sync import MlflowProjection, connect
 from tests.servers import free_port, mlflow_server, s3_server
 from tests.shell import Shell
 from tests.worlds import World
@@ -238,7 +238,7 @@ def test_who_was_killed_before_mlflow_was_written_doubles_nothing(
     line("task", "demo", "--task", world.task("colour"))
     version = made(client, world.model("colour"))
     with monkeypatch.context() as patched:
-        patched.setattr(Catalog, "repair", _killed)
+        patched.setattr(MlflowProjection, "repair", _killed)
         with pytest.raises(KeyboardInterrupt):
             adopt("demo")
     assert line.kinds() == ["configured", "configured", "registered"]
@@ -304,7 +304,7 @@ def test_the_same_weights_are_linked_and_not_doubled(
     assert line.head_bytes() == before
     assert adopt("demo") == ()
     assert adopt_one("demo", "colour", int(version[1])) == 1
-    Catalog(Home(line.home)).repair(line.ledger(), full=True)
+    MlflowProjection(Home(line.home)).repair(line.ledger(), full=True)
     assert len(client.search_model_versions("name = 'demo.colour'")) == 2
     assert "same weights" in tags(client, version)["restitch.reason"]
 

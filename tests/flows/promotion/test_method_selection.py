@@ -12,7 +12,7 @@ from restitch.flows.promotion.method_selection import earlier_selection, select_
 from restitch.flows.promotion.snapshot import take_snapshot
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
-from restitch.registry.mlflow.sync import Catalog
+from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.registry.specs.method import TournamentSpec
 from restitch.registry.specs.task import HeadSpec
 from tests.cli.test_end_to_end import plain
@@ -51,7 +51,7 @@ def made(world: World, tmp_path_factory: pytest.TempPathFactory) -> tuple[Shell,
     """A line that holds two members after a tournament, and the folder of its tasks' files."""
     folder = tmp_path_factory.mktemp("tournament")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Catalog, "repair", lambda *_, **__: 0)
+        patch.setattr(MlflowProjection, "repair", lambda *_, **__: 0)
         return competing(Shell(folder / "home"), world, folder, *TASKS), folder
 
 
@@ -158,7 +158,7 @@ def test_nothing_new_does_nothing_and_needs_no_contest(
     assert shell.head_bytes() == before
     # Another rule, the same winner: one contest, and the version stays.
     monkeypatch.undo()
-    monkeypatch.setattr(Catalog, "repair", lambda *_, **__: 0)
+    monkeypatch.setattr(MlflowProjection, "repair", lambda *_, **__: 0)
     again = {"tournament": CONTESTANTS, "objective": {"accuracy": 2.0}}
     shell("init", line_file(world, tmp_path, again))
     assert shell.json("remerge", "demo")["action"] == "unchanged"

@@ -8,7 +8,7 @@ import pytest
 
 from restitch.merging.errors import Unavailable
 from restitch.registry.ledger.line_state import Member
-from restitch.registry.mlflow.sync import Catalog
+from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.tasks.evaluate import Exam
 from restitch.tasks.localizers import Localizer, Ranking
 from tests.cli.test_end_to_end import plain
@@ -29,7 +29,9 @@ def shell(world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: 
     shell = Shell(root / "home")
     shell("init", world.line(root / "line.yaml", retention=None))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Catalog, "repair", lambda *_, **__: 0)  # most of the time of a registration
+        patch.setattr(
+            MlflowProjection, "repair", lambda *_, **__: 0
+        )  # most of the time of a registration
         for task in TASKS:
             file = with_splits(world, root / task, task)
             shell("register", "demo", "--task", file, "--model", world.model(task))
@@ -188,7 +190,7 @@ def test_it_is_a_run_in_mlflow(shell: Shell, everything: dict[str, Any]) -> None
     from restitch.registry.home import Home
 
     with shell.inside():
-        client = Catalog(Home.from_environment()).client
+        client = MlflowProjection(Home.from_environment()).client
         experiment = client.get_experiment_by_name("demo.studies")
         assert experiment is not None
         runs = client.search_runs([experiment.experiment_id], order_by=["start_time"])
@@ -205,7 +207,7 @@ def test_without_mlflow_it_warns(shell: Shell, monkeypatch: pytest.MonkeyPatch) 
     def away(*_: object, **__: object) -> None:
         raise Unavailable("MLflow is away")
 
-    monkeypatch.setattr(Catalog, "show_study", away)
+    monkeypatch.setattr(MlflowProjection, "show_study", away)
     given = ("--task", "colour", "--localizers", "random", "--densities", "0.05")
     done = shell("analyze", "demo", *given, "--json")
     assert "the study is not in MLflow" in done.err

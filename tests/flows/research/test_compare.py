@@ -186,10 +186,10 @@ def test_the_table_has_every_method_with_its_tuned_setting(shell: Shell) -> None
 
 def test_it_is_a_run_in_mlflow(shell: Shell, tuned: dict[str, Any]) -> None:
     from restitch.registry.home import Home
-    from restitch.registry.mlflow.sync import Catalog
+    from restitch.registry.mlflow.sync import MlflowProjection
 
     with shell.inside():
-        client = Catalog(Home.from_environment()).client
+        client = MlflowProjection(Home.from_environment()).client
         experiment = client.get_experiment_by_name("demo.studies")
         assert experiment is not None
         runs = client.search_runs([experiment.experiment_id], order_by=["start_time"])
@@ -261,12 +261,12 @@ def test_specialists_are_a_run_in_mlflow_with_their_table_and_a_plot(
     shell: Shell, kept: tuple[dict[str, Any], Path]
 ) -> None:
     from restitch.registry.home import Home
-    from restitch.registry.mlflow.sync import Catalog
+    from restitch.registry.mlflow.sync import MlflowProjection
 
     found, out = kept
     champion = shell.ledger().merged(2).results
     with shell.inside():
-        client = Catalog(Home.from_environment()).client
+        client = MlflowProjection(Home.from_environment()).client
         experiment = client.get_experiment_by_name("demo.studies")
         assert experiment is not None
         name = "specialists of demo 2 by tall"
@@ -353,7 +353,7 @@ def test_specialists_that_a_removal_took_meanwhile_are_not_named(
 
     assert len(list((shell.home / "store/keys/specialists").iterdir())) == 1
     with monkeypatch.context() as patched:
-        patched.setattr("restitch.flows.research.experts.check_there", removed)
+        patched.setattr("restitch.flows.research.experts.check_not_deleted", removed)
         shell("experts", "demo", "--method", "emr", "--replace", code=6)
     assert not list((shell.home / "store/keys/specialists").iterdir())
     assert shell.json("experts", "demo", "--tune")["manifest"] == kept[0]["manifest"]

@@ -14,7 +14,7 @@ from restitch.flows.promotion.snapshot import take_snapshot
 from restitch.flows.research.study import STUDIES
 from restitch.flows.research.study.continual import FINETUNING
 from restitch.merging.errors import Unavailable
-from restitch.registry.mlflow.sync import Catalog
+from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.inputs.checkpoints import live_base, open_base, open_sparse
 from restitch.tasks.research.finetune import finetune
@@ -36,7 +36,7 @@ def shell(world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: 
     shell = Shell(root / "home")
     shell("init", world.line(root / "line.yaml", retention=None))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Catalog, "repair", lambda *_, **__: 0)
+        patch.setattr(MlflowProjection, "repair", lambda *_, **__: 0)
         add_with_splits(shell, world, root, *SKILLS)
     return shell
 
@@ -212,7 +212,7 @@ def test_a_study_is_a_run_in_mlflow(shell: Shell, made: Made) -> None:
     from restitch.registry.home import Home
 
     with shell.inside():
-        client = Catalog(Home.from_environment()).client
+        client = MlflowProjection(Home.from_environment()).client
         experiment = client.get_experiment_by_name("demo.studies")
         assert experiment is not None
         runs = client.search_runs([experiment.experiment_id])
@@ -239,7 +239,7 @@ def test_mistakes_are_told(shell: Shell, world: World, tmp_path: Path) -> None:
     small("init", world.line(tmp_path / "empty.yaml", line="empty"))
     assert "too few members" in small("study", "tasks", "empty", code=3).err
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Catalog, "repair", lambda *_, **__: 0)
+        patch.setattr(MlflowProjection, "repair", lambda *_, **__: 0)
         bare = ("--task", world.task("number"), "--model", world.model("number"))
         small("register", "demo", *bare, "--replace-task")
         assert "no train rows" in small("study", "shots", "demo", code=3).err

@@ -17,9 +17,9 @@ import pytest
 
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import Unavailable
-from restitch.registry.ledger.references import named_in
+from restitch.registry.ledger.references import digests_in
 from restitch.registry.maintenance.inventory import in_use, take_inventory
-from restitch.registry.store.deletion_notice import STATE, announced
+from restitch.registry.store.deletion_notice import STATE, deletion_notice
 from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore
 from tests.conftest import NewHome, Three
@@ -110,7 +110,7 @@ def test_what_is_young_stays(copy: Shell) -> None:
 
 @pytest.mark.parametrize("age", ["", "x", "-3h", "3", "3y"])
 def test_what_is_no_age_is_refused(copy: Shell, age: str) -> None:
-    assert "is no age" in copy("gc", f"--older-than={age}", code=3).err
+    assert "is not an age" in copy("gc", f"--older-than={age}", code=3).err
 
 
 def test_whatever_an_audit_entry_names_stays(copy: Shell, world: World) -> None:
@@ -124,7 +124,7 @@ def test_whatever_an_audit_entry_names_stays(copy: Shell, world: World) -> None:
     named = {
         f"blobs/{word}"
         for name in store.store.list("audit")
-        for word in named_in(json.loads(store.store.read(name)))
+        for word in digests_in(json.loads(store.store.read(name)))
     }
     named &= names_of(copy)
     assert f"blobs/{stray}" in named
@@ -263,10 +263,10 @@ def test_a_key_that_came_before_the_announcement_keeps_its_blob(
     @contextmanager
     def late(*asked: Any) -> Iterator[None]:
         objects.publish("patch", digest, digest)
-        with announced(*asked):
+        with deletion_notice(*asked):
             yield
 
-    monkeypatch.setattr("restitch.flows.storage.gc.announced", late)
+    monkeypatch.setattr("restitch.flows.storage.gc.deletion_notice", late)
     copy("gc", "--older-than", "0s", "--yes")
     assert {blob, f"keys/patch/{digest}"} == names_of(copy) & (lone | {f"keys/patch/{digest}"})
 
@@ -276,7 +276,7 @@ def test_a_key_whose_blob_is_being_removed_is_taken_back(
 ) -> None:
     objects = ObjectStore(FolderStore(tmp_path / "store"))
     blob = objects.put_blob(b"weights")
-    with ThreadPoolExecutor(1) as pool, announced(objects.store, [f"blobs/{blob}"]):
+    with ThreadPoolExecutor(1) as pool, deletion_notice(objects.store, [f"blobs/{blob}"]):
         publishing = pool.submit(objects.publish, "mask", blob, blob)
         while not objects.store.exists(f"keys/mask/{blob}"):
             assert not publishing.done()
@@ -293,7 +293,7 @@ def test_a_key_whose_blob_is_being_removed_is_taken_back(
 def test_an_act_whose_objects_were_removed_does_not_count(tmp_path: Path) -> None:
     ledger = ledger_of(tmp_path / "store")
     objects = ledger.objects
-    with announced(objects.store, ["blobs/" + "0" * 64]):
+    with deletion_notice(objects.store, ["blobs/" + "0" * 64]):
         pass
     file = objects.put_blob(b"weights")
     there = objects.put_json({"files": {"model.safetensors": file}})
@@ -331,10 +331,10 @@ def test_an_act_that_looked_before_the_announcement_looks_again(tmp_path: Path) 
 def test_two_do_not_remove_at_once(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "store")
     with (
-        announced(store, ["blobs/x"]),
+        deletion_notice(store, ["blobs/x"]),
         pytest.raises(Unavailable, match="at work"),
-        announced(store, ["blobs/y"]),
+        deletion_notice(store, ["blobs/y"]),
     ):
         pass
-    with announced(store, ["blobs/y"]):
+    with deletion_notice(store, ["blobs/y"]):
         assert json.loads(store.read(STATE))["names"] == ["blobs/y"]

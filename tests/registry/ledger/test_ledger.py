@@ -336,7 +336,7 @@ def test_the_same_acts_at_the_same_times_give_the_same_bytes(tmp_path):
 
 
 def test_a_thousand_versions_are_read_in_less_than_two_seconds(tmp_path, monkeypatch):
-    monkeypatch.setattr("restitch.registry.store.folder.os.fsync", lambda _descriptor: None)
+    monkeypatch.setattr("restitch.registry.store.disk.os.fsync", lambda _descriptor: None)
     line = ledger(tmp_path)
     tasks = tuple(f"t{n}" for n in range(20))
 

@@ -1,7 +1,7 @@
 import json
 
 from restitch.registry.ledger import outcomes
-from restitch.registry.ledger.outcomes import Fate
+from restitch.registry.ledger.outcomes import Outcome
 from restitch.registry.ledger.records import Entry, TaskResult
 from restitch.registry.mlflow import projection, projection_merged
 from restitch.registry.record import Interval
@@ -17,7 +17,7 @@ from tests.registry.builders import (
     with_task,
 )
 
-IN_USE = Fate("champion", "In use.")
+IN_USE = Outcome("champion", "In use.")
 
 
 def act(tmp_path, change, kind="registered") -> Entry:
@@ -119,7 +119,7 @@ def test_an_act_names_the_models_and_versions_that_it_was_about(tmp_path):
     assert outcomes.touched_merges(merged) == (1,)
     assert outcomes.touched_merges(promoted) == ()
     assert outcomes.touched_models(promoted) == ()
-    run = projection.of_act(promoted)
+    run = projection.project_act(promoted)
     assert run.params["champion.before"] == "none"
     assert run.params["champion.after"] == "1"
 
@@ -145,7 +145,7 @@ def test_an_act_is_about_the_versions_that_it_made_moved_or_judged(tmp_path):
     assert outcomes.merges_about(rejected.entry) == (1,)
     assert outcomes.merges_about(held.entry) == ()
     assert outcomes.merges_about(back.entry) == (1, 2)
-    assert projection.of_act(promoted).current["restitch.versions"] == ",1,2,"
+    assert projection.project_act(promoted).current["restitch.versions"] == ",1,2,"
 
 
 def test_the_last_move_is_found_without_reading_further(tmp_path):
@@ -165,14 +165,14 @@ def test_a_reason_is_one_sentence_and_not_said_twice(tmp_path):
     promoted = next(iter(line.entries())).model_copy(
         update={"reason": "version 1: no\ngates.", "time": TIME}
     )
-    fate = outcomes.fate_of(record(1), promoted)
+    fate = outcomes.outcome_of(record(1), promoted)
     said = "In use since 2026-03-01 12:00:00 UTC, promoted by tester: no gates."
-    assert fate == Fate("champion", said)
+    assert fate == Outcome("champion", said)
 
 
 def test_an_act_is_shown_with_its_facts_as_params(tmp_path):
     entry = act(tmp_path, lambda line_state: with_task(line_state, "a", model()))
-    run = projection.of_act(entry)
+    run = projection.project_act(entry)
     assert run.digest == entry.digest
     assert run.params["actor"] == "ann"
     assert run.params["reason"] == "a reason"
@@ -184,7 +184,7 @@ def test_an_act_is_shown_with_its_facts_as_params(tmp_path):
 def test_what_mlflow_would_cut_or_refuse_is_cut_here(tmp_path):
     line = ledger(tmp_path)
     entry = done(line.act("configured", "t", "x" * 10_000, lambda h: h.with_pin(True))).entry
-    run = projection.of_act(entry)
+    run = projection.project_act(entry)
     assert len(run.params["reason"]) < 6_000
     assert run.params["reason"].endswith("...")
     assert all(len(value) < 5_000 for value in run.tags.values())
@@ -195,24 +195,26 @@ def test_a_long_reason_is_cut_in_descriptions_too(tmp_path):
     line = ledger(tmp_path)
     merge(line)
     promoted = next(iter(line.entries())).model_copy(update={"reason": "x" * 10_000})
-    run, shown = projection_merged.of_merged(record(1), {}, outcomes.fate_of(record(1), promoted))
+    run, shown = projection_merged.project_merged(
+        record(1), {}, outcomes.outcome_of(record(1), promoted)
+    )
     assert len(shown.description) < 5_000
     assert run.current["mlflow.note.content"] == shown.description
 
 
 def test_a_stand_in_says_where_the_model_really_is():
-    run, version = projection.of_model("line", "a", 1, model(), digest("base"))
-    stand_in = json.loads(run.artifacts["restitch/object.json"])
-    assert stand_in == {"uri": "/models/model", "digest": digest("model"), "size": 8}
+    run, version = projection.project_model("line", "a", 1, model(), digest("base"))
+    placeholder = json.loads(run.artifacts["restitch/object.json"])
+    assert placeholder == {"uri": "/models/model", "digest": digest("model"), "size": 8}
     assert version.name == "line.a"
     assert version.identity[projection.DIGEST_TAG] == digest("model")
-    merged, shown = projection_merged.of_merged(record(), {"report.html": b"<p>"}, IN_USE)
+    merged, shown = projection_merged.project_merged(record(), {"report.html": b"<p>"}, IN_USE)
     assert json.loads(merged.artifacts["restitch/object.json"])["digest"] == digest("patch 1")
     assert merged.artifacts["report.html"] == b"<p>"
     assert shown.name == "line"
 
 
 def test_the_same_record_gives_the_same_image():
-    assert projection_merged.of_merged(record(), {}, IN_USE) == projection_merged.of_merged(
+    assert projection_merged.project_merged(
         record(), {}, IN_USE
-    )
+    ) == projection_merged.project_merged(record(), {}, IN_USE)

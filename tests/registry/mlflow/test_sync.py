@@ -15,7 +15,7 @@ import pytest
 from restitch.merging.errors import Unavailable
 from restitch.registry.home import Home
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.mlflow.sync import Catalog, without_credentials
+from restitch.registry.mlflow.sync import MlflowProjection, without_credentials
 from restitch.registry.mlflow.writer import Writer
 from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore
@@ -30,11 +30,11 @@ from tests.registry.builders import (
     model_ref,
     with_task,
 )
-from tests.registry.catalog_view import DyingClient, KilledError, run_of, shown
+from tests.registry.mlflow_view import DyingClient, KilledError, run_of, shown
 
 
-def counts(catalog: Catalog) -> dict[str, int]:
-    return {name: len(things) for name, things in shown(catalog).items()}
+def counts(mlflow: MlflowProjection) -> dict[str, int]:
+    return {name: len(things) for name, things in shown(mlflow).items()}
 
 
 WHOLE = {
@@ -49,10 +49,10 @@ WHOLE = {
 }
 
 
-def test_a_line_is_shown_whole(catalog, line):
-    assert catalog.repair(line) == 9
-    assert counts(catalog) == WHOLE
-    client = catalog.client
+def test_a_line_is_shown_whole(mlflow, line):
+    assert mlflow.repair(line) == 9
+    assert counts(mlflow) == WHOLE
+    client = mlflow.client
     champion = client.get_model_version_by_alias("line", "champion")
     assert champion.tags["restitch.version"] == "2"
     run = client.get_run(champion.run_id)
@@ -70,12 +70,12 @@ def test_a_line_is_shown_whole(catalog, line):
         "quarantined",
         "NaN",
     )
-    assert run_of(catalog, 2).info.run_id == champion.run_id
+    assert run_of(mlflow, 2).info.run_id == champion.run_id
 
 
-def test_what_the_command_line_answers_is_found_by_a_search(catalog, line):
-    catalog.repair(line)
-    client = catalog.client
+def test_what_the_command_line_answers_is_found_by_a_search(mlflow, line):
+    mlflow.repair(line)
+    client = mlflow.client
     audit = client.get_experiment_by_name("line.audit").experiment_id
     (run,) = client.search_runs(
         [audit], "params.kind = 'promoted' and params.`champion.after` = '2'"
@@ -89,30 +89,30 @@ def test_what_the_command_line_answers_is_found_by_a_search(catalog, line):
     assert len(found) == 1
 
 
-def test_a_second_repair_looks_at_nothing_and_is_fast(catalog, line):
-    catalog.repair(line)
-    before = shown(catalog)
+def test_a_second_repair_looks_at_nothing_and_is_fast(mlflow, line):
+    mlflow.repair(line)
+    before = shown(mlflow)
     began = time.process_time()
-    assert catalog.repair(line) == 0
+    assert mlflow.repair(line) == 0
     assert time.process_time() - began < 0.5
-    assert Catalog(catalog.home).repair(line) == 0
-    assert shown(catalog) == before
+    assert MlflowProjection(mlflow.home).repair(line) == 0
+    assert shown(mlflow) == before
 
 
-def test_a_full_repair_of_a_whole_image_changes_nothing(catalog, line):
-    catalog.repair(line)
-    before = shown(catalog)
-    assert catalog.repair(line, full=True) == 9
-    assert shown(catalog) == before
+def test_a_full_repair_of_a_whole_image_changes_nothing(mlflow, line):
+    mlflow.repair(line)
+    before = shown(mlflow)
+    assert mlflow.repair(line, full=True) == 9
+    assert shown(mlflow) == before
 
 
-def test_only_new_acts_are_looked_at(catalog, line):
-    catalog.repair(line)
+def test_only_new_acts_are_looked_at(mlflow, line):
+    mlflow.repair(line)
     line.act(
         "retired", "ann", "old", lambda line_state: line_state.with_state("a", 1, "retired", "old")
     )
-    assert catalog.repair(line) == 1
-    (version,) = catalog.client.search_model_versions("name = 'line.a'")
+    assert mlflow.repair(line) == 1
+    (version,) = mlflow.client.search_model_versions("name = 'line.a'")
     assert version.tags["restitch.state"] == "retired"
     assert "retired" in version.description
 
@@ -124,14 +124,14 @@ def test_a_repair_that_is_killed_again_and_again_is_completed(home, tmp_path, em
     merge(line, tasks=("a",), results={"a": {"merged": 0.5, "data": rows}})
     merge(line, tasks=("a",))
     line.act("rolled-back", "ann", "worse", lambda line_state: line_state.promoted(1))
-    reference = Catalog(home_with_mlflow(tmp_path / "reference", empty_mlflow))
+    reference = MlflowProjection(home_with_mlflow(tmp_path / "reference", empty_mlflow))
     reference.repair(line)
-    catalog = Catalog(home)
+    mlflow = MlflowProjection(home)
     chance = random.Random(0)
     killed = 0
     while True:
-        dying = Catalog(home)
-        vars(dying)["client"] = DyingClient(catalog.client, chance.randint(1, 9))
+        dying = MlflowProjection(home)
+        vars(dying)["client"] = DyingClient(mlflow.client, chance.randint(1, 9))
         try:
             dying.repair(line, extras=lambda version: {"report.html": b"of %d" % version})
             break
@@ -139,82 +139,82 @@ def test_a_repair_that_is_killed_again_and_again_is_completed(home, tmp_path, em
             killed += 1
             assert killed < 200
     assert killed > 10
-    assert shown(catalog) == shown(reference)
+    assert shown(mlflow) == shown(reference)
     for version in (1, 2):
-        run = run_of(catalog, version).info.run_id
-        page = catalog.client.download_artifacts(run, "report.html", str(tmp_path))
+        run = run_of(mlflow, version).info.run_id
+        page = mlflow.client.download_artifacts(run, "report.html", str(tmp_path))
         assert Path(page).read_bytes() == b"of %d" % version
-    assert catalog.repair(line) == 0
+    assert mlflow.repair(line) == 0
 
 
 def test_two_workers_at_once_do_not_double_anything(home, line):
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda _: Catalog(home).repair(line), range(2)))
-    assert counts(Catalog(home)) == WHOLE
+        list(pool.map(lambda _: MlflowProjection(home).repair(line), range(2)))
+    assert counts(MlflowProjection(home)) == WHOLE
 
 
-def test_what_other_hosts_doubled_is_made_single(home, catalog, monkeypatch):
+def test_what_other_hosts_doubled_is_made_single(home, mlflow, monkeypatch):
     line = ledger(home.store_path)
     merge(line)
     # Another host holds another lock, and its search came before our creation.
     monkeypatch.setattr(Writer, "runs", lambda *_: [])
     monkeypatch.setattr(Writer, "versions", lambda *_: [])
-    catalog.repair(line)
-    catalog.repair(line, full=True)
-    found = counts(catalog)
+    mlflow.repair(line)
+    mlflow.repair(line, full=True)
+    found = counts(mlflow)
     assert (found["line"], found["line.audit"], found["model line"]) == (2, 6, 2)
     monkeypatch.undo()
-    catalog.repair(line, full=True)
-    found = counts(catalog)
+    mlflow.repair(line, full=True)
+    found = counts(mlflow)
     assert (found["line"], found["line.audit"], found["model line"]) == (1, 3, 1)
     assert found["aliases"] == 1
 
 
-def test_aliases_follow_the_head(catalog, line):
-    catalog.repair(line)
+def test_aliases_follow_the_head(mlflow, line):
+    mlflow.repair(line)
     line.act("rolled-back", "ann", "worse", lambda line_state: line_state.promoted(1))
-    catalog.repair(line)
-    assert shown(catalog)["aliases"] == {"champion": "1"}
+    mlflow.repair(line)
+    assert shown(mlflow)["aliases"] == {"champion": "1"}
     line.act("merged", "t", "", lambda line_state: line_state.with_merged(line.state().versions[2]))
-    version = catalog.client.search_model_versions("name = 'line'")[0].version
-    catalog.client.set_registered_model_alias("line", "champion", str(version))
-    catalog.client.set_registered_model_alias("line", "mine", str(version))
-    catalog.repair(line)
-    assert shown(catalog)["aliases"]["champion"] == "1"
-    assert shown(catalog)["aliases"]["mine"], "an alias of somebody else is left alone"
+    version = mlflow.client.search_model_versions("name = 'line'")[0].version
+    mlflow.client.set_registered_model_alias("line", "champion", str(version))
+    mlflow.client.set_registered_model_alias("line", "mine", str(version))
+    mlflow.repair(line)
+    assert shown(mlflow)["aliases"]["champion"] == "1"
+    assert shown(mlflow)["aliases"]["mine"], "an alias of somebody else is left alone"
 
 
-def test_a_candidate_has_its_alias_while_it_is_one(catalog, line):
+def test_a_candidate_has_its_alias_while_it_is_one(mlflow, line):
     record = line.merged(2).model_copy(update={"version": 3})
     blob = line.objects.put_blob(record.to_bytes())
     line.act("merged", "t", "", lambda line_state: line_state.with_merged(blob))
-    catalog.repair(line)
-    assert shown(catalog)["aliases"] == {"champion": "2", "candidate": "3"}
+    mlflow.repair(line)
+    assert shown(mlflow)["aliases"] == {"champion": "2", "candidate": "3"}
     line.act("rejected", "t", "gate", lambda line_state: line_state.without_candidate())
-    catalog.repair(line)
-    assert shown(catalog)["aliases"] == {"champion": "2"}
+    mlflow.repair(line)
+    assert shown(mlflow)["aliases"] == {"champion": "2"}
 
 
-def test_a_deleted_model_and_a_deleted_database_are_made_again(catalog, line, empty_mlflow):
-    catalog.repair(line)
-    before = shown(catalog)
-    catalog.client.delete_registered_model("line")
-    Catalog(catalog.home).repair(line)
-    assert shown(catalog) == before
-    experiment = catalog.client.get_experiment_by_name("line.audit")
-    catalog.client.delete_experiment(experiment.experiment_id)
-    Catalog(catalog.home).repair(line, full=True)
-    assert shown(catalog) == before
+def test_a_deleted_model_and_a_deleted_database_are_made_again(mlflow, line, empty_mlflow):
+    mlflow.repair(line)
+    before = shown(mlflow)
+    mlflow.client.delete_registered_model("line")
+    MlflowProjection(mlflow.home).repair(line)
+    assert shown(mlflow) == before
+    experiment = mlflow.client.get_experiment_by_name("line.audit")
+    mlflow.client.delete_experiment(experiment.experiment_id)
+    MlflowProjection(mlflow.home).repair(line, full=True)
+    assert shown(mlflow) == before
 
 
-def test_two_lines_do_not_disturb_each_other(catalog, line):
+def test_two_lines_do_not_disturb_each_other(mlflow, line):
     other = Ledger(line.objects, "other")
     other.create(line_spec("other"), model_ref("base"), "t", "")
     merge(other)
-    catalog.repair(line)
-    catalog.repair(other)
-    assert counts(catalog) == WHOLE
-    assert len(shown(catalog, "other")["other"]) == 1
+    mlflow.repair(line)
+    mlflow.repair(other)
+    assert counts(mlflow) == WHOLE
+    assert len(shown(mlflow, "other")["other"]) == 1
 
 
 def test_mlflow_away_is_unavailable_without_its_password(tmp_path, monkeypatch):
@@ -223,7 +223,7 @@ def test_mlflow_away_is_unavailable_without_its_password(tmp_path, monkeypatch):
     line = ledger(store)
     home = Home(tmp_path / "home", str(store), "http://ann:secret@127.0.0.1:9")
     with pytest.raises(Unavailable) as raised:
-        Catalog(home).repair(line)
+        MlflowProjection(home).repair(line)
     assert "secret" not in str(raised.value)
     assert "secret" not in repr(raised.value.__cause__)
     assert raised.value.__suppress_context__
@@ -237,7 +237,7 @@ def test_a_database_that_is_none_is_unavailable(tmp_path):
     line = ledger(tmp_path / "home" / "store")
     (tmp_path / "home" / "mlflow.db").write_bytes(b"not a database" * 100)
     with pytest.raises(Unavailable, match="cannot be used"):
-        Catalog(Home(tmp_path / "home")).repair(line)
+        MlflowProjection(Home(tmp_path / "home")).repair(line)
 
 
 def test_nothing_is_written_beside_the_home(line, home, tmp_path):
@@ -246,14 +246,14 @@ def test_nothing_is_written_beside_the_home(line, home, tmp_path):
     work.mkdir()
     code = f"""
 from pathlib import Path
-from restitch.registry.mlflow.sync import Catalog
+from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.registry.home import Home, prepare_environment
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.mlflow.writer import Writer
 from restitch.registry.store.objects import ObjectStore
 home = Home(Path({str(home.root)!r}))
 prepare_environment(home)
-print(Catalog(home).repair(Ledger(ObjectStore(home.open_store()), "line")))
+print(MlflowProjection(home).repair(Ledger(ObjectStore(home.open_store()), "line")))
 """
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_TRACKING")}
     ran = subprocess.run(
@@ -270,17 +270,17 @@ print(Catalog(home).repair(Ledger(ObjectStore(home.open_store()), "line")))
     assert list(work.iterdir()) == []
 
 
-def test_the_store_alone_is_enough_for_another_mlflow(line, catalog, tmp_path, empty_mlflow):
-    catalog.repair(line)
-    elsewhere = Catalog(home_with_mlflow(tmp_path / "elsewhere", empty_mlflow))
+def test_the_store_alone_is_enough_for_another_mlflow(line, mlflow, tmp_path, empty_mlflow):
+    mlflow.repair(line)
+    elsewhere = MlflowProjection(home_with_mlflow(tmp_path / "elsewhere", empty_mlflow))
     copy = Ledger(ObjectStore(FolderStore(line.objects.store.root)), "line")
     elsewhere.repair(copy)
-    assert shown(elsewhere) == shown(catalog)
+    assert shown(elsewhere) == shown(mlflow)
 
 
 @pytest.mark.slow
-def test_a_server_is_shown_the_same_as_a_database(line, catalog, tmp_path):
-    catalog.repair(line)
+def test_a_server_is_shown_the_same_as_a_database(line, mlflow, tmp_path):
+    mlflow.repair(line)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -298,11 +298,11 @@ def test_a_server_is_shown_the_same_as_a_database(line, catalog, tmp_path):
                 if probe.connect_ex(("127.0.0.1", port)) == 0:
                     break
             time.sleep(0.2)
-        home = Home(tmp_path / "client", str(catalog.home.store_path), f"http://127.0.0.1:{port}")
-        remote = Catalog(home)
+        home = Home(tmp_path / "client", str(mlflow.home.store_path), f"http://127.0.0.1:{port}")
+        remote = MlflowProjection(home)
         remote.repair(line)
         assert remote.repair(line, full=True) == 9
-        assert shown(remote) == shown(catalog)
+        assert shown(remote) == shown(mlflow)
         champion = remote.client.get_model_version_by_alias("line", "champion")
         found = resolve_object(home, f"runs:/{champion.run_id}/restitch/object.json")
         assert found["digest"] == line.merged(2).patch

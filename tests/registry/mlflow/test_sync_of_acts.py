@@ -9,9 +9,9 @@ import pytest
 from mlflow.data import get_source
 
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.mlflow.sync import Catalog
+from restitch.registry.mlflow.sync import MlflowProjection
 from tests.registry.builders import digest, home_with_mlflow, merge, record
-from tests.registry.catalog_view import DyingClient, KilledError, points, run_of, shown
+from tests.registry.mlflow_view import DyingClient, KilledError, points, run_of, shown
 
 RETENTION = {"task": "general", "top1": 0.45, "base_top1": 0.5, "ratio": 0.9}
 FAILED = {
@@ -23,35 +23,35 @@ FAILED = {
 }
 
 
-def test_one_run_has_the_metrics_of_all_versions(catalog, line):
-    catalog.repair(line)
+def test_one_run_has_the_metrics_of_all_versions(mlflow, line):
+    mlflow.repair(line)
     merge(line, tasks=("a", "b"), retention={**RETENTION, "ratio": 0.8})
     line.act("rolled-back", "ann", "worse", lambda line_state: line_state.promoted(2))
-    catalog.repair(line)
-    assert points(catalog, "retention/ratio") == [(1, 0.9), (2, 0.9), (3, 0.8)]
-    assert points(catalog, "members") == [(1, 1.0), (2, 1.0), (3, 2.0)]
-    assert points(catalog, "task/b/accuracy") == [(3, 0.6)]
-    assert points(catalog, "champion") == [(7, 1.0), (9, 2.0), (11, 3.0), (12, 2.0)]
+    mlflow.repair(line)
+    assert points(mlflow, "retention/ratio") == [(1, 0.9), (2, 0.9), (3, 0.8)]
+    assert points(mlflow, "members") == [(1, 1.0), (2, 1.0), (3, 2.0)]
+    assert points(mlflow, "task/b/accuracy") == [(3, 0.6)]
+    assert points(mlflow, "champion") == [(7, 1.0), (9, 2.0), (11, 3.0), (12, 2.0)]
     for version in (1, 2, 3):
-        metrics = run_of(catalog, version).data.metrics
-        assert {name: dict(points(catalog, name))[version] for name in metrics} == metrics
-    experiment = catalog.client.get_experiment_by_name("line.history")
-    (run,) = catalog.client.search_runs([experiment.experiment_id])
+        metrics = run_of(mlflow, version).data.metrics
+        assert {name: dict(points(mlflow, name))[version] for name in metrics} == metrics
+    experiment = mlflow.client.get_experiment_by_name("line.history")
+    (run,) = mlflow.client.search_runs([experiment.experiment_id])
     assert (run.info.run_name, run.info.status) == ("history of line", "FINISHED")
     (point,) = (
         p
-        for p in catalog.client.get_metric_history(run.info.run_id, "retention/ratio")
+        for p in mlflow.client.get_metric_history(run.info.run_id, "retention/ratio")
         if p.step == 3
     )
     made = datetime.fromisoformat(line.merged(3).created_at)
     assert point.timestamp == int(made.timestamp() * 1000)
 
 
-def test_only_new_versions_are_read_and_added(catalog, line, monkeypatch):
+def test_only_new_versions_are_read_and_added(mlflow, line, monkeypatch):
     for _ in range(5):
         merge(line, tasks=("a",))
-    catalog.repair(line)
-    before, read = points(catalog, "members"), []
+    mlflow.repair(line)
+    before, read = points(mlflow, "members"), []
     version = merge(line, tasks=("a",))
     merged = line.merged
 
@@ -60,43 +60,43 @@ def test_only_new_versions_are_read_and_added(catalog, line, monkeypatch):
         return merged(number)
 
     monkeypatch.setattr(line, "merged", noted)
-    catalog.repair(line)
+    mlflow.repair(line)
     assert set(read) == {version, version - 1}, "the new champion and the one before"
-    assert points(catalog, "members") == [*before, (version, 1.0)]
+    assert points(mlflow, "members") == [*before, (version, 1.0)]
 
 
-def test_a_deleted_history_comes_back_whole_whoever_dies_meanwhile(catalog, line, home):
-    catalog.repair(line)
-    before = shown(catalog)
-    experiment = catalog.client.get_experiment_by_name("line.history").experiment_id
+def test_a_deleted_history_comes_back_whole_whoever_dies_meanwhile(mlflow, line, home):
+    mlflow.repair(line)
+    before = shown(mlflow)
+    experiment = mlflow.client.get_experiment_by_name("line.history").experiment_id
     for deaths in (1, 2, 3, 4, 5):
-        (run,) = catalog.client.search_runs([experiment])
-        catalog.client.delete_run(run.info.run_id)
-        dying = Catalog(home)
-        vars(dying)["client"] = DyingClient(catalog.client, deaths)
+        (run,) = mlflow.client.search_runs([experiment])
+        mlflow.client.delete_run(run.info.run_id)
+        dying = MlflowProjection(home)
+        vars(dying)["client"] = DyingClient(mlflow.client, deaths)
         with pytest.raises(KilledError):
             dying.repair(line)
-        assert catalog.repair(line) == 0, "the rest is whole"
-        assert shown(catalog) == before
+        assert mlflow.repair(line) == 0, "the rest is whole"
+        assert shown(mlflow) == before
 
 
-def test_an_image_of_an_older_kind_is_looked_at_again(catalog, line):
-    catalog.repair(line)
-    before = shown(catalog)
-    audit = catalog.client.get_experiment_by_name("line.audit").experiment_id
-    catalog.client.set_experiment_tag(audit, "restitch.complete_to", f"1:{line.state().entry}")
-    run = run_of(catalog, 2)
-    catalog.client.delete_tag(run.info.run_id, "restitch.members")
-    assert catalog.repair(line) == 9
-    assert shown(catalog) == before
-    assert catalog.repair(line) == 0
+def test_an_image_of_an_older_kind_is_looked_at_again(mlflow, line):
+    mlflow.repair(line)
+    before = shown(mlflow)
+    audit = mlflow.client.get_experiment_by_name("line.audit").experiment_id
+    mlflow.client.set_experiment_tag(audit, "restitch.complete_to", f"1:{line.state().entry}")
+    run = run_of(mlflow, 2)
+    mlflow.client.delete_tag(run.info.run_id, "restitch.members")
+    assert mlflow.repair(line) == 9
+    assert shown(mlflow) == before
+    assert mlflow.repair(line) == 0
 
 
-def roles(catalog: Catalog) -> dict[int, str]:
+def roles(mlflow: MlflowProjection) -> dict[int, str]:
     """By version; runs and model versions must agree."""
-    versions = catalog.client.search_model_versions("name = 'line'")
+    versions = mlflow.client.search_model_versions("name = 'line'")
     found = {int(v.tags["restitch.version"]): v.tags["restitch.role"] for v in versions}
-    assert found == {n: run_of(catalog, n).data.tags["restitch.role"] for n in found}
+    assert found == {n: run_of(mlflow, n).data.tags["restitch.role"] for n in found}
     return dict(sorted(found.items()))
 
 
@@ -106,20 +106,20 @@ def candidate(line: Ledger, **changes: Any) -> None:
     line.act("merged", "t", "", lambda line_state: line_state.with_merged(blob))
 
 
-def test_roles_follow_what_became_of_each_version(catalog, line, tmp_path, empty_mlflow):
-    catalog.repair(line)
-    assert roles(catalog) == {1: "former champion", 2: "champion"}
+def test_roles_follow_what_became_of_each_version(mlflow, line, tmp_path, empty_mlflow):
+    mlflow.repair(line)
+    assert roles(mlflow) == {1: "former champion", 2: "champion"}
     candidate(line, gates=[FAILED])
     line.act("rejected", "t", "version 3: too little", lambda line_state: line_state)
-    catalog.repair(line)
-    assert roles(catalog) == {1: "former champion", 2: "champion", 3: "candidate"}
+    mlflow.repair(line)
+    assert roles(mlflow) == {1: "former champion", 2: "champion", 3: "candidate"}
     candidate(line)
-    catalog.repair(line)
+    mlflow.repair(line)
     candidate(line)
-    catalog.repair(line)
+    mlflow.repair(line)
     line.act("promoted", "ann", "version 5: I say so", lambda line_state: line_state.promoted(5))
     line.act("rolled-back", "ann", "it was slow", lambda line_state: line_state.promoted(1))
-    catalog.repair(line)
+    mlflow.repair(line)
     expected = {
         1: "champion",
         2: "former champion",
@@ -127,51 +127,51 @@ def test_roles_follow_what_became_of_each_version(catalog, line, tmp_path, empty
         4: "superseded",
         5: "former champion",
     }
-    assert roles(catalog) == expected
-    champion = catalog.client.get_model_version_by_alias("line", "champion")
+    assert roles(mlflow) == expected
+    champion = mlflow.client.get_model_version_by_alias("line", "champion")
     assert champion.tags["restitch.role"] == "champion"
     assert re.search(
         r"In use since [-\d]+ [:\d]+ UTC, rolled back to by ann: it was slow\.$",
         champion.description,
     )
-    said = {n: run_of(catalog, n).data.tags["mlflow.note.content"] for n in expected}
+    said = {n: run_of(mlflow, n).data.tags["mlflow.note.content"] for n in expected}
     assert said[1] == champion.description
     assert re.search(r"In use until .* UTC, when version 5 took its place\.$", said[2])
     assert said[3].endswith("It failed its gates: retention 0.2 < 0.9.")
     assert said[4].endswith("It was never promoted.")
     assert re.search(r"rolled back to version 1 by ann: it was slow\.$", said[5])
     # A look at all acts at once says the same as one after the other.
-    again = Catalog(home_with_mlflow(tmp_path / "again", empty_mlflow))
+    again = MlflowProjection(home_with_mlflow(tmp_path / "again", empty_mlflow))
     again.repair(line)
-    assert shown(again) == shown(catalog)
-    catalog.repair(line, full=True)
-    assert shown(again) == shown(catalog)
+    assert shown(again) == shown(mlflow)
+    mlflow.repair(line, full=True)
+    assert shown(again) == shown(mlflow)
 
 
-def test_a_champion_that_nothing_replaced_is_shown_as_gone(catalog, line):
+def test_a_champion_that_nothing_replaced_is_shown_as_gone(mlflow, line):
     line.act(
         "retired",
         "ann",
         "a: too old",
         lambda line_state: line_state.model_copy(update={"champion": None}),
     )
-    catalog.repair(line)
-    assert roles(catalog) == {1: "former champion", 2: "former champion"}
-    said = run_of(catalog, 2).data.tags["mlflow.note.content"]
+    mlflow.repair(line)
+    assert roles(mlflow) == {1: "former champion", 2: "former champion"}
+    said = run_of(mlflow, 2).data.tags["mlflow.note.content"]
     assert said.endswith("when nothing was left to merge: retired by ann: a: too old.")
-    assert points(catalog, "champion")[-1] == (10, 0.0)
-    assert catalog.client.get_registered_model("line").aliases == {}
+    assert points(mlflow, "champion")[-1] == (10, 0.0)
+    assert mlflow.client.get_registered_model("line").aliases == {}
 
 
-def test_versions_are_found_by_their_tags(catalog, line):
+def test_versions_are_found_by_their_tags(mlflow, line):
     merge(line, tasks=("a", "b"), made_by={"actor": "ann", "flow_run": "f-1"})
     candidate(line, gates=[FAILED])
-    catalog.repair(line)
+    mlflow.repair(line)
 
     def versions(wanted: str) -> list[int]:
-        found = catalog.client.search_model_versions(f"name = 'line' and {wanted}")
-        experiment = catalog.client.get_experiment_by_name("line").experiment_id
-        runs = catalog.client.search_runs([experiment], wanted)
+        found = mlflow.client.search_model_versions(f"name = 'line' and {wanted}")
+        experiment = mlflow.client.get_experiment_by_name("line").experiment_id
+        runs = mlflow.client.search_runs([experiment], wanted)
         numbers = sorted(int(v.tags["restitch.version"]) for v in found)
         assert numbers == sorted(int(r.data.tags["restitch.version"]) for r in runs)
         return numbers
@@ -184,32 +184,32 @@ def test_versions_are_found_by_their_tags(catalog, line):
     assert versions(f"tags.`restitch.patch` = '{digest('patch 2')}'") == [2]
 
 
-def test_runs_were_created_by_who_did_it(catalog, line):
+def test_runs_were_created_by_who_did_it(mlflow, line):
     merge(line, tasks=("a",), made_by={"actor": "ann", "host": "gpu-1"})
-    catalog.repair(line)
-    client = catalog.client
-    assert run_of(catalog, 3).data.tags["mlflow.user"] == "ann"
-    assert "mlflow.user" not in run_of(catalog, 2).data.tags
+    mlflow.repair(line)
+    client = mlflow.client
+    assert run_of(mlflow, 3).data.tags["mlflow.user"] == "ann"
+    assert "mlflow.user" not in run_of(mlflow, 2).data.tags
     audit = client.get_experiment_by_name("line.audit").experiment_id
     assert len(client.search_runs([audit], "tags.`mlflow.user` = 'ann'")) == 2
 
 
-def test_acts_are_found_by_the_version_that_they_are_about(catalog, line):
+def test_acts_are_found_by_the_version_that_they_are_about(mlflow, line):
     candidate(line, gates=[FAILED])
     line.act("rejected", "t", "version 3: too little", lambda line_state: line_state)
-    catalog.repair(line)
-    audit = catalog.client.get_experiment_by_name("line.audit").experiment_id
+    mlflow.repair(line)
+    audit = mlflow.client.get_experiment_by_name("line.audit").experiment_id
 
     def kinds(version: int) -> list[str]:
         wanted = f"tags.`restitch.versions` LIKE '%,{version},%'"
-        runs = catalog.client.search_runs([audit], wanted, order_by=["start_time ASC"])
+        runs = mlflow.client.search_runs([audit], wanted, order_by=["start_time ASC"])
         return [run.data.params["kind"] for run in runs]
 
     assert kinds(1) == ["merged", "promoted", "promoted"]
     assert kinds(3) == ["merged", "rejected"]
 
 
-def test_the_data_that_a_version_was_measured_on_are_its_inputs(catalog, line):
+def test_the_data_that_a_version_was_measured_on_are_its_inputs(mlflow, line):
     rows = {"path": "/data/a", "split": "test", "digest": digest("rows")}
     hub = {"path": f"org/photos@{'a' * 40}", "split": "validation", "digest": digest("photos")}
     merge(
@@ -217,9 +217,9 @@ def test_the_data_that_a_version_was_measured_on_are_its_inputs(catalog, line):
         results={"a": {"merged": 0.5, "data": rows}, "b": {"merged": 0.5}},
         retention={**RETENTION, "data": hub},
     )
-    catalog.repair(line)
-    catalog.repair(line, full=True)
-    inputs = run_of(catalog, 3).inputs.dataset_inputs
+    mlflow.repair(line)
+    mlflow.repair(line, full=True)
+    inputs = run_of(mlflow, 3).inputs.dataset_inputs
     found = {one.dataset.name: one for one in inputs}
     assert len(inputs) == 2
     assert found["a"].dataset.digest == digest("rows")[:36]
@@ -227,50 +227,50 @@ def test_the_data_that_a_version_was_measured_on_are_its_inputs(catalog, line):
     assert get_source(found["a"].dataset).to_dict() == {"uri": "/data/a"}
     source = get_source(found["general"].dataset).to_dict()
     assert (source["path"], source["revision"]) == ("org/photos", "a" * 40)
-    experiment = catalog.client.get_experiment_by_name("line").experiment_id
-    (by_data,) = catalog.client.search_runs([experiment], "dataset.name = 'general'")
+    experiment = mlflow.client.get_experiment_by_name("line").experiment_id
+    (by_data,) = mlflow.client.search_runs([experiment], "dataset.name = 'general'")
     assert by_data.data.tags["restitch.version"] == "3"
 
 
-def artifacts(catalog: Catalog, version: int, folder: Path) -> dict[str, bytes]:
-    run = run_of(catalog, version).info.run_id
-    place = Path(catalog.client.download_artifacts(run, "", str(folder)))
+def artifacts(mlflow: MlflowProjection, version: int, folder: Path) -> dict[str, bytes]:
+    run = run_of(mlflow, version).info.run_id
+    place = Path(mlflow.client.download_artifacts(run, "", str(folder)))
     return {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()}
 
 
-def test_further_artifacts_are_written_where_an_act_is_about_a_version(catalog, line, tmp_path):
+def test_further_artifacts_are_written_where_an_act_is_about_a_version(mlflow, line, tmp_path):
     asked = []
 
     def report(version: int) -> dict[str, bytes]:
         asked.append(version)
         return {"report.html": f"{version} of {len(asked)}".encode(), "plots/x.png": b"png"}
 
-    catalog.repair(line, extras=report)
+    mlflow.repair(line, extras=report)
     assert asked == [1, 2]
     line.act("rolled-back", "ann", "worse", lambda line_state: line_state.promoted(1))
     candidate(line)
     line.act("configured", "ann", "", lambda line_state: line_state.with_pin(True))
-    catalog.repair(line, extras=report)
+    mlflow.repair(line, extras=report)
     assert asked == [1, 2, 1, 2, 3]
     line.act("rejected", "t", "version 3: too little", lambda line_state: line_state)
-    catalog.repair(line, extras=report)
+    mlflow.repair(line, extras=report)
     assert asked == [1, 2, 1, 2, 3, 3]
-    assert catalog.repair(line, extras=report) == 0
+    assert mlflow.repair(line, extras=report) == 0
     assert asked == [1, 2, 1, 2, 3, 3]
-    found = artifacts(catalog, 1, tmp_path)
+    found = artifacts(mlflow, 1, tmp_path)
     assert found["report.html"] == b"1 of 3"
     assert found["plots/x.png"] == b"png"
     assert "record.json" in found
 
 
-def test_further_artifacts_are_there_before_an_image_counts_as_complete(catalog, line, tmp_path):
+def test_further_artifacts_are_there_before_an_image_counts_as_complete(mlflow, line, tmp_path):
     def killed(_: int) -> dict[str, bytes]:
         raise KilledError
 
     with pytest.raises(KilledError):
-        catalog.repair(line, extras=killed)
-    catalog.repair(line, extras=lambda version: {"report.html": b"whole"})
+        mlflow.repair(line, extras=killed)
+    mlflow.repair(line, extras=lambda version: {"report.html": b"whole"})
     for version in (1, 2):
         (tmp_path / str(version)).mkdir()
-        found = artifacts(catalog, version, tmp_path / str(version))
+        found = artifacts(mlflow, version, tmp_path / str(version))
         assert found["report.html"] == b"whole"

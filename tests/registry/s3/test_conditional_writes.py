@@ -96,13 +96,13 @@ def test_a_server_is_asked_once_and_what_it_keeps_is_remembered(
     s3_bucket, store, monkeypatch, s3_client
 ) -> None:
     asked = []
-    tried = conditional_writes.keeps_conditions
+    tried = conditional_writes.probe_conditional_writes
 
     def asking(*place):
         asked.append(place)
         return tried(*place)
 
-    monkeypatch.setattr(conditional_writes, "keeps_conditions", asking)
+    monkeypatch.setattr(conditional_writes, "probe_conditional_writes", asking)
     for _process in range(2):
         monkeypatch.setattr(conditional_writes, "_known", {})
         store.put("name", b"content")
@@ -125,7 +125,7 @@ def checked(store, new_home):
     return check
 
 
-def test_doctor_says_that_a_server_keeps_conditions(checked) -> None:
+def test_doctor_reports_that_a_server_supports_conditional_writes(checked) -> None:
     assert checked()["status"] == "ok"
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from restitch.merging.errors import Unavailable
 from restitch.registry.s3 import retries, transfer
-from restitch.registry.s3.conditional_writes import keeps_conditions
+from restitch.registry.s3.conditional_writes import probe_conditional_writes
 from restitch.registry.s3.store import S3Store
 from restitch.registry.store.base import NotInStore
 from tests.faulty_proxy import AFTER, BEFORE, Faults, faulty_proxy
@@ -79,7 +79,7 @@ class TestFaultyNetwork(StoreContract):
         # Each writer appends its own marks, and says which of them it was told took effect.
         code = f"""
             import sys
-            from restitch.registry.store.base import *
+            from restitch.registry.store.base import NotInStore
             from pathlib import Path
             store, me = {opener}, sys.argv[1]
             for turn in range(8):
@@ -100,7 +100,9 @@ class TestFaultyNetwork(StoreContract):
         assert len(log) == 24
 
     def test_conditions_that_are_kept_are_found_to_be(self, store, faults, s3_bucket, prefix):
-        assert all(keeps_conditions(s3_bucket, f"{prefix}/{number}") for number in range(10))
+        assert all(
+            probe_conditional_writes(s3_bucket, f"{prefix}/{number}") for number in range(10)
+        )
 
 
 def test_a_network_that_lets_nothing_through_is_said(faults, store, monkeypatch) -> None:

@@ -14,9 +14,8 @@ from restitch.registry.s3 import conditional_writes, retries, transfer
 from restitch.registry.s3 import store as s3_store
 from restitch.registry.s3.client import parse_address
 from restitch.registry.s3.store import S3Store
-from restitch.registry.store.base import NotInStore
 from restitch.registry.store.objects import ObjectStore
-from tests.registry.store_contract import StoreContract, start
+from tests.registry.store_contract import StoreContract, count_up, start
 
 SECRETS = ("the-key-id", "the-secret", "pass-word")
 
@@ -29,7 +28,7 @@ def prefix(tmp_path):
 
 @pytest.fixture
 def store(s3_bucket, prefix, tmp_path):
-    conditional_writes.may_rely(
+    conditional_writes.check_conditional_writes(
         s3_bucket, prefix, tmp_path
     )  # asked once, and not among what is counted
     return S3Store(s3_bucket, prefix, tmp_path / "cache")
@@ -122,17 +121,8 @@ class TestLostAnswers:
     def test_each_of_many_writers_with_lost_answers_counts_once(self, store, lose_answers):
         lose_answers(["PUT", "-", "-", "-", "PUT"])
 
-        def add(_):
-            done = None
-            while done is None:
-                try:
-                    data, tag = store.read_tagged("count")
-                except NotInStore:
-                    data, tag = b"0", None
-                done = store.swap("count", tag, str(int(data) + 1).encode())
-
         with ThreadPoolExecutor(2) as pool:
-            list(pool.map(add, range(20)))
+            list(pool.map(lambda _: count_up(store), range(20)))
         # Also where another swap has followed before the answer was missed.
         assert store.read("count") == b"20"
 
@@ -396,7 +386,7 @@ class TestErrors:
     def test_a_bucket_that_is_not_there_is_said(self, s3_account, tmp_path):
         store = S3Store("no-bucket", "prefix", tmp_path)
         for call in (store.read, store.local_path, lambda name: store.put(name, b"")):
-            with pytest.raises(Unavailable, match="make the bucket of s3://no-bucket/prefix"):
+            with pytest.raises(Unavailable, match="create the bucket of s3://no-bucket/prefix"):
                 call("name")
         with pytest.raises(Unavailable, match="NoSuchBucket"):
             list(store.list())
@@ -439,7 +429,7 @@ class TestErrors:
         assert "pass-word" not in str(raised.value)
 
     def test_a_file_that_is_not_there_cannot_be_put(self, store, tmp_path):
-        with pytest.raises(BadInput, match="gone is not there"):
+        with pytest.raises(BadInput, match="gone does not exist"):
             store.put("name", tmp_path / "gone")
 
 

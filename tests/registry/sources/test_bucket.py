@@ -281,7 +281,7 @@ def test_a_listing_that_is_lost_is_made_again(
 @pytest.mark.parametrize(
     ("address", "error", "said"),
     [
-        ("s3://no-such-bucket-here/model", BadInput, "no such bucket"),
+        ("s3://no-such-bucket-here/model", BadInput, "a bucket that does not exist"),
         ("s3://BUCKET/PREFIX/nothing", BadInput, "there is no model at"),
         ("s3://BUCKET/PREFIX/pickled", BadInput, "holds no safetensors"),
         ("s3://BUCKET/PREFIX/two", BadInput, "holds several checkpoints"),

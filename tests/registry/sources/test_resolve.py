@@ -92,7 +92,7 @@ class TestCopy:
 
     def test_an_address_that_names_no_copy_is_said(self, home):
         for uri in ("store://", "store://../../etc", "store://" + "A" * 64):
-            with pytest.raises(BadInput, match="names no copy"):
+            with pytest.raises(BadInput, match="is not the address of a copy"):
                 resolve_source(uri, home)
         with pytest.raises(Damage, match="missing"):
             resolve_source("store://" + "0" * 64, home)
@@ -247,8 +247,10 @@ def run(mlflow_home, tmp_path_factory):
     client.log_artifacts(made.info.run_id, str(folder(source / "nested", nested)), "nested")
     client.log_artifacts(made.info.run_id, str(folder(source / "weights")), "nested/model")
     target = folder(source / "target", MODEL | {"model.safetensors": b"target"})
-    stand_in = {"object.json": json.dumps({"uri": str(target)}).encode()}
-    client.log_artifacts(made.info.run_id, str(folder(source / "restitch", stand_in)), "restitch")
+    placeholder = {"object.json": json.dumps({"uri": str(target)}).encode()}
+    client.log_artifacts(
+        made.info.run_id, str(folder(source / "restitch", placeholder)), "restitch"
+    )
     client.create_registered_model("trained")
     run_id = str(made.info.run_id)
     client.create_model_version("trained", f"runs:/{run_id}/model", run_id)
@@ -320,9 +322,9 @@ def test_a_fetch_that_was_killed_is_fetched_again(mlflow_home, run, tmp_path):
     code = f"""
 import os
 from pathlib import Path
-from restitch.registry.sources import resolve
 from restitch.registry.home import Home
-resolve._kept = lambda *_: os.kill(os.getpid(), 9)
+from restitch.registry.sources import resolve
+resolve._put_files = lambda *_: os.kill(os.getpid(), 9)
 home = Home(Path({str(tmp_path)!r}), None, {mlflow_home.mlflow_uri!r})
 resolve.resolve_source("models:/trained/1", home)
 """

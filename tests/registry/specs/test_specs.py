@@ -378,7 +378,7 @@ def test_what_a_delta_stores_of_a_weight_enters_digests_only_where_it_is_chosen(
         ("{density: auto, recovery: null}", "needs recovery and max_density"),
         ("{mode: trained, preset: official, density: auto}", "a density of its own"),
         ("{mode: trained, preset: paper, budget: 1MB}", "a density of its own"),
-        ("{budget: many}", "is no file size"),
+        ("{budget: many}", "is not a file size"),
     ],
 )
 def test_an_impossible_density_is_explained_in_one_line(localize, found):

@@ -67,7 +67,7 @@ class TestFolderStore(StoreContract):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
         store.put("before", b"")
-        monkeypatch.setattr("restitch.registry.store.folder.os.fsync", full)
+        monkeypatch.setattr("restitch.registry.store.disk.os.fsync", full)
         with pytest.raises(Unavailable, match="free some disk space") as raised:
             store.put("name", b"content")
         assert str(store.root) in str(raised.value)
@@ -83,7 +83,7 @@ class TestFolderStore(StoreContract):
         def refuse(*_):
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr("restitch.registry.store.folder.os.fsync", refuse)
+        monkeypatch.setattr("restitch.registry.store.disk.os.fsync", refuse)
         with pytest.raises(Unavailable, match=hint):
             store.put("name", b"")
         with pytest.raises(Unavailable, match=hint):
@@ -96,6 +96,6 @@ class TestFolderStore(StoreContract):
 
     def test_a_file_that_is_not_there_cannot_be_put(self, store, tmp_path):
         for move in (False, True):
-            with pytest.raises(BadInput, match="gone is not there"):
+            with pytest.raises(BadInput, match="gone does not exist"):
                 store.put("name", tmp_path / "gone", move=move)
         assert list(store.list()) == []

@@ -6,7 +6,7 @@ from mlflow import MlflowClient
 
 from restitch.registry.home import Home
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.mlflow.sync import Catalog
+from restitch.registry.mlflow.sync import MlflowProjection
 from tests.registry.builders import digest, ledger, merge, model, with_task
 
 
@@ -34,9 +34,9 @@ def small_line(home: Home) -> Ledger:
     return made
 
 
-def shown(catalog: Catalog, line: str = "line") -> dict[str, Any]:
+def shown(mlflow: MlflowProjection, line: str = "line") -> dict[str, Any]:
     """Everything that MLflow holds of a line, without its own ids."""
-    client = catalog.client
+    client = mlflow.client
     found: dict[str, Any] = {}
     for experiment in (line, f"{line}.audit", f"{line}.models", f"{line}.history"):
         exists = client.get_experiment_by_name(experiment)
@@ -71,19 +71,19 @@ def whole(client: MlflowClient, run: Any) -> tuple[Any, ...]:
     return run.info.status, sorted(run.data.params.items()), sorted(tags.items()), inputs, points
 
 
-def points(catalog: Catalog, metric: str) -> list[tuple[int, float]]:
+def points(mlflow: MlflowProjection, metric: str) -> list[tuple[int, float]]:
     """(step, value) of a metric in the run of the line's history."""
-    client = catalog.client
+    client = mlflow.client
     experiment = client.get_experiment_by_name("line.history")
     (run,) = client.search_runs([experiment.experiment_id])
     found = client.get_metric_history(run.info.run_id, metric)
     return sorted((point.step, point.value) for point in found)
 
 
-def run_of(catalog: Catalog, version: int) -> Any:
-    experiment = catalog.client.get_experiment_by_name("line").experiment_id
+def run_of(mlflow: MlflowProjection, version: int) -> Any:
+    experiment = mlflow.client.get_experiment_by_name("line").experiment_id
     wanted = f"tags.`restitch.version` = '{version}'"
-    (run,) = catalog.client.search_runs([experiment], wanted)
+    (run,) = mlflow.client.search_runs([experiment], wanted)
     return run
 
 
