@@ -1,10 +1,10 @@
-"""Register a finetuned model and see it into the merged model.
+"""Register a finetuned model, and bring it into the merged model.
 
-    enter it in the head --> with workers: tell them, and wait for what becomes of it if asked
-                         --> without: onboard and remerge here
+    add it to the line --> with workers: start them by an event and, if asked, wait for the result
+                       --> without workers: onboard and remerge in this process
 
-The same weights with the same task are registered once: what is unfinished about them is
-finished. Other weights become the task's next version.
+The same weights are registered once for a task: registering them again finishes what is
+unfinished. Other weights become the task's next version.
 """
 
 import time
@@ -16,6 +16,7 @@ from typing import Any
 from restitch.flows.audit.report import mirror
 from restitch.flows.lines.declare_task import present, resolve_spec
 from restitch.flows.onboard import OnboardOutcome, onboard
+from restitch.flows.outcome import Outcome
 from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.merging.errors import CannotJoin, GateFailed, Unavailable
 from restitch.modeling.families.family import get_family
@@ -31,19 +32,19 @@ from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.run_progress import run_progress
 from restitch.tasks.runtime.workspace import actor, workspace
 
-LOOK_EVERY_SECONDS, REPORT_EVERY_SECONDS = 0.5, 2.0
+POLL_SECONDS, REPORT_SECONDS = 0.5, 2.0
 
 
 @dataclass(frozen=True)
-class RegisterOutcome:
-    """What became of a registration.
+class RegisterOutcome(Outcome):
+    """The result of a registration.
 
     Attributes:
         already: whether these weights were registered for this task before.
-        merged: what the remerge of this process did; None where none was made.
+        merged: the result of the remerge in this process, if there was one.
         handed_over: whether workers do the work.
-        champion: the version of the champion that holds the model; None where none does yet.
-        record: that version's record.
+        champion: the number of the champion, if it holds the model.
+        record: the record of that version.
     """
 
     onboarded: OnboardOutcome
@@ -54,19 +55,13 @@ class RegisterOutcome:
     record: MergedRecord | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            **self.onboarded.as_dict(),
-            "already": self.already,
-            "merged": None if self.merged is None else self.merged.as_dict(),
-            "handed_over": self.handed_over,
-            "champion": self.champion,
-            "record": None if self.record is None else self.record.to_json(),
-        }
+        """The fields as plain JSON values, those of the onboarding among them."""
+        values = super().as_dict()
+        return {**values.pop("onboarded"), **values}
 
     @property
     def exit_code(self) -> int:
-        """0, or why this model is not in the merged model."""
+        """0, or the code for the reason why the model is not in the merged model."""
         if self.onboarded.state == "quarantined":
             return CannotJoin.exit_code
         return GateFailed.exit_code if self.onboarded.state == "held" else 0
@@ -84,33 +79,33 @@ def register(
     wait: bool = False,
     timeout: float | None = None,
 ) -> RegisterOutcome:
-    """Register a finetuned model; without workers, onboard it here.
+    """Register a finetuned model; without workers, also onboard it and remerge.
 
     Args:
         line: the line's name.
-        task_file: the task's description.
-        source: where the model is: a folder, a hub id or an MLflow address.
-        merge: see it into the merged model; without, only onboard it.
-        replace_task: accept another description of the task.
-        copy: keep a copy of the model's files in the store.
-        here: do the work in this process although there are workers.
-        wait: with workers, return when the model is in the champion, or cannot be.
-        timeout: how many seconds to wait at most.
+        task_file: the task's file.
+        source: the model: a folder, a hub id or an MLflow address.
+        merge: remerge after onboarding.
+        replace_task: allow the file to change the task.
+        copy: copy the model's files into the store.
+        here: do the work in this process even if there are workers.
+        wait: with workers, return when the model is in the champion or was refused.
+        timeout: the seconds to wait at most.
 
     Raises:
-        BadInput: the task file, its data or the model cannot be read, or the task has another
-            file and `replace_task` is off. Nothing is changed then.
-        Unavailable: a server is away, or the wait was too long; the model stays registered.
+        BadInput: the task file, its data or the model cannot be read, or the file changes the
+            task and `replace_task` is off. The line stays as it was.
+        Unavailable: a server is away, or the wait took too long; the model stays registered.
     """
     space = workspace()
     ledger = space.ledger(line)
     line_state = ledger.state()
     spec = resolve_spec(ledger, task_file, replace_task)
-    open_base(LineRef(line_state.spec, line_state.base), space)  # without it nothing can join
+    open_base(LineRef(line_state.spec, line_state.base), space)  # nothing can join without it
     model = describe_model(source, get_family(line_state.spec.family), space, copy=copy)
-    version, already = _enter(ledger, spec, model, replace_task)
+    version, already = _add(ledger, spec, model, replace_task)
     if already:
-        say(f"{spec.task}: already version {version}")
+        say(f"{spec.task}: these weights are already version {version}")
     if not here and has_workers():
         if _state(ledger, spec.task, version) == "registered":
             announce(MODEL_REGISTERED, line, spec.task, version)
@@ -124,29 +119,29 @@ def register(
     return _outcome(ledger, spec.task, version, already, onboarded, merged)
 
 
-def _enter(ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool) -> tuple[int, bool]:
-    """Put the model on the line as its task's next version, unless it is there already.
+def _add(ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool) -> tuple[int, bool]:
+    """Add the model to the line as its task's next version, unless it is there already.
 
     Returns:
         Its version, and whether that was there before.
     """
-    entered: list[tuple[int, bool]] = []
+    added: list[tuple[int, bool]] = []
 
     def change(line_state: LineState) -> LineState | None:
-        entered.clear()
+        added.clear()
         task = line_state.tasks.get(spec.task)
-        found = None if task is None else present(task, spec, model)
-        if task is not None and found is not None:
-            entered.append((found, True))
-            # The same task from another place: what was said when the old place is gone.
+        known = None if task is None else present(task, spec, model)
+        if task is not None and known is not None:
+            added.append((known, True))
+            # The same data at another place: the old place may be gone.
             described = (replace_task and spec != task.spec) or not task.declared
             after = line_state.with_task(spec) if described else line_state
-            after = _tried_again(after, spec.task, found)
+            after = _with_another_try(after, spec.task, known)
             return None if after is line_state else after
         now = datetime.now(UTC).isoformat(timespec="microseconds")
         if task is None or not task.declared or not same_task(task.spec, spec):
             line_state = line_state.with_task(spec)
-        entered.append((line_state.tasks[spec.task].next_version, False))
+        added.append((line_state.tasks[spec.task].next_version, False))
         return line_state.with_version(spec.task, ModelVersion(model=model, registered_at=now))
 
     ledger.act(
@@ -156,11 +151,11 @@ def _enter(ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool) 
         change,
         {"model": model.weights, "config": model.config},
     )
-    return entered[-1]
+    return added[-1]
 
 
-def _tried_again(line_state: LineState, task: str, version: int) -> LineState:
-    """The head with a model that waited, or that killed its workers, registered anew."""
+def _with_another_try(line_state: LineState, task: str, version: int) -> LineState:
+    """Set a model that waited, or that killed its workers, back to `registered`."""
     model = line_state.tasks[task].versions[version]
     deadly = model.state == "quarantined" and model.facts.deaths > 0
     if not (deadly or model.state == "waiting"):
@@ -173,7 +168,7 @@ def _tried_again(line_state: LineState, task: str, version: int) -> LineState:
 def _handed_over(
     ledger: Ledger, task: str, version: int, already: bool, wait: bool, timeout: float | None
 ) -> RegisterOutcome:
-    """What workers make of a model: at once, or when it is decided."""
+    """The result of the workers' run: as far as it is now, or after waiting for the end."""
     deadline = None if timeout is None else time.monotonic() + timeout
     report_at, reported = 0.0, ""
     with working(f"waiting for {task} version {version} to be merged") as show_percent:
@@ -183,11 +178,11 @@ def _handed_over(
                     f"{task} version {version} is not in the merged model yet",
                     expected=f"within {timeout:.0f} seconds",
                     found=f"it is {_state(ledger, task, version)}",
-                    hint="nothing is lost: `restitch status --watch` follows it, "
-                    "`restitch doctor` tells what is missing",
+                    hint="the workers go on: watch them with `restitch status --watch`; "
+                    "`restitch doctor` finds what is missing",
                 )
             if time.monotonic() >= report_at:
-                report_at = time.monotonic() + REPORT_EVERY_SECONDS
+                report_at = time.monotonic() + REPORT_SECONDS
                 state = _state(ledger, task, version)
                 run, percent = run_progress(ledger.line, task, state) or ("no run yet", None)
                 message = f"{task} version {version} is {state}: {run}"
@@ -196,16 +191,16 @@ def _handed_over(
                     reported = message
                 if percent is not None:
                     show_percent(round(percent), 100)
-            time.sleep(LOOK_EVERY_SECONDS)
+            time.sleep(POLL_SECONDS)
     outcome = _outcome(ledger, task, version, already)
     return replace(outcome, handed_over=True)
 
 
 def _is_decided(line_state: LineState, ledger: Ledger, task: str, version: int) -> bool:
-    """Whether a model is in the champion, or will not be without something new."""
+    """Whether a model is in the champion, or cannot be before something changes."""
     model = line_state.tasks[task].versions[version]
     if model.state == "ready":
-        # Where promotion is switched off, the newest version is as far as it goes.
+        # On a pinned line the newest version is as far as it goes.
         last = line_state.newest if line_state.pinned else line_state.champion
         return last is not None and _holds(ledger.merged(last), task, version)
     return model.state != "registered"

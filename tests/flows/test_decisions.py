@@ -87,7 +87,7 @@ def test_only_what_was_in_use_can_be_rolled_back_to(line: Line) -> None:
     line.do("pin", "demo")
     line.add("wreck")
     done = line.shell("rollback", "demo", 4, "--reason", "x", code=3)
-    assert "was never in use" in done.err
+    assert "was never the champion" in done.err
     assert "restitch promote demo 4" in done.err.replace("\n", " ")
     done = line.shell("rollback", "demo", 9, "--reason", "x", code=3)
     assert "no version 9" in done.err
@@ -259,7 +259,7 @@ def test_what_takes_nothing_out_of_use_needs_no_reason(line: Line) -> None:
     reasons = [act.reason for act in line.shell.acts()[-3:]]
     assert reasons == [
         "number",
-        "version 3 stays in use",
+        "version 3 stays the champion",
         "versions are promoted automatically again",
     ]
 

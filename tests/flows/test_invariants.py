@@ -153,7 +153,7 @@ def test_a_member_that_cannot_be_localized_anew_keeps_its_mask(
     shell("init", line)
     before = shell.head_bytes()
     done = shell("remerge", "demo")
-    assert "keeps the mask" in done.err
+    assert "keeps its old mask" in done.err
     assert shell.head_bytes() == before
 
 

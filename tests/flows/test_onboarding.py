@@ -170,7 +170,7 @@ def test_a_loss_outside_of_masks_is_warned_of_by_accuracy(
     results = done.json["facts"]["results"]
     value, whole = results["localizable"]["value"], results["finetuned"]
     assert not whole["low"] <= value <= whole["high"]
-    assert f"it has {value:.3f} instead of {whole['value']:.3f}" in " ".join(done.err.split())
+    assert f"the accuracy is {value:.3f}, not {whole['value']:.3f}" in " ".join(done.err.split())
 
 
 def test_another_choice_of_tensors_is_localized(world: World, shell: Shell, tmp_path: Path) -> None:

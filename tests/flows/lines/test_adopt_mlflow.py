@@ -133,7 +133,7 @@ def test_without_a_description_a_model_waits_until_there_is_one(
     assert "restitch task demo" in (waiting.reason or "")
     assert adopt_one("demo", "colour", int(version[1])) is None
     assert "waiting" in line("status", "demo").out
-    assert "nobody has described" in tags(client, version)["restitch.reason"]
+    assert "has no description" in tags(client, version)["restitch.reason"]
     assert line.json("remerge", "demo")["action"] == "empty"
     assert line.state().members == ()
     declared = line.json("task", "demo", "--task", world.task("colour"))
@@ -148,7 +148,7 @@ def test_without_a_description_a_model_waits_until_there_is_one(
     ("tag", "told"),
     [
         ("/nowhere/task.yaml", "cannot be read"),
-        ("s3://bucket/task.yaml", "kind that is not read"),
+        ("s3://bucket/task.yaml", "names an address that cannot be read"),
         ("task: number\n", "another task"),
         ("dta: {}\n", "dta"),
         ("data: {path: /nowhere}\nhead: {labels: [a, b]}\n", "/nowhere"),

@@ -59,7 +59,7 @@ def test_another_description_is_refused_unless_it_is_asked_for(
     before = line.head_bytes()
     other = write_yaml(tmp_path / "other.yaml", {"task": "colour", "metric": "f1"})
     done = line("task", "demo", "--task", other, code=3)
-    assert "another data, another head, another metric" in done.err
+    assert "differs in: data, head, metric" in done.err
     assert line.head_bytes() == before
     changed = line.json("task", "demo", "--task", other, "--replace-task")
     assert changed["action"] == "changed"

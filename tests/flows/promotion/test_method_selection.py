@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from restitch.flows.promotion.method_selection import earlier_selection, select_method, told
+from restitch.flows.promotion.method_selection import earlier_selection, select_method, summarize
 from restitch.flows.promotion.snapshot import take_snapshot
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
@@ -136,7 +136,7 @@ def test_the_better_half_is_asked_more_rows(shell: Shell, monkeypatch: pytest.Mo
     assert [one["round"] for one in found["contestants"]] == [2, 2, 1, 1]
     # Who was asked all rows reached on them what was found of it when all were.
     last, others = found["contestants"][:2], found["contestants"][2:]
-    sentence = told(found).partition("; out before that, on fewer rows: ")
+    sentence = summarize(found).partition("; eliminated earlier, on fewer rows: ")
     assert [one["label"] in sentence[0] for one in found["contestants"]] == [True] * 2 + [False] * 2
     assert all(f"{one['label']} ({one['score']:.4f})" in sentence[2] for one in others)
     assert [one["tasks"] for one in last] == [whole[one["label"]]["tasks"] for one in last]
@@ -257,7 +257,7 @@ def test_retention_counts_by_rows_that_are_not_reported_on(
     assert found["rounds"][-1]["rows"] == {"colour": 20, "general (retention)": 20}
     kept = {one["label"]: one["retention"] for one in found["contestants"]}
     assert max(kept.values()) == kept[found["winner"]] == found["contestants"][0]["score"]
-    # What keeps too little comes after all that keep enough, whatever it scores.
+    # What retains too little comes after all that keep enough, whatever it scores.
     limit = max(kept.values())
     gated = {"tournament": CONTESTANTS}
     gates = {"min_retention": limit, "warn": ["min_retention"]}
@@ -273,7 +273,9 @@ def test_retention_counts_by_rows_that_are_not_reported_on(
     assert held is not None
     assert held.found is not None
     assert held.found["winner"] == max(kept, key=lambda label: kept[label])
-    assert told(held.found).count("keeps too little") == sum(v < limit for v in kept.values())
+    assert summarize(held.found).count("retains too little") == sum(
+        v < limit for v in kept.values()
+    )
     assert {one["label"]: one["meets"] for one in held.found["contestants"]} == {
         label: value >= limit for label, value in kept.items()
     }

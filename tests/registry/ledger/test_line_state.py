@@ -34,14 +34,6 @@ def test_a_number_of_a_model_is_never_used_twice():
     assert line.with_version("a", model("3")).tasks["a"].next_version == 4
 
 
-def test_the_same_weights_and_files_are_found_again():
-    line = with_task(line_state(), "a", model("x"))
-    same = model("x").model
-    assert line.find_model("a", same.weights, same.config) == 1
-    assert line.find_model("a", same.weights, digest("other config")) is None
-    assert line.find_model("b", same.weights, same.config) is None
-
-
 def test_models_in_a_state_come_oldest_first():
     line = with_task(line_state(), "b", model("1", registered_at="2026-01-01T00:00:00+00:00"))
     line = with_task(line, "a", model("2", registered_at="2026-01-02T00:00:00+00:00"))
@@ -81,7 +73,6 @@ def test_a_merged_version_is_the_candidate_until_it_is_promoted():
     line = line.promoted(1).with_merged(digest("2"))
     assert (line.newest, line.candidate, line.champion) == (2, 2, 1)
     assert line.promoted(1).candidate == 2, "a rollback leaves the candidate alone"
-    assert line.without_candidate().candidate is None
     assert line.promoted(2).candidate is None
 
 
