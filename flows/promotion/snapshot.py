@@ -162,7 +162,7 @@ def _context(line_state: LineState) -> str:
     return digest_json(
         {
             "models": models,
-            "gates": line_state.spec.gates.to_json(),
+            "gates": line_state.spec.gates.digest,
             "method": line_state.spec.method.to_json(),
             "data": data,
             "retention": retention if isinstance(retention, str | None) else retention.to_json(),
