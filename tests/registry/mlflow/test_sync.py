@@ -188,16 +188,16 @@ def test_a_candidate_has_its_alias_while_it_is_one(mlflow, line):
     record = line.merged(2).model_copy(update={"version": 3})
     blob = line.objects.put_blob(record.to_bytes())
     line.act("merged", "t", "", lambda line_state: line_state.with_merged(blob))
-    catalog.repair(line)
-    assert shown(catalog)["aliases"] == {"champion": "2", "candidate": "3"}
+    mlflow.repair(line)
+    assert shown(mlflow)["aliases"] == {"champion": "2", "candidate": "3"}
     line.act(
         "rejected",
         "t",
         "gate",
         lambda line_state: line_state.model_copy(update={"candidate": None}),
     )
-    catalog.repair(line)
-    assert shown(catalog)["aliases"] == {"champion": "2"}
+    mlflow.repair(line)
+    assert shown(mlflow)["aliases"] == {"champion": "2"}
 
 
 def test_a_deleted_model_and_a_deleted_database_are_made_again(mlflow, line, empty_mlflow):
