@@ -23,7 +23,13 @@ from restitch.flows.outcome import Outcome
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, CannotJoin, RestitchError
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, Member, ModelFacts, ModelVersion
+from restitch.registry.ledger.line_state import (
+    LineState,
+    Member,
+    ModelFacts,
+    ModelKey,
+    ModelVersion,
+)
 from restitch.registry.ledger.references import STATISTIC
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.task import TaskSpec
@@ -88,20 +94,21 @@ def onboard(line: str, task: str, version: int) -> OnboardOutcome:
     """
     ledger = workspace().ledger(line)
     line_state = ledger.state()
-    model = _registered(line_state, task, version)
+    key = ModelKey(task, version)
+    model = _registered(line_state, key)
     if model.state != "registered" and not is_outdated(line_state, model):
-        return _done(ledger, task, version, localized=False)
+        return _done(ledger, key, localized=False)
     check_device(line_state.spec)
-    attempts = attempts_at(ledger, task, version)
+    attempts = attempts_at(ledger, key)
     died = died_at(attempts)
     if len(died) >= MAX_CRASHES and model.state == "registered":
-        _quarantine(ledger, task, version, _killed_workers(task, version, died), deaths=len(died))
-        return _done(ledger, task, version, localized=False)
+        _quarantine(ledger, key, _killed_workers(key, died), deaths=len(died))
+        return _done(ledger, key, localized=False)
     with attempts.attempt(this_run()) as own:
         if is_workers_run() and _others_at_work(attempts, own):
             say(f"another run already onboards {task} version {version}")
-            return _done(ledger, task, version, localized=False)
-        return _onboard(ledger, line_state, task, version)
+            return _done(ledger, key, localized=False)
+        return _onboard(ledger, line_state, key)
 
 
 def onboard_event(
@@ -120,32 +127,32 @@ def onboard_event(
     return outcome
 
 
-def _onboard(ledger: Ledger, line_state: LineState, task: str, version: int) -> OnboardOutcome:
-    ref, spec = LineRef(line_state.spec, line_state.base), line_state.tasks[task].spec
-    model = line_state.tasks[task].versions[version]
+def _onboard(ledger: Ledger, line_state: LineState, key: ModelKey) -> OnboardOutcome:
+    ref, spec = LineRef(line_state.spec, line_state.base), line_state.tasks[key.task].spec
+    model = line_state.model(key)
     try:
         checked = validate(ref, model.model)
         delta = localize(ref, spec, model.model)
     except CannotJoin as error:
         if model.state == "registered":
-            _quarantine(ledger, task, version, error)
+            _quarantine(ledger, key, error)
         else:
-            warn(f"{task} version {version} keeps its old mask: {error.message()}")
-        return _done(ledger, task, version, localized=False)
+            warn(f"{key.task} version {key.version} keeps its old mask: {error.message()}")
+        return _done(ledger, key, localized=False)
     localized = model.model_copy(update={"mask": delta.mask, "delta": delta.blob})
-    member = Member(task=task, version=version, spec=spec, model=localized)
+    member = Member(task=key.task, version=key.version, spec=spec, model=localized)
     # Now, because a later merge may run where the task's rows cannot be read.
     statistics = own_statistics(ref, member)
     facts = _measure(ref, spec, model, checked, delta, statistics)
-    _join(ledger, task, version, delta, facts, statistics)
-    return _done(ledger, task, version, localized=True)
+    _join(ledger, key, delta, facts, statistics)
+    return _done(ledger, key, localized=True)
 
 
-def attempts_at(ledger: Ledger, task: str, version: int) -> Attempts:
+def attempts_at(ledger: Ledger, key: ModelKey) -> Attempts:
     """The attempts at onboarding a model since it was registered last."""
-    model = ledger.state().tasks[task].versions[version]
+    model = ledger.state().model(key)
     again = model.facts.registered_again
-    return Attempts(ledger.objects.store, "onboard", ledger.line, task, version, again)
+    return Attempts(ledger.objects.store, "onboard", ledger.line, *key, again)
 
 
 def died_at(attempts: Attempts) -> list[Attempt]:
@@ -168,9 +175,9 @@ def _run_ended(run: str) -> bool:
     return engine_url() is not None and run_ended(run)
 
 
-def _killed_workers(task: str, version: int, died: list[Attempt]) -> CannotJoin:
+def _killed_workers(key: ModelKey, died: list[Attempt]) -> CannotJoin:
     return CannotJoin(
-        f"{len(died)} processes died while they onboarded {task} version {version}",
+        f"{len(died)} processes died while they onboarded {key.task} version {key.version}",
         expected=f"fewer than {MAX_CRASHES} deaths",
         found="; ".join(map(str, died)),
         hint="find the cause (often memory; see the worker's log), then register the model again",
@@ -189,19 +196,19 @@ def _choice(line: LineSpec) -> str:
     return digest_json([choice.mode, choice.settings, tensors])
 
 
-def _registered(line_state: LineState, task: str, version: int) -> ModelVersion:
-    known = line_state.tasks[task].versions if task in line_state.tasks else {}
-    if version not in known:
+def _registered(line_state: LineState, key: ModelKey) -> ModelVersion:
+    known = line_state.tasks[key.task].versions if key.task in line_state.tasks else {}
+    if key.version not in known:
         models = ", ".join(
             f"{name} {n}" for name, t in line_state.tasks.items() for n in t.versions
         )
         raise BadInput(
-            f"line {line_state.line} has no model {task} {version}",
+            f"line {line_state.line} has no model {key}",
             expected="a registered model, as TASK VERSION",
             found=f"the line has {models or 'no models'}",
             hint="register the model first with `restitch register`",
         )
-    return known[version]
+    return known[key.version]
 
 
 def _measure(
@@ -273,42 +280,39 @@ def _differs(one: ResultRef, other: ResultRef) -> bool:
     return not other.low - 1e-9 <= one.value <= other.high + 1e-9
 
 
-def _quarantine(
-    ledger: Ledger, task: str, version: int, error: RestitchError, deaths: int = 0
-) -> None:
+def _quarantine(ledger: Ledger, key: ModelKey, error: RestitchError, deaths: int = 0) -> None:
     def change(line_state: LineState) -> LineState | None:
-        model = line_state.tasks[task].versions[version]
+        model = line_state.model(key)
         if model.state != "registered":
             return None
         facts = model.facts.model_copy(update={"deaths": deaths})
-        return line_state.with_state(task, version, "quarantined", error.message(), facts=facts)
+        return line_state.with_state(*key, "quarantined", error.message(), facts=facts)
 
-    act = ledger.act("quarantined", actor(), f"{task} {version}: {error.summary}", change)
+    act = ledger.act("quarantined", actor(), f"{key}: {error.summary}", change)
     if act is not None:
-        warn(f"{task} version {version} is quarantined: {error.message()}")
+        warn(f"{key.task} version {key.version} is quarantined: {error.message()}")
         mirror(ledger.line)
 
 
 def _join(
     ledger: Ledger,
-    task: str,
-    version: int,
+    key: ModelKey,
     delta: DeltaRef,
     facts: ModelFacts,
     statistics: Mapping[str, StatisticRef],
 ) -> None:
     def change(line_state: LineState) -> LineState | None:
-        model = line_state.tasks[task].versions[version]
+        model = line_state.model(key)
         history = {"registered_again": model.facts.registered_again, "held_in": model.facts.held_in}
         known = facts.model_copy(update=history)
         new: dict[str, Any] = {"mask": delta.mask, "delta": delta.blob, "facts": known}
         if model.state == "registered":
-            return line_state.with_state(task, version, "ready", **new)
+            return line_state.with_state(*key, "ready", **new)
         if is_outdated(line_state, model):
-            return line_state.with_state(task, version, model.state, model.reason, **new)
+            return line_state.with_state(*key, model.state, model.reason, **new)
         return None
 
-    reason = f"{task} {version}: {delta.kept} of {delta.coordinates} coordinates"
+    reason = f"{key}: {delta.kept} of {delta.coordinates} coordinates"
     digests = {"mask": delta.mask, "delta": delta.blob}
     digests |= {f"{STATISTIC}{kind}": found.blob for kind, found in statistics.items()}
     if ledger.act("localized", actor(), reason, change, digests) is not None:
@@ -316,17 +320,17 @@ def _join(
         mirror(ledger.line)
 
 
-def _done(ledger: Ledger, task: str, version: int, *, localized: bool) -> OnboardOutcome:
+def _done(ledger: Ledger, key: ModelKey, *, localized: bool) -> OnboardOutcome:
     """Read the model's state, and announce a mask that is not in the champion yet."""
     line_state = ledger.state()
-    model = line_state.tasks[task].versions[version]
+    model = line_state.model(key)
     if this_run() is not None and model.state in ("ready", "held"):
         champion = None if line_state.champion is None else ledger.merged(line_state.champion)
-        member = None if champion is None else champion.members.get(task)
-        if localized or member is None or member.version != version:
-            announce(MASK_READY, ledger.line, task, version)
+        member = None if champion is None else champion.members.get(key.task)
+        if localized or member is None or member.version != key.version:
+            announce(MASK_READY, ledger.line, *key)
     outcome = OnboardOutcome(
-        line_state.line, task, version, model.state, model.reason, localized, model.facts
+        line_state.line, *key, model.state, model.reason, localized, model.facts
     )
     show_onboarded(outcome.as_dict())
     return outcome

@@ -21,7 +21,7 @@ from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.merging.errors import CannotJoin, GateFailed, Unavailable
 from restitch.modeling.families.family import get_family
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import LineState, ModelKey, ModelRef, ModelVersion
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import describe_model, open_base
@@ -103,45 +103,48 @@ def register(
     spec = resolve_spec(ledger, task_file, replace_task)
     open_base(LineRef(line_state.spec, line_state.base), space)  # nothing can join without it
     model = describe_model(source, get_family(line_state.spec.family), space, copy=copy)
-    version, already = _add(ledger, spec, model, replace_task)
+    key, already = _add(ledger, spec, model, replace_task)
     if already:
-        say(f"{spec.task}: these weights are already version {version}")
+        say(f"{key.task}: these weights are already version {key.version}")
     if not here and has_workers():
-        if _state(ledger, spec.task, version) == "registered":
-            announce(MODEL_REGISTERED, line, spec.task, version)
+        if ledger.state().model(key).state == "registered":
+            announce(MODEL_REGISTERED, line, *key)
         mirror(line)
-        return _handed_over(ledger, spec.task, version, already, wait, timeout)
+        return _handed_over(ledger, key, already, wait, timeout)
     mirror(line)
-    onboarded = onboard(line, spec.task, version)
+    onboarded = onboard(line, *key)
     merged = None
     if merge and onboarded.state in ("ready", "held"):
         merged = remerge(line)
-    return _outcome(ledger, spec.task, version, already, onboarded, merged)
+    return _outcome(ledger, key, already, onboarded, merged)
 
 
-def _add(ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool) -> tuple[int, bool]:
+def _add(
+    ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool
+) -> tuple[ModelKey, bool]:
     """Add the model to the line as its task's next version, unless it is there already.
 
     Returns:
-        Its version, and whether that was there before.
+        Its key, and whether the line had it before.
     """
-    added: list[tuple[int, bool]] = []
+    added: list[tuple[ModelKey, bool]] = []
 
     def change(line_state: LineState) -> LineState | None:
         added.clear()
         task = line_state.tasks.get(spec.task)
         known = None if task is None else present(task, spec, model)
         if task is not None and known is not None:
-            added.append((known, True))
+            added.append((ModelKey(spec.task, known), True))
             # The same data at another place: the old place may be gone.
             described = (replace_task and spec != task.spec) or not task.declared
             after = line_state.with_task(spec) if described else line_state
-            after = _with_another_try(after, spec.task, known)
+            after = _with_another_try(after, ModelKey(spec.task, known))
             return None if after is line_state else after
         now = datetime.now(UTC).isoformat(timespec="microseconds")
         if task is None or not task.declared or not same_task(task.spec, spec):
             line_state = line_state.with_task(spec)
-        added.append((line_state.tasks[spec.task].next_version, False))
+        key = ModelKey(spec.task, line_state.tasks[spec.task].next_version)
+        added.append((key, False))
         return line_state.with_version(spec.task, ModelVersion(model=model, registered_at=now))
 
     ledger.act(
@@ -154,79 +157,77 @@ def _add(ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool) ->
     return added[-1]
 
 
-def _with_another_try(line_state: LineState, task: str, version: int) -> LineState:
+def _with_another_try(line_state: LineState, key: ModelKey) -> LineState:
     """Set a model that waited, or that killed its workers, back to `registered`."""
-    model = line_state.tasks[task].versions[version]
+    model = line_state.model(key)
     deadly = model.state == "quarantined" and model.facts.deaths > 0
     if not (deadly or model.state == "waiting"):
         return line_state
     again = model.facts.registered_again + deadly
     facts = model.facts.model_copy(update={"deaths": 0, "registered_again": again})
-    return line_state.with_state(task, version, "registered", facts=facts)
+    return line_state.with_state(*key, "registered", facts=facts)
 
 
 def _handed_over(
-    ledger: Ledger, task: str, version: int, already: bool, wait: bool, timeout: float | None
+    ledger: Ledger, key: ModelKey, already: bool, wait: bool, timeout: float | None
 ) -> RegisterOutcome:
     """The result of the workers' run: as far as it is now, or after waiting for the end."""
     deadline = None if timeout is None else time.monotonic() + timeout
     report_at, reported = 0.0, ""
-    with working(f"waiting for {task} version {version} to be merged") as show_percent:
-        while wait and not _is_decided(ledger.state(), ledger, task, version):
+    with working(f"waiting for {key.task} version {key.version} to be merged") as show_percent:
+        while wait and not _is_decided(ledger, key):
             if deadline is not None and time.monotonic() > deadline:
                 raise Unavailable(
-                    f"{task} version {version} is not in the merged model yet",
+                    f"{key.task} version {key.version} is not in the merged model yet",
                     expected=f"within {timeout:.0f} seconds",
-                    found=f"it is {_state(ledger, task, version)}",
+                    found=f"it is {ledger.state().model(key).state}",
                     hint="the workers go on: watch them with `restitch status --watch`; "
                     "`restitch doctor` finds what is missing",
                 )
             if time.monotonic() >= report_at:
                 report_at = time.monotonic() + REPORT_SECONDS
-                state = _state(ledger, task, version)
-                run, percent = run_progress(ledger.line, task, state) or ("no run yet", None)
-                message = f"{task} version {version} is {state}: {run}"
+                state = ledger.state().model(key).state
+                run, percent = run_progress(ledger.line, key.task, state) or ("no run yet", None)
+                message = f"{key.task} version {key.version} is {state}: {run}"
                 if message != reported:
                     say(message)
                     reported = message
                 if percent is not None:
                     show_percent(round(percent), 100)
             time.sleep(POLL_SECONDS)
-    outcome = _outcome(ledger, task, version, already)
+    outcome = _outcome(ledger, key, already)
     return replace(outcome, handed_over=True)
 
 
-def _is_decided(line_state: LineState, ledger: Ledger, task: str, version: int) -> bool:
+def _is_decided(ledger: Ledger, key: ModelKey) -> bool:
     """Whether a model is in the champion, or cannot be before something changes."""
-    model = line_state.tasks[task].versions[version]
+    line_state = ledger.state()
+    model = line_state.model(key)
     if model.state == "ready":
         # On a pinned line the newest version is as far as it goes.
         last = line_state.newest if line_state.pinned else line_state.champion
-        return last is not None and _holds(ledger.merged(last), task, version)
+        return last is not None and _holds(ledger.merged(last), key)
     return model.state != "registered"
 
 
-def _holds(record: MergedRecord, task: str, version: int) -> bool:
-    member = record.members.get(task)
-    return member is not None and member.version == version
+def _holds(record: MergedRecord, key: ModelKey) -> bool:
+    member = record.members.get(key.task)
+    return member is not None and member.version == key.version
 
 
 def _outcome(
     ledger: Ledger,
-    task: str,
-    version: int,
+    key: ModelKey,
     already: bool,
     onboarded: OnboardOutcome | None = None,
     merged: RemergeOutcome | None = None,
 ) -> RegisterOutcome:
     line_state = ledger.state()
-    model = line_state.tasks[task].versions[version]
+    model = line_state.model(key)
     if onboarded is None:
-        onboarded = OnboardOutcome(
-            ledger.line, task, version, model.state, model.reason, False, model.facts
-        )
+        onboarded = OnboardOutcome(ledger.line, *key, model.state, model.reason, False, model.facts)
     record = None if line_state.champion is None else ledger.merged(line_state.champion)
-    if record is not None and not _holds(record, task, version):
+    if record is not None and not _holds(record, key):
         record = None
     return RegisterOutcome(
         replace(onboarded, state=model.state, reason=model.reason),
@@ -235,7 +236,3 @@ def _outcome(
         champion=None if record is None else record.version,
         record=record,
     )
-
-
-def _state(ledger: Ledger, task: str, version: int) -> str:
-    return ledger.state().tasks[task].versions[version].state

@@ -17,13 +17,13 @@ from restitch.flows.lines.adopt_mlflow import adopt
 from restitch.flows.onboard import attempts_at, died_at, is_outdated, onboard
 from restitch.flows.outcome import Outcome
 from restitch.flows.promotion.candidates import Candidate, make_candidate
-from restitch.flows.promotion.snapshot import Snapshot, localized_models, take_snapshot
+from restitch.flows.promotion.snapshot import Snapshot, newest_models, take_snapshot
 from restitch.flows.promotion.transitions import MovedError, hold, promote, record_version, reject
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import GateFailed, RestitchError, Unavailable
 from restitch.registry.gates.gate import GateOutcome
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.line_state import Member, ModelKey
 from restitch.registry.ledger.records import MergedRecord
 from restitch.tasks.inputs.checkpoints import check_device
 from restitch.tasks.runtime.console import say, warn
@@ -147,34 +147,33 @@ def _onboard_missing(ledger: Ledger) -> tuple[str, ...]:
         The models that this process localized.
     """
     line_state, localized = ledger.state(), []
-    newest = {task: (task, number, model) for task, number, model in localized_models(line_state)}
-    outdated = [entry for entry in newest.values() if is_outdated(line_state, entry[2])]
-    missing = (*line_state.in_state("registered"), *outdated)
+    missing = [key for key, _ in line_state.in_state("registered")]
+    missing += [key for key, model in newest_models(line_state) if is_outdated(line_state, model)]
     to_workers = bool(missing) and has_workers()
-    for task, version, _ in missing:
+    for key in missing:
         try:
             if to_workers:
-                _start_onboard(ledger, task, version)
-            elif onboard(ledger.line, task, version).localized:
-                localized.append(f"{task} {version}")
+                _start_onboard(ledger, key)
+            elif onboard(ledger.line, key.task, key.version).localized:
+                localized.append(str(key))
         except RestitchError as error:
-            warn(f"{task} version {version} is not onboarded now: {error.message()}")
+            warn(f"{key.task} version {key.version} is not onboarded now: {error.message()}")
     return tuple(localized)
 
 
-def _start_onboard(ledger: Ledger, task: str, version: int) -> None:
+def _start_onboard(ledger: Ledger, key: ModelKey) -> None:
     """Start a run in the workers' pool, unless one works on the model or waits for a worker."""
-    line_state, attempts = ledger.state(), attempts_at(ledger, task, version)
+    line_state, attempts = ledger.state(), attempts_at(ledger, key)
     died = {attempt.number for attempt in died_at(attempts)}
     at_work = [attempt for attempt in attempts.unfinished() if attempt.number not in died]
-    parameters = {"line": line_state.line, "task": task, "version": version}
+    parameters = {"line": line_state.line, "task": key.task, "version": key.version}
     if at_work or is_queued("onboard", parameters):
-        say(f"{line_state.line}: {task} version {version} is being onboarded")
+        say(f"{line_state.line}: {key.task} version {key.version} is being onboarded")
         return
     # Each attempt has another key, so that a run which ended without a mask can start again.
-    key = digest_json([parameters, line_state.spec.localize.to_json(), attempts.count])
-    start_run("onboard", parameters, key)
-    say(f"{line_state.line}: a worker onboards {task} version {version}")
+    idempotency = digest_json([parameters, line_state.spec.localize.to_json(), attempts.count])
+    start_run("onboard", parameters, idempotency)
+    say(f"{line_state.line}: a worker onboards {key.task} version {key.version}")
 
 
 def _settle(

@@ -22,7 +22,13 @@ from restitch.merging.errors import BadInput, RestitchError, Unavailable
 from restitch.modeling.families.family import get_family
 from restitch.registry.access_policy import AccessDenied, check_path
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import UNREAD, LineState, ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import (
+    UNREAD,
+    LineState,
+    ModelKey,
+    ModelRef,
+    ModelVersion,
+)
 from restitch.registry.ledger.records import Kind
 from restitch.registry.mlflow.external_models import (
     ExternalModel,
@@ -92,8 +98,8 @@ def adopt(line: str) -> tuple[Adopted, ...]:
     foreign = external_models_of(space.mlflow, line)
     calls = [(f.uri, partial(_adopt, space, ledger, f)) for f in foreign]
     calls += [
-        (f"{task} {version}", partial(_retry, space, ledger, task, version))
-        for task, version, _ in ledger.state().in_state("waiting")
+        (str(key), partial(_retry, space, ledger, key))
+        for key, _ in ledger.state().in_state("waiting")
     ]
     results = []
     for name, call in calls:
@@ -135,7 +141,7 @@ def adopt_one(line: str, task: str, mlflow_version: int) -> int | None:
             foreign = external_model(space.mlflow, line, task, mlflow_version)
             version = None if foreign is None else _image_of(ledger.state(), foreign)
     elif line_state.tasks[task].versions[version].state == "waiting":
-        _retry(space, ledger, task, version)
+        _retry(space, ledger, ModelKey(task, version))
     mirror(line)
     if version is None or ledger.state().tasks[task].versions[version].state == "waiting":
         return None
@@ -244,35 +250,35 @@ def _add(
     return Adopted(ledger.line, task, number, version, state, model.reason, linked)
 
 
-def _retry(space: Workspace, ledger: Ledger, task: str, version: int) -> Adopted | None:
+def _retry(space: Workspace, ledger: Ledger, key: ModelKey) -> Adopted | None:
     """Register a waiting model if its task is described now; None if nothing changes."""
     line_state = ledger.state()
-    model = line_state.tasks[task].versions[version]
+    model = line_state.model(key)
     tag = None
     if model.mlflow is not None:
-        there = external_model(space.mlflow, ledger.line, task, model.mlflow.number)
+        there = external_model(space.mlflow, ledger.line, key.task, model.mlflow.number)
         if there is not None and there.mlflow == model.mlflow:
             tag = there.task_tag
-    description = _describe(space, line_state, task, tag)
+    description = _describe(space, line_state, key.task, tag)
 
     def decide(line_state: LineState) -> tuple[Kind, LineState | None]:
-        current = line_state.tasks[task].versions[version]
+        current = line_state.model(key)
         if current.state != "waiting":
             return "waiting", None
         if description.problem is not None:
             unchanged = current.reason == description.problem
-            new = line_state.with_state(task, version, "waiting", description.problem)
+            new = line_state.with_state(*key, "waiting", description.problem)
             return "waiting", None if unchanged else new
         if description.own is not None:
             line_state = _with_description(line_state, description.own)
-        known = line_state.tasks[task]
-        others = {n: v for n, v in known.versions.items() if n != version}
+        known = line_state.tasks[key.task]
+        others = {n: v for n, v in known.versions.items() if n != key.version}
         rest = known.model_copy(update={"versions": others})
         same = present(rest, known.spec, model.model)
         if same is not None:
             reason = f"the same weights as version {same} of the task"
-            return "retired", line_state.with_state(task, version, "retired", reason)
-        return "registered", line_state.with_state(task, version, "registered")
+            return "retired", line_state.with_state(*key, "retired", reason)
+        return "registered", line_state.with_state(*key, "registered")
 
     kind, changed = decide(line_state)
     if changed is None:
@@ -282,13 +288,13 @@ def _retry(space: Workspace, ledger: Ledger, task: str, version: int) -> Adopted
         present_kind, new = decide(line_state)
         return new if present_kind == kind else None  # otherwise the next call tries again
 
-    act = ledger.act(kind, actor(), f"{task} {version}, which waited", change)
+    act = ledger.act(kind, actor(), f"{key}, which waited", change)
     if act is None:
         return None
-    now = act.line_state.tasks[task].versions[version]
-    say(f"{task} version {version}, which waited, is {now.state}{_because(now.reason)}")
+    now = act.line_state.model(key)
+    say(f"{key.task} version {key.version}, which waited, is {now.state}{_because(now.reason)}")
     number = None if now.mlflow is None else now.mlflow.number
-    return Adopted(ledger.line, task, number, version, now.state, now.reason)
+    return Adopted(ledger.line, key.task, number, key.version, now.state, now.reason)
 
 
 def _with_description(line_state: LineState, spec: TaskSpec) -> LineState:

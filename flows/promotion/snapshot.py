@@ -7,7 +7,7 @@ from functools import cached_property
 from restitch.flows.promotion.method_selection import earlier_selection
 from restitch.merging.digests import digest_json
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, Member, ModelVersion
+from restitch.registry.ledger.line_state import LineState, Member, ModelKey, ModelVersion
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.specs.method import MethodSpec
 from restitch.registry.specs.task import TaskSpec
@@ -135,11 +135,10 @@ def take_snapshot(ledger: Ledger) -> Snapshot:
     context = _context(line_state)
     members = {m.task: m for m in line_state.members}
     # Only a task's newest model counts: a model that was held before it is not tried again.
-    newest = {task: (number, model) for task, number, model in localized_models(line_state)}
-    for task, (number, model) in newest.items():
+    for (task, version), model in newest_models(line_state):
         if model.state == "held" and model.facts.held_in != context:
             spec = line_state.tasks[task].spec
-            members[task] = Member(task=task, version=number, spec=spec, model=model)
+            members[task] = Member(task=task, version=version, spec=spec, model=model)
     return Snapshot(
         line_state=line_state,
         members=_by_task(members.values()),
@@ -152,7 +151,7 @@ def take_snapshot(ledger: Ledger) -> Snapshot:
 def _context(line_state: LineState) -> str:
     """The digest of everything on which a gate's verdict depends."""
     # The newest model of each task, so that holding a model does not change the context.
-    models = {task: [number, model.delta] for task, number, model in localized_models(line_state)}
+    models = {key.task: [key.version, model.delta] for key, model in newest_models(line_state)}
     data = {
         name: None if task.spec.data is None else task.spec.data.content
         for name, task in line_state.tasks.items()
@@ -170,9 +169,10 @@ def _context(line_state: LineState) -> str:
     )
 
 
-def localized_models(line_state: LineState) -> list[tuple[str, int, ModelVersion]]:
-    """All ready and held models, the newest of each task last."""
-    return sorted(line_state.in_state("ready", "held"), key=lambda entry: entry[1])
+def newest_models(line_state: LineState) -> list[tuple[ModelKey, ModelVersion]]:
+    """The newest ready or held model of each task."""
+    models = sorted(line_state.in_state("ready", "held"), key=lambda entry: entry[0].version)
+    return list({key.task: (key, model) for key, model in models}.values())
 
 
 def _by_task(members: Iterable[Member]) -> tuple[Member, ...]:

@@ -6,7 +6,7 @@ else, so a change can be applied again to a newer state if another process was f
 under these digests.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
     Field,
@@ -222,6 +222,16 @@ class Task(Record):
         return max((n for n, v in self.versions.items() if v.state == "ready"), default=None)
 
 
+class ModelKey(NamedTuple):
+    """A finetuned model of a line: its task, and its version there."""
+
+    task: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.version}"
+
+
 class Member(Record):
     """A task's model that takes part in merges."""
 
@@ -301,15 +311,21 @@ class LineState(Record):
         """The member of a task, if it has one."""
         return next((m for m in self.members if m.task == task), None)
 
-    def in_state(self, *states: State) -> tuple[tuple[str, int, ModelVersion], ...]:
-        """(task, version, model) of all models in one of the states, oldest first."""
+    def model(self, key: ModelKey) -> ModelVersion:
+        """A model of the line."""
+        return self.tasks[key.task].versions[key.version]
+
+    def in_state(self, *states: State) -> tuple[tuple[ModelKey, ModelVersion], ...]:
+        """All models in one of the states, oldest first."""
         models = [
-            (name, number, version)
+            (ModelKey(name, number), version)
             for name, task in self.tasks.items()
             for number, version in task.versions.items()
             if version.state in states
         ]
-        return tuple(sorted(models, key=lambda m: (m[2].registered_at, m[0].encode(), m[1])))
+        return tuple(
+            sorted(models, key=lambda m: (m[1].registered_at, m[0].task.encode(), m[0].version))
+        )
 
     def with_spec(self, spec: LineSpec) -> "LineState":
         """Return the state with another spec."""

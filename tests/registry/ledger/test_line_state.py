@@ -38,7 +38,7 @@ def test_models_in_a_state_come_oldest_first():
     line = with_task(line_state(), "b", model("1", registered_at="2026-01-01T00:00:00+00:00"))
     line = with_task(line, "a", model("2", registered_at="2026-01-02T00:00:00+00:00"))
     line = with_task(line, "a", ready("3"))
-    assert [found[:2] for found in line.in_state("registered", "waiting")] == [("b", 1), ("a", 1)]
+    assert [key for key, _ in line.in_state("registered", "waiting")] == [("b", 1), ("a", 1)]
 
 
 def test_a_change_of_state_leaves_the_rest_of_a_model():
