@@ -29,7 +29,7 @@ def test_a_task_is_declared_once(line: Shell, world: World) -> None:
     assert task.spec.data.content is not None
     before = line.head_bytes()
     done = line("task", "demo", "--task", world.task("colour"))
-    assert "as its file says" in done.out
+    assert "task colour is unchanged" in done.out
     line("task", "demo", "--task", world.task("colour"), "--replace-task")
     assert line.head_bytes() == before
     assert line.kinds() == ["configured", "configured"]
