@@ -1,21 +1,20 @@
-"""What people decide about a line: roll back, promote, retire, restore, pin, unpin.
+"""Decisions that people make about a line: roll back, promote, retire, restore, pin, unpin.
 
-Each is one act: it counts by the swap of the head, stands in the trail with its reason, and
-moves MLflow's aliases afterwards; who is killed between the two leaves that to the next
-remerge. What has been decided already is said and not done again.
+Each is one act. It counts by the swap of the line's state, stands in the trail with its reason,
+and moves MLflow's aliases afterwards; the next remerge does that if the process is killed. A
+decision that was made before is reported and not made again.
 
-A line's file can leave each of them to some actors. What a remerge promotes by itself is not a
-decision in this sense.
+A line file can allow each decision to some actors only. Promotion by a remerge is no decision.
 
-A choice made by hand is not undone by a schedule: a rollback pins the line, and so does the
-promotion of a version that the next remerge would replace at once.
+A schedule does not undo a decision: a rollback pins the line, and so does the promotion of a
+version that the next remerge would replace.
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from restitch.flows.audit.report import mirror
+from restitch.flows.outcome import Outcome
 from restitch.flows.promotion.versions import check_task, find_version
 from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.merging.errors import BadInput, GateFailed
@@ -26,10 +25,10 @@ from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.events import has_workers, start_run
 from restitch.tasks.runtime.workspace import actor, workspace
 
-# What a retirement takes a model out of; what was quarantined or replaced is out already.
+# The states that a retirement ends; quarantined and replaced models take no part anyway.
 _TAKES_PART = ("registered", "waiting", "ready", "held")
 
-# The acts by the words that the command and `actors` in the line's file have for them.
+# Each act, with its name as a command and under `actors` in a line file.
 _DECISIONS: dict[Kind, str] = {
     "promoted": "promote",
     "rolled-back": "rollback",
@@ -41,17 +40,17 @@ _DECISIONS: dict[Kind, str] = {
 
 
 @dataclass(frozen=True)
-class Decision:
-    """What a decision did.
+class Decision(Outcome):
+    """The result of a decision.
 
     Attributes:
-        act: its kind.
-        done: False where it was decided before.
-        reason: as it stands in the trail.
+        act: the kind of its act.
+        done: whether it was made now, and not before.
+        reason: the reason, as it stands in the trail.
         entry: the digest of the act's audit entry.
         before: the champion before.
         champion: the champion now.
-        notes: what the person should know.
+        notes: warnings for the person.
         merged: the remerge that followed in this process.
         handed_over: whether workers do that remerge.
     """
@@ -68,48 +67,43 @@ class Decision:
     merged: RemergeOutcome | None = None
     handed_over: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        values = asdict(replace(self, merged=None))
-        return values | {"merged": None if self.merged is None else self.merged.as_dict()}
-
     @property
     def exit_code(self) -> int:
-        """0, or that of failed gates where they kept the merge that it asked for out of use.
+        """0, or the code for failed gates if they rejected the merge that the decision asked for.
 
-        Held members that were tried again and failed again are no failure of the decision.
+        Members that were held before and failed again do not make the decision fail.
         """
         rejected = self.merged is not None and self.merged.action == "rejected"
         return GateFailed.exit_code if rejected else 0
 
 
 def rollback(line: str, version: str, reason: str) -> Decision:
-    """Put a version back in use that was in use before, and pin the line to it.
+    """Make a former champion the champion again, and pin the line to it.
 
     Raises:
-        BadInput: there is no such version, or it was never in use.
+        BadInput: there is no such version, or it was never the champion.
     """
     ledger, number = _ledger_and_version(line, version)
     line_state = ledger.state()
     if line_state.champion != number and number not in former_champions(ledger):
         raise BadInput(
-            f"version {number} of line {line} was never in use",
-            expected="a version that was champion once",
-            hint=f"put it in use for the first time with: restitch promote {line} {number}",
+            f"version {number} of line {line} was never the champion",
+            expected="the number of a former champion; see `restitch history`",
+            hint=f"to use it for the first time: restitch promote {line} {number} --reason WHY",
         )
 
     def change(line_state: LineState) -> LineState | None:
         return None if line_state.champion == number else line_state.promoted(number).with_pin(True)
 
-    said = f"version {number} in place of {_name(line_state.champion)}, pinned: {_given(reason)}"
+    why = f"version {number} in place of {_name(line_state.champion)}, pinned: {_checked(reason)}"
     record = ledger.merged(number)
     return _decided(
-        ledger, "rolled-back", said, change, _digests(record), _outdated(line_state, record)
+        ledger, "rolled-back", why, change, _digests(record), _retired_members(line_state, record)
     )
 
 
 def promote(line: str, version: str, reason: str) -> Decision:
-    """Put a version in use by hand, also past a gate that it failed.
+    """Make a version the champion by hand, even if it failed a gate.
 
     Raises:
         BadInput: there is no such version.
@@ -126,19 +120,20 @@ def promote(line: str, version: str, reason: str) -> Decision:
     failed = [gate.note or gate.gate for gate in record.gates if not gate.passed]
     past = f", past {'; '.join(failed)}" if failed else ""
     before = ledger.state()
-    said = f"version {number} by hand{past}: {_given(reason)}"
-    found = _decided(ledger, "promoted", said, change, _digests(record), _outdated(before, record))
-    if found.done and found.pinned and not before.pinned:
+    why = f"version {number} by hand{past}: {_checked(reason)}"
+    notes = _retired_members(before, record)
+    decision = _decided(ledger, "promoted", why, change, _digests(record), notes)
+    if decision.done and decision.pinned and not before.pinned:
         note = "the line is pinned: other members are ready and would have replaced this version"
-        found = replace(found, notes=(*found.notes, note))
-    return found
+        decision = replace(decision, notes=(*decision.notes, note))
+    return decision
 
 
 def retire(line: str, task: str, reason: str, *, merge: bool = True) -> Decision:
-    """Take a task out of all merges to come, and merge without it.
+    """Leave a task out of all later merges, and merge without it.
 
-    The merged model that follows is, byte for byte, the one that would be there had the
-    task's models never been registered. Where nothing is left to merge, no version is in use.
+    The next merged model has the same bytes as if the task's models had never been registered.
+    If no member is left, the line has no champion.
 
     Raises:
         BadInput: the line has no such task.
@@ -158,12 +153,12 @@ def retire(line: str, task: str, reason: str, *, merge: bool = True) -> Decision
         nothing_left = not line_state.members and not line_state.pinned
         return line_state.without_champion() if nothing_left else line_state
 
-    found = _decided(ledger, "retired", f"{task}: {_given(reason)}", change, {}, ())
-    return _merged_after(found, merge)
+    decision = _decided(ledger, "retired", f"{task}: {_checked(reason)}", change, {}, ())
+    return _merged_after(decision, merge)
 
 
 def restore(line: str, task: str, reason: str = "", *, merge: bool = True) -> Decision:
-    """Take a retired task back in, as it was, and merge with it.
+    """Give the models of a retired task their former state, and merge with it.
 
     Raises:
         BadInput: the line has no such task.
@@ -172,7 +167,7 @@ def restore(line: str, task: str, reason: str = "", *, merge: bool = True) -> De
     check_task(ledger.state(), task)
 
     def change(line_state: LineState) -> LineState | None:
-        # One that was left out as a double of another was never retired by anybody.
+        # A model that `adopt` retired as a duplicate has no former state.
         after = line_state
         for number, model in line_state.tasks[task].versions.items():
             before = model.facts.retired_from
@@ -181,34 +176,34 @@ def restore(line: str, task: str, reason: str = "", *, merge: bool = True) -> De
                 after = after.with_state(task, number, before.state, before.reason, facts=facts)
         return None if after is line_state else after
 
-    found = _decided(ledger, "restored", _with_reason(task, reason), change, {}, ())
-    return _merged_after(found, merge)
+    decision = _decided(ledger, "restored", _with_reason(task, reason), change, {}, ())
+    return _merged_after(decision, merge)
 
 
 def pin(line: str, reason: str = "") -> Decision:
-    """Promote nothing automatically from now on."""
+    """Stop automatic promotion."""
     ledger = workspace().ledger(line)
 
     def change(line_state: LineState) -> LineState | None:
         return None if line_state.pinned else line_state.with_pin(True)
 
-    said = _with_reason(f"version {_name(ledger.state().champion)} stays in use", reason)
-    return _decided(ledger, "pinned", said, change, {}, ())
+    why = _with_reason(f"version {_name(ledger.state().champion)} stays the champion", reason)
+    return _decided(ledger, "pinned", why, change, {}, ())
 
 
 def unpin(line: str, reason: str = "", *, merge: bool = True) -> Decision:
-    """Promote automatically again, and bring the merged model up to date."""
+    """Promote automatically again, and remerge."""
     ledger = workspace().ledger(line)
 
     def change(line_state: LineState) -> LineState | None:
         return line_state.with_pin(False) if line_state.pinned else None
 
-    said = _with_reason("versions are promoted automatically again", reason)
-    return _merged_after(_decided(ledger, "unpinned", said, change, {}, ()), merge)
+    why = _with_reason("versions are promoted automatically again", reason)
+    return _merged_after(_decided(ledger, "unpinned", why, change, {}, ()), merge)
 
 
 def former_champions(ledger: Ledger) -> set[int]:
-    """The versions that were in use at any time, from the trail."""
+    """The versions that were the champion at any time, from the trail."""
     champions = (entry.after.get("/champion") for entry in ledger.entries())
     return {number for number in champions if isinstance(number, int)}
 
@@ -228,7 +223,7 @@ def _decided(
         return change(line_state)
 
     act: Act | None = ledger.act(kind, who, reason, if_allowed, digests)
-    say(f"{ledger.line}: {reason}" if act is not None else f"{ledger.line}: decided before")
+    say(f"{ledger.line}: {reason}" if act is not None else f"{ledger.line}: nothing to change")
     for note in notes:
         warn(note)
     mirror(ledger.line)
@@ -247,10 +242,10 @@ def _decided(
 
 
 def _check_actor(line_state: LineState, decision: str, who: str) -> None:
-    """Refuse a decision that the line leaves to others.
+    """Refuse a decision that the line does not allow to an actor.
 
     Raises:
-        BadInput: it does.
+        BadInput: it does not.
     """
     allowed = None if line_state.spec.actors is None else line_state.spec.actors.of(decision)
     if allowed is not None and who not in allowed:
@@ -258,20 +253,21 @@ def _check_actor(line_state: LineState, decision: str, who: str) -> None:
             f"{who} may not {decision} on line {line_state.line}",
             expected=f"one of {', '.join(allowed)}",
             found=who,
-            hint="ask one of them, or change `actors` in the line's file with `restitch init`; "
-            "who acts is RESTITCH_ACTOR, or else the user of the system",
+            hint="ask one of them, or change `actors` in the line file and run `restitch init`; "
+            "the actor is RESTITCH_ACTOR or, if that is not set, the system user",
         )
 
 
-def _merged_after(found: Decision, merge: bool) -> Decision:
-    """The remerge that a decision asks for, here or by the workers."""
-    if not merge or not found.done:
-        return found
+def _merged_after(decision: Decision, merge: bool) -> Decision:
+    """Remerge after a decision, in this process or by the workers."""
+    if not merge or not decision.done:
+        return decision
     if has_workers():
-        start_run("remerge", {"line": found.line, "force": False}, f"{found.entry}-remerge")
-        return replace(found, handed_over=True)
-    merged = remerge(found.line)
-    return replace(found, merged=merged, champion=merged.champion)
+        key = f"{decision.entry}-remerge"
+        start_run("remerge", {"line": decision.line, "force": False}, key)
+        return replace(decision, handed_over=True)
+    merged = remerge(decision.line)
+    return replace(decision, merged=merged, champion=merged.champion)
 
 
 def _ledger_and_version(line: str, version: str) -> tuple[Ledger, int]:
@@ -279,21 +275,20 @@ def _ledger_and_version(line: str, version: str) -> tuple[Ledger, int]:
     return ledger, find_version(ledger.state(), version)
 
 
-def _given(reason: str) -> str:
-    """A reason that says something.
+def _checked(reason: str) -> str:
+    """Refuse an empty reason.
 
     Raises:
         BadInput: it is empty.
     """
     text = reason.strip()
     if not text:
-        raise BadInput("a decision needs its reason", hint="say why with --reason")
+        raise BadInput("the decision has no reason", hint="give one with --reason; it is recorded")
     return text
 
 
-def _with_reason(said: str, reason: str) -> str:
-    """What is said, with a reason where one was given: it takes nothing out of use."""
-    return f"{said}: {reason.strip()}" if reason.strip() else said
+def _with_reason(text: str, reason: str) -> str:
+    return f"{text}: {reason.strip()}" if reason.strip() else text
 
 
 def _name(version: int | None) -> str:
@@ -304,20 +299,20 @@ def _digests(record: MergedRecord) -> dict[str, str]:
     return {"recipe": record.recipe_digest, "patch": record.patch}
 
 
-def _outdated(line_state: LineState, record: MergedRecord) -> tuple[str, ...]:
-    """What a version holds that has been retired since."""
-    gone = [
+def _retired_members(line_state: LineState, record: MergedRecord) -> tuple[str, ...]:
+    """A note on the members of a version that were retired later."""
+    retired = [
         f"{task} {member.version}"
         for task, member in record.members.items()
         if line_state.tasks[task].versions[member.version].state == "retired"
     ]
-    if not gone:
+    if not retired:
         return ()
-    return (f"version {record.version} holds {', '.join(gone)}, retired since",)
+    return (f"version {record.version} holds {', '.join(retired)}, retired since",)
 
 
 def _with_members(line_state: LineState, record: MergedRecord) -> LineState:
-    """The head with the held members of a version taking part."""
+    """Make the held members of a version ready."""
     for task, member in record.members.items():
         if line_state.tasks[task].versions[member.version].state == "held":
             line_state = line_state.with_state(task, member.version, "ready")
@@ -325,6 +320,6 @@ def _with_members(line_state: LineState, record: MergedRecord) -> LineState:
 
 
 def _holds_all(line_state: LineState, record: MergedRecord) -> bool:
-    """Whether the members that are ready are those of a version."""
+    """Whether a version holds all ready members and no others."""
     ready = {member.task: member.version for member in line_state.members}
     return ready == {task: member.version for task, member in record.members.items()}

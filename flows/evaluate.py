@@ -1,8 +1,8 @@
-"""Evaluate a merged version that exists: every task of its members, and the benchmark."""
+"""Evaluate an existing merged version on the tasks of its members and on the benchmark."""
 
 from dataclasses import dataclass
-from typing import Any
 
+from restitch.flows.outcome import Outcome
 from restitch.flows.promotion.candidates import measure_member, measure_retention
 from restitch.flows.promotion.versions import find_version, members_of
 from restitch.registry.ledger.records import Retention, TaskResult
@@ -12,27 +12,18 @@ from restitch.tasks.runtime.workspace import workspace
 
 
 @dataclass(frozen=True)
-class EvaluateOutcome:
-    """What a version reaches on today's data."""
+class EvaluateOutcome(Outcome):
+    """The measurements of a version on the tasks' data as it is now."""
 
     line: str
     version: int
     results: dict[str, TaskResult]
     retention: Retention | None
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            "line": self.line,
-            "version": self.version,
-            "results": {task: result.to_json() for task, result in self.results.items()},
-            "retention": None if self.retention is None else self.retention.to_json(),
-        }
-
 
 @flow("evaluate", "{line}/{version}")
 def evaluate_version(line: str, version: str = "champion") -> EvaluateOutcome:
-    """Evaluate a version; what was evaluated before comes from the store.
+    """Evaluate a version; earlier results come from the store.
 
     Raises:
         BadInput: there is no such version, or its data is gone.

@@ -1,18 +1,20 @@
-"""Write a merged version, or its specialist for one task, as a normal Hugging Face folder.
+"""Write a merged version, or its specialist for one task, as a Hugging Face folder.
 
-All of it or nothing, and the same bytes of weights each time. A specialist is the base with what
-its mask selects of the patch that the version's specialists share (`restitch.flows.research.experts`).
+The folder appears complete or not at all, and its weights have the same bytes each time. A
+specialist is the base with the part of a shared patch that the task's mask selects
+(`flows.research.experts`).
 """
 
 import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from restitch.flows.outcome import Outcome
 from restitch.flows.promotion.versions import find_version
 from restitch.flows.research.experts import specialists_of
 from restitch.merging.digests import digest_json
@@ -33,11 +35,11 @@ from restitch.tasks.runtime.workspace import Workspace, workspace
 
 
 @dataclass(frozen=True)
-class ExportOutcome:
-    """What was written.
+class ExportOutcome(Outcome):
+    """The files that were written.
 
     Attributes:
-        task: whose specialist it is; None for the merged version.
+        task: the task of the specialist; None for the merged version.
     """
 
     line: str
@@ -46,10 +48,6 @@ class ExportOutcome:
     files: tuple[str, ...]
     bytes: int
     task: str | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
 
 
 def export_version(
@@ -67,40 +65,41 @@ def export_version(
         line: the line's name.
         version: a number, `champion` or `candidate`.
         out: a folder that is absent or empty.
-        overwrite: `out` may hold a model, which is replaced.
-        shard_size: the largest file, as "5GB"; None keeps the base's files.
-        task: of which member; None for the merged version.
+        overwrite: replace a model in `out`.
+        shard_size: the size of the largest file, as "5GB"; None splits like the base.
+        task: the task whose specialist is written; None for the merged version.
 
     Raises:
-        BadInput: there is no such version, or no specialist in it, or `out` is in use.
+        BadInput: there is no such version or specialist, or `out` is not free.
     """
     space = workspace()
     ledger = space.ledger(line)
     line_state = ledger.state()
     record = ledger.merged(find_version(line_state, version))
     limit = None if shard_size is None else parse_size(shard_size)
-    what = _merged(record) if task is None else _specialist(record, task, space)
+    content = _merged(record) if task is None else _specialist(record, task, space)
     out = out.expanduser().absolute()
     _check_free(out, overwrite)
     base = open_base(LineRef(line_state.spec, line_state.base), space)
     with _appearing(out) as folder:
         open_weights = open_sparse if task is None else open_specialist
-        edits = open_weights(what.blob, space, base.checkpoint)
+        edits = open_weights(content.blob, space, base.checkpoint)
         with working(f"writing {out.name}") as progress:
             export_weights(base.checkpoint, edits, folder, shard_size=limit, progress=progress)
         if base.folder.is_dir():
             for name in base.family.asset_files(base.folder):
                 (folder / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(base.folder / name, folder / name)
-        _write_heads(folder, line_state, what.members, base, space)
-        text = json.dumps(what.told, indent=2, ensure_ascii=False)
+        _write_heads(folder, line_state, content.members, base, space)
+        text = json.dumps(content.description, indent=2, ensure_ascii=False)
         (folder / "restitch.json").write_text(text + "\n", encoding="utf-8")
         made = Checkpoint.open(folder).digest()
         origin = provenance(line_state.base.uri, record, ledger.entries(), space.objects, made)
         if task is None:
             card = model_card(line_state, record, origin)
         else:
-            card = specialist_card(line_state, record, task, what.told["specialists"], origin)
+            specialists = content.description["specialists"]
+            card = specialist_card(line_state, record, task, specialists, origin)
         (folder / "README.md").write_text(card, encoding="utf-8")
     files = sorted(p for p in out.rglob("*") if p.is_file())
     return ExportOutcome(
@@ -114,25 +113,25 @@ def export_version(
 
 
 @dataclass(frozen=True)
-class _What:
-    """What is written.
+class _Content:
+    """The content of the folder.
 
     Attributes:
         blob: the edits of the base.
-        members: whose heads belong to it.
-        told: what `restitch.json` says.
+        members: the members whose heads are written.
+        description: the values of `restitch.json`.
     """
 
     blob: str
     members: Mapping[str, MergedMember]
-    told: dict[str, Any]
+    description: dict[str, Any]
 
 
-def _merged(record: MergedRecord) -> _What:
-    return _What(record.patch, record.members, record.to_json())
+def _merged(record: MergedRecord) -> _Content:
+    return _Content(record.patch, record.members, record.to_json())
 
 
-def _specialist(record: MergedRecord, task: str, space: Workspace) -> _What:
+def _specialist(record: MergedRecord, task: str, space: Workspace) -> _Content:
     """The specialist of a version for a task.
 
     Raises:
@@ -144,12 +143,13 @@ def _specialist(record: MergedRecord, task: str, space: Workspace) -> _What:
             f"{where} holds no task {task}",
             expected=", ".join(record.members) or "a version with members",
             found=task,
-            hint="choose one of these, or a version that holds it",
+            hint="choose one of these tasks, or a version that holds the task",
         )
     made = specialists_of(record, space)
     if made is None:
         raise BadInput(
             f"{where} has no specialists",
+            expected="a version whose specialists were made",
             hint=f"make them with `restitch experts {record.line} {record.version}`",
         )
     part = made.tasks[task]
@@ -161,14 +161,14 @@ def _specialist(record: MergedRecord, task: str, space: Workspace) -> _What:
         "shared": None if made.shared is None else made.shared.blob,
         "specialist": part.blob,
     }
-    told = {
+    description = {
         "line": record.line,
         "version": record.version,
         "version_recipe": record.recipe_digest,
         "task": task,
         "specialists": specialists,
     }
-    return _What(part.blob, {task: record.members[task]}, told)
+    return _Content(part.blob, {task: record.members[task]}, description)
 
 
 def _write_heads(
@@ -178,7 +178,7 @@ def _write_heads(
     base: Base,
     space: Workspace,
 ) -> None:
-    """The heads of the members' tasks, which lie beside the model and not in it."""
+    """Write the heads of the members' tasks, which are not part of the model."""
     for task, member in members.items():
         spec = line_state.tasks[task].spec
         if spec.head is None:
@@ -193,26 +193,30 @@ def _write_heads(
 
 def _check_free(out: Path, overwrite: bool) -> None:
     if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise BadInput(f"{out} is in the way", expected="no such file, or an empty folder")
+        raise BadInput(
+            f"{out} is not a folder",
+            expected="a folder that is absent or empty",
+            hint="choose another path",
+        )
     if not out.exists() or not any(out.iterdir()):
         return
     if not overwrite:
         raise BadInput(
             f"{out} is not empty",
             expected="a folder that is absent or empty",
-            hint="choose another folder, or add --overwrite to replace the model in it",
+            hint="choose another folder, or replace the model in it with --overwrite",
         )
     if not (out / "config.json").exists():
         raise BadInput(
-            f"{out} does not look like a model's folder and will not be replaced",
-            expected="a config.json in it",
+            f"{out} is not replaced: it does not look like the folder of a model",
+            expected="a folder with a config.json",
             hint="remove the folder yourself, or choose another one",
         )
 
 
 @contextmanager
 def _appearing(out: Path) -> Iterator[Path]:
-    """A folder beside `out` that takes its place when everything in it is written."""
+    """A temporary folder next to `out`, which replaces it when everything is written."""
     folder = out.parent / f".{out.name}.{uuid4().hex[:8]}.partial"
     try:
         with explained(out, "write"):

@@ -1,25 +1,35 @@
-"""Onboard one finetuned model: validate, localize, measure, and make it a member.
+"""Onboard one finetuned model: validate, localize, evaluate, and make it a member.
 
-    registered --> validate --> localize (or a hit) --> what the line's methods need beside it
-               --> evaluate --> act `localized`
-    what cannot join ---------> act `quarantined` with the reason
+    registered --> validate --> localize --> measure statistics --> evaluate --> act `localized`
+    cannot join ---------------------------------------------------------------> act `quarantined`
 
-It may be killed anywhere and run again: each step first looks for its result in the store,
-and the act happens once, because it starts from the state `registered`. A member whose line
-has been configured since to choose its masks in another way is localized once more. A model
-at which three processes have died is quarantined.
+`onboard` can be killed at any point and run again: each step first looks for its result in the
+store, and the act counts once, because it starts from the state `registered`. If the line's
+settings for masks change, its members are localized again. A model is quarantined after three
+processes have died while onboarding it.
+
+Four evaluations judge a mask: the base, the finetuned model, the base with every localizable
+weight replaced, and the base with only the masked weights replaced. If more than 10 % of the
+squared change lies outside of the localizable tensors, `onboard` warns and names them.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from restitch.flows.audit.report import mirror
 from restitch.flows.lines.adopt_mlflow import adopt_one
+from restitch.flows.outcome import Outcome
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, CannotJoin, RestitchError
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, Member, ModelFacts, ModelVersion
+from restitch.registry.ledger.line_state import (
+    LineState,
+    Member,
+    ModelFacts,
+    ModelKey,
+    ModelVersion,
+)
 from restitch.registry.ledger.references import STATISTIC
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.task import TaskSpec
@@ -52,17 +62,17 @@ from restitch.tasks.runtime.workspace import actor, workspace
 from restitch.tasks.statistics import own_statistics
 from restitch.tasks.validate import validate
 
-# Above this share of the task vector's squared norm, what masks cannot hold is worth a warning.
+# Warn above this share of the squared change outside of the localizable tensors.
 OUTSIDE_WARNING = 0.1
 
 
 @dataclass(frozen=True)
-class OnboardOutcome:
-    """What became of a finetuned model.
+class OnboardOutcome(Outcome):
+    """The result of onboarding.
 
     Attributes:
-        state: ready, held, quarantined, ... as in the head.
-        localized: whether this run made it a member.
+        state: the state of the model: ready, held, quarantined, ...
+        localized: whether this run localized it.
     """
 
     line: str
@@ -73,10 +83,6 @@ class OnboardOutcome:
     localized: bool
     facts: ModelFacts
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self) | {"facts": self.facts.to_json()}
-
 
 @flow("onboard", "{line}/{task}/{version}")
 def onboard(line: str, task: str, version: int) -> OnboardOutcome:
@@ -84,33 +90,34 @@ def onboard(line: str, task: str, version: int) -> OnboardOutcome:
 
     Raises:
         BadInput: there is no such model.
-        RestitchError: its data or a server cannot be used now; it stays registered.
+        RestitchError: its data or a server is unavailable; it stays registered.
     """
     ledger = workspace().ledger(line)
     line_state = ledger.state()
-    model = _registered(line_state, task, version)
+    key = ModelKey(task, version)
+    model = _registered(line_state, key)
     if model.state != "registered" and not is_outdated(line_state, model):
-        return _done(ledger, task, version, localized=False)
+        return _done(ledger, key, localized=False)
     check_device(line_state.spec)
-    attempts = attempts_at(ledger, task, version)
+    attempts = attempts_at(ledger, key)
     died = died_at(attempts)
     if len(died) >= MAX_CRASHES and model.state == "registered":
-        _quarantine(ledger, task, version, _deadly(task, version, died), deaths=len(died))
-        return _done(ledger, task, version, localized=False)
-    with attempts.attempt(this_run()) as mine:
-        if is_workers_run() and _others_at_work(attempts, mine):
-            say(f"{task} version {version} is onboarded by another run already")
-            return _done(ledger, task, version, localized=False)
-        return _onboard(ledger, line_state, task, version)
+        _quarantine(ledger, key, _killed_workers(key, died), deaths=len(died))
+        return _done(ledger, key, localized=False)
+    with attempts.attempt(this_run()) as own:
+        if is_workers_run() and _others_at_work(attempts, own):
+            say(f"another run already onboards {task} version {version}")
+            return _done(ledger, key, localized=False)
+        return _onboard(ledger, line_state, key)
 
 
 def onboard_event(
     line: str, task: str, version: int | None, mlflow_version: int | None
 ) -> OnboardOutcome | None:
-    """Onboard what an event names; one that was registered in MLflow is taken in first.
+    """Onboard the model that an event names; adopt it first if it was registered in MLflow.
 
     Returns:
-        What became of it; None where it waits for its task's description.
+        The outcome; None if the model waits for its task's description.
     """
     if version is None and mlflow_version is not None:
         version = adopt_one(line, task, mlflow_version)
@@ -120,47 +127,47 @@ def onboard_event(
     return outcome
 
 
-def _onboard(ledger: Ledger, line_state: LineState, task: str, version: int) -> OnboardOutcome:
-    ref, spec = LineRef(line_state.spec, line_state.base), line_state.tasks[task].spec
-    model = line_state.tasks[task].versions[version]
+def _onboard(ledger: Ledger, line_state: LineState, key: ModelKey) -> OnboardOutcome:
+    ref, spec = LineRef(line_state.spec, line_state.base), line_state.tasks[key.task].spec
+    model = line_state.model(key)
     try:
         checked = validate(ref, model.model)
         delta = localize(ref, spec, model.model)
     except CannotJoin as error:
         if model.state == "registered":
-            _quarantine(ledger, task, version, error)
+            _quarantine(ledger, key, error)
         else:
-            warn(f"{task} version {version} keeps the mask that it has: {error.message()}")
-        return _done(ledger, task, version, localized=False)
+            warn(f"{key.task} version {key.version} keeps its old mask: {error.message()}")
+        return _done(ledger, key, localized=False)
     localized = model.model_copy(update={"mask": delta.mask, "delta": delta.blob})
-    member = Member(task=task, version=version, spec=spec, model=localized)
-    # Here, where the task's rows are: whoever merges later need not reach them.
+    member = Member(task=key.task, version=key.version, spec=spec, model=localized)
+    # Now, because a later merge may run where the task's rows cannot be read.
     statistics = own_statistics(ref, member)
     facts = _measure(ref, spec, model, checked, delta, statistics)
-    _join(ledger, task, version, delta, facts, statistics)
-    return _done(ledger, task, version, localized=True)
+    _join(ledger, key, delta, facts, statistics)
+    return _done(ledger, key, localized=True)
 
 
-def attempts_at(ledger: Ledger, task: str, version: int) -> Attempts:
-    """The attempts at onboarding a model, counted anew when it is registered again."""
-    model = ledger.state().tasks[task].versions[version]
+def attempts_at(ledger: Ledger, key: ModelKey) -> Attempts:
+    """The attempts at onboarding a model since it was registered last."""
+    model = ledger.state().model(key)
     again = model.facts.registered_again
-    return Attempts(ledger.objects.store, "onboard", ledger.line, task, version, again)
+    return Attempts(ledger.objects.store, "onboard", ledger.line, *key, again)
 
 
 def died_at(attempts: Attempts) -> list[Attempt]:
-    """The attempts whose process is gone; their runs are marked as crashed."""
-    died = [one for one in attempts.unfinished() if not one.is_alive(_run_ended)]
-    for one in died:
-        if one.run is not None and engine_url() is not None:
-            mark_crashed(one.run, f"process {one.facts['pid']} is gone")
+    """The attempts whose process died; mark their runs as crashed."""
+    died = [attempt for attempt in attempts.unfinished() if not attempt.is_alive(_run_ended)]
+    for attempt in died:
+        if attempt.run is not None and engine_url() is not None:
+            mark_crashed(attempt.run, f"process {attempt.facts['pid']} died")
     return died
 
 
-def _others_at_work(attempts: Attempts, mine: Attempt) -> bool:
-    # Of several that began together the first goes on.
+def _others_at_work(attempts: Attempts, own: Attempt) -> bool:
+    # Of several attempts that began together the first one goes on.
     return any(
-        other.number < mine.number and other.is_alive(_run_ended) for other in attempts.unfinished()
+        other.number < own.number and other.is_alive(_run_ended) for other in attempts.unfinished()
     )
 
 
@@ -168,18 +175,19 @@ def _run_ended(run: str) -> bool:
     return engine_url() is not None and run_ended(run)
 
 
-def _deadly(task: str, version: int, died: list[Attempt]) -> CannotJoin:
+def _killed_workers(key: ModelKey, died: list[Attempt]) -> CannotJoin:
     return CannotJoin(
-        f"{task} version {version} killed the process that onboarded it {len(died)} times",
+        f"{len(died)} processes died while they onboarded {key.task} version {key.version}",
+        expected=f"fewer than {MAX_CRASHES} deaths",
         found="; ".join(map(str, died)),
-        hint="look for what killed them (memory? the log of the worker?), then register it again",
+        hint="find the cause (often memory; see the worker's log), then register the model again",
     )
 
 
 def is_outdated(line_state: LineState, model: ModelVersion) -> bool:
-    """Whether a localized model's mask was chosen in another way than the line's present one."""
-    chosen = model.facts.choice
-    return model.state in ("ready", "held") and chosen not in (None, _choice(line_state.spec))
+    """Whether the line's settings for masks have changed since the model was localized."""
+    choice = model.facts.choice
+    return model.state in ("ready", "held") and choice not in (None, _choice(line_state.spec))
 
 
 def _choice(line: LineSpec) -> str:
@@ -188,18 +196,19 @@ def _choice(line: LineSpec) -> str:
     return digest_json([choice.mode, choice.settings, tensors])
 
 
-def _registered(line_state: LineState, task: str, version: int) -> ModelVersion:
-    known = line_state.tasks[task].versions if task in line_state.tasks else {}
-    if version not in known:
+def _registered(line_state: LineState, key: ModelKey) -> ModelVersion:
+    known = line_state.tasks[key.task].versions if key.task in line_state.tasks else {}
+    if key.version not in known:
         models = ", ".join(
             f"{name} {n}" for name, t in line_state.tasks.items() for n in t.versions
         )
         raise BadInput(
-            f"line {line_state.line} has no model {task} {version}",
-            found=f"models: {models or 'none'}",
-            hint="register it first",
+            f"line {line_state.line} has no model {key}",
+            expected="a registered model, as TASK VERSION",
+            found=f"the line has {models or 'no models'}",
+            hint="register the model first with `restitch register`",
         )
-    return known[version]
+    return known[key.version]
 
 
 def _measure(
@@ -253,57 +262,57 @@ def _warn_of_outside(task: str, checked: Validated, results: Mapping[str, Result
     matters = bool(results) and _differs(results["localizable"], results["finetuned"])
     if checked.outside_share <= OUTSIDE_WARNING and not matters:
         return
-    text = f"{task}: {checked.outside_share:.1%} of what finetuning changed is outside of masks"
+    names = ", ".join(name for name, _ in checked.outside_tensors[:8])
+    text = (
+        f"{task}: {checked.outside_share:.1%} of what finetuning changed is outside of masks"
+        f" (in {names or 'no tensor'})"
+    )
     if results:
         text += (
-            f"; with all localizable weights it has {results['localizable'].value:.3f}"
-            f" instead of {results['finetuned'].value:.3f}"
+            f"; with every localizable weight the {results['finetuned'].metric} is"
+            f" {results['localizable'].value:.3f}, not {results['finetuned'].value:.3f}"
         )
-    names = ", ".join(name for name, _ in checked.outside_tensors[:8])
-    warn(f"{text} (in {names or 'no tensor'}); see localize: include in the line's file")
+    warn(f"{text}; add tensors with `localize: include` in the line file")
 
 
 def _differs(one: ResultRef, other: ResultRef) -> bool:
-    """Whether a value lies outside of the interval of another one; its ends are rounded."""
+    """Whether a value lies outside of another one's interval, whose ends are rounded."""
     return not other.low - 1e-9 <= one.value <= other.high + 1e-9
 
 
-def _quarantine(
-    ledger: Ledger, task: str, version: int, error: RestitchError, deaths: int = 0
-) -> None:
+def _quarantine(ledger: Ledger, key: ModelKey, error: RestitchError, deaths: int = 0) -> None:
     def change(line_state: LineState) -> LineState | None:
-        model = line_state.tasks[task].versions[version]
+        model = line_state.model(key)
         if model.state != "registered":
             return None
         facts = model.facts.model_copy(update={"deaths": deaths})
-        return line_state.with_state(task, version, "quarantined", error.message(), facts=facts)
+        return line_state.with_state(*key, "quarantined", error.message(), facts=facts)
 
-    act = ledger.act("quarantined", actor(), f"{task} {version}: {error.summary}", change)
+    act = ledger.act("quarantined", actor(), f"{key}: {error.summary}", change)
     if act is not None:
-        warn(f"{task} version {version} is quarantined: {error.message()}")
+        warn(f"{key.task} version {key.version} is quarantined: {error.message()}")
         mirror(ledger.line)
 
 
 def _join(
     ledger: Ledger,
-    task: str,
-    version: int,
+    key: ModelKey,
     delta: DeltaRef,
     facts: ModelFacts,
     statistics: Mapping[str, StatisticRef],
 ) -> None:
     def change(line_state: LineState) -> LineState | None:
-        model = line_state.tasks[task].versions[version]
+        model = line_state.model(key)
         history = {"registered_again": model.facts.registered_again, "held_in": model.facts.held_in}
         known = facts.model_copy(update=history)
         new: dict[str, Any] = {"mask": delta.mask, "delta": delta.blob, "facts": known}
         if model.state == "registered":
-            return line_state.with_state(task, version, "ready", **new)
+            return line_state.with_state(*key, "ready", **new)
         if is_outdated(line_state, model):
-            return line_state.with_state(task, version, model.state, model.reason, **new)
+            return line_state.with_state(*key, model.state, model.reason, **new)
         return None
 
-    reason = f"{task} {version}: {delta.kept} of {delta.coordinates} coordinates"
+    reason = f"{key}: {delta.kept} of {delta.coordinates} coordinates"
     digests = {"mask": delta.mask, "delta": delta.blob}
     digests |= {f"{STATISTIC}{kind}": found.blob for kind, found in statistics.items()}
     if ledger.act("localized", actor(), reason, change, digests) is not None:
@@ -311,17 +320,17 @@ def _join(
         mirror(ledger.line)
 
 
-def _done(ledger: Ledger, task: str, version: int, *, localized: bool) -> OnboardOutcome:
-    """What became of the model; what can be merged and is not yet is announced."""
+def _done(ledger: Ledger, key: ModelKey, *, localized: bool) -> OnboardOutcome:
+    """Read the model's state, and announce a mask that is not in the champion yet."""
     line_state = ledger.state()
-    model = line_state.tasks[task].versions[version]
+    model = line_state.model(key)
     if this_run() is not None and model.state in ("ready", "held"):
         champion = None if line_state.champion is None else ledger.merged(line_state.champion)
-        member = None if champion is None else champion.members.get(task)
-        if localized or member is None or member.version != version:
-            announce(MASK_READY, ledger.line, task, version)
+        member = None if champion is None else champion.members.get(key.task)
+        if localized or member is None or member.version != key.version:
+            announce(MASK_READY, ledger.line, *key)
     outcome = OnboardOutcome(
-        line_state.line, task, version, model.state, model.reason, localized, model.facts
+        line_state.line, *key, model.state, model.reason, localized, model.facts
     )
     show_onboarded(outcome.as_dict())
     return outcome

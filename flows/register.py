@@ -1,10 +1,10 @@
-"""Register a finetuned model and see it into the merged model.
+"""Register a finetuned model, and bring it into the merged model.
 
-    enter it in the head --> with workers: tell them, and wait for what becomes of it if asked
-                         --> without: onboard and remerge here
+    add it to the line --> with workers: start them by an event and, if asked, wait for the result
+                       --> without workers: onboard and remerge in this process
 
-The same weights with the same task are registered once: what is unfinished about them is
-finished. Other weights become the task's next version.
+The same weights are registered once for a task: registering them again finishes what is
+unfinished. Other weights become the task's next version.
 """
 
 import time
@@ -16,11 +16,12 @@ from typing import Any
 from restitch.flows.audit.report import mirror
 from restitch.flows.lines.declare_task import present, resolve_spec
 from restitch.flows.onboard import OnboardOutcome, onboard
+from restitch.flows.outcome import Outcome
 from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.merging.errors import CannotJoin, GateFailed, Unavailable
 from restitch.modeling.families.family import get_family
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import LineState, ModelKey, ModelRef, ModelVersion
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import describe_model, open_base
@@ -31,19 +32,19 @@ from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.run_progress import run_progress
 from restitch.tasks.runtime.workspace import actor, workspace
 
-LOOK_EVERY_SECONDS, REPORT_EVERY_SECONDS = 0.5, 2.0
+POLL_SECONDS, REPORT_SECONDS = 0.5, 2.0
 
 
 @dataclass(frozen=True)
-class RegisterOutcome:
-    """What became of a registration.
+class RegisterOutcome(Outcome):
+    """The result of a registration.
 
     Attributes:
         already: whether these weights were registered for this task before.
-        merged: what the remerge of this process did; None where none was made.
+        merged: the result of the remerge in this process, if there was one.
         handed_over: whether workers do the work.
-        champion: the version of the champion that holds the model; None where none does yet.
-        record: that version's record.
+        champion: the number of the champion, if it holds the model.
+        record: the record of that version.
     """
 
     onboarded: OnboardOutcome
@@ -54,19 +55,13 @@ class RegisterOutcome:
     record: MergedRecord | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {
-            **self.onboarded.as_dict(),
-            "already": self.already,
-            "merged": None if self.merged is None else self.merged.as_dict(),
-            "handed_over": self.handed_over,
-            "champion": self.champion,
-            "record": None if self.record is None else self.record.to_json(),
-        }
+        """The fields as plain JSON values, those of the onboarding among them."""
+        values = super().as_dict()
+        return {**values.pop("onboarded"), **values}
 
     @property
     def exit_code(self) -> int:
-        """0, or why this model is not in the merged model."""
+        """0, or the code for the reason why the model is not in the merged model."""
         if self.onboarded.state == "quarantined":
             return CannotJoin.exit_code
         return GateFailed.exit_code if self.onboarded.state == "held" else 0
@@ -84,69 +79,72 @@ def register(
     wait: bool = False,
     timeout: float | None = None,
 ) -> RegisterOutcome:
-    """Register a finetuned model; without workers, onboard it here.
+    """Register a finetuned model; without workers, also onboard it and remerge.
 
     Args:
         line: the line's name.
-        task_file: the task's description.
-        source: where the model is: a folder, a hub id or an MLflow address.
-        merge: see it into the merged model; without, only onboard it.
-        replace_task: accept another description of the task.
-        copy: keep a copy of the model's files in the store.
-        here: do the work in this process although there are workers.
-        wait: with workers, return when the model is in the champion, or cannot be.
-        timeout: how many seconds to wait at most.
+        task_file: the task's file.
+        source: the model: a folder, a hub id or an MLflow address.
+        merge: remerge after onboarding.
+        replace_task: allow the file to change the task.
+        copy: copy the model's files into the store.
+        here: do the work in this process even if there are workers.
+        wait: with workers, return when the model is in the champion or was refused.
+        timeout: the seconds to wait at most.
 
     Raises:
-        BadInput: the task file, its data or the model cannot be read, or the task has another
-            file and `replace_task` is off. Nothing is changed then.
-        Unavailable: a server is away, or the wait was too long; the model stays registered.
+        BadInput: the task file, its data or the model cannot be read, or the file changes the
+            task and `replace_task` is off. The line stays as it was.
+        Unavailable: a server is away, or the wait took too long; the model stays registered.
     """
     space = workspace()
     ledger = space.ledger(line)
     line_state = ledger.state()
     spec = resolve_spec(ledger, task_file, replace_task)
-    open_base(LineRef(line_state.spec, line_state.base), space)  # without it nothing can join
+    open_base(LineRef(line_state.spec, line_state.base), space)  # nothing can join without it
     model = describe_model(source, get_family(line_state.spec.family), space, copy=copy)
-    version, already = _enter(ledger, spec, model, replace_task)
+    key, already = _add(ledger, spec, model, replace_task)
     if already:
-        say(f"{spec.task}: already version {version}")
+        say(f"{key.task}: these weights are already version {key.version}")
     if not here and has_workers():
-        if _state(ledger, spec.task, version) == "registered":
-            announce(MODEL_REGISTERED, line, spec.task, version)
+        if ledger.state().model(key).state == "registered":
+            announce(MODEL_REGISTERED, line, *key)
         mirror(line)
-        return _handed_over(ledger, spec.task, version, already, wait, timeout)
+        return _handed_over(ledger, key, already, wait, timeout)
     mirror(line)
-    onboarded = onboard(line, spec.task, version)
+    onboarded = onboard(line, *key)
     merged = None
     if merge and onboarded.state in ("ready", "held"):
         merged = remerge(line)
-    return _outcome(ledger, spec.task, version, already, onboarded, merged)
+    return _outcome(ledger, key, already, onboarded, merged)
 
 
-def _enter(ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool) -> tuple[int, bool]:
-    """Put the model on the line as its task's next version, unless it is there already.
+def _add(
+    ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool
+) -> tuple[ModelKey, bool]:
+    """Add the model to the line as its task's next version, unless it is there already.
 
     Returns:
-        Its version, and whether that was there before.
+        Its key, and whether the line had it before.
     """
-    entered: list[tuple[int, bool]] = []
+    added: list[tuple[ModelKey, bool]] = []
 
     def change(line_state: LineState) -> LineState | None:
-        entered.clear()
+        added.clear()
         task = line_state.tasks.get(spec.task)
-        found = None if task is None else present(task, spec, model)
-        if task is not None and found is not None:
-            entered.append((found, True))
-            # The same task from another place: what was said when the old place is gone.
+        known = None if task is None else present(task, spec, model)
+        if task is not None and known is not None:
+            added.append((ModelKey(spec.task, known), True))
+            # The same data at another place: the old place may be gone.
             described = (replace_task and spec != task.spec) or not task.declared
             after = line_state.with_task(spec) if described else line_state
-            after = _tried_again(after, spec.task, found)
+            after = _with_another_try(after, ModelKey(spec.task, known))
             return None if after is line_state else after
         now = datetime.now(UTC).isoformat(timespec="microseconds")
         if task is None or not task.declared or not same_task(task.spec, spec):
             line_state = line_state.with_task(spec)
-        entered.append((line_state.tasks[spec.task].next_version, False))
+        key = ModelKey(spec.task, line_state.tasks[spec.task].next_version)
+        added.append((key, False))
         return line_state.with_version(spec.task, ModelVersion(model=model, registered_at=now))
 
     ledger.act(
@@ -156,82 +154,80 @@ def _enter(ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool) 
         change,
         {"model": model.weights, "config": model.config},
     )
-    return entered[-1]
+    return added[-1]
 
 
-def _tried_again(line_state: LineState, task: str, version: int) -> LineState:
-    """The head with a model that waited, or that killed its workers, registered anew."""
-    model = line_state.tasks[task].versions[version]
+def _with_another_try(line_state: LineState, key: ModelKey) -> LineState:
+    """Set a model that waited, or that killed its workers, back to `registered`."""
+    model = line_state.model(key)
     deadly = model.state == "quarantined" and model.facts.deaths > 0
     if not (deadly or model.state == "waiting"):
         return line_state
     again = model.facts.registered_again + deadly
     facts = model.facts.model_copy(update={"deaths": 0, "registered_again": again})
-    return line_state.with_state(task, version, "registered", facts=facts)
+    return line_state.with_state(*key, "registered", facts=facts)
 
 
 def _handed_over(
-    ledger: Ledger, task: str, version: int, already: bool, wait: bool, timeout: float | None
+    ledger: Ledger, key: ModelKey, already: bool, wait: bool, timeout: float | None
 ) -> RegisterOutcome:
-    """What workers make of a model: at once, or when it is decided."""
+    """The result of the workers' run: as far as it is now, or after waiting for the end."""
     deadline = None if timeout is None else time.monotonic() + timeout
     report_at, reported = 0.0, ""
-    with working(f"waiting for {task} version {version} to be merged") as show_percent:
-        while wait and not _is_decided(ledger.state(), ledger, task, version):
+    with working(f"waiting for {key.task} version {key.version} to be merged") as show_percent:
+        while wait and not _is_decided(ledger, key):
             if deadline is not None and time.monotonic() > deadline:
                 raise Unavailable(
-                    f"{task} version {version} is not in the merged model yet",
+                    f"{key.task} version {key.version} is not in the merged model yet",
                     expected=f"within {timeout:.0f} seconds",
-                    found=f"it is {_state(ledger, task, version)}",
-                    hint="nothing is lost: `restitch status --watch` follows it, "
-                    "`restitch doctor` tells what is missing",
+                    found=f"it is {ledger.state().model(key).state}",
+                    hint="the workers go on: watch them with `restitch status --watch`; "
+                    "`restitch doctor` finds what is missing",
                 )
             if time.monotonic() >= report_at:
-                report_at = time.monotonic() + REPORT_EVERY_SECONDS
-                state = _state(ledger, task, version)
-                run, percent = run_progress(ledger.line, task, state) or ("no run yet", None)
-                message = f"{task} version {version} is {state}: {run}"
+                report_at = time.monotonic() + REPORT_SECONDS
+                state = ledger.state().model(key).state
+                run, percent = run_progress(ledger.line, key.task, state) or ("no run yet", None)
+                message = f"{key.task} version {key.version} is {state}: {run}"
                 if message != reported:
                     say(message)
                     reported = message
                 if percent is not None:
                     show_percent(round(percent), 100)
-            time.sleep(LOOK_EVERY_SECONDS)
-    outcome = _outcome(ledger, task, version, already)
+            time.sleep(POLL_SECONDS)
+    outcome = _outcome(ledger, key, already)
     return replace(outcome, handed_over=True)
 
 
-def _is_decided(line_state: LineState, ledger: Ledger, task: str, version: int) -> bool:
-    """Whether a model is in the champion, or will not be without something new."""
-    model = line_state.tasks[task].versions[version]
+def _is_decided(ledger: Ledger, key: ModelKey) -> bool:
+    """Whether a model is in the champion, or cannot be before something changes."""
+    line_state = ledger.state()
+    model = line_state.model(key)
     if model.state == "ready":
-        # Where promotion is switched off, the newest version is as far as it goes.
+        # On a pinned line the newest version is as far as it goes.
         last = line_state.newest if line_state.pinned else line_state.champion
-        return last is not None and _holds(ledger.merged(last), task, version)
+        return last is not None and _holds(ledger.merged(last), key)
     return model.state != "registered"
 
 
-def _holds(record: MergedRecord, task: str, version: int) -> bool:
-    member = record.members.get(task)
-    return member is not None and member.version == version
+def _holds(record: MergedRecord, key: ModelKey) -> bool:
+    member = record.members.get(key.task)
+    return member is not None and member.version == key.version
 
 
 def _outcome(
     ledger: Ledger,
-    task: str,
-    version: int,
+    key: ModelKey,
     already: bool,
     onboarded: OnboardOutcome | None = None,
     merged: RemergeOutcome | None = None,
 ) -> RegisterOutcome:
     line_state = ledger.state()
-    model = line_state.tasks[task].versions[version]
+    model = line_state.model(key)
     if onboarded is None:
-        onboarded = OnboardOutcome(
-            ledger.line, task, version, model.state, model.reason, False, model.facts
-        )
+        onboarded = OnboardOutcome(ledger.line, *key, model.state, model.reason, False, model.facts)
     record = None if line_state.champion is None else ledger.merged(line_state.champion)
-    if record is not None and not _holds(record, task, version):
+    if record is not None and not _holds(record, key):
         record = None
     return RegisterOutcome(
         replace(onboarded, state=model.state, reason=model.reason),
@@ -240,7 +236,3 @@ def _outcome(
         champion=None if record is None else record.version,
         record=record,
     )
-
-
-def _state(ledger: Ledger, task: str, version: int) -> str:
-    return ledger.state().tasks[task].versions[version].state

@@ -1,28 +1,29 @@
 """Bring a line's merged model up to date with its members.
 
-    snapshot --> onboard what is missing --> stitch --> evaluate --> log --> gate --> promote
-    failed gate --> reject; the new members one by one, oldest first: those that fail are held,
-                    the rest is promoted
+    onboard what is missing --> snapshot --> stitch --> evaluate --> gates --> record --> promote
+    a gate fails --> reject; try the new members one by one, oldest first: hold those that fail,
+                     promote the rest
 
-It looks at what the head holds, not at what started it; when the newest merged version is
-already that, it does nothing and says so. It may be killed anywhere and run again.
+`remerge` looks at the line's state and not at the event that started it. If the newest merged
+version already holds all members, nothing happens. It can be killed at any point and run again.
 """
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Literal
 
 from restitch.flows.audit.report import Reports, mirror
 from restitch.flows.audit.urls import mlflow_run
 from restitch.flows.lines.adopt_mlflow import adopt
 from restitch.flows.onboard import attempts_at, died_at, is_outdated, onboard
+from restitch.flows.outcome import Outcome
 from restitch.flows.promotion.candidates import Candidate, make_candidate
-from restitch.flows.promotion.snapshot import Snapshot, localized_models, take_snapshot
+from restitch.flows.promotion.snapshot import Snapshot, newest_models, take_snapshot
 from restitch.flows.promotion.transitions import MovedError, hold, promote, record_version, reject
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import GateFailed, RestitchError, Unavailable
 from restitch.registry.gates.gate import GateOutcome
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.line_state import Member, ModelKey
 from restitch.registry.ledger.records import MergedRecord
 from restitch.tasks.inputs.checkpoints import check_device
 from restitch.tasks.runtime.console import say, warn
@@ -39,28 +40,29 @@ from restitch.tasks.runtime.merge_lease import merge_lease
 from restitch.tasks.runtime.prefect_artifacts import show_remerged
 from restitch.tasks.runtime.workspace import workspace
 
-# What killed work left behind is removed when nothing can be running on it any more.
+# Scratch files of killed processes are removed after this many seconds.
 LEFTOVERS_AFTER = 24 * 3600.0
 
 ATTEMPTS = 20
-# Nobody waits in front of a run for the address that its artifact names.
+# Seconds to wait for the address of the run in MLflow.
 LINK_PATIENCE = 10.0
 
 Action = Literal["unchanged", "empty", "promoted", "rejected", "candidate", "covered"]
 
 
 @dataclass(frozen=True)
-class RemergeOutcome:
-    """What a remerge did.
+class RemergeOutcome(Outcome):
+    """The result of a remerge.
 
     Attributes:
-        action: unchanged, empty (no member yet), promoted, rejected (gates failed and nothing
-            of it could be kept), candidate (promotion is switched off), covered (another
-            remerge waits and will see all that this one would have).
-        version: the version that this is about.
+        action: unchanged, empty (no member yet), promoted, rejected (gates failed and no part
+            could be promoted), candidate (the line is pinned), covered (another remerge waits
+            and will see all that this one would have seen).
+        version: the merged version that was made or found.
         localized: the models that this run localized, as "task version".
-        held: the models that this run held, with the gates that decided.
-        record: the version's record.
+        held: the models that this run held, with the gates that failed.
+        failed: the gates that the version failed.
+        record: the record of the version.
     """
 
     line: str
@@ -70,11 +72,7 @@ class RemergeOutcome:
     localized: tuple[str, ...] = ()
     held: dict[str, list[str]] = field(default_factory=dict)
     failed: tuple[str, ...] = ()
-    record: dict[str, Any] | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
+    record: MergedRecord | None = None
 
     @property
     def exit_code(self) -> int:
@@ -88,7 +86,7 @@ def remerge(line: str, force: bool = False) -> RemergeOutcome:
 
     Args:
         line: the line's name.
-        force: stitch and evaluate anew although nothing changed; the bytes must be the same.
+        force: stitch and evaluate again although nothing changed; the bytes must be the same.
     """
     space = workspace()
     ledger = space.ledger(line)
@@ -99,7 +97,7 @@ def remerge(line: str, force: bool = False) -> RemergeOutcome:
         if not acquired:
             return _outcome(ledger, "covered", None, ())
         space.home.sweep(LEFTOVERS_AFTER)
-        _take_in(line)
+        _adopt(line)
         mirror(ledger.line)
         outcome = _merge_until_settled(ledger, _onboard_missing(ledger), force)
     record = None if outcome.version is None else ledger.state().versions[outcome.version]
@@ -112,74 +110,76 @@ def _merge_until_settled(ledger: Ledger, localized: tuple[str, ...], force: bool
     for _ in range(ATTEMPTS):
         snapshot = take_snapshot(ledger)
         if not snapshot.members:
-            say(f"{ledger.line}: no model is ready to be merged")
+            say(f"{ledger.line}: no member yet, nothing to merge")
             return _outcome(ledger, "empty", None, localized)
         try:
             outcome = _settle(ledger, snapshot, localized, force)
         except MovedError:
-            say(f"{ledger.line}: the line has changed meanwhile, looking again")
+            say(f"{ledger.line}: the line changed during the merge, starting again")
             continue
         if outcome.record is not None and outcome.action != "unchanged":
-            # Here, and not while MLflow is written: others on this host would wait for it.
-            Reports(ledger).analysis(ledger.merged(outcome.record["version"]))
+            # Before MLflow is written, because other processes of this host wait for that.
+            Reports(ledger).analysis(outcome.record)
         mirror(ledger.line)
         return outcome
     raise Unavailable(
-        f"line {ledger.line} is being merged by others all the time",
-        found=f"another line in {ATTEMPTS} attempts",
-        hint="run the same command again",
+        f"gave up after {ATTEMPTS} attempts: line {ledger.line} kept changing",
+        expected="a line whose champion and members stay the same during one merge",
+        found="another process promoted or retired in each attempt",
+        hint="run the same command again; `restitch history` shows who changes the line",
     )
 
 
-def _take_in(line: str) -> None:
-    """Take in what was registered in MLflow alone; the members do not wait for that."""
+def _adopt(line: str) -> None:
+    """Adopt models that were registered in MLflow only; if MLflow is away, go on without them."""
     try:
         adopt(line)
     except Unavailable as error:
-        warn(f"MLflow cannot be asked for new models now: {error.message()}")
+        warn(f"models that were registered in MLflow are not adopted now: {error.message()}")
 
 
 def _onboard_missing(ledger: Ledger) -> tuple[str, ...]:
-    """Onboard every registered model that an event missed; the others do not wait for it.
+    """Onboard registered models that no event started, and members with outdated masks.
 
-    So it goes with members whose masks the line now chooses in another way. Where there are
-    workers, a run on their pool is started for each, and its mask starts the next remerge.
+    With workers, start a run in their pool for each; its mask starts the next remerge.
+
+    Returns:
+        The models that this process localized.
     """
-    line_state, done = ledger.state(), []
-    newest = {task: (task, number, model) for task, number, model in localized_models(line_state)}
-    outdated = [found for found in newest.values() if is_outdated(line_state, found[2])]
-    missing = (*line_state.in_state("registered"), *outdated)
+    line_state, localized = ledger.state(), []
+    missing = [key for key, _ in line_state.in_state("registered")]
+    missing += [key for key, model in newest_models(line_state) if is_outdated(line_state, model)]
     to_workers = bool(missing) and has_workers()
-    for task, version, _ in missing:
+    for key in missing:
         try:
             if to_workers:
-                _start_onboard(ledger, task, version)
-            elif onboard(ledger.line, task, version).localized:
-                done.append(f"{task} {version}")
+                _start_onboard(ledger, key)
+            elif onboard(ledger.line, key.task, key.version).localized:
+                localized.append(str(key))
         except RestitchError as error:
-            warn(f"{task} version {version} cannot be onboarded now: {error.message()}")
-    return tuple(done)
+            warn(f"{key.task} version {key.version} is not onboarded now: {error.message()}")
+    return tuple(localized)
 
 
-def _start_onboard(ledger: Ledger, task: str, version: int) -> None:
-    """Start a run on the workers' pool, unless one is at work or waits for a worker."""
-    line_state, attempts = ledger.state(), attempts_at(ledger, task, version)
-    died = {one.number for one in died_at(attempts)}
-    at_work = [one for one in attempts.unfinished() if one.number not in died]
-    asked = {"line": line_state.line, "task": task, "version": version}
-    if at_work or is_queued("onboard", asked):
-        say(f"{line_state.line}: {task} version {version} is being onboarded")
+def _start_onboard(ledger: Ledger, key: ModelKey) -> None:
+    """Start a run in the workers' pool, unless one works on the model or waits for a worker."""
+    line_state, attempts = ledger.state(), attempts_at(ledger, key)
+    died = {attempt.number for attempt in died_at(attempts)}
+    at_work = [attempt for attempt in attempts.unfinished() if attempt.number not in died]
+    parameters = {"line": line_state.line, "task": key.task, "version": key.version}
+    if at_work or is_queued("onboard", parameters):
+        say(f"{line_state.line}: {key.task} version {key.version} is being onboarded")
         return
-    # Another attempt, another key: a run that ended without a mask may be started again.
-    key = digest_json([asked, line_state.spec.localize.to_json(), attempts.count])
-    start_run("onboard", asked, key)
-    say(f"{line_state.line}: a worker onboards {task} version {version}")
+    # Each attempt has another key, so that a run which ended without a mask can start again.
+    idempotency = digest_json([parameters, line_state.spec.localize.to_json(), attempts.count])
+    start_run("onboard", parameters, idempotency)
+    say(f"{line_state.line}: a worker onboards {key.task} version {key.version}")
 
 
 def _settle(
     ledger: Ledger, snapshot: Snapshot, localized: tuple[str, ...], force: bool
 ) -> RemergeOutcome:
-    """Merge all members; where that fails, keep those whose joining does not."""
+    """Merge all members; if a gate fails, promote those whose joining passes."""
     if snapshot.settled is not None and not force:
         version = snapshot.settled.version
         say(f"{ledger.line}: nothing changed since version {version}")
@@ -187,29 +187,25 @@ def _settle(
     everything = make_candidate(snapshot, snapshot.members, again=force)
     known = snapshot.merge_of(everything.patch.recipe, everything.members)
     if known is not None:
-        again = f"version {known.version} was made again: the same bytes"
-        say(
-            f"{ledger.line} {again}"
-            if force
-            else f"{ledger.line}: the best is version {known.version} still"
-        )
+        same = "has the same bytes again" if force else "is still the best"
+        say(f"{ledger.line}: version {known.version} {same}")
         return _outcome(ledger, "unchanged", known.version, localized)
     version = record_version(ledger, snapshot, everything)
     if everything.passed:
         done = promote(ledger, snapshot, everything, version)
         return _outcome(ledger, done, version, localized)
     reject(ledger, version, everything)
-    kept, held = _one_by_one(snapshot)
-    # Before the rest is promoted: who is killed between them would try them all again.
+    rest, held = _one_by_one(snapshot)
+    # Before the rest is promoted: a run that is killed in between would try all of them again.
     for member, failed in held:
         hold(ledger, snapshot, member, failed)
     action: Action = "rejected"
-    if kept is not None and not kept.is_version(snapshot.champion):
-        version = record_version(ledger, snapshot, kept)
-        if kept.passed:
-            action = promote(ledger, snapshot, kept, version)
+    if rest is not None and not rest.is_version(snapshot.champion):
+        version = record_version(ledger, snapshot, rest)
+        if rest.passed:
+            action = promote(ledger, snapshot, rest, version)
         else:
-            reject(ledger, version, kept)
+            reject(ledger, version, rest)
     return _outcome(
         ledger,
         action,
@@ -226,18 +222,18 @@ def _one_by_one(
 
     Returns:
         The last candidate that passed, if there is one, and the members that failed with the
-        checks that decided.
+        gates that they failed.
     """
     current = snapshot.champion_members
-    kept = make_candidate(snapshot, current) if current else None
+    best = make_candidate(snapshot, current) if current else None
     held = []
     for member in snapshot.joining:
-        trial = make_candidate(snapshot, snapshot.joined(current, member))
-        if trial.passed:
-            current, kept = trial.members, trial
+        candidate = make_candidate(snapshot, snapshot.joined(current, member))
+        if candidate.passed:
+            current, best = candidate.members, candidate
         else:
-            held.append((member, trial.failed))
-    return kept, held
+            held.append((member, candidate.failed))
+    return best, held
 
 
 def _outcome(
@@ -256,5 +252,5 @@ def _outcome(
         localized,
         held or {},
         () if record is None else tuple(g.gate for g in record.gates if not g.passed),
-        None if record is None else record.to_json(),
+        record,
     )

@@ -1,7 +1,7 @@
-"""An environment of its own for every test run, and the command as tests call it.
+"""Give every test run an environment of its own, and fixtures that make homes and worlds.
 
-Nothing that a developer has set for restitch, Prefect or MLflow reaches a test, and nothing is
-written to anybody's home or reported to anybody.
+A developer's settings for restitch, Prefect and MLflow do not reach a test. Tests write nothing to
+the developer's home and report nothing to anyone.
 """
 
 import os
@@ -19,7 +19,7 @@ import pytest
 _FOREIGN = ("RESTITCH_", "PREFECT_", "MLFLOW_")
 for _name in [name for name in os.environ if name.startswith(_FOREIGN)]:
     del os.environ[_name]
-# Before anything imports these libraries: they read their folders at import.
+# Before the first import of these libraries, which read their folders then.
 _libraries = Path(tempfile.mkdtemp(prefix="restitch-tests-"))
 os.environ.update(
     {
@@ -45,7 +45,7 @@ class Three:
     """A line with three members.
 
     Attributes:
-        registered: what `register --json` printed, by task, in the order of registration.
+        registered: the output of `register --json` by task, in the order of registration.
     """
 
     shell: Shell
@@ -60,19 +60,19 @@ def _no_leftovers() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A text world, to be read only."""
+    """A text world; read only."""
     return make_text_world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="session")
 def clip_world(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """A world of images, to be read only."""
+    """A world of images; read only."""
     return make_clip_world(tmp_path_factory.mktemp("clip-world"))
 
 
 @pytest.fixture(scope="session")
 def empty_mlflow(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A database that MLflow has made, which takes it two seconds."""
+    """An empty database of MLflow, which takes MLflow two seconds to make."""
     from sqlalchemy import event
     from sqlalchemy.engine import Engine
 
@@ -107,7 +107,7 @@ def new_home(tmp_path: Path, empty_mlflow: Path) -> NewHome:
 
 @pytest.fixture(scope="session")
 def three(tmp_path_factory: pytest.TempPathFactory, world: World, empty_mlflow: Path) -> Three:
-    """A home with three models in its champion, to be read only."""
+    """A home with three models in its champion; read only."""
     root = tmp_path_factory.mktemp("three")
     (root / "home").mkdir()
     shutil.copyfile(empty_mlflow, root / "home" / "mlflow.db")
@@ -118,7 +118,7 @@ def three(tmp_path_factory: pytest.TempPathFactory, world: World, empty_mlflow: 
 
 @pytest.fixture
 def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the image in MLflow, which is most of the time of a small registration."""
+    """Leave out the projection to MLflow, which takes most of the time of a registration."""
     from restitch.registry.mlflow.sync import MlflowProjection
 
     monkeypatch.setattr(MlflowProjection, "repair", lambda *_, **__: 0)

@@ -1,4 +1,4 @@
-"""The command as a user calls it: in this process, which is fast, or in one of its own."""
+"""Run the command as a user does: in this process, which is fast, or in a process of its own."""
 
 import contextlib
 import io
@@ -34,17 +34,17 @@ class Done:
 
     @property
     def json(self) -> Any:
-        """What `--json` printed: exactly one document."""
+        """The one JSON document that `--json` printed."""
         return json.loads(self.out)
 
 
 @dataclass(frozen=True)
 class Shell:
-    """The command, with a home.
+    """The command with a home.
 
     Attributes:
-        home: `RESTITCH_HOME`.
-        environment: further variables.
+        home: the value of `RESTITCH_HOME`.
+        environment: more environment variables.
     """
 
     home: Path
@@ -61,15 +61,15 @@ class Shell:
             contextlib.redirect_stdout(out),
             contextlib.redirect_stderr(err),
         ):
-            found = _exit_code(main)
-        return _checked(Done(found, out.getvalue(), err.getvalue()), args, code)
+            exit_code = _exit_code(main)
+        return _checked(Done(exit_code, out.getvalue(), err.getvalue()), args, code)
 
     def json(self, *args: object, code: int | None = 0) -> Any:
         """Run a command with `--json` and read what it prints."""
         return self(*args, "--json", code=code).json
 
     def add(self, world: World, task: str, *options: object, model: str = "", code: int = 0) -> Any:
-        """Register a model of the world, by default the one that has the task's name."""
+        """Register a model of the world, by default the one with the task's name."""
         files = ("--task", world.task(task), "--model", world.model(model or task))
         return self.json("register", "demo", *files, *options, code=code)
 
@@ -84,8 +84,8 @@ class Shell:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            # Who runs the tests in the background ignores Ctrl-C, and children inherit that.
-            preexec_fn=_hears_ctrl_c,
+            # Tests in the background ignore Ctrl-C, and child processes inherit that.
+            preexec_fn=_accept_ctrl_c,
             **options,
         )
 
@@ -109,27 +109,27 @@ class Shell:
 
     @contextlib.contextmanager
     def inside(self) -> Iterator[None]:
-        """The environment of this home, for calling flows and tasks themselves."""
+        """Set the environment of this home, for direct calls of flows and tasks."""
         with patch.dict(os.environ, self._variables()):
             yield
 
     def ledger(self, line: str = "demo") -> Ledger:
-        """The head and the trail of a line."""
+        """The ledger of a line."""
         return Ledger(ObjectStore(self._store()), line)
 
     def state(self, line: str = "demo") -> LineState:
-        """The head of a line."""
+        """The state of a line."""
         return self.ledger(line).state()
 
     def head_bytes(self, line: str = "demo") -> bytes | None:
-        """The very bytes of the head; None without a line."""
+        """The bytes of the line's state in the store; None without a line."""
         try:
             return self._store().read(f"lines/{line}/head.json")
         except NotInStore:
             return None
 
     def check_settled(self) -> None:
-        """A remerge by the schedule changes nothing in the line `demo`."""
+        """Check that another remerge changes nothing in the line `demo`."""
         before = self.head_bytes()
         self.json("remerge", "demo", code=None)
         assert self.head_bytes() == before
@@ -139,7 +139,7 @@ class Shell:
         return list(self.ledger(line).entries(newest_first=False))
 
     def kinds(self, line: str = "demo") -> list[str]:
-        """What the acts are, oldest first."""
+        """The kinds of all acts, oldest first."""
         return [entry.kind for entry in self.acts(line)]
 
     def patch_bytes(self, version: int | None = None, line: str = "demo") -> bytes:
@@ -164,12 +164,12 @@ def _exit_code(main: Any) -> int:
     return 0
 
 
-def _hears_ctrl_c() -> None:
+def _accept_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _checked(done: Done, args: tuple[object, ...], code: int | None) -> Done:
-    told = f"restitch {' '.join(map(str, args))}\n{done.out}\n{done.err}"
-    assert code is None or done.code == code, f"exit code {done.code}, not {code}: {told}"
-    assert "Traceback" not in done.err, told
+    output = f"restitch {' '.join(map(str, args))}\n{done.out}\n{done.err}"
+    assert code is None or done.code == code, f"exit code {done.code}, not {code}: {output}"
+    assert "Traceback" not in done.err, output
     return done

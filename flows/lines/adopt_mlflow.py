@@ -1,28 +1,34 @@
-"""Take in finetuned models that were registered in MLflow alone.
+"""Adopt finetuned models that were registered in MLflow only.
 
-Each version of a registered model `<line>.<task>` that is not the image of one of ours is
-entered in the head once, by its number there. Its task is described by the version's tag
-`restitch.task` (a path or YAML) or else by the task's newest description; where neither can be
-used the model is `waiting` with the reason, and is looked at again by every call. What cannot
-be read at all is `quarantined`. Whatever a server that is away holds is left for the next call.
+Each version of a registered model `<line>.<task>` that is no projection of one of our models is
+added to the line once. The version's tag `restitch.task` (a path or YAML) describes its task, or
+else the task's newest description does. If neither can be used, the model is `waiting` with the
+reason, and each call tries it again. A model that cannot be read is `quarantined`. If a server is
+away, its models are left for the next call.
 """
 
 import json
 import re
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from restitch.flows.audit.report import mirror
 from restitch.flows.lines.declare_task import declared_spec, present, resolved
+from restitch.flows.outcome import Outcome
 from restitch.merging.errors import BadInput, RestitchError, Unavailable
 from restitch.modeling.families.family import get_family
 from restitch.registry.access_policy import AccessDenied, check_path
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import UNREAD, LineState, ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import (
+    UNREAD,
+    LineState,
+    ModelKey,
+    ModelRef,
+    ModelVersion,
+)
 from restitch.registry.ledger.records import Kind
 from restitch.registry.mlflow.external_models import (
     ExternalModel,
@@ -47,13 +53,13 @@ _SCHEME = re.compile(r"([A-Za-z][\w+.-]*):/")
 
 
 @dataclass(frozen=True)
-class Adopted:
-    """What became of a version that was made in MLflow alone.
+class Adopted(Outcome):
+    """The result of adopting a version that was made in MLflow only.
 
     Attributes:
         mlflow_version: MLflow's number; None for a waiting model that MLflow has lost.
         version: the number on the line.
-        linked: whether these weights were there already as this version.
+        linked: whether the line already had these weights as this version.
     """
 
     line: str
@@ -64,29 +70,25 @@ class Adopted:
     reason: str | None
     linked: bool = False
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
 
 @dataclass(frozen=True)
-class _Described:
-    """What describes a model's task.
+class _Description:
+    """The description of a model's task.
 
     Attributes:
-        given: the model's own description; without it the task's newest counts.
-        lacking: why neither can be used.
+        own: the model's own description; without it the task's newest one counts.
+        problem: the reason why neither can be used.
     """
 
-    given: TaskSpec | None = None
-    lacking: str | None = None
+    own: TaskSpec | None = None
+    problem: str | None = None
 
 
 def adopt(line: str) -> tuple[Adopted, ...]:
-    """Take in every version that MLflow alone has, and look again at those that wait.
+    """Adopt every version that only MLflow has, and try waiting models again.
 
     Returns:
-        What was entered or changed by this call.
+        The models that this call added or changed.
 
     Raises:
         Unavailable: MLflow cannot be used.
@@ -94,31 +96,31 @@ def adopt(line: str) -> tuple[Adopted, ...]:
     space = workspace()
     ledger = space.ledger(line)
     foreign = external_models_of(space.mlflow, line)
-    calls = [(f.uri, partial(_take_in, space, ledger, f)) for f in foreign]
+    calls = [(f.uri, partial(_adopt, space, ledger, f)) for f in foreign]
     calls += [
-        (f"{task} {version}", partial(_look_again, space, ledger, task, version))
-        for task, version, _ in ledger.state().in_state("waiting")
+        (str(key), partial(_retry, space, ledger, key))
+        for key, _ in ledger.state().in_state("waiting")
     ]
-    found = []
+    results = []
     for name, call in calls:
         try:
-            found.append(call())
+            results.append(call())
         except RestitchError as error:
-            warn(f"{name} cannot be taken in now: {error.message()}")
-    if foreign or any(found):
+            warn(f"{name} is not adopted now: {error.message()}")
+    if foreign or any(results):
         mirror(line)
-    return tuple(adopted for adopted in found if adopted is not None)
+    return tuple(adopted for adopted in results if adopted is not None)
 
 
 def adopt_one(line: str, task: str, mlflow_version: int) -> int | None:
-    """Take in one version that an event names.
+    """Adopt one version that an event names.
 
     Returns:
         Its number on the line; None while it waits.
 
     Raises:
         BadInput: MLflow has no such version.
-        Unavailable: MLflow, or what holds the model, cannot be used.
+        Unavailable: MLflow or the storage of the model is away.
     """
     space = workspace()
     ledger = space.ledger(line)
@@ -127,18 +129,19 @@ def adopt_one(line: str, task: str, mlflow_version: int) -> int | None:
     if foreign is None:
         raise BadInput(
             f"MLflow has no version {mlflow_version} of {line}.{task}",
-            hint="check the name; the schedule finds whatever is there",
+            expected="a version of a model that is registered as LINE.TASK",
+            hint="check the name and the number in MLflow",
         )
     line_state = ledger.state()
     version = line_state.adopted(task, foreign.mlflow) or _image_of(line_state, foreign)
     if version is None:
-        _take_in(space, ledger, foreign)
+        _adopt(space, ledger, foreign)
         version = ledger.state().adopted(task, foreign.mlflow)
         if version is None:  # linked
             foreign = external_model(space.mlflow, line, task, mlflow_version)
             version = None if foreign is None else _image_of(ledger.state(), foreign)
     elif line_state.tasks[task].versions[version].state == "waiting":
-        _look_again(space, ledger, task, version)
+        _retry(space, ledger, ModelKey(task, version))
     mirror(line)
     if version is None or ledger.state().tasks[task].versions[version].state == "waiting":
         return None
@@ -150,24 +153,24 @@ def _image_of(line_state: LineState, foreign: ExternalModel) -> int | None:
     return foreign.own_version if foreign.own_version in versions else None
 
 
-def _take_in(space: Workspace, ledger: Ledger, foreign: ExternalModel) -> Adopted | None:
-    """Enter a version in the head; None where it is there and only MLflow does not show it."""
+def _adopt(space: Workspace, ledger: Ledger, foreign: ExternalModel) -> Adopted | None:
+    """Add a version to the line; None if the line has it and only MLflow does not show that."""
     line_state = ledger.state()
     if line_state.adopted(foreign.task, foreign.mlflow) is not None:
         return None
-    described = _describe(space, line_state, foreign.task, foreign.task_tag)
+    description = _describe(space, line_state, foreign.task, foreign.task_tag)
     try:
         model = _read(space, line_state, foreign)
     except AccessDenied:
-        raise  # another worker may read it, or this one when its list has changed
+        raise  # another worker may read it, or this one after its settings change
     except BadInput as error:
         unread = ModelRef(uri=foreign.uri, weights=UNREAD, config=UNREAD)
         refused = ModelVersion(model=unread, state="quarantined", reason=error.message())
-        return _enter(ledger, foreign, refused, None)
-    if described.lacking is not None:
-        waiting = ModelVersion(model=model, state="waiting", reason=described.lacking)
-        return _enter(ledger, foreign, waiting, None)
-    adopted = _enter(ledger, foreign, ModelVersion(model=model), described.given)
+        return _add(ledger, foreign, refused, None)
+    if description.problem is not None:
+        waiting = ModelVersion(model=model, state="waiting", reason=description.problem)
+        return _add(ledger, foreign, waiting, None)
+    adopted = _add(ledger, foreign, ModelVersion(model=model), description.own)
     if adopted is not None and adopted.linked:
         link(space.mlflow, foreign, adopted.version)
     return adopted
@@ -178,9 +181,10 @@ def _read(space: Workspace, line_state: LineState, foreign: ExternalModel) -> Mo
     scheme = _SCHEME.match(foreign.source)
     if scheme is not None and scheme[1].lower() not in _READ_FROM:
         raise BadInput(
-            f"{foreign.uri} has a source of a kind that is not read",
-            expected=f"a folder, or an address of {', '.join(_READ_FROM)}",
-            found=f"{scheme[1]}:/...",
+            f"the source of {foreign.uri} cannot be read",
+            expected=f"a folder, or an address with {', '.join(_READ_FROM)}",
+            found=f"an address with {scheme[1]}:/",
+            hint="register a version whose source is of one of these kinds",
         )
     try:
         return describe_model(foreign.uri, get_family(line_state.spec.family), space)
@@ -188,11 +192,12 @@ def _read(space: Workspace, line_state: LineState, foreign: ExternalModel) -> Mo
         if isinstance(error, Unavailable) and has_no_files(space.mlflow, foreign):
             raise BadInput(
                 f"{foreign.uri} holds no safetensors",
+                expected="a source with model.safetensors",
                 found=f"nothing at {without_credentials(foreign.source)}",
-                hint="register a version whose source holds model.safetensors",
+                hint="save the model with safetensors, and register it as a new version",
             ) from error
         raise
-    except Exception as error:  # the libraries of other stores raise whatever they like
+    except Exception as error:  # libraries of other stores raise errors of any type
         raise Unavailable(
             f"the source of {foreign.uri} cannot be read",
             found=without_credentials(f"{type(error).__name__}: {error}")[:300],
@@ -200,25 +205,26 @@ def _read(space: Workspace, line_state: LineState, foreign: ExternalModel) -> Mo
         ) from None
 
 
-def _enter(
-    ledger: Ledger, foreign: ExternalModel, model: ModelVersion, given: TaskSpec | None
+def _add(
+    ledger: Ledger, foreign: ExternalModel, model: ModelVersion, description: TaskSpec | None
 ) -> Adopted | None:
-    """Put a model on the line, unless it is there: from this version or as the same weights."""
-    task, entered = foreign.task, list[tuple[int, bool]]()
+    """Add a model to the line, unless it has this version or the same weights already."""
+    task, added = foreign.task, list[tuple[int, bool]]()
 
     def change(line_state: LineState) -> LineState | None:
-        entered.clear()
+        added.clear()
         if line_state.adopted(task, foreign.mlflow) is not None:
             return None
-        line_state = (
-            _with_described(line_state, given) if given else line_state.with_undeclared(task)
-        )
-        found = line_state.tasks[task]
-        same = present(found, found.spec, model.model) if model.state == "registered" else None
+        if description is not None:
+            line_state = _with_description(line_state, description)
+        else:
+            line_state = line_state.with_undeclared(task)
+        known = line_state.tasks[task]
+        same = present(known, known.spec, model.model) if model.state == "registered" else None
         if same is not None:
-            entered.append((same, True))
+            added.append((same, True))
             return None
-        entered.append((found.next_version, False))
+        added.append((known.next_version, False))
         now = datetime.now(UTC).isoformat(timespec="microseconds")
         new = {"registered_at": now, "mlflow": foreign.mlflow}
         return line_state.with_version(task, model.model_copy(update=new))
@@ -231,88 +237,86 @@ def _enter(
         reason += f": {model.reason.splitlines()[0]}"
     digests = {"model": model.model.weights, "config": model.model.config}
     ledger.act(kind, foreign.actor, reason, change, digests)
-    if not entered:
+    if not added:
         return None
-    (version, linked), state = entered[-1], model.state
+    (version, linked), state = added[-1], model.state
     if linked:
         state = ledger.state().tasks[task].versions[version].state
         say(f"{foreign.uri} has the same weights as {task} version {version}")
     else:
-        tell = say if state == "registered" else warn
-        tell(f"{foreign.uri} is {task} version {version}, {state}{_because(model.reason)}")
+        report = say if state == "registered" else warn
+        report(f"{foreign.uri} is {task} version {version}, {state}{_because(model.reason)}")
     number = foreign.mlflow.number
     return Adopted(ledger.line, task, number, version, state, model.reason, linked)
 
 
-def _look_again(space: Workspace, ledger: Ledger, task: str, version: int) -> Adopted | None:
-    """Register a model that waited, where its task is described by now; None while it is not."""
+def _retry(space: Workspace, ledger: Ledger, key: ModelKey) -> Adopted | None:
+    """Register a waiting model if its task is described now; None if nothing changes."""
     line_state = ledger.state()
-    model = line_state.tasks[task].versions[version]
+    model = line_state.model(key)
     tag = None
     if model.mlflow is not None:
-        there = external_model(space.mlflow, ledger.line, task, model.mlflow.number)
+        there = external_model(space.mlflow, ledger.line, key.task, model.mlflow.number)
         if there is not None and there.mlflow == model.mlflow:
             tag = there.task_tag
-    described = _describe(space, line_state, task, tag)
+    description = _describe(space, line_state, key.task, tag)
 
-    def decided(line_state: LineState) -> tuple[Kind, LineState | None]:
-        present_one = line_state.tasks[task].versions[version]
-        if present_one.state != "waiting":
+    def decide(line_state: LineState) -> tuple[Kind, LineState | None]:
+        current = line_state.model(key)
+        if current.state != "waiting":
             return "waiting", None
-        if described.lacking is not None:
-            unchanged = present_one.reason == described.lacking
-            new = line_state.with_state(task, version, "waiting", described.lacking)
+        if description.problem is not None:
+            unchanged = current.reason == description.problem
+            new = line_state.with_state(*key, "waiting", description.problem)
             return "waiting", None if unchanged else new
-        if described.given is not None:
-            line_state = _with_described(line_state, described.given)
-        found = line_state.tasks[task]
-        others = {n: v for n, v in found.versions.items() if n != version}
-        rest = found.model_copy(update={"versions": others})
-        same = present(rest, found.spec, model.model)
+        if description.own is not None:
+            line_state = _with_description(line_state, description.own)
+        known = line_state.tasks[key.task]
+        others = {n: v for n, v in known.versions.items() if n != key.version}
+        rest = known.model_copy(update={"versions": others})
+        same = present(rest, known.spec, model.model)
         if same is not None:
             reason = f"the same weights as version {same} of the task"
-            return "retired", line_state.with_state(task, version, "retired", reason)
-        return "registered", line_state.with_state(task, version, "registered")
+            return "retired", line_state.with_state(*key, "retired", reason)
+        return "registered", line_state.with_state(*key, "registered")
 
-    kind, changed = decided(line_state)
+    kind, changed = decide(line_state)
     if changed is None:
         return None
 
     def change(line_state: LineState) -> LineState | None:
-        again, new = decided(line_state)
-        return new if again == kind else None  # the next call looks at what has changed
+        present_kind, new = decide(line_state)
+        return new if present_kind == kind else None  # otherwise the next call tries again
 
-    act = ledger.act(kind, actor(), f"{task} {version}, which waited", change)
+    act = ledger.act(kind, actor(), f"{key}, which waited", change)
     if act is None:
         return None
-    now = act.line_state.tasks[task].versions[version]
-    say(f"{task} version {version}, which waited, is {now.state}{_because(now.reason)}")
+    now = act.line_state.model(key)
+    say(f"{key.task} version {key.version}, which waited, is {now.state}{_because(now.reason)}")
     number = None if now.mlflow is None else now.mlflow.number
-    return Adopted(ledger.line, task, number, version, now.state, now.reason)
+    return Adopted(ledger.line, key.task, number, key.version, now.state, now.reason)
 
 
-def _with_described(line_state: LineState, given: TaskSpec) -> LineState:
-    known = declared_spec(line_state, given.task)
-    return (
-        line_state if known is not None and same_task(known, given) else line_state.with_task(given)
-    )
+def _with_description(line_state: LineState, spec: TaskSpec) -> LineState:
+    known = declared_spec(line_state, spec.task)
+    same = known is not None and same_task(known, spec)
+    return line_state if same else line_state.with_task(spec)
 
 
-def _describe(space: Workspace, line_state: LineState, task: str, tag: str | None) -> _Described:
-    """What describes a model's task: its tag, or what the line knows."""
+def _describe(space: Workspace, line_state: LineState, task: str, tag: str | None) -> _Description:
+    """The description of a model's task: from its tag, or the one that the line has."""
     if tag is None:
         if declared_spec(line_state, task) is not None:
-            return _Described()
-        return _Described(
-            lacking=f"nobody has described the task {task}: run `restitch task {line_state.line} "
+            return _Description()
+        return _Description(
+            problem=f"the task {task} has no description: run `restitch task {line_state.line} "
             "--task FILE`, or give the version the tag restitch.task"
         )
     try:
-        return _Described(
-            resolved(space, line_state, _parsed(task, tag.strip()), replace_task=True)
-        )
+        spec = resolved(space, line_state, _parsed(task, tag.strip()), replace_task=True)
+        return _Description(spec)
     except BadInput as error:
-        return _Described(lacking=f"its tag restitch.task cannot be used: {error.message()}")
+        return _Description(problem=f"its tag restitch.task cannot be used: {error.message()}")
 
 
 def _parsed(task: str, tag: str) -> TaskSpec:
@@ -322,12 +326,15 @@ def _parsed(task: str, tag: str) -> TaskSpec:
         try:
             parts = urlsplit(tag)
         except ValueError as error:
-            raise BadInput(f"{origin} is no address", found=error) from error
+            raise BadInput(
+                f"{origin} is not a valid address", found=error, hint="correct the tag in MLflow"
+            ) from error
         if parts.scheme not in ("", "file"):
             raise BadInput(
-                f"{origin} is an address of a kind that is not read",
+                f"{origin} names an address that cannot be read",
                 expected="an absolute path, file:///PATH, or the YAML itself",
-                found=f"{parts.scheme}:/...",
+                found=f"an address with {parts.scheme}:/",
+                hint="correct the tag in MLflow",
             )
         path = named_path(unquote(parts.path) if parts.scheme else tag, None, origin)
         check_path(path, origin)
@@ -335,7 +342,10 @@ def _parsed(task: str, tag: str) -> TaskSpec:
     values = parse_mapping(text, origin)
     if values.setdefault("task", task) != task:
         raise BadInput(
-            f"{origin} describes another task", expected=f"task: {task}", found=values["task"]
+            f"{origin} describes another task",
+            expected=f"task: {task}",
+            found=f"task: {values['task']}",
+            hint="register the model as LINE.TASK with this task's name, or correct the tag",
         )
     return parse_task(json.dumps(values), origin, folder)
 

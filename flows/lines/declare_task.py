@@ -1,16 +1,16 @@
-"""Declare a task without a model, and the checks that every description of a task passes.
+"""Declare a task without a model, and check the descriptions of tasks.
 
-Models that are registered in MLflow alone use the newest description of their task, and wait
-where there is none. Declaring the same again changes nothing. Another description for a name
-is refused unless it is asked for; models that have joined stay as they are, and whatever is
-measured next is measured by the new description.
+Models that are registered in MLflow only use the newest description of their task, and wait if
+there is none. Declaring the same task again changes nothing. Another description for the same name
+needs `--replace-task`; members stay, and later evaluations use the new description.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from restitch.flows.audit.report import mirror
+from restitch.flows.outcome import Outcome
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import get_method
 from restitch.modeling.families.family import get_family
@@ -27,12 +27,12 @@ _TAKES_PART: tuple[State, ...] = ("registered", "waiting", "ready")
 
 
 @dataclass(frozen=True)
-class TaskOutcome:
-    """What became of a declaration.
+class TaskOutcome(Outcome):
+    """The result of a declaration.
 
     Attributes:
         action: declared (new), changed, or unchanged.
-        waiting: the versions of the task that wait, and that the next remerge looks at.
+        waiting: the versions of the task that wait; the next remerge registers them.
     """
 
     line: str
@@ -40,17 +40,13 @@ class TaskOutcome:
     action: Literal["declared", "changed", "unchanged"]
     waiting: tuple[int, ...]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
 
 def declare_task(line: str, task_file: Path, *, replace_task: bool = False) -> TaskOutcome:
-    """Declare a task of a line, or bring it to what its file says now.
+    """Declare a task of a line, or update it from its changed file.
 
     Raises:
-        BadInput: the file or its data cannot be read, or the task has another description and
-            `replace_task` is off. Nothing is changed then.
+        BadInput: the file or its data cannot be read, or the file changes the task and
+            `replace_task` is off. The line stays as it was.
     """
     ledger = workspace().ledger(line)
     spec = resolve_spec(ledger, task_file, replace_task)
@@ -65,10 +61,10 @@ def declare_task(line: str, task_file: Path, *, replace_task: bool = False) -> T
         return line_state.with_task(spec)
 
     new = before is None
-    reason = f"task {spec.task} is {'declared' if new else 'described anew'}"
+    reason = f"task {spec.task} is {'declared' if new else 'changed'}"
     act = ledger.act("configured", actor(), reason, change, {"task": spec.digest})
     if act is None:
-        say(f"task {spec.task} is already declared like this")
+        say(f"task {spec.task} is already declared with this description")
     mirror(line)
     versions = ledger.state().tasks[spec.task].versions
     return TaskOutcome(
@@ -80,11 +76,11 @@ def declare_task(line: str, task_file: Path, *, replace_task: bool = False) -> T
 
 
 def resolve_spec(ledger: Ledger, task_file: Path, replace_task: bool) -> TaskSpec:
-    """The task that a file describes, made whole, with rows that can be read.
+    """Load a task's file, complete it for the line, and check that its rows can be read.
 
     Raises:
-        BadInput: the file or its data cannot be used, or the line's task of this name is
-            described in another way and `replace_task` is off.
+        BadInput: the file or its data cannot be used, or the file changes the line's task of
+            this name and `replace_task` is off.
     """
     return resolved(workspace(), ledger.state(), load_task(task_file), replace_task)
 
@@ -92,7 +88,7 @@ def resolve_spec(ledger: Ledger, task_file: Path, replace_task: bool) -> TaskSpe
 def resolved(
     space: Workspace, line_state: LineState, spec: TaskSpec, replace_task: bool
 ) -> TaskSpec:
-    """A loaded task made whole for a line; raises like `resolve_spec`."""
+    """Complete a loaded task for a line; raises like `resolve_spec`."""
     known = declared_spec(line_state, spec.task)
     if known is not None:
         spec = spec.with_pins_of(known)
@@ -109,33 +105,33 @@ def resolved(
 
 
 def declared_spec(line_state: LineState, task: str) -> TaskSpec | None:
-    """The newest description of a task; None where nobody has given one."""
-    found = line_state.tasks.get(task)
-    return found.spec if found is not None and found.declared else None
+    """The newest description of a task; None if there is none."""
+    known = line_state.tasks.get(task)
+    return known.spec if known is not None and known.declared else None
 
 
 def refuse_another(line: str, known: TaskSpec, spec: TaskSpec, replace_task: bool) -> None:
-    """Refuse another description of a task, unless it was asked for.
+    """Refuse a changed description of a task, unless the change was asked for.
 
     Raises:
-        BadInput: it is another one.
+        BadInput: the description differs.
     """
     if replace_task or same_task(known, spec):
         return
-    ours, theirs = known.to_json(), spec.to_json()
+    old, new = known.to_json(), spec.to_json()
     raise BadInput(
-        f"task {spec.task} of line {line} was registered with another task file",
-        expected="the same data, head and metric",
-        found=", ".join(f"another {key}" for key in ours if ours[key] != theirs[key]),
-        hint="use another task name, or --replace-task to change the task",
+        f"task {spec.task} of line {line} already has another description",
+        expected="the same data, head and metric as before",
+        found=f"differs in: {', '.join(key for key in old if old[key] != new[key])}",
+        hint="use another task name, or change the task with --replace-task",
     )
 
 
 def present(task: Task, spec: TaskSpec, model: ModelRef) -> int | None:
-    """The version that is this very model for this very task, and that counts today.
+    """The version of a task that already holds this model for the same task, if it still counts.
 
-    It is the newest one, whatever became of it, or the newest one that takes part: what was
-    quarantined or held after it does not take its place.
+    Only two versions count: the newest one that is not retired, and the newest one that takes part
+    in merges, which a later quarantined or held one does not replace.
     """
     numbers = {
         max((n for n, v in task.versions.items() if v.state != "retired"), default=0),
@@ -147,6 +143,6 @@ def present(task: Task, spec: TaskSpec, model: ModelRef) -> int | None:
         if task.versions[number].model.weights == model.weights
         and task.versions[number].model.config == model.config
     ]
-    # Whoever describes a task that waited for it means the models that wait.
+    # The first description of a task is for the models that wait for it.
     means_the_same = not task.declared or same_task(task.spec, spec)
     return max(same) if same and means_the_same else None

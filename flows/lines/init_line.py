@@ -1,10 +1,11 @@
-"""Make a line from its file, or bring an existing one to what its file says now."""
+"""Make a line from its file, or update an existing line from its changed file."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from restitch.flows.audit.report import mirror
+from restitch.flows.outcome import Outcome
 from restitch.merging.errors import BadInput, CannotJoin
 from restitch.merging.methods.registry import get_method, method_names, resolve_settings
 from restitch.merging.ranking.task_vector import TaskVector
@@ -25,13 +26,13 @@ from restitch.tasks.statistics import check_rows_for
 
 
 @dataclass(frozen=True)
-class InitOutcome:
-    """What `init` did.
+class InitOutcome(Outcome):
+    """The result of `init`.
 
     Attributes:
         created: whether the line is new.
-        changes: what it changed on an existing line, as key, old value, new value.
-        localizable: how many tensors masks may select from, and how many coordinates.
+        changes: the changes of an existing line, as key, old value, new value.
+        localizable: the numbers of localizable tensors and coordinates.
     """
 
     line: str
@@ -41,16 +42,13 @@ class InitOutcome:
     base_digest: str
     localizable: dict[str, int]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
 
 def init_line(file: Path) -> InitOutcome:
     """Make or update a line.
 
     Raises:
-        BadInput: the file, its base or its benchmark cannot be used, or it changes what is fixed.
+        BadInput: the file, its base or its benchmark cannot be used, or the base or family of an
+            existing line would change.
     """
     space = workspace()
     spec = load_line(file)
@@ -60,16 +58,16 @@ def init_line(file: Path) -> InitOutcome:
     old = ledger.find()
     if old is not None:
         spec = spec.with_pins_of(old.spec)
-        if spec.base == old.base.uri:  # a copy by its own address, where the original is gone
+        if spec.base == old.base.uri:  # the address of the copy, because the original is gone
             spec = spec.with_base(old.spec.base)
     changes: list[tuple[str, Any, Any]] = []
     if old is None:
         base = describe_model(spec.base, family, space, whole=True)
-        # A copy's own address would not be in the line file when that is read again.
+        # The line file names the original and not its copy.
         if not base.uri.startswith(COPY_SCHEME):
             spec = spec.with_base(base.uri)
     else:
-        line_changes(old.spec, spec)  # what is fixed, before anything is read
+        line_changes(old.spec, spec)  # refuses early what cannot change
         base = old.base
     opened = open_base(LineRef(spec, base), space)
     _check_fit(spec, opened)
@@ -102,73 +100,73 @@ def init_line(file: Path) -> InitOutcome:
 
 
 def _check_fit(spec: LineSpec, base: Base) -> None:
-    """Refuse a base of another family, and settings that the method would refuse later."""
-    wrong = base.family.config_differences(base.folder, base.folder)
-    if wrong:
+    """Refuse a base of another family, and settings that the method cannot merge with."""
+    differences = base.family.config_differences(base.folder, base.folder)
+    if differences:
         raise BadInput(
             f"the base {base.ref.uri} is not of family {spec.family}",
-            details=wrong,
-            hint=f"choose a family that fits: {', '.join(family_names())}",
+            details=differences,
+            hint=f"choose the family of the base: {', '.join(family_names())}",
         )
     try:
         TaskVector(base.checkpoint, base.checkpoint, base.names).check_finite()
     except CannotJoin as error:
         raise BadInput(
-            f"the base {base.ref.uri} has weights that are no numbers",
+            f"the base {base.ref.uri} has weights that are not finite",
             expected=error.expected,
             found=error.found,
             details=error.details,
-            hint="take another copy of the base",
+            hint="use an undamaged copy of the base",
         ) from error
     chosen = spec.method.methods
     for one in chosen:
-        get_method(one.name)(base.checkpoint, (), **one.settings)  # merges nothing
+        get_method(one.name)(base.checkpoint, (), **one.settings)  # a merge without members
     _check_alike(chosen)
     method = get_method(chosen[0].name)
     if method.whole and (spec.localize.mode, spec.localize.density) != ("dataless", 1.0):
         raise BadInput(
-            f"the method {method.name} needs whole task vectors, and the line would not keep them",
+            f"the method {method.name} needs whole task vectors, which the line does not keep",
             expected="localize: {mode: dataless, density: 1}",
             found=f"localize: {{mode: {spec.localize.mode}, density: {spec.localize.density}}}",
-            hint="leave `localize` out, or choose a method that merges sparse deltas: "
+            hint="remove `localize` from the line file, or choose a method for sparse deltas: "
             + ", ".join(name for name in method_names() if not get_method(name).whole),
         )
 
 
 def _resolved(method: MethodSpec | TournamentSpec) -> MethodSpec | TournamentSpec:
-    """The same with the defaults of all settings filled in.
+    """The method with the defaults of all settings filled in.
 
     Raises:
-        BadInput: there is no such method or setting, or contestants are the same.
+        BadInput: the method or a setting does not exist, or two contestants are the same.
     """
-    found = [
+    resolved = [
         MethodSpec(name=one.name, settings=resolve_settings(one.name, one.settings))
         for one in method.methods
     ]
     if isinstance(method, MethodSpec):
-        return found[0]
-    for place, one in enumerate(found):
-        if one in found[:place]:
+        return resolved[0]
+    for place, one in enumerate(resolved):
+        if one in resolved[:place]:
             raise BadInput(
                 f"the tournament has {one.name} twice with the same settings",
                 expected="contestants that differ",
                 found=one.settings,
-                hint="leave one of them out: what is not set has its default",
+                hint="remove one of them; a setting that is left out has its default",
             )
-    return method.model_copy(update={"tournament": tuple(found)})
+    return method.model_copy(update={"tournament": tuple(resolved)})
 
 
 def _check_alike(chosen: tuple[MethodSpec, ...]) -> None:
-    """Refuse a tournament of methods that need other deltas."""
+    """Refuse a tournament of methods that need different deltas."""
     methods = [get_method(one.name) for one in chosen]
     whole = sorted({method.name for method in methods if method.whole})
     sparse = sorted({method.name for method in methods if not method.whole})
     if whole and sparse:
         raise BadInput(
-            "a tournament has methods that need other deltas of the members",
-            expected="contestants that all merge whole task vectors, or all sparse deltas",
+            "the methods of the tournament need different deltas of the members",
+            expected="contestants that all need whole task vectors, or all sparse deltas",
             found=f"whole task vectors: {', '.join(whole)}; sparse deltas: {', '.join(sparse)}",
-            hint="leave one of the groups out; `restitch compare` measures both beside each other",
+            hint="remove one of the groups; `restitch compare` measures both",
         )
 
 

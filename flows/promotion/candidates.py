@@ -1,4 +1,4 @@
-"""A set of members, stitched, evaluated and judged: what may become a merged version."""
+"""Stitch, evaluate and judge a set of members, which may become a merged version."""
 
 import json
 import time
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version as library_version
 
-from restitch.flows.promotion.method_selection import FACT, select_method, told
+from restitch.flows.promotion.method_selection import FACT, select_method, summarize
 from restitch.flows.promotion.snapshot import Snapshot, is_merge_of, retention_task
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
@@ -40,12 +40,12 @@ LIBRARIES = ("restitch", "torch", "transformers", "datasets", "prefect", "mlflow
 
 @dataclass(frozen=True)
 class Candidate:
-    """A merged model with all that was measured of it.
+    """A merged model with its measurements.
 
     Attributes:
-        members: by task name.
-        gates: the outcome of every gate that was applied.
-        tournament: what chose its method, where the line names several.
+        members: its members, by task name.
+        gates: the outcomes of all gates that were applied.
+        tournament: how its method was selected, if the line names several.
     """
 
     members: tuple[Member, ...]
@@ -58,14 +58,14 @@ class Candidate:
     tournament: SelectionOutcome | None = None
 
     @property
-    def told(self) -> str:
-        """What was merged and, after a tournament, how, for the trail."""
+    def summary(self) -> str:
+        """The members and, after a tournament, the method, for the trail."""
         members = ", ".join(f"{m.task} {m.version}" for m in self.members)
-        return members if self.tournament is None else f"{members}: {told(self.tournament)}"
+        return members if self.tournament is None else f"{members}: {summarize(self.tournament)}"
 
     @property
     def passed(self) -> bool:
-        """Whether no gate was failed that blocks."""
+        """Whether no gate blocks it."""
         return not self.failed
 
     @property
@@ -79,11 +79,11 @@ class Candidate:
         return tuple(gate for gate in self.gates if not gate.passed and not gate.blocks)
 
     def is_version(self, record: MergedRecord | None) -> bool:
-        """Whether this is a version that is there already."""
+        """Whether this candidate is the same as an existing version."""
         return record is not None and is_merge_of(record, self.patch.recipe, self.members)
 
     def record(self, line: str, version: int) -> MergedRecord:
-        """The record of a merged version with this number."""
+        """The record of this candidate as the merged version with a number."""
         return MergedRecord(
             line=line,
             version=version,
@@ -111,16 +111,16 @@ def make_candidate(
 
     Args:
         snapshot: the line, its champion and its gates.
-        members: by task name.
-        again: stitch and evaluate although the store holds the results.
+        members: the members, by task name.
+        again: stitch and evaluate even if the store holds the results.
     """
     timings: dict[str, float] = {}
     with _timed(timings, "tournament"):
-        held = select_method(
+        selection = select_method(
             snapshot.line, members, snapshot.benchmark, snapshot.current, snapshot.newest
         )
-    line = held.line
-    if held.found is None:
+    line = selection.line
+    if selection.found is None:
         del timings["tournament"]
     with _timed(timings, "statistics"):
         recipe = make_recipe(line, members)
@@ -142,18 +142,18 @@ def make_candidate(
     )
     limits = snapshot.line_state.spec.gates
     gates = check_gates(limits.limits, measured, limits.warn)
-    return Candidate(members, recipe, patch, results, retention, gates, timings, held.found)
+    return Candidate(members, recipe, patch, results, retention, gates, timings, selection.found)
 
 
 def measure_member(
     line: LineRef, member: Member, merged: WeightsRef, *, again: bool = False
 ) -> TaskResult:
-    """How a member's task fares in a merged model, beside its base and its finetuned model."""
+    """Evaluate a member's task on the merged, base, finetuned and grafted weights."""
     spec, model = member.spec, member.model
     split = evaluation_split(spec)
     if split is None:
         return TaskResult(metric=spec.metric, notes=("no data: not evaluated",))
-    found = evaluate(line, spec, merged, model.model, again)
+    result = evaluate(line, spec, merged, model.model, again)
     base = evaluate(line, spec, WeightsRef("base"), model.model)
     grafted = evaluate(line, spec, WeightsRef("grafted", str(model.delta)), model.model)
     notes: tuple[str, ...] = ()
@@ -161,24 +161,24 @@ def measure_member(
     try:
         whole = WeightsRef("finetuned", model.model.weights, model.model.uri)
         finetuned = evaluate(line, spec, whole, model.model)
-    except BadInput as error:  # its folder may be gone: the merge does not need it
+    except BadInput as error:  # its folder may be gone, and the merge does not need it
         notes += (f"the finetuned model cannot be evaluated: {error.summary}",)
     if spec.data is not None and spec.data.validation is None and split == "validation":
-        notes += ("validation rows are set apart from train: the model may have seen them",)
-    measured = {"base": base, "finetuned": finetuned, "grafted": grafted, "merged": found}
-    known = {name: result for name, result in measured.items() if result is not None}
+        notes += ("the validation rows are a part of train: the model may have seen them",)
+    measured = {"base": base, "finetuned": finetuned, "grafted": grafted, "merged": result}
+    known = {name: ref for name, ref in measured.items() if ref is not None}
     return TaskResult(
         metric=spec.metric,
         split=split,
         base=base.value,
         finetuned=None if finetuned is None else finetuned.value,
         grafted=grafted.value,
-        merged=found.value,
-        normalized=found.value / finetuned.value if finetuned and finetuned.value else None,
-        interval=_interval(found),
-        intervals={name: _interval(ref) for name, ref in known.items() if ref is not found},
-        count=found.count,
-        evaluations={name: result.blob for name, result in known.items()},
+        merged=result.value,
+        normalized=result.value / finetuned.value if finetuned and finetuned.value else None,
+        interval=_interval(result),
+        intervals={name: _interval(ref) for name, ref in known.items() if ref is not result},
+        count=result.count,
+        evaluations={name: ref.blob for name, ref in known.items()},
         data=_data_used(spec, split),
         notes=notes,
     )
@@ -187,34 +187,34 @@ def measure_member(
 def measure_retention(
     line: LineRef, line_state: LineState, merged: WeightsRef, *, again: bool = False
 ) -> Retention | None:
-    """What a merged model keeps of the base's general ability; None without a benchmark."""
+    """Evaluate the general benchmark on merged and base weights; None without a benchmark."""
     spec = retention_task(line_state)
     split = None if spec is None else evaluation_split(spec)
     if spec is None or split is None:
         return None
     base = evaluate(line, spec, WeightsRef("base"))
-    found = evaluate(line, spec, merged, None, again)
-    blobs = {"base": base.blob, "merged": found.blob}
-    right = {name: rows_of(_stored(blob)) for name, blob in blobs.items()}
-    of_ratio = ratio_interval(right["base"], right["merged"])
+    result = evaluate(line, spec, merged, None, again)
+    blobs = {"base": base.blob, "merged": result.blob}
+    rows = {name: rows_of(_stored(blob)) for name, blob in blobs.items()}
+    of_ratio = ratio_interval(rows["base"], rows["merged"])
     return Retention(
         task=spec.task,
-        top1=found.top1,
-        top5=found.top5,
+        top1=result.top1,
+        top5=result.top5,
         base_top1=base.top1,
         base_top5=base.top5,
-        ratio=found.top1 / base.top1 if base.top1 else 0.0,
-        interval=_interval(found),
+        ratio=result.top1 / base.top1 if base.top1 else 0.0,
+        interval=_interval(result),
         base_interval=_interval(base),
         ratio_interval=None if of_ratio is None else Interval(low=of_ratio[0], high=of_ratio[1]),
-        count=found.count,
+        count=result.count,
         evaluations=blobs,
         data=_data_used(spec, split),
     )
 
 
 def _drops(champion: MergedRecord | None, results: dict[str, TaskResult]) -> dict[str, Drop]:
-    """What each task lost against the champion, and whether that is more than noise."""
+    """The loss of each task against the champion, and whether it can be chance."""
     drops = {}
     for task, new in results.items():
         old = None if champion is None else champion.results.get(task)
@@ -232,8 +232,8 @@ def _drops(champion: MergedRecord | None, results: dict[str, TaskResult]) -> dic
 
 
 def _stored(blob: str) -> dict[str, object]:
-    found: dict[str, object] = json.loads(workspace().objects.read_blob(blob))
-    return found
+    values: dict[str, object] = json.loads(workspace().objects.read_blob(blob))
+    return values
 
 
 def _interval(result: ResultRef) -> Interval:

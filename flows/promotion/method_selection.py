@@ -1,13 +1,13 @@
-"""Let a line's methods compete for a merge: the best by rows to choose by is its method.
+"""Select the method of a line that names several: a tournament on rows set aside for it.
 
-    members --> each contestant's merged model (from the store, or made now) --> contest
-            --> the line with the winner as its method, as if its file had named that
+    members --> the merged model of each contestant --> compare them on the rows
+            --> the line with the winner as its method
 
-The outcome is kept under all that decides: members by their deltas, contestants with settings,
-objective and rows. The same members have the same winner whatever their order, but where the line
-limits what a merge may cost and contestants take turns: then it depends on whose turn it was. The
-winner stands in the recipe of the version, and with all contestants in its record, so that neither
-a later look nor a rebuild depends on a contest that is held again.
+The store keeps the outcome under the digest of all that decides: members, contestants with their
+settings, objective and rows. The same members have the same winner in any order. Only if the line
+limits the number of methods per merge, so that contestants take turns, does the winner depend on
+the turn. The winner is in the recipe of the version, and all contestants are in its record, so
+neither a rebuild nor a later remerge runs the tournament again.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +31,7 @@ from restitch.tasks.method_selection import (
 )
 from restitch.tasks.runtime.refs import LineRef
 
-# Where a version's record has what was found.
+# The key of the outcome in a version's record.
 FACT = "tournament"
 
 
@@ -40,8 +40,8 @@ class Selection:
     """A line with one method.
 
     Attributes:
-        line: with the method that merges.
-        found: what the tournament found that chose it; None where the line names one method.
+        line: the line with the method that merges.
+        found: the outcome of the tournament; None if the line names one method.
     """
 
     line: LineRef
@@ -54,27 +54,25 @@ def earlier_selection(
     benchmark: TaskSpec | None,
     records: Iterable[MergedRecord],
 ) -> Selection | None:
-    """The line with the method that merges these members, where that needs no contest now.
+    """The line with the method that merges these members, if that needs no tournament now.
 
     Args:
-        line: the line; one that names a method stays as it is.
-        members: what is merged.
+        line: the line; if it names one method, that is selected.
+        members: the members to merge.
         benchmark: the general benchmark.
-        records: versions that may be the outcome of the same contest.
+        records: versions that may be the outcome of the same tournament.
 
     Raises:
-        BadInput: a tournament has no rows to decide by.
+        BadInput: the tournament has no rows to decide on.
     """
     method = line.spec.method
     if isinstance(method, MethodSpec):
         return Selection(line)
     key = _key(line, method, members, benchmark)
-    for record in records:
-        found = _found_of(record)
-        if found is not None and found.get("key") == key:
-            return _won(line, found)
-    known = known_outcome(key)
-    return None if known is None else _won(line, known)
+    recorded = (outcome for record in records if (outcome := _outcome_of(record)) is not None)
+    known = next((outcome for outcome in recorded if outcome.get("key") == key), None)
+    known = known_outcome(key) if known is None else known
+    return None if known is None else _selected(line, known)
 
 
 def select_method(
@@ -87,18 +85,18 @@ def select_method(
     """The line with the method that merges these members.
 
     Args:
-        line: as for `earlier_selection`, with which it begins.
+        line: as for `earlier_selection`, which this asks first.
         members: likewise.
         benchmark: likewise.
-        records: likewise; the method of the first takes part.
-        newest: the newest version, whatever became of it: it knows who waits.
+        records: likewise; the method of the first one takes part.
+        newest: the newest version, promoted or not; it records which methods wait.
     """
-    before = earlier_selection(line, members, benchmark, records)
+    earlier = earlier_selection(line, members, benchmark, records)
     method = line.spec.method
-    if before is not None or isinstance(method, MethodSpec):
-        return before or Selection(line)
-    part = taking_part(method, records[0] if records else None, newest)
-    contestants = [method.tournament[place] for place in part]
+    if earlier is not None or isinstance(method, MethodSpec):
+        return earlier or Selection(line)
+    places = taking_part(method, records[0] if records else None, newest)
+    contestants = [method.tournament[place] for place in places]
     lines = [LineRef(line.spec.with_method(one), line.base) for one in contestants]
     recipes = [make_recipe(lined, members) for lined in lines]
     selection = MethodSelection(
@@ -112,7 +110,7 @@ def select_method(
                 },
                 recipe.digest(),
             )
-            for place, one, recipe in zip(part, contestants, recipes, strict=True)
+            for place, one, recipe in zip(places, contestants, recipes, strict=True)
         ),
         waiting=tuple(
             {"label": method.labels[method.tournament.index(one)], **one.to_json()}
@@ -127,53 +125,53 @@ def select_method(
     patches = tuple(
         stitch(lined, recipe).blob for lined, recipe in zip(lines, recipes, strict=True)
     )
-    return _won(line, rank_methods(line, selection, patches))
+    return _selected(line, rank_methods(line, selection, patches))
 
 
 def taking_part(
     method: TournamentSpec, in_use: MergedRecord | None, newest: MergedRecord | None
 ) -> list[int]:
-    """The places of those who take part in a merge: the method in use, and who waited longest.
+    """The places of the methods that take part: the champion's, and those that waited longest.
 
-    So a merge costs `at_most` methods, and each method gets its turn again and again.
+    So a merge costs `at_most` methods, and every method gets its turn.
 
     Args:
-        method: all contestants.
-        in_use: the version whose method is to be beaten.
-        newest: the newest version, whatever became of it.
+        method: the tournament.
+        in_use: the version whose method defends its place.
+        newest: the newest version, promoted or not.
     """
     if not method.rotates:
         return list(range(len(method.tournament)))
     queue = _queue(method, newest)
     if in_use is not None:
         recipe: Any = in_use.recipe["method"]
-        held = _method(recipe)
-        queue.sort(key=lambda one: one != held)
+        defender = _method(recipe)
+        queue.sort(key=lambda one: one != defender)
     return sorted(method.tournament.index(one) for one in queue[: method.at_most])
 
 
-def told(found: SelectionOutcome) -> str:
-    """The outcome in one sentence; values of other rounds are of fewer rows, and told apart."""
-    first, *others = found["contestants"]
+def summarize(outcome: SelectionOutcome) -> str:
+    """The outcome in one sentence; scores of earlier rounds are separate, as on fewer rows."""
+    first, *others = outcome["contestants"]
     last = [one for one in others if one["round"] == first["round"]]
     before = [one for one in others if one["round"] != first["round"]]
-    sentence = f"{_reached(first)} won over {', '.join(map(_reached, last))}"
+    sentence = f"{_scored(first)} won over {', '.join(map(_scored, last))}"
     if before:
-        sentence += f"; out before that, on fewer rows: {', '.join(map(_reached, before))}"
+        sentence += f"; eliminated earlier, on fewer rows: {', '.join(map(_scored, before))}"
     return sentence
 
 
-def _reached(one: ContestantResult) -> str:
-    return f"{one['label']} ({one['score']:.4f}{'' if one['meets'] else ', keeps too little'})"
+def _scored(one: ContestantResult) -> str:
+    return f"{one['label']} ({one['score']:.4f}{'' if one['meets'] else ', retains too little'})"
 
 
 def _queue(method: TournamentSpec, newest: MergedRecord | None) -> list[MethodSpec]:
-    """All contestants in the order of their turns: new ones, who waited, who lost, who won."""
-    found = None if newest is None else _found_of(newest)
-    if found is None:
+    """All contestants in the order of their turns: new, waiting, losing, the winner."""
+    outcome = None if newest is None else _outcome_of(newest)
+    if outcome is None:
         return list(method.tournament)
-    won, *lost = found["contestants"]
-    last = [_method(one) for one in (*found.get("waiting", ()), *lost, won)]
+    winner, *losers = outcome["contestants"]
+    last = [_method(one) for one in (*outcome.get("waiting", ()), *losers, winner)]
     return sorted(method.tournament, key=lambda one: last.index(one) if one in last else -1)
 
 
@@ -188,16 +186,16 @@ def _key(
     return selection_key(line, method, inputs, members, benchmark)
 
 
-def _found_of(record: MergedRecord) -> SelectionOutcome | None:
-    """What the tournament found that chose a version's method, if one did."""
-    found = record.facts.get(FACT)
-    return cast(SelectionOutcome, found) if isinstance(found, dict) else None
+def _outcome_of(record: MergedRecord) -> SelectionOutcome | None:
+    """The outcome of the tournament that selected a version's method, if there was one."""
+    outcome = record.facts.get(FACT)
+    return cast(SelectionOutcome, outcome) if isinstance(outcome, dict) else None
 
 
-def _method(found: Mapping[str, Any]) -> MethodSpec:
-    return MethodSpec(name=found["name"], settings=found["settings"])
+def _method(values: Mapping[str, Any]) -> MethodSpec:
+    return MethodSpec(name=values["name"], settings=values["settings"])
 
 
-def _won(line: LineRef, found: SelectionOutcome) -> Selection:
-    method = _method(found["contestants"][0])
-    return Selection(LineRef(line.spec.with_method(method), line.base), found)
+def _selected(line: LineRef, outcome: SelectionOutcome) -> Selection:
+    method = _method(outcome["contestants"][0])
+    return Selection(LineRef(line.spec.with_method(method), line.base), outcome)

@@ -1,9 +1,8 @@
-"""What a remerge does to its line: record, promote, reject and hold, each of them once.
+"""The acts of a remerge: record, promote, reject and hold, each done once.
 
-Every act looks at the head as it is when it counts, so that one that was done before, by
-this run or by one that was killed, is not done again. Recording and promoting stand on the
-champion that the run began with: where somebody has changed it meanwhile, or retired a
-member, they raise `MovedError`, and the run looks again.
+Each act looks at the line's state at the moment of its swap, so an act that this run or a killed
+one has done is not done again. If the champion has changed or a member was retired since the run
+began, recording and promoting raise `MovedError`, and the run starts again.
 """
 
 from typing import Literal
@@ -18,21 +17,25 @@ from restitch.tasks.runtime.workspace import actor
 
 
 class MovedError(Exception):
-    """The champion was changed or a member was retired since the snapshot was taken."""
+    """The champion has changed or a member was retired since the snapshot was taken."""
 
 
 def record_version(ledger: Ledger, snapshot: Snapshot, candidate: Candidate) -> int:
-    """Make a merged version of a candidate, unless the newest one is it already."""
-    found: list[int] = []
+    """Record a candidate as a merged version, unless the newest version is the same.
+
+    Returns:
+        The number of the version.
+    """
+    recorded: list[int] = []
 
     def change(line_state: LineState) -> LineState | None:
-        found.clear()
+        recorded.clear()
         _check_unmoved(line_state, snapshot, candidate)
         newest = line_state.newest
         if newest is not None and candidate.is_version(ledger.merged(newest)):
-            found.append(newest)
+            recorded.append(newest)
             return None
-        found.append(line_state.next_version)
+        recorded.append(line_state.next_version)
         record = candidate.record(ledger.line, line_state.next_version)
         ledger.objects.put_blob(record.to_bytes())
         return line_state.with_merged(record.digest)
@@ -40,20 +43,20 @@ def record_version(ledger: Ledger, snapshot: Snapshot, candidate: Candidate) -> 
     act = ledger.act(
         "merged",
         actor(),
-        f"stitched {candidate.told}",
+        f"stitched {candidate.summary}",
         change,
         {"recipe": candidate.patch.recipe, "patch": candidate.patch.blob},
     )
     if act is not None:
-        say(f"{ledger.line} version {found[0]}: {candidate.told}")
-    return found[0]
+        say(f"{ledger.line} version {recorded[0]}: {candidate.summary}")
+    return recorded[0]
 
 
 def _check_unmoved(line_state: LineState, snapshot: Snapshot, candidate: Candidate) -> None:
-    # What was stitched and judged beside another champion could put that one's members out.
+    # A candidate that was compared with another champion could drop that one's members.
     if line_state.champion != snapshot.line_state.champion:
         raise MovedError
-    # No version that is made after a retirement holds what was retired.
+    # A version that is made after a retirement must not hold the retired model.
     states = (line_state.tasks[m.task].versions[m.version].state for m in candidate.members)
     if "retired" in states:
         raise MovedError
@@ -62,7 +65,7 @@ def _check_unmoved(line_state: LineState, snapshot: Snapshot, candidate: Candida
 def promote(
     ledger: Ledger, snapshot: Snapshot, candidate: Candidate, version: int
 ) -> Literal["promoted", "candidate"]:
-    """Put a version in use, unless promotion is switched off."""
+    """Make a version the champion, unless the line is pinned."""
     if ledger.state().pinned:
         say(f"{ledger.line} is pinned: version {version} stays a candidate")
         return "candidate"
@@ -71,7 +74,7 @@ def promote(
         if line_state.pinned or line_state.champion == version:
             return None
         _check_unmoved(line_state, snapshot, candidate)
-        # A worker that was away must not put back what has been superseded meanwhile.
+        # A worker that was away must not promote a version that a newer one has superseded.
         if line_state.newest != version:
             return None
         return _with_members_of(line_state.promoted(version), candidate)
@@ -86,23 +89,23 @@ def promote(
 
 
 def _with_members_of(line_state: LineState, candidate: Candidate) -> LineState:
-    """The head with the candidate's members ready and what they took the place of replaced."""
+    """Make the candidate's members ready, and older models of their tasks replaced."""
     for member in candidate.members:
         for number, model in line_state.tasks[member.task].versions.items():
             if number == member.version and model.state == "held":
                 line_state = line_state.with_state(member.task, number, "ready")
             elif number < member.version and model.state in ("ready", "held"):
                 line_state = line_state.with_state(
-                    member.task, number, "replaced", f"version {member.version} took its place"
+                    member.task, number, "replaced", f"version {member.version} replaced it"
                 )
     return line_state
 
 
 def reject(ledger: Ledger, version: int, candidate: Candidate) -> None:
-    """Say in the trail that a version failed its gates; once."""
+    """Record in the trail, once, that a version failed its gates."""
 
     def change(line_state: LineState) -> LineState | None:
-        # Newest first, so this looks back no further than the merge itself.
+        # The newest entry comes first, so this reads back to the merge at most.
         for entry in ledger.entries():
             if entry.digests.get("patch") == candidate.patch.blob:
                 if entry.kind == "rejected":
@@ -119,7 +122,7 @@ def reject(ledger: Ledger, version: int, candidate: Candidate) -> None:
 def hold(
     ledger: Ledger, snapshot: Snapshot, member: Member, failed: tuple[GateOutcome, ...]
 ) -> None:
-    """Keep a model out of merges until members, gates or data change."""
+    """Keep a model out of merges until members, gates, method or data change."""
     context, why = snapshot.context, _notes(failed)
 
     def change(line_state: LineState) -> LineState | None:

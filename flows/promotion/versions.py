@@ -1,4 +1,4 @@
-"""What a user means: a version by a number, `champion` or `candidate`, and its members; a task."""
+"""Find the version that a user names by a number, `champion` or `candidate`; check task names."""
 
 from restitch.merging.errors import BadInput
 from restitch.registry.ledger.line_state import LineState, Member
@@ -11,27 +11,29 @@ def find_version(line_state: LineState, text: str) -> int:
     Raises:
         BadInput: the line has no such version.
     """
-    found: int | None
+    version: int | None
     if text == "champion":
-        found = line_state.champion
+        version = line_state.champion
     elif text == "candidate":
-        found = line_state.candidate
+        version = line_state.candidate
     elif text.isascii() and text.isdigit():
-        found = int(text) if int(text) in line_state.versions else None
+        version = int(text) if int(text) in line_state.versions else None
     else:
         raise BadInput(f"{text!r} is not a version", expected="a number, `champion` or `candidate`")
-    if found is None:
+    if version is None:
         known = ", ".join(map(str, sorted(line_state.versions))) or "none"
+        roles = f"champion: {line_state.champion}; candidate: {line_state.candidate}"
         raise BadInput(
             f"line {line_state.line} has no version {text}",
-            found=f"versions: {known}; champion: {line_state.champion}; candidate: {line_state.candidate}",
+            expected="an existing version",
+            found=f"versions: {known}; {roles}",
             hint=f"see `restitch history {line_state.line}`",
         )
-    return found
+    return version
 
 
 def check_task(line_state: LineState, task: str) -> None:
-    """Refuse a name that is no task of a line.
+    """Refuse an unknown task.
 
     Raises:
         BadInput: the line has no such task.
@@ -39,18 +41,20 @@ def check_task(line_state: LineState, task: str) -> None:
     if task not in line_state.tasks:
         raise BadInput(
             f"line {line_state.line} has no task {task}",
-            found=f"tasks: {', '.join(sorted(line_state.tasks)) or 'none'}",
+            expected=", ".join(sorted(line_state.tasks)) or "a line with tasks",
+            found=task,
+            hint=f"see `restitch status {line_state.line}`",
         )
 
 
 def members_of(line_state: LineState, record: MergedRecord) -> tuple[Member, ...]:
-    """The members of a merged version, as the line knows them."""
+    """The members of a merged version, with their tasks and models on the line."""
     return tuple(
         Member(
             task=task,
-            version=kept.version,
+            version=member.version,
             spec=line_state.tasks[task].spec,
-            model=line_state.tasks[task].versions[kept.version],
+            model=line_state.tasks[task].versions[member.version],
         )
-        for task, kept in record.members.items()
+        for task, member in record.members.items()
     )

@@ -1,8 +1,8 @@
-"""Another method on members of a line, which stays as it is.
+"""Prepare a merge of a line's members by another method; the line stays as it is.
 
-What the method needs of each member is found once and kept under the key of all that it depends
-on. Methods that need whole task vectors get them, whatever the line keeps; the others get the
-line's own deltas, or dataless ones where the line keeps everything.
+The store keeps what the method needs of each member. A method that needs whole task vectors gets
+them from the finetuned models. Other methods get the line's own deltas, or dataless ones if the
+line's deltas hold everything.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,15 +21,15 @@ from restitch.tasks.statistics import statistics
 
 
 @dataclass(frozen=True)
-class Trial:
-    """Some members, ready to be merged in some way.
+class WhatIf:
+    """Members that are ready for a merge by a method.
 
     Attributes:
-        line: with the method, its settings, and how masks are found.
-        members: with the deltas that the method merges.
-        deltas: how these were found.
-        statistics: what the method needs beside them, by the name that a recipe gives it.
-        choice: what tuning found, where it was asked for and there was something to tune.
+        line: the line with the method, its settings, and its choice of masks.
+        members: the members with the deltas that the method merges.
+        deltas: the references of these deltas.
+        statistics: the statistics that the method needs, by their names in a recipe.
+        choice: the result of tuning, if it was asked for and the method has a setting to tune.
     """
 
     line: LineRef
@@ -40,7 +40,7 @@ class Trial:
 
     @property
     def stored(self) -> int:
-        """Bytes of what the method needs of the members, in the store."""
+        """The bytes of deltas and statistics in the store."""
         of_statistics = sum(found.size for found in self.statistics.values())
         return of_statistics + sum(delta.size for delta in self.deltas)
 
@@ -53,43 +53,43 @@ def prepare(
     tuned: bool = False,
     masks: LocalizeSpec | None = None,
     settings: Mapping[str, Any] | None = None,
-) -> Trial:
-    """Find what a method needs of members, and its setting where that is asked for.
+) -> WhatIf:
+    """Localize members and measure statistics as a method needs them, and tune it if asked.
 
     Args:
-        line: with one method.
-        members: what is merged.
-        method: any.
-        tuned: choose the setting that the method tunes on validation rows.
-        masks: how masks are found; by default what the method needs, else as in the line.
-        settings: what differs from its defaults; by default what the line says of it, if it is
-            the line's own.
+        line: the line with one method.
+        members: the members to merge.
+        method: the method to prepare for.
+        tuned: tune the method's setting on validation rows.
+        masks: the choice of masks; by default what the method needs, or else the line's.
+        settings: the settings that differ from the defaults; by default the line's, if the
+            method is the line's own.
 
     Raises:
-        BadInput: a setting is unknown, a finetuned model is gone, a task lacks the rows that the
-            method needs or is to be tuned on.
+        BadInput: a setting is unknown, a finetuned model is gone, or a task lacks the rows that
+            the method needs or is tuned on.
     """
     line = _line_with(line, method, masks, settings)
     given = tuple(members)
     deltas = tuple(localize(line, member.spec, member.model.model) for member in given)
     ready = tuple(_with(member, delta) for member, delta in zip(given, deltas, strict=True))
-    trial = Trial(line, ready, deltas, statistics(line, ready))
+    what_if = WhatIf(line, ready, deltas, statistics(line, ready))
     if not tuned or method.tunes is None:
-        return trial
+        return what_if
     choice = tune(line, ready, method)
     chosen = {**line.spec.method.settings, choice.setting: choice.value}
     best = LineRef(line.spec.with_method_settings(chosen), line.base)
-    return replace(trial, line=best, choice=choice)
+    return replace(what_if, line=best, choice=choice)
 
 
 def masks_like(spec: LineSpec, **choice: Any) -> LocalizeSpec:
-    """How masks are found in a line, otherwise where `choice` says so."""
-    kept = ("include", "exclude", "shots", "seed", "values")
-    return LocalizeSpec(**{name: getattr(spec.localize, name) for name in kept} | choice)
+    """A choice of masks with the line's tensors, rows, seed and values."""
+    same = ("include", "exclude", "shots", "seed", "values")
+    return LocalizeSpec(**{name: getattr(spec.localize, name) for name in same} | choice)
 
 
 def everything(spec: LineSpec) -> LocalizeSpec:
-    """Whole task vectors, to the bit."""
+    """The choice of masks that keeps whole task vectors exactly."""
     return masks_like(spec, mode="dataless", density=1.0, values="exact")
 
 
@@ -99,10 +99,11 @@ def _line_with(
     masks: LocalizeSpec | None,
     settings: Mapping[str, Any] | None,
 ) -> LineRef:
-    """The line as if a method were its own."""
+    """The line with another method, its settings and its choice of masks."""
     spec = line.spec
-    given = own_settings(line, method) if settings is None else settings
-    resolved = resolve_settings(method.name, given)
+    resolved = resolve_settings(
+        method.name, own_settings(line, method) if settings is None else settings
+    )
     keeps_all = get_method(spec.method.name).whole or spec.localize.density == 1.0
     if masks is None and method.whole:
         masks = everything(spec)
@@ -113,12 +114,12 @@ def _line_with(
 
 
 def own_settings(line: LineRef, method: Method) -> Mapping[str, Any]:
-    """What a line says of a method, if it is the line's own."""
+    """The line's settings of a method, if the method is the line's own."""
     own = line.spec.method
     return own.settings if own.name == method.name else {}
 
 
 def _with(member: Member, delta: DeltaRef) -> Member:
-    """A member with the delta that a method merges."""
+    """The member with another delta."""
     model = member.model.model_copy(update={"mask": delta.mask, "delta": delta.blob})
     return member.model_copy(update={"model": model})

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 from restitch.flows.promotion.candidates import measure_member, measure_retention
 from restitch.flows.promotion.snapshot import Snapshot, take_snapshot
-from restitch.flows.promotion.what_if import Trial, prepare
+from restitch.flows.promotion.what_if import WhatIf, prepare
 from restitch.flows.research.experts import SpecialistMeasurements, measure_specialists
 from restitch.flows.research.study_output import StudyOutcome, publish_study
 from restitch.merging.errors import BadInput
@@ -164,7 +164,7 @@ def _best_first(rows: Iterable[Row]) -> tuple[Row, ...]:
     return tuple(sorted(rows, key=lambda row: -(row.mean_accuracy or 0.0)))
 
 
-def _describe(ready: Trial, method: Method) -> dict[str, Any]:
+def _describe(ready: WhatIf, method: Method) -> dict[str, Any]:
     """The fields of a result that do not depend on the method's kind."""
     deltas = "whole task vectors" if method.whole else "sparse deltas"
     return {
@@ -181,7 +181,7 @@ def _describe(ready: Trial, method: Method) -> dict[str, Any]:
     }
 
 
-def _measure_merged(snapshot: Snapshot, ready: Trial, method: Method) -> MergedResult:
+def _measure_merged(snapshot: Snapshot, ready: WhatIf, method: Method) -> MergedResult:
     line, members = ready.line, ready.members
     with memory_added() as memory:
         patch = stitch(line, make_recipe(line, members))
@@ -202,7 +202,7 @@ def _measure_merged(snapshot: Snapshot, ready: Trial, method: Method) -> MergedR
     )
 
 
-def _measure_specialists(ready: Trial, method: Method) -> SpecialistsResult:
+def _measure_specialists(ready: WhatIf, method: Method) -> SpecialistsResult:
     with memory_added() as memory:
         specialists = make_experts(ready.line, make_recipe(ready.line, ready.members))
     return SpecialistsResult(

@@ -244,9 +244,9 @@ class _Objects:
 
 
 def _check_members(line_state: LineState, objects: _Objects) -> None:
-    for task, number, model in line_state.in_state("ready", "held", "replaced", "retired"):
-        objects.check(f"the delta of {task} {number}", filter(None, [model.delta]))
-        objects.check(f"the statistics of {task} {number}", model.facts.statistics.values())
+    for key, model in line_state.in_state("ready", "held", "replaced", "retired"):
+        objects.check(f"the delta of {key}", filter(None, [model.delta]))
+        objects.check(f"the statistics of {key}", model.facts.statistics.values())
 
 
 def _check_versions(

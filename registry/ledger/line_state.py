@@ -1,12 +1,12 @@
-"""What holds on a line now: its tasks, their models, and which merged version is in use.
+"""The state of a line: its tasks, their models, its merged versions and the champion.
 
-A `LineState` is a frozen value; each method that changes it returns a new one and does nothing
-else, so that a change can be run again on a newer head when somebody else was first
-(`restitch.registry.ledger.ledger`). Only digests and small facts are in it: what is large lies in the
-store under the digest that the head names.
+A `LineState` is a frozen value. Each method that changes it returns a new one and does nothing
+else, so a change can be applied again to a newer state if another process was faster
+(`registry.ledger`). It holds digests and small facts only; the store holds large objects
+under these digests.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
     Field,
@@ -23,7 +23,7 @@ from restitch.registry.specs.task import Name, TaskSpec
 
 FORMAT = 1
 
-# The digest of a checkpoint that could not be read: that of no bytes at all.
+# Stands for the digest of a checkpoint that could not be read: the digest of no bytes.
 UNREAD = digest_bytes(b"")
 
 State = Literal["registered", "waiting", "quarantined", "ready", "held", "replaced", "retired"]
@@ -33,14 +33,14 @@ Number = Annotated[int, Field(ge=1)]
 
 
 class ModelRef(Record):
-    """A checkpoint and where it is read.
+    """A checkpoint, where to read it, and the digests to check it against.
 
     Attributes:
         uri: the resolved source: an absolute path, an address, or `org/name@commit`.
-        weights: the digest of the checkpoint's tensors; `UNREAD` where it could not be read.
-        config: the digest of its configuration and of the files that prepare its input.
+        weights: the digest of its tensors; `UNREAD` if they could not be read.
+        config: the digest of its configuration, tokenizer and processor files.
         size: the bytes of its tensors.
-        blob: the digest of a copy in the store, where there is one.
+        blob: the digest of a copy in the store, if there is one.
     """
 
     uri: str
@@ -51,12 +51,12 @@ class ModelRef(Record):
 
 
 class MlflowVersion(Record):
-    """A version of a registered model that somebody made in MLflow.
+    """A version of a registered model that was made in MLflow.
 
     Attributes:
-        number: MLflow's own.
-        created: when it was made, in milliseconds: a model that was deleted and made anew
-            counts from 1 again.
+        number: MLflow's number.
+        created: the time of its creation in milliseconds, because the numbers start again if
+            the registered model is deleted and created again.
     """
 
     number: Number
@@ -200,11 +200,11 @@ class ModelVersion(Record):
 
 
 class Task(Record):
-    """A task of the line and all models that were registered for it.
+    """A task of the line, with all models that were registered for it.
 
     Attributes:
-        declared: whether somebody has described it; until then its models wait, and the
-            spec says nothing but its name.
+        declared: whether the task is described; until then its models wait, and the spec
+            holds only the name.
     """
 
     spec: TaskSpec
@@ -213,13 +213,23 @@ class Task(Record):
 
     @property
     def next_version(self) -> int:
-        """The number of the next model: numbers are never used twice."""
+        """The number of the next model; no number is used twice."""
         return max(self.versions, default=0) + 1
 
     @property
     def ready(self) -> int | None:
         """The newest ready version, which is the member."""
         return max((n for n, v in self.versions.items() if v.state == "ready"), default=None)
+
+
+class ModelKey(NamedTuple):
+    """A finetuned model of a line: its task, and its version there."""
+
+    task: str
+    version: int
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.version}"
 
 
 class Member(Record):
@@ -232,18 +242,18 @@ class Member(Record):
 
 
 class LineState(Record):
-    """The present of a line.
+    """The state of a line.
 
     Attributes:
-        generation: rises with every swap.
-        sequence: the number of the last act; 0 before the first.
+        generation: a number that grows with every swap.
+        sequence: the number of the last act; 0 before the first one.
         entry: the digest of the last act's audit entry.
-        time: when that was; no later act is earlier.
+        time: the time of the last act; no later act has an earlier time.
         base: the pinned base.
         versions: the digests of the records of all merged versions.
-        champion: the version in use.
-        candidate: the newest one that has not passed its gates.
-        pinned: nothing is promoted automatically.
+        champion: the merged version in use.
+        candidate: the newest merged version that has not passed its gates.
+        pinned: whether automatic promotion is off.
     """
 
     format: int = FORMAT
@@ -267,106 +277,96 @@ class LineState(Record):
         return self
 
     def check(self) -> None:
-        """Refuse a head that contradicts itself.
+        """Refuse a state that contradicts itself.
 
         Raises:
-            ValueError: it does.
+            ValueError: names the contradiction.
         """
         if self.spec.line != self.line:
-            raise ValueError(f"the spec is of line {self.spec.line}")
+            raise ValueError(f"the spec describes line {self.spec.line}, not {self.line}")
         for role in ("champion", "candidate"):
             version = getattr(self, role)
             if version is not None and version not in self.versions:
-                raise ValueError(f"the {role} {version} is not a merged version")
+                raise ValueError(f"the {role} is version {version}, which does not exist")
         if self.versions and max(self.versions) >= self.next_version:
-            raise ValueError("a merged version is newer than the next one")
+            raise ValueError(
+                f"the next version is {self.next_version}, and {max(self.versions)} exists"
+            )
 
     @property
     def newest(self) -> int | None:
-        """The newest merged version, whatever became of it."""
+        """The newest merged version, promoted or not."""
         return max(self.versions, default=None)
 
     @property
     def members(self) -> tuple[Member, ...]:
         """The newest ready model of each task, by task name."""
-        found = []
-        for name in sorted(self.tasks, key=str.encode):
-            task = self.tasks[name]
-            if task.ready is not None:
-                found.append(
-                    Member(
-                        task=name,
-                        version=task.ready,
-                        spec=task.spec,
-                        model=task.versions[task.ready],
-                    )
-                )
-        return tuple(found)
+        return tuple(
+            Member(task=name, version=ready, spec=task.spec, model=task.versions[ready])
+            for name, task in sorted(self.tasks.items(), key=lambda item: item[0].encode())
+            if (ready := task.ready) is not None
+        )
 
     def member(self, task: str) -> Member | None:
-        """The task's model that takes part in merges, if it has one."""
+        """The member of a task, if it has one."""
         return next((m for m in self.members if m.task == task), None)
 
-    def in_state(self, *states: State) -> tuple[tuple[str, int, ModelVersion], ...]:
-        """(task, version, model) of all models in one of the states, oldest first."""
-        found = [
-            (name, number, version)
+    def model(self, key: ModelKey) -> ModelVersion:
+        """A model of the line."""
+        return self.tasks[key.task].versions[key.version]
+
+    def in_state(self, *states: State) -> tuple[tuple[ModelKey, ModelVersion], ...]:
+        """All models in one of the states, oldest first."""
+        models = [
+            (ModelKey(name, number), version)
             for name, task in self.tasks.items()
             for number, version in task.versions.items()
             if version.state in states
         ]
-        return tuple(sorted(found, key=lambda f: (f[2].registered_at, f[0].encode(), f[1])))
-
-    def find_model(self, task: str, weights: str, config: str) -> int | None:
-        """The newest version of a task that holds these very weights and files."""
-        versions = self.tasks[task].versions if task in self.tasks else {}
-        same = [
-            n
-            for n, v in versions.items()
-            if v.model.weights == weights and v.model.config == config
-        ]
-        return max(same, default=None)
+        return tuple(
+            sorted(models, key=lambda m: (m[1].registered_at, m[0].task.encode(), m[0].version))
+        )
 
     def with_spec(self, spec: LineSpec) -> "LineState":
-        """The line configured anew."""
+        """Return the state with another spec."""
         return self._changed(spec=spec)
 
     def with_task(self, spec: TaskSpec) -> "LineState":
-        """A new task, or another description of one that is there."""
+        """Return the state with a new task, or with another description of a known one."""
         old = self.tasks.get(spec.task)
         versions = {} if old is None else old.versions
         return self._changed(tasks={**self.tasks, spec.task: Task(spec=spec, versions=versions)})
 
     def with_undeclared(self, task: str) -> "LineState":
-        """A place for the models of a task that nobody has described; nothing where it is there."""
+        """Return the state with a task that is not described yet, unless it has the task."""
         if task in self.tasks:
             return self
         unknown = Task(spec=TaskSpec(task=task), declared=False)
         return self._changed(tasks={**self.tasks, task: unknown})
 
     def adopted(self, task: str, mlflow: MlflowVersion) -> int | None:
-        """The version of a task that was taken in from this very version in MLflow."""
+        """The version of a task that was adopted from this version in MLflow."""
         versions = self.tasks[task].versions if task in self.tasks else {}
         return next((n for n, v in versions.items() if v.mlflow == mlflow), None)
 
     def with_version(self, task: str, model: ModelVersion) -> "LineState":
-        """One more model of a task, with the task's next number."""
-        found = self._task(task)
-        return self._with_versions(task, {**found.versions, found.next_version: model})
+        """Return the state with a model as the task's next version."""
+        known = self._task(task)
+        return self._with_versions(task, {**known.versions, known.next_version: model})
 
     def with_state(
         self, task: str, version: int, state: State, reason: str | None = None, **changes: Any
     ) -> "LineState":
-        """A model in another state, with whatever else of it changes."""
-        found = self._task(task)
-        if version not in found.versions:
+        """Return the state with a model in another state, and with other changes of it."""
+        known = self._task(task)
+        if version not in known.versions:
             raise ValueError(f"task {task} has no model {version}")
-        values = found.versions[version].to_json() | changes | {"state": state, "reason": reason}
+        values = known.versions[version].to_json() | changes | {"state": state, "reason": reason}
         model = ModelVersion.model_validate(values)
-        return self._with_versions(task, {**found.versions, version: model})
+        return self._with_versions(task, {**known.versions, version: model})
 
     def with_merged(self, record: str) -> "LineState":
-        """One more merged version, whose record has this digest, as the candidate."""
+        """Return the state with the version of this record as its candidate."""
         return self._changed(
             versions={**self.versions, self.next_version: record},
             candidate=self.next_version,
@@ -374,20 +374,16 @@ class LineState(Record):
         )
 
     def promoted(self, version: int) -> "LineState":
-        """A merged version in use; it is no candidate any more."""
+        """Return the state with another champion."""
         candidate = None if self.candidate == version else self.candidate
         return self._changed(champion=version, candidate=candidate)
 
     def without_champion(self) -> "LineState":
-        """No merged version in use."""
+        """Return the state without a champion."""
         return self._changed(champion=None)
 
-    def without_candidate(self) -> "LineState":
-        """The candidate given up."""
-        return self._changed(candidate=None)
-
     def with_pin(self, pinned: bool) -> "LineState":
-        """Automatic promotion switched off or on."""
+        """Return the state with automatic promotion off (pinned) or on."""
         return self._changed(pinned=pinned)
 
     def _task(self, name: str) -> Task:
@@ -401,5 +397,5 @@ class LineState(Record):
 
     def _changed(self, **changes: Any) -> "LineState":
         line_state = self.model_copy(update=changes)
-        line_state.check()  # which a copy is not
+        line_state.check()  # `model_copy` does not validate
         return line_state

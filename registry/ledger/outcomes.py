@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
 
+from restitch.registry.ledger.line_state import ModelKey
 from restitch.registry.ledger.records import Entry, MergedRecord
 
 # champion: in use. candidate: the newest version that was never in use. former champion: was in
@@ -29,20 +30,20 @@ class Outcome:
     sentence: str
 
 
-def touched_models(entry: Entry) -> tuple[tuple[str, int], ...]:
-    """(task, version) of the finetuned models that an act was about."""
-    found: set[tuple[str, int]] = set()
+def touched_models(entry: Entry) -> tuple[ModelKey, ...]:
+    """The finetuned models that an act was about."""
+    found: set[ModelKey] = set()
     for changes in (entry.before, entry.after):
         for pointer, value in changes.items():
             parts = pointer.split("/")[1:]
             if parts[0] != "tasks" or len(parts) < 2:
                 continue
             if len(parts) > 3 and parts[2] == "versions":
-                found.add((parts[1], int(parts[3])))
+                found.add(ModelKey(parts[1], int(parts[3])))
             elif len(parts) == 2 and isinstance(value, dict):
                 versions = value.get("versions")
                 if isinstance(versions, dict):
-                    found |= {(parts[1], int(number)) for number in versions}
+                    found |= {ModelKey(parts[1], int(number)) for number in versions}
     return tuple(sorted(found))
 
 

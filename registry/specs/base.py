@@ -3,32 +3,21 @@
 import json
 from typing import Annotated, Any, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    GetJsonSchemaHandler,
-    TypeAdapter,
-)
+from pydantic import Field, GetJsonSchemaHandler, TypeAdapter
 from pydantic_core import CoreSchema
 
 from restitch.merging.digests import digest_json
+from restitch.registry.record import Record
 
 Text = Annotated[str, Field(min_length=1)]
 
 
-class Spec(BaseModel):
-    """Frozen data that refuses unknown keys.
+class Spec(Record):
+    """Frozen data that refuses unknown keys, with a digest. `to_json` fills in the defaults.
 
     The fields are the keys that people write: the JSON schema and the reference of keys are made
     from their types and descriptions.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def to_json(self) -> dict[str, Any]:
-        """All keys as plain JSON values, with the defaults filled in."""
-        return self.model_dump(mode="json")
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:

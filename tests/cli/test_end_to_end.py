@@ -326,7 +326,7 @@ def test_another_task_file_needs_replace_task(world: World, shell: Shell, tmp_pa
     files = ("--task", other_task(world, tmp_path / "other.yaml"), "--model")
     done = shell("register", "demo", *files, world.model("colour-2"), code=3)
     assert "--replace-task" in done.err
-    assert "another data" in done.err
+    assert "differs in: data" in done.err
     assert shell.head_bytes() == before
     found = shell.json("register", "demo", *files, world.model("colour-2"), "--replace-task")
     assert (found["version"], found["merged"]["record"]["results"]["colour"]["count"]) == (2, 30)

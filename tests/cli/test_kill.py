@@ -22,7 +22,7 @@ import pytest
 from restitch.registry.mlflow.sync import MlflowProjection
 from tests.conftest import NewHome, Three
 from tests.flows.test_localizing import with_splits
-from tests.flows.test_mlflow_image import client_of, image
+from tests.flows.test_mlflow_projection import client_of, image
 from tests.shell import Shell
 from tests.worlds import World, write_yaml
 

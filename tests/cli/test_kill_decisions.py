@@ -10,7 +10,7 @@ import pytest
 from restitch.registry.ledger.records import state_of
 from tests.cli.test_kill import calls_in, run
 from tests.conftest import Three
-from tests.flows.test_mlflow_image import client_of
+from tests.flows.test_mlflow_projection import client_of
 from tests.shell import Shell
 
 WHY = ("--reason", "a test")

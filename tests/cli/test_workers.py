@@ -208,7 +208,7 @@ def test_a_model_that_killed_three_processes_is_quarantined_and_tried_again_when
     told = shell.json("remerge", "demo")
     model = shell.state().tasks["colour"].versions[1]
     assert (told["action"], model.state, model.facts.deaths) == ("empty", "quarantined", 3)
-    assert "killed the process that onboarded it 3 times" in str(model.reason)
+    assert "3 processes died while they onboarded" in str(model.reason)
     assert shell.json("remerge", "demo")["action"] == "empty"
     assert shell.kinds().count("quarantined") == 1, "it is not tried for ever"
     again = shell.add(world, "colour")

@@ -1,4 +1,4 @@
-"""Who may decide: a line's file can leave decisions to some, and nobody else changes anything."""
+"""A line file can allow decisions to listed actors; others are refused and change nothing."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -44,7 +44,7 @@ def guarded(
 
 
 @pytest.mark.parametrize("decision", DECISIONS)
-def test_who_is_not_listed_is_refused_and_nothing_is_written(
+def test_an_actor_who_is_not_listed_is_refused_and_nothing_is_written(
     guarded: tuple[Shell, Path], decision: str
 ) -> None:
     shell, _ = guarded
@@ -57,14 +57,14 @@ def test_who_is_not_listed_is_refused_and_nothing_is_written(
     assert sorted((shell.home / "store").rglob("*")) == files
 
 
-def test_what_a_remerge_promotes_is_nobody_s_decision(guarded: tuple[Shell, Path]) -> None:
+def test_a_promotion_by_a_remerge_needs_no_listed_actor(guarded: tuple[Shell, Path]) -> None:
     shell, _ = guarded
     assert shell.state().champion == 2
     promoted = [entry for entry in shell.acts() if entry.kind == "promoted"]
     assert {entry.actor for entry in promoted} == {"trainer"}
 
 
-def test_who_is_listed_decides(world: World, shell: Shell, tmp_path: Path) -> None:
+def test_a_listed_actor_decides(world: World, shell: Shell, tmp_path: Path) -> None:
     line = Line(world, shell, tmp_path, "colour", "number", actors={"rollback": ["ann", "bob"]})
     as_actor(shell, "carl")("rollback", "demo", 1, "--reason", "because", code=3)
     as_actor(shell, "bob")("rollback", "demo", 1, "--reason", "because")
@@ -85,7 +85,7 @@ def test_the_list_is_changed_by_an_act(world: World, shell: Shell, tmp_path: Pat
     assert shell.state().pinned
 
 
-def test_who_loses_the_right_meanwhile_has_lost_it(
+def test_an_actor_who_is_removed_from_the_list_meanwhile_is_refused(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # The list counts that the line has at the moment at which the act would count.
@@ -117,18 +117,19 @@ def test_who_loses_the_right_meanwhile_has_lost_it(
         ([], "actors"),
     ],
 )
-def test_a_list_that_is_none_is_refused(
+def test_a_list_that_makes_no_sense_is_refused(
     world: World, new_home: NewHome, tmp_path: Path, actors: object, part: str
 ) -> None:
     done = new_home("home")("init", world.line(tmp_path / "l.yaml", actors=actors), code=3)
     assert part in done.err
 
 
-def test_a_line_without_a_list_is_written_as_before() -> None:
+def test_a_line_without_a_list_keeps_its_digest() -> None:
     spec = {"line": "demo", "base": "o/b", "family": "clip", "method": {"name": "m"}}
     plain = LineSpec.from_json(spec)
-    assert "actors" not in plain.to_json()
     assert LineSpec.from_json({**spec, "actors": None}).digest == plain.digest
     listed = LineSpec.from_json({**spec, "actors": {"pin": ["ann"]}})
-    assert listed.to_json()["actors"] == {"pin": ["ann"]}
+    assert listed.digest != plain.digest
+    assert listed.actors is not None
+    assert (listed.actors.of("pin"), listed.actors.of("unpin")) == (("ann",), None)
     assert LineSpec.from_json(listed.to_json()) == listed

@@ -1,4 +1,4 @@
-"""What people decide: each is one act, is done once, and leaves the bytes that it must."""
+"""Decisions of people: each is one act, is done once, and gives the bytes that it must."""
 
 from pathlib import Path
 from typing import Any
@@ -83,18 +83,18 @@ def test_after_a_rollback_new_models_become_candidates_until_the_line_is_unpinne
     line.shell.check_settled()
 
 
-def test_only_what_was_in_use_can_be_rolled_back_to(line: Line) -> None:
+def test_only_a_former_champion_can_be_rolled_back_to(line: Line) -> None:
     line.do("pin", "demo")
     line.add("wreck")
     done = line.shell("rollback", "demo", 4, "--reason", "x", code=3)
-    assert "was never in use" in done.err
+    assert "was never the champion" in done.err
     assert "restitch promote demo 4" in done.err.replace("\n", " ")
     done = line.shell("rollback", "demo", 9, "--reason", "x", code=3)
     assert "no version 9" in done.err
     assert line.state().champion == 3
 
 
-def test_one_can_roll_forward_again(line: Line) -> None:
+def test_a_rollback_can_be_rolled_back(line: Line) -> None:
     line.do("rollback", "demo", 1)
     line.do("rollback", "demo", 3)
     assert line.state().champion == 3
@@ -150,7 +150,7 @@ def test_after_a_retirement_the_bytes_are_those_without_the_model(
     line.shell.check_settled()
 
 
-def test_restoring_brings_back_the_very_bytes(line: Line) -> None:
+def test_restoring_brings_back_the_same_bytes(line: Line) -> None:
     before = line.shell.patch_bytes()
     state = line.state().tasks["number"].versions[1]
     line.do("retire", "demo", "number")
@@ -172,9 +172,7 @@ def test_a_held_model_is_restored_as_held(world: World, shell: Shell, tmp_path: 
     assert (model.state, model.reason) == ("held", reason)
 
 
-def test_without_any_member_no_version_is_in_use(
-    world: World, shell: Shell, tmp_path: Path
-) -> None:
+def test_a_line_without_members_has_no_champion(world: World, shell: Shell, tmp_path: Path) -> None:
     line = Line(world, shell, tmp_path, "colour")
     found = line.do("retire", "demo", "colour")
     assert (found["champion"], found["merged"]["action"]) == (None, "empty")
@@ -251,7 +249,7 @@ def test_a_decision_needs_a_reason(line: Line, words: tuple[object, ...]) -> Non
     assert line.shell.head_bytes() == before
 
 
-def test_what_takes_nothing_out_of_use_needs_no_reason(line: Line) -> None:
+def test_pinning_and_restoring_need_no_reason(line: Line) -> None:
     line.do("retire", "demo", "number", "--no-remerge")
     line.shell("restore", "demo", "number")
     line.shell("pin", "demo")
@@ -259,12 +257,12 @@ def test_what_takes_nothing_out_of_use_needs_no_reason(line: Line) -> None:
     reasons = [act.reason for act in line.shell.acts()[-3:]]
     assert reasons == [
         "number",
-        "version 3 stays in use",
+        "version 3 stays the champion",
         "versions are promoted automatically again",
     ]
 
 
-def test_an_unknown_task_is_named_with_those_that_there_are(line: Line) -> None:
+def test_an_unknown_task_is_named_with_the_known_ones(line: Line) -> None:
     for word in ("retire", "restore"):
         done = line.shell(word, "demo", "colur", "--reason", "x", code=3)
         assert "no task colur" in done.err

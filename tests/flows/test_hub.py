@@ -1,4 +1,4 @@
-"""Base, finetuned model and data from a hub: pinned when they are registered, and for good."""
+"""Base, finetuned model and data from a hub are pinned to a commit at registration."""
 
 import json
 from collections.abc import Iterator
@@ -49,7 +49,7 @@ def run(hub: FakeHub, home: Path, folder: Path) -> dict[str, Any]:
     return found
 
 
-def test_what_is_registered_from_the_hub_stays_what_it_was(
+def test_a_model_from_the_hub_is_pinned_to_its_commit(
     hub: FakeHub, world: World, tmp_path: Path
 ) -> None:
     rows = (world.root / "data" / "colour" / "test.jsonl").read_bytes()

@@ -1,4 +1,4 @@
-"""A merged version is a function of its recipe, byte for byte, whatever way led to it."""
+"""The bytes of a merged version depend on its recipe only, however the line got there."""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +52,7 @@ def test_the_order_of_registration_does_not_matter(bare: Bare) -> None:
     assert len(found) == 1
 
 
-def test_step_by_step_is_the_same_as_from_nothing(bare: Bare, three: Three) -> None:
+def test_restitching_step_by_step_equals_restitching_from_nothing(bare: Bare, three: Three) -> None:
     shell = bare.line("home")
     for task in SKILLS:
         bare.add(shell, task, "--no-remerge")
@@ -80,7 +80,7 @@ def test_a_version_is_rebuilt_from_its_recorded_recipe(three: Three, tmp_path: P
         assert file.read_bytes() == three.shell.patch_bytes(version)
 
 
-def test_a_retired_member_leaves_what_would_be_without_it(bare: Bare) -> None:
+def test_a_retirement_gives_the_bytes_of_a_line_without_the_model(bare: Bare) -> None:
     shell, without = bare.line("home"), bare.line("without")
     for task in SKILLS:
         bare.add(shell, task)
@@ -107,7 +107,7 @@ def test_a_replaced_member_leaves_no_trace(bare: Bare) -> None:
     assert shell.patch_bytes() == other.patch_bytes()
 
 
-def test_the_way_back_to_older_weights_is_a_new_version(bare: Bare) -> None:
+def test_registering_older_weights_again_makes_a_new_version(bare: Bare) -> None:
     shell = bare.line("home")
     bare.add(shell, "colour")
     bare.add(shell, "colour", model="colour-2")
@@ -118,7 +118,7 @@ def test_the_way_back_to_older_weights_is_a_new_version(bare: Bare) -> None:
 
 
 @pytest.mark.parametrize("choice", [{"density": 0.1}, {"density": 0.3, "exclude": ["*.bias"]}])
-def test_a_line_that_chooses_masks_anew_is_one_that_always_did(
+def test_changed_mask_settings_give_the_bytes_of_a_line_that_always_had_them(
     bare: Bare, world: World, tmp_path: Path, choice: dict[str, Any]
 ) -> None:
     def configure(shell: Shell, localize: dict[str, Any]) -> None:
@@ -141,7 +141,7 @@ def test_a_line_that_chooses_masks_anew_is_one_that_always_did(
     assert shell.json("remerge", "demo")["action"] == "unchanged"
 
 
-def test_a_member_that_cannot_be_localized_anew_keeps_its_mask(
+def test_a_member_that_cannot_be_localized_again_keeps_its_mask(
     bare: Bare, world: World, tmp_path: Path
 ) -> None:
     shell = bare.line("home")
@@ -153,7 +153,7 @@ def test_a_member_that_cannot_be_localized_anew_keeps_its_mask(
     shell("init", line)
     before = shell.head_bytes()
     done = shell("remerge", "demo")
-    assert "keeps the mask" in done.err
+    assert "keeps its old mask" in done.err
     assert shell.head_bytes() == before
 
 
@@ -186,7 +186,7 @@ def test_a_forced_remerge_makes_the_same_bytes(three: Three) -> None:
     assert three.shell.head_bytes() == before
 
 
-def test_a_forced_remerge_finds_a_patch_that_is_not_its_recipes(bare: Bare) -> None:
+def test_a_forced_remerge_detects_a_patch_that_does_not_match_its_recipe(bare: Bare) -> None:
     shell = bare.line("home")
     bare.add(shell, "colour")
     bare.add(shell, "number")
@@ -241,7 +241,7 @@ def test_models_registered_at_once_are_all_in_the_champion(bare: Bare) -> None:
 
 
 @pytest.mark.parametrize("moment", ["before it is recorded", "before it is promoted"])
-def test_a_slow_worker_never_puts_back_what_another_one_has_merged(
+def test_a_slow_worker_never_replaces_a_newer_champion(
     bare: Bare, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
     """On another host, where no lock keeps them apart."""

@@ -1,4 +1,4 @@
-"""What finetuned models may look like: other number types, parts of a model, changes elsewhere."""
+"""Finetuned models that differ from the base: in dtype, in tensors, outside of masks."""
 
 import json
 import shutil
@@ -102,7 +102,9 @@ def test_a_vision_tower_joins_a_whole_clip(
     assert patches[0] == patches[1] == patches[2]
 
 
-def test_a_clip_line_goes_all_the_way(clip_world: World, new_home: NewHome, tmp_path: Path) -> None:
+def test_a_clip_line_registers_merges_and_exports(
+    clip_world: World, new_home: NewHome, tmp_path: Path
+) -> None:
     from transformers import AutoImageProcessor, CLIPModel
 
     shell = new_home("home")
@@ -129,7 +131,7 @@ def outside(world: World, folder: Path, size: float) -> Path:
     )
 
 
-def test_what_lies_outside_of_masks_is_measured_and_said(
+def test_a_large_change_outside_of_masks_is_measured_and_warned_of(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
@@ -146,7 +148,7 @@ def test_what_lies_outside_of_masks_is_measured_and_said(
     assert f"{results['localizable']['value']:.3f}" in told
 
 
-def test_a_little_outside_of_masks_is_recorded_and_not_warned_of(
+def test_a_small_change_outside_of_masks_is_recorded_without_a_warning(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
@@ -170,7 +172,7 @@ def test_a_loss_outside_of_masks_is_warned_of_by_accuracy(
     results = done.json["facts"]["results"]
     value, whole = results["localizable"]["value"], results["finetuned"]
     assert not whole["low"] <= value <= whole["high"]
-    assert f"it has {value:.3f} instead of {whole['value']:.3f}" in " ".join(done.err.split())
+    assert f"the accuracy is {value:.3f}, not {whole['value']:.3f}" in " ".join(done.err.split())
 
 
 def test_another_choice_of_tensors_is_localized(world: World, shell: Shell, tmp_path: Path) -> None:
@@ -220,7 +222,7 @@ def with_train(world: World, folder: Path, **data: Any) -> Path:
     return write_yaml(folder / "colour.yaml", values)
 
 
-def test_without_validation_rows_some_are_set_apart_and_the_record_says_so(
+def test_without_validation_rows_a_part_of_train_is_used_and_recorded(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
@@ -251,7 +253,7 @@ def test_a_trained_mask_is_the_same_bytes_again(
     assert deltas[0] == deltas[1]
 
 
-def test_a_trained_line_takes_the_largest_differences_where_there_are_no_rows(
+def test_a_trained_line_localizes_without_data_if_a_task_has_no_rows(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:
     localize = {"mode": "trained", "density": 0.2}

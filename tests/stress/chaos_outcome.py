@@ -139,7 +139,7 @@ def _undisturbed(line: str, folder: Path, registered: Sequence[str], models: Mod
         "init_line(Path(sys.argv[1]))\n"
         "for model, file in json.loads(sys.argv[2]):\n"
         f"    register('{line}', Path(file), model, merge=False)\n"
-        f"print(remerge('{line}').record['patch'])\n"
+        f"print(remerge('{line}').record.patch)\n"
     )
     files = [list(map(str, models[task])) for task in registered]
     home = folder / "undisturbed"

@@ -220,7 +220,7 @@ def test_a_version_that_this_worker_may_not_read_is_not_taken_in(
     client.create_model_version("demo.colour", f"file://{world.model('colour')}")
     monkeypatch.setenv(ROOTS, str(world.base))
     told = shell("remerge", "demo", code=None).err.replace("\n", "")
-    assert "cannot be taken in now" in told
+    assert "is not adopted now" in told
     assert ROOTS in told
     assert shell.state().tasks["colour"].versions == {}
     monkeypatch.delenv(ROOTS)

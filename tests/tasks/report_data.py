@@ -59,7 +59,7 @@ def result(draw: random.Random, *, measured: bool = True) -> TaskResult:
         count=draw.randint(1000, 9000),
         evaluations={name: digest(f"{name} {base}") for name in values},
         data=DataUsed(path="/data/some/where", split="test", digest=digest("rows")),
-        notes=("validation rows are set apart from train: the model may have seen them",),
+        notes=("the validation rows are a part of train: the model may have seen them",),
     )
 
 

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from restitch.flows.promotion.snapshot import Snapshot
-from restitch.flows.promotion.what_if import Trial, everything, masks_like, own_settings, prepare
+from restitch.flows.promotion.what_if import WhatIf, everything, masks_like, own_settings, prepare
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import Method, get_method
 from restitch.modeling.families.family import Family, get_family
@@ -146,7 +146,7 @@ class Subject:
         masks: LocalizeSpec | None = None,
         settings: Mapping[str, Any] | None = None,
         tuned: bool = False,
-    ) -> Trial:
+    ) -> WhatIf:
         """Make a method's inputs from members, and choose its setting on request.
 
         Args:
@@ -160,7 +160,7 @@ class Subject:
         tuned = tuned and self.can_tune
         return prepare(self.line, members, method, tuned=tuned, masks=masks, settings=chosen)
 
-    def reached(self, trial: Trial) -> Reached:
+    def reached(self, trial: WhatIf) -> Reached:
         """The accuracy of a merged model on the rows that results are reported on."""
         patch = stitch(trial.line, make_recipe(trial.line, trial.members))
         return self.reached_with(patch, trial.members)

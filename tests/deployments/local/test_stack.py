@@ -17,6 +17,7 @@ import psutil
 import pytest
 
 from restitch.flows.onboard import attempts_at
+from restitch.registry.ledger.line_state import ModelKey
 from restitch.registry.mlflow.projection import DIGEST_TAG, STATE_TAG, VERSION_TAG
 from restitch.registry.store.attempts import Attempt, process_began
 from restitch.tasks.inputs.checkpoints import device
@@ -235,7 +236,7 @@ def nothing_swapped(stack: Stack, line: str) -> Iterator[None]:
 def _attempts(stack: Stack, line: str) -> list[Attempt]:
     """The attempts at the line's model that have begun and not ended."""
     with stack.shell.inside():
-        return attempts_at(stack.shell.ledger(line), "colour", 1).unfinished()
+        return attempts_at(stack.shell.ledger(line), ModelKey("colour", 1)).unfinished()
 
 
 def _at_work(stack: Stack, line: str) -> int | None:

@@ -9,7 +9,7 @@ import pytest
 
 from tests.cli.test_end_to_end import plain
 from tests.conftest import Three
-from tests.flows.test_mlflow_image import client_of
+from tests.flows.test_mlflow_projection import client_of
 from tests.shell import Shell
 
 

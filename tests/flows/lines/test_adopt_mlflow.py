@@ -1,4 +1,4 @@
-"""Models that somebody registered in MLflow alone: taken in once, described, shown, and merged."""
+"""Models that were registered in MLflow only: adopted once, described, shown and merged."""
 
 import json
 from collections.abc import Iterator
@@ -54,7 +54,7 @@ def tags(client: "MlflowClient", version: tuple[str, str]) -> dict[str, str]:
     return dict(client.get_model_version(*version).tags)
 
 
-def test_a_version_of_mlflow_alone_reaches_the_champion(
+def test_a_version_that_only_mlflow_has_reaches_the_champion(
     line: Shell, world: World, client: "MlflowClient"
 ) -> None:
     line("task", "demo", "--task", world.task("colour"))
@@ -77,7 +77,7 @@ def test_a_version_of_mlflow_alone_reaches_the_champion(
     assert len(client.search_model_versions("name = 'demo.colour'")) == 1
 
 
-def test_it_is_the_same_model_as_one_that_was_registered_here(
+def test_an_adopted_model_equals_a_registered_one(
     line: Shell, world: World, client: "MlflowClient", new_home: Any, tmp_path: Path
 ) -> None:
     line("task", "demo", "--task", world.task("colour"))
@@ -90,7 +90,7 @@ def test_it_is_the_same_model_as_one_that_was_registered_here(
     assert line.patch_bytes() == other.patch_bytes()
 
 
-def test_taking_in_twice_does_nothing(line: Shell, world: World, client: "MlflowClient") -> None:
+def test_adopting_twice_does_nothing(line: Shell, world: World, client: "MlflowClient") -> None:
     line("task", "demo", "--task", world.task("colour"))
     made(client, world.model("colour"))
     made(client, world.model("number"), task="number")
@@ -133,7 +133,7 @@ def test_without_a_description_a_model_waits_until_there_is_one(
     assert "restitch task demo" in (waiting.reason or "")
     assert adopt_one("demo", "colour", int(version[1])) is None
     assert "waiting" in line("status", "demo").out
-    assert "nobody has described" in tags(client, version)["restitch.reason"]
+    assert "has no description" in tags(client, version)["restitch.reason"]
     assert line.json("remerge", "demo")["action"] == "empty"
     assert line.state().members == ()
     declared = line.json("task", "demo", "--task", world.task("colour"))
@@ -148,14 +148,14 @@ def test_without_a_description_a_model_waits_until_there_is_one(
     ("tag", "told"),
     [
         ("/nowhere/task.yaml", "cannot be read"),
-        ("s3://bucket/task.yaml", "kind that is not read"),
+        ("s3://bucket/task.yaml", "names an address that cannot be read"),
         ("task: number\n", "another task"),
         ("dta: {}\n", "dta"),
         ("data: {path: /nowhere}\nhead: {labels: [a, b]}\n", "/nowhere"),
         ("[1, 2", "not valid YAML"),
     ],
 )
-def test_a_tag_that_cannot_be_used_is_told_and_may_be_mended(
+def test_a_broken_tag_is_reported_and_can_be_corrected(
     line: Shell, world: World, client: "MlflowClient", tag: str, told: str
 ) -> None:
     version = made(client, world.model("colour"), tags={"restitch.task": tag})
@@ -165,7 +165,7 @@ def test_a_tag_that_cannot_be_used_is_told_and_may_be_mended(
     assert states(adopt("demo")) == [("colour", 1, "registered")]
 
 
-def test_what_cannot_be_read_is_quarantined_once_and_stops_nobody(
+def test_an_unreadable_model_is_quarantined_once_and_does_not_stop_others(
     line: Shell, world: World, client: "MlflowClient", tmp_path: Path
 ) -> None:
     pickled = tmp_path / "pickled"
@@ -191,7 +191,7 @@ def test_what_cannot_be_read_is_quarantined_once_and_stops_nobody(
     assert adopt("demo") == ()
 
 
-def test_a_bucket_that_is_away_is_not_one_that_holds_nothing(
+def test_an_unreachable_bucket_differs_from_an_empty_one(
     line: Shell,
     world: World,
     client: "MlflowClient",
@@ -232,7 +232,7 @@ def test_the_source_of_a_version_stays_as_it_was(
     assert client.get_model_version(*version).source == world.model("colour").as_uri()
 
 
-def test_who_was_killed_before_mlflow_was_written_doubles_nothing(
+def test_a_kill_before_mlflow_is_written_duplicates_nothing(
     line: Shell, world: World, client: "MlflowClient", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     line("task", "demo", "--task", world.task("colour"))
@@ -253,7 +253,7 @@ def _killed(*_: object, **__: object) -> int:
     raise KeyboardInterrupt
 
 
-def test_who_was_killed_between_the_tags_doubles_nothing(
+def test_a_kill_between_two_tags_duplicates_nothing(
     line: Shell, world: World, client: "MlflowClient", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient
@@ -278,7 +278,7 @@ def test_who_was_killed_between_the_tags_doubles_nothing(
     assert len(client.search_model_versions("name = 'demo.colour'")) == 1
 
 
-def test_the_words_of_whoever_made_it_are_kept(
+def test_description_and_tags_of_the_author_are_kept(
     line: Shell, world: World, client: "MlflowClient"
 ) -> None:
     mine = made(client, world.model("colour"), description="trained on Tuesday")
@@ -293,7 +293,7 @@ def test_the_words_of_whoever_made_it_are_kept(
     assert "It is localized" in client.get_model_version(*bare).description
 
 
-def test_the_same_weights_are_linked_and_not_doubled(
+def test_the_same_weights_are_linked_and_not_duplicated(
     line: Shell, world: World, client: "MlflowClient"
 ) -> None:
     line.add(world, "colour")
@@ -309,7 +309,7 @@ def test_the_same_weights_are_linked_and_not_doubled(
     assert "same weights" in tags(client, version)["restitch.reason"]
 
 
-def test_a_model_that_waited_and_is_there_by_now_is_retired(
+def test_a_waiting_model_is_retired_if_its_weights_were_registered_meanwhile(
     line: Shell, world: World, client: "MlflowClient"
 ) -> None:
     made(client, world.model("colour"))
@@ -320,7 +320,9 @@ def test_a_model_that_waited_and_is_there_by_now_is_retired(
     assert adopt("demo") == ()
 
 
-def test_who_made_a_version_is_the_actor(line: Shell, world: World, client: "MlflowClient") -> None:
+def test_the_author_of_a_version_is_the_actor(
+    line: Shell, world: World, client: "MlflowClient"
+) -> None:
     line("task", "demo", "--task", world.task("colour"))
     experiment = client.create_experiment("training", str(line.home / "artifacts"))
     run = client.create_run(experiment, tags={"mlflow.user": "ann"}).info.run_id
@@ -334,7 +336,9 @@ def test_who_made_a_version_is_the_actor(line: Shell, world: World, client: "Mlf
     ]
 
 
-def test_models_of_others_are_left_alone(line: Shell, world: World, client: "MlflowClient") -> None:
+def test_registered_models_of_other_names_are_left_alone(
+    line: Shell, world: World, client: "MlflowClient"
+) -> None:
     for name in ("demo", "demox.colour", "demo.Not A Name", "demo.a.b", "other.colour"):
         client.create_registered_model(name)
         client.create_model_version(name, str(world.model("colour")), await_creation_for=0)
@@ -343,7 +347,7 @@ def test_models_of_others_are_left_alone(line: Shell, world: World, client: "Mlf
     assert line.head_bytes() == before
 
 
-def test_a_model_made_anew_counts_from_one_again(
+def test_versions_of_a_recreated_registered_model_count_as_new(
     line: Shell, world: World, client: "MlflowClient"
 ) -> None:
     made(client, world.root / "gone")
@@ -354,7 +358,7 @@ def test_a_model_made_anew_counts_from_one_again(
     assert adopt("demo") == ()
 
 
-def test_another_description_in_a_tag_becomes_the_task_s(
+def test_another_description_in_a_tag_changes_the_task(
     line: Shell, world: World, client: "MlflowClient"
 ) -> None:
     line("task", "demo", "--task", world.task("colour"))
@@ -363,13 +367,13 @@ def test_another_description_in_a_tag_becomes_the_task_s(
     assert line.state().tasks["colour"].spec.metric == "f1"
 
 
-def test_an_event_may_name_what_is_not_there(line: Shell) -> None:
+def test_an_event_for_a_missing_version_is_refused(line: Shell) -> None:
     for task in ("colour", "no name at all"):
         with pytest.raises(BadInput, match="no version 7"):
             adopt_one("demo", task, 7)
 
 
-def test_an_event_takes_in_its_version_alone(
+def test_an_event_adopts_only_its_version(
     line: Shell, world: World, client: "MlflowClient"
 ) -> None:
     line("task", "demo", "--task", world.task("colour"))
@@ -409,7 +413,7 @@ def test_a_source_that_is_away_is_left_for_the_next_call(
     assert states(adopt("demo")) == [("colour", 1, "registered")]
 
 
-def test_a_server_s_versions_are_taken_in_like_a_database_s(
+def test_versions_on_a_server_are_adopted_like_those_in_a_database(
     line: Shell, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlflow import MlflowClient

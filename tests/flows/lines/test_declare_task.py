@@ -29,7 +29,7 @@ def test_a_task_is_declared_once(line: Shell, world: World) -> None:
     assert task.spec.data.content is not None
     before = line.head_bytes()
     done = line("task", "demo", "--task", world.task("colour"))
-    assert "as its file says" in done.out
+    assert "task colour is unchanged" in done.out
     line("task", "demo", "--task", world.task("colour"), "--replace-task")
     assert line.head_bytes() == before
     assert line.kinds() == ["configured", "configured"]
@@ -44,7 +44,7 @@ def test_status_lists_a_task_that_has_no_model_yet(line: Shell, world: World) ->
     assert "without a model" not in line("status", "demo").out
 
 
-def test_it_is_the_task_that_a_registration_would_have_made(line: Shell, world: World) -> None:
+def test_a_declared_task_equals_a_registered_one(line: Shell, world: World) -> None:
     line("task", "demo", "--task", world.task("colour"))
     declared = line.state().tasks["colour"].spec
     line.add(world, "colour")
@@ -59,7 +59,7 @@ def test_another_description_is_refused_unless_it_is_asked_for(
     before = line.head_bytes()
     other = write_yaml(tmp_path / "other.yaml", {"task": "colour", "metric": "f1"})
     done = line("task", "demo", "--task", other, code=3)
-    assert "another data, another head, another metric" in done.err
+    assert "differs in: data, head, metric" in done.err
     assert line.head_bytes() == before
     changed = line.json("task", "demo", "--task", other, "--replace-task")
     assert changed["action"] == "changed"
@@ -83,8 +83,8 @@ def test_a_file_that_cannot_be_used_changes_nothing(
     assert line.head_bytes() == before
 
 
-def test_a_task_that_nobody_described_decides_nothing(line: Shell) -> None:
-    """It is in the head for the models that wait, and neither a member nor a circumstance."""
+def test_a_task_without_a_description_affects_no_gate(line: Shell) -> None:
+    """The line keeps it for waiting models; it is no member and not part of the context."""
     before = take_snapshot(line.ledger())
     ref = ModelRef(uri="models:/demo.colour/1", weights="a" * 64, config="b" * 64)
     waiting = ModelVersion(model=ref, state="waiting", reason="not described")
@@ -101,7 +101,7 @@ def test_a_task_that_nobody_described_decides_nothing(line: Shell) -> None:
     assert "not described" in line("status").out
 
 
-def test_a_head_from_before_tasks_could_be_undeclared_is_read(line: Shell, world: World) -> None:
+def test_a_task_counts_as_declared_by_default(line: Shell, world: World) -> None:
     line("register", "demo", "--task", world.task("colour"), "--model", world.model("colour"))
     old = json.loads(line.head_bytes() or b"")
     for task in old["tasks"].values():

@@ -1,4 +1,4 @@
-"""Gates in the life of a line: who is held, what is promoted, and when it is tried again."""
+"""Gates of a line: which models are held, what is promoted, and when a model is tried again."""
 
 import json
 from pathlib import Path
@@ -108,7 +108,7 @@ def test_the_rest_is_promoted_without_the_one_that_fails(line: Gated) -> None:
 
 
 @pytest.mark.parametrize(("first", "second"), [("number", "animal"), ("animal", "number")])
-def test_of_two_that_do_not_go_together_the_older_one_stays(
+def test_of_two_models_that_only_pass_alone_the_older_one_stays(
     line: Gated, first: str, second: str
 ) -> None:
     line.configure(min_retention=0.38)  # what each keeps alone, and both together do not
@@ -223,7 +223,7 @@ def test_a_replacement_that_fails_keeps_the_member(line: Gated) -> None:
     assert (line.state("colour", 1), line.state("colour", 2)) == ("replaced", "ready")
 
 
-def test_what_is_held_leaves_no_trace_in_the_champion(
+def test_a_held_model_leaves_no_trace_in_the_champion(
     line: Gated, world: World, new_home: NewHome, tmp_path: Path
 ) -> None:
     line.configure(min_retention=0.25)
@@ -272,7 +272,7 @@ def test_a_pinned_line_makes_candidates(line: Gated) -> None:
     assert line.shell.state().champion == 2
 
 
-def test_a_gate_that_only_warns_keeps_nothing_from_promotion(line: Gated) -> None:
+def test_a_gate_that_only_warns_does_not_block_promotion(line: Gated) -> None:
     line.configure(min_retention=0.25, warn=["min_retention"])
     line.add("colour")
     line.add("wreck")
@@ -299,7 +299,7 @@ def test_a_patch_over_its_size_is_not_promoted_and_what_fits_is(line: Gated) -> 
     assert line.members() == {"colour": 1, "number": 1}
 
 
-def test_a_drop_that_chance_would_make_is_let_through_and_said(line: Gated) -> None:
+def test_a_drop_that_can_be_chance_passes_and_says_so(line: Gated) -> None:
     line.configure(max_task_drop=0.0)
     line.add("colour")
     line.add("animal")

@@ -1,4 +1,4 @@
-"""A line whose methods compete: the best by validation rows merges, and all is on record."""
+"""A tournament: the best method on validation rows merges, and the record has all of them."""
 
 import shutil
 from pathlib import Path
@@ -8,7 +8,7 @@ import pytest
 import torch
 import yaml
 
-from restitch.flows.promotion.method_selection import earlier_selection, select_method, told
+from restitch.flows.promotion.method_selection import earlier_selection, select_method, summarize
 from restitch.flows.promotion.snapshot import take_snapshot
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
@@ -83,7 +83,7 @@ def reached(world: World, model: Path, task: str) -> float:
     return sum(right) / len(right)
 
 
-def test_the_best_by_validation_rows_merges_and_all_are_on_record(
+def test_the_best_method_on_validation_rows_merges_and_the_record_has_all(
     world: World, shell: Shell, made: tuple[Shell, Path], tmp_path: Path
 ) -> None:
     found = tournament(shell)
@@ -121,7 +121,9 @@ def test_the_best_by_validation_rows_merges_and_all_are_on_record(
     assert "the best of averaging" in plain(shell("status", "demo").out)
 
 
-def test_the_better_half_is_asked_more_rows(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_better_half_is_evaluated_on_more_rows(
+    shell: Shell, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = {one["label"]: one for one in tournament(shell)["contestants"]}
     monkeypatch.setattr("restitch.tasks.method_selection.LEAST_ROWS", 5)
     with shell.inside():
@@ -136,7 +138,7 @@ def test_the_better_half_is_asked_more_rows(shell: Shell, monkeypatch: pytest.Mo
     assert [one["round"] for one in found["contestants"]] == [2, 2, 1, 1]
     # Who was asked all rows reached on them what was found of it when all were.
     last, others = found["contestants"][:2], found["contestants"][2:]
-    sentence = told(found).partition("; out before that, on fewer rows: ")
+    sentence = summarize(found).partition("; eliminated earlier, on fewer rows: ")
     assert [one["label"] in sentence[0] for one in found["contestants"]] == [True] * 2 + [False] * 2
     assert all(f"{one['label']} ({one['score']:.4f})" in sentence[2] for one in others)
     assert [one["tasks"] for one in last] == [whole[one["label"]]["tasks"] for one in last]
@@ -145,7 +147,7 @@ def test_the_better_half_is_asked_more_rows(shell: Shell, monkeypatch: pytest.Mo
         assert scores == sorted(scores, reverse=True)
 
 
-def test_nothing_new_does_nothing_and_needs_no_contest(
+def test_an_unchanged_line_runs_no_tournament(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("restitch.tasks.method_selection._SuccessiveHalving.run", held_again)
@@ -183,7 +185,7 @@ def test_other_commands_take_the_method_in_use(
     assert row["patch"] == shell.ledger().merged(shell.state().champion or 0).patch
 
 
-def test_where_a_merge_may_cost_two_methods_the_one_in_use_meets_who_waited_longest(
+def test_with_a_limit_of_two_the_champion_s_method_meets_the_one_that_waited_longest(
     world: World, new_home: NewHome, tmp_path: Path
 ) -> None:
     shell = new_home("turns")
@@ -210,7 +212,7 @@ def test_where_a_merge_may_cost_two_methods_the_one_in_use_meets_who_waited_long
     assert "at most 2 at each merge" in plain(shell("status", "demo").out)
 
 
-def test_a_method_per_task_is_no_contestant(
+def test_a_method_that_gives_experts_is_no_contestant(
     world: World, new_home: NewHome, tmp_path: Path
 ) -> None:
     method = {"tournament": ["tall", "averaging"]}
@@ -226,7 +228,7 @@ def test_the_order_of_registration_does_not_matter(
     assert made[0].patch_bytes() == other.patch_bytes()
 
 
-def test_who_is_killed_after_a_contest_does_not_hold_it_again(
+def test_a_tournament_is_not_repeated_after_a_kill(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
@@ -242,7 +244,7 @@ def killed(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
 
 
-def test_retention_counts_by_rows_that_are_not_reported_on(
+def test_retention_is_scored_on_rows_that_are_not_reported(
     world: World, new_home: NewHome, tmp_path: Path
 ) -> None:
     values = yaml.safe_load((world.root / "general.yaml").read_text())
@@ -257,7 +259,7 @@ def test_retention_counts_by_rows_that_are_not_reported_on(
     assert found["rounds"][-1]["rows"] == {"colour": 20, "general (retention)": 20}
     kept = {one["label"]: one["retention"] for one in found["contestants"]}
     assert max(kept.values()) == kept[found["winner"]] == found["contestants"][0]["score"]
-    # What keeps too little comes after all that keep enough, whatever it scores.
+    # What retains too little comes after all that keep enough, whatever it scores.
     limit = max(kept.values())
     gated = {"tournament": CONTESTANTS}
     gates = {"min_retention": limit, "warn": ["min_retention"]}
@@ -273,7 +275,9 @@ def test_retention_counts_by_rows_that_are_not_reported_on(
     assert held is not None
     assert held.found is not None
     assert held.found["winner"] == max(kept, key=lambda label: kept[label])
-    assert told(held.found).count("keeps too little") == sum(v < limit for v in kept.values())
+    assert summarize(held.found).count("retains too little") == sum(
+        v < limit for v in kept.values()
+    )
     assert {one["label"]: one["meets"] for one in held.found["contestants"]} == {
         label: value >= limit for label, value in kept.items()
     }
@@ -283,7 +287,9 @@ def _files(world: World, folder: Path, task: str) -> tuple[object, ...]:
     return ("--task", with_splits(world, folder / task, task), "--model", world.model(task))
 
 
-def test_mistakes_are_told(world: World, new_home: NewHome, tmp_path: Path) -> None:
+def test_mistakes_in_a_tournament_are_explained(
+    world: World, new_home: NewHome, tmp_path: Path
+) -> None:
     shell = new_home("bare")
 
     def refused(tournament: Any, objective: Any = "mean", **changes: Any) -> str:

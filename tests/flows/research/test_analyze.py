@@ -225,7 +225,9 @@ def test_without_mlflow_it_warns(shell: Shell, monkeypatch: pytest.MonkeyPatch) 
         (("--densities", "few"), "is not a number"),
     ],
 )
-def test_mistakes_are_told(shell: Shell, given: tuple[str, ...], told: str) -> None:
+def test_mistakes_in_a_tournament_are_explained(
+    shell: Shell, given: tuple[str, ...], told: str
+) -> None:
     assert told in shell("analyze", "demo", *given, code=3).err
 
 

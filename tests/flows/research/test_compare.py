@@ -407,7 +407,7 @@ def test_a_damaged_key_of_specialists_is_written_again_where_no_others_can_be_me
         assert after[same] == before[same]
 
 
-def test_mistakes_are_told(shell: Shell, world: World, tmp_path: Path) -> None:
+def test_mistakes_in_a_tournament_are_explained(shell: Shell, world: World, tmp_path: Path) -> None:
     done = shell("compare", "demo", "--methods", "tie", code=3)
     assert "did you mean 'ties'" in done.err
     done = shell("experts", "demo", "--method", "ties", code=3)

@@ -232,7 +232,7 @@ def test_it_is_listed_and_told(shell: Shell, made: Made) -> None:
     assert "catastrophic" in made["agreement"]["notes"][0]
 
 
-def test_mistakes_are_told(shell: Shell, world: World, tmp_path: Path) -> None:
+def test_mistakes_in_a_tournament_are_explained(shell: Shell, world: World, tmp_path: Path) -> None:
     assert "did you mean 'density'" in shell("study", "densty", "demo", code=3).err
     small = Shell(tmp_path / "home")
     shutil.copytree(shell.home, small.home)

@@ -190,7 +190,12 @@ def test_a_candidate_has_its_alias_while_it_is_one(mlflow, line):
     line.act("merged", "t", "", lambda line_state: line_state.with_merged(blob))
     mlflow.repair(line)
     assert shown(mlflow)["aliases"] == {"champion": "2", "candidate": "3"}
-    line.act("rejected", "t", "gate", lambda line_state: line_state.without_candidate())
+    line.act(
+        "rejected",
+        "t",
+        "gate",
+        lambda line_state: line_state.model_copy(update={"candidate": None}),
+    )
     mlflow.repair(line)
     assert shown(mlflow)["aliases"] == {"champion": "2"}
 

@@ -1,4 +1,4 @@
-"""What MLflow shows of a line: complete, under fixed names, once, and nowhere else on the disk."""
+"""The projection of a line to MLflow: complete, under fixed names, and without duplicates."""
 
 import os
 from pathlib import Path
@@ -95,7 +95,7 @@ def test_each_finetuned_model_is_a_registered_version(three: Three, client: "Mlf
         assert version.tags["restitch.state"] == "ready"
 
 
-def test_aliases_say_what_the_head_says(three: Three, client: "MlflowClient") -> None:
+def test_aliases_follow_the_line_s_state(three: Three, client: "MlflowClient") -> None:
     versions = client.search_model_versions("name = 'demo'")
     numbers = {int(v.tags["restitch.version"]): int(v.version) for v in versions}
     assert sorted(numbers) == [1, 2, 3]
@@ -117,7 +117,7 @@ def image(client: "MlflowClient") -> dict[str, Any]:
     return {"runs": sorted(runs), "versions": sorted(versions), "aliases": aliases}
 
 
-def test_nothing_is_doubled_by_doing_it_again(
+def test_a_second_projection_duplicates_nothing(
     three: Three, client: "MlflowClient", world: World
 ) -> None:
     before = image(client)
@@ -151,7 +151,7 @@ def test_a_candidate_and_a_champion_have_their_aliases(
     assert (held.tags["restitch.state"], held.tags["restitch.reason"]) == ("ready", "")
 
 
-def test_what_mlflow_missed_is_completed_by_a_remerge(
+def test_a_remerge_completes_what_mlflow_missed(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from restitch.merging.errors import Unavailable
