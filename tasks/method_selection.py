@@ -7,7 +7,6 @@ model on all rows, or n + 1 where rows are few. Test rows are never used. The fi
 published for the same models, rows and objective counts, whichever device computed it.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from restitch.tasks.inputs.task_data import evaluation_split
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef, WeightsRef
-from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
+from restitch.tasks.runtime.workspace import Workspace, workspace
 
 # Raised when the same inputs would have another winner.
 VERSION = 1
@@ -195,7 +194,8 @@ def check_benchmark(
 
 def known_outcome(key: str) -> SelectionOutcome | None:
     """The stored outcome; None where there is none yet, or it was removed."""
-    return _look_up(workspace(), key)
+    outcome: SelectionOutcome | None = workspace().stored(_KEY_KIND, key)
+    return outcome
 
 
 @step("select method")
@@ -209,20 +209,12 @@ def rank_methods(
         selection: the contestants, the rows and the objective.
         patches: the contestants' merged models, by the digests of their patches.
     """
-    space = workspace()
-    known = _look_up(space, selection.key)
+    known = known_outcome(selection.key)
     if known is not None:
         return Cached(known)
-    outcome = _SuccessiveHalving(selection, open_base(line, space), space).run(patches)
-    space.objects.publish(_KEY_KIND, selection.key, space.objects.put_json(outcome), made_by())
-    return _look_up(space, selection.key) or outcome
-
-
-def _look_up(space: Workspace, key: str) -> SelectionOutcome | None:
-    record = space.objects.lookup(_KEY_KIND, key)
-    if record is None:
-        return None
-    outcome: SelectionOutcome = json.loads(space.objects.read_blob(record.blob))
+    space = workspace()
+    ranked = _SuccessiveHalving(selection, open_base(line, space), space).run(patches)
+    outcome: SelectionOutcome = space.keep(_KEY_KIND, selection.key, ranked)
     return outcome
 
 

@@ -195,8 +195,8 @@ def test_tables_have_captions_headers_and_full_rows(case: Case) -> None:
     for table in tables:
         one = Page(table)
         assert len(one.all("caption")) == 1
-        assert all(line_state.get("scope") in ("col", "row") for line_state in one.all("th"))
-        columns = sum(line_state["scope"] == "col" for line_state in one.all("th"))
+        assert all(header.get("scope") in ("col", "row") for header in one.all("th"))
+        columns = sum(header["scope"] == "col" for header in one.all("th"))
         assert columns > 1
         for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL):
             cells = Page(row)
