@@ -117,7 +117,7 @@ def required_fingerprint(recipe: Recipe) -> JsonValue:
 
 
 def is_reproducible(recipe: Recipe, record: KeyRecord) -> bool:
-    """Whether making the recipe here must give the bytes of the recorded patch."""
+    """True if making the recipe here must give the bytes of the recorded patch."""
     return required_fingerprint(recipe) in (None, record.fingerprint)
 
 

@@ -75,16 +75,7 @@ class MethodSelection:
 
 
 class ContestantResult(TypedDict):
-    """The values of one contestant in the last round that it was in.
-
-    Attributes:
-        tasks: the metric of each task.
-        mean: over the tasks.
-        retention: on the general benchmark, where the objective includes it.
-        score: by the objective.
-        meets: whether it can still reach the objective's minimum retention.
-        round: the number of that round, from 1.
-    """
+    """A contestant in its last round; `meets` is about the objective's minimum retention."""
 
     label: str
     name: str
@@ -104,9 +95,8 @@ class SelectionOutcome(TypedDict):
 
     Attributes:
         contestants: from the best to the worst.
-        waiting: the methods that did not take part.
-        rounds: `share` of the rows, number of `contestants`, and `rows` by task.
-        reported: tasks whose results are reported on the rows that decided.
+        rounds: the share of the rows, the number of contestants, and the rows by task.
+        reported: the tasks whose results are reported on the rows that decided.
         cost: in evaluations of one model on all rows.
     """
 
@@ -214,8 +204,7 @@ def rank_methods(
         return Cached(known)
     space = workspace()
     ranked = _SuccessiveHalving(selection, open_base(line, space), space).run(patches)
-    outcome: SelectionOutcome = space.keep(_KEY_KIND, selection.key, ranked)
-    return outcome
+    return space.keep(_KEY_KIND, selection.key, ranked)
 
 
 class _SuccessiveHalving:
@@ -239,7 +228,7 @@ class _SuccessiveHalving:
         exams = [*self._exams.values(), *([] if self._general is None else [self._general])]
         shares = shares_of(len(remaining), min(exam.count for exam in exams))
         results: dict[int, dict[str, Any]] = {}
-        rounds, eliminated, cost = [], list[int](), 0.0
+        rounds, losers, cost = [], list[int](), 0.0
         with working("tournament") as progress:
             for number, share in enumerate(shares, 1):
                 last = number == len(shares)
@@ -251,15 +240,12 @@ class _SuccessiveHalving:
                     results[index]["round"] = number
                 if not last:
                     half = math.ceil(len(remaining) / 2)
-                    remaining, eliminated = (
-                        sorted(remaining[:half]),
-                        remaining[half:] + eliminated,
-                    )
+                    remaining, losers = sorted(remaining[:half]), remaining[half:] + losers
                 progress(number, len(shares))
         selection = self._selection
         ranked: list[Any] = [
             {"label": one.label, **one.method, "recipe": one.recipe, **results[index]}
-            for index in (*remaining, *eliminated)
+            for index in (*remaining, *losers)
             for one in (selection.contestants[index],)
         ]
         return {
@@ -336,5 +322,5 @@ def shares_of(contestants: int, rows: int) -> list[float]:
 
 
 def _is_reported(spec: TaskSpec) -> bool:
-    """Whether the rows that decide are also those that results are reported on: no test rows."""
+    """True if the rows that decide are also those that results are reported on: no test rows."""
     return evaluation_split(spec) == "validation"

@@ -156,8 +156,7 @@ def conflict(
         "points": points,
         "averaging": averaged,
     }
-    kept_result: dict[str, Any] = space.keep("conflict", key, result)
-    return kept_result
+    return space.keep("conflict", key, result)
 
 
 def _localizer(line: LineRef, member: Member, name: str, base: Base, space: Workspace) -> Localizer:

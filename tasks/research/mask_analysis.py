@@ -61,8 +61,7 @@ def analyze(line: LineRef, record: MergedRecord) -> dict[str, Any] | Cached[dict
         analysis = analyze_masks(base.checkpoint, files, progress)
     value = {**analysis.to_json(), "places": places_of(analysis)}
     # Another worker may have been first, with differently rounded sums.
-    stored: dict[str, Any] = space.keep("analysis", key, value)
-    return stored
+    return space.keep("analysis", key, value)
 
 
 def places_of(analysis: MaskAnalysis) -> dict[str, Any]:

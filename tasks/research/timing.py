@@ -34,4 +34,4 @@ def merging_seconds(line: LineRef, members: tuple[Member, ...]) -> float | Cache
         began = time.perf_counter()
         write_patch_of(scratch / "patch.safetensors", line, recipe, space)
         seconds = round(time.perf_counter() - began, 4)
-    return float(space.keep("timing", key, seconds))
+    return space.keep("timing", key, seconds)

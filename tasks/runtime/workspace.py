@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import JsonValue
 
@@ -24,6 +24,8 @@ from restitch.registry.ledger.ledger import Ledger, lines
 from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.registry.store.disk import explained
 from restitch.registry.store.objects import ObjectStore
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -58,10 +60,11 @@ class Workspace:
         record = self.objects.lookup(kind, key)
         return None if record is None else json.loads(self.objects.read_blob(record.blob))
 
-    def keep(self, kind: str, key: str, value: object) -> Any:
+    def keep(self, kind: str, key: str, value: T) -> T:
         """Store a JSON value; return the stored one, which another worker may have made."""
         record = self.objects.publish(kind, key, self.objects.put_json(value), made_by())
-        return json.loads(self.objects.read_blob(record.blob))
+        stored: T = json.loads(self.objects.read_blob(record.blob))
+        return stored
 
     def ledger(self, line: str) -> Ledger:
         """The state and the audit trail of a line.

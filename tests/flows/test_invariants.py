@@ -250,7 +250,7 @@ def test_a_slow_worker_never_puts_back_what_another_one_has_merged(
     shell = bare.line("home")
     for task in ("colour", "number"):
         bare.add(shell, task, "--no-remerge")
-    monkeypatch.setattr(module, "turn", lambda *_: nullcontext(True))
+    monkeypatch.setattr(module, "merge_lease", lambda *_: nullcontext(True))
     name = "make_candidate" if moment == "before it is recorded" else "record_version"
     real, waiting = getattr(module, name), [True]
 
