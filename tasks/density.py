@@ -62,7 +62,7 @@ class Look:
     high: float | None
 
     def may_reach(self, target: float) -> bool:
-        """Whether it misses the target by no more than its interval."""
+        """True if it misses the target by no more than its interval."""
         return self.recovered < target and self.high is not None and self.high >= target
 
 
@@ -103,7 +103,7 @@ class Density:
 
     @cached_property
     def is_measured(self) -> bool:
-        """Whether validation rows choose the density."""
+        """True if validation rows choose the density."""
         return self.choice.density == "auto" and has_validation(self.task, self.base.family)
 
     def inputs(self) -> dict[str, Any] | None:

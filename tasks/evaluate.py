@@ -170,7 +170,7 @@ def choice_inputs(spec: TaskSpec, base: Base, head_of: ModelRef | None) -> dict[
 
 
 def has_rows_to_choose_by(spec: TaskSpec, family: Family) -> bool:
-    """Whether a task has labelled rows other than those that its results are reported on.
+    """True if a task has labelled rows other than those that its results are reported on.
 
     These are validation rows, rows set apart from train, or test rows outside of the sample.
     """

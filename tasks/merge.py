@@ -94,10 +94,9 @@ def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cac
     if record is not None and not again:
         return Cached(PatchRef(record.blob, int(str(record.facts["kept"])), record.size, key))
     began = time.perf_counter()
-    base = open_base(line, space)
     with space.scratch() as scratch:
         file = scratch / "patch.safetensors"
-        info = _write(file, base, recipe, space)
+        info = write_patch_of(file, line, recipe, space)
         blob = space.objects.put_blob(file, move=True)
     if record is not None and record.blob != blob and is_reproducible(recipe, record):
         raise Damage(
@@ -118,7 +117,7 @@ def required_fingerprint(recipe: Recipe) -> JsonValue:
 
 
 def is_reproducible(recipe: Recipe, record: KeyRecord) -> bool:
-    """Whether making the recipe here must give the bytes of the recorded patch."""
+    """True if making the recipe here must give the bytes of the recorded patch."""
     return required_fingerprint(recipe) in (None, record.fingerprint)
 
 
@@ -147,13 +146,14 @@ def rebuild(line: LineRef, recipe: Recipe, patch: str | None) -> Rebuilt:
     space = workspace()
     with space.scratch() as scratch:
         file = scratch / "patch.safetensors"
-        base = open_base(line, space)
-        _write(file, base, recipe, space)
+        write_patch_of(file, line, recipe, space)
         digest = digest_file(file)
         if patch in (None, digest) or get_method(recipe.method.name).exact:
             return Rebuilt(digest)
         stored = SparseFile.open(space.objects.blob_path(str(patch)))
-        return Rebuilt(digest, _largest_difference(base, SparseFile.open(file), stored))
+        return Rebuilt(
+            digest, _largest_difference(open_base(line, space), SparseFile.open(file), stored)
+        )
 
 
 def _largest_difference(base: Base, one: SparseFile, other: SparseFile) -> float:
@@ -166,12 +166,9 @@ def _largest_difference(base: Base, one: SparseFile, other: SparseFile) -> float
     return largest
 
 
-def write_patch_of(file: Path, line: LineRef, recipe: Recipe, space: Workspace) -> None:
+def write_patch_of(file: Path, line: LineRef, recipe: Recipe, space: Workspace) -> SparseInfo:
     """Make the patch of a recipe and write it to a file."""
-    _write(file, open_base(line, space), recipe, space)
-
-
-def _write(file: Path, base: Base, recipe: Recipe, space: Workspace) -> SparseInfo:
+    base = open_base(line, space)
     edits = recipe_edits(base, recipe, space)
     metadata = {"base": base.ref.weights, "recipe": recipe.digest()}
     action = f"merge by {recipe.method.name}"

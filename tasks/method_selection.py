@@ -7,7 +7,6 @@ model on all rows, or n + 1 where rows are few. Test rows are never used. The fi
 published for the same models, rows and objective counts, whichever device computed it.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from restitch.tasks.inputs.task_data import evaluation_split
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef, WeightsRef
-from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
+from restitch.tasks.runtime.workspace import Workspace, workspace
 
 # Raised when the same inputs would have another winner.
 VERSION = 1
@@ -76,16 +75,7 @@ class MethodSelection:
 
 
 class ContestantResult(TypedDict):
-    """The values of one contestant in the last round that it was in.
-
-    Attributes:
-        tasks: the metric of each task.
-        mean: over the tasks.
-        retention: on the general benchmark, where the objective includes it.
-        score: by the objective.
-        meets: whether it can still reach the objective's minimum retention.
-        round: the number of that round, from 1.
-    """
+    """A contestant in its last round; `meets` is about the objective's minimum retention."""
 
     label: str
     name: str
@@ -105,9 +95,8 @@ class SelectionOutcome(TypedDict):
 
     Attributes:
         contestants: from the best to the worst.
-        waiting: the methods that did not take part.
-        rounds: `share` of the rows, number of `contestants`, and `rows` by task.
-        reported: tasks whose results are reported on the rows that decided.
+        rounds: the share of the rows, the number of contestants, and the rows by task.
+        reported: the tasks whose results are reported on the rows that decided.
         cost: in evaluations of one model on all rows.
     """
 
@@ -195,7 +184,8 @@ def check_benchmark(
 
 def known_outcome(key: str) -> SelectionOutcome | None:
     """The stored outcome; None where there is none yet, or it was removed."""
-    return _look_up(workspace(), key)
+    outcome: SelectionOutcome | None = workspace().stored(_KEY_KIND, key)
+    return outcome
 
 
 @step("select method")
@@ -209,21 +199,12 @@ def rank_methods(
         selection: the contestants, the rows and the objective.
         patches: the contestants' merged models, by the digests of their patches.
     """
-    space = workspace()
-    known = _look_up(space, selection.key)
+    known = known_outcome(selection.key)
     if known is not None:
         return Cached(known)
-    outcome = _SuccessiveHalving(selection, open_base(line, space), space).run(patches)
-    space.objects.publish(_KEY_KIND, selection.key, space.objects.put_json(outcome), made_by())
-    return _look_up(space, selection.key) or outcome
-
-
-def _look_up(space: Workspace, key: str) -> SelectionOutcome | None:
-    record = space.objects.lookup(_KEY_KIND, key)
-    if record is None:
-        return None
-    outcome: SelectionOutcome = json.loads(space.objects.read_blob(record.blob))
-    return outcome
+    space = workspace()
+    ranked = _SuccessiveHalving(selection, open_base(line, space), space).run(patches)
+    return space.keep(_KEY_KIND, selection.key, ranked)
 
 
 class _SuccessiveHalving:
@@ -247,7 +228,7 @@ class _SuccessiveHalving:
         exams = [*self._exams.values(), *([] if self._general is None else [self._general])]
         shares = shares_of(len(remaining), min(exam.count for exam in exams))
         results: dict[int, dict[str, Any]] = {}
-        rounds, eliminated, cost = [], list[int](), 0.0
+        rounds, losers, cost = [], list[int](), 0.0
         with working("tournament") as progress:
             for number, share in enumerate(shares, 1):
                 last = number == len(shares)
@@ -259,15 +240,12 @@ class _SuccessiveHalving:
                     results[index]["round"] = number
                 if not last:
                     half = math.ceil(len(remaining) / 2)
-                    remaining, eliminated = (
-                        sorted(remaining[:half]),
-                        remaining[half:] + eliminated,
-                    )
+                    remaining, losers = sorted(remaining[:half]), remaining[half:] + losers
                 progress(number, len(shares))
         selection = self._selection
         ranked: list[Any] = [
             {"label": one.label, **one.method, "recipe": one.recipe, **results[index]}
-            for index in (*remaining, *eliminated)
+            for index in (*remaining, *losers)
             for one in (selection.contestants[index],)
         ]
         return {
@@ -344,5 +322,5 @@ def shares_of(contestants: int, rows: int) -> list[float]:
 
 
 def _is_reported(spec: TaskSpec) -> bool:
-    """Whether the rows that decide are also those that results are reported on: no test rows."""
+    """True if the rows that decide are also those that results are reported on: no test rows."""
     return evaluation_split(spec) == "validation"

@@ -18,12 +18,12 @@ class FakePrefect:
     Attributes:
         url: the value for `PREFECT_API_URL`.
         answers: status and JSON by "METHOD /path"; all other requests get 404.
-        asked: every request as (method and path, JSON or None, headers), in order.
+        requests: every request as (method and path, JSON or None, headers), in order.
     """
 
     url: str = ""
     answers: dict[str, tuple[int, Any]] = field(default_factory=dict)
-    asked: list[tuple[str, Any, dict[str, str]]] = field(default_factory=list)
+    requests: list[tuple[str, Any, dict[str, str]]] = field(default_factory=list)
 
     def knows_deployments(self) -> None:
         """Answer like a server that has our deployments and accepts events."""
@@ -36,7 +36,7 @@ class FakePrefect:
 
     def bodies(self, request: str) -> list[Any]:
         """The JSON bodies of all requests to one method and path."""
-        return [body for asked, body, _ in self.asked if asked == request]
+        return [body for sent, body, _ in self.requests if sent == request]
 
 
 @contextmanager
@@ -58,7 +58,7 @@ def fake_prefect() -> Iterator[FakePrefect]:
             length = int(self.headers.get("Content-Length") or 0)
             body = json.loads(self.rfile.read(length)) if length else None
             request = f"{method} {self.path.removeprefix('/api')}"
-            fake.asked.append((request, body, dict(self.headers)))
+            fake.requests.append((request, body, dict(self.headers)))
             status, found = fake.answers.get(request, (404, {"detail": "Not Found"}))
             data = b"" if found is None else json.dumps(found).encode()
             self.send_response(status)

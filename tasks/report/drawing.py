@@ -84,7 +84,7 @@ class Plot:
 
     @property
     def is_wide(self) -> bool:
-        """Whether it needs more than the usual width."""
+        """True if it needs more than the usual width."""
         return bool(self.figure.get_size_inches()[0] > 1.1 * WIDTH)
 
 

@@ -21,31 +21,25 @@ _SCALE_ROOM = 2.6  # inches
 
 def jaccard_plot(analysis: Mapping[str, Any]) -> Plot | None:
     """The Jaccard index of each pair of masks."""
-    pairs = _pairs(analysis, "jaccard")
-    if not pairs:
-        return None
-    highest = max(value for *_, value in pairs)
-    return Plot(
-        "jaccard",
-        "Jaccard index of the masks",
-        f"Common coordinates of two masks over all of theirs, for {len(pairs)} pairs of "
-        f"members: {_range_in_words(pairs)}.",
-        _square(analysis, "jaccard", highest or 1.0),
-    )
+    description = "Common coordinates of two masks over all of theirs"
+    return _pairs_plot(analysis, "jaccard", "Jaccard index of the masks", description)
 
 
 def cosine_plot(analysis: Mapping[str, Any]) -> Plot | None:
-    """The cosine of each pair of masked task vectors."""
-    pairs = _pairs(analysis, "cosine")
+    """The cosine similarity of each pair of masked task vectors."""
+    title = "Cosine similarity of the masked task vectors"
+    return _pairs_plot(analysis, "cosine", title, "Cosine similarity of two masked task vectors")
+
+
+def _pairs_plot(
+    analysis: Mapping[str, Any], name: str, title: str, description: str
+) -> Plot | None:
+    pairs = _pairs(analysis, name)
     if not pairs:
         return None
-    return Plot(
-        "cosine",
-        "Cosine similarity of the masked task vectors",
-        f"Cosine similarity of two masked task vectors, for {len(pairs)} pairs of "
-        f"members: {_range_in_words(pairs)}.",
-        _square(analysis, "cosine", max(abs(value) for *_, value in pairs) or 1.0),
-    )
+    words = f"{description}, for {len(pairs)} pairs of members: {_range_in_words(pairs)}."
+    highest = max(abs(value) for *_, value in pairs) or 1.0
+    return Plot(name, title, words, _square(analysis, name, highest))
 
 
 def layers_plot(analysis: Mapping[str, Any]) -> Plot | None:

@@ -123,7 +123,7 @@ def _by_verdict(changes: Mapping[str, Any] | None) -> dict[str, list[tuple[int, 
 
 
 def _all_is_kept(analysis: Mapping[str, Any] | None) -> bool:
-    """Whether the members are whole task vectors, so that there are no masks to compare."""
+    """True if the members are whole task vectors, so that there are no masks to compare."""
     if analysis is None:
         return False
     sizes, kept = analysis["coordinates"], analysis["kept"].values()

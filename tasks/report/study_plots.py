@@ -77,10 +77,10 @@ def bars_plot(name: str, title: str, rows: Rows, axes: Axes) -> Plot:
     known = [row for row in rows if row[axes.x[0]] is not None]
     names = list(dict.fromkeys(str(row[axes.y[0]]) for row in known))
     series = list(dict.fromkeys(str(row[axes.by]) for row in known))
-    series_of: dict[str, list[str]] = {one: [] for one in names}
+    groups: dict[str, list[str]] = {one: [] for one in names}
     for row in known:
-        series_of[str(row[axes.y[0]])].append(str(row[axes.by]))
-    most = max((len(some) for some in series_of.values()), default=1)
+        groups[str(row[axes.y[0]])].append(str(row[axes.by]))
+    most = max((len(some) for some in groups.values()), default=1)
     with drawing(name):
         height = 0.25 + len(names) * max(0.2, 0.12 * most)
         right = 0.3 if len(series) == 1 else 0.2 + room(series)
@@ -88,7 +88,7 @@ def bars_plot(name: str, title: str, rows: Rows, axes: Axes) -> Plot:
         thick = 0.8 / most
         for place, one in enumerate(series):
             some = [row for row in known if str(row[axes.by]) == one]
-            at = [_place(names, series_of, str(row[axes.y[0]]), one, thick) for row in some]
+            at = [_place(names, groups, str(row[axes.y[0]]), one, thick) for row in some]
             colour = COLOURS[_MARKS[place % len(_MARKS)][1]]
             widths = [row[axes.x[0]] for row in some]
             canvas.barh(at, widths, height=0.9 * thick, color=colour, label=label(one))
@@ -102,14 +102,10 @@ def bars_plot(name: str, title: str, rows: Rows, axes: Axes) -> Plot:
 
 
 def _place(
-    names: Sequence[str],
-    series_of: Mapping[str, Sequence[str]],
-    name: str,
-    series: str,
-    thick: float,
+    names: Sequence[str], groups: Mapping[str, Sequence[str]], name: str, series: str, thick: float
 ) -> float:
     """The position of a bar: the bars of a name are centred on it."""
-    some = series_of[name]
+    some = groups[name]
     return names.index(name) + (some.index(series) - (len(some) - 1) / 2) * thick
 
 

@@ -1,6 +1,5 @@
 """Count how many masks select each weight; results are stored once per set of deltas."""
 
-import json
 from collections.abc import Callable, Sequence
 
 from restitch.merging.analysis.agreement import (
@@ -19,7 +18,7 @@ from restitch.tasks.inputs.checkpoints import open_base
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef
-from restitch.tasks.runtime.workspace import made_by, workspace
+from restitch.tasks.runtime.workspace import workspace
 
 # The multi-task vectors that TALL masks can be computed from, by their display names.
 TOGETHER = {"of the sum": "sum", "of TIES": "elected"}
@@ -45,9 +44,9 @@ def agreement(
     space = workspace()
     base = open_base(line, space)
     key = digest_json([VERSION, base.ref.weights, base.names, list(deltas), together, threshold])
-    record = space.objects.lookup("agreement", key)
-    if record is not None:
-        return Cached(tuple(json.loads(space.objects.read_blob(record.blob))))
+    known = space.stored("agreement", key)
+    if known is not None:
+        return Cached(tuple(known))
     # Numbers stand for tasks, because the result does not depend on names.
     parts = [
         Part(f"{index:06d}", SparseFile.open(space.objects.blob_path(delta), base.checkpoint))
@@ -60,5 +59,4 @@ def agreement(
             profile = agreement_profile(
                 base.checkpoint, parts, base.names, _MAKERS[together], threshold
             )
-    space.objects.publish("agreement", key, space.objects.put_json(list(profile)), made_by())
-    return profile
+    return tuple(space.keep("agreement", key, list(profile)))

@@ -5,7 +5,6 @@ are measured on the rows that results are reported on; no decision depends on th
 under all that they depend on, so that nothing is ranked or evaluated twice.
 """
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,7 +29,7 @@ from restitch.tasks.localizers import Localizer, Ranking, named_localizer
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef, WeightsRef
-from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
+from restitch.tasks.runtime.workspace import Workspace, workspace
 
 # Raised when the same inputs would give other values.
 VERSION = 1
@@ -59,7 +58,7 @@ def curve(
     inputs = {"version": VERSION, **_inputs(member, ranker, base)}
     counts = _counts(base, densities)
     keys = {kept: digest_json({**inputs, "kept": kept}) for kept in counts.values()}
-    known = {kept: _look_up(space, "graft", key) for kept, key in keys.items()}
+    known = {kept: space.stored("graft", key) for kept, key in keys.items()}
     missing = [kept for kept, value in known.items() if value is None]
     if missing:
         with space.scratch() as scratch, open_vector(line, member.model.model, space) as opened:
@@ -71,12 +70,9 @@ def curve(
                     mask = _mask(ranking, kept, scratch)
                     with exam.live.edited(Grafted(vector.finetuned, mask)):
                         value = {**_measured(exam.take()), **ranking.facts()}
-                    known[kept] = _keep(space, "graft", keys[kept], value)
+                    known[kept] = space.keep("graft", keys[kept], value)
                     progress(done, len(missing))
-    points = [
-        {"density": density, "kept": kept, **(known[kept] or {})}
-        for density, kept in counts.items()
-    ]
+    points = [{"density": density, "kept": kept, **known[kept]} for density, kept in counts.items()]
     result = {"label": ranker.label, "points": points}
     return result if missing else Cached(result)
 
@@ -113,7 +109,7 @@ def conflict(
             "kept": list(counts.items()),
         }
     )
-    known = _look_up(space, "conflict", key)
+    known = space.stored("conflict", key)
     if known is not None:
         return Cached(known)
     with space.scratch() as scratch, ExitStack() as opened:
@@ -160,7 +156,7 @@ def conflict(
         "points": points,
         "averaging": averaged,
     }
-    return _keep(space, "conflict", key, result)
+    return space.keep("conflict", key, result)
 
 
 def _localizer(line: LineRef, member: Member, name: str, base: Base, space: Workspace) -> Localizer:
@@ -224,17 +220,3 @@ def _measured(result: Evaluation) -> dict[str, Any]:
     low, high = result.interval
     interval = {"low": low, "high": high}
     return {"value": result.value, "interval": interval, "count": result.count}
-
-
-def _look_up(space: Workspace, kind: str, key: str) -> dict[str, Any] | None:
-    record = space.objects.lookup(kind, key)
-    if record is None:
-        return None
-    value: dict[str, Any] = json.loads(space.objects.read_blob(record.blob))
-    return value
-
-
-def _keep(space: Workspace, kind: str, key: str, value: dict[str, Any]) -> dict[str, Any]:
-    """Store a value and return the stored one, which another worker may have stored first."""
-    space.objects.publish(kind, key, space.objects.put_json(value), made_by())
-    return _look_up(space, kind, key) or value

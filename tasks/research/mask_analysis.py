@@ -4,7 +4,6 @@ The analysis is a pure function of the base and the members' deltas. It is store
 digests, so that a stored analysis is returned without reading base or deltas.
 """
 
-import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -20,7 +19,7 @@ from restitch.tasks.inputs.checkpoints import open_base
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef
-from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
+from restitch.tasks.runtime.workspace import workspace
 
 # Raised when locations or their names change; the analysis itself has its own version.
 VERSION = 1
@@ -50,9 +49,9 @@ def analyze(line: LineRef, record: MergedRecord) -> dict[str, Any] | Cached[dict
             "members": list(deltas.items()),
         }
     )
-    record_of_key = space.objects.lookup("analysis", key)
-    if record_of_key is not None:
-        return Cached(_read(space, record_of_key.blob))
+    known = space.stored("analysis", key)
+    if known is not None:
+        return Cached(known)
     base = open_base(line, space)
     with working("comparing the masks") as progress:
         files = {
@@ -60,14 +59,9 @@ def analyze(line: LineRef, record: MergedRecord) -> dict[str, Any] | Cached[dict
             for t, d in deltas.items()
         }
         analysis = analyze_masks(base.checkpoint, files, progress)
-    blob = space.objects.put_json({**analysis.to_json(), "places": places_of(analysis)})
-    # Read it back: another worker may have been first, with differently rounded sums.
-    return _read(space, space.objects.publish("analysis", key, blob, made_by()).blob)
-
-
-def _read(space: Workspace, blob: str) -> dict[str, Any]:
-    analysis: dict[str, Any] = json.loads(space.objects.read_blob(blob))
-    return analysis
+    value = {**analysis.to_json(), "places": places_of(analysis)}
+    # Another worker may have been first, with differently rounded sums.
+    return space.keep("analysis", key, value)
 
 
 def places_of(analysis: MaskAnalysis) -> dict[str, Any]:

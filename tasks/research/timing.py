@@ -1,6 +1,5 @@
 """Measure how long a merge takes on this host; the time is stored with all that it depends on."""
 
-import json
 import socket
 import time
 
@@ -11,7 +10,7 @@ from restitch.tasks.inputs.checkpoints import device
 from restitch.tasks.merge import make_recipe, write_patch_of
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef
-from restitch.tasks.runtime.workspace import made_by, workspace
+from restitch.tasks.runtime.workspace import workspace
 
 # Raised when the timed work changes.
 VERSION = 1
@@ -28,12 +27,11 @@ def merging_seconds(line: LineRef, members: tuple[Member, ...]) -> float | Cache
     space = workspace()
     recipe = make_recipe(line, members)
     key = digest_json([VERSION, recipe.digest(), fingerprint(device()), socket.gethostname()])
-    record = space.objects.lookup("timing", key)
-    if record is not None:
-        return Cached(float(json.loads(space.objects.read_blob(record.blob))))
+    known = space.stored("timing", key)
+    if known is not None:
+        return Cached(float(known))
     with space.scratch() as scratch:
         began = time.perf_counter()
         write_patch_of(scratch / "patch.safetensors", line, recipe, space)
         seconds = round(time.perf_counter() - began, 4)
-    space.objects.publish("timing", key, space.objects.put_json(seconds), made_by())
-    return seconds
+    return space.keep("timing", key, seconds)

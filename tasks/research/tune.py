@@ -7,8 +7,6 @@ are never used. Results are stored under all that they depend on, so that repeat
 does not tune again.
 """
 
-import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -26,7 +24,7 @@ from restitch.tasks.research.experts import recipe_experts
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef
-from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
+from restitch.tasks.runtime.workspace import Workspace, workspace
 
 MOST_ROWS = 500
 
@@ -78,9 +76,9 @@ def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | 
         )
     recipes = [make_recipe(_with(line, setting, value), members) for value in values]
     key = digest_json(_inputs(recipes, members, base))
-    record = space.objects.lookup("tuning", key)
-    if record is not None:
-        return Cached(_read(space.objects.read_blob(record.blob)))
+    known = space.stored("tuning", key)
+    if known is not None:
+        return Cached(_read(known))
     live = live_base(base)
     exams = [
         Exam(base, member.spec, member.model.model, space, validation=MOST_ROWS)
@@ -94,13 +92,10 @@ def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | 
             curve.append({"value": value, "mean": mean, "tasks": values_by_task})
             progress(number + 1, len(values))
     rows = {exam.spec.task: exam.count for exam in exams}
-    best: float | dict[str, float] = _best(curve, lambda point: float(point["mean"]))
+    best: float | dict[str, float] = _best(curve)
     if method.kind == "experts":
-        best = {task: _best(curve, _of_task(task)) for task in rows}
-    result = Tuned(setting, best, tuple(curve), rows)
-    blob = space.objects.put_json(result.as_dict())
-    space.objects.publish("tuning", key, blob, made_by=made_by())
-    return result
+        best = {task: _best([{**p, "mean": p["tasks"][task]} for p in curve]) for task in rows}
+    return _read(space.keep("tuning", key, Tuned(setting, best, tuple(curve), rows).as_dict()))
 
 
 def _evaluated(
@@ -117,13 +112,9 @@ def _evaluated(
         return {exam.spec.task: exam.take().value for exam in exams}
 
 
-def _best(curve: list[dict[str, Any]], score: Callable[[dict[str, Any]], float]) -> float:
-    """The setting's value at the point with the highest score, the first of equals."""
-    return float(max(curve, key=score)["value"])
-
-
-def _of_task(task: str) -> Callable[[dict[str, Any]], float]:
-    return lambda point: float(point["tasks"][task])
+def _best(curve: list[dict[str, Any]]) -> float:
+    """The setting's value at the point with the highest mean, the first of equals."""
+    return float(max(curve, key=lambda point: float(point["mean"]))["value"])
 
 
 def _with(line: LineRef, setting: str, value: float) -> LineRef:
@@ -152,6 +143,5 @@ def _inputs(recipes: list[Recipe], members: tuple[Member, ...], base: Base) -> d
     }
 
 
-def _read(data: bytes) -> Tuned:
-    values = json.loads(data)
-    return Tuned(values["setting"], values["value"], tuple(values["curve"]), values["rows"])
+def _read(values: dict[str, Any]) -> Tuned:
+    return Tuned(**{**values, "curve": tuple(values["curve"])})

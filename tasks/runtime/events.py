@@ -36,7 +36,7 @@ def api() -> PrefectApi:
 
 
 def has_workers() -> bool:
-    """Whether the engine's server has our deployments, and so hands work to workers."""
+    """True if the engine's server has our deployments, and so hands work to workers."""
     return engine_url() is not None and api().deployment(f"onboard/{DEPLOYMENT}") is not None
 
 
@@ -98,7 +98,7 @@ def start_run(
 
 
 def is_queued(flow: str, parameters: Mapping[str, Any]) -> bool:
-    """Whether a run with these parameters waits for a worker, or was taken by one."""
+    """True if a run with these parameters waits for a worker, or was taken by one."""
     return any(
         all(run["parameters"].get(name) == value for name, value in parameters.items())
         for run in api().runs(flow, DEPLOYMENT, "SCHEDULED", "PENDING")
@@ -107,7 +107,7 @@ def is_queued(flow: str, parameters: Mapping[str, Any]) -> bool:
 
 
 def run_ended(run: str) -> bool:
-    """Whether a flow run is over; one that the server does not know counts as over."""
+    """True if a flow run is over; one that the server does not know counts as over."""
     known = api().run(run)
     return known is None or known["state_type"] in _FINAL
 
@@ -140,7 +140,7 @@ def cancel_queued(line: str) -> None:
 
 
 def is_workers_run() -> bool:
-    """Whether a worker started the current flow run."""
+    """True if a worker started the current flow run."""
     if this_run() is None:
         return False
     from prefect.context import FlowRunContext
@@ -150,7 +150,7 @@ def is_workers_run() -> bool:
 
 
 def _is_due(run: Mapping[str, Any]) -> bool:
-    """Whether a run has started or could start now, unlike one that is scheduled for later."""
+    """True if a run has started or could start now, unlike one that is scheduled for later."""
     if run["state_type"] != "SCHEDULED" or run["expected_start_time"] is None:
         return True
     return datetime.fromisoformat(run["expected_start_time"]) <= datetime.now(UTC)

@@ -91,7 +91,7 @@ class _Holder:
     began: float | None
 
     def is_dead(self) -> bool:
-        """Whether its process is gone or its run is over."""
+        """True if its process is gone or its run is over."""
         if self.host == socket.gethostname():
             return process_began(self.pid) != self.began
         return run_ended(self.run)

@@ -99,7 +99,7 @@ class PrefectApi:
         self._send("POST", f"/flow_runs/{run}/set_state", json=body)
 
     def has_heartbeat(self, run: str, since: datetime) -> bool:
-        """Whether a run has sent a heartbeat since a time."""
+        """True if a run has sent a heartbeat since a time."""
         body = {
             "filter": {
                 "event": {"name": ["prefect.flow-run.heartbeat"]},

@@ -5,6 +5,7 @@ has no state of its own; it is opened when it is first used.
 """
 
 import getpass
+import json
 import os
 import socket
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, TypeVar
 
 from pydantic import JsonValue
 
@@ -22,6 +24,8 @@ from restitch.registry.ledger.ledger import Ledger, lines
 from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.registry.store.disk import explained
 from restitch.registry.store.objects import ObjectStore
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -50,6 +54,17 @@ class Workspace:
         parent = self.home.scratch
         with explained(parent, "write"), TemporaryDirectory(dir=parent) as folder:
             yield Path(folder)
+
+    def stored(self, kind: str, key: str) -> Any:
+        """The JSON value that is stored under a key, or None."""
+        record = self.objects.lookup(kind, key)
+        return None if record is None else json.loads(self.objects.read_blob(record.blob))
+
+    def keep(self, kind: str, key: str, value: T) -> T:
+        """Store a JSON value; return the stored one, which another worker may have made."""
+        record = self.objects.publish(kind, key, self.objects.put_json(value), made_by())
+        stored: T = json.loads(self.objects.read_blob(record.blob))
+        return stored
 
     def ledger(self, line: str) -> Ledger:
         """The state and the audit trail of a line.

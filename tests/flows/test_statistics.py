@@ -88,8 +88,8 @@ def test_statistics_of_a_version_survive_gc_and_are_repaired_when_damaged(
 
     data = blob(shell, digest).read_bytes()
     blob(shell, digest).write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    told = shell.json("verify", "demo", code=7)["findings"]
-    assert "the statistics of colour 1" in {one["subject"] for one in told}
+    findings = shell.json("verify", "demo", code=7)["findings"]
+    assert "the statistics of colour 1" in {one["subject"] for one in findings}
     found = shell.json("verify", "--deep", code=7)
     (damaged,) = found["store"]["damaged"]
     assert set(damaged["what"]) == {
@@ -117,8 +117,8 @@ def test_statistics_are_measured_at_onboarding_and_a_remerge_only_combines_them(
     file = with_splits(world, tmp_path / "colour", "colour")
     files = ("--task", file, "--model", world.model("colour"))
     facts = shell.json("register", "demo", *files, "--no-remerge")["facts"]
-    told = shell("register", "demo", *files, "--no-remerge").out
-    assert f", gram {size(facts['statistics_bytes'])}, " in told
+    output = shell("register", "demo", *files, "--no-remerge").out
+    assert f", gram {size(facts['statistics_bytes'])}, " in output
     (key,) = keys(shell, "gram")
     digest = facts["statistics"]["gram"]
     assert take_inventory(shell.ledger().objects).keys[key].blob == digest

@@ -189,7 +189,7 @@ def record(tasks: Sequence[str], version: int, **changes: Any) -> MergedRecord:
 
 
 def specialists(made: MergedRecord) -> dict[str, Any] | None:
-    """What a version says of its specialists; one without members has none."""
+    """The specialists of a version; none without members."""
     if not made.members:
         return None
     sizes = {task: 1234567 + i for i, task in enumerate(made.members)}

@@ -195,8 +195,8 @@ def test_tables_have_captions_headers_and_full_rows(case: Case) -> None:
     for table in tables:
         one = Page(table)
         assert len(one.all("caption")) == 1
-        assert all(line_state.get("scope") in ("col", "row") for line_state in one.all("th"))
-        columns = sum(line_state["scope"] == "col" for line_state in one.all("th"))
+        assert all(header.get("scope") in ("col", "row") for header in one.all("th"))
+        columns = sum(header["scope"] == "col" for header in one.all("th"))
         assert columns > 1
         for row in re.findall(r"<tr.*?</tr>", table, re.DOTALL):
             cells = Page(row)
@@ -216,8 +216,8 @@ def test_every_plot_has_a_title_and_a_description(full: Case) -> None:
         named = str(picture["aria-labelledby"]).split()
         parts = {a["id"]: tag for tag, a in page.elements if a.get("id") in named}
         assert [parts[name] for name in named] == ["title", "desc"]
-    told = [text for tag, text in page.texts if tag == "desc"]
-    assert any("eurosat" in text and "Merged" in text for text in told)
+    descriptions = [text for tag, text in page.texts if tag == "desc"]
+    assert any("eurosat" in text and "Merged" in text for text in descriptions)
     for png in report.plots.values():
         image = Image.open(io.BytesIO(png)).convert("RGB")
         assert image.getpixel((0, 0)) == (255, 255, 255)
@@ -317,16 +317,16 @@ def test_the_same_input_gives_the_same_bytes_in_another_process(tmp_path: Path) 
     )
     # A user's own style and another hash seed reach nothing.
     (tmp_path / "matplotlibrc").write_text("font.size: 30\naxes.grid: True\nsvg.fonttype: path\n")
-    told = []
+    outputs = []
     for seed, extra in (("1", {}), ("2", {"MATPLOTLIBRC": str(tmp_path)})):
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": seed, **extra}
         done = subprocess.run(
             [sys.executable, "-c", script], env=environment, capture_output=True, text=True
         )
         assert done.returncode == 0, done.stderr
-        told.append(done.stdout.split())
-    assert told[0] == told[1]
-    assert told[0][1] == "False"
+        outputs.append(done.stdout.split())
+    assert outputs[0] == outputs[1]
+    assert outputs[0][1] == "False"
 
 
 def test_rendering_does_not_change_matplotlib_or_its_input() -> None:

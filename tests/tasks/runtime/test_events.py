@@ -105,7 +105,7 @@ def test_a_key_starts_one_run_and_another_after_that_one_is_over(server: FakePre
     assert server.bodies(START) == [
         {"parameters": MODEL, "idempotency_key": "key", "state": {"type": "SCHEDULED"}}
     ]
-    server.asked.clear()
+    server.requests.clear()
     server.answers[START] = (200, {"id": "old", "state_type": "CRASHED"})
     start_run("onboard", MODEL, "key")
     keys = [body["idempotency_key"] for body in server.bodies(START)]
@@ -151,7 +151,7 @@ def test_a_refusal_is_unavailable_with_its_status(server: FakePrefect, status: i
     server.answers["POST /events"] = (status, {"detail": "no"})
     with pytest.raises(Unavailable, match=f"status {status} for /events"):
         PrefectApi(server.url).emit([{}])
-    assert len(server.asked) == 1, "a retry would not help"
+    assert len(server.requests) == 1, "a retry would not help"
 
 
 @pytest.mark.parametrize("status", [429, 502, 503, 504])
@@ -204,7 +204,7 @@ def test_credentials_come_from_prefects_variables(
 ) -> None:
     monkeypatch.setenv(variable, value)
     PrefectApi(server.url).deployment("x/y")
-    assert server.asked[0][2]["Authorization"] == header
+    assert server.requests[0][2]["Authorization"] == header
 
 
 def test_one_remerge_of_a_line_runs_on_a_host_at_a_time(embedded: Path) -> None:
