@@ -27,7 +27,7 @@ PHRASES = {
 # Legitimate uses, by phrase: the file.
 RIGHT: dict[str, set[str]] = {}
 TEXTS = ("*.md", "docs/**/*.md", "deployments/*.md", "examples/**/*.yaml")
-CODE = ("restitch", "deployments", "cli")
+CODE = ("restitch", "modeling", "tasks", "deployments", "cli")
 
 
 def files() -> Iterator[Path]:
