@@ -68,27 +68,6 @@ def test_the_guide_to_gates_works(tmp_path: Path) -> None:
     run_pytest(tmp_path)
 
 
-def test_the_guide_to_families_works(tmp_path: Path) -> None:
-    page = (DOCS / "how-to" / "add-a-family.md").read_text(encoding="utf-8")
-    [family] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (tmp_path / "short_text.py").write_text(family, encoding="utf-8")
-    (tmp_path / "test_short_text.py").write_text(
-        """
-from restitch.modeling.families.family import Family, add_family, get_family
-from short_text import ShortText
-from tests.tiny_models import tiny_bert
-
-def test_it_reads_at_most_32_tokens(tmp_path):
-    add_family(ShortText())
-    family = get_family("short-text")
-    assert isinstance(family, Family)
-    assert family.max_length(tiny_bert(tmp_path)) == 32
-""",
-        encoding="utf-8",
-    )
-    run_pytest(tmp_path)
-
-
 def run_pytest(folder: Path) -> None:
     """Run the tests in a folder, in a process of their own: they register methods and families."""
     done = subprocess.run(
