@@ -25,9 +25,11 @@ PHRASES = {
     r"for (?:who|whom) (?:does|do|is|are|has|have)": "for people who",
 }
 # Legitimate uses, by phrase: the file.
-RIGHT: dict[str, set[str]] = {}
+RIGHT: dict[str, set[str]] = {
+    r"whoever|whomever": {"merging/methods/wudi.py"},  # the title of its paper
+}
 TEXTS = ("*.md", "docs/**/*.md", "deployments/*.md", "examples/**/*.yaml")
-CODE = ("restitch", "deployments", "cli")
+CODE = ("restitch", "modeling", "tasks", "deployments", "cli")
 
 
 def files() -> Iterator[Path]:

@@ -28,7 +28,7 @@ class MethodSpec(Spec):
     """A merge method and its settings."""
 
     name: Text = Field(
-        description="The name of a merge method; `restitch methods` lists them.",
+        description="The name of a merge method; docs/methods.md lists them.",
         examples=["localize-and-stitch"],
     )
     settings: dict[str, JsonValue] = Field(

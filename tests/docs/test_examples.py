@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -68,7 +69,7 @@ def test_the_text_example_runs(tmp_path: Path) -> None:
         assert re.search(rf"^{task} +1 +(ready|held)", done.stdout, re.MULTILINE), done.stdout
 
 
-def labelled(base: Path, model: Path, task: dict, split: str) -> list[dict]:
+def labelled(base: Path, model: Path, task: dict[str, Any], split: str) -> list[dict[str, Any]]:
     """Rows whose labels are the model's own predictions, so that it scores 1."""
     family = get_family("text-encoder")
     head = family.build_head(

@@ -11,6 +11,7 @@ import pytest
 from tests.docs.site import DOCS, generator
 from tests.shell import ROOT
 
+TOP = {path.name for path in ROOT.iterdir() if path.is_dir()}
 PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "deployments" / "kubernetes.md"])
 
 
@@ -21,6 +22,13 @@ def test_links_lead_somewhere(page: Path) -> None:
         if not target.startswith("http"):
             path = Path(os.path.normpath(page.parent / target))
             assert path.exists() or path in generated, target
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    text = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    listed = set(re.findall(r"([\w/.-]+\.md)$", text.partition("\nnav:")[2], re.MULTILINE))
+    written = {str(page.relative_to(DOCS)) for page in DOCS.rglob("*.md")}
+    assert listed == written | set(generator().PAGES)
 
 
 def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
@@ -60,27 +68,6 @@ def test_the_guide_to_gates_works(tmp_path: Path) -> None:
     run_pytest(tmp_path)
 
 
-def test_the_guide_to_families_works(tmp_path: Path) -> None:
-    page = (DOCS / "how-to" / "add-a-family.md").read_text(encoding="utf-8")
-    [family] = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    (tmp_path / "short_text.py").write_text(family, encoding="utf-8")
-    (tmp_path / "test_short_text.py").write_text(
-        """
-from restitch.modeling.families.family import Family, add_family, get_family
-from short_text import ShortText
-from tests.tiny_models import tiny_bert
-
-def test_it_reads_at_most_32_tokens(tmp_path):
-    add_family(ShortText())
-    family = get_family("short-text")
-    assert isinstance(family, Family)
-    assert family.max_length(tiny_bert(tmp_path)) == 32
-""",
-        encoding="utf-8",
-    )
-    run_pytest(tmp_path)
-
-
 def run_pytest(folder: Path) -> None:
     """Run the tests in a folder, in a process of their own: they register methods and families."""
     done = subprocess.run(
@@ -91,3 +78,12 @@ def run_pytest(folder: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_named_files_exist(page: Path) -> None:
+    made_by_the_reader = ("farthest.py", "min_mean.py", "short_text.py")
+    text = page.read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:\w+/)+(?:[\w.]+\.(?:py|yaml))?)`", text):
+        if not name.endswith(made_by_the_reader) and name.split("/")[0] in TOP:
+            assert (ROOT / name).exists(), name

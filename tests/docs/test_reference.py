@@ -11,6 +11,7 @@ import yaml
 import restitch.cli.main  # noqa: F401  the commands
 from restitch.cli.app import app
 from restitch.merging.methods.registry import method_names
+from restitch.registry.specs.base import Spec
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.task import TaskSpec
 from tests.docs.site import DOCS, generator
@@ -37,7 +38,7 @@ def test_every_command_has_a_section(reference: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(("kind", "spec"), [("line", LineSpec), ("task", TaskSpec)])
-def test_every_key_is_described(reference: ModuleType, kind: str, spec: type) -> None:
+def test_every_key_is_described(reference: ModuleType, kind: str, spec: type[Spec]) -> None:
     page = reference.keys(kind)
     assert set(spec.model_fields) <= set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
     for row in re.findall(r"^\| `.*", page, re.MULTILINE):
