@@ -117,7 +117,7 @@ def test_an_absent_mlflow_changes_no_bytes_and_is_completed_later(
             way.at_cut = servers.close if last else None  # killed, with all its processes
             task = ("--task", world.task(name), "--model", world.model(name))
             told = shell("register", "demo", *task)
-            assert "MLflow is behind and will be completed by the next remerge" in told.err
+            assert "MLflow is incomplete until the next remerge" in told.err
             assert way.whole is not None
             assert way.whole <= 0
             if not last:
