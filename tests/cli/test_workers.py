@@ -73,7 +73,7 @@ def test_a_lost_event_is_a_warning_and_the_model_is_registered(
 ) -> None:
     prefect.answers["POST /events"] = (500, {"detail": "no"})
     done = handing_over(*registration(world))
-    assert "the schedule finds it" in done.err
+    assert "the scheduled remerge picks it up" in done.err
     assert handing_over.kinds() == ["configured", "registered"]
 
 
