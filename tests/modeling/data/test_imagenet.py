@@ -123,7 +123,7 @@ def test_a_file_of_all_synsets_tells_classes_of_one_name_apart(tmp_path):
     ("content", "message"),
     [
         (f"{SYNSETS[0]}\ttench\n", "does not list all synsets"),
-        (f"{SYNSETS[0]}\ttench\n{SYNSETS[2]}\tshark\n", "no labels"),
+        (f"{SYNSETS[0]}\ttench\n{SYNSETS[2]}\tshark\n", "not among the labels"),
         (f"{SYNSETS[0]}\ttench\n{SYNSETS[2]}\tmissile\n", "several classes share"),
         (f"{SYNSETS[0]} tench\n", "line 1 cannot be used"),
         (f"{SYNSETS[0]}\ta\n{SYNSETS[0]}\tb\n", "line 2 cannot be used"),

@@ -128,7 +128,7 @@ def test_the_limit_counts_pixels(monkeypatch):
     assert open_image(png(0, (20, 16)), Path(), "here").size == (20, 16)
     with pytest.raises(BadInput, match="here: the image is too large") as caught:
         open_image(png(0, (21, 16)), Path(), "here")
-    assert caught.value.found == "21 x 16"
+    assert caught.value.found == "21 x 16 pixels"
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", png(0)[:60], png(0)[:-200], bomb(100, 100)])

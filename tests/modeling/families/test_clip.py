@@ -150,7 +150,7 @@ def test_an_image_processor_from_elsewhere_is_never_run(clip, tmp_path):
 
 def test_the_base_must_be_a_whole_clip(clip, tmp_path):
     tower = vision_tower(clip, tmp_path / "tower")
-    with pytest.raises(BadInput, match="no whole CLIP"):
+    with pytest.raises(BadInput, match="not a whole CLIP"):
         FAMILY.load(tower)
 
 
