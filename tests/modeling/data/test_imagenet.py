@@ -94,7 +94,7 @@ def test_all_synset_folders_are_the_classes_in_sorted_order(tmp_path):
     assert read(tmp_path).targets.tolist() == [0, 1, 2, 3]
 
 
-def test_synsets_are_sorted_whatever_order_they_come_in():
+def test_synsets_are_sorted_in_any_order_of_input():
     found = synset_classes(SYNSETS[::-1], LABELS, None, "here")
     assert found == {name: index for index, name in enumerate(SYNSETS)}
 

@@ -47,7 +47,7 @@ def test_each_class_can_have_a_folder(tmp_path):
     assert labels_of(DataSpec(path=str(tmp_path), test="test", input=("image",))) == LABELS
 
 
-def test_folders_are_classes_by_name_whatever_the_order_of_the_labels(tmp_path):
+def test_folders_are_classes_by_name_in_any_order_of_the_labels(tmp_path):
     write_folder(tmp_path / "test")
     assert read(tmp_path, "test", ("dog", "cat")).targets.tolist() == [1, 1, 0]
 

@@ -63,9 +63,9 @@ def test_class_weights_are_means_over_templates_normalized_before_and_after(clip
 def test_the_text_tower_reads_no_padding(clip):
     model = FAMILY.load(clip)
     alone = FAMILY.build_head(model, clip, HeadSpec(labels=("cat",)))
-    beside = FAMILY.build_head(model, clip, HeadSpec(labels=("cat", "something much longer")))
+    together = FAMILY.build_head(model, clip, HeadSpec(labels=("cat", "something much longer")))
     torch.testing.assert_close(
-        beside.tensors["weight"][:1], alone.tensors["weight"], rtol=1e-4, atol=1e-5
+        together.tensors["weight"][:1], alone.tensors["weight"], rtol=1e-4, atol=1e-5
     )
 
 

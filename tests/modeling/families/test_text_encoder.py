@@ -133,7 +133,7 @@ def old_name(name: str) -> str:
     return f"bert.{name.replace('LayerNorm.weight', 'LayerNorm.gamma')}"
 
 
-def test_tensors_keep_the_names_of_the_file_whatever_its_prefix(bert, tmp_path):
+def test_tensors_keep_the_names_of_the_file_with_any_prefix(bert, tmp_path):
     tensors = load_file(bert / "model.safetensors")
     expected = {name: tensor.clone() for name, tensor in tensors.items()}
     folder = tmp_path / "prefixed"
