@@ -213,6 +213,8 @@ def _explain(model: type[BaseModel], problem: ErrorDetails) -> str:
     value = _short(problem["input"])
     if kind == "literal_error":
         return f"{full}: expected {context.get('expected')}, found {value}"
+    if kind == "too_short":
+        return f"{full}: expected a list of {context.get('min_length')} or more, found {value}"
     if kind == "value_error":
         return f"{full}: {context.get('error')}" if full else str(context.get("error"))
     message = problem["msg"].removeprefix("Input should be ").removeprefix("a valid ")

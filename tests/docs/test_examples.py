@@ -13,9 +13,9 @@ import yaml
 
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
-from restitch.modeling.heads import HeadSpec
 from restitch.registry.specs.files import load_line, load_task
 from restitch.registry.specs.schema import schema_of
+from restitch.registry.specs.task import HeadSpec
 from tests.shell import ROOT
 from tests.tiny_models import tiny_bert, tweaked
 from tests.worlds import BLOCKS, write_rows
@@ -72,9 +72,7 @@ def test_the_text_example_runs(tmp_path: Path) -> None:
 def labelled(base: Path, model: Path, task: dict[str, Any], split: str) -> list[dict[str, Any]]:
     """Rows whose labels are the model's own predictions, so that it scores 1."""
     family = get_family("text-encoder")
-    head = family.build_head(
-        family.load(base), base, HeadSpec(tuple(task["head"]["labels"]), ("{}",))
-    )
+    head = family.build_head(family.load(base), base, HeadSpec(labels=task["head"]["labels"]))
     texts = [
         f"{split} {number * 7919 % 1009} {'abcdefghij'[number % 10] * 5}" for number in range(40)
     ]

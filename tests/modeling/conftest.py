@@ -47,7 +47,7 @@ def real_vision(tmp_path_factory) -> Path:
 def _checkpoints(kind: str, tmp_path_factory) -> Path:
     script = SHARED / kind / "make_checkpoints.py"
     if not script.is_file():
-        pytest.skip(f"the real {kind} tasks are not beside the checkout ({SHARED / kind})")
+        pytest.skip(f"the real {kind} tasks are not next to the checkout ({SHARED / kind})")
     out: Path = tmp_path_factory.mktemp(f"real_{kind}")
     made = subprocess.run(
         [sys.executable, str(script), str(out)], capture_output=True, text=True, check=False

@@ -66,7 +66,7 @@ def test_each_pass_sees_every_row_once_and_rows_of_like_length_together() -> Non
     for batches in (first, second):
         assert sorted(row for rows in batches for row in rows) == list(range(200))
         spans = [np.ptp([lengths[row] for row in rows]) for rows in batches]
-        assert np.mean(spans) < 40, "of four that are drawn by lot it is 120"
+        assert np.mean(spans) < 40, "of four random rows it is 120"
     assert not {tuple(rows) for rows in first} & {tuple(rows) for rows in second}
 
 

@@ -19,7 +19,7 @@ def test_values_are_copied_into_the_live_tensor_and_converted():
 
 def test_another_shape_or_name_is_an_error_and_never_broadcast():
     live = {"w": torch.zeros(3)}
-    with pytest.raises(ValueError, match=r"w is \(3,\), not \(1,\)"):
+    with pytest.raises(ValueError, match=r"w has shape \(3,\), not \(1,\)"):
         set_weights(live, [("w", torch.ones(1))])
     with pytest.raises(KeyError):
         set_weights(live, [("v", torch.ones(3))])

@@ -94,7 +94,7 @@ def test_all_synset_folders_are_the_classes_in_sorted_order(tmp_path):
     assert read(tmp_path).targets.tolist() == [0, 1, 2, 3]
 
 
-def test_synsets_are_sorted_whatever_order_they_come_in():
+def test_synsets_are_sorted_in_any_order_of_input():
     found = synset_classes(SYNSETS[::-1], LABELS, None, "here")
     assert found == {name: index for index, name in enumerate(SYNSETS)}
 
@@ -123,7 +123,7 @@ def test_a_file_of_all_synsets_tells_classes_of_one_name_apart(tmp_path):
     ("content", "message"),
     [
         (f"{SYNSETS[0]}\ttench\n", "does not list all synsets"),
-        (f"{SYNSETS[0]}\ttench\n{SYNSETS[2]}\tshark\n", "no labels"),
+        (f"{SYNSETS[0]}\ttench\n{SYNSETS[2]}\tshark\n", "not among the labels"),
         (f"{SYNSETS[0]}\ttench\n{SYNSETS[2]}\tmissile\n", "several classes share"),
         (f"{SYNSETS[0]} tench\n", "line 1 cannot be used"),
         (f"{SYNSETS[0]}\ta\n{SYNSETS[0]}\tb\n", "line 2 cannot be used"),

@@ -47,7 +47,7 @@ def test_each_class_can_have_a_folder(tmp_path):
     assert labels_of(DataSpec(path=str(tmp_path), test="test", input=("image",))) == LABELS
 
 
-def test_folders_are_classes_by_name_whatever_the_order_of_the_labels(tmp_path):
+def test_folders_are_classes_by_name_in_any_order_of_the_labels(tmp_path):
     write_folder(tmp_path / "test")
     assert read(tmp_path, "test", ("dog", "cat")).targets.tolist() == [1, 1, 0]
 
@@ -128,7 +128,7 @@ def test_the_limit_counts_pixels(monkeypatch):
     assert open_image(png(0, (20, 16)), Path(), "here").size == (20, 16)
     with pytest.raises(BadInput, match="here: the image is too large") as caught:
         open_image(png(0, (21, 16)), Path(), "here")
-    assert caught.value.found == "21 x 16"
+    assert caught.value.found == "21 x 16 pixels"
 
 
 @pytest.mark.parametrize("data", [b"", b"no image", png(0)[:60], png(0)[:-200], bomb(100, 100)])

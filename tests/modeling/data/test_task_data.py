@@ -410,7 +410,7 @@ print(json.dumps(found))
             )
             assert offline == online
             assert server.seen == []
-            # `datasets` alone would take what the cache has, whatever commit was asked for.
+            # `datasets` alone would take the cached commit, not the requested one.
             assert elsewhere[0] == "Unavailable"
             assert "commit " + "a" * 40 in elsewhere[1]
 
@@ -443,7 +443,7 @@ def test_a_sample_gives_each_class_its_share_and_is_the_same_every_time() -> Non
     assert chosen.tolist() != stratified(targets, 20, seed=4).tolist()
 
 
-def test_a_sample_has_exactly_its_rows_whatever_the_classes() -> None:
+def test_a_sample_has_exactly_its_rows_for_any_classes() -> None:
     targets = np.arange(100) % 7
     for count in (1, 7, 50, 99):
         chosen = stratified(targets, count, seed=0)

@@ -63,9 +63,9 @@ def test_class_weights_are_means_over_templates_normalized_before_and_after(clip
 def test_the_text_tower_reads_no_padding(clip):
     model = FAMILY.load(clip)
     alone = FAMILY.build_head(model, clip, HeadSpec(labels=("cat",)))
-    beside = FAMILY.build_head(model, clip, HeadSpec(labels=("cat", "something much longer")))
+    together = FAMILY.build_head(model, clip, HeadSpec(labels=("cat", "something much longer")))
     torch.testing.assert_close(
-        beside.tensors["weight"][:1], alone.tensors["weight"], rtol=1e-4, atol=1e-5
+        together.tensors["weight"][:1], alone.tensors["weight"], rtol=1e-4, atol=1e-5
     )
 
 
@@ -150,7 +150,7 @@ def test_an_image_processor_from_elsewhere_is_never_run(clip, tmp_path):
 
 def test_the_base_must_be_a_whole_clip(clip, tmp_path):
     tower = vision_tower(clip, tmp_path / "tower")
-    with pytest.raises(BadInput, match="no whole CLIP"):
+    with pytest.raises(BadInput, match="not a whole CLIP"):
         FAMILY.load(tower)
 
 

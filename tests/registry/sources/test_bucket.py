@@ -286,7 +286,7 @@ def test_a_listing_that_is_lost_is_made_again(
         ("s3://BUCKET/PREFIX/pickled", BadInput, "holds no safetensors"),
         ("s3://BUCKET/PREFIX/two", BadInput, "holds several checkpoints"),
         ("s3://BUCKET/PREFIX/broken", BadInput, "has a header longer than the file"),
-        ("s3://BUCKET/PREFIX/lacks", BadInput, "lacks a shard"),
+        ("s3://BUCKET/PREFIX/lacks", BadInput, "lacks shards"),
         ("s3://BUCKET/PREFIX/climbs", BadInput, "outside of its folder"),
         ("s3://key:pl4nted@BUCKET/model", BadInput, "is not one"),
         ("s3:///model", BadInput, "is not one"),

@@ -185,7 +185,7 @@ def test_all_problems_are_listed_at_once_with_their_places():
         ("gates: {min_retention: high}", "gates.min_retention: expected number"),
         ("method: {tournament: [a, b], objektive: mean}", "did you mean 'objective'"),
         ("method: {tournament: [a, {name: b, setting: {}}]}", "did you mean 'settings'"),
-        ("method: {tournament: [a]}", "method.tournament"),
+        ("method: {tournament: [a]}", "method.tournament: expected a list of 2 or more"),
         ("method: {tournament: [a, b], objective: {retention: -1}}", "objective.retention"),
         ("gates: {max_task_drop: 2}", "less than or equal to 1"),
         ("gates: {min_retention: .inf}", "finite"),
