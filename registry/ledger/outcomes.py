@@ -31,19 +31,19 @@ class Outcome:
 
 def touched_models(entry: Entry) -> tuple[tuple[str, int], ...]:
     """(task, version) of the finetuned models that an act was about."""
-    found: set[tuple[str, int]] = set()
+    models: set[tuple[str, int]] = set()
     for changes in (entry.before, entry.after):
         for pointer, value in changes.items():
             parts = pointer.split("/")[1:]
             if parts[0] != "tasks" or len(parts) < 2:
                 continue
             if len(parts) > 3 and parts[2] == "versions":
-                found.add((parts[1], int(parts[3])))
+                models.add((parts[1], int(parts[3])))
             elif len(parts) == 2 and isinstance(value, dict):
                 versions = value.get("versions")
                 if isinstance(versions, dict):
-                    found |= {(parts[1], int(number)) for number in versions}
-    return tuple(sorted(found))
+                    models |= {(parts[1], int(number)) for number in versions}
+    return tuple(sorted(models))
 
 
 def touched_merges(entry: Entry) -> tuple[int, ...]:
