@@ -85,7 +85,7 @@ def test_a_worker_fetches_what_finetuning_changed_and_no_text_tower(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bucket, "_FIRST_LOOK", 256)
+    monkeypatch.setattr(bucket, "_FIRST_READ", 256)
     model = clip_world.model("colour")
     with (model / WEIGHTS).open("rb") as file:
         header = 8 + int.from_bytes(file.read(8), "little")
