@@ -211,7 +211,7 @@ def test_a_copy_on_a_read_only_disk_can_be_used(cache, monkeypatch) -> None:
     def read_only(*_):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("restitch.registry.store.read_cache._note", read_only)
+    monkeypatch.setattr("restitch.registry.store.read_cache._mark_used", read_only)
     assert cache.get("b/1", refuse).read_bytes() == b"\1" * SIZE
 
 
