@@ -1,8 +1,8 @@
 """References in a store: line states, the trail and records name blobs by their digests.
 
 A `Reference` says what a blob is and what depends on it, so that damage can be reported with its
-consequences and repaired. `digests_in` finds every digest and address in a JSON value, whatever
-it means there, for garbage collection, which must not remove too much.
+consequences and repaired. `digests_in` finds every digest and address in a JSON value,
+for garbage collection, which must not remove too much.
 """
 
 import json

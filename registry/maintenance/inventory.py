@@ -89,44 +89,47 @@ def take_inventory(objects: ObjectStore, progress: Progress = ignore) -> Invento
     entries = _read_all(objects, _below(objects, "audit"), _entry, progress)
     keys = _read_all(objects, _below(objects, "keys"), lambda d, n: parsed(KeyRecord, d, n))
     states = _read_all(objects, _state_names(objects), lambda d, n: parsed(LineState, d, n))
-    found = Inventory({each.name: each for each in objects.store.details()})
-    found.damaged = {**entries.problems, **keys.problems, **states.problems}
-    found.entries = {name.rpartition("/")[2]: entry for name, entry in entries.values.items()}
-    found.keys = keys.values
-    found.line_states = {
+    inventory = Inventory({each.name: each for each in objects.store.details()})
+    inventory.damaged = {**entries.problems, **keys.problems, **states.problems}
+    inventory.entries = {name.rpartition("/")[2]: entry for name, entry in entries.values.items()}
+    inventory.keys = keys.values
+    inventory.line_states = {
         name.split("/")[1]: line_state for name, line_state in states.values.items()
     }
     kinds = ("audit", "blobs", "keys", "lines", "attempts", "turns", "gc", MARKER)
-    found.unknown = [name for name in found.listed if name.split("/")[0] not in kinds]
-    for line, line_state in found.line_states.items():
-        found.trails[line] = _trail(found, objects, line_state)
-        found.refer(of_line_state(line_state))
-        found.refer(of_acts(found.trails[line]))
-    for line in {entry.line for entry in found.entries.values()} - found.line_states.keys():
-        found.damaged.setdefault(f"lines/{line}/head.json", "it is missing")
-    _read_records(found, objects)
-    _read_manifests(found, objects)
-    _read_experts(found, objects)
-    return found
+    inventory.unknown = [name for name in inventory.listed if name.split("/")[0] not in kinds]
+    for line, line_state in inventory.line_states.items():
+        inventory.trails[line] = _trail(inventory, objects, line_state)
+        inventory.refer(of_line_state(line_state))
+        inventory.refer(of_acts(inventory.trails[line]))
+    for line in {entry.line for entry in inventory.entries.values()} - inventory.line_states.keys():
+        inventory.damaged.setdefault(f"lines/{line}/head.json", "it is missing")
+    _read_records(inventory, objects)
+    _read_manifests(inventory, objects)
+    _read_experts(inventory, objects)
+    return inventory
 
 
-def in_use(found: Inventory, objects: ObjectStore) -> set[str]:
+def in_use(inventory: Inventory, objects: ObjectStore) -> set[str]:
     """The names of all objects that something refers to, and of those that are never removed.
 
     Anything that looks like a digest in a line's state, a record or an audit entry counts as a
     reference, even in acts that are in no trail. A key is in use if its blob is. The references
     of damaged objects are unknown.
     """
-    named = mentioned_digests(found)
-    used = {name for name in found.listed if not name.startswith(("blobs/", "keys/"))}
+    named = mentioned_digests(inventory)
+    used = {name for name in inventory.listed if not name.startswith(("blobs/", "keys/"))}
     addresses = {digest_bytes(each.encode()) for each in named if each.startswith(MLFLOW_SCHEMES)}
     # A model that is being onboarded may need a mask that no act refers to yet.
     waiting = any(
-        line_state.in_state("registered", "waiting") for line_state in found.line_states.values()
+        line_state.in_state("registered", "waiting")
+        for line_state in inventory.line_states.values()
     )
     manifests = {each.removeprefix(COPY_SCHEME) for each in named if each.startswith(COPY_SCHEME)}
     # Keys that are never removed come first: another key may name the same blob.
-    for name, key in sorted(found.keys.items(), key=lambda item: _kind(item[0]) not in _KEPT_KEYS):
+    for name, key in sorted(
+        inventory.keys.items(), key=lambda item: _kind(item[0]) not in _KEPT_KEYS
+    ):
         kind, inputs = name.split("/")[1:3]
         if (
             kind in _KEPT_KEYS
@@ -138,20 +141,20 @@ def in_use(found: Inventory, objects: ObjectStore) -> set[str]:
             named.add(key.blob)
             if kind in ("source", SPECIALISTS):
                 manifests.add(key.blob)
-    for digest in manifests & {name.rpartition("/")[2] for name in found.listed}:
+    for digest in manifests & {name.rpartition("/")[2] for name in inventory.listed}:
         with contextlib.suppress(Damage, ValueError):
-            named.update(digests_in(json.loads(_manifest(found, objects, digest))))
-    return used | {f"blobs/{each}" for each in named if f"blobs/{each}" in found.listed}
+            named.update(digests_in(json.loads(_manifest(inventory, objects, digest))))
+    return used | {f"blobs/{each}" for each in named if f"blobs/{each}" in inventory.listed}
 
 
 def _kind(key: str) -> str:
     return key.split("/")[1]
 
 
-def mentioned_digests(found: Inventory) -> set[str]:
+def mentioned_digests(inventory: Inventory) -> set[str]:
     """Every digest and address in a line's state, a record or an act."""
     named: set[str] = set()
-    for values in (found.line_states, found.entries, found.records):
+    for values in (inventory.line_states, inventory.entries, inventory.records):
         for each in values.values():
             named.update(digests_in(each.to_json()))
     return named
@@ -180,12 +183,12 @@ def _read_all(
 
     outcome: _Outcome[Read] = _Outcome({}, {})
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for done, (name, found) in enumerate(zip(names, pool.map(read, names), strict=True), 1):
+        for done, (name, result) in enumerate(zip(names, pool.map(read, names), strict=True), 1):
             progress(done, len(names))
-            if isinstance(found, Damage):
-                outcome.problems[name] = _problem(found)
-            elif found is not None:
-                outcome.values[name] = found
+            if isinstance(result, Damage):
+                outcome.problems[name] = _problem(result)
+            elif result is not None:
+                outcome.values[name] = result
     return outcome
 
 
@@ -201,35 +204,35 @@ def _entry(data: bytes, name: str) -> Entry:
     return parsed(Entry, verified(data, name.rpartition("/")[2], name), name)
 
 
-def _trail(found: Inventory, objects: ObjectStore, line_state: LineState) -> list[Entry]:
+def _trail(inventory: Inventory, objects: ObjectStore, line_state: LineState) -> list[Entry]:
     """The acts that led to a line's state, newest first, up to the first damaged one."""
     trail: list[Entry] = []
     digest = line_state.entry
     while digest is not None:
         name = f"audit/{digest}"
-        if digest not in found.entries and name not in found.damaged:
+        if digest not in inventory.entries and name not in inventory.damaged:
             # It may have been written since the entries were listed.
             late = _read_all(objects, [name], _entry)
-            found.damaged |= late.problems or ({} if late.values else {name: "it is missing"})
+            inventory.damaged |= late.problems or ({} if late.values else {name: "it is missing"})
             for entry in late.values.values():
-                found.entries[digest] = entry
-        if digest not in found.entries:
+                inventory.entries[digest] = entry
+        if digest not in inventory.entries:
             break
-        trail.append(found.entries[digest])
+        trail.append(inventory.entries[digest])
         digest = trail[-1].previous
     return trail
 
 
-def _read_records(found: Inventory, objects: ObjectStore) -> None:
+def _read_records(inventory: Inventory, objects: ObjectStore) -> None:
     """Read the records of all merged versions that a line's state or an act names."""
     in_states = {
         digest
-        for line_state in found.line_states.values()
+        for line_state in inventory.line_states.values()
         for digest in line_state.versions.values()
     }
     in_acts = {
         str(value)
-        for entry in found.entries.values()
+        for entry in inventory.entries.values()
         for pointer, value in entry.after.items()
         if pointer.startswith("/versions/") and pointer.count("/") == 2
     }
@@ -238,61 +241,61 @@ def _read_records(found: Inventory, objects: ObjectStore) -> None:
             record = parsed(MergedRecord, objects.read_blob(digest), f"blobs/{digest}")
         except Damage as error:
             # An act that lost its race may name a record that was never stored.
-            if digest in in_states or f"blobs/{digest}" in found.listed:
-                found.damaged[f"blobs/{digest}"] = _problem(error)
+            if digest in in_states or f"blobs/{digest}" in inventory.listed:
+                inventory.damaged[f"blobs/{digest}"] = _problem(error)
             continue
-        found.records[digest] = record
+        inventory.records[digest] = record
         if digest in in_states:
-            found.refer(of_record(record))
+            inventory.refer(of_record(record))
 
 
-def _read_manifests(found: Inventory, objects: ObjectStore) -> None:
+def _read_manifests(inventory: Inventory, objects: ObjectStore) -> None:
     """Read the manifests of models whose copies are in the store."""
-    manifests = [r for some in found.references.values() for r in some if r.role == "manifest"]
-    for line_state in found.line_states.values():
+    manifests = [r for some in inventory.references.values() for r in some if r.role == "manifest"]
+    for line_state in inventory.line_states.values():
         for task, number, model in _models(line_state):
             if model.model.uri.startswith(MLFLOW_SCHEMES):
-                key = found.keys.get(f"keys/source/{digest_bytes(model.model.uri.encode())}")
+                key = inventory.keys.get(f"keys/source/{digest_bytes(model.model.uri.encode())}")
                 if key is not None:
                     owner = f"{task} {number}"
                     one = Reference(key.blob, "manifest", line_state.line, owner, model.model.uri)
-                    found.refer([one])
+                    inventory.refer([one])
                     manifests.append(one)
     for manifest in manifests:
         try:
-            data = _manifest(found, objects, manifest.digest)
-            found.refer(list(of_manifest(data, manifest)))
+            data = _manifest(inventory, objects, manifest.digest)
+            inventory.refer(list(of_manifest(data, manifest)))
         except (Damage, ValueError) as error:
             text = _problem(error) if isinstance(error, Damage) else "it is not a list of files"
-            found.damaged[f"blobs/{manifest.digest}"] = text
+            inventory.damaged[f"blobs/{manifest.digest}"] = text
 
 
-def _read_experts(found: Inventory, objects: ObjectStore) -> None:
+def _read_experts(inventory: Inventory, objects: ObjectStore) -> None:
     """Read the lists of the specialists that versions keep."""
-    for name, key in found.keys.items():
+    for name, key in inventory.keys.items():
         if _kind(name) != SPECIALISTS:
             continue
         line, version = str(key.facts.get("line")), key.facts.get("version")
         number = version if isinstance(version, int) else 0
         one = Reference(key.blob, "experts", line, f"version {number}", number=number)
-        found.refer([one])
+        inventory.refer([one])
         try:
-            found.refer(list(of_experts(_manifest(found, objects, key.blob), one)))
+            inventory.refer(list(of_experts(_manifest(inventory, objects, key.blob), one)))
         except (Damage, ValueError) as error:
             text = (
                 _problem(error) if isinstance(error, Damage) else "it is not a list of specialists"
             )
-            found.damaged[f"blobs/{key.blob}"] = text
+            inventory.damaged[f"blobs/{key.blob}"] = text
 
 
 def _models(line_state: LineState) -> list[tuple[str, int, ModelVersion]]:
     return [(n, v, m) for n, task in line_state.tasks.items() for v, m in task.versions.items()]
 
 
-def _manifest(found: Inventory, objects: ObjectStore, digest: str) -> bytes:
-    if digest not in found.manifests:
-        found.manifests[digest] = objects.read_blob(digest)
-    return found.manifests[digest]
+def _manifest(inventory: Inventory, objects: ObjectStore, digest: str) -> bytes:
+    if digest not in inventory.manifests:
+        inventory.manifests[digest] = objects.read_blob(digest)
+    return inventory.manifests[digest]
 
 
 def _problem(error: Damage) -> str:

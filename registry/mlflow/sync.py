@@ -208,9 +208,9 @@ class MlflowProjection:
         """The merged version that a version in MLflow shows; -1 if it shows none."""
         if number is None:
             return None
-        found = self.client.get_model_version(projection.model_name(line_state.line), str(number))
+        shown = self.client.get_model_version(projection.model_name(line_state.line), str(number))
         for version, record in line_state.versions.items():
-            if found.tags.get(projection.DIGEST_TAG) == record:
+            if shown.tags.get(projection.DIGEST_TAG) == record:
                 return version
         return -1
 
@@ -280,8 +280,8 @@ class MlflowProjection:
         """Write the run with the metrics of all versions; its own tag says how far it is."""
         name = projection.history_experiment_name(line_state.line)
         experiment = self._writer.experiment(name)
-        found = self._writer.runs(experiment, projection_merged.history_digest(line_state.line))
-        complete = _completed(found[0].data.tags) if len(found) == 1 and not full else None
+        runs = self._writer.runs(experiment, projection_merged.history_digest(line_state.line))
+        complete = _completed(runs[0].data.tags) if len(runs) == 1 and not full else None
         if complete != done:  # it was deleted, or a repair was killed
             pending = _since(ledger.entries(), line_state, complete)
         if not pending:
@@ -325,9 +325,9 @@ class MlflowProjection:
                 projection.DIGEST_TAG: line_state.versions[version],
                 projection.VERSION_TAG: str(version),
             }
-            found = self._writer.versions(name, identity)
-            if found and int(found[0].version) != present.get(alias):
-                self.client.set_registered_model_alias(name, alias, str(found[0].version))
+            versions = self._writer.versions(name, identity)
+            if versions and int(versions[0].version) != present.get(alias):
+                self.client.set_registered_model_alias(name, alias, str(versions[0].version))
 
     @contextlib.contextmanager
     def _alone(self) -> Iterator[None]:

@@ -36,9 +36,9 @@ class Writer:
 
     def write_run(self, experiment: str, run: projection.RunProjection) -> str:
         """Write a run; returns its id."""
-        found = self.runs(experiment, run.digest)
-        if found:
-            first, *others = found
+        runs = self.runs(experiment, run.digest)
+        if runs:
+            first, *others = runs
             for other in others:  # two workers searched at the same moment
                 self.client.delete_run(other.info.run_id)
             if _is_whole(first, run):
@@ -80,12 +80,14 @@ class Writer:
 
     def write_version(self, version: projection.VersionProjection, run_id: str) -> None:
         """Write a version of a registered model."""
-        found = self.versions(version.name, version.identity)
+        versions = self.versions(version.name, version.identity)
         if version.existing is not None:
             number = version.existing.number
             # The version of a user comes first, so that it is not removed as a duplicate.
-            found = sorted(found, key=lambda v: int(v.version) != number) or self._adopted(version)
-        if not found:
+            versions = sorted(versions, key=lambda v: int(v.version) != number) or self._adopted(
+                version
+            )
+        if not versions:
             self._make_model(version.name)
             self.client.create_model_version(
                 version.name,
@@ -96,7 +98,7 @@ class Writer:
                 await_creation_for=0,
             )
             return
-        first, *others = found
+        first, *others = versions
         for other in others:
             self.client.delete_model_version(version.name, str(other.version))
         for key, value in version.tags.items():
@@ -130,22 +132,22 @@ class Writer:
 
         if name in self._experiments:
             return self._experiments[name]
-        found = self.client.get_experiment_by_name(name)
-        if found is None:
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
             location = self.home.mlartifacts / name if self.home.owns_mlflow else None
             with contextlib.suppress(MlflowException):  # another worker creates it now
                 self.client.create_experiment(
                     name, artifact_location=None if location is None else location.as_uri()
                 )
-            found = self.client.get_experiment_by_name(name)
-        if found is None:
+            experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
             raise Unavailable(
                 f"MLflow did not create the experiment {name}",
                 hint="look at the log of the MLflow server",
             )
-        if found.lifecycle_stage == "deleted":
-            self.client.restore_experiment(found.experiment_id)
-        self._experiments[name] = str(found.experiment_id)
+        if experiment.lifecycle_stage == "deleted":
+            self.client.restore_experiment(experiment.experiment_id)
+        self._experiments[name] = str(experiment.experiment_id)
         return self._experiments[name]
 
     def _keep_tags(self, run: Any, tags: Mapping[str, str]) -> None:
@@ -209,11 +211,11 @@ class Writer:
         self.models.add(name)
 
 
-def _is_whole(found: Any, run: projection.RunProjection) -> bool:
+def _is_whole(existing: Any, run: projection.RunProjection) -> bool:
     """True if a run is finished and has all metrics and inputs of its projection."""
-    inputs = {(one.dataset.name, one.dataset.digest) for one in found.inputs.dataset_inputs}
+    inputs = {(one.dataset.name, one.dataset.digest) for one in existing.inputs.dataset_inputs}
     return (
-        found.info.status == "FINISHED"
-        and run.metrics.keys() <= found.data.metrics.keys()
+        existing.info.status == "FINISHED"
+        and run.metrics.keys() <= existing.data.metrics.keys()
         and {(data.name, data.digest) for data in run.inputs} <= inputs
     )

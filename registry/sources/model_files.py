@@ -40,7 +40,7 @@ def files_of(local: Path) -> dict[str, Path]:
     return {"model.safetensors" if local.suffix == ".safetensors" else local.name: local}
 
 
-def wanted(files: dict[str, File]) -> dict[str, File]:
+def readable_files(files: dict[str, File]) -> dict[str, File]:
     """The files of a model that are read."""
     return {n: path for n, path in files.items() if any(fnmatch(n, one) for one in WANTED)}
 

@@ -28,7 +28,12 @@ from restitch.registry.paths import is_there, named_path
 from restitch.registry.s3.settings import cache_limit
 from restitch.registry.sources.bucket import S3Folder, check_small, list_folder
 from restitch.registry.sources.hub import commit_of, from_hub, is_commit
-from restitch.registry.sources.model_files import check_safetensors, files_of, model_folder, wanted
+from restitch.registry.sources.model_files import (
+    check_safetensors,
+    files_of,
+    model_folder,
+    readable_files,
+)
 from restitch.registry.specs.task import is_hub_id, split_pin
 from restitch.registry.store.disk import explained
 from restitch.registry.store.objects import ObjectStore
@@ -138,12 +143,12 @@ def pin_data(path: str) -> str:
 def _from_s3(text: str, home: Home, *, whole: bool) -> Source:
     check_address(text, "the model")
     folder = list_folder(text)
-    kept = wanted(dict(folder.files))
-    check_safetensors(text, kept, folder.files)
-    small = [name for name in kept if not name.endswith(".safetensors")]
+    files = readable_files(dict(folder.files))
+    check_safetensors(text, files, folder.files)
+    small = [name for name in files if not name.endswith(".safetensors")]
     check_small(folder, small)
-    names = sorted(kept) if whole else small
-    versions = [[name, kept[name].size, kept[name].etag] for name in names]
+    names = sorted(files) if whole else small
+    versions = [[name, files[name].size, files[name].etag] for name in names]
 
     def fetch(building: Path) -> None:
         building.mkdir()
@@ -209,10 +214,10 @@ def fetch_again(uri: str, home: Home) -> Iterator[dict[str, Path]]:
         Unavailable: its server is unreachable.
     """
     if not uri.startswith(MLFLOW_SCHEMES):
-        yield wanted(files_of(resolve_source(uri, home).local))
+        yield readable_files(files_of(resolve_source(uri, home).local))
         return
     with _downloaded(uri, home) as (_, got):
-        yield wanted(files_of(got if got.is_file() else model_folder(uri, got)))
+        yield readable_files(files_of(got if got.is_file() else model_folder(uri, got)))
 
 
 @contextmanager
@@ -276,10 +281,10 @@ def _put_files(uri: str, downloaded: Path, objects: ObjectStore) -> str:
 
 def _manifest(uri: str, files: dict[str, Path], objects: ObjectStore, *, move: bool) -> str:
     """Put those of a model's files that are read; returns the digest of what names them."""
-    kept_files = wanted(files)
-    check_safetensors(uri, kept_files, files)
-    kept = {name: objects.put_blob(path, move=move) for name, path in kept_files.items()}
-    return objects.put_json({"files": kept})
+    readable = readable_files(files)
+    check_safetensors(uri, readable, files)
+    blobs = {name: objects.put_blob(path, move=move) for name, path in readable.items()}
+    return objects.put_json({"files": blobs})
 
 
 def _pointed_at(uri: str, placeholder: Path) -> str:

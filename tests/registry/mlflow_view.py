@@ -1,4 +1,4 @@
-"""A small line and everything that MLflow holds of it, for the tests of `restitch.registry.mlflow.sync`."""
+"""A small line and everything that MLflow holds of it, for the tests of `registry.mlflow.sync`."""
 
 from typing import Any
 
@@ -82,8 +82,8 @@ def points(mlflow: MlflowProjection, metric: str) -> list[tuple[int, float]]:
 
 def run_of(mlflow: MlflowProjection, version: int) -> Any:
     experiment = mlflow.client.get_experiment_by_name("line").experiment_id
-    wanted = f"tags.`restitch.version` = '{version}'"
-    (run,) = mlflow.client.search_runs([experiment], wanted)
+    query = f"tags.`restitch.version` = '{version}'"
+    (run,) = mlflow.client.search_runs([experiment], query)
     return run
 
 

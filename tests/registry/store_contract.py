@@ -1,4 +1,4 @@
-"""What every store must do: a test class inherits `StoreContract` and makes stores.
+"""The contract of every store: a test class inherits `StoreContract` and makes stores.
 
 Writers in other processes open the same store by `opener`, a Python expression.
 """
@@ -39,7 +39,7 @@ class StoreContract:
         """An expression that opens the same store in another process."""
         raise NotImplementedError
 
-    def test_what_is_put_is_read_and_found(self, store):
+    def test_a_stored_object_is_read_and_listed(self, store):
         assert store.put("blobs/a", b"content")
         assert store.read("blobs/a") == b"content"
         assert store.local_path("blobs/a").read_bytes() == b"content"
@@ -77,7 +77,7 @@ class StoreContract:
         assert not file.exists()
         assert store.read("name") == b"content"
 
-    def test_what_is_not_there_is_not_in_the_store(self, store):
+    def test_a_missing_object_is_not_in_the_store(self, store):
         for look in (store.read, store.read_tagged, store.local_path):
             with pytest.raises(NotInStore, match="a/b"):
                 look("a/b")
@@ -137,7 +137,7 @@ class StoreContract:
             with pytest.raises(BadInput):
                 call()
 
-    def test_a_swap_needs_the_tag_that_is_there(self, store):
+    def test_a_swap_needs_the_present_tag(self, store):
         first = store.swap("head", None, b"1")
         assert first is not None
         assert store.read_tagged("head").tag == first
@@ -148,12 +148,12 @@ class StoreContract:
         assert store.swap("head", first, b"x") is None
         assert store.read_tagged("head") == (b"2", second)
 
-    def test_a_swap_of_nothing_expects_nothing(self, store):
+    def test_a_swap_without_a_tag_creates_the_object(self, store):
         assert store.swap("head", "0" * 64, b"x") is None
         with pytest.raises(NotInStore):
             store.read("head")
 
-    def test_details_say_what_is_there_and_since_when(self, store):
+    def test_details_list_sizes_and_times(self, store):
         store.put("b/2", b"12345")
         store.put("a", b"")
         found = list(store.details())
@@ -162,7 +162,7 @@ class StoreContract:
         assert [each.name for each in store.details("b")] == ["b/2"]
         assert list(store.details("nothing")) == []
 
-    def test_what_is_removed_is_gone_and_can_be_put_again(self, store):
+    def test_a_removed_object_can_be_put_again(self, store):
         store.put("a/b", b"first")
         assert store.exists("a/b")
         assert store.remove("a/b")
@@ -192,7 +192,7 @@ class StoreContract:
         with pytest.raises(NotInStore):
             store.digest("b")
 
-    def test_of_many_threads_one_creates(self, store):
+    def test_one_of_many_threads_creates_an_object(self, store):
         with ThreadPoolExecutor(16) as pool:
             for number in range(10):
                 name = f"race/{number}"
@@ -201,12 +201,12 @@ class StoreContract:
                 assert created.count(True) == 1
                 assert store.read(name) == contents[created.index(True)]
 
-    def test_of_many_threads_each_swap_counts_once(self, store):
+    def test_each_swap_of_many_threads_counts_once(self, store):
         with ThreadPoolExecutor(8) as pool:
             list(pool.map(lambda _: count_up(store), range(80)))
         assert store.read("count") == b"80"
 
-    def test_of_many_processes_each_swap_counts_once(self, store, opener):
+    def test_each_swap_of_many_processes_counts_once(self, store, opener):
         code = f"""
             from pathlib import Path
             from restitch.registry.store.folder import FolderStore
@@ -219,7 +219,7 @@ class StoreContract:
         assert [process.wait() for process in processes] == [0] * 4
         assert store.read("count") == b"100"
 
-    def test_of_many_processes_one_creates_each_object(self, store, opener):
+    def test_one_of_many_processes_creates_each_object(self, store, opener):
         code = f"""
             import sys
             from pathlib import Path

@@ -36,7 +36,7 @@ def test_the_environment_may_name_another_store_and_server(tmp_path):
     assert Home(tmp_path, f"file://{tmp_path}/s").store_path == tmp_path / "s"
 
 
-def test_a_store_of_another_kind_is_refused_without_its_address(tmp_path):
+def test_an_unsupported_store_is_refused_without_its_address(tmp_path):
     with pytest.raises(BadInput, match="RESTITCH_STORE") as raised:
         Home(tmp_path, "s3://key:secret@bucket/prefix").open_store()
     assert "secret" not in str(raised.value)
@@ -56,13 +56,13 @@ def test_a_bucket_is_a_store_whose_copies_lie_in_the_cache(tmp_path, s3_bucket):
             look()
 
 
-def test_the_environment_of_the_bucket_is_left_as_it_is(tmp_path):
+def test_credentials_of_the_bucket_stay_in_the_environment(tmp_path):
     account = {"AWS_ACCESS_KEY_ID": "x", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
     added = prepare_environment(Home(tmp_path, "s3://bucket/prefix"), {**account})
     assert not any(name.startswith("AWS_") or name == "HOME" for name in added)
 
 
-def test_a_home_that_cannot_be_made_is_said(tmp_path):
+def test_a_home_that_cannot_be_created_is_an_error(tmp_path):
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(Unavailable, match="in the way"):
         Home(tmp_path / "file" / "home").create()
@@ -141,7 +141,8 @@ import datasets, huggingface_hub, mlflow, prefect, transformers
 def test_looking_at_a_line_imports_nothing_heavy():
     code = """
 import sys
-import restitch.registry.home, restitch.registry.ledger.ledger, restitch.registry.specs.line, restitch.registry.mlflow.sync, restitch.registry.sources.resolve
+import restitch.registry.home, restitch.registry.ledger.ledger, restitch.registry.specs.line
+import restitch.registry.mlflow.sync, restitch.registry.sources.resolve
 heavy = {"torch", "mlflow", "prefect", "transformers", "datasets", "boto3", "huggingface_hub"}
 print(*sorted(heavy & set(sys.modules)))
 """

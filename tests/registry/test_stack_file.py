@@ -1,4 +1,4 @@
-"""The file that says what runs: written whole, and whatever cannot be read means nothing runs."""
+"""The stack file is replaced atomically, and an unreadable one means that nothing runs."""
 
 import json
 from pathlib import Path
@@ -18,7 +18,7 @@ STACK = StackFile(
 )
 
 
-def test_what_was_written_is_read(tmp_path: Path) -> None:
+def test_the_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     STACK.write(tmp_path / "home")
     assert StackFile.read(tmp_path / "home") == STACK
     StackFile().write(tmp_path / "home")
@@ -48,16 +48,16 @@ def test_a_write_that_fails_leaves_the_file_as_it_was(
         "\udcff",
     ],
 )
-def test_a_file_that_cannot_be_read_means_that_nothing_is_up(tmp_path: Path, text: str) -> None:
+def test_an_unreadable_file_means_that_nothing_is_running(tmp_path: Path, text: str) -> None:
     (tmp_path / FILE).write_bytes(text.encode(errors="surrogateescape"))
     assert StackFile.read(tmp_path) == StackFile()
 
 
-def test_no_file_means_that_nothing_is_up(tmp_path: Path) -> None:
+def test_a_missing_file_means_that_nothing_is_running(tmp_path: Path) -> None:
     assert StackFile.read(tmp_path / "nowhere") == StackFile()
 
 
-def test_what_a_later_version_adds_is_passed_over(tmp_path: Path) -> None:
+def test_keys_of_a_later_version_are_ignored(tmp_path: Path) -> None:
     (tmp_path / FILE).write_text(json.dumps({**STACK.model_dump(), "colour": "red"}))
     assert StackFile.read(tmp_path) == STACK
 

@@ -45,7 +45,7 @@ def register(line: Ledger, task: str, name: str = "model") -> Act:
     )
 
 
-def test_an_act_is_in_the_head_and_in_the_trail(line):
+def test_an_act_is_in_the_state_and_in_the_trail(line):
     act = register(line, "a")
     assert line.state() == act.line_state
     assert act.line_state.entry == act.digest == act.entry.digest
@@ -56,7 +56,7 @@ def test_an_act_is_in_the_head_and_in_the_trail(line):
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}\+00:00", act.entry.time)
 
 
-def test_an_entry_says_what_changed_before_and_after(line):
+def test_an_entry_holds_the_values_before_and_after(line):
     register(line, "a")
     merge(line)
     second = merge(line)
@@ -71,7 +71,7 @@ def test_an_entry_says_what_changed_before_and_after(line):
     }
 
 
-def test_the_trail_replayed_is_the_head(line):
+def test_replaying_the_trail_gives_the_state(line):
     register(line, "a")
     merge(line)
     line.act("retired", "t", "", lambda h: h.with_state("a", 1, "retired", "not wanted"))
@@ -110,13 +110,13 @@ def test_differences_lead_from_any_state_to_any_other(old, new):
     assert canonical_json(replay([entry], copy.deepcopy(old))) == canonical_json(new)
 
 
-def test_a_line_is_made_once(line):
+def test_a_line_is_created_once(line):
     assert line.create(line_spec(), model_ref("other"), "tester", "again") is None
     assert line.state().base == model_ref("base")
     assert len(list(line.entries())) == 1
 
 
-def test_a_line_that_was_not_made_is_said_with_those_that_were(line):
+def test_an_unknown_line_is_an_error_that_lists_the_lines(line):
     other = Ledger(line.objects, "other")
     assert other.find() is None
     assert not other.exists()
@@ -131,7 +131,7 @@ def test_a_line_that_was_not_made_is_said_with_those_that_were(line):
         assert raised.value.found == "lines line"
 
 
-def test_lines_are_found_by_their_heads(line):
+def test_lines_are_found_by_their_states(line):
     Ledger(line.objects, "abc").create(line_spec("abc"), model_ref("base"), "t", "")
     assert list(lines(line.objects)) == ["abc", "line"]
 
@@ -143,7 +143,7 @@ def test_a_change_that_finds_nothing_to_do_is_no_act(line):
     assert len(list(line.objects.store.list("audit"))) == 1
 
 
-def test_a_lost_race_runs_the_change_again_on_the_newer_head(line):
+def test_after_a_lost_race_the_change_runs_on_the_newer_state(line):
     seen = []
 
     def change(line_state):
@@ -158,7 +158,7 @@ def test_a_lost_race_runs_the_change_again_on_the_newer_head(line):
     assert [e.sequence for e in line.entries()] == [3, 2, 1]
 
 
-def test_an_entry_that_no_head_reaches_does_not_count(line, monkeypatch):
+def test_an_entry_that_no_state_reaches_does_not_count(line, monkeypatch):
     monkeypatch.setattr(line, "_swap", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         register(line, "a")
@@ -169,7 +169,7 @@ def test_an_entry_that_no_head_reaches_does_not_count(line, monkeypatch):
     assert [e.sequence for e in line.entries()] == [2, 1]
 
 
-def test_who_loses_every_race_says_so(line, monkeypatch):
+def test_an_act_that_loses_every_race_gives_up_with_an_error(line, monkeypatch):
     monkeypatch.setattr(line, "_swap", lambda *_: False)
     monkeypatch.setattr("restitch.registry.ledger.ledger._ATTEMPTS", 5)
     with pytest.raises(Unavailable, match="run the same command again"):
@@ -274,7 +274,7 @@ def test_an_entry_left_out_of_the_chain_is_damage(line):
         list(line.entries())
 
 
-def test_a_head_that_is_not_readable_is_damage(line):
+def test_an_unreadable_state_is_damage(line):
     store = line.objects.store
     (store.root / "lines/line/head.json").write_bytes(b'{"format": 99}')
     with pytest.raises(Damage, match=re.escape("lines/line/head.json")):
@@ -292,7 +292,7 @@ def test_a_record_of_a_merged_version_is_verified(line):
         line.merged(version)
 
 
-def test_a_clock_that_goes_back_does_not_turn_the_trail_around(tmp_path):
+def test_times_in_the_trail_never_go_back(tmp_path):
     times = iter(datetime(2026, 1, day, tzinfo=UTC) for day in (5, 3, 4, 6))
     line = Ledger(ObjectStore(FolderStore(tmp_path)), "line", now=lambda: next(times))
     line.create(line_spec(), model_ref("base"), "t", "")
@@ -304,7 +304,7 @@ def test_a_clock_that_goes_back_does_not_turn_the_trail_around(tmp_path):
     assert found[3] == "2026-01-06T00:00:00.000000+00:00"
 
 
-def test_the_head_at_a_time_is_the_one_of_then(tmp_path):
+def test_the_state_at_a_time_is_the_one_of_then(tmp_path):
     now = [datetime(2026, 3, 1, tzinfo=UTC)]
     line = Ledger(ObjectStore(FolderStore(tmp_path)), "line", now=lambda: now[0])
     line.create(line_spec(), model_ref("base"), "t", "")
@@ -375,7 +375,7 @@ def test_a_record_is_read_as_it_was_stored(tmp_path):
 
 
 def test_a_replay_leaves_the_entries_as_they_are():
-    """What one act put there is changed by later ones: in the state, not in the act."""
+    """Later acts change a value in the state, and not in the act that put it there."""
     first: dict[str, object] = {"after": {"/tasks": {"a": {"state": "new"}}}, "before": {}}
     second: dict[str, object] = {
         "after": {"/tasks/a/state": "ready"},

@@ -24,7 +24,7 @@ def act(tmp_path, change, kind="registered") -> Entry:
     return done(ledger(tmp_path).act(kind, "ann", "a reason", change)).entry
 
 
-def test_the_metrics_have_the_names_of_the_design():
+def test_metrics_keep_their_names():
     made = record(
         tasks=("a",),
         results={
@@ -82,7 +82,7 @@ def test_intervals_and_failed_gates_are_metrics_too():
     assert "gates/failed" not in projection_merged.metrics_of(record())
 
 
-def test_what_was_not_measured_is_no_metric():
+def test_values_that_were_not_measured_are_no_metrics():
     found = projection_merged.metrics_of(record(results={}, retention=None))
     assert set(found) == {"patch/bytes", "patch/kept", "members"}
 
@@ -124,7 +124,7 @@ def test_an_act_names_the_models_and_versions_that_it_was_about(tmp_path):
     assert run.params["champion.after"] == "1"
 
 
-def test_an_act_is_about_the_versions_that_it_made_moved_or_judged(tmp_path):
+def test_an_act_is_about_the_versions_that_it_made_moved_or_rejected(tmp_path):
     line = ledger(tmp_path)
     merge(line)
     merge(line)
@@ -159,15 +159,15 @@ def test_the_last_move_is_found_without_reading_further(tmp_path):
     assert outcomes.last_moves(line.entries(), set()) == {}
 
 
-def test_a_reason_is_one_sentence_and_not_said_twice(tmp_path):
+def test_a_sentence_does_not_repeat_the_version_that_it_is_about(tmp_path):
     line = ledger(tmp_path)
     merge(line)
     promoted = next(iter(line.entries())).model_copy(
         update={"reason": "version 1: no\ngates.", "time": TIME}
     )
-    fate = outcomes.outcome_of(record(1), promoted)
-    said = "In use since 2026-03-01 12:00:00 UTC, promoted by tester: no gates."
-    assert fate == Outcome("champion", said)
+    outcome = outcomes.outcome_of(record(1), promoted)
+    sentence = "In use since 2026-03-01 12:00:00 UTC, promoted by tester: no gates."
+    assert outcome == Outcome("champion", sentence)
 
 
 def test_an_act_is_shown_with_its_facts_as_params(tmp_path):
@@ -181,7 +181,7 @@ def test_an_act_is_shown_with_its_facts_as_params(tmp_path):
     assert json.loads(run.artifacts["audit.json"]) == entry.to_json()
 
 
-def test_what_mlflow_would_cut_or_refuse_is_cut_here(tmp_path):
+def test_texts_are_cut_to_what_mlflow_accepts(tmp_path):
     line = ledger(tmp_path)
     entry = done(line.act("configured", "t", "x" * 10_000, lambda h: h.with_pin(True))).entry
     run = projection.project_act(entry)
@@ -202,7 +202,7 @@ def test_a_long_reason_is_cut_in_descriptions_too(tmp_path):
     assert run.current["mlflow.note.content"] == shown.description
 
 
-def test_a_stand_in_says_where_the_model_really_is():
+def test_a_placeholder_holds_the_address_of_the_model():
     run, version = projection.project_model("line", "a", 1, model(), digest("base"))
     placeholder = json.loads(run.artifacts["restitch/object.json"])
     assert placeholder == {"uri": "/models/model", "digest": digest("model"), "size": 8}
@@ -214,7 +214,7 @@ def test_a_stand_in_says_where_the_model_really_is():
     assert shown.name == "line"
 
 
-def test_the_same_record_gives_the_same_image():
+def test_the_same_record_gives_the_same_projection():
     assert projection_merged.project_merged(
         record(), {}, IN_USE
     ) == projection_merged.project_merged(record(), {}, IN_USE)

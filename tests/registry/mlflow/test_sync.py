@@ -49,7 +49,7 @@ WHOLE = {
 }
 
 
-def test_a_line_is_shown_whole(mlflow, line):
+def test_a_line_is_projected_completely(mlflow, line):
     assert mlflow.repair(line) == 9
     assert counts(mlflow) == WHOLE
     client = mlflow.client
@@ -73,7 +73,7 @@ def test_a_line_is_shown_whole(mlflow, line):
     assert run_of(mlflow, 2).info.run_id == champion.run_id
 
 
-def test_what_the_command_line_answers_is_found_by_a_search(mlflow, line):
+def test_an_mlflow_search_finds_what_the_command_line_shows(mlflow, line):
     mlflow.repair(line)
     client = mlflow.client
     audit = client.get_experiment_by_name("line.audit").experiment_id
@@ -89,7 +89,7 @@ def test_what_the_command_line_answers_is_found_by_a_search(mlflow, line):
     assert len(found) == 1
 
 
-def test_a_second_repair_looks_at_nothing_and_is_fast(mlflow, line):
+def test_a_second_repair_processes_nothing_and_is_fast(mlflow, line):
     mlflow.repair(line)
     before = shown(mlflow)
     began = time.process_time()
@@ -99,14 +99,14 @@ def test_a_second_repair_looks_at_nothing_and_is_fast(mlflow, line):
     assert shown(mlflow) == before
 
 
-def test_a_full_repair_of_a_whole_image_changes_nothing(mlflow, line):
+def test_a_full_repair_of_a_complete_projection_changes_nothing(mlflow, line):
     mlflow.repair(line)
     before = shown(mlflow)
     assert mlflow.repair(line, full=True) == 9
     assert shown(mlflow) == before
 
 
-def test_only_new_acts_are_looked_at(mlflow, line):
+def test_only_new_acts_are_processed(mlflow, line):
     mlflow.repair(line)
     line.act(
         "retired", "ann", "old", lambda line_state: line_state.with_state("a", 1, "retired", "old")
@@ -117,7 +117,7 @@ def test_only_new_acts_are_looked_at(mlflow, line):
     assert "retired" in version.description
 
 
-def test_a_repair_that_is_killed_again_and_again_is_completed(home, tmp_path, empty_mlflow):
+def test_a_repair_that_is_killed_at_every_write_is_completed(home, tmp_path, empty_mlflow):
     line = ledger(home.store_path)
     line.act("registered", "ann", "", lambda line_state: with_task(line_state, "a", model("a")))
     rows = {"path": "/data/a", "split": "test", "digest": digest("rows")}
@@ -147,13 +147,13 @@ def test_a_repair_that_is_killed_again_and_again_is_completed(home, tmp_path, em
     assert mlflow.repair(line) == 0
 
 
-def test_two_workers_at_once_do_not_double_anything(home, line):
+def test_two_workers_at_once_create_no_duplicates(home, line):
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(lambda _: MlflowProjection(home).repair(line), range(2)))
     assert counts(MlflowProjection(home)) == WHOLE
 
 
-def test_what_other_hosts_doubled_is_made_single(home, mlflow, monkeypatch):
+def test_duplicates_of_other_hosts_are_removed(home, mlflow, monkeypatch):
     line = ledger(home.store_path)
     merge(line)
     # Another host holds another lock, and its search came before our creation.
@@ -170,7 +170,7 @@ def test_what_other_hosts_doubled_is_made_single(home, mlflow, monkeypatch):
     assert found["aliases"] == 1
 
 
-def test_aliases_follow_the_head(mlflow, line):
+def test_aliases_follow_the_state_of_the_line(mlflow, line):
     mlflow.repair(line)
     line.act("rolled-back", "ann", "worse", lambda line_state: line_state.promoted(1))
     mlflow.repair(line)
@@ -200,7 +200,7 @@ def test_a_candidate_has_its_alias_while_it_is_one(mlflow, line):
     assert shown(mlflow)["aliases"] == {"champion": "2"}
 
 
-def test_a_deleted_model_and_a_deleted_database_are_made_again(mlflow, line, empty_mlflow):
+def test_a_deleted_model_and_a_deleted_database_are_restored(mlflow, line, empty_mlflow):
     mlflow.repair(line)
     before = shown(mlflow)
     mlflow.client.delete_registered_model("line")
@@ -222,7 +222,7 @@ def test_two_lines_do_not_disturb_each_other(mlflow, line):
     assert len(shown(mlflow, "other")["other"]) == 1
 
 
-def test_mlflow_away_is_unavailable_without_its_password(tmp_path, monkeypatch):
+def test_an_unreachable_mlflow_is_unavailable_and_its_password_stays_secret(tmp_path, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     store = tmp_path / "store"
     line = ledger(store)
@@ -238,14 +238,14 @@ def test_mlflow_away_is_unavailable_without_its_password(tmp_path, monkeypatch):
     )
 
 
-def test_a_database_that_is_none_is_unavailable(tmp_path):
+def test_a_file_that_is_not_a_database_is_unavailable(tmp_path):
     line = ledger(tmp_path / "home" / "store")
     (tmp_path / "home" / "mlflow.db").write_bytes(b"not a database" * 100)
     with pytest.raises(Unavailable, match="cannot be used"):
         MlflowProjection(Home(tmp_path / "home")).repair(line)
 
 
-def test_nothing_is_written_beside_the_home(line, home, tmp_path):
+def test_nothing_is_written_outside_of_the_home(line, home, tmp_path):
     """Parts of MLflow ask for a global address and make ./mlflow.db where there is none."""
     work = tmp_path / "work"
     work.mkdir()
@@ -275,7 +275,7 @@ print(MlflowProjection(home).repair(Ledger(ObjectStore(home.open_store()), "line
     assert list(work.iterdir()) == []
 
 
-def test_the_store_alone_is_enough_for_another_mlflow(line, mlflow, tmp_path, empty_mlflow):
+def test_another_mlflow_is_filled_from_the_store_alone(line, mlflow, tmp_path, empty_mlflow):
     mlflow.repair(line)
     elsewhere = MlflowProjection(home_with_mlflow(tmp_path / "elsewhere", empty_mlflow))
     copy = Ledger(ObjectStore(FolderStore(line.objects.store.root)), "line")
@@ -284,7 +284,7 @@ def test_the_store_alone_is_enough_for_another_mlflow(line, mlflow, tmp_path, em
 
 
 @pytest.mark.slow
-def test_a_server_is_shown_the_same_as_a_database(line, mlflow, tmp_path):
+def test_a_server_gets_the_same_projection_as_a_database(line, mlflow, tmp_path):
     mlflow.repair(line)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

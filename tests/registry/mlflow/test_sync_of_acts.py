@@ -65,7 +65,7 @@ def test_only_new_versions_are_read_and_added(mlflow, line, monkeypatch):
     assert points(mlflow, "members") == [*before, (version, 1.0)]
 
 
-def test_a_deleted_history_comes_back_whole_whoever_dies_meanwhile(mlflow, line, home):
+def test_a_deleted_history_is_completed_after_any_crash(mlflow, line, home):
     mlflow.repair(line)
     before = shown(mlflow)
     experiment = mlflow.client.get_experiment_by_name("line.history").experiment_id
@@ -80,7 +80,7 @@ def test_a_deleted_history_comes_back_whole_whoever_dies_meanwhile(mlflow, line,
         assert shown(mlflow) == before
 
 
-def test_an_image_of_an_older_kind_is_looked_at_again(mlflow, line):
+def test_a_projection_of_an_older_version_is_written_again(mlflow, line):
     mlflow.repair(line)
     before = shown(mlflow)
     audit = mlflow.client.get_experiment_by_name("line.audit").experiment_id
@@ -106,7 +106,7 @@ def candidate(line: Ledger, **changes: Any) -> None:
     line.act("merged", "t", "", lambda line_state: line_state.with_merged(blob))
 
 
-def test_roles_follow_what_became_of_each_version(mlflow, line, tmp_path, empty_mlflow):
+def test_roles_follow_the_outcome_of_each_version(mlflow, line, tmp_path, empty_mlflow):
     mlflow.repair(line)
     assert roles(mlflow) == {1: "former champion", 2: "champion"}
     candidate(line, gates=[FAILED])
@@ -134,12 +134,12 @@ def test_roles_follow_what_became_of_each_version(mlflow, line, tmp_path, empty_
         r"In use since [-\d]+ [:\d]+ UTC, rolled back to by ann: it was slow\.$",
         champion.description,
     )
-    said = {n: run_of(mlflow, n).data.tags["mlflow.note.content"] for n in expected}
-    assert said[1] == champion.description
-    assert re.search(r"In use until .* UTC, when version 5 took its place\.$", said[2])
-    assert said[3].endswith("It failed its gates: retention 0.2 < 0.9.")
-    assert said[4].endswith("It was never promoted.")
-    assert re.search(r"rolled back to version 1 by ann: it was slow\.$", said[5])
+    notes = {n: run_of(mlflow, n).data.tags["mlflow.note.content"] for n in expected}
+    assert notes[1] == champion.description
+    assert re.search(r"In use until .* UTC, when version 5 replaced it\.$", notes[2])
+    assert notes[3].endswith("It failed its gates: retention 0.2 < 0.9.")
+    assert notes[4].endswith("It was never promoted.")
+    assert re.search(r"rolled back to version 1 by ann: it was slow\.$", notes[5])
     # A look at all acts at once says the same as one after the other.
     again = MlflowProjection(home_with_mlflow(tmp_path / "again", empty_mlflow))
     again.repair(line)
@@ -148,7 +148,7 @@ def test_roles_follow_what_became_of_each_version(mlflow, line, tmp_path, empty_
     assert shown(again) == shown(mlflow)
 
 
-def test_a_champion_that_nothing_replaced_is_shown_as_gone(mlflow, line):
+def test_a_champion_without_a_successor_becomes_a_former_champion(mlflow, line):
     line.act(
         "retired",
         "ann",
@@ -157,8 +157,8 @@ def test_a_champion_that_nothing_replaced_is_shown_as_gone(mlflow, line):
     )
     mlflow.repair(line)
     assert roles(mlflow) == {1: "former champion", 2: "former champion"}
-    said = run_of(mlflow, 2).data.tags["mlflow.note.content"]
-    assert said.endswith("when nothing was left to merge: retired by ann: a: too old.")
+    notes = run_of(mlflow, 2).data.tags["mlflow.note.content"]
+    assert notes.endswith("when no member was left to merge: retired by ann: a: too old.")
     assert points(mlflow, "champion")[-1] == (10, 0.0)
     assert mlflow.client.get_registered_model("line").aliases == {}
 
@@ -168,10 +168,10 @@ def test_versions_are_found_by_their_tags(mlflow, line):
     candidate(line, gates=[FAILED])
     mlflow.repair(line)
 
-    def versions(wanted: str) -> list[int]:
-        found = mlflow.client.search_model_versions(f"name = 'line' and {wanted}")
+    def versions(query: str) -> list[int]:
+        found = mlflow.client.search_model_versions(f"name = 'line' and {query}")
         experiment = mlflow.client.get_experiment_by_name("line").experiment_id
-        runs = mlflow.client.search_runs([experiment], wanted)
+        runs = mlflow.client.search_runs([experiment], query)
         numbers = sorted(int(v.tags["restitch.version"]) for v in found)
         assert numbers == sorted(int(r.data.tags["restitch.version"]) for r in runs)
         return numbers
@@ -184,7 +184,7 @@ def test_versions_are_found_by_their_tags(mlflow, line):
     assert versions(f"tags.`restitch.patch` = '{digest('patch 2')}'") == [2]
 
 
-def test_runs_were_created_by_who_did_it(mlflow, line):
+def test_runs_show_their_actor_as_creator(mlflow, line):
     merge(line, tasks=("a",), made_by={"actor": "ann", "host": "gpu-1"})
     mlflow.repair(line)
     client = mlflow.client
@@ -201,15 +201,15 @@ def test_acts_are_found_by_the_version_that_they_are_about(mlflow, line):
     audit = mlflow.client.get_experiment_by_name("line.audit").experiment_id
 
     def kinds(version: int) -> list[str]:
-        wanted = f"tags.`restitch.versions` LIKE '%,{version},%'"
-        runs = mlflow.client.search_runs([audit], wanted, order_by=["start_time ASC"])
+        query = f"tags.`restitch.versions` LIKE '%,{version},%'"
+        runs = mlflow.client.search_runs([audit], query, order_by=["start_time ASC"])
         return [run.data.params["kind"] for run in runs]
 
     assert kinds(1) == ["merged", "promoted", "promoted"]
     assert kinds(3) == ["merged", "rejected"]
 
 
-def test_the_data_that_a_version_was_measured_on_are_its_inputs(mlflow, line):
+def test_the_data_of_an_evaluation_are_inputs_of_the_run(mlflow, line):
     rows = {"path": "/data/a", "split": "test", "digest": digest("rows")}
     hub = {"path": f"org/photos@{'a' * 40}", "split": "validation", "digest": digest("photos")}
     merge(
@@ -238,7 +238,7 @@ def artifacts(mlflow: MlflowProjection, version: int, folder: Path) -> dict[str,
     return {str(p.relative_to(place)): p.read_bytes() for p in place.rglob("*") if p.is_file()}
 
 
-def test_further_artifacts_are_written_where_an_act_is_about_a_version(mlflow, line, tmp_path):
+def test_extra_artifacts_are_written_for_versions_that_an_act_is_about(mlflow, line, tmp_path):
     asked = []
 
     def report(version: int) -> dict[str, bytes]:
@@ -263,7 +263,7 @@ def test_further_artifacts_are_written_where_an_act_is_about_a_version(mlflow, l
     assert "record.json" in found
 
 
-def test_further_artifacts_are_there_before_an_image_counts_as_complete(mlflow, line, tmp_path):
+def test_extra_artifacts_are_written_before_a_projection_counts_as_complete(mlflow, line, tmp_path):
     def killed(_: int) -> dict[str, bytes]:
         raise KilledError
 

@@ -49,7 +49,7 @@ def test_nothing_is_written_through_a_server_that_ignores_conditions(store, tmp_
 
 
 @pytest.mark.usefixtures("careless")
-def test_a_single_writer_keeps_every_promise_but_that_one(store, monkeypatch) -> None:
+def test_a_single_writer_needs_no_conditional_writes(store, monkeypatch) -> None:
     monkeypatch.setenv("RESTITCH_SINGLE_WRITER", "1")
     assert store.put("name", b"content")
     assert not store.put("name", b"other")
@@ -62,7 +62,7 @@ def test_a_single_writer_keeps_every_promise_but_that_one(store, monkeypatch) ->
 
 
 @pytest.mark.usefixtures("careless")
-def test_a_promise_that_is_taken_back_ends_writing(store, monkeypatch) -> None:
+def test_without_the_promise_of_a_single_writer_writing_ends(store, monkeypatch) -> None:
     monkeypatch.setenv("RESTITCH_SINGLE_WRITER", "1")
     store.put("name", b"content")
     monkeypatch.setenv("RESTITCH_SINGLE_WRITER", "0")
@@ -71,7 +71,7 @@ def test_a_promise_that_is_taken_back_ends_writing(store, monkeypatch) -> None:
     assert store.read("name") == b"content"
 
 
-def test_a_server_that_knows_no_conditions_at_all_is_found_out(
+def test_a_server_that_refuses_all_conditional_writes_is_detected(
     s3_bucket, store, monkeypatch
 ) -> None:
     from botocore.exceptions import ClientError
@@ -92,9 +92,7 @@ def test_a_server_that_knows_no_conditions_at_all_is_found_out(
     assert store.put("name", b"content")
 
 
-def test_a_server_is_asked_once_and_what_it_keeps_is_remembered(
-    s3_bucket, store, monkeypatch, s3_client
-) -> None:
+def test_a_server_is_probed_once(s3_bucket, store, monkeypatch, s3_client) -> None:
     asked = []
     tried = conditional_writes.probe_conditional_writes
 
@@ -114,7 +112,7 @@ def test_a_server_is_asked_once_and_what_it_keeps_is_remembered(
 
 @pytest.fixture
 def checked(store, new_home):
-    """What doctor says of conditional writes."""
+    """The checks of doctor for conditional writes."""
     shell = Shell(new_home("home").home, {"RESTITCH_STORE": f"s3://{store.bucket}/{store.prefix}"})
 
     def check():
@@ -130,7 +128,7 @@ def test_doctor_reports_that_a_server_supports_conditional_writes(checked) -> No
 
 
 @pytest.mark.usefixtures("careless")
-def test_doctor_says_that_a_server_ignores_conditions(checked, monkeypatch) -> None:
+def test_doctor_reports_that_a_server_ignores_conditions(checked, monkeypatch) -> None:
     assert checked()["status"] == "failed"
     assert "RESTITCH_SINGLE_WRITER=1" in checked()["remedy"]
     monkeypatch.setenv("RESTITCH_SINGLE_WRITER", "1")

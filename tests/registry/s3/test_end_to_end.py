@@ -95,16 +95,16 @@ def test_a_line_has_the_same_bytes_through_a_network_that_fails(
     first("verify", "demo")
 
 
-def test_a_command_in_a_process_of_its_own_finds_the_bucket(
+def test_a_command_in_another_process_finds_the_bucket(
     in_bucket, world: World, tmp_path: Path
 ) -> None:
     shell = in_bucket("home")
     shell("init", world.line(tmp_path / "line.yaml"))
     assert "demo" in shell.process("status", "demo").out
     away = Shell(shell.home, {**shell.environment, "AWS_ENDPOINT_URL": "http://127.0.0.1:9"})
-    told = away.process("status", "demo", code=6).err
-    assert "AWS_ENDPOINT_URL" in told
-    assert "the-secret" not in told
+    message = away.process("status", "demo", code=6).err
+    assert "AWS_ENDPOINT_URL" in message
+    assert "the-secret" not in message
 
 
 def test_a_copy_that_was_asked_for_outlives_its_original(
@@ -128,7 +128,7 @@ def test_a_copy_that_was_asked_for_outlives_its_original(
     assert shell.json("register", "demo", *task, "--model", ref.uri)["state"] == "ready"
 
 
-def test_what_is_damaged_at_the_server_is_found_past_the_cache_and_mended(
+def test_damage_at_the_server_is_found_past_the_cache_and_repaired(
     three: Three, s3_bucket: str, s3_client, in_bucket, tmp_path: Path
 ) -> None:
     shell = in_bucket("home")

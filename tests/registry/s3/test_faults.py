@@ -76,7 +76,7 @@ class TestFaultyNetwork(StoreContract):
         assert sum(faults.injected.values()) >= 10
 
     def test_each_swap_is_done_once_and_reported_truly(self, store, opener, faults):
-        # Each writer appends its own marks, and says which of them it was told took effect.
+        # Each writer appends its own marks, and prints those whose swap returned a tag.
         code = f"""
             import sys
             from restitch.registry.store.base import NotInStore
@@ -93,19 +93,19 @@ class TestFaultyNetwork(StoreContract):
                         break
         """
         writers = [start(code, name) for name in "abc"]
-        told = [writer.communicate()[0].split() for writer in writers]
+        reported = [writer.communicate()[0].split() for writer in writers]
         assert [writer.returncode for writer in writers] == [0, 0, 0]
         log = store.read("log").decode().split()
-        assert sorted(log) == sorted(mark for some in told for mark in some)
+        assert sorted(log) == sorted(mark for some in reported for mark in some)
         assert len(log) == 24
 
-    def test_conditions_that_are_kept_are_found_to_be(self, store, faults, s3_bucket, prefix):
+    def test_supported_conditional_writes_are_detected(self, store, faults, s3_bucket, prefix):
         assert all(
             probe_conditional_writes(s3_bucket, f"{prefix}/{number}") for number in range(10)
         )
 
 
-def test_a_network_that_lets_nothing_through_is_said(faults, store, monkeypatch) -> None:
+def test_a_dead_network_is_an_error(faults, store, monkeypatch) -> None:
     monkeypatch.setattr(retries, "pause", lambda _: None)
     store.put("name", b"content")
     faults.share = 1.0

@@ -83,7 +83,7 @@ def requests(monkeypatch):
 
 
 class TestLostAnswers:
-    def test_a_put_whose_answer_was_lost_is_known_as_ours(self, store, lose_answers, tmp_path):
+    def test_a_put_with_a_lost_answer_is_recognized(self, store, lose_answers, tmp_path):
         lose_answers(["PUT"])
         assert store.put("name", b"content")
         assert not store.put("name", b"content")
@@ -93,7 +93,7 @@ class TestLostAnswers:
         assert store.put("file", file)
         assert store.read("file") == b"x" * 100_000
 
-    def test_a_swap_whose_answer_was_lost_is_known_as_ours(self, store, lose_answers):
+    def test_a_swap_with_a_lost_answer_is_recognized(self, store, lose_answers):
         lose_answers(["PUT"])
         first = store.swap("head", None, b"1")
         assert first == store.read_tagged("head").tag
@@ -102,9 +102,7 @@ class TestLostAnswers:
         assert store.read_tagged("head") == (b"2", second)
         assert store.swap("head", first, b"3") is None
 
-    def test_a_swap_that_others_followed_before_its_answer_was_missed_counts(
-        self, store, monkeypatch
-    ):
+    def test_a_swap_with_a_lost_answer_counts_even_if_others_followed(self, store, monkeypatch):
         first = store.swap("head", None, b"0")
         _overtake(monkeypatch, store, 8)
         ours = store.swap("head", first, b"ours")
@@ -113,7 +111,7 @@ class TestLostAnswers:
         assert store.swap("head", ours, b"late") is None
         assert store.swap("head", first, b"late") is None
 
-    def test_the_same_content_of_another_is_not_taken_for_ours(self, store):
+    def test_equal_content_of_another_writer_is_not_taken_for_ours(self, store):
         assert store.put("name", b"content")
         assert not store.put("name", b"content")
         assert store.swap("name", None, b"content") is None
@@ -126,7 +124,7 @@ class TestLostAnswers:
         # Also where another swap has followed before the answer was missed.
         assert store.read("count") == b"20"
 
-    def test_a_swap_that_too_many_followed_to_tell_is_neither_made_nor_refused(
+    def test_a_swap_with_a_lost_answer_and_too_many_successors_is_an_error(
         self, store, monkeypatch
     ):
         monkeypatch.setattr(s3_store, "_REMEMBERED", 4)
@@ -137,7 +135,7 @@ class TestLostAnswers:
         # Whose answer came is refused as ever, however many followed what it expects.
         assert store.swap("head", first, b"late") is None
 
-    def test_a_read_that_breaks_off_begins_again(self, store, monkeypatch):
+    def test_an_interrupted_read_is_repeated(self, store, monkeypatch):
         monkeypatch.setattr(retries, "pause", lambda _seconds: None)
         store.put("name", b"content" * 1000)
         breaks = _breaking_bodies(monkeypatch, 2)
@@ -185,7 +183,7 @@ def _breaking_bodies(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
 
 
 class TestConflicts:
-    def test_a_write_that_the_server_asks_to_repeat_is_repeated(self, store, monkeypatch):
+    def test_a_write_is_repeated_when_the_server_asks_for_it(self, store, monkeypatch):
         answers = [409, 409]
         _refuse(monkeypatch, answers, "ConditionalRequestConflict")
         assert store.put("name", b"content")
@@ -194,7 +192,7 @@ class TestConflicts:
         assert store.swap("name", store.read_tagged("name").tag, b"other")
         assert store.read("name") == b"other"
 
-    def test_a_swap_of_what_is_gone_changes_nothing(self, store, s3_client, prefix):
+    def test_a_swap_of_a_removed_object_changes_nothing(self, store, s3_client, prefix):
         tag = store.swap("head", None, b"1")
         s3_client.delete_object(Bucket="bucket", Key=f"{prefix}/head")
         assert store.swap("head", tag, b"2") is None
@@ -224,12 +222,12 @@ class TestLargeFiles:
         file.write_bytes(bytes(range(256)) * (12 << 12))
         return file
 
-    def test_a_file_that_is_too_large_for_one_put_goes_in_parts(self, store, file):
+    def test_a_large_file_is_uploaded_in_parts(self, store, file):
         assert store.put("name", file)
         assert store.local_path("name").read_bytes() == file.read_bytes()
         assert not store.put("name", file)
 
-    def test_of_two_uploads_the_first_that_completes_stays(self, store, file, monkeypatch):
+    def test_the_first_of_two_uploads_to_complete_stays(self, store, file, monkeypatch):
         monkeypatch.setattr(S3Store, "_head", lambda *_: None)  # neither sees the other begin
         assert store.put("name", file)
         whole = file.read_bytes()
@@ -238,13 +236,13 @@ class TestLargeFiles:
         assert store.read("name") == whole
         assert store.sweep(0) == 0, "the upload that lost was not aborted"
 
-    def test_a_completion_whose_answer_was_lost_is_known_as_ours(self, store, file, lose_answers):
+    def test_a_completion_with_a_lost_answer_is_recognized(self, store, file, lose_answers):
         # The beginning, the first of three parts, and the completion.
         lose_answers(["POST", "-", "PUT", "-", "-", "-", "POST"])
         assert store.put("name", file)
         assert store.read("name") == file.read_bytes()
 
-    def test_uploads_that_nobody_completes_are_swept_by_age(self, store, s3_client, prefix):
+    def test_abandoned_uploads_are_swept_by_age(self, store, s3_client, prefix):
         for place in (prefix, "elsewhere"):
             s3_client.create_multipart_upload(Bucket="bucket", Key=f"{place}/name")
         # This server says of each upload that it began in 2010.
@@ -255,14 +253,14 @@ class TestLargeFiles:
 
 
 class TestCache:
-    def test_what_is_here_is_not_fetched_again(self, store, requests):
+    def test_a_cached_copy_is_not_downloaded_again(self, store, requests):
         store.put("blobs/a", b"content")
         store.local_path("blobs/a")
         requests.clear()
         assert store.local_path("blobs/a").read_bytes() == b"content"
         assert requests == []
 
-    def test_what_is_in_the_store_is_not_sent_again(self, store, requests, tmp_path):
+    def test_an_existing_object_is_not_uploaded_again(self, store, requests, tmp_path):
         file = tmp_path / "file"
         file.write_bytes(b"content")
         assert store.put("name", file)
@@ -270,7 +268,7 @@ class TestCache:
         assert not store.put("name", file)
         assert requests == ["HEAD"]
 
-    def test_a_file_that_was_given_away_need_not_be_fetched(self, store, requests, tmp_path):
+    def test_a_moved_file_is_not_downloaded(self, store, requests, tmp_path):
         file = tmp_path / "file"
         file.write_bytes(b"content")
         store.put("name", file, move=True)
@@ -278,7 +276,7 @@ class TestCache:
         assert store.local_path("name").read_bytes() == b"content"
         assert requests == []
 
-    def test_a_download_that_was_killed_is_never_read(self, store, opener, tmp_path):
+    def test_a_killed_download_is_never_read(self, store, opener, tmp_path):
         store.put("name", bytes(range(256)) * 100_000)
         code = f"""
             import os
@@ -315,7 +313,7 @@ class TestCache:
             with pytest.raises(Damage, match=f"blobs/{blob}"):
                 read(blob)
 
-    def test_a_disk_that_refuses_the_copy_is_said(self, s3_bucket, prefix, tmp_path):
+    def test_a_disk_that_refuses_the_copy_is_an_error(self, s3_bucket, prefix, tmp_path):
         (tmp_path / "cache").write_bytes(b"")
         store = S3Store(s3_bucket, prefix, tmp_path / "cache")
         store.put("name", b"content")
@@ -323,9 +321,7 @@ class TestCache:
             store.local_path("name")
 
 
-def test_more_than_a_page_is_listed_in_order_and_without_what_is_foreign(
-    store, s3_client, prefix, s3_bucket
-):
+def test_a_long_listing_is_in_order_and_without_other_objects(store, s3_client, prefix, s3_bucket):
     names = [f"n/{number}" for number in range(1100)]
 
     def make(name):
@@ -341,9 +337,9 @@ def test_more_than_a_page_is_listed_in_order_and_without_what_is_foreign(
 class TestErrors:
     @pytest.fixture
     def refused(self, store):
-        """What each operation says; all are Unavailable and none tells a secret."""
+        """The message of each operation; all are Unavailable and none contains a secret."""
 
-        def told() -> list[str]:
+        def messages() -> list[str]:
             found = []
             for call in (
                 lambda: store.put("name", b""),
@@ -363,14 +359,14 @@ class TestErrors:
                 found.append(str(raised.value))
             return found
 
-        return told
+        return messages
 
-    def test_a_server_that_is_away_is_said(self, refused, monkeypatch):
+    def test_an_unreachable_server_is_an_error(self, refused, monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", "http://user:pass-word@127.0.0.1:9")
         monkeypatch.setattr("restitch.registry.s3.retries.pause", lambda _seconds: None)
         assert all("AWS_ENDPOINT_URL" in text for text in refused())
 
-    def test_a_server_that_does_not_answer_is_asked_a_few_times_only(self, store, monkeypatch):
+    def test_a_silent_server_is_asked_a_limited_number_of_times(self, store, monkeypatch):
         asked = []
 
         def silent(_self, request):
@@ -383,7 +379,7 @@ class TestErrors:
             store.read("name")
         assert asked == ["GET"] * 8
 
-    def test_a_bucket_that_is_not_there_is_said(self, s3_account, tmp_path):
+    def test_a_missing_bucket_is_an_error(self, s3_account, tmp_path):
         store = S3Store("no-bucket", "prefix", tmp_path)
         for call in (store.read, store.local_path, lambda name: store.put(name, b"")):
             with pytest.raises(Unavailable, match="create the bucket of s3://no-bucket/prefix"):
@@ -391,7 +387,7 @@ class TestErrors:
         with pytest.raises(Unavailable, match="NoSuchBucket"):
             list(store.list())
 
-    def test_missing_credentials_are_said_with_what_to_set(self, refused, monkeypatch):
+    def test_missing_credentials_are_an_error_that_names_the_variables(self, refused, monkeypatch):
         monkeypatch.delenv("AWS_ACCESS_KEY_ID")
         monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
         assert all("AWS_SECRET_ACCESS_KEY" in text for text in refused())
@@ -405,13 +401,13 @@ class TestErrors:
             ("InsufficientStorage", 507, "look at the server's log"),
         ],
     )
-    def test_what_the_server_refuses_is_said(self, store, monkeypatch, code, status, hint):
+    def test_refusals_of_the_server_are_explained(self, store, monkeypatch, code, status, hint):
         _refuse(monkeypatch, [status], code)
         with pytest.raises(Unavailable, match=hint) as raised:
             store.put("name", b"")
         assert f"{code} (HTTP {status})" in str(raised.value)
 
-    def test_a_server_that_lists_no_uploads_is_good_enough(self, store, monkeypatch):
+    def test_a_server_need_not_list_uploads(self, store, monkeypatch):
         from botocore.exceptions import ClientError
 
         class Plain:
@@ -422,13 +418,13 @@ class TestErrors:
         monkeypatch.setattr(s3_store, "client", Plain)
         assert store.sweep(0) == 0
 
-    def test_an_address_of_the_server_that_is_none_is_bad_input(self, store, monkeypatch):
+    def test_an_invalid_address_of_the_server_is_bad_input(self, store, monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", "127.0.0.1 pass-word")
         with pytest.raises(BadInput, match="AWS_ENDPOINT_URL") as raised:
             store.read("name")
         assert "pass-word" not in str(raised.value)
 
-    def test_a_file_that_is_not_there_cannot_be_put(self, store, tmp_path):
+    def test_a_missing_file_cannot_be_put(self, store, tmp_path):
         with pytest.raises(BadInput, match="gone does not exist"):
             store.put("name", tmp_path / "gone")
 
@@ -484,11 +480,11 @@ class TestPersistence:
 
         return call
 
-    def test_what_is_altered_once_among_other_failures_is_asked_for_again(self):
+    def test_content_altered_once_among_other_failures_is_fetched_again(self):
         cut, altered = s3_client.MangledError("cut"), s3_client.AlteredError("altered")
         assert retries.with_retries(self.calls(cut, cut, cut, altered, cut, altered)) == "done"
 
-    def test_what_is_altered_again_and_again_is_so_at_the_server(self):
+    def test_content_altered_at_every_attempt_is_damaged_at_the_server(self):
         altered = [s3_client.AlteredError(str(number)) for number in range(5)]
         with pytest.raises(s3_client.AlteredError, match="3"):
             retries.with_retries(self.calls(*altered))

@@ -103,7 +103,7 @@ def test_every_request_that_writes_carries_a_checksum(store, file, watched) -> N
         assert given["ChecksumCRC32"] == transfer._checked(given["Body"])["ChecksumCRC32"]
 
 
-def test_a_server_that_received_something_else_is_sent_it_again(store, monkeypatch) -> None:
+def test_content_that_arrives_altered_at_the_server_is_sent_again(store, monkeypatch) -> None:
     put, answers = client().put_object, ["AAAAAA==", "AAAAAA=="]
 
     def lying(**given):
@@ -144,7 +144,7 @@ def test_content_that_is_altered_at_the_server_is_damage(store, tmp_path, flippe
     assert not [path for path in store.cache.root.rglob("name") if path.is_file()]
 
 
-def test_a_body_that_does_not_end_is_given_up(store, monkeypatch) -> None:
+def test_an_endless_body_is_given_up(store, monkeypatch) -> None:
     store.put("name", b"content")
     monkeypatch.setattr(retries, "_GRACE", -1.0)
     with pytest.raises(Unavailable, match="does not answer"):
@@ -179,7 +179,7 @@ def test_a_file_that_changes_while_it_is_sent_is_not_published(store, file, monk
         store.read("name")
 
 
-def test_an_object_that_others_wrote_is_read_without_its_digests(
+def test_an_object_of_another_program_is_read_without_digests(
     store, file, s3_client, s3_bucket
 ) -> None:
     s3_client.put_object(Bucket=s3_bucket, Key=f"{store.prefix}/name", Body=file.read_bytes())
@@ -209,14 +209,16 @@ def _ranges(file: Path, part: int) -> str:
 class TestSettings:
     @pytest.fixture
     def kept(self, store, s3_client, s3_bucket):
-        """What the server says of an object."""
+        """The answer of the server about an object."""
 
         def look(name):
             return s3_client.head_object(Bucket=s3_bucket, Key=f"{store.prefix}/{name}")
 
         return look
 
-    def test_encryption_and_class_are_asked_for(self, store, file, kept, monkeypatch) -> None:
+    def test_encryption_and_storage_class_are_requested(
+        self, store, file, kept, monkeypatch
+    ) -> None:
         monkeypatch.setenv("RESTITCH_S3_ENCRYPTION", "aws:kms")
         monkeypatch.setenv("RESTITCH_S3_KMS_KEY", "the-key")
         monkeypatch.setenv("RESTITCH_S3_STORAGE_CLASS", "STANDARD_IA")
@@ -243,7 +245,7 @@ class TestSettings:
             ("RESTITCH_S3_STORAGE_CLASS", "DEEP_ARCHIVE"),
         ],
     )
-    def test_a_setting_that_cannot_work_is_refused(self, store, monkeypatch, name, value) -> None:
+    def test_an_invalid_setting_is_refused(self, store, monkeypatch, name, value) -> None:
         monkeypatch.setenv(name, value)
         with pytest.raises(BadInput, match=name) as raised:
             store.put("blobs/a", b"content")

@@ -85,7 +85,7 @@ def test_a_worker_fetches_what_finetuning_changed_and_no_text_tower(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(bucket, "_FIRST_LOOK", 256)
+    monkeypatch.setattr(bucket, "_FIRST_READ", 256)
     model = clip_world.model("colour")
     with (model / WEIGHTS).open("rb") as file:
         header = 8 + int.from_bytes(file.read(8), "little")
@@ -187,7 +187,7 @@ def test_shards_are_read_by_range_and_in_parts(
     assert copy.weights == expected.digest()
 
 
-def test_what_changes_between_two_reads_is_an_error(
+def test_an_object_that_changes_between_two_reads_is_an_error(
     space: Workspace, s3_client: Any, s3_bucket: str, tmp_path: Path
 ) -> None:
     tensors = {"a": torch.randn(200, 200), "b": torch.randn(200, 200)}
@@ -219,7 +219,7 @@ def test_what_changes_between_two_reads_is_an_error(
         open_model(ref, space, family)
 
 
-def test_what_is_altered_on_its_way_is_read_again(
+def test_content_altered_on_its_way_is_read_again(
     space: Workspace, s3_client: Any, s3_bucket: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     """Nobody knows the digest of somebody else's file; an ETag tells, or a second look."""
@@ -249,7 +249,7 @@ def test_what_is_altered_on_its_way_is_read_again(
     assert describe_model(address, family, space) == ref
 
 
-def test_what_was_sent_in_parts_is_known_by_its_etag(
+def test_a_multipart_upload_is_verified_by_its_etag(
     space: Workspace, s3_client: Any, s3_bucket: str, tmp_path: Path
 ) -> None:
     from boto3.s3.transfer import TransferConfig
@@ -265,7 +265,7 @@ def test_what_was_sent_in_parts_is_known_by_its_etag(
     assert counted[WEIGHTS] <= size + (64 << 10), "read once"
 
 
-def test_a_listing_that_is_lost_is_made_again(
+def test_a_lost_listing_is_made_again(
     space: Workspace, s3_client: Any, s3_bucket: str, tmp_path: Path
 ) -> None:
     save(tmp_path / "model", {"a": torch.randn(20, 20)})
@@ -279,7 +279,7 @@ def test_a_listing_that_is_lost_is_made_again(
 
 
 @pytest.mark.parametrize(
-    ("address", "error", "said"),
+    ("address", "error", "message"),
     [
         ("s3://no-such-bucket-here/model", BadInput, "a bucket that does not exist"),
         ("s3://BUCKET/PREFIX/nothing", BadInput, "there is no model at"),
@@ -288,19 +288,19 @@ def test_a_listing_that_is_lost_is_made_again(
         ("s3://BUCKET/PREFIX/broken", BadInput, "has a header longer than the file"),
         ("s3://BUCKET/PREFIX/lacks", BadInput, "lacks shards"),
         ("s3://BUCKET/PREFIX/climbs", BadInput, "outside of its folder"),
-        ("s3://key:pl4nted@BUCKET/model", BadInput, "is not one"),
-        ("s3:///model", BadInput, "is not one"),
-        ("s3://a\nb/model", BadInput, "is not one"),
+        ("s3://key:pl4nted@BUCKET/model", BadInput, "is not valid"),
+        ("s3:///model", BadInput, "is not valid"),
+        ("s3://a\nb/model", BadInput, "is not valid"),
     ],
 )
-def test_what_cannot_be_read_is_explained(
+def test_a_model_that_cannot_be_read_is_explained(
     space: Workspace,
     s3_client: Any,
     s3_bucket: str,
     tmp_path: Path,
     address: str,
     error: type[Exception],
-    said: str,
+    message: str,
 ) -> None:
     save(tmp_path / "good", {"a": torch.ones(3)})
     good = (tmp_path / "good" / WEIGHTS).read_bytes()
@@ -320,12 +320,12 @@ def test_what_cannot_be_read_is_explained(
     for name, data in put.items():
         s3_client.put_object(Bucket=s3_bucket, Key=f"{tmp_path.name}/{name}", Body=data)
     address = address.replace("BUCKET", s3_bucket).replace("PREFIX", tmp_path.name)
-    with pytest.raises(error, match=said) as found:
+    with pytest.raises(error, match=message) as found:
         describe_model(address, get_family("clip"), space)
     assert "pl4nted" not in str(found.value)
 
 
-def test_one_file_is_a_model_too(
+def test_the_address_of_one_file_is_a_model(
     space: Workspace, s3_client: Any, s3_bucket: str, tmp_path: Path
 ) -> None:
     expected = save(tmp_path / "model", {"a": torch.ones(3)})
@@ -334,7 +334,7 @@ def test_one_file_is_a_model_too(
     assert ref.weights == expected.digest()
 
 
-def test_a_bucket_that_is_not_listed_is_not_looked_at(
+def test_a_bucket_that_is_not_allowed_is_not_read(
     space: Workspace, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RESTITCH_ALLOWED_HOSTS", "s3://another")
@@ -343,7 +343,7 @@ def test_a_bucket_that_is_not_listed_is_not_looked_at(
     assert not counted
 
 
-def test_a_refusal_names_the_model_and_what_is_missing(
+def test_a_refusal_names_the_model_and_the_missing_right(
     space: Workspace, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from botocore.exceptions import ClientError
@@ -363,16 +363,16 @@ def test_a_refusal_names_the_model_and_what_is_missing(
         resolve_source(f"s3://{s3_bucket}/model", space.home)
 
 
-def test_a_model_that_is_gone_from_its_bucket_is_quarantined_with_the_reason(
+def test_a_model_that_was_removed_from_its_bucket_is_quarantined(
     world: World, shell: Shell, s3_client: Any, s3_bucket: str, tmp_path: Path
 ) -> None:
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
     model = copied(world.model("colour"), tmp_path / "model", lambda m: (m / WEIGHTS).touch())
     address = upload(s3_client, s3_bucket, model, tmp_path.name)
-    told = shell(
+    done = shell(
         *("register", "demo", "--task", world.task("colour"), "--model", f"{address}/none"), code=3
     )
-    assert "there is no model" in told.err
+    assert "there is no model" in done.err
     assert shell.state().tasks == {}
     shutil.rmtree(model)
     assert shell.json("register", "demo", "--task", world.task("colour"), "--model", address)

@@ -50,7 +50,7 @@ class TestPath:
         assert resolve_source("org/model", home).uri == str(made)
 
     @pytest.mark.parametrize("source", ["./gone", "/gone", "gs://bucket/model", "https://x/y"])
-    def test_what_is_not_there_is_said(self, home, source):
+    def test_a_missing_model_is_an_error(self, home, source):
         with pytest.raises(BadInput, match="there is no model at"):
             resolve_source(source, home)
 
@@ -77,20 +77,20 @@ class TestCopy:
         # What their other files hold is the same; each has its weights and its manifest.
         assert len(list(home.open_store().list("blobs"))) == 1 + 2 + 2
 
-    def test_a_single_file_is_a_model_whatever_its_name(self, home, tmp_path):
+    def test_a_single_file_of_any_name_is_a_model(self, home, tmp_path):
         file = tmp_path / "step-100.safetensors"
         file.write_bytes(b"weights")
         copy = copy_into_store(resolve_source(file, home), home)
         assert files(resolve_source(copy.uri, home)) == {"model.safetensors": b"weights"}
 
-    def test_what_is_no_model_is_not_copied(self, home, tmp_path):
+    def test_a_folder_without_a_model_is_not_copied(self, home, tmp_path):
         pickled = folder(tmp_path / "pickled", {"pytorch_model.bin": b"x"})
         for source in (pickled, pickled / "pytorch_model.bin"):
             with pytest.raises(BadInput, match=r"pytorch_model\.bin"):
                 copy_into_store(resolve_source(source, home), home)
         assert not home.store_path.exists()
 
-    def test_an_address_that_names_no_copy_is_said(self, home):
+    def test_an_address_without_a_copy_is_an_error(self, home):
         for uri in ("store://", "store://../../etc", "store://" + "A" * 64):
             with pytest.raises(BadInput, match="is not the address of a copy"):
                 resolve_source(uri, home)
@@ -131,7 +131,7 @@ class TestHub:
         sha = hub.commit("org/model", MODEL, branch="v1")
         assert resolve_source("org/model@v1", home).uri == f"org/model@{sha}"
 
-    def test_only_what_is_read_is_fetched(self, hub, home):
+    def test_only_files_that_are_read_are_fetched(self, hub, home):
         extra = {
             "pytorch_model.bin": b"pickle",
             "model.fp16.safetensors": b"variant",
@@ -153,14 +153,14 @@ class TestHub:
             "vocab.txt",
         ]
 
-    def test_a_repository_of_pickles_is_refused_with_the_way_out(self, hub, home):
+    def test_a_repository_of_pickles_is_refused_with_a_hint(self, hub, home):
         hub.commit("org/model", {"config.json": b"{}", "pytorch_model.bin": b"pickle"})
         with pytest.raises(BadInput, match="no safetensors") as raised:
             resolve_source("org/model", home)
         assert "save_pretrained" in str(raised.value)
         assert not any("bin" in asked for asked in hub.requests)
 
-    def test_what_the_hub_does_not_have_is_bad_input(self, hub, home):
+    def test_a_model_that_is_not_on_the_hub_is_bad_input(self, hub, home):
         hub.commit("org/model", MODEL)
         with pytest.raises(BadInput, match="neither a local path nor on the hub"):
             resolve_source("org/gone", home)
@@ -168,7 +168,7 @@ class TestHub:
             with pytest.raises(BadInput, match=f"has no revision {revision}"):
                 resolve_source(f"org/model@{revision}", home)
 
-    def test_a_file_that_is_missing_from_its_commit_is_said(self, hub, home):
+    def test_a_file_that_is_missing_from_its_commit_is_an_error(self, hub, home):
         hub.commit("org/model", MODEL)
         hub.removed.add("model.safetensors")
         with pytest.raises(BadInput, match="cannot be read"):
@@ -176,7 +176,7 @@ class TestHub:
         hub.removed.clear()
         assert files(resolve_source("org/model", home)) == MODEL
 
-    def test_a_hub_that_is_broken_or_away_is_unavailable(self, hub, home, monkeypatch):
+    def test_a_broken_or_unreachable_hub_is_unavailable(self, hub, home, monkeypatch):
         monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda _seconds: None)
         sha = hub.commit("org/model", MODEL)
         hub.broken = True
@@ -265,23 +265,23 @@ class TestMlflow:
         assert found.kind == "mlflow"
         assert found.uri == f"runs:/{run}/model"
         assert {path.name: path.read_bytes() for path in found.local.iterdir()} == MODEL
-        assert list(tmp_path.iterdir()) == [], "no database beside the user's work"
+        assert list(tmp_path.iterdir()) == [], "no database in the user's folder"
         assert list(mlflow_home.scratch.iterdir()) == []
 
-    def test_a_version_and_an_alias_lead_to_the_same(self, mlflow_home, run):
+    def test_a_version_and_an_alias_give_the_same_model(self, mlflow_home, run):
         version = resolve_source("models:/trained/1", mlflow_home)
         assert (version.local / "model.safetensors").read_bytes() == b"weights"
         assert resolve_source("models:/trained@best", mlflow_home) == version
         assert version.uri == "models:/trained/1"
 
-    def test_what_was_fetched_needs_no_mlflow_any_more(self, mlflow_home, run, tmp_path):
+    def test_a_fetched_model_needs_no_mlflow(self, mlflow_home, run, tmp_path):
         resolve_source("models:/trained/1", mlflow_home)
         away = Home(tmp_path, str(mlflow_home.store_path), "http://127.0.0.1:9")
         found = resolve_source("models:/trained/1", away)
         assert found.local.is_relative_to(tmp_path)
         assert (found.local / "model.safetensors").read_bytes() == b"weights"
 
-    def test_the_model_may_lie_in_a_folder_below(self, mlflow_home, run):
+    def test_the_model_may_lie_in_a_subfolder(self, mlflow_home, run):
         found = resolve_source(f"runs:/{run}/nested", mlflow_home)
         assert (found.local / "model.safetensors").read_bytes() == b"weights"
 
@@ -289,12 +289,12 @@ class TestMlflow:
         found = resolve_source(f"runs:/{run}/model/model.safetensors", mlflow_home)
         assert [path.name for path in found.local.iterdir()] == ["model.safetensors"]
 
-    def test_a_stand_in_leads_to_the_model_itself(self, mlflow_home, run):
+    def test_a_placeholder_leads_to_the_model(self, mlflow_home, run):
         found = resolve_source(f"runs:/{run}/restitch", mlflow_home)
         assert found.kind == "path"
         assert (found.local / "model.safetensors").read_bytes() == b"target"
 
-    def test_a_pickle_is_refused_with_the_way_out(self, mlflow_home, run):
+    def test_a_pickle_is_refused_with_a_hint(self, mlflow_home, run):
         with pytest.raises(BadInput, match="no safetensors") as raised:
             resolve_source(f"runs:/{run}/pickled", mlflow_home)
         assert "save_pretrained" in str(raised.value)
@@ -303,7 +303,7 @@ class TestMlflow:
         "uri",
         ["models:/gone/1", "models:/trained/7", "models:/trained@gone", "models:/trained/latest"],
     )
-    def test_what_mlflow_does_not_have_is_bad_input(self, mlflow_home, run, uri):
+    def test_a_model_that_is_not_in_mlflow_is_bad_input(self, mlflow_home, run, uri):
         with pytest.raises(BadInput):
             resolve_source(uri, mlflow_home)
 

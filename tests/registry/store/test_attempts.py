@@ -1,4 +1,4 @@
-"""Attempts are counted wherever they are made, and what died is told from what is at work."""
+"""Attempts are counted on every host, and dead ones are told apart from running ones."""
 
 import json
 import os
@@ -49,10 +49,10 @@ def killed(tmp_path: Path) -> int:
 
 
 def test_an_attempt_at_work_is_unfinished_and_alive(attempts: Attempts) -> None:
-    with attempts.attempt("run") as mine:
+    with attempts.attempt("run") as attempt:
         (found,) = attempts.unfinished()
         assert (found.number, found.run, found.is_here) == (1, "run", True)
-        assert found.facts == {**mine.facts, "failed": False}
+        assert found.facts == {**attempt.facts, "failed": False}
         assert found.is_alive()
     assert attempts.unfinished() == []
     assert attempts.count == 1
@@ -64,13 +64,13 @@ def test_an_explained_error_ends_an_attempt(attempts: Attempts) -> None:
     assert attempts.unfinished() == []
 
 
-def test_who_is_told_to_stop_ends_its_attempt(attempts: Attempts) -> None:
+def test_a_process_that_is_asked_to_stop_ends_its_attempt(attempts: Attempts) -> None:
     with pytest.raises(KeyboardInterrupt), attempts.attempt():
         raise KeyboardInterrupt
     assert attempts.unfinished() == []
 
 
-def test_an_error_that_nobody_foresaw_counts_as_a_death(attempts: Attempts) -> None:
+def test_an_unexpected_error_counts_as_a_death(attempts: Attempts) -> None:
     with pytest.raises(ZeroDivisionError), attempts.attempt():
         _ = 1 // 0
     (found,) = attempts.unfinished()
@@ -90,15 +90,15 @@ def test_a_killed_process_leaves_an_attempt_that_died(attempts: Attempts, tmp_pa
         assert [one.is_alive() for one in attempts.unfinished()] == [False, True]
 
 
-def test_another_process_with_the_same_number_is_not_taken_for_it(attempts: Attempts) -> None:
-    with attempts.attempt() as mine:
-        before = Attempt(2, {**mine.facts, "process_began": mine.facts["process_began"] - 60})
-        assert mine.is_alive()
+def test_a_reused_process_id_is_recognized(attempts: Attempts) -> None:
+    with attempts.attempt() as attempt:
+        before = Attempt(2, {**attempt.facts, "process_began": attempt.facts["process_began"] - 60})
+        assert attempt.is_alive()
         assert not before.is_alive()
 
 
 @pytest.mark.parametrize(("ended", "alive"), [(True, False), (False, True)])
-def test_the_engine_knows_of_an_attempt_on_another_host(ended: bool, alive: bool) -> None:
+def test_the_engine_tells_whether_a_run_on_another_host_has_ended(ended: bool, alive: bool) -> None:
     asked: list[str] = []
 
     def run_ended(run: str) -> bool:
@@ -109,7 +109,7 @@ def test_the_engine_knows_of_an_attempt_on_another_host(ended: bool, alive: bool
     assert asked == ["the-run"]
 
 
-def test_an_attempt_elsewhere_of_which_nobody_knows_is_given_up_after_a_day() -> None:
+def test_an_attempt_on_an_unknown_host_counts_as_dead_after_a_day() -> None:
     assert elsewhere().is_alive()
     assert not elsewhere(age=GIVEN_UP_AFTER + timedelta(minutes=1)).is_alive()
 
@@ -126,13 +126,13 @@ def elsewhere(run: str | None = None, age: timedelta = timedelta(0)) -> Attempt:
     return Attempt(1, facts)
 
 
-def test_attempts_that_begin_together_have_numbers_of_their_own(attempts: Attempts) -> None:
+def test_attempts_that_begin_together_have_different_numbers(attempts: Attempts) -> None:
     together = threading.Barrier(8)
     numbers: list[int] = []
 
     def work() -> None:
-        with attempts.attempt() as mine:
-            numbers.append(mine.number)
+        with attempts.attempt() as attempt:
+            numbers.append(attempt.number)
             together.wait(60)
 
     threads = [threading.Thread(target=work) for _ in range(8)]
@@ -144,13 +144,13 @@ def test_attempts_that_begin_together_have_numbers_of_their_own(attempts: Attemp
     assert (attempts.count, attempts.unfinished()) == (8, [])
 
 
-def test_other_work_has_attempts_of_its_own(attempts: Attempts) -> None:
+def test_other_work_has_its_own_attempts(attempts: Attempts) -> None:
     with attempts.attempt():
         other = Attempts(attempts.store, "work", 2)
         assert (other.count, other.unfinished()) == (0, [])
 
 
-def test_a_process_that_is_gone_began_never() -> None:
+def test_a_process_that_is_gone_has_no_start_time() -> None:
     assert process_began(os.getpid()) == psutil.Process().create_time()
     child = psutil.Popen(["true"])
     while child.status() != psutil.STATUS_ZOMBIE:

@@ -18,7 +18,7 @@ class TestFolderStore(StoreContract):
     def opener(self, tmp_path):
         return f"FolderStore(Path({str(tmp_path / 'store')!r}))"
 
-    def test_reading_makes_no_folder(self, store):
+    def test_reading_creates_no_folder(self, store):
         assert list(store.list()) == []
         assert not store.root.exists()
 
@@ -45,7 +45,7 @@ class TestFolderStore(StoreContract):
         (store.root / ".tmp" / "half").write_bytes(b"")
         assert list(store.list()) == ["head"]
 
-    def test_a_lock_file_that_stayed_locks_nobody_out(self, store):
+    def test_a_leftover_lock_file_blocks_nobody(self, store):
         tag = store.swap("head", None, b"1")
         assert list((store.root / ".locks").iterdir())
         assert FolderStore(store.root).swap("head", tag, b"2") is not None
@@ -62,7 +62,7 @@ class TestFolderStore(StoreContract):
         assert store.read("name") == b"first"
         assert not file.exists()
 
-    def test_a_full_disk_is_said_and_leaves_nothing(self, store, monkeypatch):
+    def test_a_full_disk_is_an_error_and_leaves_nothing(self, store, monkeypatch):
         def full(_descriptor):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -79,7 +79,7 @@ class TestFolderStore(StoreContract):
         ("code", "hint"),
         [(errno.EACCES, "permission"), (errno.EROFS, "read-only"), (errno.EDQUOT, "quota")],
     )
-    def test_what_the_disk_refuses_is_said_with_what_to_do(self, store, monkeypatch, code, hint):
+    def test_errors_of_the_disk_say_what_to_do(self, store, monkeypatch, code, hint):
         def refuse(*_):
             raise OSError(code, os.strerror(code))
 
@@ -89,12 +89,12 @@ class TestFolderStore(StoreContract):
         with pytest.raises(Unavailable, match=hint):
             store.swap("name", None, b"")
 
-    def test_a_file_in_the_way_of_the_store_is_said(self, tmp_path):
+    def test_a_file_in_the_way_of_the_store_is_an_error(self, tmp_path):
         (tmp_path / "store").write_bytes(b"")
         with pytest.raises(Unavailable, match="in the way"):
             FolderStore(tmp_path / "store").put("name", b"")
 
-    def test_a_file_that_is_not_there_cannot_be_put(self, store, tmp_path):
+    def test_a_missing_file_cannot_be_put(self, store, tmp_path):
         for move in (False, True):
             with pytest.raises(BadInput, match="gone does not exist"):
                 store.put("name", tmp_path / "gone", move=move)

@@ -30,7 +30,7 @@ def test_a_blob_is_found_by_the_digest_of_its_bytes(objects, tmp_path):
     assert list(objects.store.list()) == [f"blobs/{found}"]
 
 
-def test_json_has_one_digest_whatever_its_order(objects):
+def test_the_digest_of_json_does_not_depend_on_the_order_of_its_keys(objects):
     assert objects.put_json({"a": 1, "b": 2}) == objects.put_json({"b": 2, "a": 1})
 
 
@@ -70,7 +70,7 @@ def test_a_blob_is_verified_once_while_it_stays_unchanged(objects, monkeypatch):
     objects.blob_path(blob)
 
 
-def test_a_key_says_what_was_made_from_its_inputs(objects):
+def test_a_key_names_the_result_of_its_inputs(objects):
     blob = objects.put_blob(b"content")
     assert objects.lookup("mask", digest("inputs")) is None
     made = objects.publish(
@@ -100,13 +100,13 @@ def test_of_many_publishers_all_get_the_same_winner(objects):
     assert len({record.blob for record in records}) == 1
 
 
-def test_a_blob_must_be_kept_before_it_is_published(objects):
+def test_a_blob_must_be_stored_before_its_key(objects):
     with pytest.raises(Damage, match="missing"):
         objects.publish("mask", digest("inputs"), digest("nothing"))
     assert objects.lookup("mask", digest("inputs")) is None
 
 
-def test_a_key_that_is_not_readable_is_damage(objects):
+def test_an_unreadable_key_is_damage(objects):
     objects.store.put(f"keys/mask/{digest('inputs')}", b'{"blob": 3}')
     with pytest.raises(Damage, match="keys/mask"):
         objects.lookup("mask", digest("inputs"))

@@ -57,7 +57,7 @@ def elsewhere(cache: ReadCache, *names: str, stays: bool = False):
     return process
 
 
-def test_the_least_recently_used_goes_first(cache) -> None:
+def test_the_least_recently_used_copy_is_removed_first(cache) -> None:
     elsewhere(cache, "b/1", "b/2", "b/3")
     elsewhere(cache, "b/1")  # used again: now 2 is the oldest
     elsewhere(cache, "b/4")
@@ -65,27 +65,27 @@ def test_the_least_recently_used_goes_first(cache) -> None:
     assert cache.get("b/1", refuse).read_bytes() == b"1" * SIZE
 
 
-def test_what_a_living_process_has_stays_even_above_the_limit(cache) -> None:
+def test_copies_in_use_stay_even_above_the_limit(cache) -> None:
     process = elsewhere(cache, "b/1", "b/2", "b/3", stays=True)
     try:
-        mine = [cache.get(f"m/{number}", writes(number)) for number in range(4)]
+        used = [cache.get(f"m/{number}", writes(number)) for number in range(4)]
         assert len(copies(cache)) == 7
     finally:
         process.kill()
         process.communicate()
-    mine.append(cache.get("m/4", writes(4)))
+    used.append(cache.get("m/4", writes(4)))
     assert copies(cache) == [f"m/{number}" for number in range(5)]
-    assert [path.read_bytes()[0] for path in mine] == [0, 1, 2, 3, 4]
+    assert [path.read_bytes()[0] for path in used] == [0, 1, 2, 3, 4]
 
 
-def test_a_copy_that_is_larger_than_the_limit_is_there_all_the_same(cache) -> None:
+def test_a_copy_larger_than_the_limit_is_still_made(cache) -> None:
     elsewhere(cache, "b/1", "b/2")
     path = cache.get("large", lambda file: file.write_bytes(b"x" * 10 * SIZE))
     assert path.stat().st_size == 10 * SIZE
     assert copies(cache) == ["large"]
 
 
-def test_without_a_limit_everything_stays(tmp_path) -> None:
+def test_without_a_limit_nothing_is_removed(tmp_path) -> None:
     cache = ReadCache(tmp_path, lambda: None)
     elsewhere(cache, "b/1", "b/2", "b/3")
     unlimited = ReadCache(tmp_path, lambda: None)
@@ -93,7 +93,7 @@ def test_without_a_limit_everything_stays(tmp_path) -> None:
     assert len(copies(cache)) == 4
 
 
-def test_using_a_copy_leaves_the_time_of_its_change(cache) -> None:
+def test_using_a_copy_keeps_its_modification_time(cache) -> None:
     path = cache.get("b/1", writes(1))
     os.utime(path, (1, 1))
     cache.get("b/1", refuse)
@@ -112,7 +112,7 @@ def test_a_fetch_that_fails_leaves_nothing(cache) -> None:
     assert list((cache.root / ".tmp").iterdir()) == []
 
 
-def test_a_fresh_copy_takes_the_place_of_one_that_is_open(cache) -> None:
+def test_a_fresh_copy_replaces_one_that_is_open(cache) -> None:
     with cache.get("b/1", writes(1)).open("rb") as old:
         path = cache.get("b/1", writes(2), fresh=True)
         assert path.read_bytes() == b"\2" * SIZE
@@ -183,7 +183,7 @@ class TestFolders:
         """
         assert start(code).wait() == 0
 
-    def test_the_least_recently_used_goes_whole(self, cache) -> None:
+    def test_a_copied_folder_is_removed_whole(self, cache) -> None:
         self.elsewhere(cache, "a", "b", "c")
         self.elsewhere(cache, "a", "d")
         assert copies(cache) == ["a", "c", "d"]
@@ -191,13 +191,13 @@ class TestFolders:
         assert cache.use("a")
         assert not cache.use("b")
 
-    def test_what_is_in_use_stays(self, cache) -> None:
-        mine = [self.keep(cache, name) for name in "abcde"]
-        assert all((folder / "weights").is_file() for folder in mine)
+    def test_a_folder_in_use_stays(self, cache) -> None:
+        used = [self.keep(cache, name) for name in "abcde"]
+        assert all((folder / "weights").is_file() for folder in used)
         self.elsewhere(cache, "f")
         assert copies(cache) == [*"abcdef"]
 
-    def test_of_two_that_make_the_same_the_first_stays(self, cache) -> None:
+    def test_the_first_of_two_equal_folders_stays(self, cache) -> None:
         self.keep(cache, "a")
         (cache.root / "a" / "first").touch()
         self.keep(cache, "a")
@@ -205,17 +205,17 @@ class TestFolders:
         assert list((cache.root / ".tmp").iterdir()) == []
 
 
-def test_a_copy_where_nothing_can_be_noted_is_read_all_the_same(cache, monkeypatch) -> None:
+def test_a_copy_on_a_read_only_disk_can_be_used(cache, monkeypatch) -> None:
     cache.get("b/1", writes(1))
 
     def read_only(*_):
         raise OSError(errno.EROFS, "Read-only file system")
 
-    monkeypatch.setattr("restitch.registry.store.read_cache._note", read_only)
+    monkeypatch.setattr("restitch.registry.store.read_cache._mark_used", read_only)
     assert cache.get("b/1", refuse).read_bytes() == b"\1" * SIZE
 
 
-def test_a_folder_that_was_emptied_is_made_again(cache) -> None:
+def test_an_emptied_cache_is_filled_again(cache) -> None:
     import shutil
 
     cache.get("b/1", writes(1))
@@ -225,7 +225,7 @@ def test_a_folder_that_was_emptied_is_made_again(cache) -> None:
     assert "b/1" in copies(cache)
 
 
-def test_the_limit_is_a_variable(monkeypatch) -> None:
+def test_the_limit_comes_from_the_environment(monkeypatch) -> None:
     monkeypatch.delenv("RESTITCH_CACHE_SIZE", raising=False)
     assert cache_limit() is None
     monkeypatch.setenv("RESTITCH_CACHE_SIZE", "2 KB")
@@ -235,7 +235,7 @@ def test_the_limit_is_a_variable(monkeypatch) -> None:
         cache_limit()
 
 
-def test_a_store_in_a_bucket_keeps_to_the_limit(s3_bucket, tmp_path, monkeypatch) -> None:
+def test_the_cache_of_a_bucket_stays_within_the_limit(s3_bucket, tmp_path, monkeypatch) -> None:
     code = f"""
         from pathlib import Path
         from restitch.registry.s3.store import S3Store
