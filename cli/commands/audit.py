@@ -49,8 +49,8 @@ def history(
     else:
         first = None if since is None else parse_time(since, time.min)
         last = None if until is None else parse_time(until)
-        wanted = queries.Wanted(task, event, first, last)
-        show_result(queries.history(line, wanted), as_json, render.history)
+        selection = queries.HistoryFilter(task, event, first, last)
+        show_result(queries.history(line, selection), as_json, render.history)
 
 
 def show(line: Line, version: Version = "champion", as_json: Json = False) -> None:
