@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from restitch.cli.app import AnyLine, Json, Line, Task, Version, show_result
+from restitch.cli.app import Json, Line, Task, UncheckedLine, Version, show_result
 from restitch.cli.render import audit as render
 from restitch.merging.errors import UsageError
 
@@ -87,7 +87,7 @@ def why(line: Line, task: Task, as_json: Json = False) -> None:
 
 
 def verify(
-    line: AnyLine = None,
+    line: UncheckedLine = None,
     version: Annotated[str | None, typer.Option(help="Only this version.")] = None,
     without: Annotated[
         str | None,
