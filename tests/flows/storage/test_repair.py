@@ -275,8 +275,8 @@ def test_mlflow_is_completed_from_the_trail(copy: Shell) -> None:
     found = damaged(copy.json("verify", "--deep", code=7))
     problem = found["MLflow: demo"]["problem"]
     assert "the alias champion is on version 1, not version 3" in problem
-    assert "version 2 is not there" in problem
-    assert "act 13 (promoted) is not there" in problem
+    assert "version 2 is missing" in problem
+    assert "act 13 (promoted) is missing" in problem
     assert found["MLflow: demo"]["remedy"] == "complete it from the trail"
     assert copy.json("verify", "--repair")["intact"]
     assert copy.json("verify", "--deep")["store"]["damaged"] == []
