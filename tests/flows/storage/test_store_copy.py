@@ -134,4 +134,4 @@ def test_merge_leases_are_not_copied(source: str, new_home: NewHome, tmp_path: P
     store = Home(shell.home).open_store()
     store.swap("leases/demo.merge.json", None, json.dumps({"pid": 1}).encode())
     shell("store", "copy", shell.home / "store", tmp_path / "target")
-    assert list(FolderStore(tmp_path / "target").list("turns")) == []
+    assert list(FolderStore(tmp_path / "target").list("leases")) == []
