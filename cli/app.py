@@ -57,6 +57,11 @@ def _line(help_text: str) -> Any:
 
 Line = Annotated[str, _line("Name of the line.")]
 AnyLine = Annotated[str | None, _line("Name of the line; all lines by default.")]
+# Not checked: `verify` also takes a line whose state is missing or damaged.
+UncheckedLine = Annotated[
+    str | None,
+    typer.Argument(help="Name of the line; all lines by default.", autocompletion=_line_names),
+]
 Version = Annotated[
     str,
     typer.Argument(

@@ -5,7 +5,8 @@ Every message names the thing, what was expected, what was found and what to do.
 traceback; any other exception is a bug.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -77,6 +78,18 @@ class BadInput(RestitchError):  # noqa: N818
     """A file, a source or a specification cannot be used as it is."""
 
     exit_code = 3
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> BadInput:
+    """The error for a name that is not among the known ones; it suggests the nearest."""
+    names = list(known)
+    near = get_close_matches(name, names, n=1, cutoff=0.5)
+    return BadInput(
+        f"unknown {kind}: {name!r}",
+        expected=", ".join(names) or "none",
+        found=name,
+        hint=f"did you mean {near[0]!r}?" if near else "choose one of the expected names",
+    )
 
 
 class CannotJoin(RestitchError):  # noqa: N818

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from restitch.cli.app import AnyLine, Json, Line, Task, Version, show_result
+from restitch.cli.app import Json, Line, Task, UncheckedLine, Version, show_result
 from restitch.cli.render import audit as render
 from restitch.merging.errors import UsageError
 
@@ -49,8 +49,8 @@ def history(
     else:
         first = None if since is None else parse_time(since, time.min)
         last = None if until is None else parse_time(until)
-        wanted = queries.Wanted(task, event, first, last)
-        show_result(queries.history(line, wanted), as_json, render.history)
+        selection = queries.HistoryFilter(task, event, first, last)
+        show_result(queries.history(line, selection), as_json, render.history)
 
 
 def show(line: Line, version: Version = "champion", as_json: Json = False) -> None:
@@ -87,7 +87,7 @@ def why(line: Line, task: Task, as_json: Json = False) -> None:
 
 
 def verify(
-    line: AnyLine = None,
+    line: UncheckedLine = None,
     version: Annotated[str | None, typer.Option(help="Only this version.")] = None,
     without: Annotated[
         str | None,

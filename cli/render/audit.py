@@ -275,7 +275,7 @@ def _damaged(one: Values, out: Console) -> None:
     elif one["remedy"] is None:
         write(out, "    only a backup can restore it")
     else:
-        write(out, f"    --repair can make it again from {one['remedy']}")
+        write(out, f"    --repair would {one['remedy']}")
 
 
 def decided(result: Values, out: Console) -> None:

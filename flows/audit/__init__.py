@@ -1,4 +1,4 @@
-"""Answers for auditors: queries, differences, reports and links.
+"""Answers for auditors: queries, comparisons of versions, reports and links.
 
 The command line, and flows that update the MLflow projection, import it.
 """

@@ -1,7 +1,7 @@
-"""How two merged versions of a line differ: members, settings, results, weights.
+"""Compare two merged versions of a line: members, settings, results, weights.
 
-Results are compared row by row where both were measured on the same rows, so that a
-difference is told with what it is worth.
+If both results were measured on the same rows, they are compared row by row, which gives the
+difference an interval and a p-value.
 """
 
 from collections import Counter
@@ -20,7 +20,7 @@ from restitch.tasks.runtime.workspace import workspace
 
 
 def diff(line: str, a: str, b: str) -> dict[str, Any]:
-    """What version `b` has otherwise than version `a`.
+    """Compare version `b` with version `a`.
 
     Raises:
         BadInput: there is no such version.
@@ -41,21 +41,20 @@ def diff(line: str, a: str, b: str) -> dict[str, Any]:
 def differences_of(
     objects: ObjectStore, first: MergedRecord, second: MergedRecord
 ) -> dict[str, Any]:
-    """All but the weights, which take a look at both patches."""
-    tasks = sorted({*first.results, *second.results}, key=str.encode)
+    """All differences except those of the weights, for which both patches must be read."""
+    tasks = sorted({*first.results, *second.results}, key=by_bytes)
     changes = member_changes(first, second)
     results = []
     for task in tasks:
         row = _compared(objects, first.results.get(task), second.results.get(task))
-        for fate in ("joined", "left"):
-            if task in changes[fate]:
-                row["verdict"] = fate
+        for change in ("joined", "left"):
+            if task in changes[change]:
+                row["verdict"] = change
         results.append({"task": task, **row})
-    kept = [record.retention for record in (first, second)]
-    retention = None
-    if kept != [None, None]:
-        name = next(one.task for one in kept if one is not None)
-        retention = {"task": name, **_compared(objects, *kept)}
+    retention, benchmark = None, first.retention or second.retention
+    if benchmark is not None:
+        compared = _compared(objects, first.retention, second.retention)
+        retention = {"task": benchmark.task, **compared}
     return {
         "members": changes,
         "settings": _settings(first, second),
@@ -65,7 +64,7 @@ def differences_of(
 
 
 def _settings(first: MergedRecord, second: MergedRecord) -> list[list[Any]]:
-    """[path, old, new] of all in the recipes beside the members."""
+    """[path, old, new] of every difference of the recipes except the members."""
     old, new = (
         {key: value for key, value in record.recipe.items() if key != "members"}
         for record in (first, second)
@@ -106,7 +105,7 @@ def _value(result: TaskResult | Retention | None) -> float | None:
 
 
 def weights_of(objects: ObjectStore, first: MergedRecord, second: MergedRecord) -> dict[str, Any]:
-    """How many weights differ, by layer and by component."""
+    """The number of weights that differ, by layer and by component."""
     patches = [SparseFile.open(objects.blob_path(record.patch)) for record in (first, second)]
     by_tensor = count_differences(*patches)
     layers: Counter[str] = Counter()

@@ -1,7 +1,6 @@
-"""What an auditor asks of a line, answered as plain JSON values from the store alone.
+"""Questions of an auditor about a line, answered as plain JSON values from the store alone.
 
-Neither MLflow nor the engine is ever needed here: an auditor gets the answer when every
-server is away.
+They need neither MLflow nor Prefect, so an auditor gets answers while every server is down.
 """
 
 from collections.abc import Iterator
@@ -22,14 +21,14 @@ from restitch.tasks.runtime.workspace import workspace
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """Which acts to list; None takes all.
+class HistoryFilter:
+    """The acts to list; a field that is None excludes nothing.
 
     Attributes:
-        task: those that were about models of this task.
-        event: those of this kind.
-        since: not before this time.
-        until: not after it.
+        task: only acts about models of this task.
+        event: only acts of this kind.
+        since: no acts before this time.
+        until: no acts after this time.
     """
 
     task: str | None = None
@@ -39,10 +38,10 @@ class Wanted:
 
     def __post_init__(self) -> None:
         if self.event is not None and self.event not in get_args(Kind):
-            raise BadInput(f"there is no event {self.event!r}", expected=", ".join(get_args(Kind)))
+            raise BadInput(f"unknown event: {self.event!r}", expected=", ".join(get_args(Kind)))
 
-    def takes(self, entry: Entry) -> bool:
-        """Whether an act is one of these."""
+    def matches(self, entry: Entry) -> bool:
+        """Whether an act is to be listed."""
         at = datetime.fromisoformat(entry.time)
         return (
             (self.event is None or entry.kind == self.event)
@@ -52,13 +51,13 @@ class Wanted:
         )
 
 
-def history(line: str, wanted: Wanted) -> dict[str, Any]:
+def history(line: str, selection: HistoryFilter) -> dict[str, Any]:
     """The audit trail, newest first."""
     ledger = workspace(to_write=False).ledger(line)
-    if wanted.task is not None:
-        check_task(ledger.state(), wanted.task)
-    found = [_act(entry, champion) for entry, champion in _acts(ledger) if wanted.takes(entry)]
-    return {"line": line, "acts": found}
+    if selection.task is not None:
+        check_task(ledger.state(), selection.task)
+    acts = [_act(entry, champion) for entry, champion in _acts(ledger) if selection.matches(entry)]
+    return {"line": line, "acts": acts}
 
 
 def versions(line: str) -> dict[str, Any]:
@@ -72,24 +71,24 @@ def versions(line: str) -> dict[str, Any]:
             act = {"act": entry.kind, "by": entry.actor, "at": entry.time, "why": entry.reason}
             acts.setdefault(version, []).append(act)
     records = list(ledger.history())
-    specialists = stored_specialists(ledger.objects, [one.recipe_digest for one in records])
+    specialists = stored_specialists(ledger.objects, [record.recipe_digest for record in records])
     return {
         "line": line,
         "champion": line_state.champion,
         "candidate": line_state.candidate,
-        "versions": [_brief(record, line_state, acts, specialists) for record in records],
+        "versions": [_summary(record, line_state, acts, specialists) for record in records],
     }
 
 
 def as_of(line: str, when: datetime) -> dict[str, Any]:
-    """What was in use at a time: version, members, who put it there and why."""
+    """The version in use at a time, with its members and the act that put it in use."""
     ledger = workspace(to_write=False).ledger(line)
     line_state = ledger.state_at(when)
     if line_state is None:
         first = next(ledger.entries(newest_first=False))
         raise BadInput(
-            f"line {line} was not there at {when.isoformat()}",
-            expected=f"a time from {first.time} on",
+            f"line {line} did not exist at {when.isoformat()}",
+            expected=f"a time not before {first.time}",
         )
     return {
         "line": line,
@@ -107,17 +106,19 @@ def as_of(line: str, when: datetime) -> dict[str, Any]:
 
 
 def show(line: str, version: str) -> dict[str, Any]:
-    """One merged version whole."""
+    """One merged version with all details."""
     ledger = workspace(to_write=False).ledger(line)
     line_state = ledger.state()
     record = ledger.merged(find_version(line_state, version))
     digest = line_state.versions[record.version]
-    found = whole(line_state, record, ledger.objects)
-    return {**found, "links": links(line, digest, record.made_by)}
+    details = version_details(line_state, record, ledger.objects)
+    return {**details, "links": links(line, digest, record.made_by)}
 
 
-def whole(line_state: LineState, record: MergedRecord, objects: ObjectStore) -> dict[str, Any]:
-    """All that is kept of a merged version, and what it is now."""
+def version_details(
+    line_state: LineState, record: MergedRecord, objects: ObjectStore
+) -> dict[str, Any]:
+    """The whole record of a merged version, with its role and its specialists."""
     recipe = record.recipe_digest
     return {
         **record.to_json(),
@@ -130,12 +131,12 @@ def whole(line_state: LineState, record: MergedRecord, objects: ObjectStore) -> 
 
 
 def why(line: str, task: str) -> dict[str, Any]:
-    """How a task came to its present accuracy: every version, and what changed it."""
+    """A task's accuracy in every version, and the changes between them."""
     space = workspace(to_write=False)
     ledger = space.ledger(line)
     line_state = ledger.state()
     check_task(line_state, task)
-    from restitch.tasks.compare_results import compare_results  # numpy is for this one alone
+    from restitch.tasks.compare_results import compare_results  # only this query needs numpy
 
     steps: list[dict[str, Any]] = []
     before: MergedRecord | None = None
@@ -169,7 +170,7 @@ def why(line: str, task: str) -> dict[str, Any]:
 
 
 def member_changes(first: MergedRecord | None, second: MergedRecord) -> dict[str, Any]:
-    """What joined, left, was replaced by another model, or has another mask of the same model."""
+    """The tasks that joined or left, or have another model, or another mask of the same model."""
     old = {} if first is None else first.members
     new = second.members
     both = [task for task in new if task in old]
@@ -216,10 +217,10 @@ def _act(entry: Entry, champion: int | None) -> dict[str, Any]:
 
 
 def _in_use(ledger: Ledger, line_state: LineState) -> dict[str, Any]:
-    """The champion of a head with its members, and the act that put it in use."""
+    """The champion of a line with its members, and the act that put it in use."""
     assert line_state.champion is not None
     record = ledger.record(line_state.versions[line_state.champion])
-    put = next(
+    promotion = next(
         entry
         for entry in ledger.entries()
         if entry.sequence <= line_state.sequence
@@ -227,11 +228,11 @@ def _in_use(ledger: Ledger, line_state: LineState) -> dict[str, Any]:
     )
     return {
         "version": record.version,
-        "since": put.time,
-        "act": put.kind,
-        "by": put.actor,
-        "why": put.reason,
-        "entry": put.digest,
+        "since": promotion.time,
+        "act": promotion.kind,
+        "by": promotion.actor,
+        "why": promotion.reason,
+        "entry": promotion.digest,
         "members": {task: member.to_json() for task, member in record.members.items()},
         "mean_accuracy": record.mean_accuracy,
         "mean_normalized": record.mean_normalized,
@@ -241,22 +242,22 @@ def _in_use(ledger: Ledger, line_state: LineState) -> dict[str, Any]:
     }
 
 
-def _brief(
+def _summary(
     record: MergedRecord,
     line_state: LineState,
     acts: dict[int, list[dict[str, str]]],
     specialists: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    kept = record.retention
+    retention = record.retention
     return {
         "version": record.version,
         "role": _role(line_state, record.version),
         "members": {task: member.version for task, member in record.members.items()},
         "mean_accuracy": record.mean_accuracy,
         "mean_normalized": record.mean_normalized,
-        "retention": None if kept is None else kept.ratio,
-        "retention_interval": None if kept is None else _json(kept.ratio_interval),
-        "top1": None if kept is None else kept.top1,
+        "retention": None if retention is None else retention.ratio,
+        "retention_interval": None if retention is None else _json(retention.ratio_interval),
+        "top1": None if retention is None else retention.top1,
         "passed": record.passed,
         "failed": [gate.note or gate.gate for gate in record.gates if not gate.passed],
         "created_at": record.created_at,

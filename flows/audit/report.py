@@ -1,8 +1,7 @@
-"""The report of a merged version: everything that is known of it, on one page.
+"""The report of a merged version: all that is known about it, on one page.
 
-It is derived from the store alone, so it can be made again at any time. Whatever changes a
-line writes the reports of the versions that this was about to their runs in MLflow; `write_report`
-writes one to a folder.
+A report needs only the store. A change of a line writes the reports of the versions that it was
+about to their runs in MLflow; `write_report` writes one to a folder.
 """
 
 from collections.abc import Mapping
@@ -31,7 +30,7 @@ PAGE, PLOTS = "report.html", "plots"
 
 @dataclass(frozen=True)
 class ReportOutcome:
-    """What was written."""
+    """The files of a report."""
 
     line: str
     version: int
@@ -55,27 +54,28 @@ class Reports:
 
     @cached_property
     def state(self) -> LineState:
-        """The line's head."""
+        """The line's state."""
         return self.ledger.state()
 
     @cached_property
     def acts(self) -> list[dict[str, Any]]:
         """All acts, newest first."""
-        found: list[dict[str, Any]] = queries.history(self.ledger.line, queries.Wanted())["acts"]
-        return found
+        acts: list[dict[str, Any]]
+        acts = queries.history(self.ledger.line, queries.HistoryFilter())["acts"]
+        return acts
 
     @cached_property
     def versions(self) -> list[dict[str, Any]]:
         """All merged versions, newest first."""
-        found: list[dict[str, Any]] = queries.versions(self.ledger.line)["versions"]
-        return found
+        versions: list[dict[str, Any]] = queries.versions(self.ledger.line)["versions"]
+        return versions
 
     def report(self, version: int) -> Report:
         """The report of a merged version."""
         record = self.ledger.merged(version)
         return render(
             ReportInput(
-                version=queries.whole(self.state, record, self.ledger.objects),
+                version=queries.version_details(self.state, record, self.ledger.objects),
                 versions=self.versions,
                 changes=self._changes(record),
                 acts=[act for act in self.acts if version in act["versions"]],
@@ -84,7 +84,7 @@ class Reports:
         )
 
     def artifacts(self, version: int) -> Mapping[str, bytes]:
-        """The report's files by path; none where it cannot be made."""
+        """The report's files by path; no files if it cannot be made."""
         try:
             return _files(self.report(version))
         except RestitchError as error:
@@ -92,7 +92,7 @@ class Reports:
             return {}
 
     def _changes(self, record: MergedRecord) -> dict[str, Any] | None:
-        """What this version has otherwise than the champion of the time when it was made."""
+        """The differences from the version that was champion when this version was made."""
         made = next(
             (a for a in self.acts if a["kind"] == "merged" and record.version in a["versions"]),
             None,
@@ -110,20 +110,20 @@ class Reports:
         }
 
     def analysis(self, record: MergedRecord) -> dict[str, Any] | None:
-        """What the masks have in common; None where they cannot be read now."""
+        """The overlap of the masks; None if they cannot be read."""
         try:
-            found: dict[str, Any] = analyze(LineRef(self.state.spec, self.state.base), record)
-        except RestitchError as error:  # the base may be away; all else is in the store
+            masks: dict[str, Any] = analyze(LineRef(self.state.spec, self.state.base), record)
+        except RestitchError as error:  # the base, which is not in the store, may be away
             warn(f"the masks of version {record.version} are not compared: {error.message()}")
             return None
-        return found
+        return masks
 
 
 def mirror(line: str) -> bool:
-    """Write to MLflow what is missing there, reports included.
+    """Complete the projection of a line in MLflow, including reports.
 
     Returns:
-        Whether the image is complete.
+        Whether it is complete.
     """
     return complete_mlflow(line, Reports(workspace().ledger(line)).artifacts)
 
@@ -134,11 +134,11 @@ def write_report(line: str, version: str, out: Path) -> ReportOutcome:
     Args:
         line: the line's name.
         version: a number, `champion` or `candidate`.
-        out: a folder, or a file that ends with `.html` for the page alone.
+        out: a folder, or a file that ends with `.html` for the page without its plots.
 
     Raises:
         BadInput: there is no such version.
-        Unavailable: nothing can be written there.
+        Unavailable: the files cannot be written.
     """
     ledger = workspace().ledger(line)
     number = find_version(ledger.state(), version)
@@ -157,7 +157,7 @@ def _files(report: Report) -> dict[str, bytes]:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """A file that is whole or the one before."""
+    """Write a file atomically."""
     with explained(path, "write"):
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")

@@ -10,14 +10,14 @@ nothing; `restitch gc` removes them. By default, no localizer computes gradients
 line's own.
 """
 
-import difflib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 from restitch.flows.promotion.snapshot import Snapshot, take_snapshot
 from restitch.flows.research.study_output import StudyOutcome, publish_study
-from restitch.merging.errors import BadInput
+from restitch.merging.errors import BadInput, unknown_name
 from restitch.modeling.families.family import Family, get_family
 from restitch.registry.ledger.line_state import Member
 from restitch.tasks.evaluate import evaluate
@@ -95,18 +95,19 @@ def analyze(
     own = snapshot.line_state.spec.localize.mode
     names = tuple(dict.fromkeys(localizers or (*DEFAULT_LOCALIZERS, own)))
     for name in names:
-        _check("localizer", name, LOCALIZERS)
+        if name not in LOCALIZERS:
+            raise unknown_name("localizer", name, LOCALIZERS)
     cuts = _checked_densities(densities or DENSITIES)
     if snapshot.champion is None or not snapshot.champion_members:
         raise BadInput(f"line {line} has no members to analyze", hint="register models first")
     members = _chosen(snapshot, tasks)
-    known = {m.task: m for m in _chosen(snapshot, pair)} if pair else _by_task(members)
+    known = _by_task(_chosen(snapshot, pair) if pair else members)
     if pair and len(known) != 2:
         raise BadInput(
             "a pair is two tasks", expected="--pair A,B", found=", ".join(pair) or "nothing"
         )
     masks = compare_masks(snapshot.line, snapshot.champion)
-    two = _largest_overlap(masks, known)
+    merged_pair = _largest_overlap(masks, known)
     outcome = Analysis(
         line=line,
         version=snapshot.champion.version,
@@ -115,7 +116,7 @@ def analyze(
         densities=list(cuts),
         seed=snapshot.line_state.spec.localize.seed,
         tasks={m.task: _measure(snapshot, m, names, cuts, family) for m in members},
-        pair=None if two is None else _measure_pair(snapshot, two, cuts, family),
+        pair=None if merged_pair is None else _measure_pair(snapshot, merged_pair, cuts, family),
         masks=masks,
     )
     params = ("version", "members", "localizers", "densities", "seed")
@@ -132,7 +133,6 @@ def analyze(
 
 
 def _by_task(members: Iterable[Member]) -> dict[str, Member]:
-    """Members by the name of their task."""
     return {member.task: member for member in members}
 
 
@@ -191,7 +191,8 @@ def _chosen(snapshot: Snapshot, tasks: Sequence[str]) -> list[Member]:
     """The members of these tasks; without tasks, all that can be evaluated."""
     known = _by_task(snapshot.champion_members)
     for task in tasks:
-        _check("task of the version in use", task, known)
+        if task not in known:
+            raise unknown_name("task of the version in use", task, known)
     chosen = [known[task] for task in dict.fromkeys(tasks)] or list(known.values())
     without = [m.task for m in chosen if evaluation_split(m.spec) is None]
     if tasks and without:
@@ -207,26 +208,12 @@ def _largest_overlap(
     masks: Mapping[str, Any], members: Mapping[str, Member]
 ) -> tuple[Member, Member] | None:
     """The two members whose masks have the largest Jaccard index; the first two of equals."""
-    tasks = [task for task in masks["tasks"] if task in members]
-    places = {task: masks["tasks"].index(task) for task in tasks}
-    pairs = [(a, b) for i, a in enumerate(tasks) for b in tasks[i + 1 :]]
+    indices = [i for i, task in enumerate(masks["tasks"]) if task in members]
+    pairs = list(combinations(indices, 2))
     if not pairs:
         return None
-    a, b = max(pairs, key=lambda two: masks["jaccard"][places[two[0]]][places[two[1]]] or 0.0)
-    return members[a], members[b]
-
-
-def _check(kind: str, name: str, known: Iterable[str]) -> None:
-    names = list(known)
-    if name in names:
-        return
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    raise BadInput(
-        f"unknown {kind}: {name!r}",
-        expected=", ".join(names),
-        found=name,
-        hint=f"did you mean {near[0]!r}?" if near else "choose one of these",
-    )
+    a, b = max(pairs, key=lambda pair: masks["jaccard"][pair[0]][pair[1]] or 0.0)
+    return members[masks["tasks"][a]], members[masks["tasks"][b]]
 
 
 def _checked_densities(densities: Iterable[float]) -> tuple[float, ...]:

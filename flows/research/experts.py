@@ -37,15 +37,7 @@ from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
 @dataclass(frozen=True)
 class SpecialistBytes:
-    """The bytes of a set of specialists.
-
-    Attributes:
-        shared: of the part that all specialists read.
-        tasks: of each task's own part.
-        all: of the whole set.
-        base: of the base, which every specialist needs as well.
-        models: of the finetuned models that the set replaces.
-    """
+    """The bytes of a set: its shared part, each task's part, all of it; the base and the models."""
 
     shared: int
     tasks: dict[str, int]

@@ -43,19 +43,19 @@ def publish_study(
     metrics: Mapping[str, float],
     artifacts: Mapping[str, bytes],
 ) -> None:
-    """Write a study to a folder if there is one, and show it as a run in MLflow.
+    """Write a study to the folder `out`, and show it as a run in MLflow.
 
     Args:
-        outcome: of the study; it becomes the artifact `<name>.json`.
+        outcome: the content of the file `<name>.json`.
         title: the name of the run.
-        out: a folder.
+        out: a folder, or None.
         name: of the JSON file.
         params: of the run.
         metrics: of the run.
         artifacts: the other files.
 
     Raises:
-        Unavailable: the folder cannot be written to. If MLflow is away, this only warns.
+        Unavailable: the folder cannot be written to. If MLflow is away, there is only a warning.
     """
     values = outcome.as_dict()
     files = {f"{name}.json": canonical_json(values), **artifacts}

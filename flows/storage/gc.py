@@ -1,11 +1,11 @@
-"""Remove from a store what nothing refers to.
+"""Remove objects that nothing in a store refers to.
 
-What counts as a reference is in `restitch.registry.maintenance.inventory`: whatever a head, a record or any audit
-entry names stays for ever, and so does what was written less than an age ago, which work
-under way may be about to name. Keys go before the blobs that they name, and whoever publishes
-a key that came while its blob was being removed takes it back, so that nothing that is killed
-leaves a key that leads nowhere. `restitch.registry.ledger.safe_deletion` keeps acts apart from it. In a damaged store
-nothing is removed: what is damaged may have named anything.
+`registry.maintenance.inventory` defines references: every object that a line's state, a record or
+an audit entry names stays. Young objects stay as well, because work in progress may be about to
+name them. Keys are removed before their blobs, and a process that publishes a key while its blob
+is being removed takes the key back, so that no key is left without a blob, even after a kill.
+`registry.ledger.safe_deletion` separates acts from removals. Nothing is removed from a damaged
+store, because the damaged objects may have named anything.
 """
 
 import time
@@ -23,23 +23,23 @@ from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.workspace import workspace
 
-# As long as work may take from its first object to the act that names it.
+# The longest time that work may take from its first object to the act that names it.
 DEFAULT_AGE = 24 * 3600.0
 
-_AT_ONCE = 8
+_THREADS = 8
 _UNNAMED = "blobs that no key names"
 
 
 @dataclass(frozen=True)
 class GcOutcome:
-    """What nothing refers to, and what became of it.
+    """The objects that nothing refers to.
 
     Attributes:
-        removed: whether it was removed; otherwise this is what would be.
-        kinds: objects and bytes by kind.
-        names: the objects.
-        young: how many more there are that nothing refers to and that are younger than the age.
-        in_use: how many objects stay because something refers to them.
+        removed: whether they were removed, or only listed.
+        kinds: number and bytes of the objects by kind.
+        names: of the objects.
+        young: the number of other unreferenced objects, which are too young to remove.
+        in_use: the number of objects that something refers to.
     """
 
     removed: bool
@@ -58,59 +58,60 @@ class GcOutcome:
 
 @dataclass(frozen=True)
 class _Garbage:
-    found: Inventory
+    inventory: Inventory
     names: frozenset[str]
     young: int
     in_use: int
 
 
 def collect(older_than: float = DEFAULT_AGE, *, remove: bool = False) -> GcOutcome:
-    """Find what nothing refers to, and remove it where that is asked for.
+    """Find objects that nothing refers to, and remove them on request.
 
     Args:
-        older_than: what was written less than so many seconds ago stays.
-        remove: remove it; otherwise nothing is changed.
+        older_than: objects younger than this number of seconds stay.
+        remove: remove the objects; otherwise nothing changes.
 
     Raises:
-        Damage: something is damaged; nothing is removed.
-        Unavailable: the store is away, or somebody else is removing.
+        Damage: the store is damaged; nothing was removed.
+        Unavailable: the store cannot be reached, or another process is removing objects.
     """
     objects = workspace().objects
-    garbage = _look(objects, older_than)
+    garbage = _find(objects, older_than)
     if not remove or not garbage.names:
         return _outcome(garbage, older_than, removed=remove)
     with deletion_notice(objects.store, sorted(garbage.names)):
-        for line in garbage.found.line_states:
+        for line in garbage.inventory.line_states:
             Ledger(objects, line).touch()
-        again = _look(objects, older_than)
-        names = again.names & garbage.names
-        # Who published these keys looked before the announcement: their blobs stay.
-        new = {f"blobs/{key.blob}" for name, key in again.found.keys.items() if name not in names}
-        garbage = _Garbage(again.found, names - new, again.young, again.in_use)
+        now = _find(objects, older_than)
+        names = now.names & garbage.names
+        # Blobs of other keys stay: a key may have been published before the deletion notice.
+        keys = now.inventory.keys.items()
+        named = {f"blobs/{key.blob}" for name, key in keys if name not in names}
+        garbage = _Garbage(now.inventory, names - named, now.young, now.in_use)
         _remove(objects, garbage)
     return _outcome(garbage, older_than, removed=True)
 
 
-def _look(objects: ObjectStore, older_than: float) -> _Garbage:
+def _find(objects: ObjectStore, older_than: float) -> _Garbage:
     limit = time.time() - older_than
-    with working("looking at what refers to what") as progress:
-        found = take_inventory(objects, progress)
-    if found.damaged:
+    with working("reading references") as progress:
+        inventory = take_inventory(objects, progress)
+    if inventory.damaged:
         raise Damage(
-            "the store is damaged, and what the damaged objects name is not known",
-            found=f"{len(found.damaged)} damaged objects; nothing was removed",
-            hint="restitch verify --repair, then again",
-            details=[f"{name}: {text}" for name, text in sorted(found.damaged.items())[:10]],
+            "nothing was removed: the store is damaged, and damaged objects may name others",
+            found=f"{len(inventory.damaged)} damaged objects",
+            hint="run `restitch verify --repair`, then run this command again",
+            details=[f"{name}: {text}" for name, text in sorted(inventory.damaged.items())[:10]],
         )
-    used = in_use(found, objects)
-    young = {name for name, each in found.listed.items() if each.modified >= limit}
-    # A young key may be about to be named, and so may its blob; and the other way round.
-    for name, key in found.keys.items():
+    used = in_use(inventory, objects)
+    young = {name for name, each in inventory.listed.items() if each.modified >= limit}
+    # If a key or its blob is young, work in progress may be about to name either.
+    for name, key in inventory.keys.items():
         blob = f"blobs/{key.blob}"
         if name in young or blob in young:
-            young |= {name, blob} & found.listed.keys()
-    free = found.listed.keys() - used
-    return _Garbage(found, frozenset(free - young), len(free & young), len(used))
+            young |= {name, blob} & inventory.listed.keys()
+    free = inventory.listed.keys() - used
+    return _Garbage(inventory, frozenset(free - young), len(free & young), len(used))
 
 
 def _remove(objects: ObjectStore, garbage: _Garbage) -> None:
@@ -123,9 +124,9 @@ def _remove(objects: ObjectStore, garbage: _Garbage) -> None:
 
         _each(objects.store.remove, keys, done)
         _each(objects.store.remove, blobs, lambda number: done(len(keys) + number))
-    # A key that was published while its blob was being removed leads nowhere.
+    # Remove keys that were published while their blob was being removed.
     gone = {name.rpartition("/")[2] for name in blobs}
-    new = [name for name in objects.store.list("keys") if name not in garbage.found.keys]
+    new = [name for name in objects.store.list("keys") if name not in garbage.inventory.keys]
     for name in new:
         key = objects.lookup(*name.split("/")[1:3])
         if key is not None and key.blob in gone and not objects.store.exists(f"blobs/{key.blob}"):
@@ -133,19 +134,19 @@ def _remove(objects: ObjectStore, garbage: _Garbage) -> None:
 
 
 def _each(do: Callable[[str], object], names: Iterable[str], done: Callable[[int], None]) -> None:
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         for number, _ in enumerate(pool.map(do, names), 1):
             done(number)
 
 
 def _outcome(garbage: _Garbage, older_than: float, *, removed: bool) -> GcOutcome:
-    kind_of = {key.blob: name.split("/")[1] for name, key in garbage.found.keys.items()}
+    kind_of = {key.blob: name.split("/")[1] for name, key in garbage.inventory.keys.items()}
     kinds: dict[str, dict[str, int]] = defaultdict(lambda: {"objects": 0, "bytes": 0})
     for name in garbage.names:
         first, _, digest = name.partition("/")
         kind = "keys" if first == "keys" else kind_of.get(digest, _UNNAMED)
         kinds[kind]["objects"] += 1
-        kinds[kind]["bytes"] += garbage.found.listed[name].size
+        kinds[kind]["bytes"] += garbage.inventory.listed[name].size
     return GcOutcome(
         removed=removed,
         objects=len(garbage.names),

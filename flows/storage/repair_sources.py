@@ -1,12 +1,12 @@
-"""From what a damaged object can be made again.
+"""Sources from which a damaged object can be restored.
 
-A `Way` writes what should be the object to a file, and says in words from what; whether it
-is the object is for the caller to compare. An act or the record of a version is only there
-where MLflow has kept a copy, a model's file where its source or a copy on this machine is.
+A `Recovery` writes its result to a file; the caller compares it with the digest of the object.
+Acts and records have a copy in MLflow only. A model's file comes from the model's source, or from
+a copy on this machine. All other objects are computed from their inputs.
 """
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 from restitch.flows.promotion.snapshot import line_with_one_method, retention_task
 from restitch.flows.promotion.versions import members_of
 from restitch.flows.promotion.what_if import prepare
-from restitch.flows.storage.store_check import Image
+from restitch.flows.storage.store_check import Projection, is_complete, known_lines
 from restitch.merging.digests import canonical_json, digest_file
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.methods.registry import get_method
@@ -24,7 +24,7 @@ from restitch.registry.ledger.ledger import state_after
 from restitch.registry.ledger.line_state import LineState, Member, ModelRef
 from restitch.registry.ledger.outcomes import touched_models
 from restitch.registry.ledger.records import Entry, MergedRecord
-from restitch.registry.ledger.references import COPY_SCHEME, MLFLOW_SCHEMES, SPECIALISTS, Reference
+from restitch.registry.ledger.references import COPY_SCHEME, SPECIALISTS, Reference
 from restitch.registry.maintenance.inventory import Inventory
 from restitch.registry.sources.resolve import fetch_again, resolve_source
 from restitch.registry.specs.method import MethodSpec
@@ -39,267 +39,34 @@ from restitch.tasks.runtime.refs import LineRef, WeightsRef
 from restitch.tasks.runtime.workspace import Workspace
 from restitch.tasks.statistics import Statistic, needed, write_statistic_of
 
+# The task, the weights, and the model whose head they use.
+EvaluationInputs = tuple[TaskSpec, WeightsRef, ModelRef | None]
+
+_NUMERIC = " (other hardware may give other bytes)"
+
 
 @dataclass(frozen=True)
 class Recovery:
-    """One way to make an object again.
+    """One way to restore an object.
 
     Attributes:
-        source: from what, in words.
-        write: writes it to a file that is not there yet, in a folder with room.
+        source: its inputs, in words.
+        write: writes the result to a new file, in a folder with enough space.
     """
 
     source: str
-    write: Callable[[Path], None]
-
-
-class Remedies:
-    """The ways to make what is damaged in a store again.
-
-    Args:
-        space: the store, and where models and data are read.
-        found: what the store holds.
-        image: of the lines in MLflow.
-    """
-
-    def __init__(self, space: Workspace, found: Inventory, image: Image) -> None:
-        self.space = space
-        self.image = image
-        self.found = found
-
-    def of_entry(self, digest: str) -> Iterator[Recovery]:
-        """The ways to an act."""
-        yield from self._in_mlflow(digest)
-
-    def of_blob(self, digest: str) -> Iterator[Recovery]:
-        """The ways to a blob, the surest first."""
-        references = self.found.references.get(digest, [])
-        yield from self._copies(digest, references)
-        seen = set[str]()
-        for each in references:
-            for way in self._of(each):
-                if way.source not in seen:
-                    seen.add(way.source)
-                    yield way
-
-    def _of(self, each: Reference) -> Iterator[Recovery]:
-        if each.role == "record":
-            yield from self._in_mlflow(each.digest)
-        elif each.role == "patch":
-            yield from self._patch(each)
-        elif each.role == "delta":
-            yield from self._delta(each)
-        elif each.role == "result":
-            yield from self._result(each)
-        elif each.role == "statistic":
-            yield from self._statistic(each)
-        elif each.role == "listing":
-            yield Recovery(
-                f"the weights at {each.weights}", partial(_list, each.weights, self.space)
-            )
-        elif each.role in ("manifest", "file"):
-            yield from self._model(each)
-        elif each.role in ("experts", "expert"):
-            yield from self._experts(each)
-
-    def _in_mlflow(self, digest: str) -> Iterator[Recovery]:
-        lines = {*self.found.line_states, *(entry.line for entry in self.found.entries.values())}
-        for line in sorted(lines):
-            try:
-                data = self.image.copy_of(line, digest)
-            except Unavailable:
-                return
-            if data is not None:
-                yield Recovery(f"the copy in MLflow's image of line {line}", partial(_write, data))
-
-    def _copies(self, digest: str, references: list[Reference]) -> Iterator[Recovery]:
-        """Copies on this machine: of a bucket's objects, and of models that were unpacked."""
-        cache = self.space.home.cache
-        places = [*(cache / "store").glob(f"**/blobs/{digest}")]
-        for each in references:
-            if each.role == "file" and Path(each.weights).name == each.weights:
-                places += (cache / "sources").glob(f"*/{each.weights}")
-        for path in places:
-            if path.is_file() and digest_file(path) == digest:
-                yield Recovery("a copy in this machine's cache", partial(_copy, path))
-                return
-        for each in references:
-            folder = cache / "sources" / digest
-            if each.role == "manifest" and folder.is_dir():
-                files = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
-                data = canonical_json({"files": files})
-                yield Recovery("the files in this machine's cache", partial(_write, data))
-                return
-
-    def _patch(self, each: Reference) -> Iterator[Recovery]:
-        for record in self.found.records.values():
-            if record.patch == each.digest and record.line in self.found.line_states:
-                line = _line(self.found.line_states[record.line])
-                recipe = Recipe.from_json(record.recipe)
-                yield Recovery(
-                    f"the recipe of version {record.version} and the deltas of its members",
-                    partial(_write_patch, line, recipe, self.space),
-                )
-                return
-
-    def _delta(self, each: Reference) -> Iterator[Recovery]:
-        """By localizing the model as it was localized then."""
-        for line_state, entry in self._after(
-            each.line, lambda e: e.digests.get("delta") == each.digest
-        ):
-            for task, number in touched_models(entry):
-                model = line_state.tasks[task].versions[number]
-                spec = line_state.tasks[task].spec
-                localizer = model.facts.localizer or ""
-                numeric = "" if localizer.startswith("dataless") else " (its mask is numeric)"
-                yield Recovery(
-                    f"the finetuned model {task} {number} at {model.model.uri}{numeric}",
-                    partial(_write_delta, _line(line_state), spec, model.model, self.space),
-                )
-            return
-
-    def statistics(self) -> Iterator["Known"]:
-        """What merged versions and models name, with the line as it was for them."""
-        yield from self._of_versions()
-        for line in self.found.line_states:
-            for then, entry in self._after(line, lambda e: e.kind == "localized"):
-                yield from _of_localized(then, touched_models(entry))
-
-    def _of_versions(self) -> Iterator["Known"]:
-        for line, line_state in self.found.line_states.items():
-            for number, digest in line_state.versions.items():
-                record = self.found.records.get(digest)
-                if record is None or not record.statistics:
-                    continue
-                made = partial(_made_version, f"/versions/{number}")
-                for then, _ in self._after(line, made):
-                    yield from _of_version(record, then)
-
-    def _statistic(self, each: Reference) -> Iterator[Recovery]:
-        """By looking at the members again as they were then: the same bytes on a like machine."""
-        for known in self.statistics():
-            if known.digest == each.digest:
-                tasks = ", ".join(member.task for member in known.statistic.members)
-                yield Recovery(
-                    f"the deltas and train rows of {tasks} (it is numeric)",
-                    partial(_write_statistic, known.line, known.statistic, self.space),
-                )
-                return
-
-    def _result(self, each: Reference) -> Iterator[Recovery]:
-        """By evaluating the same weights on the same rows."""
-        pointer = f"/versions/{each.number}"
-
-        def made(entry: Entry) -> bool:
-            if each.of_version:
-                return _made_version(pointer, entry)
-            touched = (each.task, each.number) in touched_models(entry)
-            return touched and entry.kind == "localized"
-
-        record = self._record(each) if each.of_version else None
-        for line_state, _ in self._after(each.line, made):
-            found = _weights(each, line_state, record)
-            if found is not None:
-                spec, weights, model = found
-
-                yield Recovery(
-                    f"evaluating {weights.kind} on {spec.task} again",
-                    partial(self._evaluate, line_state, spec, weights, model),
-                )
-
-    def _experts(self, each: Reference) -> Iterator[Recovery]:
-        """By making the specialists of a version again, as they were made then."""
-        record, line_state = self._record(each), self.found.line_states.get(each.line)
-        key = (
-            None
-            if record is None
-            else self.found.keys.get(f"keys/{SPECIALISTS}/{record.recipe_digest}")
-        )
-        if record is None or line_state is None or key is None:
-            return
-
-        def write(file: Path) -> None:
-            with self.space.scratch() as scratch:
-                facts: dict[str, Any] = key.facts
-                chosen = get_method(str(facts["method"]))
-                ready = prepare(
-                    line_with_one_method(line_state, record),
-                    members_of(line_state, record),
-                    chosen,
-                    settings=facts["settings"],
-                )
-                recipe = make_recipe(ready.line, ready.members)
-                values, files = write_parts(scratch, ready.line, recipe, self.space)
-                if each.digest in files:
-                    _copy(files[each.digest], file)
-                else:
-                    file.write_bytes(canonical_json(values))
-
-        yield Recovery(f"the finetuned models of version {record.version}", write)
-
-    def _evaluate(
-        self,
-        line_state: LineState,
-        spec: TaskSpec,
-        weights: WeightsRef,
-        model: ModelRef | None,
-        file: Path,
-    ) -> None:
-        base = open_base(_line(line_state), self.space)
-        result = evaluated(base, spec, weights, model, self.space)
-        file.write_bytes(canonical_json(result.to_json()))
-
-    def _record(self, each: Reference) -> MergedRecord | None:
-        line_state = self.found.line_states.get(each.line)
-        digest = None if line_state is None else line_state.versions.get(each.number)
-        return None if digest is None else self.found.records.get(digest)
-
-    def _model(self, each: Reference) -> Iterator[Recovery]:
-        """From where the model came, as far as that is known."""
-        line_state = self.found.line_states.get(each.line)
-        if line_state is None:
-            return
-        if each.owner == "the base":
-            origin = line_state.spec.base
-        else:
-            task, _, number = each.owner.rpartition(" ")
-            origin = line_state.tasks[task].versions[int(number)].model.uri
-        if origin.startswith(COPY_SCHEME):
-            return
-
-        def write(file: Path) -> None:
-            with fetch_again(origin, self.space.home) as files:
-                if each.role == "manifest":
-                    digests = {name: digest_file(path) for name, path in files.items()}
-                    file.write_bytes(canonical_json({"files": digests}))
-                elif each.weights in files:
-                    _copy(files[each.weights], file)
-                else:
-                    raise BadInput(f"{origin} has no file {each.weights} any more")
-
-        kind = "MLflow's" if origin.startswith(MLFLOW_SCHEMES) else "the source"
-        yield Recovery(f"{kind} {origin}, where that has not changed", write)
-
-    def _after(
-        self, line: str, wanted: Callable[[Entry], bool]
-    ) -> Iterator[tuple[LineState, Entry]]:
-        """The line right after the acts that are wanted, the newest first."""
-        trail = self.found.trails.get(line, [])
-        if not trail or trail[-1].previous is not None:
-            return  # the beginning is not there
-        for at, entry in enumerate(trail):
-            if wanted(entry):
-                yield state_after(trail[at:][::-1]), entry
+    write: Callable[[Path], object]
 
 
 @dataclass(frozen=True)
-class Known:
-    """A statistic that something names.
+class NamedStatistic:
+    """A statistic that a version or a model names.
 
     Attributes:
-        line: as it was when that was made.
-        source: what names it, in words.
-        made_by: who made that.
+        statistic: its kind and members.
+        line: as it was when the statistic was made.
+        source: the owner of the name, in words.
+        made_by: the maker of the owner.
     """
 
     digest: str
@@ -309,58 +76,291 @@ class Known:
     made_by: Any
 
 
-def _of_version(record: MergedRecord, line_state: LineState) -> Iterator[Known]:
+class RecoverySources:
+    """Sources for the objects of one store.
+
+    Args:
+        space: the store, and access to models and data.
+        inventory: of the store.
+        projection: the lines in MLflow.
+    """
+
+    def __init__(self, space: Workspace, inventory: Inventory, projection: Projection) -> None:
+        self.space = space
+        self.inventory = inventory
+        self.projection = projection
+
+    def of(self, name: str) -> Iterator[Recovery]:
+        """The ways to restore an act or a blob, the most reliable first."""
+        kind, _, digest = name.partition("/")
+        if kind == "audit":
+            yield from self._in_mlflow(digest)
+            return
+        references = self.inventory.references.get(digest, [])
+        yield from self._copies(digest, references)
+        seen = set[str]()
+        for reference in references:
+            for recovery in self._of_role(reference):
+                if recovery.source not in seen:
+                    seen.add(recovery.source)
+                    yield recovery
+
+    def _of_role(self, reference: Reference) -> Iterator[Recovery]:
+        if reference.role == "record":
+            return self._in_mlflow(reference.digest)
+        sources = {
+            "patch": self._patch,
+            "delta": self._delta,
+            "result": self._result,
+            "statistic": self._statistic,
+            "listing": self._listing,
+            "manifest": self._model,
+            "file": self._model,
+            "experts": self._specialists,
+            "expert": self._specialists,
+        }
+        source = sources.get(reference.role)
+        return iter(()) if source is None else source(reference)
+
+    def _in_mlflow(self, digest: str) -> Iterator[Recovery]:
+        for line in known_lines(self.inventory):
+            try:
+                data = self.projection.copy_of(line, digest)
+            except Unavailable:
+                return
+            if data is not None:
+                yield Recovery(f"its copy in MLflow (line {line})", _writes(data))
+
+    def _copies(self, digest: str, references: list[Reference]) -> Iterator[Recovery]:
+        """Copies on this machine: of a bucket's objects, and of unpacked models."""
+        cache = self.space.home.cache
+        paths = [*(cache / "store").glob(f"**/blobs/{digest}")]
+        for each in references:
+            if each.role == "file" and Path(each.weights).name == each.weights:
+                paths += (cache / "sources").glob(f"*/{each.weights}")
+        for path in paths:
+            if path.is_file() and digest_file(path) == digest:
+                yield Recovery("a copy in this machine's cache", partial(shutil.copyfile, path))
+                return
+        folder = cache / "sources" / digest
+        if folder.is_dir() and any(each.role == "manifest" for each in references):
+            files = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
+            data = canonical_json({"files": files})
+            yield Recovery("the files in this machine's cache", _writes(data))
+
+    def _patch(self, reference: Reference) -> Iterator[Recovery]:
+        for record in self.inventory.records.values():
+            if record.patch == reference.digest and record.line in self.inventory.line_states:
+                line = _line(self.inventory.line_states[record.line])
+                recipe = Recipe.from_json(record.recipe)
+                yield Recovery(
+                    f"the recipe of version {record.version} and the deltas of its members",
+                    partial(write_patch_of, line=line, recipe=recipe, space=self.space),
+                )
+                return
+
+    def _delta(self, reference: Reference) -> Iterator[Recovery]:
+        """Localize the model again as it was localized then."""
+
+        def made(entry: Entry) -> bool:
+            return entry.digests.get("delta") == reference.digest
+
+        for line_state, entry in self._states_after(reference.line, made):
+            for task, number in touched_models(entry):
+                model = line_state.tasks[task].versions[number]
+                numeric = not (model.facts.localizer or "").startswith("dataless")
+                yield Recovery(
+                    f"the finetuned model {task} {number} at {model.model.uri}"
+                    f"{_NUMERIC if numeric else ''}",
+                    partial(
+                        write_delta,
+                        line=_line(line_state),
+                        task=line_state.tasks[task].spec,
+                        model=model.model,
+                        space=self.space,
+                    ),
+                )
+            return
+
+    def _statistic(self, reference: Reference) -> Iterator[Recovery]:
+        """Compute the statistic again from the members as they were then."""
+        for named in self.statistics():
+            if named.digest == reference.digest:
+                tasks = ", ".join(member.task for member in named.statistic.members)
+                yield Recovery(
+                    f"the deltas and train rows of {tasks}{_NUMERIC}",
+                    partial(
+                        write_statistic_of,
+                        line=named.line,
+                        statistic=named.statistic,
+                        space=self.space,
+                    ),
+                )
+                return
+
+    def statistics(self) -> Iterator[NamedStatistic]:
+        """The statistics that merged versions and models name."""
+        for line, line_state in self.inventory.line_states.items():
+            for number, digest in line_state.versions.items():
+                record = self.inventory.records.get(digest)
+                if record is not None and record.statistics:
+                    for then, _ in self._states_after(line, _makes_version(number)):
+                        yield from _of_version(record, then)
+        for then, task, number in self.localized():
+            yield from _of_model(then, task, number)
+
+    def localized(self) -> Iterator[tuple[LineState, str, int]]:
+        """The models that acts localized (task and version), with the line right after the act."""
+        for line in self.inventory.line_states:
+            for line_state, entry in self._states_after(line, _localizes):
+                for task, number in touched_models(entry):
+                    yield line_state, task, number
+
+    def _result(self, reference: Reference) -> Iterator[Recovery]:
+        """Evaluate the same weights on the same rows."""
+
+        def localized(entry: Entry) -> bool:
+            return _localizes(entry) and (reference.task, reference.number) in touched_models(entry)
+
+        made = _makes_version(reference.number) if reference.of_version else localized
+        record = self._record(reference) if reference.of_version else None
+        for line_state, _ in self._states_after(reference.line, made):
+            inputs = _evaluation_inputs(reference, line_state, record)
+            if inputs is not None:
+                yield Recovery(
+                    f"a new evaluation of {inputs[1].kind} on {inputs[0].task}",
+                    partial(self._evaluate, line_state, inputs),
+                )
+
+    def _evaluate(self, line_state: LineState, inputs: EvaluationInputs, file: Path) -> None:
+        result = evaluated(open_base(_line(line_state), self.space), *inputs, self.space)
+        file.write_bytes(canonical_json(result.to_json()))
+
+    def _listing(self, reference: Reference) -> Iterator[Recovery]:
+        def write(file: Path) -> None:
+            source = resolve_source(reference.weights, self.space.home, whole=False)
+            file.write_bytes(list_remote(source, self.space).listing())
+
+        yield Recovery(f"the weights at {reference.weights}", write)
+
+    def _specialists(self, reference: Reference) -> Iterator[Recovery]:
+        """Make the specialists of a version again as they were made then."""
+        record, line_state = self._record(reference), self.inventory.line_states.get(reference.line)
+        if record is None or line_state is None:
+            return
+        key = self.inventory.keys.get(f"keys/{SPECIALISTS}/{record.recipe_digest}")
+        if key is None:
+            return
+        facts: dict[str, Any] = key.facts
+
+        def write(file: Path) -> None:
+            with self.space.scratch() as scratch:
+                ready = prepare(
+                    line_with_one_method(line_state, record),
+                    members_of(line_state, record),
+                    get_method(str(facts["method"])),
+                    settings=facts["settings"],
+                )
+                recipe = make_recipe(ready.line, ready.members)
+                values, files = write_parts(scratch, ready.line, recipe, self.space)
+                if reference.digest in files:
+                    shutil.copyfile(files[reference.digest], file)
+                else:
+                    file.write_bytes(canonical_json(values))
+
+        yield Recovery(f"the finetuned models of version {record.version}", write)
+
+    def _record(self, reference: Reference) -> MergedRecord | None:
+        line_state = self.inventory.line_states.get(reference.line)
+        digest = None if line_state is None else line_state.versions.get(reference.number)
+        return None if digest is None else self.inventory.records.get(digest)
+
+    def _model(self, reference: Reference) -> Iterator[Recovery]:
+        """Read the model's source again."""
+        line_state = self.inventory.line_states.get(reference.line)
+        if line_state is None:
+            return
+        if reference.owner == "the base":
+            origin = line_state.spec.base
+        else:
+            task, _, number = reference.owner.rpartition(" ")
+            origin = line_state.tasks[task].versions[int(number)].model.uri
+        if origin.startswith(COPY_SCHEME):
+            return
+
+        def write(file: Path) -> None:
+            with fetch_again(origin, self.space.home) as files:
+                if reference.role == "manifest":
+                    digests = {name: digest_file(path) for name, path in files.items()}
+                    file.write_bytes(canonical_json({"files": digests}))
+                elif reference.weights in files:
+                    shutil.copyfile(files[reference.weights], file)
+                else:
+                    raise BadInput(f"{origin} has no file {reference.weights} any more")
+
+        yield Recovery(f"the source {origin}, if it has not changed", write)
+
+    def _states_after(
+        self, line: str, selected: Callable[[Entry], bool]
+    ) -> Iterator[tuple[LineState, Entry]]:
+        """The line right after each selected act, the newest first; nothing if acts are missing."""
+        trail = self.inventory.trails.get(line, [])
+        if is_complete(trail):
+            for index, entry in enumerate(trail):
+                if selected(entry):
+                    yield state_after(trail[index:][::-1]), entry
+
+
+def _of_version(record: MergedRecord, line_state: LineState) -> Iterator[NamedStatistic]:
     """The statistics that a version was merged with."""
     members = []
-    for task, kept in record.members.items():
-        known = line_state.tasks[task]
-        model = known.versions[kept.version].model_copy(update={"delta": kept.delta})
-        members.append(Member(task=task, version=kept.version, spec=known.spec, model=model))
+    for name, merged in record.members.items():
+        task = line_state.tasks[name]
+        model = task.versions[merged.version].model_copy(update={"delta": merged.delta})
+        members.append(Member(task=name, version=merged.version, spec=task.spec, model=model))
     method = Recipe.from_json(record.recipe).method
     spec = line_state.spec.with_method(MethodSpec(name=method.name, settings=dict(method.settings)))
-    source = f"the recipe of version {record.version}"
+    line, source = LineRef(spec, line_state.base), f"the recipe of version {record.version}"
     for statistic in needed(get_method(method.name), members):
         digest = record.statistics.get(statistic.name)
         if digest is not None:
-            yield Known(digest, statistic, LineRef(spec, line_state.base), source, record.made_by)
+            yield NamedStatistic(digest, statistic, line, source, record.made_by)
 
 
-def _of_localized(line_state: LineState, models: Iterable[tuple[str, int]]) -> Iterator[Known]:
-    """The statistics of models that an act has just localized."""
-    for task, number in models:
-        spec, model = line_state.tasks[task].spec, line_state.tasks[task].versions[number]
-        member = Member(task=task, version=number, spec=spec, model=model)
-        for kind, digest in model.facts.statistics.items():
-            source = f"what the line says of {task} {number}"
-            maker = model.facts.localized_by
-            yield Known(digest, Statistic(kind, (member,)), _line(line_state), source, maker)
+def _of_model(line_state: LineState, task: str, number: int) -> Iterator[NamedStatistic]:
+    """The statistics of a model that was just localized."""
+    spec, model = line_state.tasks[task].spec, line_state.tasks[task].versions[number]
+    member = Member(task=task, version=number, spec=spec, model=model)
+    line, source = _line(line_state), f"the state of line {line_state.line} ({task} {number})"
+    for kind, digest in model.facts.statistics.items():
+        statistic = Statistic(kind, (member,))
+        yield NamedStatistic(digest, statistic, line, source, model.facts.localized_by)
 
 
-def _weights(
-    each: Reference, line_state: LineState, record: MergedRecord | None
-) -> tuple[TaskSpec, WeightsRef, ModelRef | None] | None:
-    """What was evaluated: on which task, which weights, and whose head they wore."""
-    name, _, retention = each.weights.partition(" ")
+def _evaluation_inputs(
+    reference: Reference, line_state: LineState, record: MergedRecord | None
+) -> EvaluationInputs | None:
+    """The inputs of a stored evaluation; None if they are unknown."""
+    name, _, retention = reference.weights.partition(" ")
+    if name == "merged" and record is None:
+        return None
     if retention:
         spec = retention_task(line_state)
         if spec is None or record is None:
             return None
         merged = WeightsRef("merged", record.patch)
         return spec, merged if name == "merged" else WeightsRef("base"), None
-    member = None if record is None else record.members.get(each.task)
-    task = line_state.tasks.get(each.task)
-    number = each.number if member is None else member.version
+    member = None if record is None else record.members.get(reference.task)
+    task = line_state.tasks.get(reference.task)
+    number = reference.number if member is None else member.version
     if task is None or number not in task.versions:
         return None
     model = task.versions[number]
     ref = model.model
-    if name == "merged":
-        if record is None:
-            return None
+    if name == "merged" and record is not None:
         weights = WeightsRef("merged", record.patch)
     elif name == "grafted":
-        delta = model.delta if member is None else member.delta
-        weights = WeightsRef("grafted", str(delta))
+        weights = WeightsRef("grafted", str(model.delta if member is None else member.delta))
     elif name == "finetuned":
         weights = WeightsRef("finetuned", ref.weights, ref.uri)
     elif name == "localizable":
@@ -370,36 +370,17 @@ def _weights(
     return task.spec, weights, ref
 
 
-def _made_version(pointer: str, entry: Entry) -> bool:
-    return pointer in entry.after
+def _makes_version(number: int) -> Callable[[Entry], bool]:
+    return lambda entry: f"/versions/{number}" in entry.after
+
+
+def _localizes(entry: Entry) -> bool:
+    return entry.kind == "localized"
 
 
 def _line(line_state: LineState) -> LineRef:
     return LineRef(line_state.spec, line_state.base)
 
 
-def _write_patch(line: LineRef, recipe: Recipe, space: Workspace, file: Path) -> None:
-    write_patch_of(file, line, recipe, space)
-
-
-def _write_delta(
-    line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace, file: Path
-) -> None:
-    write_delta(file, line, task, model, space)
-
-
-def _write_statistic(line: LineRef, statistic: Statistic, space: Workspace, file: Path) -> None:
-    write_statistic_of(file, line, statistic, space)
-
-
-def _list(uri: str, space: Workspace, file: Path) -> None:
-    source = resolve_source(uri, space.home, whole=False)
-    file.write_bytes(list_remote(source, space).listing())
-
-
-def _write(data: bytes, file: Path) -> None:
-    file.write_bytes(data)
-
-
-def _copy(source: Path, file: Path) -> None:
-    shutil.copyfile(source, file)
+def _writes(data: bytes) -> Callable[[Path], object]:
+    return lambda file: file.write_bytes(data)

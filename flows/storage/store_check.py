@@ -1,28 +1,29 @@
-"""Is a store what its names say? Every object against its digest, of whatever line or of none.
+"""Compare every object of a store with its name, whichever line it belongs to.
 
-What is damaged is told with what it is, what depends on it, and from what it can be made
-again; nothing is changed (`restitch.flows.storage.repair` mends). What nothing refers to is listed and is no
-damage. Blobs that were found whole are not looked at again within one check.
+Each damaged object is listed with its meaning, the owners that depend on it, and what a repair
+would do. The check changes nothing; `storage.repair` repairs. Objects that nothing refers to are
+listed and are no damage. A second check by the same `Checker` skips blobs that were intact.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from restitch.merging.digests import canonical_json
 from restitch.merging.errors import Damage, RestitchError, Unavailable
 from restitch.merging.files.sparse import SparseFile
 from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import Entry, replay, state_of
 from restitch.registry.ledger.references import SPECIALISTS
 from restitch.registry.maintenance.inventory import Inventory, in_use, take_inventory
 from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.registry.store.attempts import Attempt
 from restitch.registry.store.base import NotInStore
-from restitch.registry.store.objects import KeyRecord, ObjectStore
+from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.inputs.checkpoints import open_specialist
 from restitch.tasks.research.experts import read_experts
 from restitch.tasks.runtime.console import working
@@ -30,22 +31,24 @@ from restitch.tasks.runtime.workspace import Workspace
 
 Answer = TypeVar("Answer")
 
-_AT_ONCE = 4
-MLFLOW = "MLflow"
+MLFLOW = "MLflow: "  # and a line: the name of its projection
+
+_THREADS = 4
+_SHOWN = 10
 
 
 @dataclass
 class Damaged:
-    """An object that is not what it should be.
+    """A damaged object.
 
     Attributes:
-        object: its name in the store; for MLflow's image `MLflow: LINE`.
-        problem: what is wrong with it.
-        what: what it is, in each place that names it.
+        object: its name in the store, or `MLflow: LINE` for the projection of a line.
+        problem: how it differs from what it should be.
+        what: its meaning, in each place that names it.
         depends: the lines, versions and models that need it.
-        remedy: from what it can be made again; None: only from a backup.
-        mended: whether it was.
-        outcome: how it was, or why it could not be.
+        remedy: what `--repair` would do; None if only a backup helps.
+        mended: whether it was repaired.
+        outcome: how it was repaired, or why it was not.
     """
 
     object: str
@@ -59,15 +62,15 @@ class Damaged:
 
 @dataclass
 class StoreCheck:
-    """What was looked at, and what was found.
+    """The result for a store.
 
     Attributes:
-        objects: how many there are.
-        bytes: what they take.
-        compared: blobs and acts whose bytes were compared with their digest.
-        mlflow: the lines whose image in MLflow was compared.
-        orphans: what nothing refers to; `restitch gc` removes it.
-        notes: what is odd and no damage.
+        objects: their number.
+        bytes: their size.
+        compared: blobs and acts that were compared with their digests.
+        mlflow: lines whose projection in MLflow was compared.
+        orphans: objects that nothing refers to; `restitch gc` removes them.
+        notes: on unusual things that are no damage.
     """
 
     objects: int = 0
@@ -81,27 +84,27 @@ class StoreCheck:
 
     @property
     def intact(self) -> bool:
-        """Whether nothing is left damaged."""
+        """True if nothing is left damaged."""
         return all(each.mended for each in self.damaged)
 
 
-class Image:
-    """MLflow's image of the lines, which is asked no more once it was away."""
+class Projection:
+    """The lines in MLflow. Once MLflow was away, every further question raises Unavailable."""
 
     def __init__(self, mlflow: MlflowProjection) -> None:
         self.mlflow = mlflow
         self.away: Unavailable | None = None
 
     def acts_shown(self, line: str) -> dict[str, str]:
-        """The acts that it shows; each of these raises Unavailable where MLflow is away."""
+        """The acts that MLflow shows."""
         return self._ask(lambda: self.mlflow.acts_shown(line))
 
     def copy_of(self, line: str, digest: str) -> bytes | None:
-        """What it has kept of an act or a record."""
+        """The copy of an act or a record in MLflow."""
         return self._ask(lambda: self.mlflow.copy_of(line, digest))
 
     def differences(self, ledger: Ledger) -> tuple[str, ...]:
-        """What it shows otherwise than the line is."""
+        """The differences between MLflow and a line."""
         return self._ask(lambda: self.mlflow.differences(ledger))
 
     def _ask(self, question: Callable[[], Answer]) -> Answer:
@@ -115,204 +118,224 @@ class Image:
 
 
 class Checker:
-    """Checks of one store, each of which knows what the ones before have found whole."""
+    """Repeated checks of one store."""
 
     def __init__(self, space: Workspace) -> None:
         self.space = space
-        self.objects: ObjectStore = space.objects
-        self.whole: set[str] = set()
-        self.image = Image(space.mlflow)
+        self.store = space.objects.store
+        self.intact: set[str] = set()
+        self.projection = Projection(space.mlflow)
 
     def check(self) -> tuple[StoreCheck, Inventory]:
-        """Look at everything once."""
-        with working("reading what names what") as progress:
-            found = take_inventory(self.objects, progress)
-        problems = dict(found.damaged)
-        problems |= self._missing(found)
-        problems |= self._altered(found, problems)
-        problems |= self._keys(found, problems)
-        problems |= self._attempts(found)
-        problems |= self._heads(found)
-        problems |= self._acts_shown(found)
-        used = in_use(found, self.objects)
-        orphans = [name for name in found.listed if name not in used]
+        """Check every object once."""
+        with working("reading references") as progress:
+            inventory = take_inventory(self.space.objects, progress)
+        problems = dict(inventory.damaged)
+        problems |= self._missing(inventory)
+        problems |= self._altered(inventory, problems)
+        problems |= self._keys(inventory, problems)
+        problems |= self._attempts(inventory)
+        problems |= self._line_states(inventory)
+        problems |= self._acts_shown(inventory)
+        used = in_use(inventory, self.space.objects)
+        orphans = [name for name in inventory.listed if name not in used]
         result = StoreCheck(
-            objects=len(found.listed),
-            bytes=sum(each.size for each in found.listed.values()),
-            compared=len(self.whole) + len(found.entries),
+            objects=len(inventory.listed),
+            bytes=sum(each.size for each in inventory.listed.values()),
+            compared=len(self.intact) + len(inventory.entries),
             orphans=tuple(sorted(orphans)),
-            orphan_bytes=sum(found.listed[name].size for name in orphans),
-            notes=[f"{name} is of no kind that this version knows" for name in found.unknown],
+            orphan_bytes=sum(inventory.listed[name].size for name in orphans),
+            notes=[f"{name} is of an unknown kind" for name in inventory.unknown],
         )
-        result.damaged = [_described(found, name, text) for name, text in sorted(problems.items())]
-        self._images(found, result)
-        return result, found
+        result.damaged = [_described(inventory, *each) for each in sorted(problems.items())]
+        self._projections(inventory, result)
+        return result, inventory
 
-    def _missing(self, found: Inventory) -> dict[str, str]:
-        names = [f"blobs/{digest}" for digest in found.references]
+    def _missing(self, inventory: Inventory) -> dict[str, str]:
         return {
             name: "it is missing"
-            for name in names
-            if name not in found.listed and not self.objects.store.exists(name)
+            for name in (f"blobs/{digest}" for digest in inventory.references)
+            if name not in inventory.listed and not self.store.exists(name)
         }
 
-    def _altered(self, found: Inventory, known: dict[str, str]) -> dict[str, str]:
+    def _altered(self, inventory: Inventory, known: dict[str, str]) -> dict[str, str]:
         names = [
             name
-            for name in found.listed
-            if name.startswith("blobs/") and name not in self.whole and name not in known
+            for name in inventory.listed
+            if name.startswith("blobs/") and name not in self.intact and name not in known
         ]
-        total = sum(found.listed[name].size for name in names)
-        wrong, done = {}, 0
+        total = sum(inventory.listed[name].size for name in names)
+        problems, done = {}, 0
         with (
             working(f"comparing {len(names)} objects with their digests") as progress,
-            ThreadPoolExecutor(_AT_ONCE) as pool,
+            ThreadPoolExecutor(_THREADS) as pool,
         ):
             for name, problem in zip(names, pool.map(self._compare, names), strict=True):
                 if problem:
-                    wrong[name] = problem
+                    problems[name] = problem
                 elif problem is None:
-                    self.whole.add(name)
-                done += found.listed[name].size
+                    self.intact.add(name)
+                done += inventory.listed[name].size
                 progress(done, total)
-        return wrong
+        return problems
 
     def _compare(self, name: str) -> str | None:
-        """What is wrong with a blob; nothing (an empty text) where it was removed meanwhile."""
+        """The problem of a blob; None if it is intact, and "" if it was removed meanwhile."""
         try:
-            digest = self.objects.store.digest(name)
+            digest = self.store.digest(name)
         except NotInStore:
             return ""
         except Damage as error:
-            return f"the server says that it is not what was written: {error.found}"
+            return f"the server reports other bytes than were written: {error.found}"
         return None if f"blobs/{digest}" == name else f"its bytes have the digest {digest}"
 
-    def _keys(self, found: Inventory, known: dict[str, str]) -> dict[str, str]:
-        wrong = {}
-        for name, key in found.keys.items():
+    def _keys(self, inventory: Inventory, known: dict[str, str]) -> dict[str, str]:
+        problems = {}
+        for name, key in inventory.keys.items():
             blob = f"blobs/{key.blob}"
             if blob in known:
-                continue  # it is the blob that is damaged
-            there = found.listed.get(blob)
-            if there is None:
-                wrong[name] = f"it names {blob}, which is not there"
-            elif there.size != key.size:
-                wrong[name] = f"it gives {blob} {key.size} bytes, which has {there.size}"
+                continue  # the blob is damaged, not the key
+            listed = inventory.listed.get(blob)
+            if listed is None:
+                problems[name] = f"it names {blob}, which is missing"
+            elif listed.size != key.size:
+                problems[name] = f"it says {key.size} bytes, but {blob} has {listed.size}"
             elif problem := self._contradiction(name, key, known):
-                wrong[name] = problem
-        return wrong
+                problems[name] = problem
+        return problems
 
     def _contradiction(self, name: str, key: KeyRecord, known: dict[str, str]) -> str | None:
-        """What a key says of its blob that is not so, where the blob itself can tell."""
+        """The first statement of a key that its blob contradicts."""
         _, kind, inputs = name.split("/")
         if kind == SPECIALISTS:
-            return self._unfit_experts(key, known)
+            return self._unusable_specialists(key, known)
         if kind not in ("mask", "patch"):
             return None
         try:
-            file = SparseFile.open(self.objects.blob_path(key.blob))
+            file = SparseFile.open(self.space.objects.blob_path(key.blob))
             kept = sum(file.info(each).kept for each in file.names)
             if kind == "patch" and file.metadata.get("recipe") != inputs:
                 return f"it names {key.blob}, which is the patch of another recipe"
             if kind == "mask" and file.mask().digest() != key.facts.get("mask"):
-                return f"it gives {key.blob} another mask than it has"
+                return f"it names {key.blob}, which has another mask"
         except RestitchError as error:
             return f"it names {key.blob}, which cannot be read: {error.summary}"
-        return None if kept == key.facts.get("kept") else f"it gives {key.blob} another size"
+        stated = key.facts.get("kept")
+        return None if kept == stated else f"it says {stated} weights, but {key.blob} has {kept}"
 
-    def _unfit_experts(self, key: KeyRecord, known: dict[str, str]) -> str | None:
-        """Whether specialists can be read, each with the patch that it selects from."""
+    def _unusable_specialists(self, key: KeyRecord, known: dict[str, str]) -> str | None:
+        """The problem of specialists that cannot be opened together with their shared patch."""
         try:
             parts = read_experts(key.blob, self.space).parts
             if any(f"blobs/{part.blob}" in known for part in parts):
-                return None  # it is the part that is damaged
+                return None  # the part is damaged, not the key
             for part in parts:
                 open_specialist(part.blob, self.space)
         except RestitchError as error:
-            return f"it names {key.blob}, of which a part cannot be used: {error.summary}"
+            return f"it names {key.blob}, and a part of it cannot be used: {error.summary}"
         return None
 
-    def _attempts(self, found: Inventory) -> dict[str, str]:
-        wrong = {}
-        for name in found.listed:
+    def _attempts(self, inventory: Inventory) -> dict[str, str]:
+        problems = {}
+        for name in inventory.listed:
             if name.startswith("attempts/") and name.endswith(".begun"):
                 try:
-                    facts = json.loads(self.objects.store.read(name))
+                    facts = json.loads(self.store.read(name))
                     str(Attempt(0, facts)), facts["process_began"], facts["time"]
                 except (ValueError, KeyError, TypeError):
-                    ended = name.removesuffix("begun") + "ended"
-                    if ended not in found.listed:
-                        wrong[name] = "it cannot be read"
+                    if f"{name.removesuffix('begun')}ended" not in inventory.listed:
+                        problems[name] = "it cannot be read"
                 except NotInStore:
                     continue
-        return wrong
+        return problems
 
-    def _heads(self, found: Inventory) -> dict[str, str]:
-        wrong = {}
-        for line, line_state in found.line_states.items():
-            trail = found.trails[line]
-            whole = trail and trail[-1].previous is None and len(trail) == line_state.sequence
-            if whole and canonical_json(replay(trail[::-1])) != canonical_json(
-                state_of(line_state)
-            ):
-                wrong[f"lines/{line}/head.json"] = "it says something else than its acts"
-        return wrong
+    def _line_states(self, inventory: Inventory) -> dict[str, str]:
+        problems = {}
+        for line, line_state in inventory.line_states.items():
+            trail = inventory.trails[line]
+            if is_complete(trail) and len(trail) == line_state.sequence:
+                problem = trail_contradiction(line_state, trail[::-1])
+                if problem is not None:
+                    problems[f"lines/{line}/head.json"] = problem
+        return problems
 
-    def _acts_shown(self, found: Inventory) -> dict[str, str]:
-        """Acts that only MLflow has: a head that is gone cannot say that they were."""
-        wrong = {}
-        for line in {*found.line_states, *(entry.line for entry in found.entries.values())}:
+    def _acts_shown(self, inventory: Inventory) -> dict[str, str]:
+        """Acts that only MLflow has. If a line's state is lost, nothing else names them."""
+        problems = {}
+        for line in known_lines(inventory):
             with suppress(Unavailable):
-                for digest in self.image.acts_shown(line):
-                    if digest not in found.entries:
-                        wrong[f"audit/{digest}"] = "it is missing, and MLflow shows it"
-        return {name: text for name, text in wrong.items() if name not in found.damaged}
+                for digest in self.projection.acts_shown(line):
+                    name = f"audit/{digest}"
+                    if digest not in inventory.entries and name not in inventory.damaged:
+                        problems[name] = "it is missing, but MLflow shows it"
+        return problems
 
-    def _images(self, found: Inventory, result: StoreCheck) -> None:
-        """Compare MLflow with the heads of lines that can be read."""
+    def _projections(self, inventory: Inventory, result: StoreCheck) -> None:
+        """Compare MLflow with the lines whose state can be read."""
         compared = []
-        for line in sorted(found.line_states):
+        for line in sorted(inventory.line_states):
             try:
-                ledger = Ledger(self.objects, line)
-                wrong = self.image.differences(ledger)
+                ledger = Ledger(self.space.objects, line)
+                differences = self.projection.differences(ledger)
             except Unavailable as error:
-                result.notes.append(f"MLflow is not compared with line {line}: {error.summary}")
+                result.notes.append(f"MLflow was not compared with line {line}: {error.summary}")
                 continue
             except Damage:
-                continue  # which is told of the objects themselves
+                continue  # listed with the damaged objects themselves
             compared.append(line)
-            if wrong:
-                text = "; ".join(wrong[:10]) + ("; ..." if len(wrong) > 10 else "")
-                one = Damaged(f"{MLFLOW}: {line}", text, (f"the image of line {line}",))
-                one.remedy = "from the trail"
-                result.damaged.append(one)
+            if differences:
+                text = "; ".join(differences[:_SHOWN])
+                text += "; ..." if len(differences) > _SHOWN else ""
+                meaning = (f"the projection of line {line}",)
+                remedy = "complete it from the trail"
+                result.damaged.append(Damaged(f"{MLFLOW}{line}", text, meaning, remedy=remedy))
         result.mlflow = tuple(compared)
 
 
-def _described(found: Inventory, name: str, problem: str) -> Damaged:
-    """What an object is, and who needs it."""
+def known_lines(inventory: Inventory) -> list[str]:
+    """All lines that have a state or an act."""
+    return sorted({*inventory.line_states, *(entry.line for entry in inventory.entries.values())})
+
+
+def is_complete(trail: Sequence[Entry]) -> bool:
+    """Whether a trail, newest first, goes back to the first act of its line."""
+    return bool(trail) and trail[-1].previous is None
+
+
+def trail_contradiction(line_state: LineState, trail: Sequence[Entry]) -> str | None:
+    """The first value in a line's state that its acts, oldest first, do not give."""
+    replayed, stored = replay(trail), state_of(line_state)
+    if canonical_json(replayed) == canonical_json(stored):
+        return None
+    return _first_difference(replayed, stored)
+
+
+def _first_difference(replayed: Any, stored: Any, path: str = "") -> str:
+    if isinstance(replayed, dict) and isinstance(stored, dict):
+        for key in sorted({*replayed, *stored}):
+            if replayed.get(key) != stored.get(key):
+                return _first_difference(replayed.get(key), stored.get(key), f"{path}/{key}")
+    return f"{path} is {str(stored)[:80]}, but its acts give {str(replayed)[:80]}"
+
+
+def _described(inventory: Inventory, name: str, problem: str) -> Damaged:
+    """A damaged object with its meaning and its owners."""
     kind, _, rest = name.partition("/")
-    one = Damaged(name, problem)
     if kind == "lines":
         line = rest.partition("/")[0]
-        one.what, one.depends = (f"the head of line {line}",), (f"line {line}",)
-    elif kind == "audit":
-        holders = [line for line, trail in found.trails.items() if trail and _ends(trail, rest)]
-        one.what = ("an act",)
-        one.depends = tuple(f"the trail of line {line}" for line in holders)
-    elif kind == "keys":
-        one.what = (f"where the {rest.partition('/')[0]} of some inputs is found again",)
-    elif kind == "attempts":
-        one.what = ("an attempt at onboarding a model",)
-    else:
-        references = found.references.get(rest, [])
-        one.what = tuple(dict.fromkeys(map(str, references)))
-        one.depends = tuple(dict.fromkeys(f"{r.owner} of {r.line}" for r in references))
-        if not references:
-            keys = tuple(f"what {key} names" for key in found.keys_of(rest))
-            one.what = keys or ("something that nothing readable names",)
-    return one
-
-
-def _ends(trail: list[Entry], digest: str) -> bool:
-    return trail[-1].previous == digest
+        return Damaged(name, problem, (f"the state of line {line}",), (f"line {line}",))
+    if kind == "audit":
+        trails = inventory.trails.items()
+        holders = [line for line, trail in trails if trail and trail[-1].previous == rest]
+        return Damaged(name, problem, ("an act",), tuple(f"the trail of line {h}" for h in holders))
+    if kind == "keys":
+        return Damaged(name, problem, (f"the key of a result ({rest.partition('/')[0]})",))
+    if kind == "attempts":
+        return Damaged(name, problem, ("an attempt to onboard a model",))
+    references = inventory.references.get(rest, [])
+    if not references:
+        keys = tuple(f"the blob of {key}" for key in inventory.keys_of(rest))
+        return Damaged(name, problem, keys or ("an object that nothing readable refers to",))
+    meaning = tuple(dict.fromkeys(map(str, references)))
+    owners = tuple(dict.fromkeys(f"{each.owner} of {each.line}" for each in references))
+    return Damaged(name, problem, meaning, owners)

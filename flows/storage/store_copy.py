@@ -1,15 +1,15 @@
-"""Move an installation from one store to another: all objects, then the heads that name them.
+"""Copy a store: all objects, then the states of the lines, which name the objects.
 
-Heads are read first and written last, so that whatever a head names is there before it: a
-copy that was killed has no head that lacks anything, and one of a store in use is as it was
-when the copy began. Objects that are named by their digest are compared with it on their way;
-what is there already is not copied again, and nothing that is there is ever replaced but a
-head by a newer one of the same line.
+Line states are read first and written last: an interrupted copy has no line with missing objects,
+and the copy of a store in use shows it as it was when the copy began. Objects that are named by
+their digest are compared with it. Existing objects are not copied again, and none is replaced,
+except a line's state by a newer state of the same line.
 """
 
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -29,23 +29,23 @@ from restitch.tasks.runtime.console import warn, working
 from restitch.tasks.runtime.workspace import workspace
 
 _BY_DIGEST = re.compile(r"(blobs|audit)/([0-9a-f]{64})\Z")
-# What changes: heads; who has the turn on a server and what is removed mean nothing elsewhere.
-_HEAD = re.compile(r"lines/([^/]+)/head\.json\Z")
+_LINE_STATE = re.compile(r"lines/([^/]+)/head\.json\Z")
+# Merge leases and deletion notices mean nothing in another store.
 _LEFT_OUT = ("leases/", "gc/")
 
-_AT_ONCE = 4
+_THREADS = 4
 
 
 @dataclass(frozen=True)
 class CopyOutcome:
-    """What was done.
+    """The result of a copy.
 
     Attributes:
-        copied: how many objects were not there yet.
-        there: how many were.
-        bytes: of those that were copied.
-        lines: the lines whose heads are in the target now.
-        moved_on: those of them that have changed in the source meanwhile.
+        copied: the number of objects that were copied.
+        there: the number of objects that the target had before.
+        bytes: of the copied objects.
+        lines: the lines that the target has now.
+        moved_on: lines that changed in the source during the copy.
     """
 
     source: str
@@ -62,16 +62,16 @@ class CopyOutcome:
 
 
 def copy_store(source: str, target: str) -> CopyOutcome:
-    """Copy a store into an empty one, or go on with a copy that was begun.
+    """Copy a store into an empty one, or continue an interrupted copy.
 
     Args:
         source: a folder, or `s3://bucket/prefix`.
         target: the same.
 
     Raises:
-        BadInput: an address is none, the source has no line, or the target has others.
-        Damage: an object of the source is not what its name says; all others are copied.
-        Unavailable: a store is away.
+        BadInput: an address is invalid, the source has no line, or the target has other lines.
+        Damage: an object of the source is damaged; all others were copied.
+        Unavailable: a store cannot be reached.
     """
     home = workspace().home
     if _same(source, target):
@@ -87,29 +87,30 @@ class _Copy:
         self.target = target
 
     def run(self, source: str, target: str) -> CopyOutcome:
-        heads = {line: self.source.read(_head(line)) for line in lines(ObjectStore(self.source))}
-        if not heads:
+        names = lines(ObjectStore(self.source))
+        states = {line: self.source.read(_state_name(line)) for line in names}
+        if not states:
             raise BadInput(
                 f"there is no line in the store {source}",
-                hint="name the store itself, as RESTITCH_HOME/store or s3://bucket/prefix",
+                hint="name the store itself: RESTITCH_HOME/store or s3://bucket/prefix",
             )
-        tags = {line: self._replaceable(line, data, target) for line, data in heads.items()}
+        tags = {line: self._older_tag(line, data, target) for line, data in states.items()}
         there = set(self.target.list())
-        names = [name for name in self.source.list() if _is_copied(name)]
-        sizes = self._copy_all(names, there, target)
-        for line, data in heads.items():
-            self._write_head(line, data, tags[line], target)
+        objects = [name for name in self.source.list() if _is_copied(name)]
+        sizes = self._copy_all(objects, there, target)
+        for line, data in states.items():
+            self._write_state(line, data, tags[line], target)
         copied = [size for size in sizes if size is not None]
-        moved_on = [line for line, data in heads.items() if self.source.read(_head(line)) != data]
+        moved_on = [n for n, data in states.items() if self.source.read(_state_name(n)) != data]
         for line in moved_on:
-            warn(f"{line} has changed in the source while it was copied: copy it again")
+            warn(f"{line} changed in the source during the copy: run the same command again")
         return CopyOutcome(
             source,
             target,
             copied=len(copied),
-            there=len(names) - len(copied),
+            there=len(objects) - len(copied),
             bytes=sum(copied),
-            lines=tuple(sorted(heads)),
+            lines=tuple(sorted(states)),
             moved_on=tuple(sorted(moved_on)),
         )
 
@@ -124,29 +125,30 @@ class _Copy:
                 return error
 
         title = f"copying {len(names)} objects"
-        with working(title) as progress, ThreadPoolExecutor(_AT_ONCE) as pool:
+        with working(title) as progress, ThreadPoolExecutor(_THREADS) as pool:
             try:
-                for done, found in enumerate(pool.map(copy, names), 1):
-                    if isinstance(found, Damage):
-                        damaged.append(found.summary)
+                for done, size in enumerate(pool.map(copy, names), 1):
+                    if isinstance(size, Damage):
+                        damaged.append(size.summary)
                     else:
-                        sizes.append(found)
+                        sizes.append(size)
                     progress(done, len(names))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
         if damaged:
             raise Damage(
-                f"{len(damaged)} objects of the source are damaged; no head was written",
-                hint="restitch verify says what they are; all others are copied",
+                f"{len(damaged)} objects of the source are damaged; the copy has no lines yet",
+                expected="an intact source; all other objects were copied",
+                hint="run `restitch verify --deep --repair` on the source, then copy again",
                 details=damaged[:20],
             )
         return sizes
 
     def _copy(self, name: str, there: bool, target: str) -> int | None:
-        """Copy one object; its size, or None where it was there."""
-        named = _BY_DIGEST.match(name)
-        if named is None:
+        """Copy one object; its size, or None if the target had it."""
+        match = _BY_DIGEST.match(name)
+        if match is None:
             data = self.source.read(name)
             if self.target.put(name, data):
                 return len(data)
@@ -157,42 +159,44 @@ class _Copy:
             return None
         if name.startswith("audit/"):
             data = self.source.read(name)
-            _compare(name, digest_bytes(data), named[2])
+            _compare(name, digest_bytes(data), match[2])
             return len(data) if self.target.put(name, data) else None
         path = self.source.local_path(name)
         try:
             size = path.stat().st_size
-            _compare(name, digest_file(path), named[2])
+            _compare(name, digest_file(path), match[2])
             return size if self.target.put(name, path) else None
         finally:
             if not isinstance(self.source, FolderStore):
-                path.unlink(missing_ok=True)  # it was downloaded for this alone
+                path.unlink(missing_ok=True)  # downloaded only for this copy
 
-    def _replaceable(self, line: str, data: bytes, target: str) -> str | None:
-        """The tag of the target's head, which is an older one of the same line, or None."""
+    def _older_tag(self, line: str, data: bytes, target: str) -> str | None:
+        """The tag of the target's state of a line; None if it has none.
+
+        Raises:
+            BadInput: it is not an older state of the same line.
+        """
         try:
-            found = self.target.read_tagged(_head(line))
+            existing = self.target.read_tagged(_state_name(line))
         except NotInStore:
             return None
-        entry = LineState.model_validate_json(found.data).entry
-        if found.data == data or any(
+        entry = LineState.model_validate_json(existing.data).entry
+        if existing.data == data or any(
             each.digest == entry for each in Ledger(ObjectStore(self.source), line).entries()
         ):
-            return found.tag
+            return existing.tag
         raise _other(f"line {line}", target)
 
-    def _write_head(self, line: str, data: bytes, tag: str | None, target: str) -> None:
-        try:
-            if self.target.read(_head(line)) == data:
+    def _write_state(self, line: str, data: bytes, tag: str | None, target: str) -> None:
+        with suppress(NotInStore):
+            if self.target.read(_state_name(line)) == data:
                 return
-        except NotInStore:
-            pass
-        if self.target.swap(_head(line), tag, data) is None:
+        if self.target.swap(_state_name(line), tag, data) is None:
             raise _other(f"line {line}", target)
 
 
 def _opened(address: str, scratch: Path) -> Store:
-    """The store at an address; what must be a local file of it lies in the scratch folder."""
+    """The store at an address; its downloads go to the scratch folder."""
     return Home(scratch, address).open_store()
 
 
@@ -205,21 +209,21 @@ def _same(source: str, target: str) -> bool:
 
 
 def _is_copied(name: str) -> bool:
-    return not (_HEAD.match(name) or name.startswith(_LEFT_OUT))
+    return not (_LINE_STATE.match(name) or name.startswith(_LEFT_OUT))
 
 
-def _head(line: str) -> str:
+def _state_name(line: str) -> str:
     return f"lines/{line}/head.json"
 
 
-def _compare(name: str, found: str, expected: str) -> None:
-    if found != expected:
-        raise Damage(f"the object {name} is damaged", expected=expected, found=found)
+def _compare(name: str, digest: str, expected: str) -> None:
+    if digest != expected:
+        raise Damage(f"the object {name} is damaged", expected=expected, found=digest)
 
 
-def _other(what: str, target: str) -> BadInput:
+def _other(thing: str, target: str) -> BadInput:
     return BadInput(
-        f"the store {target} holds another {what}",
-        expected="an empty store, or a copy that was begun from the same one",
+        f"the store {target} holds another {thing}",
+        expected="an empty store, or an earlier copy of the same source",
         hint="copy into another folder or prefix",
     )

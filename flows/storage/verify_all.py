@@ -1,7 +1,6 @@
-"""Verify lines together with the store that they lie in, and mend it where that is asked for.
+"""Verify lines together with their store, and repair the store on request.
 
-What is mended is mended first, so that what is said of the lines is said of what is there
-then.
+Repairs come first, so that the lines are verified as they are afterwards.
 """
 
 from dataclasses import asdict, dataclass
@@ -9,7 +8,7 @@ from typing import Any
 
 from restitch.flows.storage.repair import check_store
 from restitch.flows.storage.store_check import StoreCheck
-from restitch.flows.storage.verify import Verification, verify
+from restitch.flows.storage.verify import LINE_STATE, Verification, verify
 from restitch.merging.errors import BadInput, Damage
 from restitch.registry.ledger.ledger import lines
 from restitch.tasks.runtime.workspace import workspace
@@ -17,11 +16,11 @@ from restitch.tasks.runtime.workspace import workspace
 
 @dataclass(frozen=True)
 class WholeVerification:
-    """What was found of lines and of their store.
+    """The results for lines and for their store.
 
     Attributes:
-        lines: each line that was looked at.
-        store: every object; None where only the lines were asked for.
+        lines: the result for each line.
+        store: the result for the store; None if only lines were verified.
     """
 
     lines: tuple[Verification, ...]
@@ -29,13 +28,13 @@ class WholeVerification:
 
     @property
     def intact(self) -> bool:
-        """Whether nothing is left damaged."""
-        whole = self.store is None or self.store.intact
-        return whole and all(line.intact for line in self.lines)
+        """True if nothing is left damaged."""
+        store_intact = self.store is None or self.store.intact
+        return store_intact and all(line.intact for line in self.lines)
 
     @property
     def exit_code(self) -> int:
-        """0, or that of damage."""
+        """0, or the code of damage."""
         return 0 if self.intact else Damage.exit_code
 
     def as_dict(self) -> dict[str, Any]:
@@ -52,13 +51,13 @@ def verify_all(line: str | None, *, deep: bool, repair: bool) -> WholeVerificati
     """Verify one line or all of them, and every object of the store.
 
     Args:
-        line: a line's name; all lines without.
-        deep: look at every object of the store, whatever line it belongs to.
-        repair: mend what can be made again; every object is looked at for that.
+        line: a line's name; None for all lines.
+        deep: check every object of the store, whichever line it belongs to.
+        repair: check every object, and repair damaged ones.
 
     Raises:
-        BadInput: there is no such line, or none at all.
-        Unavailable: the store is away.
+        BadInput: there is no such line, or no line at all.
+        Unavailable: the store cannot be reached.
     """
     space = workspace()
     store = check_store(space, repair=repair) if deep or repair else None
@@ -67,19 +66,19 @@ def verify_all(line: str | None, *, deep: bool, repair: bool) -> WholeVerificati
         raise BadInput(
             "there is no line to verify",
             found=f"an empty store in {space.home.root}",
-            hint="make a line with `restitch init FILE`, or set RESTITCH_HOME",
+            hint="create a line with `restitch init FILE`, or set RESTITCH_HOME",
         )
     return WholeVerification(tuple(_verified(name, store) for name in names), store)
 
 
 def _verified(line: str, store: StoreCheck | None) -> Verification:
-    found = Verification(line)
+    result = Verification(line)
     for each in () if store is None else store.damaged:
         if each.object == f"lines/{line}/head.json" and not each.mended:
-            found.damaged("the head", each.problem)
-            return found
+            result.damaged(LINE_STATE, each.problem)
+            return result
     try:
         return verify(line)
-    except Damage as error:  # not even its head can be read
-        found.damaged("the head", error)
-        return found
+    except Damage as error:  # not even its state can be read
+        result.damaged(LINE_STATE, error)
+        return result

@@ -6,7 +6,6 @@ settings. The folder is scanned when a method is first used, so a new method nee
 (docs/how-to/add-a-method.md).
 """
 
-import difflib
 import importlib
 import inspect
 import pkgutil
@@ -16,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, cast, get_type_hints
 
-from restitch.merging.errors import BadInput
+from restitch.merging.errors import BadInput, unknown_name
 from restitch.merging.experts.specialists import Experts
 from restitch.merging.files.edits import Edits
 
@@ -128,7 +127,7 @@ def get_method(name: str) -> Method:
     """The method `name`; `BadInput` with the nearest name if it does not exist."""
     methods = _scan()
     if name not in methods:
-        raise _unknown("method", name, methods)
+        raise unknown_name("method", name, methods)
     return methods[name]
 
 
@@ -137,7 +136,7 @@ def resolve_settings(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     chosen = get_method(name)
     for key, value in settings.items():
         if key not in chosen.settings:
-            raise _unknown(f"setting of {name}", key, chosen.settings)
+            raise unknown_name(f"setting of {name}", key, chosen.settings)
         expected = get_type_hints(chosen.function)[key]
         if not _fits(value, expected):
             raise BadInput(
@@ -155,13 +154,3 @@ def _fits(value: object, expected: Any) -> bool:
     if expected in (int, str, bool):
         return type(value) is expected
     return True
-
-
-def _unknown(what: str, name: str, known: Mapping[str, object]) -> BadInput:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return BadInput(
-        f"unknown {what}: {name!r}",
-        expected=", ".join(known) or "none",
-        found=name,
-        hint=f"did you mean {near[0]!r}?" if near else "choose one of the expected names",
-    )

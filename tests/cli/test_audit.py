@@ -105,7 +105,7 @@ def test_a_span_holds_both_of_its_ends(lived: Shell) -> None:
         (("--event", "promotion"), 3, "promoted"),
         (("--task", "colur"), 3, "colour"),
         (("--since", "yesterday"), 3, "2026-03-03"),
-        (("--as-of", "2001-01-01"), 3, "was not there"),
+        (("--as-of", "2001-01-01"), 3, "did not exist"),
         (("--as-of", "2026-01-01", "--versions"), 2, "exclude"),
         (("--task", "colour", "--versions"), 2, "exclude"),
     ],

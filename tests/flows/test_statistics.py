@@ -16,6 +16,7 @@ from tests.worlds import World
 
 pytestmark = pytest.mark.usefixtures("without_mlflow")
 
+REMEDY = "restore it from the deltas and train rows of colour (other hardware may give other bytes)"
 SETTINGS: dict[str, dict[str, Any]] = {"adamerging": {"steps": 3, "batch": 4}}
 
 
@@ -97,7 +98,7 @@ def test_statistics_of_a_version_survive_gc_and_are_repaired_when_damaged(
         "the fisher/colour of colour 1 (demo)",
         "the fisher of act 3 (demo)",
     }
-    assert damaged["remedy"] == "the deltas and train rows of colour (it is numeric)"
+    assert damaged["remedy"] == REMEDY
     (mended,) = shell.json("verify", "demo", "--repair")["store"]["damaged"]
     assert mended["mended"]
     assert blob(shell, digest).read_bytes() == data
@@ -127,15 +128,15 @@ def test_statistics_are_measured_at_onboarding_and_a_remerge_only_combines_them(
     assert shell.acts()[-1].digests["statistic.gram"] == digest
     shell("gc", "--older-than", "0s", "--yes")
 
-    # No version names it yet; it is mended like what one names.
+    # No version names it yet; it is repaired as if one did.
     data = blob(shell, digest).read_bytes()
     blob(shell, digest).unlink()
     (mended,) = shell.json("verify", "demo", "--repair")["store"]["damaged"]
-    assert mended["remedy"] == "the deltas and train rows of colour (it is numeric)"
+    assert mended["remedy"] == REMEDY
     assert blob(shell, digest).read_bytes() == data
     shell.ledger().objects.store.local_path(key).write_bytes(b"{")
     (mended,) = shell.json("verify", "demo", "--repair")["store"]["damaged"]
-    assert mended["outcome"] == "written again from what the line says of colour 1"
+    assert mended["outcome"] == "written again from the state of line demo (colour 1)"
 
     monkeypatch.setattr("restitch.tasks.statistics.write_statistic_of", None)
     shell("remerge", "demo")

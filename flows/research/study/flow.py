@@ -5,7 +5,6 @@
 Settings are chosen on validation rows; test rows serve only to report results.
 """
 
-import difflib
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from restitch.flows.promotion.snapshot import take_snapshot
 from restitch.flows.research.study import STUDIES
 from restitch.flows.research.study.subject import Study, Subject
 from restitch.flows.research.study_output import StudyOutcome, as_csv, publish_study
-from restitch.merging.errors import BadInput
+from restitch.merging.errors import unknown_name
 from restitch.tasks.report.drawing import to_png
 from restitch.tasks.runtime.engine import flow
 from restitch.tasks.runtime.workspace import workspace
@@ -55,13 +54,7 @@ def study(name: str, line: str, out: str | None = None) -> StudyTable:
         BadInput: there is no such study, or the line lacks data that it needs.
     """
     if name not in STUDIES:
-        near = difflib.get_close_matches(name, STUDIES, n=1, cutoff=0.5)
-        raise BadInput(
-            f"unknown study: {name!r}",
-            expected=", ".join(STUDIES),
-            found=name,
-            hint=f"did you mean {near[0]!r}?" if near else "`restitch study --help` lists them",
-        )
+        raise unknown_name("study", name, STUDIES)
     subject = Subject(take_snapshot(workspace().ledger(line)))
     made: Study = importlib.import_module(f"restitch.flows.research.study.{name}").make(subject)
     left_out = [f"{task} is left out: it has no rows to evaluate on" for task in subject.left_out]

@@ -1,7 +1,7 @@
-"""The queries of docs/how-to/audit-in-mlflow.md, asked of a line whose story the page tells.
+"""The queries of docs/how-to/audit-in-mlflow.md, run on a line with the history of the page.
 
-Every block of Python on the page is run in order, as a reader would, beside the home; what it
-prints is the text block behind it, but for digests, digits and spacing, which hang on the
+Every block of Python on the page is run in order, next to the home, as a reader would. It prints
+the text block that follows it, except for digests, digits and spacing, which depend on the
 version of torch.
 """
 
@@ -27,7 +27,7 @@ _VARIES = re.compile(r"\b[0-9a-f]{12,}\b|\d+\.\d+|\s+")
 
 
 class Calendar(datetime):
-    """A clock that tells the day of the story, a second later each time it is asked."""
+    """A clock with the days of the story, one second later at each reading."""
 
     story = datetime(2026, 3, 2, 9, tzinfo=UTC)
 
@@ -55,10 +55,10 @@ def tell(shell: Shell, world: World, file: Path) -> None:
 
 
 @pytest.fixture
-def told(
+def folder(
     new_home: NewHome, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Path]:
-    """The folder that has the home of the told line, as a working directory."""
+    """The folder with the home of the line, as the working directory."""
     import mlflow
 
     with monkeypatch.context() as patched:
@@ -77,7 +77,7 @@ def told(
 
 
 def answers(page: str) -> list[tuple[str, str, str]]:
-    """(code, what the page says that it prints, what it prints) of every block."""
+    """(code, expected output, actual output) of every block."""
     names: dict[str, Any] = {}
     found = []
     for code, expected in _BLOCK.findall(page):
@@ -88,7 +88,7 @@ def answers(page: str) -> list[tuple[str, str, str]]:
     return found
 
 
-@pytest.mark.usefixtures("told")
+@pytest.mark.usefixtures("folder")
 def test_the_queries_of_the_page_give_its_answers() -> None:
     page = PAGE.read_text(encoding="utf-8")
     found = answers(page)

@@ -1,4 +1,4 @@
-"""The report of a version on a real line: written by the command and to the run in MLflow."""
+"""The report of a version of a real line: as files, and in its run in MLflow."""
 
 import re
 import shutil
@@ -14,7 +14,7 @@ from tests.shell import Shell
 
 
 def fields(page: str) -> dict[str, str]:
-    """What the page says, by the path of each number in the JSON."""
+    """The values on the page, by their path in the JSON."""
     tags = re.findall(r"<[a-z]+ [^>]*data-field=[^>]*>", page)
     pairs = (
         (re.search(f'data-{key}="([^"]*)"', tag) for key in ("field", "value")) for tag in tags
@@ -29,19 +29,19 @@ def run_of(shell: Shell, version: int) -> Any:
     return run
 
 
-def test_the_numbers_of_the_page_are_those_of_show(three: Three, tmp_path: Path) -> None:
+def test_the_page_has_the_numbers_of_show(three: Three, tmp_path: Path) -> None:
     found = three.shell.json("report", "demo", "champion", tmp_path / "out")
     assert found["files"][0] == "report.html"
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     shown = three.shell.json("show", "demo")
-    told = fields(page)
+    values = fields(page)
     for task, result in shown["results"].items():
         for name in ("base", "finetuned", "grafted", "merged", "normalized"):
-            assert told[f"results.{task}.{name}"] == repr(result[name])
+            assert values[f"results.{task}.{name}"] == repr(result[name])
         for end in ("low", "high"):
-            assert told[f"results.{task}.interval.{end}"] == repr(result["interval"][end])
+            assert values[f"results.{task}.interval.{end}"] == repr(result["interval"][end])
     for name in ("top1", "base_top1", "ratio"):
-        assert told[f"retention.{name}"] == repr(shown["retention"][name])
+        assert values[f"retention.{name}"] == repr(shown["retention"][name])
     for act in three.shell.json("history", "demo")["acts"]:
         if 3 in act["versions"]:
             assert act["entry"][:12] in page
@@ -50,7 +50,7 @@ def test_the_numbers_of_the_page_are_those_of_show(three: Three, tmp_path: Path)
     assert {"plots/results.png", "plots/retention.png", "plots/jaccard.png"} <= set(found["files"])
 
 
-def test_the_page_alone(three: Three, tmp_path: Path) -> None:
+def test_a_file_gets_the_page_without_plots(three: Three, tmp_path: Path) -> None:
     found = three.shell.json("report", "demo", 2, tmp_path / "two.html")
     assert found["files"] == ["two.html"]
     assert [path.name for path in tmp_path.iterdir()] == ["two.html"]
@@ -65,9 +65,7 @@ def test_the_report_is_in_the_run_of_its_version(three: Three) -> None:
         assert {"report.html", "plots"} <= files
 
 
-def test_the_report_in_mlflow_follows_what_becomes_of_the_version(
-    three: Three, tmp_path: Path
-) -> None:
+def test_the_report_in_mlflow_follows_later_acts(three: Three, tmp_path: Path) -> None:
     shutil.copytree(three.shell.home, tmp_path / "home")
     shell = Shell(tmp_path / "home")
 
@@ -83,9 +81,7 @@ def test_the_report_in_mlflow_follows_what_becomes_of_the_version(
 
 
 @pytest.mark.usefixtures("without_mlflow")
-def test_without_the_base_only_the_chapter_on_masks_is_missing(
-    three: Three, tmp_path: Path
-) -> None:
+def test_without_the_masks_only_their_chapter_is_missing(three: Three, tmp_path: Path) -> None:
     shutil.copytree(three.shell.home, tmp_path / "home")
     shell = Shell(tmp_path / "home")
     keys = shell.home / "store" / "keys" / "analysis"
@@ -100,12 +96,12 @@ def test_without_the_base_only_the_chapter_on_masks_is_missing(
 
 
 @pytest.mark.parametrize(
-    ("version", "out", "code", "told"),
+    ("version", "out", "code", "message"),
     [("9", "out", 3, "no version 9"), ("1", "file/out", 6, "file")],
 )
-def test_what_cannot_be_written_is_said(
-    three: Three, tmp_path: Path, version: str, out: str, code: int, told: str
+def test_a_wrong_version_or_folder_is_refused(
+    three: Three, tmp_path: Path, version: str, out: str, code: int, message: str
 ) -> None:
     (tmp_path / "file").write_text("")
     done = three.shell("report", "demo", version, tmp_path / out, code=code)
-    assert told in plain(done.err)
+    assert message in plain(done.err)

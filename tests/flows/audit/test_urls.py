@@ -1,4 +1,4 @@
-"""Where a browser shows a version: asked of MLflow with its credentials, told without them."""
+"""Addresses of a version: MLflow is asked with credentials, and addresses have none."""
 
 import json
 import threading
@@ -14,7 +14,7 @@ DIGEST = "ab" * 32
 
 
 class FakeMlflow:
-    """What it was asked, and with which login."""
+    """A server that records its requests and their logins."""
 
     def __init__(self) -> None:
         self.logins: list[str | None] = []
@@ -72,7 +72,7 @@ def test_the_run_of_a_version_is_found_by_its_digest(mlflow: FakeMlflow) -> None
     }
 
 
-def test_a_login_in_the_address_is_used_and_not_told(
+def test_a_login_in_the_address_is_used_but_not_shown(
     mlflow: FakeMlflow, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://ann:secret-word@{mlflow.place}")
@@ -109,7 +109,7 @@ def test_a_run_that_is_not_there_yet_has_no_address(mlflow: FakeMlflow) -> None:
 @pytest.mark.parametrize(
     "address", ["http://user:word@127.0.0.1:9", "http://[bad", "sqlite:///mlflow.db"]
 )
-def test_an_address_that_answers_nothing_gives_no_link(
+def test_a_server_that_does_not_answer_gives_no_link(
     monkeypatch: pytest.MonkeyPatch, address: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", address)

@@ -1,4 +1,4 @@
-"""The figures of the papers for one's own line: nested masks, two members together, and plots."""
+"""The papers' figures for a line: nested masks, two members merged, and plots."""
 
 import json
 from pathlib import Path
@@ -12,6 +12,7 @@ from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.tasks.evaluate import Exam
 from restitch.tasks.localizers import Localizer, Ranking
 from tests.cli.test_end_to_end import plain
+from tests.flows.research.runs import study_runs
 from tests.flows.test_localizing import with_splits
 from tests.shell import Shell
 from tests.worlds import World
@@ -41,7 +42,7 @@ def shell(world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: 
 
 @pytest.fixture(scope="module")
 def everything(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """Two tasks by every localizer; what was written to the folder is beside what was printed."""
+    """Two tasks by every localizer; the folder holds the printed result and the plots."""
     out = tmp_path_factory.mktemp("out")
     before = shell.head_bytes()
     given = ("--task", "number,colour", "--localizers", ALL, "--densities", "0.3,1,0.05")
@@ -57,7 +58,7 @@ def everything(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> dict[s
     return found
 
 
-def test_everything_grafted_is_the_same_for_every_localizer_and_is_the_finetuned_model(
+def test_at_density_1_every_localizer_gives_the_finetuned_model(
     shell: Shell, everything: dict[str, Any]
 ) -> None:
     for task in TASKS:
@@ -73,7 +74,7 @@ def test_everything_grafted_is_the_same_for_every_localizer_and_is_the_finetuned
             assert last["interval"]["low"] < last["value"] == 1.0
 
 
-def test_masks_are_cut_at_every_density_and_what_calibrated_them_is_told(
+def test_masks_are_cut_at_every_density_and_name_their_calibration_rows(
     everything: dict[str, Any],
 ) -> None:
     curves = everything["tasks"]["colour"]["curves"]
@@ -98,7 +99,7 @@ def test_the_lines_own_density_gives_the_mask_in_use(everything: dict[str, Any])
     assert found["own"]["localizer"] == found["curves"]["dataless"]["label"]
 
 
-def test_the_pair_shares_more_and_more_until_it_is_the_average(
+def test_growing_masks_of_a_pair_overlap_more_until_they_give_the_average(
     everything: dict[str, Any],
 ) -> None:
     pair = everything["pair"]
@@ -119,7 +120,7 @@ def test_the_pair_shares_more_and_more_until_it_is_the_average(
         assert point["mean"] == pytest.approx(sum(values) / 2)
 
 
-def test_again_nothing_is_ranked_or_evaluated_and_a_further_density_costs_only_itself(
+def test_a_second_run_computes_only_what_is_new(
     shell: Shell, everything: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from restitch.tasks.research import density_curves
@@ -150,7 +151,7 @@ def test_again_nothing_is_ranked_or_evaluated_and_a_further_density_costs_only_i
     assert first == again["tasks"]["colour"]["curves"]["random"]["points"][0]
 
 
-def test_the_tables_have_every_task_and_by_default_no_localizer_that_costs(
+def test_the_tables_have_every_task_and_by_default_only_cheap_localizers(
     shell: Shell,
 ) -> None:
     done = shell("analyze", "demo", "--densities", "0.3", "--pair", "animal,colour")
@@ -179,31 +180,23 @@ def test_a_line_of_whole_task_vectors_stitches_its_pair(
     assert found["masks"]["owners"][0] == 0, "every coordinate has both owners"
 
 
-def test_a_localizer_is_left_out_where_a_task_has_no_rows_for_it(shell: Shell) -> None:
+def test_a_localizer_is_left_out_if_the_task_lacks_its_rows(shell: Shell) -> None:
     given = ("--localizers", "fisher,trained,random", "--densities", "0.3", "--task", "animal")
     found = shell.json("analyze", "demo", *given)["tasks"]["animal"]
     assert set(found["curves"]) == {"random"}
     assert found["left_out"] == {"fisher": "train rows", "trained": "train rows"}
 
 
-def test_it_is_a_run_in_mlflow(shell: Shell, everything: dict[str, Any]) -> None:
-    from restitch.registry.home import Home
-
-    with shell.inside():
-        client = MlflowProjection(Home.from_environment()).client
-        experiment = client.get_experiment_by_name("demo.studies")
-        assert experiment is not None
-        runs = client.search_runs([experiment.experiment_id], order_by=["start_time"])
-    first = runs[0]
-    assert first.info.run_name == f"masks of demo {everything['version']} analyzed"
+def test_an_analysis_is_a_run_in_mlflow(shell: Shell, everything: dict[str, Any]) -> None:
+    run, _ = study_runs(shell)[f"masks of demo {everything['version']} analyzed"]
     for task in TASKS:
         for name, curve in everything["tasks"][task]["curves"].items():
             for point in curve["points"]:
-                shown = first.data.metrics[f"{task}/{name}/{point['density']:g}"]
+                shown = run.data.metrics[f"{task}/{name}/{point['density']:g}"]
                 assert shown == pytest.approx(point["value"])
 
 
-def test_without_mlflow_it_warns(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_mlflow_an_analysis_warns(shell: Shell, monkeypatch: pytest.MonkeyPatch) -> None:
     def away(*_: object, **__: object) -> None:
         raise Unavailable("MLflow is away")
 
@@ -215,7 +208,7 @@ def test_without_mlflow_it_warns(shell: Shell, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("given", "message"),
     [
         (("--localizers", "datales"), "did you mean 'dataless'"),
         (("--task", "color"), "did you mean 'colour'"),
@@ -225,10 +218,8 @@ def test_without_mlflow_it_warns(shell: Shell, monkeypatch: pytest.MonkeyPatch) 
         (("--densities", "few"), "is not a number"),
     ],
 )
-def test_mistakes_in_a_tournament_are_explained(
-    shell: Shell, given: tuple[str, ...], told: str
-) -> None:
-    assert told in shell("analyze", "demo", *given, code=3).err
+def test_wrong_options_are_refused(shell: Shell, given: tuple[str, ...], message: str) -> None:
+    assert message in shell("analyze", "demo", *given, code=3).err
 
 
 def test_a_line_without_members_has_nothing_to_analyze(

@@ -15,6 +15,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.methods import registry
 from restitch.merging.methods.registry import get_method, method_names
 from tests.cli.test_end_to_end import plain
+from tests.flows.research.runs import study_runs
 from tests.flows.test_localizing import with_splits
 from tests.shell import Shell
 from tests.worlds import World
@@ -24,7 +25,7 @@ TASKS = ("colour", "number")
 
 @pytest.fixture(scope="module")
 def shell(world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path) -> Shell:
-    """A line with two members whose rows are cut into train, validation and test."""
+    """A line with two members that have train, validation and test rows."""
     root = tmp_path_factory.mktemp("compare")
     (root / "home").mkdir()
     (root / "home" / "mlflow.db").write_bytes(empty_mlflow.read_bytes())
@@ -38,7 +39,7 @@ def shell(world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: 
 
 @pytest.fixture(scope="module", autouse=True)
 def _few_values() -> Iterator[None]:
-    """Three values to try, not ten; thresholds, which each task has its own of, stay."""
+    """Try three values instead of ten; thresholds, which each task has its own of, stay."""
     methods: Any = registry._scan()
     with pytest.MonkeyPatch.context() as patch:
         for name, method in methods.items():
@@ -51,7 +52,7 @@ def _few_values() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def tuned(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All methods, tuned; what was written to the folder is beside what was printed."""
+    """All methods, tuned; the folder holds the printed result and the plot."""
     out = tmp_path_factory.mktemp("out")
     before = shell.head_bytes()
     found: dict[str, Any] = shell.json("compare", "demo", "--tune", "--out", out)
@@ -85,7 +86,7 @@ def test_every_method_is_measured_on_the_same_rows(tuned: dict[str, Any]) -> Non
     assert tuned["left_out"] == {}
 
 
-def test_experts_stand_in_a_table_of_their_own(tuned: dict[str, Any]) -> None:
+def test_methods_with_specialists_stand_in_their_own_table(tuned: dict[str, Any]) -> None:
     experts = rows(tuned, "experts")
     assert set(experts) == set(method_names()) - set(rows(tuned))
     of_base = rows(tuned)["averaging"]["results"]
@@ -102,7 +103,7 @@ def test_experts_stand_in_a_table_of_their_own(tuned: dict[str, Any]) -> None:
     assert experts["tall"]["mean_normalized"] > rows(tuned)["averaging"]["mean_normalized"]
 
 
-def test_each_task_has_the_threshold_that_is_best_for_it_alone(tuned: dict[str, Any]) -> None:
+def test_each_task_has_the_threshold_that_is_best_for_it(tuned: dict[str, Any]) -> None:
     for name in ("tall", "tall-ties"):
         row = rows(tuned, "experts")[name]
         curve = row["tuned"]["curve"]
@@ -124,7 +125,7 @@ def test_the_lines_own_method_has_the_bytes_of_its_champion(
     assert own["results"]["colour"]["merged"] == champion.results["colour"].merged
 
 
-def test_the_best_value_on_validation_rows_is_taken_the_first_of_equals(
+def test_tuning_takes_the_best_value_on_validation_rows_and_the_first_of_equals(
     tuned: dict[str, Any],
 ) -> None:
     for row in tuned["methods"]:
@@ -140,7 +141,7 @@ def test_the_best_value_on_validation_rows_is_taken_the_first_of_equals(
         assert set(row["tuned"]["rows"]) == set(TASKS)
 
 
-def test_what_was_tuned_is_what_a_line_with_that_value_gives(
+def test_a_line_with_the_tuned_value_gives_the_tuned_result(
     shell: Shell, tuned: dict[str, Any], world: World, tmp_path: Path
 ) -> None:
     row = rows(tuned)["task-arithmetic"]
@@ -155,7 +156,7 @@ def test_what_was_tuned_is_what_a_line_with_that_value_gives(
     assert champion.results["colour"].merged == row["results"]["colour"]["merged"]
 
 
-def test_again_it_makes_nothing_anew_and_without_tuning_it_takes_the_defaults(
+def test_a_second_comparison_computes_nothing_and_untuned_methods_have_defaults(
     shell: Shell, tuned: dict[str, Any]
 ) -> None:
     again = rows(shell.json("compare", "demo", "--tune", "--methods", "ties,weighted-stitch"))
@@ -184,23 +185,14 @@ def test_the_table_has_every_method_with_its_tuned_setting(shell: Shell) -> None
     assert "(tuned)" in table
 
 
-def test_it_is_a_run_in_mlflow(shell: Shell, tuned: dict[str, Any]) -> None:
-    from restitch.registry.home import Home
-    from restitch.registry.mlflow.sync import MlflowProjection
-
-    with shell.inside():
-        client = MlflowProjection(Home.from_environment()).client
-        experiment = client.get_experiment_by_name("demo.studies")
-        assert experiment is not None
-        runs = client.search_runs([experiment.experiment_id], order_by=["start_time"])
-    first = runs[0]
-    assert first.info.run_name == "methods of demo compared"
+def test_a_comparison_is_a_run_in_mlflow(shell: Shell, tuned: dict[str, Any]) -> None:
+    run, _ = study_runs(shell)["methods of demo compared"]
     for name, row in rows(tuned).items():
-        assert first.data.metrics[f"{name}/mean_accuracy"] == pytest.approx(row["mean_accuracy"])
-        assert first.data.metrics[f"{name}/retention"] == pytest.approx(row["retention"]["ratio"])
+        assert run.data.metrics[f"{name}/mean_accuracy"] == pytest.approx(row["mean_accuracy"])
+        assert run.data.metrics[f"{name}/retention"] == pytest.approx(row["retention"]["ratio"])
     for name, row in rows(tuned, "experts").items():
-        assert first.data.metrics[f"{name}/mean_accuracy"] == pytest.approx(row["mean_accuracy"])
-        assert first.data.metrics[f"{name}/bytes"] == row["bytes"]["all"]
+        assert run.data.metrics[f"{name}/mean_accuracy"] == pytest.approx(row["mean_accuracy"])
+        assert run.data.metrics[f"{name}/bytes"] == row["bytes"]["all"]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -222,7 +214,7 @@ def kept(
     return found, early
 
 
-def test_specialists_are_those_of_the_comparison_beside_their_finetuned_models(
+def test_specialists_have_the_results_of_the_comparison(
     shell: Shell, tuned: dict[str, Any], kept: tuple[dict[str, Any], Path]
 ) -> None:
     found, _ = kept
@@ -235,20 +227,20 @@ def test_specialists_are_those_of_the_comparison_beside_their_finetuned_models(
         assert text in shown
 
 
-def test_a_version_says_that_it_has_specialists_and_whose_they_are(
+def test_a_version_shows_its_specialists_and_their_maker(
     shell: Shell, kept: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
     found, _ = kept
-    told = shell.json("show", "demo")["specialists"]
-    assert (told["line"], told["version"]) == ("demo", 2)
+    shown = shell.json("show", "demo")["specialists"]
+    assert (shown["line"], shown["version"]) == ("demo", 2)
     for same in ("method", "settings", "manifest"):
-        assert told[same] == found[same]
-    assert told["bytes"] == {name: found["bytes"][name] for name in ("shared", "tasks", "all")}
-    assert told["made_by"]["actor"] == found["actor"]
-    assert told["made_at"] <= found["time"].replace("+", ".999999+")
-    assert shell.json("status", "demo")["lines"][0]["specialists"] == told
+        assert shown[same] == found[same]
+    assert shown["bytes"] == {name: found["bytes"][name] for name in ("shared", "tasks", "all")}
+    assert shown["made_by"]["actor"] == found["actor"]
+    assert shown["made_at"] <= found["time"].replace("+", ".999999+")
+    assert shell.json("status", "demo")["lines"][0]["specialists"] == shown
     newest, first = shell.json("history", "demo", "--versions")["versions"]
-    assert (newest["specialists"], first["specialists"]) == (told, None)
+    assert (newest["specialists"], first["specialists"]) == (shown, None)
     for command in (("show", "demo"), ("status", "demo"), ("history", "demo", "--versions")):
         assert "specialists for colour, number by tall, " in plain(shell(*command).out)
     shell("report", "demo", "champion", tmp_path / "page.html")
@@ -260,20 +252,10 @@ def test_a_version_says_that_it_has_specialists_and_whose_they_are(
 def test_specialists_are_a_run_in_mlflow_with_their_table_and_a_plot(
     shell: Shell, kept: tuple[dict[str, Any], Path]
 ) -> None:
-    from restitch.registry.home import Home
-    from restitch.registry.mlflow.sync import MlflowProjection
-
     found, out = kept
     champion = shell.ledger().merged(2).results
-    with shell.inside():
-        client = MlflowProjection(Home.from_environment()).client
-        experiment = client.get_experiment_by_name("demo.studies")
-        assert experiment is not None
-        name = "specialists of demo 2 by tall"
-        where = f"tags.`mlflow.runName` = '{name}'"
-        run = client.search_runs([experiment.experiment_id], where, order_by=["start_time"])[0]
-        names = {file.path for file in client.list_artifacts(run.info.run_id)}
-    assert names == {"experts.json", "experts.csv", "experts.png"}
+    run, files = study_runs(shell)["specialists of demo 2 by tall"]
+    assert files == {"experts.json", "experts.csv", "experts.png"}
     metrics = run.data.metrics
     assert metrics["mean/accuracy"] == pytest.approx(found["mean_accuracy"])
     assert metrics["bytes/all"] == found["bytes"]["all"]
@@ -313,18 +295,18 @@ def test_an_exported_specialist_is_base_plus_mask_times_multi_task_vector(
             changed += int(mask.sum())
         assert torch.equal(made.tensor(name), before)
     assert changed
-    told = json.loads((out / "restitch.json").read_text())
-    assert (told["task"], told["specialists"]["method"]) == ("colour", ["tall", 1])
+    description = json.loads((out / "restitch.json").read_text())
+    assert (description["task"], description["specialists"]["method"]) == ("colour", ["tall", 1])
     assert "demo, version 2: colour" in (out / "README.md").read_text()
 
 
-def test_what_it_made_can_be_cleared_away_but_no_specialist_is(
+def test_gc_removes_comparisons_but_no_specialist(
     shell: Shell, tuned: dict[str, Any], kept: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
     shell("gc", "--older-than", "0s", "--yes")
     assert shell.json("verify", "--deep")["intact"]
     again = rows(shell.json("compare", "demo", "--methods", "averaging"))["averaging"]
-    assert again["seconds"] is not None, "it was made anew"
+    assert again["seconds"] is not None, "it was computed again"
     assert again["patch"] == rows(tuned)["averaging"]["patch"]
     shell("export", "demo", "champion", tmp_path / "colour", "--task", "colour")
     assert digests(tmp_path / "colour") == digests(kept[1])
@@ -345,7 +327,7 @@ def test_a_version_has_one_set_of_specialists(
     shell.json("experts", "demo", "--tune", "--replace")
 
 
-def test_specialists_that_a_removal_took_meanwhile_are_not_named(
+def test_specialists_that_gc_removed_meanwhile_are_not_named(
     shell: Shell, kept: tuple[dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def removed(*_: object) -> None:
@@ -359,7 +341,7 @@ def test_specialists_that_a_removal_took_meanwhile_are_not_named(
     assert shell.json("experts", "demo", "--tune")["manifest"] == kept[0]["manifest"]
 
 
-def test_damaged_specialists_are_told_and_made_again(
+def test_damaged_specialists_are_named_and_restored(
     shell: Shell, kept: tuple[dict[str, Any], Path], tmp_path: Path
 ) -> None:
     store = shell.home / "store"
@@ -374,10 +356,10 @@ def test_damaged_specialists_are_told_and_made_again(
     mask.unlink()
     altered.write_bytes(whole[altered][:-1] + bytes([whole[altered][-1] ^ 1]))
     found = shell.json("verify", "--deep", code=7)
-    told = {one["object"].rpartition("/")[2]: one for one in found["store"]["damaged"]}
-    assert set(told) == {shared.name, mask.name, altered.name}
+    by_digest = {one["object"].rpartition("/")[2]: one for one in found["store"]["damaged"]}
+    assert set(by_digest) == {shared.name, mask.name, altered.name}
     for path, task in ((mask, "colour"), (altered, "number")):
-        assert told[path.name]["what"] == [f"the specialist of {task} of version 2 (demo)"]
+        assert by_digest[path.name]["what"] == [f"the specialist of {task} of version 2 (demo)"]
     assert (
         "damaged"
         in shell("export", "demo", "champion", tmp_path / "x", "--task", "number", code=7).err
@@ -388,7 +370,7 @@ def test_damaged_specialists_are_told_and_made_again(
     assert shell.json("verify", "--deep")["intact"]
 
 
-def test_a_damaged_key_of_specialists_is_written_again_where_no_others_can_be_meant(
+def test_a_damaged_key_of_specialists_is_restored_only_if_one_set_fits(
     shell: Shell, kept: tuple[dict[str, Any], Path]
 ) -> None:
     (key,) = (shell.home / "store/keys/specialists").iterdir()
@@ -396,7 +378,7 @@ def test_a_damaged_key_of_specialists_is_written_again_where_no_others_can_be_me
     several = shell.json("experts", "demo", "--method", "emr", "--replace")["method"]
     key.write_bytes(b"{")
     (mended,) = shell.json("verify", "--deep", "--repair")["store"]["damaged"]
-    assert "`restitch experts demo 2` names them again" in mended["outcome"], several
+    assert "run `restitch experts demo 2` to name them again" in mended["outcome"], several
     shell.json("experts", "demo", "--tune")
     shell("gc", "--older-than", "0s", "--yes")
     key.write_bytes(b"{")
@@ -407,7 +389,9 @@ def test_a_damaged_key_of_specialists_is_written_again_where_no_others_can_be_me
         assert after[same] == before[same]
 
 
-def test_mistakes_in_a_tournament_are_explained(shell: Shell, world: World, tmp_path: Path) -> None:
+def test_wrong_methods_tasks_and_lines_are_refused(
+    shell: Shell, world: World, tmp_path: Path
+) -> None:
     done = shell("compare", "demo", "--methods", "tie", code=3)
     assert "did you mean 'ties'" in done.err
     done = shell("experts", "demo", "--method", "ties", code=3)
@@ -420,7 +404,7 @@ def test_mistakes_in_a_tournament_are_explained(shell: Shell, world: World, tmp_
     assert "no member to merge" in shell("compare", "empty", code=3).err
 
 
-def test_without_rows_to_tune_on_it_says_for_which_task(
+def test_tuning_without_validation_rows_names_the_task(
     new_home: Any, world: World, tmp_path: Path
 ) -> None:
     shell = new_home("bare")

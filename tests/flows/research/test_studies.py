@@ -1,4 +1,4 @@
-"""The studies of the papers for one's own line: tables that add up, and nothing made twice."""
+"""The papers' studies for a line: their tables add up, and nothing is computed twice."""
 
 import csv
 import io
@@ -20,6 +20,7 @@ from restitch.tasks.inputs.checkpoints import live_base, open_base, open_sparse
 from restitch.tasks.research.finetune import finetune
 from restitch.tasks.runtime.workspace import workspace
 from tests.cli.test_end_to_end import plain
+from tests.flows.research.runs import study_runs
 from tests.flows.test_localizing import add_with_splits
 from tests.shell import Shell
 from tests.worlds import SKILLS, World
@@ -42,7 +43,7 @@ def shell(world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: 
 
 
 def smaller(patch: pytest.MonkeyPatch) -> None:
-    """Studies of fewer points; their numbers are exact whatever there is of them."""
+    """Studies with fewer points."""
     patch.setattr("restitch.flows.research.study.tasks.MOST", 2)
     patch.setattr("restitch.flows.research.study.continual.OTHERS", ("task-arithmetic",))
     patch.setattr("restitch.flows.research.study.shots.SHOTS", (1, 4))
@@ -51,7 +52,7 @@ def smaller(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def made(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Made:
-    """All studies; what was written to a folder is what was printed."""
+    """All studies; the folder holds the printed result."""
     before, found = shell.head_bytes(), {}
     with pytest.MonkeyPatch.context() as patch:
         smaller(patch)
@@ -68,7 +69,7 @@ def made(shell: Shell, tmp_path_factory: pytest.TempPathFactory) -> Made:
     return found
 
 
-def test_again_a_study_makes_nothing_anew(
+def test_a_second_study_computes_nothing(
     shell: Shell, made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def published(*_: object, **__: object) -> None:
@@ -85,7 +86,7 @@ def of_method(found: dict[str, Any], method: str) -> list[dict[str, Any]]:
     return [row for row in found["rows"] if row["method"] == method]
 
 
-def test_all_members_merged_by_the_lines_method_are_the_version_in_use(
+def test_all_members_merged_by_the_lines_method_score_like_the_champion(
     shell: Shell, made: Made
 ) -> None:
     champion = shell.ledger().merged(shell.state().champion or 0)
@@ -107,18 +108,18 @@ def test_members_join_in_the_order_in_which_they_were_registered(made: Made) -> 
     assert f"in the order {', '.join(SKILLS)}" in found["notes"]
     for row in found["rows"]:
         assert row["merges"] == methods[row["method"]]
-        told = (row["localize"] or 0.0) + row["merges"] * (row["merge"] or 0.0)
-        assert row["seconds"] == pytest.approx(told + (row["finetune"] or 0.0))
+        seconds = (row["localize"] or 0.0) + row["merges"] * (row["merge"] or 0.0)
+        assert row["seconds"] == pytest.approx(seconds + (row["finetune"] or 0.0))
         assert row["tuned"] == (row["tuned"] if row["merges"] > 1 else None)
 
 
-def test_continual_finetuning_goes_on_from_where_it_was_and_leaves_the_base_alone(
+def test_continual_finetuning_starts_from_its_last_state_and_does_not_change_the_base(
     shell: Shell, made: Made
 ) -> None:
     last = of_method(made["continual"], FINETUNING)[-1]
     assert all(last[task] is not None for task in SKILLS)
-    told = [note for note in made["continual"]["notes"] if "finetun" in note]
-    assert len(told) == 1, "what it reaches on the first task alone"
+    notes = [note for note in made["continual"]["notes"] if "finetun" in note]
+    assert len(notes) == 1, "what it reaches on the first task alone"
     with shell.inside():
         snapshot = take_snapshot(shell.ledger())
         line, members = snapshot.line_in_use, {m.task: m for m in snapshot.members}
@@ -137,7 +138,7 @@ def test_continual_finetuning_goes_on_from_where_it_was_and_leaves_the_base_alon
             assert torch.equal(live.parameters[name], base.checkpoint.tensor(name))
 
 
-def test_a_gpu_that_is_too_small_to_finetune_on_is_told(
+def test_a_gpu_that_is_too_small_for_finetuning_is_reported(
     shell: Shell, made: Made, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def learn(parameters: dict[str, torch.Tensor], names: list[str], *_: object, **__: Any) -> None:
@@ -158,7 +159,7 @@ def test_a_gpu_that_is_too_small_to_finetune_on_is_told(
         assert torch.equal(live, base.checkpoint.tensor(base.names[0]))
 
 
-def test_who_asks_for_more_agreement_keeps_less_and_no_agreement_is_the_sum_itself(
+def test_more_agreement_keeps_fewer_weights_and_none_keeps_the_whole_sum(
     shell: Shell, made: Made
 ) -> None:
     rows = of_method(made["threshold"], "consensus-ta")
@@ -169,7 +170,7 @@ def test_who_asks_for_more_agreement_keeps_less_and_no_agreement_is_the_sum_itse
     assert changed[0] == facts.coordinates
 
 
-def test_every_weight_agrees_with_some_number_of_masks(shell: Shell, made: Made) -> None:
+def test_every_weight_is_counted_once_per_kind_of_masks(shell: Shell, made: Made) -> None:
     rows = made["agreement"]["rows"]
     for masks in dict.fromkeys(row["masks"] for row in rows):
         some = [row for row in rows if row["masks"] == masks]
@@ -190,7 +191,7 @@ def test_similar_subsets_come_before_dissimilar_ones(made: Made) -> None:
     assert len({row["tasks"] for row in rows}) == len(rows) == 3
 
 
-def test_localizers_are_given_the_rows_that_a_study_says(made: Made) -> None:
+def test_localizers_get_the_rows_that_the_study_reports(made: Made) -> None:
     rows = made["shots"]["rows"]
     assert [(row["localizer"], row["shots"]) for row in rows] == [
         *(("fisher", 1), ("fisher", 4), ("dataless", 0))
@@ -209,30 +210,24 @@ def test_every_method_is_timed(made: Made) -> None:
 
 
 def test_a_study_is_a_run_in_mlflow(shell: Shell, made: Made) -> None:
-    from restitch.registry.home import Home
-
-    with shell.inside():
-        client = MlflowProjection(Home.from_environment()).client
-        experiment = client.get_experiment_by_name("demo.studies")
-        assert experiment is not None
-        runs = client.search_runs([experiment.experiment_id])
-    shown = {run.info.run_name: run for run in runs}
+    shown = study_runs(shell)
     assert set(shown) >= {f"{name} of demo" for name in STUDIES}
-    run = shown["tasks of demo"]
+    run, files = shown["tasks of demo"]
     assert run.data.metrics["001/mean"] == pytest.approx(made["tasks"]["rows"][0]["mean"])
-    files = {file.path for file in client.list_artifacts(run.info.run_id)}
     assert files >= {"tasks.csv", "tasks.json", "tasks.png"}
 
 
-def test_it_is_listed_and_told(shell: Shell, made: Made) -> None:
-    told = plain(shell("study", "--help").out)
-    assert all(name in told for name in STUDIES)
+def test_the_help_lists_every_study_and_the_table_is_printed(shell: Shell, made: Made) -> None:
+    help_text = plain(shell("study", "--help").out)
+    assert all(name in help_text for name in STUDIES)
     shown = plain(shell("study", "agreement", "demo").out)
     assert "universal (3)" in shown
     assert "catastrophic" in made["agreement"]["notes"][0]
 
 
-def test_mistakes_in_a_tournament_are_explained(shell: Shell, world: World, tmp_path: Path) -> None:
+def test_unknown_studies_and_lines_without_data_are_refused(
+    shell: Shell, world: World, tmp_path: Path
+) -> None:
     assert "did you mean 'density'" in shell("study", "densty", "demo", code=3).err
     small = Shell(tmp_path / "home")
     shutil.copytree(shell.home, small.home)

@@ -1,4 +1,4 @@
-"""What nothing refers to goes and nothing else, whatever is killed and whoever works beside it."""
+"""Only unreferenced objects are removed, also after a kill and next to other processes."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def objects_of(shell: Shell) -> ObjectStore:
 
 
 def littered(shell: Shell, age: float = 0.0) -> set[str]:
-    """Objects that nothing refers to, as old as that: a trial's patch, a result, a lone blob."""
+    """Unreferenced objects of this age: a what-if's patch, a result, and a blob without a key."""
     objects = objects_of(shell)
     blobs = [objects.put_blob(text) for text in (b"a trial's patch", b"a result", b"nobody's")]
     for kind, blob in (("patch", blobs[0]), ("result", blobs[1])):
@@ -61,7 +61,7 @@ def names_of(shell: Shell) -> set[str]:
 
 
 def exported(shell: Shell, folder: Path) -> dict[str, bytes]:
-    """All files of all versions, as anybody would get them."""
+    """All files of all versions, as an export writes them."""
     found: dict[str, bytes] = {}
     for version in shell.state().versions:
         out = folder / str(version)
@@ -71,7 +71,7 @@ def exported(shell: Shell, folder: Path) -> dict[str, bytes]:
     return found
 
 
-def test_it_shows_first_and_removes_only_what_nothing_refers_to(
+def test_gc_lists_unreferenced_objects_and_removes_them_only_with_yes(
     copy: Shell, tmp_path: Path
 ) -> None:
     before, versions = names_of(copy), exported(copy, tmp_path / "before")
@@ -94,27 +94,27 @@ def test_it_shows_first_and_removes_only_what_nothing_refers_to(
     assert exported(copy, tmp_path / "after") == versions
 
 
-def test_what_is_young_stays(copy: Shell) -> None:
+def test_young_objects_stay(copy: Shell) -> None:
     young = littered(copy)
     assert copy.json("gc")["objects"] == 0
     assert copy.json("gc", "--yes")["young"] == len(young)
     assert young <= names_of(copy)
     objects = objects_of(copy)
-    # An old blob whose key is young was found again a moment ago.
+    # An old blob stays if its key is young: a process may just have found it again.
     for name in young:
         if name.startswith("blobs/"):
             os.utime(copy.home / "store" / name, (0, 0))
-    assert copy.json("gc", "--yes", "--older-than", "12h")["objects"] == 1, "the lone one"
+    assert copy.json("gc", "--yes", "--older-than", "12h")["objects"] == 1, "the blob without a key"
     assert objects.lookup("patch", next(n for n in young if "/patch/" in n).rpartition("/")[2])
 
 
 @pytest.mark.parametrize("age", ["", "x", "-3h", "3", "3y"])
-def test_what_is_no_age_is_refused(copy: Shell, age: str) -> None:
+def test_an_invalid_age_is_refused(copy: Shell, age: str) -> None:
     assert "is not an age" in copy("gc", f"--older-than={age}", code=3).err
 
 
-def test_whatever_an_audit_entry_names_stays(copy: Shell, world: World) -> None:
-    """Also what was replaced and retired, and what acts name that are in no trail."""
+def test_everything_that_an_audit_entry_names_stays(copy: Shell, world: World) -> None:
+    """This includes replaced and retired models, and objects of acts outside of the trail."""
     copy.add(world, "colour", model="colour-2")
     copy("retire", "demo", "number", "--reason", "for the test")
     store = objects_of(copy)
@@ -150,13 +150,13 @@ def test_masks_stay_while_a_model_waits_to_be_onboarded(
     assert list(objects_of(shell).store.list("keys/mask")) == [mask]
 
 
-def test_in_a_damaged_store_nothing_is_removed(copy: Shell) -> None:
+def test_nothing_is_removed_from_a_damaged_store(copy: Shell) -> None:
     littered(copy)
     (copy.home / "store" / "blobs" / copy.state().versions[2]).unlink()
     before = names_of(copy)
-    told = copy("gc", "--older-than", "0s", "--yes", code=7).err
-    assert copy.state().versions[2] in told
-    assert "verify --repair" in told
+    output = copy("gc", "--older-than", "0s", "--yes", code=7).err
+    assert copy.state().versions[2] in output
+    assert "verify --repair" in output
     assert names_of(copy) == before
 
 
@@ -175,7 +175,7 @@ collect(0.0, remove=True)
 """
 
 
-def test_killed_at_any_removal_nothing_leads_nowhere_and_the_next_one_goes_on(
+def test_a_gc_killed_at_any_removal_leaves_no_key_without_a_blob_and_continues(
     copy: Shell, world: World
 ) -> None:
     before = names_of(copy)
@@ -193,7 +193,7 @@ def test_killed_at_any_removal_nothing_leads_nowhere_and_the_next_one_goes_on(
         found = take_inventory(objects)
         assert not found.damaged
         assert all(objects.store.exists(f"blobs/{key.blob}") for key in found.keys.values())
-    # Its announcement is there and keeps nobody from working.
+    # Its deletion notice is still there, and blocks no other process.
     assert json.loads(objects.store.read(STATE))["names"]
     assert copy.add(world, "colour", model="colour-2")["state"] == "ready"
     copy("gc", "--older-than", "0s", "--yes")
@@ -212,10 +212,10 @@ while True:
 """
 
 
-def test_beside_registrations_nothing_that_counts_is_lost(
+def test_gc_during_registrations_loses_nothing_that_counts(
     world: World, three: Three, new_home: NewHome, tmp_path: Path
 ) -> None:
-    """With no age at all, which takes from under them what they have just made."""
+    """Even without a minimum age, so that gc removes objects that were just made."""
     shell = new_home("home")
     shell("init", world.line(tmp_path / "line.yaml"))
     removing = [sys.executable, "-c", REMOVING]
@@ -234,7 +234,7 @@ def test_beside_registrations_nothing_that_counts_is_lost(
                 assert not {n for n in found.damaged if not n.startswith("keys/")}
                 if done.code == 0 and not shell("remerge", "demo", code=None).code:
                     break
-            if name == SKILLS[1]:  # and one that is killed is followed by another
+            if name == SKILLS[1]:  # kill the removing process and start another
                 process.kill()
                 process.wait()
                 process = subprocess.Popen(removing, **pipes)
@@ -252,7 +252,7 @@ def test_beside_registrations_nothing_that_counts_is_lost(
     assert in_use(found, objects) <= set(found.listed)
 
 
-def test_a_key_that_came_before_the_announcement_keeps_its_blob(
+def test_a_key_published_before_the_deletion_notice_keeps_its_blob(
     copy: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lone = littered(copy)
@@ -281,11 +281,11 @@ def test_a_key_whose_blob_is_being_removed_is_taken_back(
         while not objects.store.exists(f"keys/mask/{blob}"):
             assert not publishing.done()
         objects.store.remove(f"blobs/{blob}")
-        # Whoever removes is killed here, and cannot look for such keys any more.
+        # As if gc were killed here, so that it cannot remove such keys any more.
         monkeypatch.setattr(
             "restitch.registry.store.deletion_notice.process_began", lambda _pid: None
         )
-        with pytest.raises(Unavailable, match="was removed by `restitch gc`"):
+        with pytest.raises(Unavailable, match="`restitch gc` has removed"):
             publishing.result()
     assert objects.lookup("mask", blob) is None
 
@@ -308,12 +308,12 @@ def test_an_act_whose_objects_were_removed_does_not_count(tmp_path: Path) -> Non
     register(there)
     before = ledger.state()
     for manifest in ("0" * 64, lacks):
-        with pytest.raises(Unavailable, match="was removed"):
+        with pytest.raises(Unavailable, match="has removed"):
             register(manifest)
     assert ledger.state() == before
 
 
-def test_an_act_that_looked_before_the_announcement_looks_again(tmp_path: Path) -> None:
+def test_an_act_that_began_before_the_deletion_notice_starts_again(tmp_path: Path) -> None:
     ledger = ledger_of(tmp_path / "store")
     looked = []
 
@@ -328,11 +328,11 @@ def test_an_act_that_looked_before_the_announcement_looks_again(tmp_path: Path) 
     assert ledger.state().pinned
 
 
-def test_two_do_not_remove_at_once(tmp_path: Path) -> None:
+def test_only_one_process_removes_at_a_time(tmp_path: Path) -> None:
     store = FolderStore(tmp_path / "store")
     with (
         deletion_notice(store, ["blobs/x"]),
-        pytest.raises(Unavailable, match="at work"),
+        pytest.raises(Unavailable, match="is running"),
         deletion_notice(store, ["blobs/y"]),
     ):
         pass

@@ -1,4 +1,4 @@
-"""Whatever is damaged in a store is named, and mended to the same bytes or said to be lost."""
+"""Every damaged object is named, and restored to the same bytes or reported as lost."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from tests.flows.storage.test_gc import exported
 from tests.shell import ROOT, Shell
 from tests.worlds import World, copied
 
-# What is damaged, by what it is; each is one object of a line with three members.
+# Kinds of objects to damage; each is one object of a line with three members.
 NAMED = ("record", "delta", "patch", "grafted", "finetuned", "base", "merged", "merged (retention)")
 KEYS = ("mask", "patch", "result", "head", "rows", "analysis")
 
@@ -45,7 +45,7 @@ WAYS: dict[str, Callable[[Path], Any]] = {"flipped": flip, "cut": cut, "gone": P
 
 @pytest.fixture
 def copy(three: Three, tmp_path: Path) -> Shell:
-    """A home of its own with three members and their image in MLflow."""
+    """A home of its own with three members and their projection in MLflow."""
     shutil.copytree(three.shell.home, tmp_path / "home")
     return Shell(tmp_path / "home")
 
@@ -56,7 +56,7 @@ def contents(shell: Shell) -> dict[str, bytes]:
 
 
 def picked(shell: Shell) -> dict[str, str]:
-    """One object of each kind, by what it is."""
+    """One object of each kind, by its kind."""
     found = take_inventory(ObjectStore(FolderStore(shell.home / "store")))
     names: dict[str, str] = {}
     for digest, references in found.references.items():
@@ -77,7 +77,7 @@ def damaged(found: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("how", WAYS)
-def test_all_that_can_be_made_again_is_and_has_the_same_bytes(
+def test_damaged_objects_are_restored_to_the_same_bytes(
     copy: Shell, tmp_path: Path, how: str
 ) -> None:
     before, objects = contents(copy), picked(copy)
@@ -90,7 +90,7 @@ def test_all_that_can_be_made_again_is_and_has_the_same_bytes(
     assert {objects[what] for what in objects if what not in hidden | {*NAMED}} <= found.keys()
     mended = damaged(copy.json("verify", "demo", "--repair"))
     assert all(one["mended"] for one in mended.values())
-    if how != "gone":  # a key that is gone is no damage: it is made when somebody asks
+    if how != "gone":  # a missing key is no damage: a command that needs it makes it again
         assert {*objects.values()} <= mended.keys()
     after = contents(copy)
     for name, data in before.items():
@@ -101,12 +101,14 @@ def test_all_that_can_be_made_again_is_and_has_the_same_bytes(
     assert copy.json("verify", "--deep")["store"]["damaged"] == []
     assert exported(copy, tmp_path / "after") == versions
     copy("remerge", "demo", "--force")
-    assert copy.state().champion == 3, "the same bytes, so nothing new"
+    assert copy.state().champion == 3, "the same bytes give no new version"
 
 
 @pytest.mark.parametrize("how", WAYS)
 @pytest.mark.parametrize("what", ["delta", "patch", "record", "grafted", "key patch", "key mask"])
-def test_one_damaged_object_is_told_with_what_needs_it(copy: Shell, what: str, how: str) -> None:
+def test_a_damaged_object_is_listed_with_its_owners_and_its_source(
+    copy: Shell, what: str, how: str
+) -> None:
     name = picked(copy)[what]
     before = contents(copy)
     WAYS[how](copy.home / "store" / name)
@@ -121,9 +123,9 @@ def test_one_damaged_object_is_told_with_what_needs_it(copy: Shell, what: str, h
         assert "the delta of colour 1 (demo)" in one["what"]
         assert {"colour 1 of demo", "version 1 of demo", "version 3 of demo"} <= {*one["depends"]}
         assert "models/colour" in one["remedy"]
-    told = copy("verify", "--deep", code=7).out
-    assert f"DAMAGE: {name}" in told
-    assert "--repair can make it again from" in told
+    output = copy("verify", "--deep", code=7).out
+    assert f"DAMAGE: {name}" in output
+    assert "--repair would " in output
     again = damaged(copy.json("verify", "--repair"))
     assert again[name]["mended"]
     assert contents(copy).keys() == before.keys()
@@ -131,7 +133,7 @@ def test_one_damaged_object_is_told_with_what_needs_it(copy: Shell, what: str, h
         assert contents(copy) == before
 
 
-def test_the_head_is_made_again_from_its_acts(copy: Shell) -> None:
+def test_the_state_of_a_line_is_restored_from_its_acts(copy: Shell) -> None:
     file = copy.home / "store" / "lines" / "demo" / "head.json"
     whole = json.loads(file.read_bytes())
     lie = json.dumps({**whole, "champion": 1})
@@ -148,8 +150,8 @@ def test_the_head_is_made_again_from_its_acts(copy: Shell) -> None:
         assert {**again, "generation": 0} == {**whole, "generation": 0}
 
 
-def test_without_mlflow_an_act_or_a_record_comes_only_from_a_backup(copy: Shell) -> None:
-    # A patch of another version: what its own record does not say, nobody knows.
+def test_without_mlflow_acts_and_records_come_only_from_a_backup(copy: Shell) -> None:
+    # A patch of another version: only the record of version 1 says how to make its own patch.
     record, patch = copy.state().versions[1], copy.ledger().merged(2).patch
     before = contents(copy)
     names = [picked(copy)["act"], f"blobs/{record}", f"blobs/{patch}"]
@@ -162,13 +164,13 @@ def test_without_mlflow_an_act_or_a_record_comes_only_from_a_backup(copy: Shell)
         assert found[names[1]]["remedy"] is None
         assert not found[names[0]]["mended"]
     assert "only a backup can restore it" in away("verify", "--deep", code=7).out
-    assert found[names[2]]["mended"], "what can be is mended all the same"
+    assert found[names[2]]["mended"], "other objects are repaired nevertheless"
     for name in names[:2]:
         (copy.home / "store" / name).write_bytes(before[name])
     assert away.json("verify", "--deep")["store"]["intact"]
 
 
-def test_a_delta_whose_model_is_gone_or_comes_out_otherwise_is_lost(
+def test_a_delta_is_lost_if_its_model_is_gone_or_gives_other_bytes(
     world: World, new_home: NewHome, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shell = new_home("home")
@@ -183,13 +185,13 @@ def test_a_delta_whose_model_is_gone_or_comes_out_otherwise_is_lost(
     # As if the mask were found by gradients on another device.
     from restitch.tasks.localize import write_delta
 
-    def otherwise(path: Path, *given: Any) -> Any:
-        found = write_delta(path, *given)
+    def differently(path: Path, **given: Any) -> Any:
+        found = write_delta(path, **given)
         flip(path)
         return found
 
     with monkeypatch.context() as patched:
-        patched.setattr("restitch.flows.storage.repair_sources.write_delta", otherwise)
+        patched.setattr("restitch.flows.storage.repair_sources.write_delta", differently)
         one = damaged(shell.json("verify", "--repair", code=7))[f"blobs/{delta}"]
     assert "it is lost" in one["outcome"]
     assert "gives" in one["outcome"]
@@ -204,7 +206,7 @@ def test_a_delta_whose_model_is_gone_or_comes_out_otherwise_is_lost(
 
 
 @pytest.mark.usefixtures("without_mlflow")
-def test_a_copied_model_comes_back_from_the_cache_or_not_at_all(
+def test_a_copied_model_is_restored_only_from_the_cache(
     world: World, new_home: NewHome, tmp_path: Path
 ) -> None:
     shell = new_home("home")
@@ -238,10 +240,10 @@ def test_a_copied_model_comes_back_from_the_cache_or_not_at_all(
     assert "restore" in one["outcome"]
 
 
-def test_the_base_s_copy_comes_back_from_where_the_base_lies(
+def test_the_copy_of_a_base_is_restored_from_the_source_of_the_base(
     world: World, new_home: NewHome, tmp_path: Path
 ) -> None:
-    """Only a line in a bucket copies its base; here its head says so."""
+    """Only a line in a bucket copies its base; here its state is edited to say so."""
     from restitch.registry.sources.resolve import copy_into_store, resolve_source
 
     shell = new_home("home")
@@ -273,9 +275,9 @@ def test_mlflow_is_completed_from_the_trail(copy: Shell) -> None:
     found = damaged(copy.json("verify", "--deep", code=7))
     problem = found["MLflow: demo"]["problem"]
     assert "the alias champion is on version 1, not version 3" in problem
-    assert "version 2 is not there" in problem
-    assert "act 13 (promoted) is not there" in problem
-    assert found["MLflow: demo"]["remedy"] == "from the trail"
+    assert "version 2 is missing" in problem
+    assert "act 13 (promoted) is missing" in problem
+    assert found["MLflow: demo"]["remedy"] == "complete it from the trail"
     assert copy.json("verify", "--repair")["intact"]
     assert copy.json("verify", "--deep")["store"]["damaged"] == []
     alias = client.get_model_version_by_alias("demo", "champion")
@@ -300,7 +302,7 @@ verify_all(None, deep=True, repair=True)
 """
 
 
-def test_killed_at_any_write_the_next_repair_goes_on_and_nothing_whole_was_touched(
+def test_a_repair_killed_at_any_write_continues_and_touches_nothing_intact(
     copy: Shell,
 ) -> None:
     objects = picked(copy)
@@ -337,18 +339,16 @@ def test_orphans_are_listed_and_are_no_damage(copy: Shell) -> None:
     assert not (copy.home / "store" / name).exists()
 
 
-def test_all_lines_are_verified_without_a_name(copy: Shell, new_home: NewHome) -> None:
+def test_without_a_name_all_lines_are_verified(copy: Shell, new_home: NewHome) -> None:
     found = copy.json("verify")
     assert [line["line"] for line in found["lines"]] == ["demo"]
     assert found["store"] is None
     assert "no line to verify" in new_home("empty")("verify", code=3).err
-    assert "about one line" in copy("verify", "--deep", "--version", "1", code=2).err
+    assert "need one line" in copy("verify", "--deep", "--version", "1", code=2).err
 
 
 @pytest.mark.parametrize("rounds", [2, pytest.param(40, marks=pytest.mark.slow)])
-def test_any_damage_to_any_object_is_found_and_mended(
-    three: Three, tmp_path: Path, rounds: int
-) -> None:
+def test_random_damage_is_found_and_repaired(three: Three, tmp_path: Path, rounds: int) -> None:
     chance, done = random.Random(rounds), Counter[str]()
     for number in range(rounds):
         shutil.copytree(three.shell.home, tmp_path / str(number))
@@ -368,7 +368,7 @@ def test_any_damage_to_any_object_is_found_and_mended(
         found = copy.json("verify", "--repair")
         after = contents(copy)
         for name in names:
-            # The number of the head's swaps is its own; caches are made when they are asked for.
+            # A restored state has another generation; caches come back when they are needed.
             assert name.startswith("lines/") or after.get(name, before[name]) == before[name]
         done["found"] += len(found["store"]["damaged"])
         done["mended"] += sum(one["mended"] for one in found["store"]["damaged"])

@@ -1,4 +1,4 @@
-"""An installation that moves: the same bytes, whatever is killed, and nothing replaced."""
+"""A copied store has the same bytes, also after a kill, and replaces nothing in the target."""
 
 import json
 import os
@@ -46,7 +46,7 @@ copy_store(sys.argv[1], sys.argv[2])
 """
 
 
-def test_a_copy_that_is_killed_has_no_head_that_lacks_anything_and_goes_on(
+def test_a_killed_copy_has_no_line_with_missing_objects_and_continues(
     source: str, new_home: NewHome, tmp_path: Path
 ) -> None:
     shell = new_home("home")
@@ -71,7 +71,7 @@ def test_a_copy_that_is_killed_has_no_head_that_lacks_anything_and_goes_on(
     assert done["there"] > len(expected) // 4
     assert contents(FolderStore(target)) == expected
     last = tmp_path / "last"
-    kill(last, len(expected) - 1)  # at the head
+    kill(last, len(expected) - 1)  # at the state of the line
     assert shell.json("store", "copy", source, last)["copied"] == 0
     assert contents(FolderStore(last)) == expected
 
@@ -88,11 +88,11 @@ def test_an_older_copy_is_brought_up_to_date(
     assert done["copied"] == 1, "the act"
     assert contents(FolderStore(target)) == contents(FolderStore(shell.home / "store"))
     # And never the other way round.
-    told = shell("store", "copy", source, target, code=3).err
-    assert "holds another line demo" in told
+    output = shell("store", "copy", source, target, code=3).err
+    assert "holds another line demo" in output
 
 
-def test_a_damaged_object_is_said_and_no_head_is_written(
+def test_a_damaged_object_is_named_and_no_line_is_copied(
     source: str, new_home: NewHome, tmp_path: Path
 ) -> None:
     shell = new_home("home")
@@ -100,13 +100,13 @@ def test_a_damaged_object_is_said_and_no_head_is_written(
     blobs = sorted((shell.home / "store" / "blobs").iterdir())
     blobs[0].write_bytes(b"altered")
     target = FolderStore(tmp_path / "target")
-    told = shell("store", "copy", shell.home / "store", target.root, code=7).err
-    assert blobs[0].name in told
+    output = shell("store", "copy", shell.home / "store", target.root, code=7).err
+    assert blobs[0].name in output
     assert "lines/demo/head.json" not in list(target.list())
     assert len(list(target.list("blobs"))) == len(blobs) - 1
 
 
-def test_another_installation_is_not_written_into(
+def test_the_store_of_another_installation_is_not_changed(
     source: str, new_home: NewHome, tmp_path: Path
 ) -> None:
     shell = new_home("home")
@@ -118,22 +118,20 @@ def test_another_installation_is_not_written_into(
     assert "lines/demo/head.json" not in list(target.list())
 
 
-def test_addresses_that_are_none_are_refused(
-    source: str, new_home: NewHome, tmp_path: Path
-) -> None:
+def test_invalid_addresses_are_refused(source: str, new_home: NewHome, tmp_path: Path) -> None:
     shell = new_home("home")
     assert "no line" in shell("store", "copy", tmp_path / "nothing", tmp_path / "x", code=3).err
     assert "no line" in shell("store", "copy", Path(source).parent, tmp_path / "x", code=3).err
     assert "to itself" in shell("store", "copy", source, f"{source}/", code=3).err
-    told = shell("store", "copy", source, "s3://key:pass-word@bucket/x", code=3).err
-    assert "pass-word" not in told
+    output = shell("store", "copy", source, "s3://key:pass-word@bucket/x", code=3).err
+    assert "pass-word" not in output
     assert not (tmp_path / "x").exists()
 
 
-def test_who_has_the_turn_is_not_copied(source: str, new_home: NewHome, tmp_path: Path) -> None:
+def test_merge_leases_are_not_copied(source: str, new_home: NewHome, tmp_path: Path) -> None:
     shell = new_home("home")
     shutil.copytree(source, shell.home / "store")
     store = Home(shell.home).open_store()
     store.swap("leases/demo.merge.json", None, json.dumps({"pid": 1}).encode())
     shell("store", "copy", shell.home / "store", tmp_path / "target")
-    assert list(FolderStore(tmp_path / "target").list("turns")) == []
+    assert list(FolderStore(tmp_path / "target").list("leases")) == []

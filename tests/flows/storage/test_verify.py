@@ -1,4 +1,4 @@
-"""A verification finds whatever was altered, says which it is, and proves what is absent."""
+"""A verification finds and names every altered object, and proves that a model is absent."""
 
 import json
 import shutil
@@ -17,7 +17,7 @@ from tests.shell import Shell
 
 @pytest.fixture
 def copy(three: Three, tmp_path: Path) -> Shell:
-    """A home of its own with three members and their image in MLflow."""
+    """A home of its own with three members and their projection in MLflow."""
     shutil.copytree(three.shell.home, tmp_path / "home")
     return Shell(tmp_path / "home")
 
@@ -36,7 +36,7 @@ def damage(found: Any) -> dict[str, str]:
     return {one["subject"]: one["text"] for one in found["findings"] if one["kind"] == "damage"}
 
 
-def test_an_untouched_line_is_intact_and_every_version_is_rebuilt(three: Three) -> None:
+def test_an_untouched_line_is_intact_and_all_its_versions_are_rebuilt(three: Three) -> None:
     before = three.shell.head_bytes()
     found = three.shell.json("verify", "demo")
     assert found["intact"]
@@ -44,13 +44,13 @@ def test_an_untouched_line_is_intact_and_every_version_is_rebuilt(three: Three) 
     assert (found["versions"], found["rebuilt"]) == ([1, 2, 3], [1, 2, 3])
     assert found["acts"] == len(three.shell.acts())
     assert found["mlflow"]
-    told = plain(three.shell("verify", "demo").out)
-    assert "intact" in told
-    assert "3 of 3 merged versions rebuilt from their recipes, byte for byte" in told
+    output = plain(three.shell("verify", "demo").out)
+    assert "intact" in output
+    assert "3 of 3 merged versions rebuilt from their recipes, byte for byte" in output
     assert three.shell.head_bytes() == before
 
 
-def test_one_version_alone(three: Three) -> None:
+def test_one_version_is_verified_alone(three: Three) -> None:
     found = three.shell.json("verify", "demo", "--version", "champion")
     assert (found["versions"], found["rebuilt"]) == ([3], [3])
 
@@ -70,7 +70,7 @@ def test_a_removed_entry_is_found_and_named(copy: Shell) -> None:
 
 
 def test_an_inserted_entry_is_found_and_named(copy: Shell) -> None:
-    """One that is linked in: the entry after it has to be altered for that."""
+    """The entry after it is altered to link to it."""
     acts = copy.acts()
     store = copy.home / "store"
     put_in = acts[3].model_copy(update={"reason": "put in", "previous": acts[3].digest})
@@ -81,7 +81,7 @@ def test_an_inserted_entry_is_found_and_named(copy: Shell) -> None:
     assert "audit entry 5 was altered" in damage(found)["the audit trail"]
 
 
-def test_an_entry_beside_the_trail_is_noted(copy: Shell) -> None:
+def test_an_entry_outside_of_the_trail_is_noted(copy: Shell) -> None:
     stray = copy.acts()[3].model_copy(update={"reason": "stray"})
     (copy.home / "store" / "audit" / stray.digest).write_bytes(stray.to_bytes())
     found = copy.json("verify", "demo")
@@ -91,7 +91,7 @@ def test_an_entry_beside_the_trail_is_noted(copy: Shell) -> None:
 
 
 def forged(shell: Shell, change: Callable[[list[Entry]], list[Entry]]) -> None:
-    """Rewrite the whole trail and the head, as somebody with write access could."""
+    """Rewrite the whole trail and the line's state, as somebody with write access could."""
     store = shell.home / "store"
     entries = change(shell.acts())
     shutil.rmtree(store / "audit")
@@ -106,7 +106,7 @@ def forged(shell: Shell, change: Callable[[list[Entry]], list[Entry]]) -> None:
     write(store / "lines" / "demo" / "head.json", json.dumps(line_state).encode())
 
 
-def test_a_trail_that_was_rewritten_whole_shows_beside_mlflow(copy: Shell) -> None:
+def test_mlflow_reveals_a_trail_that_was_rewritten_as_a_whole(copy: Shell) -> None:
     forged(copy, lambda acts: [a.model_copy(update={"actor": "somebody"}) for a in acts])
     found = damage(copy.json("verify", "demo", code=7))
     assert len(found) == len(copy.acts())
@@ -114,7 +114,7 @@ def test_a_trail_that_was_rewritten_whole_shows_beside_mlflow(copy: Shell) -> No
 
 
 def test_a_trail_that_was_cut_short_is_found(copy: Shell) -> None:
-    """With the head of that time put back: a rollback that nobody decided."""
+    """The line's state of that time is put back: a rollback that nobody decided."""
     short = copy.acts()[:-1]
     with copy.inside():
         from datetime import datetime
@@ -127,12 +127,12 @@ def test_a_trail_that_was_cut_short_is_found(copy: Shell) -> None:
     assert "is not in the trail" in damage(found)[f"act {last}"]
 
 
-def test_a_head_that_says_something_else_is_found(copy: Shell) -> None:
+def test_a_state_that_contradicts_the_trail_is_found(copy: Shell) -> None:
     file = copy.home / "store" / "lines" / "demo" / "head.json"
     line_state = json.loads(file.read_bytes())
     write(file, json.dumps({**line_state, "champion": 1}).encode())
     found = damage(copy.json("verify", "demo", code=7))
-    assert "/champion is 1, and by the acts 3" in found["the head"]
+    assert "/champion is 1, but its acts give 3" in found["the line's state"]
 
 
 @pytest.mark.parametrize("what", ["patch", "delta", "record", "result"])
@@ -175,23 +175,22 @@ def test_a_model_that_is_not_in_a_version_is_proved_absent(three: Three) -> None
         assert (claim["absent_from"], claim["present_in"]) == ([1, 2], [3])
     found = three.shell.json("verify", "demo", "--version", "2", "--without", "animal")
     assert found["claim"]["absent_from"] == [2]
-    told = plain(three.shell("verify", "demo", "--version", "2", "--without", "animal").out)
-    assert "it is not in version 2: rebuilt without it" in told
+    output = plain(three.shell("verify", "demo", "--version", "2", "--without", "animal").out)
+    assert "it is not in version 2: rebuilt without it" in output
 
 
-def test_a_digest_that_the_line_never_saw_is_absent_everywhere(three: Three) -> None:
+def test_a_digest_that_the_line_never_held_is_absent_from_every_version(three: Three) -> None:
     found = three.shell.json("verify", "demo", "--without", "ab" * 32)
     assert found["claim"]["absent_from"] == [1, 2, 3]
 
 
 @pytest.mark.parametrize("name", ["colur", "colour/7", "abc", "0" * 12])
-def test_what_is_no_model_is_refused(three: Three, name: str) -> None:
+def test_an_unknown_model_is_refused(three: Three, name: str) -> None:
     done = three.shell("verify", "demo", "--without", name, code=3)
     assert name in plain(done.err) or name.partition("/")[2] in plain(done.err)
 
 
-def test_a_delta_put_in_the_place_of_another_does_not_pass(copy: Shell) -> None:
-    """A record that names a member which the recipe does not hold."""
+def test_a_record_with_other_members_than_its_recipe_is_damaged(copy: Shell) -> None:
     ledger = copy.ledger()
     record = ledger.merged(3)
     member = record.members["colour"].model_copy(update={"weights": "0" * 64})
@@ -204,23 +203,23 @@ def test_a_delta_put_in_the_place_of_another_does_not_pass(copy: Shell) -> None:
     write(file, json.dumps(line_state).encode())
     texts = damage(copy.json("verify", "demo", code=7))
     assert "its recipe has other members than its record" in texts["version 3"]
-    assert "/versions/3" in texts["the head"]
+    assert "/versions/3" in texts["the line's state"]
 
 
-def test_without_mlflow_it_says_what_it_cannot_see(three: Three) -> None:
+def test_without_mlflow_a_note_says_what_goes_unnoticed(three: Three) -> None:
     server = {"MLFLOW_TRACKING_URI": "http://127.0.0.1:9", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     away = Shell(three.shell.home, server)
     found = away.json("verify", "demo")
     assert found["intact"]
     assert not found["mlflow"]
     (note,) = found["findings"]
-    assert "cut short would not show" in note["text"]
+    assert "cut short would go unnoticed" in note["text"]
 
 
-def test_a_line_that_goes_on_meanwhile_is_not_called_damaged(
+def test_a_line_that_changes_during_the_verification_is_intact(
     copy: Shell, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An act between the look at MLflow and the look at the trail, and one during the latter."""
+    """One act comes after MLflow was read and before the trail is, and one while it is read."""
     from restitch.registry.ledger.ledger import Ledger
 
     real = Ledger.entries
