@@ -6,16 +6,16 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
 
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
-from restitch.modeling.heads import HeadSpec
 from restitch.registry.specs.files import load_line, load_task
 from restitch.registry.specs.schema import schema_of
+from restitch.registry.specs.task import HeadSpec
 from tests.shell import ROOT
 from tests.tiny_models import tiny_bert, tweaked
 from tests.worlds import BLOCKS, write_rows
@@ -25,7 +25,7 @@ FILES = sorted(EXAMPLES.glob("*/line.yaml")) + sorted(EXAMPLES.glob("*/tasks/*.y
 
 
 @pytest.mark.parametrize("kind", ["line", "task"])
-def test_the_schemas_are_those_of_the_code(kind: str) -> None:
+def test_the_schemas_are_those_of_the_code(kind: Literal["line", "task"]) -> None:
     assert json.loads((EXAMPLES / f"{kind}.schema.json").read_text()) == schema_of(kind)
 
 
@@ -35,7 +35,7 @@ def test_every_file_can_be_read_and_names_its_schema(file: Path) -> None:
     assert head is not None
     assert (file.parent / head[1]).resolve().parent == EXAMPLES
     if file.name == "line.yaml":
-        assert load_line(file).gates.max_task_drop is not None
+        assert "max_task_drop" in load_line(file).gates.limits
     else:
         assert load_task(file).task == file.stem
 
@@ -73,7 +73,7 @@ def labelled(base: Path, model: Path, task: dict[str, Any], split: str) -> list[
     """Rows whose labels are the model's own predictions, so that it scores 1."""
     family = get_family("text-encoder")
     head = family.build_head(
-        family.load(base), base, HeadSpec(tuple(task["head"]["labels"]), ("{}",))
+        family.load(base), base, HeadSpec(labels=tuple(task["head"]["labels"]), templates=("{}",))
     )
     texts = [
         f"{split} {number * 7919 % 1009} {'abcdefghij'[number % 10] * 5}" for number in range(40)
