@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import yaml
@@ -25,7 +25,7 @@ FILES = sorted(EXAMPLES.glob("*/line.yaml")) + sorted(EXAMPLES.glob("*/tasks/*.y
 
 
 @pytest.mark.parametrize("kind", ["line", "task"])
-def test_the_schemas_are_those_of_the_code(kind: str) -> None:
+def test_the_schemas_are_those_of_the_code(kind: Literal["line", "task"]) -> None:
     assert json.loads((EXAMPLES / f"{kind}.schema.json").read_text()) == schema_of(kind)
 
 
