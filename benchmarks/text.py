@@ -159,9 +159,9 @@ def write_task_files(data: Path, work: Path) -> tuple[dict[str, Path], Path | No
     for folder in sorted(p.parent for p in data.glob("*/task.json")):
         described = json.loads((folder / "task.json").read_text(encoding="utf-8"))
         files = {p.stem: p.name for p in folder.iterdir() if p.stem in SPLITS}
-        keys = ("labels", "templates", "scale", "max_length")
-        head = {key: described[key] for key in keys if key in described}
+        head = {key: described[key] for key in ("labels", "templates") if key in described}
         spec = {"task": folder.name, "data": {"path": str(folder), **files}, "head": head}
+        spec |= {key: described[key] for key in ("scale", "max_length") if key in described}
         path = work / f"{folder.name}.yaml"
         path.write_text(yaml.safe_dump(spec, sort_keys=False), encoding="utf-8")
         if "train" in files:

@@ -155,7 +155,11 @@ class DataSpec(Spec):
         )
 
 
-class HeadSpec(Spec):
+Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+MaxLength = Annotated[int, Field(ge=1)]
+
+
+class ClassesSpec(Spec):
     """How a task's classes are described."""
 
     labels: Texts | None = Field(
@@ -174,17 +178,6 @@ class HeadSpec(Spec):
         default=None,
         description="`dataset` takes the names of the classes from the data set, instead of "
         "`labels`.",
-    )
-
-    scale: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = Field(
-        default=None,
-        description="The factor of the cosines in the scores; by default the family's own.",
-        examples=[20.0],
-    )
-    max_length: Annotated[int, Field(ge=1)] | None = Field(
-        default=None,
-        description="Tokens per text; by default as many as the model reads.",
-        examples=[128],
     )
 
     @model_validator(mode="after")
@@ -213,6 +206,13 @@ class HeadSpec(Spec):
         return [text.replace("{}", label) for label in self.classes for text in self.templates]
 
 
+class HeadSpec(ClassesSpec):
+    """The whole description of a head: the classes, the scale of its scores, and the text length."""
+
+    scale: Scale | None = None
+    max_length: MaxLength | None = None
+
+
 class TaskSpec(Spec):
     """One skill: its rows, its head, its metric."""
 
@@ -224,8 +224,18 @@ class TaskSpec(Spec):
         description="The rows of the task; without them its models are localized without data "
         "and not evaluated.",
     )
-    head: HeadSpec | None = Field(
+    head: ClassesSpec | None = Field(
         default=None, description="How the classes are described; required with `data`."
+    )
+    scale: Scale | None = Field(
+        default=None,
+        description="The factor of the cosines in the scores; by default the family's own.",
+        examples=[20.0],
+    )
+    max_length: MaxLength | None = Field(
+        default=None,
+        description="Tokens per text; by default as many as the model reads.",
+        examples=[128],
     )
     metric: Metric = Field(
         default="accuracy",
@@ -235,7 +245,7 @@ class TaskSpec(Spec):
 
     @field_validator("head")
     @classmethod
-    def _labels_differ(cls, value: HeadSpec | None) -> HeadSpec | None:
+    def _labels_differ(cls, value: ClassesSpec | None) -> ClassesSpec | None:
         labels = () if value is None or not isinstance(value.labels, tuple) else value.labels
         if len(labels) == 1:
             raise ValueError("a head needs at least two labels")
@@ -243,6 +253,13 @@ class TaskSpec(Spec):
         if twice:
             raise ValueError(f"labels occur twice: {', '.join(map(repr, twice[:5]))}")
         return value
+
+    @property
+    def head_spec(self) -> HeadSpec:
+        """The whole description of the task's head; only for a task that has one."""
+        assert self.head is not None
+        classes = {name: getattr(self.head, name) for name in ClassesSpec.model_fields}
+        return HeadSpec(**classes, scale=self.scale, max_length=self.max_length)
 
     def with_pins_of(self, old: "TaskSpec") -> "TaskSpec":
         """Pin unpinned data to the commit that the old spec pinned."""

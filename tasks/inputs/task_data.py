@@ -157,7 +157,7 @@ def task_data(spec: TaskSpec, family: Family) -> TaskData:
     assert spec.data is not None
     assert spec.head is not None
     check_access(spec)
-    return TaskData(spec.data, listed(spec.head).classes, family.modality)
+    return TaskData(spec.data, listed(spec.head_spec).classes, family.modality)
 
 
 def has_validation(task: TaskSpec, family: Family) -> bool:
@@ -197,7 +197,7 @@ def verified_data(spec: TaskSpec, family: Family) -> TaskData:
 def resolved_head(spec: TaskSpec, base: Base) -> HeadSpec:
     """The task's head with the family's defaults for this base."""
     assert spec.head is not None
-    return _resolved(listed(spec.head), base.family.name, base.folder, base.ref.config)
+    return _resolved(listed(spec.head_spec), base.family.name, base.folder, base.ref.config)
 
 
 @lru_cache(maxsize=256)

@@ -293,7 +293,7 @@ BAD_TASKS: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
     "no place in a template": (ROWS, {"head": {"templates": ["a thing"]}}, ("a thing",)),
     "a label twice": (ROWS, {"head": {"labels": ["red", "red", "blue"]}}, ("'red'",)),
     "a name with a slash": (ROWS, {"task": "../colour"}, ("../colour",)),
-    "negative scale": (ROWS, {"head": {"scale": -1}}, ("scale",)),
+    "negative scale": (ROWS, {"scale": -1}, ("scale",)),
 }
 
 

@@ -37,7 +37,9 @@ LINE: dict[str, Any] = {
 TASK: dict[str, Any] = {
     "task": "colour",
     "data": {"path": "folder", "train": "train.csv", "sample": {"rows": 3}, "input": "text"},
-    "head": {"labels": "labels.txt", "templates": ["a {}"], "scale": 1e1, "max_length": 77},
+    "head": {"labels": "labels.txt", "templates": ["a {}"]},
+    "scale": 1e1,
+    "max_length": 77,
 }
 
 # What a text can hold that is no honest path, name or number.
