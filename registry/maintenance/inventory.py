@@ -86,8 +86,10 @@ def take_inventory(objects: ObjectStore, progress: Progress = ignore) -> Invento
         Unavailable: it cannot be used.
     """
     # The lines' states are read last: what they refer to was stored before.
-    entries = _read_all(objects, _below(objects, "audit"), _entry, progress)
-    keys = _read_all(objects, _below(objects, "keys"), lambda d, n: parsed(KeyRecord, d, n))
+    entries = _read_all(objects, list(objects.store.list("audit")), _entry, progress)
+    keys = _read_all(
+        objects, list(objects.store.list("keys")), lambda d, n: parsed(KeyRecord, d, n)
+    )
     states = _read_all(objects, _state_names(objects), lambda d, n: parsed(LineState, d, n))
     inventory = Inventory({each.name: each for each in objects.store.details()})
     inventory.damaged = {**entries.problems, **keys.problems, **states.problems}
@@ -190,10 +192,6 @@ def _read_all(
             elif result is not None:
                 outcome.values[name] = result
     return outcome
-
-
-def _below(objects: ObjectStore, prefix: str) -> list[str]:
-    return list(objects.store.list(prefix))
 
 
 def _state_names(objects: ObjectStore) -> list[str]:

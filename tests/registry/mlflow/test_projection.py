@@ -91,7 +91,7 @@ def test_a_version_is_described_in_two_sentences():
     assert projection_merged.describe(record(3)) == (
         "Version 3 of line line: 2 tasks (a, b) stitched into one model with "
         "localize-and-stitch/1. It scores 0.600 on average over its tasks, reaches 75.0% of the "
-        "finetuned models and keeps 90.0% of the base's accuracy."
+        "accuracy of the finetuned models and keeps 90.0% of the base's accuracy."
     )
     many = record(tasks=tuple(f"t{n:02}" for n in range(12)), results={}, retention=None)
     assert projection_merged.describe(many).endswith(

@@ -232,7 +232,7 @@ def test_an_unreachable_mlflow_is_unavailable_and_its_password_stays_secret(tmp_
     assert "secret" not in str(raised.value)
     assert "secret" not in repr(raised.value.__cause__)
     assert raised.value.__suppress_context__
-    assert "remerge completes" in str(raised.value)
+    assert "next remerge updates MLflow" in str(raised.value)
     assert without_credentials("at postgresql://u:p@host/db and s3://k:s@b") == (
         "at postgresql://***@host/db and s3://***@b"
     )
