@@ -111,12 +111,8 @@ class Task:
         spec = HeadSpec(labels=labels, scale=described["scale"], max_length=described["max_length"])
         self.head = world.family.build_head(world.model, world.folder, spec)
         self.preprocess = world.family.preprocessor(world.folder, described["max_length"])
-        files = DataSpec(
-            path=str(data / name),
-            train="train.jsonl",
-            validation="validation.jsonl",
-            test="test.jsonl",
-        )
+        rows = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
+        files = DataSpec.model_validate({"path": str(data / name), **rows})
         self.data = TaskData(files, labels, "text")
 
     def calibration(self, seed: int) -> tuple[int, Callable[[Sequence[int]], Batch]]:

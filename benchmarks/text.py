@@ -305,11 +305,8 @@ def summary(found: Sequence[Outcome], reference: Reference | None) -> str:
     lines = [_row(header), _row(["---"] * len(header))]
     for one in found:
         kept = one.record.retention
-        values = (
-            one.record.mean_accuracy,
-            one.record.mean_normalized,
-            kept.ratio if kept else None,
-        )
+        ratio = kept.ratio if kept else None
+        values = (one.record.mean_accuracy, one.record.mean_normalized, ratio)
         lines.append(_row([one.setting, *map(_number, values), f"{one.share:.1%}"]))
     if reference is not None:
         mean = sum(reference.accuracy.values()) / len(reference.accuracy)

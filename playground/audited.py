@@ -135,13 +135,8 @@ def live(world: World, folder: Path) -> Life:
     life = Life(world, folder)
     first, second, third = _files(world, folder)
     joined = ("registered", "localized", "merged", "promoted")
-    life.do(
-        "make the line",
-        *("init", folder / "line.yaml"),
-        kinds=("configured",),
-        champion=None,
-        members={},
-    )
+    start = ("init", folder / "line.yaml")
+    life.do("make the line", *start, kinds=("configured",), champion=None, members={})
     one = {first: 1}
     two = {**one, second: 1}
     three = {**two, third: 1}
