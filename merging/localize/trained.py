@@ -351,8 +351,8 @@ def _budget(live: LiveWeights, run: _TrainingRun[Any]) -> TensorScores:
     over the batches, a first-order estimate of the change in loss. Then each batch's loss is
     computed at the mask of the k largest scores, and -gradient * tau is added to the scores, also
     outside of the mask. The step size is scaled by the k-th largest score and the k-th largest
-    pull, and divided by the number of passes. So the mask moves equally far whatever the scale
-    of the loss, the scale of the differences and the number of passes are.
+    pull, and divided by the number of passes. So the distance that the
+    mask moves does not depend on the scale of the loss, of the differences or on that number.
     """
     settings = run.settings
     kept = kept_count(settings.density, live.coordinates)
