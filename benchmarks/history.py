@@ -1,12 +1,11 @@
-"""How long an auditor waits on a line of a thousand merged versions.
+"""Response times of the audit commands on a line with a thousand merged versions.
 
     python -m benchmarks.history [--versions 1000] [--members 20] [--json FILE]
 
-The line is simulated: its acts and records are written by the ledger as a remerge would, with
-results for every member and a paired evaluation for each, but without weights. Then `history`,
-`history --as-of`, `history --versions`, `show` and `why` are run as a user runs them, each in a
-process of its own, and the seconds of the whole process are printed; `status` stands for what
-any command costs before it does anything.
+The line is simulated: the ledger writes acts and records as a remerge would, with results and a
+paired evaluation for every member, but without weights. Then `history`, `history --as-of`,
+`history --versions`, `show` and `why` run as a user runs them, each in a separate process, and the
+seconds of the whole process are printed; `status` shows the fixed cost of any command.
 """
 
 import argparse
@@ -49,7 +48,7 @@ BEGAN = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Simulate, ask, print."""
+    """Simulate the line, run the commands and print the times."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.history")
     parser.add_argument("--versions", type=int, default=1000)
     parser.add_argument("--members", type=int, default=20)
@@ -61,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         home.create()
         ledger = simulated(ObjectStore(home.open_store()), options.versions, options.members)
         middle = ledger.merged(options.versions // 2).created_at
-        asked = {
+        commands = {
             "status": ("status", LINE),
             "history": ("history", LINE),
             "history --as-of": ("history", LINE, "--as-of", middle),
@@ -72,7 +71,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         seconds = {
             name: [timed(home.root, words) for _ in range(options.repeats)]
-            for name, words in asked.items()
+            for name, words in commands.items()
         }
     out = Console(width=100)
     out.print(
@@ -85,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def timed(home: Path, words: tuple[str, ...]) -> float:
-    """Seconds of a command in a process of its own, with `--json`."""
+    """Seconds of a command in a separate process, with `--json`."""
     environment = {**os.environ, "RESTITCH_HOME": str(home)}
     command = [sys.executable, "-m", "restitch.cli.main", *words, "--json"]
     started = time.perf_counter()
@@ -96,7 +95,7 @@ def timed(home: Path, words: tuple[str, ...]) -> float:
 
 
 def simulated(objects: ObjectStore, versions: int, members: int) -> Ledger:
-    """A line with so many merged versions, each promoted, one quarter hour after the other."""
+    """A line with a new merged version every quarter of an hour, each of them promoted."""
     clock = [BEGAN]
     ledger = Ledger(objects, LINE, now=lambda: clock[0])
     spec = LineSpec(line=LINE, base="/base", family="clip", method=MethodSpec(name="average"))
@@ -153,7 +152,7 @@ def _record(
     for number in range(len(models)):
         correct = draw.randbytes(ROWS // 8)
         value = sum(byte.bit_count() for byte in correct) / ROWS
-        # Only the first task's rows differ from version to version: one is asked `why`.
+        # Only the rows of the first task, which `why` reads, differ from version to version.
         kept = correct if number == 0 else bytes(ROWS // 8)
         blob = objects.put_json({"correct": kept.hex(), "count": ROWS})
         results[f"task{number:02}"] = TaskResult(

@@ -1,18 +1,17 @@
-"""All localizers on the same real models: what a density keeps, what it costs, how it merges.
+"""All localizers on the same real models: accuracy and cost by density, alone and merged.
 
     python -m benchmarks.localizers --data DIR --work DIR --part frontier [--seeds 0,1,2]
 
-DIR is what `benchmarks.text` takes. Each part writes what it measured to a JSON file of its own in
-the work folder as soon as it is known, and a part that is run again goes on where it stopped:
+DIR is the folder of `benchmarks.text`. Each part writes its measurements at once to its own JSON
+file in the work folder; running a part again continues where it stopped:
 
 - `frontier`: grafted accuracy on test rows by localizer, density and seed.
-- `official`: the authors' code beside ours at the density that theirs ends with, timed in one
-  process.
+- `official`: the authors' code and ours at the density that theirs reaches, timed in one process.
 - `overhead`: processor time over that of the forward and backward passes alone, on one task.
 - `merged`: accuracy by density, mask and rule for shared coordinates, on validation and test rows.
 - `storage`: bytes per kept weight by density and encoding.
-- `int8`: what values in 8 bits cost in accuracy; the masks are those of `frontier`.
-- `tables` prints all that is there.
+- `int8`: the loss of accuracy with values in 8 bits, on the masks of `frontier`.
+- `tables`: print all measurements.
 
 Nothing is chosen by test rows.
 """
@@ -70,8 +69,8 @@ SHOTS = 64
 EPOCHS = 10
 
 
-class Kept:
-    """Measurements in a file, by key; what is there is not measured again."""
+class Measurements:
+    """Measurements in a file, by key; each is taken only once."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -81,7 +80,7 @@ class Kept:
         return " | ".join(map(str, key)) in self.values
 
     def get(self, key: Sequence[object], measure: Callable[[], Any]) -> Any:
-        """The measurement of that key, made now if it is not there."""
+        """The measurement of a key, taken now if it is missing."""
         name = " | ".join(map(str, key))
         if name not in self.values:
             self.values[name] = measure()
@@ -92,7 +91,7 @@ class Kept:
 
 @dataclass(frozen=True)
 class Ranked:
-    """A ranking with what it cost."""
+    """A ranking with its importance factors and its cost."""
 
     scores: Scores
     factors: Mapping[str, Tensor]
@@ -100,7 +99,7 @@ class Ranked:
 
 
 class Task:
-    """One finetuned model with its rows and its head, on a model that is loaded once."""
+    """One finetuned model with its rows and its head, on the shared loaded model."""
 
     def __init__(self, name: str, data: Path, checkpoints: Path, world: "World") -> None:
         described = json.loads((data / name / "task.json").read_text(encoding="utf-8"))
@@ -112,16 +111,12 @@ class Task:
         spec = HeadSpec(labels=labels, scale=described["scale"], max_length=described["max_length"])
         self.head = world.family.build_head(world.model, world.folder, spec)
         self.preprocess = world.family.preprocessor(world.folder, described["max_length"])
-        files = DataSpec(
-            path=str(data / name),
-            train="train.jsonl",
-            validation="validation.jsonl",
-            test="test.jsonl",
-        )
+        rows = {split: f"{split}.jsonl" for split in ("train", "validation", "test")}
+        files = DataSpec.model_validate({"path": str(data / name), **rows})
         self.data = TaskData(files, labels, "text")
 
     def calibration(self, seed: int) -> tuple[int, Callable[[Sequence[int]], Batch]]:
-        """How many rows there are, and their batches."""
+        """The number of calibration rows, and a function that makes their batches."""
         rows = self.data.calibration(SHOTS, seed)
         return len(rows), lambda chosen: self.preprocess([rows[index] for index in chosen])
 
@@ -134,7 +129,7 @@ class Task:
         return self.world.family.loss(self.world.model, batch, self.head)
 
     def value(self, split: str) -> float:
-        """The accuracy of what the model holds now."""
+        """The accuracy of the model's current weights."""
         rows = self.data.rows(split)
         return evaluate(self.world.family, self.world.model, self.head, rows, self.preprocess).value
 
@@ -145,7 +140,7 @@ class Task:
         return self.world.wearing(SparseFile.open(path), lambda: self.value(split))
 
     def write(self, path: Path, mask: Mask, factors: Mapping[str, Tensor]) -> int:
-        """Write the delta of a mask; its bytes."""
+        """Write the delta of a mask, and return its size."""
 
         def kept() -> Iterator[SparseTensor]:
             for name in mask.names:
@@ -167,13 +162,15 @@ class Task:
         live = self.world.live
         if mode == "fisher":
             settings = FisherSettings(seed=seed)
-            scores, worth = localize_fisher(live, self.vector, rows, batch, self.logits, settings)
-            factors = worth.to_factors(self.vector.names)
-            return Ranked(scores, factors, time.perf_counter() - started)
-        given = DistilledSettings(0.0375, 0.3, seed=seed, fisher=FisherSettings(seed=seed))
-        found = localize_distilled(live, self.vector, rows, batch, self.logits, given)
-        factors = found.sensitivities.to_factors(self.vector.names)
-        return Ranked(found.scores, factors, time.perf_counter() - started)
+            fisher = localize_fisher(live, self.vector, rows, batch, self.logits, settings)
+            scores: Scores = fisher[0]
+            sensitivities = fisher[1]
+        else:
+            own = DistilledSettings(0.0375, 0.3, seed=seed, fisher=FisherSettings(seed=seed))
+            distilled = localize_distilled(live, self.vector, rows, batch, self.logits, own)
+            scores, sensitivities = distilled.scores, distilled.sensitivities
+        factors = sensitivities.to_factors(self.vector.names)
+        return Ranked(scores, factors, time.perf_counter() - started)
 
 
 class World:
@@ -195,7 +192,7 @@ class World:
         self.tasks = {name: Task(name, data, checkpoints, self) for name in names}
 
     def wearing(self, edits: Any, measure: Callable[[], float]) -> float:
-        """What is measured with edits applied."""
+        """Measure with edits applied."""
         apply_edits(self.live, self.base, edits)
         try:
             return measure()
@@ -209,7 +206,7 @@ class World:
 
 def frontier(
     world: World,
-    kept: Kept,
+    kept: Measurements,
     seeds: Sequence[int],
     modes: Sequence[str],
     densities: Sequence[float],
@@ -220,18 +217,18 @@ def frontier(
         missing = [d for d in densities if (task.name, mode, d, seed) not in kept]
         if not missing or (mode in ("random", "dataless") and seed != seeds[0]):
             continue
-        found = task.rank(mode, seed)
-        kept.get((task.name, mode, "seconds", seed), partial(float, found.seconds))
+        ranked = task.rank(mode, seed)
+        kept.get((task.name, mode, "seconds", seed), partial(float, ranked.seconds))
         for density in missing:
-            mask = top_k(found.scores, kept_count(density, task.vector.coordinates))
+            mask = top_k(ranked.scores, kept_count(density, task.vector.coordinates))
             if density in MERGED:
-                task.write(_delta(world, task, mode, density, seed), mask, found.factors)
+                task.write(_delta(world, task, mode, density, seed), mask, ranked.factors)
             kept.get((task.name, mode, density, seed), partial(task.grafted, mask))
 
 
 def merged(
     world: World,
-    kept: Kept,
+    kept: Measurements,
     seeds: Sequence[int],
     modes: Sequence[str],
     densities: Sequence[float],
@@ -247,25 +244,25 @@ def merged(
         if not all(path.exists() for path in files.values()):
             continue
         members = [DeltaMember(name, SparseFile.open(path)) for name, path in files.items()]
-        wanted_rules = [rule for rule in RULES if rule[0] in rules]
-        for (rule, method, settings), task in product(wanted_rules, world.tasks.values()):
-            wanted = kept.get(
+        chosen = [rule for rule in RULES if rule[0] in rules]
+        for (rule, method, settings), task in product(chosen, world.tasks.values()):
+            finetuned = kept.get(
                 (task.name, "finetuned", split), partial(world.finetuned, task, split)
             )
             edits = get_method(method)(world.base, members, **settings)
-            reached = partial(world.wearing, edits, partial(task.value, split))
+            accuracy = partial(world.wearing, edits, partial(task.value, split))
             kept.get(
                 (split, mode, density, rule, seed, task.name),
-                partial(_over, reached, wanted),
+                partial(_over, accuracy, finetuned),
             )
 
 
-def _over(reached: Callable[[], float], wanted: float) -> float:
-    return reached() / wanted
+def _over(accuracy: Callable[[], float], finetuned: float) -> float:
+    return accuracy() / finetuned
 
 
-def official(world: World, kept: Kept, seed: int) -> None:
-    """The authors' code, and ours at its density; seconds of each beside those of the passes."""
+def official(world: World, kept: Measurements, seed: int) -> None:
+    """Grafted accuracy and seconds of the authors' code, and of ours at its density."""
     for task in world.tasks.values():
         theirs = kept.get((task.name, "official"), partial(_theirs, task, seed))
         for mode in ("dataless", "fisher", "distilled"):
@@ -277,13 +274,9 @@ def _theirs(task: Task, seed: int) -> dict[str, float]:
     settings = TrainedSettings.of("official", epochs=EPOCHS, seed=seed)
     started = time.perf_counter()
     live, vector = task.world.live, task.vector
-    found = localize_trained(live, vector, rows, batch, task.loss, settings)
+    mask = localize_trained(live, vector, rows, batch, task.loss, settings).mask
     seconds = time.perf_counter() - started
-    return {
-        "seconds": seconds,
-        "kept": found.mask.total,
-        "grafted": task.grafted(found.mask),
-    }
+    return {"seconds": seconds, "kept": mask.total, "grafted": task.grafted(mask)}
 
 
 def _ours(task: Task, mode: str, kept: int, seed: int) -> dict[str, float]:
@@ -303,8 +296,8 @@ def _ours(task: Task, mode: str, kept: int, seed: int) -> dict[str, float]:
     return {"seconds": seconds, "grafted": task.grafted(mask)}
 
 
-def overhead(world: World, kept: Kept, seed: int) -> None:
-    """Each localizer's processor time over that of its passes; twice, for the noise."""
+def overhead(world: World, kept: Measurements, seed: int) -> None:
+    """Each localizer's processor time over that of its passes, twice, to show the noise."""
     task = world.tasks[min(world.tasks)]
     rows, batch = task.calibration(seed)
     live, vector = world.live, task.vector
@@ -342,7 +335,7 @@ def _processor(run: Callable[[], object]) -> float:
 
 
 def _passes(task: Task, rows: int, batch: Callable[[Sequence[int]], Batch], size: int) -> None:
-    """One pass of forward and backward over the rows, and nothing else."""
+    """Only the forward and backward passes over the rows, once."""
     live = [task.world.live[name] for name in task.world.names]
     for tensor in live:
         tensor.requires_grad_(True)
@@ -355,8 +348,8 @@ def _passes(task: Task, rows: int, batch: Callable[[Sequence[int]], Batch], size
         tensor.requires_grad_(False)
 
 
-def int8(world: World, kept: Kept, mode: str, densities: Sequence[float]) -> None:
-    """Grafted and merged accuracy, and bytes, with values as they are and in 8 bits."""
+def int8(world: World, kept: Measurements, mode: str, densities: Sequence[float]) -> None:
+    """Grafted and merged accuracy, and bytes, with exact values and with values in 8 bits."""
     for density, values in product(densities, ("exact", "int8")):
         members = []
         for task in world.tasks.values():
@@ -374,9 +367,9 @@ def int8(world: World, kept: Kept, mode: str, densities: Sequence[float]) -> Non
 
 
 def _in_8_bits(world: World, exact: SparseFile) -> SparseFile:
-    """The same delta with its values in 8 bits, beside it."""
+    """Write the same delta with values in 8 bits to the same folder."""
 
-    def shorter() -> Iterator[SparseTensor]:
+    def tensors() -> Iterator[SparseTensor]:
         for name in exact.names:
             shape, coordinates = exact.info(name).shape, exact.coordinates(name)
             before = world.base.tensor(name).view(-1)
@@ -386,23 +379,23 @@ def _in_8_bits(world: World, exact: SparseFile) -> SparseFile:
             yield SparseTensor(name, shape, coordinates, stored, known)
 
     path = exact.path.with_suffix(".int8")
-    write_sparse(path, shorter(), kind="delta", metadata={})
+    write_sparse(path, tensors(), kind="delta", metadata={})
     return SparseFile.open(path, world.base)
 
 
-def storage(world: World, kept: Kept) -> None:
-    """Bytes per kept weight of one task's deltas, with their masks by sensitivity."""
+def storage(world: World, kept: Measurements) -> None:
+    """Bytes per kept weight of one task's deltas, with masks of the `fisher` localizer."""
     task = world.tasks[min(world.tasks)]
-    found = task.rank("fisher", 0)
+    ranked = task.rank("fisher", 0)
     for density in (0.001, 0.01, 0.05, 0.1, 0.2, 0.4):
-        kept.get((density,), partial(_sizes, task, found, density))
+        kept.get((density,), partial(_sizes, task, ranked, density))
 
 
-def _sizes(task: Task, found: Ranked, density: float) -> dict[str, float]:
+def _sizes(task: Task, ranked: Ranked, density: float) -> dict[str, float]:
     path, coordinates = task.world.work / "storage", task.vector.coordinates
-    mask = top_k(found.scores, kept_count(density, coordinates))
+    mask = top_k(ranked.scores, kept_count(density, coordinates))
     sizes = {
-        "with_factors": task.write(path, mask, found.factors),
+        "with_factors": task.write(path, mask, ranked.factors),
         "delta": task.write(path, mask, {}),
         "int8": _in_8_bits(task.world, SparseFile.open(path)).path.stat().st_size,
         "delta_zstd": _through_zstd([path.read_bytes()]),
@@ -414,7 +407,7 @@ def _sizes(task: Task, found: Ranked, density: float) -> dict[str, float]:
 
 
 def _masked(task: Task, mask: Mask) -> Iterator[bytes]:
-    """The masked task vector as whole tensors: differences where the mask is set, else zeros."""
+    """The masked task vector as whole tensors: differences inside of the mask, else zeros."""
     for name in task.world.names:
         whole = torch.zeros(task.vector.numel(name))
         if name in mask.names:
@@ -435,7 +428,7 @@ def _delta(world: World, task: Task, mode: str, density: float, seed: int) -> Pa
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Measure one part, or print all that is there."""
+    """Measure one part, or print all measurements."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.localizers")
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
@@ -446,26 +439,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--seeds", default="0,1,2")
     parser.add_argument("--modes", default="random,dataless,fisher,distilled")
-    parser.add_argument("--densities", help="instead of all")
-    parser.add_argument("--splits", default="validation,test", help="of merged")
-    parser.add_argument("--rules", default=",".join(name for name, *_ in RULES), help="of merged")
+    parser.add_argument("--densities", help="the densities to measure (default: all)")
+    parser.add_argument("--splits", default="validation,test", help="the splits of merged")
+    rules = ",".join(name for name, *_ in RULES)
+    parser.add_argument("--rules", default=rules, help="the rules of merged")
     options = parser.parse_args(arguments)
     options.work.mkdir(parents=True, exist_ok=True)
     if options.part == "tables":
         print(tables(options.work))
         return
-    kept = Kept(options.work / f"{options.part}.json")
+    kept = Measurements(options.work / f"{options.part}.json")
     world = World(options.data.absolute(), options.work.absolute())
     seeds = [int(seed) for seed in options.seeds.split(",")]
     modes = options.modes.split(",")
-    usual = DENSITIES if options.part == "frontier" else MERGED
-    asked = options.densities and [float(one) for one in options.densities.split(",")]
-    densities = asked or usual
+    densities = DENSITIES if options.part == "frontier" else MERGED
+    if options.densities:
+        densities = tuple(float(one) for one in options.densities.split(","))
     if options.part == "frontier":
         frontier(world, kept, seeds, modes, densities)
     elif options.part == "merged":
-        splits, rules = options.splits.split(","), options.rules.split(",")
-        merged(world, kept, seeds, modes, densities, splits, rules)
+        splits, chosen = options.splits.split(","), options.rules.split(",")
+        merged(world, kept, seeds, modes, densities, splits, chosen)
     elif options.part == "int8":
         int8(world, kept, "distilled", densities)
     elif options.part == "overhead":

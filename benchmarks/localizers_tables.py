@@ -1,6 +1,6 @@
-"""Tables of what `benchmarks.localizers` measured, in Markdown.
+"""Markdown tables of the measurements of `benchmarks.localizers`.
 
-Several seeds are told as their mean with half of its 95 % interval (Student's t), one as it is.
+Several seeds are shown as their mean with half of its 95 % interval (Student's t).
 """
 
 import json
@@ -16,17 +16,17 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 def tables(work: Path) -> str:
-    """All tables whose measurements lie in a work folder."""
-    found = []
+    """All tables whose measurements are in a work folder."""
+    texts = []
     for part, table in _TABLES.items():
         path = work / f"{part}.json"
         if path.exists():
-            found.append(table(json.loads(path.read_text(encoding="utf-8"))))
-    return "\n\n".join(found)
+            texts.append(table(json.loads(path.read_text(encoding="utf-8"))))
+    return "\n\n".join(texts)
 
 
-def told(values: Sequence[float]) -> str:
-    """The mean of some seeds, with half of its interval where there are several."""
+def mean_text(values: Sequence[float]) -> str:
+    """The mean of some seeds, with half of its interval if there are several."""
     mean = fmean(values)
     if len(values) < 2:
         return f"{mean:.3f}"
@@ -34,9 +34,9 @@ def told(values: Sequence[float]) -> str:
     return f"{mean:.3f} ± {half:.3f}"
 
 
-def table(line_state: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = [line_state, ["---"] * len(line_state), *rows]
+    lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -59,7 +59,7 @@ def frontier(values: Mapping[str, Any]) -> str:
     for task in sorted(finetuned):
         for mode in modes:
             cells = [found.get((task, mode, density)) for density in densities]
-            shown = ["" if cell is None else told(cell) for cell in cells]
+            shown = ["" if cell is None else mean_text(cell) for cell in cells]
             rows.append([task, f"{finetuned[task]:.3f}", mode, *shown])
     for mode in modes:
         shares = []
@@ -77,7 +77,7 @@ def frontier(values: Mapping[str, Any]) -> str:
 
 
 def official(values: Mapping[str, Any]) -> str:
-    """The authors' code beside ours at its density, with the time of each."""
+    """The authors' code and ours at its density, with the time of each."""
     rows = []
     for task in sorted({key.split(" | ")[0] for key in values}):
         theirs = values[f"{task} | official"]
@@ -91,15 +91,15 @@ def official(values: Mapping[str, Any]) -> str:
 
 
 def overhead(values: Mapping[str, Any]) -> str:
-    """Processor time over that of the passes alone, each run."""
-    found: dict[str, list[str]] = defaultdict(list)
+    """Processor time over that of the passes alone, for each run."""
+    ratios: dict[str, list[str]] = defaultdict(list)
     for key, value in values.items():
-        found[key.split(" | ")[0]].append(f"{value:.2f}")
-    return table(["localizer", "over the passes"], [[m, ", ".join(v)] for m, v in found.items()])
+        ratios[key.split(" | ")[0]].append(f"{value:.2f}")
+    return table(["localizer", "over the passes"], [[m, ", ".join(v)] for m, v in ratios.items()])
 
 
 def merged(values: Mapping[str, Any]) -> str:
-    """Normalized accuracy by mask, density and rule, the mean over tasks."""
+    """Normalized accuracy by mask, density and rule, averaged over tasks."""
     found: dict[tuple[str, str, str, str], dict[str, list[float]]] = {}
     for key, value in values.items():
         parts = key.split(" | ")
@@ -110,7 +110,9 @@ def merged(values: Mapping[str, Any]) -> str:
     rows = []
     for split, mode, density in dict.fromkeys(key[:3] for key in found):
         cells = [found.get((split, mode, density, rule), {}) for rule in rules]
-        shown = [told([fmean(tasks) for tasks in cell.values()]) if cell else "" for cell in cells]
+        shown = [
+            mean_text([fmean(tasks) for tasks in cell.values()]) if cell else "" for cell in cells
+        ]
         rows.append([split, mode, f"{float(density):.0%}", *shown])
     return table(["rows", "masks", "density", *rules], rows)
 
@@ -127,23 +129,22 @@ def storage(values: Mapping[str, Any]) -> str:
 
 
 def int8(values: Mapping[str, Any]) -> str:
-    """What values in 8 bits cost: the mean over tasks, and the largest change of one task."""
+    """The effect of values in 8 bits: the mean over tasks, and the largest change of a task."""
     found: dict[tuple[str, str, str], dict[str, float]] = defaultdict(dict)
     for key, value in values.items():
-        density, kind, task, what = key.split(" | ")
-        found[density, kind, what][task] = value
+        density, kind, task, measure = key.split(" | ")
+        found[density, kind, measure][task] = value
     rows = []
     for density, kind, _ in dict.fromkeys((d, k, "") for d, k, _ in found):
         cells = []
-        for what in ("grafted", "merged"):
-            tasks, exact = found[density, kind, what], found[density, "exact", what]
+        for measure in ("grafted", "merged"):
+            tasks, exact = found[density, kind, measure], found[density, "exact", measure]
             most = max(abs(tasks[task] - exact[task]) for task in tasks)
             cells += [f"{fmean(tasks.values()):.4f}", f"{most:.3f}"]
         size = fmean(found[density, kind, "bytes"].values())
         rows.append([f"{float(density):.0%}", kind, f"{size:.2f}", *cells])
-    return table(
-        ["density", "values", "bytes", "grafted", "most apart", "merged", "most apart"], rows
-    )
+    most = "largest change"
+    return table(["density", "values", "bytes", "grafted", most, "merged", most], rows)
 
 
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {

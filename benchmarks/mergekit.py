@@ -1,12 +1,12 @@
-"""Task arithmetic and TIES beside mergekit: seconds and memory, taking turns in one run.
+"""Task arithmetic and TIES compared with mergekit: seconds and memory, alternating in one run.
 
 `python -m benchmarks.mergekit BIN [--params 1.1e9] [--work DIR] [--json FILE]`: BIN is the `bin`
-folder of an environment of its own in which mergekit is installed (docs/results/ says how to make
-one). It is only run as a program. Every merge is a process of its own, from its start to the merged
-checkpoint on disk, imports included; what it reads is in the page cache before. restitch reads
-the deltas that it keeps of the finetuned models, once made by `keep`, whose cost stands by
-itself; it merges before and after mergekit, so that a busy moment hits both. Private memory is
-`RssAnon`, looked at all the time: what of mapped files is resident is only in the other figure.
+folder of a separate environment with mergekit (docs/results/mergekit.md explains how to make one),
+which is only run as a program. Every merge is a separate process, measured from its start to the
+merged checkpoint on disk, with its input in the page cache. restitch reads the deltas of the
+finetuned models, written once by `keep` and measured separately. It merges before and after
+mergekit, so that a busy moment affects both. Private memory is the peak of `RssAnon`; resident
+pages of mapped files count only in the other figure.
 """
 
 import argparse
@@ -48,13 +48,13 @@ from restitch.merging.rules.stitch import DeltaMember
 
 @dataclass(frozen=True)
 class Merge:
-    """One merge as restitch and as mergekit are told to do it.
+    """One merge in the terms of restitch and of mergekit.
 
     Attributes:
-        settings: restitch's.
-        name: mergekit's name for the method.
-        member: mergekit's parameters for each model.
-        all: mergekit's parameters for all together.
+        settings: restitch's settings.
+        name: mergekit's name of the method.
+        member: mergekit's parameters of each model.
+        all: mergekit's parameters of the whole merge.
     """
 
     method: str
@@ -71,7 +71,7 @@ def task_arithmetic(alpha: float) -> Merge:
 
 
 def ties(density: float, alpha: float, trim: str = "tensor") -> Merge:
-    """TIES; mergekit trims each tensor by itself, and `normalize` makes its sum a mean."""
+    """TIES; mergekit trims each tensor alone, and `normalize` makes its sum a mean."""
     settings = {"density": density, "alpha": alpha, "trim": trim}
     own = {"normalize": True, "lambda": alpha}
     return Merge("ties", settings, "ties", {"weight": 1.0, "density": density}, own)
@@ -86,9 +86,9 @@ MERGES = {
 
 @dataclass(frozen=True)
 class Cost:
-    """What a process took: seconds, processor seconds of all its threads, and bytes at most."""
+    """The cost of a process: seconds, processor seconds of all threads, and peak bytes."""
 
-    what: str
+    name: str
     seconds: float
     processor: float
     private: int
@@ -98,7 +98,7 @@ class Cost:
 def llama_config(
     hidden: int, intermediate: int, heads: int, kv: int, vocabulary: int, layers: int
 ) -> dict[str, Any]:
-    """The configuration of a Llama, which mergekit finds the tensors by."""
+    """The configuration of a Llama, from which mergekit knows the tensors."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -116,10 +116,10 @@ def mergekit_file(folder: Path, merge: Merge, dtype: str, out_dtype: str) -> str
     """The configuration of a merge for mergekit; JSON, which is YAML too.
 
     Args:
-        folder: with the models.
-        merge: what to do.
-        dtype: in which it is computed.
-        out_dtype: in which it is written.
+        folder: the folder of the models.
+        merge: the merge.
+        dtype: the type of the computation.
+        out_dtype: the type of the merged model.
     """
     return json.dumps(
         {
@@ -138,7 +138,7 @@ def mergekit_file(folder: Path, merge: Merge, dtype: str, out_dtype: str) -> str
 def mergekit_command(
     program: Path, folder: Path, merge: Merge, out: Path, dtype: str, out_dtype: str
 ) -> list[str]:
-    """Write mergekit's configuration beside `out` and say how it is run."""
+    """Write mergekit's configuration next to `out`, and return the command."""
     file = out.with_suffix(".json")
     file.write_text(mergekit_file(folder, merge, dtype, out_dtype))
     flags = ["--lazy-unpickle", "--no-copy-tokenizer", "--quiet"]
@@ -146,7 +146,7 @@ def mergekit_command(
 
 
 def keep(folder: Path, task: str) -> None:
-    """What onboarding writes of a model whose whole task vector is kept: every value."""
+    """Write the delta of a whole task vector, as onboarding does."""
     vector = open_vector(folder, task)
     counts = {name: vector.numel(name) for name in vector.names}
     write_delta(folder / f"{task}.delta", vector, Mask(counts, lambda n: torch.arange(counts[n])))
@@ -160,19 +160,19 @@ def merged(folder: Path, merge: Merge, out: Path) -> None:
     export_weights(base, get_method(merge.method)(base, members, **merge.settings), out)
 
 
-def watched(what: str, command: Sequence[str]) -> Cost:
+def measured(name: str, command: Sequence[str]) -> Cost:
     """Run a command to its end and measure it."""
     began = time.perf_counter()
-    quiet = os.environ | {"HF_HUB_OFFLINE": "1"}
-    with tempfile.TemporaryFile() as said:
-        process = subprocess.Popen(command, env=quiet, stdout=said, stderr=said)
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
+    with tempfile.TemporaryFile() as output:
+        process = subprocess.Popen(command, env=offline, stdout=output, stderr=output)
         peaks = {"RssAnon": 0, "VmHWM": 0}
         ended = threading.Event()
 
         def watch() -> None:
             while not ended.wait(0.01):
-                for name, value in _memory(process.pid).items():
-                    peaks[name] = max(peaks[name], value)
+                for kind, value in _memory(process.pid).items():
+                    peaks[kind] = max(peaks[kind], value)
 
         watcher = threading.Thread(target=watch)
         watcher.start()
@@ -182,10 +182,10 @@ def watched(what: str, command: Sequence[str]) -> Cost:
         watcher.join()
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode:
-            said.seek(0)
-            raise SystemExit(f"{what} failed:\n{said.read().decode(errors='replace')[-2000:]}")
+            output.seek(0)
+            raise SystemExit(f"{name} failed:\n{output.read().decode(errors='replace')[-2000:]}")
     used = usage.ru_utime + usage.ru_stime
-    return Cost(what, seconds, used, peaks["RssAnon"], peaks["VmHWM"])
+    return Cost(name, seconds, used, peaks["RssAnon"], peaks["VmHWM"])
 
 
 def _memory(pid: int) -> dict[str, int]:
@@ -202,7 +202,7 @@ def _own(*arguments: str) -> list[str]:
 
 
 def warm(files: Sequence[Path]) -> None:
-    """Read files so that they are in the page cache, and let the disk come to rest."""
+    """Flush the disk, and read files so that they are in the page cache."""
     os.sync()
     for file in files:
         with file.open("rb", buffering=0) as source:
@@ -211,7 +211,7 @@ def warm(files: Sequence[Path]) -> None:
 
 
 def measure(folder: Path, program: Path, params: float, console: Console) -> list[Cost]:
-    """Make what is missing and measure everything."""
+    """Make missing models and measure everything."""
     shapes = llama_shapes(params)
     if not (folder / TASKS[-1]).exists():
         console.print("making 4 models")
@@ -224,11 +224,11 @@ def measure(folder: Path, program: Path, params: float, console: Console) -> lis
     deltas = [folder / f"{task}.delta" for task in TASKS]
     costs: list[Cost] = []
 
-    def run(what: str, command: Sequence[str], reads: Sequence[Path]) -> None:
+    def run(name: str, command: Sequence[str], reads: Sequence[Path]) -> None:
         shutil.rmtree(folder / "out", ignore_errors=True)
         warm(reads)
-        costs.append(watched(what, command))
-        console.print(f"{what}: {costs[-1].seconds:.1f} s")
+        costs.append(measured(name, command))
+        console.print(f"{name}: {costs[-1].seconds:.1f} s")
 
     def ours(name: str) -> None:
         run(f"restitch, {name}", _own("merge", str(folder), name), [models[0], *deltas])
@@ -255,11 +255,11 @@ def measure(folder: Path, program: Path, params: float, console: Console) -> lis
 
 
 def show(costs: Sequence[Cost], console: Console) -> None:
-    """Print all as a table, in the order in which it was done."""
+    """Print all costs as a table, in the order of the runs."""
     table = Table("", "seconds", "processor", "private GB", "resident GB")
     for cost in costs:
         memory = (f"{size / 1e9:.2f}" for size in (cost.private, cost.resident))
-        table.add_row(cost.what, f"{cost.seconds:.1f}", f"{cost.processor:.1f}", *memory)
+        table.add_row(cost.name, f"{cost.seconds:.1f}", f"{cost.processor:.1f}", *memory)
     console.print(table)
 
 
@@ -267,10 +267,10 @@ def main() -> None:
     """Run the benchmark, or one step of it in this process."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("program", help="mergekit's bin folder; or the step `keep` or `merge`")
-    parser.add_argument("step", nargs="*", help="of a step: the folder, and the task or the merge")
-    parser.add_argument("--params", type=float, default=1.1e9, help="weights of the model")
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
-    parser.add_argument("--work", type=Path, help="a folder in which models stay for another run")
+    parser.add_argument("step", nargs="*", help="for a step: the folder, and the task or the merge")
+    parser.add_argument("--params", type=float, default=1.1e9, help="number of weights")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--work", type=Path, help="folder that keeps the models for another run")
     arguments = parser.parse_args()
     if arguments.program == "keep":
         keep(Path(arguments.step[0]), arguments.step[1])

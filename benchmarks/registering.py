@@ -1,12 +1,12 @@
-"""What a registration costs as a line grows: the tenth model against the second.
+"""The cost of a registration as a line grows: the tenth model against the second.
 
     python -m benchmarks.registering [--models 10] [--repeats 3] [--json FILE]
 
-Ten finetuned models on the playground's base are registered one after the other through
-the function behind `restitch register`, in fresh homes: reading, digest, validation,
-localizing, stitching, the audit trail and MLflow. The tasks have no data, so evaluation is
-left out. The models are the playground's own with their differences rolled by some places,
-which keeps their distribution and gives each another mask.
+Ten finetuned models on the playground's base are registered one after the other through the
+function behind `restitch register`, in fresh homes: reading, digest, validation, localizing,
+stitching, the audit trail and MLflow. The tasks have no data, so there is no evaluation. The
+models are the playground's own with their differences rolled by some places, which keeps their
+distribution and gives each a different mask.
 """
 
 import argparse
@@ -54,13 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def make_models(world: World, folder: Path, count: int, first: int = 0) -> list[Path]:
-    """Finetuned models with the differences of the playground's own, rolled.
+    """Write finetuned models with the rolled differences of the playground's own.
 
     Args:
-        world: whose models they are made from.
-        folder: where they are written.
-        count: how many.
-        first: the number of the first one; another number, another model.
+        world: the world with the original models.
+        folder: the folder to write to.
+        count: the number of models.
+        first: the number of the first model; different numbers give different models.
     """
     base = load_file(world.base / "model.safetensors")
     originals = [world.model(task) for task in world.tasks]

@@ -1,13 +1,12 @@
-"""A large file up to a bucket and back: restitch's store beside plain boto3 in the same run.
+"""A large file to a bucket and back: restitch's store compared with plain boto3 in the same run.
 
-`python -m benchmarks.s3 [--bytes 2e9] [--rounds 3] [--folder DIR] [--json FILE]` starts a small
-S3 server of its own in a process beside it, which takes what it is sent without looking and
-sends what it is asked for: not the server is measured here. Each transfer is made in a
-process of its own, so that its memory is its own, and the two take turns. Plain boto3 means
-`upload_file` and `download_file` with their own settings, parts and threads.
+`python -m benchmarks.s3 [--bytes 2e9] [--rounds 3] [--folder DIR] [--json FILE]` starts a small S3
+server in another process, which checks nothing, so that its cost does not matter. Each transfer
+runs in a separate process to measure its memory, and the two alternate. Plain boto3 means
+`upload_file` and `download_file` with their default settings, parts and threads.
 
-What the store does more is in its time: the digests of all ranges, made before the first
-part goes and compared as they come back.
+The store's time includes its additional work: the digests of all ranges, computed before the
+upload and compared after the download.
 """
 
 import argparse
@@ -39,12 +38,12 @@ _ACCOUNT = {
 
 @dataclass(frozen=True)
 class Transfer:
-    """One direction by one way.
+    """One direction with one of the two ways.
 
     Attributes:
         seconds: the median of all rounds.
-        memory: the most bytes that its process held, the largest of all rounds.
-        started: those that a process holds which has only imported what it needs.
+        memory: the peak memory of its process, the largest of all rounds.
+        started: the memory of the process before the transfer, after its imports.
     """
 
     way: str
@@ -55,7 +54,7 @@ class Transfer:
 
 
 def measure(folder: Path, size: int, rounds: int) -> list[Transfer]:
-    """Move a file of so many bytes both ways, by turns."""
+    """Upload and download a file of `size` bytes with both ways, alternating."""
     file = folder / "file"
     _fill(file, size)
     taken: dict[tuple[str, str], list[tuple[float, int, int]]] = {}
@@ -65,8 +64,8 @@ def measure(folder: Path, size: int, rounds: int) -> list[Transfer]:
             for direction in ("up", "down"):
                 for way in ("boto3", "restitch"):
                     name = f"{way}-{number}"
-                    found = _in_a_process(way, direction, name, file, folder / f"down-{name}")
-                    taken.setdefault((way, direction), []).append(found)
+                    cost = _in_a_process(way, direction, name, file, folder / f"down-{name}")
+                    taken.setdefault((way, direction), []).append(cost)
             for way in ("boto3", "restitch"):
                 _remove(folder / f"down-{way}-{number}")
     return [
@@ -97,7 +96,7 @@ def _in_a_process(
 
 
 def _move(send: Any, way: str, direction: str, name: str, file: Path, target: Path) -> None:
-    """Move the file, and say how long it took and how much memory."""
+    """Transfer the file, and send its seconds and its memory."""
     from restitch.registry.s3.store import S3Store
 
     store = S3Store("bucket", "store", target.parent / f"cache-{name}")
@@ -118,7 +117,7 @@ def _move(send: Any, way: str, direction: str, name: str, file: Path, target: Pa
     memory = _most_memory()
     if direction == "down":
         if not _same(file, target):
-            raise SystemExit(f"{way} brought back other bytes")
+            raise SystemExit(f"{way} downloaded wrong bytes")
         _remove(target)
     send.send((seconds, memory, before))
 
@@ -154,7 +153,7 @@ def _remove(path: Path) -> None:
 
 
 def table(found: list[Transfer], size: int) -> Table:
-    """What was measured, with the ratios that matter."""
+    """A table of the transfers, with their ratios to boto3."""
     shown = Table("transfer", "seconds", "MB/s", "of boto3's time", "most memory, MB", caption=GOAL)
     by = {(each.way, each.direction): each for each in found}
     for each in found:
@@ -170,7 +169,7 @@ def table(found: list[Transfer], size: int) -> Table:
 
 
 def main() -> None:
-    """Measure, print, and write what was asked for."""
+    """Measure, print, and write the JSON file if requested."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--bytes", type=float, default=2e9)
     parser.add_argument("--rounds", type=int, default=3)

@@ -1,7 +1,7 @@
-"""A server that speaks as much of S3 as moving one file needs, and gets out of the way.
+"""A fast server with as much of S3 as the transfer of one file needs.
 
-It looks at nothing that it is sent: no signature, no checksum, no condition but "there is none".
-Parts stay files of their own, and what is asked for goes from them to the socket by `sendfile`.
+It checks no signature and no checksum, only the conditions of a write. Parts stay separate files,
+and `sendfile` copies them to the socket.
 """
 
 import multiprocessing
@@ -24,7 +24,7 @@ _XML = "<?xml version='1.0' encoding='UTF-8'?>"
 
 @contextmanager
 def s3_stand_in(folder: Path) -> Iterator[str]:
-    """Run the server in a process of its own; yields the value for `AWS_ENDPOINT_URL`."""
+    """Run the server in a separate process; yields the value for `AWS_ENDPOINT_URL`."""
     folder.mkdir(parents=True)
     context = multiprocessing.get_context("spawn")
     answer, send = context.Pipe(duplex=False)
@@ -127,10 +127,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _publish(self, path: str, found: dict[str, Any]) -> bool:
         found["etag"] = Path(found["parts"][0][0]).name if found["parts"] else "none"
         with self.lock:
-            there = self.objects.get(path)
-            wanted = self.headers.get("If-Match", "").strip('"')
-            if (there and "If-None-Match" in self.headers) or (
-                wanted and (there is None or there["etag"] != wanted)
+            current = self.objects.get(path)
+            expected = self.headers.get("If-Match", "").strip('"')
+            if (current and "If-None-Match" in self.headers) or (
+                expected and (current is None or current["etag"] != expected)
             ):
                 return False
             self.objects[path] = found
@@ -166,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
             try:
                 while first < last:
                     first += os.sendfile(self.connection.fileno(), source, first, last - first)
-            except OSError:  # the client has seen enough
+            except OSError:  # the client closed the connection
                 self.close_connection = True
                 return
             finally:

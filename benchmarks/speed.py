@@ -6,11 +6,11 @@ bytes per parameter) and measures, in this process and with warm caches:
 
 - stitching and exporting three members at 5 % against `cp -r` of the base,
 - the dataless mask of one model against reading both and |difference| in torch,
-- the private memory of each (dirty private pages, from /proc/self/smaps_rollup, in
-  a process of its own, because looking slows what is looked at),
+- the private memory of each (dirty private pages, from /proc/self/smaps_rollup, in a
+  separate process, because sampling slows the work down),
 - the bytes per kept weight of sparse deltas.
 
-Times are medians of runs that take turns, so that a busy moment hits all of them.
+Times are medians of alternating runs, so that a busy moment affects all of them.
 """
 
 import argparse
@@ -51,7 +51,7 @@ Shapes = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Figure:
-    """One measurement: what it is, its value, and what it must not exceed."""
+    """One measurement: its name, its value, and the limit that it must not exceed."""
 
     name: str
     value: float
@@ -61,7 +61,7 @@ class Figure:
 
 
 def llama_shapes(params: float) -> Shapes:
-    """The tensors of a Llama with as many layers as come nearest to `params` weights."""
+    """The tensors of a Llama with the number of layers that comes nearest to `params` weights."""
     layer: Shapes = {
         "self_attn.q_proj.weight": (HIDDEN, HIDDEN),
         "self_attn.k_proj.weight": (KV, HIDDEN),
@@ -104,7 +104,7 @@ def minilm_shapes() -> Shapes:
 
 
 def count(shapes: Shapes) -> int:
-    """How many weights the tensors have."""
+    """The number of weights of all tensors."""
     return sum(torch.Size(shape).numel() for shape in shapes.values())
 
 
@@ -143,18 +143,18 @@ def write_delta(path: Path, vector: TaskVector, mask: Mask) -> SparseInfo:
 
 
 def difference(folder: Path, task: str = "one") -> None:
-    """The reference of localizing: read both models and take |difference|."""
+    """The reference of localizing: read both models and compute |difference|."""
     files = (folder / name / "model.safetensors" for name in ("base", task))
     with safe_open(next(files), "pt") as base, safe_open(next(files), "pt") as finetuned:
-        for name in base.keys():  # noqa: SIM118 - this is no mapping
+        for name in base.keys():  # noqa: SIM118 - not a mapping
             (finetuned.get_tensor(name).float() - base.get_tensor(name).float()).abs_()
 
 
 def mask(folder: Path, task: str = "one") -> None:
     """The dataless mask with all of its coordinates."""
-    found = localize_dataless(open_vector(folder, task), DENSITY, scratch=folder)
-    for name in found.names:
-        found.coordinates(name)
+    result = localize_dataless(open_vector(folder, task), DENSITY, scratch=folder)
+    for name in result.names:
+        result.coordinates(name)
 
 
 def copy(folder: Path) -> None:
@@ -179,7 +179,7 @@ def patch(folder: Path) -> None:
 
 
 def timed(action: Callable[[Path], None], folder: Path) -> float:
-    """Seconds that an action takes; what it wrote is removed and the disk is at rest."""
+    """Seconds of an action, after removing the previous output and flushing the disk."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     os.sync()
     start = time.perf_counter()
@@ -190,7 +190,7 @@ def timed(action: Callable[[Path], None], folder: Path) -> float:
 def interleaved(
     actions: Mapping[str, Callable[[Path], None]], folder: Path, runs: int
 ) -> dict[str, float]:
-    """Median seconds of each action, all in turn, so that a slow moment hits all of them."""
+    """Median seconds of each action, alternating, so that a busy moment affects all of them."""
     for action in actions.values():
         timed(action, folder)  # warms the caches
     times: dict[str, list[float]] = {name: [] for name in actions}
@@ -205,11 +205,11 @@ def private_bytes() -> int:
     for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
         if line.startswith("Private_Dirty:"):
             return int(line.split()[1]) * 1024
-    raise OSError("/proc/self/smaps_rollup says nothing of private memory")
+    raise OSError("/proc/self/smaps_rollup has no line Private_Dirty")
 
 
-def watched(action: Callable[[Path], None], folder: Path) -> int:
-    """The most private memory that an action adds, sampled every few milliseconds."""
+def peak_added(action: Callable[[Path], None], folder: Path) -> int:
+    """The peak of the private memory that an action adds, sampled every few milliseconds."""
     before, peak, stop = private_bytes(), 0, threading.Event()
 
     def watch() -> None:
@@ -228,13 +228,13 @@ def watched(action: Callable[[Path], None], folder: Path) -> int:
 
 
 def peak_memory(action: Callable[[Path], None], folder: Path) -> int:
-    """The private memory of an action in a fresh process, imports aside."""
+    """The private memory of an action in a fresh process, without its imports."""
     shutil.rmtree(folder / "out", ignore_errors=True)
     os.sync()
-    # Memory that an earlier action freed and the allocator kept would hide what this takes.
+    # Memory that an earlier action freed, but the allocator kept, would hide this action's.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(watched, action, folder).result()
+        return pool.submit(peak_added, action, folder).result()
 
 
 def measure(folder: Path, params: float, runs: int, console: Console) -> list[Figure]:
@@ -251,8 +251,8 @@ def measure(folder: Path, params: float, runs: int, console: Console) -> list[Fi
     written = []
     for task in TASKS:
         vector = open_vector(folder, task)
-        found = localize_dataless(vector, DENSITY, scratch=folder)
-        written.append(write_delta(folder / f"{task}.delta", vector, found))
+        kept = localize_dataless(vector, DENSITY, scratch=folder)
+        written.append(write_delta(folder / f"{task}.delta", vector, kept))
 
     console.print("stitching and exporting")
     times |= interleaved({"copy": copy, "export": export, "patch": patch}, folder, runs)
@@ -297,10 +297,10 @@ def show(figures: list[Figure], console: Console) -> None:
 def main() -> None:
     """Run the benchmark from the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--params", type=float, default=1.1e9, help="weights of the model")
-    parser.add_argument("--runs", type=int, default=3, help="runs of which the median is taken")
-    parser.add_argument("--json", type=Path, help="write the figures there, too")
-    parser.add_argument("--folder", type=Path, help="where the temporary folder is made")
+    parser.add_argument("--params", type=float, default=1.1e9, help="number of weights")
+    parser.add_argument("--runs", type=int, default=3, help="number of runs for each median")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
     arguments = parser.parse_args()
     console = Console()
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="restitch-speed-") as name:

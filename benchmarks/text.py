@@ -2,13 +2,13 @@
 
     python -m benchmarks.text --data DIR [--family clip] [--markdown FILE]
 
-DIR has a folder per task (`task.json` with labels, templates, scale, max_length;
-`train`, `validation` and `test` as .jsonl or .parquet) and `make_checkpoints.py`, which
-writes the base and one finetuned model per task. A folder with test rows only is the
-general benchmark. Every setting is a line of its own in one home, registered and merged by
-the functions behind `restitch init`, `register` and `remerge`; results of base and finetuned
-models are shared between the lines by their digests. The reference is task arithmetic with
-its coefficient tuned on validation rows. Nothing is tuned on test rows.
+DIR has a folder per task (`task.json` with labels, templates, scale, max_length; `train`,
+`validation` and `test` as .jsonl or .parquet) and `make_checkpoints.py`, which writes the base
+and one finetuned model per task. A folder with test rows only is the general benchmark. Every
+setting is a separate line in one home, registered and merged by the functions behind
+`restitch init`, `register` and `remerge`; the lines share the results of base and finetuned
+models by digest. The reference is task arithmetic with its coefficient tuned on validation
+rows. Nothing is tuned on test rows.
 """
 
 import argparse
@@ -57,8 +57,8 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Found:
-    """What one setting reached."""
+class Outcome:
+    """The results of one setting."""
 
     setting: str
     seconds: float
@@ -87,11 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--presets", default="budget", help="comma-separated")
     parser.add_argument("--fisher", type=_fractions, default=())
     parser.add_argument("--distilled", type=_fractions, default=())
-    parser.add_argument("--auto", default="", help="modes whose density is chosen")
-    parser.add_argument("--recovery", type=float, default=0.99, help="what --auto is to reach")
+    parser.add_argument("--auto", default="", help="modes that choose their density")
+    parser.add_argument("--recovery", type=float, default=0.99, help="the goal of --auto")
     parser.add_argument("--shots", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--include", default="", help="globs of further localizable tensors")
+    parser.add_argument("--include", default="", help="globs of more localizable tensors")
     parser.add_argument("--no-reference", action="store_true", help="skip task arithmetic")
     parser.add_argument("--work", type=Path, help="keep checkpoints and home here")
     parser.add_argument("--markdown", type=Path, help="also write the tables here")
@@ -103,7 +103,7 @@ def _fractions(text: str) -> tuple[float, ...]:
 
 
 def run(options: argparse.Namespace, work: Path) -> None:
-    """Make the checkpoints, run every setting and the reference, print."""
+    """Make the checkpoints, run every setting and the reference, and print the tables."""
     os.environ["RESTITCH_HOME"] = str(work / "home")
     prepare_environment(Home.from_environment())
     checkpoints = work / "checkpoints"
@@ -130,13 +130,13 @@ def run(options: argparse.Namespace, work: Path) -> None:
 
 
 def settings(options: argparse.Namespace) -> Iterator[Setting]:
-    """Dataless at each density, trained with each preset, and ours with the method restitch."""
+    """Dataless at each density, trained with each preset, and ours with weighted-stitch."""
     include = [glob for glob in options.include.split(",") if glob]
     for density in options.dataless:
         choice = {"mode": "dataless", "density": density, "include": include}
         yield Setting(f"dataless {density:.0%}", choice)
     for preset in options.presets.split(",") if options.trained else ():
-        # The presets of the paper and its code end with whatever density comes out.
+        # The density of the other presets, of the paper and its code, is not fixed.
         densities = options.trained if preset == "budget" else options.trained[:1]
         for density in densities:
             name = f"trained {preset} {density:.0%}" if preset == "budget" else f"trained {preset}"
@@ -173,7 +173,7 @@ def write_task_files(data: Path, work: Path) -> tuple[dict[str, Path], Path | No
 
 def measure(
     setting: Setting, family: str, work: Path, tasks: dict[str, Path], benchmark: Path | None
-) -> Found:
+) -> Outcome:
     """Register all tasks on a line with this setting and merge them once."""
     line = setting.name.replace(" ", "-").replace("%", "").replace(".", "_")
     values: dict[str, Any] = {
@@ -199,15 +199,15 @@ def measure(
     record = ledger.merged(merged.version)
     sizes = [member.facts.delta_bytes or 0 for member in record.members.values()]
     share = sum(sizes) / len(sizes) / ledger.state().base.size
-    return Found(setting.name, time.perf_counter() - started, record, density, share)
+    return Outcome(setting.name, time.perf_counter() - started, record, density, share)
 
 
 def at_the_same_density(
-    official: Found, options: argparse.Namespace, work: Path, tasks: dict[str, Path]
+    official: Outcome, options: argparse.Namespace, work: Path, tasks: dict[str, Path]
 ) -> str:
-    """Grafted accuracy of `official` beside `budget` and dataless at official's own densities."""
-    line_state = ("task", "density", "official", "budget", "dataless")
-    lines = [_row(line_state), _row(["---"] * len(line_state))]
+    """Grafted accuracy of `official`, and of `budget` and dataless at official's densities."""
+    header = ("task", "density", "official", "budget", "dataless")
+    lines = [_row(header), _row(["---"] * len(header))]
     for task, density in official.density.items():
         row = [task, f"{density:.2%}", _number(official.record.results[task].grafted)]
         budget = {"mode": "trained", "shots": options.shots, "seed": options.seed}
@@ -221,7 +221,7 @@ def at_the_same_density(
 
 @dataclass(frozen=True)
 class Reference:
-    """Task arithmetic with the coefficient that is best on validation rows."""
+    """Task arithmetic with the best coefficient on validation rows."""
 
     coefficient: float
     accuracy: dict[str, float]
@@ -229,7 +229,7 @@ class Reference:
     retention: float | None
 
 
-def task_arithmetic(work: Path, found: Found, tasks: dict[str, Path]) -> Reference:
+def task_arithmetic(work: Path, found: Outcome, tasks: dict[str, Path]) -> Reference:
     """Base + coefficient x sum of task vectors, tuned over 0.1 to 1.0 on validation rows."""
     space = workspace()
     line_state = space.ledger(found.record.line).state()
@@ -285,11 +285,11 @@ def _accuracy(
     return evaluate(base.family, live.model, own, rows, preprocess).value
 
 
-def per_task(found: Found) -> str:
+def per_task(found: Outcome) -> str:
     """One setting's table."""
     lines = [f"**{found.setting}** ({found.seconds:.0f} s)", ""]
-    line_state = ("task", "density", "base", "finetuned", "grafted", "merged", "95 %", "normalized")
-    lines += _row(line_state), _row(["---"] * len(line_state))
+    header = ("task", "density", "base", "finetuned", "grafted", "merged", "95 %", "normalized")
+    lines += _row(header), _row(["---"] * len(header))
     for task, result in found.record.results.items():
         interval = result.interval
         spread = "" if interval is None else f"{interval.low:.3f} to {interval.high:.3f}"
@@ -299,17 +299,14 @@ def per_task(found: Found) -> str:
     return "\n".join(lines)
 
 
-def summary(found: Sequence[Found], reference: Reference | None) -> str:
+def summary(found: Sequence[Outcome], reference: Reference | None) -> str:
     """All settings side by side."""
-    line_state = ("setting", "mean merged", "mean normalized", "retention", "delta of one model")
-    lines = [_row(line_state), _row(["---"] * len(line_state))]
+    header = ("setting", "mean merged", "mean normalized", "retention", "delta of one model")
+    lines = [_row(header), _row(["---"] * len(header))]
     for one in found:
         kept = one.record.retention
-        values = (
-            one.record.mean_accuracy,
-            one.record.mean_normalized,
-            kept.ratio if kept else None,
-        )
+        ratio = kept.ratio if kept else None
+        values = (one.record.mean_accuracy, one.record.mean_normalized, ratio)
         lines.append(_row([one.setting, *map(_number, values), f"{one.share:.1%}"]))
     if reference is not None:
         mean = sum(reference.accuracy.values()) / len(reference.accuracy)

@@ -1,15 +1,15 @@
-"""How fast a line follows when workers do the work, and what twenty at once cost.
+"""The delays of a line whose work is done by workers, and the cost of many registrations at once.
 
     python -m benchmarks.unattended [--registrations 9] [--at-once 20] [--workers 3] [--json FILE]
 
-On a stack of its own:
+On a separate stack:
 
-- from `register` to user code on the worker: between the act `registered` and the beginning of
-  the run that onboards the model, with an idle worker; and for the whole command;
+- from `register` to user code on the worker: from the act `registered` to the start of the run
+  that onboards the model, with an idle worker; and the time of the whole command;
 - from `register` to the new champion, on the playground;
-- what a remerge costs that has nothing to do: its own time, and apart from it the imports and
-  the start of the engine;
-- many registrations at once: one champion with all of them, and how many merges it took.
+- a remerge with nothing to do: its own time, and the time of a run with the imports and the start
+  of the engine;
+- many registrations at once: the time until one champion holds all, and the number of merges.
 """
 
 import argparse
@@ -42,17 +42,17 @@ PATIENCE_SECONDS = 900.0
 
 @dataclass
 class Figures:
-    """What was measured; seconds.
+    """The measurements, in seconds.
 
     Attributes:
-        to_user_code: from the act to the beginning of the run, each registration.
-        command: the register command itself, each.
-        to_champion: from the command's start to the champion that holds the model, each model
-            of the playground.
-        idle_remerge: own time of a remerge that has nothing to do, each.
-        idle_process: the same with imports and the start of the engine, as a run of its own.
-        at_once: registrations at once.
-        merges: merged versions that they took.
+        to_user_code: from the act to the start of the run, of each registration.
+        command: the register command alone, of each registration.
+        to_champion: from the start of the command to the champion that holds the model, of each
+            model of the playground.
+        idle_remerge: each remerge with nothing to do, alone.
+        idle_process: the same as a run, with imports and the start of the engine.
+        at_once: the number of registrations at once.
+        merges: the number of merged versions for them.
         all_merged: from the first of them to the champion that holds all.
     """
 
@@ -95,7 +95,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(world: World, folder: Path, count: int, at_once: int, workers: int) -> Figures:
-    """Take all figures on one stack, with one worker first and with several at the end."""
+    """Measure everything on one stack, first with one worker and at the end with several."""
     os.environ["RESTITCH_HOME"] = str(folder / "home")
     home = Home.from_environment()
     prepare_environment(home)
@@ -138,7 +138,7 @@ class Bench:
         self.api = PrefectApi(url)
 
     def init(self, line: str, world: World) -> None:
-        """A line on the playground's base, without a benchmark."""
+        """Create a line on the playground's base, without a benchmark."""
         values = {
             "line": line,
             "base": str(world.base),
@@ -154,15 +154,15 @@ class Bench:
         """Seconds from the command to the champion, for each model of the playground."""
         self._command("init", str(world.line)).wait()
         line = yaml.safe_load(world.line.read_text())["line"]
-        found = []
+        seconds = []
         for task in world.tasks:
             began = time.monotonic()
             self._command(
                 *("register", line, "--wait", "--task", str(world.task_file(task))),
                 *("--model", str(world.model(task))),
             ).wait()
-            found.append(time.monotonic() - began)
-        return found
+            seconds.append(time.monotonic() - began)
+        return seconds
 
     def register(self, line: str, model: Path) -> tuple[float, float]:
         """Seconds from the act to user code, and of the command; waits until it is merged."""
@@ -173,16 +173,16 @@ class Bench:
         self._wait_for(line, {task})
         registered = self._ledger(line).state().tasks[task].versions[1].registered_at
         runs = self.api.runs("onboard", "restitch", "COMPLETED")
-        mine = [
+        own = [
             run
             for run in runs
             if run["parameters"]["line"] == line and run["parameters"]["task"] == task
         ]
-        started = min(datetime.fromisoformat(run["start_time"]) for run in mine)
+        started = min(datetime.fromisoformat(run["start_time"]) for run in own)
         return (started - datetime.fromisoformat(registered)).total_seconds(), command
 
     def register_at_once(self, line: str, models: list[Path]) -> tuple[int, float]:
-        """How many merges, and seconds until the champion holds all."""
+        """The number of merges, and seconds until the champion holds all models."""
         began = time.monotonic()
         started = [self._register(line, model) for model in models]
         for process, _ in started:
@@ -191,11 +191,11 @@ class Bench:
         return len(self._ledger(line).state().versions), time.monotonic() - began
 
     def idle_remerge(self, line: str) -> tuple[float, float]:
-        """Own seconds of a remerge without anything to do, and those of a whole run."""
+        """Seconds of a remerge with nothing to do, and of a whole run of it."""
         script = (
             "import time; from restitch.flows.remerge import remerge; import sys\n"
             "import mlflow\n"
-            f"remerge.body({line!r})\n"  # connects, as the first of a process has to
+            f"remerge.body({line!r})\n"  # the first one of a process connects
             "began = time.perf_counter()\n"
             f"assert remerge.body({line!r}).action == 'unchanged'\n"
             "print(time.perf_counter() - began)\n"
@@ -231,7 +231,7 @@ class Bench:
             if champion is not None and tasks <= set(ledger.merged(champion).members):
                 return
             time.sleep(0.1)
-        raise RuntimeError(f"{tasks} did not come into the champion of {line}")
+        raise RuntimeError(f"the champion of {line} does not hold {tasks}")
 
     def _ledger(self, line: str) -> Ledger:
         return Ledger(ObjectStore(self.home.open_store()), line)
@@ -247,7 +247,7 @@ class Bench:
 
 
 def _silent(_: str) -> None:
-    """The stack's messages are not asked for."""
+    """Ignore the stack's messages."""
 
 
 def _spread(values: list[float]) -> str:

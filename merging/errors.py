@@ -7,7 +7,7 @@ traceback; any other exception is a bug.
 
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
-from typing import Any
+from functools import partial
 
 
 class RestitchError(Exception):
@@ -53,19 +53,8 @@ class RestitchError(Exception):
 
     def __reduce__(self) -> tuple[object, ...]:
         # Prefect and process pools pickle exceptions; the default would lose the keywords.
-        return (_rebuild, (type(self), self.summary, self._keywords()))
-
-    def _keywords(self) -> dict[str, Any]:
-        return {
-            "expected": self.expected,
-            "found": self.found,
-            "hint": self.hint,
-            "details": self.details,
-        }
-
-
-def _rebuild(kind: type[RestitchError], summary: str, keywords: dict[str, Any]) -> RestitchError:
-    return kind(summary, **keywords)
+        keywords = {name: getattr(self, name) for name in ("expected", "found", "hint", "details")}
+        return partial(type(self), self.summary, **keywords), ()
 
 
 class UsageError(RestitchError):

@@ -1,1 +1,1 @@
-"""A small self-made world for the demo and the tests."""
+"""A small synthetic world for the demo and the tests: models, their data and their files."""

@@ -1,11 +1,11 @@
-"""A line with a life, and an audit of it: every question, checked against what was done.
+"""A line with a history, and an audit of it: every answer is compared with what was done.
 
     python -m playground.audited [--state .demo/audited] [--world DIR]
 
-Models join, one takes the place of another, one fails a gate and is promoted past it by hand,
-a version is rolled back, models are retired and restored, a broken one is quarantined. Then
-every command of an auditor is asked, and each answer is compared with what this script did
-itself and when. The home stays for looking: `restitch` and MLflow show it.
+Models join, one replaces another, one fails a gate and is promoted by hand, a version is rolled
+back, models are retired and restored, and a broken one is quarantined. Then all audit commands
+run, and each answer is compared with what this script did and when. The home remains, so you can
+look at it with `restitch` and MLflow.
 """
 
 import argparse
@@ -40,14 +40,14 @@ GATES = {"min_retention": 0.9, "max_task_drop": 0.2, "warn": ["max_task_drop"]}
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that was done, with what must hold afterwards.
+    """One step of the history, and the expected state after it.
 
     Attributes:
-        done: in words.
-        kinds: the acts that it leaves in the trail, in order.
-        champion: the version in use afterwards.
-        members: what that holds.
-        at: when it was over.
+        done: the step in words.
+        kinds: the acts that it adds to the trail, in order.
+        champion: the version in use after it.
+        members: the members of the champion.
+        at: the time of its end.
     """
 
     done: str
@@ -59,7 +59,7 @@ class Step:
 
 @dataclass
 class Check:
-    """One answer beside what it should be."""
+    """One answer and the expected one."""
 
     question: str
     answer: Any
@@ -67,13 +67,13 @@ class Check:
 
     @property
     def right(self) -> bool:
-        """Whether they are the same."""
+        """True if they are equal."""
         return bool(self.answer == self.expected)
 
 
 @dataclass
 class Life:
-    """What was done to the line, as this script knows it."""
+    """The steps of the line's history, as this script records them."""
 
     world: World
     folder: Path
@@ -88,23 +88,23 @@ class Life:
         members: dict[str, int],
         code: int = 0,
     ) -> None:
-        """Run a command and note what it must have done."""
-        found, _ = command(*words)
-        if found != code:
-            raise SystemExit(f"{done}: exit code {found}, expected {code}")
+        """Run a command and record its expected effect."""
+        actual, _ = command(*words)
+        if actual != code:
+            raise SystemExit(f"{done}: exit code {actual}, expected {code}")
         self.steps.append(Step(done, kinds, champion, members, datetime.now(UTC)))
-        time.sleep(0.002)  # so that no act has the very time of the step before
+        time.sleep(0.002)  # so that no act has the same time as the previous step
 
     def register(self, task: str, model: Path) -> tuple[object, ...]:
-        """The command that registers a model for one of the world's tasks or a copy of one."""
+        """The arguments that register a model for one of the world's tasks or a copy of one."""
         return ("register", LINE, "--task", self.folder / f"{task}.yaml", "--model", model)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Live, ask, compare; exit code 1 where an answer is wrong."""
+    """Make the history, audit it and compare; exit code 1 if an answer is wrong."""
     parser = argparse.ArgumentParser(prog="python -m playground.audited")
     parser.add_argument("--state", type=Path, default=Path(".demo/audited"))
-    parser.add_argument("--world", type=Path, help="a world that is there, or where to make it")
+    parser.add_argument("--world", type=Path, help="folder of the world; created if missing")
     options = parser.parse_args(arguments)
     state = options.state.absolute()
     world = make_world(options.world or state.parent / "world", "demo")
@@ -121,7 +121,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(world: World, state: Path) -> list[Check]:
-    """Live in a fresh home below `state`, and ask everything about it."""
+    """Make the history in a fresh home below `state`, and audit it."""
     shutil.rmtree(state, ignore_errors=True)
     state.mkdir(parents=True)
     os.environ["RESTITCH_HOME"] = str(state / "home")
@@ -131,17 +131,12 @@ def run(world: World, state: Path) -> list[Check]:
 
 
 def live(world: World, folder: Path) -> Life:
-    """What is done to the line, and what must follow from it."""
+    """Run all steps of the history."""
     life = Life(world, folder)
     first, second, third = _files(world, folder)
     joined = ("registered", "localized", "merged", "promoted")
-    life.do(
-        "make the line",
-        *("init", folder / "line.yaml"),
-        kinds=("configured",),
-        champion=None,
-        members={},
-    )
+    start = ("init", folder / "line.yaml")
+    life.do("make the line", *start, kinds=("configured",), champion=None, members={})
     one = {first: 1}
     two = {**one, second: 1}
     three = {**two, third: 1}
@@ -231,7 +226,7 @@ def live(world: World, folder: Path) -> Life:
 
 
 def ask_trail(life: Life) -> list[Check]:
-    """History and as-of, against the steps."""
+    """Compare `history` and `--as-of` with the steps."""
     kinds = [kind for step in life.steps for kind in step.kinds]
     acts = answer("history", LINE)["acts"]
     checks = [
@@ -274,7 +269,7 @@ def ask_trail(life: Life) -> list[Check]:
 
 
 def ask_versions(life: Life) -> list[Check]:
-    """show, diff and why."""
+    """Compare `show`, `diff` and `why` with the steps."""
     first, second, third = life.world.tasks[:3]
     versions = answer("history", LINE, "--versions")["versions"]
     failed = answer("show", LINE, 5)
@@ -315,7 +310,7 @@ def ask_versions(life: Life) -> list[Check]:
             [5],
         ),
         Check(
-            "7, after all that, is byte for byte 4, which never saw the wreck",
+            "7 has the same bytes as 4, which never contained the wreck",
             answer("show", LINE, 7)["patch"] == answer("show", LINE, 4)["patch"],
             True,
         ),
@@ -323,7 +318,7 @@ def ask_versions(life: Life) -> list[Check]:
 
 
 def ask_proofs(life: Life, folder: Path) -> list[Check]:
-    """verify, and the report beside show."""
+    """Check `verify`, and compare the report with `show`."""
     whole = answer("verify", LINE)
     code, text = command("verify", LINE, "--without", "wreck", "--json")
     claim = json.loads(text)["claim"]
@@ -349,7 +344,7 @@ def ask_proofs(life: Life, folder: Path) -> list[Check]:
 
 
 def answer(*words: object) -> Any:
-    """What a command prints with `--json`."""
+    """The JSON output of a command."""
     code, text = command(*words, "--json")
     if code:
         raise SystemExit(f"restitch {' '.join(map(str, words))}: exit code {code}")
@@ -372,7 +367,7 @@ def command(*words: object) -> tuple[int, str]:
 
 
 def _files(world: World, folder: Path) -> tuple[str, str, str]:
-    """The line's file, the tasks' files and the models that the world does not have."""
+    """Write the line's file, the tasks' files and the models that the world does not have."""
     line = yaml.safe_load(world.line.read_text(encoding="utf-8"))
     values = {**line, "line": LINE, "base": str(world.base), "gates": GATES}
     values["retention"] = str(world.root / "general.yaml")
@@ -405,7 +400,7 @@ def _model(
     target: Path,
     change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> None:
-    """A finetuned model of the world with other weights."""
+    """Write a copy of a finetuned model with changed weights."""
     shutil.copytree(world.model(task), target)
     base = load_file(world.base / "model.safetensors")
     tuned = load_file(target / "model.safetensors")

@@ -1,7 +1,7 @@
-"""The parts of a world, one after the other; a part that is there is not made again.
+"""Building the parts of a world in order; existing parts are not made again.
 
-Every part has its own random generator, so that a world that was made in several runs has
-the same bytes as one that was made in a single run.
+Every part has its own random generator, so a world that was made in several runs has the
+same bytes as one that was made in a single run.
 """
 
 from pathlib import Path
@@ -26,7 +26,7 @@ from restitch.merging.progress import Progress
 
 LINE = "playground"
 DENSITY = 0.05
-"""Grafted models keep most of their skill here and the merged one most of what the base knew."""
+"""Here grafted models keep most of their skill, and the merged one most of the base's."""
 SIZES = {
     "demo": Sizes(
         width=128,
@@ -66,7 +66,7 @@ SIZES = {
 
 
 def build(root: Path, size: str, seed: int, progress: Progress) -> dict[str, dict[str, float]]:
-    """Make what is missing in `root`; the test accuracy by task, of base and finetuned."""
+    """Make missing parts in `root`; returns the test accuracy of base and finetuned by task."""
     builder = Builder(root, SIZES[size], seed, progress)
     with one_thread(), no_bars():
         builder.make_base()
@@ -78,7 +78,7 @@ def build(root: Path, size: str, seed: int, progress: Progress) -> dict[str, dic
 
 
 class Builder:
-    """One run over the parts of one world."""
+    """Builds the parts of one world."""
 
     def __init__(self, root: Path, sizes: Sizes, seed: int, progress: Progress) -> None:
         self.root, self.sizes, self.seed, self.progress = root, sizes, seed, progress
@@ -89,7 +89,7 @@ class Builder:
         self.to_see = sizes.steps * sizes.batch + self.per_task * len(TASKS)
 
     def make_base(self) -> None:
-        """The pretrained model."""
+        """Make the pretrained model."""
         if not (self.root / "base").exists():
             model = make_model(self.sizes, self.tokenizer, self.seed)
             for count in pretrain(model, self.tokenizer, self.sizes, self._random("captions")):
@@ -99,7 +99,7 @@ class Builder:
         self._advance_to(self.sizes.steps * self.sizes.batch)
 
     def make_general(self) -> None:
-        """The general benchmark: a test split and its task file."""
+        """Make the general benchmark: a test split and its task file."""
         place = self.root / "data" / GENERAL.name
         if not place.exists():
             with part(place, self.root) as folder:
@@ -110,7 +110,7 @@ class Builder:
         )
 
     def make_task(self, skill: Skill) -> None:
-        """A task's data, its file and its finetuned model."""
+        """Make a task's data, its file and its finetuned model."""
         place = self.root / "data" / skill.name
         if not place.exists():
             with part(place, self.root) as folder:
@@ -122,34 +122,34 @@ class Builder:
         place = self.root / "models" / skill.name
         if not place.exists():
             model = self.load(self.root / "base")
-            line_state = zero_shot_head(model, self.tokenizer, skill)
+            head = zero_shot_head(model, self.tokenizer, skill)
             pictures, labels = self.rows(skill, "train")
             order = self._random(f"{skill.name} order")
-            for count in finetune(model, line_state, pictures, labels, self.sizes, order):
+            for count in finetune(model, head, pictures, labels, self.sizes, order):
                 self._advance(count)
             with part(place, self.root) as folder:
                 write_model(folder, model, self.tokenizer)
         self._advance_to(self.sizes.steps * self.sizes.batch + self._finished())
 
     def make_line(self) -> None:
-        """The file that describes the line."""
+        """Write the line's file."""
         self._write(self.root / "line.yaml", line_text(LINE, DENSITY))
 
     def measure(self) -> dict[str, dict[str, float]]:
         """Test accuracy of the base on everything, and of each finetuned model on its task."""
         base = self.load(self.root / "base")
-        found: dict[str, dict[str, float]] = {}
+        results: dict[str, dict[str, float]] = {}
         for skill in (GENERAL, *TASKS):
-            line_state = zero_shot_head(base, self.tokenizer, skill)
+            head = zero_shot_head(base, self.tokenizer, skill)
             pictures, labels = self.rows(skill, "test")
-            found[skill.name] = {"base": accuracy(base, line_state, pictures, labels)}
+            results[skill.name] = {"base": accuracy(base, head, pictures, labels)}
             if skill is not GENERAL:
                 tuned = self.load(self.root / "models" / skill.name)
-                found[skill.name]["finetuned"] = accuracy(tuned, line_state, pictures, labels)
-        return found
+                results[skill.name]["finetuned"] = accuracy(tuned, head, pictures, labels)
+        return results
 
     def rows(self, skill: Skill, split: str) -> tuple[Pictures, Ints]:
-        """The pictures of a split, drawn anew: the same each time."""
+        """The pictures and labels of a split, drawn again with the same result each time."""
         rng = self._random(f"{skill.name} {split}")
         sizes = self.sizes
         counts = {
@@ -160,11 +160,11 @@ class Builder:
         labels = skill.balanced(rng, counts[split])
         return skill.pictures(rng, labels), labels
 
-    def _random(self, what: str) -> Any:
-        return generator(self.seed, what)
+    def _random(self, purpose: str) -> Any:
+        return generator(self.seed, purpose)
 
     def load(self, folder: Path) -> Any:
-        """A model as it was written."""
+        """Load a model from its folder."""
         from transformers import CLIPModel
 
         return CLIPModel.from_pretrained(folder, local_files_only=True).eval()
@@ -174,7 +174,7 @@ class Builder:
             file.write_text(text, encoding="utf-8")
 
     def _finished(self) -> int:
-        """Pictures that the models finished so far have seen in finetuning."""
+        """The number of pictures that the finished models have seen in finetuning."""
         models = self.root / "models"
         return self.per_task * sum((models / skill.name).exists() for skill in TASKS)
 

@@ -1,8 +1,8 @@
-"""What is said about the pictures, and the tokenizer that reads it.
+"""The captions of the pictures, and their tokenizer.
 
-Captions name all of a picture most of the time and part of it otherwise. The tokenizer is
-CLIP's own kind (byte pairs, lower case) with merges for exactly the world's words, so that
-each is one token and any other text can still be read.
+Most captions describe the whole picture, and the others a part of it. The tokenizer is of
+CLIP's kind (byte pairs, lower case) with merges for exactly the world's words, so each of
+them is one token and any other text can still be read.
 """
 
 from itertools import pairwise
@@ -15,7 +15,7 @@ from playground.skills import GENERAL, SKILLS, Skill
 
 TEMPLATES = (*GENERAL.templates, "a {}", "one can see a {}", "here is a {}")
 FULL, NO_TEXTURE, NO_COLOUR = 0.7, 0.1, 0.1
-"""Shares of captions that name colour, texture and shape, or leave one out; the rest: the shape."""
+"""Shares of captions: complete, without texture, without colour; the rest are without shape."""
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 MAX_LENGTH = 16

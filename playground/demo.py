@@ -1,13 +1,13 @@
-"""The demo: some finetuned models become one, while events and workers do the work.
+"""The demo: workers merge several finetuned models into one, driven by events.
 
     make demo            (or: python -m playground.demo)
-    make demo KEEP=1     leave the servers up and say where their pages are
+    make demo KEEP=1     leave the servers up and print their addresses
 
-It makes the playground's world (cached afterwards), brings up a stack of servers and workers,
-registers the world's models, and shows what the workers do as they do it: every act of the
-audit trail, and after each promotion the table of what the merged model can do. State lies in
-`.demo/`: the world, a home, and the exported champion. A run starts with an empty home; where
-the stack of an earlier run is still up it makes another line on it instead.
+It makes the playground's world (cached for later runs), starts servers and workers, registers the
+world's models, and shows every act of the audit trail as it happens, with a table of the merged
+model's results after each promotion. The world, a home and the exported champion are in `.demo/`.
+A run starts with an empty home, unless the stack of an earlier run is still up: then it makes a
+new line on that stack.
 """
 
 import argparse
@@ -42,7 +42,7 @@ PATIENCE_SECONDS = 600.0
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the demo; a failure is one message and an exit code."""
     parser = argparse.ArgumentParser(prog="python -m playground.demo")
-    parser.add_argument("--state", type=Path, default=STATE, help="where everything is kept")
+    parser.add_argument("--state", type=Path, default=STATE, help="folder of the demo's files")
     parser.add_argument("--size", choices=("demo", "small"), default="demo")
     parser.add_argument("--keep", action="store_true", help="leave the stack up at the end")
     options = parser.parse_args(arguments)
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def run(state: Path, size: str, keep: bool) -> None:
-    """The story from the world to the exported champion."""
+    """Run all steps, from the world to the exported champion."""
     out = Console(highlight=False)
     started = time.perf_counter()
     out.rule("1. a base and its finetuned models")
@@ -88,14 +88,14 @@ def fresh_home(state: Path) -> None:
 
 
 def start_line(world: World, state: Path, out: Console) -> str:
-    """Make a line from the world's file, under a name that is not taken."""
+    """Make a line from the world's file, with a new name."""
     from restitch.deployments.server.deploy import keep_schedules
     from restitch.flows.lines.init_line import init_line
     from restitch.registry.ledger.ledger import lines
     from restitch.tasks.runtime.workspace import workspace
 
     values = yaml.safe_load(world.line.read_text())
-    del values["localize"]  # the demo shows what a line does by default
+    del values["localize"]  # the demo shows the default of a line
     taken = sum(1 for _ in lines(workspace().objects))
     if taken:
         values["line"] = f"{values['line']}-{taken + 1}"
@@ -111,7 +111,7 @@ def start_line(world: World, state: Path, out: Console) -> str:
 
 
 def register_all(world: World, line: str, out: Console) -> None:
-    """Register the models, each of which is an event, and watch what follows."""
+    """Register the models, each of which is an event, and show the acts that follow."""
     from restitch.flows.register import register
     from restitch.tasks.runtime.workspace import workspace
 
@@ -127,7 +127,7 @@ def register_all(world: World, line: str, out: Console) -> None:
             raise Unavailable(
                 f"the champion of {line} does not hold all models",
                 expected=f"{', '.join(world.tasks)} within {PATIENCE_SECONDS:.0f} seconds",
-                hint="`restitch doctor` tells what is missing",
+                hint="run `restitch doctor` to see what is missing",
             )
         time.sleep(0.3)
         watch.look()
@@ -142,7 +142,7 @@ class Watch:
         self.seen = 0
 
     def look(self) -> None:
-        """Show what is new."""
+        """Show the acts since the last call."""
         for entry in self.ledger.entries(newest_first=False):
             if entry.sequence <= self.seen:
                 continue
@@ -157,7 +157,7 @@ class Watch:
                 render.results(self.ledger.merged(version).to_json(), self.out)
 
     def holds(self, tasks: Sequence[str]) -> bool:
-        """Whether the champion holds all tasks."""
+        """True if the champion holds exactly the tasks."""
         champion = self.ledger.state().champion
         return champion is not None and set(self.ledger.merged(champion).members) == set(tasks)
 
@@ -174,7 +174,7 @@ def finish(state: Path, line: str, out: Console) -> None:
 
 
 def say_where_to_look(state: Path, keep: bool, out: Console) -> None:
-    """The addresses or commands with which to go on."""
+    """Print the addresses or commands to continue with."""
     binaries = Path(os.path.relpath(Path(sys.executable).parent))
     command = f"RESTITCH_HOME={os.path.relpath(state / 'home')} {binaries / 'restitch'}"
     if keep:
@@ -183,13 +183,13 @@ def say_where_to_look(state: Path, keep: bool, out: Console) -> None:
         out.print(f"  {str(stack.prefect_api_url).removesuffix('/api')}")
         out.print("the versions, their metrics and the audit trail, in MLflow:")
         out.print(f"  {stack.mlflow_uri}")
-        out.print("go on by hand, and stop it at last:")
+        out.print("continue by hand, and stop the stack at the end:")
         out.print(f"  {command} status\n  {command} down", soft_wrap=True)
         return
     database = f"sqlite:///{os.path.relpath(state / 'home' / 'mlflow.db')}"
     out.print("\nlook at the versions, their metrics and the audit trail in MLflow:")
     out.print(f"  {binaries / 'mlflow'} ui --backend-store-uri {database}", soft_wrap=True)
-    out.print("go on by hand, or with `make demo KEEP=1` leave the servers up:")
+    out.print("continue by hand, or leave the servers up with `make demo KEEP=1`:")
     out.print(f"  {command} status", soft_wrap=True)
 
 

@@ -1,8 +1,8 @@
-"""How a part of the world is written: model folders, tables of pictures, task and line files.
+"""Writing the parts of a world: model folders, tables of pictures, task and line files.
 
-A part is written beside its place and renamed, so that it is there whole or not at all.
-Everything is in the forms that users bring: folders of `save_pretrained`, parquet with the
-columns `image` and `label`, YAML with paths relative to its file.
+A part is written under a temporary name and renamed, so it is either complete or missing.
+All formats are those of users: folders of `save_pretrained`, parquet with the columns
+`image` and `label`, YAML with paths relative to its file.
 """
 
 import io
@@ -25,7 +25,7 @@ SPLITS = ("train", "validation", "test")
 
 @contextmanager
 def part(place: Path, root: Path) -> Iterator[Path]:
-    """A path to write to; what is there at the end of the context is renamed to `place`."""
+    """A temporary path to write to, which is renamed to `place` at the end of the context."""
     draft = root / f".part-{place.relative_to(root).as_posix().replace('/', '-')}"
     if draft.is_dir():
         shutil.rmtree(draft)
@@ -39,7 +39,7 @@ def part(place: Path, root: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path) -> None:
-    """Make it last: a name must never outlive its content."""
+    """Flush to disk, so that a name never exists without its content."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -98,7 +98,7 @@ def _png(picture: Pictures) -> bytes:
 
 
 def task_text(skill: Skill, data: str, splits: Sequence[str]) -> str:
-    """The file that describes a task; `data` is relative to it."""
+    """The text of a task's file; `data` is relative to that file."""
     files = {split: f"{split}.parquet" for split in splits}
     return _yaml(
         {
@@ -110,7 +110,7 @@ def task_text(skill: Skill, data: str, splits: Sequence[str]) -> str:
 
 
 def line_text(name: str, density: float) -> str:
-    """The file that describes the line."""
+    """The text of the line's file."""
     return _yaml(
         {
             "line": name,

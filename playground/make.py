@@ -2,10 +2,10 @@
 
     python -m playground.make OUT [--seed 0] [--size small|demo]
 
-`make_world` writes a folder that is complete once its manifest is there, and returns at once
-when it finds one of the same code and settings with every file intact. Parts appear whole or
-not at all, so that a killed run goes on with the part that it was at; two runs at once take
-turns. The same seed and size give the same bytes on the same machine.
+`make_world` writes a folder that is complete when it has a manifest. It returns at once if there
+is a world of the same code and settings with every file intact. Parts are either complete or
+missing, so the next run after a killed one continues with the part that it was making; two runs
+at the same time wait for each other. The same seed and size give the same bytes on one machine.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from restitch.merging.progress import Progress, ignore
 
 MANIFEST = "manifest.json"
 LOCK = ".making"
-"""Held while a run works in the folder; says what it is making there."""
+"""Locked while a run works in the folder; contains the fingerprint of the world being made."""
 PARTS = ("base", "data", "models", "tasks", "general.yaml", "line.yaml", MANIFEST)
 SOURCES = (
     "building.py",
@@ -45,7 +45,7 @@ class World:
 
     Attributes:
         root: its folder.
-        tasks: the names of its tasks, in the order in which they are best registered.
+        tasks: the names of its tasks, in the best order of registration.
     """
 
     root: Path
@@ -76,30 +76,30 @@ class World:
 
     @property
     def accuracy(self) -> dict[str, dict[str, float]]:
-        """Test accuracy by task, of `base` and `finetuned`, as measured when it was made."""
+        """The test accuracy of `base` and `finetuned` by task, from the manifest."""
         manifest = json.loads((self.root / MANIFEST).read_text(encoding="utf-8"))
-        found: dict[str, dict[str, float]] = manifest["accuracy"]
-        return found
+        accuracy: dict[str, dict[str, float]] = manifest["accuracy"]
+        return accuracy
 
 
 def make_world(
     out: Path, size: str = "demo", seed: int = 0, progress: Progress | None = None
 ) -> World:
-    """The world in `out`, made if it is not there.
+    """The world in `out`, which is made if it is missing.
 
     Args:
-        out: its folder; absent, empty, or a world of whatever code and settings.
-        size: `demo` is worth looking at, `small` is made in seconds and knows nothing.
-        seed: of everything that is random.
-        progress: told how many pictures the models have seen.
+        out: its folder: missing, empty, or a world of any code and settings.
+        size: `demo` learns its tasks; `small` is made in seconds and learns nothing.
+        seed: the seed of all random numbers.
+        progress: called with the pictures that the models have seen and the total.
 
     Raises:
-        UsageError: there is no such size.
-        BadInput: the folder holds something else.
+        UsageError: the size is unknown.
+        BadInput: the folder is not a world.
         Unavailable: the folder cannot be written.
     """
     if size not in SIZES:
-        raise UsageError(f"there is no world of size {size!r}", expected=" or ".join(SIZES))
+        raise UsageError(f"unknown size of a world: {size!r}", expected=" or ".join(SIZES))
     out = Path(out).absolute()
     try:
         made = _made(out, _fingerprint(size, seed))
@@ -113,17 +113,17 @@ def make_world(
 
 
 def _make(out: Path, size: str, seed: int, progress: Progress) -> World:
-    """Make what is missing, one part after the other, and the manifest last."""
+    """Make the missing parts in order, and the manifest last."""
     _refuse_foreign(out)
     out.mkdir(parents=True, exist_ok=True)
     fingerprint = _fingerprint(size, seed)
     with _locked(out / LOCK) as note:
         if world := _made(out, fingerprint):
-            return world  # another run was faster
+            return world  # made by another run in the meantime
         if note.read_text(encoding="utf-8") != fingerprint or (out / MANIFEST).exists():
             _clear(out)
             note.write_text(fingerprint, encoding="utf-8")
-        # Heavy imports only now: a world that is there costs none of them.
+        # Imported here, so that an existing world needs no heavy imports.
         from playground.building import build
 
         accuracy = build(out, size, seed, progress)
@@ -145,7 +145,7 @@ def _make(out: Path, size: str, seed: int, progress: Progress) -> World:
 
 
 def _made(out: Path, fingerprint: str) -> World | None:
-    """The world in `out` if it is complete, of this fingerprint, and every file is intact."""
+    """The world in `out` if it is complete and intact and has this fingerprint."""
     try:
         manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
         if manifest["fingerprint"] != fingerprint:
@@ -159,34 +159,34 @@ def _made(out: Path, fingerprint: str) -> World | None:
 
 
 def _fingerprint(size: str, seed: int) -> str:
-    """The digest of the generating code and of the settings."""
+    """The digest of the generating code and the settings."""
     here = Path(__file__).parent
     sources = {name: digest_bytes((here / name).read_bytes()) for name in SOURCES}
     return digest_json({"sources": sources, "size": size, "seed": seed})
 
 
 def _refuse_foreign(out: Path) -> None:
-    """A folder that is not a world is never cleared."""
+    """Refuse a folder that is not a world, which must not be cleared."""
     if out.is_dir() and ((out / LOCK).exists() or not any(out.iterdir())):
         return
     if out.exists() or out.is_symlink():
         raise BadInput(
-            f"{out} is there and is not a world of the playground",
-            expected="an absent or empty folder, or one that was made here before",
-            hint="name another folder",
+            f"{out} exists and is not a world of the playground",
+            expected="a missing or empty folder, or a world of the playground",
+            hint="choose another folder",
         )
 
 
 @contextmanager
 def _locked(path: Path) -> Iterator[Path]:
-    """Hold the folder's lock; the kernel gives it up when the process ends, however it ends."""
+    """Hold the folder's lock; the kernel releases it when the process ends or dies."""
     with path.open("a", encoding="utf-8") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield path
 
 
 def _clear(out: Path) -> None:
-    """Remove what an earlier run made, the manifest first."""
+    """Remove the parts of an earlier run, the manifest first."""
     (out / MANIFEST).unlink(missing_ok=True)
     for path in [*(out / part for part in PARTS), *out.glob(".part-*")]:
         if path.is_dir():
@@ -196,7 +196,7 @@ def _clear(out: Path) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Make a world and say what its models can do."""
+    """Make a world and print the accuracy of its models."""
     from rich.console import Console
     from rich.progress import Progress as Bars
     from rich.progress import TimeElapsedColumn
@@ -219,8 +219,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except RestitchError as error:
         Console(stderr=True).print(f"error: {error}", markup=False, soft_wrap=True)
         sys.exit(error.exit_code)
-    for name, found in world.accuracy.items():
-        values = ", ".join(f"{model} {value:.3f}" for model, value in found.items())
+    for name, accuracy in world.accuracy.items():
+        values = ", ".join(f"{model} {value:.3f}" for model, value in accuracy.items())
         out.print(f"{name}: {values}")
     out.print(str(world.root), soft_wrap=True)
 

@@ -1,7 +1,7 @@
-"""Pictures of the small world: coloured, textured shapes on plain grounds, 32 x 32 pixels.
+"""Pictures of the playground: coloured, textured shapes on plain backgrounds, 32 x 32 pixels.
 
-A picture is described by a ground colour and rows of `Shapes` (one row per drawn shape, in
-numpy columns) and rendered for a whole batch at once from signed distances. The same
+A picture is described by a background colour and rows of `Shapes` (numpy columns with one
+row per shape). Whole batches are rendered at once from signed distances. The same
 description and generator give the same bytes.
 """
 
@@ -63,8 +63,8 @@ def _star(x: Floats, y: Floats) -> Floats:
 
 def _arrow(x: Floats, y: Floats) -> Floats:
     sides = np.float32(0.75) * np.abs(x) - np.float32(0.66) * (y + np.float32(1.0))
-    line_state = np.maximum(sides, y + np.float32(0.05))
-    arrow: Floats = np.minimum(line_state, _box(x, y - np.float32(0.45), 0.25, 0.55))
+    tip = np.maximum(sides, y + np.float32(0.05))
+    arrow: Floats = np.minimum(tip, _box(x, y - np.float32(0.45), 0.25, 0.55))
     return arrow
 
 
@@ -107,16 +107,16 @@ SHAPE_NAMES = tuple(SHAPES)
 
 @dataclass(frozen=True)
 class Shapes:
-    """What is drawn, one row per shape; later rows of a picture lie over earlier ones.
+    """The shapes to draw, one row each; later rows of a picture cover earlier ones.
 
     Attributes:
-        picture: which picture the shape is in; ascending.
-        shape: its place in `SHAPE_NAMES`.
+        picture: the index of its picture, in rising order.
+        shape: its index in `SHAPE_NAMES`.
         paint: its colour, [shapes, 3] from 0 to 1.
-        texture: its place in `TEXTURES`.
-        x: its middle, from -1 (left) to 1.
-        y: its middle, from -1 (top) to 1.
-        radius: 1 fills half of the picture's side.
+        texture: its index in `TEXTURES`.
+        x: its centre, from -1 (left) to 1.
+        y: its centre, from -1 (top) to 1.
+        radius: 1 is half of the picture's side.
         angle: clockwise, in radians.
     """
 
@@ -131,10 +131,10 @@ class Shapes:
 
 
 def render(rng: np.random.Generator, ground: Floats, shapes: Shapes) -> Pictures:
-    """Draw a picture on each ground [pictures, 3]; light and noise come from the generator."""
+    """Draw a picture on each background [pictures, 3], with random light and noise."""
     canvas = _lit(rng, ground)
     cover, tone = _cover(shapes)
-    order = _place_in_picture(shapes.picture)
+    order = _index_in_picture(shapes.picture)
     for layer in range(int(order.max(initial=-1)) + 1):
         rows = np.flatnonzero(order == layer)
         at = shapes.picture[rows]
@@ -147,7 +147,7 @@ def render(rng: np.random.Generator, ground: Floats, shapes: Shapes) -> Pictures
 
 
 def _lit(rng: np.random.Generator, ground: Floats) -> Floats:
-    """The grounds, lighter towards one side: [pictures, pixels, 3]."""
+    """The backgrounds, lighter towards one side: [pictures, pixels, 3]."""
     slope = rng.uniform(-0.1, 0.1, (len(ground), 2, 1)).astype(np.float32)
     y, x = _grid()
     ramp = slope[:, 0] * x + slope[:, 1] * y
@@ -163,7 +163,7 @@ def _grid() -> tuple[Floats, Floats]:
 
 
 def _cover(shapes: Shapes) -> tuple[Floats, Floats]:
-    """How much each shape covers each pixel, and how bright its texture is there."""
+    """The coverage of each pixel by each shape, and the brightness of its texture there."""
     grid_y, grid_x = _grid()
     cos, sin = np.cos(shapes.angle)[:, None], np.sin(shapes.angle)[:, None]
     dx = (grid_x - shapes.x[:, None]) / shapes.radius[:, None]
@@ -186,8 +186,8 @@ def _cover(shapes: Shapes) -> tuple[Floats, Floats]:
     return cover, tone
 
 
-def _place_in_picture(picture: Ints) -> Ints:
-    """The how-manieth shape of its picture each row is; rows of a picture lie together."""
+def _index_in_picture(picture: Ints) -> Ints:
+    """The index of each row among the rows of its picture, which are consecutive."""
     starts = np.flatnonzero(np.diff(picture, prepend=-1))
     lengths = np.diff(np.append(starts, len(picture)))
     return np.arange(len(picture)) - np.repeat(starts, lengths)

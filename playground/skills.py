@@ -1,8 +1,8 @@
-"""What the world's pictures are about: the general benchmark and the skills to finetune for.
+"""The subjects of the playground's pictures: the general benchmark and the skills to finetune.
 
-A `Skill` is a closed set of classes with a way to draw pictures of each. `GENERAL` is what
-the base learns from captions; the others look like nothing in it and are almost absent from
-the captions, so that the base's zero-shot accuracy on them is poor.
+A `Skill` is a closed set of classes with a function that draws pictures of each. The base learns
+`GENERAL` from captions. The other skills look different and are almost absent from the captions,
+so the base's zero-shot accuracy on them is poor.
 """
 
 from collections.abc import Callable
@@ -24,22 +24,22 @@ COLOURS: dict[str, tuple[float, float, float]] = {
 GENERAL_SHAPES = SHAPE_NAMES[:6]
 LETTERS = SHAPE_NAMES[SHAPE_NAMES.index("a") :]
 CHUNK = 256
-"""Pictures rendered at once: what fits the processor's caches."""
+"""The number of pictures rendered at once, which fit the processor's caches."""
 
 Draw = Callable[[np.random.Generator, Ints], tuple[Floats, Shapes]]
-"""Grounds and shapes of one picture for each label."""
+"""Backgrounds and shapes of one picture for each label."""
 
 
 @dataclass(frozen=True)
 class Skill:
-    """A closed set of classes and how a picture of each is drawn.
+    """A closed set of classes with a function that draws pictures of them.
 
     Attributes:
-        name: of the task.
+        name: the name of the task.
         labels: the classes, in the order of their indices.
         templates: prompts in which `{}` stands for the label.
-        draw: what to draw for given labels.
-        share: how much of the pretraining captions is about it.
+        draw: returns the backgrounds and shapes for given labels.
+        share: its share of the pretraining captions.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Skill:
         return np.concatenate([render(rng, *self.draw(rng, chunk)) for chunk in chunks])
 
     def balanced(self, rng: np.random.Generator, count: int) -> Ints:
-        """`count` labels in random order, each class as often as any other (up to one)."""
+        """`count` labels in random order, with equal counts of all classes (up to one)."""
         return rng.permutation(np.arange(count) % len(self.labels))
 
 
@@ -65,7 +65,7 @@ def _uniform(rng: np.random.Generator, low: float, high: float, *shape: int) -> 
 def _near(
     rng: np.random.Generator, count: int, colour: tuple[float, float, float], spread: float = 0.08
 ) -> Floats:
-    """`count` colours near one."""
+    """`count` colours close to one colour."""
     around = np.array(colour, dtype=np.float32) + _uniform(rng, -spread, spread, count, 3)
     colours: Floats = np.clip(around, 0.0, 1.0)
     return colours
@@ -82,7 +82,7 @@ def _one_each(
     radius: tuple[float, float] = (0.6, 0.85),
     angle: Floats | None = None,
 ) -> Shapes:
-    """One shape in each picture, a little off its place, more or less upright."""
+    """One shape in each picture, slightly moved and rotated."""
     count = len(shape)
     nowhere = np.zeros(count, dtype=np.float32)
     shade = _uniform(rng, 0.8, 1.0, count, 1)
@@ -99,7 +99,7 @@ def _one_each(
 
 
 def _draw_general(rng: np.random.Generator, labels: Ints) -> tuple[Floats, Shapes]:
-    """A coloured, textured shape on a dull ground."""
+    """A coloured, textured shape on a dull background."""
     rest, shape = np.divmod(labels, len(GENERAL_SHAPES))
     colour, texture = np.divmod(rest, len(TEXTURES))
     palette = np.array(list(COLOURS.values()), dtype=np.float32)
@@ -168,4 +168,4 @@ RADAR = Skill(
 )
 SKILLS = (ARROWS, LETTERING, RADAR)
 TASKS = (RADAR, ARROWS, LETTERING)
-"""The skills in the order of registration that keeps most of the general benchmark on the way."""
+"""The skills in the order of registration with the best retention on the way."""

@@ -1,10 +1,10 @@
-"""How the world's models learn: a CLIP from captions, then skills in its vision tower alone.
+"""Training of the playground's models: a CLIP on captions, then skills in its vision tower alone.
 
-Everything runs in one thread, whatever the machine has, so that the same seed gives the same
-bytes and a busy machine does not stall the run. The base learns contrastively; each caption
-of a batch counts once, so that equal captions are no false negatives. A skill is learned by
-cross-entropy against the base's text embeddings, and only in the blocks of the vision tower:
-a gentle run with plain momentum, which concentrates what it changes on few weights.
+Everything runs in one thread, so that the same seed gives the same bytes and a busy machine does
+not stall the run. The base is trained with a contrastive loss in which each distinct caption of a
+batch counts once, so that equal captions are not negatives. A skill is learned with cross-entropy
+against the base's text embeddings, and only in the blocks of the vision tower: a short run of SGD
+with momentum, which concentrates the changes on few weights.
 """
 
 from collections.abc import Iterator, Sequence
@@ -23,15 +23,15 @@ from playground.scenes import SIZE, Ints, Pictures
 from playground.skills import GENERAL, SKILLS, Skill
 
 MEAN, DEVIATION = 0.5, 0.5
-"""How pixels from 0 to 1 are normalized, here and in the processor's file."""
+"""The normalization of pixels from 0 to 1, here and in the processor's file."""
 
 LARGEST_SCALE = float(np.log(100.0))
-"""CLIP's own bound of the logit scale, as a logarithm."""
+"""CLIP's upper bound of the logarithm of the logit scale."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large the models, the runs and the data sets are."""
+    """The sizes of the models, the runs and the data sets."""
 
     width: int
     layers: int
@@ -52,7 +52,7 @@ class Sizes:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread for torch, and a generator of its own that the caller's does not feel."""
+    """Run torch in one thread, with a random generator that does not affect the caller's."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -64,7 +64,7 @@ def one_thread() -> Iterator[None]:
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Keep transformers from drawing: who called says how far the work is."""
+    """Turn off the progress bars of transformers; the caller reports the progress."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()
@@ -76,9 +76,9 @@ def no_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def generator(seed: int, what: str) -> np.random.Generator:
-    """A generator for one purpose, independent of every other."""
-    return np.random.default_rng([seed, *what.encode()])
+def generator(seed: int, purpose: str) -> np.random.Generator:
+    """A random generator for one purpose, independent of all others."""
+    return np.random.default_rng([seed, *purpose.encode()])
 
 
 def make_model(sizes: Sizes, tokenizer: Any, seed: int) -> Any:
@@ -86,7 +86,7 @@ def make_model(sizes: Sizes, tokenizer: Any, seed: int) -> Any:
     from transformers import CLIPConfig, CLIPModel
 
     start, end = tokenizer.convert_tokens_to_ids([START, END])
-    common = {"hidden_act": "gelu"}  # CLIP's quick_gelu takes three passes over memory on a CPU
+    common = {"hidden_act": "gelu"}  # CLIP's quick_gelu needs three passes over memory on a CPU
     config = CLIPConfig(
         text_config=common
         | {
@@ -116,7 +116,7 @@ def make_model(sizes: Sizes, tokenizer: Any, seed: int) -> Any:
 
 
 def pretrain(model: Any, tokenizer: Any, sizes: Sizes, rng: np.random.Generator) -> Iterator[int]:
-    """Train the model on captioned pictures; yields how many pictures a step saw."""
+    """Train the model on captioned pictures; yields the number of pictures of each step."""
     pictures, texts = _captioned(sizes.pictures, rng)
     distinct, number = np.unique(texts, return_inverse=True)
     tokens, numbers = _tokens(tokenizer, list(distinct)), torch.from_numpy(number)
@@ -130,8 +130,8 @@ def pretrain(model: Any, tokenizer: Any, sizes: Sizes, rng: np.random.Generator)
     model.train()
     for step, rows in enumerate(_batches(rng, len(pictures), sizes.batch, sizes.steps)):
         _set_rate(optimizer, sizes.rate, step, sizes.steps, warmup=50)
-        said, target = torch.unique(numbers[torch.from_numpy(rows)], return_inverse=True)
-        loss = _contrast(model, pixels(pictures[rows]), _trimmed(tokens[said], tokenizer), target)
+        used, target = torch.unique(numbers[torch.from_numpy(rows)], return_inverse=True)
+        loss = _contrast(model, pixels(pictures[rows]), _trimmed(tokens[used], tokenizer), target)
         _descend(optimizer, model.parameters(), loss)
         with torch.no_grad():
             model.logit_scale.clamp_(0.0, LARGEST_SCALE)
@@ -147,7 +147,7 @@ def finetune(
     sizes: Sizes,
     rng: np.random.Generator,
 ) -> Iterator[int]:
-    """Teach the vision blocks the labelled pictures; yields how many a step saw."""
+    """Finetune the vision blocks on labelled pictures; yields the number of each step."""
     model.requires_grad_(False)
     blocks = model.vision_model.encoder.layers
     blocks.requires_grad_(True)
@@ -179,7 +179,7 @@ def zero_shot_head(model: Any, tokenizer: Any, skill: Skill) -> Tensor:
 
 @torch.no_grad()
 def accuracy(model: Any, head: Tensor, pictures: Pictures, labels: Ints) -> float:
-    """The share of pictures whose class is the nearest to them."""
+    """The share of pictures whose nearest class is the right one."""
     model.eval()
     right = 0
     for start in range(0, len(pictures), 256):
@@ -190,7 +190,7 @@ def accuracy(model: Any, head: Tensor, pictures: Pictures, labels: Ints) -> floa
 
 
 def pixels(pictures: Pictures) -> Tensor:
-    """What the image processor makes of the pictures, [pictures, 3, SIZE, SIZE]."""
+    """The pictures as the image processor returns them, [pictures, 3, SIZE, SIZE]."""
     channels = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
     return channels.div_(255.0).sub_(MEAN).div_(DEVIATION)
 
@@ -205,7 +205,7 @@ def _text_features(model: Any, tokens: Tensor) -> Tensor:
 
 
 def _captioned(count: int, rng: np.random.Generator) -> tuple[Pictures, list[str]]:
-    """Pictures of everything, each skill with its share, and their captions."""
+    """Pictures of all skills by their shares, and their captions."""
     shares = {skill: round(count * skill.share) for skill in SKILLS}
     shares[GENERAL] = count - sum(shares.values())
     pictures, texts = [], []
@@ -219,12 +219,12 @@ def _captioned(count: int, rng: np.random.Generator) -> tuple[Pictures, list[str
 
 
 def _contrast(model: Any, values: Tensor, tokens: Tensor, target: Tensor) -> Tensor:
-    """The contrastive loss of pictures and distinct captions; `target` is each one's caption."""
+    """The contrastive loss of pictures and distinct captions; `target` maps one to the other."""
     scores = (
         model.logit_scale.exp() * image_features(model, values) @ _text_features(model, tokens).T
     )
     of_pictures = F.cross_entropy(scores, target)
-    # A caption may have several pictures: their mean, so that each caption counts once.
+    # A caption may have several pictures: use their mean, so that each caption counts once.
     own = scores.log_softmax(dim=0).gather(1, target[:, None]).squeeze(1)
     of_captions = -(own / torch.bincount(target)[target]).sum() / len(tokens)
     loss: Tensor = (of_pictures + of_captions) / 2
@@ -237,13 +237,13 @@ def _tokens(tokenizer: Any, texts: Sequence[str]) -> Tensor:
 
 
 def _trimmed(tokens: Tensor, tokenizer: Any) -> Tensor:
-    """Without the columns that hold padding only; the first end token is kept."""
+    """Remove the columns with only padding, but keep the first end token."""
     longest = int((tokens != tokenizer.pad_token_id).sum(dim=1).max())
     return tokens[:, : longest + 1]
 
 
 def _batches(rng: np.random.Generator, count: int, batch: int, steps: int) -> Iterator[Ints]:
-    """Rows of each step: every row once before any comes again, full batches only."""
+    """The rows of each step: full batches only, and every row at most once in each pass."""
     order: Ints = np.empty(0, dtype=np.int64)
     for _ in range(steps):
         if len(order) < batch:
@@ -255,7 +255,7 @@ def _batches(rng: np.random.Generator, count: int, batch: int, steps: int) -> It
 def _set_rate(
     optimizer: torch.optim.Optimizer, rate: float, step: int, steps: int, warmup: int
 ) -> None:
-    """A short rise, then half a cosine down to zero."""
+    """Set the learning rate: linear warm-up, then half a cosine down to zero."""
     factor = min((step + 1) / warmup, 1.0) * 0.5 * (1.0 + cos(pi * step / steps))
     for group in optimizer.param_groups:
         group["lr"] = rate * factor

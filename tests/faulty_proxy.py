@@ -1,10 +1,9 @@
-"""A network that fails, between the tests and an S3 server: a proxy that injects faults.
+"""A proxy between the tests and an S3 server that injects network faults.
 
-A share of the calls, chosen by a seed, is answered by an error, cut, delayed, altered, or
-has its answer lost after it took effect. Requests that were altered on their way are refused
-by the digest of their content that they are signed with, as real servers do and moto does
-not. Only the content of objects is altered in answers: listings carry no checksum in S3, and
-it is TLS that guards them.
+A share of the calls, chosen by a seed, is answered with an error, cut, delayed or altered, or its
+answer is lost after it took effect. Altered requests are refused by their signed content digest,
+as real servers do and moto does not. Answers are altered only in the content of objects: S3
+listings have no checksum and are protected by TLS.
 """
 
 import hashlib
@@ -34,13 +33,13 @@ _REFUSED = b"<Error><Code>XAmzContentSHA256Mismatch</Code><Message>Not it</Messa
 
 @dataclass
 class Faults:
-    """What is injected, and what was.
+    """The faults to inject, and the counts of injected ones.
 
     Attributes:
-        share: how many of the calls fail.
-        kinds: the faults that may happen.
-        injected: how often each kind has.
-        calls: how many calls there were.
+        share: the share of the calls that fail.
+        kinds: the possible faults.
+        injected: the number of injected faults of each kind.
+        calls: the number of calls.
     """
 
     seed: int
@@ -55,7 +54,7 @@ class Faults:
         self._lock = threading.Lock()
 
     def next(self) -> str | None:
-        """What becomes of the next call."""
+        """The fault of the next call, or None."""
         with self._lock:
             self.calls += 1
             if self._chance.random() >= self.share:
@@ -63,14 +62,14 @@ class Faults:
             return self._chance.choice(self.kinds)
 
     def happened(self, kind: str) -> None:
-        """Count a fault that was possible at this call."""
+        """Count an injected fault."""
         with self._lock:
             self.injected[kind] += 1
 
 
 @contextmanager
 def faulty_proxy(server_url: str, faults: Faults) -> Iterator[Faults]:
-    """Run a proxy in front of a server for the length of the context.
+    """Run a proxy in front of a server within the context.
 
     Yields:
         The faults, whose `url` is the proxy's address.
@@ -104,7 +103,7 @@ class _Handler(BaseHTTPRequestHandler):
     def handle_one_request(self) -> None:
         try:
             super().handle_one_request()
-        except OSError:  # the client has gone
+        except OSError:  # the client closed the connection
             self.close_connection = True
 
     def _answer(self) -> None:
@@ -121,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _answer  # noqa: N815
 
     def _before(self, fault: str | None, body: bytes) -> bool:
-        """Whether the call goes on to the server nevertheless."""
+        """Inject a fault before the server; True if the call continues to the server."""
         if fault == "altered request":
             if not body:
                 return True
@@ -164,8 +163,8 @@ class _Handler(BaseHTTPRequestHandler):
             connection.request(self.command, self.path, body, headers)
             answer = connection.getresponse()
             data = answer.read()
-            found = {k: v for k, v in answer.getheaders() if k.lower() not in _HOP}
-            return answer.status, found, data
+            received = {k: v for k, v in answer.getheaders() if k.lower() not in _HOP}
+            return answer.status, received, data
         finally:
             connection.close()
 
@@ -194,10 +193,10 @@ class _Handler(BaseHTTPRequestHandler):
         self.wfile.write(data[:until])
 
     def _reset(self) -> None:
-        """End the connection so that the other side gets a reset, not an end."""
+        """Close the connection with a TCP reset instead of a regular end."""
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.rfile.close()  # which holds the connection, too
+        self.rfile.close()  # which also holds the connection
         self.connection.close()
 
 

@@ -1,4 +1,4 @@
-"""Tiny real models with random weights, made in a second: folders as transformers writes them.
+"""Tiny real models with random weights, written by transformers in a second.
 
 base = tiny_clip(tmp_path / "base")
 tuned = tweaked(base, tmp_path / "tuned", seed=1)
@@ -26,7 +26,7 @@ SPECIAL = ("<s>", "</s>", "<pad>", "<unk>")
 
 
 def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
-    """One token per byte, so that any text has its own tokens."""
+    """A tokenizer with one token per byte, so that different texts have different tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = {token: index for index, token in enumerate((*alphabet, *SPECIAL))}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
@@ -124,7 +124,7 @@ def tiny_clip(
 
 
 def write_image_processor(folder: Path, image_size: int) -> None:
-    """CLIP's own image processing at another size."""
+    """Write CLIP's image processor for an image size."""
     settings = {
         "image_processor_type": "CLIPImageProcessor",
         "crop_size": {"height": image_size, "width": image_size},
@@ -158,12 +158,12 @@ def tweaked(
 
 
 def vision_tower(clip: Path, folder: Path, *, prefix: str = "") -> Path:
-    """The vision tower of a CLIP folder alone, as version 5 saves it.
+    """Write only the vision tower of a CLIP folder, as version 5 of transformers saves it.
 
     Args:
         clip: a folder of `tiny_clip`.
-        folder: where to write.
-        prefix: `vision_model.` is how version 4 named the same tensors.
+        folder: the folder to write.
+        prefix: `vision_model.` gives the names of version 4.
     """
     folder.mkdir(parents=True)
     config = json.loads((clip / "config.json").read_text())["vision_config"]

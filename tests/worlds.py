@@ -1,8 +1,8 @@
-"""Small whole worlds: a base, finetuned models and tasks with data, as a user would have them.
+"""Small complete worlds: a base, finetuned models and tasks with data, as a user has them.
 
-The classes of a task's rows are what its finetuned model says of them, so that model scores
-1, the base less, and a merged model in between; those of the general benchmark are what the
-base says, so retention is 1 where nothing was merged. All of it is random and seeded.
+The labels of a task's rows are the predictions of its finetuned model, so that model scores 1, the
+base less, and a merged model in between. The labels of the general benchmark are the predictions
+of the base, so retention is 1 without a merge. Everything is random and seeded.
 """
 
 import json
@@ -41,8 +41,8 @@ class World:
     """Folders and files of one world; models and data are shared and must not be changed.
 
     Attributes:
-        root: where everything lies.
-        family: of the base.
+        root: the folder of the world.
+        family: the family of the base.
     """
 
     root: Path
@@ -58,7 +58,7 @@ class World:
         return self.root / "models" / name
 
     def line(self, file: Path, **changes: Any) -> Path:
-        """Write a line's file; None removes a key, and masks are dataless if nothing is said."""
+        """Write a line's file; None removes a key, and masks are dataless by default."""
         if changes.get("localize") is not None:
             changes["localize"] = {"mode": "dataless", **changes["localize"]}
         values: dict[str, Any] = {
@@ -113,13 +113,13 @@ def clip_world(root: Path) -> World:
 
 
 def _write_task(world: World, name: str, columns: dict[str, str]) -> None:
-    line_state = {"labels": list(LABELS[name]), "templates": list(TEMPLATES)}
+    head = {"labels": list(LABELS[name]), "templates": list(TEMPLATES)}
     data = {"path": str(world.root / "data" / name), **columns}
-    write_yaml(world.task(name), {"task": name, "data": data, "head": line_state})
+    write_yaml(world.task(name), {"task": name, "data": data, "head": head})
 
 
 def _texts(seed: str) -> list[str]:
-    """Texts that lie far from each other for a byte tokenizer: each has its own few letters."""
+    """Texts that differ much for a byte tokenizer: each uses few letters of its own."""
     draw = random.Random(seed)
     letters = [chr(c) for c in range(33, 126)]
     return [
@@ -133,16 +133,15 @@ def _images(seed: str) -> list[Image.Image]:
 
 
 def _classes(world: World, name: str, inputs: Sequence[Any]) -> list[int]:
-    """What a task's model says of inputs, with the head that the base gives."""
+    """The predictions of a task's model for inputs, with a head from the base."""
     family = get_family(world.family)
     folder = world.base if name == "general" else world.model(name)
-    line_state = family.build_head(
-        family.load(world.base), world.base, HeadSpec(labels=LABELS[name], templates=TEMPLATES)
-    )
+    spec = HeadSpec(labels=LABELS[name], templates=TEMPLATES)
+    head = family.build_head(family.load(world.base), world.base, spec)
     batch = family.preprocessor(world.base)([Example((i,), None, "") for i in inputs])
     with torch.inference_mode():
-        found: list[int] = family.logits(family.load(folder), batch, line_state).argmax(1).tolist()
-    return found
+        classes: list[int] = family.logits(family.load(folder), batch, head).argmax(1).tolist()
+    return classes
 
 
 def write_yaml(file: Path, values: dict[str, Any]) -> Path:
@@ -160,7 +159,7 @@ def write_rows(file: Path, rows: Sequence[dict[str, Any]]) -> Path:
 
 
 def copied(folder: Path, target: Path, change: Callable[[Path], None] | None = None) -> Path:
-    """A copy of a model's folder, changed."""
+    """Copy a model's folder, and change the copy."""
     shutil.copytree(folder, target)
     if change is not None:
         change(target)

@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from restitch.merging.errors import BadInput, Damage
+from restitch.merging.errors import Damage
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.coordinate_codec import true_positions
 from restitch.merging.files.sparse import Piece, SparseFile
 from restitch.merging.numerics.rounding import cast
 from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress, ignore
+from restitch.merging.rules.stitch import check_fit
 
 VERSION = 1
 
@@ -96,7 +97,7 @@ def analyze_masks(
     """
     report = progress or ignore
     for task, delta in deltas.items():
-        _check(base, task, delta)
+        check_fit(base, task, delta)
     names = sorted({name for delta in deltas.values() for name in delta.names}, key=by_bytes)
     coordinates = {name: base.info(name).numel for name in names}
     total, done = sum(coordinates.values()), 0
@@ -114,23 +115,6 @@ def analyze_masks(
         cosine=_cosine(sums.dots),
         owners=tuple(sums.owners.tolist()[1:]),
     )
-
-
-def _check(base: Checkpoint, task: str, delta: SparseFile) -> None:
-    wrong = [
-        f"{name}: base {list(base.info(name).shape) if name in base else 'has none'}, "
-        f"delta {list(delta.info(name).shape)}"
-        for name in delta.names
-        if name not in base or base.info(name).shape != delta.info(name).shape
-    ]
-    if wrong:
-        raise BadInput(
-            f"the delta of {task!r} does not fit the base {base.path}",
-            expected="only tensors of the base, in the same shapes",
-            found=str(delta.path),
-            hint="localize the member again on this base",
-            details=wrong,
-        )
 
 
 class _Sums:

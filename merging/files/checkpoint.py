@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -244,10 +244,7 @@ class Checkpoint:
         """The tensors named in `mapping` under their new names; the others are left out."""
         if len(set(mapping.values())) != len(mapping):
             raise ValueError("two tensors cannot have the same new name")
-        infos = {
-            new: TensorInfo(new, self._infos[old].dtype, self._infos[old].shape)
-            for old, new in mapping.items()
-        }
+        infos = {new: replace(self._infos[old], name=new) for old, new in mapping.items()}
         locations = {new: self._locations[old] for old, new in mapping.items()}
         shards = {
             shard: tuple(mapping[name] for name in names if name in mapping)

@@ -109,11 +109,8 @@ def write_header(
     begin = 0
     for name, dtype, shape in entries:
         end = begin + count_elements(shape) * dtype.itemsize
-        table[name] = {
-            "dtype": DTYPE_NAMES[dtype],
-            "shape": list(shape),
-            "data_offsets": [begin, end],
-        }
+        offsets = [begin, end]
+        table[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": offsets}
         begin = end
     raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     raw += b" " * (-len(raw) % 8)

@@ -21,6 +21,8 @@ FORMATS = ("1", "2", "3")
 POSITIONS, FACTORS, STEPS, CODES = "positions", "factors", "steps", "codes"
 FACTOR_DTYPE = torch.bfloat16  # weights of a mean: 8 bits are precise enough
 
+_DTYPES = {FACTORS: FACTOR_DTYPE, STEPS: STEP_DTYPE, CODES: torch.int8, POSITIONS: torch.uint8}
+
 
 @dataclass(frozen=True)
 class KeptInfo:
@@ -56,19 +58,12 @@ def rows_and_columns(shape: tuple[int, ...]) -> tuple[int, int]:
 
 def section_dtype(section: str) -> torch.dtype:
     """The element type of a section."""
-    own = {
-        FACTORS: FACTOR_DTYPE,
-        STEPS: STEP_DTYPE,
-        CODES: torch.int8,
-        POSITIONS: torch.uint8,
-    }
-    return own[section] if section in own else DTYPES[section.removeprefix("values.")]
+    return _DTYPES[section] if section in _DTYPES else DTYPES[section.removeprefix("values.")]
 
 
 def section_order(section: str) -> tuple[int, int, str]:
     """The sort key of sections: wide types first, so that all are aligned."""
-    own = (FACTORS, STEPS, CODES, POSITIONS)
-    rank = own.index(section) + 1 if section in own else 0
+    rank = list(_DTYPES).index(section) + 1 if section in _DTYPES else 0
     return -section_dtype(section).itemsize, rank, section
 
 

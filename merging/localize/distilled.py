@@ -18,13 +18,18 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from restitch.merging.errors import CannotJoin
 from restitch.merging.localize.dataless import kept_count
 from restitch.merging.localize.fisher import FisherSettings, Sensitivities, measure_sensitivities
 from restitch.merging.localize.live_weights import LiveTensor, LiveWeights
 from restitch.merging.prefetch import prefetch
 from restitch.merging.progress import Progress, ignore
-from restitch.merging.ranking.score_tensors import Sample, check_finite, step_unit, threshold_of
+from restitch.merging.ranking.score_tensors import (
+    Sample,
+    check_finite,
+    finite_mean,
+    step_unit,
+    threshold_of,
+)
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import TensorScores
 
@@ -187,7 +192,7 @@ def _refine(
                 seen.append(backward(made, rows))
             step += 1
             report.next(len(rows))
-        losses.append(_mean(seen))
+        losses.append(finite_mean("divergence", seen, len(losses) + 1))
     return losses
 
 
@@ -218,18 +223,6 @@ def _densities(settings: DistilledSettings, steps: int) -> list[float]:
     order = torch.randperm(steps, generator=torch.Generator().manual_seed(settings.seed))
     ratio = settings.highest / settings.lowest
     return [settings.lowest * ratio ** float(shares[place]) for place in order.tolist()]
-
-
-def _mean(losses: Sequence[Tensor]) -> float:
-    mean = float(torch.stack(list(losses)).double().mean())
-    if not math.isfinite(mean):
-        raise CannotJoin(
-            "the divergence is not finite while localizing",
-            expected="a finite divergence for every batch",
-            found=str(mean),
-            hint="check the calibration rows, or localize with mode: dataless",
-        )
-    return mean
 
 
 class _Counted:

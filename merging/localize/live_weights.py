@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -31,9 +30,13 @@ class LiveTensor:
 
     def zeros(self) -> Tensor:
         """A score of zero for each coordinate: float32, or float64 for such a tensor."""
+        return torch.zeros(self.live.shape, dtype=self.score_dtype, device=self.live.device)
+
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """The type of its scores."""
         wide = torch.float64 in (self.live.dtype, self.base.dtype, self.finetuned.dtype)
-        dtype = torch.float64 if wide else torch.float32
-        return torch.zeros(self.live.shape, dtype=dtype, device=self.live.device)
+        return torch.float64 if wide else torch.float32
 
     def difference(self, buffer: Tensor) -> Tensor:
         """Finetuned minus base, written to `buffer`."""
@@ -96,17 +99,12 @@ class LiveWeights:
         self._write_base()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.clear_gradients()
         self._write_base()
         for tensor, required in self._previous:
             tensor.requires_grad_(required)
-        self._no_grad.__exit__(kind, error, trace)
+        self._no_grad.__exit__(*error)
 
     def graft(self, scores: Mapping[str, Tensor], threshold: float) -> None:
         """Write finetuned values where scores are above the threshold, the base's elsewhere."""
@@ -150,8 +148,7 @@ class LiveWeights:
 
     def buffer(self, part: LiveTensor) -> Tensor:
         """Scratch memory in the shape and score type of a tensor; the next call reuses it."""
-        wide = torch.float64 in (part.live.dtype, part.base.dtype, part.finetuned.dtype)
-        key = (part.live.device, torch.float64 if wide else torch.float32)
+        key = (part.live.device, part.score_dtype)
         if key not in self._buffers:
             largest = max(other.live.numel() for other in self.parts)
             self._buffers[key] = torch.empty(largest, dtype=key[1], device=key[0])

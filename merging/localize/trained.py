@@ -2,7 +2,7 @@
 
 The loss is computed at W0 + sigmoid(S) * tau, its gradient by S is grad_W * tau * sigmoid(S)
 (1 - sigmoid(S)), and the mask is S > 0. The presets `paper` and `official` are the settings
-of the paper and of its authors' code, and `grafting` is the paper's baseline (see `grafting`);
+of the paper and of its authors' code, and `grafting` is the paper's baseline (Eq. 2);
 their density is not fixed. `budget` keeps exactly k coordinates: the loss is computed at the
 hard mask of the k largest scores. Weights are computed from the checkpoints each time, so
 rounding errors do not add up, and the base's are restored at the end. The same rows, seed and
@@ -21,14 +21,19 @@ from typing import Any, Generic, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from restitch.merging.errors import BadInput, CannotJoin
+from restitch.merging.errors import BadInput
 from restitch.merging.files.mask import Mask
 from restitch.merging.localize.dataless import kept_count
-from restitch.merging.localize.grafting import graft
 from restitch.merging.localize.live_weights import LiveWeights
 from restitch.merging.prefetch import prefetch
 from restitch.merging.progress import Progress, ignore
-from restitch.merging.ranking.score_tensors import check_finite, slope, step_unit, threshold_of
+from restitch.merging.ranking.score_tensors import (
+    check_finite,
+    finite_mean,
+    slope,
+    step_unit,
+    threshold_of,
+)
 from restitch.merging.ranking.score_tensors import fingerprint as fingerprint
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import TensorScores, top_k
@@ -209,7 +214,7 @@ def localize_trained(
             scores = _budget(live, run)
             mask = top_k(scores, kept_count(settings.density, live.coordinates), scratch=scratch)
         else:
-            train = {"grafting": graft, "official": _official, "paper": _paper}[settings.preset]
+            train = {"grafting": _grafting, "official": _official, "paper": _paper}[settings.preset]
             mask = train(live, run, scratch)
     return TrainedResult(
         mask, mask.total / max(1, live.coordinates), run.steps, tuple(run.history), scores
@@ -257,14 +262,7 @@ class _TrainingRun(Generic[Batch]):
 
     def record(self, losses: Sequence[Tensor], kept: int, coordinates: int) -> None:
         """Record the losses and the number of kept coordinates of a pass."""
-        mean = float(torch.stack(list(losses)).double().mean())
-        if not math.isfinite(mean):
-            raise CannotJoin(
-                "the loss is not finite while localizing",
-                expected="a finite loss for every batch",
-                found=f"{mean} in epoch {len(self.history) + 1}",
-                hint="check the calibration rows, or localize with mode: dataless",
-            )
+        mean = finite_mean("loss", losses, len(self.history) + 1)
         self.history.append(Epoch(mean, kept / max(1, coordinates)))
 
 
@@ -283,7 +281,7 @@ def _paper(live: LiveWeights, run: _TrainingRun[Any], scratch: Path | None) -> M
                 score.sub_(pull, alpha=settings.learning_rate)
             live.clear_gradients()
             run.steps += 1
-        run.record(losses, _count(scores, 0.0), live.coordinates)
+        run.record(losses, _count_positive(scores), live.coordinates)
     return _positive(scores)
 
 
@@ -303,8 +301,47 @@ def _official(live: LiveWeights, run: _TrainingRun[Any], scratch: Path | None) -
             score.add_(push)
         live.clear_gradients()
         run.steps += 1
-        run.record(losses, _count(scores, 0.0), live.coordinates)
+        run.record(losses, _count_positive(scores), live.coordinates)
     return _positive(scores)
+
+
+def _grafting(live: LiveWeights, run: _TrainingRun[Any], scratch: Path | None) -> Mask:
+    """Learn where to deviate from the mask of the largest differences (Panigrahi et al. 2023).
+
+    The loss is computed at W0 + gamma * tau with gamma = base (1 - sigmoid(S)) + (1 - base)
+    sigmoid(S), with one SGD step per batch. The mask is gamma > 1/2.
+    """
+    settings = run.settings
+    kept = kept_count(settings.density, live.coordinates)
+    largest = top_k(live.task_vector, kept, scratch=scratch)
+    begun, scores = {}, {}
+    for part in live.parts:
+        base = torch.zeros_like(part.live, dtype=torch.bool)
+        base.view(-1)[largest.coordinates(part.name).to(base.device)] = True
+        begun[part.name] = base
+        scores[part.name] = part.zeros().fill_(settings.start)
+    for _ in range(settings.epochs):
+        losses = []
+        for batch in run.batches():
+            for part in live.parts:
+                gate = torch.sigmoid(scores[part.name])
+                gamma = torch.where(begun[part.name], 1 - gate, gate)
+                part.live.copy_(part.difference(live.buffer(part)).mul_(gamma).add_(part.base))
+            losses.append(run.backward(batch))
+            for part in live.parts:
+                score = scores[part.name]
+                pull = part.pull(live.buffer(part)).mul_(slope(score))
+                pull = torch.where(begun[part.name], -pull, pull)
+                score.sub_(pull, alpha=settings.learning_rate)
+            live.clear_gradients()
+            run.steps += 1
+        count = sum(int((begun[n] != (s > 0)).sum()) for n, s in scores.items())
+        run.record(losses, count, live.coordinates)
+    check_finite(scores)
+    # gamma > 1/2 where S is positive outside of the initial mask, or negative inside of it.
+    return Mask.of(
+        {n: (begun[n] != (s > 0)).view(-1).nonzero().view(-1).cpu() for n, s in scores.items()}
+    )
 
 
 def _budget(live: LiveWeights, run: _TrainingRun[Any]) -> TensorScores:
@@ -314,8 +351,8 @@ def _budget(live: LiveWeights, run: _TrainingRun[Any]) -> TensorScores:
     over the batches, a first-order estimate of the change in loss. Then each batch's loss is
     computed at the mask of the k largest scores, and -gradient * tau is added to the scores, also
     outside of the mask. The step size is scaled by the k-th largest score and the k-th largest
-    pull, and divided by the number of passes. So the mask moves equally far for any
-    scale of the loss, scale of the differences and number of passes.
+    pull, and divided by the number of passes. So the distance that the
+    mask moves does not depend on the scale of the loss, of the differences or on that number.
     """
     settings = run.settings
     kept = kept_count(settings.density, live.coordinates)
@@ -376,8 +413,8 @@ def _interpolate(live: LiveWeights, scores: Mapping[str, Tensor]) -> None:
         part.live.copy_(part.difference(live.buffer(part)).mul_(gate).add_(part.base))
 
 
-def _count(scores: Mapping[str, Tensor], threshold: float) -> int:
-    return sum(int(torch.count_nonzero(score > threshold)) for score in scores.values())
+def _count_positive(scores: Mapping[str, Tensor]) -> int:
+    return sum(int(torch.count_nonzero(score > 0)) for score in scores.values())
 
 
 def _positive(scores: Mapping[str, Tensor]) -> Mask:

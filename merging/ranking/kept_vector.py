@@ -48,11 +48,6 @@ class KeptVector:
     def __contains__(self, name: object) -> bool:
         return name in self.delta
 
-    @property
-    def is_whole(self) -> bool:
-        """True if the delta keeps every coordinate of its tensors."""
-        return all(self._keeps_all(name) for name in self.names)
-
     def numel(self, name: str) -> int:
         """The number of coordinates of a tensor."""
         return self.delta.info(name).numel

@@ -21,12 +21,8 @@ def fingerprint(device: torch.device | str = "cpu") -> dict[str, Any]:
     on = torch.device(device)
     has_gpu = on.type == "cuda" and torch.cuda.is_available()
     kind = {"gpu": torch.cuda.get_device_name(on)} if has_gpu else {}
-    return {
-        "torch": torch.__version__,
-        "device": on.type,
-        **kind,
-        "threads": torch.get_num_threads(),
-    }
+    threads = torch.get_num_threads()
+    return {"torch": torch.__version__, "device": on.type, **kind, "threads": threads}
 
 
 def slope(score: Tensor) -> Tensor:
@@ -89,6 +85,19 @@ def step_unit(score: float, pull: float) -> float:
     """The k-th largest score over the k-th largest pull; 1 if either is not positive and finite."""
     usable = math.isfinite(score) and math.isfinite(pull) and score > 0 and pull > 0
     return score / pull if usable else 1.0
+
+
+def finite_mean(name: str, losses: Sequence[Tensor], epoch: int) -> float:
+    """The mean of the losses of an epoch; raises `CannotJoin` if it is not finite."""
+    mean = float(torch.stack(list(losses)).double().mean())
+    if not math.isfinite(mean):
+        raise CannotJoin(
+            f"the {name} is not finite while localizing",
+            expected=f"a finite {name} for every batch",
+            found=f"{mean} in epoch {epoch}",
+            hint="check the calibration rows, or localize with mode: dataless",
+        )
+    return mean
 
 
 def check_finite(scores: Mapping[str, Tensor]) -> None:

@@ -115,8 +115,4 @@ def _totals(shared: int, owners: Sequence[Owner]) -> Floats:
     return totals
 
 
-RULES: Mapping[str, Rule] = {
-    "sum": sum_of_owners,
-    "weighted": weighted_mean,
-    "elect": elect_sign,
-}
+RULES: Mapping[str, Rule] = {"sum": sum_of_owners, "weighted": weighted_mean, "elect": elect_sign}

@@ -99,23 +99,23 @@ def ordered_members(base: Checkpoint, members: Iterable[DeltaMember]) -> list[De
     if len({member.task for member in ordered}) != len(ordered):
         raise ValueError("two members have the same task")
     for member in ordered:
-        _check_fit(base, member)
+        check_fit(base, member.task, member.delta)
     return ordered
 
 
-def _check_fit(base: Checkpoint, member: DeltaMember) -> None:
-    wrong = []
-    for name in member.delta.names:
-        shape = list(member.delta.info(name).shape)
-        if name not in base:
-            wrong.append(f"{name}: not in the base")
-        elif list(base.info(name).shape) != shape:
-            wrong.append(f"{name}: base {list(base.info(name).shape)}, delta {shape}")
-    if wrong or member.delta.kind != "delta":
+def check_fit(base: Checkpoint, task: str, delta: SparseFile) -> None:
+    """Raise `BadInput` if a file is not a delta with tensors of the base in the same shapes."""
+    wrong = [
+        f"{name}: base {list(base.info(name).shape) if name in base else 'has none'}, "
+        f"delta {list(delta.info(name).shape)}"
+        for name in delta.names
+        if name not in base or base.info(name).shape != delta.info(name).shape
+    ]
+    if wrong or delta.kind != "delta":
         raise BadInput(
-            f"the delta of {member.task!r} does not fit the base {base.path}",
+            f"the delta of {task!r} does not fit the base {base.path}",
             expected="a delta with only tensors of the base, in the same shapes",
-            found=f"a {member.delta.kind} ({member.delta.path})",
+            found=f"a {delta.kind} ({delta.path})",
             hint="localize the member again on this base",
             details=wrong,
         )

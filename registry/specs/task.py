@@ -207,7 +207,7 @@ class ClassesSpec(Spec):
 
 
 class HeadSpec(ClassesSpec):
-    """The whole description of a head: the classes, the scale of its scores, and the text length."""
+    """The whole description of a head: the classes, the scale of scores, and the text length."""
 
     scale: Scale | None = None
     max_length: MaxLength | None = None

@@ -1,27 +1,27 @@
-"""The tables say what was measured, and what is there is not measured again."""
+"""Tables show the measurements, and each measurement is taken once."""
 
 import json
 from pathlib import Path
 
-from benchmarks.localizers import Kept
-from benchmarks.localizers_tables import tables, told
+from benchmarks.localizers import Measurements
+from benchmarks.localizers_tables import mean_text, tables
 
 
-def test_what_is_there_is_not_measured_again(tmp_path: Path) -> None:
+def test_a_measurement_is_taken_once(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
-    assert Kept(path).get(("a", 0.1, 0), lambda: 1.5) == 1.5
-    again = Kept(path)
+    assert Measurements(path).get(("a", 0.1, 0), lambda: 1.5) == 1.5
+    again = Measurements(path)
     assert again.get(("a", 0.1, 0), lambda: 2.0) == 1.5
     assert ("a", 0.1, 0) in again
     assert ("a", 0.1, 1) not in again
 
 
-def test_seeds_are_told_with_their_interval() -> None:
-    assert told([0.5]) == "0.500"
-    assert told([0.4, 0.5, 0.6]) == "0.500 ± 0.248", "4.303 x 0.1 / sqrt(3)"
+def test_seeds_are_shown_as_mean_with_their_interval() -> None:
+    assert mean_text([0.5]) == "0.500"
+    assert mean_text([0.4, 0.5, 0.6]) == "0.500 ± 0.248", "4.303 x 0.1 / sqrt(3)"
 
 
-def test_tables_hold_what_was_measured(tmp_path: Path) -> None:
+def test_tables_show_the_measurements(tmp_path: Path) -> None:
     measured = {
         "frontier": {
             "t | finetuned": 0.8,

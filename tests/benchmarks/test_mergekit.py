@@ -1,6 +1,6 @@
-"""Equal results with mergekit where an environment with it is named, and the benchmark beside it.
+"""restitch and mergekit give equal results, and the benchmark measures both.
 
-The comparison runs mergekit's program and skips where MERGEKIT_BIN does not name its folder.
+The comparison runs mergekit's program; it is skipped if MERGEKIT_BIN does not name its folder.
 """
 
 import json
@@ -29,7 +29,7 @@ MERGES = {
 
 
 def models(folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    """A Llama of two layers, and three finetuned; densities keep whole counts of each tensor."""
+    """Make a Llama with two layers and three finetuned; densities give whole counts per tensor."""
     for module in (speed, mergekit):
         for name, size in SIZES.items():
             monkeypatch.setattr(module, name, size)
@@ -43,14 +43,14 @@ def models(folder: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) ->
 
 @dataclass(frozen=True)
 class Coordinates:
-    """What decides on the coordinates of a tensor.
+    """Properties of the coordinates of a tensor on which the comparison depends.
 
     Attributes:
-        base: its weights.
-        largest: the largest weight there, of the base and of the members.
-        equals: a member's value is as large as the smallest that it keeps.
-        opposed: what is kept adds up to exactly 0.
-        positive: the mean of the positive values that are kept.
+        base: the base's weights.
+        largest: the largest weight at the coordinate, of the base and of the members.
+        equals: true if a member's value is equal to its trimming threshold.
+        opposed: true if the kept values add up to exactly 0.
+        positive: the mean of the kept positive values.
     """
 
     base: Tensor
@@ -78,7 +78,7 @@ def looked_at(folder: Path, name: str, density: float) -> Coordinates:
 
 
 def apart(one: Tensor, other: Tensor, largest: Tensor, dtype: torch.dtype) -> Tensor:
-    """How far two results lie apart, in spacings of the type at the largest weight there."""
+    """The difference of two results, in spacings of the type at the largest weight."""
     spacing = torch.finfo(dtype).eps * 2.0 ** largest.log2().floor()
     return torch.where(one == other, 0, (one - other).abs() / spacing)
 
@@ -116,7 +116,7 @@ def test_mergekit_gives_the_same_within_rounding(
         decided += int(clear.sum())
         same += int((one == other).sum())
         if is_ties:
-            # Opposite values that cancel elect nothing here, and the positive sign there.
+            # For opposite values that cancel, restitch elects no sign and mergekit the positive.
             alone = place.opposed & ~place.equals
             alpha = wanted.settings["alpha"]
             positive = place.base + alpha * place.positive
@@ -137,31 +137,31 @@ def test_each_merge_is_measured_on_both_sides(
             monkeypatch.setattr(module, name, size)
 
     def at_once(what: str, command: Sequence[str]) -> mergekit.Cost:
-        # The steps in this process; of mergekit only what it is told.
+        # The steps in this process; of mergekit only its configuration.
         if "-m" in command:
             step = command[command.index("benchmarks.mergekit") + 1 :]
             monkeypatch.setattr("sys.argv", ["mergekit", *step])
             mergekit.main()
         else:
-            told = json.loads(Path(command[1]).read_text())
-            assert told["base_model"] == str(tmp_path / "base")
-            assert [Path(model["model"]).name for model in told["models"]] == list(speed.TASKS)
+            config = json.loads(Path(command[1]).read_text())
+            assert config["base_model"] == str(tmp_path / "base")
+            assert [Path(model["model"]).name for model in config["models"]] == list(speed.TASKS)
             Path(command[2]).mkdir()
         return mergekit.Cost(what, 1.0, 2.0, 3, 4)
 
-    monkeypatch.setattr(mergekit, "watched", at_once)
+    monkeypatch.setattr(mergekit, "measured", at_once)
     console = Console(file=(tmp_path / "log").open("w"))
     costs = mergekit.measure(tmp_path, Path("/nowhere"), 1e5, console)
     mergekit.show(costs, console)
-    said = [cost.what for cost in costs]
-    assert said.count("restitch, ties") == 2
-    assert said.count("mergekit, ties, bfloat16") == 1
+    names = [cost.name for cost in costs]
+    assert names.count("restitch, ties") == 2
+    assert names.count("mergekit, ties, bfloat16") == 1
     assert not (tmp_path / "out").exists()
 
 
-def test_a_process_that_fails_says_what_it_said() -> None:
+def test_the_output_of_a_failed_process_is_shown() -> None:
     with pytest.raises(SystemExit, match="no such merge"):
-        mergekit.watched("it", ["sh", "-c", "echo no such merge >&2; exit 3"])
-    cost = mergekit.watched("it", ["sh", "-c", "sleep 0.05"])
+        mergekit.measured("it", ["sh", "-c", "echo no such merge >&2; exit 3"])
+    cost = mergekit.measured("it", ["sh", "-c", "sleep 0.05"])
     assert cost.resident > 0
     assert cost.seconds >= 0.05

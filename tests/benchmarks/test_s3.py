@@ -20,7 +20,7 @@ def test_both_ways_are_measured_in_both_directions(
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["file"]
 
 
-def test_a_file_of_blocks_has_no_two_that_are_the_same(tmp_path: Path) -> None:
+def test_the_blocks_of_the_file_are_all_different(tmp_path: Path) -> None:
     s3._fill(tmp_path / "file", (3 << 24) + 5)
     data = (tmp_path / "file").read_bytes()
     assert len(data) == (3 << 24) + 5

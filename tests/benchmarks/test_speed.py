@@ -34,7 +34,7 @@ def test_everything_is_measured_on_a_small_model(
     speed.show(list(figures.values()), console)
 
 
-def test_the_copy_that_is_compared_with_is_a_copy(tmp_path: Path) -> None:
+def test_the_reference_copy_is_a_copy(tmp_path: Path) -> None:
     speed.make_models(tmp_path, {"a.weight": (40, 30)}, ("one",), torch.bfloat16)
     speed.copy(tmp_path)
     subprocess.run(["diff", "-r", tmp_path / "base", tmp_path / "out"], check=True)

@@ -1,4 +1,4 @@
-"""The comparison on real tasks runs the product, and its tables hold what the data predicts."""
+"""The comparison on real tasks runs the product and gives the expected numbers."""
 
 import os
 from pathlib import Path
@@ -17,7 +17,7 @@ def _own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def rows_of(text: str, first: str) -> list[list[str]]:
-    """The cells of all table rows whose first cell is this."""
+    """The cells of all table rows with this first cell."""
     cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
     return [row for row in cells if row[0] == first]
 

@@ -17,6 +17,6 @@ def test_the_order_of_keys_does_not_matter() -> None:
     assert canonical_json({"b": "é", "a": 1}) == '{"a":1,"b":"é"}'.encode()
 
 
-def test_what_json_cannot_hold_is_refused() -> None:
+def test_values_that_json_cannot_hold_are_refused() -> None:
     with pytest.raises(ValueError):
         digest_json(float("nan"))

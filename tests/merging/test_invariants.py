@@ -66,7 +66,7 @@ def test_restitching_incrementally_equals_restitching_from_nothing(
 
 @quick
 @given(joined=st.lists(st.sampled_from(TASKS), unique=True, min_size=1), data=st.data())
-def test_a_retired_member_is_one_that_never_joined(
+def test_a_retired_member_leaves_no_trace(
     world: World, tmp_path: Path, joined: list[str], data: st.DataObject
 ) -> None:
     base, members = world

@@ -8,7 +8,7 @@ from restitch.merging.prefetch import prefetch
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_batches_come_in_order_and_no_more_are_made_than_are_said(threads: int) -> None:
+def test_batches_come_in_order_and_few_are_prepared_ahead(threads: int) -> None:
     made: list[int] = []
     taken = 0
 

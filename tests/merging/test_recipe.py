@@ -31,7 +31,7 @@ def test_everything_in_a_recipe_is_in_its_digest() -> None:
     assert len({recipe("a").digest(), recipe("a", "b").digest(), recipe("a", x=1).digest()}) == 3
 
 
-def test_the_digest_is_the_same_for_ever() -> None:
+def test_the_digest_never_changes() -> None:
     assert (
         recipe("a").digest() == "e84fc5f49942b2795590521d4715393994a0ec7421b89eea7c8e3040f38b4e2d"
     )
@@ -42,7 +42,7 @@ def test_a_task_is_in_a_recipe_once() -> None:
         recipe("a", "a")
 
 
-def test_what_is_no_recipe_is_damage() -> None:
+def test_anything_but_a_recipe_is_damage() -> None:
     good = recipe("a", "b").to_json()
     for bad in (
         {},

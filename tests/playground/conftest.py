@@ -1,4 +1,4 @@
-"""A small world, made once."""
+"""A small world, made once for all tests."""
 
 from pathlib import Path
 
@@ -9,5 +9,5 @@ from playground.make import World, make_world
 
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> World:
-    """Read it, never write to it."""
+    """A small world, which tests must not change."""
     return make_world(Path(tmp_path_factory.mktemp("playground")) / "world", "small")

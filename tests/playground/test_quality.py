@@ -1,4 +1,4 @@
-"""What the world of the demo is good for; makes it once, which takes some minutes."""
+"""The models of the demo's world are good enough for a demo; making them takes some minutes."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,7 +23,7 @@ BY_NAME = {skill.name: skill for skill in (GENERAL, *TASKS)}
 
 
 class Merger:
-    """The demo's models, stitched by the paper's formula, written down plainly."""
+    """The demo's models, stitched by a plain implementation of the paper's formula."""
 
     def __init__(self, world: World) -> None:
         self.world = world
@@ -53,8 +53,8 @@ class Merger:
         with one_thread():
             model = self.builder.load(self.world.base)
             model.load_state_dict(dict(self.merged(tasks)), strict=False)
-            line_state = zero_shot_head(model, self.builder.tokenizer, skill)
-            return accuracy(model, line_state, *self.builder.rows(skill, "test"))
+            head = zero_shot_head(model, self.builder.tokenizer, skill)
+            return accuracy(model, head, *self.builder.rows(skill, "test"))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +62,7 @@ def merger(tmp_path_factory: pytest.TempPathFactory) -> Merger:
     return Merger(make_world(Path(tmp_path_factory.mktemp("demo")) / "world", "demo"))
 
 
-def test_the_base_knows_the_general_benchmark_and_not_the_tasks(merger: Merger) -> None:
+def test_the_base_is_good_at_the_general_benchmark_and_bad_at_the_tasks(merger: Merger) -> None:
     found = merger.world.accuracy
     assert len(GENERAL.labels) > 100
     assert found["general"]["base"] > 0.8

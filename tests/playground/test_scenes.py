@@ -37,7 +37,7 @@ def test_a_shape_stays_within_its_radius(name: str) -> None:
     assert (SHAPES[name](x, y) > 0).all()
 
 
-def test_a_blip_is_brightest_where_its_label_says() -> None:
+def test_a_blip_is_where_its_label_says() -> None:
     labels = np.arange(200) % len(RADAR.labels)
     bright = RADAR.pictures(rng(), labels).sum(axis=3).astype(float)
     weight = np.maximum(bright - np.median(bright, axis=(1, 2), keepdims=True) - 150, 0)
@@ -68,7 +68,7 @@ def test_arrows_that_point_apart_are_mirrored() -> None:
     assert head_heavy(3, 1) > 0 > head_heavy(1, 1)
 
 
-def test_general_captions_name_nothing_that_is_not_there() -> None:
+def test_general_captions_describe_their_picture() -> None:
     labels = GENERAL.balanced(rng(), 500)
     texts = captions(rng(), GENERAL, labels)
     kinds = {word for label in GENERAL.labels for word in label.split()}

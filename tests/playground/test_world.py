@@ -31,7 +31,7 @@ def copy(small: World, tmp_path: Path) -> World:
     return World(tmp_path / "copy", small.tasks)
 
 
-def test_the_same_seed_gives_the_same_bytes_whatever_the_threads(
+def test_the_same_seed_gives_the_same_bytes_for_any_number_of_threads(
     small: World, tmp_path: Path
 ) -> None:
     threads = torch.get_num_threads()
@@ -47,7 +47,7 @@ def test_the_same_seed_gives_the_same_bytes_whatever_the_threads(
     assert files(again) == files(small)
 
 
-def test_a_killed_run_goes_on_with_the_part_that_it_was_at(small: World, copy: World) -> None:
+def test_a_run_after_a_killed_one_continues_with_its_part(small: World, copy: World) -> None:
     (copy.root / MANIFEST).unlink()
     shutil.rmtree(copy.model(copy.tasks[-1]))
     shutil.rmtree(copy.root / "data" / copy.tasks[-1])
@@ -67,7 +67,7 @@ def test_a_made_world_is_not_made_again(small: World, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("change", ["seed", "code", "damage", "missing"])
-def test_what_is_stale_or_damaged_is_made_from_nothing(
+def test_stale_and_damaged_worlds_are_made_again(
     copy: World, change: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     weights = copy.base / "model.safetensors"
@@ -92,7 +92,7 @@ def test_what_is_stale_or_damaged_is_made_from_nothing(
     assert made.line.read_text() == f"small {1 if change == 'seed' else 0}"
 
 
-def test_a_folder_of_somebody_else_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_another_folder_is_refused_and_left_unchanged(tmp_path: Path) -> None:
     precious = tmp_path / "base"
     precious.mkdir()
     (precious / "thesis.txt").write_text("mine")
@@ -126,9 +126,9 @@ def test_an_unknown_size_is_refused(tmp_path: Path) -> None:
 def test_progress_rises_to_its_total(copy: World) -> None:
     (copy.root / MANIFEST).unlink()
     shutil.rmtree(copy.model(copy.tasks[0]))
-    told: list[tuple[int, int]] = []
-    make_world(copy.root, "small", progress=lambda done, total: told.append((done, total)))
-    done, totals = zip(*told, strict=True)
+    reports: list[tuple[int, int]] = []
+    make_world(copy.root, "small", progress=lambda done, total: reports.append((done, total)))
+    done, totals = zip(*reports, strict=True)
     assert list(done) == sorted(done)
     assert set(totals) == {done[-1]}
 
@@ -143,7 +143,7 @@ def test_only_the_vision_blocks_are_finetuned(small: World) -> None:
         assert Clip().config_differences(small.base, small.model(task)) == []
 
 
-def test_the_files_are_what_restitch_reads(small: World) -> None:
+def test_restitch_reads_the_files(small: World) -> None:
     line = load_line(small.line)
     assert line.base == str(small.base)
     assert line.family == "clip"
@@ -188,7 +188,7 @@ def examples(data: TaskData, split: str) -> list[Example]:
     return [rows[position] for position in range(len(rows))]
 
 
-def test_the_manifest_says_how_good_the_models_are(small: World) -> None:
+def test_the_manifest_holds_the_accuracy_of_the_models(small: World) -> None:
     manifest = json.loads((small.root / MANIFEST).read_text())
     assert manifest["accuracy"] == small.accuracy
     assert set(small.accuracy["general"]) == {"base"}

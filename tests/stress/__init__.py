@@ -1,1 +1,1 @@
-"""."""
+"""Stress tests: killed processes, fuzzing, hostile files, secrets and forbidden paths."""

@@ -1,16 +1,16 @@
-"""Nothing is lost, doubled or wrong while processes are killed at random moments.
+"""Kill processes at random moments: nothing must be lost, doubled or wrong.
 
     python -m tests.stress.chaos [--kills 200] [--seed 0] [--workers 2] [--json FILE]
 
-On a stack of its own (two servers, a receiver, workers) models are registered one after the
-other while `kill -9` hits the runs of the flows, at armed moments and at random ones, the workers
-with and without their runs, both servers, and the commands `register` and `export`. What has
-died is started again with `restitch up`, which is what a service manager would do; nothing
-else is mended by hand. After each round the champion must hold every model. At the end the
-merged model must be, byte for byte, that of a home in which nothing was ever killed.
+On a separate stack (two servers, a receiver, workers) models are registered one after the other,
+while `kill -9` hits runs of the flows (at armed and at random moments), workers with and without
+their runs, both servers, and the commands `register` and `export`. Dead processes are started
+again with `restitch up`, as a service manager would do; nothing else is repaired by hand. After
+each round the champion must hold every model. At the end the merged model must have the same bytes
+as in a home in which nothing was killed.
 
-No model is killed more than twice while it is onboarded, and no remerge three times in a
-row: three times is where restitch gives up, which is tested elsewhere.
+No model is killed more than twice while it is onboarded, and no remerge three times in a row:
+restitch gives up after three times, which is tested elsewhere.
 """
 
 import argparse
@@ -45,12 +45,12 @@ from restitch.tasks.runtime.prefect_api import PrefectApi
 from tests.stress.chaos_outcome import Kill, Outcome, examine, show
 
 LINE = "chaos"
-MOMENTS = ("mask put", "entry put", "head swapped", "mlflow")
-# Of 200 kills; fewer are drawn in these proportions.
+MOMENTS = ("mask put", "entry put", "state swapped", "mlflow")
+# The kinds of 200 kills; fewer kills are chosen in these proportions.
 PLAN = {
     "mask put": 13,
     "entry put": 14,
-    "head swapped": 14,
+    "state swapped": 14,
     "mlflow": 14,
     "export": 12,
     "onboard": 40,
@@ -63,13 +63,13 @@ PLAN = {
 }
 KILLS_PER_ROUND = 8
 PER_MODEL, PER_ROUND = 2, {"remerge": 2, "host": 1, "prefect": 1, "mlflow server": 1}
-SERVICES = ("host", "worker", "prefect", "mlflow server")  # to be started again
+SERVICES = ("host", "worker", "prefect", "mlflow server")  # started again after a kill
 SETTLES_WITHIN = 420.0
 KILLED_WITHIN = 45.0
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run it and print the table; exit code 1 when something was lost, doubled or wrong."""
+    """Run it and print the table; exit code 1 if something was lost, doubled or wrong."""
     parser = argparse.ArgumentParser(prog="python -m tests.stress.chaos")
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
@@ -90,12 +90,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def run(
     world: World, folder: Path, kills: int, seed: int, workers: int, say: Callable[[str], None]
 ) -> Outcome:
-    """Kill that many processes, and look at what is left."""
+    """Kill `kills` processes, and examine the line afterwards."""
     chaos = Chaos(world, folder, random.Random(seed), workers, say)
     began = time.monotonic()
     try:
         chaos.begin()
-        chaos.kill_all(drawn(kills, chaos.draw))
+        chaos.kill_all(chosen_kinds(kills, chaos.draw))
         chaos.finish()
     finally:
         stack.down(chaos.home)
@@ -103,21 +103,21 @@ def run(
     return chaos.outcome
 
 
-def drawn(kills: int, draw: random.Random) -> list[str]:
-    """So many kinds of kills in the plan's proportions, in random order."""
+def chosen_kinds(kills: int, draw: random.Random) -> list[str]:
+    """The kinds of `kills` kills in the plan's proportions, in random order."""
     total = sum(PLAN.values())
     exact = {kind: kills * share / total for kind, share in PLAN.items()}
-    found = {kind: int(share) for kind, share in exact.items()}
-    rest = sorted(exact, key=lambda kind: found[kind] - exact[kind])
-    for kind in rest[: kills - sum(found.values())]:
-        found[kind] += 1
-    order = [kind for kind, count in found.items() for _ in range(count)]
+    counts = {kind: int(share) for kind, share in exact.items()}
+    rest = sorted(exact, key=lambda kind: counts[kind] - exact[kind])
+    for kind in rest[: kills - sum(counts.values())]:
+        counts[kind] += 1
+    order = [kind for kind, count in counts.items() for _ in range(count)]
     draw.shuffle(order)
     return order
 
 
 class Chaos:
-    """The run: a home with its stack, the models, and what was killed so far."""
+    """The run: a home with its stack, the models, and the kills so far."""
 
     def __init__(
         self,
@@ -145,15 +145,15 @@ class Chaos:
         self.models: dict[str, tuple[Path, Path]] = {}
 
     def begin(self) -> None:
-        """Bring the stack up and make the line."""
+        """Start the stack and make the line."""
         from restitch.flows.lines.init_line import init_line
 
-        self.mend()
+        self.restart()
         init_line(self._line_file())
-        self.mend()  # with the schedule of the line
+        self.restart()  # with the schedule of the line
 
     def kill_all(self, kinds: list[str]) -> None:
-        """Round after round until all kinds of kills have happened."""
+        """Run rounds until all kills have happened."""
         left = list(kinds)
         while left:
             self.round += 1
@@ -162,7 +162,7 @@ class Chaos:
                 if self._kill(kind, self._new_model()):
                     left.remove(kind)
                 if kind in SERVICES:
-                    self.mend()
+                    self.restart()
             self._settle()
             happened = self.outcome.kills[before:]
             if happened:
@@ -173,17 +173,17 @@ class Chaos:
                 )
 
     def finish(self) -> None:
-        """Compare what is there with what would be there had nothing been killed."""
+        """Compare the line with one in which nothing was killed."""
         from restitch.tasks.publish import mirror
 
-        self.mend()
+        self.restart()
         mirror(LINE)
         self.outcome.models = len(self.registered)
         self.outcome.versions = len(self.ledger.state().versions)
         examine(self.outcome, self.ledger, self.folder, self.registered, self.models)
 
-    def mend(self) -> None:
-        """Start what died, and let the workers load the flows that can be watched."""
+    def restart(self) -> None:
+        """Start dead processes, and let the workers load the flows of `chaos_entry`."""
         os.environ.pop("PREFECT_API_URL", None)
         for attempt in range(3):
             try:
@@ -201,7 +201,7 @@ class Chaos:
                 api.set_entrypoint(found["id"], entrypoint)
 
     def _batch(self, left: list[str]) -> list[str]:
-        """The kills of the next round: a few, and not too many of one kind."""
+        """The kills of the next round: a few, with a limit for each kind."""
         chosen: list[str] = []
         for kind in left:
             if chosen.count(kind) < PER_ROUND.get(kind, KILLS_PER_ROUND):
@@ -211,12 +211,12 @@ class Chaos:
         return chosen
 
     def _kill(self, kind: str, task: str) -> bool:
-        """Kill once; False where nothing that could be killed like this came by in time."""
+        """Kill once; False if there was nothing to kill in time."""
         if kind == "register":
             return self._registering(task)
         if kind == "export":
             return self._exporting()
-        # There is something to be done.
+        # Give the workers something to do.
         if kind in (*MOMENTS, "onboard", "host"):
             self._register(task)
         else:
@@ -253,7 +253,7 @@ class Chaos:
                 self._died(pid, *inside, kind)
                 claim.unlink(missing_ok=True)
                 return True
-            claim.unlink(missing_ok=True)  # let it go on
+            claim.unlink(missing_ok=True)  # let it continue
         armed.unlink(missing_ok=True)
         claim = self._claimed(kind, 0.2)
         if claim is not None:
@@ -289,7 +289,7 @@ class Chaos:
         return False
 
     def _host(self) -> bool:
-        """The power of a worker's host goes while a run is on it."""
+        """Kill a worker together with its run, as if its host lost power."""
         deadline = time.monotonic() + KILLED_WITHIN
         while time.monotonic() < deadline:
             for pid, doing, subject in self._all_inside():
@@ -327,7 +327,7 @@ class Chaos:
         (self.signs / "armed" / "export").touch()
         process = self._command(*arguments)
         claim = self._claimed("export", KILLED_WITHIN)
-        assert claim is not None, "the export ended without coming to its moment"
+        assert claim is not None, "the export ended before its armed moment"
         process.kill()
         process.wait()
         claim.unlink()
@@ -352,7 +352,7 @@ class Chaos:
         self.registered.append(task)
 
     def _registering(self, task: str) -> bool:
-        """Kill the command that registers, and call it again."""
+        """Kill the command `register`, and run it again."""
         model, file = self.models[task]
         arguments = ("register", LINE, "--task", str(file), "--model", str(model))
         process = self._command(*arguments)
@@ -378,7 +378,7 @@ class Chaos:
             )
 
     def _settle(self) -> None:
-        """Wait until the champion holds everything, or call it lost."""
+        """Wait until the champion holds all models, or record a loss."""
         deadline = time.monotonic() + SETTLES_WITHIN
         while time.monotonic() < deadline:
             line_state = self.ledger.state()
@@ -398,7 +398,7 @@ class Chaos:
         raise RuntimeError(f"the line did not settle: {odd}, kills {self.outcome.kills[-8:]}")
 
     def _keep_busy(self) -> None:
-        """Ask for a remerge that stitches although nothing changed, where none is under way."""
+        """Request a forced remerge, unless one is running."""
         with suppress(Unavailable):
             api = self._api()
             runs = api.runs("remerge", "restitch", "SCHEDULED", "PENDING", "RUNNING")
@@ -454,7 +454,7 @@ class Chaos:
         return file
 
     def _new_model(self) -> str:
-        """A model that nobody has seen; the first three have data and are evaluated."""
+        """Make a new model; the first three have data and are evaluated."""
         number = len(self.models)
         name = f"task{number:03d}"
         (model,) = make_models(self.world, self.folder / "models", 1, number)

@@ -1,7 +1,7 @@
-"""What a run of `tests.stress.chaos` found: its kills, and what was lost, doubled or wrong.
+"""The outcome of `chaos`: its kills, and everything that was lost, doubled or wrong.
 
-Lost is a model that was not registered and localized once, or an act or version that MLflow lacks;
-doubled what is there twice; wrong a byte that is not what it would be had nothing been killed.
+Lost: a model that was not registered and localized, or an act or version that MLflow lacks.
+Doubled: anything that exists twice. Wrong: bytes that differ from a run without kills.
 """
 
 import json
@@ -30,12 +30,12 @@ class Kill:
     """One kill -9.
 
     Attributes:
-        process: what was killed.
-        phase: what it was doing: the flow or the command, and the moment.
-        round: in which round.
-        at: when, on the clock of this process.
-        recovered: seconds until the champion held everything that was registered; counted
-            from the last kill of a round, and None for those before it.
+        process: the kind of process.
+        phase: the flow or the command that it was running, and the moment.
+        round: the number of the round.
+        at: the time on the clock of this process.
+        recovered: seconds until the champion held all registered models, for the last kill of a
+            round; None for the others.
     """
 
     process: str
@@ -47,7 +47,7 @@ class Kill:
 
 @dataclass
 class Outcome:
-    """What was found at the end; all of `lost`, `doubled` and `wrong` must be empty."""
+    """The findings at the end; `lost`, `doubled` and `wrong` must be empty."""
 
     kills: list[Kill] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
@@ -59,21 +59,21 @@ class Outcome:
 
     @property
     def is_clean(self) -> bool:
-        """Whether nothing was lost, doubled or wrong."""
+        """True if nothing was lost, doubled or wrong."""
         return not (self.lost or self.doubled or self.wrong)
 
 
 def examine(
     outcome: Outcome, ledger: Ledger, folder: Path, registered: Sequence[str], models: Models
 ) -> None:
-    """Compare a line with what it would be had nothing been killed.
+    """Compare a line with one in which nothing was killed.
 
     Args:
-        outcome: what is found is added to it.
+        outcome: receives the findings.
         ledger: the line.
-        folder: of the run, with the line's file; another home is made in it.
-        registered: the tasks, in the order in which they were registered.
-        models: by task.
+        folder: the folder of the run with the line's file; another home is made in it.
+        registered: the tasks in the order of registration.
+        models: the models by task.
     """
     _look_for_doubles(outcome, ledger, registered)
     _look_in_mlflow(outcome, ledger, registered)
@@ -101,7 +101,7 @@ def _look_for_doubles(outcome: Outcome, ledger: Ledger, registered: Sequence[str
 
 
 def _look_in_mlflow(outcome: Outcome, ledger: Ledger, registered: Sequence[str]) -> None:
-    """Every act, model and version is shown once."""
+    """Check that MLflow shows every act, model and version once."""
     from restitch.registry.mlflow.sync import connect
 
     line = ledger.line
@@ -125,7 +125,7 @@ def _look_in_mlflow(outcome: Outcome, ledger: Ledger, registered: Sequence[str])
 
 
 def _undisturbed(line: str, folder: Path, registered: Sequence[str], models: Models) -> str:
-    """The patch of a home in which the same models were registered and nothing killed."""
+    """The patch of a home with the same models, in which nothing was killed."""
     script = (
         "import sys, json\n"
         "from pathlib import Path\n"
@@ -143,7 +143,7 @@ def _undisturbed(line: str, folder: Path, registered: Sequence[str], models: Mod
     )
     files = [list(map(str, models[task])) for task in registered]
     home = folder / "undisturbed"
-    # On its own, without the engine that steps of this process have used.
+    # Without the engine that steps of this process have used.
     environment = {k: v for k, v in os.environ.items() if k != "PREFECT_API_URL"}
     done = subprocess.run(
         [sys.executable, "-c", script, str(folder / "line.yaml"), json.dumps(files)],
@@ -157,7 +157,7 @@ def _undisturbed(line: str, folder: Path, registered: Sequence[str], models: Mod
 
 
 def show(outcome: Outcome, out: Console) -> None:
-    """The table of kills, and what was lost, doubled or wrong."""
+    """Print the table of kills, and everything that was lost, doubled or wrong."""
     table = Table(box=None, pad_edge=False)
     for column in ("process", "phase", "kills"):
         table.add_column(column, justify="right" if column == "kills" else "left")

@@ -1,10 +1,10 @@
-"""Fuzz every reader of somebody else's files for longer than the tests do.
+"""Fuzz every reader of untrusted files for longer than the tests do.
 
 `python -m tests.stress.fuzz [--engine ENGINE] [--examples N] [--seed N] [--only READER]
-[--json FILE]` gives each reader N inputs, counts what became of them, and ends with 1 where
-a property of the `hostile_*` modules here did not hold, with the smallest input that shows
-it. An input that takes longer than half a minute counts as a hang. With `--engine atheris`
-inputs are led by the code that they reach (`tests.stress.fuzz_atheris`).
+[--json FILE]` gives each reader N inputs and counts the outcomes. If a property of the `hostile_*`
+modules does not hold, it shows the smallest input and ends with exit code 1. An input that takes
+longer than half a minute counts as a hang. With `--engine atheris` the inputs are guided by the
+code that they reach (`fuzz_atheris`).
 """
 
 import argparse
@@ -33,7 +33,7 @@ HANG = 30  # seconds
 
 @dataclass(frozen=True)
 class Reader:
-    """One reader: its inputs, and the check of all that must hold of each."""
+    """One reader: its inputs, and the check of each."""
 
     name: str
     inputs: st.SearchStrategy[Any]
@@ -53,13 +53,13 @@ READERS = (
 
 @dataclass(frozen=True)
 class Fuzzed:
-    """What became of a reader's inputs.
+    """The outcomes of a reader's inputs.
 
     Attributes:
-        inputs: how many were tried.
-        outcomes: how many ended in each way.
-        slowest: seconds that the slowest took, reading and checking.
-        found: what did not hold, with the smallest input that shows it.
+        inputs: the number of inputs.
+        outcomes: the number of inputs with each outcome.
+        slowest: seconds of the slowest input, with its check.
+        found: the fault with the smallest input that shows it.
     """
 
     reader: str
@@ -70,11 +70,11 @@ class Fuzzed:
 
 
 class HangError(Exception):
-    """A reader did not come back."""
+    """A reader did not return."""
 
 
 def fuzz(reader: Reader, examples: int, begin: int) -> Fuzzed:
-    """Give a reader inputs until one shows a fault, or there have been enough."""
+    """Give a reader inputs until one shows a fault or all are done."""
     outcomes: Counter[str] = Counter()
     slowest = 0.0
 
@@ -108,19 +108,19 @@ def fuzz(reader: Reader, examples: int, begin: int) -> Fuzzed:
 
 
 def fuzz_with_atheris(reader: Reader, examples: int, begin: int) -> Fuzzed:
-    """The same with Atheris, in a process of its own; 0 is no seed for it."""
+    """The same with Atheris, in a separate process; 0 is not a valid seed for it."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "found.json")
         command = [sys.executable, "-m", "tests.stress.fuzz_atheris", reader.name, str(out)]
         numbers = [f"--examples={examples}", f"--seed={begin or 1}"]
         done = subprocess.run([*command, *numbers], capture_output=True, text=True)
-        told: dict[str, Any] = {"outcomes": {}, "slowest": 0.0, "found": None}
+        result: dict[str, Any] = {"outcomes": {}, "slowest": 0.0, "found": None}
         if out.exists():
-            told = json.loads(out.read_text())
-    if done.returncode and told["found"] is None:
-        told["found"] = done.stderr[-3000:]
-    total = sum(told["outcomes"].values())
-    return Fuzzed(reader.name, total, told["outcomes"], told["slowest"], told["found"])
+            result = json.loads(out.read_text())
+    if done.returncode and result["found"] is None:
+        result["found"] = done.stderr[-3000:]
+    total = sum(result["outcomes"].values())
+    return Fuzzed(reader.name, total, result["outcomes"], result["slowest"], result["found"])
 
 
 ENGINES = {"hypothesis": fuzz, "atheris": fuzz_with_atheris}
@@ -131,13 +131,13 @@ def _hang(_signal: int, _frame: FrameType | None) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Fuzz, and show what became of the inputs."""
+    """Fuzz, and show the outcomes of the inputs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--engine", choices=ENGINES, default="hypothesis")
     parser.add_argument("--examples", type=int, default=1000, help="inputs per reader")
-    parser.add_argument("--seed", type=int, default=0, help="where the inputs begin")
+    parser.add_argument("--seed", type=int, default=0, help="the seed of the inputs")
     parser.add_argument("--only", choices=[reader.name for reader in READERS])
-    parser.add_argument("--json", type=Path, help="write the numbers here, too")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     given_ = parser.parse_args(arguments)
     signal.signal(signal.SIGALRM, _hang)
     console = Console()

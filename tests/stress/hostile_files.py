@@ -1,10 +1,9 @@
-"""Hostile checkpoints and sparse files for the fuzzer, and what must hold of each.
+"""Hostile checkpoints and sparse files for the fuzzer, and the checks of their readers.
 
-An input begins as a valid file and is damaged where its format has something to say:
-lengths, names, types, shapes, offsets, the table of a sparse file, its coordinates, single
-bytes. A check returns `read` or the kind of the error; it raises where a reader fails in
-another way, takes more memory than the file's size allows, or reads something else than an
-independent reader does.
+An input is a valid file that is damaged in a way specific to its format: lengths, names, types,
+shapes, offsets, the table of a sparse file, its coordinates, single bytes. A check returns `read`
+or the kind of the error. It raises if a reader fails in another way, needs more memory than the
+file's size allows, or reads something else than an independent reader.
 """
 
 import json
@@ -27,7 +26,7 @@ from restitch.merging.files.quantized import STEP_DTYPE, Quantized, step_count
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from restitch.merging.files.sparse_layout import rows_and_columns
 
-# What a reader may allocate: its own objects, and a multiple of the file.
+# The limit of a reader's memory: its own objects, and a multiple of the file.
 _ALLOWED_BYTES = 4 << 20
 _ALLOWED_TIMES = 100
 
@@ -53,7 +52,7 @@ JUNK: st.SearchStrategy[Any] = st.one_of(
 
 @st.composite
 def damaged_bytes(draw: st.DrawFn, good: bytes) -> bytes:
-    """Some bytes with a few changed, cut out, put in or repeated."""
+    """Some bytes with a few of them changed, removed, inserted or repeated."""
     data = bytearray(good)
     for _ in range(draw(st.integers(0, 4))):
         begin = draw(st.integers(0, max(len(data) - 1, 0)))
@@ -79,16 +78,16 @@ def _tensors(draw: st.DrawFn) -> dict[str, torch.Tensor]:
     dtypes = st.sampled_from([*FLOATING, torch.int64, torch.uint8, torch.bool])
     shapes = st.lists(st.integers(0, 3), max_size=3)
     names = draw(st.lists(st.sampled_from(["a", "b", "c.weight", "ü"]), unique=True, max_size=3))
-    found = {}
+    tensors = {}
     for name in names:
         tensor = torch.arange(float(np.prod(shape := draw(shapes)))).reshape(shape)
-        found[name] = tensor.to(draw(dtypes))
-    return found
+        tensors[name] = tensor.to(draw(dtypes))
+    return tensors
 
 
 @st.composite
 def checkpoints(draw: st.DrawFn) -> bytes:
-    """The bytes of a safetensors file whose header lies, or whose bytes are damaged."""
+    """The bytes of a safetensors file with a wrong header or damaged bytes."""
     good: bytes = save(draw(_tensors()), draw(st.sampled_from([None, {"format": "pt"}])))
     if draw(st.booleans()):
         return draw(damaged_bytes(good))
@@ -117,12 +116,12 @@ def checkpoints(draw: st.DrawFn) -> bytes:
         pairs[place : place + 1] = [(name, entry)]
     body = ",".join(f"{json.dumps(name)}:{json.dumps(entry)}" for name, entry in pairs)
     header = f"{{{body}}}".encode() + b" " * draw(st.integers(0, 8))
-    said = draw(st.one_of(st.just(len(header)), st.sampled_from([0, 1, 1 << 63, (1 << 64) - 1])))
-    return said.to_bytes(8, "little") + header + good[8 + length :]
+    size = draw(st.one_of(st.just(len(header)), st.sampled_from([0, 1, 1 << 63, (1 << 64) - 1])))
+    return size.to_bytes(8, "little") + header + good[8 + length :]
 
 
 def check_checkpoint(data: bytes) -> str:
-    """A checkpoint is refused, or read as the safetensors library reads it."""
+    """Check that a checkpoint is refused, or read as the safetensors library reads it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x.safetensors")
         path.write_bytes(data)
@@ -130,14 +129,14 @@ def check_checkpoint(data: bytes) -> str:
             file = bounded(len(data), lambda: Checkpoint.open(path))
         except BadInput as error:
             return _named(error, path)
-        # No copies: torch makes ones of a truth value that is neither 0 nor 1.
-        mine = {name: file.tensor(name) for name in file.names}
+        # Without copies: torch changes a bool that is neither 0 nor 1 into 1.
+        ours = {name: file.tensor(name) for name in file.names}
         _ = file.digest(), [file.header_bytes(shard) for shard in file.shards]
     theirs = _by_the_library(data)
-    assert mine.keys() == theirs.keys()
+    assert ours.keys() == theirs.keys()
     for name, tensor in theirs.items():
-        assert (mine[name].dtype, mine[name].shape) == (tensor.dtype, tensor.shape)
-        assert _raw(mine[name]) == _raw(tensor)
+        assert (ours[name].dtype, ours[name].shape) == (tensor.dtype, tensor.shape)
+        assert _raw(ours[name]) == _raw(tensor)
     return "read"
 
 
@@ -147,8 +146,8 @@ def _named(error: RestitchError, path: Path) -> str:
 
 
 def _by_the_library(data: bytes) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = load(data)
-    return found
+    tensors: dict[str, torch.Tensor] = load(data)
+    return tensors
 
 
 def _raw(tensor: torch.Tensor) -> bytes:
@@ -157,7 +156,7 @@ def _raw(tensor: torch.Tensor) -> bytes:
 
 @st.composite
 def sparse_files(draw: st.DrawFn) -> bytes:
-    """The bytes of a delta or patch whose table, coordinates or bytes are damaged."""
+    """The bytes of a delta or patch with a damaged table, coordinates or bytes."""
     tensors = []
     weighed, in_8_bits = draw(st.booleans()), draw(st.booleans())
     for name in draw(st.lists(st.sampled_from(["a", "b b", "c"]), unique=True, max_size=3)):
@@ -199,7 +198,7 @@ def sparse_files(draw: st.DrawFn) -> bytes:
             rows += rows[:1]
         metadata["restitch.tensors"] = json.dumps([" ".join(row) for row in rows])
     elif body:
-        # The sections keep their sizes, so that it is the coordinates that are wrong.
+        # The sections keep their sizes, so only their content is wrong.
         place = draw(st.integers(0, len(body) - 1))
         body = body[:place] + bytes([draw(st.integers(0, 255))]) + body[place + 1 :]
     text = json.dumps(header).encode()
@@ -218,7 +217,7 @@ _FIELDS = st.sampled_from(
 
 
 def check_sparse(data: bytes) -> str:
-    """A sparse file is refused, or says what a slow reader of the same bytes says."""
+    """Check that a sparse file is refused, or read as a slow reader reads it."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "x")
         path.write_bytes(data)
@@ -239,8 +238,8 @@ def _read_sparse(path: Path) -> str:
         encoded = bytes(sections.tensor_bytes("positions"))[position : position + size]
         position += size
         coordinates = file.coordinates(name)
-        wanted = decode_slowly(code, encoded, info.kept, info.numel)
-        assert coordinates.tolist() == wanted
+        expected = decode_slowly(code, encoded, info.kept, info.numel)
+        assert coordinates.tolist() == expected
         if not file.is_quantized or info.numel <= _SMALL:
             assert file.values(name).numel() == info.kept
         factors = file.factors(name)
@@ -250,17 +249,17 @@ def _read_sparse(path: Path) -> str:
             assert count == [*rows_and_columns(info.shape)]
             assert all(0 < float(value) < math.inf for part in factors for value in part[:50])
         if info.numel <= _SMALL:
-            # Taken in parts, as stitching does, they are the same.
+            # In parts, as stitching reads them, they are the same.
             cursor, start, parts = file.cursor(name), 0, list[int]()
             while start < info.numel:
                 parts += [start + int(c) for found, _ in cursor.advance(7) for c in found]
                 start += 7
-            assert parts == wanted
+            assert parts == expected
     return "read"
 
 
 def _opened(path: Path) -> SparseFile:
-    """A sparse file, with a base that fits it where it cannot be read without one."""
+    """Open a sparse file, with a matching base if it needs one."""
     file = SparseFile.open(path)
     if not file.is_quantized:
         return file
@@ -272,11 +271,11 @@ def _opened(path: Path) -> SparseFile:
 
 @st.composite
 def positions(draw: st.DrawFn) -> tuple[str, bytes, int, int]:
-    """A code, encoded coordinates, how many they are, and the size of their tensor."""
+    """A code, encoded coordinates, their number, and the size of their tensor."""
     code = draw(st.sampled_from(["w", "b"]) | st.builds(
         lambda letter, low: f"{letter}{low}", st.sampled_from("ec"), st.integers(0, 12)
     ))  # fmt: skip
-    # Kept and left out cost nothing or little in these codes: a file bounds them, not this.
+    # Coordinates take little or no space in these codes, so limit their number here.
     few = code[0] in "wcb"
     numel = draw(st.integers(1, 300 if few else 1 << draw(st.sampled_from([4, 8, 20]))))
     kept = numel if code == "w" else draw(st.integers(1, min(numel, 60)))
@@ -293,7 +292,7 @@ def positions(draw: st.DrawFn) -> tuple[str, bytes, int, int]:
 
 
 def check_positions(given: tuple[str, bytes, int, int]) -> str:
-    """Encoded coordinates are refused, or are what a slow reader finds."""
+    """Check that encoded coordinates are refused, or decoded as a slow reader decodes them."""
     code, data, kept, numel = given
     try:
         blocks = list(decode_blocks(code, memoryview(data), kept, numel))
@@ -304,7 +303,7 @@ def check_positions(given: tuple[str, bytes, int, int]) -> str:
 
 
 def decode_slowly(code: str, data: bytes, kept: int, numel: int) -> list[int]:
-    """What the layout in `restitch.merging.files.coordinate_codec` says, bit by bit."""
+    """Decode by the layout in `coordinate_codec`, bit by bit."""
 
     def bit(place: int) -> int:
         return data[place // 8] >> place % 8 & 1
@@ -334,7 +333,7 @@ def decode_slowly(code: str, data: bytes, kept: int, numel: int) -> list[int]:
 
 
 def bounded(size: int, read: Callable[[], T]) -> T:
-    """What a reader returns, after making sure of what it allocated at most."""
+    """The result of a reader, after a check of its peak memory."""
     tracemalloc.start()
     try:
         return read()

@@ -1,10 +1,10 @@
-"""Hostile specialists for the fuzzer: mask files that lie about the patch they select from.
+"""Hostile specialists for the fuzzer: mask files that do not match their patch.
 
-An input is a mask file that was damaged where its format has something to say (its table, the
-streams of its encodings, the patch that it names, the scale, single bytes), with the seed of a
-patch that it fits, or almost fits. `check_mask` opens it as an export does, and looks for what a
-reader must not do: fail without an explanation, take memory that neither file accounts for, or
-take other weights than a slow reader of the same bytes.
+An input is a mask file that is damaged in a way specific to its format (its table, the streams of
+its encodings, the patch that it names, the scale, single bytes), with a patch that matches it or
+almost matches it. `check_mask` opens it as an export does. The reader must not fail without an
+explanation, need more memory than the sizes of the files allow, or select other weights than a
+slow reader of the same bytes.
 """
 
 import json
@@ -31,10 +31,10 @@ TABLE = "restitch.masks"
 
 
 class HostileMask(NamedTuple):
-    """A mask file's bytes, and what its patch is made from.
+    """A mask file's bytes, and the sizes of its patch.
 
     Attributes:
-        kept: how many weights the patch keeps of each tensor.
+        kept: the number of weights that the patch keeps of each tensor.
     """
 
     data: bytes
@@ -42,7 +42,7 @@ class HostileMask(NamedTuple):
 
 
 def write_patch(folder: Path, kept: dict[str, int]) -> Path:
-    """A patch that keeps every third weight of each tensor, and its base beside it."""
+    """Write a patch that keeps every third weight of each tensor, and its base next to it."""
     path, base = folder / "patch", folder / "base.safetensors"
     tensors = [
         SparseTensor(name, (3 * count,), 3 * torch.arange(count), torch.arange(1.0, count + 1))
@@ -55,7 +55,7 @@ def write_patch(folder: Path, kept: dict[str, int]) -> Path:
 
 @st.composite
 def masks(draw: st.DrawFn) -> HostileMask:
-    """A mask file whose table, streams, metadata or bytes are damaged, and a patch."""
+    """A mask file with a damaged table, streams, metadata or bytes, and a patch."""
     names = draw(st.lists(st.sampled_from(NAMES), unique=True, max_size=3))
     kept = {name: draw(st.integers(1, 300)) for name in names}
     shares = {name: draw(st.sampled_from([0.0, 0.02, 0.3, 0.5, 0.9, 1.0])) for name in names}
@@ -67,10 +67,10 @@ def masks(draw: st.DrawFn) -> HostileMask:
         with MaskWriter(folder) as writer:
             for tensor in sorted(kept):
                 writer.add(tensor, random.random(kept[tensor]) < shares[tensor])
-            told = {"base": "00", "shared": shared, "scale": scale.hex(), "task": "x"}
-            writer.finish(folder / "mask", told)
+            more = {"base": "00", "shared": shared, "scale": scale.hex(), "task": "x"}
+            writer.finish(folder / "mask", more)
         good = (folder / "mask").read_bytes()
-    if kept and draw(st.integers(0, 9)) == 0:  # the patch is another one, of the same digest
+    if kept and draw(st.integers(0, 9)) == 0:  # another patch under the same digest
         kept[draw(st.sampled_from(sorted(kept)))] += draw(st.sampled_from([-1, 1, 8]))
         kept = {tensor: count for tensor, count in kept.items() if count > 0}
     where = draw(st.sampled_from(["bytes", "table", "metadata", "stream", "body"]))
@@ -110,7 +110,7 @@ _FIELDS = st.sampled_from(
 
 @st.composite
 def _tables(draw: st.DrawFn, rows: list[str]) -> object:
-    """A table of masks with other words, rows, order, or something else in its place."""
+    """A table of masks with changed words, rows or order, or something else instead."""
     words = [row.split(" ", 4) for row in rows]
     for row in words:
         if draw(st.booleans()):
@@ -131,7 +131,7 @@ def _tables(draw: st.DrawFn, rows: list[str]) -> object:
 def _streams(
     draw: st.DrawFn, header: dict[str, dict[str, object]], body: bytes
 ) -> tuple[dict[str, dict[str, object]], bytes]:
-    """The masks of all tensors deflated anew: as much as is right, or far more, or cut short."""
+    """All masks, deflated again: of the right size, far too large, or incomplete."""
     metadata = header["__metadata__"]
     rows, parts = [], []
     for row in json.loads(str(metadata[TABLE])):
@@ -157,7 +157,7 @@ def _streams(
 
 
 def check_mask(given: HostileMask) -> str:
-    """A specialist is refused, or takes what a slow reader of the same bytes takes."""
+    """Check that a specialist is refused, or read as a slow reader reads it."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         patch, path = write_patch(folder, given.kept), folder / "mask"
@@ -174,22 +174,24 @@ def check_mask(given: HostileMask) -> str:
 
 
 def _read(path: Path, patch: Path, base: Checkpoint) -> str:
-    def there(digest: str) -> Path:
+    def checked_patch(digest: str) -> Path:
         if digest != digest_file(patch):
             raise Damage(f"the patch {digest!r} is not in {patch.parent}")
         return patch
 
-    # A patch of another size stands for one whose name was taken by something else.
-    edits = open_expert(path, lambda digest: patch if _is_digest(digest) else there(digest), base)
+    # A patch of another size stands for a damaged store.
+    edits = open_expert(
+        path, lambda digest: patch if _is_digest(digest) else checked_patch(digest), base
+    )
     if not isinstance(edits, StoredExpert):
         assert isinstance(edits, SparseFile)
         return "read as a patch"
     shared = SparseFile.open(patch)
-    found = {name: edits.mask.bits(name) for name in edits.names}
-    wanted = _slowly(path)
-    assert found.keys() == wanted.keys()
-    for name, bits in wanted.items():
-        assert np.array_equal(found[name], bits)
+    actual = {name: edits.mask.bits(name) for name in edits.names}
+    slow = _slowly(path)
+    assert actual.keys() == slow.keys()
+    for name, bits in slow.items():
+        assert np.array_equal(actual[name], bits)
         before = base.tensor(name).reshape(-1)
         flat, parts = before.clone(), before.clone()
         edits.apply(name, flat)
@@ -210,7 +212,7 @@ def _is_digest(text: str) -> bool:
 
 
 def _slowly(path: Path) -> dict[str, Bits]:
-    """What the layout in `restitch.merging.files.mask_file` says, bit by bit."""
+    """Decode by the layout in `mask_file`, bit by bit."""
     file = Checkpoint.open(path)
     section, begin = bytes(file.tensor_bytes("masks")), 0
     found = {}

@@ -1,9 +1,8 @@
-"""Hostile line and task files and webhook deliveries for the fuzzer, and what must hold of them.
+"""Hostile line and task files and webhook deliveries for the fuzzer, and the checks of them.
 
-A text begins as a valid file; then values, keys, single characters or YAML's stranger
-constructs are put into it. A check returns what became of the input; it raises where a
-reader fails in another way than by an explained error, or where a file that is read does
-not mean the same when it is read again.
+A text is a valid file into which values, keys, single characters or unusual YAML constructs are
+inserted. A check returns the outcome. It raises if a reader fails without an explained error, or
+if a file does not mean the same when it is written and read again.
 """
 
 import json
@@ -42,7 +41,7 @@ TASK: dict[str, Any] = {
     "max_length": 77,
 }
 
-# What a text can hold that is no honest path, name or number.
+# Texts that are not valid paths, names or numbers.
 _TEXTS = st.sampled_from(
     [
         *("", ".", "..", "~", "~nobody-at-all/x", "a\0b", "a\nb", "/etc/shadow", "../../x", "//"),
@@ -110,7 +109,7 @@ def tasks() -> st.SearchStrategy[bytes]:
 
 @contextmanager
 def strange_folder() -> Iterator[Path]:
-    """A folder with what a path in a file could name, honest and not."""
+    """A folder with the targets of the paths in hostile files."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "folder").mkdir()
@@ -123,7 +122,7 @@ def strange_folder() -> Iterator[Path]:
 
 
 def check_line(data: bytes) -> str:
-    """A line file is refused with its name, or is the same when it is read again."""
+    """Check that a line file is refused, or is the same after a round trip."""
     with strange_folder() as folder:
         file = folder / "line.yaml"
         file.write_bytes(data)
@@ -138,7 +137,7 @@ def check_line(data: bytes) -> str:
 
 
 def check_task(data: bytes) -> str:
-    """A task file is refused with its name, or is the same when it is read again."""
+    """Check that a task file is refused, or is the same after a round trip."""
     with strange_folder() as folder:
         file = folder / "task.yaml"
         file.write_bytes(data)
@@ -171,7 +170,7 @@ Delivery = tuple[dict[str, str], bytes]
 
 @st.composite
 def deliveries(draw: st.DrawFn) -> Delivery:
-    """Headers and body of a delivery: signed and strange, or signed wrongly."""
+    """Headers and body of a delivery, with unusual content or a wrong signature."""
     message = json.loads(json.dumps(_MESSAGE))
     for _ in range(draw(st.integers(0, 2))):
         inner = message["data"] if isinstance(message.get("data"), dict) else message
@@ -195,7 +194,7 @@ _NAMED = st.sampled_from(
 
 
 def check_delivery(given: Delivery) -> str:
-    """A delivery gets an answer, and an event leaves only for what MLflow signed just now."""
+    """Check that a delivery is answered, and only becomes an event if MLflow signed it just now."""
     headers, body = given
     events: list[Event] = []
     remembered: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""A worker with a list of folders and hosts reads nowhere else, whoever names it."""
+"""A worker with a list of allowed folders and hosts reads nothing else."""
 
 import json
 import os
@@ -41,14 +41,16 @@ def places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_what_is_not_set_limits_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_list_everything_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(ROOTS, "")
     check_path(Path("/etc/passwd"), "it")
     check_address("s3://anybody/x", "it")
     check_address("https://anybody/x", "it")
 
 
-def test_a_place_is_allowed_by_its_folder_and_not_by_its_name(places: Path) -> None:
+def test_a_path_is_allowed_by_its_folder_and_not_by_a_prefix_of_its_name(places: Path) -> None:
     check_path(places / "in", "it")
     check_path(places / "in" / "file", "it")
     for outside in ("out/file", "in2", "in2/file", "in/../out", "."):
@@ -56,7 +58,7 @@ def test_a_place_is_allowed_by_its_folder_and_not_by_its_name(places: Path) -> N
             check_path(places / outside, "it")
 
 
-def test_links_are_followed_before_they_are_judged(places: Path) -> None:
+def test_links_are_resolved_before_the_check(places: Path) -> None:
     (places / "out" / "back").symlink_to(places / "in")
     check_path(places / "out" / "back" / "file", "it")
     link = places / "in" / "deep"
@@ -116,7 +118,7 @@ def test_the_hub_needs_its_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert pin_data(pinned) == pinned
 
 
-def test_a_model_s_path_is_judged_where_it_is_opened(places: Path, tmp_path: Path) -> None:
+def test_the_path_of_a_model_is_checked_when_it_is_opened(places: Path, tmp_path: Path) -> None:
     home = Home(tmp_path / "home")
     assert resolve_source(places / "in", home).local == places / "in"
     for source in (places / "out", f"file://{places / 'out'}", places / "in" / ".." / "out"):
@@ -124,7 +126,7 @@ def test_a_model_s_path_is_judged_where_it_is_opened(places: Path, tmp_path: Pat
             resolve_source(source, home)
 
 
-def test_a_task_of_anybody_s_reads_no_file_of_the_worker(places: Path) -> None:
+def test_a_task_file_cannot_read_files_of_the_worker(places: Path) -> None:
     (places / "in" / "task.yaml").write_text(f"task: t\nhead: {{labels: {places / 'out/file'}}}\n")
     with pytest.raises(BadInput, match=ROOTS):
         load_task(places / "in" / "task.yaml")
@@ -135,7 +137,7 @@ def test_a_task_of_anybody_s_reads_no_file_of_the_worker(places: Path) -> None:
 
 
 @pytest.mark.parametrize("split", ["../out/rows.csv", "out.csv", "deep"])
-def test_a_split_may_not_climb_out_of_its_data(places: Path, split: str) -> None:
+def test_a_split_cannot_leave_the_folder_of_its_data(places: Path, split: str) -> None:
     (places / "out" / "rows.csv").write_text("text,label\nx,a\n")
     (places / "in" / "out.csv").symlink_to(places / "out" / "rows.csv")
     (places / "in" / "deep").mkdir()
@@ -148,7 +150,7 @@ def test_a_split_may_not_climb_out_of_its_data(places: Path, split: str) -> None
         check_access(task)
 
 
-def test_a_version_of_mlflow_s_leads_nowhere_else(
+def test_a_version_in_mlflow_cannot_name_a_forbidden_source(
     new_home: NewHome, places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home = Home(new_home("home").home)
@@ -159,7 +161,7 @@ def test_a_version_of_mlflow_s_leads_nowhere_else(
         monkeypatch.setenv(HOSTS, "s3://models")
         with pytest.raises(BadInput, match=f"{ROOTS}|{HOSTS}"):
             resolve_source(f"models:/demo.colour/{version}", home)
-    # What lies with MLflow itself may be read, whatever is listed.
+    # MLflow's own artifacts are always allowed.
     place = client.create_experiment("e", artifact_location=str(home.mlartifacts))
     run = client.create_run(place).info.run_id
     save_file({"a": torch.ones(1)}, places / "out" / "model.safetensors")
@@ -168,10 +170,10 @@ def test_a_version_of_mlflow_s_leads_nowhere_else(
 
 
 @pytest.mark.usefixtures("without_mlflow")
-def test_an_event_makes_no_worker_read_elsewhere(
+def test_an_event_cannot_make_a_worker_read_a_forbidden_path(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Registered where everything may be read; onboarded by a worker that has a list.
+    # Registered where everything is allowed; onboarded by a worker with a list.
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
     model = copied(world.model("colour"), tmp_path / "model", lambda _: None)
     args = ("register", "demo", "--task", world.task("colour"), "--model", model, "--here")
@@ -181,14 +183,14 @@ def test_an_event_makes_no_worker_read_elsewhere(
     assert shell.state().tasks == {}
     monkeypatch.setenv(ROOTS, f"{world.root}{os.pathsep}{model}")
     shell(*args)
-    monkeypatch.setenv(ROOTS, str(tmp_path))  # the data is not in there any more
+    monkeypatch.setenv(ROOTS, str(tmp_path))  # without the folder of the data
     told = shell("register", "demo", "--task", world.task("number"), "--model", model, code=3).err
     assert ROOTS in told.replace("\n", "")
     assert list(shell.state().tasks) == ["colour"]
 
 
 @pytest.mark.usefixtures("without_mlflow")
-def test_a_model_that_this_worker_may_not_read_stays_registered(
+def test_a_model_that_this_worker_must_not_read_stays_registered(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
@@ -210,7 +212,7 @@ def test_a_model_that_this_worker_may_not_read_stays_registered(
     assert [member.task for member in shell.state().members] == ["colour"]
 
 
-def test_a_version_that_this_worker_may_not_read_is_not_taken_in(
+def test_a_version_that_this_worker_must_not_read_is_not_registered(
     world: World, shell: Shell, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
@@ -229,15 +231,13 @@ def test_a_version_that_this_worker_may_not_read_is_not_taken_in(
 
 
 def elsewhere(path: Path, outside: Path) -> None:
-    """Put a link to another file in the place of one, as somebody could meanwhile."""
+    """Replace a file by a link to another one, as an attacker could."""
     outside.write_bytes(path.read_bytes())
     path.unlink()
     path.symlink_to(outside)
 
 
-def test_a_link_that_comes_between_the_look_and_the_reading_leads_nowhere(
-    places: Path, world: World
-) -> None:
+def test_a_link_created_between_check_and_read_is_refused(places: Path, world: World) -> None:
     model, out = copied(world.model("colour"), places / "in" / "model"), places / "out"
     check_path(model, "the model")
     assert Checkpoint.open(model).digest()
@@ -255,7 +255,7 @@ def test_a_link_that_comes_between_the_look_and_the_reading_leads_nowhere(
         else:
             with pytest.raises(BadInput, match="outside of what may be read"):
                 read(model)
-    # A folder on the way, and one that is turned only after the file was found.
+    # A folder of the path is replaced by a link too.
     (places / "in" / "model").rename(places / "out" / "model")
     (places / "in" / "model").symlink_to(places / "out" / "model")
     with pytest.raises(BadInput, match="outside of what may be read"):
@@ -263,7 +263,7 @@ def test_a_link_that_comes_between_the_look_and_the_reading_leads_nowhere(
 
 
 @pytest.mark.parametrize("kind", ["rows.jsonl", "rows.json", "rows.csv", "rows.parquet"])
-def test_rows_that_are_turned_elsewhere_meanwhile_are_not_read(places: Path, kind: str) -> None:
+def test_rows_behind_a_link_created_after_the_check_are_not_read(places: Path, kind: str) -> None:
     data, file = places / "in" / "data", places / "in" / "data" / kind
     data.mkdir()
     rows = [{"text": "one", "label": "a"}, {"text": "two", "label": "b"}]
@@ -283,7 +283,7 @@ def test_rows_that_are_turned_elsewhere_meanwhile_are_not_read(places: Path, kin
         found.rows("test")
 
 
-def test_what_is_not_watched_is_opened_as_ever(places: Path) -> None:
+def test_folders_without_a_check_are_not_restricted(places: Path) -> None:
     link = places / "out" / "link"
     link.symlink_to(places / "in" / "file")
     with open_regular(link) as file:

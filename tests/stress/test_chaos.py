@@ -1,4 +1,4 @@
-"""Thirty kills of a running stack: nothing is lost, doubled or wrong. Minutes long."""
+"""Thirty kills of a running stack: nothing is lost, doubled or wrong. Takes minutes."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.shell import ROOT
-from tests.stress.chaos import PLAN, drawn
+from tests.stress.chaos import PLAN, chosen_kinds
 
 
 @pytest.mark.slow
@@ -34,9 +34,12 @@ def test_nothing_is_lost_doubled_or_wrong_while_processes_are_killed(tmp_path: P
     assert len(inside) / len(found["kills"]) >= 0.6
 
 
-def test_every_moment_that_can_be_armed_is_there(tmp_path: Path) -> None:
-    """Workers load this module: a method that it watches and that is gone stops them all."""
-    script = "import tests.stress.chaos_entry as e, restitch.flows.export as x; print(bool(x._write_heads))"
+def test_every_moment_exists(tmp_path: Path) -> None:
+    """Workers load this module, and a wrong name of a method in it would stop them all."""
+    script = (
+        "import tests.stress.chaos_entry as e, restitch.flows.export as x\n"
+        "print(bool(x._write_heads))"
+    )
     done = subprocess.run(
         [sys.executable, "-c", script],
         env={**os.environ, "RESTITCH_CHAOS": str(tmp_path), "RESTITCH_HOME": str(tmp_path)},
@@ -48,9 +51,9 @@ def test_every_moment_that_can_be_armed_is_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kills", [1, 30, 200])
-def test_kills_are_drawn_in_the_proportions_of_the_plan(kills: int) -> None:
-    order = drawn(kills, random.Random(1))
+def test_kills_follow_the_proportions_of_the_plan(kills: int) -> None:
+    order = chosen_kinds(kills, random.Random(1))
     assert len(order) == kills
-    assert order == drawn(kills, random.Random(1))
+    assert order == chosen_kinds(kills, random.Random(1))
     for kind, share in PLAN.items():
         assert abs(order.count(kind) - kills * share / sum(PLAN.values())) < 1

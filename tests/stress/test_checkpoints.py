@@ -1,4 +1,4 @@
-"""Checkpoints that lie: refused with an explained error, at once, and in little memory."""
+"""Hostile checkpoints are refused with an explained error, quickly and in little memory."""
 
 import json
 import os
@@ -66,7 +66,7 @@ for name in sys.argv[1:]:
 """
 
 
-def test_what_a_header_claims_is_never_allocated(tmp_path: Path) -> None:
+def test_claimed_sizes_are_never_allocated(tmp_path: Path) -> None:
     files = []
     for number, data in enumerate(HUGE.values()):
         files.append(tmp_path / f"{number}.safetensors")
@@ -78,14 +78,14 @@ def test_what_a_header_claims_is_never_allocated(tmp_path: Path) -> None:
         check=True,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
-    said = dict(zip(HUGE, done.stdout.splitlines(), strict=True))
-    assert said.pop("a million gigabytes of nothing") == f"read [(0, {1 << 62})]"
-    assert all(line.startswith("refused FILE ") for line in said.values()), said
+    lines = dict(zip(HUGE, done.stdout.splitlines(), strict=True))
+    assert lines.pop("a million gigabytes of nothing") == f"read [(0, {1 << 62})]"
+    assert all(line.startswith("refused FILE ") for line in lines.values()), lines
     assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
 
 
 @pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a\0b", "a\nb", ".", ""])
-def test_a_tensor_s_name_is_never_a_path_and_may_be_shown(tmp_path: Path, name: str) -> None:
+def test_the_name_of_a_tensor_is_never_a_path_and_can_be_shown(tmp_path: Path, name: str) -> None:
     file = tmp_path / "x.safetensors"
     file.write_bytes(raw({name: entry("F32", [2], 0, 8)}, bytes(8)))
     assert Checkpoint.open(file).names == (name,)
@@ -107,7 +107,7 @@ def test_a_pipe_is_not_waited_for(tmp_path: Path, name: str) -> None:
         read_header(tmp_path / name)
 
 
-def test_a_device_without_an_end_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_device_without_an_end_is_refused(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").symlink_to("/dev/zero")
     with pytest.raises(BadInput, match="not a regular file"):
         Checkpoint.open(tmp_path)
@@ -119,25 +119,25 @@ def test_a_file_that_shrinks_between_header_and_data_is_refused(
     file = tmp_path / "x.safetensors"
     file.write_bytes(GOOD)
 
-    def and_cut(path: Path) -> Header:
-        found = read_header(path)
+    def read_and_truncate(path: Path) -> Header:
+        header = read_header(path)
         os.truncate(path, 16)
-        return found
+        return header
 
-    monkeypatch.setattr(module, "read_header", and_cut)
+    monkeypatch.setattr(module, "read_header", read_and_truncate)
     with pytest.raises(BadInput, match="changed while it was read"):
         Checkpoint.open(file)
 
 
 @pytest.mark.parametrize("shard", ["n" * 300, "a/" * 3000 + "b", "a\0b", "..", "\ud800"])
-def test_a_shard_that_can_be_no_file_is_refused(tmp_path: Path, shard: str) -> None:
+def test_a_shard_with_an_impossible_name_is_refused(tmp_path: Path, shard: str) -> None:
     index = {"weight_map": {"a": shard}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(BadInput):
         Checkpoint.open(tmp_path)
 
 
-def test_an_index_of_gigabytes_is_refused_unread(
+def test_an_index_of_gigabytes_is_refused_without_reading_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "MAX_HEADER", 1000)
@@ -157,7 +157,7 @@ class Mark:
         return (Path.touch, (self.file,))
 
 
-def test_a_pickle_under_the_name_of_safetensors_is_no_checkpoint(tmp_path: Path) -> None:
+def test_a_pickle_named_safetensors_is_refused(tmp_path: Path) -> None:
     mark = tmp_path / "it-was-loaded"
     data = pickle.dumps(Mark(mark))
     (tmp_path / "model.safetensors").write_bytes(data)
@@ -165,10 +165,10 @@ def test_a_pickle_under_the_name_of_safetensors_is_no_checkpoint(tmp_path: Path)
         Checkpoint.open(tmp_path)
     assert not mark.exists()
     pickle.loads(data)
-    assert mark.exists()  # this is how it would have shown
+    assert mark.exists()  # so loading it would have been noticed
 
 
-def test_pickles_beside_safetensors_are_left_alone(tmp_path: Path) -> None:
+def test_pickles_next_to_safetensors_are_never_loaded(tmp_path: Path) -> None:
     mark = tmp_path / "it-was-loaded"
     folder = tmp_path / "model"
     folder.mkdir()

@@ -1,4 +1,4 @@
-"""The fuzzer's command counts what it tried, and a fault is a failure with its input."""
+"""The fuzzer's command counts its inputs, and fails with the input that shows a fault."""
 
 import json
 from pathlib import Path

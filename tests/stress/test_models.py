@@ -1,4 +1,4 @@
-"""Model folders from anybody: too large, nested, or written to while they are read."""
+"""Hostile model folders: too large, deeply nested, or changed while they are read."""
 
 import json
 import os
@@ -39,14 +39,14 @@ def register(line: Shell, world: World, model: Path, code: int) -> str:
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "vocab.txt", "config.json"])
-def test_a_tokenizer_of_a_terabyte_is_refused_unread(
+def test_a_tokenizer_of_a_terabyte_is_refused_without_reading_it(
     world: World, line: Shell, tmp_path: Path, name: str
 ) -> None:
-    def owner_growth(folder: Path) -> None:
+    def enlarged(folder: Path) -> None:
         with (folder / name).open("r+b" if (folder / name).exists() else "wb") as file:
-            file.truncate(1 << 40)  # takes no room
+            file.truncate(1 << 40)  # a sparse file takes no space
 
-    model = copied(world.model("colour"), tmp_path / "model", owner_growth)
+    model = copied(world.model("colour"), tmp_path / "model", enlarged)
     before = line.head_bytes()
     told = register(line, world, model, 3)
     assert f"{name} is too large" in told.replace("\n", "")
@@ -98,7 +98,7 @@ def test_a_model_that_changes_while_it_is_registered_is_refused(
     family = get_family(world.family)
 
     class Changing:
-        """A family in whose time somebody else works on the folder."""
+        """A family that changes the folder while it is described."""
 
         def __getattr__(self, name: str) -> Any:
             return getattr(family, name)
@@ -143,7 +143,7 @@ def test_a_delta_of_another_base_is_not_stitched(
         assert line_state.champion is not None
         recipe = Recipe.from_json(ledger.merged(line_state.champion).recipe)
         base = open_base(LineRef(line_state.spec, line_state.base), space)
-        recipe_edits(base, recipe, space)  # as it is, it is fine
+        recipe_edits(base, recipe, space)  # works without the change below
         name = base.names[0]
         shape = base.checkpoint.info(name).shape
         foreign = SparseTensor(name, shape, torch.tensor([0]), torch.ones(1))
@@ -155,7 +155,7 @@ def test_a_delta_of_another_base_is_not_stitched(
             recipe_edits(base, recipe, space)
 
 
-def test_an_index_may_not_lead_out_of_its_folder(world: World, line: Shell, tmp_path: Path) -> None:
+def test_an_index_cannot_leave_its_folder(world: World, line: Shell, tmp_path: Path) -> None:
     def led_out(folder: Path) -> None:
         (folder / WEIGHTS).rename(folder.parent / "outside.safetensors")
         index = {"weight_map": {"a": "../outside.safetensors"}}

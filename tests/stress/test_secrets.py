@@ -1,8 +1,8 @@
-"""Secrets in the environment and in addresses are in nothing that is written or shown.
+"""Secrets in the environment and in addresses never reach files or output.
 
-Each is planted, everything succeeds or fails around it, and then all files of the home, the
-database and artifacts of MLflow, what was exported and all output are searched for it, also
-as it looks in an address, in JSON and in a header.
+Secrets are set, commands succeed or fail, and then all files of the home, the database and
+artifacts of MLflow, all exports and all output are searched for them, also in the encodings of
+addresses, JSON and headers.
 """
 
 import base64
@@ -21,7 +21,7 @@ from tests.conftest import NewHome
 from tests.shell import Done, Shell
 from tests.worlds import World
 
-# With what is written otherwise in addresses, in JSON and in a shell.
+# With characters that addresses, JSON and shells encode differently.
 PASSWORD = 'pl4nted/pass+word="1&%'
 SECRETS = {
     "AWS_ACCESS_KEY_ID": "AKIAPL4NTED000000001",
@@ -37,12 +37,12 @@ SECRETS = {
 
 
 class Echo(BaseHTTPRequestHandler):
-    """A server that refuses everything, and repeats in its refusal what it was sent."""
+    """A server that refuses every request, and repeats the request in its answer."""
 
     def _refuse(self) -> None:
-        said = " ".join(f"{name}: {value}" for name, value in self.headers.items())
-        message = f"you sent {self.path} {said} {self._basic()}"
-        if "AWS4" in said:
+        headers = " ".join(f"{name}: {value}" for name, value in self.headers.items())
+        message = f"you sent {self.path} {headers} {self._basic()}"
+        if "AWS4" in headers:
             body = f"<Error><Code>AccessDenied</Code><Message>{escape(message)}</Message></Error>"
         else:
             body = json.dumps({"error_code": "PERMISSION_DENIED", "message": message})
@@ -61,12 +61,12 @@ class Echo(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_PATCH = _refuse  # noqa: N815
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
 def echo() -> Iterator[str]:
-    """Host and port of such a server."""
+    """Host and port of an `Echo` server."""
     with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"127.0.0.1:{server.server_port}"
@@ -74,13 +74,13 @@ def echo() -> Iterator[str]:
 
 
 def forms(secret: str) -> Iterator[bytes]:
-    """A secret as it may be written."""
+    """All encodings of a secret."""
     texts = {secret, quote(secret, safe=""), quote(secret), quote_plus(secret), repr(secret)[1:-1]}
     texts |= {json.dumps(secret)[1:-1], secret.partition(":")[2] or secret}
     for text in texts:
         yield text.encode()
     for text in (secret, f"user:{secret}", f":{secret}"):
-        for cut in range(3):  # wherever it begins in what was encoded
+        for cut in range(3):  # any position within the encoded text
             yield base64.b64encode(text.encode()[cut:])[4:-4]
 
 
@@ -104,7 +104,7 @@ def leaks(root: Path, shown: list[Done], secrets: Mapping[str, str]) -> list[str
 
 @pytest.mark.parametrize("place", ["file", "wrapped"])
 @pytest.mark.parametrize("how", ["as it is", "in an address", "in a header"])
-def test_the_search_finds_what_is_there(tmp_path: Path, place: str, how: str) -> None:
+def test_the_search_finds_planted_secrets(tmp_path: Path, place: str, how: str) -> None:
     text = {
         "as it is": f"a {PASSWORD} b",
         "in an address": f"http://user:{quote(PASSWORD, safe='')}@host",
@@ -131,21 +131,23 @@ def test_the_search_finds_what_is_there(tmp_path: Path, place: str, how: str) ->
         "user admin, pl4nted-prefect-0008",
     ],
 )
-def test_messages_of_others_lose_what_is_known_to_be_secret(text: str) -> None:
+def test_known_secrets_are_redacted_in_messages(text: str) -> None:
     address = f"postgresql://u:{PASSWORD}@db/x"  # not even quoted
     environment = {**SECRETS, "MLFLOW_TRACKING_URI": address}
-    said = without_credentials(text, environment)
-    assert "***" in said
-    assert found_in(said.encode(), {**SECRETS, "it": PASSWORD}) == []
-    assert without_credentials(said, environment) == said
+    redacted = without_credentials(text, environment)
+    assert "***" in redacted
+    assert found_in(redacted.encode(), {**SECRETS, "it": PASSWORD}) == []
+    assert without_credentials(redacted, environment) == redacted
 
 
-def test_other_messages_stay_as_they_are() -> None:
+def test_messages_without_secrets_stay_unchanged() -> None:
     text = "s3://bucket/key at http://host:1/x is not authorized: user@example.org, key a=b"
     assert without_credentials(text, {"AWS_ACCESS_KEY_ID": "x", **SECRETS}) == text
 
 
-def test_what_succeeds_writes_no_secret(world: World, new_home: NewHome, tmp_path: Path) -> None:
+def test_successful_commands_write_no_secret(
+    world: World, new_home: NewHome, tmp_path: Path
+) -> None:
     shell = Shell(new_home("home").home, SECRETS)
     shown = [
         shell("init", world.line(tmp_path / "line.yaml")),
@@ -166,7 +168,7 @@ def test_what_succeeds_writes_no_secret(world: World, new_home: NewHome, tmp_pat
     assert leaks(tmp_path, shown, SECRETS) == []
 
 
-# In each, ADDRESS has a user and a password.
+# ADDRESS contains a user and a password.
 BROKEN = {
     "MLflow": {"MLFLOW_TRACKING_URI": "http://ADDRESS"},
     "Prefect": {"PREFECT_API_URL": "http://ADDRESS/api"},
@@ -179,10 +181,10 @@ BROKEN = {
 
 @pytest.mark.parametrize("how", ["away", "refusing"])
 @pytest.mark.parametrize("case", BROKEN)
-def test_what_fails_writes_no_secret(
+def test_failing_commands_write_no_secret(
     world: World, new_home: NewHome, tmp_path: Path, echo: str, case: str, how: str
 ) -> None:
-    host = echo if how == "refusing" else "127.0.0.1:1"  # where nobody listens
+    host = echo if how == "refusing" else "127.0.0.1:1"  # a port without a server
     address = f"user:{quote(PASSWORD, safe='')}@{host}"
     broken = {name: value.replace("ADDRESS", address) for name, value in BROKEN[case].items()}
     good = new_home("home")

@@ -1,4 +1,4 @@
-"""Deltas and patches that lie: damage that is named, never other coordinates than are there."""
+"""Hostile deltas and patches are refused, or read as a slow reader reads them."""
 
 import json
 from pathlib import Path
@@ -27,20 +27,20 @@ def test_any_file_is_refused_or_read_as_a_slow_reader_reads_it(data: bytes) -> N
 
 @settings(max_examples=200, deadline=None)
 @given(positions())
-def test_any_bytes_are_refused_or_decoded_as_a_slow_reader_does(
+def test_any_bytes_are_refused_or_decoded_as_by_a_slow_reader(
     given: tuple[str, bytes, int, int],
 ) -> None:
     check_positions(given)
 
 
 @pytest.mark.parametrize("chosen", [[0], [0, 3, 4, 90], [*range(60)], [*range(99)], [*range(100)]])
-def test_the_slow_reader_reads_what_is_written(chosen: list[int]) -> None:
+def test_the_slow_reader_reverses_encode(chosen: list[int]) -> None:
     code, data = encode(torch.tensor(chosen).numpy(), 100)
     assert decode_slowly(code, data, len(chosen), 100) == chosen
 
 
 def rewritten(path: Path, shape: str, code: str) -> None:
-    """Put another shape and code into the table of a file with one tensor."""
+    """Change shape and code in the table of a file with one tensor."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -69,14 +69,14 @@ def test_a_tensor_of_any_size_costs_nothing(tmp_path: Path, shape: str, code: st
     tensor = SparseTensor("a", (4,), torch.tensor([1]), torch.ones(1))
     write_sparse(path, [tensor], kind="delta", metadata={})
     rewritten(path, shape, code)
-    assert check_sparse(path.read_bytes()) == "Damage"  # this counts what is allocated, too
+    assert check_sparse(path.read_bytes()) == "Damage"  # with a check of its memory
     with pytest.raises(Damage, match="x is damaged"):
         SparseFile.open(path)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_no_numbers_keep_their_bits(tmp_path: Path, value: float) -> None:
-    # Who joins a line is asked for finite weights; the file itself is lossless.
+def test_nan_and_infinity_keep_their_bits(tmp_path: Path, value: float) -> None:
+    # A member needs finite weights; the file format itself is lossless.
     tensor = SparseTensor("a", (4,), torch.tensor([1]), torch.tensor([value]))
     write_sparse(tmp_path / "x", [tensor], kind="delta", metadata={})
     found = SparseFile.open(tmp_path / "x").values("a")

@@ -24,7 +24,7 @@ def members(folder: Path, vectors: dict[str, list[float]]) -> list[DeltaMember]:
     return found
 
 
-def test_weights_are_counted_by_how_many_tasks_need_them(tmp_path: Path) -> None:
+def test_weights_are_counted_by_the_number_of_tasks_that_need_them(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.zeros(4), "untouched": torch.zeros(3)})
     # Alone; needed by both; small beside the other; of opposite signs, so that their sum is small.
     some = members(tmp_path, {"a": [1.0, 1.0, 1.0, 1.0], "b": [0.0, 1.0, 9.0, -1.0]})
@@ -51,7 +51,7 @@ def test_streamed_counts_are_those_of_whole_vectors(tmp_path: Path) -> None:
         assert list(agreement_profile(base, some, ("w",), maker, 0.4)) == expected
 
 
-def test_masks_of_deltas_are_counted_as_they_are(tmp_path: Path) -> None:
+def test_masks_of_deltas_are_counted_unchanged(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.zeros(5)})
     some = []
     for task, kept in (("a", [0, 1, 2]), ("b", [2, 3])):

@@ -110,7 +110,7 @@ def test_a_case_by_hand(tmp_path: Path) -> None:
     assert found.owners == (3, 0, 1), "w0, w7 and v2 have one owner, w1 has three"
 
 
-def test_what_a_mask_keeps_at_the_base_s_value_has_no_direction(tmp_path: Path) -> None:
+def test_a_kept_value_equal_to_the_base_has_no_direction(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.ones(4)})
     deltas = {
         "a": delta(tmp_path / "a", base, {"w": {0: 1.0}}),
@@ -123,7 +123,7 @@ def test_what_a_mask_keeps_at_the_base_s_value_has_no_direction(tmp_path: Path) 
     assert found.kept["none"] == {}
 
 
-def test_nothing_and_one_member_stand(tmp_path: Path) -> None:
+def test_no_member_and_one_member_are_analyzed(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.zeros(4)})
     assert analyze_masks(base, {}).owners == ()
     found = analyze_masks(base, {"a": delta(tmp_path / "a", base, {"w": {3: 2.0}})})
@@ -142,7 +142,9 @@ masks = st.fixed_dictionaries(
     block=st.sampled_from([1, 7, 41, 1 << 14]),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
 )
-def test_it_is_what_dense_masks_say(kept: list[Kept], block: int, dtype: torch.dtype) -> None:
+def test_the_analysis_is_that_of_dense_masks(
+    kept: list[Kept], block: int, dtype: torch.dtype
+) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         # Ranges shorter than the tensors, so that every seam is crossed.
         patch.setattr("restitch.merging.analysis.masks._MATRIX", block * max(len(kept), 1))
@@ -172,7 +174,7 @@ def test_large_tensors_in_several_ranges_with_every_encoding(tmp_path: Path) -> 
         assert_same(analyze_masks(base, deltas), slow(base, deltas))
 
 
-def test_progress_ends_at_everything(tmp_path: Path) -> None:
+def test_progress_ends_with_all_elements(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, tiny.base_tensors())
     seen: list[tuple[int, int]] = []
     member = tiny.member(tmp_path, base, "a", 0)
@@ -180,7 +182,7 @@ def test_progress_ends_at_everything(tmp_path: Path) -> None:
     assert seen[-1] == (136, 136)
 
 
-def test_the_json_comes_back(tmp_path: Path) -> None:
+def test_an_analysis_survives_json(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors())
     found = analyze_masks(
         base, {t: tiny.member(tmp_path, base, t, i).delta for i, t in enumerate("ab")}

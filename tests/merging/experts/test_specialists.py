@@ -52,7 +52,7 @@ def test_tall_by_hand(tmp_path: Path) -> None:
     }
 
 
-def test_each_task_has_a_threshold_of_its_own(tmp_path: Path) -> None:
+def test_each_task_can_have_its_own_threshold(tmp_path: Path) -> None:
     # At 0.2 a takes its second, 1 >= 1; at 0.6 b loses its first, 2 < 2.4.
     found = of_hand(tmp_path, "tall", threshold={"a": 0.2, "b": 0.6, "c": 0.4})
     assert found == {"a": [6, -6, 0, -2], "b": [0, 0, 0, -2], "c": [0, -6, 1, -2]}
@@ -91,7 +91,7 @@ def test_magnitude_masking_by_hand(tmp_path: Path) -> None:
     }
 
 
-def test_magnitude_pruning_keeps_of_each_as_many_as_there_are_tasks_to_share_them(
+def test_magnitude_pruning_keeps_one_part_in_the_number_of_tasks(
     tmp_path: Path,
 ) -> None:
     # A third of four weights is one.
@@ -151,7 +151,7 @@ def three(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Checkpoint,
 
 
 @pytest.mark.parametrize(("name", "given"), CASES)
-def test_it_is_the_dense_reference(tmp_path: Path, name: str, given: dict[str, Any]) -> None:
+def test_it_matches_the_dense_reference(tmp_path: Path, name: str, given: dict[str, Any]) -> None:
     base, members = three(tmp_path)
     experts = get_method(name).experts(base, members, **given)
     vectors = {
@@ -190,7 +190,7 @@ def stored(folder: Path, base: Checkpoint, experts: Experts) -> dict[str, Edits]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", METHODS)
-def test_streamed_or_stored_it_is_the_same_bytes(
+def test_streamed_and_stored_specialists_have_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, dtype: torch.dtype
 ) -> None:
     base, members = three(tmp_path, dtype)
@@ -227,7 +227,7 @@ def test_the_order_of_members_changes_no_byte_of_any_file(tmp_path: Path, name: 
     assert len(written) == 1
 
 
-def test_what_is_exported_is_base_plus_mask_times_multi_task_vector(tmp_path: Path) -> None:
+def test_an_exported_specialist_is_base_plus_mask_times_multi_task_vector(tmp_path: Path) -> None:
     base, members = three(tmp_path)
     read = stored(tmp_path / "files", base, get_method("tall").experts(base, members))
     by_task = {member.task: member.delta for member in members}
@@ -248,7 +248,7 @@ def test_what_is_exported_is_base_plus_mask_times_multi_task_vector(tmp_path: Pa
             assert torch.equal(found.tensor(name), before)
 
 
-def test_all_of_them_take_less_room_than_the_models(tmp_path: Path) -> None:
+def test_all_specialists_take_less_space_than_the_models(tmp_path: Path) -> None:
     base, members = three(tmp_path)
     for name in METHODS:
         (folder := tmp_path / name).mkdir()
@@ -261,7 +261,9 @@ def test_all_of_them_take_less_room_than_the_models(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_such_a_method_gives_no_merged_model_and_says_why(tmp_path: Path, name: str) -> None:
+def test_a_method_for_experts_gives_no_merged_model_and_explains_why(
+    tmp_path: Path, name: str
+) -> None:
     base, members = three(tmp_path)
     with pytest.raises(BadInput, match="one for each task") as refused:
         get_method(name)(base, members)
@@ -269,7 +271,7 @@ def test_such_a_method_gives_no_merged_model_and_says_why(tmp_path: Path, name: 
     assert get_method(name).experts(base, ()).tasks == ()
 
 
-def test_a_merged_method_gives_no_experts_and_there_is_no_third_kind() -> None:
+def test_a_merged_method_gives_no_experts_and_other_kinds_are_refused() -> None:
     with pytest.raises(ValueError, match="gives no experts"):
         get_method("ties").experts(None, ())
     with pytest.raises(ValueError, match="unknown kind"):
@@ -282,14 +284,14 @@ def test_a_merged_method_gives_no_experts_and_there_is_no_third_kind() -> None:
 @pytest.mark.parametrize(
     "given", [{"threshold": -0.1}, {"threshold": {"x": 0.4, "y": 11, "z": 1}}, {"threshold": {}}]
 )
-def test_thresholds_that_cannot_be_used_are_refused(tmp_path: Path, given: dict[str, Any]) -> None:
+def test_bad_thresholds_are_refused(tmp_path: Path, given: dict[str, Any]) -> None:
     base, members = three(tmp_path)
     with pytest.raises(BadInput, match="threshold"):
         get_method("tall").experts(base, members, **given)
 
 
 @pytest.mark.parametrize("scale", ["nan", "inf", "-1", "1x", "0x1p+99999"])
-def test_a_scale_that_is_no_number_is_damage(tmp_path: Path, scale: str) -> None:
+def test_a_scale_that_is_not_a_number_is_damage(tmp_path: Path, scale: str) -> None:
     from restitch.merging.files.mask_file import MaskWriter
 
     with MaskWriter(tmp_path) as writer:

@@ -49,7 +49,7 @@ def test_the_digest_depends_neither_on_sharding_nor_on_the_file_name(tmp_path: P
     assert single.digest() == Checkpoint.open(tmp_path / "other.safetensors").digest()
 
 
-def test_the_digest_is_the_same_for_ever(tmp_path: Path) -> None:
+def test_the_digest_never_changes(tmp_path: Path) -> None:
     tensors = {"b": torch.arange(4.0).view(2, 2), "a": torch.tensor([1, 2], dtype=torch.int32)}
     digest = tiny.save(tmp_path, tensors).digest()
     assert digest == "362bb6f29b094227926ed69d8afaddf477ebc29b006126df38191599ff969dcd"
@@ -118,7 +118,7 @@ def test_a_pickle_is_refused_with_the_way_to_convert(tmp_path: Path, name: str) 
         assert name in str(caught.value)
 
 
-def test_safetensors_beside_a_pickle_are_used(tmp_path: Path) -> None:
+def test_safetensors_next_to_a_pickle_are_used(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     assert tiny.save(tmp_path, {"a": torch.ones(1)}).names == ("a",)
 

@@ -19,7 +19,7 @@ def chosen(numel: int, kept: int, seed: int = 0) -> Coordinates:
 
 @settings(max_examples=300, deadline=None)
 @given(st.data())
-def test_what_is_decoded_is_what_was_encoded(data: st.DataObject) -> None:
+def test_decoding_reverses_encoding(data: st.DataObject) -> None:
     numel = data.draw(st.integers(1, 3000))
     kept = data.draw(st.integers(1, numel))
     seed = data.draw(st.integers(0, 100))
@@ -39,7 +39,7 @@ def test_tensors_of_more_than_32_bits_of_coordinates_work(numel: int) -> None:
     assert decode(code, memoryview(encoded), 4, numel).tolist() == given_.tolist()
 
 
-def test_longer_than_the_blocks_of_the_decoder() -> None:
+def test_tensors_longer_than_a_block_are_decoded() -> None:
     for numel, kept in ((3_000_000, 150_000), (3_000_000, 5), (2_000_000, 1_900_000)):
         given_ = chosen(numel, kept)
         code, encoded = encode(given_, numel)
@@ -47,7 +47,7 @@ def test_longer_than_the_blocks_of_the_decoder() -> None:
 
 
 @pytest.mark.parametrize("density", [1e-5, 0.001, 0.01, 0.05, 0.2, 0.4])
-def test_a_coordinate_costs_at_most_two_bits_and_its_share_of_information(density: float) -> None:
+def test_a_coordinate_costs_at_most_two_bits_more_than_its_information(density: float) -> None:
     numel = 200_000
     kept = max(1, int(density * numel))
     _, encoded = encode(chosen(numel, kept), numel)
@@ -63,7 +63,7 @@ def test_positions_never_cost_more_than_a_bitmap() -> None:
 @pytest.mark.parametrize(
     ("numel", "kept", "letter"), [(1000, 10, "e"), (1000, 400, "b"), (1000, 990, "c"), (9, 9, "w")]
 )
-def test_the_smallest_encoding_is_taken(numel: int, kept: int, letter: str) -> None:
+def test_the_smallest_encoding_is_chosen(numel: int, kept: int, letter: str) -> None:
     assert encode(chosen(numel, kept), numel)[0][0] == letter
 
 
@@ -99,7 +99,7 @@ def test_the_bytes_are_those_of_the_layout() -> None:
         ("e1", b"", 5, 4),
     ],
 )
-def test_what_encode_cannot_have_written_is_refused(
+def test_bytes_that_encode_cannot_have_written_are_refused(
     code: str, data: bytes, kept: int, numel: int
 ) -> None:
     with pytest.raises(ValueError):

@@ -102,7 +102,7 @@ def test_the_shards_are_those_of_the_base(tmp_path: Path, sharded: Checkpoint) -
         assert found.header_bytes(shard) == sharded.header_bytes(shard)
 
 
-def test_a_single_file_of_any_name_becomes_the_one_that_is_looked_for(
+def test_a_single_file_of_any_name_is_exported_under_the_standard_name(
     tmp_path: Path, base: Checkpoint
 ) -> None:
     path = tmp_path / "tower.safetensors"
@@ -114,7 +114,7 @@ def test_a_single_file_of_any_name_becomes_the_one_that_is_looked_for(
 
 @pytest.mark.parametrize("size", [1, 300, 10_000])
 @pytest.mark.parametrize("which", ["base", "sharded"])
-def test_a_shard_size_deals_the_tensors_anew(
+def test_a_shard_size_distributes_the_tensors_to_new_files(
     tmp_path: Path, request: pytest.FixtureRequest, which: str, size: int
 ) -> None:
     source: Checkpoint = request.getfixturevalue(which)
@@ -142,7 +142,9 @@ def test_a_shard_size_deals_the_tensors_anew(
 
 
 @pytest.mark.parametrize("which", ["base", "sharded"])
-def test_extra_tensors_go_along(tmp_path: Path, request: pytest.FixtureRequest, which: str) -> None:
+def test_extra_tensors_are_exported_too(
+    tmp_path: Path, request: pytest.FixtureRequest, which: str
+) -> None:
     source: Checkpoint = request.getfixturevalue(which)
     folder, edits = out(tmp_path), stitched(tmp_path, source)
     head = torch.arange(6.0).view(2, 3).t()

@@ -46,7 +46,7 @@ def written(folder: Path, bits: Iterable[tuple[str, Bits]], metadata: Mapping[st
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 400), st.floats(0, 1), st.integers(0, 9)), max_size=4))
-def test_what_is_read_is_what_was_written(parts: list[tuple[int, float, int]]) -> None:
+def test_a_file_is_read_as_it_was_written(parts: list[tuple[int, float, int]]) -> None:
     bits = {f"t{i}": random_bits(*part) for i, part in enumerate(parts)}
     with TemporaryDirectory() as name:
         folder = Path(name)
@@ -63,7 +63,7 @@ def test_what_is_read_is_what_was_written(parts: list[tuple[int, float, int]]) -
     ("share", "code", "most"),
     [(0.0, "", 0.0), (0.02, "e5", 0.16), (0.3, "z", 0.9), (0.5, "b", 1.0), (1.0, "w", 0.0)],
 )
-def test_of_the_encodings_the_smallest_is_taken(
+def test_the_smallest_encoding_is_chosen(
     tmp_path: Path, share: float, code: str, most: float
 ) -> None:
     patch = patch_of(tmp_path, {"c": 80_000})
@@ -123,7 +123,7 @@ DAMAGES: dict[str, Callable[[dict[str, str]], object]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=list(DAMAGES))
-def test_a_table_that_fits_neither_bytes_nor_patch_is_damage(
+def test_a_table_that_does_not_match_bytes_or_patch_is_damage(
     tmp_path: Path, damage: Callable[[dict[str, str]], object]
 ) -> None:
     patch, path = good(tmp_path)
@@ -165,12 +165,12 @@ def test_deflated_bits_that_were_changed_are_damage(tmp_path: Path, fill: bytes)
 
 @settings(max_examples=60, deadline=None)
 @given(masks())
-def test_any_file_is_refused_or_takes_what_a_slow_reader_of_it_takes(hostile: HostileMask) -> None:
+def test_any_file_is_refused_or_read_as_a_slow_reader_reads_it(hostile: HostileMask) -> None:
     check_mask(hostile)
 
 
 @pytest.mark.parametrize("size", [1 << 13, 1 << 16])
-def test_a_stream_that_inflates_to_far_more_is_damage_and_costs_nothing(
+def test_a_stream_that_inflates_too_much_is_damage_and_costs_nothing(
     tmp_path: Path, size: int
 ) -> None:
     with MaskWriter(tmp_path) as writer:
@@ -185,7 +185,7 @@ def test_a_stream_that_inflates_to_far_more_is_damage_and_costs_nothing(
 
 
 @pytest.mark.parametrize("wrong", ["order", "twice", "metadata"])
-def test_a_writer_that_breaks_the_format_is_stopped(tmp_path: Path, wrong: str) -> None:
+def test_a_writer_cannot_break_the_format(tmp_path: Path, wrong: str) -> None:
     one = np.ones(3, dtype=np.bool_)
     names = {"order": ("b", "a"), "twice": ("a", "a"), "metadata": ("a",)}[wrong]
     metadata = {"restitch.kind": "x"} if wrong == "metadata" else {}

@@ -67,7 +67,7 @@ def test_one_dimension_is_one_row() -> None:
     seed=st.integers(0, 1000),
     scale=st.sampled_from([1e-30, 1e-4, 1.0, 1e20]),
 )
-def test_no_value_is_off_by_more_than_is_said(
+def test_the_error_of_a_value_is_bounded(
     rows: int, columns: int, dtype: torch.dtype, seed: int, scale: float
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -91,7 +91,7 @@ def slowly_rounded(value: Fraction, dtype: torch.dtype) -> Tensor:
     return torch.tensor(float(value), dtype=torch.float64).to(dtype)
 
 
-def test_the_bytes_of_format_3_are_these(tmp_path: Path, base: Checkpoint) -> None:
+def test_the_bytes_of_format_3_are_fixed(tmp_path: Path, base: Checkpoint) -> None:
     file = written(tmp_path, base)
     golden = (
         b"\x18\x01\x00\x00\x00\x00\x00\x00"
@@ -112,7 +112,7 @@ def test_the_bytes_of_format_3_are_these(tmp_path: Path, base: Checkpoint) -> No
     assert torch.equal(edited(base, file, "w"), wanted.view(2, 3))
 
 
-def test_members_in_8_bits_are_merged_as_what_they_restore(
+def test_members_in_8_bits_are_merged_with_their_restored_values(
     tmp_path: Path, base: Checkpoint
 ) -> None:
     exact = tmp_path / "exact"
@@ -132,7 +132,7 @@ def test_members_in_8_bits_are_merged_as_what_they_restore(
         assert torch.equal(*merged)
 
 
-def test_without_a_base_that_fits_values_are_not_guessed(tmp_path: Path, base: Checkpoint) -> None:
+def test_values_in_8_bits_need_a_matching_base(tmp_path: Path, base: Checkpoint) -> None:
     written(tmp_path, base)
     assert SparseFile.open(tmp_path / "x").coordinates("w").tolist() == AT.tolist()
     with pytest.raises(ValueError, match="without its base"):
@@ -143,7 +143,7 @@ def test_without_a_base_that_fits_values_are_not_guessed(tmp_path: Path, base: C
             SparseFile.open(tmp_path / "x", wrong).values("w")
 
 
-def test_steps_that_are_no_numbers_from_0_are_damage(tmp_path: Path, base: Checkpoint) -> None:
+def test_negative_or_infinite_steps_are_damage(tmp_path: Path, base: Checkpoint) -> None:
     written(tmp_path, base)
     good = (tmp_path / "x").read_bytes()
     for bad in (b"\x80\xbf", b"\xc0\x7f", b"\x80\x7f"):  # -1, NaN, infinity
@@ -152,7 +152,7 @@ def test_steps_that_are_no_numbers_from_0_are_damage(tmp_path: Path, base: Check
             SparseFile.open(tmp_path / "x", base).values("w")
 
 
-def test_what_does_not_fit_together_is_not_written(tmp_path: Path) -> None:
+def test_tensors_that_do_not_match_are_not_written(tmp_path: Path) -> None:
     exact = SparseTensor("v", (2, 3), AT, FINETUNED)
     for tensors in (
         [exact, SparseTensor("w", (2, 3), AT, STORED)],

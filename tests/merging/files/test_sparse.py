@@ -26,7 +26,7 @@ def exact(tensor: SparseTensor) -> Tensor:
     return tensor.values
 
 
-def test_the_bytes_of_format_1_are_these(tmp_path: Path) -> None:
+def test_the_bytes_of_format_1_are_fixed(tmp_path: Path) -> None:
     info = write_sparse(tmp_path / "x", [ONE, NONE, TWO], kind="delta", metadata={"model": "m"})
     golden = (
         b"H\x01\x00\x00\x00\x00\x00\x00"
@@ -50,7 +50,7 @@ def weighed(tensor: SparseTensor, *factors: float) -> SparseTensor:
 WEIGHED = [weighed(ONE, 1, 2, 3, 4, 1, 1, 1, 1, 0.5), NONE, weighed(TWO, 8, 1)]
 
 
-def test_the_bytes_of_format_2_are_these(tmp_path: Path) -> None:
+def test_the_bytes_of_format_2_are_fixed(tmp_path: Path) -> None:
     write_sparse(tmp_path / "x", WEIGHED, kind="delta", metadata={})
     golden = (
         b"\x80\x01\x00\x00\x00\x00\x00\x00"
@@ -81,7 +81,7 @@ def test_factors_are_read_as_they_were_written(tmp_path: Path) -> None:
     assert SparseFile.open(tmp_path / "y").factors("a b") is None
 
 
-def test_factors_that_are_no_positive_numbers_are_damage(tmp_path: Path) -> None:
+def test_factors_that_are_not_positive_are_damage(tmp_path: Path) -> None:
     write_sparse(tmp_path / "x", WEIGHED, kind="delta", metadata={})
     good = (tmp_path / "x").read_bytes()
     for bad in (b"\x00\x00", b"\x80\xbf", b"\xc0\x7f", b"\x80\x7f"):  # 0, -1, NaN, infinity
@@ -105,7 +105,7 @@ def test_factors_that_do_not_fit_the_tensors_are_damage(tmp_path: Path) -> None:
         SparseFile.open(tmp_path / "z")
 
 
-def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+def test_a_file_is_read_as_it_was_written(tmp_path: Path) -> None:
     write_sparse(tmp_path / "x", [ONE, NONE, TWO], kind="patch", metadata={"model": "m"})
     file = SparseFile.open(tmp_path / "x")
     assert (file.kind, file.metadata, file.names, file.total) == (
@@ -139,13 +139,13 @@ def test_the_safetensors_library_reads_it(tmp_path: Path) -> None:
         assert torch.equal(file.get_tensor("values.F32"), exact(ONE))
 
 
-def test_a_file_without_tensors_is_a_file(tmp_path: Path) -> None:
+def test_a_file_without_tensors_is_valid(tmp_path: Path) -> None:
     write_sparse(tmp_path / "x", [NONE], kind="delta", metadata={})
     file = SparseFile.open(tmp_path / "x")
     assert (file.names, file.total) == ((), 0)
 
 
-def test_a_sparse_file_is_edits_that_overwrite(tmp_path: Path) -> None:
+def test_a_sparse_file_is_edits(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "b", {"a b": torch.full((4, 5), 9.0), "c": torch.ones(1)})
     write_sparse(tmp_path / "x", [ONE], kind="patch", metadata={})
     file = SparseFile.open(tmp_path / "x")
@@ -158,7 +158,7 @@ def test_a_sparse_file_is_edits_that_overwrite(tmp_path: Path) -> None:
         file.apply("a b", torch.ones(19))
 
 
-def test_a_cursor_takes_each_coordinate_in_its_range() -> None:
+def test_a_cursor_returns_each_coordinate_in_its_range() -> None:
     blocks = iter([np.array([3, 10]), np.array([11, 29]), np.array([30])])
     cursor = Cursor(blocks, torch.arange(5.0))
     taken = [
@@ -219,9 +219,7 @@ def test_a_dense_file_is_not_larger_than_the_tensor_whole(
     "wrong",
     ["order", "values", "twice", "integers", "metadata", "kind", "factors", "zero", "mixed"],
 )
-def test_a_writer_that_breaks_the_format_is_stopped_and_leaves_nothing(
-    tmp_path: Path, wrong: str
-) -> None:
+def test_a_writer_cannot_break_the_format_and_leaves_no_file(tmp_path: Path, wrong: str) -> None:
     tensors = {
         "order": [TWO, ONE],
         "twice": [ONE, ONE],

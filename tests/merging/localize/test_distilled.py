@@ -76,7 +76,7 @@ def test_scores_are_those_of_the_slow_reference(linear: Linear, density: float) 
     torch.testing.assert_close(found, slow(linear, settings))
 
 
-def test_the_graft_comes_nearer_to_what_the_model_says(tmp_path: Path) -> None:
+def test_the_grafted_model_predicts_more_like_the_finetuned(tmp_path: Path) -> None:
     def divergence(model: Linear, scores: Tensor) -> float:
         kept = torch.argsort(-scores)[: round(0.3 * len(scores))]
         gate = torch.zeros(len(scores), dtype=torch.float64)
@@ -97,20 +97,20 @@ def test_the_graft_comes_nearer_to_what_the_model_says(tmp_path: Path) -> None:
         assert divergence(model, refined) < divergence(model, start)
 
 
-def test_there_is_never_more_than_one_gradient(linear: Linear) -> None:
+def test_at_most_one_gradient_exists_at_a_time(linear: Linear) -> None:
     alive = linear.count_gradients()
     find(linear, SETTINGS)
     steps = SETTINGS.epochs * math.ceil(ROWS / SETTINGS.batch_size)
     assert alive == [1] * len(NAMES) * (ROWS + 1 + steps)
 
 
-def test_labels_are_never_looked_at(linear: Linear) -> None:
+def test_labels_are_never_used(linear: Linear) -> None:
     found = ranking(find(linear, SETTINGS))
     linear.y = (linear.y + 1) % 6
     assert torch.equal(found, ranking(find(linear, SETTINGS)))
 
 
-def test_every_step_is_at_another_density_where_it_is_not_known_yet(linear: Linear) -> None:
+def test_every_step_has_another_density_if_it_is_not_known_yet(linear: Linear) -> None:
     settings = replace(SETTINGS, lowest=0.05, highest=0.4)
     found = find(linear, settings)
     base = flat(linear.base)
@@ -123,7 +123,7 @@ def test_every_step_is_at_another_density_where_it_is_not_known_yet(linear: Line
     assert len(found.losses) == 3
 
 
-def test_the_same_seed_gives_the_same_scores_and_the_base_is_back(linear: Linear) -> None:
+def test_the_same_seed_gives_the_same_scores_and_the_base_is_restored(linear: Linear) -> None:
     settings = replace(SETTINGS, lowest=0.05, highest=0.4)
     first = find(linear, settings)
     assert torch.equal(ranking(first), ranking(find(linear, settings)))
@@ -132,7 +132,7 @@ def test_the_same_seed_gives_the_same_scores_and_the_base_is_back(linear: Linear
     assert top_k(first.scores, 7).total == 7
 
 
-def test_what_cannot_be_followed_is_explained(linear: Linear) -> None:
+def test_bad_settings_and_losses_are_explained(linear: Linear) -> None:
     with pytest.raises(BadInput, match="no rows"):
         localize_distilled(linear.live, linear.vector, 0, linear.batch, linear.logits, SETTINGS)
 

@@ -84,7 +84,7 @@ def test_scores_are_those_of_the_slow_reference(linear: Linear, settings: Fisher
         torch.testing.assert_close(chunks, (expected**settings.power * size).view(-1))
 
 
-def test_it_is_measured_where_it_is_asked_for_and_the_base_is_back_afterwards(
+def test_sensitivities_are_measured_at_the_chosen_point_and_the_base_is_restored(
     linear: Linear,
 ) -> None:
     find(linear, ONE_BY_ONE)
@@ -118,14 +118,14 @@ def test_a_case_by_hand(tmp_path: Path) -> None:
     assert top_k(scores, 3).coordinates("w").tolist() == [0, 1, 4]
 
 
-def test_there_is_never_more_than_one_gradient(linear: Linear) -> None:
+def test_at_most_one_gradient_exists_at_a_time(linear: Linear) -> None:
     alive = linear.count_gradients()
     find(linear, ONE_BY_ONE)
     assert alive == [1] * (ROWS * len(NAMES))
     assert all(linear.live[name].grad is None for name in NAMES)
 
 
-def test_what_no_row_touches_is_ranked_by_its_difference(tmp_path: Path) -> None:
+def test_coordinates_that_no_row_depends_on_are_ranked_by_their_difference(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "base", {"idle": torch.zeros(4), "w": torch.zeros(2, 3)})
     finetuned = {"idle": torch.tensor([1.0, 4.0, 2.0, 3.0]), "w": torch.zeros(2, 3)}
     vector = TaskVector(base, tiny.save(tmp_path / "tuned", finetuned), ["idle", "w"])
@@ -187,7 +187,7 @@ def test_the_same_seed_gives_the_same_scores_and_another_one_others(linear: Line
     assert not torch.equal(first, all_of(replace(ONE_BY_ONE, seed=1)))
 
 
-def test_no_rows_and_scores_that_are_no_numbers_are_explained(linear: Linear) -> None:
+def test_missing_rows_and_infinite_scores_are_explained(linear: Linear) -> None:
     with pytest.raises(BadInput, match="no rows"):
         localize_fisher(
             linear.live, linear.vector, 0, linear.batch, linear.logits, FisherSettings()

@@ -28,7 +28,7 @@ def test_a_seed_gives_one_mask_and_another_seed_another(vector: TaskVector) -> N
     assert cut(vector, 0, 50).digest() != cut(vector, 1, 50).digest()
 
 
-def test_a_smaller_mask_lies_in_every_larger_one_and_every_tensor_has_its_share(
+def test_masks_are_nested_and_every_tensor_has_its_share(
     vector: TaskVector,
 ) -> None:
     small, large = cut(vector, 3, 50), cut(vector, 3, 250)

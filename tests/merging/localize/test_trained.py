@@ -262,7 +262,7 @@ def test_the_same_seed_gives_the_same_bytes(linear: Linear, preset: str) -> None
     assert linear.orders != orders
 
 
-def test_each_epoch_goes_through_all_rows_once_in_another_order(linear: Linear) -> None:
+def test_each_epoch_uses_all_rows_once_in_another_order(linear: Linear) -> None:
     linear.run(TrainedSettings.of(epochs=3, batch_size=7))
     epochs = [list(chain(*linear.orders[i : i + 4])) for i in range(0, 12, 4)]
     assert all(sorted(epoch) == list(range(ROWS)) for epoch in epochs)
@@ -271,7 +271,7 @@ def test_each_epoch_goes_through_all_rows_once_in_another_order(linear: Linear) 
 
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_the_weights_are_the_base_again_bit_for_bit(
+def test_the_base_s_weights_are_restored_bit_for_bit(
     linear: Linear, tmp_path: Path, preset: str, dtype: torch.dtype
 ) -> None:
     stored = [{n: w.to(dtype) for n, w in x.items()} for x in (linear.base, linear.finetuned)]
@@ -290,7 +290,7 @@ def test_the_weights_are_the_base_again_bit_for_bit(
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_the_weights_are_the_base_again_after_an_error(linear: Linear, preset: str) -> None:
+def test_the_base_s_weights_are_restored_after_an_error(linear: Linear, preset: str) -> None:
     linear.live["bias"].requires_grad_(True)
     linear.live["trunk.weight"].requires_grad_(True)
     calls = iter([False] * 5 + [True])
@@ -323,7 +323,7 @@ def test_only_localizable_tensors_get_gradients(linear: Linear, preset: str) -> 
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_tensor_that_the_loss_does_not_use_is_no_error(linear: Linear, preset: str) -> None:
+def test_a_tensor_that_the_loss_does_not_use_is_allowed(linear: Linear, preset: str) -> None:
     def loss(rows: Sequence[int]) -> Tensor:
         return F.cross_entropy(linear.x[rows] @ linear.live["head.weight"].T, linear.y[rows])
 
@@ -334,7 +334,7 @@ def test_a_tensor_that_the_loss_does_not_use_is_no_error(linear: Linear, preset:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_loss_that_is_no_number_is_said(linear: Linear, preset: str) -> None:
+def test_an_infinite_loss_is_explained(linear: Linear, preset: str) -> None:
     linear.x[3, 3] = math.nan
     with pytest.raises(CannotJoin, match="not finite"):
         linear.run(TrainedSettings.of(preset))
@@ -356,7 +356,7 @@ def test_progress_counts_every_batch(linear: Linear) -> None:
         assert calls == [(i + 1, 8) for i in range(8)]
 
 
-def test_what_cannot_be_used_is_said(linear: Linear) -> None:
+def test_bad_settings_are_explained(linear: Linear) -> None:
     with pytest.raises(BadInput, match="did you mean 'official'"):
         TrainedSettings.of("oficial")
     with pytest.raises(BadInput, match="density"):

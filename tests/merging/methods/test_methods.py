@@ -17,14 +17,14 @@ def test_methods_are_found_by_scanning_the_folder() -> None:
     assert (found.exact, found.kind, found.settings) == (True, "merged", {"overlap": "mean"})
 
 
-def test_every_method_says_where_it_comes_from() -> None:
+def test_every_method_names_its_source() -> None:
     for name in method_names():
         found = get_method(name)
         assert found.version >= 1
         assert found.source
 
 
-def test_every_method_and_setting_is_in_the_page_about_them() -> None:
+def test_every_method_and_setting_is_documented() -> None:
     page = (Path(__file__).parents[3] / "docs" / "methods.md").read_text(encoding="utf-8")
     listed = page.partition("\n## ")[0].splitlines()
     rows = {row.split("`")[1]: row for row in listed if row.startswith("| `")}
@@ -36,7 +36,7 @@ def test_every_method_and_setting_is_in_the_page_about_them() -> None:
         assert all(f"`{key}: {value}`" in row for key, value in found.settings.items())
 
 
-def test_what_is_tuned_is_a_setting() -> None:
+def test_only_settings_can_be_tuned() -> None:
     with pytest.raises(ValueError, match="no setting 'beta' to tune"):
 
         @method(name="odd", version=1, source="none", exact=True, tunes=("beta", (1.0,)))
@@ -44,7 +44,7 @@ def test_what_is_tuned_is_a_setting() -> None:
             raise AssertionError
 
 
-def test_the_method_of_the_paper_is_stitching(tmp_path: Path) -> None:
+def test_localize_and_stitch_is_stitching(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors())
     members = [tiny.member(tmp_path, base, task, i) for i, task in enumerate("ab")]
     edits, plain = get_method(PAPER)(base, members), stitch(base, members)
@@ -58,7 +58,7 @@ def test_defaults_are_filled_in() -> None:
     assert resolve_settings(PAPER, {}) == {"overlap": "mean"}
 
 
-def test_unknown_names_are_errors_with_the_nearest_right_one() -> None:
+def test_errors_about_unknown_names_suggest_the_nearest_one() -> None:
     with pytest.raises(BadInput, match="did you mean 'overlap'"):
         resolve_settings(PAPER, {"overlaps": "mean"})
     with pytest.raises(BadInput, match=f"did you mean '{PAPER}'"):

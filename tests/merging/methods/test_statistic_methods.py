@@ -137,7 +137,7 @@ def test_regmean_is_the_least_squares_solution_over_all_inputs() -> None:
     assert torch.allclose(solved(changes, grams, 0.0), mean, atol=1e-5)
 
 
-def test_tasks_with_inputs_of_their_own_keep_their_answers() -> None:
+def test_tasks_with_disjoint_inputs_keep_their_outputs() -> None:
     changes = torch.tensor([[[1.0, 2.0], [3.0, 4.0]], [[5.0, 6.0], [7.0, 8.0]]])
     grams = [torch.diag(torch.tensor([4.0, 0.0])).double(), torch.diag(torch.tensor([0.0, 1.0]))]
     found = solved(changes, [gram.double() for gram in grams], 0.9)
@@ -147,7 +147,7 @@ def test_tasks_with_inputs_of_their_own_keep_their_answers() -> None:
     assert torch.allclose(solved(changes, silent, 0.9), changes.double().mean(0), atol=1e-6)
 
 
-def test_regmean_streams_and_takes_the_mean_where_there_is_no_layer(tmp_path: Path) -> None:
+def test_regmean_streams_and_averages_tensors_without_a_layer(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors())
     layer, other, norm = "layers.0.attn.weight", "layers.1.attn.weight", "layers.0.norm.weight"
     generator = torch.Generator().manual_seed(2)
@@ -215,7 +215,7 @@ def two_tasks(tmp_path: Path) -> tuple[Linear, list[KeptVector]]:
 
 
 @pytest.mark.parametrize("start", [0.3, 0.99])
-def test_coefficients_are_learned_as_one_would_by_differentiating_all_of_it(
+def test_coefficients_are_learned_as_by_autograd_through_the_whole_merge(
     tmp_path: Path, start: float
 ) -> None:
     model, vectors = two_tasks(tmp_path)
@@ -248,7 +248,7 @@ def test_coefficients_are_learned_as_one_would_by_differentiating_all_of_it(
         assert not torch.equal(wanted[place], torch.full((2,), start).double())
 
 
-def test_without_steps_coefficients_are_what_they_start_with(tmp_path: Path) -> None:
+def test_without_steps_coefficients_keep_their_start_value(tmp_path: Path) -> None:
     model, vectors = two_tasks(tmp_path)
     settings = CoefficientSettings(steps=0, learning_rate=1e-3, start=0.3, batch=4)
     arguments = (model.live, model.vector.base, vectors)
@@ -274,7 +274,7 @@ def test_each_pass_sees_every_row_of_a_task_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NEEDING)
-def test_without_members_it_is_the_base_and_without_statistics_refused(
+def test_no_members_give_the_base_and_missing_statistics_are_refused(
     tmp_path: Path, name: str
 ) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors())

@@ -32,7 +32,7 @@ def reference(change: Matrix, changes: list[Matrix], floor: float) -> Matrix:
 
 @pytest.mark.parametrize("floor", [0.1, 1.0])
 @pytest.mark.parametrize("shape", [(8, 8), (12, 7), (6, 20)])
-def test_it_is_its_reference(shape: tuple[int, int], floor: float) -> None:
+def test_it_matches_its_reference(shape: tuple[int, int], floor: float) -> None:
     changes = changes_of(3, shape)
     plain = [np.asarray(change.double()) for change in changes]
     found = calibrated(changes.sum(0), changes, floor)
@@ -48,7 +48,7 @@ def test_what_all_tasks_share_counts_once() -> None:
         assert torch.allclose(calibrated(changes.sum(0), changes, floor), change, atol=1e-6)
 
 
-def test_of_what_one_task_has_alone_the_floor_decides() -> None:
+def test_the_floor_decides_about_directions_of_a_single_task() -> None:
     changes = torch.zeros(2, 2, 2)
     changes[0, 0, 0], changes[1, 1, 1] = 3.0, 1.0
     together = changes.sum(0)
@@ -57,7 +57,7 @@ def test_of_what_one_task_has_alone_the_floor_decides() -> None:
     assert torch.allclose(calibrated(together, changes, 0.25), together * 1.6, atol=1e-6)
 
 
-def test_where_all_singular_values_are_equal_the_directions_are_those_of_the_sum() -> None:
+def test_with_equal_singular_values_the_directions_are_those_of_the_sum() -> None:
     changes = changes_of(3, (7, 5))
     left, _, right = torch.linalg.svd(changes.sum(0), full_matrices=False)
     found = calibrated(2.0 * left @ right, changes, 0.1)
@@ -82,7 +82,7 @@ def test_a_coefficient_of_the_method_before_cancels_out() -> None:
 
 
 @pytest.mark.parametrize("name", AFTER)
-def test_it_is_a_step_after_a_method_and_streams(tmp_path: Path, name: str) -> None:
+def test_it_is_a_streamed_step_after_a_method(tmp_path: Path, name: str) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors())
     members = whole_members(tmp_path, base, 3)
     inner = get_method(name)(base, members)
@@ -114,7 +114,7 @@ def test_a_base_of_16_bits_is_rounded_once(tmp_path: Path) -> None:
     assert edited(base, edits, "layers.0.attn.weight").dtype == torch.bfloat16
 
 
-def test_what_it_cannot_come_after_is_refused(tmp_path: Path) -> None:
+def test_methods_that_it_cannot_follow_are_refused(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors())
     for name in ("svc", "localize-and-stitch"):
         with pytest.raises(BadInput, match=f"svc cannot come after {name}") as caught:

@@ -21,7 +21,7 @@ def test_a_case_by_hand() -> None:
 
 
 @given(st.lists(st.integers(1, 10**6), min_size=1, unique=True), st.integers(0, 10**6 + 1))
-def test_it_is_the_smallest_that_reaches_and_few_are_asked(values: list[int], limit: int) -> None:
+def test_it_is_the_smallest_that_passes_with_few_evaluations(values: list[int], limit: int) -> None:
     candidates, asked = sorted(values), list[int]()
 
     def reaches(value: int) -> bool:
@@ -41,6 +41,6 @@ def test_candidates_rise_from_the_lowest_to_the_highest(one: int, other: int) ->
     assert all(b <= 1.19 * a + 2 for a, b in itertools.pairwise(found))
 
 
-def test_a_highest_below_the_lowest_is_all_there_is() -> None:
+def test_a_highest_below_the_lowest_is_the_only_candidate() -> None:
     assert geometric(10, 3) == [3]
     assert geometric(1, 16) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 11, 13, 16]

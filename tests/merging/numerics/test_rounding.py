@@ -58,7 +58,7 @@ def test_torch_alone_rounds_twice_here() -> None:
 
 
 @pytest.mark.parametrize("dtype", [*BITS, torch.float32, torch.float64])
-def test_what_needs_no_rounding_is_unchanged(dtype: torch.dtype) -> None:
+def test_exact_values_are_unchanged(dtype: torch.dtype) -> None:
     values = torch.tensor([0.0, -0.0, 1.5, -2.0, torch.inf, -torch.inf], dtype=torch.float64)
     found = round_once(values, dtype)
     assert torch.equal(found.double(), values)

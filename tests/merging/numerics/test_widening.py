@@ -5,7 +5,7 @@ import torch
 from restitch.merging.numerics.rounding import cast, cast_into
 
 
-def test_every_bfloat16_is_widened_as_torch_does_it() -> None:
+def test_every_bfloat16_is_widened_as_by_torch() -> None:
     every = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(torch.bfloat16)
     by_torch = torch.cat([part.to(torch.float32) for part in torch.split(every, 1 << 12)])
     out = torch.full((len(every) + 3,), 7.0)

@@ -61,7 +61,7 @@ def test_it_keeps_what_top_k_keeps(tensors: list[list[float]], data: st.DataObje
 
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
 @pytest.mark.parametrize("kind", ["spread", "coarse", "mostly zero", "equal"])
-def test_large_tensors_are_cut_where_the_sample_is_a_part(
+def test_large_tensors_are_cut_with_a_partial_sample(
     monkeypatch: pytest.MonkeyPatch, kind: str, wide: torch.dtype
 ) -> None:
     for module in (ranking, __import__("restitch.merging.ranking.quantile", fromlist=["SAMPLE"])):
@@ -81,7 +81,7 @@ def test_large_tensors_are_cut_where_the_sample_is_a_part(
 
 
 @pytest.mark.parametrize("misled", ["all large", "all small"])
-def test_a_sample_that_misleads_costs_a_pass_and_nothing_else(misled: str) -> None:
+def test_a_misleading_sample_only_costs_a_pass(misled: str) -> None:
     scores = Floored({"a": torch.arange(1.0, 1001.0)})
     wrong = torch.full((500,), 990.0 if misled == "all large" else 3.0)
     scores.sample = lambda *_: wrong + torch.arange(500) / 1000

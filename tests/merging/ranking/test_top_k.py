@@ -83,7 +83,7 @@ class Deceiving(TensorScores):
         return super().chunks(name)
 
 
-def test_a_sample_that_misled_costs_a_pass_and_not_the_result() -> None:
+def test_a_misleading_sample_only_costs_a_pass() -> None:
     scores = {"a": torch.arange(100.0) / 50, "b": torch.zeros(50)}
     assert as_lists(top_k(Deceiving(scores), 30)) == slow_top_k(scores, 30)
     assert Deceiving.passes == 2
@@ -127,7 +127,7 @@ def test_progress_ends_with_all_scores() -> None:
     assert seen[-1] == (70, 70)
 
 
-def test_a_strided_sample_takes_blocks_from_everywhere() -> None:
+def test_a_strided_sample_covers_the_whole_tensor() -> None:
     flat = torch.arange(11.0)
     assert strided_sample(flat, 5, 2).tolist() == [0, 1, 5, 6]
     assert strided_sample(flat, 100, 3).tolist() == [0, 1, 2]

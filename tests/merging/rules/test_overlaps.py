@@ -105,7 +105,7 @@ def test_a_case_by_hand(tmp_path: Path) -> None:
         torch.testing.assert_close(found, expected_weights, msg=rule)
 
 
-def test_owners_that_cancel_leave_the_base_where_a_sign_is_elected(tmp_path: Path) -> None:
+def test_owners_that_cancel_elect_no_sign_and_leave_the_base(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.ones(2, 4)})
     members = [DeltaMember(t, delta(tmp_path / t, {3: v})) for t, v in (("a", 3.0), ("b", -1.0))]
     assert torch.equal(edited(base, stitch(base, members, "elect"), "w"), torch.ones(2, 4))
@@ -128,7 +128,7 @@ def weighed(folder: Path, member: DeltaMember, seed: int) -> DeltaMember:
 
 @pytest.mark.parametrize("rule", [*RULES, 0.0, 0.25, 0.5, 0.75, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_every_rule_is_that_of_the_slow_reference_however_the_tensor_is_cut(
+def test_every_rule_matches_the_slow_reference_for_any_ranges(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rule: str | float, dtype: torch.dtype
 ) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors(dtype=dtype))
@@ -145,9 +145,7 @@ def test_every_rule_is_that_of_the_slow_reference_however_the_tensor_is_cut(
 
 
 @pytest.mark.parametrize("rule", OVERLAPS)
-def test_the_order_of_members_does_not_matter_and_who_left_never_was(
-    tmp_path: Path, rule: str
-) -> None:
+def test_neither_the_order_of_members_nor_former_members_matter(tmp_path: Path, rule: str) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors())
     members = [tiny.member(tmp_path, base, task, i) for i, task in enumerate("abc")]
     patches = set()
@@ -175,7 +173,7 @@ def test_a_weight_with_one_owner_is_the_finetuned_weight_bit_for_bit(
     assert [int(found[c]) for c in odd] == expected.tolist()
 
 
-def test_members_without_factors_are_worth_the_same(tmp_path: Path) -> None:
+def test_members_without_factors_have_equal_weights(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors(dtype=torch.bfloat16))
     members = [tiny.member(tmp_path, base, task, i) for i, task in enumerate("ab")]
     mean, weighted = (stitch(base, members, rule) for rule in ("mean", "weighted"))
@@ -198,7 +196,7 @@ def test_growth_goes_from_the_mean_to_the_sum(tmp_path: Path) -> None:
     assert found == pytest.approx(expected, rel=1e-6)
 
 
-def test_a_growth_that_machines_round_differently_is_refused(tmp_path: Path) -> None:
+def test_only_growths_with_the_same_rounding_everywhere_are_allowed(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.ones(2, 4)})
     for growth in (0.3, -0.25, 1.25):
         with pytest.raises(BadInput, match="growth"):

@@ -101,7 +101,7 @@ def changes_of(count: int, shape: tuple[int, int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("shape", [(8, 8), (12, 7), (6, 20)])
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_they_are_their_references(count: int, shape: tuple[int, int]) -> None:
+def test_rules_match_their_references(count: int, shape: tuple[int, int]) -> None:
     changes = changes_of(count, shape)
     plain = [np.asarray(change.double()) for change in changes]
     for found, wanted in (
@@ -114,7 +114,7 @@ def test_they_are_their_references(count: int, shape: tuple[int, int]) -> None:
         np.testing.assert_allclose(found.numpy(), wanted, rtol=1e-3, atol=1e-5)
 
 
-def test_of_one_member_tsv_and_wudi_are_the_member(tmp_path: Path) -> None:
+def test_tsv_and_wudi_of_one_member_are_the_member(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors())
     (member,) = whole_members(tmp_path, base, 1)
     for name in ("tsv-m", "wudi"):
@@ -124,7 +124,7 @@ def test_of_one_member_tsv_and_wudi_are_the_member(tmp_path: Path) -> None:
             assert torch.allclose(edited(base, edits, tensor), wanted, atol=1e-5)
 
 
-def test_tasks_that_share_nothing_are_kept_whole() -> None:
+def test_orthogonal_tasks_are_kept_whole() -> None:
     changes = torch.zeros(2, 4, 4)
     changes[0, 0, 0], changes[0, 1, 1] = 3.0, 2.0
     changes[1, 2, 2], changes[1, 3, 3] = 5.0, 1.0
@@ -145,7 +145,7 @@ def test_common_directions_come_first_and_each_task_adds_its_own() -> None:
     assert torch.allclose(common_and_own(changes, 1.0), isotropic(changes.sum(0)), atol=1e-5)
 
 
-def test_wudi_goes_where_opposite_tasks_interfere_least() -> None:
+def test_wudi_minimizes_the_interference_of_opposite_tasks() -> None:
     # The same input direction, wanted 1 by the one and -1 by the other: the middle is best.
     changes = torch.zeros(2, 2, 2)
     changes[0, 0, 0], changes[1, 0, 0] = 1.0, -1.0
@@ -155,7 +155,9 @@ def test_wudi_goes_where_opposite_tasks_interfere_least() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_order_does_not_matter_and_vectors_are_averaged(tmp_path: Path, name: str) -> None:
+def test_order_does_not_matter_and_one_dimensional_tensors_are_averaged(
+    tmp_path: Path, name: str
+) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors())
     members = whole_members(tmp_path, base, 3)
     one, other = get_method(name)(base, members), get_method(name)(base, members[::-1])
@@ -170,7 +172,7 @@ def test_order_does_not_matter_and_vectors_are_averaged(tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_without_members_it_is_the_base(tmp_path: Path, name: str) -> None:
+def test_no_members_give_the_base(tmp_path: Path, name: str) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors())
     assert get_method(name)(base, ()).names == ()
 
@@ -186,13 +188,13 @@ def test_without_members_it_is_the_base(tmp_path: Path, name: str) -> None:
     ],
     ids=["tsv-m", "iso-c", "iso-cts", "wudi", "regmean"],
 )
-def test_a_rule_computes_where_its_matrices_lie(rule: Callable[[torch.Tensor], Any]) -> None:
+def test_a_rule_computes_on_the_device_of_its_matrices(rule: Callable[[torch.Tensor], Any]) -> None:
     """On torch's device without numbers: it needs no GPU, and mixing it with another is refused."""
     found = rule(torch.empty((2, 5, 4), device="meta"))
     assert (found.device.type, tuple(found.shape)) == ("meta", (5, 4))
 
 
-def test_matrices_are_taken_to_where_methods_compute(tmp_path: Path) -> None:
+def test_matrices_are_moved_to_the_device_of_the_computation(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors())
     members = whole_members(tmp_path, base, 2)
     seen = []

@@ -60,7 +60,7 @@ def test_a_case_by_hand(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("other", [torch.float32, torch.bfloat16, torch.float64])
-def test_stitching_is_that_of_the_slow_reference(
+def test_stitching_matches_the_slow_reference(
     tmp_path: Path, dtype: torch.dtype, other: torch.dtype
 ) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors(dtype=dtype))
@@ -100,7 +100,7 @@ def test_tensors_of_many_blocks_with_every_encoding(
     assert torch.equal(found, round_once(total / owners, torch.bfloat16))
 
 
-def test_the_sum_does_not_depend_on_what_else_is_summed(tmp_path: Path) -> None:
+def test_a_sum_does_not_depend_on_other_coordinates(tmp_path: Path) -> None:
     # In float32 1e8 + 1 - 1e8 is 0; in float64 the mean is exactly 1/3, rounded once.
     base = tiny.save(tmp_path, {"w": torch.zeros(2, 4)})
     values = {"a": 1e8, "b": 1.0, "c": -1e8}
@@ -146,7 +146,7 @@ def test_shared_values_are_summed_in_the_order_of_the_tasks(tmp_path: Path) -> N
         assert float(edited(base, stitch(base, order), "w")[1, 1]) == 0
 
 
-def test_no_members_are_the_base(tmp_path: Path) -> None:
+def test_no_members_give_the_base(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "b", tiny.base_tensors())
     edits = stitch(base, [])
     assert edits.names == ()
@@ -195,7 +195,7 @@ def test_a_delta_that_does_not_fit_the_base_lists_why(tmp_path: Path) -> None:
         assert "mnist" in str(caught.value)
 
 
-def test_a_patch_is_no_delta_and_a_task_is_there_once(tmp_path: Path) -> None:
+def test_patches_and_repeated_tasks_are_refused(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, {"w": torch.zeros(2, 4)})
     file = delta(tmp_path / "a", {1: 1.0})
     write_patch(tmp_path / "p", base, stitch(base, [DeltaMember("a", file)]), {})

@@ -11,7 +11,7 @@ VALUES = (0.0, 0.5, 1.0, float(np.nextafter(np.float32(1), np.float32(2))), floa
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("value", VALUES)
 @pytest.mark.parametrize("name", [None, "a", "b", "c"])
-def test_what_is_kept_stays_and_the_rest_is_0(
+def test_kept_values_stay_and_the_others_become_0(
     dtype: type[np.floating], value: float, name: str | None
 ) -> None:
     levels = np.array([*VALUES, *(-np.array(VALUES)), 1e-30, -3.5], dtype=dtype)

@@ -41,7 +41,7 @@ def test_equal_statistics_are_equal_bytes_and_are_read_back(tmp_path: Path) -> N
     assert found.metadata["mean"] == "0.5"
 
 
-def test_a_file_of_another_kind_or_member_or_none_at_all_is_damage(tmp_path: Path) -> None:
+def test_files_of_another_kind_or_member_and_other_files_are_damage(tmp_path: Path) -> None:
     file = written(tmp_path)
     for kind, belongs in (
         (GRAM, BELONGS),
@@ -55,7 +55,9 @@ def test_a_file_of_another_kind_or_member_or_none_at_all_is_damage(tmp_path: Pat
         open_statistic(file, FISHER, BELONGS)
 
 
-def test_one_that_does_not_fit_is_damage_and_one_of_no_numbers_is_refused(tmp_path: Path) -> None:
+def test_a_statistic_of_wrong_size_is_damage_and_infinite_entries_are_refused(
+    tmp_path: Path,
+) -> None:
     found = open_statistic(written(tmp_path), FISHER, BELONGS)
     check_fits(FISHER, found, {"a": 4, "b": 3})
     for sizes in ({"a": 5}, {"c": 1}):
@@ -66,7 +68,7 @@ def test_one_that_does_not_fit_is_damage_and_one_of_no_numbers_is_refused(tmp_pa
     assert caught.value.details == ("b",)
 
 
-def test_only_the_named_tensors_ask_for_gradients_and_afterwards_as_before() -> None:
+def test_exactly_the_named_tensors_require_gradients_within_the_block() -> None:
     live = {name: torch.zeros(2) for name in "abc"}
     live["c"].requires_grad_(True)
     with requiring_gradients(live, ["a"]) as drop:
@@ -121,7 +123,7 @@ def test_the_fisher_is_the_mean_of_each_rows_own_squares(tmp_path: Path) -> None
         assert found[name].shape == live[name].shape
 
 
-def test_of_many_rows_the_fisher_takes_some() -> None:
+def test_the_fisher_uses_a_limited_number_of_rows() -> None:
     seen: list[int] = []
 
     def batch(rows: Sequence[int]) -> dict[str, Tensor]:
