@@ -452,7 +452,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     world = World(options.data.absolute(), options.work.absolute())
     seeds = [int(seed) for seed in options.seeds.split(",")]
     modes = options.modes.split(",")
-    densities = DENSITIES if options.part == "frontier" else MERGED
+    densities: tuple[float, ...] = DENSITIES if options.part == "frontier" else MERGED
     if options.densities:
         densities = tuple(float(one) for one in options.densities.split(","))
     if options.part == "frontier":

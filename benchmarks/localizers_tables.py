@@ -143,8 +143,8 @@ def int8(values: Mapping[str, Any]) -> str:
             cells += [f"{fmean(tasks.values()):.4f}", f"{most:.3f}"]
         size = fmean(found[density, kind, "bytes"].values())
         rows.append([f"{float(density):.0%}", kind, f"{size:.2f}", *cells])
-    most = "largest change"
-    return table(["density", "values", "bytes", "grafted", most, "merged", most], rows)
+    change = "largest change"
+    return table(["density", "values", "bytes", "grafted", change, "merged", change], rows)
 
 
 _TABLES: dict[str, Callable[[Mapping[str, Any]], str]] = {

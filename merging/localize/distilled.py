@@ -173,7 +173,8 @@ def _refine(
         return loss.detach()
 
     unit: float | None = None
-    losses, step = [], 0
+    losses: list[float] = []
+    step = 0
     for _ in range(settings.epochs):
         order = torch.randperm(len(targets), generator=generator)
         chosen = torch.split(order, settings.batch_size)

@@ -154,6 +154,8 @@ def test_a_task_needs_nothing_but_its_name():
         "task": "demo",
         "data": None,
         "head": None,
+        "scale": None,
+        "max_length": None,
         "metric": "accuracy",
     }
 

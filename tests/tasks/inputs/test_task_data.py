@@ -60,8 +60,8 @@ def test_a_task_is_the_same_wherever_its_files_lie(tmp_path: Path) -> None:
     "changes",
     [
         {"metric": "f1"},
-        {"head": {"labels": ["red", "green"], "scale": 5}},
-        {"head": {"labels": ["red", "green"], "max_length": 7}},
+        {"scale": 5},
+        {"max_length": 7},
         {"head": {"labels": ["green", "red"]}},
         {"head": {"labels": ["red", "green"], "templates": ["a {}"]}},
         {"data": {"path": "rows", "validation": "test.jsonl"}},
