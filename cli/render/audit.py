@@ -8,6 +8,7 @@ from restitch.cli.render.formats import (
     number,
     numbered,
     percent,
+    setting,
     show_table,
     size,
     span,
@@ -83,7 +84,7 @@ def show(result: Values, out: Console) -> None:
         mark = "passed" if gate["passed"] else "failed" if gate["action"] == "block" else "warned"
         write(out, f"  {mark}: {gate['note'] or gate['gate']}{_ends(gate['interval'])}")
     method = result["recipe"]["method"]
-    write(out, f"  method {method['name']} {method['version']} {method['settings']}")
+    write(out, f"  method {method['name']} {method['version']}, {setting(method['settings'])}")
     if "tournament" in result["facts"]:
         _selection(result["facts"]["tournament"], out)
     _members(result["members"], out)
@@ -174,8 +175,8 @@ def diff(result: Values, out: Console) -> None:
     for word, names in result["members"].items():
         for task, model in names.items():
             write(out, f"  {word}: {task} {_arrow(model)}")
-    for setting in result["settings"]:
-        for line in changed(*setting):
+    for change in result["settings"]:
+        for line in changed(*change):
             write(out, f"  {line}")
     rows = [
         (

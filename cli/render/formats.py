@@ -82,14 +82,15 @@ def changed(key: str, old: Any, new: Any) -> list[str]:
             if before.get(name) != after.get(name)
             for line in changed(f"{key}.{name}", before.get(name), after.get(name))
         ]
-    return [f"{key}: {_setting(old)} -> {_setting(new)}"]
+    return [f"{key}: {setting(old)} -> {setting(new)}"]
 
 
-def _setting(value: Any) -> str:
+def setting(value: Any) -> str:
+    """A setting, or a group of them as `name=value`."""
     if isinstance(value, dict):
-        return " ".join(f"{name}={_setting(one)}" for name, one in value.items()) or "none"
+        return " ".join(f"{name}={setting(one)}" for name, one in value.items()) or "none"
     if isinstance(value, list | tuple):
-        return ", ".join(map(_setting, value)) or "none"
+        return ", ".join(map(setting, value)) or "none"
     return "none" if value is None else str(value)
 
 
