@@ -119,8 +119,8 @@ def _interruptible(shell: Shell, command: tuple[object, ...], said: Path, starte
 
 
 def kill_points(calls: int, every: bool) -> range:
-    """The calls at which to kill: all, or about twelve of them."""
-    return range(0, calls, 1 if every else max(1, calls // 12))
+    """The calls at which to kill: all, or about eight of them."""
+    return range(0, calls, 1 if every else max(1, calls // 8))
 
 
 some_or_all = pytest.mark.parametrize(

@@ -326,7 +326,7 @@ def test_a_line_that_asks_for_a_device_waits_for_a_worker_that_has_it(
     shell("init", world.line(tmp_path / "line.yaml", retention=None, require_device="cuda"))
     files = ("--task", world.task("colour"), "--model", world.model("colour"))
     done = shell("register", "demo", *files, code=6)
-    assert "cuda only" in done.err
+    assert "requires the device cuda" in done.err
     assert shell.state().tasks["colour"].versions[1].state == "registered"
     done = Shell(home, {"RESTITCH_DEVICE": "gpu"})("remerge", "demo", code=3)
     assert "'gpu'" in done.err
