@@ -20,8 +20,9 @@ from restitch.modeling.data.tables import ListTable
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import Family
 from restitch.modeling.heads import Head
-from restitch.modeling.weights import apply_edits, linear_layers, load_checkpoint, restore
+from restitch.modeling.weights import apply_edits, linear_layers, restore
 from restitch.registry.specs.task import HeadSpec
+from tests.modeling.weights import load_checkpoint
 
 
 class FamilyContract:
