@@ -1,6 +1,6 @@
 """The projection of the ledger to MLflow, which only this module and `writer` write.
 
-`repair` completes whatever is missing in MLflow from the ledger. It may be killed at any point
+`repair` completes from the ledger what is missing in MLflow. It may be killed at any point
 and run again. An experiment tag, written last, records up to which act the projection is
 complete, so that a repair with nothing to do costs a few queries. Credentials in an address
 never reach a message.
