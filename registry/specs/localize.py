@@ -102,7 +102,7 @@ class LocalizeSpec(Spec):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What determines the mask in this mode, except for the choice of tensors."""
+        """The settings that determine the mask in this mode, except for the choice of tensors."""
         optional = self.model_dump(
             mode="json",
             include={"recovery", "max_density", "budget", "values"},
