@@ -32,18 +32,6 @@ def set_weights(parameters: Mapping[str, Tensor], tensors: Iterable[tuple[str, T
             live.copy_(value)
 
 
-def load_checkpoint(parameters: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    """Copy all floating tensors that the checkpoint and the model share.
-
-    A checkpoint of a part, such as a vision tower, changes only that part.
-    """
-    shared = (name for name in checkpoint.names if name in parameters)
-    set_weights(
-        parameters,
-        ((n, checkpoint.tensor(n)) for n in shared if checkpoint.info(n).dtype.is_floating_point),
-    )
-
-
 def apply_edits(parameters: Mapping[str, Tensor], base: Checkpoint, edits: Edits) -> None:
     """Set the edited tensors to the values that an export would write.
 

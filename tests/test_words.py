@@ -29,8 +29,18 @@ RIGHT: dict[str, set[str]] = {
     r"whoever|whomever": {"merging/methods/wudi.py"},  # the title of its paper
 }
 TEXTS = ("*.md", "docs/**/*.md", "deployments/*.md", "examples/**/*.yaml")
-# The folders of code that are reworded; flows, registry, playground and benchmarks are to follow.
-CODE = ("restitch", "merging", "modeling", "tasks", "deployments", "cli")
+# The folders of code that are reworded; flows is to follow.
+CODE = (
+    "restitch",
+    "merging",
+    "modeling",
+    "tasks",
+    "deployments",
+    "cli",
+    "registry",
+    "benchmarks",
+    "playground",
+)
 
 
 def files() -> Iterator[Path]:

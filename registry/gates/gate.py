@@ -75,7 +75,7 @@ class GateOutcome(Record):
 
     @property
     def blocks(self) -> bool:
-        """Whether it keeps the version from promotion."""
+        """True if it keeps the version from promotion."""
         return not self.passed and self.action == "block"
 
     def as_warning(self) -> "GateOutcome":

@@ -95,7 +95,9 @@ class RetiredFrom(Record):
 
 
 class MemberFacts(Record):
-    """How a member was localized; a merged version's record keeps it. Unset fields are not written.
+    """The facts of localizing a member, which a merged version's record keeps.
+
+    Unset fields are not written.
 
     Attributes:
         localizer: the name and version of the localizer, for instance `dataless/1`.
@@ -315,14 +317,18 @@ class LineState(Record):
         """A model of the line."""
         return self.tasks[key.task].versions[key.version]
 
-    def in_state(self, *states: State) -> tuple[tuple[ModelKey, ModelVersion], ...]:
-        """All models in one of the states, oldest first."""
-        models = [
+    @property
+    def models(self) -> tuple[tuple[ModelKey, ModelVersion], ...]:
+        """All models of all tasks."""
+        return tuple(
             (ModelKey(name, number), version)
             for name, task in self.tasks.items()
             for number, version in task.versions.items()
-            if version.state in states
-        ]
+        )
+
+    def in_state(self, *states: State) -> tuple[tuple[ModelKey, ModelVersion], ...]:
+        """All models in one of the states, oldest first."""
+        models = [(key, version) for key, version in self.models if version.state in states]
         return tuple(
             sorted(models, key=lambda m: (m[1].registered_at, m[0].task.encode(), m[0].version))
         )

@@ -125,7 +125,7 @@ class TaskResult(Record):
 
 
 class Retention(Record):
-    """How much of the base's general ability the merged model keeps.
+    """The general ability of the merged model, compared with that of the base.
 
     Attributes:
         top1: of the merged model; its 95 % interval is `interval`.

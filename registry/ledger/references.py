@@ -96,9 +96,8 @@ def of_line_state(line_state: LineState) -> Iterator[Reference]:
     yield from _of_source(line_state.base, line, "the base")
     for number, record in line_state.versions.items():
         yield Reference(record, "record", line, f"version {number}", number=number)
-    for task in line_state.tasks:
-        for number, model in line_state.tasks[task].versions.items():
-            yield from of_model(line, task, number, model)
+    for key, model in line_state.models:
+        yield from of_model(line, key.task, key.version, model)
 
 
 def of_model(line: str, task: str, number: int, model: ModelVersion) -> Iterator[Reference]:

@@ -16,7 +16,7 @@ from typing import Generic, NamedTuple, TypeVar
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import Damage
 from restitch.merging.progress import Progress, ignore
-from restitch.registry.ledger.line_state import LineState, ModelVersion
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.ledger.references import (
     COPY_SCHEME,
@@ -251,12 +251,13 @@ def _read_manifests(inventory: Inventory, objects: ObjectStore) -> None:
     """Read the manifests of models whose copies are in the store."""
     manifests = [r for some in inventory.references.values() for r in some if r.role == "manifest"]
     for line_state in inventory.line_states.values():
-        for task, number, model in _models(line_state):
+        for owner, model in line_state.models:
             if model.model.uri.startswith(MLFLOW_SCHEMES):
                 key = inventory.keys.get(f"keys/source/{digest_bytes(model.model.uri.encode())}")
                 if key is not None:
-                    owner = f"{task} {number}"
-                    one = Reference(key.blob, "manifest", line_state.line, owner, model.model.uri)
+                    one = Reference(
+                        key.blob, "manifest", line_state.line, str(owner), model.model.uri
+                    )
                     inventory.refer([one])
                     manifests.append(one)
     for manifest in manifests:
@@ -284,10 +285,6 @@ def _read_experts(inventory: Inventory, objects: ObjectStore) -> None:
                 _problem(error) if isinstance(error, Damage) else "it is not a list of specialists"
             )
             inventory.damaged[f"blobs/{key.blob}"] = text
-
-
-def _models(line_state: LineState) -> list[tuple[str, int, ModelVersion]]:
-    return [(n, v, m) for n, task in line_state.tasks.items() for v, m in task.versions.items()]
 
 
 def _manifest(inventory: Inventory, objects: ObjectStore, digest: str) -> bytes:

@@ -7,7 +7,7 @@ Everything here is derived from the store and can be made again. A `RunProjectio
 import math
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any
+from typing import Any, Literal
 
 from restitch.merging.digests import canonical_json
 from restitch.registry.ledger.line_state import MlflowVersion, ModelVersion
@@ -88,24 +88,17 @@ class VersionProjection:
     existing: MlflowVersion | None = None
 
 
-def experiment_name(line: str) -> str:
-    """The experiment of a line's merged versions."""
-    return line
+def experiment_name(
+    line: str, part: Literal["audit", "models", "history", "studies"] | None = None
+) -> str:
+    """The experiment of a line's merged versions, or of another part of the line.
 
-
-def audit_experiment_name(line: str) -> str:
-    """The experiment of its acts."""
-    return f"{line}.audit"
-
-
-def models_experiment_name(line: str) -> str:
-    """The experiment of its finetuned models."""
-    return f"{line}.models"
-
-
-def history_experiment_name(line: str) -> str:
-    """The experiment with one run that has the metrics of all merged versions, for charts."""
-    return f"{line}.history"
+    Args:
+        line: the line.
+        part: its acts, its finetuned models, the one run with the metrics of all merged versions
+            for charts, or its studies.
+    """
+    return line if part is None else f"{line}.{part}"
 
 
 def model_name(line: str, task: str | None = None) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 
 from restitch.merging.digests import canonical_json
 from restitch.registry.ledger.outcomes import Outcome
-from restitch.registry.ledger.records import DataUsed, Entry, MergedRecord
+from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.mlflow.projection import (
     DIGEST_TAG,
     MAX_TAG,
@@ -159,20 +159,14 @@ def metrics_of(record: MergedRecord) -> dict[str, float]:
             f"task/{task}/grafted": result.grafted,
             **_bounds(f"task/{task}/", result.interval),
         }
-    competed = record.facts.get("tournament")
-    if isinstance(competed, dict):
-        metrics |= {
-            f"tournament/{_plain(one['label'])}": one["score"] for one in _contestants(competed)
-        }
+    tournament = record.facts.get("tournament")
+    if isinstance(tournament, dict):
+        contestants: Any = tournament["contestants"]
+        metrics |= {f"tournament/{_plain(one['label'])}": one["score"] for one in contestants}
     if record.gates:
         metrics["gates/failed"] = float(sum(not gate.passed for gate in record.gates))
     metrics |= {f"seconds/{step}": seconds for step, seconds in record.timings.items()}
     return {k: float(v) for k, v in metrics.items() if v is not None and math.isfinite(v)}
-
-
-def _contestants(tournament: dict[str, Any]) -> list[dict[str, Any]]:
-    contestants: list[dict[str, Any]] = tournament["contestants"]
-    return contestants
 
 
 def _plain(label: str) -> str:
@@ -228,11 +222,13 @@ def _inputs(record: MergedRecord) -> tuple[DataProjection, ...]:
     if record.retention is not None:
         used.append((record.retention.task, record.retention.data))
     # The benchmark may also be a task of the line: the same rows are one input.
-    return tuple(dict.fromkeys(_data(name, data) for name, data in used if data is not None))
-
-
-def _data(name: str, data: DataUsed) -> DataProjection:
-    return DataProjection(name, data.digest[:_MAX_DIGEST], data.path, data.split)
+    return tuple(
+        dict.fromkeys(
+            DataProjection(name, data.digest[:_MAX_DIGEST], data.path, data.split)
+            for name, data in used
+            if data is not None
+        )
+    )
 
 
 def _bounds(prefix: str, interval: Interval | None) -> dict[str, float | None]:

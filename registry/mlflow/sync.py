@@ -1,6 +1,6 @@
 """The projection of the ledger to MLflow, which only this module and `writer` write.
 
-`repair` completes whatever is missing in MLflow from the ledger. It may be killed at any point
+`repair` completes from the ledger what is missing in MLflow. It may be killed at any point
 and run again. An experiment tag, written last, records up to which act the projection is
 complete, so that a repair with nothing to do costs a few queries. Credentials in an address
 never reach a message.
@@ -76,7 +76,7 @@ class MlflowProjection:
         """
         with self._explained(), self._alone():
             line_state = ledger.state()  # under the lock: an older state would move aliases back
-            audit = self._writer.experiment(projection.audit_experiment_name(line_state.line))
+            audit = self._writer.experiment(projection.experiment_name(line_state.line, "audit"))
             done = None if full else _completed(self.client.get_experiment(audit).tags)
             aliases = self._aliases(line_state)
             if aliases is None:
@@ -115,7 +115,7 @@ class MlflowProjection:
             artifacts: contents by path.
         """
         with self._explained(), self._alone():
-            experiment = self._writer.experiment(f"{line}.studies")
+            experiment = self._writer.experiment(projection.experiment_name(line, "studies"))
             run = projection.RunProjection(
                 digest=digest,
                 time=int(time.time() * 1000),
@@ -129,7 +129,9 @@ class MlflowProjection:
     def acts_shown(self, line: str) -> dict[str, str]:
         """The digests of a line's audit entries in MLflow, with the names of their runs."""
         with self._explained():
-            experiment = self.client.get_experiment_by_name(projection.audit_experiment_name(line))
+            experiment = self.client.get_experiment_by_name(
+                projection.experiment_name(line, "audit")
+            )
             shown: dict[str, str] = {}
             token: str | None = None
             while experiment is not None:
@@ -153,7 +155,7 @@ class MlflowProjection:
             Unavailable: MLflow cannot be reached.
         """
         places = (
-            (projection.audit_experiment_name(line), "audit.json"),
+            (projection.experiment_name(line, "audit"), "audit.json"),
             (projection.experiment_name(line), "record.json"),
         )
         with self._explained():
@@ -178,7 +180,7 @@ class MlflowProjection:
         """
         with self._explained():
             line_state = ledger.state()
-            name = projection.audit_experiment_name(line_state.line)
+            name = projection.experiment_name(line_state.line, "audit")
             audit = self.client.get_experiment_by_name(name)
             if audit is None or _completed(audit.tags) != line_state.entry:
                 return ()  # the next remerge completes it
@@ -229,20 +231,16 @@ class MlflowProjection:
 
     def _show_models(self, line_state: LineState, pending: Iterable[Entry]) -> None:
         """Write the finetuned models that acts are about, in their present state."""
-        for task, version in sorted(
-            {m for entry in pending for m in outcomes.touched_models(entry)}
-        ):
-            model = (
-                line_state.tasks[task].versions.get(version) if task in line_state.tasks else None
+        models = dict(line_state.models)
+        touched = {key for entry in pending for key in outcomes.touched_models(entry)}
+        for key in sorted(touched & models.keys()):
+            run, shown = projection.project_model(
+                line_state.line, key.task, key.version, models[key], line_state.base.weights
             )
-            if model is not None:
-                run, shown = projection.project_model(
-                    line_state.line, task, version, model, line_state.base.weights
-                )
-                experiment = self._writer.experiment(
-                    projection.models_experiment_name(line_state.line)
-                )
-                self._writer.write_version(shown, self._writer.write_run(experiment, run))
+            experiment = self._writer.experiment(
+                projection.experiment_name(line_state.line, "models")
+            )
+            self._writer.write_version(shown, self._writer.write_run(experiment, run))
 
     def _show_merged(
         self,
@@ -278,7 +276,7 @@ class MlflowProjection:
         full: bool,
     ) -> None:
         """Write the run with the metrics of all versions; its own tag says how far it is."""
-        name = projection.history_experiment_name(line_state.line)
+        name = projection.experiment_name(line_state.line, "history")
         experiment = self._writer.experiment(name)
         runs = self._writer.runs(experiment, projection_merged.history_digest(line_state.line))
         complete = _completed(runs[0].data.tags) if len(runs) == 1 and not full else None

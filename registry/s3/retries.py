@@ -100,7 +100,7 @@ def pause(seconds: float) -> None:
 
 
 def _attempts(error: Exception) -> int:
-    """How often to make a call that fails with this error; 1 if a repetition cannot help."""
+    """The most attempts at a call that fails with this error; 1 if a repetition cannot help."""
     from botocore import exceptions, parsers
 
     if isinstance(error, exceptions.ClientError):

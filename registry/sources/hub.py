@@ -9,7 +9,7 @@ from typing import Literal
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.access_policy import check_hub
 from restitch.registry.redaction import without_credentials
-from restitch.registry.sources.model_files import CONVERT, UNWANTED, WANTED
+from restitch.registry.sources.model_files import CONVERT, MODEL_FILES, SKIPPED_FILES
 from restitch.registry.specs.task import split_pin
 
 
@@ -44,8 +44,8 @@ def _snapshot(name: str, revision: str) -> Path:
             snapshot_download(
                 name,
                 revision=revision,
-                allow_patterns=list(WANTED),
-                ignore_patterns=list(UNWANTED),
+                allow_patterns=list(MODEL_FILES),
+                ignore_patterns=list(SKIPPED_FILES),
                 endpoint=os.environ.get("HF_ENDPOINT"),
                 local_files_only=only_cached,
             )

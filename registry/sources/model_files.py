@@ -9,8 +9,8 @@ from restitch.merging.errors import BadInput
 
 # The files that are read; the model card for the licence. `*/*` excludes subfolders, because the
 # `*` of a pattern matches a slash.
-WANTED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
-UNWANTED = ("*/*", "*.fp16.*", "*.bf16.*", "*.onnx*")
+MODEL_FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "README.md")
+SKIPPED_FILES = ("*/*", "*.fp16.*", "*.bf16.*", "*.onnx*")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".h5", ".msgpack")
 CONVERT = (
     "convert it where you trust it: AutoModel.from_pretrained(ID).save_pretrained(OUT), "
@@ -20,16 +20,16 @@ CONVERT = (
 File = TypeVar("File")
 
 
-def model_folder(uri: str, got: Path) -> Path:
+def model_folder(uri: str, folder: Path) -> Path:
     """The folder of the weights, which MLflow's model format has in a subfolder."""
-    folders = sorted({path.parent for path in got.rglob("*.safetensors")})
-    if len(folders) > 1 and got not in folders:
+    folders = sorted({path.parent for path in folder.rglob("*.safetensors")})
+    if len(folders) > 1 and folder not in folders:
         raise BadInput(
             f"{uri} contains several models",
-            found=", ".join(str(folder.relative_to(got)) for folder in folders),
+            found=", ".join(str(one.relative_to(folder)) for one in folders),
             hint="name the folder of one of them",
         )
-    return got if got in folders or not folders else folders[0]
+    return folder if folder in folders or not folders else folders[0]
 
 
 def files_of(local: Path) -> dict[str, Path]:
@@ -42,18 +42,18 @@ def files_of(local: Path) -> dict[str, Path]:
 
 def readable_files(files: dict[str, File]) -> dict[str, File]:
     """The files of a model that are read."""
-    return {n: path for n, path in files.items() if any(fnmatch(n, one) for one in WANTED)}
+    return {n: path for n, path in files.items() if any(fnmatch(n, one) for one in MODEL_FILES)}
 
 
-def check_safetensors(where: str, kept: Iterable[str], all_of_them: Iterable[str]) -> None:
+def check_safetensors(where: str, readable: Iterable[str], files: Iterable[str]) -> None:
     """Refuse a folder without safetensors.
 
     Raises:
         BadInput: there are none.
     """
-    if any(name.endswith(".safetensors") for name in kept):
+    if any(name.endswith(".safetensors") for name in readable):
         return
-    names = list(all_of_them)
+    names = list(files)
     pickled = any(Path(name).suffix in _PICKLES for name in names)
     raise BadInput(
         f"{where} holds no safetensors",

@@ -3,7 +3,7 @@
 An existing local path comes first and is used in place. A folder in a bucket is read there, or
 fetched whole into the cache. A hub id is pinned to its commit, and only weights, configuration,
 tokenizer and processor files are fetched, into the hub's own cache. An MLflow artifact is
-fetched once and kept in the store, which any worker can read; a local model can be copied there
+fetched once and put into the store, which any worker can read; a local model can be copied there
 too. Nothing that is fetched is executed, and pickles are not fetched.
 """
 
@@ -163,16 +163,17 @@ def _from_s3(text: str, home: Home, *, whole: bool) -> Source:
 
 def _from_mlflow(uri: str, home: Home) -> Source:
     objects = ObjectStore(home.open_store())
-    kept = objects.lookup("source", digest_bytes(uri.encode())) if _is_fixed(uri) else None
+    key = objects.lookup("source", digest_bytes(uri.encode())) if _is_fixed(uri) else None
     fixed = uri
-    if kept is None:
-        fixed, manifest = _fetch(uri, home, objects)
-        kept = objects.publish("source", digest_bytes(fixed.encode()), manifest)
-    files = json.loads(objects.read_blob(kept.blob))
+    if key is None:
+        with _downloaded(uri, home) as (fixed, downloaded):
+            manifest = _put_files(uri, downloaded, objects)
+        key = objects.publish("source", digest_bytes(fixed.encode()), manifest)
+    files = json.loads(objects.read_blob(key.blob))
     if "uri" in files:  # a placeholder with the address of the model
         target = resolve_source(files["uri"], home)
         return Source(target.uri, target.local, target.kind, target.revision)
-    return Source(uri=fixed, local=_unpacked(kept.blob, files, home, objects), kind="mlflow")
+    return Source(uri=fixed, local=_unpacked(key.blob, files, home, objects), kind="mlflow")
 
 
 def _from_copy(uri: str, home: Home) -> Source:
@@ -195,12 +196,6 @@ def _is_fixed(uri: str) -> bool:
     return rest == uri or ("@" not in rest and "/" in rest)
 
 
-def _fetch(uri: str, home: Home, objects: ObjectStore) -> tuple[str, str]:
-    """Download an MLflow artifact into the store: its fixed address and its manifest."""
-    with _downloaded(uri, home) as (fixed, got):
-        return fixed, _put_files(uri, got, objects)
-
-
 @contextmanager
 def fetch_again(uri: str, home: Home) -> Iterator[dict[str, Path]]:
     """Fetch the files of a model from its source, by name, for the length of the context.
@@ -216,8 +211,8 @@ def fetch_again(uri: str, home: Home) -> Iterator[dict[str, Path]]:
     if not uri.startswith(MLFLOW_SCHEMES):
         yield readable_files(files_of(resolve_source(uri, home).local))
         return
-    with _downloaded(uri, home) as (_, got):
-        yield readable_files(files_of(got if got.is_file() else model_folder(uri, got)))
+    with _downloaded(uri, home) as (_, path):
+        yield readable_files(files_of(path if path.is_file() else model_folder(uri, path)))
 
 
 @contextmanager
@@ -234,10 +229,10 @@ def _downloaded(uri: str, home: Home) -> Iterator[tuple[str, Path]]:
             check_artifact(client, place, uri, own=home.mlartifacts)
             from mlflow.artifacts import download_artifacts
 
-            got = download_artifacts(
+            path = download_artifacts(
                 artifact_uri=place, dst_path=str(folder), tracking_uri=home.mlflow_uri
             )
-        yield fixed, Path(got)
+        yield fixed, Path(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -280,7 +275,7 @@ def _put_files(uri: str, downloaded: Path, objects: ObjectStore) -> str:
 
 
 def _manifest(uri: str, files: dict[str, Path], objects: ObjectStore, *, move: bool) -> str:
-    """Put those of a model's files that are read; returns the digest of what names them."""
+    """Put the files of a model that are read; returns the digest of their manifest."""
     readable = readable_files(files)
     check_safetensors(uri, readable, files)
     blobs = {name: objects.put_blob(path, move=move) for name, path in readable.items()}

@@ -3,7 +3,7 @@
 import json
 from typing import Annotated, Any, Self
 
-from pydantic import Field, GetJsonSchemaHandler, TypeAdapter
+from pydantic import ConfigDict, Field, GetJsonSchemaHandler, TypeAdapter
 from pydantic_core import CoreSchema
 
 from restitch.merging.digests import digest_json
@@ -16,8 +16,10 @@ class Spec(Record):
     """Frozen data that refuses unknown keys, with a digest. `to_json` fills in the defaults.
 
     The fields are the keys that people write: the JSON schema and the reference of keys are made
-    from their types and descriptions.
+    from their types and the docstrings below them.
     """
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Self:

@@ -28,12 +28,18 @@ class ActorsSpec(Spec):
     In a file, one list in place of the keys stands for all of them.
     """
 
-    promote: Actors | None = Field(default=None, description="Who may promote a version.")
-    rollback: Actors | None = Field(default=None, description="Who may roll back the champion.")
-    retire: Actors | None = Field(default=None, description="Who may retire a model.")
-    restore: Actors | None = Field(default=None, description="Who may restore a retired model.")
-    pin: Actors | None = Field(default=None, description="Who may pin the champion.")
-    unpin: Actors | None = Field(default=None, description="Who may unpin the champion.")
+    promote: Actors | None = None
+    """Who may promote a version."""
+    rollback: Actors | None = None
+    """Who may roll back the champion."""
+    retire: Actors | None = None
+    """Who may retire a model."""
+    restore: Actors | None = None
+    """Who may restore a retired model."""
+    pin: Actors | None = None
+    """Who may pin the champion."""
+    unpin: Actors | None = None
+    """Who may unpin the champion."""
 
     def of(self, decision: str) -> tuple[str, ...] | None:
         """Those who may make a decision; None is anyone."""
@@ -44,53 +50,40 @@ class ActorsSpec(Spec):
 class LineSpec(Spec):
     """A line: its base, how models join it, and what it must keep."""
 
-    line: Name = Field(
-        description="The name of the line: 1 to 63 of a-z, 0-9, `_` and `-`.", examples=["photos"]
-    )
-    base: Text = Field(
-        description="The pretrained checkpoint that all models were finetuned from: a folder, an "
-        "address, or a hub id (`owner/name[@commit]`); it cannot change.",
-        examples=["models/base", "owner/name", "s3://bucket/models/base"],
-    )
-    family: Text = Field(
-        description="The kind of model, which says how it loads and scores; it cannot change.",
-        examples=["text-encoder", "clip"],
-    )
+    line: Name = Field(examples=["photos"])
+    """The name of the line: 1 to 63 of a-z, 0-9, `_` and `-`."""
+    base: Text = Field(examples=["models/base", "owner/name", "s3://bucket/models/base"])
+    """The pretrained checkpoint that all models were finetuned from: a folder, an address, or a hub
+    id (`owner/name[@commit]`); it cannot change."""
+    family: Text = Field(examples=["text-encoder", "clip"])
+    """The kind of model, which says how it loads and scores; it cannot change."""
     method: AnyMethod = Field(
-        description="The merge method: a name, a name with settings, or a tournament of several.",
-        examples=["localize-and-stitch", {"name": "ties", "settings": {"density": 0.2}}],
+        examples=["localize-and-stitch", {"name": "ties", "settings": {"density": 0.2}}]
     )
+    """The merge method: a name, a name with settings, or a tournament of several."""
     localize: Annotated[LocalizeSpec, InFile(LocalizeSpec | None)] = Field(
-        default=LocalizeSpec(),
-        description="How masks are found; a method that needs whole task vectors defaults to "
-        "`{mode: dataless, density: 1}`.",
-        examples=[{"mode": "dataless", "density": 0.05}],
+        default=LocalizeSpec(), examples=[{"mode": "dataless", "density": 0.05}]
     )
+    """How masks are found; a method that needs whole task vectors defaults to `{mode: dataless,
+    density: 1}`."""
     retention: Annotated[TaskSpec | Name | None, InFile(Text | TaskSpec | None)] = Field(
-        default=None,
-        description="The general benchmark, on which retention is measured: a task file, the "
-        "name of a task of the line, or the keys of a task.",
-        examples=["tasks/imagenet.yaml"],
+        default=None, examples=["tasks/imagenet.yaml"]
     )
+    """The general benchmark, on which retention is measured: a task file, the name of a task of the
+    line, or the keys of a task."""
     gates: Annotated[GatesSpec, InFile(GatesSpec | None)] = Field(
-        default=GatesSpec(),
-        description="What a merged version must reach to be promoted.",
-        examples=[{"max_task_drop": 0.01}],
+        default=GatesSpec(), examples=[{"max_task_drop": 0.01}]
     )
-    schedule: str | None = Field(
-        default=None,
-        description="When to remerge without an event, as a cron line.",
-        examples=["*/15 * * * *"],
-    )
-    require_device: Literal["cpu", "cuda"] | None = Field(
-        default=None, description="Only workers with this device work on the line."
-    )
+    """What a merged version must reach to be promoted."""
+    schedule: str | None = Field(default=None, examples=["*/15 * * * *"])
+    """When to remerge without an event, as a cron line."""
+    require_device: Literal["cpu", "cuda"] | None = None
+    """Only workers with this device work on the line."""
     actors: ActorsSpec | None = Field(
-        default=None,
-        description="Who may promote, roll back, retire, restore, pin and unpin by hand: a list "
-        "for each decision, or one list for all; by default anyone.",
-        examples=[["alice", "bob"], {"promote": ["alice"]}],
+        default=None, examples=[["alice", "bob"], {"promote": ["alice"]}]
     )
+    """Who may promote, roll back, retire, restore, pin and unpin by hand: a list for each decision,
+    or one list for all; by default anyone."""
 
     @field_validator("actors", mode="before", json_schema_input_type=list[Text] | ActorsSpec | None)
     @classmethod

@@ -38,13 +38,11 @@ class LocalizeSpec(Spec):
     most of a finetuned model for its cost (docs/results/).
     """
 
-    mode: Literal["dataless", "trained", "fisher", "distilled"] = Field(
-        default="distilled",
-        description="How coordinates are ranked: `dataless` takes the largest differences; "
-        "`fisher` weighs them by how much the model's predictions depend on each; `distilled` "
-        "refines that until the base with the mask predicts what the finetuned model predicts; "
-        "`trained` learns the mask from labelled rows.",
-    )
+    mode: Literal["dataless", "trained", "fisher", "distilled"] = "distilled"
+    """How coordinates are ranked: `dataless` takes the largest differences; `fisher` weighs them by
+    how much the model's predictions depend on each; `distilled` refines that until the base with
+    the mask predicts what the finetuned model predicts; `trained` learns the mask from labelled
+    rows."""
     density: Density = Field(
         default_factory=lambda earlier: DEFAULT_DENSITY[earlier.get("mode", "distilled")],
         description="The fraction of the localizable coordinates that a mask keeps, or `auto` "
@@ -53,35 +51,22 @@ class LocalizeSpec(Spec):
         + ".",
         examples=[0.05, "auto"],
     )
-    preset: Literal["budget", "grafting", "paper", "official"] = Field(
-        default="budget",
-        description="For `trained`: how the mask is learned. Only `budget` keeps exactly the "
-        "density.",
-    )
-    shots: Annotated[int, Field(ge=1)] = Field(
-        default=64,
-        description="For all modes but `dataless`: train rows per class, or all where there "
-        "are fewer.",
-    )
+    preset: Literal["budget", "grafting", "paper", "official"] = "budget"
+    """For `trained`: how the mask is learned. Only `budget` keeps exactly the density."""
+    shots: Annotated[int, Field(ge=1)] = 64
+    """For all modes but `dataless`: train rows per class, or all where there are fewer."""
     epochs: Annotated[int, Field(ge=1)] = Field(
         default_factory=lambda earlier: DEFAULT_EPOCHS.get(earlier.get("mode", "distilled"), 10),
-        description="For `trained` and `distilled`: passes over those rows; the default is 3 "
-        "for distilled and 10 for trained.",
         examples=[3],
     )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        default=0, description="Seeds the choice of rows and the training."
-    )
-    include: tuple[Text, ...] = Field(
-        default=(),
-        description="Globs on tensor names that add to the family's localizable tensors.",
-        examples=[["embeddings.*"]],
-    )
-    exclude: tuple[Text, ...] = Field(
-        default=(),
-        description="Globs on tensor names that are never localized; they win over `include`.",
-        examples=[["*.bias"]],
-    )
+    """For `trained` and `distilled`: passes over those rows; the default is 3 for distilled and 10
+    for trained."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seeds the choice of rows and the training."""
+    include: tuple[Text, ...] = Field(default=(), examples=[["embeddings.*"]])
+    """Globs on tensor names that add to the family's localizable tensors."""
+    exclude: tuple[Text, ...] = Field(default=(), examples=[["*.bias"]])
+    """Globs on tensor names that are never localized; they win over `include`."""
     recovery: Share | None = Field(
         default_factory=_if_auto(DEFAULT_RECOVERY),
         description="For `density: auto`: the share of the finetuned model's metric to reach; "
@@ -94,16 +79,11 @@ class LocalizeSpec(Spec):
         f"the default is {DEFAULT_MAX_DENSITY}.",
         examples=[DEFAULT_MAX_DENSITY],
     )
-    budget: Size | None = Field(
-        default=None,
-        description="The largest size of a sparse delta, in bytes or as text.",
-        examples=["20MB"],
-    )
-    values: Literal["exact", "int8"] = Field(
-        default="exact",
-        description="What a delta stores of a weight: its `exact` bits, or `int8`, its "
-        "difference from the base in 8 bits.",
-    )
+    budget: Size | None = Field(default=None, examples=["20MB"])
+    """The largest size of a sparse delta, in bytes or as text."""
+    values: Literal["exact", "int8"] = "exact"
+    """What a delta stores of a weight: its `exact` bits, or `int8`, its difference from the base in
+    8 bits."""
 
     @model_validator(mode="after")
     def _one_way_to_a_density(self) -> Self:
@@ -122,7 +102,7 @@ class LocalizeSpec(Spec):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What determines the mask in this mode, except for the choice of tensors."""
+        """The settings that determine the mask in this mode, except for the choice of tensors."""
         optional = self.model_dump(
             mode="json",
             include={"recovery", "max_density", "budget", "values"},

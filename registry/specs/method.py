@@ -27,15 +27,10 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 class MethodSpec(Spec):
     """A merge method and its settings."""
 
-    name: Text = Field(
-        description="The name of a merge method; docs/methods.md lists them.",
-        examples=["localize-and-stitch"],
-    )
-    settings: dict[str, JsonValue] = Field(
-        default_factory=dict,
-        description="The method's settings; those left out get the method's defaults.",
-        examples=[{"overlap": "mean"}],
-    )
+    name: Text = Field(examples=["localize-and-stitch"])
+    """The name of a merge method; docs/methods.md lists them."""
+    settings: dict[str, JsonValue] = Field(default_factory=dict, examples=[{"overlap": "mean"}])
+    """The method's settings; those left out get the method's defaults."""
 
     @field_validator("settings")
     @classmethod
@@ -56,18 +51,13 @@ class MethodSpec(Spec):
 class ObjectiveSpec(Spec):
     """What the winner of a tournament has the most of."""
 
-    accuracy: Weight = Field(
-        default=1.0, description="The weight of the mean accuracy over the tasks."
-    )
-    retention: Weight = Field(
-        default=0.0, description="The weight of retention, the accuracy kept on the benchmark."
-    )
-    min_retention: Weight | None = Field(
-        default=None,
-        description="Contestants with less retention come after all others; by default the "
-        "line's gate of this name.",
-        examples=[0.95],
-    )
+    accuracy: Weight = 1.0
+    """The weight of the mean accuracy over the tasks."""
+    retention: Weight = 0.0
+    """The weight of retention, the accuracy kept on the benchmark."""
+    min_retention: Weight | None = Field(default=None, examples=[0.95])
+    """Contestants with less retention come after all others; by default the line's gate of this
+    name."""
 
     @model_validator(mode="before")
     @classmethod
@@ -95,20 +85,17 @@ class TournamentSpec(Spec):
         InFile(
             Annotated[list[Text | MethodSpec], Field(min_length=2, max_length=MOST_CONTESTANTS)]
         ),
-    ] = Field(
-        description="The contestants; of equally good ones the first wins.",
-        examples=[["localize-and-stitch", "ties"]],
+    ] = Field(examples=[["localize-and-stitch", "ties"]])
+    """The contestants; of equally good ones the first wins."""
+    objective: Annotated[ObjectiveSpec, InFile(ObjectiveSpec | Literal["mean"] | None)] = (
+        ObjectiveSpec()
     )
-    objective: Annotated[ObjectiveSpec, InFile(ObjectiveSpec | Literal["mean"] | None)] = Field(
-        default=ObjectiveSpec(),
-        description="What the winner has the most of; `mean` is the mean accuracy alone.",
-    )
+    """What the winner has the most of; `mean` is the mean accuracy alone."""
     at_most: Annotated[int, Field(ge=2, le=MOST_CONTESTANTS)] | None = Field(
-        default=None,
-        description="How many contestants run in one merge: the method in use, and those that "
-        "have waited longest; by default all.",
-        examples=[3],
+        default=None, examples=[3]
     )
+    """How many contestants run in one merge: the method in use, and those that have waited longest;
+    by default all."""
 
     @field_validator("tournament", mode="before")
     @classmethod

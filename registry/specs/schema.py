@@ -16,4 +16,7 @@ def schema_of(kind: Literal["line", "task"]) -> dict[str, Any]:
     """
     kinds: dict[str, type[Spec]] = {"line": LineSpec, "task": TaskSpec}
     schema = kinds[kind].model_json_schema()
+    for part in (schema, *schema["$defs"].values()):
+        for key in part.get("properties", {}).values():  # a docstring may have several lines
+            key["description"] = " ".join(key.get("description", "").split())
     return {"$schema": _DIALECT, **schema, "title": f"restitch {kind} file"}

@@ -66,64 +66,41 @@ Texts = Annotated[
 class SampleSpec(Spec):
     """Some of the rows that a task is evaluated on; each class has its share of them."""
 
-    rows: Annotated[int, Field(ge=1)] = Field(
-        description="How many rows, or all where there are fewer.", examples=[1000]
-    )
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(
-        default=0, description="Seeds the choice of rows; the same seed always gives the same."
-    )
+    rows: Annotated[int, Field(ge=1)] = Field(examples=[1000])
+    """How many rows, or all where there are fewer."""
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
+    """Seeds the choice of rows; the same seed always gives the same."""
 
 
 class DataSpec(Spec):
     """Where a task's rows are."""
 
-    path: Text = Field(
-        description="A folder, or a data set on the hub, `owner/name[:config][@commit]`; "
-        "registration pins the commit.",
-        examples=["data/pets", "owner/name"],
-    )
-    train: Text | None = Field(
-        default=None,
-        description="The rows to calibrate masks and methods with: a file or folder in `path`, "
-        "or the name of a split.",
-        examples=["train.jsonl"],
-    )
-    validation: Text | None = Field(
-        default=None,
-        description="The rows to tune on: a file or folder in `path`, or the name of a split; by "
-        "default a part of `train`, set apart.",
-        examples=["validation.jsonl"],
-    )
-    test: Text | None = Field(
-        default=None,
-        description="The rows to report on: a file or folder in `path`, or the name of a split; "
-        "by default the validation rows.",
-        examples=["test.jsonl"],
-    )
+    path: Text = Field(examples=["data/pets", "owner/name"])
+    """A folder, or a data set on the hub, `owner/name[:config][@commit]`; registration pins the
+    commit."""
+    train: Text | None = Field(default=None, examples=["train.jsonl"])
+    """The rows to calibrate masks and methods with: a file or folder in `path`, or the name of a
+    split."""
+    validation: Text | None = Field(default=None, examples=["validation.jsonl"])
+    """The rows to tune on: a file or folder in `path`, or the name of a split; by default a part of
+    `train`, set apart."""
+    test: Text | None = Field(default=None, examples=["test.jsonl"])
+    """The rows to report on: a file or folder in `path`, or the name of a split; by default the
+    validation rows."""
     input: Annotated[tuple[Text, ...], InFile(Text | list[Text])] = Field(
-        default=(),
-        description="The column with the input, or two columns for sentence pairs; by default "
-        "`text` or `image`, as the family reads.",
-        examples=["text", ["question", "answer"]],
+        default=(), examples=["text", ["question", "answer"]]
     )
-    label: Text | None = Field(
-        default=None,
-        description="The column with the class: an index, or one of the labels; by default "
-        "`label`.",
-        examples=["label"],
-    )
+    """The column with the input, or two columns for sentence pairs; by default `text` or `image`,
+    as the family reads."""
+    label: Text | None = Field(default=None, examples=["label"])
+    """The column with the class: an index, or one of the labels; by default `label`."""
     sample: Annotated[
         SampleSpec | None, InFile(Annotated[int, Field(ge=1)] | SampleSpec | None)
-    ] = Field(
-        default=None,
-        description="Evaluate on this many rows only, the same ones every time; by default on all.",
-        examples=[1000],
-    )
-    content: dict[str, JsonValue] | None = Field(
-        default=None,
-        description="The digests of the files behind the rows; registration fills it in, and "
-        "rows are compared with it before use.",
-    )
+    ] = Field(default=None, examples=[1000])
+    """Evaluate on this many rows only, the same ones every time; by default on all."""
+    content: dict[str, JsonValue] | None = None
+    """The digests of the files behind the rows; registration fills it in, and rows are compared
+    with it before use."""
 
     @field_validator("sample", mode="before")
     @classmethod
@@ -162,23 +139,14 @@ MaxLength = Annotated[int, Field(ge=1)]
 class ClassesSpec(Spec):
     """How a task's classes are described."""
 
-    labels: Texts | None = Field(
-        default=None,
-        description="The classes in the order of their indices: a list, a file with one per line "
-        "or a JSON list, or `openai` for the 1000 curated ImageNet names.",
-        examples=[["negative", "positive"], "labels.txt"],
-    )
-    templates: Texts = Field(
-        default=("{}",),
-        description="Prompts with `{}` in place of the label: a list, a file, or `openai` for "
-        "the 80 prompts of CLIP.",
-        examples=[["a photo of a {}."]],
-    )
-    labels_from: Literal["dataset"] | None = Field(
-        default=None,
-        description="`dataset` takes the names of the classes from the data set, instead of "
-        "`labels`.",
-    )
+    labels: Texts | None = Field(default=None, examples=[["negative", "positive"], "labels.txt"])
+    """The classes in the order of their indices: a list, a file with one per line or a JSON list,
+    or `openai` for the 1000 curated ImageNet names."""
+    templates: Texts = Field(default=("{}",), examples=[["a photo of a {}."]])
+    """Prompts with `{}` in place of the label: a list, a file, or `openai` for the 80 prompts of
+    CLIP."""
+    labels_from: Literal["dataset"] | None = None
+    """`dataset` takes the names of the classes from the data set, instead of `labels`."""
 
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
@@ -216,32 +184,19 @@ class HeadSpec(ClassesSpec):
 class TaskSpec(Spec):
     """One skill: its rows, its head, its metric."""
 
-    task: Name = Field(
-        description="The name of the task: 1 to 63 of a-z, 0-9, `_` and `-`.", examples=["pets"]
-    )
-    data: DataSpec | None = Field(
-        default=None,
-        description="The rows of the task; without them its models are localized without data "
-        "and not evaluated.",
-    )
-    head: ClassesSpec | None = Field(
-        default=None, description="How the classes are described; required with `data`."
-    )
-    scale: Scale | None = Field(
-        default=None,
-        description="The factor of the cosines in the scores; by default the family's own.",
-        examples=[20.0],
-    )
-    max_length: MaxLength | None = Field(
-        default=None,
-        description="Tokens per text; by default as many as the model reads.",
-        examples=[128],
-    )
-    metric: Metric = Field(
-        default="accuracy",
-        description="`accuracy`, or `f1`: of class 1 where there are two, else the mean over the "
-        "classes.",
-    )
+    task: Name = Field(examples=["pets"])
+    """The name of the task: 1 to 63 of a-z, 0-9, `_` and `-`."""
+    data: DataSpec | None = None
+    """The rows of the task; without them its models are localized without data and not
+    evaluated."""
+    head: ClassesSpec | None = None
+    """How the classes are described; required with `data`."""
+    scale: Scale | None = Field(default=None, examples=[20.0])
+    """The factor of the cosines in the scores; by default the family's own."""
+    max_length: MaxLength | None = Field(default=None, examples=[128])
+    """Tokens per text; by default as many as the model reads."""
+    metric: Metric = "accuracy"
+    """`accuracy`, or `f1`: of class 1 where there are two, else the mean over the classes."""
 
     @field_validator("head")
     @classmethod

@@ -11,9 +11,9 @@ from restitch.merging.files.coordinates import select_tensors
 from restitch.modeling.data.task_data import TaskData
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import get_family
-from restitch.modeling.weights import load_checkpoint
 from restitch.registry.specs.task import DataSpec, HeadSpec
 from tests.modeling.conftest import SHARED
+from tests.modeling.weights import load_checkpoint
 
 pytestmark = pytest.mark.realdata
 

@@ -5,7 +5,8 @@ import torch
 from safetensors.torch import save_file
 
 from restitch.merging.files.checkpoint import Checkpoint
-from restitch.modeling.weights import apply_edits, load_checkpoint, restore, set_weights
+from restitch.modeling.weights import apply_edits, restore, set_weights
+from tests.modeling.weights import load_checkpoint
 
 
 def test_values_are_copied_into_the_live_tensor_and_converted():

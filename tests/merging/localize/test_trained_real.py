@@ -17,9 +17,10 @@ from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.data.task_data import TaskData
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import get_family
-from restitch.modeling.weights import load_checkpoint, set_weights
+from restitch.modeling.weights import set_weights
 from restitch.registry.specs.task import DataSpec, HeadSpec
 from tests.modeling.conftest import SHARED, real_text
+from tests.modeling.weights import load_checkpoint
 
 __all__ = ["real_text"]
 

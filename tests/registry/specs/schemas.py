@@ -17,6 +17,6 @@ def _validator(kind: Literal["line", "task"]) -> Draft202012Validator:
 
 
 def schema_problems(kind: Literal["line", "task"], text: str) -> list[str]:
-    """What the schema says against a file, place by place."""
+    """The problems that the schema finds in a file, place by place."""
     values = parse_mapping(text, "file.yaml")
     return [f"{e.json_path}: {e.message}" for e in _validator(kind).iter_errors(values)]
