@@ -26,7 +26,7 @@ def rows_of(text: str, first: str) -> list[list[str]]:
 def test_real_clips_merge_and_keep_what_the_base_knows(tmp_path: Path) -> None:
     data = SHARED / "vision"
     if not data.exists():
-        pytest.skip("the real data is not beside this checkout")
+        pytest.skip("the real data is not next to this checkout")
     table = tmp_path / "table.md"
     # These models changed embeddings and norms too, so masks must be allowed to hold them.
     arguments = f"--data {data} --family clip --dataless 0.2 --trained= --no-reference"
