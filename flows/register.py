@@ -181,7 +181,7 @@ def _handed_over(
                     f"{key.task} version {key.version} is not in the merged model yet",
                     expected=f"within {timeout:.0f} seconds",
                     found=f"it is {ledger.state().model(key).state}",
-                    hint="the workers go on: watch them with `restitch status --watch`; "
+                    hint="the workers continue: watch them with `restitch status --watch`; "
                     "`restitch doctor` finds what is missing",
                 )
             if time.monotonic() >= report_at:

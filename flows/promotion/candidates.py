@@ -158,7 +158,7 @@ def measure_member(
     try:
         whole = WeightsRef("finetuned", model.model.weights, model.model.uri)
         finetuned = evaluate(line, spec, whole, model.model)
-    except BadInput as error:  # its folder may be gone, and the merge does not need it
+    except BadInput as error:  # its files may be gone, and the merge does not need them
         notes += (f"the finetuned model cannot be evaluated: {error.summary}",)
     if spec.data is not None and spec.data.validation is None and split == "validation":
         notes += ("the validation rows are a part of train: the model may have seen them",)

@@ -5,7 +5,7 @@ an audit entry names stays. Young objects stay as well, because work in progress
 name them. Keys are removed before their blobs, and a process that publishes a key while its blob
 is being removed takes the key back, so that no key is left without a blob, even after a kill.
 `registry.ledger.safe_deletion` separates acts from removals. Nothing is removed from a damaged
-store, because the damaged objects may have named anything.
+store, because the damaged objects may refer to any other.
 """
 
 import time

@@ -215,7 +215,7 @@ def _compare(name: str, digest: str, expected: str) -> None:
 
 def _other(thing: str, target: str) -> BadInput:
     return BadInput(
-        f"the store {target} holds another {thing}",
+        f"the store {target} holds a different {thing}",
         expected="an empty store, or an earlier copy of the same source",
         hint="copy into another folder or prefix",
     )

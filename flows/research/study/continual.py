@@ -116,7 +116,7 @@ def _forgetting(rows: Sequence[Row]) -> list[str]:
     changes = ", ".join(f"{task} from {v:.4f} to {last[task]:.4f}" for task, v in earlier.items())
     return [
         f"{FINETUNING} reaches {first['mean']:.4f} on {first['joined']} alone{of_model}",
-        f"after a task was learned, its accuracy goes: {changes}",
+        f"accuracy right after learning a task and at the end: {changes}",
     ]
 
 

@@ -165,6 +165,6 @@ class Subject:
             model = member.model.model
             results[member.task] = evaluate(self.line, member.spec, merged, model)
             weights = WeightsRef("finetuned", model.weights, model.uri)
-            with suppress(BadInput):  # its folder may be gone: the merge does not need it
+            with suppress(BadInput):  # its files may be gone: the merge does not need them
                 finetuned[member.task] = evaluate(self.line, member.spec, weights, model).value
         return Reached(patch, results, finetuned)
