@@ -1,4 +1,4 @@
-"""What a person or an event starts: register, onboard, remerge, evaluate, export, decide.
+"""The flows: register, onboard, remerge, evaluate, export, and the decisions of people.
 
-The command line, the deployments and the playground import it.
+The command line, the deployments and the playground import them.
 """

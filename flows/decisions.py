@@ -2,7 +2,7 @@
 
 Each is one act. It counts by the swap of the line's state, stands in the trail with its reason,
 and moves MLflow's aliases afterwards; the next remerge does that if the process is killed. A
-decision that was made before is reported and not made again.
+decision that was made before is not made again.
 
 A line file can allow each decision to some actors only. Promotion by a remerge is no decision.
 
@@ -25,7 +25,7 @@ from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.events import has_workers, start_run
 from restitch.tasks.runtime.workspace import actor, workspace
 
-# The states that a retirement ends; quarantined and replaced models take no part anyway.
+# A retirement ends these states; quarantined and replaced models take no part in merges.
 _TAKES_PART = ("registered", "waiting", "ready", "held")
 
 # Each act, with its name as a command and under `actors` in a line file.
@@ -45,7 +45,7 @@ class Decision(Outcome):
 
     Attributes:
         act: the kind of its act.
-        done: whether it was made now, and not before.
+        done: whether it was made by this call, and not before.
         reason: the reason, as it stands in the trail.
         entry: the digest of the act's audit entry.
         before: the champion before.
@@ -95,7 +95,8 @@ def rollback(line: str, version: str, reason: str) -> Decision:
     def change(line_state: LineState) -> LineState | None:
         return None if line_state.champion == number else line_state.promoted(number).with_pin(True)
 
-    why = f"version {number} in place of {_name(line_state.champion)}, pinned: {_checked(reason)}"
+    before = line_state.champion or "none"
+    why = f"version {number} in place of {before}, pinned: {_checked(reason)}"
     record = ledger.merged(number)
     return _decided(
         ledger, "rolled-back", why, change, _digests(record), _retired_members(line_state, record)
@@ -187,7 +188,7 @@ def pin(line: str, reason: str = "") -> Decision:
     def change(line_state: LineState) -> LineState | None:
         return None if line_state.pinned else line_state.with_pin(True)
 
-    why = _with_reason(f"version {_name(ledger.state().champion)} stays the champion", reason)
+    why = _with_reason(f"version {ledger.state().champion or 'none'} stays the champion", reason)
     return _decided(ledger, "pinned", why, change, {}, ())
 
 
@@ -242,10 +243,10 @@ def _decided(
 
 
 def _check_actor(line_state: LineState, decision: str, who: str) -> None:
-    """Refuse a decision that the line does not allow to an actor.
+    """Check that the line allows a decision to an actor.
 
     Raises:
-        BadInput: it does not.
+        BadInput: the actor may not make it.
     """
     allowed = None if line_state.spec.actors is None else line_state.spec.actors.of(decision)
     if allowed is not None and who not in allowed:
@@ -276,10 +277,10 @@ def _ledger_and_version(line: str, version: str) -> tuple[Ledger, int]:
 
 
 def _checked(reason: str) -> str:
-    """Refuse an empty reason.
+    """The reason without spaces around it.
 
     Raises:
-        BadInput: it is empty.
+        BadInput: the reason is empty.
     """
     text = reason.strip()
     if not text:
@@ -289,10 +290,6 @@ def _checked(reason: str) -> str:
 
 def _with_reason(text: str, reason: str) -> str:
     return f"{text}: {reason.strip()}" if reason.strip() else text
-
-
-def _name(version: int | None) -> str:
-    return "none" if version is None else str(version)
 
 
 def _digests(record: MergedRecord) -> dict[str, str]:
@@ -320,6 +317,6 @@ def _with_members(line_state: LineState, record: MergedRecord) -> LineState:
 
 
 def _holds_all(line_state: LineState, record: MergedRecord) -> bool:
-    """Whether a version holds all ready members and no others."""
+    """True if a version holds all ready members and no others."""
     ready = {member.task: member.version for member in line_state.members}
     return ready == {task: member.version for task, member in record.members.items()}

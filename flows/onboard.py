@@ -141,7 +141,7 @@ def _onboard(ledger: Ledger, line_state: LineState, key: ModelKey) -> OnboardOut
         return _done(ledger, key, localized=False)
     localized = model.model_copy(update={"mask": delta.mask, "delta": delta.blob})
     member = Member(task=key.task, version=key.version, spec=spec, model=localized)
-    # Now, because a later merge may run where the task's rows cannot be read.
+    # Measured now, because a later merge may run where the task's rows cannot be read.
     statistics = own_statistics(ref, member)
     facts = _measure(ref, spec, model, checked, delta, statistics)
     _join(ledger, key, delta, facts, statistics)
@@ -149,7 +149,7 @@ def _onboard(ledger: Ledger, line_state: LineState, key: ModelKey) -> OnboardOut
 
 
 def attempts_at(ledger: Ledger, key: ModelKey) -> Attempts:
-    """The attempts at onboarding a model since it was registered last."""
+    """The attempts at onboarding a model since its last registration."""
     model = ledger.state().model(key)
     again = model.facts.registered_again
     return Attempts(ledger.objects.store, "onboard", ledger.line, *key, again)
@@ -165,7 +165,7 @@ def died_at(attempts: Attempts) -> list[Attempt]:
 
 
 def _others_at_work(attempts: Attempts, own: Attempt) -> bool:
-    # Of several attempts that began together the first one goes on.
+    # Of several attempts that began together, the first one continues.
     return any(
         other.number < own.number and other.is_alive(_run_ended) for other in attempts.unfinished()
     )
@@ -185,7 +185,7 @@ def _killed_workers(key: ModelKey, died: list[Attempt]) -> CannotJoin:
 
 
 def is_outdated(line_state: LineState, model: ModelVersion) -> bool:
-    """Whether the line's settings for masks have changed since the model was localized."""
+    """True if the line's settings for masks have changed since the model was localized."""
     choice = model.facts.choice
     return model.state in ("ready", "held") and choice not in (None, _choice(line_state.spec))
 
@@ -219,7 +219,7 @@ def _measure(
     delta: DeltaRef,
     statistics: Mapping[str, StatisticRef],
 ) -> ModelFacts:
-    """Collect the findings that the line keeps, with accuracies if the task has data."""
+    """Collect the facts that the line stores, with accuracies if the task has data."""
     results: dict[str, ResultRef] = {}
     if evaluation_split(spec) is not None:
         weights = {
@@ -228,9 +228,7 @@ def _measure(
             "localizable": WeightsRef("localizable", model.model.weights, model.model.uri),
             "grafted": WeightsRef("grafted", delta.blob),
         }
-        results = {
-            name: evaluate(line, spec, which, model.model) for name, which in weights.items()
-        }
+        results = {name: evaluate(line, spec, each, model.model) for name, each in weights.items()}
     _warn_of_outside(spec.task, checked, results)
     measured: dict[str, Any] = {}
     if statistics:
@@ -276,7 +274,7 @@ def _warn_of_outside(task: str, checked: Validated, results: Mapping[str, Result
 
 
 def _differs(one: ResultRef, other: ResultRef) -> bool:
-    """Whether a value lies outside of another one's interval, whose ends are rounded."""
+    """True if a value lies outside of another one's interval, whose ends are rounded."""
     return not other.low - 1e-9 <= one.value <= other.high + 1e-9
 
 
@@ -314,7 +312,7 @@ def _join(
 
     reason = f"{key}: {delta.kept} of {delta.coordinates} coordinates"
     digests = {"mask": delta.mask, "delta": delta.blob}
-    digests |= {f"{STATISTIC}{kind}": found.blob for kind, found in statistics.items()}
+    digests |= {f"{STATISTIC}{kind}": each.blob for kind, each in statistics.items()}
     if ledger.act("localized", actor(), reason, change, digests) is not None:
         say(f"localized {reason}, {delta.size} bytes")
         mirror(ledger.line)

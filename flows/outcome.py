@@ -12,15 +12,20 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         """The fields as plain JSON values."""
-        values: dict[str, Any] = _plain(self)
-        return values
+        return _fields(self)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Outcome):
+        return value.as_dict()
     if isinstance(value, BaseModel):
         return value.model_dump(mode="json")
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return _fields(value)
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, tuple | list) else value

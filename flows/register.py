@@ -55,7 +55,7 @@ class RegisterOutcome(Outcome):
     record: MergedRecord | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields as plain JSON values, those of the onboarding among them."""
+        """The fields and those of the onboarding as plain JSON values."""
         values = super().as_dict()
         return {**values.pop("onboarded"), **values}
 
@@ -95,7 +95,7 @@ def register(
     Raises:
         BadInput: the task file, its data or the model cannot be read, or the file changes the
             task and `replace_task` is off. The line stays as it was.
-        Unavailable: a server is away, or the wait took too long; the model stays registered.
+        Unavailable: a server is away, or the wait timed out; the model stays registered.
     """
     space = workspace()
     ledger = space.ledger(line)
@@ -135,7 +135,7 @@ def _add(
         known = None if task is None else present(task, spec, model)
         if task is not None and known is not None:
             added.append((ModelKey(spec.task, known), True))
-            # The same data at another place: the old place may be gone.
+            # The same data at another path: the old path may be gone.
             described = (replace_task and spec != task.spec) or not task.declared
             after = line_state.with_task(spec) if described else line_state
             after = _with_another_try(after, ModelKey(spec.task, known))
@@ -171,7 +171,7 @@ def _with_another_try(line_state: LineState, key: ModelKey) -> LineState:
 def _handed_over(
     ledger: Ledger, key: ModelKey, already: bool, wait: bool, timeout: float | None
 ) -> RegisterOutcome:
-    """The result of the workers' run: as far as it is now, or after waiting for the end."""
+    """The result of the workers' run: the present one or, with `wait`, the final one."""
     deadline = None if timeout is None else time.monotonic() + timeout
     report_at, reported = 0.0, ""
     with working(f"waiting for {key.task} version {key.version} to be merged") as show_percent:
@@ -181,7 +181,7 @@ def _handed_over(
                     f"{key.task} version {key.version} is not in the merged model yet",
                     expected=f"within {timeout:.0f} seconds",
                     found=f"it is {ledger.state().model(key).state}",
-                    hint="the workers go on: watch them with `restitch status --watch`; "
+                    hint="the workers continue: watch them with `restitch status --watch`; "
                     "`restitch doctor` finds what is missing",
                 )
             if time.monotonic() >= report_at:
@@ -200,11 +200,11 @@ def _handed_over(
 
 
 def _is_decided(ledger: Ledger, key: ModelKey) -> bool:
-    """Whether a model is in the champion, or cannot be before something changes."""
+    """True if a model is in the champion, or cannot join it before something changes."""
     line_state = ledger.state()
     model = line_state.model(key)
     if model.state == "ready":
-        # On a pinned line the newest version is as far as it goes.
+        # On a pinned line a model reaches the newest version, but not the champion.
         last = line_state.newest if line_state.pinned else line_state.champion
         return last is not None and _holds(ledger.merged(last), key)
     return model.state != "registered"

@@ -1,6 +1,6 @@
 """Bring a line's merged model up to date with its members.
 
-    onboard what is missing --> snapshot --> stitch --> evaluate --> gates --> record --> promote
+    onboard new models --> snapshot --> stitch --> evaluate --> gates --> record --> promote
     a gate fails --> reject; try the new members one by one, oldest first: hold those that fail,
                      promote the rest
 
@@ -56,9 +56,9 @@ class RemergeOutcome(Outcome):
 
     Attributes:
         action: unchanged, empty (no member yet), promoted, rejected (gates failed and no part
-            could be promoted), candidate (the line is pinned), covered (another remerge waits
-            and will see all that this one would have seen).
-        version: the merged version that was made or found.
+            could be promoted), candidate (the line is pinned), covered (another remerge that
+            waits will do the same work).
+        version: the merged version that was made, or that exists already.
         localized: the models that this run localized, as "task version".
         held: the models that this run held, with the gates that failed.
         failed: the gates that the version failed.
@@ -76,13 +76,13 @@ class RemergeOutcome(Outcome):
 
     @property
     def exit_code(self) -> int:
-        """0, or that of a failed gate."""
+        """0, or the code of a failed gate."""
         return GateFailed.exit_code if self.held or self.action == "rejected" else 0
 
 
 @flow("remerge", "{line}")
 def remerge(line: str, force: bool = False) -> RemergeOutcome:
-    """Merge what is ready, evaluate it, and promote it if its gates pass.
+    """Merge the ready members, evaluate the result, and promote it if its gates pass.
 
     Args:
         line: the line's name.
@@ -97,8 +97,11 @@ def remerge(line: str, force: bool = False) -> RemergeOutcome:
         if not acquired:
             return _outcome(ledger, "covered", None, ())
         space.home.sweep(LEFTOVERS_AFTER)
-        _adopt(line)
-        mirror(ledger.line)
+        try:
+            adopt(line)
+        except Unavailable as error:  # go on without the models that only MLflow has
+            warn(f"models that were registered in MLflow are not adopted now: {error.message()}")
+        mirror(line)
         outcome = _merge_until_settled(ledger, _onboard_missing(ledger), force)
     record = None if outcome.version is None else ledger.state().versions[outcome.version]
     link = None if record is None or this_run() is None else mlflow_run(line, record, LINK_PATIENCE)
@@ -118,7 +121,7 @@ def _merge_until_settled(ledger: Ledger, localized: tuple[str, ...], force: bool
             say(f"{ledger.line}: the line changed during the merge, starting again")
             continue
         if outcome.record is not None and outcome.action != "unchanged":
-            # Before MLflow is written, because other processes of this host wait for that.
+            # Done before MLflow is written, because other processes of this host wait for that.
             Reports(ledger).analysis(outcome.record)
         mirror(ledger.line)
         return outcome
@@ -128,14 +131,6 @@ def _merge_until_settled(ledger: Ledger, localized: tuple[str, ...], force: bool
         found="another process promoted or retired in each attempt",
         hint="run the same command again; `restitch history` shows who changes the line",
     )
-
-
-def _adopt(line: str) -> None:
-    """Adopt models that were registered in MLflow only; if MLflow is away, go on without them."""
-    try:
-        adopt(line)
-    except Unavailable as error:
-        warn(f"models that were registered in MLflow are not adopted now: {error.message()}")
 
 
 def _onboard_missing(ledger: Ledger) -> tuple[str, ...]:
@@ -168,7 +163,7 @@ def _start_onboard(ledger: Ledger, key: ModelKey) -> None:
     at_work = [attempt for attempt in attempts.unfinished() if attempt.number not in died]
     parameters = {"line": line_state.line, "task": key.task, "version": key.version}
     if at_work or is_queued("onboard", parameters):
-        say(f"{line_state.line}: {key.task} version {key.version} is being onboarded")
+        say(f"{line_state.line}: another run onboards {key.task} version {key.version}")
         return
     # Each attempt has another key, so that a run which ended without a mask can start again.
     idempotency = digest_json([parameters, line_state.spec.localize.to_json(), attempts.count])
@@ -196,7 +191,7 @@ def _settle(
         return _outcome(ledger, done, version, localized)
     reject(ledger, version, everything)
     rest, held = _one_by_one(snapshot)
-    # Before the rest is promoted: a run that is killed in between would try all of them again.
+    # Done before the rest is promoted: a run killed in between would try all of them again.
     for member, failed in held:
         hold(ledger, snapshot, member, failed)
     action: Action = "rejected"

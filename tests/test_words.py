@@ -29,8 +29,8 @@ RIGHT: dict[str, set[str]] = {
     r"whoever|whomever": {"merging/methods/wudi.py"},  # the title of its paper
 }
 TEXTS = ("*.md", "docs/**/*.md", "deployments/*.md", "examples/**/*.yaml")
-# The folders of code that are reworded; flows is to follow.
 CODE = (
+    "flows",
     "restitch",
     "merging",
     "modeling",

@@ -41,7 +41,7 @@ def diff(line: str, a: str, b: str) -> dict[str, Any]:
 def differences_of(
     objects: ObjectStore, first: MergedRecord, second: MergedRecord
 ) -> dict[str, Any]:
-    """All differences except those of the weights, for which both patches must be read."""
+    """All differences except those of the weights, which need both patches."""
     tasks = sorted({*first.results, *second.results}, key=by_bytes)
     changes = member_changes(first, second)
     results = []

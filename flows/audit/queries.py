@@ -41,7 +41,7 @@ class HistoryFilter:
             raise BadInput(f"unknown event: {self.event!r}", expected=", ".join(get_args(Kind)))
 
     def matches(self, entry: Entry) -> bool:
-        """Whether an act is to be listed."""
+        """True if the filter selects an act."""
         at = datetime.fromisoformat(entry.time)
         return (
             (self.event is None or entry.kind == self.event)

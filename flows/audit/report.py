@@ -1,17 +1,18 @@
 """The report of a merged version: all that is known about it, on one page.
 
-A report needs only the store. A change of a line writes the reports of the versions that it was
-about to their runs in MLflow; `write_report` writes one to a folder.
+A report needs only the store. After a change of a line, `mirror` writes the reports of the
+affected versions to their runs in MLflow; `write_report` writes one to a folder.
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from restitch.flows.audit import queries
 from restitch.flows.audit.diff import differences_of, weights_of
+from restitch.flows.outcome import Outcome
 from restitch.flows.promotion.versions import find_version
 from restitch.merging.errors import RestitchError
 from restitch.registry.ledger.ledger import Ledger
@@ -29,7 +30,7 @@ PAGE, PLOTS = "report.html", "plots"
 
 
 @dataclass(frozen=True)
-class ReportOutcome:
+class ReportOutcome(Outcome):
     """The files of a report."""
 
     line: str
@@ -37,17 +38,9 @@ class ReportOutcome:
     out: str
     files: tuple[str, ...]
 
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
-
 
 class Reports:
-    """The reports of a line, as it is at one moment.
-
-    Args:
-        ledger: the line.
-    """
+    """The reports of a line, as it is at one moment."""
 
     def __init__(self, ledger: Ledger) -> None:
         self.ledger = ledger

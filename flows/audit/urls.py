@@ -1,6 +1,6 @@
 """Addresses of a merged version in a browser: its run in MLflow, and the flow run that made it.
 
-MLflow is asked over plain HTTP with a timeout of one second, so that `show` neither waits for a
+MLflow is queried over plain HTTP with a timeout of one second, so that `show` neither waits for a
 server nor imports the MLflow client.
 """
 
@@ -32,12 +32,9 @@ def links(line: str, digest: str, made_by: Any) -> dict[str, str | None]:
 
 
 def mlflow_run(line: str, digest: str, patience: float = PATIENCE_SECONDS) -> str | None:
-    """The address of the run of a merged version; None if the server does not give it.
+    """The address of a merged version's run, by its record's digest; None if it is unknown.
 
-    Args:
-        line: the line's name.
-        digest: of the version's record.
-        patience: timeout of each request in seconds.
+    `patience` is the timeout of each request in seconds.
     """
     import httpx
 

@@ -1,4 +1,4 @@
-"""How a line and its tasks are declared, and how models from MLflow are adopted.
+"""Declare lines and tasks, and adopt models that were registered in MLflow.
 
 The command line and the flows at the root import it.
 """

@@ -76,7 +76,7 @@ class _Description:
     """The description of a model's task.
 
     Attributes:
-        own: the model's own description; without it the task's newest one counts.
+        own: the model's own description; without it the task's newest one is used.
         problem: the reason why neither can be used.
     """
 
@@ -95,8 +95,8 @@ def adopt(line: str) -> tuple[Adopted, ...]:
     """
     space = workspace()
     ledger = space.ledger(line)
-    foreign = external_models_of(space.mlflow, line)
-    calls = [(f.uri, partial(_adopt, space, ledger, f)) for f in foreign]
+    external = external_models_of(space.mlflow, line)
+    calls = [(each.uri, partial(_adopt, space, ledger, each)) for each in external]
     calls += [
         (str(key), partial(_retry, space, ledger, key))
         for key, _ in ledger.state().in_state("waiting")
@@ -107,7 +107,7 @@ def adopt(line: str) -> tuple[Adopted, ...]:
             results.append(call())
         except RestitchError as error:
             warn(f"{name} is not adopted now: {error.message()}")
-    if foreign or any(results):
+    if external or any(results):
         mirror(line)
     return tuple(adopted for adopted in results if adopted is not None)
 
@@ -125,21 +125,21 @@ def adopt_one(line: str, task: str, mlflow_version: int) -> int | None:
     space = workspace()
     ledger = space.ledger(line)
     named = task_of(f"{line}.{task}") is not None
-    foreign = external_model(space.mlflow, line, task, mlflow_version) if named else None
-    if foreign is None:
+    external = external_model(space.mlflow, line, task, mlflow_version) if named else None
+    if external is None:
         raise BadInput(
             f"MLflow has no version {mlflow_version} of {line}.{task}",
             expected="a version of a model that is registered as LINE.TASK",
             hint="check the name and the number in MLflow",
         )
     line_state = ledger.state()
-    version = line_state.adopted(task, foreign.mlflow) or _image_of(line_state, foreign)
+    version = line_state.adopted(task, external.mlflow) or _own_version(line_state, external)
     if version is None:
-        _adopt(space, ledger, foreign)
-        version = ledger.state().adopted(task, foreign.mlflow)
+        _adopt(space, ledger, external)
+        version = ledger.state().adopted(task, external.mlflow)
         if version is None:  # linked
-            foreign = external_model(space.mlflow, line, task, mlflow_version)
-            version = None if foreign is None else _image_of(ledger.state(), foreign)
+            external = external_model(space.mlflow, line, task, mlflow_version)
+            version = None if external is None else _own_version(ledger.state(), external)
     elif line_state.tasks[task].versions[version].state == "waiting":
         _retry(space, ledger, ModelKey(task, version))
     mirror(line)
@@ -148,72 +148,72 @@ def adopt_one(line: str, task: str, mlflow_version: int) -> int | None:
     return version
 
 
-def _image_of(line_state: LineState, foreign: ExternalModel) -> int | None:
-    versions = line_state.tasks[foreign.task].versions if foreign.task in line_state.tasks else {}
-    return foreign.own_version if foreign.own_version in versions else None
+def _own_version(line_state: LineState, external: ExternalModel) -> int | None:
+    versions = line_state.tasks[external.task].versions if external.task in line_state.tasks else {}
+    return external.own_version if external.own_version in versions else None
 
 
-def _adopt(space: Workspace, ledger: Ledger, foreign: ExternalModel) -> Adopted | None:
-    """Add a version to the line; None if the line has it and only MLflow does not show that."""
+def _adopt(space: Workspace, ledger: Ledger, external: ExternalModel) -> Adopted | None:
+    """Add a version to the line; None if the line has it already."""
     line_state = ledger.state()
-    if line_state.adopted(foreign.task, foreign.mlflow) is not None:
+    if line_state.adopted(external.task, external.mlflow) is not None:
         return None
-    description = _describe(space, line_state, foreign.task, foreign.task_tag)
+    description = _describe(space, line_state, external.task, external.task_tag)
     try:
-        model = _read(space, line_state, foreign)
+        model = _read(space, line_state, external)
     except AccessDenied:
-        raise  # another worker may read it, or this one after its settings change
+        raise  # another worker may read it, or this one with other settings
     except BadInput as error:
-        unread = ModelRef(uri=foreign.uri, weights=UNREAD, config=UNREAD)
+        unread = ModelRef(uri=external.uri, weights=UNREAD, config=UNREAD)
         refused = ModelVersion(model=unread, state="quarantined", reason=error.message())
-        return _add(ledger, foreign, refused, None)
+        return _add(ledger, external, refused, None)
     if description.problem is not None:
         waiting = ModelVersion(model=model, state="waiting", reason=description.problem)
-        return _add(ledger, foreign, waiting, None)
-    adopted = _add(ledger, foreign, ModelVersion(model=model), description.own)
+        return _add(ledger, external, waiting, None)
+    adopted = _add(ledger, external, ModelVersion(model=model), description.own)
     if adopted is not None and adopted.linked:
-        link(space.mlflow, foreign, adopted.version)
+        link(space.mlflow, external, adopted.version)
     return adopted
 
 
-def _read(space: Workspace, line_state: LineState, foreign: ExternalModel) -> ModelRef:
+def _read(space: Workspace, line_state: LineState, external: ExternalModel) -> ModelRef:
     """Fetch a version's files and take their digests."""
-    scheme = _SCHEME.match(foreign.source)
+    scheme = _SCHEME.match(external.source)
     if scheme is not None and scheme[1].lower() not in _READ_FROM:
         raise BadInput(
-            f"the source of {foreign.uri} cannot be read",
+            f"the source of {external.uri} cannot be read",
             expected=f"a folder, or an address with {', '.join(_READ_FROM)}",
             found=f"an address with {scheme[1]}:/",
             hint="register a version whose source is of one of these kinds",
         )
     try:
-        return describe_model(foreign.uri, get_family(line_state.spec.family), space)
+        return describe_model(external.uri, get_family(line_state.spec.family), space)
     except RestitchError as error:
-        if isinstance(error, Unavailable) and has_no_files(space.mlflow, foreign):
+        if isinstance(error, Unavailable) and has_no_files(space.mlflow, external):
             raise BadInput(
-                f"{foreign.uri} holds no safetensors",
+                f"{external.uri} holds no safetensors",
                 expected="a source with model.safetensors",
-                found=f"nothing at {without_credentials(foreign.source)}",
+                found=f"nothing at {without_credentials(external.source)}",
                 hint="save the model with safetensors, and register it as a new version",
             ) from error
         raise
     except Exception as error:  # libraries of other stores raise errors of any type
         raise Unavailable(
-            f"the source of {foreign.uri} cannot be read",
+            f"the source of {external.uri} cannot be read",
             found=without_credentials(f"{type(error).__name__}: {error}")[:300],
             hint="check its address and the credentials of this worker",
         ) from None
 
 
 def _add(
-    ledger: Ledger, foreign: ExternalModel, model: ModelVersion, description: TaskSpec | None
+    ledger: Ledger, external: ExternalModel, model: ModelVersion, description: TaskSpec | None
 ) -> Adopted | None:
     """Add a model to the line, unless it has this version or the same weights already."""
-    task, added = foreign.task, list[tuple[int, bool]]()
+    task, added = external.task, list[tuple[int, bool]]()
 
     def change(line_state: LineState) -> LineState | None:
         added.clear()
-        if line_state.adopted(task, foreign.mlflow) is not None:
+        if line_state.adopted(task, external.mlflow) is not None:
             return None
         if description is not None:
             line_state = _with_description(line_state, description)
@@ -226,27 +226,27 @@ def _add(
             return None
         added.append((known.next_version, False))
         now = datetime.now(UTC).isoformat(timespec="microseconds")
-        new = {"registered_at": now, "mlflow": foreign.mlflow}
+        new = {"registered_at": now, "mlflow": external.mlflow}
         return line_state.with_version(task, model.model_copy(update=new))
 
     kind: Kind = "registered"
     if model.state != "registered":
         kind = "waiting" if model.state == "waiting" else "quarantined"
-    reason = f"{task} from {foreign.uri}"
+    reason = f"{task} from {external.uri}"
     if model.reason:
         reason += f": {model.reason.splitlines()[0]}"
     digests = {"model": model.model.weights, "config": model.model.config}
-    ledger.act(kind, foreign.actor, reason, change, digests)
+    ledger.act(kind, external.actor, reason, change, digests)
     if not added:
         return None
     (version, linked), state = added[-1], model.state
     if linked:
         state = ledger.state().tasks[task].versions[version].state
-        say(f"{foreign.uri} has the same weights as {task} version {version}")
+        say(f"{external.uri} has the same weights as {task} version {version}")
     else:
         report = say if state == "registered" else warn
-        report(f"{foreign.uri} is {task} version {version}, {state}{_because(model.reason)}")
-    number = foreign.mlflow.number
+        report(f"{external.uri} is {task} version {version}, {state}{_because(model.reason)}")
+    number = external.mlflow.number
     return Adopted(ledger.line, task, number, version, state, model.reason, linked)
 
 
@@ -256,9 +256,9 @@ def _retry(space: Workspace, ledger: Ledger, key: ModelKey) -> Adopted | None:
     model = line_state.model(key)
     tag = None
     if model.mlflow is not None:
-        there = external_model(space.mlflow, ledger.line, key.task, model.mlflow.number)
-        if there is not None and there.mlflow == model.mlflow:
-            tag = there.task_tag
+        shown = external_model(space.mlflow, ledger.line, key.task, model.mlflow.number)
+        if shown is not None and shown.mlflow == model.mlflow:
+            tag = shown.task_tag
     description = _describe(space, line_state, key.task, tag)
 
     def decide(line_state: LineState) -> tuple[Kind, LineState | None]:
@@ -285,8 +285,8 @@ def _retry(space: Workspace, ledger: Ledger, key: ModelKey) -> Adopted | None:
         return None
 
     def change(line_state: LineState) -> LineState | None:
-        present_kind, new = decide(line_state)
-        return new if present_kind == kind else None  # otherwise the next call tries again
+        current_kind, new = decide(line_state)
+        return new if current_kind == kind else None  # otherwise the next call tries again
 
     act = ledger.act(kind, actor(), f"{key}, which waited", change)
     if act is None:

@@ -67,7 +67,7 @@ def init_line(file: Path) -> InitOutcome:
         if not base.uri.startswith(COPY_SCHEME):
             spec = spec.with_base(base.uri)
     else:
-        line_changes(old.spec, spec)  # refuses early what cannot change
+        line_changes(old.spec, spec)  # refuses changes that are not allowed
         base = old.base
     opened = open_base(LineRef(spec, base), space)
     _check_fit(spec, opened)

@@ -45,7 +45,7 @@ class Candidate:
     Attributes:
         members: its members, by task name.
         gates: the outcomes of all gates that were applied.
-        tournament: how its method was selected, if the line names several.
+        tournament: the selection of its method, if the line names several.
     """
 
     members: tuple[Member, ...]
@@ -65,7 +65,7 @@ class Candidate:
 
     @property
     def passed(self) -> bool:
-        """Whether no gate blocks it."""
+        """True if no gate blocks it."""
         return not self.failed
 
     @property
@@ -79,7 +79,7 @@ class Candidate:
         return tuple(gate for gate in self.gates if not gate.passed and not gate.blocks)
 
     def is_version(self, record: MergedRecord | None) -> bool:
-        """Whether this candidate is the same as an existing version."""
+        """True if this candidate is the same as an existing version."""
         return record is not None and is_merge_of(record, self.patch.recipe, self.members)
 
     def record(self, line: str, version: int) -> MergedRecord:
@@ -109,10 +109,7 @@ def make_candidate(
 ) -> Candidate:
     """Stitch members, evaluate the merged model and apply the line's gates.
 
-    Args:
-        snapshot: the line, its champion and its gates.
-        members: the members, by task name.
-        again: stitch and evaluate even if the store holds the results.
+    `again` stitches and evaluates even if the store holds the results.
     """
     timings: dict[str, float] = {}
     with _timed(timings, "tournament"):
@@ -120,7 +117,7 @@ def make_candidate(
             snapshot.line, members, snapshot.benchmark, snapshot.current, snapshot.newest
         )
     line = selection.line
-    if selection.found is None:
+    if selection.outcome is None:
         del timings["tournament"]
     with _timed(timings, "statistics"):
         recipe = make_recipe(line, members)
@@ -142,7 +139,7 @@ def make_candidate(
     )
     limits = snapshot.line_state.spec.gates
     gates = check_gates(limits.limits, measured, limits.warn)
-    return Candidate(members, recipe, patch, results, retention, gates, timings, selection.found)
+    return Candidate(members, recipe, patch, results, retention, gates, timings, selection.outcome)
 
 
 def measure_member(
@@ -161,7 +158,7 @@ def measure_member(
     try:
         whole = WeightsRef("finetuned", model.model.weights, model.model.uri)
         finetuned = evaluate(line, spec, whole, model.model)
-    except BadInput as error:  # its folder may be gone, and the merge does not need it
+    except BadInput as error:  # its files may be gone, and the merge does not need them
         notes += (f"the finetuned model cannot be evaluated: {error.summary}",)
     if spec.data is not None and spec.data.validation is None and split == "validation":
         notes += ("the validation rows are a part of train: the model may have seen them",)

@@ -3,8 +3,8 @@
     members --> the merged model of each contestant --> compare them on the rows
             --> the line with the winner as its method
 
-The store keeps the outcome under the digest of all that decides: members, contestants with their
-settings, objective and rows. The same members have the same winner in any order. Only if the line
+The outcome is stored under the digest of all its inputs: members, contestants with their settings,
+objective and rows. The same members have the same winner in any order. Only if the line
 limits the number of methods per merge, so that contestants take turns, does the winner depend on
 the turn. The winner is in the recipe of the version, and all contestants are in its record, so
 neither a rebuild nor a later remerge runs the tournament again.
@@ -41,11 +41,11 @@ class Selection:
 
     Attributes:
         line: the line with the method that merges.
-        found: the outcome of the tournament; None if the line names one method.
+        outcome: the outcome of the tournament; None if the line names one method.
     """
 
     line: LineRef
-    found: SelectionOutcome | None = None
+    outcome: SelectionOutcome | None = None
 
 
 def earlier_selection(
@@ -82,14 +82,10 @@ def select_method(
     records: Sequence[MergedRecord],
     newest: MergedRecord | None,
 ) -> Selection:
-    """The line with the method that merges these members.
+    """The line with the method that merges these members, after a tournament if one is needed.
 
-    Args:
-        line: as for `earlier_selection`, which this asks first.
-        members: likewise.
-        benchmark: likewise.
-        records: likewise; the method of the first one takes part.
-        newest: the newest version, promoted or not; it records which methods wait.
+    The arguments are those of `earlier_selection`, and `newest`, the newest version, promoted or
+    not, which records the methods that wait. The method of the first record takes part.
     """
     earlier = earlier_selection(line, members, benchmark, records)
     method = line.spec.method
@@ -98,7 +94,7 @@ def select_method(
     places = taking_part(method, records[0] if records else None, newest)
     contestants = [method.tournament[place] for place in places]
     lines = [LineRef(line.spec.with_method(one), line.base) for one in contestants]
-    recipes = [make_recipe(lined, members) for lined in lines]
+    recipes = [make_recipe(each, members) for each in lines]
     selection = MethodSelection(
         contestants=tuple(
             Contestant(
@@ -122,9 +118,7 @@ def select_method(
         objective=method.objective,
         key=_key(line, method, members, benchmark),
     )
-    patches = tuple(
-        stitch(lined, recipe).blob for lined, recipe in zip(lines, recipes, strict=True)
-    )
+    patches = tuple(stitch(ref, recipe).blob for ref, recipe in zip(lines, recipes, strict=True))
     return _selected(line, rank_methods(line, selection, patches))
 
 
@@ -133,11 +127,11 @@ def taking_part(
 ) -> list[int]:
     """The places of the methods that take part: the champion's, and those that waited longest.
 
-    So a merge costs `at_most` methods, and every method gets its turn.
+    A merge costs at most `at_most` methods, and every method gets its turn.
 
     Args:
         method: the tournament.
-        in_use: the version whose method defends its place.
+        in_use: the version in use, whose method takes part.
         newest: the newest version, promoted or not.
     """
     if not method.rotates:
@@ -151,7 +145,7 @@ def taking_part(
 
 
 def summarize(outcome: SelectionOutcome) -> str:
-    """The outcome in one sentence; scores of earlier rounds are separate, as on fewer rows."""
+    """The outcome in one sentence; scores of earlier rounds, on fewer rows, are separate."""
     first, *others = outcome["contestants"]
     last = [one for one in others if one["round"] == first["round"]]
     before = [one for one in others if one["round"] != first["round"]]
@@ -182,7 +176,7 @@ def _key(
     benchmark: TaskSpec | None,
 ) -> str:
     lines = (LineRef(line.spec.with_method(one), line.base) for one in method.tournament)
-    inputs = [recipe_inputs(lined, members) for lined in lines]
+    inputs = [recipe_inputs(each, members) for each in lines]
     return selection_key(line, method, inputs, members, benchmark)
 
 

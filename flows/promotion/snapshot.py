@@ -1,4 +1,4 @@
-"""The line's state from which a remerge starts, and what follows from it."""
+"""The line's state from which a remerge starts, with its members and records."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -35,7 +35,7 @@ class Snapshot:
 
     @property
     def line(self) -> LineRef:
-        """The line, as steps take it."""
+        """The reference that steps take."""
         return LineRef(self.line_state.spec, self.line_state.base)
 
     @property
@@ -98,7 +98,7 @@ class Snapshot:
 
 
 def is_merge_of(record: MergedRecord, recipe: str, members: Iterable[Member]) -> bool:
-    """Whether a version has this recipe and exactly these members.
+    """True if a version has this recipe and exactly these members.
 
     If a task's description changes, the same weights become another version of the task: the
     recipe stays the same, but the measurements differ.

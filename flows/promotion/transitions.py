@@ -74,7 +74,7 @@ def promote(
         if line_state.pinned or line_state.champion == version:
             return None
         _check_unmoved(line_state, snapshot, candidate)
-        # A worker that was away must not promote a version that a newer one has superseded.
+        # A worker that was stalled must not promote a version that a newer one has superseded.
         if line_state.newest != version:
             return None
         return _with_members_of(line_state.promoted(version), candidate)

@@ -1,7 +1,7 @@
 """Prepare a merge of a line's members by another method; the line stays as it is.
 
-The store keeps what the method needs of each member. A method that needs whole task vectors gets
-them from the finetuned models. Other methods get the line's own deltas, or dataless ones if the
+The deltas that the method needs are stored. A method that needs whole task vectors gets them from
+the finetuned models. Other methods get the line's own deltas, or dataless ones if the
 line's deltas hold everything.
 """
 
@@ -41,7 +41,7 @@ class WhatIf:
     @property
     def stored(self) -> int:
         """The bytes of deltas and statistics in the store."""
-        of_statistics = sum(found.size for found in self.statistics.values())
+        of_statistics = sum(each.size for each in self.statistics.values())
         return of_statistics + sum(delta.size for delta in self.deltas)
 
 
@@ -61,7 +61,7 @@ def prepare(
         members: the members to merge.
         method: the method to prepare for.
         tuned: tune the method's setting on validation rows.
-        masks: the choice of masks; by default what the method needs, or else the line's.
+        masks: the choice of masks; by default that of the method, or else the line's.
         settings: the settings that differ from the defaults; by default the line's, if the
             method is the line's own.
 

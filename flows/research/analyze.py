@@ -5,9 +5,8 @@
                    --> all masks: their overlap and their location
 
 The line does not change, and no decision depends on the result: accuracy is measured on the rows
-that results are reported on. Measurements are kept in the store, so that a second run computes
-nothing; `restitch gc` removes them. By default, no localizer computes gradients unless it is the
-line's own.
+that results are reported on. Measurements are stored, so that a second run computes nothing;
+`restitch gc` removes them. By default, no localizer computes gradients except the line's own.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -78,16 +77,16 @@ def analyze(
     """Measure the masks of the version in use.
 
     Args:
-        line: its name.
-        tasks: to draw curves for; by default all with rows to evaluate on.
+        line: the line's name.
+        tasks: the tasks to draw curves for; by default all with rows to evaluate on.
         pair: two tasks to merge with each other; by default the two of `tasks` whose masks
             overlap most.
-        localizers: names; by default `DEFAULT_LOCALIZERS` and the line's own.
-        densities: where rankings are cut.
+        localizers: their names; by default `DEFAULT_LOCALIZERS` and the line's own.
+        densities: the densities of the masks that are cut from each ranking.
         out: a folder for `analysis.json` and the plots.
 
     Raises:
-        BadInput: no such task or localizer, or no version in use.
+        BadInput: there is no such task or localizer, or no version in use.
     """
     space = workspace()
     snapshot = take_snapshot(space.ledger(line))

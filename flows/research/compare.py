@@ -6,8 +6,8 @@
 Methods that give one model for all tasks and methods that give one specialist per task stand in
 two tables: a specialist is only useful to a caller who knows the task.
 
-The line does not change. Results are kept in the store under a digest of their inputs, so that
-nothing is computed twice; `restitch gc` removes what no version refers to.
+The line does not change. Results are stored under a digest of their inputs, so that nothing is
+computed twice; `restitch gc` removes results that no version refers to.
 """
 
 from collections.abc import Iterable, Sequence
@@ -41,10 +41,10 @@ class MethodResult:
     Attributes:
         tuned: the outcome of tuning; None without tuning.
         needs: the method's input for each member, in words.
-        statistics: blobs by name.
+        statistics: the digests of the statistics, by name.
         localize: the settings of the masks.
-        stored_bytes: deltas and statistics in the store.
-        seconds: of the merge; None if its result was in the store, like `memory`.
+        stored_bytes: the size of the deltas and statistics.
+        seconds: the duration of the merge; None if its result was in the store, like `memory`.
     """
 
     method: str
@@ -84,9 +84,9 @@ class Comparison(StudyOutcome):
     """Methods on the members of a line.
 
     Attributes:
-        methods: that give one merged model, the best first.
-        experts: that give specialists, the best first.
-        left_out: methods that cannot run, with the tasks that have no train rows for them.
+        methods: the methods that give one merged model, the best first.
+        experts: the methods that give specialists, the best first.
+        left_out: the methods that cannot run, with the tasks that have no train rows for them.
     """
 
     tuned: bool
@@ -105,8 +105,8 @@ def compare(
     """Merge a line's members by several methods and measure each result.
 
     Args:
-        line: its name.
-        methods: names; all methods by default.
+        line: the line's name.
+        methods: their names; all methods by default.
         tuned: choose each method's tunable setting on validation rows.
         out: a folder for `compare.json` and the plot.
 

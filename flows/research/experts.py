@@ -4,9 +4,9 @@
         --> shared patch and masks --> evaluate each specialist on its task --> table in MLflow
 
 A specialist is a model for one task; `restitch experts` makes one for each member of a merged
-version. The set is kept with the version: the key `keys/specialists/<recipe of the version>`
-names the list of its parts, and `restitch gc` keeps them all, because an export may need them
-after the finetuned models are gone. A version has one set; `replace` puts another in its place.
+version. The key `keys/specialists/<recipe of the version>` names the list of the set's parts.
+`restitch gc` removes none of them, because an export may need them after the finetuned models are
+gone. A version has one set; `replace` puts another in its place.
 """
 
 from collections.abc import Iterator, Mapping
@@ -37,7 +37,7 @@ from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
 @dataclass(frozen=True)
 class SpecialistBytes:
-    """The bytes of a set: its shared part, each task's part, all of it; the base and the models."""
+    """The sizes of the shared part, each task's part, the whole set, the base and the models."""
 
     shared: int
     tasks: dict[str, int]
@@ -52,7 +52,7 @@ class SpecialistMeasurements:
 
     Attributes:
         results: by task; the value of the specialist is called `expert`.
-        recipe: digest of the inputs of the set.
+        recipe: the digest of the set's inputs.
     """
 
     results: dict[str, dict[str, Any]]
@@ -68,8 +68,8 @@ class SpecialistSet(SpecialistMeasurements, StudyOutcome):
 
     Attributes:
         tuned: the outcome of tuning; None without tuning.
-        manifest: digest of the list of the parts.
-        seconds: of making them; None if they were in the store.
+        manifest: the digest of the list of the parts.
+        seconds: the time to make them; None if they were in the store.
     """
 
     version: int
@@ -89,12 +89,12 @@ def experts(
     replace: bool = False,
     out: str | None = None,
 ) -> SpecialistSet:
-    """Make, keep and measure a specialist for each member of a merged version.
+    """Make, store and measure a specialist for each member of a merged version.
 
     Args:
-        line: its name.
+        line: the line's name.
         version: a number, `champion` or `candidate`.
-        method: one of kind `experts`.
+        method: a method of kind `experts`.
         tuned: choose each task's threshold on its validation rows.
         replace: replace another set that the version has.
         out: a folder for the table as JSON and CSV, and the plot.
@@ -114,11 +114,11 @@ def experts(
             expected="a version that holds finetuned models",
             hint=f"see `restitch history {line} --versions`",
         )
-    line_then = line_with_one_method(line_state, record)
-    ready = prepare(line_then, members_of(line_state, record), chosen, tuned=tuned)
+    old_line = line_with_one_method(line_state, record)
+    ready = prepare(old_line, members_of(line_state, record), chosen, tuned=tuned)
     say(f"{line} {record.version}: {method}")
     made = make_experts(ready.line, make_recipe(ready.line, ready.members))
-    _keep(record, made, replace, space)
+    _store_with(record, made, replace, space)
     outcome = SpecialistSet(
         line=line,
         version=record.version,
@@ -187,13 +187,7 @@ def _rows(
 def measure_specialists(
     line: LineRef, members: tuple[Member, ...], made: ExpertsRef
 ) -> SpecialistMeasurements:
-    """Measure each specialist on its task, and the bytes of the set.
-
-    Args:
-        line: with the base.
-        members: with their whole task vectors.
-        made: their specialists.
-    """
+    """Measure the accuracy of each member's specialist, and the sizes of the set."""
     results: dict[str, TaskResult] = {}
     for member in members:
         weights = WeightsRef("expert", made.tasks[member.task].blob)
@@ -217,7 +211,7 @@ def _part_bytes(made: ExpertsRef) -> dict[str, Any]:
 
 
 def specialists_of(record: MergedRecord, space: Workspace) -> ExpertsRef | None:
-    """The specialists that are kept with a version, if there are any."""
+    """The specialists that are stored with a version, if there are any."""
     key = space.objects.lookup(SPECIALISTS, record.recipe_digest)
     return None if key is None else read_experts(key.blob, space)
 
@@ -235,8 +229,8 @@ def _specialist_method(name: str) -> Method:
     return method
 
 
-def _keep(record: MergedRecord, made: ExpertsRef, replace: bool, space: Workspace) -> None:
-    """Keep a set of specialists with a version.
+def _store_with(record: MergedRecord, made: ExpertsRef, replace: bool, space: Workspace) -> None:
+    """Name a set of specialists as that of a version.
 
     Raises:
         BadInput: the version has another set.
@@ -249,7 +243,7 @@ def _keep(record: MergedRecord, made: ExpertsRef, replace: bool, space: Workspac
                 f"version {record.version} of line {record.line} has other specialists",
                 expected=f"{made.method[0]} with {made.settings}",
                 found=f"{other.method[0]} with {other.settings}",
-                hint="add --replace to keep the new ones instead",
+                hint="add --replace to use the new ones instead",
             )
         space.objects.store.remove(f"keys/{SPECIALISTS}/{record.recipe_digest}")
     facts = key_facts(record, made, datetime.now(UTC).isoformat(timespec="microseconds"))

@@ -3,11 +3,12 @@
 import csv
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from restitch.flows.outcome import Outcome
 from restitch.merging.digests import canonical_json, digest_json
 from restitch.merging.errors import Unavailable
 from restitch.registry.store.disk import explained
@@ -16,8 +17,8 @@ from restitch.tasks.runtime.workspace import actor, workspace
 
 
 @dataclass(frozen=True, kw_only=True)
-class StudyOutcome:
-    """The part that all studies of a line share.
+class StudyOutcome(Outcome):
+    """The fields that all studies of a line share.
 
     Attributes:
         members: the version of each task's finetuned model.
@@ -27,10 +28,6 @@ class StudyOutcome:
     members: dict[str, int]
     time: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
     actor: str = field(default_factory=actor)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
 
 
 def publish_study(
@@ -49,9 +46,9 @@ def publish_study(
         outcome: the content of the file `<name>.json`.
         title: the name of the run.
         out: a folder, or None.
-        name: of the JSON file.
-        params: of the run.
-        metrics: of the run.
+        name: the name of the JSON file.
+        params: the parameters of the run.
+        metrics: the metrics of the run.
         artifacts: the other files.
 
     Raises:

@@ -5,16 +5,16 @@ an audit entry names stays. Young objects stay as well, because work in progress
 name them. Keys are removed before their blobs, and a process that publishes a key while its blob
 is being removed takes the key back, so that no key is left without a blob, even after a kill.
 `registry.ledger.safe_deletion` separates acts from removals. Nothing is removed from a damaged
-store, because the damaged objects may have named anything.
+store, because the damaged objects may refer to any other.
 """
 
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
+from restitch.flows.outcome import Outcome
 from restitch.merging.errors import Damage
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.maintenance.inventory import Inventory, in_use, take_inventory
@@ -31,13 +31,13 @@ _UNNAMED = "blobs that no key names"
 
 
 @dataclass(frozen=True)
-class GcOutcome:
+class GcOutcome(Outcome):
     """The objects that nothing refers to.
 
     Attributes:
         removed: whether they were removed, or only listed.
-        kinds: number and bytes of the objects by kind.
-        names: of the objects.
+        kinds: the number and bytes of the objects, by kind.
+        names: the names of the objects.
         young: the number of other unreferenced objects, which are too young to remove.
         in_use: the number of objects that something refers to.
     """
@@ -50,10 +50,6 @@ class GcOutcome:
     young: int
     in_use: int
     older_than: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -9,9 +9,6 @@ round, because a restored act shows which objects it names, and a restored delta
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property
-from typing import Any
-
-from pydantic import JsonValue
 
 from restitch.flows.audit.report import Reports
 from restitch.flows.research.experts import key_facts
@@ -42,7 +39,7 @@ from restitch.tasks.runtime.workspace import Workspace
 from restitch.tasks.statistics import KINDS, statistic_key
 
 _ROUNDS = 8
-_NAMING = ("audit/", "lines/")  # objects that name others
+_NAMING = ("audit/", "lines/")  # these objects name others
 _MASK_FACTS = ("kept", "coordinates", "localizer", "seconds")
 _REMOVE = "remove it: a command that needs it makes it again"
 
@@ -110,7 +107,7 @@ class _Round:
         return min((_ORDER.index(role) for role in roles if role in _ORDER), default=len(_ORDER))
 
     def remedy(self, each: Damaged) -> str | None:
-        """What a repair would do, in words; None if only a backup helps."""
+        """The repair of an object, in words; None if only a backup helps."""
         kind, _, rest = each.object.partition("/")
         if kind == "lines":
             return "restore it from the acts of its trail"
@@ -157,7 +154,7 @@ class _Round:
         """Restore an object from the first source that gives its digest.
 
         Raises:
-            Damage: no source does.
+            Damage: no source gives it.
         """
         tried = []
         for recovery in self.sources.of(each.object):
@@ -198,16 +195,16 @@ class _Round:
         return "removed: nothing refers to it, and a command that needs it makes it again"
 
     def _is_free(self, digest: str) -> bool:
-        """Whether only keys name a blob, which are made again together with it."""
+        """True if only keys name a blob; they are made again together with it."""
         named = digest in self.inventory.references or digest in self.mentioned
         kinds = {name.split("/")[1] for name in self.inventory.keys_of(digest)}
         return not named and "source" not in kinds
 
     def _check_names(self) -> None:
-        """Refuse to remove an object that a damaged act or line state may name.
+        """Check that no damaged act or line state may name an object to remove.
 
         Raises:
-            Damage: there is one.
+            Damage: an act or a line state is damaged.
         """
         if not self.knows_all:
             raise Damage(
@@ -222,30 +219,29 @@ class _Round:
         self.store.remove(name)
 
     def _key(self, each: Damaged, rest: str) -> str:
-        """Remove a key, and write it again if the line says what it held."""
+        """Remove a key, and write it again if the line records its content."""
         kind, _, inputs = rest.partition("/")
+        publish = self.space.objects.publish
         self._check_names()
         self._remove_key(each.object)
         if kind == "patch":
             for record in self.inventory.records.values():
                 if record.recipe_digest == inputs and self.store.exists(f"blobs/{record.patch}"):
-                    kept = {"kept": record.kept}
-                    self._publish(kind, inputs, record.patch, record.made_by, kept)
+                    facts: dict[str, object] = {"kept": record.kept}
+                    publish(kind, inputs, record.patch, record.made_by, facts=facts)
                     return f"written again from the record of version {record.version}"
         if kind == "mask":
             for line, task, number, model in self._masked(inputs):
                 known = model.facts.to_json()
-                facts = {
-                    name: known[name] for name in (*_MASK_FACTS, *RECORDED_FACTS) if name in known
-                }
-                facts["mask"] = model.mask
-                self._publish(kind, inputs, str(model.delta), model.facts.localized_by, facts)
+                names = [name for name in (*_MASK_FACTS, *RECORDED_FACTS) if name in known]
+                facts = {**{name: known[name] for name in names}, "mask": model.mask}
+                publish(kind, inputs, str(model.delta), model.facts.localized_by, facts=facts)
                 return f"written again from the state of line {line} ({task} {number})"
         if kind in KINDS:
             for named in self.sources.statistics():
                 with suppress(RestitchError):  # the base of another line may be away
                     if statistic_key(named.line, named.statistic, self.space) == inputs:
-                        self._publish(kind, inputs, named.digest, named.made_by, {})
+                        publish(kind, inputs, named.digest, named.made_by)
                         return f"written again from {named.source}"
         if kind == SPECIALISTS:
             return self._specialists_key(inputs)
@@ -270,16 +266,11 @@ class _Round:
             command = f"restitch experts {record.line} {record.version}"
             return f"removed: run `{command}` to name them again, before `restitch gc` removes them"
         facts = key_facts(record, fitting[0], None)
-        self._publish(SPECIALISTS, recipe, fitting[0].manifest, None, facts)
+        self.space.objects.publish(SPECIALISTS, recipe, fitting[0].manifest, facts=facts)
         return f"written again: those of {record.line} {record.version} by {facts['method']}"
 
-    def _publish(
-        self, kind: str, inputs: str, blob: str, made_by: JsonValue, facts: dict[str, Any]
-    ) -> None:
-        self.space.objects.publish(kind, inputs, blob, made_by, facts=facts)
-
     def _masked(self, inputs: str) -> Iterator[tuple[str, str, int, ModelVersion]]:
-        """The models whose mask has this digest of inputs, as they were when it was found."""
+        """The models whose mask has this digest of inputs, as they were when it was made."""
         for line_state, task, number in self.sources.localized():
             line = LineRef(line_state.spec, line_state.base)
             spec, model = line_state.tasks[task].spec, line_state.tasks[task].versions[number]
@@ -316,7 +307,7 @@ class _Round:
         if line_state is not None:
             made = made.model_copy(update={"generation": line_state.generation + 1})
         if self.store.swap(each.object, tag, made.model_dump_json(indent=1).encode()) is None:
-            raise Unavailable(f"line {line} changed meanwhile", hint="run the same command again")
+            raise Unavailable(f"line {line} has changed", hint="run the same command again")
         return f"restored from its {len(trail)} acts; it had {len(old)} bytes before"
 
     def _last_acts(self, line: str) -> list[Entry]:

@@ -50,8 +50,8 @@ class Recovery:
     """One way to restore an object.
 
     Attributes:
-        source: its inputs, in words.
-        write: writes the result to a new file, in a folder with enough space.
+        source: the inputs, in words.
+        write: a function that writes the result to a new file, in a folder with enough space.
     """
 
     source: str
@@ -64,9 +64,9 @@ class NamedStatistic:
 
     Attributes:
         statistic: its kind and members.
-        line: as it was when the statistic was made.
-        source: the owner of the name, in words.
-        made_by: the maker of the owner.
+        line: the line when the statistic was made.
+        source: the version or model, in words.
+        made_by: the process that made the version or model.
     """
 
     digest: str
@@ -77,13 +77,7 @@ class NamedStatistic:
 
 
 class RecoverySources:
-    """Sources for the objects of one store.
-
-    Args:
-        space: the store, and access to models and data.
-        inventory: of the store.
-        projection: the lines in MLflow.
-    """
+    """Sources for the objects of one store."""
 
     def __init__(self, space: Workspace, inventory: Inventory, projection: Projection) -> None:
         self.space = space
@@ -132,7 +126,7 @@ class RecoverySources:
                 yield Recovery(f"its copy in MLflow (line {line})", _writes(data))
 
     def _copies(self, digest: str, references: list[Reference]) -> Iterator[Recovery]:
-        """Copies on this machine: of a bucket's objects, and of unpacked models."""
+        """Copies in this machine's cache of a bucket's objects and of unpacked models."""
         cache = self.space.home.cache
         paths = [*(cache / "store").glob(f"**/blobs/{digest}")]
         for each in references:
@@ -160,7 +154,7 @@ class RecoverySources:
                 return
 
     def _delta(self, reference: Reference) -> Iterator[Recovery]:
-        """Localize the model again as it was localized then."""
+        """Localize the model again, with the line's settings of that time."""
 
         def made(entry: Entry) -> bool:
             return entry.digests.get("delta") == reference.digest
@@ -183,7 +177,7 @@ class RecoverySources:
             return
 
     def _statistic(self, reference: Reference) -> Iterator[Recovery]:
-        """Compute the statistic again from the members as they were then."""
+        """Compute the statistic again from the members of that time."""
         for named in self.statistics():
             if named.digest == reference.digest:
                 tasks = ", ".join(member.task for member in named.statistic.members)
@@ -244,7 +238,7 @@ class RecoverySources:
         yield Recovery(f"the weights at {reference.weights}", write)
 
     def _specialists(self, reference: Reference) -> Iterator[Recovery]:
-        """Make the specialists of a version again as they were made then."""
+        """Make the specialists of a version again, with their recorded settings."""
         record, line_state = self._record(reference), self.inventory.line_states.get(reference.line)
         if record is None or line_state is None:
             return
@@ -296,7 +290,7 @@ class RecoverySources:
                 elif reference.weights in files:
                     shutil.copyfile(files[reference.weights], file)
                 else:
-                    raise BadInput(f"{origin} has no file {reference.weights} any more")
+                    raise BadInput(f"{origin} no longer has the file {reference.weights}")
 
         yield Recovery(f"the source {origin}, if it has not changed", write)
 

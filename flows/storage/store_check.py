@@ -2,7 +2,7 @@
 
 Each damaged object is listed with its meaning, the owners that depend on it, and what a repair
 would do. The check changes nothing; `storage.repair` repairs. Objects that nothing refers to are
-listed and are no damage. A second check by the same `Checker` skips blobs that were intact.
+listed, but they are not damage. A second check by the same `Checker` skips blobs that were intact.
 """
 
 import json
@@ -12,6 +12,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from restitch.flows.outcome import Outcome
 from restitch.merging.digests import canonical_json
 from restitch.merging.errors import Damage, RestitchError, Unavailable
 from restitch.merging.files.sparse import SparseFile
@@ -31,7 +32,7 @@ from restitch.tasks.runtime.workspace import Workspace
 
 Answer = TypeVar("Answer")
 
-MLFLOW = "MLflow: "  # and a line: the name of its projection
+MLFLOW = "MLflow: "  # before the name of a line: its projection
 
 _THREADS = 4
 _SHOWN = 10
@@ -61,16 +62,16 @@ class Damaged:
 
 
 @dataclass
-class StoreCheck:
+class StoreCheck(Outcome):
     """The result for a store.
 
     Attributes:
-        objects: their number.
-        bytes: their size.
+        objects: the number of objects.
+        bytes: the size of the objects.
         compared: blobs and acts that were compared with their digests.
         mlflow: lines whose projection in MLflow was compared.
         orphans: objects that nothing refers to; `restitch gc` removes them.
-        notes: on unusual things that are no damage.
+        notes: unusual findings that are not damage.
     """
 
     objects: int = 0
@@ -87,9 +88,13 @@ class StoreCheck:
         """True if nothing is left damaged."""
         return all(each.mended for each in self.damaged)
 
+    def as_dict(self) -> dict[str, Any]:
+        """The fields and `intact` as plain JSON values."""
+        return {**super().as_dict(), "intact": self.intact}
+
 
 class Projection:
-    """The lines in MLflow. Once MLflow was away, every further question raises Unavailable."""
+    """The lines in MLflow. After MLflow was unavailable once, each question raises Unavailable."""
 
     def __init__(self, mlflow: MlflowProjection) -> None:
         self.mlflow = mlflow
@@ -180,7 +185,7 @@ class Checker:
         return problems
 
     def _compare(self, name: str) -> str | None:
-        """The problem of a blob; None if it is intact, and "" if it was removed meanwhile."""
+        """The problem of a blob; None if it is intact, "" if it has just been removed."""
         try:
             digest = self.store.digest(name)
         except NotInStore:
@@ -298,7 +303,7 @@ def known_lines(inventory: Inventory) -> list[str]:
 
 
 def is_complete(trail: Sequence[Entry]) -> bool:
-    """Whether a trail, newest first, goes back to the first act of its line."""
+    """True if a trail, newest first, goes back to the first act of its line."""
     return bool(trail) and trail[-1].previous is None
 
 

@@ -10,11 +10,11 @@ import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
+from restitch.flows.outcome import Outcome
 from restitch.merging.digests import digest_bytes, digest_file
 from restitch.merging.errors import BadInput, Damage
 from restitch.registry.home import Home
@@ -37,13 +37,13 @@ _THREADS = 4
 
 
 @dataclass(frozen=True)
-class CopyOutcome:
+class CopyOutcome(Outcome):
     """The result of a copy.
 
     Attributes:
         copied: the number of objects that were copied.
         there: the number of objects that the target had before.
-        bytes: of the copied objects.
+        bytes: the size of the copied objects.
         lines: the lines that the target has now.
         moved_on: lines that changed in the source during the copy.
     """
@@ -55,10 +55,6 @@ class CopyOutcome:
     bytes: int
     lines: tuple[str, ...]
     moved_on: tuple[str, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return asdict(self)
 
 
 def copy_store(source: str, target: str) -> CopyOutcome:
@@ -77,8 +73,9 @@ def copy_store(source: str, target: str) -> CopyOutcome:
     if _same(source, target):
         raise BadInput("a store cannot be copied to itself", found=without_credentials(source))
     with explained(home.scratch, "write"), TemporaryDirectory(dir=home.scratch) as scratch:
-        copy = _Copy(_opened(source, Path(scratch)), _opened(target, Path(scratch)))
-        return copy.run(without_credentials(source), without_credentials(target))
+        # The downloads of a store go to the scratch folder.
+        stores = [Home(Path(scratch), address).open_store() for address in (source, target)]
+        return _Copy(*stores).run(without_credentials(source), without_credentials(target))
 
 
 class _Copy:
@@ -195,11 +192,6 @@ class _Copy:
             raise _other(f"line {line}", target)
 
 
-def _opened(address: str, scratch: Path) -> Store:
-    """The store at an address; its downloads go to the scratch folder."""
-    return Home(scratch, address).open_store()
-
-
 def _same(source: str, target: str) -> bool:
     first, second = (
         text if text.startswith("s3://") else os.path.realpath(text.removeprefix("file://"))
@@ -223,7 +215,7 @@ def _compare(name: str, digest: str, expected: str) -> None:
 
 def _other(thing: str, target: str) -> BadInput:
     return BadInput(
-        f"the store {target} holds another {thing}",
+        f"the store {target} holds a different {thing}",
         expected="an empty store, or an earlier copy of the same source",
         hint="copy into another folder or prefix",
     )

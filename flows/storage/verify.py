@@ -1,15 +1,16 @@
 """Verify a line: its audit trail, every object that it names, and each merged version rebuilt.
 
 A verification changes nothing and does not stop at the first damage. The store alone cannot show
-that somebody rewrote the whole trail or cut it short, so the trail is compared with the acts in
-MLflow as well.
+that the whole trail was rewritten or cut short, so the trail is compared with the acts in MLflow
+as well.
 """
 
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from restitch.flows.outcome import Outcome
 from restitch.flows.promotion.versions import find_version
 from restitch.flows.storage.store_check import trail_contradiction
 from restitch.merging.errors import BadInput, Damage, GateFailed, RestitchError, Unavailable
@@ -45,7 +46,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Claim:
-    """Which merged versions hold an object.
+    """The merged versions that hold an object, and those that do not.
 
     Attributes:
         asked: the object as the user named it.
@@ -61,7 +62,7 @@ class Claim:
 
 
 @dataclass
-class Verification:
+class Verification(Outcome):
     """The result for one line.
 
     Attributes:
@@ -94,8 +95,8 @@ class Verification:
         return GateFailed.exit_code if self.claim is not None and self.claim.present_in else 0
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "intact": self.intact}
+        """The fields and `intact` as plain JSON values."""
+        return {**super().as_dict(), "intact": self.intact}
 
     def damaged(self, subject: str, problem: RestitchError | str) -> None:
         """Add damage."""
@@ -133,7 +134,7 @@ class _Verifier:
 
     def run(self, version: str | None, without: str | None) -> Verification:
         result = self.result
-        # These are read before the trail: the line may go on, and must hold all that exists now.
+        # Read before the trail: the line may change, and its trail must hold all that exists now.
         shown, stored = self._acts_in_mlflow(), list(self.ledger.objects.store.list("audit"))
         line_state, trail = self._check_trail()
         result.versions += (
@@ -188,7 +189,7 @@ class _Verifier:
     def _check_outside_the_trail(
         self, trail: list[Entry], stored: list[str], shown: dict[str, str]
     ) -> None:
-        """Report acts outside of the trail: in MLflow they are damage, in the store a note."""
+        """Report acts outside of the trail: damage if MLflow shows them, a note otherwise."""
         linked = {entry.digest for entry in trail}
         for name in stored if self.result.intact else ():
             digest = name.rpartition("/")[2]
@@ -197,8 +198,8 @@ class _Verifier:
                 self.result.note(
                     f"audit entry {digest[:16]}",
                     f"claims to be act {entry.sequence} ({entry.kind} by {entry.actor}), but is "
-                    "not in the trail: a process that lost a race or was killed left it, or "
-                    "somebody put it there",
+                    "not in the trail: it comes from a process that lost a race or was killed, or "
+                    "it was added by hand",
                 )
         for digest, name in sorted(shown.items(), key=lambda item: item[1]):
             if digest not in linked:
@@ -206,7 +207,7 @@ class _Verifier:
                 self.result.damaged(f"act {name}", text)
 
     def _entry(self, name: str) -> Entry | None:
-        """An entry of this line; None if it is another line's or unreadable."""
+        """An entry of this line; None if it cannot be read or belongs to another line."""
         try:
             entry = Entry.model_validate_json(self.ledger.objects.store.read(name))
         except ValueError:
@@ -306,7 +307,7 @@ class _Verifier:
             say(f"{subject}: its recipe gives the bytes that its record names")
 
     def _made_elsewhere(self, recipe: Recipe) -> bool:
-        """Whether the method is numeric and ran in an environment that may give other bytes."""
+        """True if the method is numeric and ran in an environment that may give other bytes."""
         record = self.space.objects.lookup("patch", recipe.digest())
         return record is not None and not is_reproducible(recipe, record)
 

@@ -3,9 +3,10 @@
 Repairs come first, so that the lines are verified as they are afterwards.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+from restitch.flows.outcome import Outcome
 from restitch.flows.storage.repair import check_store
 from restitch.flows.storage.store_check import StoreCheck
 from restitch.flows.storage.verify import LINE_STATE, Verification, verify
@@ -15,7 +16,7 @@ from restitch.tasks.runtime.workspace import workspace
 
 
 @dataclass(frozen=True)
-class WholeVerification:
+class WholeVerification(Outcome):
     """The results for lines and for their store.
 
     Attributes:
@@ -38,13 +39,8 @@ class WholeVerification:
         return 0 if self.intact else Damage.exit_code
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        store = None if self.store is None else {**asdict(self.store), "intact": self.store.intact}
-        return {
-            "lines": [line.as_dict() for line in self.lines],
-            "store": store,
-            "intact": self.intact,
-        }
+        """The fields and `intact` as plain JSON values."""
+        return {**super().as_dict(), "intact": self.intact}
 
 
 def verify_all(line: str | None, *, deep: bool, repair: bool) -> WholeVerification:

@@ -1,4 +1,4 @@
-"""The studies of the papers, one file each; `flow` runs one and keeps its results.
+"""The studies of the papers, one file each; `flow` runs one and stores its results.
 
 The command line imports this list and `flow` only.
 """

@@ -3,8 +3,8 @@
 The line's own method is compared with task arithmetic, TIES and Consensus. Their coefficient is
 tuned at every step, if all tasks have validation rows. Every method merges all members that have
 joined. The seconds of a step are those of localizing the member that joins and of the step's
-merges: one merge, and one more per value that tuning tried. Evaluating validation rows is not
-counted.
+merges: one merge, and one more per value that tuning tried. They exclude the evaluation of
+validation rows.
 
 If all tasks have labelled train rows, continual finetuning is compared as well: one model starts
 as the base and learns the members' tasks one after another, without the rows of earlier tasks.
@@ -13,7 +13,7 @@ as the base and learns the members' tasks one after another, without the rows of
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from restitch.flows.research.study.subject import Study, Subject
+from restitch.flows.research.study.subject import NOT_TUNED, Study, Subject
 from restitch.merging.methods.registry import Method, get_method
 from restitch.registry.ledger.line_state import Member
 from restitch.tasks.report.study_plots import Axes, lines_plot
@@ -39,7 +39,7 @@ def make(subject: Subject) -> Study:
     ]
     notes = [f"in the order {', '.join(member.task for member in order)}"]
     if not subject.can_tune:
-        notes.append("coefficients have their defaults: not every task has validation rows")
+        notes.append(NOT_TUNED)
     lacking = {m.task: lacks_labels(m.spec, subject.family) for m in order}
     without = [f"{task} lacks {missing}" for task, missing in lacking.items() if missing]
     if without:
@@ -48,20 +48,12 @@ def make(subject: Subject) -> Study:
         finetuned = _finetuned(subject, order)
         rows = sorted([*rows, *finetuned[1:]], key=lambda row: int(row["count"]))
         notes += _forgetting(finetuned)
-    x = ("count", "members")
+    x, mean, cost = ("count", "members"), "mean accuracy of the members", "seconds of the step"
+    by_mean = Axes(x, ("mean", mean), "method", whole=True)
+    by_cost = Axes(x, ("seconds", cost), "method", whole=True)
     plots = [
-        lines_plot(
-            "continual",
-            "Mean accuracy as members join",
-            rows,
-            Axes(x, ("mean", "mean accuracy of the members"), "method", whole=True),
-        ),
-        lines_plot(
-            "continual-seconds",
-            "Seconds of each step",
-            rows,
-            Axes(x, ("seconds", "seconds of the step"), "method", whole=True),
-        ),
+        lines_plot("continual", "Mean accuracy as members join", rows, by_mean),
+        lines_plot("continual-seconds", "Seconds of each step", rows, by_cost),
     ]
     details = ("merges", "localize", "merge", "finetune")
     return Study(_with_all_tasks(rows, order), plots, notes, details)
@@ -72,17 +64,17 @@ def _row(
 ) -> Row:
     say(f"{subject.line.spec.line}: {method.name}, {count} members")
     joined = order[count - 1]
-    trial = subject.prepare(method, order[:count], tuned=tuned)
-    reached = subject.reached(trial)
-    once = merging_seconds(trial.line, trial.members)
-    merges = 1 if trial.choice is None else 1 + len(trial.choice.curve)
-    tasks = [member.task for member in trial.members]
-    localizing = trial.deltas[tasks.index(joined.task)].seconds
+    what_if = subject.prepare(method, order[:count], tuned=tuned)
+    reached = subject.reached(what_if)
+    once, choice = merging_seconds(what_if.line, what_if.members), what_if.choice
+    merges = 1 if choice is None else 1 + len(choice.curve)
+    tasks = [member.task for member in what_if.members]
+    localizing = what_if.deltas[tasks.index(joined.task)].seconds
     return {
         "count": count,
         "joined": joined.task,
         "method": method.name,
-        "tuned": None if trial.choice is None else f"{trial.choice.setting} {trial.choice.value:g}",
+        "tuned": None if choice is None else f"{choice.setting} {choice.value:g}",
         "merges": merges,
         "localize": localizing,
         "merge": once,
@@ -124,7 +116,7 @@ def _forgetting(rows: Sequence[Row]) -> list[str]:
     changes = ", ".join(f"{task} from {v:.4f} to {last[task]:.4f}" for task, v in earlier.items())
     return [
         f"{FINETUNING} reaches {first['mean']:.4f} on {first['joined']} alone{of_model}",
-        f"after a task was learned, its accuracy goes: {changes}",
+        f"accuracy right after learning a task and at the end: {changes}",
     ]
 
 

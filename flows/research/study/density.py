@@ -17,28 +17,26 @@ DATALESS = "dataless"
 def make(subject: Subject) -> Study:
     """The study."""
     own, notes = subject.line.spec.localize.mode, []
-    names = [DATALESS]
     missing = {m.task: lacks(own, m.spec, subject.family) for m in subject.members}
     without = [task for task, rows in missing.items() if rows is not None]
-    if own != DATALESS and not without:
-        names.append(own)
-    elif without:
+    names = [DATALESS] if without or own == DATALESS else [DATALESS, own]
+    if without:
         notes.append(f"no {own} masks: {', '.join(without)} lacks {missing[without[0]]}")
     rows, average = [], 0.0
     for name in names:
         say(f"{subject.line.spec.line}: {name}")
-        found = conflict(subject.line, subject.members, name, DENSITIES)
-        average = float(found["averaging"]["mean"])
+        curve = conflict(subject.line, subject.members, name, DENSITIES)
+        average = float(curve["averaging"]["mean"])
         rows += [
             {
                 "localizer": name,
                 "density": point["density"],
-                "method": found["method"],
+                "method": curve["method"],
                 "shared": point["share"],
                 "mean": point["mean"],
                 **{task: value["value"] for task, value in point["tasks"].items()},
             }
-            for point in found["points"]
+            for point in curve["points"]
         ]
     axes = Axes(
         ("density", "share of the weights that a mask keeps"),

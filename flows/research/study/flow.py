@@ -1,6 +1,6 @@
 """Make a study of a line: a table as CSV, plots, and a run in MLflow; the line stays as it is.
 
-    members in use --> the study's own merges and measurements (kept in the store) --> table
+    members in use --> the study's own merges and measurements (stored) --> table
 
 Settings are chosen on validation rows; test rows serve only to report results.
 """
@@ -25,11 +25,11 @@ class StudyTable(StudyOutcome):
     """The result of a study.
 
     Attributes:
-        about: the study in one line.
+        about: a description of the study in one line.
         version: the version in use.
-        columns: of the rows, in order.
-        details: columns that a terminal leaves out.
-        notes: on how the table was made.
+        columns: the columns of the rows, in order.
+        details: the columns that a terminal leaves out.
+        notes: remarks on how the table was made.
     """
 
     study: str
@@ -86,7 +86,7 @@ def study(name: str, line: str, out: str | None = None) -> StudyTable:
 
 
 def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The charts in MLflow: of each row its mean, or the other values that a study measures."""
+    """The charts in MLflow: the mean of each row, or the other values that a study measures."""
     metrics = {}
     for number, row in enumerate(rows, 1):
         for name in ("mean", "normalized", "seconds", "share"):

@@ -7,6 +7,7 @@ makes the patch from the members' deltas.
 
 from statistics import fmean
 
+from restitch.flows.promotion.what_if import everything
 from restitch.flows.research.study.subject import Study, Subject
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import get_method, method_names
@@ -23,28 +24,28 @@ def make(subject: Subject) -> Study:
     ]
     choices = {
         "dataless": subject.masks(mode="dataless"),
-        "whole task vectors": subject.everything(),
+        "whole task vectors": everything(subject.line.spec),
     }
     if own.mode != "dataless":
         choices[own.mode] = own
     rows = []
     for name, masks in choices.items():
-        trial = subject.prepare(subject.sparse_method, subject.members, masks=masks)
-        seconds = [delta.seconds for delta in trial.deltas if delta.seconds is not None]
+        what_if = subject.prepare(subject.sparse_method, subject.members, masks=masks)
+        seconds = [delta.seconds for delta in what_if.deltas if delta.seconds is not None]
         rows.append(
             {
                 "step": "localize",
                 "what": name,
                 "seconds": fmean(seconds) if seconds else None,
-                "bytes": sum(delta.size for delta in trial.deltas) // len(trial.deltas),
+                "bytes": sum(delta.size for delta in what_if.deltas) // len(what_if.deltas),
             }
         )
     methods = [get_method(name) for name in method_names()]
     for method in (method for method in methods if method.kind == "merged"):
         say(f"{subject.line.spec.line}: {method.name}")
         try:
-            trial = subject.prepare(method, subject.members)
-            seconds_of_all = merging_seconds(trial.line, trial.members)
+            what_if = subject.prepare(method, subject.members)
+            seconds_of_all = merging_seconds(what_if.line, what_if.members)
         except BadInput as error:  # a task lacks the rows that the method needs
             notes.append(f"{method.name} is left out: {error.summary}")
             continue
@@ -53,7 +54,7 @@ def make(subject: Subject) -> Study:
                 "step": "merge",
                 "what": method.name,
                 "seconds": seconds_of_all,
-                "bytes": sum(delta.size for delta in trial.deltas),
+                "bytes": sum(delta.size for delta in what_if.deltas),
             }
         )
     axes = Axes(("seconds", "seconds"), ("what", ""), "step", log=True)

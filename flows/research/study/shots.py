@@ -37,9 +37,9 @@ def make(subject: Subject) -> Study:
     for shots in SHOTS:
         say(f"{subject.line.spec.line}: {shots} per class")
         masks = subject.masks(mode=mode, density=density, shots=shots, **own)
-        trial = subject.prepare(method, subject.members, masks=masks)
-        used = [int(delta.facts.get("calibration_rows", 0)) for delta in trial.deltas]
-        seconds = [delta.seconds for delta in trial.deltas if delta.seconds is not None]
+        what_if = subject.prepare(method, subject.members, masks=masks)
+        used = [int(delta.facts.get("calibration_rows", 0)) for delta in what_if.deltas]
+        seconds = [delta.seconds for delta in what_if.deltas if delta.seconds is not None]
         rows.append(
             {
                 "localizer": mode,
@@ -47,7 +47,7 @@ def make(subject: Subject) -> Study:
                 "density": density,
                 "rows": sum(used),
                 "seconds": sum(seconds),
-                **subject.reached(trial).values(),
+                **subject.reached(what_if).values(),
             }
         )
     plain = subject.masks(mode="dataless", density=density)

@@ -6,12 +6,12 @@ on. It runs the same steps as a merge, which keep their results in the store.
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from restitch.flows.promotion.snapshot import Snapshot
-from restitch.flows.promotion.what_if import WhatIf, everything, masks_like, own_settings, prepare
+from restitch.flows.promotion.what_if import WhatIf, masks_like, own_settings, prepare
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import Method, get_method
 from restitch.modeling.families.family import Family, get_family
@@ -24,6 +24,7 @@ from restitch.tasks.report.drawing import Plot
 from restitch.tasks.runtime.refs import LineRef, PatchRef, ResultRef, WeightsRef
 
 STITCHING = "localize-and-stitch"
+NOT_TUNED = "coefficients have their defaults: not every task has validation rows"
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,10 @@ class Study:
     """The table of a study.
 
     Attributes:
-        rows: all with the same columns.
-        plots: of the rows.
-        notes: on how the table was made.
-        details: columns that a terminal leaves out.
+        rows: the rows, all with the same columns.
+        plots: the plots of the rows.
+        notes: remarks on how the table was made.
+        details: the columns that a terminal leaves out.
     """
 
     rows: Sequence[Mapping[str, Any]]
@@ -48,7 +49,7 @@ class Reached:
     """The accuracy of a merged model.
 
     Attributes:
-        tasks: by task.
+        tasks: the result of each task.
         finetuned: the accuracy of each finetuned model that can still be read, by task.
     """
 
@@ -58,12 +59,12 @@ class Reached:
 
     @property
     def mean(self) -> float:
-        """Over the tasks."""
+        """The mean over the tasks."""
         return sum(result.value for result in self.tasks.values()) / len(self.tasks)
 
     @property
     def normalized(self) -> float | None:
-        """Merged over finetuned, over the tasks whose finetuned model was measured."""
+        """The mean normalized accuracy of the tasks whose finetuned model was measured."""
         ratios = [self.tasks[task].value / value for task, value in self.finetuned.items() if value]
         return sum(ratios) / len(ratios) if ratios else None
 
@@ -75,19 +76,11 @@ class Reached:
 
 @dataclass(frozen=True)
 class Subject:
-    """The members of a line that a study is about.
-
-    Attributes:
-        snapshot: of the line.
-        left_out: members without rows to evaluate on.
-    """
+    """The members of a line that a study measures."""
 
     snapshot: Snapshot
-    left_out: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
-        without = [m.task for m in self._all if evaluation_split(m.spec) is None]
-        object.__setattr__(self, "left_out", tuple(without))
         if len(self.members) < 2:
             raise BadInput(
                 f"line {self.line.spec.line} has too few members for a study",
@@ -96,14 +89,17 @@ class Subject:
                 hint="register models whose tasks have data",
             )
 
-    @property
-    def _all(self) -> tuple[Member, ...]:
-        return self.snapshot.champion_members
-
     @cached_property
     def members(self) -> tuple[Member, ...]:
         """The members of the version in use that can be evaluated, by task name."""
-        return tuple(m for m in self._all if evaluation_split(m.spec) is not None)
+        everyone = self.snapshot.champion_members
+        return tuple(m for m in everyone if evaluation_split(m.spec) is not None)
+
+    @property
+    def left_out(self) -> list[str]:
+        """The tasks of the members without rows to evaluate on."""
+        everyone = self.snapshot.champion_members
+        return [m.task for m in everyone if evaluation_split(m.spec) is None]
 
     @property
     def line(self) -> LineRef:
@@ -112,7 +108,7 @@ class Subject:
 
     @cached_property
     def family(self) -> Family:
-        """Of the line."""
+        """The line's family."""
         return get_family(self.line.spec.family)
 
     @property
@@ -134,10 +130,6 @@ class Subject:
         """The line's settings for masks, changed by `choice`."""
         return masks_like(self.line.spec, **choice)
 
-    def everything(self) -> LocalizeSpec:
-        """The settings that keep whole task vectors, bit for bit."""
-        return everything(self.line.spec)
-
     def prepare(
         self,
         method: Method,
@@ -147,12 +139,12 @@ class Subject:
         settings: Mapping[str, Any] | None = None,
         tuned: bool = False,
     ) -> WhatIf:
-        """Make a method's inputs from members, and choose its setting on request.
+        """Prepare a merge of members by a method that gives one merged model.
 
         Args:
-            method: any that gives one merged model.
-            members: to merge.
-            masks: settings of the masks; by default what the method needs, else the line's.
+            method: the method.
+            members: the members to merge.
+            masks: the settings of the masks, as for `what_if.prepare`.
             settings: changes to the method's defaults, or to the line's if the method is its own.
             tuned: tune on validation rows, if all tasks have them.
         """
@@ -160,10 +152,10 @@ class Subject:
         tuned = tuned and self.can_tune
         return prepare(self.line, members, method, tuned=tuned, masks=masks, settings=chosen)
 
-    def reached(self, trial: WhatIf) -> Reached:
+    def reached(self, what_if: WhatIf) -> Reached:
         """The accuracy of a merged model on the rows that results are reported on."""
-        patch = stitch(trial.line, make_recipe(trial.line, trial.members))
-        return self.reached_with(patch, trial.members)
+        patch = stitch(what_if.line, make_recipe(what_if.line, what_if.members))
+        return self.reached_with(patch, what_if.members)
 
     def reached_with(self, patch: PatchRef, members: Iterable[Member]) -> Reached:
         """The accuracy of the base with a patch on members' tasks."""
@@ -173,6 +165,6 @@ class Subject:
             model = member.model.model
             results[member.task] = evaluate(self.line, member.spec, merged, model)
             weights = WeightsRef("finetuned", model.weights, model.uri)
-            with suppress(BadInput):  # its folder may be gone: the merge does not need it
+            with suppress(BadInput):  # its files may be gone: the merge does not need them
                 finetuned[member.task] = evaluate(self.line, member.spec, weights, model).value
         return Reached(patch, results, finetuned)

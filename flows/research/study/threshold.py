@@ -6,7 +6,7 @@ all tasks have validation rows. Zero requires no agreement: the whole sum is mer
 
 from typing import Any
 
-from restitch.flows.research.study.subject import Study, Subject
+from restitch.flows.research.study.subject import NOT_TUNED, Study, Subject
 from restitch.merging.methods.registry import Method, get_method
 from restitch.tasks.report.study_plots import Axes, lines_plot
 from restitch.tasks.runtime.console import say
@@ -30,23 +30,18 @@ def make(subject: Subject) -> Study:
         whole=True,
     )
     plot = lines_plot("threshold", "Consensus by the number of tasks that must agree", rows, axes)
-    notes = (
-        []
-        if subject.can_tune
-        else ["coefficients have their defaults: not every task has validation rows"]
-    )
-    return Study(rows, [plot], notes)
+    return Study(rows, [plot], [] if subject.can_tune else [NOT_TUNED])
 
 
 def _row(subject: Subject, method: Method, agreement: int) -> dict[str, Any]:
     say(f"{subject.line.spec.line}: {method.name}, {agreement} must agree")
     settings = {"agreement": agreement} if agreement else _NONE
-    trial = subject.prepare(method, subject.members, settings=settings, tuned=True)
-    reached = subject.reached(trial)
+    what_if = subject.prepare(method, subject.members, settings=settings, tuned=True)
+    reached = subject.reached(what_if)
     return {
         "method": method.name,
         "agreement": agreement,
-        "alpha": trial.line.spec.method.settings["alpha"],
+        "alpha": what_if.line.spec.method.settings["alpha"],
         "changed": reached.patch.kept,
         **reached.values(),
     }

@@ -128,7 +128,7 @@ def test_the_better_half_is_evaluated_on_more_rows(
     monkeypatch.setattr("restitch.tasks.method_selection.LEAST_ROWS", 5)
     with shell.inside():
         snapshot = take_snapshot(shell.ledger())
-        found = select_method(snapshot.line, snapshot.members, None, (), None).found
+        found = select_method(snapshot.line, snapshot.members, None, (), None).outcome
     assert found is not None
     assert found["rounds"] == [
         {"share": 0.5, "contestants": 4, "rows": {"colour": 10, "number": 10}},
@@ -273,12 +273,12 @@ def test_retention_is_scored_on_rows_that_are_not_reported(
         snapshot = take_snapshot(shell.ledger())
         held = earlier_selection(snapshot.line, snapshot.members, snapshot.benchmark, ())
     assert held is not None
-    assert held.found is not None
-    assert held.found["winner"] == max(kept, key=lambda label: kept[label])
-    assert summarize(held.found).count("retains too little") == sum(
+    assert held.outcome is not None
+    assert held.outcome["winner"] == max(kept, key=lambda label: kept[label])
+    assert summarize(held.outcome).count("retains too little") == sum(
         v < limit for v in kept.values()
     )
-    assert {one["label"]: one["meets"] for one in held.found["contestants"]} == {
+    assert {one["label"]: one["meets"] for one in held.outcome["contestants"]} == {
         label: value >= limit for label, value in kept.items()
     }
 

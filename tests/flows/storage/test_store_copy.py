@@ -89,7 +89,7 @@ def test_an_older_copy_is_brought_up_to_date(
     assert contents(FolderStore(target)) == contents(FolderStore(shell.home / "store"))
     # And never the other way round.
     output = shell("store", "copy", source, target, code=3).err
-    assert "holds another line demo" in output
+    assert "holds a different line demo" in output
 
 
 def test_a_damaged_object_is_named_and_no_line_is_copied(
@@ -113,7 +113,7 @@ def test_the_store_of_another_installation_is_not_changed(
     target = FolderStore(tmp_path / "target")
     name = next(iter(FolderStore(Path(source)).list("keys")))
     target.put(name, b"{}")
-    assert f"holds another {name}" in shell("store", "copy", source, target.root, code=3).err
+    assert f"holds a different {name}" in shell("store", "copy", source, target.root, code=3).err
     assert target.read(name) == b"{}"
     assert "lines/demo/head.json" not in list(target.list())
 
