@@ -90,25 +90,25 @@ def test_mergekit_gives_the_same_within_rounding(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, merge: str
 ) -> None:
     models(tmp_path, monkeypatch, DTYPES[dtype])
-    wanted = MERGES[merge]
+    case = MERGES[merge]
     for task in speed.TASKS:
         mergekit.keep(tmp_path, task)
-    mergekit.merged(tmp_path, wanted, tmp_path / "ours")
+    mergekit.merged(tmp_path, case, tmp_path / "ours")
     theirs = tmp_path / "theirs"
     # Computed in float32, as restitch does where weights have 16 bits.
-    command = mergekit.mergekit_command(Path(PROGRAM), tmp_path, wanted, theirs, "float32", dtype)
+    command = mergekit.mergekit_command(Path(PROGRAM), tmp_path, case, theirs, "float32", dtype)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     subprocess.run(command, check=True, capture_output=True)
     first, second = Checkpoint.open(tmp_path / "ours"), Checkpoint.open(theirs)
     assert first.names == second.names
-    density = wanted.member.get("density", 1.0)
+    density = case.member.get("density", 1.0)
     counted = same = decided = 0
     farthest = 0.0
     for name in first.names:
         assert first.info(name) == second.info(name)
         one, other = (found.tensor(name).double().view(-1) for found in (first, second))
         place = looked_at(tmp_path, name, density)
-        is_ties = wanted.method == "ties"
+        is_ties = case.method == "ties"
         clear = ~(place.equals | place.opposed) if is_ties else torch.ones_like(place.equals)
         distance = apart(one, other, place.largest, DTYPES[dtype])
         farthest = max(farthest, float(distance[clear].max()))
@@ -118,7 +118,7 @@ def test_mergekit_gives_the_same_within_rounding(
         if is_ties:
             # For opposite values that cancel, restitch elects no sign and mergekit the positive.
             alone = place.opposed & ~place.equals
-            alpha = wanted.settings["alpha"]
+            alpha = case.settings["alpha"]
             positive = place.base + alpha * place.positive
             assert torch.equal(one[alone], place.base[alone])
             gap = apart(other, positive, place.largest, DTYPES[dtype])[alone]

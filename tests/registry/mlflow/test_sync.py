@@ -181,7 +181,7 @@ def test_aliases_follow_the_state_of_the_line(mlflow, line):
     mlflow.client.set_registered_model_alias("line", "mine", str(version))
     mlflow.repair(line)
     assert shown(mlflow)["aliases"]["champion"] == "1"
-    assert shown(mlflow)["aliases"]["mine"], "an alias of somebody else is left alone"
+    assert shown(mlflow)["aliases"]["mine"], "an alias of a user stays"
 
 
 def test_a_candidate_has_its_alias_while_it_is_one(mlflow, line):

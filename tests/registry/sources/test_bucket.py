@@ -222,7 +222,7 @@ def test_an_object_that_changes_between_two_reads_is_an_error(
 def test_content_altered_on_its_way_is_read_again(
     space: Workspace, s3_client: Any, s3_bucket: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    """Nobody knows the digest of somebody else's file; an ETag tells, or a second look."""
+    """The digest of another owner's file is unknown; its ETag or a second read checks it."""
     expected = save(tmp_path / "model", {"a": torch.randn(50, 50)})
     address = upload(s3_client, s3_bucket, tmp_path / "model", tmp_path.name)
     family, real, fetched = get_family("clip"), transfer.fetch_range, []

@@ -1,4 +1,4 @@
-"""Attempts are counted on every host, and dead ones are told apart from running ones."""
+"""Attempts are counted on every host, and dead ones are distinguished from running ones."""
 
 import json
 import os
