@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run this line: init, register one model per task, status, export.
+# Run this line: init, register one model per task, merge them once, status, export.
 #
 #   MODELS=/models bash examples/text/run.sh
 #
@@ -19,8 +19,9 @@ restitch init "$work/line.yaml"
 for file in "$here"/tasks/*.yaml; do
   task=$(basename "$file" .yaml)
   sed "${DATA:+s|^  path: .*|  path: $DATA/$task|}" "$file" > "$work/tasks/$task.yaml"
-  # Exit code 5: a gate held this model. The line goes on with the others.
-  restitch register text --task "$work/tasks/$task.yaml" --model "$models/$task" || [ $? -eq 5 ]
+  restitch register text --task "$work/tasks/$task.yaml" --model "$models/$task" --no-remerge
 done
+# Exit code 5: a gate held a model. The line goes on with the others.
+restitch remerge text || [ $? -eq 5 ]
 restitch status text
 restitch export text champion "$work/merged" --overwrite

@@ -221,6 +221,7 @@ def states(shell: Shell) -> dict[str, dict[int, str]]:
 
 
 @some_or_all
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_mlflow")
 def test_a_gated_remerge_can_be_killed_at_every_write(
     world: World, new_home: NewHome, tmp_path: Path, every: bool
@@ -258,7 +259,9 @@ def test_a_gated_remerge_can_be_killed_at_every_write(
         assert states(shell) == states(undisturbed)
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize(
+    "sent", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT]
+)
 def test_a_registration_can_be_interrupted_at_random_times(
     world: World, new_home: NewHome, tmp_path: Path, sent: signal.Signals
 ) -> None:

@@ -83,7 +83,7 @@ def test_waiting_ends_with_a_message_when_no_worker_answers(
     done = handing_over(*registration(world), "--wait", "--timeout", "0.1", code=6)
     assert "colour version 1 is not in the merged model yet" in done.err
     assert "it is registered" in done.err
-    assert "the workers go on" in done.err
+    assert "the workers continue" in done.err
     assert "restitch doctor" in done.err
     assert handing_over.state().tasks["colour"].versions[1].state == "registered"
 

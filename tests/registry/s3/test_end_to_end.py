@@ -76,6 +76,7 @@ def test_a_line_in_a_bucket_has_the_same_bytes_wherever_it_is_merged(
         assert files(resolve_source(uri, home).local) == files(world.model(name))
 
 
+@pytest.mark.slow
 def test_a_line_has_the_same_bytes_through_a_network_that_fails(
     in_bucket, three: Three, world: World, s3_url: str, tmp_path: Path, monkeypatch
 ) -> None:
