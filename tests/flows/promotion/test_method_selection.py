@@ -259,7 +259,7 @@ def test_retention_is_scored_on_rows_that_are_not_reported(
     assert found["rounds"][-1]["rows"] == {"colour": 20, "general (retention)": 20}
     kept = {one["label"]: one["retention"] for one in found["contestants"]}
     assert max(kept.values()) == kept[found["winner"]] == found["contestants"][0]["score"]
-    # What retains too little comes after all that keep enough, whatever it scores.
+    # A method that retains too little ranks below all that retain enough, for any score.
     limit = max(kept.values())
     gated = {"tournament": CONTESTANTS}
     gates = {"min_retention": limit, "warn": ["min_retention"]}
