@@ -259,9 +259,8 @@ def test_a_gated_remerge_can_be_killed_at_every_write(
         assert states(shell) == states(undisturbed)
 
 
-@pytest.mark.parametrize(
-    "sent", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGINT]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGINT])
 def test_a_registration_can_be_interrupted_at_random_times(
     world: World, new_home: NewHome, tmp_path: Path, sent: signal.Signals
 ) -> None:
