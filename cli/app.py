@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -74,10 +74,11 @@ Task = Annotated[str, typer.Argument(help="Name of the task.", callback=_known_t
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
-def show_result(result: Any, as_json: bool, render: Callable[[Any, Console], None]) -> None:
-    """Print a result, plain values or an outcome, as JSON or for people."""
+def show_result(result: Any, as_json: bool, render: Callable[[Any, Console], None]) -> NoReturn:
+    """Print a result, plain values or an outcome, and exit with its code if it has one."""
     values = result if isinstance(result, dict) else result.as_dict()
     if as_json:
         typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
     else:
         render(values, console())
+    raise typer.Exit(getattr(result, "exit_code", 0))
