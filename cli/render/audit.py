@@ -180,9 +180,9 @@ def diff(result: Values, out: Console) -> None:
             write(out, f"  {line}")
     rows = [
         (
-            *(row["task"], number(row["a"]), number(row["b"]), _difference(row["difference"])),
+            *(row["task"], number(row["a"]), number(row["b"]), number(row["difference"], "+.3f")),
             _ends(row["interval"], "{low:+.3f} to {high:+.3f}").strip(),
-            *(_probability(row["p_value"]), row["verdict"]),
+            *(number(row["p_value"], ".2g"), row["verdict"]),
         )
         for row in result["results"] + ([result["retention"]] if result["retention"] else [])
     ]
@@ -204,8 +204,8 @@ def why(result: Values, out: Console) -> None:
         (
             *(_role(step), _time(step["at"]), step["model"], number(step["merged"])),
             span(step["interval"]),
-            _difference(step["change"]) + (" *" if step["significant"] else ""),
-            _probability(step["p_value"]),
+            number(step["change"], "+.3f") + (" *" if step["significant"] else ""),
+            number(step["p_value"], ".2g"),
         )
         for step in result["versions"]
     ]
@@ -237,9 +237,9 @@ def verified(result: Values, out: Console) -> None:
         for digest, use in claim["digests"].items():
             write(out, f"  {digest} is {use}")
         if claim["present_in"]:
-            write(out, f"  it is in version {_list(claim['present_in'])}", "red")
+            write(out, f"  it is in version {setting(claim['present_in'])}", "red")
         if claim["absent_from"]:
-            absent = _list(claim["absent_from"])
+            absent = setting(claim["absent_from"])
             write(out, f"  it is not in version {absent}: rebuilt without it")
 
 
@@ -319,20 +319,8 @@ def _arrow(model: int | list[int]) -> str:
     return " -> ".join(map(str, model)) if isinstance(model, list) else str(model)
 
 
-def _list(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
 def _ends(interval: Values | None, form: str = "({low:.3f} to {high:.3f})") -> str:
     return "" if interval is None else " " + form.format(**interval)
-
-
-def _difference(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3f}"
-
-
-def _probability(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}"
 
 
 def _time(iso: str) -> str:
