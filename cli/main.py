@@ -93,16 +93,10 @@ def options(
         typer.echo(FIRST_STEPS)
 
 
-def _silence_mlflow() -> None:
-    """Drop MLflow's tracebacks of database errors; they end here in one message."""
-    logging.getLogger("mlflow.store.db.utils").addFilter(lambda _: False)
-
-
-def _fail(error: RestitchError) -> int:
-    Console(stderr=True, highlight=False).print(
-        f"error: {error}", style="red", markup=False, soft_wrap=True
-    )
-    return error.exit_code
+def _fail(error: RestitchError) -> NoReturn:
+    console = Console(stderr=True, highlight=False)
+    console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+    sys.exit(error.exit_code)
 
 
 @contextmanager
@@ -142,7 +136,8 @@ def main() -> None:
         # Steps, engines and child processes need the same home in any working directory.
         os.environ["RESTITCH_HOME"] = str(home.root)
         prepare_environment(home)
-        _silence_mlflow()
+        # Without MLflow's tracebacks of database errors, which end here in one message.
+        logging.getLogger("mlflow.store.db.utils").addFilter(lambda _: False)
         with _interrupts_kept(), reporting_to(TerminalReporter(quiet="--json" in sys.argv)):
             app(prog_name="restitch")
     except SystemExit as end:  # typer turns Ctrl-C into this code without a message
@@ -150,19 +145,13 @@ def main() -> None:
             _interrupted()
         raise
     except RestitchError as error:
-        sys.exit(_fail(error))
+        _fail(error)
     except KeyboardInterrupt:
         _interrupted()
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
-        sys.exit(
-            _fail(
-                Unavailable(
-                    f"{error.strerror or error}{place}",
-                    hint="check permissions and free space, then run the same command again",
-                )
-            )
-        )
+        hint = "check permissions and free space, then run the same command again"
+        _fail(Unavailable(f"{error.strerror or error}{place}", hint=hint))
 
 
 if __name__ == "__main__":

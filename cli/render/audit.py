@@ -160,13 +160,9 @@ def _role(version: Values) -> str:
 
 def reported(result: Values, out: Console) -> None:
     """The report that was written."""
-    pages = len(result["files"]) - 1
-    plots = f" with {pages} plots" if pages else ""
-    write(
-        out,
-        f"{result['line']} version {result['version']}: "
-        f"{result['out']}/{result['files'][0]}{plots}",
-    )
+    page, *plots = result["files"]
+    more = f" with {len(plots)} plots" if plots else ""
+    write(out, f"{result['line']} version {result['version']}: {result['out']}/{page}{more}")
 
 
 def diff(result: Values, out: Console) -> None:
@@ -192,9 +188,8 @@ def diff(result: Values, out: Console) -> None:
     differ, touched = weights["differ"], weights["of"]
     write(out, f"  {differ:,} weights differ, of {touched:,} in the tensors touched")
     for kind in ("layer", "component"):
-        counts = weights[f"by_{kind}"].items()
-        if counts:
-            write(out, f"  by {kind}: " + ", ".join(f"{name} {n:,}" for name, n in counts))
+        if counts := weights[f"by_{kind}"]:
+            write(out, f"  by {kind}: {', '.join(f'{name} {n:,}' for name, n in counts.items())}")
 
 
 def why(result: Values, out: Console) -> None:
@@ -222,15 +217,15 @@ def why(result: Values, out: Console) -> None:
 def verified(result: Values, out: Console) -> None:
     """The findings about one line."""
     write(out, f"{result['line']}: {'intact' if result['intact'] else 'DAMAGED'}")
-    acts, objects = result["acts"], result["objects"]
+    write(
+        out, f"  {result['acts']} acts in an unbroken chain, {result['objects']} objects compared"
+    )
     rebuilt = f"{len(result['rebuilt'])} of {len(result['versions'])} merged versions rebuilt"
-    write(out, f"  {acts} acts in an unbroken chain, {objects} objects compared")
     write(out, f"  {rebuilt} from their recipes, byte for byte")
     if result["mlflow"]:
         write(out, "  every act in MLflow is in the trail")
     for finding in result["findings"]:
-        mark = "DAMAGE" if finding["kind"] == "damage" else "note"
-        style = "red" if finding["kind"] == "damage" else "yellow"
+        mark, style = ("DAMAGE", "red") if finding["kind"] == "damage" else ("note", "yellow")
         write(out, f"  {mark}: {finding['subject']}: {finding['text']}", style)
     claim = result["claim"]
     if claim is not None:
