@@ -10,7 +10,7 @@ A schedule does not undo a decision: a rollback pins the line, and so does the p
 version that the next remerge would replace.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from restitch.flows.audit.report import mirror
@@ -85,7 +85,8 @@ def rollback(line: str, version: str, reason: str) -> Decision:
     """
     ledger, number = _ledger_and_version(line, version)
     line_state = ledger.state()
-    if line_state.champion != number and number not in former_champions(ledger):
+    champions = {line_state.champion, *(entry.after.get("/champion") for entry in ledger.entries())}
+    if number not in champions:
         raise BadInput(
             f"version {number} of line {line} was never the champion",
             expected="the number of a former champion; see `restitch history`",
@@ -154,7 +155,7 @@ def retire(line: str, task: str, reason: str, *, merge: bool = True) -> Decision
         nothing_left = not line_state.members and not line_state.pinned
         return line_state.without_champion() if nothing_left else line_state
 
-    decision = _decided(ledger, "retired", f"{task}: {_checked(reason)}", change, {}, ())
+    decision = _decided(ledger, "retired", f"{task}: {_checked(reason)}", change)
     return _merged_after(decision, merge)
 
 
@@ -177,36 +178,27 @@ def restore(line: str, task: str, reason: str = "", *, merge: bool = True) -> De
                 after = after.with_state(task, number, before.state, before.reason, facts=facts)
         return None if after is line_state else after
 
-    decision = _decided(ledger, "restored", _with_reason(task, reason), change, {}, ())
+    decision = _decided(ledger, "restored", _with_reason(task, reason), change)
     return _merged_after(decision, merge)
 
 
 def pin(line: str, reason: str = "") -> Decision:
     """Stop automatic promotion."""
     ledger = workspace().ledger(line)
-
-    def change(line_state: LineState) -> LineState | None:
-        return None if line_state.pinned else line_state.with_pin(True)
-
     why = _with_reason(f"version {ledger.state().champion or 'none'} stays the champion", reason)
-    return _decided(ledger, "pinned", why, change, {}, ())
+    return _decided(ledger, "pinned", why, lambda now: None if now.pinned else now.with_pin(True))
 
 
 def unpin(line: str, reason: str = "", *, merge: bool = True) -> Decision:
     """Promote automatically again, and remerge."""
-    ledger = workspace().ledger(line)
-
-    def change(line_state: LineState) -> LineState | None:
-        return line_state.with_pin(False) if line_state.pinned else None
-
     why = _with_reason("versions are promoted automatically again", reason)
-    return _merged_after(_decided(ledger, "unpinned", why, change, {}, ()), merge)
-
-
-def former_champions(ledger: Ledger) -> set[int]:
-    """The versions that were the champion at any time, from the trail."""
-    champions = (entry.after.get("/champion") for entry in ledger.entries())
-    return {number for number in champions if isinstance(number, int)}
+    decision = _decided(
+        workspace().ledger(line),
+        "unpinned",
+        why,
+        lambda now: now.with_pin(False) if now.pinned else None,
+    )
+    return _merged_after(decision, merge)
 
 
 def _decided(
@@ -214,8 +206,8 @@ def _decided(
     kind: Kind,
     reason: str,
     change: Callable[[LineState], LineState | None],
-    digests: dict[str, str],
-    notes: tuple[str, ...],
+    digests: Mapping[str, str] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Decision:
     before, who = ledger.state(), actor()
 

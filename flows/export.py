@@ -77,7 +77,10 @@ def export_version(
     line_state = ledger.state()
     record = ledger.merged(find_version(line_state, version))
     limit = None if shard_size is None else parse_size(shard_size)
-    content = _merged(record) if task is None else _specialist(record, task, space)
+    if task is None:
+        content = _Content(record.patch, record.members, record.to_json())
+    else:
+        content = _specialist(record, task, space)
     out = out.expanduser().absolute()
     _check_free(out, overwrite)
     base = open_base(LineRef(line_state.spec, line_state.base), space)
@@ -127,10 +130,6 @@ class _Content:
     description: dict[str, Any]
 
 
-def _merged(record: MergedRecord) -> _Content:
-    return _Content(record.patch, record.members, record.to_json())
-
-
 def _specialist(record: MergedRecord, task: str, space: Workspace) -> _Content:
     """The specialist of a version for a task.
 
@@ -153,20 +152,19 @@ def _specialist(record: MergedRecord, task: str, space: Workspace) -> _Content:
             hint=f"make them with `restitch experts {record.line} {record.version}`",
         )
     part = made.tasks[task]
-    specialists = {
-        "method": list(made.method),
-        "settings": made.settings,
-        "recipe": made.recipe,
-        "members": made.members,
-        "shared": None if made.shared is None else made.shared.blob,
-        "specialist": part.blob,
-    }
     description = {
         "line": record.line,
         "version": record.version,
         "version_recipe": record.recipe_digest,
         "task": task,
-        "specialists": specialists,
+        "specialists": {
+            "method": list(made.method),
+            "settings": made.settings,
+            "recipe": made.recipe,
+            "members": made.members,
+            "shared": None if made.shared is None else made.shared.blob,
+            "specialist": part.blob,
+        },
     }
     return _Content(part.blob, {task: record.members[task]}, description)
 

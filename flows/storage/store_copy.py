@@ -11,8 +11,6 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from restitch.flows.outcome import Outcome
 from restitch.merging.digests import digest_bytes, digest_file
@@ -22,7 +20,6 @@ from restitch.registry.ledger.ledger import Ledger, lines
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.mlflow.sync import without_credentials
 from restitch.registry.store.base import NotInStore, Store
-from restitch.registry.store.disk import explained
 from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.runtime.console import warn, working
@@ -69,12 +66,11 @@ def copy_store(source: str, target: str) -> CopyOutcome:
         Damage: an object of the source is damaged; all others were copied.
         Unavailable: a store cannot be reached.
     """
-    home = workspace().home
     if _same(source, target):
         raise BadInput("a store cannot be copied to itself", found=without_credentials(source))
-    with explained(home.scratch, "write"), TemporaryDirectory(dir=home.scratch) as scratch:
+    with workspace().scratch() as scratch:
         # The downloads of a store go to the scratch folder.
-        stores = [Home(Path(scratch), address).open_store() for address in (source, target)]
+        stores = [Home(scratch, address).open_store() for address in (source, target)]
         return _Copy(*stores).run(without_credentials(source), without_credentials(target))
 
 
