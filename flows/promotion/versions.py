@@ -1,4 +1,4 @@
-"""Find the version that a user names by a number, `champion` or `candidate`; check task names."""
+"""Find the version that a user names, and its members; check task names."""
 
 from restitch.merging.errors import BadInput
 from restitch.registry.ledger.line_state import LineState, Member
@@ -50,11 +50,11 @@ def check_task(line_state: LineState, task: str) -> None:
 def members_of(line_state: LineState, record: MergedRecord) -> tuple[Member, ...]:
     """The members of a merged version, with their tasks and models on the line."""
     return tuple(
-        Member(
-            task=task,
-            version=member.version,
-            spec=line_state.tasks[task].spec,
-            model=line_state.tasks[task].versions[member.version],
-        )
-        for task, member in record.members.items()
+        member_of(line_state, task, member.version) for task, member in record.members.items()
     )
+
+
+def member_of(line_state: LineState, task: str, version: int) -> Member:
+    """A model of a line as a member."""
+    known = line_state.tasks[task]
+    return Member(task=task, version=version, spec=known.spec, model=known.versions[version])

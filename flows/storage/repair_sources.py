@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
 from restitch.flows.promotion.snapshot import line_with_one_method, retention_task
-from restitch.flows.promotion.versions import members_of
+from restitch.flows.promotion.versions import member_of, members_of
 from restitch.flows.promotion.what_if import prepare
 from restitch.flows.storage.store_check import Projection, is_complete, known_lines
 from restitch.merging.digests import canonical_json, digest_file
@@ -21,7 +21,7 @@ from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.methods.registry import get_method
 from restitch.merging.recipe import Recipe
 from restitch.registry.ledger.ledger import state_after
-from restitch.registry.ledger.line_state import LineState, Member, ModelRef
+from restitch.registry.ledger.line_state import LineState, ModelRef
 from restitch.registry.ledger.outcomes import touched_models
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.ledger.references import COPY_SCHEME, SPECIALISTS, Reference
@@ -298,10 +298,9 @@ class RecoverySources:
 def _of_version(record: MergedRecord, line_state: LineState) -> Iterator[NamedStatistic]:
     """The statistics that a version was merged with."""
     members = []
-    for name, merged in record.members.items():
-        task = line_state.tasks[name]
-        model = task.versions[merged.version].model_copy(update={"delta": merged.delta})
-        members.append(Member(task=name, version=merged.version, spec=task.spec, model=model))
+    for member in members_of(line_state, record):
+        model = member.model.model_copy(update={"delta": record.members[member.task].delta})
+        members.append(member.model_copy(update={"model": model}))
     method = Recipe.from_json(record.recipe).method
     spec = line_state.spec.with_method(MethodSpec(name=method.name, settings=dict(method.settings)))
     line, source = LineRef(spec, line_state.base), f"the recipe of version {record.version}"
@@ -313,12 +312,12 @@ def _of_version(record: MergedRecord, line_state: LineState) -> Iterator[NamedSt
 
 def _of_model(line_state: LineState, task: str, number: int) -> Iterator[NamedStatistic]:
     """The statistics of a model that was just localized."""
-    spec, model = line_state.tasks[task].spec, line_state.tasks[task].versions[number]
-    member = Member(task=task, version=number, spec=spec, model=model)
+    member = member_of(line_state, task, number)
     line, source = _line(line_state), f"the state of line {line_state.line} ({task} {number})"
-    for kind, digest in model.facts.statistics.items():
+    facts = member.model.facts
+    for kind, digest in facts.statistics.items():
         statistic = Statistic(kind, (member,))
-        yield NamedStatistic(digest, statistic, line, source, model.facts.localized_by)
+        yield NamedStatistic(digest, statistic, line, source, facts.localized_by)
 
 
 def _evaluation_inputs(
