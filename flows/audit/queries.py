@@ -19,6 +19,8 @@ from restitch.registry.maintenance.specialists import stored_specialists
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.runtime.workspace import workspace
 
+_MEASURED = ("merged", "interval", "finetuned", "grafted", "base")
+
 
 @dataclass(frozen=True)
 class HistoryFilter:
@@ -145,17 +147,14 @@ def why(line: str, task: str) -> dict[str, Any]:
         old = None if before is None else before.results.get(task)
         pairs = compare_results(space.objects, old, new)
         member = record.members.get(task)
+        values = {} if new is None else new.to_json()
         steps.append(
             {
                 "version": record.version,
                 "role": _role(line_state, record.version),
                 "at": record.created_at,
                 "model": None if member is None else member.version,
-                "merged": None if new is None else new.merged,
-                "interval": None if new is None else _json(new.interval),
-                "finetuned": None if new is None else new.finetuned,
-                "grafted": None if new is None else new.grafted,
-                "base": None if new is None else new.base,
+                **{name: values.get(name) for name in _MEASURED},
                 "change": None if pairs is None else pairs.difference,
                 "p_value": None if pairs is None else pairs.p_value,
                 "significant": pairs is not None and pairs.is_significant,
@@ -236,7 +235,7 @@ def _in_use(ledger: Ledger, line_state: LineState) -> dict[str, Any]:
         "members": {task: member.to_json() for task, member in record.members.items()},
         "mean_accuracy": record.mean_accuracy,
         "mean_normalized": record.mean_normalized,
-        "retention": _json(record.retention),
+        "retention": None if record.retention is None else record.retention.to_json(),
         "recipe": record.recipe_digest,
         "patch": record.patch,
     }
@@ -248,16 +247,16 @@ def _summary(
     acts: dict[int, list[dict[str, str]]],
     specialists: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    retention = record.retention
+    retention = {} if record.retention is None else record.retention.to_json()
     return {
         "version": record.version,
         "role": _role(line_state, record.version),
         "members": {task: member.version for task, member in record.members.items()},
         "mean_accuracy": record.mean_accuracy,
         "mean_normalized": record.mean_normalized,
-        "retention": None if retention is None else retention.ratio,
-        "retention_interval": None if retention is None else _json(retention.ratio_interval),
-        "top1": None if retention is None else retention.top1,
+        "retention": retention.get("ratio"),
+        "retention_interval": retention.get("ratio_interval"),
+        "top1": retention.get("top1"),
         "passed": record.passed,
         "failed": [gate.note or gate.gate for gate in record.gates if not gate.passed],
         "created_at": record.created_at,
@@ -271,7 +270,3 @@ def _role(line_state: LineState, version: int) -> str | None:
     if version == line_state.champion:
         return "champion"
     return "candidate" if version == line_state.candidate else None
-
-
-def _json(record: Any) -> Any:
-    return None if record is None else record.to_json()

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from restitch.flows.research.study.subject import NOT_TUNED, Study, Subject
-from restitch.merging.methods.registry import Method, get_method
+from restitch.merging.methods.registry import Method
 from restitch.registry.ledger.line_state import Member
 from restitch.tasks.report.study_plots import Axes, lines_plot
 from restitch.tasks.research.finetune import finetune, lacks_labels
@@ -30,10 +30,9 @@ Row = dict[str, Any]
 def make(subject: Subject) -> Study:
     """The study."""
     order = sorted(subject.members, key=lambda m: (m.model.registered_at, m.task.encode()))
-    own = subject.method
-    methods = [own, *(get_method(name) for name in OTHERS if name != own.name)]
+    methods = subject.with_own(*OTHERS)
     rows = [
-        _row(subject, method, order, count, tuned=method is not own)
+        _row(subject, method, order, count, tuned=method is not methods[0])
         for count in range(2, len(order) + 1)
         for method in methods
     ]

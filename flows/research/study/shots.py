@@ -39,14 +39,13 @@ def make(subject: Subject) -> Study:
         masks = subject.masks(mode=mode, density=density, shots=shots, **own)
         what_if = subject.prepare(method, subject.members, masks=masks)
         used = [int(delta.facts.get("calibration_rows", 0)) for delta in what_if.deltas]
-        seconds = [delta.seconds for delta in what_if.deltas if delta.seconds is not None]
         rows.append(
             {
                 "localizer": mode,
                 "shots": shots,
                 "density": density,
                 "rows": sum(used),
-                "seconds": sum(seconds),
+                "seconds": sum(delta.seconds or 0.0 for delta in what_if.deltas),
                 **subject.reached(what_if).values(),
             }
         )

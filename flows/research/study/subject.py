@@ -16,6 +16,7 @@ from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import Method, get_method
 from restitch.modeling.families.family import Family, get_family
 from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.records import mean_of
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.tasks.evaluate import evaluate
 from restitch.tasks.inputs.task_data import evaluation_split, has_validation
@@ -65,8 +66,7 @@ class Reached:
     @property
     def normalized(self) -> float | None:
         """The mean normalized accuracy of the tasks whose finetuned model was measured."""
-        ratios = [self.tasks[task].value / value for task, value in self.finetuned.items() if value]
-        return sum(ratios) / len(ratios) if ratios else None
+        return mean_of(self.tasks[t].value / value for t, value in self.finetuned.items() if value)
 
     def values(self) -> dict[str, Any]:
         """The columns that every study of merged models has."""
@@ -115,6 +115,11 @@ class Subject:
     def method(self) -> Method:
         """The method in use."""
         return get_method(self.line.spec.method.name)
+
+    def with_own(self, *names: str) -> list[Method]:
+        """The method in use, and the others with these names."""
+        own = self.method
+        return [own, *(get_method(name) for name in names if name != own.name)]
 
     @property
     def sparse_method(self) -> Method:
