@@ -22,7 +22,7 @@ from restitch.registry.ledger.line_state import Member
 from restitch.tasks.evaluate import evaluate
 from restitch.tasks.inputs.task_data import evaluation_split
 from restitch.tasks.localizers import LOCALIZERS, lacks
-from restitch.tasks.report.drawing import Plot, drawing, to_png
+from restitch.tasks.report.drawing import drawing, to_png
 from restitch.tasks.report.growth_plots import conflict_plot, curves_plot
 from restitch.tasks.report.mask_plots import (
     components_plot,
@@ -229,16 +229,10 @@ def _checked_densities(densities: Iterable[float]) -> tuple[float, ...]:
 
 
 def _pictures(outcome: Analysis) -> dict[str, bytes]:
-    drawn: list[Plot | None] = []
-    for task, measured in outcome.tasks.items():
-        with drawing("grafted"):
-            drawn.append(curves_plot(task, measured))
-    if outcome.pair is not None:
-        with drawing("conflict"):
-            drawn.append(conflict_plot(outcome.pair))
-    for make in _MASK_PLOTS:
-        with drawing("masks"):
-            drawn.append(make(outcome.masks))
+    with drawing("analysis"):
+        drawn = [curves_plot(task, measured) for task, measured in outcome.tasks.items()]
+        drawn += [] if outcome.pair is None else [conflict_plot(outcome.pair)]
+        drawn += [make(outcome.masks) for make in _MASK_PLOTS]
     return {f"{plot.name}.png": to_png(plot) for plot in drawn if plot is not None}
 
 

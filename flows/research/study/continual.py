@@ -10,7 +10,7 @@ If all tasks have labelled train rows, continual finetuning is compared as well:
 as the base and learns the members' tasks one after another, without the rows of earlier tasks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from restitch.flows.research.study.subject import NOT_TUNED, Study, Subject
@@ -55,7 +55,9 @@ def make(subject: Subject) -> Study:
         lines_plot("continual-seconds", "Seconds of each step", rows, by_cost),
     ]
     details = ("merges", "localize", "merge", "finetune")
-    return Study(_with_all_tasks(rows, order), plots, notes, details)
+    # Every row has a column for each task, which is empty before the task joined.
+    rows = [{**row, **{m.task: row.get(m.task) for m in order}} for row in rows]
+    return Study(rows, plots, notes, details)
 
 
 def _row(
@@ -117,8 +119,3 @@ def _forgetting(rows: Sequence[Row]) -> list[str]:
         f"{FINETUNING} reaches {first['mean']:.4f} on {first['joined']} alone{of_model}",
         f"accuracy right after learning a task and at the end: {changes}",
     ]
-
-
-def _with_all_tasks(rows: Sequence[Mapping[str, Any]], order: Sequence[Member]) -> list[Row]:
-    """Rows with a column for each task, which is empty before the task joined."""
-    return [{**row, **{m.task: row.get(m.task) for m in order}} for row in rows]

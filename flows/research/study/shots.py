@@ -45,7 +45,7 @@ def make(subject: Subject) -> Study:
                 "shots": shots,
                 "density": density,
                 "rows": sum(used),
-                "seconds": sum(delta.seconds or 0.0 for delta in what_if.deltas),
+                "seconds": sum(delta.seconds or 0 for delta in what_if.deltas),
                 **subject.reached(what_if).values(),
             }
         )
