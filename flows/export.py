@@ -117,13 +117,7 @@ def export_version(
 
 @dataclass(frozen=True)
 class _Content:
-    """The content of the folder.
-
-    Attributes:
-        blob: the edits of the base.
-        members: the members whose heads are written.
-        description: the values of `restitch.json`.
-    """
+    """The edits of the base, the members whose heads are written, and `restitch.json`."""
 
     blob: str
     members: Mapping[str, MergedMember]

@@ -37,7 +37,6 @@ class GcOutcome(Outcome):
     Attributes:
         removed: whether they were removed, or only listed.
         kinds: the number and bytes of the objects, by kind.
-        names: the names of the objects.
         young: the number of other unreferenced objects, which are too young to remove.
         in_use: the number of objects that something refers to.
     """

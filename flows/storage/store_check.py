@@ -68,8 +68,6 @@ class StoreCheck(Outcome):
     """The result for a store.
 
     Attributes:
-        objects: the number of objects.
-        bytes: the size of the objects.
         compared: blobs and acts that were compared with their digests.
         mlflow: lines whose projection in MLflow was compared.
         orphans: objects that nothing refers to; `restitch gc` removes them.

@@ -38,7 +38,6 @@ class CopyOutcome(Outcome):
     """The result of a copy.
 
     Attributes:
-        copied: the number of objects that were copied.
         there: the number of objects that the target had before.
         bytes: the size of the copied objects.
         lines: the lines that the target has now.

@@ -30,11 +30,9 @@ NOT_TUNED = "coefficients have their defaults: not every task has validation row
 
 @dataclass(frozen=True)
 class Study:
-    """The table of a study.
+    """The table of a study, whose rows have the same columns.
 
     Attributes:
-        rows: the rows, all with the same columns.
-        plots: the plots of the rows.
         notes: remarks on how the table was made.
         details: the columns that a terminal leaves out.
     """
@@ -146,12 +144,8 @@ class Subject:
     ) -> WhatIf:
         """Prepare a merge of members by a method that gives one merged model.
 
-        Args:
-            method: the method.
-            members: the members to merge.
-            masks: the settings of the masks, as for `what_if.prepare`.
-            settings: changes to the method's defaults, or to the line's if the method is its own.
-            tuned: tune on validation rows, if all tasks have them.
+        `settings` change the method's defaults, or the line's if the method is its own. The method
+        is tuned only if all tasks have validation rows. The rest is as for `what_if.prepare`.
         """
         chosen = {**own_settings(self.line, method), **(settings or {})}
         tuned = tuned and self.can_tune
