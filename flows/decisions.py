@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 
 from restitch.flows.audit.report import mirror
 from restitch.flows.outcome import Outcome
-from restitch.flows.promotion.versions import check_task, find_version
+from restitch.flows.promotion.versions import check_task, open_version
 from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.merging.errors import BadInput, GateFailed
 from restitch.registry.ledger.ledger import Act, Ledger
@@ -83,8 +83,8 @@ def rollback(line: str, version: str, reason: str) -> Decision:
     Raises:
         BadInput: there is no such version, or it was never the champion.
     """
-    ledger, number = _ledger_and_version(line, version)
-    line_state = ledger.state()
+    ledger, line_state, record = open_version(line, version)
+    number = record.version
     champions = {line_state.champion, *(entry.after.get("/champion") for entry in ledger.entries())}
     if number not in champions:
         raise BadInput(
@@ -98,7 +98,6 @@ def rollback(line: str, version: str, reason: str) -> Decision:
 
     before = line_state.champion or "none"
     why = f"version {number} in place of {before}, pinned: {_checked(reason)}"
-    record = ledger.merged(number)
     return _decided(
         ledger, "rolled-back", why, change, _digests(record), _retired_members(line_state, record)
     )
@@ -110,8 +109,8 @@ def promote(line: str, version: str, reason: str) -> Decision:
     Raises:
         BadInput: there is no such version.
     """
-    ledger, number = _ledger_and_version(line, version)
-    record = ledger.merged(number)
+    ledger, before, record = open_version(line, version)
+    number = record.version
 
     def change(line_state: LineState) -> LineState | None:
         if line_state.champion == number:
@@ -121,7 +120,6 @@ def promote(line: str, version: str, reason: str) -> Decision:
 
     failed = [gate.note or gate.gate for gate in record.gates if not gate.passed]
     past = f", past {'; '.join(failed)}" if failed else ""
-    before = ledger.state()
     why = f"version {number} by hand{past}: {_checked(reason)}"
     notes = _retired_members(before, record)
     decision = _decided(ledger, "promoted", why, change, _digests(record), notes)
@@ -261,11 +259,6 @@ def _merged_after(decision: Decision, merge: bool) -> Decision:
         return replace(decision, handed_over=True)
     merged = remerge(decision.line)
     return replace(decision, merged=merged, champion=merged.champion)
-
-
-def _ledger_and_version(line: str, version: str) -> tuple[Ledger, int]:
-    ledger = workspace().ledger(line)
-    return ledger, find_version(ledger.state(), version)
 
 
 def _checked(reason: str) -> str:

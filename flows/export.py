@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from restitch.flows.outcome import Outcome
-from restitch.flows.promotion.versions import find_version
+from restitch.flows.promotion.versions import open_version
 from restitch.flows.research.experts import specialists_of
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
@@ -73,9 +73,7 @@ def export_version(
         BadInput: there is no such version or specialist, or `out` is not free.
     """
     space = workspace()
-    ledger = space.ledger(line)
-    line_state = ledger.state()
-    record = ledger.merged(find_version(line_state, version))
+    ledger, line_state, record = open_version(line, version)
     limit = None if shard_size is None else parse_size(shard_size)
     if task is None:
         content = _Content(record.patch, record.members, record.to_json())

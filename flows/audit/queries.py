@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any, get_args
 
 from restitch.flows.audit.urls import links
-from restitch.flows.promotion.versions import check_task, find_version
+from restitch.flows.promotion.versions import check_task, open_version
 from restitch.merging.errors import BadInput
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
@@ -109,12 +109,9 @@ def as_of(line: str, when: datetime) -> dict[str, Any]:
 
 def show(line: str, version: str) -> dict[str, Any]:
     """One merged version with all details."""
-    ledger = workspace(to_write=False).ledger(line)
-    line_state = ledger.state()
-    record = ledger.merged(find_version(line_state, version))
-    digest = line_state.versions[record.version]
+    ledger, line_state, record = open_version(line, version, to_write=False)
     details = version_details(line_state, record, ledger.objects)
-    return {**details, "links": links(line, digest, record.made_by)}
+    return {**details, "links": links(line, details["digest"], record.made_by)}
 
 
 def version_details(

@@ -13,7 +13,7 @@ from typing import Any
 from restitch.flows.audit import queries
 from restitch.flows.audit.diff import differences_of, weights_of
 from restitch.flows.outcome import Outcome
-from restitch.flows.promotion.versions import find_version
+from restitch.flows.promotion.versions import open_version
 from restitch.merging.errors import RestitchError
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
@@ -63,15 +63,14 @@ class Reports:
         versions: list[dict[str, Any]] = queries.versions(self.ledger.line)["versions"]
         return versions
 
-    def report(self, version: int) -> Report:
+    def report(self, record: MergedRecord) -> Report:
         """The report of a merged version."""
-        record = self.ledger.merged(version)
         return render(
             ReportInput(
                 version=queries.version_details(self.state, record, self.ledger.objects),
                 versions=self.versions,
                 changes=self._changes(record),
-                acts=[act for act in self.acts if version in act["versions"]],
+                acts=[act for act in self.acts if record.version in act["versions"]],
                 analysis=self.analysis(record),
             )
         )
@@ -79,7 +78,7 @@ class Reports:
     def artifacts(self, version: int) -> Mapping[str, bytes]:
         """The report's files by path; no files if it cannot be made."""
         try:
-            return _files(self.report(version))
+            return _files(self.report(self.ledger.merged(version)))
         except RestitchError as error:
             warn(f"no report of version {version}: {error.message()}")
             return {}
@@ -133,15 +132,14 @@ def write_report(line: str, version: str, out: Path) -> ReportOutcome:
         BadInput: there is no such version.
         Unavailable: the files cannot be written.
     """
-    ledger = workspace().ledger(line)
-    number = find_version(ledger.state(), version)
+    ledger, _, record = open_version(line, version)
     out = out.expanduser().absolute()
-    files = _files(Reports(ledger).report(number))
+    files = _files(Reports(ledger).report(record))
     if out.suffix.lower() == ".html":
         files, out = {out.name: files[PAGE]}, out.parent
     for name, data in files.items():
         _write(out / name, data)
-    return ReportOutcome(line, number, str(out), tuple(files))
+    return ReportOutcome(line, record.version, str(out), tuple(files))
 
 
 def _files(report: Report) -> dict[str, bytes]:

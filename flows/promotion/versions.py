@@ -1,8 +1,23 @@
 """Find the version that a user names, and its members; check task names."""
 
 from restitch.merging.errors import BadInput
+from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, Member
 from restitch.registry.ledger.records import MergedRecord
+from restitch.tasks.runtime.workspace import workspace
+
+
+def open_version(
+    line: str, version: str, *, to_write: bool = True
+) -> tuple[Ledger, LineState, MergedRecord]:
+    """A line's ledger and state, and the record of a version that a user names.
+
+    Raises:
+        BadInput: there is no such line or version.
+    """
+    ledger = workspace(to_write=to_write).ledger(line)
+    line_state = ledger.state()
+    return ledger, line_state, ledger.merged(find_version(line_state, version))
 
 
 def find_version(line_state: LineState, text: str) -> int:

@@ -78,10 +78,9 @@ def _jaccard(subject: Subject) -> dict[tuple[str, str], float]:
     champion = subject.snapshot.champion
     assert champion is not None, "a line with members in use has a champion"
     sparse = subject.prepare(subject.sparse_method, subject.members)
-    deltas = {m.task: str(m.model.delta) for m in sparse.members}
     members = {
-        task: champion.members[task].model_copy(update={"delta": delta})
-        for task, delta in deltas.items()
+        m.task: champion.members[m.task].model_copy(update={"delta": str(m.model.delta)})
+        for m in sparse.members
     }
     masks = analyze(subject.line, champion.model_copy(update={"members": members}))
     tasks = masks["tasks"]
