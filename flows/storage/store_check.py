@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from restitch.flows.outcome import Outcome
-from restitch.merging.digests import canonical_json
 from restitch.merging.errors import Damage, RestitchError, Unavailable
 from restitch.merging.files.sparse import SparseFile
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
-from restitch.registry.ledger.records import Entry, replay, state_of
+from restitch.registry.ledger.records import Entry, differences, replay, state_of
 from restitch.registry.ledger.references import SPECIALISTS
 from restitch.registry.maintenance.inventory import Inventory, in_use, take_inventory
 from restitch.registry.mlflow.sync import MlflowProjection
@@ -298,18 +297,12 @@ def is_complete(trail: Sequence[Entry]) -> bool:
 
 def trail_contradiction(line_state: LineState, trail: Sequence[Entry]) -> str | None:
     """The first value in a line's state that its acts, oldest first, do not give."""
-    replayed, stored = replay(trail), state_of(line_state)
-    if canonical_json(replayed) == canonical_json(stored):
+    replayed, stored = differences(replay(trail), state_of(line_state))
+    paths = sorted({*replayed, *stored})
+    if not paths:
         return None
-    return _first_difference(replayed, stored)
-
-
-def _first_difference(replayed: Any, stored: Any, path: str = "") -> str:
-    if isinstance(replayed, dict) and isinstance(stored, dict):
-        for key in sorted({*replayed, *stored}):
-            if replayed.get(key) != stored.get(key):
-                return _first_difference(replayed.get(key), stored.get(key), f"{path}/{key}")
-    return f"{path} is {str(stored)[:80]}, but its acts give {str(replayed)[:80]}"
+    has, given = (str(values.get(paths[0]))[:80] for values in (stored, replayed))
+    return f"{paths[0]} is {has}, but its acts give {given}"
 
 
 def _described(inventory: Inventory, name: str, problem: str) -> Damaged:
