@@ -169,20 +169,13 @@ def member_changes(first: MergedRecord | None, second: MergedRecord) -> dict[str
     """The tasks that joined or left, or have another model, or another mask of the same model."""
     old = {} if first is None else first.members
     new = second.members
-    both = [task for task in new if task in old]
+    both = [(task, old[task], new[task]) for task in new if task in old]
+    same = [(task, a, b) for task, a, b in both if a.version == b.version]
     return {
         "joined": {task: new[task].version for task in new if task not in old},
         "left": {task: old[task].version for task in old if task not in new},
-        "replaced": {
-            task: [old[task].version, new[task].version]
-            for task in both
-            if old[task].version != new[task].version
-        },
-        "relocalized": {
-            task: new[task].version
-            for task in both
-            if old[task].version == new[task].version and old[task].mask != new[task].mask
-        },
+        "replaced": {t: [a.version, b.version] for t, a, b in both if a.version != b.version},
+        "relocalized": {task: b.version for task, a, b in same if a.mask != b.mask},
     }
 
 
