@@ -44,12 +44,9 @@ class Decision(Outcome):
     """The result of a decision.
 
     Attributes:
-        act: the kind of its act.
         done: whether it was made by this call, and not before.
-        reason: the reason, as it stands in the trail.
         entry: the digest of the act's audit entry.
-        before: the champion before.
-        champion: the champion now.
+        before: the champion before, as `champion` is the one now.
         notes: warnings for the person.
         merged: the remerge that followed in this process.
         handed_over: whether workers do that remerge.

@@ -24,14 +24,7 @@ _MEASURED = ("merged", "interval", "finetuned", "grafted", "base")
 
 @dataclass(frozen=True)
 class HistoryFilter:
-    """The acts to list; a field that is None excludes nothing.
-
-    Attributes:
-        task: only acts about models of this task.
-        event: only acts of this kind.
-        since: no acts before this time.
-        until: no acts after this time.
-    """
+    """The acts to list: about a task, of a kind, in a time; a field of None excludes nothing."""
 
     task: str | None = None
     event: str | None = None

@@ -43,7 +43,6 @@ class Candidate:
     """A merged model with its measurements.
 
     Attributes:
-        members: its members, by task name.
         gates: the outcomes of all gates that were applied.
         tournament: the selection of its method, if the line names several.
     """

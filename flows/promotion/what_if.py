@@ -26,8 +26,7 @@ class WhatIf:
 
     Attributes:
         line: the line with the method, its settings, and its choice of masks.
-        members: the members with the deltas that the method merges.
-        deltas: the references of these deltas.
+        members: the members with the `deltas` that the method merges.
         statistics: the statistics that the method needs, by their names in a recipe.
         choice: the result of tuning, if it was asked for and the method has a setting to tune.
     """

@@ -64,7 +64,6 @@ class NamedStatistic:
     """A statistic that a version or a model names.
 
     Attributes:
-        statistic: its kind and members.
         line: the line when the statistic was made.
         source: the version or model, in words.
         made_by: the process that made the version or model.

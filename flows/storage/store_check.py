@@ -45,11 +45,9 @@ class Damaged:
 
     Attributes:
         object: its name in the store, or `MLflow: LINE` for the projection of a line.
-        problem: how it differs from what it should be.
         what: its meaning, in each place that names it.
         depends: the lines, versions and models that need it.
         remedy: what `--repair` would do; None if only a backup helps.
-        mended: whether it was repaired.
         outcome: how it was repaired, or why it was not.
     """
 

@@ -48,7 +48,6 @@ class Reached:
     """The accuracy of a merged model.
 
     Attributes:
-        tasks: the result of each task.
         finetuned: the accuracy of each finetuned model that can still be read, by task.
     """
 
