@@ -185,10 +185,10 @@ def measure_specialists(
     line: LineRef, members: tuple[Member, ...], made: ExpertsRef
 ) -> SpecialistMeasurements:
     """Measure the accuracy of each member's specialist, and the sizes of the set."""
-    results: dict[str, TaskResult] = {}
-    for member in members:
-        weights = WeightsRef("expert", made.tasks[member.task].blob)
-        results[member.task] = measure_member(line, member, weights)
+    results = {
+        m.task: measure_member(line, m, WeightsRef("expert", made.tasks[m.task].blob))
+        for m in members
+    }
     models = sum(member.model.model.size for member in members)
     return SpecialistMeasurements(
         results={task: _specialist_result(result) for task, result in results.items()},

@@ -55,8 +55,9 @@ def make(subject: Subject) -> Study:
         lines_plot("continual-seconds", "Seconds of each step", rows, by_cost),
     ]
     details = ("merges", "localize", "merge", "finetune")
-    # Every row has a column for each task, which is empty before the task joined.
-    rows = [{**row, **{m.task: row.get(m.task) for m in order}} for row in rows]
+    # Every row has all columns; that of a task is empty before the task joined.
+    columns = dict.fromkeys([*rows[0], *(member.task for member in order)])
+    rows = [columns | row for row in rows]
     return Study(rows, plots, notes, details)
 
 
@@ -97,10 +98,7 @@ def _finetuned(subject: Subject, order: Sequence[Member]) -> list[Row]:
             "count": count,
             "joined": joined.task,
             "method": FINETUNING,
-            "tuned": None,
             "merges": 0,
-            "localize": None,
-            "merge": None,
             "finetune": patch.seconds,
             "seconds": patch.seconds,
         }
