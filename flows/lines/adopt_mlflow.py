@@ -22,13 +22,7 @@ from restitch.merging.errors import BadInput, RestitchError, Unavailable
 from restitch.modeling.families.family import get_family
 from restitch.registry.access_policy import AccessDenied, check_path
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import (
-    UNREAD,
-    LineState,
-    ModelKey,
-    ModelRef,
-    ModelVersion,
-)
+from restitch.registry.ledger.line_state import UNREAD, LineState, ModelKey, ModelRef, ModelVersion
 from restitch.registry.ledger.records import Kind
 from restitch.registry.mlflow.external_models import (
     ExternalModel,

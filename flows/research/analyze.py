@@ -100,7 +100,7 @@ def analyze(
     if snapshot.champion is None or not snapshot.champion_members:
         raise BadInput(f"line {line} has no members to analyze", hint="register models first")
     members = _chosen(snapshot, tasks)
-    known = _by_task(_chosen(snapshot, pair) if pair else members)
+    known = {m.task: m for m in (_chosen(snapshot, pair) if pair else members)}
     if pair and len(known) != 2:
         raise BadInput(
             "a pair is two tasks", expected="--pair A,B", found=", ".join(pair) or "nothing"
@@ -129,10 +129,6 @@ def analyze(
         artifacts=_pictures(outcome),
     )
     return outcome
-
-
-def _by_task(members: Iterable[Member]) -> dict[str, Member]:
-    return {member.task: member for member in members}
 
 
 def _measure(
@@ -188,7 +184,7 @@ def _value(result: ResultRef) -> dict[str, Any]:
 
 def _chosen(snapshot: Snapshot, tasks: Sequence[str]) -> list[Member]:
     """The members of these tasks; without tasks, all that can be evaluated."""
-    known = _by_task(snapshot.champion_members)
+    known = {member.task: member for member in snapshot.champion_members}
     for task in tasks:
         if task not in known:
             raise unknown_name("task of the version in use", task, known)
