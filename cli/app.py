@@ -51,17 +51,14 @@ def _known_task(context: typer.Context, task: str) -> str:
     return task
 
 
-def _line(help_text: str) -> Any:
-    return typer.Argument(help=help_text, callback=_known_line, autocompletion=_line_names)
+def _line(help_text: str, callback: Callable[..., str | None] | None = _known_line) -> Any:
+    return typer.Argument(help=help_text, callback=callback, autocompletion=_line_names)
 
 
 Line = Annotated[str, _line("Name of the line.")]
 AnyLine = Annotated[str | None, _line("Name of the line; all lines by default.")]
 # Not checked: `verify` also takes a line whose state is missing or damaged.
-UncheckedLine = Annotated[
-    str | None,
-    typer.Argument(help="Name of the line; all lines by default.", autocompletion=_line_names),
-]
+UncheckedLine = Annotated[str | None, _line("Name of the line; all lines by default.", None)]
 Version = Annotated[
     str,
     typer.Argument(
