@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from restitch.flows.audit import queries
-from restitch.flows.audit.diff import differences_of, weights_of
+from restitch.flows.audit.diff import differences_of
 from restitch.flows.outcome import Outcome
 from restitch.flows.promotion.versions import open_version
 from restitch.merging.errors import RestitchError
@@ -92,14 +92,7 @@ class Reports:
         before = None if made is None else made["champion"]
         if before is None:
             return None
-        objects, old = self.ledger.objects, self.ledger.merged(before)
-        return {
-            "line": record.line,
-            "a": before,
-            "b": record.version,
-            **differences_of(objects, old, record),
-            "weights": weights_of(objects, old, record),
-        }
+        return differences_of(self.ledger.objects, self.ledger.merged(before), record)
 
     def analysis(self, record: MergedRecord) -> dict[str, Any] | None:
         """The overlap of the masks; None if they cannot be read."""
