@@ -63,12 +63,7 @@ class Adopted:
 
 @dataclass(frozen=True)
 class _Description:
-    """The description of a model's task.
-
-    Attributes:
-        own: the model's own description; without it the task's newest one is used.
-        problem: the reason why neither can be used.
-    """
+    """The model's own description, None for that of its task, or why neither can be used."""
 
     own: TaskSpec | None = None
     problem: str | None = None
@@ -87,10 +82,8 @@ def adopt(line: str) -> tuple[Adopted, ...]:
     ledger = space.ledger(line)
     external = external_models_of(space.mlflow, line)
     calls = [(each.uri, partial(_adopt, space, ledger, each)) for each in external]
-    calls += [
-        (str(key), partial(_retry, space, ledger, key))
-        for key, _ in ledger.state().in_state("waiting")
-    ]
+    waiting = ledger.state().in_state("waiting")
+    calls += [(str(key), partial(_retry, space, ledger, key)) for key, _ in waiting]
     results = []
     for name, call in calls:
         try:
