@@ -195,7 +195,7 @@ class RecoverySources:
     def localized(self) -> Iterator[tuple[LineState, str, int]]:
         """The models that acts localized (task and version), with the line right after the act."""
         for line in self.inventory.line_states:
-            for line_state, entry in self._states_after(line, _localizes):
+            for line_state, entry in self._states_after(line, lambda act: act.kind == "localized"):
                 for task, number in touched_models(entry):
                     yield line_state, task, number
 
@@ -203,7 +203,8 @@ class RecoverySources:
         """Evaluate the same weights on the same rows."""
 
         def localized(entry: Entry) -> bool:
-            return _localizes(entry) and (reference.task, reference.number) in touched_models(entry)
+            key = (reference.task, reference.number)
+            return entry.kind == "localized" and key in touched_models(entry)
 
         made = _makes_version(reference.number) if reference.of_version else localized
         record = self._record(reference) if reference.of_version else None
@@ -348,10 +349,6 @@ def _evaluation_inputs(
 
 def _makes_version(number: int) -> Callable[[Entry], bool]:
     return lambda entry: f"/versions/{number}" in entry.after
-
-
-def _localizes(entry: Entry) -> bool:
-    return entry.kind == "localized"
 
 
 def _line(line_state: LineState) -> LineRef:
