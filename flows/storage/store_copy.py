@@ -107,8 +107,7 @@ class _Copy:
         )
 
     def _copy_all(self, names: list[str], there: set[str], target: str) -> list[int | None]:
-        sizes: list[int | None] = []
-        damaged: list[str] = []
+        results: list[int | Damage | None] = []
 
         def copy(name: str) -> int | Damage | None:
             try:
@@ -119,15 +118,13 @@ class _Copy:
         title = f"copying {len(names)} objects"
         with working(title) as progress, ThreadPoolExecutor(_THREADS) as pool:
             try:
-                for done, size in enumerate(pool.map(copy, names), 1):
-                    if isinstance(size, Damage):
-                        damaged.append(size.summary)
-                    else:
-                        sizes.append(size)
-                    progress(done, len(names))
+                for result in pool.map(copy, names):
+                    results.append(result)
+                    progress(len(results), len(names))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        damaged = [result.summary for result in results if isinstance(result, Damage)]
         if damaged:
             raise Damage(
                 f"{len(damaged)} objects of the source are damaged; the copy has no lines yet",
@@ -135,7 +132,7 @@ class _Copy:
                 hint="run `restitch verify --deep --repair` on the source, then copy again",
                 details=damaged[:20],
             )
-        return sizes
+        return [result for result in results if not isinstance(result, Damage)]
 
     def _copy(self, name: str, there: bool, target: str) -> int | None:
         """Copy one object; its size, or None if the target had it."""
