@@ -124,11 +124,6 @@ def _interrupts_kept() -> Iterator[None]:
             timer.cancel()
 
 
-def _interrupted() -> NoReturn:
-    Console(stderr=True).print("interrupted: run the same command again to continue")
-    sys.exit(INTERRUPTED)
-
-
 def main() -> None:
     """Run the command; a user's mistake is one message and an exit code, never a traceback."""
     try:
@@ -140,14 +135,14 @@ def main() -> None:
         logging.getLogger("mlflow.store.db.utils").addFilter(lambda _: False)
         with _interrupts_kept(), reporting_to(TerminalReporter(quiet="--json" in sys.argv)):
             app(prog_name="restitch")
-    except SystemExit as end:  # typer turns Ctrl-C into this code without a message
-        if end.code == INTERRUPTED:
-            _interrupted()
-        raise
+    except (SystemExit, KeyboardInterrupt) as end:
+        # Typer turns Ctrl-C into this code without a message.
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
+        Console(stderr=True).print("interrupted: run the same command again to continue")
+        sys.exit(INTERRUPTED)
     except RestitchError as error:
         _fail(error)
-    except KeyboardInterrupt:
-        _interrupted()
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
         hint = "check permissions and free space, then run the same command again"
