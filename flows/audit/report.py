@@ -53,15 +53,12 @@ class Reports:
     @cached_property
     def acts(self) -> list[dict[str, Any]]:
         """All acts, newest first."""
-        acts: list[dict[str, Any]]
-        acts = queries.history(self.ledger.line, queries.HistoryFilter())["acts"]
-        return acts
+        return list(queries.history(self.ledger.line, queries.HistoryFilter())["acts"])
 
     @cached_property
     def versions(self) -> list[dict[str, Any]]:
         """All merged versions, newest first."""
-        versions: list[dict[str, Any]] = queries.versions(self.ledger.line)["versions"]
-        return versions
+        return list(queries.versions(self.ledger.line)["versions"])
 
     def report(self, record: MergedRecord) -> Report:
         """The report of a merged version."""
