@@ -5,7 +5,7 @@ for whole task vectors, and for the line's own localizer. Merging happens for ea
 makes the patch from the members' deltas.
 """
 
-from restitch.flows.promotion.what_if import everything
+from restitch.flows.promotion.what_if import everything, masks_like
 from restitch.flows.research.study.subject import Study, Subject
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import get_method, method_names
@@ -22,7 +22,7 @@ def make(subject: Subject) -> Study:
         "localize: mean seconds and bytes of a member; merge: seconds, and bytes of all deltas"
     ]
     choices = {
-        "dataless": subject.masks(mode="dataless"),
+        "dataless": masks_like(subject.line.spec, mode="dataless"),
         "whole task vectors": everything(subject.line.spec),
     }
     if own.mode != "dataless":

@@ -4,6 +4,7 @@ The localizer is the line's own if it uses rows, and `fisher` otherwise. The das
 dataless masks of the same density.
 """
 
+from restitch.flows.promotion.what_if import masks_like
 from restitch.flows.research.study.subject import Study, Subject
 from restitch.merging.errors import BadInput
 from restitch.registry.specs.localize import DEFAULT_DENSITY
@@ -36,7 +37,7 @@ def make(subject: Subject) -> Study:
     method, rows = subject.sparse_method, []
     for shots in SHOTS:
         say(f"{subject.line.spec.line}: {shots} per class")
-        masks = subject.masks(mode=mode, density=density, shots=shots, **own)
+        masks = masks_like(subject.line.spec, mode=mode, density=density, shots=shots, **own)
         what_if = subject.prepare(method, subject.members, masks=masks)
         used = [int(delta.facts.get("calibration_rows", 0)) for delta in what_if.deltas]
         rows.append(
@@ -49,7 +50,7 @@ def make(subject: Subject) -> Study:
                 **subject.reached(what_if).values(),
             }
         )
-    plain = subject.masks(mode="dataless", density=density)
+    plain = masks_like(subject.line.spec, mode="dataless", density=density)
     without = subject.reached(subject.prepare(method, subject.members, masks=plain))
     axes = Axes(
         ("shots", "rows per class"), ("mean", "mean accuracy, merged"), "localizer", log=True

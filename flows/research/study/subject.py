@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Any
 
 from restitch.flows.promotion.snapshot import Snapshot
-from restitch.flows.promotion.what_if import WhatIf, masks_like, own_settings, prepare
+from restitch.flows.promotion.what_if import WhatIf, own_settings, prepare
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import Method, get_method
 from restitch.modeling.families.family import Family, get_family
@@ -127,10 +127,6 @@ class Subject:
     def can_tune(self) -> bool:
         """True if every task has validation rows, on which settings are chosen."""
         return all(has_validation(member.spec, self.family) for member in self.members)
-
-    def masks(self, **choice: Any) -> LocalizeSpec:
-        """The line's settings for masks, changed by `choice`."""
-        return masks_like(self.line.spec, **choice)
 
     def prepare(
         self,
