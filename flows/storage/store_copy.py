@@ -88,7 +88,8 @@ class _Copy:
             )
         tags = {line: self._older_tag(line, data, target) for line, data in states.items()}
         there = set(self.target.list())
-        objects = [name for name in self.source.list() if _is_copied(name)]
+        listed = (name for name in self.source.list() if not name.startswith(_LEFT_OUT))
+        objects = [name for name in listed if not _LINE_STATE.match(name)]
         sizes = self._copy_all(objects, there, target)
         for line, data in states.items():
             self._write_state(line, data, tags[line], target)
@@ -190,10 +191,6 @@ def _same(source: str, target: str) -> bool:
         for text in (source.rstrip("/"), target.rstrip("/"))
     )
     return first == second
-
-
-def _is_copied(name: str) -> bool:
-    return not (_LINE_STATE.match(name) or name.startswith(_LEFT_OUT))
 
 
 def _state_name(line: str) -> str:
