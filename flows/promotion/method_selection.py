@@ -37,12 +37,7 @@ FACT = "tournament"
 
 @dataclass(frozen=True)
 class Selection:
-    """A line with one method.
-
-    Attributes:
-        line: the line with the method that merges.
-        outcome: the outcome of the tournament; None if the line names one method.
-    """
+    """A line with one method, and the outcome of the tournament that selected it, if any."""
 
     line: LineRef
     outcome: SelectionOutcome | None = None

@@ -23,7 +23,6 @@ class Snapshot:
     Attributes:
         members: the members of a merge of everything, by task name: the newest ready model of
             each task, or a newer held one if the context has changed since it was held.
-        champion: the record of the champion.
         newest: the record of the newest version, promoted or not.
         context: the digest of everything on which a gate's verdict depends.
     """

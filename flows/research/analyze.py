@@ -49,7 +49,6 @@ class Analysis(StudyOutcome):
     """Measurements of the masks of the version in use.
 
     Attributes:
-        version: the version in use.
         tasks: for each task its base, its finetuned model, its mask in use, and a curve for each
             localizer; `left_out` names localizers that lack something.
         pair: two members merged with growing masks; None with fewer than two members.
