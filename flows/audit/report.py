@@ -111,12 +111,7 @@ def mirror(line: str) -> bool:
 
 
 def write_report(line: str, version: str, out: Path) -> ReportOutcome:
-    """Write the page and its plots.
-
-    Args:
-        line: the line's name.
-        version: a number, `champion` or `candidate`.
-        out: a folder, or a file that ends with `.html` for the page without its plots.
+    """Write the page and its plots to the folder `out`, or the page alone if it ends with `.html`.
 
     Raises:
         BadInput: there is no such version.

@@ -56,9 +56,7 @@ class CopyOutcome(Outcome):
 def copy_store(source: str, target: str) -> CopyOutcome:
     """Copy a store into an empty one, or continue an interrupted copy.
 
-    Args:
-        source: a folder, or `s3://bucket/prefix`.
-        target: the same.
+    Either is a folder, or `s3://bucket/prefix`.
 
     Raises:
         BadInput: an address is invalid, the source has no line, or the target has other lines.
