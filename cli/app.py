@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -51,17 +51,14 @@ def _known_task(context: typer.Context, task: str) -> str:
     return task
 
 
-def _line(help_text: str) -> Any:
-    return typer.Argument(help=help_text, callback=_known_line, autocompletion=_line_names)
+def _line(help_text: str, callback: Callable[..., str | None] | None = _known_line) -> Any:
+    return typer.Argument(help=help_text, callback=callback, autocompletion=_line_names)
 
 
 Line = Annotated[str, _line("Name of the line.")]
 AnyLine = Annotated[str | None, _line("Name of the line; all lines by default.")]
 # Not checked: `verify` also takes a line whose state is missing or damaged.
-UncheckedLine = Annotated[
-    str | None,
-    typer.Argument(help="Name of the line; all lines by default.", autocompletion=_line_names),
-]
+UncheckedLine = Annotated[str | None, _line("Name of the line; all lines by default.", None)]
 Version = Annotated[
     str,
     typer.Argument(
@@ -74,10 +71,11 @@ Task = Annotated[str, typer.Argument(help="Name of the task.", callback=_known_t
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
-def show_result(result: Any, as_json: bool, render: Callable[[Any, Console], None]) -> None:
-    """Print a result, plain values or an outcome, as JSON or for people."""
+def show_result(result: Any, as_json: bool, render: Callable[[Any, Console], None]) -> NoReturn:
+    """Print a result, plain values or an outcome, and exit with its code if it has one."""
     values = result if isinstance(result, dict) else result.as_dict()
     if as_json:
         typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
     else:
         render(values, console())
+    raise typer.Exit(getattr(result, "exit_code", 0))

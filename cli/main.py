@@ -93,16 +93,10 @@ def options(
         typer.echo(FIRST_STEPS)
 
 
-def _silence_mlflow() -> None:
-    """Drop MLflow's tracebacks of database errors; they end here in one message."""
-    logging.getLogger("mlflow.store.db.utils").addFilter(lambda _: False)
-
-
-def _fail(error: RestitchError) -> int:
-    Console(stderr=True, highlight=False).print(
-        f"error: {error}", style="red", markup=False, soft_wrap=True
-    )
-    return error.exit_code
+def _fail(error: RestitchError) -> NoReturn:
+    console = Console(stderr=True, highlight=False)
+    console.print(f"error: {error}", style="red", markup=False, soft_wrap=True)
+    sys.exit(error.exit_code)
 
 
 @contextmanager
@@ -130,11 +124,6 @@ def _interrupts_kept() -> Iterator[None]:
             timer.cancel()
 
 
-def _interrupted() -> NoReturn:
-    Console(stderr=True).print("interrupted: run the same command again to continue")
-    sys.exit(INTERRUPTED)
-
-
 def main() -> None:
     """Run the command; a user's mistake is one message and an exit code, never a traceback."""
     try:
@@ -142,27 +131,22 @@ def main() -> None:
         # Steps, engines and child processes need the same home in any working directory.
         os.environ["RESTITCH_HOME"] = str(home.root)
         prepare_environment(home)
-        _silence_mlflow()
+        # Without MLflow's tracebacks of database errors, which end here in one message.
+        logging.getLogger("mlflow.store.db.utils").addFilter(lambda _: False)
         with _interrupts_kept(), reporting_to(TerminalReporter(quiet="--json" in sys.argv)):
             app(prog_name="restitch")
-    except SystemExit as end:  # typer turns Ctrl-C into this code without a message
-        if end.code == INTERRUPTED:
-            _interrupted()
-        raise
+    except (SystemExit, KeyboardInterrupt) as end:
+        # Typer turns Ctrl-C into this code without a message.
+        if isinstance(end, SystemExit) and end.code != INTERRUPTED:
+            raise
+        Console(stderr=True).print("interrupted: run the same command again to continue")
+        sys.exit(INTERRUPTED)
     except RestitchError as error:
-        sys.exit(_fail(error))
-    except KeyboardInterrupt:
-        _interrupted()
+        _fail(error)
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
-        sys.exit(
-            _fail(
-                Unavailable(
-                    f"{error.strerror or error}{place}",
-                    hint="check permissions and free space, then run the same command again",
-                )
-            )
-        )
+        hint = "check permissions and free space, then run the same command again"
+        _fail(Unavailable(f"{error.strerror or error}{place}", hint=hint))
 
 
 if __name__ == "__main__":

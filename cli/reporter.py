@@ -37,19 +37,16 @@ class TerminalReporter:
             disable=not self.console.is_terminal,
         )
         row = bar.add_task(title, total=None)
-        shown = False
 
         def report(done: int, total: int) -> None:
-            nonlocal shown
-            if not shown and time.monotonic() - started > SHOW_AFTER_SECONDS:
+            if not bar.live.is_started and time.monotonic() - started > SHOW_AFTER_SECONDS:
                 bar.start()
-                shown = True
             bar.update(row, completed=done, total=total)
 
         try:
             yield report
         finally:
-            if shown:
+            if bar.live.is_started:
                 bar.stop()
 
     def say(self, text: str) -> None:

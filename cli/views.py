@@ -23,8 +23,8 @@ def status(line: str | None) -> dict[str, Any]:
 def _line_status(line_state: LineState, objects: ObjectStore) -> dict[str, Any]:
     spec, number = line_state.spec, line_state.champion
     champion = None if number is None else Ledger(objects, spec.line).merged(number)
-    retention = None if champion is None else champion.retention
-    interval = None if retention is None else retention.ratio_interval
+    measured = None if champion is None else champion.retention
+    retention = {} if measured is None else measured.to_json()
     recipe = "" if champion is None else champion.recipe_digest
     tasks = sorted(line_state.tasks.items(), key=lambda item: item[0].encode())
     return {
@@ -38,8 +38,8 @@ def _line_status(line_state: LineState, objects: ObjectStore) -> dict[str, Any]:
         "candidate": line_state.candidate,
         "pinned": line_state.pinned,
         "mean_normalized": None if champion is None else champion.mean_normalized,
-        "retention": None if retention is None else retention.ratio,
-        "retention_interval": None if interval is None else interval.to_json(),
+        "retention": retention.get("ratio"),
+        "retention_interval": retention.get("ratio_interval"),
         "specialists": stored_specialists(objects, [recipe]).get(recipe),
         "without_models": [name for name, task in tasks if not task.versions],
         "models": [

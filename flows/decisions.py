@@ -10,12 +10,12 @@ A schedule does not undo a decision: a rollback pins the line, and so does the p
 version that the next remerge would replace.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 from restitch.flows.audit.report import mirror
 from restitch.flows.outcome import Outcome
-from restitch.flows.promotion.versions import check_task, find_version
+from restitch.flows.promotion.versions import check_task, open_version
 from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.merging.errors import BadInput, GateFailed
 from restitch.registry.ledger.ledger import Act, Ledger
@@ -44,12 +44,9 @@ class Decision(Outcome):
     """The result of a decision.
 
     Attributes:
-        act: the kind of its act.
         done: whether it was made by this call, and not before.
-        reason: the reason, as it stands in the trail.
         entry: the digest of the act's audit entry.
-        before: the champion before.
-        champion: the champion now.
+        before: the champion before, as `champion` is the one now.
         notes: warnings for the person.
         merged: the remerge that followed in this process.
         handed_over: whether workers do that remerge.
@@ -83,9 +80,10 @@ def rollback(line: str, version: str, reason: str) -> Decision:
     Raises:
         BadInput: there is no such version, or it was never the champion.
     """
-    ledger, number = _ledger_and_version(line, version)
-    line_state = ledger.state()
-    if line_state.champion != number and number not in former_champions(ledger):
+    ledger, line_state, record = open_version(line, version)
+    number = record.version
+    champions = {line_state.champion, *(entry.after.get("/champion") for entry in ledger.entries())}
+    if number not in champions:
         raise BadInput(
             f"version {number} of line {line} was never the champion",
             expected="the number of a former champion; see `restitch history`",
@@ -97,7 +95,6 @@ def rollback(line: str, version: str, reason: str) -> Decision:
 
     before = line_state.champion or "none"
     why = f"version {number} in place of {before}, pinned: {_checked(reason)}"
-    record = ledger.merged(number)
     return _decided(
         ledger, "rolled-back", why, change, _digests(record), _retired_members(line_state, record)
     )
@@ -109,8 +106,8 @@ def promote(line: str, version: str, reason: str) -> Decision:
     Raises:
         BadInput: there is no such version.
     """
-    ledger, number = _ledger_and_version(line, version)
-    record = ledger.merged(number)
+    ledger, before, record = open_version(line, version)
+    number = record.version
 
     def change(line_state: LineState) -> LineState | None:
         if line_state.champion == number:
@@ -120,7 +117,6 @@ def promote(line: str, version: str, reason: str) -> Decision:
 
     failed = [gate.note or gate.gate for gate in record.gates if not gate.passed]
     past = f", past {'; '.join(failed)}" if failed else ""
-    before = ledger.state()
     why = f"version {number} by hand{past}: {_checked(reason)}"
     notes = _retired_members(before, record)
     decision = _decided(ledger, "promoted", why, change, _digests(record), notes)
@@ -154,7 +150,7 @@ def retire(line: str, task: str, reason: str, *, merge: bool = True) -> Decision
         nothing_left = not line_state.members and not line_state.pinned
         return line_state.without_champion() if nothing_left else line_state
 
-    decision = _decided(ledger, "retired", f"{task}: {_checked(reason)}", change, {}, ())
+    decision = _decided(ledger, "retired", f"{task}: {_checked(reason)}", change)
     return _merged_after(decision, merge)
 
 
@@ -177,36 +173,27 @@ def restore(line: str, task: str, reason: str = "", *, merge: bool = True) -> De
                 after = after.with_state(task, number, before.state, before.reason, facts=facts)
         return None if after is line_state else after
 
-    decision = _decided(ledger, "restored", _with_reason(task, reason), change, {}, ())
+    decision = _decided(ledger, "restored", _with_reason(task, reason), change)
     return _merged_after(decision, merge)
 
 
 def pin(line: str, reason: str = "") -> Decision:
     """Stop automatic promotion."""
     ledger = workspace().ledger(line)
-
-    def change(line_state: LineState) -> LineState | None:
-        return None if line_state.pinned else line_state.with_pin(True)
-
     why = _with_reason(f"version {ledger.state().champion or 'none'} stays the champion", reason)
-    return _decided(ledger, "pinned", why, change, {}, ())
+    return _decided(ledger, "pinned", why, lambda now: None if now.pinned else now.with_pin(True))
 
 
 def unpin(line: str, reason: str = "", *, merge: bool = True) -> Decision:
     """Promote automatically again, and remerge."""
-    ledger = workspace().ledger(line)
-
-    def change(line_state: LineState) -> LineState | None:
-        return line_state.with_pin(False) if line_state.pinned else None
-
     why = _with_reason("versions are promoted automatically again", reason)
-    return _merged_after(_decided(ledger, "unpinned", why, change, {}, ()), merge)
-
-
-def former_champions(ledger: Ledger) -> set[int]:
-    """The versions that were the champion at any time, from the trail."""
-    champions = (entry.after.get("/champion") for entry in ledger.entries())
-    return {number for number in champions if isinstance(number, int)}
+    decision = _decided(
+        workspace().ledger(line),
+        "unpinned",
+        why,
+        lambda now: now.with_pin(False) if now.pinned else None,
+    )
+    return _merged_after(decision, merge)
 
 
 def _decided(
@@ -214,8 +201,8 @@ def _decided(
     kind: Kind,
     reason: str,
     change: Callable[[LineState], LineState | None],
-    digests: dict[str, str],
-    notes: tuple[str, ...],
+    digests: Mapping[str, str] | None = None,
+    notes: tuple[str, ...] = (),
 ) -> Decision:
     before, who = ledger.state(), actor()
 
@@ -269,11 +256,6 @@ def _merged_after(decision: Decision, merge: bool) -> Decision:
         return replace(decision, handed_over=True)
     merged = remerge(decision.line)
     return replace(decision, merged=merged, champion=merged.champion)
-
-
-def _ledger_and_version(line: str, version: str) -> tuple[Ledger, int]:
-    ledger = workspace().ledger(line)
-    return ledger, find_version(ledger.state(), version)
 
 
 def _checked(reason: str) -> str:

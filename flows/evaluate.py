@@ -4,11 +4,10 @@ from dataclasses import dataclass
 
 from restitch.flows.outcome import Outcome
 from restitch.flows.promotion.candidates import measure_member, measure_retention
-from restitch.flows.promotion.versions import find_version, members_of
+from restitch.flows.promotion.versions import members_of, open_version
 from restitch.registry.ledger.records import Retention, TaskResult
 from restitch.tasks.runtime.engine import flow
 from restitch.tasks.runtime.refs import LineRef, WeightsRef
-from restitch.tasks.runtime.workspace import workspace
 
 
 @dataclass(frozen=True)
@@ -28,9 +27,7 @@ def evaluate_version(line: str, version: str = "champion") -> EvaluateOutcome:
     Raises:
         BadInput: there is no such version, or its data is gone.
     """
-    ledger = workspace().ledger(line)
-    line_state = ledger.state()
-    record = ledger.merged(find_version(line_state, version))
+    _, line_state, record = open_version(line, version)
     ref = LineRef(line_state.spec, line_state.base)
     merged = WeightsRef("merged", record.patch)
     return EvaluateOutcome(

@@ -15,7 +15,7 @@ from typing import Any
 from uuid import uuid4
 
 from restitch.flows.outcome import Outcome
-from restitch.flows.promotion.versions import find_version
+from restitch.flows.promotion.versions import open_version
 from restitch.flows.research.experts import specialists_of
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
@@ -73,11 +73,12 @@ def export_version(
         BadInput: there is no such version or specialist, or `out` is not free.
     """
     space = workspace()
-    ledger = space.ledger(line)
-    line_state = ledger.state()
-    record = ledger.merged(find_version(line_state, version))
+    ledger, line_state, record = open_version(line, version)
     limit = None if shard_size is None else parse_size(shard_size)
-    content = _merged(record) if task is None else _specialist(record, task, space)
+    if task is None:
+        content = _Content(record.patch, record.members, record.to_json())
+    else:
+        content = _specialist(record, task, space)
     out = out.expanduser().absolute()
     _check_free(out, overwrite)
     base = open_base(LineRef(line_state.spec, line_state.base), space)
@@ -114,21 +115,11 @@ def export_version(
 
 @dataclass(frozen=True)
 class _Content:
-    """The content of the folder.
-
-    Attributes:
-        blob: the edits of the base.
-        members: the members whose heads are written.
-        description: the values of `restitch.json`.
-    """
+    """The edits of the base, the members whose heads are written, and `restitch.json`."""
 
     blob: str
     members: Mapping[str, MergedMember]
     description: dict[str, Any]
-
-
-def _merged(record: MergedRecord) -> _Content:
-    return _Content(record.patch, record.members, record.to_json())
 
 
 def _specialist(record: MergedRecord, task: str, space: Workspace) -> _Content:
@@ -153,20 +144,19 @@ def _specialist(record: MergedRecord, task: str, space: Workspace) -> _Content:
             hint=f"make them with `restitch experts {record.line} {record.version}`",
         )
     part = made.tasks[task]
-    specialists = {
-        "method": list(made.method),
-        "settings": made.settings,
-        "recipe": made.recipe,
-        "members": made.members,
-        "shared": None if made.shared is None else made.shared.blob,
-        "specialist": part.blob,
-    }
     description = {
         "line": record.line,
         "version": record.version,
         "version_recipe": record.recipe_digest,
         "task": task,
-        "specialists": specialists,
+        "specialists": {
+            "method": list(made.method),
+            "settings": made.settings,
+            "recipe": made.recipe,
+            "members": made.members,
+            "shared": None if made.shared is None else made.shared.blob,
+            "specialist": part.blob,
+        },
     }
     return _Content(part.blob, {task: record.members[task]}, description)
 

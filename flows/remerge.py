@@ -8,7 +8,7 @@
 version already holds all members, nothing happens. It can be killed at any point and run again.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from restitch.flows.audit.report import Reports, mirror
@@ -95,28 +95,29 @@ def remerge(line: str, force: bool = False) -> RemergeOutcome:
         mark_silent_runs(line)
     with merge_lease(space, line) as acquired:
         if not acquired:
-            return _outcome(ledger, "covered", None, ())
+            return _outcome(ledger, "covered", None)
         space.home.sweep(LEFTOVERS_AFTER)
         try:
             adopt(line)
         except Unavailable as error:  # go on without the models that only MLflow has
             warn(f"models that were registered in MLflow are not adopted now: {error.message()}")
         mirror(line)
-        outcome = _merge_until_settled(ledger, _onboard_missing(ledger), force)
+        localized = _onboard_missing(ledger)
+        outcome = replace(_merge_until_settled(ledger, force), localized=localized)
     record = None if outcome.version is None else ledger.state().versions[outcome.version]
     link = None if record is None or this_run() is None else mlflow_run(line, record, LINK_PATIENCE)
     show_remerged(outcome.as_dict(), link)
     return outcome
 
 
-def _merge_until_settled(ledger: Ledger, localized: tuple[str, ...], force: bool) -> RemergeOutcome:
+def _merge_until_settled(ledger: Ledger, force: bool) -> RemergeOutcome:
     for _ in range(ATTEMPTS):
         snapshot = take_snapshot(ledger)
         if not snapshot.members:
             say(f"{ledger.line}: no member yet, nothing to merge")
-            return _outcome(ledger, "empty", None, localized)
+            return _outcome(ledger, "empty", None)
         try:
-            outcome = _settle(ledger, snapshot, localized, force)
+            outcome = _settle(ledger, snapshot, force)
         except MovedError:
             say(f"{ledger.line}: the line changed during the merge, starting again")
             continue
@@ -171,24 +172,21 @@ def _start_onboard(ledger: Ledger, key: ModelKey) -> None:
     say(f"{line_state.line}: a worker onboards {key.task} version {key.version}")
 
 
-def _settle(
-    ledger: Ledger, snapshot: Snapshot, localized: tuple[str, ...], force: bool
-) -> RemergeOutcome:
+def _settle(ledger: Ledger, snapshot: Snapshot, force: bool) -> RemergeOutcome:
     """Merge all members; if a gate fails, promote those whose joining passes."""
     if snapshot.settled is not None and not force:
         version = snapshot.settled.version
         say(f"{ledger.line}: nothing changed since version {version}")
-        return _outcome(ledger, "unchanged", version, localized)
+        return _outcome(ledger, "unchanged", version)
     everything = make_candidate(snapshot, snapshot.members, again=force)
     known = snapshot.merge_of(everything.patch.recipe, everything.members)
     if known is not None:
         same = "has the same bytes again" if force else "is still the best"
         say(f"{ledger.line}: version {known.version} {same}")
-        return _outcome(ledger, "unchanged", known.version, localized)
+        return _outcome(ledger, "unchanged", known.version)
     version = record_version(ledger, snapshot, everything)
     if everything.passed:
-        done = promote(ledger, snapshot, everything, version)
-        return _outcome(ledger, done, version, localized)
+        return _outcome(ledger, promote(ledger, snapshot, everything, version), version)
     reject(ledger, version, everything)
     rest, held = _one_by_one(snapshot)
     # Done before the rest is promoted: a run killed in between would try all of them again.
@@ -201,13 +199,8 @@ def _settle(
             action = promote(ledger, snapshot, rest, version)
         else:
             reject(ledger, version, rest)
-    return _outcome(
-        ledger,
-        action,
-        version,
-        localized,
-        held={f"{m.task} {m.version}": [str(g.note) for g in failed] for m, failed in held},
-    )
+    notes = {f"{m.task} {m.version}": [str(g.note) for g in failed] for m, failed in held}
+    return _outcome(ledger, action, version, notes)
 
 
 def _one_by_one(
@@ -235,17 +228,15 @@ def _outcome(
     ledger: Ledger,
     action: Action,
     version: int | None,
-    localized: tuple[str, ...],
     held: dict[str, list[str]] | None = None,
 ) -> RemergeOutcome:
-    record: MergedRecord | None = None if version is None else ledger.merged(version)
+    record = None if version is None else ledger.merged(version)
     return RemergeOutcome(
         ledger.line,
         action,
         version,
         ledger.state().champion,
-        localized,
-        held or {},
-        () if record is None else tuple(g.gate for g in record.gates if not g.passed),
-        record,
+        held=held or {},
+        failed=() if record is None else tuple(g.gate for g in record.gates if not g.passed),
+        record=record,
     )

@@ -2,16 +2,13 @@
 
 from datetime import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from restitch.cli.app import Json, Line, Task, UncheckedLine, Version, show_result
 from restitch.cli.render import audit as render
 from restitch.merging.errors import UsageError
-
-if TYPE_CHECKING:
-    from restitch.flows.decisions import Decision
 
 Reason = Annotated[str, typer.Option("--reason", help="Why; the audit trail keeps it.")]
 OptionalReason = Annotated[str, typer.Option("--reason", help="Why, for the audit trail.")]
@@ -104,9 +101,7 @@ def verify(
     if line is not None and not (deep or repair):
         from restitch.flows.storage.verify import verify as run
 
-        outcome = run(line, version, without)
-        show_result(outcome, as_json, render.verified)
-        raise typer.Exit(outcome.exit_code)
+        show_result(run(line, version, without), as_json, render.verified)
     if version is not None or without is not None:
         raise UsageError(
             "--version and --without need one line, and exclude --deep and --repair",
@@ -114,30 +109,28 @@ def verify(
         )
     from restitch.flows.storage.verify_all import verify_all
 
-    whole = verify_all(line, deep=deep, repair=repair)
-    show_result(whole, as_json, render.all_verified)
-    raise typer.Exit(whole.exit_code)
+    show_result(verify_all(line, deep=deep, repair=repair), as_json, render.all_verified)
 
 
 def rollback(line: Line, version: Version, reason: Reason, as_json: Json = False) -> None:
     """Use a former champion again, and pin the line to it."""
     from restitch.flows.decisions import rollback as run
 
-    decide(run(line, version, reason), as_json)
+    show_result(run(line, version, reason), as_json, render.decided)
 
 
 def promote(line: Line, version: Version, reason: Reason, as_json: Json = False) -> None:
     """Make a version the champion by hand, even if it failed a gate."""
     from restitch.flows.decisions import promote as run
 
-    decide(run(line, version, reason), as_json)
+    show_result(run(line, version, reason), as_json, render.decided)
 
 
 def pin(line: Line, reason: OptionalReason = "", as_json: Json = False) -> None:
     """Stop automatic promotion; new versions become candidates."""
     from restitch.flows.decisions import pin as run
 
-    decide(run(line, reason), as_json)
+    show_result(run(line, reason), as_json, render.decided)
 
 
 def unpin(
@@ -146,10 +139,4 @@ def unpin(
     """Promote automatically again, and bring the merged model up to date."""
     from restitch.flows.decisions import unpin as run
 
-    decide(run(line, reason, merge=remerge), as_json)
-
-
-def decide(decision: "Decision", as_json: bool) -> None:
-    """Print a decision, and exit with its code."""
-    show_result(decision, as_json, render.decided)
-    raise typer.Exit(decision.exit_code)
+    show_result(run(line, reason, merge=remerge), as_json, render.decided)

@@ -68,9 +68,7 @@ def remerge(
     """Bring the merged model up to date; does nothing when nothing changed."""
     from restitch.flows.remerge import remerge as run
 
-    outcome = run(line, force)
-    show_result(outcome, as_json, render.remerged)
-    raise typer.Exit(outcome.exit_code)
+    show_result(run(line, force), as_json, render.remerged)
 
 
 def status(

@@ -6,9 +6,10 @@ from typing import Annotated
 import typer
 
 from restitch.cli.app import Json, Line, Task, Version, show_result
-from restitch.cli.commands.audit import OptionalReason, Reason, Remerge, decide
+from restitch.cli.commands.audit import OptionalReason, Reason, Remerge
 from restitch.cli.commands.lines import ReplaceTask, TaskFile
 from restitch.cli.render import models as render
+from restitch.cli.render.audit import decided
 from restitch.registry.home import Home
 
 
@@ -59,7 +60,6 @@ def register(
         timeout=timeout,
     )
     show_result(outcome, as_json, render.registered)
-    raise typer.Exit(outcome.exit_code)
 
 
 def export(
@@ -95,7 +95,7 @@ def retire(
     """Leave a task out of all future merges, and merge without it."""
     from restitch.flows.decisions import retire as run
 
-    decide(run(line, task, reason, merge=remerge), as_json)
+    show_result(run(line, task, reason, merge=remerge), as_json, decided)
 
 
 def restore(
@@ -108,4 +108,4 @@ def restore(
     """Take a retired task back, and merge with it."""
     from restitch.flows.decisions import restore as run
 
-    decide(run(line, task, reason, merge=remerge), as_json)
+    show_result(run(line, task, reason, merge=remerge), as_json, decided)

@@ -160,13 +160,9 @@ def _role(version: Values) -> str:
 
 def reported(result: Values, out: Console) -> None:
     """The report that was written."""
-    pages = len(result["files"]) - 1
-    plots = f" with {pages} plots" if pages else ""
-    write(
-        out,
-        f"{result['line']} version {result['version']}: "
-        f"{result['out']}/{result['files'][0]}{plots}",
-    )
+    page, *plots = result["files"]
+    more = f" with {len(plots)} plots" if plots else ""
+    write(out, f"{result['line']} version {result['version']}: {result['out']}/{page}{more}")
 
 
 def diff(result: Values, out: Console) -> None:
@@ -180,9 +176,9 @@ def diff(result: Values, out: Console) -> None:
             write(out, f"  {line}")
     rows = [
         (
-            *(row["task"], number(row["a"]), number(row["b"]), _difference(row["difference"])),
+            *(row["task"], number(row["a"]), number(row["b"]), number(row["difference"], "+.3f")),
             _ends(row["interval"], "{low:+.3f} to {high:+.3f}").strip(),
-            *(_probability(row["p_value"]), row["verdict"]),
+            *(number(row["p_value"], ".2g"), row["verdict"]),
         )
         for row in result["results"] + ([result["retention"]] if result["retention"] else [])
     ]
@@ -192,9 +188,8 @@ def diff(result: Values, out: Console) -> None:
     differ, touched = weights["differ"], weights["of"]
     write(out, f"  {differ:,} weights differ, of {touched:,} in the tensors touched")
     for kind in ("layer", "component"):
-        counts = weights[f"by_{kind}"].items()
-        if counts:
-            write(out, f"  by {kind}: " + ", ".join(f"{name} {n:,}" for name, n in counts))
+        if counts := weights[f"by_{kind}"]:
+            write(out, f"  by {kind}: {', '.join(f'{name} {n:,}' for name, n in counts.items())}")
 
 
 def why(result: Values, out: Console) -> None:
@@ -204,8 +199,8 @@ def why(result: Values, out: Console) -> None:
         (
             *(_role(step), _time(step["at"]), step["model"], number(step["merged"])),
             span(step["interval"]),
-            _difference(step["change"]) + (" *" if step["significant"] else ""),
-            _probability(step["p_value"]),
+            number(step["change"], "+.3f") + (" *" if step["significant"] else ""),
+            number(step["p_value"], ".2g"),
         )
         for step in result["versions"]
     ]
@@ -222,24 +217,24 @@ def why(result: Values, out: Console) -> None:
 def verified(result: Values, out: Console) -> None:
     """The findings about one line."""
     write(out, f"{result['line']}: {'intact' if result['intact'] else 'DAMAGED'}")
-    acts, objects = result["acts"], result["objects"]
+    write(
+        out, f"  {result['acts']} acts in an unbroken chain, {result['objects']} objects compared"
+    )
     rebuilt = f"{len(result['rebuilt'])} of {len(result['versions'])} merged versions rebuilt"
-    write(out, f"  {acts} acts in an unbroken chain, {objects} objects compared")
     write(out, f"  {rebuilt} from their recipes, byte for byte")
     if result["mlflow"]:
         write(out, "  every act in MLflow is in the trail")
     for finding in result["findings"]:
-        mark = "DAMAGE" if finding["kind"] == "damage" else "note"
-        style = "red" if finding["kind"] == "damage" else "yellow"
+        mark, style = ("DAMAGE", "red") if finding["kind"] == "damage" else ("note", "yellow")
         write(out, f"  {mark}: {finding['subject']}: {finding['text']}", style)
     claim = result["claim"]
     if claim is not None:
         for digest, use in claim["digests"].items():
             write(out, f"  {digest} is {use}")
         if claim["present_in"]:
-            write(out, f"  it is in version {_list(claim['present_in'])}", "red")
+            write(out, f"  it is in version {setting(claim['present_in'])}", "red")
         if claim["absent_from"]:
-            absent = _list(claim["absent_from"])
+            absent = setting(claim["absent_from"])
             write(out, f"  it is not in version {absent}: rebuilt without it")
 
 
@@ -319,20 +314,8 @@ def _arrow(model: int | list[int]) -> str:
     return " -> ".join(map(str, model)) if isinstance(model, list) else str(model)
 
 
-def _list(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
-
-
 def _ends(interval: Values | None, form: str = "({low:.3f} to {high:.3f})") -> str:
     return "" if interval is None else " " + form.format(**interval)
-
-
-def _difference(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3f}"
-
-
-def _probability(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2g}"
 
 
 def _time(iso: str) -> str:

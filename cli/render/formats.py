@@ -43,9 +43,9 @@ def show_table(out: Console, columns: Iterable[str], rows: Iterable[Iterable[obj
     out.print(table)
 
 
-def number(value: float | None) -> str:
-    """Three decimals."""
-    return "-" if value is None else f"{value:.3f}"
+def number(value: float | None, form: str = ".3f") -> str:
+    """A number, by default with three decimals, or a dash."""
+    return "-" if value is None else format(value, form)
 
 
 def percent(value: float | None) -> str:

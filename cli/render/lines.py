@@ -7,6 +7,7 @@ from restitch.cli.render.formats import (
     changed,
     number,
     percent,
+    setting,
     show_table,
     size,
     span,
@@ -23,11 +24,6 @@ _REMERGED = {
     "promoted": "version {version} is the champion",
     "rejected": "version {version} failed its gates; the champion is {champion}",
     "candidate": "version {version} is a candidate: promotion is switched off",
-}
-_DECLARED = {
-    "declared": "is declared",
-    "changed": "is changed",
-    "unchanged": "is unchanged",
 }
 
 
@@ -48,10 +44,9 @@ def init(result: Values, out: Console) -> None:
 
 def declared(result: Values, out: Console) -> None:
     """A task that was declared without a model."""
-    write(out, f"{result['line']}: task {result['task']} {_DECLARED[result['action']]}")
+    write(out, f"{result['line']}: task {result['task']} is {result['action']}")
     if result["waiting"]:
-        versions = ", ".join(map(str, result["waiting"]))
-        write(out, f"  the next remerge takes up the waiting version {versions}")
+        write(out, f"  the next remerge takes up the waiting version {setting(result['waiting'])}")
 
 
 def remerged(result: Values, out: Console) -> None:

@@ -172,9 +172,8 @@ def _method_row(row: Values) -> tuple[str, ...]:
 
 def _costs(row: Values) -> tuple[str, ...]:
     """Mean, normalized mean, seconds and memory; a merge from the store took no seconds."""
-    seconds = "-" if row["seconds"] is None else f"{row['seconds']:.1f}"
     means = (number(row["mean_accuracy"]), number(row["mean_normalized"]))
-    return (*means, seconds, size(row["memory"]))
+    return (*means, number(row["seconds"], ".1f"), size(row["memory"]))
 
 
 def _settings(row: Values) -> str:

@@ -25,23 +25,16 @@ def diff(line: str, a: str, b: str) -> dict[str, Any]:
     Raises:
         BadInput: there is no such version.
     """
-    space = workspace(to_write=False)
-    ledger = space.ledger(line)
+    ledger = workspace(to_write=False).ledger(line)
     line_state = ledger.state()
     first, second = (ledger.merged(find_version(line_state, version)) for version in (a, b))
-    return {
-        "line": line,
-        "a": first.version,
-        "b": second.version,
-        **differences_of(space.objects, first, second),
-        "weights": weights_of(space.objects, first, second),
-    }
+    return differences_of(ledger.objects, first, second)
 
 
 def differences_of(
     objects: ObjectStore, first: MergedRecord, second: MergedRecord
 ) -> dict[str, Any]:
-    """All differences except those of the weights, which need both patches."""
+    """All differences of two versions of a line."""
     tasks = sorted({*first.results, *second.results}, key=by_bytes)
     changes = member_changes(first, second)
     results = []
@@ -56,10 +49,14 @@ def differences_of(
         compared = _compared(objects, first.retention, second.retention)
         retention = {"task": benchmark.task, **compared}
     return {
+        "line": first.line,
+        "a": first.version,
+        "b": second.version,
         "members": changes,
         "settings": _settings(first, second),
         "results": results,
         "retention": retention,
+        "weights": _weights(objects, first, second),
     }
 
 
@@ -104,7 +101,7 @@ def _value(result: TaskResult | Retention | None) -> float | None:
     return result.top1 if isinstance(result, Retention) else result.merged
 
 
-def weights_of(objects: ObjectStore, first: MergedRecord, second: MergedRecord) -> dict[str, Any]:
+def _weights(objects: ObjectStore, first: MergedRecord, second: MergedRecord) -> dict[str, Any]:
     """The number of weights that differ, by layer and by component."""
     patches = [SparseFile.open(objects.blob_path(record.patch)) for record in (first, second)]
     by_tensor = count_differences(*patches)

@@ -9,7 +9,7 @@ from datetime import datetime
 from typing import Any, get_args
 
 from restitch.flows.audit.urls import links
-from restitch.flows.promotion.versions import check_task, find_version
+from restitch.flows.promotion.versions import check_task, open_version
 from restitch.merging.errors import BadInput
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
@@ -19,17 +19,12 @@ from restitch.registry.maintenance.specialists import stored_specialists
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.runtime.workspace import workspace
 
+_MEASURED = ("merged", "interval", "finetuned", "grafted", "base")
+
 
 @dataclass(frozen=True)
 class HistoryFilter:
-    """The acts to list; a field that is None excludes nothing.
-
-    Attributes:
-        task: only acts about models of this task.
-        event: only acts of this kind.
-        since: no acts before this time.
-        until: no acts after this time.
-    """
+    """The acts to list: about a task, of a kind, in a time; a field of None excludes nothing."""
 
     task: str | None = None
     event: str | None = None
@@ -107,12 +102,9 @@ def as_of(line: str, when: datetime) -> dict[str, Any]:
 
 def show(line: str, version: str) -> dict[str, Any]:
     """One merged version with all details."""
-    ledger = workspace(to_write=False).ledger(line)
-    line_state = ledger.state()
-    record = ledger.merged(find_version(line_state, version))
-    digest = line_state.versions[record.version]
+    ledger, line_state, record = open_version(line, version, to_write=False)
     details = version_details(line_state, record, ledger.objects)
-    return {**details, "links": links(line, digest, record.made_by)}
+    return {**details, "links": links(line, details["digest"], record.made_by)}
 
 
 def version_details(
@@ -145,17 +137,14 @@ def why(line: str, task: str) -> dict[str, Any]:
         old = None if before is None else before.results.get(task)
         pairs = compare_results(space.objects, old, new)
         member = record.members.get(task)
+        values = {} if new is None else new.to_json()
         steps.append(
             {
                 "version": record.version,
                 "role": _role(line_state, record.version),
                 "at": record.created_at,
                 "model": None if member is None else member.version,
-                "merged": None if new is None else new.merged,
-                "interval": None if new is None else _json(new.interval),
-                "finetuned": None if new is None else new.finetuned,
-                "grafted": None if new is None else new.grafted,
-                "base": None if new is None else new.base,
+                **{name: values.get(name) for name in _MEASURED},
                 "change": None if pairs is None else pairs.difference,
                 "p_value": None if pairs is None else pairs.p_value,
                 "significant": pairs is not None and pairs.is_significant,
@@ -173,20 +162,13 @@ def member_changes(first: MergedRecord | None, second: MergedRecord) -> dict[str
     """The tasks that joined or left, or have another model, or another mask of the same model."""
     old = {} if first is None else first.members
     new = second.members
-    both = [task for task in new if task in old]
+    both = [(task, old[task], new[task]) for task in new if task in old]
+    same = [(task, a, b) for task, a, b in both if a.version == b.version]
     return {
         "joined": {task: new[task].version for task in new if task not in old},
         "left": {task: old[task].version for task in old if task not in new},
-        "replaced": {
-            task: [old[task].version, new[task].version]
-            for task in both
-            if old[task].version != new[task].version
-        },
-        "relocalized": {
-            task: new[task].version
-            for task in both
-            if old[task].version == new[task].version and old[task].mask != new[task].mask
-        },
+        "replaced": {t: [a.version, b.version] for t, a, b in both if a.version != b.version},
+        "relocalized": {task: b.version for task, a, b in same if a.mask != b.mask},
     }
 
 
@@ -236,7 +218,7 @@ def _in_use(ledger: Ledger, line_state: LineState) -> dict[str, Any]:
         "members": {task: member.to_json() for task, member in record.members.items()},
         "mean_accuracy": record.mean_accuracy,
         "mean_normalized": record.mean_normalized,
-        "retention": _json(record.retention),
+        "retention": None if record.retention is None else record.retention.to_json(),
         "recipe": record.recipe_digest,
         "patch": record.patch,
     }
@@ -248,16 +230,16 @@ def _summary(
     acts: dict[int, list[dict[str, str]]],
     specialists: dict[str, dict[str, Any]],
 ) -> dict[str, Any]:
-    retention = record.retention
+    retention = {} if record.retention is None else record.retention.to_json()
     return {
         "version": record.version,
         "role": _role(line_state, record.version),
         "members": {task: member.version for task, member in record.members.items()},
         "mean_accuracy": record.mean_accuracy,
         "mean_normalized": record.mean_normalized,
-        "retention": None if retention is None else retention.ratio,
-        "retention_interval": None if retention is None else _json(retention.ratio_interval),
-        "top1": None if retention is None else retention.top1,
+        "retention": retention.get("ratio"),
+        "retention_interval": retention.get("ratio_interval"),
+        "top1": retention.get("top1"),
         "passed": record.passed,
         "failed": [gate.note or gate.gate for gate in record.gates if not gate.passed],
         "created_at": record.created_at,
@@ -271,7 +253,3 @@ def _role(line_state: LineState, version: int) -> str | None:
     if version == line_state.champion:
         return "champion"
     return "candidate" if version == line_state.candidate else None
-
-
-def _json(record: Any) -> Any:
-    return None if record is None else record.to_json()

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from restitch.flows.audit import queries
-from restitch.flows.audit.diff import differences_of, weights_of
+from restitch.flows.audit.diff import differences_of
 from restitch.flows.outcome import Outcome
-from restitch.flows.promotion.versions import find_version
+from restitch.flows.promotion.versions import open_version
 from restitch.merging.errors import RestitchError
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
@@ -53,25 +53,21 @@ class Reports:
     @cached_property
     def acts(self) -> list[dict[str, Any]]:
         """All acts, newest first."""
-        acts: list[dict[str, Any]]
-        acts = queries.history(self.ledger.line, queries.HistoryFilter())["acts"]
-        return acts
+        return list(queries.history(self.ledger.line, queries.HistoryFilter())["acts"])
 
     @cached_property
     def versions(self) -> list[dict[str, Any]]:
         """All merged versions, newest first."""
-        versions: list[dict[str, Any]] = queries.versions(self.ledger.line)["versions"]
-        return versions
+        return list(queries.versions(self.ledger.line)["versions"])
 
-    def report(self, version: int) -> Report:
+    def report(self, record: MergedRecord) -> Report:
         """The report of a merged version."""
-        record = self.ledger.merged(version)
         return render(
             ReportInput(
                 version=queries.version_details(self.state, record, self.ledger.objects),
                 versions=self.versions,
                 changes=self._changes(record),
-                acts=[act for act in self.acts if version in act["versions"]],
+                acts=[act for act in self.acts if record.version in act["versions"]],
                 analysis=self.analysis(record),
             )
         )
@@ -79,7 +75,7 @@ class Reports:
     def artifacts(self, version: int) -> Mapping[str, bytes]:
         """The report's files by path; no files if it cannot be made."""
         try:
-            return _files(self.report(version))
+            return _files(self.report(self.ledger.merged(version)))
         except RestitchError as error:
             warn(f"no report of version {version}: {error.message()}")
             return {}
@@ -93,14 +89,7 @@ class Reports:
         before = None if made is None else made["champion"]
         if before is None:
             return None
-        objects, old = self.ledger.objects, self.ledger.merged(before)
-        return {
-            "line": record.line,
-            "a": before,
-            "b": record.version,
-            **differences_of(objects, old, record),
-            "weights": weights_of(objects, old, record),
-        }
+        return differences_of(self.ledger.objects, self.ledger.merged(before), record)
 
     def analysis(self, record: MergedRecord) -> dict[str, Any] | None:
         """The overlap of the masks; None if they cannot be read."""
@@ -122,26 +111,20 @@ def mirror(line: str) -> bool:
 
 
 def write_report(line: str, version: str, out: Path) -> ReportOutcome:
-    """Write the page and its plots.
-
-    Args:
-        line: the line's name.
-        version: a number, `champion` or `candidate`.
-        out: a folder, or a file that ends with `.html` for the page without its plots.
+    """Write the page and its plots to the folder `out`, or the page alone if it ends with `.html`.
 
     Raises:
         BadInput: there is no such version.
         Unavailable: the files cannot be written.
     """
-    ledger = workspace().ledger(line)
-    number = find_version(ledger.state(), version)
+    ledger, _, record = open_version(line, version)
     out = out.expanduser().absolute()
-    files = _files(Reports(ledger).report(number))
+    files = _files(Reports(ledger).report(record))
     if out.suffix.lower() == ".html":
         files, out = {out.name: files[PAGE]}, out.parent
     for name, data in files.items():
         _write(out / name, data)
-    return ReportOutcome(line, number, str(out), tuple(files))
+    return ReportOutcome(line, record.version, str(out), tuple(files))
 
 
 def _files(report: Report) -> dict[str, bytes]:

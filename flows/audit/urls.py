@@ -5,15 +5,12 @@ server nor imports the MLflow client.
 """
 
 import os
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from restitch.registry.home import Home
 from restitch.registry.mlflow.projection import DIGEST_TAG, experiment_name
 from restitch.registry.mlflow.sync import run_address
 from restitch.tasks.runtime.run_progress import run_page
-
-if TYPE_CHECKING:
-    import httpx
 
 PATIENCE_SECONDS = 1.0
 
@@ -41,8 +38,9 @@ def mlflow_run(line: str, digest: str, patience: float = PATIENCE_SECONDS) -> st
     address = Home.from_environment().mlflow_uri.rstrip("/")
     if not address.startswith(("http://", "https://")):
         return None
+    api = f"{address}/api/2.0/mlflow/"
     try:
-        with _client(f"{address}/api/2.0/mlflow/", patience) as client:
+        with httpx.Client(base_url=api, timeout=patience, **_login()) as client:
             name = {"experiment_name": experiment_name(line)}
             reply = client.get("experiments/get-by-name", params=name).raise_for_status().json()
             experiment = reply["experiment"]["experiment_id"]
@@ -58,14 +56,9 @@ def _run_filter(digest: str) -> str:
     return f"tags.`{DIGEST_TAG}` = '{digest}'"
 
 
-def _client(api: str, patience: float) -> "httpx.Client":
-    """A client with the login that MLflow's own client would use."""
-    import httpx
-
-    headers, auth = {}, None
+def _login() -> dict[str, Any]:
+    """The login that MLflow's own client would use, as arguments of a client."""
     if token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        headers["Authorization"] = f"Bearer {token}"
+        return {"headers": {"Authorization": f"Bearer {token}"}}
     user, password = (os.environ.get(f"MLFLOW_TRACKING_{n}") for n in ("USERNAME", "PASSWORD"))
-    if user and password and not token:
-        auth = httpx.BasicAuth(user, password)
-    return httpx.Client(base_url=api, headers=headers, auth=auth, timeout=patience)
+    return {"auth": (user, password)} if user and password else {}

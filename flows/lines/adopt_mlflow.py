@@ -13,22 +13,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
+from typing import cast
 from urllib.parse import unquote, urlsplit
 
 from restitch.flows.audit.report import mirror
 from restitch.flows.lines.declare_task import declared_spec, present, resolved
-from restitch.flows.outcome import Outcome
 from restitch.merging.errors import BadInput, RestitchError, Unavailable
 from restitch.modeling.families.family import get_family
 from restitch.registry.access_policy import AccessDenied, check_path
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import (
-    UNREAD,
-    LineState,
-    ModelKey,
-    ModelRef,
-    ModelVersion,
-)
+from restitch.registry.ledger.line_state import UNREAD, LineState, ModelKey, ModelRef, ModelVersion
 from restitch.registry.ledger.records import Kind
 from restitch.registry.mlflow.external_models import (
     ExternalModel,
@@ -53,18 +47,14 @@ _SCHEME = re.compile(r"([A-Za-z][\w+.-]*):/")
 
 
 @dataclass(frozen=True)
-class Adopted(Outcome):
-    """The result of adopting a version that was made in MLflow only.
+class Adopted:
+    """A version that was made in MLflow only, as a version of the line.
 
     Attributes:
-        mlflow_version: MLflow's number; None for a waiting model that MLflow has lost.
-        version: the number on the line.
         linked: whether the line already had these weights as this version.
     """
 
-    line: str
     task: str
-    mlflow_version: int | None
     version: int
     state: str
     reason: str | None
@@ -73,12 +63,7 @@ class Adopted(Outcome):
 
 @dataclass(frozen=True)
 class _Description:
-    """The description of a model's task.
-
-    Attributes:
-        own: the model's own description; without it the task's newest one is used.
-        problem: the reason why neither can be used.
-    """
+    """The model's own description, None for that of its task, or why neither can be used."""
 
     own: TaskSpec | None = None
     problem: str | None = None
@@ -97,10 +82,8 @@ def adopt(line: str) -> tuple[Adopted, ...]:
     ledger = space.ledger(line)
     external = external_models_of(space.mlflow, line)
     calls = [(each.uri, partial(_adopt, space, ledger, each)) for each in external]
-    calls += [
-        (str(key), partial(_retry, space, ledger, key))
-        for key, _ in ledger.state().in_state("waiting")
-    ]
+    waiting = ledger.state().in_state("waiting")
+    calls += [(str(key), partial(_retry, space, ledger, key)) for key, _ in waiting]
     results = []
     for name, call in calls:
         try:
@@ -215,10 +198,10 @@ def _add(
         added.clear()
         if line_state.adopted(task, external.mlflow) is not None:
             return None
-        if description is not None:
-            line_state = _with_description(line_state, description)
-        else:
+        if description is None:
             line_state = line_state.with_undeclared(task)
+        else:
+            line_state = _with_description(line_state, description)
         known = line_state.tasks[task]
         same = present(known, known.spec, model.model) if model.state == "registered" else None
         if same is not None:
@@ -229,9 +212,7 @@ def _add(
         new = {"registered_at": now, "mlflow": external.mlflow}
         return line_state.with_version(task, model.model_copy(update=new))
 
-    kind: Kind = "registered"
-    if model.state != "registered":
-        kind = "waiting" if model.state == "waiting" else "quarantined"
+    kind = cast(Kind, model.state)  # the act that begins a state has its name
     reason = f"{task} from {external.uri}"
     if model.reason:
         reason += f": {model.reason.splitlines()[0]}"
@@ -246,8 +227,7 @@ def _add(
     else:
         report = say if state == "registered" else warn
         report(f"{external.uri} is {task} version {version}, {state}{_because(model.reason)}")
-    number = external.mlflow.number
-    return Adopted(ledger.line, task, number, version, state, model.reason, linked)
+    return Adopted(task, version, state, model.reason, linked)
 
 
 def _retry(space: Workspace, ledger: Ledger, key: ModelKey) -> Adopted | None:
@@ -293,8 +273,7 @@ def _retry(space: Workspace, ledger: Ledger, key: ModelKey) -> Adopted | None:
         return None
     now = act.line_state.model(key)
     say(f"{key.task} version {key.version}, which waited, is {now.state}{_because(now.reason)}")
-    number = None if now.mlflow is None else now.mlflow.number
-    return Adopted(ledger.line, key.task, number, key.version, now.state, now.reason)
+    return Adopted(*key, now.state, now.reason)
 
 
 def _with_description(line_state: LineState, spec: TaskSpec) -> LineState:

@@ -31,7 +31,6 @@ class TaskOutcome(Outcome):
     """The result of a declaration.
 
     Attributes:
-        action: declared (new), changed, or unchanged.
         waiting: the versions of the task that wait; the next remerge registers them.
     """
 

@@ -43,7 +43,6 @@ class Candidate:
     """A merged model with its measurements.
 
     Attributes:
-        members: its members, by task name.
         gates: the outcomes of all gates that were applied.
         tournament: the selection of its method, if the line names several.
     """
@@ -192,7 +191,8 @@ def measure_retention(
     base = evaluate(line, spec, WeightsRef("base"))
     result = evaluate(line, spec, merged, None, again)
     blobs = {"base": base.blob, "merged": result.blob}
-    rows = {name: rows_of(_stored(blob)) for name, blob in blobs.items()}
+    read = workspace().objects.read_blob
+    rows = {name: rows_of(json.loads(read(blob))) for name, blob in blobs.items()}
     of_ratio = ratio_interval(rows["base"], rows["merged"])
     return Retention(
         task=spec.task,
@@ -228,11 +228,6 @@ def _drops(champion: MergedRecord | None, results: dict[str, TaskResult]) -> dic
     return drops
 
 
-def _stored(blob: str) -> dict[str, object]:
-    values: dict[str, object] = json.loads(workspace().objects.read_blob(blob))
-    return values
-
-
 def _interval(result: ResultRef) -> Interval:
     return Interval(low=result.low, high=result.high)
 
@@ -246,16 +241,17 @@ def _data_used(spec: TaskSpec, split: str) -> DataUsed:
 
 
 def _merged_member(member: Member) -> MergedMember:
-    assert member.model.mask is not None, "a member has been localized"
-    assert member.model.delta is not None, "a member has been localized"
+    model = member.model
+    assert model.mask is not None, "a member has been localized"
+    assert model.delta is not None, "a member has been localized"
     return MergedMember(
         version=member.version,
-        uri=member.model.model.uri,
-        weights=member.model.model.weights,
-        config=member.model.model.config,
-        mask=member.model.mask,
-        delta=member.model.delta,
-        facts=member.model.facts.of_member(),
+        uri=model.model.uri,
+        weights=model.model.weights,
+        config=model.model.config,
+        mask=model.mask,
+        delta=model.delta,
+        facts=model.facts.of_member(),
     )
 
 

@@ -37,12 +37,7 @@ FACT = "tournament"
 
 @dataclass(frozen=True)
 class Selection:
-    """A line with one method.
-
-    Attributes:
-        line: the line with the method that merges.
-        outcome: the outcome of the tournament; None if the line names one method.
-    """
+    """A line with one method, and the outcome of the tournament that selected it, if any."""
 
     line: LineRef
     outcome: SelectionOutcome | None = None
@@ -56,11 +51,7 @@ def earlier_selection(
 ) -> Selection | None:
     """The line with the method that merges these members, if that needs no tournament now.
 
-    Args:
-        line: the line; if it names one method, that is selected.
-        members: the members to merge.
-        benchmark: the general benchmark.
-        records: versions that may be the outcome of the same tournament.
+    One of `records` may be the outcome of the same tournament.
 
     Raises:
         BadInput: the tournament has no rows to decide on.
@@ -127,12 +118,8 @@ def taking_part(
 ) -> list[int]:
     """The places of the methods that take part: the champion's, and those that waited longest.
 
-    A merge costs at most `at_most` methods, and every method gets its turn.
-
-    Args:
-        method: the tournament.
-        in_use: the version in use, whose method takes part.
-        newest: the newest version, promoted or not.
+    A merge costs at most `at_most` methods, and every method gets its turn: `newest`, which may
+    be promoted or not, records the methods that wait.
     """
     if not method.rotates:
         return list(range(len(method.tournament)))

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from restitch.flows.promotion.method_selection import earlier_selection
+from restitch.flows.promotion.versions import member_of, members_of
 from restitch.merging.digests import digest_json
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, Member, ModelKey, ModelVersion
@@ -22,7 +23,6 @@ class Snapshot:
     Attributes:
         members: the members of a merge of everything, by task name: the newest ready model of
             each task, or a newer held one if the context has changed since it was held.
-        champion: the record of the champion.
         newest: the record of the newest version, promoted or not.
         context: the digest of everything on which a gate's verdict depends.
     """
@@ -76,14 +76,8 @@ class Snapshot:
         """The champion's members that are still on the line, with the models it holds."""
         if self.champion is None:
             return ()
-        members = []
-        for task, member in self.champion.members.items():
-            known = self.line_state.tasks[task]
-            model = known.versions.get(member.version)
-            if model is not None and model.state in ("ready", "held", "replaced"):
-                version = member.version
-                members.append(Member(task=task, version=version, spec=known.spec, model=model))
-        return _by_task(members)
+        members = members_of(self.line_state, self.champion)
+        return _by_task(m for m in members if m.model.state in ("ready", "held", "replaced"))
 
     @property
     def joining(self) -> tuple[Member, ...]:
@@ -137,8 +131,7 @@ def take_snapshot(ledger: Ledger) -> Snapshot:
     # Only a task's newest model counts: a model that was held before it is not tried again.
     for (task, version), model in newest_models(line_state):
         if model.state == "held" and model.facts.held_in != context:
-            spec = line_state.tasks[task].spec
-            members[task] = Member(task=task, version=version, spec=spec, model=model)
+            members[task] = member_of(line_state, task, version)
     return Snapshot(
         line_state=line_state,
         members=_by_task(members.values()),

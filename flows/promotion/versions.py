@@ -1,8 +1,23 @@
-"""Find the version that a user names by a number, `champion` or `candidate`; check task names."""
+"""Find the version that a user names, and its members; check task names."""
 
 from restitch.merging.errors import BadInput
+from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, Member
 from restitch.registry.ledger.records import MergedRecord
+from restitch.tasks.runtime.workspace import workspace
+
+
+def open_version(
+    line: str, version: str, *, to_write: bool = True
+) -> tuple[Ledger, LineState, MergedRecord]:
+    """A line's ledger and state, and the record of a version that a user names.
+
+    Raises:
+        BadInput: there is no such line or version.
+    """
+    ledger = workspace(to_write=to_write).ledger(line)
+    line_state = ledger.state()
+    return ledger, line_state, ledger.merged(find_version(line_state, version))
 
 
 def find_version(line_state: LineState, text: str) -> int:
@@ -50,11 +65,11 @@ def check_task(line_state: LineState, task: str) -> None:
 def members_of(line_state: LineState, record: MergedRecord) -> tuple[Member, ...]:
     """The members of a merged version, with their tasks and models on the line."""
     return tuple(
-        Member(
-            task=task,
-            version=member.version,
-            spec=line_state.tasks[task].spec,
-            model=line_state.tasks[task].versions[member.version],
-        )
-        for task, member in record.members.items()
+        member_of(line_state, task, member.version) for task, member in record.members.items()
     )
+
+
+def member_of(line_state: LineState, task: str, version: int) -> Member:
+    """A model of a line as a member."""
+    known = line_state.tasks[task]
+    return Member(task=task, version=version, spec=known.spec, model=known.versions[version])

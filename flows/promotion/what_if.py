@@ -26,8 +26,7 @@ class WhatIf:
 
     Attributes:
         line: the line with the method, its settings, and its choice of masks.
-        members: the members with the deltas that the method merges.
-        deltas: the references of these deltas.
+        members: the members with the `deltas` that the method merges.
         statistics: the statistics that the method needs, by their names in a recipe.
         choice: the result of tuning, if it was asked for and the method has a setting to tune.
     """
@@ -56,14 +55,8 @@ def prepare(
 ) -> WhatIf:
     """Localize members and measure statistics as a method needs them, and tune it if asked.
 
-    Args:
-        line: the line with one method.
-        members: the members to merge.
-        method: the method to prepare for.
-        tuned: tune the method's setting on validation rows.
-        masks: the choice of masks; by default that of the method, or else the line's.
-        settings: the settings that differ from the defaults; by default the line's, if the
-            method is the line's own.
+    By default the masks are those of the method, or else the line's, and the settings are the
+    line's, if the method is the line's own.
 
     Raises:
         BadInput: a setting is unknown, a finetuned model is gone, or a task lacks the rows that

@@ -22,7 +22,7 @@ from restitch.registry.ledger.line_state import Member
 from restitch.tasks.evaluate import evaluate
 from restitch.tasks.inputs.task_data import evaluation_split
 from restitch.tasks.localizers import LOCALIZERS, lacks
-from restitch.tasks.report.drawing import Plot, drawing, to_png
+from restitch.tasks.report.drawing import drawing, to_png
 from restitch.tasks.report.growth_plots import conflict_plot, curves_plot
 from restitch.tasks.report.mask_plots import (
     components_plot,
@@ -49,7 +49,6 @@ class Analysis(StudyOutcome):
     """Measurements of the masks of the version in use.
 
     Attributes:
-        version: the version in use.
         tasks: for each task its base, its finetuned model, its mask in use, and a curve for each
             localizer; `left_out` names localizers that lack something.
         pair: two members merged with growing masks; None with fewer than two members.
@@ -100,7 +99,7 @@ def analyze(
     if snapshot.champion is None or not snapshot.champion_members:
         raise BadInput(f"line {line} has no members to analyze", hint="register models first")
     members = _chosen(snapshot, tasks)
-    known = _by_task(_chosen(snapshot, pair) if pair else members)
+    known = {m.task: m for m in (_chosen(snapshot, pair) if pair else members)}
     if pair and len(known) != 2:
         raise BadInput(
             "a pair is two tasks", expected="--pair A,B", found=", ".join(pair) or "nothing"
@@ -129,10 +128,6 @@ def analyze(
         artifacts=_pictures(outcome),
     )
     return outcome
-
-
-def _by_task(members: Iterable[Member]) -> dict[str, Member]:
-    return {member.task: member for member in members}
 
 
 def _measure(
@@ -188,7 +183,7 @@ def _value(result: ResultRef) -> dict[str, Any]:
 
 def _chosen(snapshot: Snapshot, tasks: Sequence[str]) -> list[Member]:
     """The members of these tasks; without tasks, all that can be evaluated."""
-    known = _by_task(snapshot.champion_members)
+    known = {member.task: member for member in snapshot.champion_members}
     for task in tasks:
         if task not in known:
             raise unknown_name("task of the version in use", task, known)
@@ -229,16 +224,10 @@ def _checked_densities(densities: Iterable[float]) -> tuple[float, ...]:
 
 
 def _pictures(outcome: Analysis) -> dict[str, bytes]:
-    drawn: list[Plot | None] = []
-    for task, measured in outcome.tasks.items():
-        with drawing("grafted"):
-            drawn.append(curves_plot(task, measured))
-    if outcome.pair is not None:
-        with drawing("conflict"):
-            drawn.append(conflict_plot(outcome.pair))
-    for make in _MASK_PLOTS:
-        with drawing("masks"):
-            drawn.append(make(outcome.masks))
+    with drawing("analysis"):
+        drawn = [curves_plot(task, measured) for task, measured in outcome.tasks.items()]
+        drawn += [] if outcome.pair is None else [conflict_plot(outcome.pair)]
+        drawn += [make(outcome.masks) for make in _MASK_PLOTS]
     return {f"{plot.name}.png": to_png(plot) for plot in drawn if plot is not None}
 
 

@@ -12,7 +12,7 @@ computed twice; `restitch gc` removes results that no version refers to.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from restitch.flows.promotion.candidates import measure_member, measure_retention
 from restitch.flows.promotion.snapshot import Snapshot, take_snapshot
@@ -95,9 +95,6 @@ class Comparison(StudyOutcome):
     left_out: dict[str, list[str]]
 
 
-Row = TypeVar("Row", bound=MethodResult)
-
-
 @flow("compare", "{line}")
 def compare(
     line: str, methods: Sequence[str] = (), tuned: bool = False, out: str | None = None
@@ -137,8 +134,8 @@ def compare(
         line=line,
         members={m.task: m.version for m in snapshot.members},
         tuned=tuned,
-        methods=_best_first(merged),
-        experts=_best_first(experts),
+        methods=tuple(sorted(merged, key=_accuracy, reverse=True)),
+        experts=tuple(sorted(experts, key=_accuracy, reverse=True)),
         left_out=lacking,
     )
     artifacts = {}
@@ -160,8 +157,8 @@ def compare(
     return outcome
 
 
-def _best_first(rows: Iterable[Row]) -> tuple[Row, ...]:
-    return tuple(sorted(rows, key=lambda row: -(row.mean_accuracy or 0.0)))
+def _accuracy(row: MethodResult) -> float:
+    return row.mean_accuracy or 0.0
 
 
 def _describe(ready: WhatIf, method: Method) -> dict[str, Any]:

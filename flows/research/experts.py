@@ -16,7 +16,7 @@ from typing import Any
 
 from restitch.flows.promotion.candidates import measure_member
 from restitch.flows.promotion.snapshot import line_with_one_method
-from restitch.flows.promotion.versions import find_version, members_of
+from restitch.flows.promotion.versions import members_of, open_version
 from restitch.flows.promotion.what_if import prepare
 from restitch.flows.research.study_output import StudyOutcome, as_csv, publish_study
 from restitch.merging.errors import BadInput, Unavailable
@@ -103,10 +103,7 @@ def experts(
         BadInput: there is no such version or method, the version has another set, or a finetuned
             model is gone.
     """
-    space = workspace()
-    ledger = space.ledger(line)
-    line_state = ledger.state()
-    record = ledger.merged(find_version(line_state, version))
+    _, line_state, record = open_version(line, version)
     chosen = _specialist_method(method)
     if not record.members:
         raise BadInput(
@@ -118,7 +115,7 @@ def experts(
     ready = prepare(old_line, members_of(line_state, record), chosen, tuned=tuned)
     say(f"{line} {record.version}: {method}")
     made = make_experts(ready.line, make_recipe(ready.line, ready.members))
-    _store_with(record, made, replace, space)
+    _store_with(record, made, replace, workspace())
     outcome = SpecialistSet(
         line=line,
         version=record.version,
@@ -188,10 +185,10 @@ def measure_specialists(
     line: LineRef, members: tuple[Member, ...], made: ExpertsRef
 ) -> SpecialistMeasurements:
     """Measure the accuracy of each member's specialist, and the sizes of the set."""
-    results: dict[str, TaskResult] = {}
-    for member in members:
-        weights = WeightsRef("expert", made.tasks[member.task].blob)
-        results[member.task] = measure_member(line, member, weights)
+    results = {
+        m.task: measure_member(line, m, WeightsRef("expert", made.tasks[m.task].blob))
+        for m in members
+    }
     models = sum(member.model.model.size for member in members)
     return SpecialistMeasurements(
         results={task: _specialist_result(result) for task, result in results.items()},

@@ -40,16 +40,7 @@ def publish_study(
     metrics: Mapping[str, float],
     artifacts: Mapping[str, bytes],
 ) -> None:
-    """Write a study to the folder `out`, and show it as a run in MLflow.
-
-    Args:
-        outcome: the content of the file `<name>.json`.
-        title: the name of the run.
-        out: a folder, or None.
-        name: the name of the JSON file.
-        params: the parameters of the run.
-        metrics: the metrics of the run.
-        artifacts: the other files.
+    """Write `<name>.json` and the artifacts to the folder `out`, and show them as a run in MLflow.
 
     Raises:
         Unavailable: the folder cannot be written to. If MLflow is away, there is only a warning.

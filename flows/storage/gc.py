@@ -10,7 +10,6 @@ store, because the damaged objects may refer to any other.
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -37,7 +36,6 @@ class GcOutcome(Outcome):
     Attributes:
         removed: whether they were removed, or only listed.
         kinds: the number and bytes of the objects, by kind.
-        names: the names of the objects.
         young: the number of other unreferenced objects, which are too young to remove.
         in_use: the number of objects that something refers to.
     """
@@ -113,13 +111,12 @@ def _find(objects: ObjectStore, older_than: float) -> _Garbage:
 def _remove(objects: ObjectStore, garbage: _Garbage) -> None:
     keys = sorted(name for name in garbage.names if name.startswith("keys/"))
     blobs = sorted(garbage.names - set(keys))
-    with working(f"removing {len(garbage.names)} objects") as progress:
-
-        def done(number: int) -> None:
-            progress(number, len(garbage.names))
-
-        _each(objects.store.remove, keys, done)
-        _each(objects.store.remove, blobs, lambda number: done(len(keys) + number))
+    title, done = f"removing {len(garbage.names)} objects", 0
+    with working(title) as progress, ThreadPoolExecutor(_THREADS) as pool:
+        for group in (keys, blobs):
+            for _ in pool.map(objects.store.remove, group):
+                done += 1
+                progress(done, len(garbage.names))
     # Remove keys that were published while their blob was being removed.
     gone = {name.rpartition("/")[2] for name in blobs}
     new = [name for name in objects.store.list("keys") if name not in garbage.inventory.keys]
@@ -127,12 +124,6 @@ def _remove(objects: ObjectStore, garbage: _Garbage) -> None:
         key = objects.lookup(*name.split("/")[1:3])
         if key is not None and key.blob in gone and not objects.store.exists(f"blobs/{key.blob}"):
             objects.store.remove(name)
-
-
-def _each(do: Callable[[str], object], names: Iterable[str], done: Callable[[int], None]) -> None:
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for number, _ in enumerate(pool.map(do, names), 1):
-            done(number)
 
 
 def _outcome(garbage: _Garbage, older_than: float, *, removed: bool) -> GcOutcome:

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec
 
 from restitch.flows.promotion.snapshot import line_with_one_method, retention_task
-from restitch.flows.promotion.versions import members_of
+from restitch.flows.promotion.versions import member_of, members_of
 from restitch.flows.promotion.what_if import prepare
 from restitch.flows.storage.store_check import Projection, is_complete, known_lines
 from restitch.merging.digests import canonical_json, digest_file
@@ -21,7 +21,7 @@ from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.methods.registry import get_method
 from restitch.merging.recipe import Recipe
 from restitch.registry.ledger.ledger import state_after
-from restitch.registry.ledger.line_state import LineState, Member, ModelRef
+from restitch.registry.ledger.line_state import LineState, ModelRef
 from restitch.registry.ledger.outcomes import touched_models
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.ledger.references import COPY_SCHEME, SPECIALISTS, Reference
@@ -39,6 +39,7 @@ from restitch.tasks.runtime.refs import LineRef, WeightsRef
 from restitch.tasks.runtime.workspace import Workspace
 from restitch.tasks.statistics import Statistic, needed, write_statistic_of
 
+P = ParamSpec("P")
 # The task, the weights, and the model whose head they use.
 EvaluationInputs = tuple[TaskSpec, WeightsRef, ModelRef | None]
 
@@ -63,7 +64,6 @@ class NamedStatistic:
     """A statistic that a version or a model names.
 
     Attributes:
-        statistic: its kind and members.
         line: the line when the statistic was made.
         source: the version or model, in words.
         made_by: the process that made the version or model.
@@ -123,7 +123,7 @@ class RecoverySources:
             except Unavailable:
                 return
             if data is not None:
-                yield Recovery(f"its copy in MLflow (line {line})", _writes(data))
+                yield Recovery(f"its copy in MLflow (line {line})", _with(Path.write_bytes, data))
 
     def _copies(self, digest: str, references: list[Reference]) -> Iterator[Recovery]:
         """Copies in this machine's cache of a bucket's objects and of unpacked models."""
@@ -140,7 +140,7 @@ class RecoverySources:
         if folder.is_dir() and any(each.role == "manifest" for each in references):
             files = {path.name: digest_file(path) for path in sorted(folder.iterdir())}
             data = canonical_json({"files": files})
-            yield Recovery("the files in this machine's cache", _writes(data))
+            yield Recovery("the files in this machine's cache", _with(Path.write_bytes, data))
 
     def _patch(self, reference: Reference) -> Iterator[Recovery]:
         for record in self.inventory.records.values():
@@ -149,7 +149,7 @@ class RecoverySources:
                 recipe = Recipe.from_json(record.recipe)
                 yield Recovery(
                     f"the recipe of version {record.version} and the deltas of its members",
-                    partial(write_patch_of, line=line, recipe=recipe, space=self.space),
+                    _with(write_patch_of, line, recipe, self.space),
                 )
                 return
 
@@ -161,18 +161,12 @@ class RecoverySources:
 
         for line_state, entry in self._states_after(reference.line, made):
             for task, number in touched_models(entry):
-                model = line_state.tasks[task].versions[number]
-                numeric = not (model.facts.localizer or "").startswith("dataless")
+                spec, model = line_state.tasks[task].spec, line_state.tasks[task].versions[number]
+                exact = (model.facts.localizer or "").startswith("dataless")
                 yield Recovery(
                     f"the finetuned model {task} {number} at {model.model.uri}"
-                    f"{_NUMERIC if numeric else ''}",
-                    partial(
-                        write_delta,
-                        line=_line(line_state),
-                        task=line_state.tasks[task].spec,
-                        model=model.model,
-                        space=self.space,
-                    ),
+                    f"{'' if exact else _NUMERIC}",
+                    _with(write_delta, _line(line_state), spec, model.model, self.space),
                 )
             return
 
@@ -183,12 +177,7 @@ class RecoverySources:
                 tasks = ", ".join(member.task for member in named.statistic.members)
                 yield Recovery(
                     f"the deltas and train rows of {tasks}{_NUMERIC}",
-                    partial(
-                        write_statistic_of,
-                        line=named.line,
-                        statistic=named.statistic,
-                        space=self.space,
-                    ),
+                    _with(write_statistic_of, named.line, named.statistic, self.space),
                 )
                 return
 
@@ -206,7 +195,7 @@ class RecoverySources:
     def localized(self) -> Iterator[tuple[LineState, str, int]]:
         """The models that acts localized (task and version), with the line right after the act."""
         for line in self.inventory.line_states:
-            for line_state, entry in self._states_after(line, _localizes):
+            for line_state, entry in self._states_after(line, lambda act: act.kind == "localized"):
                 for task, number in touched_models(entry):
                     yield line_state, task, number
 
@@ -214,7 +203,8 @@ class RecoverySources:
         """Evaluate the same weights on the same rows."""
 
         def localized(entry: Entry) -> bool:
-            return _localizes(entry) and (reference.task, reference.number) in touched_models(entry)
+            key = (reference.task, reference.number)
+            return entry.kind == "localized" and key in touched_models(entry)
 
         made = _makes_version(reference.number) if reference.of_version else localized
         record = self._record(reference) if reference.of_version else None
@@ -223,10 +213,10 @@ class RecoverySources:
             if inputs is not None:
                 yield Recovery(
                     f"a new evaluation of {inputs[1].kind} on {inputs[0].task}",
-                    partial(self._evaluate, line_state, inputs),
+                    _with(self._evaluate, line_state, inputs),
                 )
 
-    def _evaluate(self, line_state: LineState, inputs: EvaluationInputs, file: Path) -> None:
+    def _evaluate(self, file: Path, line_state: LineState, inputs: EvaluationInputs) -> None:
         result = evaluated(open_base(_line(line_state), self.space), *inputs, self.space)
         file.write_bytes(canonical_json(result.to_json()))
 
@@ -308,10 +298,9 @@ class RecoverySources:
 def _of_version(record: MergedRecord, line_state: LineState) -> Iterator[NamedStatistic]:
     """The statistics that a version was merged with."""
     members = []
-    for name, merged in record.members.items():
-        task = line_state.tasks[name]
-        model = task.versions[merged.version].model_copy(update={"delta": merged.delta})
-        members.append(Member(task=name, version=merged.version, spec=task.spec, model=model))
+    for member in members_of(line_state, record):
+        model = member.model.model_copy(update={"delta": record.members[member.task].delta})
+        members.append(member.model_copy(update={"model": model}))
     method = Recipe.from_json(record.recipe).method
     spec = line_state.spec.with_method(MethodSpec(name=method.name, settings=dict(method.settings)))
     line, source = LineRef(spec, line_state.base), f"the recipe of version {record.version}"
@@ -323,12 +312,12 @@ def _of_version(record: MergedRecord, line_state: LineState) -> Iterator[NamedSt
 
 def _of_model(line_state: LineState, task: str, number: int) -> Iterator[NamedStatistic]:
     """The statistics of a model that was just localized."""
-    spec, model = line_state.tasks[task].spec, line_state.tasks[task].versions[number]
-    member = Member(task=task, version=number, spec=spec, model=model)
+    member = member_of(line_state, task, number)
     line, source = _line(line_state), f"the state of line {line_state.line} ({task} {number})"
-    for kind, digest in model.facts.statistics.items():
+    facts = member.model.facts
+    for kind, digest in facts.statistics.items():
         statistic = Statistic(kind, (member,))
-        yield NamedStatistic(digest, statistic, line, source, model.facts.localized_by)
+        yield NamedStatistic(digest, statistic, line, source, facts.localized_by)
 
 
 def _evaluation_inputs(
@@ -336,45 +325,38 @@ def _evaluation_inputs(
 ) -> EvaluationInputs | None:
     """The inputs of a stored evaluation; None if they are unknown."""
     name, _, retention = reference.weights.partition(" ")
-    if name == "merged" and record is None:
+    if record is None and (retention or name == "merged"):
         return None
+    base, merged = WeightsRef("base"), WeightsRef("merged", "" if record is None else record.patch)
     if retention:
         spec = retention_task(line_state)
-        if spec is None or record is None:
-            return None
-        merged = WeightsRef("merged", record.patch)
-        return spec, merged if name == "merged" else WeightsRef("base"), None
+        return None if spec is None else (spec, merged if name == "merged" else base, None)
     member = None if record is None else record.members.get(reference.task)
     task = line_state.tasks.get(reference.task)
     number = reference.number if member is None else member.version
     if task is None or number not in task.versions:
         return None
     model = task.versions[number]
-    ref = model.model
-    if name == "merged" and record is not None:
-        weights = WeightsRef("merged", record.patch)
-    elif name == "grafted":
-        weights = WeightsRef("grafted", str(model.delta if member is None else member.delta))
-    elif name == "finetuned":
-        weights = WeightsRef("finetuned", ref.weights, ref.uri)
-    elif name == "localizable":
-        weights = WeightsRef("localizable", ref.weights, ref.uri)
-    else:
-        weights = WeightsRef("base")
-    return task.spec, weights, ref
+    ref, delta = model.model, model.delta if member is None else member.delta
+    weights = {
+        "merged": merged,
+        "grafted": WeightsRef("grafted", str(delta)),
+        "finetuned": WeightsRef("finetuned", ref.weights, ref.uri),
+        "localizable": WeightsRef("localizable", ref.weights, ref.uri),
+    }
+    return task.spec, weights.get(name, base), ref
 
 
 def _makes_version(number: int) -> Callable[[Entry], bool]:
     return lambda entry: f"/versions/{number}" in entry.after
 
 
-def _localizes(entry: Entry) -> bool:
-    return entry.kind == "localized"
-
-
 def _line(line_state: LineState) -> LineRef:
     return LineRef(line_state.spec, line_state.base)
 
 
-def _writes(data: bytes) -> Callable[[Path], object]:
-    return lambda file: file.write_bytes(data)
+def _with(
+    write: Callable[Concatenate[Path, P], object], *args: P.args, **kwargs: P.kwargs
+) -> Callable[[Path], object]:
+    """A function of a file, with its other arguments."""
+    return lambda file: write(file, *args, **kwargs)

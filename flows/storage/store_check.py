@@ -6,19 +6,18 @@ listed, but they are not damage. A second check by the same `Checker` skips blob
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from restitch.flows.outcome import Outcome
-from restitch.merging.digests import canonical_json
 from restitch.merging.errors import Damage, RestitchError, Unavailable
 from restitch.merging.files.sparse import SparseFile
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
-from restitch.registry.ledger.records import Entry, replay, state_of
+from restitch.registry.ledger.records import Entry, differences, replay, state_of
 from restitch.registry.ledger.references import SPECIALISTS
 from restitch.registry.maintenance.inventory import Inventory, in_use, take_inventory
 from restitch.registry.mlflow.sync import MlflowProjection
@@ -31,6 +30,8 @@ from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.workspace import Workspace
 
 Answer = TypeVar("Answer")
+# Names of objects, each with its problem.
+Problems = Iterator[tuple[str, str]]
 
 MLFLOW = "MLflow: "  # before the name of a line: its projection
 
@@ -44,11 +45,9 @@ class Damaged:
 
     Attributes:
         object: its name in the store, or `MLflow: LINE` for the projection of a line.
-        problem: how it differs from what it should be.
         what: its meaning, in each place that names it.
         depends: the lines, versions and models that need it.
         remedy: what `--repair` would do; None if only a backup helps.
-        mended: whether it was repaired.
         outcome: how it was repaired, or why it was not.
     """
 
@@ -66,8 +65,6 @@ class StoreCheck(Outcome):
     """The result for a store.
 
     Attributes:
-        objects: the number of objects.
-        bytes: the size of the objects.
         compared: blobs and acts that were compared with their digests.
         mlflow: lines whose projection in MLflow was compared.
         orphans: objects that nothing refers to; `restitch gc` removes them.
@@ -156,33 +153,30 @@ class Checker:
         self._projections(inventory, result)
         return result, inventory
 
-    def _missing(self, inventory: Inventory) -> dict[str, str]:
-        return {
-            name: "it is missing"
-            for name in (f"blobs/{digest}" for digest in inventory.references)
-            if name not in inventory.listed and not self.store.exists(name)
-        }
+    def _missing(self, inventory: Inventory) -> Problems:
+        for name in (f"blobs/{digest}" for digest in inventory.references):
+            if name not in inventory.listed and not self.store.exists(name):
+                yield name, "it is missing"
 
-    def _altered(self, inventory: Inventory, known: dict[str, str]) -> dict[str, str]:
+    def _altered(self, inventory: Inventory, known: dict[str, str]) -> Problems:
         names = [
             name
             for name in inventory.listed
             if name.startswith("blobs/") and name not in self.intact and name not in known
         ]
         total = sum(inventory.listed[name].size for name in names)
-        problems, done = {}, 0
+        done = 0
         with (
             working(f"comparing {len(names)} objects with their digests") as progress,
             ThreadPoolExecutor(_THREADS) as pool,
         ):
             for name, problem in zip(names, pool.map(self._compare, names), strict=True):
                 if problem:
-                    problems[name] = problem
+                    yield name, problem
                 elif problem is None:
                     self.intact.add(name)
                 done += inventory.listed[name].size
                 progress(done, total)
-        return problems
 
     def _compare(self, name: str) -> str | None:
         """The problem of a blob; None if it is intact, "" if it has just been removed."""
@@ -194,20 +188,18 @@ class Checker:
             return f"the server reports other bytes than were written: {error.found}"
         return None if f"blobs/{digest}" == name else f"its bytes have the digest {digest}"
 
-    def _keys(self, inventory: Inventory, known: dict[str, str]) -> dict[str, str]:
-        problems = {}
+    def _keys(self, inventory: Inventory, known: dict[str, str]) -> Problems:
         for name, key in inventory.keys.items():
             blob = f"blobs/{key.blob}"
             if blob in known:
                 continue  # the blob is damaged, not the key
             listed = inventory.listed.get(blob)
             if listed is None:
-                problems[name] = f"it names {blob}, which is missing"
+                yield name, f"it names {blob}, which is missing"
             elif listed.size != key.size:
-                problems[name] = f"it says {key.size} bytes, but {blob} has {listed.size}"
+                yield name, f"it says {key.size} bytes, but {blob} has {listed.size}"
             elif problem := self._contradiction(name, key, known):
-                problems[name] = problem
-        return problems
+                yield name, problem
 
     def _contradiction(self, name: str, key: KeyRecord, known: dict[str, str]) -> str | None:
         """The first statement of a key that its blob contradicts."""
@@ -240,8 +232,7 @@ class Checker:
             return f"it names {key.blob}, and a part of it cannot be used: {error.summary}"
         return None
 
-    def _attempts(self, inventory: Inventory) -> dict[str, str]:
-        problems = {}
+    def _attempts(self, inventory: Inventory) -> Problems:
         for name in inventory.listed:
             if name.startswith("attempts/") and name.endswith(".begun"):
                 try:
@@ -249,31 +240,26 @@ class Checker:
                     str(Attempt(0, facts)), facts["process_began"], facts["time"]
                 except (ValueError, KeyError, TypeError):
                     if f"{name.removesuffix('begun')}ended" not in inventory.listed:
-                        problems[name] = "it cannot be read"
+                        yield name, "it cannot be read"
                 except NotInStore:
                     continue
-        return problems
 
-    def _line_states(self, inventory: Inventory) -> dict[str, str]:
-        problems = {}
+    def _line_states(self, inventory: Inventory) -> Problems:
         for line, line_state in inventory.line_states.items():
             trail = inventory.trails[line]
             if is_complete(trail) and len(trail) == line_state.sequence:
                 problem = trail_contradiction(line_state, trail[::-1])
                 if problem is not None:
-                    problems[f"lines/{line}/head.json"] = problem
-        return problems
+                    yield f"lines/{line}/head.json", problem
 
-    def _acts_shown(self, inventory: Inventory) -> dict[str, str]:
+    def _acts_shown(self, inventory: Inventory) -> Problems:
         """Acts that only MLflow has. If a line's state is lost, nothing else names them."""
-        problems = {}
         for line in known_lines(inventory):
             with suppress(Unavailable):
                 for digest in self.projection.acts_shown(line):
                     name = f"audit/{digest}"
                     if digest not in inventory.entries and name not in inventory.damaged:
-                        problems[name] = "it is missing, but MLflow shows it"
-        return problems
+                        yield name, "it is missing, but MLflow shows it"
 
     def _projections(self, inventory: Inventory, result: StoreCheck) -> None:
         """Compare MLflow with the lines whose state can be read."""
@@ -309,18 +295,12 @@ def is_complete(trail: Sequence[Entry]) -> bool:
 
 def trail_contradiction(line_state: LineState, trail: Sequence[Entry]) -> str | None:
     """The first value in a line's state that its acts, oldest first, do not give."""
-    replayed, stored = replay(trail), state_of(line_state)
-    if canonical_json(replayed) == canonical_json(stored):
+    replayed, stored = differences(replay(trail), state_of(line_state))
+    paths = sorted({*replayed, *stored})
+    if not paths:
         return None
-    return _first_difference(replayed, stored)
-
-
-def _first_difference(replayed: Any, stored: Any, path: str = "") -> str:
-    if isinstance(replayed, dict) and isinstance(stored, dict):
-        for key in sorted({*replayed, *stored}):
-            if replayed.get(key) != stored.get(key):
-                return _first_difference(replayed.get(key), stored.get(key), f"{path}/{key}")
-    return f"{path} is {str(stored)[:80]}, but its acts give {str(replayed)[:80]}"
+    has, given = (str(values.get(paths[0]))[:80] for values in (stored, replayed))
+    return f"{paths[0]} is {has}, but its acts give {given}"
 
 
 def _described(inventory: Inventory, name: str, problem: str) -> Damaged:

@@ -11,8 +11,6 @@ import re
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from restitch.flows.outcome import Outcome
 from restitch.merging.digests import digest_bytes, digest_file
@@ -22,7 +20,6 @@ from restitch.registry.ledger.ledger import Ledger, lines
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.mlflow.sync import without_credentials
 from restitch.registry.store.base import NotInStore, Store
-from restitch.registry.store.disk import explained
 from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.runtime.console import warn, working
@@ -41,7 +38,6 @@ class CopyOutcome(Outcome):
     """The result of a copy.
 
     Attributes:
-        copied: the number of objects that were copied.
         there: the number of objects that the target had before.
         bytes: the size of the copied objects.
         lines: the lines that the target has now.
@@ -60,21 +56,18 @@ class CopyOutcome(Outcome):
 def copy_store(source: str, target: str) -> CopyOutcome:
     """Copy a store into an empty one, or continue an interrupted copy.
 
-    Args:
-        source: a folder, or `s3://bucket/prefix`.
-        target: the same.
+    Either is a folder, or `s3://bucket/prefix`.
 
     Raises:
         BadInput: an address is invalid, the source has no line, or the target has other lines.
         Damage: an object of the source is damaged; all others were copied.
         Unavailable: a store cannot be reached.
     """
-    home = workspace().home
     if _same(source, target):
         raise BadInput("a store cannot be copied to itself", found=without_credentials(source))
-    with explained(home.scratch, "write"), TemporaryDirectory(dir=home.scratch) as scratch:
+    with workspace().scratch() as scratch:
         # The downloads of a store go to the scratch folder.
-        stores = [Home(Path(scratch), address).open_store() for address in (source, target)]
+        stores = [Home(scratch, address).open_store() for address in (source, target)]
         return _Copy(*stores).run(without_credentials(source), without_credentials(target))
 
 
@@ -93,7 +86,8 @@ class _Copy:
             )
         tags = {line: self._older_tag(line, data, target) for line, data in states.items()}
         there = set(self.target.list())
-        objects = [name for name in self.source.list() if _is_copied(name)]
+        listed = (name for name in self.source.list() if not name.startswith(_LEFT_OUT))
+        objects = [name for name in listed if not _LINE_STATE.match(name)]
         sizes = self._copy_all(objects, there, target)
         for line, data in states.items():
             self._write_state(line, data, tags[line], target)
@@ -112,8 +106,7 @@ class _Copy:
         )
 
     def _copy_all(self, names: list[str], there: set[str], target: str) -> list[int | None]:
-        sizes: list[int | None] = []
-        damaged: list[str] = []
+        results: list[int | Damage | None] = []
 
         def copy(name: str) -> int | Damage | None:
             try:
@@ -124,15 +117,13 @@ class _Copy:
         title = f"copying {len(names)} objects"
         with working(title) as progress, ThreadPoolExecutor(_THREADS) as pool:
             try:
-                for done, size in enumerate(pool.map(copy, names), 1):
-                    if isinstance(size, Damage):
-                        damaged.append(size.summary)
-                    else:
-                        sizes.append(size)
-                    progress(done, len(names))
+                for result in pool.map(copy, names):
+                    results.append(result)
+                    progress(len(results), len(names))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
+        damaged = [result.summary for result in results if isinstance(result, Damage)]
         if damaged:
             raise Damage(
                 f"{len(damaged)} objects of the source are damaged; the copy has no lines yet",
@@ -140,7 +131,7 @@ class _Copy:
                 hint="run `restitch verify --deep --repair` on the source, then copy again",
                 details=damaged[:20],
             )
-        return sizes
+        return [result for result in results if not isinstance(result, Damage)]
 
     def _copy(self, name: str, there: bool, target: str) -> int | None:
         """Copy one object; its size, or None if the target had it."""
@@ -198,10 +189,6 @@ def _same(source: str, target: str) -> bool:
         for text in (source.rstrip("/"), target.rstrip("/"))
     )
     return first == second
-
-
-def _is_copied(name: str) -> bool:
-    return not (_LINE_STATE.match(name) or name.startswith(_LEFT_OUT))
 
 
 def _state_name(line: str) -> str:

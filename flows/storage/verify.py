@@ -235,18 +235,13 @@ class _Verifier:
             self._compare(f"the statistics of {key}", model.facts.statistics.values())
 
     def _check_versions(self, line_state: LineState, trail: list[Entry]) -> None:
-        made_by = {
-            pointer.rpartition("/")[2]: entry
-            for entry in trail
-            for pointer in entry.after
-            if re.match(r"/versions/\d+\Z", pointer)
-        }
         versions = self.result.versions
         with working(f"verifying {len(versions)} versions") as progress:
             for done, number in enumerate(versions):
                 progress(done, len(versions))
+                made = next((act for act in trail if f"/versions/{number}" in act.after), None)
                 try:
-                    self._check_version(line_state, number, made_by.get(str(number)))
+                    self._check_version(line_state, number, made)
                 except Damage as error:
                     self.result.damaged(f"version {number}", error)
 

@@ -10,11 +10,11 @@ If all tasks have labelled train rows, continual finetuning is compared as well:
 as the base and learns the members' tasks one after another, without the rows of earlier tasks.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from restitch.flows.research.study.subject import NOT_TUNED, Study, Subject
-from restitch.merging.methods.registry import Method, get_method
+from restitch.merging.methods.registry import Method
 from restitch.registry.ledger.line_state import Member
 from restitch.tasks.report.study_plots import Axes, lines_plot
 from restitch.tasks.research.finetune import finetune, lacks_labels
@@ -30,10 +30,9 @@ Row = dict[str, Any]
 def make(subject: Subject) -> Study:
     """The study."""
     order = sorted(subject.members, key=lambda m: (m.model.registered_at, m.task.encode()))
-    own = subject.method
-    methods = [own, *(get_method(name) for name in OTHERS if name != own.name)]
+    methods = subject.with_own(*OTHERS)
     rows = [
-        _row(subject, method, order, count, tuned=method is not own)
+        _row(subject, method, order, count, tuned=method is not methods[0])
         for count in range(2, len(order) + 1)
         for method in methods
     ]
@@ -56,7 +55,10 @@ def make(subject: Subject) -> Study:
         lines_plot("continual-seconds", "Seconds of each step", rows, by_cost),
     ]
     details = ("merges", "localize", "merge", "finetune")
-    return Study(_with_all_tasks(rows, order), plots, notes, details)
+    # Every row has all columns; that of a task is empty before the task joined.
+    columns = dict.fromkeys([*rows[0], *(member.task for member in order)])
+    rows = [columns | row for row in rows]
+    return Study(rows, plots, notes, details)
 
 
 def _row(
@@ -96,10 +98,7 @@ def _finetuned(subject: Subject, order: Sequence[Member]) -> list[Row]:
             "count": count,
             "joined": joined.task,
             "method": FINETUNING,
-            "tuned": None,
             "merges": 0,
-            "localize": None,
-            "merge": None,
             "finetune": patch.seconds,
             "seconds": patch.seconds,
         }
@@ -118,8 +117,3 @@ def _forgetting(rows: Sequence[Row]) -> list[str]:
         f"{FINETUNING} reaches {first['mean']:.4f} on {first['joined']} alone{of_model}",
         f"accuracy right after learning a task and at the end: {changes}",
     ]
-
-
-def _with_all_tasks(rows: Sequence[Mapping[str, Any]], order: Sequence[Member]) -> list[Row]:
-    """Rows with a column for each task, which is empty before the task joined."""
-    return [{**row, **{m.task: row.get(m.task) for m in order}} for row in rows]

@@ -27,9 +27,7 @@ class StudyTable(StudyOutcome):
     Attributes:
         about: a description of the study in one line.
         version: the version in use.
-        columns: the columns of the rows, in order.
-        details: the columns that a terminal leaves out.
-        notes: remarks on how the table was made.
+        columns: the columns of the rows, in order; a terminal leaves out the `details`.
     """
 
     study: str

@@ -5,12 +5,11 @@ for whole task vectors, and for the line's own localizer. Merging happens for ea
 makes the patch from the members' deltas.
 """
 
-from statistics import fmean
-
-from restitch.flows.promotion.what_if import everything
+from restitch.flows.promotion.what_if import everything, masks_like
 from restitch.flows.research.study.subject import Study, Subject
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import get_method, method_names
+from restitch.registry.ledger.records import mean_of
 from restitch.tasks.report.study_plots import Axes, bars_plot
 from restitch.tasks.research.timing import merging_seconds
 from restitch.tasks.runtime.console import say
@@ -23,7 +22,7 @@ def make(subject: Subject) -> Study:
         "localize: mean seconds and bytes of a member; merge: seconds, and bytes of all deltas"
     ]
     choices = {
-        "dataless": subject.masks(mode="dataless"),
+        "dataless": masks_like(subject.line.spec, mode="dataless"),
         "whole task vectors": everything(subject.line.spec),
     }
     if own.mode != "dataless":
@@ -31,12 +30,11 @@ def make(subject: Subject) -> Study:
     rows = []
     for name, masks in choices.items():
         what_if = subject.prepare(subject.sparse_method, subject.members, masks=masks)
-        seconds = [delta.seconds for delta in what_if.deltas if delta.seconds is not None]
         rows.append(
             {
                 "step": "localize",
                 "what": name,
-                "seconds": fmean(seconds) if seconds else None,
+                "seconds": mean_of(delta.seconds for delta in what_if.deltas),
                 "bytes": sum(delta.size for delta in what_if.deltas) // len(what_if.deltas),
             }
         )

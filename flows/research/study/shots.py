@@ -4,6 +4,7 @@ The localizer is the line's own if it uses rows, and `fisher` otherwise. The das
 dataless masks of the same density.
 """
 
+from restitch.flows.promotion.what_if import masks_like
 from restitch.flows.research.study.subject import Study, Subject
 from restitch.merging.errors import BadInput
 from restitch.registry.specs.localize import DEFAULT_DENSITY
@@ -36,21 +37,20 @@ def make(subject: Subject) -> Study:
     method, rows = subject.sparse_method, []
     for shots in SHOTS:
         say(f"{subject.line.spec.line}: {shots} per class")
-        masks = subject.masks(mode=mode, density=density, shots=shots, **own)
+        masks = masks_like(subject.line.spec, mode=mode, density=density, shots=shots, **own)
         what_if = subject.prepare(method, subject.members, masks=masks)
         used = [int(delta.facts.get("calibration_rows", 0)) for delta in what_if.deltas]
-        seconds = [delta.seconds for delta in what_if.deltas if delta.seconds is not None]
         rows.append(
             {
                 "localizer": mode,
                 "shots": shots,
                 "density": density,
                 "rows": sum(used),
-                "seconds": sum(seconds),
+                "seconds": sum(delta.seconds or 0 for delta in what_if.deltas),
                 **subject.reached(what_if).values(),
             }
         )
-    plain = subject.masks(mode="dataless", density=density)
+    plain = masks_like(subject.line.spec, mode="dataless", density=density)
     without = subject.reached(subject.prepare(method, subject.members, masks=plain))
     axes = Axes(
         ("shots", "rows per class"), ("mean", "mean accuracy, merged"), "localizer", log=True

@@ -11,11 +11,12 @@ from functools import cached_property
 from typing import Any
 
 from restitch.flows.promotion.snapshot import Snapshot
-from restitch.flows.promotion.what_if import WhatIf, masks_like, own_settings, prepare
+from restitch.flows.promotion.what_if import WhatIf, own_settings, prepare
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import Method, get_method
 from restitch.modeling.families.family import Family, get_family
 from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.records import mean_of
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.tasks.evaluate import evaluate
 from restitch.tasks.inputs.task_data import evaluation_split, has_validation
@@ -29,11 +30,9 @@ NOT_TUNED = "coefficients have their defaults: not every task has validation row
 
 @dataclass(frozen=True)
 class Study:
-    """The table of a study.
+    """The table of a study, whose rows have the same columns.
 
     Attributes:
-        rows: the rows, all with the same columns.
-        plots: the plots of the rows.
         notes: remarks on how the table was made.
         details: the columns that a terminal leaves out.
     """
@@ -49,7 +48,6 @@ class Reached:
     """The accuracy of a merged model.
 
     Attributes:
-        tasks: the result of each task.
         finetuned: the accuracy of each finetuned model that can still be read, by task.
     """
 
@@ -65,8 +63,7 @@ class Reached:
     @property
     def normalized(self) -> float | None:
         """The mean normalized accuracy of the tasks whose finetuned model was measured."""
-        ratios = [self.tasks[task].value / value for task, value in self.finetuned.items() if value]
-        return sum(ratios) / len(ratios) if ratios else None
+        return mean_of(self.tasks[t].value / value for t, value in self.finetuned.items() if value)
 
     def values(self) -> dict[str, Any]:
         """The columns that every study of merged models has."""
@@ -116,6 +113,11 @@ class Subject:
         """The method in use."""
         return get_method(self.line.spec.method.name)
 
+    def with_own(self, *names: str) -> list[Method]:
+        """The method in use, and the others with these names."""
+        own = self.method
+        return [own, *(get_method(name) for name in names if name != own.name)]
+
     @property
     def sparse_method(self) -> Method:
         """The line's method if it merges sparse deltas, otherwise localize-and-stitch."""
@@ -125,10 +127,6 @@ class Subject:
     def can_tune(self) -> bool:
         """True if every task has validation rows, on which settings are chosen."""
         return all(has_validation(member.spec, self.family) for member in self.members)
-
-    def masks(self, **choice: Any) -> LocalizeSpec:
-        """The line's settings for masks, changed by `choice`."""
-        return masks_like(self.line.spec, **choice)
 
     def prepare(
         self,
@@ -141,12 +139,8 @@ class Subject:
     ) -> WhatIf:
         """Prepare a merge of members by a method that gives one merged model.
 
-        Args:
-            method: the method.
-            members: the members to merge.
-            masks: the settings of the masks, as for `what_if.prepare`.
-            settings: changes to the method's defaults, or to the line's if the method is its own.
-            tuned: tune on validation rows, if all tasks have them.
+        `settings` change the method's defaults, or the line's if the method is its own. The method
+        is tuned only if all tasks have validation rows. The rest is as for `what_if.prepare`.
         """
         chosen = {**own_settings(self.line, method), **(settings or {})}
         tuned = tuned and self.can_tune

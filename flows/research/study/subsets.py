@@ -12,8 +12,8 @@ from typing import Any
 
 from restitch.flows.research.study.subject import Study, Subject
 from restitch.merging.errors import BadInput
-from restitch.merging.methods.registry import get_method
 from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.records import mean_of
 from restitch.tasks.report.study_plots import Axes, points_plot
 from restitch.tasks.research.mask_analysis import analyze
 from restitch.tasks.runtime.console import say
@@ -41,7 +41,7 @@ def make(subject: Subject) -> Study:
     )
     half = min(MOST, (len(ranked) + 1) // 2)
     groups = {"similar": ranked[:half], "dissimilar": ranked[half:][-MOST:]}
-    methods = [subject.method, *([] if subject.method.name == OTHER else [get_method(OTHER)])]
+    methods = subject.with_own(OTHER)
     rows = []
     for group, subsets in groups.items():
         for subset in subsets:
@@ -78,10 +78,9 @@ def _jaccard(subject: Subject) -> dict[tuple[str, str], float]:
     champion = subject.snapshot.champion
     assert champion is not None, "a line with members in use has a champion"
     sparse = subject.prepare(subject.sparse_method, subject.members)
-    deltas = {m.task: str(m.model.delta) for m in sparse.members}
     members = {
-        task: champion.members[task].model_copy(update={"delta": delta})
-        for task, delta in deltas.items()
+        m.task: champion.members[m.task].model_copy(update={"delta": str(m.model.delta)})
+        for m in sparse.members
     }
     masks = analyze(subject.line, champion.model_copy(update={"members": members}))
     tasks = masks["tasks"]
@@ -97,9 +96,6 @@ def _similarity(subset: Sequence[Member], jaccard: dict[tuple[str, str], float])
 
 
 def _mean(rows: Sequence[dict[str, Any]], group: str, method: str) -> str:
-    values = [
-        row["normalized"]
-        for row in rows
-        if (row["group"], row["method"]) == (group, method) and row["normalized"] is not None
-    ]
-    return f"{fmean(values):.4f}" if values else "not measured"
+    chosen = (row for row in rows if (row["group"], row["method"]) == (group, method))
+    mean = mean_of(row["normalized"] for row in chosen)
+    return "not measured" if mean is None else f"{mean:.4f}"

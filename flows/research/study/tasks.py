@@ -11,8 +11,8 @@ from statistics import fmean, pstdev
 from typing import Any
 
 from restitch.flows.research.study.subject import Study, Subject
-from restitch.merging.methods.registry import get_method
 from restitch.registry.ledger.line_state import Member
+from restitch.registry.ledger.records import mean_of
 from restitch.tasks.report.study_plots import Axes, lines_plot
 from restitch.tasks.runtime.console import say
 
@@ -24,8 +24,7 @@ SEED = 0
 
 def make(subject: Subject) -> Study:
     """The study."""
-    own = subject.method
-    methods = [own, *(get_method(name) for name in METHODS if name != own.name)]
+    methods = subject.with_own(*METHODS)
     rows: list[dict[str, Any]] = []
     for size in range(2, len(subject.members) + 1):
         subsets = _drawn(subject.members, size)
@@ -39,7 +38,7 @@ def make(subject: Subject) -> Study:
                     "method": method.name,
                     "subsets": len(subsets),
                     "mean": fmean(one.mean for one in merged),
-                    "normalized": fmean(ratios) if ratios else None,
+                    "normalized": mean_of(ratios),
                     "deviation": pstdev(ratios) if ratios else None,
                 }
             )

@@ -185,8 +185,8 @@ def test_a_delta_is_lost_if_its_model_is_gone_or_gives_other_bytes(
     # As if the mask were found by gradients on another device.
     from restitch.tasks.localize import write_delta
 
-    def differently(path: Path, **given: Any) -> Any:
-        found = write_delta(path, **given)
+    def differently(path: Path, *given: Any) -> Any:
+        found = write_delta(path, *given)
         flip(path)
         return found
 
