@@ -90,27 +90,23 @@ def evaluate(
     *,
     metric: str = "accuracy",
     batch_size: int = BATCH_SIZE,
-    device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score a model on labelled rows.
 
     Args:
         family: the family, which scores.
-        model: the loaded model; it is moved to `device`.
+        model: the loaded model, on the device to use.
         head: the head of the task.
         rows: the rows, with labels.
         preprocess: the family's preprocessor.
         metric: accuracy or f1.
         batch_size: the number of rows at once.
-        device: the device; None is where the model is.
         progress: rows scored, of how many.
     """
     if metric not in METRICS:
         raise BadInput(f"unknown metric {metric!r}", expected=" or ".join(METRICS))
     targets = rows.targets
-    if device is not None:
-        model.to(device)
     where = next(model.parameters()).device
     head = head.to(where)
     model.eval()
