@@ -9,7 +9,6 @@ matrix.
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -205,16 +204,3 @@ def _f1_interval(confusion: NDArray[np.int64]) -> tuple[float, float]:
     values = [f1(sample.reshape(confusion.shape)) for sample in drawn]
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
-
-
-def normalized(merged: Evaluation, finetuned: Evaluation) -> float | None:
-    """The merged model's value over the finetuned model's; None if that is zero.
-
-    Raises:
-        ValueError: the metrics or the numbers of rows differ.
-    """
-    if (merged.metric, merged.count) != (finetuned.metric, finetuned.count):
-        raise ValueError("evaluations of different metrics or rows have no ratio")
-    with suppress(ZeroDivisionError):
-        return merged.value / finetuned.value
-    return None
