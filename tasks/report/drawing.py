@@ -90,11 +90,7 @@ class Plot:
 
 @contextmanager
 def drawing(name: str) -> Iterator[None]:
-    """Set up matplotlib for one plot, independent of the user's own settings.
-
-    Args:
-        name: of the plot.
-    """
+    """Set up matplotlib for the plot of this name, independent of the user's own settings."""
     import matplotlib as mpl
 
     with mpl.rc_context(), warnings.catch_warnings():

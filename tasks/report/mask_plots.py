@@ -73,10 +73,8 @@ def components_plot(analysis: Mapping[str, Any]) -> Plot | None:
         axes.barh(range(len(names)), widths, 0.72, left=start, color=COLOURS[colour], label=part)
         start = [a + b for a, b in zip(start, widths, strict=True)]
     axes.set_yticks(range(len(names)), [label(name) for name in names])
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlim(0, 1)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("share of the mask")
+    axes.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xlabel="share of the mask")
     handles, labels = axes.get_legend_handles_labels()
     columns = len(parts) if len(parts) <= 4 else 3
     figure.legend(handles, labels, loc="upper center", ncols=columns, handlelength=1)
@@ -130,8 +128,7 @@ def owners_plot(analysis: Mapping[str, Any]) -> Plot | None:
                 ha="center",
                 fontsize=7.5,
             )
-    axes.set_xlabel("number of masks that select a coordinate")
-    axes.set_ylabel("coordinates")
+    axes.set(xlabel="number of masks that select a coordinate", ylabel="coordinates")
     words = ", ".join(f"{masks}: {number(count)}" for masks, count in enumerate(owners[:12], 1))
     return Plot(
         "owners",

@@ -32,8 +32,7 @@ def methods_plot(rows: Sequence[Mapping[str, Any]]) -> Plot | None:
             axes.hlines(at, [span["low"]], [span["high"]], color=COLOURS[colour], linewidth=1)
         style = {"color": COLOURS[colour], "markersize": 6, "label": row["method"]}
         axes.plot([retention], [accuracy], shape, **style)
-    axes.set_xlabel("retention (base: 1)")
-    axes.set_ylabel("mean accuracy over the tasks")
+    axes.set(xlabel="retention (base: 1)", ylabel="mean accuracy over the tasks")
     axes.margins(0.12)
     axes.grid()
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handletextpad=0.2)

@@ -115,8 +115,7 @@ def retention_plot(
         at = [version["version"]]
         axes.vlines(at, [span["low"]], [span["high"]], color=COLOURS["green"], linewidth=1.5)
     _mark_versions(figure, axes, version["version"], points, "version", "retention")
-    axes.set_xlabel("version")
-    axes.set_ylabel("retention (base: 1)")
+    axes.set(xlabel="version", ylabel="retention (base: 1)")
     axes.grid(axis="y")
     axes.xaxis.get_major_locator().set_params(integer=True)
     _widen(axes)
@@ -140,8 +139,7 @@ def tradeoff_plot(version: Mapping[str, Any], versions: Sequence[Mapping[str, An
         return None
     figure, axes = axes_in(2.1, left=0.62, top=0.36, bottom=0.5)
     _mark_versions(figure, axes, version["version"], points, "retention", "mean_accuracy")
-    axes.set_xlabel("retention (base: 1)")
-    axes.set_ylabel("mean accuracy over the tasks")
+    axes.set(xlabel="retention (base: 1)", ylabel="mean accuracy over the tasks")
     axes.grid()
     _widen(axes)
     words = [(f"version {v['version']}", v["mean_accuracy"]) for v in points]
