@@ -91,18 +91,7 @@ def evaluate(
     batch_size: int = BATCH_SIZE,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Score a model on labelled rows.
-
-    Args:
-        family: the family, which scores.
-        model: the loaded model, on the device to use.
-        head: the head of the task.
-        rows: the rows, with labels.
-        preprocess: the family's preprocessor.
-        metric: accuracy or f1.
-        batch_size: the number of rows at once.
-        progress: rows scored, of how many.
-    """
+    """Score a model, on its own device, on labelled rows; `progress` counts rows."""
     if metric not in METRICS:
         raise BadInput(f"unknown metric {metric!r}", expected=" or ".join(METRICS))
     targets = rows.targets

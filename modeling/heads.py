@@ -107,14 +107,9 @@ def head_key(
 ) -> dict[str, object]:
     """Everything that a head is built from, as plain values to digest.
 
-    Args:
-        family: the family's name.
-        version: the family's version.
-        base: the digest of the base's weights.
-        assets: the digest of its configuration, tokenizer and processor files.
-        spec: the resolved description.
-        finetuned: the digest of the finetuned weights where the head lies in them
-            (`Family.head_tensors`), None otherwise.
+    `base`, `assets` and `finetuned` are digests: of the base's weights, of its configuration,
+    tokenizer and processor files, and of the finetuned weights where the head lies in them
+    (`Family.head_tensors`).
     """
     return {
         "assets": assets,

@@ -44,12 +44,7 @@ _VOCABULARIES = (
 
 
 class NamedModel(nn.Module):
-    """A transformers model that knows its tensors by their names in its file.
-
-    Args:
-        inner: the model.
-        names: from names in the file to names in `inner`.
-    """
+    """A transformers model, and its tensors' names in its file with those in `inner`."""
 
     def __init__(self, inner: nn.Module, names: Mapping[str, str]) -> None:
         super().__init__()

@@ -55,12 +55,7 @@ def restore(parameters: Mapping[str, Tensor], base: Checkpoint, names: Iterable[
 
 
 def linear_layers(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, nn.Linear]:
-    """The linear layers of a loaded model by the names of their weights, sorted.
-
-    Args:
-        model: the model.
-        parameters: live tensors by name, from `Family.parameters`.
-    """
+    """The linear layers of a loaded model by the names of their weights, sorted."""
     layers = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
     return {
         name: layers[id(live)] for name, live in sorted(parameters.items()) if id(live) in layers

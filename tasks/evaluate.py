@@ -60,15 +60,7 @@ def evaluate(
     head_of: ModelRef | None = None,
     again: bool = False,
 ) -> ResultRef | Cached[ResultRef]:
-    """The accuracy of weights on a task's evaluation split.
-
-    Args:
-        line: with the base of the weights.
-        spec: a task with data.
-        weights: the weights to evaluate.
-        head_of: the finetuned model with the task's own head, for families that have heads.
-        again: evaluate even if there is a stored result.
-    """
+    """The value of weights on a task's evaluation split; `again` ignores a stored result."""
     space = workspace()
     base = open_base(line, space)
     inputs = digest_json(result_inputs(spec, base, weights, head_of))
@@ -100,10 +92,7 @@ class Exam:
     Create it while the live base has its own weights, because heads may be made from them.
 
     Args:
-        base: of the line, opened.
-        spec: a task with data.
         head_of: the finetuned model with the task's own head, for families that have heads.
-        space: stores heads.
         validation: use at most this many rows to choose by (see `has_rows_to_choose_by`); None
             uses the rows of the evaluation split.
 

@@ -365,15 +365,8 @@ def named_localizer(
 ) -> Localizer:
     """A localizer by its name, with a density that is chosen later.
 
-    It uses the line's rows and seed, and the line's settings if it is the line's own localizer.
-
-    Args:
-        name: one of `LOCALIZERS`.
-        line: the line.
-        task: a task with the data that the localizer needs; see `lacks`.
-        base: of the line, opened.
-        model: the finetuned model.
-        space: stores heads.
+    It uses the line's rows and seed, and the line's settings if it is the line's own localizer. The
+    task has the data that it needs; see `lacks`.
     """
     own = line.spec.localize
     if name == random_baseline.NAME:

@@ -21,15 +21,7 @@ _PAIR = (("o", "blue"), ("D", "orange"))
 
 
 def curves_plot(task: str, measured: Mapping[str, Any]) -> Plot | None:
-    """Grafted accuracy against density, one line per localizer.
-
-    Args:
-        task: its name.
-        measured: the results of the task.
-
-    Returns:
-        None if no localizer was measured.
-    """
+    """Grafted accuracy on a task against density, one line per localizer that was measured."""
     curves: Mapping[str, Any] = measured["curves"]
     if not curves:
         return None

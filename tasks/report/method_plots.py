@@ -11,13 +11,9 @@ _MARKS = list(product(("o", "D", "s", "^", "v", "P"), ("blue", "orange", "green"
 
 
 def methods_plot(rows: Sequence[Mapping[str, Any]]) -> Plot | None:
-    """Mean accuracy over the tasks against retention, one mark per method.
+    """Mean accuracy over the tasks against retention, one mark per method with both.
 
-    Args:
-        rows: of `restitch compare --json`, best first.
-
-    Returns:
-        None if retention was not measured.
+    The rows are those of `restitch compare --json`, best first.
     """
     known = [row for row in rows if row["retention"] and row["mean_accuracy"] is not None]
     if not known:

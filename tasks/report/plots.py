@@ -27,12 +27,7 @@ def results_plot(results: Mapping[str, Any]) -> Plot | None:
 
 
 def experts_plot(experts: Mapping[str, Any], merged: Mapping[str, Any]) -> Plot | None:
-    """Values of base, finetuned model, merged model and specialist on every task, with intervals.
-
-    Args:
-        experts: the results of the specialists, by task.
-        merged: the results of their merged version, by task.
-    """
+    """Values of base, finetuned, merged model and specialist on every task, with intervals."""
     results = {}
     for task, one in experts.items():
         spans = {**one["intervals"], "expert": one["interval"]}

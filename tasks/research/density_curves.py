@@ -43,11 +43,7 @@ def curve(
 ) -> dict[str, Any] | Cached[dict[str, Any]]:
     """Evaluate the base on a member's task with grafts of rising density.
 
-    Args:
-        line: the line.
-        member: a member with rows to evaluate on.
-        localizer: one of `localizers.LOCALIZERS` that the task has the data for.
-        densities: the densities of the grafts.
+    `localizer` is one of `localizers.LOCALIZERS` that the task has the data for.
 
     Returns:
         The localizer's `label`, and `points` by rising density.
@@ -81,13 +77,9 @@ def curve(
 def conflict(
     line: LineRef, members: tuple[Member, ...], localizer: str, densities: tuple[float, ...]
 ) -> dict[str, Any] | Cached[dict[str, Any]]:
-    """Evaluate a merge of members with masks of rising density.
+    """Evaluate a merge of two or more members with masks of rising density.
 
-    Args:
-        line: its method merges them if it takes sparse deltas; otherwise localize-and-stitch.
-        members: two or more members with rows to evaluate on.
-        localizer: as for `curve`, for all members.
-        densities: the densities of all masks.
+    The line's method merges them if it takes sparse deltas; otherwise localize-and-stitch does.
 
     Returns:
         `points` by rising density, each with the number of coordinates in two or more masks

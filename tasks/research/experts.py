@@ -70,12 +70,7 @@ class ExpertsRef:
 
 @step("make-experts", "experts {recipe.method.name}")
 def make_experts(line: LineRef, recipe: Recipe) -> ExpertsRef | Cached[ExpertsRef]:
-    """The specialists of a recipe, from the store or made from the members' deltas.
-
-    Args:
-        line: with the base.
-        recipe: of a method of kind `experts`.
-    """
+    """The specialists of a recipe, from the store or made from the members' deltas."""
     space = workspace()
     key = recipe.digest()
     record = space.objects.lookup("experts", key)

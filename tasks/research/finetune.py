@@ -57,12 +57,7 @@ def lacks_labels(task: TaskSpec, family: Family) -> str | None:
 def finetune(
     line: LineRef, member: Member, before: str | None = None
 ) -> PatchRef | Cached[PatchRef]:
-    """Finetune the base's localizable weights on a member's train rows.
-
-    Args:
-        line: with the base.
-        member: with a task that has labelled train rows.
-        before: the patch to start from; None starts from the base.
+    """Finetune the base, or the patch `before`, on a member's labelled train rows.
 
     Returns:
         The patch of the finetuned weights, with the seconds that training took.

@@ -52,12 +52,7 @@ class Tuned:
 
 @step("tune", "tune {method.name}")
 def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | Cached[Tuned]:
-    """The best value of the setting that a method tunes.
-
-    Args:
-        line: with the method and its other settings.
-        members: the members to merge.
-        method: a method with a setting to tune.
+    """The best value of the setting that a method tunes; the line has its other settings.
 
     Raises:
         BadInput: a task has no rows to tune on.

@@ -84,12 +84,7 @@ def step(
 
 
 def flow(name: str, run_name: str) -> Callable[[Callable[P, R | Cached[R]]], Run[P, R]]:
-    """Make a function a flow.
-
-    Args:
-        name: of the flow in Prefect.
-        run_name: template for the names of runs, filled from the function's parameters.
-    """
+    """Make a function a flow; the arguments are those of `step`."""
     return _decorator(name, "flow", run_name)
 
 

@@ -72,13 +72,9 @@ def announce(event: str, line: str, task: str, version: int | None, **facts: Any
 def start_run(
     flow: str, parameters: Mapping[str, Any], key: str, at: datetime | None = None
 ) -> None:
-    """Start a run of a deployment, unless one with this key is queued or running.
+    """Start a run of a deployment, now or `at` a time, unless one with this key is under way.
 
-    Args:
-        flow: the flow's name.
-        parameters: of the run.
-        key: digest of the run's purpose.
-        at: start time; None starts it now.
+    The key is a digest of the run's purpose.
 
     Raises:
         Unavailable: the server cannot be reached, or has no such deployment.
