@@ -11,7 +11,7 @@ computed twice; `restitch gc` removes results that no version refers to.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
 from restitch.flows.promotion.candidates import measure_member, measure_retention
@@ -172,7 +172,7 @@ def _describe(ready: WhatIf, method: Method) -> dict[str, Any]:
         "version": method.version,
         "source": method.source,
         "settings": dict(ready.line.spec.method.settings),
-        "tuned": None if ready.choice is None else ready.choice.as_dict(),
+        "tuned": None if ready.choice is None else asdict(ready.choice),
         "needs": f"{deltas} and train rows" if method.needs else deltas,
         "statistics": {name: ref.blob for name, ref in ready.statistics.items()},
         "statistics_seconds": sum(ref.seconds or 0.0 for ref in ready.statistics.values()),

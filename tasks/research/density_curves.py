@@ -8,6 +8,7 @@ under all that they depend on, so that nothing is ranked or evaluated twice.
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from restitch.merging.analysis.masks import VERSION as ANALYSIS_VERSION
@@ -123,8 +124,9 @@ def conflict(
             return {"mean": sum(v["value"] for v in tasks.values()) / len(tasks), "tasks": tasks}
 
         averaged = measured(average, parts(whole, [Ranking(vector) for vector in vectors]))
+        # Localizers use the same file names for every member.
         rankings = [
-            _rank(by, m, v, _folder(scratch / m.task))
+            _rank(by, m, v, Path(mkdtemp(dir=scratch)))
             for by, m, v in zip(rankers, members, vectors, strict=True)
         ]
         points = []
@@ -183,12 +185,6 @@ def _coordinates(base: Base) -> int:
 def _rank(ranker: Localizer, member: Member, vector: TaskVector, scratch: Path) -> Ranking:
     with working(f"localizing {member.task}, {ranker.label}") as progress:
         return ranker.rank(vector, scratch, progress)
-
-
-def _folder(path: Path) -> Path:
-    """A new folder, because localizers use the same file names for every member."""
-    path.mkdir()
-    return path
 
 
 def _mask(ranking: Ranking, kept: int, scratch: Path) -> Any:

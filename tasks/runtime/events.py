@@ -116,13 +116,8 @@ def mark_crashed(run: str, message: str) -> None:
 
 def this_run() -> str | None:
     """The id of the current flow run; None outside of one."""
-    # Without Prefect imported there is no run, and importing it here would cost seconds.
-    if engine_url() is None or "prefect" not in sys.modules:
-        return None
-    from prefect.context import FlowRunContext
-
-    context = FlowRunContext.get()
-    return None if context is None or context.flow_run is None else str(context.flow_run.id)
+    run = _flow_run()
+    return None if run is None else str(run.id)
 
 
 def cancel_queued(line: str) -> None:
@@ -137,12 +132,18 @@ def cancel_queued(line: str) -> None:
 
 def is_workers_run() -> bool:
     """True if a worker started the current flow run."""
-    if this_run() is None:
-        return False
+    run = _flow_run()
+    return run is not None and run.deployment_id is not None
+
+
+def _flow_run() -> Any:
+    # Without Prefect imported there is no run, and importing it here would cost seconds.
+    if engine_url() is None or "prefect" not in sys.modules:
+        return None
     from prefect.context import FlowRunContext
 
     context = FlowRunContext.get()
-    return bool(context and context.flow_run and context.flow_run.deployment_id)
+    return None if context is None else context.flow_run
 
 
 def _is_due(run: Mapping[str, Any]) -> bool:
