@@ -51,6 +51,12 @@ class NamedModel(nn.Module):
         self.inner: Any = inner
         self.names = dict(names)
 
+    @classmethod
+    def of(cls, model: nn.Module) -> "NamedModel":
+        """A model that a family loaded."""
+        assert isinstance(model, cls)
+        return model
+
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors by their names in the file."""
         live = live_tensors(self.inner)
