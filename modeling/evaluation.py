@@ -40,12 +40,10 @@ class Evaluation:
 
     Attributes:
         metric: accuracy, or f1: of class 1 if there are two classes, else the mean over classes.
-        value: the metric.
         interval: its 95 % interval.
         top1: the share of rows whose class ranks first.
         top1_interval: Wilson's 95 % interval of top1; the same as `interval` for accuracy.
         top5: the share of rows whose class is among the first five; None below six classes.
-        count: the number of rows.
         correct: one bit per row, most significant first: 1 if its class ranks first.
     """
 

@@ -51,8 +51,7 @@ class Look:
 
     Attributes:
         recovered: the graft's value over that of the finetuned model.
-        low: lower end of the 95 % interval of that ratio.
-        high: upper end.
+        low: lower end of the 95 % interval of that ratio; `high` is the upper one.
     """
 
     kept: int

@@ -71,7 +71,6 @@ class Localizer(ABC):
     """A localizer with its settings.
 
     Attributes:
-        name: of the localizer.
         version: raised when the same inputs give another ranking.
     """
 

@@ -123,7 +123,6 @@ class Rebuilt:
     """A patch that was made again.
 
     Attributes:
-        digest: of its bytes.
         difference: the largest difference between a weight of the two patches, relative to the
             largest weight of its tensor; None if the bytes are equal or there was no other patch.
     """

@@ -40,13 +40,7 @@ _KEY_KIND = "method-selection"
 
 @dataclass(frozen=True)
 class Contestant:
-    """A merged model that takes part.
-
-    Attributes:
-        label: its name in the outcome.
-        method: its method with name, version and settings.
-        recipe: the digest of all that determines it.
-    """
+    """A merged model that takes part; `recipe` is the digest of all that determines it."""
 
     label: str
     method: Mapping[str, Any]
@@ -60,9 +54,7 @@ class MethodSelection:
     Attributes:
         contestants: between equals the earlier one wins.
         waiting: the methods that do not take part, with their labels; the next ones first.
-        members: the members whose tasks decide.
         benchmark: the general benchmark, where the objective includes retention.
-        objective: defines which contestant is the best.
         key: the digest of all that decides; see `selection_key`.
     """
 

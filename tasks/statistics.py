@@ -184,11 +184,7 @@ def statistic_key(line: LineRef, statistic: Statistic, space: Workspace) -> str:
 
 
 def write_statistic_of(file: Path, line: LineRef, statistic: Statistic, space: Workspace) -> int:
-    """Measure a statistic and write it to a file.
-
-    Returns:
-        The number of calibration rows.
-    """
+    """Measure a statistic and write it to a file; return the number of calibration rows."""
     base = open_base(line, space)
     opened = [_calibration(line, member, base, space).opened() for member in statistic.members]
     paths = [space.objects.blob_path(_delta(member)) for member in statistic.members]

@@ -52,12 +52,7 @@ class ReportInput:
 
 @dataclass(frozen=True)
 class Report:
-    """A rendered report.
-
-    Attributes:
-        html: the page.
-        plots: its plots as PNG on white, by file name.
-    """
+    """A rendered report: the page, and its plots as PNG on white, by file name."""
 
     html: str
     plots: dict[str, bytes]

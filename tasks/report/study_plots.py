@@ -25,12 +25,10 @@ class Axes:
     """The axes of a plot.
 
     Attributes:
-        x: the column and the label of the x axis.
-        y: the column and the label of the y axis.
+        x: the column and the label of the x axis; likewise `y`.
         by: the column that separates series.
         log: whether x is logarithmic.
         whole: whether x has integer ticks.
-        percent: whether x is shown in percent.
     """
 
     x: tuple[str, str]

@@ -38,8 +38,6 @@ class ExpertsRef:
     """Specialists in the store.
 
     Attributes:
-        manifest: digest of the manifest.
-        recipe: digest of the recipe.
         method: its name and version.
         settings: all settings with defaults; with tuning, one threshold for each task.
         members: digests of the finetuned weights, by task.
@@ -91,11 +89,7 @@ def make_experts(line: LineRef, recipe: Recipe) -> ExpertsRef | Cached[ExpertsRe
 def write_parts(
     folder: Path, line: LineRef, recipe: Recipe, space: Workspace
 ) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Make the specialists of a recipe in a folder.
-
-    Returns:
-        The manifest as JSON values, and the files by digest.
-    """
+    """Make the specialists of a recipe in a folder: their manifest, and the files by digest."""
     base = open_base(line, space)
     experts = recipe_experts(base, recipe, space)
     with working("making specialists") as progress:

@@ -34,7 +34,6 @@ class Tuned:
     """The result of tuning.
 
     Attributes:
-        setting: the name of the setting.
         value: the best value; by task for a method with one model per task.
         curve: every value that was tried, with the metric of each task and their mean.
         rows: the number of rows that were used, by task.

@@ -36,12 +36,7 @@ class Cached(Generic[R]):
 
 
 class Run(Protocol[P, R_co]):
-    """A step or a flow.
-
-    Attributes:
-        body: the function itself, without the engine.
-        engine_object: returns Prefect's own task or flow object.
-    """
+    """A step or a flow: `body` is the function itself, `engine_object` makes Prefect's object."""
 
     body: Callable[..., Any]
     engine_object: Callable[[], Any]

@@ -43,8 +43,7 @@ def has_workers() -> bool:
 def announce(event: str, line: str, task: str, version: int | None, **facts: Any) -> bool:
     """Emit an event that starts the next run.
 
-    Returns:
-        Whether the server took it. If not, the scheduled remerge does the work later.
+    False if the server did not take it: the scheduled remerge does the work later.
     """
     if engine_url() is None:
         return False
