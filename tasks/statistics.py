@@ -76,9 +76,7 @@ def statistics(line: LineRef, members: Sequence[Member]) -> dict[str, StatisticR
     Raises:
         BadInput: a task has no train rows, or they cannot be used.
     """
-    method = get_method(line.spec.method.name)
-    check_rows_for(method, [member.spec for member in members])
-    return {each.name: measure(line, each) for each in needed(method, members)}
+    return {each.name: measure(line, each) for each in _measurable(line, members)}
 
 
 def own_statistics(line: LineRef, member: Member) -> dict[str, StatisticRef]:
@@ -116,10 +114,14 @@ def statistic_inputs(line: LineRef, members: Sequence[Member]) -> dict[str, str]
     Raises:
         BadInput: a task has no train rows, or they cannot be used.
     """
+    space = workspace()
+    return {each.name: statistic_key(line, each, space) for each in _measurable(line, members)}
+
+
+def _measurable(line: LineRef, members: Sequence[Member]) -> list["Statistic"]:
     method = get_method(line.spec.method.name)
     check_rows_for(method, [member.spec for member in members])
-    space = workspace()
-    return {each.name: statistic_key(line, each, space) for each in needed(method, members)}
+    return needed(method, members)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from restitch.merging.digests import digest_file
 from restitch.merging.errors import Damage
 from restitch.merging.experts.files import write_experts
@@ -128,7 +130,7 @@ def read_experts(manifest: str, space: Workspace) -> ExpertsRef:
     """
     try:
         return _ref(manifest, json.loads(space.objects.read_blob(manifest)))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise Damage(
             f"the object blobs/{manifest} is not readable",
             expected="a manifest of specialists",
@@ -138,14 +140,7 @@ def read_experts(manifest: str, space: Workspace) -> ExpertsRef:
 
 
 def _ref(manifest: str, values: dict[str, Any], seconds: float | None = None) -> ExpertsRef:
-    name, version = values["method"]
-    return ExpertsRef(
-        manifest=manifest,
-        recipe=values["recipe"],
-        method=(name, version),
-        settings=values["settings"],
-        members=values["members"],
-        shared=None if values["shared"] is None else Part(**values["shared"]),
-        tasks={task: Part(**part) for task, part in values["tasks"].items()},
-        seconds=seconds,
-    )
+    return _REF.validate_python({**values, "manifest": manifest, "seconds": seconds})
+
+
+_REF = TypeAdapter(ExpertsRef)
