@@ -24,7 +24,7 @@ from restitch.merging.methods.registry import Method, get_method, method_names
 from restitch.registry.ledger.records import mean_of
 from restitch.tasks.merge import make_recipe, stitch
 from restitch.tasks.report.drawing import drawing, to_png
-from restitch.tasks.report.method_plots import methods_plot
+from restitch.tasks.report.plots import methods_plot
 from restitch.tasks.research.experts import make_experts
 from restitch.tasks.runtime.console import say
 from restitch.tasks.runtime.engine import flow
