@@ -12,11 +12,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from restitch.merging.progress import Progress as Callback
+from restitch.tasks.runtime.console import Reporter
 
 SHOW_AFTER_SECONDS = 2.0
 
 
-class TerminalReporter:
+class TerminalReporter(Reporter):
     """Writes to standard error; `quiet` hides facts."""
 
     def __init__(self, quiet: bool = False) -> None:

@@ -93,11 +93,7 @@ def differences(
 ) -> list[str]:
     """All differing keys as `key: base x, finetuned y`, sorted; nested keys are joined by dots.
 
-    Args:
-        base: a configuration with its defaults.
-        finetuned: the other one.
-        ignore: more keys to ignore.
-        prefix: the key above both.
+    Both configurations have their defaults, and `prefix` is the key above both.
     """
     start = f"{prefix}." if prefix else ""
     left, right = _flat(base, ignore, start), _flat(finetuned, ignore, start)

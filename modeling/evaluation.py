@@ -9,7 +9,6 @@ matrix.
 import math
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
@@ -41,12 +40,10 @@ class Evaluation:
 
     Attributes:
         metric: accuracy, or f1: of class 1 if there are two classes, else the mean over classes.
-        value: the metric.
         interval: its 95 % interval.
         top1: the share of rows whose class ranks first.
         top1_interval: Wilson's 95 % interval of top1; the same as `interval` for accuracy.
         top5: the share of rows whose class is among the first five; None below six classes.
-        count: the number of rows.
         correct: one bit per row, most significant first: 1 if its class ranks first.
     """
 
@@ -90,27 +87,12 @@ def evaluate(
     *,
     metric: str = "accuracy",
     batch_size: int = BATCH_SIZE,
-    device: torch.device | str | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Score a model on labelled rows.
-
-    Args:
-        family: the family, which scores.
-        model: the loaded model; it is moved to `device`.
-        head: the head of the task.
-        rows: the rows, with labels.
-        preprocess: the family's preprocessor.
-        metric: accuracy or f1.
-        batch_size: the number of rows at once.
-        device: the device; None is where the model is.
-        progress: rows scored, of how many.
-    """
+    """Score a model, on its own device, on labelled rows; `progress` counts rows."""
     if metric not in METRICS:
         raise BadInput(f"unknown metric {metric!r}", expected=" or ".join(METRICS))
     targets = rows.targets
-    if device is not None:
-        model.to(device)
     where = next(model.parameters()).device
     head = head.to(where)
     model.eval()
@@ -209,16 +191,3 @@ def _f1_interval(confusion: NDArray[np.int64]) -> tuple[float, float]:
     values = [f1(sample.reshape(confusion.shape)) for sample in drawn]
     low, high = np.quantile(values, [0.025, 0.975])
     return float(low), float(high)
-
-
-def normalized(merged: Evaluation, finetuned: Evaluation) -> float | None:
-    """The merged model's value over the finetuned model's; None if that is zero.
-
-    Raises:
-        ValueError: the metrics or the numbers of rows differ.
-    """
-    if (merged.metric, merged.count) != (finetuned.metric, finetuned.count):
-        raise ValueError("evaluations of different metrics or rows have no ratio")
-    with suppress(ZeroDivisionError):
-        return merged.value / finetuned.value
-    return None

@@ -36,12 +36,8 @@ class FinetuningSettings:
 
     Attributes:
         learning_rate: the highest learning rate, after the rise.
-        epochs: the number of passes over the rows.
-        batch_size: the number of rows per step.
         rise: the share of all steps in which the learning rate grows.
-        weight_decay: the weight decay of AdamW.
         largest_gradient: the norm that gradients are clipped to, over all weights.
-        seed: the seed for the order of the rows.
     """
 
     learning_rate: float

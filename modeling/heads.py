@@ -6,13 +6,14 @@ head is built from, so each head is built once.
 """
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from restitch.merging.digests import canonical_json
 from restitch.merging.errors import Damage
 from restitch.merging.progress import Progress
 from restitch.modeling.data.imagenet import openai_imagenet
@@ -65,12 +66,7 @@ class Head:
         from safetensors.torch import save
 
         # One metadata entry only: safetensors does not order several.
-        text = json.dumps(
-            {"format": FORMAT_VERSION, "spec": _described(self.spec)},
-            sort_keys=True,
-            separators=(",", ":"),
-            ensure_ascii=False,
-        )
+        text = canonical_json({"format": FORMAT_VERSION, "spec": _described(self.spec)}).decode()
         tensors = {n: self.tensors[n].detach().cpu().contiguous() for n in sorted(self.tensors)}
         data: bytes = save(tensors, metadata={_METADATA: text})
         return data
@@ -107,14 +103,9 @@ def head_key(
 ) -> dict[str, object]:
     """Everything that a head is built from, as plain values to digest.
 
-    Args:
-        family: the family's name.
-        version: the family's version.
-        base: the digest of the base's weights.
-        assets: the digest of its configuration, tokenizer and processor files.
-        spec: the resolved description.
-        finetuned: the digest of the finetuned weights where the head lies in them
-            (`Family.head_tensors`), None otherwise.
+    `base`, `assets` and `finetuned` are digests: of the base's weights, of its configuration,
+    tokenizer and processor files, and of the finetuned weights where the head lies in them
+    (`Family.head_tensors`).
     """
     return {
         "assets": assets,
@@ -159,6 +150,7 @@ def embed_prompts(
     prompts = spec.prompts()
     distinct = sorted(set(prompts), key=lambda text: (len(text), text))
     place = {text: index for index, text in enumerate(distinct)}
+    size = len(spec.templates)
     features: list[Tensor] = []
     with torch.inference_mode():
         for start in range(0, len(distinct), batch_size):
@@ -168,12 +160,8 @@ def embed_prompts(
                 progress(start + len(texts), len(distinct))
         table = torch.cat(features)
         classes = [
-            table[[place[text] for text in texts]].mean(0)
-            for texts in _chunks(prompts, len(spec.templates))
+            table[[place[text] for text in prompts[start : start + size]]].mean(0)
+            for start in range(0, len(prompts), size)
         ]
         weight = torch.nn.functional.normalize(torch.stack(classes), dim=-1)
     return weight.clone()  # outside of inference mode: losses are differentiated through it
-
-
-def _chunks(items: list[str], size: int) -> Iterable[list[str]]:
-    return (items[start : start + size] for start in range(0, len(items), size))

@@ -44,17 +44,18 @@ _VOCABULARIES = (
 
 
 class NamedModel(nn.Module):
-    """A transformers model that knows its tensors by their names in its file.
-
-    Args:
-        inner: the model.
-        names: from names in the file to names in `inner`.
-    """
+    """A transformers model, and its tensors' names in its file with those in `inner`."""
 
     def __init__(self, inner: nn.Module, names: Mapping[str, str]) -> None:
         super().__init__()
         self.inner: Any = inner
         self.names = dict(names)
+
+    @classmethod
+    def of(cls, model: nn.Module) -> "NamedModel":
+        """A model that a family loaded."""
+        assert isinstance(model, cls)
+        return model
 
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors by their names in the file."""

@@ -24,12 +24,10 @@ class Paired:
 
     Attributes:
         difference: the second model's share of correct rows minus the first's.
-        low: the lower end of its 95 % interval.
-        high: the upper end.
+        low: the lower end of its 95 % interval; `high` is the upper one.
         p_value: of the hypothesis that both shares are equal.
         gained: rows that only the second model has right.
         lost: rows that only the first model has right.
-        rows: the number of rows.
     """
 
     difference: float

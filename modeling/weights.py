@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from restitch.merging.files.checkpoint import Checkpoint
-from restitch.merging.files.edits import Edits
+from restitch.merging.files.edits import Edits, edited
 
 
 def set_weights(parameters: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -38,15 +38,7 @@ def apply_edits(parameters: Mapping[str, Tensor], base: Checkpoint, edits: Edits
     Edits are applied in the base's own dtype and converted afterwards, so that the evaluated
     weights are the stored ones.
     """
-
-    def edited() -> Iterable[tuple[str, Tensor]]:
-        for name in edits.names:
-            tensor = base.tensor(name)
-            flat = tensor.reshape(-1).clone()
-            edits.apply(name, flat)
-            yield name, flat.reshape(tensor.shape)
-
-    set_weights(parameters, edited())
+    set_weights(parameters, ((name, edited(base, edits, name)) for name in edits.names))
 
 
 def restore(parameters: Mapping[str, Tensor], base: Checkpoint, names: Iterable[str]) -> None:
@@ -55,12 +47,7 @@ def restore(parameters: Mapping[str, Tensor], base: Checkpoint, names: Iterable[
 
 
 def linear_layers(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, nn.Linear]:
-    """The linear layers of a loaded model by the names of their weights, sorted.
-
-    Args:
-        model: the model.
-        parameters: live tensors by name, from `Family.parameters`.
-    """
+    """The linear layers of a loaded model by the names of their weights, sorted."""
     layers = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
     return {
         name: layers[id(live)] for name, live in sorted(parameters.items()) if id(live) in layers

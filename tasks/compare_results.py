@@ -14,8 +14,7 @@ def compare_results(
 ) -> Paired | None:
     """Compare the second result of a merged model with the first on the same rows.
 
-    Returns:
-        None if either was not measured, if the rows differ, or if the metric is not accuracy.
+    None if either was not measured, if the rows differ, or if the metric is not accuracy.
     """
     if first is None or second is None:
         return None

@@ -30,6 +30,7 @@ from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.evaluate import Exam
 from restitch.tasks.inputs.checkpoints import Base, live_base
 from restitch.tasks.inputs.task_data import has_validation, reading_inputs
+from restitch.tasks.localizers import split_digests
 from restitch.tasks.runtime.console import say, warn, working
 from restitch.tasks.runtime.refs import WeightsRef
 from restitch.tasks.runtime.workspace import Workspace
@@ -50,8 +51,7 @@ class Look:
 
     Attributes:
         recovered: the graft's value over that of the finetuned model.
-        low: lower end of the 95 % interval of that ratio.
-        high: upper end.
+        low: lower end of the 95 % interval of that ratio; `high` is the upper one.
     """
 
     kept: int
@@ -114,10 +114,7 @@ class Density:
         if self.choice.density == "auto":
             inputs["given"] = self._given
         if self.is_measured:
-            data = self.task.data
-            assert data is not None
-            assert data.content is not None
-            splits: Any = data.content["splits"]
+            splits = split_digests(self.task)
             inputs |= {
                 "recovery": self.choice.recovery,
                 "max_density": self.choice.max_density,

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
@@ -60,15 +61,7 @@ def evaluate(
     head_of: ModelRef | None = None,
     again: bool = False,
 ) -> ResultRef | Cached[ResultRef]:
-    """The accuracy of weights on a task's evaluation split.
-
-    Args:
-        line: with the base of the weights.
-        spec: a task with data.
-        weights: the weights to evaluate.
-        head_of: the finetuned model with the task's own head, for families that have heads.
-        again: evaluate even if there is a stored result.
-    """
+    """The value of weights on a task's evaluation split; `again` ignores a stored result."""
     space = workspace()
     base = open_base(line, space)
     inputs = digest_json(result_inputs(spec, base, weights, head_of))
@@ -100,10 +93,7 @@ class Exam:
     Create it while the live base has its own weights, because heads may be made from them.
 
     Args:
-        base: of the line, opened.
-        spec: a task with data.
         head_of: the finetuned model with the task's own head, for families that have heads.
-        space: stores heads.
         validation: use at most this many rows to choose by (see `has_rows_to_choose_by`); None
             uses the rows of the evaluation split.
 
@@ -128,9 +118,8 @@ class Exam:
             rows = _unreported(data, spec, base.family)
             self._rows = rows.select(stratified(rows.targets, validation, 0))
         else:
-            split = evaluation_split(spec)
-            assert split is not None
-            self._rows = _sampled(data.rows(split), spec)
+            rows, reported = _reported(data, spec)
+            self._rows = rows if reported is None else rows.select(reported)
         self.count = len(self._rows)
         self._head = task_head(spec, base, self.live, head_of, space)
         self._preprocess = base.family.preprocessor(base.folder, self._head.spec.max_length)
@@ -181,29 +170,25 @@ def _unreported(data: TaskData, spec: TaskSpec, family: Family) -> Rows:
     """The rows to choose by."""
     if has_validation(spec, family):
         return data.rows("validation")
-    assert spec.data is not None
-    split = evaluation_split(spec)
-    assert split is not None
-    rows, sample = data.rows(split), spec.data.sample
-    count = len(rows) if sample is None else sample.rows
-    reported = stratified(rows.targets, count, 0 if sample is None else sample.seed)
-    if len(reported) == len(rows):
+    rows, reported = _reported(data, spec)
+    if reported is None or len(reported) == len(rows):
         raise BadInput(
             f"task {spec.task} has no rows to choose by",
             expected="rows in addition to those that results are reported on",
-            found=f"{len(rows)} {split} rows, and results are reported on all of them",
+            found=f"{len(rows)} {evaluation_split(spec)} rows, "
+            "and results are reported on all of them",
             hint="name validation rows in the task's file, or a smaller sample",
         )
     return rows.select(np.setdiff1d(np.arange(len(rows)), reported))
 
 
-def _sampled(rows: Rows, spec: TaskSpec) -> Rows:
-    """The rows that results are reported on: the whole split, or the task's sample of it."""
+def _reported(data: TaskData, spec: TaskSpec) -> tuple[Rows, NDArray[np.int64] | None]:
+    """The evaluation split, and the indices of the task's sample of it; None reports on all."""
+    split = evaluation_split(spec)
+    assert split is not None
     assert spec.data is not None
-    sample = spec.data.sample
-    if sample is None:
-        return rows
-    return rows.select(stratified(rows.targets, sample.rows, sample.seed))
+    rows, sample = data.rows(split), spec.data.sample
+    return rows, None if sample is None else stratified(rows.targets, sample.rows, sample.seed)
 
 
 def _ref(blob: str, space: Workspace) -> ResultRef:

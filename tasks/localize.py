@@ -108,11 +108,7 @@ def _plan(line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace) -> _
 
 @dataclass(frozen=True)
 class WrittenDelta:
-    """A delta file that was written.
-
-    Attributes:
-        facts: the data that calibrated it, and how its density was chosen.
-    """
+    """A delta file that was written; `facts` say how it was calibrated and its density chosen."""
 
     mask: str
     kept: int

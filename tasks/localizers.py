@@ -6,10 +6,11 @@ need inputs only, `dataless` needs no rows. A task with less data gets the next 
 a warning and a note in the record.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
 from pydantic import JsonValue
 from torch import Tensor
@@ -22,7 +23,7 @@ from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import Scores
 from restitch.modeling.data.rows import Rows
-from restitch.modeling.families.family import Batch, Family
+from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.gradients import precision
 from restitch.modeling.heads import Head
 from restitch.registry.ledger.line_state import ModelRef
@@ -66,59 +67,75 @@ class Ranking:
         return {"calibrated_with": self.calibrated, "calibration_rows": self.rows}
 
 
-class Localizer(Protocol):
-    """A localizer with its settings."""
+class Localizer(ABC):
+    """A localizer with its settings.
+
+    Attributes:
+        version: raised when the same inputs give another ranking.
+    """
+
+    name: str
+    version: int
 
     @property
     def label(self) -> str:
         """Its name and version, for display."""
+        return f"{self.name}/{self.version}"
 
     @property
     def fingerprint(self) -> JsonValue:
         """The environment that another run needs to get the same bytes; None for any."""
+        return None
 
     def inputs(self) -> dict[str, Any]:
         """Name, version, settings, and digests of all data that the ranking depends on."""
+        return {"name": self.name, "version": self.version}
 
+    @abstractmethod
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
         """Rank the coordinates of a task vector, with temporary files in `scratch`."""
 
 
-class Dataless:
+class Dataless(Localizer):
     """Ranks coordinates by the magnitude of the task vector."""
 
-    label = f"{dataless.NAME}/{dataless.VERSION}"
-    fingerprint: JsonValue = None
+    name, version = dataless.NAME, dataless.VERSION
 
     def __init__(self, choice: LocalizeSpec) -> None:
         self.choice = choice
 
     def inputs(self) -> dict[str, Any]:
-        """Name and version, and the density unless it is chosen later."""
+        """Also the density, unless it is chosen later."""
         given = {} if self.choice.density == "auto" else {"density": self.choice.density}
-        return {"name": dataless.NAME, "version": dataless.VERSION, **given}
+        return super().inputs() | given
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
         """Use the task vector itself as scores."""
         return Ranking(vector)
 
 
-class Random:
+class Random(Localizer):
     """Ranks coordinates at random: a baseline for studies that no line uses."""
 
-    label = f"{random_baseline.NAME}/{random_baseline.VERSION}"
-    fingerprint: JsonValue = None
+    name, version = random_baseline.NAME, random_baseline.VERSION
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
     def inputs(self) -> dict[str, Any]:
-        """Name, version and seed."""
-        return {"name": random_baseline.NAME, "version": random_baseline.VERSION, "seed": self.seed}
+        """Also the seed."""
+        return super().inputs() | {"seed": self.seed}
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
         """Draw random scores."""
         return Ranking(random_baseline.random_scores(vector, self.seed))
+
+
+def split_digests(task: TaskSpec) -> Any:
+    """The digests of a registered task's rows, by split."""
+    assert task.data is not None
+    assert task.data.content is not None
+    return task.data.content["splits"]
 
 
 @dataclass(frozen=True)
@@ -133,28 +150,17 @@ class Calibration:
 
     def inputs(self) -> dict[str, Any]:
         """The rows by content and selection, and the head."""
-        data = self.task.data
-        assert data is not None
-        assert data.content is not None
-        splits: Any = data.content["splits"]
         return {
             "shots": self.choice.shots,
-            "train": splits["train"],
+            "train": split_digests(self.task)["train"],
             **reading_inputs(self.task, self.base, self.model),
         }
 
     def opened(self) -> "OpenCalibration":
         """Load the rows, the head and the live base."""
-        family, live = self.base.family, live_base(self.base)
-        rows = verified_data(self.task, family).calibration(self.choice.shots, self.choice.seed)
-        head = task_head(self.task, self.base, live, self.model, self.space)
-        preprocess = family.preprocessor(self.base.folder, head.spec.max_length)
-
-        def batch(indices: Sequence[int]) -> Batch:
-            examples = preprocess([rows[index] for index in indices])
-            return {name: tensor.to(live.device) for name, tensor in examples.items()}
-
-        return OpenCalibration(live, rows, head, batch)
+        data = verified_data(self.task, self.base.family)
+        rows = data.calibration(self.choice.shots, self.choice.seed)
+        return OpenCalibration.of(live_base(self.base), rows, self.task, self.model, self.space)
 
 
 @dataclass(frozen=True)
@@ -164,7 +170,21 @@ class OpenCalibration:
     live: LiveBase
     rows: Rows
     head: Head
-    batch: Callable[[Sequence[int]], Batch]
+    preprocess: Preprocess
+
+    @classmethod
+    def of(
+        cls, live: LiveBase, rows: Rows, task: TaskSpec, model: ModelRef, space: Workspace
+    ) -> "OpenCalibration":
+        """Load the head while the live base has its own weights."""
+        base = live.base
+        head = task_head(task, base, live, model, space)
+        return cls(live, rows, head, base.family.preprocessor(base.folder, head.spec.max_length))
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The batch of some rows, on the device of the live base."""
+        examples = self.preprocess([self.rows[index] for index in indices])
+        return {name: tensor.to(self.live.device) for name, tensor in examples.items()}
 
     def logits(self, batch: Batch) -> Tensor:
         """The logits of the model with its current weights."""
@@ -185,26 +205,13 @@ class OpenCalibration:
         return rank(*inputs, settings, progress=progress)
 
 
-class _Calibrated:
-    """The common part of localizers that use rows.
+class _Calibrated(Localizer):
+    """The common part of localizers that use rows."""
 
-    Attributes:
-        name: of the localizer.
-        version: raised when the same inputs give another ranking.
-        settings: all of its settings.
-    """
-
-    name: str
-    version: int
     settings: trained.TrainedSettings | fisher.FisherSettings | distilled.DistilledSettings
 
     def __init__(self, calibration: Calibration) -> None:
         self.calibration = calibration
-
-    @property
-    def label(self) -> str:
-        """Name and version."""
-        return f"{self.name}/{self.version}"
 
     @property
     def fingerprint(self) -> JsonValue:
@@ -212,13 +219,9 @@ class _Calibrated:
         return fingerprint(device())
 
     def inputs(self) -> dict[str, Any]:
-        """Name, version and settings, the rows by content and selection, and the head."""
-        return {
-            "name": self.name,
-            "version": self.version,
-            "settings": self.settings.to_json(),
-            **self.calibration.inputs(),
-        }
+        """Also the settings, the rows by content and selection, and the head."""
+        settings = {"settings": self.settings.to_json()}
+        return super().inputs() | settings | self.calibration.inputs()
 
 
 class Trained(_Calibrated):
@@ -361,15 +364,8 @@ def named_localizer(
 ) -> Localizer:
     """A localizer by its name, with a density that is chosen later.
 
-    It uses the line's rows and seed, and the line's settings if it is the line's own localizer.
-
-    Args:
-        name: one of `LOCALIZERS`.
-        line: the line.
-        task: a task with the data that the localizer needs; see `lacks`.
-        base: of the line, opened.
-        model: the finetuned model.
-        space: stores heads.
+    It uses the line's rows and seed, and the line's settings if it is the line's own localizer. The
+    task has the data that it needs; see `lacks`.
     """
     own = line.spec.localize
     if name == random_baseline.NAME:

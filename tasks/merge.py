@@ -80,10 +80,7 @@ def _recipe_member(member: Member) -> RecipeMember:
 def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cached[PatchRef]:
     """The patch of a recipe, from the store or made from the members' deltas.
 
-    Args:
-        line: with the base.
-        recipe: of the merged model.
-        again: make it even if it is in the store, and compare.
+    `again` makes it even if it is in the store, and compares.
 
     Raises:
         Damage: the stored patch differs from the one that the recipe gives.
@@ -126,7 +123,6 @@ class Rebuilt:
     """A patch that was made again.
 
     Attributes:
-        digest: of its bytes.
         difference: the largest difference between a weight of the two patches, relative to the
             largest weight of its tensor; None if the bytes are equal or there was no other patch.
     """
@@ -136,13 +132,7 @@ class Rebuilt:
 
 
 def rebuild(line: LineRef, recipe: Recipe, patch: str | None) -> Rebuilt:
-    """Make the patch of a recipe again, without storing it.
-
-    Args:
-        line: with the base.
-        recipe: of the patch.
-        patch: the digest of a stored patch to compare with, or None.
-    """
+    """Make the patch of a recipe again, without storing it; compare it with a stored `patch`."""
     space = workspace()
     with space.scratch() as scratch:
         file = scratch / "patch.safetensors"

@@ -40,13 +40,7 @@ _KEY_KIND = "method-selection"
 
 @dataclass(frozen=True)
 class Contestant:
-    """A merged model that takes part.
-
-    Attributes:
-        label: its name in the outcome.
-        method: its method with name, version and settings.
-        recipe: the digest of all that determines it.
-    """
+    """A merged model that takes part; `recipe` is the digest of all that determines it."""
 
     label: str
     method: Mapping[str, Any]
@@ -60,9 +54,7 @@ class MethodSelection:
     Attributes:
         contestants: between equals the earlier one wins.
         waiting: the methods that do not take part, with their labels; the next ones first.
-        members: the members whose tasks decide.
         benchmark: the general benchmark, where the objective includes retention.
-        objective: defines which contestant is the best.
         key: the digest of all that decides; see `selection_key`.
     """
 
@@ -121,14 +113,8 @@ def selection_key(
     """Check that there are rows to choose by, and digest all that decides.
 
     With `at_most`, the key does not depend on which contestants take part this time: an outcome for
-    the same members counts, whichever took part in it.
-
-    Args:
-        line: with the base.
-        method: all contestants and the objective.
-        inputs: for each contestant the digest of all that determines its merged model.
-        members: the members whose tasks decide.
-        benchmark: the general benchmark.
+    the same members counts, whichever took part in it. `inputs` has for each contestant the digest
+    of all that determines its merged model.
 
     Raises:
         BadInput: a task, or the benchmark where it is needed, has no rows.
@@ -192,13 +178,7 @@ def known_outcome(key: str) -> SelectionOutcome | None:
 def rank_methods(
     line: LineRef, selection: MethodSelection, patches: tuple[str, ...]
 ) -> SelectionOutcome | Cached[SelectionOutcome]:
-    """Rank the contestants.
-
-    Args:
-        line: with the base.
-        selection: the contestants, the rows and the objective.
-        patches: the contestants' merged models, by the digests of their patches.
-    """
+    """Rank the contestants, whose merged models are given by the digests of their patches."""
     known = known_outcome(selection.key)
     if known is not None:
         return Cached(known)
@@ -309,12 +289,7 @@ def _order(result: Mapping[str, Any], index: int) -> tuple[bool, float, int]:
 
 
 def shares_of(contestants: int, rows: int) -> list[float]:
-    """The share of the rows that each round uses.
-
-    Args:
-        contestants: how many there are.
-        rows: of the task that has the fewest.
-    """
+    """The share of the rows that each round uses; `rows` counts those of the smallest task."""
     rounds = max(1, math.ceil(math.log2(contestants)))
     while rounds > 1 and rows * 2.0 ** (1 - rounds) < LEAST_ROWS:
         rounds -= 1

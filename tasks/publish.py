@@ -18,11 +18,7 @@ def mirror(line: str, extras: Extras | None = None) -> bool:
     """Write everything to MLflow that is missing there.
 
     The store holds the truth, so a server that cannot be reached only causes a warning, and the
-    next remerge completes MLflow.
-
-    Args:
-        line: the line's name.
-        extras: additional artifacts of a merged version, by path.
+    next remerge completes MLflow. `extras` makes additional artifacts of a merged version, by path.
 
     Returns:
         Whether MLflow is complete.

@@ -76,9 +76,7 @@ def statistics(line: LineRef, members: Sequence[Member]) -> dict[str, StatisticR
     Raises:
         BadInput: a task has no train rows, or they cannot be used.
     """
-    method = get_method(line.spec.method.name)
-    check_rows_for(method, [member.spec for member in members])
-    return {each.name: measure(line, each) for each in needed(method, members)}
+    return {each.name: measure(line, each) for each in _measurable(line, members)}
 
 
 def own_statistics(line: LineRef, member: Member) -> dict[str, StatisticRef]:
@@ -116,10 +114,14 @@ def statistic_inputs(line: LineRef, members: Sequence[Member]) -> dict[str, str]
     Raises:
         BadInput: a task has no train rows, or they cannot be used.
     """
+    space = workspace()
+    return {each.name: statistic_key(line, each, space) for each in _measurable(line, members)}
+
+
+def _measurable(line: LineRef, members: Sequence[Member]) -> list["Statistic"]:
     method = get_method(line.spec.method.name)
     check_rows_for(method, [member.spec for member in members])
-    space = workspace()
-    return {each.name: statistic_key(line, each, space) for each in needed(method, members)}
+    return needed(method, members)
 
 
 @dataclass(frozen=True)
@@ -184,11 +186,7 @@ def statistic_key(line: LineRef, statistic: Statistic, space: Workspace) -> str:
 
 
 def write_statistic_of(file: Path, line: LineRef, statistic: Statistic, space: Workspace) -> int:
-    """Measure a statistic and write it to a file.
-
-    Returns:
-        The number of calibration rows.
-    """
+    """Measure a statistic and write it to a file; return the number of calibration rows."""
     base = open_base(line, space)
     opened = [_calibration(line, member, base, space).opened() for member in statistic.members]
     paths = [space.objects.blob_path(_delta(member)) for member in statistic.members]

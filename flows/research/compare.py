@@ -11,7 +11,7 @@ computed twice; `restitch gc` removes results that no version refers to.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from restitch.flows.promotion.candidates import measure_member, measure_retention
@@ -24,7 +24,7 @@ from restitch.merging.methods.registry import Method, get_method, method_names
 from restitch.registry.ledger.records import mean_of
 from restitch.tasks.merge import make_recipe, stitch
 from restitch.tasks.report.drawing import drawing, to_png
-from restitch.tasks.report.method_plots import methods_plot
+from restitch.tasks.report.plots import methods_plot
 from restitch.tasks.research.experts import make_experts
 from restitch.tasks.runtime.console import say
 from restitch.tasks.runtime.engine import flow
@@ -169,7 +169,7 @@ def _describe(ready: WhatIf, method: Method) -> dict[str, Any]:
         "version": method.version,
         "source": method.source,
         "settings": dict(ready.line.spec.method.settings),
-        "tuned": None if ready.choice is None else ready.choice.as_dict(),
+        "tuned": None if ready.choice is None else asdict(ready.choice),
         "needs": f"{deltas} and train rows" if method.needs else deltas,
         "statistics": {name: ref.blob for name, ref in ready.statistics.items()},
         "statistics_seconds": sum(ref.seconds or 0.0 for ref in ready.statistics.values()),

@@ -10,7 +10,7 @@ gone. A version has one set; `replace` puts another in its place.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -121,7 +121,7 @@ def experts(
         version=record.version,
         method=method,
         settings=made.settings,
-        tuned=None if ready.choice is None else ready.choice.as_dict(),
+        tuned=None if ready.choice is None else asdict(ready.choice),
         members={task: member.version for task, member in record.members.items()},
         manifest=made.manifest,
         seconds=made.seconds,

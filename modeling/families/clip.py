@@ -17,9 +17,9 @@ from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
 from restitch.modeling.configs import differences, model_type_difference, read_config
 from restitch.modeling.data.rows import Example
-from restitch.modeling.families.family import Batch, Preprocess
+from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head, embed_prompts, scaled_cosines
-from restitch.modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
+from restitch.modeling.pretrained import NamedModel, load_pretrained, load_tokenizer
 from restitch.registry.specs.task import HeadSpec, Modality
 
 # Keys that affect the text tower only, never the features of images.
@@ -28,7 +28,7 @@ _TOKEN_IDS = frozenset({"pad_token_id", "bos_token_id", "eos_token_id"})
 _UNREAD = frozenset({"projection_dim"})
 
 
-class Clip:
+class Clip(Family):
     """The family `clip`."""
 
     name = "clip"
@@ -38,7 +38,6 @@ class Clip:
         "vision_model.encoder.layers.*",
         "*.vision_model.encoder.layers.*",
     )
-    head_tensors: tuple[str, ...] = ()
     modality: Modality = "image"
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
@@ -85,7 +84,7 @@ class Clip:
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:
         """The live tensors by their names in the folder's file."""
-        return _named(model).tensors()
+        return NamedModel.of(model).tensors()
 
     def max_length(self, folder: Path) -> int:
         """The smaller limit of tokenizer and text tower."""
@@ -129,7 +128,7 @@ class Clip:
         """The zero-shot head: mean text embeddings of the prompts, normalized before and after."""
         spec = self.resolve(folder, spec)
         tokenizer = load_tokenizer(folder)
-        clip = _named(model).inner
+        clip = NamedModel.of(model).inner
         device = next(model.parameters()).device
 
         def embed(texts: list[str]) -> Tensor:
@@ -150,22 +149,14 @@ class Clip:
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """Normalized image embeddings, [batch, features]."""
-        output = _named(model).inner.get_image_features(pixel_values=batch["pixel_values"])
+        output = NamedModel.of(model).inner.get_image_features(pixel_values=batch["pixel_values"])
         return nn.functional.normalize(output.pooler_output, dim=-1)
 
     def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """Scaled cosines with the class embeddings, [batch, classes]."""
-        own = _named(model).inner.logit_scale.exp()
+        own = NamedModel.of(model).inner.logit_scale.exp()
         scale = own if head.spec.scale is None else head.spec.scale
         return scaled_cosines(self.features(model, batch), head.tensors["weight"], scale)
-
-    def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
-        """Cross-entropy of the scores."""
-        return nn.functional.cross_entropy(self.logits(model, batch, head), batch["labels"])
-
-    def asset_files(self, folder: Path) -> tuple[str, ...]:
-        """Configuration, tokenizer and processor files."""
-        return asset_files(folder)
 
 
 def _image_processor(folder: Path) -> Any:
@@ -188,8 +179,3 @@ def _image_processor(folder: Path) -> Any:
             found=type(processor).__name__,
         )
     return processor
-
-
-def _named(model: nn.Module) -> NamedModel:
-    assert isinstance(model, NamedModel)
-    return model

@@ -24,6 +24,7 @@ from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
 from restitch.modeling.data.rows import Example
 from restitch.modeling.heads import Head
+from restitch.modeling.pretrained import asset_files
 from restitch.registry.specs.task import HeadSpec, Modality
 
 GROUP = "restitch.families"
@@ -50,7 +51,7 @@ class Family(Protocol):
     version: int
     prefixes: tuple[str, ...]
     localizable: tuple[str, ...]
-    head_tensors: tuple[str, ...]
+    head_tensors: tuple[str, ...] = ()
     modality: Modality
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
@@ -100,10 +101,12 @@ class Family(Protocol):
         """The scores of the classes, [batch, classes]."""
 
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
-        """The mean training loss of the batch, a scalar."""
+        """The mean training loss of the batch, a scalar: the cross-entropy of the scores."""
+        return nn.functional.cross_entropy(self.logits(model, batch, head), batch["labels"])
 
     def asset_files(self, folder: Path) -> tuple[str, ...]:
         """The names of configuration, tokenizer and processor files, sorted."""
+        return asset_files(folder)
 
 
 _SURFACE = {*Family.__annotations__, *(name for name in vars(Family) if name[0] != "_")}

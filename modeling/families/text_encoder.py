@@ -15,9 +15,9 @@ from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
 from restitch.modeling.configs import differences, model_type_difference, read_config
 from restitch.modeling.data.rows import Example
-from restitch.modeling.families.family import Batch, Preprocess
+from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head, embed_prompts, scaled_cosines
-from restitch.modeling.pretrained import NamedModel, asset_files, load_pretrained, load_tokenizer
+from restitch.modeling.pretrained import NamedModel, load_pretrained, load_tokenizer
 from restitch.registry.specs.task import HeadSpec, Modality
 
 DEFAULT_SCALE = 20.0
@@ -35,7 +35,7 @@ _BLOCKS = (
 )
 
 
-class TextEncoder:
+class TextEncoder(Family):
     """The family `text-encoder`."""
 
     name = "text-encoder"
@@ -51,7 +51,6 @@ class TextEncoder:
         "albert.",
     )
     localizable = tuple(glob for block in _BLOCKS for glob in (block, f"*.{block}"))
-    head_tensors: tuple[str, ...] = ()
     modality: Modality = "text"
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
@@ -72,7 +71,7 @@ class TextEncoder:
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:
         """The live tensors by their names in the folder's file."""
-        return _named(model).tensors()
+        return NamedModel.of(model).tensors()
 
     def max_length(self, folder: Path) -> int:
         """The smaller limit of tokenizer and position embeddings."""
@@ -135,7 +134,7 @@ class TextEncoder:
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """Normalized embeddings, [batch, features]."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        hidden = _named(model).inner(**inputs).last_hidden_state
+        hidden = NamedModel.of(model).inner(**inputs).last_hidden_state
         mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
         return nn.functional.normalize(pooled, dim=-1)
@@ -144,14 +143,6 @@ class TextEncoder:
         """Scaled cosines with the label embeddings, [batch, classes]."""
         scale = DEFAULT_SCALE if head.spec.scale is None else head.spec.scale
         return scaled_cosines(self.features(model, batch), head.tensors["weight"], scale)
-
-    def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
-        """Cross-entropy of the scores."""
-        return nn.functional.cross_entropy(self.logits(model, batch, head), batch["labels"])
-
-    def asset_files(self, folder: Path) -> tuple[str, ...]:
-        """Configuration and tokenizer files."""
-        return asset_files(folder)
 
 
 def position_limit(folder: Path) -> int:
@@ -170,8 +161,3 @@ def position_limit(folder: Path) -> int:
             offset = 0 if module.padding_idx is None else module.padding_idx + 1
             return module.num_embeddings - offset
     return int(getattr(config, "max_position_embeddings", 0) or 512)
-
-
-def _named(model: nn.Module) -> NamedModel:
-    assert isinstance(model, NamedModel)
-    return model

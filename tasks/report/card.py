@@ -58,12 +58,8 @@ def specialist_card(
 ) -> str:
     """The README.md of the specialist for one task of a merged version.
 
-    Args:
-        line_state: of the line.
-        record: the version.
-        task: of one of its members.
-        made: how the specialists were made, as in `restitch.json`.
-        origin: the provenance of the version, with the digest of these weights.
+    `made` says how the specialists were made, as in `restitch.json`; `origin` has the digest of the
+    specialist's weights.
     """
     line, version = record.line, record.version
     command = f"restitch export {line} {version} OUT --task {task}  # exports the same weights"

@@ -90,11 +90,7 @@ class Plot:
 
 @contextmanager
 def drawing(name: str) -> Iterator[None]:
-    """Set up matplotlib for one plot, independent of the user's own settings.
-
-    Args:
-        name: of the plot.
-    """
+    """Set up matplotlib for the plot of this name, independent of the user's own settings."""
     import matplotlib as mpl
 
     with mpl.rc_context(), warnings.catch_warnings():
@@ -114,15 +110,9 @@ def axes_in(
     right: float = 0.14,
     width: float | None = None,
 ) -> tuple[Any, Any]:
-    """A figure with one pair of axes; all sizes are in inches.
+    """A figure with one pair of axes of a height and width, and margins; all in inches.
 
-    Args:
-        height: of the axes.
-        left: margin for labels; likewise the other sides.
-        top: margin.
-        bottom: margin.
-        right: margin.
-        width: of the axes; None gives the figure the common width.
+    Without a width of the axes, the figure has the common width.
     """
     from matplotlib.figure import Figure
 

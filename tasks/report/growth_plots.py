@@ -21,15 +21,7 @@ _PAIR = (("o", "blue"), ("D", "orange"))
 
 
 def curves_plot(task: str, measured: Mapping[str, Any]) -> Plot | None:
-    """Grafted accuracy against density, one line per localizer.
-
-    Args:
-        task: its name.
-        measured: the results of the task.
-
-    Returns:
-        None if no localizer was measured.
-    """
+    """Grafted accuracy on a task against density, one line per localizer that was measured."""
     curves: Mapping[str, Any] = measured["curves"]
     if not curves:
         return None
@@ -49,8 +41,7 @@ def curves_plot(task: str, measured: Mapping[str, Any]) -> Plot | None:
             axes.axhline(measured[name]["value"], label=name, **line)
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
-    axes.set_xlabel("mask density")
-    axes.set_ylabel(f"grafted {measured['metric']}")
+    axes.set(xlabel="mask density", ylabel=f"grafted {measured['metric']}")
     _finish(axes)
     values = "; ".join(
         f"{name} from {number(float(c['points'][0]['value']))} "
@@ -80,8 +71,7 @@ def conflict_plot(pair: Mapping[str, Any]) -> Plot:
     axes.plot(shares, mean, "P-", color=COLOURS["ink"], label="mean", **_THIN)
     averaging = pair["averaging"]["mean"]
     axes.axhline(averaging, linestyle="--", linewidth=1, color=COLOURS["ink"], label="averaging")
-    axes.set_xlabel("Jaccard index of the two masks")
-    axes.set_ylabel("accuracy of the merged model")
+    axes.set(xlabel="Jaccard index of the two masks", ylabel="accuracy of the merged model")
     _finish(axes)
     values = ", ".join(f"{number(float(p['mean']))} at {number(float(p['share']))}" for p in points)
     return Plot(

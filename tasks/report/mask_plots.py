@@ -34,10 +34,15 @@ def cosine_plot(analysis: Mapping[str, Any]) -> Plot | None:
 def _pairs_plot(
     analysis: Mapping[str, Any], name: str, title: str, description: str
 ) -> Plot | None:
-    pairs = _pairs(analysis, name)
+    pairs = pairs_of(analysis[name])
     if not pairs:
         return None
-    words = f"{description}, for {len(pairs)} pairs of members: {_range_in_words(pairs)}."
+    (i, j, high), (*_, low) = pairs[0], pairs[-1]
+    first, second = label(analysis["tasks"][j]), label(analysis["tasks"][i])
+    words = (
+        f"{description}, for {len(pairs)} pairs of members: from {number(low)} to {number(high)} "
+        f"({first} and {second}), median {number(pairs[len(pairs) // 2][2])}."
+    )
     highest = max(abs(value) for *_, value in pairs) or 1.0
     return Plot(name, title, words, _square(analysis, name, highest))
 
@@ -73,10 +78,8 @@ def components_plot(analysis: Mapping[str, Any]) -> Plot | None:
         axes.barh(range(len(names)), widths, 0.72, left=start, color=COLOURS[colour], label=part)
         start = [a + b for a, b in zip(start, widths, strict=True)]
     axes.set_yticks(range(len(names)), [label(name) for name in names])
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.set_xlim(0, 1)
     axes.tick_params(axis="y", length=0)
-    axes.set_xlabel("share of the mask")
+    axes.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xlabel="share of the mask")
     handles, labels = axes.get_legend_handles_labels()
     columns = len(parts) if len(parts) <= 4 else 3
     figure.legend(handles, labels, loc="upper center", ncols=columns, handlelength=1)
@@ -130,8 +133,7 @@ def owners_plot(analysis: Mapping[str, Any]) -> Plot | None:
                 ha="center",
                 fontsize=7.5,
             )
-    axes.set_xlabel("number of masks that select a coordinate")
-    axes.set_ylabel("coordinates")
+    axes.set(xlabel="number of masks that select a coordinate", ylabel="coordinates")
     words = ", ".join(f"{masks}: {number(count)}" for masks, count in enumerate(owners[:12], 1))
     return Plot(
         "owners",
@@ -142,24 +144,11 @@ def owners_plot(analysis: Mapping[str, Any]) -> Plot | None:
     )
 
 
-def _pairs(analysis: Mapping[str, Any], name: str) -> list[tuple[str, str, float]]:
-    """The pairs of members with their values, largest first."""
-    tasks, matrix = analysis["tasks"], analysis[name]
-    pairs = [
-        (tasks[i], tasks[j], matrix[i][j])
-        for i in range(len(tasks))
-        for j in range(i)
-        if matrix[i][j] is not None
-    ]
-    return sorted(pairs, key=lambda pair: -pair[2])
-
-
-def _range_in_words(pairs: Sequence[tuple[str, str, float]]) -> str:
-    (a, b, high), (*_, low) = pairs[0], pairs[-1]
-    middle = pairs[len(pairs) // 2][2]
-    return (
-        f"from {number(low)} to {number(high)} ({label(a)} and {label(b)}), median {number(middle)}"
-    )
+def pairs_of(matrix: Sequence[Sequence[float | None]]) -> list[tuple[int, int, float]]:
+    """The pairs of members that have a value, by their indices, largest value first."""
+    pairs = [(i, j, value) for j, row in enumerate(matrix) for i, value in enumerate(row[:j])]
+    known = [(i, j, value) for i, j, value in pairs if value is not None]
+    return sorted(known, key=lambda pair: -pair[2])
 
 
 def _shares(analysis: Mapping[str, Any], group: str) -> dict[str, dict[str, float]]:

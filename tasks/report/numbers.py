@@ -23,11 +23,7 @@ def number(value: float) -> str:
 
 
 class Numbers:
-    """Formats numbers by their path in the JSON values of a report.
-
-    Args:
-        values: the JSON values of the version and of the other parts of the report.
-    """
+    """Formats numbers by their path in the JSON values of a report."""
 
     def __init__(self, values: dict[str, Any]) -> None:
         self._values = values

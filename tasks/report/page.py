@@ -19,6 +19,7 @@ from restitch.tasks.report.mask_plots import (
     jaccard_plot,
     layers_plot,
     owners_plot,
+    pairs_of,
 )
 from restitch.tasks.report.numbers import Numbers
 from restitch.tasks.report.plots import results_plot, retention_plot, tradeoff_plot
@@ -52,12 +53,7 @@ class ReportInput:
 
 @dataclass(frozen=True)
 class Report:
-    """A rendered report.
-
-    Attributes:
-        html: the page.
-        plots: its plots as PNG on white, by file name.
-    """
+    """A rendered report: the page, and its plots as PNG on white, by file name."""
 
     html: str
     plots: dict[str, bytes]
@@ -132,11 +128,8 @@ def _all_is_kept(analysis: Mapping[str, Any] | None) -> bool:
 
 def _closest_pairs(analysis: Mapping[str, Any] | None) -> list[tuple[int, int]]:
     """The pairs of members whose masks overlap most, by their indices."""
-    if analysis is None:
-        return []
-    jaccard = analysis["jaccard"]
-    pairs = [(i, j) for j in range(len(jaccard)) for i in range(j) if jaccard[i][j] is not None]
-    return sorted(pairs, key=lambda pair: -jaccard[pair[0]][pair[1]])[:MOST_PAIRS]
+    pairs = [] if analysis is None else pairs_of(analysis["jaccard"])
+    return [(i, j) for i, j, _ in pairs[:MOST_PAIRS]]
 
 
 def _as_json(value: Any, indent: int | None = None) -> str:

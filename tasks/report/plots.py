@@ -1,10 +1,11 @@
-"""Plots of results by task and by version; `mask_plots` has those of the masks.
+"""Plots of results by task, version and method; `mask_plots` has those of the masks.
 
 Each function takes plain JSON values as the commands print them, and makes one `Plot` with a
 description in words. Values that were not measured are left out.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import Any
 
 from restitch.tasks.report.drawing import COLOURS, Plot, axes_in, label, room
@@ -19,6 +20,8 @@ SERIES = {
     "expert": ("red", "v"),
 }
 _MOST_IN_WORDS = 12
+# The marks of methods.
+_MARKS = list(product(("o", "D", "s", "^", "v", "P"), ("blue", "orange", "green", "red", "sky")))
 
 
 def results_plot(results: Mapping[str, Any]) -> Plot | None:
@@ -27,12 +30,7 @@ def results_plot(results: Mapping[str, Any]) -> Plot | None:
 
 
 def experts_plot(experts: Mapping[str, Any], merged: Mapping[str, Any]) -> Plot | None:
-    """Values of base, finetuned model, merged model and specialist on every task, with intervals.
-
-    Args:
-        experts: the results of the specialists, by task.
-        merged: the results of their merged version, by task.
-    """
+    """Values of base, finetuned, merged model and specialist on every task, with intervals."""
     results = {}
     for task, one in experts.items():
         spans = {**one["intervals"], "expert": one["interval"]}
@@ -115,8 +113,7 @@ def retention_plot(
         at = [version["version"]]
         axes.vlines(at, [span["low"]], [span["high"]], color=COLOURS["green"], linewidth=1.5)
     _mark_versions(figure, axes, version["version"], points, "version", "retention")
-    axes.set_xlabel("version")
-    axes.set_ylabel("retention (base: 1)")
+    axes.set(xlabel="version", ylabel="retention (base: 1)")
     axes.grid(axis="y")
     axes.xaxis.get_major_locator().set_params(integer=True)
     _widen(axes)
@@ -140,8 +137,7 @@ def tradeoff_plot(version: Mapping[str, Any], versions: Sequence[Mapping[str, An
         return None
     figure, axes = axes_in(2.1, left=0.62, top=0.36, bottom=0.5)
     _mark_versions(figure, axes, version["version"], points, "retention", "mean_accuracy")
-    axes.set_xlabel("retention (base: 1)")
-    axes.set_ylabel("mean accuracy over the tasks")
+    axes.set(xlabel="retention (base: 1)", ylabel="mean accuracy over the tasks")
     axes.grid()
     _widen(axes)
     words = [(f"version {v['version']}", v["mean_accuracy"]) for v in points]
@@ -150,6 +146,40 @@ def tradeoff_plot(version: Mapping[str, Any], versions: Sequence[Mapping[str, An
         "Accuracy against retention by version",
         f"Mean accuracy over the tasks of each of {len(points)} versions against its retention. "
         f"Mean accuracy: {_in_words(words)}.",
+        figure,
+    )
+
+
+def methods_plot(rows: Sequence[Mapping[str, Any]]) -> Plot | None:
+    """Mean accuracy over the tasks against retention, one mark per method with both.
+
+    The rows are those of `restitch compare --json`, best first.
+    """
+    known = [row for row in rows if row["retention"] and row["mean_accuracy"] is not None]
+    if not known:
+        return None
+    figure, axes = axes_in(2.6, left=0.62, top=0.2, bottom=0.5, right=1.6)
+    for index, row in enumerate(known):
+        shape, colour = _MARKS[index % len(_MARKS)]
+        retention, accuracy = row["retention"]["ratio"], row["mean_accuracy"]
+        span = row["retention"].get("ratio_interval")
+        if span is not None:
+            at = [accuracy]
+            axes.hlines(at, [span["low"]], [span["high"]], color=COLOURS[colour], linewidth=1)
+        style = {"color": COLOURS[colour], "markersize": 6, "label": row["method"]}
+        axes.plot([retention], [accuracy], shape, **style)
+    axes.set(xlabel="retention (base: 1)", ylabel="mean accuracy over the tasks")
+    axes.margins(0.12)
+    axes.grid()
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handletextpad=0.2)
+    values = ", ".join(
+        f"{row['method']} {number(row['mean_accuracy'])} at {number(row['retention']['ratio'])}"
+        for row in known
+    )
+    return Plot(
+        "methods",
+        "Accuracy against retention by method",
+        f"Mean accuracy and retention of {len(known)} methods: {values}.",
         figure,
     )
 

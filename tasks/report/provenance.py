@@ -46,15 +46,7 @@ def provenance(
     objects: ObjectStore,
     weights: str,
 ) -> Provenance:
-    """Look up the provenance of a version.
-
-    Args:
-        base: the source of the line's base.
-        record: the version.
-        newest_first: the line's audit trail.
-        objects: the store.
-        weights: the digest of the exported checkpoint.
-    """
+    """Look up the provenance of a version in the line's audit trail, `newest_first`."""
     parent, acts = lineage(record.version, newest_first)
     licences = {task: licence_of(m.uri, objects) for task, m in record.members.items()}
     return Provenance(parent, acts, licence_of(base, objects), licences, weights)

@@ -25,12 +25,10 @@ class Axes:
     """The axes of a plot.
 
     Attributes:
-        x: the column and the label of the x axis.
-        y: the column and the label of the y axis.
+        x: the column and the label of the x axis; likewise `y`.
         by: the column that separates series.
         log: whether x is logarithmic.
         whole: whether x has integer ticks.
-        percent: whether x is shown in percent.
     """
 
     x: tuple[str, str]
@@ -44,15 +42,7 @@ class Axes:
 def lines_plot(
     name: str, title: str, rows: Rows, axes: Axes, levels: Mapping[str, float] | None = None
 ) -> Plot:
-    """One line per series.
-
-    Args:
-        name: of the plot.
-        title: its caption.
-        rows: of the table; rows without a value are left out.
-        axes: the columns to draw.
-        levels: values that do not depend on x, drawn as dashed lines, by name.
-    """
+    """One line per series, and a dashed line per level, which does not depend on x."""
 
     def draw(canvas: Any, some: Rows, shape: str, colour: str, series: str) -> None:
         x, y = [row[axes.x[0]] for row in some], [row[axes.y[0]] for row in some]

@@ -8,6 +8,7 @@ under all that they depend on, so that nothing is ranked or evaluated twice.
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 from restitch.merging.analysis.masks import VERSION as ANALYSIS_VERSION
@@ -43,11 +44,7 @@ def curve(
 ) -> dict[str, Any] | Cached[dict[str, Any]]:
     """Evaluate the base on a member's task with grafts of rising density.
 
-    Args:
-        line: the line.
-        member: a member with rows to evaluate on.
-        localizer: one of `localizers.LOCALIZERS` that the task has the data for.
-        densities: the densities of the grafts.
+    `localizer` is one of `localizers.LOCALIZERS` that the task has the data for.
 
     Returns:
         The localizer's `label`, and `points` by rising density.
@@ -81,13 +78,9 @@ def curve(
 def conflict(
     line: LineRef, members: tuple[Member, ...], localizer: str, densities: tuple[float, ...]
 ) -> dict[str, Any] | Cached[dict[str, Any]]:
-    """Evaluate a merge of members with masks of rising density.
+    """Evaluate a merge of two or more members with masks of rising density.
 
-    Args:
-        line: its method merges them if it takes sparse deltas; otherwise localize-and-stitch.
-        members: two or more members with rows to evaluate on.
-        localizer: as for `curve`, for all members.
-        densities: the densities of all masks.
+    The line's method merges them if it takes sparse deltas; otherwise localize-and-stitch does.
 
     Returns:
         `points` by rising density, each with the number of coordinates in two or more masks
@@ -131,8 +124,9 @@ def conflict(
             return {"mean": sum(v["value"] for v in tasks.values()) / len(tasks), "tasks": tasks}
 
         averaged = measured(average, parts(whole, [Ranking(vector) for vector in vectors]))
+        # Localizers use the same file names for every member.
         rankings = [
-            _rank(by, m, v, _folder(scratch / m.task))
+            _rank(by, m, v, Path(mkdtemp(dir=scratch)))
             for by, m, v in zip(rankers, members, vectors, strict=True)
         ]
         points = []
@@ -191,12 +185,6 @@ def _coordinates(base: Base) -> int:
 def _rank(ranker: Localizer, member: Member, vector: TaskVector, scratch: Path) -> Ranking:
     with working(f"localizing {member.task}, {ranker.label}") as progress:
         return ranker.rank(vector, scratch, progress)
-
-
-def _folder(path: Path) -> Path:
-    """A new folder, because localizers use the same file names for every member."""
-    path.mkdir()
-    return path
 
 
 def _mask(ranking: Ranking, kept: int, scratch: Path) -> Any:

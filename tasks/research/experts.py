@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter
+
 from restitch.merging.digests import digest_file
 from restitch.merging.errors import Damage
 from restitch.merging.experts.files import write_experts
@@ -38,8 +40,6 @@ class ExpertsRef:
     """Specialists in the store.
 
     Attributes:
-        manifest: digest of the manifest.
-        recipe: digest of the recipe.
         method: its name and version.
         settings: all settings with defaults; with tuning, one threshold for each task.
         members: digests of the finetuned weights, by task.
@@ -70,12 +70,7 @@ class ExpertsRef:
 
 @step("make-experts", "experts {recipe.method.name}")
 def make_experts(line: LineRef, recipe: Recipe) -> ExpertsRef | Cached[ExpertsRef]:
-    """The specialists of a recipe, from the store or made from the members' deltas.
-
-    Args:
-        line: with the base.
-        recipe: of a method of kind `experts`.
-    """
+    """The specialists of a recipe, from the store or made from the members' deltas."""
     space = workspace()
     key = recipe.digest()
     record = space.objects.lookup("experts", key)
@@ -96,11 +91,7 @@ def make_experts(line: LineRef, recipe: Recipe) -> ExpertsRef | Cached[ExpertsRe
 def write_parts(
     folder: Path, line: LineRef, recipe: Recipe, space: Workspace
 ) -> tuple[dict[str, Any], dict[str, Path]]:
-    """Make the specialists of a recipe in a folder.
-
-    Returns:
-        The manifest as JSON values, and the files by digest.
-    """
+    """Make the specialists of a recipe in a folder: their manifest, and the files by digest."""
     base = open_base(line, space)
     experts = recipe_experts(base, recipe, space)
     with working("making specialists") as progress:
@@ -139,7 +130,7 @@ def read_experts(manifest: str, space: Workspace) -> ExpertsRef:
     """
     try:
         return _ref(manifest, json.loads(space.objects.read_blob(manifest)))
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, TypeError) as error:
         raise Damage(
             f"the object blobs/{manifest} is not readable",
             expected="a manifest of specialists",
@@ -149,14 +140,7 @@ def read_experts(manifest: str, space: Workspace) -> ExpertsRef:
 
 
 def _ref(manifest: str, values: dict[str, Any], seconds: float | None = None) -> ExpertsRef:
-    name, version = values["method"]
-    return ExpertsRef(
-        manifest=manifest,
-        recipe=values["recipe"],
-        method=(name, version),
-        settings=values["settings"],
-        members=values["members"],
-        shared=None if values["shared"] is None else Part(**values["shared"]),
-        tasks={task: Part(**part) for task, part in values["tasks"].items()},
-        seconds=seconds,
-    )
+    return _REF.validate_python({**values, "manifest": manifest, "seconds": seconds})
+
+
+_REF = TypeAdapter(ExpertsRef)

@@ -8,7 +8,6 @@ the same torch and threads: the first patch published counts.
 """
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,6 @@ from restitch.merging.files.sparse import SparseInfo
 from restitch.merging.localize.trained import NAME as TRAINED
 from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.merging.rules.stitch import write_patch
-from restitch.modeling.data.rows import Rows
 from restitch.modeling.data.task_data import stratified
 from restitch.modeling.families.family import Family
 from restitch.modeling.finetuning import VERSION, FinetuningSettings
@@ -39,8 +37,8 @@ from restitch.tasks.inputs.checkpoints import (
     open_base,
     open_sparse,
 )
-from restitch.tasks.inputs.task_data import reading_inputs, task_head, verified_data
-from restitch.tasks.localizers import OpenCalibration, lacks
+from restitch.tasks.inputs.task_data import reading_inputs, verified_data
+from restitch.tasks.localizers import OpenCalibration, lacks, split_digests
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
 from restitch.tasks.runtime.refs import LineRef, PatchRef
@@ -59,12 +57,7 @@ def lacks_labels(task: TaskSpec, family: Family) -> str | None:
 def finetune(
     line: LineRef, member: Member, before: str | None = None
 ) -> PatchRef | Cached[PatchRef]:
-    """Finetune the base's localizable weights on a member's train rows.
-
-    Args:
-        line: with the base.
-        member: with a task that has labelled train rows.
-        before: the patch to start from; None starts from the base.
+    """Finetune the base, or the patch `before`, on a member's labelled train rows.
 
     Returns:
         The patch of the finetuned weights, with the seconds that training took.
@@ -95,10 +88,6 @@ def _inputs(
     base: Base, member: Member, before: str | None, settings: FinetuningSettings
 ) -> dict[str, Any]:
     """All that the weights depend on."""
-    data = member.spec.data
-    assert data is not None
-    assert data.content is not None
-    splits: Any = data.content["splits"]
     return {
         "version": VERSION,
         "base": [base.ref.weights, base.ref.config],
@@ -107,7 +96,7 @@ def _inputs(
         "before": before,
         "settings": settings.to_json(),
         "rows": MOST_ROWS,
-        "train": splits["train"],
+        "train": split_digests(member.spec)["train"],
         **reading_inputs(member.spec, base, member.model.model),
     }
 
@@ -122,7 +111,9 @@ def _learned(
 ) -> SparseInfo:
     """Finetune the live base and write its patch; afterwards restore the live base."""
     live = live_base(base)
-    rows, on = _opened(live, member, space)
+    every = verified_data(member.spec, base.family).rows("train")
+    rows = every.select(stratified(every.targets, MOST_ROWS, 0))
+    on = OpenCalibration.of(live, rows, member.spec, member.model.model, space)
     names = [name for name in base.names if name in live.parameters]
     lengths = rows.lengths() if rows.modality == "text" else np.zeros(len(rows), dtype=np.int64)
     room = "room for the weights, their gradients and the two moments of each"
@@ -139,21 +130,6 @@ def _learned(
         return write_patch(file, base.checkpoint, edits, {"base": base.ref.weights})
     finally:
         restore(live.parameters, base.checkpoint, names)
-
-
-def _opened(live: LiveBase, member: Member, space: Workspace) -> tuple[Rows, OpenCalibration]:
-    """Load the train rows and the head while the live base has its own weights."""
-    base = live.base
-    every = verified_data(member.spec, base.family).rows("train")
-    rows = every.select(stratified(every.targets, MOST_ROWS, 0))
-    head = task_head(member.spec, base, live, member.model.model, space)
-    preprocess = base.family.preprocessor(base.folder, head.spec.max_length)
-
-    def batch(indices: Sequence[int]) -> dict[str, Tensor]:
-        made = preprocess([rows[index] for index in indices])
-        return {name: tensor.to(live.device) for name, tensor in made.items()}
-
-    return rows, OpenCalibration(live, rows, head, batch)
 
 
 @dataclass(frozen=True)

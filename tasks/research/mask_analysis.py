@@ -31,10 +31,6 @@ OUTSIDE = "outside"  # of all numbered layers
 def analyze(line: LineRef, record: MergedRecord) -> dict[str, Any] | Cached[dict[str, Any]]:
     """The analysis of a merged version's masks, from the store or made now.
 
-    Args:
-        line: with the base of the version.
-        record: the version.
-
     Returns:
         `MaskAnalysis.to_json`, and under `places` the names of `layers` and `components`, with
         the share of each mask in them by task, and the share of all coordinates of the tensors

@@ -18,12 +18,7 @@ VERSION = 1
 
 @step("time a merge", "time {line.spec.method.name}")
 def merging_seconds(line: LineRef, members: tuple[Member, ...]) -> float | Cached[float]:
-    """Seconds to merge the members' deltas into a temporary patch file.
-
-    Args:
-        line: with the method.
-        members: with the deltas to merge.
-    """
+    """Seconds to merge the members' deltas into a temporary patch file."""
     space = workspace()
     recipe = make_recipe(line, members)
     key = digest_json([VERSION, recipe.digest(), fingerprint(device()), socket.gethostname()])

@@ -34,7 +34,6 @@ class Tuned:
     """The result of tuning.
 
     Attributes:
-        setting: the name of the setting.
         value: the best value; by task for a method with one model per task.
         curve: every value that was tried, with the metric of each task and their mean.
         rows: the number of rows that were used, by task.
@@ -42,22 +41,13 @@ class Tuned:
 
     setting: str
     value: float | dict[str, float]
-    curve: tuple[dict[str, Any], ...]
+    curve: list[dict[str, Any]]
     rows: dict[str, int]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain JSON values."""
-        return {**asdict(self), "curve": list(self.curve)}
 
 
 @step("tune", "tune {method.name}")
 def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | Cached[Tuned]:
-    """The best value of the setting that a method tunes.
-
-    Args:
-        line: with the method and its other settings.
-        members: the members to merge.
-        method: a method with a setting to tune.
+    """The best value of the setting that a method tunes; the line has its other settings.
 
     Raises:
         BadInput: a task has no rows to tune on.
@@ -78,7 +68,7 @@ def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | 
     key = digest_json(_inputs(recipes, members, base))
     known = space.stored("tuning", key)
     if known is not None:
-        return Cached(_read(known))
+        return Cached(Tuned(**known))
     live = live_base(base)
     exams = [
         Exam(base, member.spec, member.model.model, space, validation=MOST_ROWS)
@@ -95,7 +85,7 @@ def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | 
     best: float | dict[str, float] = _best(curve)
     if method.kind == "experts":
         best = {task: _best([{**p, "mean": p["tasks"][task]} for p in curve]) for task in rows}
-    return _read(space.keep("tuning", key, Tuned(setting, best, tuple(curve), rows).as_dict()))
+    return Tuned(**space.keep("tuning", key, asdict(Tuned(setting, best, curve, rows))))
 
 
 def _evaluated(
@@ -141,7 +131,3 @@ def _inputs(recipes: list[Recipe], members: tuple[Member, ...], base: Base) -> d
         "evaluator": [EVALUATOR_VERSION, MOST_ROWS],
         "device": device().type,
     }
-
-
-def _read(values: dict[str, Any]) -> Tuned:
-    return Tuned(**{**values, "curve": tuple(values["curve"])})

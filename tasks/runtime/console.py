@@ -9,28 +9,14 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
-from typing import Protocol
 
 from restitch.merging.progress import Progress, ignore
 
 log = logging.getLogger("restitch")
 
 
-class Reporter(Protocol):
-    """Shows progress bars for long work, and lines for messages and warnings."""
-
-    def working(self, title: str) -> AbstractContextManager[Progress]:
-        """Show a progress bar while the context is open."""
-
-    def say(self, text: str) -> None:
-        """Show a message."""
-
-    def warn(self, text: str) -> None:
-        """Show a warning that needs the user's attention."""
-
-
-class LogReporter:
-    """Writes messages to the log and draws no progress bar."""
+class Reporter:
+    """Writes messages to the log and draws no progress bar; subclasses show them elsewhere."""
 
     @contextmanager
     def working(self, title: str) -> Iterator[Progress]:
@@ -47,7 +33,7 @@ class LogReporter:
         log.warning("%s", text)
 
 
-_current: ContextVar[Reporter] = ContextVar("reporter", default=LogReporter())  # noqa: B039
+_current: ContextVar[Reporter] = ContextVar("reporter", default=Reporter())  # noqa: B039
 
 
 @contextmanager

@@ -36,12 +36,7 @@ class Cached(Generic[R]):
 
 
 class Run(Protocol[P, R_co]):
-    """A step or a flow.
-
-    Attributes:
-        body: the function itself, without the engine.
-        engine_object: returns Prefect's own task or flow object.
-    """
+    """A step or a flow: `body` is the function itself, `engine_object` makes Prefect's object."""
 
     body: Callable[..., Any]
     engine_object: Callable[[], Any]
@@ -84,12 +79,7 @@ def step(
 
 
 def flow(name: str, run_name: str) -> Callable[[Callable[P, R | Cached[R]]], Run[P, R]]:
-    """Make a function a flow.
-
-    Args:
-        name: of the flow in Prefect.
-        run_name: template for the names of runs, filled from the function's parameters.
-    """
+    """Make a function a flow; the arguments are those of `step`."""
     return _decorator(name, "flow", run_name)
 
 

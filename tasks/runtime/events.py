@@ -43,8 +43,7 @@ def has_workers() -> bool:
 def announce(event: str, line: str, task: str, version: int | None, **facts: Any) -> bool:
     """Emit an event that starts the next run.
 
-    Returns:
-        Whether the server took it. If not, the scheduled remerge does the work later.
+    False if the server did not take it: the scheduled remerge does the work later.
     """
     if engine_url() is None:
         return False
@@ -72,13 +71,9 @@ def announce(event: str, line: str, task: str, version: int | None, **facts: Any
 def start_run(
     flow: str, parameters: Mapping[str, Any], key: str, at: datetime | None = None
 ) -> None:
-    """Start a run of a deployment, unless one with this key is queued or running.
+    """Start a run of a deployment, now or `at` a time, unless one with this key is under way.
 
-    Args:
-        flow: the flow's name.
-        parameters: of the run.
-        key: digest of the run's purpose.
-        at: start time; None starts it now.
+    The key is a digest of the run's purpose.
 
     Raises:
         Unavailable: the server cannot be reached, or has no such deployment.
@@ -120,13 +115,8 @@ def mark_crashed(run: str, message: str) -> None:
 
 def this_run() -> str | None:
     """The id of the current flow run; None outside of one."""
-    # Without Prefect imported there is no run, and importing it here would cost seconds.
-    if engine_url() is None or "prefect" not in sys.modules:
-        return None
-    from prefect.context import FlowRunContext
-
-    context = FlowRunContext.get()
-    return None if context is None or context.flow_run is None else str(context.flow_run.id)
+    run = _flow_run()
+    return None if run is None else str(run.id)
 
 
 def cancel_queued(line: str) -> None:
@@ -141,12 +131,18 @@ def cancel_queued(line: str) -> None:
 
 def is_workers_run() -> bool:
     """True if a worker started the current flow run."""
-    if this_run() is None:
-        return False
+    run = _flow_run()
+    return run is not None and run.deployment_id is not None
+
+
+def _flow_run() -> Any:
+    # Without Prefect imported there is no run, and importing it here would cost seconds.
+    if engine_url() is None or "prefect" not in sys.modules:
+        return None
     from prefect.context import FlowRunContext
 
     context = FlowRunContext.get()
-    return bool(context and context.flow_run and context.flow_run.deployment_id)
+    return None if context is None else context.flow_run
 
 
 def _is_due(run: Mapping[str, Any]) -> bool:

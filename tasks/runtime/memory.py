@@ -17,11 +17,7 @@ _INTERVAL_SECONDS = 0.003
 
 
 class Peak:
-    """The peak.
-
-    Attributes:
-        added: bytes; None where the system does not report them.
-    """
+    """The peak, `added` in bytes; None where the system does not report them."""
 
     added: int | None = None
 

@@ -19,8 +19,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from restitch.merging.errors import Unavailable
 from restitch.registry.store.attempts import process_began
@@ -148,14 +147,9 @@ class Slot:
 
     def _hold(self, lease: str) -> None:
         self.lease = lease
-        holder: dict[str, Any] = {
-            "lease": lease,
-            "run": str(this_run()),
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "began": process_began(os.getpid()),
-        }
-        self.store.swap(self.record, self._tag(), json.dumps(holder).encode())
+        pid = os.getpid()
+        holder = _Holder(lease, str(this_run()), socket.gethostname(), pid, process_began(pid))
+        self.store.swap(self.record, self._tag(), json.dumps(asdict(holder)).encode())
         threading.Thread(target=self._renew, name=f"lease of {self.name}", daemon=True).start()
 
     def _renew(self) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from restitch.merging.progress import Progress
-from restitch.tasks.runtime.console import LogReporter
+from restitch.tasks.runtime.console import Reporter
 from restitch.tasks.runtime.events import this_run
 
 SHOW_AFTER_SECONDS, UPDATE_SECONDS = 2.0, 1.0
@@ -114,7 +114,7 @@ def _markdown(key: str, text: str, description: str) -> None:
         log.warning("could not write the artifact %s: %s", key, error)
 
 
-class RunReporter(LogReporter):
+class RunReporter(Reporter):
     """Writes to the run's log, and shows long work as progress artifacts; workers install it."""
 
     @contextmanager

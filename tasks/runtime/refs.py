@@ -25,9 +25,7 @@ class DeltaRef:
         mask: digest of the mask alone.
         kept: the number of coordinates in the mask.
         coordinates: the number of localizable coordinates.
-        size: bytes of the file.
         localizer: its name and version, for instance "dataless/1".
-        seconds: how long localizing took.
         made_by: the process that localized: worker, host, process, pool, device.
         facts: the data that calibrated it, and how its density was chosen; see
             `localize.RECORDED_FACTS`.
@@ -51,11 +49,7 @@ class DeltaRef:
 
 @dataclass(frozen=True)
 class PatchRef:
-    """A merged model in the store, as a patch on its base.
-
-    Attributes:
-        seconds: how long it took to make; None if it was in the store.
-    """
+    """A merged model in the store, as a patch on its base; `seconds` is None if it was there."""
 
     blob: str
     kept: int
@@ -69,8 +63,6 @@ class StatisticRef:
     """A statistic in the store, which a merge method needs in addition to deltas.
 
     Attributes:
-        blob: digest of its file.
-        size: bytes of the file.
         seconds: how long this run took to measure it; None if it was in the store.
         recorded_seconds: how long the run took that measured it.
     """
@@ -112,5 +104,5 @@ class Validated:
     """
 
     outside_share: float
-    outside_tensors: tuple[tuple[str, float], ...] = field(default=())
-    ignored: tuple[str, ...] = field(default=())
+    outside_tensors: tuple[tuple[str, float], ...] = ()
+    ignored: tuple[str, ...] = ()

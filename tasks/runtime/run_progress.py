@@ -26,10 +26,7 @@ def run_page(run: str) -> str | None:
 def run_progress(line: str, task: str, state: str) -> Progress | None:
     """The run that works on a model: its name, state and page, and its percentage.
 
-    Args:
-        line: the line's name.
-        task: the model's task.
-        state: the model's; a registered one is onboarded, any other is merged.
+    A model in the state `registered` is onboarded, any other is merged.
 
     Returns:
         None if no such run is under way, or the server does not answer.

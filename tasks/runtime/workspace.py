@@ -87,8 +87,7 @@ class Workspace:
 def workspace(*, to_write: bool = True) -> Workspace:
     """The workspace that the environment names.
 
-    Args:
-        to_write: create its folders. Without it nothing is written, and the home may be read-only.
+    Without `to_write`, no folder is created and the home may be read-only.
     """
     home = Home.from_environment()
     prepare_environment(home)

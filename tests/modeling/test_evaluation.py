@@ -14,7 +14,7 @@ from sklearn.metrics import f1_score
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.rows import Rows
 from restitch.modeling.data.tables import ListTable
-from restitch.modeling.evaluation import Evaluation, evaluate, normalized, summarize, wilson
+from restitch.modeling.evaluation import Evaluation, evaluate, summarize, wilson
 from restitch.modeling.families.family import get_family
 from restitch.registry.specs.task import HeadSpec
 from tests.modeling.conftest import png
@@ -101,18 +101,6 @@ def test_an_evaluation_survives_json():
 def test_correct_rows_are_bits_from_the_highest_down():
     found = summarize(np.eye(2, dtype=np.float32)[[0, 1, 0] * 3], np.zeros(9, int), "accuracy")
     assert found.correct == bytes([0b10110110, 0b10000000])
-
-
-def test_normalized_is_the_share_of_the_finetuned_value():
-    right, half = (
-        summarize(np.eye(2, dtype=np.float32)[picks], np.zeros(2, int), "accuracy")
-        for picks in ([0, 0], [0, 1])
-    )
-    assert normalized(half, right) == 0.5
-    nothing = summarize(np.eye(2, dtype=np.float32)[[1, 1]], np.zeros(2, int), "accuracy")
-    assert normalized(half, nothing) is None
-    with pytest.raises(ValueError, match="no ratio"):
-        normalized(half, summarize(np.eye(2, dtype=np.float32), np.zeros(2, dtype=int), "f1"))
 
 
 class TestRunning:
