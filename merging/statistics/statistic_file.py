@@ -72,20 +72,19 @@ def open_statistic(path: Path, kind: str, subjects: Mapping[str, str]) -> Checkp
 
 
 def statistics_of(members: Sequence[DeltaMember], kind: str) -> tuple[Checkpoint, ...]:
-    """One statistic of each member, in the order of their tasks.
+    """One statistic of each member, in their order.
 
     Raises:
         BadInput: a member does not have this statistic.
     """
-    ordered = sorted(members, key=lambda member: by_bytes(member.task))
-    lacking = [member.task for member in ordered if kind not in member.statistics]
+    lacking = [member.task for member in members if kind not in member.statistics]
     if lacking:
         raise BadInput(
             f"the method needs statistics of kind {kind}",
             expected="one for every member",
             found=f"none for {', '.join(lacking)}",
         )
-    return tuple(member.statistics[kind] for member in ordered)
+    return tuple(member.statistics[kind] for member in members)
 
 
 def check_fits(kind: str, statistic: Checkpoint, sizes: Mapping[str, int]) -> None:
