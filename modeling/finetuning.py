@@ -17,9 +17,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
+from restitch.merging.localize.live_weights import requiring_gradients
 from restitch.merging.prefetch import prefetch
 from restitch.merging.progress import Progress, ignore
-from restitch.merging.statistics.statistic_file import requiring_gradients
 
 VERSION = 1
 

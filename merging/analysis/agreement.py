@@ -5,41 +5,25 @@ weights in no mask catastrophic, in one selfish, in two or more general, and in 
 Streamed over the tensors; a weight that no delta keeps is in no mask.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
-import torch
 
 from restitch.merging.files.checkpoint import Checkpoint
-from restitch.merging.numerics.rounding import cast
-from restitch.merging.ranking.kept_vector import BLOCK, KeptVector, working_dtype
-from restitch.merging.rules.consensus import tall_mask
-from restitch.merging.rules.elementwise import Floats, Range, kept_vectors, sum_vectors
+from restitch.merging.rules.consensus import MultiTask, count_votes
+from restitch.merging.rules.elementwise import ranges
+from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.stitch import DeltaMember
-from restitch.merging.rules.ties import Trim, disjoint_merge
 
 # Raised when the counts of the same members change.
 VERSION = 1
-
-MultiTaskVector = Callable[[Range], Floats]
-
-
-def task_arithmetic_sum(_: Sequence[KeptVector]) -> MultiTaskVector:
-    """The multi-task vector of task arithmetic."""
-    return lambda part: sum_vectors(part.vectors)
-
-
-def ties_sum(vectors: Sequence[KeptVector], density: float = 0.2) -> MultiTaskVector:
-    """The multi-task vector of TIES, summed instead of averaged as in Consensus TIES."""
-    trim = Trim(vectors, density, "model")
-    return lambda part: disjoint_merge(trim.apply(part), mean=False)
 
 
 def agreement_profile(
     base: Checkpoint,
     members: Iterable[DeltaMember],
     names: Iterable[str],
-    multi_task_vector: Callable[[Sequence[KeptVector]], MultiTaskVector],
+    multi_task: MultiTask,
     threshold: float,
 ) -> tuple[int, ...]:
     """Count the weights in exactly 0, 1, ... TALL masks, up to all members.
@@ -48,26 +32,19 @@ def agreement_profile(
         base: the base's checkpoint.
         members: the members, each with its whole task vector.
         names: the tensors to count.
-        multi_task_vector: makes the multi-task vector of the task vectors.
+        multi_task: makes the multi-task vector.
         threshold: lambda of the masks.
     """
-    vectors = kept_vectors(base, members)
-    merged = multi_task_vector(vectors)
+    vectors = MergeInputs(base, members).vectors
+    merged = multi_task(vectors)
     counts = np.zeros(len(vectors) + 1, dtype=np.int64)
     for name in names:
-        readers = [(i, v.reader(name)) for i, v in enumerate(vectors) if name in v]
-        start = 0
-        for piece in torch.split(base.tensor(name).view(-1), BLOCK):
-            before = cast(piece, working_dtype(piece.dtype)).numpy()
-            taken = [(number, reader.read(before)) for number, reader in readers]
-            votes = np.zeros(piece.numel(), dtype=np.int64)
-            if taken:
-                own = [(number, vector.copy()) for number, vector in taken]
-                whole = merged(Range(name, start, taken))
-                for _, vector in own:
-                    votes += tall_mask(vector, whole, threshold)
+        if not any(name in vector for vector in vectors):
+            counts[0] += base.info(name).numel
+            continue
+        for part in ranges(base, vectors, name):
+            votes = count_votes(part, merged(part), threshold)
             counts += np.bincount(votes, minlength=len(counts))
-            start += piece.numel()
     return tuple(counts.tolist())
 
 

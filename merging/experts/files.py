@@ -18,12 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from restitch.merging.digests import digest_file
-from restitch.merging.errors import Damage
 from restitch.merging.experts.specialists import Experts, Selected, SharedExperts
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.files.mask_file import Bits, MaskFile, MaskWriter
-from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.files.sparse import SparseFile, SparseTensor, damage, write_sparse
 from restitch.merging.numerics.bitwise import gather, scatter
 from restitch.merging.numerics.rounding import cast
 from restitch.merging.progress import Progress, ignore
@@ -169,12 +168,8 @@ def open_expert(path: Path, patch: Callable[[str], Path], base: Checkpoint | Non
     try:
         shared, scale = metadata[_SHARED], _scale(metadata[_SCALE])
     except (KeyError, ValueError, OverflowError) as err:
-        raise Damage(
-            f"{path} is damaged",
-            expected="the digest of its shared patch, and a scale",
-            found=f"{_SHARED} {metadata.get(_SHARED)!r}, {_SCALE} {metadata.get(_SCALE)!r}",
-            hint="restore the file from a backup, or create it again",
-        ) from err
+        found = f"{_SHARED} {metadata.get(_SHARED)!r}, {_SCALE} {metadata.get(_SCALE)!r}"
+        raise damage(path, "the digest of its shared patch, and a scale", found) from err
     opened = SparseFile.open(patch(shared), base)
     return StoredExpert(opened, MaskFile.open(path, opened), scale)
 

@@ -6,20 +6,17 @@ Others keep a vector for each task (`OwnExperts`). Specialists are streamed `Edi
 all specialists have the same bits at the coordinates that their masks select.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from restitch.merging.errors import BadInput
-from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
-from restitch.merging.order import by_bytes
-from restitch.merging.ranking.kept_vector import KeptVector
-from restitch.merging.rules.elementwise import Elementwise, Floats, Range, check_range, kept_vectors
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.elementwise import Elementwise, Floats, Range
+from restitch.merging.rules.merge_inputs import MergeInputs
+from restitch.merging.rules.settings import bad_setting, check_range
 
 # One number for all tasks, or one for each task by name.
 PerTask = float | Mapping[str, float]
@@ -54,40 +51,20 @@ class Selected:
 SelectionRule = Callable[[Range], Selected]
 
 
-def tasks_and_vectors(
-    base: Checkpoint, members: Iterable[DeltaMember]
-) -> tuple[tuple[str, ...], tuple[KeptVector, ...]]:
-    """The members' tasks and task vectors, in the order of the tasks.
-
-    Raises:
-        BadInput: a delta does not fit the base.
-    """
-    ordered = sorted(members, key=lambda member: by_bytes(member.task))
-    return tuple(member.task for member in ordered), kept_vectors(base, ordered)
-
-
 class SharedExperts:
     """Specialists that take parts of one multi-task vector.
 
     Args:
-        base: the base's checkpoint.
-        tasks: the tasks in order.
-        vectors: the members' task vectors, in the same order.
+        inputs: the base and the members, each with its whole task vector.
         rule: computes the multi-task vector and the masks on a range.
-        scales: the factor of each task's part, in the same order; 1 by default.
+        scales: the factor of each task's part, in the order of the tasks; 1 by default.
     """
 
     def __init__(
-        self,
-        base: Checkpoint,
-        tasks: Sequence[str],
-        vectors: Sequence[KeptVector],
-        rule: SelectionRule,
-        scales: Sequence[float] = (),
+        self, inputs: MergeInputs, rule: SelectionRule, scales: Sequence[float] = ()
     ) -> None:
-        self.tasks = tuple(tasks)
-        self._base = base
-        self._vectors = tuple(vectors)
+        self.tasks = inputs.tasks
+        self._inputs = inputs
         self._rule = rule
         self._scales = tuple(scales) or (1.0,) * len(self.tasks)
 
@@ -107,7 +84,7 @@ class SharedExperts:
                 return np.zeros_like(selected.together)
             return np.where(mask, scale * selected.together, 0)
 
-        return Elementwise(self._base, self._vectors, taken)
+        return Elementwise(self._inputs.base, self._inputs.vectors, taken)
 
     def observed(self, observe: Callable[[Selected], None]) -> Edits:
         """The base plus the whole multi-task vector; `observe` receives each computed range."""
@@ -117,7 +94,7 @@ class SharedExperts:
             observe(selected)
             return selected.together
 
-        return Elementwise(self._base, self._vectors, shared)
+        return Elementwise(self._inputs.base, self._inputs.vectors, shared)
 
 
 class OwnExperts:
@@ -152,10 +129,6 @@ def per_task(name: str, value: PerTask, tasks: Sequence[str], high: float) -> li
         return [check_range(name, value, 0, high)] * len(tasks)
     missing = [task for task in tasks if task not in value]
     if missing:
-        raise BadInput(
-            f"the setting {name} is not valid",
-            expected=f"one number, or one for each of {', '.join(tasks)}",
-            found=f"none for {', '.join(missing)}",
-            hint=f"correct method: settings: {name}",
-        )
+        expected = f"one number, or one for each of {', '.join(tasks)}"
+        raise bad_setting(name, "not valid", expected, f"none for {', '.join(missing)}")
     return [check_range(f"{name} of {task}", value[task], 0, high) for task in tasks]

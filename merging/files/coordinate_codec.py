@@ -46,7 +46,7 @@ def encode(coordinates: Coordinates, numel: int) -> tuple[str, bytes]:
     if code == "b":
         return code, _bitmap(coordinates, numel)
     if code[0] == "c":
-        coordinates = _complement(coordinates, numel)
+        coordinates = np.concatenate(list(_complement_blocks(coordinates, numel)))
     return code, _encode_sorted(coordinates, numel, int(code[1:]))
 
 
@@ -269,10 +269,6 @@ def _set_bits(raw: NDArray[np.uint8], count: int) -> Iterator[Coordinates]:
 def _ranges(numel: int) -> Iterator[Coordinates]:
     for start in range(0, numel, 8 * _BLOCK):
         yield np.arange(start, min(start + 8 * _BLOCK, numel), dtype=np.int64)
-
-
-def _complement(coordinates: Coordinates, numel: int) -> Coordinates:
-    return np.concatenate(list(_complement_blocks(coordinates, numel)))
 
 
 def _complement_blocks(coordinates: Coordinates, numel: int) -> Iterator[Coordinates]:

@@ -28,12 +28,13 @@ def select_tensors(
         exclude: globs that remove tensors.
     """
     names = sorted(set(names), key=by_bytes)
+    found = f"{len(names)} tensors, for instance {', '.join(names[:3])}"
     for pattern in (*include, *exclude):
         if not any(fnmatchcase(name, pattern) for name in names):
             raise BadInput(
                 f"the pattern {pattern!r} matches no tensor",
                 expected="a glob that matches a tensor name",
-                found=f"{len(names)} tensors, for instance {', '.join(names[:3])}",
+                found=found,
                 hint="correct or remove it in localize: include or exclude",
             )
     chosen = [
@@ -46,7 +47,7 @@ def select_tensors(
         raise BadInput(
             "no tensor is localizable",
             expected=f"tensors that match {', '.join((*default, *include))}",
-            found=f"{len(names)} tensors, for instance {', '.join(names[:3])}",
+            found=found,
             hint="check the family of the line, and localize: include and exclude",
         )
     return chosen

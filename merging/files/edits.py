@@ -45,15 +45,6 @@ class StreamedEdits(Edits, Protocol):
         """
 
 
-class NoEdits:
-    """The edits of a merged model without members: the base itself."""
-
-    names: tuple[str, ...] = ()
-
-    def apply(self, name: str, flat: Tensor) -> None:
-        """Overwrite nothing."""
-
-
 def edited(base: Checkpoint, edits: Edits, name: str) -> Tensor:
     """A new tensor of the base's shape and type with the edits of `name` applied."""
     tensor = base.tensor(name).clone()

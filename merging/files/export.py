@@ -129,31 +129,26 @@ def _write_index(path: Path, files: Sequence[_File]) -> None:
     path.write_text(json.dumps(index, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+@dataclass
 class _Writer:
     """Writes files in two threads, each of which holds one tensor at a time."""
 
-    def __init__(
-        self,
-        base: Checkpoint,
-        edits: Edits,
-        extra: Mapping[str, Tensor],
-        progress: Progress,
-        total: int,
-    ) -> None:
-        self._base = base
-        self._edits = edits
-        self._edited = frozenset(edits.names)
-        self._extra = extra
-        self._progress = progress
-        self._total = total
-        self._done = 0
+    base: Checkpoint
+    edits: Edits
+    extra: Mapping[str, Tensor]
+    progress: Progress
+    total: int
+    done: int = 0
+
+    def __post_init__(self) -> None:
+        self.edited = frozenset(self.edits.names)
 
     def write(self, path: Path, file: _File) -> None:
         with ExitStack() as stack:
             target = stack.enter_context(path.open("wb", buffering=0)).fileno()
             sources = {
                 shard: stack.enter_context(source.open("rb", buffering=0)).fileno()
-                for shard, source in self._base.files.items()
+                for shard, source in self.base.files.items()
             }
             _write_at(target, memoryview(file.header), 0)
             at = len(file.header)
@@ -165,24 +160,24 @@ class _Writer:
                 at += info.nbytes
             for job, info in zip(jobs, file.tensors, strict=True):
                 job.result()
-                self._done += info.nbytes
-                self._progress(self._done, self._total)
+                self.done += info.nbytes
+                self.progress(self.done, self.total)
 
     def _tensor(self, target: int, at: int, info: TensorInfo, sources: Mapping[str, int]) -> None:
-        if info.name in self._extra:
-            value = self._extra[info.name].detach().cpu().contiguous().view(-1)
+        if info.name in self.extra:
+            value = self.extra[info.name].detach().cpu().contiguous().view(-1)
             if value.numel():
                 _write_at(target, value.view(torch.uint8).numpy().data, at)
             return
-        place = self._base.location(info.name)
+        place = self.base.location(info.name)
         source = sources[place.shard]
-        if info.name not in self._edited:
+        if info.name not in self.edited:
             _copy(source, place.start, target, at, info.nbytes)
             return
-        edit: Callable[[Tensor], None] = partial(self._edits.apply, info.name)
+        edit: Callable[[Tensor], None] = partial(self.edits.apply, info.name)
         step = info.nbytes
-        if isinstance(self._edits, StreamedEdits):
-            edit, step = self._edits.editor(info.name), min(info.nbytes, _PART)
+        if isinstance(self.edits, StreamedEdits):
+            edit, step = self.edits.editor(info.name), min(info.nbytes, _PART)
         buffer = torch.empty(step, dtype=torch.uint8)
         for start in range(0, info.nbytes, step):
             part = buffer[: info.nbytes - start]

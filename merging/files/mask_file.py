@@ -24,8 +24,8 @@ from restitch.merging.errors import BadInput, Damage
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.coordinate_codec import decode_blocks, encode, encoded_size
 from restitch.merging.files.header import write_header
-from restitch.merging.files.sparse import SparseFile, write_sections
-from restitch.merging.files.sparse_layout import parse_size
+from restitch.merging.files.sparse import SparseFile, damage, write_sections
+from restitch.merging.files.sparse_layout import parse_size, table_rows
 from restitch.merging.order import by_bytes
 
 FORMAT = "1"
@@ -34,7 +34,6 @@ Bits = NDArray[np.bool_]
 
 _SECTION = "masks"
 _OWN = ("restitch.format", "restitch.kind", "restitch.masks")
-_RESTORE = "restore the file from a backup, or create it again"
 
 
 class MaskWriter:
@@ -156,10 +155,9 @@ class MaskFile:
         row = self._rows[name]
         data = self._section[row.place]
         try:
-            if row.code == "z":
+            code = row.code
+            if code == "z":
                 code, data = "b", memoryview(_inflated(data, -(-row.count // 8)))
-            else:
-                code = row.code
             bits = np.zeros(row.count, dtype=np.bool_)
             for block in decode_blocks(code, data, row.taken, row.count):
                 bits[block] = True
@@ -191,21 +189,14 @@ def _inflated(data: memoryview, size: int) -> bytes:
 
 def _read_table(text: str, patch: SparseFile) -> dict[str, _Row]:
     result: dict[str, _Row] = {}
-    start, last = 0, b""
-    rows = json.loads(text)
-    if not isinstance(rows, list):
-        raise ValueError("the table of masks is not a list")  # noqa: TRY004
-    for row in rows:
-        *sizes, name = str(row).split(" ", 4)
-        if result and by_bytes(name) <= last:
-            raise ValueError(f"{name!r} is not in name order")
-        last = by_bytes(name)
-        count, taken, size = (parse_size(sizes[place]) for place in (0, 1, 3))
+    start = 0
+    for row, name in table_rows(text):
+        count, taken, size = (parse_size(row[place]) for place in (0, 1, 3))
         # So nothing that is allocated later can be larger than the patch's own file.
         kept = patch.info(name).kept if name in patch else 0
         if count != kept:
             raise ValueError(f"{count} bits for {name!r}, of which the patch keeps {kept}")
-        code = sizes[2]
+        code = row[2]
         if size != (size if code == "z" else encoded_size(code, taken, kept)):
             raise ValueError(f"{size} bytes for {taken} of {kept} bits in encoding {code!r}")
         if not 0 < taken <= kept:
@@ -216,4 +207,4 @@ def _read_table(text: str, patch: SparseFile) -> dict[str, _Row]:
 
 
 def _damage(path: Path, found: str) -> Damage:
-    return Damage(f"{path} is damaged", expected="a valid mask file", found=found, hint=_RESTORE)
+    return damage(path, "a valid mask file", found)

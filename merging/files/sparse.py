@@ -58,7 +58,6 @@ from restitch.merging.order import by_bytes
 KINDS = ("delta", "patch")
 
 _RESERVED = "restitch."
-_RESTORE = "restore the file from a backup, or create it again"
 
 
 @dataclass(frozen=True)
@@ -201,7 +200,11 @@ def write_sections(path: Path, header: bytes, parts: Iterable[IO[bytes]]) -> int
 
 
 class SparseFile:
-    """A mapped sparse file; make one with `open`. It is an `Edits`: it overwrites weights."""
+    """A mapped sparse file; make one with `open`. It is an `Edits`: it overwrites weights.
+
+    Attributes:
+        names: the tensors with kept coordinates, sorted.
+    """
 
     def __init__(
         self,
@@ -216,10 +219,10 @@ class SparseFile:
         self.path = path
         self.kind = kind
         self.metadata = dict(metadata)
+        self.names = tuple(infos)
         self._infos = dict(infos)
         self._parts = dict(parts)
         self._sections = dict(sections)
-        self._names = tuple(infos)
         self._base = base
         self.total = sum(info.kept for info in infos.values())
 
@@ -253,11 +256,6 @@ class SparseFile:
         except (KeyError, ValueError, RecursionError) as err:
             raise _damage(path, str(err)) from err
         return cls(path, kind, metadata, infos, parts, sections, base)
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The tensors with kept coordinates, sorted."""
-        return self._names
 
     def __contains__(self, name: object) -> bool:
         return name in self._infos
@@ -351,5 +349,11 @@ class SparseFile:
         return Cursor(self.coordinate_blocks(name), self.values(name))
 
 
+def damage(path: Path, expected: str, found: str) -> Damage:
+    """The error for a file that does not match its format."""
+    hint = "restore the file from a backup, or create it again"
+    return Damage(f"{path} is damaged", expected=expected, found=found, hint=hint)
+
+
 def _damage(path: Path, found: str) -> Damage:
-    return Damage(f"{path} is damaged", expected="a valid sparse file", found=found, hint=_RESTORE)
+    return damage(path, "a valid sparse file", found)

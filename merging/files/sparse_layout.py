@@ -5,7 +5,7 @@ anything relies on it.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -84,21 +84,13 @@ def read_table(
     infos: dict[str, KeptInfo] = {}
     parts: dict[str, SectionSlices] = {}
     ends: dict[str, int] = {}
-    last = b""
 
     def following(section: str, size: int) -> slice:
         begin = ends.get(section, 0)
         ends[section] = begin + size
         return slice(begin, begin + size)
 
-    rows = json.loads(text)
-    if not isinstance(rows, list):
-        raise ValueError("the table of tensors is not a list")  # noqa: TRY004
-    for row in rows:
-        dtype, extents, count, code, name = str(row).split(" ", 4)
-        if infos and by_bytes(name) <= last:
-            raise ValueError(f"{name!r} is not in name order")
-        last = by_bytes(name)
+    for (dtype, extents, count, code), name in table_rows(text):
         shape = tuple(parse_size(extent) for extent in extents.split("x")) if extents else ()
         kept = parse_size(count)
         if count_elements(shape) >= 1 << 63:
@@ -112,6 +104,20 @@ def read_table(
             following(STEPS, step_count(shape)),
         )
     return infos, parts
+
+
+def table_rows(text: str) -> Iterator[tuple[list[str], str]]:
+    """The fields of each row of a table, and its name; `ValueError` unless names are in order."""
+    rows = json.loads(text)
+    if not isinstance(rows, list):
+        raise ValueError("the table is not a list")  # noqa: TRY004
+    last: bytes | None = None
+    for row in rows:
+        *fields, name = str(row).split(" ", 4)
+        if last is not None and by_bytes(name) <= last:
+            raise ValueError(f"{name!r} is not in name order")
+        last = by_bytes(name)
+        yield fields, name
 
 
 def parse_size(text: str) -> int:

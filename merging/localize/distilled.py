@@ -99,22 +99,7 @@ def localize_distilled(
     *,
     progress: Progress | None = None,
 ) -> DistilledResult:
-    """Refine the ranking of one finetuned model.
-
-    Args:
-        parameters: the live tensors of the loaded base by their names in its checkpoint; the
-            base's weights are restored at the end. The model should be in evaluation mode.
-        task_vector: the task vector of the finetuned model.
-        rows: the number of calibration rows; labels are not used.
-        batch: makes the batch of some rows, by their indices.
-        logits: the scores of the classes at the model's current weights, [rows, classes].
-        settings: the settings of the refinement.
-        progress: called with the rows done and the total.
-
-    Raises:
-        BadInput: no rows.
-        CannotJoin: the model's scores or gradients are not finite.
-    """
+    """Refine the ranking of one finetuned model, with the arguments of `localize_fisher`."""
     report = _Counted(progress or ignore, rows, settings)
     with LiveWeights(parameters, task_vector) as live:
         found = measure_sensitivities(live, rows, batch, logits, settings.fisher, report.within)

@@ -95,14 +95,11 @@ class FisherScores:
 
     def __init__(self, task_vector: TaskVector, sensitivities: Sensitivities, power: float) -> None:
         self.names = task_vector.names
+        self.numel = task_vector.numel
         self.score_dtype = task_vector.score_dtype
         self._vector = task_vector
         self._sensitivities = sensitivities
         self._power = power
-
-    def numel(self, name: str) -> int:
-        """The number of scores of a tensor."""
-        return self._vector.numel(name)
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """The scores of a tensor in order; a chunk is valid until the next one."""

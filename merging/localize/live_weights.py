@@ -6,17 +6,19 @@ restores the base's weights and `requires_grad` of all tensors, and drops the gr
 the checkpoints stay memory-mapped; on another device their localizable tensors are copied once.
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import Tensor
 
 from restitch.merging.errors import BadInput
 from restitch.merging.ranking.task_vector import TaskVector
+
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -58,11 +60,6 @@ class LiveTensor:
         else:
             score.add_(self.pull(buffer), alpha=share)
 
-    def graft(self, chosen: Tensor) -> None:
-        """Write finetuned values where `chosen`, and the base's elsewhere."""
-        dtype = self.live.dtype
-        torch.where(chosen, self.finetuned.to(dtype), self.base.to(dtype), out=self.live)
-
 
 class LiveWeights:
     """The localizable tensors of a loaded model, as a context manager.
@@ -85,31 +82,25 @@ class LiveWeights:
                 details=missing,
             )
         self.parts = tuple(_part(name, parameters[name], task_vector) for name in task_vector.names)
-        self._previous = [(tensor, tensor.requires_grad) for tensor in parameters.values()]
+        self._parameters = parameters
         self._buffers: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._undo = ExitStack()
 
     def __enter__(self) -> Self:
-        self._no_grad = torch.no_grad()
-        self._no_grad.__enter__()
-        for tensor, _ in self._previous:
-            tensor.requires_grad_(False)
-        for part in self.parts:
-            part.live.grad = None
-            part.live.requires_grad_(True)
+        self._undo.enter_context(torch.no_grad())
+        self._undo.enter_context(requiring_gradients(self._parameters, self.task_vector.names))
+        self._undo.callback(self._write_base)
         self._write_base()
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self.clear_gradients()
-        self._write_base()
-        for tensor, required in self._previous:
-            tensor.requires_grad_(required)
-        self._no_grad.__exit__(*error)
+        self._undo.__exit__(*error)
 
     def graft(self, scores: Mapping[str, Tensor], threshold: float) -> None:
         """Write finetuned values where scores are above the threshold, the base's elsewhere."""
         for part in self.parts:
-            part.graft(scores[part.name] > threshold)
+            chosen, dtype = scores[part.name] > threshold, part.live.dtype
+            torch.where(chosen, part.finetuned.to(dtype), part.base.to(dtype), out=part.live)
 
     def interpolate(self, share: float) -> None:
         """Write the base plus a share of the difference; 1 gives exactly the finetuned values."""
@@ -124,27 +115,11 @@ class LiveWeights:
         for part in self.parts:
             part.live.grad = None
 
-    @contextmanager
-    def consuming_gradients(self, use: Callable[[LiveTensor], None]) -> Iterator[None]:
-        """Within the block, pass each gradient to `use` and then drop it.
-
-        Args:
-            use: called during a backward pass, when the gradient of a tensor is complete.
-        """
-
-        def whole(part: LiveTensor, live: Tensor) -> None:
-            use(part)
-            live.grad = None
-
-        hooks = []
-        for part in self.parts:
-            live: Any = part.live  # the method below has no type annotations
-            hooks.append(live.register_post_accumulate_grad_hook(partial(whole, part)))
-        try:
-            yield
-        finally:
-            for hook in hooks:
-                hook.remove()
+    def consuming_gradients(
+        self, use: Callable[[LiveTensor], None]
+    ) -> AbstractContextManager[None]:
+        """Within the block, pass each tensor with its gradient to `use`, then drop the gradient."""
+        return consuming_gradients(((part, part.live) for part in self.parts), use)
 
     def buffer(self, part: LiveTensor) -> Tensor:
         """Scratch memory in the shape and score type of a tensor; the next call reuses it."""
@@ -157,6 +132,57 @@ class LiveWeights:
     def _write_base(self) -> None:
         for part in self.parts:
             part.live.copy_(part.base)
+
+
+@contextmanager
+def requiring_gradients(
+    parameters: Mapping[str, Tensor], names: Iterable[str]
+) -> Iterator[Callable[[], None]]:
+    """Let exactly the named live tensors require gradients within a block.
+
+    Yields:
+        A function that drops their gradients.
+    """
+    previous = [(tensor, tensor.requires_grad) for tensor in parameters.values()]
+    live = [parameters[name] for name in names]
+
+    def drop() -> None:
+        for tensor in live:
+            tensor.grad = None
+
+    try:
+        for tensor, _ in previous:
+            tensor.requires_grad_(False)
+        for tensor in live:
+            tensor.requires_grad_(True)
+        drop()
+        yield drop
+    finally:
+        drop()
+        for tensor, before in previous:
+            tensor.requires_grad_(before)
+
+
+@contextmanager
+def consuming_gradients(
+    live: Iterable[tuple[Key, Tensor]], use: Callable[[Key], None]
+) -> Iterator[None]:
+    """Within a block, pass the key of each tensor to `use` and then drop its gradient.
+
+    Args:
+        live: the tensors with their keys.
+        use: called during a backward pass, when the gradient of a tensor is complete.
+    """
+
+    def complete(key: Key, tensor: Tensor) -> None:
+        use(key)
+        tensor.grad = None
+
+    with ExitStack() as hooks:
+        for key, tensor in live:
+            untyped: Any = tensor  # the method below has no type annotations
+            hooks.enter_context(untyped.register_post_accumulate_grad_hook(partial(complete, key)))
+        yield
 
 
 def _part(name: str, live: Tensor, task_vector: TaskVector) -> LiveTensor:

@@ -12,16 +12,15 @@ rounding errors do not add up, and the base's are restored at the end. The same 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor
 
-from restitch.merging.errors import BadInput
+from restitch.merging.errors import BadInput, unknown_name
 from restitch.merging.files.mask import Mask
 from restitch.merging.localize.dataless import kept_count
 from restitch.merging.localize.live_weights import LiveWeights
@@ -34,7 +33,6 @@ from restitch.merging.ranking.score_tensors import (
     step_unit,
     threshold_of,
 )
-from restitch.merging.ranking.score_tensors import fingerprint as fingerprint
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import TensorScores, top_k
 
@@ -97,12 +95,7 @@ class TrainedSettings:
             batch_size: rows per batch; None is the preset's own.
         """
         if preset not in PRESETS:
-            near = get_close_matches(preset, PRESETS, n=1)
-            raise BadInput(
-                f"unknown preset {preset!r}",
-                expected=f"one of {', '.join(PRESETS)}",
-                hint=f"did you mean {near[0]!r}?" if near else "correct localize: preset",
-            )
+            raise unknown_name("preset", preset, PRESETS)
         own: dict[str, Any] = _PRESET_SETTINGS[preset]
         if preset == "official" and modality == "image":
             own = own | _OFFICIAL_IMAGE
@@ -110,8 +103,6 @@ class TrainedSettings:
         return cls(preset=preset, density=density, epochs=epochs, seed=seed, **chosen)
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise ValueError(f"unknown preset {self.preset!r}")
         if self.epochs < 1 or self.batch_size < 1:
             raise ValueError(f"{self.epochs} epochs with batches of {self.batch_size}")
         kept_count(self.density, 0)
@@ -221,42 +212,37 @@ def localize_trained(
     )
 
 
+@dataclass
 class _TrainingRun(Generic[Batch]):
     """The rows in batches, epoch by epoch, and the record of the passes."""
 
-    def __init__(
-        self,
-        rows: int,
-        batch: Callable[[Sequence[int]], Batch],
-        loss: Callable[[Batch], Tensor],
-        settings: TrainedSettings,
-        progress: Progress,
-    ) -> None:
-        self.settings = settings
-        self.steps = 0
-        self.history: list[Epoch] = []
-        self.per_epoch = math.ceil(rows / settings.batch_size)
-        self._rows = rows
-        self._batch = batch
-        self._loss = loss
-        self._progress = progress
-        self._generator = torch.Generator().manual_seed(settings.seed)
-        self._seen = 0
+    rows: int
+    batch: Callable[[Sequence[int]], Batch]
+    loss: Callable[[Batch], Tensor]
+    settings: TrainedSettings
+    progress: Progress
+    steps: int = 0
+    seen: int = 0
+    history: list[Epoch] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.per_epoch = math.ceil(self.rows / self.settings.batch_size)
+        self.generator = torch.Generator().manual_seed(self.settings.seed)
 
     def batches(self) -> Iterator[Batch]:
         """The batches of one pass over the rows, in a new order."""
-        order = torch.randperm(self._rows, generator=self._generator).tolist()
+        order = torch.randperm(self.rows, generator=self.generator).tolist()
         size = self.settings.batch_size
         chosen = (order[start : start + size] for start in range(0, len(order), size))
-        for batch in prefetch(self._batch, chosen):
+        for batch in prefetch(self.batch, chosen):
             yield batch
-            self._seen += 1
-            self._progress(self._seen, self.per_epoch * self.settings.epochs)
+            self.seen += 1
+            self.progress(self.seen, self.per_epoch * self.settings.epochs)
 
     def backward(self, batch: Batch) -> Tensor:
         """Add a batch's gradient to the live tensors, and return its loss."""
         with torch.enable_grad():
-            value = self._loss(batch)
+            value = self.loss(batch)
             torch.autograd.backward(value)
         return value.detach()
 
@@ -312,14 +298,8 @@ def _grafting(live: LiveWeights, run: _TrainingRun[Any], scratch: Path | None) -
     sigmoid(S), with one SGD step per batch. The mask is gamma > 1/2.
     """
     settings = run.settings
-    kept = kept_count(settings.density, live.coordinates)
-    largest = top_k(live.task_vector, kept, scratch=scratch)
-    begun, scores = {}, {}
-    for part in live.parts:
-        base = torch.zeros_like(part.live, dtype=torch.bool)
-        base.view(-1)[largest.coordinates(part.name).to(base.device)] = True
-        begun[part.name] = base
-        scores[part.name] = part.zeros().fill_(settings.start)
+    begun = _largest(live, settings.density, scratch)
+    scores = {part.name: part.zeros().fill_(settings.start) for part in live.parts}
     for _ in range(settings.epochs):
         losses = []
         for batch in run.batches():
@@ -339,9 +319,7 @@ def _grafting(live: LiveWeights, run: _TrainingRun[Any], scratch: Path | None) -
         run.record(losses, count, live.coordinates)
     check_finite(scores)
     # gamma > 1/2 where S is positive outside of the initial mask, or negative inside of it.
-    return Mask.of(
-        {n: (begun[n] != (s > 0)).view(-1).nonzero().view(-1).cpu() for n, s in scores.items()}
-    )
+    return _mask_where((n, begun[n] != (s > 0)) for n, s in scores.items())
 
 
 def _budget(live: LiveWeights, run: _TrainingRun[Any]) -> TensorScores:
@@ -397,14 +375,20 @@ def _sensitivities(live: LiveWeights, run: _TrainingRun[Any], kept: int) -> dict
 
 def _start(live: LiveWeights, settings: TrainedSettings, scratch: Path | None) -> dict[str, Tensor]:
     """The initial S: `start` where the differences are largest, else `start_elsewhere`."""
-    kept = kept_count(settings.start_share, live.coordinates)
-    largest = top_k(live.task_vector, kept, scratch=scratch)
-    scores = {}
-    for part in live.parts:
-        score = part.zeros().fill_(settings.start_elsewhere)
-        score.view(-1)[largest.coordinates(part.name).to(score.device)] = settings.start
-        scores[part.name] = score
+    largest = _largest(live, settings.start_share, scratch)
+    scores = {part.name: part.zeros().fill_(settings.start_elsewhere) for part in live.parts}
+    for name, score in scores.items():
+        score.masked_fill_(largest[name], settings.start)
     return scores
+
+
+def _largest(live: LiveWeights, share: float, scratch: Path | None) -> dict[str, Tensor]:
+    """True at the largest differences, by tensor."""
+    mask = top_k(live.task_vector, kept_count(share, live.coordinates), scratch=scratch)
+    largest = {part.name: torch.zeros_like(part.live, dtype=torch.bool) for part in live.parts}
+    for name, chosen in largest.items():
+        chosen.view(-1)[mask.coordinates(name).to(chosen.device)] = True
+    return largest
 
 
 def _interpolate(live: LiveWeights, scores: Mapping[str, Tensor]) -> None:
@@ -419,6 +403,8 @@ def _count_positive(scores: Mapping[str, Tensor]) -> int:
 
 def _positive(scores: Mapping[str, Tensor]) -> Mask:
     check_finite(scores)
-    return Mask.of(
-        {name: (score.view(-1) > 0).nonzero().view(-1).cpu() for name, score in scores.items()}
-    )
+    return _mask_where((name, score > 0) for name, score in scores.items())
+
+
+def _mask_where(chosen: Iterable[tuple[str, Tensor]]) -> Mask:
+    return Mask.of({name: one.view(-1).nonzero().view(-1).cpu() for name, one in chosen})

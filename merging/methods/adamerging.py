@@ -1,19 +1,10 @@
 """AdaMerging, layer-wise (Yang et al., ICLR 2024); see `statistics.entropy_coefficients`."""
 
-from collections.abc import Iterable
-
-from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.elementwise import (
-    Elementwise,
-    Floats,
-    Range,
-    check_range,
-    kept_vectors,
-    sum_arrays,
-)
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.elementwise import Elementwise, Floats, Range, sum_arrays
+from restitch.merging.rules.merge_inputs import MergeInputs
+from restitch.merging.rules.settings import check_range
 from restitch.merging.statistics.statistic_file import COEFFICIENTS, check_fits, statistics_of
 
 
@@ -26,8 +17,7 @@ from restitch.merging.statistics.statistic_file import COEFFICIENTS, check_fits,
     needs=(COEFFICIENTS,),
 )
 def adamerging(
-    base: Checkpoint,
-    members: Iterable[DeltaMember],
+    inputs: MergeInputs,
     *,
     steps: int = 50,
     learning_rate: float = 1e-2,
@@ -39,8 +29,7 @@ def adamerging(
     The settings are those of learning, which happens before; the merge only reads its result.
 
     Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector and the coefficients of all.
+        inputs: the base and the members, each with its task vector and the coefficients of all.
         steps: the number of steps of Adam; each uses one batch of every task.
         learning_rate: the learning rate of Adam.
         start: the initial value of all coefficients.
@@ -50,17 +39,14 @@ def adamerging(
     check_range("learning_rate", learning_rate, 0, 1)
     check_range("start", start, 0, 1)
     check_range("batch", batch, 1, 1 << 16)
-    members = tuple(members)
-    vectors, learned = kept_vectors(base, members), statistics_of(members, COEFFICIENTS)
-    for vector, coefficients in zip(vectors, learned, strict=True):
-        check_fits(COEFFICIENTS, coefficients, dict.fromkeys(vector.names, len(vectors)))
+    learned = statistics_of(inputs.members, COEFFICIENTS)
+    for vector, coefficients in zip(inputs.vectors, learned, strict=True):
+        check_fits(COEFFICIENTS, coefficients, dict.fromkeys(vector.names, len(learned)))
 
     def merged(part: Range) -> Floats:
-        return sum_arrays(
-            [
-                vector * float(learned[number].tensor(part.name)[number])
-                for number, vector in part.vectors
-            ]
-        )
+        factors = {
+            number: float(learned[number].tensor(part.name)[number]) for number, _ in part.vectors
+        }
+        return sum_arrays([vector * factors[number] for number, vector in part.vectors])
 
-    return Elementwise(base, vectors, merged)
+    return Elementwise(inputs.base, inputs.vectors, merged)

@@ -1,12 +1,9 @@
 """Simple averaging: the mean of the finetuned models."""
 
-from collections.abc import Iterable
-
-from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.elementwise import Elementwise, kept_vectors, sum_vectors
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.elementwise import Elementwise, sum_vectors
+from restitch.merging.rules.merge_inputs import MergeInputs
 
 
 @method(
@@ -16,12 +13,7 @@ from restitch.merging.rules.stitch import DeltaMember
     exact=True,
     whole=True,
 )
-def averaging(base: Checkpoint, members: Iterable[DeltaMember]) -> Edits:
-    """Base + (1/T) sum of task vectors.
-
-    Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector.
-    """
-    vectors = kept_vectors(base, members)
-    return Elementwise(base, vectors, lambda part: sum_vectors(part.vectors) / len(vectors))
+def averaging(inputs: MergeInputs) -> Edits:
+    """Base + (1/T) sum of task vectors."""
+    vectors = inputs.vectors
+    return Elementwise(inputs.base, vectors, lambda part: sum_vectors(part.vectors) / len(vectors))

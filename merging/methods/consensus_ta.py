@@ -1,21 +1,10 @@
 """Consensus task arithmetic (Wang et al., ICML 2024); see `rules.consensus`."""
 
-from collections.abc import Iterable
-
-from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.consensus import consensus_vector
-from restitch.merging.rules.elementwise import (
-    COEFFICIENTS,
-    Elementwise,
-    Floats,
-    Range,
-    check_range,
-    kept_vectors,
-    sum_vectors,
-)
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.consensus import consensus, task_arithmetic_sum
+from restitch.merging.rules.elementwise import COEFFICIENTS
+from restitch.merging.rules.merge_inputs import MergeInputs
 
 
 @method(
@@ -27,8 +16,7 @@ from restitch.merging.rules.stitch import DeltaMember
     tunes=("alpha", COEFFICIENTS),
 )
 def consensus_ta(
-    base: Checkpoint,
-    members: Iterable[DeltaMember],
+    inputs: MergeInputs,
     *,
     alpha: float = 0.4,
     threshold: float = 0.4,
@@ -37,20 +25,9 @@ def consensus_ta(
     """Base + alpha * (sum of task vectors where at least `agreement` TALL masks are set).
 
     Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector.
+        inputs: the base and the members, each with its whole task vector.
         alpha: the coefficient.
         threshold: lambda of the TALL masks.
         agreement: the number of tasks that must agree on a coordinate; at most all members.
     """
-    check_range("alpha", alpha, 0, 10)
-    check_range("threshold", threshold, 0, 10)
-    check_range("agreement", agreement, 1, 1 << 15)
-    vectors = kept_vectors(base, members)
-    needed = min(agreement, len(vectors))
-
-    def merged(part: Range) -> Floats:
-        together = sum_vectors(part.vectors)
-        return alpha * consensus_vector(part.vectors, together, threshold, needed)
-
-    return Elementwise(base, vectors, merged)
+    return consensus(inputs, task_arithmetic_sum, alpha, threshold, agreement)

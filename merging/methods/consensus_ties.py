@@ -1,21 +1,12 @@
 """Consensus TIES (Wang et al., ICML 2024): the multi-task vector is TIES with a sum."""
 
-from collections.abc import Iterable
+from functools import partial
 
-from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.consensus import consensus_vector
-from restitch.merging.rules.elementwise import (
-    COEFFICIENTS,
-    Elementwise,
-    Floats,
-    Range,
-    check_range,
-    kept_vectors,
-)
-from restitch.merging.rules.stitch import DeltaMember
-from restitch.merging.rules.ties import Trim, disjoint_merge
+from restitch.merging.rules.consensus import consensus, ties_sum
+from restitch.merging.rules.elementwise import COEFFICIENTS
+from restitch.merging.rules.merge_inputs import MergeInputs
 
 
 @method(
@@ -27,8 +18,7 @@ from restitch.merging.rules.ties import Trim, disjoint_merge
     tunes=("alpha", COEFFICIENTS),
 )
 def consensus_ties(
-    base: Checkpoint,
-    members: Iterable[DeltaMember],
+    inputs: MergeInputs,
     *,
     density: float = 0.2,
     alpha: float = 0.4,
@@ -39,23 +29,13 @@ def consensus_ties(
     """Base + alpha * (TIES sum where at least `agreement` TALL masks are set).
 
     Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector.
+        inputs: the base and the members, each with its whole task vector.
         density: the share of each task vector that trimming keeps.
         alpha: the coefficient.
         threshold: lambda of the TALL masks.
         agreement: the number of tasks that must agree; the paper finds 1 better than 2 here.
         trim: `model` ranks the weights of a model together, `tensor` those of each tensor alone.
     """
-    check_range("alpha", alpha, 0, 10)
-    check_range("threshold", threshold, 0, 10)
-    check_range("agreement", agreement, 1, 1 << 15)
-    vectors = kept_vectors(base, members)
-    kept, needed = Trim(vectors, density, trim), min(agreement, len(vectors))
-
-    def merged(part: Range) -> Floats:
-        own = [(number, vector.copy()) for number, vector in part.vectors]
-        together = disjoint_merge(kept.apply(part), mean=False)
-        return alpha * consensus_vector(own, together, threshold, needed)
-
-    return Elementwise(base, vectors, merged)
+    return consensus(
+        inputs, partial(ties_sum, density=density, trim=trim), alpha, threshold, agreement
+    )

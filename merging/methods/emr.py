@@ -5,19 +5,17 @@ task vectors of that sign. A task takes it where its own vector has the same sig
 the sum of magnitudes is that of its own vector.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
-import torch
 
-from restitch.merging.experts.specialists import Experts, Selected, SharedExperts, tasks_and_vectors
+from restitch.merging.experts.specialists import Experts, Selected, SharedExperts
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.methods.registry import method
-from restitch.merging.numerics.rounding import cast
 from restitch.merging.order import by_bytes
-from restitch.merging.ranking.kept_vector import BLOCK, KeptVector, working_dtype
-from restitch.merging.rules.elementwise import Floats, Range, sum_vectors
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.ranking.kept_vector import KeptVector
+from restitch.merging.rules.elementwise import Floats, Range, ranges, sum_vectors
+from restitch.merging.rules.merge_inputs import MergeInputs
 
 
 @method(
@@ -28,15 +26,9 @@ from restitch.merging.rules.stitch import DeltaMember
     kind="experts",
     whole=True,
 )
-def emr(base: Checkpoint, members: Iterable[DeltaMember]) -> Experts:
-    """Base + scale * (the elected vector where the task's own has its sign).
-
-    Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector.
-    """
-    tasks, vectors = tasks_and_vectors(base, members)
-    return SharedExperts(base, tasks, vectors, _elected, _scales(base, vectors))
+def emr(inputs: MergeInputs) -> Experts:
+    """Base + scale * (the elected vector where the task's own has its sign)."""
+    return SharedExperts(inputs, _elected, _scales(inputs.base, inputs.vectors))
 
 
 def _elected(part: Range) -> Selected:
@@ -53,11 +45,7 @@ def _scales(base: Checkpoint, vectors: Sequence[KeptVector]) -> list[float]:
     """The sum of magnitudes of each task vector over that of its task's part."""
     own, taken = [0.0] * len(vectors), [0.0] * len(vectors)
     for name in sorted({n for vector in vectors for n in vector.names}, key=by_bytes):
-        readers = [(i, vector.reader(name)) for i, vector in enumerate(vectors) if name in vector]
-        flat = base.tensor(name).view(-1)
-        for piece in torch.split(flat, BLOCK):
-            before = cast(piece, working_dtype(piece.dtype)).numpy()
-            part = Range(name, 0, [(number, reader.read(before)) for number, reader in readers])
+        for part in ranges(base, vectors, name):
             selected = _elected(part)
             largest = np.absolute(selected.together)
             for number, vector in part.vectors:

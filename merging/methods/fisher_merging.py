@@ -1,24 +1,14 @@
 """Fisher merging (Matena and Raffel, 2022): the mean of the weights by their Fisher diagonals."""
 
-from collections.abc import Iterable
-
 import numpy as np
 import torch
 
-from restitch.merging.errors import BadInput
-from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
 from restitch.merging.numerics.rounding import cast
-from restitch.merging.rules.elementwise import (
-    Elementwise,
-    Floats,
-    Range,
-    check_range,
-    kept_vectors,
-    sum_arrays,
-)
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.elementwise import Elementwise, Floats, Range, sum_arrays
+from restitch.merging.rules.merge_inputs import MergeInputs
+from restitch.merging.rules.settings import check_choice, check_range
 from restitch.merging.statistics.statistic_file import FISHER, check_fits, statistics_of
 
 
@@ -31,34 +21,20 @@ from restitch.merging.statistics.statistic_file import FISHER, check_fits, stati
     whole=True,
     needs=(FISHER,),
 )
-def fisher_merging(
-    base: Checkpoint,
-    members: Iterable[DeltaMember],
-    *,
-    scale: str = "mean",
-    floor: float = 1e-6,
-) -> Edits:
+def fisher_merging(inputs: MergeInputs, *, scale: str = "mean", floor: float = 1e-6) -> Edits:
     """Base + sum F_t tau_t / sum F_t, which is sum F_t W_t / sum F_t.
 
     Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector and its Fisher diagonal.
+        inputs: the base and the members, each with its whole task vector and its Fisher diagonal.
         scale: `mean` divides each member's diagonal by its mean, so that a member with less
             certain predictions does not count more everywhere; `none` does not.
         floor: the amount added to each entry, as a share of the mean of the member's diagonal;
             weights that no row depends on get the mean.
     """
     check_range("floor", floor, 1e-12, 1)
-    if scale not in ("mean", "none"):
-        raise BadInput(
-            "the setting scale is unknown",
-            expected="mean or none",
-            found=scale,
-            hint="correct method: settings: scale",
-        )
-    members = tuple(members)
-    vectors, diagonals = kept_vectors(base, members), statistics_of(members, FISHER)
-    for vector, diagonal in zip(vectors, diagonals, strict=True):
+    check_choice("scale", scale, ("mean", "none"))
+    diagonals = statistics_of(inputs.members, FISHER)
+    for vector, diagonal in zip(inputs.vectors, diagonals, strict=True):
         check_fits(FISHER, diagonal, {name: vector.numel(name) for name in vector.names})
     means = [float(diagonal.metadata["mean"]) or 1.0 for diagonal in diagonals]
 
@@ -75,4 +51,4 @@ def fisher_merging(
         weighted = [w * v for w, (_, v) in zip(weights, part.vectors, strict=True)]
         return np.asarray(sum_arrays(weighted) / sum_arrays(weights))
 
-    return Elementwise(base, vectors, merged)
+    return Elementwise(inputs.base, inputs.vectors, merged)

@@ -1,15 +1,12 @@
 """Iso-C (Marczak et al., ICML 2025): the sum of the task vectors with an even spectrum."""
 
-from collections.abc import Iterable
-
 from torch import Tensor
 
-from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.elementwise import check_range
+from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.per_matrix import PerMatrix, svd
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.settings import check_range
 
 # From below the best values of the paper on CLIP (0.9 to 1.9) to far above them: a model with 384
 # dimensions was still better at 5 (docs/results/). Each is 1.4 times the one before.
@@ -24,16 +21,15 @@ SCALES = (0.5, 0.7, 1.0, 1.4, 2.0, 2.8, 4.0, 5.6, 8.0, 11.0)
     whole=True,
     tunes=("alpha", SCALES),
 )
-def iso_c(base: Checkpoint, members: Iterable[DeltaMember], *, alpha: float = 1.3) -> Edits:
+def iso_c(inputs: MergeInputs, *, alpha: float = 1.3) -> Edits:
     """Base + alpha * (the sum of task vectors, every singular value set to their mean).
 
     Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector.
+        inputs: the base and the members, each with its whole task vector.
         alpha: the coefficient; the paper tunes it (0.9 to 1.9 on CLIP).
     """
     check_range("alpha", alpha, 0, 100)
-    return PerMatrix(base, members, lambda matrix: alpha * isotropic(matrix.changes.sum(0)))
+    return PerMatrix(inputs, lambda matrix: alpha * isotropic(matrix.changes.sum(0)))
 
 
 def isotropic(change: Tensor) -> Tensor:

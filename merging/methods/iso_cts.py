@@ -1,17 +1,14 @@
 """Iso-CTS (Marczak et al., ICML 2025): an even spectrum, common and task-specific directions."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.iso_c import SCALES
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.elementwise import check_range
+from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.per_matrix import PerMatrix, nearest_orthogonal, svd
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.settings import check_range
 
 
 @method(
@@ -22,20 +19,17 @@ from restitch.merging.rules.stitch import DeltaMember
     whole=True,
     tunes=("alpha", SCALES),
 )
-def iso_cts(
-    base: Checkpoint, members: Iterable[DeltaMember], *, alpha: float = 1.3, common: float = 0.8
-) -> Edits:
+def iso_cts(inputs: MergeInputs, *, alpha: float = 1.3, common: float = 0.8) -> Edits:
     """Base + alpha * (mean singular value * common and task-specific directions, orthogonal).
 
     Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector.
+        inputs: the base and the members, each with its whole task vector.
         alpha: the coefficient, which the paper tunes.
         common: the share of directions from the sum; the others are from the members.
     """
     check_range("alpha", alpha, 0, 100)
     check_range("common", common, 0, 1)
-    return PerMatrix(base, members, lambda matrix: alpha * merged(matrix.changes, common))
+    return PerMatrix(inputs, lambda matrix: alpha * merged(matrix.changes, common))
 
 
 def merged(changes: Tensor, common: float) -> Tensor:

@@ -1,11 +1,9 @@
 """Localize-and-Stitch (He et al., TMLR 2025): the mean over owners, no coefficient."""
 
-from collections.abc import Iterable
-
-from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.stitch import VERSION, DeltaMember, stitch
+from restitch.merging.rules.merge_inputs import MergeInputs
+from restitch.merging.rules.stitch import VERSION, stitch
 
 
 @method(
@@ -14,14 +12,11 @@ from restitch.merging.rules.stitch import VERSION, DeltaMember, stitch
     source="He et al., Localize-and-Stitch, TMLR 2025, arXiv 2408.13656",
     exact=True,
 )
-def localize_and_stitch(
-    base: Checkpoint, members: Iterable[DeltaMember], *, overlap: str = "mean"
-) -> Edits:
+def localize_and_stitch(inputs: MergeInputs, *, overlap: str = "mean") -> Edits:
     """Overwrite each kept coordinate with the mean of its owners' finetuned values.
 
     Args:
-        base: the base's checkpoint.
-        members: the members, each with its sparse delta.
+        inputs: the base and the members, each with its sparse delta.
         overlap: the rule for coordinates with several owners: mean, sum, weighted or elect.
     """
-    return stitch(base, members, overlap)
+    return stitch(inputs.base, inputs.members, overlap)

@@ -1,12 +1,9 @@
 """Magnitude masking (a baseline of Wang et al., ICML 2024): masks of the largest changes."""
 
-from collections.abc import Iterable
-
-from restitch.merging.experts.specialists import Experts, Selected, SharedExperts, tasks_and_vectors
-from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.experts.specialists import Experts, Selected, SharedExperts
 from restitch.merging.methods.registry import method
 from restitch.merging.rules.elementwise import Range, sum_vectors
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.ties import Trim
 
 
@@ -18,21 +15,17 @@ from restitch.merging.rules.ties import Trim
     kind="experts",
     whole=True,
 )
-def magnitude_masking(
-    base: Checkpoint, members: Iterable[DeltaMember], *, density: float = 0.1
-) -> Experts:
+def magnitude_masking(inputs: MergeInputs, *, density: float = 0.1) -> Experts:
     """Base + (the sum of task vectors where the task's own is among its largest).
 
     Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector.
+        inputs: the base and the members, each with its whole task vector.
         density: the share of the model's weights in each task's mask.
     """
-    tasks, vectors = tasks_and_vectors(base, members)
-    kept = Trim(vectors, density, "model")
+    kept = Trim(inputs.vectors, density, "model")
 
     def selected(part: Range) -> Selected:
         together = sum_vectors(part.vectors)
         return Selected(together, {i: vector != 0 for i, vector in kept.apply(part)})
 
-    return SharedExperts(base, tasks, vectors, selected)
+    return SharedExperts(inputs, selected)

@@ -4,15 +4,12 @@ It needs as much space as TALL masks: T pruned vectors, each with 1/T of the wei
 per weight for their positions, are as large as one whole vector and T masks.
 """
 
-from collections.abc import Iterable
-
-from restitch.merging.experts.specialists import Experts, OwnExperts, tasks_and_vectors
-from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.experts.specialists import Experts, OwnExperts
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
 from restitch.merging.ranking.kept_vector import KeptVector
-from restitch.merging.rules.elementwise import Elementwise, Floats, Range
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.elementwise import Elementwise
+from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.ties import Trim
 
 
@@ -24,23 +21,11 @@ from restitch.merging.rules.ties import Trim
     kind="experts",
     whole=True,
 )
-def magnitude_pruning(base: Checkpoint, members: Iterable[DeltaMember]) -> Experts:
-    """Base + (the largest 1/T of the task's own vector, over the whole model).
+def magnitude_pruning(inputs: MergeInputs) -> Experts:
+    """Base + (the largest 1/T of the task's own vector, over the whole model)."""
 
-    Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector.
-    """
-    tasks, vectors = tasks_and_vectors(base, members)
-    pruned = {t: _pruned(base, v, 1 / len(tasks)) for t, v in zip(tasks, vectors, strict=True)}
-    return OwnExperts(pruned)
+    def pruned(vector: KeptVector) -> Edits:
+        kept = Trim([vector], 1 / len(inputs.tasks), "model")
+        return Elementwise(inputs.base, [vector], lambda part: kept.apply(part)[0][1])
 
-
-def _pruned(base: Checkpoint, vector: KeptVector, share: float) -> Edits:
-    kept = Trim([vector], share, "model")
-
-    def largest(part: Range) -> Floats:
-        [(_, trimmed)] = kept.apply(part)
-        return trimmed
-
-    return Elementwise(base, [vector], largest)
+    return OwnExperts(dict(zip(inputs.tasks, map(pruned, inputs.vectors), strict=True)))

@@ -1,15 +1,15 @@
 """Merge methods: one file each in this folder, with one decorated function.
 
-A method is a function `(base, members, *, setting=default, ...) -> Edits`, or `-> Experts` if it
-gives one model for each task. Its keyword parameters, with their types and defaults, are its
-settings. The folder is scanned when a method is first used, so a new method needs only a new file
+A method is a function `(inputs, *, setting=default, ...) -> Edits`, or `-> Experts` if it gives one
+model for each task. Its keyword parameters, with their types and defaults, are its settings. The
+folder is scanned when a method is first used, so a new method needs only a new file
 (docs/how-to/add-a-method.md).
 """
 
 import importlib
 import inspect
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,10 @@ from typing import Any, TypeVar, cast, get_type_hints
 
 from restitch.merging.errors import BadInput, unknown_name
 from restitch.merging.experts.specialists import Experts
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
+from restitch.merging.rules.merge_inputs import MergeInputs
+from restitch.merging.rules.stitch import DeltaMember
 
 _F = TypeVar("_F", bound=Callable[..., Edits | Experts])
 KINDS = ("merged", "experts")
@@ -52,8 +55,8 @@ class Method:
     settings: Mapping[str, Any]
     function: Callable[..., Edits | Experts] = field(repr=False)
 
-    def __call__(self, *args: Any, **settings: Any) -> Edits:
-        """Merge: the base, the members, and settings by name.
+    def __call__(self, base: Checkpoint, members: Iterable[DeltaMember], **settings: Any) -> Edits:
+        """Merge the members, in any order, with settings by name.
 
         Raises:
             BadInput: the method gives one model for each task.
@@ -66,13 +69,13 @@ class Method:
                 hint="choose another method for the line; "
                 f"`restitch experts` and `restitch compare --methods {self.name}` use this one",
             )
-        return cast(Edits, self.function(*args, **settings))
+        return cast(Edits, self.function(MergeInputs(base, members), **settings))
 
-    def experts(self, *args: Any, **settings: Any) -> Experts:
-        """One model per task: the base, the members, and settings by name."""
+    def experts(self, base: Checkpoint, members: Iterable[DeltaMember], **settings: Any) -> Experts:
+        """Make one model per task; see `__call__`."""
         if self.kind != "experts":
             raise ValueError(f"the method {self.name} gives no experts")
-        return cast(Experts, self.function(*args, **settings))
+        return cast(Experts, self.function(MergeInputs(base, members), **settings))
 
 
 def method(

@@ -5,12 +5,11 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.elementwise import check_range
+from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.per_matrix import Matrix, PerMatrix
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.settings import check_range
 from restitch.merging.statistics.grams import unpacked
 from restitch.merging.statistics.statistic_file import GRAM, statistics_of
 
@@ -27,20 +26,18 @@ _RIDGE = 1e-6
     needs=(GRAM,),
     tunes=("scale", tuple(n / 10 for n in range(1, 11))),
 )
-def regmean(base: Checkpoint, members: Iterable[DeltaMember], *, scale: float = 0.9) -> Edits:
+def regmean(inputs: MergeInputs, *, scale: float = 0.9) -> Edits:
     """Base + (sum tau_t G_t) (sum G_t)^-1 for linear layers, the mean for other tensors.
 
     That is W = (sum W_t G_t) (sum G_t)^-1, which minimizes sum |X_t (W - W_t)^T|^2 over the inputs
     X_t of the layer in the finetuned models, with rows of W as outputs.
 
     Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector and its Gram matrices.
+        inputs: the base and the members, each with its whole task vector and its Gram matrices.
         scale: the factor of the Gram matrices' entries outside of the diagonal.
     """
     check_range("scale", scale, 0, 1)
-    members = tuple(members)
-    statistics = statistics_of(members, GRAM)
+    statistics = statistics_of(inputs.members, GRAM)
 
     def merged(matrix: Matrix) -> Tensor:
         own = [statistics[number] for number in matrix.members]
@@ -50,7 +47,7 @@ def regmean(base: Checkpoint, members: Iterable[DeltaMember], *, scale: float = 
         grams = [unpacked(statistic.tensor(matrix.name), size) for statistic in own]
         return solved(matrix.changes, grams, scale).float()
 
-    return PerMatrix(base, members, merged)
+    return PerMatrix(inputs, merged)
 
 
 def solved(changes: Tensor, grams: Iterable[Tensor], scale: float) -> Tensor:

@@ -4,20 +4,19 @@ A step after another method: the singular vectors of its merged matrix stay, and
 value is scaled so that, along its direction, the tasks get on average their own response.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from restitch.merging.errors import BadInput
-from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
-from restitch.merging.methods.registry import get_method, method, method_names
+from restitch.merging.methods.registry import Method, get_method, method, method_names
 from restitch.merging.numerics.rounding import cast
-from restitch.merging.rules.elementwise import check_range
+from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.per_matrix import Matrix, PerMatrix, svd
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.settings import check_range
 
 NAME = "svc"
 
@@ -39,8 +38,7 @@ _LEAN = 1e-2
     tunes=("alpha", tuple(n / 5 for n in range(1, 11))),
 )
 def svc(
-    base: Checkpoint,
-    members: Iterable[DeltaMember],
+    inputs: MergeInputs,
     *,
     after: str = "tsv-m",
     floor: float = 0.0,
@@ -49,28 +47,25 @@ def svc(
     """Base + alpha * (what the method `after` merges, with calibrated singular values).
 
     Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector.
+        inputs: the base and the members, each with its whole task vector.
         after: the method, used with its defaults: a coefficient of its own mostly cancels out.
         floor: the lower bound of a task's coefficient in a direction; 0 is the paper's value.
         alpha: the coefficient.
     """
     check_range("floor", floor, 0, 100)
     check_range("alpha", alpha, 0, 10)
-    members = tuple(members)
-    inner = get_method(_checked_method(after))(base, members)
+    inner = _checked_method(after)(inputs.base, inputs.members)
     least = floor or FLOORS.get(after, _FLOOR)
 
     def unchanged(matrix: Matrix) -> Tensor:
         """The other method's merged task vector, not rounded to the base's type."""
-        before = cast(base.tensor(matrix.name).reshape(-1), torch.float64)
+        before = cast(inputs.base.tensor(matrix.name).reshape(-1), torch.float64)
         wide = before.clone()
         inner.apply(matrix.name, wide)
         return (wide - before).view(matrix.changes.shape[1:]).to(matrix.changes)
 
     return PerMatrix(
-        base,
-        members,
+        inputs,
         lambda matrix: alpha * calibrated(unchanged(matrix), matrix.changes, least),
         lambda matrix: alpha * unchanged(matrix),
     )
@@ -101,20 +96,16 @@ def calibrated(change: Tensor, changes: Tensor, floor: float) -> Tensor:
     return (left * (values * scale)) @ right
 
 
-def _checked_method(name: str) -> str:
+def _checked_method(name: str) -> Method:
     chosen = get_method(name)
-    if not _can_be_before(name):
+    others = (get_method(other) for other in method_names() if other != NAME)
+    allowed = [o.name for o in others if o.kind == "merged" and o.whole and not o.needs]
+    if name not in allowed:
         raise BadInput(
             f"{NAME} cannot come after {name}",
-            expected=", ".join(filter(_can_be_before, method_names())),
-            found=f"{name}, which does not merge whole task vectors alone into one model"
-            if name != NAME
-            else f"{NAME} itself",
+            expected="another method that merges whole task vectors alone into one model: "
+            + ", ".join(allowed),
+            found=name,
             hint="correct method: settings: after",
         )
-    return chosen.name
-
-
-def _can_be_before(name: str) -> bool:
-    chosen = get_method(name)
-    return name != NAME and chosen.kind == "merged" and chosen.whole and not chosen.needs
+    return chosen

@@ -1,20 +1,10 @@
 """TALL masks on task arithmetic (Wang et al., ICML 2024): one specialist per task."""
 
-from collections.abc import Iterable
-
-from restitch.merging.experts.specialists import (
-    Experts,
-    PerTask,
-    Selected,
-    SharedExperts,
-    per_task,
-    tasks_and_vectors,
-)
-from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.experts.specialists import Experts, PerTask, Selected, SharedExperts, per_task
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.consensus import THRESHOLDS, tall_mask
-from restitch.merging.rules.elementwise import Range, sum_vectors
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.consensus import THRESHOLDS, MultiTask, tall_mask, task_arithmetic_sum
+from restitch.merging.rules.elementwise import Range
+from restitch.merging.rules.merge_inputs import MergeInputs
 
 
 @method(
@@ -26,20 +16,23 @@ from restitch.merging.rules.stitch import DeltaMember
     whole=True,
     tunes=("threshold", THRESHOLDS),
 )
-def tall(base: Checkpoint, members: Iterable[DeltaMember], *, threshold: PerTask = 0.4) -> Experts:
+def tall(inputs: MergeInputs, *, threshold: PerTask = 0.4) -> Experts:
     """Base + (the sum of task vectors where the task's TALL mask is set).
 
     Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector.
+        inputs: the base and the members, each with its whole task vector.
         threshold: lambda of the masks, for all tasks or by task.
     """
-    tasks, vectors = tasks_and_vectors(base, members)
-    limits = per_task("threshold", threshold, tasks, 10)
+    return tall_experts(inputs, task_arithmetic_sum, threshold)
+
+
+def tall_experts(inputs: MergeInputs, multi_task: MultiTask, threshold: PerTask) -> Experts:
+    """Base + (a multi-task vector where the task's TALL mask is set); see `tall`."""
+    limits = per_task("threshold", threshold, inputs.tasks, 10)
+    together = multi_task(inputs.vectors)
 
     def selected(part: Range) -> Selected:
-        together = sum_vectors(part.vectors)
-        masks = {i: tall_mask(vector, together, limits[i]) for i, vector in part.vectors}
-        return Selected(together, masks)
+        whole = together(part)
+        return Selected(whole, {i: tall_mask(v, whole, limits[i]) for i, v in part.vectors})
 
-    return SharedExperts(base, tasks, vectors, selected)
+    return SharedExperts(inputs, selected)

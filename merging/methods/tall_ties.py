@@ -1,21 +1,12 @@
 """TALL masks on TIES (Wang et al., ICML 2024): the shared vector is TIES with a sum, not a mean."""
 
-from collections.abc import Iterable
+from functools import partial
 
-from restitch.merging.experts.specialists import (
-    Experts,
-    PerTask,
-    Selected,
-    SharedExperts,
-    per_task,
-    tasks_and_vectors,
-)
-from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.experts.specialists import Experts, PerTask
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.consensus import THRESHOLDS, tall_mask
-from restitch.merging.rules.elementwise import Range
-from restitch.merging.rules.stitch import DeltaMember
-from restitch.merging.rules.ties import Trim, disjoint_merge
+from restitch.merging.methods.tall import tall_experts
+from restitch.merging.rules.consensus import THRESHOLDS, ties_sum
+from restitch.merging.rules.merge_inputs import MergeInputs
 
 
 @method(
@@ -28,8 +19,7 @@ from restitch.merging.rules.ties import Trim, disjoint_merge
     tunes=("threshold", THRESHOLDS),
 )
 def tall_ties(
-    base: Checkpoint,
-    members: Iterable[DeltaMember],
+    inputs: MergeInputs,
     *,
     threshold: PerTask = 0.4,
     density: float = 0.2,
@@ -38,19 +28,9 @@ def tall_ties(
     """Base + (the TIES sum where the task's TALL mask is set).
 
     Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector.
+        inputs: the base and the members, each with its whole task vector.
         threshold: lambda of the masks, for all tasks or by task.
         density: the share of each task vector that trimming keeps.
         trim: `model` ranks the weights of a model together, `tensor` those of each tensor alone.
     """
-    tasks, vectors = tasks_and_vectors(base, members)
-    limits = per_task("threshold", threshold, tasks, 10)
-    kept = Trim(vectors, density, trim)
-
-    def selected(part: Range) -> Selected:
-        own = [(i, vector.copy()) for i, vector in part.vectors]
-        together = disjoint_merge(kept.apply(part), mean=False)
-        return Selected(together, {i: tall_mask(v, together, limits[i]) for i, v in own})
-
-    return SharedExperts(base, tasks, vectors, selected)
+    return tall_experts(inputs, partial(ties_sum, density=density, trim=trim), threshold)

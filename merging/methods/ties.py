@@ -1,18 +1,10 @@
 """TIES-Merging (Yadav et al., NeurIPS 2023); see `rules.ties`."""
 
-from collections.abc import Iterable
-
-from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.elementwise import (
-    COEFFICIENTS,
-    Elementwise,
-    check_range,
-    kept_vectors,
-    scale_in_place,
-)
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.elementwise import COEFFICIENTS, Elementwise, scale_in_place
+from restitch.merging.rules.merge_inputs import MergeInputs
+from restitch.merging.rules.settings import check_range
 from restitch.merging.rules.ties import Trim, disjoint_merge
 
 
@@ -25,8 +17,7 @@ from restitch.merging.rules.ties import Trim, disjoint_merge
     tunes=("alpha", COEFFICIENTS),
 )
 def ties(
-    base: Checkpoint,
-    members: Iterable[DeltaMember],
+    inputs: MergeInputs,
     *,
     density: float = 0.2,
     alpha: float = 1.0,
@@ -35,17 +26,15 @@ def ties(
     """Base + alpha * disjoint mean of the trimmed task vectors.
 
     Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector.
+        inputs: the base and the members, each with its whole task vector.
         density: the share of each task vector that trimming keeps.
         alpha: the coefficient.
         trim: `model` ranks the weights of a model together, `tensor` those of each tensor alone.
     """
     check_range("alpha", alpha, 0, 10)
-    vectors = kept_vectors(base, members)
-    kept = Trim(vectors, density, trim)
+    kept = Trim(inputs.vectors, density, trim)
     return Elementwise(
-        base,
-        vectors,
+        inputs.base,
+        inputs.vectors,
         lambda part: scale_in_place(disjoint_merge(kept.apply(part), mean=True), alpha),
     )

@@ -1,16 +1,13 @@
 """TSV-Merge (Gargiulo et al., CVPR 2025): each task's leading singular vectors, made orthogonal."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.elementwise import check_range
+from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.per_matrix import PerMatrix, nearest_orthogonal, svd
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.settings import check_range
 
 
 @method(
@@ -21,16 +18,15 @@ from restitch.merging.rules.stitch import DeltaMember
     whole=True,
     tunes=("alpha", tuple(n / 5 for n in range(1, 11))),
 )
-def tsv_m(base: Checkpoint, members: Iterable[DeltaMember], *, alpha: float = 1.0) -> Edits:
+def tsv_m(inputs: MergeInputs, *, alpha: float = 1.0) -> Edits:
     """Base + alpha * (sum over tasks of decorrelated leading singular triplets).
 
     Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector.
+        inputs: the base and the members, each with its whole task vector.
         alpha: the coefficient; the paper uses 1.
     """
     check_range("alpha", alpha, 0, 10)
-    return PerMatrix(base, members, lambda matrix: alpha * merged(matrix.changes))
+    return PerMatrix(inputs, lambda matrix: alpha * merged(matrix.changes))
 
 
 def merged(changes: Tensor) -> Tensor:

@@ -6,13 +6,11 @@ multiplied by the number of owners to the power `growth`: where many members mee
 loses skill and a sum goes too far (docs/results/).
 """
 
-from collections.abc import Iterable
-
-from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
+from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.overlaps import owner_growth
-from restitch.merging.rules.stitch import DeltaMember, stitch
+from restitch.merging.rules.stitch import stitch
 
 
 @method(
@@ -22,15 +20,12 @@ from restitch.merging.rules.stitch import DeltaMember, stitch
     exact=True,
     tunes=("growth", (0.0, 0.25, 0.5, 0.75, 1.0)),
 )
-def weighted_stitch(
-    base: Checkpoint, members: Iterable[DeltaMember], *, growth: float = 0.5
-) -> Edits:
+def weighted_stitch(inputs: MergeInputs, *, growth: float = 0.5) -> Edits:
     """Overwrite each kept coordinate, with a scaled weighted mean on shared ones.
 
     Args:
-        base: the base's checkpoint.
-        members: the members; one whose delta does not contain importance factors counts as much
-            as the other owners on average.
+        inputs: the base and the members; a member whose delta does not contain importance
+            factors counts as much as the other owners on average.
         growth: 0 averages, 1 sums; a multiple of a quarter.
     """
-    return stitch(base, members, owner_growth(growth))
+    return stitch(inputs.base, inputs.members, owner_growth(growth))

@@ -5,17 +5,14 @@ rows of a task's own matrix stand for its inputs. The gradient is 2 (D A - B) wi
 A = sum_t D_t^T D_t / ||D_t||^2 and B = sum_t D_t D_t^T D_t / ||D_t||^2, both computed once.
 """
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.elementwise import check_range
+from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.per_matrix import PerMatrix
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.settings import check_range
 
 
 @method(
@@ -26,24 +23,17 @@ from restitch.merging.rules.stitch import DeltaMember
     exact=False,
     whole=True,
 )
-def wudi(
-    base: Checkpoint,
-    members: Iterable[DeltaMember],
-    *,
-    steps: int = 300,
-    learning_rate: float = 1e-5,
-) -> Edits:
+def wudi(inputs: MergeInputs, *, steps: int = 300, learning_rate: float = 1e-5) -> Edits:
     """Base + the minimizer of the interference, matrix by matrix.
 
     Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector.
+        inputs: the base and the members, each with its whole task vector.
         steps: the number of steps of Adam.
         learning_rate: the learning rate of Adam.
     """
     check_range("steps", steps, 0, 100_000)
     check_range("learning_rate", learning_rate, 0, 1)
-    return PerMatrix(base, members, lambda matrix: minimized(matrix.changes, steps, learning_rate))
+    return PerMatrix(inputs, lambda matrix: minimized(matrix.changes, steps, learning_rate))
 
 
 def minimized(changes: Tensor, steps: int, learning_rate: float) -> Tensor:

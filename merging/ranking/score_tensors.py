@@ -47,9 +47,6 @@ class Sample:
     """A sample of a model's scores with a fixed stride.
 
     The stride continues from tensor to tensor, so that small tensors are not overrepresented.
-
-    Args:
-        coordinates: the number of all scores.
     """
 
     def __init__(self, coordinates: int) -> None:
@@ -58,11 +55,7 @@ class Sample:
         self._start = 0
 
     def next(self, count: int) -> slice:
-        """The slice of the next tensor that belongs to the sample.
-
-        Args:
-            count: the number of scores of the tensor.
-        """
+        """The slice of the next tensor, with `count` scores, that belongs to the sample."""
         start = self._start
         self._start = (start - count) % self._stride
         return slice(start, count, self._stride)

@@ -7,7 +7,7 @@ stay. Members are ordered by the UTF-8 bytes of their task. The result does not 
 ranges, so it is the same on every machine.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,13 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.numerics.bitwise import as_integers
-from restitch.merging.numerics.rounding import cast_into, round_once
+from restitch.merging.numerics.rounding import cast, cast_into, round_once
 from restitch.merging.order import by_bytes
 from restitch.merging.ranking.kept_vector import BLOCK, KeptVector, working_dtype
-from restitch.merging.rules.stitch import DeltaMember, ordered_members
 
 Floats = NDArray[Any]
 
@@ -49,13 +47,14 @@ COEFFICIENTS = tuple(n / 10 for n in range(1, 11))
 Rule = Callable[[Range], Floats]
 
 
-def kept_vectors(base: Checkpoint, members: Iterable[DeltaMember]) -> tuple[KeptVector, ...]:
-    """The members' task vectors in the order of their tasks.
-
-    Raises:
-        BadInput: a delta does not fit the base.
-    """
-    return tuple(KeptVector(base, member.delta) for member in ordered_members(base, members))
+def ranges(base: Checkpoint, vectors: Sequence[KeptVector], name: str) -> Iterator[Range]:
+    """Members' task vectors on one tensor, in order; a range is valid until the next one."""
+    readers = [(i, vector.reader(name)) for i, vector in enumerate(vectors) if name in vector]
+    start = 0
+    for piece in torch.split(base.tensor(name).view(-1), BLOCK):
+        before = cast(piece, working_dtype(piece.dtype)).numpy()
+        yield Range(name, start, [(number, reader.read(before)) for number, reader in readers])
+        start += piece.numel()
 
 
 class Elementwise:
@@ -136,19 +135,3 @@ def scale_in_place(vector: Floats, alpha: float) -> Floats:
     """Multiply a vector by `alpha` in place, and return it."""
     vector *= alpha
     return vector
-
-
-def check_range(name: str, value: float, low: float, high: float) -> float:
-    """The value of a setting.
-
-    Raises:
-        BadInput: the value is not in the range from `low` to `high`.
-    """
-    if not low <= value <= high:
-        raise BadInput(
-            f"the setting {name} is out of range",
-            expected=f"a number from {low} to {high}",
-            found=value,
-            hint=f"correct method: settings: {name}",
-        )
-    return value

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from restitch.merging.errors import BadInput
+from restitch.merging.rules.settings import bad_setting
 
 Floats = NDArray[np.float64]
 
@@ -43,11 +43,6 @@ def sum_of_owners(before: Floats, owners: Sequence[Owner]) -> Floats:
     return before + _totals(len(before), owners)
 
 
-def weighted_mean(before: Floats, owners: Sequence[Owner]) -> Floats:
-    """The weighted mean of the owners."""
-    return before + _weighted(len(before), owners)
-
-
 def owner_growth(growth: float) -> Rule:
     """The weighted mean of the deviations, times the number of owners to the power `growth`.
 
@@ -59,12 +54,7 @@ def owner_growth(growth: float) -> Rule:
     """
     quarters = round(4 * growth)
     if not 0 <= quarters <= 4 or quarters != 4 * growth:
-        raise BadInput(
-            "the setting growth is not valid",
-            expected="0, 0.25, 0.5, 0.75 or 1",
-            found=growth,
-            hint="correct method: settings: growth",
-        )
+        raise bad_setting("growth", "not valid", "0, 0.25, 0.5, 0.75 or 1", growth)
 
     def rule(before: Floats, owners: Sequence[Owner]) -> Floats:
         counts = np.zeros(len(before))
@@ -115,4 +105,4 @@ def _totals(shared: int, owners: Sequence[Owner]) -> Floats:
     return totals
 
 
-RULES: Mapping[str, Rule] = {"sum": sum_of_owners, "weighted": weighted_mean, "elect": elect_sign}
+RULES: Mapping[str, Rule] = {"sum": sum_of_owners, "weighted": owner_growth(0), "elect": elect_sign}

@@ -7,7 +7,7 @@ differ in their last bits between machines, so such a method is `numeric` and ma
 (`computing_on`). Memory holds one matrix of each member at a time.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,12 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.numerics.bitwise import as_integers
 from restitch.merging.numerics.rounding import cast, round_once
 from restitch.merging.order import by_bytes
-from restitch.merging.rules.elementwise import kept_vectors
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.merge_inputs import MergeInputs
 
 
 @dataclass(frozen=True)
@@ -58,20 +56,13 @@ class PerMatrix:
     """The edits of a rule.
 
     Args:
-        base: the base's checkpoint.
-        members: the members, each with its whole task vector.
+        inputs: the base and the members, each with its whole task vector.
         rule: merges the task vectors of a matrix.
         otherwise: merges those of a tensor that is not a matrix; by default the mean.
     """
 
-    def __init__(
-        self,
-        base: Checkpoint,
-        members: Iterable[DeltaMember],
-        rule: Rule,
-        otherwise: Rule | None = None,
-    ) -> None:
-        self._vectors = kept_vectors(base, members)
+    def __init__(self, inputs: MergeInputs, rule: Rule, otherwise: Rule | None = None) -> None:
+        self._vectors = inputs.vectors
         self._rule = rule
         self._otherwise = otherwise or self._mean
         self._device = _device.get() or torch.device("cpu")

@@ -22,19 +22,23 @@ from torch import Tensor
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.coordinate_codec import true_positions
-from restitch.merging.files.edits import Edits, NoEdits
+from restitch.merging.files.edits import Edits
 from restitch.merging.files.sparse import Piece, SparseFile, SparseInfo, SparseTensor, write_sparse
 from restitch.merging.numerics.bitwise import as_integers, gather, scatter
 from restitch.merging.numerics.rounding import cast
 from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.rules.overlaps import MEAN, RULES, Floats, Owner, Rule
+from restitch.merging.rules.settings import check_choice
 
 VERSION = 1
 OVERLAPS = (MEAN, *RULES)
 
 _BLOCK = 1 << 19
 _NOWHERE = np.empty(0, dtype=np.int64)
+
+# The importance of a tensor's rows and columns to a member, if its delta has it.
+_Factors = tuple[Floats, Floats] | None
 
 
 @dataclass(frozen=True)
@@ -61,16 +65,10 @@ def stitch(base: Checkpoint, members: Iterable[DeltaMember], overlap: str | Rule
         overlap: the rule for shared coordinates: one of `OVERLAPS`, of which `mean` is the
             paper's, or a method's own rule.
     """
-    if isinstance(overlap, str) and overlap not in OVERLAPS:
-        raise BadInput(
-            "the rule for shared coordinates is unknown",
-            expected=" or ".join(OVERLAPS),
-            found=overlap,
-            hint="correct method: settings: overlap",
-        )
-    ordered = ordered_members(base, members)
+    if isinstance(overlap, str):
+        check_choice("overlap", overlap, OVERLAPS)
     rule = RULES.get(overlap) if isinstance(overlap, str) else overlap
-    return _Stitched(ordered, rule) if ordered else NoEdits()
+    return _Stitched(ordered_members(base, members), rule)
 
 
 def write_patch(
@@ -141,7 +139,7 @@ class _Stitched:
         if len(deltas) == 1:
             return deltas[0].editor(name)
         cursors = [delta.cursor(name) for delta in deltas]
-        importances = [_Importance.of(delta, name) for delta in deltas]
+        factors = [_factors(delta, name) for delta in deltas]
         block: _Block | None = getattr(self._own, "block", None)
         if block is None:
             block = self._own.block = _Block(len(self._members))
@@ -154,40 +152,26 @@ class _Stitched:
                 if self._rule is None:
                     block.average(piece, taken)
                 else:
-                    here = [one.after(start) for one in importances]
-                    block.apply_rule(piece, taken, self._rule, here)
+                    block.apply_rule(piece, start, taken, self._rule, factors)
                 start += piece.numel()
 
         return edit
 
 
-@dataclass(frozen=True)
-class _Importance:
-    """The importance of a tensor's coordinates to a member, counted from `start`."""
-
-    factors: tuple[Floats, Floats] | None
-    start: int = 0
-
-    @classmethod
-    def of(cls, delta: SparseFile, name: str) -> "_Importance":
-        factors = delta.factors(name)
-        return cls(None if factors is None else (_wide(factors[0]), _wide(factors[1])))
-
-    def after(self, start: int) -> "_Importance":
-        return _Importance(self.factors, start)
-
-    def __getitem__(self, coordinates: NDArray[np.int64]) -> Floats | None:
-        if self.factors is None:
-            return None
-        rows, columns = self.factors
-        row, column = np.divmod(coordinates + self.start, len(columns))
-        importance: Floats = rows[row] * columns[column]
-        return importance
+def _factors(delta: SparseFile, name: str) -> _Factors:
+    factors = delta.factors(name)
+    if factors is None:
+        return None
+    rows, columns = (cast(side, torch.float64).numpy() for side in factors)
+    return rows, columns
 
 
-def _wide(factors: Tensor) -> Floats:
-    wide: Floats = cast(factors, torch.float64).numpy()
-    return wide
+def _importance(factors: _Factors, coordinates: NDArray[np.int64]) -> Floats | None:
+    if factors is None:
+        return None
+    rows, columns = factors
+    row, column = np.divmod(coordinates, len(columns))
+    return np.asarray(rows[row] * columns[column])
 
 
 class _Block:
@@ -218,9 +202,10 @@ class _Block:
     def apply_rule(
         self,
         flat: Tensor,
+        start: int,
         members: Sequence[Sequence[Piece]],
         rule: Rule,
-        importances: Sequence["_Importance"],
+        factors: Sequence[_Factors],
     ) -> None:
         """Overwrite owned weights of the base in `flat`, by the rule on shared coordinates."""
         owners, shared = self._shared(flat.numel(), [p for taken in members for p in taken])
@@ -228,14 +213,16 @@ class _Block:
         column = np.empty(flat.numel() if len(shared) else 0, dtype=np.int64)
         column[shared] = np.arange(len(shared))
         claims = []
-        for taken, importance in zip(members, importances, strict=True):
+        for taken, own_factors in zip(members, factors, strict=True):
             for coordinates, values in taken:
                 scatter(flat, coordinates, values)
                 chosen = owners[coordinates] > 1
                 own = coordinates[chosen]
                 places = column[own]
                 after = cast(gather(values, np.flatnonzero(chosen)), torch.float64).numpy()
-                claims.append(Owner(places, after - before[places], importance[own]))
+                claims.append(
+                    Owner(places, after - before[places], _importance(own_factors, own + start))
+                )
         if len(shared):
             scatter(flat, shared, torch.from_numpy(rule(before, claims)))
 

@@ -10,14 +10,12 @@ from functools import cache
 
 import numpy as np
 
-from restitch.merging.errors import BadInput
 from restitch.merging.localize.dataless import kept_count
 from restitch.merging.ranking.kept_vector import KeptVector
 from restitch.merging.ranking.quantile import Cut, kth_largest
 from restitch.merging.ranking.top_k import Scores
 from restitch.merging.rules.elementwise import Floats, Range, all_bits, sum_arrays, sum_vectors
-
-TRIMS = ("model", "tensor")
+from restitch.merging.rules.settings import check_choice
 
 
 class Trim:
@@ -30,34 +28,22 @@ class Trim:
     """
 
     def __init__(self, vectors: Sequence[KeptVector], density: float, over: str) -> None:
-        if over not in TRIMS:
-            raise BadInput(
-                "the setting trim is unknown",
-                expected=" or ".join(TRIMS),
-                found=over,
-                hint="correct method: settings: trim",
-            )
+        check_choice("trim", over, ("model", "tensor"))
+        kept_count(density, 0)  # checks the density
         self._vectors = vectors
         self._density = density
-        self._over = over
-        kept_count(density, 0)  # checks the density
-        self._whole = cache(self._of_model)
-        self._single = cache(self._of_tensor)
-        if over == "model":
-            for number in range(len(vectors)):
-                self._whole(number)
+        self._of_tensor = cache(self._cut_of_tensor)
+        self._of_model = [self._cut(vector) for vector in vectors] if over == "model" else None
 
     def apply(self, part: Range) -> list[tuple[int, Floats]]:
         """The trimmed task vectors of a range."""
         for number, vector in part.vectors:
-            cut = self._whole(number) if self._over == "model" else self._single(number, part.name)
+            whole = self._of_model
+            cut = whole[number] if whole else self._of_tensor(number, part.name)
             cut.trim(part.name, part.start, vector)
         return list(part.vectors)
 
-    def _of_model(self, number: int) -> Cut:
-        return self._cut(self._vectors[number])
-
-    def _of_tensor(self, number: int, name: str) -> Cut:
+    def _cut_of_tensor(self, number: int, name: str) -> Cut:
         return self._cut(_TensorScores(self._vectors[number], name))
 
     def _cut(self, scores: Scores) -> Cut:

@@ -16,14 +16,11 @@ from torch import Tensor
 
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.localize.live_weights import requiring_gradients
 from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.ranking.kept_vector import KeptVector
-from restitch.merging.statistics.statistic_file import (
-    COEFFICIENTS,
-    check_finite,
-    requiring_gradients,
-)
+from restitch.merging.statistics.statistic_file import COEFFICIENTS, check_finite
 
 VERSION = 1
 

@@ -7,8 +7,6 @@ the range of float32, and a few hundred rows do not give more than eight bits of
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,8 +14,9 @@ from torch.nn import functional as F
 
 from restitch.merging.errors import BadInput
 from restitch.merging.localize.fisher import sample_classes
+from restitch.merging.localize.live_weights import consuming_gradients, requiring_gradients
 from restitch.merging.progress import Progress, ignore
-from restitch.merging.statistics.statistic_file import FISHER, check_finite, requiring_gradients
+from restitch.merging.statistics.statistic_file import FISHER, check_finite
 
 VERSION = 1
 MOST_ROWS = 256
@@ -57,22 +56,20 @@ def measure_fisher(
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(rows, generator=generator).tolist()[:MOST_ROWS]
     sums = {name: torch.zeros_like(parameters[name], dtype=torch.float32) for name in names}
-    with requiring_gradients(parameters, names):
-        hooks = []
-        for name in names:
-            live: Any = parameters[name]  # the method below has no type annotations
-            add_squares = partial(_add_squares, sums[name])
-            hooks.append(live.register_post_accumulate_grad_hook(add_squares))
-        try:
-            for done, row in enumerate(order, 1):
-                with torch.enable_grad():
-                    scores = logits(batch([row]))
-                    target = sample_classes(scores.detach(), generator)
-                    torch.autograd.backward(F.cross_entropy(scores, target, reduction="sum"))
-                progress(done, len(order))
-        finally:
-            for hook in hooks:
-                hook.remove()
+
+    def add_squares(name: str) -> None:
+        gradient = parameters[name].grad
+        assert gradient is not None
+        sums[name].addcmul_(gradient, gradient)
+
+    live = ((name, parameters[name]) for name in names)
+    with requiring_gradients(parameters, names), consuming_gradients(live, add_squares):
+        for done, row in enumerate(order, 1):
+            with torch.enable_grad():
+                scores = logits(batch([row]))
+                target = sample_classes(scores.detach(), generator)
+                torch.autograd.backward(F.cross_entropy(scores, target, reduction="sum"))
+            progress(done, len(order))
     for name in names:
         sums[name] = (sums[name] / len(order)).cpu()
     check_finite(FISHER, sums)
@@ -83,10 +80,3 @@ def mean_of(diagonal: Mapping[str, Tensor]) -> float:
     """The mean of all entries, in float64 and in the order of the names."""
     total = sum(float(diagonal[name].sum(dtype=torch.float64)) for name in sorted(diagonal))
     return total / max(1, sum(tensor.numel() for tensor in diagonal.values()))
-
-
-def _add_squares(total: Tensor, live: Tensor) -> None:
-    """Add the squares of a gradient, and drop it."""
-    assert live.grad is not None
-    total.addcmul_(live.grad, live.grad)
-    live.grad = None

@@ -6,6 +6,7 @@ so only its upper triangle is stored.
 """
 
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -41,18 +42,13 @@ def measure_grams(
     if rows < 1:
         raise BadInput("there are no rows to measure Gram matrices on", expected="at least one row")
     sums: dict[str, tuple[Tensor, int]] = {}
-    hooks = [
-        layer.register_forward_pre_hook(partial(_add, sums, name)) for name, layer in layers.items()
-    ]
     count = min(rows, MOST_ROWS)
-    try:
-        with torch.no_grad():
-            for row in range(count):
-                forward(row)
-                progress(row + 1, count)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with ExitStack() as hooks, torch.no_grad():
+        for name, layer in layers.items():
+            hooks.enter_context(layer.register_forward_pre_hook(partial(_add, sums, name)))
+        for row in range(count):
+            forward(row)
+            progress(row + 1, count)
     grams = {name: (total / inputs).cpu() for name, (total, inputs) in sums.items()}
     check_finite(GRAM, grams)
     return {name: packed(gram) for name, gram in grams.items()}

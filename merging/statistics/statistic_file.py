@@ -5,8 +5,7 @@ tensor by tensor. The file names its kind and the base and delta that it belongs
 statistics have equal bytes.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -73,20 +72,19 @@ def open_statistic(path: Path, kind: str, subjects: Mapping[str, str]) -> Checkp
 
 
 def statistics_of(members: Sequence[DeltaMember], kind: str) -> tuple[Checkpoint, ...]:
-    """One statistic of each member, in the order of their tasks.
+    """One statistic of each member, in their order.
 
     Raises:
         BadInput: a member does not have this statistic.
     """
-    ordered = sorted(members, key=lambda member: by_bytes(member.task))
-    lacking = [member.task for member in ordered if kind not in member.statistics]
+    lacking = [member.task for member in members if kind not in member.statistics]
     if lacking:
         raise BadInput(
             f"the method needs statistics of kind {kind}",
             expected="one for every member",
             found=f"none for {', '.join(lacking)}",
         )
-    return tuple(member.statistics[kind] for member in ordered)
+    return tuple(member.statistics[kind] for member in members)
 
 
 def check_fits(kind: str, statistic: Checkpoint, sizes: Mapping[str, int]) -> None:
@@ -109,35 +107,6 @@ def check_fits(kind: str, statistic: Checkpoint, sizes: Mapping[str, int]) -> No
                 found=entries,
                 hint="restore the store from a backup, and find out what changed it",
             )
-
-
-@contextmanager
-def requiring_gradients(
-    parameters: Mapping[str, Tensor], names: Sequence[str]
-) -> Iterator[Callable[[], None]]:
-    """Let exactly the named live tensors require gradients within a block.
-
-    Yields:
-        A function that drops their gradients.
-    """
-    previous = [(tensor, tensor.requires_grad) for tensor in parameters.values()]
-    live = [parameters[name] for name in names]
-
-    def drop() -> None:
-        for tensor in live:
-            tensor.grad = None
-
-    try:
-        for tensor, _ in previous:
-            tensor.requires_grad_(False)
-        for tensor in live:
-            tensor.requires_grad_(True)
-        drop()
-        yield drop
-    finally:
-        drop()
-        for tensor, before in previous:
-            tensor.requires_grad_(before)
 
 
 def check_finite(kind: str, tensors: Mapping[str, Tensor]) -> None:

@@ -1,18 +1,9 @@
 """Count how many masks select each weight; results are stored once per set of deltas."""
 
-from collections.abc import Callable, Sequence
-
-from restitch.merging.analysis.agreement import (
-    VERSION,
-    MultiTaskVector,
-    agreement_profile,
-    kept_profile,
-    task_arithmetic_sum,
-    ties_sum,
-)
+from restitch.merging.analysis.agreement import VERSION, agreement_profile, kept_profile
 from restitch.merging.digests import digest_json
 from restitch.merging.files.sparse import SparseFile
-from restitch.merging.ranking.kept_vector import KeptVector
+from restitch.merging.rules.consensus import MultiTask, task_arithmetic_sum, ties_sum
 from restitch.merging.rules.stitch import DeltaMember as Part
 from restitch.tasks.inputs.checkpoints import open_base
 from restitch.tasks.runtime.console import working
@@ -22,10 +13,7 @@ from restitch.tasks.runtime.workspace import workspace
 
 # The multi-task vectors that TALL masks can be computed from, by their display names.
 TOGETHER = {"of the sum": "sum", "of TIES": "elected"}
-_MAKERS: dict[str, Callable[[Sequence[KeptVector]], MultiTaskVector]] = {
-    "sum": task_arithmetic_sum,
-    "elected": ties_sum,
-}
+_MAKERS: dict[str, MultiTask] = {"sum": task_arithmetic_sum, "elected": ties_sum}
 
 
 @step("agreement")

@@ -4,13 +4,9 @@ from pathlib import Path
 
 import torch
 
-from restitch.merging.analysis.agreement import (
-    agreement_profile,
-    kept_profile,
-    task_arithmetic_sum,
-    ties_sum,
-)
+from restitch.merging.analysis.agreement import agreement_profile, kept_profile
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.rules.consensus import task_arithmetic_sum, ties_sum
 from restitch.merging.rules.stitch import DeltaMember
 from tests import tiny
 

@@ -271,9 +271,10 @@ def test_a_method_for_experts_gives_no_merged_model_and_explains_why(
     assert get_method(name).experts(base, ()).tasks == ()
 
 
-def test_a_merged_method_gives_no_experts_and_other_kinds_are_refused() -> None:
+def test_a_merged_method_gives_no_experts_and_other_kinds_are_refused(tmp_path: Path) -> None:
+    base, _ = three(tmp_path)
     with pytest.raises(ValueError, match="gives no experts"):
-        get_method("ties").experts(None, ())
+        get_method("ties").experts(base, ())
     with pytest.raises(ValueError, match="unknown kind"):
 
         @method(name="odd", version=1, source="none", exact=True, kind="both")

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from restitch.merging.files import export as module
 from restitch.merging.files.checkpoint import Checkpoint
-from restitch.merging.files.edits import Edits, NoEdits, StreamedEdits, edited
+from restitch.merging.files.edits import Edits, StreamedEdits, edited
 from restitch.merging.files.export import export_weights
 from restitch.merging.rules.stitch import stitch
 from tests import tiny
@@ -48,7 +48,7 @@ def check(folder: Path, base: Checkpoint, edits: Edits) -> None:
 
 def test_without_edits_the_files_are_those_of_the_base(tmp_path: Path, base: Checkpoint) -> None:
     folder = out(tmp_path)
-    export_weights(base, NoEdits(), folder)
+    export_weights(base, stitch(base, []), folder)
     written, original = folder / "model.safetensors", base.files["model.safetensors"]
     assert written.read_bytes() == original.read_bytes()
 
@@ -108,7 +108,7 @@ def test_a_single_file_of_any_name_is_exported_under_the_standard_name(
     path = tmp_path / "tower.safetensors"
     path.write_bytes(base.files["model.safetensors"].read_bytes())
     folder = out(tmp_path)
-    export_weights(Checkpoint.open(path), NoEdits(), folder)
+    export_weights(Checkpoint.open(path), stitch(base, []), folder)
     assert [item.name for item in folder.iterdir()] == ["model.safetensors"]
 
 
@@ -186,7 +186,7 @@ def test_progress_ends_with_all_bytes(tmp_path: Path, sharded: Checkpoint) -> No
     seen: list[tuple[int, int]] = []
     export_weights(
         sharded,
-        NoEdits(),
+        stitch(sharded, []),
         out(tmp_path),
         progress=lambda done, total: seen.append((done, total)),
     )

@@ -16,9 +16,9 @@ from restitch.merging.localize.trained import (
     PRESETS,
     TrainedResult,
     TrainedSettings,
-    fingerprint,
     localize_trained,
 )
+from restitch.merging.ranking.score_tensors import fingerprint
 from restitch.merging.ranking.task_vector import TaskVector
 from tests import tiny
 from tests.merging.linear import NAMES, ROWS, Linear, flat

@@ -18,6 +18,7 @@ from restitch.merging.methods.registry import get_method
 from restitch.merging.methods.regmean import solved
 from restitch.merging.methods.tsv_m import merged
 from restitch.merging.methods.wudi import minimized
+from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.per_matrix import PerMatrix, computing_on
 from restitch.merging.rules.stitch import DeltaMember
 from tests import tiny
@@ -204,8 +205,8 @@ def test_matrices_are_moved_to_the_device_of_the_computation(tmp_path: Path) -> 
         return torch.zeros(matrix.changes.shape[1:])
 
     with computing_on(torch.device("meta")):
-        there = PerMatrix(base, members, rule, rule)
-    here = PerMatrix(base, members, rule, rule)
+        there = PerMatrix(MergeInputs(base, members), rule, rule)
+    here = PerMatrix(MergeInputs(base, members), rule, rule)
     for edits in (there, here):
         for name in edits.names:
             assert torch.equal(edited(base, edits, name), base.tensor(name))

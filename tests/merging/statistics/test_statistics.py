@@ -17,7 +17,6 @@ from restitch.merging.statistics.statistic_file import (
     check_finite,
     check_fits,
     open_statistic,
-    requiring_gradients,
     write_statistic,
 )
 from tests.merging.linear import NAMES, ROWS, Linear
@@ -66,18 +65,6 @@ def test_a_statistic_of_wrong_size_is_damage_and_infinite_entries_are_refused(
     with pytest.raises(BadInput, match="not finite") as caught:
         check_finite(FISHER, {"a": torch.ones(2), "b": torch.tensor([torch.nan])})
     assert caught.value.details == ("b",)
-
-
-def test_exactly_the_named_tensors_require_gradients_within_the_block() -> None:
-    live = {name: torch.zeros(2) for name in "abc"}
-    live["c"].requires_grad_(True)
-    with requiring_gradients(live, ["a"]) as drop:
-        assert [live[name].requires_grad for name in "abc"] == [True, False, False]
-        torch.autograd.backward(live["a"].sum())
-        assert "1." in str(live["a"].grad)
-        drop()
-        assert str(live["a"].grad) == "None"
-    assert [live[name].requires_grad for name in "abc"] == [False, False, True]
 
 
 def test_the_fisher_of_an_undecided_coin_by_hand() -> None:
