@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from operator import methodcaller
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -355,7 +356,7 @@ def test_reading_a_thousand_versions_reads_each_object_once(tmp_path, monkeypatc
     monkeypatch.setattr(store, "read", lambda name: reads.append(name) or read(name))
     monkeypatch.setattr(store, "list", lambda *_: pytest.fail("a read lists the store"))
 
-    def reads_of(look):
+    def reads_of(look: Callable[[], Any]) -> tuple[Any, int]:
         reads.clear()
         found = look()
         assert len(reads) == len(set(reads))
