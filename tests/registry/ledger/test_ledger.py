@@ -353,7 +353,12 @@ def test_reading_a_thousand_versions_reads_each_object_once(tmp_path, monkeypatc
     line.act("merged", "t", "", change)
     reads: list[str] = []
     read = store.read
-    monkeypatch.setattr(store, "read", lambda name: reads.append(name) or read(name))
+
+    def counted(name: str) -> bytes:
+        reads.append(name)
+        return read(name)
+
+    monkeypatch.setattr(store, "read", counted)
     monkeypatch.setattr(store, "list", lambda *_: pytest.fail("a read lists the store"))
 
     def reads_of(look: Callable[[], Any]) -> tuple[Any, int]:
