@@ -27,6 +27,11 @@ MAX_TAG = 4_900  # and refuses longer ones
 NAME_TAG, NOTE_TAG, USER_TAG = "mlflow.runName", "mlflow.note.content", "mlflow.user"
 
 
+# A line has experiments for its merged versions (None), its acts, its finetuned models, the one
+# run with the metrics of all merged versions for charts, and its studies.
+Part = Literal["audit", "models", "history", "studies"] | None
+
+
 @dataclass(frozen=True)
 class DataProjection:
     """A data set that a run was measured on.
@@ -88,16 +93,13 @@ class VersionProjection:
     existing: MlflowVersion | None = None
 
 
-def experiment_name(
-    line: str, part: Literal["audit", "models", "history", "studies"] | None = None
-) -> str:
-    """The experiment of a line's merged versions, or of another part of the line.
+def identity(digest: str, version: int) -> dict[str, str]:
+    """The tags that identify the projection of a version."""
+    return {DIGEST_TAG: digest, VERSION_TAG: str(version)}
 
-    Args:
-        line: the line.
-        part: its acts, its finetuned models, the one run with the metrics of all merged versions
-            for charts, or its studies.
-    """
+
+def experiment_name(line: str, part: Part = None) -> str:
+    """The experiment of a part of a line."""
     return line if part is None else f"{line}.{part}"
 
 
@@ -194,7 +196,7 @@ def project_model(
         tags |= {"restitch.mask": model.mask, "restitch.delta": model.delta}
     shown = VersionProjection(
         name=model_name(line, task),
-        identity={DIGEST_TAG: digest, VERSION_TAG: str(version)},
+        identity=identity(digest, version),
         tags=cut_tags(tags),
         description=shortened(_of_state(task, version, model), MAX_TAG),
         opening=_opening(task, version),

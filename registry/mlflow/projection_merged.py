@@ -14,7 +14,6 @@ from restitch.merging.digests import canonical_json
 from restitch.registry.ledger.outcomes import Outcome
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.mlflow.projection import (
-    DIGEST_TAG,
     MAX_TAG,
     NAME_TAG,
     NOTE_TAG,
@@ -27,6 +26,7 @@ from restitch.registry.mlflow.projection import (
     as_text,
     cut_params,
     cut_tags,
+    identity,
     milliseconds,
     model_name,
     placeholder,
@@ -92,7 +92,7 @@ def project_merged(
     )
     shown = VersionProjection(
         name=model_name(record.line),
-        identity={DIGEST_TAG: digest, VERSION_TAG: str(record.version)},
+        identity=identity(digest, record.version),
         tags=cut_tags(tags),
         description=shortened(description, MAX_TAG),
     )
