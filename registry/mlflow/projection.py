@@ -21,7 +21,7 @@ STATE_TAG = "restitch.state"
 REASON_TAG = "restitch.reason"
 ROLE_TAG = "restitch.role"
 
-_MAX_PARAM = 5_900  # MLflow cuts silently at 6,000
+MAX_PARAM = 5_900  # MLflow cuts silently at 6,000
 MAX_TAG = 4_900  # and refuses longer ones
 # The tags that MLflow's pages show as name, description and "created by".
 NAME_TAG, NOTE_TAG, USER_TAG = "mlflow.runName", "mlflow.note.content", "mlflow.user"
@@ -147,9 +147,9 @@ def project_act(entry: Entry) -> RunProjection:
     return RunProjection(
         digest=entry.digest,
         time=milliseconds(entry.time),
-        tags=cut_tags(tags),
-        current=cut_tags(search_tags),
-        params=cut_params(params),
+        tags=cut(tags),
+        current=cut(search_tags),
+        params=cut(params, MAX_PARAM),
         artifacts={"audit.json": entry.to_bytes()},
     )
 
@@ -159,7 +159,20 @@ def project_model(
 ) -> tuple[RunProjection, VersionProjection]:
     """The run and the registered version of a finetuned model."""
     ref = model.model
-    digest = ref.weights
+    named = {
+        NAME_TAG: f"{task} {version}",
+        NOTE_TAG: f"Finetuned model {version} of task {task}, read from {ref.uri}.",
+        "restitch.task": task,
+    }
+    params = {
+        "task": task,
+        "version": str(version),
+        "uri": ref.uri,
+        "weights": ref.weights,
+        "config": ref.config,
+        "base": base,
+        "size": str(ref.size),
+    }
     metrics = {
         name: float(value)
         for name, value in model.facts.to_json().items()
@@ -167,26 +180,10 @@ def project_model(
     }
     run = RunProjection(
         # The same weights may be registered for two tasks, or again after they were retired.
-        digest=f"{digest}.{task}.{version}",
+        digest=f"{ref.weights}.{task}.{version}",
         time=milliseconds(model.registered_at),
-        tags=cut_tags(
-            {
-                NAME_TAG: f"{task} {version}",
-                NOTE_TAG: f"Finetuned model {version} of task {task}, read from {ref.uri}.",
-                "restitch.task": task,
-            }
-        ),
-        params=cut_params(
-            {
-                "task": task,
-                "version": str(version),
-                "uri": ref.uri,
-                "weights": ref.weights,
-                "config": ref.config,
-                "base": base,
-                "size": str(ref.size),
-            }
-        ),
+        tags=cut(named),
+        params=cut(params, MAX_PARAM),
         metrics=metrics,
         step=version,
         artifacts={"restitch/object.json": placeholder(ref.uri, ref.weights, ref.size)},
@@ -196,8 +193,8 @@ def project_model(
         tags |= {"restitch.mask": model.mask, "restitch.delta": model.delta}
     shown = VersionProjection(
         name=model_name(line, task),
-        identity=identity(digest, version),
-        tags=cut_tags(tags),
+        identity=identity(ref.weights, version),
+        tags=cut(tags),
         description=shortened(_of_state(task, version, model), MAX_TAG),
         opening=_opening(task, version),
         existing=model.mlflow,
@@ -235,19 +232,14 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else canonical_json(value).decode()
 
 
-def cut_params(params: dict[str, str]) -> dict[str, str]:
-    """Params cut to the length that MLflow accepts."""
-    return {k: shortened(v, _MAX_PARAM) for k, v in params.items()}
-
-
 def shortened(text: str, limit: int) -> str:
     """A text cut to a number of characters."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def cut_tags(tags: dict[str, str]) -> dict[str, str]:
-    """Tags cut to the length that MLflow accepts."""
-    return {k: shortened(v, MAX_TAG) for k, v in tags.items()}
+def cut(texts: dict[str, str], limit: int = MAX_TAG) -> dict[str, str]:
+    """Tags, or other texts, cut to the length that MLflow accepts."""
+    return {k: shortened(v, limit) for k, v in texts.items()}
 
 
 def milliseconds(time: str) -> int:

@@ -14,6 +14,7 @@ from restitch.merging.digests import canonical_json
 from restitch.registry.ledger.outcomes import Outcome
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.mlflow.projection import (
+    MAX_PARAM,
     MAX_TAG,
     NAME_TAG,
     NOTE_TAG,
@@ -24,8 +25,7 @@ from restitch.registry.mlflow.projection import (
     RunProjection,
     VersionProjection,
     as_text,
-    cut_params,
-    cut_tags,
+    cut,
     identity,
     milliseconds,
     model_name,
@@ -75,9 +75,9 @@ def project_merged(
     run = RunProjection(
         digest=digest,
         time=milliseconds(record.created_at),
-        tags=cut_tags({NAME_TAG: f"{record.line} {record.version}"}),
-        current=cut_tags(current),
-        params=cut_params(params),
+        tags=cut({NAME_TAG: f"{record.line} {record.version}"}),
+        current=cut(current),
+        params=cut(params, MAX_PARAM),
         metrics=metrics_of(record),
         step=record.version,
         inputs=_inputs(record),
@@ -93,7 +93,7 @@ def project_merged(
     shown = VersionProjection(
         name=model_name(record.line),
         identity=identity(digest, record.version),
-        tags=cut_tags(tags),
+        tags=cut(tags),
         description=shortened(description, MAX_TAG),
     )
     return run, shown
