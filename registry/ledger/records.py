@@ -14,12 +14,7 @@ from pydantic import Field, JsonValue
 
 from restitch.merging.digests import canonical_json, digest_bytes
 from restitch.registry.gates.gate import GateOutcome
-from restitch.registry.ledger.line_state import (
-    Digest,
-    LineState,
-    MemberFacts,
-    Number,
-)
+from restitch.registry.ledger.line_state import Digest, LineState, MemberFacts, Number
 from restitch.registry.record import Interval, Record
 
 FORMAT = 1
@@ -45,7 +40,20 @@ Kind = Literal[
 _BOOKKEEPING = ("generation", "sequence", "entry", "time")
 
 
-class Entry(Record):
+class _Stored(Record):
+    """A record that is an object in the store."""
+
+    def to_bytes(self) -> bytes:
+        """The bytes that are stored."""
+        return canonical_json(self.to_json())
+
+    @property
+    def digest(self) -> str:
+        """The digest under which it is stored."""
+        return digest_bytes(self.to_bytes())
+
+
+class Entry(_Stored):
     """One act.
 
     Attributes:
@@ -71,15 +79,6 @@ class Entry(Record):
     after: dict[str, JsonValue]
     reason: str
     digests: dict[str, str] = Field(default_factory=dict)
-
-    def to_bytes(self) -> bytes:
-        """The bytes that are stored."""
-        return canonical_json(self.to_json())
-
-    @property
-    def digest(self) -> str:
-        """The digest under which the entry is stored."""
-        return digest_bytes(self.to_bytes())
 
 
 class DataUsed(Record):
@@ -165,7 +164,7 @@ class MergedMember(Record):
     facts: MemberFacts = MemberFacts()
 
 
-class MergedRecord(Record):
+class MergedRecord(_Stored):
     """Everything that is recorded about one merged version.
 
     Attributes:
@@ -200,15 +199,6 @@ class MergedRecord(Record):
     made_by: JsonValue = None
     timings: dict[str, float] = Field(default_factory=dict)
     software: dict[str, str] = Field(default_factory=dict)
-
-    def to_bytes(self) -> bytes:
-        """The bytes that are stored."""
-        return canonical_json(self.to_json())
-
-    @property
-    def digest(self) -> str:
-        """The digest under which the record is stored."""
-        return digest_bytes(self.to_bytes())
 
     @property
     def statistics(self) -> dict[str, str]:
