@@ -274,16 +274,8 @@ class LineState(Record):
     pinned: bool = False
 
     @model_validator(mode="after")
-    def _is_consistent(self) -> Self:
-        self.check()
-        return self
-
-    def check(self) -> None:
-        """Refuse a state that contradicts itself.
-
-        Raises:
-            ValueError: names the contradiction.
-        """
+    def _checked(self) -> Self:
+        """Refuse a state that contradicts itself."""
         if self.spec.line != self.line:
             raise ValueError(f"the spec describes line {self.spec.line}, not {self.line}")
         for role in ("champion", "candidate"):
@@ -294,6 +286,7 @@ class LineState(Record):
             raise ValueError(
                 f"the next version is {self.next_version}, and {max(self.versions)} exists"
             )
+        return self
 
     @property
     def newest(self) -> int | None:
@@ -402,6 +395,5 @@ class LineState(Record):
         return self._changed(tasks={**self.tasks, name: task})
 
     def _changed(self, **changes: Any) -> "LineState":
-        line_state = self.model_copy(update=changes)
-        line_state.check()  # `model_copy` does not validate
-        return line_state
+        # `model_copy` does not validate.
+        return self.model_copy(update=changes)._checked()
