@@ -15,9 +15,8 @@ from restitch.registry.store.disk import explained, files_below, locked, sync, w
 
 # A name's parts never begin with a dot, so these folders can hold no object.
 _TEMPORARY, _LOCKS = ".tmp", ".locks"
-
-
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+# The errors of a file system without links, and of two file systems.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
 class FolderStore:
@@ -162,33 +161,19 @@ class FolderStore:
         sync(target.parent)
 
     def _create(self, target: Path, data: bytes | Path, move: bool) -> bool:
+        created = None
         if move and isinstance(data, Path):
-            with contextlib.suppress(_CannotLinkError):
-                sync(data)
-                return self._publish(data, target)
-        with self._temporary() as temporary:
-            write_durably(temporary, data)
-            try:
-                return self._publish(temporary, target)
-            except _CannotLinkError:
-                with self._locked("put"):
-                    if target.exists():
-                        return False
-                    temporary.rename(target)
-                sync(target.parent)
-                return True
-
-    def _publish(self, source: Path, target: Path) -> bool:
-        # `link` refuses an existing target, which `rename` would overwrite.
-        try:
-            os.link(source, target)
-            created = True
-        except FileExistsError:
-            created = False
-        except OSError as error:
-            if error.errno in _NO_LINKS or error.errno == errno.EXDEV:
-                raise _CannotLinkError from error
-            raise
+            sync(data)
+            created = _link(data, target)
+        if created is None:
+            with self._temporary() as temporary:
+                write_durably(temporary, data)
+                created = _link(temporary, target)
+                if created is None:
+                    with self._locked("put"):
+                        created = not target.exists()
+                        if created:
+                            temporary.rename(target)
         sync(target.parent)
         return created
 
@@ -218,5 +203,18 @@ class FolderStore:
             sync(path.parent)
 
 
-class _CannotLinkError(Exception):
-    """The file system has no hard links, or source and target lie on two of them."""
+def _link(source: Path, target: Path) -> bool | None:
+    """Give a file its name unless that exists, which `rename` would overwrite.
+
+    Returns:
+        None if the file system has no hard links, or source and target lie on two of them.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            return None
+        raise
+    return True
