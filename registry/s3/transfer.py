@@ -20,7 +20,7 @@ from blake3 import blake3
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput
 from restitch.registry.s3.client import AlteredError, MangledError, client
-from restitch.registry.s3.retries import read_blocks, with_retries
+from restitch.registry.s3.retries import BLOCK, call, read_blocks, with_retries
 
 # Larger content is sent in parts of this size, IN_FLIGHT of them at once.
 PART = 16 << 20
@@ -28,7 +28,6 @@ IN_FLIGHT = 4
 
 DIGEST, RANGES = "restitch-digest", "restitch-ranges"
 
-_BLOCK = 1 << 20
 _MOST_PARTS = 10_000
 # With four bytes each, the digests fit into the two kilobytes that metadata may have.
 _MOST_RANGES, _SHORT = 256, 4
@@ -100,7 +99,7 @@ def read_body(answer: Mapping[str, Any]) -> bytes:
         BotoCoreError: the connection broke.
     """
     blocks: list[bytes] = []
-    read_blocks(answer["Body"], int(answer["ContentLength"]), blocks.append, _BLOCK)
+    read_blocks(answer["Body"], int(answer["ContentLength"]), blocks.append)
     data = b"".join(blocks)
     _compare_digest(answer, lambda: digest_bytes(data))
     return data
@@ -150,7 +149,7 @@ def _begin(place: dict[str, str], descriptor: int) -> tuple[int, str, Mapping[st
             hasher.update(block)
             os.write(descriptor, block)
 
-        read_blocks(answer["Body"], size, take, _BLOCK)
+        read_blocks(answer["Body"], size, take)
         _compare_digest(answer, hasher.hexdigest)
     return size, str(answer["ETag"]), answer.get("Metadata", {})
 
@@ -180,7 +179,7 @@ def fetch_range(
             hasher.update(block)
             at += os.pwrite(descriptor, block, at)
 
-        read_blocks(answer["Body"], length, take, _BLOCK)
+        read_blocks(answer["Body"], length, take)
         if expected is not None and hasher.digest(_SHORT) != expected:
             raise AlteredError(f"altered bytes from {start} to {start + length}")
 
@@ -190,13 +189,12 @@ def fetch_range(
 @contextlib.contextmanager
 def _upload(target: Target, ranges: str) -> Iterator[str]:
     """The id of a multipart upload, which is aborted unless it is completed."""
-    answer = with_retries(
-        lambda: client().create_multipart_upload(
-            **target.place,
-            **target.settings,
-            ChecksumAlgorithm="CRC32",
-            Metadata={**target.metadata, RANGES: ranges},
-        )
+    answer = call(
+        "create_multipart_upload",
+        **target.place,
+        **target.settings,
+        ChecksumAlgorithm="CRC32",
+        Metadata={**target.metadata, RANGES: ranges},
     )
     upload = str(answer["UploadId"])
     try:
@@ -204,7 +202,7 @@ def _upload(target: Target, ranges: str) -> Iterator[str]:
     except BaseException:
         # The parts of an abandoned upload cost money until they are swept.
         with contextlib.suppress(Exception):
-            with_retries(lambda: client().abort_multipart_upload(**target.place, UploadId=upload))
+            call("abort_multipart_upload", **target.place, UploadId=upload)
         raise
 
 
@@ -229,14 +227,8 @@ def _send_parts(target: Target, upload: str, descriptor: int, size: int) -> list
 
 
 def _complete(target: Target, upload: str, parts: list[dict[str, Any]]) -> str:
-    answer = with_retries(
-        lambda: client().complete_multipart_upload(
-            **target.place,
-            **target.condition,
-            UploadId=upload,
-            MultipartUpload={"Parts": parts},
-        )
-    )
+    request = {**target.place, **target.condition, "UploadId": upload}
+    answer = call("complete_multipart_upload", **request, MultipartUpload={"Parts": parts})
     return str(answer["ETag"])
 
 
@@ -252,12 +244,12 @@ def _in_parallel(do: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
 
 def _ranges_of(descriptor: int, size: int) -> str:
     """The metadata with the length of a file's ranges and their short digests."""
-    length = max(PART, -(-size // (_MOST_RANGES * _BLOCK)) * _BLOCK)
+    length = max(PART, -(-size // (_MOST_RANGES * BLOCK)) * BLOCK)
     digests = bytearray()
     for start in range(0, size, length):
         hasher = blake3()
-        for at in range(start, min(start + length, size), _BLOCK):
-            hasher.update(os.pread(descriptor, min(_BLOCK, start + length - at), at))
+        for at in range(start, min(start + length, size), BLOCK):
+            hasher.update(os.pread(descriptor, min(BLOCK, start + length - at), at))
         digests += hasher.digest(_SHORT)
     return f"{length} {base64.b64encode(digests).decode()}"
 

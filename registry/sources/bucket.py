@@ -17,26 +17,16 @@ from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.ledger.references import S3_SCHEME
-from restitch.registry.s3.client import (
-    BUCKET,
-    NOT_ALLOWED,
-    client,
-    code_of,
-    s3_errors,
-    status_of,
-)
-from restitch.registry.s3.retries import with_retries
+from restitch.registry.s3.client import BUCKET, NOT_ALLOWED, code_of, s3_errors, status_of
+from restitch.registry.s3.retries import BLOCK, call, call_pages
 from restitch.registry.s3.transfer import IN_FLIGHT, PART, fetch_file, fetch_range
 
-# Larger than any vocabulary or configuration.
-_BLOCK = 1 << 20
-_MOST_SMALL = 1 << 28
+_MOST_SMALL = 1 << 28  # larger than any vocabulary or configuration
 _MOST_FILES = 10_000
 _MOST_READS = 4
 _FIRST_READ = 64 << 10  # most headers are smaller
@@ -131,12 +121,10 @@ class S3Folder:
         """The length of the parts in which an object was uploaded, if the server tells it."""
         from botocore.exceptions import ClientError
 
-        place = {"Bucket": self.bucket, "Key": file.key}
-        try:
-            answer = with_retries(lambda: client().head_object(**place, PartNumber=1))
-        except ClientError:
-            return None
-        return int(answer.get("ContentLength", 0)) or None
+        with contextlib.suppress(ClientError):
+            answer = call("head_object", Bucket=self.bucket, Key=file.key, PartNumber=1)
+            return int(answer.get("ContentLength", 0)) or None
+        return None
 
     def fill(self, name: str, descriptor: int, start: int, length: int) -> None:
         """Fetch a range of a file to the same offset of an open one; raises like `fetch`."""
@@ -201,8 +189,8 @@ class RemoteWeights:
     def digest(self, name: str, start: int, length: int) -> str:
         """The digest of a range of the local file."""
         hasher = blake3()
-        for at in range(start, start + length, _BLOCK):
-            block = min(_BLOCK, start + length - at)
+        for at in range(start, start + length, BLOCK):
+            block = min(BLOCK, start + length - at)
             hasher.update(os.pread(self._descriptors[name], block, at))
         return hasher.hexdigest()
 
@@ -222,8 +210,8 @@ class RemoteWeights:
 
 def _md5(descriptor: int, start: int, length: int) -> "hashlib._Hash":
     hasher = hashlib.md5(usedforsecurity=False)
-    for at in range(start, start + length, _BLOCK):
-        hasher.update(os.pread(descriptor, min(_BLOCK, start + length - at), at))
+    for at in range(start, start + length, BLOCK):
+        hasher.update(os.pread(descriptor, min(BLOCK, start + length - at), at))
     return hasher
 
 
@@ -332,10 +320,8 @@ def _parsed(address: str) -> tuple[str, str]:
 
 
 def _objects(bucket: str, prefix: str) -> Iterator[tuple[str, RemoteFile]]:
-    request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
     seen = 0
-    while True:
-        page = with_retries(lambda: client().list_objects_v2(**request))
+    for page in call_pages("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/"):
         for each in page.get("Contents", ()):
             key = str(each["Key"])
             yield key, RemoteFile(key, int(each["Size"]), str(each["ETag"]))
@@ -346,6 +332,3 @@ def _objects(bucket: str, prefix: str) -> Iterator[tuple[str, RemoteFile]]:
                 expected=f"at most {_MOST_FILES} files",
                 hint="name the folder that holds model.safetensors",
             )
-        if not page.get("IsTruncated"):
-            return
-        request["ContinuationToken"] = page["NextContinuationToken"]
