@@ -117,7 +117,7 @@ class S3Store:
         """Remove incomplete downloads and uploads by age; see `Store.sweep`."""
         limit = time.time() - older_than
         with explained(self.cache.root, "sweep"):
-            removed = self.cache.sweep(limit)
+            removed = self.cache.sweep(older_than)
         with s3_errors(self.address, "sweep"):
             for key, upload, since in self._uploads():
                 if since < limit:

@@ -5,7 +5,8 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from restitch.merging.errors import Unavailable
@@ -53,6 +54,19 @@ def files_below(folder: Path) -> Iterator[Path]:
     for directory, folders, files in os.walk(folder, onerror=refuse):
         folders[:] = [name for name in folders if not name.startswith(".")]
         yield from (Path(directory, name) for name in files)
+
+
+def sweep(leftovers: Iterable[Path], older_than: float) -> int:
+    """Remove files and folders in which nothing changed for some seconds; returns how many."""
+    limit = time.time() - older_than
+    removed = 0
+    for path in leftovers:
+        with contextlib.suppress(FileNotFoundError):
+            # The time of a folder alone ignores growing files.
+            if max(each.stat().st_mtime for each in (path, *path.rglob("*"))) < limit:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                removed += 1
+    return removed
 
 
 def write_durably(target: Path, data: bytes | Path) -> None:

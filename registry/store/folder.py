@@ -3,7 +3,6 @@
 import contextlib
 import errno
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 from restitch.merging.digests import digest_bytes, digest_file
 from restitch.merging.errors import BadInput
 from restitch.registry.store.base import NAME_PART, Listed, NotInStore, Tagged, check_name
-from restitch.registry.store.disk import explained, files_below, locked, sync, write_durably
+from restitch.registry.store.disk import explained, files_below, locked, sweep, sync, write_durably
 
 # A name's parts never begin with a dot, so these folders can hold no object.
 _TEMPORARY, _LOCKS = ".tmp", ".locks"
@@ -96,16 +95,9 @@ class FolderStore:
 
     def sweep(self, older_than: float) -> int:
         """Remove temporary files by age; see `Store.sweep`."""
-        limit = time.time() - older_than
-        removed = 0
         folder = self.root / _TEMPORARY
         with explained(folder, "sweep"):
-            for path in files_below(folder):
-                with contextlib.suppress(FileNotFoundError):
-                    if path.stat().st_mtime < limit:
-                        path.unlink()
-                        removed += 1
-        return removed
+            return sweep(files_below(folder), older_than)
 
     def details(self, prefix: str = "") -> Iterator[Listed]:
         """The objects below a prefix, sorted; see `Store.details`."""

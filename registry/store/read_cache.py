@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from restitch.registry.store.disk import locked
+from restitch.registry.store.disk import locked, sweep
 
 # Names of objects never begin with a dot, so these folders can hold no copy.
 _TEMPORARY, _USERS, _LOCK = ".tmp", ".users", ".lock"
@@ -104,19 +104,13 @@ class ReadCache:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
-    def sweep(self, before: float) -> int:
-        """Remove incomplete copies that are older than a time; returns how many.
+    def sweep(self, older_than: float) -> int:
+        """Remove incomplete copies of this age in seconds; returns how many.
 
         Raises:
             OSError: the disk refuses.
         """
-        removed = 0
-        for path in (self.root / _TEMPORARY).glob("*"):
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < before:
-                    path.unlink()
-                    removed += 1
-        return removed
+        return sweep((self.root / _TEMPORARY).glob("*"), older_than)
 
     def _make_room(self) -> None:
         limit = self.limit()
