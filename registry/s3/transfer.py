@@ -247,11 +247,15 @@ def _ranges_of(descriptor: int, size: int) -> str:
     length = max(PART, -(-size // (_MOST_RANGES * BLOCK)) * BLOCK)
     digests = bytearray()
     for start in range(0, size, length):
-        hasher = blake3()
-        for at in range(start, min(start + length, size), BLOCK):
-            hasher.update(os.pread(descriptor, min(BLOCK, start + length - at), at))
-        digests += hasher.digest(_SHORT)
+        digests += hash_range(blake3(), descriptor, start, length).digest(_SHORT)
     return f"{length} {base64.b64encode(digests).decode()}"
+
+
+def hash_range(hasher: Any, descriptor: int, start: int, length: int) -> Any:
+    """Update a hasher with a range of a file, or with what there is of it, and return it."""
+    for at in range(start, start + length, BLOCK):
+        hasher.update(os.pread(descriptor, min(BLOCK, start + length - at), at))
+    return hasher
 
 
 def _read_ranges(metadata: Mapping[str, str], size: int) -> tuple[int, list[bytes]]:

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from blake3 import blake3
@@ -23,8 +24,8 @@ from blake3 import blake3
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.ledger.references import S3_SCHEME
 from restitch.registry.s3.client import BUCKET, NOT_ALLOWED, code_of, s3_errors, status_of
-from restitch.registry.s3.retries import BLOCK, call, call_pages
-from restitch.registry.s3.transfer import IN_FLIGHT, PART, fetch_file, fetch_range
+from restitch.registry.s3.retries import call, call_pages
+from restitch.registry.s3.transfer import IN_FLIGHT, PART, fetch_file, fetch_range, hash_range
 
 _MOST_SMALL = 1 << 28  # larger than any vocabulary or configuration
 _MOST_FILES = 10_000
@@ -108,14 +109,15 @@ class S3Folder:
 
     def _etag(self, name: str, descriptor: int) -> str:
         """The ETag that most servers give to this content."""
+        md5 = partial(hashlib.md5, usedforsecurity=False)
         file = self.files[name]
         parts = file.etag.strip('"').partition("-")[2]
         length = self._part_length(file) if parts else None
         if length is None:
-            return _md5(descriptor, 0, file.size).hexdigest()
+            return str(hash_range(md5(), descriptor, 0, file.size).hexdigest())
         starts = range(0, file.size, length)
-        each = [_md5(descriptor, at, min(length, file.size - at)).digest() for at in starts]
-        return f"{hashlib.md5(b''.join(each), usedforsecurity=False).hexdigest()}-{len(each)}"
+        each = [hash_range(md5(), descriptor, at, length).digest() for at in starts]
+        return f"{md5(b''.join(each)).hexdigest()}-{len(each)}"
 
     def _part_length(self, file: RemoteFile) -> int | None:
         """The length of the parts in which an object was uploaded, if the server tells it."""
@@ -188,11 +190,7 @@ class RemoteWeights:
 
     def digest(self, name: str, start: int, length: int) -> str:
         """The digest of a range of the local file."""
-        hasher = blake3()
-        for at in range(start, start + length, BLOCK):
-            block = min(BLOCK, start + length - at)
-            hasher.update(os.pread(self._descriptors[name], block, at))
-        return hasher.hexdigest()
+        return str(hash_range(blake3(), self._descriptors[name], start, length).hexdigest())
 
     def _fill_header(self, name: str) -> None:
         """Fetch the header of a file; its reader validates it."""
@@ -206,13 +204,6 @@ class RemoteWeights:
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
         if first < 8 + length <= min(size, 8 + MAX_HEADER):
             self.fill(name, first, 8 + length - first)
-
-
-def _md5(descriptor: int, start: int, length: int) -> "hashlib._Hash":
-    hasher = hashlib.md5(usedforsecurity=False)
-    for at in range(start, start + length, BLOCK):
-        hasher.update(os.pread(descriptor, min(BLOCK, start + length - at), at))
-    return hasher
 
 
 def _close(descriptors: dict[str, int]) -> None:
