@@ -86,18 +86,15 @@ def take_inventory(objects: ObjectStore, progress: Progress = ignore) -> Invento
         Unavailable: it cannot be used.
     """
     # The lines' states are read last: what they refer to was stored before.
-    entries = _read_all(objects, list(objects.store.list("audit")), _entry, progress)
-    keys = _read_all(
-        objects, list(objects.store.list("keys")), lambda d, n: parsed(KeyRecord, d, n)
-    )
-    states = _read_all(objects, _state_names(objects), lambda d, n: parsed(LineState, d, n))
+    entries = _read_all(objects, objects.store.list("audit"), _entry, progress)
+    keys = _read_all(objects, objects.store.list("keys"), lambda d, n: parsed(KeyRecord, d, n))
+    paths = (name for name in objects.store.list("lines") if name.endswith("/head.json"))
+    states = _read_all(objects, paths, lambda d, n: parsed(LineState, d, n))
     inventory = Inventory({each.name: each for each in objects.store.details()})
     inventory.damaged = {**entries.problems, **keys.problems, **states.problems}
     inventory.entries = {name.rpartition("/")[2]: entry for name, entry in entries.values.items()}
     inventory.keys = keys.values
-    inventory.line_states = {
-        name.split("/")[1]: line_state for name, line_state in states.values.items()
-    }
+    inventory.line_states = {name.split("/")[1]: state for name, state in states.values.items()}
     kinds = ("audit", "blobs", "keys", "lines", "attempts", "turns", "gc", MARKER)
     inventory.unknown = [name for name in inventory.listed if name.split("/")[0] not in kinds]
     for line, line_state in inventory.line_states.items():
@@ -123,15 +120,11 @@ def in_use(inventory: Inventory, objects: ObjectStore) -> set[str]:
     used = {name for name in inventory.listed if not name.startswith(("blobs/", "keys/"))}
     addresses = {digest_bytes(each.encode()) for each in named if each.startswith(MLFLOW_SCHEMES)}
     # A model that is being onboarded may need a mask that no act refers to yet.
-    waiting = any(
-        line_state.in_state("registered", "waiting")
-        for line_state in inventory.line_states.values()
-    )
+    waiting = any(s.in_state("registered", "waiting") for s in inventory.line_states.values())
     manifests = {each.removeprefix(COPY_SCHEME) for each in named if each.startswith(COPY_SCHEME)}
     # Keys that are never removed come first: another key may name the same blob.
-    for name, key in sorted(
-        inventory.keys.items(), key=lambda item: _kind(item[0]) not in _KEPT_KEYS
-    ):
+    for name in sorted(inventory.keys, key=lambda name: _kind(name) not in _KEPT_KEYS):
+        key = inventory.keys[name]
         kind, inputs = name.split("/")[1:3]
         if (
             kind in _KEPT_KEYS
@@ -171,7 +164,7 @@ class _Outcome(NamedTuple, Generic[Read]):
 
 def _read_all(
     objects: ObjectStore,
-    names: list[str],
+    listed: Iterable[str],
     parse: Callable[[bytes, str], Read],
     progress: Progress = ignore,
 ) -> _Outcome[Read]:
@@ -183,6 +176,7 @@ def _read_all(
         except Damage as error:
             return error
 
+    names = list(listed)
     outcome: _Outcome[Read] = _Outcome({}, {})
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for done, (name, result) in enumerate(zip(names, pool.map(read, names), strict=True), 1):
@@ -192,10 +186,6 @@ def _read_all(
             elif result is not None:
                 outcome.values[name] = result
     return outcome
-
-
-def _state_names(objects: ObjectStore) -> list[str]:
-    return [name for name in objects.store.list("lines") if name.endswith("/head.json")]
 
 
 def _entry(data: bytes, name: str) -> Entry:
@@ -223,11 +213,7 @@ def _trail(inventory: Inventory, objects: ObjectStore, line_state: LineState) ->
 
 def _read_records(inventory: Inventory, objects: ObjectStore) -> None:
     """Read the records of all merged versions that a line's state or an act names."""
-    in_states = {
-        digest
-        for line_state in inventory.line_states.values()
-        for digest in line_state.versions.values()
-    }
+    in_states = {d for state in inventory.line_states.values() for d in state.versions.values()}
     in_acts = {
         str(value)
         for entry in inventory.entries.values()
@@ -255,18 +241,12 @@ def _read_manifests(inventory: Inventory, objects: ObjectStore) -> None:
             if model.model.uri.startswith(MLFLOW_SCHEMES):
                 key = inventory.keys.get(f"keys/source/{digest_bytes(model.model.uri.encode())}")
                 if key is not None:
-                    one = Reference(
-                        key.blob, "manifest", line_state.line, str(owner), model.model.uri
-                    )
+                    line, uri = line_state.line, model.model.uri
+                    one = Reference(key.blob, "manifest", line, str(owner), uri)
                     inventory.refer([one])
                     manifests.append(one)
     for manifest in manifests:
-        try:
-            data = _manifest(inventory, objects, manifest.digest)
-            inventory.refer(list(of_manifest(data, manifest)))
-        except (Damage, ValueError) as error:
-            text = _problem(error) if isinstance(error, Damage) else "it is not a list of files"
-            inventory.damaged[f"blobs/{manifest.digest}"] = text
+        _refer_to_parts(inventory, objects, manifest, of_manifest, "files")
 
 
 def _read_experts(inventory: Inventory, objects: ObjectStore) -> None:
@@ -278,13 +258,21 @@ def _read_experts(inventory: Inventory, objects: ObjectStore) -> None:
         number = version if isinstance(version, int) else 0
         one = Reference(key.blob, "experts", line, f"version {number}", number=number)
         inventory.refer([one])
-        try:
-            inventory.refer(list(of_experts(_manifest(inventory, objects, key.blob), one)))
-        except (Damage, ValueError) as error:
-            text = (
-                _problem(error) if isinstance(error, Damage) else "it is not a list of specialists"
-            )
-            inventory.damaged[f"blobs/{key.blob}"] = text
+        _refer_to_parts(inventory, objects, one, of_experts, "specialists")
+
+
+def _refer_to_parts(
+    inventory: Inventory,
+    objects: ObjectStore,
+    manifest: Reference,
+    parts: Callable[[bytes, Reference], Iterable[Reference]],
+    of: str,
+) -> None:
+    try:
+        inventory.refer(list(parts(_manifest(inventory, objects, manifest.digest), manifest)))
+    except (Damage, ValueError) as error:
+        text = _problem(error) if isinstance(error, Damage) else f"it is not a list of {of}"
+        inventory.damaged[f"blobs/{manifest.digest}"] = text
 
 
 def _manifest(inventory: Inventory, objects: ObjectStore, digest: str) -> bytes:
