@@ -120,7 +120,7 @@ def fetch_file(place: dict[str, str], file: Path) -> None:
         if size > PART:
             length, digests = _read_ranges(metadata, size)
             os.truncate(descriptor, size)
-            _in_parallel(
+            in_parallel(
                 lambda number: fetch_range(
                     {**place, "IfMatch": etag},
                     descriptor,
@@ -223,7 +223,7 @@ def _send_parts(target: Target, upload: str, descriptor: int, size: int) -> list
 
         return with_retries(once, len(data))
 
-    return _in_parallel(send, range(-(-size // length)))
+    return in_parallel(send, range(-(-size // length)))
 
 
 def _complete(target: Target, upload: str, parts: list[dict[str, Any]]) -> str:
@@ -232,7 +232,7 @@ def _complete(target: Target, upload: str, parts: list[dict[str, Any]]) -> str:
     return str(answer["ETag"])
 
 
-def _in_parallel(do: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
+def in_parallel(do: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
     """The results in order; after the first error nothing new is started."""
     with ThreadPoolExecutor(IN_FLIGHT, "s3") as pool:
         try:

@@ -14,7 +14,6 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.ledger.references import S3_SCHEME
 from restitch.registry.s3.client import BUCKET, NOT_ALLOWED, code_of, s3_errors, status_of
 from restitch.registry.s3.retries import call, call_pages
-from restitch.registry.s3.transfer import IN_FLIGHT, PART, fetch_file, fetch_range, hash_range
+from restitch.registry.s3.transfer import PART, fetch_file, fetch_range, hash_range, in_parallel
 
 _MOST_SMALL = 1 << 28  # larger than any vocabulary or configuration
 _MOST_FILES = 10_000
@@ -137,11 +136,7 @@ class S3Folder:
             def part(at: int) -> None:
                 fetch_range(request, descriptor, at, min(PART, start + length - at), None)
 
-            if len(starts) == 1:
-                part(start)
-                return
-            with ThreadPoolExecutor(IN_FLIGHT, "s3") as pool:
-                list(pool.map(part, starts))
+            in_parallel(part, starts)
 
     def _request(self, file: RemoteFile) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": file.key, "IfMatch": file.etag}
