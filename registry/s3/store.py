@@ -22,7 +22,7 @@ from restitch.registry.s3.conditional_writes import check_conditional_writes
 from restitch.registry.s3.retries import call, call_pages, pause, with_retries
 from restitch.registry.s3.settings import cache_limit, write_settings
 from restitch.registry.s3.transfer import Target, fetch_file, read_body, send_bytes, send_file
-from restitch.registry.store.base import Listed, NotInStore, Tagged, check_name
+from restitch.registry.store.base import Listed, NotInStore, Tagged, check_name, is_name
 from restitch.registry.store.disk import explained
 from restitch.registry.store.read_cache import ReadCache
 
@@ -135,7 +135,7 @@ class S3Store:
             for page in call_pages("list_objects_v2", Bucket=self.bucket, Prefix=below):
                 for each in page.get("Contents", ()):
                     name = str(each["Key"]).removeprefix(f"{self.prefix}/")
-                    if _is_name(name):
+                    if is_name(name):
                         modified = each["LastModified"].timestamp()
                         objects.append(Listed(name, int(each["Size"]), modified))
         return iter(sorted(objects))
@@ -265,11 +265,3 @@ class S3Store:
 def _state_of(answer: Any) -> _ObjectState:
     writers = answer.get("Metadata", {}).get(_TOKEN, "")
     return _ObjectState(str(answer["ETag"]), tuple(writers.split()))
-
-
-def _is_name(text: str) -> bool:
-    try:
-        check_name(text)
-    except BadInput:
-        return False
-    return True

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from restitch.merging.errors import BadInput
 
-NAME_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
+_NAME_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
 _MAX_PART, _MAX_NAME = 200, 900
 
 
@@ -153,16 +153,20 @@ class Store(Protocol):
         ...
 
 
+def is_name(text: str) -> bool:
+    """True if an object may have this name."""
+    return len(text) <= _MAX_NAME and all(
+        len(part) <= _MAX_PART and _NAME_PART.match(part) for part in text.split("/")
+    )
+
+
 def check_name(name: str) -> str:
     """Check the name of an object and return it.
 
     Raises:
         BadInput: it is not made of `[A-Za-z0-9._-]` parts, or could leave its prefix.
     """
-    parts = name.split("/")
-    if len(name) <= _MAX_NAME and all(
-        len(part) <= _MAX_PART and NAME_PART.match(part) for part in parts
-    ):
+    if is_name(name):
         return name
     raise BadInput(
         f"{name[:200]!r} is not a valid name for an object in the store",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from restitch.merging.digests import digest_bytes, digest_file
 from restitch.merging.errors import BadInput
-from restitch.registry.store.base import NAME_PART, Listed, NotInStore, Tagged, check_name
+from restitch.registry.store.base import Listed, NotInStore, Tagged, check_name, is_name
 from restitch.registry.store.disk import explained, files_below, locked, sweep, sync, write_durably
 
 # A name's parts never begin with a dot, so these folders can hold no object.
@@ -86,12 +86,8 @@ class FolderStore:
         """The names below a prefix, sorted; see `Store.list`."""
         folder = self._path(prefix.rstrip("/")) if prefix else self.root
         with explained(folder, "list"):
-            names = sorted(
-                str(path.relative_to(self.root))
-                for path in files_below(folder)
-                if all(NAME_PART.match(part) for part in path.relative_to(self.root).parts)
-            )
-        return iter(names)
+            names = (str(path.relative_to(self.root)) for path in files_below(folder))
+            return iter(sorted(filter(is_name, names)))
 
     def sweep(self, older_than: float) -> int:
         """Remove temporary files by age; see `Store.sweep`."""
