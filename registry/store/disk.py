@@ -99,9 +99,6 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
     The kernel releases it when the process dies.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, how)
+    with path.open("a+b") as file:
+        fcntl.flock(file, how)
         yield
-    finally:
-        os.close(descriptor)

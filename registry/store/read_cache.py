@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from restitch.registry.store.disk import locked, sweep
+from restitch.registry.store.disk import files_below, locked, sweep
 
 # Names of objects never begin with a dot, so these folders can hold no copy.
 _TEMPORARY, _USERS, _LOCK = ".tmp", ".users", ".lock"
@@ -124,31 +124,19 @@ class ReadCache:
             used = _in_use(self.root)
             for _, name, size in copies:
                 if name not in used:
-                    self._remove(self.root / name)
+                    with self.temporary() as removed:  # a copy goes in one step
+                        (self.root / name).replace(removed)
                     total -= size
                 if total <= limit:
                     return
 
-    def _remove(self, path: Path) -> None:
-        """Remove a copy atomically."""
-        with self.temporary() as removed:
-            path.replace(removed)
-
     def _copies(self) -> Iterator[tuple[int, str, int]]:
         """Time of last use, name and size of each copy."""
-        for folder, folders, files in os.walk(self.root):
-            folders[:] = [each for each in folders if not each.startswith(".")]
-            if self.folders:
-                for each in folders:
-                    inside = (path for path in Path(folder, each).rglob("*") if path.is_file())
-                    size = sum(path.stat().st_size for path in inside)
-                    yield Path(folder, each).stat().st_atime_ns, each, size
-                return
-            for file in files:
-                if not file.startswith("."):
-                    path = Path(folder, file)
-                    status = path.stat()
-                    yield status.st_atime_ns, str(path.relative_to(self.root)), status.st_size
+        for path in self.root.glob("*") if self.folders else files_below(self.root):
+            if not path.name.startswith("."):
+                files = (each for each in (path, *path.rglob("*")) if each.is_file())
+                size = sum(each.stat().st_size for each in files)
+                yield path.stat().st_atime_ns, str(path.relative_to(self.root)), size
 
     @contextlib.contextmanager
     def _locked(self, how: int) -> Iterator[None]:
@@ -194,13 +182,10 @@ def _in_use(root: Path) -> set[str]:
     """The copies that living processes use; lists of dead ones are removed."""
     used: set[str] = set()
     for path in (root / _USERS).glob("*"):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with path.open() as file:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)
             except BlockingIOError:
-                used.update(path.read_text().splitlines())
-        finally:
-            os.close(descriptor)
+                used.update(file.read().splitlines())
     return used
