@@ -2,7 +2,8 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -39,25 +40,19 @@ def _snapshot(name: str, revision: str) -> Path:
     """The folder of a commit; from the cache without a request if it is complete there."""
     from huggingface_hub import errors, snapshot_download
 
-    def fetch(only_cached: bool) -> Path:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=list(MODEL_FILES),
-                ignore_patterns=list(SKIPPED_FILES),
-                endpoint=os.environ.get("HF_ENDPOINT"),
-                local_files_only=only_cached,
-            )
-        )
-
-    try:
-        local = fetch(only_cached=True)
+    fetch = partial(
+        snapshot_download,
+        name,
+        revision=revision,
+        allow_patterns=list(MODEL_FILES),
+        ignore_patterns=list(SKIPPED_FILES),
+        endpoint=os.environ.get("HF_ENDPOINT"),
+    )
+    with suppress(errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
+        local = Path(fetch(local_files_only=True))
         if any(local.glob("*.safetensors")):
             return local
-    except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
-        pass
-    return fetch(only_cached=False)
+    return Path(fetch())
 
 
 def commit_of(name: str, revision: str | None, kind: Literal["model", "dataset"]) -> str:
