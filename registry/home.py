@@ -148,10 +148,7 @@ def prepare_environment(
 ) -> dict[str, str]:
     """Point the libraries at the home's folders and switch their telemetry off.
 
-    Variables that are already set stay unchanged.
-
-    Returns:
-        The variables that were set here, for processes that are started with them.
+    Variables that are already set stay. Returns the others, for processes that are started.
     """
     environment = os.environ if environment is None else environment
     variables = {

@@ -58,16 +58,13 @@ class MlflowProjection:
         return Writer(self.client, self.home)
 
     def repair(self, ledger: Ledger, *, full: bool = False, extras: Extras | None = None) -> int:
-        """Complete the projection of a line from its ledger.
+        """Complete the projection of a line from its ledger; returns how many acts it processed.
 
         Args:
             ledger: the line.
             full: process every act, not only those since the last complete repair.
             extras: makes artifacts for the run of a merged version, which replace existing
                 ones; called for every version that a processed act is about.
-
-        Returns:
-            The number of acts that were processed.
 
         Raises:
             Unavailable: MLflow cannot be reached; the next repair completes the rest.
@@ -104,14 +101,8 @@ class MlflowProjection:
     ) -> str:
         """Write a study of a line, such as a comparison of methods, as a run; returns its id.
 
-        Args:
-            line: the line.
-            name: the name of the run.
-            digest: the digest of the results; the same study is written once.
-            by: the user who made it.
-            params: any JSON values.
-            metrics: by name.
-            artifacts: contents by path.
+        Results of the same digest are written once. Params are any JSON values, and artifacts
+        contents by path.
         """
         with mlflow_explained(self.home), self._alone():
             experiment = self._writer.experiment(line, "studies")

@@ -159,12 +159,7 @@ def fetch_range(
 ) -> None:
     """Fetch a range of an object to the same offset of a file; raises like `fetch_file`.
 
-    Args:
-        place: bucket, key and condition.
-        descriptor: of the file.
-        start: the first byte.
-        length: the number of bytes.
-        expected: the short digest of the range, if it is known.
+    If the short digest of the range is known, `expected`, the content is compared with it.
     """
 
     def fetch() -> None:

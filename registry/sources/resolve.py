@@ -194,10 +194,6 @@ def _is_fixed(uri: str) -> bool:
 def fetch_again(uri: str, home: Home) -> Iterator[dict[str, Path]]:
     """Fetch the files of a model from its source, by name, for the length of the context.
 
-    Args:
-        uri: a path, a hub id or an MLflow address.
-        home: the installation whose scratch folder holds them.
-
     Raises:
         BadInput: the model does not exist any more.
         Unavailable: its server is unreachable.

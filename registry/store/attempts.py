@@ -46,11 +46,7 @@ class Attempt:
         return bool(self.facts.get("host") == socket.gethostname())
 
     def is_alive(self, run_ended: Callable[[str], bool] | None = None) -> bool:
-        """Return True if its process may still be running.
-
-        Args:
-            run_ended: tells whether a run on another host has ended.
-        """
+        """True if its process may still run; `run_ended` tells it of a run on another host."""
         if self.facts.get("failed"):
             return False
         if not self.is_here and self.run is not None and run_ended is not None:

@@ -85,12 +85,7 @@ class Store(Protocol):
         ...
 
     def swap(self, name: str, expected: str | None, data: bytes) -> str | None:
-        """Replace the object if it is still the expected one.
-
-        Args:
-            name: the object's name.
-            expected: the tag that was read; None if no object must exist.
-            data: the new content.
+        """Replace the object if it still has the expected tag; None expects no object.
 
         Returns:
             The new tag; None if the object has changed, in which case nothing is written.
@@ -100,9 +95,7 @@ class Store(Protocol):
     def local_path(self, name: str, *, fresh: bool = False) -> Path:
         """A read-only local file with the content of an object that is never swapped.
 
-        Args:
-            name: the object's name.
-            fresh: download it again although this machine has a copy, which is damaged.
+        With `fresh` it is downloaded again although this machine has a copy, which is damaged.
 
         Raises:
             NotInStore: it does not exist.
@@ -114,14 +107,7 @@ class Store(Protocol):
         ...
 
     def sweep(self, older_than: float) -> int:
-        """Remove leftovers of killed writers.
-
-        Args:
-            older_than: the age in seconds from which a leftover is removed.
-
-        Returns:
-            The number of leftovers that were removed.
-        """
+        """Remove leftovers of killed writers from an age in seconds; returns how many."""
         ...
 
     def details(self, prefix: str = "") -> Iterator[Listed]:

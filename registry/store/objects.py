@@ -50,11 +50,7 @@ class ObjectStore:
         self._sizes: dict[str, int] = {}
 
     def put_blob(self, data: bytes | Path, *, move: bool = False) -> str:
-        """Store bytes or a file; see `Store.put` for `move`.
-
-        Returns:
-            The digest under which it is found.
-        """
+        """Store bytes or a file, and return the digest; see `Store.put` for `move`."""
         if isinstance(data, bytes):
             digest = digest_bytes(data)
             self.store.put(_blob(digest), data)
