@@ -302,10 +302,6 @@ class LineState(Record):
             if (ready := task.ready) is not None
         )
 
-    def member(self, task: str) -> Member | None:
-        """The member of a task, if it has one."""
-        return next((m for m in self.members if m.task == task), None)
-
     def model(self, key: ModelKey) -> ModelVersion:
         """A model of the line."""
         return self.tasks[key.task].versions[key.version]

@@ -55,11 +55,6 @@ class S3Folder:
     bucket: str
     files: Mapping[str, RemoteFile]
 
-    @property
-    def size(self) -> int:
-        """The bytes of all files."""
-        return sum(file.size for file in self.files.values())
-
     def fetch(self, name: str, target: Path) -> None:
         """Fetch a whole file.
 
