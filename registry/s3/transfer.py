@@ -141,16 +141,8 @@ def _begin(place: dict[str, str], descriptor: int) -> tuple[int, str, Mapping[st
     if size > PART:
         answer["Body"].close()
     else:
-        hasher = blake3()
         os.truncate(descriptor, 0)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-
-        def take(block: bytes) -> None:
-            hasher.update(block)
-            os.write(descriptor, block)
-
-        read_blocks(answer["Body"], size, take)
-        _compare_digest(answer, hasher.hexdigest)
+        _compare_digest(answer, _receive(answer, descriptor, 0, size).hexdigest)
     return size, str(answer["ETag"]), answer.get("Metadata", {})
 
 
@@ -167,18 +159,24 @@ def fetch_range(
         if int(answer["ContentLength"]) != length:
             answer["Body"].close()
             raise MangledError(f"{answer['ContentLength']} of {length} bytes arrived")
-        hasher, at = blake3(), start
-
-        def take(block: bytes) -> None:
-            nonlocal at
-            hasher.update(block)
-            at += os.pwrite(descriptor, block, at)
-
-        read_blocks(answer["Body"], length, take)
+        hasher = _receive(answer, descriptor, start, length)
         if expected is not None and hasher.digest(_SHORT) != expected:
             raise AlteredError(f"altered bytes from {start} to {start + length}")
 
     with_retries(fetch, length)
+
+
+def _receive(answer: Mapping[str, Any], descriptor: int, at: int, length: int) -> Any:
+    """Write a body to an offset of a file; returns a hasher with its content."""
+    hasher = blake3()
+
+    def take(block: bytes) -> None:
+        nonlocal at
+        hasher.update(block)
+        at += os.pwrite(descriptor, block, at)
+
+    read_blocks(answer["Body"], length, take)
+    return hasher
 
 
 @contextlib.contextmanager
