@@ -43,13 +43,7 @@ class Act(NamedTuple):
 
 
 class Ledger:
-    """The state and the audit trail of one line.
-
-    Args:
-        objects: the store.
-        line: the line's name.
-        now: the clock, in UTC.
-    """
+    """The state and the audit trail of one line; `now` is the clock, in UTC."""
 
     def __init__(
         self,
@@ -105,14 +99,10 @@ class Ledger:
     ) -> Act | None:
         """Do one act.
 
-        Args:
-            kind: the kind of act.
-            actor: who does it.
-            reason: why, for a reader.
-            change: makes the new state from the present one. It is called again with a newer
-                state after a lost race, and returns None if nothing is left to do. It may
-                put objects, which must be in the store before the act.
-            digests: the objects that the act is about, or a function of the new state.
+        `change` makes the new state from the present one. It is called again with a newer state
+        after a lost race, and returns None if nothing is left to do. It may put objects, which
+        must be in the store before the act. `digests` are the objects that the act is about, or
+        a function of the new state.
 
         Returns:
             The act; None if `change` returned None.

@@ -67,9 +67,7 @@ class ResultRef(Record):
     """One evaluation.
 
     Attributes:
-        value: the task's metric, between 0 and 1.
-        low: the lower end of its 95 % interval.
-        high: the upper end.
+        value: the task's metric, between 0 and 1; `low` and `high` are its 95 % interval.
         count: the number of rows.
         top1: the share of rows whose first guess is right.
         top5: the share of rows with the right class among the first five; None with five
@@ -110,10 +108,8 @@ class MemberFacts(Record):
         seconds: the time that localizing took.
         localized_by: the process that localized: actor, host, pid, device.
         calibrated_with: what was used of the calibration rows: labels, inputs or nothing.
-        calibration_rows: the number of calibration rows.
         budget: the allowed `bytes` of the delta, and how many coordinates fit (`fits`).
         recovery: the measurements from which `density: auto` chose the density.
-        statistics_bytes: the size of the statistics.
         statistics_seconds: the time that measuring the statistics took.
     """
 
@@ -178,10 +174,7 @@ class ModelVersion(Record):
             quarantined (cannot join), ready (localized: the newest one is the member), held
             (its joining failed a gate), replaced (by a newer member), retired.
         reason: the reason for the state, for a reader.
-        mask: the digest of its mask.
-        delta: the digest of its sparse delta.
         registered_at: the time of registration, UTC, ISO.
-        facts: the findings about it.
         mlflow: the version in MLflow, if it was registered there and not here.
     """
 
@@ -251,7 +244,6 @@ class LineState(Record):
         sequence: the number of the last act; 0 before the first one.
         entry: the digest of the last act's audit entry.
         time: the time of the last act; no later act has an earlier time.
-        base: the pinned base.
         versions: the digests of the records of all merged versions.
         champion: the merged version in use.
         candidate: the newest merged version that has not passed its gates.

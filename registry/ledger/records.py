@@ -59,7 +59,6 @@ class Entry(_Stored):
     Attributes:
         sequence: 1 for the first act of the line.
         previous: the digest of the previous entry.
-        actor: who did it.
         time: UTC, ISO with microseconds; never earlier than that of the previous entry.
         before: the values that the act replaced or removed, by JSON pointers into the line's
             state.
@@ -105,7 +104,6 @@ class TaskResult(Record):
         intervals: of the other values, by name.
         count: the number of examples.
         evaluations: the stored evaluations by name, with the correctness of every row.
-        data: the rows.
     """
 
     metric: str = "accuracy"
@@ -130,7 +128,6 @@ class Retention(Record):
         top1: of the merged model; its 95 % interval is `interval`.
         ratio: top1 over that of the base; its 95 % interval is `ratio_interval`.
         evaluations: the stored evaluations of base and merged.
-        data: the rows.
     """
 
     task: str
@@ -169,12 +166,9 @@ class MergedRecord(_Stored):
 
     Attributes:
         recipe: everything that determines its bytes.
-        recipe_digest: the digest of the recipe.
         patch: the digest of the patch in the store.
-        patch_bytes: its size.
         kept: coordinates in which it differs from the base.
-        members: by task.
-        results: by task.
+        members: by task; likewise `results`.
         gates: the outcomes of all gates; empty if the line has none.
         files: digests of further files, by name.
         timings: seconds by step.

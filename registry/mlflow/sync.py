@@ -342,9 +342,7 @@ def _since(
 def mlflow_explained(home: Home, missing: str | None = None) -> Iterator[None]:
     """Turn MLflow's failures into errors that say what to do.
 
-    Args:
-        home: the home of this MLflow.
-        missing: the message if MLflow answers that something does not exist.
+    `missing` is the message if MLflow answers that something does not exist.
 
     Raises:
         BadInput: something does not exist, and `missing` was given.

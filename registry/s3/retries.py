@@ -48,11 +48,9 @@ _TRANSIENT = {
 
 
 def with_retries(call: Callable[[], Result], size: int = 0) -> Result:
-    """Make a call, and repeat it while that may help.
+    """Make a call that is safe to repeat, and repeat it while that may help.
 
-    Args:
-        call: the call, which must be safe to repeat.
-        size: the bytes that it moves, for which it gets more time.
+    It gets more time for `size`, the bytes that it moves.
 
     Raises:
         BotoCoreError, ClientError, MangledError: the error of the last attempt. Its cause is

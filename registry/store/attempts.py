@@ -58,12 +58,7 @@ class Attempt:
 
 
 class Attempts:
-    """The attempts at one piece of work.
-
-    Args:
-        store: where they are recorded.
-        subject: JSON values that identify the work.
-    """
+    """The attempts at one piece of work, which the JSON values of its subject identify."""
 
     def __init__(self, store: Store, *subject: Any) -> None:
         self.store = store

@@ -18,9 +18,7 @@ _FICLONE = 0x40049409
 def explained(path: Path, doing: str) -> Iterator[None]:
     """Turn errors of the operating system into ones that say what to do.
 
-    Args:
-        path: names the file where the error does not.
-        doing: the verb of the message, such as "write".
+    The message begins with the verb, such as "write", and names the path if the error has none.
 
     Raises:
         Unavailable: no space, no permission, a read-only or failing disk.

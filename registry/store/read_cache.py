@@ -44,10 +44,7 @@ class ReadCache:
     def get(self, name: str, fetch: Callable[[Path], None], *, fresh: bool = False) -> Path:
         """A copy, which stays unchanged for as long as this process lives.
 
-        Args:
-            name: a path below the root.
-            fetch: writes the content to a new file.
-            fresh: fetch it even if there is a copy.
+        `fetch` writes the content to a new path, if there is no copy or with `fresh`.
 
         Raises:
             OSError: the disk refuses.
