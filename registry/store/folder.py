@@ -49,12 +49,8 @@ class FolderStore:
 
     def read(self, name: str) -> bytes:
         """The object's bytes; see `Store.read`."""
-        path = self._path(name)
-        with explained(path, "read"):
-            try:
-                return path.read_bytes()
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                raise NotInStore(name) from None
+        with self._reading(name) as path:
+            return path.read_bytes()
 
     def read_tagged(self, name: str) -> Tagged:
         """The object's bytes with their digest; see `Store.read_tagged`."""
@@ -114,12 +110,8 @@ class FolderStore:
 
     def digest(self, name: str) -> str:
         """The digest of its file; see `Store.digest`."""
-        path = self._path(name)
-        with explained(path, "read"):
-            try:
-                return digest_file(path)
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                raise NotInStore(name) from None
+        with self._reading(name) as path:
+            return digest_file(path)
 
     def mend(self, name: str, data: bytes | Path) -> None:
         """Replace its file; see `Store.mend`."""
@@ -140,6 +132,15 @@ class FolderStore:
 
     def _path(self, name: str) -> Path:
         return self.root / check_name(name)
+
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
+        path = self._path(name)
+        with explained(path, "read"):
+            try:
+                yield path
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise NotInStore(name) from None
 
     def _replace(self, target: Path, data: bytes | Path) -> None:
         self._make_folder(target.parent)
