@@ -42,7 +42,8 @@ class Writer:
             for other in others:  # two workers searched at the same moment
                 self.client.delete_run(other.info.run_id)
             if _is_whole(first, run):
-                self._keep_tags(first, run.current)
+                changed = {k: v for k, v in run.current.items() if first.data.tags.get(k) != v}
+                self._write_texts(str(first.info.run_id), {}, changed)
                 return str(first.info.run_id)
         else:
             tags = {projection.DIGEST_TAG: run.digest}
@@ -150,10 +151,6 @@ class Writer:
             self.client.restore_experiment(experiment.experiment_id)
         self._experiments[name] = str(experiment.experiment_id)
         return self._experiments[name]
-
-    def _keep_tags(self, run: Any, tags: Mapping[str, str]) -> None:
-        changed = {k: v for k, v in tags.items() if run.data.tags.get(k) != v}
-        self._write_texts(str(run.info.run_id), {}, changed)
 
     def _write_texts(self, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         from mlflow.entities import Param, RunTag
