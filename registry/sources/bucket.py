@@ -153,10 +153,12 @@ class RemoteWeights:
         self._descriptors: dict[str, int] = {}
         self._counting = threading.Lock()
         # Mapped files can still be read when the descriptors are closed.
-        weakref.finalize(self, _close, self._descriptors)
+        opened = contextlib.ExitStack()
+        weakref.finalize(self, opened.close)
         for name, path in self.files.items():
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._descriptors[name] = os.open(path, flags, 0o600)
+            opened.callback(os.close, self._descriptors[name])
             os.truncate(path, folder.files[name].size)
             self._fill_header(name)
 
@@ -194,11 +196,6 @@ class RemoteWeights:
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
         if first < 8 + length <= min(size, 8 + MAX_HEADER):
             self.fill(name, first, 8 + length - first)
-
-
-def _close(descriptors: dict[str, int]) -> None:
-    while descriptors:
-        os.close(descriptors.popitem()[1])
 
 
 def list_folder(address: str) -> S3Folder:
