@@ -24,6 +24,7 @@ from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import Entry
 from restitch.registry.mlflow import projection, projection_merged
 from restitch.registry.mlflow.writer import Writer, or_none, pages
+from restitch.registry.redaction import first_line
 from restitch.registry.redaction import without_credentials as without_credentials
 from restitch.registry.store.disk import explained, locked
 
@@ -354,7 +355,7 @@ def mlflow_explained(home: Home, missing: str | None = None) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        first = without_credentials((str(error).splitlines() or [type(error).__name__])[0])[:300]
+        first = first_line(error)
         absent = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
         if missing is not None and getattr(error, "error_code", None) in absent:
             raise BadInput(missing, found=first, hint="check the name and the version") from None
