@@ -169,8 +169,7 @@ def _from_mlflow(uri: str, home: Home) -> Source:
         key = objects.publish("source", digest_bytes(fixed.encode()), manifest)
     files = json.loads(objects.read_blob(key.blob))
     if "uri" in files:  # a placeholder with the address of the model
-        target = resolve_source(files["uri"], home)
-        return Source(target.uri, target.local, target.kind, target.revision)
+        return resolve_source(files["uri"], home)
     return Source(uri=fixed, local=_unpacked(key.blob, home), kind="mlflow")
 
 
