@@ -266,6 +266,9 @@ class LineState(Record):
     pinned: bool = False
 
     @model_validator(mode="after")
+    def _is_consistent(self) -> Self:
+        return self._checked()
+
     def _checked(self) -> Self:
         """Refuse a state that contradicts itself."""
         if self.spec.line != self.line:

@@ -138,8 +138,9 @@ class MlflowProjection:
         Raises:
             Unavailable: MLflow cannot be reached.
         """
+        artifacts: dict[projection.Part, str] = {"audit": "audit.json", None: "record.json"}
         with mlflow_explained(self.home):
-            for part, artifact in (("audit", "audit.json"), (None, "record.json")):
+            for part, artifact in artifacts.items():
                 experiment = self._experiment(line, part)
                 if experiment is not None:
                     for run in self._writer.runs(experiment.experiment_id, digest):
