@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from itertools import takewhile
 from typing import NamedTuple
 
 from restitch.merging.digests import digest_bytes
@@ -164,12 +163,8 @@ class Ledger:
 
     def state_at(self, when: datetime) -> LineState | None:
         """The line's state at a time, from the trail; None before the line was created."""
-        entries = list(
-            takewhile(
-                lambda entry: datetime.fromisoformat(entry.time) <= when,
-                self.entries(newest_first=False),
-            )
-        )
+        oldest_first = self.entries(newest_first=False)
+        entries = [e for e in oldest_first if datetime.fromisoformat(e.time) <= when]
         return state_after(entries) if entries else None
 
     def _act(

@@ -37,7 +37,7 @@ Kind = Literal[
 ]
 
 # The chain's own fields: an entry with them would have to contain its own digest.
-_BOOKKEEPING = ("generation", "sequence", "entry", "time")
+_BOOKKEEPING = {"generation", "sequence", "entry", "time"}
 
 
 class _Stored(Record):
@@ -224,9 +224,7 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 
 def state_of(line_state: LineState | None) -> dict[str, Any]:
     """A line's state as plain JSON, without the fields of the chain."""
-    if line_state is None:
-        return {}
-    return {k: v for k, v in line_state.to_json().items() if k not in _BOOKKEEPING}
+    return {} if line_state is None else line_state.model_dump(mode="json", exclude=_BOOKKEEPING)
 
 
 def differences(

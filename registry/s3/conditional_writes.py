@@ -49,11 +49,8 @@ def probe_conditional_writes(bucket: str, prefix: str) -> bool:
 def check_conditional_writes(bucket: str, prefix: str, cache: Path) -> bool:
     """Return True if the server supports conditional writes; it is probed once.
 
-    Returns:
-        False if it does not, and the deployment promises a single writer.
-
     Raises:
-        Unavailable: it does not, and the deployment promises nothing.
+        Unavailable: it does not, and the deployment does not promise a single writer.
     """
     server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     place = (server, bucket)

@@ -207,8 +207,8 @@ def list_folder(address: str) -> S3Folder:
     """
     bucket, prefix = _parsed(address)
     with explained_source(address, ""):
-        objects = list(_objects(bucket, f"{prefix}/" if prefix else ""))
-        files = {key.removeprefix(f"{prefix}/") if prefix else key: f for key, f in objects}
+        below = f"{prefix}/" if prefix else ""
+        files = {key.removeprefix(below): file for key, file in _objects(bucket, below)}
         files = {name: file for name, file in files.items() if name and not _NO_NAME.search(name)}
         if not files and prefix.endswith(".safetensors"):
             one = dict(_objects(bucket, prefix))
