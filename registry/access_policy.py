@@ -39,8 +39,7 @@ def check_path(path: Path, subject: str, *, own: Path | None = None) -> None:
     Raises:
         AccessDenied: it lies outside.
     """
-    listed = os.environ.get(ROOTS_VARIABLE)
-    if not listed:
+    if not os.environ.get(ROOTS_VARIABLE):
         return
     for place in chain([path], _links(path)):
         _check_real(_real(place), subject, own, place)
