@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import TypeVar
 
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import Damage
@@ -30,7 +30,7 @@ from restitch.registry.ledger.references import (
     of_manifest,
     of_record,
 )
-from restitch.registry.store.base import Listed, NotInStore
+from restitch.registry.store.base import Listed, NotInStore, Store
 from restitch.registry.store.format import MARKER
 from restitch.registry.store.objects import KeyRecord, ObjectStore, parsed, verified
 
@@ -58,7 +58,7 @@ class Inventory:
         unknown: names of objects of an unknown kind.
     """
 
-    listed: dict[str, Listed]
+    listed: dict[str, Listed] = field(default_factory=dict)
     line_states: dict[str, LineState] = field(default_factory=dict)
     trails: dict[str, list[Entry]] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -85,16 +85,16 @@ def take_inventory(objects: ObjectStore, progress: Progress = ignore) -> Invento
     Raises:
         Unavailable: it cannot be used.
     """
+    inventory, store = Inventory(), objects.store
+    entries = _read_all(inventory, store, store.list("audit"), _entry, progress)
+    inventory.entries = {name.rpartition("/")[2]: entry for name, entry in entries.items()}
+    keys = store.list("keys")
+    inventory.keys = _read_all(inventory, store, keys, lambda d, n: parsed(KeyRecord, d, n))
     # The lines' states are read last: what they refer to was stored before.
-    entries = _read_all(objects, objects.store.list("audit"), _entry, progress)
-    keys = _read_all(objects, objects.store.list("keys"), lambda d, n: parsed(KeyRecord, d, n))
-    paths = (name for name in objects.store.list("lines") if name.endswith("/head.json"))
-    states = _read_all(objects, paths, lambda d, n: parsed(LineState, d, n))
-    inventory = Inventory({each.name: each for each in objects.store.details()})
-    inventory.damaged = {**entries.problems, **keys.problems, **states.problems}
-    inventory.entries = {name.rpartition("/")[2]: entry for name, entry in entries.values.items()}
-    inventory.keys = keys.values
-    inventory.line_states = {name.split("/")[1]: state for name, state in states.values.items()}
+    paths = (name for name in store.list("lines") if name.endswith("/head.json"))
+    states = _read_all(inventory, store, paths, lambda d, n: parsed(LineState, d, n))
+    inventory.line_states = {name.split("/")[1]: state for name, state in states.items()}
+    inventory.listed = {each.name: each for each in store.details()}
     kinds = ("audit", "blobs", "keys", "lines", "attempts", "turns", "gc", MARKER)
     inventory.unknown = [name for name in inventory.listed if name.split("/")[0] not in kinds]
     for line, line_state in inventory.line_states.items():
@@ -155,37 +155,33 @@ def mentioned_digests(inventory: Inventory) -> set[str]:
     return named
 
 
-class _Outcome(NamedTuple, Generic[Read]):
-    """The values that could be read, and the problems of the others, by name."""
-
-    values: dict[str, Read]
-    problems: dict[str, str]
-
-
 def _read_all(
-    objects: ObjectStore,
+    inventory: Inventory,
+    store: Store,
     listed: Iterable[str],
     parse: Callable[[bytes, str], Read],
     progress: Progress = ignore,
-) -> _Outcome[Read]:
+) -> dict[str, Read]:
+    """The objects that can be read, by name; the inventory gets the problems of the others."""
+
     def read(name: str) -> Read | Damage | None:
         try:
-            return parse(objects.store.read(name), name)
+            return parse(store.read(name), name)
         except NotInStore:  # removed since it was listed
             return None
         except Damage as error:
             return error
 
     names = list(listed)
-    outcome: _Outcome[Read] = _Outcome({}, {})
+    values: dict[str, Read] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for done, (name, result) in enumerate(zip(names, pool.map(read, names), strict=True), 1):
             progress(done, len(names))
             if isinstance(result, Damage):
-                outcome.problems[name] = _problem(result)
+                inventory.damaged[name] = _problem(result)
             elif result is not None:
-                outcome.values[name] = result
-    return outcome
+                values[name] = result
+    return values
 
 
 def _entry(data: bytes, name: str) -> Entry:
@@ -200,11 +196,11 @@ def _trail(inventory: Inventory, objects: ObjectStore, line_state: LineState) ->
         name = f"audit/{digest}"
         if digest not in inventory.entries and name not in inventory.damaged:
             # It may have been written since the entries were listed.
-            late = _read_all(objects, [name], _entry)
-            inventory.damaged |= late.problems or ({} if late.values else {name: "it is missing"})
-            for entry in late.values.values():
-                inventory.entries[digest] = entry
+            late = _read_all(inventory, objects.store, [name], _entry)
+            if name in late:
+                inventory.entries[digest] = late[name]
         if digest not in inventory.entries:
+            inventory.damaged.setdefault(name, "it is missing")
             break
         trail.append(inventory.entries[digest])
         digest = trail[-1].previous
