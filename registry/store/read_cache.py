@@ -49,13 +49,11 @@ class ReadCache:
         Raises:
             OSError: the disk refuses.
         """
-        path = self.root / name
-        if not fresh and self.use(name):
-            return path
-        with self.temporary() as temporary:
-            fetch(temporary)
-            self.keep(name, temporary)
-        return path
+        if fresh or not self.use(name):
+            with self.temporary() as temporary:
+                fetch(temporary)
+                self.keep(name, temporary)
+        return self.root / name
 
     def keep(self, name: str, made: Path) -> None:
         """Take a complete file or folder as a copy, and make room for it."""
