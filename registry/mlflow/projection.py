@@ -124,7 +124,6 @@ def project_act(entry: Entry) -> RunProjection:
             params[f"{role}.before"] = as_text(entry.before.get(f"/{role}"))
             params[f"{role}.after"] = as_text(entry.after[f"/{role}"])
     params |= {f"digest.{name}": digest for name, digest in sorted(entry.digests.items())}
-    models = touched_models(entry)
     tags = {
         NAME_TAG: f"{entry.sequence:04d} {entry.kind}",
         NOTE_TAG: f"{entry.kind} by {entry.actor}: {entry.reason}",
@@ -135,14 +134,14 @@ def project_act(entry: Entry) -> RunProjection:
         "restitch.sequence": str(entry.sequence),
         "restitch.actor": entry.actor,
     }
-    if models:
+    if models := touched_models(entry):
         search_tags["restitch.task"] = ",".join(sorted({task for task, _ in models}))
         params["models"] = ", ".join(f"{task} {version}" for task, version in models)
-    merged = touched_merges(entry)
-    if merged:
+    if merged := touched_merges(entry):
         params["version"] = ", ".join(map(str, merged))
-    about = merges_about(entry)
-    if about:  # commas on both sides, so that LIKE '%,1,%' finds 1 and not 12
+    if about := merges_about(
+        entry
+    ):  # commas on both sides, so that LIKE '%,1,%' finds 1 and not 12
         search_tags["restitch.versions"] = f",{','.join(map(str, about))},"
     return RunProjection(
         digest=entry.digest,

@@ -65,8 +65,7 @@ def project_merged(
     settings = method.get("settings") if isinstance(method, dict) else None
     if isinstance(settings, dict):
         params |= {f"method.{k}": as_text(v) for k, v in sorted(settings.items())}
-    for name, version in sorted(record.software.items()):
-        params[f"software.{name}"] = version
+    params |= {f"software.{name}": v for name, v in sorted(record.software.items())}
     description = f"{describe(record)} {outcome.sentence}"
     tags = _tags_of_merged(record, outcome)
     current = {NOTE_TAG: description, VERSION_TAG: str(record.version), **tags}
