@@ -113,17 +113,13 @@ class ReadCache:
             return
         with self._locked(fcntl.LOCK_EX):
             copies = sorted(self._copies())
-            total = sum(size for _, _, size in copies)
-            if total <= limit:
-                return
-            used = _in_use(self.root)
+            excess = sum(size for _, _, size in copies) - limit
+            used = _in_use(self.root) if excess > 0 else set()
             for _, name, size in copies:
-                if name not in used:
+                if excess > 0 and name not in used:
                     with self.temporary() as removed:  # a copy goes in one step
                         (self.root / name).replace(removed)
-                    total -= size
-                if total <= limit:
-                    return
+                    excess -= size
 
     def _copies(self) -> Iterator[tuple[int, str, int]]:
         """Time of last use, name and size of each copy."""
