@@ -34,16 +34,12 @@ class AccessDenied(BadInput):
 def check_path(path: Path, subject: str, *, own: Path | None = None) -> None:
     """Refuse a file or folder outside of the allowed folders, and links in it that lead outside.
 
-    Args:
-        path: the file or folder to read.
-        subject: its name in an error.
-        own: a folder of the installation itself, which is always allowed.
+    A folder of the installation itself, `own`, is always allowed.
 
     Raises:
         AccessDenied: it lies outside.
     """
-    listed = os.environ.get(ROOTS_VARIABLE)
-    if not listed:
+    if not os.environ.get(ROOTS_VARIABLE):
         return
     for place in chain([path], _links(path)):
         _check_real(_real(place), subject, own, place)

@@ -7,10 +7,7 @@ imported, because they read their settings at import. It keeps them from writing
 home and from sending telemetry.
 """
 
-import contextlib
 import os
-import shutil
-import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +17,7 @@ from restitch.registry.s3.client import parse_address
 from restitch.registry.s3.store import S3Store
 from restitch.registry.stack import Databases, StackFile
 from restitch.registry.store.base import Store
-from restitch.registry.store.disk import explained
+from restitch.registry.store.disk import explained, sweep
 from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.format import check_format
 
@@ -139,22 +136,10 @@ class Home:
         return store
 
     def sweep(self, older_than: float) -> int:
-        """Remove leftovers of killed work.
-
-        Args:
-            older_than: the time in seconds since the last change of a leftover.
-
-        Returns:
-            The number of leftovers that were removed.
-        """
-        limit = time.time() - older_than
+        """Remove leftovers of killed work of this age in seconds; returns how many."""
         leftovers = [*self.scratch.glob("*"), *self.cache.glob("sources/.tmp/*")]
-        removed = 0
-        for path in leftovers:
-            if _last_touched(path) < limit:
-                with explained(path, "remove"):
-                    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-                removed += 1
+        with explained(self.root, "remove leftovers in"):
+            removed = sweep(leftovers, older_than)
         return removed + self.open_store().sweep(older_than)
 
 
@@ -163,10 +148,7 @@ def prepare_environment(
 ) -> dict[str, str]:
     """Point the libraries at the home's folders and switch their telemetry off.
 
-    Variables that are already set stay unchanged.
-
-    Returns:
-        The variables that were set here, for processes that are started with them.
+    Variables that are already set stay. Returns the others, for processes that are started.
     """
     environment = os.environ if environment is None else environment
     variables = {
@@ -195,14 +177,6 @@ def prepare_environment(
     added = {name: value for name, value in variables.items() if name not in environment}
     environment.update(added)
     return added
-
-
-def _last_touched(path: Path) -> float:
-    """The newest modification time in a tree; that of a folder ignores growing files."""
-    times = [time.time()]
-    with contextlib.suppress(FileNotFoundError):
-        times = [each.stat().st_mtime for each in (path, *path.rglob("*"))]
-    return max(times)
 
 
 def _user_token(environment: Mapping[str, str]) -> Path | None:

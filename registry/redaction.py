@@ -49,6 +49,12 @@ def without_credentials(text: str, environment: Mapping[str, str] | None = None)
     return text
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's text, or its type, without credentials."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return without_credentials(lines[0] if lines else type(error).__name__)[:300]
+
+
 def _known(environment: Mapping[str, str]) -> Iterator[str]:
     """All secrets in the environment, in all forms."""
     for name in SECRET_VARIABLES:

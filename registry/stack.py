@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel
 
 from restitch.merging.errors import Damage, Unavailable
 
@@ -20,7 +20,7 @@ SECRETS = "secrets"  # the folder of a home that only its owner can read
 _DATABASES = "databases.json"
 
 
-class StackProcess(BaseModel):
+class StackProcess(BaseModel, frozen=True):
     """One process of the stack.
 
     Attributes:
@@ -30,8 +30,6 @@ class StackProcess(BaseModel):
         serves: digest of the command and the settings that it was started with.
     """
 
-    model_config = ConfigDict(frozen=True)
-
     pid: int
     began: float
     port: int | None = None
@@ -39,7 +37,7 @@ class StackProcess(BaseModel):
     serves: str
 
 
-class StackFile(BaseModel):
+class StackFile(BaseModel, frozen=True):
     """The stack of a home.
 
     Attributes:
@@ -49,8 +47,6 @@ class StackFile(BaseModel):
         ports: the last ports by process, so that addresses stay the same.
         processes: the running processes by name.
     """
-
-    model_config = ConfigDict(frozen=True)
 
     prefect_api_url: str | None = None
     mlflow_uri: str | None = None
@@ -62,8 +58,8 @@ class StackFile(BaseModel):
     def read(cls, root: Path) -> Self:
         """The stack of a home; a missing or unreadable file means that nothing is running."""
         try:
-            return cls.model_validate(json.loads((root / FILE).read_text(encoding="utf-8")))
-        except (OSError, ValueError, ValidationError):
+            return cls.model_validate_json((root / FILE).read_bytes())
+        except (OSError, ValueError):
             return cls()
 
     def write(self, root: Path) -> None:
@@ -72,10 +68,8 @@ class StackFile(BaseModel):
         _replace(root / FILE, self)
 
 
-class Databases(BaseModel):
+class Databases(BaseModel, frozen=True):
     """The databases of a home's servers; None means SQLite in the home."""
-
-    model_config = ConfigDict(frozen=True)
 
     prefect: str | None = None
     mlflow: str | None = None

@@ -10,7 +10,6 @@ import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from itertools import takewhile
 from typing import NamedTuple
 
 from restitch.merging.digests import digest_bytes
@@ -43,13 +42,7 @@ class Act(NamedTuple):
 
 
 class Ledger:
-    """The state and the audit trail of one line.
-
-    Args:
-        objects: the store.
-        line: the line's name.
-        now: the clock, in UTC.
-    """
+    """The state and the audit trail of one line; `now` is the clock, in UTC."""
 
     def __init__(
         self,
@@ -105,14 +98,10 @@ class Ledger:
     ) -> Act | None:
         """Do one act.
 
-        Args:
-            kind: the kind of act.
-            actor: who does it.
-            reason: why, for a reader.
-            change: makes the new state from the present one. It is called again with a newer
-                state after a lost race, and returns None if nothing is left to do. It may
-                put objects, which must be in the store before the act.
-            digests: the objects that the act is about, or a function of the new state.
+        `change` makes the new state from the present one. It is called again with a newer state
+        after a lost race, and returns None if nothing is left to do. It may put objects, which
+        must be in the store before the act. `digests` are the objects that the act is about, or
+        a function of the new state.
 
         Returns:
             The act; None if `change` returned None.
@@ -174,12 +163,8 @@ class Ledger:
 
     def state_at(self, when: datetime) -> LineState | None:
         """The line's state at a time, from the trail; None before the line was created."""
-        entries = list(
-            takewhile(
-                lambda entry: datetime.fromisoformat(entry.time) <= when,
-                self.entries(newest_first=False),
-            )
-        )
+        oldest_first = self.entries(newest_first=False)
+        entries = [e for e in oldest_first if datetime.fromisoformat(e.time) <= when]
         return state_after(entries) if entries else None
 
     def _act(

@@ -67,9 +67,7 @@ class ResultRef(Record):
     """One evaluation.
 
     Attributes:
-        value: the task's metric, between 0 and 1.
-        low: the lower end of its 95 % interval.
-        high: the upper end.
+        value: the task's metric, between 0 and 1; `low` and `high` are its 95 % interval.
         count: the number of rows.
         top1: the share of rows whose first guess is right.
         top5: the share of rows with the right class among the first five; None with five
@@ -110,10 +108,8 @@ class MemberFacts(Record):
         seconds: the time that localizing took.
         localized_by: the process that localized: actor, host, pid, device.
         calibrated_with: what was used of the calibration rows: labels, inputs or nothing.
-        calibration_rows: the number of calibration rows.
         budget: the allowed `bytes` of the delta, and how many coordinates fit (`fits`).
         recovery: the measurements from which `density: auto` chose the density.
-        statistics_bytes: the size of the statistics.
         statistics_seconds: the time that measuring the statistics took.
     """
 
@@ -178,10 +174,7 @@ class ModelVersion(Record):
             quarantined (cannot join), ready (localized: the newest one is the member), held
             (its joining failed a gate), replaced (by a newer member), retired.
         reason: the reason for the state, for a reader.
-        mask: the digest of its mask.
-        delta: the digest of its sparse delta.
         registered_at: the time of registration, UTC, ISO.
-        facts: the findings about it.
         mlflow: the version in MLflow, if it was registered there and not here.
     """
 
@@ -251,7 +244,6 @@ class LineState(Record):
         sequence: the number of the last act; 0 before the first one.
         entry: the digest of the last act's audit entry.
         time: the time of the last act; no later act has an earlier time.
-        base: the pinned base.
         versions: the digests of the records of all merged versions.
         champion: the merged version in use.
         candidate: the newest merged version that has not passed its gates.
@@ -275,15 +267,10 @@ class LineState(Record):
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
-        self.check()
-        return self
+        return self._checked()
 
-    def check(self) -> None:
-        """Refuse a state that contradicts itself.
-
-        Raises:
-            ValueError: names the contradiction.
-        """
+    def _checked(self) -> Self:
+        """Refuse a state that contradicts itself."""
         if self.spec.line != self.line:
             raise ValueError(f"the spec describes line {self.spec.line}, not {self.line}")
         for role in ("champion", "candidate"):
@@ -294,6 +281,7 @@ class LineState(Record):
             raise ValueError(
                 f"the next version is {self.next_version}, and {max(self.versions)} exists"
             )
+        return self
 
     @property
     def newest(self) -> int | None:
@@ -308,10 +296,6 @@ class LineState(Record):
             for name, task in sorted(self.tasks.items(), key=lambda item: item[0].encode())
             if (ready := task.ready) is not None
         )
-
-    def member(self, task: str) -> Member | None:
-        """The member of a task, if it has one."""
-        return next((m for m in self.members if m.task == task), None)
 
     def model(self, key: ModelKey) -> ModelVersion:
         """A model of the line."""
@@ -402,6 +386,5 @@ class LineState(Record):
         return self._changed(tasks={**self.tasks, name: task})
 
     def _changed(self, **changes: Any) -> "LineState":
-        line_state = self.model_copy(update=changes)
-        line_state.check()  # `model_copy` does not validate
-        return line_state
+        # `model_copy` does not validate.
+        return self.model_copy(update=changes)._checked()

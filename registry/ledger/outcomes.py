@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import chain
 from typing import Literal
 
 from restitch.registry.ledger.line_state import ModelKey
@@ -33,17 +34,12 @@ class Outcome:
 def touched_models(entry: Entry) -> tuple[ModelKey, ...]:
     """The finetuned models that an act was about."""
     found: set[ModelKey] = set()
-    for changes in (entry.before, entry.after):
-        for pointer, value in changes.items():
-            parts = pointer.split("/")[1:]
-            if parts[0] != "tasks" or len(parts) < 2:
-                continue
-            if len(parts) > 3 and parts[2] == "versions":
-                found.add(ModelKey(parts[1], int(parts[3])))
-            elif len(parts) == 2 and isinstance(value, dict):
-                versions = value.get("versions")
-                if isinstance(versions, dict):
-                    found |= {ModelKey(parts[1], int(number)) for number in versions}
+    for pointer, value in chain(entry.before.items(), entry.after.items()):
+        match pointer.split("/")[1:], value:
+            case ["tasks", task, "versions", number, *_], _:
+                found.add(ModelKey(task, int(number)))
+            case ["tasks", task], {"versions": dict(versions)}:
+                found |= {ModelKey(task, int(number)) for number in versions}
     return tuple(sorted(found))
 
 

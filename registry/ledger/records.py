@@ -14,12 +14,7 @@ from pydantic import Field, JsonValue
 
 from restitch.merging.digests import canonical_json, digest_bytes
 from restitch.registry.gates.gate import GateOutcome
-from restitch.registry.ledger.line_state import (
-    Digest,
-    LineState,
-    MemberFacts,
-    Number,
-)
+from restitch.registry.ledger.line_state import Digest, LineState, MemberFacts, Number
 from restitch.registry.record import Interval, Record
 
 FORMAT = 1
@@ -42,16 +37,28 @@ Kind = Literal[
 ]
 
 # The chain's own fields: an entry with them would have to contain its own digest.
-_BOOKKEEPING = ("generation", "sequence", "entry", "time")
+_BOOKKEEPING = {"generation", "sequence", "entry", "time"}
 
 
-class Entry(Record):
+class _Stored(Record):
+    """A record that is an object in the store."""
+
+    def to_bytes(self) -> bytes:
+        """The bytes that are stored."""
+        return canonical_json(self.to_json())
+
+    @property
+    def digest(self) -> str:
+        """The digest under which it is stored."""
+        return digest_bytes(self.to_bytes())
+
+
+class Entry(_Stored):
     """One act.
 
     Attributes:
         sequence: 1 for the first act of the line.
         previous: the digest of the previous entry.
-        actor: who did it.
         time: UTC, ISO with microseconds; never earlier than that of the previous entry.
         before: the values that the act replaced or removed, by JSON pointers into the line's
             state.
@@ -71,15 +78,6 @@ class Entry(Record):
     after: dict[str, JsonValue]
     reason: str
     digests: dict[str, str] = Field(default_factory=dict)
-
-    def to_bytes(self) -> bytes:
-        """The bytes that are stored."""
-        return canonical_json(self.to_json())
-
-    @property
-    def digest(self) -> str:
-        """The digest under which the entry is stored."""
-        return digest_bytes(self.to_bytes())
 
 
 class DataUsed(Record):
@@ -106,7 +104,6 @@ class TaskResult(Record):
         intervals: of the other values, by name.
         count: the number of examples.
         evaluations: the stored evaluations by name, with the correctness of every row.
-        data: the rows.
     """
 
     metric: str = "accuracy"
@@ -131,7 +128,6 @@ class Retention(Record):
         top1: of the merged model; its 95 % interval is `interval`.
         ratio: top1 over that of the base; its 95 % interval is `ratio_interval`.
         evaluations: the stored evaluations of base and merged.
-        data: the rows.
     """
 
     task: str
@@ -165,17 +161,14 @@ class MergedMember(Record):
     facts: MemberFacts = MemberFacts()
 
 
-class MergedRecord(Record):
+class MergedRecord(_Stored):
     """Everything that is recorded about one merged version.
 
     Attributes:
         recipe: everything that determines its bytes.
-        recipe_digest: the digest of the recipe.
         patch: the digest of the patch in the store.
-        patch_bytes: its size.
         kept: coordinates in which it differs from the base.
-        members: by task.
-        results: by task.
+        members: by task; likewise `results`.
         gates: the outcomes of all gates; empty if the line has none.
         files: digests of further files, by name.
         timings: seconds by step.
@@ -200,15 +193,6 @@ class MergedRecord(Record):
     made_by: JsonValue = None
     timings: dict[str, float] = Field(default_factory=dict)
     software: dict[str, str] = Field(default_factory=dict)
-
-    def to_bytes(self) -> bytes:
-        """The bytes that are stored."""
-        return canonical_json(self.to_json())
-
-    @property
-    def digest(self) -> str:
-        """The digest under which the record is stored."""
-        return digest_bytes(self.to_bytes())
 
     @property
     def statistics(self) -> dict[str, str]:
@@ -240,9 +224,7 @@ def mean_of(values: Iterable[float | None]) -> float | None:
 
 def state_of(line_state: LineState | None) -> dict[str, Any]:
     """A line's state as plain JSON, without the fields of the chain."""
-    if line_state is None:
-        return {}
-    return {k: v for k, v in line_state.to_json().items() if k not in _BOOKKEEPING}
+    return {} if line_state is None else line_state.model_dump(mode="json", exclude=_BOOKKEEPING)
 
 
 def differences(

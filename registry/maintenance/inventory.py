@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Generic, NamedTuple, TypeVar
+from typing import TypeVar
 
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import Damage
@@ -30,7 +30,7 @@ from restitch.registry.ledger.references import (
     of_manifest,
     of_record,
 )
-from restitch.registry.store.base import Listed, NotInStore
+from restitch.registry.store.base import Listed, NotInStore, Store
 from restitch.registry.store.format import MARKER
 from restitch.registry.store.objects import KeyRecord, ObjectStore, parsed, verified
 
@@ -58,7 +58,7 @@ class Inventory:
         unknown: names of objects of an unknown kind.
     """
 
-    listed: dict[str, Listed]
+    listed: dict[str, Listed] = field(default_factory=dict)
     line_states: dict[str, LineState] = field(default_factory=dict)
     trails: dict[str, list[Entry]] = field(default_factory=dict)
     entries: dict[str, Entry] = field(default_factory=dict)
@@ -85,19 +85,16 @@ def take_inventory(objects: ObjectStore, progress: Progress = ignore) -> Invento
     Raises:
         Unavailable: it cannot be used.
     """
+    inventory, store = Inventory(), objects.store
+    entries = _read_all(inventory, store, store.list("audit"), _entry, progress)
+    inventory.entries = {name.rpartition("/")[2]: entry for name, entry in entries.items()}
+    keys = store.list("keys")
+    inventory.keys = _read_all(inventory, store, keys, lambda d, n: parsed(KeyRecord, d, n))
     # The lines' states are read last: what they refer to was stored before.
-    entries = _read_all(objects, list(objects.store.list("audit")), _entry, progress)
-    keys = _read_all(
-        objects, list(objects.store.list("keys")), lambda d, n: parsed(KeyRecord, d, n)
-    )
-    states = _read_all(objects, _state_names(objects), lambda d, n: parsed(LineState, d, n))
-    inventory = Inventory({each.name: each for each in objects.store.details()})
-    inventory.damaged = {**entries.problems, **keys.problems, **states.problems}
-    inventory.entries = {name.rpartition("/")[2]: entry for name, entry in entries.values.items()}
-    inventory.keys = keys.values
-    inventory.line_states = {
-        name.split("/")[1]: line_state for name, line_state in states.values.items()
-    }
+    paths = (name for name in store.list("lines") if name.endswith("/head.json"))
+    states = _read_all(inventory, store, paths, lambda d, n: parsed(LineState, d, n))
+    inventory.line_states = {name.split("/")[1]: state for name, state in states.items()}
+    inventory.listed = {each.name: each for each in store.details()}
     kinds = ("audit", "blobs", "keys", "lines", "attempts", "turns", "gc", MARKER)
     inventory.unknown = [name for name in inventory.listed if name.split("/")[0] not in kinds]
     for line, line_state in inventory.line_states.items():
@@ -123,15 +120,11 @@ def in_use(inventory: Inventory, objects: ObjectStore) -> set[str]:
     used = {name for name in inventory.listed if not name.startswith(("blobs/", "keys/"))}
     addresses = {digest_bytes(each.encode()) for each in named if each.startswith(MLFLOW_SCHEMES)}
     # A model that is being onboarded may need a mask that no act refers to yet.
-    waiting = any(
-        line_state.in_state("registered", "waiting")
-        for line_state in inventory.line_states.values()
-    )
+    waiting = any(s.in_state("registered", "waiting") for s in inventory.line_states.values())
     manifests = {each.removeprefix(COPY_SCHEME) for each in named if each.startswith(COPY_SCHEME)}
     # Keys that are never removed come first: another key may name the same blob.
-    for name, key in sorted(
-        inventory.keys.items(), key=lambda item: _kind(item[0]) not in _KEPT_KEYS
-    ):
+    for name in sorted(inventory.keys, key=lambda name: _kind(name) not in _KEPT_KEYS):
+        key = inventory.keys[name]
         kind, inputs = name.split("/")[1:3]
         if (
             kind in _KEPT_KEYS
@@ -162,40 +155,33 @@ def mentioned_digests(inventory: Inventory) -> set[str]:
     return named
 
 
-class _Outcome(NamedTuple, Generic[Read]):
-    """The values that could be read, and the problems of the others, by name."""
-
-    values: dict[str, Read]
-    problems: dict[str, str]
-
-
 def _read_all(
-    objects: ObjectStore,
-    names: list[str],
+    inventory: Inventory,
+    store: Store,
+    listed: Iterable[str],
     parse: Callable[[bytes, str], Read],
     progress: Progress = ignore,
-) -> _Outcome[Read]:
+) -> dict[str, Read]:
+    """The objects that can be read, by name; the inventory gets the problems of the others."""
+
     def read(name: str) -> Read | Damage | None:
         try:
-            return parse(objects.store.read(name), name)
+            return parse(store.read(name), name)
         except NotInStore:  # removed since it was listed
             return None
         except Damage as error:
             return error
 
-    outcome: _Outcome[Read] = _Outcome({}, {})
+    names = list(listed)
+    values: dict[str, Read] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for done, (name, result) in enumerate(zip(names, pool.map(read, names), strict=True), 1):
             progress(done, len(names))
             if isinstance(result, Damage):
-                outcome.problems[name] = _problem(result)
+                inventory.damaged[name] = _problem(result)
             elif result is not None:
-                outcome.values[name] = result
-    return outcome
-
-
-def _state_names(objects: ObjectStore) -> list[str]:
-    return [name for name in objects.store.list("lines") if name.endswith("/head.json")]
+                values[name] = result
+    return values
 
 
 def _entry(data: bytes, name: str) -> Entry:
@@ -210,11 +196,11 @@ def _trail(inventory: Inventory, objects: ObjectStore, line_state: LineState) ->
         name = f"audit/{digest}"
         if digest not in inventory.entries and name not in inventory.damaged:
             # It may have been written since the entries were listed.
-            late = _read_all(objects, [name], _entry)
-            inventory.damaged |= late.problems or ({} if late.values else {name: "it is missing"})
-            for entry in late.values.values():
-                inventory.entries[digest] = entry
+            late = _read_all(inventory, objects.store, [name], _entry)
+            if name in late:
+                inventory.entries[digest] = late[name]
         if digest not in inventory.entries:
+            inventory.damaged.setdefault(name, "it is missing")
             break
         trail.append(inventory.entries[digest])
         digest = trail[-1].previous
@@ -223,11 +209,7 @@ def _trail(inventory: Inventory, objects: ObjectStore, line_state: LineState) ->
 
 def _read_records(inventory: Inventory, objects: ObjectStore) -> None:
     """Read the records of all merged versions that a line's state or an act names."""
-    in_states = {
-        digest
-        for line_state in inventory.line_states.values()
-        for digest in line_state.versions.values()
-    }
+    in_states = {d for state in inventory.line_states.values() for d in state.versions.values()}
     in_acts = {
         str(value)
         for entry in inventory.entries.values()
@@ -255,18 +237,12 @@ def _read_manifests(inventory: Inventory, objects: ObjectStore) -> None:
             if model.model.uri.startswith(MLFLOW_SCHEMES):
                 key = inventory.keys.get(f"keys/source/{digest_bytes(model.model.uri.encode())}")
                 if key is not None:
-                    one = Reference(
-                        key.blob, "manifest", line_state.line, str(owner), model.model.uri
-                    )
+                    line, uri = line_state.line, model.model.uri
+                    one = Reference(key.blob, "manifest", line, str(owner), uri)
                     inventory.refer([one])
                     manifests.append(one)
     for manifest in manifests:
-        try:
-            data = _manifest(inventory, objects, manifest.digest)
-            inventory.refer(list(of_manifest(data, manifest)))
-        except (Damage, ValueError) as error:
-            text = _problem(error) if isinstance(error, Damage) else "it is not a list of files"
-            inventory.damaged[f"blobs/{manifest.digest}"] = text
+        _refer_to_parts(inventory, objects, manifest, of_manifest, "files")
 
 
 def _read_experts(inventory: Inventory, objects: ObjectStore) -> None:
@@ -278,13 +254,21 @@ def _read_experts(inventory: Inventory, objects: ObjectStore) -> None:
         number = version if isinstance(version, int) else 0
         one = Reference(key.blob, "experts", line, f"version {number}", number=number)
         inventory.refer([one])
-        try:
-            inventory.refer(list(of_experts(_manifest(inventory, objects, key.blob), one)))
-        except (Damage, ValueError) as error:
-            text = (
-                _problem(error) if isinstance(error, Damage) else "it is not a list of specialists"
-            )
-            inventory.damaged[f"blobs/{key.blob}"] = text
+        _refer_to_parts(inventory, objects, one, of_experts, "specialists")
+
+
+def _refer_to_parts(
+    inventory: Inventory,
+    objects: ObjectStore,
+    manifest: Reference,
+    parts: Callable[[bytes, Reference], Iterable[Reference]],
+    of: str,
+) -> None:
+    try:
+        inventory.refer(list(parts(_manifest(inventory, objects, manifest.digest), manifest)))
+    except (Damage, ValueError) as error:
+        text = _problem(error) if isinstance(error, Damage) else f"it is not a list of {of}"
+        inventory.damaged[f"blobs/{manifest.digest}"] = text
 
 
 def _manifest(inventory: Inventory, objects: ObjectStore, digest: str) -> bytes:

@@ -12,11 +12,7 @@ from restitch.registry.store.objects import ObjectStore
 
 
 def stored_specialists(objects: ObjectStore, recipes: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """The stored specialists, by the recipe of the version that has them.
-
-    Args:
-        objects: the store.
-        recipes: digests of the versions' recipes.
+    """The stored specialists of versions, by the digests of their recipes.
 
     Returns:
         For each recipe that has specialists: their method with version and settings, bytes by

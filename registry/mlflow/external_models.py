@@ -5,13 +5,14 @@ any other is external. The flows decide what to do with it.
 """
 
 import logging
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from restitch.registry.ledger.line_state import MlflowVersion
 from restitch.registry.mlflow import projection
 from restitch.registry.mlflow.sync import MlflowProjection, mlflow_explained
+from restitch.registry.mlflow.writer import or_none, pages
 from restitch.registry.specs.task import NAME
 
 # The tag by which a training job describes the task: a path of a task file, or its YAML.
@@ -55,9 +56,11 @@ def external_models_of(mlflow: MlflowProjection, line: str) -> list[ExternalMode
     """
     with mlflow_explained(mlflow.home):
         models = []
-        for version in _pages(mlflow.client, f"name LIKE '{line}.%'"):
-            task = _task(line, version.name)
-            if task is not None and version.status == "READY" and not _is_ours(version):
+        for version in pages(partial(mlflow.client.search_model_versions, f"name LIKE '{line}.%'")):
+            # In a LIKE pattern, the `_` of a line matches any character.
+            owner, task = task_of(version.name) or (None, "")
+            is_ours = projection.VERSION_TAG in version.tags
+            if owner == line and version.status == "READY" and not is_ours:
                 models.append(_external(mlflow.client, line, task, version))
     return sorted(models, key=lambda m: (m.mlflow.created, m.task, m.mlflow.number))
 
@@ -70,17 +73,10 @@ def external_model(
     Raises:
         Unavailable: MLflow cannot be used.
     """
-    from mlflow.exceptions import MlflowException
-
     with mlflow_explained(mlflow.home):
-        try:
-            name = projection.model_name(line, task)
-            version = mlflow.client.get_model_version(name, str(number))
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
-        return _external(mlflow.client, line, task, version)
+        name = projection.model_name(line, task)
+        version = or_none(mlflow.client.get_model_version, name, str(number))
+        return None if version is None else _external(mlflow.client, line, task, version)
 
 
 def has_no_files(mlflow: MlflowProjection, model: ExternalModel) -> bool:
@@ -118,25 +114,6 @@ def task_of(name: str) -> tuple[str, str] | None:
     """Line and task of a registered model's name; None if it is not a finetuned model's."""
     line, dot, task = name.partition(".")
     return (line, task) if dot and NAME.match(line) and NAME.match(task) else None
-
-
-def _task(line: str, name: str) -> str | None:
-    parts = task_of(name)  # in a LIKE pattern, the `_` of a line matches any character
-    return parts[1] if parts is not None and parts[0] == line else None
-
-
-def _is_ours(version: Any) -> bool:
-    return projection.VERSION_TAG in version.tags
-
-
-def _pages(client: Any, query: str) -> Iterator[Any]:
-    token: str | None = None
-    while True:
-        page = client.search_model_versions(query, max_results=1000, page_token=token)
-        yield from page
-        token = page.token
-        if not token:
-            return
 
 
 def _external(client: Any, line: str, task: str, version: Any) -> ExternalModel:

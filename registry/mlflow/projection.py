@@ -21,10 +21,15 @@ STATE_TAG = "restitch.state"
 REASON_TAG = "restitch.reason"
 ROLE_TAG = "restitch.role"
 
-_MAX_PARAM = 5_900  # MLflow cuts silently at 6,000
+MAX_PARAM = 5_900  # MLflow cuts silently at 6,000
 MAX_TAG = 4_900  # and refuses longer ones
 # The tags that MLflow's pages show as name, description and "created by".
 NAME_TAG, NOTE_TAG, USER_TAG = "mlflow.runName", "mlflow.note.content", "mlflow.user"
+
+
+# A line has experiments for its merged versions (None), its acts, its finetuned models, the one
+# run with the metrics of all merged versions for charts, and its studies.
+Part = Literal["audit", "models", "history", "studies"] | None
 
 
 @dataclass(frozen=True)
@@ -88,16 +93,13 @@ class VersionProjection:
     existing: MlflowVersion | None = None
 
 
-def experiment_name(
-    line: str, part: Literal["audit", "models", "history", "studies"] | None = None
-) -> str:
-    """The experiment of a line's merged versions, or of another part of the line.
+def identity(digest: str, version: int) -> dict[str, str]:
+    """The tags that identify the projection of a version."""
+    return {DIGEST_TAG: digest, VERSION_TAG: str(version)}
 
-    Args:
-        line: the line.
-        part: its acts, its finetuned models, the one run with the metrics of all merged versions
-            for charts, or its studies.
-    """
+
+def experiment_name(line: str, part: Part = None) -> str:
+    """The experiment of a part of a line."""
     return line if part is None else f"{line}.{part}"
 
 
@@ -122,7 +124,6 @@ def project_act(entry: Entry) -> RunProjection:
             params[f"{role}.before"] = as_text(entry.before.get(f"/{role}"))
             params[f"{role}.after"] = as_text(entry.after[f"/{role}"])
     params |= {f"digest.{name}": digest for name, digest in sorted(entry.digests.items())}
-    models = touched_models(entry)
     tags = {
         NAME_TAG: f"{entry.sequence:04d} {entry.kind}",
         NOTE_TAG: f"{entry.kind} by {entry.actor}: {entry.reason}",
@@ -133,21 +134,21 @@ def project_act(entry: Entry) -> RunProjection:
         "restitch.sequence": str(entry.sequence),
         "restitch.actor": entry.actor,
     }
-    if models:
+    if models := touched_models(entry):
         search_tags["restitch.task"] = ",".join(sorted({task for task, _ in models}))
         params["models"] = ", ".join(f"{task} {version}" for task, version in models)
-    merged = touched_merges(entry)
-    if merged:
+    if merged := touched_merges(entry):
         params["version"] = ", ".join(map(str, merged))
-    about = merges_about(entry)
-    if about:  # commas on both sides, so that LIKE '%,1,%' finds 1 and not 12
+    if about := merges_about(
+        entry
+    ):  # commas on both sides, so that LIKE '%,1,%' finds 1 and not 12
         search_tags["restitch.versions"] = f",{','.join(map(str, about))},"
     return RunProjection(
         digest=entry.digest,
         time=milliseconds(entry.time),
-        tags=cut_tags(tags),
-        current=cut_tags(search_tags),
-        params=cut_params(params),
+        tags=cut(tags),
+        current=cut(search_tags),
+        params=cut(params, MAX_PARAM),
         artifacts={"audit.json": entry.to_bytes()},
     )
 
@@ -157,7 +158,20 @@ def project_model(
 ) -> tuple[RunProjection, VersionProjection]:
     """The run and the registered version of a finetuned model."""
     ref = model.model
-    digest = ref.weights
+    named = {
+        NAME_TAG: f"{task} {version}",
+        NOTE_TAG: f"Finetuned model {version} of task {task}, read from {ref.uri}.",
+        "restitch.task": task,
+    }
+    params = {
+        "task": task,
+        "version": str(version),
+        "uri": ref.uri,
+        "weights": ref.weights,
+        "config": ref.config,
+        "base": base,
+        "size": str(ref.size),
+    }
     metrics = {
         name: float(value)
         for name, value in model.facts.to_json().items()
@@ -165,26 +179,10 @@ def project_model(
     }
     run = RunProjection(
         # The same weights may be registered for two tasks, or again after they were retired.
-        digest=f"{digest}.{task}.{version}",
+        digest=f"{ref.weights}.{task}.{version}",
         time=milliseconds(model.registered_at),
-        tags=cut_tags(
-            {
-                NAME_TAG: f"{task} {version}",
-                NOTE_TAG: f"Finetuned model {version} of task {task}, read from {ref.uri}.",
-                "restitch.task": task,
-            }
-        ),
-        params=cut_params(
-            {
-                "task": task,
-                "version": str(version),
-                "uri": ref.uri,
-                "weights": ref.weights,
-                "config": ref.config,
-                "base": base,
-                "size": str(ref.size),
-            }
-        ),
+        tags=cut(named),
+        params=cut(params, MAX_PARAM),
         metrics=metrics,
         step=version,
         artifacts={"restitch/object.json": placeholder(ref.uri, ref.weights, ref.size)},
@@ -194,8 +192,8 @@ def project_model(
         tags |= {"restitch.mask": model.mask, "restitch.delta": model.delta}
     shown = VersionProjection(
         name=model_name(line, task),
-        identity={DIGEST_TAG: digest, VERSION_TAG: str(version)},
-        tags=cut_tags(tags),
+        identity=identity(ref.weights, version),
+        tags=cut(tags),
         description=shortened(_of_state(task, version, model), MAX_TAG),
         opening=_opening(task, version),
         existing=model.mlflow,
@@ -233,19 +231,14 @@ def as_text(value: Any) -> str:
     return value if isinstance(value, str) else canonical_json(value).decode()
 
 
-def cut_params(params: dict[str, str]) -> dict[str, str]:
-    """Params cut to the length that MLflow accepts."""
-    return {k: shortened(v, _MAX_PARAM) for k, v in params.items()}
-
-
 def shortened(text: str, limit: int) -> str:
     """A text cut to a number of characters."""
     return text if len(text) <= limit else f"{text[: limit - 3]}..."
 
 
-def cut_tags(tags: dict[str, str]) -> dict[str, str]:
-    """Tags cut to the length that MLflow accepts."""
-    return {k: shortened(v, MAX_TAG) for k, v in tags.items()}
+def cut(texts: dict[str, str], limit: int = MAX_TAG) -> dict[str, str]:
+    """Tags, or other texts, cut to the length that MLflow accepts."""
+    return {k: shortened(v, limit) for k, v in texts.items()}
 
 
 def milliseconds(time: str) -> int:

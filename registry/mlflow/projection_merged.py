@@ -14,7 +14,7 @@ from restitch.merging.digests import canonical_json
 from restitch.registry.ledger.outcomes import Outcome
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.mlflow.projection import (
-    DIGEST_TAG,
+    MAX_PARAM,
     MAX_TAG,
     NAME_TAG,
     NOTE_TAG,
@@ -25,8 +25,8 @@ from restitch.registry.mlflow.projection import (
     RunProjection,
     VersionProjection,
     as_text,
-    cut_params,
-    cut_tags,
+    cut,
+    identity,
     milliseconds,
     model_name,
     placeholder,
@@ -65,8 +65,7 @@ def project_merged(
     settings = method.get("settings") if isinstance(method, dict) else None
     if isinstance(settings, dict):
         params |= {f"method.{k}": as_text(v) for k, v in sorted(settings.items())}
-    for name, version in sorted(record.software.items()):
-        params[f"software.{name}"] = version
+    params |= {f"software.{name}": v for name, v in sorted(record.software.items())}
     description = f"{describe(record)} {outcome.sentence}"
     tags = _tags_of_merged(record, outcome)
     current = {NOTE_TAG: description, VERSION_TAG: str(record.version), **tags}
@@ -75,9 +74,9 @@ def project_merged(
     run = RunProjection(
         digest=digest,
         time=milliseconds(record.created_at),
-        tags=cut_tags({NAME_TAG: f"{record.line} {record.version}"}),
-        current=cut_tags(current),
-        params=cut_params(params),
+        tags=cut({NAME_TAG: f"{record.line} {record.version}"}),
+        current=cut(current),
+        params=cut(params, MAX_PARAM),
         metrics=metrics_of(record),
         step=record.version,
         inputs=_inputs(record),
@@ -92,8 +91,8 @@ def project_merged(
     )
     shown = VersionProjection(
         name=model_name(record.line),
-        identity={DIGEST_TAG: digest, VERSION_TAG: str(record.version)},
-        tags=cut_tags(tags),
+        identity=identity(digest, record.version),
+        tags=cut(tags),
         description=shortened(description, MAX_TAG),
     )
     return run, shown

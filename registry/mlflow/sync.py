@@ -11,8 +11,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +23,8 @@ from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import Entry
 from restitch.registry.mlflow import projection, projection_merged
-from restitch.registry.mlflow.writer import Writer
+from restitch.registry.mlflow.writer import Writer, or_none, pages
+from restitch.registry.redaction import first_line
 from restitch.registry.redaction import without_credentials as without_credentials
 from restitch.registry.store.disk import explained, locked
 
@@ -51,7 +51,7 @@ class MlflowProjection:
     @cached_property
     def client(self) -> "MlflowClient":
         """MLflow's own client."""
-        with self._explained():
+        with mlflow_explained(self.home):
             return connect(self.home)
 
     @cached_property
@@ -59,7 +59,7 @@ class MlflowProjection:
         return Writer(self.client, self.home)
 
     def repair(self, ledger: Ledger, *, full: bool = False, extras: Extras | None = None) -> int:
-        """Complete the projection of a line from its ledger.
+        """Complete the projection of a line from its ledger; returns how many acts it processed.
 
         Args:
             ledger: the line.
@@ -67,16 +67,13 @@ class MlflowProjection:
             extras: makes artifacts for the run of a merged version, which replace existing
                 ones; called for every version that a processed act is about.
 
-        Returns:
-            The number of acts that were processed.
-
         Raises:
             Unavailable: MLflow cannot be reached; the next repair completes the rest.
             Damage: the audit trail or a record is damaged.
         """
-        with self._explained(), self._alone():
+        with mlflow_explained(self.home), self._alone():
             line_state = ledger.state()  # under the lock: an older state would move aliases back
-            audit = self._writer.experiment(projection.experiment_name(line_state.line, "audit"))
+            audit = self._writer.experiment(line_state.line, "audit")
             done = None if full else _completed(self.client.get_experiment(audit).tags)
             aliases = self._aliases(line_state)
             if aliases is None:
@@ -105,17 +102,11 @@ class MlflowProjection:
     ) -> str:
         """Write a study of a line, such as a comparison of methods, as a run; returns its id.
 
-        Args:
-            line: the line.
-            name: the name of the run.
-            digest: the digest of the results; the same study is written once.
-            by: the user who made it.
-            params: any JSON values.
-            metrics: by name.
-            artifacts: contents by path.
+        Results of the same digest are written once. Params are any JSON values, and artifacts
+        contents by path.
         """
-        with self._explained(), self._alone():
-            experiment = self._writer.experiment(projection.experiment_name(line, "studies"))
+        with mlflow_explained(self.home), self._alone():
+            experiment = self._writer.experiment(line, "studies")
             run = projection.RunProjection(
                 digest=digest,
                 time=int(time.time() * 1000),
@@ -128,23 +119,16 @@ class MlflowProjection:
 
     def acts_shown(self, line: str) -> dict[str, str]:
         """The digests of a line's audit entries in MLflow, with the names of their runs."""
-        with self._explained():
-            experiment = self.client.get_experiment_by_name(
-                projection.experiment_name(line, "audit")
-            )
-            shown: dict[str, str] = {}
-            token: str | None = None
-            while experiment is not None:
-                runs = self.client.search_runs(
-                    [experiment.experiment_id], max_results=1000, page_token=token
-                )
-                for run in runs:
-                    if projection.DIGEST_TAG in run.data.tags:
-                        shown[run.data.tags[projection.DIGEST_TAG]] = str(run.info.run_name)
-                token = runs.token
-                if not token:
-                    break
-            return shown
+        with mlflow_explained(self.home):
+            experiment = self._experiment(line, "audit")
+            if experiment is None:
+                return {}
+            search = partial(self.client.search_runs, [experiment.experiment_id])
+            return {
+                run.data.tags[projection.DIGEST_TAG]: str(run.info.run_name)
+                for run in pages(search)
+                if projection.DIGEST_TAG in run.data.tags
+            }
 
     def copy_of(self, line: str, digest: str) -> bytes | None:
         """The bytes of an act or of a version's record from MLflow; None if it has none.
@@ -154,22 +138,15 @@ class MlflowProjection:
         Raises:
             Unavailable: MLflow cannot be reached.
         """
-        places = (
-            (projection.experiment_name(line, "audit"), "audit.json"),
-            (projection.experiment_name(line), "record.json"),
-        )
-        with self._explained():
-            for name, artifact in places:
-                experiment = self.client.get_experiment_by_name(name)
-                runs = (
-                    []
-                    if experiment is None
-                    else self._writer.runs(experiment.experiment_id, digest)
-                )
-                for run in runs:
-                    with self._artifact(run.info.run_id, artifact) as path:
-                        if path is not None:
-                            return path.read_bytes()
+        artifacts: dict[projection.Part, str] = {"audit": "audit.json", None: "record.json"}
+        with mlflow_explained(self.home):
+            for part, artifact in artifacts.items():
+                experiment = self._experiment(line, part)
+                if experiment is not None:
+                    for run in self._writer.runs(experiment.experiment_id, digest):
+                        data = self._artifact(run.info.run_id, artifact)
+                        if data is not None:
+                            return data
         return None
 
     def differences(self, ledger: Ledger) -> tuple[str, ...]:
@@ -178,10 +155,9 @@ class MlflowProjection:
         Raises:
             Unavailable: MLflow cannot be reached.
         """
-        with self._explained():
+        with mlflow_explained(self.home):
             line_state = ledger.state()
-            name = projection.experiment_name(line_state.line, "audit")
-            audit = self.client.get_experiment_by_name(name)
+            audit = self._experiment(line_state.line, "audit")
             if audit is None or _completed(audit.tags) != line_state.entry:
                 return ()  # the next remerge completes it
             problems = []
@@ -197,10 +173,11 @@ class MlflowProjection:
                     problems.append(
                         f"the alias {alias} is on {_version(shown)}, not {_version(version)}"
                     )
-            for number, record in sorted(line_state.versions.items()):
-                identity = {projection.DIGEST_TAG: record, projection.VERSION_TAG: str(number)}
-                if not self._writer.versions(projection.model_name(line_state.line), identity):
-                    problems.append(f"version {number} is missing")
+            problems += [
+                f"version {number} is missing"
+                for number in sorted(line_state.versions)
+                if not self._versions(line_state, number)
+            ]
         shown_acts = self.acts_shown(line_state.line)
         missing = [entry for entry in ledger.entries() if entry.digest not in shown_acts]
         problems += [f"act {entry.sequence} ({entry.kind}) is missing" for entry in missing]
@@ -216,18 +193,26 @@ class MlflowProjection:
                 return version
         return -1
 
-    @contextlib.contextmanager
-    def _artifact(self, run: str, name: str) -> Iterator[Path | None]:
-        """A run's artifact as a file; None if it has none."""
+    def _experiment(self, line: str, part: projection.Part) -> Any:
+        """The experiment of a part of a line; None if it does not exist."""
+        return self.client.get_experiment_by_name(projection.experiment_name(line, part))
+
+    def _versions(self, line_state: LineState, number: int) -> list[Any]:
+        """The versions in MLflow that show a merged version."""
+        identity = projection.identity(line_state.versions[number], number)
+        return self._writer.versions(projection.model_name(line_state.line), identity)
+
+    def _artifact(self, run: str, name: str) -> bytes | None:
+        """The content of a run's artifact; None if it cannot be read."""
         from mlflow.exceptions import MlflowException
 
         self.home.scratch.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=self.home.scratch) as folder:
-            try:
-                path = Path(self.client.download_artifacts(run, name, folder))
-            except (MlflowException, OSError):
-                path = None
-            yield path
+        with (
+            tempfile.TemporaryDirectory(dir=self.home.scratch) as folder,
+            contextlib.suppress(MlflowException, OSError),
+        ):
+            return Path(self.client.download_artifacts(run, name, folder)).read_bytes()
+        return None
 
     def _show_models(self, line_state: LineState, pending: Iterable[Entry]) -> None:
         """Write the finetuned models that acts are about, in their present state."""
@@ -237,9 +222,7 @@ class MlflowProjection:
             run, shown = projection.project_model(
                 line_state.line, key.task, key.version, models[key], line_state.base.weights
             )
-            experiment = self._writer.experiment(
-                projection.experiment_name(line_state.line, "models")
-            )
+            experiment = self._writer.experiment(line_state.line, "models")
             self._writer.write_version(shown, self._writer.write_run(experiment, run))
 
     def _show_merged(
@@ -260,7 +243,7 @@ class MlflowProjection:
             files = {name: read(blob) for name, blob in record.files.items()}
             outcome = outcomes.outcome_of(record, moves[version])
             run, shown = projection_merged.project_merged(record, files, outcome)
-            experiment = self._writer.experiment(projection.experiment_name(line_state.line))
+            experiment = self._writer.experiment(line_state.line)
             run_id = self._writer.write_run(experiment, run)
             self._writer.write_version(shown, run_id)
             if extras is not None:
@@ -276,8 +259,7 @@ class MlflowProjection:
         full: bool,
     ) -> None:
         """Write the run with the metrics of all versions; its own tag says how far it is."""
-        name = projection.experiment_name(line_state.line, "history")
-        experiment = self._writer.experiment(name)
+        experiment = self._writer.experiment(line_state.line, "history")
         runs = self._writer.runs(experiment, projection_merged.history_digest(line_state.line))
         complete = _completed(runs[0].data.tags) if len(runs) == 1 and not full else None
         if complete != done:  # it was deleted, or a repair was killed
@@ -298,16 +280,12 @@ class MlflowProjection:
 
     def _aliases(self, line_state: LineState) -> dict[str, int] | None:
         """The aliases of the line's model; None if it has versions and is missing."""
-        from mlflow.exceptions import MlflowException
-
         if not line_state.versions:
             return {}
-        try:
-            model = self.client.get_registered_model(projection.model_name(line_state.line))
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return None
-            raise
+        name = projection.model_name(line_state.line)
+        model = or_none(self.client.get_registered_model, name)
+        if model is None:
+            return None
         self._writer.models.add(model.name)
         return {alias: int(version) for alias, version in model.aliases.items()}
 
@@ -319,11 +297,7 @@ class MlflowProjection:
                 if alias in present:
                     self.client.delete_registered_model_alias(name, alias)
                 continue
-            identity = {
-                projection.DIGEST_TAG: line_state.versions[version],
-                projection.VERSION_TAG: str(version),
-            }
-            versions = self._writer.versions(name, identity)
+            versions = self._versions(line_state, version)
             if versions and int(versions[0].version) != present.get(alias):
                 self.client.set_registered_model_alias(name, alias, str(versions[0].version))
 
@@ -336,9 +310,6 @@ class MlflowProjection:
             path.touch()
         with locked(path):
             yield
-
-    def _explained(self) -> AbstractContextManager[None]:
-        return mlflow_explained(self.home)
 
 
 def _completed(tags: Mapping[str, str]) -> str | None:
@@ -373,9 +344,7 @@ def _since(
 def mlflow_explained(home: Home, missing: str | None = None) -> Iterator[None]:
     """Turn MLflow's failures into errors that say what to do.
 
-    Args:
-        home: the home of this MLflow.
-        missing: the message if MLflow answers that something does not exist.
+    `missing` is the message if MLflow answers that something does not exist.
 
     Raises:
         BadInput: something does not exist, and `missing` was given.
@@ -387,7 +356,7 @@ def mlflow_explained(home: Home, missing: str | None = None) -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError, OSError) as error:
-        first = without_credentials((str(error).splitlines() or [type(error).__name__])[0])[:300]
+        first = first_line(error)
         absent = ("RESOURCE_DOES_NOT_EXIST", "NOT_FOUND", "INVALID_PARAMETER_VALUE")
         if missing is not None and getattr(error, "error_code", None) in absent:
             raise BadInput(missing, found=first, hint="check the name and the version") from None

@@ -8,7 +8,7 @@ finished last; an unfinished one is written again.
 import contextlib
 import json
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,8 @@ class Writer:
             for other in others:  # two workers searched at the same moment
                 self.client.delete_run(other.info.run_id)
             if _is_whole(first, run):
-                self._keep_tags(first, run.current)
+                changed = {k: v for k, v in run.current.items() if first.data.tags.get(k) != v}
+                self._write_texts(str(first.info.run_id), {}, changed)
                 return str(first.info.run_id)
         else:
             tags = {projection.DIGEST_TAG: run.digest}
@@ -126,10 +127,11 @@ class Writer:
         versions = self.client.search_model_versions(" and ".join(terms), max_results=10)
         return sorted(versions, key=lambda v: int(v.version))
 
-    def experiment(self, name: str) -> str:
-        """The id of an experiment, which is created or restored if necessary."""
+    def experiment(self, line: str, part: projection.Part = None) -> str:
+        """The id of a line's experiment, which is created or restored if necessary."""
         from mlflow.exceptions import MlflowException
 
+        name = projection.experiment_name(line, part)
         if name in self._experiments:
             return self._experiments[name]
         experiment = self.client.get_experiment_by_name(name)
@@ -149,10 +151,6 @@ class Writer:
             self.client.restore_experiment(experiment.experiment_id)
         self._experiments[name] = str(experiment.experiment_id)
         return self._experiments[name]
-
-    def _keep_tags(self, run: Any, tags: Mapping[str, str]) -> None:
-        changed = {k: v for k, v in tags.items() if run.data.tags.get(k) != v}
-        self._write_texts(str(run.info.run_id), {}, changed)
 
     def _write_texts(self, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         from mlflow.entities import Param, RunTag
@@ -182,17 +180,10 @@ class Writer:
 
     def _adopted(self, version: projection.VersionProjection) -> list[Any]:
         """The version that a user registered in MLflow, now tagged as ours."""
-        from mlflow.exceptions import MlflowException
-
         assert version.existing is not None
         number = str(version.existing.number)
-        try:
-            there = self.client.get_model_version(version.name, number)
-        except MlflowException as error:
-            if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-                return []
-            raise
-        if there.creation_timestamp != version.existing.created:
+        there = or_none(self.client.get_model_version, version.name, number)
+        if there is None or there.creation_timestamp != version.existing.created:
             return []
         for key, value in version.identity.items():
             self.client.set_model_version_tag(version.name, number, key, value)
@@ -209,6 +200,29 @@ class Writer:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         self.models.add(name)
+
+
+def pages(search: Callable[..., Any]) -> Iterator[Any]:
+    """All results of a search, which MLflow answers in pages."""
+    token: str | None = None
+    while True:
+        page = search(max_results=1000, page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def or_none(get: Callable[..., Any], *names: str) -> Any:
+    """The answer of MLflow's client; None if nothing has these names."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return get(*names)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
 
 
 def _is_whole(existing: Any, run: projection.RunProjection) -> bool:

@@ -14,8 +14,8 @@ from uuid import uuid4
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import Unavailable
-from restitch.registry.s3.client import client, code_of, s3_errors, status_of
-from restitch.registry.s3.retries import with_retries
+from restitch.registry.s3.client import s3_errors
+from restitch.registry.s3.retries import call
 from restitch.registry.s3.settings import WRITER_VARIABLE, single_writer, write_settings
 
 _known: dict[tuple[str, str], bool] = {}
@@ -43,17 +43,14 @@ def probe_conditional_writes(bucket: str, prefix: str) -> bool:
             return _etag(probe) != first and not _write(probe, IfMatch=first)
         finally:
             with contextlib.suppress(Exception):
-                with_retries(lambda: client().delete_object(**probe))
+                call("delete_object", **probe)
 
 
 def check_conditional_writes(bucket: str, prefix: str, cache: Path) -> bool:
     """Return True if the server supports conditional writes; it is probed once.
 
-    Returns:
-        False if it does not, and the deployment promises a single writer.
-
     Raises:
-        Unavailable: it does not, and the deployment promises nothing.
+        Unavailable: it does not, and the deployment does not promise a single writer.
     """
     server = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
     place = (server, bucket)
@@ -84,27 +81,11 @@ def refusal(place: str) -> Unavailable:
 
 def _write(probe: dict[str, str], **condition: str) -> bool:
     """True if a write was accepted; False also if the server does not know the condition."""
-    from botocore.exceptions import ClientError
-
-    try:
-        with_retries(
-            lambda: client().put_object(
-                **probe, **condition, **write_settings(""), Body=uuid4().bytes
-            )
-        )
-    except ClientError as error:
-        if status_of(error) in (409, 412, 501) or code_of(error) == "NotImplemented":
-            return False
-        raise
-    return True
+    refused = (409, 412, 501, "NotImplemented")
+    request = {**probe, **condition, **write_settings("")}
+    return call("put_object", unless=refused, **request, Body=uuid4().bytes) is not None
 
 
 def _etag(probe: dict[str, str]) -> str | None:
-    from botocore.exceptions import ClientError
-
-    try:
-        return str(with_retries(lambda: client().head_object(**probe))["ETag"])
-    except ClientError as error:
-        if status_of(error) == 404:
-            return None
-        raise
+    answer = call("head_object", unless=(404,), **probe)
+    return None if answer is None else str(answer["ETag"])

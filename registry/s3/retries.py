@@ -10,10 +10,10 @@ it.
 import random
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container, Iterator
 from typing import Any, TypeVar
 
-from restitch.registry.s3.client import AlteredError, MangledError, code_of, status_of
+from restitch.registry.s3.client import AlteredError, MangledError, client, code_of, status_of
 
 Result = TypeVar("Result")
 
@@ -29,6 +29,14 @@ _FIRST_WAIT, _LONGEST_WAIT = 0.1, 5.0
 SLOWEST = 128 << 10
 _GRACE = 15.0
 
+BLOCK = 1 << 20
+
+# The parameters that name the next page of a list.
+_MARKS = {
+    "list_objects_v2": ("ContinuationToken",),
+    "list_multipart_uploads": ("KeyMarker", "UploadIdMarker"),
+}
+
 _BUSY = (429, 500, 502, 503, 504)
 
 # Refusals of calls that were cut or altered on their way, or came too early.
@@ -40,11 +48,9 @@ _TRANSIENT = {
 
 
 def with_retries(call: Callable[[], Result], size: int = 0) -> Result:
-    """Make a call, and repeat it while that may help.
+    """Make a call that is safe to repeat, and repeat it while that may help.
 
-    Args:
-        call: the call, which must be safe to repeat.
-        size: the bytes that it moves, for which it gets more time.
+    It gets more time for `size`, the bytes that it moves.
 
     Raises:
         BotoCoreError, ClientError, MangledError: the error of the last attempt. Its cause is
@@ -75,7 +81,32 @@ def with_retries(call: Callable[[], Result], size: int = 0) -> Result:
         pause(wait)
 
 
-def read_blocks(body: Any, size: int, take: Callable[[bytes], object], block: int) -> None:
+def call(operation: str, *, unless: Container[str | int] = (), **parameters: Any) -> Any:
+    """Call an operation of boto3's client; raises like `with_retries`.
+
+    Returns:
+        The answer; None if the server refuses with a code or an HTTP status in `unless`.
+    """
+    from botocore.exceptions import ClientError
+
+    try:
+        return with_retries(lambda: getattr(client(), operation)(**parameters))
+    except ClientError as error:
+        if code_of(error) in unless or status_of(error) in unless:
+            return None
+        raise
+
+
+def call_pages(operation: str, *, unless: Container[str] = (), **parameters: Any) -> Iterator[Any]:
+    """All pages of a list; none if the server refuses with a code in `unless`."""
+    while page := call(operation, unless=unless, **parameters):
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        parameters |= {mark: page[f"Next{mark}"] for mark in _MARKS[operation]}
+
+
+def read_blocks(body: Any, size: int, take: Callable[[bytes], object]) -> None:
     """Read a body of a known size to its end, in blocks.
 
     Raises:
@@ -84,7 +115,7 @@ def read_blocks(body: Any, size: int, take: Callable[[bytes], object], block: in
     """
     ends = time.monotonic() + _GRACE + size / SLOWEST
     left = size
-    while data := body.read(block):
+    while data := body.read(BLOCK):
         take(data)
         left -= len(data)
         if time.monotonic() > ends:

@@ -19,10 +19,10 @@ from restitch.merging.digests import digest_file
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.s3.client import NOT_ALLOWED, client, code_of, s3_errors, status_of
 from restitch.registry.s3.conditional_writes import check_conditional_writes
-from restitch.registry.s3.retries import pause, with_retries
+from restitch.registry.s3.retries import call, call_pages, pause, with_retries
 from restitch.registry.s3.settings import cache_limit, write_settings
 from restitch.registry.s3.transfer import Target, fetch_file, read_body, send_bytes, send_file
-from restitch.registry.store.base import Listed, NotInStore, Tagged, check_name
+from restitch.registry.store.base import Listed, NotInStore, Tagged, check_name, is_name
 from restitch.registry.store.disk import explained
 from restitch.registry.store.read_cache import ReadCache
 
@@ -117,30 +117,27 @@ class S3Store:
         """Remove incomplete downloads and uploads by age; see `Store.sweep`."""
         limit = time.time() - older_than
         with explained(self.cache.root, "sweep"):
-            removed = self.cache.sweep(limit)
+            removed = self.cache.sweep(older_than)
         with s3_errors(self.address, "sweep"):
             for key, upload, since in self._uploads():
                 if since < limit:
-                    self._abort(key, upload)
+                    place = {"Bucket": self.bucket, "Key": key}
+                    gone = ("NoSuchUpload",)
+                    call("abort_multipart_upload", unless=gone, **place, UploadId=upload)
                     removed += 1
         return removed
 
     def details(self, prefix: str = "") -> Iterator[Listed]:
         """The objects below a prefix, sorted; see `Store.details`."""
         below = self._key(prefix.rstrip("/")) + "/" if prefix else f"{self.prefix}/"
-        request = {"Bucket": self.bucket, "Prefix": below}
         objects: list[Listed] = []
         with s3_errors(self.address, "list"):
-            while True:
-                page = with_retries(lambda: client().list_objects_v2(**request))
+            for page in call_pages("list_objects_v2", Bucket=self.bucket, Prefix=below):
                 for each in page.get("Contents", ()):
                     name = str(each["Key"]).removeprefix(f"{self.prefix}/")
-                    if _is_name(name):
+                    if is_name(name):
                         modified = each["LastModified"].timestamp()
                         objects.append(Listed(name, int(each["Size"]), modified))
-                if not page.get("IsTruncated"):
-                    break
-                request["ContinuationToken"] = page["NextContinuationToken"]
         return iter(sorted(objects))
 
     def exists(self, name: str) -> bool:
@@ -164,7 +161,7 @@ class S3Store:
         """Remove it from the server; see `Store.remove`."""
         existed = self.exists(name)
         with s3_errors(self.address, f"remove {name}"):
-            with_retries(lambda: client().delete_object(**self._place(name)))
+            call("delete_object", **self._place(name))
         return existed
 
     def _key(self, name: str) -> str:
@@ -175,16 +172,9 @@ class S3Store:
 
     def _head(self, name: str) -> _ObjectState | None:
         """The state of an object, or None if it does not exist."""
-        from botocore.exceptions import ClientError
-
-        place = self._place(name)
         with s3_errors(self.address, f"look for {name}"):
-            try:
-                return _state_of(with_retries(lambda: client().head_object(**place)))
-            except ClientError as error:
-                if status_of(error) == 404:
-                    return None
-                raise
+            answer = call("head_object", unless=(404,), **self._place(name))
+        return None if answer is None else _state_of(answer)
 
     def _read(self, name: str, get: Callable[[], Result]) -> Result:
         """Call `get`, and explain its errors."""
@@ -256,33 +246,12 @@ class S3Store:
 
     def _uploads(self) -> Iterator[tuple[str, str, float]]:
         """Key, id and start time of the multipart uploads that are not completed."""
-        from botocore.exceptions import ClientError
-
-        request: dict[str, Any] = {"Bucket": self.bucket, "Prefix": f"{self.prefix}/"}
-        while True:
-            try:
-                page = with_retries(lambda: client().list_multipart_uploads(**request))  # noqa: B023
-            except ClientError as error:
-                # Some servers do not list them, and some accounts may not; the sweep is optional.
-                if code_of(error) in (*NOT_ALLOWED, "NotImplemented", "MethodNotAllowed"):
-                    return
-                raise
+        # Some servers do not list them, and some accounts may not; the sweep is optional.
+        unless = (*NOT_ALLOWED, "NotImplemented", "MethodNotAllowed")
+        place = {"Bucket": self.bucket, "Prefix": f"{self.prefix}/"}
+        for page in call_pages("list_multipart_uploads", unless=unless, **place):
             for each in page.get("Uploads", ()):
                 yield str(each["Key"]), str(each["UploadId"]), each["Initiated"].timestamp()
-            if not page.get("IsTruncated"):
-                return
-            request |= {"KeyMarker": page["NextKeyMarker"]}
-            request |= {"UploadIdMarker": page["NextUploadIdMarker"]}
-
-    def _abort(self, key: str, upload: str) -> None:
-        from botocore.exceptions import ClientError
-
-        request = {"Bucket": self.bucket, "Key": key, "UploadId": upload}
-        try:
-            with_retries(lambda: client().abort_multipart_upload(**request))
-        except ClientError as error:
-            if code_of(error) != "NoSuchUpload":  # it is aborted already
-                raise
 
     def _take_file(self, name: str, file: Path, *, into_cache: bool) -> None:
         """Move an uploaded file into the cache, so that it is not downloaded again."""
@@ -296,11 +265,3 @@ class S3Store:
 def _state_of(answer: Any) -> _ObjectState:
     writers = answer.get("Metadata", {}).get(_TOKEN, "")
     return _ObjectState(str(answer["ETag"]), tuple(writers.split()))
-
-
-def _is_name(text: str) -> bool:
-    try:
-        check_name(text)
-    except BadInput:
-        return False
-    return True

@@ -20,7 +20,7 @@ from blake3 import blake3
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput
 from restitch.registry.s3.client import AlteredError, MangledError, client
-from restitch.registry.s3.retries import read_blocks, with_retries
+from restitch.registry.s3.retries import BLOCK, call, read_blocks, with_retries
 
 # Larger content is sent in parts of this size, IN_FLIGHT of them at once.
 PART = 16 << 20
@@ -28,7 +28,6 @@ IN_FLIGHT = 4
 
 DIGEST, RANGES = "restitch-digest", "restitch-ranges"
 
-_BLOCK = 1 << 20
 _MOST_PARTS = 10_000
 # With four bytes each, the digests fit into the two kilobytes that metadata may have.
 _MOST_RANGES, _SHORT = 256, 4
@@ -100,7 +99,7 @@ def read_body(answer: Mapping[str, Any]) -> bytes:
         BotoCoreError: the connection broke.
     """
     blocks: list[bytes] = []
-    read_blocks(answer["Body"], int(answer["ContentLength"]), blocks.append, _BLOCK)
+    read_blocks(answer["Body"], int(answer["ContentLength"]), blocks.append)
     data = b"".join(blocks)
     _compare_digest(answer, lambda: digest_bytes(data))
     return data
@@ -121,7 +120,7 @@ def fetch_file(place: dict[str, str], file: Path) -> None:
         if size > PART:
             length, digests = _read_ranges(metadata, size)
             os.truncate(descriptor, size)
-            _in_parallel(
+            in_parallel(
                 lambda number: fetch_range(
                     {**place, "IfMatch": etag},
                     descriptor,
@@ -142,16 +141,8 @@ def _begin(place: dict[str, str], descriptor: int) -> tuple[int, str, Mapping[st
     if size > PART:
         answer["Body"].close()
     else:
-        hasher = blake3()
         os.truncate(descriptor, 0)
-        os.lseek(descriptor, 0, os.SEEK_SET)
-
-        def take(block: bytes) -> None:
-            hasher.update(block)
-            os.write(descriptor, block)
-
-        read_blocks(answer["Body"], size, take, _BLOCK)
-        _compare_digest(answer, hasher.hexdigest)
+        _compare_digest(answer, _receive(answer, descriptor, 0, size).hexdigest)
     return size, str(answer["ETag"]), answer.get("Metadata", {})
 
 
@@ -160,12 +151,7 @@ def fetch_range(
 ) -> None:
     """Fetch a range of an object to the same offset of a file; raises like `fetch_file`.
 
-    Args:
-        place: bucket, key and condition.
-        descriptor: of the file.
-        start: the first byte.
-        length: the number of bytes.
-        expected: the short digest of the range, if it is known.
+    If the short digest of the range is known, `expected`, the content is compared with it.
     """
 
     def fetch() -> None:
@@ -173,30 +159,35 @@ def fetch_range(
         if int(answer["ContentLength"]) != length:
             answer["Body"].close()
             raise MangledError(f"{answer['ContentLength']} of {length} bytes arrived")
-        hasher, at = blake3(), start
-
-        def take(block: bytes) -> None:
-            nonlocal at
-            hasher.update(block)
-            at += os.pwrite(descriptor, block, at)
-
-        read_blocks(answer["Body"], length, take, _BLOCK)
+        hasher = _receive(answer, descriptor, start, length)
         if expected is not None and hasher.digest(_SHORT) != expected:
             raise AlteredError(f"altered bytes from {start} to {start + length}")
 
     with_retries(fetch, length)
 
 
+def _receive(answer: Mapping[str, Any], descriptor: int, at: int, length: int) -> Any:
+    """Write a body to an offset of a file; returns a hasher with its content."""
+    hasher = blake3()
+
+    def take(block: bytes) -> None:
+        nonlocal at
+        hasher.update(block)
+        at += os.pwrite(descriptor, block, at)
+
+    read_blocks(answer["Body"], length, take)
+    return hasher
+
+
 @contextlib.contextmanager
 def _upload(target: Target, ranges: str) -> Iterator[str]:
     """The id of a multipart upload, which is aborted unless it is completed."""
-    answer = with_retries(
-        lambda: client().create_multipart_upload(
-            **target.place,
-            **target.settings,
-            ChecksumAlgorithm="CRC32",
-            Metadata={**target.metadata, RANGES: ranges},
-        )
+    answer = call(
+        "create_multipart_upload",
+        **target.place,
+        **target.settings,
+        ChecksumAlgorithm="CRC32",
+        Metadata={**target.metadata, RANGES: ranges},
     )
     upload = str(answer["UploadId"])
     try:
@@ -204,7 +195,7 @@ def _upload(target: Target, ranges: str) -> Iterator[str]:
     except BaseException:
         # The parts of an abandoned upload cost money until they are swept.
         with contextlib.suppress(Exception):
-            with_retries(lambda: client().abort_multipart_upload(**target.place, UploadId=upload))
+            call("abort_multipart_upload", **target.place, UploadId=upload)
         raise
 
 
@@ -225,22 +216,16 @@ def _send_parts(target: Target, upload: str, descriptor: int, size: int) -> list
 
         return with_retries(once, len(data))
 
-    return _in_parallel(send, range(-(-size // length)))
+    return in_parallel(send, range(-(-size // length)))
 
 
 def _complete(target: Target, upload: str, parts: list[dict[str, Any]]) -> str:
-    answer = with_retries(
-        lambda: client().complete_multipart_upload(
-            **target.place,
-            **target.condition,
-            UploadId=upload,
-            MultipartUpload={"Parts": parts},
-        )
-    )
+    request = {**target.place, **target.condition, "UploadId": upload}
+    answer = call("complete_multipart_upload", **request, MultipartUpload={"Parts": parts})
     return str(answer["ETag"])
 
 
-def _in_parallel(do: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
+def in_parallel(do: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
     """The results in order; after the first error nothing new is started."""
     with ThreadPoolExecutor(IN_FLIGHT, "s3") as pool:
         try:
@@ -252,14 +237,18 @@ def _in_parallel(do: Callable[[int], Any], numbers: Iterable[int]) -> list[Any]:
 
 def _ranges_of(descriptor: int, size: int) -> str:
     """The metadata with the length of a file's ranges and their short digests."""
-    length = max(PART, -(-size // (_MOST_RANGES * _BLOCK)) * _BLOCK)
+    length = max(PART, -(-size // (_MOST_RANGES * BLOCK)) * BLOCK)
     digests = bytearray()
     for start in range(0, size, length):
-        hasher = blake3()
-        for at in range(start, min(start + length, size), _BLOCK):
-            hasher.update(os.pread(descriptor, min(_BLOCK, start + length - at), at))
-        digests += hasher.digest(_SHORT)
+        digests += hash_range(blake3(), descriptor, start, length).digest(_SHORT)
     return f"{length} {base64.b64encode(digests).decode()}"
+
+
+def hash_range(hasher: Any, descriptor: int, start: int, length: int) -> Any:
+    """Update a hasher with a range of a file, or with what there is of it, and return it."""
+    for at in range(start, start + length, BLOCK):
+        hasher.update(os.pread(descriptor, min(BLOCK, start + length - at), at))
+    return hasher
 
 
 def _read_ranges(metadata: Mapping[str, str], size: int) -> tuple[int, list[bytes]]:

@@ -14,29 +14,19 @@ import re
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from blake3 import blake3
 
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.ledger.references import S3_SCHEME
-from restitch.registry.s3.client import (
-    BUCKET,
-    NOT_ALLOWED,
-    client,
-    code_of,
-    s3_errors,
-    status_of,
-)
-from restitch.registry.s3.retries import with_retries
-from restitch.registry.s3.transfer import IN_FLIGHT, PART, fetch_file, fetch_range
+from restitch.registry.s3.client import BUCKET, NOT_ALLOWED, code_of, s3_errors, status_of
+from restitch.registry.s3.retries import call, call_pages
+from restitch.registry.s3.transfer import PART, fetch_file, fetch_range, hash_range, in_parallel
 
-# Larger than any vocabulary or configuration.
-_BLOCK = 1 << 20
-_MOST_SMALL = 1 << 28
+_MOST_SMALL = 1 << 28  # larger than any vocabulary or configuration
 _MOST_FILES = 10_000
 _MOST_READS = 4
 _FIRST_READ = 64 << 10  # most headers are smaller
@@ -64,11 +54,6 @@ class S3Folder:
     address: str
     bucket: str
     files: Mapping[str, RemoteFile]
-
-    @property
-    def size(self) -> int:
-        """The bytes of all files."""
-        return sum(file.size for file in self.files.values())
 
     def fetch(self, name: str, target: Path) -> None:
         """Fetch a whole file.
@@ -118,25 +103,24 @@ class S3Folder:
 
     def _etag(self, name: str, descriptor: int) -> str:
         """The ETag that most servers give to this content."""
+        md5 = partial(hashlib.md5, usedforsecurity=False)
         file = self.files[name]
         parts = file.etag.strip('"').partition("-")[2]
         length = self._part_length(file) if parts else None
         if length is None:
-            return _md5(descriptor, 0, file.size).hexdigest()
+            return str(hash_range(md5(), descriptor, 0, file.size).hexdigest())
         starts = range(0, file.size, length)
-        each = [_md5(descriptor, at, min(length, file.size - at)).digest() for at in starts]
-        return f"{hashlib.md5(b''.join(each), usedforsecurity=False).hexdigest()}-{len(each)}"
+        each = [hash_range(md5(), descriptor, at, length).digest() for at in starts]
+        return f"{md5(b''.join(each)).hexdigest()}-{len(each)}"
 
     def _part_length(self, file: RemoteFile) -> int | None:
         """The length of the parts in which an object was uploaded, if the server tells it."""
         from botocore.exceptions import ClientError
 
-        place = {"Bucket": self.bucket, "Key": file.key}
-        try:
-            answer = with_retries(lambda: client().head_object(**place, PartNumber=1))
-        except ClientError:
-            return None
-        return int(answer.get("ContentLength", 0)) or None
+        with contextlib.suppress(ClientError):
+            answer = call("head_object", Bucket=self.bucket, Key=file.key, PartNumber=1)
+            return int(answer.get("ContentLength", 0)) or None
+        return None
 
     def fill(self, name: str, descriptor: int, start: int, length: int) -> None:
         """Fetch a range of a file to the same offset of an open one; raises like `fetch`."""
@@ -147,11 +131,7 @@ class S3Folder:
             def part(at: int) -> None:
                 fetch_range(request, descriptor, at, min(PART, start + length - at), None)
 
-            if len(starts) == 1:
-                part(start)
-                return
-            with ThreadPoolExecutor(IN_FLIGHT, "s3") as pool:
-                list(pool.map(part, starts))
+            in_parallel(part, starts)
 
     def _request(self, file: RemoteFile) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": file.key, "IfMatch": file.etag}
@@ -173,10 +153,12 @@ class RemoteWeights:
         self._descriptors: dict[str, int] = {}
         self._counting = threading.Lock()
         # Mapped files can still be read when the descriptors are closed.
-        weakref.finalize(self, _close, self._descriptors)
+        opened = contextlib.ExitStack()
+        weakref.finalize(self, opened.close)
         for name, path in self.files.items():
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
             self._descriptors[name] = os.open(path, flags, 0o600)
+            opened.callback(os.close, self._descriptors[name])
             os.truncate(path, folder.files[name].size)
             self._fill_header(name)
 
@@ -200,11 +182,7 @@ class RemoteWeights:
 
     def digest(self, name: str, start: int, length: int) -> str:
         """The digest of a range of the local file."""
-        hasher = blake3()
-        for at in range(start, start + length, _BLOCK):
-            block = min(_BLOCK, start + length - at)
-            hasher.update(os.pread(self._descriptors[name], block, at))
-        return hasher.hexdigest()
+        return str(hash_range(blake3(), self._descriptors[name], start, length).hexdigest())
 
     def _fill_header(self, name: str) -> None:
         """Fetch the header of a file; its reader validates it."""
@@ -220,18 +198,6 @@ class RemoteWeights:
             self.fill(name, first, 8 + length - first)
 
 
-def _md5(descriptor: int, start: int, length: int) -> "hashlib._Hash":
-    hasher = hashlib.md5(usedforsecurity=False)
-    for at in range(start, start + length, _BLOCK):
-        hasher.update(os.pread(descriptor, min(_BLOCK, start + length - at), at))
-    return hasher
-
-
-def _close(descriptors: dict[str, int]) -> None:
-    while descriptors:
-        os.close(descriptors.popitem()[1])
-
-
 def list_folder(address: str) -> S3Folder:
     """The files directly below an address, or the one file that it names.
 
@@ -241,8 +207,8 @@ def list_folder(address: str) -> S3Folder:
     """
     bucket, prefix = _parsed(address)
     with explained_source(address, ""):
-        objects = list(_objects(bucket, f"{prefix}/" if prefix else ""))
-        files = {key.removeprefix(f"{prefix}/") if prefix else key: f for key, f in objects}
+        below = f"{prefix}/" if prefix else ""
+        files = {key.removeprefix(below): file for key, file in _objects(bucket, below)}
         files = {name: file for name, file in files.items() if name and not _NO_NAME.search(name)}
         if not files and prefix.endswith(".safetensors"):
             one = dict(_objects(bucket, prefix))
@@ -332,10 +298,8 @@ def _parsed(address: str) -> tuple[str, str]:
 
 
 def _objects(bucket: str, prefix: str) -> Iterator[tuple[str, RemoteFile]]:
-    request: dict[str, Any] = {"Bucket": bucket, "Prefix": prefix, "Delimiter": "/"}
     seen = 0
-    while True:
-        page = with_retries(lambda: client().list_objects_v2(**request))
+    for page in call_pages("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/"):
         for each in page.get("Contents", ()):
             key = str(each["Key"])
             yield key, RemoteFile(key, int(each["Size"]), str(each["ETag"]))
@@ -346,6 +310,3 @@ def _objects(bucket: str, prefix: str) -> Iterator[tuple[str, RemoteFile]]:
                 expected=f"at most {_MOST_FILES} files",
                 hint="name the folder that holds model.safetensors",
             )
-        if not page.get("IsTruncated"):
-            return
-        request["ContinuationToken"] = page["NextContinuationToken"]

@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.access_policy import check_hub
-from restitch.registry.redaction import without_credentials
+from restitch.registry.redaction import first_line
 from restitch.registry.sources.model_files import CONVERT, MODEL_FILES, SKIPPED_FILES
 from restitch.registry.specs.task import split_pin
 
@@ -39,25 +40,19 @@ def _snapshot(name: str, revision: str) -> Path:
     """The folder of a commit; from the cache without a request if it is complete there."""
     from huggingface_hub import errors, snapshot_download
 
-    def fetch(only_cached: bool) -> Path:
-        return Path(
-            snapshot_download(
-                name,
-                revision=revision,
-                allow_patterns=list(MODEL_FILES),
-                ignore_patterns=list(SKIPPED_FILES),
-                endpoint=os.environ.get("HF_ENDPOINT"),
-                local_files_only=only_cached,
-            )
-        )
-
-    try:
-        local = fetch(only_cached=True)
+    fetch = partial(
+        snapshot_download,
+        name,
+        revision=revision,
+        allow_patterns=list(MODEL_FILES),
+        ignore_patterns=list(SKIPPED_FILES),
+        endpoint=os.environ.get("HF_ENDPOINT"),
+    )
+    with suppress(errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
+        local = Path(fetch(local_files_only=True))
         if any(local.glob("*.safetensors")):
             return local
-    except (errors.LocalEntryNotFoundError, errors.IncompleteSnapshotError):
-        pass
-    return fetch(only_cached=False)
+    return Path(fetch())
 
 
 def commit_of(name: str, revision: str | None, kind: Literal["model", "dataset"]) -> str:
@@ -102,7 +97,7 @@ def _hub_explained(name: str, revision: str) -> Iterator[None]:
             hint="name an existing branch, tag or commit, or none",
         ) from None
     except (errors.RemoteEntryNotFoundError, errors.HFValidationError) as error:
-        raise BadInput(f"{name} on the hub cannot be read", found=_first_line(error)) from None
+        raise BadInput(f"{name} on the hub cannot be read", found=first_line(error)) from None
     except (
         # The error of the library's HTTP client, which it does not export.
         errors.HTTPError,  # type: ignore[attr-defined]
@@ -114,7 +109,7 @@ def _hub_explained(name: str, revision: str) -> Iterator[None]:
     ) as error:
         raise Unavailable(
             f"cannot read {name} at {revision} from the hub",
-            found=_first_line(error),
+            found=first_line(error),
             hint="check the network and HF_ENDPOINT and run the command again, or use a local copy",
         ) from None
 
@@ -122,8 +117,3 @@ def _hub_explained(name: str, revision: str) -> Iterator[None]:
 def is_commit(revision: str) -> bool:
     """True if a revision is a commit, which cannot move."""
     return len(revision) == 40 and all(c in "0123456789abcdef" for c in revision)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return without_credentials(lines[0] if lines else type(error).__name__)[:300]

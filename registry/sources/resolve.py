@@ -11,7 +11,7 @@ import json
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,9 +155,7 @@ def _from_s3(text: str, home: Home, *, whole: bool) -> Source:
         for name in names:
             folder.fetch(name, building / name)
 
-    cache = _cache(home)
-    with explained(cache.root, "write"):
-        local = cache.get(digest_json([text, versions]), fetch)
+    local = _cached(digest_json([text, versions]), fetch, home)
     return Source(uri=text, local=local, kind="s3", remote=None if whole else folder)
 
 
@@ -171,9 +169,8 @@ def _from_mlflow(uri: str, home: Home) -> Source:
         key = objects.publish("source", digest_bytes(fixed.encode()), manifest)
     files = json.loads(objects.read_blob(key.blob))
     if "uri" in files:  # a placeholder with the address of the model
-        target = resolve_source(files["uri"], home)
-        return Source(target.uri, target.local, target.kind, target.revision)
-    return Source(uri=fixed, local=_unpacked(key.blob, files, home, objects), kind="mlflow")
+        return resolve_source(files["uri"], home)
+    return Source(uri=fixed, local=_unpacked(key.blob, home), kind="mlflow")
 
 
 def _from_copy(uri: str, home: Home) -> Source:
@@ -183,11 +180,7 @@ def _from_copy(uri: str, home: Home) -> Source:
             f"{uri} is not the address of a copy in the store",
             expected=f"{COPY_SCHEME} and a digest",
         )
-    cache = _cache(home)
-    if not cache.use(manifest):
-        objects = ObjectStore(home.open_store())
-        _unpacked(manifest, json.loads(objects.read_blob(manifest)), home, objects)
-    return Source(uri=uri, local=cache.root / manifest, kind="copy")
+    return Source(uri=uri, local=_unpacked(manifest, home), kind="copy")
 
 
 def _is_fixed(uri: str) -> bool:
@@ -199,10 +192,6 @@ def _is_fixed(uri: str) -> bool:
 @contextmanager
 def fetch_again(uri: str, home: Home) -> Iterator[dict[str, Path]]:
     """Fetch the files of a model from its source, by name, for the length of the context.
-
-    Args:
-        uri: a path, a hub id or an MLflow address.
-        home: the installation whose scratch folder holds them.
 
     Raises:
         BadInput: the model does not exist any more.
@@ -297,16 +286,14 @@ def _pointed_at(uri: str, placeholder: Path) -> str:
     return target
 
 
-def _unpacked(
-    manifest: str, files: dict[str, dict[str, str]], home: Home, objects: ObjectStore
-) -> Path:
-    """A folder in the cache with the files of a manifest, created atomically."""
-    folder = (cache := _cache(home)).root / manifest
-    if cache.use(manifest):
-        return folder
-    with explained(folder, "write"), cache.temporary() as building:
+def _unpacked(manifest: str, home: Home) -> Path:
+    """A folder in the cache with the files of a manifest."""
+
+    def unpack(building: Path) -> None:
+        objects = ObjectStore(home.open_store())
+        files = json.loads(objects.read_blob(manifest))["files"]
         building.mkdir()
-        for name, blob in files["files"].items():
+        for name, blob in files.items():
             if Path(name).name != name:
                 raise Damage(f"the manifest {manifest} names the file {name!r}")
             path = objects.blob_path(blob)
@@ -314,9 +301,12 @@ def _unpacked(
                 (building / name).hardlink_to(path)
             except OSError:
                 shutil.copyfile(path, building / name)
-        cache.keep(manifest, building)
-    return folder
+
+    return _cached(manifest, unpack, home)
 
 
-def _cache(home: Home) -> ReadCache:
-    return ReadCache(home.cache / "sources", cache_limit, folders=True)
+def _cached(name: str, fetch: Callable[[Path], None], home: Home) -> Path:
+    """A folder in the cache, created atomically."""
+    cache = ReadCache(home.cache / "sources", cache_limit, folders=True)
+    with explained(cache.root, "write"):
+        return cache.get(name, fetch)

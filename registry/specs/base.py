@@ -40,10 +40,7 @@ class InFile:
     """Annotates a field whose form in a file is wider than its type.
 
     `registry.specs.files` turns that form into the type before it validates. The JSON schema
-    describes the form.
-
-    Args:
-        form: the type of what people write.
+    describes the form, whose type it takes.
     """
 
     def __init__(self, form: Any) -> None:

@@ -25,7 +25,6 @@ def load_line(path: Path) -> LineSpec:
     Raises:
         BadInput: the file, or a file that it names, cannot be used.
     """
-    path = Path(path)
     return parse_line(read_text(path, "line file"), str(path), path.absolute().parent)
 
 
@@ -35,7 +34,6 @@ def load_task(path: Path) -> TaskSpec:
     Raises:
         BadInput: the file, or a file that it names, cannot be used.
     """
-    path = Path(path)
     return parse_task(read_text(path, "task file"), str(path), path.absolute().parent)
 
 

@@ -8,14 +8,7 @@ A method may take part twice with different settings.
 import json
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    Discriminator,
-    Field,
-    JsonValue,
-    Tag,
-    field_validator,
-    model_validator,
-)
+from pydantic import Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
 from restitch.registry.specs.base import InFile, Spec, Text
 

@@ -9,7 +9,7 @@ known name for an unknown key.
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -108,11 +108,7 @@ def read_text(path: Path, what: str, limit: int = MAX_BYTES) -> str:
 
 
 def parse_mapping(text: str, origin: str) -> dict[str, Any]:
-    """Read a YAML document that holds a mapping.
-
-    Args:
-        text: the document.
-        origin: its name in errors, for instance its path.
+    """Read a YAML document that holds a mapping; `origin` names it in errors.
 
     Raises:
         BadInput: the document is not valid, or not a mapping.
@@ -160,14 +156,13 @@ def checked(model: type[Model], values: Mapping[str, Any], origin: str) -> Model
     raise BadInput(f"{origin} cannot be used", details=problems)
 
 
-def unknown_key(key: str, known: Iterator[str] | list[str], where: str = "") -> str:
+def _unknown_key(key: str, known: list[str], where: str) -> str:
     """Say that a key does not exist, and name the nearest one or all that do."""
-    names = list(known)
-    near = get_close_matches(key, names, n=1, cutoff=0.6)
+    near = get_close_matches(key, known, n=1, cutoff=0.6)
     place = f" in {where}" if where else ""
     if near:
         return f"unknown key '{key}'{place}; did you mean '{near[0]}'?"
-    return f"unknown key '{key}'{place}; known: {', '.join(names)}"
+    return f"unknown key '{key}'{place}; known: {', '.join(known)}"
 
 
 def _is_text(value: str) -> bool:
@@ -207,7 +202,7 @@ def _explain(model: type[BaseModel], problem: ErrorDetails) -> str:
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
         owner = _model_at(model, problem["loc"][:-1])
-        return unknown_key(str(key), list(owner.model_fields) if owner else [], where)
+        return _unknown_key(str(key), list(owner.model_fields) if owner else [], where)
     if kind == "missing":
         return f"'{full}' is missing"
     value = _short(problem["input"])

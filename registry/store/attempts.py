@@ -9,7 +9,7 @@ several hosts never share one.
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -46,31 +46,19 @@ class Attempt:
         return bool(self.facts.get("host") == socket.gethostname())
 
     def is_alive(self, run_ended: Callable[[str], bool] | None = None) -> bool:
-        """Return True if its process may still be running.
-
-        Args:
-            run_ended: tells whether a run on another host has ended.
-        """
+        """True if its process may still run; `run_ended` tells it of a run on another host."""
         if self.facts.get("failed"):
             return False
-        if self.is_here:
-            return bool(process_began(int(self.facts["pid"])) == self.facts["process_began"])
-        if self.run is not None and run_ended is not None:
+        if not self.is_here and self.run is not None and run_ended is not None:
             return not run_ended(self.run)
-        begun = datetime.fromisoformat(str(self.facts["time"]))
-        return datetime.now(UTC) - begun < GIVEN_UP_AFTER
+        return may_run(self.facts, GIVEN_UP_AFTER)
 
     def __str__(self) -> str:
         return f"attempt {self.number} on {self.facts['host']}, process {self.facts['pid']}"
 
 
 class Attempts:
-    """The attempts at one piece of work.
-
-    Args:
-        store: where they are recorded.
-        subject: JSON values that identify the work.
-    """
+    """The attempts at one piece of work, which the JSON values of its subject identify."""
 
     def __init__(self, store: Store, *subject: Any) -> None:
         self.store = store
@@ -83,27 +71,18 @@ class Attempts:
         An unexpected error counts as a death.
         """
         number = max(self._numbers("begun"), default=0) + 1
-        facts: dict[str, Any] = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "process_began": process_began(os.getpid()),
-            "time": datetime.now(UTC).isoformat(),
-            "run": run,
-        }
+        facts = {**this_process(), "run": run}
         while not self._put(number, "begun", facts):
             number += 1
+        failure: dict[str, Any] = {}
         try:
             yield Attempt(number, facts)
-        except RestitchError:
-            self._put(number, "ended", {})
-            raise
         except Exception as error:
-            self._put(number, "failed", {"error": f"{type(error).__name__}: {error}"[:500]})
+            if not isinstance(error, RestitchError):
+                failure = {"error": f"{type(error).__name__}: {error}"[:500]}
             raise
-        except BaseException:  # the process was asked to stop
-            self._put(number, "ended", {})
-            raise
-        self._put(number, "ended", {})
+        finally:
+            self._put(number, "failed" if failure else "ended", failure)
 
     @property
     def count(self) -> int:
@@ -128,6 +107,23 @@ class Attempts:
 
     def _name(self, number: int, event: str) -> str:
         return f"{self.prefix}/{number:04d}.{event}"
+
+
+def this_process() -> dict[str, Any]:
+    """This process as `may_run` recognizes it, and the time."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "process_began": process_began(os.getpid()),
+        "time": datetime.now(UTC).isoformat(),
+    }
+
+
+def may_run(process: Mapping[str, Any], given_up_after: timedelta) -> bool:
+    """True if a process still runs; of one on another host only its age is known."""
+    if process["host"] == socket.gethostname():
+        return bool(process_began(int(process["pid"])) == process["process_began"])
+    return datetime.now(UTC) - datetime.fromisoformat(process["time"]) < given_up_after
 
 
 def process_began(pid: int) -> float | None:

@@ -13,7 +13,7 @@ from typing import NamedTuple, Protocol
 
 from restitch.merging.errors import BadInput
 
-NAME_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
+_NAME_PART = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*\Z")
 _MAX_PART, _MAX_NAME = 200, 900
 
 
@@ -85,12 +85,7 @@ class Store(Protocol):
         ...
 
     def swap(self, name: str, expected: str | None, data: bytes) -> str | None:
-        """Replace the object if it is still the expected one.
-
-        Args:
-            name: the object's name.
-            expected: the tag that was read; None if no object must exist.
-            data: the new content.
+        """Replace the object if it still has the expected tag; None expects no object.
 
         Returns:
             The new tag; None if the object has changed, in which case nothing is written.
@@ -100,9 +95,7 @@ class Store(Protocol):
     def local_path(self, name: str, *, fresh: bool = False) -> Path:
         """A read-only local file with the content of an object that is never swapped.
 
-        Args:
-            name: the object's name.
-            fresh: download it again although this machine has a copy, which is damaged.
+        With `fresh` it is downloaded again although this machine has a copy, which is damaged.
 
         Raises:
             NotInStore: it does not exist.
@@ -114,14 +107,7 @@ class Store(Protocol):
         ...
 
     def sweep(self, older_than: float) -> int:
-        """Remove leftovers of killed writers.
-
-        Args:
-            older_than: the age in seconds from which a leftover is removed.
-
-        Returns:
-            The number of leftovers that were removed.
-        """
+        """Remove leftovers of killed writers from an age in seconds; returns how many."""
         ...
 
     def details(self, prefix: str = "") -> Iterator[Listed]:
@@ -153,16 +139,20 @@ class Store(Protocol):
         ...
 
 
+def is_name(text: str) -> bool:
+    """True if an object may have this name."""
+    return len(text) <= _MAX_NAME and all(
+        len(part) <= _MAX_PART and _NAME_PART.match(part) for part in text.split("/")
+    )
+
+
 def check_name(name: str) -> str:
     """Check the name of an object and return it.
 
     Raises:
         BadInput: it is not made of `[A-Za-z0-9._-]` parts, or could leave its prefix.
     """
-    parts = name.split("/")
-    if len(name) <= _MAX_NAME and all(
-        len(part) <= _MAX_PART and NAME_PART.match(part) for part in parts
-    ):
+    if is_name(name):
         return name
     raise BadInput(
         f"{name[:200]!r} is not a valid name for an object in the store",

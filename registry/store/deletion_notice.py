@@ -6,17 +6,15 @@ checks that the object still exists. The notice of a process that was killed is 
 """
 
 import json
-import os
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import Any
 
 from restitch.merging.errors import Unavailable
-from restitch.registry.store.attempts import process_began
+from restitch.registry.store.attempts import may_run, this_process
 from restitch.registry.store.base import NotInStore, Store
 
 STATE = "gc/state.json"
@@ -41,13 +39,7 @@ def deletion_notice(store: Store, names: list[str]) -> Iterator[None]:
             found=f"process {state['pid']} on {state['host']}",
             hint="wait until it has ended; the notice of a killed process expires after an hour",
         )
-    notice = {
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "process_began": process_began(os.getpid()),
-        "time": datetime.now(UTC).isoformat(),
-        "names": names,
-    }
+    notice = {**this_process(), "names": names}
     notice_tag = store.swap(STATE, tag, json.dumps(notice).encode())
     if notice_tag is None:
         raise Unavailable("another `restitch gc` started at the same moment", hint="run it again")
@@ -106,8 +98,4 @@ def _state(store: Store) -> tuple[dict[str, Any], str | None]:
 
 def _is_alive(state: dict[str, Any]) -> bool:
     """True if the process of a notice may still remove objects."""
-    if not state.get("names"):
-        return False
-    if state["host"] == socket.gethostname():
-        return bool(process_began(int(state["pid"])) == state["process_began"])
-    return datetime.now(UTC) - datetime.fromisoformat(state["time"]) < _GIVEN_UP_AFTER
+    return bool(state.get("names")) and may_run(state, _GIVEN_UP_AFTER)

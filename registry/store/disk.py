@@ -5,7 +5,8 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from restitch.merging.errors import Unavailable
@@ -17,9 +18,7 @@ _FICLONE = 0x40049409
 def explained(path: Path, doing: str) -> Iterator[None]:
     """Turn errors of the operating system into ones that say what to do.
 
-    Args:
-        path: names the file where the error does not.
-        doing: the verb of the message, such as "write".
+    The message begins with the verb, such as "write", and names the path if the error has none.
 
     Raises:
         Unavailable: no space, no permission, a read-only or failing disk.
@@ -55,6 +54,19 @@ def files_below(folder: Path) -> Iterator[Path]:
         yield from (Path(directory, name) for name in files)
 
 
+def sweep(leftovers: Iterable[Path], older_than: float) -> int:
+    """Remove files and folders in which nothing changed for some seconds; returns how many."""
+    limit = time.time() - older_than
+    removed = 0
+    for path in leftovers:
+        with contextlib.suppress(FileNotFoundError):
+            # The time of a folder alone ignores growing files.
+            if max(each.stat().st_mtime for each in (path, *path.rglob("*"))) < limit:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                removed += 1
+    return removed
+
+
 def write_durably(target: Path, data: bytes | Path) -> None:
     """Write a new file and sync it to the disk."""
     with target.open("xb") as out:
@@ -85,9 +97,6 @@ def locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
     The kernel releases it when the process dies.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    try:
-        fcntl.flock(descriptor, how)
+    with path.open("a+b") as file:
+        fcntl.flock(file, how)
         yield
-    finally:
-        os.close(descriptor)

@@ -3,21 +3,19 @@
 import contextlib
 import errno
 import os
-import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 from restitch.merging.digests import digest_bytes, digest_file
 from restitch.merging.errors import BadInput
-from restitch.registry.store.base import NAME_PART, Listed, NotInStore, Tagged, check_name
-from restitch.registry.store.disk import explained, files_below, locked, sync, write_durably
+from restitch.registry.store.base import Listed, NotInStore, Tagged, check_name, is_name
+from restitch.registry.store.disk import explained, files_below, locked, sweep, sync, write_durably
 
 # A name's parts never begin with a dot, so these folders can hold no object.
 _TEMPORARY, _LOCKS = ".tmp", ".locks"
-
-
-_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
+# The errors of a file system without links, and of two file systems.
+_NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV}
 
 
 class FolderStore:
@@ -51,12 +49,8 @@ class FolderStore:
 
     def read(self, name: str) -> bytes:
         """The object's bytes; see `Store.read`."""
-        path = self._path(name)
-        with explained(path, "read"):
-            try:
-                return path.read_bytes()
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                raise NotInStore(name) from None
+        with self._reading(name) as path:
+            return path.read_bytes()
 
     def read_tagged(self, name: str) -> Tagged:
         """The object's bytes with their digest; see `Store.read_tagged`."""
@@ -88,25 +82,14 @@ class FolderStore:
         """The names below a prefix, sorted; see `Store.list`."""
         folder = self._path(prefix.rstrip("/")) if prefix else self.root
         with explained(folder, "list"):
-            names = sorted(
-                str(path.relative_to(self.root))
-                for path in files_below(folder)
-                if all(NAME_PART.match(part) for part in path.relative_to(self.root).parts)
-            )
-        return iter(names)
+            names = (str(path.relative_to(self.root)) for path in files_below(folder))
+            return iter(sorted(filter(is_name, names)))
 
     def sweep(self, older_than: float) -> int:
         """Remove temporary files by age; see `Store.sweep`."""
-        limit = time.time() - older_than
-        removed = 0
         folder = self.root / _TEMPORARY
         with explained(folder, "sweep"):
-            for path in files_below(folder):
-                with contextlib.suppress(FileNotFoundError):
-                    if path.stat().st_mtime < limit:
-                        path.unlink()
-                        removed += 1
-        return removed
+            return sweep(files_below(folder), older_than)
 
     def details(self, prefix: str = "") -> Iterator[Listed]:
         """The objects below a prefix, sorted; see `Store.details`."""
@@ -127,12 +110,8 @@ class FolderStore:
 
     def digest(self, name: str) -> str:
         """The digest of its file; see `Store.digest`."""
-        path = self._path(name)
-        with explained(path, "read"):
-            try:
-                return digest_file(path)
-            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-                raise NotInStore(name) from None
+        with self._reading(name) as path:
+            return digest_file(path)
 
     def mend(self, name: str, data: bytes | Path) -> None:
         """Replace its file; see `Store.mend`."""
@@ -154,6 +133,15 @@ class FolderStore:
     def _path(self, name: str) -> Path:
         return self.root / check_name(name)
 
+    @contextlib.contextmanager
+    def _reading(self, name: str) -> Iterator[Path]:
+        path = self._path(name)
+        with explained(path, "read"):
+            try:
+                yield path
+            except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+                raise NotInStore(name) from None
+
     def _replace(self, target: Path, data: bytes | Path) -> None:
         self._make_folder(target.parent)
         with self._temporary() as temporary:
@@ -162,33 +150,19 @@ class FolderStore:
         sync(target.parent)
 
     def _create(self, target: Path, data: bytes | Path, move: bool) -> bool:
+        created = None
         if move and isinstance(data, Path):
-            with contextlib.suppress(_CannotLinkError):
-                sync(data)
-                return self._publish(data, target)
-        with self._temporary() as temporary:
-            write_durably(temporary, data)
-            try:
-                return self._publish(temporary, target)
-            except _CannotLinkError:
-                with self._locked("put"):
-                    if target.exists():
-                        return False
-                    temporary.rename(target)
-                sync(target.parent)
-                return True
-
-    def _publish(self, source: Path, target: Path) -> bool:
-        # `link` refuses an existing target, which `rename` would overwrite.
-        try:
-            os.link(source, target)
-            created = True
-        except FileExistsError:
-            created = False
-        except OSError as error:
-            if error.errno in _NO_LINKS or error.errno == errno.EXDEV:
-                raise _CannotLinkError from error
-            raise
+            sync(data)
+            created = _link(data, target)
+        if created is None:
+            with self._temporary() as temporary:
+                write_durably(temporary, data)
+                created = _link(temporary, target)
+                if created is None:
+                    with self._locked("put"):
+                        created = not target.exists()
+                        if created:
+                            temporary.rename(target)
         sync(target.parent)
         return created
 
@@ -218,5 +192,18 @@ class FolderStore:
             sync(path.parent)
 
 
-class _CannotLinkError(Exception):
-    """The file system has no hard links, or source and target lie on two of them."""
+def _link(source: Path, target: Path) -> bool | None:
+    """Give a file its name unless that exists, which `rename` would overwrite.
+
+    Returns:
+        None if the file system has no hard links, or source and target lie on two of them.
+    """
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        return False
+    except OSError as error:
+        if error.errno in _NO_LINKS:
+            return None
+        raise
+    return True

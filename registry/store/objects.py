@@ -9,10 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, JsonValue, ValidationError
+from pydantic import BaseModel, Field, JsonValue, ValidationError
 
 from restitch.merging.digests import canonical_json, digest_bytes, digest_file
 from restitch.merging.errors import BadInput, Damage, Unavailable
+from restitch.registry.record import Record
 from restitch.registry.store.base import NotInStore, Store
 from restitch.registry.store.deletion_notice import check_not_deleted
 from restitch.registry.store.disk import explained
@@ -22,7 +23,7 @@ _REPAIR = "run `restitch verify --repair`; restore what it cannot repair from a 
 Model = TypeVar("Model", bound=BaseModel)
 
 
-class KeyRecord(BaseModel):
+class KeyRecord(Record):
     """The result that was made from some inputs.
 
     Attributes:
@@ -33,13 +34,11 @@ class KeyRecord(BaseModel):
         facts: small values that belong to the result.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     blob: str
     size: int
     made_by: JsonValue = None
     fingerprint: JsonValue = None
-    facts: dict[str, JsonValue] = {}
+    facts: dict[str, JsonValue] = Field(default_factory=dict)
 
 
 class ObjectStore:
@@ -51,11 +50,7 @@ class ObjectStore:
         self._sizes: dict[str, int] = {}
 
     def put_blob(self, data: bytes | Path, *, move: bool = False) -> str:
-        """Store bytes or a file; see `Store.put` for `move`.
-
-        Returns:
-            The digest under which it is found.
-        """
+        """Store bytes or a file, and return the digest; see `Store.put` for `move`."""
         if isinstance(data, bytes):
             digest = digest_bytes(data)
             self.store.put(_blob(digest), data)
@@ -139,7 +134,7 @@ class ObjectStore:
             facts=dict(facts or {}),
         )
         name = _key(kind, inputs_digest)
-        created = self.store.put(name, canonical_json(record.model_dump(mode="json")))
+        created = self.store.put(name, canonical_json(record.to_json()))
         if not created:
             return self._record(name)
         try:

@@ -17,7 +17,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from restitch.registry.store.disk import locked
+from restitch.registry.store.disk import files_below, locked, sweep
 
 # Names of objects never begin with a dot, so these folders can hold no copy.
 _TEMPORARY, _USERS, _LOCK = ".tmp", ".users", ".lock"
@@ -44,21 +44,16 @@ class ReadCache:
     def get(self, name: str, fetch: Callable[[Path], None], *, fresh: bool = False) -> Path:
         """A copy, which stays unchanged for as long as this process lives.
 
-        Args:
-            name: a path below the root.
-            fetch: writes the content to a new file.
-            fresh: fetch it even if there is a copy.
+        `fetch` writes the content to a new path, if there is no copy or with `fresh`.
 
         Raises:
             OSError: the disk refuses.
         """
-        path = self.root / name
-        if not fresh and self.use(name):
-            return path
-        with self.temporary() as temporary:
-            fetch(temporary)
-            self.keep(name, temporary)
-        return path
+        if fresh or not self.use(name):
+            with self.temporary() as temporary:
+                fetch(temporary)
+                self.keep(name, temporary)
+        return self.root / name
 
     def keep(self, name: str, made: Path) -> None:
         """Take a complete file or folder as a copy, and make room for it."""
@@ -104,19 +99,13 @@ class ReadCache:
             with contextlib.suppress(OSError):
                 path.unlink(missing_ok=True)
 
-    def sweep(self, before: float) -> int:
-        """Remove incomplete copies that are older than a time; returns how many.
+    def sweep(self, older_than: float) -> int:
+        """Remove incomplete copies of this age in seconds; returns how many.
 
         Raises:
             OSError: the disk refuses.
         """
-        removed = 0
-        for path in (self.root / _TEMPORARY).glob("*"):
-            with contextlib.suppress(FileNotFoundError):
-                if path.stat().st_mtime < before:
-                    path.unlink()
-                    removed += 1
-        return removed
+        return sweep((self.root / _TEMPORARY).glob("*"), older_than)
 
     def _make_room(self) -> None:
         limit = self.limit()
@@ -124,37 +113,21 @@ class ReadCache:
             return
         with self._locked(fcntl.LOCK_EX):
             copies = sorted(self._copies())
-            total = sum(size for _, _, size in copies)
-            if total <= limit:
-                return
-            used = _in_use(self.root)
+            excess = sum(size for _, _, size in copies) - limit
+            used = _in_use(self.root) if excess > 0 else set()
             for _, name, size in copies:
-                if name not in used:
-                    self._remove(self.root / name)
-                    total -= size
-                if total <= limit:
-                    return
-
-    def _remove(self, path: Path) -> None:
-        """Remove a copy atomically."""
-        with self.temporary() as removed:
-            path.replace(removed)
+                if excess > 0 and name not in used:
+                    with self.temporary() as removed:  # a copy goes in one step
+                        (self.root / name).replace(removed)
+                    excess -= size
 
     def _copies(self) -> Iterator[tuple[int, str, int]]:
         """Time of last use, name and size of each copy."""
-        for folder, folders, files in os.walk(self.root):
-            folders[:] = [each for each in folders if not each.startswith(".")]
-            if self.folders:
-                for each in folders:
-                    inside = (path for path in Path(folder, each).rglob("*") if path.is_file())
-                    size = sum(path.stat().st_size for path in inside)
-                    yield Path(folder, each).stat().st_atime_ns, each, size
-                return
-            for file in files:
-                if not file.startswith("."):
-                    path = Path(folder, file)
-                    status = path.stat()
-                    yield status.st_atime_ns, str(path.relative_to(self.root)), status.st_size
+        for path in self.root.glob("*") if self.folders else files_below(self.root):
+            if not path.name.startswith("."):
+                files = (each for each in (path, *path.rglob("*")) if each.is_file())
+                size = sum(each.stat().st_size for each in files)
+                yield path.stat().st_atime_ns, str(path.relative_to(self.root)), size
 
     @contextlib.contextmanager
     def _locked(self, how: int) -> Iterator[None]:
@@ -200,13 +173,10 @@ def _in_use(root: Path) -> set[str]:
     """The copies that living processes use; lists of dead ones are removed."""
     used: set[str] = set()
     for path in (root / _USERS).glob("*"):
-        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with path.open() as file:
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
                 path.unlink(missing_ok=True)
             except BlockingIOError:
-                used.update(path.read_text().splitlines())
-        finally:
-            os.close(descriptor)
+                used.update(file.read().splitlines())
     return used

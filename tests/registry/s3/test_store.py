@@ -415,7 +415,7 @@ class TestErrors:
                 answer = {"ResponseMetadata": {"HTTPStatusCode": 501}}
                 raise ClientError({"Error": {"Code": "NotImplemented"}, **answer}, "List")
 
-        monkeypatch.setattr(s3_store, "client", Plain)
+        monkeypatch.setattr(retries, "client", Plain)
         assert store.sweep(0) == 0
 
     def test_an_invalid_address_of_the_server_is_bad_input(self, store, monkeypatch):

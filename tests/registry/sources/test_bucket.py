@@ -353,7 +353,7 @@ def test_a_refusal_names_the_model_and_the_missing_right(
         raise ClientError(answer, "ListObjectsV2")
 
     with monkeypatch.context() as patched:
-        patched.setattr("restitch.registry.sources.bucket.with_retries", refuse)
+        patched.setattr("restitch.registry.s3.retries.with_retries", refuse)
         with pytest.raises(Unavailable, match="may not be read with these") as found:
             resolve_source(f"s3://{s3_bucket}/model", space.home)
     assert "list and read" in str(found.value)
