@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from prefect.events.schemas.automations import AutomationCore
 
-DEFAULT_CRON = "*/15 * * * *"
-
 # Starts the engine at once. Prefect's default command first looks for code to pull, which costs
 # each run more than a second. A worker finds this `python` on its path.
 JOB_VARIABLES = {"command": "python -m prefect.engine"}
