@@ -57,7 +57,24 @@ class Check:
         return asdict(self)
 
 
-def examine() -> list[Check]:
+@dataclass(frozen=True)
+class Examined:
+    """The results of all checks."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """6 if a check failed."""
+        failed = any(check.status == "failed" for check in self.checks)
+        return Unavailable.exit_code if failed else 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"checks": [check.as_dict() for check in self.checks]}
+
+
+def examine() -> Examined:
     """Run all checks; later ones depend on earlier ones."""
     space = workspace(to_write=False)
     checks: list[Check] = []
@@ -67,12 +84,7 @@ def examine() -> list[Check]:
         except RestitchError as error:
             name = part.__name__.strip("_")
             checks.append(Check(name, "failed", error.message(), error.hint or ""))
-    return checks
-
-
-def exit_code(checks: list[Check]) -> int:
-    """6 if a check failed."""
-    return Unavailable.exit_code if any(c.status == "failed" for c in checks) else 0
+    return Examined(tuple(checks))
 
 
 def _versions(_: Workspace) -> Iterator[Check]:
