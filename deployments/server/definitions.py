@@ -139,6 +139,20 @@ def _on_event(
     )
 
 
+# No line has such a name, so it is no other line's slug.
+_PAUSED_SLUG = " (paused by restitch)"
+
+
+def slug_of(line: str, *, paused: bool) -> str:
+    """The slug of a line's schedule; it shows whether a pause of the line switched it off."""
+    return f"{line}{_PAUSED_SLUG if paused else ''}"
+
+
+def line_of_slug(slug: str) -> str:
+    """The line of a schedule."""
+    return slug.removesuffix(_PAUSED_SLUG)
+
+
 def full_name(flow: str) -> str:
     """The name of a flow's deployment in Prefect."""
     return f"{flow}/{DEPLOYMENT}"

@@ -1,10 +1,11 @@
 """The schedules of all lines on a Prefect server: as they should be, and as they are.
 
-Each line has at most one schedule of the deployment `remerge`, recognized by its parameter `line`.
-`deploy` and `init` bring a server to that state, and `doctor` describes the differences with the
-same function. The ledger decides whether a line is paused. A schedule that a person switched off in
-Prefect stays off: only what a pause of the ledger switched off is switched on again, and the slug
-of such a schedule says so.
+Each line has at most one schedule of the deployment `remerge`, recognized by its slug. `deploy` and
+`init` bring a server to that state, and `doctor` describes the differences with the same function.
+The ledger decides whether a line is paused. A schedule that a person switched off in Prefect stays
+off: only what a pause of the ledger switched off is switched on again, and the slug of such a
+schedule says so. Prefect's command for a switch drops the parameters of a schedule; they are put
+back here, and until then a run finds its line by the slug.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from restitch.deployments.server.definitions import line_of_slug, slug_of
 from restitch.merging.errors import BadInput, RestitchError
 from restitch.registry.ledger.ledger import lines
 from restitch.registry.ledger.line_state import Pause
@@ -101,6 +103,8 @@ def compare(line: str, plan: LinePlan, present: "DeploymentSchedule | None") -> 
     if not _follows(present, plan.schedule):
         text = f"{_shown(present)}, expected {plan.schedule}"
         return ScheduleState("wrong", text, "restitch deploy")
+    if present.parameters != {"line": line}:
+        return ScheduleState("wrong", "it has lost its parameter `line`", "restitch deploy")
     if plan.pause is not None:
         if present.active:
             return ScheduleState("wrong", f"on, but paused {plan.pause}", "restitch deploy")
@@ -120,7 +124,7 @@ def by_line(
     first: dict[str, DeploymentSchedule] = {}
     others = []
     for schedule in schedules:
-        line = str((schedule.parameters or {}).get("line"))
+        line = line_of_slug(schedule.slug or "")
         if line in first:
             others.append(schedule)
         else:
@@ -149,7 +153,7 @@ def update(
     unknown = [one for line, one in present.items() if line not in wanted]
     for schedule in (*others, *unknown):
         prefect.delete_deployment_schedule(remerge, schedule.id)
-        changes.append(f"schedule of {(schedule.parameters or {}).get('line')}: removed")
+        changes.append(f"schedule of {line_of_slug(schedule.slug or '')}: removed")
     refused = {}
     for line, plan in wanted.items():
         try:
@@ -208,14 +212,16 @@ def _update_one(
         new["schedule"] = _cron(plan.schedule)
         done.append(str(plan.schedule))
     if plan.pause is not None and present.active:
-        new |= {"active": False, "slug": _paused_slug(line)}
+        new |= {"active": False, "slug": slug_of(line, paused=True)}
         done.append("paused")
     elif plan.pause is None and _switched_off_by_us(present):
-        new |= {"active": True, "slug": line}
+        new |= {"active": True, "slug": slug_of(line, paused=False)}
         done.append("resumed")
+    if present.parameters != {"line": line}:
+        done.append("its parameter again")
     if not done:
         return None
-    prefect.update_deployment_schedule(remerge, present.id, **new)
+    prefect.update_deployment_schedule(remerge, present.id, parameters={"line": line}, **new)
     return ", ".join(done)
 
 
@@ -239,7 +245,7 @@ def _new(line: str, plan: LinePlan) -> "DeploymentScheduleCreate":
         schedule=_cron(plan.schedule),
         active=plan.pause is None,
         parameters={"line": line},
-        slug=line if plan.pause is None else _paused_slug(line),
+        slug=slug_of(line, paused=plan.pause is not None),
     )
 
 
@@ -259,11 +265,6 @@ def _shown(present: "DeploymentSchedule") -> str:
     return f"{cron} {timezone}"
 
 
-def _paused_slug(line: str) -> str:
-    # No line has such a name, so it is no other line's slug.
-    return f"{line} (paused by restitch)"
-
-
 def _switched_off_by_us(present: "DeploymentSchedule") -> bool:
-    line = str((present.parameters or {}).get("line"))
-    return bool(present.slug == _paused_slug(line))
+    slug = present.slug or ""
+    return slug == slug_of(line_of_slug(slug), paused=True)

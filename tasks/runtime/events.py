@@ -151,6 +151,12 @@ def is_scheduled_run() -> bool:
     return run is not None and bool(run.auto_scheduled)
 
 
+def scheduled_by() -> str | None:
+    """The slug of the schedule that started the current flow run."""
+    run = _flow_run()
+    return None if run is None or run.created_by is None else run.created_by.display_value
+
+
 def _flow_run() -> Any:
     # Without Prefect imported there is no run, and importing it here would cost seconds.
     if engine_url() is None or "prefect" not in sys.modules:

@@ -81,7 +81,8 @@ def _alive(stack: Stack, *names: str) -> bool:
 def switch(stack: Stack, line: str, active: bool) -> None:
     """Switch a schedule as Prefect's page does: one request, which is not sent again."""
     schedule, page = _schedule(stack, line)
-    answer = httpx.patch(f"{page}/{schedule['id']}", json={"active": active}, timeout=60)
+    body = {key: schedule[key] for key in ("slug", "schedule", "parameters")}
+    answer = httpx.patch(f"{page}/{schedule['id']}", json={**body, "active": active}, timeout=60)
     assert answer.status_code == 204
 
 
@@ -154,6 +155,20 @@ def test_a_schedule_that_a_person_paused_in_prefect_stays_paused(stack: Stack) -
     assert (check["status"], check["found"]) == ("paused", "paused in Prefect")
     switch(stack, "switched", active=True)
     assert findings(stack, code=0)["schedule of switched"]["status"] == "ok"
+
+
+@pytest.mark.slow
+def test_a_schedule_that_prefects_command_switched_still_remerges_its_line(stack: Stack) -> None:
+    stack.line("commanded")
+    up(stack)
+    schedule, page = _schedule(stack, "commanded")
+    soon = {"cron": "* * * * *", "timezone": "UTC"}
+    # As `prefect deployment schedule resume` sends it, which makes Prefect drop the parameters.
+    body = {"active": True, "schedule": soon}
+    assert httpx.patch(f"{page}/{schedule['id']}", json=body, timeout=60).status_code == 204
+    stack.register("commanded", "colour", announced=False)
+    assert stack.champion("commanded", "colour") == {"colour"}
+    assert up(stack)["changes"] == ["schedule of commanded: 0 0 1 1 * UTC, its parameter again"]
 
 
 def test_a_line_that_cannot_be_read_stops_no_other(stack: Stack) -> None:

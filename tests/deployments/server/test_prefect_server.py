@@ -65,7 +65,8 @@ def switched_under_load(api: str, times: int) -> tuple[list[int], bool]:
             for time in range(times):
                 off = time % 2 == 0
                 page = f"{deployment}/schedules/{before['id']}"
-                answers.append(client.patch(page, json={"active": not off}))
+                same = {key: before[key] for key in ("slug", "schedule", "parameters")}
+                answers.append(client.patch(page, json={**same, "active": not off}))
                 answers.append(client.patch(deployment, json={"paused": off}))
         (after,) = client.get(f"{deployment}/schedules").json()
     return [answer.status_code for answer in answers], after["active"]

@@ -12,7 +12,15 @@ from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.objects import DeploymentSchedule
 from prefect.exceptions import PrefectHTTPStatusError
 
-from restitch.deployments.server.schedules import LinePlan, ScheduleState, copies, plans, update
+from restitch.deployments.server.schedules import (
+    LinePlan,
+    ScheduleState,
+    by_line,
+    compare,
+    copies,
+    plans,
+    update,
+)
 from restitch.merging.errors import Damage
 from restitch.registry.ledger.line_state import Pause
 from restitch.registry.specs.line import DEFAULT_CRON, ScheduleSpec
@@ -52,6 +60,7 @@ class Server:
     def update_deployment_schedule(self, _: UUID, one_id: UUID, /, **changes: Any) -> None:
         self.calls.append("update")
         self._accept(changes.get("schedule"))
+        changes.setdefault("parameters", {})  # as Prefect does
         self.schedules = [
             one.model_copy(update=changes) if one.id == one_id else one for one in self.schedules
         ]
@@ -69,10 +78,9 @@ class Server:
 
     def toggle(self, line: str, active: bool) -> None:
         """What a person does in Prefect's page."""
-        self.schedules = [
-            one.model_copy(update={"active": active}) if one.parameters == {"line": line} else one
-            for one in self.schedules
-        ]
+        (one,) = [s for s in self.schedules if s.parameters == {"line": line}]
+        same = {"parameters": one.parameters, "slug": one.slug}
+        self.update_deployment_schedule(REMERGE, one.id, active=active, **same)
 
     def crons(self) -> dict[str, str]:
         return {s.parameters["line"]: cast(Any, s.schedule).cron for s in self.schedules}
@@ -104,6 +112,7 @@ def test_schedules_are_made_once_and_follow_their_lines(server: Server) -> None:
     assert told(server, b=LinePlan(HOURLY))[1] == ["schedule of a: removed"]
     assert server.crons() == {"b": HOURLY.cron}
     assert server.calls == ["create", "create", "update", "delete"]
+    assert [one.slug for one in server.schedules] == ["b"]
 
 
 def test_a_line_without_a_schedule_has_none_on_the_server(server: Server) -> None:
@@ -154,6 +163,7 @@ def test_a_paused_line_stays_paused_although_its_schedule_was_switched_on_in_pre
     assert server.active() == {"a": False}
     server.toggle("a", True)
     assert told(server, a=LinePlan(NIGHTLY, PAUSE))[1] == ["schedule of a: paused"]
+    assert told(server, a=LinePlan(NIGHTLY, PAUSE))[1] == []
     assert server.active() == {"a": False}
     assert told(server, a=LinePlan(NIGHTLY))[0]["a"].state == "on"
 
@@ -197,6 +207,20 @@ def test_a_second_schedule_of_a_line_is_removed(server: Server) -> None:
     server.create_deployment_schedules(REMERGE, copies(server.schedules))
     assert told(server, a=LinePlan(NIGHTLY))[1] == ["schedule of a: removed"]
     assert len(server.schedules) == 1
+
+
+def test_a_schedule_that_has_lost_its_parameters_gets_them_again(server: Server) -> None:
+    """`prefect deployment schedule pause` drops them."""
+    told(server, a=LinePlan(NIGHTLY), b=LinePlan(HOURLY))
+    before = {one.slug: one.id for one in server.schedules}
+    server.update_deployment_schedule(REMERGE, before["a"], active=False)
+    present, _ = by_line(server.schedules)
+    assert compare("a", LinePlan(NIGHTLY), present["a"]).state == "wrong"
+    states, changes = told(server, a=LinePlan(NIGHTLY), b=LinePlan(HOURLY))
+    assert changes == ["schedule of a: its parameter again"]
+    assert states["a"].text == "paused in Prefect"
+    assert {one.slug: one.id for one in server.schedules} == before
+    assert server.crons() == {"a": NIGHTLY.cron, "b": HOURLY.cron}
 
 
 def test_copies_keep_what_was_switched_off(server: Server) -> None:
