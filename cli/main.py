@@ -42,6 +42,7 @@ PANELS = {
     "Compare and study": (research.compare, research.experts, research.analyze, research.study),
     "Operate": (
         *(operations.up, operations.down, operations.doctor),
+        *(audit.pause, audit.resume),
         *(operations.deploy, operations.webhook, storage.gc, lines.schema),
     ),
 }

@@ -37,6 +37,8 @@ def _line_status(line_state: LineState, objects: ObjectStore) -> dict[str, Any]:
         "champion": line_state.champion,
         "candidate": line_state.candidate,
         "pinned": line_state.pinned,
+        "paused": None if line_state.paused is None else line_state.paused.to_json(),
+        "schedule": None if spec.schedule is None else spec.schedule.to_json(),
         "mean_normalized": None if champion is None else champion.mean_normalized,
         "retention": retention.get("ratio"),
         "retention_interval": retention.get("ratio_interval"),

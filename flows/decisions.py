@@ -1,4 +1,4 @@
-"""Decisions that people make about a line: roll back, promote, retire, restore, pin, unpin.
+"""Decisions that people make about a line: roll back, promote, retire, pin, pause, and the like.
 
 Each is one act. It counts by the swap of the line's state, stands in the trail with its reason,
 and moves MLflow's aliases afterwards; the next remerge does that if the process is killed. A
@@ -7,11 +7,13 @@ decision that was made before is not made again.
 A line file can allow each decision to some actors only. Promotion by a remerge is no decision.
 
 A schedule does not undo a decision: a rollback pins the line, and so does the promotion of a
-version that the next remerge would replace.
+version that the next remerge would replace. On a paused line decisions are still made, but no
+remerge follows them.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 
 from restitch.flows.audit.report import mirror
 from restitch.flows.outcome import Outcome
@@ -19,7 +21,7 @@ from restitch.flows.promotion.versions import check_task, open_version
 from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.merging.errors import BadInput, GateFailed
 from restitch.registry.ledger.ledger import Act, Ledger
-from restitch.registry.ledger.line_state import LineState, RetiredFrom
+from restitch.registry.ledger.line_state import LineState, Pause, RetiredFrom
 from restitch.registry.ledger.records import Kind, MergedRecord
 from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.events import has_workers, start_run
@@ -36,6 +38,8 @@ _DECISIONS: dict[Kind, str] = {
     "restored": "restore",
     "pinned": "pin",
     "unpinned": "unpin",
+    "paused": "pause",
+    "resumed": "resume",
 }
 
 
@@ -47,6 +51,7 @@ class Decision(Outcome):
         done: whether it was made by this call, and not before.
         entry: the digest of the act's audit entry.
         before: the champion before, as `champion` is the one now.
+        paused: the pause of the line now.
         notes: warnings for the person.
         merged: the remerge that followed in this process.
         handed_over: whether workers do that remerge.
@@ -60,6 +65,7 @@ class Decision(Outcome):
     before: int | None
     champion: int | None
     pinned: bool
+    paused: Pause | None = None
     notes: tuple[str, ...] = ()
     merged: RemergeOutcome | None = None
     handed_over: bool = False
@@ -196,6 +202,41 @@ def unpin(line: str, reason: str = "", *, merge: bool = True) -> Decision:
     return _merged_after(decision, merge)
 
 
+def pause(line: str, reason: str, *, schedule_only: bool = False) -> Decision:
+    """Stop all automatic work on a line, or only its schedule, until it is resumed.
+
+    Raises:
+        BadInput: the reason is empty, or the actor may not pause the line.
+    """
+    ledger, checked = workspace().ledger(line), _checked(reason)
+    what = "the schedule" if schedule_only else "all automatic work"
+
+    def change(line_state: LineState) -> LineState | None:
+        now = line_state.paused
+        if now is not None and now.schedule_only <= schedule_only:
+            return None  # as much is paused already, or more
+        since = datetime.now(UTC).isoformat(timespec="seconds")
+        return line_state.with_pause(
+            Pause(schedule_only=schedule_only, actor=actor(), since=since, reason=checked)
+        )
+
+    return _decided(ledger, "paused", f"{what}: {checked}", change)
+
+
+def resume(line: str, reason: str = "", *, merge: bool = True) -> Decision:
+    """Let automatic work and the schedule of a line go on, and remerge."""
+    ledger = workspace().ledger(line)
+    paused = ledger.state().paused
+    what = "the schedule" if paused is not None and paused.schedule_only else "all automatic work"
+    decision = _decided(
+        ledger,
+        "resumed",
+        _with_reason(what, reason),
+        lambda now: None if now.paused is None else now.with_pause(None),
+    )
+    return _merged_after(decision, merge)
+
+
 def _decided(
     ledger: Ledger,
     kind: Kind,
@@ -225,6 +266,7 @@ def _decided(
         before.champion,
         line_state.champion,
         line_state.pinned,
+        line_state.paused,
         notes,
     )
 
@@ -247,9 +289,12 @@ def _check_actor(line_state: LineState, decision: str, who: str) -> None:
 
 
 def _merged_after(decision: Decision, merge: bool) -> Decision:
-    """Remerge after a decision, in this process or by the workers."""
+    """Remerge after a decision, in this process or by the workers, unless the line is paused."""
     if not merge or not decision.done:
         return decision
+    if decision.paused is not None and not decision.paused.schedule_only:
+        note = f"nothing is merged until `restitch resume {decision.line}`"
+        return replace(decision, notes=(*decision.notes, note))
     if has_workers():
         key = f"{decision.entry}-remerge"
         start_run("remerge", {"line": decision.line, "force": False}, key)

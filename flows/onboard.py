@@ -98,6 +98,9 @@ def onboard(line: str, task: str, version: int) -> OnboardOutcome:
     model = _registered(line_state, key)
     if model.state != "registered" and not is_outdated(line_state, model):
         return _done(ledger, key, localized=False)
+    if line_state.is_paused:
+        say(f"line {line} is paused {line_state.paused}; {key} is localized once it is resumed")
+        return _done(ledger, key, localized=False)
     check_device(line_state.spec)
     attempts = attempts_at(ledger, key)
     died = died_at(attempts)
@@ -322,7 +325,7 @@ def _done(ledger: Ledger, key: ModelKey, *, localized: bool) -> OnboardOutcome:
     """Read the model's state, and announce a mask that is not in the champion yet."""
     line_state = ledger.state()
     model = line_state.model(key)
-    if this_run() is not None and model.state in ("ready", "held"):
+    if this_run() is not None and model.state in ("ready", "held") and not line_state.is_paused:
         champion = None if line_state.champion is None else ledger.merged(line_state.champion)
         member = None if champion is None else champion.members.get(key.task)
         if localized or member is None or member.version != key.version:

@@ -2,6 +2,7 @@
 
     add it to the line --> with workers: start them by an event and, if asked, wait for the result
                        --> without workers: onboard and remerge in this process
+                       --> on a paused line: nothing more until it is resumed
 
 The same weights are registered once for a task: registering them again finishes what is
 unfinished. Other weights become the task's next version.
@@ -21,7 +22,13 @@ from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.merging.errors import CannotJoin, GateFailed, Unavailable
 from restitch.modeling.families.family import get_family
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState, ModelKey, ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import (
+    LineState,
+    ModelKey,
+    ModelRef,
+    ModelVersion,
+    Pause,
+)
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import describe_model, open_base
@@ -43,6 +50,7 @@ class RegisterOutcome(Outcome):
         already: whether these weights were registered for this task before.
         merged: the result of the remerge in this process, if there was one.
         handed_over: whether workers do the work.
+        paused: the pause of the line; the model is localized and merged once it is resumed.
         champion: the number of the champion, if it holds the model.
         record: the record of that version.
     """
@@ -51,6 +59,7 @@ class RegisterOutcome(Outcome):
     already: bool
     merged: RemergeOutcome | None = None
     handed_over: bool = False
+    paused: Pause | None = None
     champion: int | None = None
     record: MergedRecord | None = None
 
@@ -95,7 +104,8 @@ def register(
     Raises:
         BadInput: the task file, its data or the model cannot be read, or the file changes the
             task and `replace_task` is off. The line stays as it was.
-        Unavailable: a server is away, or the wait timed out; the model stays registered.
+        Unavailable: a server is away, the wait timed out, or the line is paused and `wait` is on;
+            the model stays registered.
     """
     space = workspace()
     ledger = space.ledger(line)
@@ -106,6 +116,11 @@ def register(
     key, already = _add(ledger, spec, model, replace_task)
     if already:
         say(f"{key.task}: these weights are already version {key.version}")
+    if ledger.state().is_paused:
+        mirror(line)
+        if wait:
+            raise _never_merged(ledger, key)
+        return _outcome(ledger, key, already)
     if not here and has_workers():
         if ledger.state().model(key).state == "registered":
             announce(MODEL_REGISTERED, line, *key)
@@ -176,6 +191,8 @@ def _handed_over(
     report_at, reported = 0.0, ""
     with working(f"waiting for {key.task} version {key.version} to be merged") as show_percent:
         while wait and not _is_decided(ledger, key):
+            if ledger.state().is_paused:
+                raise _never_merged(ledger, key)
             if deadline is not None and time.monotonic() > deadline:
                 raise Unavailable(
                     f"{key.task} version {key.version} is not in the merged model yet",
@@ -197,6 +214,15 @@ def _handed_over(
             time.sleep(POLL_SECONDS)
     outcome = _outcome(ledger, key, already)
     return replace(outcome, handed_over=True)
+
+
+def _never_merged(ledger: Ledger, key: ModelKey) -> Unavailable:
+    line_state = ledger.state()
+    return Unavailable(
+        f"line {ledger.line} is paused: {key.task} version {key.version} is registered and waits",
+        found=f"paused {line_state.paused}",
+        hint=f"restitch resume {ledger.line}; it localizes and merges the model",
+    )
 
 
 def _is_decided(ledger: Ledger, key: ModelKey) -> bool:
@@ -233,6 +259,7 @@ def _outcome(
         replace(onboarded, state=model.state, reason=model.reason),
         already,
         merged,
+        paused=line_state.paused if line_state.is_paused else None,
         champion=None if record is None else record.version,
         record=record,
     )

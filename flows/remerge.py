@@ -17,6 +17,7 @@ from restitch.flows.lines.adopt_mlflow import adopt
 from restitch.flows.onboard import attempts_at, died_at, is_outdated, onboard
 from restitch.flows.outcome import Outcome
 from restitch.flows.promotion.candidates import Candidate, make_candidate
+from restitch.flows.promotion.pauses import PausedError, check_not_paused
 from restitch.flows.promotion.snapshot import Snapshot, newest_models, take_snapshot
 from restitch.flows.promotion.transitions import MovedError, hold, promote, record_version, reject
 from restitch.merging.digests import digest_json
@@ -32,6 +33,7 @@ from restitch.tasks.runtime.engine import flow
 from restitch.tasks.runtime.events import (
     has_workers,
     is_queued,
+    is_scheduled_run,
     is_workers_run,
     start_run,
     this_run,
@@ -47,7 +49,7 @@ ATTEMPTS = 20
 # Seconds to wait for the address of the run in MLflow.
 LINK_PATIENCE = 10.0
 
-Action = Literal["unchanged", "empty", "promoted", "rejected", "candidate", "covered"]
+Action = Literal["unchanged", "empty", "promoted", "rejected", "candidate", "covered", "paused"]
 
 
 @dataclass(frozen=True)
@@ -57,7 +59,7 @@ class RemergeOutcome(Outcome):
     Attributes:
         action: unchanged, empty (no member yet), promoted, rejected (gates failed and no part
             could be promoted), candidate (the line is pinned), covered (another remerge that
-            waits will do the same work).
+            waits will do the same work), paused (the line or its schedule is paused).
         version: the merged version that was made, or that exists already.
         localized: the models that this run localized, as "task version".
         held: the models that this run held, with the gates that failed.
@@ -87,10 +89,31 @@ def remerge(line: str, force: bool = False) -> RemergeOutcome:
     Args:
         line: the line's name.
         force: stitch and evaluate again although nothing changed; the bytes must be the same.
+
+    Raises:
+        BadInput: the line is paused, and a person asks; a worker's run ends without a change.
     """
-    space = workspace()
-    ledger = space.ledger(line)
-    check_device(ledger.state().spec)
+    ledger = workspace().ledger(line)
+    try:
+        outcome = _brought_up_to_date(ledger, force)
+    except PausedError as error:
+        if not is_workers_run():
+            raise
+        say(error.message())
+        outcome = _outcome(ledger, "paused", None)
+    if outcome.action == "covered":
+        return outcome
+    record = None if outcome.version is None else ledger.state().versions[outcome.version]
+    link = None if record is None or this_run() is None else mlflow_run(line, record, LINK_PATIENCE)
+    show_remerged(outcome.as_dict(), link)
+    return outcome
+
+
+def _brought_up_to_date(ledger: Ledger, force: bool) -> RemergeOutcome:
+    space, line = workspace(), ledger.line
+    line_state = ledger.state()
+    check_not_paused(line_state, by_schedule=is_scheduled_run())
+    check_device(line_state.spec)
     if is_workers_run():
         mark_silent_runs(line)
     with merge_lease(space, line) as acquired:
@@ -103,11 +126,7 @@ def remerge(line: str, force: bool = False) -> RemergeOutcome:
             warn(f"models that were registered in MLflow are not adopted now: {error.message()}")
         mirror(line)
         localized = _onboard_missing(ledger)
-        outcome = replace(_merge_until_settled(ledger, force), localized=localized)
-    record = None if outcome.version is None else ledger.state().versions[outcome.version]
-    link = None if record is None or this_run() is None else mlflow_run(line, record, LINK_PATIENCE)
-    show_remerged(outcome.as_dict(), link)
-    return outcome
+        return replace(_merge_until_settled(ledger, force), localized=localized)
 
 
 def _merge_until_settled(ledger: Ledger, force: bool) -> RemergeOutcome:

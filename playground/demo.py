@@ -105,7 +105,7 @@ def start_line(world: World, state: Path, out: Console) -> str:
     file.write_text(yaml.safe_dump(values))
     out.rule("3. a line")
     made = init_line(file)
-    keep_schedules()
+    keep_schedules(made.line)
     render.init(made.as_dict(), out)
     return made.line
 

@@ -46,11 +46,12 @@ def free_port() -> int:
 
 
 @contextmanager
-def prefect_server(home: Path) -> Iterator[str]:
+def prefect_server(home: Path, module: str = "prefect") -> Iterator[str]:
     """Run a Prefect server for the length of the context.
 
     Args:
         home: its `PREFECT_HOME`.
+        module: the module with the command; Prefect's own by default.
 
     Yields:
         The value for `PREFECT_API_URL`.
@@ -62,7 +63,7 @@ def prefect_server(home: Path) -> Iterator[str]:
     with log.open("wb") as out:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "prefect", "server", "start"),
+                *(sys.executable, "-m", module, "server", "start"),
                 *("--host", "127.0.0.1", "--port", str(port), "--no-ui"),
             ],
             env={**kept, **QUIET, "PREFECT_HOME": str(home), "HOME": str(home)},

@@ -46,7 +46,9 @@ def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
     )
 
 
-def tiny_bert(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 16) -> Path:
+def tiny_bert(
+    folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 16, positions: int = 48
+) -> Path:
     """A BERT folder."""
     tokenizer = byte_tokenizer(64)
     torch.manual_seed(seed)
@@ -56,7 +58,7 @@ def tiny_bert(folder: Path, *, seed: int = 0, layers: int = 2, hidden: int = 16)
         num_hidden_layers=layers,
         num_attention_heads=2,
         intermediate_size=2 * hidden,
-        max_position_embeddings=48,
+        max_position_embeddings=positions,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.5,
     )

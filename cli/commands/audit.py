@@ -140,3 +140,32 @@ def unpin(
     from restitch.flows.decisions import unpin as run
 
     show_result(run(line, reason, merge=remerge), as_json, render.decided)
+
+
+def pause(
+    line: Line,
+    reason: Reason,
+    schedule_only: Annotated[
+        bool, typer.Option("--schedule-only", help="Only the schedule; events still start work.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Stop all automatic work on a line, or its schedule, until `resume`."""
+    from restitch.deployments.server.deploy import keep_schedules
+    from restitch.flows.decisions import pause as run
+
+    decision = run(line, reason, schedule_only=schedule_only)
+    keep_schedules(line)
+    show_result(decision, as_json, render.decided)
+
+
+def resume(
+    line: Line, reason: OptionalReason = "", remerge: Remerge = True, as_json: Json = False
+) -> None:
+    """Let a paused line go on, and bring its merged model up to date."""
+    from restitch.deployments.server.deploy import keep_schedules
+    from restitch.flows.decisions import resume as run
+
+    decision = run(line, reason, merge=remerge)
+    keep_schedules(line)
+    show_result(decision, as_json, render.decided)

@@ -44,7 +44,7 @@ def init(
     from restitch.flows.lines.init_line import init_line
 
     outcome = init_line(file)
-    keep_schedules()
+    keep_schedules(outcome.line)
     show_result(outcome, as_json, render.init)
 
 

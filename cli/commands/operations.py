@@ -35,11 +35,9 @@ def down(as_json: Json = False) -> None:
 
 def doctor(as_json: Json = False) -> None:
     """Check versions, servers, workers, triggers, store and device, and name each remedy."""
-    from restitch.deployments.local.doctor import examine, exit_code
+    from restitch.deployments.local.doctor import examine
 
-    checks = examine()
-    show_result({"checks": [check.as_dict() for check in checks]}, as_json, render.doctor)
-    raise typer.Exit(exit_code(checks))
+    show_result(examine(), as_json, render.doctor)
 
 
 def deploy(

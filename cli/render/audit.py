@@ -15,7 +15,7 @@ from restitch.cli.render.formats import (
     with_interval,
     write,
 )
-from restitch.cli.render.lines import of_specialists, remerged, results
+from restitch.cli.render.lines import of_specialists, paused, remerged, results
 
 
 def history(result: Values, out: Console) -> None:
@@ -67,6 +67,8 @@ def as_of(result: Values, out: Console) -> None:
         f"  normalized {number(used['mean_normalized'])}, retention {ratio}, "
         f"patch {used['patch'][:16]}{', pinned' if result['pinned'] else ''}",
     )
+    if result["paused"] is not None:
+        write(out, f"  {paused(result['line'], result['paused'])}", "yellow")
     rows = [(task, member["version"], *_read(member)) for task, member in used["members"].items()]
     show_table(out, ("member", "version", *_READ), rows)
 
@@ -282,6 +284,8 @@ def decided(result: Values, out: Console) -> None:
         write(out, f"{result['line']}: {result['act']}: {result['reason']}")
         used = "no version" if result["champion"] is None else f"version {result['champion']}"
         write(out, f"  {used} is in use{', pinned' if result['pinned'] else ''}")
+    if result["paused"] is not None:
+        write(out, f"  {paused(result['line'], result['paused'])}", "yellow")
     for note in result["notes"]:
         write(out, f"  {note}", "yellow")
     if result["handed_over"]:

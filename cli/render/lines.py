@@ -15,6 +15,7 @@ from restitch.cli.render.formats import (
     with_interval,
     write,
 )
+from restitch.registry.ledger.line_state import Pause
 
 MOST_LINES = 10  # of one model's reason
 
@@ -24,6 +25,7 @@ _REMERGED = {
     "promoted": "version {version} is the champion",
     "rejected": "version {version} failed its gates; the champion is {champion}",
     "candidate": "version {version} is a candidate: promotion is switched off",
+    "paused": "the line is paused; nothing was merged",
 }
 
 
@@ -76,6 +78,8 @@ def _line(line: Values, out: Console) -> None:
         f", normalized {number(line['mean_normalized'])}"
         f", retention {with_interval(line['retention'], line['retention_interval'])}",
     )
+    if line["paused"] is not None:
+        write(out, f"  {paused(line['line'], line['paused'])}", "yellow")
     if line["specialists"] is not None:
         write(out, f"  {of_specialists(line['specialists'])}")
     columns = ("task", "version", "state", "in champion", "density", "delta", "merged")
@@ -94,6 +98,12 @@ def _line(line: Values, out: Console) -> None:
         if model["reason"] and model["state"] in ("quarantined", "held", "waiting"):
             reason = _shortened(f"{model['task']} {model['version']}: {model['reason']}")
             write(out, f"  {reason}", "yellow")
+
+
+def paused(line: str, pause: Values) -> str:
+    """A pause of a line, or of its schedule: since when, by whom and why."""
+    what = f"the schedule of {line}" if pause["schedule_only"] else line
+    return f"{what} is paused {Pause(**pause)}"
 
 
 def of_specialists(specialists: Values) -> str:

@@ -3,7 +3,7 @@
 from rich.console import Console
 
 from restitch.cli.render.formats import Values, percent, size, write
-from restitch.cli.render.lines import remerged, results
+from restitch.cli.render.lines import paused, remerged, results
 
 
 def registered(result: Values, out: Console) -> None:
@@ -15,6 +15,9 @@ def registered(result: Values, out: Console) -> None:
     _facts(result["facts"], out)
     if result["merged"] is not None:
         remerged(result["merged"], out)
+    elif result["paused"] is not None:
+        write(out, f"  {paused(result['line'], result['paused'])}", "yellow")
+        write(out, f"  it is merged after `restitch resume {result['line']}`")
     elif result["record"] is not None:
         write(out, f"{result['line']}: version {result['champion']} is the champion")
         results(result["record"], out)

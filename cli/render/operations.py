@@ -11,6 +11,8 @@ def up(result: Values, out: Console) -> None:
     write(out, f"started {started}" if started else "everything was running")
     for change in result["changes"]:
         write(out, f"  {change}")
+    for name in result["paused"]:
+        write(out, f"  {name}", "yellow")
     write(out, f"Prefect   {result['prefect_url']}")
     write(out, f"MLflow    {result['mlflow_url']}")
     workers = "worker" if result["workers"] == 1 else "workers"
@@ -29,15 +31,27 @@ def deployed(result: Values, out: Console) -> None:
         write(out, change)
     if not result["changes"]:
         write(out, "nothing to change")
-    for line, cron in result["schedules"].items():
-        write(out, f"line {line} is remerged at {cron}")
+    for line, schedule in result["schedules"].items():
+        if schedule["state"] == "unknown":
+            write(out, f"schedule of {line}: FAILED: {schedule['text']}", "red")
+            write(out, f"  -> {schedule['remedy']}", "red")
+        else:
+            style = "yellow" if schedule["state"] == "paused" else None
+            write(out, f"schedule of {line}: {schedule['text']}", style)
+    for name in result["paused"]:
+        write(out, f"{name}: paused in Prefect", "yellow")
     for pool in result["pools"]:
         write(out, f"start workers with: prefect worker start --pool {pool} --limit 1")
 
 
 def doctor(result: Values, out: Console) -> None:
     """Each check, with its remedy."""
-    marks = {"ok": ("ok", "green"), "warning": ("look", "yellow"), "failed": ("FAILED", "red")}
+    marks = {
+        "ok": ("ok", "green"),
+        "paused": ("paused", "yellow"),
+        "warning": ("look", "yellow"),
+        "failed": ("FAILED", "red"),
+    }
     for check in result["checks"]:
         mark, style = marks[check["status"]]
         out.print(f"{mark:7}", style=style, end="")

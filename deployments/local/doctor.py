@@ -1,7 +1,7 @@
 """Check everything that restitch needs, and name the remedy of each problem.
 
 Nothing is changed, except that one object next to the store is written to a bucket and removed.
-The exit code is 6 if a check failed; warnings leave it at 0.
+The exit code is 6 if a check failed; warnings leave it at 0, and so does what a person paused.
 """
 
 import importlib.metadata
@@ -9,12 +9,12 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from restitch.deployments.local.health import answers, is_running, workers_online
 from restitch.deployments.server.definitions import full_name
+from restitch.deployments.server.schedules import PAUSED_IN_PREFECT, by_line, compare, plans
 from restitch.merging.errors import RestitchError, Unavailable
 from restitch.registry.ledger.ledger import lines
 from restitch.registry.mlflow.sync import mlflow_explained, without_credentials
@@ -25,7 +25,7 @@ from restitch.registry.stack import StackFile
 from restitch.tasks.runtime.engine import engine_url
 from restitch.tasks.runtime.workspace import Workspace, workspace
 
-Status = Literal["ok", "warning", "failed"]
+Status = Literal["ok", "paused", "warning", "failed"]
 
 # Versions that work together: name, lowest, first untested or broken one, and its effect.
 VERSIONS = (
@@ -43,6 +43,7 @@ class Check:
     """The result of one check.
 
     Attributes:
+        status: paused is what a person switched off, in restitch or in Prefect.
         remedy: the remedy; empty if the check passed.
     """
 
@@ -56,7 +57,24 @@ class Check:
         return asdict(self)
 
 
-def examine() -> list[Check]:
+@dataclass(frozen=True)
+class Examined:
+    """The results of all checks."""
+
+    checks: tuple[Check, ...]
+
+    @property
+    def exit_code(self) -> int:
+        """6 if a check failed."""
+        failed = any(check.status == "failed" for check in self.checks)
+        return Unavailable.exit_code if failed else 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"checks": [check.as_dict() for check in self.checks]}
+
+
+def examine() -> Examined:
     """Run all checks; later ones depend on earlier ones."""
     space = workspace(to_write=False)
     checks: list[Check] = []
@@ -66,12 +84,7 @@ def examine() -> list[Check]:
         except RestitchError as error:
             name = part.__name__.strip("_")
             checks.append(Check(name, "failed", error.message(), error.hint or ""))
-    return checks
-
-
-def exit_code(checks: list[Check]) -> int:
-    """6 if a check failed."""
-    return Unavailable.exit_code if any(c.status == "failed" for c in checks) else 0
+    return Examined(tuple(checks))
 
 
 def _versions(_: Workspace) -> Iterator[Check]:
@@ -127,11 +140,15 @@ def _device(space: Workspace) -> Iterator[Check]:
 
     here = device()
     yield Check("device", "ok", str(here))
-    for line_state in (space.ledger(line).state() for line in lines(space.objects)):
-        required = line_state.spec.require_device
+    for line in lines(space.objects):
+        try:
+            required = space.ledger(line).state().spec.require_device
+        except RestitchError as error:  # the other lines are checked nevertheless
+            yield Check(f"line {line}", "failed", error.message(), error.hint or "")
+            continue
         if required is not None and required != here.type:
             yield Check(
-                f"device of {line_state.line}",
+                f"device of {line}",
                 "warning",
                 f"it requires {required}; this host has {here.type}",
                 "run its workers on hosts with this device; other hosts do not need it",
@@ -183,37 +200,38 @@ def _prefect(space: Workspace) -> Iterator[Check]:
         yield Check("prefect", "failed", f"{shown} does not answer", "start it: restitch up")
         return
     yield Check("prefect", "ok", shown)
-    from restitch.deployments.server.deploy import client, cron_lines
+    from restitch.deployments.server.deploy import client, deployment
 
     pools = []
     with client() as prefect:
         for flow in ("onboard", "remerge"):
-            name, deployment = f"deployment {flow}", _deployment(prefect, flow)
-            if deployment is None:
+            name, found = f"deployment {flow}", deployment(prefect, full_name(flow))
+            if found is None:
                 yield Check(name, "failed", "missing", "restitch deploy")
                 continue
-            state = "paused" if deployment.paused else f"pool {deployment.work_pool_name}"
-            remedy = f"switch {full_name(flow)} on again, on its page in Prefect"
-            yield _check(name, not deployment.paused, state, remedy)
-            pools.append(deployment.work_pool_name)
+            page = f"to switch it on: the page of {full_name(flow)} in Prefect"
+            yield _switched(name, not found.paused, f"pool {found.work_pool_name}", page)
+            pools.append(found.work_pool_name)
             if flow == "remerge":
-                scheduled = {
-                    (s.parameters or {}).get("line"): getattr(s.schedule, "cron", "?")
-                    for s in prefect.read_deployment_schedules(deployment.id)
-                    if s.active
-                }
-                yield from _schedule_checks(cron_lines(), scheduled)
+                yield from _schedule_checks(prefect.read_deployment_schedules(found.id))
         yield from _automation_checks(prefect.read_automations())
+        for pool in dict.fromkeys(pools):
+            if prefect.read_work_pool(pool).is_paused:
+                page = f"to switch it on: prefect work-pool resume {pool}"
+                yield _switched(f"pool {pool}", False, "", page)
     for pool in dict.fromkeys(pools):
         online = ", ".join(sorted(workers_online(pool)))
         remedy = f"restitch up, or on a worker: prefect worker start --pool {pool}"
         yield _check(f"workers of {pool}", bool(online), online or "none online", remedy)
 
 
-def _schedule_checks(expected: dict[str, str], present: dict[Any, str]) -> Iterator[Check]:
-    for line, cron in expected.items():
-        state = present.get(line, "none")
-        yield _check(f"schedule of {line}", state == cron, state, "restitch deploy")
+def _schedule_checks(schedules: list[Any]) -> Iterator[Check]:
+    present, _ = by_line(schedules)
+    statuses: dict[str, Status] = {"on": "ok", "none": "ok", "paused": "paused"}
+    for line, plan in plans().items():
+        found = compare(line, plan, present.get(line))
+        status = statuses.get(found.state, "failed")
+        yield Check(f"schedule of {line}", status, found.text, found.remedy)
 
 
 def _automation_checks(present: list[Any]) -> Iterator[Check]:
@@ -221,19 +239,19 @@ def _automation_checks(present: list[Any]) -> Iterator[Check]:
 
     from restitch.deployments.server.definitions import automations
 
-    states = {one.name: "enabled" if one.enabled else "disabled" for one in present}
+    states = {one.name: one.enabled for one in present}
     for automation in automations(uuid4(), uuid4()):
-        state = states.get(automation.name, "missing")
-        yield _check(automation.name, state == "enabled", state, "restitch deploy")
+        if automation.name not in states:
+            yield Check(automation.name, "failed", "missing", "restitch deploy")
+        else:
+            page = "to switch it on: the page of automations in Prefect"
+            yield _switched(automation.name, states[automation.name], "enabled", page)
+
+
+def _switched(name: str, on: bool, found: str, remedy: str) -> Check:
+    """A part that a person may switch off in Prefect."""
+    return Check(name, "ok", found) if on else Check(name, "paused", PAUSED_IN_PREFECT, remedy)
 
 
 def _check(name: str, passed: bool, found: str, remedy: str) -> Check:
     return Check(name, "ok", found) if passed else Check(name, "failed", found, remedy)
-
-
-def _deployment(prefect: Any, flow: str) -> Any:
-    from prefect.exceptions import ObjectNotFound
-
-    with suppress(ObjectNotFound):
-        return prefect.read_deployment_by_name(full_name(flow))
-    return None

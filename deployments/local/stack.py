@@ -32,7 +32,8 @@ from restitch.deployments.local.processes import (
     stop_process,
 )
 from restitch.deployments.server.definitions import SERVER_ENVIRONMENT, WORKER_ENVIRONMENT
-from restitch.deployments.server.deploy import cron_lines, deploy
+from restitch.deployments.server.deploy import deploy, make_pool
+from restitch.deployments.server.schedules import plans
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.home import Home, prepare_environment
 from restitch.registry.stack import SECRETS, StackFile
@@ -48,6 +49,7 @@ class Up:
     Attributes:
         started: the processes that this call started.
         changes: its changes on the Prefect server.
+        paused: the parts that are paused, by a decision or in Prefect.
     """
 
     prefect_url: str
@@ -57,6 +59,7 @@ class Up:
     logs: str
     started: tuple[str, ...]
     changes: tuple[str, ...]
+    paused: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -102,14 +105,17 @@ def up(home: Home, workers: int | None = None, pool: str = "gpu", say: Say = pri
             webhook_url=addresses.webhook,
         )
         prepare_environment(home)
-        changes = deploy(pool).changes
+        make_pool(pool)
         runner.ensure([_webhook(home, addresses)], say)
         _connect_webhook(addresses, home)
-        plans = [_worker(number, pool, addresses, count) for number in range(1, count + 1)]
-        runner.ensure(plans, say)
-        runner.stop_others({plan.name for plan in plans})
+        staff = [_worker(number, pool, addresses, count) for number in range(1, count + 1)]
+        runner.ensure(staff, say)
+        runner.stop_others({plan.name for plan in staff})
         if runner.started:
-            runner.wait_for_workers(plans, pool, say)
+            runner.wait_for_workers(staff, pool, say)
+        # Last, so that nothing that is wrong with a line keeps the processes from running.
+        deployed = deploy(pool)
+        if runner.started:
             _reconcile()
     return Up(
         prefect_url=addresses.prefect,
@@ -118,7 +124,8 @@ def up(home: Home, workers: int | None = None, pool: str = "gpu", say: Say = pri
         workers=count,
         logs=str(home.root / "logs"),
         started=tuple(runner.started),
-        changes=changes,
+        changes=deployed.changes,
+        paused=deployed.off,
     )
 
 
@@ -269,12 +276,12 @@ def _connect_webhook(at: Addresses, home: Home) -> None:
 
 
 def _reconcile() -> None:
-    """Start a remerge of every line, to catch up with what happened while the stack was down.
+    """Start a remerge of every line that is not paused, to catch up after the stack was down.
 
     A second one later finds the runs that a worker took before it died and that never start.
     """
     now = datetime.now(UTC)
-    for line in cron_lines():
+    for line in (line for line, plan in plans().items() if plan.is_worked_on):
         for at in (None, now + STUCK_AFTER + timedelta(seconds=15)):
             start_run("remerge", {"line": line}, f"up-{line}-{now.isoformat()}-{at}", at)
 

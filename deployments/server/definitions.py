@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
     from prefect.events.schemas.automations import AutomationCore
 
-DEFAULT_CRON = "*/15 * * * *"
-
 # Starts the engine at once. Prefect's default command first looks for code to pull, which costs
 # each run more than a second. A worker finds this `python` on its path.
 JOB_VARIABLES = {"command": "python -m prefect.engine"}
@@ -139,6 +137,20 @@ def _on_event(
         ),
         actions=[RunDeployment(deployment_id=deployment, parameters=parameters)],
     )
+
+
+# No line has such a name, so it is no other line's slug.
+_PAUSED_SLUG = " (paused by restitch)"
+
+
+def slug_of(line: str, *, paused: bool) -> str:
+    """The slug of a line's schedule; it shows whether a pause of the line switched it off."""
+    return f"{line}{_PAUSED_SLUG if paused else ''}"
+
+
+def line_of_slug(slug: str) -> str:
+    """The line of a schedule."""
+    return slug.removesuffix(_PAUSED_SLUG)
 
 
 def full_name(flow: str) -> str:

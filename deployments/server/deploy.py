@@ -1,8 +1,9 @@
 """Bring a Prefect server to the state of `server.definitions`; a second run changes nothing.
 
-Pools, deployments and automations are matched by name, schedules by line. Those that are right
-stay untouched, so that no trigger is missing for a moment; those that differ are replaced, and
-schedules of unknown lines are removed.
+Pools, deployments and automations are matched by name, schedules by line (`server.schedules`).
+Those that are right stay untouched, so that no trigger is missing for a moment; those that differ
+are replaced, and schedules of unknown lines are removed. What a person switched off in Prefect
+stays off.
 """
 
 import os
@@ -12,20 +13,24 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from restitch.deployments.server.definitions import (
-    DEFAULT_CRON,
     JOB_VARIABLES,
     DeployedFlow,
     automations,
     flows,
     full_name,
 )
+from restitch.deployments.server.schedules import (
+    PAUSED_IN_PREFECT,
+    ScheduleState,
+    copies,
+    plans,
+    update,
+)
 from restitch.merging.errors import BadInput, Unavailable
-from restitch.registry.ledger.ledger import lines
 from restitch.registry.mlflow.sync import without_credentials
 from restitch.tasks.runtime.console import warn
 from restitch.tasks.runtime.engine import engine_url
 from restitch.tasks.runtime.events import DEPLOYMENT, has_workers
-from restitch.tasks.runtime.workspace import workspace
 
 if TYPE_CHECKING:
     from uuid import UUID
@@ -74,13 +79,30 @@ class Deployed:
 
     Attributes:
         pools: the work pools that need workers.
-        schedules: each line's cron expression.
+        schedules: the state of each line's schedule.
         changes: the changes on the server, for people.
+        paused: the deployments and automations that a person switched off in Prefect.
     """
 
     pools: tuple[str, ...]
-    schedules: dict[str, str]
+    schedules: dict[str, ScheduleState]
     changes: tuple[str, ...]
+    paused: tuple[str, ...]
+
+    @property
+    def off(self) -> tuple[str, ...]:
+        """Everything that is paused, by a decision or in Prefect, for people."""
+        lines = self.schedules.items()
+        schedules = (f"schedule of {line}: {one.text}" for line, one in lines if one.is_paused)
+        return (*schedules, *(f"{name}: {PAUSED_IN_PREFECT}" for name in self.paused))
+
+    @property
+    def problems(self) -> dict[str, ScheduleState]:
+        """The lines whose schedule could not be set. They do not make a deployment fail.
+
+        Workers may start only after it has succeeded, and they are needed by all lines.
+        """
+        return {line: one for line, one in self.schedules.items() if one.state == "unknown"}
 
     def as_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -97,35 +119,45 @@ def deploy(pool: str = "gpu", remerge_pool: str | None = None) -> Deployed:
     Raises:
         Unavailable: the server cannot be reached.
     """
-    schedules = cron_lines()
-    changes: list[str] = []
+    changes, paused = list[str](), list[str]()
+    chosen = flows(pool, remerge_pool or pool)
+    pools = tuple(dict.fromkeys(flow.pool for flow in chosen))
     with client() as prefect:
-        chosen = flows(pool, remerge_pool or pool)
-        pools = tuple(dict.fromkeys(flow.pool for flow in chosen))
         for name in pools:
             _pool(prefect, name, changes)
-        ids = {flow.flow: _deployment(prefect, flow, changes) for flow in chosen}
-        _automations(prefect, ids, changes)
-        _schedules(prefect, ids["remerge"], schedules, changes)
-    return Deployed(pools, schedules, tuple(changes))
+        ids = {flow.flow: _deployment(prefect, flow, changes, paused) for flow in chosen}
+        _automations(prefect, ids, changes, paused)
+        schedules = update(prefect, ids["remerge"], plans(), changes)
+    deployed = Deployed(pools, schedules, tuple(changes), tuple(paused))
+    for line, problem in deployed.problems.items():
+        warn(f"the schedule of {line} is not set: {problem.text}; {problem.remedy}")
+    return deployed
 
 
-def keep_schedules() -> None:
-    """Update the schedules to the lines, if the engine's server has deployments."""
+def make_pool(name: str) -> None:
+    """Make a work pool on the engine's server, which its workers need before they start."""
+    with client() as prefect:
+        _pool(prefect, name, [])
+
+
+def keep_schedules(line: str) -> None:
+    """Update the schedules to the lines, if the engine's server has deployments.
+
+    Args:
+        line: the one that changed; warn if its schedule is not as it should be, or stays off.
+    """
     try:
-        if has_workers():
-            with client() as prefect:
-                remerge = prefect.read_deployment_by_name(full_name("remerge"))
-                _schedules(prefect, remerge.id, cron_lines(), [])
+        if not has_workers():
+            return
+        with client() as prefect:
+            remerge = prefect.read_deployment_by_name(full_name("remerge"))
+            states = update(prefect, remerge.id, plans(), [])
     except Unavailable as error:
         warn(f"the schedules were not updated, run `restitch deploy`: {error.message()}")
-
-
-def cron_lines() -> dict[str, str]:
-    """The cron expression of each line's scheduled remerge."""
-    space = workspace()
-    specs = {line: space.ledger(line).state().spec for line in lines(space.objects)}
-    return {line: spec.schedule or DEFAULT_CRON for line, spec in specs.items()}
+        return
+    state = states[line]
+    if state.state == "unknown" or state.text == PAUSED_IN_PREFECT:
+        warn(f"the schedule of {line}: {state.text}; {state.remedy}")
 
 
 def _pool(prefect: "SyncPrefectClient", name: str, changes: list[str]) -> None:
@@ -135,25 +167,36 @@ def _pool(prefect: "SyncPrefectClient", name: str, changes: list[str]) -> None:
     try:
         prefect.read_work_pool(name)
     except ObjectNotFound:
-        prefect.create_work_pool(WorkPoolCreate(name=name, type="process"))
+        try:
+            new = WorkPoolCreate(name=name, type="process")
+        except ValueError as error:
+            raise BadInput(
+                f"{name!r} cannot be the name of a work pool",
+                expected="a name without / % & > <",
+                hint="choose another --pool or --remerge-pool",
+            ) from error
+        prefect.create_work_pool(new)
         changes.append(f"work pool {name} made")
 
 
-def _deployment(prefect: "SyncPrefectClient", flow: DeployedFlow, changes: list[str]) -> "UUID":
-    from prefect.exceptions import ObjectNotFound
-
+def _deployment(
+    prefect: "SyncPrefectClient", flow: DeployedFlow, changes: list[str], paused: list[str]
+) -> "UUID":
     name = full_name(flow.flow)
-    try:
-        present = prefect.read_deployment_by_name(name)
+    present = deployment(prefect, name)
+    if present is not None:
+        if present.paused:
+            paused.append(f"deployment {name}")
         if (
             present.entrypoint == flow.entrypoint
             and present.work_pool_name == flow.pool
             and present.parameters == flow.optional
             and present.job_variables == JOB_VARIABLES
         ):
-            return present.id
-    except ObjectNotFound:
-        pass
+            found: UUID = present.id
+            return found
+    # To make it again removes its schedules and switches it on.
+    schedules = [] if present is None else prefect.read_deployment_schedules(present.id)
     changes.append(f"deployment {name} on pool {flow.pool}")
     return prefect.create_deployment(
         flow_id=prefect.create_flow_from_name(flow.flow),
@@ -167,7 +210,19 @@ def _deployment(prefect: "SyncPrefectClient", flow: DeployedFlow, changes: list[
         enforce_parameter_schema=True,
         tags=["restitch"],
         pull_steps=[],
+        schedules=copies(schedules),
+        paused=present is not None and present.paused,
     )
+
+
+def deployment(prefect: "SyncPrefectClient", name: str) -> Any:
+    """A deployment by its full name, or None."""
+    from prefect.exceptions import ObjectNotFound
+
+    try:
+        return prefect.read_deployment_by_name(name)
+    except ObjectNotFound:
+        return None
 
 
 def _schema(flow: DeployedFlow) -> dict[str, Any]:
@@ -194,7 +249,10 @@ def _schema(flow: DeployedFlow) -> dict[str, Any]:
 
 
 def _automations(
-    prefect: "SyncPrefectClient", ids: Mapping[str, "UUID"], changes: list[str]
+    prefect: "SyncPrefectClient",
+    ids: Mapping[str, "UUID"],
+    changes: list[str],
+    paused: list[str],
 ) -> None:
     from prefect.events.schemas.automations import AutomationCore
 
@@ -206,8 +264,11 @@ def _automations(
         for other in others:
             prefect.delete_automation(other.id)
         if first is not None:
+            if not first.enabled:
+                expected.enabled = False
+                paused.append(f"automation '{expected.name}'")
             core = AutomationCore.model_validate(first.model_dump())
-            if _same(core, expected) and first.enabled:
+            if _same(core, expected):
                 continue
             prefect.delete_automation(first.id)
         prefect.create_automation(expected)
@@ -227,31 +288,3 @@ def _same(one: Any, other: Any) -> bool:
             values["trigger"][key] = sorted(values["trigger"][key])
         values["trigger"].pop("id", None)
     return bool(first == second)
-
-
-def _schedules(
-    prefect: "SyncPrefectClient", remerge: "UUID", crons: Mapping[str, str], changes: list[str]
-) -> None:
-    from prefect.client.schemas.actions import DeploymentScheduleCreate
-    from prefect.client.schemas.schedules import CronSchedule
-
-    present = set()
-    for schedule in prefect.read_deployment_schedules(remerge):
-        line = str((schedule.parameters or {}).get("line"))
-        if line in present or crons.get(line) != getattr(schedule.schedule, "cron", None):
-            prefect.delete_deployment_schedule(remerge, schedule.id)
-            changes.append(f"schedule of {line} removed")
-        else:
-            present.add(line)
-    new = [
-        DeploymentScheduleCreate(
-            schedule=CronSchedule(cron=cron, timezone="UTC"),
-            parameters={"line": line},
-            slug=line,
-        )
-        for line, cron in crons.items()
-        if line not in present
-    ]
-    if new:
-        prefect.create_deployment_schedules(remerge, new)
-        changes += [f"schedule of {one.slug}: {crons[str(one.slug)]}" for one in new]

@@ -8,10 +8,12 @@ Names and parameters are those of the flows. The deployments name `onboard_flow`
 import logging
 from typing import Any
 
+from restitch.deployments.server.definitions import line_of_slug
 from restitch.merging.errors import Unavailable
 from restitch.tasks.runtime import crash_recovery
 from restitch.tasks.runtime.console import reporting_to
 from restitch.tasks.runtime.engine import flow
+from restitch.tasks.runtime.events import scheduled_by
 from restitch.tasks.runtime.prefect_artifacts import RunReporter
 from restitch.tasks.runtime.workspace import workspace
 
@@ -40,17 +42,19 @@ def onboard(
 
 @flow("remerge", "{line}")
 @reporting_to(RunReporter())
-def remerge(line: str, force: bool = False, attempt: int = 0) -> None:
+def remerge(line: str | None = None, force: bool = False, attempt: int = 0) -> None:
     """Merge the ready models, evaluate, and promote if the gates pass; see `flows.remerge`.
 
     Args:
-        line: the line's name.
+        line: the line's name; a run of a schedule that has lost its parameters has none.
         force: stitch and evaluate again although nothing changed.
         attempt: the number of earlier runs that crashed at the same work.
     """
     workspace()
     from restitch.flows.remerge import remerge as work
 
+    if line is None:
+        line = line_of_slug(scheduled_by() or "")
     work.body(line, force)
 
 

@@ -92,6 +92,7 @@ def as_of(line: str, when: datetime) -> dict[str, Any]:
         "champion": None if line_state.champion is None else _in_use(ledger, line_state),
         "candidate": line_state.candidate,
         "pinned": line_state.pinned,
+        "paused": None if line_state.paused is None else line_state.paused.to_json(),
         "models": [
             {"task": task, "version": number, "state": model.state, "reason": model.reason}
             for task in sorted(line_state.tasks, key=str.encode)

@@ -18,8 +18,10 @@ from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, ModelRef, State, Task
 from restitch.registry.specs.files import load_task
 from restitch.registry.specs.task import TaskSpec
-from restitch.tasks.inputs.task_data import check_rows, resolve_task, same_task
+from restitch.tasks.inputs.checkpoints import open_base
+from restitch.tasks.inputs.task_data import check_fits, check_rows, resolve_task, same_task
 from restitch.tasks.runtime.console import say
+from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace, actor, workspace
 from restitch.tasks.statistics import check_rows_for
 
@@ -100,6 +102,8 @@ def resolved(
         check_rows_for(method, [spec])
     calibrated = any(method.needs for method in methods)
     check_rows(spec, family, space, line_state.spec.localize, calibrated=calibrated)
+    if spec.data is not None:
+        check_fits(spec, open_base(LineRef(line_state.spec, line_state.base), space))
     return spec
 
 

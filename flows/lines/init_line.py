@@ -7,6 +7,7 @@ from typing import Any
 from restitch.flows.audit.report import mirror
 from restitch.flows.outcome import Outcome
 from restitch.merging.errors import BadInput, CannotJoin
+from restitch.merging.localize.dataless import kept_count
 from restitch.merging.methods.registry import get_method, method_names, resolve_settings
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.families.family import family_names, get_family
@@ -18,9 +19,10 @@ from restitch.registry.specs.line import LineSpec, line_changes
 from restitch.registry.specs.method import MethodSpec, TournamentSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base, describe_model, open_base
-from restitch.tasks.inputs.task_data import check_rows, resolve_task
+from restitch.tasks.inputs.task_data import check_fits, check_rows, resolve_task
 from restitch.tasks.method_selection import check_benchmark
 from restitch.tasks.runtime.refs import LineRef
+from restitch.tasks.runtime.schedules import check_schedule
 from restitch.tasks.runtime.workspace import actor, workspace
 from restitch.tasks.statistics import check_rows_for
 
@@ -47,11 +49,12 @@ def init_line(file: Path) -> InitOutcome:
     """Make or update a line.
 
     Raises:
-        BadInput: the file, its base or its benchmark cannot be used, or the base or family of an
-            existing line would change.
+        BadInput: the file, its schedule, its base or its benchmark cannot be used, or the base or
+            family of an existing line would change.
     """
     space = workspace()
     spec = load_line(file)
+    check_schedule(spec.schedule, str(file))
     family = get_family(spec.family)
     spec = spec.with_method(_resolved(spec.method))
     ledger = Ledger(space.objects, spec.line)
@@ -74,6 +77,7 @@ def init_line(file: Path) -> InitOutcome:
     if isinstance(spec.retention, TaskSpec):
         benchmark = resolve_task(spec.retention, family)
         check_rows(benchmark, family, space)
+        check_fits(benchmark, opened)
         spec = spec.with_retention(benchmark)
     if isinstance(spec.method, TournamentSpec) and not isinstance(spec.retention, str):
         check_benchmark(spec.line, spec.method.objective, spec.retention, family)
@@ -118,6 +122,7 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
             details=error.details,
             hint="use an undamaged copy of the base",
         ) from error
+    _check_density(spec, base)
     chosen = spec.method.methods
     for one in chosen:
         get_method(one.name)(base.checkpoint, (), **one.settings)  # a merge without members
@@ -130,6 +135,20 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
             found=f"localize: {{mode: {spec.localize.mode}, density: {spec.localize.density}}}",
             hint="remove `localize` from the line file, or choose a method for sparse deltas: "
             + ", ".join(name for name in method_names() if not get_method(name).whole),
+        )
+
+
+def _check_density(spec: LineSpec, base: Base) -> None:
+    """Refuse a density that keeps nothing of this base."""
+    choice = spec.localize
+    density = choice.max_density if choice.density == "auto" else choice.density
+    coordinates = sum(base.checkpoint.info(name).numel for name in base.names)
+    if density is not None and kept_count(density, coordinates) == 0:
+        raise BadInput(
+            "the density under localize keeps no coordinate of this base",
+            expected=f"{1 / coordinates:.1e} or more, for {coordinates:,} localizable coordinates",
+            found=density,
+            hint="correct it, or leave it out for the default",
         )
 
 

@@ -2,12 +2,14 @@
 
 Each act looks at the line's state at the moment of its swap, so an act that this run or a killed
 one has done is not done again. If the champion has changed or a member was retired since the run
-began, recording and promoting raise `MovedError`, and the run starts again.
+began, recording and promoting raise `MovedError`, and the run starts again. If the line was paused,
+they raise `PausedError`, and the run ends.
 """
 
 from typing import Literal
 
 from restitch.flows.promotion.candidates import Candidate
+from restitch.flows.promotion.pauses import check_not_paused
 from restitch.flows.promotion.snapshot import Snapshot
 from restitch.registry.gates.gate import GateOutcome
 from restitch.registry.ledger.ledger import Ledger
@@ -53,6 +55,7 @@ def record_version(ledger: Ledger, snapshot: Snapshot, candidate: Candidate) -> 
 
 
 def _check_unmoved(line_state: LineState, snapshot: Snapshot, candidate: Candidate) -> None:
+    check_not_paused(line_state)
     # A candidate that was compared with another champion could drop that one's members.
     if line_state.champion != snapshot.line_state.champion:
         raise MovedError

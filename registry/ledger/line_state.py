@@ -236,6 +236,26 @@ class Member(Record):
     model: ModelVersion
 
 
+class Pause(Record):
+    """A pause of the automatic work on a line.
+
+    Attributes:
+        schedule_only: whether events still start work, and only the schedule is off.
+        actor: who paused it.
+        since: when, UTC, ISO.
+        reason: why, for a reader.
+    """
+
+    schedule_only: bool
+    actor: str
+    since: str
+    reason: str
+
+    def __str__(self) -> str:
+        """Since when, by whom and why."""
+        return f"since {self.since[:16].replace('T', ' ')} UTC by {self.actor}: {self.reason}"
+
+
 class LineState(Record):
     """The state of a line.
 
@@ -248,6 +268,7 @@ class LineState(Record):
         champion: the merged version in use.
         candidate: the newest merged version that has not passed its gates.
         pinned: whether automatic promotion is off.
+        paused: the pause of its automatic work, or of its schedule.
     """
 
     format: int = FORMAT
@@ -264,6 +285,7 @@ class LineState(Record):
     champion: Number | None = None
     candidate: Number | None = None
     pinned: bool = False
+    paused: Pause | None = None
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -375,6 +397,15 @@ class LineState(Record):
     def with_pin(self, pinned: bool) -> "LineState":
         """Return the state with automatic promotion off (pinned) or on."""
         return self._changed(pinned=pinned)
+
+    @property
+    def is_paused(self) -> bool:
+        """True if all automatic work is paused, and not only the schedule."""
+        return self.paused is not None and not self.paused.schedule_only
+
+    def with_pause(self, pause: Pause | None) -> "LineState":
+        """Return the state with automatic work paused, or going on (None)."""
+        return self._changed(paused=pause)
 
     def _task(self, name: str) -> Task:
         if name not in self.tasks:

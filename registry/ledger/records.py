@@ -34,6 +34,8 @@ Kind = Literal[
     "restored",
     "pinned",
     "unpinned",
+    "paused",
+    "resumed",
 ]
 
 # The chain's own fields: an entry with them would have to contain its own digest.

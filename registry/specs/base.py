@@ -10,6 +10,8 @@ from restitch.merging.digests import digest_json
 from restitch.registry.record import Record
 
 Text = Annotated[str, Field(min_length=1)]
+# More would overflow in the libraries that count with it.
+Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
 class Spec(Record):

@@ -92,6 +92,12 @@ def parse_task(text: str, origin: str, folder: Path) -> TaskSpec:
 def _task(values: dict[str, Any], origin: str, folder: Path) -> TaskSpec:
     data, head = values.get("data"), values.get("head")
     if isinstance(data, dict) and isinstance(data.get("path"), str):
+        if "://" in data["path"]:
+            raise BadInput(
+                f"{origin}: data.path {data['path']!r} is an address",
+                expected="a folder, or a data set on the hub as owner/name",
+                hint="copy the data to a folder that all workers see",
+            )
         data["path"] = _source(data["path"], folder, f"{origin}: data.path")
     if isinstance(head, dict):
         for key in ("labels", "templates"):
@@ -106,7 +112,7 @@ def _source(value: str, folder: Path, what: str) -> str:
     if is_there(path, what):
         return str(path.resolve())
     if "://" in value or value.startswith(("models:/", "runs:/", "mlflow-artifacts:/")):
-        return value.rstrip("/")
+        return value.rstrip("/") if value.rstrip("/")[-1] != ":" else value
     if is_hub_id(value):
         return value
     raise BadInput(

@@ -16,7 +16,12 @@ from restitch.registry.specs.localize import LocalizeSpec
 from restitch.registry.specs.method import AnyMethod, MethodSpec, TournamentSpec
 from restitch.registry.specs.task import Name, TaskSpec, keep_pin
 
-_CRON_FIELD = re.compile(r"[0-9A-Za-z*/,#?-]+\Z")
+DEFAULT_CRON = "*/15 * * * *"
+DEFAULT_TIMEZONE = "UTC"
+
+# Five fields, or a word such as @daily. What is in the fields is for Prefect's parser, which
+# `tasks.runtime.schedules` asks before a line is made or changed.
+_CRON = re.compile(r"@[a-z]+|[0-9A-Za-z*/,#?-]+( [0-9A-Za-z*/,#?-]+){4}", re.ASCII)
 
 
 Actors = Annotated[tuple[Text, ...], Field(min_length=1)]
@@ -40,11 +45,37 @@ class ActorsSpec(Spec):
     """Who may pin the champion."""
     unpin: Actors | None = None
     """Who may unpin the champion."""
+    pause: Actors | None = None
+    """Who may pause the line or its schedule."""
+    resume: Actors | None = None
+    """Who may resume a paused line."""
 
     def of(self, decision: str) -> tuple[str, ...] | None:
         """Those who may make a decision; None is anyone."""
         names: tuple[str, ...] | None = getattr(self, decision)
         return names
+
+
+class ScheduleSpec(Spec):
+    """When a line is remerged without an event."""
+
+    cron: str = Field(examples=["0 3 * * *"])
+    """Five fields (minute, hour, day of the month, month, day of the week), or a word such as
+    `@daily`."""
+    timezone: Text = Field(default=DEFAULT_TIMEZONE, examples=["Europe/Berlin"])
+    """The time zone of the cron line."""
+
+    @field_validator("cron")
+    @classmethod
+    def _cron_line(cls, value: str) -> str:
+        line = " ".join(value.split())
+        if not _CRON.fullmatch(line):
+            raise ValueError(f"{value[:60]!r} is not a cron line such as {DEFAULT_CRON!r}")
+        return line
+
+    def __str__(self) -> str:
+        """The cron line with its time zone."""
+        return f"{self.cron} {self.timezone}"
 
 
 class LineSpec(Spec):
@@ -75,15 +106,19 @@ class LineSpec(Spec):
         default=GatesSpec(), examples=[{"max_task_drop": 0.01}]
     )
     """What a merged version must reach to be promoted."""
-    schedule: str | None = Field(default=None, examples=["*/15 * * * *"])
-    """When to remerge without an event, as a cron line."""
+    schedule: Annotated[ScheduleSpec | None, InFile(Text | ScheduleSpec | None)] = Field(
+        default=ScheduleSpec(cron=DEFAULT_CRON),
+        examples=["0 3 * * *", {"cron": "0 3 * * *", "timezone": "Europe/Berlin"}],
+    )
+    """When to remerge without an event: a cron line in UTC, or a cron line with its time zone. By
+    default every 15 minutes; `null` is no schedule."""
     require_device: Literal["cpu", "cuda"] | None = None
     """Only workers with this device work on the line."""
     actors: ActorsSpec | None = Field(
         default=None, examples=[["alice", "bob"], {"promote": ["alice"]}]
     )
-    """Who may promote, roll back, retire, restore, pin and unpin by hand: a list for each decision,
-    or one list for all; by default anyone."""
+    """Who may promote, roll back, retire, restore, pin, unpin, pause and resume by hand: a list for
+    each decision, or one list for all; by default anyone."""
 
     @field_validator("actors", mode="before", json_schema_input_type=list[Text] | ActorsSpec | None)
     @classmethod
@@ -98,14 +133,10 @@ class LineSpec(Spec):
     def _method_name(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
-    @field_validator("schedule")
+    @field_validator("schedule", mode="before")
     @classmethod
-    def _cron(cls, value: str | None) -> str | None:
-        if value is not None:
-            fields = value.split()
-            if len(fields) != 5 or not all(_CRON_FIELD.match(field) for field in fields):
-                raise ValueError(f"{value[:60]!r} is not a cron line such as '*/15 * * * *'")
-        return value
+    def _cron_alone(cls, value: Any) -> Any:
+        return {"cron": value} if isinstance(value, str) else value
 
     def with_method_settings(self, settings: dict[str, Any]) -> "LineSpec":
         """Return the same line with other settings of its method."""

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from restitch.registry.sizes import Size
-from restitch.registry.specs.base import Spec, Text
+from restitch.registry.specs.base import Count, Spec, Text
 
 DEFAULT_DENSITY = {"dataless": 0.05, "trained": 0.01, "fisher": 0.1, "distilled": 0.1}
 DEFAULT_EPOCHS = {"distilled": 3}
@@ -53,9 +53,9 @@ class LocalizeSpec(Spec):
     )
     preset: Literal["budget", "grafting", "paper", "official"] = "budget"
     """For `trained`: how the mask is learned. Only `budget` keeps exactly the density."""
-    shots: Annotated[int, Field(ge=1)] = 64
+    shots: Count = 64
     """For all modes but `dataless`: train rows per class, or all where there are fewer."""
-    epochs: Annotated[int, Field(ge=1)] = Field(
+    epochs: Count = Field(
         default_factory=lambda earlier: DEFAULT_EPOCHS.get(earlier.get("mode", "distilled"), 10),
         examples=[3],
     )

@@ -17,7 +17,7 @@ from pydantic import (
     model_validator,
 )
 
-from restitch.registry.specs.base import InFile, Spec, Text
+from restitch.registry.specs.base import Count, InFile, Spec, Text
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 
@@ -66,7 +66,7 @@ Texts = Annotated[
 class SampleSpec(Spec):
     """Some of the rows that a task is evaluated on; each class has its share of them."""
 
-    rows: Annotated[int, Field(ge=1)] = Field(examples=[1000])
+    rows: Count = Field(examples=[1000])
     """How many rows, or all where there are fewer."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seeds the choice of rows; the same seed always gives the same."""
@@ -94,9 +94,9 @@ class DataSpec(Spec):
     as the family reads."""
     label: Text | None = Field(default=None, examples=["label"])
     """The column with the class: an index, or one of the labels; by default `label`."""
-    sample: Annotated[
-        SampleSpec | None, InFile(Annotated[int, Field(ge=1)] | SampleSpec | None)
-    ] = Field(default=None, examples=[1000])
+    sample: Annotated[SampleSpec | None, InFile(Count | SampleSpec | None)] = Field(
+        default=None, examples=[1000]
+    )
     """Evaluate on this many rows only, the same ones every time; by default on all."""
     content: dict[str, JsonValue] | None = None
     """The digests of the files behind the rows; registration fills it in, and rows are compared
@@ -132,8 +132,8 @@ class DataSpec(Spec):
         )
 
 
-Scale = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-MaxLength = Annotated[int, Field(ge=1)]
+Scale = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
+MaxLength = Count
 
 
 class ClassesSpec(Spec):

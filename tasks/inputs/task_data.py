@@ -129,6 +129,38 @@ def check_rows(
     space.objects.publish("rows", key, blob, made_by=made_by())
 
 
+def check_fits(spec: TaskSpec, base: Base) -> None:
+    """Refuse a task that its line's base cannot read, before a worker tries to.
+
+    Raises:
+        BadInput: `max_length` is larger than the base reads, or too small for its rows, or a row
+            has too many inputs.
+    """
+    split = evaluation_split(spec)
+    if spec.data is None or split is None:
+        return
+    most = base.family.max_length(base.folder)
+    if spec.max_length is not None and most is not None and spec.max_length > most:
+        raise BadInput(
+            f"task {spec.task}: max_length is more than the base reads",
+            expected=f"at most {most} tokens",
+            found=spec.max_length,
+            hint="correct max_length, or leave it out for the most that the base reads",
+        )
+    first = task_data(spec, base.family).rows(split)[0]
+    preprocess = base.family.preprocessor(base.folder, spec.max_length)
+    try:
+        preprocess([first])
+    except RestitchError:
+        raise
+    except Exception as error:  # tokenizers raise errors of many types
+        raise BadInput(
+            f"task {spec.task}: its first row cannot be turned into input of the base",
+            found=str(error),
+            hint="check max_length and data: input",
+        ) from error
+
+
 def check_access(spec: TaskSpec) -> None:
     """Refuse data that this worker may not read, before anything of it is opened.
 

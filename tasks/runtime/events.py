@@ -135,6 +135,28 @@ def is_workers_run() -> bool:
     return run is not None and run.deployment_id is not None
 
 
+def workers_flow() -> str | None:
+    """The name of the current flow, if a worker started its run."""
+    if not is_workers_run():
+        return None
+    from prefect.context import FlowRunContext
+
+    context = FlowRunContext.get()
+    return None if context is None or context.flow is None else str(context.flow.name)
+
+
+def is_scheduled_run() -> bool:
+    """True if a schedule started the current flow run."""
+    run = _flow_run()
+    return run is not None and bool(run.auto_scheduled)
+
+
+def scheduled_by() -> str | None:
+    """The slug of the schedule that started the current flow run."""
+    run = _flow_run()
+    return None if run is None or run.created_by is None else run.created_by.display_value
+
+
 def _flow_run() -> Any:
     # Without Prefect imported there is no run, and importing it here would cost seconds.
     if engine_url() is None or "prefect" not in sys.modules:

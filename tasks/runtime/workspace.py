@@ -24,6 +24,7 @@ from restitch.registry.ledger.ledger import Ledger, lines
 from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.registry.store.disk import explained
 from restitch.registry.store.objects import ObjectStore
+from restitch.tasks.runtime.events import workers_flow
 
 T = TypeVar("T")
 
@@ -102,7 +103,14 @@ def _opened(home: Home) -> Workspace:
 
 
 def actor() -> str:
-    """The identity for the audit trail: `RESTITCH_ACTOR`, or the system's user."""
+    """The identity for the audit trail.
+
+    In a run of a worker it is the flow with its host, such as `remerge@gpu-3`: nobody decided what
+    it does. A command acts for a person: `RESTITCH_ACTOR`, or the system's user.
+    """
+    flow = workers_flow()
+    if flow is not None:
+        return f"{flow}@{socket.gethostname()}"
     return os.environ.get("RESTITCH_ACTOR") or getpass.getuser()
 
 

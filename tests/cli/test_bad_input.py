@@ -294,6 +294,17 @@ BAD_TASKS: dict[str, tuple[Any, dict[str, Any], tuple[str, ...]]] = {
     "a label twice": (ROWS, {"head": {"labels": ["red", "red", "blue"]}}, ("'red'",)),
     "a name with a slash": (ROWS, {"task": "../colour"}, ("../colour",)),
     "negative scale": (ROWS, {"scale": -1}, ("scale",)),
+    "a scale beyond float": (ROWS, {"scale": 1e39}, ("scale",)),
+    "more tokens than the base reads": (ROWS, {"max_length": 100_000}, ("100000", "at most")),
+    "a number beyond counting": (ROWS, {"max_length": 10**30}, ("max_length",)),
+    "a sample beyond counting": (ROWS, {"data": {"sample": 10**30}}, ("sample",)),
+    "three input columns": (ROWS, {"data": {"input": ["text"] * 3}}, ("input columns", "3")),
+    "data at a web address": (
+        ROWS,
+        {"data": {"path": "http://data.invalid/pets"}},
+        ("http://data.invalid/pets", "an address"),
+    ),
+    "data in a bucket": (ROWS, {"data": {"path": "s3://bucket/pets"}}, ("s3://bucket/pets",)),
 }
 
 
@@ -343,6 +354,16 @@ BAD_LINES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "missing retention": ({"retention": "./no.yaml"}, ("no.yaml",)),
     "a name with capitals": ({"line": "Demo"}, ("Demo",)),
     "a schedule that is none": ({"schedule": "hourly"}, ("hourly",)),
+    "a minute that does not exist": ({"schedule": "61 * * * *"}, ("minute: 61", "minute 0-59")),
+    "a date that does not exist": ({"schedule": "0 0 30 2 *"}, ("0 0 30 2 *", "never fires")),
+    "a time zone that does not exist": (
+        {"schedule": {"cron": "0 3 * * *", "timezone": "Europe/Berln"}},
+        ("Europe/Berln", "Europe/Berlin"),
+    ),
+    "a schedule without its cron line": ({"schedule": {"timezone": "UTC"}}, ("schedule.cron",)),
+    "a density that keeps nothing": ({"localize": {"density": 1e-9}}, ("density", "1e-09")),
+    "shots beyond counting": ({"localize": {"shots": 10**30}}, ("shots",)),
+    "a bucket without a name": ({"base": "s3://"}, ("s3://",)),
     "a base of another family": ({"family": "clip"}, ("vision_model", "family")),
     "globs without a tensor": ({"localize": {"exclude": ["*"]}}, ("exclude",)),
 }

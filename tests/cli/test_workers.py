@@ -68,6 +68,25 @@ def test_registering_again_announces_unfinished_work_again(
     assert handing_over.kinds() == ["configured", "registered"]
 
 
+def test_a_registration_on_a_paused_line_is_not_announced(
+    handing_over: Shell, embedded: Shell, world: World, prefect: FakePrefect
+) -> None:
+    embedded("pause", "demo", "--reason", "the host is repaired")
+    told = handing_over.add(world, "colour")
+    assert (told["handed_over"], told["state"]) == (False, "registered")
+    assert told["paused"]["reason"] == "the host is repaired"
+    assert prefect.bodies("POST /events") == []
+
+
+def test_a_pause_ends_the_wait_for_a_model(
+    handing_over: Shell, embedded: Shell, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    when_waited_for(monkeypatch, lambda: embedded("pause", "demo", "--reason", "repair"))
+    done = handing_over(*registration(world), "--wait", "--timeout", "60", code=6)
+    assert "line demo is paused: colour version 1 is registered and waits" in done.err
+    assert "restitch resume demo" in done.err
+
+
 def test_a_lost_event_is_a_warning_and_the_model_is_registered(
     handing_over: Shell, world: World, prefect: FakePrefect
 ) -> None:

@@ -1,6 +1,7 @@
 """Steps: the decorator, writing to MLflow, the actor, and the log."""
 
 import logging
+import socket
 import time
 from pathlib import Path
 
@@ -36,6 +37,12 @@ def test_the_deployment_can_name_the_actor(monkeypatch: pytest.MonkeyPatch) -> N
     made = made_by()
     assert isinstance(made, dict)
     assert (made["actor"], made["work_pool"]) == ("nightly", "gpu")
+
+
+def test_the_actor_of_a_workers_run_is_its_flow_and_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RESTITCH_ACTOR", "the account of the workers")
+    monkeypatch.setattr("restitch.tasks.runtime.workspace.workers_flow", lambda: "remerge")
+    assert actor() == f"remerge@{socket.gethostname()}"
 
 
 def test_a_slow_unreachable_server_is_not_tried_again_at_once(

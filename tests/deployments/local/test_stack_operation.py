@@ -1,11 +1,14 @@
 """The operation of a stack: `up` again, `up` after crashes, `doctor`, `down`, `up`."""
 
+import getpass
 import os
 import signal
+import socket
 import subprocess
 import sys
 from typing import Any
 
+import httpx
 import pytest
 
 from restitch.deployments.local.health import answers, is_running
@@ -73,6 +76,127 @@ def test_doctor_names_killed_processes_and_up_restarts_them(stack: Stack) -> Non
 
 def _alive(stack: Stack, *names: str) -> bool:
     return any(is_running(stack.file.processes[name]) for name in names)
+
+
+def switch(stack: Stack, line: str, active: bool) -> None:
+    """Switch a schedule as Prefect's page does: one request, which is not sent again."""
+    schedule, page = _schedule(stack, line)
+    body = {key: schedule[key] for key in ("slug", "schedule", "parameters")}
+    answer = httpx.patch(f"{page}/{schedule['id']}", json={**body, "active": active}, timeout=60)
+    assert answer.status_code == 204
+
+
+def _schedule(stack: Stack, line: str) -> tuple[dict[str, Any], str]:
+    deployment = stack.prefect.deployment("remerge/restitch")
+    page = f"{stack.prefect.url}/deployments/{_id(deployment)}/schedules"
+    found = [s for s in httpx.get(page).json() if s["parameters"] == {"line": line}]
+    assert len(found) == 1
+    return found[0], page
+
+
+def is_on(stack: Stack, line: str) -> bool:
+    return bool(_schedule(stack, line)[0]["active"])
+
+
+def test_a_paused_line_is_left_alone_by_up_deploy_and_doctor(stack: Stack) -> None:
+    stack.line("resting")
+    up(stack)
+    stack.process("pause", "resting", "--reason", "the host is repaired")
+    assert not is_on(stack, "resting")
+    assert up(stack)["changes"] == []
+    told = stack.process("deploy", "--json").json
+    assert told["changes"] == []
+    assert told["schedules"]["resting"]["state"] == "paused"
+    assert not is_on(stack, "resting")
+    check = findings(stack, code=0)["schedule of resting"]
+    assert check["status"] == "paused"
+    assert "the host is repaired" in check["found"]
+    stack.register("resting", "colour")
+    assert stack.finished(stack.remerge("resting", "while it rests"))["state_type"] == "COMPLETED"
+    assert stack.shell.kinds("resting") == ["configured", "paused", "registered"]
+    stack.process("resume", "resting")
+    assert is_on(stack, "resting")
+    assert stack.champion("resting", "colour") == {"colour"}
+    assert findings(stack, code=0)["schedule of resting"]["status"] == "ok"
+
+
+def test_acts_of_workers_name_the_flow_and_the_host(stack: Stack) -> None:
+    stack.line("named")
+    stack.register("named", "colour")
+    stack.champion("named", "colour")
+    actors = {entry.kind: entry.actor for entry in stack.shell.acts("named")}
+    host, person = socket.gethostname(), getpass.getuser()
+    assert actors == {
+        "configured": person,
+        "registered": person,
+        "localized": f"onboard@{host}",
+        "merged": f"remerge@{host}",
+        "promoted": f"remerge@{host}",
+    }
+
+
+def test_a_schedule_that_a_person_paused_in_prefect_stays_paused(stack: Stack) -> None:
+    stack.line("switched")
+    up(stack)
+    switch(stack, "switched", active=False)
+    assert up(stack)["changes"] == []
+    file = stack.world.line(
+        stack.shell.home.parent / "switched.yaml", line="switched", schedule="0 0 2 1 *"
+    )
+    assert "paused in Prefect" in stack.process("init", file).err
+    schedule, _ = _schedule(stack, "switched")
+    assert (schedule["active"], schedule["schedule"]["cron"]) == (False, "0 0 2 1 *")
+    # A deployment that is made again keeps it, too.
+    told = stack.process("deploy", "--remerge-pool", "other", "--json").json
+    assert told["schedules"]["switched"]["text"] == "paused in Prefect"
+    assert not is_on(stack, "switched")
+    stack.process("deploy")
+    check = findings(stack, code=0)["schedule of switched"]
+    assert (check["status"], check["found"]) == ("paused", "paused in Prefect")
+    switch(stack, "switched", active=True)
+    assert findings(stack, code=0)["schedule of switched"]["status"] == "ok"
+
+
+@pytest.mark.slow
+def test_a_schedule_that_prefects_command_switched_still_remerges_its_line(stack: Stack) -> None:
+    stack.line("commanded")
+    up(stack)
+    schedule, page = _schedule(stack, "commanded")
+    soon = {"cron": "* * * * *", "timezone": "UTC"}
+    # As `prefect deployment schedule resume` sends it, which makes Prefect drop the parameters.
+    body = {"active": True, "schedule": soon}
+    assert httpx.patch(f"{page}/{schedule['id']}", json=body, timeout=60).status_code == 204
+    stack.register("commanded", "colour", announced=False)
+    assert stack.champion("commanded", "colour") == {"colour"}
+    assert up(stack)["changes"] == ["schedule of commanded: 0 0 1 1 * UTC, its parameter again"]
+
+
+def test_a_line_that_cannot_be_read_stops_no_other(stack: Stack) -> None:
+    stack.line("sound")
+    head = stack.shell.home / "store" / "lines" / "broken" / "head.json"
+    head.parent.mkdir()
+    head.write_text("{}")
+    try:
+        os.kill(pids(stack)["worker-1"], signal.SIGKILL)
+        stack.until("it is gone", lambda: not _alive(stack, "worker-1"))
+        done = stack.process("up", "--json")
+        assert done.json["started"] == ["worker-1"]
+        assert "schedule of broken" in done.err
+        assert is_on(stack, "sound")
+        deployed = stack.process("deploy", "--json")
+        assert "schedule of broken" in deployed.err
+        states = {line: one["state"] for line, one in deployed.json["schedules"].items()}
+        assert (states["broken"], states["sound"]) == ("unknown", "on")
+        found = findings(stack, code=6)
+        assert found["schedule of broken"]["status"] == "failed"
+        assert found["schedule of sound"]["status"] == "ok"
+    finally:
+        head.unlink()
+        head.parent.rmdir()
+
+
+def test_a_pool_with_a_name_that_prefect_refuses_is_bad_input(stack: Stack) -> None:
+    assert "a/b" in stack.process("deploy", "--pool", "a/b", code=3).err
 
 
 def test_down_stops_only_the_processes_of_up_and_the_state_stays(stack: Stack) -> None:

@@ -2,7 +2,6 @@
 
 import inspect
 import json
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
@@ -10,10 +9,8 @@ import pytest
 from jinja2 import Environment
 
 from restitch.deployments.server import entry
-from restitch.deployments.server.definitions import DEFAULT_CRON, automations, flows, full_name
-from restitch.deployments.server.deploy import PREFIX, _same, _schema, cron_lines
-from tests.conftest import NewHome
-from tests.worlds import World
+from restitch.deployments.server.definitions import automations, flows, full_name
+from restitch.deployments.server.deploy import PREFIX, _same, _schema
 
 ONBOARD, REMERGE = uuid4(), uuid4()
 
@@ -109,13 +106,3 @@ def test_each_flow_has_its_pool() -> None:
     assert [(flow.flow, flow.pool) for flow in flows("gpu", "cpu")] == [
         *(("onboard", "gpu"), ("remerge", "cpu"))
     ]
-
-
-def test_a_line_without_a_schedule_has_the_default(
-    world: World, new_home: NewHome, tmp_path: Path
-) -> None:
-    shell = new_home("home")
-    shell("init", world.line(tmp_path / "a.yaml", retention=None))
-    shell("init", world.line(tmp_path / "b.yaml", line="often", schedule="* * * * *"))
-    with shell.inside():
-        assert cron_lines() == {"demo": DEFAULT_CRON, "often": "* * * * *"}

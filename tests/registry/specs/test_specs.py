@@ -6,7 +6,7 @@ from restitch.merging.errors import BadInput
 from restitch.registry.gates.registry import GATES
 from restitch.registry.specs.base import Spec
 from restitch.registry.specs.files import load_line, load_task, parse_line, parse_task
-from restitch.registry.specs.line import LineSpec, line_changes
+from restitch.registry.specs.line import DEFAULT_CRON, LineSpec, ScheduleSpec, line_changes
 from restitch.registry.specs.localize import DEFAULT_DENSITY
 from restitch.registry.specs.task import TaskSpec, is_hub_id, keep_pin, split_pin
 from tests.registry.specs.schemas import schema_problems
@@ -55,7 +55,7 @@ def test_all_defaults_are_stored():
         },
         "retention": None,
         "gates": {**dict.fromkeys(GATES), "warn": []},
-        "schedule": None,
+        "schedule": {"cron": "*/15 * * * *", "timezone": "UTC"},
         "require_device": None,
         "actors": None,
     }
@@ -99,6 +99,31 @@ require_device: cuda
     assert spec.retention == "imagenet"
     assert spec.gates.limits["min_retention"] == 0.95
     assert LineSpec.from_json(spec.to_json()) == spec
+
+
+def test_a_schedule_is_a_cron_line_in_utc_unless_it_names_a_time_zone():
+    assert line('schedule: "0 3  * * * "').schedule == ScheduleSpec(cron="0 3 * * *")
+    night = line('schedule: {cron: "0 3 * * *", timezone: Europe/Berlin}').schedule
+    assert night == ScheduleSpec(cron="0 3 * * *", timezone="Europe/Berlin")
+    assert line('schedule: {cron: "@daily"}').schedule == ScheduleSpec(cron="@daily")
+    assert str(ScheduleSpec(cron="@daily")) == "@daily UTC"
+
+
+def test_null_is_no_schedule_and_a_file_without_the_key_has_the_default():
+    assert line("schedule: null").schedule is None
+    assert line().schedule == ScheduleSpec(cron=DEFAULT_CRON)
+    assert line("schedule: null").digest != line().digest
+    for text in ("", "schedule: null", 'schedule: "0 3 * * *"'):
+        assert LineSpec.from_json(line(text).to_json()) == line(text)
+
+
+def test_a_changed_schedule_is_listed_by_its_keys():
+    never, night = line("schedule: null"), line('schedule: "0 3 * * *"')
+    assert line_changes(line(), night) == [("schedule.cron", "*/15 * * * *", "0 3 * * *")]
+    assert line_changes(night, never) == [
+        ("schedule.cron", "0 3 * * *", None),
+        ("schedule.timezone", "UTC", None),
+    ]
 
 
 def test_paths_are_relative_to_their_file(tmp_path, monkeypatch):
@@ -196,6 +221,14 @@ def test_all_problems_are_listed_at_once_with_their_places():
         ("localize: {shots: true}", "localize.shots: expected integer, found true"),
         ("localize: 3", "localize: expected an object"),
         ("schedule: hourly", "is not a cron line"),
+        ("schedule: [a]", "schedule"),
+        ("schedule: 5", "schedule"),
+        ('schedule: ""', "is not a cron line"),
+        ('schedule: "* * * *"', "is not a cron line"),
+        ('schedule: "* * * * * *"', "is not a cron line"),
+        ('schedule: {cron: "* * * * *", zone: UTC}', "unknown key 'zone' in schedule"),
+        ("schedule: {timezone: UTC}", "'schedule.cron' is missing"),
+        ('schedule: {cron: "* * * * *", timezone: ""}', "schedule.timezone"),
         ("require_device: tpu", "require_device: expected 'cpu' or 'cuda'"),
         ("retention: gone/task.yaml", "neither a file nor the name of a task"),
         ("retention: {task: x, dat: 1}", "'dat'; did you mean 'data'?"),
@@ -317,7 +350,8 @@ def test_a_default_that_is_written_out_gives_the_same_digest():
         line("localize: {mode: dataless, seed: 0}").digest
         == line("localize: {mode: dataless}").digest
     )
-    assert line("schedule: null").digest == line().digest
+    written = ('schedule: "*/15 * * * *"', 'schedule: {cron: "*/15 * * * *", timezone: UTC}')
+    assert {line(text).digest for text in written} == {line().digest}
     digests = {line(f"localize: {{mode: {mode}}}").digest for mode in DEFAULT_DENSITY}
     assert len(digests) == len(DEFAULT_DENSITY)
 
