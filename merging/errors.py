@@ -5,9 +5,19 @@ Every message names the thing, what was expected, what was found and what to do.
 traceback; any other exception is a bug.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial
+
+# The lines of a list that a message shows; it counts the others.
+MOST_LINES = 5
+
+
+def shortlist(names: Collection[str]) -> str:
+    """The first names of a list, and the number of the others."""
+    shown = ", ".join(list(names)[:MOST_LINES])
+    more = len(names) - MOST_LINES
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 class RestitchError(Exception):
@@ -18,7 +28,8 @@ class RestitchError(Exception):
         expected: the correct value or state.
         found: the actual value or state.
         hint: what the user can do.
-        details: more lines, for instance every differing tensor.
+        details: more lines, for instance every differing tensor; the message shows the first
+            five and counts the others.
     """
 
     exit_code = 1
@@ -46,7 +57,9 @@ class RestitchError(Exception):
             lines.append(f"  expected: {self.expected}")
         if self.found is not None:
             lines.append(f"  found:    {self.found}")
-        lines.extend(f"  - {detail}" for detail in self.details)
+        lines.extend(f"  - {detail}" for detail in self.details[:MOST_LINES])
+        if len(self.details) > MOST_LINES:
+            lines.append(f"  - and {len(self.details) - MOST_LINES} more")
         if self.hint is not None:
             lines.append(f"  to do:    {self.hint}")
         return "\n".join(lines)

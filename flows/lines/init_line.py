@@ -6,7 +6,10 @@ from typing import Any
 
 from restitch.flows.audit.report import mirror
 from restitch.flows.outcome import Outcome
-from restitch.merging.errors import BadInput, CannotJoin
+from restitch.merging.errors import BadInput, CannotJoin, shortlist
+from restitch.merging.files.checkpoint import FLOATING
+from restitch.merging.files.comparison import wrapped_names
+from restitch.merging.files.plain_weights import described, is_buffer
 from restitch.merging.methods.registry import get_method, method_names, resolve_settings
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.families.family import family_names, get_family
@@ -73,7 +76,7 @@ def init_line(file: Path) -> InitOutcome:
     _check_fit(spec, opened)
     if isinstance(spec.retention, TaskSpec):
         benchmark = resolve_task(spec.retention, family)
-        check_rows(benchmark, family, space)
+        check_rows(benchmark, family, space)()
         spec = spec.with_retention(benchmark)
     if isinstance(spec.method, TournamentSpec) and not isinstance(spec.retention, str):
         check_benchmark(spec.line, spec.method.objective, spec.retention, family)
@@ -108,6 +111,7 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
             details=differences,
             hint=f"choose the family of the base: {', '.join(family_names())}",
         )
+    _check_tensors(base)
     try:
         TaskVector(base.checkpoint, base.checkpoint, base.names).check_finite()
     except CannotJoin as error:
@@ -130,6 +134,31 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
             found=f"localize: {{mode: {spec.localize.mode}, density: {spec.localize.density}}}",
             hint="remove `localize` from the line file, or choose a method for sparse deltas: "
             + ", ".join(name for name in method_names() if not get_method(name).whole),
+        )
+
+
+def _check_tensors(base: Base) -> None:
+    """Refuse a base whose tensors cannot be found by their names, or cannot be merged."""
+    if wrapped := wrapped_names(base.checkpoint.names):
+        raise BadInput(
+            f"the base {base.ref.uri} has names that a wrapper changed",
+            expected="the names of a model that was saved with save_pretrained",
+            found=shortlist(wrapped),
+            hint="unwrap the model (torch.compile, DistributedDataParallel, ...) and save it again",
+        )
+    infos = [base.checkpoint.info(name) for name in base.checkpoint.names]
+    integers = [
+        described(info)
+        for info in infos
+        if base.selection.matches(info.name) and info.dtype not in FLOATING and not is_buffer(info)
+    ]
+    if integers:
+        raise BadInput(
+            f"the base {base.ref.uri} has tensors in localizable layers that are no weights",
+            expected="weights in float32, bfloat16, float16 or float64",
+            found=f"{len(integers)} tensors of other types",
+            details=integers,
+            hint="use the base before quantization, or leave them out with localize: exclude",
         )
 
 
