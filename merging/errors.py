@@ -8,6 +8,7 @@ traceback; any other exception is a bug.
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial
+from typing import Self
 
 # The lines of a list that a message shows; it counts the others.
 MOST_LINES = 5
@@ -63,6 +64,17 @@ class RestitchError(Exception):
         if self.hint is not None:
             lines.append(f"  to do:    {self.hint}")
         return "\n".join(lines)
+
+    def renamed(self, old: str, new: str) -> Self:
+        """The same error with another name of the thing, such as an address for a cached folder."""
+        texts = [
+            None if text is None else text.replace(old, new)
+            for text in (self.summary, self.expected, self.found, self.hint)
+        ]
+        details = [detail.replace(old, new) for detail in self.details]
+        return type(self)(
+            str(texts[0]), expected=texts[1], found=texts[2], hint=texts[3], details=details
+        )
 
     def __reduce__(self) -> tuple[object, ...]:
         # Prefect and process pools pickle exceptions; the default would lose the keywords.

@@ -58,12 +58,8 @@ class Preprocessing:
 
 
 def compare_preprocessing(base: Path, finetuned: Path) -> Preprocessing:
-    """Compare tokenizer, image processor and chat template of a finetuned folder with its base's.
-
-    Raises:
-        BadInput: the base's own cannot be read.
-    """
-    if _same_files(base, finetuned):
+    """Compare tokenizer, image processor and chat template of a folder with those of its base."""
+    if _files(base) == _files(finetuned):
         return Preprocessing()
     differences: list[str] = []
     notes: list[str] = []
@@ -73,16 +69,10 @@ def compare_preprocessing(base: Path, finetuned: Path) -> Preprocessing:
     return Preprocessing(tuple(differences), tuple(notes))
 
 
-def _same_files(base: Path, finetuned: Path) -> bool:
-    ours, theirs = (
-        {
-            name: (folder / name).read_bytes()
-            for name in asset_files(folder)
-            if name != "config.json"
-        }
-        for folder in (base, finetuned)
-    )
-    return ours == theirs
+def _files(folder: Path) -> dict[str, bytes]:
+    return {
+        name: (folder / name).read_bytes() for name in asset_files(folder) if name != "config.json"
+    }
 
 
 def _tokenizers(base: Path, finetuned: Path) -> Iterator[tuple[str, bool]]:
@@ -92,7 +82,11 @@ def _tokenizers(base: Path, finetuned: Path) -> Iterator[tuple[str, bool]]:
     if not has_tokenizer(finetuned):
         yield "it has no tokenizer: the base's is used", False
         return
-    ours = load_tokenizer(base)
+    try:
+        ours = load_tokenizer(base)
+    except BadInput:  # a format of its own
+        yield from _other_bytes(base, finetuned)
+        return
     try:
         theirs = load_tokenizer(finetuned)
     except BadInput as error:
@@ -111,6 +105,14 @@ def _tokenizers(base: Path, finetuned: Path) -> Iterator[tuple[str, bool]]:
     if ours.model_max_length != theirs.model_max_length:
         longest = _both(ours.model_max_length, theirs.model_max_length)
         yield f"tokenizer model_max_length: {longest}; the task's max_length counts", False
+
+
+def _other_bytes(base: Path, finetuned: Path) -> Iterator[tuple[str, bool]]:
+    """The files that differ, for folders whose files only their family can read."""
+    ours, theirs = _files(base), _files(finetuned)
+    for name in sorted(ours.keys() & theirs.keys()):
+        if ours[name] != theirs[name]:
+            yield f"{name}: other bytes than the base's", True
 
 
 def _rules(tokenizer: Any) -> dict[str, Any]:
@@ -195,7 +197,11 @@ def _processors(base: Path, finetuned: Path) -> Iterator[tuple[str, bool]]:
     if not _has_processor(finetuned):
         yield "it has no image processor: the base's is used", False
         return
-    ours = _pixels(load_image_processor(base))
+    try:
+        ours = _pixels(load_image_processor(base))
+    except BadInput:  # a format of its own
+        yield from _other_bytes(base, finetuned)
+        return
     try:
         theirs = _pixels(load_image_processor(finetuned))
     except BadInput as error:

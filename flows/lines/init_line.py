@@ -23,6 +23,7 @@ from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base, describe_model, open_base
 from restitch.tasks.inputs.task_data import check_rows, resolve_task
 from restitch.tasks.method_selection import check_benchmark
+from restitch.tasks.runtime.console import say
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import actor, workspace
 from restitch.tasks.statistics import check_rows_for
@@ -73,6 +74,8 @@ def init_line(file: Path) -> InitOutcome:
         line_changes(old.spec, spec)  # refuses changes that are not allowed
         base = old.base
     opened = open_base(LineRef(spec, base), space)
+    for note in opened.checkpoint.notes:
+        say(f"the base: {note}")
     _check_fit(spec, opened)
     if isinstance(spec.retention, TaskSpec):
         benchmark = resolve_task(spec.retention, family)

@@ -269,23 +269,8 @@ def _put_files(uri: str, downloaded: Path, objects: ObjectStore, check: Check | 
             return objects.put_json({"uri": _pointed_at(uri, placeholder)})
         downloaded = model_folder(uri, downloaded)
     if check is not None:
-        with _named(downloaded, uri):
-            check(downloaded, uri)
+        check(downloaded, uri)
     return _manifest(uri, files_of(downloaded), objects, move=True)
-
-
-@contextmanager
-def _named(folder: Path, uri: str) -> Iterator[None]:
-    """Name the model in errors, instead of the folder that it was fetched into."""
-    try:
-        yield
-    except BadInput as error:
-        named = {
-            key: None if text is None else text.replace(str(folder), uri)
-            for key in ("summary", "expected", "found", "hint")
-            for text in [getattr(error, key)]
-        }
-        raise BadInput(str(named.pop("summary")), **named, details=error.details) from error
 
 
 def _manifest(uri: str, files: dict[str, Path], objects: ObjectStore, *, move: bool) -> str:

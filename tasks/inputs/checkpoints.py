@@ -117,10 +117,13 @@ def check_readable(local: Path, where: str) -> Checkpoint:
     Raises:
         BadInput: it is no checkpoint, an adapter, or quantized.
     """
-    if local.is_dir():
-        check_not_quantized(local, where)
-    checkpoint = Checkpoint.open(local)
-    check_plain(checkpoint, where)
+    try:
+        if local.is_dir():
+            check_not_quantized(local, where)
+        checkpoint = Checkpoint.open(local)
+        check_plain(checkpoint, where)
+    except BadInput as error:
+        raise error.renamed(str(local), where) from error
     return checkpoint
 
 

@@ -184,3 +184,12 @@ def test_a_long_value_is_cut_to_where_it_differs(bert, edited):
 
 def test_folders_of_another_layout_are_not_compared(tmp_path):
     assert compare_preprocessing(tmp_path, tmp_path) == Preprocessing()
+
+
+def test_files_that_only_a_family_can_read_are_compared_by_bytes(tmp_path):
+    for name, text in (("base", "one"), ("same", "one"), ("other", "two")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "tokenizer.json").write_text(text)
+    assert compare_preprocessing(tmp_path / "base", tmp_path / "same") == Preprocessing()
+    found = compare_preprocessing(tmp_path / "base", tmp_path / "other")
+    assert found.differences == ("tokenizer.json: other bytes than the base's",)
