@@ -69,6 +69,17 @@ def test_another_tokenizer_is_a_difference(bert, edited, case):
     assert any(line.startswith(named) for line in found.differences), found
 
 
+TRUNCATION = {"direction": "Right", "strategy": "LongestFirst", "stride": 0}
+PADDING = {
+    "strategy": "BatchLongest",
+    "direction": "Right",
+    "pad_to_multiple_of": None,
+    "pad_id": 258,
+    "pad_type_id": 0,
+    "pad_token": "<pad>",
+}
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -79,17 +90,6 @@ def test_another_tokenizer_is_a_difference(bert, edited, case):
 )
 def test_what_the_last_call_left_in_the_file_does_not_count(bert, edited, change):
     assert compare_preprocessing(bert, edited("tokenizer.json", change)) == Preprocessing()
-
-
-TRUNCATION = {"direction": "Right", "strategy": "LongestFirst", "stride": 0}
-PADDING = {
-    "strategy": "BatchLongest",
-    "direction": "Right",
-    "pad_to_multiple_of": None,
-    "pad_id": 258,
-    "pad_type_id": 0,
-    "pad_token": "<pad>",
-}
 
 
 def test_the_side_of_padding_counts_and_the_longest_text_is_a_note(bert, edited):
@@ -158,24 +158,32 @@ def test_the_name_of_the_processor_does_not_count(clip, edited):
     assert compare_preprocessing(clip, other) == Preprocessing()
 
 
-def test_a_chat_template_is_compared_if_the_base_has_one(bert, edited):
-    def template(text: str) -> Path:
-        return edited("tokenizer_config.json", lambda values: values.update(chat_template=text))
+@pytest.fixture
+def with_template(edited):
+    """A copy of the tiny BERT with a chat template."""
 
-    found = compare_preprocessing(bert, template("{{ a }}"))
+    def make(text: str) -> Path:
+        folder: Path = edited(
+            "tokenizer_config.json", lambda values: values.update(chat_template=text)
+        )
+        return folder
+
+    return make
+
+
+def test_a_chat_template_is_compared_if_the_base_has_one(bert, with_template):
+    ours, theirs = with_template("{{ a }}"), with_template("{{ b }}")
+    found = compare_preprocessing(bert, ours)
     assert found.differences == ()
     assert found.notes == ("it has a chat template, the base has none: it is not used",)
-    (found,) = compare_preprocessing(template("{{ a }}"), template("{{ b }}")).differences
-    assert found == "chat template: base '{{ a }}', finetuned '{{ b }}'"
-    assert compare_preprocessing(template("{{ a }}"), bert) == Preprocessing()
+    differences = compare_preprocessing(ours, theirs).differences
+    assert differences == ("chat template: base '{{ a }}', finetuned '{{ b }}'",)
+    assert compare_preprocessing(ours, bert) == Preprocessing()
 
 
-def test_a_long_value_is_cut_to_where_it_differs(bert, edited):
-    def template(text: str) -> Path:
-        return edited("tokenizer_config.json", lambda values: values.update(chat_template=text))
-
+def test_a_long_value_is_cut_to_where_it_differs(with_template):
     start, end = "x" * 500, "y" * 500
-    ours, theirs = template(f"{start}one{end}"), template(f"{start}two{end}")
+    ours, theirs = with_template(f"{start}one{end}"), with_template(f"{start}two{end}")
     (found,) = compare_preprocessing(ours, theirs).differences
     assert len(found) < 200
     assert "one" in found
