@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from restitch.merging.errors import BadInput, shortlist
+from restitch.merging.errors import BadInput, counted, shortlist
 from restitch.modeling.pretrained import (
     asset_files,
     has_tokenizer,
@@ -41,6 +41,8 @@ _NO_PIXELS = frozenset(
         "return_tensors",
     }
 )
+# Modules of Sentence Transformers that the families of text apply as well.
+_APPLIED = ("Transformer", "Pooling", "Normalize")
 _LONGEST = 60
 
 
@@ -67,6 +69,16 @@ def compare_preprocessing(base: Path, finetuned: Path) -> Preprocessing:
         for text, counts in compare(base, finetuned):
             (differences if counts else notes).append(text)
     return Preprocessing(tuple(differences), tuple(notes))
+
+
+def unused_modules(folder: Path) -> list[str]:
+    """The layers that Sentence Transformers adds after the encoder, which no family applies."""
+    try:
+        modules = json.loads((folder / "modules.json").read_text(encoding="utf-8"))
+        kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+    return [kind for kind in kinds if kind not in _APPLIED]
 
 
 def _files(folder: Path) -> dict[str, bytes]:
@@ -149,7 +161,7 @@ def _vocabularies(ours: dict[str, int], theirs: dict[str, int]) -> Iterator[tupl
     if other:
         shown = shortlist([repr(token) for token in other])
         sizes = f"base {len(ours)} tokens, finetuned {len(theirs)}"
-        yield f"tokenizer vocabulary: {len(other)} tokens differ ({sizes}): {shown}", True
+        yield f"tokenizer vocabulary: {counted(len(other), 'token')} ({sizes}): {shown}", True
 
 
 def _flags(tokenizer: Any) -> dict[str, dict[str, Any]]:

@@ -5,12 +5,12 @@ from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
 
-from restitch.merging.errors import BadInput, CannotJoin, shortlist
+from restitch.merging.errors import BadInput, CannotJoin, counted, shortlist
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.comparison import Comparison
 from restitch.merging.ranking.task_vector import TaskVector, outside_share
 from restitch.modeling.configs import unknown_keys
-from restitch.modeling.preprocessing import compare_preprocessing
+from restitch.modeling.preprocessing import compare_preprocessing, unused_modules
 from restitch.registry.access_policy import AccessDenied
 from restitch.registry.ledger.line_state import ModelRef, TensorGroup
 from restitch.tasks.inputs.checkpoints import Base, line_up, open_base, open_model
@@ -67,8 +67,8 @@ def validate(line: LineRef, model: ModelRef, accept_preprocessing: bool = False)
             f"{model.uri} is not finetuned from the base of this line",
             expected=f"the configuration of {base.ref.uri} and its {len(base.names)} localizable"
             f" tensors, such as {ours}",
-            found=f"{len(problems)} differences in {len(checkpoint.names)} tensors, such as"
-            f" {theirs}",
+            found=f"{counted(len(problems), 'difference')} in {len(checkpoint.names)} tensors,"
+            f" such as {theirs}",
             details=problems,
             hint=_HINT,
         )
@@ -128,7 +128,7 @@ def _check_preprocessing(base: Base, model: ModelRef, folder: Path, accepted: bo
             f"{model.uri} prepares inputs in another way than the base of this line",
             expected=f"the tokenizer and image processor of {base.ref.uri}, which the merged model"
             " uses for every task",
-            found=f"{len(found.differences)} differences",
+            found=counted(len(found.differences), "difference"),
             details=found.differences,
             hint="put the base's files into the folder if the model was trained with them; to"
             " merge it in spite of the difference, register it again with"
@@ -137,6 +137,8 @@ def _check_preprocessing(base: Base, model: ModelRef, folder: Path, accepted: bo
     notes = list(found.notes)
     if found.differences:
         notes.append(f"accepted at registration: {shortlist(found.differences)}")
+    if modules := unused_modules(folder):
+        notes.append(f"modules.json adds layers after the encoder, not used: {shortlist(modules)}")
     if unknown := unknown_keys(base.folder, folder):
         notes.append(
             f"config.json has keys that the architecture does not know: {shortlist(unknown)}"

@@ -7,6 +7,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from restitch.merging.errors import counted
+
 Values = dict[str, Any]
 
 _PIPE_WIDTH = 10_000
@@ -82,7 +84,7 @@ def _tensors(group: Values) -> str:
     """A group of tensors: its number, its share and its first names."""
     more = group["count"] - len(shown := group["names"][:_MOST_NAMES])
     names = ", ".join(shown) + (f" and {more} more" if more else "")
-    tensors = "1 tensor" if group["count"] == 1 else f"{group['count']:,} tensors"
+    tensors = counted(group["count"], "tensor")
     return f"{tensors} ({group['weights']:,} weights, {percent(group['share'])}): {names}"
 
 

@@ -213,6 +213,7 @@ def test_what_was_inferred_is_noted(world: World, line: Shell, tmp_path: Path) -
         for number in (1, 2):
             part = {name: tensors[name] for name in sorted(tensors)[number - 1 :: 2]}
             save_file(part, folder / f"model-0000{number}-of-00002.safetensors")
+        (folder / "modules.json").write_text('[{"type": "models.Dense"}]')
         (folder / "pytorch_model.bin").write_bytes(b"\x80")
         (folder / "tokenizer.json").unlink()
 
@@ -220,7 +221,13 @@ def test_what_was_inferred_is_noted(world: World, line: Shell, tmp_path: Path) -
     files = ("--task", world.task("colour"), "--model", model)
     notes = line.json("register", "demo", *files)["facts"]["notes"]
     text = "\n".join(notes)
-    for part in ("no index", "not read: pytorch_model.bin", "unsloth_version", "no tokenizer"):
+    for part in (
+        "no index",
+        "not read: pytorch_model.bin",
+        "unsloth_version",
+        "no tokenizer",
+        "Dense",
+    ):
         assert part in text
     shown = line("show", "demo", "champion").out
     assert all(f"colour: note: {note}" in shown for note in notes)

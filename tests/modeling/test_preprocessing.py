@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from restitch.modeling.preprocessing import Preprocessing, compare_preprocessing
+from restitch.modeling.preprocessing import Preprocessing, compare_preprocessing, unused_modules
 
 Edit = Callable[[dict[str, Any]], object]
 
@@ -56,7 +56,10 @@ TOKENIZERS: dict[str, tuple[Edit, str]] = {
         lambda tokenizer: tokenizer.update(post_processor=None),
         "tokenizer post_processor",
     ),
-    "another token": (renamed_token, "tokenizer vocabulary: 2 tokens differ"),
+    "another token": (
+        renamed_token,
+        "tokenizer vocabulary: 2 tokens (base 260 tokens, finetuned 260)",
+    ),
     "one more token": (added_token, "tokenizer added tokens: '[ENT]'"),
     "other merges": (merged_bytes, "tokenizer merges"),
 }
@@ -201,3 +204,22 @@ def test_files_that_only_a_family_can_read_are_compared_by_bytes(tmp_path):
     assert compare_preprocessing(tmp_path / "base", tmp_path / "same") == Preprocessing()
     found = compare_preprocessing(tmp_path / "base", tmp_path / "other")
     assert found.differences == ("tokenizer.json: other bytes than the base's",)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ('[{"type": "sentence_transformers.models.Transformer"}]', []),
+        (
+            '[{"type": "a.Transformer"}, {"type": "a.Pooling"}, {"type": "a.models.Dense"}]',
+            ["Dense"],
+        ),
+        ("{", []),
+        ("[1]", []),
+        ('{"a": {}}', []),
+    ],
+)
+def test_layers_after_the_encoder_are_named(tmp_path, text, expected):
+    (tmp_path / "modules.json").write_text(text)
+    assert unused_modules(tmp_path) == expected
+    assert unused_modules(tmp_path / "nothing") == []
