@@ -214,14 +214,14 @@ def list_folder(address: str) -> S3Folder:
             one = dict(_objects(bucket, prefix))
             if prefix in one:
                 files = {"model.safetensors": one[prefix]}
-        below = [] if files else _folders(bucket, prefix)
+        folders = [] if files else _folders(bucket, below)
     if not files:
         raise BadInput(
             f"there is no model at {address}",
             expected="a folder with safetensors, such as s3://bucket/folder",
-            found=f"folders below it: {shortlist(below)}" if below else "nothing below it",
+            found=f"folders below it: {shortlist(folders)}" if folders else "nothing below it",
             hint="name the folder of one of them"
-            if below
+            if folders
             else "check the bucket, the path and AWS_ENDPOINT_URL",
         )
     return S3Folder(address, bucket, dict(sorted(files.items())))
@@ -302,11 +302,9 @@ def _parsed(address: str) -> tuple[str, str]:
 
 def _folders(bucket: str, prefix: str) -> list[str]:
     """The names of the first folders directly below an address."""
-    start = f"{prefix}/" if prefix else ""
-    request = {"Bucket": bucket, "Prefix": start, "Delimiter": "/"}
-    page = with_retries(lambda: client().list_objects_v2(**request))
+    page = call("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/")
     found = [str(each["Prefix"]) for each in page.get("CommonPrefixes", ())]
-    return [name.removeprefix(start).rstrip("/") for name in found]
+    return [name.removeprefix(prefix).rstrip("/") for name in found]
 
 
 def _objects(bucket: str, prefix: str) -> Iterator[tuple[str, RemoteFile]]:
