@@ -24,6 +24,7 @@ from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, CannotJoin, RestitchError
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import (
+    PREPROCESSING,
     LineState,
     Member,
     ModelFacts,
@@ -134,7 +135,8 @@ def _onboard(ledger: Ledger, line_state: LineState, key: ModelKey) -> OnboardOut
     ref, spec = LineRef(line_state.spec, line_state.base), line_state.tasks[key.task].spec
     model = line_state.model(key)
     try:
-        checked = validate(ref, model.model)
+        accept = PREPROCESSING in model.facts.accepted
+        checked = validate(ref, model.model, accept_preprocessing=accept)
         delta = localize(ref, spec, model.model)
     except CannotJoin as error:
         if model.state == "registered":
@@ -252,6 +254,9 @@ def _measure(
         choice=_choice(line.spec),
         outside_share=checked.outside_share,
         outside_tensors=checked.outside_tensors,
+        unused=checked.unused,
+        from_base=checked.from_base,
+        notes=checked.notes,
         results=results,
         **delta.facts,
         **measured,
@@ -304,7 +309,11 @@ def _join(
 ) -> None:
     def change(line_state: LineState) -> LineState | None:
         model = line_state.model(key)
-        history = {"registered_again": model.facts.registered_again, "held_in": model.facts.held_in}
+        history = {
+            "registered_again": model.facts.registered_again,
+            "held_in": model.facts.held_in,
+            "accepted": model.facts.accepted,
+        }
         known = facts.model_copy(update=history)
         new: dict[str, Any] = {"mask": delta.mask, "delta": delta.blob, "facts": known}
         if model.state == "registered":

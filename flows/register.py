@@ -9,6 +9,7 @@ unfinished. Other weights become the task's next version.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +25,7 @@ from restitch.modeling.families.family import get_family
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import (
     LineState,
+    ModelFacts,
     ModelKey,
     ModelRef,
     ModelVersion,
@@ -87,6 +89,7 @@ def register(
     here: bool = False,
     wait: bool = False,
     timeout: float | None = None,
+    accepted: Mapping[str, str] | None = None,
 ) -> RegisterOutcome:
     """Register a finetuned model; without workers, also onboard it and remerge.
 
@@ -100,6 +103,7 @@ def register(
         here: do the work in this process even if there are workers.
         wait: with workers, return when the model is in the champion or was refused.
         timeout: the seconds to wait at most.
+        accepted: checks to switch off for this model, each with the reason, which is recorded.
 
     Raises:
         BadInput: the task file, its data or the model cannot be read, or the file changes the
@@ -110,10 +114,11 @@ def register(
     space = workspace()
     ledger = space.ledger(line)
     line_state = ledger.state()
-    spec = resolve_spec(ledger, task_file, replace_task)
+    spec, remember_rows = resolve_spec(ledger, task_file, replace_task)
     open_base(LineRef(line_state.spec, line_state.base), space)  # nothing can join without it
     model = describe_model(source, get_family(line_state.spec.family), space, copy=copy)
-    key, already = _add(ledger, spec, model, replace_task)
+    remember_rows()
+    key, already = _add(ledger, spec, model, replace_task, accepted or {})
     if already:
         say(f"{key.task}: these weights are already version {key.version}")
     if ledger.state().is_paused:
@@ -135,7 +140,11 @@ def register(
 
 
 def _add(
-    ledger: Ledger, spec: TaskSpec, model: ModelRef, replace_task: bool
+    ledger: Ledger,
+    spec: TaskSpec,
+    model: ModelRef,
+    replace_task: bool,
+    accepted: Mapping[str, str],
 ) -> tuple[ModelKey, bool]:
     """Add the model to the line as its task's next version, unless it is there already.
 
@@ -153,33 +162,44 @@ def _add(
             # The same data at another path: the old path may be gone.
             described = (replace_task and spec != task.spec) or not task.declared
             after = line_state.with_task(spec) if described else line_state
-            after = _with_another_try(after, ModelKey(spec.task, known))
+            after = _with_another_try(after, ModelKey(spec.task, known), accepted)
             return None if after is line_state else after
         now = datetime.now(UTC).isoformat(timespec="microseconds")
         if task is None or not task.declared or not same_task(task.spec, spec):
             line_state = line_state.with_task(spec)
         key = ModelKey(spec.task, line_state.tasks[spec.task].next_version)
         added.append((key, False))
-        return line_state.with_version(spec.task, ModelVersion(model=model, registered_at=now))
+        facts = ModelFacts(accepted=dict(accepted))
+        version = ModelVersion(model=model, registered_at=now, facts=facts)
+        return line_state.with_version(spec.task, version)
 
     ledger.act(
         "registered",
         actor(),
-        f"{spec.task} from {model.uri}",
+        f"{spec.task} from {model.uri}"
+        + "".join(f"; accepted {check}: {reason}" for check, reason in accepted.items()),
         change,
         {"model": model.weights, "config": model.config},
     )
     return added[-1]
 
 
-def _with_another_try(line_state: LineState, key: ModelKey) -> LineState:
-    """Set a model that waited, or that killed its workers, back to `registered`."""
+def _with_another_try(
+    line_state: LineState, key: ModelKey, accepted: Mapping[str, str]
+) -> LineState:
+    """Set a model back to `registered` if it waited, killed its workers, or is accepted now."""
     model = line_state.model(key)
     deadly = model.state == "quarantined" and model.facts.deaths > 0
-    if not (deadly or model.state == "waiting"):
+    newly = model.state == "quarantined" and bool(accepted.keys() - model.facts.accepted.keys())
+    if not (deadly or newly or model.state == "waiting"):
         return line_state
     again = model.facts.registered_again + deadly
-    facts = model.facts.model_copy(update={"deaths": 0, "registered_again": again})
+    update = {
+        "deaths": 0,
+        "registered_again": again,
+        "accepted": {**model.facts.accepted, **accepted},
+    }
+    facts = model.facts.model_copy(update=update)
     return line_state.with_state(*key, "registered", facts=facts)
 
 

@@ -5,9 +5,25 @@ Every message names the thing, what was expected, what was found and what to do.
 traceback; any other exception is a bug.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial
+from typing import Self
+
+# The lines of a list that a message shows; it counts the others.
+MOST_LINES = 5
+
+
+def shortlist(names: Collection[str]) -> str:
+    """The first names of a list, and the number of the others."""
+    shown = ", ".join(list(names)[:MOST_LINES])
+    more = len(names) - MOST_LINES
+    return f"{shown} and {more} more" if more > 0 else shown
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun, which takes an s in the plural."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 class RestitchError(Exception):
@@ -18,7 +34,8 @@ class RestitchError(Exception):
         expected: the correct value or state.
         found: the actual value or state.
         hint: what the user can do.
-        details: more lines, for instance every differing tensor.
+        details: more lines, for instance every differing tensor; the message shows the first
+            five and counts the others.
     """
 
     exit_code = 1
@@ -46,10 +63,23 @@ class RestitchError(Exception):
             lines.append(f"  expected: {self.expected}")
         if self.found is not None:
             lines.append(f"  found:    {self.found}")
-        lines.extend(f"  - {detail}" for detail in self.details)
+        lines.extend(f"  - {detail}" for detail in self.details[:MOST_LINES])
+        if len(self.details) > MOST_LINES:
+            lines.append(f"  - and {len(self.details) - MOST_LINES} more")
         if self.hint is not None:
             lines.append(f"  to do:    {self.hint}")
         return "\n".join(lines)
+
+    def renamed(self, old: str, new: str) -> Self:
+        """The same error with another name of the thing, such as an address for a cached folder."""
+        texts = [
+            None if text is None else text.replace(old, new)
+            for text in (self.summary, self.expected, self.found, self.hint)
+        ]
+        details = [detail.replace(old, new) for detail in self.details]
+        return type(self)(
+            str(texts[0]), expected=texts[1], found=texts[2], hint=texts[3], details=details
+        )
 
     def __reduce__(self) -> tuple[object, ...]:
         # Prefect and process pools pickle exceptions; the default would lose the keywords.

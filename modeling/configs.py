@@ -1,17 +1,17 @@
 """Compare the configuration keys of two checkpoints that change the forward pass.
 
 `AutoConfig` fills in defaults, so a key that one file leaves out equals the default written out.
-Keys for training, generation, bookkeeping or file handling are ignored; every other key counts,
-even an unknown one.
+Keys for training, generation, bookkeeping or file handling are ignored, and so are keys that the
+architecture does not know, which tools write for themselves; `unknown_keys` names those.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from restitch.merging.errors import BadInput
-from restitch.merging.files.safe_open import open_regular
+from restitch.merging.files.safe_open import open_regular, read_limited
 
 _IGNORED = {
     "_attn_implementation",
@@ -54,6 +54,8 @@ _IGNORED = {
     "transformers_version",
     "use_cache",
 }
+_MOST_CONFIG = 1 << 24
+_QUANTIZATION = ("quantization_config", "compression_config")
 # Keys that transformers 4 wrote and 5 dropped, with the value that their absence means.
 _ONCE_DEFAULT = {"position_embedding_type": "absolute", "pruned_heads": {}}
 
@@ -89,13 +91,21 @@ def differences(
     finetuned: Mapping[str, Any],
     *,
     ignore: frozenset[str] = frozenset(),
+    known: Collection[str] | None = None,
     prefix: str = "",
 ) -> list[str]:
     """All differing keys as `key: base x, finetuned y`, sorted; nested keys are joined by dots.
 
-    Both configurations have their defaults, and `prefix` is the key above both.
+    Both configurations have their defaults, and `prefix` is the key above both. `known` are the
+    keys that the architecture knows; None compares all.
     """
     start = f"{prefix}." if prefix else ""
+    if known is not None:
+        compared = {*known, *_ONCE_DEFAULT}
+        base, finetuned = (
+            {key: value for key, value in each.items() if key in compared}
+            for each in (base, finetuned)
+        )
     left, right = _flat(base, ignore, start), _flat(finetuned, ignore, start)
     result = []
     for key in sorted({*left, *right}):
@@ -104,6 +114,59 @@ def differences(
         if ours != theirs:
             result.append(f"{key}: base {ours!r}, finetuned {theirs!r}")
     return result
+
+
+def known_keys(config: Any) -> frozenset[str]:
+    """The keys that the class of a configuration knows."""
+    try:
+        return frozenset(type(config)().to_dict())
+    except Exception:  # a class that needs arguments
+        return frozenset(config.to_dict())
+
+
+def unknown_keys(base: Path, finetuned: Path) -> list[str]:
+    """The keys of a finetuned configuration that its architecture does not know, sorted.
+
+    A key that the base has with the same value is left out.
+    """
+    try:
+        ours, theirs = read_config(base), read_config(finetuned)
+    except BadInput:  # not in the layout of transformers
+        return []
+    return sorted(_unknown(ours.to_dict(), theirs, ""))
+
+
+def _unknown(base: Mapping[str, Any], config: Any, prefix: str) -> Iterator[str]:
+    known = known_keys(config)
+    for key, value in config.to_dict().items():
+        own = getattr(config, key, None)
+        if hasattr(own, "to_dict") and isinstance(value, Mapping):
+            yield from _unknown(base.get(key) or {}, own, f"{prefix}{key}.")
+        elif key not in known and key not in _IGNORED and base.get(key) != value:
+            yield f"{prefix}{key}"
+
+
+def check_not_quantized(folder: Path, where: str) -> None:
+    """Refuse a model whose configuration says that its weights are quantized.
+
+    Raises:
+        BadInput: the configuration names a quantization.
+    """
+    try:
+        values = json.loads(read_limited(folder / "config.json", _MOST_CONFIG))
+    except (OSError, ValueError, RecursionError):
+        return  # `read_config` explains what is wrong with it
+    found = [key for key in _QUANTIZATION if isinstance(values, dict) and values.get(key)]
+    if found:
+        settings = values[found[0]]
+        method = settings.get("quant_method") if isinstance(settings, dict) else None
+        raise BadInput(
+            f"{where} is quantized, by its config.json",
+            expected="weights in float32, bfloat16, float16 or float64",
+            found=f"{found[0]}: {method or settings}",
+            hint="use the model before quantization; if its weights are not quantized, remove the "
+            "key from config.json",
+        )
 
 
 def model_type_difference(base: str, finetuned: str) -> list[str]:

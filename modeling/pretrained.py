@@ -167,6 +167,11 @@ def _modern(name: str) -> str:
     return name
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """True if a folder holds a vocabulary."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
+
+
 def load_tokenizer(folder: Path) -> Any:
     """Load the folder's tokenizer.
 
@@ -175,7 +180,7 @@ def load_tokenizer(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
+    if not has_tokenizer(folder):
         # Without one, transformers makes an empty tokenizer without a warning.
         raise BadInput(
             f"{folder} has no tokenizer",
@@ -188,6 +193,32 @@ def load_tokenizer(folder: Path) -> Any:
         )
     except Exception as error:  # files of somebody else can raise any error
         raise BadInput(f"the tokenizer of {folder} cannot be read", found=error) from error
+
+
+def load_image_processor(folder: Path) -> Any:
+    """Load the folder's image processor for PIL: torchvision gives other pixels.
+
+    Raises:
+        BadInput: there is none, it cannot be read, or it has no variant for PIL.
+    """
+    from transformers import AutoImageProcessor
+
+    try:
+        processor = AutoImageProcessor.from_pretrained(
+            str(folder), backend="pil", local_files_only=True, trust_remote_code=False
+        )
+    except Exception as error:  # files of somebody else can raise any error
+        raise BadInput(
+            f"the image processor of {folder} cannot be read",
+            expected="a valid preprocessor_config.json",
+            found=error,
+        ) from error
+    if getattr(processor, "backend", None) != "pil":
+        raise BadInput(
+            f"the image processor of {folder} has no variant for PIL",
+            found=type(processor).__name__,
+        )
+    return processor
 
 
 def asset_files(folder: Path) -> tuple[str, ...]:

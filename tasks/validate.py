@@ -1,32 +1,55 @@
-"""Check that a finetuned model can join its line, and measure changes that masks cannot hold."""
+"""Check that a finetuned model can join its line, and account for every tensor in its files."""
 
-from restitch.merging.errors import BadInput, CannotJoin
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from itertools import takewhile
+from pathlib import Path
+
+from restitch.merging.errors import BadInput, CannotJoin, counted, shortlist
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.comparison import Comparison
 from restitch.merging.ranking.task_vector import TaskVector, outside_share
+from restitch.modeling.configs import unknown_keys
+from restitch.modeling.preprocessing import compare_preprocessing, unused_modules
 from restitch.registry.access_policy import AccessDenied
-from restitch.registry.ledger.line_state import ModelRef
-from restitch.tasks.inputs.checkpoints import line_up, open_base, open_model
+from restitch.registry.ledger.line_state import ModelRef, TensorGroup
+from restitch.tasks.inputs.checkpoints import Base, line_up, open_base, open_model
 from restitch.tasks.runtime.engine import step
 from restitch.tasks.runtime.refs import LineRef, Validated
 from restitch.tasks.runtime.workspace import workspace
 
+# The names of a group of tensors that the line keeps.
+_MOST_NAMES = 20
+_HINT = "register a model that was finetuned from this base"
+
 
 @step("validate")
-def validate(line: LineRef, model: ModelRef) -> Validated:
+def validate(line: LineRef, model: ModelRef, accept_preprocessing: bool = False) -> Validated:
     """Check a finetuned model against the base of its line.
 
+    Args:
+        line: the line.
+        model: the finetuned model.
+        accept_preprocessing: allow another tokenizer or image processor than the base's.
+
     Raises:
-        CannotJoin: it has another architecture or configuration, missing tensors, other shapes,
-            NaN or infinity, or equals the base; the message lists every difference.
+        CannotJoin: it has another architecture, configuration, tokenizer or image processor,
+            missing or unexpected tensors, other shapes, NaN or infinity, or equals the base.
         AccessDenied: this worker may not read it, but another one may.
     """
     space = workspace()
     base = open_base(line, space)
+    notes: list[str] = []
     try:
         folder, checkpoint = open_model(model, space, base.family, like=base.checkpoint)
-        comparison = line_up(base, checkpoint)
-        problems = comparison.problems()
+        notes += checkpoint.notes
+        config: list[str] = []
         if folder.is_dir():
-            problems += base.family.config_differences(base.folder, folder)
+            config = _config_differences(base, model, folder)
+            notes += _check_preprocessing(base, model, folder, accept_preprocessing)
+        else:
+            notes.append("a file alone has no configuration and no tokenizer: the base's are used")
+        comparison = line_up(base, checkpoint)
     except AccessDenied:
         raise
     except BadInput as error:
@@ -37,13 +60,17 @@ def validate(line: LineRef, model: ModelRef) -> Validated:
             hint=error.hint,
             details=error.details,
         ) from error
+    problems = [*config, *comparison.problems()]
     if problems:
+        ours, theirs = _examples(comparison, base, checkpoint)
         raise CannotJoin(
             f"{model.uri} is not finetuned from the base of this line",
-            expected=f"every localizable tensor and the configuration of {base.ref.uri}",
-            found=f"{len(problems)} differences",
+            expected=f"the configuration of {base.ref.uri} and its {len(base.names)} localizable"
+            f" tensors, such as {ours}",
+            found=f"{counted(len(problems), 'difference')} in {len(checkpoint.names)} tensors,"
+            f" such as {theirs}",
             details=problems,
-            hint="register a model that was finetuned from this base",
+            hint=_HINT,
         )
     finetuned = checkpoint.renamed(comparison.mapping)
     vector = TaskVector(base.checkpoint, finetuned, base.names)
@@ -54,10 +81,98 @@ def validate(line: LineRef, model: ModelRef) -> Validated:
             expected="weights that finetuning changed",
             found=f"no difference in {len(base.names)} tensors",
             hint="check that the finetuned model was saved, and not its base",
+            details=checkpoint.notes,
         )
+    if comparison.renamed is not None:
+        theirs, ours = comparison.renamed
+        notes.append(f"its tensors are renamed to the base's names, such as {theirs} to {ours}")
     outside = outside_share(base.checkpoint, finetuned, base.names)
+    heads = base.family.head_tensors
+    unused = [n for n in comparison.unexpected if not any(fnmatchcase(n, glob) for glob in heads)]
     return Validated(
         outside_share=outside.share,
-        outside_tensors=outside.tensors[:20],
-        ignored=(*comparison.unexpected, *comparison.missing)[:20],
+        outside_tensors=outside.tensors[:_MOST_NAMES],
+        unused=_group(checkpoint, unused),
+        from_base=_group(base.checkpoint, comparison.missing),
+        notes=tuple(notes),
+    )
+
+
+def _config_differences(base: Base, model: ModelRef, folder: Path) -> list[str]:
+    """The differing keys of the configuration.
+
+    Raises:
+        CannotJoin: it is another architecture, so nothing else can be compared.
+    """
+    found = base.family.config_differences(base.folder, folder)
+    kind = [difference for difference in found if difference.startswith("model_type:")]
+    if kind:
+        raise CannotJoin(
+            f"{model.uri} is a model of another architecture than the base of this line",
+            expected=f"the architecture of {base.ref.uri}",
+            found=kind[0],
+            hint=_HINT,
+        )
+    return found
+
+
+def _check_preprocessing(base: Base, model: ModelRef, folder: Path, accepted: bool) -> list[str]:
+    """Notes about the files of a folder other than its weights.
+
+    Raises:
+        CannotJoin: it prepares inputs in another way than the base, which was not accepted.
+    """
+    found = compare_preprocessing(base.folder, folder)
+    if found.differences and not accepted:
+        raise CannotJoin(
+            f"{model.uri} prepares inputs in another way than the base of this line",
+            expected=f"the tokenizer and image processor of {base.ref.uri}, which the merged model"
+            " uses for every task",
+            found=counted(len(found.differences), "difference"),
+            details=found.differences,
+            hint="put the base's files into the folder if the model was trained with them; to"
+            " merge it in spite of the difference, register it again with"
+            " --accept-preprocessing --reason WHY",
+        )
+    notes = list(found.notes)
+    if found.differences:
+        notes.append(f"accepted at registration: {shortlist(found.differences)}")
+    if modules := unused_modules(folder):
+        notes.append(f"modules.json adds layers after the encoder, not used: {shortlist(modules)}")
+    if unknown := unknown_keys(base.folder, folder):
+        notes.append(
+            f"config.json has keys that the architecture does not know: {shortlist(unknown)}"
+        )
+    return notes
+
+
+def _examples(comparison: Comparison, base: Base, checkpoint: Checkpoint) -> tuple[str, str]:
+    """A tensor of the base and one of the finetuned model, with like names where they differ."""
+    ours = next(iter(comparison.missing_required), base.names[0])
+    matched = {name: theirs for theirs, name in comparison.mapping.items()}
+    if ours in matched:
+        return ours, matched[ours]
+    candidates = comparison.unexpected or checkpoint.names
+    if not candidates:
+        return ours, "none"
+    return ours, max(candidates, key=lambda name: _common_end(name, ours))
+
+
+def _common_end(one: str, other: str) -> int:
+    """The number of characters at the end of two names that are the same."""
+    pairs = zip(reversed(one), reversed(other), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
+
+
+def _group(checkpoint: Checkpoint, names: Sequence[str]) -> TensorGroup | None:
+    """Some tensors of a checkpoint, for the record; None without any."""
+    if not names:
+        return None
+    weights = sum(checkpoint.info(name).numel for name in names)
+    total = sum(checkpoint.info(name).numel for name in checkpoint.names)
+    return TensorGroup(
+        count=len(names),
+        weights=weights,
+        share=weights / max(total, 1),
+        names=tuple(names[:_MOST_NAMES]),
     )

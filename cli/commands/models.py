@@ -10,6 +10,7 @@ from restitch.cli.commands.audit import OptionalReason, Reason, Remerge
 from restitch.cli.commands.lines import ReplaceTask, TaskFile
 from restitch.cli.render import models as render
 from restitch.cli.render.audit import decided
+from restitch.merging.errors import UsageError
 from restitch.registry.home import Home
 
 
@@ -39,6 +40,14 @@ def register(
         float | None, typer.Option(help="Wait this many seconds at most; then exit with 6.")
     ] = None,
     here: Annotated[bool, typer.Option("--here", help="Work here, not in the workers.")] = False,
+    accept_preprocessing: Annotated[
+        bool,
+        typer.Option(
+            "--accept-preprocessing",
+            help="Allow another tokenizer or image processor than the base's; needs --reason.",
+        ),
+    ] = False,
+    reason: OptionalReason = "",
     as_json: Json = False,
 ) -> None:
     """Register a finetuned model.
@@ -46,6 +55,7 @@ def register(
     With workers, they do the work and the command returns at once; with --wait, it returns when
     the model is in the champion or was refused. Without workers the command does the work.
     """
+    accepted = _accepted({"preprocessing": accept_preprocessing}, reason)
     from restitch.flows.register import register as run
 
     outcome = run(
@@ -58,8 +68,20 @@ def register(
         here=here,
         wait=wait,
         timeout=timeout,
+        accepted=accepted,
     )
     show_result(outcome, as_json, render.registered)
+
+
+def _accepted(checks: dict[str, bool], reason: str) -> dict[str, str]:
+    """The checks that are switched off, with the reason for it."""
+    chosen = [check for check, accepted in checks.items() if accepted]
+    if chosen and not reason.strip():
+        raise UsageError(
+            f"--accept-{chosen[0]} needs a reason, which the audit trail keeps",
+            hint="add --reason WHY",
+        )
+    return dict.fromkeys(chosen, reason)
 
 
 def export(

@@ -4,6 +4,7 @@ from rich.console import Console
 
 from restitch.cli.render.formats import (
     Values,
+    accounted,
     changed,
     number,
     numbered,
@@ -118,6 +119,9 @@ def _members(result: Values, out: Console) -> None:
             row += [size(facts.get("statistics_bytes")), number(facts.get("statistics_seconds"))]
         rows.append([*row, *_read(member)])
     show_table(out, (*columns, *_READ), rows)
+    for task, member in result.items():
+        for line in accounted(member["facts"]):
+            write(out, f"  {task}: {line}")
 
 
 def _selection(result: Values, out: Console) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from restitch.merging.errors import counted
+
 Values = dict[str, Any]
 
 _PIPE_WIDTH = 10_000
+_MOST_NAMES = 5
 _BREAKS = {"members", "source", "task", "why", "changed"}
 _MEASURED = {"retention"}  # a number; its interval may go to the next line
 _LEAST = {"task": None, "retention": 11}
@@ -65,6 +68,24 @@ def size(value: int | None) -> str:
 def text(value: object) -> str:
     """Anything, or a dash."""
     return "-" if value is None else str(value)
+
+
+def accounted(facts: Values) -> list[str]:
+    """A line for each thing in a finetuned model's files that is left out or inferred."""
+    lines = []
+    if "unused" in facts:
+        lines.append(f"not used: {_tensors(facts['unused'])}, which the base lacks")
+    if "from_base" in facts:
+        lines.append(f"taken from the base: {_tensors(facts['from_base'])}, which it lacks")
+    return [*lines, *(f"note: {note}" for note in facts.get("notes", ()))]
+
+
+def _tensors(group: Values) -> str:
+    """A group of tensors: its number, its share and its first names."""
+    more = group["count"] - len(shown := group["names"][:_MOST_NAMES])
+    names = ", ".join(shown) + (f" and {more} more" if more else "")
+    tensors = counted(group["count"], "tensor")
+    return f"{tensors} ({group['weights']:,} weights, {percent(group['share'])}): {names}"
 
 
 def numbered(members: Mapping[str, Any]) -> str:

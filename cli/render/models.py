@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from restitch.cli.render.formats import Values, percent, size, write
+from restitch.cli.render.formats import Values, accounted, percent, size, write
 from restitch.cli.render.lines import paused, remerged, results
 
 
@@ -50,3 +50,5 @@ def _facts(facts: Values, out: Console) -> None:
         f" ({percent(facts['density'])}), delta {size(facts['delta_bytes'])},{statistics}"
         f" {facts['outside_share']:.1%} of the change is outside of masks",
     )
+    for line in accounted(facts):
+        write(out, f"  {line}", "yellow")

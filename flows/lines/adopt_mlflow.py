@@ -292,7 +292,8 @@ def _describe(space: Workspace, line_state: LineState, task: str, tag: str | Non
             "--task FILE`, or give the version the tag restitch.task"
         )
     try:
-        spec = resolved(space, line_state, _parsed(task, tag.strip()), replace_task=True)
+        spec, remember = resolved(space, line_state, _parsed(task, tag.strip()), replace_task=True)
+        remember()
         return _Description(spec)
     except BadInput as error:
         return _Description(problem=f"its tag restitch.task cannot be used: {error.message()}")

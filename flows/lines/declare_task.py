@@ -19,7 +19,13 @@ from restitch.registry.ledger.line_state import LineState, ModelRef, State, Task
 from restitch.registry.specs.files import load_task
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import open_base
-from restitch.tasks.inputs.task_data import check_fits, check_rows, resolve_task, same_task
+from restitch.tasks.inputs.task_data import (
+    Remember,
+    check_fits,
+    check_rows,
+    resolve_task,
+    same_task,
+)
 from restitch.tasks.runtime.console import say
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace, actor, workspace
@@ -50,7 +56,8 @@ def declare_task(line: str, task_file: Path, *, replace_task: bool = False) -> T
             `replace_task` is off. The line stays as it was.
     """
     ledger = workspace().ledger(line)
-    spec = resolve_spec(ledger, task_file, replace_task)
+    spec, remember = resolve_spec(ledger, task_file, replace_task)
+    remember()
     before = declared_spec(ledger.state(), spec.task)
 
     def change(line_state: LineState) -> LineState | None:
@@ -76,8 +83,11 @@ def declare_task(line: str, task_file: Path, *, replace_task: bool = False) -> T
     )
 
 
-def resolve_spec(ledger: Ledger, task_file: Path, replace_task: bool) -> TaskSpec:
+def resolve_spec(ledger: Ledger, task_file: Path, replace_task: bool) -> tuple[TaskSpec, Remember]:
     """Load a task's file, complete it for the line, and check that its rows can be read.
+
+    Returns:
+        The task, and a call that remembers in the store that its rows were checked.
 
     Raises:
         BadInput: the file or its data cannot be used, or the file changes the line's task of
@@ -88,8 +98,8 @@ def resolve_spec(ledger: Ledger, task_file: Path, replace_task: bool) -> TaskSpe
 
 def resolved(
     space: Workspace, line_state: LineState, spec: TaskSpec, replace_task: bool
-) -> TaskSpec:
-    """Complete a loaded task for a line; raises like `resolve_spec`."""
+) -> tuple[TaskSpec, Remember]:
+    """Complete a loaded task for a line; returns and raises like `resolve_spec`."""
     known = declared_spec(line_state, spec.task)
     if known is not None:
         spec = spec.with_pins_of(known)
@@ -101,10 +111,10 @@ def resolved(
     for method in methods:
         check_rows_for(method, [spec])
     calibrated = any(method.needs for method in methods)
-    check_rows(spec, family, space, line_state.spec.localize, calibrated=calibrated)
+    remember = check_rows(spec, family, space, line_state.spec.localize, calibrated=calibrated)
     if spec.data is not None:
         check_fits(spec, open_base(LineRef(line_state.spec, line_state.base), space))
-    return spec
+    return spec, remember
 
 
 def declared_spec(line_state: LineState, task: str) -> TaskSpec | None:

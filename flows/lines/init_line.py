@@ -6,7 +6,10 @@ from typing import Any
 
 from restitch.flows.audit.report import mirror
 from restitch.flows.outcome import Outcome
-from restitch.merging.errors import BadInput, CannotJoin
+from restitch.merging.errors import BadInput, CannotJoin, shortlist
+from restitch.merging.files.checkpoint import FLOATING
+from restitch.merging.files.comparison import wrapped_names
+from restitch.merging.files.plain_weights import described, is_buffer
 from restitch.merging.localize.dataless import kept_count
 from restitch.merging.methods.registry import get_method, method_names, resolve_settings
 from restitch.merging.ranking.task_vector import TaskVector
@@ -21,6 +24,7 @@ from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base, describe_model, open_base
 from restitch.tasks.inputs.task_data import check_fits, check_rows, resolve_task
 from restitch.tasks.method_selection import check_benchmark
+from restitch.tasks.runtime.console import say
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.schedules import check_schedule
 from restitch.tasks.runtime.workspace import actor, workspace
@@ -73,11 +77,14 @@ def init_line(file: Path) -> InitOutcome:
         line_changes(old.spec, spec)  # refuses changes that are not allowed
         base = old.base
     opened = open_base(LineRef(spec, base), space)
+    for note in opened.checkpoint.notes:
+        say(f"the base: {note}")
     _check_fit(spec, opened)
     if isinstance(spec.retention, TaskSpec):
         benchmark = resolve_task(spec.retention, family)
-        check_rows(benchmark, family, space)
+        remember = check_rows(benchmark, family, space)
         check_fits(benchmark, opened)
+        remember()
         spec = spec.with_retention(benchmark)
     if isinstance(spec.method, TournamentSpec) and not isinstance(spec.retention, str):
         check_benchmark(spec.line, spec.method.objective, spec.retention, family)
@@ -112,6 +119,7 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
             details=differences,
             hint=f"choose the family of the base: {', '.join(family_names())}",
         )
+    _check_tensors(base)
     try:
         TaskVector(base.checkpoint, base.checkpoint, base.names).check_finite()
     except CannotJoin as error:
@@ -149,6 +157,31 @@ def _check_density(spec: LineSpec, base: Base) -> None:
             expected=f"{1 / coordinates:.1e} or more, for {coordinates:,} localizable coordinates",
             found=density,
             hint="correct it, or leave it out for the default",
+        )
+
+
+def _check_tensors(base: Base) -> None:
+    """Refuse a base whose tensors cannot be found by their names, or cannot be merged."""
+    if wrapped := wrapped_names(base.checkpoint.names):
+        raise BadInput(
+            f"the base {base.ref.uri} has names that a wrapper changed",
+            expected="the names of a model that was saved with save_pretrained",
+            found=shortlist(wrapped),
+            hint="unwrap the model (torch.compile, DistributedDataParallel, ...) and save it again",
+        )
+    infos = [base.checkpoint.info(name) for name in base.checkpoint.names]
+    integers = [
+        described(info)
+        for info in infos
+        if base.selection.matches(info.name) and info.dtype not in FLOATING and not is_buffer(info)
+    ]
+    if integers:
+        raise BadInput(
+            f"the base {base.ref.uri} has tensors in localizable layers that are no weights",
+            expected="weights in float32, bfloat16, float16 or float64",
+            found=f"{len(integers)} tensors of other types",
+            details=integers,
+            hint="use the base before quantization, or leave them out with localize: exclude",
         )
 
 

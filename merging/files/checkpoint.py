@@ -10,7 +10,7 @@ import json
 import mmap
 import os
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,9 +20,19 @@ from blake3 import blake3
 from torch import Tensor
 
 from restitch.merging.digests import digest_bytes
-from restitch.merging.errors import BadInput
-from restitch.merging.files.header import DTYPE_NAMES, MAX_HEADER, count_elements, read_header
-from restitch.merging.files.safe_open import open_regular, read_limited
+from restitch.merging.errors import BadInput, shortlist
+from restitch.merging.files.header import DTYPE_NAMES, count_elements, read_header
+from restitch.merging.files.safe_open import open_regular
+from restitch.merging.files.shards import (
+    INDEX_SUFFIX,
+    SUFFIX,
+    check_whole_file,
+    choose_shards,
+    folders_below,
+    index_shards,
+    newer_weights,
+    weight_map,
+)
 from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress, ignore
 
@@ -30,12 +40,6 @@ FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 # Python has a name for this flag from 3.13 on; its number is different outside of Linux.
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
-
-_PICKLES = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack"}
-_CONVERT = (
-    "if you trust the file, convert it: AutoModel.from_pretrained(FOLDER)"
-    ".save_pretrained(OUT, safe_serialization=True), then use OUT"
-)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,11 @@ class TensorLocation:
 
 
 class Checkpoint:
-    """A set of named tensors on disk; make one with `open`."""
+    """A set of named tensors on disk; make one with `open`.
+
+    Attributes:
+        notes: sentences about files that are not read, and about what was inferred.
+    """
 
     def __init__(
         self,
@@ -83,8 +91,10 @@ class Checkpoint:
         metadata: Mapping[str, Mapping[str, str]],
         index: Path | None = None,
         fetch: Fetch | None = None,
+        notes: Sequence[str] = (),
     ) -> None:
         self.path = path
+        self.notes = tuple(notes)
         self.names = tuple(sorted(infos, key=by_bytes))
         self.shards = dict(shards)
         self.files = dict(files)
@@ -101,14 +111,14 @@ class Checkpoint:
         """Open a folder of safetensors or one safetensors file."""
         path = Path(path)
         try:
-            files, index = _locate(path)
+            files, index, notes = _locate(path)
         except OSError as error:
             raise BadInput(
                 f"{path} cannot be read",
                 found=error.strerror or str(error),
                 hint="check the path and its permissions",
             ) from error
-        return cls.from_files(path, files, index)
+        return cls.from_files(path, files, index, notes=notes)
 
     @classmethod
     def from_files(
@@ -117,6 +127,7 @@ class Checkpoint:
         files: Mapping[str, Path],
         index: Path | None = None,
         fetch: Fetch | None = None,
+        notes: Sequence[str] = (),
     ) -> "Checkpoint":
         """Open files as the shards of one checkpoint.
 
@@ -126,6 +137,7 @@ class Checkpoint:
             index: the file that maps tensors to shards, if there is one.
             fetch: called with a tensor's name before its bytes are read, so that it can
                 download them then; the headers must be complete from the start.
+            notes: sentences about the choice of the files, for the user.
         """
         infos: dict[str, TensorInfo] = {}
         locations: dict[str, TensorLocation] = {}
@@ -149,7 +161,7 @@ class Checkpoint:
             maps[shard] = _map(file, header.size)
         if index is not None:
             _check_index(index, {name: location.shard for name, location in locations.items()})
-        return cls(path, infos, locations, files, maps, shards, metadata, index, fetch)
+        return cls(path, infos, locations, files, maps, shards, metadata, index, fetch, notes)
 
     @property
     def metadata(self) -> dict[str, str]:
@@ -284,98 +296,38 @@ def _map(file: Path, size: int) -> mmap.mmap:
     )
 
 
-def _locate(path: Path) -> tuple[dict[str, Path], Path | None]:
-    """The files of a checkpoint by name, and its index file where it is sharded."""
+def _locate(path: Path) -> tuple[dict[str, Path], Path | None, tuple[str, ...]]:
+    """The files of a checkpoint by name, its index if it has one, and notes about the choice."""
     if path.is_file():
-        if path.suffix.lower() in _PICKLES:
-            raise _pickle(path, [path.name])
-        if path.name.endswith(".index.json"):
-            return _indexed(path)
-        return {path.name: path}, None
-    if not path.is_dir():
+        check_whole_file(path)
+        if not path.name.endswith(INDEX_SUFFIX):
+            return {path.name: path}, None, ()
+        folder, names = path.parent, [*index_shards(path), path.name]
+        names = [name for name in names if (folder / name).is_file()]
+    elif path.is_dir():
+        folder, names = path, [item.name for item in path.iterdir() if not item.is_dir()]
+    else:
         raise BadInput(
             f"{path} does not exist",
             expected="a folder with safetensors, or a .safetensors file",
             found="no file or folder",
             hint="check the path",
         )
-    single, index = path / "model.safetensors", path / "model.safetensors.index.json"
-    if single.is_file():
-        return {single.name: single}, None
-    if index.is_file():
-        return _indexed(index)
-    found = sorted(item for item in path.iterdir() if item.suffix == ".safetensors")
-    if len(found) == 1:
-        return {found[0].name: found[0]}, None
-    pickles = sorted(item.name for item in path.iterdir() if item.suffix.lower() in _PICKLES)
-    if not found and pickles:
-        raise _pickle(path, pickles)
-    raise BadInput(
-        f"{path} contains no checkpoint" if not found else f"{path} contains several checkpoints",
-        expected="model.safetensors, or shards with model.safetensors.index.json",
-        found=", ".join(item.name for item in found) or "no safetensors file",
-        hint="name the .safetensors file itself" if found else "check the path",
-    )
-
-
-def _pickle(path: Path, names: list[str]) -> BadInput:
-    return BadInput(
-        f"{path} is not a safetensors checkpoint",
-        expected="safetensors (opening a pickle can run code)",
-        found=", ".join(names),
-        hint=_CONVERT,
-    )
-
-
-def index_shards(index: Path) -> list[str]:
-    """The file names of the shards in an index.
-
-    Raises:
-        BadInput: the file is not an index, or names a file outside of its folder.
-    """
-    shards = sorted(set(_weight_map(index).values()), key=by_bytes)
-    for shard in shards:
-        if Path(shard).name != shard or shard in {"", ".", ".."} or "\0" in shard:
-            raise BadInput(
-                f"{index} names a shard outside of its folder",
-                expected="plain file names",
-                found=repr(shard),
-                hint="do not use this checkpoint: it may have been tampered with",
-            )
-    return shards
-
-
-def _indexed(index: Path) -> tuple[dict[str, Path], Path]:
-    files = {}
-    for shard in index_shards(index):
-        if not (index.parent / shard).is_file():
-            raise BadInput(
-                f"a shard is missing in {index.parent}",
-                expected=shard,
-                found="no such file",
-                hint="fetch or save the checkpoint again",
-            )
-        files[shard] = index.parent / shard
-    return files, index
-
-
-def _weight_map(index: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(read_limited(index, MAX_HEADER))["weight_map"]
-        if not all(isinstance(shard, str) for shard in weight_map.values()):
-            raise TypeError("shards must be file names")  # noqa: TRY301
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as err:
+    if not any(name.endswith(SUFFIX) for name in names) and (below := folders_below(folder)):
         raise BadInput(
-            f"{index} is not a valid index of shards",
-            expected="JSON with weight_map: tensor name to file name",
-            found=f"{type(err).__name__}: {err}",
-            hint="fetch or save the checkpoint again",
-        ) from err
-    return dict(weight_map)
+            f"{path} contains no checkpoint, but folders below it do",
+            expected="the folder that holds model.safetensors",
+            found=shortlist(below[::-1]),
+            hint=f"name the folder of one of them, for instance {folder / below[-1]}",
+        )
+    chosen = choose_shards(str(path), folder, names)
+    files = {name: folder / name for name in chosen.names}
+    index = None if chosen.index is None else folder / chosen.index
+    return files, index, (*chosen.notes, *newer_weights(folder, chosen.names, names))
 
 
 def _check_index(index: Path, actual: Mapping[str, str]) -> None:
-    listed = _weight_map(index)
+    listed = weight_map(index)
     wrong = sorted(
         f"{name}: index {listed.get(name, 'nothing')}, files {actual.get(name, 'nothing')}"
         for name in listed.keys() | actual.keys()

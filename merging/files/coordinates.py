@@ -6,10 +6,32 @@ user that matches no tensor is an error: ignoring it would select the wrong tens
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from restitch.merging.errors import BadInput
 from restitch.merging.order import by_bytes
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Globs on tensor names.
+
+    Attributes:
+        default: the family's globs.
+        include: globs that add tensors.
+        exclude: globs that remove tensors.
+    """
+
+    default: Sequence[str]
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+
+    def matches(self, name: str) -> bool:
+        """True if the globs select a name."""
+        return any(fnmatchcase(name, glob) for glob in (*self.default, *self.include)) and not any(
+            fnmatchcase(name, glob) for glob in self.exclude
+        )
 
 
 def select_tensors(
@@ -37,12 +59,8 @@ def select_tensors(
                 found=found,
                 hint="correct or remove it in localize: include or exclude",
             )
-    chosen = [
-        name
-        for name in names
-        if any(fnmatchcase(name, pattern) for pattern in (*default, *include))
-        and not any(fnmatchcase(name, pattern) for pattern in exclude)
-    ]
+    selection = Selection(default, include, exclude)
+    chosen = [name for name in names if selection.matches(name)]
     if not chosen:
         raise BadInput(
             "no tensor is localizable",

@@ -79,6 +79,8 @@ def read_header(path: Path) -> Header:
             file.seek(0)
             first = file.read(8)
             length = int.from_bytes(first, "little")
+            if first == b"version ":
+                raise _pointer(path)
             if size < 8:
                 raise _bad(path, "is too short for a safetensors file", "8 bytes or more", size)
             if length > min(size - 8, MAX_HEADER):
@@ -115,6 +117,15 @@ def write_header(
     raw = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     raw += b" " * (-len(raw) % 8)
     return len(raw).to_bytes(8, "little") + raw
+
+
+def _pointer(path: Path) -> BadInput:
+    return BadInput(
+        f"{path} is a pointer of Git LFS, not the weights",
+        expected="a safetensors file",
+        found="a text file that begins with 'version '",
+        hint="fetch the weights with `git lfs pull` in the folder",
+    )
 
 
 def _bad(path: Path, what: str, expected: object, found: object) -> BadInput:
@@ -178,7 +189,7 @@ def _entry(path: Path, name: str, value: object) -> HeaderEntry:
             f"{path} contains {name!r} in an unknown type",
             expected=", ".join(DTYPES),
             found=value["dtype"],
-            hint="save the model as float32, bfloat16 or float16",
+            hint="use the model before quantization, in float32, bfloat16 or float16",
         )
     shape, offsets = value["shape"], value["data_offsets"]
     if not _naturals(shape) or not _naturals(offsets) or len(offsets) != 2:

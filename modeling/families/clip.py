@@ -8,18 +8,27 @@ blocks of the vision tower are localizable.
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
-from restitch.modeling.configs import differences, model_type_difference, read_config
+from restitch.modeling.configs import (
+    differences,
+    known_keys,
+    model_type_difference,
+    read_config,
+)
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head, embed_prompts, scaled_cosines
-from restitch.modeling.pretrained import NamedModel, load_pretrained, load_tokenizer
+from restitch.modeling.pretrained import (
+    NamedModel,
+    load_image_processor,
+    load_pretrained,
+    load_tokenizer,
+)
 from restitch.registry.specs.task import HeadSpec, Modality
 
 # Keys that affect the text tower only, never the features of images.
@@ -48,6 +57,7 @@ class Clip(Family):
                 ours.vision_config.to_dict(),
                 theirs.to_dict(),
                 ignore=_UNREAD,
+                known=known_keys(ours.vision_config),
                 prefix="vision_config",
             )
         if ours.model_type != "clip" or theirs.model_type != "clip":
@@ -64,6 +74,7 @@ class Clip(Family):
                 getattr(ours, part).to_dict(),
                 getattr(theirs, part).to_dict(),
                 ignore=_TOKEN_IDS | _UNREAD,
+                known=known_keys(getattr(ours, part)),
                 prefix=part,
             )
         return keys
@@ -93,7 +104,7 @@ class Clip(Family):
 
     def preprocessor(self, folder: Path, max_length: int | None = None) -> Preprocess:
         """Resize, crop and normalize images with the settings of the folder's processor."""
-        process = _image_processor(folder)
+        process = load_image_processor(folder)
 
         def preprocess(examples: Sequence[Example]) -> Batch:
             for example in examples:
@@ -157,25 +168,3 @@ class Clip(Family):
         own = NamedModel.of(model).inner.logit_scale.exp()
         scale = own if head.spec.scale is None else head.spec.scale
         return scaled_cosines(self.features(model, batch), head.tensors["weight"], scale)
-
-
-def _image_processor(folder: Path) -> Any:
-    """Load the folder's image processor for PIL: torchvision gives other pixels."""
-    from transformers import AutoImageProcessor
-
-    try:
-        processor = AutoImageProcessor.from_pretrained(
-            str(folder), backend="pil", local_files_only=True, trust_remote_code=False
-        )
-    except Exception as error:  # files of somebody else can raise any error
-        raise BadInput(
-            f"the image processor of {folder} cannot be read",
-            expected="a valid preprocessor_config.json",
-            found=error,
-        ) from error
-    if getattr(processor, "backend", None) != "pil":
-        raise BadInput(
-            f"the image processor of {folder} has no variant for PIL",
-            found=type(processor).__name__,
-        )
-    return processor

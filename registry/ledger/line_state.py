@@ -26,6 +26,9 @@ FORMAT = 1
 # Stands for the digest of a checkpoint that could not be read: the digest of no bytes.
 UNREAD = digest_bytes(b"")
 
+# A check that a person may switch off for a model at its registration; see `ModelFacts.accepted`.
+PREPROCESSING = "preprocessing"
+
 State = Literal["registered", "waiting", "quarantined", "ready", "held", "replaced", "retired"]
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -92,6 +95,22 @@ class RetiredFrom(Record):
     reason: str | None = None
 
 
+class TensorGroup(Record):
+    """Some tensors of a checkpoint.
+
+    Attributes:
+        count: the number of tensors.
+        weights: the number of their elements.
+        share: the fraction of all elements of the checkpoint.
+        names: the first of them.
+    """
+
+    count: int
+    weights: int
+    share: float
+    names: tuple[str, ...] = ()
+
+
 class MemberFacts(Record):
     """The facts of localizing a member, which a merged version's record keeps.
 
@@ -105,6 +124,9 @@ class MemberFacts(Record):
         delta_bytes: the size of the sparse delta.
         outside_share: the share of the finetuning's squared norm outside of the localizable
             tensors.
+        unused: the finetuned model's tensors that the base lacks; nothing reads them.
+        from_base: the base's tensors that the finetuned model lacks; the base's are used.
+        notes: sentences about what was inferred from its files, ignored, or accepted by a person.
         seconds: the time that localizing took.
         localized_by: the process that localized: actor, host, pid, device.
         calibrated_with: what was used of the calibration rows: labels, inputs or nothing.
@@ -119,6 +141,9 @@ class MemberFacts(Record):
     coordinates: int | None = None
     delta_bytes: int | None = None
     outside_share: float | None = None
+    unused: TensorGroup | None = None
+    from_base: TensorGroup | None = None
+    notes: tuple[str, ...] = ()
     seconds: float | None = None
     localized_by: dict[str, JsonValue] | None = None
     calibrated_with: str | None = None
@@ -150,6 +175,7 @@ class ModelFacts(MemberFacts):
         retired_from: the state before a retirement, which `restore` gives back.
         held_in: the digest of the circumstances in which a gate held the model; it is tried
             again when they change.
+        accepted: the checks that a person switched off at its registration, with the reasons.
     """
 
     choice: str | None = None
@@ -160,6 +186,7 @@ class ModelFacts(MemberFacts):
     registered_again: int = 0
     retired_from: RetiredFrom | None = None
     held_in: str | None = None
+    accepted: dict[str, str] = Field(default_factory=dict)
 
     def of_member(self) -> MemberFacts:
         """The part that a merged version's record keeps."""

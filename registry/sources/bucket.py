@@ -20,7 +20,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
-from restitch.merging.errors import BadInput, Unavailable
+from restitch.merging.errors import BadInput, Unavailable, shortlist
 from restitch.registry.ledger.references import S3_SCHEME
 from restitch.registry.s3.client import BUCKET, NOT_ALLOWED, code_of, s3_errors, status_of
 from restitch.registry.s3.retries import call, call_pages
@@ -214,12 +214,15 @@ def list_folder(address: str) -> S3Folder:
             one = dict(_objects(bucket, prefix))
             if prefix in one:
                 files = {"model.safetensors": one[prefix]}
+        folders = [] if files else _folders(bucket, below)
     if not files:
         raise BadInput(
             f"there is no model at {address}",
             expected="a folder with safetensors, such as s3://bucket/folder",
-            found="nothing below it",
-            hint="check the bucket, the path and AWS_ENDPOINT_URL",
+            found=f"folders below it: {shortlist(folders)}" if folders else "nothing below it",
+            hint="name the folder of one of them"
+            if folders
+            else "check the bucket, the path and AWS_ENDPOINT_URL",
         )
     return S3Folder(address, bucket, dict(sorted(files.items())))
 
@@ -295,6 +298,13 @@ def _parsed(address: str) -> tuple[str, str]:
             "AWS_SECRET_ACCESS_KEY",
         )
     return bucket, prefix
+
+
+def _folders(bucket: str, prefix: str) -> list[str]:
+    """The names of the first folders directly below an address."""
+    page = call("list_objects_v2", Bucket=bucket, Prefix=prefix, Delimiter="/")
+    found = [str(each["Prefix"]) for each in page.get("CommonPrefixes", ())]
+    return [name.removeprefix(prefix).rstrip("/") for name in found]
 
 
 def _objects(bucket: str, prefix: str) -> Iterator[tuple[str, RemoteFile]]:

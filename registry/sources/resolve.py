@@ -65,7 +65,13 @@ class Source:
     remote: S3Folder | None = None
 
 
-def resolve_source(source: str | Path, home: Home, *, whole: bool = True) -> Source:
+# Raises if the model in a folder cannot be used; the text is its name in messages.
+Check = Callable[[Path, str], object]
+
+
+def resolve_source(
+    source: str | Path, home: Home, *, whole: bool = True, check: Check | None = None
+) -> Source:
     """Find a model and make it readable on this machine.
 
     Args:
@@ -73,6 +79,8 @@ def resolve_source(source: str | Path, home: Home, *, whole: bool = True) -> Sou
             `mlflow-artifacts:/`, or `store://` for a copy.
         home: the installation whose store and caches keep fetched files.
         whole: also fetch the weights from a bucket; otherwise `Source.remote` reads them.
+        check: called before files are put into the store, so that nothing is left of a model that
+            is refused.
 
     Raises:
         BadInput: it does not exist, or is not supported.
@@ -86,7 +94,7 @@ def resolve_source(source: str | Path, home: Home, *, whole: bool = True) -> Sou
         check_path(path, "the model")
         return Source(uri=str(path.resolve()), local=path.resolve(), kind="path")
     if text.startswith(MLFLOW_SCHEMES):
-        return _from_mlflow(text, home)
+        return _from_mlflow(text, home, check)
     if text.startswith(COPY_SCHEME):
         return _from_copy(text, home)
     if "://" not in text and is_hub_id(text):
@@ -159,13 +167,13 @@ def _from_s3(text: str, home: Home, *, whole: bool) -> Source:
     return Source(uri=text, local=local, kind="s3", remote=None if whole else folder)
 
 
-def _from_mlflow(uri: str, home: Home) -> Source:
+def _from_mlflow(uri: str, home: Home, check: Check | None) -> Source:
     objects = ObjectStore(home.open_store())
     key = objects.lookup("source", digest_bytes(uri.encode())) if _is_fixed(uri) else None
     fixed = uri
     if key is None:
         with _downloaded(uri, home) as (fixed, downloaded):
-            manifest = _put_files(uri, downloaded, objects)
+            manifest = _put_files(uri, downloaded, objects, check)
         key = objects.publish("source", digest_bytes(fixed.encode()), manifest)
     files = json.loads(objects.read_blob(key.blob))
     if "uri" in files:  # a placeholder with the address of the model
@@ -253,13 +261,15 @@ def _place(client: "MlflowClient", uri: str) -> tuple[str, str]:
     return fixed, "/".join((place.rstrip("/"), *path))
 
 
-def _put_files(uri: str, downloaded: Path, objects: ObjectStore) -> str:
+def _put_files(uri: str, downloaded: Path, objects: ObjectStore, check: Check | None) -> str:
     """Put a model's files into the store; returns the digest of their manifest."""
     if not downloaded.is_file():
         placeholder = downloaded / "object.json"
         if placeholder.is_file() and not any(downloaded.rglob("*.safetensors")):
             return objects.put_json({"uri": _pointed_at(uri, placeholder)})
         downloaded = model_folder(uri, downloaded)
+    if check is not None:
+        check(downloaded, uri)
     return _manifest(uri, files_of(downloaded), objects, move=True)
 
 

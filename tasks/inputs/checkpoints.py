@@ -19,10 +19,12 @@ from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.experts.files import open_expert
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.comparison import Comparison, compare
-from restitch.merging.files.coordinates import select_tensors
+from restitch.merging.files.coordinates import Selection, select_tensors
 from restitch.merging.files.edits import Edits
+from restitch.merging.files.plain_weights import check_plain
 from restitch.merging.files.sparse import SparseFile
 from restitch.merging.ranking.task_vector import TaskVector
+from restitch.modeling.configs import check_not_quantized
 from restitch.modeling.families.family import Family, get_family
 from restitch.modeling.weights import apply_edits, restore, set_weights
 from restitch.registry.ledger.line_state import ModelRef
@@ -46,6 +48,7 @@ class Base:
 
     Attributes:
         names: the localizable tensors, sorted.
+        selection: the globs that chose them.
     """
 
     ref: ModelRef
@@ -53,6 +56,7 @@ class Base:
     checkpoint: Checkpoint
     family: Family
     names: tuple[str, ...]
+    selection: Selection
 
 
 def open_base(line: LineRef, space: Workspace) -> Base:
@@ -61,7 +65,8 @@ def open_base(line: LineRef, space: Workspace) -> Base:
     folder, checkpoint = open_model(line.base, space, family, whole=True)
     choice = line.spec.localize
     names = select_tensors(checkpoint.floating, family.localizable, choice.include, choice.exclude)
-    return Base(line.base, folder, checkpoint, family, tuple(names))
+    selection = Selection(family.localizable, choice.include, choice.exclude)
+    return Base(line.base, folder, checkpoint, family, tuple(names), selection)
 
 
 def describe_model(
@@ -84,11 +89,14 @@ def describe_model(
         BadInput: the model is missing, or not a usable checkpoint.
         Unavailable: its server cannot be reached.
     """
-    resolved = resolve_source(source, space.home, whole=whole or copy)
+    resolved = resolve_source(source, space.home, whole=whole or copy, check=check_readable)
     local = resolved.local
     with unchanged(local), working("reading the model"):
-        remote = resolved.remote is not None
-        checkpoint = list_remote(resolved, space) if remote else Checkpoint.open(local)
+        if resolved.remote is None:
+            checkpoint = check_readable(local, resolved.uri)
+        else:
+            check_not_quantized(local, resolved.uri)
+            checkpoint = list_remote(resolved, space)
         weights, config = checkpoint.digest(), assets_digest(family, local)
         here = resolved.kind == "path" and not space.home.store_is_local
         if here or (copy and resolved.kind in ("path", "s3")):
@@ -97,6 +105,26 @@ def describe_model(
         if assets_digest(family, local) != config:
             raise _changed(local)
     return ModelRef(uri=resolved.uri, weights=weights, config=config, size=checkpoint.nbytes)
+
+
+def check_readable(local: Path, where: str) -> Checkpoint:
+    """Open a model that is not registered yet, and check that its weights can be merged.
+
+    Args:
+        local: its folder or file.
+        where: its name in messages.
+
+    Raises:
+        BadInput: it is no checkpoint, an adapter, or quantized.
+    """
+    try:
+        if local.is_dir():
+            check_not_quantized(local, where)
+        checkpoint = Checkpoint.open(local)
+        check_plain(checkpoint, where)
+    except BadInput as error:
+        raise error.renamed(str(local), where) from error
+    return checkpoint
 
 
 def assets_digest(family: Family, folder: Path) -> str:
@@ -207,7 +235,9 @@ def _changed(local: Path) -> BadInput:
 
 def line_up(base: Base, finetuned: Checkpoint) -> Comparison:
     """Compare a finetuned checkpoint with the base by the family's rules."""
-    return compare(base.checkpoint, finetuned, base.names, base.family.prefixes)
+    return compare(
+        base.checkpoint, finetuned, base.names, base.family.prefixes, base.selection.matches
+    )
 
 
 @contextmanager

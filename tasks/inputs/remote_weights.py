@@ -15,13 +15,14 @@ from pathlib import Path
 
 from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import BadInput, Damage
-from restitch.merging.files.checkpoint import Checkpoint, index_shards
-from restitch.registry.sources.bucket import RemoteWeights, S3Folder
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.plain_weights import check_plain
+from restitch.merging.files.shards import choose_shards
+from restitch.registry.sources.bucket import RemoteWeights
 from restitch.registry.sources.resolve import Source
 from restitch.registry.store.disk import explained
 from restitch.tasks.runtime.workspace import Workspace
 
-_INDEX = "model.safetensors.index.json"
 _MOST_OPEN, _MOST_READS = 2, 3
 
 _open: dict[tuple[str, str], Checkpoint] = {}
@@ -49,8 +50,14 @@ def remote_checkpoint(
 
 
 def list_remote(source: Source, space: Workspace) -> Checkpoint:
-    """Read all weights of a model in a bucket once, and store their listing."""
+    """Read all weights of a model in a bucket once, and store their listing.
+
+    Raises:
+        BadInput: it is no checkpoint, an adapter, or quantized.
+        Unavailable: the bucket cannot be read.
+    """
     checkpoint, fetcher = _over(source, space)
+    check_plain(checkpoint, source.uri)
     fetcher.fetch_all()
     listing = checkpoint.listing()
     fetcher.expected = _digests(listing)
@@ -84,41 +91,17 @@ def _over(source: Source, space: Workspace) -> "tuple[Checkpoint, _Fetcher]":
         place.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix="s3-", dir=place))
         try:
-            names, index = _shards(folder, source.local)
-            fetcher = _Fetcher(source.uri, RemoteWeights(folder, names, scratch))
+            chosen = choose_shards(source.uri, source.local, folder.files)
+            index = None if chosen.index is None else source.local / chosen.index
+            fetcher = _Fetcher(source.uri, RemoteWeights(folder, list(chosen.names), scratch))
             files = fetcher.weights.files
-            checkpoint = Checkpoint.from_files(Path(source.uri), files, index, fetcher.fill)
+            checkpoint = Checkpoint.from_files(
+                Path(source.uri), files, index, fetcher.fill, chosen.notes
+            )
         finally:
             shutil.rmtree(scratch, ignore_errors=True)  # mapped files stay until they are closed
     fetcher.checkpoint = checkpoint
     return checkpoint, fetcher
-
-
-def _shards(folder: S3Folder, local: Path) -> tuple[list[str], Path | None]:
-    """The files of the weights, and their index if there is one."""
-    files = [name for name in folder.files if name.endswith(".safetensors")]
-    if "model.safetensors" in files:
-        return ["model.safetensors"], None
-    index = local / _INDEX
-    if index.is_file():
-        shards = index_shards(index)
-        missing = [shard for shard in shards if shard not in files]
-        if missing:
-            raise BadInput(
-                f"{folder.address} lacks shards that its index lists",
-                expected=", ".join(missing),
-                found="no such objects",
-                hint="upload the whole checkpoint",
-            )
-        return shards, index
-    if len(files) != 1:
-        raise BadInput(
-            f"{folder.address} holds several checkpoints",
-            expected="model.safetensors, or shards with model.safetensors.index.json",
-            found=", ".join(files),
-            hint="give each model a folder of its own",
-        )
-    return files, None
 
 
 class _Fetcher:

@@ -5,6 +5,7 @@ data later compares it with the registered digest before it uses a row.
 """
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -76,6 +77,10 @@ def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
     return spec.model_copy(update={"data": pinned.model_copy(update={"content": content})})
 
 
+# Writes the result of a check to the store, once its task is accepted.
+Remember = Callable[[], None]
+
+
 def check_rows(
     spec: TaskSpec,
     family: Family,
@@ -83,7 +88,7 @@ def check_rows(
     choice: LocalizeSpec | None = None,
     *,
     calibrated: bool = False,
-) -> None:
+) -> Remember:
     """Read every row that is used later, once for the same content.
 
     Args:
@@ -93,12 +98,15 @@ def check_rows(
         choice: how masks are found; some modes read rows to calibrate on.
         calibrated: read rows to calibrate on in any case: the line's method needs them.
 
+    Returns:
+        A call that writes the result to the store; nothing may be left of a task that is refused.
+
     Raises:
         BadInput: a row is not a text, an image cannot be decoded, ...
     """
     split = evaluation_split(spec)
     if spec.data is None or split is None:
-        return
+        return _nothing
     shots = None
     reads = choice is not None and (calibrated or choice.mode != "dataless")
     if reads and choice is not None and spec.data.train is not None:
@@ -108,7 +116,7 @@ def check_rows(
     others = [chosen_on] if chosen_on != split and chosen_on in data.splits else []
     key = digest_json([spec.data.content, split, shots, family.modality, *others])
     if space.objects.lookup("rows", key) is not None:
-        return
+        return _nothing
     parts = [data.rows(one) for one in (split, *others)]
     parts += [] if shots is None else [data.calibration(*shots)]
     places = [(rows, index) for rows in parts for index in range(len(rows))]
@@ -125,8 +133,16 @@ def check_rows(
     ):
         for done, _ in enumerate((pool.map if threads > 1 else map)(read, places), 1):
             progress(done, len(places))
-    blob = space.objects.put_json({"rows": len(places)})
-    space.objects.publish("rows", key, blob, made_by=made_by())
+
+    def remember() -> None:
+        blob = space.objects.put_json({"rows": len(places)})
+        space.objects.publish("rows", key, blob, made_by=made_by())
+
+    return remember
+
+
+def _nothing() -> None:
+    """There is nothing new to remember."""
 
 
 def check_fits(spec: TaskSpec, base: Base) -> None:

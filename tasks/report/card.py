@@ -12,7 +12,7 @@ import yaml
 
 from restitch.merging.digests import canonical_json
 from restitch.modeling.licence import Licence
-from restitch.registry.ledger.line_state import LineState
+from restitch.registry.ledger.line_state import LineState, TensorGroup
 from restitch.registry.ledger.records import MergedRecord, TaskResult
 from restitch.registry.mlflow.sync import without_credentials
 from restitch.registry.record import Interval
@@ -175,7 +175,31 @@ def _members(record: MergedRecord) -> str:
         (task, str(m.version), _source(m.uri), f"`{m.weights}`", f"`{m.mask}`", f"`{m.delta}`")
         for task, m in record.members.items()
     ]
-    return _table(("task", "version", "finetuned model", "weights", "mask", "delta"), rows)
+    table = _table(("task", "version", "finetuned model", "weights", "mask", "delta"), rows)
+    return f"{table}\n\n{_accounting(record)}".rstrip()
+
+
+def _accounting(record: MergedRecord) -> str:
+    """What of the members' files is not in the merged model, or was inferred."""
+    titles = (("unused", "not used"), ("from_base", "taken from the base"))
+    rows = [
+        (task, title, _tensors(group))
+        for task, member in record.members.items()
+        for key, title in titles
+        if (group := getattr(member.facts, key)) is not None
+    ]
+    rows += [
+        (task, "note", _plain(note))
+        for task, member in record.members.items()
+        for note in member.facts.notes
+    ]
+    return _table(("task", "tensors and files", "details"), rows) if rows else ""
+
+
+def _tensors(group: TensorGroup) -> str:
+    more = group.count - len(group.names)
+    names = ", ".join(_plain(name) for name in group.names) + (f" and {more} more" if more else "")
+    return f"{group.count} ({group.weights} weights, {group.share:.4%}): {names}"
 
 
 def _lineage(record: MergedRecord, origin: Provenance) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from restitch.merging.errors import shortlist
 from restitch.merging.progress import Progress
 from restitch.tasks.runtime.console import Reporter
 from restitch.tasks.runtime.events import this_run
@@ -38,6 +39,11 @@ def show_onboarded(outcome: Mapping[str, Any]) -> None:
         kinds = ", ".join(facts["statistics"])
         cost = f"{facts['statistics_bytes']} bytes in {facts['statistics_seconds']} s"
         rows.append(("statistics", f"{kinds}: {cost}"))
+    for key, title in (("unused", "not used"), ("from_base", "taken from the base")):
+        if group := facts.get(key):
+            names = shortlist(group["names"])
+            rows.append((title, f"{group['count']} tensors ({group['share']:.2%}): {names}"))
+    rows += [("note", note) for note in facts.get("notes", ())]
     by = facts.get("localized_by") or {}
     rows += [(name, str(value)) for name, value in by.items()]
     text = f"# {outcome['line']}: {outcome['task']} version {outcome['version']}\n\n"

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.ledger.line_state import ModelRef, TensorGroup
 from restitch.registry.ledger.line_state import ResultRef as ResultRef
 from restitch.registry.specs.line import LineSpec
 
@@ -100,9 +100,13 @@ class Validated:
     Attributes:
         outside_share: share of the squared change that lies outside of the localizable tensors.
         outside_tensors: those tensors with their shares, largest first.
-        ignored: tensors that only the finetuned model or only the base has.
+        unused: the finetuned model's tensors that the base lacks.
+        from_base: the base's tensors that the finetuned model lacks.
+        notes: sentences about what was inferred, ignored or accepted.
     """
 
     outside_share: float
     outside_tensors: tuple[tuple[str, float], ...] = ()
-    ignored: tuple[str, ...] = ()
+    unused: TensorGroup | None = None
+    from_base: TensorGroup | None = None
+    notes: tuple[str, ...] = ()

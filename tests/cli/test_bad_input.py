@@ -85,7 +85,60 @@ def lacks_a_shard(folder: Path) -> None:
     (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
 
 
+def stored_files(shell: Shell) -> set[str]:
+    """Everything in the store, and the models that MLflow knows."""
+    store = shell.home / "store"
+    return {str(file.relative_to(store)) for file in store.rglob("*") if file.is_file()}
+
+
+def is_an_adapter(folder: Path) -> None:
+    factors = {f"{BLOCK[:-7]}.lora_A.weight": torch.ones(2, 16)}
+    save_file(factors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    (folder / WEIGHTS).unlink()
+
+
+def has_an_adapter_next_to_it(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+
+
+def holds_adapter_factors(tensors: dict[str, torch.Tensor]) -> None:
+    tensors[f"{BLOCK[:-7]}.base_layer.weight"] = tensors.pop(BLOCK)
+    tensors[f"{BLOCK[:-7]}.lora_A.default.weight"] = torch.ones(2, 16)
+    tensors[f"{BLOCK[:-7]}.lora_B.default.weight"] = torch.ones(16, 2)
+
+
+def holds_a_second_checkpoint(folder: Path) -> None:
+    for number in (1, 2):
+        save_file({"x": torch.ones(1)}, folder / f"model-0000{number}-of-00002.safetensors")
+
+
+def in_8_bits(dtype: torch.dtype) -> Callable[[dict[str, torch.Tensor]], None]:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name, value in tensors.items():
+            if value.ndim == 2 and name.startswith("encoder.layer."):
+                tensors[name] = value.to(dtype)
+
+    return change
+
+
+def lies_one_folder_below(folder: Path) -> None:
+    (folder / "checkpoint-20").mkdir()
+    (folder / WEIGHTS).rename(folder / "checkpoint-20" / WEIGHTS)
+
+
 UNREADABLE = {
+    "adapter": (is_an_adapter, "is an adapter, not a whole model"),
+    "adapter next to weights": (has_an_adapter_next_to_it, "an adapter next to whole weights"),
+    "factors in the weights": (retensored(holds_adapter_factors), "lora_A.default.weight"),
+    "two checkpoints": (holds_a_second_checkpoint, "contains several checkpoints"),
+    "fp8": (retensored(in_8_bits(torch.float8_e4m3fn)), BLOCK),
+    "int8": (retensored(in_8_bits(torch.int8)), BLOCK),
+    "quantized by its config": (
+        reconfigured(quantization_config={"quant_method": "awq"}),
+        "quantization_config: awq",
+    ),
+    "checkpoint below": (lies_one_folder_below, "checkpoint-20"),
     "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "model.safetensors"),
     "truncated": (cut, "model.safetensors"),
     "lying header": (lies_about_sizes, BLOCK),
@@ -102,11 +155,14 @@ def test_an_unreadable_model_is_refused(
 ) -> None:
     change, named = UNREADABLE[case]
     model = copied(world.model("colour"), tmp_path / "model", change)
-    before = line.head_bytes()
-    done = line("register", "demo", "--task", world.task("colour"), "--model", model, code=3)
-    assert named in done.err
-    assert str(model) in done.err.replace("\n", "")
+    before, stored = line.head_bytes(), stored_files(line)
+    for options in ((), ("--copy",)):
+        files = ("--task", world.task("colour"), "--model", model)
+        done = line("register", "demo", *files, *options, code=3)
+        assert named in done.err
+        assert str(model) in done.err.replace("\n", "")
     assert line.head_bytes() == before
+    assert stored_files(line) == stored, "nothing is left of it"
 
 
 class Mark:
@@ -161,7 +217,7 @@ def other_shapes(tensors: dict[str, torch.Tensor]) -> None:
 
 
 def as_integers(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[BLOCK] = tensors[BLOCK].to(torch.int32)
+    tensors[BLOCK] = tensors[BLOCK].to(torch.int64)
 
 
 def breaks_the_config(folder: Path) -> None:
@@ -232,11 +288,13 @@ def test_another_architecture_is_quarantined(world: World, line: Shell, tmp_path
     check_quarantined(world, line, tiny_roberta(tmp_path / "model"), ("roberta", "bert"))
 
 
-def test_another_size_is_quarantined_with_every_difference(
+def test_another_size_is_quarantined_with_the_first_differences_and_their_number(
     world: World, line: Shell, tmp_path: Path
 ) -> None:
+    """The configuration first, then names and shapes; both sides' names are shown."""
     model = tiny_bert(tmp_path / "model", hidden=8, layers=1)
-    check_quarantined(world, line, model, ("hidden_size", "num_hidden_layers", BLOCK, LATER))
+    named = ("hidden_size", "num_hidden_layers", "missing: encoder.layer.1.", "- and ")
+    check_quarantined(world, line, model, (*named, "its 32 localizable tensors, such as encoder."))
 
 
 def test_a_quarantine_is_shown_with_its_reason(world: World, line: Shell, tmp_path: Path) -> None:

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from restitch.modeling.configs import differences
+from restitch.merging.errors import BadInput
+from restitch.modeling.configs import check_not_quantized, differences, unknown_keys
+from restitch.modeling.families.clip import Clip
 from restitch.modeling.families.text_encoder import TextEncoder
+from tests.tiny_models import tiny_roberta
 
 FAMILY = TextEncoder()
 
@@ -64,7 +67,6 @@ def test_keys_that_no_evaluation_reads_are_ignored(bert, changed, changes):
         ("pad_token_id", 3, "258"),
         ("is_decoder", True, "False"),
         ("position_embedding_type", "relative_key", "'absolute'"),
-        ("something_new", 7, "None"),
     ],
 )
 def test_keys_that_change_the_forward_pass_are_listed(bert, changed, key, value, base):
@@ -83,3 +85,67 @@ def test_all_differences_are_listed_sorted(bert, changed):
 def test_nested_keys_are_named_with_their_place():
     found = differences({"rope": {"theta": 1, "type": "x"}}, {"rope": {"theta": 2, "type": "x"}})
     assert found == ["rope.theta: base 1, finetuned 2"]
+
+
+BOOKKEEPING = {
+    "unsloth_version": "2026.1.4",
+    "unsloth_fixed": True,
+    "sentence_transformers": {"version": "5.0.0"},
+    "transformers.js_config": {"dtype": "q8"},
+    "best_metric": 0.94,
+    "task_name": "trec",
+}
+
+
+def test_keys_that_the_architecture_does_not_know_are_named_and_do_not_count(bert, changed):
+    tuned = changed(**BOOKKEEPING)
+    assert FAMILY.config_differences(bert, tuned) == []
+    assert FAMILY.config_differences(tuned, bert) == []
+    assert unknown_keys(bert, tuned) == sorted(BOOKKEEPING)
+    assert unknown_keys(tuned, tuned) == [], "the base has them too"
+    assert unknown_keys(tuned, changed(**{**BOOKKEEPING, "best_metric": 0.5})) == ["best_metric"]
+    assert unknown_keys(bert, bert) == []
+
+
+def test_unknown_keys_do_not_hide_known_ones(bert, changed):
+    found = FAMILY.config_differences(bert, changed(**BOOKKEEPING, hidden_act="relu"))
+    assert found == ["hidden_act: base 'gelu', finetuned 'relu'"]
+
+
+def test_unknown_keys_of_a_tower_are_named_with_their_place(clip, tmp_path):
+    shutil.copytree(clip, tmp_path / "clip")
+    config = json.loads((clip / "config.json").read_text())
+    config["vision_config"]["tool_version"] = 3
+    config["saved_by"] = "a tool"
+    (tmp_path / "clip" / "config.json").write_text(json.dumps(config))
+    assert Clip().config_differences(clip, tmp_path / "clip") == []
+    assert unknown_keys(clip, tmp_path / "clip") == ["saved_by", "vision_config.tool_version"]
+
+
+def test_another_architecture_is_reported_alone(bert, tmp_path):
+    other = tiny_roberta(tmp_path / "roberta")
+    assert FAMILY.config_differences(bert, other) == [
+        "model_type: base 'bert', finetuned 'roberta'"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "shown"),
+    [
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
+        ("quantization_config", {"bits": 4}, "bits"),
+        ("compression_config", {"format": "int-quantized"}, "int-quantized"),
+    ],
+)
+def test_a_configuration_of_quantized_weights_is_refused(changed, key, value, shown):
+    with pytest.raises(BadInput, match="is quantized") as caught:
+        check_not_quantized(changed(**{key: value}), "the model")
+    assert f"{key}: " in caught.value.message()
+    assert shown in caught.value.message()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"quantization_config": null}'])
+def test_a_configuration_without_quantization_is_not_refused_here(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    check_not_quantized(tmp_path, "the model")
+    check_not_quantized(tmp_path / "nothing", "the model")

@@ -140,7 +140,7 @@ def test_a_shard_with_an_impossible_name_is_refused(tmp_path: Path, shard: str) 
 def test_an_index_of_gigabytes_is_refused_without_reading_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "MAX_HEADER", 1000)
+    monkeypatch.setattr("restitch.merging.files.shards.MAX_INDEX", 1000)
     with (tmp_path / "model.safetensors.index.json").open("wb") as file:
         file.truncate(1 << 40)
     with pytest.raises(BadInput, match="larger than 1,000 bytes"):

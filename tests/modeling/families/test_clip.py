@@ -13,7 +13,8 @@ from PIL import Image
 
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.rows import Example
-from restitch.modeling.families.clip import Clip, _image_processor
+from restitch.modeling.families.clip import Clip
+from restitch.modeling.pretrained import load_image_processor
 from restitch.registry.specs.task import HeadSpec
 from tests.modeling.conftest import png
 from tests.tiny_models import tiny_clip, vision_tower
@@ -105,7 +106,7 @@ def test_the_image_processor_is_always_the_one_of_pil(clip, monkeypatch):
         return real(*args, **keywords)
 
     monkeypatch.setattr(transformers.AutoImageProcessor, "from_pretrained", watch)
-    processor = _image_processor(clip)
+    processor = load_image_processor(clip)
     assert type(processor).__name__ == "CLIPImageProcessorPil"
     assert processor.backend == "pil"
     # Where torchvision is installed, another one would be taken without being asked for.

@@ -284,7 +284,10 @@ def test_a_lost_listing_is_made_again(
         ("s3://no-such-bucket-here/model", BadInput, "a bucket that does not exist"),
         ("s3://BUCKET/PREFIX/nothing", BadInput, "there is no model at"),
         ("s3://BUCKET/PREFIX/pickled", BadInput, "holds no safetensors"),
-        ("s3://BUCKET/PREFIX/two", BadInput, "holds several checkpoints"),
+        ("s3://BUCKET/PREFIX/two", BadInput, "contains several checkpoints"),
+        ("s3://BUCKET/PREFIX/adapter", BadInput, "is an adapter, not a whole model"),
+        ("s3://BUCKET/PREFIX/fp8", BadInput, "holds quantized tensors"),
+        ("s3://BUCKET/PREFIX", BadInput, "folders below it: adapter, broken"),
         ("s3://BUCKET/PREFIX/broken", BadInput, "has a header longer than the file"),
         ("s3://BUCKET/PREFIX/lacks", BadInput, "lacks shards"),
         ("s3://BUCKET/PREFIX/climbs", BadInput, "outside of its folder"),
@@ -304,11 +307,15 @@ def test_a_model_that_cannot_be_read_is_explained(
 ) -> None:
     save(tmp_path / "good", {"a": torch.ones(3)})
     good = (tmp_path / "good" / WEIGHTS).read_bytes()
+    save(tmp_path / "fp8", {"a": torch.ones(3).to(torch.float8_e4m3fn)})
     index = {"weight_map": {"a": "one.safetensors"}}
     put = {
         "pickled/pytorch_model.bin": b"\x80\x04.",
         "two/one.safetensors": good,
         "two/other.safetensors": good,
+        "adapter/adapter_model.safetensors": good,
+        "adapter/adapter_config.json": b"{}",
+        "fp8/model.safetensors": (tmp_path / "fp8" / WEIGHTS).read_bytes(),
         "broken/model.safetensors": (1 << 62).to_bytes(8, "little") + b"{}",
         "lacks/x.safetensors": good,
         "lacks/model.safetensors.index.json": json.dumps(index).encode(),
@@ -323,6 +330,25 @@ def test_a_model_that_cannot_be_read_is_explained(
     with pytest.raises(error, match=message) as found:
         describe_model(address, get_family("clip"), space)
     assert "pl4nted" not in str(found.value)
+    store = space.home.root / "store"
+    assert not [file for file in store.rglob("*") if "blobs" in file.parts], "nothing is left"
+
+
+def test_shards_in_a_bucket_are_read_without_an_index(
+    space: Workspace, s3_client: Any, s3_bucket: str, tmp_path: Path
+) -> None:
+    tensors = {name: torch.randn(4) for name in "abc"}
+    expected = save(tmp_path / "model", tensors, shards=3)
+    (tmp_path / "model" / "model.safetensors.index.json").unlink()
+    address = upload(s3_client, s3_bucket, tmp_path / "model", tmp_path.name)
+    assert describe_model(address, get_family("clip"), space).weights == expected.digest()
+    remote_weights._open.clear()
+    (tmp_path / "model" / "model-00002-of-00003.safetensors").unlink()
+    s3_client.delete_object(
+        Bucket=s3_bucket, Key=f"{tmp_path.name}/model-00002-of-00003.safetensors"
+    )
+    with pytest.raises(BadInput, match="lacks shards"):
+        describe_model(address, get_family("clip"), space)
 
 
 def test_the_address_of_one_file_is_a_model(

@@ -119,9 +119,9 @@ def test_rows_are_read_once_for_the_same_content(
         return real(rows, place)
 
     monkeypatch.setattr(Rows, "__getitem__", noted)
-    check_rows(spec, FAMILY, space)
+    check_rows(spec, FAMILY, space)()
     assert read == list(range(10))
-    check_rows(spec, FAMILY, space)
+    check_rows(spec, FAMILY, space)()
     assert len(read) == 10
 
 
@@ -133,7 +133,7 @@ def test_rows_to_calibrate_on_are_read_too(tmp_path: Path) -> None:
     write_rows(tmp_path / "rows" / "train.jsonl", rows)
     spec = resolve_task(spec, FAMILY)
     space = Workspace(Home(tmp_path / "home"))
-    check_rows(spec, FAMILY, space, LocalizeSpec(mode="dataless"))
+    check_rows(spec, FAMILY, space, LocalizeSpec(mode="dataless"))()
     with pytest.raises(BadInput, match="row 7"):
         check_rows(spec, FAMILY, space, LocalizeSpec(mode="trained"))
 
