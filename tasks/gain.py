@@ -11,7 +11,7 @@ from restitch.merging.errors import GateFailed
 from restitch.modeling.evaluation import wilson
 from restitch.modeling.families.family import get_family
 from restitch.modeling.significance import compare_rows, difference_interval, rows_of
-from restitch.registry.ledger.line_state import ModelFacts, ModelKey
+from restitch.registry.ledger.line_state import ModelFacts
 from restitch.registry.ledger.measurements import Gain, ResultRef, compared
 from restitch.registry.record import Interval
 from restitch.registry.specs.task import TaskSpec
@@ -57,19 +57,18 @@ def _ends(result: ResultRef) -> tuple[float, float]:
     return min(low, result.low), max(high, result.high)
 
 
-def why_held(line: LineRef, key: ModelKey, spec: TaskSpec, facts: ModelFacts) -> GateFailed:
+def why_held(line: LineRef, spec: TaskSpec, facts: ModelFacts) -> GateFailed:
     """The reason why a model that is worse than the base is held: values, causes, remedies.
 
     Args:
         line: the model's line.
-        key: the model.
         spec: its task.
         facts: with the comparison.
     """
     assert facts.gain is not None
     name, base, finetuned = line.spec.line, facts.results["base"], facts.results["finetuned"]
     return GateFailed(
-        f"{key} is significantly worse than the base on its own task:"
+        f"significantly worse than the base on its own task:"
         f" {base.metric} {finetuned.value:.3f}, the base has {base.value:.3f}",
         expected=f"{base.metric} above {base.value:.3f}",
         found=compared(facts.gain, facts.results),

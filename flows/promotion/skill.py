@@ -56,11 +56,15 @@ def judge(
     model = line_state.model(key)
     warnings = _warnings(key, facts)
     if facts.lacks_gain:
-        why = why_held(line, key, line_state.tasks[key.task].spec, facts)
+        why = why_held(line, line_state.tasks[key.task].spec, facts)
         if not _has_shown_its_skill(ledger, line_state, key):
             held = f"{key.task} version {key.version} is held: {why.message()}"
-            return Judgement(facts, "held", why.message(), why.summary, (held, *warnings))
-        stays = f"{why.summary}; it stays merged, because it was better with the description before"
+            summary = f"{key}: {why.summary}"
+            return Judgement(facts, "held", why.message(), summary, (held, *warnings))
+        stays = (
+            f"{key} is {why.summary}; it stays merged, because it was better with the description"
+            " before"
+        )
         return Judgement(facts, "ready", warnings=(stays, *warnings))
     if model.state == "registered" or (model.state == "held" and model.facts.lacks_gain):
         return Judgement(facts, "ready", warnings=warnings)
