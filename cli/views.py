@@ -3,7 +3,8 @@
 from typing import Any
 
 from restitch.registry.ledger.ledger import Ledger, lines
-from restitch.registry.ledger.line_state import UNREAD, LineState, ModelVersion
+from restitch.registry.ledger.line_state import UNREAD, LineState, MemberFacts, ModelVersion
+from restitch.registry.ledger.measurements import unexpected
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.maintenance.specialists import stored_specialists
 from restitch.registry.store.objects import ObjectStore
@@ -58,6 +59,11 @@ def _model_status(
     member = None if champion is None else champion.members.get(task)
     inside = member is not None and member.version == version
     result = champion.results.get(task) if inside and champion is not None else None
+    facts: MemberFacts = model.facts
+    newer = None
+    if member is not None and inside and member.mask != model.mask:
+        # The accuracy of the version in use belongs to the mask in it.
+        facts, newer = member.facts, model.facts
     return {
         "task": task,
         "version": version,
@@ -67,8 +73,15 @@ def _model_status(
         "weights": None if model.model.weights == UNREAD else model.model.weights,
         "registered_at": model.registered_at,
         "reason": model.reason,
-        "density": model.facts.density,
-        "delta_bytes": model.facts.delta_bytes,
+        "measured": model.facts.measured_on is not None,
+        "gain": None if model.facts.gain is None else model.facts.gain.to_json(),
+        "expected": model.facts.expected,
+        "unexpected": unexpected(model.facts.expected, model.facts.results.get("finetuned")),
+        "accepted": {check: one.to_json() for check, one in model.facts.accepted.items()},
+        "density": facts.density,
+        "delta_bytes": facts.delta_bytes,
+        "newer_mask": newer
+        and {"density": newer.density, "delta_bytes": newer.delta_bytes, "mask": model.mask},
         "merged": None if result is None else result.merged,
         "normalized": None if result is None else result.normalized,
     }

@@ -1,25 +1,28 @@
 """Onboard one finetuned model: validate, localize, evaluate, and make it a member.
 
     registered --> validate --> localize --> measure statistics --> evaluate --> act `localized`
+    worse than the base on its own task ---------------------------------------> act `held`
     cannot join ---------------------------------------------------------------> act `quarantined`
 
 `onboard` can be killed at any point and run again: each step first looks for its result in the
 store, and the act counts once, because it starts from the state `registered`. If the line's
-settings for masks change, its members are localized again. A model is quarantined after three
-processes have died while onboarding it.
+settings for masks change, its members are localized again. If a task's description changes, its
+newest model is measured again. A model is quarantined after three processes have died while
+onboarding it.
 
 Four evaluations judge a mask: the base, the finetuned model, the base with every localizable
 weight replaced, and the base with only the masked weights replaced. If more than 10 % of the
 squared change lies outside of the localizable tensors, `onboard` warns and names them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from restitch.flows.audit.report import mirror
 from restitch.flows.lines.adopt_mlflow import adopt_one
 from restitch.flows.outcome import Outcome
+from restitch.flows.promotion.skill import Judgement, is_in_champion, judge
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, CannotJoin, RestitchError
 from restitch.registry.ledger.ledger import Ledger
@@ -31,13 +34,16 @@ from restitch.registry.ledger.line_state import (
     ModelKey,
     ModelVersion,
 )
+from restitch.registry.ledger.measurements import compared
+from restitch.registry.ledger.records import Kind
 from restitch.registry.ledger.references import STATISTIC
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.attempts import Attempt, Attempts
 from restitch.tasks.evaluate import evaluate
+from restitch.tasks.gain import gain_over_base
 from restitch.tasks.inputs.checkpoints import check_device
-from restitch.tasks.inputs.task_data import evaluation_split
+from restitch.tasks.inputs.task_data import description_digest, evaluation_split
 from restitch.tasks.localize import localize
 from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.crash_recovery import MAX_CRASHES
@@ -65,6 +71,9 @@ from restitch.tasks.validate import validate
 
 # Warn above this share of the squared change outside of the localizable tensors.
 OUTSIDE_WARNING = 0.1
+
+# The facts that do not come from localizing and measuring.
+_KEPT = ("registered_again", "held_in", "expected", "accepted")
 
 
 @dataclass(frozen=True)
@@ -97,7 +106,7 @@ def onboard(line: str, task: str, version: int) -> OnboardOutcome:
     line_state = ledger.state()
     key = ModelKey(task, version)
     model = _registered(line_state, key)
-    if model.state != "registered" and not is_outdated(line_state, model):
+    if model.state != "registered" and not is_outdated(line_state, key):
         return _done(ledger, key, localized=False)
     if line_state.is_paused:
         say(f"line {line} is paused {line_state.paused}; {key} is localized once it is resumed")
@@ -134,6 +143,9 @@ def onboard_event(
 def _onboard(ledger: Ledger, line_state: LineState, key: ModelKey) -> OnboardOutcome:
     ref, spec = LineRef(line_state.spec, line_state.base), line_state.tasks[key.task].spec
     model = line_state.model(key)
+    if model.state != "registered" and not _has_outdated_mask(line_state, model):
+        _measure_again(ledger, ref, spec, key, model)
+        return _done(ledger, key, localized=False)
     try:
         accept = PREPROCESSING in model.facts.accepted
         checked = validate(ref, model.model, accept_preprocessing=accept)
@@ -149,7 +161,7 @@ def _onboard(ledger: Ledger, line_state: LineState, key: ModelKey) -> OnboardOut
     # Measured now, because a later merge may run where the task's rows cannot be read.
     statistics = own_statistics(ref, member)
     facts = _measure(ref, spec, model, checked, delta, statistics)
-    _join(ledger, key, delta, facts, statistics)
+    _join(ledger, ref, key, delta, facts, statistics)
     return _done(ledger, key, localized=True)
 
 
@@ -189,10 +201,27 @@ def _killed_workers(key: ModelKey, died: list[Attempt]) -> CannotJoin:
     )
 
 
-def is_outdated(line_state: LineState, model: ModelVersion) -> bool:
-    """True if the line's settings for masks have changed since the model was localized."""
+def is_outdated(line_state: LineState, key: ModelKey) -> bool:
+    """True if a localized model needs another mask or other measurements.
+
+    The line's settings for masks have changed since it was localized, or the description of its
+    task since it was measured.
+    """
+    model = line_state.model(key)
+    return _has_outdated_mask(line_state, model) or _has_outdated_results(line_state, key)
+
+
+def _has_outdated_mask(line_state: LineState, model: ModelVersion) -> bool:
     choice = model.facts.choice
     return model.state in ("ready", "held") and choice not in (None, _choice(line_state.spec))
+
+
+def _has_outdated_results(line_state: LineState, key: ModelKey) -> bool:
+    model, spec = line_state.model(key), line_state.tasks[key.task].spec
+    # A task that has no rows any more cannot tell more than the results that are known.
+    if model.state not in ("ready", "held") or evaluation_split(spec) is None:
+        return False
+    return model.facts.measured_on not in (None, description_digest(spec))
 
 
 def _choice(line: LineSpec) -> str:
@@ -225,20 +254,11 @@ def _measure(
     statistics: Mapping[str, StatisticRef],
 ) -> ModelFacts:
     """Collect the facts that the line stores, with accuracies if the task has data."""
-    results: dict[str, ResultRef] = {}
-    if evaluation_split(spec) is not None:
-        weights = {
-            "base": WeightsRef("base"),
-            "finetuned": WeightsRef("finetuned", model.model.weights, model.model.uri),
-            "localizable": WeightsRef("localizable", model.model.weights, model.model.uri),
-            "grafted": WeightsRef("grafted", delta.blob),
-        }
-        results = {name: evaluate(line, spec, each, model.model) for name, each in weights.items()}
-    _warn_of_outside(spec.task, checked, results)
-    measured: dict[str, Any] = {}
+    measured = _results(line, spec, model, delta.blob)
+    _warn_of_outside(spec.task, checked, measured["results"])
     if statistics:
         seconds = sum(each.recorded_seconds or 0.0 for each in statistics.values())
-        measured = {
+        measured |= {
             "statistics": {kind: each.blob for kind, each in statistics.items()},
             "statistics_bytes": sum(each.size for each in statistics.values()),
             "statistics_seconds": round(seconds, 3),
@@ -257,10 +277,25 @@ def _measure(
         unused=checked.unused,
         from_base=checked.from_base,
         notes=checked.notes,
-        results=results,
         **delta.facts,
         **measured,
     )
+
+
+def _results(line: LineRef, spec: TaskSpec, model: ModelVersion, delta: str) -> dict[str, Any]:
+    """The facts that depend on the task's description: evaluations, and the gain over the base."""
+    measured: dict[str, Any] = {"measured_on": description_digest(spec), "results": {}}
+    if evaluation_split(spec) is None:
+        return measured
+    weights = {
+        "base": WeightsRef("base"),
+        "finetuned": WeightsRef("finetuned", model.model.weights, model.model.uri),
+        "localizable": WeightsRef("localizable", model.model.weights, model.model.uri),
+        "grafted": WeightsRef("grafted", delta),
+    }
+    results = {name: evaluate(line, spec, each, model.model) for name, each in weights.items()}
+    gain = gain_over_base(workspace().objects, results["base"], results["finetuned"])
+    return measured | {"results": results, "gain": gain}
 
 
 def _warn_of_outside(task: str, checked: Validated, results: Mapping[str, ResultRef]) -> None:
@@ -302,32 +337,87 @@ def _quarantine(ledger: Ledger, key: ModelKey, error: RestitchError, deaths: int
 
 def _join(
     ledger: Ledger,
+    line: LineRef,
     key: ModelKey,
     delta: DeltaRef,
     facts: ModelFacts,
     statistics: Mapping[str, StatisticRef],
 ) -> None:
-    def change(line_state: LineState) -> LineState | None:
+    def join(line_state: LineState) -> Judgement | None:
         model = line_state.model(key)
-        history = {
-            "registered_again": model.facts.registered_again,
-            "held_in": model.facts.held_in,
-            "accepted": model.facts.accepted,
-        }
-        known = facts.model_copy(update=history)
-        new: dict[str, Any] = {"mask": delta.mask, "delta": delta.blob, "facts": known}
-        if model.state == "registered":
-            return line_state.with_state(*key, "ready", **new)
-        if is_outdated(line_state, model):
-            return line_state.with_state(*key, model.state, model.reason, **new)
-        return None
+        if model.state != "registered" and not _has_outdated_mask(line_state, model):
+            return None
+        kept = {name: getattr(model.facts, name) for name in _KEPT}
+        known = facts.model_copy(update=kept)
+        return judge(ledger, line, line_state, key, known)
 
     reason = f"{key}: {delta.kept} of {delta.coordinates} coordinates"
     digests = {"mask": delta.mask, "delta": delta.blob}
     digests |= {f"{STATISTIC}{kind}": each.blob for kind, each in statistics.items()}
-    if ledger.act("localized", actor(), reason, change, digests) is not None:
+    changes = {"mask": delta.mask, "delta": delta.blob}
+    if _acted(ledger, key, join, "localized", reason, changes, digests):
         say(f"localized {reason}, {delta.size} bytes")
-        mirror(ledger.line)
+        if facts.gain is None:
+            say(f"{key}: the gain over the base is not measured, because the task has no rows")
+
+
+def _measure_again(
+    ledger: Ledger, line: LineRef, spec: TaskSpec, key: ModelKey, model: ModelVersion
+) -> None:
+    """Compare a model with the base on its task as it is described now."""
+    measured = _results(line, spec, model, str(model.delta))
+
+    def measure(line_state: LineState) -> Judgement | None:
+        if not _has_outdated_results(line_state, key):
+            return None
+        known = line_state.model(key).facts.model_copy(update=measured)
+        return judge(ledger, line, line_state, key, known)
+
+    reason = f"{key}: {compared(measured['gain'], measured['results'])}"
+    _acted(ledger, key, measure, "measured", reason, {}, {})
+
+
+def _acted(
+    ledger: Ledger,
+    key: ModelKey,
+    decide: Callable[[LineState], Judgement | None],
+    kind: Kind,
+    reason: str,
+    changes: dict[str, Any],
+    digests: dict[str, str],
+) -> bool:
+    """Store a model's facts, and its state after a judgement on them, by one act.
+
+    Args:
+        ledger: of the line.
+        key: the model.
+        decide: judges a state of the line; None if there is nothing to do.
+        kind: the kind of the act, unless the judgement holds the model.
+        reason: the reason of the act, likewise.
+        changes: further changes of the model.
+        digests: the objects that the act is about.
+    """
+    line_state = ledger.state()
+    judgement = decide(line_state)
+    if judgement is None:
+        return False
+    if judgement.holds and line_state.model(key).state != "held":
+        kind, reason = "held", judgement.summary
+
+    def change(line_state: LineState) -> LineState | None:
+        now = decide(line_state)
+        # A person has just accepted the model: the next remerge onboards it.
+        if now is None or now.holds != judgement.holds:
+            return None
+        new = {**changes, "facts": now.facts}
+        return line_state.with_state(*key, now.state, now.reason, **new)
+
+    if ledger.act(kind, actor(), reason, change, digests) is None:
+        return False
+    for message in judgement.warnings:
+        warn(message)
+    mirror(ledger.line)
+    return True
 
 
 def _done(ledger: Ledger, key: ModelKey, *, localized: bool) -> OnboardOutcome:
@@ -335,9 +425,9 @@ def _done(ledger: Ledger, key: ModelKey, *, localized: bool) -> OnboardOutcome:
     line_state = ledger.state()
     model = line_state.model(key)
     if this_run() is not None and model.state in ("ready", "held") and not line_state.is_paused:
-        champion = None if line_state.champion is None else ledger.merged(line_state.champion)
-        member = None if champion is None else champion.members.get(key.task)
-        if localized or member is None or member.version != key.version:
+        inside = is_in_champion(ledger, line_state, key)
+        joins = model.state == "ready" or not model.facts.lacks_gain
+        if joins != inside or (joins and localized):
             announce(MASK_READY, ledger.line, *key)
     outcome = OnboardOutcome(
         line_state.line, *key, model.state, model.reason, localized, model.facts

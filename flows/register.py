@@ -20,7 +20,7 @@ from restitch.flows.lines.declare_task import present, resolve_spec
 from restitch.flows.onboard import OnboardOutcome, onboard
 from restitch.flows.outcome import Outcome
 from restitch.flows.remerge import RemergeOutcome, remerge
-from restitch.merging.errors import CannotJoin, GateFailed, Unavailable
+from restitch.merging.errors import BadInput, CannotJoin, GateFailed, Unavailable
 from restitch.modeling.families.family import get_family
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import (
@@ -31,6 +31,7 @@ from restitch.registry.ledger.line_state import (
     ModelVersion,
     Pause,
 )
+from restitch.registry.ledger.measurements import Acceptance, decisions
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import describe_model, open_base
@@ -107,18 +108,19 @@ def register(
 
     Raises:
         BadInput: the task file, its data or the model cannot be read, or the file changes the
-            task and `replace_task` is off. The line stays as it was.
+            task and `replace_task` is off, or a reason is empty. The line stays as it was.
         Unavailable: a server is away, the wait timed out, or the line is paused and `wait` is on;
             the model stays registered.
     """
     space = workspace()
     ledger = space.ledger(line)
     line_state = ledger.state()
+    decided = {check: _acceptance(check, reason) for check, reason in (accepted or {}).items()}
     spec, remember_rows = resolve_spec(ledger, task_file, replace_task)
     open_base(LineRef(line_state.spec, line_state.base), space)  # nothing can join without it
     model = describe_model(source, get_family(line_state.spec.family), space, copy=copy)
     remember_rows()
-    key, already = _add(ledger, spec, model, replace_task, accepted or {})
+    key, already = _add(ledger, spec, model, replace_task, decided)
     if already:
         say(f"{key.task}: these weights are already version {key.version}")
     if ledger.state().is_paused:
@@ -139,12 +141,26 @@ def register(
     return _outcome(ledger, key, already, onboarded, merged)
 
 
+def _acceptance(check: str, reason: str) -> Acceptance:
+    if not reason.strip():
+        raise BadInput(
+            f"{check} is accepted without a reason",
+            expected="a reason, which the audit trail keeps",
+            hint="give one with --reason",
+        )
+    return Acceptance(reason=reason.strip(), by=actor(), at=_now())
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
 def _add(
     ledger: Ledger,
     spec: TaskSpec,
     model: ModelRef,
     replace_task: bool,
-    accepted: Mapping[str, str],
+    accepted: Mapping[str, Acceptance],
 ) -> tuple[ModelKey, bool]:
     """Add the model to the line as its task's next version, unless it is there already.
 
@@ -152,6 +168,9 @@ def _add(
         Its key, and whether the line had it before.
     """
     added: list[tuple[ModelKey, bool]] = []
+    # The value that an author measured belongs to the model, not to the task.
+    described = spec.without_expected()
+    facts = ModelFacts(expected=spec.expected, accepted=dict(accepted))
 
     def change(line_state: LineState) -> LineState | None:
         added.clear()
@@ -160,47 +179,48 @@ def _add(
         if task is not None and known is not None:
             added.append((ModelKey(spec.task, known), True))
             # The same data at another path: the old path may be gone.
-            described = (replace_task and spec != task.spec) or not task.declared
-            after = line_state.with_task(spec) if described else line_state
-            after = _with_another_try(after, ModelKey(spec.task, known), accepted)
+            moved = replace_task and described != task.spec.without_expected()
+            after = line_state.with_task(described) if moved or not task.declared else line_state
+            after = _with_expected(after, ModelKey(spec.task, known), spec.expected)
+            after = _with_another_try(after, ModelKey(spec.task, known))
+            after = after.with_accepted(ModelKey(spec.task, known), accepted)
             return None if after is line_state else after
-        now = datetime.now(UTC).isoformat(timespec="microseconds")
         if task is None or not task.declared or not same_task(task.spec, spec):
-            line_state = line_state.with_task(spec)
+            line_state = line_state.with_task(described)
         key = ModelKey(spec.task, line_state.tasks[spec.task].next_version)
         added.append((key, False))
-        facts = ModelFacts(accepted=dict(accepted))
-        version = ModelVersion(model=model, registered_at=now, facts=facts)
-        return line_state.with_version(spec.task, version)
+        new = ModelVersion(model=model, registered_at=_now(), facts=facts)
+        return line_state.with_version(spec.task, new)
 
+    reason = f"{spec.task} from {model.uri}"
     ledger.act(
         "registered",
         actor(),
-        f"{spec.task} from {model.uri}"
-        + "".join(f"; accepted {check}: {reason}" for check, reason in accepted.items()),
+        f"{reason}; {decisions(accepted)}" if accepted else reason,
         change,
         {"model": model.weights, "config": model.config},
     )
     return added[-1]
 
 
-def _with_another_try(
-    line_state: LineState, key: ModelKey, accepted: Mapping[str, str]
-) -> LineState:
-    """Set a model back to `registered` if it waited, killed its workers, or is accepted now."""
+def _with_another_try(line_state: LineState, key: ModelKey) -> LineState:
+    """Set a model that waited, or that killed its workers, back to `registered`."""
     model = line_state.model(key)
     deadly = model.state == "quarantined" and model.facts.deaths > 0
-    newly = model.state == "quarantined" and bool(accepted.keys() - model.facts.accepted.keys())
-    if not (deadly or newly or model.state == "waiting"):
+    if not (deadly or model.state == "waiting"):
         return line_state
     again = model.facts.registered_again + deadly
-    update = {
-        "deaths": 0,
-        "registered_again": again,
-        "accepted": {**model.facts.accepted, **accepted},
-    }
-    facts = model.facts.model_copy(update=update)
+    facts = model.facts.model_copy(update={"deaths": 0, "registered_again": again})
     return line_state.with_state(*key, "registered", facts=facts)
+
+
+def _with_expected(line_state: LineState, key: ModelKey, expected: float | None) -> LineState:
+    """Note the value that the author measured, if the task file names another one now."""
+    model = line_state.model(key)
+    if expected is None or expected == model.facts.expected:
+        return line_state
+    facts = model.facts.model_copy(update={"expected": expected})
+    return line_state.with_state(*key, model.state, model.reason, facts=facts)
 
 
 def _handed_over(

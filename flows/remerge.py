@@ -154,7 +154,7 @@ def _merge_until_settled(ledger: Ledger, force: bool) -> RemergeOutcome:
 
 
 def _onboard_missing(ledger: Ledger) -> tuple[str, ...]:
-    """Onboard registered models that no event started, and members with outdated masks.
+    """Onboard registered models that no event started, and models that are outdated.
 
     With workers, start a run in their pool for each; its mask starts the next remerge.
 
@@ -163,7 +163,7 @@ def _onboard_missing(ledger: Ledger) -> tuple[str, ...]:
     """
     line_state, localized = ledger.state(), []
     missing = [key for key, _ in line_state.in_state("registered")]
-    missing += [key for key, model in newest_models(line_state) if is_outdated(line_state, model)]
+    missing += [key for key, _ in newest_models(line_state) if is_outdated(line_state, key)]
     to_workers = bool(missing) and has_workers()
     for key in missing:
         try:

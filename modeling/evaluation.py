@@ -162,7 +162,7 @@ def summarize(scores: NDArray[np.float32], targets: NDArray[np.int64], metric: s
     )
 
 
-def wilson(successes: int, count: int) -> tuple[float, float]:
+def wilson(successes: float, count: int) -> tuple[float, float]:
     """Compute Wilson's 95 % interval of a share."""
     share, square = successes / count, _Z * _Z
     centre = share + square / (2 * count)

@@ -3,7 +3,8 @@
 The test is McNemar's with the mid-p value, in which the observed case counts half: the exact test
 is so conservative that it contradicts the intervals (Fagerland et al. 2013). The 95 % intervals
 are those of Agresti and Min (2005) for a difference of shares, and of the delta method on the
-logarithm for a ratio.
+logarithm for a ratio. A difference of values that are no shares has Newcombe's interval (1998),
+which is made from the intervals of the two values.
 """
 
 import math
@@ -86,6 +87,19 @@ def ratio_interval(
     variance = 1 / first + 1 / second - 2 * both / (first * second)
     centre, half = math.log(other / one), _Z * math.sqrt(variance)
     return math.exp(centre - half), math.exp(centre + half)
+
+
+def difference_interval(
+    first: float, first_ends: tuple[float, float], second: float, second_ends: tuple[float, float]
+) -> tuple[float, float]:
+    """The 95 % interval of the second value minus the first, from their own intervals.
+
+    It ignores that both models were measured on the same rows, and so is rather too wide.
+    """
+    difference = second - first
+    below = math.hypot(second - second_ends[0], first_ends[1] - first)
+    above = math.hypot(second_ends[1] - second, first - first_ends[0])
+    return difference - below, difference + above
 
 
 def rows_of(evaluation: Mapping[str, object]) -> NDArray[np.bool_]:

@@ -159,6 +159,8 @@ def live(world: World, folder: Path) -> Life:
     life.do(
         "a model that wrecks the rest fails the gate",
         *life.register("wreck", folder / "wreck"),
+        # It is no better than the base either; here the gate must decide.
+        *("--accept-no-gain", "--reason", "to see the gate fail"),
         kinds=("registered", "localized", "merged", "rejected", "held"),
         champion=4,
         members=newer,

@@ -77,12 +77,12 @@ class World:
 
 
 def text_world(root: Path) -> World:
-    """A BERT with three skills, a second model of one, and one that wrecks the rest."""
+    """A BERT with three skills, a second model with one of them, and one that wrecks the rest."""
     world = World(root, "text-encoder")
     tiny_bert(world.base)
     for seed, name in enumerate(SKILLS):
         tweaked(world.base, world.model(name), seed=seed, size=0.15, globs=BLOCKS)
-    tweaked(world.base, world.model("colour-2"), seed=10, size=0.15, globs=BLOCKS)
+    tweaked(world.model("colour"), world.model("colour-2"), seed=10, size=0.03, globs=BLOCKS)
     tweaked(world.base, world.model("wreck"), seed=11, size=3.0, globs=BLOCKS)
     for name in LABELS:
         texts = _texts(name)
@@ -110,6 +110,28 @@ def clip_world(root: Path) -> World:
             image.save(file)
         _write_task(world, name, {"test": "test"})
     return world
+
+
+def turned(
+    world: World, folder: Path, name: str = "colour", *, right: int = 6, **changes: Any
+) -> Path:
+    """A task file with `right` right labels, the next one elsewhere: a model looks unskilled."""
+    labels = LABELS[name]
+    rows: list[dict[str, Any]] = []
+    for line in (world.root / "data" / name / "test.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        after = labels.index(row["label"]) + (len(rows) >= right)
+        rows.append({**row, "label": labels[after % len(labels)]})
+    write_rows(folder / "turned" / name / "test.jsonl", rows)
+    return described(world, folder, name, path=str(folder / "turned" / name), **changes)
+
+
+def described(world: World, folder: Path, name: str, path: str = "", **changes: Any) -> Path:
+    """The task file of the world with changes."""
+    values = yaml.safe_load(world.task(name).read_text())
+    values["data"]["path"] = path or values["data"]["path"]
+    number = len(list(folder.glob(f"{name}-*.yaml")))
+    return write_yaml(folder / f"{name}-{number}.yaml", {**values, **changes})
 
 
 def _write_task(world: World, name: str, columns: dict[str, str]) -> None:

@@ -12,6 +12,7 @@ from restitch.cli.render import models as render
 from restitch.cli.render.audit import decided
 from restitch.merging.errors import UsageError
 from restitch.registry.home import Home
+from restitch.registry.ledger.line_state import NO_GAIN, PREPROCESSING
 
 
 def _existing(context: typer.Context, model: str) -> str:
@@ -40,6 +41,13 @@ def register(
         float | None, typer.Option(help="Wait this many seconds at most; then exit with 6.")
     ] = None,
     here: Annotated[bool, typer.Option("--here", help="Work here, not in the workers.")] = False,
+    accept_no_gain: Annotated[
+        bool,
+        typer.Option(
+            "--accept-no-gain",
+            help="Merge it even if it is worse than the base on its own task; needs --reason.",
+        ),
+    ] = False,
     accept_preprocessing: Annotated[
         bool,
         typer.Option(
@@ -55,7 +63,7 @@ def register(
     With workers, they do the work and the command returns at once; with --wait, it returns when
     the model is in the champion or was refused. Without workers the command does the work.
     """
-    accepted = _accepted({"preprocessing": accept_preprocessing}, reason)
+    accepted = _accepted({NO_GAIN: accept_no_gain, PREPROCESSING: accept_preprocessing}, reason)
     from restitch.flows.register import register as run
 
     outcome = run(
@@ -78,10 +86,19 @@ def _accepted(checks: dict[str, bool], reason: str) -> dict[str, str]:
     chosen = [check for check, accepted in checks.items() if accepted]
     if chosen and not reason.strip():
         raise UsageError(
-            f"--accept-{chosen[0]} needs a reason, which the audit trail keeps",
+            f"{_option(chosen[0])} needs a reason, which the audit trail keeps",
             hint="add --reason WHY",
         )
+    if reason and not chosen:
+        raise UsageError(
+            "--reason says why a check is switched off, and none is",
+            hint=f"add {' or '.join(map(_option, checks))}",
+        )
     return dict.fromkeys(chosen, reason)
+
+
+def _option(check: str) -> str:
+    return f"--accept-{check.replace(' ', '-')}"
 
 
 def export(

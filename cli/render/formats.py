@@ -51,6 +51,22 @@ def number(value: float | None, form: str = ".3f") -> str:
     return "-" if value is None else format(value, form)
 
 
+def normalized(result: Mapping[str, Any]) -> str:
+    """A task's normalized value, or the reason why there is none."""
+    gain = result["gain"]
+    if gain is not None and gain["verdict"] != "better":
+        return "worse than base" if gain["verdict"] == "worse" else "no gain"
+    return number(result["normalized"])
+
+
+def gained(gain: Mapping[str, Any] | None) -> str:
+    """What a finetuned model has over the base."""
+    if gain is None:
+        return "not measured"
+    mark = {"better": "", "not better": " (no gain)", "worse": " (worse)"}[gain["verdict"]]
+    return f"{gain['difference']:+.3f}{mark}"
+
+
 def percent(value: float | None) -> str:
     """A fraction as a percentage of three digits."""
     return "-" if value is None else f"{100 * value:.3g} %"

@@ -5,6 +5,8 @@ from rich.console import Console
 from restitch.cli.render.formats import (
     Values,
     changed,
+    gained,
+    normalized,
     number,
     percent,
     setting,
@@ -82,10 +84,10 @@ def _line(line: Values, out: Console) -> None:
         write(out, f"  {paused(line['line'], line['paused'])}", "yellow")
     if line["specialists"] is not None:
         write(out, f"  {of_specialists(line['specialists'])}")
-    columns = ("task", "version", "state", "in champion", "density", "delta", "merged")
+    columns = ("task", "version", "state", "gain", "in champion", "density", "delta", "merged")
     rows = [
         (
-            *(model["task"], model["version"], model["state"]),
+            *(model["task"], model["version"], model["state"], _gain(model)),
             "yes" if model["in_champion"] else "",
             *(percent(model["density"]), size(model["delta_bytes"]), number(model["merged"])),
         )
@@ -95,8 +97,16 @@ def _line(line: Values, out: Console) -> None:
     if line["without_models"]:
         write(out, f"  declared, without a model: {', '.join(line['without_models'])}")
     for model in line["models"]:
+        name = f"{model['task']} {model['version']}"
+        if model["newer_mask"] is not None:
+            newer = percent(model["newer_mask"]["density"])
+            write(out, f"  {name}: the next merge takes its newer mask, density {newer}")
+        for check, one in model["accepted"].items():
+            write(out, f"  {name}: {check} accepted by {one['by']}: {one['reason']}")
+        if model["unexpected"] is not None:
+            write(out, f"  {name}: {model['unexpected']}", "yellow")
         if model["reason"] and model["state"] in ("quarantined", "held", "waiting"):
-            reason = _shortened(f"{model['task']} {model['version']}: {model['reason']}")
+            reason = _shortened(f"{name}: {model['reason']}")
             write(out, f"  {reason}", "yellow")
 
 
@@ -104,6 +114,10 @@ def paused(line: str, pause: Values) -> str:
     """A pause of a line, or of its schedule: since when, by whom and why."""
     what = f"the schedule of {line}" if pause["schedule_only"] else line
     return f"{what} is paused {Pause(**pause)}"
+
+
+def _gain(model: Values) -> str:
+    return gained(model["gain"]) if model["measured"] else ""
 
 
 def of_specialists(specialists: Values) -> str:
@@ -123,7 +137,7 @@ def results(record: Values, out: Console) -> None:
     rows = [
         (
             *(task, *(number(result[name]) for name in values)),
-            *(span(result["interval"]), number(result["normalized"]), result["count"]),
+            *(span(result["interval"]), normalized(result), result["count"]),
         )
         for task, result in record["results"].items()
     ]

@@ -4,6 +4,13 @@ from rich.console import Console
 
 from restitch.cli.render.formats import Values, accounted, percent, size, write
 from restitch.cli.render.lines import paused, remerged, results
+from restitch.registry.ledger.measurements import Gain, ResultRef, compared, unexpected
+
+_VERDICTS = {
+    "better": "better than the base",
+    "not better": "not significantly better than the base",
+    "worse": "significantly worse than the base",
+}
 
 
 def registered(result: Values, out: Console) -> None:
@@ -41,6 +48,7 @@ def exported(result: Values, out: Console) -> None:
 def _facts(facts: Values, out: Console) -> None:
     if "localizer" not in facts:
         return
+    _gain(facts, out)
     statistics = ""
     if "statistics" in facts:
         statistics = f" {' and '.join(facts['statistics'])} {size(facts['statistics_bytes'])},"
@@ -52,3 +60,18 @@ def _facts(facts: Values, out: Console) -> None:
     )
     for line in accounted(facts):
         write(out, f"  {line}", "yellow")
+    for check, one in facts.get("accepted", {}).items():
+        write(out, f"  {check} accepted by {one['by']}: {one['reason']}")
+
+
+def _gain(facts: Values, out: Console) -> None:
+    """The comparison with the base, and with the value that the author measured."""
+    if "gain" not in facts:
+        write(out, "  gain over the base: not measured, because the task has no rows")
+        return
+    measured = {name: ResultRef.model_validate(one) for name, one in facts["results"].items()}
+    gain = Gain.model_validate(facts["gain"])
+    style = None if gain.verdict == "better" else "yellow"
+    write(out, f"  {_VERDICTS[gain.verdict]}: {compared(gain, measured)}", style)
+    if contradiction := unexpected(facts.get("expected"), measured["finetuned"]):
+        write(out, f"  {contradiction}", "yellow")

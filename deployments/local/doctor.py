@@ -78,7 +78,7 @@ def examine() -> Examined:
     """Run all checks; later ones depend on earlier ones."""
     space = workspace(to_write=False)
     checks: list[Check] = []
-    for part in (_versions, _home, _store, _device, _processes, _mlflow, _prefect):
+    for part in (_versions, _home, _store, _models, _device, _processes, _mlflow, _prefect):
         try:
             checks += part(space)
         except RestitchError as error:
@@ -133,6 +133,24 @@ def _store(space: Workspace) -> Iterator[Check]:
         yield Check("conditional writes", "warning", refused.summary, remedy)
     else:
         yield Check("conditional writes", "failed", refused.summary, refused.hint or "")
+
+
+def _models(space: Workspace) -> Iterator[Check]:
+    """Warn of tasks whose newest model does not join until a person does something."""
+    for line in lines(space.objects):
+        newest = {
+            key.task: (key, model)
+            for key, model in sorted(space.ledger(line).state().models, key=lambda one: one[0])
+            if model.state != "retired"
+        }
+        stuck = [
+            f"{key} is {model.state}"
+            for key, model in newest.values()
+            if model.state == "quarantined" or (model.state == "held" and model.facts.lacks_gain)
+        ]
+        if stuck:
+            remedy = f"restitch status {line} shows the reasons and what to do"
+            yield Check(f"models of {line}", "warning", ", ".join(stuck), remedy)
 
 
 def _device(space: Workspace) -> Iterator[Check]:

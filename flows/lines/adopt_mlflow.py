@@ -22,7 +22,16 @@ from restitch.merging.errors import BadInput, RestitchError, Unavailable
 from restitch.modeling.families.family import get_family
 from restitch.registry.access_policy import AccessDenied, check_path
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import UNREAD, LineState, ModelKey, ModelRef, ModelVersion
+from restitch.registry.ledger.line_state import (
+    NO_GAIN,
+    UNREAD,
+    LineState,
+    ModelFacts,
+    ModelKey,
+    ModelRef,
+    ModelVersion,
+)
+from restitch.registry.ledger.measurements import Acceptance, decisions
 from restitch.registry.ledger.records import Kind
 from restitch.registry.mlflow.external_models import (
     ExternalModel,
@@ -32,6 +41,7 @@ from restitch.registry.mlflow.external_models import (
     link,
     task_of,
 )
+from restitch.registry.mlflow.projection import ACCEPT_TAG
 from restitch.registry.mlflow.sync import without_credentials
 from restitch.registry.paths import named_path
 from restitch.registry.specs.files import parse_task
@@ -82,8 +92,14 @@ def adopt(line: str) -> tuple[Adopted, ...]:
     ledger = space.ledger(line)
     external = external_models_of(space.mlflow, line)
     calls = [(each.uri, partial(_adopt, space, ledger, each)) for each in external]
-    waiting = ledger.state().in_state("waiting")
+    line_state = ledger.state()
+    waiting = line_state.in_state("waiting")
     calls += [(str(key), partial(_retry, space, ledger, key)) for key, _ in waiting]
+    calls += [
+        (str(key), partial(_accept, space, ledger, key))
+        for key, model in line_state.in_state("held")
+        if model.mlflow is not None and model.facts.lacks_gain
+    ]
     results = []
     for name, call in calls:
         try:
@@ -153,7 +169,8 @@ def _adopt(space: Workspace, ledger: Ledger, external: ExternalModel) -> Adopted
     if description.problem is not None:
         waiting = ModelVersion(model=model, state="waiting", reason=description.problem)
         return _add(ledger, external, waiting, None)
-    adopted = _add(ledger, external, ModelVersion(model=model), description.own)
+    facts = _own_facts(description.own or line_state.tasks[external.task].spec, external)
+    adopted = _add(ledger, external, ModelVersion(model=model, facts=facts), description.own)
     if adopted is not None and adopted.linked:
         link(space.mlflow, external, adopted.version)
     return adopted
@@ -206,7 +223,8 @@ def _add(
         same = present(known, known.spec, model.model) if model.state == "registered" else None
         if same is not None:
             added.append((same, True))
-            return None
+            after = line_state.with_accepted(ModelKey(task, same), model.facts.accepted)
+            return None if after is line_state else after
         added.append((known.next_version, False))
         now = datetime.now(UTC).isoformat(timespec="microseconds")
         new = {"registered_at": now, "mlflow": external.mlflow}
@@ -216,6 +234,8 @@ def _add(
     reason = f"{task} from {external.uri}"
     if model.reason:
         reason += f": {model.reason.splitlines()[0]}"
+    if model.facts.accepted:
+        reason += f"; {decisions(model.facts.accepted)}"
     digests = {"model": model.model.weights, "config": model.model.config}
     ledger.act(kind, external.actor, reason, change, digests)
     if not added:
@@ -234,12 +254,11 @@ def _retry(space: Workspace, ledger: Ledger, key: ModelKey) -> Adopted | None:
     """Register a waiting model if its task is described now; None if nothing changes."""
     line_state = ledger.state()
     model = line_state.model(key)
-    tag = None
-    if model.mlflow is not None:
-        shown = external_model(space.mlflow, ledger.line, key.task, model.mlflow.number)
-        if shown is not None and shown.mlflow == model.mlflow:
-            tag = shown.task_tag
+    shown = _external(space, ledger, key)
+    tag = None if shown is None else shown.task_tag
     description = _describe(space, line_state, key.task, tag)
+    own = _own_facts(description.own or line_state.tasks[key.task].spec, shown)
+    noted = {"expected": own.expected, "accepted": own.accepted}
 
     def decide(line_state: LineState) -> tuple[Kind, LineState | None]:
         current = line_state.model(key)
@@ -258,7 +277,8 @@ def _retry(space: Workspace, ledger: Ledger, key: ModelKey) -> Adopted | None:
         if same is not None:
             reason = f"the same weights as version {same} of the task"
             return "retired", line_state.with_state(*key, "retired", reason)
-        return "registered", line_state.with_state(*key, "registered")
+        facts = current.facts.model_copy(update=noted)
+        return "registered", line_state.with_state(*key, "registered", facts=facts)
 
     kind, changed = decide(line_state)
     if changed is None:
@@ -276,10 +296,52 @@ def _retry(space: Workspace, ledger: Ledger, key: ModelKey) -> Adopted | None:
     return Adopted(*key, now.state, now.reason)
 
 
+def _accept(space: Workspace, ledger: Ledger, key: ModelKey) -> Adopted | None:
+    """Register a model that is held for its missing gain again, if a tag accepts it now."""
+    accepted = _accepted(_external(space, ledger, key))
+    if not accepted:
+        return None
+
+    def change(line_state: LineState) -> LineState | None:
+        after = line_state.with_accepted(key, accepted)
+        return None if after is line_state else after
+
+    act = ledger.act("registered", actor(), f"{key}, {decisions(accepted)}", change)
+    if act is None:
+        return None
+    say(f"{key.task} version {key.version}: {decisions(accepted)}")
+    now = act.line_state.model(key)
+    return Adopted(*key, now.state, now.reason)
+
+
+def _external(space: Workspace, ledger: Ledger, key: ModelKey) -> ExternalModel | None:
+    """The version in MLflow from which a model was adopted, if it is still there."""
+    mlflow = ledger.state().model(key).mlflow
+    if mlflow is None:
+        return None
+    shown = external_model(space.mlflow, ledger.line, key.task, mlflow.number)
+    return shown if shown is not None and shown.mlflow == mlflow else None
+
+
+def _own_facts(described: TaskSpec, external: ExternalModel | None) -> ModelFacts:
+    """What the author measured and what the version's tag decides."""
+    return ModelFacts(expected=described.expected, accepted=_accepted(external))
+
+
+def _accepted(external: ExternalModel | None) -> dict[str, Acceptance]:
+    """The decision in a version's tag; MLflow does not record who set it."""
+    reason = "" if external is None else (external.accept_tag or "").strip()
+    if not reason:
+        return {}
+    at = datetime.now(UTC).isoformat(timespec="microseconds")
+    by = f"the tag {ACCEPT_TAG} in MLflow"
+    return {NO_GAIN: Acceptance(reason=reason, by=by, at=at)}
+
+
 def _with_description(line_state: LineState, spec: TaskSpec) -> LineState:
     known = declared_spec(line_state, spec.task)
     same = known is not None and same_task(known, spec)
-    return line_state if same else line_state.with_task(spec)
+    return line_state if same else line_state.with_task(spec.without_expected())
 
 
 def _describe(space: Workspace, line_state: LineState, task: str, tag: str | None) -> _Description:

@@ -64,7 +64,8 @@ def declare_task(line: str, task_file: Path, *, replace_task: bool = False) -> T
         known = declared_spec(line_state, spec.task)
         if known is not None:
             refuse_another(line, known, spec, replace_task)
-            if known == spec or (same_task(known, spec) and not replace_task):
+            same = same_task(known, spec) and known.expected == spec.expected
+            if known == spec or (same and not replace_task):
                 return None
         return line_state.with_task(spec)
 
@@ -135,7 +136,7 @@ def refuse_another(line: str, known: TaskSpec, spec: TaskSpec, replace_task: boo
     raise BadInput(
         f"task {spec.task} of line {line} already has another description",
         expected="the same data, head and metric as before",
-        found=f"differs in: {', '.join(key for key in old if old[key] != new[key])}",
+        found=f"differs in: {', '.join(k for k in old if old[k] != new[k] and k != 'expected')}",
         hint="use another task name, or change the task with --replace-task",
     )
 

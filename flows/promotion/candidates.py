@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,6 +17,7 @@ from restitch.modeling.significance import ratio_interval, rows_of
 from restitch.registry.gates.gate import Drop, GateOutcome, Measured
 from restitch.registry.gates.registry import check_gates
 from restitch.registry.ledger.line_state import LineState, Member
+from restitch.registry.ledger.measurements import Acceptance, Gain, decisions
 from restitch.registry.ledger.records import (
     DataUsed,
     MergedMember,
@@ -28,6 +29,7 @@ from restitch.registry.record import Interval
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.compare_results import compare_results
 from restitch.tasks.evaluate import evaluate
+from restitch.tasks.gain import gain_over_base
 from restitch.tasks.inputs.task_data import evaluation_split
 from restitch.tasks.merge import make_recipe, stitch
 from restitch.tasks.method_selection import SelectionOutcome
@@ -129,7 +131,12 @@ def make_candidate(
         results = {m.task: measure_member(line, m, merged, again=again) for m in members}
         retention = measure_retention(line, snapshot.line_state, merged, again=again)
     measured = Measured(
-        normalized={t: r.normalized for t, r in results.items() if r.normalized is not None},
+        normalized={
+            task: share
+            for task, result in results.items()
+            if (share := result.share_of_finetuned) is not None
+        },
+        without_gain=frozenset(task for task, r in results.items() if r.has_no_gain),
         drops=_drops(snapshot.champion, results),
         retention=None if retention is None else retention.ratio,
         joining=frozenset(m.task for m in snapshot.joining),
@@ -163,6 +170,10 @@ def measure_member(
         notes += ("the validation rows are a part of train: the model may have seen them",)
     measured = {"base": base, "finetuned": finetuned, "grafted": grafted, "merged": result}
     known = {name: ref for name, ref in measured.items() if ref is not None}
+    gain = None if finetuned is None else gain_over_base(workspace().objects, base, finetuned)
+    has_gain = gain is not None and gain.verdict == "better"
+    if gain is not None and not has_gain:
+        notes += (_without_gain(gain, model.facts.accepted),)
     return TaskResult(
         metric=spec.metric,
         split=split,
@@ -170,7 +181,8 @@ def measure_member(
         finetuned=None if finetuned is None else finetuned.value,
         grafted=grafted.value,
         merged=result.value,
-        normalized=result.value / finetuned.value if finetuned and finetuned.value else None,
+        gain=gain,
+        normalized=result.value / finetuned.value if finetuned and has_gain else None,
         interval=_interval(result),
         intervals={name: _interval(ref) for name, ref in known.items() if ref is not result},
         count=result.count,
@@ -178,6 +190,11 @@ def measure_member(
         data=_data_used(spec, split),
         notes=notes,
     )
+
+
+def _without_gain(gain: Gain, accepted: Mapping[str, Acceptance]) -> str:
+    note = f"the finetuned model is {gain.verdict} than the base, so there is no normalized value"
+    return f"{note}; {decisions(accepted)}" if accepted else note
 
 
 def measure_retention(

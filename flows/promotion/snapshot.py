@@ -12,6 +12,7 @@ from restitch.registry.ledger.line_state import LineState, Member, ModelKey, Mod
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.specs.method import MethodSpec
 from restitch.registry.specs.task import TaskSpec
+from restitch.tasks.inputs.task_data import description_digest
 from restitch.tasks.merge import known_recipe
 from restitch.tasks.runtime.refs import LineRef
 
@@ -129,7 +130,7 @@ def take_snapshot(ledger: Ledger) -> Snapshot:
     context = _context(line_state)
     members = {m.task: m for m in line_state.members}
     # Only a task's newest model counts: a model that was held before it is not tried again.
-    for (task, version), model in newest_models(line_state):
+    for (task, version), model in _newest_with_gain(line_state):
         if model.state == "held" and model.facts.held_in != context:
             members[task] = member_of(line_state, task, version)
     return Snapshot(
@@ -144,9 +145,9 @@ def take_snapshot(ledger: Ledger) -> Snapshot:
 def _context(line_state: LineState) -> str:
     """The digest of everything on which a gate's verdict depends."""
     # The newest model of each task, so that holding a model does not change the context.
-    models = {key.task: [key.version, model.delta] for key, model in newest_models(line_state)}
-    data = {
-        name: None if task.spec.data is None else task.spec.data.content
+    models = {key.task: [key.version, model.delta] for key, model in _newest_with_gain(line_state)}
+    tasks = {
+        name: None if task.spec.data is None else description_digest(task.spec)
         for name, task in line_state.tasks.items()
         if task.declared
     }
@@ -156,7 +157,7 @@ def _context(line_state: LineState) -> str:
             "models": models,
             "gates": line_state.spec.gates.digest,
             "method": line_state.spec.method.to_json(),
-            "data": data,
+            "tasks": tasks,
             "retention": retention if isinstance(retention, str | None) else retention.to_json(),
         }
     )
@@ -164,8 +165,20 @@ def _context(line_state: LineState) -> str:
 
 def newest_models(line_state: LineState) -> list[tuple[ModelKey, ModelVersion]]:
     """The newest ready or held model of each task."""
-    models = sorted(line_state.in_state("ready", "held"), key=lambda entry: entry[0].version)
-    return list({key.task: (key, model) for key, model in models}.values())
+    return _newest(line_state.in_state("ready", "held"))
+
+
+def _newest_with_gain(line_state: LineState) -> list[tuple[ModelKey, ModelVersion]]:
+    """The same without models that are held until they are better than the base."""
+    models = line_state.in_state("ready", "held")
+    return _newest(m for m in models if m[1].state == "ready" or not m[1].facts.lacks_gain)
+
+
+def _newest(
+    models: Iterable[tuple[ModelKey, ModelVersion]],
+) -> list[tuple[ModelKey, ModelVersion]]:
+    oldest_first = sorted(models, key=lambda entry: entry[0].version)
+    return list({key.task: (key, model) for key, model in oldest_first}.values())
 
 
 def _by_task(members: Iterable[Member]) -> tuple[Member, ...]:

@@ -195,18 +195,20 @@ class RecoverySources:
     def localized(self) -> Iterator[tuple[LineState, str, int]]:
         """The models that acts localized (task and version), with the line right after the act."""
         for line in self.inventory.line_states:
-            for line_state, entry in self._states_after(line, lambda act: act.kind == "localized"):
+            for line_state, entry in self._states_after(line, lambda act: "delta" in act.digests):
                 for task, number in touched_models(entry):
                     yield line_state, task, number
 
     def _result(self, reference: Reference) -> Iterator[Recovery]:
         """Evaluate the same weights on the same rows."""
 
-        def localized(entry: Entry) -> bool:
+        def measured(entry: Entry) -> bool:
             key = (reference.task, reference.number)
-            return entry.kind == "localized" and key in touched_models(entry)
+            # A model that is measured again may be held for what was found.
+            kinds = ("localized", "measured", "held")
+            return entry.kind in kinds and key in touched_models(entry)
 
-        made = _makes_version(reference.number) if reference.of_version else localized
+        made = _makes_version(reference.number) if reference.of_version else measured
         record = self._record(reference) if reference.of_version else None
         for line_state, _ in self._states_after(reference.line, made):
             inputs = _evaluation_inputs(reference, line_state, record)

@@ -37,7 +37,8 @@ class Measured:
     """The measurements of a merged version, on which gates decide.
 
     Attributes:
-        normalized: the normalized accuracy by task.
+        normalized: the accuracy over that of the finetuned model, by task.
+        without_gain: the tasks whose finetuned model is not better than the base.
         drops: the loss against the champion, for each task that both hold.
         joining: the tasks whose model is not in the champion.
         retention: the accuracy on the general benchmark over that of the base.
@@ -46,6 +47,7 @@ class Measured:
     """
 
     normalized: Mapping[str, float] = field(default_factory=dict)
+    without_gain: frozenset[str] = frozenset()
     drops: Mapping[str, Drop] = field(default_factory=dict)
     joining: frozenset[str] = frozenset()
     retention: float | None = None

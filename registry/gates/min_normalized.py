@@ -17,4 +17,6 @@ class MinNormalized(Gate):
     def check(self, limit: float, measured: Measured) -> Iterator[GateOutcome]:
         """Check every joining task that was measured."""
         for task in sorted(measured.normalized.keys() & measured.joining):
-            yield self.outcome(limit, measured.normalized[task], task, task=task)
+            no_gain = task in measured.without_gain
+            remark = ", but its finetuned model is not better than the base" if no_gain else ""
+            yield self.outcome(limit, measured.normalized[task], task, task=task, remark=remark)

@@ -6,6 +6,7 @@ else, so a change can be applied again to a newer state if another process was f
 under these digests.
 """
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
@@ -17,6 +18,7 @@ from pydantic import (
 )
 
 from restitch.merging.digests import digest_bytes
+from restitch.registry.ledger.measurements import Acceptance, Digest, Gain, ResultRef
 from restitch.registry.record import Record
 from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.task import Name, TaskSpec
@@ -26,12 +28,11 @@ FORMAT = 1
 # Stands for the digest of a checkpoint that could not be read: the digest of no bytes.
 UNREAD = digest_bytes(b"")
 
-# A check that a person may switch off for a model at its registration; see `ModelFacts.accepted`.
-PREPROCESSING = "preprocessing"
+# The checks that a person may switch off for a model; see `MemberFacts.accepted`.
+NO_GAIN, PREPROCESSING = "no gain", "preprocessing"
 
 State = Literal["registered", "waiting", "quarantined", "ready", "held", "replaced", "retired"]
 
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Number = Annotated[int, Field(ge=1)]
 
 
@@ -64,28 +65,6 @@ class MlflowVersion(Record):
 
     number: Number
     created: int
-
-
-class ResultRef(Record):
-    """One evaluation.
-
-    Attributes:
-        value: the task's metric, between 0 and 1; `low` and `high` are its 95 % interval.
-        count: the number of rows.
-        top1: the share of rows whose first guess is right.
-        top5: the share of rows with the right class among the first five; None with five
-            classes or fewer.
-        blob: the digest of the stored evaluation, with the correctness of every row.
-    """
-
-    metric: str
-    value: float
-    low: float
-    high: float
-    count: int
-    top1: float
-    top5: float | None
-    blob: Digest
 
 
 class RetiredFrom(Record):
@@ -133,6 +112,7 @@ class MemberFacts(Record):
         budget: the allowed `bytes` of the delta, and how many coordinates fit (`fits`).
         recovery: the measurements from which `density: auto` chose the density.
         statistics_seconds: the time that measuring the statistics took.
+        accepted: the decisions to switch off a check for it, by check.
     """
 
     localizer: str | None = None
@@ -152,6 +132,7 @@ class MemberFacts(Record):
     recovery: dict[str, JsonValue] | None = None
     statistics_bytes: int | None = None
     statistics_seconds: float | None = None
+    accepted: dict[str, Acceptance] = Field(default_factory=dict)
 
     @model_serializer(mode="wrap")
     def _without_defaults(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -169,24 +150,35 @@ class ModelFacts(MemberFacts):
         outside_tensors: the tensors outside of the localizable ones that changed, with their
             shares of the squared norm, largest first.
         results: the evaluations of base, finetuned, localizable and grafted weights.
+        gain: the comparison of base and finetuned weights; None if it was not measured.
+        measured_on: the digest of the task's description with which it was measured; `onboard`
+            measures again when the task has another.
+        expected: the value that the model's author measured.
         statistics: the digests of the statistics that the line's methods need, by kind.
         deaths: the number of processes that died while they onboarded the model.
         registered_again: how often the model was registered again after such deaths.
         retired_from: the state before a retirement, which `restore` gives back.
         held_in: the digest of the circumstances in which a gate held the model; it is tried
             again when they change.
-        accepted: the checks that a person switched off at its registration, with the reasons.
     """
 
     choice: str | None = None
     outside_tensors: tuple[tuple[str, float], ...] = ()
     results: dict[str, ResultRef] = Field(default_factory=dict)
+    gain: Gain | None = None
+    measured_on: Digest | None = None
+    expected: float | None = None
     statistics: dict[str, Digest] = Field(default_factory=dict)
     deaths: int = 0
     registered_again: int = 0
     retired_from: RetiredFrom | None = None
     held_in: str | None = None
-    accepted: dict[str, str] = Field(default_factory=dict)
+
+    @property
+    def lacks_gain(self) -> bool:
+        """True if it is worse than the base on its own task and nobody has accepted that."""
+        worse = self.gain is not None and self.gain.verdict == "worse"
+        return worse and NO_GAIN not in self.accepted
 
     def of_member(self) -> MemberFacts:
         """The part that a merged version's record keeps."""
@@ -199,7 +191,8 @@ class ModelVersion(Record):
     Attributes:
         state: registered (nothing done yet), waiting (for its task's description),
             quarantined (cannot join), ready (localized: the newest one is the member), held
-            (its joining failed a gate), replaced (by a newer member), retired.
+            (its joining failed a gate, or it is worse than the base), replaced (by a newer
+            member), retired.
         reason: the reason for the state, for a reader.
         registered_at: the time of registration, UTC, ISO.
         mlflow: the version in MLflow, if it was registered there and not here.
@@ -403,6 +396,21 @@ class LineState(Record):
         values = known.versions[version].to_json() | changes | {"state": state, "reason": reason}
         model = ModelVersion.model_validate(values)
         return self._with_versions(task, {**known.versions, version: model})
+
+    def with_accepted(self, key: ModelKey, accepted: Mapping[str, Acceptance]) -> "LineState":
+        """Return the state with checks of a model switched off; earlier decisions stay.
+
+        If the model is held or quarantined for one of them, it is registered again.
+        """
+        model = self.model(key)
+        if not accepted.keys() - model.facts.accepted.keys():
+            return self
+        decided = {**accepted, **model.facts.accepted}
+        facts = model.facts.model_copy(update={"accepted": decided})
+        held = model.state == "held" and model.facts.lacks_gain and not facts.lacks_gain
+        if held or model.state == "quarantined":
+            return self.with_state(*key, "registered", facts=facts)
+        return self.with_state(*key, model.state, model.reason, facts=facts)
 
     def with_merged(self, record: str) -> "LineState":
         """Return the state with the version of this record as its candidate."""

@@ -14,7 +14,8 @@ from pydantic import Field, JsonValue
 
 from restitch.merging.digests import canonical_json, digest_bytes
 from restitch.registry.gates.gate import GateOutcome
-from restitch.registry.ledger.line_state import Digest, LineState, MemberFacts, Number
+from restitch.registry.ledger.line_state import LineState, MemberFacts, Number
+from restitch.registry.ledger.measurements import Digest, Gain
 from restitch.registry.record import Interval, Record
 
 FORMAT = 1
@@ -23,6 +24,7 @@ Kind = Literal[
     "configured",
     "registered",
     "localized",
+    "measured",
     "quarantined",
     "waiting",
     "held",
@@ -101,7 +103,9 @@ class TaskResult(Record):
     Attributes:
         base: the value of the base; likewise `finetuned`, `grafted` and `merged`. None if it
             was not measured.
-        normalized: merged over finetuned.
+        gain: the comparison of finetuned and base; None if it was not measured.
+        normalized: merged over finetuned, if the finetuned model is better than the base:
+            otherwise a model without any skill would have the best value.
         interval: of the merged value.
         intervals: of the other values, by name.
         count: the number of examples.
@@ -114,6 +118,7 @@ class TaskResult(Record):
     finetuned: float | None = None
     grafted: float | None = None
     merged: float | None = None
+    gain: Gain | None = None
     normalized: float | None = None
     interval: Interval | None = None
     intervals: dict[str, Interval] = Field(default_factory=dict)
@@ -121,6 +126,16 @@ class TaskResult(Record):
     evaluations: dict[str, Digest] = Field(default_factory=dict)
     data: DataUsed | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def has_no_gain(self) -> bool:
+        """True if the finetuned model was compared with the base, and is not better."""
+        return self.gain is not None and self.gain.verdict != "better"
+
+    @property
+    def share_of_finetuned(self) -> float | None:
+        """Merged over finetuned, even if the finetuned model has no gain."""
+        return self.merged / self.finetuned if self.merged is not None and self.finetuned else None
 
 
 class Retention(Record):

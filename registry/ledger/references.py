@@ -122,7 +122,7 @@ def _of_source(model: ModelRef, line: str, owner: str) -> Iterator[Reference]:
 def of_acts(entries: Iterable[Entry]) -> Iterator[Reference]:
     """The deltas and statistics that acts have made; models may not refer to them any more."""
     for entry in entries:
-        if entry.kind == "localized" and "delta" in entry.digests:
+        if "delta" in entry.digests:
             owner = f"act {entry.sequence}"
             yield Reference(entry.digests["delta"], "delta", entry.line, owner)
             for name, digest in entry.digests.items():

@@ -31,6 +31,7 @@ class ExternalModel:
         source: where its artifacts are, as MLflow records it.
         actor: who registered it, as far as MLflow knows.
         task_tag: its tag `restitch.task`.
+        accept_tag: its tag `restitch.accept_no_gain`, a reason.
         own_version: the version of the task that it projects by now.
     """
 
@@ -40,6 +41,7 @@ class ExternalModel:
     source: str
     actor: str
     task_tag: str | None
+    accept_tag: str | None
     own_version: int | None
 
     @property
@@ -125,6 +127,7 @@ def _external(client: Any, line: str, task: str, version: Any) -> ExternalModel:
         str(version.source or ""),
         _actor(client, version),
         version.tags.get(TASK_TAG),
+        version.tags.get(projection.ACCEPT_TAG),
         int(number) if number.isdigit() else None,
     )
 

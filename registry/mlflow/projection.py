@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any, Literal
 
 from restitch.merging.digests import canonical_json
-from restitch.registry.ledger.line_state import MlflowVersion, ModelVersion
+from restitch.registry.ledger.line_state import NO_GAIN, MlflowVersion, ModelVersion
 from restitch.registry.ledger.outcomes import merges_about, touched_merges, touched_models
 from restitch.registry.ledger.records import Entry
 
@@ -19,6 +19,9 @@ DIGEST_TAG = "restitch.digest"
 VERSION_TAG = "restitch.version"
 STATE_TAG = "restitch.state"
 REASON_TAG = "restitch.reason"
+GAIN_TAG = "restitch.gain"
+# A training job may set it, too: the reason to merge a model without a gain over the base.
+ACCEPT_TAG = "restitch.accept_no_gain"
 ROLE_TAG = "restitch.role"
 
 MAX_PARAM = 5_900  # MLflow cuts silently at 6,000
@@ -177,6 +180,9 @@ def project_model(
         for name, value in model.facts.to_json().items()
         if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     }
+    if model.facts.gain is not None:
+        metrics["gain"] = model.facts.gain.difference
+    metrics |= {name: result.value for name, result in model.facts.results.items()}
     run = RunProjection(
         # The same weights may be registered for two tasks, or again after they were retired.
         digest=f"{ref.weights}.{task}.{version}",
@@ -188,6 +194,11 @@ def project_model(
         artifacts={"restitch/object.json": placeholder(ref.uri, ref.weights, ref.size)},
     )
     tags = {STATE_TAG: model.state, REASON_TAG: model.reason or "", "restitch.base": base}
+    if model.facts.measured_on is not None:
+        gain = model.facts.gain
+        tags[GAIN_TAG] = "not measured" if gain is None else gain.verdict
+    if NO_GAIN in model.facts.accepted:
+        tags[ACCEPT_TAG] = model.facts.accepted[NO_GAIN].reason
     if model.mask is not None and model.delta is not None:
         tags |= {"restitch.mask": model.mask, "restitch.delta": model.delta}
     shown = VersionProjection(
@@ -207,7 +218,7 @@ def _of_state(task: str, version: int, model: ModelVersion) -> str:
         "waiting": "It waits for something that is missing.",
         "quarantined": "It cannot join the merged model.",
         "ready": "It is localized and takes part in merges, unless a newer version does.",
-        "held": "It is localized, but a gate keeps it out of the merged model.",
+        "held": "It is localized, but kept out of the merged model.",
         "replaced": "A newer model of the task has replaced it.",
         "retired": "It is retired and takes part in no merge.",
     }

@@ -153,6 +153,7 @@ def metrics_of(record: MergedRecord) -> dict[str, float]:
         metrics |= {
             f"task/{task}/{result.metric}": result.merged,
             f"task/{task}/normalized": result.normalized,
+            f"task/{task}/gain": None if result.gain is None else result.gain.difference,
             f"task/{task}/base": result.base,
             f"task/{task}/finetuned": result.finetuned,
             f"task/{task}/grafted": result.grafted,
@@ -189,6 +190,8 @@ def describe(record: MergedRecord) -> str:
         facts.append(
             f"reaches {record.mean_normalized:.1%} of the accuracy of the finetuned models"
         )
+    if idle := [task for task, result in sorted(record.results.items()) if result.has_no_gain]:
+        facts.append(f"holds {len(idle)} without a gain over the base ({', '.join(idle[:8])})")
     if record.retention is not None:
         facts.append(f"keeps {record.retention.ratio:.1%} of the base's accuracy")
     if not facts:

@@ -197,6 +197,11 @@ class TaskSpec(Spec):
     """Tokens per text; by default as many as the model reads."""
     metric: Metric = "accuracy"
     """`accuracy`, or `f1`: of class 1 where there are two, else the mean over the classes."""
+    expected: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
+        default=None, examples=[0.91]
+    )
+    """The value of the metric that the model's author measured; a model whose 95 % interval does
+    not contain it is reported."""
 
     @field_validator("head")
     @classmethod
@@ -209,12 +214,22 @@ class TaskSpec(Spec):
             raise ValueError(f"labels occur twice: {', '.join(map(repr, twice[:5]))}")
         return value
 
+    @model_validator(mode="after")
+    def _expected_can_be_compared(self) -> Self:
+        if self.expected is not None and (self.data is None or not self.data.evaluation_split):
+            raise ValueError("'expected' needs 'data' with rows to measure the model on")
+        return self
+
     @property
     def head_spec(self) -> HeadSpec:
         """The whole description of the task's head; only for a task that has one."""
         assert self.head is not None
         classes = {name: getattr(self.head, name) for name in ClassesSpec.model_fields}
         return HeadSpec(**classes, scale=self.scale, max_length=self.max_length)
+
+    def without_expected(self) -> "TaskSpec":
+        """Return the same task without the value of one model."""
+        return self.model_copy(update={"expected": None})
 
     def with_pins_of(self, old: "TaskSpec") -> "TaskSpec":
         """Pin unpinned data to the commit that the old spec pinned."""

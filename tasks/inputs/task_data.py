@@ -32,13 +32,18 @@ def evaluation_split(spec: TaskSpec) -> str | None:
     return None if spec.data is None else spec.data.evaluation_split
 
 
+def description_digest(spec: TaskSpec) -> str:
+    """The digest of what a description means; the places of its files are not part of it."""
+    return digest_json(_meaning(spec))
+
+
 def same_task(one: TaskSpec, other: TaskSpec) -> bool:
     """True if two specs mean the same, although their files may lie elsewhere."""
     return _meaning(one) == _meaning(other)
 
 
 def _meaning(spec: TaskSpec) -> dict[str, Any]:
-    values = spec.to_json()
+    values = spec.without_expected().to_json()  # it is about one model, not about the task
     if values["data"] is not None and values["data"]["content"] is not None:
         for place in ("path", "train", "validation", "test"):
             values["data"][place] = values["data"][place] is not None

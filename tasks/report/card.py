@@ -136,6 +136,8 @@ def _values(result: TaskResult) -> tuple[str, ...]:
     for name in ("base", "finetuned", "grafted", "merged", "normalized"):
         value, interval = getattr(result, name), result.intervals.get(name)
         cells.append(_number(value) + (f" ({_interval(interval)})" if interval else ""))
+    if result.gain is not None and result.has_no_gain:
+        cells[-1] = f"none: {result.gain.verdict} than the base"
     return tuple(cells)
 
 

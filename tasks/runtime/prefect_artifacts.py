@@ -12,6 +12,14 @@ from typing import Any
 
 from restitch.merging.errors import shortlist
 from restitch.merging.progress import Progress
+from restitch.registry.ledger.measurements import (
+    Acceptance,
+    Gain,
+    ResultRef,
+    compared,
+    decisions,
+    unexpected,
+)
 from restitch.tasks.runtime.console import Reporter
 from restitch.tasks.runtime.events import this_run
 
@@ -49,6 +57,15 @@ def show_onboarded(outcome: Mapping[str, Any]) -> None:
     text = f"# {outcome['line']}: {outcome['task']} version {outcome['version']}\n\n"
     text += table(("field", "value"), rows)
     results = facts.get("results", {})
+    if "gain" in facts:
+        measured = {name: ResultRef.model_validate(one) for name, one in results.items()}
+        gain = Gain.model_validate(facts["gain"])
+        text += f"\n\nThe model is {gain.verdict} than the base: {compared(gain, measured)}."
+        if "accepted" in facts:
+            accepted = {k: Acceptance.model_validate(one) for k, one in facts["accepted"].items()}
+            text += f"\n\nDecided by people: {decisions(accepted)}."
+        if contradiction := unexpected(facts.get("expected"), measured["finetuned"]):
+            text += f"\n\nNot as expected: {contradiction}."
     if results:
         text += "\n\n" + table(
             ("weights", "accuracy", "95 %", "rows"),
@@ -79,7 +96,7 @@ def show_remerged(outcome: Mapping[str, Any], link: str | None) -> None:
 
 def _results(record: Mapping[str, Any]) -> str:
     rows = [
-        (task, *(_number(r[k]) for k in ("base", "finetuned", "grafted", "merged", "normalized")))
+        (task, *(_number(r[k]) for k in ("base", "finetuned", "grafted", "merged")), _normalized(r))
         for task, r in record["results"].items()
     ]
     text = table(("task", "base", "finetuned", "grafted", "merged", "normalized"), rows)
@@ -108,6 +125,12 @@ def _interval(interval: Mapping[str, float] | None) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
+
+
+def _normalized(result: Mapping[str, Any]) -> str:
+    gain = result["gain"]
+    without = gain is not None and gain["verdict"] != "better"
+    return f"{gain['verdict']} than the base" if without else _number(result["normalized"])
 
 
 def _markdown(key: str, text: str, description: str) -> None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from restitch.registry.ledger.line_state import ModelRef, TensorGroup
-from restitch.registry.ledger.line_state import ResultRef as ResultRef
+from restitch.registry.ledger.measurements import ResultRef as ResultRef
 from restitch.registry.specs.line import LineSpec
 
 

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from restitch.registry.home import Home
+from restitch.registry.ledger.line_state import PREPROCESSING
 from restitch.registry.mlflow.sync import connect
 from tests.conftest import NewHome
 from tests.shell import Shell
@@ -167,9 +168,8 @@ def test_another_tokenizer_needs_a_decision_that_is_recorded(
     assert note.startswith("accepted at registration: tokenizer normalizer.type")
     acts = [act for act in line.acts() if act.kind == "registered"]
     assert "the texts are lower case anyway" in acts[-1].reason
-    assert line.state().tasks["colour"].versions[1].facts.accepted == {
-        "preprocessing": "the texts are lower case anyway"
-    }
+    accepted = line.state().tasks["colour"].versions[1].facts.accepted
+    assert accepted[PREPROCESSING].reason == "the texts are lower case anyway"
     assert "accepted at registration" in line("show", "demo", "champion").out
     line("register", "demo", *files)  # the decision stays
     assert line.state().tasks["colour"].versions[1].state == "ready"

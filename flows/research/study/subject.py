@@ -19,10 +19,12 @@ from restitch.registry.ledger.line_state import Member
 from restitch.registry.ledger.records import mean_of
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.tasks.evaluate import evaluate
+from restitch.tasks.gain import gain_over_base
 from restitch.tasks.inputs.task_data import evaluation_split, has_validation
 from restitch.tasks.merge import make_recipe, stitch
 from restitch.tasks.report.drawing import Plot
 from restitch.tasks.runtime.refs import LineRef, PatchRef, ResultRef, WeightsRef
+from restitch.tasks.runtime.workspace import workspace
 
 STITCHING = "localize-and-stitch"
 NOT_TUNED = "coefficients have their defaults: not every task has validation rows"
@@ -48,7 +50,8 @@ class Reached:
     """The accuracy of a merged model.
 
     Attributes:
-        finetuned: the accuracy of each finetuned model that can still be read, by task.
+        finetuned: the accuracy of each finetuned model that can still be read and is better than
+            the base, by task.
     """
 
     patch: PatchRef
@@ -62,7 +65,7 @@ class Reached:
 
     @property
     def normalized(self) -> float | None:
-        """The mean normalized accuracy of the tasks whose finetuned model was measured."""
+        """The mean normalized accuracy of the tasks whose finetuned model has a gain."""
         return mean_of(self.tasks[t].value / value for t, value in self.finetuned.items() if value)
 
     def values(self) -> dict[str, Any]:
@@ -160,5 +163,8 @@ class Subject:
             results[member.task] = evaluate(self.line, member.spec, merged, model)
             weights = WeightsRef("finetuned", model.weights, model.uri)
             with suppress(BadInput):  # its files may be gone: the merge does not need them
-                finetuned[member.task] = evaluate(self.line, member.spec, weights, model).value
+                own = evaluate(self.line, member.spec, weights, model)
+                base = evaluate(self.line, member.spec, WeightsRef("base"), model)
+                if gain_over_base(workspace().objects, base, own).verdict == "better":
+                    finetuned[member.task] = own.value
         return Reached(patch, results, finetuned)

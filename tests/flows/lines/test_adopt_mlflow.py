@@ -11,12 +11,12 @@ from restitch.flows.lines.adopt_mlflow import Adopted, adopt, adopt_one
 from restitch.flows.lines.declare_task import declare_task
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.home import Home
-from restitch.registry.ledger.line_state import UNREAD
-from restitch.registry.mlflow.projection import DIGEST_TAG, VERSION_TAG
+from restitch.registry.ledger.line_state import NO_GAIN, UNREAD
+from restitch.registry.mlflow.projection import ACCEPT_TAG, DIGEST_TAG, VERSION_TAG
 from restitch.registry.mlflow.sync import MlflowProjection, connect
 from tests.servers import free_port, mlflow_server, s3_server
 from tests.shell import Shell
-from tests.worlds import World
+from tests.worlds import World, turned
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -445,3 +445,43 @@ def test_versions_on_a_server_are_adopted_like_those_in_a_database(
     assert record.members.keys() == {"colour", "number"}
     assert line.acts()[-1].kind == "promoted"
     assert "ann" in {act.actor for act in line.acts()}
+
+
+NOISE = "the rows are noisy"
+
+
+@pytest.mark.parametrize("when", ["at first", "later", "with another version"])
+def test_a_tag_accepts_a_model_without_a_gain(
+    line: Shell, world: World, client: "MlflowClient", tmp_path: Path, when: str
+) -> None:
+    line("task", "demo", "--task", turned(world, tmp_path))
+    tag = {ACCEPT_TAG: NOISE}
+    version = made(client, world.model("colour"), tags=tag if when == "at first" else {})
+    line.json("remerge", "demo", code=None)
+    if when != "at first":
+        assert line.state().tasks["colour"].versions[1].state == "held"
+        assert tags(client, version)["restitch.gain"] == "worse"
+        assert line.json("remerge", "demo")["action"] == "empty"
+    if when == "later":
+        client.set_model_version_tag(*version, ACCEPT_TAG, NOISE)
+    elif when == "with another version":
+        made(client, world.model("colour"), tags=tag)
+    line("remerge", "demo")
+    model = line.state().tasks["colour"].versions[1]
+    assert (line.state().champion, model.state) == (1, "ready")
+    assert model.facts.accepted[NO_GAIN].reason == NOISE
+    assert [act.kind for act in line.acts() if NOISE in act.reason] == ["registered"]
+    assert tags(client, version)[ACCEPT_TAG] == NOISE
+    line.check_settled()
+
+
+def test_a_tag_describes_what_the_author_measured(
+    line: Shell, world: World, client: "MlflowClient"
+) -> None:
+    text = world.task("colour").read_text() + "expected: 0.5\n"
+    made(client, world.model("colour"), tags={"restitch.task": text})
+    adopt("demo")
+    done = line("remerge", "demo")
+    assert "its author measured accuracy 0.500" in " ".join(done.err.split())
+    task = line.state().tasks["colour"]
+    assert (task.versions[1].facts.expected, task.spec.expected) == (0.5, None)

@@ -1,6 +1,9 @@
 import json
+from typing import Any
 
 from restitch.registry.ledger import outcomes
+from restitch.registry.ledger.line_state import NO_GAIN, ModelFacts
+from restitch.registry.ledger.measurements import Acceptance, Gain
 from restitch.registry.ledger.outcomes import Outcome
 from restitch.registry.ledger.records import Entry, TaskResult
 from restitch.registry.mlflow import projection, projection_merged
@@ -212,6 +215,35 @@ def test_a_placeholder_holds_the_address_of_the_model():
     assert json.loads(merged.artifacts["restitch/object.json"])["digest"] == digest("patch 1")
     assert merged.artifacts["report.html"] == b"<p>"
     assert shown.name == "line"
+
+
+def gain(verdict: Any, difference: float) -> Gain:
+    interval = Interval(low=difference - 0.1, high=difference + 0.1)
+    return Gain(verdict=verdict, difference=difference, interval=interval, p_value=0.01)
+
+
+def test_a_finetuned_model_shows_its_gain_and_who_accepted_it_without_one():
+    facts = ModelFacts(
+        gain=gain("worse", -0.2),
+        measured_on=digest("task"),
+        accepted={NO_GAIN: Acceptance(reason="noise", by="ann", at="2026-03-02")},
+    )
+    run, shown = projection.project_model("line", "a", 1, model(facts=facts), digest("base"))
+    assert run.metrics["gain"] == -0.2
+    assert shown.tags[projection.GAIN_TAG] == "worse"
+    assert shown.tags[projection.ACCEPT_TAG] == "noise"
+    unmeasured = model(facts=ModelFacts(measured_on=digest("task")))
+    _, shown = projection.project_model("line", "a", 1, unmeasured, digest("base"))
+    assert shown.tags[projection.GAIN_TAG] == "not measured"
+
+
+def test_a_version_names_the_tasks_whose_models_have_no_gain():
+    idle = TaskResult(merged=0.2, finetuned=0.2, base=0.4, gain=gain("worse", -0.2))
+    made = record(results={"a": idle})
+    assert "holds 1 without a gain over the base (a)" in projection_merged.describe(made)
+    metrics = projection_merged.metrics_of(made)
+    assert metrics["task/a/gain"] == -0.2
+    assert not [name for name in metrics if "normalized" in name]
 
 
 def test_the_same_record_gives_the_same_projection():

@@ -182,6 +182,7 @@ def test_a_task_needs_nothing_but_its_name():
         "scale": None,
         "max_length": None,
         "metric": "accuracy",
+        "expected": None,
     }
 
 

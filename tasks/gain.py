@@ -1,0 +1,110 @@
+"""Compare a finetuned model with the base on the rows of its own task.
+
+A model that is not better than the base has no skill to merge, or it is not measured as it was
+trained: its labels, prompts, inputs, head or tokenizer differ.
+"""
+
+import json
+from collections.abc import Sequence
+
+from restitch.merging.errors import GateFailed
+from restitch.modeling.evaluation import wilson
+from restitch.modeling.families.family import get_family
+from restitch.modeling.significance import compare_rows, difference_interval, rows_of
+from restitch.registry.ledger.line_state import ModelFacts
+from restitch.registry.ledger.measurements import Gain, ResultRef, compared
+from restitch.registry.record import Interval
+from restitch.registry.specs.task import TaskSpec
+from restitch.registry.store.objects import ObjectStore
+from restitch.tasks.runtime.refs import LineRef
+
+_SHOWN = 5  # of a list of names
+_FEWEST = 10  # rows; with fewer the interval of a difference is too narrow
+
+
+def gain_over_base(objects: ObjectStore, base: ResultRef, finetuned: ResultRef) -> Gain:
+    """Compare two evaluations of the same rows.
+
+    The correctness of each row decides about accuracy, as everywhere. F1 has no test on paired
+    rows: the interval of the difference decides.
+    """
+    difference = finetuned.value - base.value
+    if base.metric == "accuracy":
+        first, second = (rows_of(json.loads(objects.read_blob(r.blob))) for r in (base, finetuned))
+        pairs = compare_rows(first, second)
+        interval = Interval(low=pairs.low, high=pairs.high)
+        return _gain(difference, interval, pairs.is_significant, pairs.p_value)
+    low, high = difference_interval(base.value, _ends(base), finetuned.value, _ends(finetuned))
+    significant = (low > 0 or high < 0) and base.count >= _FEWEST
+    return _gain(difference, Interval(low=low, high=high), significant)
+
+
+def _gain(
+    difference: float, interval: Interval, significant: bool, p_value: float | None = None
+) -> Gain:
+    changed = "better" if difference > 0 else "worse"
+    return Gain(
+        verdict=changed if significant else "not better",
+        difference=difference,
+        interval=interval,
+        p_value=p_value,
+    )
+
+
+def _ends(result: ResultRef) -> tuple[float, float]:
+    """The interval of a value; with few rows, resampling alone would make it too narrow."""
+    low, high = wilson(result.value * result.count, result.count)
+    return min(low, result.low), max(high, result.high)
+
+
+def why_held(line: LineRef, spec: TaskSpec, facts: ModelFacts) -> GateFailed:
+    """The reason why a model that is worse than the base is held: values, causes, remedies.
+
+    Args:
+        line: the model's line.
+        spec: its task.
+        facts: with the comparison.
+    """
+    assert facts.gain is not None
+    name, base, finetuned = line.spec.line, facts.results["base"], facts.results["finetuned"]
+    return GateFailed(
+        f"significantly worse than the base on its own task:"
+        f" {base.metric} {finetuned.value:.3f}, the base has {base.value:.3f}",
+        expected=f"{base.metric} above {base.value:.3f}",
+        found=compared(facts.gain, facts.results),
+        details=[f"likely cause: {cause}" for cause in likely_causes(line, spec, facts)],
+        hint=f"correct the task file and declare it with `restitch task {name} --task FILE"
+        " --replace-task`: the next remerge measures the model again. To merge the model as it is,"
+        " register it again with --accept-no-gain --reason WHY",
+    )
+
+
+def likely_causes(line: LineRef, spec: TaskSpec, facts: ModelFacts) -> tuple[str, ...]:
+    """The usual reasons why a model does not show the skill that its author measured."""
+    head = spec.head
+    labels = () if head is None or not isinstance(head.labels, tuple) else head.labels
+    prompts = () if head is None or not isinstance(head.templates, tuple) else head.templates
+    family = get_family(line.spec.family)
+    scores = "labels are scored by embeddings of their texts, not by a classifier of the model"
+    if family.head_tensors:
+        scores = f"the model's own head is read from {_list(family.head_tensors)}"
+    elif facts.unused is not None:
+        scores += f"; its file has {facts.unused.count} unused tensors: {_list(facts.unused.names)}"
+    inputs = (
+        "images: they were turned, cropped or coloured differently in training"
+        if family.modality == "image"
+        else "texts: other columns were read in training, or texts were prepared differently"
+    )
+    readers = "image processor, tokenizer" if family.modality == "image" else "tokenizer"
+    return (
+        f"label order: the classes 0, 1, ... of the rows are {_list([repr(x) for x in labels])}",
+        f"templates: the prompts are {_list([repr(x) for x in prompts])}; use those of training",
+        inputs,
+        f"head: {scores}",
+        f"{readers}: those of the base are used, not those of the model",
+    )
+
+
+def _list(names: Sequence[str]) -> str:
+    rest = len(names) - _SHOWN
+    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
