@@ -6,11 +6,12 @@ of a data set is never run. `HF_ENDPOINT` and the cache variables of the environ
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from restitch.merging.errors import BadInput, RestitchError, Unavailable
+from restitch.merging.files.safe_open import open_regular
 from restitch.modeling.data.location import Location
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
@@ -24,9 +25,11 @@ class HubTable:
         from datasets import ClassLabel, Image
 
         self._names: dict[str, tuple[str, ...]] = {}
+        self._images: set[str] = set()
         for column, feature in dataset.features.items():
             if isinstance(feature, Image):
                 dataset = dataset.cast_column(column, Image(decode=False))
+                self._images.add(column)
             elif isinstance(feature, ClassLabel):
                 self._names[column] = tuple(feature.names)
         self._dataset = dataset
@@ -35,6 +38,8 @@ class HubTable:
         self.root = Path()
         self.columns = tuple(dataset.column_names)
         self.synsets: Path | None = None
+        self.typed = True
+        self.notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -45,12 +50,19 @@ class HubTable:
         if key not in self._views:
             self._views[key] = self._dataset.select_columns(list(key))
         values = self._views[key][index]
-        return tuple(values[column] for column in columns)
+        return tuple(
+            _with_bytes(values[column]) if column in self._images else values[column]
+            for column in columns
+        )
 
     def column(self, name: str) -> Sequence[Any]:
         """All values of one column."""
         values: Sequence[Any] = self._dataset.select_columns([name])[:][name]
         return values
+
+    def named_files(self, column: str) -> Iterator[str]:
+        """None: the commit stands for all files."""
+        yield from ()
 
     def where(self, index: int) -> str:
         """Data set and row."""
@@ -59,6 +71,19 @@ class HubTable:
     def class_names(self, column: str) -> tuple[str, ...] | None:
         """The names of the classes, if the data set has them."""
         return self._names.get(column)
+
+
+def _with_bytes(image: Any) -> Any:
+    """An image with its bytes: `datasets` leaves those of image folders in files of its cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if not isinstance(image, dict) or image.get("bytes") is not None or not image.get("path"):
+        return image
+    place = Path(image["path"])
+    if not place.is_absolute() or not place.is_relative_to(HF_HUB_CACHE):
+        return image  # refused where it is read
+    with open_regular(place) as file:
+        return {**image, "bytes": file.read()}
 
 
 def locate_on_hub(path: str, source: str, *, revision: str | None) -> Location:

@@ -23,7 +23,7 @@ from restitch.registry.sources.resolve import pin_data, resolve_source
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.registry.specs.task import HeadSpec, TaskSpec, split_pin
 from restitch.tasks.inputs.checkpoints import Base, LiveBase
-from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.console import warn, working
 from restitch.tasks.runtime.workspace import Workspace, made_by
 
 
@@ -67,13 +67,13 @@ def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
         head = head.model_copy(update={"labels": labels_of(pinned), "labels_from": None})
     spec = spec.model_copy(update={"data": pinned, "head": head})
     data = task_data(spec, family)
-    for split in data.splits:
-        data.rows(split)
+    for note in dict.fromkeys(note for split in data.splits for note in data.rows(split).notes):
+        warn(f"{spec.task}: {note}")
     if pinned.content is not None:
         verified_data(spec, family)
         return spec
     with working(f"reading the data of {spec.task}"):
-        content = data_digest(pinned)
+        content = data_digest(pinned, family.modality)
     return spec.model_copy(update={"data": pinned.model_copy(update={"content": content})})
 
 
@@ -232,7 +232,7 @@ def verified_data(spec: TaskSpec, family: Family) -> TaskData:
     """
     assert spec.data is not None
     data = task_data(spec, family)
-    if data_digest(data.spec) != spec.data.content:
+    if data_digest(data.spec, family.modality) != spec.data.content:
         raise BadInput(
             f"the data of task {spec.task} changed since it was registered",
             expected=f"the registered files in {data.spec.path}",
@@ -273,7 +273,9 @@ def reading_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> di
     assert data is not None
     assert data.content is not None
     return {
-        "columns": [data.content["input"], data.content["label"]],
+        "columns": [
+            data.content[key] for key in ("input", "label", "read_as") if key in data.content
+        ],
         # Without validation rows, a part of train is set apart.
         "set_apart": data.validation is None,
         "head": digest_json(head_inputs(spec, base, finetuned)),
