@@ -60,6 +60,7 @@ def csv_records(file: Path, form: CsvFormat) -> tuple[list[Record], list[str]]:
         rows = _checked(file, _parse(file, lines, delimiter, csv.QUOTE_MINIMAL), delimiter)
     else:
         rows = _tsv_rows(file, lines, delimiter)
+    _check_ends(file, lines, rows)
     if form.quotes is None:
         _check_joined(file, lines, delimiter, rows)
     header, notes = rows[0].fields if rows else [], _empty_lines(file, rows)
@@ -160,6 +161,19 @@ def _inside(field: str) -> str | None:
         return None
     inside = field[1:-1]
     return None if '"' in inside.replace('""', "") else inside
+
+
+def _check_ends(file: Path, lines: Sequence[str], rows: Sequence[_Row]) -> None:
+    """Refuse a carriage return alone where other lines end with a newline: it may be in a text."""
+    inside = {number for row in rows for number in range(row.first, row.last)}
+    ends = {number: line for number, line in enumerate(lines, 1) if number not in inside}
+    returns = [number for number, line in ends.items() if line.endswith("\r")]
+    if returns and any(line.endswith("\n") for line in ends.values()):
+        raise BadInput(
+            f"{file} line {returns[0]} ends with a carriage return, and other lines with a newline",
+            expected="one kind of line end, and quotes around a text with another",
+            hint="remove the carriage return, or quote the text",
+        )
 
 
 def _check_joined(file: Path, lines: Sequence[str], delimiter: str, rows: Sequence[_Row]) -> None:

@@ -218,9 +218,9 @@ def _unknown(
     labels = classes.in_data
     number = f"an index from 0 to {len(labels) - 1}, or " if classes.names is None else ""
     hint = "check the column under label: and the classes under head: labels"
-    if isinstance(value, int) and not isinstance(value, bool) and value < 0:
+    if re.fullmatch(r"-\d+", _text(value)):
         hint = "rows without a label often have -1, as in many test sets: use labelled rows"
-    elif isinstance(value, float):
+    elif isinstance(value, float) or re.fullmatch(r"\d+\.\d+", _text(value)):
         hint = "write labels as whole numbers, and leave out rows without a label"
     elif own or isinstance(value, str):
         hint = _DECIDE
