@@ -138,10 +138,10 @@ def _unpacked(file: Path, packed: IO[bytes], kind: str) -> IO[bytes]:
 
 def _decoder(packed: IO[bytes], kind: str) -> IO[bytes]:
     if kind == ".gz":
-        return gzip.GzipFile(fileobj=packed)
+        return gzip.open(packed)
     if kind == ".bz2":
-        return bz2.BZ2File(packed)
+        return bz2.open(packed)
     if kind == ".xz":
-        return lzma.LZMAFile(packed)
+        return lzma.open(packed)
     stream: IO[bytes] = pa.CompressedInputStream(pa.PythonFile(packed, mode="r"), "zstd")
     return stream

@@ -88,8 +88,11 @@ def check_rows(
     choice: LocalizeSpec | None = None,
     *,
     calibrated: bool = False,
+    chosen: bool = False,
 ) -> Remember:
     """Read every row that is used later, once for the same content.
+
+    A bad row must not stop a later merge of the whole line.
 
     Args:
         spec: a resolved task.
@@ -97,6 +100,7 @@ def check_rows(
         space: the workspace that remembers the result.
         choice: how masks are found; some modes read rows to calibrate on.
         calibrated: read rows to calibrate on in any case: the line's method needs them.
+        chosen: read the validation rows in any case: the line chooses its method by them.
 
     Returns:
         A call that writes the result to the store; nothing may be left of a task that is refused.
@@ -112,8 +116,10 @@ def check_rows(
     if reads and choice is not None and spec.data.train is not None:
         shots = [choice.shots, choice.seed]
     data = task_data(spec, family)
-    chosen_on = "validation" if choice is not None and choice.density == "auto" else split
-    others = [chosen_on] if chosen_on != split and chosen_on in data.splits else []
+    chosen = chosen or (choice is not None and choice.density == "auto")
+    others = (
+        ["validation"] if chosen and split != "validation" and has_validation(spec, family) else []
+    )
     key = digest_json([spec.data.content, split, shots, family.modality, *others])
     if space.objects.lookup("rows", key) is not None:
         return _nothing
@@ -121,9 +127,10 @@ def check_rows(
     parts += [] if shots is None else [data.calibration(*shots)]
     places = [(rows, index) for rows in parts for index in range(len(rows))]
 
-    def read(place: tuple[Rows, int]) -> None:
+    def read(place: tuple[Rows, int]) -> str | None:
         rows, index = place
-        _ = rows[index]
+        example = rows[index]
+        return example.where if "" in example.inputs else None
 
     # Decoding images releases the interpreter.
     threads = min(8, os.cpu_count() or 1) if family.modality == "image" else 1
@@ -131,8 +138,14 @@ def check_rows(
         working(f"reading the rows of {spec.task}") as progress,
         ThreadPoolExecutor(threads) as pool,
     ):
-        for done, _ in enumerate((pool.map if threads > 1 else map)(read, places), 1):
+        empty = []
+        for done, where in enumerate((pool.map if threads > 1 else map)(read, places), 1):
             progress(done, len(places))
+            empty += [] if where is None else [where]
+    if empty:
+        warn(
+            f"{spec.task}: {len(empty)} of {len(places)} rows have an empty text, {empty[0]} first"
+        )
 
     def remember() -> None:
         blob = space.objects.put_json({"rows": len(places)})
@@ -231,6 +244,14 @@ def verified_data(spec: TaskSpec, family: Family) -> TaskData:
         BadInput: a file is missing or has changed.
     """
     assert spec.data is not None
+    place = Path(split_pin(spec.data.path)[0])
+    if place.is_absolute() and not is_there(place, f"the data of task {spec.task}"):
+        raise BadInput(
+            f"the data of task {spec.task} is missing",
+            expected=f"the registered files in {place}",
+            found="nothing there",
+            hint="put the files back, or register the task again with --replace-task",
+        )
     data = task_data(spec, family)
     if data_digest(data.spec, family.modality) != spec.data.content:
         raise BadInput(

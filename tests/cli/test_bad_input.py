@@ -505,7 +505,7 @@ def lines_of(rows: list[dict[str, Any]]) -> str:
 
 GOOD_ROWS = [{"text": f"text {n}", "label": n % 2} for n in range(8)]
 # A file of rows with one that is bad, and what the message names.
-BAD_ROWS = {
+BAD_ROWS: dict[str, tuple[str, str | bytes, str]] = {
     "half of a character": (
         "bad.jsonl",
         lines_of([*GOOD_ROWS, {"text": "a \ud83d", "label": 0}]),

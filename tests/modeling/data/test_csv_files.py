@@ -1,6 +1,7 @@
 """CSV and TSV: no row is dropped, joined or invented, and a file with two readings is refused."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from restitch.modeling.data.csv_files import CsvFormat, csv_records
 SWALLOWED = 'text,label\n" a,0\nb,1\nc,0\nd ",1\ne,0\n'
 
 
-def read(folder: Path, text: str, name: str = "t.csv", form: CsvFormat | None = None) -> list:
+def read(folder: Path, text: str, name: str = "t.csv", form: CsvFormat | None = None) -> list[Any]:
     (folder / name).write_bytes(text.encode())
     records, _ = csv_records(folder / name, form or CsvFormat())
     return [tuple(record.values()) for record in records]

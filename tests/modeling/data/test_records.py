@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from restitch.modeling.data.records import read_records
 
 ROWS = [{"text": "a\u2028b", "label": 0}, {"text": "\U0001f600", "label": 1}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS).encode()
-PACKED = {
+PACKED: dict[str, Callable[[bytes], bytes]] = {
     "gz": gzip.compress,
     "bz2": bz2.compress,
     "xz": lzma.compress,
