@@ -4,7 +4,9 @@
 without a cache; only hub ids go through `datasets`. Code of a data set is never run.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -124,9 +126,17 @@ def open_table(
     """
     location = locate(path, source, revision=revision)
     if location.kind == "hub":
-        from restitch.modeling.data.hub import open_hub
+        from restitch.modeling.data.hub import HubTable, open_hub
 
-        return open_hub(location)
+        found = open_hub(location)
+        if isinstance(found, HubTable):
+            return found
+        form = form or CsvFormat()
+        return _read_rows(
+            found.location,
+            replace(form, delimiter=form.delimiter or found.delimiter),
+            found.classes,
+        )
     return _open_local(location, form)
 
 
@@ -145,7 +155,12 @@ def _open_local(location: Location, form: CsvFormat | None) -> Table:
     return table
 
 
-def _read_rows(location: Location, form: CsvFormat | None) -> ListTable:
+def _read_rows(
+    location: Location,
+    form: CsvFormat | None,
+    classes: Mapping[str, tuple[str, ...]] | None = None,
+) -> ListTable:
+    """The rows of text files; `classes` are the names that the data set gives to its classes."""
     root = Path(location.root)
     records: list[Mapping[str, Any]] = []
     wheres: list[str] = []
@@ -158,9 +173,17 @@ def _read_rows(location: Location, form: CsvFormat | None) -> ListTable:
             wheres.append(f"{printable(name)} row {row}")
     columns = list(dict.fromkeys(key for record in records for key in record))
     values = {column: [record.get(column) for record in records] for column in columns}
+    for column in values.keys() & (classes or {}).keys():
+        # Indices into the names, which CSV writes as texts.
+        values[column] = [_number(value, (classes or {})[column]) for value in values[column]]
     typed = table_kind(location.files[0]) not in (".csv", ".tsv")
     title = ", ".join(map(printable, location.files))
-    return ListTable(title, root, values, wheres=wheres, typed=typed, notes=notes)
+    return ListTable(title, root, values, wheres=wheres, names=classes, typed=typed, notes=notes)
+
+
+def _number(value: object, names: Sequence[str]) -> object:
+    is_index = isinstance(value, str) and re.fullmatch(r"-?\d{1,9}", value) and value not in names
+    return int(str(value)) if is_index else value
 
 
 def _unlisted(table: Table, location: Location) -> list[str]:
