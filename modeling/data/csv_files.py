@@ -120,7 +120,7 @@ def _check_header(file: Path, header: Sequence[str], delimiter: str) -> None:
     others = [one for one in _OTHER_DELIMITERS if one != delimiter and one in header[0]]
     if len(header) == 1 and others:
         raise BadInput(
-            f"{file} has one column, named {header[0]!r}",
+            f"{file} has one column, named {header[0][:60]!r}",
             expected=f"columns that {delimiter!r} separates",
             hint=f"set delimiter: {others[0]!r} under data",
         )

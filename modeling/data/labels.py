@@ -20,6 +20,7 @@ from restitch.modeling.data.imagenet import are_synsets, synset_classes
 from restitch.modeling.data.tables import Table
 
 _SHOWN = 8
+_LONGEST = 60  # characters of one label in an error
 _Found = dict[tuple[str, object], int | None]  # the class of each value in a column
 _DECIDE = "set classes: under data to the names in the data, in the order of head: labels"
 
@@ -229,7 +230,7 @@ def _unknown(
     return BadInput(
         f"{table.where(row)}: the label is not one of the classes",
         expected=f"{number}one of {_some([printable(label) for label in labels])}",
-        found=repr(value),
+        found=repr(value)[:_LONGEST],
         details=_lists(in_data, labels),
         hint=hint,
     )
@@ -237,7 +238,7 @@ def _unknown(
 
 def _lists(in_data: Iterable[str], labels: Sequence[str]) -> tuple[str, str]:
     """Both lists of names, for an error."""
-    data = [printable(name) for name in in_data]
+    data = [printable(name[:_LONGEST]) for name in in_data]
     return (
         f"in the data: {_some(data)}",
         f"classes of the task: {_some([printable(label) for label in labels])}",

@@ -148,7 +148,8 @@ def _locate_folder(folder: Path, root: Path) -> Location:
         for name in tables:
             check_table_name(folder / name)
         _check_one_split(folder, tables)
-        others = [name for name in files if name not in tables and name not in images]
+        known = {*tables, *images}
+        others = [name for name in files if name not in known]
         notes = left_out(folder, hidden, others, "not read")
         return Location(
             "table", str(folder), tuple(tables), listed=tuple(images), notes=tuple(notes)
@@ -175,7 +176,8 @@ def _locate_images(folder: Path, root: Path, files: Sequence[str], hidden: list[
     check_regular(folder, images)
     places = (folder / SYNSETS_FILE, root / SYNSETS_FILE)
     synsets = next((str(file) for file in places if file.is_file()), None)
-    others = [name for name in files if name not in set(images) and name != SYNSETS_FILE]
+    read = {*images, SYNSETS_FILE}
+    others = [name for name in files if name not in read]
     notes = left_out(folder, hidden, others, "no images by their names")
     return Location("images", str(folder), tuple(images), notes=tuple(notes), synsets=synsets)
 

@@ -11,7 +11,7 @@ import lzma
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Protocol
 
 import pyarrow as pa
 
@@ -136,12 +136,16 @@ def _unpacked(file: Path, packed: IO[bytes], kind: str) -> IO[bytes]:
     return io.BytesIO(data)
 
 
-def _decoder(packed: IO[bytes], kind: str) -> IO[bytes]:
+class _Readable(Protocol):
+    def read(self, size: int, /) -> bytes: ...
+
+
+def _decoder(packed: IO[bytes], kind: str) -> _Readable:
     if kind == ".gz":
         return gzip.open(packed)
     if kind == ".bz2":
         return bz2.open(packed)
     if kind == ".xz":
         return lzma.open(packed)
-    stream: IO[bytes] = pa.CompressedInputStream(pa.PythonFile(packed, mode="r"), "zstd")
+    stream: _Readable = pa.CompressedInputStream(pa.PythonFile(packed, mode="r"), "zstd")
     return stream

@@ -138,6 +138,27 @@ def test_sixteen_bits_are_scaled_to_eight(kind):
     assert np.array_equal(shown(encoded(deep, kind, **settings))[..., 0], GREYS)
 
 
+def tiff(bits: int, pixels: bytes, photometric: int = 1) -> bytes:
+    """A grey TIFF of two pixels, which Pillow does not write with these bits."""
+    values = {256: 2, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1}
+    values[279] = len(pixels)
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in values.items())
+    start = 8 + len(pixels) + len(pixels) % 2
+    head = struct.pack("<2sHI", b"II", 42, start) + pixels.ljust(start - 8, b"\0")
+    return head + struct.pack("<H", len(values)) + entries + bytes(4)
+
+
+def test_twelve_bits_are_scaled_to_eight():
+    assert shown(tiff(12, b"\xff\xf0\x00"))[0, :, 0].tolist() == [255, 0]
+    assert shown(tiff(12, b"\x80\x00\x01"))[0, :, 0].tolist() == [128, 0]
+
+
+def test_deep_greys_with_white_as_zero_are_refused():
+    assert shown(tiff(16, b"\xff\xff\x00\x00"))[0, :, 0].tolist() == [255, 0]
+    with pytest.raises(BadInput, match="without a guess"):
+        shown(tiff(16, b"\xff\xff\x00\x00", photometric=0))
+
+
 def test_a_deep_image_is_turned_too():
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -219,6 +219,12 @@ class TestOwnNames:
             read(tmp_path, ("no", "yes"), "test")
 
 
+def test_a_long_value_is_cut_in_the_error(tmp_path):
+    with pytest.raises(BadInput) as caught:
+        read(tmp_path, ("no", "yes"), write(tmp_path, "jsonl", ["a" * 10_000]))
+    assert len(str(caught.value)) < 600
+
+
 def test_classes_fit_the_labels(tmp_path):
     with pytest.raises(BadInput, match="classes does not fit the labels"):
         read(tmp_path, ("no", "yes"), write(tmp_path, "csv", ["a"]), classes=("a",))
