@@ -112,7 +112,10 @@ def resolved(
     for method in methods:
         check_rows_for(method, [spec])
     calibrated = any(method.needs for method in methods)
-    remember = check_rows(spec, family, space, line_state.spec.localize, calibrated=calibrated)
+    localize = line_state.spec.localize
+    remember = check_rows(
+        spec, family, space, localize, calibrated=calibrated, chosen=len(methods) > 1
+    )
     if spec.data is not None:
         check_fits(spec, open_base(LineRef(line_state.spec, line_state.base), space))
     return spec, remember

@@ -5,7 +5,7 @@ Class names come from the schema, where `datasets` writes them. Images stay enco
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, Protocol
@@ -15,14 +15,18 @@ import pyarrow.parquet as pq
 
 from restitch.merging.errors import BadInput
 from restitch.merging.files.safe_open import open_regular
+from restitch.modeling.data.text_files import check_pointer
 
 
 class ArrowTable:
-    """Files of one schema, one after the other."""
+    """Parquet or arrow files of the same columns, one after the other."""
 
-    def __init__(self, root: Path, files: Sequence["_Groups"]) -> None:
+    def __init__(self, root: Path, paths: Sequence[Path]) -> None:
+        files = [_open(path) for path in paths]
         self.root = root
         self.synsets: Path | None = None
+        self.typed = True
+        self.notes: tuple[str, ...] = ()
         self.name = ", ".join(f.name for f in files)
         self.columns = tuple(files[0].schema.names)
         self._names = _class_names(files[0].schema)
@@ -31,12 +35,7 @@ class ArrowTable:
         self._wheres: list[tuple[str, int]] = []
         total = 0
         for file in files:
-            if tuple(file.schema.names) != self.columns:
-                raise BadInput(
-                    f"{file.name} and {files[0].name} have different columns",
-                    expected=", ".join(self.columns),
-                    found=", ".join(file.schema.names),
-                )
+            self._check_schema(file, files[0])
             row = 0
             for group, size in enumerate(file.sizes):
                 self._groups.append((file, group))
@@ -56,14 +55,27 @@ class ArrowTable:
         group = bisect_right(self._starts, index) - 1
         table = self._group(group, tuple(columns))
         offset = index - self._starts[group]
-        return tuple(table[column][offset].as_py() for column in columns)
+        where = self.where(index)
+        return tuple(_values(where, table[column][offset : offset + 1])[0] for column in columns)
 
     def column(self, name: str) -> Sequence[Any]:
         """All values of one column."""
         values: list[Any] = []
         for file, group in self._groups:
-            values.extend(file.read(group, (name,))[name].to_pylist())
+            values.extend(_values(file.name, file.read(group, (name,))[name]))
         return values
+
+    def named_files(self, column: str) -> Iterator[str]:
+        """The names of files in a column; bytes of images that lie in the table are not read."""
+        for file, group in self._groups:
+            if file.holds_bytes(group, column):
+                continue
+            for value in _values(file.name, file.read(group, (column,))[column]):
+                name = value
+                if isinstance(value, dict):
+                    name = None if value.get("bytes") is not None else value.get("path")
+                if isinstance(name, str):
+                    yield name
 
     def where(self, index: int) -> str:
         """File and row."""
@@ -74,6 +86,30 @@ class ArrowTable:
     def class_names(self, column: str) -> tuple[str, ...] | None:
         """The names of the classes, if the schema has them."""
         return self._names.get(column)
+
+    def _check_schema(self, file: "_Groups", first: "_Groups") -> None:
+        """Refuse files whose columns, or whose classes, differ from those of the first file."""
+        names = file.schema.names
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise BadInput(
+                f"{file.name} has several columns of one name", found=", ".join(map(repr, twice))
+            )
+        if set(names) != set(self.columns):
+            raise BadInput(
+                f"{file.name} and {first.name} have different columns",
+                expected=", ".join(self.columns),
+                found=", ".join(names),
+            )
+        classes = _class_names(file.schema)
+        for column in self.columns:
+            if classes.get(column) != self._names.get(column):
+                raise BadInput(
+                    f"{file.name} and {first.name} have different classes in column {column!r}",
+                    expected=listed_names(self._names.get(column)),
+                    found=listed_names(classes.get(column)),
+                    hint="write both files with the same features",
+                )
 
     def _group(self, index: int, columns: tuple[str, ...]) -> pa.Table:
         with self._lock:
@@ -93,6 +129,9 @@ class _Groups(Protocol):
     def read(self, group: int, columns: tuple[str, ...]) -> pa.Table:
         """Some columns of one part."""
 
+    def holds_bytes(self, group: int, column: str) -> bool:
+        """True if it is known without reading that all images of a column lie in the table."""
+
 
 class _Parquet(_Groups):
     def __init__(self, path: Path) -> None:
@@ -108,8 +147,24 @@ class _Parquet(_Groups):
         try:
             with self._lock:
                 return self._file.read_row_group(group, columns=list(columns))
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise BadInput(f"{self.name} cannot be read", found=error) from error
+
+    def holds_bytes(self, group: int, column: str) -> bool:
+        """True if the statistics say so."""
+        chunks = self._file.metadata.row_group(group)
+        for place in range(chunks.num_columns):
+            chunk = chunks.column(place)
+            if chunk.path_in_schema in (column, f"{column}.bytes"):
+                statistics = chunk.statistics
+                is_bytes = chunk.physical_type == "BYTE_ARRAY" and not _is_text(self.schema, column)
+                return bool(
+                    is_bytes
+                    and statistics is not None
+                    and statistics.has_null_count
+                    and statistics.null_count == 0
+                )
+        return False
 
 
 class _Arrow(_Groups):
@@ -130,43 +185,50 @@ class _Arrow(_Groups):
         assert group == 0
         return self._table.select(list(columns))
 
-
-def open_arrow_files(root: Path, files: Sequence[Path]) -> ArrowTable:
-    """Parquet or arrow files as one table."""
-    return ArrowTable(root, [_open(file) for file in files])
-
-
-def open_arrow_folder(root: Path) -> ArrowTable:
-    """Open one split that `datasets` saved to disk."""
-    state = root / "state.json"
-    try:
-        with open_regular(state) as file:
-            content = json.loads(file.read().decode("utf-8"))
-        names = [entry["filename"] for entry in content["_data_files"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise BadInput(f"{state} cannot be read", found=error) from error
-    if content.get("_indices_data_files") or not names:
-        raise BadInput(
-            f"{root} is a data set with an index over its rows, or without rows",
-            hint="save it again after flatten_indices()",
-        )
-    if any(Path(name).name != name for name in names):
-        raise BadInput(f"{state} names files outside of its folder")
-    return open_arrow_files(root, [root / name for name in names])
+    def holds_bytes(self, group: int, column: str) -> bool:
+        """True if no value lacks its bytes."""
+        assert group == 0
+        kind = self.schema.field(column).type
+        if pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0:
+            return all(part.field("bytes").null_count == 0 for part in self._table[column].chunks)
+        return bool(pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
 
 
 def _open(path: Path) -> _Groups:
     try:
+        with open_regular(path) as file:
+            check_pointer(str(path), file.read(64))
         return _Parquet(path) if path.suffix.lower() == ".parquet" else _Arrow(path)
-    except (pa.ArrowException, OSError) as error:
-        raise BadInput(f"{path} cannot be read", found=error) from error
+    except (pa.ArrowException, OSError, ValueError) as error:
+        raise BadInput(
+            f"{path} cannot be read", found=error, hint="fetch or write the file again"
+        ) from error
+
+
+def _values(where: str, column: pa.ChunkedArray) -> list[Any]:
+    """Python values; a text that is not UTF-8 is refused."""
+    try:
+        values: list[Any] = column.to_pylist()
+    except (pa.ArrowException, ValueError, OverflowError) as error:
+        raise BadInput(f"{where} has a value that cannot be read", found=error) from error
+    return values
+
+
+def _is_text(schema: pa.Schema, column: str) -> bool:
+    kind = schema.field(column).type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind))
+
+
+def listed_names(names: Sequence[str] | None) -> str:
+    """The names of classes in an error."""
+    return "no names" if names is None else ", ".join(map(repr, names[:8]))
 
 
 def _class_names(schema: pa.Schema) -> dict[str, tuple[str, ...]]:
     try:
         described = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {
-            column: tuple(feature["names"])
+            column: tuple(map(str, feature["names"]))
             for column, feature in described.items()
             if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
         }

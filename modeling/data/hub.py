@@ -6,15 +6,37 @@ of a data set is never run. `HF_ENDPOINT` and the cache variables of the environ
 
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from restitch.merging.errors import BadInput, RestitchError, Unavailable
+from restitch.merging.files.safe_open import open_regular
+from restitch.modeling.data.file_kinds import table_kind
 from restitch.modeling.data.location import Location
 
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+# Settings of a data set that do not say how its files are read.
+_EACH_HAS = ("name", "version", "data_dir", "data_files", "description", "features")
+
+
+@dataclass(frozen=True)
+class HubFiles:
+    """A split in text files.
+
+    Attributes:
+        location: the files, in the cache.
+        delimiter: of CSV files.
+        classes: the names of the classes by column.
+    """
+
+    location: Location
+    delimiter: str | None
+    classes: Mapping[str, tuple[str, ...]]
 
 
 class HubTable:
@@ -24,9 +46,11 @@ class HubTable:
         from datasets import ClassLabel, Image
 
         self._names: dict[str, tuple[str, ...]] = {}
+        self._images: set[str] = set()
         for column, feature in dataset.features.items():
             if isinstance(feature, Image):
                 dataset = dataset.cast_column(column, Image(decode=False))
+                self._images.add(column)
             elif isinstance(feature, ClassLabel):
                 self._names[column] = tuple(feature.names)
         self._dataset = dataset
@@ -35,6 +59,8 @@ class HubTable:
         self.root = Path()
         self.columns = tuple(dataset.column_names)
         self.synsets: Path | None = None
+        self.typed = True
+        self.notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self._dataset)
@@ -45,12 +71,19 @@ class HubTable:
         if key not in self._views:
             self._views[key] = self._dataset.select_columns(list(key))
         values = self._views[key][index]
-        return tuple(values[column] for column in columns)
+        return tuple(
+            _with_bytes(values[column]) if column in self._images else values[column]
+            for column in columns
+        )
 
     def column(self, name: str) -> Sequence[Any]:
         """All values of one column."""
         values: Sequence[Any] = self._dataset.select_columns([name])[:][name]
         return values
+
+    def named_files(self, column: str) -> Iterator[str]:
+        """None: the commit stands for all files."""
+        yield from ()
 
     def where(self, index: int) -> str:
         """Data set and row."""
@@ -59,6 +92,19 @@ class HubTable:
     def class_names(self, column: str) -> tuple[str, ...] | None:
         """The names of the classes, if the data set has them."""
         return self._names.get(column)
+
+
+def _with_bytes(image: Any) -> Any:
+    """An image with its bytes: `datasets` leaves those of image folders in files of its cache."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if not isinstance(image, dict) or image.get("bytes") is not None or not image.get("path"):
+        return image
+    place = Path(image["path"])
+    if not place.is_absolute() or not place.is_relative_to(HF_HUB_CACHE):
+        return image  # refused where it is read
+    with open_regular(place) as file:
+        return {**image, "bytes": file.read()}
 
 
 def locate_on_hub(path: str, source: str, *, revision: str | None) -> Location:
@@ -86,8 +132,12 @@ def locate_on_hub(path: str, source: str, *, revision: str | None) -> Location:
     return Location("hub", path, split=split, config=other or config or None, revision=revision)
 
 
-def open_hub(location: Location) -> HubTable:
+def open_hub(location: Location) -> HubTable | HubFiles:
     """The rows of a split on the hub, downloaded once into the cache of `datasets`.
+
+    Returns:
+        The table, or the files of a split in text files, which are read like those of a folder:
+        `datasets` joins the rows between two quotes of TSV, and takes some texts for no text.
 
     Raises:
         BadInput: no such data set, configuration or split; lists the known ones.
@@ -114,7 +164,44 @@ def open_hub(location: Location) -> HubTable:
             found=f"in the cache: {', '.join(sorted(cached)) or 'nothing'}",
             hint="try again when the hub can be reached",
         )
-    return HubTable(f"{location.root} {location.split}", dataset)
+    files = _text_files(location, dataset)
+    return files or HubTable(f"{location.root} {location.split}", dataset)
+
+
+def _text_files(location: Location, dataset: Any) -> HubFiles | None:
+    """The files of a split, if they are text tables that the data set reads without settings."""
+    import datasets
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    if dataset.info.builder_name not in ("csv", "json"):
+        return None
+    owner = location.root.replace("/", "--")
+    folder = Path(HF_HUB_CACHE, f"datasets--{owner}", "snapshots", str(location.revision))
+    try:
+        builder = datasets.load_dataset_builder(str(folder), location.config)
+    except Exception as error:
+        raise _explained(location.root, error) from error
+    config, default = builder.config, type(builder.config)()
+    delimiter = getattr(config, "sep", None)
+    others = (f.name for f in fields(default) if f.name not in (*_EACH_HAS, "sep", "delimiter"))
+    if any(getattr(config, name) != getattr(default, name) for name in others):
+        return None  # the data set says how it is read
+    files = [str(file) for file in (config.data_files or {}).get(location.split, ())]
+    if not files:
+        raise BadInput(
+            f"{location.root} has text files, and {location.split!r} is not one of its splits",
+            expected=", ".join(map(str, config.data_files or {})),
+            hint="name a whole split; sample: takes a part of it",
+        )
+    names = tuple(Path(file).relative_to(folder).as_posix() for file in files)
+    if None in map(table_kind, names):
+        return None
+    classes = {
+        column: tuple(feature.names)
+        for column, feature in dataset.features.items()
+        if isinstance(feature, datasets.ClassLabel)
+    }
+    return HubFiles(Location("table", str(folder), names), delimiter, classes)
 
 
 def _explained(path: str, error: Exception) -> RestitchError:

@@ -11,6 +11,8 @@ class Location:
         kind: table, images, arrow or hub.
         root: the folder, or the hub id.
         files: the files to read, in order; relative to `root`.
+        listed: for a table that lists the images of its folder, these images.
+        notes: sentences about files that are left out.
         synsets: for images, the file that gives the class of each synset folder.
         split: for the hub, the split.
         config: for the hub, the configuration.
@@ -20,6 +22,8 @@ class Location:
     kind: str
     root: str
     files: tuple[str, ...] = ()
+    listed: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
     synsets: str | None = None
     split: str | None = None
     config: str | None = None

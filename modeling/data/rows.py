@@ -4,7 +4,8 @@ Rows keep the order of their table. Labels are checked against the classes befor
 read; nothing is guessed, and every error names its file and row.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -13,10 +14,13 @@ from numpy.typing import NDArray
 
 from restitch.merging.digests import digest_bytes, digest_json
 from restitch.merging.errors import BadInput
-from restitch.modeling.data.imagenet import are_synsets, synset_classes
 from restitch.modeling.data.images import image_bytes, open_image
+from restitch.modeling.data.labels import Classes, class_indices
 from restitch.modeling.data.tables import ListTable, Table
 from restitch.registry.specs.task import Modality
+
+_HALVES = re.compile("[\ud800-\udfff]")
+_SHOWN = 80
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class Rows:
         labels: the names of the classes.
         modality: how inputs are read.
         indices: the rows of the table; None for all.
+        classes: the names of the classes in the label column; None if they are the labels.
     """
 
     table: Table
@@ -53,6 +58,7 @@ class Rows:
     labels: tuple[str, ...]
     modality: Modality
     indices: NDArray[np.int64] | None = None
+    classes: tuple[str, ...] | None = None
     _memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -84,10 +90,20 @@ class Rows:
                     f"the rows of {self.table.name} have no labels",
                     hint="set label: to the column with the class",
                 )
-            indices = _class_indices(self.table, self.label, self.labels)
+            indices, notes = class_indices(
+                self.table, self.label, Classes(self.labels, self.classes)
+            )
             self._memo["targets"] = indices if self.indices is None else indices[self.indices]
+            self._memo["notes"] = notes
         result: NDArray[np.int64] = self._memo["targets"]
         return result
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Sentences about files and lines that are left out, and about how labels are read."""
+        if self.label is not None:
+            _ = self.targets
+        return (*self.table.notes, *self._memo.get("notes", ()))
 
     def lengths(self) -> NDArray[np.int64]:
         """The number of characters in all texts of each row."""
@@ -122,6 +138,9 @@ class Rows:
                 values = tuple(
                     digest_bytes(image_bytes(value, self.table.root, where)) for value in values
                 )
+            else:
+                where = self.table.where(row)
+                values = tuple(_text(value, where) for value in values)
             inputs.append(list(values))
         targets = None if self.label is None else self.targets.tolist()
         return digest_json({"inputs": inputs, "targets": targets})
@@ -133,57 +152,19 @@ class Rows:
 def _text(value: object, where: str) -> str:
     if not isinstance(value, str):
         raise BadInput(
-            f"{where} is not a text", expected="a string", found=f"{type(value).__name__} {value!r}"
+            f"{where} is not a text",
+            expected="a string",
+            found=f"{type(value).__name__} {value!r}"[:_SHOWN],
+            hint=None
+            if value is not None
+            else "leave out rows without a text, or write an empty one",
+        )
+    half = _HALVES.search(value)
+    if half is not None:
+        raise BadInput(
+            f"{where} has half of a character",
+            expected="Unicode text without lone surrogates",
+            found=f"\\u{ord(half[0]):04x} at character {half.start()}",
+            hint="write the text again as UTF-8, or remove the row",
         )
     return value
-
-
-def _class_indices(table: Table, column: str, labels: tuple[str, ...]) -> NDArray[np.int64]:
-    """The class index of every row: an index stays, a name is looked up in the labels.
-
-    If the data set names its classes and all names are labels, the names decide and not the
-    data set's own order. Folders named by synset ids are classes in sorted order.
-    """
-    names: Mapping[str, int] = {name: index for index, name in enumerate(labels)}
-    own = table.class_names(column) or ()
-    translated: dict[Any, Any] = {}
-    if own and set(own) <= set(labels):
-        translated = dict(enumerate(own))
-    elif are_synsets(own):
-        translated |= synset_classes(own, labels, table.synsets, table.name)
-    result = np.empty(len(table), dtype=np.int64)
-    for row, raw in enumerate(table.column(column)):
-        value = translated.get(raw, raw) if translated else raw
-        index = _class_index(value, names, len(labels))
-        if index is None:
-            raise BadInput(
-                f"{table.where(row)}: the label is not one of the classes",
-                expected=f"an index from 0 to {len(labels) - 1}, or one of {_some(labels)}",
-                found=repr(value),
-                hint="check the column under label: and the classes under head: labels",
-            )
-        if isinstance(value, str) and labels.count(value) > 1:
-            raise BadInput(
-                f"{table.where(row)}: the label {value!r} is the name of several classes",
-                hint="use class indices in the label column",
-            )
-        result[row] = index
-    return result
-
-
-def _class_index(value: object, names: Mapping[str, int], classes: int) -> int | None:
-    if isinstance(value, str):
-        if value in names:
-            return names[value]
-        text = value.strip()
-        if not (text.isascii() and text.isdigit()):
-            return None
-        value = int(text)
-    if isinstance(value, (int, np.integer)) and not isinstance(value, bool):
-        return int(value) if 0 <= value < classes else None
-    return None
-
-
-def _some(labels: Sequence[str]) -> str:
-    shown = ", ".join(labels[:8])
-    return shown if len(labels) <= 8 else f"{shown}, ..."

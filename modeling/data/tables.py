@@ -1,23 +1,27 @@
 """Tables of rows with one small interface; values are raw, nothing is decoded.
 
-`locate` decides what a `path` and a split mean: a file, several shards, a folder of images or of
-arrow files, a split of a data set on disk or on the hub. Reading and the digest both use it, so a
-key always identifies the bytes that were read. Files are read directly, without a cache; only hub
-ids go through `datasets`. Code of a data set is never run.
+`locate` finds the files of a split; reading and the digest both use it. Files are read directly,
+without a cache; only hub ids go through `datasets`. Code of a data set is never run.
 """
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from restitch.merging.digests import digest_file
 from restitch.merging.errors import BadInput
-from restitch.modeling.data.imagenet import SYNSETS_FILE
+from restitch.modeling.data.csv_files import CsvFormat
+from restitch.modeling.data.file_kinds import left_out, printable, table_kind
+from restitch.modeling.data.images import named_file
+from restitch.modeling.data.locate import locate
 from restitch.modeling.data.location import Location
 from restitch.modeling.data.records import read_records
+from restitch.registry.specs.task import Modality
 
-IMAGE_SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
-TABLE_SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".parquet", ".tsv")
+# The column of `datasets` that names the image of a row.
+FILE_NAME = "file_name"
 
 
 class Table(Protocol):
@@ -27,12 +31,16 @@ class Table(Protocol):
         name: its name in errors.
         root: the folder that image paths are relative to.
         columns: in the order of the file.
+        typed: false if numbers are strings, too, as in CSV.
+        notes: sentences about what the file or folder has and the table does not.
         synsets: the file that gives the class of each synset folder, if there is one.
     """
 
     name: str
     root: Path
     columns: tuple[str, ...]
+    typed: bool
+    notes: tuple[str, ...]
     synsets: Path | None
 
     def __len__(self) -> int: ...
@@ -42,6 +50,9 @@ class Table(Protocol):
 
     def column(self, name: str) -> Sequence[Any]:
         """All values of one column; used for labels only, which are small."""
+
+    def named_files(self, column: str) -> Iterator[str]:
+        """The names of files that stand in a column in place of the images."""
 
     def where(self, index: int) -> str:
         """The name of a row in errors."""
@@ -62,6 +73,8 @@ class ListTable:
         wheres: Sequence[str] | None = None,
         names: Mapping[str, tuple[str, ...]] | None = None,
         synsets: Path | None = None,
+        typed: bool = True,
+        notes: Sequence[str] = (),
     ) -> None:
         self.name = name
         self.root = root
@@ -70,6 +83,8 @@ class ListTable:
         self._wheres = wheres
         self._names = names or {}
         self.synsets = synsets
+        self.typed = typed
+        self.notes = tuple(notes)
 
     def __len__(self) -> int:
         return len(next(iter(self._values.values()), ()))
@@ -82,6 +97,10 @@ class ListTable:
         """All values of one column."""
         return self._values[name]
 
+    def named_files(self, column: str) -> Iterator[str]:
+        """The names of files in a column."""
+        yield from (value for value in self._values[column] if isinstance(value, str))
+
     def where(self, index: int) -> str:
         """File and row."""
         return self._wheres[index] if self._wheres else f"{self.name} row {index}"
@@ -91,44 +110,90 @@ class ListTable:
         return self._names.get(column)
 
 
-def open_table(path: str, source: str, *, revision: str | None = None) -> Table:
+def open_table(
+    path: str, source: str, *, revision: str | None = None, form: CsvFormat | None = None
+) -> Table:
     """Open the rows behind a `path` and a split.
+
+    Args:
+        path: a folder, or an id on the hub.
+        source: the split.
+        revision: for the hub, the commit.
+        form: what the task says about CSV files.
 
     Raises:
         BadInput: there is nothing of that name, or it cannot be read.
     """
     location = locate(path, source, revision=revision)
     if location.kind == "hub":
-        from restitch.modeling.data.hub import open_hub
+        from restitch.modeling.data.hub import HubTable, open_hub
 
-        return open_hub(location)
+        found = open_hub(location)
+        if isinstance(found, HubTable):
+            return found
+        form = form or CsvFormat()
+        return _read_rows(
+            found.location,
+            replace(form, delimiter=form.delimiter or found.delimiter),
+            found.classes,
+        )
+    return _open_local(location, form)
+
+
+def _open_local(location: Location, form: CsvFormat | None) -> Table:
     root = Path(location.root)
     if location.kind == "images":
         return _image_folder(root, location)
-    if location.kind == "arrow":
-        from restitch.modeling.data.arrow_tables import open_arrow_folder
+    table: Table
+    if table_kind(location.files[0]) in (".parquet", ".arrow"):
+        from restitch.modeling.data.arrow_tables import ArrowTable
 
-        return open_arrow_folder(root)
-    suffix = Path(location.files[0]).suffix.lower()
-    if suffix in (".parquet", ".arrow"):
-        from restitch.modeling.data.arrow_tables import open_arrow_files
-
-        return open_arrow_files(root, [root / name for name in location.files])
-    return _read_rows(location)
+        table = ArrowTable(root, [root / name for name in location.files])
+    else:
+        table = _read_rows(location, form)
+    table.notes = (*location.notes, *table.notes, *_unlisted(table, location))
+    return table
 
 
-def _read_rows(location: Location) -> ListTable:
+def _read_rows(
+    location: Location,
+    form: CsvFormat | None,
+    classes: Mapping[str, tuple[str, ...]] | None = None,
+) -> ListTable:
+    """The rows of text files; `classes` are the names that the data set gives to its classes."""
     root = Path(location.root)
-    files = [root / name for name in location.files]
     records: list[Mapping[str, Any]] = []
     wheres: list[str] = []
-    for file in files:
-        for row, record in enumerate(read_records(file)):
+    notes: list[str] = []
+    for name in location.files:
+        found, more = read_records(root / name, form)
+        notes += more
+        for row, record in enumerate(found):
             records.append(record)
-            wheres.append(f"{file.name} row {row}")
+            wheres.append(f"{printable(name)} row {row}")
     columns = list(dict.fromkeys(key for record in records for key in record))
     values = {column: [record.get(column) for record in records] for column in columns}
-    return ListTable(", ".join(f.name for f in files), root, values, wheres=wheres)
+    for column in values.keys() & (classes or {}).keys():
+        # Indices into the names, which CSV writes as texts.
+        values[column] = [_number(value, (classes or {})[column]) for value in values[column]]
+    typed = table_kind(location.files[0]) not in (".csv", ".tsv")
+    title = ", ".join(map(printable, location.files))
+    return ListTable(title, root, values, wheres=wheres, names=classes, typed=typed, notes=notes)
+
+
+def _number(value: object, names: Sequence[str]) -> object:
+    is_index = isinstance(value, str) and re.fullmatch(r"-?\d{1,9}", value) and value not in names
+    return int(str(value)) if is_index else value
+
+
+def _unlisted(table: Table, location: Location) -> list[str]:
+    """A note about the images of a folder that its table does not list."""
+    if not location.listed:
+        return []
+    column = FILE_NAME if FILE_NAME in table.columns else "image"
+    named = set(table.named_files(column)) if column in table.columns else set()
+    others = [name for name in location.listed if name not in named]
+    return left_out(Path(location.root), [], others, f"not listed in {location.files[0]}")
 
 
 def split_origin(
@@ -137,6 +202,8 @@ def split_origin(
     *,
     inputs: Sequence[str] = (),
     revision: str | None = None,
+    form: CsvFormat | None = None,
+    modality: Modality = "image",
 ) -> dict[str, object]:
     """The content of a split, as plain values to digest.
 
@@ -145,6 +212,8 @@ def split_origin(
         source: the split.
         inputs: the input columns; the image files that they name belong to the content.
         revision: for the hub, the commit.
+        form: what the task says about CSV files.
+        modality: texts name no files.
     """
     location = locate(path, source, revision=revision)
     if location.kind == "hub":
@@ -155,107 +224,46 @@ def split_origin(
             "split": location.split,
         }
     root = Path(location.root)
-    names = [*location.files, *_named_images(location, inputs)]
-    origin: dict[str, object] = {"files": [[name, digest_file(root / name)] for name in names]}
+    names = list(location.files)
+    if modality == "image" and location.kind != "images":
+        names += _named_images(_open_local(location, form), inputs)
+    origin: dict[str, object] = {"files": [[name, _digest(root / name)] for name in names]}
     if location.synsets is not None:
-        origin["synsets"] = digest_file(Path(location.synsets))
+        origin["synsets"] = _digest(Path(location.synsets))
     return origin
 
 
-def _named_images(location: Location, inputs: Sequence[str]) -> list[str]:
-    """The image files that the rows of a text table name, sorted."""
-    if Path(location.files[0]).suffix.lower() in (".parquet", ".arrow"):
-        return []  # images lie inside
-    if location.kind != "table":
-        return []
-    table = _read_rows(location)
+def _digest(file: Path) -> str:
+    try:
+        return digest_file(file)
+    except OSError as error:
+        raise BadInput(f"{file} cannot be read", found=error.strerror) from error
+
+
+def _named_images(table: Table, inputs: Sequence[str]) -> list[str]:
+    """The image files that the rows of a table name, sorted."""
     named = {
-        value
-        for column in inputs
+        path
+        for column in image_columns(table, inputs)
         if column in table.columns
-        for value in table.column(column)
-        if isinstance(value, str) and value.lower().endswith(IMAGE_SUFFIXES)
+        for name in table.named_files(column)
+        if (path := named_file(name, table.root)) is not None
     }
-    places = {(table.root / name) for name in named}
-    inside = (place for place in places if place.is_relative_to(table.root) and place.is_file())
-    return sorted(place.relative_to(table.root).as_posix() for place in inside)
+    return sorted(path.as_posix() for path in named if _is_file(table.root / path))
 
 
-def locate(path: str, source: str, *, revision: str | None = None) -> Location:
-    """Decide what a `path` and a split mean; an existing local path wins.
-
-    Raises:
-        BadInput: there is nothing of that name; lists what there is.
-    """
-    root = Path(path)
-    if not root.exists():
-        from restitch.modeling.data.hub import locate_on_hub
-
-        return locate_on_hub(path, source, revision=revision)
-    if root.is_file():
-        raise BadInput(
-            f"the path of the data, {path}, is a file",
-            expected="a folder",
-            hint=f"set path: {root.parent} and name {root.name} as train, validation or test",
-        )
-    target = root / source
-    if target.is_file():
-        _check_suffix(target)
-        return Location("table", str(target.parent), (target.name,))
-    if target.is_dir():
-        return _locate_folder(target, root)
-    files = sorted(
-        entry.name
-        for entry in root.iterdir()
-        if entry.suffix.lower() in TABLE_SUFFIXES and _is_split_file(entry.stem, source)
-    )
-    kinds = {Path(name).suffix.lower() for name in files}
-    if len(kinds) > 1:
-        raise BadInput(
-            f"{source!r} in {path} is ambiguous",
-            found=", ".join(files),
-            hint="give the whole name of the file",
-        )
-    if files:
-        return Location("table", str(root), tuple(files))
-    raise BadInput(
-        f"there is no file, folder or split {source!r} in {path}",
-        found=_content(root),
-        hint="set train:, validation: or test: to one of these names",
-    )
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no name of a file; reported with its row
+        return False
 
 
-def _locate_folder(folder: Path, root: Path) -> Location:
-    if (folder / "state.json").is_file():
-        # Not state.json: it holds a fingerprint that changes without the rows.
-        return Location("arrow", str(folder), tuple(sorted(f.name for f in folder.glob("*.arrow"))))
-    tables = sorted(
-        f.name for f in folder.iterdir() if f.is_file() and f.suffix.lower() in TABLE_SUFFIXES
-    )
-    images = sorted(_images(folder))
-    listing = [name for name in tables if Path(name).stem == "metadata"]
-    if images and listing:
-        tables = listing  # one row per image, in the form of `datasets`
-    elif images:
-        places = (folder / SYNSETS_FILE, root / SYNSETS_FILE)
-        synsets = next((str(file) for file in places if file.is_file()), None)
-        return Location("images", str(folder), tuple(images), synsets)
-    kinds = {Path(name).suffix.lower() for name in tables}
-    if len(kinds) == 1:
-        return Location("table", str(folder), tuple(tables))
-    scripts = any(f.suffix == ".py" for f in folder.iterdir())
-    raise BadInput(
-        f"{folder} does not hold data in a known form",
-        expected=f"images in folders of classes, or one kind of {', '.join(TABLE_SUFFIXES)}",
-        found=_content(folder),
-        hint="scripts of data sets are never run; save the rows as a file" if scripts else None,
-    )
-
-
-def _images(folder: Path) -> Iterator[str]:
-    for entry in folder.rglob("*"):
-        if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file():
-            yield entry.relative_to(folder).as_posix()
+def image_columns(table: Table, inputs: Sequence[str]) -> tuple[str, ...]:
+    """The columns with the inputs; `file_name` stands for `image`, as in `datasets`."""
+    if tuple(inputs) == ("image",) and "image" not in table.columns and FILE_NAME in table.columns:
+        return (FILE_NAME,)
+    return tuple(inputs)
 
 
 def _image_folder(root: Path, location: Location) -> ListTable:
@@ -265,34 +273,26 @@ def _image_folder(root: Path, location: Location) -> ListTable:
     if "" in folders:
         raise BadInput(
             f"{root} has an image outside of the class folders",
-            found=files[folders.index("")],
+            found=printable(files[folders.index("")]),
             hint="put the images of each class into a folder of its own",
         )
+    names = tuple(sorted(set(folders), key=lambda name: name.encode()))
+    for name, folder in zip(files, folders, strict=True):
+        inner = [part for part in name.split("/")[1:-1] if part in names and part != folder]
+        if inner:
+            raise BadInput(
+                f"{root / name} lies in the folders of two classes",
+                found=f"{folder} and {inner[0]}",
+                hint="move it into one of them",
+            )
     values = {"image": list(files), "label": folders}
-    names = {"label": tuple(sorted(set(folders), key=lambda name: name.encode()))}
     synsets = None if location.synsets is None else Path(location.synsets)
-    return ListTable(root.name, root, values, wheres=list(files), names=names, synsets=synsets)
-
-
-def _is_split_file(stem: str, split: str) -> bool:
-    """True for `train` and for a shard of it, `train-00000-of-00002`."""
-    if stem == split:
-        return True
-    rest = stem.removeprefix(f"{split}-")
-    return rest != stem and rest.replace("-of-", "").isdigit()
-
-
-def _check_suffix(file: Path) -> None:
-    if file.suffix.lower() not in TABLE_SUFFIXES:
-        raise BadInput(
-            f"{file} is not in a known format",
-            expected=", ".join(TABLE_SUFFIXES),
-            hint="scripts of data sets are never run" if file.suffix == ".py" else None,
-        )
-
-
-def _content(folder: Path) -> str:
-    names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
-    if not names:
-        return "nothing"
-    return ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
+    return ListTable(
+        root.name,
+        root,
+        values,
+        wheres=[printable(name) for name in files],
+        names={"label": names},
+        synsets=synsets,
+        notes=location.notes,
+    )

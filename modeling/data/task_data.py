@@ -6,15 +6,18 @@ Rows that stand in for a missing validation split never take part in calibration
 """
 
 from collections.abc import Sequence
+from difflib import get_close_matches
 from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
 
 from restitch.merging.errors import BadInput
+from restitch.modeling.data.csv_files import CsvFormat
+from restitch.modeling.data.file_kinds import printable
 from restitch.modeling.data.rows import Example as Example
 from restitch.modeling.data.rows import Rows as Rows
-from restitch.modeling.data.tables import Table, open_table, split_origin
+from restitch.modeling.data.tables import Table, image_columns, open_table, split_origin
 from restitch.registry.specs.task import DataSpec, Modality, split_pin
 
 SPLITS = ("train", "validation", "test")
@@ -143,18 +146,28 @@ def open_split(
     evaluated = spec.validation is not None or spec.test is not None
     if split == "train" and evaluated and label not in table.columns:
         label = None
-    requested = [*spec.input, *([] if label is None else [label])]
+    inputs = image_columns(table, spec.input) if modality == "image" else spec.input
+    requested = [*inputs, *([] if label is None else [label])]
     missing = [column for column in requested if column not in table.columns]
     if missing:
         raise BadInput(
             f"{table.name} has no column {', '.join(map(repr, missing))}",
-            found=f"columns {', '.join(table.columns)}",
-            hint="set input: and label: to columns that are there",
+            found=f"columns {', '.join(map(printable, table.columns))}",
+            hint=_nearest(missing[0], table.columns),
         )
-    rows = Rows(table, spec.input, label, tuple(labels), modality)
+    rows = Rows(table, inputs, label, tuple(labels), modality, classes=spec.classes)
     if rows.label is not None:
         _ = rows.targets
     return rows
+
+
+def _nearest(missing: str, columns: Sequence[str]) -> str:
+    """What to do about a missing column."""
+    same = [name for name in columns if name.strip().casefold() == missing.casefold()]
+    near = same or get_close_matches(missing, columns, n=1, cutoff=0.7)
+    if near:
+        return f"did you mean {near[0]!r}? set input: and label: to columns that are there"
+    return "set input: and label: to columns that are there; a CSV file begins with their names"
 
 
 def labels_of(spec: DataSpec) -> tuple[str, ...]:
@@ -212,23 +225,44 @@ def stratified(targets: NDArray[np.int64], count: int, seed: int) -> NDArray[np.
     return np.sort(np.concatenate(chosen))
 
 
-def data_digest(spec: DataSpec) -> dict[str, object]:
+def data_digest(spec: DataSpec, modality: Modality = "image") -> dict[str, object]:
     """The content of each split, without local paths: the digests of files, the commit on the hub.
 
-    The columns of `spec` must be filled in.
+    Args:
+        spec: the data, with its columns filled in.
+        modality: how inputs are read; images may be files that a table names.
     """
     path, revision = split_pin(spec.path)
     splits = {
-        split: split_origin(path, source, inputs=spec.input, revision=revision)
+        split: split_origin(
+            path,
+            source,
+            inputs=spec.input,
+            revision=revision,
+            form=_form(spec),
+            modality=modality,
+        )
         for split in SPLITS
         if (source := spec.source(split)) is not None
     }
-    return {"splits": splits, "input": list(spec.input), "label": spec.label}
+    content: dict[str, object] = {"splits": splits, "input": list(spec.input), "label": spec.label}
+    # Settings that are not used leave the digest as it is.
+    read_as = {
+        "classes": None if spec.classes is None else list(spec.classes),
+        "delimiter": spec.delimiter,
+        "quotes": spec.quotes,
+    }
+    given = {name: value for name, value in read_as.items() if value is not None}
+    return content | ({"read_as": given} if given else {})
 
 
 def _open_source(spec: DataSpec, source: str) -> Table:
     path, revision = split_pin(spec.path)
-    return open_table(path, source, revision=revision)
+    return open_table(path, source, revision=revision, form=_form(spec))
+
+
+def _form(spec: DataSpec) -> CsvFormat:
+    return CsvFormat(spec.delimiter, spec.quotes)
 
 
 def _random(seed: int) -> np.random.RandomState:

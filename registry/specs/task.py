@@ -94,6 +94,18 @@ class DataSpec(Spec):
     as the family reads."""
     label: Text | None = Field(default=None, examples=["label"])
     """The column with the class: an index, or one of the labels; by default `label`."""
+    classes: Annotated[tuple[Text, ...] | None, InFile(list[Text] | None)] = Field(
+        default=None, examples=[["neg", "pos"]]
+    )
+    """The names of the classes in the label column, in the order of `head: labels`; by default the
+    labels themselves, in any order and case."""
+    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
+        default=None, examples=[";"]
+    )
+    """The character between two fields of a CSV or TSV file; by default a comma or a tab."""
+    quotes: bool | None = None
+    """Whether the fields of CSV and TSV files are quoted; by default CSV is, and TSV only if all of
+    the file is written with quotes."""
     sample: Annotated[SampleSpec | None, InFile(Count | SampleSpec | None)] = Field(
         default=None, examples=[1000]
     )
@@ -106,6 +118,11 @@ class DataSpec(Spec):
     @classmethod
     def _rows_alone(cls, value: Any) -> Any:
         return {"rows": value} if isinstance(value, int) and not isinstance(value, bool) else value
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
 
     @field_validator("input", mode="before")
     @classmethod

@@ -23,7 +23,7 @@ from restitch.registry.sources.resolve import pin_data, resolve_source
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.registry.specs.task import HeadSpec, TaskSpec, split_pin
 from restitch.tasks.inputs.checkpoints import Base, LiveBase
-from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.console import warn, working
 from restitch.tasks.runtime.workspace import Workspace, made_by
 
 
@@ -72,13 +72,13 @@ def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
         head = head.model_copy(update={"labels": labels_of(pinned), "labels_from": None})
     spec = spec.model_copy(update={"data": pinned, "head": head})
     data = task_data(spec, family)
-    for split in data.splits:
-        data.rows(split)
+    for note in dict.fromkeys(note for split in data.splits for note in data.rows(split).notes):
+        warn(f"{spec.task}: {note}")
     if pinned.content is not None:
         verified_data(spec, family)
         return spec
     with working(f"reading the data of {spec.task}"):
-        content = data_digest(pinned)
+        content = data_digest(pinned, family.modality)
     return spec.model_copy(update={"data": pinned.model_copy(update={"content": content})})
 
 
@@ -93,8 +93,11 @@ def check_rows(
     choice: LocalizeSpec | None = None,
     *,
     calibrated: bool = False,
+    chosen: bool = False,
 ) -> Remember:
     """Read every row that is used later, once for the same content.
+
+    A bad row must not stop a later merge of the whole line.
 
     Args:
         spec: a resolved task.
@@ -102,6 +105,7 @@ def check_rows(
         space: the workspace that remembers the result.
         choice: how masks are found; some modes read rows to calibrate on.
         calibrated: read rows to calibrate on in any case: the line's method needs them.
+        chosen: read the validation rows in any case: the line chooses its method by them.
 
     Returns:
         A call that writes the result to the store; nothing may be left of a task that is refused.
@@ -117,8 +121,10 @@ def check_rows(
     if reads and choice is not None and spec.data.train is not None:
         shots = [choice.shots, choice.seed]
     data = task_data(spec, family)
-    chosen_on = "validation" if choice is not None and choice.density == "auto" else split
-    others = [chosen_on] if chosen_on != split and chosen_on in data.splits else []
+    chosen = chosen or (choice is not None and choice.density == "auto")
+    others = (
+        ["validation"] if chosen and split != "validation" and has_validation(spec, family) else []
+    )
     key = digest_json([spec.data.content, split, shots, family.modality, *others])
     if space.objects.lookup("rows", key) is not None:
         return _nothing
@@ -126,9 +132,10 @@ def check_rows(
     parts += [] if shots is None else [data.calibration(*shots)]
     places = [(rows, index) for rows in parts for index in range(len(rows))]
 
-    def read(place: tuple[Rows, int]) -> None:
+    def read(place: tuple[Rows, int]) -> str | None:
         rows, index = place
-        _ = rows[index]
+        example = rows[index]
+        return example.where if "" in example.inputs else None
 
     # Decoding images releases the interpreter.
     threads = min(8, os.cpu_count() or 1) if family.modality == "image" else 1
@@ -136,8 +143,14 @@ def check_rows(
         working(f"reading the rows of {spec.task}") as progress,
         ThreadPoolExecutor(threads) as pool,
     ):
-        for done, _ in enumerate((pool.map if threads > 1 else map)(read, places), 1):
+        empty = []
+        for done, where in enumerate((pool.map if threads > 1 else map)(read, places), 1):
             progress(done, len(places))
+            empty += [] if where is None else [where]
+    if empty:
+        warn(
+            f"{spec.task}: {len(empty)} of {len(places)} rows have an empty text, {empty[0]} first"
+        )
 
     def remember() -> None:
         blob = space.objects.put_json({"rows": len(places)})
@@ -236,8 +249,16 @@ def verified_data(spec: TaskSpec, family: Family) -> TaskData:
         BadInput: a file is missing or has changed.
     """
     assert spec.data is not None
+    place = Path(split_pin(spec.data.path)[0])
+    if place.is_absolute() and not is_there(place, f"the data of task {spec.task}"):
+        raise BadInput(
+            f"the data of task {spec.task} is missing",
+            expected=f"the registered files in {place}",
+            found="nothing there",
+            hint="put the files back, or register the task again with --replace-task",
+        )
     data = task_data(spec, family)
-    if data_digest(data.spec) != spec.data.content:
+    if data_digest(data.spec, family.modality) != spec.data.content:
         raise BadInput(
             f"the data of task {spec.task} changed since it was registered",
             expected=f"the registered files in {data.spec.path}",
@@ -278,7 +299,9 @@ def reading_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> di
     assert data is not None
     assert data.content is not None
     return {
-        "columns": [data.content["input"], data.content["label"]],
+        "columns": [
+            data.content[key] for key in ("input", "label", "read_as") if key in data.content
+        ],
         # Without validation rows, a part of train is set apart.
         "set_apart": data.validation is None,
         "head": digest_json(head_inputs(spec, base, finetuned)),

@@ -497,3 +497,47 @@ def test_changed_data_is_refused_and_the_line_stays(
     assert "colour" in done.err
     assert "--replace-task" in done.err
     assert line.head_bytes() == before
+
+
+def lines_of(rows: list[dict[str, Any]]) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+GOOD_ROWS = [{"text": f"text {n}", "label": n % 2} for n in range(8)]
+# A file of rows with one that is bad, and what the message names.
+BAD_ROWS: dict[str, tuple[str, str | bytes, str]] = {
+    "half of a character": (
+        "bad.jsonl",
+        lines_of([*GOOD_ROWS, {"text": "a \ud83d", "label": 0}]),
+        "bad.jsonl row 8",
+    ),
+    "no text": ("bad.jsonl", lines_of([*GOOD_ROWS, {"text": None, "label": 0}]), "bad.jsonl row 8"),
+    "no label": ("bad.jsonl", lines_of([*GOOD_ROWS, {"text": "a"}]), "bad.jsonl row 8"),
+    "minus one": ("bad.csv", "text,label\na,0\nb,-1\n", "bad.csv row 1"),
+    "too few fields": ("bad.tsv", "text\tlabel\na\t0\nb\n", "bad.tsv line 3"),
+    "not UTF-8": ("bad.csv", b"text,label\na,0\n\xff,1\n", "bad.csv line 3"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_is_named_and_hinders_nobody_else(
+    world: World, line: Shell, tmp_path: Path, case: str
+) -> None:
+    name, content, named = BAD_ROWS[case]
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    values = {
+        "task": "bad",
+        "data": {"path": str(tmp_path), "test": name},
+        "head": {"labels": ["red", "green"]},
+    }
+    task = write_yaml(tmp_path / "bad.yaml", values)
+    before = line.head_bytes()
+    for command in (
+        ("register", "demo", "--task", task, "--model", world.model("colour")),
+        ("task", "demo", "--task", task),
+    ):
+        done = line(*command, code=3)
+        assert named in done.err.replace("\n", " ")
+    assert line.head_bytes() == before
+    line("remerge", "demo")
+    assert "number" in line("status", "demo").out

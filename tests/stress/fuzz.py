@@ -26,7 +26,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 from rich.table import Table
 
-from tests.stress import hostile_files, hostile_masks, hostile_texts
+from tests.stress import (
+    hostile_files,
+    hostile_images,
+    hostile_masks,
+    hostile_rows,
+    hostile_texts,
+)
 
 HANG = 30  # seconds
 
@@ -47,6 +53,8 @@ READERS = (
     Reader("positions", hostile_files.positions(), hostile_files.check_positions),
     Reader("line file", hostile_texts.lines(), hostile_texts.check_line),
     Reader("task file", hostile_texts.tasks(), hostile_texts.check_task),
+    Reader("rows", hostile_rows.tables(), hostile_rows.check_table),
+    Reader("image", hostile_images.images(), hostile_images.check_image),
     Reader("webhook", hostile_texts.deliveries(), hostile_texts.check_delivery),
 )
 

@@ -5,6 +5,7 @@ import json
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -101,6 +102,146 @@ def test_every_mode_becomes_rgb(mode):
     image = Image.new("I;16", (16, 16), 300) if mode == "I;16" else image.convert(mode)
     image.save(stream, format="TIFF")
     assert open_image(stream.getvalue(), Path(), "here").mode == "RGB"
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **settings: Any) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, format=kind, **settings)
+    return stream.getvalue()
+
+
+def shown(data: bytes) -> np.ndarray:
+    return np.asarray(open_image(data, Path(), "here"))
+
+
+GREYS = np.arange(256, dtype=np.uint8).reshape(16, 16)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "WEBP", "JPEG"])
+def test_an_image_is_turned_as_its_exif_says(orientation, kind):
+    import datasets
+
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 24, 3), dtype=np.uint8))
+    data = encoded(image, kind, exif=exif)
+    expected = datasets.Image().decode_example({"bytes": data, "path": None}).convert("RGB")
+    assert expected.size == ((24, 8) if orientation < 5 else (8, 24))
+    assert np.array_equal(shown(data), np.asarray(expected))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM", "JPEG2000"])
+def test_sixteen_bits_are_scaled_to_eight(kind):
+    settings = {"irreversible": False} if kind == "JPEG2000" else {}
+    deep = Image.fromarray(GREYS.astype(np.uint16) * 257)
+    assert np.array_equal(shown(encoded(deep, kind, **settings))[..., 0], GREYS)
+
+
+def tiff(bits: int, pixels: bytes, photometric: int = 1) -> bytes:
+    """A grey TIFF of two pixels, which Pillow does not write with these bits."""
+    values = {256: 2, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8, 277: 1, 278: 1}
+    values[279] = len(pixels)
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in values.items())
+    start = 8 + len(pixels) + len(pixels) % 2
+    head = struct.pack("<2sHI", b"II", 42, start) + pixels.ljust(start - 8, b"\0")
+    return head + struct.pack("<H", len(values)) + entries + bytes(4)
+
+
+def test_twelve_bits_are_scaled_to_eight():
+    assert shown(tiff(12, b"\xff\xf0\x00"))[0, :, 0].tolist() == [255, 0]
+    assert shown(tiff(12, b"\x80\x00\x01"))[0, :, 0].tolist() == [128, 0]
+
+
+def test_deep_greys_with_white_as_zero_are_refused():
+    assert shown(tiff(16, b"\xff\xff\x00\x00"))[0, :, 0].tolist() == [255, 0]
+    with pytest.raises(BadInput, match="without a guess"):
+        shown(tiff(16, b"\xff\xff\x00\x00", photometric=0))
+
+
+def test_a_deep_image_is_turned_too():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    deep = Image.fromarray(GREYS.astype(np.uint16) * 257)
+    assert np.array_equal(shown(encoded(deep, exif=exif))[..., 1], np.rot90(GREYS, -1))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "message"), [(np.float32, "floating-point numbers"), (np.int32, "32-bit integers")]
+)
+def test_pixels_without_a_fixed_range_are_refused(dtype, message):
+    with pytest.raises(BadInput, match="cannot be shown without a guess") as caught:
+        shown(encoded(Image.fromarray(GREYS.astype(dtype)), "TIFF"))
+    assert message in str(caught.value.found)
+
+
+@pytest.mark.parametrize(
+    ("mode", "kind", "settings"),
+    [
+        ("RGBA", "PNG", {}),
+        ("LA", "PNG", {}),
+        ("RGBA", "WEBP", {"lossless": True}),
+        ("RGBA", "TIFF", {}),
+        ("RGBA", "GIF", {}),
+        ("P", "PNG", {"transparency": 0}),
+        ("L", "PNG", {"transparency": 0}),
+        ("RGB", "PNG", {"transparency": (0, 0, 0)}),
+    ],
+)
+def test_transparent_pixels_are_white_and_others_stay(mode, kind, settings):
+    pixels = np.zeros((8, 8, 4), dtype=np.uint8)
+    pixels[4:] = (90, 90, 90, 255)
+    image = Image.fromarray(pixels)
+    if "transparency" in settings:
+        image = image.convert("RGB").convert("L" if mode == "P" else mode)
+    found = shown(encoded(image.convert(mode), kind, **settings))
+    assert found[0, 0].tolist() == [255, 255, 255]
+    assert found[7, 7].tolist() == [90, 90, 90]
+
+
+def test_half_transparent_pixels_are_mixed_with_white():
+    pixels = np.full((2, 2, 4), 128, dtype=np.uint8)
+    pixels[..., :3] = 0
+    assert shown(encoded(Image.fromarray(pixels)))[0, 0].tolist() == [127, 127, 127]
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_the_first_of_several_pictures_counts(kind):
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    settings = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(first, kind, save_all=True, append_images=[second], **settings)
+    assert shown(data)[0, 0].tolist() == [255, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"", "an empty file"),
+        (b"no image at all", "no image of a known format"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 1 1\n", "PostScript"),
+        (b"\0\0\0\x18ftypheic" + bytes(20), "HEIF"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "SVG"),
+        (b"<!DOCTYPE html><html>not found</html>", "an HTML page"),
+    ],
+)
+def test_what_is_no_image_is_named(data, kind):
+    with pytest.raises(BadInput, match="here: the image cannot be decoded") as caught:
+        shown(data)
+    assert kind in str(caught.value.found)
+
+
+def test_a_pointer_of_git_lfs_is_named():
+    with pytest.raises(BadInput, match="here is a pointer of Git LFS"):
+        shown(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
+
+
+def test_postscript_never_starts_another_program(monkeypatch):
+    import subprocess
+
+    monkeypatch.setattr(subprocess, "check_call", lambda *_, **__: pytest.fail("ran"))
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("ran"))
+    with pytest.raises(BadInput, match="cannot be decoded"):
+        shown(encoded(Image.fromarray(GREYS), "EPS"))
 
 
 def bomb(width: int, height: int) -> bytes:

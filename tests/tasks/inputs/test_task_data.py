@@ -17,7 +17,9 @@ from restitch.tasks.inputs.task_data import (
     evaluation_split,
     resolve_task,
     same_task,
+    verified_data,
 )
+from restitch.tasks.runtime.console import Reporter, reporting_to
 from restitch.tasks.runtime.workspace import Workspace
 from tests.worlds import World, write_rows, write_yaml
 
@@ -136,6 +138,57 @@ def test_rows_to_calibrate_on_are_read_too(tmp_path: Path) -> None:
     check_rows(spec, FAMILY, space, LocalizeSpec(mode="dataless"))()
     with pytest.raises(BadInput, match="row 7"):
         check_rows(spec, FAMILY, space, LocalizeSpec(mode="trained"))
+
+
+def test_rows_to_choose_by_are_read_if_the_line_chooses_its_method(tmp_path: Path) -> None:
+    splits = {"validation": "validation.jsonl", "test": "test.jsonl"}
+    spec = task_of(tmp_path, data={"path": "rows", **splits})
+    rows: list[dict[str, Any]] = [{"text": f"t {n}", "label": n % 2} for n in range(9)]
+    rows[7]["text"] = "half \ud83d"
+    write_rows(tmp_path / "rows" / "validation.jsonl", rows)
+    spec = resolve_task(spec, FAMILY)
+    space = Workspace(Home(tmp_path / "home"))
+    check_rows(spec, FAMILY, space)
+    with pytest.raises(BadInput, match=r"validation\.jsonl row 7, column 'text' has half of"):
+        check_rows(spec, FAMILY, space, chosen=True)
+
+
+class Notes(Reporter):
+    """Keeps the warnings of a step."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
+
+def test_what_is_left_out_or_empty_is_a_warning(tmp_path: Path) -> None:
+    spec = task_of(tmp_path, data={"path": "rows", "test": "folder"})
+    write_rows(tmp_path / "rows" / "folder" / "t.jsonl", [{"text": "", "label": "RED"}])
+    (tmp_path / "rows" / "folder" / "notes.txt").write_text("about")
+    with reporting_to(notes := Notes()):
+        spec = resolve_task(spec, FAMILY)
+        check_rows(spec, FAMILY, Workspace(Home(tmp_path / "home")))
+    assert notes.warnings == [
+        f"colour: left out of {tmp_path}/rows/folder: 1 file that is not read (notes.txt)",
+        "colour: t.jsonl: labels in another case: 'RED' is read as 'red'",
+        "colour: 1 of 1 rows have an empty text, t.jsonl row 0 first",
+    ]
+
+
+def test_missing_data_names_its_task(tmp_path: Path) -> None:
+    spec = resolve_task(task_of(tmp_path), FAMILY)
+    (tmp_path / "rows").rename(tmp_path / "gone")
+    with pytest.raises(BadInput, match="the data of task colour is missing"):
+        verified_data(spec, FAMILY)
+
+
+@pytest.mark.parametrize("change", [{"classes": ["1", "0"]}, {"delimiter": ";"}, {"quotes": True}])
+def test_how_rows_are_read_makes_another_task(tmp_path: Path, change: dict[str, Any]) -> None:
+    spec = resolve_task(task_of(tmp_path), FAMILY)
+    data = {"path": "rows", "test": "test.jsonl", **change}
+    assert not same_task(spec, resolve_task(task_of(tmp_path, data=data), FAMILY))
 
 
 def test_data_without_a_head_says_what_is_missing(world: World, tmp_path: Path) -> None:

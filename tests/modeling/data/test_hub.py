@@ -1,0 +1,100 @@
+"""Rows on the hub mean the same as in a folder, with a network and without one."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.modeling.conftest import png
+from tests.modeling.hub_server import hub
+
+# In a process of its own, for endpoints are read at import.
+CODE = """
+import json, sys
+from restitch.merging.errors import RestitchError
+from restitch.modeling.data.task_data import TaskData
+from restitch.registry.specs.task import DataSpec
+path, split, modality = sys.argv[1:]
+data = TaskData(DataSpec(path=path, test=split), ("no", "yes"), modality)
+try:
+    rows = data.rows("test")
+    inputs = [rows[n].inputs[0] for n in range(len(rows))]
+    shown = inputs if modality == "text" else [[i.mode, *i.size] for i in inputs]
+    print(json.dumps([shown, rows.targets.tolist()]))
+except RestitchError as error:
+    print(json.dumps(str(error)))
+"""
+README = b"""---
+dataset_info:
+  features:
+  - name: text
+    dtype: string
+  - name: label
+    dtype:
+      class_label:
+        names:
+          '0': 'yes'
+          '1': 'no'
+---
+"""
+QUOTES = ['" a', "None", 'b "', "007", "2020-01-01"]
+LINES = "".join(f"{text}\t{n % 2}\n" for n, text in enumerate(QUOTES))
+JSON_LINES = "".join(json.dumps({"text": t, "label": n % 2}) + "\n" for n, t in enumerate(QUOTES))
+CSV_LINES = "text,label\nNone,yes\n,no\n3.0,yes\n"
+
+
+def read(files: dict[str, bytes], cache: Path, split: str = "test", modality: str = "text") -> Any:
+    """What is read with a network, which must be what is read without one."""
+    found = []
+    with hub("me/toy", files) as server:
+        for offline in ("0", "1"):
+            environment = {
+                **os.environ,
+                "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
+                "HF_HOME": str(cache),
+                "HF_HUB_DISABLE_TELEMETRY": "1",
+                "HF_HUB_OFFLINE": offline,
+            }
+            arguments = [f"me/toy@{server.commit}", split, modality]
+            ran = subprocess.run(
+                [sys.executable, "-c", CODE, *arguments],
+                env=environment,
+                capture_output=True,
+                text=True,
+                check=False,
+            )
+            assert ran.returncode == 0, ran.stderr
+            found.append(json.loads(ran.stdout))
+    assert found[0] == found[1]
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "expected"),
+    [
+        ("data/test.tsv", f"text\tlabel\n{LINES}", [QUOTES, [0, 1, 0, 1, 0]]),
+        ("data/test.jsonl", JSON_LINES, [QUOTES, [0, 1, 0, 1, 0]]),
+        ("test.csv", CSV_LINES, [["None", "", "3.0"], [1, 0, 1]]),
+    ],
+)
+def test_text_files_are_read_as_in_a_folder(tmp_path, name, data, expected):
+    assert read({name: data.encode()}, tmp_path) == expected
+
+
+def test_names_of_classes_in_the_description_decide(tmp_path):
+    files = {"README.md": README, "test.csv": b"text,label\na,0\nb,1\n"}
+    assert read(files, tmp_path) == [["a", "b"], [1, 0]]
+
+
+def test_a_part_of_a_split_in_text_files_is_refused(tmp_path):
+    found = read({"test.csv": CSV_LINES.encode()}, tmp_path, split="test[:1]")
+    assert "name a whole split" in found
+
+
+def test_images_in_folders_of_classes_are_read(tmp_path):
+    files = {"test/no/a.png": png(1), "test/yes/b.png": png(2)}
+    assert read(files, tmp_path, modality="image") == [[["RGB", 20, 16]] * 2, [0, 1]]
