@@ -9,7 +9,7 @@ import logging
 from typing import Any
 
 from restitch.deployments.server.definitions import line_of_slug
-from restitch.merging.errors import Unavailable
+from restitch.merging.errors import BadInput, Unavailable
 from restitch.tasks.runtime import crash_recovery
 from restitch.tasks.runtime.console import reporting_to
 from restitch.tasks.runtime.engine import flow
@@ -53,8 +53,13 @@ def remerge(line: str | None = None, force: bool = False, attempt: int = 0) -> N
     workspace()
     from restitch.flows.remerge import remerge as work
 
-    if line is None:
-        line = line_of_slug(scheduled_by() or "")
+    line = line or line_of_slug(scheduled_by() or "")
+    if not line:
+        raise BadInput(
+            "the run names no line",
+            expected="the parameter line, or the schedule of a line that started the run",
+            hint="start it with the parameter line",
+        )
     work.body(line, force)
 
 

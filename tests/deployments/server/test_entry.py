@@ -36,7 +36,7 @@ def test_a_run_without_a_parameter_merges_the_line_of_its_schedule(
 
 
 def test_a_run_of_nobody_is_refused(tmp_path: Path) -> None:
-    with Shell(tmp_path).inside(), pytest.raises(BadInput, match="there is no line ''"):
+    with Shell(tmp_path).inside(), pytest.raises(BadInput, match="the run names no line"):
         entry.remerge.body()
 
 
