@@ -293,10 +293,10 @@ def test_doctor_names_models_that_wait_for_a_person(
 ) -> None:
     line.add(world, "number")
     with line.inside():
-        assert not [check for check in examine() if check.name == "models of demo"]
+        assert not [check for check in examine().checks if check.name == "models of demo"]
     register(line, world, turned(world, tmp_path), code=5)
     with line.inside():
-        (check,) = [check for check in examine() if check.name == "models of demo"]
+        (check,) = [check for check in examine().checks if check.name == "models of demo"]
     assert (check.status, check.found) == ("warning", "colour 1 is held")
     assert "restitch status demo" in check.remedy
 
