@@ -99,7 +99,7 @@ class DataSpec(Spec):
     )
     """The names of the classes in the label column, in the order of `head: labels`; by default the
     labels themselves, in any order and case."""
-    delimiter: Annotated[str, Field(min_length=1, max_length=1)] | None = Field(
+    delimiter: Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None = Field(
         default=None, examples=[";"]
     )
     """The character between two fields of a CSV or TSV file; by default a comma or a tab."""
