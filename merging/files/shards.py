@@ -182,10 +182,13 @@ def _about_adapter(folder: Path) -> str:
 
 def _none(where: str, names: list[str]) -> BadInput:
     pickles = [name for name in names if name.lower().endswith(_PICKLES)]
-    if pickles:
+    deepspeed = any(name == "zero_to_fp32.py" or name.endswith("_states.pt") for name in names)
+    if pickles and not deepspeed:
         return _pickled(where, pickles)
     hint = "check the path"
-    if any(name.endswith(".gguf") for name in names):
+    if deepspeed:
+        hint = "collect the weights of DeepSpeed: zero_to_fp32.py FOLDER OUT --safe_serialization"
+    elif any(name.endswith(".gguf") for name in names):
         hint = "use the model before its conversion to GGUF"
     elif any(name.endswith(".distcp") for name in names):
         hint = "convert the distributed checkpoint: accelerate merge-weights FOLDER OUT"
