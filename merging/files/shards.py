@@ -17,7 +17,7 @@ from restitch.merging.order import by_bytes
 # The limit of the safetensors library for a header; an index is no larger.
 MAX_INDEX = 100_000_000
 
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
+_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 SUFFIX, INDEX_SUFFIX = ".safetensors", ".safetensors.index.json"
 _SINGLE = "model.safetensors"
 _NUMBERED = re.compile(r"(?P<stem>.*)-(?P<number>\d+)-of-(?P<total>\d*[1-9]\d*)\.safetensors\Z")
@@ -67,7 +67,7 @@ def choose_shards(where: str, folder: Path, names: Iterable[str]) -> Shards:
         BadInput: there is no checkpoint, more than one, an incomplete one, or an adapter.
     """
     names = sorted((name for name in names if not name.startswith(".")), key=by_bytes)
-    check_no_adapter(where, folder, names)
+    _check_no_adapter(where, folder, names)
     files = [name for name in names if name.endswith(SUFFIX)]
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     readings = _readings(where, folder, files, indexes)
@@ -142,7 +142,7 @@ def _described(reading: Shards) -> str:
     return f"{reading.index} ({shards})" if reading.index else shards
 
 
-def check_no_adapter(where: str, folder: Path, names: Iterable[str]) -> None:
+def _check_no_adapter(where: str, folder: Path, names: Iterable[str]) -> None:
     """Refuse an adapter, alone or next to whole weights.
 
     Raises:
@@ -181,11 +181,14 @@ def _about_adapter(folder: Path) -> str:
 
 
 def _none(where: str, names: list[str]) -> BadInput:
-    pickles = [name for name in names if name.lower().endswith(PICKLES)]
-    if pickles:
-        return pickled(where, pickles)
+    pickles = [name for name in names if name.lower().endswith(_PICKLES)]
+    deepspeed = any(name == "zero_to_fp32.py" or name.endswith("_states.pt") for name in names)
+    if pickles and not deepspeed:
+        return _pickled(where, pickles)
     hint = "check the path"
-    if any(name.endswith(".gguf") for name in names):
+    if deepspeed:
+        hint = "collect the weights of DeepSpeed: zero_to_fp32.py FOLDER OUT --safe_serialization"
+    elif any(name.endswith(".gguf") for name in names):
         hint = "use the model before its conversion to GGUF"
     elif any(name.endswith(".distcp") for name in names):
         hint = "convert the distributed checkpoint: accelerate merge-weights FOLDER OUT"
@@ -197,7 +200,7 @@ def _none(where: str, names: list[str]) -> BadInput:
     )
 
 
-def pickled(where: str, names: list[str]) -> BadInput:
+def _pickled(where: str, names: list[str]) -> BadInput:
     """The error for weights in files that can run code."""
     return BadInput(
         f"{where} is not a safetensors checkpoint",
@@ -213,10 +216,10 @@ def check_whole_file(path: Path) -> None:
     Raises:
         BadInput: it is a pickle, an adapter, or one of several shards.
     """
-    if path.suffix.lower() in PICKLES:
-        raise pickled(str(path), [path.name])
+    if path.suffix.lower() in _PICKLES:
+        raise _pickled(str(path), [path.name])
     if _ADAPTER.match(path.name):
-        check_no_adapter(str(path), path.parent, [path.name])
+        _check_no_adapter(str(path), path.parent, [path.name])
     part = _NUMBERED.match(path.name)
     if part and int(part["total"]) > 1:
         raise BadInput(

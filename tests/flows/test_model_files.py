@@ -248,6 +248,10 @@ def test_a_base_that_cannot_be_merged_is_refused(
     done = shell("init", world.line(tmp_path / "line.yaml", base=str(base)), code=3)
     assert "holds quantized tensors" in done.err
     assert "F8_E4M3" in done.err
+    odd = {"encoder.layer.0.filter": torch.zeros(2, dtype=torch.complex64)}
+    mixed = with_tensors(world.base, tmp_path / "mixed", **odd)
+    done = shell("init", world.line(tmp_path / "line.yaml", base=str(mixed)), code=3)
+    assert "encoder.layer.0.filter: C64 [2]" in done.err
     wrapped = prefixed(world.base, tmp_path / "wrapped", "_orig_mod.")
     done = shell("init", world.line(tmp_path / "line.yaml", base=str(wrapped)), code=3)
     assert "_orig_mod." in done.err

@@ -205,7 +205,13 @@ def test_an_adapter_next_to_whole_weights_is_refused() -> None:
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("model-q4_0.gguf", "GGUF"), ("__0_0.distcp", "merge-weights"), ("notes.txt", "check")],
+    [
+        ("model-q4_0.gguf", "GGUF"),
+        ("__0_0.distcp", "merge-weights"),
+        ("zero_to_fp32.py", "safe_serialization"),
+        ("mp_rank_00_model_states.pt", "zero_to_fp32.py"),
+        ("notes.txt", "check"),
+    ],
 )
 def test_a_folder_without_a_checkpoint_names_its_files(name: str, hint: str) -> None:
     message = refused(name)
