@@ -69,7 +69,7 @@ def restart(flow: Any, flow_run: Any, state: Any) -> None:
     try:
         if not crash_recovery.restart(flow.name, str(flow_run.id), flow_run.parameters):
             log.warning("run %s crashed too often: %s", flow_run.name, state.message)
-            _notify_of_crashes(flow_run.parameters["line"], state.message)
+            _notify_of_crashes(flow_run.parameters.get("line") or "", state.message)
     except RestitchError as error:
         log.warning("run %s is left to the schedule: %s", flow_run.name, error.message())
 
