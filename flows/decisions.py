@@ -25,6 +25,7 @@ from restitch.registry.ledger.line_state import LineState, Pause, RetiredFrom
 from restitch.registry.ledger.records import Kind, MergedRecord
 from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.events import has_workers, start_run
+from restitch.tasks.runtime.notify import notify
 from restitch.tasks.runtime.workspace import actor, workspace
 
 # A retirement ends these states; quarantined and replaced models take no part in merges.
@@ -255,6 +256,7 @@ def _decided(
     say(f"{ledger.line}: {reason}" if act is not None else f"{ledger.line}: nothing to change")
     for note in notes:
         warn(note)
+    notify(act)
     mirror(ledger.line)
     line_state = ledger.state() if act is None else act.line_state
     return Decision(

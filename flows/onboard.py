@@ -56,6 +56,7 @@ from restitch.tasks.runtime.events import (
     run_ended,
     this_run,
 )
+from restitch.tasks.runtime.notify import notify
 from restitch.tasks.runtime.prefect_artifacts import show_onboarded
 from restitch.tasks.runtime.refs import (
     DeltaRef,
@@ -332,6 +333,7 @@ def _quarantine(ledger: Ledger, key: ModelKey, error: RestitchError, deaths: int
     act = ledger.act("quarantined", actor(), f"{key}: {error.summary}", change)
     if act is not None:
         warn(f"{key.task} version {key.version} is quarantined: {error.message()}")
+        notify(act, {"crashes": f"{deaths} processes died at it."} if deaths else None)
         mirror(ledger.line)
 
 

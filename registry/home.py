@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from restitch.merging.errors import BadInput, Unavailable
+from restitch.registry.redaction import without_credentials
 from restitch.registry.s3.client import parse_address
 from restitch.registry.s3.store import S3Store
 from restitch.registry.stack import Databases, StackFile
@@ -57,6 +58,11 @@ class Home:
     def store_is_local(self) -> bool:
         """True if the store is a folder."""
         return self.store_url is None or not self.store_url.startswith("s3://")
+
+    @property
+    def store_name(self) -> str:
+        """The address of the store, without credentials, for a reader."""
+        return without_credentials(self.store_url or str(self.store_path))
 
     @property
     def store_path(self) -> Path:

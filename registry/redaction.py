@@ -2,7 +2,8 @@
 
 Messages of servers and libraries may quote anything that they received. `without_credentials`
 removes user and password from every address, the value of every `Authorization` header, and the
-values of environment variables that hold secrets, also in encoded form.
+values of environment variables that hold secrets, also in encoded form. In an address that
+notifications are sent to, every part may be a secret.
 """
 
 import base64
@@ -34,8 +35,13 @@ ADDRESS_VARIABLES = (
     "RESTITCH_STORE",
 )
 
+# Addresses of services, in which tokens also stand in place of the host and in the path.
+NOTIFY_VARIABLE = "RESTITCH_NOTIFY_URLS"
+
 _SHORTEST = 6  # shorter secrets occur in other words
 _ADDRESS = re.compile(r"(\w://)[^/@\s'\"]+@")
+_HOST = re.compile(r"localhost|(?:[a-z0-9-]+\.)+(?:[a-z]{2,}|\d{1,3})")
+_WORD = re.compile(r"[a-z][a-z-]{0,15}")
 _HEADER = re.compile(r"(authorization['\"]?\s*[:=]\s*['\"]?)(?:\w+\s+)?[^\s'\",]+", re.IGNORECASE)
 
 
@@ -68,6 +74,28 @@ def _known(environment: Mapping[str, str]) -> Iterator[str]:
             yield from _forms(login)
             yield from _forms(unquote(login))
             yield from _forms(unquote(login.partition(":")[2]))
+    for address in notify_addresses(environment):
+        yield from _forms(address)
+        for part in _parts(address):
+            yield from _forms(part)
+            yield from _forms(unquote(part))
+
+
+def notify_addresses(environment: Mapping[str, str]) -> tuple[str, ...]:
+    """The addresses that notifications are sent to; white space or commas separate them."""
+    text = environment.get(NOTIFY_VARIABLE, "").strip().strip(",")
+    return tuple(re.split(r"[\s,]+(?=\w+://)", text)) if text else ()
+
+
+def _parts(address: str) -> Iterator[str]:
+    """The parts of an address that may be secret: no names of hosts, and no plain words."""
+    rest = address.partition("://")[2]
+    for login in (rest.partition("@")[0], rest.rpartition("@")[0]):
+        if "@" in rest:
+            yield from (login, login.partition(":")[2])
+    for part in re.split(r"[/:@?&=;#]", rest):
+        if not _HOST.fullmatch(part) and not _WORD.fullmatch(part):
+            yield part
 
 
 def _forms(secret: str) -> Iterator[str]:

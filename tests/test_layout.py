@@ -182,6 +182,13 @@ def test_the_engine_stays_out_of_the_lower_packages(package: str) -> None:
         assert ENGINE not in {name.partition(".")[0] for name in imported(path)}, str(path)
 
 
+def test_only_the_runtime_of_steps_sends_notifications() -> None:
+    users = [
+        p for p in modules(*PACKAGES) if any(n.partition(".")[0] == "apprise" for n in imported(p))
+    ]
+    assert {path.relative_to(ROOT).parent for path in users} == {Path("tasks/runtime")}
+
+
 def test_remote_code_is_never_trusted() -> None:
     for path in modules(*PACKAGES, *OUTSIDE):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

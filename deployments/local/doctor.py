@@ -18,10 +18,12 @@ from restitch.deployments.server.schedules import PAUSED_IN_PREFECT, by_line, co
 from restitch.merging.errors import RestitchError, Unavailable
 from restitch.registry.ledger.ledger import lines
 from restitch.registry.mlflow.sync import mlflow_explained, without_credentials
+from restitch.registry.redaction import NOTIFY_VARIABLE
 from restitch.registry.s3.client import parse_address
 from restitch.registry.s3.conditional_writes import probe_conditional_writes, refusal
 from restitch.registry.s3.settings import WRITER_VARIABLE, single_writer
 from restitch.registry.stack import StackFile
+from restitch.tasks.runtime.delivery import problems, services
 from restitch.tasks.runtime.engine import engine_url
 from restitch.tasks.runtime.workspace import Workspace, workspace
 
@@ -78,7 +80,11 @@ def examine() -> Examined:
     """Run all checks; later ones depend on earlier ones."""
     space = workspace(to_write=False)
     checks: list[Check] = []
-    for part in (_versions, _home, _store, _models, _device, _processes, _mlflow, _prefect):
+    parts = (
+        *(_versions, _home, _store, _models, _device, _processes, _notifications),
+        *(_mlflow, _prefect),
+    )
+    for part in parts:
         try:
             checks += part(space)
         except RestitchError as error:
@@ -118,7 +124,7 @@ def _home(space: Workspace) -> Iterator[Check]:
 
 
 def _store(space: Workspace) -> Iterator[Check]:
-    where = without_credentials(space.home.store_url or str(space.home.store_path))
+    where = space.home.store_name
     names = list(lines(space.objects))
     yield Check("store", "ok", f"{where}, lines: {', '.join(names) or 'none'}")
     if space.home.store_url is None or space.home.store_is_local:
@@ -179,6 +185,20 @@ def _processes(space: Workspace) -> Iterator[Check]:
         at = f", port {process.port}" if process.port else ""
         state = f"process {process.pid}{at if running else ' has ended'}"
         yield _check(name, running, state, f"restitch up starts it again; its log is {process.log}")
+
+
+def _notifications(space: Workspace) -> Iterator[Check]:
+    states = (space.ledger(line).state() for line in lines(space.objects))
+    asking = ", ".join(state.line for state in states if state.spec.notify)
+    if not asking:
+        return
+    found = services()
+    for problem in problems(found):
+        remedy = f"set {NOTIFY_VARIABLE} here and for every worker; see docs/how-to/notify.md"
+        yield Check("notifications", "warning", f"lines {asking}: {problem}", remedy)
+    known = [service.name for service in found if service.client is not None]
+    if known:
+        yield Check("notifications", "ok", f"lines {asking}: {'; '.join(known)}")
 
 
 def _mlflow(space: Workspace) -> Iterator[Check]:

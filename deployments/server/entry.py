@@ -9,11 +9,12 @@ import logging
 from typing import Any
 
 from restitch.deployments.server.definitions import line_of_slug
-from restitch.merging.errors import BadInput, Unavailable
+from restitch.merging.errors import BadInput, RestitchError
 from restitch.tasks.runtime import crash_recovery
 from restitch.tasks.runtime.console import reporting_to
 from restitch.tasks.runtime.engine import flow
 from restitch.tasks.runtime.events import scheduled_by
+from restitch.tasks.runtime.notify import notify_line
 from restitch.tasks.runtime.prefect_artifacts import RunReporter
 from restitch.tasks.runtime.workspace import workspace
 
@@ -68,8 +69,21 @@ def restart(flow: Any, flow_run: Any, state: Any) -> None:
     try:
         if not crash_recovery.restart(flow.name, str(flow_run.id), flow_run.parameters):
             log.warning("run %s crashed too often: %s", flow_run.name, state.message)
-    except Unavailable as error:
+            _notify_of_crashes(flow_run.parameters.get("line") or "", state.message)
+    except RestitchError as error:
         log.warning("run %s is left to the schedule: %s", flow_run.name, error.message())
+
+
+def _notify_of_crashes(line: str, cause: str | None) -> None:
+    """Notify that a line's remerge crashed too often and is left to the schedule."""
+    count = crash_recovery.MAX_CRASHES
+    text = (
+        f"{count} runs that merged line {line} crashed in a row; the schedule tries it again.\n"
+        f"The last one: {cause or 'no message'}\n"
+        f"To look further: restitch status {line}, and the log of the worker"
+    )
+    line_state = workspace().ledger(line).state()
+    notify_line(line_state, f"{line}: remerge crashed {count} times", text, ("crashes",))
 
 
 def restarting(function: Any) -> Any:

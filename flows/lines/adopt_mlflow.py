@@ -50,6 +50,7 @@ from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import describe_model
 from restitch.tasks.inputs.task_data import same_task
 from restitch.tasks.runtime.console import say, warn
+from restitch.tasks.runtime.notify import notify
 from restitch.tasks.runtime.workspace import Workspace, actor, workspace
 
 _READ_FROM = ("file", "s3", "models", "runs", "mlflow-artifacts")
@@ -237,7 +238,7 @@ def _add(
     if model.facts.accepted:
         reason += f"; {decisions(model.facts.accepted)}"
     digests = {"model": model.model.weights, "config": model.model.config}
-    ledger.act(kind, external.actor, reason, change, digests)
+    notify(ledger.act(kind, external.actor, reason, change, digests))
     if not added:
         return None
     (version, linked), state = added[-1], model.state

@@ -24,7 +24,8 @@ from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base, describe_model, open_base
 from restitch.tasks.inputs.task_data import check_fits, check_rows, resolve_task
 from restitch.tasks.method_selection import check_benchmark
-from restitch.tasks.runtime.console import say
+from restitch.tasks.runtime.console import say, warn
+from restitch.tasks.runtime.delivery import problems, services
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.schedules import check_schedule
 from restitch.tasks.runtime.workspace import actor, workspace
@@ -96,6 +97,9 @@ def init_line(file: Path) -> InitOutcome:
         for one in spec.method.methods:
             check_rows_for(get_method(one.name), taking_part)
         _configure(ledger, spec, changes)
+    if spec.notify:
+        for problem in problems(services()):
+            warn(f"{spec.line} asks for notifications, but {problem}")
     mirror(spec.line)
     return InitOutcome(
         spec.line,

@@ -12,9 +12,11 @@ from restitch.flows.promotion.candidates import Candidate
 from restitch.flows.promotion.pauses import check_not_paused
 from restitch.flows.promotion.snapshot import Snapshot
 from restitch.registry.gates.gate import GateOutcome
+from restitch.registry.gates.max_task_drop import MaxTaskDrop
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, Member
 from restitch.tasks.runtime.console import say, warn
+from restitch.tasks.runtime.notify import notify
 from restitch.tasks.runtime.workspace import actor
 
 
@@ -88,6 +90,8 @@ def promote(
     act = ledger.act("promoted", actor(), reason, change)
     if act is not None:
         say(f"{ledger.line} version {version} is the champion")
+        drops = _notes(tuple(w for w in candidate.warnings if w.gate == MaxTaskDrop.name))
+        notify(act, {"drop": drops} if drops else None)
     return "promoted" if ledger.state().champion == version else "candidate"
 
 
@@ -118,8 +122,10 @@ def reject(ledger: Ledger, version: int, candidate: Candidate) -> None:
         return line_state
 
     reason = f"version {version}: {_notes(candidate.failed)}"
-    if ledger.act("rejected", actor(), reason, change, {"patch": candidate.patch.blob}) is not None:
+    act = ledger.act("rejected", actor(), reason, change, {"patch": candidate.patch.blob})
+    if act is not None:
         warn(f"{ledger.line} {reason}")
+        notify(act)
 
 
 def hold(
@@ -138,8 +144,10 @@ def hold(
         return line_state.with_state(member.task, member.version, "held", why, facts=facts)
 
     reason = f"{member.task} {member.version}: {why}"
-    if ledger.act("held", actor(), reason, change) is not None:
+    act = ledger.act("held", actor(), reason, change)
+    if act is not None:
         warn(f"{ledger.line} holds {reason}")
+        notify(act)
 
 
 def _notes(gates: tuple[GateOutcome, ...]) -> str:

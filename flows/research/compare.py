@@ -10,7 +10,7 @@ The line does not change. Results are stored under a digest of their inputs, so 
 computed twice; `restitch gc` removes results that no version refers to.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from restitch.flows.research.study_output import StudyOutcome, publish_study
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import Method, get_method, method_names
 from restitch.registry.ledger.records import mean_of
+from restitch.registry.mlflow.projection import StudyPart
 from restitch.tasks.merge import make_recipe, stitch
 from restitch.tasks.report.drawing import drawing, to_png
 from restitch.tasks.report.plots import methods_plot
@@ -143,16 +144,15 @@ def compare(
         plot = methods_plot(outcome.as_dict()["methods"])
         if plot is not None:
             artifacts["accuracy-against-retention.png"] = to_png(plot)
-    both: list[MergedResult | SpecialistsResult] = [*outcome.methods, *outcome.experts]
-    params: dict[str, Any] = {f"{row.method}.settings": row.settings for row in both}
     publish_study(
         outcome,
         f"methods of {line} compared",
         out,
         name="compare",
-        params=params | {"members": outcome.members, "tuned": tuned},
-        metrics=_metrics(both),
+        params={"members": outcome.members, "tuned": tuned, "left_out": lacking},
+        metrics={},
         artifacts=artifacts,
+        parts=[_part(row) for row in (*outcome.methods, *outcome.experts)],
     )
     return outcome
 
@@ -210,14 +210,31 @@ def _measure_specialists(ready: WhatIf, method: Method) -> SpecialistsResult:
     )
 
 
-def _metrics(rows: Iterable[MergedResult | SpecialistsResult]) -> dict[str, float]:
-    """The charts in MLflow: each method's means, and its retention or the bytes it stores."""
-    metrics: dict[str, float] = {}
-    for row in rows:
-        values = {"mean_accuracy": row.mean_accuracy, "mean_normalized": row.mean_normalized}
-        if isinstance(row, SpecialistsResult):
-            values["bytes"] = row.bytes.all
-        else:
-            values["retention"] = (row.retention or {}).get("ratio")
-        metrics |= {f"{row.method}/{name}": v for name, v in values.items() if v is not None}
-    return metrics
+def _part(row: MergedResult | SpecialistsResult) -> StudyPart:
+    """A method's run in MLflow, below that of the comparison.
+
+    All methods have the names of a merged version's metrics, so that MLflow draws them together.
+    """
+    metrics = {
+        "mean/accuracy": row.mean_accuracy,
+        "mean/normalized": row.mean_normalized,
+        "seconds/merge": row.seconds,
+        "seconds/statistics": row.statistics_seconds,
+        "bytes/memory": row.memory,
+        "bytes/stored": row.stored_bytes,
+    }
+    if isinstance(row, SpecialistsResult):
+        value, kind = "expert", "one model per task"
+        metrics["bytes/all"] = row.bytes.all
+    else:
+        value, kind = "merged", "one model for all tasks"
+        metrics["bytes/all"] = row.patch_bytes
+        metrics["retention/ratio"] = (row.retention or {}).get("ratio")
+    for task, result in row.results.items():
+        metrics[f"task/{task}/{result['metric']}"] = result[value]
+        metrics[f"task/{task}/normalized"] = result["normalized"]
+    names = ("method", "version", "source", "needs", "tuned", "localize", "recipe")
+    params = {"kind": kind, **{name: getattr(row, name) for name in names}}
+    params |= {f"settings.{name}": setting for name, setting in row.settings.items()}
+    known = {name: float(one) for name, one in metrics.items() if one is not None}
+    return StudyPart(row.method, params, known)

@@ -11,6 +11,7 @@ from typing import Any
 from restitch.flows.outcome import Outcome
 from restitch.merging.digests import canonical_json, digest_json
 from restitch.merging.errors import Unavailable
+from restitch.registry.mlflow.projection import StudyPart
 from restitch.registry.store.disk import explained
 from restitch.tasks.runtime.console import warn
 from restitch.tasks.runtime.workspace import actor, workspace
@@ -39,8 +40,11 @@ def publish_study(
     params: Mapping[str, Any],
     metrics: Mapping[str, float],
     artifacts: Mapping[str, bytes],
+    parts: Sequence[StudyPart] = (),
 ) -> None:
     """Write `<name>.json` and the artifacts to the folder `out`, and show them as a run in MLflow.
+
+    Each part has a run below it.
 
     Raises:
         Unavailable: the folder cannot be written to. If MLflow is away, there is only a warning.
@@ -62,6 +66,7 @@ def publish_study(
             params=params,
             metrics=metrics,
             artifacts=files,
+            parts=parts,
         )
     except Unavailable as error:
         warn(f"the study is not in MLflow: {error.message()}")

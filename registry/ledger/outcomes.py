@@ -21,6 +21,8 @@ Role = Literal["champion", "candidate", "former champion", "rejected", "supersed
 
 _ROLES = ("/champion", "/candidate")
 _SUBJECT = re.compile(r"version (\d+)\b:?\s*")
+# In the note of a gate that judges the version as a whole.
+_WHOLE = re.compile(r"\b(\w+) of the (?:general benchmark|patch): ")
 
 
 @dataclass(frozen=True)
@@ -63,6 +65,13 @@ def merges_about(entry: Entry) -> tuple[int, ...]:
     subject = _SUBJECT.match(entry.reason) if entry.kind == "rejected" else None
     rejected = () if subject is None else (int(subject[1]),)
     return tuple(sorted({*touched_merges(entry), *moved_merges(entry), *rejected}))
+
+
+def headline(entry: Entry) -> str:
+    """Say on one line what happened: `rejected version 7: min_retention 0.8690 < 0.9`."""
+    made = touched_merges(entry)
+    subject = f"version {', '.join(map(str, made))}: " if made else ""
+    return _WHOLE.sub(r"\1 ", " ".join(f"{entry.kind} {subject}{entry.reason}".split()))
 
 
 def last_moves(newest_first: Iterable[Entry], versions: Set[int]) -> dict[int, Entry]:

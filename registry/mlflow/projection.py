@@ -5,13 +5,14 @@ Everything here is derived from the store and can be made again. A `RunProjectio
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Literal
 
 from restitch.merging.digests import canonical_json
 from restitch.registry.ledger.line_state import NO_GAIN, MlflowVersion, ModelVersion
-from restitch.registry.ledger.outcomes import merges_about, touched_merges, touched_models
+from restitch.registry.ledger.outcomes import headline, merges_about, touched_merges, touched_models
 from restitch.registry.ledger.records import Entry
 
 # The tag with the digest of the object that a run or a model version shows.
@@ -26,12 +27,15 @@ ROLE_TAG = "restitch.role"
 
 MAX_PARAM = 5_900  # MLflow cuts silently at 6,000
 MAX_TAG = 4_900  # and refuses longer ones
+_MAX_NAME = 120  # of a run, so that its page and tables stay readable
 # The tags that MLflow's pages show as name, description and "created by".
 NAME_TAG, NOTE_TAG, USER_TAG = "mlflow.runName", "mlflow.note.content", "mlflow.user"
+# The tag with the id of the run below which MLflow's pages show a run.
+PARENT_TAG = "mlflow.parentRunId"
 
 
-# A line has experiments for its merged versions (None), its acts, its finetuned models, the one
-# run with the metrics of all merged versions for charts, and its studies.
+# A line has experiments for its merged versions (None), its acts, its finetuned models, charts of
+# its champions and of rejected versions, and its studies.
 Part = Literal["audit", "models", "history", "studies"] | None
 
 
@@ -75,6 +79,19 @@ class RunProjection:
     current: dict[str, str] = field(default_factory=dict)
     inputs: tuple[DataProjection, ...] = ()
     artifacts: dict[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class StudyPart:
+    """One of the things that a study compares, which has a run of its own below the study's.
+
+    Attributes:
+        params: any JSON values.
+    """
+
+    name: str
+    params: Mapping[str, Any]
+    metrics: Mapping[str, float]
 
 
 @dataclass(frozen=True)
@@ -127,30 +144,27 @@ def project_act(entry: Entry) -> RunProjection:
             params[f"{role}.before"] = as_text(entry.before.get(f"/{role}"))
             params[f"{role}.after"] = as_text(entry.after[f"/{role}"])
     params |= {f"digest.{name}": digest for name, digest in sorted(entry.digests.items())}
-    tags = {
-        NAME_TAG: f"{entry.sequence:04d} {entry.kind}",
-        NOTE_TAG: f"{entry.kind} by {entry.actor}: {entry.reason}",
-    }
-    search_tags = {
+    tags = {NOTE_TAG: f"{entry.kind} by {entry.actor}: {entry.reason}"}
+    current = {
+        NAME_TAG: shortened(f"{entry.sequence:04d} {headline(entry)}", _MAX_NAME),
         USER_TAG: entry.actor,
         "restitch.kind": entry.kind,
         "restitch.sequence": str(entry.sequence),
         "restitch.actor": entry.actor,
     }
     if models := touched_models(entry):
-        search_tags["restitch.task"] = ",".join(sorted({task for task, _ in models}))
+        current["restitch.task"] = ",".join(sorted({task for task, _ in models}))
         params["models"] = ", ".join(f"{task} {version}" for task, version in models)
     if merged := touched_merges(entry):
         params["version"] = ", ".join(map(str, merged))
-    if about := merges_about(
-        entry
-    ):  # commas on both sides, so that LIKE '%,1,%' finds 1 and not 12
-        search_tags["restitch.versions"] = f",{','.join(map(str, about))},"
+    if about := merges_about(entry):
+        # Commas on both sides, so that LIKE '%,1,%' finds 1 and not 12.
+        current["restitch.versions"] = f",{','.join(map(str, about))},"
     return RunProjection(
         digest=entry.digest,
         time=milliseconds(entry.time),
         tags=cut(tags),
-        current=cut(search_tags),
+        current=cut(current),
         params=cut(params, MAX_PARAM),
         artifacts={"audit.json": entry.to_bytes()},
     )
@@ -210,6 +224,27 @@ def project_model(
         existing=model.mlflow,
     )
     return run, shown
+
+
+def project_study(
+    part: StudyPart,
+    digest: str,
+    by: str,
+    time: int,
+    *,
+    parent: str | None = None,
+    artifacts: Mapping[str, bytes] | None = None,
+) -> RunProjection:
+    """The run of a study, or of a part of one below the run `parent`."""
+    tags = {NAME_TAG: part.name, USER_TAG: by}
+    return RunProjection(
+        digest=digest,
+        time=time,
+        tags=tags if parent is None else {**tags, PARENT_TAG: parent},
+        params=cut({key: as_text(value) for key, value in part.params.items()}, MAX_PARAM),
+        metrics=dict(part.metrics),
+        artifacts=dict(artifacts or {}),
+    )
 
 
 def _of_state(task: str, version: int, model: ModelVersion) -> str:

@@ -1,4 +1,4 @@
-"""The projection of merged versions to MLflow: a run for each, and one run with all metrics.
+"""The projection of merged versions to MLflow: a run for each, and runs with charts over them.
 
 Pure functions of a version's record and outcome. Names of metrics and of search tags never
 change, because charts and searches depend on them.
@@ -8,10 +8,10 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from restitch.merging.digests import canonical_json
-from restitch.registry.ledger.outcomes import Outcome
+from restitch.registry.ledger.outcomes import Outcome, merges_about
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.mlflow.projection import (
     MAX_PARAM,
@@ -33,6 +33,21 @@ from restitch.registry.mlflow.projection import (
     shortened,
 )
 from restitch.registry.record import Interval
+
+Chart = Literal["champions", "rejected"]
+# The names of the runs. Rejected versions have a run of their own, so that no champion's curve
+# falls where a version failed.
+CHARTS: dict[Chart, str] = {
+    "champions": "champions of {line}",
+    "rejected": "rejected versions of {line}",
+}
+_NOTES: dict[Chart, str] = {
+    "champions": "The measurements of the versions of line {line} that were in use. The step is "
+    "the version number. `champion` is the version in use, or 0; its step is the number of the act "
+    "in the audit trail.",
+    "rejected": "The measurements of the versions of line {line} that failed their gates. The step "
+    "is the version number.",
+}
 
 _MAX_DIGEST = 36  # of a data set, in hex digits
 
@@ -98,35 +113,42 @@ def project_merged(
     return run, shown
 
 
-def history_digest(line: str) -> str:
-    """The digest tag of the run with a line's history."""
-    return f"history.{line}"
+def chart_digest(line: str, chart: Chart) -> str:
+    """The digest tag of a run with charts of a line."""
+    return f"{chart}.{line}"
 
 
-def project_history(line: str, began: str) -> RunProjection:
+def project_chart(line: str, chart: Chart, began: str) -> RunProjection:
     """The run whose charts show a line over its versions; points are added as they come."""
     return RunProjection(
-        digest=history_digest(line),
+        digest=chart_digest(line, chart),
         time=milliseconds(began),
         tags={
-            NAME_TAG: f"history of {line}",
-            NOTE_TAG: f"The measurements of all merged versions of line {line}. The step is the "
-            "version number. `champion` is the version in use, or 0; its step is the number of "
-            "the act in the audit trail.",
+            NAME_TAG: CHARTS[chart].format(line=line),
+            NOTE_TAG: _NOTES[chart].format(line=line),
         },
         params={"line": line},
     )
 
 
-def points_of(entry: Entry, made: Iterable[MergedRecord]) -> list[Point]:
-    """The points that an act adds to the history: the champion, and the versions it made."""
+def charted(entry: Entry, chart: Chart) -> tuple[int, ...]:
+    """The versions that an act adds to a chart."""
+    if chart == "rejected":
+        return merges_about(entry) if entry.kind == "rejected" else ()
+    champion = entry.after.get("/champion")
+    return (champion,) if isinstance(champion, int) else ()
+
+
+def points_of(entry: Entry, chart: Chart, versions: Iterable[MergedRecord]) -> list[Point]:
+    """The points that an act adds to a chart: those of versions, and which one is champion."""
     points = [
         Point(name, value, milliseconds(record.created_at), record.version)
-        for record in made
+        for record in versions
         for name, value in sorted(metrics_of(record).items())
     ]
     before, after = entry.before.get("/champion"), entry.after.get("/champion")
-    if "/champion" in entry.after and (before, after) != (None, None):
+    changed = "/champion" in entry.after and (before, after) != (None, None)
+    if chart == "champions" and changed:
         value = after if isinstance(after, int) else 0
         points.append(Point("champion", value, milliseconds(entry.time), entry.sequence))
     return points

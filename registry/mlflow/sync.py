@@ -22,7 +22,7 @@ from restitch.registry.ledger import outcomes
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import Entry
-from restitch.registry.mlflow import projection, projection_merged
+from restitch.registry.mlflow import descriptions, projection, projection_merged
 from restitch.registry.mlflow.writer import Writer, or_none, pages
 from restitch.registry.redaction import first_line
 from restitch.registry.redaction import without_credentials as without_credentials
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 _COMPLETE_TAG = "restitch.complete_to"
-_PROJECTION_VERSION = "3"  # raised when projections change, so that all are written again
+_PROJECTION_VERSION = "4"  # raised when projections change, so that all are written again
 
 # Further artifacts of a merged version's run, by path.
 Extras = Callable[[int], Mapping[str, bytes]]
@@ -84,9 +84,11 @@ class MlflowProjection:
                 self._writer.write_run(audit, projection.project_act(entry))
             self._show_models(line_state, pending)
             self._show_merged(ledger, line_state, pending, trail, extras)
-            self._show_history(ledger, line_state, done, pending, full=full)
+            for chart in projection_merged.CHARTS:
+                self._show_chart(ledger, line_state, chart, done, pending, full=full)
             self._set_aliases(line_state, aliases)
             if pending:
+                self._describe_models(line_state, pending)
                 self.client.set_experiment_tag(audit, _COMPLETE_TAG, _complete(line_state))
         return len(pending)
 
@@ -99,23 +101,24 @@ class MlflowProjection:
         params: Mapping[str, Any],
         metrics: Mapping[str, float],
         artifacts: Mapping[str, bytes],
+        parts: Iterable[projection.StudyPart] = (),
     ) -> str:
         """Write a study of a line, such as a comparison of methods, as a run; returns its id.
 
         Results of the same digest are written once. Params are any JSON values, and artifacts
-        contents by path.
+        contents by path. Each part is a nested run.
         """
         with mlflow_explained(self.home), self._alone():
             experiment = self._writer.experiment(line, "studies")
-            run = projection.RunProjection(
-                digest=digest,
-                time=int(time.time() * 1000),
-                tags={projection.NAME_TAG: name, projection.USER_TAG: by},
-                params={key: projection.as_text(value) for key, value in params.items()},
-                metrics=dict(metrics),
-                artifacts=dict(artifacts),
-            )
-            return self._writer.write_run(experiment, run)
+            now = int(time.time() * 1000)
+            study = projection.StudyPart(name, params, metrics)
+            run = projection.project_study(study, digest, by, now, artifacts=artifacts)
+            run_id = self._writer.write_run(experiment, run)
+            for part in parts:
+                below = f"{digest}.{part.name}"
+                run = projection.project_study(part, below, by, now, parent=run_id)
+                self._writer.write_run(experiment, run)
+            return run_id
 
     def acts_shown(self, line: str) -> dict[str, str]:
         """The digests of a line's audit entries in MLflow, with the names of their runs."""
@@ -249,34 +252,43 @@ class MlflowProjection:
             if extras is not None:
                 self._writer.write_artifacts(run_id, extras(version))
 
-    def _show_history(
+    def _show_chart(
         self,
         ledger: Ledger,
         line_state: LineState,
+        chart: projection_merged.Chart,
         done: str | None,
         pending: list[Entry],
         *,
         full: bool,
     ) -> None:
-        """Write the run with the metrics of all versions; its own tag says how far it is."""
+        """Write a run with metrics over versions; its own tag says how far it is."""
         experiment = self._writer.experiment(line_state.line, "history")
-        runs = self._writer.runs(experiment, projection_merged.history_digest(line_state.line))
+        digest = projection_merged.chart_digest(line_state.line, chart)
+        runs = self._writer.runs(experiment, digest)
         complete = _completed(runs[0].data.tags) if len(runs) == 1 and not full else None
         if complete != done:  # it was deleted, or a repair was killed
             pending = _since(ledger.entries(), line_state, complete)
         if not pending:
             return
-        run = projection_merged.project_history(line_state.line, pending[-1].time)
+        run = projection_merged.project_chart(line_state.line, chart, pending[-1].time)
         run_id = self._writer.write_run(experiment, run)
         points = [
             point
             for entry in reversed(pending)
             for point in projection_merged.points_of(
-                entry, [ledger.merged(v) for v in outcomes.touched_merges(entry)]
+                entry, chart, [ledger.merged(v) for v in projection_merged.charted(entry, chart)]
             )
         ]
         self._writer.write_points(run_id, points)
         self.client.set_tag(run_id, _COMPLETE_TAG, _complete(line_state))
+
+    def _describe_models(self, line_state: LineState, pending: Iterable[Entry]) -> None:
+        """Describe the line's registered model, and those of the tasks that acts are about."""
+        tasks = {key.task for entry in pending for key in outcomes.touched_models(entry)}
+        for task in (None, *sorted(tasks)):
+            description = descriptions.of_model(line_state, task, self.home.store_name)
+            self._writer.describe_model(projection.model_name(line_state.line, task), description)
 
     def _aliases(self, line_state: LineState) -> dict[str, int] | None:
         """The aliases of the line's model; None if it has versions and is missing."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from restitch.merging.errors import Unavailable
 from restitch.registry.home import Home
 from restitch.registry.mlflow import projection
+from restitch.registry.mlflow.descriptions import Description, of_experiment
 from restitch.registry.mlflow.projection_merged import Point
 
 if TYPE_CHECKING:
@@ -128,7 +129,7 @@ class Writer:
         return sorted(versions, key=lambda v: int(v.version))
 
     def experiment(self, line: str, part: projection.Part = None) -> str:
-        """The id of a line's experiment, which is created or restored if necessary."""
+        """The id of a line's experiment, which is created, restored and described if necessary."""
         from mlflow.exceptions import MlflowException
 
         name = projection.experiment_name(line, part)
@@ -149,8 +150,19 @@ class Writer:
             )
         if experiment.lifecycle_stage == "deleted":
             self.client.restore_experiment(experiment.experiment_id)
+        description = of_experiment(line, part, self.home.store_name)
+        if description.replaces(experiment.tags.get(projection.NOTE_TAG)):
+            self.client.set_experiment_tag(
+                experiment.experiment_id, projection.NOTE_TAG, description.text
+            )
         self._experiments[name] = str(experiment.experiment_id)
         return self._experiments[name]
+
+    def describe_model(self, name: str, description: Description) -> None:
+        """Describe a registered model, if it exists and no user has described it."""
+        model = or_none(self.client.get_registered_model, name)
+        if model is not None and description.replaces(model.description):
+            self.client.update_registered_model(name, description.text)
 
     def _write_texts(self, run_id: str, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         from mlflow.entities import Param, RunTag

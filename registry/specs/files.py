@@ -54,7 +54,7 @@ def parse_line(text: str, origin: str, folder: Path) -> LineSpec:
             )
     elif isinstance(retention, dict):
         values["retention"] = _task(retention, f"{origin}: retention", folder).to_json()
-    for key in ("localize", "gates", "actors"):
+    for key in ("localize", "gates", "actors", "notify"):
         if values.get(key, ...) is None:  # `gates:` without a value
             del values[key]
     _resolve_objective(values)

@@ -23,6 +23,11 @@ DEFAULT_TIMEZONE = "UTC"
 # `tasks.runtime.schedules` asks before a line is made or changed.
 _CRON = re.compile(r"@[a-z]+|[0-9A-Za-z*/,#?-]+( [0-9A-Za-z*/,#?-]+){4}", re.ASCII)
 
+# `drop`: promoted although a task lost significantly. `crashes`: the third death of a worker at
+# the same work.
+NotifyEvent = Literal[
+    "promoted", "rejected", "held", "quarantined", "rolled-back", "drop", "crashes"
+]
 
 Actors = Annotated[tuple[Text, ...], Field(min_length=1)]
 
@@ -119,6 +124,11 @@ class LineSpec(Spec):
     )
     """Who may promote, roll back, retire, restore, pin, unpin, pause and resume by hand: a list for
     each decision, or one list for all; by default anyone."""
+
+    notify: tuple[NotifyEvent, ...] = Field(
+        default=(), examples=[["rejected", "held", "quarantined", "drop", "crashes"]]
+    )
+    """What to notify people of, at the addresses in `RESTITCH_NOTIFY_URLS`."""
 
     @field_validator("actors", mode="before", json_schema_input_type=list[Text] | ActorsSpec | None)
     @classmethod

@@ -19,6 +19,7 @@ from restitch.tasks.runtime.prefect_api import PrefectApi
 DEPLOYMENT = "restitch"
 MODEL_REGISTERED = "restitch.model.registered"
 MASK_READY = "restitch.mask.ready"
+LINE = "restitch.line"  # followed by the kind of event, such as `promoted`
 
 MOST_STARTS = 20
 
@@ -45,6 +46,21 @@ def announce(event: str, line: str, task: str, version: int | None, **facts: Any
 
     False if the server did not take it: the scheduled remerge does the work later.
     """
+    payload = {"line": line, "task": task, "version": version, **facts}
+    lost = "the scheduled remerge picks it up"
+    return _emit(event, f"model.{line}.{task}", f"{line}.{task}", payload, lost)
+
+
+def announce_act(event: str, line: str, **facts: Any) -> bool:
+    """Emit an event about an act of a line, for automations that people make.
+
+    False if the server did not take it: nobody emits it again.
+    """
+    payload = {"line": line, **facts}
+    return _emit(f"{LINE}.{event}", f"line.{line}", line, payload, "no automation sees it")
+
+
+def _emit(event: str, resource: str, name: str, payload: Mapping[str, Any], lost: str) -> bool:
     if engine_url() is None:
         return False
     message = {
@@ -52,18 +68,15 @@ def announce(event: str, line: str, task: str, version: int | None, **facts: Any
         "occurred": datetime.now(UTC).isoformat(),
         "event": event,
         "resource": {
-            "prefect.resource.id": f"restitch.model.{line}.{task}",
-            "prefect.resource.name": f"{line}.{task}",
+            "prefect.resource.id": f"restitch.{resource}",
+            "prefect.resource.name": name,
         },
-        "payload": {"line": line, "task": task, "version": version, **facts},
+        "payload": dict(payload),
     }
     try:
         api().emit([message])
     except Unavailable as error:
-        warn(
-            f"event {event} for {line}.{task} was not sent, the scheduled remerge picks it up: "
-            f"{error.message()}"
-        )
+        warn(f"event {event} for {name} was not sent, {lost}: {error.message()}")
         return False
     return True
 

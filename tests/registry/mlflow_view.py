@@ -47,6 +47,7 @@ def shown(mlflow: MlflowProjection, line: str = "line") -> dict[str, Any]:
             repr((sorted(version.tags.items()), version.description))
             for version in client.search_model_versions(f"name = '{name}'")
         )
+    found["descriptions"] = descriptions(mlflow, line)
     models = client.search_registered_models(f"name = '{line}'")
     found["aliases"] = {
         alias: client.get_model_version(line, str(version)).tags["restitch.version"]
@@ -54,6 +55,18 @@ def shown(mlflow: MlflowProjection, line: str = "line") -> dict[str, Any]:
         for alias, version in made.aliases.items()
     }
     return found
+
+
+def descriptions(mlflow: MlflowProjection, line: str = "line") -> dict[str, str]:
+    """The descriptions of a line's experiments and registered models, without the store's place."""
+    client = mlflow.client
+    found = {e.name: e.tags.get("mlflow.note.content") for e in client.search_experiments()}
+    found |= {f"model {m.name}": m.description for m in client.search_registered_models()}
+    return {
+        name: (text or "").replace(mlflow.home.store_name, "STORE")
+        for name, text in found.items()
+        if f"{name.removeprefix('model ')}.".startswith(f"{line}.")
+    }
 
 
 def whole(client: MlflowClient, run: Any) -> tuple[Any, ...]:
@@ -68,15 +81,23 @@ def whole(client: MlflowClient, run: Any) -> tuple[Any, ...]:
         for name in run.data.metrics
         for point in client.get_metric_history(run.info.run_id, name)
     )
-    return run.info.status, sorted(run.data.params.items()), sorted(tags.items()), inputs, points
+    facts = (run.info.run_name, run.info.status)
+    return facts, sorted(run.data.params.items()), sorted(tags.items()), inputs, points
 
 
-def points(mlflow: MlflowProjection, metric: str) -> list[tuple[int, float]]:
-    """(step, value) of a metric in the run of the line's history."""
-    client = mlflow.client
-    experiment = client.get_experiment_by_name("line.history")
-    (run,) = client.search_runs([experiment.experiment_id])
-    found = client.get_metric_history(run.info.run_id, metric)
+def chart(mlflow: MlflowProjection, name: str) -> Any:
+    """The run of the line's charts with this name."""
+    experiment = mlflow.client.get_experiment_by_name("line.history")
+    query = f"attributes.run_name = '{name}'"
+    (run,) = mlflow.client.search_runs([experiment.experiment_id], query)
+    return run
+
+
+def points(
+    mlflow: MlflowProjection, metric: str, name: str = "champions of line"
+) -> list[tuple[int, float]]:
+    """(step, value) of a metric in a run of the line's charts."""
+    found = mlflow.client.get_metric_history(chart(mlflow, name).info.run_id, metric)
     return sorted((point.step, point.value) for point in found)
 
 

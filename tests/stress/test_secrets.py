@@ -34,6 +34,17 @@ SECRETS = {
     "PREFECT_API_AUTH_STRING": "admin:pl4nted-prefect-0008",
     "HF_TOKEN": "hf_pl4nted0009",
 }
+# The parts of an address that notifications are sent to.
+NOTIFY = {"the user": "pl4ntedUser0010", "the token": "Pl4ntedToken0011", "the key": "pl4nted-0012"}
+EVERY_EVENT = ["promoted", "rejected", "held", "quarantined", "rolled-back", "drop", "crashes"]
+
+
+def notify_address(host: str) -> dict[str, str]:
+    """The environment with an address that has secrets in every part."""
+    user, token, key = NOTIFY.values()
+    password = quote(PASSWORD, safe="")
+    address = f"json://{user}:{password}@{host}/hooks/{token}?key={key}&+X-Token={key}"
+    return {"RESTITCH_NOTIFY_URLS": f"slack://{token} {address}"}
 
 
 class Echo(BaseHTTPRequestHandler):
@@ -146,11 +157,11 @@ def test_messages_without_secrets_stay_unchanged() -> None:
 
 
 def test_successful_commands_write_no_secret(
-    world: World, new_home: NewHome, tmp_path: Path
+    world: World, new_home: NewHome, tmp_path: Path, echo: str
 ) -> None:
-    shell = Shell(new_home("home").home, SECRETS)
+    shell = Shell(new_home("home").home, {**SECRETS, **notify_address(echo)})
     shown = [
-        shell("init", world.line(tmp_path / "line.yaml")),
+        shell("init", world.line(tmp_path / "line.yaml", notify=EVERY_EVENT)),
         shell(
             *("register", "demo", "--task", world.task("colour")),
             *("--model", world.model("colour"), "--here"),
@@ -165,7 +176,8 @@ def test_successful_commands_write_no_secret(
         shell("history", "demo", "--json"),
     ]
     assert (tmp_path / "home" / "mlflow.db").stat().st_size > 100_000
-    assert leaks(tmp_path, shown, SECRETS) == []
+    assert "a notification was not sent" in shown[1].err
+    assert leaks(tmp_path, shown, {**SECRETS, **NOTIFY, "the password": PASSWORD}) == []
 
 
 # ADDRESS contains a user and a password.

@@ -185,14 +185,34 @@ def test_the_table_has_every_method_with_its_tuned_setting(shell: Shell) -> None
     assert "(tuned)" in table
 
 
-def test_a_comparison_is_a_run_in_mlflow(shell: Shell, tuned: dict[str, Any]) -> None:
-    run, _ = study_runs(shell)["methods of demo compared"]
-    for name, row in rows(tuned).items():
-        assert run.data.metrics[f"{name}/mean_accuracy"] == pytest.approx(row["mean_accuracy"])
-        assert run.data.metrics[f"{name}/retention"] == pytest.approx(row["retention"]["ratio"])
-    for name, row in rows(tuned, "experts").items():
-        assert run.data.metrics[f"{name}/mean_accuracy"] == pytest.approx(row["mean_accuracy"])
-        assert run.data.metrics[f"{name}/bytes"] == row["bytes"]["all"]
+def test_a_comparison_is_a_run_in_mlflow_with_one_below_it_for_each_method(
+    shell: Shell, tuned: dict[str, Any]
+) -> None:
+    runs = study_runs(shell)
+    parent, _ = runs["methods of demo compared"]
+    methods = {
+        name: run
+        for name, (run, _) in runs.items()
+        if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id
+    }
+    merged, experts = rows(tuned), rows(tuned, "experts")
+    assert methods.keys() == merged.keys() | experts.keys()
+    for name, row in (merged | experts).items():
+        metrics, params = methods[name].data.metrics, methods[name].data.params
+        assert metrics["mean/accuracy"] == pytest.approx(row["mean_accuracy"])
+        for task, result in row["results"].items():
+            value = result["merged" if name in merged else "expert"]
+            assert metrics[f"task/{task}/accuracy"] == pytest.approx(value)
+        assert params["method"] == name
+        for setting in row["settings"]:
+            assert f"settings.{setting}" in params
+    for name, row in merged.items():
+        retention = methods[name].data.metrics["retention/ratio"]
+        assert retention == pytest.approx(row["retention"]["ratio"])
+    for name, row in experts.items():
+        assert methods[name].data.metrics["bytes/all"] == row["bytes"]["all"]
+    assert parent.data.metrics == {}
+    assert parent.data.params["tuned"] == "true"
 
 
 def digests(folder: Path) -> dict[str, str]:

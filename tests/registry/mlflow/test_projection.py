@@ -180,7 +180,7 @@ def test_an_act_is_shown_with_its_facts_as_params(tmp_path):
     assert run.params["actor"] == "ann"
     assert run.params["reason"] == "a reason"
     assert run.params["models"] == "a 1"
-    assert run.tags["mlflow.runName"] == "0002 registered"
+    assert run.current["mlflow.runName"] == "0002 registered a reason"
     assert json.loads(run.artifacts["audit.json"]) == entry.to_json()
 
 
@@ -191,6 +191,7 @@ def test_texts_are_cut_to_what_mlflow_accepts(tmp_path):
     assert len(run.params["reason"]) < 6_000
     assert run.params["reason"].endswith("...")
     assert all(len(value) < 5_000 for value in run.tags.values())
+    assert len(run.current["mlflow.runName"]) == 120
     assert json.loads(run.artifacts["audit.json"])["reason"] == "x" * 10_000
 
 

@@ -41,11 +41,12 @@ WHOLE = {
     "line": 2,
     "line.audit": 9,
     "line.models": 2,
-    "line.history": 1,
+    "line.history": 2,
     "model line": 2,
     "model line.a": 1,
     "model line.b": 1,
     "aliases": 1,
+    "descriptions": 7,
 }
 
 

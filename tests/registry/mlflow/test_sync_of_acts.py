@@ -1,5 +1,6 @@
 """MLflow as the place to look: history, roles, tags, data sets, further artifacts."""
 
+import dataclasses
 import re
 from datetime import datetime
 from pathlib import Path
@@ -9,9 +10,18 @@ import pytest
 from mlflow.data import get_source
 
 from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.mlflow.projection import StudyPart
 from restitch.registry.mlflow.sync import MlflowProjection
 from tests.registry.builders import digest, home_with_mlflow, merge, record
-from tests.registry.mlflow_view import DyingClient, KilledError, points, run_of, shown
+from tests.registry.mlflow_view import (
+    DyingClient,
+    KilledError,
+    chart,
+    descriptions,
+    points,
+    run_of,
+    shown,
+)
 
 RETENTION = {"task": "general", "top1": 0.45, "base_top1": 0.5, "ratio": 0.9}
 FAILED = {
@@ -23,7 +33,14 @@ FAILED = {
 }
 
 
-def test_one_run_has_the_metrics_of_all_versions(mlflow, line):
+REJECTED = "rejected versions of line"
+
+
+def reject(line: Ledger, version: int) -> None:
+    line.act("rejected", "t", f"version {version}: too little", lambda line_state: line_state)
+
+
+def test_one_run_has_the_metrics_of_all_champions(mlflow, line):
     mlflow.repair(line)
     merge(line, tasks=("a", "b"), retention={**RETENTION, "ratio": 0.8})
     line.act("rolled-back", "ann", "worse", lambda line_state: line_state.promoted(2))
@@ -35,9 +52,8 @@ def test_one_run_has_the_metrics_of_all_versions(mlflow, line):
     for version in (1, 2, 3):
         metrics = run_of(mlflow, version).data.metrics
         assert {name: dict(points(mlflow, name))[version] for name in metrics} == metrics
-    experiment = mlflow.client.get_experiment_by_name("line.history")
-    (run,) = mlflow.client.search_runs([experiment.experiment_id])
-    assert (run.info.run_name, run.info.status) == ("history of line", "FINISHED")
+    run = chart(mlflow, "champions of line")
+    assert run.info.status == "FINISHED"
     (point,) = (
         p
         for p in mlflow.client.get_metric_history(run.info.run_id, "retention/ratio")
@@ -45,6 +61,23 @@ def test_one_run_has_the_metrics_of_all_versions(mlflow, line):
     )
     made = datetime.fromisoformat(line.merged(3).created_at)
     assert point.timestamp == int(made.timestamp() * 1000)
+    assert chart(mlflow, REJECTED).data.metrics == {}
+
+
+def test_rejected_versions_are_in_no_chart_of_champions(mlflow, line):
+    candidate(line, gates=[FAILED], retention={**RETENTION, "ratio": 0.2})
+    reject(line, 3)
+    candidate(line)  # neither in use nor rejected
+    mlflow.repair(line)
+    assert points(mlflow, "retention/ratio") == [(1, 0.9), (2, 0.9)]
+    assert points(mlflow, "retention/ratio", REJECTED) == [(3, 0.2)]
+    assert points(mlflow, "champion", REJECTED) == []
+    line.act("promoted", "ann", "version 3: I say so", lambda line_state: line_state.promoted(3))
+    mlflow.repair(line)
+    assert points(mlflow, "retention/ratio") == [(1, 0.9), (2, 0.9), (3, 0.2)]
+    before = shown(mlflow)
+    mlflow.repair(line, full=True)
+    assert shown(mlflow) == before
 
 
 def test_only_new_versions_are_read_and_added(mlflow, line, monkeypatch):
@@ -70,8 +103,8 @@ def test_a_deleted_history_is_completed_after_any_crash(mlflow, line, home):
     before = shown(mlflow)
     experiment = mlflow.client.get_experiment_by_name("line.history").experiment_id
     for deaths in (1, 2, 3, 4, 5):
-        (run,) = mlflow.client.search_runs([experiment])
-        mlflow.client.delete_run(run.info.run_id)
+        for run in mlflow.client.search_runs([experiment]):
+            mlflow.client.delete_run(run.info.run_id)
         dying = MlflowProjection(home)
         vars(dying)["client"] = DyingClient(mlflow.client, deaths)
         with pytest.raises(KilledError):
@@ -274,3 +307,94 @@ def test_extra_artifacts_are_written_before_a_projection_counts_as_complete(mlfl
         (tmp_path / str(version)).mkdir()
         found = artifacts(mlflow, version, tmp_path / str(version))
         assert found["report.html"] == b"whole"
+
+
+def names_of_acts(mlflow: MlflowProjection) -> list[str]:
+    audit = mlflow.client.get_experiment_by_name("line.audit").experiment_id
+    runs = mlflow.client.search_runs([audit], order_by=["start_time ASC"])
+    return [run.info.run_name for run in runs]
+
+
+def test_runs_of_acts_are_named_after_what_happened(mlflow, line):
+    candidate(line)
+    why = "version 3: min_retention of the general benchmark: 0.8690 < 0.9"
+    line.act("rejected", "t", why, lambda line_state: line_state)
+    mlflow.repair(line)
+    assert names_of_acts(mlflow)[-4:] == [
+        "0008 merged version 2: because",
+        "0009 promoted no gates",
+        "0010 merged version 3:",
+        "0011 rejected version 3: min_retention 0.8690 < 0.9",
+    ]
+
+
+def test_a_name_that_somebody_or_an_older_projection_gave_is_corrected(mlflow, line):
+    mlflow.repair(line)
+    names = names_of_acts(mlflow)
+    audit = mlflow.client.get_experiment_by_name("line.audit").experiment_id
+    for run in mlflow.client.search_runs([audit]):
+        mlflow.client.set_tag(run.info.run_id, "mlflow.runName", "0001 merged")
+    mlflow.repair(line, full=True)
+    assert names_of_acts(mlflow) == names
+
+
+def test_experiments_and_registered_models_describe_the_line(mlflow, line):
+    mlflow.repair(line)
+    found = descriptions(mlflow)
+    assert found.keys() == {
+        *("line", "line.audit", "line.models", "line.history"),
+        *("model line", "model line.a", "model line.b"),
+    }
+    for text in found.values():
+        assert "`STORE`" in text, "where the weights are"
+        assert "`line.audit`" in text, "where the history is"
+        assert "restitch export line champion OUT" in text
+    assert found["model line"].startswith("The merged model of line line: one model with")
+    assert "`/base`" in found["model line"]
+    assert found["model line.a"].startswith("The finetuned models of task a on line line")
+
+
+def test_descriptions_follow_the_line_and_those_of_a_user_stay(mlflow, line):
+    mlflow.repair(line)
+    client = mlflow.client
+    experiment = client.get_experiment_by_name("line.audit").experiment_id
+    client.update_registered_model("line.a", "Ours, do not touch.")
+    client.set_experiment_tag(experiment, "mlflow.note.content", "Read me first.")
+    client.update_registered_model("line", "The merged model of line line, as it once was.")
+    line.act("configured", "ann", "", lambda line_state: line_state.with_pin(True))
+    again = MlflowProjection(mlflow.home)
+    again.repair(line)
+    again.repair(line, full=True)
+    found = descriptions(mlflow)
+    assert found["model line.a"] == "Ours, do not touch."
+    assert found["line.audit"] == "Read me first."
+    assert "one model with the skills" in found["model line"]
+
+
+def test_a_store_s_credentials_are_in_no_description(home, line, empty_mlflow, tmp_path):
+    made = home_with_mlflow(tmp_path / "other", empty_mlflow)
+    secret = dataclasses.replace(made, store_url="s3://ann:pl4nted@bucket/prefix")
+    other = MlflowProjection(secret)
+    other.repair(line)
+    found = descriptions(other)
+    assert "pl4nted" not in str(found)
+    assert secret.store_name == "s3://***@bucket/prefix"
+
+
+def test_a_study_has_a_run_below_it_for_each_part(mlflow, line):
+    mlflow.repair(line)
+    parts = [
+        StudyPart("ties", {"settings.density": 0.2}, {"mean/accuracy": 0.5}),
+        StudyPart("averaging", {}, {"mean/accuracy": 0.4}),
+    ]
+    for _ in range(2):
+        parent = mlflow.show_study("line", "compared", "d", "ann", {}, {}, {}, parts)
+    studies = mlflow.client.get_experiment_by_name("line.studies").experiment_id
+    below = mlflow.client.search_runs([studies], f"tags.`mlflow.parentRunId` = '{parent}'")
+    assert {run.info.run_name: run.data.metrics["mean/accuracy"] for run in below} == {
+        "ties": 0.5,
+        "averaging": 0.4,
+    }
+    assert {run.data.tags["mlflow.user"] for run in below} == {"ann"}
+    assert len(mlflow.client.search_runs([studies])) == 3
+    assert descriptions(mlflow)["line.studies"].startswith("Studies of line line: ")

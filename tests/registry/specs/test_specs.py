@@ -58,6 +58,7 @@ def test_all_defaults_are_stored():
         "schedule": {"cron": "*/15 * * * *", "timezone": "UTC"},
         "require_device": None,
         "actors": None,
+        "notify": [],
     }
 
 
