@@ -82,7 +82,7 @@ class Decision(Outcome):
 
 
 def rollback(line: str, version: str, reason: str) -> Decision:
-    """Make a former champion the champion again, and pin the line to it.
+    """Make the champion or a former one the champion, and pin the line to it.
 
     Raises:
         BadInput: there is no such version, or it was never the champion.
@@ -98,10 +98,12 @@ def rollback(line: str, version: str, reason: str) -> Decision:
         )
 
     def change(line_state: LineState) -> LineState | None:
-        return None if line_state.champion == number else line_state.promoted(number).with_pin(True)
+        after = line_state.promoted(number).with_pin(True)
+        return None if after == line_state else after
 
-    before = line_state.champion or "none"
-    why = f"version {number} in place of {before}, pinned: {_checked(reason)}"
+    before = line_state.champion
+    how = "stays in use" if before == number else f"in place of {before or 'none'}"
+    why = f"version {number} {how}, pinned: {_checked(reason)}"
     return _decided(
         ledger, "rolled-back", why, change, _digests(record), _retired_members(line_state, record)
     )
@@ -117,15 +119,13 @@ def promote(line: str, version: str, reason: str) -> Decision:
     number = record.version
 
     def change(line_state: LineState) -> LineState | None:
-        if line_state.champion == number:
-            return None
-        line_state = _with_members(line_state.promoted(number), record)
-        return line_state if _holds_all(line_state, record) else line_state.with_pin(True)
+        after = _with_members(line_state.promoted(number), record)
+        after = after if _holds_all(after, record) else after.with_pin(True)
+        return None if after == line_state else after
 
-    failed = [gate.note or gate.gate for gate in record.gates if not gate.passed]
-    past = f", past {'; '.join(failed)}" if failed else ""
+    past = f", past {'; '.join(record.misses)}" if record.misses else ""
     why = f"version {number} by hand{past}: {_checked(reason)}"
-    notes = _retired_members(before, record)
+    notes = (*_retired_members(before, record), *record.losses)
     decision = _decided(ledger, "promoted", why, change, _digests(record), notes)
     if decision.done and decision.pinned and not before.pinned:
         note = "the line is pinned: other members are ready and would have replaced this version"
@@ -154,6 +154,9 @@ def retire(line: str, task: str, reason: str, *, merge: bool = True) -> Decision
             before = RetiredFrom(state=model.state, reason=model.reason)
             facts = model.facts.model_copy(update={"retired_from": before})
             line_state = line_state.with_state(task, number, "retired", reason.strip(), facts=facts)
+        waiting = line_state.candidate
+        if waiting is not None and task in ledger.merged(waiting).members:
+            line_state = line_state.without_candidate()
         nothing_left = not line_state.members and not line_state.pinned
         return line_state.without_champion() if nothing_left else line_state
 

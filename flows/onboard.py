@@ -22,8 +22,8 @@ from typing import Any
 from restitch.flows.audit.report import mirror
 from restitch.flows.lines.adopt_mlflow import adopt_one
 from restitch.flows.outcome import Outcome
+from restitch.flows.promotion.masks import mask_choice, needs_new_mask
 from restitch.flows.promotion.skill import Judgement, is_in_champion, judge
-from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, CannotJoin, RestitchError
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import (
@@ -37,7 +37,6 @@ from restitch.registry.ledger.line_state import (
 from restitch.registry.ledger.measurements import compared
 from restitch.registry.ledger.records import Kind
 from restitch.registry.ledger.references import STATISTIC
-from restitch.registry.specs.line import LineSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.attempts import Attempt, Attempts
 from restitch.tasks.evaluate import evaluate
@@ -144,7 +143,7 @@ def onboard_event(
 def _onboard(ledger: Ledger, line_state: LineState, key: ModelKey) -> OnboardOutcome:
     ref, spec = LineRef(line_state.spec, line_state.base), line_state.tasks[key.task].spec
     model = line_state.model(key)
-    if model.state != "registered" and not _has_outdated_mask(line_state, model):
+    if model.state != "registered" and not needs_new_mask(line_state, model):
         _measure_again(ledger, ref, spec, key, model)
         return _done(ledger, key, localized=False)
     try:
@@ -209,12 +208,7 @@ def is_outdated(line_state: LineState, key: ModelKey) -> bool:
     task since it was measured.
     """
     model = line_state.model(key)
-    return _has_outdated_mask(line_state, model) or _has_outdated_results(line_state, key)
-
-
-def _has_outdated_mask(line_state: LineState, model: ModelVersion) -> bool:
-    choice = model.facts.choice
-    return model.state in ("ready", "held") and choice not in (None, _choice(line_state.spec))
+    return needs_new_mask(line_state, model) or _has_outdated_results(line_state, key)
 
 
 def _has_outdated_results(line_state: LineState, key: ModelKey) -> bool:
@@ -223,12 +217,6 @@ def _has_outdated_results(line_state: LineState, key: ModelKey) -> bool:
     if model.state not in ("ready", "held") or evaluation_split(spec) is None:
         return False
     return model.facts.measured_on not in (None, description_digest(spec))
-
-
-def _choice(line: LineSpec) -> str:
-    choice = line.localize
-    tensors = [list(choice.include), list(choice.exclude)]
-    return digest_json([choice.mode, choice.settings, tensors])
 
 
 def _registered(line_state: LineState, key: ModelKey) -> ModelVersion:
@@ -272,7 +260,7 @@ def _measure(
         localizer=delta.localizer,
         seconds=delta.seconds,
         localized_by=delta.made_by,
-        choice=_choice(line.spec),
+        choice=mask_choice(line.spec),
         outside_share=checked.outside_share,
         outside_tensors=checked.outside_tensors,
         unused=checked.unused,
@@ -347,7 +335,7 @@ def _join(
 ) -> None:
     def join(line_state: LineState) -> Judgement | None:
         model = line_state.model(key)
-        if model.state != "registered" and not _has_outdated_mask(line_state, model):
+        if model.state != "registered" and not needs_new_mask(line_state, model):
             return None
         kept = {name: getattr(model.facts, name) for name in _KEPT}
         known = facts.model_copy(update=kept)

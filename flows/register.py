@@ -76,7 +76,10 @@ class RegisterOutcome(Outcome):
         """0, or the code for the reason why the model is not in the merged model."""
         if self.onboarded.state == "quarantined":
             return CannotJoin.exit_code
-        return GateFailed.exit_code if self.onboarded.state == "held" else 0
+        if self.onboarded.state == "held":
+            return GateFailed.exit_code
+        blocked = self.merged is not None and self.merged.action in ("rejected", "waiting")
+        return self.merged.exit_code if self.merged is not None and blocked else 0
 
 
 def register(

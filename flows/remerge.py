@@ -1,13 +1,18 @@
 """Bring a line's merged model up to date with its members.
 
     onboard new models --> snapshot --> stitch --> evaluate --> gates --> record --> promote
-    a gate fails --> reject; try the new members one by one, oldest first: hold those that fail,
-                     promote the rest
+    a gate blocks --> reject; try the new members one by one, oldest first: hold those that are
+                      blocked, promote the rest
 
 `remerge` looks at the line's state and not at the event that started it. If the newest merged
 version already holds all members, nothing happens. It can be killed at any point and run again.
+
+If the line's settings for masks change, `remerge` waits until all members have new masks, so that
+no version mixes old and new ones. If a gate blocks the champion's own members with new masks or a
+new method, the settings are at fault: the version is rejected, and no member is held.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -17,8 +22,9 @@ from restitch.flows.lines.adopt_mlflow import adopt
 from restitch.flows.onboard import attempts_at, died_at, is_outdated, onboard
 from restitch.flows.outcome import Outcome
 from restitch.flows.promotion.candidates import Candidate, make_candidate
+from restitch.flows.promotion.masks import has_old_mask, needs_new_mask
 from restitch.flows.promotion.pauses import PausedError, check_not_paused
-from restitch.flows.promotion.snapshot import Snapshot, newest_models, take_snapshot
+from restitch.flows.promotion.snapshot import Snapshot, needed_models, take_snapshot
 from restitch.flows.promotion.transitions import MovedError, hold, promote, record_version, reject
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import GateFailed, RestitchError, Unavailable
@@ -49,7 +55,11 @@ ATTEMPTS = 20
 # Seconds to wait for the address of the run in MLflow.
 LINK_PATIENCE = 10.0
 
-Action = Literal["unchanged", "empty", "promoted", "rejected", "candidate", "covered", "paused"]
+Action = Literal[
+    "unchanged", "empty", "waiting", "promoted", "rejected", "candidate", "covered", "paused"
+]
+
+_AT_WORK = "a worker makes its new mask"
 
 
 @dataclass(frozen=True)
@@ -57,13 +67,16 @@ class RemergeOutcome(Outcome):
     """The result of a remerge.
 
     Attributes:
-        action: unchanged, empty (no member yet), promoted, rejected (gates failed and no part
-            could be promoted), candidate (the line is pinned), covered (another remerge that
-            waits will do the same work), paused (the line or its schedule is paused).
+        action: unchanged, empty (no member yet), waiting (for new masks of members), promoted,
+            rejected (gates block it and no part could be promoted), candidate (the line is
+            pinned), covered (another remerge that waits will do the same work), paused (the line
+            or its schedule is paused).
         version: the merged version that was made, or that exists already.
         localized: the models that this run localized, as "task version".
-        held: the models that this run held, with the gates that failed.
-        failed: the gates that the version failed.
+        held: the models that this run held, with the gates that block them.
+        failed: the gates that the version did not pass.
+        missing: the members without a new mask, with the reason.
+        warnings: losses of tasks and gates that only warn, if the version was promoted.
         record: the record of the version.
     """
 
@@ -74,11 +87,15 @@ class RemergeOutcome(Outcome):
     localized: tuple[str, ...] = ()
     held: dict[str, list[str]] = field(default_factory=dict)
     failed: tuple[str, ...] = ()
+    missing: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
     record: MergedRecord | None = None
 
     @property
     def exit_code(self) -> int:
-        """0, or the code of a failed gate."""
+        """0, or the code of a failed gate, or of masks that could not be made."""
+        if any(reason != _AT_WORK for reason in self.missing.values()):
+            return Unavailable.exit_code
         return GateFailed.exit_code if self.held or self.action == "rejected" else 0
 
 
@@ -125,21 +142,25 @@ def _brought_up_to_date(ledger: Ledger, force: bool) -> RemergeOutcome:
         except Unavailable as error:  # go on without the models that only MLflow has
             warn(f"models that were registered in MLflow are not adopted now: {error.message()}")
         mirror(line)
-        localized = _onboard_missing(ledger)
-        return replace(_merge_until_settled(ledger, force), localized=localized)
+        return _merge_until_settled(ledger, force)
 
 
 def _merge_until_settled(ledger: Ledger, force: bool) -> RemergeOutcome:
+    localized: list[str] = []
     for _ in range(ATTEMPTS):
+        made, problems = _onboard_missing(ledger)
+        localized += made
         snapshot = take_snapshot(ledger)
-        if not snapshot.members:
-            say(f"{ledger.line}: no member yet, nothing to merge")
-            return _outcome(ledger, "empty", None)
         try:
-            outcome = _settle(ledger, snapshot, force)
+            missing = _without_new_masks(snapshot, problems)
+            if missing or not snapshot.members:
+                outcome = _not_merged(ledger, missing)
+            else:
+                outcome = _settle(ledger, snapshot, force)
         except MovedError:
             say(f"{ledger.line}: the line changed during the merge, starting again")
             continue
+        outcome = replace(outcome, localized=tuple(localized))
         if outcome.record is not None and outcome.action != "unchanged":
             # Done before MLflow is written, because other processes of this host wait for that.
             Reports(ledger).analysis(outcome.record)
@@ -147,33 +168,68 @@ def _merge_until_settled(ledger: Ledger, force: bool) -> RemergeOutcome:
         return outcome
     raise Unavailable(
         f"gave up after {ATTEMPTS} attempts: line {ledger.line} kept changing",
-        expected="a line whose champion and members stay the same during one merge",
-        found="another process promoted or retired in each attempt",
+        expected="a line whose champion, members and settings stay the same during one merge",
+        found="another process promoted, retired or configured in each attempt",
         hint="run the same command again; `restitch history` shows who changes the line",
     )
 
 
-def _onboard_missing(ledger: Ledger) -> tuple[str, ...]:
+def _onboard_missing(ledger: Ledger) -> tuple[tuple[str, ...], dict[ModelKey, str]]:
     """Onboard registered models that no event started, and models that are outdated.
 
     With workers, start a run in their pool for each; its mask starts the next remerge.
 
     Returns:
-        The models that this process localized.
+        The models that this process localized, and those that it could not, with the reason.
     """
-    line_state, localized = ledger.state(), []
+    line_state, localized, problems = ledger.state(), [], {}
     missing = [key for key, _ in line_state.in_state("registered")]
-    missing += [key for key, _ in newest_models(line_state) if is_outdated(line_state, key)]
+    missing += [key for key, _ in needed_models(line_state) if is_outdated(line_state, key)]
     to_workers = bool(missing) and has_workers()
     for key in missing:
         try:
             if to_workers:
                 _start_onboard(ledger, key)
+                problems[key] = _AT_WORK
             elif onboard(ledger.line, key.task, key.version).localized:
                 localized.append(str(key))
+            else:
+                problems[key] = "its new mask cannot be made"
         except RestitchError as error:
+            problems[key] = error.summary
             warn(f"{key.task} version {key.version} is not onboarded now: {error.message()}")
-    return tuple(localized)
+    return tuple(localized), problems
+
+
+def _without_new_masks(snapshot: Snapshot, problems: Mapping[ModelKey, str]) -> dict[str, str]:
+    """The members whose masks are older than the line's settings, with the reason.
+
+    Raises:
+        MovedError: the settings changed after the masks were made.
+    """
+    keys = [
+        ModelKey(member.task, member.version)
+        for member in snapshot.members
+        if needs_new_mask(snapshot.line_state, member.model)
+    ]
+    if not problems.keys() >= set(keys):
+        raise MovedError
+    return {str(key): problems[key] for key in keys}
+
+
+def _not_merged(ledger: Ledger, missing: dict[str, str]) -> RemergeOutcome:
+    """The outcome without a merge: no member yet, or members without new masks."""
+    if not missing:
+        say(f"{ledger.line}: no member yet, nothing to merge")
+        return _outcome(ledger, "empty", None)
+    reasons = "; ".join(f"{key}: {reason}" for key, reason in missing.items())
+    say(f"{ledger.line}: no merge before all members have new masks; {reasons}")
+    if any(reason != _AT_WORK for reason in missing.values()):
+        warn(
+            "restore the model's source, register a newer model, retire the task, or set back "
+            "the line's `localize` and `method`"
+        )
+    return replace(_outcome(ledger, "waiting", None), missing=missing)
 
 
 def _start_onboard(ledger: Ledger, key: ModelKey) -> None:
@@ -194,9 +250,10 @@ def _start_onboard(ledger: Ledger, key: ModelKey) -> None:
 def _settle(ledger: Ledger, snapshot: Snapshot, force: bool) -> RemergeOutcome:
     """Merge all members; if a gate fails, promote those whose joining passes."""
     if snapshot.settled is not None and not force:
-        version = snapshot.settled.version
-        say(f"{ledger.line}: nothing changed since version {version}")
-        return _outcome(ledger, "unchanged", version)
+        version, champion = snapshot.settled.version, snapshot.line_state.champion
+        rejected = snapshot.settled is snapshot.rejected
+        say(f"{ledger.line}: nothing changed since version {version}{' was rejected' * rejected}")
+        return _outcome(ledger, "unchanged", champion if rejected else version)
     everything = make_candidate(snapshot, snapshot.members, again=force)
     known = snapshot.merge_of(everything.patch.recipe, everything.members)
     if known is not None:
@@ -205,21 +262,29 @@ def _settle(ledger: Ledger, snapshot: Snapshot, force: bool) -> RemergeOutcome:
         return _outcome(ledger, "unchanged", known.version)
     version = record_version(ledger, snapshot, everything)
     if everything.passed:
-        return _outcome(ledger, promote(ledger, snapshot, everything, version), version)
-    reject(ledger, version, everything)
+        return _promoted(ledger, snapshot, everything, version)
+    reject(ledger, snapshot, version, everything)
     rest, held = _one_by_one(snapshot)
     # Done before the rest is promoted: a run killed in between would try all of them again.
     for member, failed in held:
         hold(ledger, snapshot, member, failed)
-    action: Action = "rejected"
+    outcome = _outcome(ledger, "rejected", version)
     if rest is not None and not rest.is_version(snapshot.champion):
         version = record_version(ledger, snapshot, rest)
         if rest.passed:
-            action = promote(ledger, snapshot, rest, version)
+            outcome = _promoted(ledger, snapshot, rest, version)
         else:
-            reject(ledger, version, rest)
+            reject(ledger, snapshot, version, rest)
+            outcome = _outcome(ledger, "rejected", version)
     notes = {f"{m.task} {m.version}": [str(g.note) for g in failed] for m, failed in held}
-    return _outcome(ledger, action, version, notes)
+    return replace(outcome, held=notes)
+
+
+def _promoted(
+    ledger: Ledger, snapshot: Snapshot, candidate: Candidate, version: int
+) -> RemergeOutcome:
+    action = promote(ledger, snapshot, candidate, version)
+    return replace(_outcome(ledger, action, version), warnings=candidate.warnings)
 
 
 def _one_by_one(
@@ -228,11 +293,18 @@ def _one_by_one(
     """Try the new members on top of the champion's, oldest first.
 
     Returns:
-        The last candidate that passed, if there is one, and the members that failed with the
-        gates that they failed.
+        The last candidate that passed, if there is one, and the members that are blocked with
+        their gates. Nothing, if the champion's own members do not pass with the line's new method
+        or masks.
     """
     current = snapshot.champion_members
+    if any(has_old_mask(snapshot.line_state, member.model) for member in current):
+        return None, []
     best = make_candidate(snapshot, current) if current else None
+    if best is not None and best.joining and not best.passed:
+        line = snapshot.line_state.line
+        warn(f"{line}: no model is held, because the champion's own fail with the new settings")
+        return None, []
     held = []
     for member in snapshot.joining:
         candidate = make_candidate(snapshot, snapshot.joined(current, member))
@@ -243,19 +315,13 @@ def _one_by_one(
     return best, held
 
 
-def _outcome(
-    ledger: Ledger,
-    action: Action,
-    version: int | None,
-    held: dict[str, list[str]] | None = None,
-) -> RemergeOutcome:
+def _outcome(ledger: Ledger, action: Action, version: int | None) -> RemergeOutcome:
     record = None if version is None else ledger.merged(version)
     return RemergeOutcome(
         ledger.line,
         action,
         version,
         ledger.state().champion,
-        held=held or {},
         failed=() if record is None else tuple(g.gate for g in record.gates if not g.passed),
         record=record,
     )

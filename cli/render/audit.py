@@ -17,6 +17,7 @@ from restitch.cli.render.formats import (
     write,
 )
 from restitch.cli.render.lines import of_specialists, paused, remerged, results
+from restitch.registry.gates.gate import GateOutcome
 
 
 def history(result: Values, out: Console) -> None:
@@ -83,9 +84,14 @@ def show(result: Values, out: Console) -> None:
     write(out, f"{result['line']} version {result['version']}{role}, {made}")
     results(result, out)
     _intervals(result["results"], out)
-    for gate in result["gates"]:
-        mark = "passed" if gate["passed"] else "failed" if gate["action"] == "block" else "warned"
-        write(out, f"  {mark}: {gate['note'] or gate['gate']}{_ends(gate['interval'])}")
+    for values in result["gates"]:
+        gate = GateOutcome.model_validate(values)
+        mark = gate.verdict if gate.passed or gate.blocks else "warned"
+        write(out, f"  {mark}: {gate.note or gate.gate}{_ends(values['interval'])}")
+    if not result["gates"]:
+        write(out, "  no gates")
+    for loss in result["losses"]:
+        write(out, f"  {loss}", "yellow")
     method = result["recipe"]["method"]
     write(out, f"  method {method['name']} {method['version']}, {setting(method['settings'])}")
     if "tournament" in result["facts"]:
@@ -160,7 +166,7 @@ def _maker(version: Values) -> Values:
 
 
 def _role(version: Values) -> str:
-    role = version["role"] or ("" if version["passed"] else "failed")
+    role = version["role"] or ("" if version["passed"] else version["verdict"])
     return f"{version['version']} {role}".rstrip()
 
 

@@ -24,8 +24,9 @@ MOST_LINES = 10  # of one model's reason
 _REMERGED = {
     "unchanged": "nothing changed; version {version} stays",
     "empty": "no model is ready to be merged",
+    "waiting": "no merge before all members have new masks; the champion is {champion}",
     "promoted": "version {version} is the champion",
-    "rejected": "version {version} failed its gates; the champion is {champion}",
+    "rejected": "version {version} did not pass its gates; the champion is {champion}",
     "candidate": "version {version} is a candidate: promotion is switched off",
     "paused": "the line is paused; nothing was merged",
 }
@@ -58,6 +59,10 @@ def remerged(result: Values, out: Console) -> None:
     write(out, f"{result['line']}: {_REMERGED[result['action']].format(**result)}")
     for model, checks in result["held"].items():
         write(out, f"  held {model}: {'; '.join(checks)}", "yellow")
+    for model, why in result["missing"].items():
+        write(out, f"  no new mask of {model}: {why}", "yellow")
+    for warning in result["warnings"]:
+        write(out, f"  {warning}", "yellow")
     if result["record"] is not None:
         results(result["record"], out)
 

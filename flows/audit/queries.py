@@ -118,6 +118,8 @@ def version_details(
         "role": _role(line_state, record.version),
         "mean_accuracy": record.mean_accuracy,
         "mean_normalized": record.mean_normalized,
+        "verdict": record.verdict,
+        "losses": list(record.losses),
         "digest": line_state.versions[record.version],
         "specialists": stored_specialists(objects, [recipe]).get(recipe),
     }
@@ -153,6 +155,7 @@ def why(line: str, task: str) -> dict[str, Any]:
                 "settings": before is not None
                 and before.recipe["method"] != record.recipe["method"],
                 "passed": record.passed,
+                "verdict": record.verdict,
             }
         )
         before = record
@@ -242,7 +245,8 @@ def _summary(
         "retention_interval": retention.get("ratio_interval"),
         "top1": retention.get("top1"),
         "passed": record.passed,
-        "failed": [gate.note or gate.gate for gate in record.gates if not gate.passed],
+        "verdict": record.verdict,
+        "failed": list(record.misses),
         "created_at": record.created_at,
         "made_by": record.made_by,
         "acts": acts.get(record.version, []),

@@ -14,6 +14,7 @@ from restitch.merging.localize.dataless import kept_count
 from restitch.merging.methods.registry import get_method, method_names, resolve_settings
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.families.family import family_names, get_family
+from restitch.registry.gates.registry import GATES
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.sources.resolve import COPY_SCHEME
@@ -22,7 +23,12 @@ from restitch.registry.specs.line import LineSpec, line_changes
 from restitch.registry.specs.method import MethodSpec, TournamentSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base, describe_model, open_base
-from restitch.tasks.inputs.task_data import check_fits, check_rows, resolve_task
+from restitch.tasks.inputs.task_data import (
+    check_fits,
+    check_rows,
+    evaluation_split,
+    resolve_task,
+)
 from restitch.tasks.method_selection import check_benchmark
 from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.delivery import problems, services
@@ -54,12 +60,13 @@ def init_line(file: Path) -> InitOutcome:
     """Make or update a line.
 
     Raises:
-        BadInput: the file, its schedule, its base or its benchmark cannot be used, or the base or
-            family of an existing line would change.
+        BadInput: the file, its schedule, its base or its benchmark cannot be used, a gate could
+            never be measured, or the base or family of an existing line would change.
     """
     space = workspace()
     spec = load_line(file)
     check_schedule(spec.schedule, str(file))
+    _check_gates(spec)
     family = get_family(spec.family)
     spec = spec.with_method(_resolved(spec.method))
     ledger = Ledger(space.objects, spec.line)
@@ -112,6 +119,23 @@ def init_line(file: Path) -> InitOutcome:
             "coordinates": sum(opened.checkpoint.info(name).numel for name in opened.names),
         },
     )
+
+
+def _check_gates(spec: LineSpec) -> None:
+    """Refuse gates that can never be measured, because the line has no benchmark for them."""
+    benchmark = spec.retention
+    # A task of the line may be described, or get its data, later.
+    if isinstance(benchmark, str) or (benchmark is not None and evaluation_split(benchmark)):
+        return
+    gates = [name for name in spec.gates.limits if GATES[name].needs_benchmark]
+    if gates:
+        raise BadInput(
+            f"line {spec.line}: {', '.join(gates)} can never be measured",
+            expected="retention: a general benchmark with rows to evaluate on",
+            found="no retention" if benchmark is None else f"no test rows in {benchmark.task}",
+            hint="name a task file with data under `retention`, or remove the gate; a gate that is "
+            "not measured blocks every version",
+        )
 
 
 def _check_fit(spec: LineSpec, base: Base) -> None:

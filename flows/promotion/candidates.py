@@ -14,7 +14,8 @@ from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.recipe import Recipe
 from restitch.modeling.significance import ratio_interval, rows_of
-from restitch.registry.gates.gate import Drop, GateOutcome, Measured
+from restitch.registry.gates.gate import Drop, GateOutcome, Measured, NotMeasured
+from restitch.registry.gates.max_task_drop import MaxTaskDrop
 from restitch.registry.gates.registry import check_gates
 from restitch.registry.ledger.line_state import LineState, Member
 from restitch.registry.ledger.measurements import Acceptance, Gain, decisions
@@ -37,6 +38,9 @@ from restitch.tasks.runtime.events import this_run
 from restitch.tasks.runtime.refs import LineRef, PatchRef, ResultRef, WeightsRef
 from restitch.tasks.runtime.workspace import made_by, workspace
 
+# Why a task without data is not measured.
+NO_ROWS = "the task has no rows to evaluate on"
+
 LIBRARIES = ("restitch", "torch", "transformers", "datasets", "prefect", "mlflow", "safetensors")
 
 
@@ -46,6 +50,8 @@ class Candidate:
 
     Attributes:
         gates: the outcomes of all gates that were applied.
+        joining: the tasks that gates judge as joining ones.
+        drops: the losses against the champion, by task, as far as they were measured.
         tournament: the selection of its method, if the line names several.
     """
 
@@ -54,6 +60,8 @@ class Candidate:
     patch: PatchRef
     results: dict[str, TaskResult]
     retention: Retention | None
+    joining: frozenset[str]
+    drops: dict[str, Drop]
     gates: tuple[GateOutcome, ...]
     timings: dict[str, float]
     tournament: SelectionOutcome | None = None
@@ -75,9 +83,26 @@ class Candidate:
         return tuple(gate for gate in self.gates if gate.blocks)
 
     @property
-    def warnings(self) -> tuple[GateOutcome, ...]:
-        """The gates that failed and only warn."""
-        return tuple(gate for gate in self.gates if not gate.passed and not gate.blocks)
+    def warnings(self) -> tuple[str, ...]:
+        """What a promotion must not pass over: gates that only warn, and losses without a gate."""
+        warned = [str(gate.note) for gate in self.gates if not gate.passed and not gate.blocks]
+        return (*warned, *self._losses)
+
+    @property
+    def _losses(self) -> tuple[str, ...]:
+        """The significant losses that no gate judged."""
+        judged = {gate.task for gate in self.gates if gate.gate == MaxTaskDrop.name}
+        return tuple(
+            drop.sentence(task)
+            for task, drop in self.drops.items()
+            if drop.is_significant and task not in judged
+        )
+
+    @property
+    def reason(self) -> str:
+        """The outcomes of all gates and the losses without a gate, for the trail."""
+        gates = [str(gate.note) for gate in self.gates]
+        return "; ".join([*(gates or ["no gates"]), *self._losses])
 
     def is_version(self, record: MergedRecord | None) -> bool:
         """True if this candidate is the same as an existing version."""
@@ -96,6 +121,7 @@ class Candidate:
             members={m.task: _merged_member(m) for m in self.members},
             results=self.results,
             retention=self.retention,
+            drops=self.drops,
             gates=self.gates,
             facts={} if self.tournament is None else {FACT: self.tournament},
             created_at=datetime.now(UTC).isoformat(timespec="microseconds"),
@@ -130,22 +156,66 @@ def make_candidate(
     with _timed(timings, "evaluate"):
         results = {m.task: measure_member(line, m, merged, again=again) for m in members}
         retention = measure_retention(line, snapshot.line_state, merged, again=again)
+        drops = _drops(snapshot, line, members, results)
+    joining = _joining(snapshot, members, recipe)
     measured = Measured(
-        normalized={
-            task: share
-            for task, result in results.items()
-            if (share := result.share_of_finetuned) is not None
-        },
+        normalized={task: _normalized(result) for task, result in results.items()},
         without_gain=frozenset(task for task, r in results.items() if r.has_no_gain),
-        drops=_drops(snapshot.champion, results),
-        retention=None if retention is None else retention.ratio,
-        joining=frozenset(m.task for m in snapshot.joining),
+        drops=drops,
+        joining=joining,
+        retention=_ratio(snapshot, retention),
         retention_interval=None if retention is None else retention.ratio_interval,
         patch_bytes=patch.size,
     )
     limits = snapshot.line_state.spec.gates
-    gates = check_gates(limits.limits, measured, limits.warn)
-    return Candidate(members, recipe, patch, results, retention, gates, timings, selection.outcome)
+    return Candidate(
+        members,
+        recipe,
+        patch,
+        results,
+        retention,
+        joining,
+        {task: drop for task, drop in drops.items() if isinstance(drop, Drop)},
+        check_gates(limits.limits, measured, limits.warn),
+        timings,
+        selection.outcome,
+    )
+
+
+def _joining(snapshot: Snapshot, members: tuple[Member, ...], recipe: Recipe) -> frozenset[str]:
+    """The tasks that gates judge as joining ones: all, if the method or the masks changed."""
+    tasks = frozenset(member.task for member in members)
+    champion = snapshot.champion
+    if champion is None or champion.recipe["method"] != recipe.to_json()["method"]:
+        return tasks
+    inside = champion.members
+    known = {m.task: m for m in members if m.task in inside and inside[m.task].version == m.version}
+    if any(inside[task].delta != member.model.delta for task, member in known.items()):
+        return tasks
+    return tasks - known.keys()
+
+
+def _normalized(result: TaskResult) -> float | NotMeasured:
+    """The normalized accuracy of a task, or why it has none."""
+    if (share := result.share_of_finetuned) is not None:
+        return share
+    if result.merged is None:
+        return NotMeasured(NO_ROWS)
+    if result.finetuned is None:
+        return NotMeasured("the finetuned model could not be evaluated")
+    return NotMeasured(f"the finetuned model's {result.metric} is 0")
+
+
+def _ratio(snapshot: Snapshot, retention: Retention | None) -> float | NotMeasured:
+    """The retention on the line's benchmark, or why there is none."""
+    benchmark = snapshot.benchmark
+    if retention is not None:
+        zero = f"the base's accuracy on {retention.task} is 0"
+        return retention.ratio if retention.base_top1 else NotMeasured(zero)
+    if benchmark is not None:
+        return NotMeasured(f"the benchmark {benchmark.task} has no rows to evaluate on")
+    named = snapshot.line_state.spec.retention
+    return NotMeasured("the line has no benchmark" if named is None else f"the line has no {named}")
 
 
 def measure_member(
@@ -227,22 +297,44 @@ def measure_retention(
     )
 
 
-def _drops(champion: MergedRecord | None, results: dict[str, TaskResult]) -> dict[str, Drop]:
-    """The loss of each task against the champion, and whether it can be chance."""
-    drops = {}
-    for task, new in results.items():
-        old = None if champion is None else champion.results.get(task)
-        if old is None or old.merged is None or new.merged is None:
-            continue
-        pairs = compare_results(workspace().objects, old, new)
-        lost = old.merged - new.merged
-        if pairs is not None:
-            interval = Interval(low=-pairs.high, high=-pairs.low)
-            drops[task] = Drop(lost, not pairs.is_significant, interval, pairs.p_value)
-        else:
-            inside = old.interval is not None and new.merged >= old.interval.low
-            drops[task] = Drop(lost, inside)
+def _drops(
+    snapshot: Snapshot, line: LineRef, members: tuple[Member, ...], results: dict[str, TaskResult]
+) -> dict[str, Drop | NotMeasured]:
+    """The loss of each task against the champion, or why it cannot be measured.
+
+    A joining task without rows is among them, because none of its losses could ever be measured.
+    """
+    inside = {member.task: member for member in snapshot.champion_members}
+    drops: dict[str, Drop | NotMeasured] = {}
+    for member in members:
+        task, new = member.task, results[member.task]
+        if new.merged is None:
+            drops[task] = NotMeasured(NO_ROWS)
+        elif snapshot.champion is not None and task in inside:
+            drops[task] = _drop(line, snapshot.champion, inside[task], new)
     return drops
+
+
+def _drop(line: LineRef, champion: MergedRecord, member: Member, new: TaskResult) -> Drop:
+    """The loss of a task against the champion on the same rows, and whether it can be chance.
+
+    The champion is evaluated on the task as it is described now; mostly that result is stored.
+    """
+    assert new.merged is not None
+    old = evaluate(line, member.spec, WeightsRef("merged", champion.patch), member.model.model)
+    lost = old.value - new.merged
+    before = TaskResult(metric=new.metric, evaluations={"merged": old.blob}, data=new.data)
+    pairs = compare_results(workspace().objects, before, new)
+    if pairs is None:
+        inside = new.merged >= old.low
+        return Drop(value=lost, is_noise=inside, against=champion.version)
+    return Drop(
+        value=lost,
+        is_noise=not pairs.is_significant,
+        against=champion.version,
+        interval=Interval(low=-pairs.high, high=-pairs.low),
+        p_value=pairs.p_value,
+    )
 
 
 def _interval(result: ResultRef) -> Interval:

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from restitch.flows.promotion.masks import needs_new_mask
 from restitch.flows.promotion.method_selection import earlier_selection
 from restitch.flows.promotion.versions import member_of, members_of
 from restitch.merging.digests import digest_json
@@ -25,13 +26,17 @@ class Snapshot:
         members: the members of a merge of everything, by task name: the newest ready model of
             each task, or a newer held one if the context has changed since it was held.
         newest: the record of the newest version, promoted or not.
-        context: the digest of everything on which a gate's verdict depends.
+        candidate: the record of the version that passed its gates and waits for its promotion.
+        rejected: the newest version, if its gates rejected it and nothing changed since.
+        context: the digest of everything on which a gate's verdict depends, but the champion.
     """
 
     line_state: LineState
     members: tuple[Member, ...]
     champion: MergedRecord | None
     newest: MergedRecord | None
+    candidate: MergedRecord | None
+    rejected: MergedRecord | None
     context: str
 
     @property
@@ -46,13 +51,17 @@ class Snapshot:
 
     @cached_property
     def settled(self) -> MergedRecord | None:
-        """The version that already is the merge of these members.
+        """The version that already is the merge of these members, or was rejected as that.
 
         None if there is none, or if a tournament must select their method first.
         """
-        selection = earlier_selection(self.line, self.members, self.benchmark, self.current)
+        records = (*self.current, *([] if self.rejected is None else [self.rejected]))
+        selection = earlier_selection(self.line, self.members, self.benchmark, records)
         recipe = None if selection is None else known_recipe(selection.line, self.members)
-        return None if recipe is None else self.merge_of(recipe.digest(), self.members)
+        if recipe is None:
+            return None
+        same = (one for one in records if is_merge_of(one, recipe.digest(), self.members))
+        return next(same, None)
 
     def merge_of(self, recipe: str, members: Iterable[Member]) -> MergedRecord | None:
         """The current version with this recipe and these members, if there is one."""
@@ -60,12 +69,17 @@ class Snapshot:
 
     @property
     def current(self) -> tuple[MergedRecord, ...]:
-        """The champion and, on a pinned line, the newest version.
+        """The champion and, on a pinned line, the candidate.
 
-        On a line that is not pinned, a newer version failed its gates and does not count.
+        On a line that is not pinned, a candidate is about to be promoted.
         """
-        records = (self.champion, self.newest if self.line_state.pinned else None)
+        records = (self.champion, self.candidate if self.line_state.pinned else None)
         return tuple(record for record in records if record is not None)
+
+    @property
+    def circumstances(self) -> str:
+        """The digest of everything on which a gate's verdict depends."""
+        return _circumstances(self.context, self.line_state.champion)
 
     @property
     def benchmark(self) -> TaskSpec | None:
@@ -131,19 +145,48 @@ def take_snapshot(ledger: Ledger) -> Snapshot:
     members = {m.task: m for m in line_state.members}
     # Only a task's newest model counts: a model that was held before it is not tried again.
     for (task, version), model in _newest_with_gain(line_state):
-        if model.state == "held" and model.facts.held_in != context:
+        is_tried = model.facts.held_in != context and not needs_new_mask(line_state, model)
+        if model.state == "held" and is_tried:
             members[task] = member_of(line_state, task, version)
+
+    def record(version: int | None) -> MergedRecord | None:
+        return None if version is None else ledger.merged(version)
+
+    newest = record(line_state.newest)
+    is_rejected = (
+        newest is not None
+        and not newest.passed
+        and rejected_in(ledger, newest) == _circumstances(context, line_state.champion)
+    )
     return Snapshot(
         line_state=line_state,
         members=_by_task(members.values()),
-        champion=None if line_state.champion is None else ledger.merged(line_state.champion),
-        newest=None if line_state.newest is None else ledger.merged(line_state.newest),
+        champion=record(line_state.champion),
+        newest=newest,
+        candidate=record(line_state.candidate),
+        rejected=newest if newest is not None and is_rejected else None,
         context=context,
     )
 
 
+def rejected_in(ledger: Ledger, record: MergedRecord) -> str | None:
+    """The circumstances in which the newest version was last rejected; None if it was not."""
+    # The newest entry comes first, so this reads back to the merge at most.
+    for entry in ledger.entries():
+        if entry.digests.get("patch") == record.patch:
+            if entry.kind == "rejected":
+                return entry.digests.get("circumstances")
+            if entry.kind == "merged":
+                break
+    return None
+
+
+def _circumstances(context: str, champion: int | None) -> str:
+    return digest_json([context, champion])
+
+
 def _context(line_state: LineState) -> str:
-    """The digest of everything on which a gate's verdict depends."""
+    """The digest of everything on which a gate's verdict depends, but the champion."""
     # The newest model of each task, so that holding a model does not change the context.
     models = {key.task: [key.version, model.delta] for key, model in _newest_with_gain(line_state)}
     tasks = {
@@ -161,6 +204,12 @@ def _context(line_state: LineState) -> str:
             "retention": retention if isinstance(retention, str | None) else retention.to_json(),
         }
     )
+
+
+def needed_models(line_state: LineState) -> list[tuple[ModelKey, ModelVersion]]:
+    """The models of which merges may need masks: the members, and newer ones that are held."""
+    members = [(ModelKey(m.task, m.version), m.model) for m in line_state.members]
+    return list(dict([*members, *newest_models(line_state)]).items())
 
 
 def newest_models(line_state: LineState) -> list[tuple[ModelKey, ModelVersion]]:

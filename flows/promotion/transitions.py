@@ -1,16 +1,16 @@
 """The acts of a remerge: record, promote, reject and hold, each done once.
 
 Each act looks at the line's state at the moment of its swap, so an act that this run or a killed
-one has done is not done again. If the champion has changed or a member was retired since the run
-began, recording and promoting raise `MovedError`, and the run starts again. If the line was paused,
-they raise `PausedError`, and the run ends.
+one has done is not done again. If the champion or the settings have changed or a member was retired
+since the run began, recording and promoting raise `MovedError`, and the run starts again. If the
+line was paused, they raise `PausedError`, and the run ends.
 """
 
 from typing import Literal
 
 from restitch.flows.promotion.candidates import Candidate
 from restitch.flows.promotion.pauses import check_not_paused
-from restitch.flows.promotion.snapshot import Snapshot
+from restitch.flows.promotion.snapshot import Snapshot, rejected_in
 from restitch.registry.gates.gate import GateOutcome
 from restitch.registry.gates.max_task_drop import MaxTaskDrop
 from restitch.registry.ledger.ledger import Ledger
@@ -19,13 +19,18 @@ from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.notify import notify
 from restitch.tasks.runtime.workspace import actor
 
+# The settings of a line on which a merged version and its verdict depend.
+_DECISIVE = {"method", "localize", "gates", "retention"}
+
 
 class MovedError(Exception):
-    """The champion has changed or a member was retired since the snapshot was taken."""
+    """The champion or the settings have changed, or a member was retired, since the snapshot."""
 
 
 def record_version(ledger: Ledger, snapshot: Snapshot, candidate: Candidate) -> int:
-    """Record a candidate as a merged version, unless the newest version is the same.
+    """Record a candidate as a merged version, unless the line has the same, with the same verdict.
+
+    That one is the newest version, or the one that waits for its promotion.
 
     Returns:
         The number of the version.
@@ -35,14 +40,18 @@ def record_version(ledger: Ledger, snapshot: Snapshot, candidate: Candidate) -> 
     def change(line_state: LineState) -> LineState | None:
         recorded.clear()
         _check_unmoved(line_state, snapshot, candidate)
-        newest = line_state.newest
-        if newest is not None and candidate.is_version(ledger.merged(newest)):
-            recorded.append(newest)
-            return None
+        for known in (line_state.newest, line_state.candidate):
+            if known is None or not candidate.is_version(ledger.merged(known)):
+                continue
+            if ledger.merged(known).passed == candidate.passed:
+                recorded.append(known)
+                return None
+            if known == line_state.candidate:  # it passed the gates of that time only
+                line_state = line_state.without_candidate()
         recorded.append(line_state.next_version)
         record = candidate.record(ledger.line, line_state.next_version)
         ledger.objects.put_blob(record.to_bytes())
-        return line_state.with_merged(record.digest)
+        return line_state.with_merged(record.digest, passed=candidate.passed)
 
     act = ledger.act(
         "merged",
@@ -60,6 +69,10 @@ def _check_unmoved(line_state: LineState, snapshot: Snapshot, candidate: Candida
     check_not_paused(line_state)
     # A candidate that was compared with another champion could drop that one's members.
     if line_state.champion != snapshot.line_state.champion:
+        raise MovedError
+    # A version that was judged by other settings must not count.
+    settings = (one.spec.model_dump(include=_DECISIVE) for one in (line_state, snapshot.line_state))
+    if next(settings) != next(settings):
         raise MovedError
     # A version that is made after a retirement must not hold the retired model.
     states = (line_state.tasks[m.task].versions[m.version].state for m in candidate.members)
@@ -80,13 +93,13 @@ def promote(
             return None
         _check_unmoved(line_state, snapshot, candidate)
         # A worker that was stalled must not promote a version that a newer one has superseded.
-        if line_state.newest != version:
+        if version not in (line_state.candidate, line_state.newest):
             return None
         return _with_members_of(line_state.promoted(version), candidate)
 
     for warning in candidate.warnings:
-        warn(f"{ledger.line} version {version}: {warning.note}")
-    reason = f"version {version}: {_notes(candidate.gates) or 'no gates'}"
+        warn(f"{ledger.line} version {version}: {warning}")
+    reason = f"version {version}: {candidate.reason}"
     act = ledger.act("promoted", actor(), reason, change)
     if act is not None:
         say(f"{ledger.line} version {version} is the champion")
@@ -108,21 +121,16 @@ def _with_members_of(line_state: LineState, candidate: Candidate) -> LineState:
     return line_state
 
 
-def reject(ledger: Ledger, version: int, candidate: Candidate) -> None:
-    """Record in the trail, once, that a version failed its gates."""
+def reject(ledger: Ledger, snapshot: Snapshot, version: int, candidate: Candidate) -> None:
+    """Record in the trail, once for the same circumstances, that gates block a version."""
+    record = ledger.merged(version)
 
     def change(line_state: LineState) -> LineState | None:
-        # The newest entry comes first, so this reads back to the merge at most.
-        for entry in ledger.entries():
-            if entry.digests.get("patch") == candidate.patch.blob:
-                if entry.kind == "rejected":
-                    return None
-                if entry.kind == "merged":
-                    break
-        return line_state
+        return None if rejected_in(ledger, record) == snapshot.circumstances else line_state
 
     reason = f"version {version}: {_notes(candidate.failed)}"
-    act = ledger.act("rejected", actor(), reason, change, {"patch": candidate.patch.blob})
+    digests = {"patch": candidate.patch.blob, "circumstances": snapshot.circumstances}
+    act = ledger.act("rejected", actor(), reason, change, digests)
     if act is not None:
         warn(f"{ledger.line} {reason}")
         notify(act)

@@ -18,5 +18,4 @@ class MaxPatchBytes(Gate):
 
     def check(self, limit: int, measured: Measured) -> Iterator[GateOutcome]:
         """Check the patch."""
-        if measured.patch_bytes is not None:
-            yield self.outcome(limit, measured.patch_bytes, "the patch")
+        yield self.outcome(limit, measured.patch_bytes, "the patch")

@@ -1,28 +1,29 @@
 """The gate on the accuracy that a task loses against the champion."""
 
 from collections.abc import Iterator
-from typing import Annotated
 
-from pydantic import Field
-
-from restitch.registry.gates.gate import Gate, GateOutcome, Measured
+from restitch.registry.gates.gate import Fraction, Gate, GateOutcome, Measured, NotMeasured
 
 
 class MaxTaskDrop(Gate):
     """The largest loss of a task against the champion; a loss that can be chance passes."""
 
     name = "max_task_drop"
-    limit = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+    limit = Fraction
     description = (
         "The most absolute accuracy that a task may lose against the champion. "
         "A loss that can be chance passes."
     )
     example = 0.01
     is_maximum = True
+    nothing = "no task of the champion is in this version"
 
     def check(self, limit: float, measured: Measured) -> Iterator[GateOutcome]:
-        """Check every task that the champion holds, too."""
+        """Check every task that the champion holds, too, and joining tasks without a value."""
         for task, drop in sorted(measured.drops.items()):
+            if isinstance(drop, NotMeasured):
+                yield self.outcome(limit, drop, task, task=task)
+                continue
             remark = ""
             if drop.value > limit:
                 remark = ", within noise" if drop.is_noise else ""

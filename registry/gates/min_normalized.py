@@ -2,21 +2,23 @@
 
 from collections.abc import Iterator
 
-from restitch.registry.gates.gate import Gate, GateOutcome, Measured, Ratio
+from restitch.registry.gates.gate import Fraction, Gate, GateOutcome, Measured, NotMeasured
 
 
 class MinNormalized(Gate):
     """The least accuracy of a joining task, over that of its finetuned model."""
 
     name = "min_normalized"
-    limit = Ratio
+    limit = Fraction
     description = "The least accuracy of each joining task, as a fraction of its finetuned model's."
     example = 0.9
     is_maximum = False
+    nothing = "no task joins"
 
     def check(self, limit: float, measured: Measured) -> Iterator[GateOutcome]:
-        """Check every joining task that was measured."""
-        for task in sorted(measured.normalized.keys() & measured.joining):
+        """Check every joining task."""
+        for task in sorted(measured.joining):
+            value = measured.normalized.get(task, NotMeasured())
             no_gain = task in measured.without_gain
             remark = ", but its finetuned model is not better than the base" if no_gain else ""
-            yield self.outcome(limit, measured.normalized[task], task, task=task, remark=remark)
+            yield self.outcome(limit, value, task, task=task, remark=remark)

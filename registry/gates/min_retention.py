@@ -2,21 +2,20 @@
 
 from collections.abc import Iterator
 
-from restitch.registry.gates.gate import Gate, GateOutcome, Measured, Ratio
+from restitch.registry.gates.gate import Fraction, Gate, GateOutcome, Measured
 
 
 class MinRetention(Gate):
     """The least accuracy on the general benchmark, over that of the base."""
 
     name = "min_retention"
-    limit = Ratio
+    limit = Fraction
     description = "The least accuracy on the general benchmark, as a fraction of the base's."
     example = 0.95
     is_maximum = False
+    needs_benchmark = True
 
     def check(self, limit: float, measured: Measured) -> Iterator[GateOutcome]:
-        """Check the benchmark, if the line has one."""
-        if measured.retention is not None:
-            interval = measured.retention_interval
-            subject = "the general benchmark"
-            yield self.outcome(limit, measured.retention, subject, interval=interval)
+        """Check the benchmark."""
+        interval = measured.retention_interval
+        yield self.outcome(limit, measured.retention, "the general benchmark", interval=interval)

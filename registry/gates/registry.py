@@ -20,7 +20,7 @@ GATES: Mapping[str, Gate] = _scan()
 def check_gates(
     limits: Mapping[str, float], measured: Measured, warn: tuple[str, ...] = ()
 ) -> tuple[GateOutcome, ...]:
-    """Apply gates, in the order of their names.
+    """Apply gates, in the order of their names: at least one outcome for each.
 
     Args:
         limits: the limits of the gates that are on, by gate.
@@ -30,5 +30,5 @@ def check_gates(
     return tuple(
         outcome.as_warning() if name in warn else outcome
         for name in sorted(limits)
-        for outcome in GATES[name].check(limits[name], measured)
+        for outcome in GATES[name].outcomes(limits[name], measured)
     )

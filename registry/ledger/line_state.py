@@ -286,7 +286,8 @@ class LineState(Record):
         time: the time of the last act; no later act has an earlier time.
         versions: the digests of the records of all merged versions.
         champion: the merged version in use.
-        candidate: the newest merged version that has not passed its gates.
+        candidate: the newest merged version that passed its gates and waits for its promotion,
+            because the line is pinned.
         pinned: whether automatic promotion is off.
         paused: the pause of its automatic work, or of its schedule.
     """
@@ -412,22 +413,27 @@ class LineState(Record):
             return self.with_state(*key, "registered", facts=facts)
         return self.with_state(*key, model.state, model.reason, facts=facts)
 
-    def with_merged(self, record: str) -> "LineState":
-        """Return the state with the version of this record as its candidate."""
+    def with_merged(self, record: str, *, passed: bool = True) -> "LineState":
+        """Return the state with another version, which is the candidate if it passed its gates."""
         return self._changed(
             versions={**self.versions, self.next_version: record},
-            candidate=self.next_version,
+            candidate=self.next_version if passed else self.candidate,
             next_version=self.next_version + 1,
         )
 
     def promoted(self, version: int) -> "LineState":
-        """Return the state with another champion."""
-        candidate = None if self.candidate == version else self.candidate
+        """Return the state with another champion, which supersedes older candidates."""
+        superseded = self.candidate is not None and self.candidate <= version
+        candidate = None if superseded else self.candidate
         return self._changed(champion=version, candidate=candidate)
 
     def without_champion(self) -> "LineState":
         """Return the state without a champion."""
         return self._changed(champion=None)
+
+    def without_candidate(self) -> "LineState":
+        """Return the state without a candidate."""
+        return self._changed(candidate=None)
 
     def with_pin(self, pinned: bool) -> "LineState":
         """Return the state with automatic promotion off (pinned) or on."""

@@ -1,8 +1,8 @@
 """The subjects of acts, and the outcome of each merged version: pure functions of the trail.
 
-An act moves a merged version when it makes it champion or candidate, or ends that role. The
-outcome of a version depends only on the last act that moved it and on its record, so the newest
-acts are enough to know it.
+An act moves a merged version when it makes the version, makes it champion or candidate, or ends
+such a role. The outcome of a version depends only on the last act that moved it and on its
+record, so the newest acts are enough to know it.
 """
 
 import re
@@ -15,8 +15,9 @@ from typing import Literal
 from restitch.registry.ledger.line_state import ModelKey
 from restitch.registry.ledger.records import Entry, MergedRecord
 
-# champion: in use. candidate: the newest version that was never in use. former champion: was in
-# use. rejected: failed a gate and was never in use. superseded: passed, but was never in use.
+# champion: in use. candidate: the newest version that passed its gates and waits. former champion:
+# was in use. rejected: a gate blocked it, and it was never in use. superseded: passed, but was
+# never in use.
 Role = Literal["champion", "candidate", "former champion", "rejected", "superseded"]
 
 _ROLES = ("/champion", "/candidate")
@@ -54,9 +55,10 @@ def touched_merges(entry: Entry) -> tuple[int, ...]:
 
 
 def moved_merges(entry: Entry) -> tuple[int, ...]:
-    """The merged versions that became champion or candidate by an act, or ceased to be."""
+    """The merged versions that an act made, or that got or lost a role by it."""
     values = (changes.get(role) for changes in (entry.before, entry.after) for role in _ROLES)
-    return tuple(sorted({value for value in values if isinstance(value, int)}))
+    moved = {value for value in values if isinstance(value, int)}
+    return tuple(sorted({*touched_merges(entry), *moved}))
 
 
 def merges_about(entry: Entry) -> tuple[int, ...]:
@@ -64,7 +66,7 @@ def merges_about(entry: Entry) -> tuple[int, ...]:
     # A rejection does not change the line's state: only its reason names the version.
     subject = _SUBJECT.match(entry.reason) if entry.kind == "rejected" else None
     rejected = () if subject is None else (int(subject[1]),)
-    return tuple(sorted({*touched_merges(entry), *moved_merges(entry), *rejected}))
+    return tuple(sorted({*moved_merges(entry), *rejected}))
 
 
 def headline(entry: Entry) -> str:
@@ -101,14 +103,12 @@ def outcome_of(record: MergedRecord, move: Entry) -> Outcome:
         else:
             why = f"when version {champion} replaced it."
         return Outcome("former champion", f"In use until {_when(move)}, {why}")
-    failed = "; ".join(g.note or g.gate for g in record.gates if not g.passed)
-    verdict = f"It failed its gates: {_sentence(failed)}"
     if move.after.get("/candidate") == version:
-        waiting = "It has not been promoted."
-        return Outcome("candidate", waiting if record.passed else f"{verdict} {waiting}")
+        return Outcome("candidate", "It has not been promoted.")
     if record.passed:
         return Outcome("superseded", "It was never promoted.")
-    return Outcome("rejected", verdict)
+    verdict = "It failed its gates" if record.verdict == "failed" else "Its gates block it"
+    return Outcome("rejected", f"{verdict}: {_sentence('; '.join(record.misses))}")
 
 
 def _who_and_why(move: Entry) -> str:

@@ -10,10 +10,10 @@ import copy
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, JsonValue
+from pydantic import Field, JsonValue, SerializerFunctionWrapHandler, model_serializer
 
 from restitch.merging.digests import canonical_json, digest_bytes
-from restitch.registry.gates.gate import GateOutcome
+from restitch.registry.gates.gate import Drop, GateOutcome, Verdict
 from restitch.registry.ledger.line_state import LineState, MemberFacts, Number
 from restitch.registry.ledger.measurements import Digest, Gain
 from restitch.registry.record import Interval, Record
@@ -186,6 +186,8 @@ class MergedRecord(_Stored):
         patch: the digest of the patch in the store.
         kept: coordinates in which it differs from the base.
         members: by task; likewise `results`.
+        drops: the losses against the champion of that time, by task; not written if there are
+            none.
         gates: the outcomes of all gates; empty if the line has none.
         files: digests of further files, by name.
         timings: seconds by step.
@@ -203,6 +205,7 @@ class MergedRecord(_Stored):
     members: dict[str, MergedMember]
     results: dict[str, TaskResult] = Field(default_factory=dict)
     retention: Retention | None = None
+    drops: dict[str, Drop] = Field(default_factory=dict)
     gates: tuple[GateOutcome, ...] = ()
     files: dict[str, str] = Field(default_factory=dict)
     facts: dict[str, JsonValue] = Field(default_factory=dict)
@@ -210,6 +213,11 @@ class MergedRecord(_Stored):
     made_by: JsonValue = None
     timings: dict[str, float] = Field(default_factory=dict)
     software: dict[str, str] = Field(default_factory=dict)
+
+    @model_serializer(mode="wrap")
+    def _without_empty_drops(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        return values if self.drops else {k: v for k, v in values.items() if k != "drops"}
 
     @property
     def statistics(self) -> dict[str, str]:
@@ -229,8 +237,26 @@ class MergedRecord(_Stored):
 
     @property
     def passed(self) -> bool:
-        """True if no gate that blocks promotion has failed."""
-        return all(gate.passed or gate.action == "warn" for gate in self.gates)
+        """True if no gate blocks its promotion."""
+        return not any(gate.blocks for gate in self.gates)
+
+    @property
+    def verdict(self) -> Verdict | Literal["none"]:
+        """The outcome of its gates in words; `none` if the line had no gates."""
+        if not self.gates:
+            return "none"
+        blocking = {gate.verdict for gate in self.gates if gate.blocks}
+        return "failed" if "failed" in blocking else "not measured" if blocking else "passed"
+
+    @property
+    def misses(self) -> tuple[str, ...]:
+        """The gates that it did not pass, as sentences."""
+        return tuple(gate.note or gate.gate for gate in self.gates if not gate.passed)
+
+    @property
+    def losses(self) -> tuple[str, ...]:
+        """The significant losses of tasks against the champion of that time, as sentences."""
+        return tuple(d.sentence(task) for task, d in self.drops.items() if d.is_significant)
 
 
 def mean_of(values: Iterable[float | None]) -> float | None:

@@ -186,7 +186,9 @@ def metrics_of(record: MergedRecord) -> dict[str, float]:
         contestants: Any = tournament["contestants"]
         metrics |= {f"tournament/{_plain(one['label'])}": one["score"] for one in contestants}
     if record.gates:
-        metrics["gates/failed"] = float(sum(not gate.passed for gate in record.gates))
+        verdicts = [gate.verdict for gate in record.gates]
+        metrics["gates/failed"] = float(verdicts.count("failed"))
+        metrics["gates/not_measured"] = float(verdicts.count("not measured"))
     metrics |= {f"seconds/{step}": seconds for step, seconds in record.timings.items()}
     return {k: float(v) for k, v in metrics.items() if v is not None and math.isfinite(v)}
 
@@ -197,7 +199,7 @@ def _plain(label: str) -> str:
 
 
 def describe(record: MergedRecord) -> str:
-    """Describe a merged version in two sentences."""
+    """Describe a merged version in two sentences, and one for each significant loss of a task."""
     names = sorted(record.members)
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     method = _method(record.recipe.get("method"))
@@ -216,17 +218,16 @@ def describe(record: MergedRecord) -> str:
         facts.append(f"holds {len(idle)} without a gain over the base ({', '.join(idle[:8])})")
     if record.retention is not None:
         facts.append(f"keeps {record.retention.ratio:.1%} of the base's accuracy")
-    if not facts:
-        return f"{first} It was not evaluated."
-    *some, last = facts
-    return f"{first} It {', '.join(some)}{' and ' if some else ''}{last}."
+    *some, last = facts or ["was not evaluated"]
+    lost = "".join(f" {loss}." for loss in record.losses)
+    return f"{first} It {', '.join(some)}{' and ' if some else ''}{last}.{lost}"
 
 
 def _tags_of_merged(record: MergedRecord, outcome: Outcome) -> dict[str, str]:
     """The tags to search merged versions by, the same on the run and on the model version."""
     tags = {
         ROLE_TAG: outcome.role,
-        "restitch.gates": "passed" if record.passed else "failed",
+        "restitch.gates": record.verdict,
         "restitch.recipe": record.recipe_digest,
         "restitch.patch": record.patch,
         "restitch.members": ",".join(sorted(record.members)),

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, JsonValue, Tag, field_validator, model_validator
 
+from restitch.registry.gates.gate import Fraction
 from restitch.registry.specs.base import InFile, Spec, Text
 
 MOST_CONTESTANTS = 32
@@ -48,7 +49,7 @@ class ObjectiveSpec(Spec):
     """The weight of the mean accuracy over the tasks."""
     retention: Weight = 0.0
     """The weight of retention, the accuracy kept on the benchmark."""
-    min_retention: Weight | None = Field(default=None, examples=[0.95])
+    min_retention: Fraction | None = Field(default=None, examples=[0.95])
     """Contestants with less retention come after all others; by default the line's gate of this
     name."""
 

@@ -165,11 +165,15 @@ def _gates(record: MergedRecord) -> str:
             gate.task or "",
             _number(gate.value),
             f"{gate.limit:g}",
-            "passed" if gate.passed else f"failed ({gate.action})",
+            gate.verdict if gate.passed else f"{gate.verdict} ({gate.action})",
         )
         for gate in record.gates
     ]
-    return _table(("gate", "task", "value", "limit", "outcome"), rows) if rows else ""
+    losses = "\n".join(f"- {_plain(loss)}" for loss in record.losses)
+    if not rows:
+        return f"The line has no gates.\n\n{losses}".rstrip()
+    table = _table(("gate", "task", "value", "limit", "outcome"), rows)
+    return f"{table}\n\n{losses}".rstrip()
 
 
 def _members(record: MergedRecord) -> str:

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from restitch.registry.gates.gate import GateOutcome
 from restitch.tasks.report.drawing import Plot, drawing, to_png, to_svg
 from restitch.tasks.report.mask_plots import (
     components_plot,
@@ -151,6 +152,7 @@ def _template() -> Any:
         "short": lambda digest: str(digest)[:12],
         "moment": lambda time: str(time)[:19].replace("T", " "),
         "as_json": _as_json,
+        "outcome_of": lambda gate: GateOutcome.model_validate(gate).verdict,
         "named": lambda names: [(name, "number") for name in names],
     }
     return environment.get_template("page.html.j2")

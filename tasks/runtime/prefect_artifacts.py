@@ -12,6 +12,7 @@ from typing import Any
 
 from restitch.merging.errors import shortlist
 from restitch.merging.progress import Progress
+from restitch.registry.gates.gate import GateOutcome
 from restitch.registry.ledger.measurements import (
     Acceptance,
     Gain,
@@ -88,10 +89,13 @@ def show_remerged(outcome: Mapping[str, Any], link: str | None) -> None:
         text += f"Version {record['version']}: {members}."
         text += f" [Its run in MLflow]({link}).\n\n" if link else "\n\n"
         text += _results(record)
-        gates = [f"- {'passed' if g['passed'] else 'FAILED'}: {g['note']}" for g in record["gates"]]
+        outcomes = [GateOutcome.model_validate(gate) for gate in record["gates"]]
+        gates = [f"- {gate.verdict}: {gate.note}" for gate in outcomes]
         text += "\n\n" + ("\n".join(gates) or "No gates.")
-    held = [f"- held {model}: {'; '.join(reasons)}" for model, reasons in outcome["held"].items()]
-    _markdown(f"remerge-{line}", text + "\n\n" + "\n".join(held), "outcome of the remerge")
+    more = [f"- held {model}: {'; '.join(reasons)}" for model, reasons in outcome["held"].items()]
+    more += [f"- no new mask of {model}: {why}" for model, why in outcome["missing"].items()]
+    more += [f"- warning: {warning}" for warning in outcome["warnings"]]
+    _markdown(f"remerge-{line}", text + "\n\n" + "\n".join(more), "outcome of the remerge")
 
 
 def _results(record: Mapping[str, Any]) -> str:

@@ -70,6 +70,42 @@ def test_a_rollback_is_done_once(line: Line) -> None:
     assert len(line.shell.acts()) == acts
 
 
+def test_a_rollback_to_the_version_in_use_pins_it(line: Line) -> None:
+    found = line.do("rollback", "demo", 3, reason="keep it")
+    assert (found["done"], found["before"], found["champion"], found["pinned"]) == (
+        True,
+        3,
+        3,
+        True,
+    )
+    act = line.shell.acts()[-1]
+    assert (act.kind, act.reason) == ("rolled-back", "version 3 stays in use, pinned: keep it")
+    assert act.after == {"/pinned": True}
+    line.add("wreck")
+    assert (line.state().champion, line.state().candidate) == (3, 4)
+    assert line.do("rollback", "demo", 3)["done"] is False
+    assert line.do("rollback", "demo", "champion")["done"] is False
+
+
+def test_a_promotion_of_the_version_in_use_pins_it_if_a_remerge_would_replace_it(
+    line: Line,
+) -> None:
+    assert line.do("promote", "demo", 3)["done"] is False
+    line.add("wreck", "--no-remerge")
+    found = line.do("promote", "demo", 3)
+    assert (found["done"], found["champion"], found["pinned"]) == (True, 3, True)
+    line.shell("remerge", "demo")
+    assert (line.state().champion, line.state().candidate) == (3, 4)
+
+
+def test_a_candidate_with_a_retired_task_does_not_wait_any_more(line: Line) -> None:
+    line.do("pin", "demo")
+    line.add("wreck")
+    assert line.state().candidate == 4
+    line.do("retire", "demo", "wreck", "--no-remerge")
+    assert line.state().candidate is None
+
+
 def test_after_a_rollback_new_models_become_candidates_until_the_line_is_unpinned(
     line: Line,
 ) -> None:

@@ -141,20 +141,81 @@ def test_changed_mask_settings_give_the_bytes_of_a_line_that_always_had_them(
     assert shell.json("remerge", "demo")["action"] == "unchanged"
 
 
-def test_a_member_that_cannot_be_localized_again_keeps_its_mask(
+def test_a_member_that_cannot_be_localized_again_stops_merges(
     bare: Bare, world: World, tmp_path: Path
 ) -> None:
+    """A version that mixes old and new masks would be neither the old nor the new one."""
     shell = bare.line("home")
     model = copied(world.model("colour"), tmp_path / "model")
     task = write_yaml(tmp_path / "colour.yaml", {"task": "colour"})
     shell("register", "demo", "--task", task, "--model", model)
-    shutil.rmtree(model)
-    line = world.line(tmp_path / "line.yaml", retention=None, localize={"density": 0.1})
-    shell("init", line)
-    before = shell.head_bytes()
-    done = shell("remerge", "demo")
+    bare.add(shell, "number")
+    shutil.move(model, tmp_path / "away")
+    localize = {"density": 0.1}
+    shell("init", world.line(tmp_path / "line.yaml", retention=None, localize=localize))
+    kinds = shell.kinds()
+    done = shell("remerge", "demo", code=6)
     assert "keeps its old mask" in done.err
-    assert shell.head_bytes() == before
+    assert "restore the model's source" in done.err.replace("\n", " ")
+    assert "no new mask of colour 1" in done.out
+    assert shell.kinds() == [*kinds, "localized"], "the other mask is made"
+    before = shell.head_bytes()
+    found = shell.json("remerge", "demo", "--force", code=6)
+    assert (found["action"], list(found["missing"])) == ("waiting", ["colour 1"])
+    files = ("--task", write_yaml(tmp_path / "animal.yaml", {"task": "animal"}))
+    done = shell("register", "demo", *files, "--model", world.model("animal"), code=6)
+    assert "no new mask of colour 1" in done.out
+    shutil.move(tmp_path / "away", model)
+    found = shell.json("remerge", "demo")
+    assert (found["action"], found["version"]) == ("promoted", 3)
+    assert found["localized"] == ["colour 1"]
+    assert before is not None
+    assert shell.json("remerge", "demo")["action"] == "unchanged"
+
+
+def test_a_retirement_ends_the_wait_for_a_mask(bare: Bare, world: World, tmp_path: Path) -> None:
+    shell = bare.line("home")
+    model = copied(world.model("colour"), tmp_path / "model")
+    task = write_yaml(tmp_path / "colour.yaml", {"task": "colour"})
+    shell("register", "demo", "--task", task, "--model", model)
+    bare.add(shell, "number")
+    shutil.rmtree(model)
+    localize = {"density": 0.1}
+    shell("init", world.line(tmp_path / "line.yaml", retention=None, localize=localize))
+    shell("remerge", "demo", code=6)
+    found = shell.json("retire", "demo", "colour", "--reason", "its weights are gone")
+    assert found["merged"]["action"] == "promoted"
+    assert shell.ledger().merged(3).members.keys() == {"number"}
+
+
+def test_workers_make_all_masks_before_one_merge(
+    bare: Bare, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import restitch.flows.remerge as module
+    from restitch.flows.onboard import onboard
+
+    shell, other = bare.line("home"), bare.new_home("other")
+    for task in SKILLS:
+        bare.add(shell, task)
+    localize = {"density": 0.1}
+    shell("init", world.line(tmp_path / "line.yaml", retention=None, localize=localize))
+    started: list[Any] = []
+    monkeypatch.setattr(module, "has_workers", lambda: True)
+    monkeypatch.setattr(module, "_start_onboard", lambda _ledger, key: started.append(key))
+    kinds = shell.kinds()
+    found = shell.json("remerge", "demo")
+    assert (found["action"], len(found["missing"])) == ("waiting", 3)
+    assert [key.task for key in started] == sorted(SKILLS)
+    for task in SKILLS:
+        with shell.inside():
+            onboard("demo", task, 1)
+        found = shell.json("remerge", "demo")
+    assert (found["action"], found["version"]) == ("promoted", 4)
+    assert shell.kinds() == [*kinds, *["localized"] * 3, "merged", "promoted"]
+    other("init", world.line(tmp_path / "other.yaml", retention=None, localize=localize))
+    for task in SKILLS:
+        bare.add(other, task)
+    assert shell.patch_bytes() == other.patch_bytes()
 
 
 def test_each_model_is_localized_once_and_never_in_a_later_remerge(three: Three) -> None:

@@ -213,6 +213,8 @@ def show(made: MergedRecord, role: str | None = "champion") -> dict[str, Any]:
         "role": role,
         "mean_accuracy": made.mean_accuracy,
         "mean_normalized": made.mean_normalized,
+        "verdict": made.verdict,
+        "losses": list(made.losses),
         "digest": made.digest,
         "specialists": specialists(made),
         "links": {
@@ -235,6 +237,7 @@ def brief(shown: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "retention": kept and kept["ratio"],
         "top1": kept and kept["top1"],
         "passed": True,
+        "verdict": shown["verdict"],
         "failed": [],
         "created_at": shown["created_at"],
         "made_by": shown["made_by"],
@@ -259,6 +262,7 @@ def older(shown: dict[str, Any], count: int) -> list[dict[str, Any]]:
             "retention": ratio if found[0]["retention"] is not None else None,
             "top1": ratio * 0.633 if found[0]["top1"] is not None else None,
             "passed": not failed,
+            "verdict": "failed" if failed else "passed",
             "failed": failed,
             "created_at": f"2026-02-{1 + version % 28:02d}T06:00:00.000000+00:00",
         }

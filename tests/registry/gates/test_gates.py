@@ -1,24 +1,32 @@
 """Gates decide on numbers alone; each outcome names the value and the limit."""
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from restitch.registry.gates.gate import Drop, GateOutcome, Measured
+from restitch.registry.gates.gate import Drop, GateOutcome, Measured, NotMeasured
 from restitch.registry.gates.registry import GATES, check_gates
 from restitch.registry.record import Interval
 from restitch.registry.specs.gates import GatesSpec
 
 EVERYTHING = Measured(
     normalized={"a": 0.0},
-    drops={"a": Drop(0.9, False)},
+    drops={"a": Drop(value=0.9, is_noise=False, against=1)},
     joining=frozenset({"a"}),
     retention=0.1,
     patch_bytes=10**9,
 )
 
 
-def drop(*values: object) -> Measured:
-    return Measured(drops={"a": Drop(*values)})  # type: ignore[arg-type]
+def drop(
+    value: float,
+    is_noise: bool,
+    interval: Interval | None = None,
+    p_value: float | None = None,
+) -> Measured:
+    lost = Drop(value=value, is_noise=is_noise, against=1, interval=interval, p_value=p_value)
+    return Measured(drops={"a": lost})
 
 
 def test_a_line_without_gates_checks_nothing() -> None:
@@ -32,9 +40,68 @@ def test_gates_are_checked_in_the_order_of_their_names() -> None:
     assert checked == [name for name in GATES if name in limits]
 
 
+NOTHING = NotMeasured("the rows are away")
+UNMEASURED = Measured(
+    normalized={"a": NOTHING},
+    drops={"a": NOTHING},
+    joining=frozenset({"a"}),
+    retention=NOTHING,
+    patch_bytes=NOTHING,
+)
+
+
 @pytest.mark.parametrize("name", GATES)
-def test_a_gate_without_a_measurement_does_not_block(name: str) -> None:
-    assert check_gates({name: 1}, Measured()) == ()
+def test_a_gate_without_a_measurement_blocks_and_says_so(name: str) -> None:
+    (outcome,) = check_gates({name: 1}, UNMEASURED)
+    assert outcome.blocks
+    assert (outcome.value, outcome.verdict) == (None, "not measured")
+    assert str(outcome.note).startswith(f"{name} of ")
+    assert str(outcome.note).endswith(": not measured, because the rows are away")
+
+
+def test_a_joining_task_of_which_nothing_is_known_blocks() -> None:
+    (outcome,) = check_gates({"min_normalized": 0.5}, Measured(joining=frozenset({"a"})))
+    assert (outcome.task, outcome.verdict) == ("a", "not measured")
+
+
+@pytest.mark.parametrize("name", ["max_task_drop", "min_normalized"])
+def test_a_gate_on_tasks_without_a_task_to_check_passes_and_says_so(name: str) -> None:
+    (outcome,) = check_gates({name: 0.5}, Measured())
+    assert (outcome.value, outcome.verdict) == (None, "passed")
+    assert outcome.note in (
+        "max_task_drop: no task of the champion is in this version",
+        "min_normalized: no task joins",
+    )
+
+
+def test_a_gate_that_only_warns_does_not_block_without_a_measurement() -> None:
+    (outcome,) = check_gates({"min_retention": 0.9}, UNMEASURED, ("min_retention",))
+    assert (outcome.blocks, outcome.verdict) == (False, "not measured")
+    assert str(outcome.note).endswith("because the rows are away (a warning)")
+
+
+@given(
+    limits=st.dictionaries(st.sampled_from(sorted(GATES)), st.floats(0, 1), min_size=1),
+    known=st.sets(st.sampled_from(sorted(GATES))),
+    loss=st.floats(-1, 1),
+    is_noise=st.booleans(),
+)
+def test_a_version_passes_only_if_every_gate_was_measured_or_has_nothing_to_check(
+    limits: dict[str, float], known: set[str], loss: float, is_noise: bool
+) -> None:
+    lost = Drop(value=loss, is_noise=is_noise, against=1)
+    measured = Measured(
+        normalized={"a": 1.0 if "min_normalized" in known else NOTHING},
+        drops={"a": lost if "max_task_drop" in known else NOTHING},
+        joining=frozenset({"a"}),
+        retention=1.0 if "min_retention" in known else NOTHING,
+        patch_bytes=0 if "max_patch_bytes" in known else NOTHING,
+    )
+    outcomes = check_gates(limits, measured)
+    assert {outcome.gate for outcome in outcomes} == limits.keys()
+    for outcome in outcomes:
+        assert (outcome.verdict == "not measured") == (outcome.gate not in known)
+        assert outcome.blocks == (outcome.verdict != "passed")
 
 
 @pytest.mark.parametrize("name", GATES)
@@ -111,6 +178,10 @@ def test_a_limit_may_be_written_as_a_size() -> None:
         {"max_patch_bytes": "many"},
         {"max_patch_bytes": 0},
         {"max_task_drop": 2},
+        {"max_task_drop": -0.1},
+        {"min_normalized": 1.5},
+        {"min_retention": 10**400},
+        {"min_retention": float("nan")},
         {"min_retention": float("inf")},
         {"min_retentoin": 1},
         {"warn": ("min_retentoin",)},
@@ -120,6 +191,15 @@ def test_a_limit_may_be_written_as_a_size() -> None:
 def test_a_limit_that_makes_no_sense_is_refused(values: dict[str, object]) -> None:
     with pytest.raises(ValidationError):
         GatesSpec.model_validate(values)
+
+
+@pytest.mark.parametrize("name", ["max_task_drop", "min_normalized", "min_retention"])
+@given(percent=st.integers(2, 100))
+def test_a_percentage_is_refused_with_the_fraction_to_write(name: str, percent: int) -> None:
+    with pytest.raises(ValidationError) as caught:
+        GatesSpec.model_validate({name: percent})
+    advice = f"write {percent / 100:g}, not {percent}"
+    assert f"expected a fraction from 0 to 1, found {percent}; {advice}" in str(caught.value)
 
 
 def test_limits_survive_json() -> None:

@@ -67,6 +67,19 @@ def test_a_change_makes_a_new_state_and_leaves_the_old_one():
         setattr(old, "champion", 3)  # noqa: B010
 
 
+def test_a_version_that_did_not_pass_is_never_the_candidate():
+    line = line_state().with_merged(digest("1"), passed=False)
+    assert (line.newest, line.candidate) == (1, None)
+    line = line.with_merged(digest("2")).with_merged(digest("3"), passed=False)
+    assert (line.newest, line.candidate) == (3, 2), "the one that passed still waits"
+
+
+def test_a_promotion_supersedes_older_candidates():
+    line = line_state().with_merged(digest("1")).with_merged(digest("2"), passed=False)
+    assert line.promoted(2).candidate is None
+    assert line.with_merged(digest("3")).promoted(2).candidate == 3
+
+
 def test_a_merged_version_is_the_candidate_until_it_is_promoted():
     line = line_state().with_merged(digest("1"))
     assert (line.newest, line.candidate, line.champion) == (1, 1, None)

@@ -1,11 +1,13 @@
 import json
 from typing import Any
 
+import pytest
+
 from restitch.registry.ledger import outcomes
 from restitch.registry.ledger.line_state import NO_GAIN, ModelFacts
 from restitch.registry.ledger.measurements import Acceptance, Gain
 from restitch.registry.ledger.outcomes import Outcome
-from restitch.registry.ledger.records import Entry, TaskResult
+from restitch.registry.ledger.records import Entry, MergedRecord, TaskResult
 from restitch.registry.mlflow import projection, projection_merged
 from restitch.registry.record import Interval
 from tests.registry.builders import (
@@ -81,8 +83,53 @@ def test_intervals_and_failed_gates_are_metrics_too():
     assert (found["retention/low"], found["retention/high"]) == (0.4, 0.5)
     assert (found["retention/ratio_low"], found["retention/ratio_high"]) == (0.85, 0.95)
     assert (found["task/a/low"], found["task/a/high"]) == (0.5, 0.7)
-    assert found["gates/failed"] == 1.0
+    assert (found["gates/failed"], found["gates/not_measured"]) == (1.0, 0.0)
     assert "gates/failed" not in projection_merged.metrics_of(record())
+
+
+GATES = {
+    "passed": {"gate": "min_retention", "limit": 0.5, "value": 0.9, "passed": True},
+    "failed": {"gate": "min_retention", "limit": 0.95, "value": 0.9, "passed": False},
+    "not measured": {"gate": "min_normalized", "limit": 0.5, "value": None, "passed": False},
+}
+
+
+@pytest.mark.parametrize(
+    ("gates", "verdict"),
+    [
+        ((), "none"),
+        (("passed",), "passed"),
+        (("passed", "not measured"), "not measured"),
+        (("not measured", "failed"), "failed"),
+    ],
+)
+def test_four_outcomes_of_gates_are_distinguished(gates, verdict, tmp_path):
+    made = record(gates=[GATES[name] for name in gates])
+    outcome = Outcome("champion", "In use.")
+    _, version = projection_merged.project_merged(made, {}, outcome)
+    assert version.tags["restitch.gates"] == verdict
+    assert made.passed == (verdict in ("none", "passed"))
+    missed = projection_merged.metrics_of(made).get("gates/not_measured")
+    assert missed == (float("not measured" in gates) if gates else None)
+
+
+def test_a_gate_that_only_warns_leaves_the_verdict_passed():
+    made = record(gates=[{**GATES[name], "action": "warn"} for name in GATES])
+    assert made.verdict == "passed"
+
+
+def test_a_version_names_the_tasks_that_lost_significantly(tmp_path):
+    drops = {
+        "a": {"value": 0.034, "is_noise": False, "against": 3, "p_value": 0.001},
+        "b": {"value": 0.02, "is_noise": True, "against": 3},
+    }
+    made = record(4, drops=drops)
+    assert made.losses == ("a lost 0.0340 against version 3 (p = 0.001)",)
+    assert projection_merged.describe(made).endswith(
+        " a lost 0.0340 against version 3 (p = 0.001)."
+    )
+    assert MergedRecord.model_validate(made.to_json()) == made
+    assert "drops" not in record().to_json()
 
 
 def test_values_that_were_not_measured_are_no_metrics():

@@ -136,7 +136,7 @@ def roles(mlflow: MlflowProjection) -> dict[int, str]:
 def candidate(line: Ledger, **changes: Any) -> None:
     made = record(line.state().next_version, tasks=("a",), **changes)
     blob = line.objects.put_blob(made.to_bytes())
-    line.act("merged", "t", "", lambda line_state: line_state.with_merged(blob))
+    line.act("merged", "t", "", lambda line_state: line_state.with_merged(blob, passed=made.passed))
 
 
 def test_roles_follow_the_outcome_of_each_version(mlflow, line, tmp_path, empty_mlflow):
@@ -145,9 +145,11 @@ def test_roles_follow_the_outcome_of_each_version(mlflow, line, tmp_path, empty_
     candidate(line, gates=[FAILED])
     line.act("rejected", "t", "version 3: too little", lambda line_state: line_state)
     mlflow.repair(line)
-    assert roles(mlflow) == {1: "former champion", 2: "champion", 3: "candidate"}
+    assert roles(mlflow) == {1: "former champion", 2: "champion", 3: "rejected"}
+    assert shown(mlflow)["aliases"].keys() == {"champion"}
     candidate(line)
     mlflow.repair(line)
+    assert roles(mlflow)[4] == "candidate"
     candidate(line)
     mlflow.repair(line)
     line.act("promoted", "ann", "version 5: I say so", lambda line_state: line_state.promoted(5))
@@ -213,6 +215,7 @@ def test_versions_are_found_by_their_tags(mlflow, line):
     assert versions("tags.`restitch.task.a` = '1'") == [1, 2, 3, 4]
     assert versions("tags.`restitch.task.b` = '1'") == [3]
     assert versions("tags.`restitch.gates` = 'failed'") == [4]
+    assert versions("tags.`restitch.gates` = 'none'") == [1, 2, 3]
     assert versions("tags.`restitch.prefect_run` = 'f-1'") == [3]
     assert versions(f"tags.`restitch.patch` = '{digest('patch 2')}'") == [2]
 
