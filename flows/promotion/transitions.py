@@ -19,7 +19,7 @@ from restitch.tasks.runtime.workspace import actor
 
 
 class MovedError(Exception):
-    """The champion has changed or a member was retired since the snapshot was taken."""
+    """The champion has changed or a member has left since the snapshot was taken."""
 
 
 def record_version(ledger: Ledger, snapshot: Snapshot, candidate: Candidate) -> int:
@@ -59,9 +59,9 @@ def _check_unmoved(line_state: LineState, snapshot: Snapshot, candidate: Candida
     # A candidate that was compared with another champion could drop that one's members.
     if line_state.champion != snapshot.line_state.champion:
         raise MovedError
-    # A version that is made after a retirement must not hold the retired model.
+    # A version that is made after a model was retired or forgotten must not hold it.
     states = (line_state.tasks[m.task].versions[m.version].state for m in candidate.members)
-    if "retired" in states:
+    if not {"retired", "forgotten"}.isdisjoint(states):
         raise MovedError
 
 

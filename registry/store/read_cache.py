@@ -85,6 +85,13 @@ class ReadCache:
                 raise
         return True
 
+    def discard(self, name: str) -> None:
+        """Remove a copy whose original was removed, even if a process uses it."""
+        path = self.root / name
+        if path.exists():
+            with self._locked(fcntl.LOCK_EX), contextlib.suppress(FileNotFoundError):
+                self._remove(path)
+
     @contextlib.contextmanager
     def temporary(self) -> Iterator[Path]:
         """A path for new content; what is left at it is removed afterwards."""
