@@ -294,11 +294,11 @@ def _derived(
                 found |= {name: model.weights} if name in inventory.keys else {}
     for name, key_record in inventory.keys.items():
         blob = key_record.blob
-        if name.startswith("keys/mask/") and weights and blob not in inventory.references:
-            if f"blobs/{blob}" in inventory.listed:
-                file = SparseFile.open(space.objects.blob_path(blob))
-                origin = file.metadata.get("finetuned", "")
-                found |= {name: origin} if origin in weights else {}
+        unnamed = blob not in inventory.references and f"blobs/{blob}" in inventory.listed
+        if weights and unnamed and name.startswith("keys/mask/"):
+            file = SparseFile.open(space.objects.blob_path(blob))
+            origin = file.metadata.get("finetuned", "")
+            found |= {name: origin} if origin in weights else {}
     for name in list(found):
         blob = inventory.keys[name].blob
         if blob not in inventory.references and f"blobs/{blob}" in inventory.listed:
