@@ -255,7 +255,9 @@ def drop(line: str, reason: str) -> Decision:
                 line_state = line_state.with_forgotten(*key, text)
         for task in line_state.tasks:
             line_state = line_state.without_description(task)
-        line_state = line_state.without_champion().without_candidate().with_pin(False)
+        line_state = (
+            line_state.without_champion().without_candidate().with_pin(False).with_pause(None)
+        )
         time = datetime.now(UTC).isoformat(timespec="seconds")
         return line_state.with_drop(Removal(actor=who, time=time, reason=why))
 

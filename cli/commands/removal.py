@@ -60,13 +60,13 @@ def drop(
         from restitch.flows.decisions import drop as run
 
         decision = run(line, reason)
-        keep_schedules()
+        keep_schedules(line)
         show_result(decision, as_json, decided)
     from restitch.flows.storage.purge import drop_and_purge, plan_purge
 
     _confirm(plan_purge(line, None).as_dict(), yes)
     outcome = drop_and_purge(line, reason)
-    keep_schedules()
+    keep_schedules(line)
     show_result(outcome, as_json, render.purged)
 
 
