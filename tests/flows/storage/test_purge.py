@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from restitch.flows.decisions import forget
 from restitch.flows.storage import purge
 from restitch.registry.ledger.ledger import Ledger, state_after
 from restitch.registry.ledger.line_state import LineState, ModelVersion
@@ -430,7 +431,7 @@ def test_whatever_is_purged_nothing_that_is_needed_is_lost(
         elif step == "merge":
             _merge(ledger)
         elif task in known and step == "forget":
-            purge.forget("line", task, "a mistake", merge=False)
+            forget("line", task, "a mistake", merge=False)
         elif task in known:
             purge.forget_and_purge("line", task, "a mistake", merge=False)
     inventory = take_inventory(ledger.objects)
