@@ -16,13 +16,13 @@ app = typer.Typer(name="restitch", pretty_exceptions_enable=False)
 
 def _line_names() -> list[str]:
     """Names for shell completion; only a store on this machine answers fast enough."""
-    from restitch.registry.ledger.ledger import lines
+    from restitch.registry.ledger.ledger import lines_in_use
     from restitch.tasks.runtime.workspace import workspace
 
     with suppress(RestitchError, OSError):
         space = workspace(to_write=False)
         if space.home.store_is_local:
-            return list(lines(space.objects))
+            return [each.line for each in lines_in_use(space.objects)]
     return []
 
 
@@ -31,7 +31,7 @@ def _known_line(context: typer.Context, line: str | None) -> str | None:
     if line is not None and not context.resilient_parsing:
         from restitch.tasks.runtime.workspace import workspace
 
-        context.obj = workspace(to_write=False).ledger(line).state()
+        context.obj = workspace(to_write=False).ledger(line, dropped=True).state()
     return line
 
 
@@ -41,6 +41,22 @@ def _known_version(context: typer.Context, version: str) -> str:
 
         find_version(context.obj, version)
     return version
+
+
+def _recorded_version(context: typer.Context, version: str) -> str:
+    if not context.resilient_parsing:
+        from restitch.flows.promotion.versions import find_version
+
+        find_version(context.obj, version, purged=True)
+    return version
+
+
+def _known_models(context: typer.Context, model: str) -> str:
+    if not context.resilient_parsing:
+        from restitch.flows.promotion.versions import named_models
+
+        named_models(context.obj, model)
+    return model
 
 
 def _known_task(context: typer.Context, task: str) -> str:
@@ -59,23 +75,37 @@ Line = Annotated[str, _line("Name of the line.")]
 AnyLine = Annotated[str | None, _line("Name of the line; all lines by default.")]
 # Not checked: `verify` also takes a line whose state is missing or damaged.
 UncheckedLine = Annotated[str | None, _line("Name of the line; all lines by default.", None)]
-Version = Annotated[
-    str,
-    typer.Argument(
+
+
+def _version(callback: Callable[[typer.Context, str], str]) -> Any:
+    return typer.Argument(
         help="A number, `champion` or `candidate`.",
-        callback=_known_version,
+        callback=callback,
         autocompletion=lambda: ["champion", "candidate"],
-    ),
+    )
+
+
+Version = Annotated[str, _version(_known_version)]
+# Also one whose weights were purged.
+RecordedVersion = Annotated[str, _version(_recorded_version)]
+Models = Annotated[
+    str,
+    typer.Argument(metavar="TASK[/VERSION]", help="A task, or one model.", callback=_known_models),
 ]
 Task = Annotated[str, typer.Argument(help="Name of the task.", callback=_known_task)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 
 
-def show_result(result: Any, as_json: bool, render: Callable[[Any, Console], None]) -> NoReturn:
-    """Print a result, plain values or an outcome, and exit with its code if it has one."""
+def show_result(
+    result: Any, as_json: bool, render: Callable[[Any, Console], None], code: int = 0
+) -> NoReturn:
+    """Print a result, plain values or an outcome, and exit with its code if it has one.
+
+    Plain values have no code; for them it is given.
+    """
     values = result if isinstance(result, dict) else result.as_dict()
     if as_json:
         typer.echo(json.dumps(values, indent=2, ensure_ascii=False))
     else:
         render(values, console())
-    raise typer.Exit(getattr(result, "exit_code", 0))
+    raise typer.Exit(getattr(result, "exit_code", code))

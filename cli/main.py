@@ -20,7 +20,7 @@ from rich.console import Console
 
 from restitch import __version__
 from restitch.cli.app import app
-from restitch.cli.commands import audit, lines, models, operations, research, storage
+from restitch.cli.commands import audit, lines, models, operations, removal, research, storage
 from restitch.cli.reporter import TerminalReporter
 from restitch.merging.errors import RestitchError, Unavailable
 from restitch.registry.home import Home, prepare_environment
@@ -34,6 +34,7 @@ PANELS = {
     "Every day": (
         *(lines.task, lines.remerge, audit.show, audit.history),
         *(models.evaluate, models.export, models.retire, models.restore),
+        *(removal.forget, removal.drop),
     ),
     "Audit": (
         *(audit.diff, audit.why, audit.report, audit.verify),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from restitch.registry.ledger.ledger import Ledger, lines
+from restitch.registry.ledger.ledger import Ledger, lines_in_use
 from restitch.registry.ledger.line_state import UNREAD, LineState, MemberFacts, ModelVersion
 from restitch.registry.ledger.measurements import unexpected
 from restitch.registry.ledger.records import MergedRecord
@@ -14,10 +14,10 @@ from restitch.tasks.runtime.workspace import workspace
 def status(line: str | None) -> dict[str, Any]:
     """The state of one line, or of all, as plain JSON values."""
     space = workspace(to_write=False)
-    names = list(lines(space.objects)) if line is None else [line]
+    states = lines_in_use(space.objects) if line is None else [space.ledger(line).state()]
     return {
         "home": str(space.home.root),
-        "lines": [_line_status(space.ledger(name).state(), space.objects) for name in names],
+        "lines": [_line_status(each, space.objects) for each in states],
     }
 
 
@@ -44,11 +44,14 @@ def _line_status(line_state: LineState, objects: ObjectStore) -> dict[str, Any]:
         "retention": retention.get("ratio"),
         "retention_interval": retention.get("ratio_interval"),
         "specialists": stored_specialists(objects, [recipe]).get(recipe),
-        "without_models": [name for name, task in tasks if not task.versions],
+        "without_models": [
+            name for name, task in tasks if task.declared and (task.forgotten or not task.versions)
+        ],
         "models": [
             _model_status(name, version, model, champion)
             for name, task in tasks
             for version, model in sorted(task.versions.items())
+            if model.state != "forgotten"
         ],
     }
 

@@ -1,4 +1,4 @@
-"""Decisions that people make about a line: roll back, promote, retire, pin, pause, and the like.
+"""Decisions that people make about a line: roll back, promote, retire, forget, pause, and the like.
 
 Each is one act. It counts by the swap of the line's state, stands in the trail with its reason,
 and moves MLflow's aliases afterwards; the next remerge does that if the process is killed. A
@@ -11,17 +11,19 @@ version that the next remerge would replace. On a paused line decisions are stil
 remerge follows them.
 """
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from typing import Any
 
 from restitch.flows.audit.report import mirror
 from restitch.flows.outcome import Outcome
-from restitch.flows.promotion.versions import check_task, open_version
+from restitch.flows.promotion.versions import check_task, named_models, open_version
 from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.merging.errors import BadInput, GateFailed
 from restitch.registry.ledger.ledger import Act, Ledger
-from restitch.registry.ledger.line_state import LineState, Pause, RetiredFrom
+from restitch.registry.ledger.line_state import LineState, Pause, Removal, RetiredFrom, State
 from restitch.registry.ledger.records import Kind, MergedRecord
 from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.events import has_workers, start_run
@@ -30,6 +32,9 @@ from restitch.tasks.runtime.workspace import actor, workspace
 
 # A retirement ends these states; quarantined and replaced models take no part in merges.
 _TAKES_PART = ("registered", "waiting", "ready", "held")
+
+# The reason of a replaced model.
+_REPLACED_BY = re.compile(r"version (\d+) replaced it")
 
 # Each act, with its name as a command and under `actors` in a line file.
 _DECISIONS: dict[Kind, str] = {
@@ -41,6 +46,8 @@ _DECISIONS: dict[Kind, str] = {
     "unpinned": "unpin",
     "paused": "pause",
     "resumed": "resume",
+    "forgotten": "forget",
+    "dropped": "drop",
 }
 
 
@@ -173,6 +180,16 @@ def restore(line: str, task: str, reason: str = "", *, merge: bool = True) -> De
     ledger = workspace().ledger(line)
     check_task(ledger.state(), task)
 
+    known = ledger.state().tasks[task]
+    if known.forgotten:
+        newest = known.versions[max(known.versions)]
+        raise BadInput(
+            f"the models of task {task} are forgotten, which is final",
+            expected="a task that was retired",
+            found=f"forgotten: {newest.reason}",
+            hint="register the model again with `restitch register`; it becomes the next version",
+        )
+
     def change(line_state: LineState) -> LineState | None:
         # A model that `adopt` retired as a duplicate has no former state.
         after = line_state
@@ -185,6 +202,93 @@ def restore(line: str, task: str, reason: str = "", *, merge: bool = True) -> De
 
     decision = _decided(ledger, "restored", _with_reason(task, reason), change)
     return _merged_after(decision, merge)
+
+
+def forget(line: str, model: str, reason: str, *, merge: bool = True) -> Decision:
+    """Undo the registration of a task's models, or of one of them, and merge without them.
+
+    The next merged model has the same bytes as if they had never been registered: models that
+    they had replaced are back. A forgotten model does not return; its weights may be registered
+    again, as the next version.
+
+    Args:
+        line: the line's name.
+        model: a task, or `task/version`. The description of a whole task is forgotten too, unless
+            it is the line's general benchmark.
+        reason: why.
+        merge: remerge afterwards.
+
+    Raises:
+        BadInput: the line has no such model.
+    """
+    ledger = workspace().ledger(line)
+    task, version = named_models(ledger.state(), model)
+    why = _checked(reason)
+
+    def change(line_state: LineState) -> LineState | None:
+        after = line_state
+        for key, known in line_state.models:
+            chosen = key.task == task and version in (None, key.version)
+            if chosen and known.state != "forgotten":
+                after = after.with_forgotten(*key, why)
+        described = after.tasks[task].declared and line_state.spec.retention != task
+        if version is None and described:
+            after = after.without_description(task)
+        if after is line_state:
+            return None
+        retired = any(m.state == "retired" for m in line_state.tasks[task].versions.values())
+        after = after if retired else _with_replaced(after, task, ledger)
+        nothing_left = not after.members and not after.pinned
+        return after.without_champion() if nothing_left else after
+
+    name = task if version is None else f"{task} {version}"
+    decision = _decided(ledger, "forgotten", f"{name}: {why}", change)
+    return _merged_after(decision, merge)
+
+
+def drop(line: str, reason: str) -> Decision:
+    """Remove a line with all its models from use; its trail and its records stay."""
+    ledger, why, who = workspace().ledger(line, dropped=True), _checked(reason), actor()
+
+    def change(line_state: LineState) -> LineState | None:
+        if line_state.dropped is not None:
+            return None
+        for key, model in line_state.models:
+            if model.state != "forgotten":
+                text = f"the line was dropped: {why}"
+                line_state = line_state.with_forgotten(*key, text)
+        for task in line_state.tasks:
+            line_state = line_state.without_description(task)
+        line_state = (
+            line_state.without_champion().without_candidate().with_pin(False).with_pause(None)
+        )
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        return line_state.with_drop(Removal(actor=who, time=time, reason=why))
+
+    return _decided(ledger, "dropped", f"line {line}: {why}", change)
+
+
+def _with_replaced(line_state: LineState, task: str, ledger: Ledger) -> LineState:
+    """Give the models that forgotten ones had replaced their former states."""
+    versions = line_state.tasks[task].versions
+    for number in sorted(versions, reverse=True):
+        model, ready = versions[number], line_state.tasks[task].ready
+        replacer = _REPLACED_BY.match(model.reason or "")
+        if model.state != "replaced" or replacer is None or number < (ready or 0):
+            continue
+        if versions[int(replacer[1])].state == "forgotten":
+            state, reason = _state_before(ledger, f"/tasks/{task}/versions/{number}")
+            line_state = line_state.with_state(task, number, state, reason)
+    return line_state
+
+
+def _state_before(ledger: Ledger, pointer: str) -> tuple[State, str | None]:
+    """The state and reason of a model before it was replaced, from the trail."""
+    for entry in ledger.entries():
+        if entry.after.get(f"{pointer}/state") == "replaced":
+            before: Any = entry.before
+            return before[f"{pointer}/state"], before.get(f"{pointer}/reason")
+    raise AssertionError(f"{pointer} was never replaced")
 
 
 def pin(line: str, reason: str = "") -> Decision:
@@ -329,15 +433,20 @@ def _digests(record: MergedRecord) -> dict[str, str]:
 
 
 def _retired_members(line_state: LineState, record: MergedRecord) -> tuple[str, ...]:
-    """A note on the members of a version that were retired later."""
-    retired = [
-        f"{task} {member.version}"
+    """A note on the members of a version that were retired or forgotten later."""
+    states = {
+        f"{task} {member.version}": line_state.tasks[task].versions[member.version].state
         for task, member in record.members.items()
-        if line_state.tasks[task].versions[member.version].state == "retired"
-    ]
-    if not retired:
-        return ()
-    return (f"version {record.version} holds {', '.join(retired)}, retired since",)
+    }
+    left = {
+        state: ", ".join(name for name, each in states.items() if each == state)
+        for state in ("retired", "forgotten")
+    }
+    return tuple(
+        f"version {record.version} holds {names}, {state} since"
+        for state, names in left.items()
+        if names
+    )
 
 
 def _with_members(line_state: LineState, record: MergedRecord) -> LineState:

@@ -130,8 +130,12 @@ def onboard_event(
     """Onboard the model that an event names; adopt it first if it was registered in MLflow.
 
     Returns:
-        The outcome; None if the model waits for its task's description.
+        The outcome; None if the model waits for its task's description, or its line was dropped.
     """
+    dropped = workspace().ledger(line, dropped=True).state().dropped
+    if dropped is not None:
+        say(f"line {line} was dropped {dropped}: the event is ignored")
+        return None
     if version is None and mlflow_version is not None:
         version = adopt_one(line, task, mlflow_version)
     if version is None:

@@ -28,7 +28,7 @@ def mirror(line: str, extras: Extras | None = None) -> bool:
     if started < _paused_until.get(address, 0.0):
         return False
     try:
-        space.mlflow.repair(space.ledger(line), extras=extras)
+        space.mlflow.repair(space.ledger(line, dropped=True), extras=extras)
     except Unavailable as error:
         now = time.monotonic()
         if now - started > SLOW_SECONDS:

@@ -6,9 +6,9 @@ from typing import Annotated
 
 import typer
 
-from restitch.cli.app import Json, Line, Task, UncheckedLine, Version, show_result
+from restitch.cli.app import Json, Line, RecordedVersion, Task, UncheckedLine, Version, show_result
 from restitch.cli.render import audit as render
-from restitch.merging.errors import UsageError
+from restitch.merging.errors import BadInput, UsageError
 
 Reason = Annotated[str, typer.Option("--reason", help="Why; the audit trail keeps it.")]
 OptionalReason = Annotated[str, typer.Option("--reason", help="Why, for the audit trail.")]
@@ -50,11 +50,15 @@ def history(
         show_result(queries.history(line, selection), as_json, render.history)
 
 
-def show(line: Line, version: Version = "champion", as_json: Json = False) -> None:
-    """Show a merged version: recipe, members, results, retention, gates, cost, links."""
+def show(line: Line, version: RecordedVersion = "champion", as_json: Json = False) -> None:
+    """Show a merged version: recipe, members, results, retention, gates, cost, links.
+
+    Exits with 3 if its weights were purged; its record is shown nevertheless.
+    """
     from restitch.flows.audit.queries import show as view
 
-    show_result(view(line, version), as_json, render.show)
+    values = view(line, version)
+    show_result(values, as_json, render.show, BadInput.exit_code if values["purged"] else 0)
 
 
 def report(

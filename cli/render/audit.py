@@ -50,6 +50,7 @@ def versions(result: Values, out: Console) -> None:
     columns = ("version", "mean", "normalized", "retention", "made", "by", "members")
     show_table(out, columns, rows)
     for version in result["versions"]:
+        _removed(version, out)
         if version["specialists"] is not None:
             write(out, f"  version {version['version']}: {of_specialists(version['specialists'])}")
 
@@ -82,6 +83,7 @@ def show(result: Values, out: Console) -> None:
     by = "".join(f" {word} {maker[key]}" for word, key in _MAKERS if key in maker)
     made = f"made {result['created_at'][:19]} UTC{by}"
     write(out, f"{result['line']} version {result['version']}{role}, {made}")
+    _removed(result, out)
     results(result, out)
     _intervals(result["results"], out)
     for values in result["gates"]:
@@ -165,6 +167,18 @@ def _maker(version: Values) -> Values:
     return version["made_by"] if isinstance(version["made_by"], dict) else {}
 
 
+def _removed(version: Values, out: Console) -> None:
+    """The removals that a version is affected by."""
+    purge = version["purged"]
+    if purge is not None:
+        at = purge["time"][:16].replace("T", " ")
+        text = f"purged by {purge['actor']} on {at} UTC: {purge['reason']}"
+        write(out, f"  version {version['version']}: {text}", "yellow")
+    elif version["forgotten"]:
+        names = ", ".join(version["forgotten"])
+        write(out, f"  version {version['version']} holds {names}, forgotten since", "yellow")
+
+
 def _role(version: Values) -> str:
     role = version["role"] or ("" if version["passed"] else version["verdict"])
     return f"{version['version']} {role}".rstrip()
@@ -234,6 +248,8 @@ def verified(result: Values, out: Console) -> None:
     )
     rebuilt = f"{len(result['rebuilt'])} of {len(result['versions'])} merged versions rebuilt"
     write(out, f"  {rebuilt} from their recipes, byte for byte")
+    if result["purged"]:
+        write(out, f"  the weights of {len(result['purged'])} versions were purged on purpose")
     if result["mlflow"]:
         write(out, "  every act in MLflow is in the trail")
     for finding in result["findings"]:

@@ -36,8 +36,9 @@ def init(result: Values, out: Console) -> None:
     """A new or changed line, with one line of text per changed setting."""
     if result["created"]:
         write(out, f"made line {result['line']} on {result['base']}")
-    elif result["changes"]:
-        write(out, f"changed line {result['line']}")
+    elif result["changes"] or result["again"]:
+        again = " started again: its history goes on" if result["again"] else ""
+        write(out, f"{'' if again else 'changed '}line {result['line']}{again}")
         for key, old, new in result["changes"]:
             for line in changed(key, old, new):
                 write(out, f"  {line}")

@@ -16,7 +16,7 @@ from restitch.deployments.local.health import answers, is_running, workers_onlin
 from restitch.deployments.server.definitions import full_name
 from restitch.deployments.server.schedules import PAUSED_IN_PREFECT, by_line, compare, plans
 from restitch.merging.errors import RestitchError, Unavailable
-from restitch.registry.ledger.ledger import lines
+from restitch.registry.ledger.ledger import Ledger, lines, lines_in_use
 from restitch.registry.mlflow.sync import mlflow_explained, without_credentials
 from restitch.registry.redaction import NOTIFY_VARIABLE
 from restitch.registry.s3.client import parse_address
@@ -125,7 +125,7 @@ def _home(space: Workspace) -> Iterator[Check]:
 
 def _store(space: Workspace) -> Iterator[Check]:
     where = space.home.store_name
-    names = list(lines(space.objects))
+    names = [each.line for each in lines_in_use(space.objects)]
     yield Check("store", "ok", f"{where}, lines: {', '.join(names) or 'none'}")
     if space.home.store_url is None or space.home.store_is_local:
         return
@@ -143,11 +143,11 @@ def _store(space: Workspace) -> Iterator[Check]:
 
 def _models(space: Workspace) -> Iterator[Check]:
     """Warn of tasks whose newest model does not join until a person does something."""
-    for line in lines(space.objects):
+    for line in (each.line for each in lines_in_use(space.objects)):
         newest = {
             key.task: (key, model)
             for key, model in sorted(space.ledger(line).state().models, key=lambda one: one[0])
-            if model.state != "retired"
+            if model.state not in ("retired", "forgotten")
         }
         stuck = [
             f"{key} is {model.state}"
@@ -166,10 +166,13 @@ def _device(space: Workspace) -> Iterator[Check]:
     yield Check("device", "ok", str(here))
     for line in lines(space.objects):
         try:
-            required = space.ledger(line).state().spec.require_device
+            line_state = Ledger(space.objects, line).state()
         except RestitchError as error:  # the other lines are checked nevertheless
             yield Check(f"line {line}", "failed", error.message(), error.hint or "")
             continue
+        if line_state.dropped is not None:
+            continue
+        required = line_state.spec.require_device
         if required is not None and required != here.type:
             yield Check(
                 f"device of {line}",
@@ -188,7 +191,7 @@ def _processes(space: Workspace) -> Iterator[Check]:
 
 
 def _notifications(space: Workspace) -> Iterator[Check]:
-    states = (space.ledger(line).state() for line in lines(space.objects))
+    states = lines_in_use(space.objects)
     asking = ", ".join(state.line for state in states if state.spec.notify)
     if not asking:
         return

@@ -155,8 +155,8 @@ def keep_schedules(line: str) -> None:
     except Unavailable as error:
         warn(f"the schedules were not updated, run `restitch deploy`: {error.message()}")
         return
-    state = states[line]
-    if state.state == "unknown" or state.text == PAUSED_IN_PREFECT:
+    state = states.get(line)  # none if the line was dropped
+    if state is not None and (state.state == "unknown" or state.text == PAUSED_IN_PREFECT):
         warn(f"the schedule of {line}: {state.text}; {state.remedy}")
 
 

@@ -82,10 +82,11 @@ def plans() -> dict[str, LinePlan]:
     found = {}
     for line in lines(space.objects):
         try:
-            line_state = space.ledger(line).state()
+            line_state = space.ledger(line, dropped=True).state()
         except RestitchError as error:
             found[line] = LinePlan(problem=error)
-        else:
+            continue
+        if line_state.dropped is None:
             found[line] = LinePlan(line_state.spec.schedule, line_state.paused)
     return found
 

@@ -25,7 +25,7 @@ def diff(line: str, a: str, b: str) -> dict[str, Any]:
     Raises:
         BadInput: there is no such version.
     """
-    ledger = workspace(to_write=False).ledger(line)
+    ledger = workspace(to_write=False).ledger(line, dropped=True)
     line_state = ledger.state()
     first, second = (ledger.merged(find_version(line_state, version)) for version in (a, b))
     return differences_of(ledger.objects, first, second)

@@ -48,7 +48,7 @@ class HistoryFilter:
 
 def history(line: str, selection: HistoryFilter) -> dict[str, Any]:
     """The audit trail, newest first."""
-    ledger = workspace(to_write=False).ledger(line)
+    ledger = workspace(to_write=False).ledger(line, dropped=True)
     if selection.task is not None:
         check_task(ledger.state(), selection.task)
     acts = [_act(entry, champion) for entry, champion in _acts(ledger) if selection.matches(entry)]
@@ -57,7 +57,7 @@ def history(line: str, selection: HistoryFilter) -> dict[str, Any]:
 
 def versions(line: str) -> dict[str, Any]:
     """All merged versions, newest first, with the acts that moved the champion to them."""
-    ledger = workspace(to_write=False).ledger(line)
+    ledger = workspace(to_write=False).ledger(line, dropped=True)
     line_state = ledger.state()
     acts: dict[int, list[dict[str, str]]] = {}
     for entry in ledger.entries():
@@ -77,7 +77,7 @@ def versions(line: str) -> dict[str, Any]:
 
 def as_of(line: str, when: datetime) -> dict[str, Any]:
     """The version in use at a time, with its members and the act that put it in use."""
-    ledger = workspace(to_write=False).ledger(line)
+    ledger = workspace(to_write=False).ledger(line, dropped=True)
     line_state = ledger.state_at(when)
     if line_state is None:
         first = next(ledger.entries(newest_first=False))
@@ -102,8 +102,8 @@ def as_of(line: str, when: datetime) -> dict[str, Any]:
 
 
 def show(line: str, version: str) -> dict[str, Any]:
-    """One merged version with all details."""
-    ledger, line_state, record = open_version(line, version, to_write=False)
+    """One merged version with all details, also one whose weights were purged."""
+    ledger, line_state, record = open_version(line, version, to_write=False, purged=True)
     details = version_details(line_state, record, ledger.objects)
     return {**details, "links": links(line, details["digest"], record.made_by)}
 
@@ -121,6 +121,8 @@ def version_details(
         "verdict": record.verdict,
         "losses": list(record.losses),
         "digest": line_state.versions[record.version],
+        "purged": _purged(line_state, record.version),
+        "forgotten": _forgotten(line_state, record),
         "specialists": stored_specialists(objects, [recipe]).get(recipe),
     }
 
@@ -128,7 +130,7 @@ def version_details(
 def why(line: str, task: str) -> dict[str, Any]:
     """A task's accuracy in every version, and the changes between them."""
     space = workspace(to_write=False)
-    ledger = space.ledger(line)
+    ledger = space.ledger(line, dropped=True)
     line_state = ledger.state()
     check_task(line_state, task)
     from restitch.tasks.compare_results import compare_results  # only this query needs numpy
@@ -138,7 +140,9 @@ def why(line: str, task: str) -> dict[str, Any]:
     for record in reversed(list(ledger.history())):
         new = record.results.get(task)
         old = None if before is None else before.results.get(task)
-        pairs = compare_results(space.objects, old, new)
+        numbers = {record.version, record.version if before is None else before.version}
+        purged = not line_state.purged.keys().isdisjoint(numbers)
+        pairs = None if purged else compare_results(space.objects, old, new)
         member = record.members.get(task)
         values = {} if new is None else new.to_json()
         steps.append(
@@ -250,8 +254,25 @@ def _summary(
         "created_at": record.created_at,
         "made_by": record.made_by,
         "acts": acts.get(record.version, []),
+        "purged": _purged(line_state, record.version),
+        "forgotten": _forgotten(line_state, record),
         "specialists": specialists.get(record.recipe_digest),
     }
+
+
+def _purged(line_state: LineState, version: int) -> dict[str, str] | None:
+    """Who removed the weights of a version, when and why; None if they are in the store."""
+    removal = line_state.purged.get(version)
+    return None if removal is None else removal.to_json()
+
+
+def _forgotten(line_state: LineState, record: MergedRecord) -> list[str]:
+    """The members of a version that were forgotten later."""
+    return [
+        f"{task} {member.version}"
+        for task, member in record.members.items()
+        if line_state.tasks[task].versions[member.version].state == "forgotten"
+    ]
 
 
 def _role(line_state: LineState, version: int) -> str | None:

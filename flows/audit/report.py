@@ -73,7 +73,9 @@ class Reports:
         )
 
     def artifacts(self, version: int) -> Mapping[str, bytes]:
-        """The report's files by path; no files if it cannot be made."""
+        """The report's files by path; no files if it cannot be made, or its version was purged."""
+        if version in self.state.purged:
+            return {}
         try:
             return _files(self.report(self.ledger.merged(version)))
         except RestitchError as error:
@@ -87,7 +89,7 @@ class Reports:
             None,
         )
         before = None if made is None else made["champion"]
-        if before is None:
+        if before is None or before in self.state.purged:
             return None
         return differences_of(self.ledger.objects, self.ledger.merged(before), record)
 
@@ -107,7 +109,7 @@ def mirror(line: str) -> bool:
     Returns:
         Whether it is complete.
     """
-    return complete_mlflow(line, Reports(workspace().ledger(line)).artifacts)
+    return complete_mlflow(line, Reports(workspace().ledger(line, dropped=True)).artifacts)
 
 
 def write_report(line: str, version: str, out: Path) -> ReportOutcome:

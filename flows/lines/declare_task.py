@@ -147,11 +147,12 @@ def refuse_another(line: str, known: TaskSpec, spec: TaskSpec, replace_task: boo
 def present(task: Task, spec: TaskSpec, model: ModelRef) -> int | None:
     """The version of a task that already holds this model for the same task, if it still counts.
 
-    Only two versions count: the newest one that is not retired, and the newest one that takes part
-    in merges, which a later quarantined or held one does not replace.
+    Only two versions count: the newest one that is neither retired nor forgotten, and the newest
+    one that takes part in merges, which a later quarantined or held one does not replace.
     """
+    left = ("retired", "forgotten")
     numbers = {
-        max((n for n, v in task.versions.items() if v.state != "retired"), default=0),
+        max((n for n, v in task.versions.items() if v.state not in left), default=0),
         max((n for n, v in task.versions.items() if v.state in _TAKES_PART), default=0),
     } - {0}
     same = [

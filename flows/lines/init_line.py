@@ -16,7 +16,7 @@ from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.families.family import family_names, get_family
 from restitch.registry.gates.registry import GATES
 from restitch.registry.ledger.ledger import Ledger
-from restitch.registry.ledger.line_state import LineState
+from restitch.registry.ledger.line_state import LineState, Removal
 from restitch.registry.sources.resolve import COPY_SCHEME
 from restitch.registry.specs.files import load_line
 from restitch.registry.specs.line import LineSpec, line_changes
@@ -44,12 +44,14 @@ class InitOutcome(Outcome):
 
     Attributes:
         created: whether the line is new.
+        again: whether it was dropped, and starts again.
         changes: the changes of an existing line, as key, old value, new value.
         localizable: the numbers of localizable tensors and coordinates.
     """
 
     line: str
     created: bool
+    again: bool
     changes: tuple[tuple[str, Any, Any], ...]
     base: str
     base_digest: str
@@ -103,7 +105,7 @@ def init_line(file: Path) -> InitOutcome:
         taking_part = [member.spec for member in old.members]
         for one in spec.method.methods:
             check_rows_for(get_method(one.name), taking_part)
-        _configure(ledger, spec, changes)
+        _configure(ledger, spec, changes, old.dropped)
     if spec.notify:
         for problem in problems(services()):
             warn(f"{spec.line} asks for notifications, but {problem}")
@@ -111,6 +113,7 @@ def init_line(file: Path) -> InitOutcome:
     return InitOutcome(
         spec.line,
         old is None,
+        old is not None and old.dropped is not None,
         tuple(changes),
         base.uri,
         base.weights,
@@ -250,10 +253,18 @@ def _check_alike(chosen: tuple[MethodSpec, ...]) -> None:
         )
 
 
-def _configure(ledger: Ledger, spec: LineSpec, changes: list[tuple[str, Any, Any]]) -> None:
+def _configure(
+    ledger: Ledger,
+    spec: LineSpec,
+    changes: list[tuple[str, Any, Any]],
+    dropped: Removal | None,
+) -> None:
     def change(line_state: LineState) -> LineState | None:
-        return None if line_state.spec == spec else line_state.with_spec(spec)
+        after = line_state.with_spec(spec).with_drop(None)
+        return None if after == line_state else after
 
-    if changes:
+    if changes or dropped is not None:
         text = "; ".join(f"{key}: {old} -> {new}" for key, old, new in changes)
+        if dropped is not None:
+            text = f"line {spec.line} starts again{': ' if text else ''}{text}"
         ledger.act("configured", actor(), text, change)

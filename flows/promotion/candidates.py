@@ -92,11 +92,13 @@ class Candidate:
     def _losses(self) -> tuple[str, ...]:
         """The significant losses that no gate judged."""
         judged = {gate.task for gate in self.gates if gate.gate == MaxTaskDrop.name}
-        return tuple(
-            drop.sentence(task)
-            for task, drop in self.drops.items()
-            if drop.is_significant and task not in judged
-        )
+        return tuple(text for task, text in self.significant_drops.items() if task not in judged)
+
+    @property
+    def significant_drops(self) -> dict[str, str]:
+        """A sentence for each task that lost more against the champion than chance explains."""
+        drops = self.drops.items()
+        return {task: drop.sentence(task) for task, drop in drops if drop.is_significant}
 
     @property
     def reason(self) -> str:

@@ -12,7 +12,6 @@ from restitch.flows.promotion.candidates import Candidate
 from restitch.flows.promotion.pauses import check_not_paused
 from restitch.flows.promotion.snapshot import Snapshot, rejected_in
 from restitch.registry.gates.gate import GateOutcome
-from restitch.registry.gates.max_task_drop import MaxTaskDrop
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, Member
 from restitch.tasks.runtime.console import say, warn
@@ -24,7 +23,7 @@ _DECISIVE = {"method", "localize", "gates", "retention"}
 
 
 class MovedError(Exception):
-    """The champion or the settings have changed, or a member was retired, since the snapshot."""
+    """The champion or the settings have changed, or a member has left, since the snapshot."""
 
 
 def record_version(ledger: Ledger, snapshot: Snapshot, candidate: Candidate) -> int:
@@ -74,9 +73,9 @@ def _check_unmoved(line_state: LineState, snapshot: Snapshot, candidate: Candida
     settings = (one.spec.model_dump(include=_DECISIVE) for one in (line_state, snapshot.line_state))
     if next(settings) != next(settings):
         raise MovedError
-    # A version that is made after a retirement must not hold the retired model.
+    # A version that is made after a model was retired or forgotten must not hold it.
     states = (line_state.tasks[m.task].versions[m.version].state for m in candidate.members)
-    if "retired" in states:
+    if not {"retired", "forgotten"}.isdisjoint(states):
         raise MovedError
 
 
@@ -103,7 +102,7 @@ def promote(
     act = ledger.act("promoted", actor(), reason, change)
     if act is not None:
         say(f"{ledger.line} version {version} is the champion")
-        drops = _notes(tuple(w for w in candidate.warnings if w.gate == MaxTaskDrop.name))
+        drops = "; ".join(candidate.significant_drops.values())
         notify(act, {"drop": drops} if drops else None)
     return "promoted" if ledger.state().champion == version else "candidate"
 

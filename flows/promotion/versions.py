@@ -8,23 +8,35 @@ from restitch.tasks.runtime.workspace import workspace
 
 
 def open_version(
-    line: str, version: str, *, to_write: bool = True
+    line: str, version: str, *, to_write: bool = True, purged: bool = False
 ) -> tuple[Ledger, LineState, MergedRecord]:
-    """A line's ledger and state, and the record of a version that a user names.
+    """The ledger and state of a line, also of a dropped one, and the record of a version.
+
+    Args:
+        line: the line's name.
+        version: as a user names it.
+        to_write: create the folders of the home.
+        purged: also take a version whose weights were purged, to read its record.
 
     Raises:
-        BadInput: there is no such line or version.
+        BadInput: there is no such line or version, or the version was purged.
     """
-    ledger = workspace(to_write=to_write).ledger(line)
+    ledger = workspace(to_write=to_write).ledger(line, dropped=True)
     line_state = ledger.state()
-    return ledger, line_state, ledger.merged(find_version(line_state, version))
+    number = find_version(line_state, version, purged=purged)
+    return ledger, line_state, ledger.merged(number)
 
 
-def find_version(line_state: LineState, text: str) -> int:
+def find_version(line_state: LineState, text: str, *, purged: bool = False) -> int:
     """The number of a merged version.
 
+    Args:
+        line_state: the line's state.
+        text: a number, `champion` or `candidate`.
+        purged: also take a version whose weights were purged.
+
     Raises:
-        BadInput: the line has no such version.
+        BadInput: the line has no such version, or it was purged.
     """
     version: int | None
     if text == "champion":
@@ -44,6 +56,13 @@ def find_version(line_state: LineState, text: str) -> int:
             found=f"versions: {known}; {roles}",
             hint=f"see `restitch history {line_state.line}`",
         )
+    if version in line_state.purged and not purged:
+        raise BadInput(
+            f"version {version} of line {line_state.line} was purged {line_state.purged[version]}",
+            expected="a version whose weights are still in the store",
+            found="its record and its acts, which `restitch show` and `restitch history` print",
+            hint=f"see `restitch history {line_state.line} --versions` for the other versions",
+        )
     return version
 
 
@@ -60,6 +79,26 @@ def check_task(line_state: LineState, task: str) -> None:
             found=task,
             hint=f"see `restitch status {line_state.line}`",
         )
+
+
+def named_models(line_state: LineState, model: str) -> tuple[str, int | None]:
+    """The task and the version that a user names as `task` or `task/version`.
+
+    Raises:
+        BadInput: the line has no such model.
+    """
+    task, slash, number = model.partition("/")
+    check_task(line_state, task)
+    versions = line_state.tasks[task].versions
+    if not slash:
+        return task, None
+    if not (number.isascii() and number.isdigit() and int(number) in versions):
+        raise BadInput(
+            f"task {task} of line {line_state.line} has no model {number or '(no number)'}",
+            expected=f"one of {', '.join(map(str, sorted(versions))) or 'no models'}",
+            hint=f"see `restitch status {line_state.line}`",
+        )
+    return task, int(number)
 
 
 def members_of(line_state: LineState, record: MergedRecord) -> tuple[Member, ...]:

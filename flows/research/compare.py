@@ -152,7 +152,7 @@ def compare(
         params={"members": outcome.members, "tuned": tuned, "left_out": lacking},
         metrics={},
         artifacts=artifacts,
-        parts=[_part(row) for row in (*outcome.methods, *outcome.experts)],
+        parts=[*map(_part, outcome.methods), *map(_part, outcome.experts)],
     )
     return outcome
 

@@ -10,6 +10,7 @@ store, because the damaged objects may refer to any other.
 
 import time
 from collections import defaultdict
+from collections.abc import Iterable, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -82,7 +83,7 @@ def collect(older_than: float = DEFAULT_AGE, *, remove: bool = False) -> GcOutco
         keys = now.inventory.keys.items()
         named = {f"blobs/{key.blob}" for name, key in keys if name not in names}
         garbage = _Garbage(now.inventory, names - named, now.young, now.in_use)
-        _remove(objects, garbage)
+        remove_objects(objects, now.inventory, garbage.names)
     return _outcome(garbage, older_than, removed=True)
 
 
@@ -108,18 +109,34 @@ def _find(objects: ObjectStore, older_than: float) -> _Garbage:
     return _Garbage(inventory, frozenset(free - young), len(free & young), len(used))
 
 
-def _remove(objects: ObjectStore, garbage: _Garbage) -> None:
-    keys = sorted(name for name in garbage.names if name.startswith("keys/"))
-    blobs = sorted(garbage.names - set(keys))
-    title, done = f"removing {len(garbage.names)} objects", 0
+def remove_objects(
+    objects: ObjectStore,
+    inventory: Inventory,
+    names: Iterable[str],
+    *,
+    last: Set[str] = frozenset(),
+) -> None:
+    """Remove objects, keys before blobs; the caller has posted a notice that lists them.
+
+    Args:
+        objects: the store.
+        inventory: of the store, taken after the notice.
+        names: of the objects.
+        last: those of the names that are removed after all others, because they name others.
+    """
+    groups: dict[int, list[str]] = {0: [], 1: [], 2: []}
+    for name in sorted(names):
+        groups[0 if name.startswith("keys/") else 2 if name in last else 1].append(name)
+    total, done = sum(map(len, groups.values())), 0
+    title = f"removing {total} objects"
     with working(title) as progress, ThreadPoolExecutor(_THREADS) as pool:
-        for group in (keys, blobs):
+        for group in groups.values():
             for _ in pool.map(objects.store.remove, group):
                 done += 1
-                progress(done, len(garbage.names))
+                progress(done, total)
     # Remove keys that were published while their blob was being removed.
-    gone = {name.rpartition("/")[2] for name in blobs}
-    new = [name for name in objects.store.list("keys") if name not in garbage.inventory.keys]
+    gone = {name.rpartition("/")[2] for name in (*groups[1], *groups[2])}
+    new = [name for name in objects.store.list("keys") if name not in inventory.keys]
     for name in new:
         key = objects.lookup(*name.split("/")[1:3])
         if key is not None and key.blob in gone and not objects.store.exists(f"blobs/{key.blob}"):

@@ -69,6 +69,7 @@ class Verification(Outcome):
         acts: audit entries in an unbroken chain.
         versions: the merged versions that were verified.
         rebuilt: versions whose recipe gave exactly the stored bytes.
+        purged: versions whose weights were removed on purpose; only their records are compared.
         objects: blobs that were compared with their digests.
         mlflow: whether the trail was compared with MLflow.
     """
@@ -77,6 +78,7 @@ class Verification(Outcome):
     acts: int = 0
     versions: list[int] = field(default_factory=list)
     rebuilt: list[int] = field(default_factory=list)
+    purged: list[int] = field(default_factory=list)
     objects: int = 0
     mlflow: bool = False
     findings: list[Finding] = field(default_factory=list)
@@ -128,7 +130,7 @@ class _Verifier:
 
     def __init__(self, line: str) -> None:
         self.space = workspace()
-        self.ledger: Ledger = self.space.ledger(line)
+        self.ledger: Ledger = self.space.ledger(line, dropped=True)
         self.result = Verification(line)
         self.compared: dict[str, bool] = {}
 
@@ -230,7 +232,10 @@ class _Verifier:
         return self.compared[digest]
 
     def _check_members(self, line_state: LineState) -> None:
-        for key, model in line_state.in_state("ready", "held", "replaced", "retired"):
+        for key, model in line_state.in_state("ready", "held", "replaced", "retired", "forgotten"):
+            if model.facts.purged is not None:
+                self.result.note(str(key), f"purged {model.facts.purged}")
+                continue
             self._compare(f"the delta of {key}", filter(None, [model.delta]))
             self._compare(f"the statistics of {key}", model.facts.statistics.values())
 
@@ -257,6 +262,10 @@ class _Verifier:
         problems = _contradictions(line_state, number, record, recipe, made)
         for problem in problems:
             self.result.damaged(subject, problem)
+        if number in line_state.purged:
+            self.result.purged.append(number)
+            self.result.note(subject, f"purged {line_state.purged[number]}")
+            return
         results = [d for r in record.results.values() for d in r.evaluations.values()]
         if record.retention is not None:
             results += record.retention.evaluations.values()

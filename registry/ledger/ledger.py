@@ -107,7 +107,7 @@ class Ledger:
             The act; None if `change` returned None.
 
         Raises:
-            BadInput: the line does not exist.
+            BadInput: the line does not exist, or was dropped.
             Unavailable: other processes changed the line at each attempt.
         """
         self.state()  # raises if the line does not exist
@@ -180,6 +180,8 @@ class Ledger:
             changed = change(old)
             if changed is None:
                 return None
+            if old is not None and changed.dropped is not None and kind != "purged":
+                check_not_dropped(old)
             check_references(self.objects, old, changed)
             before, after = differences(state_of(old), state_of(changed))
             entry = Entry(
@@ -292,8 +294,35 @@ def state_after(entries: Sequence[Entry]) -> LineState:
     )
 
 
+def check_not_dropped(line_state: LineState) -> None:
+    """Refuse a line that was dropped.
+
+    Raises:
+        BadInput: it was dropped.
+    """
+    if line_state.dropped is not None:
+        line = line_state.line
+        raise BadInput(
+            f"line {line} was dropped {line_state.dropped}",
+            hint=f"`restitch history {line}` shows its trail; `restitch init FILE` with a file of "
+            "this name and base starts it again",
+        )
+
+
+def lines_in_use(objects: ObjectStore) -> Iterator[LineState]:
+    """The states of the lines that were not dropped, by name.
+
+    Raises:
+        Damage: a state cannot be read.
+    """
+    for line in lines(objects):
+        line_state = Ledger(objects, line).state()
+        if line_state.dropped is None:
+            yield line_state
+
+
 def lines(objects: ObjectStore) -> Iterator[str]:
-    """The names of all lines, sorted."""
+    """The names of all lines, sorted, and those of dropped ones."""
     for name in objects.store.list("lines"):
         parts = name.split("/")
         if len(parts) == 3 and parts[2] == "head.json":

@@ -6,7 +6,7 @@ else, so a change can be applied again to a newer state if another process was f
 under these digests.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
 from pydantic import (
@@ -31,9 +31,26 @@ UNREAD = digest_bytes(b"")
 # The checks that a person may switch off for a model; see `MemberFacts.accepted`.
 NO_GAIN, PREPROCESSING = "no gain", "preprocessing"
 
-State = Literal["registered", "waiting", "quarantined", "ready", "held", "replaced", "retired"]
+State = Literal[
+    "registered", "waiting", "quarantined", "ready", "held", "replaced", "retired", "forgotten"
+]
 
 Number = Annotated[int, Field(ge=1)]
+
+
+class Removal(Record):
+    """Who removed something, when and why.
+
+    Attributes:
+        time: UTC, ISO.
+    """
+
+    actor: str
+    time: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"by {self.actor} on {self.time[:16].replace('T', ' ')} UTC: {self.reason}"
 
 
 class ModelRef(Record):
@@ -160,6 +177,7 @@ class ModelFacts(MemberFacts):
         retired_from: the state before a retirement, which `restore` gives back.
         held_in: the digest of the circumstances in which a gate held the model; it is tried
             again when they change.
+        purged: the removal of its weights and of all that was derived from them.
     """
 
     choice: str | None = None
@@ -173,6 +191,7 @@ class ModelFacts(MemberFacts):
     registered_again: int = 0
     retired_from: RetiredFrom | None = None
     held_in: str | None = None
+    purged: Removal | None = None
 
     @property
     def lacks_gain(self) -> bool:
@@ -192,7 +211,7 @@ class ModelVersion(Record):
         state: registered (nothing done yet), waiting (for its task's description),
             quarantined (cannot join), ready (localized: the newest one is the member), held
             (its joining failed a gate, or it is worse than the base), replaced (by a newer
-            member), retired.
+            member), retired, forgotten (it was registered by mistake, and never takes part again).
         reason: the reason for the state, for a reader.
         registered_at: the time of registration, UTC, ISO.
         mlflow: the version in MLflow, if it was registered there and not here.
@@ -219,7 +238,7 @@ class Task(Record):
 
     Attributes:
         declared: whether the task is described; until then its models wait, and the spec
-            holds only the name.
+            holds only the name. A forgotten task is not declared any more.
     """
 
     spec: TaskSpec
@@ -235,6 +254,11 @@ class Task(Record):
     def ready(self) -> int | None:
         """The newest ready version, which is the member."""
         return max((n for n, v in self.versions.items() if v.state == "ready"), default=None)
+
+    @property
+    def forgotten(self) -> bool:
+        """True if it has models, and all of them are forgotten."""
+        return {model.state for model in self.versions.values()} == {"forgotten"}
 
 
 class ModelKey(NamedTuple):
@@ -290,6 +314,8 @@ class LineState(Record):
             because the line is pinned.
         pinned: whether automatic promotion is off.
         paused: the pause of its automatic work, or of its schedule.
+        purged: the removals of the weights of merged versions.
+        dropped: the removal of the line; its trail and its records stay.
     """
 
     format: int = FORMAT
@@ -307,6 +333,14 @@ class LineState(Record):
     candidate: Number | None = None
     pinned: bool = False
     paused: Pause | None = None
+    purged: dict[Number, Removal] = Field(default_factory=dict)
+    dropped: Removal | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_removals(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        values: dict[str, Any] = handler(self)
+        # A line from which nothing was removed is written as before there were removals.
+        return {k: v for k, v in values.items() if v or k not in ("purged", "dropped")}
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
@@ -320,6 +354,8 @@ class LineState(Record):
             version = getattr(self, role)
             if version is not None and version not in self.versions:
                 raise ValueError(f"the {role} is version {version}, which does not exist")
+            if version in self.purged:
+                raise ValueError(f"the {role} is version {version}, which is purged")
         if self.versions and max(self.versions) >= self.next_version:
             raise ValueError(
                 f"the next version is {self.next_version}, and {max(self.versions)} exists"
@@ -434,6 +470,32 @@ class LineState(Record):
     def without_candidate(self) -> "LineState":
         """Return the state without a candidate."""
         return self._changed(candidate=None)
+
+    def with_forgotten(self, task: str, version: int, reason: str) -> "LineState":
+        """Return the state without a model in any later merge."""
+        return self.with_state(task, version, "forgotten", reason)
+
+    def without_description(self, task: str) -> "LineState":
+        """Return the state in which a task's description counts only for its present models."""
+        known = self._task(task).model_copy(update={"declared": False})
+        return self._changed(tasks={**self.tasks, task: known})
+
+    def with_purged(
+        self, models: Iterable[ModelKey], versions: Iterable[int], removal: Removal
+    ) -> "LineState":
+        """Return the state with models and merged versions whose weights are removed."""
+        line_state, gone = self, list(versions)
+        for key in models:
+            model = line_state.model(key)
+            facts = model.facts.model_copy(update={"purged": removal})
+            line_state = line_state.with_state(*key, model.state, model.reason, facts=facts)
+        candidate = None if line_state.candidate in gone else line_state.candidate
+        purged = {**line_state.purged, **dict.fromkeys(gone, removal)}
+        return line_state._changed(purged=purged, candidate=candidate)
+
+    def with_drop(self, dropped: Removal | None) -> "LineState":
+        """Return the state of a line that is dropped, or starts again (None)."""
+        return self._changed(dropped=dropped)
 
     def with_pin(self, pinned: bool) -> "LineState":
         """Return the state with automatic promotion off (pinned) or on."""

@@ -12,7 +12,7 @@ from datetime import UTC, datetime
 from itertools import chain
 from typing import Literal
 
-from restitch.registry.ledger.line_state import ModelKey
+from restitch.registry.ledger.line_state import ModelKey, Removal
 from restitch.registry.ledger.records import Entry, MergedRecord
 
 # champion: in use. candidate: the newest version that passed its gates and waits. former champion:
@@ -61,12 +61,23 @@ def moved_merges(entry: Entry) -> tuple[int, ...]:
     return tuple(sorted({*touched_merges(entry), *moved}))
 
 
+def purged_merges(entry: Entry) -> tuple[int, ...]:
+    """The merged versions whose weights an act removed."""
+    parts = [(pointer.split("/")[1:], value) for pointer, value in entry.after.items()]
+    numbers = {int(path[1]) for path, _ in parts if path[0] == "purged" and len(path) > 1}
+    for path, value in parts:
+        if path == ["purged"] and isinstance(value, dict):
+            numbers |= {int(number) for number in value}
+    return tuple(sorted(numbers))
+
+
 def merges_about(entry: Entry) -> tuple[int, ...]:
-    """All merged versions that an act made, moved or rejected."""
+    """All merged versions that an act made, moved, rejected or purged."""
     # A rejection does not change the line's state: only its reason names the version.
     subject = _SUBJECT.match(entry.reason) if entry.kind == "rejected" else None
     rejected = () if subject is None else (int(subject[1]),)
-    return tuple(sorted({*moved_merges(entry), *rejected}))
+    purged = purged_merges(entry)
+    return tuple(sorted({*moved_merges(entry), *rejected, *purged}))
 
 
 def headline(entry: Entry) -> str:
@@ -89,8 +100,15 @@ def last_moves(newest_first: Iterable[Entry], versions: Set[int]) -> dict[int, E
     return moves
 
 
-def outcome_of(record: MergedRecord, move: Entry) -> Outcome:
-    """The outcome of a version after the last act that moved it."""
+def outcome_of(record: MergedRecord, move: Entry, purge: Removal | None = None) -> Outcome:
+    """The outcome of a version after the last act that moved it, and after its purge."""
+    outcome = _moved(record, move)
+    if purge is None:
+        return outcome
+    return Outcome(outcome.role, f"{outcome.sentence} Its weights were purged {purge}.")
+
+
+def _moved(record: MergedRecord, move: Entry) -> Outcome:
     version, champion = record.version, move.after.get("/champion")
     if champion == version:
         how = "rolled back to" if move.kind == "rolled-back" else move.kind

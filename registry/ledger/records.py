@@ -38,6 +38,9 @@ Kind = Literal[
     "unpinned",
     "paused",
     "resumed",
+    "forgotten",
+    "dropped",
+    "purged",
 ]
 
 # The chain's own fields: an entry with them would have to contain its own digest.

@@ -34,6 +34,9 @@ Role = Literal[
 # The kind of the keys of stored specialists, by the recipe of their version.
 SPECIALISTS = "specialists"
 
+# The list of the objects that a purge removes, in the digests of its act.
+PURGED = "objects"
+
 # The prefix of a statistic's kind in the digests of an act.
 STATISTIC = "statistic."
 
@@ -91,13 +94,21 @@ class Reference:
 
 
 def of_line_state(line_state: LineState) -> Iterator[Reference]:
-    """The blobs that a line's state refers to itself."""
+    """The blobs that a line's state refers to itself, without those of purged models."""
     line = line_state.line
     yield from _of_source(line_state.base, line, "the base")
     for number, record in line_state.versions.items():
         yield Reference(record, "record", line, f"version {number}", number=number)
     for key, model in line_state.models:
-        yield from of_model(line, key.task, key.version, model)
+        if model.facts.purged is None:
+            yield from of_model(line, key.task, key.version, model)
+
+
+def of_purged_models(line_state: LineState) -> Iterator[Reference]:
+    """The blobs that the purged models of a line had."""
+    for key, model in line_state.models:
+        if model.facts.purged is not None:
+            yield from of_model(line_state.line, key.task, key.version, model)
 
 
 def of_model(line: str, task: str, number: int, model: ModelVersion) -> Iterator[Reference]:
@@ -122,6 +133,9 @@ def _of_source(model: ModelRef, line: str, owner: str) -> Iterator[Reference]:
 def of_acts(entries: Iterable[Entry]) -> Iterator[Reference]:
     """The deltas and statistics that acts have made; models may not refer to them any more."""
     for entry in entries:
+        if entry.kind == "purged" and PURGED in entry.digests:
+            owner = f"act {entry.sequence}"
+            yield Reference(entry.digests[PURGED], "attached", entry.line, owner, "purged.json")
         if "delta" in entry.digests:
             owner = f"act {entry.sequence}"
             yield Reference(entry.digests["delta"], "delta", entry.line, owner)

@@ -17,10 +17,12 @@ from restitch.merging.digests import digest_bytes
 from restitch.merging.errors import Damage
 from restitch.merging.progress import Progress, ignore
 from restitch.registry.ledger.line_state import LineState
+from restitch.registry.ledger.outcomes import touched_models
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.ledger.references import (
     COPY_SCHEME,
     MLFLOW_SCHEMES,
+    PURGED,
     SPECIALISTS,
     Reference,
     digests_in,
@@ -28,6 +30,7 @@ from restitch.registry.ledger.references import (
     of_experts,
     of_line_state,
     of_manifest,
+    of_purged_models,
     of_record,
 )
 from restitch.registry.store.base import Listed, NotInStore, Store
@@ -54,6 +57,9 @@ class Inventory:
         manifests: lists of a model's files, by digest.
         keys: by name.
         references: the direct and indirect references of the lines' states, by digest.
+        purged: the references that purged models and versions had, by digest.
+        lists: what the acts of purges name, in addition to `purged`: the digest of the weights
+            from which an object was derived, by the object's name.
         damaged: missing or damaged objects by name, with the problem.
         unknown: names of objects of an unknown kind.
     """
@@ -66,21 +72,30 @@ class Inventory:
     manifests: dict[str, bytes] = field(default_factory=dict)
     keys: dict[str, KeyRecord] = field(default_factory=dict)
     references: dict[str, list[Reference]] = field(default_factory=lambda: defaultdict(list))
+    purged: dict[str, list[Reference]] = field(default_factory=lambda: defaultdict(list))
+    lists: dict[str, str] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
-    def refer(self, references: Iterable[Reference]) -> None:
-        """Add references."""
+    def refer(self, references: Iterable[Reference], *, purged: bool = False) -> None:
+        """Add references, or those of something purged."""
         for reference in references:
-            self.references[reference.digest].append(reference)
+            (self.purged if purged else self.references)[reference.digest].append(reference)
 
     def keys_of(self, blob: str) -> list[str]:
         """The names of the keys of a blob."""
         return [name for name, key in self.keys.items() if key.blob == blob]
 
 
-def take_inventory(objects: ObjectStore, progress: Progress = ignore) -> Inventory:
+def take_inventory(
+    objects: ObjectStore, progress: Progress = ignore, *, assumed: LineState | None = None
+) -> Inventory:
     """Take the inventory of a store.
+
+    Args:
+        objects: the store.
+        progress: called while small objects are read.
+        assumed: a state of one line that is used in place of its present one.
 
     Raises:
         Unavailable: it cannot be used.
@@ -94,18 +109,23 @@ def take_inventory(objects: ObjectStore, progress: Progress = ignore) -> Invento
     paths = (name for name in store.list("lines") if name.endswith("/head.json"))
     states = _read_all(inventory, store, paths, lambda d, n: parsed(LineState, d, n))
     inventory.line_states = {name.split("/")[1]: state for name, state in states.items()}
+    if assumed is not None:
+        inventory.line_states[assumed.line] = assumed
     inventory.listed = {each.name: each for each in store.details()}
     kinds = ("audit", "blobs", "keys", "lines", "attempts", "turns", "gc", MARKER)
     inventory.unknown = [name for name in inventory.listed if name.split("/")[0] not in kinds]
     for line, line_state in inventory.line_states.items():
         inventory.trails[line] = _trail(inventory, objects, line_state)
         inventory.refer(of_line_state(line_state))
-        inventory.refer(of_acts(inventory.trails[line]))
+        inventory.refer(of_purged_models(line_state), purged=True)
+        for entry in inventory.trails[line]:
+            inventory.refer(of_acts([entry]), purged=_is_about_purged(entry, line_state))
     for line in {entry.line for entry in inventory.entries.values()} - inventory.line_states.keys():
         inventory.damaged.setdefault(f"lines/{line}/head.json", "it is missing")
     _read_records(inventory, objects)
     _read_manifests(inventory, objects)
     _read_experts(inventory, objects)
+    _read_lists(inventory, objects)
     return inventory
 
 
@@ -118,6 +138,7 @@ def in_use(inventory: Inventory, objects: ObjectStore) -> set[str]:
     """
     named = mentioned_digests(inventory)
     used = {name for name in inventory.listed if not name.startswith(("blobs/", "keys/"))}
+    purged = purged_objects(inventory)
     addresses = {digest_bytes(each.encode()) for each in named if each.startswith(MLFLOW_SCHEMES)}
     # A model that is being onboarded may need a mask that no act refers to yet.
     waiting = any(s.in_state("registered", "waiting") for s in inventory.line_states.values())
@@ -126,6 +147,8 @@ def in_use(inventory: Inventory, objects: ObjectStore) -> set[str]:
     for name in sorted(inventory.keys, key=lambda name: _kind(name) not in _KEPT_KEYS):
         key = inventory.keys[name]
         kind, inputs = name.split("/")[1:3]
+        if name in purged:
+            continue
         if (
             kind in _KEPT_KEYS
             or key.blob in named
@@ -139,7 +162,33 @@ def in_use(inventory: Inventory, objects: ObjectStore) -> set[str]:
     for digest in manifests & {name.rpartition("/")[2] for name in inventory.listed}:
         with contextlib.suppress(Damage, ValueError):
             named.update(digests_in(json.loads(_manifest(inventory, objects, digest))))
-    return used | {f"blobs/{each}" for each in named if f"blobs/{each}" in inventory.listed}
+    used |= {f"blobs/{each}" for each in named if f"blobs/{each}" in inventory.listed}
+    return used - purged
+
+
+def purged_objects(inventory: Inventory) -> set[str]:
+    """The names of the objects that purges removed or should have removed.
+
+    An object stays if anything else refers to it. One that was only derived from the weights of
+    purged models stays as long as another model has these weights.
+    """
+    needed = {f"blobs/{digest}" for digest in inventory.references}
+    alive = {
+        model.model.weights
+        for line_state in inventory.line_states.values()
+        for _, model in line_state.models
+        if model.facts.purged is None
+    }
+    gone = {f"blobs/{digest}" for digest in inventory.purged}
+    gone |= {name for name, weights in inventory.lists.items() if weights not in alive}
+    gone = (gone & inventory.listed.keys()) - needed
+    return gone | {name for name, key in inventory.keys.items() if f"blobs/{key.blob}" in gone}
+
+
+def _is_about_purged(entry: Entry, line_state: LineState) -> bool:
+    """True if an act made the mask of a model that was purged later."""
+    models = () if entry.kind == "purged" else touched_models(entry)
+    return any(line_state.model(key).facts.purged is not None for key in models)
 
 
 def _kind(key: str) -> str:
@@ -226,12 +275,20 @@ def _read_records(inventory: Inventory, objects: ObjectStore) -> None:
             continue
         inventory.records[digest] = record
         if digest in in_states:
-            inventory.refer(of_record(record))
+            line_state = inventory.line_states.get(record.line)
+            purged = line_state is not None and record.version in line_state.purged
+            inventory.refer(of_record(record), purged=purged)
 
 
 def _read_manifests(inventory: Inventory, objects: ObjectStore) -> None:
-    """Read the manifests of models whose copies are in the store."""
-    manifests = [r for some in inventory.references.values() for r in some if r.role == "manifest"]
+    """Read the manifests of models whose copies are in the store, or were until a purge."""
+    manifests = [
+        (reference, purged)
+        for purged, by_digest in ((False, inventory.references), (True, inventory.purged))
+        for some in by_digest.values()
+        for reference in some
+        if reference.role == "manifest"
+    ]
     for line_state in inventory.line_states.values():
         for owner, model in line_state.models:
             if model.model.uri.startswith(MLFLOW_SCHEMES):
@@ -239,10 +296,11 @@ def _read_manifests(inventory: Inventory, objects: ObjectStore) -> None:
                 if key is not None:
                     line, uri = line_state.line, model.model.uri
                     one = Reference(key.blob, "manifest", line, str(owner), uri)
-                    inventory.refer([one])
-                    manifests.append(one)
-    for manifest in manifests:
-        _refer_to_parts(inventory, objects, manifest, of_manifest, "files")
+                    purged = model.facts.purged is not None
+                    inventory.refer([one], purged=purged)
+                    manifests.append((one, purged))
+    for manifest, purged in manifests:
+        _refer_to_parts(inventory, objects, manifest, of_manifest, "files", purged=purged)
 
 
 def _read_experts(inventory: Inventory, objects: ObjectStore) -> None:
@@ -253,8 +311,10 @@ def _read_experts(inventory: Inventory, objects: ObjectStore) -> None:
         line, version = str(key.facts.get("line")), key.facts.get("version")
         number = version if isinstance(version, int) else 0
         one = Reference(key.blob, "experts", line, f"version {number}", number=number)
-        inventory.refer([one])
-        _refer_to_parts(inventory, objects, one, of_experts, "specialists")
+        line_state = inventory.line_states.get(line)
+        purged = line_state is not None and number in line_state.purged
+        inventory.refer([one], purged=purged)
+        _refer_to_parts(inventory, objects, one, of_experts, "specialists", purged=purged)
 
 
 def _refer_to_parts(
@@ -263,12 +323,30 @@ def _refer_to_parts(
     manifest: Reference,
     parts: Callable[[bytes, Reference], Iterable[Reference]],
     of: str,
+    *,
+    purged: bool,
 ) -> None:
+    if purged and f"blobs/{manifest.digest}" not in inventory.listed:
+        return
     try:
-        inventory.refer(list(parts(_manifest(inventory, objects, manifest.digest), manifest)))
+        references = list(parts(_manifest(inventory, objects, manifest.digest), manifest))
+        inventory.refer(references, purged=purged)
     except (Damage, ValueError) as error:
         text = _problem(error) if isinstance(error, Damage) else f"it is not a list of {of}"
         inventory.damaged[f"blobs/{manifest.digest}"] = text
+
+
+def _read_lists(inventory: Inventory, objects: ObjectStore) -> None:
+    """Read which objects the acts of purges name."""
+    for trail in inventory.trails.values():
+        for entry in trail:
+            if entry.kind == "purged" and PURGED in entry.digests:
+                digest = entry.digests[PURGED]
+                try:
+                    values = json.loads(_manifest(inventory, objects, digest))
+                    inventory.lists |= {each["object"]: each["weights"] for each in values}
+                except Damage as error:
+                    inventory.damaged[f"blobs/{digest}"] = _problem(error)
 
 
 def _manifest(inventory: Inventory, objects: ObjectStore, digest: str) -> bytes:

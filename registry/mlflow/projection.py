@@ -24,6 +24,9 @@ GAIN_TAG = "restitch.gain"
 # A training job may set it, too: the reason to merge a model without a gain over the base.
 ACCEPT_TAG = "restitch.accept_no_gain"
 ROLE_TAG = "restitch.role"
+# The tags of what was taken out of use, and of what has no weights any more, with the reason.
+ARCHIVED_TAG = "restitch.archived"
+PURGED_TAG = "restitch.purged"
 
 MAX_PARAM = 5_900  # MLflow cuts silently at 6,000
 MAX_TAG = 4_900  # and refuses longer ones
@@ -213,6 +216,10 @@ def project_model(
         tags[GAIN_TAG] = "not measured" if gain is None else gain.verdict
     if NO_GAIN in model.facts.accepted:
         tags[ACCEPT_TAG] = model.facts.accepted[NO_GAIN].reason
+    if model.state == "forgotten":
+        tags[ARCHIVED_TAG] = model.reason or "forgotten"
+    if model.facts.purged is not None:
+        tags[PURGED_TAG] = str(model.facts.purged)
     if model.mask is not None and model.delta is not None:
         tags |= {"restitch.mask": model.mask, "restitch.delta": model.delta}
     shown = VersionProjection(
@@ -256,8 +263,11 @@ def _of_state(task: str, version: int, model: ModelVersion) -> str:
         "held": "It is localized, but kept out of the merged model.",
         "replaced": "A newer model of the task has replaced it.",
         "retired": "It is retired and takes part in no merge.",
+        "forgotten": "It was registered by mistake, and is archived.",
     }
     text = f"{_opening(task, version)} {meaning[model.state]}"
+    if model.facts.purged is not None:
+        text += f" Its weights were purged {model.facts.purged}."
     return f"{text} Reason: {model.reason}" if model.reason else text
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from restitch.merging.digests import canonical_json
+from restitch.registry.ledger.line_state import Removal
 from restitch.registry.ledger.outcomes import Outcome, merges_about
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.mlflow.projection import (
@@ -18,6 +19,7 @@ from restitch.registry.mlflow.projection import (
     MAX_TAG,
     NAME_TAG,
     NOTE_TAG,
+    PURGED_TAG,
     ROLE_TAG,
     USER_TAG,
     VERSION_TAG,
@@ -63,7 +65,7 @@ class Point:
 
 
 def project_merged(
-    record: MergedRecord, files: dict[str, bytes], outcome: Outcome
+    record: MergedRecord, files: dict[str, bytes], outcome: Outcome, purge: Removal | None = None
 ) -> tuple[RunProjection, VersionProjection]:
     """The run and the registered version of a merged version."""
     digest = record.digest
@@ -83,6 +85,8 @@ def project_merged(
     params |= {f"software.{name}": v for name, v in sorted(record.software.items())}
     description = f"{describe(record)} {outcome.sentence}"
     tags = _tags_of_merged(record, outcome)
+    if purge is not None:
+        tags[PURGED_TAG] = str(purge)
     current = {NOTE_TAG: description, VERSION_TAG: str(record.version), **tags}
     if actor := _maker(record).get("actor"):
         current[USER_TAG] = str(actor)

@@ -89,6 +89,7 @@ class MlflowProjection:
             self._set_aliases(line_state, aliases)
             if pending:
                 self._describe_models(line_state, pending)
+                self._archive_line(line_state)
                 self.client.set_experiment_tag(audit, _COMPLETE_TAG, _complete(line_state))
         return len(pending)
 
@@ -146,7 +147,8 @@ class MlflowProjection:
             for part, artifact in artifacts.items():
                 experiment = self._experiment(line, part)
                 if experiment is not None:
-                    for run in self._writer.runs(experiment.experiment_id, digest):
+                    name = experiment.experiment_id
+                    for run in self._writer.runs(name, digest, deleted=True):
                         data = self._artifact(run.info.run_id, artifact)
                         if data is not None:
                             return data
@@ -226,7 +228,12 @@ class MlflowProjection:
                 line_state.line, key.task, key.version, models[key], line_state.base.weights
             )
             experiment = self._writer.experiment(line_state.line, "models")
-            self._writer.write_version(shown, self._writer.write_run(experiment, run))
+            archived = models[key].state == "forgotten"
+            run_id = self._writer.write_run(experiment, run, archived=archived)
+            self._writer.write_version(shown, run_id)
+        for task in sorted({key.task for key in touched}):
+            name, known = projection.model_name(line_state.line, task), line_state.tasks[task]
+            self._writer.archive_model(name, archived=known.forgotten)
 
     def _show_merged(
         self,
@@ -244,8 +251,9 @@ class MlflowProjection:
         for version in sorted(moves):
             record, read = ledger.merged(version), ledger.objects.read_blob
             files = {name: read(blob) for name, blob in record.files.items()}
-            outcome = outcomes.outcome_of(record, moves[version])
-            run, shown = projection_merged.project_merged(record, files, outcome)
+            purge = line_state.purged.get(version)
+            outcome = outcomes.outcome_of(record, moves[version], purge)
+            run, shown = projection_merged.project_merged(record, files, outcome, purge)
             experiment = self._writer.experiment(line_state.line)
             run_id = self._writer.write_run(experiment, run)
             self._writer.write_version(shown, run_id)
@@ -289,6 +297,15 @@ class MlflowProjection:
         for task in (None, *sorted(tasks)):
             description = descriptions.of_model(line_state, task, self.home.store_name)
             self._writer.describe_model(projection.model_name(line_state.line, task), description)
+
+    def _archive_line(self, line_state: LineState) -> None:
+        """Archive the merged models of a line that was dropped; its acts stay in sight."""
+        line, dropped = line_state.line, line_state.dropped is not None
+        self._writer.archive_model(projection.model_name(line), archived=dropped)
+        if dropped:
+            parts: tuple[projection.Part, ...] = (None, "models", "history", "studies")
+            for part in parts:
+                self._writer.archive_experiment(projection.experiment_name(line, part))
 
     def _aliases(self, line_state: LineState) -> dict[str, int] | None:
         """The aliases of the line's model; None if it has versions and is missing."""

@@ -35,9 +35,46 @@ class Writer:
         self._experiments: dict[str, str] = {}
         self.models: set[str] = set()
 
-    def write_run(self, experiment: str, run: projection.RunProjection) -> str:
-        """Write a run; returns its id."""
-        runs = self.runs(experiment, run.digest)
+    def write_run(
+        self, experiment: str, run: projection.RunProjection, *, archived: bool = False
+    ) -> str:
+        """Write a run; returns its id.
+
+        Args:
+            experiment: its id.
+            run: the content.
+            archived: show it with the deleted runs only, from where MLflow can restore it.
+        """
+        runs = self.runs(experiment, run.digest, deleted=archived)
+        if archived:
+            stages = {each.info.lifecycle_stage for each in runs}
+            if stages == {"deleted"}:
+                return str(runs[0].info.run_id)
+            runs = [each for each in runs if each.info.lifecycle_stage != "deleted"]
+        run_id = self._write_run(experiment, run, runs)
+        if archived:
+            self.client.delete_run(run_id)
+        return run_id
+
+    def archive_model(self, name: str, *, archived: bool) -> None:
+        """Tag a registered model that was taken out of use, or remove the tag; it may not exist."""
+        model = or_none(self.client.get_registered_model, name)
+        if model is None:
+            return
+        tags = model.tags
+        if archived and projection.ARCHIVED_TAG not in tags:
+            self.client.set_registered_model_tag(name, projection.ARCHIVED_TAG, "true")
+        elif not archived and projection.ARCHIVED_TAG in tags:
+            self.client.delete_registered_model_tag(name, projection.ARCHIVED_TAG)
+
+    def archive_experiment(self, name: str) -> None:
+        """Show an experiment with the deleted ones only, from where MLflow can restore it."""
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is not None and experiment.lifecycle_stage != "deleted":
+            self.client.delete_experiment(experiment.experiment_id)
+        self._experiments.pop(name, None)
+
+    def _write_run(self, experiment: str, run: projection.RunProjection, runs: list[Any]) -> str:
         if runs:
             first, *others = runs
             for other in others:  # two workers searched at the same moment
@@ -112,11 +149,14 @@ class Writer:
         if first.description != version.description:
             self.client.update_model_version(version.name, str(first.version), version.description)
 
-    def runs(self, experiment: str, digest: str) -> list[Any]:
+    def runs(self, experiment: str, digest: str, *, deleted: bool = False) -> list[Any]:
         """The runs that show an object; more than one if two workers created it at once."""
+        from mlflow.entities import ViewType
+
         runs = self.client.search_runs(
             [experiment],
             f"tags.`{projection.DIGEST_TAG}` = '{digest}'",
+            run_view_type=ViewType.ALL if deleted else ViewType.ACTIVE_ONLY,
             max_results=10,
         )
         # Every worker gets the same first one, a finished one if there is any.

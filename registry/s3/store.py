@@ -158,10 +158,12 @@ class S3Store:
             self._send(Target(self._place(name), metadata, write_settings(name), {}), data)
 
     def remove(self, name: str) -> bool:
-        """Remove it from the server; see `Store.remove`."""
+        """Remove it from the server and from the cache; see `Store.remove`."""
         existed = self.exists(name)
         with s3_errors(self.address, f"remove {name}"):
             call("delete_object", **self._place(name))
+        with explained(self.cache.root, "write"):
+            self.cache.discard(self._key(name))
         return existed
 
     def _key(self, name: str) -> str:

@@ -315,8 +315,19 @@ def _unpacked(manifest: str, home: Home) -> Path:
     return _cached(manifest, unpack, home)
 
 
+def discard_unpacked(manifest: str, home: Home) -> None:
+    """Remove this machine's folder with the files of a manifest, whose blobs were removed."""
+    cache = _cache(home)
+    with explained(cache.root, "write"):
+        cache.discard(manifest)
+
+
 def _cached(name: str, fetch: Callable[[Path], None], home: Home) -> Path:
     """A folder in the cache, created atomically."""
-    cache = ReadCache(home.cache / "sources", cache_limit, folders=True)
+    cache = _cache(home)
     with explained(cache.root, "write"):
         return cache.get(name, fetch)
+
+
+def _cache(home: Home) -> ReadCache:
+    return ReadCache(home.cache / "sources", cache_limit, folders=True)

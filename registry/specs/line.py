@@ -54,6 +54,10 @@ class ActorsSpec(Spec):
     """Who may pause the line or its schedule."""
     resume: Actors | None = None
     """Who may resume a paused line."""
+    forget: Actors | None = None
+    """Who may forget a model, and purge it."""
+    drop: Actors | None = None
+    """Who may drop the line, and purge it."""
 
     def of(self, decision: str) -> tuple[str, ...] | None:
         """Those who may make a decision; None is anyone."""

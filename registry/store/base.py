@@ -135,7 +135,7 @@ class Store(Protocol):
         ...
 
     def remove(self, name: str) -> bool:
-        """Remove an object; returns True if it existed."""
+        """Remove an object, and this machine's copy of it; returns True if it existed."""
         ...
 
 

@@ -35,14 +35,16 @@ def deletion_notice(store: Store, names: list[str]) -> Iterator[None]:
     state, tag = _state(store)
     if _is_alive(state):
         raise Unavailable(
-            "another `restitch gc` is running in this store",
+            "another `restitch gc` or purge is running in this store",
             found=f"process {state['pid']} on {state['host']}",
             hint="wait until it has ended; the notice of a killed process expires after an hour",
         )
     notice = {**this_process(), "names": names}
     notice_tag = store.swap(STATE, tag, json.dumps(notice).encode())
     if notice_tag is None:
-        raise Unavailable("another `restitch gc` started at the same moment", hint="run it again")
+        raise Unavailable(
+            "another `restitch gc` or purge started at the same moment", hint="run it again"
+        )
     try:
         yield
     finally:
@@ -62,9 +64,9 @@ def check_not_deleted(store: Store, names: set[str]) -> None:
     while _is_alive(state) and names & set(state["names"]):
         if time.monotonic() > deadline:
             raise Unavailable(
-                "`restitch gc` is removing objects that this change refers to",
+                "`restitch gc` or a purge is removing objects that this change refers to",
                 found=f"process {state['pid']} on {state['host']}",
-                hint="run the same command again when `restitch gc` has ended",
+                hint="run the same command again when it has ended",
             )
         time.sleep(_LOOK_EVERY)
         state, _ = _state(store)
@@ -74,7 +76,7 @@ def check_not_deleted(store: Store, names: set[str]) -> None:
         missing = [name for name, exists in zip(ordered, exist, strict=True) if not exists]
     if missing:
         raise Unavailable(
-            "`restitch gc` has removed objects that this change refers to",
+            "`restitch gc` or a purge has removed objects that this change refers to",
             hint="run the same command again: it makes them again",
             details=missing[:10],
         )

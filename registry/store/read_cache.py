@@ -85,6 +85,12 @@ class ReadCache:
                 raise
         return True
 
+    def discard(self, name: str) -> None:
+        """Remove a copy whose original was removed, even if a process uses it."""
+        if (self.root / name).exists():
+            with self._locked(fcntl.LOCK_EX), contextlib.suppress(FileNotFoundError):
+                self._remove(name)
+
     @contextlib.contextmanager
     def temporary(self) -> Iterator[Path]:
         """A path for new content; what is left at it is removed afterwards."""
@@ -117,9 +123,13 @@ class ReadCache:
             used = _in_use(self.root) if excess > 0 else set()
             for _, name, size in copies:
                 if excess > 0 and name not in used:
-                    with self.temporary() as removed:  # a copy goes in one step
-                        (self.root / name).replace(removed)
+                    self._remove(name)
                     excess -= size
+
+    def _remove(self, name: str) -> None:
+        """Remove a copy in one step."""
+        with self.temporary() as removed:
+            (self.root / name).replace(removed)
 
     def _copies(self) -> Iterator[tuple[int, str, int]]:
         """Time of last use, name and size of each copy."""

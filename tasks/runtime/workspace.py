@@ -20,7 +20,7 @@ from pydantic import JsonValue
 
 from restitch.merging.errors import BadInput
 from restitch.registry.home import Home, prepare_environment
-from restitch.registry.ledger.ledger import Ledger, lines
+from restitch.registry.ledger.ledger import Ledger, check_not_dropped, lines_in_use
 from restitch.registry.mlflow.sync import MlflowProjection
 from restitch.registry.store.disk import explained
 from restitch.registry.store.objects import ObjectStore
@@ -67,21 +67,28 @@ class Workspace:
         stored: T = json.loads(self.objects.read_blob(record.blob))
         return stored
 
-    def ledger(self, line: str) -> Ledger:
+    def ledger(self, line: str, *, dropped: bool = False) -> Ledger:
         """The state and the audit trail of a line.
 
+        Args:
+            line: the line's name.
+            dropped: also take a line that was dropped, to read what it was.
+
         Raises:
-            BadInput: there is no such line; the message lists the lines that exist.
+            BadInput: there is no such line, or it was dropped.
         """
         ledger = Ledger(self.objects, line)
-        if not ledger.exists():
-            known = ", ".join(lines(self.objects)) or "none"
+        line_state = ledger.find()
+        if line_state is None:
+            known = ", ".join(each.line for each in lines_in_use(self.objects)) or "none"
             raise BadInput(
                 f"there is no line {line!r}",
                 expected="a line created by `restitch init`",
                 found=f"lines: {known} (in {self.home.root})",
                 hint="create it with `restitch init FILE`, or set RESTITCH_HOME",
             )
+        if not dropped:
+            check_not_dropped(line_state)
         return ledger
 
 

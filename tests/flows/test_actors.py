@@ -21,6 +21,8 @@ DECISIONS = {
     "restore": ("restore", "demo", "colour"),
     "pin": ("pin", "demo"),
     "unpin": ("unpin", "demo"),
+    "forget": ("forget", "demo", "colour/1"),
+    "drop": ("drop", "demo"),
 }
 
 

@@ -283,7 +283,7 @@ def test_a_key_whose_blob_is_being_removed_is_taken_back(
         objects.store.remove(f"blobs/{blob}")
         # As if gc were killed here, so that it cannot remove such keys any more.
         monkeypatch.setattr("restitch.registry.store.attempts.process_began", lambda _pid: None)
-        with pytest.raises(Unavailable, match="`restitch gc` has removed"):
+        with pytest.raises(Unavailable, match="`restitch gc` or a purge has removed"):
             publishing.result()
     assert objects.lookup("mask", blob) is None
 

@@ -260,6 +260,13 @@ class TestCache:
         assert store.local_path("blobs/a").read_bytes() == b"content"
         assert requests == []
 
+    def test_the_copy_of_a_removed_object_is_removed(self, store):
+        store.put("blobs/a", b"secret")
+        copy = store.local_path("blobs/a")
+        assert copy.read_bytes() == b"secret"
+        store.remove("blobs/a")
+        assert not copy.exists()
+
     def test_an_existing_object_is_not_uploaded_again(self, store, requests, tmp_path):
         file = tmp_path / "file"
         file.write_bytes(b"content")

@@ -253,3 +253,13 @@ def test_the_cache_of_a_bucket_stays_within_the_limit(s3_bucket, tmp_path, monke
     kept = [path for path in (tmp_path / "c").rglob("blobs/*") if path.is_file()]
     assert len(kept) == 2
     assert "5" in {path.name for path in kept}
+
+
+def test_a_discarded_copy_is_gone_even_while_it_is_used(cache) -> None:
+    path = cache.get("a", writes(1))
+    cache.get("b", writes(2))
+    cache.discard("a")
+    cache.discard("c")
+    assert not path.exists()
+    assert copies(cache) == ["b"]
+    assert cache.get("a", writes(1)).read_bytes() == bytes([1]) * SIZE
