@@ -42,7 +42,7 @@ class HubFiles:
 class HubTable:
     """One split of a data set on the hub, memory-mapped by `datasets`; images stay encoded."""
 
-    def __init__(self, name: str, dataset: Any) -> None:
+    def __init__(self, name: str, dataset: Any, root: Path) -> None:
         from datasets import ClassLabel, Image
 
         self._names: dict[str, tuple[str, ...]] = {}
@@ -56,7 +56,7 @@ class HubTable:
         self._dataset = dataset
         self._views: dict[tuple[str, ...], Any] = {}  # other columns are never decoded
         self.name = name
-        self.root = Path()
+        self.root = root
         self.columns = tuple(dataset.column_names)
         self.synsets: Path | None = None
         self.typed = True
@@ -95,16 +95,26 @@ class HubTable:
 
 
 def _with_bytes(image: Any) -> Any:
-    """An image with its bytes: `datasets` leaves those of image folders in files of its cache."""
+    """An image with its bytes: `datasets` leaves those of image folders in files of its caches."""
+    import datasets
     from huggingface_hub.constants import HF_HUB_CACHE
 
     if not isinstance(image, dict) or image.get("bytes") is not None or not image.get("path"):
         return image
-    place = Path(image["path"])
-    if not place.is_absolute() or not place.is_relative_to(HF_HUB_CACHE):
+    place = Path(image["path"]).resolve()
+    caches = (Path(HF_HUB_CACHE), Path(datasets.config.HF_DATASETS_CACHE))
+    if not any(place.is_relative_to(cache.resolve()) for cache in caches):
         return image  # refused where it is read
     with open_regular(place) as file:
         return {**image, "bytes": file.read()}
+
+
+def _snapshot(location: Location) -> Path:
+    """The folder of the cache with the files of a commit."""
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    owner = location.root.replace("/", "--")
+    return Path(HF_HUB_CACHE, f"datasets--{owner}", "snapshots", str(location.revision))
 
 
 def locate_on_hub(path: str, source: str, *, revision: str | None) -> Location:
@@ -165,18 +175,17 @@ def open_hub(location: Location) -> HubTable | HubFiles:
             hint="try again when the hub can be reached",
         )
     files = _text_files(location, dataset)
-    return files or HubTable(f"{location.root} {location.split}", dataset)
+    name = f"{location.root} {location.split}"
+    return files or HubTable(name, dataset, _snapshot(location))
 
 
 def _text_files(location: Location, dataset: Any) -> HubFiles | None:
     """The files of a split, if they are text tables that the data set reads without settings."""
     import datasets
-    from huggingface_hub.constants import HF_HUB_CACHE
 
     if dataset.info.builder_name not in ("csv", "json"):
         return None
-    owner = location.root.replace("/", "--")
-    folder = Path(HF_HUB_CACHE, f"datasets--{owner}", "snapshots", str(location.revision))
+    folder = _snapshot(location)
     try:
         builder = datasets.load_dataset_builder(str(folder), location.config)
     except Exception as error:

@@ -13,8 +13,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Protocol
 
-import pyarrow as pa
-
 from restitch.merging.errors import BadInput
 from restitch.merging.files.safe_open import open_regular
 from restitch.modeling.data.file_kinds import compression
@@ -125,7 +123,7 @@ def _unpacked(file: Path, packed: IO[bytes], kind: str) -> IO[bytes]:
     try:
         with packed:
             data = _decoder(packed, kind).read(limit + 1)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error, pa.ArrowException) as error:
+    except (OSError, EOFError, ValueError, lzma.LZMAError, zlib.error) as error:
         raise BadInput(f"{file} cannot be unpacked", found=error) from error
     if len(data) > limit:
         raise BadInput(
@@ -147,5 +145,7 @@ def _decoder(packed: IO[bytes], kind: str) -> _Readable:
         return bz2.open(packed)
     if kind == ".xz":
         return lzma.open(packed)
+    import pyarrow as pa
+
     stream: _Readable = pa.CompressedInputStream(pa.PythonFile(packed, mode="r"), "zstd")
     return stream

@@ -9,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from restitch.merging.errors import BadInput
+from restitch.modeling.data.hub import HubTable
+from restitch.modeling.data.images import image_bytes
 from tests.modeling.conftest import png
 from tests.modeling.hub_server import hub
 
@@ -105,3 +108,20 @@ def test_a_part_of_a_split_in_text_files_is_refused(tmp_path):
 def test_images_in_folders_of_classes_are_read(tmp_path):
     files = {"test/no/a.png": png(1), "test/yes/b.png": png(2)}
     assert read(files, tmp_path, modality="image", twice=True) == [[["RGB", 20, 16]] * 2, [0, 1]]
+
+
+@pytest.mark.parametrize("path", ["/etc/hostname", "{cache}/../secret.png", "secret.png"])
+def test_a_table_on_the_hub_names_no_file_outside_of_the_cache(tmp_path, monkeypatch, path):
+    import datasets
+    from huggingface_hub import constants
+
+    (tmp_path / "secret.png").write_bytes(png(0))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    image = {"bytes": None, "path": path.format(cache=tmp_path / "cache")}
+    features = datasets.Features({"image": datasets.Image()})
+    dataset = datasets.Dataset.from_dict({"image": [image]}, features)
+    table = HubTable("here", dataset, tmp_path / "cache" / "snapshot")
+    (value,) = table.row(0, ("image",))
+    with pytest.raises(BadInput, match=r"outside of the folder|cannot be read"):
+        image_bytes(value, table.root, "here")
