@@ -65,8 +65,8 @@ def of_model(line_state: LineState, task: str | None, store: str) -> Description
             f"{opening}: one model with the skills of all its tasks, merged by {methods} from "
             f"models that were finetuned from `{spec.base}` (family {spec.family}). The finetuned "
             f"models of a task are the registered model `{line}.TASK`.\n\nThe alias `champion` is "
-            "the version in use, and `candidate` the newest one that was not promoted yet. The "
-            "description of each version says what it reaches and what became of it."
+            "the version in use. On a pinned line `candidate` is the newest version that passed "
+            "its gates. The description of each version gives its values and its outcome."
         )
     else:
         opening = f"The finetuned models of task {task} on line {line}"
