@@ -263,8 +263,10 @@ def _settle(ledger: Ledger, snapshot: Snapshot, force: bool) -> RemergeOutcome:
     version = record_version(ledger, snapshot, everything)
     if everything.passed:
         return _promoted(ledger, snapshot, everything, version)
-    reject(ledger, snapshot, version, everything)
     rest, held = _one_by_one(snapshot)
+    if rest is not None and rest.patch.recipe == everything.patch.recipe:
+        rest = None
+    reject(ledger, snapshot, version, everything, final=rest is None and not held)
     # Done before the rest is promoted: a run killed in between would try all of them again.
     for member, failed in held:
         hold(ledger, snapshot, member, failed)
@@ -274,7 +276,7 @@ def _settle(ledger: Ledger, snapshot: Snapshot, force: bool) -> RemergeOutcome:
         if rest.passed:
             outcome = _promoted(ledger, snapshot, rest, version)
         else:
-            reject(ledger, snapshot, version, rest)
+            reject(ledger, snapshot, version, rest, final=False)
             outcome = _outcome(ledger, "rejected", version)
     notes = {f"{m.task} {m.version}": [str(g.note) for g in failed] for m, failed in held}
     return replace(outcome, held=notes)

@@ -10,6 +10,7 @@ from importlib.metadata import version as library_version
 
 from restitch.flows.promotion.method_selection import FACT, select_method, summarize
 from restitch.flows.promotion.snapshot import Snapshot, is_merge_of, retention_task
+from restitch.flows.promotion.versions import members_of
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.recipe import Recipe
@@ -306,14 +307,16 @@ def _drops(
 
     A joining task without rows is among them, because none of its losses could ever be measured.
     """
-    inside = {member.task: member for member in snapshot.champion_members}
+    champion = snapshot.champion
+    old = () if champion is None else members_of(snapshot.line_state, champion)
+    inside = {member.task: member for member in old}
     drops: dict[str, Drop | NotMeasured] = {}
     for member in members:
         task, new = member.task, results[member.task]
         if new.merged is None:
             drops[task] = NotMeasured(NO_ROWS)
-        elif snapshot.champion is not None and task in inside:
-            drops[task] = _drop(line, snapshot.champion, inside[task], new)
+        elif champion is not None and task in inside:
+            drops[task] = _drop(line, champion, inside[task], new)
     return drops
 
 

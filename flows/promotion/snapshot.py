@@ -10,12 +10,15 @@ from restitch.flows.promotion.versions import member_of, members_of
 from restitch.merging.digests import digest_json
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, Member, ModelKey, ModelVersion
-from restitch.registry.ledger.records import MergedRecord
+from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.specs.method import MethodSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.task_data import description_digest
 from restitch.tasks.merge import known_recipe
 from restitch.tasks.runtime.refs import LineRef
+
+# The name, in the digests of a rejection, of the circumstances in which nothing else can be merged.
+CIRCUMSTANCES = "circumstances"
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Snapshot:
             each task, or a newer held one if the context has changed since it was held.
         newest: the record of the newest version, promoted or not.
         candidate: the record of the version that passed its gates and waits for its promotion.
-        rejected: the newest version, if its gates rejected it and nothing changed since.
+        rejected: the newest version, if gates block all that can be merged and nothing changed
+            since.
         context: the digest of everything on which a gate's verdict depends, but the champion.
     """
 
@@ -153,29 +157,27 @@ def take_snapshot(ledger: Ledger) -> Snapshot:
         return None if version is None else ledger.merged(version)
 
     newest = record(line_state.newest)
-    is_rejected = (
-        newest is not None
-        and not newest.passed
-        and rejected_in(ledger, newest) == _circumstances(context, line_state.champion)
-    )
+    rejection = None if newest is None or newest.passed else find_rejection(ledger, newest)
+    decided_in = None if rejection is None else rejection.digests.get(CIRCUMSTANCES)
+    is_rejected = decided_in == _circumstances(context, line_state.champion)
     return Snapshot(
         line_state=line_state,
         members=_by_task(members.values()),
         champion=record(line_state.champion),
         newest=newest,
         candidate=record(line_state.candidate),
-        rejected=newest if newest is not None and is_rejected else None,
+        rejected=newest if is_rejected else None,
         context=context,
     )
 
 
-def rejected_in(ledger: Ledger, record: MergedRecord) -> str | None:
-    """The circumstances in which the newest version was last rejected; None if it was not."""
+def find_rejection(ledger: Ledger, record: MergedRecord) -> Entry | None:
+    """The last act that rejected the newest version."""
     # The newest entry comes first, so this reads back to the merge at most.
     for entry in ledger.entries():
         if entry.digests.get("patch") == record.patch:
             if entry.kind == "rejected":
-                return entry.digests.get("circumstances")
+                return entry
             if entry.kind == "merged":
                 break
     return None

@@ -10,7 +10,7 @@ from typing import Literal
 
 from restitch.flows.promotion.candidates import Candidate
 from restitch.flows.promotion.pauses import check_not_paused
-from restitch.flows.promotion.snapshot import Snapshot, rejected_in
+from restitch.flows.promotion.snapshot import CIRCUMSTANCES, Snapshot, find_rejection
 from restitch.registry.gates.gate import GateOutcome
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, Member
@@ -120,15 +120,24 @@ def _with_members_of(line_state: LineState, candidate: Candidate) -> LineState:
     return line_state
 
 
-def reject(ledger: Ledger, snapshot: Snapshot, version: int, candidate: Candidate) -> None:
-    """Record in the trail, once for the same circumstances, that gates block a version."""
+def reject(
+    ledger: Ledger, snapshot: Snapshot, version: int, candidate: Candidate, *, final: bool
+) -> None:
+    """Record in the trail, once, that gates block a version.
+
+    If it is `final`, because no part of the version can be promoted and no model is to be held, it
+    is recorded once for each of the circumstances; later remerges need not try again in these.
+    """
     record = ledger.merged(version)
+    digests = {"patch": candidate.patch.blob}
+    digests |= {CIRCUMSTANCES: snapshot.circumstances} if final else {}
 
     def change(line_state: LineState) -> LineState | None:
-        return None if rejected_in(ledger, record) == snapshot.circumstances else line_state
+        known = find_rejection(ledger, record)
+        is_known = known is not None and digests.items() <= known.digests.items()
+        return None if is_known else line_state
 
     reason = f"version {version}: {_notes(candidate.failed)}"
-    digests = {"patch": candidate.patch.blob, "circumstances": snapshot.circumstances}
     act = ledger.act("rejected", actor(), reason, change, digests)
     if act is not None:
         warn(f"{ledger.line} {reason}")

@@ -371,6 +371,16 @@ def test_a_drop_is_measured_on_the_rows_of_now(line: Gated) -> None:
     assert " > 0.2 (p = " in found["reason"]
 
 
+def test_a_task_that_comes_back_is_compared_with_the_champion(line: Gated) -> None:
+    line.configure(max_task_drop=0.2)
+    line.add("colour")
+    line.add("number")
+    line.shell("pin", "demo")
+    line.shell("retire", "demo", "colour", "--no-remerge", "--reason", "a new model comes")
+    found = line.add("colour", model="wreck", code=5)
+    assert found["reason"].startswith("max_task_drop of colour: 0.")
+
+
 def test_without_gates_a_significant_drop_is_promoted_with_a_warning(line: Gated) -> None:
     line.configure()
     line.add("colour")
