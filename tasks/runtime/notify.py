@@ -24,6 +24,7 @@ _LONGEST_TITLE, _LONGEST_REASON = 120, 1500
 # What chat services read as a call to everybody; a reason may quote a name in somebody's file.
 _MENTION = re.compile(r"@(?=everyone|here|channel|all\b)|<(?=[@!#&])")
 
+_KEPT_OUT = ("held", "quarantined")
 _SENTENCES = {
     "promoted": "Version {version} of line {line} is the champion.",
     "rolled-back": "Version {version} of line {line} is the champion again.",
@@ -44,8 +45,7 @@ def notify(act: Act | None, also: Mapping[NotifyEvent, str] | None = None) -> No
         return
     entry, line, further = act.entry, act.line_state.line, also or {}
     key, version = next(iter(touched_models(entry)), None), _version(act)
-    kept_out = key is not None and entry.kind in ("held", "quarantined")
-    why = act.line_state.model(key).reason if kept_out else None
+    why = act.line_state.model(key).reason if key and entry.kind in _KEPT_OUT else None
     command = f"restitch status {line}" if version is None else f"restitch show {line} {version}"
     lines = [
         _SENTENCES[entry.kind].format(version=version, line=line, model=key),
