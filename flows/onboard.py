@@ -406,10 +406,12 @@ def _acted(
         new = {**changes, "facts": now.facts}
         return line_state.with_state(*key, now.state, now.reason, **new)
 
-    if ledger.act(kind, actor(), reason, change, digests) is None:
+    act = ledger.act(kind, actor(), reason, change, digests)
+    if act is None:
         return False
     for message in judgement.warnings:
         warn(message)
+    notify(act)
     mirror(ledger.line)
     return True
 

@@ -24,12 +24,13 @@ _LONGEST_TITLE, _LONGEST_REASON = 120, 1500
 # What chat services read as a call to everybody; a reason may quote a name in somebody's file.
 _MENTION = re.compile(r"@(?=everyone|here|channel|all\b)|<(?=[@!#&])")
 
+_KEPT_OUT = ("held", "quarantined")
 _SENTENCES = {
     "promoted": "Version {version} of line {line} is the champion.",
     "rolled-back": "Version {version} of line {line} is the champion again.",
     "rejected": "Version {version} of line {line} is rejected: it failed its gates.",
-    "held": "A model of line {line} is held: a gate keeps it out of the merged model.",
-    "quarantined": "A model of line {line} is quarantined: it cannot join the merged model.",
+    "held": "Model {model} of line {line} is held: it takes part in no merge.",
+    "quarantined": "Model {model} of line {line} is quarantined: it cannot join the merged model.",
 }
 
 
@@ -44,10 +45,10 @@ def notify(act: Act | None, also: Mapping[NotifyEvent, str] | None = None) -> No
         return
     entry, line, further = act.entry, act.line_state.line, also or {}
     key, version = next(iter(touched_models(entry)), None), _version(act)
-    why = act.line_state.model(key).reason if key and entry.kind == "quarantined" else None
+    why = act.line_state.model(key).reason if key and entry.kind in _KEPT_OUT else None
     command = f"restitch status {line}" if version is None else f"restitch show {line} {version}"
     lines = [
-        _SENTENCES[entry.kind].format(version=version, line=line),
+        _SENTENCES[entry.kind].format(version=version, line=line, model=key),
         *(_shortened(text, _LONGEST_REASON) for text in (why or entry.reason, *further.values())),
         f"By {entry.actor} at {datetime.fromisoformat(entry.time):%Y-%m-%d %H:%M:%S} UTC, "
         f"act {entry.sequence} of the line.",

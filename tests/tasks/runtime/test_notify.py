@@ -323,4 +323,5 @@ def test_a_held_model_points_to_the_status(tmp_path: Path, server: NotifyServer)
     notify(act)
     (message,) = server.messages
     assert message["title"] == "photos: held wreck 1: max_task_drop of a: 0.1 > 0.01"
-    assert "restitch status photos" in message["message"]
+    assert message["message"].startswith("Model wreck 1 of line photos is held: ")
+    assert message["message"].endswith("To look further: restitch status photos")
