@@ -350,6 +350,16 @@ def test_mlflow_shows_what_was_forgotten_as_archived(world: World, copy: Shell) 
     assert stages["demo"] == stages["demo.models"] == stages["demo.history"] == "deleted"
     assert stages["demo.audit"] == "active"
     assert client.get_registered_model("demo").aliases == {}
+    assert client.get_registered_model("demo").tags["restitch.archived"] == "true"
+    assert copy.json("verify", "--deep")["intact"]
+
+    copy("init", world.line(copy.home / "again.yaml"))
+    copy.add(world, "colour")
+    stages = {e.name: e.lifecycle_stage for e in client.search_experiments(ViewType.ALL)}
+    assert set(stages.values()) == {"active"}
+    assert "restitch.archived" not in client.get_registered_model("demo").tags
+    shown_runs = client.search_runs([experiment.experiment_id])
+    assert [run.info.run_name for run in shown_runs] == ["colour 2"]
     assert copy.json("verify", "--deep")["intact"]
 
 
