@@ -36,6 +36,7 @@ from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace, actor, workspace
 
 _LISTS = ("manifest", "experts")  # these blobs name others
+_WITHOUT_WEIGHTS = ("result", "attached", "record", "listing")
 
 
 @dataclass(frozen=True)
@@ -292,9 +293,10 @@ def _derived(
             if spec.head is not None:
                 name = f"keys/head/{digest_json(head_inputs(spec, base, model))}"
                 found |= {name: model.weights} if name in inventory.keys else {}
+    named = inventory.references.keys() | inventory.purged.keys()
     for name, key_record in inventory.keys.items():
         blob = key_record.blob
-        unnamed = blob not in inventory.references and f"blobs/{blob}" in inventory.listed
+        unnamed = blob not in named and f"blobs/{blob}" in inventory.listed
         if weights and unnamed and name.startswith("keys/mask/"):
             file = SparseFile.open(space.objects.blob_path(blob))
             origin = file.metadata.get("finetuned", "")
@@ -344,10 +346,11 @@ def _notes(
         f"{reference.owner} of {reference.line}"
         for digest in inventory.purged
         for reference in inventory.references.get(digest, ())
+        if reference.role not in _WITHOUT_WEIGHTS
     }
     if shared:
         owners = ", ".join(sorted(shared)[:5]) + (", ..." if len(shared) > 5 else "")
-        notes.append(f"objects that others need stay: {owners}")
+        notes.append(f"weights that others need stay: {owners}")
     uris = {line_state.model(key).model.uri for key in keys}
     notes += [
         f"the source {uri} is not in the store, and stays"

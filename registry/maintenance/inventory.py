@@ -58,8 +58,8 @@ class Inventory:
         keys: by name.
         references: the direct and indirect references of the lines' states, by digest.
         purged: the references that purged models and versions had, by digest.
-        lists: what the acts of purges name, in addition to `purged`: the digest of the weights
-            from which an object was derived, by the object's name.
+        lists: the blobs that the acts of purges name, each with the digest of the weights from
+            which it was derived if nothing but a key referred to it.
         damaged: missing or damaged objects by name, with the problem.
         unknown: names of objects of an unknown kind.
     """
@@ -73,7 +73,7 @@ class Inventory:
     keys: dict[str, KeyRecord] = field(default_factory=dict)
     references: dict[str, list[Reference]] = field(default_factory=lambda: defaultdict(list))
     purged: dict[str, list[Reference]] = field(default_factory=lambda: defaultdict(list))
-    lists: dict[str, str] = field(default_factory=dict)
+    lists: dict[str, str | None] = field(default_factory=dict)
     damaged: dict[str, str] = field(default_factory=dict)
     unknown: list[str] = field(default_factory=list)
 
@@ -344,7 +344,9 @@ def _read_lists(inventory: Inventory, objects: ObjectStore) -> None:
                 digest = entry.digests[PURGED]
                 try:
                     values = json.loads(_manifest(inventory, objects, digest))
-                    inventory.lists |= {each["object"]: each["weights"] for each in values}
+                    # A key is known by its blob: the same key may have been published again.
+                    blobs = [each for each in values if each["object"].startswith("blobs/")]
+                    inventory.lists |= {each["object"]: each["weights"] for each in blobs}
                 except Damage as error:
                     inventory.damaged[f"blobs/{digest}"] = _problem(error)
 

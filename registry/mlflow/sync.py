@@ -10,7 +10,7 @@ import contextlib
 import logging
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -219,10 +219,13 @@ class MlflowProjection:
             return Path(self.client.download_artifacts(run, name, folder)).read_bytes()
         return None
 
-    def _show_models(self, line_state: LineState, pending: Iterable[Entry]) -> None:
+    def _show_models(self, line_state: LineState, pending: Sequence[Entry]) -> None:
         """Write the finetuned models that acts are about, in their present state."""
         models = dict(line_state.models)
         touched = {key for entry in pending for key in outcomes.touched_models(entry)}
+        if any("/dropped" in entry.before for entry in pending):
+            # The line started again: with its experiment, MLflow restores forgotten models.
+            touched |= models.keys()
         for key in sorted(touched & models.keys()):
             run, shown = projection.project_model(
                 line_state.line, key.task, key.version, models[key], line_state.base.weights

@@ -158,7 +158,7 @@ def test_duplicates_of_other_hosts_are_removed(home, mlflow, monkeypatch):
     line = ledger(home.store_path)
     merge(line)
     # Another host holds another lock, and its search came before our creation.
-    monkeypatch.setattr(Writer, "runs", lambda *_: [])
+    monkeypatch.setattr(Writer, "runs", lambda *_, **__: [])
     monkeypatch.setattr(Writer, "versions", lambda *_: [])
     mlflow.repair(line)
     mlflow.repair(line, full=True)
