@@ -342,11 +342,13 @@ def _notes(
             f"version {line_state.champion}{pinned} is in use and holds what is purged: its patch "
             "and its deltas stay; when another version is in use, run this command again"
         )
+    # A purged version holds the deltas of other members, too; only those of the models count.
+    own = [d for d, refs in inventory.purged.items() if not all(each.of_version for each in refs)]
     shared = {
         f"{reference.owner} of {reference.line}"
-        for digest in inventory.purged
+        for digest in own
         for reference in inventory.references.get(digest, ())
-        if reference.role not in _WITHOUT_WEIGHTS
+        if reference.role not in _WITHOUT_WEIGHTS and not reference.owner.startswith("act ")
     }
     if shared:
         owners = ", ".join(sorted(shared)[:5]) + (", ..." if len(shared) > 5 else "")
