@@ -95,7 +95,8 @@ def test_status_shows_the_same_as_json_and_as_a_table(three: Three) -> None:
     assert f"retention {line['retention']:.3f}" in table
     assert [m["task"] for m in line["models"]] == ["animal", "colour", "number"]
     for model in line["models"]:
-        row = f"{model['task']} {model['version']} {model['state']} yes 30 %"
+        gain = f"{model['gain']['difference']:+.3f}"
+        row = f"{model['task']} {model['version']} {model['state']} {gain} yes 30 %"
         assert row in table, row
         assert f"{model['merged']:.3f}" in table.split(row)[1].split("kB")[1]
 

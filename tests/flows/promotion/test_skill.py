@@ -71,7 +71,7 @@ def test_what_is_held_for_its_gain_is_not_tried_again_by_a_change_elsewhere(
     register(line, world, turned(world, tmp_path), code=5)
     for task in ("number", "animal"):
         line.add(world, task)
-    line("init", world.line(tmp_path / "line.yaml", retention=None, gates={"max_task_drop": 1.0}))
+    line("init", world.line(tmp_path / "line.yaml", retention=None, gates={"max_task_drop": 0.9}))
     line("remerge", "demo")
     assert line.kinds().count("held") == 1
     assert "rejected" not in line.kinds()
