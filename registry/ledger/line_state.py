@@ -337,10 +337,10 @@ class LineState(Record):
     dropped: Removal | None = None
 
     @model_serializer(mode="wrap")
-    def _without_removals(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _without_unused(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         values: dict[str, Any] = handler(self)
-        # A line from which nothing was removed is written as before there were removals.
-        return {k: v for k, v in values.items() if v or k not in ("purged", "dropped")}
+        # A line without pauses and removals is written as before these fields existed.
+        return {k: v for k, v in values.items() if v or k not in ("purged", "dropped", "paused")}
 
     @model_validator(mode="after")
     def _is_consistent(self) -> Self:
