@@ -171,7 +171,8 @@ def test_results_in_the_store_are_cached_task_runs(both: Both) -> None:
     assert second["evaluate", "Completed"] == 3, "merged on its task and the benchmark, and base"
     assert second["evaluate", "Cached"] == 3, "base, finetuned and grafted on the task"
     assert fourth["evaluate", "Completed"] == 3, "only the merged model is evaluated"
-    assert fourth["evaluate", "Cached"] == 7
+    # Base, finetuned and grafted on two tasks, the base on the benchmark, the champion on its task.
+    assert fourth["evaluate", "Cached"] == 8
     assert third["localize", "Completed"] == 1
     assert fourth["stitch", "Completed"] == 1
 

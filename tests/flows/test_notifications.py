@@ -87,7 +87,7 @@ def test_the_third_death_of_a_worker_at_a_model_is_one_message(
     assert "register the model again" in message["message"]
 
 
-def _dies(*_: object) -> None:
+def _dies(*_: object, **__: object) -> None:
     raise MemoryError
 
 
