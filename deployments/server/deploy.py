@@ -6,7 +6,6 @@ are replaced, and schedules of unknown lines are removed. What a person switched
 stays off.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -55,13 +54,17 @@ def client() -> "Iterator[SyncPrefectClient]":
             expected="PREFECT_API_URL, or a running stack",
             hint="set PREFECT_API_URL, or run `restitch up`",
         )
-    os.environ["PREFECT_API_URL"] = url  # before Prefect reads its settings
     import httpx
     from prefect.client.orchestration import get_client
     from prefect.exceptions import PrefectHTTPStatusError
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
     try:
-        with get_client(sync_client=True) as connected:
+        # Prefect may have read its settings already, for instance to parse a schedule.
+        with (
+            temporary_settings({PREFECT_API_URL: url}),
+            get_client(sync_client=True) as connected,
+        ):
             yield connected
     except (httpx.HTTPError, PrefectHTTPStatusError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "Failed to reach API" not in str(error):

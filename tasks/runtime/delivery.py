@@ -10,7 +10,6 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import TYPE_CHECKING
 
 from restitch.registry.redaction import NOTIFY_VARIABLE, notify_addresses, without_credentials
@@ -149,11 +148,16 @@ class _Log(logging.Handler):
         return self._complaints.pop(delivery, None)
 
 
-@cache
+_LOG = _Log()
+
+
 def _log() -> _Log:
     """Take over apprise's log, and silence the lines in which urllib3 prints addresses."""
-    handler, logger = _Log(), logging.getLogger("apprise")
-    logger.handlers, logger.propagate = [handler], False
+    import apprise  # noqa: F401 (it sets its log up when it is imported)
+
+    # Each time: other libraries configure logging for the whole process.
+    logger = logging.getLogger("apprise")
+    logger.handlers, logger.propagate = [_LOG], False
     logger.setLevel(logging.WARNING)
     logging.getLogger("urllib3.connectionpool").setLevel(logging.WARNING)
-    return handler
+    return _LOG

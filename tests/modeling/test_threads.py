@@ -11,10 +11,10 @@ READ_AT_ONCE = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from restitch.modeling.data.arrow_tables import open_arrow_files
+from restitch.modeling.data.arrow_tables import ArrowTable
 file = Path(sys.argv[1])
 for _ in range(30):
-    table = open_arrow_files(file.parent, [file])
+    table = ArrowTable(file.parent, [file])
     def read(index):
         return table.column("label")[index], table.row(index, ("text", "label"))[1]
     with ThreadPoolExecutor(8) as pool:

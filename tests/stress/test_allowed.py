@@ -197,7 +197,7 @@ def test_a_model_that_this_worker_must_not_read_stays_registered(
     model = copied(world.model("colour"), tmp_path / "model", lambda _: None)
     task = ("--task", world.task("colour"))
 
-    def away(*_: object) -> None:
+    def away(*_: object, **__: object) -> None:
         raise Unavailable("the worker is away")
 
     with monkeypatch.context() as patched:

@@ -57,7 +57,7 @@ def test_a_slow_unreachable_server_is_not_tried_again_at_once(
         raise Unavailable("MLflow is away")
 
     monkeypatch.setattr(MlflowProjection, "repair", slow)
-    monkeypatch.setattr("restitch.tasks.runtime.workspace.Workspace.ledger", lambda *_: None)
+    monkeypatch.setattr("restitch.tasks.runtime.workspace.Workspace.ledger", lambda *_, **__: None)
     monkeypatch.setattr(time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(publish, "_paused_until", {})
     with Shell(tmp_path).inside():

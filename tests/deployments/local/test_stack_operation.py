@@ -98,6 +98,7 @@ def is_on(stack: Stack, line: str) -> bool:
     return bool(_schedule(stack, line)[0]["active"])
 
 
+@pytest.mark.slow
 def test_a_paused_line_is_left_alone_by_up_deploy_and_doctor(stack: Stack) -> None:
     stack.line("resting")
     up(stack)
@@ -135,6 +136,7 @@ def test_acts_of_workers_name_the_flow_and_the_host(stack: Stack) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_schedule_that_a_person_paused_in_prefect_stays_paused(stack: Stack) -> None:
     stack.line("switched")
     up(stack)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.deployments.server.prefect_load import connected, loaded, made
 from tests.servers import prefect_server
 from tests.shell import Shell
@@ -39,6 +41,7 @@ def test_every_use_of_a_connection_has_the_short_timeout(tmp_path: Path) -> None
     assert short < 10_000
 
 
+@pytest.mark.slow
 def test_every_switch_in_prefects_pages_works_under_load(tmp_path: Path) -> None:
     """The pages send one request and do not try again."""
     module = "restitch.deployments.server.prefect_server"

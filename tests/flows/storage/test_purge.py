@@ -234,12 +234,14 @@ def test_a_killed_purge_is_completed_by_another(
     assert len(copy.acts()) == acts
 
     def weights(shell: Shell) -> set[str]:
-        # Acts hold times, and so do the lists that they name.
+        # Acts, the lists that they name and records of versions hold times.
         inventory = take_inventory(objects_of(shell))
-        needed = {d for d, refs in inventory.references.items() if refs[0].role != "attached"}
+        timed = ("attached", "record")
+        needed = {d for d, refs in inventory.references.items() if refs[0].role not in timed}
         return needed | set(inventory.keys)
 
     assert weights(copy) == weights(whole)
+    assert copy.state().versions.keys() == whole.state().versions.keys()
     inventory = take_inventory(objects_of(copy))
     assert purged_objects(inventory) == set()
     assert copy.json("verify", "--deep")["intact"]
