@@ -329,6 +329,7 @@ def test_mlflow_keeps_artifacts_in_the_bucket_and_checks_host_names(team: Team) 
     assert refused.value.code == 403
 
 
+@pytest.mark.slow
 def test_a_registration_goes_through_both_pools_to_the_champion(
     team: Team, world: World, tmp_path: Path
 ) -> None:

@@ -40,6 +40,7 @@ def test_every_file_can_be_read_and_names_its_schema(file: Path) -> None:
         assert load_task(file).task == file.stem
 
 
+@pytest.mark.slow
 def test_the_text_example_runs(tmp_path: Path) -> None:
     base = tiny_bert(tmp_path / "base", positions=64)  # as many as the tasks ask for
     for seed, file in enumerate(sorted((EXAMPLES / "text" / "tasks").glob("*.yaml"))):

@@ -173,6 +173,7 @@ def test_a_schedule_that_prefects_command_switched_still_remerges_its_line(stack
     assert up(stack)["changes"] == ["schedule of commanded: 0 0 1 1 * UTC, its parameter again"]
 
 
+@pytest.mark.slow
 def test_a_line_that_cannot_be_read_stops_no_other(stack: Stack) -> None:
     stack.line("sound")
     head = stack.shell.home / "store" / "lines" / "broken" / "head.json"
