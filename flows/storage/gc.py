@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from restitch.flows.outcome import Outcome
 from restitch.merging.errors import Damage
 from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import LineState
 from restitch.registry.maintenance.inventory import Inventory, in_use, take_inventory
 from restitch.registry.store.deletion_notice import deletion_notice
 from restitch.registry.store.objects import ObjectStore
@@ -87,10 +88,18 @@ def collect(older_than: float = DEFAULT_AGE, *, remove: bool = False) -> GcOutco
     return _outcome(garbage, older_than, removed=True)
 
 
-def _find(objects: ObjectStore, older_than: float) -> _Garbage:
-    limit = time.time() - older_than
+def intact_inventory(objects: ObjectStore, assumed: LineState | None = None) -> Inventory:
+    """Take the inventory of a store from which objects are about to be removed.
+
+    Args:
+        objects: the store.
+        assumed: a state of a line that stands for the stored one.
+
+    Raises:
+        Damage: the store is damaged.
+    """
     with working("reading references") as progress:
-        inventory = take_inventory(objects, progress)
+        inventory = take_inventory(objects, progress, assumed=assumed)
     if inventory.damaged:
         raise Damage(
             "nothing was removed: the store is damaged, and damaged objects may name others",
@@ -98,6 +107,12 @@ def _find(objects: ObjectStore, older_than: float) -> _Garbage:
             hint="run `restitch verify --repair`, then run this command again",
             details=[f"{name}: {text}" for name, text in sorted(inventory.damaged.items())[:10]],
         )
+    return inventory
+
+
+def _find(objects: ObjectStore, older_than: float) -> _Garbage:
+    limit = time.time() - older_than
+    inventory = intact_inventory(objects)
     used = in_use(inventory, objects)
     young = {name for name, each in inventory.listed.items() if each.modified >= limit}
     # If a key or its blob is young, work in progress may be about to name either.

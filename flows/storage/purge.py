@@ -18,20 +18,20 @@ from restitch.flows.decisions import Decision, drop, forget
 from restitch.flows.outcome import Outcome
 from restitch.flows.promotion.versions import named_models
 from restitch.flows.remerge import RemergeOutcome, remerge
-from restitch.flows.storage.gc import remove_objects
+from restitch.flows.storage.gc import intact_inventory, remove_objects
 from restitch.merging.digests import digest_json
-from restitch.merging.errors import Damage, GateFailed
+from restitch.merging.errors import GateFailed
 from restitch.merging.files.sparse import SparseFile
 from restitch.modeling.families.family import get_family
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, ModelKey, Removal
 from restitch.registry.ledger.references import COPY_SCHEME, PURGED
-from restitch.registry.maintenance.inventory import Inventory, purged_objects, take_inventory
+from restitch.registry.maintenance.inventory import Inventory, purged_objects
 from restitch.registry.sources.resolve import discard_unpacked
 from restitch.registry.store.deletion_notice import deletion_notice
 from restitch.tasks.inputs.checkpoints import open_base
 from restitch.tasks.inputs.task_data import head_inputs
-from restitch.tasks.runtime.console import say, warn, working
+from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace, actor, workspace
 
@@ -104,7 +104,7 @@ def plan_purge(line: str, model: str | None) -> PurgePlan:
     champion = line_state.champion
     without = line_state if line_state.pinned and model is not None else _unused(line_state)
     after = _purged(ledger, without, keys, Removal(actor=actor(), time="", reason=""))
-    inventory = _inventory(space, after)
+    inventory = intact_inventory(space.objects, after)
     names = purged_objects(inventory) | _derived(after, keys, inventory, space).keys()
     versions = _new_versions(line_state, after)
     return PurgePlan(
@@ -168,7 +168,7 @@ def _purge(
     say(f"{ledger.line}: {len(names)} objects removed, {size} bytes")
     mirror(ledger.line)
     after = ledger.state()
-    notes = _notes(ledger, after, keys, _inventory(space, after))
+    notes = _notes(ledger, after, keys, intact_inventory(space.objects, after))
     for note in notes:
         warn(note)
     return PurgeOutcome(
@@ -238,24 +238,11 @@ def _new_versions(before: LineState, after: LineState) -> tuple[int, ...]:
     return tuple(sorted(after.purged.keys() - before.purged.keys()))
 
 
-def _inventory(space: Workspace, assumed: LineState | None = None) -> Inventory:
-    with working("reading references") as progress:
-        inventory = take_inventory(space.objects, progress, assumed=assumed)
-    if inventory.damaged:
-        raise Damage(
-            "nothing was removed: the store is damaged, and damaged objects may name others",
-            found=f"{len(inventory.damaged)} damaged objects",
-            hint="run `restitch verify --repair`, then run this command again",
-            details=[f"{name}: {text}" for name, text in sorted(inventory.damaged.items())[:10]],
-        )
-    return inventory
-
-
 def _listing(
     space: Workspace, line_state: LineState, keys: tuple[ModelKey, ...]
 ) -> list[dict[str, Any]]:
     """The objects that a purge removes, as its act names them."""
-    inventory = _inventory(space, line_state)
+    inventory = intact_inventory(space.objects, line_state)
     derived = _derived(line_state, keys, inventory, space)
     return [
         {
@@ -311,14 +298,14 @@ def _derived(
 def _remove(space: Workspace) -> tuple[list[str], int]:
     """Remove all objects that purges have left without a reference; returns names and bytes."""
     objects = space.objects
-    first = _inventory(space)
+    first = intact_inventory(space.objects)
     names = sorted(purged_objects(first))
     if not names:
         return [], 0
     with deletion_notice(objects.store, names):
         for line in first.line_states:
             Ledger(objects, line).touch()
-        now = _inventory(space)
+        now = intact_inventory(space.objects)
         gone = sorted(purged_objects(now) & set(names))
         lists = {
             f"blobs/{digest}"
