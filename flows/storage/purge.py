@@ -339,7 +339,7 @@ def _notes(
     }
     if shared:
         owners = ", ".join(sorted(shared)[:5]) + (", ..." if len(shared) > 5 else "")
-        notes.append(f"weights that others need stay: {owners}")
+        notes.append(f"objects that others need stay: {owners}")
     uris = {line_state.model(key).model.uri for key in keys}
     notes += [
         f"the source {uri} is not in the store, and stays"
