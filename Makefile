@@ -26,7 +26,7 @@ demo: setup
 # Several at a time, more than there are cores: many tests wait for servers. The tests of a file stay
 # together. One thread in each: more would only wait for each other.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 # The package as users install it, in environments of its own.
 installed: setup

@@ -13,7 +13,8 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Annotated, Literal, NoReturn
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -25,6 +26,9 @@ from restitch.cli.reporter import TerminalReporter
 from restitch.merging.errors import RestitchError, Unavailable
 from restitch.registry.home import Home, prepare_environment
 from restitch.tasks.runtime.console import reporting_to
+
+if TYPE_CHECKING:
+    from typer._click import Command
 
 INTERRUPTED = 130
 
@@ -126,6 +130,12 @@ def _interrupts_kept() -> Iterator[None]:
             timer.cancel()
 
 
+@cache
+def command() -> "Command":
+    """The whole command line, which takes a while to build from its functions."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the command; a user's mistake is one message and an exit code, never a traceback."""
     try:
@@ -136,7 +146,7 @@ def main() -> None:
         # Without MLflow's tracebacks of database errors, which end here in one message.
         logging.getLogger("mlflow.store.db.utils").addFilter(lambda _: False)
         with _interrupts_kept(), reporting_to(TerminalReporter(quiet="--json" in sys.argv)):
-            app(prog_name="restitch")
+            command()(prog_name="restitch")
     except (SystemExit, KeyboardInterrupt) as end:
         # Typer turns Ctrl-C into this code without a message.
         if isinstance(end, SystemExit) and end.code != INTERRUPTED:

@@ -24,7 +24,7 @@ from restitch.flows.lines.adopt_mlflow import adopt_one
 from restitch.flows.outcome import Outcome
 from restitch.flows.promotion.masks import mask_choice, needs_new_mask
 from restitch.flows.promotion.skill import Judgement, is_in_champion, judge
-from restitch.merging.errors import BadInput, CannotJoin, RestitchError
+from restitch.merging.errors import BadInput, CannotJoin, RestitchError, shortlist
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import (
     PREPROCESSING,
@@ -296,7 +296,7 @@ def _warn_of_outside(task: str, checked: Validated, results: Mapping[str, Result
     matters = bool(results) and _differs(results["localizable"], results["finetuned"])
     if checked.outside_share <= OUTSIDE_WARNING and not matters:
         return
-    names = ", ".join(name for name, _ in checked.outside_tensors[:8])
+    names = shortlist([name for name, _ in checked.outside_tensors])
     text = (
         f"{task}: {checked.outside_share:.1%} of what finetuning changed is outside of masks"
         f" (in {names or 'no tensor'})"

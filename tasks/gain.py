@@ -5,9 +5,8 @@ trained: its labels, prompts, inputs, head or tokenizer differ.
 """
 
 import json
-from collections.abc import Sequence
 
-from restitch.merging.errors import GateFailed
+from restitch.merging.errors import GateFailed, shortlist
 from restitch.modeling.evaluation import wilson
 from restitch.modeling.families.family import get_family
 from restitch.modeling.significance import compare_rows, difference_interval, rows_of
@@ -18,7 +17,6 @@ from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.runtime.refs import LineRef
 
-_SHOWN = 5  # of a list of names
 _FEWEST = 10  # rows; with fewer the interval of a difference is too narrow
 
 
@@ -87,24 +85,21 @@ def likely_causes(line: LineRef, spec: TaskSpec, facts: ModelFacts) -> tuple[str
     family = get_family(line.spec.family)
     scores = "labels are scored by embeddings of their texts, not by a classifier of the model"
     if family.head_tensors:
-        scores = f"the model's own head is read from {_list(family.head_tensors)}"
+        scores = f"the model's own head is read from {shortlist(family.head_tensors)}"
     elif facts.unused is not None:
-        scores += f"; its file has {facts.unused.count} unused tensors: {_list(facts.unused.names)}"
+        unused = f"{facts.unused.count} unused tensors: {shortlist(facts.unused.names)}"
+        scores += f"; its file has {unused}"
     inputs = (
         "images: they were turned, cropped or coloured differently in training"
         if family.modality == "image"
         else "texts: other columns were read in training, or texts were prepared differently"
     )
     readers = "image processor, tokenizer" if family.modality == "image" else "tokenizer"
+    classes, templates = (shortlist([repr(text) for text in each]) for each in (labels, prompts))
     return (
-        f"label order: the classes 0, 1, ... of the rows are {_list([repr(x) for x in labels])}",
-        f"templates: the prompts are {_list([repr(x) for x in prompts])}; use those of training",
+        f"label order: the classes 0, 1, ... of the rows are {classes}",
+        f"templates: the prompts are {templates}; use those of training",
         inputs,
         f"head: {scores}",
         f"{readers}: those of the base are used, not those of the model",
     )
-
-
-def _list(names: Sequence[str]) -> str:
-    rest = len(names) - _SHOWN
-    return ", ".join(names[:_SHOWN]) + (f" and {rest} more" if rest > 0 else "")

@@ -131,10 +131,12 @@ def three(tmp_path_factory: pytest.TempPathFactory, world: World, empty_mlflow: 
 
 @pytest.fixture
 def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave out the projection to MLflow, which takes most of the time of a registration."""
+    """Leave MLflow alone, which takes most of the time of a registration."""
+    from restitch.flows.lines import adopt_mlflow
     from restitch.registry.mlflow.sync import MlflowProjection
 
     monkeypatch.setattr(MlflowProjection, "repair", lambda *_, **__: 0)
+    monkeypatch.setattr(adopt_mlflow, "external_models_of", lambda *_: ())
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from restitch.flows.promotion.versions import named_models
 from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.flows.storage.gc import intact_inventory, remove_objects
 from restitch.merging.digests import digest_json
-from restitch.merging.errors import GateFailed
+from restitch.merging.errors import GateFailed, shortlist
 from restitch.merging.files.sparse import SparseFile
 from restitch.modeling.families.family import get_family
 from restitch.registry.ledger.ledger import Ledger
@@ -338,8 +338,7 @@ def _notes(
         if reference.role not in _WITHOUT_WEIGHTS and not reference.owner.startswith("act ")
     }
     if shared:
-        owners = ", ".join(sorted(shared)[:5]) + (", ..." if len(shared) > 5 else "")
-        notes.append(f"objects that others need stay: {owners}")
+        notes.append(f"objects that others need stay: {shortlist(sorted(shared))}")
     uris = {line_state.model(key).model.uri for key in keys}
     notes += [
         f"the source {uri} is not in the store, and stays"

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from restitch.merging.errors import BadInput
+from restitch.merging.errors import BadInput, shortlist
 
 TABLE_SUFFIXES = (".arrow", ".csv", ".json", ".jsonl", ".ndjson", ".parquet", ".tsv")
 COMPRESSIONS = (".bz2", ".gz", ".xz", ".zst")
@@ -30,7 +30,6 @@ UNREADABLE_IMAGES = (
     *(".svg", ".svgz", ".wmf"),
 )
 _SYSTEM_NAMES = {"__macosx", "__pycache__", "desktop.ini", "ehthumbs.db", "thumbs.db"}
-_SHOWN = 5
 
 
 def is_hidden(name: str) -> bool:
@@ -147,10 +146,9 @@ def left_out(folder: Path, hidden: Sequence[str], others: Sequence[str], what: s
     return [f"left out of {folder}: {', '.join(parts)}"] if parts else []
 
 
-def shortened(names: Sequence[str], most: int = _SHOWN) -> str:
-    """The first names, and the number of the others."""
-    shown = ", ".join(printable(name) for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+def shortened(names: Sequence[str]) -> str:
+    """The first names, and the number of the others, in characters that can be shown."""
+    return shortlist([printable(name) for name in names])
 
 
 def printable(text: str) -> str:

@@ -226,6 +226,4 @@ def _suffixes(files: Sequence[str]) -> str:
 
 def _content(folder: Path) -> str:
     names = sorted(entry.name + ("/" if entry.is_dir() else "") for entry in folder.iterdir())
-    if not names:
-        return "nothing"
-    return ", ".join(map(printable, names[:20])) + (", ..." if len(names) > 20 else "")
+    return shortened(names) or "nothing"

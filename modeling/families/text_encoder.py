@@ -6,6 +6,7 @@ base's features of its label prompts. By default only the transformer blocks are
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -155,6 +156,12 @@ def position_limit(folder: Path) -> int:
     RoBERTa and related models count positions from after the padding index, so their tables have
     more rows than positions.
     """
+    return _position_limit(folder, read_config(folder).to_json_string(use_diff=False))
+
+
+@lru_cache(maxsize=64)
+def _position_limit(folder: Path, _config: str) -> int:
+    # Cached: it makes the whole model without weights, and every reader of rows needs it.
     from transformers import AutoModel
 
     config = read_config(folder)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from restitch.merging.digests import canonical_json
+from restitch.merging.errors import counted, shortlist
 from restitch.registry.ledger.line_state import Removal
 from restitch.registry.ledger.outcomes import Outcome, merges_about
 from restitch.registry.ledger.records import Entry, MergedRecord
@@ -205,11 +206,10 @@ def _plain(label: str) -> str:
 def describe(record: MergedRecord) -> str:
     """Describe a merged version in two sentences, and one for each significant loss of a task."""
     names = sorted(record.members)
-    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
     method = _method(record.recipe.get("method"))
     first = (
-        f"Version {record.version} of line {record.line}: {len(names)} "
-        f"task{'' if len(names) == 1 else 's'} ({shown}) stitched into one model with {method}."
+        f"Version {record.version} of line {record.line}: {counted(len(names), 'task')} "
+        f"({shortlist(names)}) stitched into one model with {method}."
     )
     facts = []
     if record.mean_accuracy is not None:

@@ -5,7 +5,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TypeVar
 
-from restitch.merging.errors import BadInput
+from restitch.merging.errors import BadInput, shortlist
 
 # The files that are read; the model card for the licence. `*/*` excludes subfolders, because the
 # `*` of a pattern matches a slash.
@@ -57,6 +57,6 @@ def check_safetensors(where: str, readable: Iterable[str], files: Iterable[str])
     pickled = any(Path(name).suffix in _PICKLES for name in names)
     raise BadInput(
         f"{where} holds no safetensors",
-        found=", ".join(names[:20]) or "nothing",
+        found=shortlist(names) or "nothing",
         hint=CONVERT if pickled else "name the folder that holds model.safetensors",
     )

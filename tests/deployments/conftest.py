@@ -95,6 +95,19 @@ class Stack:
         with self.shell.inside(), patch_unless(announced, "restitch.flows.register.announce"):
             return register(line, self.world.task(task), str(self.world.model(task))).as_dict()
 
+    def train(self, line: str, task: str) -> None:
+        """Make a version in MLflow, as a training job does that knows nothing else."""
+        client, name = self.mlflow, f"{line}.{task}"
+        experiment = client.get_experiment_by_name("training")
+        where = (
+            client.create_experiment("training") if experiment is None else experiment.experiment_id
+        )
+        run = client.create_run(where)
+        client.log_artifacts(run.info.run_id, str(self.world.model(task)), "model")
+        client.create_registered_model(name)
+        source = f"{run.info.artifact_uri}/model"
+        client.create_model_version(name, source, run.info.run_id, {"team": "vision"})
+
     def remerge(self, line: str, key: str) -> str:
         """Start a remerge as the schedule does, and return its id."""
         deployment = self.prefect.deployment("remerge/restitch")

@@ -1,6 +1,7 @@
 """Registered, and merged by workers: real servers and real processes, from event to champion."""
 
 import fcntl
+import getpass
 import json
 import os
 import signal
@@ -41,12 +42,12 @@ def begun(stack: Stack) -> dict[str, Any]:
     Returns:
         What the command printed that registered the model of `demo`.
     """
-    for line in ("demo", "other", "trained", "lost", "many", "killed"):
+    for line in ("demo", "trained", "lost", "many", "killed"):
         stack.line(line)
     files = ("--task", stack.world.task("colour"), "--model", stack.world.model("colour"))
     process = stack.shell.start("register", "demo", *files, "--json", environment=stack.environment)
-    stack.register("other", "number")
-    _train(stack, "trained", "colour")
+    stack.shell("task", "trained", "--task", stack.world.task("colour"))
+    stack.train("trained", "colour")
     stack.register("lost", "colour", announced=False)
     for task in SKILLS:
         stack.register("many", task)
@@ -57,17 +58,6 @@ def begun(stack: Stack) -> dict[str, Any]:
     _init_clock(stack, EVERY_MINUTE)
     told: dict[str, Any] = json.loads(out)
     return told
-
-
-def _train(stack: Stack, line: str, task: str) -> None:
-    """Make a version as a training job does that knows MLflow and nothing else."""
-    stack.shell("task", line, "--task", stack.world.task(task))
-    client, name = stack.mlflow, f"{line}.{task}"
-    run = client.create_run(client.create_experiment("training"))
-    client.log_artifacts(run.info.run_id, str(stack.world.model(task)), "model")
-    client.create_registered_model(name)
-    source = f"{run.info.artifact_uri}/model"
-    client.create_model_version(name, source, run.info.run_id, {"team": "vision"})
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +141,17 @@ def _runs_of(stack: Stack, pid: int) -> list[dict[str, Any]]:
     return [run for run in found if run is not None]
 
 
-def test_two_lines_do_not_disturb_each_other(stack: Stack, begun: dict[str, Any]) -> None:
-    for line, task in {"demo": "colour", "other": "number"}.items():
-        assert stack.champion(line, task) == {task}
-        assert intact(stack, line) == ONE
+def test_acts_of_workers_name_the_flow_and_the_host(stack: Stack, begun: dict[str, Any]) -> None:
+    stack.champion("demo", "colour")
+    actors = {entry.kind: entry.actor for entry in stack.shell.acts("demo")}
+    host, person = socket.gethostname(), getpass.getuser()
+    assert actors == {
+        "configured": person,
+        "registered": person,
+        "localized": f"onboard@{host}",
+        "merged": f"remerge@{host}",
+        "promoted": f"remerge@{host}",
+    }
 
 
 def test_prefect_plans_the_runs_of_a_schedule(clock: list[datetime]) -> None:

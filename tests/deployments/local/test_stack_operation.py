@@ -1,9 +1,7 @@
 """The operation of a stack: `up` again, `up` after crashes, `doctor`, `down`, `up`."""
 
-import getpass
 import os
 import signal
-import socket
 import subprocess
 import sys
 from typing import Any
@@ -87,11 +85,16 @@ def switch(stack: Stack, line: str, active: bool) -> None:
 
 
 def _schedule(stack: Stack, line: str) -> tuple[dict[str, Any], str]:
-    deployment = stack.prefect.deployment("remerge/restitch")
-    page = f"{stack.prefect.url}/deployments/{_id(deployment)}/schedules"
-    found = [s for s in httpx.get(page).json() if s["parameters"] == {"line": line}]
+    found, page = _schedules(stack, line)
     assert len(found) == 1
     return found[0], page
+
+
+def _schedules(stack: Stack, line: str) -> tuple[list[dict[str, Any]], str]:
+    """The schedules of a line on the server, and their address."""
+    deployment = stack.prefect.deployment("remerge/restitch")
+    page = f"{stack.prefect.url}/deployments/{_id(deployment)}/schedules"
+    return [s for s in httpx.get(page).json() if s["parameters"] == {"line": line}], page
 
 
 def is_on(stack: Stack, line: str) -> bool:
@@ -119,21 +122,6 @@ def test_a_paused_line_is_left_alone_by_up_deploy_and_doctor(stack: Stack) -> No
     assert is_on(stack, "resting")
     assert stack.champion("resting", "colour") == {"colour"}
     assert findings(stack, code=0)["schedule of resting"]["status"] == "ok"
-
-
-def test_acts_of_workers_name_the_flow_and_the_host(stack: Stack) -> None:
-    stack.line("named")
-    stack.register("named", "colour")
-    stack.champion("named", "colour")
-    actors = {entry.kind: entry.actor for entry in stack.shell.acts("named")}
-    host, person = socket.gethostname(), getpass.getuser()
-    assert actors == {
-        "configured": person,
-        "registered": person,
-        "localized": f"onboard@{host}",
-        "merged": f"remerge@{host}",
-        "promoted": f"remerge@{host}",
-    }
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from restitch.flows.decisions import forget
+from restitch.flows.onboard import onboard_event
 from restitch.flows.storage import purge
 from restitch.registry.ledger.ledger import Ledger, state_after
 from restitch.registry.ledger.line_state import LineState, ModelVersion
@@ -303,6 +304,11 @@ def test_a_dropped_line_is_out_of_use_and_its_history_stays(
     ):
         assert "line demo was dropped by " in copy(*words, code=3).err
     assert copy.json(*reason("drop", "demo"))["done"] is False
+    before = copy.head_bytes()
+    for named in ((2, None), (None, 7)):  # a version of the line, or one that MLflow made
+        with copy.inside():
+            assert onboard_event("demo", "colour", *named) is None
+    assert copy.head_bytes() == before, "events of a dropped line are ignored"
     # The same name starts again, and its history goes on.
     again = copy.json("init", world.line(tmp_path / "again.yaml"))
     assert (again["created"], again["again"]) == (False, True)
