@@ -339,7 +339,7 @@ def work(**_):
     Doomed()
     time.sleep(30)
     print("went on")
-restitch.cli.main.app = work
+restitch.cli.main.command = lambda: work
 signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     restitch.cli.main.main()

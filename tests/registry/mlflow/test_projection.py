@@ -145,7 +145,7 @@ def test_a_version_is_described_in_two_sentences():
     )
     many = record(tasks=tuple(f"t{n:02}" for n in range(12)), results={}, retention=None)
     assert projection_merged.describe(many).endswith(
-        "t07 and 4 more) stitched into one model with localize-and-stitch/1. It was not evaluated."
+        "t04 and 7 more) stitched into one model with localize-and-stitch/1. It was not evaluated."
     )
 
 
