@@ -101,5 +101,5 @@ def likely_causes(line: LineRef, spec: TaskSpec, facts: ModelFacts) -> tuple[str
         f"templates: the prompts are {templates}; use those of training",
         inputs,
         f"head: {scores}",
-        f"{readers}: those of the base are used, not those of the model",
+        f"{readers}: taken from the base, not from the model",
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import settings
 
 _FOREIGN = ("RESTITCH_", "PREFECT_", "MLFLOW_")
 for _name in [name for name in os.environ if name.startswith(_FOREIGN)]:
@@ -38,6 +39,10 @@ from tests.worlds import clip_world as make_clip_world  # noqa: E402
 from tests.worlds import text_world as make_text_world  # noqa: E402
 
 NewHome = Callable[[str], Shell]
+
+# How long a test takes depends on the machine, and is no failure.
+settings.register_profile("without a deadline", deadline=None)
+settings.load_profile("without a deadline")
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,9 @@ from rich.console import Console
 from restitch.cli.render.formats import (
     Values,
     accounted,
-    changed,
     number,
     numbered,
     percent,
-    setting,
     show_table,
     size,
     span,
@@ -18,6 +16,7 @@ from restitch.cli.render.formats import (
 )
 from restitch.cli.render.lines import of_specialists, paused, remerged, results
 from restitch.registry.gates.gate import GateOutcome
+from restitch.registry.specs.in_words import changed, setting
 
 
 def history(result: Values, out: Console) -> None:

@@ -4,12 +4,10 @@ from rich.console import Console
 
 from restitch.cli.render.formats import (
     Values,
-    changed,
     gained,
     normalized,
     number,
     percent,
-    setting,
     show_table,
     size,
     span,
@@ -18,6 +16,7 @@ from restitch.cli.render.formats import (
     write,
 )
 from restitch.registry.ledger.line_state import Pause
+from restitch.registry.specs.in_words import changed, setting
 
 MOST_LINES = 10  # of one model's reason
 

@@ -3,8 +3,9 @@
 from rich.console import Console
 
 from restitch.cli.render.audit import decided
-from restitch.cli.render.formats import Values, setting, size, write
+from restitch.cli.render.formats import Values, size, write
 from restitch.cli.render.lines import remerged
+from restitch.registry.specs.in_words import setting
 
 
 def plan(result: Values, out: Console) -> None:

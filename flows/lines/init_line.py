@@ -19,6 +19,7 @@ from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, Removal
 from restitch.registry.sources.resolve import COPY_SCHEME
 from restitch.registry.specs.files import load_line
+from restitch.registry.specs.in_words import changed
 from restitch.registry.specs.line import LineSpec, line_changes
 from restitch.registry.specs.method import MethodSpec, TournamentSpec
 from restitch.registry.specs.task import TaskSpec
@@ -264,7 +265,7 @@ def _configure(
         return None if after == line_state else after
 
     if changes or dropped is not None:
-        text = "; ".join(f"{key}: {old} -> {new}" for key, old, new in changes)
+        text = "; ".join(line for each in changes for line in changed(*each))
         if dropped is not None:
             text = f"line {spec.line} starts again{': ' if text else ''}{text}"
         ledger.act("configured", actor(), text, change)

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from restitch.cli.render.formats import changed
 from restitch.cli.reporter import TerminalReporter
+from restitch.registry.specs.in_words import changed
 from restitch.tasks.runtime.console import reporting_to, say, warn, working
 
 

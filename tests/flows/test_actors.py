@@ -82,7 +82,7 @@ def test_the_list_is_changed_by_an_act(world: World, shell: Shell, tmp_path: Pat
     as_actor(shell, "bob")("init", world.line(file, retention=None, actors={"pin": ["bob"]}))
     act = shell.acts()[-1]
     assert (act.kind, act.actor) == ("configured", "bob")
-    assert "actors.pin: ['ann'] -> ['bob']" in act.reason
+    assert "actors.pin: ann -> bob" in act.reason
     as_actor(shell, "bob")("pin", "demo", "--reason", "because")
     assert shell.state().pinned
 

@@ -27,9 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> tuple[Checkpoint, dict[st
 
 
 World = tuple[Checkpoint, dict[str, DeltaMember]]
-quick = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+quick = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def patch_bytes(folder: Path, base: Checkpoint, members: list[DeltaMember]) -> bytes:

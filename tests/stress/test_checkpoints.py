@@ -23,7 +23,7 @@ from tests.stress.hostile_files import check_checkpoint, checkpoints
 GOOD = save({"a": torch.arange(6.0), "b": torch.ones(2, 2, dtype=torch.bfloat16)})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(checkpoints())
 def test_any_file_is_refused_or_read_as_the_library_reads_it(data: bytes) -> None:
     check_checkpoint(data)

@@ -10,13 +10,13 @@ from tests.stress.hostile_images import ImageFile, check_image, images
 from tests.stress.hostile_rows import TableFile, check_table, tables
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(tables())
 def test_any_table_is_refused_or_means_what_its_author_meant(file: TableFile) -> None:
     check_table(file)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(images())
 def test_any_image_is_refused_or_seen_as_a_viewer_shows_it(file: ImageFile) -> None:
     check_image(file)

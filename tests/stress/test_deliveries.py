@@ -12,7 +12,7 @@ from restitch.deployments.webhook import application, handle, sign
 from tests.stress.hostile_texts import SECRET, Delivery, check_delivery, deliveries
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(deliveries())
 def test_any_delivery_is_answered_and_only_signed_ones_become_events(given: Delivery) -> None:
     check_delivery(given)

@@ -19,13 +19,13 @@ from tests.stress.hostile_files import (
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(sparse_files())
 def test_any_file_is_refused_or_read_as_a_slow_reader_reads_it(data: bytes) -> None:
     check_sparse(data)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(positions())
 def test_any_bytes_are_refused_or_decoded_as_by_a_slow_reader(
     given: tuple[str, bytes, int, int],

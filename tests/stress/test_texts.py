@@ -17,13 +17,13 @@ from restitch.registry.specs.strict_yaml import parse_mapping
 from tests.stress.hostile_texts import LINE, TASK, check_line, check_task, lines, tasks
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(lines())
 def test_any_line_file_is_refused_or_survives_a_round_trip(data: bytes) -> None:
     check_line(data)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(tasks())
 def test_any_task_file_is_refused_or_survives_a_round_trip(data: bytes) -> None:
     check_task(data)

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from restitch.modeling.evaluation import summarize
@@ -42,7 +42,6 @@ def result(objects: ObjectStore, right: list[bool], metric: str = "accuracy") ->
 pairs = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=60)
 
 
-@settings(deadline=None)  # the first test imports scipy
 @given(rows=pairs, metric=st.sampled_from(["accuracy", "f1"]))
 def test_exchanging_the_models_exchanges_the_verdict(
     objects: ObjectStore, rows: list[tuple[bool, bool]], metric: str
@@ -58,7 +57,6 @@ def test_exchanging_the_models_exchanges_the_verdict(
         assert (gain.verdict == "better") is (gain.difference > 0)
 
 
-@settings(deadline=None)
 @given(rows=pairs)
 def test_accuracy_is_judged_by_the_test_on_paired_rows(
     objects: ObjectStore, rows: list[tuple[bool, bool]]
@@ -70,7 +68,6 @@ def test_accuracy_is_judged_by_the_test_on_paired_rows(
     assert gain.p_value == found.p_value
 
 
-@settings(deadline=None)
 @given(rows=st.lists(st.booleans(), min_size=1, max_size=60))
 def test_a_model_is_never_better_than_itself(objects: ObjectStore, rows: list[bool]) -> None:
     for metric in ("accuracy", "f1"):

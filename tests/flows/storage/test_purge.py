@@ -432,7 +432,6 @@ def _merge(ledger: Ledger) -> None:
 @given(steps=steps)
 @settings(
     max_examples=30,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 def test_whatever_is_purged_nothing_that_is_needed_is_lost(

@@ -136,7 +136,7 @@ masks = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     kept=st.lists(masks, max_size=6),
     block=st.sampled_from([1, 7, 41, 1 << 14]),

@@ -45,7 +45,7 @@ def test_weights_are_compared_as_bits(tmp_path: Path) -> None:
 kept = st.dictionaries(st.integers(0, 11), st.sampled_from([1.0, 2.0, 3.0]), min_size=1)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(kept, kept)
 def test_the_count_is_that_of_the_whole_models(tmp_path_factory, one, other) -> None:
     folder = tmp_path_factory.mktemp("patches")

@@ -17,7 +17,7 @@ def chosen(numel: int, kept: int, seed: int = 0) -> Coordinates:
     return np.sort(generator.choice(numel, kept, replace=False)).astype(np.int64)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_decoding_reverses_encoding(data: st.DataObject) -> None:
     numel = data.draw(st.integers(1, 3000))

@@ -85,7 +85,7 @@ def test_the_good_header_of_these_tests_is_read(tmp_path: Path) -> None:
     assert Checkpoint.open(tmp_path / "good.safetensors").names == ("a", "b")
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(st.data())
 def test_a_damaged_file_is_read_as_the_library_reads_it_or_refused(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

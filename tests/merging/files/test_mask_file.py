@@ -44,7 +44,7 @@ def written(folder: Path, bits: Iterable[tuple[str, Bits]], metadata: Mapping[st
     return folder / "mask"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.tuples(st.integers(1, 400), st.floats(0, 1), st.integers(0, 9)), max_size=4))
 def test_a_file_is_read_as_it_was_written(parts: list[tuple[int, float, int]]) -> None:
     bits = {f"t{i}": random_bits(*part) for i, part in enumerate(parts)}
@@ -163,7 +163,7 @@ def test_deflated_bits_that_were_changed_are_damage(tmp_path: Path, fill: bytes)
     assert file.bits("a b").any()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(masks())
 def test_any_file_is_refused_or_read_as_a_slow_reader_reads_it(hostile: HostileMask) -> None:
     check_mask(hostile)

@@ -33,7 +33,7 @@ def slow_mask(
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_the_mask_is_that_of_a_stable_sort_for_every_mix_of_types(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject

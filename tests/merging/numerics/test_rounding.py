@@ -35,7 +35,7 @@ def check(value: float, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("dtype", BITS)
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(data=st.data())
 def test_every_value_is_rounded_once(data: st.DataObject, dtype: torch.dtype) -> None:
     value = data.draw(st.floats(allow_nan=False, allow_infinity=False))

@@ -51,7 +51,7 @@ few = st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0]), min_size=1, max_size=
 many = st.lists(st.floats(0, 2.0**100, width=32, allow_subnormal=False), min_size=1, max_size=40)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(tensors=st.lists(st.one_of(few, many), min_size=1, max_size=4), data=st.data())
 def test_it_keeps_what_top_k_keeps(tensors: list[list[float]], data: st.DataObject) -> None:
     scores = Floored({f"t{i}": torch.tensor(values) for i, values in enumerate(tensors)})

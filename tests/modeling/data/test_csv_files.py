@@ -77,7 +77,7 @@ def test_one_field_that_no_writer_quotes_so_shows_that_tsv_has_no_quotes(tmp_pat
     assert read(tmp_path, text, "t.tsv") == [('"a ""b"""', "0"), ('"c" d', "1")]
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(texts=st.lists(st.text(st.sampled_from('ab" ,'), max_size=6), min_size=1, max_size=8))
 def test_tsv_has_as_many_rows_as_lines(tmp_path_factory, texts):
     folder = tmp_path_factory.mktemp("tsv")

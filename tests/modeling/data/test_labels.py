@@ -238,7 +238,7 @@ def test_only_a_setting_that_is_used_enters_the_digest(tmp_path):
     assert len({json.dumps(data_digest(spec, "text")) for spec in specs}) == 4
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_rows_are_the_same_in_every_form_or_refused(tmp_path_factory, data):
     names = st.sampled_from(["a", "B", "0", "1", "2", "10", "\u00e9"])

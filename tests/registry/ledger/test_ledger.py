@@ -93,7 +93,7 @@ json_values = st.recursive(
 states = st.dictionaries(st.text(alphabet="ab/~0", max_size=3), json_values, max_size=4)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(states, states)
 def test_differences_lead_from_any_state_to_any_other(old, new):
     before, after = differences(old, new)
