@@ -24,7 +24,12 @@ from restitch.flows.outcome import Outcome
 from restitch.flows.promotion.candidates import Candidate, make_candidate
 from restitch.flows.promotion.masks import has_old_mask, needs_new_mask
 from restitch.flows.promotion.pauses import PausedError, check_not_paused
-from restitch.flows.promotion.snapshot import Snapshot, needed_models, take_snapshot
+from restitch.flows.promotion.snapshot import (
+    Snapshot,
+    needed_models,
+    newest_with_gain,
+    take_snapshot,
+)
 from restitch.flows.promotion.transitions import MovedError, hold, promote, record_version, reject
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import GateFailed, RestitchError, Unavailable
@@ -59,6 +64,8 @@ Action = Literal[
     "unchanged", "empty", "waiting", "promoted", "rejected", "candidate", "covered", "paused"
 ]
 
+# Why a model has no new mask: this call started a run, or an earlier run still goes on.
+_STARTED = "a worker is to make its new mask"
 _AT_WORK = "a worker makes its new mask"
 
 
@@ -94,7 +101,7 @@ class RemergeOutcome(Outcome):
     @property
     def exit_code(self) -> int:
         """0, or the code of a failed gate, or of masks that could not be made."""
-        if any(reason != _AT_WORK for reason in self.missing.values()):
+        if set(self.missing.values()) - {_STARTED, _AT_WORK}:
             return Unavailable.exit_code
         return GateFailed.exit_code if self.held or self.action == "rejected" else 0
 
@@ -189,8 +196,7 @@ def _onboard_missing(ledger: Ledger) -> tuple[tuple[str, ...], dict[ModelKey, st
     for key in missing:
         try:
             if to_workers:
-                _start_onboard(ledger, key)
-                problems[key] = _AT_WORK
+                problems[key] = _start_onboard(ledger, key)
             elif onboard(ledger.line, key.task, key.version).localized:
                 localized.append(str(key))
             else:
@@ -204,6 +210,9 @@ def _onboard_missing(ledger: Ledger) -> tuple[tuple[str, ...], dict[ModelKey, st
 def _without_new_masks(snapshot: Snapshot, problems: Mapping[ModelKey, str]) -> dict[str, str]:
     """The members whose masks are older than the line's settings, with the reason.
 
+    A held model is among them while an earlier run makes its mask, because the gates judge it
+    again. A run that failed is started again, and does not stop the merges of the others.
+
     Raises:
         MovedError: the settings changed after the masks were made.
     """
@@ -214,6 +223,12 @@ def _without_new_masks(snapshot: Snapshot, problems: Mapping[ModelKey, str]) -> 
     ]
     if not problems.keys() >= set(keys):
         raise MovedError
+    held = [
+        key
+        for key, model in newest_with_gain(snapshot.line_state)
+        if model.state == "held" and needs_new_mask(snapshot.line_state, model)
+    ]
+    keys += [key for key in held if problems.get(key) == _AT_WORK]
     return {str(key): problems[key] for key in keys}
 
 
@@ -224,7 +239,7 @@ def _not_merged(ledger: Ledger, missing: dict[str, str]) -> RemergeOutcome:
         return _outcome(ledger, "empty", None)
     reasons = "; ".join(f"{key}: {reason}" for key, reason in missing.items())
     say(f"{ledger.line}: no merge before all members have new masks; {reasons}")
-    if any(reason != _AT_WORK for reason in missing.values()):
+    if set(missing.values()) - {_STARTED, _AT_WORK}:
         warn(
             "restore the model's source, register a newer model, retire the task, or set back "
             "the line's `localize` and `method`"
@@ -232,19 +247,24 @@ def _not_merged(ledger: Ledger, missing: dict[str, str]) -> RemergeOutcome:
     return replace(_outcome(ledger, "waiting", None), missing=missing)
 
 
-def _start_onboard(ledger: Ledger, key: ModelKey) -> None:
-    """Start a run in the workers' pool, unless one works on the model or waits for a worker."""
+def _start_onboard(ledger: Ledger, key: ModelKey) -> str:
+    """Start a run in the workers' pool, unless one works on the model or waits for a worker.
+
+    Returns:
+        Why the model has no new mask yet.
+    """
     line_state, attempts = ledger.state(), attempts_at(ledger, key)
     died = {attempt.number for attempt in died_at(attempts)}
     at_work = [attempt for attempt in attempts.unfinished() if attempt.number not in died]
     parameters = {"line": line_state.line, "task": key.task, "version": key.version}
     if at_work or is_queued("onboard", parameters):
         say(f"{line_state.line}: another run onboards {key.task} version {key.version}")
-        return
+        return _AT_WORK
     # Each attempt has another key, so that a run which ended without a mask can start again.
     idempotency = digest_json([parameters, line_state.spec.localize.to_json(), attempts.count])
     start_run("onboard", parameters, idempotency)
     say(f"{line_state.line}: a worker onboards {key.task} version {key.version}")
+    return _STARTED
 
 
 def _settle(ledger: Ledger, snapshot: Snapshot, force: bool) -> RemergeOutcome:

@@ -15,6 +15,7 @@ from restitch.cli.render.formats import (
     write,
 )
 from restitch.cli.render.lines import of_specialists, paused, remerged, results
+from restitch.merging.errors import counted
 from restitch.registry.gates.gate import GateOutcome
 from restitch.registry.specs.in_words import changed, setting
 
@@ -248,7 +249,8 @@ def verified(result: Values, out: Console) -> None:
     rebuilt = f"{len(result['rebuilt'])} of {len(result['versions'])} merged versions rebuilt"
     write(out, f"  {rebuilt} from their recipes, byte for byte")
     if result["purged"]:
-        write(out, f"  the weights of {len(result['purged'])} versions were purged on purpose")
+        versions = counted(len(result["purged"]), "version")
+        write(out, f"  the weights of {versions} were purged on purpose")
     if result["mlflow"]:
         write(out, "  every act in MLflow is in the trail")
     for finding in result["findings"]:

@@ -148,7 +148,7 @@ def take_snapshot(ledger: Ledger) -> Snapshot:
     context = _context(line_state)
     members = {m.task: m for m in line_state.members}
     # Only a task's newest model counts: a model that was held before it is not tried again.
-    for (task, version), model in _newest_with_gain(line_state):
+    for (task, version), model in newest_with_gain(line_state):
         is_tried = model.facts.held_in != context and not needs_new_mask(line_state, model)
         if model.state == "held" and is_tried:
             members[task] = member_of(line_state, task, version)
@@ -190,7 +190,7 @@ def _circumstances(context: str, champion: int | None) -> str:
 def _context(line_state: LineState) -> str:
     """The digest of everything on which a gate's verdict depends, but the champion."""
     # The newest model of each task, so that holding a model does not change the context.
-    models = {key.task: [key.version, model.delta] for key, model in _newest_with_gain(line_state)}
+    models = {key.task: [key.version, model.delta] for key, model in newest_with_gain(line_state)}
     tasks = {
         name: None if task.spec.data is None else description_digest(task.spec)
         for name, task in line_state.tasks.items()
@@ -219,7 +219,7 @@ def newest_models(line_state: LineState) -> list[tuple[ModelKey, ModelVersion]]:
     return _newest(line_state.in_state("ready", "held"))
 
 
-def _newest_with_gain(line_state: LineState) -> list[tuple[ModelKey, ModelVersion]]:
+def newest_with_gain(line_state: LineState) -> list[tuple[ModelKey, ModelVersion]]:
     """The same without models that are held until they are better than the base."""
     models = line_state.in_state("ready", "held")
     return _newest(m for m in models if m[1].state == "ready" or not m[1].facts.lacks_gain)

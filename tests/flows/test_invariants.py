@@ -11,7 +11,8 @@ import pytest
 
 from restitch.merging.recipe import Recipe
 from restitch.merging.rules.stitch import write_patch
-from restitch.registry.ledger.line_state import LineState
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import LineState, ModelKey
 from tests.conftest import NewHome, Three
 from tests.shell import Shell
 from tests.worlds import SKILLS, World, copied, write_yaml
@@ -200,8 +201,13 @@ def test_workers_make_all_masks_before_one_merge(
     localize = {"density": 0.1}
     shell("init", world.line(tmp_path / "line.yaml", retention=None, localize=localize))
     started: list[Any] = []
+
+    def start(_: Ledger, key: ModelKey) -> str:
+        started.append(key)
+        return module._STARTED
+
     monkeypatch.setattr(module, "has_workers", lambda: True)
-    monkeypatch.setattr(module, "_start_onboard", lambda _ledger, key: started.append(key))
+    monkeypatch.setattr(module, "_start_onboard", start)
     kinds = shell.kinds()
     found = shell.json("remerge", "demo")
     assert (found["action"], len(found["missing"])) == ("waiting", 3)

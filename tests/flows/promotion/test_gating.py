@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 import yaml
 
+from restitch.flows import remerge as remerging
+from restitch.flows.onboard import onboard
+from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.line_state import ModelKey
 from tests.conftest import NewHome
 from tests.shell import Shell
 from tests.worlds import World, write_rows, write_yaml
@@ -151,6 +155,41 @@ def test_a_lower_gate_lets_a_held_model_in(line: Gated) -> None:
     verdicts = {v: line.shell.ledger().merged(v).verdict for v in (2, 3)}
     assert verdicts == {2: "failed", 3: "passed"}, "a champion's record shows that it passed"
     line.shell.check_settled()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_workers_also_make_the_new_masks_of_held_models_before_one_merge(
+    line: Gated, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    """Unless its run has failed: a held model must not keep the others from their merge."""
+    line.configure(min_retention=0.25)
+    line.add("colour")
+    line.add("wreck", code=5)
+    line.shell("init", line.world.line(line.file, localize={"density": 0.1}))
+    started: set[str] = set()
+
+    def start(_: Ledger, key: ModelKey) -> str:
+        under_way = key.task in started and not fails
+        started.add(key.task)
+        return remerging._AT_WORK if under_way else remerging._STARTED
+
+    monkeypatch.setattr(remerging, "has_workers", lambda: True)
+    monkeypatch.setattr(remerging, "_start_onboard", start)
+    acts = len(line.shell.kinds())
+    assert list(line.remerge()["missing"]) == ["colour 1"]
+    assert started == {"colour", "wreck"}
+    with line.shell.inside():
+        onboard("demo", "colour", 1)
+    found = line.remerge()
+    if fails:
+        assert (found["action"], line.members()) == ("promoted", {"colour": 1})
+    else:
+        assert (found["action"], list(found["missing"])) == ("waiting", ["wreck 1"])
+        with line.shell.inside():
+            onboard("demo", "wreck", 1)
+        assert line.remerge()["action"] == "promoted"
+        assert line.shell.kinds()[acts:] == [*["localized"] * 2, "merged", "promoted"]
+        assert line.members() == {"colour": 1, "wreck": 1}
 
 
 def test_a_higher_gate_does_not_take_the_champion_away(line: Gated) -> None:
