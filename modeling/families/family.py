@@ -24,6 +24,7 @@ from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
 from restitch.modeling.data.rows import Example
 from restitch.modeling.heads import Head
+from restitch.modeling.kinds import Kind
 from restitch.modeling.pretrained import asset_files
 from restitch.registry.specs.task import HeadSpec, Modality
 
@@ -45,6 +46,10 @@ class Family(Protocol):
             head and have no counterpart in the base. Empty if heads come from the base;
             otherwise `build_head` reads them from the finetuned folder.
         modality: the input of a row: one or more texts, or one image.
+        kinds: the kinds of bases that it takes. Empty if `config_differences` decides alone; such a
+            family is never proposed.
+        model_types: the model types among these kinds; empty for all.
+        parts: kinds of finetuned models that hold only a part of the base.
     """
 
     name: str
@@ -53,6 +58,9 @@ class Family(Protocol):
     localizable: tuple[str, ...]
     head_tensors: tuple[str, ...] = ()
     modality: Modality
+    kinds: tuple[Kind, ...] = ()
+    model_types: tuple[str, ...] = ()
+    parts: tuple[Kind, ...] = ()
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         """The differing configuration keys that change the forward pass.

@@ -18,6 +18,7 @@ from restitch.merging.progress import Progress
 from restitch.modeling.data.task_data import Example
 from restitch.modeling.families.family import Batch, Preprocess
 from restitch.modeling.heads import Head
+from restitch.modeling.kinds import Kind
 from restitch.registry.specs.task import HeadSpec
 
 WIDTH = 8
@@ -45,6 +46,9 @@ class _Tokens:
     localizable: tuple[str, ...] = ("blocks.*",)
     head_tensors: tuple[str, ...] = ()
     modality: Literal["text", "image"] = "text"
+    kinds: tuple[Kind, ...] = ()
+    model_types: tuple[str, ...] = ()
+    parts: tuple[Kind, ...] = ()
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         ours, theirs = (json.loads((f / "config.json").read_text()) for f in (base, finetuned))
