@@ -20,8 +20,20 @@ from transformers import (
     PreTrainedTokenizerFast,
     RobertaConfig,
     RobertaModel,
+    Siglip2Config,
+    Siglip2Model,
+    SiglipConfig,
+    SiglipModel,
+    T5Config,
+    T5EncoderModel,
+    T5ForConditionalGeneration,
 )
 
+_TOWERS = {
+    "clip_vision_model": "CLIPVisionModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "siglip2_vision_model": "Siglip2VisionModel",
+}
 SPECIAL = ("<s>", "</s>", "<pad>", "<unk>")
 
 
@@ -85,6 +97,25 @@ def tiny_roberta(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def tiny_t5(folder: Path, *, seed: int = 0, encoder: bool = False) -> Path:
+    """A T5 folder, or one of its encoder alone."""
+    tokenizer = byte_tokenizer(64)
+    torch.manual_seed(seed)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=16,
+        d_kv=8,
+        d_ff=32,
+        num_layers=2,
+        num_heads=2,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    (T5EncoderModel if encoder else T5ForConditionalGeneration)(config).save_pretrained(folder)
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def tiny_clip(
     folder: Path,
     *,
@@ -125,6 +156,62 @@ def tiny_clip(
     return folder
 
 
+def tiny_siglip(
+    folder: Path, *, seed: int = 0, image_size: int = 16, naflex: bool = False, mask: bool = False
+) -> Path:
+    """A SigLIP folder with both towers, tokenizer and image processor.
+
+    Args:
+        folder: the folder to write.
+        seed: of the weights.
+        image_size: of square images.
+        naflex: the SigLIP 2 that reads patches of images of any size.
+        mask: the tokenizer gives an attention mask; those of SigLIP on the hub give none.
+    """
+    tokenizer = byte_tokenizer(24)
+    tokenizer.model_input_names = ["input_ids", *(["attention_mask"] if mask else [])]
+    torch.manual_seed(seed)
+    tower = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
+    seen = {"num_patches": 16} if naflex else {"image_size": image_size}
+    config = (Siglip2Config if naflex else SiglipConfig)(
+        text_config={
+            **tower,
+            "vocab_size": len(tokenizer),
+            "max_position_embeddings": 24,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            "pad_token_id": tokenizer.pad_token_id,
+        },
+        vision_config={**tower, **seen, "patch_size": 4},
+    )
+    model = (Siglip2Model if naflex else SiglipModel)(config)
+    with torch.no_grad():
+        model.logit_scale.fill_(2.0)
+        model.logit_bias.fill_(-3.0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    size = (
+        {"patch_size": 4, "max_num_patches": 20}
+        if naflex
+        else {"size": {"height": image_size, "width": image_size}}
+    )
+    settings = {
+        "image_processor_type": f"Siglip{'2' if naflex else ''}ImageProcessor",
+        "resample": 2 if naflex else 3,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+        **{f"do_{step}": True for step in ("resize", "rescale", "normalize", "convert_rgb")},
+        **size,
+    }
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
 def write_image_processor(folder: Path, image_size: int) -> None:
     """Write CLIP's image processor for an image size."""
     settings = {
@@ -160,16 +247,16 @@ def tweaked(
 
 
 def vision_tower(clip: Path, folder: Path, *, prefix: str = "") -> Path:
-    """Write only the vision tower of a CLIP folder, as version 5 of transformers saves it.
+    """Write only the vision tower of a CLIP or SigLIP folder, as transformers 5 saves it.
 
     Args:
-        clip: a folder of `tiny_clip`.
+        clip: a folder of `tiny_clip` or `tiny_siglip`.
         folder: the folder to write.
         prefix: `vision_model.` gives the names of version 4.
     """
     folder.mkdir(parents=True)
     config = json.loads((clip / "config.json").read_text())["vision_config"]
-    config["architectures"] = ["CLIPVisionModel"]
+    config["architectures"] = [_TOWERS[config["model_type"]]]
     (folder / "config.json").write_text(json.dumps(config))
     tensors = {
         prefix + name.removeprefix("vision_model."): tensor

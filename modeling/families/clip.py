@@ -1,13 +1,19 @@
-"""CLIP: image towers, scored against the zero-shot head of the base's own text tower.
+"""CLIP, SigLIP and SigLIP 2: image towers, scored by the zero-shot head of the base's text tower.
 
-Any CLIP of transformers works, with any activation. The PIL processor always prepares images, with
-the folder's own settings, so that every worker sees the same pixels. A finetuned folder may hold
-the vision tower alone: projection, text tower and logit scale are the base's. By default only the
-blocks of the vision tower are localizable.
+Any of these of transformers works, with any activation, at a fixed resolution or with a variable
+one (NaFlex, whose images become patches with a mask). The PIL processor always prepares images,
+with the folder's own settings, so that every worker sees the same pixels. A finetuned folder may
+hold the vision tower alone: projection, text tower, logit scale and bias are the base's. By default
+only the blocks of the vision tower are localizable, not the attention pooling of SigLIP.
+
+SigLIP reads the last token of a text, so its texts are padded to the length of the model. Its
+scores are the scaled cosines plus the logit bias. One bias for all classes changes neither their
+order nor the cross-entropy of the scores, which is the loss for SigLIP, too.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +29,7 @@ from restitch.modeling.configs import (
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head, embed_prompts, scaled_cosines
+from restitch.modeling.kinds import Kind
 from restitch.modeling.pretrained import (
     NamedModel,
     load_image_processor,
@@ -35,6 +42,14 @@ from restitch.registry.specs.task import HeadSpec, Modality
 _TOKEN_IDS = frozenset({"pad_token_id", "bos_token_id", "eos_token_id"})
 # A tower's copy of the width; only models without a common configuration read it.
 _UNREAD = frozenset({"projection_dim"})
+# Inputs of text towers. A tokenizer of SigLIP gives no mask: its models were trained without.
+_READ_BY_TEXT_TOWER = ("input_ids", "attention_mask")
+# The model types of whole models, each with that of its vision tower alone.
+_TOWERS = {
+    "clip": "clip_vision_model",
+    "siglip": "siglip_vision_model",
+    "siglip2": "siglip2_vision_model",
+}
 
 
 class Clip(Family):
@@ -48,11 +63,14 @@ class Clip(Family):
         "*.vision_model.encoder.layers.*",
     )
     modality: Modality = "image"
+    kinds = (Kind.IMAGE_TEXT,)
+    model_types = tuple(_TOWERS)
+    parts = (Kind.IMAGE,)
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         """The configuration keys that change the forward pass of the common towers."""
         ours, theirs = read_config(base), read_config(finetuned)
-        if theirs.model_type == "clip_vision_model" and ours.model_type == "clip":
+        if theirs.model_type == _TOWERS.get(ours.model_type):
             return differences(
                 ours.vision_config.to_dict(),
                 theirs.to_dict(),
@@ -60,15 +78,14 @@ class Clip(Family):
                 known=known_keys(ours.vision_config),
                 prefix="vision_config",
             )
-        if ours.model_type != "clip" or theirs.model_type != "clip":
-            return model_type_difference(ours.model_type, theirs.model_type) or [
-                f"model_type: {ours.model_type!r} is not 'clip'"
-            ]
-        keys = (
-            []
-            if ours.projection_dim == theirs.projection_dim
-            else [f"projection_dim: base {ours.projection_dim}, finetuned {theirs.projection_dim}"]
-        )
+        if other := model_type_difference(ours.model_type, theirs.model_type):
+            return other
+        keys = []
+        one, two = (getattr(config, "projection_dim", None) for config in (ours, theirs))
+        if one != two:
+            keys.append(f"projection_dim: base {one}, finetuned {two}")
+        if not getattr(ours.vision_config, "vision_use_head", True):
+            keys.append("vision_config.vision_use_head: the base has no attention pooling")
         for part in ("text_config", "vision_config"):
             keys += differences(
                 getattr(ours, part).to_dict(),
@@ -80,18 +97,18 @@ class Clip(Family):
         return keys
 
     def load(self, folder: Path) -> nn.Module:
-        """Load the whole CLIP in a folder."""
-        from transformers import CLIPModel
+        """Load the whole model in a folder."""
+        from transformers import AutoModel
 
         kind = read_config(folder).model_type
-        if kind != "clip":
+        if kind not in _TOWERS:
             raise BadInput(
-                f"{folder} is not a whole CLIP",
-                expected="model_type 'clip'",
+                f"{folder} is not a whole CLIP or SigLIP",
+                expected=f"model_type {', '.join(_TOWERS)}",
                 found=repr(kind),
                 hint="the base needs both towers; a finetuned model may be the vision tower alone",
             )
-        return load_pretrained(folder, CLIPModel, prefixes=self.prefixes, required=self.localizable)
+        return load_pretrained(folder, AutoModel, prefixes=self.prefixes, required=self.localizable)
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:
         """The live tensors by their names in the folder's file."""
@@ -110,13 +127,13 @@ class Clip(Family):
             for example in examples:
                 if len(example.inputs) != 1:
                     raise BadInput(
-                        f"{example.where}: CLIP reads one image per row",
+                        f"{example.where}: the family clip reads one image per row",
                         found=f"{len(example.inputs)} input columns",
                     )
             images = [example.inputs[0] for example in examples]
             # Stacked by numpy: the threads that prepare batches must not start torch's own threads.
-            pixels = process(images, return_tensors="np")["pixel_values"]
-            batch: Batch = {"pixel_values": torch.from_numpy(pixels)}
+            arrays = process(images, return_tensors="np")
+            batch: Batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
             if all(example.label is not None for example in examples):
                 batch["labels"] = torch.tensor([example.label for example in examples])
             return batch
@@ -138,33 +155,60 @@ class Clip(Family):
     ) -> Head:
         """The zero-shot head: mean text embeddings of the prompts, normalized before and after."""
         spec = self.resolve(folder, spec)
-        tokenizer = load_tokenizer(folder)
+        tokenize = _tokenizer(folder, spec.max_length, self._padded_length(model, folder))
         clip = NamedModel.of(model).inner
         device = next(model.parameters()).device
 
         def embed(texts: list[str]) -> Tensor:
-            tokens = tokenizer(
-                texts,
-                padding=True,
-                truncation=True,
-                max_length=spec.max_length,
-                return_tensors="pt",
-            ).to(device)
-            output = clip.get_text_features(
-                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
-            )
+            tokens = {name: tensor.to(device) for name, tensor in tokenize(texts).items()}
+            output = clip.get_text_features(**tokens)
             features: Tensor = output.pooler_output
             return features
 
         return Head({"weight": embed_prompts(spec, embed, progress=progress)}, spec)
 
+    def _padded_length(self, model: nn.Module, folder: Path) -> int | None:
+        """The length of every text for SigLIP; None pads to the longest text."""
+        return self.max_length(folder) if _is_siglip(NamedModel.of(model).inner) else None
+
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
         """Normalized image embeddings, [batch, features]."""
-        output = NamedModel.of(model).inner.get_image_features(pixel_values=batch["pixel_values"])
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        output = NamedModel.of(model).inner.get_image_features(**inputs)
         return nn.functional.normalize(output.pooler_output, dim=-1)
 
     def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
-        """Scaled cosines with the class embeddings, [batch, classes]."""
-        own = NamedModel.of(model).inner.logit_scale.exp()
-        scale = own if head.spec.scale is None else head.spec.scale
-        return scaled_cosines(self.features(model, batch), head.tensors["weight"], scale)
+        """Scaled cosines with the class embeddings, plus SigLIP's bias, [batch, classes]."""
+        inner = NamedModel.of(model).inner
+        scale = inner.logit_scale.exp() if head.spec.scale is None else head.spec.scale
+        scores = scaled_cosines(self.features(model, batch), head.tensors["weight"], scale)
+        return scores + inner.logit_bias if _is_siglip(inner) else scores
+
+
+def _is_siglip(model: Any) -> bool:
+    return hasattr(model, "logit_bias")
+
+
+def _tokenizer(
+    folder: Path, most: int | None, length: int | None
+) -> Callable[[list[str]], dict[str, Tensor]]:
+    """A function from texts to the tokens that a text tower reads.
+
+    Args:
+        folder: with the tokenizer.
+        most: texts are cut to this many tokens.
+        length: texts are padded to this many tokens; None pads to the longest.
+    """
+    tokenizer = load_tokenizer(folder)
+
+    def tokenize(texts: list[str]) -> dict[str, Tensor]:
+        tokens = tokenizer(texts, truncation=True, max_length=most)
+        padded = tokenizer.pad(
+            tokens,
+            padding=True if length is None else "max_length",
+            max_length=length,
+            return_tensors="pt",
+        )
+        return {name: padded[name] for name in _READ_BY_TEXT_TOWER if name in padded}
+
+    return tokenize

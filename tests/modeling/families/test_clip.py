@@ -151,7 +151,7 @@ def test_an_image_processor_from_elsewhere_is_never_run(clip, tmp_path):
 
 def test_the_base_must_be_a_whole_clip(clip, tmp_path):
     tower = vision_tower(clip, tmp_path / "tower")
-    with pytest.raises(BadInput, match="not a whole CLIP"):
+    with pytest.raises(BadInput, match="not a whole CLIP or SigLIP"):
         FAMILY.load(tower)
 
 
@@ -166,7 +166,7 @@ def test_only_the_vision_tower_s_blocks_are_localizable(clip):
 
 def test_two_images_per_row_are_refused(clip):
     image = examples(1)[0].inputs[0]
-    with pytest.raises(BadInput, match="CLIP reads one image"):
+    with pytest.raises(BadInput, match="clip reads one image"):
         FAMILY.preprocessor(clip)([Example((image, image), None, "here")])
 
 

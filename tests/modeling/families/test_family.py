@@ -16,7 +16,7 @@ from restitch.modeling.families.family import GROUP, family_names, get_family
 from tests.modeling.conftest import png
 from tests.modeling.fake_families import LanguageModel, PerTaskClassifier, fake_folder
 from tests.modeling.family_contract import FamilyContract
-from tests.tiny_models import tweaked, vision_tower
+from tests.tiny_models import tiny_siglip, tweaked, vision_tower
 
 ROOT = Path(__file__).parents[3]
 TEXTS = ["one", "a longer text than the others", "two words", "?", "naïve", "yes or no"]
@@ -72,6 +72,25 @@ class TestClipVisionTowerOfVersion4(TestClip):
     def finetuned(self, tmp_path, base):
         tuned = tweaked(base, tmp_path / "tuned", seed=1)
         return vision_tower(tuned, tmp_path / "tower", prefix="vision_model.")
+
+
+class TestSiglip(TestClip):
+    @pytest.fixture
+    def base(self, tmp_path):
+        return tiny_siglip(tmp_path / "siglip")
+
+
+class TestSiglipVisionTower(TestSiglip):
+    @pytest.fixture
+    def finetuned(self, tmp_path, base):
+        tuned = tweaked(base, tmp_path / "tuned", seed=1)
+        return vision_tower(tuned, tmp_path / "tower")
+
+
+class TestSiglip2WithAnyResolution(TestSiglip):
+    @pytest.fixture
+    def base(self, tmp_path):
+        return tiny_siglip(tmp_path / "siglip2", naflex=True)
 
 
 class TestPerTaskClassifier(FamilyContract):
