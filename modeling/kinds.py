@@ -94,7 +94,7 @@ def _model_class(config: Any) -> Any:
         if (
             isinstance(found, type)
             and issubclass(found, transformers.PreTrainedModel)
-            and found.config_class is type(config)
+            and getattr(found, "config_class", None) is type(config)
         ):
             return found
     return _auto_class(config)

@@ -10,6 +10,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.comparison import Comparison
 from restitch.merging.ranking.task_vector import TaskVector, outside_share
 from restitch.modeling.configs import unknown_keys
+from restitch.modeling.family_choice import check_finetuned
 from restitch.modeling.preprocessing import compare_preprocessing, unused_modules
 from restitch.registry.access_policy import AccessDenied
 from restitch.registry.ledger.line_state import ModelRef, TensorGroup
@@ -33,7 +34,7 @@ def validate(line: LineRef, model: ModelRef, accept_preprocessing: bool = False)
         accept_preprocessing: allow another tokenizer or image processor than the base's.
 
     Raises:
-        CannotJoin: it has another architecture, configuration, tokenizer or image processor,
+        CannotJoin: it has another kind, architecture, configuration, tokenizer or image processor,
             missing or unexpected tensors, other shapes, NaN or infinity, or equals the base.
         AccessDenied: this worker may not read it, but another one may.
     """
@@ -45,6 +46,7 @@ def validate(line: LineRef, model: ModelRef, accept_preprocessing: bool = False)
         notes += checkpoint.notes
         config: list[str] = []
         if folder.is_dir():
+            check_finetuned(base.family, base.folder, folder, model.uri)
             config = _config_differences(base, model, folder)
             notes += _check_preprocessing(base, model, folder, accept_preprocessing)
         else:

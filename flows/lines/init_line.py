@@ -14,11 +14,13 @@ from restitch.merging.localize.dataless import kept_count
 from restitch.merging.methods.registry import get_method, method_names, resolve_settings
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.families.family import family_names, get_family
+from restitch.modeling.family_choice import check_base, proposal
+from restitch.modeling.kinds import model_kind
 from restitch.registry.gates.registry import GATES
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, Removal
-from restitch.registry.sources.resolve import COPY_SCHEME
-from restitch.registry.specs.files import load_line
+from restitch.registry.sources.resolve import COPY_SCHEME, resolve_source
+from restitch.registry.specs.files import NoFamily, load_line
 from restitch.registry.specs.in_words import changed
 from restitch.registry.specs.line import LineSpec, line_changes
 from restitch.registry.specs.method import MethodSpec, TournamentSpec
@@ -35,7 +37,7 @@ from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.delivery import problems, services
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.schedules import check_schedule
-from restitch.tasks.runtime.workspace import actor, workspace
+from restitch.tasks.runtime.workspace import Workspace, actor, workspace
 from restitch.tasks.statistics import check_rows_for
 
 
@@ -63,11 +65,12 @@ def init_line(file: Path) -> InitOutcome:
     """Make or update a line.
 
     Raises:
-        BadInput: the file, its schedule, its base or its benchmark cannot be used, a gate could
-            never be measured, or the base or family of an existing line would change.
+        BadInput: the file, its schedule, its base or its benchmark cannot be used, it names no
+            family or one that does not take the base, a gate could never be measured, or the base
+            or family of an existing line would change.
     """
     space = workspace()
-    spec = load_line(file)
+    spec = _load(file, space)
     check_schedule(spec.schedule, str(file))
     _check_gates(spec)
     family = get_family(spec.family)
@@ -88,6 +91,8 @@ def init_line(file: Path) -> InitOutcome:
         line_changes(old.spec, spec)  # refuses changes that are not allowed
         base = old.base
     opened = open_base(LineRef(spec, base), space)
+    if old is not None:
+        _warn_of_another_kind(opened)
     for note in opened.checkpoint.notes:
         say(f"the base: {note}")
     _check_fit(spec, opened)
@@ -125,6 +130,42 @@ def init_line(file: Path) -> InitOutcome:
     )
 
 
+def _load(file: Path, space: Workspace) -> LineSpec:
+    """Read the line file; if it names no family, look at the base and propose one.
+
+    A family is never filled in: it cannot change later, and with more families to choose from the
+    same file would mean another line.
+    """
+    try:
+        return load_line(file)
+    except NoFamily as error:
+        spec = load_line(file, family="none")
+        line = Ledger(space.objects, spec.line).find()
+        if line is not None:
+            raise BadInput(
+                error.summary,
+                found=f"line {spec.line} exists, with the family {line.spec.family}",
+                hint=f"add this line to the file: `family: {line.spec.family}`",
+            ) from error
+        base = resolve_source(spec.base, space.home, whole=False)
+        try:
+            model = model_kind(base.local)
+        except BadInput as unreadable:
+            renamed = unreadable.renamed(str(base.local), base.uri)
+            raise BadInput(
+                error.summary,
+                expected="a base that says what it is, or its family",
+                found=f"{renamed.summary}: {renamed.found or renamed.hint}",
+                hint=f"add `family: NAME` to the file, one of {', '.join(family_names())}",
+            ) from error
+        raise BadInput(
+            error.summary,
+            expected="the family of the base",
+            found=f"the base {base.uri} is {model}",
+            hint=proposal(model, "add this line to the file: `family: {}`"),
+        ) from error
+
+
 def _check_gates(spec: LineSpec) -> None:
     """Refuse gates that can never be measured, because the line has no benchmark for them."""
     benchmark = spec.retention
@@ -140,6 +181,14 @@ def _check_gates(spec: LineSpec) -> None:
             hint="name a task file with data under `retention`, or remove the gate; a gate that is "
             "not measured blocks every version",
         )
+
+
+def _warn_of_another_kind(base: Base) -> None:
+    """Say that the base of an existing line is one that its family no longer takes."""
+    try:
+        check_base(base.family, base.folder, base.ref.uri)
+    except BadInput as error:
+        warn(f"{error.summary}: found {error.found}; the line works as before")
 
 
 def _check_fit(spec: LineSpec, base: Base) -> None:

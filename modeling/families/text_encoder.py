@@ -1,8 +1,10 @@
 """Text encoders: mean-pooled, normalized embeddings, scored against embeddings of the labels.
 
-Any encoder of transformers works. The features of a text are the mean of the last hidden states
-over its attention mask, L2-normalized. The score of a class is the scale times the cosine with the
-base's features of its label prompts. By default only the transformer blocks are localizable.
+Any text encoder of transformers works, saved alone, with a head (`BertForMaskedLM`), or as the
+encoder of an encoder-decoder architecture (`T5EncoderModel`). The features of a text are the mean
+of the last hidden states over its attention mask, L2-normalized. The score of a class is the scale
+times the cosine with the base's features of its label prompts. By default only the transformer
+blocks are localizable.
 """
 
 from collections.abc import Sequence
@@ -23,6 +25,7 @@ from restitch.modeling.configs import (
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head, embed_prompts, scaled_cosines
+from restitch.modeling.kinds import Kind, model_kind
 from restitch.modeling.pretrained import NamedModel, load_pretrained, load_tokenizer
 from restitch.registry.specs.task import HeadSpec, Modality
 
@@ -58,6 +61,7 @@ class TextEncoder(Family):
     )
     localizable = tuple(glob for block in _BLOCKS for glob in (block, f"*.{block}"))
     modality: Modality = "text"
+    kinds = (Kind.TEXT_ENCODER,)
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         """The configuration keys that change the forward pass."""
@@ -68,11 +72,15 @@ class TextEncoder(Family):
 
     def load(self, folder: Path) -> nn.Module:
         """Load the encoder in a folder."""
-        from transformers import AutoModel
+        from transformers import AutoModel, AutoModelForTextEncoding
 
-        if getattr(read_config(folder), "is_encoder_decoder", False):
+        model = model_kind(folder)
+        if model.kind is Kind.SEQ2SEQ_LM:
             raise BadInput(f"{folder} is a model with a decoder", expected="an encoder alone")
-        return load_pretrained(folder, AutoModel, prefixes=self.prefixes, required=self.localizable)
+        auto_class = AutoModelForTextEncoding if model.encoder_half else AutoModel
+        return load_pretrained(
+            folder, auto_class, prefixes=self.prefixes, required=self.localizable
+        )
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:
         """The live tensors by their names in the folder's file."""

@@ -19,13 +19,23 @@ from restitch.registry.specs.task import NAME, TaskSpec, is_hub_id
 _MAX_LABEL_FILE = 16 << 20
 
 
-def load_line(path: Path) -> LineSpec:
+class NoFamily(BadInput):
+    """A line file that names no family, and is valid otherwise."""
+
+
+def load_line(path: Path, family: str | None = None) -> LineSpec:
     """Read a line file.
 
+    Args:
+        path: the file.
+        family: the family of a file that names none.
+
     Raises:
+        NoFamily: the file names no family, and none was given.
         BadInput: the file, or a file that it names, cannot be used.
     """
-    return parse_line(read_text(path, "line file"), str(path), path.absolute().parent)
+    text = read_text(path, "line file")
+    return parse_line(text, str(path), path.absolute().parent, family)
 
 
 def load_task(path: Path) -> TaskSpec:
@@ -37,9 +47,12 @@ def load_task(path: Path) -> TaskSpec:
     return parse_task(read_text(path, "task file"), str(path), path.absolute().parent)
 
 
-def parse_line(text: str, origin: str, folder: Path) -> LineSpec:
+def parse_line(text: str, origin: str, folder: Path, family: str | None = None) -> LineSpec:
     """Read the text of a line file; its relative paths start at the folder."""
     values = parse_mapping(text, origin)
+    unnamed = values.get("family") is None
+    if unnamed:
+        values["family"] = family or "none"  # the other keys are checked as well
     if isinstance(values.get("base"), str):
         values["base"] = _source(values["base"], folder, f"{origin}: base")
     retention = values.get("retention")
@@ -60,7 +73,12 @@ def parse_line(text: str, origin: str, folder: Path) -> LineSpec:
     _resolve_objective(values)
     if "localize" not in values and _needs_whole(values.get("method")):
         values["localize"] = {"mode": "dataless", "density": 1.0}
-    return checked(LineSpec, values, origin)
+    spec = checked(LineSpec, values, origin)
+    if unnamed and family is None:
+        raise NoFamily(
+            f"{origin} names no family", expected="a line such as `family: text-encoder`"
+        )
+    return spec
 
 
 def _resolve_objective(values: dict[str, Any]) -> None:

@@ -96,7 +96,8 @@ class LineSpec(Spec):
     """The pretrained checkpoint that all models were finetuned from: a folder, an address, or a hub
     id (`owner/name[@commit]`); it cannot change."""
     family: Text = Field(examples=["text-encoder", "clip"])
-    """The kind of model, which says how it loads and scores; it cannot change."""
+    """The kind of model, which says how it loads and scores; it cannot change. A line file without
+    it is answered with the family that fits the base."""
     method: AnyMethod = Field(
         examples=["localize-and-stitch", {"name": "ties", "settings": {"density": 0.2}}]
     )

@@ -26,6 +26,7 @@ from restitch.merging.files.sparse import SparseFile
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.configs import check_not_quantized
 from restitch.modeling.families.family import Family, get_family
+from restitch.modeling.family_choice import check_base
 from restitch.modeling.weights import apply_edits, restore, set_weights
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.sources.resolve import copy_into_store, resolve_source
@@ -83,10 +84,10 @@ def describe_model(
         family: the family that it belongs to.
         space: the workspace to copy it into.
         copy: copy a local model in any case, and one in a bucket.
-        whole: fetch the whole model, as for a base.
+        whole: it is a base: fetch the whole model, and check that the family takes it.
 
     Raises:
-        BadInput: the model is missing, or not a usable checkpoint.
+        BadInput: the model is missing, not a usable checkpoint, or a base of another family.
         Unavailable: its server cannot be reached.
     """
     resolved = resolve_source(source, space.home, whole=whole or copy, check=check_readable)
@@ -97,6 +98,8 @@ def describe_model(
         else:
             check_not_quantized(local, resolved.uri)
             checkpoint = list_remote(resolved, space)
+        if whole:
+            check_base(family, local, resolved.uri)
         weights, config = checkpoint.digest(), assets_digest(family, local)
         here = resolved.kind == "path" and not space.home.store_is_local
         if here or (copy and resolved.kind in ("path", "s3")):

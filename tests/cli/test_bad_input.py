@@ -422,7 +422,11 @@ BAD_LINES: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "a density that keeps nothing": ({"localize": {"density": 1e-9}}, ("density", "1e-09")),
     "shots beyond counting": ({"localize": {"shots": 10**30}}, ("shots",)),
     "a bucket without a name": ({"base": "s3://"}, ("s3://",)),
-    "a base of another family": ({"family": "clip"}, ("vision_model", "family")),
+    "a base of another family": (
+        {"family": "clip"},
+        ("BertModel", "a text encoder", "`family: text-encoder`"),
+    ),
+    "no family": ({"family": None}, ("a text encoder", "`family: text-encoder`")),
     "globs without a tensor": ({"localize": {"exclude": ["*"]}}, ("exclude",)),
 }
 

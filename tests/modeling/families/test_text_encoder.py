@@ -8,13 +8,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import BertForMaskedLM, BertForSequenceClassification, T5EncoderModel
 
 from restitch.merging.errors import BadInput
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
 from restitch.modeling.families.text_encoder import TextEncoder
 from restitch.registry.specs.task import HeadSpec
-from tests.tiny_models import tiny_bert, tiny_roberta
+from tests.tiny_models import tiny_bert, tiny_roberta, tiny_t5
 
 FAMILY = TextEncoder()
 
@@ -127,6 +128,33 @@ def test_the_blocks_of_every_layout_are_localizable(name):
 @pytest.mark.parametrize("name", NEVER)
 def test_embeddings_poolers_and_heads_are_never_localizable(name):
     assert not any(fnmatchcase(name, glob) for glob in FAMILY.localizable)
+
+
+def test_the_encoder_of_t5_gives_the_mean_of_its_own_hidden_states(tmp_path):
+    folder = tiny_t5(tmp_path / "t5", encoder=True)
+    model = FAMILY.load(folder)
+    batch = FAMILY.preprocessor(folder)([example("a text")])
+    hidden = T5EncoderModel.from_pretrained(folder)(**batch).last_hidden_state[0]
+    expected = torch.nn.functional.normalize(hidden.mean(0), dim=-1)
+    torch.testing.assert_close(FAMILY.features(model, batch)[0], expected)
+    file = load_file(folder / "model.safetensors")
+    assert set(FAMILY.parameters(model)) == set(file)
+
+
+def test_t5_with_its_decoder_is_no_text_encoder(tmp_path):
+    with pytest.raises(BadInput, match="is a model with a decoder"):
+        FAMILY.load(tiny_t5(tmp_path / "t5"))
+
+
+@pytest.mark.parametrize("head", [BertForMaskedLM, BertForSequenceClassification])
+def test_an_encoder_with_a_head_loads_without_it(bert, tmp_path, head):
+    folder = tmp_path / "head"
+    shutil.copytree(bert, folder)
+    head.from_pretrained(bert).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [head.__name__]
+    batch = FAMILY.preprocessor(bert)([example("a text")])
+    one, two = (FAMILY.features(FAMILY.load(each), batch) for each in (bert, folder))
+    assert torch.equal(one, two)
 
 
 def old_name(name: str) -> str:

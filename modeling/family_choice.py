@@ -1,0 +1,104 @@
+"""Choose the family of a base by its kind, and refuse models of another kind.
+
+`check_base` and `check_finetuned` refuse what the family of a line does not take; `proposal` says
+which families take a base. A family without `kinds` decides by `config_differences` alone.
+"""
+
+from pathlib import Path
+
+from restitch.merging.errors import BadInput
+from restitch.modeling.families.family import Family, family_names, get_family
+from restitch.modeling.kinds import ModelKind, model_kind
+
+
+def check_base(family: Family, folder: Path, where: str) -> None:
+    """Refuse a base that the family does not take.
+
+    Args:
+        family: the family of the line.
+        folder: the base.
+        where: its name in messages.
+
+    Raises:
+        BadInput: it is of another kind; the hint names the right family.
+    """
+    if not family.kinds:
+        return
+    try:
+        model = model_kind(folder)
+    except BadInput as error:
+        raise error.renamed(str(folder), where) from error
+    if not _takes(family, model):
+        raise BadInput(
+            f"the base {where} is not of family {family.name}",
+            expected=_described(family),
+            found=model,
+            hint=proposal(model),
+        )
+
+
+def check_finetuned(family: Family, base: Path, folder: Path, where: str) -> None:
+    """Refuse a finetuned model of another kind than the family's and the base's.
+
+    Args:
+        family: the family of the line.
+        base: the folder of the base.
+        folder: the finetuned model.
+        where: its name in messages.
+
+    Raises:
+        BadInput: it is of another kind.
+    """
+    if not family.kinds:
+        return
+    model, ours = model_kind(folder), model_kind(base)
+    if model.kind not in (*family.kinds, *family.parts, ours.kind):
+        raise BadInput(
+            f"{where} is {model.kind}, and the base of this line is {ours.kind}",
+            expected=ours,
+            found=model,
+            hint="register a model that was finetuned from this base; for the other model: "
+            + proposal(model, "make a line with `family: {}`"),
+        )
+
+
+def proposal(model: ModelKind, one: str = "write `family: {}` into the line file") -> str:
+    """What to do with a base of this kind.
+
+    Args:
+        model: the kind of the base.
+        one: the advice, with a place for the names of families.
+    """
+    names = _families_of(model)
+    if names:
+        return one.format("` or `family: ".join(names))
+    return f"no family of restitch takes {model.kind}; the families are {_all_described()}"
+
+
+def _families_of(model: ModelKind) -> list[str]:
+    return [family.name for family in _usable() if family.kinds and _takes(family, model)]
+
+
+def _usable() -> list[Family]:
+    """All families but those of broken packages."""
+    families = []
+    for name in family_names():
+        try:
+            families.append(get_family(name))
+        except BadInput:
+            continue
+    return families
+
+
+def _takes(family: Family, model: ModelKind) -> bool:
+    right = not family.model_types or model.model_type in family.model_types
+    return model.kind in family.kinds and right
+
+
+def _described(family: Family) -> str:
+    kinds = " or ".join(family.kinds)
+    return f"{kinds} ({', '.join(family.model_types)})" if family.model_types else kinds
+
+
+def _all_described() -> str:
+    return "; ".join(f"{f.name} for {_described(f)}" for f in _usable() if f.kinds)
