@@ -94,12 +94,18 @@ def text_world(root: Path) -> World:
     return world
 
 
-def clip_world(root: Path) -> World:
-    """A CLIP with three skills as folders of images, and a general benchmark."""
+def clip_world(root: Path, make: Callable[[Path], Path] = tiny_clip, size: float = 0.1) -> World:
+    """A CLIP with three skills as folders of images, and a general benchmark.
+
+    Args:
+        root: the folder of the world.
+        make: makes the base, of the family `clip`.
+        size: how far the finetuned models are from the base.
+    """
     world = World(root, "clip")
-    tiny_clip(world.base)
+    make(world.base)
     for seed, name in enumerate(SKILLS):
-        tweaked(world.base, world.model(name), seed=seed, size=0.1, globs=VISION)
+        tweaked(world.base, world.model(name), seed=seed, size=size, globs=VISION)
     for name in (*SKILLS, "general"):
         images = _images(name)
         for number, (image, found) in enumerate(

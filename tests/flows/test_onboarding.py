@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.conftest import NewHome
 from tests.shell import Shell
-from tests.tiny_models import tweaked, vision_tower
+from tests.tiny_models import tiny_siglip, tweaked, vision_tower
 from tests.worlds import World, copied, write_yaml
+from tests.worlds import clip_world as clip_world_of
 
 pytestmark = pytest.mark.usefixtures("without_mlflow")
 WEIGHTS = "model.safetensors"
@@ -123,6 +125,31 @@ def test_a_clip_line_registers_merges_and_exports(
     touched = {name for name in merged if not torch.equal(merged[name], base[name])}
     assert touched
     assert all(name.startswith("vision_model.encoder.layers.") for name in touched)
+
+
+@pytest.mark.parametrize("naflex", [False, True], ids=["siglip", "siglip2"])
+def test_a_siglip_line_takes_whole_models_and_towers_and_exports(
+    new_home: NewHome, tmp_path: Path, naflex: bool
+) -> None:
+    from transformers import AutoModel
+
+    world = clip_world_of(tmp_path / "world", partial(tiny_siglip, naflex=naflex), 0.3)
+    shell = new_home("home")
+    shell("init", world.line(tmp_path / "line.yaml"))
+    assert shell.add(world, "colour")["state"] == "ready"
+    tower = vision_tower(world.model("number"), tmp_path / "tower")
+    files = ("--task", world.task("number"), "--model", tower)
+    record = shell.json("register", "demo", *files)["merged"]["record"]
+    assert set(record["results"]) == {"colour", "number"}
+    assert all(result["finetuned"] == 1.0 for result in record["results"].values())
+    assert record["retention"]["base_top1"] == 1.0
+    shell("export", "demo", "champion", tmp_path / "out")
+    assert AutoModel.from_pretrained(tmp_path / "out").logit_bias == -3.0
+    merged, base = (load_file(folder / WEIGHTS) for folder in (tmp_path / "out", world.base))
+    touched = {name for name in merged if not torch.equal(merged[name], base[name])}
+    assert touched
+    assert all(name.startswith("vision_model.encoder.layers.") for name in touched)
+    shell("verify", "demo")
 
 
 def outside(world: World, folder: Path, size: float) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
+from restitch.modeling.families.family import family_names
 from restitch.modeling.families.text_encoder import TextEncoder
 from tests.shell import Shell
 from tests.tiny_models import byte_tokenizer, tiny_bert, tiny_clip, tiny_siglip, tiny_t5
@@ -119,7 +120,7 @@ def test_a_base_that_says_nothing_needs_a_named_family(tmp_path, shell):
     (base / "config.json").write_text('{"model_type": "of-somebody"}')
     done = shell("init", line_file(tmp_path, base, None), code=3)
     assert "does not describe a known architecture" in done.err
-    assert "one of clip, text-encoder" in done.err
+    assert f"one of {', '.join(family_names())}" in done.err
 
 
 def test_a_line_from_before_keeps_working_with_a_warning(tmp_path, shell, monkeypatch):
