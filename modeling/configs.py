@@ -67,7 +67,9 @@ def read_config(folder: Path) -> Any:
         BadInput: it is missing, unreadable, or of an architecture that transformers does not know.
     """
     from transformers import AutoConfig
+    from transformers.utils import logging
 
+    logging.set_verbosity_error()  # it warns of ids of tokens, which no family reads from here
     file = folder / "config.json"
     try:
         with open_regular(file) as opened:
