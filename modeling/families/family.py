@@ -45,6 +45,7 @@ class Family(Protocol):
             head and have no counterpart in the base. Empty if heads come from the base;
             otherwise `build_head` reads them from the finetuned folder.
         modality: the input of a row: one or more texts, or one image.
+        reads_prompts: true for language models: tasks have a prompt and choices instead of a head.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Family(Protocol):
     localizable: tuple[str, ...]
     head_tensors: tuple[str, ...] = ()
     modality: Modality
+    reads_prompts: bool = False
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         """The differing configuration keys that change the forward pass.
@@ -70,7 +72,10 @@ class Family(Protocol):
         """
 
     def preprocessor(self, folder: Path, max_length: int | None = None) -> Preprocess:
-        """A function that turns examples into a batch, with `labels` if the examples have them."""
+        """A function that turns examples into a batch, with `labels` if the examples have them.
+
+        A family that reads prompts adds `cut`, the number of tokens that each row loses.
+        """
 
     def max_length(self, folder: Path) -> int | None:
         """The most tokens that tokenizer and positions allow; None without a tokenizer."""
@@ -98,7 +103,7 @@ class Family(Protocol):
         """
 
     def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
-        """The scores of the classes, [batch, classes]."""
+        """The scores of the classes, [batch, classes]; -inf for a choice that a row lacks."""
 
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The mean training loss of the batch, a scalar: the cross-entropy of the scores."""

@@ -45,6 +45,7 @@ class _Tokens:
     localizable: tuple[str, ...] = ("blocks.*",)
     head_tensors: tuple[str, ...] = ()
     modality: Literal["text", "image"] = "text"
+    reads_prompts = False
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         ours, theirs = (json.loads((f / "config.json").read_text()) for f in (base, finetuned))
