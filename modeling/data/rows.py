@@ -1,7 +1,8 @@
 """Rows of a table as a model reads them: decoded inputs, and classes as indices.
 
-With a prompt, the input of a row is the prompt with the row's values in it. Rows keep the order of their table. Labels are checked against the classes before any input is
-read; nothing is guessed, and every error names its file and row.
+With a prompt, the input of a row is the prompt with the row's values in it. Rows keep the order of
+their table. Labels are checked against the classes before any input is read; nothing is guessed,
+and every error names its file and row.
 """
 
 from collections.abc import Sequence

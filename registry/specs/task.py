@@ -309,7 +309,7 @@ class TaskSpec(Spec):
 
     @property
     def rows_spec(self) -> DataSpec:
-        """Where the rows are, with the columns of the prompt as input; only for a task with data."""
+        """Where the rows are, with the columns of the prompt as input; for a task with data."""
         assert self.data is not None
         if self.prompt is None:
             return self.data

@@ -145,11 +145,7 @@ def test_scores_are_those_of_each_prompt_with_each_choice_alone(
     rows = [
         example(prompt, *choices, *[None] * (most - len(choices))) for prompt, choices in questions
     ]
-    try:
-        found = scores_of(folder, rows, mode, grad=grad)
-    except BadInput as error:
-        assert "has no tokens" in str(error) or "tokens of another choice" in str(error)
-        return
+    found = scores_of(folder, rows, mode, grad=grad)
     expected = np.full(found.shape, -np.inf)
     for row, (prompt, choices) in enumerate(questions):
         for column, choice in enumerate(choices):
