@@ -99,7 +99,7 @@ class DataSpec(Spec):
     classes: Annotated[tuple[Text, ...] | None, InFile(list[Text] | None)] = Field(
         default=None, examples=[["neg", "pos"]]
     )
-    """The names of the classes in the label column, in the order of `head: labels`; by default the
+    """The names of the classes in the label column, in the order of `head: labels` or `choices`; by default
     labels themselves, in any order and case."""
     delimiter: Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None = Field(
         default=None, examples=[";"]
