@@ -22,7 +22,7 @@ from restitch.modeling.data.tables import Table
 _SHOWN = 8
 _LONGEST = 60  # characters of one label in an error
 _Found = dict[tuple[str, object], int | None]  # the class of each value in a column
-_DECIDE = "set classes: under data to the names in the data, in the order of head: labels or choices"
+_DECIDE = "set classes: under data to the names in the data, in the order of the task's classes"
 
 
 @dataclass(frozen=True)

@@ -99,8 +99,8 @@ class DataSpec(Spec):
     classes: Annotated[tuple[Text, ...] | None, InFile(list[Text] | None)] = Field(
         default=None, examples=[["neg", "pos"]]
     )
-    """The names of the classes in the label column, in the order of `head: labels` or `choices`; by default
-    labels themselves, in any order and case."""
+    """The names of the classes in the label column, in the order of `head: labels` or `choices`; by
+    default the classes themselves, in any order and case."""
     delimiter: Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None = Field(
         default=None, examples=[";"]
     )
