@@ -56,7 +56,7 @@ def lm_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     world = World(tmp_path_factory.mktemp("lm"), "causal-lm")
     tiny_decoder(world.base)
     for seed, (name, choices) in enumerate(CHOICES.items()):
-        folder = tweaked(world.base, world.model(name), seed=seed, size=0.3, globs=("*layers.*",))
+        folder = tweaked(world.base, world.model(name), seed=seed, size=1.5, globs=("*layers.*",))
         asked = [(PROMPT.format(text=text), choices) for text in texts(name)]
         best = predictions(folder, asked).argmax(1).tolist()
         rows = [
@@ -135,7 +135,7 @@ def test_the_exported_model_loads_and_gives_the_measured_answers(
 
 def test_verify_rebuilds_the_merged_model(line: Line) -> None:
     found = line.shell.json("verify", "demo")
-    assert found["ok"] is True
+    assert found["intact"] is True
 
 
 def test_a_task_cannot_change_its_question_without_being_replaced(
@@ -159,7 +159,7 @@ BAD = {
     "an unknown column": ({"prompt": "{txt} is"}, "has no column 'txt'"),
     "equal choices": ({"choices": ["one", "one"]}, "choices occur twice"),
     "an empty answer": ({"choices": ["one", "twenty two", " "]}, "a choice is empty"),
-    "a label that is no choice": ({"choices": ["one", "two"]}, "is not one of the classes"),
+    "a label that is no choice": ({"choices": ["up", "down"]}, "is not one of the classes"),
     "no prompt": ({"prompt": None, "choices": None}, "has data but no prompt"),
     "a head": (
         {"prompt": None, "choices": None, "head": {"labels": ["one", "twenty two"]}},
@@ -200,8 +200,7 @@ def test_a_line_refuses_a_base_and_a_task_of_another_family(
     shell = new_home("other")
     bert = tiny_bert(tmp_path / "bert")
     file = lm_world.line(tmp_path / "line.yaml", base=str(bert), retention=None)
-    done = shell("init", file, code=3)
-    assert "not" in done.err
+    shell("init", file, code=3)
     assert shell.json("status")["lines"] == []
     shell("init", world.line(tmp_path / "text.yaml"))
     task = described(lm_world, tmp_path, "number")
