@@ -133,7 +133,9 @@ class Rows:
         """The rows at these positions, in the given order."""
         chosen = np.asarray(positions, dtype=np.int64)
         base = np.arange(len(self.table)) if self.indices is None else self.indices
-        same = {key: self._memo[key] for key in ("lists", "count") if key in self._memo}
+        same: dict[str, Any] = {
+            key: self._memo[key] for key in ("lists", "count") if key in self._memo
+        }
         return replace(self, indices=base[chosen], _memo=same)
 
     @property
@@ -145,7 +147,8 @@ class Rows:
                     f"the rows of {self.table.name} have no labels",
                     hint="set label: to the column with the class",
                 )
-            lists, notes = self._lists, ()
+            lists = self._lists
+            notes: tuple[str, ...] = ()
             if lists is not None:
                 indices = choice_indices(self.table, self.label, lists)
             else:

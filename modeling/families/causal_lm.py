@@ -399,7 +399,7 @@ def _shared(inner: Any, answers: _Answers) -> Tensor:
         if not longer:
             continue
         places, owners = [places[at] for at in longer], [owners[at] for at in longer]
-        cache = getattr(output, "past_key_values", None)
+        cache: Any = getattr(output, "past_key_values", None)
         if _can_select(cache):
             cache.batch_select_indices(torch.tensor(owners, device=answers.tokens.device))
             found[places] += _continued(inner, answers, places, cache)
@@ -429,7 +429,7 @@ def _together(answers: _Answers, of_row: Sequence[Sequence[int]]) -> Iterator[li
 
 def _can_select(cache: Any) -> bool:
     """True if a cache consists of keys and values of which rows can be taken."""
-    layers = getattr(cache, "layers", None)
+    layers: Any = getattr(cache, "layers", None)
     return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
 
 

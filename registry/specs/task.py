@@ -169,7 +169,8 @@ class ClassesSpec(Spec):
 
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
-        """Refuse a description without classes or with templates that cannot be used."""
+        if not self._needs_labels():
+            return self
         if (self.labels is None) == (self.labels_from is None):
             raise ValueError("give either 'labels' or 'labels_from: dataset'")
         if self.labels == ():
@@ -181,6 +182,10 @@ class ClassesSpec(Spec):
                 if "{}" not in template:
                     raise ValueError(f"template {template!r} has no '{{}}' for the label")
         return self
+
+    def _needs_labels(self) -> bool:
+        """True unless each row has classes of its own."""
+        return True
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -206,9 +211,8 @@ class HeadSpec(ClassesSpec):
     choices_column: Text | None = None
     score: Score | None = None
 
-    @model_validator(mode="after")
-    def _is_complete(self) -> Self:
-        return self if self.choices_column is not None else super()._is_complete()
+    def _needs_labels(self) -> bool:
+        return self.choices_column is None
 
 
 _ANSWERS = ("choices", "choices_column")

@@ -19,8 +19,9 @@ from tests.tiny_models import CHAT, tiny_bert, tiny_decoder, tweaked
 from tests.worlds import World, write_rows, write_yaml
 
 FAMILY = get_family("causal-lm")
-PROMPT = "Text: {text}\nKind:"
-CHOICES = {"colour": ("red", "pale blue", "green"), "number": ("one", "twenty two")}
+PROMPT = "Kind:\n{text}"  # the end differs from row to row, and with it the answers
+CHOICES = {"colour": ("red", "blu", "are"), "number": ("one", "twenty two")}
+SCORES = {"colour": "sum", "number": "per_token"}
 GENERAL = (("up", "down", "left"), ("a", "are"))
 ROWS = 40
 
@@ -34,20 +35,23 @@ class Line:
     registered: dict[str, Any]
 
 
-def predictions(folder: Path, questions: list[tuple[str, tuple[str, ...]]]) -> torch.Tensor:
-    """The log-likelihoods that a folder's model gives."""
+def predictions(
+    folder: Path, questions: list[tuple[str, tuple[str, ...]]], score: str = "sum"
+) -> torch.Tensor:
+    """The scores that a folder's model gives."""
     most = max(len(choices) for _, choices in questions)
     examples = [
         Example((prompt,), None, "", (*choices, *[None] * (most - len(choices))))
         for prompt, choices in questions
     ]
-    head = FAMILY.build_head(torch.nn.Identity(), folder, HeadSpec(labels=("a", "b")))
+    spec = HeadSpec.model_validate({"labels": ["a", "b"], "score": score})
+    head = FAMILY.build_head(torch.nn.Identity(), folder, spec)
     with torch.inference_mode():
         return FAMILY.logits(FAMILY.load(folder), FAMILY.preprocessor(folder)(examples), head)
 
 
 def texts(name: str) -> list[str]:
-    return [f"{name[n % 3 :]} {n * 7919 % 97} {name[: n % 5]}" for n in range(ROWS)]
+    return [f"{name[n % 3 :]} {name[: n % 5]} {n * 7919 % 97}" for n in range(ROWS)]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,7 @@ def lm_world(tmp_path_factory: pytest.TempPathFactory) -> World:
     for seed, (name, choices) in enumerate(CHOICES.items()):
         folder = tweaked(world.base, world.model(name), seed=seed, size=1.5, globs=("*layers.*",))
         asked = [(PROMPT.format(text=text), choices) for text in texts(name)]
-        best = predictions(folder, asked).argmax(1).tolist()
+        best = predictions(folder, asked, SCORES[name]).argmax(1).tolist()
         rows = [
             {"text": text, "label": choices[one]}
             for text, one in zip(texts(name), best, strict=True)
@@ -67,12 +71,13 @@ def lm_world(tmp_path_factory: pytest.TempPathFactory) -> World:
         write_rows(world.root / "data" / name / "train.jsonl", rows)
         data = {"path": str(world.root / "data" / name), "test": "test.jsonl"}
         values = {"task": name, "data": data, "prompt": PROMPT, "choices": list(choices)}
-        write_yaml(world.task(name), values)
+        write_yaml(world.task(name), {**values, "score": SCORES[name]})
     general = [(text, GENERAL[n % 2]) for n, text in enumerate(texts("general"))]
-    best = predictions(world.base, [(f"Say {text} ", own) for text, own in general]).argmax(1)
+    said = [(f"Say {text} ", own) for text, own in general]
+    kept = predictions(world.base, said).argmax(1).tolist()
     rows = [
-        {"q": text, "options": list(own), "label": int(one)}
-        for (text, own), one in zip(general, best, strict=True)
+        {"q": text, "options": list(own), "label": one}
+        for (text, own), one in zip(general, kept, strict=True)
     ]
     write_rows(world.root / "data" / "general" / "test.jsonl", rows)
     data = {"path": str(world.root / "data" / "general"), "test": "test.jsonl"}
@@ -118,7 +123,8 @@ def test_the_exported_model_loads_and_gives_the_measured_answers(
     for name, choices in CHOICES.items():
         rows = (line.world.root / "data" / name / "test.jsonl").read_text().splitlines()
         right = 0
-        scored = predictions(out, [(PROMPT.format(text=t), choices) for t in texts(name)])
+        asked = [(PROMPT.format(text=text), choices) for text in texts(name)]
+        scored = predictions(out, asked, SCORES[name])
         for text, row, scores in zip(texts(name), map(json.loads, rows), scored, strict=True):
             prompt = PROMPT.format(text=text)
             start = len(tokenizer(prompt).input_ids)
@@ -127,7 +133,8 @@ def test_the_exported_model_loads_and_gives_the_measured_answers(
                 tokens = tokenizer(f"{prompt} {choice}", return_tensors="pt").input_ids
                 with torch.no_grad():
                     logits = model(tokens).logits[0, :-1].log_softmax(-1)
-                values.append(float(logits.gather(1, tokens[0, 1:, None])[start - 1 :].sum()))
+                of_answer = logits.gather(1, tokens[0, 1:, None])[start - 1 :]
+                values.append(float(of_answer.mean() if name == "number" else of_answer.sum()))
             assert scores.tolist() == pytest.approx(values, abs=1e-4)
             right += choices[values.index(max(values))] == row["label"]
         assert right / ROWS == record["results"][name]["merged"]
@@ -142,7 +149,7 @@ def test_a_task_cannot_change_its_question_without_being_replaced(
     line: Line, tmp_path: Path
 ) -> None:
     before = line.shell.state()
-    for changes in ({"prompt": "{text} is"}, {"score": "per_token"}, {"choices": ["one", "two"]}):
+    for changes in ({"prompt": "{text} is"}, {"score": "sum"}, {"choices": ["one", "two"]}):
         file = described(line.world, tmp_path, "number", **changes)
         done = line.shell("task", "demo", "--task", file, code=None)
         assert done.code == 3
@@ -160,9 +167,9 @@ BAD = {
     "equal choices": ({"choices": ["one", "one"]}, "choices occur twice"),
     "an empty answer": ({"choices": ["one", "twenty two", " "]}, "a choice is empty"),
     "a label that is no choice": ({"choices": ["up", "down"]}, "is not one of the classes"),
-    "no prompt": ({"prompt": None, "choices": None}, "has data but no prompt"),
+    "no prompt": ({"prompt": None, "choices": None, "score": None}, "has data but no prompt"),
     "a head": (
-        {"prompt": None, "choices": None, "head": {"labels": ["one", "twenty two"]}},
+        {"prompt": None, "choices": None, "score": None, "head": {"labels": ["one", "twenty two"]}},
         "has a head, which the family causal-lm does not read",
     ),
     "choices that are no lists": (
