@@ -97,17 +97,23 @@ class Rows:
     def _texts(self, row: int) -> tuple[str, ...]:
         """The texts of a row of the table: its prompt, or its values."""
         where = self.table.where(row)
-        values = dict(zip(self.inputs, self.table.row(row, self.inputs), strict=True))
+        values = self.table.row(row, self.inputs)
+        if self.prompt is not None:
+            # Numbers read the same in a prompt, whichever kind of file they come from.
+            values = tuple(str(value) if type(value) is int else value for value in values)
+        texts = tuple(
+            text_of(value, f"{where}, column {column!r}")
+            for column, value in zip(self.inputs, values, strict=True)
+        )
         if self.prompt is None:
-            return tuple(text_of(v, f"{where}, column {name!r}") for name, v in values.items())
-        # Numbers read the same in a prompt, whichever kind of file they come from.
-        plain = {k: str(v) if type(v) is int else v for k, v in values.items()}
-        texts = {k: text_of(v, f"{where}, column {k!r}") for k, v in plain.items()}
-        return (fill_in(self.prompt.text, texts),)
+            return texts
+        return (fill_in(self.prompt.text, dict(zip(self.inputs, texts, strict=True))),)
 
     def _choices(self, row: int) -> tuple[str | None, ...]:
         """The choices of a row of the table, filled up to the number of classes."""
-        own = self._lists[row] if self._lists is not None else self.labels
+        if self._lists is None:
+            return self.labels
+        own = self._lists[row]
         return (*own, *[None] * (self.class_count - len(own)))
 
     @property

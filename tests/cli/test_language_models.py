@@ -193,6 +193,22 @@ def test_a_bad_question_is_explained_and_changes_nothing(
     assert line.shell.state() == before
 
 
+def test_a_model_that_is_worse_is_held_with_the_likely_causes_of_its_prompt(
+    lm_world: World, shell: Shell, tmp_path: Path
+) -> None:
+    shell("init", lm_world.line(tmp_path / "line.yaml", retention=None))
+    rows = (lm_world.root / "data" / "general" / "test.jsonl").read_text()
+    write_rows(tmp_path / "data" / "test.jsonl", [json.loads(row) for row in rows.splitlines()])
+    data = {"path": str(tmp_path / "data"), "test": "test.jsonl"}
+    task = described(lm_world, tmp_path, "general", data=data)  # the base knows all answers
+    model = lm_world.model("colour")
+    done = shell("register", "demo", "--task", task, "--model", model, code=None)
+    assert shell.state().tasks["general"].versions[1].state == "held"
+    text = " ".join((done.out + done.err).split())
+    assert "prompt: it is 'Say {q} '" in text
+    assert "the lists in column 'options'" in text
+
+
 def test_prompts_that_lose_their_beginning_are_reported(line: Line, tmp_path: Path) -> None:
     file = described(line.world, tmp_path, "number", task="cut", max_length=20)
     done = line.shell("task", "demo", "--task", file)
@@ -213,3 +229,35 @@ def test_a_line_refuses_a_base_and_a_task_of_another_family(
     task = described(lm_world, tmp_path, "number")
     done = shell("task", "demo", "--task", task, code=3)
     assert "has a prompt, which the family text-encoder does not read" in " ".join(done.err.split())
+
+
+@pytest.mark.parametrize("mode", ["trained", "fisher", "distilled"])
+def test_every_localizer_reads_questions_also_with_choices_in_each_row(
+    lm_world: World, shell: Shell, tmp_path: Path, mode: str
+) -> None:
+    localize = {"mode": mode, "density": 0.3, "shots": 4, "epochs": 1}
+    shell("init", lm_world.line(tmp_path / "line.yaml", retention=None, localize=localize))
+    for name, model in (("colour", "colour"), ("general", "number")):
+        data = {"path": str(lm_world.root / "data" / name), "test": "test.jsonl"}
+        given = {**data, "train": "test.jsonl" if name == "general" else "train.jsonl"}
+        file = described(lm_world, tmp_path, name, data=given)
+        files = ("--task", file, "--model", lm_world.model(model))
+        shell("register", "demo", *files, "--accept-no-gain", "--reason", "a test", code=None)
+        version = shell.state().tasks[name].versions[1]
+        assert version.state == "ready", name
+        assert version.facts.calibrated_with == ("labels" if mode == "trained" else "inputs")
+
+
+@pytest.mark.parametrize("method", ["regmean", "fisher-merging"])
+def test_methods_with_statistics_measure_language_models(
+    lm_world: World, shell: Shell, tmp_path: Path, method: str
+) -> None:
+    file = lm_world.line(tmp_path / "line.yaml", retention=None, method=method, localize=None)
+    shell("init", file)
+    for name in CHOICES:
+        data = {"path": str(lm_world.root / "data" / name), "test": "test.jsonl"}
+        task = described(lm_world, tmp_path, name, data={**data, "train": "train.jsonl"})
+        files = ("--task", task, "--model", lm_world.model(name))
+        shell("register", "demo", *files, "--accept-no-gain", "--reason", "a test", code=None)
+    found = shell.json("show", "demo", "champion")
+    assert set(found["members"]) == set(CHOICES)
