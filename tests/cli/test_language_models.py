@@ -1,6 +1,7 @@
 """A line of language models through the command: from tasks of choices to an exported model."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ class Line:
 
 
 def predictions(
-    folder: Path, questions: list[tuple[str, tuple[str, ...]]], score: str = "sum"
+    folder: Path, questions: Sequence[tuple[str, tuple[str, ...]]], score: str = "sum"
 ) -> torch.Tensor:
     """The scores that a folder's model gives."""
     most = max(len(choices) for _, choices in questions)
