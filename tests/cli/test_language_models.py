@@ -198,16 +198,17 @@ def test_a_model_that_is_worse_is_held_with_the_likely_causes_of_its_prompt(
     lm_world: World, shell: Shell, tmp_path: Path
 ) -> None:
     shell("init", lm_world.line(tmp_path / "line.yaml", retention=None))
-    rows = (lm_world.root / "data" / "general" / "test.jsonl").read_text()
-    write_rows(tmp_path / "data" / "test.jsonl", [json.loads(row) for row in rows.splitlines()])
+    asked = [(PROMPT.format(text=text), CHOICES["colour"]) for text in texts("colour")]
+    best = predictions(lm_world.base, asked).argmax(1).tolist()  # the base knows all answers
+    rows = [{"text": t, "label": one} for t, one in zip(texts("colour"), best, strict=True)]
+    write_rows(tmp_path / "data" / "test.jsonl", rows)
     data = {"path": str(tmp_path / "data"), "test": "test.jsonl"}
-    task = described(lm_world, tmp_path, "general", data=data)  # the base knows all answers
-    model = lm_world.model("colour")
-    done = shell("register", "demo", "--task", task, "--model", model, code=None)
-    assert shell.state().tasks["general"].versions[1].state == "held"
-    text = " ".join((done.out + done.err).split())
-    assert "prompt: it is 'Say {q} '" in text
-    assert "the lists in column 'options'" in text
+    task = described(lm_world, tmp_path, "colour", data=data)
+    shell("register", "demo", "--task", task, "--model", lm_world.model("colour"), code=5)
+    version = shell.state().tasks["colour"].versions[1]
+    assert version.state == "held"
+    assert "prompt: it is 'Kind:" in str(version.reason)
+    assert "choices: they are 'red', 'blu', 'are'" in str(version.reason)
 
 
 def test_prompts_that_lose_their_beginning_are_reported(line: Line, tmp_path: Path) -> None:
