@@ -1,7 +1,8 @@
 """Accuracy or F1 of a model on labelled rows, with a 95 % interval.
 
 Evaluation is deterministic: evaluation mode, and the same batches every time. Among equal scores
-the lower class ranks first, and a row with a NaN score counts as wrong. The interval of an
+the lower class ranks first, and a row with a NaN score counts as wrong. A score of minus infinity
+stands for a choice that a row does not have. The interval of an
 accuracy is Wilson's; the interval of an F1 comes from 1,000 seeded resamples of the confusion
 matrix.
 """
@@ -140,7 +141,8 @@ def summarize(scores: NDArray[np.float32], targets: NDArray[np.int64], metric: s
     count, classes = scores.shape
     own = scores[np.arange(count), targets][:, None]
     ahead = (scores > own) | ((scores == own) & (np.arange(classes) < targets[:, None]))
-    rank = np.where(np.isfinite(scores).all(1), ahead.sum(1), classes)
+    usable = (np.isfinite(scores) | np.isneginf(scores)).all(1) & np.isfinite(own[:, 0])
+    rank = np.where(usable, ahead.sum(1), classes)
     correct = rank == 0
     top1 = float(correct.mean())
     top1_interval = wilson(int(correct.sum()), count)

@@ -39,9 +39,13 @@ def listed(spec: HeadSpec) -> HeadSpec:
     return spec.model_copy(update=update)
 
 
+_OF_PROMPTS = frozenset({"prompt", "choices_column", "score"})
+
+
 def _described(spec: HeadSpec) -> dict[str, Any]:
-    """All of a listed head's description."""
-    return spec.model_dump(mode="json", exclude={"labels_from"})
+    """All of a listed head's description; keys of prompts only in heads with a prompt."""
+    values = spec.model_dump(mode="json", exclude={"labels_from"})
+    return {k: v for k, v in values.items() if v is not None or k not in _OF_PROMPTS}
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,8 @@ def why_held(line: LineRef, spec: TaskSpec, facts: ModelFacts) -> GateFailed:
 def likely_causes(line: LineRef, spec: TaskSpec, facts: ModelFacts) -> tuple[str, ...]:
     """The usual reasons why a model does not show the skill that its author measured."""
     head = spec.head
+    if spec.prompt is not None:
+        return _causes_with_prompt(spec)
     labels = () if head is None or not isinstance(head.labels, tuple) else head.labels
     prompts = () if head is None or not isinstance(head.templates, tuple) else head.templates
     family = get_family(line.spec.family)
@@ -102,4 +104,18 @@ def likely_causes(line: LineRef, spec: TaskSpec, facts: ModelFacts) -> tuple[str
         inputs,
         f"head: {scores}",
         f"{readers}: taken from the base, not from the model",
+    )
+
+
+def _causes_with_prompt(spec: TaskSpec) -> tuple[str, ...]:
+    """The same for a language model."""
+    choices = f"the lists in column {spec.choices_column!r}"
+    if spec.choices is not None:
+        choices = shortlist([repr(text) for text in spec.choices])
+    return (
+        f"prompt: it is {spec.prompt!r}; use that of training, with the same spaces and line ends",
+        f"choices: they are {choices}; use the answers of training",
+        f"score: choices are compared by score: {spec.score}",
+        "texts: other columns were read in training, or texts were prepared differently",
+        "tokenizer: that of the base is used, not that of the model",
     )

@@ -40,6 +40,9 @@ from restitch.tasks.runtime.console import warn
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace
 
+# exp() of it is 0, and the difference of two is a number.
+_LOWEST = -1e30
+
 T = TypeVar("T")
 CalibratedWith = Literal["labels", "inputs", "nothing"]
 
@@ -187,9 +190,14 @@ class OpenCalibration:
         return {name: tensor.to(self.live.device) for name, tensor in examples.items()}
 
     def logits(self, batch: Batch) -> Tensor:
-        """The logits of the model with its current weights."""
+        """The logits of the model with its current weights.
+
+        A choice that a row lacks has the lowest number in place of minus infinity, whose
+        differences are not numbers.
+        """
         with precision(self.live.device):
-            return self.live.base.family.logits(self.live.model, batch, self.head)
+            scores = self.live.base.family.logits(self.live.model, batch, self.head)
+        return scores.masked_fill(scores.isneginf(), _LOWEST)
 
     def loss(self, batch: Batch) -> Tensor:
         """The training loss of the task."""

@@ -8,16 +8,25 @@ import json
 import shutil
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     BertConfig,
     BertModel,
     CLIPConfig,
     CLIPModel,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
     RobertaConfig,
     RobertaModel,
     Siglip2Config,
@@ -56,6 +65,72 @@ def byte_tokenizer(max_length: int) -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         model_max_length=max_length,
     )
+
+
+def word_tokenizer(*, bos: bool = False, max_length: int = 200) -> PreTrainedTokenizerFast:
+    """A tokenizer of a decoder: some frequent pairs of bytes are tokens, and there is no end token.
+
+    Args:
+        bos: put `<s>` before every text.
+        max_length: of a text.
+    """
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("\u0120", "a"), ("r", "e"), ("b", "l"), ("\u0120", "re"), ("bl", "u")]
+    tokens = (*alphabet, *(first + second for first, second in merges), *SPECIAL)
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A",
+            pair="<s> $A $B:1",
+            special_tokens=[("<s>", vocabulary["<s>"])],
+        )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        model_max_length=max_length,
+    )
+
+
+CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def tiny_decoder(folder: Path, kind: str = "llama", *, seed: int = 0, bos: bool = False) -> Path:
+    """A folder of a causal language model: `llama` (tied embeddings), `gpt2` or `qwen2`."""
+    tokenizer = word_tokenizer(bos=bos)
+    tokenizer.chat_template = CHAT
+    torch.manual_seed(seed)
+    size: dict[str, Any] = {"vocab_size": len(tokenizer), "initializer_range": 0.4}
+    model: PreTrainedModel
+    if kind == "gpt2":
+        model = GPT2LMHeadModel(
+            GPT2Config(**size, n_embd=16, n_layer=2, n_head=2, n_positions=96, bos_token_id=None)
+        )
+    else:
+        size |= {
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 96,
+            "tie_word_embeddings": kind == "llama",
+        }
+        llama = kind == "llama"
+        model = (
+            LlamaForCausalLM(LlamaConfig(**size))
+            if llama
+            else Qwen2ForCausalLM(Qwen2Config(**size))
+        )
+    model.generation_config = GenerationConfig(max_new_tokens=5, eos_token_id=[1])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def tiny_bert(

@@ -22,7 +22,7 @@ from restitch.modeling.data.tables import Table
 _SHOWN = 8
 _LONGEST = 60  # characters of one label in an error
 _Found = dict[tuple[str, object], int | None]  # the class of each value in a column
-_DECIDE = "set classes: under data to the names in the data, in the order of head: labels"
+_DECIDE = "set classes: under data to the names in the data, in the order of the task's classes"
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class _Lookup:
         if self.classes.names is not None and len(self.classes.names) != len(self.classes.labels):
             raise BadInput(
                 "data: classes does not fit the labels",
-                expected=f"{len(self.classes.labels)} names, as under head: labels",
+                expected=f"{len(self.classes.labels)} names, as under head: labels or choices",
                 found=f"{len(self.classes.names)} names",
             )
         self._exact: dict[str, list[int]] = {}
@@ -218,7 +218,7 @@ def _unknown(
     """The error for a label that is not one of the classes."""
     labels = classes.in_data
     number = f"an index from 0 to {len(labels) - 1}, or " if classes.names is None else ""
-    hint = "check the column under label: and the classes under head: labels"
+    hint = "check the column under label: and the classes under head: labels or choices"
     if re.fullmatch(r"-\d+", _text(value)):
         hint = "rows without a label often have -1, as in many test sets: use labelled rows"
     elif isinstance(value, float) or re.fullmatch(r"\d+\.\d+", _text(value)):

@@ -1,10 +1,10 @@
 """Rows of a table as a model reads them: decoded inputs, and classes as indices.
 
-Rows keep the order of their table. Labels are checked against the classes before any input is
-read; nothing is guessed, and every error names its file and row.
+With a prompt, the input of a row is the prompt with the row's values in it. Rows keep the order of
+their table. Labels are checked against the classes before any input is read; nothing is guessed,
+and every error names its file and row.
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,13 +14,26 @@ from numpy.typing import NDArray
 
 from restitch.merging.digests import digest_bytes, digest_json
 from restitch.merging.errors import BadInput
+from restitch.modeling.data.choices import choice_indices, row_choices
 from restitch.modeling.data.images import image_bytes, open_image
 from restitch.modeling.data.labels import Classes, class_indices
 from restitch.modeling.data.tables import ListTable, Table
+from restitch.modeling.data.texts import text_of
+from restitch.registry.specs.prompt import fill_in
 from restitch.registry.specs.task import Modality
 
-_HALVES = re.compile("[\ud800-\udfff]")
-_SHOWN = 80
+
+@dataclass(frozen=True)
+class Prompt:
+    """How rows become questions.
+
+    Attributes:
+        text: with the names of columns in braces.
+        choices_column: the column with the choices of each row; None if all rows have the same.
+    """
+
+    text: str
+    choices_column: str | None = None
 
 
 @dataclass(frozen=True)
@@ -31,11 +44,14 @@ class Example:
         inputs: texts, or one `PIL.Image.Image`.
         label: the index of its class; None if the data has no labels.
         where: file and row, for errors.
+        choices: the names of the classes; None fills up the lists of rows that have fewer choices
+            than others.
     """
 
     inputs: tuple[Any, ...]
     label: int | None
     where: str
+    choices: tuple[str | None, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,7 @@ class Rows:
         modality: how inputs are read.
         indices: the rows of the table; None for all.
         classes: the names of the classes in the label column; None if they are the labels.
+        prompt: how the values of a row become one text; None leaves them as they are.
     """
 
     table: Table
@@ -59,6 +76,7 @@ class Rows:
     modality: Modality
     indices: NDArray[np.int64] | None = None
     classes: tuple[str, ...] | None = None
+    prompt: Prompt | None = None
     _memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -67,19 +85,64 @@ class Rows:
     def __getitem__(self, position: int) -> Example:
         row = position if self.indices is None else int(self.indices[position])
         where = self.table.where(row)
-        values = self.table.row(row, self.inputs)
-        read = _text if self.modality == "text" else self._image
+        label = None if self.label is None else int(self.targets[position])
+        if self.modality == "text":
+            return Example(self._texts(row), label, where, self._choices(row))
         inputs = tuple(
-            read(value, f"{where}, column {column!r}")
+            open_image(value, self.table.root, f"{where}, column {column!r}")
+            for column, value in zip(self.inputs, self.table.row(row, self.inputs), strict=True)
+        )
+        return Example(inputs, label, where, self.labels)
+
+    def _texts(self, row: int) -> tuple[str, ...]:
+        """The texts of a row of the table: its prompt, or its values."""
+        where = self.table.where(row)
+        values = self.table.row(row, self.inputs)
+        if self.prompt is not None:
+            # Numbers read the same in a prompt, whichever kind of file they come from.
+            values = tuple(str(value) if type(value) is int else value for value in values)
+        texts = tuple(
+            text_of(value, f"{where}, column {column!r}")
             for column, value in zip(self.inputs, values, strict=True)
         )
-        return Example(inputs, None if self.label is None else int(self.targets[position]), where)
+        if self.prompt is None:
+            return texts
+        return (fill_in(self.prompt.text, dict(zip(self.inputs, texts, strict=True))),)
+
+    def _choices(self, row: int) -> tuple[str | None, ...]:
+        """The choices of a row of the table, filled up to the number of classes."""
+        if self._lists is None:
+            return self.labels
+        own = self._lists[row]
+        return (*own, *[None] * (self.class_count - len(own)))
+
+    @property
+    def _lists(self) -> list[tuple[str, ...]] | None:
+        """The choices of each row of the table; None if all rows have the same."""
+        if self.prompt is None or self.prompt.choices_column is None:
+            return None
+        if "lists" not in self._memo:
+            self._memo["lists"] = row_choices(self.table, self.prompt.choices_column)
+        lists: list[tuple[str, ...]] = self._memo["lists"]
+        return lists
+
+    @property
+    def class_count(self) -> int:
+        """The number of classes: the most that a row of the table has to choose from."""
+        if "count" not in self._memo:
+            lists = self._lists
+            self._memo["count"] = len(self.labels) if lists is None else max(map(len, lists))
+        count: int = self._memo["count"]
+        return count
 
     def select(self, positions: Sequence[int] | NDArray[np.int64]) -> "Rows":
         """The rows at these positions, in the given order."""
         chosen = np.asarray(positions, dtype=np.int64)
         base = np.arange(len(self.table)) if self.indices is None else self.indices
-        return replace(self, indices=base[chosen], _memo={})
+        same: dict[str, Any] = {
+            key: self._memo[key] for key in ("lists", "count") if key in self._memo
+        }
+        return replace(self, indices=base[chosen], _memo=same)
 
     @property
     def targets(self) -> NDArray[np.int64]:
@@ -90,9 +153,14 @@ class Rows:
                     f"the rows of {self.table.name} have no labels",
                     hint="set label: to the column with the class",
                 )
-            indices, notes = class_indices(
-                self.table, self.label, Classes(self.labels, self.classes)
-            )
+            lists = self._lists
+            notes: tuple[str, ...] = ()
+            if lists is not None:
+                indices = choice_indices(self.table, self.label, lists)
+            else:
+                indices, notes = class_indices(
+                    self.table, self.label, Classes(self.labels, self.classes)
+                )
             self._memo["targets"] = indices if self.indices is None else indices[self.indices]
             self._memo["notes"] = notes
         result: NDArray[np.int64] = self._memo["targets"]
@@ -116,7 +184,8 @@ class Rows:
     def in_memory(self) -> "Rows":
         """The same rows in memory, read in the table's order: for few rows that are read often."""
         rows = np.arange(len(self.table)) if self.indices is None else self.indices
-        columns = (*self.inputs, *(() if self.label is None else (self.label,)))
+        own = None if self.prompt is None else self.prompt.choices_column
+        columns = (*self.inputs, *(name for name in (self.label, own) if name is not None))
         read = {row: self.table.row(row, columns) for row in sorted(set(rows.tolist()))}
         values = {
             column: [read[row][place] for row in rows.tolist()]
@@ -132,39 +201,15 @@ class Rows:
         rows = range(len(self.table)) if self.indices is None else self.indices.tolist()
         inputs = []
         for row in rows:
-            values = self.table.row(row, self.inputs)
             if self.modality == "image":
                 where = self.table.where(row)
                 values = tuple(
-                    digest_bytes(image_bytes(value, self.table.root, where)) for value in values
+                    digest_bytes(image_bytes(value, self.table.root, where))
+                    for value in self.table.row(row, self.inputs)
                 )
             else:
-                where = self.table.where(row)
-                values = tuple(_text(value, where) for value in values)
-            inputs.append(list(values))
+                values = self._texts(row)
+            own = () if self._lists is None else self._lists[row]
+            inputs.append([*values, *own])
         targets = None if self.label is None else self.targets.tolist()
         return digest_json({"inputs": inputs, "targets": targets})
-
-    def _image(self, value: object, where: str) -> Any:
-        return open_image(value, self.table.root, where)
-
-
-def _text(value: object, where: str) -> str:
-    if not isinstance(value, str):
-        raise BadInput(
-            f"{where} is not a text",
-            expected="a string",
-            found=f"{type(value).__name__} {value!r}"[:_SHOWN],
-            hint=None
-            if value is not None
-            else "leave out rows without a text, or write an empty one",
-        )
-    half = _HALVES.search(value)
-    if half is not None:
-        raise BadInput(
-            f"{where} has half of a character",
-            expected="Unicode text without lone surrogates",
-            found=f"\\u{ord(half[0]):04x} at character {half.start()}",
-            hint="write the text again as UTF-8, or remove the row",
-        )
-    return value

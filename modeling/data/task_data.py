@@ -16,6 +16,7 @@ from restitch.merging.errors import BadInput
 from restitch.modeling.data.csv_files import CsvFormat
 from restitch.modeling.data.file_kinds import printable
 from restitch.modeling.data.rows import Example as Example
+from restitch.modeling.data.rows import Prompt as Prompt
 from restitch.modeling.data.rows import Rows as Rows
 from restitch.modeling.data.tables import Table, image_columns, open_table, split_origin
 from restitch.registry.specs.task import DataSpec, Modality, split_pin
@@ -33,12 +34,20 @@ class TaskData:
         spec: where the rows are.
         labels: the names of the classes; empty if the data has no labels.
         modality: what the family reads.
+        prompt: how rows become questions, for a family that reads prompts.
     """
 
-    def __init__(self, spec: DataSpec, labels: Sequence[str], modality: Modality) -> None:
+    def __init__(
+        self,
+        spec: DataSpec,
+        labels: Sequence[str],
+        modality: Modality,
+        prompt: Prompt | None = None,
+    ) -> None:
         self.spec = spec.with_columns(modality)
         self.labels = tuple(labels)
         self.modality = modality
+        self.prompt = prompt
 
     @property
     def validation_from_train(self) -> bool:
@@ -87,11 +96,11 @@ class TaskData:
         rows = self.rows("train")
         random = _random(seed)
         if rows.label is None:
-            count = shots * max(1, len(self.labels))
+            count = shots * max(1, rows.class_count)
             return rows.select(random.permutation(len(rows))[:count]).in_memory()
         chosen = [
             random.permutation(np.flatnonzero(rows.targets == index))[:shots]
-            for index in range(len(self.labels))
+            for index in range(rows.class_count)
         ]
         return rows.select(random.permutation(np.concatenate(chosen))).in_memory()
 
@@ -109,11 +118,18 @@ class TaskData:
         return set_apart(targets)
 
     def _open(self, split: str) -> Rows:
-        return open_split(self.spec, split, labels=self.labels, modality=self.modality)
+        return open_split(
+            self.spec, split, labels=self.labels, modality=self.modality, prompt=self.prompt
+        )
 
 
 def open_split(
-    spec: DataSpec, split: str, *, labels: Sequence[str] = (), modality: Modality = "text"
+    spec: DataSpec,
+    split: str,
+    *,
+    labels: Sequence[str] = (),
+    modality: Modality = "text",
+    prompt: Prompt | None = None,
 ) -> Rows:
     """The rows of one described split.
 
@@ -125,6 +141,7 @@ def open_split(
         split: train, validation or test.
         labels: the names of the classes; a label column is checked against them at once.
         modality: how inputs are read.
+        prompt: how rows become questions.
 
     Raises:
         BadInput: the split is not described, cannot be read, is empty, lacks a column, or has a
@@ -142,32 +159,36 @@ def open_split(
     table = _open_source(spec, source)
     if len(table) == 0:
         raise BadInput(f"{table.name} has no rows", expected="at least one")
-    label = spec.label if labels else None
+    own = None if prompt is None else prompt.choices_column
+    label = spec.label if labels or own is not None else None
     evaluated = spec.validation is not None or spec.test is not None
     if split == "train" and evaluated and label not in table.columns:
         label = None
     inputs = image_columns(table, spec.input) if modality == "image" else spec.input
-    requested = [*inputs, *([] if label is None else [label])]
+    requested = [*inputs, *(name for name in (label, own) if name is not None)]
     missing = [column for column in requested if column not in table.columns]
     if missing:
         raise BadInput(
             f"{table.name} has no column {', '.join(map(repr, missing))}",
             found=f"columns {', '.join(map(printable, table.columns))}",
-            hint=_nearest(missing[0], table.columns),
+            hint=_nearest(missing[0], table.columns, prompt is not None),
         )
-    rows = Rows(table, inputs, label, tuple(labels), modality, classes=spec.classes)
+    rows = Rows(table, inputs, label, tuple(labels), modality, classes=spec.classes, prompt=prompt)
     if rows.label is not None:
         _ = rows.targets
     return rows
 
 
-def _nearest(missing: str, columns: Sequence[str]) -> str:
+def _nearest(missing: str, columns: Sequence[str], in_prompt: bool) -> str:
     """What to do about a missing column."""
+    advice = "set input: and label: to columns that are there"
+    if in_prompt:
+        advice = "name columns that are there in prompt:, choices_column: and data: label"
     same = [name for name in columns if name.strip().casefold() == missing.casefold()]
     near = same or get_close_matches(missing, columns, n=1, cutoff=0.7)
     if near:
-        return f"did you mean {near[0]!r}? set input: and label: to columns that are there"
-    return "set input: and label: to columns that are there; a CSV file begins with their names"
+        return f"did you mean {near[0]!r}? {advice}"
+    return f"{advice}; a CSV file begins with their names"
 
 
 def labels_of(spec: DataSpec) -> tuple[str, ...]:

@@ -50,6 +50,7 @@ class Family(Protocol):
             family is never proposed.
         model_types: the model types among these kinds; empty for all.
         parts: kinds of finetuned models that hold only a part of the base.
+        reads_prompts: true for language models: tasks have a prompt and choices instead of a head.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Family(Protocol):
     kinds: tuple[Kind, ...] = ()
     model_types: tuple[str, ...] = ()
     parts: tuple[Kind, ...] = ()
+    reads_prompts: bool = False
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         """The differing configuration keys that change the forward pass.
@@ -78,7 +80,10 @@ class Family(Protocol):
         """
 
     def preprocessor(self, folder: Path, max_length: int | None = None) -> Preprocess:
-        """A function that turns examples into a batch, with `labels` if the examples have them."""
+        """A function that turns examples into a batch, with `labels` if the examples have them.
+
+        A family that reads prompts adds `cut`, the number of tokens that each row loses.
+        """
 
     def max_length(self, folder: Path) -> int | None:
         """The most tokens that tokenizer and positions allow; None without a tokenizer."""
@@ -106,7 +111,7 @@ class Family(Protocol):
         """
 
     def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
-        """The scores of the classes, [batch, classes]."""
+        """The scores of the classes, [batch, classes]; -inf for a choice that a row lacks."""
 
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The mean training loss of the batch, a scalar: the cross-entropy of the scores."""

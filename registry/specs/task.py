@@ -1,4 +1,4 @@
-"""The keys of a task file: its rows, its head, its metric.
+"""The keys of a task file: its rows, its head or its prompt, its metric.
 
 A path is absolute; any other source is an address or a hub id, pinned as `owner/name@commit`
 once it is resolved.
@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from restitch.registry.specs.base import Count, InFile, Spec, Text
+from restitch.registry.specs.prompt import prompt_columns
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 
@@ -52,6 +53,7 @@ Name = Annotated[
 
 
 Metric = Literal["accuracy", "f1"]
+Score = Literal["sum", "per_token", "per_character"]
 Modality = Literal["text", "image"]
 
 
@@ -97,8 +99,8 @@ class DataSpec(Spec):
     classes: Annotated[tuple[Text, ...] | None, InFile(list[Text] | None)] = Field(
         default=None, examples=[["neg", "pos"]]
     )
-    """The names of the classes in the label column, in the order of `head: labels`; by default the
-    labels themselves, in any order and case."""
+    """The names of the classes in the label column, in the order of `head: labels` or `choices`; by
+    default the classes themselves, in any order and case."""
     delimiter: Annotated[str, Field(pattern=r'^[^"\r\n]$')] | None = Field(
         default=None, examples=[";"]
     )
@@ -167,6 +169,8 @@ class ClassesSpec(Spec):
 
     @model_validator(mode="after")
     def _is_complete(self) -> Self:
+        if not self._needs_labels():
+            return self
         if (self.labels is None) == (self.labels_from is None):
             raise ValueError("give either 'labels' or 'labels_from: dataset'")
         if self.labels == ():
@@ -178,6 +182,10 @@ class ClassesSpec(Spec):
                 if "{}" not in template:
                     raise ValueError(f"template {template!r} has no '{{}}' for the label")
         return self
+
+    def _needs_labels(self) -> bool:
+        """True unless each row has classes of its own."""
+        return True
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -192,14 +200,26 @@ class ClassesSpec(Spec):
 
 
 class HeadSpec(ClassesSpec):
-    """The whole description of a head: the classes, the scale of scores, and the text length."""
+    """The whole description of a head: the classes, how they are scored, and the text length.
+
+    A head with a prompt scores answers: its labels are the choices, unless each row has its own.
+    """
 
     scale: Scale | None = None
     max_length: MaxLength | None = None
+    prompt: Text | None = None
+    choices_column: Text | None = None
+    score: Score | None = None
+
+    def _needs_labels(self) -> bool:
+        return self.choices_column is None
+
+
+_ANSWERS = ("choices", "choices_column")
 
 
 class TaskSpec(Spec):
-    """One skill: its rows, its head, its metric."""
+    """One skill: its rows, its head or its prompt, its metric."""
 
     task: Name = Field(examples=["pets"])
     """The name of the task: 1 to 63 of a-z, 0-9, `_` and `-`."""
@@ -207,7 +227,21 @@ class TaskSpec(Spec):
     """The rows of the task; without them its models are localized without data and not
     evaluated."""
     head: ClassesSpec | None = None
-    """How the classes are described; required with `data`."""
+    """How the classes are described; required with `data`, except in a line of language models."""
+    prompt: Text | None = Field(default=None, examples=["Question: {text}\nAnswer type:"])
+    """The text that a language model answers, with names of columns in braces; `{{` is a brace of
+    the text. Required with `data` in a line of language models."""
+    choices: Annotated[tuple[Text, ...] | None, InFile(list[Text] | None)] = Field(
+        default=None, examples=[["description", "entity", "person"]]
+    )
+    """The answers to choose from, in the order of their indices; the label column has the index or
+    the answer."""
+    choices_column: Text | None = Field(default=None, examples=["options"])
+    """The column with a list of answers in each row, in place of `choices`; the label is an index
+    into it, or one of its texts."""
+    score: Score = "sum"
+    """How answers are compared: by the `sum` of the log-probabilities of their tokens, or by the
+    sum `per_token` or `per_character` of the answer."""
     scale: Scale | None = Field(default=None, examples=[20.0])
     """The factor of the cosines in the scores; by default the family's own."""
     max_length: MaxLength | None = Field(default=None, examples=[128])
@@ -219,6 +253,18 @@ class TaskSpec(Spec):
     )
     """The value of the metric that the model's author measured; a model whose 95 % interval does
     not contain it is reported."""
+
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _as_tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("choices")
+    @classmethod
+    def _choices_differ(cls, value: tuple[str, ...] | None) -> tuple[str, ...] | None:
+        if value is not None:
+            check_choices(value)
+        return value
 
     @field_validator("head")
     @classmethod
@@ -237,9 +283,53 @@ class TaskSpec(Spec):
             raise ValueError("'expected' needs 'data' with rows to measure the model on")
         return self
 
+    @model_validator(mode="after")
+    def _prompt_can_be_answered(self) -> Self:
+        if self.prompt is None:
+            given = [name for name in _ANSWERS if getattr(self, name) is not None]
+            given += ["score"] if self.score != "sum" else []
+            if given:
+                raise ValueError(f"'{given[0]}' needs 'prompt', which it answers")
+            return self
+        columns = prompt_columns(self.prompt)
+        for name in ("head", "scale"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"a task with 'prompt' has no '{name}': its classes are 'choices'")
+        if (self.choices is None) == (self.choices_column is None):
+            raise ValueError("a task with 'prompt' needs either 'choices' or 'choices_column'")
+        if self.data is not None and self.data.input not in ((), columns):
+            raise ValueError("leave out 'data.input': the prompt names the columns that are read")
+        if self.choices_column is not None:
+            if self.metric != "accuracy":
+                raise ValueError(f"metric '{self.metric}' needs 'choices', the same for all rows")
+            if self.data is not None and self.data.classes is not None:
+                raise ValueError("'data.classes' needs 'choices', the same for all rows")
+        return self
+
+    @property
+    def has_head(self) -> bool:
+        """True if the task says how rows are scored."""
+        return self.head is not None or self.prompt is not None
+
+    @property
+    def rows_spec(self) -> DataSpec:
+        """Where the rows are, with the columns of the prompt as input; for a task with data."""
+        assert self.data is not None
+        if self.prompt is None:
+            return self.data
+        return self.data.model_copy(update={"input": prompt_columns(self.prompt)})
+
     @property
     def head_spec(self) -> HeadSpec:
         """The whole description of the task's head; only for a task that has one."""
+        if self.prompt is not None:
+            return HeadSpec(
+                labels=self.choices,
+                max_length=self.max_length,
+                prompt=self.prompt,
+                choices_column=self.choices_column,
+                score=self.score,
+            )
         assert self.head is not None
         classes = {name: getattr(self.head, name) for name in ClassesSpec.model_fields}
         return HeadSpec(**classes, scale=self.scale, max_length=self.max_length)
@@ -254,6 +344,21 @@ class TaskSpec(Spec):
             return self
         path = keep_pin(self.data.path, old.data.path)
         return self.model_copy(update={"data": self.data.model_copy(update={"path": path})})
+
+
+def check_choices(choices: tuple[str, ...]) -> None:
+    """Refuse answers that nobody can choose between.
+
+    Raises:
+        ValueError: there are fewer than two, one is empty, or two are equal.
+    """
+    if len(choices) < 2:
+        raise ValueError(f"a question needs at least two choices, not {len(choices)}")
+    if any(not choice.strip() for choice in choices):
+        raise ValueError("a choice is empty: every answer needs a text")
+    twice = sorted({choice for choice in choices if choices.count(choice) > 1})
+    if twice:
+        raise ValueError(f"choices occur twice: {', '.join(map(repr, twice[:5]))}")
 
 
 def keep_pin(new: str, old: str) -> str:

@@ -25,7 +25,7 @@ def heads_again(line_state: LineState, missing: set[str], space: Workspace) -> i
     base = open_base(LineRef(line_state.spec, line_state.base), space)
     made = 0
     for task in line_state.tasks.values():
-        if task.spec.head is None:
+        if not task.spec.has_head:
             continue
         for model in task.versions.values():
             inputs = digest_json(head_inputs(task.spec, base, model.model))

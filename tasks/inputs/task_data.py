@@ -13,8 +13,8 @@ from typing import Any
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, RestitchError
-from restitch.modeling.data.task_data import Rows, TaskData, data_digest, labels_of
-from restitch.modeling.families.family import Family, get_family
+from restitch.modeling.data.task_data import Prompt, Rows, TaskData, data_digest, labels_of
+from restitch.modeling.families.family import Batch, Family, Preprocess, get_family
 from restitch.modeling.heads import Head, head_key, listed
 from restitch.registry.access_policy import check_hub, check_path
 from restitch.registry.ledger.line_state import ModelRef
@@ -25,6 +25,10 @@ from restitch.registry.specs.task import HeadSpec, TaskSpec, split_pin
 from restitch.tasks.inputs.checkpoints import Base, LiveBase
 from restitch.tasks.runtime.console import warn, working
 from restitch.tasks.runtime.workspace import Workspace, made_by
+
+# Left out of the digest of a task without a prompt.
+_OF_PROMPTS = ("prompt", "choices", "choices_column", "score")
+_AT_ONCE = 64
 
 
 def evaluation_split(spec: TaskSpec) -> str | None:
@@ -44,6 +48,9 @@ def same_task(one: TaskSpec, other: TaskSpec) -> bool:
 
 def _meaning(spec: TaskSpec) -> dict[str, Any]:
     values = spec.without_expected().to_json()  # it is about one model, not about the task
+    if spec.prompt is None:
+        for key in _OF_PROMPTS:
+            del values[key]
     if values["data"] is not None and values["data"]["content"] is not None:
         for place in ("path", "train", "validation", "test"):
             values["data"][place] = values["data"][place] is not None
@@ -56,19 +63,14 @@ def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
     Raises:
         BadInput: the data is empty, lacks a column, has a label that is not a class, ...
     """
+    _check_scoring(spec, family)
     if spec.data is None:
         return spec
-    if spec.head is None:
-        raise BadInput(
-            f"task {spec.task} has data but no head",
-            expected="head: {labels: [...]}, or labels_from: dataset",
-            hint="list the classes, or leave out data: to merge without evaluating",
-        )
     head = spec.head
     check_access(spec)
-    pinned = spec.data.with_columns(family.modality)
+    pinned = spec.rows_spec.with_columns(family.modality)
     pinned = pinned.model_copy(update={"path": pin_data(pinned.path)})
-    if head.labels_from is not None:
+    if head is not None and head.labels_from is not None:
         head = head.model_copy(update={"labels": labels_of(pinned), "labels_from": None})
     spec = spec.model_copy(update={"data": pinned, "head": head})
     data = task_data(spec, family)
@@ -80,6 +82,33 @@ def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
     with working(f"reading the data of {spec.task}"):
         content = data_digest(pinned, family.modality)
     return spec.model_copy(update={"data": pinned.model_copy(update={"content": content})})
+
+
+def _check_scoring(spec: TaskSpec, family: Family) -> None:
+    """Refuse a task that says in another family's way how its rows are scored, or does not say it.
+
+    Raises:
+        BadInput: it has a head in place of a prompt, a prompt in place of a head, or neither.
+    """
+    if family.reads_prompts:
+        wrong, expected = spec.head is not None, "prompt: ..., and choices: [...] or choices_column"
+        found, what = "head", "prompt"
+    else:
+        wrong, expected = spec.prompt is not None, "head: {labels: [...]}, or labels_from: dataset"
+        found, what = "prompt", "head"
+    if wrong:
+        raise BadInput(
+            f"task {spec.task} has a {found}, which the family {family.name} does not read",
+            expected=expected,
+            found=f"{found}: in the task's file",
+            hint=f"describe the task by its {what}, or register it in a line of another family",
+        )
+    if spec.data is not None and not spec.has_head:
+        raise BadInput(
+            f"task {spec.task} has data but no {what}",
+            expected=expected,
+            hint="list the classes, or leave out data: to merge without evaluating",
+        )
 
 
 # Writes the result of a check to the store, once its task is accepted.
@@ -125,7 +154,8 @@ def check_rows(
     others = (
         ["validation"] if chosen and split != "validation" and has_validation(spec, family) else []
     )
-    key = digest_json([spec.data.content, split, shots, family.modality, *others])
+    asked = [] if spec.prompt is None else [spec.prompt, spec.choices_column]
+    key = digest_json([spec.data.content, split, shots, family.modality, *others, *asked])
     if space.objects.lookup("rows", key) is not None:
         return _nothing
     parts = [data.rows(one) for one in (split, *others)]
@@ -181,17 +211,43 @@ def check_fits(spec: TaskSpec, base: Base) -> None:
             found=spec.max_length,
             hint="correct max_length, or leave it out for the most that the base reads",
         )
-    first = task_data(spec, base.family).rows(split)[0]
+    data = task_data(spec, base.family)
     preprocess = base.family.preprocessor(base.folder, spec.max_length)
+    if not base.family.reads_prompts:
+        _batch(spec, preprocess, data.rows(split), range(1))
+        return
+    # What a tokenizer makes of a prompt and its answers differs from row to row.
+    for one in dict.fromkeys((split, *(["validation"] if "validation" in data.splits else []))):
+        _check_prompts(spec, preprocess, data.rows(one))
+
+
+def _check_prompts(spec: TaskSpec, preprocess: Preprocess, rows: Rows) -> None:
+    """Turn all rows into input of the base, and report those that lose their beginning."""
+    cut: list[int] = []
+    with working(f"reading the prompts of {spec.task}") as progress:
+        for start in range(0, len(rows), _AT_ONCE):
+            part = range(start, min(start + _AT_ONCE, len(rows)))
+            lost = _batch(spec, preprocess, rows, part)["cut"].tolist()
+            cut += [row for row, count in zip(part, lost, strict=True) if count]
+            progress(part.stop, len(rows))
+    if cut:
+        warn(
+            f"{spec.task}: {len(cut)} of {len(rows)} prompts are longer than the model reads and"
+            f" lose their beginning, {rows[cut[0]].where} first"
+        )
+
+
+def _batch(spec: TaskSpec, preprocess: Preprocess, rows: Rows, places: range) -> Batch:
     try:
-        preprocess([first])
+        return preprocess([rows[place] for place in places])
     except RestitchError:
         raise
     except Exception as error:  # tokenizers raise errors of many types
         raise BadInput(
-            f"task {spec.task}: its first row cannot be turned into input of the base",
+            f"task {spec.task}: its rows from {rows[places.start].where} on cannot be turned into"
+            " input of the base",
             found=str(error),
-            hint="check max_length and data: input",
+            hint="check max_length, and data: input or prompt:",
         ) from error
 
 
@@ -220,10 +276,11 @@ def task_data(spec: TaskSpec, family: Family) -> TaskData:
     Raises:
         BadInput: this worker may not read them.
     """
-    assert spec.data is not None
-    assert spec.head is not None
     check_access(spec)
-    return TaskData(spec.data, listed(spec.head_spec).classes, family.modality)
+    if spec.prompt is None:
+        return TaskData(spec.rows_spec, listed(spec.head_spec).classes, family.modality)
+    prompt = Prompt(spec.prompt, spec.choices_column)
+    return TaskData(spec.rows_spec, spec.choices or (), family.modality, prompt)
 
 
 def has_validation(task: TaskSpec, family: Family) -> bool:
@@ -270,7 +327,6 @@ def verified_data(spec: TaskSpec, family: Family) -> TaskData:
 
 def resolved_head(spec: TaskSpec, base: Base) -> HeadSpec:
     """The task's head with the family's defaults for this base."""
-    assert spec.head is not None
     return _resolved(listed(spec.head_spec), base.family.name, base.folder, base.ref.config)
 
 

@@ -49,6 +49,7 @@ class _Tokens:
     kinds: tuple[Kind, ...] = ()
     model_types: tuple[str, ...] = ()
     parts: tuple[Kind, ...] = ()
+    reads_prompts = False
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         ours, theirs = (json.loads((f / "config.json").read_text()) for f in (base, finetuned))

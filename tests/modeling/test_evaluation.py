@@ -54,6 +54,13 @@ def test_a_nan_score_counts_as_wrong():
         assert found.correct_rows().tolist() == [False, False, False, False, True]
 
 
+def test_a_choice_that_a_row_lacks_ranks_behind_all_others():
+    inf = float("inf")
+    rows = scores([-5, -2, -inf], [-5, -2, -inf], [-3, -inf, -inf])
+    found = summarize(rows, np.array([1, 2, 0]), "accuracy")
+    assert found.correct_rows().tolist() == [True, False, True]
+
+
 def test_top5_counts_the_first_five_and_exists_from_six_classes_on():
     rows = np.tile(np.arange(8, 0, -1, dtype=np.float32), (8, 1))
     found = summarize(rows, np.arange(8), "accuracy")

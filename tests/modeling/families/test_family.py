@@ -172,7 +172,7 @@ def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_an_installed_package_can_offer_a_family(packages, value):
     offer(packages, "acme", "mine", value)
     assert get_family("mine").name == "mine"
-    assert family_names() == ("clip", "mine", "text-encoder")
+    assert family_names() == ("causal-lm", "clip", "mine", "text-encoder")
 
 
 def test_a_package_is_imported_only_when_its_family_is_named(packages):

@@ -14,6 +14,7 @@ from restitch.registry.specs.localize import LocalizeSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.task_data import (
     check_rows,
+    description_digest,
     evaluation_split,
     resolve_task,
     same_task,
@@ -74,6 +75,12 @@ def test_a_change_that_affects_results_makes_another_task(
 ) -> None:
     spec = resolve_task(task_of(tmp_path), FAMILY)
     assert not same_task(spec, resolve_task(task_of(tmp_path, **changes), FAMILY))
+
+
+def test_keys_of_prompts_leave_the_digest_of_other_tasks_alone() -> None:
+    spec = TaskSpec.model_validate({"task": "t", "head": {"labels": ["a", "b"]}})
+    expected = "379906ae434353ca78c3c7daedeca5095adf0d1a2fab2f65ecefc284726ed5df"
+    assert description_digest(spec) == expected
 
 
 def test_other_rows_make_another_task(tmp_path: Path) -> None:
