@@ -23,10 +23,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m playground.demo $(if $(KEEP),--keep)
 
-# Many more at a time than there are cores: tests wait for servers and child processes. The tests of
+# More at a time than there are cores: tests wait for servers and child processes. The tests of
 # a file stay together. One thread in each: more would only wait for each other.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 6 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 # The package as users install it, in environments of its own.
 installed: setup
