@@ -123,9 +123,8 @@ def kill_points(calls: int, every: bool) -> range:
     return range(0, calls, 1 if every else max(1, calls // 8))
 
 
-some_or_all = pytest.mark.parametrize(
-    "every", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["some", "all"]
-)
+every_one = pytest.param(True, marks=[pytest.mark.slow, pytest.mark.timeout(1800)])
+some_or_all = pytest.mark.parametrize("every", [False, every_one], ids=["some", "all"])
 
 
 @pytest.fixture
