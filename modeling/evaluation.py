@@ -2,9 +2,8 @@
 
 Evaluation is deterministic: evaluation mode, and the same batches every time. Among equal scores
 the lower class ranks first, and a row with a NaN score counts as wrong. A score of minus infinity
-stands for a choice that a row does not have. The interval of an
-accuracy is Wilson's; the interval of an F1 comes from 1,000 seeded resamples of the confusion
-matrix.
+stands for a choice that a row does not have. The interval of an accuracy is Wilson's; the interval
+of an F1 comes from 1,000 seeded resamples of the confusion matrix.
 """
 
 import math

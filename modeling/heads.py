@@ -17,7 +17,7 @@ from restitch.merging.digests import canonical_json
 from restitch.merging.errors import Damage
 from restitch.merging.progress import Progress
 from restitch.modeling.data.imagenet import openai_imagenet
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.task import PROMPT_KEYS, HeadSpec
 
 FORMAT_VERSION = 1
 _METADATA = "restitch_head"
@@ -39,13 +39,10 @@ def listed(spec: HeadSpec) -> HeadSpec:
     return spec.model_copy(update=update)
 
 
-_OF_PROMPTS = frozenset({"prompt", "choices_column", "score"})
-
-
 def _described(spec: HeadSpec) -> dict[str, Any]:
     """All of a listed head's description; keys of prompts only in heads with a prompt."""
     values = spec.model_dump(mode="json", exclude={"labels_from"})
-    return {k: v for k, v in values.items() if v is not None or k not in _OF_PROMPTS}
+    return {k: v for k, v in values.items() if v is not None or k not in PROMPT_KEYS}
 
 
 @dataclass(frozen=True)

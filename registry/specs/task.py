@@ -216,6 +216,8 @@ class HeadSpec(ClassesSpec):
 
 
 _ANSWERS = ("choices", "choices_column")
+# Left out of the digests of tasks and heads without a prompt.
+PROMPT_KEYS = ("prompt", *_ANSWERS, "score")
 
 
 class TaskSpec(Spec):

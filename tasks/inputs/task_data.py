@@ -21,13 +21,11 @@ from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.paths import is_there
 from restitch.registry.sources.resolve import pin_data, resolve_source
 from restitch.registry.specs.localize import LocalizeSpec
-from restitch.registry.specs.task import HeadSpec, TaskSpec, split_pin
+from restitch.registry.specs.task import PROMPT_KEYS, HeadSpec, TaskSpec, split_pin
 from restitch.tasks.inputs.checkpoints import Base, LiveBase
 from restitch.tasks.runtime.console import warn, working
 from restitch.tasks.runtime.workspace import Workspace, made_by
 
-# Left out of the digest of a task without a prompt.
-_OF_PROMPTS = ("prompt", "choices", "choices_column", "score")
 _AT_ONCE = 64
 
 
@@ -49,7 +47,7 @@ def same_task(one: TaskSpec, other: TaskSpec) -> bool:
 def _meaning(spec: TaskSpec) -> dict[str, Any]:
     values = spec.without_expected().to_json()  # it is about one model, not about the task
     if spec.prompt is None:
-        for key in _OF_PROMPTS:
+        for key in PROMPT_KEYS:
             del values[key]
     if values["data"] is not None and values["data"]["content"] is not None:
         for place in ("path", "train", "validation", "test"):
