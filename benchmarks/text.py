@@ -250,7 +250,7 @@ def task_arithmetic(work: Path, found: Outcome, tasks: dict[str, Path]) -> Refer
     kept = found.record.retention
     retention = None
     if kept is not None:
-        retention = _accuracy(line_state, base, live, None, "test") / kept.base_top1
+        retention = _accuracy(line_state, base, live, None, "test") / kept.base
     _set(live, base, sums, 0.0)
     own = {t: r.finetuned for t, r in found.record.results.items()}
     shares = [accuracy[task] / value for task, value in own.items() if value]

@@ -1,14 +1,12 @@
-"""Paired comparison of two models on the same rows, from the correctness of each row.
+"""Shares of right rows: their intervals, and the paired comparison of two models.
 
 The test is McNemar's with the mid-p value, in which the observed case counts half: the exact test
 is so conservative that it contradicts the intervals (Fagerland et al. 2013). The 95 % intervals
-are those of Agresti and Min (2005) for a difference of shares, and of the delta method on the
-logarithm for a ratio. A difference of values that are no shares has Newcombe's interval (1998),
-which is made from the intervals of the two values.
+are Wilson's for a share, those of Agresti and Min (2005) for a difference of shares, and those of
+the delta method on the logarithm for a ratio. `row_values` has the rows of other metrics.
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,11 +22,11 @@ class Paired:
     """Two models on the same rows.
 
     Attributes:
-        difference: the second model's share of correct rows minus the first's.
+        difference: the second model's value minus the first's.
         low: the lower end of its 95 % interval; `high` is the upper one.
-        p_value: of the hypothesis that both shares are equal.
-        gained: rows that only the second model has right.
-        lost: rows that only the first model has right.
+        p_value: of the hypothesis that both models are equally good.
+        gained: rows on which only the second model is right, or on which it is better.
+        lost: rows on which only the first model is right, or on which it is better.
     """
 
     difference: float
@@ -45,14 +43,8 @@ class Paired:
         return self.p_value < LEVEL
 
 
-def compare_rows(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Paired:
-    """Compare two models by whether each has each row right.
-
-    Raises:
-        ValueError: the rows differ, or there are none.
-    """
-    if first.shape != second.shape or not len(first):
-        raise ValueError("only models on the same rows can be compared row by row")
+def compare_right(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Paired:
+    """Compare two models by whether each has each of the same rows right."""
     gained, lost = int((second & ~first).sum()), int((first & ~second).sum())
     rows = len(first)
     # Half a row in each cell keeps the interval honest where all rows agree.
@@ -70,47 +62,30 @@ def compare_rows(first: NDArray[np.bool_], second: NDArray[np.bool_]) -> Paired:
     )
 
 
-def ratio_interval(
-    base: NDArray[np.bool_], merged: NDArray[np.bool_]
+def right_ratio_interval(
+    first: NDArray[np.bool_], second: NDArray[np.bool_]
 ) -> tuple[float, float] | None:
-    """The 95 % interval of the merged model's share of correct rows over that of the base.
+    """The 95 % interval of the second model's share of right rows over that of the first.
 
     None if either has no row right: the ratio then has no interval.
     """
-    if base.shape != merged.shape:
-        raise ValueError("only models on the same rows can be compared row by row")
-    both = int((base & merged).sum())
-    one, other = int(base.sum()), int(merged.sum())
+    both = int((first & second).sum())
+    one, other = int(first.sum()), int(second.sum())
     if one == 0 or other == 0:
         return None
-    first, second = one + 0.5, other + 0.5  # half a row in each cell, as above
-    variance = 1 / first + 1 / second - 2 * both / (first * second)
+    below, above = one + 0.5, other + 0.5  # half a row in each cell, as above
+    variance = 1 / below + 1 / above - 2 * both / (below * above)
     centre, half = math.log(other / one), _Z * math.sqrt(variance)
     return math.exp(centre - half), math.exp(centre + half)
 
 
-def difference_interval(
-    first: float, first_ends: tuple[float, float], second: float, second_ends: tuple[float, float]
-) -> tuple[float, float]:
-    """The 95 % interval of the second value minus the first, from their own intervals.
-
-    It ignores that both models were measured on the same rows, and so is rather too wide.
-    """
-    difference = second - first
-    below = math.hypot(second - second_ends[0], first_ends[1] - first)
-    above = math.hypot(second_ends[1] - second, first - first_ends[0])
-    return difference - below, difference + above
-
-
-def rows_of(evaluation: Mapping[str, object]) -> NDArray[np.bool_]:
-    """One boolean per row, from a stored evaluation."""
-    return unpacked(bytes.fromhex(str(evaluation["correct"])), int(str(evaluation["count"])))
-
-
-def unpacked(correct: bytes, count: int) -> NDArray[np.bool_]:
-    """One boolean per row, from one bit per row, most significant first."""
-    bits = np.unpackbits(np.frombuffer(correct, dtype=np.uint8), count=count)
-    return bits.astype(np.bool_)
+def wilson(successes: float, count: int) -> tuple[float, float]:
+    """Compute Wilson's 95 % interval of a share."""
+    share, square = successes / count, _Z * _Z
+    centre = share + square / (2 * count)
+    half = _Z * math.sqrt(share * (1 - share) / count + square / (4 * count * count))
+    scale = 1 + square / count
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
 
 
 def _mcnemar(gained: int, lost: int) -> float:

@@ -23,7 +23,6 @@ from restitch.merging.numerics.bisection import geometric, smallest
 from restitch.merging.numerics.bitwise import gather, scatter
 from restitch.merging.ranking.top_k import Scores, top_k
 from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
-from restitch.modeling.significance import ratio_interval
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.specs.localize import DEFAULT_DENSITY, LocalizeSpec
 from restitch.registry.specs.task import TaskSpec
@@ -206,11 +205,13 @@ class Density:
 
         with working(f"choosing the density of {self.task.task}"):
             best = look(most)
-            reference = whole_model.value
+            reference, metric = whole_model.value, whole_model.metric
             if best.may_reach(target):
-                reference = min(reference, best.value)
+                reference = best.value
             candidates = geometric(max(1, kept_count(_LOWEST, coordinates)), most)
-            kept = smallest(candidates, lambda count: look(count).value >= target * reference)
+            kept = smallest(
+                candidates, lambda count: metric.reaches(look(count).value, target, reference)
+            )
         chosen = look(most if kept is None else kept)
         message = (
             f"the mask of {self.task.task} recovers {chosen.recovered:.1%} of the finetuned "
@@ -234,7 +235,8 @@ class Density:
 
 
 def _look(kept: int, coordinates: int, grafted: Evaluation, finetuned: Evaluation) -> Look:
-    interval = ratio_interval(finetuned.correct_rows(), grafted.correct_rows())
+    interval = finetuned.rows.ratio_interval(grafted.rows)
     low, high = (None, None) if interval is None else interval
-    recovered = grafted.value / finetuned.value if finetuned.value else 1.0
+    ratio = finetuned.metric.ratio(grafted.value, finetuned.value)
+    recovered = 1.0 if ratio is None else ratio
     return Look(kept, kept / coordinates, grafted.value, recovered, low, high)

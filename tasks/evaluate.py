@@ -194,12 +194,11 @@ def _reported(data: TaskData, spec: TaskSpec) -> tuple[Rows, NDArray[np.int64] |
 def _ref(blob: str, space: Workspace) -> ResultRef:
     stored = Evaluation.from_json(json.loads(space.objects.read_blob(blob)))
     return ResultRef(
-        metric=stored.metric,
+        metric=stored.metric.name,
         value=stored.value,
         low=stored.interval[0],
         high=stored.interval[1],
         count=stored.count,
-        top1=stored.top1,
-        top5=stored.top5,
+        more=dict(stored.more),
         blob=blob,
     )

@@ -4,55 +4,28 @@ A model that is not better than the base has no skill to merge, or it is not mea
 trained: its labels, prompts, inputs, head or tokenizer differ.
 """
 
-import json
-
 from restitch.merging.errors import GateFailed, shortlist
-from restitch.modeling.evaluation import wilson
 from restitch.modeling.families.family import get_family
-from restitch.modeling.significance import compare_rows, difference_interval, rows_of
 from restitch.registry.ledger.line_state import ModelFacts
 from restitch.registry.ledger.measurements import Gain, ResultRef, compared
 from restitch.registry.record import Interval
 from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.objects import ObjectStore
+from restitch.tasks.compare_results import read_evaluation, verdict_of
 from restitch.tasks.runtime.refs import LineRef
-
-_FEWEST = 10  # rows; with fewer the interval of a difference is too narrow
 
 
 def gain_over_base(objects: ObjectStore, base: ResultRef, finetuned: ResultRef) -> Gain:
-    """Compare two evaluations of the same rows.
-
-    The correctness of each row decides about accuracy, as everywhere. F1 has no test on paired
-    rows: the interval of the difference decides.
-    """
-    difference = finetuned.value - base.value
-    if base.metric == "accuracy":
-        first, second = (rows_of(json.loads(objects.read_blob(r.blob))) for r in (base, finetuned))
-        pairs = compare_rows(first, second)
-        interval = Interval(low=pairs.low, high=pairs.high)
-        return _gain(difference, interval, pairs.is_significant, pairs.p_value)
-    low, high = difference_interval(base.value, _ends(base), finetuned.value, _ends(finetuned))
-    significant = (low > 0 or high < 0) and base.count >= _FEWEST
-    return _gain(difference, Interval(low=low, high=high), significant)
-
-
-def _gain(
-    difference: float, interval: Interval, significant: bool, p_value: float | None = None
-) -> Gain:
-    changed = "better" if difference > 0 else "worse"
+    """Compare two evaluations of the same rows."""
+    first, second = (read_evaluation(objects, result.blob) for result in (base, finetuned))
+    pairs = first.rows.compare(second.rows)
+    verdict = verdict_of(pairs, base.metric)
     return Gain(
-        verdict=changed if significant else "not better",
-        difference=difference,
-        interval=interval,
-        p_value=p_value,
+        verdict="not better" if verdict == "same" else verdict,
+        difference=pairs.difference,
+        interval=Interval(low=pairs.low, high=pairs.high),
+        p_value=pairs.p_value,
     )
-
-
-def _ends(result: ResultRef) -> tuple[float, float]:
-    """The interval of a value; with few rows, resampling alone would make it too narrow."""
-    low, high = wilson(result.value * result.count, result.count)
-    return min(low, result.low), max(high, result.high)
 
 
 def why_held(line: LineRef, spec: TaskSpec, facts: ModelFacts) -> GateFailed:
@@ -68,7 +41,8 @@ def why_held(line: LineRef, spec: TaskSpec, facts: ModelFacts) -> GateFailed:
     return GateFailed(
         f"significantly worse than the base on its own task:"
         f" {base.metric} {finetuned.value:.3f}, the base has {base.value:.3f}",
-        expected=f"{base.metric} above {base.value:.3f}",
+        expected=f"{base.metric} {'below' if base.measure.lower_is_better else 'above'}"
+        f" {base.value:.3f}",
         found=compared(facts.gain, facts.results),
         details=[f"likely cause: {cause}" for cause in likely_causes(line, spec, facts)],
         hint=f"correct the task file and declare it with `restitch task {name} --task FILE"

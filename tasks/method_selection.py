@@ -14,8 +14,8 @@ from typing import Any, TypedDict
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
+from restitch.modeling.evaluation import Evaluation
 from restitch.modeling.families.family import Family
-from restitch.modeling.significance import ratio_interval
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.specs.method import ObjectiveSpec, TournamentSpec
 from restitch.registry.specs.task import TaskSpec
@@ -254,12 +254,12 @@ class _SuccessiveHalving:
         base = None if general is None else general.take()
         for index in remaining:
             with self._live.wearing(WeightsRef("merged", patches[index]), self._space):
-                tasks = {task: exam.take().value for task, exam in exams.items()}
+                tasks = {task: exam.take() for task, exam in exams.items()}
                 retention, highest = None, None
                 if general is not None and base is not None:
                     merged = general.take()
-                    retention = merged.top1 / base.top1 if base.top1 else 0.0
-                    interval = ratio_interval(base.correct_rows(), merged.correct_rows())
+                    retention = base.metric.ratio(merged.value, base.value) or 0.0
+                    interval = base.rows.ratio_interval(merged.rows)
                     # A few rows must not eliminate what all rows would have let pass.
                     highest = retention if last or interval is None else interval[1]
             results[index] = self._scored(tasks, retention, highest)
@@ -269,12 +269,12 @@ class _SuccessiveHalving:
         return counts
 
     def _scored(
-        self, tasks: dict[str, float], retention: float | None, highest: float | None
+        self, tasks: dict[str, Evaluation], retention: float | None, highest: float | None
     ) -> dict[str, Any]:
         objective = self._selection.objective
-        mean = sum(tasks.values()) / len(tasks)
+        mean = sum(one.worth for one in tasks.values()) / len(tasks)
         return {
-            "tasks": tasks,
+            "tasks": {task: one.value for task, one in tasks.items()},
             "mean": mean,
             "retention": retention,
             "score": objective.accuracy * mean + objective.retention * (retention or 0.0),

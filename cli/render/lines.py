@@ -151,8 +151,8 @@ def results(record: Values, out: Console) -> None:
     if kept is not None:
         write(
             out,
-            f"  retention on {kept['task']}: top-1"
-            f" {with_interval(kept['top1'], kept['interval'])}, base {kept['base_top1']:.3f},"
+            f"  retention on {kept['task']}: {kept['metric']}"
+            f" {with_interval(kept['value'], kept['interval'])}, base {kept['base']:.3f},"
             f" ratio {with_interval(kept['ratio'], kept['ratio_interval'])}"
             f" ({kept['count']} rows)",
         )

@@ -15,7 +15,7 @@ from restitch.merging.order import by_bytes
 from restitch.modeling.tensor_location import place_of
 from restitch.registry.ledger.records import MergedRecord, Retention, TaskResult, differences
 from restitch.registry.store.objects import ObjectStore
-from restitch.tasks.compare_results import compare_results
+from restitch.tasks.compare_results import compare_results, verdict_of
 from restitch.tasks.runtime.workspace import workspace
 
 
@@ -78,10 +78,9 @@ def _compared(
 ) -> dict[str, Any]:
     one, other = _value(first), _value(second)
     pairs = compare_results(objects, first, second)
-    verdict = "unknown"
-    if pairs is not None:
-        up = "better" if pairs.difference > 0 else "worse"
-        verdict = up if pairs.is_significant else "same"
+    verdict: str = "unknown"
+    if pairs is not None and second is not None:
+        verdict = verdict_of(pairs, second.metric)
     return {
         "a": one,
         "b": other,
@@ -98,7 +97,7 @@ def _compared(
 def _value(result: TaskResult | Retention | None) -> float | None:
     if result is None:
         return None
-    return result.top1 if isinstance(result, Retention) else result.merged
+    return result.value if isinstance(result, Retention) else result.merged
 
 
 def _weights(objects: ObjectStore, first: MergedRecord, second: MergedRecord) -> dict[str, Any]:

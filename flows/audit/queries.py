@@ -247,7 +247,7 @@ def _summary(
         "mean_normalized": record.mean_normalized,
         "retention": retention.get("ratio"),
         "retention_interval": retention.get("ratio_interval"),
-        "top1": retention.get("top1"),
+        "general": retention.get("value"),
         "passed": record.passed,
         "verdict": record.verdict,
         "failed": list(record.misses),

@@ -1,6 +1,5 @@
 """Stitch, evaluate and judge a set of members, which may become a merged version."""
 
-import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,7 +13,6 @@ from restitch.flows.promotion.versions import members_of
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.recipe import Recipe
-from restitch.modeling.significance import ratio_interval, rows_of
 from restitch.registry.gates.gate import Drop, GateOutcome, Measured, NotMeasured
 from restitch.registry.gates.max_task_drop import MaxTaskDrop
 from restitch.registry.gates.registry import check_gates
@@ -29,7 +27,7 @@ from restitch.registry.ledger.records import (
 )
 from restitch.registry.record import Interval
 from restitch.registry.specs.task import TaskSpec
-from restitch.tasks.compare_results import compare_results
+from restitch.tasks.compare_results import compare_results, read_evaluation
 from restitch.tasks.evaluate import evaluate
 from restitch.tasks.gain import gain_over_base
 from restitch.tasks.inputs.task_data import evaluation_split
@@ -206,15 +204,15 @@ def _normalized(result: TaskResult) -> float | NotMeasured:
         return NotMeasured(NO_ROWS)
     if result.finetuned is None:
         return NotMeasured("the finetuned model could not be evaluated")
-    return NotMeasured(f"the finetuned model's {result.metric} is 0")
+    return NotMeasured(f"the finetuned model's {result.metric} is {result.finetuned:g}")
 
 
 def _ratio(snapshot: Snapshot, retention: Retention | None) -> float | NotMeasured:
     """The retention on the line's benchmark, or why there is none."""
     benchmark = snapshot.benchmark
     if retention is not None:
-        zero = f"the base's accuracy on {retention.task} is 0"
-        return retention.ratio if retention.base_top1 else NotMeasured(zero)
+        zero = f"the base's {retention.metric} on {retention.task} is {retention.base:g}"
+        return NotMeasured(zero) if retention.ratio is None else retention.ratio
     if benchmark is not None:
         return NotMeasured(f"the benchmark {benchmark.task} has no rows to evaluate on")
     named = snapshot.line_state.spec.retention
@@ -255,7 +253,9 @@ def measure_member(
         grafted=grafted.value,
         merged=result.value,
         gain=gain,
-        normalized=result.value / finetuned.value if finetuned and has_gain else None,
+        normalized=result.measure.ratio(result.value, finetuned.value)
+        if finetuned and has_gain
+        else None,
         interval=_interval(result),
         intervals={name: _interval(ref) for name, ref in known.items() if ref is not result},
         count=result.count,
@@ -281,16 +281,16 @@ def measure_retention(
     base = evaluate(line, spec, WeightsRef("base"))
     result = evaluate(line, spec, merged, None, again)
     blobs = {"base": base.blob, "merged": result.blob}
-    read = workspace().objects.read_blob
-    rows = {name: rows_of(json.loads(read(blob))) for name, blob in blobs.items()}
-    of_ratio = ratio_interval(rows["base"], rows["merged"])
+    rows = {n: read_evaluation(workspace().objects, blob).rows for n, blob in blobs.items()}
+    of_ratio = rows["base"].ratio_interval(rows["merged"])
     return Retention(
         task=spec.task,
-        top1=result.top1,
-        top5=result.top5,
-        base_top1=base.top1,
-        base_top5=base.top5,
-        ratio=result.top1 / base.top1 if base.top1 else 0.0,
+        metric=result.metric,
+        value=result.value,
+        base=base.value,
+        ratio=result.measure.ratio(result.value, base.value),
+        more=result.more,
+        base_more=base.more,
         interval=_interval(result),
         base_interval=_interval(base),
         ratio_interval=None if of_ratio is None else Interval(low=of_ratio[0], high=of_ratio[1]),
@@ -327,17 +327,17 @@ def _drop(line: LineRef, champion: MergedRecord, member: Member, new: TaskResult
     """
     assert new.merged is not None
     old = evaluate(line, member.spec, WeightsRef("merged", champion.patch), member.model.model)
-    lost = old.value - new.merged
     before = TaskResult(metric=new.metric, evaluations={"merged": old.blob}, data=new.data)
     pairs = compare_results(workspace().objects, before, new)
-    if pairs is None:
-        inside = new.merged >= old.low
-        return Drop(value=lost, is_noise=inside, against=champion.version)
+    assert pairs is not None, "both have the same rows and the same metric"
+    metric = old.measure
+    ends = sorted(metric.loss(old.value, old.value + end) for end in (pairs.low, pairs.high))
     return Drop(
-        value=lost,
+        value=metric.loss(old.value, new.merged),
+        fraction_of=None if metric.is_share else metric.name,
         is_noise=not pairs.is_significant,
         against=champion.version,
-        interval=Interval(low=-pairs.high, high=-pairs.low),
+        interval=Interval(low=ends[0], high=ends[1]),
         p_value=pairs.p_value,
     )
 

@@ -12,6 +12,7 @@ computed twice; `restitch gc` removes results that no version refers to.
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from restitch.flows.promotion.candidates import measure_member, measure_retention
@@ -23,6 +24,7 @@ from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import Method, get_method, method_names
 from restitch.registry.ledger.records import mean_of
 from restitch.registry.mlflow.projection import StudyPart
+from restitch.registry.specs.metric import METRICS, mean_share
 from restitch.tasks.merge import make_recipe, stitch
 from restitch.tasks.report.drawing import drawing, to_png
 from restitch.tasks.report.plots import methods_plot
@@ -135,8 +137,8 @@ def compare(
         line=line,
         members={m.task: m.version for m in snapshot.members},
         tuned=tuned,
-        methods=tuple(sorted(merged, key=_accuracy, reverse=True)),
-        experts=tuple(sorted(experts, key=_accuracy, reverse=True)),
+        methods=tuple(sorted(merged, key=partial(_quality, value="merged"), reverse=True)),
+        experts=tuple(sorted(experts, key=partial(_quality, value="expert"), reverse=True)),
         left_out=lacking,
     )
     artifacts = {}
@@ -157,8 +159,10 @@ def compare(
     return outcome
 
 
-def _accuracy(row: MethodResult) -> float:
-    return row.mean_accuracy or 0.0
+def _quality(row: MethodResult, value: str) -> float:
+    """The mean over the tasks, on the scale of `Metric.worth`."""
+    known = [(METRICS[one["metric"]], one[value]) for one in row.results.values()]
+    return mean_of(of.worth(one) for of, one in known if one is not None) or 0.0
 
 
 def _describe(ready: WhatIf, method: Method) -> dict[str, Any]:
@@ -188,7 +192,7 @@ def _measure_merged(snapshot: Snapshot, ready: WhatIf, method: Method) -> Merged
     return MergedResult(
         **_describe(ready, method),
         results={task: result.to_json() for task, result in results.items()},
-        mean_accuracy=mean_of(result.merged for result in results.values()),
+        mean_accuracy=mean_share((result.metric, result.merged) for result in results.values()),
         mean_normalized=mean_of(result.normalized for result in results.values()),
         retention=None if retention is None else retention.to_json(),
         seconds=patch.seconds,

@@ -24,6 +24,7 @@ from restitch.merging.methods.registry import Method, get_method, method_names
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.ledger.records import MergedRecord, TaskResult, mean_of
 from restitch.registry.ledger.references import SPECIALISTS
+from restitch.registry.specs.metric import mean_share
 from restitch.registry.store.deletion_notice import check_not_deleted
 from restitch.tasks.merge import make_recipe
 from restitch.tasks.report.drawing import drawing, to_png
@@ -192,7 +193,7 @@ def measure_specialists(
     models = sum(member.model.model.size for member in members)
     return SpecialistMeasurements(
         results={task: _specialist_result(result) for task, result in results.items()},
-        mean_accuracy=mean_of(result.merged for result in results.values()),
+        mean_accuracy=mean_share((result.metric, result.merged) for result in results.values()),
         mean_normalized=mean_of(result.normalized for result in results.values()),
         recipe=made.recipe,
         bytes=SpecialistBytes(**_part_bytes(made), base=line.base.size, models=models),

@@ -33,17 +33,20 @@ Fraction = Annotated[
 
 
 class Drop(Record):
-    """The accuracy that a task lost against the champion.
+    """What a task lost against the champion.
 
     Attributes:
-        value: the absolute loss; negative for a gain.
+        value: the absolute loss of a share, such as accuracy; negative for a gain.
+        fraction_of: the metric of a task that has no share: the loss is a fraction of the
+            champion's value.
         is_noise: whether the loss can be chance.
         against: the version that was the champion.
-        interval: its 95 % interval, if both were measured on the same rows.
-        p_value: the probability of such a difference without a real one, likewise.
+        interval: its 95 % interval.
+        p_value: the probability of such a difference without a real one.
     """
 
     value: float
+    fraction_of: str | None = None
     is_noise: bool
     against: int
     interval: Interval | None = None
@@ -57,7 +60,10 @@ class Drop(Record):
     def sentence(self, task: str) -> str:
         """The loss of a task, as one sentence."""
         p_value = "" if self.p_value is None else f" (p = {self.p_value:.2g})"
-        return f"{task} lost {self.value:.4f} against version {self.against}{p_value}"
+        lost = f"{self.value:.4f}"
+        if self.fraction_of is not None:
+            lost = f"{100 * self.value:.3g} % of its {self.fraction_of}"
+        return f"{task} lost {lost} against version {self.against}{p_value}"
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,8 @@ class MaxTaskDrop(Gate):
     name = "max_task_drop"
     limit = Fraction
     description = (
-        "The most absolute accuracy that a task may lose against the champion. "
+        "The most absolute accuracy that a task may lose against the champion; a fraction of the "
+        "champion's value if lower is better, as for perplexity. "
         "A loss that can be chance passes."
     )
     example = 0.01

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from restitch.registry.record import Interval, Record
+from restitch.registry.specs.metric import METRICS, Metric
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -14,12 +15,10 @@ class ResultRef(Record):
     """One evaluation.
 
     Attributes:
-        value: the task's metric, between 0 and 1; `low` and `high` are its 95 % interval.
+        value: the task's metric; `low` and `high` are its 95 % interval.
         count: the number of rows.
-        top1: the share of rows whose first guess is right.
-        top5: the share of rows with the right class among the first five; None with five
-            classes or fewer.
-        blob: the digest of the stored evaluation, with the correctness of every row.
+        more: further values of the same rows by name; see `modeling.evaluation.Evaluation`.
+        blob: the digest of the stored evaluation, with the outcome of every row.
     """
 
     metric: str
@@ -27,9 +26,13 @@ class ResultRef(Record):
     low: float
     high: float
     count: int
-    top1: float
-    top5: float | None
+    more: dict[str, float] = Field(default_factory=dict)
     blob: Digest
+
+    @property
+    def measure(self) -> Metric:
+        """The metric, with its direction."""
+        return METRICS[self.metric]
 
 
 class Gain(Record):
@@ -39,14 +42,13 @@ class Gain(Record):
         verdict: `better` or `worse` if chance alone would rarely make the difference.
         difference: the finetuned model's value minus the base's.
         interval: its 95 % interval.
-        p_value: the probability of such a difference without a real one; None for a metric that
-            has no test on paired rows.
+        p_value: the probability of such a difference without a real one.
     """
 
     verdict: Literal["better", "not better", "worse"]
     difference: float
     interval: Interval
-    p_value: float | None = None
+    p_value: float
 
 
 class Acceptance(Record):
@@ -60,11 +62,10 @@ class Acceptance(Record):
 def compared(gain: Gain, results: Mapping[str, ResultRef]) -> str:
     """Both values and their difference, for a message."""
     base, finetuned = results["base"], results["finetuned"]
-    p_value = "" if gain.p_value is None else f", p = {gain.p_value:.2g}"
     return (
         f"{finetuned.metric} {finetuned.value:.3f}, the base has {base.value:.3f}:"
-        f" {gain.difference:+.3f} (95 %: {gain.interval.low:+.3f} to {gain.interval.high:+.3f}"
-        f"{p_value}, {finetuned.count} rows)"
+        f" {gain.difference:+.3f} (95 %: {gain.interval.low:+.3f} to {gain.interval.high:+.3f},"
+        f" p = {gain.p_value:.2g}, {finetuned.count} rows)"
     )
 
 

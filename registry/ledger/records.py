@@ -17,6 +17,7 @@ from restitch.registry.gates.gate import Drop, GateOutcome, Verdict
 from restitch.registry.ledger.line_state import LineState, MemberFacts, Number
 from restitch.registry.ledger.measurements import Digest, Gain
 from restitch.registry.record import Interval, Record
+from restitch.registry.specs.metric import METRICS, mean_share
 
 FORMAT = 1
 
@@ -107,12 +108,12 @@ class TaskResult(Record):
         base: the value of the base; likewise `finetuned`, `grafted` and `merged`. None if it
             was not measured.
         gain: the comparison of finetuned and base; None if it was not measured.
-        normalized: merged over finetuned, if the finetuned model is better than the base:
-            otherwise a model without any skill would have the best value.
+        normalized: merged over finetuned, inverted where lower is better, if the finetuned model
+            is better than the base: otherwise a model without any skill would have the best value.
         interval: of the merged value.
         intervals: of the other values, by name.
         count: the number of examples.
-        evaluations: the stored evaluations by name, with the correctness of every row.
+        evaluations: the stored evaluations by name, with the outcome of every row.
     """
 
     metric: str = "accuracy"
@@ -137,25 +138,31 @@ class TaskResult(Record):
 
     @property
     def share_of_finetuned(self) -> float | None:
-        """Merged over finetuned, even if the finetuned model has no gain."""
-        return self.merged / self.finetuned if self.merged is not None and self.finetuned else None
+        """Merged over finetuned, even if the finetuned model has no gain; see `Metric.ratio`."""
+        if self.merged is None or self.finetuned is None:
+            return None
+        return METRICS[self.metric].ratio(self.merged, self.finetuned)
 
 
 class Retention(Record):
     """The general ability of the merged model, compared with that of the base.
 
     Attributes:
-        top1: of the merged model; its 95 % interval is `interval`.
-        ratio: top1 over that of the base; its 95 % interval is `ratio_interval`.
+        value: the metric of the merged model; its 95 % interval is `interval`.
+        base: that of the base; its 95 % interval is `base_interval`.
+        ratio: value over base, inverted where lower is better; its 95 % interval is
+            `ratio_interval`. None if it would be a division by zero.
+        more: further values of the merged model by name, such as `top5`; `base_more` of the base.
         evaluations: the stored evaluations of base and merged.
     """
 
     task: str
-    top1: float
-    top5: float | None = None
-    base_top1: float
-    base_top5: float | None = None
-    ratio: float
+    metric: str = "accuracy"
+    value: float
+    base: float
+    ratio: float | None
+    more: dict[str, float] = Field(default_factory=dict)
+    base_more: dict[str, float] = Field(default_factory=dict)
     interval: Interval | None = None
     base_interval: Interval | None = None
     ratio_interval: Interval | None = None
@@ -230,8 +237,8 @@ class MergedRecord(_Stored):
 
     @property
     def mean_accuracy(self) -> float | None:
-        """The mean of the merged values of the tasks that were evaluated."""
-        return mean_of(r.merged for r in self.results.values())
+        """The mean of the merged values of the tasks that were evaluated by a share."""
+        return mean_share((r.metric, r.merged) for r in self.results.values())
 
     @property
     def mean_normalized(self) -> float | None:

@@ -171,8 +171,11 @@ def metrics_of(record: MergedRecord) -> dict[str, float]:
     retention = record.retention
     if retention is not None:
         metrics |= {
-            f"retention/{name}": getattr(retention, name)
-            for name in ("top1", "top5", "base_top1", "base_top5", "ratio")
+            f"retention/{retention.metric}": retention.value,
+            f"retention/base_{retention.metric}": retention.base,
+            **{f"retention/{name}": value for name, value in retention.more.items()},
+            **{f"retention/base_{name}": value for name, value in retention.base_more.items()},
+            "retention/ratio": retention.ratio,
         }
         metrics |= _bounds("retention/", retention.interval)
         metrics |= _bounds("retention/ratio_", retention.ratio_interval)
@@ -220,8 +223,8 @@ def describe(record: MergedRecord) -> str:
         )
     if idle := [task for task, result in sorted(record.results.items()) if result.has_no_gain]:
         facts.append(f"holds {len(idle)} without a gain over the base ({', '.join(idle[:8])})")
-    if record.retention is not None:
-        facts.append(f"keeps {record.retention.ratio:.1%} of the base's accuracy")
+    if record.retention is not None and record.retention.ratio is not None:
+        facts.append(f"keeps {record.retention.ratio:.1%} of the base's {record.retention.metric}")
     *some, last = facts or ["was not evaluated"]
     lost = "".join(f" {loss}." for loss in record.losses)
     return f"{first} It {', '.join(some)}{' and ' if some else ''}{last}.{lost}"

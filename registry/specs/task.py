@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from restitch.registry.specs.base import Count, InFile, Spec, Text
+from restitch.registry.specs.metric import MetricName
 from restitch.registry.specs.prompt import prompt_columns
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
@@ -52,7 +53,6 @@ Name = Annotated[
 ]
 
 
-Metric = Literal["accuracy", "f1"]
 Score = Literal["sum", "per_token", "per_character"]
 Modality = Literal["text", "image"]
 
@@ -248,7 +248,7 @@ class TaskSpec(Spec):
     """The factor of the cosines in the scores; by default the family's own."""
     max_length: MaxLength | None = Field(default=None, examples=[128])
     """Tokens per text; by default as many as the model reads."""
-    metric: Metric = "accuracy"
+    metric: MetricName = "accuracy"
     """`accuracy`, or `f1`: of class 1 where there are two, else the mean over the classes."""
     expected: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
         default=None, examples=[0.91]

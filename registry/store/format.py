@@ -9,7 +9,7 @@ from restitch.merging.digests import canonical_json
 from restitch.merging.errors import BadInput
 from restitch.registry.store.base import NotInStore, Store
 
-FORMAT = 1
+FORMAT = 2
 MARKER = "format.json"
 
 

@@ -145,15 +145,16 @@ def _retention(record: MergedRecord) -> str:
     retention = record.retention
     if retention is None:
         return ""
+    metric = retention.metric
     rows = [
-        ("merged, top-1", _number(retention.top1), _interval(retention.interval)),
-        ("base, top-1", _number(retention.base_top1), _interval(retention.base_interval)),
+        (f"merged, {metric}", _number(retention.value), _interval(retention.interval)),
+        (f"base, {metric}", _number(retention.base), _interval(retention.base_interval)),
         ("retention", _number(retention.ratio), _interval(retention.ratio_interval)),
     ]
     return (
-        f"Zero-shot top-1 accuracy on `{retention.task}` ({retention.count} rows): "
-        f"{retention.top1:.4f}, base {retention.base_top1:.4f}, "
-        f"retention {retention.ratio:.4f}.\n\n"
+        f"General ability by {metric} on `{retention.task}` ({retention.count} rows): "
+        f"{retention.value:.4f}, base {retention.base:.4f}, "
+        f"retention {_number(retention.ratio)}.\n\n"
         + _table(("general benchmark", "value", "95 % interval"), rows)
     )
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from restitch.registry.gates.gate import GateOutcome
+from restitch.registry.specs.metric import METRICS
 from restitch.tasks.report.drawing import Plot, drawing, to_png, to_svg
 from restitch.tasks.report.mask_plots import (
     components_plot,
@@ -153,6 +154,7 @@ def _template() -> Any:
         "moment": lambda time: str(time)[:19].replace("T", " "),
         "as_json": _as_json,
         "outcome_of": lambda gate: GateOutcome.model_validate(gate).verdict,
+        "lower_is_better": lambda metric: METRICS[metric].lower_is_better,
         "named": lambda names: [(name, "number") for name in names],
     }
     return environment.get_template("page.html.j2")

@@ -14,7 +14,7 @@ from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.methods.registry import Method, get_method
 from restitch.merging.recipe import Recipe
-from restitch.modeling.evaluation import EVALUATOR_VERSION
+from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
 from restitch.registry.ledger.line_state import Member
 from restitch.tasks.evaluate import Exam
 from restitch.tasks.inputs.checkpoints import Base, LiveBase, device, live_base, open_base
@@ -77,29 +77,33 @@ def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | 
     curve: list[dict[str, Any]] = []
     with working(f"tuning {method.name}") as progress:
         for number, (value, recipe) in enumerate(zip(values, recipes, strict=True)):
-            values_by_task = _evaluated(live, base, recipe, exams, space)
-            mean = sum(values_by_task.values()) / len(values_by_task)
-            curve.append({"value": value, "mean": mean, "tasks": values_by_task})
+            found = _evaluated(live, base, recipe, exams, space)
+            worths = {task: one.worth for task, one in found.items()}
+            mean = sum(worths.values()) / len(worths)
+            tasks = {task: one.value for task, one in found.items()}
+            curve.append({"value": value, "mean": mean, "tasks": tasks, "worths": worths})
             progress(number + 1, len(values))
     rows = {exam.spec.task: exam.count for exam in exams}
     best: float | dict[str, float] = _best(curve)
     if method.kind == "experts":
-        best = {task: _best([{**p, "mean": p["tasks"][task]} for p in curve]) for task in rows}
+        best = {task: _best([{**p, "mean": p["worths"][task]} for p in curve]) for task in rows}
+    for point in curve:
+        del point["worths"]
     return Tuned(**space.keep("tuning", key, asdict(Tuned(setting, best, curve, rows))))
 
 
 def _evaluated(
     live: LiveBase, base: Base, recipe: Recipe, exams: list[Exam], space: Workspace
-) -> dict[str, float]:
-    """The metric of each task with the merged model, or with the task's specialist."""
+) -> dict[str, Evaluation]:
+    """The evaluation of each task with the merged model, or with the task's specialist."""
     if get_method(recipe.method.name).kind == "experts":
         experts, values = recipe_experts(base, recipe, space), {}
         for exam in exams:
             with live.edited(experts.for_task(exam.spec.task)):
-                values[exam.spec.task] = exam.take().value
+                values[exam.spec.task] = exam.take()
         return values
     with live.edited(recipe_edits(base, recipe, space)):
-        return {exam.spec.task: exam.take().value for exam in exams}
+        return {exam.spec.task: exam.take() for exam in exams}
 
 
 def _best(curve: list[dict[str, Any]]) -> float:

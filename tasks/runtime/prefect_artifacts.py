@@ -107,8 +107,8 @@ def _results(record: Mapping[str, Any]) -> str:
     retention = record["retention"]
     if retention is not None:
         text += (
-            f"\n\nRetention on {retention['task']}: top-1 {retention['top1']:.4f}, base "
-            f"{retention['base_top1']:.4f}, ratio {retention['ratio']:.4f}"
+            f"\n\nRetention on {retention['task']}: {retention['metric']} {retention['value']:.4f},"
+            f" base {retention['base']:.4f}, ratio {_number(retention['ratio']) or 'unknown'}"
             f"{_interval(retention['ratio_interval'])} ({retention['count']} rows)."
         )
     return text

@@ -177,8 +177,8 @@ def test_show_has_every_value_that_decided(lived: Shell) -> None:
     kept = shown["retention"]
     assert gate["value"] == kept["ratio"]
     assert gate["interval"] == kept["ratio_interval"]
-    assert inside(kept["top1"], kept["interval"])
-    assert inside(kept["base_top1"], kept["base_interval"])
+    assert inside(kept["value"], kept["interval"])
+    assert inside(kept["base"], kept["base_interval"])
     for result in shown["results"].values():
         assert set(result["evaluations"]) == {"base", "finetuned", "grafted", "merged"}
         for name, ends in {**result["intervals"], "merged": result["interval"]}.items():
@@ -199,7 +199,7 @@ def test_show_has_every_value_that_decided(lived: Shell) -> None:
 def rows_of(shell: Shell, digest: str) -> list[bool]:
     """Whether each row was predicted right, read from the stored bits."""
     found = json.loads((shell.home / "store" / "blobs" / digest).read_bytes())
-    bits = "".join(f"{byte:08b}" for byte in bytes.fromhex(found["correct"]))
+    bits = "".join(f"{byte:08b}" for byte in bytes.fromhex(found["rows"]["right"]))
     return [bit == "1" for bit in bits[: found["count"]]]
 
 

@@ -80,9 +80,9 @@ def test_results_belong_to_the_registered_models(three: Three) -> None:
         assert result["interval"]["low"] < result["merged"] < result["interval"]["high"]
         assert result["count"] == 60
     kept = record["retention"]
-    assert kept["base_top1"] == 1.0
-    assert kept["ratio"] == kept["top1"] < 1.0
-    assert kept["top5"] is not None
+    assert kept["base"] == 1.0
+    assert kept["ratio"] == kept["value"] < 1.0
+    assert kept["more"]["top5"] is not None
 
 
 def test_status_shows_the_same_as_json_and_as_a_table(three: Three) -> None:

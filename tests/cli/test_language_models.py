@@ -105,7 +105,7 @@ def test_a_task_of_choices_is_measured_and_merged(line: Line) -> None:
         assert result["finetuned"] == 1.0, "its answers are what it says"
         assert result["base"] < 1.0
         assert result["count"] == ROWS
-    assert record["retention"]["base_top1"] == 1.0
+    assert record["retention"]["base"] == 1.0
     assert 0 < record["retention"]["ratio"] <= 1.0
     shown = line.shell("show", "demo", "champion").out
     assert all(name in shown for name in CHOICES)

@@ -42,9 +42,9 @@ def test_each_merged_version_is_a_run_with_its_measurements(
         kept = record.retention
         assert kept is not None
         expected = {
-            "retention/top1": kept.top1,
-            "retention/top5": kept.top5,
-            "retention/base_top1": kept.base_top1,
+            "retention/accuracy": kept.value,
+            "retention/top5": kept.more["top5"],
+            "retention/base_accuracy": kept.base,
             "retention/ratio": kept.ratio,
             "mean/accuracy": record.mean_accuracy,
             "mean/normalized": record.mean_normalized,

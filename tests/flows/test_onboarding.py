@@ -95,7 +95,7 @@ def test_a_vision_tower_joins_a_whole_clip(
         found = shell.json("register", "demo", *files)
         record = found["merged"]["record"]
         assert record["results"]["colour"]["finetuned"] == 1.0
-        assert record["retention"]["base_top1"] == 1.0
+        assert record["retention"]["base"] == 1.0
         patches.append(contents(shell, tmp_path / f"out{prefix}"))
     whole = new_home("whole")
     whole("init", clip_world.line(tmp_path / "line.yaml"))
@@ -116,8 +116,8 @@ def test_a_clip_line_registers_merges_and_exports(
     record = found["merged"]["record"]
     assert set(record["results"]) == {"colour", "number"}
     kept = record["retention"]
-    assert (kept["base_top1"], kept["count"]) == (1.0, 60)
-    assert kept["base_top5"] is not None
+    assert (kept["base"], kept["count"]) == (1.0, 60)
+    assert kept["base_more"]["top5"] is not None
     shell("export", "demo", "champion", tmp_path / "out")
     CLIPModel.from_pretrained(tmp_path / "out")
     AutoImageProcessor.from_pretrained(tmp_path / "out", backend="pil")
@@ -142,7 +142,7 @@ def test_a_siglip_line_takes_whole_models_and_towers_and_exports(
     record = shell.json("register", "demo", *files)["merged"]["record"]
     assert set(record["results"]) == {"colour", "number"}
     assert all(result["finetuned"] == 1.0 for result in record["results"].values())
-    assert record["retention"]["base_top1"] == 1.0
+    assert record["retention"]["base"] == 1.0
     shell("export", "demo", "champion", tmp_path / "out")
     assert AutoModel.from_pretrained(tmp_path / "out").logit_bias == -3.0
     merged, base = (load_file(folder / WEIGHTS) for folder in (tmp_path / "out", world.base))
@@ -296,7 +296,7 @@ def test_retention_may_be_a_task_of_the_line(world: World, shell: Shell, tmp_pat
     assert shell.add(world, "colour")["merged"]["record"]["retention"] is None
     kept = shell.add(world, "number")["merged"]["record"]["retention"]
     assert (kept["task"], kept["count"]) == ("number", 60)
-    assert kept["ratio"] == kept["top1"] / kept["base_top1"]
+    assert kept["ratio"] == kept["value"] / kept["base"]
 
 
 def test_f1_is_measured_where_a_task_asks_for_it(

@@ -20,6 +20,7 @@ from restitch.modeling.data.tables import ListTable
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import Family
 from restitch.modeling.heads import Head
+from restitch.modeling.row_values import Bits
 from restitch.modeling.weights import apply_edits, linear_layers, restore, set_weights
 from restitch.registry.specs.task import HeadSpec
 
@@ -201,7 +202,8 @@ class FamilyContract:
     def test_an_evaluation_counts_what_the_scores_say(self, family, base, model, batch, head, rows):
         found = evaluate(family, model, head, rows, family.preprocessor(base), batch_size=6)
         best = family.logits(model, batch, head).argmax(1)
-        assert found.correct_rows().tolist() == (best == batch["labels"]).tolist()
+        assert isinstance(found.rows, Bits)
+        assert found.rows.right.tolist() == (best == batch["labels"]).tolist()
         assert found.count == 6
 
     def test_asset_files_are_there_and_sorted(self, family, base):

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restitch.modeling.significance import compare_rows, ratio_interval, rows_of
+from restitch.modeling.significance import compare_right, right_ratio_interval
 
 
 def rows(text: str) -> np.ndarray:
@@ -15,7 +15,7 @@ def rows(text: str) -> np.ndarray:
 
 
 def test_a_difference_by_hand() -> None:
-    found = compare_rows(rows("1100000000"), rows("1011111000"))
+    found = compare_right(rows("1100000000"), rows("1011111000"))
     assert (found.gained, found.lost, found.rows) == (5, 1, 10)
     assert found.difference == pytest.approx(0.4)
     # Six rows that only one has right: 2 * (1 + 6) / 2^6, without half of both sixes.
@@ -32,20 +32,20 @@ def test_the_test_and_the_interval_rarely_disagree() -> None:
     agree = 0
     for _ in range(300):
         one, other = draw.random(80) < 0.8, draw.random(80) < 0.68
-        found = compare_rows(one, other)
+        found = compare_right(one, other)
         agree += found.is_significant is not (found.low <= 0 <= found.high)
     assert agree >= 285
 
 
 def test_ten_gained_rows_and_none_lost_are_significant() -> None:
-    found = compare_rows(np.zeros(50, bool), np.arange(50) < 10)
+    found = compare_right(np.zeros(50, bool), np.arange(50) < 10)
     assert found.p_value == pytest.approx(1 / 2**10)
     assert found.is_significant
     assert found.low > 0
 
 
 def test_the_same_model_does_not_differ_and_its_interval_has_a_width() -> None:
-    found = compare_rows(rows("1101"), rows("1101"))
+    found = compare_right(rows("1101"), rows("1101"))
     assert (found.difference, found.p_value) == (0.0, 1.0)
     assert found.low < 0 < found.high
 
@@ -53,7 +53,7 @@ def test_the_same_model_does_not_differ_and_its_interval_has_a_width() -> None:
 @given(st.lists(st.tuples(st.booleans(), st.booleans()), min_size=1, max_size=40))
 def test_the_test_is_binomial_and_two_sided(pairs: list[tuple[bool, bool]]) -> None:
     one, other = (np.array(side) for side in zip(*pairs, strict=True))
-    found, back = compare_rows(one, other), compare_rows(other, one)
+    found, back = compare_right(one, other), compare_right(other, one)
     gained = sum(b and not a for a, b in pairs)
     lost = sum(a and not b for a, b in pairs)
     cases = [math.comb(gained + lost, k) / 2 ** (gained + lost) for k in range(gained + lost + 1)]
@@ -73,30 +73,20 @@ def test_intervals_cover_the_truth_as_often_as_stated() -> None:
         shared = draw.random(200)
         one = shared < 0.8
         other = np.where(draw.random(200) < 0.3, draw.random(200), shared) < 0.7
-        found = compare_rows(one, other)
+        found = compare_right(one, other)
         inside += found.low <= -0.1 <= found.high
-        low, high = ratio_interval(one, other) or (0.0, 0.0)
+        low, high = right_ratio_interval(one, other) or (0.0, 0.0)
         of_ratio += low <= 0.7 / 0.8 <= high
     assert 0.92 <= inside / 400 <= 0.98
     assert 0.92 <= of_ratio / 400 <= 0.98
 
 
 def test_a_ratio_without_right_rows_has_no_interval() -> None:
-    assert ratio_interval(rows("000"), rows("010")) is None
-    assert ratio_interval(rows("010"), rows("000")) is None
+    assert right_ratio_interval(rows("000"), rows("010")) is None
+    assert right_ratio_interval(rows("010"), rows("000")) is None
 
 
 def test_the_same_model_has_ratio_one_inside_of_its_interval() -> None:
-    low, high = ratio_interval(rows("11100"), rows("11100")) or (0.0, 0.0)
+    low, high = right_ratio_interval(rows("11100"), rows("11100")) or (0.0, 0.0)
     assert low < 1 < high
     assert low == pytest.approx(1 / high)
-
-
-def test_other_rows_cannot_be_compared() -> None:
-    for first, second in ((rows("11"), rows("111")), (rows(""), rows(""))):
-        with pytest.raises(ValueError, match="same rows"):
-            compare_rows(first, second)
-
-
-def test_rows_are_read_from_a_stored_evaluation() -> None:
-    assert rows_of({"correct": "a080", "count": 9}).tolist() == rows("101000001").tolist()

@@ -77,7 +77,7 @@ def record(
         "results": {
             task: TaskResult(base=0.4, finetuned=0.8, merged=0.6, normalized=0.75) for task in tasks
         },
-        "retention": Retention(task="general", top1=0.45, base_top1=0.5, ratio=0.9),
+        "retention": Retention(task="general", value=0.45, base=0.5, ratio=0.9),
         "created_at": TIME,
     }
     return MergedRecord.model_validate(values | changes)

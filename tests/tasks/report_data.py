@@ -66,10 +66,10 @@ def result(draw: random.Random, *, measured: bool = True) -> TaskResult:
 def retention(ratio: float) -> Retention:
     return Retention(
         task="imagenet",
-        top1=ratio * 0.633,
-        top5=ratio * 0.888,
-        base_top1=0.633,
-        base_top5=0.888,
+        value=ratio * 0.633,
+        more={"top5": ratio * 0.888},
+        base=0.633,
+        base_more={"top5": 0.888},
         ratio=ratio,
         interval=interval(ratio * 0.633, 0.006),
         base_interval=interval(0.633, 0.006),
@@ -235,7 +235,7 @@ def brief(shown: dict[str, Any], **changes: Any) -> dict[str, Any]:
         "mean_accuracy": shown["mean_accuracy"],
         "mean_normalized": shown["mean_normalized"],
         "retention": kept and kept["ratio"],
-        "top1": kept and kept["top1"],
+        "general": kept and kept["value"],
         "passed": True,
         "verdict": shown["verdict"],
         "failed": [],
@@ -260,7 +260,7 @@ def older(shown: dict[str, Any], count: int) -> list[dict[str, Any]]:
             "mean_accuracy": draw.uniform(0.7, 0.84),
             "mean_normalized": draw.uniform(0.8, 0.93),
             "retention": ratio if found[0]["retention"] is not None else None,
-            "top1": ratio * 0.633 if found[0]["top1"] is not None else None,
+            "general": ratio * 0.633 if found[0]["general"] is not None else None,
             "passed": not failed,
             "verdict": "failed" if failed else "passed",
             "failed": failed,
@@ -309,8 +309,8 @@ def changes(shown: dict[str, Any], before: int) -> dict[str, Any]:
         "retention": kept
         and {
             "task": kept["task"],
-            "a": kept["top1"] + 0.004,
-            "b": kept["top1"],
+            "a": kept["value"] + 0.004,
+            "b": kept["value"],
             "difference": -0.004,
             "interval": {"low": -0.009, "high": 0.001},
             "p_value": 0.12,

@@ -1,13 +1,15 @@
-"""The comparison of a finetuned model with the base, row by row or by intervals."""
+"""The comparison of a finetuned model with the base, row by row."""
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from restitch.modeling.evaluation import summarize
-from restitch.modeling.significance import compare_rows, difference_interval
+from restitch.modeling.evaluation import Evaluation, summarize
+from restitch.modeling.row_values import Numbers
+from restitch.modeling.significance import compare_right
 from restitch.registry.ledger.measurements import ResultRef, unexpected
+from restitch.registry.specs.metric import METRICS
 from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.gain import gain_over_base
@@ -33,8 +35,20 @@ def result(objects: ObjectStore, right: list[bool], metric: str = "accuracy") ->
         low=low,
         high=high,
         count=measured.count,
-        top1=measured.top1,
-        top5=measured.top5,
+        blob=objects.put_json(measured.to_json()),
+    )
+
+
+def perplexity(objects: ObjectStore, losses: np.ndarray) -> ResultRef:
+    """The evaluation of texts of 50 tokens with these negative log-likelihoods."""
+    measured = Evaluation.of(Numbers.of(METRICS["perplexity"], losses, np.full(len(losses), 50)))
+    low, high = measured.interval
+    return ResultRef(
+        metric="perplexity",
+        value=measured.value,
+        low=low,
+        high=high,
+        count=measured.count,
         blob=objects.put_json(measured.to_json()),
     )
 
@@ -63,7 +77,7 @@ def test_accuracy_is_judged_by_the_test_on_paired_rows(
 ) -> None:
     first, second = (list(side) for side in zip(*rows, strict=True))
     gain = gain_over_base(objects, result(objects, first), result(objects, second))
-    found = compare_rows(np.array(first), np.array(second))
+    found = compare_right(np.array(first), np.array(second))
     assert (gain.verdict != "not better") is found.is_significant
     assert gain.p_value == found.p_value
 
@@ -81,9 +95,15 @@ def test_two_rows_cannot_show_a_skill(objects: ObjectStore) -> None:
         assert gain_over_base(objects, none, both).verdict == "not better"
 
 
-def test_the_interval_of_a_difference_by_hand() -> None:
-    low, high = difference_interval(0.2, (0.1, 0.3), 0.6, (0.5, 0.8))
-    assert (low, high) == pytest.approx((0.4 - 0.02**0.5, 0.4 + 0.05**0.5))
+def test_less_perplexity_is_better(objects: ObjectStore) -> None:
+    random = np.random.default_rng(0)
+    losses = random.random(40) * 100
+    base, finetuned = (perplexity(objects, losses * share) for share in (1.0, 0.8))
+    assert finetuned.value < base.value
+    gain = gain_over_base(objects, base, finetuned)
+    assert (gain.verdict, gain.difference < 0) == ("better", True)
+    assert gain.interval.high < 0
+    assert gain_over_base(objects, finetuned, base).verdict == "worse"
 
 
 def test_a_value_is_unexpected_outside_of_the_interval_only(objects: ObjectStore) -> None:

@@ -60,13 +60,15 @@ class Reached:
 
     @property
     def mean(self) -> float:
-        """The mean over the tasks."""
-        return sum(result.value for result in self.tasks.values()) / len(self.tasks)
+        """The mean over the tasks, on the scale of `Metric.worth`."""
+        worths = [result.measure.worth(result.value) for result in self.tasks.values()]
+        return sum(worths) / len(worths)
 
     @property
     def normalized(self) -> float | None:
         """The mean normalized accuracy of the tasks whose finetuned model has a gain."""
-        return mean_of(self.tasks[t].value / value for t, value in self.finetuned.items() if value)
+        own = {task: (self.tasks[task], value) for task, value in self.finetuned.items()}
+        return mean_of(one.measure.ratio(one.value, value) for one, value in own.values())
 
     def values(self) -> dict[str, Any]:
         """The columns that every study of merged models has."""

@@ -40,7 +40,7 @@ def test_the_page_has_the_numbers_of_show(three: Three, tmp_path: Path) -> None:
             assert values[f"results.{task}.{name}"] == repr(result[name])
         for end in ("low", "high"):
             assert values[f"results.{task}.interval.{end}"] == repr(result["interval"][end])
-    for name in ("top1", "base_top1", "ratio"):
+    for name in ("value", "base", "ratio"):
         assert values[f"retention.{name}"] == repr(shown["retention"][name])
     for act in three.shell.json("history", "demo")["acts"]:
         if 3 in act["versions"]:

@@ -578,7 +578,7 @@ def test_retention_may_be_measured_on_a_fixed_sample(line: Gated) -> None:
     line.add("colour")
     first = line.shell.json("show", "demo")["retention"]
     assert first["count"] == 24
-    assert first["interval"]["low"] < first["top1"] < first["interval"]["high"]
+    assert first["interval"]["low"] < first["value"] < first["interval"]["high"]
     general["data"]["sample"] = {"rows": 24, "seed": 5}
     line.shell("init", line.world.line(line.file, retention=general))
     other = line.shell.json("evaluate", "demo")["retention"]

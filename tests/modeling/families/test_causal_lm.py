@@ -23,6 +23,7 @@ from restitch.modeling.families import causal_lm
 from restitch.modeling.families.family import get_family
 from restitch.modeling.gradients import checkpointed
 from restitch.modeling.pretrained import NamedModel, load_tokenizer
+from restitch.modeling.row_values import Bits
 from restitch.modeling.weights import linear_layers
 from restitch.registry.specs.task import HeadSpec
 from tests.modeling.family_contract import FamilyContract
@@ -279,7 +280,8 @@ def test_rows_with_fewer_choices_are_evaluated_by_those_they_have(folders) -> No
         int(np.argmax([reference(folder, f"Q {prompt}\nA", one)[0] for one in own]))
         for prompt, own in zip(prompts, choices, strict=True)
     ]
-    assert found.correct_rows().tolist() == [b == y for b, y in zip(best, [0, 2, 1], strict=True)]
+    assert isinstance(found.rows, Bits)
+    assert found.rows.right.tolist() == [b == y for b, y in zip(best, [0, 2, 1], strict=True)]
 
 
 def test_choices_with_the_same_tokens_are_refused(tmp_path) -> None:

@@ -37,17 +37,17 @@ def test_metrics_keep_their_names():
         },
         retention={
             "task": "general",
-            "top1": 0.45,
-            "top5": 0.8,
-            "base_top1": 0.5,
+            "value": 0.45,
+            "more": {"top5": 0.8},
+            "base": 0.5,
             "ratio": 0.9,
         },
         timings={"stitch": 2.5},
     )
     assert projection_merged.metrics_of(made) == {
-        "retention/top1": 0.45,
+        "retention/accuracy": 0.45,
         "retention/top5": 0.8,
-        "retention/base_top1": 0.5,
+        "retention/base_accuracy": 0.5,
         "retention/ratio": 0.9,
         "task/a/accuracy": 0.6,
         "task/a/normalized": 0.75,
@@ -68,8 +68,8 @@ def test_intervals_and_failed_gates_are_metrics_too():
         results={"a": TaskResult(merged=0.6, interval=Interval(low=0.5, high=0.7))},
         retention={
             "task": "general",
-            "top1": 0.45,
-            "base_top1": 0.5,
+            "value": 0.45,
+            "base": 0.5,
             "ratio": 0.9,
             "interval": {"low": 0.4, "high": 0.5},
             "ratio_interval": {"low": 0.85, "high": 0.95},

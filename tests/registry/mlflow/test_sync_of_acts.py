@@ -23,7 +23,7 @@ from tests.registry.mlflow_view import (
     shown,
 )
 
-RETENTION = {"task": "general", "top1": 0.45, "base_top1": 0.5, "ratio": 0.9}
+RETENTION = {"task": "general", "value": 0.45, "base": 0.5, "ratio": 0.9}
 FAILED = {
     "gate": "min_retention",
     "limit": 0.9,

@@ -79,8 +79,8 @@ def test_values_with_an_interval_show_it() -> None:
     result = TaskResult(base=0.4, merged=0.6, intervals={"base": Interval(low=0.3, high=0.5)})
     retention = {
         "task": "general",
-        "top1": 0.45,
-        "base_top1": 0.5,
+        "value": 0.45,
+        "base": 0.5,
         "ratio": 0.9,
         "interval": {"low": 0.4, "high": 0.5},
         "ratio_interval": {"low": 0.85, "high": 0.95},
@@ -88,8 +88,8 @@ def test_values_with_an_interval_show_it() -> None:
     }
     text = card(builders.record(results={"a": result}, retention=retention))
     assert "| a | 0.4000 (0.3000 to 0.5000) |" in text
-    assert "| merged, top-1 | 0.4500 | 0.4000 to 0.5000 |" in text
-    assert "| base, top-1 | 0.5000 |  |" in text
+    assert "| merged, accuracy | 0.4500 | 0.4000 to 0.5000 |" in text
+    assert "| base, accuracy | 0.5000 |  |" in text
     assert "| retention | 0.9000 | 0.8500 to 0.9500 |" in text
 
 

@@ -277,7 +277,7 @@ def test_the_summary_compares_with_the_previous_champion(full: Case) -> None:
         "Compared with version 29, the previous champion: Joined: svhn 1. Left: emnist 2.",
         "Replaced: cars 1 by 2. Same model with another mask: cifar100 1.",
         "▲ better: cars by 0.0312 (0.0212 to 0.0412), flowers102 by 0.0312",
-        "keeps 0.9712 of the base's top-1 accuracy on imagenet (95 % interval 0.9600 to 0.9824).",
+        "keeps 0.9712 of the base's accuracy on imagenet (95 % interval 0.9600 to 0.9824).",
         "max_task_drop (cars) FAILED (warning only) with 0.0310 (limit 0.0200)",
     ):
         assert message in page.text, message
