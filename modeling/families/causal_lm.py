@@ -73,6 +73,7 @@ class CausalLm(Family):
     """The family `causal-lm`."""
 
     name = "causal-lm"
+    summary = "the likeliest answer after a prompt"
     version = 1
     prefixes = ("model.", "transformer.", "gpt_neox.")
     localizable = tuple(
