@@ -1,7 +1,8 @@
 """Choose the family of a base by its kind, and refuse models of another kind.
 
 `check_base` and `check_finetuned` refuse what the family of a line does not take; `proposal` says
-which families take a base. A family without `kinds` decides by `config_differences` alone.
+which families take a base, and how each of them scores rows if there are several. A family without
+`kinds` decides by `config_differences` alone.
 """
 
 from pathlib import Path
@@ -33,7 +34,15 @@ def check_base(family: Family, folder: Path, where: str) -> None:
             f"the base {where} is not of family {family.name}",
             expected=_described(family),
             found=model,
-            hint=proposal(model),
+            hint=proposal(model, folder),
+        )
+    lacking = family.lacks(folder)
+    if lacking is not None:
+        raise BadInput(
+            f"the base {where} lacks {lacking}, which the family {family.name} needs",
+            expected=lacking,
+            found=model,
+            hint=f"give a base that has it, or {proposal(model, folder)}",
         )
 
 
@@ -58,25 +67,32 @@ def check_finetuned(family: Family, base: Path, folder: Path, where: str) -> Non
             expected=ours,
             found=model,
             hint="register a model that was finetuned from this base; for the other model: "
-            + proposal(model, "make a line with `family: {}`"),
+            + proposal(model, folder, "make a line with {}"),
         )
 
 
-def proposal(model: ModelKind, one: str = "write `family: {}` into the line file") -> str:
+def proposal(model: ModelKind, folder: Path, one: str = "write {} into the line file") -> str:
     """What to do with a base of this kind.
 
     Args:
         model: the kind of the base.
-        one: the advice, with a place for the names of families.
+        folder: the base; its configuration alone is enough.
+        one: the advice, with a place for the lines that name families.
     """
-    names = _families_of(model)
-    if names:
-        return one.format("` or `family: ".join(names))
-    return f"no family of restitch takes {model.kind}; the families are {_all_described()}"
+    families = _families_of(model, folder)
+    if not families:
+        return f"no family of restitch takes {model.kind}; the families are {_all_described()}"
+    if len(families) == 1:
+        return one.format(f"`family: {families[0].name}`")
+    return one.format(" or ".join(f"`family: {each.name}` ({each.summary})" for each in families))
 
 
-def _families_of(model: ModelKind) -> list[str]:
-    return [family.name for family in _usable() if family.kinds and _takes(family, model)]
+def _families_of(model: ModelKind, folder: Path) -> list[Family]:
+    return [
+        family
+        for family in _usable()
+        if family.kinds and _takes(family, model) and family.lacks(folder) is None
+    ]
 
 
 def _usable() -> list[Family]:

@@ -162,7 +162,7 @@ def _load(file: Path, space: Workspace) -> LineSpec:
             error.summary,
             expected="the family of the base",
             found=f"the base {base.uri} is {model}",
-            hint=proposal(model, "add this line to the file: `family: {}`"),
+            hint=proposal(model, base.local, "add this line to the file: {}"),
         ) from error
 
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
+from restitch.modeling.answers import Answers, log_probabilities
 from restitch.modeling.configs import differences, known_keys, model_type_difference, read_config
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Family, Preprocess
@@ -37,6 +38,14 @@ from restitch.modeling.pretrained import (
     asset_files,
     load_pretrained,
     load_tokenizer,
+)
+from restitch.modeling.questions import (
+    PADDING,
+    Question,
+    QuestionText,
+    check_answers,
+    question_batch,
+    tokens_of,
 )
 from restitch.registry.specs.task import HeadSpec, Modality
 
@@ -58,14 +67,13 @@ _ENDS = (".weight", "[!n].bias", "c_attn.bias", "ln_attn.bias", "fc_in.bias", ".
 # of the vocabulary is scored at once.
 _TOKENS = 2048
 _SCORED = 128
-# The embedding at this index is read and has no effect: it stands after all tokens that count.
-_PADDING = 0
 
 
 class CausalLm(Family):
     """The family `causal-lm`."""
 
     name = "causal-lm"
+    summary = "the likeliest answer after a prompt"
     version = 1
     prefixes = ("model.", "transformer.", "gpt_neox.")
     localizable = tuple(
@@ -113,20 +121,7 @@ class CausalLm(Family):
         encoder = _Encoder.of(folder, max_length or self.max_length(folder))
 
         def preprocess(examples: Sequence[Example]) -> Batch:
-            questions = encoder.questions(examples)
-            most = max((len(one.answers) for one in questions), default=0)
-            answers = _padded([answer for one in questions for answer in one.answers])
-            batch: Batch = {
-                "prompt": _padded([one.prompt for one in questions]),
-                "prompt_length": _integers([len(one.prompt) for one in questions]),
-                "answers": answers.view(len(questions), most, answers.shape[1]),
-                "answer_length": _integers([[len(a) for a in one.answers] for one in questions]),
-                "characters": _integers([[len(c or "") for c in e.choices] for e in examples]),
-                "cut": _integers([one.cut for one in questions]),
-            }
-            if all(example.label is not None for example in examples):
-                batch["labels"] = torch.tensor([example.label for example in examples])
-            return batch
+            return question_batch(encoder.questions(examples), examples)
 
         return preprocess
 
@@ -153,40 +148,20 @@ class CausalLm(Family):
 
     def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The log-likelihoods of the choices, [batch, choices]; -inf where a row has no choice."""
-        inner, answers = NamedModel.of(model).inner, _Answers.of(batch)
+        inner, answers = NamedModel.of(model).inner, Answers.of(batch)
         # A cache grows with each pass, also with the second one of checkpointed gradients.
         likelihoods = _whole if torch.is_grad_enabled() else _shared
-        scores = answers.placed(likelihoods(inner, answers))
-        if head.spec.score == "per_token":
-            return scores / batch["answer_length"].clamp(min=1)
-        if head.spec.score == "per_character":
-            return scores / batch["characters"].clamp(min=1)
-        return scores
+        return answers.scores(likelihoods(inner, answers), batch, head.spec.score)
 
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The mean negative log-likelihood of the right answers."""
-        right = _Answers.of(batch).right(batch["labels"])
+        right = Answers.of(batch).right(batch["labels"])
         return -_whole(NamedModel.of(model).inner, right).mean()
 
     def asset_files(self, folder: Path) -> tuple[str, ...]:
         """Also the settings for generation."""
         more = [_GENERATION] if (folder / _GENERATION).is_file() else []
         return tuple(sorted([*asset_files(folder), *more]))
-
-
-@dataclass(frozen=True)
-class _Question:
-    """The tokens of a row.
-
-    Attributes:
-        prompt: its tokens, at least one.
-        answers: the tokens of each choice; none for a choice that the row lacks.
-        cut: the number of tokens that the prompt lost.
-    """
-
-    prompt: Sequence[int]
-    answers: Sequence[Sequence[int]]
-    cut: int
 
 
 @dataclass(frozen=True)
@@ -214,36 +189,21 @@ class _Encoder:
         bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         return cls(tokenizer, limit, whole[:at], eos if bos is None else bos)
 
-    def questions(self, examples: Sequence[Example]) -> list[_Question]:
+    def questions(self, examples: Sequence[Example]) -> list[Question]:
         """The tokens of rows: all texts go through the tokenizer at once."""
         texts: list[str] = []
-        for example in examples:
-            if len(example.inputs) != 1:
-                raise BadInput(
-                    f"{example.where}: a language model reads one prompt per row",
-                    found=f"{len(example.inputs)} input columns",
-                )
-            prompt = example.inputs[0]
-            context = prompt.rstrip()
-            # The space between prompt and answer is tokenized with the answer.
-            space = prompt[len(context) :] or " "
-            texts.append(context)
-            texts += [context + space + choice for choice in example.choices if choice is not None]
-        encoded = iter(
-            self.tokenizer(texts, add_special_tokens=False, verbose=False).input_ids
-            if texts
-            else ()
-        )
+        for one in map(QuestionText.of, examples):
+            choices = (choice for choice in one.choices if choice is not None)
+            texts += [one.prompt, *(one.prompt + choice for choice in choices)]
+        encoded = iter(tokens_of(self.tokenizer, texts))
         return [self._question(example, encoded) for example in examples]
 
-    def _question(self, example: Example, encoded: Iterator[list[int]]) -> _Question:
+    def _question(self, example: Example, encoded: Iterator[list[int]]) -> Question:
         context = next(encoded)
         answers = [
             [] if choice is None else next(encoded)[len(context) :] for choice in example.choices
         ]
-        for index, (choice, answer) in enumerate(zip(example.choices, answers, strict=True)):
-            if choice is not None:
-                self._check(example, choice, answer, answers[:index])
+        check_answers(example, answers, self.limit)
         longest = max(map(len, answers), default=0)
         prompt = [*self.first, *context]
         if self.first and context[: len(self.first)] == self.first:
@@ -258,109 +218,15 @@ class _Encoder:
                 )
             prompt = [self.alone]
         kept = prompt[-(self.limit + 1 - max(longest, 1)) :]
-        return _Question(kept, answers, len(prompt) - len(kept))
-
-    def _check(
-        self, example: Example, choice: str, answer: list[int], before: list[list[int]]
-    ) -> None:
-        """Refuse an answer that cannot be scored."""
-        if not answer or answer in before:
-            problem = "has no tokens" if not answer else "has the tokens of another choice"
-            raise BadInput(
-                f"{example.where}: the choice {choice!r} {problem}",
-                expected="choices with different tokens of the base's tokenizer",
-                found=f"tokens {answer}",
-                hint="write the choice with other characters, or leave out the row",
-            )
-        if len(answer) > self.limit:
-            raise BadInput(
-                f"{example.where}: the choice {choice[:40]!r} is longer than the model reads",
-                expected=f"at most {self.limit} tokens; an answer is never cut",
-                found=f"{len(answer)} tokens",
-                hint="raise max_length if the model reads more, or leave out the row",
-            )
+        return Question(kept, answers, len(prompt) - len(kept))
 
 
-def _integers(values: Sequence[Any]) -> Tensor:
-    return torch.tensor(values, dtype=torch.int64)
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    """Rows of tokens as a tensor, padded at the end."""
-    longest = max(map(len, rows), default=0)
-    padded = [[*row, *[_PADDING] * (longest - len(row))] for row in rows]
-    return _integers(padded).view(len(rows), longest)
-
-
-@dataclass(frozen=True)
-class _Answers:
-    """All answers of a batch, one after the other; a row's answers share its prompt.
-
-    Attributes:
-        prompts: [rows, longest prompt].
-        prompt_lengths: of each row.
-        tokens: [answers, longest answer].
-        lengths: of each answer.
-        rows: the row of each answer.
-        places: the places of the answers in a table of `shape`, [rows, choices].
-    """
-
-    prompts: Tensor
-    prompt_lengths: list[int]
-    tokens: Tensor
-    lengths: list[int]
-    rows: list[int]
-    places: Tensor
-    shape: tuple[int, int]
-
-    @classmethod
-    def of(cls, batch: Batch) -> "_Answers":
-        """The answers that a preprocessor tokenized."""
-        lengths = batch["answer_length"].reshape(len(batch["prompt"]), -1)
-        return cls._chosen(batch["prompt"], batch["prompt_length"], batch["answers"], lengths)
-
-    @classmethod
-    def _chosen(
-        cls, prompts: Tensor, prompt_lengths: Tensor, answers: Tensor, lengths: Tensor
-    ) -> "_Answers":
-        rows, columns = lengths.nonzero(as_tuple=True)
-        return cls(
-            prompts,
-            prompt_lengths.tolist(),
-            answers[rows, columns],
-            lengths[rows, columns].tolist(),
-            rows.tolist(),
-            rows * lengths.shape[1] + columns,
-            (lengths.shape[0], lengths.shape[1]),
-        )
-
-    def right(self, labels: Tensor) -> "_Answers":
-        """The right answer of each row alone."""
-        places = torch.arange(len(labels), device=labels.device) * self.shape[1] + labels
-        index = torch.searchsorted(self.places, places)
-        kept = index.tolist()
-        return _Answers(
-            self.prompts,
-            self.prompt_lengths,
-            self.tokens[index],
-            [self.lengths[one] for one in kept],
-            list(range(len(kept))),
-            torch.arange(len(kept), device=labels.device),
-            (len(kept), 1),
-        )
-
-    def placed(self, likelihoods: Tensor) -> Tensor:
-        """Likelihoods of the answers as a table, -inf elsewhere."""
-        table = likelihoods.new_full((self.shape[0] * self.shape[1],), -torch.inf)
-        return table.index_put((self.places,), likelihoods).view(self.shape)
-
-
-def _whole(inner: Any, answers: _Answers) -> Tensor:
+def _whole(inner: Any, answers: Answers) -> Tensor:
     """The log-likelihood of each answer, each after a prompt of its own."""
     starts = [answers.prompt_lengths[row] for row in answers.rows]
     lengths = [start + n - 1 for start, n in zip(starts, answers.lengths, strict=True)]
     longest = max(lengths, default=0)
-    tokens = answers.tokens.new_full((len(starts), longest), _PADDING)
+    tokens = answers.tokens.new_full((len(starts), longest), PADDING)
     for place, (row, start, length) in enumerate(zip(answers.rows, starts, lengths, strict=True)):
         tokens[place, :start] = answers.prompts[row, :start]
         tokens[place, start:length] = answers.tokens[place, : length - start]
@@ -371,11 +237,11 @@ def _whole(inner: Any, answers: _Answers) -> Tensor:
     found = []
     for place, (start, length) in enumerate(zip(starts, lengths, strict=True)):
         of_answer = logits[place, start - 1 - first : length - first]
-        found.append(_log_probabilities(of_answer, answers.tokens[place, : len(of_answer)]).sum())
+        found.append(log_probabilities(of_answer, answers.tokens[place, : len(of_answer)]).sum())
     return torch.stack(found)
 
 
-def _shared(inner: Any, answers: _Answers) -> Tensor:
+def _shared(inner: Any, answers: Answers) -> Tensor:
     """The log-likelihood of each answer; a prompt goes through the model once.
 
     Prompts of the same number of tokens go together, so that nothing stands between a prompt and
@@ -403,11 +269,11 @@ def _shared(inner: Any, answers: _Answers) -> Tensor:
             found[places] += _continued(inner, answers, places, cache)
         else:
             for place in places:
-                found[place] = _whole(inner, _one(answers, place))[0]
+                found[place] = _whole(inner, answers.alone(place))[0]
     return found
 
 
-def _together(answers: _Answers, of_row: Sequence[Sequence[int]]) -> Iterator[list[int]]:
+def _together(answers: Answers, of_row: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """The rows with answers, in parts that go through the model together."""
     lengths = answers.prompt_lengths
     rows = sorted((row for row, places in enumerate(of_row) if places), key=lambda r: lengths[r])
@@ -431,7 +297,7 @@ def _can_select(cache: Any) -> bool:
     return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
 
 
-def _continued(inner: Any, answers: _Answers, places: list[int], cache: Any) -> Tensor:
+def _continued(inner: Any, answers: Answers, places: list[int], cache: Any) -> Tensor:
     """The log-likelihood of answers without their first tokens, after the prompts in a cache."""
     lengths = [answers.lengths[place] for place in places]
     longest = max(lengths)
@@ -441,32 +307,11 @@ def _continued(inner: Any, answers: _Answers, places: list[int], cache: Any) -> 
     step = max(1, _SCORED // (longest - 1))
     for start in range(0, len(places), step):
         part = slice(start, start + step)
-        each = _log_probabilities(hidden.logits[part], tokens[part, 1:])
+        each = log_probabilities(hidden.logits[part], tokens[part, 1:])
         counts = torch.tensor(lengths[part], device=each.device).unsqueeze(1)
         counted = torch.arange(longest - 1, device=each.device) < counts - 1
         found.append(each.masked_fill(~counted, 0.0).sum(1))
     return torch.cat(found)
-
-
-def _one(answers: _Answers, place: int) -> _Answers:
-    """One answer alone."""
-    row = answers.rows[place]
-    return _Answers(
-        answers.prompts[row : row + 1],
-        [answers.prompt_lengths[row]],
-        answers.tokens[place : place + 1],
-        [answers.lengths[place]],
-        [0],
-        torch.zeros(1, dtype=torch.int64, device=answers.tokens.device),
-        (1, 1),
-    )
-
-
-def _log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The log-probabilities of tokens, in float32 even under autocast."""
-    with torch.autocast(logits.device.type, enabled=False):
-        scores = logits.float().log_softmax(-1)
-    return scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
 
 
 def _logits(inner: Any, tokens: Tensor, keep: int) -> Tensor:

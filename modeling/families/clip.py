@@ -56,6 +56,7 @@ class Clip(Family):
     """The family `clip`."""
 
     name = "clip"
+    summary = "the nearest label prompt of an image"
     version = 1
     prefixes = ("vision_model.", "clip.", "model.")
     localizable: tuple[str, ...] = (

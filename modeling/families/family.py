@@ -39,6 +39,8 @@ class Family(Protocol):
 
     Attributes:
         name: the name in line files.
+        summary: what the answer for a row is, in a few words that tell the family apart from
+            others of the same kinds.
         version: raise it when the same inputs give other features, logits or losses.
         prefixes: what one of two checkpoints may carry before all of its tensor names.
         localizable: globs on the base's tensor names that masks select from by default.
@@ -54,6 +56,7 @@ class Family(Protocol):
     """
 
     name: str
+    summary: str
     version: int
     prefixes: tuple[str, ...]
     localizable: tuple[str, ...]
@@ -69,6 +72,13 @@ class Family(Protocol):
 
         Each as `key: base x, finetuned y`.
         """
+
+    def lacks(self, folder: Path) -> str | None:
+        """What a base of a right kind lacks for this family, such as a head; None if nothing.
+
+        A folder without weights lacks nothing that only they could show.
+        """
+        return None
 
     def load(self, folder: Path) -> nn.Module:
         """The model in a folder: float32, evaluation mode, from safetensors only."""

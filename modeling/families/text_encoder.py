@@ -48,6 +48,7 @@ class TextEncoder(Family):
     """The family `text-encoder`."""
 
     name = "text-encoder"
+    summary = "the nearest label prompt, by mean-pooled embeddings"
     version = 1
     prefixes = (
         "model.",

@@ -42,6 +42,7 @@ class _Tokens:
     """What both fakes share: folders, bytes as tokens, a tower."""
 
     version = 1
+    summary = "for tests"
     prefixes: tuple[str, ...] = ("model.",)
     localizable: tuple[str, ...] = ("blocks.*",)
     head_tensors: tuple[str, ...] = ()
@@ -58,6 +59,9 @@ class _Tokens:
             for key in sorted({*ours, *theirs})
             if ours.get(key) != theirs.get(key)
         ]
+
+    def lacks(self, folder: Path) -> str | None:
+        return None
 
     def load(self, folder: Path) -> nn.Module:
         tower = _Tower(json.loads((folder / "config.json").read_text())["width"])

@@ -71,6 +71,10 @@ class FamilyContract:
         assert isinstance(family, Family)
         assert family.modality in ("text", "image")
         assert family.version >= 1
+        assert family.summary
+
+    def test_its_base_lacks_nothing(self, family, base):
+        assert family.lacks(base) is None
 
     def test_a_model_loads_in_float32_for_evaluation_without_gradients(self, model):
         assert not model.training

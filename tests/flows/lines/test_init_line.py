@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel, ViTConfig, ViTForImageClassification
 
+from restitch.modeling.families.clip import Clip
 from restitch.modeling.families.family import family_names
 from restitch.modeling.families.text_encoder import TextEncoder
+from restitch.modeling.kinds import Kind
 from tests.shell import Shell
 from tests.tiny_models import byte_tokenizer, tiny_bert, tiny_clip, tiny_siglip, tiny_t5
 from tests.worlds import World, write_yaml
@@ -98,6 +100,27 @@ def test_init_proposes_the_family_of_a_file_without_one(tmp_path, shell, make, f
     assert shell.json("status")["lines"] == []
     file.write_text(f"{file.read_text()}family: {family}\n")
     assert "made line kinds" in shell("init", file).out
+
+
+def test_families_that_take_the_same_base_say_how_they_score(tmp_path, shell, monkeypatch):
+    monkeypatch.setattr(Clip, "kinds", (Kind.TEXT_ENCODER,))
+    monkeypatch.setattr(Clip, "model_types", ())
+    base = tiny_bert(tmp_path / "base")
+    done = " ".join(shell("init", line_file(tmp_path, base, None), code=3).err.split())
+    for family in (Clip, TextEncoder):
+        assert f"`family: {family.name}` ({family.summary})" in done
+
+
+def test_a_base_that_lacks_what_a_family_needs_is_refused(tmp_path, shell, monkeypatch):
+    monkeypatch.setattr(Clip, "kinds", (Kind.TEXT_ENCODER,))
+    monkeypatch.setattr(Clip, "model_types", ())
+    monkeypatch.setattr(Clip, "lacks", lambda *_: "a second tower")
+    base = tiny_bert(tmp_path / "base")
+    done = " ".join(shell("init", line_file(tmp_path, base, "clip"), code=3).err.split())
+    assert f"the base {base} lacks a second tower, which the family clip needs" in done
+    assert "write `family: text-encoder` into the line file" in done
+    done = " ".join(shell("init", line_file(tmp_path, base, None), code=3).err.split())
+    assert "family: clip" not in done
 
 
 def test_other_faults_of_a_file_without_a_family_come_first(tmp_path, shell):

@@ -1,0 +1,113 @@
+"""Log-likelihoods of the answers of a batch, for families that read prompts.
+
+`Answers.of` lists the answers of a batch that `questions.question_batch` made; a family gives the
+log-likelihood of each, and `Answers.scores` compares them as the task says.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from restitch.registry.specs.task import Score
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All answers of a batch, one after the other; a row's answers share its prompt.
+
+    Attributes:
+        prompts: [rows, longest prompt].
+        prompt_lengths: of each row.
+        tokens: [answers, longest answer].
+        lengths: of each answer.
+        rows: the row of each answer.
+        places: the places of the answers in a table of `shape`, [rows, choices].
+    """
+
+    prompts: Tensor
+    prompt_lengths: list[int]
+    tokens: Tensor
+    lengths: list[int]
+    rows: list[int]
+    places: Tensor
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, batch: Mapping[str, Tensor]) -> "Answers":
+        """The answers that a preprocessor tokenized."""
+        lengths = batch["answer_length"].reshape(len(batch["prompt"]), -1)
+        return cls._chosen(batch["prompt"], batch["prompt_length"], batch["answers"], lengths)
+
+    @classmethod
+    def _chosen(
+        cls, prompts: Tensor, prompt_lengths: Tensor, answers: Tensor, lengths: Tensor
+    ) -> "Answers":
+        rows, columns = lengths.nonzero(as_tuple=True)
+        return cls(
+            prompts,
+            prompt_lengths.tolist(),
+            answers[rows, columns],
+            lengths[rows, columns].tolist(),
+            rows.tolist(),
+            rows * lengths.shape[1] + columns,
+            (lengths.shape[0], lengths.shape[1]),
+        )
+
+    def right(self, labels: Tensor) -> "Answers":
+        """The right answer of each row alone."""
+        places = torch.arange(len(labels), device=labels.device) * self.shape[1] + labels
+        index = torch.searchsorted(self.places, places)
+        kept = index.tolist()
+        return Answers(
+            self.prompts,
+            self.prompt_lengths,
+            self.tokens[index],
+            [self.lengths[one] for one in kept],
+            list(range(len(kept))),
+            torch.arange(len(kept), device=labels.device),
+            (len(kept), 1),
+        )
+
+    def placed(self, likelihoods: Tensor) -> Tensor:
+        """Likelihoods of the answers as a table, -inf elsewhere."""
+        table = likelihoods.new_full((self.shape[0] * self.shape[1],), -torch.inf)
+        return table.index_put((self.places,), likelihoods).view(self.shape)
+
+    def alone(self, place: int) -> "Answers":
+        """One answer alone."""
+        row = self.rows[place]
+        return Answers(
+            self.prompts[row : row + 1],
+            [self.prompt_lengths[row]],
+            self.tokens[place : place + 1],
+            [self.lengths[place]],
+            [0],
+            torch.zeros(1, dtype=torch.int64, device=self.tokens.device),
+            (1, 1),
+        )
+
+    def scores(
+        self, likelihoods: Tensor, batch: Mapping[str, Tensor], score: Score | None
+    ) -> Tensor:
+        """The scores of the choices, [rows, choices]; -inf where a row has no choice.
+
+        Args:
+            likelihoods: of the answers.
+            batch: that they belong to.
+            score: how answers are compared.
+        """
+        table = self.placed(likelihoods)
+        if score == "per_token":
+            return table / batch["answer_length"].clamp(min=1)
+        if score == "per_character":
+            return table / batch["characters"].clamp(min=1)
+        return table
+
+
+def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The log-probabilities of tokens, in float32 even under autocast."""
+    with torch.autocast(logits.device.type, enabled=False):
+        scores = logits.float().log_softmax(-1)
+    return scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)

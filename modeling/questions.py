@@ -1,0 +1,137 @@
+"""Questions as tokens: the prompt of a row and its choices, for families that read prompts.
+
+The rules are those of lm-eval: a space stands between prompt and choice unless the prompt ends with
+white space, and white space at the end of the prompt is tokenized with the choice.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from restitch.merging.errors import BadInput
+from restitch.modeling.data.rows import Example
+
+# The embedding at this index is read and has no effect: it stands after all tokens that count.
+PADDING = 0
+
+
+@dataclass(frozen=True)
+class Question:
+    """The tokens of a row.
+
+    Attributes:
+        prompt: its tokens, at least one.
+        answers: the tokens of each choice; none for a choice that the row lacks.
+        cut: the number of tokens that the prompt lost.
+    """
+
+    prompt: Sequence[int]
+    answers: Sequence[Sequence[int]]
+    cut: int
+
+
+@dataclass(frozen=True)
+class QuestionText:
+    """The texts of a row.
+
+    Attributes:
+        prompt: without white space at its end.
+        choices: each with the white space before it; None for a choice that the row lacks.
+    """
+
+    prompt: str
+    choices: tuple[str | None, ...]
+
+    @classmethod
+    def of(cls, example: Example) -> "QuestionText":
+        """The texts of a row with one prompt."""
+        if len(example.inputs) != 1:
+            raise BadInput(
+                f"{example.where}: a language model reads one prompt per row",
+                found=f"{len(example.inputs)} input columns",
+            )
+        prompt = example.inputs[0]
+        context = prompt.rstrip()
+        # The space between prompt and answer is tokenized with the answer.
+        space = prompt[len(context) :] or " "
+        choices = (None if choice is None else space + choice for choice in example.choices)
+        return cls(context, tuple(choices))
+
+
+def tokens_of(tokenizer: Any, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
+    """The tokens of texts, which go through the tokenizer at once.
+
+    Args:
+        tokenizer: of the base.
+        texts: any number of them.
+        special: with the tokens that the tokenizer puts around a text by itself.
+    """
+    if not texts:
+        return []
+    found: list[list[int]] = tokenizer(
+        list(texts), add_special_tokens=special, verbose=False
+    ).input_ids
+    return found
+
+
+def check_answers(example: Example, answers: Sequence[Sequence[int]], limit: int) -> None:
+    """Refuse answers that cannot be scored.
+
+    Args:
+        example: the row.
+        answers: the tokens of its choices.
+        limit: the most tokens that an answer may have.
+
+    Raises:
+        BadInput: an answer has no tokens, those of another one, or too many.
+    """
+    for index, (choice, answer) in enumerate(zip(example.choices, answers, strict=True)):
+        if choice is None:
+            continue
+        if not answer or answer in answers[:index]:
+            problem = "has no tokens" if not answer else "has the tokens of another choice"
+            raise BadInput(
+                f"{example.where}: the choice {choice!r} {problem}",
+                expected="choices with different tokens of the base's tokenizer",
+                found=f"tokens {answer}",
+                hint="write the choice with other characters, or leave out the row",
+            )
+        if len(answer) > limit:
+            raise BadInput(
+                f"{example.where}: the choice {choice[:40]!r} is longer than the model reads",
+                expected=f"at most {limit} tokens; an answer is never cut",
+                found=f"{len(answer)} tokens",
+                hint="raise max_length if the model reads more, or leave out the row",
+            )
+
+
+def question_batch(questions: Sequence[Question], examples: Sequence[Example]) -> dict[str, Tensor]:
+    """The tensors of questions, padded at the end, with `labels` if the examples have them."""
+    most = max((len(one.answers) for one in questions), default=0)
+    answers = padded([answer for one in questions for answer in one.answers])
+    batch = {
+        "prompt": padded([one.prompt for one in questions]),
+        "prompt_length": integers([len(one.prompt) for one in questions]),
+        "answers": answers.view(len(questions), most, answers.shape[1]),
+        "answer_length": integers([[len(a) for a in one.answers] for one in questions]),
+        "characters": integers([[len(c or "") for c in e.choices] for e in examples]),
+        "cut": integers([one.cut for one in questions]),
+    }
+    if all(example.label is not None for example in examples):
+        batch["labels"] = torch.tensor([example.label for example in examples])
+    return batch
+
+
+def integers(values: Sequence[Any]) -> Tensor:
+    """A tensor of indices."""
+    return torch.tensor(values, dtype=torch.int64)
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Rows of tokens as a tensor, padded at the end."""
+    longest = max(map(len, rows), default=0)
+    each = [[*row, *[PADDING] * (longest - len(row))] for row in rows]
+    return integers(each).view(len(rows), longest)
