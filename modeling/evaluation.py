@@ -6,6 +6,7 @@ stands for a choice that a row does not have. `row_values` has the intervals.
 """
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +22,7 @@ from restitch.merging.progress import Progress
 from restitch.modeling.data.rows import Rows
 from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head
-from restitch.modeling.row_values import Bits, Classes, RowValues, rows_from_json
+from restitch.modeling.row_values import Bits, Classes, Numbers, RowValues, rows_from_json
 from restitch.registry.specs.metric import METRICS, Metric
 
 EVALUATOR_VERSION = 2
@@ -97,15 +98,53 @@ def evaluate(
     """Score a model, on its own device, on labelled rows; `progress` counts rows."""
     if metric not in METRICS:
         raise BadInput(f"unknown metric {metric!r}", expected=" or ".join(METRICS))
-    targets = rows.targets
+    of = METRICS[metric]
+    # Labels are checked before anything is scored.
+    targets = None if metric == "perplexity" else rows.targets
     head = head.to(next(model.parameters()).device)
 
-    def score(batch: Batch) -> NDArray[np.float32]:
-        scores: NDArray[np.float32] = family.logits(model, batch, head).float().cpu().numpy()
-        return scores
+    def by_row(score: Callable[[Batch], NDArray[Any]]) -> NDArray[Any]:
+        return _by_row(model, rows, preprocess, score, batch_size, progress)
 
-    scores = _by_row(model, rows, preprocess, score, batch_size, progress)
+    if targets is None:
+        losses = by_row(lambda batch: family.text_losses(model, batch, head).double().cpu().numpy())
+        return Evaluation.of(Numbers.of(of, losses[:, 0], losses[:, 1]))
+    if metric == "exact_match":
+        answers = [str(rows[place].choices[0]) for place in range(len(rows))]
+        found = by_row(lambda batch: np.array(family.generate(model, batch, head), dtype=object))
+        extract = None if head.spec.generate is None else head.spec.generate.extract
+        pairs = zip(found.tolist(), answers, strict=True)
+        right = np.array(
+            [is_match(text, answer, extract) for text, answer in pairs], dtype=np.bool_
+        )
+        return Evaluation.of(Bits(of, right))
+    scores = by_row(lambda batch: family.logits(model, batch, head).float().cpu().numpy())
     return summarize(scores, targets, metric)
+
+
+def is_match(text: str, answer: str, extract: str | None = None) -> bool:
+    """True if a generated text is the answer, apart from white space around them.
+
+    Args:
+        text: the generated text.
+        answer: the right one.
+        extract: a regular expression for the part of both that is compared: its first group, or
+            else all of it, where it first matches. A text without a match is wrong; an answer
+            without one is compared as it is.
+    """
+    part = None if extract is None else _extracted(extract, text)
+    if extract is not None and part is None:
+        return False
+    right = None if extract is None else _extracted(extract, answer)
+    one, other = text if part is None else part, answer if right is None else right
+    return one.strip() == other.strip()
+
+
+def _extracted(pattern: str, text: str) -> str | None:
+    found = re.search(pattern, text)
+    if found is None:
+        return None
+    return (found[1] or "") if found.re.groups else found[0]
 
 
 def _by_row(

@@ -7,6 +7,7 @@ names to one of its live tensors.
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,16 @@ _VOCABULARIES = (
 class NamedModel(nn.Module):
     """A transformers model, and its tensors' names in its file with those in `inner`."""
 
-    def __init__(self, inner: nn.Module, names: Mapping[str, str]) -> None:
+    def __init__(self, inner: nn.Module, names: Mapping[str, str], folder: Path) -> None:
         super().__init__()
         self.inner: Any = inner
         self.names = dict(names)
+        self.folder = folder
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer of its folder, to write texts with."""
+        return load_tokenizer(self.folder)
 
     @classmethod
     def of(cls, model: nn.Module) -> "NamedModel":
@@ -121,7 +128,7 @@ def load_pretrained(
             details=unknown,
             hint="check that config.json belongs to these weights",
         )
-    return NamedModel(inner, names).eval()
+    return NamedModel(inner, names, folder).eval()
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -116,19 +116,19 @@ class Exam:
         data = verified_data(spec, base.family)
         if validation is not None:
             rows = _unreported(data, spec, base.family)
-            self._rows = rows.select(stratified(rows.targets, validation, 0))
+            self._rows = rows.select(stratified(rows.strata, validation, 0))
         else:
             rows, reported = _reported(data, spec)
             self._rows = rows if reported is None else rows.select(reported)
         self.count = len(self._rows)
         self._head = task_head(spec, base, self.live, head_of, space)
-        self._preprocess = base.family.preprocessor(base.folder, self._head.spec.max_length)
+        self._preprocess = base.family.preprocessor(base.folder, self._head.spec.most_read)
 
     def part(self, share: float) -> "Exam":
         """An exam with a share of the rows; except for rounding, shares are nested."""
         part = copy.copy(self)
         count = math.ceil(share * self.count)
-        part._rows = self._rows.select(stratified(self._rows.targets, count, 0))
+        part._rows = self._rows.select(stratified(self._rows.strata, count, 0))
         part.count = len(part._rows)
         return part
 
@@ -188,7 +188,7 @@ def _reported(data: TaskData, spec: TaskSpec) -> tuple[Rows, NDArray[np.int64] |
     assert split is not None
     assert spec.data is not None
     rows, sample = data.rows(split), spec.data.sample
-    return rows, None if sample is None else stratified(rows.targets, sample.rows, sample.seed)
+    return rows, None if sample is None else stratified(rows.strata, sample.rows, sample.seed)
 
 
 def _ref(blob: str, space: Workspace) -> ResultRef:

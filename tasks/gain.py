@@ -9,10 +9,13 @@ from restitch.modeling.families.family import get_family
 from restitch.registry.ledger.line_state import ModelFacts
 from restitch.registry.ledger.measurements import Gain, ResultRef, compared
 from restitch.registry.record import Interval
-from restitch.registry.specs.task import TaskSpec
+from restitch.registry.specs.task import GenerateSpec, TaskSpec
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.compare_results import read_evaluation, verdict_of
 from restitch.tasks.runtime.refs import LineRef
+
+_OTHER_TEXTS = "texts: other columns were read in training, or texts were prepared differently"
+_OWN_TOKENIZER = "tokenizer: that of the base is used, not that of the model"
 
 
 def gain_over_base(objects: ObjectStore, base: ResultRef, finetuned: ResultRef) -> Gain:
@@ -56,6 +59,8 @@ def likely_causes(line: LineRef, spec: TaskSpec, facts: ModelFacts) -> tuple[str
     head = spec.head
     if spec.prompt is not None:
         return _causes_with_prompt(spec)
+    if spec.is_of_text:
+        return (_OTHER_TEXTS, _OWN_TOKENIZER)
     labels = () if head is None or not isinstance(head.labels, tuple) else head.labels
     prompts = () if head is None or not isinstance(head.templates, tuple) else head.templates
     family = get_family(line.spec.family)
@@ -82,14 +87,27 @@ def likely_causes(line: LineRef, spec: TaskSpec, facts: ModelFacts) -> tuple[str
 
 
 def _causes_with_prompt(spec: TaskSpec) -> tuple[str, ...]:
-    """The same for a language model."""
+    """The same for a task with a prompt."""
+    prompt = (
+        f"prompt: it is {spec.prompt!r}; use that of training, with the same spaces and line ends"
+    )
+    if spec.answer is not None:
+        generate = spec.generate or GenerateSpec()
+        ends = shortlist([repr(text) for text in generate.stop])
+        return (
+            prompt,
+            f"answer: column {spec.answer!r}, compared letter by letter; an answer ends with {ends}"
+            f" or after {generate.max_new_tokens} tokens",
+            _OTHER_TEXTS,
+            _OWN_TOKENIZER,
+        )
     choices = f"the lists in column {spec.choices_column!r}"
     if spec.choices is not None:
         choices = shortlist([repr(text) for text in spec.choices])
     return (
-        f"prompt: it is {spec.prompt!r}; use that of training, with the same spaces and line ends",
+        prompt,
         f"choices: they are {choices}; use the answers of training",
         f"score: choices are compared by score: {spec.score}",
-        "texts: other columns were read in training, or texts were prepared differently",
-        "tokenizer: that of the base is used, not that of the model",
+        _OTHER_TEXTS,
+        _OWN_TOKENIZER,
     )

@@ -182,7 +182,7 @@ class OpenCalibration:
         """Load the head while the live base has its own weights."""
         base = live.base
         head = task_head(task, base, live, model, space)
-        return cls(live, rows, head, base.family.preprocessor(base.folder, head.spec.max_length))
+        return cls(live, rows, head, base.family.preprocessor(base.folder, head.spec.most_read))
 
     def batch(self, indices: Sequence[int]) -> Batch:
         """The batch of some rows, on the device of the live base."""
@@ -190,13 +190,13 @@ class OpenCalibration:
         return {name: tensor.to(self.live.device) for name, tensor in examples.items()}
 
     def logits(self, batch: Batch) -> Tensor:
-        """The logits of the model with its current weights.
+        """The predictions of the model with its current weights; see `Family.predictions`.
 
         A choice that a row lacks has the lowest number in place of minus infinity, whose
         differences are not numbers.
         """
         with precision(self.live.device):
-            scores = self.live.base.family.logits(self.live.model, batch, self.head)
+            scores = self.live.base.family.predictions(self.live.model, batch, self.head)
         return scores.masked_fill(scores.isneginf(), _LOWEST)
 
     def loss(self, batch: Batch) -> Tensor:

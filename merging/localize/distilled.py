@@ -130,7 +130,7 @@ def _targets(
     found = []
     starts = range(0, rows, _TARGET_ROWS)
     for made in prefetch(batch, (range(at, min(at + _TARGET_ROWS, rows)) for at in starts)):
-        found.append(logits(made).log_softmax(1))
+        found.append(logits(made).log_softmax(-1))
         report.next(len(found[-1]))
     return torch.cat(found)
 
@@ -151,9 +151,9 @@ def _refine(
     def backward(made: Any, chosen: Tensor) -> Tensor:
         """Compute the gradients of a batch's divergence from the targets, and return it."""
         with torch.enable_grad():
-            actual = logits(made).log_softmax(1)
+            actual = logits(made).log_softmax(-1)
             target = targets[chosen.to(targets.device)]
-            loss = (target.exp() * (target - actual)).sum(1).mean()
+            loss = (target.exp() * (target - actual)).sum(-1).mean()
             torch.autograd.backward(loss)
         return loss.detach()
 

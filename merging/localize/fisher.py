@@ -143,7 +143,8 @@ def localize_fisher(
         task_vector: the task vector of the finetuned model.
         rows: the number of calibration rows; labels are not used.
         batch: makes the batch of some rows, by their indices.
-        logits: the scores of the classes at the model's current weights, [rows, classes].
+        logits: the scores of the classes at the model's current weights, [rows, classes], or
+            [rows, positions, classes].
         settings: the settings of the measurement.
         progress: called with the rows done and the total.
 
@@ -183,12 +184,17 @@ def measure_sensitivities(
         for made in prefetch(batch, chosen):
             with torch.enable_grad():
                 scores = logits(made)
-                target = sample_classes(scores.detach(), generator)
-                loss = F.cross_entropy(scores, target, reduction="sum")
-                torch.autograd.backward(loss)
+                torch.autograd.backward(sampled_loss(scores, generator))
             done += len(scores)
             progress(done, len(order))
     return Sensitivities(_factored(sums, len(order)))
+
+
+def sampled_loss(scores: Tensor, generator: torch.Generator) -> Tensor:
+    """The summed cross-entropy of all predictions, each with a class sampled from it."""
+    each = scores.flatten(0, -2)
+    target = sample_classes(each.detach(), generator)
+    return F.cross_entropy(each, target, reduction="sum")
 
 
 def sample_classes(scores: Tensor, generator: torch.Generator) -> Tensor:

@@ -104,8 +104,8 @@ def learn_coefficients(
 
 def entropy(scores: Tensor) -> Tensor:
     """The mean entropy of the predictions for some scores, in nats."""
-    shares = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(1)
-    return -(shares.exp() * shares).sum(1).mean()
+    shares = scores.to(torch.promote_types(scores.dtype, torch.float32)).log_softmax(-1)
+    return -(shares.exp() * shares).sum(-1).mean()
 
 
 class _Stream:

@@ -10,10 +10,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from restitch.merging.errors import BadInput
-from restitch.merging.localize.fisher import sample_classes
+from restitch.merging.localize.fisher import sampled_loss
 from restitch.merging.localize.live_weights import consuming_gradients, requiring_gradients
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.statistics.statistic_file import FISHER, check_finite
@@ -41,7 +40,7 @@ def measure_fisher(
         names: the tensors to measure.
         rows: the number of rows; at most `MOST_ROWS` of them are used.
         batch: makes the batch of some rows, by their indices.
-        logits: the scores of the classes, [rows, classes].
+        logits: the scores of the classes, [rows, classes] or [rows, positions, classes].
         seed: the seed of the choice of rows and of the sampled classes.
         progress: called with the rows done and the total.
 
@@ -67,8 +66,7 @@ def measure_fisher(
         for done, row in enumerate(order, 1):
             with torch.enable_grad():
                 scores = logits(batch([row]))
-                target = sample_classes(scores.detach(), generator)
-                torch.autograd.backward(F.cross_entropy(scores, target, reduction="sum"))
+                torch.autograd.backward(sampled_loss(scores, generator))
             progress(done, len(order))
     for name in names:
         sums[name] = (sums[name] / len(order)).cpu()

@@ -30,10 +30,17 @@ class Prompt:
     Attributes:
         text: with the names of columns in braces.
         choices_column: the column with the choices of each row; None if all rows have the same.
+        answer: the column with the one answer of each row, which has class 0.
     """
 
     text: str
     choices_column: str | None = None
+    answer: str | None = None
+
+    @property
+    def own(self) -> str | None:
+        """The column with a row's own choices or answer."""
+        return self.choices_column or self.answer
 
 
 @dataclass(frozen=True)
@@ -111,10 +118,26 @@ class Rows:
 
     def _choices(self, row: int) -> tuple[str | None, ...]:
         """The choices of a row of the table, filled up to the number of classes."""
+        if self.prompt is not None and self.prompt.answer is not None:
+            return (self._answer(row, self.prompt.answer),)
         if self._lists is None:
             return self.labels
         own = self._lists[row]
         return (*own, *[None] * (self.class_count - len(own)))
+
+    def _answer(self, row: int, column: str) -> str:
+        """The answer of a row of the table."""
+        where = f"{self.table.where(row)}, column {column!r}"
+        value = self.table.row(row, (column,))[0]
+        answer = text_of(str(value) if type(value) is int else value, where)
+        if not answer.strip():
+            raise BadInput(
+                f"{where} is an empty answer",
+                expected="a text that the model can generate",
+                found=repr(answer),
+                hint="write the answer, or leave out the row",
+            )
+        return answer
 
     @property
     def _lists(self) -> list[tuple[str, ...]] | None:
@@ -132,6 +155,8 @@ class Rows:
         if "count" not in self._memo:
             lists = self._lists
             self._memo["count"] = len(self.labels) if lists is None else max(map(len, lists))
+            if self.prompt is not None and self.prompt.answer is not None:
+                self._memo["count"] = 1
         count: int = self._memo["count"]
         return count
 
@@ -155,7 +180,9 @@ class Rows:
                 )
             lists = self._lists
             notes: tuple[str, ...] = ()
-            if lists is not None:
+            if self.prompt is not None and self.prompt.answer is not None:
+                indices = np.zeros(len(self.table), dtype=np.int64)
+            elif lists is not None:
                 indices = choice_indices(self.table, self.label, lists)
             else:
                 indices, notes = class_indices(
@@ -165,6 +192,11 @@ class Rows:
             self._memo["notes"] = notes
         result: NDArray[np.int64] = self._memo["targets"]
         return result
+
+    @property
+    def strata(self) -> NDArray[np.int64]:
+        """The class index of every row, of which samples take a share each; 0 without labels."""
+        return np.zeros(len(self), dtype=np.int64) if self.label is None else self.targets
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -209,7 +241,7 @@ class Rows:
                 )
             else:
                 values = self._texts(row)
-            own = () if self._lists is None else self._lists[row]
-            inputs.append([*values, *own])
+            own = () if self.prompt is None or self.prompt.own is None else self._choices(row)
+            inputs.append([*values, *(choice for choice in own if choice is not None)])
         targets = None if self.label is None else self.targets.tolist()
         return digest_json({"inputs": inputs, "targets": targets})

@@ -110,12 +110,7 @@ class TaskData:
 
     @cached_property
     def _parts(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        targets = (
-            np.zeros(len(self._train), dtype=np.int64)
-            if self._train.label is None
-            else self._train.targets
-        )
-        return set_apart(targets)
+        return set_apart(self._train.strata)
 
     def _open(self, split: str) -> Rows:
         return open_split(
@@ -161,6 +156,8 @@ def open_split(
         raise BadInput(f"{table.name} has no rows", expected="at least one")
     own = None if prompt is None else prompt.choices_column
     label = spec.label if labels or own is not None else None
+    if prompt is not None and prompt.answer is not None:
+        label = prompt.answer
     evaluated = spec.validation is not None or spec.test is not None
     if split == "train" and evaluated and label not in table.columns:
         label = None
@@ -183,7 +180,7 @@ def _nearest(missing: str, columns: Sequence[str], in_prompt: bool) -> str:
     """What to do about a missing column."""
     advice = "set input: and label: to columns that are there"
     if in_prompt:
-        advice = "name columns that are there in prompt:, choices_column: and data: label"
+        advice = "name columns that are there in prompt:, choices_column:, answer: and data: label"
     same = [name for name in columns if name.strip().casefold() == missing.casefold()]
     near = same or get_close_matches(missing, columns, n=1, cutoff=0.7)
     if near:

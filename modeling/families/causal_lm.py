@@ -11,6 +11,9 @@ are those of lm-eval:
 - The tokenizer's own first token (BOS) comes first if the tokenizer adds one by itself. A prompt
   without tokens begins with BOS, or else EOS.
 - A prompt that is too long loses its beginning, for all its choices alike; an answer is never cut.
+- Texts are generated greedily. Prompts of different lengths are padded on the left, without an
+  effect on positions.
+- Perplexity predicts every token of a text; see `whole_texts`.
 
 By default only the decoder blocks are localizable. Embeddings and head are the base's.
 """
@@ -31,6 +34,7 @@ from restitch.modeling.answers import Answers, log_probabilities
 from restitch.modeling.configs import differences, known_keys, model_type_difference, read_config
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Family, Preprocess
+from restitch.modeling.generation import generated
 from restitch.modeling.heads import Head
 from restitch.modeling.kinds import Kind, model_kind
 from restitch.modeling.pretrained import (
@@ -47,6 +51,8 @@ from restitch.modeling.questions import (
     question_batch,
     tokens_of,
 )
+from restitch.modeling.whole_texts import Windows, text_batch
+from restitch.registry.specs.metric import MetricName
 from restitch.registry.specs.task import HeadSpec, Modality
 
 _GENERATION = "generation_config.json"
@@ -67,6 +73,10 @@ _ENDS = (".weight", "[!n].bias", "c_attn.bias", "ln_attn.bias", "fc_in.bias", ".
 # of the vocabulary is scored at once.
 _TOKENS = 2048
 _SCORED = 128
+# Tokens of whole texts at once: each has logits over the vocabulary.
+_TEXT_TOKENS = 512
+# Positions of an answer or a text whose predictions localizers match.
+_POSITIONS_MATCHED = 8
 
 
 class CausalLm(Family):
@@ -81,6 +91,7 @@ class CausalLm(Family):
     )
     modality: Modality = "text"
     reads_prompts = True
+    metrics: tuple[MetricName, ...] = ("accuracy", "f1", "exact_match", "perplexity")
     kinds = (Kind.CAUSAL_LM,)
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
@@ -117,22 +128,34 @@ class CausalLm(Family):
         return min(int(load_tokenizer(folder).model_max_length), _positions(folder))
 
     def preprocessor(self, folder: Path, max_length: int | None = None) -> Preprocess:
-        """Tokenize prompts and choices, padded at the end."""
+        """Tokenize prompts and choices, or whole texts, padded at the end."""
         encoder = _Encoder.of(folder, max_length or self.max_length(folder))
 
         def preprocess(examples: Sequence[Example]) -> Batch:
+            if not any(example.choices for example in examples):
+                return encoder.texts(examples)
             return question_batch(encoder.questions(examples), examples)
 
         return preprocess
 
     def resolve(self, folder: Path, spec: HeadSpec) -> HeadSpec:
-        """Fill in the length and how answers are compared."""
-        return spec.model_copy(
-            update={
-                "max_length": spec.max_length or self.max_length(folder),
-                "score": spec.score or "sum",
-            }
-        )
+        """Fill in the length and how answers are compared.
+
+        Raises:
+            BadInput: there is no room for a prompt before the longest generated answer.
+        """
+        update: dict[str, Any] = {"max_length": spec.max_length or self.max_length(folder)}
+        if not spec.of_text:
+            update |= {"score": spec.score or "sum"}
+        spec = spec.model_copy(update=update)
+        if spec.generate is not None and (spec.most_read or 0) < 1:
+            raise BadInput(
+                "generate: max_new_tokens leaves no room for a prompt",
+                expected=f"less than the {spec.max_length} tokens that the model reads",
+                found=spec.generate.max_new_tokens,
+                hint="lower max_new_tokens in the task's file",
+            )
+        return spec
 
     def build_head(
         self,
@@ -153,8 +176,53 @@ class CausalLm(Family):
         likelihoods = _whole if torch.is_grad_enabled() else _shared
         return answers.scores(likelihoods(inner, answers), batch, head.spec.score)
 
+    def predictions(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
+        """The scores of choices; or of the next tokens, at some positions of answers and texts."""
+        inner = NamedModel.of(model).inner
+        if head.spec.of_text:
+            windows = Windows.of(batch).first()
+            logits = _logits(inner, windows.tokens[:, :-1], windows.tokens.shape[1] - 1)
+            each = [row[:length] for row, length in zip(logits, windows.lengths, strict=True)]
+        elif head.spec.answer is not None:
+            each = list(_answer_logits(inner, Answers.of(batch)))
+        else:
+            return self.logits(model, batch, head)
+        return torch.stack([_spaced(one) for one in each]).float()
+
+    def text_losses(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
+        """The negative log-likelihood of each text, and its tokens, [batch, 2]."""
+        windows, inner = Windows.of(batch), NamedModel.of(model).inner
+        losses: list[Tensor] = []
+        order: list[int] = []
+        for part in _in_parts(windows.lengths.tolist()):
+            order += part
+            lengths = windows.lengths[part]
+            longest = int(lengths.max())
+            tokens = windows.tokens[part, : longest + 1]
+            logits = _logits(inner, tokens[:, :-1], longest)
+            each = _token_log_probabilities(logits, tokens[:, 1:])
+            counted = torch.arange(longest, device=each.device) < lengths.unsqueeze(1)
+            losses.append(-each.masked_fill(~counted, 0.0).sum(1))
+        places = torch.tensor(order, device=windows.lengths.device).argsort()
+        return windows.by_row(torch.cat(losses)[places])
+
+    def generate(self, model: nn.Module, batch: Batch, head: Head) -> list[str]:
+        """The text that the model writes after each prompt."""
+        assert head.spec.generate is not None
+        prompts, lengths = batch["prompt"], batch["prompt_length"]
+        longest = prompts.shape[1]
+        places = torch.arange(longest, device=prompts.device) - (longest - lengths).unsqueeze(1)
+        inputs = {
+            "input_ids": prompts.gather(1, places.clamp(min=0)),
+            "attention_mask": (places >= 0).long(),
+        }
+        return generated(NamedModel.of(model), inputs, longest, head.spec.generate)
+
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
-        """The mean negative log-likelihood of the right answers."""
+        """The mean negative log-likelihood of the right answers, or of all tokens of texts."""
+        if head.spec.of_text:
+            summed = self.text_losses(model, batch, head).sum(0)
+            return summed[0] / summed[1]
         right = Answers.of(batch).right(batch["labels"])
         return -_whole(NamedModel.of(model).inner, right).mean()
 
@@ -198,6 +266,18 @@ class _Encoder:
         encoded = iter(tokens_of(self.tokenizer, texts))
         return [self._question(example, encoded) for example in examples]
 
+    def texts(self, examples: Sequence[Example]) -> Batch:
+        """The tokens of whole texts."""
+        for example in examples:
+            if len(example.inputs) != 1:
+                raise BadInput(
+                    f"{example.where}: a whole text is one column",
+                    expected="one column under data: input",
+                    found=f"{len(example.inputs)} columns",
+                )
+        texts = tokens_of(self.tokenizer, [example.inputs[0] for example in examples])
+        return text_batch(texts, examples, self.alone, self.limit)
+
     def _question(self, example: Example, encoded: Iterator[list[int]]) -> Question:
         context = next(encoded)
         answers = [
@@ -223,6 +303,14 @@ class _Encoder:
 
 def _whole(inner: Any, answers: Answers) -> Tensor:
     """The log-likelihood of each answer, each after a prompt of its own."""
+    if not answers.rows:
+        return torch.zeros(0, device=answers.tokens.device)
+    pairs = zip(_answer_logits(inner, answers), answers.tokens, strict=True)
+    return torch.stack([log_probabilities(one, t[: len(one)]).sum() for one, t in pairs])
+
+
+def _answer_logits(inner: Any, answers: Answers) -> Iterator[Tensor]:
+    """The logits at the tokens of each answer, [tokens, vocabulary]."""
     starts = [answers.prompt_lengths[row] for row in answers.rows]
     lengths = [start + n - 1 for start, n in zip(starts, answers.lengths, strict=True)]
     longest = max(lengths, default=0)
@@ -230,15 +318,36 @@ def _whole(inner: Any, answers: Answers) -> Tensor:
     for place, (row, start, length) in enumerate(zip(answers.rows, starts, lengths, strict=True)):
         tokens[place, :start] = answers.prompts[row, :start]
         tokens[place, start:length] = answers.tokens[place, : length - start]
-    if not starts:
-        return torch.zeros(0, device=tokens.device)
     first = min(starts) - 1
     logits = _logits(inner, tokens, longest - first)
-    found = []
     for place, (start, length) in enumerate(zip(starts, lengths, strict=True)):
-        of_answer = logits[place, start - 1 - first : length - first]
-        found.append(log_probabilities(of_answer, answers.tokens[place, : len(of_answer)]).sum())
-    return torch.stack(found)
+        yield logits[place, start - 1 - first : length - first]
+
+
+def _token_log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
+    """The log-probabilities of all tokens, [windows, tokens], of some positions at a time."""
+    starts = range(0, tokens.shape[1], _SCORED)
+    parts = [slice(start, start + _SCORED) for start in starts]
+    return torch.cat([log_probabilities(logits[:, part], tokens[:, part]) for part in parts], 1)
+
+
+def _spaced(logits: Tensor) -> Tensor:
+    """The logits at some positions, evenly spaced; repeated where there are fewer."""
+    places = torch.arange(_POSITIONS_MATCHED, device=logits.device) * len(logits)
+    spaced: Tensor = logits[places // _POSITIONS_MATCHED]
+    return spaced
+
+
+def _in_parts(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """The windows in parts that go through the model together, the shortest first."""
+    part: list[int] = []
+    for place in sorted(range(len(lengths)), key=lambda one: lengths[one]):
+        if part and (len(part) + 1) * lengths[place] > _TEXT_TOKENS:
+            yield part
+            part = []
+        part.append(place)
+    if part:
+        yield part
 
 
 def _shared(inner: Any, answers: Answers) -> Tensor:

@@ -26,6 +26,7 @@ from restitch.modeling.data.rows import Example
 from restitch.modeling.heads import Head
 from restitch.modeling.kinds import Kind
 from restitch.modeling.pretrained import asset_files
+from restitch.registry.specs.metric import MetricName
 from restitch.registry.specs.task import HeadSpec, Modality
 
 GROUP = "restitch.families"
@@ -52,7 +53,9 @@ class Family(Protocol):
             family is never proposed.
         model_types: the model types among these kinds; empty for all.
         parts: kinds of finetuned models that hold only a part of the base.
-        reads_prompts: true for language models: tasks have a prompt and choices instead of a head.
+        reads_prompts: true for language models: tasks have a prompt instead of a head.
+        metrics: those that its tasks may have. `exact_match` needs `generate`, and `perplexity`
+            needs `text_losses`.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Family(Protocol):
     model_types: tuple[str, ...] = ()
     parts: tuple[Kind, ...] = ()
     reads_prompts: bool = False
+    metrics: tuple[MetricName, ...] = ("accuracy", "f1")
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         """The differing configuration keys that change the forward pass.
@@ -122,6 +126,22 @@ class Family(Protocol):
 
     def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The scores of the classes, [batch, classes]; -inf for a choice that a row lacks."""
+
+    def predictions(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
+        """What localizers match and method statistics read: scores without normalization.
+
+        Returns:
+            [batch, classes], or [batch, positions, tokens] where a row has several predictions.
+        """
+        return self.logits(model, batch, head)
+
+    def text_losses(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
+        """The negative log-likelihood of each whole text, and its tokens, [batch, 2]."""
+        raise BadInput(f"the family {self.name} does not score whole texts")
+
+    def generate(self, model: nn.Module, batch: Batch, head: Head) -> list[str]:
+        """The text that the model writes after each prompt, without the text that ends it."""
+        raise BadInput(f"the family {self.name} does not generate texts")
 
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The mean training loss of the batch, a scalar: the cross-entropy of the scores."""

@@ -109,6 +109,8 @@ def parse_task(text: str, origin: str, folder: Path) -> TaskSpec:
 
 def _task(values: dict[str, Any], origin: str, folder: Path) -> TaskSpec:
     data, head = values.get("data"), values.get("head")
+    if values.get("answer") is not None:
+        values = {"metric": "exact_match", **values}
     if isinstance(data, dict) and isinstance(data.get("path"), str):
         if "://" in data["path"]:
             raise BadInput(

@@ -1,8 +1,8 @@
 """The metrics: one value of many rows, and which direction is better.
 
-Shares lie between 0 and 1, and higher is better; for the others lower is better. Whatever compares,
-averages or ranks values of several tasks asks a `Metric`, so a new one needs an entry here and the
-values of its rows in `modeling.row_values`.
+Shares lie between 0 and 1, and higher is better; for the others lower is better. All code that
+compares, averages or ranks values of several tasks asks a `Metric`. A new one needs an entry here
+and the values of its rows in `modeling.row_values`.
 """
 
 from collections.abc import Iterable

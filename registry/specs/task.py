@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from restitch.registry.specs.base import Count, InFile, Spec, Text
-from restitch.registry.specs.metric import MetricName
+from restitch.registry.specs.metric import METRICS, MetricName
 from restitch.registry.specs.prompt import prompt_columns
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
@@ -155,6 +155,35 @@ Scale = Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)]
 MaxLength = Count
 
 
+class GenerateSpec(Spec):
+    """How an answer is generated and compared; always greedily."""
+
+    max_new_tokens: Count = 64
+    """The most tokens of an answer."""
+    stop: Annotated[tuple[Text, ...], InFile(Text | list[Text])] = Field(
+        default=("\n",), examples=[["\n", "Question:"]]
+    )
+    """Texts that end an answer; they do not belong to it. The model's own end of text ends it,
+    too."""
+    extract: Text | None = Field(default=None, examples=["#### (-?[0-9.,]+)"])
+    """A regular expression for the part that is compared: its first group, or else all of it, where
+    it first matches. A generated text without a match is wrong."""
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_text(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, str) else tuple(value or ())
+
+    @field_validator("extract")
+    @classmethod
+    def _compiles(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"not a regular expression: {error}") from error
+        return value
+
+
 class ClassesSpec(Spec):
     """How a task's classes are described."""
 
@@ -202,7 +231,8 @@ class ClassesSpec(Spec):
 class HeadSpec(ClassesSpec):
     """The whole description of a head: the classes, how they are scored, and the text length.
 
-    A head with a prompt scores answers: its labels are the choices, unless each row has its own.
+    A head with a prompt scores answers: its labels are the choices, unless each row has its own, or
+    one answer that the model generates. A head `of_text` has no classes: it scores whole texts.
     """
 
     scale: Scale | None = None
@@ -210,14 +240,24 @@ class HeadSpec(ClassesSpec):
     prompt: Text | None = None
     choices_column: Text | None = None
     score: Score | None = None
+    answer: Text | None = None
+    generate: GenerateSpec | None = None
+    of_text: bool | None = None
 
     def _needs_labels(self) -> bool:
-        return self.choices_column is None
+        return self.choices_column is None and self.answer is None and self.of_text is None
+
+    @property
+    def most_read(self) -> int | None:
+        """The most tokens of a prompt: a generated answer needs room behind it."""
+        if self.max_length is None or self.generate is None:
+            return self.max_length
+        return self.max_length - self.generate.max_new_tokens
 
 
-_ANSWERS = ("choices", "choices_column")
-# Left out of the digests of tasks and heads without a prompt.
-PROMPT_KEYS = ("prompt", *_ANSWERS, "score")
+_ANSWERS = ("choices", "choices_column", "answer")
+# Left out of the digests of tasks and heads that do not use them.
+PROMPT_KEYS = ("prompt", *_ANSWERS, "score", "generate", "of_text")
 
 
 class TaskSpec(Spec):
@@ -241,6 +281,11 @@ class TaskSpec(Spec):
     choices_column: Text | None = Field(default=None, examples=["options"])
     """The column with a list of answers in each row, in place of `choices`; the label is an index
     into it, or one of its texts."""
+    answer: Text | None = Field(default=None, examples=["answer"])
+    """The column with the right answer, in place of `choices`: the model generates a text after the
+    prompt, and `metric: exact_match` compares it with the answer."""
+    generate: GenerateSpec | None = None
+    """How an answer is generated and compared; only with `answer`."""
     score: Score = "sum"
     """How answers are compared: by the `sum` of the log-probabilities of their tokens, or by the
     sum `per_token` or `per_character` of the answer."""
@@ -249,8 +294,10 @@ class TaskSpec(Spec):
     max_length: MaxLength | None = Field(default=None, examples=[128])
     """Tokens per text; by default as many as the model reads."""
     metric: MetricName = "accuracy"
-    """`accuracy`, or `f1`: of class 1 where there are two, else the mean over the classes."""
-    expected: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = Field(
+    """`accuracy`, or `f1`: of class 1 where there are two, else the mean over the classes. With
+    `answer`: `exact_match`, which is its default. `perplexity` scores whole texts, without labels;
+    see the page about metrics."""
+    expected: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         default=None, examples=[0.91]
     )
     """The value of the metric that the model's author measured; a model whose 95 % interval does
@@ -283,6 +330,22 @@ class TaskSpec(Spec):
     def _expected_can_be_compared(self) -> Self:
         if self.expected is not None and (self.data is None or not self.data.evaluation_split):
             raise ValueError("'expected' needs 'data' with rows to measure the model on")
+        if self.expected is not None and self.expected > 1 and METRICS[self.metric].is_share:
+            raise ValueError(f"'expected' is a value of {self.metric}, from 0 to 1")
+        return self
+
+    @model_validator(mode="after")
+    def _metric_fits(self) -> Self:
+        if self.is_of_text:
+            given = [n for n in ("head", "prompt", "scale", *_ANSWERS) if getattr(self, n)]
+            if given:
+                raise ValueError(
+                    f"metric '{self.metric}' scores whole texts: leave out '{given[0]}'"
+                )
+        if (self.metric == "exact_match") != (self.answer is not None):
+            raise ValueError("metric 'exact_match' and 'answer' belong together")
+        if self.generate is not None and self.answer is None:
+            raise ValueError("'generate' needs 'answer', the column with the right answer")
         return self
 
     @model_validator(mode="after")
@@ -297,21 +360,30 @@ class TaskSpec(Spec):
         for name in ("head", "scale"):
             if getattr(self, name) is not None:
                 raise ValueError(f"a task with 'prompt' has no '{name}': its classes are 'choices'")
-        if (self.choices is None) == (self.choices_column is None):
-            raise ValueError("a task with 'prompt' needs either 'choices' or 'choices_column'")
+        if sum(getattr(self, name) is not None for name in _ANSWERS) != 1:
+            raise ValueError(
+                "a task with 'prompt' needs one of 'choices', 'choices_column' and 'answer'"
+            )
         if self.data is not None and self.data.input not in ((), columns):
             raise ValueError("leave out 'data.input': the prompt names the columns that are read")
-        if self.choices_column is not None:
-            if self.metric != "accuracy":
-                raise ValueError(f"metric '{self.metric}' needs 'choices', the same for all rows")
-            if self.data is not None and self.data.classes is not None:
-                raise ValueError("'data.classes' needs 'choices', the same for all rows")
+        if self.choices_column is not None and self.metric != "accuracy":
+            raise ValueError(f"metric '{self.metric}' needs 'choices', the same for all rows")
+        if self.choices is None and self.data is not None and self.data.classes is not None:
+            raise ValueError("'data.classes' needs 'choices', the same for all rows")
+        label = None if self.data is None else self.data.label
+        if self.answer is not None and label not in (None, self.answer):
+            raise ValueError("leave out 'data.label': 'answer' names the column that is compared")
         return self
 
     @property
     def has_head(self) -> bool:
         """True if the task says how rows are scored."""
-        return self.head is not None or self.prompt is not None
+        return self.head is not None or self.prompt is not None or self.is_of_text
+
+    @property
+    def is_of_text(self) -> bool:
+        """True if whole texts are scored: there are no classes and no labels."""
+        return self.metric == "perplexity"
 
     @property
     def rows_spec(self) -> DataSpec:
@@ -319,11 +391,14 @@ class TaskSpec(Spec):
         assert self.data is not None
         if self.prompt is None:
             return self.data
-        return self.data.model_copy(update={"input": prompt_columns(self.prompt)})
+        label = self.data.label if self.answer is None else self.answer
+        return self.data.model_copy(update={"input": prompt_columns(self.prompt), "label": label})
 
     @property
     def head_spec(self) -> HeadSpec:
         """The whole description of the task's head; only for a task that has one."""
+        if self.is_of_text:
+            return HeadSpec(max_length=self.max_length, of_text=True)
         if self.prompt is not None:
             return HeadSpec(
                 labels=self.choices,
@@ -331,6 +406,8 @@ class TaskSpec(Spec):
                 prompt=self.prompt,
                 choices_column=self.choices_column,
                 score=self.score,
+                answer=self.answer,
+                generate=None if self.answer is None else self.generate or GenerateSpec(),
             )
         assert self.head is not None
         classes = {name: getattr(self.head, name) for name in ClassesSpec.model_fields}

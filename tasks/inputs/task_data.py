@@ -46,9 +46,9 @@ def same_task(one: TaskSpec, other: TaskSpec) -> bool:
 
 def _meaning(spec: TaskSpec) -> dict[str, Any]:
     values = spec.without_expected().to_json()  # it is about one model, not about the task
-    if spec.prompt is None:
-        for key in PROMPT_KEYS:
-            del values[key]
+    for key in PROMPT_KEYS:
+        if spec.prompt is None or values.get(key) is None:
+            values.pop(key, None)
     if values["data"] is not None and values["data"]["content"] is not None:
         for place in ("path", "train", "validation", "test"):
             values["data"][place] = values["data"][place] is not None
@@ -89,8 +89,8 @@ def _check_scoring(spec: TaskSpec, family: Family) -> None:
         BadInput: it has a head in place of a prompt, a prompt in place of a head, or neither.
     """
     if family.reads_prompts:
-        wrong, expected = spec.head is not None, "prompt: ..., and choices: [...] or choices_column"
-        found, what = "head", "prompt"
+        wrong, found, what = spec.head is not None, "head", "prompt"
+        expected = "prompt: ... with choices, choices_column or answer; or metric: perplexity"
     else:
         wrong, expected = spec.prompt is not None, "head: {labels: [...]}, or labels_from: dataset"
         found, what = "prompt", "head"
@@ -100,6 +100,14 @@ def _check_scoring(spec: TaskSpec, family: Family) -> None:
             expected=expected,
             found=f"{found}: in the task's file",
             hint=f"describe the task by its {what}, or register it in a line of another family",
+        )
+    if spec.metric not in family.metrics:
+        raise BadInput(
+            f"task {spec.task} has metric {spec.metric}, which the family {family.name} does not"
+            " measure",
+            expected=" or ".join(family.metrics),
+            found=spec.metric,
+            hint="change metric: in the task's file, or register it in a line of another family",
         )
     if spec.data is not None and not spec.has_head:
         raise BadInput(
@@ -152,7 +160,7 @@ def check_rows(
     others = (
         ["validation"] if chosen and split != "validation" and has_validation(spec, family) else []
     )
-    asked = [] if spec.prompt is None else [spec.prompt, spec.choices_column]
+    asked = [] if spec.prompt is None else [spec.prompt, spec.choices_column, spec.answer]
     key = digest_json([spec.data.content, split, shots, family.modality, *others, *asked])
     if space.objects.lookup("rows", key) is not None:
         return _nothing
@@ -210,7 +218,7 @@ def check_fits(spec: TaskSpec, base: Base) -> None:
             hint="correct max_length, or leave it out for the most that the base reads",
         )
     data = task_data(spec, base.family)
-    preprocess = base.family.preprocessor(base.folder, spec.max_length)
+    preprocess = base.family.preprocessor(base.folder, resolved_head(spec, base).most_read)
     if not base.family.reads_prompts:
         _batch(spec, preprocess, data.rows(split), range(1))
         return
@@ -275,9 +283,11 @@ def task_data(spec: TaskSpec, family: Family) -> TaskData:
         BadInput: this worker may not read them.
     """
     check_access(spec)
+    if spec.is_of_text:
+        return TaskData(spec.rows_spec, (), family.modality)
     if spec.prompt is None:
         return TaskData(spec.rows_spec, listed(spec.head_spec).classes, family.modality)
-    prompt = Prompt(spec.prompt, spec.choices_column)
+    prompt = Prompt(spec.prompt, spec.choices_column, spec.answer)
     return TaskData(spec.rows_spec, spec.choices or (), family.modality, prompt)
 
 
@@ -288,9 +298,11 @@ def has_validation(task: TaskSpec, family: Family) -> bool:
 
 
 def train_has_labels(spec: TaskSpec, family: Family) -> bool:
-    """True if the train rows of a task have labels, or cannot be read."""
+    """True if the train rows of a task have labels or need none, or cannot be read."""
     if spec.data is None or spec.data.train is None:
         return False
+    if spec.is_of_text:
+        return True
     try:
         return task_data(spec, family).rows("train").label is not None
     except RestitchError:  # reported where the rows are needed

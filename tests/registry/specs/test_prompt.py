@@ -48,6 +48,9 @@ def test_values_are_never_read_as_columns(before: str, value: str) -> None:
     assert fill_in(escaped + "{a}", {"a": value}) == before + value
 
 
+ANSWER = {"choices": None, "answer": "a", "metric": "exact_match"}
+
+
 def task(**changes: Any) -> TaskSpec:
     values = {"task": "t", "prompt": "Q {text}\nA", "choices": ["no", "yes"], **changes}
     return TaskSpec.model_validate({k: v for k, v in values.items() if v is not None})
@@ -58,8 +61,8 @@ def task(**changes: Any) -> TaskSpec:
     [
         ({"prompt": None}, "'choices' needs 'prompt'"),
         ({"prompt": None, "choices": None, "score": "per_token"}, "'score' needs 'prompt'"),
-        ({"choices": None}, "either 'choices' or 'choices_column'"),
-        ({"choices_column": "options"}, "either 'choices' or 'choices_column'"),
+        ({"choices": None}, "needs one of 'choices', 'choices_column' and 'answer'"),
+        ({"choices_column": "options"}, "needs one of 'choices', 'choices_column' and 'answer'"),
         ({"choices": ["no"]}, "at least two choices"),
         ({"choices": ["no", "yes", "no"]}, "choices occur twice: 'no'"),
         ({"choices": ["no", " "]}, "a choice is empty"),
@@ -68,6 +71,27 @@ def task(**changes: Any) -> TaskSpec:
         ({"scale": 2}, "has no 'scale'"),
         ({"data": {"path": "p", "input": "other"}}, "leave out 'data.input'"),
         ({"choices": None, "choices_column": "c", "metric": "f1"}, "needs 'choices'"),
+        (
+            {"answer": "a", "metric": "exact_match"},
+            "needs one of 'choices', 'choices_column' and 'answer'",
+        ),
+        ({"generate": {}}, "'generate' needs 'answer'"),
+        ({"metric": "exact_match"}, "metric 'exact_match' and 'answer' belong together"),
+        (
+            {"choices": None, "answer": "a", "metric": "accuracy"},
+            "metric 'exact_match' and 'answer' belong together",
+        ),
+        (
+            {**ANSWER, "data": {"path": "p", "label": "b"}},
+            "leave out 'data.label'",
+        ),
+        (
+            {**ANSWER, "generate": {"extract": "("}},
+            "not a regular expression",
+        ),
+        ({**ANSWER, "generate": {"max_new_tokens": 0}}, "greater than or"),
+        ({"metric": "perplexity"}, "scores whole texts: leave out 'prompt'"),
+        ({"expected": 2.0, "data": {"path": "p", "test": "t"}}, "is a value of accuracy"),
         (
             {"choices": None, "choices_column": "c", "data": {"path": "p", "classes": ["a", "b"]}},
             "'data.classes' needs 'choices'",

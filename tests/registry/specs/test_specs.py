@@ -183,6 +183,8 @@ def test_a_task_needs_nothing_but_its_name():
         "prompt": None,
         "choices": None,
         "choices_column": None,
+        "answer": None,
+        "generate": None,
         "score": "sum",
         "scale": None,
         "max_length": None,
@@ -265,7 +267,7 @@ def test_a_wrong_line_file_names_the_place(text, part):
         ("data: {train: x}", "'data.path' is missing"),
         ("scale: -1", "scale"),
         ("max_length: 0", "max_length"),
-        ("metric: acc", "metric: expected 'accuracy' or 'f1'"),
+        ("metric: acc", "metric: expected 'accuracy', 'f1', 'exact_match'"),
         ("labels: [a, b]", "unknown key 'labels'"),
     ],
 )

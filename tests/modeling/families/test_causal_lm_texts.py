@@ -1,0 +1,227 @@
+"""Perplexity and generated answers of causal language models, against slow references."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import GenerationConfig
+
+from restitch.merging.errors import BadInput
+from restitch.modeling.data.rows import Example, Prompt, Rows
+from restitch.modeling.data.tables import ListTable
+from restitch.modeling.evaluation import evaluate, is_match
+from restitch.modeling.families.family import get_family
+from restitch.modeling.generation import until_stop
+from restitch.modeling.gradients import checkpointed
+from restitch.modeling.heads import Head
+from restitch.modeling.pretrained import NamedModel, load_tokenizer
+from restitch.modeling.row_values import Bits, Numbers
+from restitch.registry.specs.task import GenerateSpec, HeadSpec
+from tests.tiny_models import tiny_decoder
+
+FAMILY = get_family("causal-lm")
+TEXTS = ["one", "a longer text than the others", "two words", "naïve yes or no"]
+OF_TEXT = HeadSpec(of_text=True)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("decoders")
+    return {
+        name: tiny_decoder(root / name, name.split("-")[0], bos="-bos" in name)
+        for name in ("llama", "gpt2-bos", "qwen2")
+    }
+
+
+def text_examples(texts: list[str]) -> list[Example]:
+    return [Example((text,), None, f"row {text!r}") for text in texts]
+
+
+def reference_losses(folder: Path, text: str, limit: int) -> tuple[float, int]:
+    """The loss of a text, each token after as much of its window as there is."""
+    tokenizer, model = load_tokenizer(folder), NamedModel.of(FAMILY.load(folder)).inner
+    tokens = tokenizer(text, add_special_tokens=False).input_ids
+    before = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else None
+    whole = [tokenizer.eos_token_id if before is None else before, *tokens]
+    total = 0.0
+    for place in range(1, len(whole)):
+        start = (place - 1) // limit * limit
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([whole[start:place]])).logits[0, -1].double()
+        total -= float(logits.log_softmax(-1)[whole[place]])
+    return total, len(tokens)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2-bos", "qwen2"])
+@pytest.mark.parametrize("limit", [3, 96])
+def test_each_token_of_a_text_is_predicted_once(folders, name, limit):
+    folder = folders[name]
+    model = FAMILY.load(folder)
+    batch = FAMILY.preprocessor(folder, limit)(text_examples(TEXTS))
+    with torch.inference_mode():
+        found = FAMILY.text_losses(model, batch, Head({}, OF_TEXT))
+    expected = [reference_losses(folder, text, limit) for text in TEXTS]
+    assert found[:, 1].tolist() == [tokens for _, tokens in expected]
+    np.testing.assert_allclose(found[:, 0], [loss for loss, _ in expected], rtol=1e-5)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(st.sampled_from(TEXTS), min_size=1, max_size=9), st.integers(1, 9))
+def test_batches_and_windows_do_not_mix_texts(folders, texts, limit):
+    folder = folders["llama"]
+    model, preprocess = FAMILY.load(folder), FAMILY.preprocessor(folder, limit)
+    head = Head({}, OF_TEXT)
+    with torch.inference_mode():
+        together = FAMILY.text_losses(model, preprocess(text_examples(texts)), head)
+        alone = [FAMILY.text_losses(model, preprocess(text_examples([t])), head) for t in texts]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-4, atol=1e-4)
+
+
+def test_perplexity_is_that_of_all_tokens_together(folders):
+    folder = folders["llama"]
+    rows = Rows(ListTable("texts", Path(), {"text": TEXTS}), ("text",), None, (), "text")
+    found = evaluate(
+        FAMILY,
+        FAMILY.load(folder),
+        Head({}, OF_TEXT),
+        rows,
+        FAMILY.preprocessor(folder),
+        metric="perplexity",
+        batch_size=2,
+    )
+    each = [reference_losses(folder, text, 96) for text in TEXTS]
+    expected = np.exp(sum(loss for loss, _ in each) / sum(tokens for _, tokens in each))
+    assert found.value == pytest.approx(expected, rel=1e-5)
+    assert found.interval[0] < found.value < found.interval[1]
+    assert isinstance(found.rows, Numbers)
+    assert found.rows.weights.tolist() == [tokens for _, tokens in each]
+
+
+def test_a_text_without_tokens_is_refused_with_its_row(folders):
+    with pytest.raises(BadInput, match="row '': the text has no tokens to predict"):
+        FAMILY.preprocessor(folders["llama"])(text_examples(["a", ""]))
+
+
+def test_the_loss_of_texts_is_the_mean_over_tokens_and_gives_gradients(folders):
+    folder = folders["llama"]
+    model = FAMILY.load(folder)
+    batch, head = FAMILY.preprocessor(folder)(text_examples(TEXTS)), Head({}, OF_TEXT)
+    losses = FAMILY.text_losses(model, batch, head).sum(0)
+    assert FAMILY.loss(model, batch, head).item() == pytest.approx((losses[0] / losses[1]).item())
+    weight = next(t for name, t in FAMILY.parameters(model).items() if "layers" in name)
+    weight.requires_grad_(True)
+    with checkpointed(model):
+        torch.autograd.backward(FAMILY.loss(model, batch, head))
+    assert weight.grad is not None
+    assert weight.grad.abs().max() > 0
+
+
+def answers(folder: Path, texts: list[str], written: list[str]) -> tuple[Rows, Head]:
+    """Rows with answers, and a head that generates up to four tokens."""
+    table = ListTable("rows", Path(), {"q": texts, "answer": written})
+    rows = Rows(table, ("q",), "answer", (), "text", prompt=Prompt("{q}", answer="answer"))
+    spec = HeadSpec(prompt="{q}", answer="answer", generate=GenerateSpec(max_new_tokens=4))
+    return rows, FAMILY.build_head(torch.nn.Identity(), folder, spec)
+
+
+def greedy(folder: Path, prompt: str, tokens: int) -> str:
+    """The likeliest tokens one by one, without a cache and without padding."""
+    tokenizer, model = load_tokenizer(folder), NamedModel.of(FAMILY.load(folder)).inner
+    seen = tokenizer(prompt.rstrip()).input_ids
+    start = len(seen)
+    for _ in range(tokens):
+        with torch.no_grad():
+            best = int(model(input_ids=torch.tensor([seen])).logits[0, -1].argmax())
+        if best == tokenizer.eos_token_id:
+            break
+        seen.append(best)
+    found: str = tokenizer.decode(seen[start:], skip_special_tokens=True)
+    return found
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2-bos", "qwen2"])
+def test_texts_are_generated_greedily_whatever_else_is_in_the_batch(folders, name):
+    folder = folders[name]
+    expected = [until_stop(greedy(folder, text, 4), ["\n"]) for text in TEXTS]
+    assert len(set(expected)) > 1
+    rows, head = answers(folder, TEXTS, ["x"] * len(TEXTS))
+    model, preprocess = FAMILY.load(folder), FAMILY.preprocessor(folder, head.spec.most_read)
+    # Settings of the model itself must not count.
+    NamedModel.of(model).inner.generation_config = GenerationConfig(
+        do_sample=True, temperature=5.0, repetition_penalty=9.0, min_new_tokens=9, num_beams=2
+    )
+    with torch.inference_mode():
+        found = FAMILY.generate(model, preprocess([rows[n] for n in range(len(rows))]), head)
+        assert found == expected
+        assert FAMILY.generate(model, preprocess([rows[1]]), head) == [expected[1]]
+
+
+def test_a_generated_answer_is_compared_with_the_right_one(folders):
+    folder = folders["llama"]
+    written = [greedy(folder, text, 4) for text in TEXTS]
+    rows, head = answers(folder, TEXTS, [f" {written[0]}\n", "something else", *written[2:]])
+    found = evaluate(
+        FAMILY,
+        FAMILY.load(folder),
+        head,
+        rows,
+        FAMILY.preprocessor(folder, head.spec.most_read),
+        metric="exact_match",
+    )
+    assert isinstance(found.rows, Bits)
+    assert found.rows.right.tolist() == [True, False, True, True]
+
+
+def test_predictions_are_those_at_spaced_positions_of_the_answer(folders):
+    folder = folders["llama"]
+    rows, head = answers(folder, TEXTS[:2], ["one", "a b c d e f g h i j k l"])
+    model, preprocess = FAMILY.load(folder), FAMILY.preprocessor(folder)
+    batch = preprocess([rows[0], rows[1]])
+    with torch.inference_mode():
+        found = FAMILY.predictions(model, batch, head)
+    assert found.shape[:2] == (2, 8)
+    assert batch["answer_length"][0].item() == 4
+    assert bool((found[0, 0::2] == found[0, 1::2]).all()), "four tokens, each predicted twice"
+    assert not bool((found[0, 0] == found[0, 2]).all())
+    assert not bool((found[1, 0] == found[1, 1]).all())
+    tokens = batch["answers"][0, 0, :4]
+    summed = found[0, 0::2].log_softmax(-1).gather(1, tokens[:, None]).sum().item()
+    assert summed == pytest.approx(FAMILY.logits(model, batch, head)[0, 0].item(), abs=1e-4)
+
+
+def test_the_room_of_a_generated_answer_is_kept_free():
+    spec = HeadSpec(prompt="{q}", answer="a", generate=GenerateSpec(max_new_tokens=10))
+    assert spec.model_copy(update={"max_length": 64}).most_read == 54
+
+
+def test_an_answer_that_leaves_no_room_for_a_prompt_is_refused(folders):
+    spec = HeadSpec(prompt="{q}", answer="a", generate=GenerateSpec(max_new_tokens=5000))
+    with pytest.raises(BadInput, match="max_new_tokens leaves no room for a prompt"):
+        FAMILY.resolve(folders["llama"], spec)
+
+
+def test_a_text_ends_before_the_first_stop():
+    assert until_stop("a b\nc;d", [";", "\n"]) == "a b"
+    assert until_stop("a b", ["\n"]) == "a b"
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "extract", "expected"),
+    [
+        (" 42 ", "42\n", None, True),
+        ("42.", "42", None, False),
+        ("Yes", "yes", None, False),
+        ("it is 42, so 42", "42", r"\d+", True),
+        ("so\n#### 42", "6 x 7\n#### 42", r"#### (\d+)", True),
+        ("so\n#### 43", "6 x 7\n#### 42", r"#### (\d+)", False),
+        ("no number", "42", r"\d+", False),
+        ("no number", "no number", r"\d+", False),
+    ],
+)
+def test_a_match_is_exact_apart_from_white_space_and_what_is_extracted(
+    text, answer, extract, expected
+):
+    assert is_match(text, answer, extract) is expected
