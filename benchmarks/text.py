@@ -234,7 +234,7 @@ def task_arithmetic(work: Path, found: Outcome, tasks: dict[str, Path]) -> Refer
     space = workspace()
     line_state = space.ledger(found.record.line).state()
     base = open_base(LineRef(line_state.spec, line_state.base), space)
-    live = live_base(base)
+    live = live_base(base, "add task vectors")
     sums = _sum_of_task_vectors(base, [work / "checkpoints" / task for task in tasks])
     scores = {}
     with working("tuning task arithmetic") as progress:

@@ -17,7 +17,6 @@ from uuid import uuid4
 from restitch.flows.outcome import Outcome
 from restitch.flows.promotion.versions import open_version
 from restitch.flows.research.experts import specialists_of
-from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.export import export_weights
@@ -26,7 +25,7 @@ from restitch.registry.ledger.records import MergedMember, MergedRecord
 from restitch.registry.sizes import parse_size
 from restitch.registry.store.disk import explained
 from restitch.tasks.inputs.checkpoints import Base, open_base, open_sparse, open_specialist
-from restitch.tasks.inputs.task_data import head_inputs
+from restitch.tasks.inputs.task_data import stored_head
 from restitch.tasks.report.card import model_card, specialist_card
 from restitch.tasks.report.provenance import provenance
 from restitch.tasks.runtime.console import working
@@ -174,10 +173,10 @@ def _write_heads(
         if spec.head is None:
             continue
         model = line_state.tasks[task].versions[member.version].model
-        key = space.objects.lookup("head", digest_json(head_inputs(spec, base, model)))
-        if key is not None:
+        record = stored_head(spec, base, model, space)
+        if record is not None:
             (folder / "heads").mkdir(exist_ok=True)
-            blob = space.objects.read_blob(key.blob)
+            blob = space.objects.read_blob(record.blob)
             (folder / "heads" / f"{task}.safetensors").write_bytes(blob)
 
 

@@ -100,15 +100,24 @@ class Head:
 
 
 def head_key(
-    *, family: str, version: int, base: str, assets: str, spec: HeadSpec, finetuned: str | None
+    *,
+    family: str,
+    version: int,
+    base: str,
+    assets: str,
+    spec: HeadSpec,
+    finetuned: str | None,
+    compute: str = "float32",
 ) -> dict[str, object]:
     """Everything that a head is built from, as plain values to digest.
 
     `base`, `assets` and `finetuned` are digests: of the base's weights, of its configuration,
     tokenizer and processor files, and of the finetuned weights where the head lies in them
-    (`Family.head_tensors`).
+    (`Family.head_tensors`). `compute` is the type of the weights of the model that builds and uses
+    it.
     """
     return {
+        **({} if compute == "float32" else {"compute": compute}),
         "assets": assets,
         "base": base,
         "family": family,

@@ -1,6 +1,6 @@
 """Load pretrained folders in Hugging Face's layout, without running anything from them.
 
-Weights come from safetensors only and become float32; code in the folder is never run and the
+Weights come from safetensors only and get one type; code in the folder is never run and the
 network never used. Tensors keep their names in the folder's own file: a model maps each of these
 names to one of its live tensors.
 """
@@ -71,15 +71,21 @@ class NamedModel(nn.Module):
 
 
 def load_pretrained(
-    folder: Path, auto_class: Any, *, prefixes: Sequence[str], required: Sequence[str]
+    folder: Path,
+    auto_class: Any,
+    *,
+    prefixes: Sequence[str],
+    required: Sequence[str],
+    dtype: torch.dtype = torch.float32,
 ) -> NamedModel:
-    """Load a folder as a model of `auto_class`, float32 and in evaluation mode.
+    """Load a folder as a model of `auto_class`, in evaluation mode.
 
     Args:
         folder: config.json with model.safetensors or its shards.
         auto_class: the transformers class with `from_pretrained`.
         prefixes: what a file may carry before all of its names.
         required: globs; a tensor of the file that matches must exist in the model.
+        dtype: the type of the weights.
 
     Raises:
         BadInput: the folder cannot be read as such a model; lists the tensors that do not fit.
@@ -100,7 +106,7 @@ def load_pretrained(
         inner, report = auto_class.from_pretrained(
             str(folder),
             config=config,
-            dtype=torch.float32,
+            dtype=dtype,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,

@@ -27,7 +27,7 @@ from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.specs.localize import DEFAULT_DENSITY, LocalizeSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.evaluate import Exam
-from restitch.tasks.inputs.checkpoints import Base, live_base
+from restitch.tasks.inputs.checkpoints import Base
 from restitch.tasks.inputs.task_data import has_validation, reading_inputs
 from restitch.tasks.localizers import split_digests
 from restitch.tasks.runtime.console import say, warn, working
@@ -186,12 +186,13 @@ class Density:
         self, most: int, coordinates: int, finetuned: Checkpoint, mask_of: Callable[[int], Mask]
     ) -> dict[str, Any]:
         """The fewest coordinates that reach the target, or else `most`, and all measurements."""
-        choice, live = self.choice, live_base(self.base)
+        choice = self.choice
         assert choice.recovery is not None
         target = choice.recovery
         assert self.task.data is not None
         exam = Exam(self.base, self.task, self.model, self.space, validation=_MOST_ROWS)
         whole = WeightsRef("finetuned", self.model.weights, self.model.uri)
+        live = exam.live
         with live.wearing(whole, self.space):
             whole_model = exam.take()
         looks: dict[int, Look] = {}

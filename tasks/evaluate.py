@@ -112,7 +112,7 @@ class Exam:
         validation: int | None = None,
     ) -> None:
         self.spec = spec
-        self.live = live_base(base)
+        self.live = live_base(base, f"evaluate on {spec.task}")
         data = verified_data(spec, base.family)
         if validation is not None:
             rows = _unreported(data, spec, base.family)

@@ -51,7 +51,7 @@ RECORDED_FACTS = ("calibrated_with", "calibration_rows", "budget", "recovery")
 def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cached[DeltaRef]:
     """The sparse delta of a finetuned model, from the store or localized now."""
     space = workspace()
-    plan = _plan(line, task, model, space)
+    plan = _plan(open_base(line, space), line, task, model, space)
     record = space.objects.lookup("mask", plan.key)
     if record is not None:
         return Cached(_ref(record))
@@ -74,9 +74,10 @@ def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cache
     )
 
 
-def mask_key(line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace) -> str:
-    """The digest of all that determines a model's mask."""
-    return _plan(line, task, model, space).key
+def mask_keys(line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace) -> tuple[str, ...]:
+    """The digest of all that determines a model's mask, for each type to compute in."""
+    bases = open_base(line, space).in_each_type()
+    return tuple(_plan(base, line, task, model, space).key for base in bases)
 
 
 @dataclass(frozen=True)
@@ -88,8 +89,7 @@ class _Plan:
     key: str
 
 
-def _plan(line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace) -> _Plan:
-    base = open_base(line, space)
+def _plan(base: Base, line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace) -> _Plan:
     chosen = localizer(line, task, base, model, space)
     density = Density(line.spec.localize, task, base, model, space)
     density_inputs = density.inputs()
@@ -120,7 +120,8 @@ def write_delta(
     file: Path, line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace
 ) -> WrittenDelta:
     """Localize a finetuned model and write its delta; temporary files go to the same folder."""
-    return _write(file, line, task, model, space, _plan(line, task, model, space))
+    plan = _plan(open_base(line, space), line, task, model, space)
+    return _write(file, line, task, model, space, plan)
 
 
 def _write(
@@ -166,7 +167,8 @@ def _ranked(
     torch.cuda.empty_cache()
     room = "room for the base and the finetuned weights, and one score per coordinate"
     hint = ", or localize with mode: fisher, which stores no scores, or mode: dataless"
-    with memory_explained("localize this model", room, hint), checkpointed(live_base(base).model):
+    model = live_base(base, "localize this model").model
+    with memory_explained("localize this model", room, hint), checkpointed(model):
         return chosen.rank(vector, scratch, progress)
 
 

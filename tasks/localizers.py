@@ -37,6 +37,7 @@ from restitch.tasks.inputs.task_data import (
     verified_data,
 )
 from restitch.tasks.runtime.console import warn
+from restitch.tasks.runtime.free_memory import Part
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace
 
@@ -159,11 +160,12 @@ class Calibration:
             **reading_inputs(self.task, self.base, self.model),
         }
 
-    def opened(self) -> "OpenCalibration":
-        """Load the rows, the head and the live base."""
+    def opened(self, step: str, holds: Sequence[Part]) -> "OpenCalibration":
+        """Load the rows, the head and the live base; see `live_base` for the arguments."""
         data = verified_data(self.task, self.base.family)
         rows = data.calibration(self.choice.shots, self.choice.seed)
-        return OpenCalibration.of(live_base(self.base), rows, self.task, self.model, self.space)
+        live = live_base(self.base, step, holds)
+        return OpenCalibration.of(live, rows, self.task, self.model, self.space)
 
 
 @dataclass(frozen=True)
@@ -231,6 +233,22 @@ class _Calibrated(Localizer):
         settings = {"settings": self.settings.to_json()}
         return super().inputs() | settings | self.calibration.inputs()
 
+    def _opened(self, vector: TaskVector, *holds: Part) -> OpenCalibration:
+        """Load the calibration; `holds` is what the ranking holds on any device."""
+        step = f"localize {self.calibration.task.task} with mode {self.name}"
+        copied = (Part("base and finetuned weights", _bytes(vector)),)
+        return self.calibration.opened(step, holds if device().type == "cpu" else copied + holds)
+
+
+def _bytes(vector: TaskVector) -> int:
+    """The bytes of the localizable tensors of base and finetuned model."""
+    files = (vector.base, vector.finetuned)
+    return sum(file.info(name).nbytes for file in files for name in vector.names)
+
+
+def _scores(vector: TaskVector) -> Part:
+    return Part("the scores", 4 * vector.coordinates)
+
 
 class Trained(_Calibrated):
     """Learns a mask with the task's loss on labelled train rows."""
@@ -256,7 +274,9 @@ class Trained(_Calibrated):
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
         """Learn the scores or the mask; see `localize.trained`."""
-        opened = self.calibration.opened()
+        size = 4 if self.calibration.base.compute_type == "float32" else 2
+        gradients = Part("the gradients", size * vector.coordinates)
+        opened = self._opened(vector, _scores(vector), gradients)
         learned = trained.localize_trained(
             opened.live.parameters,
             vector,
@@ -287,7 +307,7 @@ class Fisher(_Calibrated):
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
         """Measure the sensitivities; see `localize.fisher`."""
-        opened = self.calibration.opened()
+        opened = self._opened(vector)
         scores, sensitivities = opened.by_inputs(
             fisher.localize_fisher, vector, self.settings, progress
         )
@@ -315,7 +335,7 @@ class Distilled(_Calibrated):
 
     def rank(self, vector: TaskVector, scratch: Path, progress: Progress) -> Ranking:
         """Refine the ranking; see `localize.distilled`."""
-        opened = self.calibration.opened()
+        opened = self._opened(vector, _scores(vector))
         refined = opened.by_inputs(distilled.localize_distilled, vector, self.settings, progress)
         factors = refined.sensitivities.to_factors(vector.names)
         return Ranking(refined.scores, None, factors, "inputs", len(opened.rows))

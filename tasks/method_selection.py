@@ -114,7 +114,8 @@ def selection_key(
 
     With `at_most`, the key does not depend on which contestants take part this time: an outcome for
     the same members counts, whichever took part in it. `inputs` has for each contestant the digest
-    of all that determines its merged model.
+    of all that determines its merged model. A worker that computes in another type may have decided
+    already: then the key is that of its outcome.
 
     Raises:
         BadInput: a task, or the benchmark where it is needed, has no rows.
@@ -124,15 +125,22 @@ def selection_key(
     _check_rows(line, members, base)
     check_benchmark(line.spec.line, objective, benchmark, base.family)
     used = benchmark if objective.asks_retention else None
-    decides = {
-        "version": [VERSION, MOST_ROWS, LEAST_ROWS],
-        "contestants": list(inputs),
-        "objective": objective.to_json(),
-        "tasks": {m.task: choice_inputs(m.spec, base, m.model.model) for m in members},
-        "benchmark": None if used is None else choice_inputs(used, base, None),
-        "assets": base.ref.config,
-    }
-    return digest_json(decides | ({"at_most": method.at_most} if method.rotates else {}))
+
+    def key(base: Base) -> str:
+        decides = {
+            "version": [VERSION, MOST_ROWS, LEAST_ROWS],
+            "contestants": list(inputs),
+            "objective": objective.to_json(),
+            "tasks": {m.task: choice_inputs(m.spec, base, m.model.model) for m in members},
+            "benchmark": None if used is None else choice_inputs(used, base, None),
+            "assets": base.ref.config,
+        }
+        return digest_json(decides | ({"at_most": method.at_most} if method.rotates else {}))
+
+    own, *others = map(key, base.in_each_type())
+    if not others or known_outcome(own) is not None:
+        return own
+    return next((other for other in others if known_outcome(other) is not None), own)
 
 
 def _check_rows(line: LineRef, members: Sequence[Member], base: Base) -> None:
@@ -192,7 +200,7 @@ class _SuccessiveHalving:
 
     def __init__(self, selection: MethodSelection, base: Base, space: Workspace) -> None:
         self._selection, self._space = selection, space
-        self._live: LiveBase = live_base(base)
+        self._live: LiveBase = live_base(base, "select a method")
         self._exams = {
             m.task: Exam(base, m.spec, m.model.model, space, validation=MOST_ROWS)
             for m in selection.members

@@ -37,6 +37,7 @@ from restitch.tasks.inputs.checkpoints import Base, device, live_base, open_base
 from restitch.tasks.localizers import Calibration, OpenCalibration
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
+from restitch.tasks.runtime.free_memory import Part
 from restitch.tasks.runtime.refs import LineRef, StatisticRef
 from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
@@ -169,8 +170,25 @@ def measure(line: LineRef, statistic: Statistic) -> StatisticRef | Cached[Statis
 
 
 def statistic_key(line: LineRef, statistic: Statistic, space: Workspace) -> str:
-    """The digest of all that determines a statistic."""
-    base = open_base(line, space)
+    """The digest of all that determines a statistic.
+
+    A worker that computes in another type may have measured it: what is published first counts.
+    """
+    own, *others = statistic_keys(line, statistic, space)
+    if space.objects.lookup(statistic.kind, own) is None:
+        for other in others:
+            if space.objects.lookup(statistic.kind, other) is not None:
+                return other
+    return own
+
+
+def statistic_keys(line: LineRef, statistic: Statistic, space: Workspace) -> tuple[str, ...]:
+    """The key of a statistic for each type to compute in, this worker's first."""
+    bases = open_base(line, space).in_each_type()
+    return tuple(_key(line, base, statistic, space) for base in bases)
+
+
+def _key(line: LineRef, base: Base, statistic: Statistic, space: Workspace) -> str:
     inputs: dict[str, Any] = {
         "statistic": [statistic.kind, _VERSIONS[statistic.kind]],
         "base": [base.ref.weights, base.ref.config],
@@ -188,9 +206,12 @@ def statistic_key(line: LineRef, statistic: Statistic, space: Workspace) -> str:
 def write_statistic_of(file: Path, line: LineRef, statistic: Statistic, space: Workspace) -> int:
     """Measure a statistic and write it to a file; return the number of calibration rows."""
     base = open_base(line, space)
-    opened = [_calibration(line, member, base, space).opened() for member in statistic.members]
     paths = [space.objects.blob_path(_delta(member)) for member in statistic.members]
     deltas = [SparseFile.open(path, base.checkpoint) for path in paths]
+    step, holds = f"measure {statistic.name}", _holds(statistic.kind, base, deltas)
+    opened = [
+        _calibration(line, member, base, space).opened(step, holds) for member in statistic.members
+    ]
     function = {FISHER: _fisher, GRAM: _gram, COEFFICIENTS: _coefficients}[statistic.kind]
     tensors, metadata = function(line, base, deltas, opened)
     origin = {"base": base.ref.weights}
@@ -198,6 +219,17 @@ def write_statistic_of(file: Path, line: LineRef, statistic: Statistic, space: W
         origin["delta"] = _delta(statistic.members[0])
     write_statistic(file, statistic.kind, tensors, origin | metadata)
     return sum(len(on.rows) for on in opened)
+
+
+def _holds(kind: str, base: Base, deltas: Sequence[SparseFile]) -> list[Part]:
+    """What measuring holds in addition to the live model, as far as it is known before."""
+    names = {name for delta in deltas for name in delta.names}
+    coordinates = sum(base.checkpoint.info(name).numel for name in names)
+    if kind == FISHER:
+        return [Part("the diagonal", 4 * coordinates)]
+    if kind == COEFFICIENTS:
+        return [Part("the task vectors", 4 * coordinates * (1 + len(deltas)))]
+    return []
 
 
 Measured = tuple[dict[str, Tensor], dict[str, str]]
@@ -226,6 +258,8 @@ def _gram(
     (delta,), (on,) = deltas, opened
     layers = linear_layers(on.live.model, on.live.parameters)
     chosen = {name: layer for name, layer in layers.items() if name in delta}
+    size = sum(4 * layer.in_features**2 for layer in chosen.values())
+    live_base(on.live.base, "measure Gram matrices", [Part("the matrices", size)])
     with on.live.edited(delta), working("measuring Gram matrices") as progress:
         tensors = measure_grams(
             chosen, len(on.rows), lambda row: on.logits(on.batch([row])), progress=progress
@@ -237,7 +271,7 @@ def _coefficients(
     line: LineRef, base: Base, deltas: Sequence[SparseFile], opened: Sequence[OpenCalibration]
 ) -> Measured:
     vectors = [KeptVector(base.checkpoint, delta) for delta in deltas]
-    live = live_base(base)
+    live = opened[0].live
     try:
         with working("learning coefficients") as progress:
             tensors = learn_coefficients(

@@ -25,7 +25,7 @@ from restitch.registry.specs.in_words import changed
 from restitch.registry.specs.line import LineSpec, line_changes
 from restitch.registry.specs.method import MethodSpec, TournamentSpec
 from restitch.registry.specs.task import TaskSpec
-from restitch.tasks.inputs.checkpoints import Base, describe_model, open_base
+from restitch.tasks.inputs.checkpoints import Base, check_compute, describe_model, open_base
 from restitch.tasks.inputs.task_data import (
     check_fits,
     check_rows,
@@ -74,6 +74,7 @@ def init_line(file: Path) -> InitOutcome:
     check_schedule(spec.schedule, str(file))
     _check_gates(spec)
     family = get_family(spec.family)
+    check_compute(family, spec.compute)
     spec = spec.with_method(_resolved(spec.method))
     ledger = Ledger(space.objects, spec.line)
     old = ledger.find()

@@ -9,7 +9,9 @@ def mask_choice(spec: LineSpec) -> str:
     """The digest of the settings that choose masks."""
     choice = spec.localize
     tensors = [list(choice.include), list(choice.exclude)]
-    return digest_json([choice.mode, choice.settings, tensors])
+    runs_model = choice.mode != "dataless" or choice.density == "auto"
+    compute = [spec.compute] if runs_model and spec.compute != "auto" else []
+    return digest_json([choice.mode, choice.settings, tensors, *compute])
 
 
 def needs_new_mask(line_state: LineState, model: ModelVersion) -> bool:

@@ -278,8 +278,9 @@ def _derived(
         for key, model in models.items():
             spec = line_state.tasks[key.task].spec
             if spec.head is not None:
-                name = f"keys/head/{digest_json(head_inputs(spec, base, model))}"
-                found |= {name: model.weights} if name in inventory.keys else {}
+                for each in base.in_each_type():
+                    name = f"keys/head/{digest_json(head_inputs(spec, each, model))}"
+                    found |= {name: model.weights} if name in inventory.keys else {}
     named = inventory.references.keys() | inventory.purged.keys()
     for name, key_record in inventory.keys.items():
         blob = key_record.blob

@@ -31,12 +31,12 @@ from restitch.registry.maintenance.inventory import Inventory, mentioned_digests
 from restitch.registry.sources.resolve import resolve_source
 from restitch.registry.store.base import NotInStore
 from restitch.tasks.inputs.heads import heads_again
-from restitch.tasks.localize import RECORDED_FACTS, mask_key
+from restitch.tasks.localize import RECORDED_FACTS, mask_keys
 from restitch.tasks.research.experts import read_experts
 from restitch.tasks.runtime.console import say
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace
-from restitch.tasks.statistics import KINDS, statistic_key
+from restitch.tasks.statistics import KINDS, statistic_keys
 
 _ROUNDS = 8
 _NAMING = ("audit/", "lines/")  # these objects name others
@@ -240,7 +240,7 @@ class _Round:
         if kind in KINDS:
             for named in self.sources.statistics():
                 with suppress(RestitchError):  # the base of another line may be away
-                    if statistic_key(named.line, named.statistic, self.space) == inputs:
+                    if inputs in statistic_keys(named.line, named.statistic, self.space):
                         publish(kind, inputs, named.digest, named.made_by)
                         return f"written again from {named.source}"
         if kind == SPECIALISTS:
@@ -275,7 +275,7 @@ class _Round:
             line = LineRef(line_state.spec, line_state.base)
             spec, model = line_state.tasks[task].spec, line_state.tasks[task].versions[number]
             with suppress(RestitchError):  # the base of another line may be away
-                if mask_key(line, spec, model.model, self.space) == inputs:
+                if inputs in mask_keys(line, spec, model.model, self.space):
                     yield line_state.line, task, number, model
 
     def _attempt(self, each: Damaged, _: str) -> str:

@@ -104,7 +104,7 @@ class CausalLm(Family):
             known=known_keys(ours),
         )
 
-    def load(self, folder: Path) -> nn.Module:
+    def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Load the language model in a folder."""
         from transformers import AutoModelForCausalLM
 
@@ -116,7 +116,11 @@ class CausalLm(Family):
                 found=model,
             )
         return load_pretrained(
-            folder, AutoModelForCausalLM, prefixes=self.prefixes, required=self.localizable
+            folder,
+            AutoModelForCausalLM,
+            prefixes=self.prefixes,
+            required=self.localizable,
+            dtype=dtype,
         )
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:

@@ -97,7 +97,7 @@ class Clip(Family):
             )
         return keys
 
-    def load(self, folder: Path) -> nn.Module:
+    def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Load the whole model in a folder."""
         from transformers import AutoModel
 
@@ -109,7 +109,9 @@ class Clip(Family):
                 found=repr(kind),
                 hint="the base needs both towers; a finetuned model may be the vision tower alone",
             )
-        return load_pretrained(folder, AutoModel, prefixes=self.prefixes, required=self.localizable)
+        return load_pretrained(
+            folder, AutoModel, prefixes=self.prefixes, required=self.localizable, dtype=dtype
+        )
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:
         """The live tensors by their names in the folder's file."""
@@ -173,15 +175,15 @@ class Clip(Family):
         return self.max_length(folder) if _is_siglip(NamedModel.of(model).inner) else None
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Normalized image embeddings, [batch, features]."""
+        """Normalized image embeddings, [batch, features], in float32."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
         output = NamedModel.of(model).inner.get_image_features(**inputs)
-        return nn.functional.normalize(output.pooler_output, dim=-1)
+        return nn.functional.normalize(output.pooler_output.float(), dim=-1)
 
     def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """Scaled cosines with the class embeddings, plus SigLIP's bias, [batch, classes]."""
         inner = NamedModel.of(model).inner
-        scale = inner.logit_scale.exp() if head.spec.scale is None else head.spec.scale
+        scale = inner.logit_scale.float().exp() if head.spec.scale is None else head.spec.scale
         scores = scaled_cosines(self.features(model, batch), head.tensors["weight"], scale)
         return scores + inner.logit_bias if _is_siglip(inner) else scores
 

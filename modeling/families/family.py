@@ -14,10 +14,12 @@ from difflib import get_close_matches
 from functools import cache
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
+from inspect import signature
 from pathlib import Path
 from pkgutil import iter_modules
 from typing import Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
@@ -84,8 +86,15 @@ class Family(Protocol):
         """
         return None
 
-    def load(self, folder: Path) -> nn.Module:
-        """The model in a folder: float32, evaluation mode, from safetensors only."""
+    def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+        """The model in a folder: evaluation mode, from safetensors only.
+
+        Args:
+            folder: the folder.
+            dtype: the type of all weights, float32 or bfloat16; normalized features, losses and
+                scores are float32 nevertheless. A family without this argument is used in float32
+                only.
+        """
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:
         """The live tensors of a loaded model by their names in the folder's own file.
@@ -189,6 +198,11 @@ def get_family(name: str) -> Family:
         expected=f"one of {', '.join(family_names())}",
         hint=f"did you mean {near[0]!r}?" if near else None,
     )
+
+
+def loads_in_any_type(family: Family) -> bool:
+    """True if a family loads models in other types than float32, too."""
+    return "dtype" in signature(family.load).parameters
 
 
 def _files() -> dict[str, str]:

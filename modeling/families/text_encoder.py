@@ -71,7 +71,7 @@ class TextEncoder(Family):
             ours.to_dict(), theirs.to_dict(), known=known_keys(ours)
         )
 
-    def load(self, folder: Path) -> nn.Module:
+    def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Load the encoder in a folder."""
         from transformers import AutoModel, AutoModelForTextEncoding
 
@@ -80,7 +80,7 @@ class TextEncoder(Family):
             raise BadInput(f"{folder} is a model with a decoder", expected="an encoder alone")
         auto_class = AutoModelForTextEncoding if model.encoder_half else AutoModel
         return load_pretrained(
-            folder, auto_class, prefixes=self.prefixes, required=self.localizable
+            folder, auto_class, prefixes=self.prefixes, required=self.localizable, dtype=dtype
         )
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:
@@ -146,9 +146,9 @@ class TextEncoder(Family):
         return Head({"weight": embed_prompts(spec, embed, progress=progress)}, spec)
 
     def features(self, model: nn.Module, batch: Batch) -> Tensor:
-        """Normalized embeddings, [batch, features]."""
+        """Normalized embeddings, [batch, features], in float32."""
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        hidden = NamedModel.of(model).inner(**inputs).last_hidden_state
+        hidden = NamedModel.of(model).inner(**inputs).last_hidden_state.float()
         mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
         pooled = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
         return nn.functional.normalize(pooled, dim=-1)

@@ -29,6 +29,9 @@ NotifyEvent = Literal[
     "promoted", "rejected", "held", "quarantined", "rolled-back", "drop", "crashes"
 ]
 
+ComputeType = Literal["float32", "bfloat16"]
+Compute = Literal["auto"] | ComputeType
+
 Actors = Annotated[tuple[Text, ...], Field(min_length=1)]
 
 
@@ -124,6 +127,10 @@ class LineSpec(Spec):
     default every 15 minutes; `null` is no schedule."""
     require_device: Literal["cpu", "cuda"] | None = None
     """Only workers with this device work on the line."""
+    compute: Compute = "auto"
+    """The type of the weights when a model is evaluated, or localized with data: `float32`, or
+    `bfloat16` for half the memory; merging is not affected. `auto` is `bfloat16` on a GPU that has
+    it if all weights of the base are stored in it, else `float32`."""
     actors: ActorsSpec | None = Field(
         default=None, examples=[["alice", "bob"], {"promote": ["alice"]}]
     )

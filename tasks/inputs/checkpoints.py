@@ -1,14 +1,17 @@
 """Open models: the base of a line, finetuned checkpoints, and the live base in memory.
 
 Every model is checked against its registered digest when it is opened, so a folder that has
-changed is an error and never a wrong result. The live base is loaded once per process; a context
-sets other weights on it and copies the base's own back afterwards, so nothing drifts.
+changed is an error and never a wrong result. The live base is loaded once per process, in the type
+that the line computes in; a context sets other weights on it and copies the base's own back
+afterwards, so nothing drifts. No second model is ever loaded: other weights are read from their
+mapped file, tensor by tensor.
 """
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -25,14 +28,15 @@ from restitch.merging.files.plain_weights import check_plain
 from restitch.merging.files.sparse import SparseFile
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.configs import check_not_quantized
-from restitch.modeling.families.family import Family, get_family
+from restitch.modeling.families.family import Family, get_family, loads_in_any_type
 from restitch.modeling.family_choice import check_base
 from restitch.modeling.weights import apply_edits, restore, set_weights
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.sources.resolve import copy_into_store, resolve_source
-from restitch.registry.specs.line import LineSpec
+from restitch.registry.specs.line import Compute, ComputeType, LineSpec
 from restitch.tasks.inputs.remote_weights import list_remote, remote_checkpoint
 from restitch.tasks.runtime.console import working
+from restitch.tasks.runtime.free_memory import Part, check_memory
 from restitch.tasks.runtime.refs import LineRef, WeightsRef
 from restitch.tasks.runtime.workspace import Workspace
 
@@ -50,6 +54,7 @@ class Base:
     Attributes:
         names: the localizable tensors, sorted.
         selection: the globs that chose them.
+        compute: the line's key, the type of the weights of a live model.
     """
 
     ref: ModelRef
@@ -58,6 +63,36 @@ class Base:
     family: Family
     names: tuple[str, ...]
     selection: Selection
+    compute: Compute = "auto"
+
+    @property
+    def compute_type(self) -> ComputeType:
+        """The type of the weights of a live model on this worker."""
+        if self.compute != "auto":
+            return self.compute
+        if not self._is_in_bfloat16 or device().type != "cuda":
+            return "float32"
+        return "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+
+    def in_each_type(self) -> tuple["Base", ...]:
+        """The base with each type that workers of the line compute in, this worker's first.
+
+        What one worker measured counts for all of them. With `auto`, one with a GPU may have
+        measured it in another type.
+        """
+        if self.compute != "auto":
+            return (self,)
+        types: list[ComputeType] = [self.compute_type]
+        if self._is_in_bfloat16:
+            types += ["float32" if types == ["bfloat16"] else "bfloat16"]
+        return tuple(replace(self, compute=one) for one in types)
+
+    @property
+    def _is_in_bfloat16(self) -> bool:
+        """True if bfloat16 loses nothing of the base's weights, and the family can load it."""
+        infos = map(self.checkpoint.info, self.checkpoint.floating)
+        stored = all(info.dtype == torch.bfloat16 for info in infos)
+        return stored and loads_in_any_type(self.family)
 
 
 def open_base(line: LineRef, space: Workspace) -> Base:
@@ -67,7 +102,7 @@ def open_base(line: LineRef, space: Workspace) -> Base:
     choice = line.spec.localize
     names = select_tensors(checkpoint.floating, family.localizable, choice.include, choice.exclude)
     selection = Selection(family.localizable, choice.include, choice.exclude)
-    return Base(line.base, folder, checkpoint, family, tuple(names), selection)
+    return Base(line.base, folder, checkpoint, family, tuple(names), selection, line.spec.compute)
 
 
 def describe_model(
@@ -316,7 +351,9 @@ class LiveBase:
     def __init__(self, base: Base, on: torch.device) -> None:
         self.base = base
         self.device = on
-        self.model = base.family.load(base.folder).to(on)
+        # Families from before there was a choice load float32.
+        given = () if base.compute_type == "float32" else (torch.bfloat16,)
+        self.model = base.family.load(base.folder, *given).to(on)
         self.parameters = base.family.parameters(self.model)
 
     @contextmanager
@@ -397,14 +434,61 @@ def aligned(base: Base, finetuned: Checkpoint) -> Checkpoint:
     return finetuned.renamed(line_up(base, finetuned).mapping)
 
 
-_live: dict[tuple[str, str, str], LiveBase] = {}
+_live: dict[tuple[str, str, str, str], LiveBase] = {}
 
 
-def live_base(base: Base) -> LiveBase:
-    """The loaded base; the process holds one at a time."""
+def live_base(base: Base, step: str, holds: Sequence[Part] = ()) -> LiveBase:
+    """The loaded base; the process holds one at a time.
+
+    Args:
+        base: the base.
+        step: the work that needs it, after "to".
+        holds: what the step holds in addition to the weights.
+
+    Raises:
+        BadInput: its family cannot load it in the line's type.
+        Unavailable: the memory is not enough.
+    """
     on = device()
-    key = (base.ref.weights, base.ref.config, str(on))
-    if key not in _live:
+    check_compute(base.family, base.compute)
+    key = (base.ref.weights, base.ref.config, base.compute_type, str(on))
+    loaded = key in _live
+    if not loaded and _live:
         _live.clear()
+        gc.collect()  # models have cycles
+    parts = [*([] if loaded else [_weights(base)]), *holds]
+    check_memory(step, parts, on, _more_memory(base, on))
+    if not loaded:
         _live[key] = LiveBase(base, on)
     return _live[key]
+
+
+def check_compute(family: Family, compute: Compute) -> None:
+    """Refuse a type that a family cannot load.
+
+    Raises:
+        BadInput: the family has no choice of types.
+    """
+    if compute == "bfloat16" and not loads_in_any_type(family):
+        raise BadInput(
+            f"the family {family.name} computes in float32 only",
+            expected="compute: auto or float32",
+            found=f"compute: {compute}",
+            hint="correct the line file, or give the family's `load` an argument `dtype`",
+        )
+
+
+def _weights(base: Base) -> Part:
+    """The weights that a live model has for certain: not all tensors of a file belong to it."""
+    names = select_tensors(base.checkpoint.floating, base.family.localizable)
+    numbers = sum(base.checkpoint.info(name).numel for name in names)
+    size = numbers * (4 if base.compute_type == "float32" else 2)
+    return Part(f"the weights in {base.compute_type}", size)
+
+
+def _more_memory(base: Base, on: torch.device) -> str:
+    larger = "a larger GPU" if on.type == "cuda" else "more memory"
+    worker = f"use a worker with {larger}"
+    if base.compute_type == "float32" and loads_in_any_type(base.family):
+        return f"set `compute: bfloat16` in the line file, or {worker}"
+    return worker

@@ -28,9 +28,11 @@ def heads_again(line_state: LineState, missing: set[str], space: Workspace) -> i
         if not task.spec.has_head:
             continue
         for model in task.versions.values():
-            inputs = digest_json(head_inputs(task.spec, base, model.model))
-            if inputs in missing:
-                task_head(task.spec, base, live_base(base), model.model, space)
-                missing.discard(inputs)
-                made += 1
+            for each in base.in_each_type():
+                inputs = digest_json(head_inputs(task.spec, each, model.model))
+                if inputs in missing:
+                    live = live_base(each, f"build the head of {task.spec.task}")
+                    task_head(task.spec, each, live, model.model, space)
+                    missing.discard(inputs)
+                    made += 1
     return made

@@ -22,6 +22,7 @@ from restitch.registry.paths import is_there
 from restitch.registry.sources.resolve import pin_data, resolve_source
 from restitch.registry.specs.localize import LocalizeSpec
 from restitch.registry.specs.task import PROMPT_KEYS, HeadSpec, TaskSpec, split_pin
+from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.inputs.checkpoints import Base, LiveBase
 from restitch.tasks.runtime.console import warn, working
 from restitch.tasks.runtime.workspace import Workspace, made_by
@@ -347,7 +348,11 @@ def _resolved(head: HeadSpec, family: str, folder: Path, _config: str) -> HeadSp
 
 
 def head_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> dict[str, object]:
-    """Everything that the head is built from; its digest is the head's key."""
+    """Everything that the head is built from; its digest is the head's key.
+
+    All that runs the model uses the head. So this digest also brings the type of the weights into
+    the keys of results, masks and statistics.
+    """
     own = base.family.head_tensors and finetuned is not None
     return head_key(
         family=base.family.name,
@@ -356,7 +361,17 @@ def head_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> dict[
         assets=base.ref.config,
         spec=resolved_head(spec, base),
         finetuned=finetuned.weights if own and finetuned else None,
+        compute=base.compute_type,
     )
+
+
+def stored_head(
+    spec: TaskSpec, base: Base, finetuned: ModelRef | None, space: Workspace
+) -> KeyRecord | None:
+    """The record of the task's head, whichever worker built it; None if there is none."""
+    keys = (digest_json(head_inputs(spec, each, finetuned)) for each in base.in_each_type())
+    records = (space.objects.lookup("head", key) for key in keys)
+    return next((record for record in records if record is not None), None)
 
 
 def reading_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> dict[str, object]:

@@ -8,7 +8,7 @@ the same torch and threads: the first patch published counts.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from restitch.tasks.inputs.task_data import reading_inputs, verified_data
 from restitch.tasks.localizers import OpenCalibration, lacks, split_digests
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.engine import Cached, step
+from restitch.tasks.runtime.free_memory import Part
 from restitch.tasks.runtime.refs import LineRef, PatchRef
 from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
 
@@ -67,7 +68,8 @@ def finetune(
         Unavailable: the GPU runs out of memory.
     """
     space = workspace()
-    base = open_base(line, space)
+    # Steps are smaller than what bfloat16 can tell apart.
+    base = replace(open_base(line, space), compute="float32")
     settings = FinetuningSettings.of(base.family.modality, seed=line.spec.localize.seed)
     key = digest_json(_inputs(base, member, before, settings))
     record = space.objects.lookup("finetuning", key)
@@ -110,7 +112,9 @@ def _learned(
     space: Workspace,
 ) -> SparseInfo:
     """Finetune the live base and write its patch; afterwards restore the live base."""
-    live = live_base(base)
+    coordinates = sum(base.checkpoint.info(name).numel for name in base.names)
+    step = Part("gradients and their two moments", 3 * 4 * coordinates)
+    live = live_base(base, f"finetune on {member.task}", [step])
     every = verified_data(member.spec, base.family).rows("train")
     rows = every.select(stratified(every.targets, MOST_ROWS, 0))
     on = OpenCalibration.of(live, rows, member.spec, member.model.model, space)

@@ -69,7 +69,7 @@ def tune(line: LineRef, members: tuple[Member, ...], method: Method) -> Tuned | 
     known = space.stored("tuning", key)
     if known is not None:
         return Cached(Tuned(**known))
-    live = live_base(base)
+    live = live_base(base, f"tune {method.name}")
     exams = [
         Exam(base, member.spec, member.model.model, space, validation=MOST_ROWS)
         for member in members

@@ -6,11 +6,12 @@ milliseconds; shorter allocations are missed. Free memory of the allocator is re
 first, because work that reuses it would not be counted.
 """
 
-import ctypes
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
+
+from restitch.tasks.runtime.free_memory import release_freed
 
 _STATUS = Path("/proc/self/status")
 _INTERVAL_SECONDS = 0.003
@@ -26,8 +27,7 @@ class Peak:
 def memory_added() -> Iterator[Peak]:
     """Sample the memory of this process while the context is open."""
     peak, stop = Peak(), threading.Event()
-    with suppress(AttributeError, OSError):  # the C library has another allocator
-        ctypes.CDLL(None).malloc_trim(0)
+    release_freed()
     before = _anonymous()
 
     def sample() -> None:

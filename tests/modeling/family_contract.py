@@ -18,7 +18,7 @@ from restitch.merging.statistics.grams import measure_grams
 from restitch.modeling.data.rows import Rows
 from restitch.modeling.data.tables import ListTable
 from restitch.modeling.evaluation import evaluate
-from restitch.modeling.families.family import Family
+from restitch.modeling.families.family import Family, loads_in_any_type
 from restitch.modeling.heads import Head
 from restitch.modeling.row_values import Bits
 from restitch.modeling.weights import apply_edits, linear_layers, restore, set_weights
@@ -79,6 +79,23 @@ class FamilyContract:
     def test_a_model_loads_in_float32_for_evaluation_without_gradients(self, model):
         assert not model.training
         assert all(p.dtype == torch.float32 and not p.requires_grad for p in model.parameters())
+
+    def test_in_bfloat16_scores_and_losses_stay_float32_and_are_nearly_the_same(
+        self, family, base, finetuned, model, batch, head
+    ):
+        if not loads_in_any_type(family):
+            pytest.skip("the family's load has no argument dtype: it is used in float32 only")
+        half = family.load(base, torch.bfloat16)
+        assert not half.training
+        assert all(p.dtype == torch.bfloat16 for p in half.parameters())
+        own = family.build_head(half, base, self.spec, finetuned=finetuned)
+        for name in head.tensors:
+            assert torch.allclose(own.tensors[name], head.tensors[name], atol=0.05)
+        expected = family.logits(model, batch, head)
+        scores = family.logits(half, batch, own)
+        assert scores.dtype == family.loss(half, batch, own).dtype == torch.float32
+        spread = expected.max() - expected.min()
+        assert (scores - expected).abs().max() <= 0.1 * max(spread, expected.abs().max())
 
     def test_every_localizable_tensor_of_the_file_is_live_with_its_values(
         self, family, model, base, localizable

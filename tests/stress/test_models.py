@@ -171,7 +171,7 @@ def test_a_model_that_changed_is_not_evaluated(world: World, line: Shell, tmp_pa
     line_state = line.state()
     with line.inside():
         space = workspace()
-        live = live_base(open_base(LineRef(line_state.spec, line_state.base), space))
+        live = live_base(open_base(LineRef(line_state.spec, line_state.base), space), "test")
         ref = line_state.tasks["colour"].versions[1].model
         weights = WeightsRef("finetuned", ref.weights, ref.uri)
         with live.wearing(weights, space):

@@ -131,7 +131,7 @@ def test_continual_finetuning_starts_from_its_last_state_and_does_not_change_the
             before = patch.blob
         assert patch.seconds == last["finetune"], "it was in the store"
         base = open_base(line, workspace())
-        live = live_base(base)
+        live = live_base(base, "test")
         learned = open_sparse(str(before), workspace(), base.checkpoint)
         assert set(learned.names) <= set(base.names)
         for name in base.names:
@@ -155,7 +155,7 @@ def test_a_gpu_that_is_too_small_for_finetuning_is_reported(
             finetune(line, member)
         assert raised.value.found == "Tried to allocate 20 MiB"
         base = open_base(line, workspace())
-        live = live_base(base).parameters[base.names[0]]
+        live = live_base(base, "test").parameters[base.names[0]]
         assert torch.equal(live, base.checkpoint.tensor(base.names[0]))
 
 

@@ -57,6 +57,7 @@ def test_all_defaults_are_stored():
         "gates": {**dict.fromkeys(GATES), "warn": []},
         "schedule": {"cron": "*/15 * * * *", "timezone": "UTC"},
         "require_device": None,
+        "compute": "auto",
         "actors": None,
         "notify": [],
     }
