@@ -1,4 +1,4 @@
-"""Generate texts greedily, whatever a model's own settings for generation say."""
+"""Generate texts greedily; a model's own settings for generation have no effect."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any

@@ -19,6 +19,7 @@ from restitch.modeling.data.task_data import Example
 from restitch.modeling.families.family import Batch, Preprocess
 from restitch.modeling.heads import Head
 from restitch.modeling.kinds import Kind
+from restitch.registry.specs.metric import MetricName
 from restitch.registry.specs.task import HeadSpec
 
 WIDTH = 8
@@ -51,6 +52,7 @@ class _Tokens:
     model_types: tuple[str, ...] = ()
     parts: tuple[Kind, ...] = ()
     reads_prompts = False
+    metrics: tuple[MetricName, ...] = ("accuracy", "f1")
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         ours, theirs = (json.loads((f / "config.json").read_text()) for f in (base, finetuned))
@@ -93,6 +95,18 @@ class _Tokens:
 
     def asset_files(self, folder: Path) -> tuple[str, ...]:
         return ("config.json",)
+
+    def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
+        raise NotImplementedError
+
+    def predictions(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
+        return self.logits(model, batch, head)
+
+    def text_losses(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
+        raise NotImplementedError
+
+    def generate(self, model: nn.Module, batch: Batch, head: Head) -> list[str]:
+        raise NotImplementedError
 
 
 class PerTaskClassifier(_Tokens):
