@@ -21,7 +21,6 @@ By default only the decoder blocks are localizable. Embeddings and head are the 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -213,14 +212,13 @@ class CausalLm(Family):
     def generate(self, model: nn.Module, batch: Batch, head: Head) -> list[str]:
         """The text that the model writes after each prompt."""
         assert head.spec.generate is not None
-        prompts, lengths = batch["prompt"], batch["prompt_length"]
-        longest = prompts.shape[1]
-        places = torch.arange(longest, device=prompts.device) - (longest - lengths).unsqueeze(1)
+        before = _Before.ending_together(batch["prompt"], batch["prompt_length"].tolist())
+        places = torch.arange(before.tokens.shape[1], device=before.tokens.device)
         inputs = {
-            "input_ids": prompts.gather(1, places.clamp(min=0)),
-            "attention_mask": (places >= 0).long(),
+            "input_ids": before.tokens,
+            "attention_mask": (places >= before.padding).long(),
         }
-        return generated(NamedModel.of(model), inputs, longest, head.spec.generate)
+        return generated(NamedModel.of(model), inputs, before.tokens.shape[1], head.spec.generate)
 
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The mean negative log-likelihood of the right answers, or of all tokens of texts."""
@@ -357,17 +355,17 @@ def _in_parts(lengths: Sequence[int]) -> Iterator[list[int]]:
 def _shared(inner: Any, answers: Answers) -> Tensor:
     """The log-likelihood of each answer; a prompt goes through the model once.
 
-    Prompts of the same number of tokens go together, so that nothing stands between a prompt and
-    its answers. The first token of an answer follows from the prompt; the others need the prompt's
-    keys and values.
+    Prompts end at the same place, so that nothing stands between a prompt and its answers: shorter
+    ones are padded on the left. The first token of an answer follows from the prompt; the others
+    need the prompt's keys and values.
     """
     of_row: list[list[int]] = [[] for _ in answers.prompt_lengths]
     for place, row in enumerate(answers.rows):
         of_row[row].append(place)
     found = torch.zeros(len(answers.rows), device=answers.tokens.device)
-    for rows in _together(answers, of_row):
-        length = answers.prompt_lengths[rows[0]]
-        output = _forward(inner, answers.prompts[rows, :length], 1, use_cache=True)
+    for rows in _together(answers, of_row, padded=_can_pad(inner)):
+        before = _Before.of(answers, rows)
+        output = _forward(inner, before.tokens, 1, use_cache=True, **before.masked())
         places = [place for row in rows for place in of_row[row]]
         owners = [at for at, row in enumerate(rows) for _ in of_row[row]]
         ends = output.logits[:, -1].float().log_softmax(-1)
@@ -379,28 +377,88 @@ def _shared(inner: Any, answers: Answers) -> Tensor:
         cache: Any = getattr(output, "past_key_values", None)
         if _can_select(cache):
             cache.batch_select_indices(torch.tensor(owners, device=answers.tokens.device))
-            found[places] += _continued(inner, answers, places, cache)
+            found[places] += _continued(inner, answers, places, cache, before.select(owners))
         else:
             for place in places:
                 found[place] = _whole(inner, answers.alone(place))[0]
     return found
 
 
-def _together(answers: Answers, of_row: Sequence[Sequence[int]]) -> Iterator[list[int]]:
-    """The rows with answers, in parts that go through the model together."""
+@dataclass(frozen=True)
+class _Before:
+    """Prompts that end at the same place.
+
+    Attributes:
+        tokens: [rows, longest].
+        padding: the number of tokens before each prompt that are none of its own, [rows, 1].
+    """
+
+    tokens: Tensor
+    padding: Tensor
+
+    @classmethod
+    def of(cls, answers: Answers, rows: Sequence[int]) -> "_Before":
+        """The prompts of some rows."""
+        return cls.ending_together(
+            answers.prompts[rows], [answers.prompt_lengths[row] for row in rows]
+        )
+
+    @classmethod
+    def ending_together(cls, prompts: Tensor, lengths: Sequence[int]) -> "_Before":
+        """Move prompts that begin at the same place to the end of the longest."""
+        longest = max(lengths)
+        padding = longest - torch.tensor(lengths, device=prompts.device).unsqueeze(1)
+        places = torch.arange(longest, device=prompts.device) - padding
+        return cls(prompts.gather(1, places.clamp(min=0)), padding)
+
+    def masked(self, more: int = 0) -> dict[str, Tensor]:
+        """The mask and the positions of the prompts, or of `more` tokens after them.
+
+        Empty if nothing is padded.
+        """
+        if not bool(self.padding.any()):
+            return {}
+        length = self.tokens.shape[1]
+        all_places = torch.arange(length + more, device=self.tokens.device) - self.padding
+        own = all_places[:, length:] if more else all_places
+        return {"attention_mask": (all_places >= 0).long(), "position_ids": own.clamp(min=0)}
+
+    def select(self, rows: Sequence[int]) -> "_Before":
+        """Some of the prompts, each as often as it is named."""
+        return _Before(self.tokens[rows], self.padding[rows])
+
+
+def _can_pad(inner: Any) -> bool:
+    """True if a model takes a mask and positions, without which padding has an effect."""
+    return {"attention_mask", "position_ids"} <= signature(inner.forward).parameters.keys()
+
+
+def _together(
+    answers: Answers, of_row: Sequence[Sequence[int]], *, padded: bool
+) -> Iterator[list[int]]:
+    """The rows with answers, in parts that go through the model together, the shortest first.
+
+    Args:
+        answers: of all rows.
+        of_row: the places of each row's answers.
+        padded: prompts of other lengths may go together.
+    """
     lengths = answers.prompt_lengths
     rows = sorted((row for row, places in enumerate(of_row) if places), key=lambda r: lengths[r])
-    for length, same in groupby(rows, key=lambda row: lengths[row]):
-        part: list[int] = []
-        size = 0
-        for row in same:
-            longer = [answers.lengths[p] for p in of_row[row] if answers.lengths[p] > 1]
-            cost = max(length, len(longer) * (length + max(longer, default=0)))
-            if part and size + cost > _TOKENS:
-                yield part
-                part, size = [], 0
-            part.append(row)
-            size += cost
+    part: list[int] = []
+    copies = 0  # answers of the part that need a copy of the prompt's keys and values
+    after = 1  # tokens of the longest of them
+    for row in rows:
+        longer = [answers.lengths[p] for p in of_row[row] if answers.lengths[p] > 1]
+        more, most = copies + len(longer), max(after, *longer, 1)
+        cost = max((len(part) + 1) * lengths[row], more * (lengths[row] + most))
+        other = not padded and bool(part) and lengths[part[0]] != lengths[row]
+        if part and (cost > _TOKENS or other):
+            yield part
+            part, more, most = [], len(longer), max(1, *longer, 1)
+        part.append(row)
+        copies, after = more, most
+    if part:
         yield part
 
 
@@ -410,12 +468,15 @@ def _can_select(cache: Any) -> bool:
     return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
 
 
-def _continued(inner: Any, answers: Answers, places: list[int], cache: Any) -> Tensor:
+def _continued(
+    inner: Any, answers: Answers, places: list[int], cache: Any, before: _Before
+) -> Tensor:
     """The log-likelihood of answers without their first tokens, after the prompts in a cache."""
     lengths = [answers.lengths[place] for place in places]
     longest = max(lengths)
     tokens = answers.tokens[places, :longest]
-    hidden = _forward(inner, tokens[:, :-1], longest - 1, past_key_values=cache, use_cache=True)
+    given = {"past_key_values": cache, "use_cache": True, **before.masked(longest - 1)}
+    hidden = _forward(inner, tokens[:, :-1], longest - 1, **given)
     found = []
     step = max(1, _SCORED // (longest - 1))
     for start in range(0, len(places), step):

@@ -194,6 +194,29 @@ def test_parts_of_a_batch_give_the_same_scores(folders, monkeypatch) -> None:
     torch.testing.assert_close(scores_of(folders["qwen2"], rows), whole, atol=1e-4, rtol=0)
 
 
+def test_prompts_of_other_lengths_go_together_where_padding_has_no_effect(
+    folders, monkeypatch
+) -> None:
+    parts: list[int] = []
+    forward = causal_lm._forward
+
+    def counting(inner: Any, tokens: torch.Tensor, keep: int, **given: Any) -> Any:
+        parts.append(len(tokens))
+        return forward(inner, tokens, keep, **given)
+
+    monkeypatch.setattr(causal_lm, "_forward", counting)
+    rows = [example("a" * (n + 5), "blue", "red", "re") for n in range(6)]
+    for kind in KINDS:
+        parts.clear()
+        whole = scores_of(folders[kind], rows)
+        assert parts == [6, 18], "prompts at once, and then their longer answers"
+        with monkeypatch.context() as patched:
+            patched.setattr(causal_lm, "_can_pad", lambda _: False)
+            parts.clear()
+            torch.testing.assert_close(scores_of(folders[kind], rows), whole, atol=1e-4, rtol=0)
+            assert parts == [1, 3] * 6
+
+
 def test_a_model_without_a_cache_of_rows_scores_the_same(folders, monkeypatch) -> None:
     rows = [example("what is it", "blue", "red"), example("and this", "a", "green")]
     whole = scores_of(folders["gpt2"], rows)
