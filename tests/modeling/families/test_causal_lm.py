@@ -205,7 +205,7 @@ def test_prompts_of_other_lengths_go_together_where_padding_has_no_effect(
         return forward(inner, tokens, keep, **given)
 
     monkeypatch.setattr(causal_lm, "_forward", counting)
-    rows = [example("a" * (n + 5), "blue", "red", "re") for n in range(6)]
+    rows = [example("a" * (n + 5), "blue", "red", "green") for n in range(6)]
     for kind in KINDS:
         parts.clear()
         whole = scores_of(folders[kind], rows)
