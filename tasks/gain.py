@@ -65,8 +65,8 @@ def likely_causes(line: LineRef, spec: TaskSpec, facts: ModelFacts) -> tuple[str
     prompts = () if head is None or not isinstance(head.templates, tuple) else head.templates
     family = get_family(line.spec.family)
     scores = "labels are scored by embeddings of their texts, not by a classifier of the model"
-    if family.head_tensors:
-        scores = f"the model's own head is read from {shortlist(family.head_tensors)}"
+    if family.task_heads is not None:
+        scores = "it is the model's own, with the classes of id2label in its config.json"
     elif facts.unused is not None:
         unused = f"{facts.unused.count} unused tensors: {shortlist(facts.unused.names)}"
         scores += f"; its file has {unused}"
