@@ -123,6 +123,12 @@ class _Heads:
     def check(self, folder: Path, checkpoint: Checkpoint, labels: Sequence[str]) -> tuple[str, ...]:
         return ()
 
+    def whole_names(self, folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
+        return {name: name for name in checkpoint.names}
+
+    def whole_config(self, folder: Path, labels: Sequence[str]) -> dict[str, Any]:
+        return {}
+
 
 class PerTaskClassifier(_Tokens):
     name = "fake-classifier"
