@@ -9,6 +9,7 @@ blocks are localizable.
 
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
