@@ -314,11 +314,16 @@ def _quoted(names: Sequence[str]) -> str:
 
 
 def _known_classes(config: Any) -> list[str]:
-    """The classes of transformers that a configuration names; others say nothing."""
+    """The classes of its architecture that a configuration names; others say nothing."""
     import transformers
 
     named = config.architectures if isinstance(config.architectures, list) else []
-    return [name for name in map(str, named) if hasattr(transformers, name)]
+    known = []
+    for name in map(str, named):
+        found = getattr(transformers, name, None)
+        if getattr(found, "config_class", None) is type(config):
+            known.append(name)
+    return known
 
 
 @lru_cache(maxsize=32)

@@ -6,6 +6,7 @@ trained: its labels, prompts, inputs, head or tokenizer differ.
 
 from restitch.merging.errors import GateFailed, shortlist
 from restitch.modeling.families.family import get_family
+from restitch.modeling.family_choice import with_task_heads
 from restitch.registry.ledger.line_state import ModelFacts
 from restitch.registry.ledger.measurements import Gain, ResultRef, compared
 from restitch.registry.record import Interval
@@ -70,6 +71,10 @@ def likely_causes(line: LineRef, spec: TaskSpec, facts: ModelFacts) -> tuple[str
     elif facts.unused is not None:
         unused = f"{facts.unused.count} unused tensors: {shortlist(facts.unused.names)}"
         scores += f"; its file has {unused}"
+        others = ", ".join(with_task_heads(family))
+        scores += (
+            f"; if these are a classifier, use it in a line of family {others}" if others else ""
+        )
     inputs = (
         "images: they were turned, cropped or coloured differently in training"
         if family.modality == "image"

@@ -135,7 +135,7 @@ def resolved(
         base = open_base(LineRef(line_state.spec, line_state.base), space)
         check_fits(spec, base)
         if is_benchmark:
-            check_own_head(spec, base)
+            check_own_head(spec.task, spec, base)
     return spec, remember
 
 

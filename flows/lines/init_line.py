@@ -98,12 +98,14 @@ def init_line(file: Path) -> InitOutcome:
     for note in opened.checkpoint.notes:
         say(f"the base: {note}")
     _check_fit(spec, opened)
+    if isinstance(spec.retention, str):
+        check_own_head(spec.retention, None, opened)
     if isinstance(spec.retention, TaskSpec):
         described = with_labels(spec.retention, None, family, base.uri, space)
         benchmark = resolve_task(described, family)
         remember = check_rows(benchmark, family, space)
         check_fits(benchmark, opened)
-        check_own_head(benchmark, opened)
+        check_own_head(benchmark.task, benchmark, opened)
         remember()
         spec = spec.with_retention(benchmark)
     if isinstance(spec.method, TournamentSpec) and not isinstance(spec.retention, str):

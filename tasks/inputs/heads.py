@@ -72,21 +72,29 @@ def check_task_head(
         raise error.renamed(str(folder), model.uri) from error
 
 
-def check_own_head(benchmark: TaskSpec, base: Base) -> None:
+def check_own_head(name: str, spec: TaskSpec | None, base: Base) -> None:
     """Refuse a benchmark that the base's own head does not score.
+
+    Args:
+        name: of the benchmark.
+        spec: its description; None if there is none yet.
+        base: the base of the line.
 
     Raises:
         BadInput: the base has no head, or one with other classes.
     """
     heads = base.family.task_heads
-    if heads is None or benchmark.head is None:
+    if heads is None:
         return
     try:
-        heads.check(base.folder, base.checkpoint, listed(benchmark.head_spec).classes)
+        labels = heads.labels(base.folder)
+        if spec is not None and spec.head is not None:
+            labels = listed(spec.head_spec).classes
+        heads.check(base.folder, base.checkpoint, labels)
     except BadInput as error:
         renamed = error.renamed(str(base.folder), base.ref.uri)
         raise BadInput(
-            f"the base has no head for the benchmark {benchmark.task}: {renamed.summary}",
+            f"the base has no head for the benchmark {name}: {renamed.summary}",
             expected=renamed.expected,
             found=renamed.found,
             details=renamed.details,

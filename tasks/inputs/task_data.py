@@ -122,7 +122,9 @@ def _check_scoring(spec: TaskSpec, family: Family) -> None:
         raise BadInput(
             f"task {spec.task} has data but no {what}",
             expected=expected,
-            hint="list the classes, or leave out data: to merge without evaluating",
+            hint="list the classes"
+            + ("" if family.task_heads is None else " (only `register` reads them from a model)")
+            + ", or leave out data: to merge without evaluating",
         )
 
 

@@ -23,6 +23,8 @@ from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import Head
 from restitch.registry.specs.task import HeadSpec
+from restitch.tasks.gain import likely_causes
+from restitch.tasks.runtime.refs import LineRef
 from tests.conftest import NewHome, leave_mlflow_alone
 from tests.shell import Shell
 from tests.tiny_models import tiny_classifier, tiny_encoder, tiny_image_model
@@ -207,7 +209,7 @@ def test_all_commands_run_on_a_line_of_classifiers(line: Line, tmp_path: Path) -
     assert all(name in shown for name in CLASSES)
     line.shell("diff", "demo", "1", "2")
     line.shell("evaluate", "demo")
-    line.shell("compare", "demo", "--methods", "task-arithmetic,ties")
+    line.shell("compare", "demo", "--methods", "task-arithmetic")
     line.shell("analyze", "demo")
     line.shell("experts", "demo")
     args = ("export", "demo", "champion", tmp_path / "own", "--task", "colour", "--specialist")
@@ -381,11 +383,48 @@ def test_a_benchmark_needs_a_base_that_is_a_classifier(
     other = changed(text_world, tmp_path, "general", **labels)
     done = shell("init", text_world.line(tmp_path / "line.yaml", retention=str(other)), code=3)
     assert "another number of classes" in " ".join(done.err.split())
-    file = text_world.line(tmp_path / "line.yaml", base=str(text_world.root / "encoder"),
-                           retention=None)  # fmt: skip
-    shell("init", file)
-    for name in CLASSES:
-        assert shell.add(text_world, name)["merged"]["action"] == "promoted"
+    named = text_world.line(
+        tmp_path / "line.yaml", base=str(text_world.root / "encoder"), retention="colour"
+    )
+    done = shell("init", named, code=3)
+    assert "no head for the benchmark colour" in " ".join(done.err.split())
+
+
+def test_a_task_of_the_line_may_be_the_benchmark_of_the_base_s_own_head(
+    text_world: World, shell: Shell, tmp_path: Path
+) -> None:
+    shell("init", text_world.line(tmp_path / "line.yaml", retention="general"))
+    two = changed(text_world, tmp_path, "general", head={"labels": [*GENERAL, "west"]})
+    done = shell("task", "demo", "--task", two, code=3)
+    assert "no head for the benchmark general" in " ".join(done.err.split())
+    shell("task", "demo", "--task", text_world.task("general"))  # labels: those of the base
+    found = shell.add(text_world, "colour")
+    assert found["merged"]["record"]["retention"]["base"] == 1.0
+
+
+@pytest.mark.parametrize("kind", ["bert", "a masked language model", "vit"])
+def test_a_base_without_a_classifier_becomes_one_in_the_export(
+    new_home: NewHome, tmp_path: Path, kind: str
+) -> None:
+    shell = new_home("bare")
+    world = World(tmp_path / "world", "image-classifier" if kind == "vit" else "text-classifier")
+    (tiny_image_model if kind == "vit" else tiny_encoder)(world.base)
+    if kind == "a masked language model":
+        BertForMaskedLM.from_pretrained(world.base).save_pretrained(world.base)
+    labels, own = CLASSES["colour"], world.model("colour")
+    tiny_classifier(world.base, own, labels, size=0.3)
+    found = scores(world, own, own, "colour", labels)
+    describe(world, "colour", found.argmax(1).tolist(), labels)
+    shell("init", world.line(tmp_path / "line.yaml", retention=None))
+    merged = shell.add(world, "colour")["merged"]
+    assert merged["action"] == "promoted"
+    shell("export", "demo", "champion", tmp_path / "out", "--task", "colour")
+    auto = AutoModelForImageClassification if kind == "vit" else AutoModelForSequenceClassification
+    _, report = auto.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    answers = scores(world, tmp_path / "out", tmp_path / "out", "colour", labels).argmax(1)
+    share = int((answers == found.argmax(1)).sum()) / ROWS
+    assert share == merged["record"]["results"]["colour"]["merged"]
 
 
 def test_a_base_with_batch_norm_is_refused(new_home: NewHome, tmp_path: Path) -> None:
@@ -414,3 +453,20 @@ def test_two_families_on_one_base_do_not_share_a_loaded_model(
         done = shell("register", family, *args, code=None)
         assert done.code == (0 if family == "text-encoder" else 3), done.err
         shell("status")
+
+
+def test_a_line_without_classifiers_names_the_family_that_would_use_the_head(
+    text_world: World, new_home: NewHome, tmp_path: Path
+) -> None:
+    shell = new_home("encoder")
+    file = text_world.line(tmp_path / "line.yaml", base=str(text_world.root / "encoder"),
+                           family="text-encoder", retention=None)  # fmt: skip
+    shell("init", file)
+    task = changed(text_world, tmp_path, "colour", head={"labels": list(CLASSES["colour"])})
+    model = text_world.model("colour")
+    args = ("--task", task, "--model", model, "--accept-no-gain", "--reason", "a test")
+    shell("register", "demo", *args)
+    state = shell.state()
+    spec, facts = state.tasks["colour"].spec, state.tasks["colour"].versions[1].facts
+    causes = likely_causes(LineRef(state.spec, state.base), spec, facts)
+    assert any("use it in a line of family text-classifier" in cause for cause in causes)

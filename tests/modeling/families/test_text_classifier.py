@@ -207,6 +207,14 @@ def test_another_kind_of_head_is_named(base: Path, tmp_path: Path, other: Any) -
     assert "BertForSequenceClassification" in str(caught.value.expected)
 
 
+@pytest.mark.parametrize("named", [["MyClassifier"], ["RobertaForSequenceClassification"], None])
+def test_a_class_of_another_architecture_says_nothing(
+    tuned: Path, tmp_path: Path, named: list[str] | None
+) -> None:
+    folder = changed(tuned, tmp_path / "named", architectures=named)
+    assert HEADS.check(folder, Checkpoint.open(folder), LABELS) == ()
+
+
 def test_a_missing_tensor_of_the_head_is_listed(tuned: Path, tmp_path: Path) -> None:
     folder = tmp_path / "missing"
     shutil.copytree(tuned, folder)
