@@ -1,8 +1,9 @@
-"""Write a merged version, or its specialist for one task, as a Hugging Face folder.
+"""Write a merged version, or a model of it for one task, as a Hugging Face folder.
 
-The folder appears complete or not at all, and its weights have the same bytes each time. A
-specialist is the base with the part of a shared patch that the task's mask selects
-(`flows.research.experts`).
+The folder appears complete or not at all, and its weights have the same bytes each time. In a
+family whose tasks have heads of their own, the model for one task is the merged model with the
+task's head, as a whole classifier; elsewhere it is the task's specialist: the base with the part of
+a shared patch that the task's mask selects (`flows.research.experts`).
 """
 
 import json
@@ -19,13 +20,17 @@ from restitch.flows.promotion.versions import open_version
 from restitch.flows.research.experts import specialists_of
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.edits import Edits, RenamedEdits
 from restitch.merging.files.export import export_weights
+from restitch.merging.progress import Progress
+from restitch.modeling.families.family import get_family
+from restitch.modeling.heads import Head
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedMember, MergedRecord
 from restitch.registry.sizes import parse_size
 from restitch.registry.store.disk import explained
 from restitch.tasks.inputs.checkpoints import Base, open_base, open_sparse, open_specialist
-from restitch.tasks.inputs.task_data import stored_head
+from restitch.tasks.inputs.heads import head_file
 from restitch.tasks.report.card import model_card, specialist_card
 from restitch.tasks.report.provenance import provenance
 from restitch.tasks.runtime.console import working
@@ -38,7 +43,8 @@ class ExportOutcome(Outcome):
     """The files that were written.
 
     Attributes:
-        task: the task of the specialist; None for the merged version.
+        task: the task that the model is for; None for the merged version.
+        specialist: whether the model is the task's specialist.
     """
 
     line: str
@@ -47,6 +53,7 @@ class ExportOutcome(Outcome):
     files: tuple[str, ...]
     bytes: int
     task: str | None = None
+    specialist: bool = False
 
 
 def export_version(
@@ -57,8 +64,9 @@ def export_version(
     overwrite: bool = False,
     shard_size: str | None = None,
     task: str | None = None,
+    specialist: bool = False,
 ) -> ExportOutcome:
-    """Write a merged version, or its specialist for a task.
+    """Write a merged version, or a model of it for one task.
 
     Args:
         line: the line's name.
@@ -66,40 +74,48 @@ def export_version(
         out: a folder that is absent or empty.
         overwrite: replace a model in `out`.
         shard_size: the size of the largest file, as "5GB"; None splits like the base.
-        task: the task whose specialist is written; None for the merged version.
+        task: write the model for this task; None writes the merged version.
+        specialist: with `task`, take the task's specialist also in a family whose tasks have heads
+            of their own.
 
     Raises:
-        BadInput: there is no such version or specialist, or `out` is not free.
+        BadInput: there is no such version, task or specialist, or `out` is not free.
     """
     space = workspace()
     ledger, line_state, record = open_version(line, version)
     limit = None if shard_size is None else parse_size(shard_size)
-    if task is None:
-        content = _Content(record.patch, record.members, record.to_json())
-    else:
-        content = _specialist(record, task, space)
+    has_own_head = get_family(line_state.spec.family).task_heads is not None
+    if specialist and task is None:
+        raise BadInput("a specialist is for one task", expected="the name of a task")
+    specialist = task is not None and (specialist or not has_own_head)
+    content = _content(line_state, record, task, specialist, space)
     out = out.expanduser().absolute()
     _check_free(out, overwrite)
     base = open_base(LineRef(line_state.spec, line_state.base), space)
+    head = None
+    if task is not None and has_own_head:
+        head = _own_head(line_state, record, task, base, space)
     with _appearing(out) as folder:
-        open_weights = open_sparse if task is None else open_specialist
-        edits = open_weights(content.blob, space, base.checkpoint)
+        edits = (open_specialist if specialist else open_sparse)(
+            content.blob, space, base.checkpoint
+        )
         with working(f"writing {out.name}") as progress:
-            export_weights(base.checkpoint, edits, folder, shard_size=limit, progress=progress)
-        if base.folder.is_dir():
-            for name in base.family.asset_files(base.folder):
-                (folder / name).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(base.folder / name, folder / name)
-        _write_heads(folder, line_state, content.members, base, space)
+            if head is None:
+                export_weights(base.checkpoint, edits, folder, shard_size=limit, progress=progress)
+            else:
+                _write_classifier(base, edits, head, folder, limit, progress)
+        _write_assets(base, head, folder)
+        if head is None:
+            _write_heads(folder, line_state, content.members, base, space)
         text = json.dumps(content.description, indent=2, ensure_ascii=False)
         (folder / "restitch.json").write_text(text + "\n", encoding="utf-8")
         made = Checkpoint.open(folder).digest()
         origin = provenance(line_state.base.uri, record, ledger.entries(), space.objects, made)
-        if task is None:
-            card = model_card(line_state, record, origin)
-        else:
+        if task is not None and specialist:
             specialists = content.description["specialists"]
             card = specialist_card(line_state, record, task, specialists, origin)
+        else:
+            card = model_card(line_state, record, origin, task)
         (folder / "README.md").write_text(card, encoding="utf-8")
     files = sorted(p for p in out.rglob("*") if p.is_file())
     return ExportOutcome(
@@ -109,6 +125,7 @@ def export_version(
         tuple(str(p.relative_to(out)) for p in files),
         sum(p.stat().st_size for p in files),
         task,
+        specialist,
     )
 
 
@@ -121,12 +138,20 @@ class _Content:
     description: dict[str, Any]
 
 
-def _specialist(record: MergedRecord, task: str, space: Workspace) -> _Content:
-    """The specialist of a version for a task.
+def _content(
+    line_state: LineState,
+    record: MergedRecord,
+    task: str | None,
+    specialist: bool,
+    space: Workspace,
+) -> _Content:
+    """What is written for a version, or for one of its tasks.
 
     Raises:
         BadInput: the version holds no such task, or has no specialists.
     """
+    if task is None:
+        return _Content(record.patch, record.members, record.to_json())
     where = f"version {record.version} of line {record.line}"
     if task not in record.members:
         raise BadInput(
@@ -135,12 +160,30 @@ def _specialist(record: MergedRecord, task: str, space: Workspace) -> _Content:
             found=task,
             hint="choose one of these tasks, or a version that holds the task",
         )
+    if specialist:
+        return _specialist(line_state, record, task, space)
+    members = {task: record.members[task]}
+    return _Content(record.patch, members, {**record.to_json(), "task": task})
+
+
+def _specialist(
+    line_state: LineState, record: MergedRecord, task: str, space: Workspace
+) -> _Content:
+    """The specialist of a version for a task that it holds.
+
+    Raises:
+        BadInput: the version has no specialists.
+    """
+    where = f"version {record.version} of line {record.line}"
     made = specialists_of(record, space)
     if made is None:
         raise BadInput(
             f"{where} has no specialists",
             expected="a version whose specialists were made",
-            hint=f"make them with `restitch experts {record.line} {record.version}`",
+            found=f"family {line_state.spec.family}: without specialists, all tasks have the same"
+            " merged model",
+            hint="leave out --task to export the merged model, or make specialists with"
+            f" `restitch experts {record.line} {record.version}`",
         )
     part = made.tasks[task]
     description = {
@@ -160,6 +203,57 @@ def _specialist(record: MergedRecord, task: str, space: Workspace) -> _Content:
     return _Content(part.blob, {task: record.members[task]}, description)
 
 
+def _own_head(
+    line_state: LineState, record: MergedRecord, task: str, base: Base, space: Workspace
+) -> Head:
+    """The head of a task's member, read from its finetuned model.
+
+    Raises:
+        BadInput: the classes of the task are not known.
+    """
+    spec, member = line_state.tasks[task].spec, record.members[task]
+    model = line_state.tasks[task].versions[member.version].model
+    stored = head_file(spec, base, model, space)
+    if stored is None:
+        raise BadInput(
+            f"the classes of task {task} are not known",
+            expected="a task whose description has labels",
+            hint=f"add `head: labels` to its file: `restitch task {record.line} --task FILE"
+            " --replace-task`",
+        )
+    return Head.from_bytes(stored)
+
+
+def _write_classifier(
+    base: Base, edits: Edits, head: Head, folder: Path, limit: int | None, progress: Progress
+) -> None:
+    """Write the merged encoder and a task's head as the weights of one whole classifier."""
+    heads = base.family.task_heads
+    assert heads is not None
+    names = heads.whole_names(base.folder, base.checkpoint)
+    export_weights(
+        base.checkpoint.renamed(names),
+        RenamedEdits(edits, names),
+        folder,
+        shard_size=limit,
+        extra=head.tensors,
+        progress=progress,
+    )
+
+
+def _write_assets(base: Base, head: Head | None, folder: Path) -> None:
+    """Write the base's configuration, tokenizer and processor; a head adds its classes."""
+    if not base.folder.is_dir():
+        return
+    for name in base.family.asset_files(base.folder):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(base.folder / name, folder / name)
+    if head is not None and base.family.task_heads is not None:
+        values = base.family.task_heads.whole_config(base.folder, head.spec.classes)
+        text = json.dumps(values, indent=2, ensure_ascii=False)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+
+
 def _write_heads(
     folder: Path,
     line_state: LineState,
@@ -170,14 +264,11 @@ def _write_heads(
     """Write the heads of the members' tasks, which are not part of the model."""
     for task, member in members.items():
         spec = line_state.tasks[task].spec
-        if spec.head is None:
-            continue
         model = line_state.tasks[task].versions[member.version].model
-        record = stored_head(spec, base, model, space)
-        if record is not None:
+        stored = head_file(spec, base, model, space)
+        if stored is not None:
             (folder / "heads").mkdir(exist_ok=True)
-            blob = space.objects.read_blob(record.blob)
-            (folder / "heads" / f"{task}.safetensors").write_bytes(blob)
+            (folder / "heads" / f"{task}.safetensors").write_bytes(stored)
 
 
 def _check_free(out: Path, overwrite: bool) -> None:

@@ -152,7 +152,7 @@ def _onboard(ledger: Ledger, line_state: LineState, key: ModelKey) -> OnboardOut
         return _done(ledger, key, localized=False)
     try:
         accept = PREPROCESSING in model.facts.accepted
-        checked = validate(ref, model.model, accept_preprocessing=accept)
+        checked = validate(ref, spec, model.model, accept_preprocessing=accept)
         delta = localize(ref, spec, model.model)
     except CannotJoin as error:
         if model.state == "registered":

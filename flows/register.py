@@ -35,6 +35,7 @@ from restitch.registry.ledger.measurements import Acceptance, decisions
 from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import describe_model, open_base
+from restitch.tasks.inputs.heads import check_task_head
 from restitch.tasks.inputs.task_data import same_task
 from restitch.tasks.runtime.console import say, working
 from restitch.tasks.runtime.events import MODEL_REGISTERED, announce, has_workers
@@ -119,9 +120,11 @@ def register(
     ledger = space.ledger(line)
     line_state = ledger.state()
     decided = {check: _acceptance(check, reason) for check, reason in (accepted or {}).items()}
-    spec, remember_rows = resolve_spec(ledger, task_file, replace_task)
-    open_base(LineRef(line_state.spec, line_state.base), space)  # nothing can join without it
+    spec, remember_rows = resolve_spec(ledger, task_file, replace_task, source)
+    # Nothing can join without it.
+    base = open_base(LineRef(line_state.spec, line_state.base), space)
     model = describe_model(source, get_family(line_state.spec.family), space, copy=copy)
+    check_task_head(spec, base, model, space)
     remember_rows()
     key, already = _add(ledger, spec, model, replace_task, decided)
     if already:

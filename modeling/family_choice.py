@@ -95,6 +95,15 @@ def _families_of(model: ModelKind, folder: Path) -> list[Family]:
     ]
 
 
+def with_task_heads(family: Family) -> list[str]:
+    """The families that take the same bases and score tasks by the heads of finetuned models."""
+    return [
+        other.name
+        for other in _usable()
+        if other.task_heads is not None and not set(other.kinds).isdisjoint(family.kinds)
+    ]
+
+
 def _usable() -> list[Family]:
     """All families but those of broken packages."""
     families = []

@@ -112,8 +112,8 @@ def head_key(
     """Everything that a head is built from, as plain values to digest.
 
     `base`, `assets` and `finetuned` are digests: of the base's weights, of its configuration,
-    tokenizer and processor files, and of the finetuned weights where the head lies in them
-    (`Family.head_tensors`). `compute` is the type of the weights of the model that builds and uses
+    tokenizer and processor files, and of the finetuned model where the head lies in it
+    (`Family.task_heads`). `compute` is the type of the weights of the model that builds and uses
     it.
     """
     return {

@@ -5,7 +5,7 @@ network never used. Tensors keep their names in the folder's own file: a model m
 names to one of its live tensors.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -77,6 +77,7 @@ def load_pretrained(
     prefixes: Sequence[str],
     required: Sequence[str],
     dtype: torch.dtype = torch.float32,
+    optional: Collection[str] = (),
 ) -> NamedModel:
     """Load a folder as a model of `auto_class`, in evaluation mode.
 
@@ -86,6 +87,7 @@ def load_pretrained(
         prefixes: what a file may carry before all of its names.
         required: globs; a tensor of the file that matches must exist in the model.
         dtype: the type of the weights.
+        optional: tensors of the model that the file may lack.
 
     Raises:
         BadInput: the folder cannot be read as such a model; lists the tensors that do not fit.
@@ -118,16 +120,17 @@ def load_pretrained(
     except Exception as error:  # files of somebody else can raise any error
         raise BadInput(f"{folder} cannot be loaded as a model", found=error) from error
     inner.requires_grad_(False)
-    missing = sorted(name for name in report["missing_keys"] if "pooler." not in name)
+    missing = sorted(
+        name for name in report["missing_keys"] if "pooler." not in name and name not in optional
+    )
     if missing:
         raise BadInput(
             f"{folder} lacks {len(missing)} tensors that its config.json asks for",
             details=missing,
             hint="save the whole model, not a part of it",
         )
-    shapes = {name: file.info(name).shape for name in file.names}
-    names = match_names(shapes, live_tensors(inner), prefixes)
-    unknown = [n for n in shapes if n not in names and any(fnmatchcase(n, g) for g in required)]
+    names = named_tensors(inner, file, prefixes)
+    unknown = [n for n in file.names if n not in names and any(fnmatchcase(n, g) for g in required)]
     if unknown:
         raise BadInput(
             f"{folder} has tensors that do not exist in the model of its config.json",
@@ -135,6 +138,12 @@ def load_pretrained(
             hint="check that config.json belongs to these weights",
         )
     return NamedModel(inner, names, folder).eval()
+
+
+def named_tensors(model: Any, file: Checkpoint, prefixes: Sequence[str]) -> dict[str, str]:
+    """The names of a file's tensors in a model of transformers, for those that it has."""
+    shapes = {name: file.info(name).shape for name in file.names}
+    return match_names(shapes, live_tensors(model), prefixes, _conversion(model))
 
 
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -146,18 +155,22 @@ def live_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def match_names(
-    shapes: Mapping[str, Sequence[int]], live: Mapping[str, Tensor], prefixes: Sequence[str]
+    shapes: Mapping[str, Sequence[int]],
+    live: Mapping[str, Tensor],
+    prefixes: Sequence[str],
+    convert: Callable[[str], str] = str,
 ) -> dict[str, str]:
     """Map the names of a file to live tensors, by one common prefix on either side.
 
     The prefix that maps most names wins; the plain names win a tie. A name without a live tensor
-    of its shape is left out.
+    of its shape is left out. `convert` gives a name of the file its present name in transformers.
     """
     best: dict[str, str] = {}
     for candidate in _renamings(prefixes):
         matched = {}
         for name, shape in shapes.items():
             own = _modern(candidate(name))
+            own = own if own in live else convert(own)
             if own in live and tuple(live[own].shape) == tuple(shape):
                 matched[name] = own
         if len(matched) > len(best):
@@ -170,6 +183,21 @@ def _renamings(prefixes: Sequence[str]) -> Iterable[Any]:
     for prefix in prefixes:
         yield lambda name, prefix=prefix: name.removeprefix(prefix)
         yield lambda name, prefix=prefix: prefix + name
+
+
+def _conversion(model: Any) -> Callable[[str], str]:
+    """The present name of a tensor whose name transformers has changed since it was saved."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming
+
+    changes = [c for c in get_model_conversion_mapping(model) if isinstance(c, WeightRenaming)]
+
+    def convert(name: str) -> str:
+        for change in changes:
+            name, _ = change.rename_source_key(name)
+        return name
+
+    return convert
 
 
 def _modern(name: str) -> str:

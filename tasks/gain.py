@@ -6,6 +6,7 @@ trained: its labels, prompts, inputs, head or tokenizer differ.
 
 from restitch.merging.errors import GateFailed, shortlist
 from restitch.modeling.families.family import get_family
+from restitch.modeling.family_choice import with_task_heads
 from restitch.registry.ledger.line_state import ModelFacts
 from restitch.registry.ledger.measurements import Gain, ResultRef, compared
 from restitch.registry.record import Interval
@@ -65,11 +66,15 @@ def likely_causes(line: LineRef, spec: TaskSpec, facts: ModelFacts) -> tuple[str
     prompts = () if head is None or not isinstance(head.templates, tuple) else head.templates
     family = get_family(line.spec.family)
     scores = "labels are scored by embeddings of their texts, not by a classifier of the model"
-    if family.head_tensors:
-        scores = f"the model's own head is read from {shortlist(family.head_tensors)}"
+    if family.task_heads is not None:
+        scores = "it is the model's own, with the classes of id2label in its config.json"
     elif facts.unused is not None:
         unused = f"{facts.unused.count} unused tensors: {shortlist(facts.unused.names)}"
         scores += f"; its file has {unused}"
+        others = ", ".join(with_task_heads(family))
+        scores += (
+            f"; if these are a classifier, use it in a line of family {others}" if others else ""
+        )
     inputs = (
         "images: they were turned, cropped or coloured differently in training"
         if family.modality == "image"

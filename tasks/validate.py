@@ -1,7 +1,6 @@
 """Check that a finetuned model can join its line, and account for every tensor in its files."""
 
 from collections.abc import Sequence
-from fnmatch import fnmatchcase
 from itertools import takewhile
 from pathlib import Path
 
@@ -14,7 +13,9 @@ from restitch.modeling.family_choice import check_finetuned
 from restitch.modeling.preprocessing import compare_preprocessing, unused_modules
 from restitch.registry.access_policy import AccessDenied
 from restitch.registry.ledger.line_state import ModelRef, TensorGroup
+from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base, line_up, open_base, open_model
+from restitch.tasks.inputs.heads import check_task_head
 from restitch.tasks.runtime.engine import step
 from restitch.tasks.runtime.refs import LineRef, Validated
 from restitch.tasks.runtime.workspace import workspace
@@ -25,17 +26,21 @@ _HINT = "register a model that was finetuned from this base"
 
 
 @step("validate")
-def validate(line: LineRef, model: ModelRef, accept_preprocessing: bool = False) -> Validated:
+def validate(
+    line: LineRef, spec: TaskSpec, model: ModelRef, accept_preprocessing: bool = False
+) -> Validated:
     """Check a finetuned model against the base of its line.
 
     Args:
         line: the line.
+        spec: the model's task.
         model: the finetuned model.
         accept_preprocessing: allow another tokenizer or image processor than the base's.
 
     Raises:
         CannotJoin: it has another kind, architecture, configuration, tokenizer or image processor,
-            missing or unexpected tensors, other shapes, NaN or infinity, or equals the base.
+            missing or unexpected tensors, other shapes, NaN or infinity, a head that does not fit
+            its task, or equals the base.
         AccessDenied: this worker may not read it, but another one may.
     """
     space = workspace()
@@ -51,6 +56,7 @@ def validate(line: LineRef, model: ModelRef, accept_preprocessing: bool = False)
             notes += _check_preprocessing(base, model, folder, accept_preprocessing)
         else:
             notes.append("a file alone has no configuration and no tokenizer: the base's are used")
+        notes += check_task_head(spec, base, model, space)
         comparison = line_up(base, checkpoint)
     except AccessDenied:
         raise
@@ -89,8 +95,9 @@ def validate(line: LineRef, model: ModelRef, accept_preprocessing: bool = False)
         theirs, ours = comparison.renamed
         notes.append(f"its tensors are renamed to the base's names, such as {theirs} to {ours}")
     outside = outside_share(base.checkpoint, finetuned, base.names)
-    heads = base.family.head_tensors
-    unused = [n for n in comparison.unexpected if not any(fnmatchcase(n, glob) for glob in heads)]
+    own = base.family.task_heads
+    heads = own.tensors(folder, checkpoint.names) if own is not None and folder.is_dir() else ()
+    unused = [name for name in comparison.unexpected if name not in heads]
     return Validated(
         outside_share=outside.share,
         outside_tensors=outside.tensors[:_MOST_NAMES],

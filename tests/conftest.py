@@ -142,6 +142,11 @@ def three(tmp_path_factory: pytest.TempPathFactory, world: World, empty_mlflow: 
 @pytest.fixture
 def without_mlflow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave MLflow alone, which takes most of the time of a registration."""
+    leave_mlflow_alone(monkeypatch)
+
+
+def leave_mlflow_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write nothing to MLflow and read nothing from it."""
     from restitch.flows.lines import adopt_mlflow
     from restitch.registry.mlflow.sync import MlflowProjection
 

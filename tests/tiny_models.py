@@ -6,6 +6,7 @@ tuned = tweaked(base, tmp_path / "tuned", seed=1)
 
 import json
 import shutil
+from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
     BertConfig,
     BertModel,
     CLIPConfig,
@@ -188,6 +193,108 @@ def tiny_t5(folder: Path, *, seed: int = 0, encoder: bool = False) -> Path:
     (T5EncoderModel if encoder else T5ForConditionalGeneration)(config).save_pretrained(folder)
     tokenizer.model_input_names = ["input_ids", "attention_mask"]
     tokenizer.save_pretrained(folder)
+    return folder
+
+
+_ENCODERS: dict[str, dict[str, Any]] = {
+    "bert": {},
+    "roberta": {"max_position_embeddings": 300},
+    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+    "deberta-v2": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "mpnet": {},
+    "electra": {"embedding_size": 16},
+    "albert": {"embedding_size": 16},
+    "modernbert": {"local_attention": 8, "reference_compile": False},
+    "xlnet": {"d_model": 16, "n_layer": 2, "n_head": 2, "d_inner": 32},
+}
+_IMAGE_MODELS: dict[str, dict[str, Any]] = {
+    "vit": {},
+    "deit": {},
+    "dinov2": {},
+    "beit": {"use_absolute_position_embeddings": True},
+    "swin": {"embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2},
+    "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2},
+    "resnet": {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8},
+}
+
+
+def tiny_encoder(folder: Path, kind: str = "bert", *, seed: int = 0) -> Path:
+    """A folder of a text encoder without a head; `kind` is a `model_type` of `_ENCODERS`."""
+    tokenizer = byte_tokenizer(40)
+    if kind in ("bert", "electra"):
+        tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    torch.manual_seed(seed)
+    size = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "initializer_range": 0.3,
+        **({} if kind == "xlnet" else {"max_position_embeddings": 48}),
+    }
+    config = AutoConfig.for_model(
+        kind,
+        **{**size, **_ENCODERS[kind]},
+        vocab_size=len(tokenizer),
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    AutoModel.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def tiny_image_model(folder: Path, kind: str = "vit", *, seed: int = 0) -> Path:
+    """A folder of an image model without a head; `kind` is a `model_type` of `_IMAGE_MODELS`."""
+    torch.manual_seed(seed)
+    size: dict[str, Any] = {"image_size": 16, "patch_size": 4, "initializer_range": 0.3}
+    if kind in ("vit", "deit", "dinov2", "beit"):
+        size |= {
+            "hidden_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+        }
+    config = AutoConfig.for_model(kind, **{**size, **_IMAGE_MODELS[kind]})
+    model = AutoModel.from_config(config)
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if name.endswith(("lambda_1", "lambda_2", "layer_scale_parameter")):
+                tensor.fill_(0.5)  # at their small initial values blocks do almost nothing
+    model.save_pretrained(folder)
+    write_image_processor(folder, 16)
+    return folder
+
+
+def tiny_classifier(
+    base: Path, folder: Path, labels: Sequence[str], *, seed: int = 1, size: float = 0.1
+) -> Path:
+    """A classifier finetuned from an encoder or an image model, with a head of its own.
+
+    Args:
+        base: the folder of the base.
+        folder: the folder to write.
+        labels: the names of its classes, in the order of their indices.
+        seed: of head and noise.
+        size: how far its body is from the base.
+    """
+    images = (base / "preprocessor_config.json").is_file()
+    auto_class = AutoModelForImageClassification if images else AutoModelForSequenceClassification
+    torch.manual_seed(seed)
+    model = auto_class.from_pretrained(
+        base, id2label=dict(enumerate(labels)), ignore_mismatched_sizes=True
+    )
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if not name.startswith(f"{model.base_model_prefix}."):
+                tensor.normal_()
+            elif "layer" in name or "block" in name or "stages" in name or "pooler" in name:
+                tensor.add_(size * torch.randn(tensor.shape))
+    model.save_pretrained(folder)
+    for file in base.iterdir():
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
     return folder
 
 

@@ -109,14 +109,30 @@ def export(
     shard_size: Annotated[
         str | None, typer.Option(help="Largest file, such as 5GB or 500MB; default: as the base.")
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Only its specialist; see `experts`.")] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="For this task: with its head in a line of classifiers, else specialist."
+        ),
+    ] = None,
+    specialist: Annotated[
+        bool, typer.Option("--specialist", help="With --task: the specialist; see `experts`.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a merged version, or its specialist for one task, as a Hugging Face folder."""
+    """Write a merged version, or the model of it for one task, as a Hugging Face folder."""
+    if specialist and task is None:
+        raise UsageError("--specialist needs the task that it is for", hint="add --task TASK")
     from restitch.flows.export import export_version
 
     outcome = export_version(
-        line, version, out, overwrite=overwrite, shard_size=shard_size, task=task
+        line,
+        version,
+        out,
+        overwrite=overwrite,
+        shard_size=shard_size,
+        task=task,
+        specialist=specialist,
     )
     show_result(outcome, as_json, render.exported)
 

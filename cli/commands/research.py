@@ -43,7 +43,7 @@ def experts(
 ) -> None:
     """Keep a specialist for each member of a version: a multi-task vector and a mask per task.
 
-    `restitch export LINE VERSION OUT --task T` writes one of them.
+    `restitch export LINE VERSION OUT --task T --specialist` writes one of them.
     """
     from restitch.flows.research.experts import experts as run
 

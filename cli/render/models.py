@@ -40,7 +40,11 @@ def evaluated(result: Values, out: Console) -> None:
 
 def exported(result: Values, out: Console) -> None:
     """The folder that was written."""
-    whose = "" if result["task"] is None else f", the specialist for {result['task']},"
+    whose, task = "", result["task"]
+    if task is not None:
+        whose = (
+            f", the specialist for {task}," if result["specialist"] else f" with the head of {task}"
+        )
     write(out, f"{result['line']} version {result['version']}{whose} is in {result['out']}")
     write(out, f"  {len(result['files'])} files, {size(result['bytes'])}")
 

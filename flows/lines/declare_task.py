@@ -19,6 +19,7 @@ from restitch.registry.ledger.line_state import LineState, ModelRef, State, Task
 from restitch.registry.specs.files import load_task
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import open_base
+from restitch.tasks.inputs.heads import check_own_head, with_labels
 from restitch.tasks.inputs.task_data import (
     Remember,
     check_fits,
@@ -84,8 +85,16 @@ def declare_task(line: str, task_file: Path, *, replace_task: bool = False) -> T
     )
 
 
-def resolve_spec(ledger: Ledger, task_file: Path, replace_task: bool) -> tuple[TaskSpec, Remember]:
+def resolve_spec(
+    ledger: Ledger, task_file: Path, replace_task: bool, model: str | None = None
+) -> tuple[TaskSpec, Remember]:
     """Load a task's file, complete it for the line, and check that its rows can be read.
+
+    Args:
+        ledger: of the line.
+        task_file: the file.
+        replace_task: allow the file to change the task.
+        model: a finetuned model of the task, which may name its classes.
 
     Returns:
         The task, and a call that remembers in the store that its rows were checked.
@@ -94,18 +103,24 @@ def resolve_spec(ledger: Ledger, task_file: Path, replace_task: bool) -> tuple[T
         BadInput: the file or its data cannot be used, or the file changes the line's task of
             this name and `replace_task` is off.
     """
-    return resolved(workspace(), ledger.state(), load_task(task_file), replace_task)
+    return resolved(workspace(), ledger.state(), load_task(task_file), replace_task, model)
 
 
 def resolved(
-    space: Workspace, line_state: LineState, spec: TaskSpec, replace_task: bool
+    space: Workspace,
+    line_state: LineState,
+    spec: TaskSpec,
+    replace_task: bool,
+    model: str | None = None,
 ) -> tuple[TaskSpec, Remember]:
-    """Complete a loaded task for a line; returns and raises like `resolve_spec`."""
+    """Complete a loaded task for a line; takes, returns and raises as `resolve_spec`."""
     known = declared_spec(line_state, spec.task)
     if known is not None:
         spec = spec.with_pins_of(known)
     family = get_family(line_state.spec.family)
-    spec = resolve_task(spec, family)
+    is_benchmark = spec.task == line_state.spec.retention
+    named = line_state.base.uri if is_benchmark and model is None else model
+    spec = resolve_task(with_labels(spec, known, family, named, space), family)
     if known is not None:
         refuse_another(line_state.line, known, spec, replace_task)
     methods = [get_method(one.name) for one in line_state.spec.method.methods]
@@ -117,7 +132,10 @@ def resolved(
         spec, family, space, localize, calibrated=calibrated, chosen=len(methods) > 1
     )
     if spec.data is not None:
-        check_fits(spec, open_base(LineRef(line_state.spec, line_state.base), space))
+        base = open_base(LineRef(line_state.spec, line_state.base), space)
+        check_fits(spec, base)
+        if is_benchmark:
+            check_own_head(spec.task, spec, base)
     return spec, remember
 
 

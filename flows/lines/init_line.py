@@ -26,6 +26,7 @@ from restitch.registry.specs.line import LineSpec, line_changes
 from restitch.registry.specs.method import MethodSpec, TournamentSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base, check_compute, describe_model, open_base
+from restitch.tasks.inputs.heads import check_own_head, with_labels
 from restitch.tasks.inputs.task_data import (
     check_fits,
     check_rows,
@@ -97,10 +98,14 @@ def init_line(file: Path) -> InitOutcome:
     for note in opened.checkpoint.notes:
         say(f"the base: {note}")
     _check_fit(spec, opened)
+    if isinstance(spec.retention, str):
+        check_own_head(spec.retention, None, opened)
     if isinstance(spec.retention, TaskSpec):
-        benchmark = resolve_task(spec.retention, family)
+        described = with_labels(spec.retention, None, family, base.uri, space)
+        benchmark = resolve_task(described, family)
         remember = check_rows(benchmark, family, space)
         check_fits(benchmark, opened)
+        check_own_head(benchmark.task, benchmark, opened)
         remember()
         spec = spec.with_retention(benchmark)
     if isinstance(spec.method, TournamentSpec) and not isinstance(spec.retention, str):

@@ -273,7 +273,7 @@ def _derived(
     models = {key: model for key, model in models.items() if model.weights not in alive}
     weights = {model.weights for model in models.values()}
     found: dict[str, str] = {}
-    if models and get_family(line_state.spec.family).head_tensors:
+    if models and get_family(line_state.spec.family).task_heads is not None:
         base = open_base(LineRef(line_state.spec, line_state.base), space)
         for key, model in models.items():
             spec = line_state.tasks[key.task].spec

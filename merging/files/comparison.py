@@ -151,7 +151,7 @@ def _choose(
         CannotJoin: two renamings match equally many in different ways.
     """
     known = frozenset(ours)
-    plain = _without_wrappers(known, theirs)
+    plain = without_wrappers(known, theirs)
 
     def renaming(off: str, on: str) -> _Renaming:
         names, mapping = {}, {}
@@ -186,7 +186,7 @@ def _choose(
     return best
 
 
-def _without_wrappers(known: frozenset[str], theirs: Sequence[str]) -> dict[str, str]:
+def without_wrappers(known: frozenset[str], theirs: Sequence[str]) -> dict[str, str]:
     """Each finetuned name without the components of wrappers, unless the base has them too."""
     components = {part for name in known for part in name.split(".")}
     wrappers = frozenset(WRAPPERS) - components

@@ -5,12 +5,13 @@ a tensor, in the base's type. It may compute the weights on demand, so nothing o
 of the model needs to exist. `edited` returns one whole tensor.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.order import by_bytes
 
 
 @runtime_checkable
@@ -43,6 +44,24 @@ class StreamedEdits(Edits, Protocol):
         Args:
             name: one of `names`. The parts are flat, of any size, and together the tensor.
         """
+
+
+class RenamedEdits:
+    """The same edits of a base under other names, for `Checkpoint.renamed`.
+
+    Args:
+        edits: of the base.
+        mapping: names of the base to new ones; it has all that are edited.
+    """
+
+    def __init__(self, edits: Edits, mapping: Mapping[str, str]) -> None:
+        self._edits = edits
+        self._own = {mapping[name]: name for name in edits.names}
+        self.names = tuple(sorted(self._own, key=by_bytes))
+
+    def apply(self, name: str, flat: Tensor) -> None:
+        """Overwrite weights as the edits do under the base's name."""
+        self._edits.apply(self._own[name], flat)
 
 
 def edited(base: Checkpoint, edits: Edits, name: str) -> Tensor:

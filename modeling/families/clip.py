@@ -11,7 +11,7 @@ scores are the scaled cosines plus the logit bias. One bias for all classes chan
 order nor the cross-entropy of the scores, which is the loss for SigLIP, too.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,12 @@ from restitch.modeling.configs import (
     model_type_difference,
     read_config,
 )
-from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head, embed_prompts, scaled_cosines
+from restitch.modeling.image_inputs import image_preprocessor
 from restitch.modeling.kinds import Kind
 from restitch.modeling.pretrained import (
     NamedModel,
-    load_image_processor,
     load_pretrained,
     load_tokenizer,
 )
@@ -124,24 +123,7 @@ class Clip(Family):
 
     def preprocessor(self, folder: Path, max_length: int | None = None) -> Preprocess:
         """Resize, crop and normalize images with the settings of the folder's processor."""
-        process = load_image_processor(folder)
-
-        def preprocess(examples: Sequence[Example]) -> Batch:
-            for example in examples:
-                if len(example.inputs) != 1:
-                    raise BadInput(
-                        f"{example.where}: the family clip reads one image per row",
-                        found=f"{len(example.inputs)} input columns",
-                    )
-            images = [example.inputs[0] for example in examples]
-            # Stacked by numpy: the threads that prepare batches must not start torch's own threads.
-            arrays = process(images, return_tensors="np")
-            batch: Batch = {name: torch.from_numpy(array) for name, array in arrays.items()}
-            if all(example.label is not None for example in examples):
-                batch["labels"] = torch.tensor([example.label for example in examples])
-            return batch
-
-        return preprocess
+        return image_preprocessor(folder, self.name)
 
     def resolve(self, folder: Path, spec: HeadSpec) -> HeadSpec:
         """Fill in the length; no scale means the model's own."""

@@ -28,6 +28,7 @@ from restitch.modeling.data.rows import Example
 from restitch.modeling.heads import Head
 from restitch.modeling.kinds import Kind
 from restitch.modeling.pretrained import asset_files
+from restitch.modeling.task_heads import TaskHeads
 from restitch.registry.specs.metric import MetricName
 from restitch.registry.specs.task import HeadSpec, Modality
 
@@ -47,9 +48,8 @@ class Family(Protocol):
         version: raise it when the same inputs give other features, logits or losses.
         prefixes: what one of two checkpoints may carry before all of its tensor names.
         localizable: globs on the base's tensor names that masks select from by default.
-        head_tensors: globs on tensor names of a finetuned checkpoint that are its task's own
-            head and have no counterpart in the base. Empty if heads come from the base;
-            otherwise `build_head` reads them from the finetuned folder.
+        task_heads: reads the heads that lie in finetuned models; `build_head` builds from the
+            finetuned folder then. None if heads come from the base.
         modality: the input of a row: one or more texts, or one image.
         kinds: the kinds of bases that it takes. Empty if `config_differences` decides alone; such a
             family is never proposed.
@@ -65,7 +65,7 @@ class Family(Protocol):
     version: int
     prefixes: tuple[str, ...]
     localizable: tuple[str, ...]
-    head_tensors: tuple[str, ...] = ()
+    task_heads: TaskHeads | None = None
     modality: Modality
     kinds: tuple[Kind, ...] = ()
     model_types: tuple[str, ...] = ()
@@ -129,7 +129,8 @@ class Family(Protocol):
             model: the loaded base.
             folder: the base's folder.
             spec: labels, templates, scale and length; `build_head` fills in defaults.
-            finetuned: the finetuned folder, for families with `head_tensors`.
+            finetuned: the finetuned folder, for families with `task_heads`; None takes the base's
+                own head.
             progress: texts embedded, of how many.
         """
 

@@ -7,8 +7,6 @@ times the cosine with the base's features of its label prompts. By default only 
 blocks are localizable.
 """
 
-from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -26,22 +24,11 @@ from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head, embed_prompts, scaled_cosines
 from restitch.modeling.kinds import Kind, model_kind
-from restitch.modeling.pretrained import NamedModel, load_pretrained, load_tokenizer
+from restitch.modeling.pretrained import NamedModel, load_pretrained
+from restitch.modeling.text_inputs import BLOCKS, PREFIXES, text_limit, text_preprocessor
 from restitch.registry.specs.task import HeadSpec, Modality
 
 DEFAULT_SCALE = 20.0
-# The transformer blocks in the layouts that encoders have, with or without a prefix.
-_BLOCKS = (
-    "encoder.layer.[0-9]*",
-    "encoder.layers.[0-9]*",
-    "encoder.block.[0-9]*",
-    "encoder.albert_layer_groups.[0-9]*",
-    "transformer.layer.[0-9]*",
-    "layers.[0-9]*",
-    "layer.[0-9]*",
-    "blocks.[0-9]*",
-    "h.[0-9]*",
-)
 
 
 class TextEncoder(Family):
@@ -50,17 +37,8 @@ class TextEncoder(Family):
     name = "text-encoder"
     summary = "the nearest label prompt, by mean-pooled embeddings"
     version = 1
-    prefixes = (
-        "model.",
-        "bert.",
-        "roberta.",
-        "distilbert.",
-        "mpnet.",
-        "electra.",
-        "deberta.",
-        "albert.",
-    )
-    localizable = tuple(glob for block in _BLOCKS for glob in (block, f"*.{block}"))
+    prefixes = PREFIXES
+    localizable = BLOCKS
     modality: Modality = "text"
     kinds = (Kind.TEXT_ENCODER,)
 
@@ -89,32 +67,11 @@ class TextEncoder(Family):
 
     def max_length(self, folder: Path) -> int:
         """The smaller limit of tokenizer and position embeddings."""
-        tokenizer = load_tokenizer(folder)
-        return min(int(tokenizer.model_max_length), position_limit(folder))
+        return text_limit(folder)
 
     def preprocessor(self, folder: Path, max_length: int | None = None) -> Preprocess:
         """Tokenize texts or sentence pairs, padded to the longest in the batch."""
-        tokenizer = load_tokenizer(folder)
-        limit = max_length or self.max_length(folder)
-
-        def preprocess(examples: Sequence[Example]) -> Batch:
-            columns = [list(column) for column in zip(*(e.inputs for e in examples), strict=True)]
-            if len(columns) > 2:
-                raise BadInput(
-                    "too many input columns under data: input",
-                    expected="one column, or two for sentence pairs",
-                    found=len(columns),
-                )
-            batch: Batch = dict(
-                tokenizer(
-                    *columns, padding=True, truncation=True, max_length=limit, return_tensors="pt"
-                )
-            )
-            if all(example.label is not None for example in examples):
-                batch["labels"] = torch.tensor([example.label for example in examples])
-            return batch
-
-        return preprocess
+        return text_preprocessor(folder, max_length or self.max_length(folder))
 
     def resolve(self, folder: Path, spec: HeadSpec) -> HeadSpec:
         """Fill in scale and length."""
@@ -157,27 +114,3 @@ class TextEncoder(Family):
         """Scaled cosines with the label embeddings, [batch, classes]."""
         scale = DEFAULT_SCALE if head.spec.scale is None else head.spec.scale
         return scaled_cosines(self.features(model, batch), head.tensors["weight"], scale)
-
-
-def position_limit(folder: Path) -> int:
-    """The number of tokens that the position embeddings allow.
-
-    RoBERTa and related models count positions from after the padding index, so their tables have
-    more rows than positions.
-    """
-    return _position_limit(folder, read_config(folder).to_json_string(use_diff=False))
-
-
-@lru_cache(maxsize=64)
-def _position_limit(folder: Path, _config: str) -> int:
-    # Cached: it makes the whole model without weights, and every reader of rows needs it.
-    from transformers import AutoModel
-
-    config = read_config(folder)
-    with torch.device("meta"):
-        model = AutoModel.from_config(config)
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and isinstance(module, nn.Embedding):
-            offset = 0 if module.padding_idx is None else module.padding_idx + 1
-            return module.num_embeddings - offset
-    return int(getattr(config, "max_position_embeddings", 0) or 512)

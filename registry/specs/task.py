@@ -189,7 +189,7 @@ class ClassesSpec(Spec):
 
     labels: Texts | None = Field(default=None, examples=[["negative", "positive"], "labels.txt"])
     """The classes in the order of their indices: a list, a file with one per line or a JSON list,
-    or `openai` for the 1000 curated ImageNet names."""
+    or `openai` for the 1000 curated ImageNet names. A classifier's own are matched by name."""
     templates: Texts = Field(default=("{}",), examples=[["a photo of a {}."]])
     """Prompts with `{}` in place of the label: a list, a file, or `openai` for the 80 prompts of
     CLIP."""
@@ -269,7 +269,8 @@ class TaskSpec(Spec):
     """The rows of the task; without them its models are localized without data and not
     evaluated."""
     head: ClassesSpec | None = None
-    """How the classes are described; required with `data`, except in a line of language models."""
+    """How the classes are described; required with `data`, except in a line of language models. A
+    task of classifiers may leave it out: the classes are those of its finetuned model."""
     prompt: Text | None = Field(default=None, examples=["Question: {text}\nAnswer type:"])
     """The text that a language model answers, with names of columns in braces; `{{` is a brace of
     the text. Required with `data` in a line of language models."""

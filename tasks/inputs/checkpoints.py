@@ -55,6 +55,7 @@ class Base:
         names: the localizable tensors, sorted.
         selection: the globs that chose them.
         compute: the line's key, the type of the weights of a live model.
+        heads: the tensors of its own head, in a family whose tasks have heads of their own.
     """
 
     ref: ModelRef
@@ -64,6 +65,7 @@ class Base:
     names: tuple[str, ...]
     selection: Selection
     compute: Compute = "auto"
+    heads: frozenset[str] = frozenset()
 
     @property
     def compute_type(self) -> ComputeType:
@@ -100,9 +102,19 @@ def open_base(line: LineRef, space: Workspace) -> Base:
     family = get_family(line.spec.family)
     folder, checkpoint = open_model(line.base, space, family, whole=True)
     choice = line.spec.localize
-    names = select_tensors(checkpoint.floating, family.localizable, choice.include, choice.exclude)
+    heads = frozenset(
+        family.task_heads.tensors(folder, checkpoint.names) if family.task_heads else ()
+    )
+    names = select_tensors(
+        [name for name in checkpoint.floating if name not in heads],
+        family.localizable,
+        choice.include,
+        choice.exclude,
+    )
     selection = Selection(family.localizable, choice.include, choice.exclude)
-    return Base(line.base, folder, checkpoint, family, tuple(names), selection, line.spec.compute)
+    return Base(
+        line.base, folder, checkpoint, family, tuple(names), selection, line.spec.compute, heads
+    )
 
 
 def describe_model(
@@ -272,10 +284,12 @@ def _changed(local: Path) -> BadInput:
 
 
 def line_up(base: Base, finetuned: Checkpoint) -> Comparison:
-    """Compare a finetuned checkpoint with the base by the family's rules."""
-    return compare(
-        base.checkpoint, finetuned, base.names, base.family.prefixes, base.selection.matches
+    """Compare a finetuned checkpoint with the base, without its own head, by the family's rules."""
+    names = [name for name in base.checkpoint.names if name not in base.heads]
+    whole = (
+        base.checkpoint.renamed({name: name for name in names}) if base.heads else base.checkpoint
     )
+    return compare(whole, finetuned, base.names, base.family.prefixes, base.selection.matches)
 
 
 @contextmanager
@@ -434,7 +448,7 @@ def aligned(base: Base, finetuned: Checkpoint) -> Checkpoint:
     return finetuned.renamed(line_up(base, finetuned).mapping)
 
 
-_live: dict[tuple[str, str, str, str], LiveBase] = {}
+_live: dict[tuple[str, str, str, str, str], LiveBase] = {}
 
 
 def live_base(base: Base, step: str, holds: Sequence[Part] = ()) -> LiveBase:
@@ -451,7 +465,7 @@ def live_base(base: Base, step: str, holds: Sequence[Part] = ()) -> LiveBase:
     """
     on = device()
     check_compute(base.family, base.compute)
-    key = (base.ref.weights, base.ref.config, base.compute_type, str(on))
+    key = (base.family.name, base.ref.weights, base.ref.config, base.compute_type, str(on))
     loaded = key in _live
     if not loaded and _live:
         _live.clear()

@@ -21,7 +21,7 @@ from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.paths import is_there
 from restitch.registry.sources.resolve import pin_data, resolve_source
 from restitch.registry.specs.localize import LocalizeSpec
-from restitch.registry.specs.task import PROMPT_KEYS, HeadSpec, TaskSpec, split_pin
+from restitch.registry.specs.task import PROMPT_KEYS, ClassesSpec, HeadSpec, TaskSpec, split_pin
 from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.inputs.checkpoints import Base, LiveBase
 from restitch.tasks.runtime.console import warn, working
@@ -110,12 +110,32 @@ def _check_scoring(spec: TaskSpec, family: Family) -> None:
             found=spec.metric,
             hint="change metric: in the task's file, or register it in a line of another family",
         )
+    unread = [] if family.task_heads is None or spec.head is None else _unread(spec)
+    if unread:
+        raise BadInput(
+            f"task {spec.task} has {' and '.join(unread)}, which the family {family.name} does not"
+            " read",
+            expected="labels alone: the head is the finetuned model's own",
+            hint="remove it from the task's file",
+        )
     if spec.data is not None and not spec.has_head:
         raise BadInput(
             f"task {spec.task} has data but no {what}",
             expected=expected,
-            hint="list the classes, or leave out data: to merge without evaluating",
+            hint="list the classes"
+            + ("" if family.task_heads is None else " (only `register` reads them from a model)")
+            + ", or leave out data: to merge without evaluating",
         )
+
+
+def _unread(spec: TaskSpec) -> list[str]:
+    """The keys about embeddings of labels that a task with a head of its own has."""
+    assert spec.head is not None
+    default = ClassesSpec.model_fields["templates"].default
+    return [
+        *(["head: templates"] if spec.head.templates != default else []),
+        *(["scale"] if spec.scale is not None else []),
+    ]
 
 
 # Writes the result of a check to the store, once its task is accepted.
@@ -353,14 +373,14 @@ def head_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> dict[
     All that runs the model uses the head. So this digest also brings the type of the weights into
     the keys of results, masks and statistics.
     """
-    own = base.family.head_tensors and finetuned is not None
+    own = finetuned if base.family.task_heads is not None else None
     return head_key(
         family=base.family.name,
         version=base.family.version,
         base=base.ref.weights,
         assets=base.ref.config,
         spec=resolved_head(spec, base),
-        finetuned=finetuned.weights if own and finetuned else None,
+        finetuned=None if own is None else digest_json([own.weights, own.config]),
         compute=base.compute_type,
     )
 
@@ -397,7 +417,7 @@ def task_head(
     record = space.objects.lookup("head", inputs)
     if record is None:
         folder = None
-        if base.family.head_tensors and finetuned is not None:
+        if base.family.task_heads is not None and finetuned is not None:
             folder = resolve_source(finetuned.uri, space.home).local
         with working(f"embedding the labels of {spec.task}") as progress:
             head = base.family.build_head(

@@ -24,12 +24,18 @@ Rows = Sequence[tuple[str, ...]]
 _MARKUP = re.compile(r"([\\`*_\[\]<>|#~])")
 
 
-def model_card(line_state: LineState, record: MergedRecord, origin: Provenance) -> str:
-    """The README.md of an exported version, Markdown with the hub's front matter."""
+def model_card(
+    line_state: LineState, record: MergedRecord, origin: Provenance, task: str | None = None
+) -> str:
+    """The README.md of an exported version, Markdown with the hub's front matter.
+
+    `task` is the one whose head the model has.
+    """
     parts = [
         _front_matter(line_state, origin),
         f"# {record.line}, version {record.version}",
         _summary(line_state, record),
+        "" if task is None else f"This is the whole classifier with the head of `{task}`.",
         "## Results",
         _results(record),
         _retention(record),
@@ -44,7 +50,7 @@ def model_card(line_state: LineState, record: MergedRecord, origin: Provenance) 
         _recipe(line_state, record),
         _table(("software", "version"), list(record.software.items())),
         "## How to verify it",
-        _verification(_commands(record), origin),
+        _verification(_commands(record, task), origin),
     ]
     return _page(parts)
 
@@ -62,7 +68,7 @@ def specialist_card(
     specialist's weights.
     """
     line, version = record.line, record.version
-    command = f"restitch export {line} {version} OUT --task {task}  # exports the same weights"
+    command = f"restitch export {line} {version} OUT --task {task} --specialist"
     members = [
         (name, str(m.version), _source(m.uri), f"`{m.weights}`")
         for name, m in record.members.items()
@@ -247,11 +253,12 @@ def _recipe(line_state: LineState, record: MergedRecord) -> str:
     )
 
 
-def _commands(record: MergedRecord) -> str:
+def _commands(record: MergedRecord, task: str | None) -> str:
     line, version = record.line, record.version
+    which = "" if task is None else f" --task {task}"
     return (
         f"restitch verify {line} --version {version}  # trail, digests, rebuilt patch\n"
-        f"restitch export {line} {version} OUT  # exports the same weights, byte for byte"
+        f"restitch export {line} {version} OUT{which}  # exports the same weights, byte for byte"
     )
 
 

@@ -5,7 +5,7 @@ with next-token losses and scores a class by the logit of its label's first byte
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -14,11 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.progress import Progress
 from restitch.modeling.data.task_data import Example
 from restitch.modeling.families.family import Batch, Preprocess
 from restitch.modeling.heads import Head
 from restitch.modeling.kinds import Kind
+from restitch.modeling.task_heads import TaskHeads
 from restitch.registry.specs.metric import MetricName
 from restitch.registry.specs.task import HeadSpec
 
@@ -46,7 +48,7 @@ class _Tokens:
     summary = "for tests"
     prefixes: tuple[str, ...] = ("model.",)
     localizable: tuple[str, ...] = ("blocks.*",)
-    head_tensors: tuple[str, ...] = ()
+    task_heads: TaskHeads | None = None
     modality: Literal["text", "image"] = "text"
     kinds: tuple[Kind, ...] = ()
     model_types: tuple[str, ...] = ()
@@ -109,9 +111,28 @@ class _Tokens:
         raise NotImplementedError
 
 
+class _Heads:
+    """The tensors `classifier.*`; their classes have no names."""
+
+    def tensors(self, folder: Path, names: Iterable[str]) -> tuple[str, ...]:
+        return tuple(sorted(name for name in names if name.startswith("classifier.")))
+
+    def labels(self, folder: Path) -> tuple[str, ...]:
+        return ("LABEL_0", "LABEL_1")
+
+    def check(self, folder: Path, checkpoint: Checkpoint, labels: Sequence[str]) -> tuple[str, ...]:
+        return ()
+
+    def whole_names(self, folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
+        return {name: name for name in checkpoint.names}
+
+    def whole_config(self, folder: Path, labels: Sequence[str]) -> dict[str, Any]:
+        return {}
+
+
 class PerTaskClassifier(_Tokens):
     name = "fake-classifier"
-    head_tensors: tuple[str, ...] = ("classifier.*",)
+    task_heads = _Heads()
 
     def load(self, folder: Path) -> nn.Module:
         tower = _Tower(json.loads((folder / "config.json").read_text())["width"])
