@@ -105,16 +105,20 @@ def word_tokenizer(*, bos: bool = False, max_length: int = 200) -> PreTrainedTok
 CHAT = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
 
-def tiny_decoder(folder: Path, kind: str = "llama", *, seed: int = 0, bos: bool = False) -> Path:
+def tiny_decoder(
+    folder: Path, kind: str = "llama", *, seed: int = 0, bos: bool = False, positions: int = 96
+) -> Path:
     """A folder of a causal language model: `llama` (tied embeddings), `gpt2` or `qwen2`."""
-    tokenizer = word_tokenizer(bos=bos)
+    tokenizer = word_tokenizer(bos=bos, max_length=max(200, positions))
     tokenizer.chat_template = CHAT
     torch.manual_seed(seed)
     size: dict[str, Any] = {"vocab_size": len(tokenizer), "initializer_range": 0.4}
     model: PreTrainedModel
     if kind == "gpt2":
         model = GPT2LMHeadModel(
-            GPT2Config(**size, n_embd=16, n_layer=2, n_head=2, n_positions=96, bos_token_id=None)
+            GPT2Config(
+                **size, n_embd=16, n_layer=2, n_head=2, n_positions=positions, bos_token_id=None
+            )
         )
     else:
         size |= {
@@ -123,7 +127,7 @@ def tiny_decoder(folder: Path, kind: str = "llama", *, seed: int = 0, bos: bool 
             "num_hidden_layers": 2,
             "num_attention_heads": 4,
             "num_key_value_heads": 2,
-            "max_position_embeddings": 96,
+            "max_position_embeddings": positions,
             "tie_word_embeddings": kind == "llama",
         }
         llama = kind == "llama"

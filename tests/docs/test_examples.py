@@ -17,7 +17,7 @@ from restitch.registry.specs.files import load_line, load_task
 from restitch.registry.specs.schema import schema_of
 from restitch.registry.specs.task import HeadSpec
 from tests.shell import ROOT
-from tests.tiny_models import tiny_bert, tweaked
+from tests.tiny_models import tiny_bert, tiny_decoder, tweaked
 from tests.worlds import BLOCKS, write_rows
 
 EXAMPLES = ROOT / "examples"
@@ -49,25 +49,49 @@ def test_the_text_example_runs(tmp_path: Path) -> None:
         for split in ("train", "validation", "test"):
             rows = labelled(base, model, task, split)
             write_rows(tmp_path / "data" / file.stem / f"{split}.jsonl", rows)
+    out = run("text", base, tmp_path)
+    for name in ("cr", "sst2", "subj"):
+        assert re.search(rf"^{name} +1 +(ready|held)", out, re.MULTILINE), out
+
+
+@pytest.mark.slow
+def test_the_example_of_language_models_runs(tmp_path: Path) -> None:
+    base = tiny_decoder(tmp_path / "base", positions=512)
+    rows: dict[str, list[dict[str, Any]]] = {
+        "sst2": [{"text": f"it is {n * 7919 % 97}", "label": n % 2} for n in range(40)],
+        "gsm8k": [{"question": f"{n} + 1?", "answer": f"so\n#### {n + 1}"} for n in range(8)],
+        "lambada": [{"text": f"what is {n} of {n * 31 % 89}"} for n in range(20)],
+    }
+    for seed, (name, of_task) in enumerate(rows.items()):
+        if name != "lambada":
+            tweaked(base, tmp_path / "models" / name, seed=seed, size=0.1, globs=("*layers.*",))
+        for split in ("train", "validation", "test"):
+            write_rows(tmp_path / "data" / name / f"{split}.jsonl", of_task)
+    out = run("llm", base, tmp_path)
+    for name in ("gsm8k", "sst2"):
+        assert re.search(rf"^{name} +1 +(ready|held)", out, re.MULTILINE), out
+
+
+def run(example: str, base: Path, folder: Path) -> str:
+    """Run an example's script on models and data in a folder; returns its output."""
     environment = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
         "BASE": str(base),
-        "DATA": str(tmp_path / "data"),
-        "MODELS": str(tmp_path / "models"),
-        "WORK": str(tmp_path / "work"),
+        "DATA": str(folder / "data"),
+        "MODELS": str(folder / "models"),
+        "WORK": str(folder / "work"),
     }
     done = subprocess.run(
-        ["bash", str(EXAMPLES / "text" / "run.sh")],
+        ["bash", str(EXAMPLES / example / "run.sh")],
         env=environment,
         capture_output=True,
         text=True,
         timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert (tmp_path / "work" / "merged" / "model.safetensors").is_file()
-    for task in ("cr", "sst2", "subj"):
-        assert re.search(rf"^{task} +1 +(ready|held)", done.stdout, re.MULTILINE), done.stdout
+    assert (folder / "work" / "merged" / "model.safetensors").is_file()
+    return done.stdout
 
 
 def labelled(base: Path, model: Path, task: dict[str, Any], split: str) -> list[dict[str, Any]]:
