@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--density", type=float, default=0.2, help="of the masks")
     parser.add_argument("--modes", default="dataless,distilled", help="localizers, comma-separated")
     parser.add_argument("--methods", default=METHODS, help="methods to tune, comma-separated")
+    parser.add_argument("--shots", type=int, default=64, help="rows of each class to localize with")
     parser.add_argument("--rows", type=int, help="test rows of each task; by default all")
     parser.add_argument("--tune-rows", type=int, default=100, help="validation rows of each task")
     parser.add_argument("--compute", default="auto", help="the line's key `compute`")
@@ -168,7 +169,7 @@ def stitched(options: argparse.Namespace, world: World, mode: str) -> Row:
         "base": str(world.work / "checkpoints" / "base"),
         "family": FAMILY,
         "method": "localize-and-stitch",
-        "localize": {"mode": mode, "density": options.density},
+        "localize": {"mode": mode, "density": options.density, "shots": options.shots},
         "compute": options.compute,
     }
     if world.benchmark is not None:

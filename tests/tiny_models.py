@@ -115,11 +115,8 @@ def tiny_decoder(
     size: dict[str, Any] = {"vocab_size": len(tokenizer), "initializer_range": 0.4}
     model: PreTrainedModel
     if kind == "gpt2":
-        model = GPT2LMHeadModel(
-            GPT2Config(
-                **size, n_embd=16, n_layer=2, n_head=2, n_positions=positions, bos_token_id=None
-            )
-        )
+        size |= {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": positions}
+        model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=None))
     else:
         size |= {
             "hidden_size": 16,
