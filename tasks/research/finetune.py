@@ -116,7 +116,7 @@ def _learned(
     step = Part("gradients and their two moments", 3 * 4 * coordinates)
     live = live_base(base, f"finetune on {member.task}", [step])
     every = verified_data(member.spec, base.family).rows("train")
-    rows = every.select(stratified(every.targets, MOST_ROWS, 0))
+    rows = every.select(stratified(every.strata, MOST_ROWS, 0))
     on = OpenCalibration.of(live, rows, member.spec, member.model.model, space)
     names = [name for name in base.names if name in live.parameters]
     lengths = rows.lengths() if rows.modality == "text" else np.zeros(len(rows), dtype=np.int64)

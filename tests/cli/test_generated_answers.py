@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 
+from restitch.flows.research.study import STUDIES
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import Head
@@ -64,10 +65,10 @@ def answer_world(tmp_path_factory: pytest.TempPathFactory) -> World:
         for split in ("train", "test"):
             write_rows(world.root / "data" / name / f"{split}.jsonl", rows)
     path = str(world.root / "data")
-    data = {"path": f"{path}/dates", "test": "test.jsonl"}
+    data = {"path": f"{path}/dates", "train": "train.jsonl", "test": "test.jsonl"}
     question = {"prompt": "{q} =", "answer": "a", "generate": {"max_new_tokens": 2}}
     write_yaml(world.task("dates"), {"task": "dates", "data": data, **question})
-    data = {"path": f"{path}/words", "test": "test.jsonl"}
+    data = {"path": f"{path}/words", "train": "train.jsonl", "test": "test.jsonl"}
     write_yaml(world.task("words"), {"task": "words", "data": data, "metric": "perplexity"})
     rows = [{"text": text} for text in questions("general")]
     write_rows(world.root / "data" / "general" / "test.jsonl", rows)
@@ -139,6 +140,14 @@ def test_a_line_of_both_can_be_studied_verified_and_reported(shell: Shell, tmp_p
     shell("export", "demo", "champion", tmp_path / "out")
     card = (tmp_path / "out" / "README.md").read_text()
     assert "General ability by perplexity on `general`" in card
+
+
+@pytest.mark.slow
+def test_specialists_an_analysis_and_all_studies_can_be_made(shell: Shell, tmp_path: Path) -> None:
+    assert set(shell.json("experts", "demo")["results"]) == set(SKILLS)
+    assert shell.json("analyze", "demo", "--out", tmp_path / "analysis")["tasks"]
+    for study in sorted({*STUDIES} - {"subsets"}):  # that one needs three members
+        assert shell.json("study", study, "demo")["rows"], study
 
 
 def described(world: World, folder: Path, name: str, **changes: Any) -> Path:
