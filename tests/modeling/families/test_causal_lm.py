@@ -22,6 +22,7 @@ from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families import causal_lm
 from restitch.modeling.families.family import get_family
 from restitch.modeling.gradients import checkpointed
+from restitch.modeling.heads import Head
 from restitch.modeling.pretrained import NamedModel, load_tokenizer
 from restitch.modeling.row_values import Bits
 from restitch.modeling.weights import linear_layers
@@ -441,3 +442,16 @@ def test_an_encoder_is_no_language_model(folders, tmp_path) -> None:
     with pytest.raises(BadInput, match="not a causal language model") as refused:
         FAMILY.load(t5)
     assert "an encoder-decoder language model" in str(refused.value)
+
+
+def test_the_head_reads_the_states_of_some_positions_as_one_matrix(folders):
+    model = FAMILY.load(folders["llama"])
+    seen = []
+    head = NamedModel.of(model).inner.get_output_embeddings()
+    head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].is_contiguous()))
+    spec = HeadSpec(labels=("a", "b"))
+    rows = [Example((text,), 0, "", ("red", "blu are")) for text in ("one", "two", "a longer one")]
+    with torch.inference_mode():
+        FAMILY.logits(model, FAMILY.preprocessor(folders["llama"])(rows), Head({}, spec))
+    assert seen
+    assert all(seen), "a product with a slice copies the head for each row"

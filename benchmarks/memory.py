@@ -1,0 +1,225 @@
+"""Memory of registering a language model: with evaluation, and with masks and merging alone.
+
+`python -m benchmarks.memory [--params 1.1e9] [--mode dataless] [--json FILE] [--folder DIR]` makes
+a Llama-shaped bf16 base and a finetuned model with random weights in a temporary folder (about
+four bytes per parameter) and runs `restitch register` in processes of their own:
+
+- with a task of choices, 50 rows, once with `compute: float32` and once with `bfloat16`;
+- with a task without data, which is localized, merged and published, and not evaluated. What a tiny
+  model needs for the same, which is Python with its libraries, is subtracted.
+
+Memory is the peak of anonymous pages (`RssAnon`) of the whole process, sampled every few
+milliseconds. Mapped files do not count: the system reclaims their pages.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from benchmarks.speed import (
+    HIDDEN,
+    INTERMEDIATE,
+    KV,
+    VOCABULARY,
+    Figure,
+    count,
+    llama_shapes,
+    make_models,
+    show,
+)
+
+ROWS = 50
+HEAD = 64  # the width of an attention head
+MODEL = "tuned"
+
+
+@dataclass(frozen=True)
+class Run:
+    """A registration: its peak of anonymous memory in bytes, and its seconds."""
+
+    peak: int
+    seconds: float
+
+
+def make_large(folder: Path, params: float) -> int:
+    """Make `base` and a finetuned model of about this many weights; return their number."""
+    shapes = llama_shapes(params)
+    make_models(folder, shapes, (MODEL,), torch.bfloat16)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=HIDDEN,
+        intermediate_size=INTERMEDIATE,
+        num_hidden_layers=sum(name.endswith("q_proj.weight") for name in shapes),
+        num_attention_heads=HIDDEN // HEAD,
+        num_key_value_heads=KV // HEAD,
+        max_position_embeddings=2048,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+    )
+    for name in ("base", MODEL):
+        config.save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    return count(shapes)
+
+
+def make_tiny(folder: Path) -> None:
+    """Make a base and a finetuned model of a few thousand weights."""
+    config = LlamaConfig(
+        vocab_size=300,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    )
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    for name in ("base", MODEL):
+        model.save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+        with torch.no_grad():
+            for parameter in model.model.layers.parameters():
+                parameter.add_(torch.randn_like(parameter), alpha=0.01)
+
+
+def byte_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer with one token per byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: index for index, token in enumerate((*alphabet, "<unk>"))}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<unk>", model_max_length=2048
+    )
+
+
+def choice_task(folder: Path) -> dict[str, Any]:
+    """A task of choices with the same rows for test and train."""
+    folder.mkdir()
+    rows = [json.dumps({"n": f"{7919 * n % 1009}", "label": n % 2}) for n in range(ROWS)]
+    for split in ("test", "train"):
+        (folder / f"{split}.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return {
+        "task": "parity",
+        "data": {"path": str(folder), "train": "train.jsonl", "test": "test.jsonl"},
+        "prompt": "Is {n} odd?",
+        "choices": ["no", "yes"],
+    }
+
+
+def register(folder: Path, task: Mapping[str, Any], **line: Any) -> Run:
+    """Run `restitch register` in a fresh home on the models of a folder, and watch its memory."""
+    with tempfile.TemporaryDirectory(dir=folder, prefix="home-") as home:
+        values = {"line": "memory", "base": str(folder / "base"), "family": "causal-lm"}
+        files = {"line": {**values, "method": "localize-and-stitch", **line}, "task": dict(task)}
+        for name, content in files.items():
+            text = yaml.safe_dump(content, sort_keys=False)
+            (Path(home) / f"{name}.yaml").write_text(text, encoding="utf-8")
+        environment = {**os.environ, "RESTITCH_HOME": home, "RESTITCH_DEVICE": "cpu"}
+        command = [sys.executable, "-c", "from restitch.cli.main import main; main()"]
+        file = Path(home) / "line.yaml"
+        subprocess.run([*command, "init", file], env=environment, check=True, capture_output=True)
+        options = ["--task", Path(home) / "task.yaml", "--model", folder / MODEL]
+        # Random weights have no skill.
+        options += ["--accept-no-gain", "--reason", "benchmark"]
+        log = Path(home) / "log"
+        began = time.perf_counter()
+        with log.open("wb") as out:
+            process = subprocess.Popen(
+                [*command, "register", "memory", *map(str, options)],
+                env=environment,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+            )
+            peak = watched(process)
+        if process.returncode:
+            raise SystemExit(log.read_text(encoding="utf-8"))
+        return Run(peak, time.perf_counter() - began)
+
+
+def watched(process: subprocess.Popen[bytes]) -> int:
+    """The peak of a process's anonymous memory until it ends."""
+    peak = 0
+    while process.poll() is None:
+        try:
+            lines = Path(f"/proc/{process.pid}/status").read_text(encoding="ascii").splitlines()
+        except OSError:
+            break
+        peak = max([peak, *(int(x.split()[1]) * 1024 for x in lines if x.startswith("RssAnon:"))])
+        time.sleep(0.005)
+    process.wait()
+    return peak
+
+
+def measure(folder: Path, params: float, mode: str, console: Console) -> list[Figure]:
+    """Make the models and measure everything."""
+    for name in ("large", "tiny"):
+        (folder / name).mkdir()
+    numbers = make_large(folder / "large", params)
+    console.print(f"made two models of {numbers / 1e9:.2f} B weights")
+    make_tiny(folder / "tiny")
+    task = choice_task(folder / "data")
+    found: dict[str, Run] = {}
+    for compute in ("float32", "bfloat16"):
+        console.print(f"registering with a task of {ROWS} rows, compute: {compute}")
+        localize = {"mode": mode}
+        found[compute] = register(folder / "large", task, compute=compute, localize=localize)
+    console.print("registering without data")
+    without = {"task": "parity"}
+    found["large"] = register(folder / "large", without, localize={"mode": "dataless"})
+    found["tiny"] = register(folder / "tiny", without, localize={"mode": "dataless"})
+    size, largest = 4 * numbers, 2 * VOCABULARY * HIDDEN
+    limit = (1.3 * size + 1e9) if mode == "dataless" else None
+    merging = found["large"].peak - found["tiny"].peak
+    figures = [Figure("float32 model", size / 1e9, "GB")]
+    for compute in ("float32", "bfloat16"):
+        run, what = found[compute], f"register, mode: {mode}, compute: {compute}"
+        most = None if limit is None else limit / 1e9
+        figures += [
+            Figure(what, run.peak / 1e9, "GB", most),
+            Figure(f"{what}, over the float32 model", run.peak / size, "x"),
+            Figure(f"{what}, time", run.seconds, "s"),
+        ]
+    return [
+        *figures,
+        Figure("register without data", found["large"].peak / 1e9, "GB"),
+        Figure("the same with a tiny model", found["tiny"].peak / 1e9, "GB"),
+        Figure("dataless mask and merging", merging / 1e9, "GB", (0.6e9 + largest) / 1e9),
+    ]
+
+
+def main() -> None:
+    """Run the benchmark from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--params", type=float, default=1.1e9, help="number of weights")
+    parser.add_argument("--mode", default="dataless", help="how masks are found with the task")
+    parser.add_argument("--json", type=Path, help="also write the figures to this file")
+    parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
+    arguments = parser.parse_args()
+    console = Console(width=100)
+    with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="restitch-memory-") as name:
+        figures = measure(Path(name), arguments.params, arguments.mode, console)
+    show(figures, console)
+    if arguments.json:
+        text = json.dumps([asdict(figure) for figure in figures], indent=2)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    if any(figure.limit is not None and figure.value > figure.limit for figure in figures):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
