@@ -6,16 +6,29 @@ white space, and white space at the end of the prompt is tokenized with the choi
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from restitch.merging.errors import BadInput
+from restitch.modeling.configs import read_config
 from restitch.modeling.data.rows import Example
+from restitch.modeling.pretrained import load_tokenizer
 
 # The embedding at this index is read and has no effect: it stands after all tokens that count.
 PADDING = 0
+# Where nothing else limits them, as in lm-eval.
+_POSITIONS = 2048
+_POSITION_KEYS = (
+    "max_position_embeddings",
+    "max_encoder_position_embeddings",
+    "n_positions",
+    "n_ctx",
+    "max_seq_len",
+    "max_seq_length",
+)
 
 
 @dataclass(frozen=True)
@@ -106,6 +119,33 @@ def check_answers(example: Example, answers: Sequence[Sequence[int]], limit: int
                 found=f"{len(answer)} tokens",
                 hint="raise max_length if the model reads more, or leave out the row",
             )
+
+
+def not_empty(prompt: Sequence[int], tokenizer: Any, example: Example) -> Sequence[int]:
+    """The tokens of a prompt; a prompt without any gets BOS, or else EOS.
+
+    Raises:
+        BadInput: the tokenizer has neither.
+    """
+    if prompt:
+        return prompt
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if bos is None and eos is None:
+        raise BadInput(
+            f"{example.where}: the prompt has no tokens, and the tokenizer has no BOS",
+            expected="at least one token before the answer",
+            found=repr(example.inputs[0]),
+            hint="write a prompt with more than a column",
+        )
+    return [eos if bos is None else bos]
+
+
+def prompt_limit(folder: Path) -> int:
+    """The most tokens of a prompt: the smaller limit of tokenizer and positions."""
+    config = read_config(folder).get_text_config()
+    known = (getattr(config, key, None) for key in _POSITION_KEYS)
+    positions = next((int(value) for value in known if value), _POSITIONS)
+    return min(int(load_tokenizer(folder).model_max_length), positions)
 
 
 def question_batch(questions: Sequence[Question], examples: Sequence[Example]) -> dict[str, Tensor]:

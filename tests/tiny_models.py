@@ -19,6 +19,8 @@ from transformers import (
     AutoModel,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     CLIPConfig,
@@ -246,6 +248,43 @@ def tiny_encoder(folder: Path, kind: str = "bert", *, seed: int = 0) -> Path:
     return folder
 
 
+def tiny_seq2seq(folder: Path, kind: str = "t5", *, seed: int = 0) -> Path:
+    """A folder of an encoder-decoder language model: `t5` (tied), `flan-t5` (untied) or `bart`."""
+    tokenizer = word_tokenizer(max_length=64)
+    end = (("</s>", tokenizer.eos_token_id),)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if kind == "bart" else "$A </s>",
+        special_tokens=[*end, ("<s>", tokenizer.bos_token_id)],
+    )
+    torch.manual_seed(seed)
+    size: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "d_model": 16,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+    }
+    model: PreTrainedModel
+    if kind == "bart":
+        parts = ("encoder", "decoder")
+        size |= {f"{part}_layers": 2 for part in parts}
+        size |= {f"{part}_attention_heads": 2 for part in parts}
+        size |= {f"{part}_ffn_dim": 32 for part in parts}
+        positions = {"max_position_embeddings": 96, "init_std": 0.4}
+        model = BartForConditionalGeneration(
+            BartConfig(**size, **positions, bos_token_id=tokenizer.bos_token_id)
+        )
+    else:
+        size |= {"d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "initializer_factor": 1.0}
+        new = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+        model = T5ForConditionalGeneration(T5Config(**size, **(new if kind == "flan-t5" else {})))
+        if kind == "flan-t5":  # the configuration of T5 ties them in any case
+            model.lm_head.weight = torch.nn.Parameter(torch.randn(len(tokenizer), 16))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def tiny_image_model(folder: Path, kind: str = "vit", *, seed: int = 0) -> Path:
     """A folder of an image model without a head; `kind` is a `model_type` of `_IMAGE_MODELS`."""
     torch.manual_seed(seed)
@@ -296,6 +335,9 @@ def tiny_classifier(
     for file in base.iterdir():
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
+    return folder
+
+    tokenizer.save_pretrained(folder)
     return folder
 
 
