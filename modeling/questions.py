@@ -90,6 +90,14 @@ def tokens_of(tokenizer: Any, texts: Sequence[str], *, special: bool = False) ->
     return found
 
 
+def special_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The tokens that a tokenizer puts before and after every text by itself."""
+    bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
+    starts = range(len(whole) - len(bare) + 1)
+    at = next((s for s in starts if whole[s : s + len(bare)] == bare), 0)
+    return whole[:at], whole[at + len(bare) :]
+
+
 def check_answers(example: Example, answers: Sequence[Sequence[int]], limit: int) -> None:
     """Refuse answers that cannot be scored.
 
@@ -121,6 +129,13 @@ def check_answers(example: Example, answers: Sequence[Sequence[int]], limit: int
             )
 
 
+def first_of_nothing(tokenizer: Any) -> int | None:
+    """The token before a text without a prompt: BOS, or else EOS; None if there is neither."""
+    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
+    found: int | None = eos if bos is None else bos
+    return found
+
+
 def not_empty(prompt: Sequence[int], tokenizer: Any, example: Example) -> Sequence[int]:
     """The tokens of a prompt; a prompt without any gets BOS, or else EOS.
 
@@ -129,15 +144,15 @@ def not_empty(prompt: Sequence[int], tokenizer: Any, example: Example) -> Sequen
     """
     if prompt:
         return prompt
-    bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-    if bos is None and eos is None:
+    first = first_of_nothing(tokenizer)
+    if first is None:
         raise BadInput(
             f"{example.where}: the prompt has no tokens, and the tokenizer has no BOS",
             expected="at least one token before the answer",
             found=repr(example.inputs[0]),
             hint="write a prompt with more than a column",
         )
-    return [eos if bos is None else bos]
+    return [first]
 
 
 def prompt_limit(folder: Path) -> int:

@@ -13,11 +13,20 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
     BartConfig,
     BartForConditionalGeneration,
@@ -337,6 +346,88 @@ def tiny_classifier(
             shutil.copyfile(file, folder / file.name)
     return folder
 
+
+WORDS = ("no", "yes", "maybe", "red", "blue", "one", "two", "was")
+
+
+def masking_tokenizer(kind: str, *, max_length: int = 64) -> PreTrainedTokenizerFast:
+    """A tokenizer with a mask, to which each of `WORDS` is one token after a space.
+
+    Args:
+        kind: of byte pairs as for `roberta` and `modernbert`, of word pieces as for `bert`, or of
+            a unigram model as for `deberta-v2`.
+        max_length: of a text.
+    """
+    special = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+    characters = sorted(
+        {c for word in WORDS for c in word} | set("abcdefghijklmnopqrstuvwxyz .,?:")
+    )
+    tokens: tuple[str, ...]
+    if kind == "bert":
+        tokens = (*special, *characters, *(f"##{c}" for c in characters), *WORDS)
+        ids = {token: index for index, token in enumerate(tokens)}
+        tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    elif kind == "deberta-v2":
+        pieces = [(token, 0.0) for token in special]
+        pieces += [(c.replace(" ", "\u2581"), -10.0) for c in characters]
+        pieces += [(f"\u2581{word}", -2.0) for word in WORDS]
+        tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        ids = {token: index for index, (token, _) in enumerate(pieces)}
+    else:
+        merges = {}
+        for word in WORDS:
+            for end in range(1, len(word) + 1):
+                merges[f"\u0120{word[: end - 1]}", word[end - 1]] = f"\u0120{word[:end]}"
+        tokens = (*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *merges.values())
+        ids = {token: index for index, token in enumerate(tokens)}
+        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[*merges], unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[(token, ids[token]) for token in ("<s>", "</s>")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token=AddedToken("<mask>", lstrip=kind != "bert", special=True),
+        model_max_length=max_length,
+    )
+
+
+def tiny_masked(folder: Path, kind: str = "roberta", *, seed: int = 0) -> Path:
+    """A folder of a masked language model: `roberta`, `bert`, `deberta-v2` or `modernbert`."""
+    tokenizer = masking_tokenizer(kind)
+    torch.manual_seed(seed)
+    size: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 80,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 0.4,
+    }
+    if kind == "deberta-v2":
+        size |= {
+            "relative_attention": True,
+            "position_buckets": 8,
+            "pos_att_type": ["p2c", "c2p"],
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+        }
+    config = AutoConfig.for_model(kind, **size)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

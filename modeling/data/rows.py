@@ -19,7 +19,7 @@ from restitch.modeling.data.images import image_bytes, open_image
 from restitch.modeling.data.labels import Classes, class_indices
 from restitch.modeling.data.tables import ListTable, Table
 from restitch.modeling.data.texts import text_of
-from restitch.registry.specs.prompt import fill_in
+from restitch.registry.specs.prompt import fill_in, parts_at_mask
 from restitch.registry.specs.task import Modality
 
 
@@ -31,11 +31,13 @@ class Prompt:
         text: with the names of columns in braces.
         choices_column: the column with the choices of each row; None if all rows have the same.
         answer: the column with the one answer of each row, which has class 0.
+        mask: `{mask}` is the place of the answer: a row's texts are what stands before and after.
     """
 
     text: str
     choices_column: str | None = None
     answer: str | None = None
+    mask: bool = False
 
     @property
     def own(self) -> str | None:
@@ -114,7 +116,9 @@ class Rows:
         )
         if self.prompt is None:
             return texts
-        return (fill_in(self.prompt.text, dict(zip(self.inputs, texts, strict=True))),)
+        named = dict(zip(self.inputs, texts, strict=True))
+        parts = parts_at_mask(self.prompt.text) if self.prompt.mask else [self.prompt.text]
+        return tuple(fill_in(part, named) for part in parts)
 
     def _choices(self, row: int) -> tuple[str | None, ...]:
         """The choices of a row of the table, filled up to the number of classes."""

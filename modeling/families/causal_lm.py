@@ -47,9 +47,11 @@ from restitch.modeling.questions import (
     Question,
     QuestionText,
     check_answers,
+    first_of_nothing,
     not_empty,
     prompt_limit,
     question_batch,
+    special_tokens,
     tokens_of,
 )
 from restitch.modeling.whole_texts import Windows, text_batch
@@ -215,8 +217,8 @@ class CausalLm(Family):
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The mean negative log-likelihood of the right answers, or of all tokens of texts."""
         if head.spec.of_text:
-            summed = self.text_losses(model, batch, head).sum(0)
-            return summed[0] / summed[1]
+            loss, tokens = self.text_losses(model, batch, head).sum(0)
+            return loss / tokens
         right = Answers.of(batch).right(batch["labels"])
         return -_whole(NamedModel.of(model).inner, right).mean()
 
@@ -242,10 +244,7 @@ class _Encoder:
     def of(cls, folder: Path, limit: int) -> "_Encoder":
         """The encoder with the tokenizer of a folder."""
         tokenizer = load_tokenizer(folder)
-        bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-        starts = range(len(whole) - len(bare) + 1)
-        at = next((s for s in starts if whole[s : s + len(bare)] == bare), 0)
-        return cls(tokenizer, limit, whole[:at])
+        return cls(tokenizer, limit, special_tokens(tokenizer)[0])
 
     def questions(self, examples: Sequence[Example]) -> list[Question]:
         """The tokens of rows: all texts go through the tokenizer at once."""
@@ -266,7 +265,7 @@ class _Encoder:
                     found=f"{len(example.inputs)} columns",
                 )
         texts = tokens_of(self.tokenizer, [example.inputs[0] for example in examples])
-        return text_batch(texts, examples, self.alone, self.limit)
+        return text_batch(texts, examples, first_of_nothing(self.tokenizer), self.limit)
 
     def _question(self, example: Example, encoded: Iterator[list[int]]) -> Question:
         context = next(encoded)

@@ -118,7 +118,7 @@ class Seq2seqLm(Family):
             return "a decoder_start_token_id in config.json"
         return None
 
-    def load(self, folder: Path) -> nn.Module:
+    def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Load the language model in a folder."""
         from transformers import AutoModelForSeq2SeqLM
 
@@ -130,7 +130,11 @@ class Seq2seqLm(Family):
                 found=model,
             )
         return load_pretrained(
-            folder, AutoModelForSeq2SeqLM, prefixes=self.prefixes, required=self.localizable
+            folder,
+            AutoModelForSeq2SeqLM,
+            prefixes=self.prefixes,
+            required=self.localizable,
+            dtype=dtype,
         )
 
     def parameters(self, model: nn.Module) -> dict[str, Tensor]:

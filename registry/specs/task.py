@@ -19,7 +19,7 @@ from pydantic import (
 
 from restitch.registry.specs.base import Count, InFile, Spec, Text
 from restitch.registry.specs.metric import METRICS, MetricName
-from restitch.registry.specs.prompt import prompt_columns
+from restitch.registry.specs.prompt import MASK, prompt_columns
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 
@@ -365,7 +365,8 @@ class TaskSpec(Spec):
             raise ValueError(
                 "a task with 'prompt' needs one of 'choices', 'choices_column' and 'answer'"
             )
-        if self.data is not None and self.data.input not in ((), columns):
+        without_mask = tuple(name for name in columns if name != MASK)
+        if self.data is not None and self.data.input not in ((), columns, without_mask):
             raise ValueError("leave out 'data.input': the prompt names the columns that are read")
         if self.choices_column is not None and self.metric != "accuracy":
             raise ValueError(f"metric '{self.metric}' needs 'choices', the same for all rows")
