@@ -1,11 +1,13 @@
 """Questions as tokens: the prompt of a row and its choices, for families that read prompts.
 
 The rules are those of lm-eval: a space stands between prompt and choice unless the prompt ends with
-white space, and white space at the end of the prompt is tokenized with the choice.
+white space or is a turn of a chat, and white space at the end of the prompt is tokenized with the
+choice.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from restitch.modeling.pretrained import load_tokenizer
 
 # The embedding at this index is read and has no effect: it stands after all tokens that count.
 PADDING = 0
+# Today's date for chat templates: the one that Llama's template has where it is given none.
+_DATE = date(2024, 7, 26)
 # Where nothing else limits them, as in lm-eval.
 _POSITIONS = 2048
 _POSITION_KEYS = (
@@ -59,19 +63,52 @@ class QuestionText:
     choices: tuple[str | None, ...]
 
     @classmethod
-    def of(cls, example: Example) -> "QuestionText":
-        """The texts of a row with one prompt."""
+    def of(cls, example: Example, tokenizer: Any) -> "QuestionText":
+        """The texts of a row with one prompt, by the chat template if it is a turn of a chat."""
         if len(example.inputs) != 1:
             raise BadInput(
                 f"{example.where}: a language model reads one prompt per row",
                 found=f"{len(example.inputs)} input columns",
             )
         prompt = example.inputs[0]
+        if example.chat:
+            prompt = user_turn(tokenizer, prompt)
         context = prompt.rstrip()
-        # The space between prompt and answer is tokenized with the answer.
-        space = prompt[len(context) :] or " "
+        # The space between prompt and answer is tokenized with the answer. A chat template says
+        # itself what stands before an answer.
+        space = prompt[len(context) :] or ("" if example.chat else " ")
         choices = (None if choice is None else space + choice for choice in example.choices)
         return cls(context, tuple(choices))
+
+
+def user_turn(tokenizer: Any, text: str) -> str:
+    """A chat in which the user said a text and the model is to answer, by the chat template.
+
+    Raises:
+        BadInput: the tokenizer has no chat template, or it cannot be applied.
+    """
+    if not tokenizer.chat_template:
+        raise BadInput(
+            "the tokenizer of the base has no chat template, which chat: true needs",
+            expected="chat_template.jinja, or chat_template in tokenizer_config.json",
+            hint="leave out chat:, or use a base that was trained for chats",
+        )
+    try:
+        found: str = tokenizer.apply_chat_template(
+            [{"role": "user", "content": text}],
+            tokenize=False,
+            add_generation_prompt=True,
+            # A template that writes the date would give other scores every day.
+            date_string=_DATE.strftime("%d %b %Y"),
+            strftime_now=_DATE.strftime,
+        )
+    except Exception as error:  # a template of somebody else can raise any error
+        raise BadInput(
+            "the chat template of the base cannot be applied to a turn of the user",
+            found=f"{type(error).__name__}: {error}",
+            hint="leave out chat:, and write the whole chat into the prompt",
+        ) from error
+    return found
 
 
 def tokens_of(tokenizer: Any, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:

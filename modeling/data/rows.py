@@ -31,12 +31,14 @@ class Prompt:
         text: with the names of columns in braces.
         choices_column: the column with the choices of each row; None if all rows have the same.
         answer: the column with the one answer of each row, which has class 0.
+        chat: it is a turn of the user in a chat.
         mask: `{mask}` is the place of the answer: a row's texts are what stands before and after.
     """
 
     text: str
     choices_column: str | None = None
     answer: str | None = None
+    chat: bool = False
     mask: bool = False
 
     @property
@@ -55,12 +57,14 @@ class Example:
         where: file and row, for errors.
         choices: the names of the classes; None fills up the lists of rows that have fewer choices
             than others.
+        chat: the text is a turn of the user in a chat.
     """
 
     inputs: tuple[Any, ...]
     label: int | None
     where: str
     choices: tuple[str | None, ...] = ()
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,8 @@ class Rows:
         where = self.table.where(row)
         label = None if self.label is None else int(self.targets[position])
         if self.modality == "text":
-            return Example(self._texts(row), label, where, self._choices(row))
+            chat = self.prompt is not None and self.prompt.chat
+            return Example(self._texts(row), label, where, self._choices(row), chat)
         inputs = tuple(
             open_image(value, self.table.root, f"{where}, column {column!r}")
             for column, value in zip(self.inputs, self.table.row(row, self.inputs), strict=True)

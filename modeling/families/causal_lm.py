@@ -10,6 +10,9 @@ are those of lm-eval:
   alone has.
 - The tokenizer's own first token (BOS) comes first if the tokenizer adds one by itself. A prompt
   without tokens begins with BOS, or else EOS.
+- A prompt that is a turn of a chat goes through the tokenizer's chat template with its beginning of
+  an answer; no space is added after that. BOS comes first once, from the template or from the
+  tokenizer.
 - A prompt that is too long loses its beginning, for all its choices alike; an answer is never cut.
 - Texts are generated greedily. Prompts of different lengths are padded on the left, without an
   effect on positions.
@@ -53,6 +56,7 @@ from restitch.modeling.questions import (
     question_batch,
     special_tokens,
     tokens_of,
+    user_turn,
 )
 from restitch.modeling.whole_texts import Windows, text_batch
 from restitch.registry.specs.metric import MetricName
@@ -84,6 +88,7 @@ class CausalLm(Family):
     )
     modality: Modality = "text"
     reads_prompts = True
+    chats = True
     metrics: tuple[MetricName, ...] = ("accuracy", "f1", "exact_match", "perplexity")
     kinds = (Kind.CAUSAL_LM,)
 
@@ -139,8 +144,11 @@ class CausalLm(Family):
         """Fill in the length and how answers are compared.
 
         Raises:
-            BadInput: there is no room for a prompt before the longest generated answer.
+            BadInput: there is no room for a prompt before the longest generated answer, or no chat
+                template for a prompt that needs one.
         """
+        if spec.chat:
+            user_turn(load_tokenizer(folder), "")
         update: dict[str, Any] = {"max_length": spec.max_length or self.max_length(folder)}
         if not spec.of_text:
             update |= {"score": spec.score or "sum"}
@@ -217,8 +225,8 @@ class CausalLm(Family):
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The mean negative log-likelihood of the right answers, or of all tokens of texts."""
         if head.spec.of_text:
-            loss, tokens = self.text_losses(model, batch, head).sum(0)
-            return loss / tokens
+            totals = self.text_losses(model, batch, head).sum(0)
+            return totals[0] / totals[1]
         right = Answers.of(batch).right(batch["labels"])
         return -_whole(NamedModel.of(model).inner, right).mean()
 
@@ -249,7 +257,7 @@ class _Encoder:
     def questions(self, examples: Sequence[Example]) -> list[Question]:
         """The tokens of rows: all texts go through the tokenizer at once."""
         texts: list[str] = []
-        for one in map(QuestionText.of, examples):
+        for one in (QuestionText.of(example, self.tokenizer) for example in examples):
             choices = (choice for choice in one.choices if choice is not None)
             texts += [one.prompt, *(one.prompt + choice for choice in choices)]
         encoded = iter(tokens_of(self.tokenizer, texts))

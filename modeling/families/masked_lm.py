@@ -282,8 +282,8 @@ class _Encoder:
                 found=repr(f"{example.inputs[0][-20:]}{{mask}}{example.inputs[1][:20]}"),
                 hint="write a space before and after {mask} in the prompt",
             )
-        tokens, (_, place) = next(iter(masked.items()))
-        return list(tokens), place
+        agreed, (_, place) = next(iter(masked.items()))
+        return list(agreed), place
 
     def _cut(self, tokens: list[int], place: int, answers: Sequence[Sequence[int]]) -> _Masked:
         """The prompt with its special tokens, no longer than the limit."""

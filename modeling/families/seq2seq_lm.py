@@ -218,7 +218,7 @@ def decoder_start(folder: Path) -> int | None:
 
 def _questions(tokenizer: Any, limit: int, examples: Sequence[Example]) -> list[Question]:
     """The tokens of rows: all texts go through the tokenizer at once."""
-    texts = [QuestionText.of(example) for example in examples]
+    texts = [QuestionText.of(example, tokenizer) for example in examples]
     prompts = tokens_of(tokenizer, [text.prompt for text in texts], special=True)
     encoded = iter(
         tokens_of(tokenizer, [one for text in texts for one in text.choices if one is not None])

@@ -135,6 +135,12 @@ def _check_scoring(spec: TaskSpec, family: Family) -> None:
             + ("" if family.task_heads is None else " (only `register` reads them from a model)")
             + ", or leave out data: to merge without evaluating",
         )
+    if spec.chat and not family.chats:
+        raise BadInput(
+            f"task {spec.task} has chat: true, which the family {family.name} does not use",
+            expected="a line of a family that applies chat templates, such as causal-lm",
+            hint="leave out chat:, and write the prompt as the model was trained on it",
+        )
     if spec.prompt is not None and family.fills_mask:
         _check_mask(spec, family)
 
@@ -342,7 +348,13 @@ def task_data(spec: TaskSpec, family: Family) -> TaskData:
         return TaskData(rows, (), family.modality)
     if spec.prompt is None:
         return TaskData(rows, listed(spec.head_spec).classes, family.modality)
-    prompt = Prompt(spec.prompt, spec.choices_column, spec.answer, mask=family.fills_mask)
+    prompt = Prompt(
+        spec.prompt,
+        spec.choices_column,
+        spec.answer,
+        chat=bool(spec.chat),
+        mask=family.fills_mask,
+    )
     return TaskData(rows, spec.choices or (), family.modality, prompt)
 
 

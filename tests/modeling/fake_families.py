@@ -56,6 +56,7 @@ class _Tokens:
     reads_prompts = False
     metrics: tuple[MetricName, ...] = ("accuracy", "f1")
     fills_mask = False
+    chats = False
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         ours, theirs = (json.loads((f / "config.json").read_text()) for f in (base, finetuned))
