@@ -7,7 +7,6 @@ choice.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +20,22 @@ from restitch.modeling.pretrained import load_tokenizer
 
 # The embedding at this index is read and has no effect: it stands after all tokens that count.
 PADDING = 0
-# Today's date for chat templates: the one that Llama's template has where it is given none.
-_DATE = date(2024, 7, 26)
+# A chat template that writes today's date would give other scores every day: this macro replaces
+# the function with a date that Llama's template names as well.
+_DATE = {
+    "%Y": "2024",
+    "%m": "07",
+    "%d": "26",
+    "%b": "Jul",
+    "%B": "July",
+    "%A": "Friday",
+    "%a": "Fri",
+}
+_SAME_DATE = (
+    "{% macro strftime_now(format) %}{{ format"
+    + "".join(f".replace({key!r}, {value!r})" for key, value in _DATE.items())
+    + " }}{% endmacro %}{{ '' }}"
+)
 # Where nothing else limits them, as in lm-eval.
 _POSITIONS = 2048
 _POSITION_KEYS = (
@@ -98,9 +111,7 @@ def user_turn(tokenizer: Any, text: str) -> str:
             [{"role": "user", "content": text}],
             tokenize=False,
             add_generation_prompt=True,
-            # A template that writes the date would give other scores every day.
-            date_string=_DATE.strftime("%d %b %Y"),
-            strftime_now=_DATE.strftime,
+            chat_template=_SAME_DATE + tokenizer.get_chat_template(),
         )
     except Exception as error:  # a template of somebody else can raise any error
         raise BadInput(
