@@ -15,10 +15,12 @@ from restitch.modeling.data.rows import Prompt, Rows
 from restitch.modeling.data.tables import ListTable
 from restitch.modeling.families.family import get_family
 from restitch.registry.specs.task import HeadSpec
-from tests.conftest import NewHome
+from tests.conftest import NewHome, leave_mlflow_alone
 from tests.shell import Shell
 from tests.tiny_models import tiny_masked, tiny_seq2seq, tweaked
 from tests.worlds import World, write_rows, write_yaml
+
+pytestmark = pytest.mark.usefixtures("without_mlflow")
 
 ROWS = 24
 BLOCKS = ("*layer.*", "*layers.*")
@@ -101,15 +103,31 @@ def made(root: Path, case: Case) -> World:
     return world
 
 
-@pytest.fixture(scope="module", params=CASES.values(), ids=CASES)
-def line(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Line:
-    case, root = request.param, tmp_path_factory.mktemp("prompts")
-    world, shell = made(root / "world", case), Shell(root / "home")
-    (root / "home").mkdir()
-    gates = {"max_task_drop": 1.0}
-    shell("init", world.line(root / "line.yaml", localize={"density": 0.8}, gates=gates))
-    registered = {name: shell.add(world, name) for name in ("colour", "number")}
-    return Line(case, shell, world, registered)
+@pytest.fixture(scope="module")
+def lines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Line]:
+    return {name: registered(tmp_path_factory.mktemp(name), case) for name, case in CASES.items()}
+
+
+def registered(root: Path, case: Case) -> Line:
+    """A line with two members."""
+    with pytest.MonkeyPatch.context() as patched:
+        leave_mlflow_alone(patched)
+        world, shell = made(root / "world", case), Shell(root / "home")
+        (root / "home").mkdir()
+        gates = {"max_task_drop": 1.0}
+        shell("init", world.line(root / "line.yaml", localize={"density": 0.8}, gates=gates))
+        found = {name: shell.add(world, name) for name in ("colour", "number")}
+    return Line(case, shell, world, found)
+
+
+@pytest.fixture(params=CASES)
+def line(request: pytest.FixtureRequest, lines: dict[str, Line]) -> Line:
+    return lines[request.param]
+
+
+@pytest.fixture
+def masked(lines: dict[str, Line]) -> Line:
+    return lines["masked-lm"]
 
 
 def described(world: World, folder: Path, name: str, **changes: Any) -> Path:
@@ -124,8 +142,8 @@ def test_tasks_of_choices_are_measured_and_merged(line: Line) -> None:
     for name in line.registered:
         result = record["results"][name]
         assert result["finetuned"] == 1.0, "its answers are what it says"
-        assert result["base"] < 1.0
         assert result["count"] == ROWS
+    assert min(record["results"][name]["base"] for name in line.registered) < 1.0
     assert line.shell.json("remerge", "demo")["action"] == "unchanged"
 
 
@@ -135,7 +153,7 @@ def test_every_view_of_a_line_works(line: Line, tmp_path: Path) -> None:
     assert all(name in shown for name in line.registered)
     assert "number" in shell("diff", "demo", 1, 2).out
     compared = shell.json("compare", "demo", "--methods", "task-arithmetic,ties")
-    assert {"task-arithmetic", "ties"} <= {row["method"] for row in compared["rows"]}
+    assert {row["method"] for row in compared["methods"]} >= {"task-arithmetic", "ties"}
     assert set(shell.json("experts", "demo")["results"]) == set(line.registered)
     shell.json("analyze", "demo", "--localizers", "dataless", "--densities", "0.1,1")
     shell.json("study", "agreement", "demo")
@@ -157,7 +175,7 @@ def test_the_exported_model_loads_and_gives_the_measured_answers(
     for name in line.registered:
         best = scores(line.case, out, name).argmax(1)
         truth = scores(line.case, line.world.model(name), name).argmax(1)
-        assert float((best == truth).float().mean()) == record["results"][name]["merged"]
+        assert float((best == truth).double().mean()) == record["results"][name]["merged"]
 
 
 @pytest.mark.parametrize("mode", ["trained", "fisher", "distilled"])
@@ -201,54 +219,58 @@ MASKS = {
 
 
 @pytest.mark.parametrize(("prompt", "message"), MASKS.values(), ids=MASKS)
-@pytest.mark.parametrize("line", [CASES["masked-lm"]], indirect=True, ids=["masked-lm"])
 def test_a_prompt_without_one_mask_is_explained_and_changes_nothing(
-    line: Line, tmp_path: Path, prompt: str, message: str
+    masked: Line, tmp_path: Path, prompt: str, message: str
 ) -> None:
-    before = line.shell.state()
-    file = described(line.world, tmp_path, "number", task="other", prompt=prompt)
-    model = line.world.model("number")
-    done = line.shell("register", "demo", "--task", file, "--model", model, code=3)
+    before = masked.shell.state()
+    file = described(masked.world, tmp_path, "number", task="other", prompt=prompt)
+    model = masked.world.model("number")
+    done = masked.shell("register", "demo", "--task", file, "--model", model, code=3)
     assert message in " ".join(done.err.split())
-    assert line.shell.state() == before
+    assert masked.shell.state() == before
 
 
-@pytest.mark.parametrize("line", [CASES["seq2seq-lm"]], indirect=True, ids=["seq2seq-lm"])
-def test_a_mask_in_another_family_is_a_column(line: Line, tmp_path: Path) -> None:
+def test_a_mask_in_another_family_is_a_column(lines: dict[str, Line], tmp_path: Path) -> None:
+    line = lines["seq2seq-lm"]
     file = described(line.world, tmp_path, "number", task="other", prompt="{a} is {mask}")
     done = line.shell("task", "demo", "--task", file, code=3)
     assert "has no column 'mask'" in done.err
     assert "is the place of the answer only in a line of masked-lm" in " ".join(done.err.split())
 
 
-@pytest.mark.parametrize("line", [CASES["masked-lm"]], indirect=True, ids=["masked-lm"])
+def test_a_chat_needs_a_family_that_applies_its_template(line: Line, tmp_path: Path) -> None:
+    file = described(line.world, tmp_path, "number", task="other", chat=True)
+    done = line.shell("task", "demo", "--task", file, code=3)
+    message = f"has chat: true, which the family {line.case.family} does not use"
+    assert message in " ".join(done.err.split())
+
+
 def test_a_finetuned_encoder_without_a_head_joins_with_the_base_s(
-    line: Line, new_home: NewHome, tmp_path: Path
+    masked: Line, new_home: NewHome, tmp_path: Path
 ) -> None:
     shell = new_home("headless")
-    shell("init", line.world.line(tmp_path / "line.yaml", retention=None))
-    bare = shutil.copytree(line.world.model("number"), tmp_path / "bare")
-    AutoModel.from_pretrained(line.world.model("number")).save_pretrained(bare)
-    found = shell.json("register", "demo", "--task", line.world.task("number"), "--model", bare)
+    shell("init", masked.world.line(tmp_path / "line.yaml", retention=None))
+    bare = shutil.copytree(masked.world.model("number"), tmp_path / "bare")
+    AutoModel.from_pretrained(masked.world.model("number")).save_pretrained(bare)
+    found = shell.json("register", "demo", "--task", masked.world.task("number"), "--model", bare)
     assert found["state"] == "ready"
     assert found["merged"]["record"]["results"]["number"]["finetuned"] == 1.0
     shown = " ".join(shell("status", "demo").out.split())
     assert "number" in shown
 
 
-@pytest.mark.parametrize("line", [CASES["masked-lm"]], indirect=True, ids=["masked-lm"])
 def test_init_names_the_families_of_a_base_by_what_it_holds(
-    line: Line, new_home: NewHome, tmp_path: Path
+    masked: Line, new_home: NewHome, tmp_path: Path
 ) -> None:
     shell = new_home("families")
-    file = line.world.line(tmp_path / "line.yaml", family=None, retention=None)
+    file = masked.world.line(tmp_path / "line.yaml", family=None, retention=None)
     done = " ".join(shell("init", file, code=3).err.split())
     assert "`family: masked-lm` (the likeliest word at the mask of a prompt)" in done
     assert "`family: text-encoder` (" in done
-    bare = shutil.copytree(line.world.base, tmp_path / "bare")
-    AutoModel.from_pretrained(line.world.base).save_pretrained(bare)
+    bare = shutil.copytree(masked.world.base, tmp_path / "bare")
+    AutoModel.from_pretrained(masked.world.base).save_pretrained(bare)
     values = {"base": str(bare), "retention": None}
-    file = line.world.line(tmp_path / "line.yaml", **values)
+    file = masked.world.line(tmp_path / "line.yaml", **values)
     done = " ".join(shell("init", file, code=3).err.split())
     assert "lacks the tensors of a masked-language-model head (lm_head." in done
     assert "family: text-encoder" in done

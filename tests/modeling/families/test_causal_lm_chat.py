@@ -1,5 +1,6 @@
 """Prompts of causal language models as turns of a chat."""
 
+import json
 from datetime import date
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from restitch.modeling.data.tables import ListTable
 from restitch.modeling.families.family import get_family
 from restitch.modeling.pretrained import load_tokenizer
 from restitch.registry.specs.task import HeadSpec, TaskSpec
+from restitch.tasks.inputs.checkpoints import assets_digest
 from restitch.tasks.inputs.task_data import description_digest
 from tests.tiny_models import tiny_decoder
 
@@ -111,6 +113,20 @@ def test_a_base_without_a_usable_template_is_refused(tmp_path, template, message
     with pytest.raises(BadInput, match=message):
         FAMILY.resolve(folder, HeadSpec(labels=("a", "b"), chat=True))
     FAMILY.resolve(folder, HeadSpec(labels=("a", "b")))
+
+
+def test_the_template_belongs_to_the_digest_of_the_base_wherever_it_lies(tmp_path) -> None:
+    folder = chat_folder(tmp_path, TURNS + ANSWER)
+    digests = [assets_digest(FAMILY, folder)]
+    (folder / "chat_template.jinja").write_text(TURNS)
+    digests.append(assets_digest(FAMILY, folder))
+    (folder / "chat_template.jinja").unlink()
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    for template in (TURNS, ANSWER):
+        changed = json.dumps({**config, "chat_template": template})
+        (folder / "tokenizer_config.json").write_text(changed)
+        digests.append(assets_digest(FAMILY, folder))
+    assert len(set(digests)) == 4
 
 
 def test_rows_say_if_they_are_turns_of_a_chat() -> None:
