@@ -33,7 +33,6 @@ from restitch.modeling.answers import Answers, log_probabilities
 from restitch.modeling.configs import differences, known_keys, model_type_difference, read_config
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Family, Preprocess
-from restitch.modeling.families.text_encoder import TextEncoder, position_limit
 from restitch.modeling.heads import Head
 from restitch.modeling.kinds import Kind, model_kind
 from restitch.modeling.pretrained import (
@@ -49,6 +48,7 @@ from restitch.modeling.questions import (
     question_batch,
     special_tokens,
 )
+from restitch.modeling.text_inputs import BLOCKS, PREFIXES, text_limit
 from restitch.registry.specs.task import HeadSpec, Modality
 
 _NEEDED = "a tokenizer with a mask token, in tokenizer.json"
@@ -60,8 +60,8 @@ class MaskedLm(Family):
     name = "masked-lm"
     summary = "the likeliest word at the mask of a prompt"
     version = 1
-    prefixes = TextEncoder.prefixes
-    localizable = TextEncoder.localizable
+    prefixes = PREFIXES
+    localizable = BLOCKS
     modality: Modality = "text"
     reads_prompts = True
     fills_mask = True
@@ -112,7 +112,7 @@ class MaskedLm(Family):
 
     def max_length(self, folder: Path) -> int:
         """The smaller limit of tokenizer and position embeddings."""
-        return min(int(load_tokenizer(folder).model_max_length), position_limit(folder))
+        return text_limit(folder)
 
     def preprocessor(self, folder: Path, max_length: int | None = None) -> Preprocess:
         """Tokenize prompts with their words, padded at the end."""
