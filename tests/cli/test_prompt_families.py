@@ -24,7 +24,12 @@ pytestmark = pytest.mark.usefixtures("without_mlflow")
 
 ROWS = 24
 BLOCKS = ("*layer.*", "*layers.*")
-CHOICES = {"colour": ("red", "blue"), "number": ("no", "one", "two"), "general": ("yes", "maybe")}
+WORDS = {"colour": ("red", "blue"), "number": ("no", "one", "two"), "general": ("yes", "maybe")}
+ANSWERS = {
+    "colour": ("negative", "positive"),  # of the same length, which decides little then
+    "number": ("red", "blue", "are"),
+    "general": ("yes", "maybe"),
+}
 
 
 @dataclass(frozen=True)
@@ -34,6 +39,7 @@ class Case:
     family: str
     make: Callable[[Path], Path]
     prompts: dict[str, str]
+    choices: dict[str, tuple[str, ...]]
     auto_class: Any
 
 
@@ -42,12 +48,14 @@ CASES = {
         "seq2seq-lm",
         tiny_seq2seq,
         {"colour": "Kind: {a}", "number": "{a} / {b}:\n", "general": "{a}"},
+        ANSWERS,
         AutoModelForSeq2SeqLM,
     ),
     "masked-lm": Case(
         "masked-lm",
         tiny_masked,
         {"colour": "{a} it was {mask}.", "number": "{a} ? {mask} , {b}", "general": "{a} {mask}"},
+        WORDS,
         AutoModelForMaskedLM,
     ),
 }
@@ -65,7 +73,7 @@ class Line:
 
 def scores(case: Case, folder: Path, name: str) -> torch.Tensor:
     """The scores of a task's choices by a folder's model."""
-    family, choices = get_family(case.family), CHOICES[name]
+    family, choices = get_family(case.family), case.choices[name]
     values: dict[str, Sequence[Any]] = {key: [row[key] for row in texts(name)] for key in "ab"}
     prompt = Prompt(case.prompts[name], mask=family.fills_mask)
     columns = tuple(key for key in "ab" if f"{{{key}}}" in prompt.text)
@@ -89,7 +97,7 @@ def made(root: Path, case: Case) -> World:
     case.make(world.base)
     for seed, name in enumerate(("colour", "number")):
         tweaked(world.base, world.model(name), seed=seed, size=1.0, globs=BLOCKS)
-    for name, choices in CHOICES.items():
+    for name, choices in case.choices.items():
         model = world.base if name == "general" else world.model(name)
         best = scores(case, model, name).argmax(1).tolist()
         rows = [
