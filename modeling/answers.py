@@ -4,7 +4,7 @@
 log-likelihood of each, and `Answers.scores` compares them as the task says.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -70,6 +70,39 @@ class Answers:
             (len(kept), 1),
         )
 
+    @property
+    def of_rows(self) -> list[list[int]]:
+        """The places of each row's answers."""
+        places: list[list[int]] = [[] for _ in self.prompt_lengths]
+        for place, row in enumerate(self.rows):
+            places[row].append(place)
+        return places
+
+    def together(self, most: int, *, padded: bool) -> Iterator[list[int]]:
+        """The rows with answers, in parts that go through a model together, short prompts first.
+
+        Args:
+            most: tokens that go through the model at once, if no row alone has more.
+            padded: prompts of different lengths may go together.
+        """
+        lengths, of_rows = self.prompt_lengths, self.of_rows
+        rows = sorted((row for row, own in enumerate(of_rows) if own), key=lambda r: lengths[r])
+        part: list[int] = []
+        copies = 0  # answers of the part that need a copy of the prompt's keys and values
+        after = 1  # tokens of the longest of them
+        for row in rows:
+            longer = [self.lengths[p] for p in of_rows[row] if self.lengths[p] > 1]
+            more, longest = copies + len(longer), max(after, *longer, 1)
+            cost = max((len(part) + 1) * lengths[row], more * (lengths[row] + longest))
+            other = not padded and bool(part) and lengths[part[0]] != lengths[row]
+            if part and (cost > most or other):
+                yield part
+                part, more, longest = [], len(longer), max(1, *longer, 1)
+            part.append(row)
+            copies, after = more, longest
+        if part:
+            yield part
+
     def placed(self, likelihoods: Tensor) -> Tensor:
         """Likelihoods of the answers as a table, -inf elsewhere."""
         table = likelihoods.new_full((self.shape[0] * self.shape[1],), -torch.inf)
@@ -111,3 +144,11 @@ def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
     with torch.autocast(logits.device.type, enabled=False):
         scores = logits.float().log_softmax(-1)
     return scores.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)
+
+
+def summed(logits: Tensor, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
+    """The log-likelihoods of the first `lengths` tokens of each row."""
+    each = log_probabilities(logits, tokens)
+    counts = torch.tensor(lengths, device=each.device).unsqueeze(1)
+    counted = torch.arange(each.shape[1], device=each.device) < counts
+    return each.masked_fill(~counted, 0.0).sum(1)

@@ -91,8 +91,16 @@ def _families_of(model: ModelKind, folder: Path) -> list[Family]:
     return [
         family
         for family in _usable()
-        if family.kinds and _takes(family, model) and family.lacks(folder) is None
+        if family.kinds and _takes(family, model) and _has_all(family, folder)
     ]
+
+
+def _has_all(family: Family, folder: Path) -> bool:
+    """True if a folder lacks nothing for a family; one that cannot be read is no base."""
+    try:
+        return family.lacks(folder) is None
+    except BadInput:
+        return False
 
 
 def with_task_heads(family: Family) -> list[str]:

@@ -5,6 +5,7 @@ network never used. Tensors keep their names in the folder's own file: a model m
 names to one of its live tensors.
 """
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
@@ -34,6 +35,9 @@ _ASSETS = (
     "vocab.json",
     "vocab.txt",
 )
+# The settings for generation.
+GENERATION = "generation_config.json"
+_IN_A_BLOCK = re.compile(r"\.\d+\.")
 _VOCABULARIES = (
     "tokenizer.json",
     "vocab.txt",
@@ -265,3 +269,45 @@ def load_image_processor(folder: Path) -> Any:
 def asset_files(folder: Path) -> tuple[str, ...]:
     """The configuration, tokenizer and processor files of a folder, sorted."""
     return tuple(name for name in _ASSETS if (folder / name).is_file())
+
+
+def language_model_files(folder: Path) -> tuple[str, ...]:
+    """The files of `asset_files`, and the settings for generation."""
+    more = [GENERATION] if (folder / GENERATION).is_file() else []
+    return tuple(sorted([*asset_files(folder), *more]))
+
+
+def missing_outside_of_blocks(
+    folder: Path, auto_class: Any, prefixes: Sequence[str]
+) -> list[str] | None:
+    """The weights outside of the blocks, such as those of a head, that a folder's file lacks.
+
+    Tied weights count as there if the file holds one of them.
+
+    Args:
+        folder: a model; one without weights lacks none.
+        auto_class: the transformers class with a head.
+        prefixes: what the file may carry before all of its names.
+
+    Returns:
+        Their names, sorted; None if `auto_class` has no model of this configuration.
+    """
+    config = read_config(folder)
+    if type(config) not in auto_class._model_mapping:
+        return None
+    if not any(folder.glob("*.safetensors")):
+        return []
+    file = Checkpoint.open(folder)
+    try:
+        with torch.device("meta"):
+            model = auto_class.from_config(config)
+    except Exception as error:  # a configuration of somebody else can raise any error
+        raise BadInput(f"{folder} cannot be loaded as a model", found=error) from error
+    shapes = {name: file.info(name).shape for name in file.names}
+    live = dict(model.named_parameters(remove_duplicate=False))
+    held = {id(live[own]) for own in match_names(shapes, live, prefixes).values()}
+    return sorted(
+        name
+        for name, tensor in live.items()
+        if id(tensor) not in held and "pooler." not in name and not _IN_A_BLOCK.search(name)
+    )

@@ -13,12 +13,23 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 from transformers import (
     AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
+    AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     CLIPConfig,
@@ -246,6 +257,43 @@ def tiny_encoder(folder: Path, kind: str = "bert", *, seed: int = 0) -> Path:
     return folder
 
 
+def tiny_seq2seq(folder: Path, kind: str = "t5", *, seed: int = 0) -> Path:
+    """A folder of an encoder-decoder language model: `t5` (tied), `flan-t5` (untied) or `bart`."""
+    tokenizer = word_tokenizer(max_length=64)
+    end = (("</s>", tokenizer.eos_token_id),)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>" if kind == "bart" else "$A </s>",
+        special_tokens=[*end, ("<s>", tokenizer.bos_token_id)],
+    )
+    torch.manual_seed(seed)
+    size: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "d_model": 16,
+        "pad_token_id": tokenizer.pad_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "decoder_start_token_id": tokenizer.pad_token_id,
+    }
+    model: PreTrainedModel
+    if kind == "bart":
+        parts = ("encoder", "decoder")
+        size |= {f"{part}_layers": 2 for part in parts}
+        size |= {f"{part}_attention_heads": 2 for part in parts}
+        size |= {f"{part}_ffn_dim": 32 for part in parts}
+        positions = {"max_position_embeddings": 96, "init_std": 0.4}
+        model = BartForConditionalGeneration(
+            BartConfig(**size, **positions, bos_token_id=tokenizer.bos_token_id)
+        )
+    else:
+        size |= {"d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2, "initializer_factor": 1.0}
+        new = {"feed_forward_proj": "gated-gelu", "tie_word_embeddings": False}
+        model = T5ForConditionalGeneration(T5Config(**size, **(new if kind == "flan-t5" else {})))
+        if kind == "flan-t5":  # the configuration of T5 ties them in any case
+            model.lm_head.weight = torch.nn.Parameter(torch.randn(len(tokenizer), 16))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def tiny_image_model(folder: Path, kind: str = "vit", *, seed: int = 0) -> Path:
     """A folder of an image model without a head; `kind` is a `model_type` of `_IMAGE_MODELS`."""
     torch.manual_seed(seed)
@@ -296,6 +344,91 @@ def tiny_classifier(
     for file in base.iterdir():
         if not (folder / file.name).exists():
             shutil.copyfile(file, folder / file.name)
+    return folder
+
+
+WORDS = ("no", "yes", "maybe", "red", "blue", "one", "two", "was")
+
+
+def masking_tokenizer(kind: str, *, max_length: int = 64) -> PreTrainedTokenizerFast:
+    """A tokenizer with a mask, to which each of `WORDS` is one token after a space.
+
+    Args:
+        kind: of byte pairs as for `roberta` and `modernbert`, of word pieces as for `bert`, or of
+            a unigram model as for `deberta-v2`.
+        max_length: of a text.
+    """
+    special = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+    characters = sorted(
+        {c for word in WORDS for c in word} | set("abcdefghijklmnopqrstuvwxyz .,?:")
+    )
+    tokens: tuple[str, ...]
+    if kind == "bert":
+        tokens = (*special, *characters, *(f"##{c}" for c in characters), *WORDS)
+        ids = {token: index for index, token in enumerate(tokens)}
+        tokenizer = Tokenizer(models.WordPiece(vocab=ids, unk_token="<unk>"))
+        tokenizer.normalizer = normalizers.Lowercase()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    elif kind == "deberta-v2":
+        pieces = [(token, 0.0) for token in special]
+        pieces += [(c.replace(" ", "\u2581"), -10.0) for c in characters]
+        pieces += [(f"\u2581{word}", -2.0) for word in WORDS]
+        tokenizer = Tokenizer(models.Unigram(pieces, unk_id=3))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+        ids = {token: index for index, (token, _) in enumerate(pieces)}
+    else:
+        merges = {}
+        for word in WORDS:
+            for end in range(1, len(word) + 1):
+                merges[f"\u0120{word[: end - 1]}", word[end - 1]] = f"\u0120{word[:end]}"
+        tokens = (*special, *sorted(pre_tokenizers.ByteLevel.alphabet()), *merges.values())
+        ids = {token: index for index, token in enumerate(tokens)}
+        tokenizer = Tokenizer(models.BPE(vocab=ids, merges=[*merges], unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[(token, ids[token]) for token in ("<s>", "</s>")],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        eos_token="</s>",
+        cls_token="<s>",
+        sep_token="</s>",
+        pad_token="<pad>",
+        unk_token="<unk>",
+        mask_token=AddedToken("<mask>", lstrip=kind != "bert", special=True),
+        model_max_length=max_length,
+    )
+
+
+def tiny_masked(folder: Path, kind: str = "roberta", *, seed: int = 0) -> Path:
+    """A folder of a masked language model: `roberta`, `bert`, `deberta-v2` or `modernbert`."""
+    tokenizer = masking_tokenizer(kind)
+    torch.manual_seed(seed)
+    size: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+        "max_position_embeddings": 80,
+        "pad_token_id": tokenizer.pad_token_id,
+        "initializer_range": 0.4,
+    }
+    if kind == "deberta-v2":
+        size |= {
+            "relative_attention": True,
+            "position_buckets": 8,
+            "pos_att_type": ["p2c", "c2p"],
+            "norm_rel_ebd": "layer_norm",
+            "share_att_key": True,
+        }
+    config = AutoConfig.for_model(kind, **size)
+    AutoModelForMaskedLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

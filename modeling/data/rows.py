@@ -19,7 +19,7 @@ from restitch.modeling.data.images import image_bytes, open_image
 from restitch.modeling.data.labels import Classes, class_indices
 from restitch.modeling.data.tables import ListTable, Table
 from restitch.modeling.data.texts import text_of
-from restitch.registry.specs.prompt import fill_in
+from restitch.registry.specs.prompt import fill_in, parts_at_mask
 from restitch.registry.specs.task import Modality
 
 
@@ -31,11 +31,15 @@ class Prompt:
         text: with the names of columns in braces.
         choices_column: the column with the choices of each row; None if all rows have the same.
         answer: the column with the one answer of each row, which has class 0.
+        chat: it is a turn of the user in a chat.
+        mask: `{mask}` is the place of the answer: a row's texts are what stands before and after.
     """
 
     text: str
     choices_column: str | None = None
     answer: str | None = None
+    chat: bool = False
+    mask: bool = False
 
     @property
     def own(self) -> str | None:
@@ -53,12 +57,14 @@ class Example:
         where: file and row, for errors.
         choices: the names of the classes; None fills up the lists of rows that have fewer choices
             than others.
+        chat: the text is a turn of the user in a chat.
     """
 
     inputs: tuple[Any, ...]
     label: int | None
     where: str
     choices: tuple[str | None, ...] = ()
+    chat: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,7 +100,8 @@ class Rows:
         where = self.table.where(row)
         label = None if self.label is None else int(self.targets[position])
         if self.modality == "text":
-            return Example(self._texts(row), label, where, self._choices(row))
+            chat = self.prompt is not None and self.prompt.chat
+            return Example(self._texts(row), label, where, self._choices(row), chat)
         inputs = tuple(
             open_image(value, self.table.root, f"{where}, column {column!r}")
             for column, value in zip(self.inputs, self.table.row(row, self.inputs), strict=True)
@@ -114,7 +121,9 @@ class Rows:
         )
         if self.prompt is None:
             return texts
-        return (fill_in(self.prompt.text, dict(zip(self.inputs, texts, strict=True))),)
+        named = dict(zip(self.inputs, texts, strict=True))
+        parts = parts_at_mask(self.prompt.text) if self.prompt.mask else [self.prompt.text]
+        return tuple(fill_in(part, named) for part in parts)
 
     def _choices(self, row: int) -> tuple[str | None, ...]:
         """The choices of a row of the table, filled up to the number of classes."""

@@ -19,6 +19,7 @@ from restitch.modeling.data.rows import Example as Example
 from restitch.modeling.data.rows import Prompt as Prompt
 from restitch.modeling.data.rows import Rows as Rows
 from restitch.modeling.data.tables import Table, image_columns, open_table, split_origin
+from restitch.registry.specs.prompt import MASK
 from restitch.registry.specs.task import DataSpec, Modality, split_pin
 
 SPLITS = ("train", "validation", "test")
@@ -181,6 +182,8 @@ def _nearest(missing: str, columns: Sequence[str], in_prompt: bool) -> str:
     advice = "set input: and label: to columns that are there"
     if in_prompt:
         advice = "name columns that are there in prompt:, choices_column:, answer: and data: label"
+    if in_prompt and missing == MASK:
+        return f"{advice}; {{mask}} is the place of the answer only in a line of masked-lm"
     same = [name for name in columns if name.strip().casefold() == missing.casefold()]
     near = same or get_close_matches(missing, columns, n=1, cutoff=0.7)
     if near:

@@ -10,6 +10,9 @@ are those of lm-eval:
   alone has.
 - The tokenizer's own first token (BOS) comes first if the tokenizer adds one by itself. A prompt
   without tokens begins with BOS, or else EOS.
+- A prompt that is a turn of a chat goes through the tokenizer's chat template with its beginning of
+  an answer; no space is added after that. BOS comes first once, from the template or from the
+  tokenizer.
 - A prompt that is too long loses its beginning, for all its choices alike; an answer is never cut.
 - Texts are generated greedily. Prompts of different lengths are padded on the left, without an
   effect on positions.
@@ -29,7 +32,7 @@ from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
-from restitch.modeling.answers import Answers, log_probabilities
+from restitch.modeling.answers import Answers, log_probabilities, summed
 from restitch.modeling.configs import differences, known_keys, model_type_difference, read_config
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Family, Preprocess
@@ -38,7 +41,7 @@ from restitch.modeling.heads import Head
 from restitch.modeling.kinds import Kind, model_kind
 from restitch.modeling.pretrained import (
     NamedModel,
-    asset_files,
+    language_model_files,
     load_pretrained,
     load_tokenizer,
 )
@@ -47,23 +50,18 @@ from restitch.modeling.questions import (
     Question,
     QuestionText,
     check_answers,
+    first_of_nothing,
+    not_empty,
+    prompt_limit,
     question_batch,
+    special_tokens,
     tokens_of,
+    user_turn,
 )
 from restitch.modeling.whole_texts import Windows, text_batch
 from restitch.registry.specs.metric import MetricName
 from restitch.registry.specs.task import HeadSpec, Modality
 
-_GENERATION = "generation_config.json"
-# Where nothing else limits them, as in lm-eval.
-_POSITIONS = 2048
-_POSITION_KEYS = (
-    "max_position_embeddings",
-    "n_positions",
-    "n_ctx",
-    "max_seq_len",
-    "max_seq_length",
-)
 # The blocks in the layouts that decoders have. Old files also hold buffers such as `attn.bias`, the
 # causal mask, and `rotary_emb.inv_freq`, which are no weights: the ends of names leave them out.
 _BLOCKS = ("layers.[0-9]*", "h.[0-9]*", "blocks.[0-9]*")
@@ -90,6 +88,7 @@ class CausalLm(Family):
     )
     modality: Modality = "text"
     reads_prompts = True
+    chats = True
     metrics: tuple[MetricName, ...] = ("accuracy", "f1", "exact_match", "perplexity")
     kinds = (Kind.CAUSAL_LM,)
 
@@ -132,7 +131,7 @@ class CausalLm(Family):
 
     def max_length(self, folder: Path) -> int:
         """The smaller limit of tokenizer and positions."""
-        return min(int(load_tokenizer(folder).model_max_length), _positions(folder))
+        return prompt_limit(folder)
 
     def preprocessor(self, folder: Path, max_length: int | None = None) -> Preprocess:
         """Tokenize prompts and choices, or whole texts, padded at the end."""
@@ -149,8 +148,11 @@ class CausalLm(Family):
         """Fill in the length and how answers are compared.
 
         Raises:
-            BadInput: there is no room for a prompt before the longest generated answer.
+            BadInput: there is no room for a prompt before the longest generated answer, or no chat
+                template for a prompt that needs one.
         """
+        if spec.chat:
+            user_turn(load_tokenizer(folder), "")
         update: dict[str, Any] = {"max_length": spec.max_length or self.max_length(folder)}
         if not spec.of_text:
             update |= {"score": spec.score or "sum"}
@@ -227,15 +229,14 @@ class CausalLm(Family):
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The mean negative log-likelihood of the right answers, or of all tokens of texts."""
         if head.spec.of_text:
-            summed = self.text_losses(model, batch, head).sum(0)
-            return summed[0] / summed[1]
+            totals = self.text_losses(model, batch, head).sum(0)
+            return totals[0] / totals[1]
         right = Answers.of(batch).right(batch["labels"])
         return -_whole(NamedModel.of(model).inner, right).mean()
 
     def asset_files(self, folder: Path) -> tuple[str, ...]:
         """Also the settings for generation."""
-        more = [_GENERATION] if (folder / _GENERATION).is_file() else []
-        return tuple(sorted([*asset_files(folder), *more]))
+        return language_model_files(folder)
 
 
 @dataclass(frozen=True)
@@ -245,28 +246,22 @@ class _Encoder:
     Attributes:
         limit: the most tokens that go into the model. The last one of an answer does not.
         first: the tokens that the tokenizer puts before every text by itself.
-        alone: the token before an answer without a prompt; None if the tokenizer has none.
     """
 
     tokenizer: Any
     limit: int
     first: list[int]
-    alone: int | None
 
     @classmethod
     def of(cls, folder: Path, limit: int) -> "_Encoder":
         """The encoder with the tokenizer of a folder."""
         tokenizer = load_tokenizer(folder)
-        bare, whole = tokenizer("a", add_special_tokens=False).input_ids, tokenizer("a").input_ids
-        starts = range(len(whole) - len(bare) + 1)
-        at = next((s for s in starts if whole[s : s + len(bare)] == bare), 0)
-        bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        return cls(tokenizer, limit, whole[:at], eos if bos is None else bos)
+        return cls(tokenizer, limit, special_tokens(tokenizer)[0])
 
     def questions(self, examples: Sequence[Example]) -> list[Question]:
         """The tokens of rows: all texts go through the tokenizer at once."""
         texts: list[str] = []
-        for one in map(QuestionText.of, examples):
+        for one in (QuestionText.of(example, self.tokenizer) for example in examples):
             choices = (choice for choice in one.choices if choice is not None)
             texts += [one.prompt, *(one.prompt + choice for choice in choices)]
         encoded = iter(tokens_of(self.tokenizer, texts))
@@ -282,7 +277,7 @@ class _Encoder:
                     found=f"{len(example.inputs)} columns",
                 )
         texts = tokens_of(self.tokenizer, [example.inputs[0] for example in examples])
-        return text_batch(texts, examples, self.alone, self.limit)
+        return text_batch(texts, examples, first_of_nothing(self.tokenizer), self.limit)
 
     def _question(self, example: Example, encoded: Iterator[list[int]]) -> Question:
         context = next(encoded)
@@ -294,17 +289,9 @@ class _Encoder:
         prompt = [*self.first, *context]
         if self.first and context[: len(self.first)] == self.first:
             prompt = context  # the text has it itself
-        if not prompt:
-            if self.alone is None:
-                raise BadInput(
-                    f"{example.where}: the prompt has no tokens, and the tokenizer has no BOS",
-                    expected="at least one token before the answer",
-                    found=repr(example.inputs[0]),
-                    hint="write a prompt with more than a column",
-                )
-            prompt = [self.alone]
-        kept = prompt[-(self.limit + 1 - max(longest, 1)) :]
-        return Question(kept, answers, len(prompt) - len(kept))
+        tokens = not_empty(prompt, self.tokenizer, example)
+        kept = tokens[-(self.limit + 1 - max(longest, 1)) :]
+        return Question(kept, answers, len(tokens) - len(kept))
 
 
 def _whole(inner: Any, answers: Answers) -> Tensor:
@@ -363,11 +350,9 @@ def _shared(inner: Any, answers: Answers) -> Tensor:
     ones are padded on the left. The first token of an answer follows from the prompt; the others
     need the prompt's keys and values.
     """
-    of_row: list[list[int]] = [[] for _ in answers.prompt_lengths]
-    for place, row in enumerate(answers.rows):
-        of_row[row].append(place)
+    of_row = answers.of_rows
     found = torch.zeros(len(answers.rows), device=answers.tokens.device)
-    for rows in _together(answers, of_row, padded=_can_pad(inner)):
+    for rows in answers.together(_TOKENS, padded=_can_pad(inner)):
         before = _Before.of(answers, rows)
         output = _forward(inner, before.tokens, 1, use_cache=True, **before.masked())
         places = [place for row in rows for place in of_row[row]]
@@ -437,35 +422,6 @@ def _can_pad(inner: Any) -> bool:
     return {"attention_mask", "position_ids"} <= signature(inner.forward).parameters.keys()
 
 
-def _together(
-    answers: Answers, of_row: Sequence[Sequence[int]], *, padded: bool
-) -> Iterator[list[int]]:
-    """The rows with answers, in parts that go through the model together, the shortest first.
-
-    Args:
-        answers: of all rows.
-        of_row: the places of each row's answers.
-        padded: prompts of other lengths may go together.
-    """
-    lengths = answers.prompt_lengths
-    rows = sorted((row for row, places in enumerate(of_row) if places), key=lambda r: lengths[r])
-    part: list[int] = []
-    copies = 0  # answers of the part that need a copy of the prompt's keys and values
-    after = 1  # tokens of the longest of them
-    for row in rows:
-        longer = [answers.lengths[p] for p in of_row[row] if answers.lengths[p] > 1]
-        more, most = copies + len(longer), max(after, *longer, 1)
-        cost = max((len(part) + 1) * lengths[row], more * (lengths[row] + most))
-        other = not padded and bool(part) and lengths[part[0]] != lengths[row]
-        if part and (cost > _TOKENS or other):
-            yield part
-            part, more, most = [], len(longer), max(1, *longer, 1)
-        part.append(row)
-        copies, after = more, most
-    if part:
-        yield part
-
-
 def _can_select(cache: Any) -> bool:
     """True if a cache consists of keys and values of which rows can be taken."""
     layers: Any = getattr(cache, "layers", None)
@@ -485,10 +441,8 @@ def _continued(
     step = max(1, _SCORED // (longest - 1))
     for start in range(0, len(places), step):
         part = slice(start, start + step)
-        each = log_probabilities(hidden.logits[part], tokens[part, 1:])
-        counts = torch.tensor(lengths[part], device=each.device).unsqueeze(1)
-        counted = torch.arange(longest - 1, device=each.device) < counts - 1
-        found.append(each.masked_fill(~counted, 0.0).sum(1))
+        counted = [length - 1 for length in lengths[part]]
+        found.append(summed(hidden.logits[part], tokens[part, 1:], counted))
     return torch.cat(found)
 
 
@@ -512,10 +466,3 @@ def _contiguous(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     copies the head for each row.
     """
     return tuple(one.contiguous() if isinstance(one, Tensor) else one for one in inputs)
-
-
-def _positions(folder: Path) -> int:
-    """The most tokens that the positions allow."""
-    config = read_config(folder).get_text_config()
-    known = (getattr(config, key, None) for key in _POSITION_KEYS)
-    return next((int(value) for value in known if value), _POSITIONS)

@@ -56,6 +56,9 @@ class Family(Protocol):
         model_types: the model types among these kinds; empty for all.
         parts: kinds of finetuned models that hold only a part of the base.
         reads_prompts: true for language models: tasks have a prompt instead of a head.
+        fills_mask: true if a prompt has one `{mask}`, the place of the answer: a row has two texts,
+            the prompt before it and after it.
+        chats: true if a prompt may be a turn of the user in a chat.
         metrics: those that its tasks may have. `exact_match` needs `generate`, and `perplexity`
             needs `text_losses`.
     """
@@ -71,6 +74,8 @@ class Family(Protocol):
     model_types: tuple[str, ...] = ()
     parts: tuple[Kind, ...] = ()
     reads_prompts: bool = False
+    fills_mask: bool = False
+    chats: bool = False
     metrics: tuple[MetricName, ...] = ("accuracy", "f1")
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:

@@ -1,9 +1,13 @@
-"""Prompts: a text with the names of columns in braces, which each row fills in."""
+"""Prompts: a text with the names of columns in braces, which each row fills in.
+
+Families of masked language models read `{mask}` as the place of the answer, and not as a column.
+"""
 
 import re
 from collections.abc import Mapping
 
 _PART = re.compile(r"\{\{|\}\}|\{([^{}]*)\}|[{}]")
+MASK = "mask"
 _BRACES = {"{{": "{", "}}": "}"}
 
 
@@ -33,3 +37,13 @@ def prompt_columns(prompt: str) -> tuple[str, ...]:
 def fill_in(prompt: str, values: Mapping[str, str]) -> str:
     """The prompt of a row, with its values in place of the columns' names."""
     return _PART.sub(lambda part: _BRACES.get(part[0]) or values[part[1]], prompt)
+
+
+def parts_at_mask(prompt: str) -> list[str]:
+    """The parts of a prompt between its masks: two parts if it has one `{mask}`."""
+    parts, end = [], 0
+    for part in _PART.finditer(prompt):
+        if part[1] == MASK:
+            parts.append(prompt[end : part.start()])
+            end = part.end()
+    return [*parts, prompt[end:]]

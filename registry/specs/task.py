@@ -19,7 +19,7 @@ from pydantic import (
 
 from restitch.registry.specs.base import Count, InFile, Spec, Text
 from restitch.registry.specs.metric import METRICS, MetricName
-from restitch.registry.specs.prompt import prompt_columns
+from restitch.registry.specs.prompt import MASK, prompt_columns
 
 NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,62}\Z")
 
@@ -238,6 +238,7 @@ class HeadSpec(ClassesSpec):
     scale: Scale | None = None
     max_length: MaxLength | None = None
     prompt: Text | None = None
+    chat: bool | None = None
     choices_column: Text | None = None
     score: Score | None = None
     answer: Text | None = None
@@ -257,7 +258,7 @@ class HeadSpec(ClassesSpec):
 
 _ANSWERS = ("choices", "choices_column", "answer")
 # Left out of the digests of tasks and heads that do not use them.
-PROMPT_KEYS = ("prompt", *_ANSWERS, "score", "generate", "of_text")
+PROMPT_KEYS = ("prompt", "chat", *_ANSWERS, "score", "generate", "of_text")
 
 
 class TaskSpec(Spec):
@@ -274,6 +275,9 @@ class TaskSpec(Spec):
     prompt: Text | None = Field(default=None, examples=["Question: {text}\nAnswer type:"])
     """The text that a language model answers, with names of columns in braces; `{{` is a brace of
     the text. Required with `data` in a line of language models."""
+    chat: bool | None = None
+    """Ask the prompt as a turn of the user, by the chat template of the base's tokenizer; by
+    default the prompt is read as it is."""
     choices: Annotated[tuple[Text, ...] | None, InFile(list[Text] | None)] = Field(
         default=None, examples=[["description", "entity", "person"]]
     )
@@ -308,6 +312,11 @@ class TaskSpec(Spec):
     @classmethod
     def _as_tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @field_validator("chat")
+    @classmethod
+    def _only_if_it_is_used(cls, value: bool | None) -> bool | None:
+        return value or None
 
     @field_validator("choices")
     @classmethod
@@ -354,6 +363,7 @@ class TaskSpec(Spec):
         if self.prompt is None:
             given = [name for name in _ANSWERS if getattr(self, name) is not None]
             given += ["score"] if self.score != "sum" else []
+            given += ["chat"] if self.chat else []
             if given:
                 raise ValueError(f"'{given[0]}' needs 'prompt', which it answers")
             return self
@@ -365,7 +375,8 @@ class TaskSpec(Spec):
             raise ValueError(
                 "a task with 'prompt' needs one of 'choices', 'choices_column' and 'answer'"
             )
-        if self.data is not None and self.data.input not in ((), columns):
+        without_mask = tuple(name for name in columns if name != MASK)
+        if self.data is not None and self.data.input not in ((), columns, without_mask):
             raise ValueError("leave out 'data.input': the prompt names the columns that are read")
         if self.choices_column is not None and self.metric != "accuracy":
             raise ValueError(f"metric '{self.metric}' needs 'choices', the same for all rows")
@@ -405,6 +416,7 @@ class TaskSpec(Spec):
                 labels=self.choices,
                 max_length=self.max_length,
                 prompt=self.prompt,
+                chat=self.chat,
                 choices_column=self.choices_column,
                 score=self.score,
                 answer=self.answer,

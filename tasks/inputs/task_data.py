@@ -21,13 +21,22 @@ from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.paths import is_there
 from restitch.registry.sources.resolve import pin_data, resolve_source
 from restitch.registry.specs.localize import LocalizeSpec
-from restitch.registry.specs.task import PROMPT_KEYS, ClassesSpec, HeadSpec, TaskSpec, split_pin
+from restitch.registry.specs.prompt import MASK, parts_at_mask, prompt_columns
+from restitch.registry.specs.task import (
+    PROMPT_KEYS,
+    ClassesSpec,
+    DataSpec,
+    HeadSpec,
+    TaskSpec,
+    split_pin,
+)
 from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.inputs.checkpoints import Base, LiveBase
 from restitch.tasks.runtime.console import warn, working
 from restitch.tasks.runtime.workspace import Workspace, made_by
 
 _AT_ONCE = 64
+_SHOWN = 80
 
 
 def evaluation_split(spec: TaskSpec) -> str | None:
@@ -67,7 +76,7 @@ def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
         return spec
     head = spec.head
     check_access(spec)
-    pinned = spec.rows_spec.with_columns(family.modality)
+    pinned = _rows_spec(spec, family).with_columns(family.modality)
     pinned = pinned.model_copy(update={"path": pin_data(pinned.path)})
     if head is not None and head.labels_from is not None:
         head = head.model_copy(update={"labels": labels_of(pinned), "labels_from": None})
@@ -126,6 +135,34 @@ def _check_scoring(spec: TaskSpec, family: Family) -> None:
             + ("" if family.task_heads is None else " (only `register` reads them from a model)")
             + ", or leave out data: to merge without evaluating",
         )
+    if spec.chat and not family.chats:
+        raise BadInput(
+            f"task {spec.task} has chat: true, which the family {family.name} does not use",
+            expected="a line of a family that applies chat templates, such as causal-lm",
+            hint="leave out chat:, and write the prompt as the model was trained on it",
+        )
+    if spec.prompt is not None and family.fills_mask:
+        _check_mask(spec, family)
+
+
+def _check_mask(spec: TaskSpec, family: Family) -> None:
+    """Refuse a prompt of a masked language model without one mask and a column.
+
+    Raises:
+        BadInput: it has no mask, several, or nothing but the mask.
+    """
+    assert spec.prompt is not None
+    count = len(parts_at_mask(spec.prompt)) - 1
+    columns = [name for name in prompt_columns(spec.prompt) if name != MASK]
+    if count == 1 and columns:
+        return
+    found = f"{{mask}} {count} times" if count != 1 else "no column"
+    raise BadInput(
+        f"task {spec.task}: a prompt of the family {family.name} has one {{mask}} and a column",
+        expected="a prompt such as '{text} It was {mask}.'",
+        found=f"{found} in {spec.prompt[:_SHOWN]!r}",
+        hint="write {mask} where the choices belong, and the names of columns in braces",
+    )
 
 
 def _unread(spec: TaskSpec) -> list[str]:
@@ -192,7 +229,8 @@ def check_rows(
     def read(place: tuple[Rows, int]) -> str | None:
         rows, index = place
         example = rows[index]
-        return example.where if "" in example.inputs else None
+        empty = not any(example.inputs) if family.fills_mask else "" in example.inputs
+        return example.where if empty else None
 
     # Decoding images releases the interpreter.
     threads = min(8, os.cpu_count() or 1) if family.modality == "image" else 1
@@ -245,11 +283,11 @@ def check_fits(spec: TaskSpec, base: Base) -> None:
         return
     # What a tokenizer makes of a prompt and its answers differs from row to row.
     for one in dict.fromkeys((split, *(["validation"] if "validation" in data.splits else []))):
-        _check_prompts(spec, preprocess, data.rows(one))
+        _check_prompts(spec, preprocess, data.rows(one), base.family)
 
 
-def _check_prompts(spec: TaskSpec, preprocess: Preprocess, rows: Rows) -> None:
-    """Turn all rows into input of the base, and report those that lose their beginning."""
+def _check_prompts(spec: TaskSpec, preprocess: Preprocess, rows: Rows, family: Family) -> None:
+    """Turn all rows into input of the base, and report those that are cut."""
     cut: list[int] = []
     with working(f"reading the prompts of {spec.task}") as progress:
         for start in range(0, len(rows), _AT_ONCE):
@@ -258,9 +296,10 @@ def _check_prompts(spec: TaskSpec, preprocess: Preprocess, rows: Rows) -> None:
             cut += [row for row, count in zip(part, lost, strict=True) if count]
             progress(part.stop, len(rows))
     if cut:
+        end = ", or their end if the mask comes first" if family.fills_mask else ""
         warn(
             f"{spec.task}: {len(cut)} of {len(rows)} prompts are longer than the model reads and"
-            f" lose their beginning, {rows[cut[0]].where} first"
+            f" lose their beginning{end}, {rows[cut[0]].where} first"
         )
 
 
@@ -304,12 +343,28 @@ def task_data(spec: TaskSpec, family: Family) -> TaskData:
         BadInput: this worker may not read them.
     """
     check_access(spec)
+    rows = _rows_spec(spec, family)
     if spec.is_of_text:
-        return TaskData(spec.rows_spec, (), family.modality)
+        return TaskData(rows, (), family.modality)
     if spec.prompt is None:
-        return TaskData(spec.rows_spec, listed(spec.head_spec).classes, family.modality)
-    prompt = Prompt(spec.prompt, spec.choices_column, spec.answer)
-    return TaskData(spec.rows_spec, spec.choices or (), family.modality, prompt)
+        return TaskData(rows, listed(spec.head_spec).classes, family.modality)
+    prompt = Prompt(
+        spec.prompt,
+        spec.choices_column,
+        spec.answer,
+        chat=bool(spec.chat),
+        mask=family.fills_mask,
+    )
+    return TaskData(rows, spec.choices or (), family.modality, prompt)
+
+
+def _rows_spec(spec: TaskSpec, family: Family) -> DataSpec:
+    """Where the rows are, with the columns that the family reads of a prompt."""
+    rows = spec.rows_spec
+    if spec.prompt is None or not family.fills_mask:
+        return rows
+    columns = tuple(name for name in rows.input if name != MASK)
+    return rows.model_copy(update={"input": columns})
 
 
 def has_validation(task: TaskSpec, family: Family) -> bool:

@@ -1,6 +1,7 @@
 """A line of language models through the command: from tasks of choices to an exported model."""
 
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -192,6 +193,22 @@ def test_a_bad_question_is_explained_and_changes_nothing(
     done = line.shell("register", "demo", "--task", file, "--model", model, code=3)
     assert message in " ".join(done.err.split())
     assert line.shell.state() == before
+
+
+def test_a_question_can_be_a_chat(line: Line, tmp_path: Path) -> None:
+    file = described(line.world, tmp_path, "number", task="chat", chat=True)
+    line.shell("task", "demo", "--task", file)
+    assert line.shell.state().tasks["chat"].spec.chat is True
+
+
+def test_a_chat_needs_a_base_with_a_template(lm_world: World, shell: Shell, tmp_path: Path) -> None:
+    base = shutil.copytree(lm_world.base, tmp_path / "base")
+    (base / "chat_template.jinja").unlink()
+    shell("init", lm_world.line(tmp_path / "line.yaml", base=str(base), retention=None))
+    file = described(lm_world, tmp_path, "number", chat=True)
+    done = shell("task", "demo", "--task", file, code=3)
+    assert "has no chat template, which chat: true needs" in " ".join(done.err.split())
+    assert "number" not in shell.state().tasks
 
 
 def test_a_model_that_is_worse_is_held_with_the_likely_causes_of_its_prompt(

@@ -55,6 +55,8 @@ class _Tokens:
     parts: tuple[Kind, ...] = ()
     reads_prompts = False
     metrics: tuple[MetricName, ...] = ("accuracy", "f1")
+    fills_mask = False
+    chats = False
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
         ours, theirs = (json.loads((f / "config.json").read_text()) for f in (base, finetuned))

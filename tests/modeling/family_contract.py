@@ -14,7 +14,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.comparison import compare
 from restitch.merging.files.coordinates import select_tensors
 from restitch.merging.statistics.grams import measure_grams
-from restitch.modeling.data.rows import Rows
+from restitch.modeling.data.rows import Prompt, Rows
 from restitch.modeling.data.tables import ListTable
 from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families.family import Family, loads_in_any_type
@@ -28,6 +28,7 @@ class FamilyContract:
     """Subclasses give `family`, `base`, `finetuned` and `values`: the raw inputs of six rows."""
 
     spec = HeadSpec(labels=("no", "yes", "maybe"))
+    prompt: Prompt | None = None
 
     @pytest.fixture
     def family(self) -> Family:
@@ -48,7 +49,7 @@ class FamilyContract:
     @pytest.fixture
     def rows(self, family, values) -> Rows:
         table = ListTable("rows", Path(), {"x": values, "y": [0, 1, 2] * (len(values) // 3)})
-        return Rows(table, ("x",), "y", self.spec.classes, family.modality)
+        return Rows(table, ("x",), "y", self.spec.classes, family.modality, prompt=self.prompt)
 
     @pytest.fixture
     def batch(self, family, base, rows):
@@ -218,7 +219,8 @@ class FamilyContract:
         assert batch["labels"].dtype == torch.int64
 
     def test_rows_without_classes_become_batches_too(self, family, base, values):
-        rows = Rows(ListTable("rows", Path(), {"x": values}), ("x",), None, (), family.modality)
+        table = ListTable("rows", Path(), {"x": values})
+        rows = Rows(table, ("x",), None, (), family.modality, prompt=self.prompt)
         assert "labels" not in family.preprocessor(base)([rows[0], rows[1]])
 
     def test_an_evaluation_counts_what_the_scores_say(self, family, base, model, batch, head, rows):

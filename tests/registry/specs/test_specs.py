@@ -182,6 +182,7 @@ def test_a_task_needs_nothing_but_its_name():
         "data": None,
         "head": None,
         "prompt": None,
+        "chat": None,
         "choices": None,
         "choices_column": None,
         "answer": None,
