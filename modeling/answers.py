@@ -12,6 +12,9 @@ from torch import Tensor
 
 from restitch.registry.specs.task import Score
 
+# Positions of an answer or a text whose predictions localizers match.
+_POSITIONS = 8
+
 
 @dataclass(frozen=True)
 class Answers:
@@ -137,6 +140,18 @@ class Answers:
         if score == "per_character":
             return table / batch["characters"].clamp(min=1)
         return table
+
+
+def matched(logits: Sequence[Tensor]) -> Tensor:
+    """The predictions that localizers match, [rows, positions, vocabulary], in float32.
+
+    Args:
+        logits: of each row, [tokens, vocabulary]; evenly spaced ones are taken, and repeated where
+            there are fewer.
+    """
+    steps = torch.arange(_POSITIONS)
+    each = [one[(steps * len(one) // _POSITIONS).to(one.device)] for one in logits]
+    return torch.stack(each).float()
 
 
 def log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ from torch import Tensor
 from restitch.modeling.pretrained import NamedModel
 from restitch.registry.specs.task import GenerateSpec
 
-# What generation needs of a model's own settings; all others would make it less than greedy.
+# What generation needs of a model's own settings; all others would make it less than greedy. One
+# that forces the last token would change an answer that is as long as allowed.
 _KEPT = (
     "bos_token_id",
     "eos_token_id",
     "decoder_start_token_id",
     "forced_bos_token_id",
-    "forced_eos_token_id",
 )
 
 

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
-from restitch.modeling.answers import Answers, log_probabilities, summed
+from restitch.modeling.answers import Answers, log_probabilities, matched, summed
 from restitch.modeling.configs import differences, known_keys, model_type_difference, read_config
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Family, Preprocess
@@ -72,8 +72,6 @@ _TOKENS = 2048
 _SCORED = 128
 # Tokens of whole texts at once: each has logits over the vocabulary.
 _TEXT_TOKENS = 512
-# Positions of an answer or a text whose predictions localizers match.
-_POSITIONS_MATCHED = 8
 
 
 class CausalLm(Family):
@@ -196,7 +194,7 @@ class CausalLm(Family):
             each = list(_answer_logits(inner, Answers.of(batch)))
         else:
             return self.logits(model, batch, head)
-        return torch.stack([_spaced(one) for one in each]).float()
+        return matched(each)
 
     def text_losses(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The negative log-likelihood of each text, and its tokens, [batch, 2]."""
@@ -322,13 +320,6 @@ def _token_log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
     starts = range(0, tokens.shape[1], _SCORED)
     parts = [slice(start, start + _SCORED) for start in starts]
     return torch.cat([log_probabilities(logits[:, part], tokens[:, part]) for part in parts], 1)
-
-
-def _spaced(logits: Tensor) -> Tensor:
-    """The logits at some positions, evenly spaced; repeated where there are fewer."""
-    places = torch.arange(_POSITIONS_MATCHED, device=logits.device) * len(logits)
-    spaced: Tensor = logits[places // _POSITIONS_MATCHED]
-    return spaced
 
 
 def _in_parts(lengths: Sequence[int]) -> Iterator[list[int]]:

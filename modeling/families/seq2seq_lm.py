@@ -12,6 +12,7 @@ character. The rules are those of lm-eval:
   space. White space at the end of the prompt is tokenized with the answer.
 - The decoder starts with `decoder_start_token_id`.
 - A prompt that is too long loses its beginning; an answer is never cut.
+- Texts are generated greedily, from the decoder's first token on.
 
 By default the blocks of encoder and decoder are localizable, with the position biases in T5's first
 blocks, which all blocks of a stack share. Embeddings, head and the norms after the last blocks are
@@ -28,10 +29,11 @@ from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
 from restitch.merging.progress import Progress
-from restitch.modeling.answers import Answers, log_probabilities, summed
+from restitch.modeling.answers import Answers, log_probabilities, matched, summed
 from restitch.modeling.configs import differences, known_keys, model_type_difference, read_config
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Family, Preprocess
+from restitch.modeling.generation import generated
 from restitch.modeling.heads import Head
 from restitch.modeling.kinds import Kind, model_kind
 from restitch.modeling.pretrained import (
@@ -51,6 +53,7 @@ from restitch.modeling.questions import (
     question_batch,
     tokens_of,
 )
+from restitch.registry.specs.metric import MetricName
 from restitch.registry.specs.task import HeadSpec, Modality
 
 # The blocks in the layouts that these models have. Old files of T5 also hold position biases of the
@@ -89,6 +92,7 @@ class Seq2seqLm(Family):
     localizable = tuple(glob for block in _BLOCKS for glob in (block, f"*.{block}"))
     modality: Modality = "text"
     reads_prompts = True
+    metrics: tuple[MetricName, ...] = ("accuracy", "f1", "exact_match")
     kinds = (Kind.SEQ2SEQ_LM,)
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
@@ -192,6 +196,26 @@ class Seq2seqLm(Family):
         found = likelihoods(inner, answers, batch["decoder_start"])
         return answers.scores(found, batch, head.spec.score)
 
+    def predictions(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
+        """The scores of choices; or of the next tokens, at some positions of generated answers."""
+        if head.spec.answer is None:
+            return self.logits(model, batch, head)
+        answers = Answers.of(batch)
+        logits = _answer_logits(NamedModel.of(model).inner, answers, batch["decoder_start"])
+        return matched([one[:n] for one, n in zip(logits, answers.lengths, strict=True)])
+
+    def generate(self, model: nn.Module, batch: Batch, head: Head) -> list[str]:
+        """The text that the decoder writes for each prompt."""
+        assert head.spec.generate is not None
+        tokens = batch["prompt"]
+        places = torch.arange(tokens.shape[1], device=tokens.device)
+        inputs = {
+            "input_ids": tokens,
+            "attention_mask": (places < batch["prompt_length"].unsqueeze(1)).long(),
+            "decoder_input_ids": batch["decoder_start"].unsqueeze(1),
+        }
+        return generated(NamedModel.of(model), inputs, 1, head.spec.generate)
+
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The mean negative log-likelihood of the right answers."""
         right = Answers.of(batch).right(batch["labels"])
@@ -237,12 +261,19 @@ def _whole(inner: Any, answers: Answers, start: Tensor) -> Tensor:
     """The log-likelihood of each answer, each with a pass of the decoder of its own."""
     if not answers.rows:
         return torch.zeros(0, device=answers.tokens.device)
+    tokens = answers.tokens[:, : max(answers.lengths)]
+    return summed(_answer_logits(inner, answers, start), tokens, answers.lengths)
+
+
+def _answer_logits(inner: Any, answers: Answers, start: Tensor) -> Tensor:
+    """The logits at the tokens of each answer, [answers, longest, vocabulary]."""
     hidden, mask = _encoded(inner, answers, range(len(answers.prompts)))
     longest = max(answers.lengths)
     tokens = answers.tokens[:, :longest]
     given = torch.cat([start[answers.rows, None], tokens[:, :-1]], dim=1)
     output = _decoded(inner, hidden[answers.rows], mask[answers.rows], given, use_cache=False)
-    return summed(output.logits, tokens, answers.lengths)
+    logits: Tensor = output.logits
+    return logits
 
 
 def _shared(inner: Any, answers: Answers, start: Tensor) -> Tensor:

@@ -20,13 +20,18 @@ from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.coordinates import select_tensors
 from restitch.merging.statistics.grams import measure_grams
-from restitch.modeling.data.rows import Example
+from restitch.modeling.data.rows import Example, Prompt, Rows
+from restitch.modeling.data.tables import ListTable
+from restitch.modeling.evaluation import evaluate
 from restitch.modeling.families import seq2seq_lm
 from restitch.modeling.families.family import get_family
+from restitch.modeling.generation import until_stop
 from restitch.modeling.gradients import checkpointed
+from restitch.modeling.heads import Head
 from restitch.modeling.pretrained import NamedModel, load_tokenizer
+from restitch.modeling.row_values import Bits
 from restitch.modeling.weights import linear_layers
-from restitch.registry.specs.task import HeadSpec
+from restitch.registry.specs.task import GenerateSpec, HeadSpec
 from tests.modeling.family_contract import FamilyContract
 from tests.tiny_models import tiny_bert, tiny_decoder, tiny_seq2seq, tiny_t5, tweaked
 
@@ -363,3 +368,58 @@ def test_a_tied_model_that_was_saved_without_its_head_lacks_nothing(folders, tmp
 def test_models_of_other_kinds_are_refused(tmp_path, make) -> None:
     with pytest.raises(BadInput, match="not an encoder-decoder language model"):
         FAMILY.load(make(tmp_path / "other"))
+
+
+def answered(folder: Path, texts: list[str], written: list[str]) -> tuple[Rows, Head]:
+    """Rows with answers, and a head that generates up to four tokens."""
+    table = ListTable("rows", Path(), {"q": texts, "answer": written})
+    rows = Rows(table, ("q",), "answer", (), "text", prompt=Prompt("{q}", answer="answer"))
+    spec = HeadSpec(prompt="{q}", answer="answer", generate=GenerateSpec(max_new_tokens=4))
+    return rows, FAMILY.build_head(nn.Identity(), folder, spec)
+
+
+def greedy(folder: Path, prompt: str, tokens: int) -> str:
+    """The likeliest tokens one by one, without a cache and without padding."""
+    tokenizer, model = load_tokenizer(folder), NamedModel.of(FAMILY.load(folder)).inner
+    given = tokenizer(prompt, return_tensors="pt").input_ids
+    seen = [seq2seq_lm.decoder_start(folder)]
+    for _ in range(tokens):
+        with torch.no_grad():
+            scores = model(input_ids=given, decoder_input_ids=torch.tensor([seen])).logits
+        best = int(scores[0, -1].argmax())
+        if best == tokenizer.eos_token_id:
+            break
+        seen.append(best)
+    text: str = tokenizer.decode(seen[1:], skip_special_tokens=True)
+    return text
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_answers_are_generated_greedily_and_compared(tmp_path: Path, kind: str) -> None:
+    folder = tiny_seq2seq(tmp_path / "base", kind)
+    texts = TEXTS[:3]
+    written = [until_stop(greedy(folder, text, 4), ["\n"]) for text in texts]
+    rows, head = answered(folder, texts, [written[0] or "-", "something else", written[2] or "-"])
+    model, preprocess = FAMILY.load(folder), FAMILY.preprocessor(folder, head.spec.most_read)
+    with torch.inference_mode():
+        batch = preprocess([rows[n] for n in range(3)])
+        assert FAMILY.generate(model, batch, head) == written
+        assert FAMILY.predictions(model, batch, head).shape[:2] == (3, 8)
+    found = evaluate(FAMILY, model, head, rows, preprocess, metric="exact_match")
+    assert isinstance(found.rows, Bits)
+    assert found.rows.right.tolist() == [bool(written[0]), False, bool(written[2])]
+
+
+def test_predictions_of_answers_are_those_that_their_likelihood_sums(tmp_path: Path) -> None:
+    folder = tiny_seq2seq(tmp_path / "base")
+    rows, head = answered(folder, ["what is it"], ["blue"])
+    model = FAMILY.load(folder)
+    batch = FAMILY.preprocessor(folder)([rows[0]])
+    count = int(batch["answer_length"][0, 0])
+    first = [next(n for n in range(8) if n * count // 8 == token) for token in range(count)]
+    with torch.inference_mode():
+        found = FAMILY.predictions(model, batch, head)[0, first].log_softmax(-1)
+        summed = found.gather(1, batch["answers"][0, 0, :count, None]).sum()
+        assert float(summed) == pytest.approx(
+            float(FAMILY.logits(model, batch, head)[0, 0]), abs=1e-4
+        )
