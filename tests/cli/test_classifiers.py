@@ -211,6 +211,7 @@ def test_all_commands_run_on_a_line_of_classifiers(line: Line, tmp_path: Path) -
     line.shell("evaluate", "demo")
     line.shell("compare", "demo", "--methods", "task-arithmetic")
     line.shell("analyze", "demo")
+    line.shell("study", "agreement", "demo")
     line.shell("experts", "demo")
     args = ("export", "demo", "champion", tmp_path / "own", "--task", "colour", "--specialist")
     assert "the specialist for colour" in " ".join(line.shell(*args).out.split())
