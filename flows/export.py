@@ -177,12 +177,14 @@ def _specialist(
     where = f"version {record.version} of line {record.line}"
     made = specialists_of(record, space)
     if made is None:
+        family = line_state.spec.family
+        alone = "--task" if get_family(family).task_heads is None else "--specialist"
         raise BadInput(
             f"{where} has no specialists",
             expected="a version whose specialists were made",
-            found=f"family {line_state.spec.family}: without specialists, all tasks have the same"
-            " merged model",
-            hint="leave out --task to export the merged model, or make specialists with"
+            found=f"family {family}: without specialists, all tasks have the same merged model"
+            + ("" if alone == "--task" else ", each with its own head"),
+            hint=f"leave out {alone} for the merged model, or make specialists with"
             f" `restitch experts {record.line} {record.version}`",
         )
     part = made.tasks[task]

@@ -224,6 +224,14 @@ class ClassifierHeads:
                 details=other,
                 hint="check that config.json, with its id2label, belongs to these weights",
             )
+        broken = [own for own in located.values() if not checkpoint.tensor(own).isfinite().all()]
+        if broken:
+            raise BadInput(
+                f"the head of {folder} has weights that are not finite",
+                expected="finite numbers",
+                found=f"NaN or infinity in {shortlist(broken)}",
+                hint="save the model before its training diverged, or from an undamaged copy",
+            )
         return located
 
     def _check_class(self, folder: Path, missing: Sequence[str] = ()) -> None:

@@ -19,7 +19,7 @@ from restitch.registry.ledger.line_state import LineState, ModelRef, State, Task
 from restitch.registry.specs.files import load_task
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import open_base
-from restitch.tasks.inputs.heads import check_own_head, with_labels
+from restitch.tasks.inputs.heads import check_own_head, check_task_head, with_labels
 from restitch.tasks.inputs.task_data import (
     Remember,
     check_fits,
@@ -58,6 +58,7 @@ def declare_task(line: str, task_file: Path, *, replace_task: bool = False) -> T
     """
     ledger = workspace().ledger(line)
     spec, remember = resolve_spec(ledger, task_file, replace_task)
+    _check_newest_model(ledger.state(), spec)
     remember()
     before = declared_spec(ledger.state(), spec.task)
 
@@ -83,6 +84,19 @@ def declare_task(line: str, task_file: Path, *, replace_task: bool = False) -> T
         "unchanged" if act is None else "declared" if new else "changed",
         tuple(sorted(n for n, v in versions.items() if v.state == "waiting")),
     )
+
+
+def _check_newest_model(line_state: LineState, spec: TaskSpec) -> None:
+    """Refuse classes that the head of the task's newest model does not have.
+
+    Raises:
+        BadInput: it has other classes, so the line could not measure the model any more.
+    """
+    versions = line_state.tasks[spec.task].versions if spec.task in line_state.tasks else {}
+    taking_part = [number for number, one in versions.items() if one.state in _TAKES_PART]
+    if taking_part and get_family(line_state.spec.family).task_heads is not None:
+        base = open_base(LineRef(line_state.spec, line_state.base), workspace())
+        check_task_head(spec, base, versions[max(taking_part)].model, workspace())
 
 
 def resolve_spec(

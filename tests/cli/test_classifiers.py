@@ -211,6 +211,7 @@ def test_all_commands_run_on_a_line_of_classifiers(line: Line, tmp_path: Path) -
     line.shell("evaluate", "demo")
     line.shell("compare", "demo", "--methods", "task-arithmetic")
     line.shell("analyze", "demo")
+    line.shell("study", "agreement", "demo")
     line.shell("experts", "demo")
     args = ("export", "demo", "champion", tmp_path / "own", "--task", "colour", "--specialist")
     assert "the specialist for colour" in " ".join(line.shell(*args).out.split())
@@ -220,6 +221,15 @@ def test_all_commands_run_on_a_line_of_classifiers(line: Line, tmp_path: Path) -
         .all()
     )
     assert line.shell.json("verify", "demo")["intact"] is True
+
+
+def test_a_task_keeps_classes_that_the_head_of_its_model_has(line: Line, tmp_path: Path) -> None:
+    before = line.shell.head_bytes()
+    labels = [*CLASSES["colour"], "brown"]
+    file = changed(line.world, tmp_path, "colour", head={"labels": labels})
+    done = line.shell("task", "demo", "--task", file, "--replace-task", code=3)
+    assert "the 4 classes of the task" in " ".join(done.err.split())
+    assert line.shell.head_bytes() == before
 
 
 @pytest.mark.parametrize("mode", ["trained", "fisher", "distilled"])
@@ -470,3 +480,17 @@ def test_a_line_without_classifiers_names_the_family_that_would_use_the_head(
     spec, facts = state.tasks["colour"].spec, state.tasks["colour"].versions[1].facts
     causes = likely_causes(LineRef(state.spec, state.base), spec, facts)
     assert any("use it in a line of family text-classifier" in cause for cause in causes)
+
+
+def test_a_purge_removes_the_head_of_the_model(
+    text_world: World, shell: Shell, tmp_path: Path
+) -> None:
+    shell("init", text_world.line(tmp_path / "line.yaml", retention=None))
+    for name in CLASSES:
+        shell.add(text_world, name)
+    keys = shell.home / "store" / "keys" / "head"
+    before = set(keys.iterdir())
+    assert len(before) == 2
+    shell("forget", "demo", "number", "--purge", "--yes", "--reason", "a mistake")
+    assert len(before - set(keys.iterdir())) == 1
+    shell("export", "demo", "champion", tmp_path / "out", "--task", "colour")

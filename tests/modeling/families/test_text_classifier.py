@@ -226,6 +226,17 @@ def test_a_missing_tensor_of_the_head_is_listed(tuned: Path, tmp_path: Path) -> 
     assert caught.value.details == ("missing: classifier.bias",)
 
 
+def test_a_head_with_nan_is_refused(tuned: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "nan"
+    shutil.copytree(tuned, folder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["classifier.bias"][1] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(BadInput, match="not finite") as caught:
+        HEADS.check(folder, Checkpoint.open(folder), LABELS)
+    assert caught.value.found == "NaN or infinity in classifier.bias"
+
+
 def test_a_head_that_its_configuration_contradicts_is_refused(tuned: Path, tmp_path: Path) -> None:
     folder = changed(tuned, tmp_path / "two", id2label={0: "no", 1: "yes"})
     with pytest.raises(BadInput, match="other shapes than its") as caught:
