@@ -7,7 +7,7 @@ import shutil
 import sys
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,19 @@ import yaml
 
 from restitch.tasks.runtime.prefect_api import PrefectApi
 from tests.conftest import NewHome, Three
+from tests.modeling.conftest import png
 from tests.servers import free_port, prefect_server
 from tests.shell import Done, Shell
-from tests.worlds import World, write_yaml
+from tests.tiny_models import (
+    tiny_classifier,
+    tiny_decoder,
+    tiny_encoder,
+    tiny_image_model,
+    tiny_masked,
+    tiny_seq2seq,
+    tweaked,
+)
+from tests.worlds import World, write_rows, write_yaml
 
 FLOWS = {
     "onboard": {"validate", "localize", "evaluate", "log"},
@@ -204,6 +214,71 @@ def test_the_engine_gives_the_same_bytes_as_the_embedded_mode(both: Both) -> Non
         first, second = (s.ledger().merged(version) for s in (both.engine, both.embedded))
         assert (first.recipe_digest, first.patch) == (second.recipe_digest, second.patch)
         assert (first.results, first.retention) == (second.results, second.retention)
+
+
+CHOICES = {"prompt": "{text} it was {mask}.", "choices": ["no", "one"]}
+ANSWER = {"prompt": "{text} =", "answer": "label", "generate": {"max_new_tokens": 2}}
+MAKERS: dict[str, tuple[Callable[[Path], Path], dict[str, Any]]] = {
+    "causal-lm": (tiny_decoder, ANSWER),
+    "seq2seq-lm": (tiny_seq2seq, ANSWER),
+    "masked-lm": (tiny_masked, CHOICES),
+    "text-classifier": (tiny_encoder, {}),
+    "image-classifier": (tiny_image_model, {}),
+}
+
+# All families in one process: each line gets a model, and a merged version.
+REGISTER = """
+import sys
+from pathlib import Path
+from restitch.flows.lines.init_line import init_line
+from restitch.flows.register import register
+
+for family in sys.argv[2:]:
+    folder = Path(sys.argv[1]) / family
+    init_line(folder / "line.yaml")
+    assert register(family, folder / "skill.yaml", str(folder / "models/skill")).exit_code == 0
+"""
+
+
+def small(root: Path, family: str) -> None:
+    """A base, a finetuned model, and a task of six rows, which decide nothing."""
+    world, (make, scored) = World(root / family, family), MAKERS[family]
+    make(world.base)
+    data = {"path": str(world.root / "data"), "test": "test.jsonl"}
+    if scored:
+        tweaked(world.base, world.model("skill"), seed=1, size=0.3, globs=("*layer*", "*block*"))
+    else:
+        tiny_classifier(world.base, world.model("skill"), ("no", "one"), size=0.3)
+    if family == "image-classifier":
+        data["test"] = "test"
+        for n in range(6):
+            file = world.root / "data" / "test" / ("no", "one")[n % 2] / f"{n}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(png(n))
+    else:
+        rows = [{"text": f"{n * 79} and {n}", "label": ("no", "one")[n % 2]} for n in range(6)]
+        write_rows(world.root / "data" / "test.jsonl", rows)
+    write_yaml(world.task("skill"), {"task": "skill", "data": data, **scored})
+    world.line(world.root / "line.yaml", line=family, retention=None)
+
+
+def test_a_line_of_every_family_is_merged_by_the_engine(api: str, tmp_path: Path) -> None:
+    for family in MAKERS:
+        small(tmp_path, family)
+    engine = Shell(tmp_path / "engine", {"PREFECT_API_URL": api})
+    embedded = Shell(tmp_path / "embedded")
+    for shell in (engine, embedded):
+        shell.home.mkdir()
+    engine.python(REGISTER, tmp_path, *MAKERS)
+    for family in MAKERS:
+        folder = tmp_path / family
+        embedded("init", folder / "line.yaml")
+        files = ("--task", folder / "skill.yaml", "--model", folder / "models" / "skill")
+        embedded("register", family, *files)
+        ours, theirs = (shell.ledger(family).merged(1) for shell in (engine, embedded))
+        assert (ours.recipe_digest, ours.patch) == (theirs.recipe_digest, theirs.patch)
+        assert ours.results == theirs.results
+        assert ours.results["skill"].count == 6
 
 
 # Nothing in these tests takes the two seconds after which work is shown.
