@@ -47,7 +47,7 @@ CASES = {
     "seq2seq-lm": Case(
         "seq2seq-lm",
         tiny_seq2seq,
-        {"colour": "Kind: {a}", "number": "{a} / {b}:\n", "general": "{a}"},
+        {"colour": "Sentence: {a} Mood:", "number": "{a}\n{b}\nKind:", "general": "{a}:\n"},
         ANSWERS,
         AutoModelForSeq2SeqLM,
     ),
