@@ -22,7 +22,7 @@ from restitch.merging.progress import Progress
 from restitch.modeling.data.rows import Rows
 from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head
-from restitch.modeling.row_values import Bits, Classes, Numbers, RowValues, rows_from_json
+from restitch.modeling.row_values import Bits, Classes, Losses, RowValues, rows_from_json
 from restitch.registry.specs.metric import METRICS, Metric
 
 EVALUATOR_VERSION = 2
@@ -108,7 +108,7 @@ def evaluate(
 
     if targets is None:
         losses = by_row(lambda batch: family.text_losses(model, batch, head).double().cpu().numpy())
-        return Evaluation.of(Numbers.of(of, losses[:, 0], losses[:, 1]))
+        return Evaluation.of(Losses.of(of, losses[:, 0], losses[:, 1]))
     if metric == "exact_match":
         answers = [str(rows[place].choices[0]) for place in range(len(rows))]
         found = by_row(lambda batch: np.array(family.generate(model, batch, head), dtype=object))

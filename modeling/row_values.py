@@ -1,7 +1,7 @@
 """What an evaluation keeps of every row, and how rows become one value and an interval.
 
-There are three kinds: `Bits` (a row is right or wrong), `Numbers` (a row has a number, such as the
-error of a prediction) and `Classes` (F1, which no single row has). All of them can be compared row
+There are three kinds: `Bits` (a row is right or wrong), `Losses` (a row has a loss, for perplexity)
+and `Classes` (F1, which no single row has). All of them can be compared row
 by row with those of another model.
 
 Intervals: Wilson's for shares of right rows, and the bootstrap over rows for the others.
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from restitch.modeling.significance import Paired, compare_right, right_ratio_interval, wilson
 from restitch.registry.specs.metric import METRICS, Metric
 
-# In place of a number that is not finite: worse than every real one, and a mean of it is a number.
+# A loss per token in place of one that is not finite: worse than all real ones, and finite.
 WORST = 1e30
 
 _RESAMPLES = 1000
@@ -188,46 +188,38 @@ class Bits(RowValues):
 
 
 @dataclass(frozen=True, eq=False)
-class Numbers(RowValues):
-    """Rows with a number, of which the value is a mean.
+class Losses(RowValues):
+    """Texts with their losses, for perplexity: exp of the mean loss of all tokens.
 
     Attributes:
-        numbers: float64 by row: the negative log-likelihood of a text, or an error.
-        weights: how much each row counts, such as its tokens; then `numbers` are sums over them.
+        losses: the negative log-likelihood of each text, float64.
+        tokens: the number of tokens of each text.
     """
 
-    numbers: NDArray[np.float64]
-    weights: NDArray[np.float64]
+    losses: NDArray[np.float64]
+    tokens: NDArray[np.float64]
 
     @classmethod
-    def of(
-        cls,
-        metric: Metric,
-        numbers: NDArray[np.float64],
-        weights: NDArray[Any] | None = None,
-    ) -> "Numbers":
-        """Rows whose numbers may not be finite: such a row has the worst one."""
-        weights = np.ones(len(numbers)) if weights is None else weights.astype(np.float64)
-        usable = np.isfinite(numbers)
-        return cls(metric, np.where(usable, numbers, WORST * weights), weights)
+    def of(cls, metric: Metric, losses: NDArray[np.float64], tokens: NDArray[Any]) -> "Losses":
+        """Texts whose losses may not be finite: such a text has the worst one."""
+        counts = tokens.astype(np.float64)
+        return cls(metric, np.where(np.isfinite(losses), losses, WORST * counts), counts)
 
     @property
     def count(self) -> int:
         """The number of rows."""
-        return len(self.numbers)
+        return len(self.losses)
 
     def to_json(self) -> dict[str, Any]:
-        """The numbers and the weights of all rows as little-endian float64."""
-        return {"numbers": _hex(self.numbers), "weights": _hex(self.weights)}
+        """The losses and tokens of all rows as little-endian float64."""
+        return {"losses": _hex(self.losses), "tokens": _hex(self.tokens)}
 
     def _at(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        mean = self.numbers[rows].sum(1) / np.maximum(self.weights[rows].sum(1), 1e-300)
-        if self.metric.name != "perplexity":
-            return np.asarray(mean)
+        mean = self.losses[rows].sum(1) / np.maximum(self.tokens[rows].sum(1), 1.0)
         return np.asarray(np.exp(np.minimum(mean, _LARGEST_EXPONENT)))
 
     def _row_differences(self, other: Self) -> NDArray[np.float64]:
-        return self.numbers - other.numbers
+        return self.losses - other.losses
 
     def _exchanged(self, other: Self, swapped: NDArray[np.bool_]) -> NDArray[np.float64]:
         return _signed(self._row_differences(other), swapped)
@@ -298,11 +290,11 @@ def rows_from_json(metric: str, data: Mapping[str, Any]) -> RowValues:
     if "right" in data:
         packed = np.frombuffer(bytes.fromhex(data["right"]), dtype=np.uint8)
         return Bits(of, np.unpackbits(packed, count=data["count"]).astype(np.bool_))
-    if "numbers" in data:
-        numbers, weights = (
-            np.frombuffer(bytes.fromhex(data[name]), dtype="<f8") for name in ("numbers", "weights")
+    if "losses" in data:
+        losses, tokens = (
+            np.frombuffer(bytes.fromhex(data[name]), dtype="<f8") for name in ("losses", "tokens")
         )
-        return Numbers(of, numbers, weights)
+        return Losses(of, losses, tokens)
     targets, predicted = (
         np.frombuffer(bytes.fromhex(data[name]), dtype="<i4").astype(np.int64)
         for name in ("targets", "predicted")

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-MetricName = Literal["accuracy", "f1", "exact_match", "perplexity", "mae", "mse"]
+MetricName = Literal["accuracy", "f1", "exact_match", "perplexity"]
 
 
 @dataclass(frozen=True)
@@ -61,11 +61,9 @@ class Metric:
         """A number between 0 and 1 that grows with quality, to average over tasks and rank by.
 
         Shares are themselves. A perplexity is inverted, which gives the geometric mean of the
-        probabilities of the tokens; an error e becomes 1 / (1 + e).
+        probabilities of the tokens.
         """
-        if self.is_share:
-            return value
-        return 1 / max(value, 1.0) if self.name == "perplexity" else 1 / (1 + value)
+        return value if self.is_share else 1 / max(value, 1.0)
 
 
 METRICS: dict[str, Metric] = {
@@ -75,8 +73,6 @@ METRICS: dict[str, Metric] = {
         Metric("f1"),
         Metric("exact_match"),
         Metric("perplexity", lower_is_better=True),
-        Metric("mae", lower_is_better=True),
-        Metric("mse", lower_is_better=True),
     )
 }
 

@@ -16,7 +16,7 @@ from restitch.modeling.data.rows import Rows
 from restitch.modeling.data.tables import ListTable
 from restitch.modeling.evaluation import Evaluation, evaluate, summarize
 from restitch.modeling.families.family import get_family
-from restitch.modeling.row_values import Bits, Classes, Numbers
+from restitch.modeling.row_values import Bits, Classes, Losses
 from restitch.modeling.significance import wilson
 from restitch.registry.specs.metric import METRICS
 from restitch.registry.specs.task import HeadSpec
@@ -108,7 +108,7 @@ def test_the_interval_of_f1_narrows_with_the_rows():
 def test_an_evaluation_survives_json():
     random = np.random.default_rng(0)
     scores, targets = random.normal(size=(13, 6)).astype(np.float32), random.integers(0, 6, 13)
-    numbers = Numbers.of(METRICS["perplexity"], random.random(13), random.integers(1, 9, 13))
+    numbers = Losses.of(METRICS["perplexity"], random.random(13), random.integers(1, 9, 13))
     for found in (
         summarize(scores, targets, "accuracy"),
         summarize(scores, targets, "f1"),

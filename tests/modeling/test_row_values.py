@@ -1,4 +1,4 @@
-"""Comparisons of two models on the same rows: numbers and classes, against slow oracles."""
+"""Comparisons of two models on the same rows: losses and classes, against slow oracles."""
 
 import itertools
 
@@ -8,44 +8,41 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from restitch.modeling.row_values import WORST, Bits, Classes, Numbers
+from restitch.modeling.row_values import WORST, Bits, Classes, Losses
 from restitch.registry.specs.metric import METRICS, mean_share
 
-PERPLEXITY, ERROR = METRICS["perplexity"], METRICS["mae"]
+PERPLEXITY = METRICS["perplexity"]
 LOSSES = st.lists(
     st.tuples(st.floats(0, 50), st.floats(0, 50), st.integers(1, 9)), min_size=1, max_size=9
 )
 
 
-def errors(*values: float) -> Numbers:
-    return Numbers.of(ERROR, np.array(values))
+def losses(*values: float) -> Losses:
+    """Texts of one token."""
+    return Losses.of(PERPLEXITY, np.array(values), np.ones(len(values)))
 
 
 def test_perplexity_by_hand():
     # Two texts of 1 and 3 tokens, of which all tokens together have 4 ln 2 nats.
-    found = Numbers.of(PERPLEXITY, np.log(2) * np.array([3.0, 1.0]), np.array([1, 3]))
+    found = Losses.of(PERPLEXITY, np.log(2) * np.array([3.0, 1.0]), np.array([1, 3]))
     assert found.value() == pytest.approx(2.0)
     low, high = found.interval()
     # One text alone has a perplexity of 8 or of the third root of 2.
     assert (low, high) == pytest.approx((2 ** (1 / 3), 8.0))
 
 
-def test_an_error_is_the_mean_over_rows():
-    assert errors(1.0, 2.0, 6.0).value() == 3.0
-
-
 def test_a_row_without_a_number_has_the_worst_one_and_stays_finite():
-    nan = Numbers.of(PERPLEXITY, np.array([np.nan, 1.0]), np.array([2, 2]))
+    nan = Losses.of(PERPLEXITY, np.array([np.nan, 1.0]), np.array([2, 2]))
     assert np.isfinite(nan.value())
-    assert nan.numbers[0] == 2 * WORST
-    assert nan.value() > Numbers.of(PERPLEXITY, np.array([700.0, 1.0]), np.array([2, 2])).value()
+    assert nan.losses[0] == 2 * WORST
+    assert nan.value() > Losses.of(PERPLEXITY, np.array([700.0, 1.0]), np.array([2, 2])).value()
 
 
 @settings(max_examples=25, deadline=None)
 @given(LOSSES)
 def test_the_permutation_test_agrees_with_all_exchanges(rows):
     one, other, tokens = (np.array(side, dtype=float) for side in zip(*rows, strict=True))
-    first, second = (Numbers.of(PERPLEXITY, side, tokens) for side in (one, other))
+    first, second = (Losses.of(PERPLEXITY, side, tokens) for side in (one, other))
     found, back = first.compare(second), second.compare(first)
     differences = one - other
     sums = [
@@ -95,14 +92,13 @@ def test_a_class_that_neither_occurs_nor_is_predicted_has_f1_zero():
 
 def test_the_test_and_the_interval_find_a_clear_difference_and_no_other():
     draw = np.random.default_rng(0)
-    losses = draw.random(200) * 10
-    better = losses - 0.5 + draw.normal(size=200)
-    first, second = (Numbers.of(ERROR, side) for side in (losses, better))
+    seen = 2 + draw.random(200)
+    first, second = (losses(*side) for side in (seen, seen - 0.5 + draw.normal(size=200) / 4))
     found = first.compare(second)
     assert found.is_significant
-    assert found.low < -0.5 < found.high < 0
+    assert found.low < found.difference < found.high < 0
     assert (first.ratio_interval(second) or (0.0, 0.0))[0] > 1  # inverted: above 1 is better
-    alike = first.compare(Numbers.of(ERROR, losses + draw.normal(size=200)))
+    alike = first.compare(losses(*(seen + draw.normal(size=200) / 4)))
     assert not alike.is_significant
     assert alike.low < 0 < alike.high
     same = first.compare(first)
@@ -112,18 +108,17 @@ def test_the_test_and_the_interval_find_a_clear_difference_and_no_other():
 def test_chance_alone_is_rarely_significant():
     draw = np.random.default_rng(1)
     found = [
-        errors(*draw.random(40)).compare(errors(*draw.random(40))).is_significant
+        losses(*draw.random(40)).compare(losses(*draw.random(40))).is_significant
         for _ in range(200)
     ]
     assert 0.01 <= np.mean(found) <= 0.1
 
 
 def test_few_rows_cannot_show_a_difference():
-    assert not errors(9, 9, 9, 9).compare(errors(1, 1, 1, 1)).is_significant
+    assert not losses(9, 9, 9, 9).compare(losses(1, 1, 1, 1)).is_significant
 
 
 def test_a_ratio_to_zero_has_no_interval():
-    assert errors(1, 1).ratio_interval(errors(0, 0)) is None
     right = Bits(METRICS["accuracy"], np.array([True, False]))
     none = Bits(METRICS["accuracy"], np.array([False, False]))
     assert right.ratio_interval(none) is None
@@ -131,9 +126,9 @@ def test_a_ratio_to_zero_has_no_interval():
 
 def test_other_rows_cannot_be_compared():
     for first, second in (
-        (errors(1), errors(1, 2)),
-        (errors(), errors()),
-        (errors(1), Numbers.of(METRICS["mse"], np.ones(1))),
+        (losses(1), losses(1, 2)),
+        (losses(), losses()),
+        (losses(1), Losses.of(METRICS["f1"], np.ones(1), np.ones(1))),
     ):
         with pytest.raises(ValueError, match="same rows"):
             first.compare(second)
@@ -144,7 +139,7 @@ class TestMetrics:
         assert METRICS["accuracy"].ratio(0.4, 0.8) == 0.5
         assert PERPLEXITY.ratio(20.0, 10.0) == 0.5
         assert METRICS["accuracy"].ratio(0.4, 0.0) is None
-        assert ERROR.ratio(0.0, 1.0) is None
+        assert PERPLEXITY.ratio(0.0, 1.0) is None
 
     def test_a_loss_is_a_fraction_of_the_value_where_there_is_no_share(self):
         assert METRICS["accuracy"].loss(0.8, 0.6) == pytest.approx(0.2)
@@ -153,10 +148,9 @@ class TestMetrics:
 
     @given(st.floats(1, 1e6), st.floats(1, 1e6))
     def test_worth_grows_with_quality_and_stays_between_0_and_1(self, one, other):
-        for metric in (PERPLEXITY, ERROR, METRICS["mse"]):
-            worths = metric.worth(one), metric.worth(other)
-            assert 0 <= min(worths) <= max(worths) <= 1
-            assert (worths[0] > worths[1]) <= (one < other)
+        worths = PERPLEXITY.worth(one), PERPLEXITY.worth(other)
+        assert 0 <= min(worths) <= max(worths) <= 1
+        assert (worths[0] > worths[1]) <= (one < other)
 
     def test_a_value_reaches_a_share_of_the_better_one(self):
         assert METRICS["f1"].reaches(0.73, 0.9, 0.8)

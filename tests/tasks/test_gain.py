@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from restitch.modeling.evaluation import Evaluation, summarize
-from restitch.modeling.row_values import Numbers
+from restitch.modeling.row_values import Losses
 from restitch.modeling.significance import compare_right
 from restitch.registry.ledger.measurements import ResultRef, unexpected
 from restitch.registry.specs.metric import METRICS
@@ -41,7 +41,7 @@ def result(objects: ObjectStore, right: list[bool], metric: str = "accuracy") ->
 
 def perplexity(objects: ObjectStore, losses: np.ndarray) -> ResultRef:
     """The evaluation of texts of 50 tokens with these negative log-likelihoods."""
-    measured = Evaluation.of(Numbers.of(METRICS["perplexity"], losses, np.full(len(losses), 50)))
+    measured = Evaluation.of(Losses.of(METRICS["perplexity"], losses, np.full(len(losses), 50)))
     low, high = measured.interval
     return ResultRef(
         metric="perplexity",

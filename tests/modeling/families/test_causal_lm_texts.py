@@ -18,7 +18,7 @@ from restitch.modeling.generation import until_stop
 from restitch.modeling.gradients import checkpointed
 from restitch.modeling.heads import Head
 from restitch.modeling.pretrained import NamedModel, load_tokenizer
-from restitch.modeling.row_values import Bits, Numbers
+from restitch.modeling.row_values import Bits, Losses
 from restitch.registry.specs.task import GenerateSpec, HeadSpec
 from tests.tiny_models import tiny_decoder
 
@@ -96,8 +96,8 @@ def test_perplexity_is_that_of_all_tokens_together(folders):
     expected = np.exp(sum(loss for loss, _ in each) / sum(tokens for _, tokens in each))
     assert found.value == pytest.approx(expected, rel=1e-5)
     assert found.interval[0] < found.value < found.interval[1]
-    assert isinstance(found.rows, Numbers)
-    assert found.rows.weights.tolist() == [tokens for _, tokens in each]
+    assert isinstance(found.rows, Losses)
+    assert found.rows.tokens.tolist() == [tokens for _, tokens in each]
 
 
 def test_a_text_without_tokens_is_refused_with_its_row(folders):
