@@ -95,7 +95,8 @@ def _library(subject: str) -> ModuleType:
             found=found,
             hint=f"pip install '{EXTRA}'",
         )
-    return lm_eval.utils
+    utils: ModuleType = lm_eval.utils
+    return utils
 
 
 def _by_name(name: str, subject: str) -> Any:
