@@ -100,7 +100,7 @@ class TestWithLmEval:
         spec = shell.state().tasks["theirs"].spec
         assert (spec.lm_eval, spec.score) == ("colours", "per_character")
         again = register(shell, lm_world, "theirs")
-        assert not again["new"]
+        assert again["already"]
         monkeypatch.setitem(sys.modules, "lm_eval", None)
         assert shell.json("remerge", "demo")["action"] == "unchanged"
         assert shell.json("verify", "demo")["findings"] == []

@@ -125,7 +125,7 @@ def test_a_file_may_include_another(tmp_path: Path) -> None:
         ({"task": None}, "has no task"),
         ({"use_prompt": "promptsource:*"}, "can run code"),
         ({"doc_to_target": "{{[0, 1]}}"}, "no single right choice"),
-        ({"doc_to_target": "{{-100}}"}, "no single right choice"),
+        ({"doc_to_target": "nobody"}, "no single right choice"),
         ({"target_delimiter": ""}, "nothing stands between the text and its choices"),
         ({"doc_to_text": "{{nothing}}"}, "cannot be read as a task of lm-eval"),
         ({"test_split": "exam"}, "cannot be read as a task of lm-eval"),
