@@ -119,11 +119,26 @@ def _task(values: dict[str, Any], origin: str, folder: Path) -> TaskSpec:
                 hint="copy the data to a folder that all workers see",
             )
         data["path"] = _source(data["path"], folder, f"{origin}: data.path")
+    if str(values.get("lm_eval")).endswith((".yaml", ".yml")):
+        values["lm_eval"] = str(_existing(values["lm_eval"], folder, f"{origin}: lm_eval"))
     if isinstance(head, dict):
         for key in ("labels", "templates"):
             if isinstance(head.get(key), str):
                 head[key] = _listed(head[key], folder, f"{origin}: head.{key}")
     return checked(TaskSpec, values, origin)
+
+
+def _existing(value: str, folder: Path, what: str) -> Path:
+    """A file that must be there, as an absolute path."""
+    path = named_path(value, folder, what)
+    if not is_there(path, what):
+        raise BadInput(
+            f"{what} {value!r} is not there",
+            expected=f"a file, relative to {folder}",
+            found=f"nothing at {path}",
+            hint="check the path; relative paths in a file are relative to that file",
+        )
+    return path.resolve()
 
 
 def _source(value: str, folder: Path, what: str) -> str:

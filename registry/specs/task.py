@@ -258,7 +258,7 @@ class HeadSpec(ClassesSpec):
 
 _ANSWERS = ("choices", "choices_column", "answer")
 # Left out of the digests of tasks and heads that do not use them.
-PROMPT_KEYS = ("prompt", "chat", *_ANSWERS, "score", "generate", "of_text")
+PROMPT_KEYS = ("prompt", "chat", *_ANSWERS, "score", "generate", "of_text", "lm_eval")
 
 
 class TaskSpec(Spec):
@@ -291,6 +291,10 @@ class TaskSpec(Spec):
     prompt, and `metric: exact_match` compares it with the answer."""
     generate: GenerateSpec | None = None
     """How an answer is generated and compared; only with `answer`."""
+    lm_eval: Text | None = Field(default=None, examples=["arc_easy", "tasks/arc.yaml"])
+    """A task of lm-eval in place of `data`, `prompt` and `choices`: its name, or a file in its
+    format; needs `restitch[lm-eval]`. Registration reads its rows once and keeps them. By default
+    choices are compared as its metric `acc` or `acc_norm` does."""
     score: Score = "sum"
     """How answers are compared: by the `sum` of the log-probabilities of their tokens, or by the
     sum `per_token` or `per_character` of the answer."""
@@ -338,7 +342,8 @@ class TaskSpec(Spec):
 
     @model_validator(mode="after")
     def _expected_can_be_compared(self) -> Self:
-        if self.expected is not None and (self.data is None or not self.data.evaluation_split):
+        measured = self.lm_eval or (self.data is not None and self.data.evaluation_split)
+        if self.expected is not None and not measured:
             raise ValueError("'expected' needs 'data' with rows to measure the model on")
         if self.expected is not None and self.expected > 1 and METRICS[self.metric].is_share:
             raise ValueError(f"'expected' is a value of {self.metric}, from 0 to 1")
@@ -359,7 +364,21 @@ class TaskSpec(Spec):
         return self
 
     @model_validator(mode="after")
+    def _lm_eval_brings_its_rows(self) -> Self:
+        registered = self.data is not None and self.data.content is not None
+        if self.lm_eval is None or registered:
+            return self
+        for name in ("data", "head", "prompt", "chat", *_ANSWERS, "generate", "scale"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"leave out '{name}': the rows of 'lm_eval' have their own")
+        if self.metric != "accuracy":
+            raise ValueError("a task of 'lm_eval' is measured by metric 'accuracy'")
+        return self
+
+    @model_validator(mode="after")
     def _prompt_can_be_answered(self) -> Self:
+        if self.prompt is None and self.lm_eval is not None:
+            return self
         if self.prompt is None:
             given = [name for name in _ANSWERS if getattr(self, name) is not None]
             given += ["score"] if self.score != "sum" else []

@@ -32,6 +32,7 @@ from restitch.registry.specs.task import (
 )
 from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.inputs.checkpoints import Base, LiveBase
+from restitch.tasks.inputs.lm_eval_rows import rows_folder, with_lm_eval_rows
 from restitch.tasks.runtime.console import warn, working
 from restitch.tasks.runtime.workspace import Workspace, made_by
 
@@ -71,6 +72,7 @@ def resolve_task(spec: TaskSpec, family: Family) -> TaskSpec:
     Raises:
         BadInput: the data is empty, lacks a column, has a label that is not a class, ...
     """
+    spec = with_lm_eval_rows(spec)
     _check_scoring(spec, family)
     if spec.data is None:
         return spec
@@ -328,6 +330,8 @@ def check_access(spec: TaskSpec) -> None:
     if not is_there(root, what):
         check_hub(what)
         return
+    if spec.lm_eval is not None and root.parent == rows_folder():
+        return  # written by restitch itself
     check_path(root, what)
     for split in (spec.data.train, spec.data.validation, spec.data.test):
         # One that is no file is a name: `train` stands for train-00000-of-00002.parquet.

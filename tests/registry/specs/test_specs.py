@@ -187,6 +187,7 @@ def test_a_task_needs_nothing_but_its_name():
         "choices_column": None,
         "answer": None,
         "generate": None,
+        "lm_eval": None,
         "score": "sum",
         "scale": None,
         "max_length": None,

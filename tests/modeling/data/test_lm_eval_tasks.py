@@ -1,0 +1,182 @@
+"""Tasks of lm-eval as rows: local files only, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from restitch.merging.errors import BadInput
+from restitch.modeling.data import lm_eval_tasks
+from restitch.modeling.data.lm_eval_tasks import LmEvalTask, read_lm_eval
+
+pytest.importorskip("lm_eval", reason="needs the extra restitch[lm-eval]")
+
+DOCS = [
+    {"q": "Is ice cold?", "options": ["no", "yes"], "gold": 1},
+    {"q": "Is fire cold?", "options": ["no", "yes", "perhaps"], "gold": 0},
+    {"q": "Is {{q}} a text?", "options": ["no", "yes"], "gold": 1},
+]
+CONFIG: dict[str, Any] = {
+    "task": "cold",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "test.jsonl", "train": "train.jsonl"}},
+    "test_split": "test",
+    "training_split": "train",
+    "output_type": "multiple_choice",
+    "doc_to_text": "Question: {{q}}\nAnswer:",
+    "doc_to_choice": "options",
+    "doc_to_target": "gold",
+    "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    "metadata": {"version": 2.0},
+}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets.config
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def write(folder: Path, docs: list[dict[str, Any]] = DOCS, **changes: Any) -> Path:
+    """Write a task and its rows; None removes a key."""
+    folder.mkdir(exist_ok=True)
+    for split, rows in (("test", docs), ("train", docs[::-1])):
+        lines = "".join(json.dumps(row) + "\n" for row in rows)
+        (folder / f"{split}.jsonl").write_text(lines, encoding="utf-8")
+    config = {key: value for key, value in {**CONFIG, **changes}.items() if value is not None}
+    file = folder / "cold.yaml"
+    file.write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
+    return file
+
+
+def read(source: Path | str) -> LmEvalTask:
+    return read_lm_eval(str(source), "lm_eval", lambda *_: None)
+
+
+def refused(source: Path | str) -> str:
+    with pytest.raises(BadInput) as error:
+        read(source)
+    return error.value.message()
+
+
+def test_rows_are_what_lm_eval_asks(tmp_path: Path) -> None:
+    task = read(write(tmp_path / "task"))
+    assert (task.name, task.version, task.score) == ("cold", "2.0", "sum")
+    assert task.splits["test"] == [
+        {"prompt": f"Question: {d['q']}\nAnswer: ", "choices": d["options"], "label": d["gold"]}
+        for d in DOCS
+    ]
+    assert [row["label"] for row in task.splits["train"]] == [1, 0, 1]
+
+
+def test_prompt_and_choice_together_are_the_texts_of_the_requests(tmp_path: Path) -> None:
+    from lm_eval.api.task import ConfigurableTask
+
+    file = write(tmp_path / "task", description="Answer.\n", num_fewshot=1, fewshot_split="train")
+    config = yaml.safe_load(file.read_text())
+    files = {s: str(file.parent / f"{s}.jsonl") for s in ("test", "train")}
+    own = ConfigurableTask(config={**config, "dataset_kwargs": {"data_files": files}})
+    own.set_fewshot_seed(1234)
+    rows = read(file).splits["test"]
+    for doc, row in zip(own.eval_docs, rows, strict=True):
+        requests = own.construct_requests(doc, own.fewshot_context(doc, num_fewshot=1))
+        texts = ["".join(request.arguments) for request in requests]
+        assert [row["prompt"] + choice for choice in row["choices"]] == texts
+        assert row["prompt"].startswith("Answer.\n")
+        assert row["prompt"].count("Question:") == 2
+
+
+def test_targets_may_be_texts_and_choices_templates(tmp_path: Path) -> None:
+    docs = [{"q": "2", "a": "two"}, {"q": "3", "a": "three"}]
+    choice = "{{['two', 'three']}}"
+    task = read(write(tmp_path / "task", docs, doc_to_choice=choice, doc_to_target="{{a}}"))
+    assert [row["label"] for row in task.splits["test"]] == [0, 1]
+    assert task.splits["test"][0]["choices"] == ["two", "three"]
+
+
+def test_the_metric_says_how_choices_are_compared(tmp_path: Path) -> None:
+    norm, plain = ({"metric": m, "aggregation": "mean"} for m in ("acc_norm", "acc"))
+    assert read(write(tmp_path / "one", metric_list=[norm])).score == "per_character"
+    assert read(write(tmp_path / "two", metric_list=[norm, plain])).score == "sum"
+    assert read(write(tmp_path / "none", metric_list=None)).score == "sum"
+    wrong = write(tmp_path / "three", metric_list=[{"metric": "f1", "aggregation": "f1"}])
+    assert "the metric acc or acc_norm" in refused(wrong)
+
+
+def test_a_file_may_include_another(tmp_path: Path) -> None:
+    whole = write(tmp_path / "task")
+    whole.rename(whole.with_name("base.yaml"))
+    file = whole.with_name("harder.yaml")
+    file.write_text("include: base.yaml\ntask: harder\ndoc_to_text: '{{q}} So'\n")
+    task = read(file)
+    assert task.name == "harder"
+    assert task.splits["test"][0]["prompt"] == "Is ice cold? So "
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"output_type": "generate_until"}, "metric: exact_match"),
+        ({"output_type": "loglikelihood_rolling"}, "metric: perplexity"),
+        ({"output_type": None}, "has no output_type"),
+        ({"task": None}, "has no task"),
+        ({"use_prompt": "promptsource:*"}, "can run code"),
+        ({"doc_to_target": "{{[0, 1]}}"}, "no single right choice"),
+        ({"doc_to_target": "nobody"}, "no single right choice"),
+        ({"target_delimiter": ""}, "nothing stands between the text and its choices"),
+        ({"doc_to_text": "{{nothing}}"}, "cannot be read as a task of lm-eval"),
+        ({"test_split": "exam"}, "cannot be read as a task of lm-eval"),
+        ({"dataset_kwargs": {"data_files": {"test": "gone.jsonl"}}}, "is not there"),
+        ({"dataset_path": "somebody/data", "dataset_kwargs": None}, "needs the network"),
+    ],
+)
+def test_what_cannot_be_read_is_explained(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    assert message in refused(write(tmp_path / "task", **changes))
+
+
+def test_functions_are_not_run(tmp_path: Path) -> None:
+    file = write(tmp_path / "task", doc_to_text=None)
+    file.write_text(file.read_text() + "doc_to_text: !function utils.text\n")
+    (file.parent / "utils.py").write_text("raise SystemExit('it ran')")
+    assert "functions in Python, which restitch does not run" in refused(file)
+    file.rename(file.with_name("hidden.yaml"))
+    file.write_text("include: hidden.yaml\n")
+    assert "functions in Python" in refused(file)
+
+
+def test_templates_cannot_reach_python(tmp_path: Path) -> None:
+    attack = "{{ q.__class__.__mro__[1].__subclasses__() }}"
+    assert "cannot be read" in refused(write(tmp_path / "task", doc_to_text=attack))
+
+
+def test_a_file_that_is_no_task_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "task.yaml"
+    for text in ("- 1\n", "a: [\n", "include: task.yaml\n"):
+        file.write_text(text)
+        assert "task of lm-eval" in refused(file)
+    assert "cannot be read" in refused(tmp_path / "gone.yaml")
+
+
+def test_every_path_is_checked(tmp_path: Path) -> None:
+    seen: list[str] = []
+    file = write(tmp_path / "task")
+    read_lm_eval(str(file), "lm_eval", lambda path, _: seen.append(path.name))
+    assert seen == ["cold.yaml", "test.jsonl", "train.jsonl"]
+
+
+@pytest.mark.slow  # lm-eval reads all of its 13,000 files
+def test_an_unknown_name_is_refused_with_similar_ones() -> None:
+    message = refused("arc_eazy")
+    assert "is no task of lm-eval" in message
+    assert "arc_easy" in message
+    assert "is a group of tasks" in refused("mmlu")
+
+
+def test_another_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lm_eval_tasks, "VERSION", "0.0.1")
+    assert "needs another version of lm-eval" in refused(write(tmp_path / "task"))
