@@ -39,7 +39,7 @@ def with_lm_eval_rows(spec: TaskSpec) -> TaskSpec:
             "data": DataSpec(path=str(folder), **files),
             "prompt": PROMPT,
             "choices_column": CHOICES,
-            "score": task.score if spec.score == "sum" else spec.score,
+            "score": spec.score if "score" in spec.model_fields_set else task.score,
         }
     )
 

@@ -106,6 +106,12 @@ class TestWithLmEval:
         assert shell.json("verify", "demo")["findings"] == []
         shell.check_settled()
 
+    def test_a_score_in_the_file_wins(self, shell: Shell, lm_world: World, tmp_path: Path) -> None:
+        line(shell, lm_world, tmp_path)
+        values = {"task": "theirs", "lm_eval": str(lm_world.root / "colours.yaml"), "score": "sum"}
+        shell("task", "demo", "--task", write_yaml(tmp_path / "task.yaml", values))
+        assert shell.state().tasks["theirs"].spec.score == "sum"
+
     def test_it_can_be_the_general_benchmark(
         self, shell: Shell, lm_world: World, tmp_path: Path
     ) -> None:
