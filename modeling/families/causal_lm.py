@@ -31,18 +31,17 @@ import torch
 from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
-from restitch.merging.progress import Progress
 from restitch.modeling.answers import Answers, log_probabilities, matched, summed
 from restitch.modeling.configs import differences, known_keys, model_type_difference, read_config
 from restitch.modeling.data.rows import Example
-from restitch.modeling.families.family import Batch, Family, Preprocess
+from restitch.modeling.families.family import Batch, Preprocess
 from restitch.modeling.generation import generated
 from restitch.modeling.heads import Head
-from restitch.modeling.kinds import Kind, model_kind
+from restitch.modeling.kinds import Kind
+from restitch.modeling.language_model import LanguageModel
 from restitch.modeling.pretrained import (
     NamedModel,
     language_model_files,
-    load_pretrained,
     load_tokenizer,
 )
 from restitch.modeling.questions import (
@@ -60,7 +59,7 @@ from restitch.modeling.questions import (
 )
 from restitch.modeling.whole_texts import Windows, text_batch
 from restitch.registry.specs.metric import MetricName
-from restitch.registry.specs.task import HeadSpec, Modality
+from restitch.registry.specs.task import HeadSpec
 
 # The blocks in the layouts that decoders have. Old files also hold buffers such as `attn.bias`, the
 # causal mask, and `rotary_emb.inv_freq`, which are no weights: the ends of names leave them out.
@@ -74,7 +73,7 @@ _SCORED = 128
 _TEXT_TOKENS = 512
 
 
-class CausalLm(Family):
+class CausalLm(LanguageModel):
     """The family `causal-lm`."""
 
     name = "causal-lm"
@@ -84,8 +83,7 @@ class CausalLm(Family):
     localizable = tuple(
         f"{start}{block}{end}" for start in ("", "*.") for block in _BLOCKS for end in _ENDS
     )
-    modality: Modality = "text"
-    reads_prompts = True
+    auto_class = "AutoModelForCausalLM"
     chats = True
     metrics: tuple[MetricName, ...] = ("accuracy", "f1", "exact_match", "perplexity")
     kinds = (Kind.CAUSAL_LM,)
@@ -102,30 +100,11 @@ class CausalLm(Family):
 
     def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
         """Load the language model in a folder."""
-        from transformers import AutoModelForCausalLM
-
-        model = model_kind(folder)
-        if model.kind is not Kind.CAUSAL_LM:
-            raise BadInput(
-                f"{folder} is not a causal language model",
-                expected="a decoder that AutoModelForCausalLM loads",
-                found=model,
-            )
-        found = load_pretrained(
-            folder,
-            AutoModelForCausalLM,
-            prefixes=self.prefixes,
-            required=self.localizable,
-            dtype=dtype,
-        )
-        head = found.inner.get_output_embeddings()
+        found = super().load(folder, dtype)
+        head = NamedModel.of(found).inner.get_output_embeddings()
         if head is not None:
             head.register_forward_pre_hook(_contiguous)
         return found
-
-    def parameters(self, model: nn.Module) -> dict[str, Tensor]:
-        """The live tensors by their names in the folder's file."""
-        return NamedModel.of(model).tensors()
 
     def max_length(self, folder: Path) -> int:
         """The smaller limit of tokenizer and positions."""
@@ -151,30 +130,7 @@ class CausalLm(Family):
         """
         if spec.chat:
             user_turn(load_tokenizer(folder), "")
-        update: dict[str, Any] = {"max_length": spec.max_length or self.max_length(folder)}
-        if not spec.of_text:
-            update |= {"score": spec.score or "sum"}
-        spec = spec.model_copy(update=update)
-        if spec.generate is not None and (spec.most_read or 0) < 1:
-            raise BadInput(
-                "generate: max_new_tokens leaves no room for a prompt",
-                expected=f"less than the {spec.max_length} tokens that the model reads",
-                found=spec.generate.max_new_tokens,
-                hint="lower max_new_tokens in the task's file",
-            )
-        return spec
-
-    def build_head(
-        self,
-        model: nn.Module,
-        folder: Path,
-        spec: HeadSpec,
-        *,
-        finetuned: Path | None = None,
-        progress: Progress | None = None,
-    ) -> Head:
-        """The description alone: the head is the model's own."""
-        return Head({}, self.resolve(folder, spec))
+        return super().resolve(folder, spec)
 
     def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The log-likelihoods of the choices, [batch, choices]; -inf where a row has no choice."""

@@ -28,17 +28,16 @@ import torch
 from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
-from restitch.merging.progress import Progress
 from restitch.modeling.answers import Answers, log_probabilities
 from restitch.modeling.configs import differences, known_keys, model_type_difference, read_config
 from restitch.modeling.data.rows import Example
-from restitch.modeling.families.family import Batch, Family, Preprocess
+from restitch.modeling.families.family import Batch, Preprocess
 from restitch.modeling.heads import Head
-from restitch.modeling.kinds import Kind, model_kind
+from restitch.modeling.kinds import Kind
+from restitch.modeling.language_model import LanguageModel
 from restitch.modeling.pretrained import (
     NamedModel,
     has_tokenizer,
-    load_pretrained,
     load_tokenizer,
     missing_outside_of_blocks,
 )
@@ -49,12 +48,11 @@ from restitch.modeling.questions import (
     special_tokens,
 )
 from restitch.modeling.text_inputs import BLOCKS, PREFIXES, text_limit
-from restitch.registry.specs.task import HeadSpec, Modality
 
 _NEEDED = "a tokenizer with a mask token, in tokenizer.json"
 
 
-class MaskedLm(Family):
+class MaskedLm(LanguageModel):
     """The family `masked-lm`."""
 
     name = "masked-lm"
@@ -62,8 +60,7 @@ class MaskedLm(Family):
     version = 1
     prefixes = PREFIXES
     localizable = BLOCKS
-    modality: Modality = "text"
-    reads_prompts = True
+    auto_class = "AutoModelForMaskedLM"
     fills_mask = True
     kinds = (Kind.TEXT_ENCODER,)
 
@@ -87,29 +84,6 @@ class MaskedLm(Family):
             return _NEEDED
         return None
 
-    def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Load the encoder in a folder with its head."""
-        from transformers import AutoModelForMaskedLM
-
-        model = model_kind(folder)
-        if model.kind is not Kind.TEXT_ENCODER:
-            raise BadInput(
-                f"{folder} is not a masked language model",
-                expected="an encoder that AutoModelForMaskedLM loads",
-                found=model,
-            )
-        return load_pretrained(
-            folder,
-            AutoModelForMaskedLM,
-            prefixes=self.prefixes,
-            required=self.localizable,
-            dtype=dtype,
-        )
-
-    def parameters(self, model: nn.Module) -> dict[str, Tensor]:
-        """The live tensors by their names in the folder's file."""
-        return NamedModel.of(model).tensors()
-
     def max_length(self, folder: Path) -> int:
         """The smaller limit of tokenizer and position embeddings."""
         return text_limit(folder)
@@ -128,27 +102,6 @@ class MaskedLm(Family):
             return {**batch, "mask": torch.tensor([one.place for one in masked])}
 
         return preprocess
-
-    def resolve(self, folder: Path, spec: HeadSpec) -> HeadSpec:
-        """Fill in the length and how answers are compared."""
-        return spec.model_copy(
-            update={
-                "max_length": spec.max_length or self.max_length(folder),
-                "score": spec.score or "sum",
-            }
-        )
-
-    def build_head(
-        self,
-        model: nn.Module,
-        folder: Path,
-        spec: HeadSpec,
-        *,
-        finetuned: Path | None = None,
-        progress: Progress | None = None,
-    ) -> Head:
-        """The description alone: the head is the model's own."""
-        return Head({}, self.resolve(folder, spec))
 
     def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The log-probabilities of the words, [batch, choices]; -inf where a row has no choice."""

@@ -28,19 +28,18 @@ import torch
 from torch import Tensor, nn
 
 from restitch.merging.errors import BadInput
-from restitch.merging.progress import Progress
 from restitch.modeling.answers import Answers, log_probabilities, matched, summed
 from restitch.modeling.configs import differences, known_keys, model_type_difference, read_config
 from restitch.modeling.data.rows import Example
-from restitch.modeling.families.family import Batch, Family, Preprocess
+from restitch.modeling.families.family import Batch, Preprocess
 from restitch.modeling.generation import generated
 from restitch.modeling.heads import Head
-from restitch.modeling.kinds import Kind, model_kind
+from restitch.modeling.kinds import Kind
+from restitch.modeling.language_model import LanguageModel
 from restitch.modeling.pretrained import (
     GENERATION,
     NamedModel,
     language_model_files,
-    load_pretrained,
     load_tokenizer,
     missing_outside_of_blocks,
 )
@@ -54,7 +53,6 @@ from restitch.modeling.questions import (
     tokens_of,
 )
 from restitch.registry.specs.metric import MetricName
-from restitch.registry.specs.task import HeadSpec, Modality
 
 # The blocks in the layouts that these models have. Old files of T5 also hold position biases of the
 # attention to the encoder, which no model reads: the ends of names leave them out.
@@ -82,7 +80,7 @@ _NO_SCORES = frozenset(
 _TOKENS = 2048
 
 
-class Seq2seqLm(Family):
+class Seq2seqLm(LanguageModel):
     """The family `seq2seq-lm`."""
 
     name = "seq2seq-lm"
@@ -90,8 +88,7 @@ class Seq2seqLm(Family):
     version = 1
     prefixes = ("model.",)
     localizable = tuple(glob for block in _BLOCKS for glob in (block, f"*.{block}"))
-    modality: Modality = "text"
-    reads_prompts = True
+    auto_class = "AutoModelForSeq2SeqLM"
     metrics: tuple[MetricName, ...] = ("accuracy", "f1", "exact_match")
     kinds = (Kind.SEQ2SEQ_LM,)
 
@@ -122,29 +119,6 @@ class Seq2seqLm(Family):
             return "a decoder_start_token_id in config.json"
         return None
 
-    def load(self, folder: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-        """Load the language model in a folder."""
-        from transformers import AutoModelForSeq2SeqLM
-
-        model = model_kind(folder)
-        if model.kind is not Kind.SEQ2SEQ_LM:
-            raise BadInput(
-                f"{folder} is not an encoder-decoder language model",
-                expected="a model that AutoModelForSeq2SeqLM loads",
-                found=model,
-            )
-        return load_pretrained(
-            folder,
-            AutoModelForSeq2SeqLM,
-            prefixes=self.prefixes,
-            required=self.localizable,
-            dtype=dtype,
-        )
-
-    def parameters(self, model: nn.Module) -> dict[str, Tensor]:
-        """The live tensors by their names in the folder's file."""
-        return NamedModel.of(model).tensors()
-
     def max_length(self, folder: Path) -> int:
         """The smaller limit of tokenizer and positions, for a prompt and for an answer."""
         return prompt_limit(folder)
@@ -167,27 +141,6 @@ class Seq2seqLm(Family):
             return {**question_batch(questions, examples), "decoder_start": first}
 
         return preprocess
-
-    def resolve(self, folder: Path, spec: HeadSpec) -> HeadSpec:
-        """Fill in the length and how answers are compared."""
-        return spec.model_copy(
-            update={
-                "max_length": spec.max_length or self.max_length(folder),
-                "score": spec.score or "sum",
-            }
-        )
-
-    def build_head(
-        self,
-        model: nn.Module,
-        folder: Path,
-        spec: HeadSpec,
-        *,
-        finetuned: Path | None = None,
-        progress: Progress | None = None,
-    ) -> Head:
-        """The description alone: the head is the model's own."""
-        return Head({}, self.resolve(folder, spec))
 
     def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The log-likelihoods of the choices, [batch, choices]; -inf where a row has no choice."""
