@@ -431,7 +431,7 @@ def test_more_rows_of_the_vocabulary_are_named(folders, tmp_path) -> None:
 
 def test_an_encoder_is_no_language_model(folders, tmp_path) -> None:
     bert = tiny_bert(tmp_path / "bert")
-    with pytest.raises(BadInput, match="not a causal language model"):
+    with pytest.raises(BadInput, match="not a model of the family causal-lm"):
         FAMILY.load(bert)
     assert FAMILY.config_differences(folders["llama"], folders["gpt2"]) == [
         "model_type: base 'llama', finetuned 'gpt2'"
@@ -439,7 +439,7 @@ def test_an_encoder_is_no_language_model(folders, tmp_path) -> None:
     t5 = tmp_path / "t5"
     t5.mkdir()
     (t5 / "config.json").write_text('{"model_type": "t5"}')
-    with pytest.raises(BadInput, match="not a causal language model") as refused:
+    with pytest.raises(BadInput, match="not a model of the family causal-lm") as refused:
         FAMILY.load(t5)
     assert "an encoder-decoder language model" in str(refused.value)
 

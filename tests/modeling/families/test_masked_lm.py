@@ -329,7 +329,7 @@ def test_a_configuration_alone_lacks_nothing(folders, tmp_path) -> None:
 
 @pytest.mark.parametrize("make", [tiny_decoder, tiny_seq2seq])
 def test_models_of_other_kinds_are_refused(tmp_path, make) -> None:
-    with pytest.raises(BadInput, match="not a masked language model"):
+    with pytest.raises(BadInput, match="not a model of the family masked-lm"):
         FAMILY.load(make(tmp_path / "other"))
 
 

@@ -366,7 +366,7 @@ def test_a_tied_model_that_was_saved_without_its_head_lacks_nothing(folders, tmp
 
 @pytest.mark.parametrize("make", [tiny_decoder, tiny_bert, lambda f: tiny_t5(f, encoder=True)])
 def test_models_of_other_kinds_are_refused(tmp_path, make) -> None:
-    with pytest.raises(BadInput, match="not an encoder-decoder language model"):
+    with pytest.raises(BadInput, match="not a model of the family seq2seq-lm"):
         FAMILY.load(make(tmp_path / "other"))
 
 
