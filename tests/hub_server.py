@@ -61,6 +61,7 @@ class FakeHub:
         return kept | {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(cache),
+            "HF_DATASETS_CACHE": str(cache / "datasets"),
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_ETAG_TIMEOUT": "5",

@@ -5,6 +5,7 @@ import pytest
 from benchmarks import s3
 
 
+@pytest.mark.slow
 def test_both_ways_are_measured_in_both_directions(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

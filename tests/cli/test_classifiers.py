@@ -203,6 +203,7 @@ def test_unknown_tasks_and_specialists_are_explained(line: Line, tmp_path: Path)
     assert not (tmp_path / "x").exists()
 
 
+@pytest.mark.slow
 def test_all_commands_run_on_a_line_of_classifiers(line: Line, tmp_path: Path) -> None:
     line.shell("remerge", "demo")
     shown = line.shell("show", "demo", "champion").out
@@ -232,7 +233,14 @@ def test_a_task_keeps_classes_that_the_head_of_its_model_has(line: Line, tmp_pat
     assert line.shell.head_bytes() == before
 
 
-@pytest.mark.parametrize("mode", ["trained", "fisher", "distilled"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("trained", marks=pytest.mark.slow),
+        pytest.param("fisher", marks=pytest.mark.slow),
+        "distilled",
+    ],
+)
 def test_every_localizer_uses_the_task_s_own_head(
     text_world: World, shell: Shell, tmp_path: Path, mode: str
 ) -> None:

@@ -155,7 +155,14 @@ def described(world: World, folder: Path, name: str, **changes: Any) -> Path:
     return write_yaml(folder / "changed.yaml", {k: v for k, v in values.items() if v is not None})
 
 
-@pytest.mark.parametrize("mode", ["trained", "fisher", "distilled"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("trained", marks=pytest.mark.slow),
+        pytest.param("fisher", marks=pytest.mark.slow),
+        "distilled",
+    ],
+)
 def test_every_localizer_reads_answers_and_texts(
     answer_world: World, new_home: NewHome, tmp_path: Path, mode: str
 ) -> None:

@@ -250,7 +250,14 @@ def test_a_line_refuses_a_base_and_a_task_of_another_family(
     assert "has a prompt, which the family text-encoder does not read" in " ".join(done.err.split())
 
 
-@pytest.mark.parametrize("mode", ["trained", "fisher", "distilled"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        pytest.param("trained", marks=pytest.mark.slow),
+        pytest.param("fisher", marks=pytest.mark.slow),
+        "distilled",
+    ],
+)
 def test_every_localizer_reads_questions_also_with_choices_in_each_row(
     lm_world: World, shell: Shell, tmp_path: Path, mode: str
 ) -> None:

@@ -262,6 +262,7 @@ def small(root: Path, family: str) -> None:
     world.line(world.root / "line.yaml", line=family, retention=None)
 
 
+@pytest.mark.slow
 def test_a_line_of_every_family_is_merged_by_the_engine(api: str, tmp_path: Path) -> None:
     for family in MAKERS:
         small(tmp_path, family)

@@ -226,7 +226,7 @@ def kept(
     """The specialists of the champion with tuned thresholds, and an export of that for `colour`."""
     early = tmp_path_factory.mktemp("early") / "colour"
     refused = shell("export", "demo", "champion", early, "--task", "colour", code=3)
-    assert "make them with `restitch experts demo 2`" in refused.err
+    assert "`restitch experts demo 2`" in refused.err
     assert shell.json("show", "demo")["specialists"] is None
     assert "specialists" not in plain(shell("history", "demo", "--versions").out)
     found = shell.json("experts", "demo", "--tune", "--out", early.parent)

@@ -367,6 +367,7 @@ print(json.dumps(found))
             **os.environ,
             "HF_ENDPOINT": f"http://127.0.0.1:{server.server_address[1]}",
             "HF_HOME": str(cache),
+            "HF_DATASETS_CACHE": str(cache / "datasets"),
             "HF_HUB_DISABLE_TELEMETRY": "1",
             **variables,
         }

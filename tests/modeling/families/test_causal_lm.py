@@ -3,6 +3,7 @@
 import json
 import shutil
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +78,15 @@ class TestGpt2(CausalContract):
 # The reference: each prompt with each choice, alone, from the texts on.
 
 
+@cache
+def loaded(folder: Path) -> tuple[Any, Any]:
+    """The tokenizer and the model of a folder."""
+    return load_tokenizer(folder), NamedModel.of(FAMILY.load(folder)).inner
+
+
 def reference(folder: Path, prompt: str, choice: str, limit: int = 96) -> tuple[float, int]:
     """The log-likelihood of a choice, and the number of its tokens."""
-    tokenizer, model = load_tokenizer(folder), NamedModel.of(FAMILY.load(folder)).inner
+    tokenizer, model = loaded(folder)
     context = prompt.rstrip()
     rest = (prompt[len(context) :] or " ") + choice
     before = tokenizer(context).input_ids
