@@ -22,6 +22,7 @@ def rows_of(text: str, first: str) -> list[list[str]]:
     return [row for row in cells if row[0] == first]
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 def test_real_clips_merge_and_keep_what_the_base_knows(tmp_path: Path) -> None:
     data = SHARED / "vision"
