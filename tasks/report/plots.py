@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from itertools import product
 from typing import Any
 
+from restitch.registry.specs.metric import METRICS
 from restitch.tasks.report.drawing import COLOURS, Plot, axes_in, label, room
 from restitch.tasks.report.numbers import number
 
@@ -41,6 +42,12 @@ def experts_plot(experts: Mapping[str, Any], merged: Mapping[str, Any]) -> Plot 
 
 def _of_tasks(name: str, title: str, results: Mapping[str, Any], main: str) -> Plot | None:
     """Values of every task; the description lists those of the main series."""
+    # A perplexity has another scale; the table has it.
+    results = {
+        task: result
+        for task, result in results.items()
+        if METRICS[result.get("metric") or "accuracy"].is_share
+    }
     known = [n for n in SERIES if any(r.get(n) is not None for r in results.values())]
     if not known:
         return None
@@ -58,7 +65,7 @@ def _of_tasks(name: str, title: str, results: Mapping[str, Any], main: str) -> P
     axes.tick_params(axis="y", length=0)
     axes.grid(axis="x")
     metrics = sorted({str(r.get("metric") or "accuracy") for r in results.values()})
-    axes.set_xlabel(label(" or ".join(metrics)))
+    axes.set_xlabel(" or ".join(metrics))
     # In this order: a legend would sort by the kind of mark.
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles, labels, loc="upper center", ncols=len(known), handletextpad=0.2)
