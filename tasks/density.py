@@ -9,7 +9,7 @@ give every model the largest allowed mask. The record keeps every density that w
 """
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -19,19 +19,17 @@ from torch import Tensor
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.mask import Mask
 from restitch.merging.localize.dataless import kept_count
-from restitch.merging.numerics.bisection import geometric, smallest
+from restitch.merging.numerics.bisection import geometric
 from restitch.merging.numerics.bitwise import gather, scatter
 from restitch.merging.ranking.top_k import Scores, top_k
-from restitch.modeling.evaluation import EVALUATOR_VERSION, Evaluation
+from restitch.modeling.evaluation import EVALUATOR_VERSION
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.specs.localize import DEFAULT_DENSITY, LocalizeSpec
 from restitch.registry.specs.task import TaskSpec
-from restitch.tasks.evaluate import Exam
 from restitch.tasks.inputs.checkpoints import Base
-from restitch.tasks.inputs.task_data import has_validation, reading_inputs
-from restitch.tasks.localizers import split_digests
-from restitch.tasks.runtime.console import say, warn, working
-from restitch.tasks.runtime.refs import WeightsRef
+from restitch.tasks.inputs.task_data import has_validation
+from restitch.tasks.recovery import Recovery
+from restitch.tasks.runtime.console import warn
 from restitch.tasks.runtime.workspace import Workspace
 
 # Raised when the same measurements would lead to another choice.
@@ -42,27 +40,6 @@ _MOST_ROWS = 2000
 _LOWEST = 0.001
 # The search stops when a delta is within this share of its budget.
 _TOLERANCE = 0.002
-
-
-@dataclass(frozen=True)
-class Look:
-    """One density, measured by its graft on validation rows.
-
-    Attributes:
-        recovered: the graft's value over that of the finetuned model.
-        low: lower end of the 95 % interval of that ratio; `high` is the upper one.
-    """
-
-    kept: int
-    density: float
-    value: float
-    recovered: float
-    low: float | None
-    high: float | None
-
-    def may_reach(self, target: float) -> bool:
-        """True if it misses the target by no more than its interval."""
-        return self.recovered < target and self.high is not None and self.high >= target
 
 
 @dataclass(frozen=True)
@@ -113,13 +90,9 @@ class Density:
         if self.choice.density == "auto":
             inputs["given"] = self._given
         if self.is_measured:
-            splits = split_digests(self.task)
             inputs |= {
-                "recovery": self.choice.recovery,
                 "max_density": self.choice.max_density,
-                "validation": splits.get("validation", splits.get("train")),
-                **reading_inputs(self.task, self.base, self.model),
-                "metric": self.task.metric,
+                **self._recovery.inputs(),
                 "version": [VERSION, EVALUATOR_VERSION],
             }
         return inputs or None
@@ -186,58 +159,15 @@ class Density:
         self, most: int, coordinates: int, finetuned: Checkpoint, mask_of: Callable[[int], Mask]
     ) -> dict[str, Any]:
         """The fewest coordinates that reach the target, or else `most`, and all measurements."""
-        choice = self.choice
-        assert choice.recovery is not None
-        target = choice.recovery
-        assert self.task.data is not None
-        exam = Exam(self.base, self.task, self.model, self.space, validation=_MOST_ROWS)
-        whole = WeightsRef("finetuned", self.model.weights, self.model.uri)
-        live = exam.live
-        with live.wearing(whole, self.space):
-            whole_model = exam.take()
-        looks: dict[int, Look] = {}
-
-        def look(kept: int) -> Look:
-            if kept not in looks:
-                with live.edited(Grafted(finetuned, mask_of(kept))):
-                    grafted = exam.take()
-                looks[kept] = _look(kept, coordinates, grafted, whole_model)
-            return looks[kept]
-
-        with working(f"choosing the density of {self.task.task}"):
-            best = look(most)
-            reference, metric = whole_model.value, whole_model.metric
-            if best.may_reach(target):
-                reference = best.value
-            candidates = geometric(max(1, kept_count(_LOWEST, coordinates)), most)
-            kept = smallest(
-                candidates, lambda count: metric.reaches(look(count).value, target, reference)
-            )
-        chosen = look(most if kept is None else kept)
-        message = (
-            f"the mask of {self.task.task} recovers {chosen.recovered:.1%} of the finetuned "
-            f"model's {self.task.metric} with {chosen.density:.1%} of the coordinates"
+        return self._recovery.search(
+            geometric(max(1, kept_count(_LOWEST, coordinates)), most),
+            lambda kept: Grafted(finetuned, mask_of(kept)),
+            lambda kept: kept / coordinates,
+            "the mask",
+            "of the coordinates",
         )
-        if kept is None:
-            warn(f"{message}, less than the requested {target:.1%}")
-        else:
-            say(message)
-        return {
-            "target": target,
-            "reached": chosen.recovered >= target,
-            "kept": chosen.kept,
-            "finetuned": whole_model.value,
-            "reference": reference,
-            "metric": self.task.metric,
-            "rows": exam.count,
-            "rows_set_apart_from_train": self.task.data.validation is None,
-            "curve": [asdict(looks[kept]) for kept in sorted(looks)],
-        }
 
-
-def _look(kept: int, coordinates: int, grafted: Evaluation, finetuned: Evaluation) -> Look:
-    interval = finetuned.rows.ratio_interval(grafted.rows)
-    low, high = (None, None) if interval is None else interval
-    ratio = finetuned.metric.ratio(grafted.value, finetuned.value)
-    recovered = 1.0 if ratio is None else ratio
-    return Look(kept, kept / coordinates, grafted.value, recovered, low, high)
+    @property
+    def _recovery(self) -> Recovery:
+        assert self.choice.recovery is not None
+        return Recovery(self.choice.recovery, self.task, self.base, self.model, self.space)

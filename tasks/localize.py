@@ -1,4 +1,4 @@
-"""Localize a finetuned model once, and store its mask with the values as a sparse delta.
+"""Localize a finetuned model once, and store its delta: a mask with the values, or a subspace.
 
 The key of a mask covers all that determines it. The first mask published under a key stays, so a
 numeric localizer has one result per key.
@@ -6,11 +6,12 @@ numeric localizer has one result per key.
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from restitch.merging.digests import digest_json
@@ -18,11 +19,13 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.mask import Mask
 from restitch.merging.files.quantized import quantized
 from restitch.merging.files.sparse import SparseInfo, SparseTensor, write_sparse
+from restitch.merging.localize.subspace import NAME as SUBSPACE
 from restitch.merging.numerics.bitwise import gather
 from restitch.merging.progress import Progress
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.gradients import checkpointed
 from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.specs.localize import LocalizeSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.registry.store.objects import KeyRecord
 from restitch.tasks.density import Density
@@ -37,8 +40,9 @@ from restitch.tasks.inputs.checkpoints import (
 from restitch.tasks.localizers import Localizer, Ranking, localizer
 from restitch.tasks.runtime.console import warn, working
 from restitch.tasks.runtime.engine import Cached, step
-from restitch.tasks.runtime.refs import DeltaRef, LineRef
+from restitch.tasks.runtime.refs import DeltaRef, LineRef, WrittenDelta
 from restitch.tasks.runtime.workspace import Workspace, made_by, workspace
+from restitch.tasks.subspace import Subspace
 
 # The encoding of 8-bit values; raised when the same input gives other bytes.
 QUANTIZED = "int8/1"
@@ -58,20 +62,18 @@ def localize(line: LineRef, task: TaskSpec, model: ModelRef) -> DeltaRef | Cache
     began = time.perf_counter()
     with space.scratch() as scratch:
         file = scratch / "delta.safetensors"
-        written = _write(file, line, task, model, space, plan)
+        written = _write(file, line, model, space, plan)
         facts: dict[str, Any] = {
             "mask": written.mask,
             "kept": written.kept,
             "coordinates": written.coordinates,
-            "localizer": plan.localizer.label,
+            "localizer": plan.kept.label,
             "seconds": round(time.perf_counter() - began, 3),
             **written.facts,
         }
         blob = space.objects.put_blob(file, move=True)
     maker = made_by() | {"device": device().type}
-    return _ref(
-        space.objects.publish("mask", plan.key, blob, maker, plan.localizer.fingerprint, facts)
-    )
+    return _ref(space.objects.publish("mask", plan.key, blob, maker, plan.kept.fingerprint, facts))
 
 
 def mask_keys(line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace) -> tuple[str, ...]:
@@ -80,40 +82,79 @@ def mask_keys(line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace) 
     return tuple(_plan(base, line, task, model, space).key for base in bases)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The localizer and the density for a model, and the digest of all that determines its mask."""
-
-    localizer: Localizer
-    density: Density
-    key: str
-
-
-def _plan(base: Base, line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace) -> _Plan:
-    chosen = localizer(line, task, base, model, space)
-    density = Density(line.spec.localize, task, base, model, space)
-    density_inputs = density.inputs()
+def _plan(base: Base, line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace) -> "_Plan":
+    choice = line.spec.localize
+    kept: _Masks | Subspace
+    if choice.mode == SUBSPACE:
+        kept = Subspace(choice, task, base, model, space)
+    else:
+        chosen = localizer(line, task, base, model, space)
+        kept = _Masks(choice, chosen, Density(choice, task, base, model, space))
     # The key has the tensors that globs resolved to, not the globs.
     inputs = {
         "base": [base.ref.weights, base.ref.config],
         "finetuned": model.weights,
         "family": [base.family.name, base.family.version],
         "localizable": list(base.names),
-        "localizer": chosen.inputs(),
-        **({} if density_inputs is None else {"density": density_inputs}),
-        **({} if line.spec.localize.values == "exact" else {"values": QUANTIZED}),
+        **kept.inputs(),
     }
-    return _Plan(chosen, density, digest_json(inputs))
+    return _Plan(kept, digest_json(inputs))
 
 
 @dataclass(frozen=True)
-class WrittenDelta:
-    """A delta file that was written; `facts` say how it was calibrated and its density chosen."""
+class _Masks:
+    """Keeps a mask of a model: the localizer ranks its coordinates, and the density cuts."""
 
-    mask: str
-    kept: int
-    coordinates: int
-    facts: dict[str, Any] = field(default_factory=dict)
+    choice: LocalizeSpec
+    localizer: Localizer
+    density: Density
+
+    @property
+    def label(self) -> str:
+        return self.localizer.label
+
+    @property
+    def fingerprint(self) -> JsonValue:
+        return self.localizer.fingerprint
+
+    def inputs(self) -> dict[str, Any]:
+        density = self.density.inputs()
+        return {
+            "localizer": self.localizer.inputs(),
+            **({} if density is None else {"density": density}),
+            **({} if self.choice.values == "exact" else {"values": QUANTIZED}),
+        }
+
+    def write(
+        self, file: Path, vector: TaskVector, base: Base, metadata: Mapping[str, str]
+    ) -> WrittenDelta:
+        finetuned = vector.finetuned
+        before = vector.base if self.choice.values == "int8" else None
+        with working(f"localizing {self.density.task.task}") as progress:
+            ranking = _ranked(self.localizer, vector, base, file.parent, progress)
+
+        def write(mask: Mask) -> SparseInfo:
+            values = kept_values(finetuned, mask, ranking.factors, in_8_bits_from=before)
+            return write_sparse(file, values, kind="delta", metadata=metadata)
+
+        mask = ranking.mask
+        choice: dict[str, Any] = {}
+        if mask is None:
+            assert ranking.scores is not None, "a ranking has scores or a mask"
+            mask, choice = self.density.choose(
+                ranking.scores, finetuned, lambda some: write(some).bytes, file.parent
+            )
+        info = write(mask)
+        facts = {**ranking.facts(), **choice}
+        return WrittenDelta(mask.digest(), info.kept, vector.coordinates, facts)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What is kept of a model, and the digest of all that determines it."""
+
+    kept: _Masks | Subspace
+    key: str
 
 
 def write_delta(
@@ -121,36 +162,15 @@ def write_delta(
 ) -> WrittenDelta:
     """Localize a finetuned model and write its delta; temporary files go to the same folder."""
     plan = _plan(open_base(line, space), line, task, model, space)
-    return _write(file, line, task, model, space, plan)
+    return _write(file, line, model, space, plan)
 
 
 def _write(
-    file: Path, line: LineRef, task: TaskSpec, model: ModelRef, space: Workspace, plan: _Plan
+    file: Path, line: LineRef, model: ModelRef, space: Workspace, plan: _Plan
 ) -> WrittenDelta:
     with open_vector(line, model, space) as (base, vector):
-        finetuned = vector.finetuned
-        before = vector.base if line.spec.localize.values == "int8" else None
-        with working(f"localizing {task.task}") as progress:
-            ranking = _ranked(plan.localizer, vector, base, file.parent, progress)
-
-        def write(mask: Mask) -> SparseInfo:
-            return write_sparse(
-                file,
-                kept_values(finetuned, mask, ranking.factors, in_8_bits_from=before),
-                kind="delta",
-                metadata={"base": base.ref.weights, "finetuned": model.weights},
-            )
-
-        mask = ranking.mask
-        choice: dict[str, Any] = {}
-        if mask is None:
-            assert ranking.scores is not None, "a ranking has scores or a mask"
-            mask, choice = plan.density.choose(
-                ranking.scores, finetuned, lambda some: write(some).bytes, file.parent
-            )
-        info = write(mask)
-    facts = {**ranking.facts(), **choice}
-    return WrittenDelta(mask.digest(), info.kept, vector.coordinates, facts)
+        metadata = {"base": base.ref.weights, "finetuned": model.weights}
+        return plan.kept.write(file, vector, base, metadata)
 
 
 def _ranked(

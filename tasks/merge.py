@@ -10,7 +10,9 @@ from pydantic import JsonValue
 from restitch.merging.digests import digest_file
 from restitch.merging.errors import Damage
 from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.delta import open_delta
 from restitch.merging.files.edits import Edits, edited
+from restitch.merging.files.factor_file import FactorFile
 from restitch.merging.files.sparse import SparseFile, SparseInfo
 from restitch.merging.methods.registry import get_method
 from restitch.merging.ranking.score_tensors import fingerprint
@@ -95,7 +97,7 @@ def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cac
         file = scratch / "patch.safetensors"
         info = write_patch_of(file, line, recipe, space)
         blob = space.objects.put_blob(file, move=True)
-    if record is not None and record.blob != blob and is_reproducible(recipe, record):
+    if record is not None and record.blob != blob and is_reproducible(recipe, record, space):
         raise Damage(
             f"the stored patch of recipe {key[:12]} differs from the one that the recipe gives",
             expected=blob,
@@ -103,19 +105,35 @@ def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cac
             hint="restore the store from a backup, and find out what altered it",
         )
     won = space.objects.publish(
-        "patch", key, blob, made_by(), required_fingerprint(recipe), facts={"kept": info.kept}
+        "patch",
+        key,
+        blob,
+        made_by(),
+        required_fingerprint(recipe, space),
+        facts={"kept": info.kept},
     )
     return PatchRef(won.blob, info.kept, won.size, key, round(time.perf_counter() - began, 3))
 
 
-def required_fingerprint(recipe: Recipe) -> JsonValue:
-    """The environment that another run needs to get the same bytes; None for an exact method."""
-    return None if get_method(recipe.method.name).exact else fingerprint(device())
+def is_exact(recipe: Recipe, space: Workspace) -> bool:
+    """True if the recipe gives the same bytes on every machine.
+
+    Products of factors do not, whatever the method.
+    """
+    return get_method(recipe.method.name).exact and not any(
+        isinstance(open_delta(space.objects.blob_path(member.delta)), FactorFile)
+        for member in recipe.members
+    )
 
 
-def is_reproducible(recipe: Recipe, record: KeyRecord) -> bool:
+def required_fingerprint(recipe: Recipe, space: Workspace) -> JsonValue:
+    """The environment that another run needs to get the same bytes; None if any gives them."""
+    return None if is_exact(recipe, space) else fingerprint(device())
+
+
+def is_reproducible(recipe: Recipe, record: KeyRecord, space: Workspace) -> bool:
     """True if making the recipe here must give the bytes of the recorded patch."""
-    return required_fingerprint(recipe) in (None, record.fingerprint)
+    return required_fingerprint(recipe, space) in (None, record.fingerprint)
 
 
 @dataclass(frozen=True)
@@ -138,7 +156,7 @@ def rebuild(line: LineRef, recipe: Recipe, patch: str | None) -> Rebuilt:
         file = scratch / "patch.safetensors"
         write_patch_of(file, line, recipe, space)
         digest = digest_file(file)
-        if patch in (None, digest) or get_method(recipe.method.name).exact:
+        if patch in (None, digest) or is_exact(recipe, space):
             return Rebuilt(digest)
         stored = SparseFile.open(space.objects.blob_path(str(patch)))
         return Rebuilt(
@@ -179,7 +197,7 @@ def recipe_members(base: Base, recipe: Recipe, space: Workspace) -> list[DeltaMe
     """The members of a recipe with their opened deltas."""
     members = []
     for member in recipe.members:
-        delta = SparseFile.open(space.objects.blob_path(member.delta), base.checkpoint)
+        delta = open_delta(space.objects.blob_path(member.delta), base.checkpoint)
         if delta.metadata.get("base") != base.ref.weights:
             # Shapes cannot tell: models of one architecture fit each other's bases.
             raise Damage(

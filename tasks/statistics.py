@@ -17,11 +17,11 @@ from torch import Tensor
 
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput
-from restitch.merging.files.sparse import SparseFile
+from restitch.merging.files.delta import Delta, open_delta
 from restitch.merging.methods.registry import Method, get_method
 from restitch.merging.order import by_bytes
-from restitch.merging.ranking.kept_vector import KeptVector
 from restitch.merging.ranking.score_tensors import fingerprint
+from restitch.merging.rules.merge_inputs import member_vector
 from restitch.merging.statistics.entropy_coefficients import VERSION as COEFFICIENTS_VERSION
 from restitch.merging.statistics.entropy_coefficients import CoefficientSettings, learn_coefficients
 from restitch.merging.statistics.fisher_diagonal import VERSION as FISHER_VERSION
@@ -207,7 +207,7 @@ def write_statistic_of(file: Path, line: LineRef, statistic: Statistic, space: W
     """Measure a statistic and write it to a file; return the number of calibration rows."""
     base = open_base(line, space)
     paths = [space.objects.blob_path(_delta(member)) for member in statistic.members]
-    deltas = [SparseFile.open(path, base.checkpoint) for path in paths]
+    deltas = [open_delta(path, base.checkpoint) for path in paths]
     step, holds = f"measure {statistic.name}", _holds(statistic.kind, base, deltas)
     opened = [
         _calibration(line, member, base, space).opened(step, holds) for member in statistic.members
@@ -221,7 +221,7 @@ def write_statistic_of(file: Path, line: LineRef, statistic: Statistic, space: W
     return sum(len(on.rows) for on in opened)
 
 
-def _holds(kind: str, base: Base, deltas: Sequence[SparseFile]) -> list[Part]:
+def _holds(kind: str, base: Base, deltas: Sequence[Delta]) -> list[Part]:
     """What measuring holds in addition to the live model, as far as it is known before."""
     names = {name for delta in deltas for name in delta.names}
     coordinates = sum(base.checkpoint.info(name).numel for name in names)
@@ -236,7 +236,7 @@ Measured = tuple[dict[str, Tensor], dict[str, str]]
 
 
 def _fisher(
-    line: LineRef, _: Base, deltas: Sequence[SparseFile], opened: Sequence[OpenCalibration]
+    line: LineRef, _: Base, deltas: Sequence[Delta], opened: Sequence[OpenCalibration]
 ) -> Measured:
     (delta,), (on,) = deltas, opened
     with on.live.edited(delta), working("measuring the Fisher diagonal") as progress:
@@ -253,7 +253,7 @@ def _fisher(
 
 
 def _gram(
-    _: LineRef, _base: Base, deltas: Sequence[SparseFile], opened: Sequence[OpenCalibration]
+    _: LineRef, _base: Base, deltas: Sequence[Delta], opened: Sequence[OpenCalibration]
 ) -> Measured:
     (delta,), (on,) = deltas, opened
     layers = linear_layers(on.live.model, on.live.parameters)
@@ -268,9 +268,9 @@ def _gram(
 
 
 def _coefficients(
-    line: LineRef, base: Base, deltas: Sequence[SparseFile], opened: Sequence[OpenCalibration]
+    line: LineRef, base: Base, deltas: Sequence[Delta], opened: Sequence[OpenCalibration]
 ) -> Measured:
-    vectors = [KeptVector(base.checkpoint, delta) for delta in deltas]
+    vectors = [member_vector(base.checkpoint, delta) for delta in deltas]
     live = opened[0].live
     try:
         with working("learning coefficients") as progress:

@@ -29,7 +29,7 @@ ROOMS = {
     "merging.numerics": set(),
     "merging.files": {"numerics"},
     "merging.ranking": {"numerics", "files"},
-    "merging.localize": {"files", "ranking"},
+    "merging.localize": {"numerics", "files", "ranking"},
     "merging.rules": {"numerics", "files", "ranking", "localize"},
     "merging.statistics": {"files", "ranking", "localize", "rules"},
     "merging.experts": {"numerics", "files", "ranking", "rules"},

@@ -11,7 +11,8 @@ from restitch.merging.files.checkpoint import FLOATING
 from restitch.merging.files.comparison import wrapped_names
 from restitch.merging.files.plain_weights import described, is_buffer
 from restitch.merging.localize.dataless import kept_count
-from restitch.merging.methods.registry import get_method, method_names, resolve_settings
+from restitch.merging.localize.subspace import NAME as SUBSPACE
+from restitch.merging.methods.registry import Method, get_method, method_names, resolve_settings
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.families.family import family_names, get_family
 from restitch.modeling.family_choice import check_base, proposal
@@ -222,14 +223,28 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
     for one in chosen:
         get_method(one.name)(base.checkpoint, (), **one.settings)  # a merge without members
     _check_alike(chosen)
-    method = get_method(chosen[0].name)
-    if method.whole and (spec.localize.mode, spec.localize.density) != ("dataless", 1.0):
+    _check_kept(spec, get_method(chosen[0].name))
+
+
+def _check_kept(spec: LineSpec, method: Method) -> None:
+    """Refuse a method that cannot merge what the line keeps of its members."""
+    choice = spec.localize
+    is_subspace = choice.mode == SUBSPACE
+    if method.whole and not is_subspace and (choice.mode, choice.density) != ("dataless", 1.0):
         raise BadInput(
             f"the method {method.name} needs whole task vectors, which the line does not keep",
-            expected="localize: {mode: dataless, density: 1}",
-            found=f"localize: {{mode: {spec.localize.mode}, density: {spec.localize.density}}}",
-            hint="remove `localize` from the line file, or choose a method for sparse deltas: "
+            expected="localize: {mode: subspace}, or {mode: dataless, density: 1}",
+            found=f"localize: {{mode: {choice.mode}, density: {choice.density}}}",
+            hint="choose one of the two, or a method for sparse deltas: "
             + ", ".join(name for name in method_names() if not get_method(name).whole),
+        )
+    if is_subspace and not method.whole:
+        raise BadInput(
+            f"the method {method.name} stitches masks, and the line keeps subspaces",
+            expected="a method for whole task vectors: "
+            + ", ".join(name for name in method_names() if get_method(name).whole),
+            found=method.name,
+            hint="choose one of them, or another localize: mode",
         )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from restitch.merging.localize.subspace import NAME as SUBSPACE
 from restitch.merging.methods.registry import Method, get_method, resolve_settings
 from restitch.registry.ledger.line_state import Member
 from restitch.registry.specs.line import LineSpec
@@ -77,7 +78,9 @@ def prepare(
 
 def masks_like(spec: LineSpec, **choice: Any) -> LocalizeSpec:
     """A choice of masks with the line's tensors, rows, seed and values."""
-    same = ("include", "exclude", "shots", "seed", "values")
+    same = ["include", "exclude", "shots", "seed"]
+    if spec.localize.mode != SUBSPACE:
+        same.append("values")
     return LocalizeSpec(**{name: getattr(spec.localize, name) for name in same} | choice)
 
 
@@ -97,9 +100,10 @@ def _line_with(
     resolved = resolve_settings(
         method.name, own_settings(line, method) if settings is None else settings
     )
+    is_subspace = spec.localize.mode == SUBSPACE
     keeps_all = get_method(spec.method.name).whole or spec.localize.density == 1.0
     if masks is None and method.whole:
-        masks = everything(spec)
+        masks = spec.localize if is_subspace else everything(spec)
     elif masks is None:
         masks = masks_like(spec, mode="dataless") if keeps_all else spec.localize
     chosen = {"method": MethodSpec(name=method.name, settings=resolved), "localize": masks}

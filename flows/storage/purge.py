@@ -21,7 +21,7 @@ from restitch.flows.remerge import RemergeOutcome, remerge
 from restitch.flows.storage.gc import intact_inventory, remove_objects
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import GateFailed, shortlist
-from restitch.merging.files.sparse import SparseFile
+from restitch.merging.files.delta import open_delta
 from restitch.modeling.families.family import get_family
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, ModelKey, Removal
@@ -286,7 +286,7 @@ def _derived(
         blob = key_record.blob
         unnamed = blob not in named and f"blobs/{blob}" in inventory.listed
         if weights and unnamed and name.startswith("keys/mask/"):
-            file = SparseFile.open(space.objects.blob_path(blob))
+            file = open_delta(space.objects.blob_path(blob))
             origin = file.metadata.get("finetuned", "")
             found |= {name: origin} if origin in weights else {}
     for name in list(found):

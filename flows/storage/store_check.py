@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from restitch.flows.outcome import Outcome
 from restitch.merging.errors import Damage, RestitchError, Unavailable
-from restitch.merging.files.sparse import SparseFile
+from restitch.merging.files.delta import open_delta
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import Entry, differences, replay, state_of
@@ -209,11 +209,11 @@ class Checker:
         if kind not in ("mask", "patch"):
             return None
         try:
-            file = SparseFile.open(self.space.objects.blob_path(key.blob))
-            kept = sum(file.info(each).kept for each in file.names)
+            file = open_delta(self.space.objects.blob_path(key.blob))
+            kept = file.total
             if kind == "patch" and file.metadata.get("recipe") != inputs:
                 return f"it names {key.blob}, which is the patch of another recipe"
-            if kind == "mask" and file.mask().digest() != key.facts.get("mask"):
+            if kind == "mask" and file.content_digest() != key.facts.get("mask"):
                 return f"it names {key.blob}, which has another mask"
         except RestitchError as error:
             return f"it names {key.blob}, which cannot be read: {error.summary}"

@@ -313,7 +313,7 @@ class _Verifier:
     def _made_elsewhere(self, recipe: Recipe) -> bool:
         """True if the method is numeric and ran in an environment that may give other bytes."""
         record = self.space.objects.lookup("patch", recipe.digest())
-        return record is not None and not is_reproducible(recipe, record)
+        return record is not None and not is_reproducible(recipe, record, self.space)
 
     def _claim(self, asked: str, digests: dict[str, str]) -> Claim:
         present, absent = [], []

@@ -13,7 +13,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.rules.consensus import MultiTask, count_votes
 from restitch.merging.rules.elementwise import ranges
 from restitch.merging.rules.merge_inputs import MergeInputs
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.stitch import DeltaMember, sparse_delta
 
 # Raised when the counts of the same members change.
 VERSION = 1
@@ -52,7 +52,7 @@ def kept_profile(
     base: Checkpoint, members: Iterable[DeltaMember], names: Iterable[str]
 ) -> tuple[int, ...]:
     """Count the weights in exactly 0, 1, ... masks of the members' deltas."""
-    deltas = [member.delta for member in members]
+    deltas = [sparse_delta(member) for member in members]
     counts = np.zeros(len(deltas) + 1, dtype=np.int64)
     for name in names:
         votes = np.zeros(base.info(name).numel, dtype=np.int64)

@@ -323,6 +323,10 @@ class SparseFile:
         rows, columns = rows_and_columns(self._infos[name].shape)
         return factors[:rows], factors[rows : rows + columns]
 
+    def content_digest(self) -> str:
+        """The digest of the mask alone."""
+        return self.mask().digest()
+
     def mask(self) -> Mask:
         """The kept coordinates as a mask, read on demand."""
         return Mask({name: info.kept for name, info in self._infos.items()}, self.coordinates)

@@ -13,7 +13,7 @@ from restitch.merging.experts.specialists import Experts, Selected, SharedExpert
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.methods.registry import method
 from restitch.merging.order import by_bytes
-from restitch.merging.ranking.kept_vector import KeptVector
+from restitch.merging.ranking.member_vector import MemberVector
 from restitch.merging.rules.elementwise import Floats, Range, ranges, sum_vectors
 from restitch.merging.rules.merge_inputs import MergeInputs
 
@@ -41,7 +41,7 @@ def _elected(part: Range) -> Selected:
     return Selected(sign * largest, masks)
 
 
-def _scales(base: Checkpoint, vectors: Sequence[KeptVector]) -> list[float]:
+def _scales(base: Checkpoint, vectors: Sequence[MemberVector]) -> list[float]:
     """The sum of magnitudes of each task vector over that of its task's part."""
     own, taken = [0.0] * len(vectors), [0.0] * len(vectors)
     for name in sorted({n for vector in vectors for n in vector.names}, key=by_bytes):

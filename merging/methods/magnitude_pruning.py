@@ -7,7 +7,7 @@ per weight for their positions, are as large as one whole vector and T masks.
 from restitch.merging.experts.specialists import Experts, OwnExperts
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.ranking.kept_vector import KeptVector
+from restitch.merging.ranking.member_vector import MemberVector
 from restitch.merging.rules.elementwise import Elementwise
 from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.ties import Trim
@@ -24,7 +24,7 @@ from restitch.merging.rules.ties import Trim
 def magnitude_pruning(inputs: MergeInputs) -> Experts:
     """Base + (the largest 1/T of the task's own vector, over the whole model)."""
 
-    def pruned(vector: KeptVector) -> Edits:
+    def pruned(vector: MemberVector) -> Edits:
         kept = Trim([vector], 1 / len(inputs.tasks), "model")
         return Elementwise(inputs.base, [vector], lambda part: kept.apply(part)[0][1])
 

@@ -62,7 +62,8 @@ def svc(
         before = cast(inputs.base.tensor(matrix.name).reshape(-1), torch.float64)
         wide = before.clone()
         inner.apply(matrix.name, wide)
-        return (wide - before).view(matrix.changes.shape[1:]).to(matrix.changes)
+        change = (wide - before).view(inputs.base.info(matrix.name).shape)
+        return matrix.projected(change.to(matrix.changes))
 
     return PerMatrix(
         inputs,

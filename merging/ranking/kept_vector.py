@@ -6,62 +6,35 @@ allocated. Computed in float32 if the base has 16 bits, in float64 otherwise.
 """
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.sparse import SparseFile
 from restitch.merging.numerics.rounding import cast, cast_into
+from restitch.merging.ranking.member_vector import BLOCK, Floats, MemberVector, working_dtype
 from restitch.merging.ranking.top_k import strided_sample
 
-Floats = NDArray[Any]
 
-BLOCK = 1 << 16  # weights per step: few enough for a core's cache
-
-
-def working_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The type in which weights of type `dtype` are merged, before one rounding."""
-    return torch.float32 if dtype.itemsize == 2 else torch.float64
-
-
-class KeptVector:
-    """The task vector of one member; its absolute values are `top_k.Scores`.
-
-    Args:
-        base: the base's checkpoint.
-        delta: the member's sparse delta on that base.
-    """
-
-    floor = 0.0
+class KeptVector(MemberVector):
+    """The task vector of a sparse delta."""
 
     def __init__(self, base: Checkpoint, delta: SparseFile) -> None:
-        self.base = base
-        self.delta = delta
-        self.names = delta.names
-        types = {working_dtype(base.info(name).dtype) for name in self.names}
-        self.score_dtype = torch.float64 if torch.float64 in types else torch.float32
+        super().__init__(base, delta)
+        self._delta = delta
 
-    def __contains__(self, name: object) -> bool:
-        return name in self.delta
-
-    def numel(self, name: str) -> int:
-        """The number of coordinates of a tensor."""
-        return self.delta.info(name).numel
-
-    def reader(self, name: str) -> "Reader":
+    def reader(self, name: str) -> "KeptReader":
         """A reader of the task vector of a tensor, one range after the other."""
-        return Reader(self.delta, name, whole=self._keeps_all(name))
+        return KeptReader(self._delta, name, whole=self._keeps_all(name))
 
     def difference(self, name: str) -> Tensor:
         """The task vector of one tensor, in its shape."""
         before = self.base.tensor(name).view(-1)
         wide = cast(before, working_dtype(before.dtype)).numpy()
         difference = torch.from_numpy(self.reader(name).read(wide))
-        return difference.view(self.delta.info(name).shape)
+        return difference.view(self.shape(name))
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         """|task vector| of a tensor in order; a chunk is valid until the next one."""
@@ -78,16 +51,16 @@ class KeptVector:
         wide = working_dtype(flat.dtype)
         if not self._keeps_all(name):
             return strided_sample(self.difference(name).view(-1).abs(), stride, block)
-        sides = [strided_sample(f, stride, block) for f in (self.delta.values(name), flat)]
+        sides = [strided_sample(f, stride, block) for f in (self._delta.values(name), flat)]
         after, before = (cast(side, wide).numpy() for side in sides)
         return torch.from_numpy(np.absolute(after - before))
 
     def _keeps_all(self, name: str) -> bool:
-        info = self.delta.info(name)
+        info = self._delta.info(name)
         return info.kept == info.numel
 
 
-class Reader:
+class KeptReader:
     """Reads the task vector of one tensor, range by range."""
 
     def __init__(self, delta: SparseFile, name: str, *, whole: bool) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from restitch.merging.files.edits import Edits
-from restitch.merging.ranking.kept_vector import KeptVector
+from restitch.merging.ranking.member_vector import MemberVector
 from restitch.merging.rules.elementwise import Elementwise, Floats, Range, sum_vectors
 from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.settings import check_range
@@ -22,16 +22,16 @@ THRESHOLDS = (0.2, 0.3, 0.4, 0.5, 0.6)
 # Computes the multi-task vector on a range, without overwriting the task vectors.
 MultiTaskVector = Callable[[Range], Floats]
 # Makes the above from the members' task vectors.
-MultiTask = Callable[[Sequence[KeptVector]], MultiTaskVector]
+MultiTask = Callable[[Sequence[MemberVector]], MultiTaskVector]
 
 
-def task_arithmetic_sum(_: Sequence[KeptVector]) -> MultiTaskVector:
+def task_arithmetic_sum(_: Sequence[MemberVector]) -> MultiTaskVector:
     """The multi-task vector of task arithmetic."""
     return lambda part: sum_vectors(part.vectors)
 
 
 def ties_sum(
-    vectors: Sequence[KeptVector], density: float = 0.2, trim: str = "model"
+    vectors: Sequence[MemberVector], density: float = 0.2, trim: str = "model"
 ) -> MultiTaskVector:
     """The multi-task vector of TIES, summed instead of averaged."""
     kept = Trim(vectors, density, trim)

@@ -20,7 +20,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.numerics.bitwise import as_integers
 from restitch.merging.numerics.rounding import cast, cast_into, round_once
 from restitch.merging.order import by_bytes
-from restitch.merging.ranking.kept_vector import BLOCK, KeptVector, working_dtype
+from restitch.merging.ranking.member_vector import BLOCK, MemberVector, working_dtype
 
 Floats = NDArray[Any]
 
@@ -47,7 +47,7 @@ COEFFICIENTS = tuple(n / 10 for n in range(1, 11))
 Rule = Callable[[Range], Floats]
 
 
-def ranges(base: Checkpoint, vectors: Sequence[KeptVector], name: str) -> Iterator[Range]:
+def ranges(base: Checkpoint, vectors: Sequence[MemberVector], name: str) -> Iterator[Range]:
     """Members' task vectors on one tensor, in order; a range is valid until the next one."""
     readers = [(i, vector.reader(name)) for i, vector in enumerate(vectors) if name in vector]
     start = 0
@@ -66,7 +66,7 @@ class Elementwise:
         rule: merges them on a range.
     """
 
-    def __init__(self, base: Checkpoint, vectors: Sequence[KeptVector], rule: Rule) -> None:
+    def __init__(self, base: Checkpoint, vectors: Sequence[MemberVector], rule: Rule) -> None:
         self._base = base
         self._vectors = tuple(vectors)
         self._rule = rule

@@ -22,6 +22,7 @@ from torch import Tensor
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.coordinate_codec import true_positions
+from restitch.merging.files.delta import Delta
 from restitch.merging.files.edits import Edits
 from restitch.merging.files.sparse import Piece, SparseFile, SparseInfo, SparseTensor, write_sparse
 from restitch.merging.numerics.bitwise import as_integers, gather, scatter
@@ -47,12 +48,12 @@ class DeltaMember:
 
     Attributes:
         task: its task.
-        delta: its sparse delta.
+        delta: its sparse delta, or the subspace of its task vector.
         statistics: the statistics that the method needs in addition, by `Method.needs`.
     """
 
     task: str
-    delta: SparseFile
+    delta: Delta
     statistics: Mapping[str, Checkpoint] = field(default_factory=dict)
 
 
@@ -101,7 +102,7 @@ def ordered_members(base: Checkpoint, members: Iterable[DeltaMember]) -> list[De
     return ordered
 
 
-def check_fit(base: Checkpoint, task: str, delta: SparseFile) -> None:
+def check_fit(base: Checkpoint, task: str, delta: Delta) -> None:
     """Raise `BadInput` if a file is not a delta with tensors of the base in the same shapes."""
     wrong = [
         f"{name}: base {list(base.info(name).shape) if name in base else 'has none'}, "
@@ -119,13 +120,29 @@ def check_fit(base: Checkpoint, task: str, delta: SparseFile) -> None:
         )
 
 
+def sparse_delta(member: DeltaMember) -> SparseFile:
+    """The sparse delta of a member.
+
+    Raises:
+        BadInput: the member is kept as a subspace.
+    """
+    if isinstance(member.delta, SparseFile):
+        return member.delta
+    raise BadInput(
+        f"{member.task} is kept as a subspace, and masks are needed here",
+        expected="members that were localized by masks",
+        found=f"factors ({member.delta.path})",
+        hint="choose a method for whole task vectors, or a line with another localize: mode",
+    )
+
+
 class _Stitched:
     """The edits of `stitch`: members in order, and a rule or None for the mean."""
 
     def __init__(self, members: Sequence[DeltaMember], rule: Rule | None) -> None:
-        self._members = tuple(members)
+        self._deltas = tuple(sparse_delta(member) for member in members)
         self._rule = rule
-        names = {name for member in members for name in member.delta.names}
+        names = {name for delta in self._deltas for name in delta.names}
         self.names = tuple(sorted(names, key=by_bytes))
         self._own = threading.local()
 
@@ -135,14 +152,14 @@ class _Stitched:
 
     def editor(self, name: str) -> Callable[[Tensor], None]:
         """A function that edits the parts of a tensor in order."""
-        deltas = [member.delta for member in self._members if name in member.delta]
+        deltas = [delta for delta in self._deltas if name in delta]
         if len(deltas) == 1:
             return deltas[0].editor(name)
         cursors = [delta.cursor(name) for delta in deltas]
         factors = [_factors(delta, name) for delta in deltas]
         block: _Block | None = getattr(self._own, "block", None)
         if block is None:
-            block = self._own.block = _Block(len(self._members))
+            block = self._own.block = _Block(len(self._deltas))
         start = 0
 
         def edit(part: Tensor) -> None:

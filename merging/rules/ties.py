@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 
 from restitch.merging.localize.dataless import kept_count
-from restitch.merging.ranking.kept_vector import KeptVector
+from restitch.merging.ranking.member_vector import MemberVector
 from restitch.merging.ranking.quantile import Cut, kth_largest
 from restitch.merging.ranking.top_k import Scores
 from restitch.merging.rules.elementwise import Floats, Range, all_bits, sum_arrays, sum_vectors
@@ -27,7 +27,7 @@ class Trim:
         over: `model` ranks all weights together, as the paper does; `tensor` each tensor alone.
     """
 
-    def __init__(self, vectors: Sequence[KeptVector], density: float, over: str) -> None:
+    def __init__(self, vectors: Sequence[MemberVector], density: float, over: str) -> None:
         check_choice("trim", over, ("model", "tensor"))
         kept_count(density, 0)  # checks the density
         self._vectors = vectors
@@ -56,7 +56,7 @@ class _TensorScores:
 
     floor = 0.0
 
-    def __init__(self, vector: KeptVector, name: str) -> None:
+    def __init__(self, vector: MemberVector, name: str) -> None:
         self.names = (name,)
         self.score_dtype = vector.score_dtype
         self.numel = vector.numel

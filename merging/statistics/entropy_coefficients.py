@@ -19,7 +19,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.localize.live_weights import requiring_gradients
 from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress, ignore
-from restitch.merging.ranking.kept_vector import KeptVector
+from restitch.merging.ranking.member_vector import MemberVector
 from restitch.merging.statistics.statistic_file import COEFFICIENTS, check_finite
 
 VERSION = 1
@@ -51,7 +51,7 @@ class CoefficientSettings:
 def learn_coefficients(
     parameters: Mapping[str, Tensor],
     base: Checkpoint,
-    vectors: Sequence[KeptVector],
+    vectors: Sequence[MemberVector],
     rows: Sequence[int],
     logits: Callable[[int, Sequence[int]], Tensor],
     settings: CoefficientSettings,
@@ -124,7 +124,7 @@ class _Stream:
         return taken
 
 
-def _stack(base: Checkpoint, vectors: Sequence[KeptVector], name: str) -> Tensor:
+def _stack(base: Checkpoint, vectors: Sequence[MemberVector], name: str) -> Tensor:
     """The flat task vectors of a tensor as rows; 0 if a member does not have the tensor."""
     stack = torch.zeros((len(vectors), base.info(name).numel))
     for row, vector in zip(stack, vectors, strict=True):

@@ -7,7 +7,14 @@ from pydantic import Discriminator, Field, Tag, model_validator
 from restitch.registry.sizes import Size
 from restitch.registry.specs.base import Count, Spec, Text
 
-DEFAULT_DENSITY = {"dataless": 0.05, "trained": 0.01, "fisher": 0.1, "distilled": 0.1}
+DEFAULT_DENSITY = {
+    "dataless": 0.05,
+    "trained": 0.01,
+    "fisher": 0.1,
+    "distilled": 0.1,
+    "subspace": 1.0,
+}
+DEFAULT_RANK, DEFAULT_MAX_RANK = 0.0417, 0.25
 DEFAULT_EPOCHS = {"distilled": 3}
 DEFAULT_RECOVERY, DEFAULT_MAX_DENSITY = 0.99, 0.3
 
@@ -17,6 +24,7 @@ _USED: dict[str, set[str]] = {
     "trained": {"preset", "shots", "epochs", "seed"},
     "fisher": {"shots", "seed"},
     "distilled": {"shots", "epochs", "seed"},
+    "subspace": {"rank"},
 }
 
 Share = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
@@ -27,8 +35,11 @@ Density = Annotated[
 ]
 
 
-def _if_auto(value: float) -> Any:
-    return lambda earlier: value if earlier.get("density") == "auto" else None
+Rank = Density
+
+
+def _if_auto(value: float, *keys: str) -> Any:
+    return lambda earlier: value if any(earlier.get(key) == "auto" for key in keys) else None
 
 
 class LocalizeSpec(Spec):
@@ -38,8 +49,10 @@ class LocalizeSpec(Spec):
     most of a finetuned model for its cost (docs/results/).
     """
 
-    mode: Literal["dataless", "trained", "fisher", "distilled"] = "distilled"
-    """How coordinates are ranked: `dataless` takes the largest differences; `fisher` weighs them by
+    mode: Literal["dataless", "trained", "fisher", "distilled", "subspace"] = "distilled"
+    """What is kept of a finetuned model. `subspace` keeps the leading singular vectors of each
+    matrix's change, for methods that need whole task vectors. The others keep a mask, and say how
+    coordinates are ranked: `dataless` takes the largest differences; `fisher` weighs them by
     how much the model's predictions depend on each; `distilled` refines that until the base with
     the mask predicts what the finetuned model predicts; `trained` learns the mask from labelled
     rows."""
@@ -48,8 +61,16 @@ class LocalizeSpec(Spec):
         description="The fraction of the localizable coordinates that a mask keeps, or `auto` "
         "for the lowest that recovers the finetuned model on validation rows; the default is "
         + ", ".join(f"{density} for {mode}" for mode, density in DEFAULT_DENSITY.items())
+        + ", which touches every weight"
         + ".",
         examples=[0.05, "auto"],
+    )
+    rank: Rank | None = Field(
+        default=None,
+        description="For `subspace`: the share of each matrix's rank to keep, or `auto` for the "
+        "lowest that recovers the finetuned model on validation rows; "
+        f"the default is {DEFAULT_RANK}.",
+        examples=[DEFAULT_RANK, "auto"],
     )
     preset: Literal["budget", "grafting", "paper", "official"] = "budget"
     """For `trained`: how the mask is learned. Only `budget` keeps exactly the density."""
@@ -68,25 +89,59 @@ class LocalizeSpec(Spec):
     exclude: tuple[Text, ...] = Field(default=(), examples=[["*.bias"]])
     """Globs on tensor names that are never localized; they win over `include`."""
     recovery: Share | None = Field(
-        default_factory=_if_auto(DEFAULT_RECOVERY),
-        description="For `density: auto`: the share of the finetuned model's metric to reach; "
+        default_factory=_if_auto(DEFAULT_RECOVERY, "density", "rank"),
+        description="For `density: auto` and `rank: auto`: the share of the finetuned model's "
+        "metric to reach; "
         f"the default is {DEFAULT_RECOVERY}.",
         examples=[DEFAULT_RECOVERY],
     )
     max_density: Share | None = Field(
-        default_factory=_if_auto(DEFAULT_MAX_DENSITY),
+        default_factory=_if_auto(DEFAULT_MAX_DENSITY, "density"),
         description="For `density: auto`: the density to use where `recovery` is not reached; "
         f"the default is {DEFAULT_MAX_DENSITY}.",
         examples=[DEFAULT_MAX_DENSITY],
     )
+    max_rank: Share | None = Field(
+        default=None,
+        description="For `rank: auto`: the share to use where `recovery` is not reached; "
+        f"the default is {DEFAULT_MAX_RANK}.",
+        examples=[DEFAULT_MAX_RANK],
+    )
     budget: Size | None = Field(default=None, examples=["20MB"])
-    """The largest size of a sparse delta, in bytes or as text."""
-    values: Literal["exact", "int8"] = "exact"
-    """What a delta stores of a weight: its `exact` bits, or `int8`, its difference from the base in
-    8 bits."""
+    """The largest size of a delta, in bytes or as text."""
+    values: Literal["exact", "int8", "bf16"] = Field(
+        default="exact",
+        description="What a delta stores of a weight: its `exact` bits, or `int8`, its difference "
+        "from the base in 8 bits. What it stores of a factor of a `subspace`: `bf16` (the "
+        "default), `int8`, or `exact`, which is float32.",
+        examples=["int8"],
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_subspace(cls, values: Any) -> Any:
+        # Not in the fields: a default that depends on another key enters every line's digest.
+        if not isinstance(values, dict) or values.get("mode") != "subspace":
+            return values
+        filled = {"rank": DEFAULT_RANK, "values": "bf16"} | values
+        if filled["rank"] == "auto":
+            filled = {"max_rank": DEFAULT_MAX_RANK} | filled
+        return filled
 
     @model_validator(mode="after")
     def _one_way_to_a_density(self) -> Self:
+        if self.mode == "subspace":
+            if self.density != DEFAULT_DENSITY["subspace"]:
+                raise ValueError("mode: subspace keeps a rank, not a density: give rank")
+            if self.rank is None:
+                raise ValueError("mode: subspace needs rank")
+            if (self.rank == "auto") != (self.max_rank is not None):
+                raise ValueError("max_rank belongs to rank: auto")
+            if (self.rank == "auto") != (self.recovery is not None):
+                raise ValueError("recovery belongs to rank: auto")
+            return self
+        if self.rank is not None or self.max_rank is not None or self.values == "bf16":
+            raise ValueError("rank, max_rank and values: bf16 belong to mode: subspace")
         if self.density == "auto":
             if self.recovery is None or self.max_density is None:
                 raise ValueError("density: auto needs recovery and max_density")
@@ -105,8 +160,10 @@ class LocalizeSpec(Spec):
         """The settings that determine the mask in this mode, except for the choice of tensors."""
         optional = self.model_dump(
             mode="json",
-            include={"recovery", "max_density", "budget", "values"},
-            exclude_defaults=True,
+            include={"recovery", "max_density", "max_rank", "budget"},
             exclude_none=True,
         )
-        return {**self.model_dump(mode="json", include={"density", *_USED[self.mode]}), **optional}
+        plain = self.mode != "subspace" and self.values == "exact"
+        own = _USED[self.mode] | (set() if plain else {"values"})
+        own |= set() if self.mode == "subspace" else {"density"}
+        return {**self.model_dump(mode="json", include=own), **optional}

@@ -23,9 +23,9 @@ from restitch.merging.experts.files import open_expert
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.comparison import Comparison, compare
 from restitch.merging.files.coordinates import Selection, select_tensors
+from restitch.merging.files.delta import open_delta
 from restitch.merging.files.edits import Edits
 from restitch.merging.files.plain_weights import check_plain
-from restitch.merging.files.sparse import SparseFile
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.configs import check_not_quantized
 from restitch.modeling.families.family import Family, get_family, loads_in_any_type
@@ -413,7 +413,7 @@ def open_sparse(blob: str, space: Workspace, base: Checkpoint) -> Edits:
     Raises:
         Damage: the file is missing or altered.
     """
-    return SparseFile.open(space.objects.blob_path(blob), base)
+    return open_delta(space.objects.blob_path(blob), base)
 
 
 def open_specialist(blob: str, space: Workspace, base: Checkpoint | None = None) -> Edits:

@@ -18,12 +18,12 @@ class LineRef:
 
 @dataclass(frozen=True)
 class DeltaRef:
-    """A sparse delta in the store.
+    """A member's delta in the store: a mask with its values, or a subspace.
 
     Attributes:
         blob: digest of the delta file.
-        mask: digest of the mask alone.
-        kept: the number of coordinates in the mask.
+        mask: digest of the mask alone, or of the subspace.
+        kept: the number of coordinates in the mask, or of stored numbers of a subspace.
         coordinates: the number of localizable coordinates.
         localizer: its name and version, for instance "dataless/1".
         made_by: the process that localized: worker, host, process, pool, device.
@@ -43,8 +43,23 @@ class DeltaRef:
 
     @property
     def density(self) -> float:
-        """The fraction of localizable coordinates in the mask."""
+        """The kept numbers per localizable coordinate."""
         return self.kept / self.coordinates if self.coordinates else 0.0
+
+
+@dataclass(frozen=True)
+class WrittenDelta:
+    """A delta file that was written.
+
+    Attributes:
+        mask: digest of the mask, or of the subspace.
+        facts: how it was calibrated, and how its density or rank was chosen.
+    """
+
+    mask: str
+    kept: int
+    coordinates: int
+    facts: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""Low-rank matrices, and their factors in 8 bits.
+
+A task vector of a matrix is kept as two factors: `scale * left @ right`. In 8 bits, each column of
+`left` and each row of `right` is whole multiples of a step of its own, in bfloat16.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+STEP_DTYPE = torch.bfloat16
+_MOST = 127
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The matrix `scale * left @ right`.
+
+    Attributes:
+        left: rows x rank.
+        right: rank x columns.
+        scale: a finite number.
+    """
+
+    left: Tensor
+    right: Tensor
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        fits = self.left.dim() == self.right.dim() == 2
+        if not fits or self.left.shape[1] != self.right.shape[0]:
+            shapes = f"{tuple(self.left.shape)} and {tuple(self.right.shape)}"
+            raise ValueError(f"factors of the shapes {shapes} have no product")
+
+    @property
+    def rank(self) -> int:
+        """The number of columns of the left factor, which is an upper bound of the rank."""
+        return self.left.shape[1]
+
+    def product(self) -> Tensor:
+        """The matrix in float32. Its last bits depend on the machine and on the threads."""
+        product = self.left.float() @ self.right.float()
+        return product if self.scale == 1.0 else product.mul_(self.scale)
+
+
+def in_8_bits(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """The codes (int8) and the steps (bfloat16, one per column) of a finite float32 matrix."""
+    steps = (columns.abs().amax(0) / _MOST).to(STEP_DTYPE)
+    sizes = steps.float()
+    codes = torch.where(sizes > 0, columns / sizes.clamp_min(torch.finfo().tiny), 0.0)
+    return codes.round_().clamp_(-_MOST, _MOST).to(torch.int8), steps
+
+
+def from_8_bits(codes: Tensor, steps: Tensor) -> Tensor:
+    """The float32 matrix of some codes and the steps of its columns."""
+    return codes.float() * steps.float()
+
+
+def numerical_rank(values: Tensor, side: int) -> int:
+    """The number of singular values that are not 0 up to rounding.
+
+    Args:
+        values: in falling order.
+        side: the longer side of the matrix.
+    """
+    noise = values[0] * side * torch.finfo(values.dtype).eps
+    return int((values > noise).sum())

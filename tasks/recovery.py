@@ -1,0 +1,148 @@
+"""Find the smallest delta that recovers a finetuned model on validation rows.
+
+Neither test rows nor calibration rows are used. If even the largest delta misses the target, but by
+no more than its confidence interval, then its own value becomes the reference: otherwise few
+validation rows would give every model the largest allowed delta. The record keeps every delta that
+was tried.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from restitch.merging.files.edits import Edits
+from restitch.merging.numerics.bisection import smallest
+from restitch.modeling.evaluation import Evaluation
+from restitch.registry.ledger.line_state import ModelRef
+from restitch.registry.specs.task import TaskSpec
+from restitch.tasks.evaluate import Exam
+from restitch.tasks.inputs.checkpoints import Base
+from restitch.tasks.inputs.task_data import reading_inputs
+from restitch.tasks.localizers import split_digests
+from restitch.tasks.runtime.console import say, warn, working
+from restitch.tasks.runtime.refs import WeightsRef
+from restitch.tasks.runtime.workspace import Workspace
+
+# Validation rows: more would make each look slower and hardly change the choice.
+_MOST_ROWS = 2000
+
+
+@dataclass(frozen=True)
+class Look:
+    """One delta, measured by its graft on validation rows.
+
+    Attributes:
+        kept: the number that was tried: coordinates, or the rank of the largest matrix.
+        density: the share of the coordinates, or of each matrix's rank.
+        recovered: the graft's value over that of the finetuned model.
+        low: lower end of the 95 % interval of that ratio; `high` is the upper one.
+    """
+
+    kept: int
+    density: float
+    value: float
+    recovered: float
+    low: float | None
+    high: float | None
+
+    def may_reach(self, target: float) -> bool:
+        """True if it misses the target by no more than its interval."""
+        return self.recovered < target and self.high is not None and self.high >= target
+
+
+@dataclass(frozen=True)
+class Recovery:
+    """The search for one finetuned model.
+
+    Attributes:
+        target: the share of the finetuned model's value to reach.
+    """
+
+    target: float
+    task: TaskSpec
+    base: Base
+    model: ModelRef
+    space: Workspace
+
+    def inputs(self) -> dict[str, Any]:
+        """All that a search depends on in addition to the candidates."""
+        splits = split_digests(self.task)
+        return {
+            "recovery": self.target,
+            "validation": splits.get("validation", splits.get("train")),
+            **reading_inputs(self.task, self.base, self.model),
+            "metric": self.task.metric,
+        }
+
+    def search(
+        self,
+        candidates: Sequence[int],
+        edits_of: Callable[[int], Edits],
+        share_of: Callable[[int], float],
+        what: str,
+        of: str,
+    ) -> dict[str, Any]:
+        """The smallest candidate that reaches the target, or else the largest.
+
+        Args:
+            candidates: in rising order.
+            edits_of: the graft of a candidate.
+            share_of: the share that a candidate keeps.
+            what: the delta, for messages.
+            of: what the share is of, for messages.
+
+        Returns:
+            The choice (`kept`) and all measurements, for the record.
+        """
+        assert self.task.data is not None
+        exam = Exam(self.base, self.task, self.model, self.space, validation=_MOST_ROWS)
+        whole = WeightsRef("finetuned", self.model.weights, self.model.uri)
+        live = exam.live
+        with live.wearing(whole, self.space):
+            whole_model = exam.take()
+        looks: dict[int, Look] = {}
+
+        def look(kept: int) -> Look:
+            if kept not in looks:
+                with live.edited(edits_of(kept)):
+                    grafted = exam.take()
+                looks[kept] = _look(kept, share_of(kept), grafted, whole_model)
+            return looks[kept]
+
+        with working(f"choosing how much to keep of {self.task.task}"):
+            best = look(candidates[-1])
+            reference, metric = whole_model.value, whole_model.metric
+            if best.may_reach(self.target):
+                reference = best.value
+            kept = smallest(
+                candidates,
+                lambda count: metric.reaches(look(count).value, self.target, reference),
+            )
+        chosen = look(candidates[-1] if kept is None else kept)
+        message = (
+            f"{what} of {self.task.task} recovers {chosen.recovered:.1%} of the finetuned "
+            f"model's {self.task.metric} with {chosen.density:.1%} {of}"
+        )
+        if kept is None:
+            warn(f"{message}, less than the requested {self.target:.1%}")
+        else:
+            say(message)
+        return {
+            "target": self.target,
+            "reached": chosen.recovered >= self.target,
+            "kept": chosen.kept,
+            "finetuned": whole_model.value,
+            "reference": reference,
+            "metric": self.task.metric,
+            "rows": exam.count,
+            "rows_set_apart_from_train": self.task.data.validation is None,
+            "curve": [asdict(looks[kept]) for kept in sorted(looks)],
+        }
+
+
+def _look(kept: int, share: float, grafted: Evaluation, finetuned: Evaluation) -> Look:
+    interval = finetuned.rows.ratio_interval(grafted.rows)
+    low, high = (None, None) if interval is None else interval
+    ratio = finetuned.metric.ratio(grafted.value, finetuned.value)
+    recovered = 1.0 if ratio is None else ratio
+    return Look(kept, share, grafted.value, recovered, low, high)
