@@ -118,7 +118,7 @@ def stitch(line: LineRef, recipe: Recipe, again: bool = False) -> PatchRef | Cac
 def is_exact(recipe: Recipe, space: Workspace) -> bool:
     """True if the recipe gives the same bytes on every machine.
 
-    Products of factors do not, whatever the method.
+    Products of factors do not, by any method.
     """
     return get_method(recipe.method.name).exact and not any(
         isinstance(open_delta(space.objects.blob_path(member.delta)), FactorFile)

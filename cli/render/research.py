@@ -144,19 +144,24 @@ def _pair(pair: Values, out: Console) -> None:
 
 def _masks(masks: Values, out: Console) -> None:
     tasks = masks["tasks"]
+    what = "subspaces" if "overlap" in masks else "masks"
     for name, title in (
         ("jaccard", "Jaccard index of the masks"),
-        ("cosine", "cosine of the masked task vectors"),
+        ("overlap", "overlap of the subspaces"),
+        ("cosine", f"cosine of the {'masked ' if what == 'masks' else ''}task vectors"),
     ):
+        if name not in masks:
+            continue
         write(out, f"\n{title}")
         pairs = zip(tasks, masks[name], strict=True)
         show_table(out, ("task", *tasks), ((task, *map(number, row)) for task, row in pairs))
-    write(out, "\ncoordinates by the number of members that keep them")
-    rows = [(owners, f"{count:,}") for owners, count in enumerate(masks["owners"], 1)]
-    show_table(out, ("owners", "coordinates"), rows)
+    if what == "masks":
+        write(out, "\ncoordinates by the number of members that keep them")
+        rows = [(owners, f"{count:,}") for owners, count in enumerate(masks["owners"], 1)]
+        show_table(out, ("owners", "coordinates"), rows)
     places = masks["places"]
     for name, group in (("component", "components"), ("layer", "layers")):
-        write(out, f"\nshare of the masks by {name}")
+        write(out, f"\nshare of the {what} by {name}")
         by_part = places[f"by_{name}"]
         shares = (*(by_part["tasks"][task] for task in tasks), by_part["all"])
         parts = [(part, *(percent(one.get(part, 0.0)) for one in shares)) for part in places[group]]

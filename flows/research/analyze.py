@@ -29,7 +29,9 @@ from restitch.tasks.report.mask_plots import (
     cosine_plot,
     jaccard_plot,
     layers_plot,
+    overlap_plot,
     owners_plot,
+    similarity,
 )
 from restitch.tasks.research.density_curves import conflict, curve
 from restitch.tasks.research.mask_analysis import analyze as compare_masks
@@ -41,7 +43,14 @@ from restitch.tasks.runtime.workspace import workspace
 DENSITIES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 DEFAULT_LOCALIZERS = ("dataless", "random")
 
-_MASK_PLOTS = (jaccard_plot, cosine_plot, layers_plot, components_plot, owners_plot)
+_MASK_PLOTS = (
+    jaccard_plot,
+    overlap_plot,
+    cosine_plot,
+    layers_plot,
+    components_plot,
+    owners_plot,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +100,7 @@ def analyze(
     snapshot = take_snapshot(space.ledger(line))
     family = get_family(snapshot.line_state.spec.family)
     own = snapshot.line_state.spec.localize.mode
-    names = tuple(dict.fromkeys(localizers or (*DEFAULT_LOCALIZERS, own)))
+    names = tuple(dict.fromkeys(localizers or (*DEFAULT_LOCALIZERS, *_of_masks(own))))
     for name in names:
         if name not in LOCALIZERS:
             raise unknown_name("localizer", name, LOCALIZERS)
@@ -170,10 +179,15 @@ def _measure_pair(
     snapshot: Snapshot, pair: tuple[Member, Member], densities: tuple[float, ...], family: Family
 ) -> dict[str, Any]:
     """Two members merged with growing masks of the line's own localizer, if both can use it."""
-    own = snapshot.line_state.spec.localize.mode
-    usable = not any(lacks(own, member.spec, family) for member in pair)
+    own = _of_masks(snapshot.line_state.spec.localize.mode)
+    usable = own and not any(lacks(own[0], member.spec, family) for member in pair)
     say(f"{snapshot.line_state.line}: {pair[0].task} and {pair[1].task} together")
-    return conflict(snapshot.line_in_use, pair, own if usable else "dataless", densities)
+    return conflict(snapshot.line_in_use, pair, own[0] if usable else "dataless", densities)
+
+
+def _of_masks(mode: str) -> tuple[str, ...]:
+    """The line's own localizer, if it ranks coordinates for masks."""
+    return (mode,) if mode in LOCALIZERS else ()
 
 
 def _value(result: ResultRef) -> dict[str, Any]:
@@ -201,12 +215,12 @@ def _chosen(snapshot: Snapshot, tasks: Sequence[str]) -> list[Member]:
 def _largest_overlap(
     masks: Mapping[str, Any], members: Mapping[str, Member]
 ) -> tuple[Member, Member] | None:
-    """The two members whose masks have the largest Jaccard index; the first two of equals."""
+    """The two members whose masks or subspaces have the most in common; the first two of equals."""
     indices = [i for i, task in enumerate(masks["tasks"]) if task in members]
     pairs = list(combinations(indices, 2))
     if not pairs:
         return None
-    a, b = max(pairs, key=lambda pair: masks["jaccard"][pair[0]][pair[1]] or 0.0)
+    a, b = max(pairs, key=lambda pair: similarity(masks)[pair[0]][pair[1]] or 0.0)
     return members[masks["tasks"][a]], members[masks["tasks"][b]]
 
 

@@ -112,7 +112,7 @@ def analyze_masks(
         coordinates=coordinates,
         shared=tuple(tuple(row) for row in sums.shared.tolist()),
         jaccard=_jaccard(sums.shared),
-        cosine=_cosine(sums.dots),
+        cosine=cosines(sums.dots),
         owners=tuple(sums.owners.tolist()[1:]),
     )
 
@@ -199,13 +199,14 @@ def _jaccard(shared: NDArray[np.int64]) -> Matrix:
     return _quotients(shared, sizes[:, None] + sizes[None, :] - shared)
 
 
-def _cosine(dots: NDArray[np.float64]) -> Matrix:
+def cosines(dots: NDArray[np.float64]) -> Matrix:
+    """The cosines of some vectors, from their inner products."""
     lengths = np.sqrt(dots.diagonal())
-    cosines = _quotients(dots, lengths[:, None] * lengths[None, :])
+    quotients = _quotients(dots, lengths[:, None] * lengths[None, :])
     # Rounding may lead to a value above 1.
     return tuple(
         tuple(None if value is None else max(-1.0, min(1.0, value)) for value in row)
-        for row in cosines
+        for row in quotients
     )
 
 

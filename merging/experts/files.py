@@ -26,7 +26,7 @@ from restitch.merging.files.sparse import SparseFile, SparseTensor, damage, writ
 from restitch.merging.numerics.bitwise import gather, scatter
 from restitch.merging.numerics.rounding import cast
 from restitch.merging.progress import Progress, ignore
-from restitch.merging.ranking.kept_vector import working_dtype
+from restitch.merging.ranking.member_vector import working_dtype
 from restitch.merging.rules.stitch import differences, write_patch
 
 _SHARED, _SCALE = "shared", "scale"

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from restitch.merging.files.factor_file import FactorFile, FactorTensor
 from restitch.merging.localize.dataless import kept_count
-from restitch.merging.numerics.factors import Factors, numerical_rank
+from restitch.merging.numerics.factors import Factors, above_rounding
 from restitch.merging.progress import Progress
 from restitch.merging.ranking.task_vector import TaskVector
 
@@ -60,10 +60,7 @@ def localize_subspace(
             if is_matrix(shape):
                 matrix = change.reshape(shape[0], -1)
                 rank = kept_rank(share, *matrix.shape)
-                if rank * sum(matrix.shape) * factors_dtype.itemsize < (
-                    matrix.numel() * whole_dtype.itemsize
-                ):
-                    kept = leading(matrix.to(device or matrix.device), rank)
+                kept = leading(matrix.to(device or matrix.device), rank)
             dtype = factors_dtype if isinstance(kept, Factors) else whole_dtype
             yield FactorTensor(name, shape, kept, dtype)
         done += change.numel()
@@ -108,7 +105,7 @@ def leading(matrix: Tensor, rank: int) -> Factors:
         rank: at most the smaller side.
     """
     left, values, right = _leading_triplets(matrix, rank)
-    count = max(1, numerical_rank(values, max(matrix.shape)))
+    count = max(1, int(above_rounding(values, max(matrix.shape)).sum()))
     roots = values[:count].sqrt()
     return Factors((left[:, :count] * roots).cpu(), (roots[:, None] * right[:count]).cpu())
 

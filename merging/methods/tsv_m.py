@@ -5,7 +5,7 @@ from torch import Tensor
 
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.numerics.factors import numerical_rank
+from restitch.merging.numerics.factors import above_rounding
 from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.per_matrix import PerMatrix, nearest_orthogonal, svd
 from restitch.merging.rules.settings import check_range
@@ -33,22 +33,17 @@ def tsv_m(inputs: MergeInputs, *, alpha: float = 1.0) -> Edits:
 def merged(changes: Tensor, rank: int) -> Tensor:
     """Merge the leading r/T triplets of each matrix, with left and right vectors orthogonalized.
 
-    A member of a lower rank has fewer: vectors of the singular value 0 are arbitrary, and would
-    bend those of the others.
+    Vectors of the singular value 0 are arbitrary, and would bend the others: they are left out.
 
     Args:
         changes: task vectors of one matrix, members x rows x columns.
         rank: r, the smaller side of the matrix (of the tensor itself in a core space).
     """
-    most = max(1, rank // len(changes))
-    lefts, spectrum, rights = [], [], []
-    for left, values, right in zip(*svd(changes), strict=True):
-        own = min(most, numerical_rank(values, max(changes.shape[1:])))
-        lefts.append(left[:, :own])
-        spectrum.append(values[:own])
-        rights.append(right[:own])
-    if not torch.cat(spectrum).numel():
-        return torch.zeros_like(changes[0])
-    return (nearest_orthogonal(torch.cat(lefts, 1)) * torch.cat(spectrum)) @ nearest_orthogonal(
-        torch.cat(rights)
-    )
+    kept = max(1, rank // len(changes))
+    left, values, right = svd(changes)
+    values = values * above_rounding(values, max(changes.shape[1:]))
+    real = values[:, :kept] > 0
+    lefts = torch.cat([one[:, :kept] * own for one, own in zip(left, real, strict=True)], dim=1)
+    rights = torch.cat([one[:kept] * own[:, None] for one, own in zip(right, real, strict=True)])
+    spectrum = values[:, :kept].reshape(-1)
+    return (nearest_orthogonal(lefts) * spectrum) @ nearest_orthogonal(rights)

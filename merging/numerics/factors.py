@@ -57,12 +57,11 @@ def from_8_bits(codes: Tensor, steps: Tensor) -> Tensor:
     return codes.float() * steps.float()
 
 
-def numerical_rank(values: Tensor, side: int) -> int:
-    """The number of singular values that are not 0 up to rounding.
+def above_rounding(values: Tensor, side: int) -> Tensor:
+    """True for the singular values that are not 0 up to rounding.
 
     Args:
-        values: in falling order.
-        side: the longer side of the matrix.
+        values: in falling order along the last dimension.
+        side: the longer side of the matrices.
     """
-    noise = values[0] * side * torch.finfo(values.dtype).eps
-    return int((values > noise).sum())
+    return values > values[..., :1] * side * torch.finfo(values.dtype).eps

@@ -7,7 +7,6 @@ elementwise method gives the same bytes as from a delta with those weights.
 
 from collections.abc import Iterator
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -69,6 +68,7 @@ class FactoredReader:
             before: the base's weights there, in the working type.
         """
         stop = self._start + len(before)
-        after = cast(self._weights[self._start : stop], torch.from_numpy(before).dtype).numpy()
+        after = cast(self._weights[self._start : stop], torch.from_numpy(before).dtype)
         self._start = stop
-        return np.subtract(after, before)
+        array: Floats = after.numpy() - before
+        return array

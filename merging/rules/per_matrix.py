@@ -6,8 +6,8 @@ once; where the merged task vector is 0, the base's bits stay. If all members ke
 matrix and their ranks together are below its own, the rule works in the *core space* (Core Space
 Merging, 2025, arXiv 2509.17786): with orthonormal bases Q of all left and R of all right factors,
 it merges the small matrices Q^T D_t R^T, and the result is Q M R. Decompositions and optimizer
-steps differ in their last bits between machines, so such a method is `numeric` and may compute on a GPU
-(`computing_on`). Memory holds one matrix of each member at a time.
+steps differ in their last bits between machines, so such a method is `numeric` and may compute on a
+GPU (`computing_on`). Memory holds one matrix of each member at a time.
 """
 
 from collections.abc import Callable, Iterator

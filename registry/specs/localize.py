@@ -112,29 +112,32 @@ class LocalizeSpec(Spec):
     values: Literal["exact", "int8", "bf16"] = Field(
         default="exact",
         description="What a delta stores of a weight: its `exact` bits, or `int8`, its difference "
-        "from the base in 8 bits. What it stores of a factor of a `subspace`: `bf16` (the "
-        "default), `int8`, or `exact`, which is float32.",
+        "from the base in 8 bits. What it stores of a factor of a `subspace`: `int8` (the "
+        "default), `bf16`, or `exact`, which is float32.",
         examples=["int8"],
     )
 
-    @model_validator(mode="before")
-    @classmethod
-    def _of_a_subspace(cls, values: Any) -> Any:
+    @model_validator(mode="after")
+    def _defaults_of_a_subspace(self) -> Self:
         # Not in the fields: a default that depends on another key enters every line's digest.
-        if not isinstance(values, dict) or values.get("mode") != "subspace":
-            return values
-        filled = {"rank": DEFAULT_RANK, "values": "bf16"} | values
-        if filled["rank"] == "auto":
-            filled = {"max_rank": DEFAULT_MAX_RANK} | filled
-        return filled
+        if self.mode == "subspace":
+            if self.rank is None:
+                self._fill("rank", DEFAULT_RANK)
+            if self.rank == "auto" and self.max_rank is None:
+                self._fill("max_rank", DEFAULT_MAX_RANK)
+            if "values" not in self.model_fields_set:
+                self._fill("values", "int8")
+        return self
+
+    def _fill(self, key: str, value: object) -> None:
+        object.__setattr__(self, key, value)  # frozen for everybody else
+        self.model_fields_set.add(key)
 
     @model_validator(mode="after")
     def _one_way_to_a_density(self) -> Self:
         if self.mode == "subspace":
             if self.density != DEFAULT_DENSITY["subspace"]:
                 raise ValueError("mode: subspace keeps a rank, not a density: give rank")
-            if self.rank is None:
-                raise ValueError("mode: subspace needs rank")
             if (self.rank == "auto") != (self.max_rank is not None):
                 raise ValueError("max_rank belongs to rank: auto")
             if (self.rank == "auto") != (self.recovery is not None):

@@ -11,6 +11,8 @@ from restitch.tasks.report.drawing import COLOURS, WIDTH, Plot, axes_in, label, 
 from restitch.tasks.report.numbers import number
 
 EVERYTHING = "all weights"
+# The measure of similarity that only an analysis of subspaces has.
+SUBSPACES = "overlap"
 
 _BLUE, _RED = (0.0, 0.36, 0.62), (0.72, 0.24, 0.04)
 _PARTS = ("blue", "orange", "green", "pink", "sky", "grey")
@@ -25,16 +27,23 @@ def jaccard_plot(analysis: Mapping[str, Any]) -> Plot | None:
     return _pairs_plot(analysis, "jaccard", "Jaccard index of the masks", description)
 
 
+def overlap_plot(analysis: Mapping[str, Any]) -> Plot | None:
+    """The overlap of each pair of subspaces."""
+    description = "Mean squared cosine of the principal angles between two subspaces"
+    return _pairs_plot(analysis, "overlap", "Overlap of the subspaces", description)
+
+
 def cosine_plot(analysis: Mapping[str, Any]) -> Plot | None:
     """The cosine similarity of each pair of masked task vectors."""
-    title = "Cosine similarity of the masked task vectors"
-    return _pairs_plot(analysis, "cosine", title, "Cosine similarity of two masked task vectors")
+    what = "task vectors" if SUBSPACES in analysis else "masked task vectors"
+    title = f"Cosine similarity of the {what}"
+    return _pairs_plot(analysis, "cosine", title, f"Cosine similarity of two {what}")
 
 
 def _pairs_plot(
     analysis: Mapping[str, Any], name: str, title: str, description: str
 ) -> Plot | None:
-    pairs = pairs_of(analysis[name])
+    pairs = pairs_of(analysis.get(name, ()))
     if not pairs:
         return None
     (i, j, high), (*_, low) = pairs[0], pairs[-1]
@@ -52,14 +61,14 @@ def layers_plot(analysis: Mapping[str, Any]) -> Plot | None:
     shares = _shares(analysis, "by_layer")
     if not shares:
         return None
-    layers = analysis["places"]["layers"]
+    layers, what = analysis["places"]["layers"], kept(analysis)
     rows = [[share.get(layer, 0.0) for layer in layers] for share in shares.values()]
     highest = max(value for row in rows for value in row)
     return Plot(
         "layers",
-        "Masks by layer",
-        f"The share of each of {len(rows) - 1} masks in each of {len(layers)} layers, and the "
-        f"share of all weights in the tensors that masks touch. The largest share is "
+        f"{what.capitalize()} by layer",
+        f"The share of each of {len(rows) - 1} {what} in each of {len(layers)} layers, and the "
+        f"share of all weights in the tensors that {what} touch. The largest share is "
         f"{number(highest)}.",
         _heat_map(rows, list(shares), layers, highest, cell=0.26, numbers=False),
     )
@@ -71,6 +80,7 @@ def components_plot(analysis: Mapping[str, Any]) -> Plot | None:
     if not shares:
         return None
     parts, names = analysis["places"]["components"], list(shares)
+    what = kept(analysis)
     figure, axes = axes_in(len(names) * 0.26, left=room(names), right=0.2, top=0.55, bottom=0.5)
     start = [0.0] * len(names)
     for part, colour in zip(parts, _PARTS, strict=False):
@@ -79,7 +89,7 @@ def components_plot(analysis: Mapping[str, Any]) -> Plot | None:
         start = [a + b for a, b in zip(start, widths, strict=True)]
     axes.set_yticks(range(len(names)), [label(name) for name in names])
     axes.tick_params(axis="y", length=0)
-    axes.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xlabel="share of the mask")
+    axes.set(xlim=(0, 1), ylim=(len(names) - 0.5, -0.5), xlabel=f"share of the {what[:-1]}")
     handles, labels = axes.get_legend_handles_labels()
     columns = len(parts) if len(parts) <= 4 else 3
     figure.legend(handles, labels, loc="upper center", ncols=columns, handlelength=1)
@@ -90,9 +100,9 @@ def components_plot(analysis: Mapping[str, Any]) -> Plot | None:
     }
     return Plot(
         "components",
-        "Masks by component",
-        f"The share of each of {len(names) - 1} masks by component, and the share of all weights "
-        "in the tensors that masks touch. Mean over the masks: "
+        f"{what.capitalize()} by component",
+        f"The share of each of {len(names) - 1} {what} by component, and the share of all weights "
+        f"in the tensors that {what} touch. Mean over the {what}: "
         + ", ".join(f"{part} {number(mean)}" for part, mean in means.items())
         + ".",
         figure,
@@ -103,7 +113,7 @@ def owners_plot(analysis: Mapping[str, Any]) -> Plot | None:
     """The number of coordinates in exactly 1, 2, 3, ... masks."""
     from matplotlib.ticker import NullLocator
 
-    owners = analysis["owners"]
+    owners = analysis.get("owners", ())
     if not sum(owners):
         return None
     # Counts of zero at the end are not drawn; a log scale could not show them.
@@ -144,11 +154,22 @@ def owners_plot(analysis: Mapping[str, Any]) -> Plot | None:
     )
 
 
+def similarity(analysis: Mapping[str, Any]) -> Sequence[Sequence[float | None]]:
+    """How much each pair of members has in common: overlap of subspaces, or Jaccard of masks."""
+    found: Sequence[Sequence[float | None]] = analysis.get(SUBSPACES) or analysis["jaccard"]
+    return found
+
+
 def pairs_of(matrix: Sequence[Sequence[float | None]]) -> list[tuple[int, int, float]]:
     """The pairs of members that have a value, by their indices, largest value first."""
     pairs = [(i, j, value) for j, row in enumerate(matrix) for i, value in enumerate(row[:j])]
     known = [(i, j, value) for i, j, value in pairs if value is not None]
     return sorted(known, key=lambda pair: -pair[2])
+
+
+def kept(analysis: Mapping[str, Any]) -> str:
+    """What the members keep, in words."""
+    return "subspaces" if SUBSPACES in analysis else "masks"
 
 
 def _shares(analysis: Mapping[str, Any], group: str) -> dict[str, dict[str, float]]:

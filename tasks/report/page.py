@@ -16,12 +16,16 @@ from restitch.registry.gates.gate import GateOutcome
 from restitch.registry.specs.metric import METRICS
 from restitch.tasks.report.drawing import Plot, drawing, to_png, to_svg
 from restitch.tasks.report.mask_plots import (
+    SUBSPACES,
     components_plot,
     cosine_plot,
     jaccard_plot,
+    kept,
     layers_plot,
+    overlap_plot,
     owners_plot,
     pairs_of,
+    similarity,
 )
 from restitch.tasks.report.numbers import Numbers
 from restitch.tasks.report.plots import results_plot, retention_plot, tradeoff_plot
@@ -81,6 +85,8 @@ def render(content: ReportInput) -> Report:
         acts=content.acts,
         analysis=content.analysis,
         whole=_all_is_kept(content.analysis),
+        subspaces=content.analysis is not None and SUBSPACES in content.analysis,
+        kept="masks" if content.analysis is None else kept(content.analysis),
         pairs=_closest_pairs(content.analysis),
         plots={plot.name: plot for plot in plots},
         svg=to_svg,
@@ -101,6 +107,7 @@ def _plots(content: ReportInput) -> list[Plot]:
     if analysis is not None and not _all_is_kept(analysis):
         makers += [
             ("jaccard", lambda: jaccard_plot(analysis)),
+            ("overlap", lambda: overlap_plot(analysis)),
             ("layers", lambda: layers_plot(analysis)),
             ("components", lambda: components_plot(analysis)),
             ("owners", lambda: owners_plot(analysis)),
@@ -122,15 +129,15 @@ def _by_verdict(changes: Mapping[str, Any] | None) -> dict[str, list[tuple[int, 
 
 def _all_is_kept(analysis: Mapping[str, Any] | None) -> bool:
     """True if the members are whole task vectors, so that there are no masks to compare."""
-    if analysis is None:
+    if analysis is None or SUBSPACES in analysis:
         return False
-    sizes, kept = analysis["coordinates"], analysis["kept"].values()
-    return bool(kept) and all(one == sizes for one in kept)
+    sizes, counts = analysis["coordinates"], analysis["kept"].values()
+    return bool(counts) and all(one == sizes for one in counts)
 
 
 def _closest_pairs(analysis: Mapping[str, Any] | None) -> list[tuple[int, int]]:
     """The pairs of members whose masks overlap most, by their indices."""
-    pairs = [] if analysis is None else pairs_of(analysis["jaccard"])
+    pairs = [] if analysis is None else pairs_of(similarity(analysis))
     return [(i, j) for i, j, _ in pairs[:MOST_PAIRS]]
 
 

@@ -19,7 +19,7 @@ from restitch.merging.localize.dataless import kept_count
 from restitch.merging.methods.registry import Method, get_method, resolve_settings
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import top_k
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.stitch import DeltaMember, sparse_delta
 from restitch.modeling.evaluation import Evaluation
 from restitch.registry.ledger.line_state import Member
 from restitch.tasks.density import Grafted
@@ -133,7 +133,9 @@ def conflict(
         with working(f"merging {' and '.join(m.task for m in members)}") as progress:
             for done, (density, kept) in enumerate(counts.items(), 1):
                 given = parts(kept, rankings)
-                masks = analyze_masks(base.checkpoint, {part.task: part.delta for part in given})
+                masks = analyze_masks(
+                    base.checkpoint, {part.task: sparse_delta(part) for part in given}
+                )
                 shared, kept_by_any = sum(masks.owners[1:]), sum(masks.owners)
                 overlap = {
                     "shared": shared,

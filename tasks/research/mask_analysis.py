@@ -1,4 +1,4 @@
-"""Analyze the overlaps of the masks of a merged version, and their shares by layer and component.
+"""Analyze the overlaps of masks or subspaces of a merged version, and where they lie.
 
 The analysis is a pure function of the base and the members' deltas. It is stored under their
 digests, so that a stored analysis is returned without reading base or deltas.
@@ -10,9 +10,15 @@ from typing import Any
 
 from restitch.merging.analysis.masks import VERSION as ANALYSIS_VERSION
 from restitch.merging.analysis.masks import MaskAnalysis, analyze_masks
+from restitch.merging.analysis.subspaces import SubspaceAnalysis, analyze_subspaces
 from restitch.merging.digests import digest_json
+from restitch.merging.errors import BadInput
+from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.delta import Delta, open_delta
+from restitch.merging.files.factor_file import FactorFile
 from restitch.merging.files.sparse import SparseFile
 from restitch.merging.order import by_bytes
+from restitch.merging.progress import Progress
 from restitch.modeling.tensor_location import COMPONENTS, Place, place_of
 from restitch.registry.ledger.records import MergedRecord
 from restitch.tasks.inputs.checkpoints import open_base
@@ -29,12 +35,12 @@ OUTSIDE = "outside"  # of all numbered layers
 
 @step("analyze", "analyze version {record.version}")
 def analyze(line: LineRef, record: MergedRecord) -> dict[str, Any] | Cached[dict[str, Any]]:
-    """The analysis of a merged version's masks, from the store or made now.
+    """The analysis of a merged version's masks or subspaces, from the store or made now.
 
     Returns:
-        `MaskAnalysis.to_json`, and under `places` the names of `layers` and `components`, with
-        the share of each mask in them by task, and the share of all coordinates of the tensors
-        that any mask touches.
+        `MaskAnalysis.to_json` or `SubspaceAnalysis.to_json`, and under `places` the names of
+        `layers` and `components`, with the share of each mask or subspace in them by task, and the
+        share of all coordinates of the tensors that any of them touches.
     """
     space = workspace()
     deltas = {t: record.members[t].delta for t in sorted(record.members, key=by_bytes)}
@@ -51,16 +57,31 @@ def analyze(line: LineRef, record: MergedRecord) -> dict[str, Any] | Cached[dict
     base = open_base(line, space)
     with working("comparing the masks") as progress:
         files = {
-            t: SparseFile.open(space.objects.blob_path(d), base.checkpoint)
-            for t, d in deltas.items()
+            t: open_delta(space.objects.blob_path(d), base.checkpoint) for t, d in deltas.items()
         }
-        analysis = analyze_masks(base.checkpoint, files, progress)
+        analysis = _compared(base.checkpoint, files, progress)
     value = {**analysis.to_json(), "places": places_of(analysis)}
     # Another worker may have been first, with differently rounded sums.
     return space.keep("analysis", key, value)
 
 
-def places_of(analysis: MaskAnalysis) -> dict[str, Any]:
+def _compared(
+    base: Checkpoint, files: Mapping[str, Delta], progress: Progress
+) -> MaskAnalysis | SubspaceAnalysis:
+    masks = {t: file for t, file in files.items() if isinstance(file, SparseFile)}
+    subspaces = {t: file for t, file in files.items() if isinstance(file, FactorFile)}
+    if masks and subspaces:
+        raise BadInput(
+            "masks and subspaces cannot be compared with each other",
+            found=f"masks of {', '.join(masks)}; subspaces of {', '.join(subspaces)}",
+            hint="localize all members in the same way",
+        )
+    if subspaces:
+        return analyze_subspaces(base, subspaces, progress)
+    return analyze_masks(base, masks, progress)
+
+
+def places_of(analysis: MaskAnalysis | SubspaceAnalysis) -> dict[str, Any]:
     """The share of each mask by layer and by component."""
     places = {name: place_of(name) for name in analysis.coordinates}
     layers = _layer_names(places.values())
@@ -90,7 +111,9 @@ def _layer_names(places: Iterable[Place]) -> dict[Place, str]:
     return {place: name(place) for place in sorted(distinct, key=order)}
 
 
-def _shares(analysis: MaskAnalysis, group: Callable[[str], str]) -> dict[str, Any]:
+def _shares(
+    analysis: MaskAnalysis | SubspaceAnalysis, group: Callable[[str], str]
+) -> dict[str, Any]:
     return {
         "tasks": {task: _share(kept, group) for task, kept in analysis.kept.items()},
         "all": _share(analysis.coordinates, group),

@@ -13,7 +13,7 @@ from restitch.merging.files.export import export_weights
 from restitch.merging.files.sparse import SparseFile
 from restitch.merging.methods.registry import get_method
 from restitch.merging.recipe import Recipe, RecipeBase, RecipeMember, RecipeMethod
-from restitch.merging.rules.stitch import DeltaMember, stitch, write_patch
+from restitch.merging.rules.stitch import DeltaMember, sparse_delta, stitch, write_patch
 from tests import tiny
 
 TASKS = ("a", "B", "b2", "é", "z")
@@ -87,7 +87,9 @@ def test_an_auditor_rebuilds_a_version_from_its_recipe(
         family="text-encoder",
         method=RecipeMethod("localize-and-stitch", 1, {"overlap": "mean"}),
         members=tuple(
-            RecipeMember(m.task, "model", m.delta.mask().digest(), digest_file(m.delta.path))
+            RecipeMember(
+                m.task, "model", sparse_delta(m).mask().digest(), digest_file(m.delta.path)
+            )
             for m in chosen
         ),
         code=1,

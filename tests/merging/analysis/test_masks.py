@@ -16,6 +16,7 @@ from restitch.merging.analysis.masks import MaskAnalysis, analyze_masks
 from restitch.merging.errors import BadInput, Damage
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
+from restitch.merging.rules.stitch import sparse_delta
 from tests import tiny
 
 Kept = dict[str, dict[int, float]]
@@ -178,14 +179,14 @@ def test_progress_ends_with_all_elements(tmp_path: Path) -> None:
     base = tiny.save(tmp_path, tiny.base_tensors())
     seen: list[tuple[int, int]] = []
     member = tiny.member(tmp_path, base, "a", 0)
-    analyze_masks(base, {"a": member.delta}, lambda *at: seen.append(at))
+    analyze_masks(base, {"a": sparse_delta(member)}, lambda *at: seen.append(at))
     assert seen[-1] == (136, 136)
 
 
 def test_an_analysis_survives_json(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors())
     found = analyze_masks(
-        base, {t: tiny.member(tmp_path, base, t, i).delta for i, t in enumerate("ab")}
+        base, {t: sparse_delta(tiny.member(tmp_path, base, t, i)) for i, t in enumerate("ab")}
     )
     assert MaskAnalysis.from_json(json.loads(json.dumps(found.to_json()))) == found
     with pytest.raises(Damage, match="analysis"):

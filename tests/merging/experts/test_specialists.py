@@ -17,7 +17,7 @@ from restitch.merging.files.edits import Edits, StreamedEdits, edited
 from restitch.merging.files.export import export_weights
 from restitch.merging.methods.registry import get_method, method, method_names
 from restitch.merging.numerics.rounding import round_once
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.stitch import DeltaMember, sparse_delta
 from tests import tiny
 from tests.merging.rules.test_elementwise import HAND, agreeing, by_hand, members_of, trimmed
 
@@ -156,7 +156,7 @@ def test_it_matches_the_dense_reference(tmp_path: Path, name: str, given: dict[s
     experts = get_method(name).experts(base, members, **given)
     vectors = {
         m.task: {
-            n: m.delta.values(n).double() - base.tensor(n).view(-1).double()
+            n: sparse_delta(m).values(n).double() - base.tensor(n).view(-1).double()
             for n in sorted(m.delta.names)
         }
         for m in sorted(members, key=lambda member: member.task)
@@ -230,7 +230,7 @@ def test_the_order_of_members_changes_no_byte_of_any_file(tmp_path: Path, name: 
 def test_an_exported_specialist_is_base_plus_mask_times_multi_task_vector(tmp_path: Path) -> None:
     base, members = three(tmp_path)
     read = stored(tmp_path / "files", base, get_method("tall").experts(base, members))
-    by_task = {member.task: member.delta for member in members}
+    by_task = {member.task: sparse_delta(member) for member in members}
     for task, edits in read.items():
         out = tmp_path / "out" / task
         out.mkdir(parents=True)

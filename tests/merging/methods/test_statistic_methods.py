@@ -16,7 +16,7 @@ from restitch.merging.files.mask import Mask
 from restitch.merging.methods.registry import get_method, method_names
 from restitch.merging.methods.regmean import solved
 from restitch.merging.ranking.kept_vector import KeptVector
-from restitch.merging.rules.stitch import DeltaMember
+from restitch.merging.rules.stitch import DeltaMember, sparse_delta
 from restitch.merging.statistics.entropy_coefficients import (
     CoefficientSettings,
     entropy,
@@ -76,7 +76,7 @@ def means(of: Sequence[Mapping[str, Tensor]]) -> list[dict[str, str]]:
 
 def dense(base: Checkpoint, member: DeltaMember, name: str) -> Tensor:
     before = base.tensor(name).double()
-    return member.delta.values(name).view(before.shape).double() - before
+    return sparse_delta(member).values(name).view(before.shape).double() - before
 
 
 @pytest.mark.parametrize("scale", ["mean", "none"])

@@ -10,6 +10,7 @@ from restitch.merging.errors import BadInput
 from restitch.merging.files.edits import edited
 from restitch.merging.methods.registry import get_method, method_names
 from restitch.merging.methods.svc import FLOORS, calibrated
+from restitch.merging.rules.stitch import sparse_delta
 from tests import tiny
 from tests.merging.rules.test_per_matrix import Matrix, changes_of, whole_members
 
@@ -96,7 +97,7 @@ def test_it_is_a_streamed_step_after_a_method(tmp_path: Path, name: str) -> None
         change = (edited(base, inner, tensor) - before).numpy().astype(np.float64)
         if before.dim() == 2:
             plain = [
-                np.asarray((m.delta.values(tensor).view(before.shape) - before).double())
+                np.asarray((sparse_delta(m).values(tensor).view(before.shape) - before).double())
                 for m in sorted(members, key=lambda member: member.task)
             ]
             change = reference(change, plain, FLOORS.get(name, 0.1))
@@ -109,7 +110,9 @@ def test_a_base_of_16_bits_is_rounded_once(tmp_path: Path) -> None:
     members = whole_members(tmp_path, base, 2)
     edits = get_method("svc")(base, members, after="averaging")
     norm = "layers.0.norm.weight"
-    mean = sum(m.delta.values(norm).float() - base.tensor(norm).float() for m in members) / 2
+    mean = (
+        sum(sparse_delta(m).values(norm).float() - base.tensor(norm).float() for m in members) / 2
+    )
     assert torch.equal(edited(base, edits, norm), (base.tensor(norm).float() + mean).bfloat16())
     assert edited(base, edits, "layers.0.attn.weight").dtype == torch.bfloat16
 

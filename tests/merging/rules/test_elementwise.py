@@ -17,7 +17,7 @@ from restitch.merging.methods.registry import get_method
 from restitch.merging.numerics.rounding import round_once
 from restitch.merging.ranking.kept_vector import KeptVector
 from restitch.merging.ranking.task_vector import TaskVector
-from restitch.merging.rules.stitch import DeltaMember, write_patch
+from restitch.merging.rules.stitch import DeltaMember, sparse_delta, write_patch
 from tests import tiny
 
 METHODS = ("averaging", "task-arithmetic", "ties", "consensus-ta", "consensus-ties")
@@ -108,7 +108,7 @@ def test_it_matches_the_dense_reference(tmp_path: Path, name: str, given: dict[s
     ordered = sorted(members, key=lambda member: member.task)
     vectors = [
         {
-            n: m.delta.values(n).double() - base.tensor(n).view(-1).double()
+            n: sparse_delta(m).values(n).double() - base.tensor(n).view(-1).double()
             for n in sorted(m.delta.names)
         }
         for m in ordered
@@ -239,8 +239,11 @@ def test_a_kept_vector_of_everything_is_the_task_vector(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "base", tensors)
     finetuned = tiny.save(tmp_path / "f", tiny.finetuned_tensors(tensors, 1))
     member = whole_member(tmp_path, base, "a", finetuned)
-    kept, vector = KeptVector(base, member.delta), TaskVector(base, finetuned, tiny.LOCALIZABLE)
-    assert all(kept.delta.info(name).kept == kept.numel(name) for name in kept.names)
+    kept, vector = (
+        KeptVector(base, sparse_delta(member)),
+        TaskVector(base, finetuned, tiny.LOCALIZABLE),
+    )
+    assert all(sparse_delta(member).info(name).kept == kept.numel(name) for name in kept.names)
     for name in vector.names:
         assert torch.equal(kept.difference(name).float(), vector.difference(name))
         scores = torch.cat([chunk.clone() for chunk in kept.chunks(name)])
@@ -253,14 +256,16 @@ def test_a_kept_vector_of_everything_is_the_task_vector(tmp_path: Path) -> None:
 def test_the_task_vector_of_a_sparse_delta_is_0_elsewhere(tmp_path: Path) -> None:
     base = tiny.save(tmp_path / "base", tiny.base_tensors())
     member = tiny.member(tmp_path, base, "a", 1)
-    kept = KeptVector(base, member.delta)
-    assert any(kept.delta.info(name).kept < kept.numel(name) for name in kept.names)
+    kept = KeptVector(base, sparse_delta(member))
+    assert any(sparse_delta(member).info(name).kept < kept.numel(name) for name in kept.names)
     for name in kept.names:
-        flat, places = kept.difference(name).view(-1), member.delta.coordinates(name)
+        flat, places = kept.difference(name).view(-1), sparse_delta(member).coordinates(name)
         rest = torch.ones(len(flat), dtype=torch.bool)
         rest[places] = False
         assert not flat[rest].any()
-        wanted = member.delta.values(name).double() - base.tensor(name).view(-1)[places].double()
+        wanted = (
+            sparse_delta(member).values(name).double() - base.tensor(name).view(-1)[places].double()
+        )
         assert torch.equal(flat[places], wanted)
 
 

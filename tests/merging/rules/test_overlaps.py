@@ -15,7 +15,7 @@ from restitch.merging.files.edits import edited
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from restitch.merging.methods.registry import get_method
 from restitch.merging.numerics.rounding import round_once
-from restitch.merging.rules.stitch import OVERLAPS, DeltaMember, stitch, write_patch
+from restitch.merging.rules.stitch import OVERLAPS, DeltaMember, sparse_delta, stitch, write_patch
 from tests import tiny
 
 RULES = tuple(rule for rule in OVERLAPS if rule != "mean")
@@ -39,10 +39,10 @@ def slow(base: Checkpoint, members: list[DeltaMember], name: str, rule: str | fl
     for member in ordered:
         if name not in member.delta:
             continue
-        factors = member.delta.factors(name)
+        factors = sparse_delta(member).factors(name)
         for at, value in zip(
-            member.delta.coordinates(name).tolist(),
-            member.delta.values(name).double().tolist(),
+            sparse_delta(member).coordinates(name).tolist(),
+            sparse_delta(member).values(name).double().tolist(),
             strict=True,
         ):
             worth = None
@@ -116,10 +116,13 @@ def weighed(folder: Path, member: DeltaMember, seed: int) -> DeltaMember:
     generator = torch.Generator().manual_seed(seed)
     tensors = []
     for name in member.delta.names:
-        info = member.delta.info(name)
+        info = sparse_delta(member).info(name)
         count = info.shape[0] + info.numel // info.shape[0]
         factors = (torch.rand(count, generator=generator) + 0.01).bfloat16()
-        values, coordinates = member.delta.values(name), member.delta.coordinates(name)
+        values, coordinates = (
+            sparse_delta(member).values(name),
+            sparse_delta(member).coordinates(name),
+        )
         tensors.append(SparseTensor(name, info.shape, coordinates, values, factors))
     path = folder / f"{member.task}.weighed"
     write_sparse(path, tensors, kind="delta", metadata={})

@@ -10,7 +10,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import edited
 from restitch.merging.files.sparse import SparseFile, SparseTensor, write_sparse
 from restitch.merging.numerics.rounding import round_once
-from restitch.merging.rules.stitch import DeltaMember, stitch, write_patch
+from restitch.merging.rules.stitch import DeltaMember, sparse_delta, stitch, write_patch
 from tests import tiny
 
 
@@ -29,7 +29,11 @@ def slow_stitch(base: Checkpoint, members: list[DeltaMember], name: str) -> Tens
     owned: dict[int, list[Tensor]] = {}
     for member in ordered:
         if name in member.delta:
-            pairs = zip(member.delta.coordinates(name), member.delta.values(name), strict=True)
+            pairs = zip(
+                sparse_delta(member).coordinates(name),
+                sparse_delta(member).values(name),
+                strict=True,
+            )
             for coordinate, value in pairs:
                 owned.setdefault(int(coordinate), []).append(value)
     for coordinate, values in owned.items():

@@ -42,6 +42,7 @@ def test_all_defaults_are_stored():
         "localize": {
             "mode": "distilled",
             "density": 0.1,
+            "rank": None,
             "preset": "budget",
             "shots": 64,
             "epochs": 3,
@@ -50,6 +51,7 @@ def test_all_defaults_are_stored():
             "exclude": [],
             "recovery": None,
             "max_density": None,
+            "max_rank": None,
             "budget": None,
             "values": "exact",
         },
@@ -204,7 +206,8 @@ def test_all_problems_are_listed_at_once_with_their_places():
         "line.yaml cannot be used",
         "unknown key 'densty' in localize; did you mean 'density'?",
         "unknown key 'schedul'; did you mean 'schedule'?",
-        "localize.mode: expected 'dataless', 'trained', 'fisher' or 'distilled', found \"trainde\"",
+        "localize.mode: expected 'dataless', 'trained', 'fisher', 'distilled' or 'subspace', "
+        'found "trainde"',
         "localize.shots: expected integer, found 1.5",
         "localize.include.0: expected string, found 3; put it in quotes",
     ):
@@ -403,6 +406,37 @@ def test_a_density_that_is_chosen_brings_its_defaults():
     }
 
 
+def test_a_subspace_has_defaults_of_its_own():
+    spec = line("localize: {mode: subspace}").localize
+    assert (spec.rank, spec.values, spec.density, spec.recovery) == (0.0417, "int8", 1.0, None)
+    assert spec.settings == {"rank": 0.0417, "values": "int8"}
+    auto = line("localize: {mode: subspace, rank: auto, values: bf16}").localize
+    assert (auto.rank, auto.values, auto.recovery, auto.max_rank) == ("auto", "bf16", 0.99, 0.25)
+    exact = line("localize: {mode: subspace, values: exact}")
+    assert exact.localize.settings == {"rank": 0.0417, "values": "exact"}
+    for one in (exact, line("localize: {mode: subspace, rank: auto, budget: 1MB}")):
+        assert LineSpec.from_json(one.to_json()) == one
+    written = line("localize: {mode: subspace, rank: 0.0417, values: int8}")
+    assert written.digest == line("localize: {mode: subspace}").digest
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ("mode: subspace, density: 0.1", "keeps a rank, not a density"),
+        ("mode: subspace, rank: 0", "rank"),
+        ("mode: subspace, rank: 1.5", "rank"),
+        ("mode: subspace, recovery: 0.9", "recovery belongs to rank: auto"),
+        ("mode: subspace, rank: 0.1, max_rank: 0.2", "max_rank belongs to rank: auto"),
+        ("mode: dataless, rank: 0.1", "belong to mode: subspace"),
+        ("mode: dataless, values: bf16", "belong to mode: subspace"),
+        ("mode: dataless, max_rank: 0.1", "belong to mode: subspace"),
+    ],
+)
+def test_keys_of_masks_and_of_subspaces_do_not_mix(keys, problem):
+    assert problem in problems(line, f"localize: {{{keys}}}")
+
+
 def test_what_a_delta_stores_of_a_weight_enters_digests_only_where_it_is_chosen():
     plain = line("localize: {mode: dataless}")
     short = line("localize: {mode: dataless, values: int8}")
@@ -411,7 +445,7 @@ def test_what_a_delta_stores_of_a_weight_enters_digests_only_where_it_is_chosen(
     assert plain.localize.settings == {"density": 0.05}
     assert short.localize.settings == {"density": 0.05, "values": "int8"}
     assert LineSpec.from_json(short.to_json()) == short
-    assert "expected 'exact' or 'int8'" in problems(line, "localize: {values: int4}")
+    assert "expected 'exact', 'int8' or 'bf16'" in problems(line, "localize: {values: int4}")
 
 
 @pytest.mark.parametrize(
