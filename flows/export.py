@@ -8,14 +8,13 @@ a shared patch that the task's mask selects (`flows.research.experts`).
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 from restitch.flows.outcome import Outcome
+from restitch.flows.output_folder import appearing, check_free
 from restitch.flows.promotion.versions import open_version
 from restitch.flows.research.experts import specialists_of
 from restitch.merging.errors import BadInput
@@ -28,7 +27,6 @@ from restitch.modeling.heads import Head
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedMember, MergedRecord
 from restitch.registry.sizes import parse_size
-from restitch.registry.store.disk import explained
 from restitch.tasks.inputs.checkpoints import Base, open_base, open_sparse, open_specialist
 from restitch.tasks.inputs.heads import head_file
 from restitch.tasks.report.card import model_card, specialist_card
@@ -90,12 +88,12 @@ def export_version(
     specialist = task is not None and (specialist or not has_own_head)
     content = _content(line_state, record, task, specialist, space)
     out = out.expanduser().absolute()
-    _check_free(out, overwrite)
+    check_free(out, overwrite)
     base = open_base(LineRef(line_state.spec, line_state.base), space)
     head = None
     if task is not None and has_own_head:
         head = _own_head(line_state, record, task, base, space)
-    with _appearing(out) as folder:
+    with appearing(out) as folder:
         edits = (open_specialist if specialist else open_sparse)(
             content.blob, space, base.checkpoint
         )
@@ -271,46 +269,3 @@ def _write_heads(
         if stored is not None:
             (folder / "heads").mkdir(exist_ok=True)
             (folder / "heads" / f"{task}.safetensors").write_bytes(stored)
-
-
-def _check_free(out: Path, overwrite: bool) -> None:
-    if out.is_symlink() or (out.exists() and not out.is_dir()):
-        raise BadInput(
-            f"{out} is not a folder",
-            expected="a folder that is absent or empty",
-            hint="choose another path",
-        )
-    if not out.exists() or not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise BadInput(
-            f"{out} is not empty",
-            expected="a folder that is absent or empty",
-            hint="choose another folder, or replace the model in it with --overwrite",
-        )
-    if not (out / "config.json").exists():
-        raise BadInput(
-            f"{out} is not replaced: it does not look like the folder of a model",
-            expected="a folder with a config.json",
-            hint="remove the folder yourself, or choose another one",
-        )
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A temporary folder next to `out`, which replaces it when everything is written."""
-    folder = out.parent / f".{out.name}.{uuid4().hex[:8]}.partial"
-    try:
-        with explained(out, "write"):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir()
-            yield folder
-        if out.exists() and any(out.iterdir()):
-            old = folder.with_suffix(".replaced")
-            out.rename(old)
-            folder.rename(out)
-            shutil.rmtree(old)
-        else:
-            folder.replace(out)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -5,6 +5,7 @@ setting and restoring leaves no trace.
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +50,36 @@ def restore(parameters: Mapping[str, Tensor], base: Checkpoint, names: Iterable[
 def linear_layers(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, nn.Linear]:
     """The linear layers of a loaded model by the names of their weights, sorted."""
     layers = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Linear)}
+    return {
+        name: layers[id(live)] for name, live in sorted(parameters.items()) if id(live) in layers
+    }
+
+
+@dataclass(frozen=True)
+class WeightLayer:
+    """A layer whose weight is a matrix.
+
+    Attributes:
+        module: its name in the model that transformers loads.
+        transposed: whether the weight is stored as inputs x outputs, as in GPT-2.
+    """
+
+    module: str
+    transposed: bool
+
+
+def weight_layers(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, WeightLayer]:
+    """The layers that a LoRA adapter can change, by the names of their weights, sorted."""
+    from transformers import PreTrainedModel
+    from transformers.pytorch_utils import Conv1D
+
+    # Families put a model into a module of their own.
+    loaded = next((each for each in model.modules() if isinstance(each, PreTrainedModel)), model)
+    layers = {
+        id(module.weight): WeightLayer(name, isinstance(module, Conv1D))
+        for name, module in loaded.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+    }
     return {
         name: layers[id(live)] for name, live in sorted(parameters.items()) if id(live) in layers
     }

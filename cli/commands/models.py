@@ -1,5 +1,6 @@
 """Commands about models: register, export, evaluate, retire and restore them."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -13,6 +14,12 @@ from restitch.cli.render.audit import decided
 from restitch.merging.errors import UsageError
 from restitch.registry.home import Home
 from restitch.registry.ledger.line_state import NO_GAIN, PREPROCESSING
+
+
+class AdapterForm(StrEnum):
+    """The kinds of adapters that a version can be written as."""
+
+    LORA = "lora"
 
 
 def _existing(context: typer.Context, model: str) -> str:
@@ -118,11 +125,47 @@ def export(
     specialist: Annotated[
         bool, typer.Option("--specialist", help="With --task: the specialist; see `experts`.")
     ] = False,
+    form: Annotated[
+        AdapterForm | None,
+        typer.Option("--as", help="Write the change alone, as a LoRA adapter for the base."),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="With --as lora: the mean rank of the layers; default: 16."),
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(help="With --as lora: the share of the squared change, instead of a rank."),
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Write a merged version, or the model of it for one task, as a Hugging Face folder."""
+    """Write a merged version, or the model of it for one task, as a Hugging Face folder.
+
+    With --as lora, write its change alone as one adapter, which peft and servers of adapters load.
+    """
     if specialist and task is None:
         raise UsageError("--specialist needs the task that it is for", hint="add --task TASK")
+    if form is None and (rank is not None or keep is not None):
+        raise UsageError("--rank and --keep are for adapters", hint="add --as lora")
+    if form is not None:
+        if task is not None or shard_size is not None:
+            raise UsageError("an adapter has one file, and is for all tasks")
+        if rank is not None and keep is not None:
+            raise UsageError("--rank and --keep are two ways to choose the size", hint="give one")
+        if keep is not None and not 0 < keep <= 1:
+            raise UsageError(f"--keep {keep:g} is no share", hint="give a number up to 1, as 0.99")
+        from restitch.flows.export_adapter import export_adapter
+
+        adapter = export_adapter(
+            line,
+            version,
+            out,
+            rank=16 if rank is None and keep is None else rank,
+            keep=keep,
+            overwrite=overwrite,
+        )
+        show_result(adapter, as_json, render.exported_adapter)
+        return
     from restitch.flows.export import export_version
 
     outcome = export_version(

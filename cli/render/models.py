@@ -2,7 +2,7 @@
 
 from rich.console import Console
 
-from restitch.cli.render.formats import Values, accounted, percent, size, write
+from restitch.cli.render.formats import Values, accounted, number, percent, show_table, size, write
 from restitch.cli.render.lines import paused, remerged, results
 from restitch.registry.ledger.measurements import Gain, ResultRef, compared, unexpected
 
@@ -47,6 +47,34 @@ def exported(result: Values, out: Console) -> None:
         )
     write(out, f"{result['line']} version {result['version']}{whose} is in {result['out']}")
     write(out, f"  {len(result['files'])} files, {size(result['bytes'])}")
+
+
+def exported_adapter(result: Values, out: Console) -> None:
+    """The adapter that was written, and what it loses."""
+    write(out, f"{result['line']} version {result['version']} as an adapter: {result['out']}")
+    ranks = sorted(result["ranks"].values())
+    spread = f"{ranks[0]} to {ranks[-1]}" if ranks else "0"
+    write(
+        out,
+        f"  {result['parameters']:,} parameters, {size(result['bytes'])}, ranks {spread} in "
+        f"{len(ranks)} layers, {percent(result['kept'])} of the squared change",
+    )
+    if left_out := result["left_out"]:
+        write(
+            out,
+            f"  left out: {len(left_out)} tensors that are no weights of linear layers, with "
+            f"{percent(sum(left_out.values()))} of the squared change",
+            "yellow",
+        )
+    rows = [(task, *_compared(each)) for task, each in result["results"].items()]
+    if result["retention"] is not None:
+        rows.append(("general benchmark", *_compared(result["retention"])))
+    if rows:
+        show_table(out, ("task", "metric", "merged", "adapter", "rows"), rows)
+
+
+def _compared(each: Values) -> tuple[str, str, str, int]:
+    return each["metric"], number(each["merged"]), number(each["adapter"]), each["count"]
 
 
 def _facts(facts: Values, out: Console) -> None:

@@ -91,12 +91,48 @@ def specialist_card(
     return _page(parts)
 
 
+def adapter_card(
+    line_state: LineState, record: MergedRecord, made: Mapping[str, Any], origin: Provenance
+) -> str:
+    """The README.md of a merged version as a LoRA adapter.
+
+    `made` is the outcome of the export: the share of the change that it holds, and its results.
+    """
+    results = [
+        (task, each["metric"], *map(_number, (each["merged"], each["adapter"])), str(each["count"]))
+        for task, each in (
+            *made["results"].items(),
+            *([("general benchmark", made["retention"])] if made["retention"] else []),
+        )
+    ]
+    left_out = sum(made["left_out"].values())
+    parts = [
+        _front_matter(line_state, origin, {"library_name": "peft"}),
+        f"# {record.line}, version {record.version}, as an adapter",
+        f"A LoRA adapter for {_source(line_state.base.uri)} with {made['parameters']:,} "
+        f"parameters. It holds {made['kept']:.2%} of the squared norm of the version's change, "
+        f"which merges {len(record.members)} finetuned models."
+        + (f" It cannot hold {left_out:.2%}: biases, norms and the like." if left_out else ""),
+        "## Results",
+        _table(("task", "metric", "merged version", "adapter", "rows"), results),
+        "## Members",
+        _members(record),
+        "## Licences",
+        _licences(line_state, record, origin),
+        "## Recipe",
+        _recipe(line_state, record),
+    ]
+    return _page(parts)
+
+
 def _page(parts: Sequence[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _front_matter(line_state: LineState, origin: Provenance) -> str:
-    fields: dict[str, Any] = {"tags": ["model-merging", "restitch"]}
+def _front_matter(
+    line_state: LineState, origin: Provenance, more: Mapping[str, Any] | None = None
+) -> str:
+    fields: dict[str, Any] = {"tags": ["model-merging", "restitch"], **(more or {})}
     name, _ = split_pin(line_state.base.uri)
     if is_hub_id(name) and "/" in name and ":" not in name:
         fields |= {"base_model": name, "base_model_relation": "merge"}
