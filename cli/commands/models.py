@@ -165,7 +165,6 @@ def export(
             overwrite=overwrite,
         )
         show_result(adapter, as_json, render.exported_adapter)
-        return
     from restitch.flows.export import export_version
 
     outcome = export_version(

@@ -110,7 +110,7 @@ def test_any_matrix_survives_in_its_type(
     generator = torch.Generator().manual_seed(seed)
     rows, columns = shape[0], torch.Size(shape[1:]).numel()
     sides = [torch.randn(s, generator=generator) for s in ((rows, rank), (rank, columns))]
-    factors = Factors(*sides)
+    factors = Factors(sides[0], sides[1])
     path = tmp_path_factory.mktemp("f") / "x"
     found = write(path, FactorTensor("w", tuple(shape), factors, dtype)).low_rank("w")
     assert found is not None

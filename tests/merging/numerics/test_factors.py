@@ -12,10 +12,12 @@ def test_the_product_is_scaled() -> None:
     assert Factors(left, right, 0.5).product().tolist() == [[1.5, 2, 2.5], [3, 4, 5]]
 
 
-@pytest.mark.parametrize("shapes", [((2, 3), (2, 3)), ((2,), (2, 3)), ((2, 1), (1, 2, 3))])
-def test_factors_without_a_product_are_refused(shapes: tuple[tuple[int, ...], ...]) -> None:
+@pytest.mark.parametrize(("left", "right"), [((2, 3), (2, 3)), ((2,), (2, 3)), ((2, 1), (1, 2, 3))])
+def test_factors_without_a_product_are_refused(
+    left: tuple[int, ...], right: tuple[int, ...]
+) -> None:
     with pytest.raises(ValueError, match="have no product"):
-        Factors(*(torch.zeros(shape) for shape in shapes))
+        Factors(torch.zeros(left), torch.zeros(right))
 
 
 @settings(max_examples=50, deadline=None)
