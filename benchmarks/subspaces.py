@@ -116,7 +116,7 @@ def settings(options: argparse.Namespace) -> Iterator[Setting]:
 def row_of(found: Outcome, *, tuned: bool) -> Row:
     """The normalized means of a line; tuned by a comparison, if asked."""
     record = found.record
-    row = Row(found.setting.name, found.share, _grafted(record), record.mean_normalized)
+    row = Row(found.setting, found.share, _grafted(record), record.mean_normalized)
     if not tuned:
         return row
     (best,) = compare(record.line, (METHOD,), tuned=True).methods

@@ -34,7 +34,7 @@ INTERRUPTED = 130
 
 # `restitch --help` shows the panels and commands in this order.
 PANELS = {
-    "Get started": (lines.init, models.register, lines.status),
+    "Get started": (lines.init, models.register, lines.status, models.merge),
     "Every day": (
         *(lines.task, lines.remerge, audit.show, audit.history),
         *(models.evaluate, models.export, models.retire, models.restore),

@@ -102,7 +102,7 @@ def export_version(
                 export_weights(base.checkpoint, edits, folder, shard_size=limit, progress=progress)
             else:
                 _write_classifier(base, edits, head, folder, limit, progress)
-        _write_assets(base, head, folder)
+        write_assets(base, head, folder)
         if head is None:
             _write_heads(folder, line_state, content.members, base, space)
         text = json.dumps(content.description, indent=2, ensure_ascii=False)
@@ -241,7 +241,7 @@ def _write_classifier(
     )
 
 
-def _write_assets(base: Base, head: Head | None, folder: Path) -> None:
+def write_assets(base: Base, head: Head | None, folder: Path) -> None:
     """Write the base's configuration, tokenizer and processor; a head adds its classes."""
     if not base.folder.is_dir():
         return

@@ -103,6 +103,32 @@ def _has_all(family: Family, folder: Path) -> bool:
         return False
 
 
+def only_family(folder: Path, where: str) -> Family:
+    """The family that takes a base, of which only its choice of tensors matters.
+
+    Args:
+        folder: the base.
+        where: its name in messages.
+
+    Raises:
+        BadInput: no family takes it, or several do whose choice of tensors differs.
+    """
+    try:
+        model = model_kind(folder)
+    except BadInput as error:
+        raise error.renamed(str(folder), where) from error
+    families = _families_of(model, folder)
+    if len({(tuple(each.localizable), tuple(each.prefixes)) for each in families}) != 1:
+        raise BadInput(
+            f"the family of the base {where} is not clear",
+            expected="a base that one family takes",
+            found=model,
+            hint=proposal(model, folder, "give {}"),
+        )
+    # A base that a family of heads takes as well has no head of its own.
+    return min(families, key=lambda family: family.task_heads is not None)
+
+
 def with_task_heads(family: Family) -> list[str]:
     """The families that take the same bases and score tasks by the heads of finetuned models."""
     return [

@@ -7,6 +7,8 @@ when the function is first used.
     import restitch
     from pathlib import Path
 
+    restitch.merge("base", {"sst2": "models/a", "trec": "models/b"}, "tsv-m", "merged")
+
     restitch.init_line(Path("line.yaml"))
     restitch.register("photos", Path("eurosat.yaml"), "models/eurosat")
     restitch.export_version("photos", "champion", Path("merged"))
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from restitch.flows.evaluate import evaluate_version
     from restitch.flows.export import export_version
     from restitch.flows.lines.init_line import init_line
+    from restitch.flows.merge_once import merge
     from restitch.flows.register import register
     from restitch.flows.remerge import remerge
     from restitch.merging.errors import RestitchError
@@ -29,6 +32,7 @@ __all__ = [
     "evaluate_version",
     "export_version",
     "init_line",
+    "merge",
     "register",
     "remerge",
 ]
@@ -38,6 +42,7 @@ _MODULES = {
     "evaluate_version": "restitch.flows.evaluate",
     "export_version": "restitch.flows.export",
     "init_line": "restitch.flows.lines.init_line",
+    "merge": "restitch.flows.merge_once",
     "register": "restitch.flows.register",
     "remerge": "restitch.flows.remerge",
 }

@@ -1,8 +1,9 @@
 """Commands about models: register, export, evaluate, retire and restore them."""
 
+import os
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -106,6 +107,91 @@ def _accepted(checks: dict[str, bool], reason: str) -> dict[str, str]:
 
 def _option(check: str) -> str:
     return f"--accept-{check.replace(' ', '-')}"
+
+
+def merge(
+    file: Annotated[
+        Path | None, typer.Argument(help="A file with the merge, in our form or mergekit's.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="The base of all models.")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option("--model", help="A finetuned model, as TASK=SOURCE.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="The merge method.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="A setting of the method, as KEY=VALUE.")
+    ] = None,
+    localize: Annotated[
+        list[str] | None,
+        typer.Option("--localize", help="What is kept of each model, as density=0.2."),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option("--include", help="Glob of more tensors to merge.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option("--exclude", help="Glob of tensors not to merge.")
+    ] = None,
+    family: Annotated[str | None, typer.Option(help="The family of the base.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; absent or empty.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+    device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything, and write nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Merge checkpoints into a folder, without a line: no store, no MLflow, no evaluation."""
+    if out is None and not dry_run:
+        raise UsageError("nothing says where to write", hint="add --out FOLDER, or --dry-run")
+    options = (base, model, method, set_, localize, include, exclude, family)
+    if (file is None) == (base is None):
+        raise UsageError("a merge is a file, or options", hint="give FILE, or --base and --model")
+    if file is not None and any(options):
+        raise UsageError("a merge is a file, or options", hint="write the options into the file")
+    if file is None and not (model and method):
+        raise UsageError("a merge needs models and a method", hint="add --model and --method")
+    from restitch.registry.specs.files import load_merge, merge_of
+
+    if file is not None:
+        request = load_merge(file)
+    else:
+        request = merge_of(
+            {
+                "base": base,
+                "models": _pairs(model, "--model", "TASK=SOURCE"),
+                "method": {"name": method, "settings": _values(set_, "--set")},
+                "localize": _values(localize, "--localize"),
+                "include": include or [],
+                "exclude": exclude or [],
+                "family": family,
+            }
+        )
+    if device is not None:
+        os.environ["RESTITCH_DEVICE"] = device
+    from restitch.flows.merge_once import merge_as
+
+    show_result(
+        merge_as(request, out, overwrite=overwrite, dry_run=dry_run), as_json, render.merged_once
+    )
+
+
+def _pairs(given: list[str] | None, option: str, form: str) -> dict[str, str]:
+    """The options of the form KEY=VALUE."""
+    found: dict[str, str] = {}
+    for each in given or ():
+        key, separator, value = each.partition("=")
+        if not (key and separator and value) or key in found:
+            problem = "twice" if key in found else "in another form"
+            raise UsageError(f"{option} {each!r} is given {problem}", hint=f"write {option} {form}")
+        found[key] = value
+    return found
+
+
+def _values(given: list[str] | None, option: str) -> dict[str, Any]:
+    """The options of the form KEY=VALUE, with values as in YAML."""
+    import yaml
+
+    return {k: yaml.safe_load(v) for k, v in _pairs(given, option, "KEY=VALUE").items()}
 
 
 def export(

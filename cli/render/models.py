@@ -49,6 +49,26 @@ def exported(result: Values, out: Console) -> None:
     write(out, f"  {len(result['files'])} files, {size(result['bytes'])}")
 
 
+def merged_once(result: Values, out: Console) -> None:
+    """A merge without a line."""
+    models = result["models"]
+    what = f"{len(models)} models by {result['method']}"
+    if result["out"] is None:
+        write(out, f"would merge {what}: nothing was written")
+    else:
+        write(out, f"merged {what} into {result['out']}")
+    settings = ", ".join(f"{key} {value}" for key, value in result["settings"].items())
+    kept = ", ".join(f"{key} {value}" for key, value in result["localize"].items())
+    write(out, f"  {result['family']}, {result['tensors']} tensors; {settings}; kept: {kept}")
+    read, written = size(result["read"]), size(result["written"])
+    write(out, f"  reads {read} and writes {written}")
+    rows = [
+        (task, each["source"], each["weights"][:12], percent(each["outside_share"]))
+        for task, each in models.items()
+    ]
+    show_table(out, ("task", "model", "weights", "outside"), rows)
+
+
 def exported_adapter(result: Values, out: Console) -> None:
     """The adapter that was written, and what it loses."""
     write(out, f"{result['line']} version {result['version']} as an adapter: {result['out']}")

@@ -223,10 +223,10 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
     for one in chosen:
         get_method(one.name)(base.checkpoint, (), **one.settings)  # a merge without members
     _check_alike(chosen)
-    _check_kept(spec, get_method(chosen[0].name))
+    check_kept(spec, get_method(chosen[0].name))
 
 
-def _check_kept(spec: LineSpec, method: Method) -> None:
+def check_kept(spec: LineSpec, method: Method) -> None:
     """Refuse a method that cannot merge what the line keeps of its members."""
     choice = spec.localize
     is_subspace = choice.mode == SUBSPACE

@@ -1,4 +1,4 @@
-"""The deltas of members: masks with finetuned values, or subspaces of task vectors."""
+"""The deltas of members: masks with finetuned values, subspaces, or whole finetuned models."""
 
 from pathlib import Path
 
@@ -6,11 +6,12 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.factor_file import KIND, FactorFile
 from restitch.merging.files.header import read_header
 from restitch.merging.files.sparse import SparseFile
+from restitch.merging.files.whole_weights import WholeWeights
 
-Delta = SparseFile | FactorFile
+Delta = SparseFile | FactorFile | WholeWeights
 
 
-def open_delta(path: Path, base: Checkpoint | None = None) -> Delta:
+def open_delta(path: Path, base: Checkpoint | None = None) -> SparseFile | FactorFile:
     """Open a member's delta, or a patch.
 
     Args:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from restitch.merging.files.checkpoint import Checkpoint
-from restitch.merging.files.sparse import SparseFile
+from restitch.merging.files.sparse import Cursor, SparseFile
+from restitch.merging.files.whole_weights import WholeWeights
 from restitch.merging.numerics.rounding import cast, cast_into
 from restitch.merging.ranking.member_vector import BLOCK, Floats, MemberVector, working_dtype
 from restitch.merging.ranking.top_k import strided_sample
@@ -21,13 +22,16 @@ from restitch.merging.ranking.top_k import strided_sample
 class KeptVector(MemberVector):
     """The task vector of a sparse delta."""
 
-    def __init__(self, base: Checkpoint, delta: SparseFile) -> None:
+    def __init__(self, base: Checkpoint, delta: SparseFile | WholeWeights) -> None:
         super().__init__(base, delta)
         self._delta = delta
 
     def reader(self, name: str) -> "KeptReader":
         """A reader of the task vector of a tensor, one range after the other."""
-        return KeptReader(self._delta, name, whole=self._keeps_all(name))
+        delta = self._delta
+        if isinstance(delta, SparseFile) and not self._keeps_all(name):
+            return KeptReader(cursor=delta.cursor(name))
+        return KeptReader(delta.values(name))
 
     def difference(self, name: str) -> Tensor:
         """The task vector of one tensor, in its shape."""
@@ -61,11 +65,16 @@ class KeptVector(MemberVector):
 
 
 class KeptReader:
-    """Reads the task vector of one tensor, range by range."""
+    """Reads the task vector of one tensor, range by range.
 
-    def __init__(self, delta: SparseFile, name: str, *, whole: bool) -> None:
-        self._values = delta.values(name) if whole else None
-        self._cursor = None if whole else delta.cursor(name)
+    Args:
+        values: all finetuned values, or
+        cursor: those at the kept coordinates.
+    """
+
+    def __init__(self, values: Tensor | None = None, cursor: Cursor | None = None) -> None:
+        self._values = values
+        self._cursor = cursor
         self._start = 0
         self._room = torch.empty(0)
 

@@ -124,14 +124,14 @@ def sparse_delta(member: DeltaMember) -> SparseFile:
     """The sparse delta of a member.
 
     Raises:
-        BadInput: the member is kept as a subspace.
+        BadInput: the member is kept as a subspace, or as a whole.
     """
     if isinstance(member.delta, SparseFile):
         return member.delta
     raise BadInput(
-        f"{member.task} is kept as a subspace, and masks are needed here",
+        f"{member.task} keeps no mask, and masks are needed here",
         expected="members that were localized by masks",
-        found=f"factors ({member.delta.path})",
+        found=f"a subspace or whole weights ({member.delta.path})",
         hint="choose a method for whole task vectors, or a line with another localize: mode",
     )
 

@@ -13,6 +13,8 @@ from restitch.merging.errors import BadInput
 from restitch.registry.access_policy import check_path
 from restitch.registry.paths import is_there, named_path
 from restitch.registry.specs.line import LineSpec
+from restitch.registry.specs.mergekit import from_mergekit, is_mergekit
+from restitch.registry.specs.once import MergeSpec
 from restitch.registry.specs.strict_yaml import checked, parse_mapping, read_text
 from restitch.registry.specs.task import NAME, TaskSpec, is_hub_id
 
@@ -45,6 +47,41 @@ def load_task(path: Path) -> TaskSpec:
         BadInput: the file, or a file that it names, cannot be used.
     """
     return parse_task(read_text(path, "task file"), str(path), path.absolute().parent)
+
+
+def load_merge(path: Path) -> MergeSpec:
+    """Read a file for `restitch merge`: our own form, or a mergekit file.
+
+    Raises:
+        BadInput: the file cannot be used, or mergekit has something in it that we lack.
+    """
+    return parse_merge(read_text(path, "merge file"), str(path), path.absolute().parent)
+
+
+def parse_merge(text: str, origin: str, folder: Path) -> MergeSpec:
+    """Read the text of a file for `restitch merge`; its relative paths start at the folder."""
+    values = parse_mapping(text, origin)
+    if is_mergekit(values):
+        values = from_mergekit(values, origin)
+    return _merge(values, origin, folder)
+
+
+def _merge(values: dict[str, Any], origin: str, folder: Path) -> MergeSpec:
+    if isinstance(values.get("base"), str):
+        values["base"] = _source(values["base"], folder, f"{origin}: base")
+    if isinstance(values.get("models"), dict):
+        values["models"] = {
+            task: _source(source, folder, f"{origin}: models.{task}")
+            if isinstance(source, str)
+            else source
+            for task, source in values["models"].items()
+        }
+    return checked(MergeSpec, values, origin)
+
+
+def merge_of(values: dict[str, Any]) -> MergeSpec:
+    """A merge from the options of a command; relative paths start at the working directory."""
+    return _merge(values, "the merge", Path.cwd())
 
 
 def parse_line(text: str, origin: str, folder: Path, family: str | None = None) -> LineSpec:

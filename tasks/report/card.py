@@ -125,6 +125,40 @@ def adapter_card(
     return _page(parts)
 
 
+def once_card(made: Mapping[str, Any]) -> str:
+    """The README.md of a merge without a line; `made` is its outcome.
+
+    Folders on the machine of the merge appear by their names alone.
+    """
+    settings = ", ".join(f"{key} {value}" for key, value in made["settings"].items())
+    kept = ", ".join(f"{key} {value}" for key, value in made["localize"].items())
+    models = [
+        (task, _named(each["source"]), f"`{each['weights']}`", f"{each['outside_share']:.1%}")
+        for task, each in made["models"].items()
+    ]
+    fields: dict[str, Any] = {"tags": ["model-merging", "restitch"]}
+    sources = [made["base"]["source"], *(each["source"] for each in made["models"].values())]
+    names = [split_pin(source)[0] for source in sources]
+    if hub := [name for name in names if is_hub_id(name) and "/" in name and ":" not in name]:
+        fields |= {"base_model": hub, "base_model_relation": "merge"}
+    parts = [
+        "---\n" + yaml.safe_dump(fields, sort_keys=True) + "---",
+        f"# {len(models)} models merged by {made['method']}",
+        f"{_named(made['base']['source'])} with the changes of {len(models)} finetuned models, "
+        f"merged by `{made['method']}` ({settings or 'no settings'}; kept of each model: {kept}) "
+        f"in {made['tensors']} tensors. All other tensors are the base's.",
+        "## Models",
+        _table(("task", "model", "weights", "change outside of the merged tensors"), models),
+        "All details of the merge are in `restitch.json`.",
+    ]
+    return _page(parts)
+
+
+def _named(source: str) -> str:
+    """A source, or the name of a local folder."""
+    return _source(source.rstrip("/").rpartition("/")[2] if source.startswith("/") else source)
+
+
 def _page(parts: Sequence[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 

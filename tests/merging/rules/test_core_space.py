@@ -140,5 +140,5 @@ def test_a_zero_member_does_not_bend_the_others(tmp_path: Path) -> None:
 
 def test_methods_that_stitch_masks_refuse_a_subspace(tmp_path: Path) -> None:
     base = base_of(tmp_path)
-    with pytest.raises(BadInput, match="t is kept as a subspace, and masks are needed"):
+    with pytest.raises(BadInput, match="t keeps no mask, and masks are needed"):
         get_method("localize-and-stitch")(base, [factored(tmp_path, "t", 2, 1)])

@@ -1,0 +1,164 @@
+"""Merges without a line: the bytes of a line, and what is refused."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from transformers import AutoModel
+
+import restitch
+from restitch.registry.home import Home
+from tests.conftest import NewHome
+from tests.shell import Shell
+from tests.tiny_models import tiny_decoder, tweaked
+from tests.worlds import SKILLS, World, write_yaml
+
+pytestmark = pytest.mark.usefixtures("without_mlflow")
+
+
+def options(world: World, *tasks: str) -> list[object]:
+    models = [part for task in tasks for part in ("--model", f"{task}={world.model(task)}")]
+    return ["--base", world.base, *models]
+
+
+def bytes_of(folder: Path) -> bytes:
+    return (folder / "model.safetensors").read_bytes()
+
+
+CASES: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = [
+    ("ties", {"density": 0.3}, None),
+    ("tsv-m", {}, None),
+    ("localize-and-stitch", {}, {"mode": "dataless", "density": 0.2}),
+    ("tsv-m", {}, {"mode": "subspace", "rank": 0.25}),
+]
+
+
+@pytest.mark.parametrize(("method", "settings", "localize"), CASES)
+def test_the_merge_has_the_bytes_of_a_line(
+    world: World,
+    new_home: NewHome,
+    tmp_path: Path,
+    method: str,
+    settings: dict[str, Any],
+    localize: dict[str, Any] | None,
+) -> None:
+    line = new_home("line")
+    named = {"name": method, "settings": settings}
+    file = tmp_path / "line.yaml"
+    choice = localize or {"density": 1.0}
+    line("init", world.line(file, retention=None, method=named, localize=choice))
+    for task in SKILLS[:2]:
+        task_file = write_yaml(tmp_path / f"{task}.yaml", {"task": task})
+        line("register", "demo", "--task", task_file, "--model", world.model(task))
+    line("export", "demo", "2", tmp_path / "wanted")
+    once = new_home("once")
+    chosen = [f"{key}={value}" for key, value in settings.items()]
+    given = [part for each in chosen for part in ("--set", each)]
+    given += [part for k, v in (localize or {}).items() for part in ("--localize", f"{k}={v}")]
+    out = tmp_path / "out"
+    # The order of the models does not matter.
+    command = ["merge", *options(world, *reversed(SKILLS[:2])), "--method", method]
+    done = once(*command, *given, "--out", out, "--json").json
+    assert bytes_of(out) == bytes_of(tmp_path / "wanted")
+    assert done["method"] == method
+    assert set(done["models"]) == set(SKILLS[:2])
+    assert json.loads((out / "restitch.json").read_text())["settings"] == done["settings"]
+    assert AutoModel.from_pretrained(out) is not None
+    card = (out / "README.md").read_text()
+    assert str(world.root) not in card
+    # Nothing is left but caches.
+    assert not Home(once.home).store_path.exists()
+    assert not list((once.home / "scratch").iterdir())
+
+
+def test_a_dry_run_checks_and_writes_nothing(world: World, shell: Shell, tmp_path: Path) -> None:
+    command = ["merge", *options(world, *SKILLS[:2]), "--method", "ties", "--dry-run"]
+    done = shell(*command)
+    assert "would merge 2 models by ties" in done.out
+    assert shell(*command, "--json").json["written"] > 0
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_a_file_of_our_own_form_names_paths_relative_to_itself(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    (tmp_path / "base").symlink_to(world.base)
+    (tmp_path / "one").symlink_to(world.model(SKILLS[0]))
+    values = {"base": "base", "models": {"one": "one"}, "method": "averaging"}
+    file = write_yaml(tmp_path / "merge.yaml", values)
+    shell("merge", file, "--out", tmp_path / "out")
+    assert bytes_of(tmp_path / "out") != bytes_of(world.base)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--method", "fisher-merging"], 3, "it needs rows of every task"),
+        (["--method", "tall"], 3, "it gives one model per task"),
+        (["--method", "tiez"], 3, "did you mean 'ties'"),
+        (["--method", "ties", "--set", "densty=0.2"], 3, "did you mean 'density'"),
+        (["--method", "ties", "--set", "density"], 2, "in another form"),
+        (["--method", "ties", "--localize", "mode=distilled"], 3, "without data"),
+        (["--method", "ties", "--localize", "density=2"], 3, "density"),
+        (["--method", "ties", "--family", "clip"], 3, "not of family clip"),
+    ],
+)
+def test_what_cannot_be_merged_is_refused(
+    world: World, shell: Shell, tmp_path: Path, arguments: list[str], code: int, message: str
+) -> None:
+    out = tmp_path / "out"
+    done = shell("merge", *options(world, SKILLS[0]), *arguments, "--out", out, code=code)
+    assert message in " ".join(done.err.split())
+    assert not out.exists()
+
+
+def test_models_of_another_base_and_an_out_that_exists_are_refused(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    tiny_decoder(other)
+    command = ["--method", "ties", "--base", world.base, "--model", f"a={other}"]
+    done = shell("merge", *command, "--out", tmp_path / "out", code=3)
+    assert "is a decoder language model, and the base" in done.err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("mine")
+    good = ["merge", *options(world, SKILLS[0]), "--method", "ties"]
+    assert "is not empty" in shell(*good, "--out", tmp_path / "full", code=3).err
+    assert (tmp_path / "full" / "file").read_text() == "mine"
+
+
+def test_a_mergekit_file_merges_all_tensors(shell: Shell, tmp_path: Path) -> None:
+    world = World(tmp_path, "causal-lm")
+    tiny_decoder(world.base, "qwen2")
+    for seed, name in enumerate("ab"):
+        tweaked(world.base, world.model(name), seed=seed, size=0.2, globs=("*",))
+    values = {
+        "merge_method": "task_arithmetic",
+        "base_model": str(world.base),
+        "models": [
+            {"model": str(world.model(name)), "parameters": {"weight": 0.5}} for name in "ab"
+        ],
+        "parameters": {"normalize": False, "int8_mask": True},
+        "dtype": "float32",
+    }
+    file = tmp_path / "kit.yaml"
+    file.write_text(yaml.safe_dump(values))
+    done = shell("merge", file, "--out", tmp_path / "out", "--json").json
+    assert (done["method"], done["settings"]) == ("task-arithmetic", {"alpha": 0.5})
+    assert all(model["outside_share"] == 0 for model in done["models"].values())
+    values["dtype"] = "bfloat16"
+    file.write_text(yaml.safe_dump(values))
+    assert "has the type of its base" in shell("merge", file, "--dry-run", code=3).err
+
+
+def test_a_merge_from_python_is_the_same(world: World, shell: Shell, tmp_path: Path) -> None:
+    shell("merge", *options(world, *SKILLS[:2]), "--method", "ties", "--out", tmp_path / "one")
+    models = {task: world.model(task) for task in SKILLS[:2]}
+    checked = restitch.merge(world.base, models, "ties", settings={"density": 0.2})
+    assert checked.out is None
+    restitch.merge(str(world.base), models, "ties", tmp_path / "two")
+    assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    with pytest.raises(restitch.RestitchError, match="did you mean 'ties'"):
+        restitch.merge(world.base, models, "tiez")
