@@ -12,7 +12,7 @@ from restitch.merging.files.comparison import wrapped_names
 from restitch.merging.files.plain_weights import described, is_buffer
 from restitch.merging.localize.dataless import kept_count
 from restitch.merging.methods.registry import get_method, method_names, resolve_settings
-from restitch.merging.ranking.task_vector import TaskVector
+from restitch.merging.ranking.task_vector import check_finite
 from restitch.modeling.families.family import family_names, get_family
 from restitch.modeling.family_choice import check_base, proposal
 from restitch.modeling.kinds import model_kind
@@ -208,7 +208,7 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
         )
     _check_tensors(base)
     try:
-        TaskVector(base.checkpoint, base.checkpoint, base.names).check_finite()
+        check_finite(base.checkpoint)
     except CannotJoin as error:
         raise BadInput(
             f"the base {base.ref.uri} has weights that are not finite",
