@@ -111,7 +111,7 @@ def test_a_model_with_more_tokens_has_the_mask_of_the_weights_that_the_base_has(
         checked = validate(line, TASK, models.described(models.more))
         own = localize(line, TASK, models.described(models.more))
         plain = localize(line, TASK, models.described(models.tuned))
-    assert own.blob == plain.blob
+    assert own.mask == plain.mask
     first, second = checked.notes[-2:]
     assert first == "texts are read without 2 tokens that the base's tokenizer lacks: '<a>', '<b>'"
     assert second.startswith("5 rows more than the base's ")
@@ -153,7 +153,7 @@ def test_an_included_embedding_merges_the_rows_of_the_base(made, tmp_path, case,
         line = models.line(include=[embedding])
         validate(line, TASK, models.described(more))
         own = localize(line, TASK, models.described(more))
-        assert own.blob == localize(line, TASK, models.described(other)).blob
+        assert own.mask == localize(line, TASK, models.described(other)).mask
         delta = SparseFile.open(workspace().objects.blob_path(own.blob))
         assert delta.info(embedding).kept > 0
 
