@@ -63,7 +63,7 @@ TOKENIZERS: dict[str, tuple[Edit, str]] = {
     ),
     "another token": (
         renamed_token,
-        "tokenizer vocabulary: 2 tokens (base 260 tokens, finetuned 260)",
+        "tokenizer vocabulary: 1 token (base 260 tokens, finetuned 260): '!'",
     ),
     "other merges": (merged_bytes, "tokenizer merges"),
 }
