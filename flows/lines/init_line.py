@@ -43,7 +43,7 @@ from restitch.tasks.statistics import check_rows_for
 
 # Methods for a line file that names none; see docs/results/llm.md.
 _SPARSE = "localize-and-stitch"
-_FOR_LANGUAGE = ("tsv-m", "task-arithmetic", "ties")
+_FOR_LANGUAGE = ("tsv-m", "task-arithmetic")
 
 
 @dataclass(frozen=True)

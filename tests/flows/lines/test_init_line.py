@@ -194,7 +194,7 @@ def test_a_finetuned_model_of_another_kind_is_quarantined_by_what_it_is(
     ("make", "family", "proposed"),
     [
         (tiny_bert, "text-encoder", "method: localize-and-stitch"),
-        (tiny_gpt2, "causal-lm", "method: {tournament: [tsv-m, task-arithmetic, ties]}"),
+        (tiny_gpt2, "causal-lm", "method: {tournament: [tsv-m, task-arithmetic]}"),
     ],
 )
 def test_init_proposes_the_method_of_a_file_without_one(tmp_path, shell, make, family, proposed):
