@@ -324,7 +324,7 @@ def _quarantine(ledger: Ledger, key: ModelKey, error: RestitchError, deaths: int
 
     act = ledger.act("quarantined", actor(), f"{key}: {error.summary}", change)
     if act is not None:
-        warn(f"{key.task} version {key.version} is quarantined: {error.message()}")
+        warn(f"{key.task} version {key.version} is quarantined: {error.summary}")
         notify(act, {"crashes": f"{deaths} processes died at it."} if deaths else None)
         mirror(ledger.line)
 

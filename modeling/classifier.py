@@ -28,7 +28,10 @@ _UNREAD = frozenset({"out_features", "out_indices", "stage_names"})
 
 
 class Classifier(Family):
-    """A family whose tasks have heads of their own, read from their finetuned models."""
+    """A family whose tasks have heads of their own, read from their finetuned models.
+
+    A head with one output gives a number: the mean of a Gaussian with unit variance.
+    """
 
     task_heads: ClassifierHeads
     unread: ClassVar[frozenset[str]] = frozenset()
@@ -113,3 +116,10 @@ class Classifier(Family):
         }
         scores: Tensor = functional_call(inner, own, (), inputs).logits
         return scores.float()
+
+    def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
+        """The cross-entropy of the classes; of a number half the squared error."""
+        if not head.spec.of_number:
+            return super().loss(model, batch, head)
+        found = self.logits(model, batch, head)[:, 0]
+        return nn.functional.mse_loss(found, batch["labels"].to(found)) / 2

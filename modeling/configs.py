@@ -53,6 +53,7 @@ _IGNORED = {
     "torchscript",
     "transformers_version",
     "use_cache",
+    "vocab_size",  # the tensors are compared, see `merging.files.comparison`
 }
 _MOST_CONFIG = 1 << 24
 _QUANTIZATION = ("quantization_config", "compression_config")
@@ -86,6 +87,16 @@ def read_config(folder: Path) -> Any:
         )
     except Exception as error:  # a file of somebody else can raise any error
         raise BadInput(f"{file} does not describe a known architecture", found=error) from error
+
+
+def vocabulary_size(folder: Path) -> int | None:
+    """The number of tokens of a model of texts by its configuration; None if it does not say."""
+    try:
+        config = read_config(folder).get_text_config()
+    except (BadInput, ValueError):  # not in the layout of transformers, or of several parts
+        return None
+    found = getattr(config, "vocab_size", None)
+    return found if isinstance(found, int) else None
 
 
 def differences(

@@ -22,7 +22,7 @@ from restitch.merging.progress import Progress
 from restitch.modeling.data.rows import Rows
 from restitch.modeling.families.family import Batch, Family, Preprocess
 from restitch.modeling.heads import Head
-from restitch.modeling.row_values import Bits, Classes, Losses, RowValues, rows_from_json
+from restitch.modeling.row_values import Bits, Classes, Errors, Losses, RowValues, rows_from_json
 from restitch.registry.specs.metric import METRICS, Metric
 
 EVALUATOR_VERSION = 2
@@ -119,6 +119,8 @@ def evaluate(
         )
         return Evaluation.of(Bits(of, right))
     scores = by_row(lambda batch: family.logits(model, batch, head).float().cpu().numpy())
+    if metric == "squared_error":
+        return Evaluation.of(Errors.of(of, np.square(scores[:, 0].astype(np.float64) - targets)))
     return summarize(scores, targets, metric)
 
 

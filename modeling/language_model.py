@@ -23,9 +23,11 @@ class LanguageModel(Family):
 
     Attributes:
         auto_class: the name of the class of transformers that loads its models.
+        answers_apart: true if answers have positions of their own, in a decoder.
     """
 
     auto_class: ClassVar[str]
+    answers_apart: ClassVar[bool] = False
     modality: Modality = "text"
     reads_prompts = True
 
@@ -61,8 +63,10 @@ class LanguageModel(Family):
         update: dict[str, Any] = {"max_length": spec.max_length or self.max_length(folder)}
         if not spec.of_text:
             update |= {"score": spec.score or "sum"}
+        if spec.generate is not None and self.answers_apart:
+            update |= {"apart": True}
         spec = spec.model_copy(update=update)
-        if spec.generate is not None and (spec.most_read or 0) < 1:
+        if spec.generate is not None and spec.generate.max_new_tokens >= (spec.max_length or 0):
             raise BadInput(
                 "generate: max_new_tokens leaves no room for a prompt",
                 expected=f"less than the {spec.max_length} tokens that the model reads",

@@ -109,7 +109,8 @@ def _tokenizers(base: Path, finetuned: Path) -> Iterator[tuple[str, bool]]:
         if left.get(key) != right.get(key):
             yield f"tokenizer {key}: {_both(left.get(key), right.get(key))}", True
     yield from _vocabularies(ours.get_vocab(), theirs.get_vocab())
-    yield from _added(_flags(ours), _flags(theirs))
+    known = {token: flags for token, flags in _flags(theirs).items() if token in ours.get_vocab()}
+    yield from _added(_flags(ours), known)
     for key in _SETTINGS:
         one, other = getattr(ours, key, None), getattr(theirs, key, None)
         if one != other:
@@ -157,11 +158,16 @@ def _without(values: Mapping[str, Any], names: tuple[str, ...]) -> dict[str, Any
 
 
 def _vocabularies(ours: dict[str, int], theirs: dict[str, int]) -> Iterator[tuple[str, bool]]:
-    other = sorted(token for token in {*ours, *theirs} if ours.get(token) != theirs.get(token))
+    other = sorted(token for token in ours if ours[token] != theirs.get(token))
     if other:
         shown = shortlist([repr(token) for token in other])
         sizes = f"base {len(ours)} tokens, finetuned {len(theirs)}"
         yield f"tokenizer vocabulary: {counted(len(other), 'token')} ({sizes}): {shown}", True
+    more = sorted(theirs.keys() - ours.keys())
+    if more:
+        shown = shortlist([repr(token) for token in more])
+        count = counted(len(more), "token")
+        yield f"texts are read without {count} that the base's tokenizer lacks: {shown}", False
 
 
 def _flags(tokenizer: Any) -> dict[str, dict[str, Any]]:

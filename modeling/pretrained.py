@@ -5,6 +5,7 @@ network never used. Tensors keep their names in the folder's own file: a model m
 names to one of its live tensors.
 """
 
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -282,7 +283,8 @@ def missing_outside_of_blocks(
 ) -> list[str] | None:
     """The weights outside of the blocks, such as those of a head, that a folder's file lacks.
 
-    Tied weights count as there if the file holds one of them.
+    Tied weights count as there if the file holds one of them. Transformers ties the head of T5 even
+    where the configuration says that it is a weight of its own; then the file must hold it.
 
     Args:
         folder: a model; one without weights lacks none.
@@ -305,9 +307,22 @@ def missing_outside_of_blocks(
         raise BadInput(f"{folder} cannot be loaded as a model", found=error) from error
     shapes = {name: file.info(name).shape for name in file.names}
     live = dict(model.named_parameters(remove_duplicate=False))
-    held = {id(live[own]) for own in match_names(shapes, live, prefixes).values()}
+    found = frozenset(match_names(shapes, live, prefixes).values())
+    held = {id(live[own]) for own in found}
+    own_head = _head_of_its_own(folder, model)
     return sorted(
         name
         for name, tensor in live.items()
-        if id(tensor) not in held and "pooler." not in name and not _IN_A_BLOCK.search(name)
+        if (id(tensor) not in held or (name == own_head and name not in found))
+        and "pooler." not in name
+        and not _IN_A_BLOCK.search(name)
     )
+
+
+def _head_of_its_own(folder: Path, model: Any) -> str | None:
+    """The weight of the head, if the file of the configuration says that it is not tied."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    head = model.get_output_embeddings()
+    if head is None or values.get("tie_word_embeddings") is not False:
+        return None
+    return next(f"{name}.weight" for name, module in model.named_modules() if module is head)

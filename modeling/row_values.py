@@ -1,8 +1,8 @@
 """What an evaluation keeps of every row, and how rows become one value and an interval.
 
-There are three kinds: `Bits` (a row is right or wrong), `Losses` (a row has a loss, for perplexity)
-and `Classes` (F1, which no single row has). All of them can be compared row
-by row with those of another model.
+There are four kinds: `Bits` (a row is right or wrong), `Losses` (a row has a loss, for perplexity),
+`Errors` (a row has an error) and `Classes` (F1, which no single row has). All of them can be
+compared row by row with those of another model.
 
 Intervals: Wilson's for shares of right rows, and the bootstrap over rows for the others.
 Paired tests: McNemar's for right rows (see `significance`), and for the others the permutation test
@@ -226,6 +226,41 @@ class Losses(RowValues):
 
 
 @dataclass(frozen=True, eq=False)
+class Errors(RowValues):
+    """Rows with an error, of which the value is the mean.
+
+    Attributes:
+        errors: one per row, float64; lower is better.
+    """
+
+    errors: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, metric: Metric, errors: NDArray[np.float64]) -> "Errors":
+        """Rows whose errors may not be finite: such a row has the worst one."""
+        return cls(metric, np.where(np.isfinite(errors), errors, WORST))
+
+    @property
+    def count(self) -> int:
+        """The number of rows."""
+        return len(self.errors)
+
+    def to_json(self) -> dict[str, Any]:
+        """The errors of all rows as little-endian float64."""
+        return {"errors": _hex(self.errors)}
+
+    def _at(self, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        result: NDArray[np.float64] = self.errors[rows].mean(1)
+        return result
+
+    def _row_differences(self, other: Self) -> NDArray[np.float64]:
+        return self.errors - other.errors
+
+    def _exchanged(self, other: Self, swapped: NDArray[np.bool_]) -> NDArray[np.float64]:
+        return _signed(self._row_differences(other), swapped)
+
+
+@dataclass(frozen=True, eq=False)
 class Classes(RowValues):
     """Rows with a predicted class, for F1.
 
@@ -295,6 +330,8 @@ def rows_from_json(metric: str, data: Mapping[str, Any]) -> RowValues:
             np.frombuffer(bytes.fromhex(data[name]), dtype="<f8") for name in ("losses", "tokens")
         )
         return Losses(of, losses, tokens)
+    if "errors" in data:
+        return Errors(of, np.frombuffer(bytes.fromhex(data["errors"]), dtype="<f8"))
     targets, predicted = (
         np.frombuffer(bytes.fromhex(data[name]), dtype="<i4").astype(np.int64)
         for name in ("targets", "predicted")

@@ -24,6 +24,8 @@ from restitch.merging.files.comparison import without_wrappers
 from restitch.modeling.configs import read_config
 from restitch.modeling.pretrained import named_tensors
 
+# The name that transformers writes for the one output of a regression.
+_NUMBER = ("LABEL_0",)
 # Names that transformers or a trainer writes for classes without a name.
 _NO_NAME = re.compile(r"(?:LABEL_)?(\d+)")
 
@@ -48,7 +50,7 @@ class TaskHeads(Protocol):
         Args:
             folder: the model's folder, with its configuration.
             checkpoint: its weights.
-            labels: the classes of the task.
+            labels: the classes of the task; none if its head gives a number.
 
         Returns:
             What is worth a note.
@@ -70,7 +72,7 @@ class TaskHeads(Protocol):
 
         Args:
             folder: the base's folder.
-            labels: the classes of the head, in the order of their indices.
+            labels: the classes of the head, in the order of their indices; none for a number.
         """
 
 
@@ -160,7 +162,7 @@ class ClassifierHeads:
         """Refuse another kind of head, an incomplete head, and other classes."""
         self._located(folder, checkpoint)
         order = self._order(folder, labels)
-        if order == list(range(len(labels))):
+        if order == list(range(len(order))):
             return ()
         theirs = _named(folder)
         return (f"its classes are in another order, matched by name: {shortlist(theirs)}",)
@@ -197,11 +199,12 @@ class ClassifierHeads:
         """The base's configuration with the classification class and the labels."""
         values: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         values.pop("num_labels", None)
+        names = labels or _NUMBER
         return values | {
             "architectures": [self.model_class(folder).__name__],
-            "id2label": {str(index): label for index, label in enumerate(labels)},
-            "label2id": {label: index for index, label in enumerate(labels)},
-            "problem_type": "single_label_classification",
+            "id2label": {str(index): name for index, name in enumerate(names)},
+            "label2id": {name: index for index, name in enumerate(names)},
+            "problem_type": "single_label_classification" if labels else "regression",
         }
 
     def _located(self, folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
@@ -248,11 +251,15 @@ class ClassifierHeads:
             )
 
     def _order(self, folder: Path, labels: Sequence[str]) -> list[int]:
-        """The index in the head of each of a task's classes.
+        """The index in the head of each of a task's classes, or of its number.
 
         Raises:
-            BadInput: the head has other classes, or does not choose one of several classes.
+            BadInput: the head has other classes, or does not choose one of several classes; or it
+                does not give a number.
         """
+        if not labels:
+            _check_gives_a_number(folder)
+            return [0]
         _check_chooses(folder)
         theirs = _named(folder)
         if len(labels) != len(theirs):
@@ -278,7 +285,8 @@ def _check_chooses(folder: Path) -> None:
             f"{folder} is a regression: its head gives numbers, not classes",
             expected="a head with at least two classes",
             found=f"outputs: {config.num_labels}, problem_type: {config.problem_type}",
-            hint="register a classifier; tasks of numbers cannot be measured yet",
+            hint="if the rows have numbers, write metric: squared_error in the task's file, without"
+            " head: labels; otherwise register a classifier",
         )
     if config.problem_type == "multi_label_classification":
         raise BadInput(
@@ -287,6 +295,18 @@ def _check_chooses(folder: Path) -> None:
             found="problem_type: multi_label_classification",
             hint="a task has one class per row; if the model does choose one class, correct"
             " problem_type in its config.json",
+        )
+
+
+def _check_gives_a_number(folder: Path) -> None:
+    """Refuse a head that does not give one number."""
+    config = read_config(folder)
+    if config.num_labels != 1 or config.problem_type not in (None, "regression"):
+        raise BadInput(
+            f"the head of {folder} does not give one number",
+            expected="a regression with one output, by metric: squared_error",
+            found=f"outputs: {config.num_labels}, problem_type: {config.problem_type}",
+            hint="for a classifier, leave out the metric or write metric: accuracy",
         )
 
 

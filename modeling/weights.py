@@ -4,7 +4,8 @@ Values are copied into the live tensors and converted to their dtype; nothing is
 setting and restoring leaves no trace.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -45,6 +46,22 @@ def apply_edits(parameters: Mapping[str, Tensor], base: Checkpoint, edits: Edits
 def restore(parameters: Mapping[str, Tensor], base: Checkpoint, names: Iterable[str]) -> None:
     """Set tensors back to the base's values."""
     set_weights(parameters, ((name, base.tensor(name)) for name in names))
+
+
+@contextmanager
+def resized(parameters: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> Iterator[None]:
+    """Give live tensors the values and shapes of others within a block.
+
+    A vocabulary with more tokens has more rows; layers read their size from the tensor itself.
+    """
+    own = {name: parameters[name].data for name in tensors}
+    try:
+        for name, value in tensors.items():
+            parameters[name].data = value.to(own[name].device, own[name].dtype, copy=True)
+        yield
+    finally:
+        for name, data in own.items():
+            parameters[name].data = data
 
 
 def linear_layers(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, nn.Linear]:

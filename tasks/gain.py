@@ -16,6 +16,7 @@ from restitch.tasks.compare_results import read_evaluation, verdict_of
 from restitch.tasks.runtime.refs import LineRef
 
 _OTHER_TEXTS = "texts: other columns were read in training, or texts were prepared differently"
+_OTHER_SCALE = "numbers: those of training had another scale, such as 0 to 1 in place of 0 to 5"
 _OWN_TOKENIZER = "tokenizer: that of the base is used, not that of the model"
 
 
@@ -62,6 +63,8 @@ def likely_causes(line: LineRef, spec: TaskSpec, facts: ModelFacts) -> tuple[str
         return _causes_with_prompt(spec)
     if spec.is_of_text:
         return (_OTHER_TEXTS, _OWN_TOKENIZER)
+    if spec.is_of_numbers:
+        return (_OTHER_SCALE, _OTHER_TEXTS, _OWN_TOKENIZER)
     labels = () if head is None or not isinstance(head.labels, tuple) else head.labels
     prompts = () if head is None or not isinstance(head.templates, tuple) else head.templates
     family = get_family(line.spec.family)

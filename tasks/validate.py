@@ -7,8 +7,8 @@ from pathlib import Path
 from restitch.merging.errors import BadInput, CannotJoin, counted, shortlist
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.comparison import Comparison
-from restitch.merging.ranking.task_vector import TaskVector, outside_share
-from restitch.modeling.configs import unknown_keys
+from restitch.merging.ranking.task_vector import TaskVector, check_finite, outside_share
+from restitch.modeling.configs import unknown_keys, vocabulary_size
 from restitch.modeling.family_choice import check_finetuned
 from restitch.modeling.preprocessing import compare_preprocessing, unused_modules
 from restitch.registry.access_policy import AccessDenied
@@ -68,7 +68,7 @@ def validate(
             hint=error.hint,
             details=error.details,
         ) from error
-    problems = [*config, *comparison.problems()]
+    problems = [*config, *_vocabulary_problems(base, comparison, folder), *comparison.problems()]
     if problems:
         ours, theirs = _examples(comparison, base, checkpoint)
         raise CannotJoin(
@@ -80,9 +80,9 @@ def validate(
             details=problems,
             hint=_HINT,
         )
-    finetuned = checkpoint.renamed(comparison.mapping)
+    finetuned = comparison.aligned(checkpoint)
     vector = TaskVector(base.checkpoint, finetuned, base.names)
-    vector.check_finite()
+    check_finite(checkpoint.renamed(comparison.mapping))
     if vector.is_zero():
         raise CannotJoin(
             f"{model.uri} has the same localizable weights as the base",
@@ -94,6 +94,8 @@ def validate(
     if comparison.renamed is not None:
         theirs, ours = comparison.renamed
         notes.append(f"its tensors are renamed to the base's names, such as {theirs} to {ours}")
+    if comparison.rows is not None:
+        notes.append(_more_rows(comparison, base))
     outside = outside_share(base.checkpoint, finetuned, base.names)
     own = base.family.task_heads
     heads = own.tensors(folder, checkpoint.names) if own is not None and folder.is_dir() else ()
@@ -123,6 +125,25 @@ def _config_differences(base: Base, model: ModelRef, folder: Path) -> list[str]:
             hint=_HINT,
         )
     return found
+
+
+def _vocabulary_problems(base: Base, comparison: Comparison, folder: Path) -> list[str]:
+    """The number of tokens by the configuration, if the tensors have another one."""
+    stated = vocabulary_size(folder) if folder.is_dir() and base.vocabulary else None
+    rows = comparison.rows or base.vocabulary
+    if stated is None or stated == rows:
+        return []
+    sizes = f"vocab_size: base {base.vocabulary}, finetuned {stated}"
+    return [sizes if comparison.other_shape else f"{sizes}, but its embeddings have {rows} rows"]
+
+
+def _more_rows(comparison: Comparison, base: Base) -> str:
+    """A note about the rows of embeddings and head that no merge has."""
+    assert comparison.rows is not None
+    assert base.vocabulary is not None
+    more = counted(comparison.rows - base.vocabulary, "row")
+    names = shortlist(list(comparison.more_rows))
+    return f"{more} more than the base's {base.vocabulary:,} are not merged: the ends of {names}"
 
 
 def _check_preprocessing(base: Base, model: ModelRef, folder: Path, accepted: bool) -> list[str]:

@@ -28,6 +28,7 @@ from transformers import (
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -559,6 +560,37 @@ def tweaked(
             noise = torch.randn(tensor.shape, generator=random, dtype=torch.float32)
             tensors[name] = (tensor.float() + size * noise).to(tensor.dtype)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def with_more_tokens(
+    model: Path, folder: Path, *, tokens: Sequence[str] = ("<a>", "<b>"), rows: int = 5
+) -> Path:
+    """A copy of a folder with added tokens and more rows in embeddings and head.
+
+    Args:
+        model: a model of texts.
+        folder: the folder to write.
+        tokens: the tokens to add.
+        rows: the number of new rows; fewer than none takes rows away.
+    """
+    shutil.copytree(model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    size = config["vocab_size"]
+    random = torch.Generator().manual_seed(rows)
+    tensors = load_file(folder / "model.safetensors")
+    for name, tensor in tensors.items():
+        if size in tensor.shape and not any(part.isdigit() for part in name.split(".")):
+            at = tensor.shape.index(size)
+            shape = [*tensor.shape[:at], max(rows, 0), *tensor.shape[at + 1 :]]
+            new = torch.cat([tensor, 4 * torch.randn(shape, generator=random)], at)
+            tensors[name] = new.narrow(at, 0, size + rows).contiguous()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": size + rows}))
+    if tokens:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokenizer.add_tokens([*tokens])
+        tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -38,9 +38,9 @@ def init(
     file: Annotated[Path, typer.Argument(help="YAML file of the line.")], as_json: Json = False
 ) -> None:
     """Make a line, or update it, from a YAML file."""
-    from restitch.registry.specs.files import NoFamily, load_line
+    from restitch.registry.specs.files import NoFamily, NoMethod, load_line
 
-    with suppress(NoFamily):  # for which `init_line` looks at the base
+    with suppress(NoFamily, NoMethod):  # for which `init_line` looks at the base
         load_line(file)  # before anything heavy is imported
     from restitch.deployments.server.deploy import keep_schedules
     from restitch.flows.lines.init_line import init_line

@@ -13,7 +13,7 @@ from restitch.merging.files.plain_weights import described, is_buffer
 from restitch.merging.localize.dataless import kept_count
 from restitch.merging.localize.subspace import NAME as SUBSPACE
 from restitch.merging.methods.registry import Method, get_method, method_names, resolve_settings
-from restitch.merging.ranking.task_vector import TaskVector
+from restitch.merging.ranking.task_vector import check_finite
 from restitch.modeling.families.family import family_names, get_family
 from restitch.modeling.family_choice import check_base, proposal
 from restitch.modeling.kinds import model_kind
@@ -21,7 +21,7 @@ from restitch.registry.gates.registry import GATES
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, Removal
 from restitch.registry.sources.resolve import COPY_SCHEME, resolve_source
-from restitch.registry.specs.files import NoFamily, load_line
+from restitch.registry.specs.files import NoFamily, NoMethod, load_line
 from restitch.registry.specs.in_words import changed
 from restitch.registry.specs.line import LineSpec, line_changes
 from restitch.registry.specs.method import MethodSpec, TournamentSpec
@@ -41,6 +41,10 @@ from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.schedules import check_schedule
 from restitch.tasks.runtime.workspace import Workspace, actor, workspace
 from restitch.tasks.statistics import check_rows_for
+
+# Methods for a line file that names none; see docs/results/llm.md.
+_SPARSE = "localize-and-stitch"
+_FOR_LANGUAGE = ("tsv-m", "task-arithmetic")
 
 
 @dataclass(frozen=True)
@@ -138,13 +142,20 @@ def init_line(file: Path) -> InitOutcome:
 
 
 def _load(file: Path, space: Workspace) -> LineSpec:
-    """Read the line file; if it names no family, look at the base and propose one.
+    """Read the line file; if it names no family or no method, propose one.
 
-    A family is never filled in: it cannot change later, and with more families to choose from the
-    same file would mean another line.
+    Neither is filled in. A family cannot change later, and with more families or other measurements
+    the same file would mean another line.
     """
     try:
         return load_line(file)
+    except NoMethod as error:
+        family = load_line(file, "none", _SPARSE).family
+        if family == "none":
+            raise
+        raise BadInput(
+            error.summary, expected="the merge method of the line", hint=_proposed_method(family)
+        ) from error
     except NoFamily as error:
         spec = load_line(file, family="none")
         line = Ledger(space.objects, spec.line).find()
@@ -171,6 +182,18 @@ def _load(file: Path, space: Workspace) -> LineSpec:
             found=f"the base {base.uri} is {model}",
             hint=proposal(model, base.local, "add this line to the file: {}"),
         ) from error
+
+
+def _proposed_method(family: str) -> str:
+    """The line to add for the method, by what was best on a line of this family."""
+    sparse = f"`method: {_SPARSE}`"
+    if not get_family(family).reads_prompts:
+        return f"add this line to the file: {sparse}"
+    return (
+        f"add this line to the file: `method: {{tournament: [{', '.join(_FOR_LANGUAGE)}]}}`, in the"
+        f" order of what they reached on a line of language models; or {sparse}, which stores a"
+        " fraction of it and reached less"
+    )
 
 
 def _check_gates(spec: LineSpec) -> None:
@@ -209,7 +232,7 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
         )
     _check_tensors(base)
     try:
-        TaskVector(base.checkpoint, base.checkpoint, base.names).check_finite()
+        check_finite(base.checkpoint)
     except CannotJoin as error:
         raise BadInput(
             f"the base {base.ref.uri} has weights that are not finite",

@@ -58,7 +58,7 @@ def judge(
     if facts.lacks_gain:
         why = why_held(line, line_state.tasks[key.task].spec, facts)
         if not _has_shown_its_skill(ledger, line_state, key):
-            held = f"{key.task} version {key.version} is held: {why.message()}"
+            held = f"{key.task} version {key.version} is held: {why.summary}"
             summary = f"{key}: {why.summary}"
             return Judgement(facts, "held", why.message(), summary, (held, *warnings))
         stays = (

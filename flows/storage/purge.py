@@ -277,7 +277,7 @@ def _derived(
         base = open_base(LineRef(line_state.spec, line_state.base), space)
         for key, model in models.items():
             spec = line_state.tasks[key.task].spec
-            if spec.head is not None:
+            if spec.uses_head:
                 for each in base.in_each_type():
                     name = f"keys/head/{digest_json(head_inputs(spec, each, model))}"
                     found |= {name: model.weights} if name in inventory.keys else {}

@@ -12,10 +12,12 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from pydantic import ValidationError
+
 from restitch.flows.outcome import Outcome
 from restitch.merging.errors import Damage, RestitchError, Unavailable
 from restitch.merging.files.delta import open_delta
-from restitch.registry.ledger.ledger import Ledger
+from restitch.registry.ledger.ledger import Ledger, state_after
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import Entry, differences, replay, state_of
 from restitch.registry.ledger.references import SPECIALISTS
@@ -294,13 +296,20 @@ def is_complete(trail: Sequence[Entry]) -> bool:
 
 
 def trail_contradiction(line_state: LineState, trail: Sequence[Entry]) -> str | None:
-    """The first value in a line's state that its acts, oldest first, do not give."""
-    replayed, stored = differences(replay(trail), state_of(line_state))
+    """The first value in a line's state that its acts, oldest first, do not give.
+
+    Acts of a version before an optional key existed do not hold it: it has its default.
+    """
+    try:
+        given = state_of(state_after(trail))
+    except ValidationError:
+        given = replay(trail)
+    replayed, stored = differences(given, state_of(line_state))
     paths = sorted({*replayed, *stored})
     if not paths:
         return None
-    has, given = (str(values.get(paths[0]))[:80] for values in (stored, replayed))
-    return f"{paths[0]} is {has}, but its acts give {given}"
+    has, gives = (str(values.get(paths[0]))[:80] for values in (stored, replayed))
+    return f"{paths[0]} is {has}, but its acts give {gives}"
 
 
 def _described(inventory: Inventory, name: str, problem: str) -> Damaged:

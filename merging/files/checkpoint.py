@@ -252,11 +252,20 @@ class Checkpoint:
         """The digest of one tensor's bytes."""
         return str(blake3(self.tensor_bytes(name)).hexdigest())
 
-    def renamed(self, mapping: Mapping[str, str]) -> "Checkpoint":
-        """The tensors named in `mapping` under their new names; the others are left out."""
+    def renamed(
+        self, mapping: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]] | None = None
+    ) -> "Checkpoint":
+        """The tensors named in `mapping` under their new names; the others are left out.
+
+        Args:
+            mapping: new name by old name.
+            shapes: by new name, of tensors of which only the first elements are wanted.
+        """
         if len(set(mapping.values())) != len(mapping):
             raise ValueError("two tensors cannot have the same new name")
         infos = {new: replace(self._infos[old], name=new) for old, new in mapping.items()}
+        for name, shape in (shapes or {}).items():
+            infos[name] = replace(infos[name], shape=shape)
         locations = {new: self._locations[old] for old, new in mapping.items()}
         shards = {
             shard: tuple(mapping[name] for name in names if name in mapping)

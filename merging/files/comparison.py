@@ -6,7 +6,8 @@ the finetuned checkpoint holds every required tensor; a known prefix may also be
 `Comparison.problems` lists the reasons why the model cannot join: localizable tensors are missing,
 localizable layers have tensors that the base lacks, shapes differ, or a tensor holds weights on one
 side and integers on the other. A subset of the tensors is allowed if it holds all required ones,
-and so is any mix of float types.
+and so is any mix of float types. Embeddings and heads may have rows for tokens that the base lacks;
+`Comparison.aligned` leaves these rows out.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -46,6 +47,8 @@ class Comparison:
         other_shape: tensors whose shapes differ.
         other_dtype: tensors whose types differ.
         other_kind: tensors that are weights on one side only.
+        more_rows: the base's shapes of the tensors that have more rows of a vocabulary.
+        rows: the number of rows of these tensors in the finetuned checkpoint; None without any.
         renamed: a finetuned name and the base's name for it, if they differ for any tensor.
     """
 
@@ -57,7 +60,13 @@ class Comparison:
     other_shape: tuple[str, ...]
     other_dtype: tuple[str, ...]
     other_kind: tuple[str, ...]
+    more_rows: Mapping[str, tuple[int, ...]]
+    rows: int | None
     renamed: tuple[str, str] | None = None
+
+    def aligned(self, finetuned: Checkpoint) -> Checkpoint:
+        """The finetuned tensors under the base's names and in its shapes."""
+        return finetuned.renamed(self.mapping, self.more_rows)
 
     def problems(self) -> list[str]:
         """All reasons why the model cannot join; empty if it can."""
@@ -77,6 +86,7 @@ def compare(
     required: Sequence[str],
     prefixes: Sequence[str] = (),
     localizable: Callable[[str], bool] = lambda _: True,
+    vocabulary: int | None = None,
 ) -> Comparison:
     """Match the tensors of `finetuned` with those of `base`.
 
@@ -86,14 +96,20 @@ def compare(
         required: the base's names of the localizable tensors, which joining needs.
         prefixes: prefixes that the names of either side may have.
         localizable: true for the names, in the form of the base's, that masks may select.
+        vocabulary: the base's number of tokens, if it is a model of texts.
     """
     renaming = _choose(base.names, finetuned.names, frozenset(required), prefixes)
     mapping = _injective(renaming.mapping)
     matched = set(mapping.values())
     shapes, dtypes, kinds = [], [], []
+    more_rows: dict[str, tuple[int, ...]] = {}
+    rows: int | None = None
     for theirs, ours in sorted(mapping.items(), key=lambda item: by_bytes(item[1])):
         ft, b = finetuned.info(theirs), base.info(ours)
-        if ft.shape != b.shape:
+        tokens = _tokens(ours, b.shape, ft.shape, vocabulary)
+        if tokens is not None and rows in (None, tokens):
+            rows, more_rows[ours] = tokens, b.shape
+        elif ft.shape != b.shape:
             turned = " (transposed)" if ft.shape == b.shape[::-1] else ""
             shapes.append(f"{ours}: base {list(b.shape)}, finetuned {list(ft.shape)}{turned}")
         if ft.dtype != b.dtype:
@@ -118,8 +134,27 @@ def compare(
         other_shape=tuple(shapes),
         other_dtype=tuple(dtypes),
         other_kind=tuple(kinds),
+        more_rows=more_rows,
+        rows=rows,
         renamed=next((pair for pair in mapping.items() if pair[0] != pair[1]), None),
     )
+
+
+def _tokens(
+    name: str, ours: tuple[int, ...], theirs: tuple[int, ...], vocabulary: int | None
+) -> int | None:
+    """The rows of a finetuned tensor, if it differs only in having rows for more tokens.
+
+    Embeddings and heads lie outside of the numbered layers.
+    """
+    inside = any(part.isdigit() for part in name.split("."))
+    if vocabulary is None or inside or len(ours) != len(theirs) or ours == theirs:
+        return None
+    at = next(at for at, sizes in enumerate(zip(ours, theirs, strict=True)) if len({*sizes}) > 1)
+    # Rows can be left out at the end only.
+    first = all(size == 1 for size in ours[:at]) and ours[at] == vocabulary
+    more = ours[at + 1 :] == theirs[at + 1 :] and theirs[at] > vocabulary
+    return theirs[at] if first and more else None
 
 
 @dataclass(frozen=True)

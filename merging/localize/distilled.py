@@ -125,12 +125,12 @@ def _targets(
     logits: Callable[[Batch], Tensor],
     report: "_Counted",
 ) -> Tensor:
-    """The log probabilities of the model with all localizable weights finetuned, by row."""
+    """The predictions of the model with all localizable weights finetuned, by row."""
     live.interpolate(1.0)
     found = []
     starts = range(0, rows, _TARGET_ROWS)
     for made in prefetch(batch, (range(at, min(at + _TARGET_ROWS, rows)) for at in starts)):
-        found.append(logits(made).log_softmax(-1))
+        found.append(_predicted(logits(made)))
         report.next(len(found[-1]))
     return torch.cat(found)
 
@@ -151,9 +151,9 @@ def _refine(
     def backward(made: Any, chosen: Tensor) -> Tensor:
         """Compute the gradients of a batch's divergence from the targets, and return it."""
         with torch.enable_grad():
-            actual = logits(made).log_softmax(-1)
+            actual = _predicted(logits(made))
             target = targets[chosen.to(targets.device)]
-            loss = (target.exp() * (target - actual)).sum(-1).mean()
+            loss = _divergence(target, actual).mean()
             torch.autograd.backward(loss)
         return loss.detach()
 
@@ -180,6 +180,18 @@ def _refine(
             report.next(len(rows))
         losses.append(finite_mean("divergence", seen, len(losses) + 1))
     return losses
+
+
+def _predicted(scores: Tensor) -> Tensor:
+    """The log probabilities of the classes; a single score is the mean of a Gaussian."""
+    return scores if scores.shape[-1] == 1 else scores.log_softmax(-1)
+
+
+def _divergence(target: Tensor, actual: Tensor) -> Tensor:
+    """The divergence of each prediction from its target; Gaussians have unit variance."""
+    if target.shape[-1] == 1:
+        return (target - actual).square().sum(-1) / 2
+    return (target.exp() * (target - actual)).sum(-1)
 
 
 def _move(live: LiveWeights, scores: Mapping[str, Tensor], share: float, part: LiveTensor) -> None:

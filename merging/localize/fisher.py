@@ -144,7 +144,7 @@ def localize_fisher(
         rows: the number of calibration rows; labels are not used.
         batch: makes the batch of some rows, by their indices.
         logits: the scores of the classes at the model's current weights, [rows, classes], or
-            [rows, positions, classes].
+            [rows, positions, classes]; of one class for a number.
         settings: the settings of the measurement.
         progress: called with the rows done and the total.
 
@@ -191,8 +191,14 @@ def measure_sensitivities(
 
 
 def sampled_loss(scores: Tensor, generator: torch.Generator) -> Tensor:
-    """The summed cross-entropy of all predictions, each with a class sampled from it."""
+    """The summed cross-entropy of all predictions, each with a class sampled from it.
+
+    A single score is the mean of a Gaussian with unit variance, from which a number is sampled.
+    """
     each = scores.flatten(0, -2)
+    if each.shape[1] == 1:
+        noise = torch.randn(each.shape, generator=generator).to(each)
+        return F.mse_loss(each, each.detach() + noise, reduction="sum") / 2
     target = sample_classes(each.detach(), generator)
     return F.cross_entropy(each, target, reduction="sum")
 

@@ -110,22 +110,6 @@ class TaskVector:
         """True if finetuning changed no localizable weight."""
         return all(not bool(chunk.any()) for name in self.names for chunk in self.chunks(name))
 
-    def check_finite(self) -> None:
-        """Raise `CannotJoin` with the names of all finetuned tensors with NaN or infinity."""
-        bad = []
-        for name in self.finetuned.floating:
-            count = _not_finite(self.finetuned.tensor(name).view(-1))
-            if count:
-                bad.append(f"{name}: {count} of {self.finetuned.info(name).numel}")
-        if bad:
-            raise CannotJoin(
-                "the finetuned model has weights that are not finite",
-                expected="finite weights",
-                found=f"NaN or infinity in {len(bad)} tensors",
-                hint="finetune the model again, perhaps with a smaller learning rate",
-                details=bad,
-            )
-
     def _dtype(self, name: str) -> torch.dtype:
         pair = {self.base.info(name).dtype, self.finetuned.info(name).dtype}
         return torch.float64 if torch.float64 in pair else torch.float32
@@ -158,6 +142,23 @@ def outside_share(base: Checkpoint, finetuned: Checkpoint, names: Sequence[str])
     outside = [(name, value / total) for name, value in squares.items() if name not in inside]
     ranked = sorted((item for item in outside if item[1]), key=lambda item: (-item[1], item[0]))
     return OutsideShare(sum(share for _, share in ranked), tuple(ranked))
+
+
+def check_finite(finetuned: Checkpoint) -> None:
+    """Raise `CannotJoin` with the names of all tensors with NaN or infinity."""
+    bad = []
+    for name in finetuned.floating:
+        count = _not_finite(finetuned.tensor(name).view(-1))
+        if count:
+            bad.append(f"{name}: {count} of {finetuned.info(name).numel}")
+    if bad:
+        raise CannotJoin(
+            "the finetuned model has weights that are not finite",
+            expected="finite weights",
+            found=f"NaN or infinity in {len(bad)} tensors",
+            hint="finetune the model again, perhaps with a smaller learning rate",
+            details=bad,
+        )
 
 
 def _not_finite(flat: Tensor) -> int:

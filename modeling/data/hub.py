@@ -20,6 +20,8 @@ _ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
+# Builders whose files are read themselves: what `datasets` prepared from them is not enough.
+_READS_FILES = ("csv", "json", "imagefolder")
 # Settings of a data set that do not say how its files are read.
 _EACH_HAS = ("name", "version", "data_dir", "data_files", "description", "features")
 
@@ -174,9 +176,21 @@ def open_hub(location: Location) -> HubTable | HubFiles:
             found=f"in the cache: {', '.join(sorted(cached)) or 'nothing'}",
             hint="try again when the hub can be reached",
         )
+    if dataset.info.builder_name in _READS_FILES and not _snapshot(location).is_dir():
+        _fetch_again(location)
     files = _text_files(location, dataset)
     name = f"{location.root} {location.split}"
     return files or HubTable(name, dataset, _snapshot(location))
+
+
+def _fetch_again(location: Location) -> None:
+    """Fetch the files of a commit: the cache of the hub was deleted, and not that of `datasets`."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(location.root, repo_type="dataset", revision=location.revision)
+    except Exception as error:
+        raise _explained(location.root, error) from error
 
 
 def _text_files(location: Location, dataset: Any) -> HubFiles | None:

@@ -17,6 +17,7 @@ from restitch.merging.errors import BadInput
 from restitch.modeling.data.choices import choice_indices, row_choices
 from restitch.modeling.data.images import image_bytes, open_image
 from restitch.modeling.data.labels import Classes, class_indices
+from restitch.modeling.data.numbers import numbers
 from restitch.modeling.data.tables import ListTable, Table
 from restitch.modeling.data.texts import text_of
 from restitch.registry.specs.prompt import fill_in, parts_at_mask
@@ -53,7 +54,7 @@ class Example:
 
     Attributes:
         inputs: texts, or one `PIL.Image.Image`.
-        label: the index of its class; None if the data has no labels.
+        label: the index of its class, or its number; None if the data has no labels.
         where: file and row, for errors.
         choices: the names of the classes; None fills up the lists of rows that have fewer choices
             than others.
@@ -61,7 +62,7 @@ class Example:
     """
 
     inputs: tuple[Any, ...]
-    label: int | None
+    label: int | float | None
     where: str
     choices: tuple[str | None, ...] = ()
     chat: bool = False
@@ -80,6 +81,7 @@ class Rows:
         indices: the rows of the table; None for all.
         classes: the names of the classes in the label column; None if they are the labels.
         prompt: how the values of a row become one text; None leaves them as they are.
+        of_numbers: the label column has numbers, not classes.
     """
 
     table: Table
@@ -90,6 +92,7 @@ class Rows:
     indices: NDArray[np.int64] | None = None
     classes: tuple[str, ...] | None = None
     prompt: Prompt | None = None
+    of_numbers: bool = False
     _memo: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -98,7 +101,7 @@ class Rows:
     def __getitem__(self, position: int) -> Example:
         row = position if self.indices is None else int(self.indices[position])
         where = self.table.where(row)
-        label = None if self.label is None else int(self.targets[position])
+        label = None if self.label is None else self.targets[position].item()
         if self.modality == "text":
             chat = self.prompt is not None and self.prompt.chat
             return Example(self._texts(row), label, where, self._choices(row), chat)
@@ -179,8 +182,8 @@ class Rows:
         return replace(self, indices=base[chosen], _memo=same)
 
     @property
-    def targets(self) -> NDArray[np.int64]:
-        """The class index of every row, without reading inputs."""
+    def targets(self) -> NDArray[Any]:
+        """The class index of every row, or its number, without reading inputs."""
         if "targets" not in self._memo:
             if self.label is None:
                 raise BadInput(
@@ -189,7 +192,10 @@ class Rows:
                 )
             lists = self._lists
             notes: tuple[str, ...] = ()
-            if self.prompt is not None and self.prompt.answer is not None:
+            indices: NDArray[Any]
+            if self.of_numbers:
+                indices = numbers(self.table, self.label)
+            elif self.prompt is not None and self.prompt.answer is not None:
                 indices = np.zeros(len(self.table), dtype=np.int64)
             elif lists is not None:
                 indices = choice_indices(self.table, self.label, lists)
@@ -199,13 +205,14 @@ class Rows:
                 )
             self._memo["targets"] = indices if self.indices is None else indices[self.indices]
             self._memo["notes"] = notes
-        result: NDArray[np.int64] = self._memo["targets"]
+        result: NDArray[Any] = self._memo["targets"]
         return result
 
     @property
     def strata(self) -> NDArray[np.int64]:
-        """The class index of every row, of which samples take a share each; 0 without labels."""
-        return np.zeros(len(self), dtype=np.int64) if self.label is None else self.targets
+        """The class index of every row, of which samples take a share each; 0 without classes."""
+        alike = self.label is None or self.of_numbers
+        return np.zeros(len(self), dtype=np.int64) if alike else self.targets
 
     @property
     def notes(self) -> tuple[str, ...]:

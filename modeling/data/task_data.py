@@ -36,6 +36,7 @@ class TaskData:
         labels: the names of the classes; empty if the data has no labels.
         modality: what the family reads.
         prompt: how rows become questions, for a family that reads prompts.
+        of_numbers: the label column has numbers, not classes.
     """
 
     def __init__(
@@ -44,11 +45,13 @@ class TaskData:
         labels: Sequence[str],
         modality: Modality,
         prompt: Prompt | None = None,
+        of_numbers: bool = False,
     ) -> None:
         self.spec = spec.with_columns(modality)
         self.labels = tuple(labels)
         self.modality = modality
         self.prompt = prompt
+        self.of_numbers = of_numbers
 
     @property
     def validation_from_train(self) -> bool:
@@ -87,7 +90,7 @@ class TaskData:
         """`shots` rows of each class of train, all where there are fewer, in a seeded order.
 
         Rows that stand in for validation are never among them. Without labels: `shots` rows for
-        each of the classes.
+        each of the classes. Rows of numbers are all of one class.
         """
         if self.spec.train is None:
             raise BadInput(
@@ -96,7 +99,7 @@ class TaskData:
             )
         rows = self.rows("train")
         random = _random(seed)
-        if rows.label is None:
+        if rows.label is None or rows.of_numbers:
             count = shots * max(1, rows.class_count)
             return rows.select(random.permutation(len(rows))[:count]).in_memory()
         chosen = [
@@ -115,7 +118,12 @@ class TaskData:
 
     def _open(self, split: str) -> Rows:
         return open_split(
-            self.spec, split, labels=self.labels, modality=self.modality, prompt=self.prompt
+            self.spec,
+            split,
+            labels=self.labels,
+            modality=self.modality,
+            prompt=self.prompt,
+            of_numbers=self.of_numbers,
         )
 
 
@@ -126,6 +134,7 @@ def open_split(
     labels: Sequence[str] = (),
     modality: Modality = "text",
     prompt: Prompt | None = None,
+    of_numbers: bool = False,
 ) -> Rows:
     """The rows of one described split.
 
@@ -138,6 +147,7 @@ def open_split(
         labels: the names of the classes; a label column is checked against them at once.
         modality: how inputs are read.
         prompt: how rows become questions.
+        of_numbers: the label column has numbers, not classes.
 
     Raises:
         BadInput: the split is not described, cannot be read, is empty, lacks a column, or has a
@@ -156,7 +166,7 @@ def open_split(
     if len(table) == 0:
         raise BadInput(f"{table.name} has no rows", expected="at least one")
     own = None if prompt is None else prompt.choices_column
-    label = spec.label if labels or own is not None else None
+    label = spec.label if labels or own is not None or of_numbers else None
     if prompt is not None and prompt.answer is not None:
         label = prompt.answer
     evaluated = spec.validation is not None or spec.test is not None
@@ -171,7 +181,16 @@ def open_split(
             found=f"columns {', '.join(map(printable, table.columns))}",
             hint=_nearest(missing[0], table.columns, prompt is not None),
         )
-    rows = Rows(table, inputs, label, tuple(labels), modality, classes=spec.classes, prompt=prompt)
+    rows = Rows(
+        table,
+        inputs,
+        label,
+        tuple(labels),
+        modality,
+        classes=spec.classes,
+        prompt=prompt,
+        of_numbers=of_numbers,
+    )
     if rows.label is not None:
         _ = rows.targets
     return rows

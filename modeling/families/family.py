@@ -59,8 +59,9 @@ class Family(Protocol):
         fills_mask: true if a prompt has one `{mask}`, the place of the answer: a row has two texts,
             the prompt before it and after it.
         chats: true if a prompt may be a turn of the user in a chat.
-        metrics: those that its tasks may have. `exact_match` needs `generate`, and `perplexity`
-            needs `text_losses`.
+        metrics: those that its tasks may have. `exact_match` needs `generate`, `perplexity` needs
+            `text_losses`, and `squared_error` needs `logits` with one column for a head
+            `of_number`.
     """
 
     name: str

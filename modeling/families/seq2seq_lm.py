@@ -89,6 +89,7 @@ class Seq2seqLm(LanguageModel):
     prefixes = ("model.",)
     localizable = tuple(glob for block in _BLOCKS for glob in (block, f"*.{block}"))
     auto_class = "AutoModelForSeq2SeqLM"
+    answers_apart = True
     metrics: tuple[MetricName, ...] = ("accuracy", "f1", "exact_match")
     kinds = (Kind.SEQ2SEQ_LM,)
 

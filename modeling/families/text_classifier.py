@@ -1,8 +1,9 @@
 """Text classifiers: finetuned encoders, each with a head of its own for texts or pairs of texts.
 
 Any encoder works that `AutoModelForSequenceClassification` loads: BERT, RoBERTa, DistilBERT,
-DeBERTa, MPNet, ModernBERT, ... The base is the pretrained encoder, with any head or none. By
-default only the transformer blocks are localizable.
+DeBERTa, MPNet, ModernBERT, ... The base is the pretrained encoder, with any head or none. A head
+with one output gives a number, as for the similarity of two texts. By default only the transformer
+blocks are localizable.
 """
 
 from pathlib import Path
@@ -12,6 +13,7 @@ from restitch.modeling.families.family import Preprocess
 from restitch.modeling.kinds import Kind
 from restitch.modeling.task_heads import ClassifierHeads
 from restitch.modeling.text_inputs import BLOCKS, PREFIXES, text_limit, text_preprocessor
+from restitch.registry.specs.metric import MetricName
 from restitch.registry.specs.task import HeadSpec, Modality
 
 
@@ -28,6 +30,7 @@ class TextClassifier(Classifier):
     )
     modality: Modality = "text"
     kinds = (Kind.TEXT_ENCODER,)
+    metrics: tuple[MetricName, ...] = ("accuracy", "f1", "squared_error")
 
     def max_length(self, folder: Path) -> int:
         """The smaller limit of tokenizer and position embeddings."""

@@ -324,7 +324,11 @@ def replay(entries: Iterable[Entry], state: dict[str, Any] | None = None) -> dic
 
 
 def _owner(state: dict[str, Any], pointer: str) -> tuple[dict[str, Any], str]:
+    """The mapping that holds the value of a pointer.
+
+    An act of a version before a key existed does not give the mapping that is its default now.
+    """
     *path, key = (p.replace("~1", "/").replace("~0", "~") for p in pointer.split("/")[1:])
     for part in path:
-        state = state[part]
+        state = state.setdefault(part, {})
     return state, key

@@ -25,19 +25,25 @@ class NoFamily(BadInput):
     """A line file that names no family, and is valid otherwise."""
 
 
-def load_line(path: Path, family: str | None = None) -> LineSpec:
+class NoMethod(BadInput):
+    """A line file that names no method, and is valid otherwise."""
+
+
+def load_line(path: Path, family: str | None = None, method: str | None = None) -> LineSpec:
     """Read a line file.
 
     Args:
         path: the file.
         family: the family of a file that names none.
+        method: the method of a file that names none.
 
     Raises:
+        NoMethod: the file names no method, and none was given.
         NoFamily: the file names no family, and none was given.
         BadInput: the file, or a file that it names, cannot be used.
     """
     text = read_text(path, "line file")
-    return parse_line(text, str(path), path.absolute().parent, family)
+    return parse_line(text, str(path), path.absolute().parent, family, method)
 
 
 def load_task(path: Path) -> TaskSpec:
@@ -84,9 +90,14 @@ def merge_of(values: dict[str, Any]) -> MergeSpec:
     return _merge(values, "the merge", Path.cwd())
 
 
-def parse_line(text: str, origin: str, folder: Path, family: str | None = None) -> LineSpec:
+def parse_line(
+    text: str, origin: str, folder: Path, family: str | None = None, method: str | None = None
+) -> LineSpec:
     """Read the text of a line file; its relative paths start at the folder."""
     values = parse_mapping(text, origin)
+    without_method = values.get("method") is None
+    if without_method:
+        values["method"] = method or "none"  # the other keys are checked as well
     unnamed = values.get("family") is None
     if unnamed:
         values["family"] = family or "none"  # the other keys are checked as well
@@ -111,6 +122,10 @@ def parse_line(text: str, origin: str, folder: Path, family: str | None = None) 
     if "localize" not in values and _needs_whole(values.get("method")):
         values["localize"] = {"mode": "dataless", "density": 1.0}
     spec = checked(LineSpec, values, origin)
+    if without_method and method is None:
+        raise NoMethod(
+            f"{origin} names no method", expected="a line such as `method: localize-and-stitch`"
+        )
     if unnamed and family is None:
         raise NoFamily(
             f"{origin} names no family", expected="a line such as `family: text-encoder`"

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-MetricName = Literal["accuracy", "f1", "exact_match", "perplexity"]
+MetricName = Literal["accuracy", "f1", "exact_match", "perplexity", "squared_error"]
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,12 @@ class Metric:
     Attributes:
         name: the name in task files, records and MLflow.
         lower_is_better: the direction.
+        least: the best value, where lower is better.
     """
 
     name: MetricName
     lower_is_better: bool = False
+    least: float = 1.0
 
     @property
     def is_share(self) -> bool:
@@ -61,9 +63,9 @@ class Metric:
         """A number between 0 and 1 that grows with quality, to average over tasks and rank by.
 
         Shares are themselves. A perplexity is inverted, which gives the geometric mean of the
-        probabilities of the tokens.
+        probabilities of the tokens; an error e gives 1 / (1 + e).
         """
-        return value if self.is_share else 1 / max(value, 1.0)
+        return value if self.is_share else 1 / max(value + (1.0 - self.least), 1.0)
 
 
 METRICS: dict[str, Metric] = {
@@ -73,6 +75,7 @@ METRICS: dict[str, Metric] = {
         Metric("f1"),
         Metric("exact_match"),
         Metric("perplexity", lower_is_better=True),
+        Metric("squared_error", lower_is_better=True, least=0.0),
     )
 }
 

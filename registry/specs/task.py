@@ -95,7 +95,8 @@ class DataSpec(Spec):
     """The column with the input, or two columns for sentence pairs; by default `text` or `image`,
     as the family reads."""
     label: Text | None = Field(default=None, examples=["label"])
-    """The column with the class: an index, or one of the labels; by default `label`."""
+    """The column with the class: an index, or one of the labels; by default `label`. With `metric:
+    squared_error` it has a number."""
     classes: Annotated[tuple[Text, ...] | None, InFile(list[Text] | None)] = Field(
         default=None, examples=[["neg", "pos"]]
     )
@@ -232,7 +233,8 @@ class HeadSpec(ClassesSpec):
     """The whole description of a head: the classes, how they are scored, and the text length.
 
     A head with a prompt scores answers: its labels are the choices, unless each row has its own, or
-    one answer that the model generates. A head `of_text` has no classes: it scores whole texts.
+    one answer that the model generates. A head `of_text` has no classes: it scores whole texts. A
+    head `of_number` gives one number. An answer that is `apart` needs no room behind its prompt.
     """
 
     scale: Scale | None = None
@@ -244,21 +246,31 @@ class HeadSpec(ClassesSpec):
     answer: Text | None = None
     generate: GenerateSpec | None = None
     of_text: bool | None = None
+    of_number: bool | None = None
+    apart: bool | None = None
 
     def _needs_labels(self) -> bool:
-        return self.choices_column is None and self.answer is None and self.of_text is None
+        return not (self.choices_column or self.answer or self.of_text or self.of_number)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The labels, where they are listed; none for a number."""
+        return () if self.of_number else super().classes
 
     @property
     def most_read(self) -> int | None:
-        """The most tokens of a prompt: a generated answer needs room behind it."""
-        if self.max_length is None or self.generate is None:
+        """The most tokens of a prompt: a generated answer may need room behind it."""
+        if self.max_length is None or self.generate is None or self.apart:
             return self.max_length
         return self.max_length - self.generate.max_new_tokens
 
 
 _ANSWERS = ("choices", "choices_column", "answer")
 # Left out of the digests of tasks and heads that do not use them.
-PROMPT_KEYS = ("prompt", "chat", *_ANSWERS, "score", "generate", "of_text", "lm_eval")
+PROMPT_KEYS = (
+    *("prompt", "chat", *_ANSWERS, "score", "generate"),
+    *("of_text", "of_number", "apart", "lm_eval"),
+)
 
 
 class TaskSpec(Spec):
@@ -304,8 +316,9 @@ class TaskSpec(Spec):
     """Tokens per text; by default as many as the model reads."""
     metric: MetricName = "accuracy"
     """`accuracy`, or `f1`: of class 1 where there are two, else the mean over the classes. With
-    `answer`: `exact_match`, which is its default. `perplexity` scores whole texts, without labels;
-    see the page about metrics."""
+    `answer`: `exact_match`, which is its default. `perplexity` scores whole texts, without labels.
+    `squared_error` compares numbers: the label column has a number, and the classifier one output.
+    See the page about metrics."""
     expected: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = Field(
         default=None, examples=[0.91]
     )
@@ -406,10 +419,31 @@ class TaskSpec(Spec):
             raise ValueError("leave out 'data.label': 'answer' names the column that is compared")
         return self
 
+    @model_validator(mode="after")
+    def _numbers_have_no_classes(self) -> Self:
+        if not self.is_of_numbers:
+            return self
+        for name in ("head", "prompt", "scale"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"leave out '{name}': metric '{self.metric}' compares numbers")
+        if self.data is not None and self.data.classes is not None:
+            raise ValueError(f"leave out 'data.classes': metric '{self.metric}' compares numbers")
+        return self
+
     @property
     def has_head(self) -> bool:
         """True if the task says how rows are scored."""
-        return self.head is not None or self.prompt is not None or self.is_of_text
+        return self.uses_head or self.prompt is not None or self.is_of_text
+
+    @property
+    def uses_head(self) -> bool:
+        """True if rows are scored by a head, which gives classes or a number."""
+        return self.head is not None or self.is_of_numbers
+
+    @property
+    def is_of_numbers(self) -> bool:
+        """True if the head gives a number, which is compared with the one of the row."""
+        return self.metric == "squared_error"
 
     @property
     def is_of_text(self) -> bool:
@@ -430,6 +464,8 @@ class TaskSpec(Spec):
         """The whole description of the task's head; only for a task that has one."""
         if self.is_of_text:
             return HeadSpec(max_length=self.max_length, of_text=True)
+        if self.is_of_numbers:
+            return HeadSpec(max_length=self.max_length, of_number=True)
         if self.prompt is not None:
             return HeadSpec(
                 labels=self.choices,

@@ -10,9 +10,9 @@ mapped file, tensor by tensor.
 import gc
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -27,10 +27,10 @@ from restitch.merging.files.delta import open_delta
 from restitch.merging.files.edits import Edits
 from restitch.merging.files.plain_weights import check_plain
 from restitch.merging.ranking.task_vector import TaskVector
-from restitch.modeling.configs import check_not_quantized
+from restitch.modeling.configs import check_not_quantized, vocabulary_size
 from restitch.modeling.families.family import Family, get_family, loads_in_any_type
 from restitch.modeling.family_choice import check_base
-from restitch.modeling.weights import apply_edits, restore, set_weights
+from restitch.modeling.weights import apply_edits, resized, restore, set_weights
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.sources.resolve import copy_into_store, resolve_source
 from restitch.registry.specs.line import Compute, ComputeType, LineSpec
@@ -88,6 +88,11 @@ class Base:
         if self._is_in_bfloat16:
             types += ["float32" if types == ["bfloat16"] else "bfloat16"]
         return tuple(replace(self, compute=one) for one in types)
+
+    @cached_property
+    def vocabulary(self) -> int | None:
+        """The number of tokens that it has embeddings of; None if it reads no texts."""
+        return vocabulary_size(self.folder) if self.family.modality == "text" else None
 
     @property
     def _is_in_bfloat16(self) -> bool:
@@ -289,7 +294,8 @@ def line_up(base: Base, finetuned: Checkpoint) -> Comparison:
     whole = (
         base.checkpoint.renamed({name: name for name in names}) if base.heads else base.checkpoint
     )
-    return compare(whole, finetuned, base.names, base.family.prefixes, base.selection.matches)
+    rules = base.family.prefixes, base.selection.matches, base.vocabulary
+    return compare(whole, finetuned, base.names, *rules)
 
 
 @contextmanager
@@ -373,11 +379,12 @@ class LiveBase:
     @contextmanager
     def wearing(self, weights: WeightsRef, space: Workspace) -> Iterator[torch.nn.Module]:
         """The model with other weights; afterwards it has the base's again, bit for bit."""
-        touched = self._put_on(weights, space)
-        try:
-            yield self.model
-        finally:
-            restore(self.parameters, self.base.checkpoint, touched)
+        with ExitStack() as block:
+            touched = self._put_on(weights, space, block)
+            try:
+                yield self.model
+            finally:
+                restore(self.parameters, self.base.checkpoint, touched)
 
     @contextmanager
     def edited(self, edits: Edits) -> Iterator[torch.nn.Module]:
@@ -388,7 +395,8 @@ class LiveBase:
         finally:
             restore(self.parameters, self.base.checkpoint, edits.names)
 
-    def _put_on(self, weights: WeightsRef, space: Workspace) -> list[str]:
+    def _put_on(self, weights: WeightsRef, space: Workspace, block: ExitStack) -> list[str]:
+        """Set weights; returns the tensors to restore, without those that `block` restores."""
         if weights.kind == "base":
             return []
         if weights.kind in ("grafted", "merged", "expert"):
@@ -399,10 +407,16 @@ class LiveBase:
         base = self.base.checkpoint
         local, checkpoint = _open_weights(weights.uri, weights.identity, space, base)
         with unchanged(local):
-            finetuned = aligned(self.base, checkpoint)
+            found = line_up(self.base, checkpoint)
+            finetuned = found.aligned(checkpoint)
             names = [n for n in finetuned.names if n in self.parameters]
             if weights.kind == "localizable":
                 names = [n for n in names if n in frozenset(self.base.names)]
+            elif found.more_rows:
+                whole = checkpoint.renamed(found.mapping)
+                larger = {n: whole.tensor(n) for n in names if n in found.more_rows}
+                block.enter_context(resized(self.parameters, larger))
+                names = [n for n in names if n not in larger]
             set_weights(self.parameters, ((n, finetuned.tensor(n)) for n in names))
         return names
 
@@ -445,7 +459,7 @@ def open_vector(
 
 def aligned(base: Base, finetuned: Checkpoint) -> Checkpoint:
     """A finetuned checkpoint under the base's tensor names."""
-    return finetuned.renamed(line_up(base, finetuned).mapping)
+    return line_up(base, finetuned).aligned(finetuned)
 
 
 _live: dict[tuple[str, str, str, str, str], LiveBase] = {}

@@ -57,7 +57,7 @@ def check_task_head(
         BadInput: the head is missing, of another kind, or has other classes than the task.
     """
     heads = base.family.task_heads
-    if heads is None or spec.head is None:
+    if heads is None or not spec.uses_head:
         return ()
     folder, checkpoint = open_model(model, space, base.family, like=base.checkpoint)
     if not folder.is_dir():
@@ -87,9 +87,10 @@ def check_own_head(name: str, spec: TaskSpec | None, base: Base) -> None:
     if heads is None:
         return
     try:
-        labels = heads.labels(base.folder)
-        if spec is not None and spec.head is not None:
+        if spec is not None and spec.uses_head:
             labels = listed(spec.head_spec).classes
+        else:
+            labels = heads.labels(base.folder)
         heads.check(base.folder, base.checkpoint, labels)
     except BadInput as error:
         renamed = error.renamed(str(base.folder), base.ref.uri)
@@ -108,7 +109,7 @@ def head_file(spec: TaskSpec, base: Base, model: ModelRef, space: Workspace) -> 
 
     A head that lies in the finetuned model is read from there if the store lacks it.
     """
-    if spec.head is None:
+    if not spec.uses_head:
         return None
     record = stored_head(spec, base, model, space)
     if record is None and base.family.task_heads is not None:

@@ -348,8 +348,8 @@ def task_data(spec: TaskSpec, family: Family) -> TaskData:
     """
     check_access(spec)
     rows = _rows_spec(spec, family)
-    if spec.is_of_text:
-        return TaskData(rows, (), family.modality)
+    if spec.is_of_text or spec.is_of_numbers:
+        return TaskData(rows, (), family.modality, of_numbers=spec.is_of_numbers)
     if spec.prompt is None:
         return TaskData(rows, listed(spec.head_spec).classes, family.modality)
     prompt = Prompt(

@@ -75,10 +75,10 @@ def test_keys_that_change_the_forward_pass_are_listed(bert, changed, key, value,
 
 
 def test_all_differences_are_listed_sorted(bert, changed):
-    found = FAMILY.config_differences(bert, changed(hidden_act="relu", vocab_size=3))
+    found = FAMILY.config_differences(bert, changed(hidden_act="relu", pad_token_id=3))
     assert found == [
         "hidden_act: base 'gelu', finetuned 'relu'",
-        "vocab_size: base 260, finetuned 3",
+        "pad_token_id: base 258, finetuned 3",
     ]
 
 

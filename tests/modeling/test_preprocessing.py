@@ -2,11 +2,16 @@
 
 import json
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
 
 from restitch.modeling.preprocessing import Preprocessing, compare_preprocessing, unused_modules
 
@@ -58,9 +63,8 @@ TOKENIZERS: dict[str, tuple[Edit, str]] = {
     ),
     "another token": (
         renamed_token,
-        "tokenizer vocabulary: 2 tokens (base 260 tokens, finetuned 260)",
+        "tokenizer vocabulary: 1 token (base 260 tokens, finetuned 260): '!'",
     ),
-    "one more token": (added_token, "tokenizer added tokens: '[ENT]'"),
     "other merges": (merged_bytes, "tokenizer merges"),
 }
 
@@ -223,3 +227,41 @@ def test_layers_after_the_encoder_are_named(tmp_path, text, expected):
     (tmp_path / "modules.json").write_text(text)
     assert unused_modules(tmp_path) == expected
     assert unused_modules(tmp_path / "nothing") == []
+
+
+def test_a_token_that_only_the_finetuned_model_has_is_a_note(bert, edited):
+    found = compare_preprocessing(bert, edited("tokenizer.json", added_token))
+    assert found.differences == ()
+    assert found.notes == (
+        "texts are read without 1 token that the base's tokenizer lacks: '[ENT]'",
+    )
+
+
+def test_a_word_of_both_that_becomes_a_token_of_its_own_is_a_difference(bert, edited):
+    flags = {"single_word": False, "lstrip": True, "rstrip": False, "normalized": False}
+    added = {"id": 33, "content": "A", "special": True, **flags}
+    other = edited("tokenizer.json", lambda tokenizer: tokenizer["added_tokens"].append(added))
+    assert compare_preprocessing(bert, other).differences == ("tokenizer added tokens: 'A'",)
+
+
+names = st.sampled_from("abcdefgh")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(names, unique=True, min_size=1), st.lists(names, unique=True, min_size=1))
+def test_tokenizers_agree_if_every_token_of_the_base_has_the_same_id(ours, theirs):
+    with tempfile.TemporaryDirectory() as root:
+        base, finetuned = Path(root, "base"), Path(root, "finetuned")
+        words(ours).save_pretrained(base)
+        words(theirs).save_pretrained(finetuned)
+        found = compare_preprocessing(base, finetuned)
+    assert (found.differences == ()) == (theirs[: len(ours)] == ours)
+    more = sorted({*theirs} - {*ours})
+    assert len(found.notes) == bool(more)
+    assert all(repr(token) in found.notes[0] for token in more[:3])
+
+
+def words(tokens: list[str]) -> PreTrainedTokenizerFast:
+    ids = {token: index for index, token in enumerate(tokens)}
+    model = Tokenizer(models.WordLevel(vocab=ids, unk_token=tokens[0]))
+    return PreTrainedTokenizerFast(tokenizer_object=model)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import f1_score
 
-from restitch.modeling.row_values import WORST, Bits, Classes, Losses
+from restitch.modeling.row_values import WORST, Bits, Classes, Errors, Losses, rows_from_json
 from restitch.registry.specs.metric import METRICS, mean_share
 
 PERPLEXITY = METRICS["perplexity"]
@@ -134,6 +134,34 @@ def test_other_rows_cannot_be_compared():
             first.compare(second)
 
 
+ERROR = METRICS["squared_error"]
+NUMBERS = st.lists(st.tuples(st.floats(0, 50), st.floats(0, 50)), min_size=1, max_size=12)
+
+
+@settings(max_examples=25, deadline=None)
+@given(NUMBERS)
+def test_errors_are_averaged_compared_and_stored(rows):
+    one, other = (np.array(side, dtype=float) for side in zip(*rows, strict=True))
+    first, second = Errors.of(ERROR, one), Errors.of(ERROR, other)
+    low, high = first.interval()
+    assert first.value() == pytest.approx(one.mean())
+    assert one.min() - 1e-9 <= low <= high <= one.max() + 1e-9
+    found = first.compare(second)
+    assert found.difference == pytest.approx(other.mean() - one.mean())
+    assert (found.gained, found.lost) == ((other < one).sum(), (other > one).sum())
+    # The test is that of losses of one token each: their exponential changes no order.
+    as_losses = losses(*one).compare(losses(*other))
+    assert found.p_value == as_losses.p_value
+    again = rows_from_json("squared_error", first.to_json())
+    assert isinstance(again, Errors)
+    assert np.array_equal(again.errors, first.errors)
+
+
+def test_a_row_without_a_number_has_the_worst_error():
+    found = Errors.of(ERROR, np.array([np.nan, np.inf, 1.0]))
+    assert found.errors.tolist() == [WORST, WORST, 1.0]
+
+
 class TestMetrics:
     def test_ratios_are_inverted_where_lower_is_better(self):
         assert METRICS["accuracy"].ratio(0.4, 0.8) == 0.5
@@ -151,6 +179,13 @@ class TestMetrics:
         worths = PERPLEXITY.worth(one), PERPLEXITY.worth(other)
         assert 0 <= min(worths) <= max(worths) <= 1
         assert (worths[0] > worths[1]) <= (one < other)
+
+    @given(st.floats(0, 1e6), st.floats(0, 1e6))
+    def test_the_worth_of_an_error_is_1_without_any(self, one, other):
+        worths = ERROR.worth(one), ERROR.worth(other)
+        assert 0 <= min(worths) <= max(worths) <= 1
+        assert (worths[0] > worths[1]) <= (one < other)
+        assert ERROR.worth(0.0) == 1
 
     def test_a_value_reaches_a_share_of_the_better_one(self):
         assert METRICS["f1"].reaches(0.73, 0.9, 0.8)

@@ -188,3 +188,21 @@ def test_a_finetuned_model_of_another_kind_is_quarantined_by_what_it_is(
     text = " ".join((done.out + done.err).split())
     assert f"{model} is {found}, and the base of this line is a text encoder" in text
     assert shell.json("status")["lines"][0]["champion"] is None
+
+
+@pytest.mark.parametrize(
+    ("make", "family", "proposed"),
+    [
+        (tiny_bert, "text-encoder", "method: localize-and-stitch"),
+        (tiny_gpt2, "causal-lm", "method: {tournament: [tsv-m, task-arithmetic]}"),
+    ],
+)
+def test_init_proposes_the_method_of_a_file_without_one(tmp_path, shell, make, family, proposed):
+    file = tmp_path / "line.yaml"
+    file.write_text(f"line: kinds\nbase: {make(tmp_path / 'base')}\nfamily: {family}\n")
+    done = shell("init", file, code=3)
+    assert f"{file} names no method" in done.err
+    assert f"`{proposed}`" in " ".join(done.err.split())
+    assert shell.json("status")["lines"] == []
+    file.write_text(f"{file.read_text()}{proposed}\n")
+    assert "made line kinds" in shell("init", file).out

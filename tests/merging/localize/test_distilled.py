@@ -156,3 +156,16 @@ def test_a_score_moves_by_the_gradient_times_the_difference() -> None:
     score = torch.tensor([10.0, 10.0])
     LiveTensor("w", live, base, finetuned).add_pull(score, torch.empty(2), -0.5)
     assert score.tolist() == [10 - 0.5 * 3, 10 + 0.5 * 10]
+
+
+def test_a_single_score_is_matched_itself(linear: Linear) -> None:
+    """It has no probabilities that could be matched."""
+    found = localize_distilled(
+        linear.live,
+        linear.vector,
+        ROWS,
+        linear.batch,
+        lambda batch: linear.logits(batch)[:, :1],
+        DistilledSettings(lowest=0.3, highest=0.3, epochs=3, learning_rate=0.3),
+    )
+    assert found.losses[0] > found.losses[-1] > 0

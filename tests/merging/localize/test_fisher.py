@@ -16,6 +16,7 @@ from restitch.merging.localize.fisher import (
     FisherSettings,
     Sensitivities,
     localize_fisher,
+    sampled_loss,
 )
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.ranking.top_k import top_k
@@ -199,3 +200,12 @@ def test_missing_rows_and_infinite_scores_are_explained(linear: Linear) -> None:
     with pytest.raises(CannotJoin, match="not finite"):
         localize_fisher(linear.live, linear.vector, ROWS, linear.batch, broken, FisherSettings())
     assert all(torch.equal(linear.live[n], linear.base[n]) for n in linear.base)
+
+
+def test_a_single_score_is_the_mean_of_a_gaussian_with_unit_variance() -> None:
+    """Its Fisher information is 1, whatever the score is."""
+    scores = torch.linspace(-3, 3, 4000).unsqueeze(1).requires_grad_()
+    torch.autograd.backward(sampled_loss(scores, torch.Generator().manual_seed(0)))
+    assert scores.grad is not None
+    assert float(scores.grad.mean()) == pytest.approx(0, abs=0.05)
+    assert float(scores.grad.square().mean()) == pytest.approx(1, abs=0.1)

@@ -426,16 +426,6 @@ def test_settings_of_generation_and_padding_change_no_score(folders, tmp_path) -
     ]
 
 
-def test_more_rows_of_the_vocabulary_are_named(folders, tmp_path) -> None:
-    folder = shutil.copytree(folders["llama"], tmp_path / "tuned")
-    config = json.loads((folder / "config.json").read_text())
-    size = config["vocab_size"]
-    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": size + 1}))
-    assert FAMILY.config_differences(folders["llama"], folder) == [
-        f"vocab_size: base {size}, finetuned {size + 1}"
-    ]
-
-
 def test_an_encoder_is_no_language_model(folders, tmp_path) -> None:
     bert = tiny_bert(tmp_path / "bert")
     with pytest.raises(BadInput, match="not a model of the family causal-lm"):

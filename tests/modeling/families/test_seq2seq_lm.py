@@ -423,3 +423,25 @@ def test_predictions_of_answers_are_those_that_their_likelihood_sums(tmp_path: P
         assert float(summed) == pytest.approx(
             float(FAMILY.logits(model, batch, head)[0, 0]), abs=1e-4
         )
+
+
+def test_a_prompt_that_fills_the_encoder_is_not_cut_for_a_generated_answer(folders) -> None:
+    folder = folders["t5"]
+    spec = HeadSpec(answer="a", generate=GenerateSpec(max_new_tokens=20), max_length=30)
+    head = FAMILY.build_head(loaded(folder), folder, spec)
+    batch = FAMILY.preprocessor(folder, head.spec.most_read)([example("what " * 29, "x")])
+    assert batch["prompt_length"].tolist() == [30]
+    assert batch["cut"].tolist() == [0]
+
+
+def test_a_head_of_its_own_must_be_in_the_file(folders, tmp_path) -> None:
+    """Transformers ties it in silence, to embeddings that were trained without that."""
+    folder = shutil.copytree(folders["flan-t5"], tmp_path / "headless")
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    assert FAMILY.lacks(folder) == "the tensors of a language-model head (lm_head.weight)"
+    for kind in KINDS:
+        assert FAMILY.lacks(folders[kind]) is None
