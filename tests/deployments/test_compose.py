@@ -287,6 +287,7 @@ def _keys(team: Team, prefix: str) -> list[str]:
     return found
 
 
+@pytest.mark.servers
 def test_doctor_finds_every_service_healthy(team: Team) -> None:
     done = team.run("worker-cpu", "restitch", "doctor", "--json")
     found = {one["name"]: one for one in json.loads(done.stdout)["checks"]}
@@ -298,6 +299,7 @@ def test_doctor_finds_every_service_healthy(team: Team) -> None:
     assert found["mlflow webhook"]["status"] == "ok"
 
 
+@pytest.mark.servers
 def test_one_shot_services_may_run_again(team: Team) -> None:
     again = team.run("deploy", *team.command("deploy"), "--json")
     assert json.loads(again.stdout)["changes"] == []
@@ -305,6 +307,7 @@ def test_one_shot_services_may_run_again(team: Team) -> None:
     assert "exists" in team.run("bucket").stdout
 
 
+@pytest.mark.servers
 def test_prefect_requires_the_password(team: Team) -> None:
     url = f"http://{team.variables['PREFECT_ADDRESS']}/api/admin/version"
     with pytest.raises(urllib.error.HTTPError) as refused:
@@ -312,6 +315,7 @@ def test_prefect_requires_the_password(team: Team) -> None:
     assert refused.value.code == 401
 
 
+@pytest.mark.servers
 def test_mlflow_keeps_artifacts_in_the_bucket_and_checks_host_names(team: Team) -> None:
     script = (
         "import mlflow\nwith mlflow.start_run() as run:\n mlflow.log_text('of the team', 'a.txt')\n"
@@ -329,6 +333,7 @@ def test_mlflow_keeps_artifacts_in_the_bucket_and_checks_host_names(team: Team) 
     assert refused.value.code == 403
 
 
+@pytest.mark.servers
 @pytest.mark.slow
 def test_a_registration_goes_through_both_pools_to_the_champion(
     team: Team, world: World, tmp_path: Path

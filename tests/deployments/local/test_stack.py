@@ -28,7 +28,7 @@ from tests.stress.test_secrets import leaks
 from tests.worlds import SKILLS
 
 # The first test also waits for all servers; a busy machine takes its time.
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
 
 EVERY_MINUTE = "* * * * *"
 # All acts of a line with one model that went straight into the champion.
