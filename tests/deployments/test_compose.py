@@ -157,17 +157,21 @@ def test_the_image_has_every_package_and_an_unprivileged_user() -> None:
 # --- the bucket -------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as url:
+        yield url
+
+
 @pytest.fixture
-def account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    with s3_server(tmp_path / "s3") as url:
-        for name, value in {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": "an-account",
-            "AWS_SECRET_ACCESS_KEY": "a-password",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            monkeypatch.setenv(name, value)
-        yield
+def account(monkeypatch: pytest.MonkeyPatch, s3_url: str) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_url,
+        "AWS_ACCESS_KEY_ID": "an-account",
+        "AWS_SECRET_ACCESS_KEY": "a-password",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.usefixtures("account")
