@@ -23,10 +23,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m playground.demo $(if $(KEEP),--keep)
 
-# More at a time than there are cores: tests wait for servers and child processes. The tests of
-# a file stay together. One thread in each: more would only wait for each other.
+# One process more than two cores: some tests wait for a disk or a child process. The tests of a
+# file stay together. One thread in each: more would only wait for each other.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 # Servers with their workers. These tests mostly wait for other processes, and run well next to
 # `make test`. All of them lie in one folder.

@@ -57,11 +57,6 @@ class Three:
     registered: dict[str, Any]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that wait for servers and workers, for minutes."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/deployments/"))
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep the tests of a file in one process, and all files that share the servers of `up`."""
