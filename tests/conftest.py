@@ -57,11 +57,6 @@ class Three:
     registered: dict[str, Any]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Begin with the tests that wait for servers and workers, for minutes."""
-    items.sort(key=lambda item: not item.nodeid.startswith("tests/deployments/"))
-
-
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Keep the tests of a file in one process, and all files that share the servers of `up`."""
@@ -152,6 +147,13 @@ def leave_mlflow_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(MlflowProjection, "repair", lambda *_, **__: 0)
     monkeypatch.setattr(adopt_mlflow, "external_models_of", lambda *_: ())
+
+
+@pytest.fixture
+def blank_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the plots of reports empty, which take half of the time of a report."""
+    monkeypatch.setattr("restitch.tasks.report.page.to_svg", lambda _: "")
+    monkeypatch.setattr("restitch.tasks.report.page.to_png", lambda _: b"")
 
 
 @pytest.fixture

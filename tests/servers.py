@@ -85,6 +85,12 @@ def prefect_server(home: Path, module: str = "prefect") -> Iterator[str]:
             process.wait()
 
 
+# So short that a listing of some length has several pages.
+PAGE = 100
+_MOTO_SETTINGS = {
+    "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(1 << 28),
+    "MOTO_S3_DEFAULT_MAX_KEYS": str(PAGE),
+}
 _MOTO = """
 import sys, threading
 from moto import server
@@ -114,7 +120,7 @@ def s3_server(folder: Path) -> Iterator[str]:
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, "-c", _MOTO, "-H", "127.0.0.1", "-p", str(port)],
-            env={**os.environ, "MOTO_S3_DEFAULT_KEY_BUFFER_SIZE": str(1 << 28)},
+            env={**os.environ, **_MOTO_SETTINGS},
             stdin=subprocess.DEVNULL,
             stdout=out,
             stderr=subprocess.STDOUT,

@@ -95,11 +95,19 @@ class Shell:
             out, err = process.communicate(timeout=240)
         return _checked(Done(process.returncode, out, err), args, code)
 
-    def python(self, script: str, *args: object) -> Done:
+    def python(
+        self,
+        script: str,
+        *args: object,
+        environment: Mapping[str, str] | None = None,
+        cwd: Path | None = None,
+    ) -> Done:
         """Run a script in a process of its own, with the home in its environment."""
+        surrounding = os.environ if environment is None else environment
         done = subprocess.run(
             [sys.executable, "-c", script, *map(str, args)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), **self._variables()},
+            env={**surrounding, "PYTHONPATH": str(ROOT), **self._variables()},
+            cwd=cwd,
             capture_output=True,
             text=True,
             timeout=240,

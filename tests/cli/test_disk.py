@@ -46,13 +46,14 @@ def fill(folder: Path, left: int) -> Path:
 
 
 def test_a_full_disk_changes_nothing_and_the_command_continues_when_there_is_space(
-    world: World, new_home: NewHome, tmp_path: Path, mount: Mount
+    world: World, new_home: NewHome, tmp_path: Path, mount: Mount, empty_mlflow: Path
 ) -> None:
     undisturbed = new_home("undisturbed")
     undisturbed("init", world.line(tmp_path / "line.yaml"))
     undisturbed.add(world, "colour")
     shell = Shell(tmp_path / "small")
     mount(shell.home, "size=24m")
+    shutil.copyfile(empty_mlflow, shell.home / "mlflow.db")
     shell("init", tmp_path / "line.yaml")
     files = ("--task", world.task("colour"), "--model", world.model("colour"))
     refused = 0

@@ -1,6 +1,7 @@
 """Lines of language models with generated answers and perplexity, through the command."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -78,9 +79,12 @@ def answer_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def shell(answer_world: World, tmp_path_factory: pytest.TempPathFactory) -> Shell:
+def shell(
+    answer_world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path
+) -> Shell:
     root = tmp_path_factory.mktemp("line")
     (root / "home").mkdir()
+    shutil.copyfile(empty_mlflow, root / "home" / "mlflow.db")
     shell = Shell(root / "home")
     gates = {"max_task_drop": 0.9, "min_normalized": 0.01}
     localize = {"density": 0.8}

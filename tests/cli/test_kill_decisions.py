@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from restitch.registry.ledger.records import state_of
-from tests.cli.test_kill import calls_in, run
+from tests.cli.test_kill import calls_in, kill_points, run, some_or_all
 from tests.conftest import Three
 from tests.flows.test_mlflow_projection import client_of
 from tests.shell import Shell
@@ -33,10 +33,11 @@ def state(shell: Shell) -> dict[str, Any]:
     return state_of(shell.state())
 
 
+@some_or_all
 @pytest.mark.usefixtures("without_mlflow")
 @pytest.mark.parametrize("command", DECISIONS.values(), ids=DECISIONS)
 def test_a_decision_can_be_killed_at_every_write(
-    three: Three, tmp_path: Path, command: tuple[str, ...]
+    three: Three, tmp_path: Path, command: tuple[str, ...], every: bool
 ) -> None:
     undisturbed, report = copied(three, tmp_path / "undisturbed"), tmp_path / "calls"
     before = state(undisturbed)
@@ -44,7 +45,7 @@ def test_a_decision_can_be_killed_at_every_write(
     calls = calls_in(report)
     assert calls > 3
     seen = set()
-    for limit in range(calls):
+    for limit in kill_points(calls, every):
         shell = copied(three, tmp_path / "killed")
         assert run(shell, command, limit) == -signal.SIGKILL
         found = state(shell)

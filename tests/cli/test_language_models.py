@@ -89,10 +89,11 @@ def lm_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 @pytest.fixture(scope="module")
-def line(lm_world: World, tmp_path_factory: pytest.TempPathFactory) -> Line:
+def line(lm_world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: Path) -> Line:
     root = tmp_path_factory.mktemp("line")
     shell = Shell(root / "home")
     (root / "home").mkdir()
+    shutil.copyfile(empty_mlflow, root / "home" / "mlflow.db")
     shell("init", lm_world.line(root / "line.yaml"))
     return Line(shell, lm_world, {name: shell.add(lm_world, name) for name in CHOICES})
 

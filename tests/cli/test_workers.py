@@ -235,9 +235,12 @@ def test_a_model_that_killed_three_processes_is_quarantined_and_tried_again_when
 
 
 # Three children without MLflow, each killed after it began to onboard, as by a lack of memory.
+# The parent imports what each of them would import for seconds.
 DIES = """
 import os, signal, sys
 from pathlib import Path
+import datasets
+from transformers import AutoTokenizer, BertModel
 import restitch.flows.onboard
 from restitch.flows.register import register
 from restitch.registry.mlflow.sync import MlflowProjection

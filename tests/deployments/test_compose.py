@@ -157,17 +157,21 @@ def test_the_image_has_every_package_and_an_unprivileged_user() -> None:
 # --- the bucket -------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def s3_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as url:
+        yield url
+
+
 @pytest.fixture
-def account(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
-    with s3_server(tmp_path / "s3") as url:
-        for name, value in {
-            "AWS_ENDPOINT_URL": url,
-            "AWS_ACCESS_KEY_ID": "an-account",
-            "AWS_SECRET_ACCESS_KEY": "a-password",
-            "AWS_DEFAULT_REGION": "us-east-1",
-        }.items():
-            monkeypatch.setenv(name, value)
-        yield
+def account(monkeypatch: pytest.MonkeyPatch, s3_url: str) -> None:
+    for name, value in {
+        "AWS_ENDPOINT_URL": s3_url,
+        "AWS_ACCESS_KEY_ID": "an-account",
+        "AWS_SECRET_ACCESS_KEY": "a-password",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():
+        monkeypatch.setenv(name, value)
 
 
 @pytest.mark.usefixtures("account")
@@ -287,6 +291,7 @@ def _keys(team: Team, prefix: str) -> list[str]:
     return found
 
 
+@pytest.mark.servers
 def test_doctor_finds_every_service_healthy(team: Team) -> None:
     done = team.run("worker-cpu", "restitch", "doctor", "--json")
     found = {one["name"]: one for one in json.loads(done.stdout)["checks"]}
@@ -298,6 +303,7 @@ def test_doctor_finds_every_service_healthy(team: Team) -> None:
     assert found["mlflow webhook"]["status"] == "ok"
 
 
+@pytest.mark.servers
 def test_one_shot_services_may_run_again(team: Team) -> None:
     again = team.run("deploy", *team.command("deploy"), "--json")
     assert json.loads(again.stdout)["changes"] == []
@@ -305,6 +311,7 @@ def test_one_shot_services_may_run_again(team: Team) -> None:
     assert "exists" in team.run("bucket").stdout
 
 
+@pytest.mark.servers
 def test_prefect_requires_the_password(team: Team) -> None:
     url = f"http://{team.variables['PREFECT_ADDRESS']}/api/admin/version"
     with pytest.raises(urllib.error.HTTPError) as refused:
@@ -312,6 +319,7 @@ def test_prefect_requires_the_password(team: Team) -> None:
     assert refused.value.code == 401
 
 
+@pytest.mark.servers
 def test_mlflow_keeps_artifacts_in_the_bucket_and_checks_host_names(team: Team) -> None:
     script = (
         "import mlflow\nwith mlflow.start_run() as run:\n mlflow.log_text('of the team', 'a.txt')\n"
@@ -329,6 +337,7 @@ def test_mlflow_keeps_artifacts_in_the_bucket_and_checks_host_names(team: Team) 
     assert refused.value.code == 403
 
 
+@pytest.mark.servers
 @pytest.mark.slow
 def test_a_registration_goes_through_both_pools_to_the_champion(
     team: Team, world: World, tmp_path: Path

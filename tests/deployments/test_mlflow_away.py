@@ -101,6 +101,7 @@ def one_request_each(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HTTPAdapter, "send", send)
 
 
+@pytest.mark.servers
 @pytest.mark.slow
 @pytest.mark.usefixtures("one_request_each")
 def test_an_absent_mlflow_changes_no_bytes_and_is_completed_later(

@@ -315,6 +315,7 @@ def address(events: Events, shell: Shell) -> Iterator[str]:
     assert SECRET not in told
 
 
+@pytest.mark.servers
 def test_a_version_made_by_any_client_of_a_server_becomes_an_event(
     tmp_path: Path, shell: Shell, events: Events, address: str
 ) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import re
 import tomllib
 
+import pytest
 import yaml
 
 from tests.shell import ROOT
@@ -24,6 +25,15 @@ def test_the_workflow_runs_the_targets_of_ci() -> None:
     assert [step.removeprefix("make ") for step in steps if step.startswith("make ")] == ours
     makefile = (ROOT / "Makefile").read_text()
     assert all(f"\n{target}:" in makefile for target in ours)
+
+
+@pytest.mark.parametrize("mark", ["servers", "installed"])
+def test_a_suite_of_its_own_lies_in_the_folder_that_its_target_collects(mark: str) -> None:
+    recipe = (ROOT / "Makefile").read_text().partition(f"\n{mark}: setup\n")[2]
+    folder = ROOT / recipe.partition("\n\n")[0].split()[-1]
+    marked = [p for p in (ROOT / "tests").rglob("test_*.py") if f"mark.{mark}" in p.read_text()]
+    assert marked
+    assert [path for path in marked if not path.is_relative_to(folder)] == []
 
 
 def test_hooks_fetch_nothing() -> None:

@@ -1,12 +1,13 @@
 """Decisions of people: each is one act, is done once, and gives the bytes that it must."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from restitch.registry.ledger.line_state import LineState
-from tests.conftest import NewHome
+from tests.conftest import NewHome, Three
 from tests.shell import Shell
 from tests.worlds import World
 
@@ -39,8 +40,10 @@ class Line:
 
 
 @pytest.fixture
-def line(world: World, shell: Shell, tmp_path: Path) -> Line:
-    return Line(world, shell, tmp_path, "colour", "number", "animal")
+def line(world: World, three: Three, shell: Shell, tmp_path: Path) -> Line:
+    """A copy of the line with three members, which `init` leaves as it is."""
+    shutil.copytree(three.shell.home / "store", shell.home / "store")
+    return Line(world, shell, tmp_path)
 
 
 def test_a_rollback_puts_the_old_version_in_use_and_pins_it(line: Line) -> None:

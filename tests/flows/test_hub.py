@@ -11,15 +11,19 @@ from tests.hub_server import FakeHub, fake_hub
 from tests.shell import Shell
 from tests.worlds import World, write_yaml
 
-# Several commands in one process, which takes seconds to start.
+# Several commands in one process, which takes seconds to start, and without MLflow.
 SCRIPT = """
 import json, sys
 from pathlib import Path
+from restitch.flows.lines import adopt_mlflow
 from restitch.flows.lines.init_line import init_line
 from restitch.flows.register import register
 from restitch.flows.remerge import remerge
 from restitch.merging.errors import RestitchError
+from restitch.registry.mlflow.sync import MlflowProjection
 
+MlflowProjection.repair = lambda *_, **__: 0
+adopt_mlflow.external_models_of = lambda *_: ()
 folder = Path(sys.argv[1])
 found = {}
 try:

@@ -13,7 +13,7 @@ from restitch.deployments.local.health import answers, is_running
 from restitch.registry.store.attempts import process_began
 from tests.deployments.conftest import Stack
 
-pytestmark = pytest.mark.timeout(600)
+pytestmark = [pytest.mark.servers, pytest.mark.timeout(600)]
 
 NAMES = {"prefect", "mlflow", "webhook", "worker-1", "worker-2"}
 

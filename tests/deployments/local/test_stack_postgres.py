@@ -16,7 +16,7 @@ from tests.deployments.local.test_stack import *  # noqa: F403
 from tests.servers import postgres_programs, postgres_server
 from tests.worlds import World
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.servers, pytest.mark.slow]
 
 PASSWORD = "password-of-the-databases"
 

@@ -41,6 +41,7 @@ def test_every_use_of_a_connection_has_the_short_timeout(tmp_path: Path) -> None
     assert short < 10_000
 
 
+@pytest.mark.servers
 @pytest.mark.slow
 def test_every_switch_in_prefects_pages_works_under_load(tmp_path: Path) -> None:
     """The pages send one request and do not try again."""

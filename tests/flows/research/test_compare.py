@@ -15,6 +15,7 @@ from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.methods import registry
 from restitch.merging.methods.registry import get_method, method_names
 from tests.cli.test_end_to_end import plain
+from tests.conftest import leave_mlflow_alone
 from tests.flows.research.runs import study_runs
 from tests.flows.test_localizing import with_splits
 from tests.shell import Shell
@@ -30,10 +31,12 @@ def shell(world: World, tmp_path_factory: pytest.TempPathFactory, empty_mlflow: 
     (root / "home").mkdir()
     (root / "home" / "mlflow.db").write_bytes(empty_mlflow.read_bytes())
     shell = Shell(root / "home")
-    shell("init", world.line(root / "line.yaml"))
-    for task in TASKS:
-        file = with_splits(world, root / task, task)
-        shell("register", "demo", "--task", file, "--model", world.model(task))
+    with pytest.MonkeyPatch.context() as patch:
+        leave_mlflow_alone(patch)
+        shell("init", world.line(root / "line.yaml"))
+        for task in TASKS:
+            file = with_splits(world, root / task, task)
+            shell("register", "demo", "--task", file, "--model", world.model(task))
     return shell
 
 

@@ -14,13 +14,13 @@ from restitch.merging.ranking.quantile import Cut, kth_largest
 from restitch.merging.ranking.top_k import Scores, TensorScores, top_k
 
 
-def kept(cut: Cut, scores: Scores) -> dict[str, list[int]]:
-    """All coordinates that a cut keeps, asked for in ranges of odd sizes."""
+def kept(cut: Cut, scores: Scores, size: int = 7) -> dict[str, list[int]]:
+    """All coordinates that a cut keeps, asked for in ranges of an odd size."""
     found: dict[str, list[int]] = {}
     for name in scores.names:
         flat = torch.cat([chunk.clone() for chunk in scores.chunks(name)]).numpy()
-        for start in range(0, len(flat), 7):
-            places = np.flatnonzero(cut.keeps(name, start, flat[start : start + 7])) + start
+        for start in range(0, len(flat), size):
+            places = np.flatnonzero(cut.keeps(name, start, flat[start : start + size])) + start
             found.setdefault(name, []).extend(places.tolist())
     return {name: places for name, places in found.items() if places}
 
@@ -36,15 +36,15 @@ class Floored:
 
     floor = 0.0
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], size: int = 5) -> None:
         inner = TensorScores(tensors)
         self.names, self.score_dtype = inner.names, inner.score_dtype
         self.numel, self.sample = inner.numel, inner.sample
-        self._inner = inner
+        self._inner, self._size = inner, size
 
     def chunks(self, name: str) -> Iterator[Tensor]:
         for chunk in self._inner.chunks(name):
-            yield from torch.split(chunk, 5)
+            yield from torch.split(chunk, self._size)
 
 
 few = st.lists(st.sampled_from([0.0, 0.5, 1.0, 1.5, 2.0]), min_size=1, max_size=40)
@@ -74,10 +74,10 @@ def test_large_tensors_are_cut_with_a_partial_sample(
         flat[torch.rand(60_000, generator=generator) < 0.95] = 0
     if kind == "equal":
         flat[:] = 0.25
-    scores = Floored({"a": flat[:20_000], "b": flat[20_000:]})
+    scores = Floored({"a": flat[:20_000], "b": flat[20_000:]}, size=501)
     for share in (0.0001, 0.02, 0.2, 0.9, 1.0):
         k = int(share * 60_000)
-        assert kept(kth_largest(scores, k), scores) == expected(scores, k)
+        assert kept(kth_largest(scores, k), scores, size=1007) == expected(scores, k)
 
 
 @pytest.mark.parametrize("misled", ["all large", "all small"])

@@ -16,6 +16,7 @@ from restitch.registry.s3.client import parse_address
 from restitch.registry.s3.store import S3Store
 from restitch.registry.store.objects import ObjectStore
 from tests.registry.store_contract import StoreContract, count_up, start
+from tests.servers import PAGE
 
 SECRETS = ("the-key-id", "the-secret", "pass-word")
 
@@ -329,7 +330,7 @@ class TestCache:
 
 
 def test_a_long_listing_is_in_order_and_without_other_objects(store, s3_client, prefix, s3_bucket):
-    names = [f"n/{number}" for number in range(1100)]
+    names = [f"n/{number}" for number in range(PAGE + 10)]
 
     def make(name):
         s3_client.put_object(Bucket=s3_bucket, Key=name, Body=b"")
