@@ -301,12 +301,14 @@ class FactorFile:
     def apply(self, name: str, flat: Tensor) -> None:
         """Add the task vector to a flat copy of the base's tensor, and round once.
 
-        Weights that it does not change keep their bits.
+        Computed in float32, or in the type of the tensor or of the task vector if it is wider, as
+        an adapter's weights are. Weights that it does not change keep their bits.
         """
         if flat.shape != (self._infos[name].numel,):
             raise ValueError(f"{name!r} has {self._infos[name].numel} elements, not {flat.numel()}")
         difference = self.difference(name).view(-1)
-        after = round_once(cast(flat, torch.float64) + difference.double(), flat.dtype)
+        wide = torch.promote_types(flat.dtype, difference.dtype)
+        after = round_once(cast(flat, wide) + cast(difference, wide), flat.dtype)
         changed = difference.numpy() != 0
         np.copyto(as_integers(flat), as_integers(after), where=changed)
 
