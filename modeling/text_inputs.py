@@ -63,8 +63,9 @@ def text_preprocessor(folder: Path, limit: int) -> Preprocess:
                 *columns, padding=True, truncation=True, max_length=limit, return_tensors="pt"
             )
         )
-        if all(example.label is not None for example in examples):
-            batch["labels"] = torch.tensor([example.label for example in examples])
+        labels = [one.label if one.number is None else one.number for one in examples]
+        if all(label is not None for label in labels):
+            batch["labels"] = torch.tensor(labels)
         return batch
 
     return preprocess

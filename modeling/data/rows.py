@@ -54,18 +54,20 @@ class Example:
 
     Attributes:
         inputs: texts, or one `PIL.Image.Image`.
-        label: the index of its class, or its number; None if the data has no labels.
+        label: the index of its class; None if the data has no labels.
         where: file and row, for errors.
         choices: the names of the classes; None fills up the lists of rows that have fewer choices
             than others.
         chat: the text is a turn of the user in a chat.
+        number: its number, for a head that gives one.
     """
 
     inputs: tuple[Any, ...]
-    label: int | float | None
+    label: int | None
     where: str
     choices: tuple[str | None, ...] = ()
     chat: bool = False
+    number: float | None = None
 
 
 @dataclass(frozen=True)
@@ -101,10 +103,11 @@ class Rows:
     def __getitem__(self, position: int) -> Example:
         row = position if self.indices is None else int(self.indices[position])
         where = self.table.where(row)
-        label = None if self.label is None else self.targets[position].item()
+        target = None if self.label is None else self.targets[position].item()
+        label, number = (None, target) if self.of_numbers else (target, None)
         if self.modality == "text":
             chat = self.prompt is not None and self.prompt.chat
-            return Example(self._texts(row), label, where, self._choices(row), chat)
+            return Example(self._texts(row), label, where, self._choices(row), chat, number)
         inputs = tuple(
             open_image(value, self.table.root, f"{where}, column {column!r}")
             for column, value in zip(self.inputs, self.table.row(row, self.inputs), strict=True)

@@ -63,7 +63,7 @@ def read(
 
     The cache of the hub is deleted for that, and the one of `datasets` stays.
     """
-    found = []
+    found: list[Any] = []
     with hub("me/toy", files) as server:
         for offline in ("0", "1", "0") if twice else ("0",):
             if len(found) == 2:

@@ -426,11 +426,13 @@ def test_predictions_of_answers_are_those_that_their_likelihood_sums(tmp_path: P
 
 
 def test_a_prompt_that_fills_the_encoder_is_not_cut_for_a_generated_answer(folders) -> None:
-    folder = folders["t5"]
-    spec = HeadSpec(answer="a", generate=GenerateSpec(max_new_tokens=20), max_length=30)
+    folder, rows = folders["t5"], [example("what is it", "x")]
+    tokens = int(FAMILY.preprocessor(folder)(rows)["prompt_length"])
+    generate = GenerateSpec(max_new_tokens=tokens - 1)
+    spec = HeadSpec(answer="a", generate=generate, max_length=tokens)
     head = FAMILY.build_head(loaded(folder), folder, spec)
-    batch = FAMILY.preprocessor(folder, head.spec.most_read)([example("what " * 29, "x")])
-    assert batch["prompt_length"].tolist() == [30]
+    batch = FAMILY.preprocessor(folder, head.spec.most_read)(rows)
+    assert batch["prompt_length"].tolist() == [tokens]
     assert batch["cut"].tolist() == [0]
 
 
