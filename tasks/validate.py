@@ -47,7 +47,7 @@ def validate(
     base = open_base(line, space)
     notes: list[str] = []
     try:
-        folder, checkpoint = open_model(model, space, base.family, like=base.checkpoint)
+        folder, checkpoint = open_model(model, space, base.family, base=base)
         notes += checkpoint.notes
         config: list[str] = []
         if folder.is_dir():

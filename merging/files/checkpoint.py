@@ -215,6 +215,10 @@ class Checkpoint:
             self._fetch(name)
         return memoryview(self._maps[location.shard])[location.start : location.start + info.nbytes]
 
+    def is_known_as(self, other: "Checkpoint", name: str) -> bool:
+        """True if a tensor is known to be the other checkpoint's of this name, without reading."""
+        return other is self and name in self
+
     def header_bytes(self, shard: str) -> bytes | None:
         """The header of a shard's file, or None if this view renames or omits its tensors."""
         with open_regular(self.files[shard]) as file:

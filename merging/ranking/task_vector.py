@@ -108,12 +108,15 @@ class TaskVector:
 
     def is_zero(self) -> bool:
         """True if finetuning changed no localizable weight."""
-        return all(not bool(chunk.any()) for name in self.names for chunk in self.chunks(name))
+        names = [n for n in self.names if not self.finetuned.is_known_as(self.base, n)]
+        return all(not bool(chunk.any()) for name in names for chunk in self.chunks(name))
 
     def check_finite(self) -> None:
         """Raise `CannotJoin` with the names of all finetuned tensors with NaN or infinity."""
         bad = []
         for name in self.finetuned.floating:
+            if self.finetuned.is_known_as(self.base, name):
+                continue
             count = _not_finite(self.finetuned.tensor(name).view(-1))
             if count:
                 bad.append(f"{name}: {count} of {self.finetuned.info(name).numel}")
@@ -143,6 +146,7 @@ def outside_share(base: Checkpoint, finetuned: Checkpoint, names: Sequence[str])
         name
         for name in finetuned.floating
         if name in base
+        and not finetuned.is_known_as(base, name)
         and base.info(name).dtype in FLOATING
         and base.info(name).shape == finetuned.info(name).shape
     ]
