@@ -194,7 +194,8 @@ class AdapterCheckpoint(Checkpoint):
         if name not in self._changes:
             return self.base.tensor_bytes(self._origins[name])
         flat = self.tensor(name).view(-1)
-        return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+        raw = flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
+        return raw.numpy().data
 
     def listing(self, progress: Progress | None = None) -> bytes:
         """The digests of the adapter's tensors and of the base, and what its configuration says.

@@ -195,7 +195,9 @@ def _readable(local: Path, where: str, line: LineRef | None, space: Workspace) -
     try:
         if line is not None and is_adapter(local):
             base = open_base(line, space)
-            adapter = _adapter(local, _state(local), where, base.checkpoint, base.ref, base.family)
+            adapter = _adapter(
+                local, _state(local), where, base.checkpoint, base.ref, base.family.prefixes
+            )
             check_same_base(adapter, base.ref, where)
             return adapter
         if local.is_dir():
@@ -289,7 +291,9 @@ def _open_weights(
         like = None if base is None else base.checkpoint
         return local, remote_checkpoint(source, space, weights, like)
     if base is not None and is_adapter(local):
-        adapter = _adapter(local, _state(local), uri, base.checkpoint, base.ref, base.family)
+        adapter = _adapter(
+            local, _state(local), uri, base.checkpoint, base.ref, base.family.prefixes
+        )
         _check_weights(adapter, local, weights)
         return local, adapter
     return local, _verified(local, _state(local), weights)
@@ -297,9 +301,14 @@ def _open_weights(
 
 @lru_cache(maxsize=16)
 def _adapter(
-    local: Path, _state: _State, where: str, base: Checkpoint, ref: ModelRef, family: Family
+    local: Path,
+    _state: _State,
+    where: str,
+    base: Checkpoint,
+    ref: ModelRef,
+    prefixes: tuple[str, ...],
 ) -> AdapterCheckpoint:
-    return open_adapter(local, where, base, ref, family.prefixes)
+    return open_adapter(local, where, base, ref, prefixes)
 
 
 @lru_cache(maxsize=16)

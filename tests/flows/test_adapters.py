@@ -78,7 +78,7 @@ def test_masks_and_merge_are_those_of_the_whole_model(
     models = {"adapter": adapter, "whole": whole(world.base, adapter, tmp_path / "model")}
     found: dict[str, Any] = {}
     for name, model in models.items():
-        shell = new_home(name)
+        shell = new_home(f"home-{name}")
         shell("init", world.line(tmp_path / "line.yaml", retention=None, method=method))
         shell.add(world, "number")
         done = shell.json(
@@ -151,32 +151,28 @@ def configure(folder: Path, **changes: Any) -> None:
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
 
 
+def other_module(folder: Path, world: World, root: Path) -> None:
+    write_adapter(folder, {n.replace("layer.1.", "layer.7."): v for n, v in factors().items()})
+
+
+def pickled(folder: Path, world: World, root: Path) -> None:
+    (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin")
+
+
+def configured(**changes: Any) -> Callable[[Path, World, Path], None]:
+    return lambda folder, *_: configure(folder, **changes)
+
+
 BAD: dict[str, tuple[Callable[[Path, World, Path], None], str]] = {
     "another base": (other_base, "was trained on another base than that of this line"),
     "an adapter on an adapter": (on_an_adapter, "is an adapter on an adapter"),
     "other shapes": (larger, "lora_A [2, 20]"),
     "no B": (one_sided, f"{MODULES[1]}: lora_B missing"),
-    "rank 0": (lambda folder, *_: configure(folder, r=0), "a rank of at least 1"),
-    "a scaling of NaN": (
-        lambda folder, *_: configure(folder, lora_alpha=float("nan")),
-        "a finite number",
-    ),
-    "an unknown module": (
-        lambda folder, *_: (
-            write_adapter(
-                folder, {n.replace("layer.1.", "layer.7."): v for n, v in factors().items()}
-            )
-            and None
-        ),
-        "encoder.layer.7.attention",
-    ),
-    "another kind": (lambda folder, *_: configure(folder, peft_type="VERA"), "peft_type: VERA"),
-    "a pickle": (
-        lambda folder, *_: (
-            (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin") and None
-        ),
-        "without adapter_model.safetensors",
-    ),
+    "rank 0": (configured(r=0), "a rank of at least 1"),
+    "a scaling of NaN": (configured(lora_alpha=float("nan")), "a finite number"),
+    "an unknown module": (other_module, "encoder.layer.7.attention"),
+    "another kind": (configured(peft_type="VERA"), "peft_type: VERA"),
+    "a pickle": (pickled, "without adapter_model.safetensors"),
 }
 
 
@@ -224,7 +220,8 @@ def test_an_adapter_of_a_classifier_brings_its_head(shell: Shell, tmp_path: Path
     )
     assert "base_model.model.classifier.weight" in load_file(folder / "adapter_model.safetensors")
     shell("init", world.line(tmp_path / "line.yaml", retention=None))
-    rows = [{"text": f"{n * 7919 % 97} x", "label": ("no", "yes")[n % 2]} for n in range(30)]
+    labels = ["no", "yes"]
+    rows = [{"text": f"{n * 7919 % 97} x", "label": labels[n % 2]} for n in range(30)]
     data = tmp_path / "data"
     data.mkdir()
     for split in ("train", "test"):
@@ -234,14 +231,15 @@ def test_an_adapter_of_a_classifier_brings_its_head(shell: Shell, tmp_path: Path
     file = write_yaml(tmp_path / "t.yaml", task)
     done = shell("register", "demo", "--task", file, "--model", folder, code=3)
     assert "does not name the classes" in done.err
-    file = write_yaml(tmp_path / "t.yaml", {**task, "head": {"labels": ["no", "yes"]}})
+    file = write_yaml(tmp_path / "t.yaml", {**task, "head": {"labels": labels}})
     done = shell("register", "demo", "--task", file, "--model", folder, *ACCEPT)
     out = tmp_path / "out"
     shell("export", "demo", "champion", out, "--task", "t")
     model = AutoModelForSequenceClassification.from_pretrained(out)
     stored = load_file(folder / "adapter_model.safetensors")["base_model.model.classifier.weight"]
     assert torch.equal(model.classifier.weight, stored)
-    three = write_yaml(tmp_path / "u.yaml", {**task, "task": "u", "head": {"labels": list("abc")}})
+    more = {"task": "u", "head": {"labels": [*labels, "maybe"]}}
+    three = write_yaml(tmp_path / "u.yaml", {**task, **more})
     done = shell("register", "demo", "--task", three, "--model", folder, code=3)
     assert "another number of classes" in done.err
 

@@ -34,7 +34,7 @@ def adapter_on(
             for _, value in sorted(model.named_parameters()):
                 if value.requires_grad:
                     value.add_(0.3 * torch.randn(value.shape, generator=random))
-        model.save_pretrained(folder)
+        model.save_pretrained(str(folder))
     return folder
 
 

@@ -199,7 +199,7 @@ def test_any_lora_is_the_base_and_its_product(
         "layers.0.q.lora_A.weight": torch.randn((rank, inputs), generator=random).to(stored),
         "layers.0.q.lora_B.weight": torch.randn((out, rank), generator=random).to(stored),
     }
-    config = {"r": rank, "lora_alpha": alpha, "use_rslora": rslora}
+    config: dict[str, Any] = {"r": rank, "lora_alpha": alpha, "use_rslora": rslora}
     adapter = AdapterCheckpoint.read(write_adapter(folder / "a", factors, **config), base)
     a, b = (each.double() for each in factors.values())
     scaling = alpha / rank**0.5 if rslora else alpha / rank
@@ -254,7 +254,7 @@ def test_configurations_that_cannot_be_computed_are_refused(
 
 
 def test_options_without_effect_are_allowed(tmp_path: Path, base: Checkpoint) -> None:
-    config = {
+    config: dict[str, Any] = {
         "bias": "none",
         "exclude_modules": ["lm_head"],
         "init_lora_weights": "gaussian",

@@ -1,5 +1,6 @@
 """The tensors of an adapter equal those that PEFT merges, for every kind on every architecture."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from restitch.modeling.pretrained import present_names
 from tests.merging.adapters.peft_folders import adapter_on, merged_by_peft
 from tests.tiny_models import tiny_bert, tiny_clip, tiny_decoder, tiny_image_model, tiny_seq2seq
 
-MAKERS = {
+MAKERS: dict[str, tuple[Callable[[Path], Path], Any]] = {
     "gpt2": (lambda folder: tiny_decoder(folder, "gpt2"), AutoModelForCausalLM),
     "llama": (tiny_decoder, AutoModelForCausalLM),
     "qwen2": (lambda folder: tiny_decoder(folder, "qwen2"), AutoModelForCausalLM),
@@ -115,7 +116,8 @@ def test_lora(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", EMBEDDING)
 def test_embeddings_biases_and_dora(kind: str, bases: dict[str, Path], tmp_path: Path) -> None:
     targets = [*LINEAR[kind], EMBEDDING[kind]]
-    for number, more in enumerate(({"bias": "lora_only"}, {"use_dora": True})):
+    kinds: tuple[dict[str, Any], ...] = ({"bias": "lora_only"}, {"use_dora": True})
+    for number, more in enumerate(kinds):
         config = LoraConfig(r=3, target_modules=targets, use_rslora=bool(number), **more)
         folder = adapter_on(bases[kind], tmp_path / str(number), config, MAKERS[kind][1])
         adapter = check(bases[kind], folder, MAKERS[kind][1])
