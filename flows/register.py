@@ -122,8 +122,11 @@ def register(
     decided = {check: _acceptance(check, reason) for check, reason in (accepted or {}).items()}
     spec, remember_rows = resolve_spec(ledger, task_file, replace_task, source)
     # Nothing can join without it.
-    base = open_base(LineRef(line_state.spec, line_state.base), space)
-    model = describe_model(source, get_family(line_state.spec.family), space, copy=copy)
+    line_ref = LineRef(line_state.spec, line_state.base)
+    base = open_base(line_ref, space)
+    model = describe_model(
+        source, get_family(line_state.spec.family), space, line=line_ref, copy=copy
+    )
     check_task_head(spec, base, model, space)
     remember_rows()
     key, already = _add(ledger, spec, model, replace_task, decided)

@@ -151,6 +151,25 @@ def named_tensors(model: Any, file: Checkpoint, prefixes: Sequence[str]) -> dict
     return match_names(shapes, live_tensors(model), prefixes, _conversion(model))
 
 
+def present_names(folder: Path, file: Checkpoint, prefixes: Sequence[str]) -> dict[str, str]:
+    """The names of a file's tensors in a loaded base model, where they differ, with the file's.
+
+    Args:
+        folder: holds the configuration.
+        file: the weights.
+        prefixes: what the file may carry before all of its names.
+    """
+    from transformers import AutoModel
+
+    try:
+        with torch.device("meta"):
+            model = AutoModel.from_config(read_config(folder), trust_remote_code=False)
+    except Exception:  # a configuration of another layout has no such names
+        return {}
+    named = named_tensors(model, file, prefixes)
+    return {live: name for name, live in named.items() if live not in file}
+
+
 def live_tensors(model: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers by name; tied tensors under each of their names."""
     return {

@@ -59,6 +59,14 @@ class TaskHeads(Protocol):
             BadInput: the head cannot be used for these classes.
         """
 
+    def count_classes(self, folder: Path, checkpoint: Checkpoint) -> int | None:
+        """The classes of a head, by the shapes of its tensors; None without one.
+
+        Args:
+            folder: a model with the configuration of its architecture, such as the base.
+            checkpoint: the weights with the head.
+        """
+
     def whole_names(self, folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
         """The names that a base's tensors have in a whole classifier; its own head is left out.
 
@@ -181,6 +189,15 @@ class ClassifierHeads:
         for name, dimension in layout.classes.items():
             head[name] = head[name].index_select(dimension, order)
         return head
+
+    def count_classes(self, folder: Path, checkpoint: Checkpoint) -> int | None:
+        """The size of the dimension that counts the classes."""
+        layout = self.layout(folder)
+        located = _located(layout, checkpoint.names)
+        for name, dimension in layout.classes.items():
+            if name in located and len(checkpoint.info(located[name]).shape) > dimension:
+                return checkpoint.info(located[name]).shape[dimension]
+        return None
 
     def whole_names(self, folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
         """The names in the file, with the prefix of the base model."""

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from restitch.merging.digests import digest_json
 from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.factor_file import FactorFile, write_factors
 from restitch.merging.files.mask import Mask
 from restitch.merging.files.quantized import quantized
 from restitch.merging.files.sparse import SparseInfo, SparseTensor, write_sparse
 from restitch.merging.localize.subspace import NAME as SUBSPACE
+from restitch.merging.localize.subspace import own_factors
 from restitch.merging.numerics.bitwise import gather
 from restitch.merging.progress import Progress
 from restitch.merging.ranking.task_vector import TaskVector
@@ -117,6 +119,12 @@ class _Masks:
     def fingerprint(self) -> JsonValue:
         return self.localizer.fingerprint
 
+    @property
+    def _keeps_everything(self) -> bool:
+        choice = self.choice
+        everything = (choice.mode, choice.density, choice.values) == ("dataless", 1.0, "exact")
+        return everything and choice.budget is None
+
     def inputs(self) -> dict[str, Any]:
         density = self.density.inputs()
         return {
@@ -129,6 +137,10 @@ class _Masks:
         self, file: Path, vector: TaskVector, base: Base, metadata: Mapping[str, str]
     ) -> WrittenDelta:
         finetuned = vector.finetuned
+        if self._keeps_everything and any(finetuned.factors(name) for name in vector.names):
+            written = write_factors(file, own_factors(vector), metadata=metadata)
+            digest = FactorFile.open(file).content_digest()
+            return WrittenDelta(digest, written.kept, vector.coordinates, Ranking(None).facts())
         before = vector.base if self.choice.values == "int8" else None
         with working(f"localizing {self.density.task.task}") as progress:
             ranking = _ranked(self.localizer, vector, base, file.parent, progress)

@@ -32,7 +32,7 @@ from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.inputs.checkpoints import Base, device
 from restitch.tasks.inputs.task_data import has_validation
 from restitch.tasks.recovery import Recovery
-from restitch.tasks.runtime.console import warn, working
+from restitch.tasks.runtime.console import say, warn, working
 from restitch.tasks.runtime.refs import WrittenDelta
 from restitch.tasks.runtime.workspace import Workspace
 
@@ -89,6 +89,9 @@ class Subspace:
         def write(tensors: Iterable[FactorTensor], to: Path = file) -> FactorsInfo:
             return write_factors(to, tensors, metadata=metadata)
 
+        own = {name for name in vector.names if vector.finetuned.factors(name) is not None}
+        if own:
+            say(f"{self.task.task}: {len(own)} tensors keep the adapter's own factors, exactly")
         chooses = self.choice.budget is not None or self.is_measured
         values = "exact" if chooses else self.choice.values
         first = file.with_name("triplets.safetensors") if chooses else file
@@ -103,16 +106,16 @@ class Subspace:
             ranks = [
                 min(triplets.info(name).rows_and_columns)
                 for name in triplets.names
-                if triplets.info(name).rank is not None
+                if triplets.info(name).rank is not None and name not in own
             ]
             largest = max(ranks, default=1)
 
             def written(rank: int) -> FactorFile:
-                write(cut(triplets, rank / largest, self.choice.values))
+                write(cut(triplets, own, rank / largest, self.choice.values))
                 return FactorFile.open(file)
 
             rank, choice = self._choose(kept_count(self._highest, largest), largest, written)
-            info = write(cut(triplets, rank / largest, self.choice.values))
+            info = write(cut(triplets, own, rank / largest, self.choice.values))
             facts |= choice
             first.unlink()
         return WrittenDelta(

@@ -47,7 +47,7 @@ def validate(
     base = open_base(line, space)
     notes: list[str] = []
     try:
-        folder, checkpoint = open_model(model, space, base.family, like=base.checkpoint)
+        folder, checkpoint = open_model(model, space, base.family, base=base)
         notes += checkpoint.notes
         config: list[str] = []
         if folder.is_dir():
@@ -82,7 +82,7 @@ def validate(
         )
     finetuned = comparison.aligned(checkpoint)
     vector = TaskVector(base.checkpoint, finetuned, base.names)
-    check_finite(checkpoint.renamed(comparison.mapping))
+    check_finite(checkpoint.renamed(comparison.mapping), base.checkpoint)
     if vector.is_zero():
         raise CannotJoin(
             f"{model.uri} has the same localizable weights as the base",

@@ -28,6 +28,7 @@ ROOMS = {
     "merging": set(),
     "merging.numerics": set(),
     "merging.files": {"numerics"},
+    "merging.adapters": {"numerics", "files"},
     "merging.ranking": {"numerics", "files"},
     "merging.localize": {"numerics", "files", "ranking"},
     "merging.rules": {"numerics", "files", "ranking", "localize"},

@@ -51,6 +51,7 @@ from restitch.tasks.inputs.checkpoints import describe_model
 from restitch.tasks.inputs.task_data import same_task
 from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.notify import notify
+from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace, actor, workspace
 
 _READ_FROM = ("file", "s3", "models", "runs", "mlflow-artifacts")
@@ -188,7 +189,8 @@ def _read(space: Workspace, line_state: LineState, external: ExternalModel) -> M
             hint="register a version whose source is of one of these kinds",
         )
     try:
-        return describe_model(external.uri, get_family(line_state.spec.family), space)
+        line = LineRef(line_state.spec, line_state.base)
+        return describe_model(external.uri, get_family(line_state.spec.family), space, line=line)
     except RestitchError as error:
         if isinstance(error, Unavailable) and has_no_files(space.mlflow, external):
             raise BadInput(

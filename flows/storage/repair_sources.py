@@ -26,12 +26,11 @@ from restitch.registry.ledger.outcomes import touched_models
 from restitch.registry.ledger.records import Entry, MergedRecord
 from restitch.registry.ledger.references import COPY_SCHEME, SPECIALISTS, Reference
 from restitch.registry.maintenance.inventory import Inventory
-from restitch.registry.sources.resolve import fetch_again, resolve_source
+from restitch.registry.sources.resolve import fetch_again
 from restitch.registry.specs.method import MethodSpec
 from restitch.registry.specs.task import TaskSpec
 from restitch.tasks.evaluate import evaluated
-from restitch.tasks.inputs.checkpoints import open_base
-from restitch.tasks.inputs.remote_weights import list_remote
+from restitch.tasks.inputs.checkpoints import list_again, open_base
 from restitch.tasks.localize import write_delta
 from restitch.tasks.merge import make_recipe, write_patch_of
 from restitch.tasks.research.experts import write_parts
@@ -223,9 +222,13 @@ class RecoverySources:
         file.write_bytes(canonical_json(result.to_json()))
 
     def _listing(self, reference: Reference) -> Iterator[Recovery]:
+        line_state = self.inventory.line_states.get(reference.line)
+        if line_state is None:
+            return
+        line = _line(line_state)
+
         def write(file: Path) -> None:
-            source = resolve_source(reference.weights, self.space.home, whole=False)
-            file.write_bytes(list_remote(source, self.space).listing())
+            file.write_bytes(list_again(reference.weights, line, self.space))
 
         yield Recovery(f"the weights at {reference.weights}", write)
 

@@ -18,10 +18,12 @@ from torch import Tensor
 
 from restitch.merging.analysis.masks import Matrix, cosines
 from restitch.merging.files.checkpoint import Checkpoint
-from restitch.merging.files.factor_file import FactorFile
+from restitch.merging.files.delta import Delta
 from restitch.merging.numerics.factors import Factors
 from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress, ignore
+from restitch.merging.ranking.member_vector import MemberVector
+from restitch.merging.rules.merge_inputs import member_vector
 from restitch.merging.rules.stitch import check_fit
 
 
@@ -49,13 +51,13 @@ class SubspaceAnalysis:
 
 
 def analyze_subspaces(
-    base: Checkpoint, deltas: Mapping[str, FactorFile], progress: Progress | None = None
+    base: Checkpoint, deltas: Mapping[str, Delta], progress: Progress | None = None
 ) -> SubspaceAnalysis:
     """Compare the subspaces of members with each other.
 
     Args:
         base: the base of the deltas.
-        deltas: by task, in the order of the result.
+        deltas: by task, in the order of the result; a delta that keeps no factors has a cosine.
         progress: called with the elements done and the total.
 
     Raises:
@@ -64,13 +66,13 @@ def analyze_subspaces(
     report = progress or ignore
     for task, delta in deltas.items():
         check_fit(base, task, delta)
-    files = tuple(deltas.values())
-    names = sorted({name for delta in files for name in delta.names}, key=by_bytes)
+    vectors = tuple(member_vector(base, delta) for delta in deltas.values())
+    names = sorted({name for vector in vectors for name in vector.names}, key=by_bytes)
     coordinates = {name: base.info(name).numel for name in names}
-    shared, least, dots = (np.zeros((len(files), len(files))) for _ in range(3))
+    shared, least, dots = (np.zeros((len(vectors), len(vectors))) for _ in range(3))
     done = 0
     for name in names:
-        _add(name, files, shared, least, dots)
+        _add(name, vectors, shared, least, dots)
         done += coordinates[name]
         report(done, sum(coordinates.values()))
     return SubspaceAnalysis(
@@ -88,12 +90,14 @@ def analyze_subspaces(
 _Sums = NDArray[np.float64]
 
 
-def _add(name: str, files: Sequence[FactorFile], shared: _Sums, least: _Sums, dots: _Sums) -> None:
+def _add(
+    name: str, members: Sequence[MemberVector], shared: _Sums, least: _Sums, dots: _Sums
+) -> None:
     """Add one tensor: squared cosines of angles, their number, and inner products."""
     vectors = {
-        i: file.low_rank(name) or file.difference(name)
-        for i, file in enumerate(files)
-        if name in file
+        i: member.low_rank(name) or member.difference(name)
+        for i, member in enumerate(members)
+        if name in member
     }
     bases = {i: _bases(vector) for i, vector in vectors.items() if isinstance(vector, Factors)}
     for i, one in vectors.items():

@@ -33,6 +33,7 @@ from restitch.merging.files.shards import (
     newer_weights,
     weight_map,
 )
+from restitch.merging.numerics.factors import Factors
 from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress, ignore
 
@@ -214,6 +215,14 @@ class Checkpoint:
         if self._fetch is not None:
             self._fetch(name)
         return memoryview(self._maps[location.shard])[location.start : location.start + info.nbytes]
+
+    def is_known_as(self, other: "Checkpoint", name: str) -> bool:
+        """True if a tensor is known to be the other checkpoint's of this name, without reading."""
+        return other is self and name in self
+
+    def factors(self, name: str) -> Factors | None:
+        """The whole change of a tensor as factors, if the files hold it as such."""
+        return None
 
     def header_bytes(self, shard: str) -> bytes | None:
         """The header of a shard's file, or None if this view renames or omits its tensors."""

@@ -32,7 +32,7 @@ def check_plain(checkpoint: Checkpoint, where: str) -> None:
     Raises:
         BadInput: it holds quantized tensors or factors of an adapter; names them.
     """
-    factors = [name for name in checkpoint.names if _is_factor(name)]
+    factors = [name for name in checkpoint.names if any(map(is_factor, name.split(".")))]
     if factors:
         raise BadInput(
             f"{where} holds factors of an adapter next to frozen weights",
@@ -50,6 +50,11 @@ def check_plain(checkpoint: Checkpoint, where: str) -> None:
             details=[described(info) for info in quantized],
             hint="use the model before quantization, or dequantize it and save it again",
         )
+
+
+def is_factor(component: str) -> bool:
+    """True if a component of a tensor's name is that of an adapter's factor, or of its layer."""
+    return _FACTOR.fullmatch(component) is not None
 
 
 def is_quantized(info: TensorInfo) -> bool:
@@ -75,10 +80,6 @@ def is_buffer(info: TensorInfo) -> bool:
 def described(info: TensorInfo) -> str:
     """The name, type and shape of a tensor, for messages."""
     return f"{info.name}: {DTYPE_NAMES[info.dtype]} {list(info.shape)}"
-
-
-def _is_factor(name: str) -> bool:
-    return any(_FACTOR.fullmatch(part) for part in name.split("."))
 
 
 def _last(name: str) -> str:

@@ -6,7 +6,7 @@ is ambiguous is refused with every reading named; files that are left out are na
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +37,10 @@ _CONVERT = (
 MERGE_ADAPTER = (
     "merge it and use the folder OUT: PeftModel.from_pretrained(BASE_MODEL, FOLDER)"
     ".merge_and_unload().save_pretrained(OUT)"
+)
+CONVERT_ADAPTER = (
+    "if you trust the file, convert it: PeftModel.from_pretrained(BASE_MODEL, FOLDER)"
+    ".save_pretrained(OUT), and use the folder OUT"
 )
 
 
@@ -142,6 +146,17 @@ def _described(reading: Shards) -> str:
     return f"{reading.index} ({shards})" if reading.index else shards
 
 
+def is_adapter_file(name: str) -> bool:
+    """True if a file holds the weights of an adapter, or its configuration."""
+    return _ADAPTER.match(name) is not None
+
+
+def holds_adapter(names: Collection[str]) -> bool:
+    """True if a folder with these files holds an adapter and no whole weights."""
+    own = [name for name in names if is_adapter_file(name)]
+    return bool(own) and not any(n.endswith((SUFFIX, INDEX_SUFFIX)) for n in names if n not in own)
+
+
 def _check_no_adapter(where: str, folder: Path, names: Iterable[str]) -> None:
     """Refuse an adapter, alone or next to whole weights.
 
@@ -149,7 +164,7 @@ def _check_no_adapter(where: str, folder: Path, names: Iterable[str]) -> None:
         BadInput: there are files of an adapter.
     """
     names = list(names)
-    adapter = [name for name in names if _ADAPTER.match(name)]
+    adapter = [name for name in names if is_adapter_file(name)]
     if not adapter:
         return
     whole = [n for n in names if n.endswith((SUFFIX, INDEX_SUFFIX)) and n not in adapter]
@@ -163,9 +178,10 @@ def _check_no_adapter(where: str, folder: Path, names: Iterable[str]) -> None:
         )
     raise BadInput(
         f"{where} is an adapter, not a whole model",
-        expected="the whole weights of a finetuned model",
+        expected="the whole weights of a model",
         found=", ".join(adapter) + _about_adapter(folder),
-        hint=MERGE_ADAPTER,
+        hint="to register it, name its folder with --model; a base has to be whole: "
+        f"{MERGE_ADAPTER}",
     )
 
 
@@ -218,7 +234,7 @@ def check_whole_file(path: Path) -> None:
     """
     if path.suffix.lower() in _PICKLES:
         raise _pickled(str(path), [path.name])
-    if _ADAPTER.match(path.name):
+    if is_adapter_file(path.name):
         _check_no_adapter(str(path), path.parent, [path.name])
     part = _NUMBERED.match(path.name)
     if part and int(part["total"]) > 1:

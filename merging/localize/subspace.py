@@ -7,7 +7,7 @@ on random vectors with a fixed seed (Halko, Martinsson and Tropp, 2011, algorith
 result is numeric: its bytes depend on the machine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import Tensor
@@ -43,6 +43,8 @@ def localize_subspace(
 ) -> Iterator[FactorTensor]:
     """The leading triplets of every changed tensor, one tensor in memory at a time.
 
+    Where the finetuned model is an adapter with factors of its own, they stay as they are.
+
     Args:
         vector: the task vector of the finetuned model.
         share: the share of each matrix's rank.
@@ -54,6 +56,11 @@ def localize_subspace(
     done = 0
     for name in vector.names:
         shape = vector.base.info(name).shape
+        own = vector.finetuned.factors(name)
+        if own is not None:
+            yield FactorTensor(name, shape, own, own.dtype)
+            done += vector.numel(name)
+            continue
         change = vector.difference(name).float()
         if bool(change.any()):
             kept: Factors | Tensor = change
@@ -68,11 +75,31 @@ def localize_subspace(
             progress(done, vector.coordinates)
 
 
-def cut(triplets: FactorFile, share: float, values: str) -> Iterator[FactorTensor]:
+def own_factors(vector: TaskVector) -> Iterator[FactorTensor]:
+    """The exact task vector of an adapter: its own factors, and other changes as a whole."""
+    base, finetuned = vector.base, vector.finetuned
+    for name in vector.names:
+        if finetuned.is_known_as(base, name):
+            continue
+        shape, own = base.info(name).shape, finetuned.factors(name)
+        if own is not None:
+            yield FactorTensor(name, shape, own, own.dtype)
+            continue
+        # Twice the digits of the weights, so that the sum is the finetuned weight again.
+        wide = torch.float32 if base.info(name).dtype.itemsize == 2 else torch.float64
+        change = finetuned.tensor(name).to(wide) - base.tensor(name).to(wide)
+        if bool(change.any()):
+            yield FactorTensor(name, shape, change, wide)
+
+
+def cut(
+    triplets: FactorFile, own: Collection[str], share: float, values: str
+) -> Iterator[FactorTensor]:
     """The first triplets of a file that has more of them, stored in another way.
 
     Args:
         triplets: written in the values `exact`.
+        own: the tensors with factors of the model's own, which stay as they are.
         share: the share of each matrix's rank.
         values: a key of `STORED`.
     """
@@ -81,6 +108,8 @@ def cut(triplets: FactorFile, share: float, values: str) -> Iterator[FactorTenso
         shape, factors = triplets.info(name).shape, triplets.low_rank(name)
         if factors is None:
             yield FactorTensor(name, shape, triplets.difference(name), whole_dtype)
+        elif name in own:
+            yield FactorTensor(name, shape, factors, factors.dtype)
         else:
             rank = kept_rank(share, factors.left.shape[0], factors.right.shape[1])
             first = Factors(factors.left[:, :rank], factors.right[:rank], factors.scale)

@@ -38,9 +38,14 @@ class Factors:
         """The number of columns of the left factor, which is an upper bound of the rank."""
         return self.left.shape[1]
 
-    def product(self) -> Tensor:
-        """The matrix in float32. Its last bits depend on the machine and on the threads."""
-        product = self.left.float() @ self.right.float()
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that holds both factors exactly."""
+        return torch.promote_types(self.left.dtype, self.right.dtype)
+
+    def product(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The matrix. Its last bits depend on the machine and on the threads."""
+        product = self.left.to(dtype) @ self.right.to(dtype)
         return product if self.scale == 1.0 else product.mul_(self.scale)
 
 

@@ -108,7 +108,8 @@ class TaskVector:
 
     def is_zero(self) -> bool:
         """True if finetuning changed no localizable weight."""
-        return all(not bool(chunk.any()) for name in self.names for chunk in self.chunks(name))
+        names = [n for n in self.names if not self.finetuned.is_known_as(self.base, n)]
+        return all(not bool(chunk.any()) for name in names for chunk in self.chunks(name))
 
     def _dtype(self, name: str) -> torch.dtype:
         pair = {self.base.info(name).dtype, self.finetuned.info(name).dtype}
@@ -127,6 +128,7 @@ def outside_share(base: Checkpoint, finetuned: Checkpoint, names: Sequence[str])
         name
         for name in finetuned.floating
         if name in base
+        and not finetuned.is_known_as(base, name)
         and base.info(name).dtype in FLOATING
         and base.info(name).shape == finetuned.info(name).shape
     ]
@@ -144,10 +146,17 @@ def outside_share(base: Checkpoint, finetuned: Checkpoint, names: Sequence[str])
     return OutsideShare(sum(share for _, share in ranked), tuple(ranked))
 
 
-def check_finite(finetuned: Checkpoint) -> None:
-    """Raise `CannotJoin` with the names of all tensors with NaN or infinity."""
+def check_finite(finetuned: Checkpoint, base: Checkpoint | None = None) -> None:
+    """Raise `CannotJoin` with the names of all tensors with NaN or infinity.
+
+    Args:
+        finetuned: the checkpoint.
+        base: a checkpoint that is finite, some of whose tensors it may share.
+    """
     bad = []
     for name in finetuned.floating:
+        if base is not None and finetuned.is_known_as(base, name):
+            continue
         count = _not_finite(finetuned.tensor(name).view(-1))
         if count:
             bad.append(f"{name}: {count} of {finetuned.info(name).numel}")

@@ -10,7 +10,7 @@ from typing import Literal
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.registry.access_policy import check_hub
 from restitch.registry.redaction import first_line
-from restitch.registry.sources.model_files import CONVERT, MODEL_FILES, SKIPPED_FILES
+from restitch.registry.sources.model_files import MODEL_FILES, SKIPPED_FILES, convert
 from restitch.registry.specs.task import split_pin
 
 
@@ -31,7 +31,7 @@ def from_hub(text: str) -> tuple[str, str, Path]:
         raise BadInput(
             f"{name} on the hub has no safetensors",
             expected="model.safetensors, whole or in shards",
-            hint=CONVERT,
+            hint=convert(path.name for path in local.iterdir()),
         )
     return name, revision, local
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from restitch.merging.errors import BadInput, shortlist
+from restitch.merging.files.shards import CONVERT_ADAPTER, is_adapter_file
 
 # The files that are read; the model card for the licence. `*/*` excludes subfolders, because the
 # `*` of a pattern matches a slash.
@@ -58,5 +59,10 @@ def check_safetensors(where: str, readable: Iterable[str], files: Iterable[str])
     raise BadInput(
         f"{where} holds no safetensors",
         found=shortlist(names) or "nothing",
-        hint=CONVERT if pickled else "name the folder that holds model.safetensors",
+        hint=convert(names) if pickled else "name the folder that holds model.safetensors",
     )
+
+
+def convert(names: Iterable[str]) -> str:
+    """How to convert the pickles among some files to safetensors."""
+    return CONVERT_ADAPTER if any(map(is_adapter_file, names)) else CONVERT

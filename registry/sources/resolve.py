@@ -1,10 +1,10 @@
 """Sources of models: a path, a bucket, the hub or MLflow, pinned to the same content.
 
 An existing local path comes first and is used in place. A folder in a bucket is read there, or
-fetched whole into the cache. A hub id is pinned to its commit, and only weights, configuration,
-tokenizer and processor files are fetched, into the hub's own cache. An MLflow artifact is
-fetched once and put into the store, which any worker can read; a local model can be copied there
-too. Nothing that is fetched is executed, and pickles are not fetched.
+fetched whole into the cache, as an adapter always is. A hub id is pinned to its commit, and only
+weights, configuration, tokenizer and processor files are fetched, into the hub's own cache. An
+MLflow artifact is fetched once and put into the store, which any worker can read; a local model can
+be copied there too. Nothing that is fetched is executed, and pickles are not fetched.
 """
 
 import json
@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Literal
 
 from restitch.merging.digests import digest_bytes, digest_json
 from restitch.merging.errors import BadInput, Damage
+from restitch.merging.files.shards import holds_adapter
 from restitch.registry.access_policy import check_address, check_artifact, check_hub, check_path
 from restitch.registry.home import Home
 from restitch.registry.ledger.references import COPY_SCHEME as COPY_SCHEME
@@ -155,6 +156,7 @@ def _from_s3(text: str, home: Home, *, whole: bool) -> Source:
     check_safetensors(text, files, folder.files)
     small = [name for name in files if not name.endswith(".safetensors")]
     check_small(folder, small)
+    whole = whole or holds_adapter(files)
     names = sorted(files) if whole else small
     versions = [[name, files[name].size, files[name].etag] for name in names]
 
@@ -163,7 +165,7 @@ def _from_s3(text: str, home: Home, *, whole: bool) -> Source:
         for name in names:
             folder.fetch(name, building / name)
 
-    local = _cached(digest_json([text, versions]), fetch, home)
+    local = cached_folder(digest_json([text, versions]), fetch, home)
     return Source(uri=text, local=local, kind="s3", remote=None if whole else folder)
 
 
@@ -312,7 +314,7 @@ def _unpacked(manifest: str, home: Home) -> Path:
             except OSError:
                 shutil.copyfile(path, building / name)
 
-    return _cached(manifest, unpack, home)
+    return cached_folder(manifest, unpack, home)
 
 
 def discard_unpacked(manifest: str, home: Home) -> None:
@@ -322,11 +324,17 @@ def discard_unpacked(manifest: str, home: Home) -> None:
         cache.discard(manifest)
 
 
-def _cached(name: str, fetch: Callable[[Path], None], home: Home) -> Path:
-    """A folder in the cache, created atomically."""
+def cached_folder(name: str, build: Callable[[Path], None], home: Home) -> Path:
+    """A folder in this machine's cache, created atomically.
+
+    Args:
+        name: a digest of its content, or of its source.
+        build: makes the folder at a path, and fills it.
+        home: the installation.
+    """
     cache = _cache(home)
     with explained(cache.root, "write"):
-        return cache.get(name, fetch)
+        return cache.get(name, build)
 
 
 def _cache(home: Home) -> ReadCache:

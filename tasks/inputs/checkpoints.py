@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from restitch.merging.adapters.checkpoint import AdapterCheckpoint
+from restitch.merging.adapters.config import CONFIG as ADAPTER_CONFIG
 from restitch.merging.digests import digest_file, digest_json
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.experts.files import open_expert
@@ -34,6 +36,12 @@ from restitch.modeling.weights import apply_edits, resized, restore, set_weights
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.sources.resolve import copy_into_store, resolve_source
 from restitch.registry.specs.line import Compute, ComputeType, LineSpec
+from restitch.tasks.inputs.adapters import (
+    check_same_base,
+    is_adapter,
+    open_adapter,
+    whole_folder,
+)
 from restitch.tasks.inputs.remote_weights import list_remote, remote_checkpoint
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.free_memory import Part, check_memory
@@ -123,7 +131,13 @@ def open_base(line: LineRef, space: Workspace) -> Base:
 
 
 def describe_model(
-    source: str, family: Family, space: Workspace, *, copy: bool = False, whole: bool = False
+    source: str,
+    family: Family,
+    space: Workspace,
+    *,
+    line: LineRef | None = None,
+    copy: bool = False,
+    whole: bool = False,
 ) -> ModelRef:
     """Resolve a source and compute the digests that identify the model.
 
@@ -135,6 +149,7 @@ def describe_model(
         source: the place of the model; see `registry.sources.resolve`.
         family: the family that it belongs to.
         space: the workspace to copy it into.
+        line: the line of a finetuned model, on whose base an adapter is read.
         copy: copy a local model in any case, and one in a bucket.
         whole: it is a base: fetch the whole model, and check that the family takes it.
 
@@ -142,11 +157,17 @@ def describe_model(
         BadInput: the model is missing, not a usable checkpoint, or a base of another family.
         Unavailable: its server cannot be reached.
     """
-    resolved = resolve_source(source, space.home, whole=whole or copy, check=check_readable)
+
+    def readable(local: Path, where: str) -> Checkpoint:
+        return _readable(local, where, line, space)
+
+    resolved = resolve_source(source, space.home, whole=whole or copy, check=readable)
     local = resolved.local
     with unchanged(local), working("reading the model"):
         if resolved.remote is None:
-            checkpoint = check_readable(local, resolved.uri)
+            checkpoint = readable(local, resolved.uri)
+            if resolved.kind == "s3" and isinstance(checkpoint, AdapterCheckpoint):
+                space.objects.put_blob(checkpoint.listing())
         else:
             check_not_quantized(local, resolved.uri)
             checkpoint = list_remote(resolved, space)
@@ -159,20 +180,31 @@ def describe_model(
                 resolved = copy_into_store(resolved, space.home)
         if assets_digest(family, local) != config:
             raise _changed(local)
-    return ModelRef(uri=resolved.uri, weights=weights, config=config, size=checkpoint.nbytes)
+    size = checkpoint.size if isinstance(checkpoint, AdapterCheckpoint) else checkpoint.nbytes
+    return ModelRef(uri=resolved.uri, weights=weights, config=config, size=size)
 
 
-def check_readable(local: Path, where: str) -> Checkpoint:
+def _readable(local: Path, where: str, line: LineRef | None, space: Workspace) -> Checkpoint:
     """Open a model that is not registered yet, and check that its weights can be merged.
 
     Args:
         local: its folder or file.
         where: its name in messages.
+        line: the line of a finetuned model.
+        space: the workspace with the base of the line.
 
     Raises:
-        BadInput: it is no checkpoint, an adapter, or quantized.
+        BadInput: it is no checkpoint, an adapter that does not fit the base or has none, or
+            quantized.
     """
     try:
+        if line is not None and is_adapter(local):
+            base = open_base(line, space)
+            adapter = _adapter(
+                local, _state(local), where, base.checkpoint, base.ref, base.family.prefixes
+            )
+            check_same_base(adapter, base.ref, where)
+            return adapter
         if local.is_dir():
             check_not_quantized(local, where)
         checkpoint = Checkpoint.open(local)
@@ -180,6 +212,19 @@ def check_readable(local: Path, where: str) -> Checkpoint:
     except BadInput as error:
         raise error.renamed(str(local), where) from error
     return checkpoint
+
+
+def list_again(uri: str, line: LineRef, space: Workspace) -> bytes:
+    """The listing of a registered model in a bucket, read again.
+
+    Raises:
+        BadInput: it does not exist any more, or cannot be read.
+        Unavailable: the bucket cannot be read.
+    """
+    source = resolve_source(uri, space.home, whole=False)
+    if source.remote is None:
+        return _readable(source.local, uri, line, space).listing()
+    return list_remote(source, space).listing()
 
 
 def assets_digest(family: Family, folder: Path) -> str:
@@ -208,7 +253,7 @@ def open_model(
     space: Workspace,
     family: Family,
     *,
-    like: Checkpoint | None = None,
+    base: Base | None = None,
     whole: bool = False,
 ) -> tuple[Path, Checkpoint]:
     """Open a registered model and check it against its digests.
@@ -217,14 +262,18 @@ def open_model(
         ref: the model.
         space: the workspace.
         family: the family that it belongs to.
-        like: the base, which may share some of the tensors.
+        base: the base of a finetuned model, which may share some of the tensors, and on which an
+            adapter is read.
         whole: fetch the whole model; otherwise weights in a bucket stay there, and the checkpoint
             fetches tensors when they are read.
+
+    Returns:
+        A folder with its configuration, or its file, and its weights.
 
     Raises:
         BadInput: the model is missing or has changed.
     """
-    local, checkpoint = _open_weights(ref.uri, ref.weights, space, like, whole=whole)
+    local, checkpoint = _open_weights(ref.uri, ref.weights, space, base, whole=whole)
     config = assets_digest(family, local)
     if config != ref.config:
         raise BadInput(
@@ -233,21 +282,48 @@ def open_model(
             found=f"digest {config[:12]}",
             hint="put the files back, or register the changed model as a new version",
         )
+    if base is not None and isinstance(checkpoint, AdapterCheckpoint):
+        local = whole_folder(local, checkpoint, family, base.folder, space.home)
     return local, checkpoint
 
 
 def _open_weights(
-    uri: str, weights: str, space: Workspace, like: Checkpoint | None, *, whole: bool = False
+    uri: str, weights: str, space: Workspace, base: Base | None, *, whole: bool = False
 ) -> tuple[Path, Checkpoint]:
     source = resolve_source(uri, space.home, whole=whole)
+    local = source.local
     if source.remote is not None:
-        return source.local, remote_checkpoint(source, space, weights, like)
-    return source.local, _verified(source.local, _state(source.local), weights)
+        like = None if base is None else base.checkpoint
+        return local, remote_checkpoint(source, space, weights, like)
+    if base is not None and is_adapter(local):
+        adapter = _adapter(
+            local, _state(local), uri, base.checkpoint, base.ref, base.family.prefixes
+        )
+        _check_weights(adapter, local, weights)
+        return local, adapter
+    return local, _verified(local, _state(local), weights)
+
+
+@lru_cache(maxsize=16)
+def _adapter(
+    local: Path,
+    _state: _State,
+    where: str,
+    base: Checkpoint,
+    ref: ModelRef,
+    prefixes: tuple[str, ...],
+) -> AdapterCheckpoint:
+    return open_adapter(local, where, base, ref, prefixes)
 
 
 @lru_cache(maxsize=16)
 def _verified(local: Path, _state: _State, weights: str) -> Checkpoint:
     checkpoint = Checkpoint.open(local)
+    _check_weights(checkpoint, local, weights)
+    return checkpoint
+
+
+def _check_weights(checkpoint: Checkpoint, local: Path, weights: str) -> None:
     digest = checkpoint.digest()
     if digest != weights:
         raise BadInput(
@@ -256,11 +332,11 @@ def _verified(local: Path, _state: _State, weights: str) -> Checkpoint:
             found=f"digest {digest[:12]}",
             hint="put the files back, or register the changed model as a new version",
         )
-    return checkpoint
 
 
 def _state(local: Path) -> _State:
-    files = sorted(local.glob("*.safetensors*")) if local.is_dir() else [local]
+    named = ("*.safetensors*", ADAPTER_CONFIG)
+    files = sorted(f for n in named for f in local.glob(n)) if local.is_dir() else [local]
     stats = [(str(file), file.stat()) for file in files if file.exists()]
     return tuple((name, at.st_ino, at.st_size, at.st_mtime_ns) for name, at in stats)
 
@@ -404,12 +480,12 @@ class LiveBase:
             edits = open_weights(weights.identity, space, self.base.checkpoint)
             apply_edits(self.parameters, self.base.checkpoint, edits)
             return list(edits.names)
-        base = self.base.checkpoint
-        local, checkpoint = _open_weights(weights.uri, weights.identity, space, base)
+        local, checkpoint = _open_weights(weights.uri, weights.identity, space, self.base)
         with unchanged(local):
-            found = line_up(self.base, checkpoint)
+            found, base = line_up(self.base, checkpoint), self.base.checkpoint
             finetuned = found.aligned(checkpoint)
             names = [n for n in finetuned.names if n in self.parameters]
+            names = [n for n in names if not finetuned.is_known_as(base, n)]
             if weights.kind == "localizable":
                 names = [n for n in names if n in frozenset(self.base.names)]
             elif found.more_rows:
@@ -453,7 +529,7 @@ def open_vector(
     # Opened again inside: the files must not change between the check and the end of the block.
     with unchanged(folder), unchanged(base.folder):
         base = open_base(line, space)
-        _, checkpoint = open_model(model, space, base.family, like=base.checkpoint)
+        _, checkpoint = open_model(model, space, base.family, base=base)
         yield base, TaskVector(base.checkpoint, aligned(base, checkpoint), base.names)
 
 

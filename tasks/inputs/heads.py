@@ -12,6 +12,7 @@ from restitch.registry.ledger.line_state import LineState, ModelRef
 from restitch.registry.sources.resolve import resolve_source
 from restitch.registry.specs.strict_yaml import checked
 from restitch.registry.specs.task import TaskSpec
+from restitch.tasks.inputs.adapters import is_adapter
 from restitch.tasks.inputs.checkpoints import Base, live_base, open_base, open_model
 from restitch.tasks.inputs.task_data import head_inputs, stored_head, task_head
 from restitch.tasks.runtime.refs import LineRef
@@ -40,6 +41,12 @@ def with_labels(
     if model is None:
         return spec
     source = resolve_source(model, space.home, whole=False)
+    if is_adapter(source.local) and not (source.local / "config.json").is_file():
+        raise BadInput(
+            f"{source.uri} is an adapter, which does not name the classes of its head",
+            expected="head: labels in the task file, in the order of the head's outputs",
+            hint="add them, or put the config.json of the finetuned model next to the adapter",
+        )
     try:
         labels = family.task_heads.labels(source.local)
         values = {**spec.to_json(), "head": {"labels": list(labels)}}
@@ -59,7 +66,7 @@ def check_task_head(
     heads = base.family.task_heads
     if heads is None or not spec.uses_head:
         return ()
-    folder, checkpoint = open_model(model, space, base.family, like=base.checkpoint)
+    folder, checkpoint = open_model(model, space, base.family, base=base)
     if not folder.is_dir():
         raise BadInput(
             f"{model.uri} is a file alone, and its head needs a configuration",

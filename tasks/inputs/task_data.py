@@ -31,7 +31,8 @@ from restitch.registry.specs.task import (
     split_pin,
 )
 from restitch.registry.store.objects import KeyRecord
-from restitch.tasks.inputs.checkpoints import Base, LiveBase
+from restitch.tasks.inputs.adapters import is_adapter
+from restitch.tasks.inputs.checkpoints import Base, LiveBase, open_model
 from restitch.tasks.inputs.lm_eval_rows import rows_folder, with_lm_eval_rows
 from restitch.tasks.runtime.console import warn, working
 from restitch.tasks.runtime.workspace import Workspace, made_by
@@ -477,7 +478,7 @@ def task_head(
     if record is None:
         folder = None
         if base.family.task_heads is not None and finetuned is not None:
-            folder = resolve_source(finetuned.uri, space.home).local
+            folder = _classifier_folder(finetuned, base, space)
         with working(f"embedding the labels of {spec.task}") as progress:
             head = base.family.build_head(
                 live.model,
@@ -489,3 +490,11 @@ def task_head(
         blob = space.objects.put_blob(head.to_bytes())
         record = space.objects.publish("head", inputs, blob, made_by="head")
     return Head.from_bytes(space.objects.read_blob(record.blob)).to(live.device)
+
+
+def _classifier_folder(finetuned: ModelRef, base: Base, space: Workspace) -> Path:
+    """A folder with the configuration and the head of a finetuned model."""
+    local = resolve_source(finetuned.uri, space.home).local
+    if is_adapter(local):
+        local, _ = open_model(finetuned, space, base.family, base=base)
+    return local

@@ -12,10 +12,8 @@ from restitch.merging.analysis.masks import VERSION as ANALYSIS_VERSION
 from restitch.merging.analysis.masks import MaskAnalysis, analyze_masks
 from restitch.merging.analysis.subspaces import SubspaceAnalysis, analyze_subspaces
 from restitch.merging.digests import digest_json
-from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.delta import Delta, open_delta
-from restitch.merging.files.factor_file import FactorFile
 from restitch.merging.files.sparse import SparseFile
 from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress
@@ -69,15 +67,8 @@ def _compared(
     base: Checkpoint, files: Mapping[str, Delta], progress: Progress
 ) -> MaskAnalysis | SubspaceAnalysis:
     masks = {t: file for t, file in files.items() if isinstance(file, SparseFile)}
-    subspaces = {t: file for t, file in files.items() if isinstance(file, FactorFile)}
-    if masks and subspaces:
-        raise BadInput(
-            "masks and subspaces cannot be compared with each other",
-            found=f"masks of {', '.join(masks)}; subspaces of {', '.join(subspaces)}",
-            hint="localize all members in the same way",
-        )
-    if subspaces:
-        return analyze_subspaces(base, subspaces, progress)
+    if len(masks) < len(files):
+        return analyze_subspaces(base, files, progress)
     return analyze_masks(base, masks, progress)
 
 

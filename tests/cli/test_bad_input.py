@@ -128,7 +128,7 @@ def lies_one_folder_below(folder: Path) -> None:
 
 
 UNREADABLE = {
-    "adapter": (is_an_adapter, "is an adapter, not a whole model"),
+    "half of an adapter": (is_an_adapter, "lora_B missing"),
     "adapter next to weights": (has_an_adapter_next_to_it, "an adapter next to whole weights"),
     "factors in the weights": (retensored(holds_adapter_factors), "lora_A.default.weight"),
     "two checkpoints": (holds_a_second_checkpoint, "contains several checkpoints"),

@@ -5,6 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel
 
 from restitch.merging.files.delta import open_delta
 from restitch.merging.files.factor_file import FactorFile
@@ -135,3 +138,43 @@ def test_a_method_that_cannot_use_what_a_line_keeps_is_refused(
 ) -> None:
     file = world.line(tmp_path / "line.yaml", retention=None, method=method, localize=localize)
     assert message in shell("init", file, code=3).err
+
+
+@pytest.mark.parametrize("localize", [{"mode": "subspace"}, {"density": 1.0}])
+def test_an_adapter_keeps_its_own_factors_next_to_whole_models(
+    world: World, shell: Shell, tmp_path: Path, localize: dict[str, Any]
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["query"], init_lora_weights=False)
+    model = get_peft_model(AutoModel.from_pretrained(world.base), config)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    merged: Any = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "whole")
+    choice = {"method": "task-arithmetic", "localize": localize, "retention": None}
+    shell("init", world.line(tmp_path / "line.yaml", **choice))
+    add(shell, world, tmp_path, SKILLS[1])
+    file = write_yaml(tmp_path / "task.yaml", {"task": "z"})
+    done = shell("register", "demo", "--task", file, "--model", tmp_path / "adapter", "--json")
+    adapter = tmp_path / "adapter" / "adapter_model.safetensors"
+    assert done.json["facts"]["delta_bytes"] < 1.2 * adapter.stat().st_size
+    delta = factors_of(shell, "z")
+    assert {delta.info(name).rank for name in delta.names} == {3}
+    stored = load_file(adapter)
+    factors = delta.low_rank(delta.names[0])
+    assert factors is not None
+    assert any(torch.equal(factors.left, each) for each in stored.values())
+    assert factors.scale == pytest.approx(5 / 3)
+    assert shell.json("verify", "demo")["rebuilt"] == [1, 2]
+    shell("analyze", "demo", "--densities", "1")
+    # An elementwise method gives the bytes of the same adapter as a whole model.
+    if "density" in localize:
+        shell("export", "demo", "2", tmp_path / "one")
+        shell("retire", "demo", "z", "--reason", "test")
+        as_whole = write_yaml(tmp_path / "y.yaml", {"task": "y"})
+        shell("register", "demo", "--task", as_whole, "--model", tmp_path / "whole")
+        shell("export", "demo", "champion", tmp_path / "two")
+        one, two = (load_file(tmp_path / n / "model.safetensors") for n in ("one", "two"))
+        for name, value in one.items():
+            assert torch.allclose(value, two[name], atol=1e-6), name

@@ -125,6 +125,9 @@ class _Heads:
     def check(self, folder: Path, checkpoint: Checkpoint, labels: Sequence[str]) -> tuple[str, ...]:
         return ()
 
+    def count_classes(self, folder: Path, checkpoint: Checkpoint) -> int | None:
+        return 2
+
     def whole_names(self, folder: Path, checkpoint: Checkpoint) -> dict[str, str]:
         return {name: name for name in checkpoint.names}
 

@@ -81,7 +81,7 @@ def test_fewer_triplets_are_the_first_of_more(
     vector = TaskVector(base, finetuned, tiny.LOCALIZABLE)
     write_factors(tmp_path / "all", localize_subspace(vector, 0.375, "exact"), metadata={})
     write_factors(
-        tmp_path / "cut", cut(FactorFile.open(tmp_path / "all"), 0.125, values), metadata={}
+        tmp_path / "cut", cut(FactorFile.open(tmp_path / "all"), (), 0.125, values), metadata={}
     )
     write_factors(tmp_path / "own", localize_subspace(vector, 0.125, values), metadata={})
     assert (tmp_path / "cut").read_bytes() == (tmp_path / "own").read_bytes()

@@ -25,6 +25,7 @@ from restitch.tasks.inputs.checkpoints import describe_model, open_model
 from restitch.tasks.runtime.workspace import Workspace
 from tests.conftest import NewHome
 from tests.faulty_proxy import Faults, faulty_proxy
+from tests.merging.adapters.folders import write_adapter
 from tests.shell import Shell
 from tests.tiny import save
 from tests.worlds import SKILLS, World, copied
@@ -263,6 +264,26 @@ def test_a_multipart_upload_is_verified_by_its_etag(
     assert ref.weights == expected.digest()
     size = (tmp_path / "model" / WEIGHTS).stat().st_size
     assert counted[WEIGHTS] <= size + (64 << 10), "read once"
+
+
+def test_an_adapter_is_registered_from_a_bucket(
+    world: World, new_home: NewHome, s3_client: Any, s3_bucket: str, tmp_path: Path
+) -> None:
+    shell = new_home("home")
+    shell("init", world.line(tmp_path / "line.yaml", retention=None))
+    module = "encoder.layer.0.attention.self.query"
+    factors = {f"{module}.lora_A.weight": torch.ones(2, 16)}
+    factors |= {f"{module}.lora_B.weight": torch.ones(16, 2)}
+    folder = write_adapter(tmp_path / "adapter", factors)
+    address = upload(s3_client, s3_bucket, folder, tmp_path.name)
+    files = ("--task", world.task("colour"), "--model", address)
+    shell("register", "demo", *files, "--accept-no-gain", "--reason", "a test")
+    model = shell.state().tasks["colour"].versions[1].model
+    assert model.uri == address
+    shell("verify", "demo")
+    (shell.home / "store" / "blobs" / model.weights).unlink()
+    shell("verify", "--repair", code=7)
+    shell("verify", "demo")
 
 
 def test_a_lost_listing_is_made_again(
