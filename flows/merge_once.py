@@ -215,10 +215,11 @@ def _described(request: MergeSpec, space: Workspace) -> tuple[LineRef, dict[str,
         localize=_localize(request, whole=chosen.whole),
     )
     check_kept(spec, chosen)
-    models = {
-        task: describe_model(source, family, space) for task, source in request.models.items()
+    line = LineRef(spec, base)
+    return line, {
+        task: describe_model(source, family, space, line=line)
+        for task, source in request.models.items()
     }
-    return LineRef(spec, base), models
 
 
 def _check_type(request: MergeSpec, base: ModelRef, space: Workspace) -> None:
@@ -306,11 +307,10 @@ def _write(
     with ExitStack() as stack, space.scratch() as scratch:
         members = []
         for number, (task, model) in enumerate(models.items()):
-            delta: Delta
-            if whole:
-                _, vector = stack.enter_context(open_vector(line, model, space))
-                delta = WholeWeights(vector.finetuned, base.names)
-            else:
+            _, vector = stack.enter_context(open_vector(line, model, space))
+            has_factors = any(vector.finetuned.factors(name) for name in base.names)
+            delta: Delta = WholeWeights(vector.finetuned, base.names)
+            if not whole or has_factors:
                 file = scratch / f"{number}.delta"
                 write_delta(file, line, TaskSpec(task=task), model, space)
                 delta = open_delta(file, base.checkpoint)

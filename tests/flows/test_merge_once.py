@@ -5,7 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 from transformers import AutoModel
 
 import restitch
@@ -162,3 +164,23 @@ def test_a_merge_from_python_is_the_same(world: World, shell: Shell, tmp_path: P
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
     with pytest.raises(restitch.RestitchError, match="did you mean 'ties'"):
         restitch.merge(world.base, models, "tiez")
+
+
+def test_an_adapter_is_merged_as_its_whole_model(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=3, target_modules=["query"], init_lora_weights=False)
+    model = get_peft_model(AutoModel.from_pretrained(world.base), config)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    merged: Any = model.merge_and_unload()
+    merged.save_pretrained(tmp_path / "whole")
+    found = []
+    for kind in ("adapter", "whole"):
+        given = [*options(world, SKILLS[0]), "--model", f"z={tmp_path / kind}"]
+        shell("merge", *given, "--method", "task-arithmetic", "--out", tmp_path / f"out-{kind}")
+        found.append(load_file(tmp_path / f"out-{kind}" / "model.safetensors"))
+    for name, value in found[0].items():
+        assert torch.allclose(value, found[1][name], atol=1e-6), name
