@@ -97,4 +97,4 @@ def _mcnemar(gained: int, lost: int) -> float:
     for number in range(1, less + 1):
         ways = ways * (both - number + 1) // number
         up_to += ways
-    return float((2 * up_to - ways) / 2**both)
+    return (2 * up_to - ways) / (1 << both)
