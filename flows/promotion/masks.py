@@ -9,7 +9,7 @@ def mask_choice(spec: LineSpec) -> str:
     """The digest of the settings that choose masks."""
     choice = spec.localize
     tensors = [list(choice.include), list(choice.exclude)]
-    runs_model = choice.mode != "dataless" or choice.density == "auto"
+    runs_model = choice.reads_rows or choice.chooses_by_rows
     compute = [spec.compute] if runs_model and spec.compute != "auto" else []
     return digest_json([choice.mode, choice.settings, tensors, *compute])
 

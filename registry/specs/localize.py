@@ -159,6 +159,16 @@ class LocalizeSpec(Spec):
         return self
 
     @property
+    def reads_rows(self) -> bool:
+        """True if the mode calibrates on rows of the task."""
+        return self.mode in ("trained", "fisher", "distilled")
+
+    @property
+    def chooses_by_rows(self) -> bool:
+        """True if validation rows choose how much is kept."""
+        return "auto" in (self.density, self.rank)
+
+    @property
     def settings(self) -> dict[str, Any]:
         """The settings that determine the mask in this mode, except for the choice of tensors."""
         optional = self.model_dump(

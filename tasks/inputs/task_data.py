@@ -213,11 +213,11 @@ def check_rows(
     if spec.data is None or split is None:
         return _nothing
     shots = None
-    reads = choice is not None and (calibrated or choice.mode != "dataless")
+    reads = choice is not None and (calibrated or choice.reads_rows)
     if reads and choice is not None and spec.data.train is not None:
         shots = [choice.shots, choice.seed]
     data = task_data(spec, family)
-    chosen = chosen or (choice is not None and choice.density == "auto")
+    chosen = chosen or (choice is not None and choice.chooses_by_rows)
     others = (
         ["validation"] if chosen and split != "validation" and has_validation(spec, family) else []
     )

@@ -2,7 +2,7 @@
 
 from restitch.merging.analysis.agreement import VERSION, agreement_profile, kept_profile
 from restitch.merging.digests import digest_json
-from restitch.merging.files.sparse import SparseFile
+from restitch.merging.files.delta import open_delta
 from restitch.merging.rules.consensus import MultiTask, task_arithmetic_sum, ties_sum
 from restitch.merging.rules.stitch import DeltaMember as Part
 from restitch.tasks.inputs.checkpoints import open_base
@@ -37,7 +37,7 @@ def agreement(
         return Cached(tuple(known))
     # Numbers stand for tasks, because the result does not depend on names.
     parts = [
-        Part(f"{index:06d}", SparseFile.open(space.objects.blob_path(delta), base.checkpoint))
+        Part(f"{index:06d}", open_delta(space.objects.blob_path(delta), base.checkpoint))
         for index, delta in enumerate(deltas)
     ]
     with working("counting agreement"):

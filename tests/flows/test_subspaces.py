@@ -1,5 +1,6 @@
 """Lines that keep subspaces instead of masks, through the command line."""
 
+from collections.abc import Iterator
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from transformers import AutoModel
 
 from restitch.merging.files.delta import open_delta
 from restitch.merging.files.factor_file import FactorFile
-from tests.conftest import NewHome
+from tests.conftest import NewHome, leave_mlflow_alone
 from tests.flows.test_localizing import with_splits
 from tests.shell import Shell
 from tests.worlds import SKILLS, World, write_yaml
@@ -29,6 +30,20 @@ def add(shell: Shell, world: World, folder: Path, task: str, *options: str) -> A
     file = write_yaml(folder / f"{task}.yaml", {"task": task})
     model = world.model(task)
     return shell("register", "demo", "--task", file, "--model", model, *options, "--json").json
+
+
+@pytest.fixture(scope="module")
+def three_subspaces(world: World, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shell]:
+    """A line of three members, whose studies measure it."""
+    root = tmp_path_factory.mktemp("subspaces")
+    shell = Shell(root / "home")
+    with pytest.MonkeyPatch.context() as patch:
+        leave_mlflow_alone(patch)
+        init(shell, world, root)
+        for task in SKILLS:
+            file = with_splits(world, root / task, task)
+            shell("register", "demo", "--task", file, "--model", world.model(task))
+        yield shell
 
 
 def factors_of(shell: Shell, task: str) -> FactorFile:
@@ -78,6 +93,12 @@ def test_a_line_of_subspaces_is_verified_rebuilt_and_analyzed(
     page = (tmp_path / "report.html").read_text()
     assert "Pairs of subspaces with the largest overlap" in page
     assert "Masks" not in page
+
+
+@pytest.mark.parametrize("study", ["density", "shots", "continual", "runtime", "agreement"])
+def test_a_study_of_a_line_of_subspaces(three_subspaces: Shell, study: str, tmp_path: Path) -> None:
+    done = three_subspaces.json("study", study, "demo", "--out", tmp_path / study)
+    assert done["rows"]
 
 
 def test_compare_runs_methods_on_the_subspaces_and_on_masks(

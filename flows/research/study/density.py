@@ -5,7 +5,7 @@ that it needs. The dashed line is the plain average of the whole task vectors.
 """
 
 from restitch.flows.research.study.subject import Study, Subject
-from restitch.tasks.localizers import lacks
+from restitch.tasks.localizers import LOCALIZERS, lacks
 from restitch.tasks.report.study_plots import Axes, lines_plot
 from restitch.tasks.research.density_curves import conflict
 from restitch.tasks.runtime.console import say
@@ -16,7 +16,8 @@ DATALESS = "dataless"
 
 def make(subject: Subject) -> Study:
     """The study."""
-    own, notes = subject.line.spec.localize.mode, []
+    given, notes = subject.line.spec.localize.mode, []
+    own = given if given in LOCALIZERS else DATALESS
     missing = {m.task: lacks(own, m.spec, subject.family) for m in subject.members}
     without = [task for task, rows in missing.items() if rows is not None]
     names = [DATALESS] if without or own == DATALESS else [DATALESS, own]

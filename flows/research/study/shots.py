@@ -23,7 +23,7 @@ def make(subject: Subject) -> Study:
         BadInput: a task has no rows to calibrate on.
     """
     given = subject.line.spec.localize
-    mode = DEFAULT_LOCALIZER if given.mode == "dataless" else given.mode
+    mode = given.mode if given.reads_rows else DEFAULT_LOCALIZER
     for member in subject.members:
         missing = lacks(mode, member.spec, subject.family)
         if missing is not None:

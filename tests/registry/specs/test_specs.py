@@ -409,6 +409,9 @@ def test_a_density_that_is_chosen_brings_its_defaults():
 def test_a_subspace_has_defaults_of_its_own():
     spec = line("localize: {mode: subspace}").localize
     assert (spec.rank, spec.values, spec.density, spec.recovery) == (0.0417, "int8", 1.0, None)
+    assert not spec.reads_rows
+    assert not spec.chooses_by_rows
+    assert line("localize: {mode: subspace, rank: auto}").localize.chooses_by_rows
     assert spec.settings == {"rank": 0.0417, "values": "int8"}
     auto = line("localize: {mode: subspace, rank: auto, values: bf16}").localize
     assert (auto.rank, auto.values, auto.recovery, auto.max_rank) == ("auto", "bf16", 0.99, 0.25)
