@@ -100,8 +100,9 @@ def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installe
     torch = next(
         line for line in CONSTRAINTS.read_text().splitlines() if line.startswith("torch==")
     )
-    made.run("pip", "install", "-q", "-c", CONSTRAINTS, torch)
-    made.run("pip", "install", "-q", "-c", CONSTRAINTS, wheel)
+    # Compiling all modules takes longer than installing them, and few are imported.
+    made.run("pip", "install", "-q", "--no-compile", "-c", CONSTRAINTS, torch)
+    made.run("pip", "install", "-q", "--no-compile", "-c", CONSTRAINTS, wheel)
     return made
 
 
