@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
+from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
@@ -130,6 +131,30 @@ def _interrupts_kept() -> Iterator[None]:
             timer.cancel()
 
 
+# Set when the user interrupted: a library may turn the interrupt into an error of its own.
+_interrupted = threading.Event()
+
+
+@contextmanager
+def _interrupts_noted() -> Iterator[None]:
+    """Remember an interrupt of this block, unless somebody else handles or ignores them."""
+    _interrupted.clear()
+    own = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not own or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        _interrupted.set()
+        signal.default_int_handler(number, frame)
+
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @cache
 def command() -> "Command":
     """The whole command line, which takes a while to build from its functions."""
@@ -145,20 +170,34 @@ def main() -> None:
         prepare_environment(home)
         # Without MLflow's tracebacks of database errors, which end here in one message.
         logging.getLogger("mlflow.store.db.utils").addFilter(lambda _: False)
-        with _interrupts_kept(), reporting_to(TerminalReporter(quiet="--json" in sys.argv)):
+        reporter = TerminalReporter(quiet="--json" in sys.argv)
+        with _interrupts_noted(), _interrupts_kept(), reporting_to(reporter):
             command()(prog_name="restitch")
     except (SystemExit, KeyboardInterrupt) as end:
         # Typer turns Ctrl-C into this code without a message.
         if isinstance(end, SystemExit) and end.code != INTERRUPTED:
             raise
-        Console(stderr=True).print("interrupted: run the same command again to continue")
-        sys.exit(INTERRUPTED)
-    except RestitchError as error:
+        _end_interrupted()
+    except Exception as error:
+        if _interrupted.is_set():
+            _end_interrupted()
+        _explain(error)
+
+
+def _end_interrupted() -> NoReturn:
+    Console(stderr=True).print("interrupted: run the same command again to continue")
+    sys.exit(INTERRUPTED)
+
+
+def _explain(error: Exception) -> NoReturn:
+    """End with the message and the code of an error; one that nobody explained stays as it is."""
+    if isinstance(error, RestitchError):
         _fail(error)
-    except OSError as error:
+    if isinstance(error, OSError):
         place = f" ({error.filename})" if error.filename else ""
         hint = "check permissions and free space, then run the same command again"
         _fail(Unavailable(f"{error.strerror or error}{place}", hint=hint))
+    raise error
 
 
 if __name__ == "__main__":

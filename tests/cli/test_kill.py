@@ -351,6 +351,30 @@ except SystemExit as end:
     assert "Traceback" not in done.err
 
 
+def test_an_interrupt_that_a_library_turns_into_an_error_is_an_interrupt(shell: Shell) -> None:
+    """Pydantic does so with one that comes while it writes a model."""
+    script = """
+import signal
+import restitch.cli.main
+def work(**_):
+    try:
+        signal.raise_signal(signal.SIGINT)
+    except KeyboardInterrupt as error:
+        raise ValueError("cannot be written") from error
+restitch.cli.main.command = lambda: work
+signal.signal(signal.SIGINT, signal.default_int_handler)
+try:
+    restitch.cli.main.main()
+except SystemExit as end:
+    print(end.code)
+print(signal.getsignal(signal.SIGINT) is signal.default_int_handler)
+"""
+    done = shell.python(script)
+    assert done.out.split() == ["130", "True"]
+    assert "interrupted" in done.err
+    assert "Traceback" not in done.err
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
