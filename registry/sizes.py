@@ -13,6 +13,10 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 _AGE = re.compile(r"(\d+(?:\.\d+)?)\s*([smhd])\Z", re.IGNORECASE)
 _AGES = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 
+# More cannot be counted by file systems and by calendars.
+_MOST_BYTES = 2.0**63
+_MOST_SECONDS = 1e10
+
 
 def parse_size(text: str) -> int:
     """Bytes from text such as `500MB`.
@@ -21,10 +25,10 @@ def parse_size(text: str) -> int:
         BadInput: it is not a size above zero.
     """
     match = _SIZE.match(text.strip())
-    size = int(float(match[1]) * _UNITS[(match[2] or "B").upper()]) if match else 0
-    if size < 1:
+    size = float(match[1]) * _UNITS[(match[2] or "B").upper()] if match else 0.0
+    if not 1 <= size < _MOST_BYTES:
         raise BadInput(f"{text!r} is not a file size", expected="a size such as 5GB or 500MB")
-    return size
+    return int(size)
 
 
 def _parsed(value: Any) -> Any:
@@ -53,6 +57,7 @@ def parse_age(text: str) -> float:
         BadInput: it is not an age.
     """
     match = _AGE.match(text.strip())
-    if match is None:
+    seconds = float(match[1]) * _AGES[match[2].lower()] if match else _MOST_SECONDS
+    if seconds >= _MOST_SECONDS:
         raise BadInput(f"{text!r} is not an age", expected="an age such as 24h, 90m or 7d")
-    return float(match[1]) * _AGES[match[2].lower()]
+    return seconds
