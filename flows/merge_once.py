@@ -275,13 +275,7 @@ def _checked(line: LineRef, models: Mapping[str, ModelRef]) -> dict[str, Validat
         }
     except CannotJoin as error:
         # There is no line that goes on without it.
-        raise BadInput(
-            error.summary,
-            expected=error.expected,
-            found=error.found,
-            hint=error.hint,
-            details=error.details,
-        ) from error
+        raise error.of_kind(BadInput) from error
 
 
 def _tell(checked: Mapping[str, Validated]) -> None:

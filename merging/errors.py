@@ -8,7 +8,7 @@ traceback; any other exception is a bug.
 from collections.abc import Collection, Iterable, Sequence
 from difflib import get_close_matches
 from functools import partial
-from typing import Self
+from typing import Self, TypeVar
 
 # The lines of a list that a message shows; it counts the others.
 MOST_LINES = 5
@@ -24,6 +24,9 @@ def shortlist(names: Collection[str]) -> str:
 def counted(number: int, noun: str) -> str:
     """A number with its noun, which takes an s in the plural."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+E = TypeVar("E", bound="RestitchError")
 
 
 class RestitchError(Exception):
@@ -79,6 +82,16 @@ class RestitchError(Exception):
         details = [detail.replace(old, new) for detail in self.details]
         return type(self)(
             str(texts[0]), expected=texts[1], found=texts[2], hint=texts[3], details=details
+        )
+
+    def of_kind(self, kind: type[E]) -> E:
+        """The same explanation as an error of another kind, with its exit code."""
+        return kind(
+            self.summary,
+            expected=self.expected,
+            found=self.found,
+            hint=self.hint,
+            details=self.details,
         )
 
     def __reduce__(self) -> tuple[object, ...]:

@@ -61,13 +61,7 @@ def validate(
     except AccessDenied:
         raise
     except BadInput as error:
-        raise CannotJoin(
-            error.summary,
-            expected=error.expected,
-            found=error.found,
-            hint=error.hint,
-            details=error.details,
-        ) from error
+        raise error.of_kind(CannotJoin) from error
     problems = [*config, *_vocabulary_problems(base, comparison, folder), *comparison.problems()]
     if problems:
         ours, theirs = _examples(comparison, base, checkpoint)

@@ -203,7 +203,7 @@ def test_missing_rows_and_infinite_scores_are_explained(linear: Linear) -> None:
 
 
 def test_a_single_score_is_the_mean_of_a_gaussian_with_unit_variance() -> None:
-    """Its Fisher information is 1, whatever the score is."""
+    """Its Fisher information is 1 for every score."""
     scores = torch.linspace(-3, 3, 4000).unsqueeze(1).requires_grad_()
     torch.autograd.backward(sampled_loss(scores, torch.Generator().manual_seed(0)))
     assert scores.grad is not None
