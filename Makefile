@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.restitch-installed
-ROOMS := merging modeling registry tasks flows deployments cli
+ROOMS := merging modeling registry serving tasks flows deployments cli
 # mypy does not follow the mapping of package names to folders in pyproject.toml. It reads links.
 TYPING := .typing
 # Files that tests read and never run: a real encoder, and ImageNet's class names and templates.

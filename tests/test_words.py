@@ -38,6 +38,7 @@ CODE = (
     "deployments",
     "cli",
     "registry",
+    "serving",
     "benchmarks",
     "playground",
 )

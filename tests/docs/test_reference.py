@@ -17,7 +17,7 @@ from restitch.registry.specs.task import TaskSpec
 from tests.docs.site import DOCS, generator
 from tests.shell import ROOT
 
-PRODUCT = ("merging", "modeling", "registry", "tasks", "flows", "deployments", "cli")
+PRODUCT = ("merging", "modeling", "registry", "serving", "tasks", "flows", "deployments", "cli")
 
 
 @pytest.fixture(scope="module")

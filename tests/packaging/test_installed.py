@@ -113,7 +113,16 @@ def test_the_wheel_holds_restitch_and_nothing_else(wheel: Path) -> None:
     assert {"restitch/py.typed", "restitch/tasks/report/page.html.j2"} <= set(names)
     sources = {
         f"restitch/{path.relative_to(ROOT)}"
-        for package in ("merging", "modeling", "registry", "tasks", "flows", "deployments", "cli")
+        for package in (
+            "merging",
+            "modeling",
+            "registry",
+            "serving",
+            "tasks",
+            "flows",
+            "deployments",
+            "cli",
+        )
         for path in (ROOT / package).rglob("*.py")
     }
     assert sources <= set(names)
