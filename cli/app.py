@@ -37,7 +37,7 @@ def _known_line(context: typer.Context, line: str | None) -> str | None:
 
 def _known_version(context: typer.Context, version: str) -> str:
     if not context.resilient_parsing:
-        from restitch.flows.promotion.versions import find_version
+        from restitch.registry.ledger.versions import find_version
 
         find_version(context.obj, version)
     return version
@@ -45,7 +45,7 @@ def _known_version(context: typer.Context, version: str) -> str:
 
 def _recorded_version(context: typer.Context, version: str) -> str:
     if not context.resilient_parsing:
-        from restitch.flows.promotion.versions import find_version
+        from restitch.registry.ledger.versions import find_version
 
         find_version(context.obj, version, purged=True)
     return version

@@ -7,7 +7,6 @@ a shared patch that the task's mask selects (`flows.research.experts`).
 """
 
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +26,7 @@ from restitch.modeling.heads import Head
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedMember, MergedRecord
 from restitch.registry.sizes import parse_size
+from restitch.serving.version_folder import copy_assets
 from restitch.tasks.inputs.checkpoints import Base, open_base, open_sparse, open_specialist
 from restitch.tasks.inputs.heads import head_file
 from restitch.tasks.report.card import model_card, specialist_card
@@ -243,12 +243,8 @@ def _write_classifier(
 
 def write_assets(base: Base, head: Head | None, folder: Path) -> None:
     """Write the base's configuration, tokenizer and processor; a head adds its classes."""
-    if not base.folder.is_dir():
-        return
-    for name in base.family.asset_files(base.folder):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(base.folder / name, folder / name)
-    if head is not None and base.family.task_heads is not None:
+    copy_assets(base.folder, base.family, folder)
+    if head is not None and base.folder.is_dir() and base.family.task_heads is not None:
         values = base.family.task_heads.whole_config(base.folder, head.spec.classes)
         text = json.dumps(values, indent=2, ensure_ascii=False)
         (folder / "config.json").write_text(text + "\n", encoding="utf-8")

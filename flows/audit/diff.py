@@ -8,12 +8,12 @@ from collections import Counter
 from typing import Any
 
 from restitch.flows.audit.queries import member_changes
-from restitch.flows.promotion.versions import find_version
 from restitch.merging.analysis.patches import count_differences
 from restitch.merging.files.sparse import SparseFile
 from restitch.merging.order import by_bytes
 from restitch.modeling.tensor_location import place_of
 from restitch.registry.ledger.records import MergedRecord, Retention, TaskResult, differences
+from restitch.registry.ledger.versions import find_version
 from restitch.registry.store.objects import ObjectStore
 from restitch.tasks.compare_results import compare_results, verdict_of
 from restitch.tasks.runtime.workspace import workspace

@@ -4,6 +4,7 @@ from restitch.merging.errors import BadInput
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, Member
 from restitch.registry.ledger.records import MergedRecord
+from restitch.registry.ledger.versions import find_version
 from restitch.tasks.runtime.workspace import workspace
 
 
@@ -25,45 +26,6 @@ def open_version(
     line_state = ledger.state()
     number = find_version(line_state, version, purged=purged)
     return ledger, line_state, ledger.merged(number)
-
-
-def find_version(line_state: LineState, text: str, *, purged: bool = False) -> int:
-    """The number of a merged version.
-
-    Args:
-        line_state: the line's state.
-        text: a number, `champion` or `candidate`.
-        purged: also take a version whose weights were purged.
-
-    Raises:
-        BadInput: the line has no such version, or it was purged.
-    """
-    version: int | None
-    if text == "champion":
-        version = line_state.champion
-    elif text == "candidate":
-        version = line_state.candidate
-    elif text.isascii() and text.isdigit():
-        version = int(text) if int(text) in line_state.versions else None
-    else:
-        raise BadInput(f"{text!r} is not a version", expected="a number, `champion` or `candidate`")
-    if version is None:
-        known = ", ".join(map(str, sorted(line_state.versions))) or "none"
-        roles = f"champion: {line_state.champion}; candidate: {line_state.candidate}"
-        raise BadInput(
-            f"line {line_state.line} has no version {text}",
-            expected="an existing version",
-            found=f"versions: {known}; {roles}",
-            hint=f"see `restitch history {line_state.line}`",
-        )
-    if version in line_state.purged and not purged:
-        raise BadInput(
-            f"version {version} of line {line_state.line} was purged {line_state.purged[version]}",
-            expected="a version whose weights are still in the store",
-            found="its record and its acts, which `restitch show` and `restitch history` print",
-            hint=f"see `restitch history {line_state.line} --versions` for the other versions",
-        )
-    return version
 
 
 def check_task(line_state: LineState, task: str) -> None:

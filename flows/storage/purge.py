@@ -27,7 +27,7 @@ from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, ModelKey, Removal
 from restitch.registry.ledger.references import COPY_SCHEME, PURGED
 from restitch.registry.maintenance.inventory import Inventory, purged_objects
-from restitch.registry.sources.resolve import discard_unpacked
+from restitch.registry.sources.resolve import discard_folder
 from restitch.registry.store.deletion_notice import deletion_notice
 from restitch.tasks.inputs.checkpoints import open_base
 from restitch.tasks.inputs.task_data import head_inputs
@@ -314,7 +314,7 @@ def _remove(space: Workspace) -> tuple[list[str], int]:
             if any(each.role in _LISTS for each in references)
         }
         for name in lists.intersection(gone):
-            discard_unpacked(name.rpartition("/")[2], space.home)
+            discard_folder(name.rpartition("/")[2], space.home)
         remove_objects(objects, now, gone, last=lists)
     return gone, sum(now.listed[name].size for name in gone)
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from restitch.flows.outcome import Outcome
-from restitch.flows.promotion.versions import find_version
 from restitch.flows.storage.store_check import trail_contradiction
 from restitch.merging.errors import BadInput, Damage, GateFailed, RestitchError, Unavailable
 from restitch.merging.methods.registry import get_method
@@ -19,6 +18,7 @@ from restitch.merging.recipe import Recipe
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import Entry, MergedRecord
+from restitch.registry.ledger.versions import find_version
 from restitch.tasks.merge import is_reproducible, rebuild
 from restitch.tasks.runtime.console import say, working
 from restitch.tasks.runtime.refs import LineRef

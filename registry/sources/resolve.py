@@ -317,11 +317,11 @@ def _unpacked(manifest: str, home: Home) -> Path:
     return cached_folder(manifest, unpack, home)
 
 
-def discard_unpacked(manifest: str, home: Home) -> None:
-    """Remove this machine's folder with the files of a manifest, whose blobs were removed."""
+def discard_folder(name: str, home: Home) -> None:
+    """Remove a folder from this machine's cache, if it is there."""
     cache = _cache(home)
     with explained(cache.root, "write"):
-        cache.discard(manifest)
+        cache.discard(name)
 
 
 def cached_folder(name: str, build: Callable[[Path], None], home: Home) -> Path:

@@ -18,8 +18,6 @@ from pathlib import Path
 import torch
 
 from restitch.merging.adapters.checkpoint import AdapterCheckpoint
-from restitch.merging.adapters.config import CONFIG as ADAPTER_CONFIG
-from restitch.merging.digests import digest_file, digest_json
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.experts.files import open_expert
 from restitch.merging.files.checkpoint import Checkpoint
@@ -35,6 +33,14 @@ from restitch.modeling.family_choice import check_base
 from restitch.modeling.weights import apply_edits, resized, restore, set_weights
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.sources.resolve import copy_into_store, resolve_source
+from restitch.registry.sources.verified import (
+    State,
+    check_assets,
+    check_weights,
+    state_of,
+    verified_weights,
+)
+from restitch.registry.sources.verified import assets_digest as digest_of_files
 from restitch.registry.specs.line import Compute, ComputeType, LineSpec
 from restitch.tasks.inputs.adapters import (
     check_same_base,
@@ -47,12 +53,6 @@ from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.free_memory import Part, check_memory
 from restitch.tasks.runtime.refs import LineRef, WeightsRef
 from restitch.tasks.runtime.workspace import Workspace
-
-# Larger than any vocabulary; a sparse file of a terabyte is easy to make.
-MOST_ASSET = 1 << 28
-
-# Name, inode, size and time of each file. Not ctime: a new hard link changes it too.
-_State = tuple[tuple[str, int, int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -201,7 +201,7 @@ def _readable(local: Path, where: str, line: LineRef | None, space: Workspace) -
         if line is not None and is_adapter(local):
             base = open_base(line, space)
             adapter = _adapter(
-                local, _state(local), where, base.checkpoint, base.ref, base.family.prefixes
+                local, state_of(local), where, base.checkpoint, base.ref, base.family.prefixes
             )
             check_same_base(adapter, base.ref, where)
             return adapter
@@ -233,19 +233,7 @@ def assets_digest(family: Family, folder: Path) -> str:
     Raises:
         BadInput: one of them is too large.
     """
-    if not folder.is_dir():
-        return digest_json({})
-    names = family.asset_files(folder)
-    for name in names:
-        size = (folder / name).stat().st_size
-        if size > MOST_ASSET:
-            raise BadInput(
-                f"{folder / name} is too large",
-                expected=f"at most {MOST_ASSET:,} bytes of configuration or vocabulary",
-                found=f"{size:,} bytes",
-                hint="check that the file belongs to this model",
-            )
-    return digest_json({name: digest_file(folder / name) for name in names})
+    return digest_of_files(folder, family.asset_files(folder) if folder.is_dir() else ())
 
 
 def open_model(
@@ -274,14 +262,7 @@ def open_model(
         BadInput: the model is missing or has changed.
     """
     local, checkpoint = _open_weights(ref.uri, ref.weights, space, base, whole=whole)
-    config = assets_digest(family, local)
-    if config != ref.config:
-        raise BadInput(
-            f"the configuration files of {ref.uri} changed since it was registered",
-            expected=f"digest {ref.config[:12]}",
-            found=f"digest {config[:12]}",
-            hint="put the files back, or register the changed model as a new version",
-        )
+    check_assets(ref, assets_digest(family, local))
     if base is not None and isinstance(checkpoint, AdapterCheckpoint):
         local = whole_folder(local, checkpoint, family, base.folder, space.home)
     return local, checkpoint
@@ -297,48 +278,23 @@ def _open_weights(
         return local, remote_checkpoint(source, space, weights, like)
     if base is not None and is_adapter(local):
         adapter = _adapter(
-            local, _state(local), uri, base.checkpoint, base.ref, base.family.prefixes
+            local, state_of(local), uri, base.checkpoint, base.ref, base.family.prefixes
         )
-        _check_weights(adapter, local, weights)
+        check_weights(adapter, local, weights)
         return local, adapter
-    return local, _verified(local, _state(local), weights)
+    return local, verified_weights(local, weights)
 
 
 @lru_cache(maxsize=16)
 def _adapter(
     local: Path,
-    _state: _State,
+    _state: State,
     where: str,
     base: Checkpoint,
     ref: ModelRef,
     prefixes: tuple[str, ...],
 ) -> AdapterCheckpoint:
     return open_adapter(local, where, base, ref, prefixes)
-
-
-@lru_cache(maxsize=16)
-def _verified(local: Path, _state: _State, weights: str) -> Checkpoint:
-    checkpoint = Checkpoint.open(local)
-    _check_weights(checkpoint, local, weights)
-    return checkpoint
-
-
-def _check_weights(checkpoint: Checkpoint, local: Path, weights: str) -> None:
-    digest = checkpoint.digest()
-    if digest != weights:
-        raise BadInput(
-            f"the weights in {local} changed since they were registered",
-            expected=f"digest {weights[:12]}",
-            found=f"digest {digest[:12]}",
-            hint="put the files back, or register the changed model as a new version",
-        )
-
-
-def _state(local: Path) -> _State:
-    named = ("*.safetensors*", ADAPTER_CONFIG)
-    files = sorted(f for n in named for f in local.glob(n)) if local.is_dir() else [local]
-    stats = [(str(file), file.stat()) for file in files if file.exists()]
-    return tuple((name, at.st_ino, at.st_size, at.st_mtime_ns) for name, at in stats)
 
 
 @contextmanager
@@ -350,9 +306,9 @@ def unchanged(local: Path) -> Iterator[None]:
     Raises:
         BadInput: the files were written to, replaced or removed.
     """
-    before = _state(local)
+    before = state_of(local)
     yield
-    if _state(local) != before:
+    if state_of(local) != before:
         raise _changed(local)
 
 

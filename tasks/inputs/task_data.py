@@ -15,7 +15,7 @@ from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, RestitchError
 from restitch.modeling.data.task_data import Prompt, Rows, TaskData, data_digest, labels_of
 from restitch.modeling.families.family import Batch, Family, Preprocess, get_family
-from restitch.modeling.heads import Head, head_key, listed
+from restitch.modeling.heads import Head, listed
 from restitch.registry.access_policy import check_hub, check_path
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.paths import is_there
@@ -31,6 +31,7 @@ from restitch.registry.specs.task import (
     split_pin,
 )
 from restitch.registry.store.objects import KeyRecord
+from restitch.serving.served_version import head_inputs as inputs_of_head
 from restitch.tasks.inputs.adapters import is_adapter
 from restitch.tasks.inputs.checkpoints import Base, LiveBase, open_model
 from restitch.tasks.inputs.lm_eval_rows import rows_folder, with_lm_eval_rows
@@ -433,16 +434,8 @@ def head_inputs(spec: TaskSpec, base: Base, finetuned: ModelRef | None) -> dict[
     All that runs the model uses the head. So this digest also brings the type of the weights into
     the keys of results, masks and statistics.
     """
-    own = finetuned if base.family.task_heads is not None else None
-    return head_key(
-        family=base.family.name,
-        version=base.family.version,
-        base=base.ref.weights,
-        assets=base.ref.config,
-        spec=resolved_head(spec, base),
-        finetuned=None if own is None else digest_json([own.weights, own.config]),
-        compute=base.compute_type,
-    )
+    resolved = resolved_head(spec, base)
+    return inputs_of_head(base.family, base.ref, resolved, finetuned, base.compute_type)
 
 
 def stored_head(
