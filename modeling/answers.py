@@ -12,6 +12,8 @@ from torch import Tensor
 
 from restitch.registry.specs.task import Score
 
+# Positions of which all of the vocabulary is scored at once.
+SCORED = 128
 # Positions of an answer or a text whose predictions localizers match.
 _POSITIONS = 8
 

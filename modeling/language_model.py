@@ -14,7 +14,8 @@ from restitch.merging.progress import Progress
 from restitch.modeling.families.family import Family
 from restitch.modeling.heads import Head
 from restitch.modeling.kinds import model_kind
-from restitch.modeling.pretrained import NamedModel, load_pretrained
+from restitch.modeling.pretrained import NamedModel, load_pretrained, load_tokenizer
+from restitch.modeling.questions import user_turn
 from restitch.registry.specs.task import HeadSpec, Modality
 
 
@@ -58,8 +59,11 @@ class LanguageModel(Family):
         """Fill in the length and how answers are compared.
 
         Raises:
-            BadInput: there is no room for a prompt before the longest generated answer.
+            BadInput: there is no room for a prompt before the longest generated answer, or no chat
+                template for a prompt that needs one.
         """
+        if spec.chat:
+            user_turn(load_tokenizer(folder), "")
         update: dict[str, Any] = {"max_length": spec.max_length or self.max_length(folder)}
         if not spec.of_text:
             update |= {"score": spec.score or "sum"}

@@ -16,7 +16,8 @@ are those of lm-eval:
 - A prompt that is too long loses its beginning, for all its choices alike; an answer is never cut.
 - Texts are generated greedily. Prompts of different lengths are padded on the left, without an
   effect on positions.
-- Perplexity predicts every token of a text; see `whole_texts`.
+- Perplexity predicts every token of a text, which is tokenized without special tokens; see
+  `whole_texts`.
 
 By default only the decoder blocks are localizable. Embeddings and head are the base's.
 """
@@ -30,8 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from restitch.merging.errors import BadInput
-from restitch.modeling.answers import Answers, log_probabilities, matched, summed
+from restitch.modeling.answers import SCORED, Answers, log_probabilities, matched, summed
 from restitch.modeling.configs import differences, known_keys, model_type_difference, read_config
 from restitch.modeling.data.rows import Example
 from restitch.modeling.families.family import Batch, Preprocess
@@ -55,22 +55,16 @@ from restitch.modeling.questions import (
     question_batch,
     special_tokens,
     tokens_of,
-    user_turn,
 )
-from restitch.modeling.whole_texts import Windows, text_batch
+from restitch.modeling.whole_texts import Windows, mean_loss, text_batch, text_tokens
 from restitch.registry.specs.metric import MetricName
-from restitch.registry.specs.task import HeadSpec
 
 # The blocks in the layouts that decoders have. Old files also hold buffers such as `attn.bias`, the
 # causal mask, and `rotary_emb.inv_freq`, which are no weights: the ends of names leave them out.
 _BLOCKS = ("layers.[0-9]*", "h.[0-9]*", "blocks.[0-9]*")
 _ENDS = (".weight", "[!n].bias", "c_attn.bias", "ln_attn.bias", "fc_in.bias", ".experts.*_proj")
-# Tokens that go through the model at once when no gradients are needed, and positions of which all
-# of the vocabulary is scored at once.
+# Tokens that go through the model at once when no gradients are needed.
 _TOKENS = 2048
-_SCORED = 128
-# Tokens of whole texts at once: each has logits over the vocabulary.
-_TEXT_TOKENS = 512
 
 
 class CausalLm(LanguageModel):
@@ -121,17 +115,6 @@ class CausalLm(LanguageModel):
 
         return preprocess
 
-    def resolve(self, folder: Path, spec: HeadSpec) -> HeadSpec:
-        """Fill in the length and how answers are compared.
-
-        Raises:
-            BadInput: there is no room for a prompt before the longest generated answer, or no chat
-                template for a prompt that needs one.
-        """
-        if spec.chat:
-            user_turn(load_tokenizer(folder), "")
-        return super().resolve(folder, spec)
-
     def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The log-likelihoods of the choices, [batch, choices]; -inf where a row has no choice."""
         inner, answers = NamedModel.of(model).inner, Answers.of(batch)
@@ -144,7 +127,7 @@ class CausalLm(LanguageModel):
         inner = NamedModel.of(model).inner
         if head.spec.of_text:
             windows = Windows.of(batch).first()
-            logits = _logits(inner, windows.tokens[:, :-1], windows.tokens.shape[1] - 1)
+            logits = _text_logits(inner, windows)
             each = [row[:length] for row, length in zip(logits, windows.lengths, strict=True)]
         elif head.spec.answer is not None:
             each = list(_answer_logits(inner, Answers.of(batch)))
@@ -154,20 +137,8 @@ class CausalLm(LanguageModel):
 
     def text_losses(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The negative log-likelihood of each text, and its tokens, [batch, 2]."""
-        windows, inner = Windows.of(batch), NamedModel.of(model).inner
-        losses: list[Tensor] = []
-        order: list[int] = []
-        for part in _in_parts(windows.lengths.tolist()):
-            order += part
-            lengths = windows.lengths[part]
-            longest = int(lengths.max())
-            tokens = windows.tokens[part, : longest + 1]
-            logits = _logits(inner, tokens[:, :-1], longest)
-            each = _token_log_probabilities(logits, tokens[:, 1:])
-            counted = torch.arange(longest, device=each.device) < lengths.unsqueeze(1)
-            losses.append(-each.masked_fill(~counted, 0.0).sum(1))
-        places = torch.tensor(order, device=windows.lengths.device).argsort()
-        return windows.by_row(torch.cat(losses)[places])
+        inner = NamedModel.of(model).inner
+        return Windows.of(batch).losses(lambda windows: _text_logits(inner, windows))
 
     def generate(self, model: nn.Module, batch: Batch, head: Head) -> list[str]:
         """The text that the model writes after each prompt."""
@@ -183,8 +154,7 @@ class CausalLm(LanguageModel):
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The mean negative log-likelihood of the right answers, or of all tokens of texts."""
         if head.spec.of_text:
-            totals = self.text_losses(model, batch, head).sum(0)
-            return totals[0] / totals[1]
+            return mean_loss(self.text_losses(model, batch, head))
         right = Answers.of(batch).right(batch["labels"])
         return -_whole(NamedModel.of(model).inner, right).mean()
 
@@ -223,14 +193,7 @@ class _Encoder:
 
     def texts(self, examples: Sequence[Example]) -> Batch:
         """The tokens of whole texts."""
-        for example in examples:
-            if len(example.inputs) != 1:
-                raise BadInput(
-                    f"{example.where}: a whole text is one column",
-                    expected="one column under data: input",
-                    found=f"{len(example.inputs)} columns",
-                )
-        texts = tokens_of(self.tokenizer, [example.inputs[0] for example in examples])
+        texts = text_tokens(self.tokenizer, examples)
         return text_batch(texts, examples, first_of_nothing(self.tokenizer), self.limit)
 
     def _question(self, example: Example, encoded: Iterator[list[int]]) -> Question:
@@ -271,23 +234,9 @@ def _answer_logits(inner: Any, answers: Answers) -> Iterator[Tensor]:
         yield logits[place, start - 1 - first : length - first]
 
 
-def _token_log_probabilities(logits: Tensor, tokens: Tensor) -> Tensor:
-    """The log-probabilities of all tokens, [windows, tokens], of some positions at a time."""
-    starts = range(0, tokens.shape[1], _SCORED)
-    parts = [slice(start, start + _SCORED) for start in starts]
-    return torch.cat([log_probabilities(logits[:, part], tokens[:, part]) for part in parts], 1)
-
-
-def _in_parts(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """The windows in parts that go through the model together, the shortest first."""
-    part: list[int] = []
-    for place in sorted(range(len(lengths)), key=lambda one: lengths[one]):
-        if part and (len(part) + 1) * lengths[place] > _TEXT_TOKENS:
-            yield part
-            part = []
-        part.append(place)
-    if part:
-        yield part
+def _text_logits(inner: Any, windows: Windows) -> Tensor:
+    """The logits at the tokens of windows."""
+    return _logits(inner, windows.tokens[:, :-1], windows.tokens.shape[1] - 1)
 
 
 def _shared(inner: Any, answers: Answers) -> Tensor:
@@ -385,7 +334,7 @@ def _continued(
     given = {"past_key_values": cache, "use_cache": True, **before.masked(longest - 1)}
     hidden = _forward(inner, tokens[:, :-1], longest - 1, **given)
     found = []
-    step = max(1, _SCORED // (longest - 1))
+    step = max(1, SCORED // (longest - 1))
     for start in range(0, len(places), step):
         part = slice(start, start + step)
         counted = [length - 1 for length in lengths[part]]

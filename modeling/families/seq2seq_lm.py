@@ -11,8 +11,12 @@ character. The rules are those of lm-eval:
 - The answer is a space and the choice, or the choice alone after a prompt that ends with white
   space. White space at the end of the prompt is tokenized with the answer.
 - The decoder starts with `decoder_start_token_id`.
+- A prompt that is a turn of a chat goes through the tokenizer's chat template with its beginning of
+  an answer, and gets no other special tokens; no space is added after that.
 - A prompt that is too long loses its beginning; an answer is never cut.
 - Texts are generated greedily, from the decoder's first token on.
+- Perplexity: the encoder reads BOS, or else EOS; the decoder predicts every token of the text, with
+  the tokenizer's own special tokens. See `whole_texts`.
 
 By default the blocks of encoder and decoder are localizable, with the position biases in T5's first
 blocks, which all blocks of a stack share. Embeddings, head and the norms after the last blocks are
@@ -47,11 +51,14 @@ from restitch.modeling.questions import (
     Question,
     QuestionText,
     check_answers,
+    first_of_nothing,
     not_empty,
     prompt_limit,
     question_batch,
+    special_tokens,
     tokens_of,
 )
+from restitch.modeling.whole_texts import Windows, mean_loss, text_batch, text_tokens
 from restitch.registry.specs.metric import MetricName
 
 # The blocks in the layouts that these models have. Old files of T5 also hold position biases of the
@@ -90,7 +97,8 @@ class Seq2seqLm(LanguageModel):
     localizable = tuple(glob for block in _BLOCKS for glob in (block, f"*.{block}"))
     auto_class = "AutoModelForSeq2SeqLM"
     answers_apart = True
-    metrics: tuple[MetricName, ...] = ("accuracy", "f1", "exact_match")
+    chats = True
+    metrics: tuple[MetricName, ...] = ("accuracy", "f1", "exact_match", "perplexity")
     kinds = (Kind.SEQ2SEQ_LM,)
 
     def config_differences(self, base: Path, finetuned: Path) -> list[str]:
@@ -125,7 +133,7 @@ class Seq2seqLm(LanguageModel):
         return prompt_limit(folder)
 
     def preprocessor(self, folder: Path, max_length: int | None = None) -> Preprocess:
-        """Tokenize prompts and choices, padded at the end."""
+        """Tokenize prompts and choices, or whole texts, padded at the end."""
         tokenizer = load_tokenizer(folder)
         limit = max_length or self.max_length(folder)
         start = decoder_start(folder)
@@ -137,9 +145,13 @@ class Seq2seqLm(LanguageModel):
             )
 
         def preprocess(examples: Sequence[Example]) -> Batch:
-            questions = _questions(tokenizer, limit, examples)
             first = torch.full((len(examples),), start, dtype=torch.int64)
-            return {**question_batch(questions, examples), "decoder_start": first}
+            if any(example.choices for example in examples):
+                batch = question_batch(_questions(tokenizer, limit, examples), examples)
+            else:
+                texts, before = text_tokens(tokenizer, examples), first_of_nothing(tokenizer)
+                batch = text_batch(texts, examples, before, limit, special_tokens(tokenizer))
+            return {**batch, "decoder_start": first}
 
         return preprocess
 
@@ -151,12 +163,22 @@ class Seq2seqLm(LanguageModel):
         return answers.scores(found, batch, head.spec.score)
 
     def predictions(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
-        """The scores of choices; or of the next tokens, at some positions of generated answers."""
-        if head.spec.answer is None:
+        """The scores of choices; or of the next tokens, at some positions of answers and texts."""
+        inner, start = NamedModel.of(model).inner, batch["decoder_start"]
+        if head.spec.of_text:
+            windows = Windows.of(batch).first()
+            lengths, logits = windows.lengths.tolist(), _text_logits(inner, windows, start)
+        elif head.spec.answer is not None:
+            answers = Answers.of(batch)
+            lengths, logits = answers.lengths, _answer_logits(inner, answers, start)
+        else:
             return self.logits(model, batch, head)
-        answers = Answers.of(batch)
-        logits = _answer_logits(NamedModel.of(model).inner, answers, batch["decoder_start"])
-        return matched([one[:n] for one, n in zip(logits, answers.lengths, strict=True)])
+        return matched([one[:length] for one, length in zip(logits, lengths, strict=True)])
+
+    def text_losses(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
+        """The negative log-likelihood of each text, and its tokens, [batch, 2]."""
+        inner, start = NamedModel.of(model).inner, batch["decoder_start"]
+        return Windows.of(batch).losses(lambda windows: _text_logits(inner, windows, start))
 
     def generate(self, model: nn.Module, batch: Batch, head: Head) -> list[str]:
         """The text that the decoder writes for each prompt."""
@@ -171,7 +193,9 @@ class Seq2seqLm(LanguageModel):
         return generated(NamedModel.of(model), inputs, 1, head.spec.generate)
 
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
-        """The mean negative log-likelihood of the right answers."""
+        """The mean negative log-likelihood of the right answers, or of all tokens of texts."""
+        if head.spec.of_text:
+            return mean_loss(self.text_losses(model, batch, head))
         right = Answers.of(batch).right(batch["labels"])
         return -_whole(NamedModel.of(model).inner, right, batch["decoder_start"]).mean()
 
@@ -197,7 +221,9 @@ def decoder_start(folder: Path) -> int | None:
 def _questions(tokenizer: Any, limit: int, examples: Sequence[Example]) -> list[Question]:
     """The tokens of rows: all texts go through the tokenizer at once."""
     texts = [QuestionText.of(example, tokenizer) for example in examples]
-    prompts = tokens_of(tokenizer, [text.prompt for text in texts], special=True)
+    # A chat template says itself what stands around a turn. All rows of a task are chats, or none.
+    special = not any(example.chat for example in examples)
+    prompts = tokens_of(tokenizer, [text.prompt for text in texts], special=special)
     encoded = iter(
         tokens_of(tokenizer, [one for text in texts for one in text.choices if one is not None])
     )
@@ -226,6 +252,16 @@ def _answer_logits(inner: Any, answers: Answers, start: Tensor) -> Tensor:
     tokens = answers.tokens[:, :longest]
     given = torch.cat([start[answers.rows, None], tokens[:, :-1]], dim=1)
     output = _decoded(inner, hidden[answers.rows], mask[answers.rows], given, use_cache=False)
+    logits: Tensor = output.logits
+    return logits
+
+
+def _text_logits(inner: Any, windows: Windows, start: Tensor) -> Tensor:
+    """The logits at the tokens of windows; the encoder reads the token before each window."""
+    given = torch.cat([start[windows.rows, None], windows.tokens[:, 1:-1]], dim=1)
+    before = windows.tokens[:, :1]
+    hidden = inner.get_encoder()(input_ids=before).last_hidden_state
+    output = _decoded(inner, hidden, torch.ones_like(before), given, use_cache=False)
     logits: Tensor = output.logits
     return logits
 

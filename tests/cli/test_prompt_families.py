@@ -246,10 +246,13 @@ def test_a_mask_in_another_family_is_a_column(lines: dict[str, Line], tmp_path: 
     assert "is the place of the answer only in a line of masked-lm" in " ".join(done.err.split())
 
 
-def test_a_chat_needs_a_family_that_applies_its_template(line: Line, tmp_path: Path) -> None:
+def test_a_chat_needs_a_family_and_a_base_with_templates(line: Line, tmp_path: Path) -> None:
     file = described(line.world, tmp_path, "number", task="other", chat=True)
     done = line.shell("task", "demo", "--task", file, code=3)
-    message = f"has chat: true, which the family {line.case.family} does not use"
+    message = {
+        "masked-lm": "has chat: true, which the family masked-lm does not use",
+        "seq2seq-lm": "has no chat template, which chat: true needs",
+    }[line.case.family]
     assert message in " ".join(done.err.split())
 
 
