@@ -2,11 +2,11 @@
 
 `python -m benchmarks.mergekit BIN [--params 1.1e9] [--work DIR] [--json FILE]`: BIN is the `bin`
 folder of a separate environment with mergekit (docs/results/mergekit.md explains how to make one),
-which is only run as a program. Every merge is a separate process, measured from its start to the
-merged checkpoint on disk, with its input in the page cache. restitch reads the deltas of the
-finetuned models, written once by `keep` and measured separately. It merges before and after
-mergekit, so that a busy moment affects both. Private memory is the peak of `RssAnon`; resident
-pages of mapped files count only in the other figure.
+which is only run as a program. Every merge is a separate process, `restitch merge` or
+`mergekit-yaml`, measured from its start to the merged checkpoint on disk; both read the same four
+checkpoints, from the page cache. restitch merges before and after mergekit, so that a busy moment
+affects both. Private memory is the peak of `RssAnon`; resident pages of mapped files count only in
+the other figure.
 """
 
 import argparse
@@ -35,15 +35,7 @@ from benchmarks.speed import (
     VOCABULARY,
     llama_shapes,
     make_models,
-    open_vector,
-    write_delta,
 )
-from restitch.merging.files.checkpoint import Checkpoint
-from restitch.merging.files.export import export_weights
-from restitch.merging.files.mask import Mask
-from restitch.merging.files.sparse import SparseFile
-from restitch.merging.methods.registry import get_method
-from restitch.merging.rules.stitch import DeltaMember
 
 
 @dataclass(frozen=True)
@@ -145,19 +137,15 @@ def mergekit_command(
     return [str(program / "mergekit-yaml"), str(file), str(out), *flags]
 
 
-def keep(folder: Path, task: str) -> None:
-    """Write the delta of a whole task vector, as onboarding does."""
-    vector = open_vector(folder, task)
-    counts = {name: vector.numel(name) for name in vector.names}
-    write_delta(folder / f"{task}.delta", vector, Mask(counts, lambda n: torch.arange(counts[n])))
-
-
-def merged(folder: Path, merge: Merge, out: Path) -> None:
-    """Merge the deltas and export the merged model."""
-    members = [DeltaMember(task, SparseFile.open(folder / f"{task}.delta")) for task in TASKS]
-    base = Checkpoint.open(folder / "base")
-    out.mkdir()
-    export_weights(base, get_method(merge.method)(base, members, **merge.settings), out)
+def restitch_command(folder: Path, merge: Merge, out: Path) -> list[str]:
+    """The command that merges all tensors of the models with restitch."""
+    command = [str(Path(sys.executable).with_name("restitch")), "merge", "--include", "*"]
+    command += ["--base", str(folder / "base"), "--method", merge.method, "--out", str(out)]
+    for task in TASKS:
+        command += ["--model", f"{task}={folder / task}"]
+    for key, value in merge.settings.items():
+        command += ["--set", f"{key}={value}"]
+    return command
 
 
 def measured(name: str, command: Sequence[str]) -> Cost:
@@ -197,10 +185,6 @@ def _memory(pid: int) -> dict[str, int]:
     return {n: int(v.split()[0]) * 1024 for n, v in pairs if n in ("RssAnon", "VmHWM")}
 
 
-def _own(*arguments: str) -> list[str]:
-    return [sys.executable, "-m", "benchmarks.mergekit", *arguments]
-
-
 def warm(files: Sequence[Path]) -> None:
     """Flush the disk, and read files so that they are in the page cache."""
     os.sync()
@@ -221,25 +205,22 @@ def measure(folder: Path, program: Path, params: float, console: Console) -> lis
     for task in ("base", *TASKS):
         (folder / task / "config.json").write_text(json.dumps(config))
     models = [folder / task / "model.safetensors" for task in ("base", *TASKS)]
-    deltas = [folder / f"{task}.delta" for task in TASKS]
     costs: list[Cost] = []
 
-    def run(name: str, command: Sequence[str], reads: Sequence[Path]) -> None:
+    def run(name: str, command: Sequence[str]) -> None:
         shutil.rmtree(folder / "out", ignore_errors=True)
-        warm(reads)
+        warm(models)
         costs.append(measured(name, command))
         console.print(f"{name}: {costs[-1].seconds:.1f} s")
 
     def ours(name: str) -> None:
-        run(f"restitch, {name}", _own("merge", str(folder), name), [models[0], *deltas])
+        run(f"restitch, {name}", restitch_command(folder, MERGES[name], folder / "out"))
 
     def theirs(name: str, dtype: str) -> None:
         merge, out = MERGES[name], folder / "out"
         command = mergekit_command(program, folder, merge, out, dtype, "bfloat16")
-        run(f"mergekit, {name}, {dtype}", command, models)
+        run(f"mergekit, {name}, {dtype}", command)
 
-    for task, model in zip(TASKS, models[1:], strict=True):
-        run(f"restitch, keep {task}", _own("keep", str(folder), task), [models[0], model])
     ours("task-arithmetic")
     theirs("task-arithmetic", "bfloat16")
     ours("task-arithmetic")
@@ -264,25 +245,17 @@ def show(costs: Sequence[Cost], console: Console) -> None:
 
 
 def main() -> None:
-    """Run the benchmark, or one step of it in this process."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("program", help="mergekit's bin folder; or the step `keep` or `merge`")
-    parser.add_argument("step", nargs="*", help="for a step: the folder, and the task or the merge")
+    parser.add_argument("program", type=Path, help="mergekit's bin folder")
     parser.add_argument("--params", type=float, default=1.1e9, help="number of weights")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--work", type=Path, help="folder that keeps the models for another run")
     arguments = parser.parse_args()
-    if arguments.program == "keep":
-        keep(Path(arguments.step[0]), arguments.step[1])
-        return
-    if arguments.program == "merge":
-        folder = Path(arguments.step[0])
-        merged(folder, MERGES[arguments.step[1]], folder / "out")
-        return
     console = Console()
     with tempfile.TemporaryDirectory(prefix="restitch-mergekit-") as name:
         folder = arguments.work or Path(name)
-        costs = measure(folder, Path(arguments.program), arguments.params, console)
+        costs = measure(folder, arguments.program, arguments.params, console)
     show(costs, console)
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(cost) for cost in costs], indent=2) + "\n")

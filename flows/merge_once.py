@@ -12,7 +12,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from restitch.flows.export import write_assets
 from restitch.flows.lines.init_line import check_kept
@@ -28,6 +30,7 @@ from restitch.merging.rules.per_matrix import computing_on
 from restitch.merging.rules.stitch import DeltaMember
 from restitch.modeling.families.family import Family, get_family
 from restitch.modeling.family_choice import only_family
+from restitch.modeling.pretrained import load_as_saved
 from restitch.registry.home import Home
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.sources.resolve import resolve_source
@@ -52,6 +55,9 @@ from restitch.tasks.runtime.console import say, working
 from restitch.tasks.runtime.refs import LineRef, Validated
 from restitch.tasks.runtime.workspace import Workspace, workspace
 from restitch.tasks.validate import validate
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 # Everything is kept: the delta of a model is the model itself.
 _EVERYTHING = ("dataless", 1.0)
@@ -82,33 +88,71 @@ class MergedOnce(Outcome):
     files: tuple[str, ...] = field(default=())
 
 
+class Merge:
+    """A merge that was checked, and that `save` and `load` carry out.
+
+    Attributes:
+        report: what is merged, and how; after `save` also the files that were written.
+    """
+
+    def __init__(self, request: MergeSpec) -> None:
+        self._request = request
+        self.report = merge_as(request, None, dry_run=True)
+
+    def save(self, out: str | Path, *, overwrite: bool = False) -> MergedOnce:
+        """Write the merged model as a Hugging Face folder; the same bytes each time.
+
+        Args:
+            out: a folder that is absent or empty.
+            overwrite: replace a model in `out`.
+
+        Raises:
+            BadInput: `out` is not free, or a model has changed and does not fit any more.
+            Unavailable: the disk is full.
+        """
+        self.report = merge_as(self._request, Path(out), overwrite=overwrite)
+        return self.report
+
+    def load(self, dtype: torch.dtype | None = None) -> "PreTrainedModel":
+        """The merged model in memory, as transformers loads it.
+
+        Args:
+            dtype: of the weights; that of the base by default.
+
+        Raises:
+            BadInput: as `save`.
+        """
+        with workspace().scratch() as scratch:
+            merge_as(self._request, scratch / "merged")
+            return load_as_saved(scratch / "merged", dtype)
+
+
 def merge(
     base: str | Path,
     models: Mapping[str, str | Path],
     method: str,
-    out: str | Path | None = None,
     *,
     settings: Mapping[str, Any] | None = None,
     localize: Mapping[str, Any] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     family: str | None = None,
-    overwrite: bool = False,
-) -> MergedOnce:
-    """Merge finetuned models of one base; see `restitch merge`.
+) -> Merge:
+    """Check finetuned models of one base, and how to merge them; see `restitch merge`.
 
     Args:
         base: the pretrained checkpoint: a folder, a hub id or an address.
         models: the finetuned models by task.
         method: the name of a merge method that needs no data.
-        out: a folder that is absent or empty; None only checks the models.
         settings: of the method.
         localize: what is kept of each model, as in a line file; everything by default, if the
             method can merge that.
         include: globs on tensor names that add to the family's localizable tensors.
         exclude: globs on tensor names that are not merged.
         family: of the base; by default the one that fits.
-        overwrite: replace a model in `out`.
+
+    Returns:
+        The merge; its `save` or `load` reads and merges the weights.
 
     Raises:
         BadInput: a model does not fit, or the method needs data.
@@ -124,8 +168,7 @@ def merge(
             "family": family,
         }
     )
-    to = None if out is None else Path(out)
-    return merge_as(request, to, overwrite=overwrite, dry_run=out is None)
+    return Merge(request)
 
 
 def merge_as(

@@ -85,7 +85,7 @@ class RegisterOutcome(Outcome):
 
 def register(
     line: str,
-    task_file: Path,
+    task: Path | TaskSpec,
     source: str,
     *,
     merge: bool = True,
@@ -100,7 +100,7 @@ def register(
 
     Args:
         line: the line's name.
-        task_file: the task's file.
+        task: the task's file, or what it says.
         source: the model: a folder, a hub id or an MLflow address.
         merge: remerge after onboarding.
         replace_task: allow the file to change the task.
@@ -120,7 +120,7 @@ def register(
     ledger = space.ledger(line)
     line_state = ledger.state()
     decided = {check: _acceptance(check, reason) for check, reason in (accepted or {}).items()}
-    spec, remember_rows = resolve_spec(ledger, task_file, replace_task, source)
+    spec, remember_rows = resolve_spec(ledger, task, replace_task, source)
     # Nothing can join without it.
     line_ref = LineRef(line_state.spec, line_state.base)
     base = open_base(line_ref, space)

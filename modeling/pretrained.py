@@ -11,7 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from torch import Tensor, nn
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.configs import read_config
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 _ASSETS = (
     "added_tokens.json",
@@ -73,6 +76,32 @@ class NamedModel(nn.Module):
         """The live tensors by their names in the file."""
         live = live_tensors(self.inner)
         return {name: live[own] for name, own in self.names.items()}
+
+
+def load_as_saved(folder: Path, dtype: torch.dtype | None = None) -> "PreTrainedModel":
+    """Load a folder that restitch wrote with the class that its configuration names.
+
+    Args:
+        folder: config.json with weights.
+        dtype: of the weights; that of the file by default.
+
+    Returns:
+        The model in evaluation mode; its bare body if the configuration names a class whose head is
+        not in the file, or none.
+    """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    given: dict[str, Any] = {"dtype": dtype or "auto", "local_files_only": True}
+    for name in read_config(folder).architectures or ():
+        named = getattr(transformers, name, None)
+        if named is None:
+            continue
+        model, report = named.from_pretrained(str(folder), output_loading_info=True, **given)
+        if not report["missing_keys"]:
+            return cast("PreTrainedModel", model.eval())
+    body = transformers.AutoModel.from_pretrained(str(folder), **given)
+    return cast("PreTrainedModel", body.eval())
 
 
 def load_pretrained(

@@ -1,54 +1,63 @@
 """restitch keeps one merged model that holds the skills of many finetuned models.
 
-The functions below are those behind the commands of the same names. State lies in the folder
-that `RESTITCH_HOME` names. Importing this package is cheap: a function's module is imported
-when the function is first used.
-
     import restitch
-    from pathlib import Path
 
-    restitch.merge("base", {"sst2": "models/a", "trec": "models/b"}, "tsv-m", "merged")
+    merged = restitch.merge("base", {"sst2": "models/a", "trec": "models/b"}, "tsv-m")
+    merged.save("merged")
 
-    restitch.init_line(Path("line.yaml"))
-    restitch.register("photos", Path("eurosat.yaml"), "models/eurosat")
-    restitch.export_version("photos", "champion", Path("merged"))
+    line = restitch.Line.create({"line": "texts", "base": "models/base", "method": "tsv-m", ...})
+    line.register({"task": "sst2", "data": {...}, "head": {...}}, "models/a")
+    model = line.champion.load()
+
+The names in `__all__` are public: they stay, or change with a note in the changelog. Everything
+else may change at any time. State lies in the folder that `RESTITCH_HOME` names. Importing this
+package is cheap: a name's module is imported when the name is first used.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from restitch.flows.evaluate import evaluate_version
-    from restitch.flows.export import export_version
-    from restitch.flows.lines.init_line import init_line
-    from restitch.flows.merge_once import merge
-    from restitch.flows.register import register
-    from restitch.flows.remerge import remerge
-    from restitch.merging.errors import RestitchError
+    from restitch.flows.line import Line, Version
+    from restitch.flows.merge_once import Merge, merge
+    from restitch.merging.errors import (
+        BadInput,
+        CannotJoin,
+        Damage,
+        GateFailed,
+        RestitchError,
+        Unavailable,
+    )
+    from restitch.tasks.runtime.console import Reporter, reporting_to
 
 __version__ = "0.1.0"
 __all__ = [
+    "BadInput",
+    "CannotJoin",
+    "Damage",
+    "GateFailed",
+    "Line",
+    "Merge",
+    "Reporter",
     "RestitchError",
-    "evaluate_version",
-    "export_version",
-    "init_line",
+    "Unavailable",
+    "Version",
     "merge",
-    "register",
-    "remerge",
+    "reporting_to",
 ]
 
 _MODULES = {
-    "RestitchError": "restitch.merging.errors",
-    "evaluate_version": "restitch.flows.evaluate",
-    "export_version": "restitch.flows.export",
-    "init_line": "restitch.flows.lines.init_line",
+    "Line": "restitch.flows.line",
+    "Version": "restitch.flows.line",
+    "Merge": "restitch.flows.merge_once",
     "merge": "restitch.flows.merge_once",
-    "register": "restitch.flows.register",
-    "remerge": "restitch.flows.remerge",
+    "Reporter": "restitch.tasks.runtime.console",
+    "reporting_to": "restitch.tasks.runtime.console",
 }
+_ERRORS = "restitch.merging.errors"
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module 'restitch' has no attribute {name!r}")
-    return getattr(import_module(_MODULES[name]), name)
+    return getattr(import_module(_MODULES.get(name, _ERRORS)), name)

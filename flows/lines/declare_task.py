@@ -100,13 +100,13 @@ def _check_newest_model(line_state: LineState, spec: TaskSpec) -> None:
 
 
 def resolve_spec(
-    ledger: Ledger, task_file: Path, replace_task: bool, model: str | None = None
+    ledger: Ledger, task: Path | TaskSpec, replace_task: bool, model: str | None = None
 ) -> tuple[TaskSpec, Remember]:
     """Load a task's file, complete it for the line, and check that its rows can be read.
 
     Args:
         ledger: of the line.
-        task_file: the file.
+        task: the file, or what it says.
         replace_task: allow the file to change the task.
         model: a finetuned model of the task, which may name its classes.
 
@@ -117,7 +117,8 @@ def resolve_spec(
         BadInput: the file or its data cannot be used, or the file changes the line's task of
             this name and `replace_task` is off.
     """
-    return resolved(workspace(), ledger.state(), load_task(task_file), replace_task, model)
+    spec = load_task(task) if isinstance(task, Path) else task
+    return resolved(workspace(), ledger.state(), spec, replace_task, model)
 
 
 def resolved(

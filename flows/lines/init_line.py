@@ -1,6 +1,8 @@
 """Make a line from its file, or update an existing line from its changed file."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from restitch.registry.gates.registry import GATES
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState, Removal
 from restitch.registry.sources.resolve import COPY_SCHEME, resolve_source
-from restitch.registry.specs.files import NoFamily, NoMethod, load_line
+from restitch.registry.specs.files import NoFamily, NoMethod, line_of, load_line
 from restitch.registry.specs.in_words import changed
 from restitch.registry.specs.line import LineSpec, line_changes
 from restitch.registry.specs.method import MethodSpec, TournamentSpec
@@ -67,8 +69,11 @@ class InitOutcome(Outcome):
     localizable: dict[str, int]
 
 
-def init_line(file: Path) -> InitOutcome:
+def init_line(file: Path | Mapping[str, Any]) -> InitOutcome:
     """Make or update a line.
+
+    Args:
+        file: the line file, or its keys.
 
     Raises:
         BadInput: the file, its schedule, its base or its benchmark cannot be used, it names no
@@ -77,7 +82,7 @@ def init_line(file: Path) -> InitOutcome:
     """
     space = workspace()
     spec = _load(file, space)
-    check_schedule(spec.schedule, str(file))
+    check_schedule(spec.schedule, str(file) if isinstance(file, Path) else "the line")
     _check_gates(spec)
     family = get_family(spec.family)
     check_compute(family, spec.compute)
@@ -141,23 +146,24 @@ def init_line(file: Path) -> InitOutcome:
     )
 
 
-def _load(file: Path, space: Workspace) -> LineSpec:
-    """Read the line file; if it names no family or no method, propose one.
+def _load(file: Path | Mapping[str, Any], space: Workspace) -> LineSpec:
+    """Read the line; if it names no family or no method, propose one.
 
     Neither is filled in. A family cannot change later, and with more families or other measurements
     the same file would mean another line.
     """
+    load = partial(load_line, file) if isinstance(file, Path) else partial(line_of, file)
     try:
-        return load_line(file)
+        return load()
     except NoMethod as error:
-        family = load_line(file, "none", _SPARSE).family
+        family = load("none", _SPARSE).family
         if family == "none":
             raise
         raise BadInput(
             error.summary, expected="the merge method of the line", hint=_proposed_method(family)
         ) from error
     except NoFamily as error:
-        spec = load_line(file, family="none")
+        spec = load("none")
         line = Ledger(space.objects, spec.line).find()
         if line is not None:
             raise BadInput(

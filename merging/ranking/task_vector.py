@@ -133,17 +133,21 @@ def outside_share(base: Checkpoint, finetuned: Checkpoint, names: Sequence[str])
         and base.info(name).shape == finetuned.info(name).shape
     ]
     vector = TaskVector(base, finetuned, shared)
-    squares = {
-        name: sum(float(np.square(c.numpy(), dtype=np.float64).sum()) for c in vector.chunks(name))
-        for name in vector.names
-    }
-    total = sum(squares.values())
-    if not total:
-        return OutsideShare(0.0, ())
     inside = frozenset(names)
-    outside = [(name, value / total) for name, value in squares.items() if name not in inside]
-    ranked = sorted((item for item in outside if item[1]), key=lambda item: (-item[1], item[0]))
+    outside = {name: _square(vector, name) for name in vector.names if name not in inside}
+    if not any(outside.values()):
+        return OutsideShare(0.0, ())
+    total = sum(
+        outside[name] if name in outside else _square(vector, name) for name in vector.names
+    )
+    shares = [(name, value / total) for name, value in outside.items() if value]
+    ranked = sorted(shares, key=lambda item: (-item[1], item[0]))
     return OutsideShare(sum(share for _, share in ranked), tuple(ranked))
+
+
+def _square(vector: TaskVector, name: str) -> float:
+    """The squared norm of a tensor's change."""
+    return sum(float(np.square(c.numpy(), dtype=np.float64).sum()) for c in vector.chunks(name))
 
 
 def check_finite(finetuned: Checkpoint, base: Checkpoint | None = None) -> None:

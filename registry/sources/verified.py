@@ -25,18 +25,27 @@ def state_of(local: Path) -> State:
     return tuple((name, at.st_ino, at.st_size, at.st_mtime_ns) for name, at in stats)
 
 
+def opened(local: Path) -> Checkpoint:
+    """Open the weights in a folder or file; while they stay unchanged, they are hashed once.
+
+    Raises:
+        BadInput: they are no checkpoint.
+    """
+    return _opened(local, state_of(local))
+
+
+@lru_cache(maxsize=16)
+def _opened(local: Path, _state: State) -> Checkpoint:
+    return Checkpoint.open(local)
+
+
 def verified_weights(local: Path, weights: str) -> Checkpoint:
     """Open the weights in a folder or file; they are read once while they stay unchanged.
 
     Raises:
         BadInput: they have another digest.
     """
-    return _verified(local, state_of(local), weights)
-
-
-@lru_cache(maxsize=16)
-def _verified(local: Path, _state: State, weights: str) -> Checkpoint:
-    checkpoint = Checkpoint.open(local)
+    checkpoint = opened(local)
     check_weights(checkpoint, local, weights)
     return checkpoint
 

@@ -6,6 +6,8 @@ coordinate unless the file says otherwise. Every error names the file and the ke
 """
 
 import json
+from collections.abc import Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +66,26 @@ def load_merge(path: Path) -> MergeSpec:
     return parse_merge(read_text(path, "merge file"), str(path), path.absolute().parent)
 
 
+def line_of(
+    values: Mapping[str, Any], family: str | None = None, method: str | None = None
+) -> LineSpec:
+    """A line from the keys of a line file; relative paths start at the working directory.
+
+    Raises:
+        NoMethod, NoFamily, BadInput: as `load_line`.
+    """
+    return _line(deepcopy(dict(values)), "the line", Path.cwd(), family, method)
+
+
+def task_of(values: Mapping[str, Any]) -> TaskSpec:
+    """A task from the keys of a task file; relative paths start at the working directory.
+
+    Raises:
+        BadInput: a key, or a file that it names, cannot be used.
+    """
+    return _task(deepcopy(dict(values)), "the task", Path.cwd())
+
+
 def parse_merge(text: str, origin: str, folder: Path) -> MergeSpec:
     """Read the text of a file for `restitch merge`; its relative paths start at the folder."""
     values = parse_mapping(text, origin)
@@ -94,7 +116,12 @@ def parse_line(
     text: str, origin: str, folder: Path, family: str | None = None, method: str | None = None
 ) -> LineSpec:
     """Read the text of a line file; its relative paths start at the folder."""
-    values = parse_mapping(text, origin)
+    return _line(parse_mapping(text, origin), origin, folder, family, method)
+
+
+def _line(
+    values: dict[str, Any], origin: str, folder: Path, family: str | None, method: str | None
+) -> LineSpec:
     without_method = values.get("method") is None
     if without_method:
         values["method"] = method or "none"  # the other keys are checked as well

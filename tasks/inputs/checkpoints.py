@@ -37,6 +37,7 @@ from restitch.registry.sources.verified import (
     State,
     check_assets,
     check_weights,
+    opened,
     state_of,
     verified_weights,
 )
@@ -207,7 +208,7 @@ def _readable(local: Path, where: str, line: LineRef | None, space: Workspace) -
             return adapter
         if local.is_dir():
             check_not_quantized(local, where)
-        checkpoint = Checkpoint.open(local)
+        checkpoint = opened(local)
         check_plain(checkpoint, where)
     except BadInput as error:
         raise error.renamed(str(local), where) from error

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from benchmarks import mergekit, speed
 from restitch.merging.files.checkpoint import Checkpoint
+from tests.shell import Shell
 
 PROGRAM = os.environ.get("MERGEKIT_BIN", "")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -91,9 +92,8 @@ def test_mergekit_gives_the_same_within_rounding(
 ) -> None:
     models(tmp_path, monkeypatch, DTYPES[dtype])
     case = MERGES[merge]
-    for task in speed.TASKS:
-        mergekit.keep(tmp_path, task)
-    mergekit.merged(tmp_path, case, tmp_path / "ours")
+    ours = mergekit.restitch_command(tmp_path, case, tmp_path / "ours")
+    subprocess.run(ours, check=True, capture_output=True)
     theirs = tmp_path / "theirs"
     # Computed in float32, as restitch does where weights have 16 bits.
     command = mergekit.mergekit_command(Path(PROGRAM), tmp_path, case, theirs, "float32", dtype)
@@ -130,18 +130,16 @@ def test_mergekit_gives_the_same_within_rounding(
 
 
 def test_each_merge_is_measured_on_both_sides(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shell: Shell
 ) -> None:
     for module in (speed, mergekit):
         for name, size in SIZES.items():
             monkeypatch.setattr(module, name, size)
 
     def at_once(what: str, command: Sequence[str]) -> mergekit.Cost:
-        # The steps in this process; of mergekit only its configuration.
-        if "-m" in command:
-            step = command[command.index("benchmarks.mergekit") + 1 :]
-            monkeypatch.setattr("sys.argv", ["mergekit", *step])
-            mergekit.main()
+        # restitch in this process; of mergekit only its configuration.
+        if Path(command[0]).name == "restitch":
+            shell(*command[1:])
         else:
             config = json.loads(Path(command[1]).read_text())
             assert config["base_model"] == str(tmp_path / "base")

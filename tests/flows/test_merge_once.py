@@ -158,10 +158,18 @@ def test_a_mergekit_file_merges_all_tensors(shell: Shell, tmp_path: Path) -> Non
 def test_a_merge_from_python_is_the_same(world: World, shell: Shell, tmp_path: Path) -> None:
     shell("merge", *options(world, *SKILLS[:2]), "--method", "ties", "--out", tmp_path / "one")
     models = {task: world.model(task) for task in SKILLS[:2]}
-    checked = restitch.merge(world.base, models, "ties", settings={"density": 0.2})
-    assert checked.out is None
-    restitch.merge(str(world.base), models, "ties", tmp_path / "two")
+    with shell.inside():
+        merged = restitch.merge(world.base, models, "ties", settings={"density": 0.2})
+        assert merged.report.out is None
+        merged.save(tmp_path / "two")
+        assert merged.report.out == str(tmp_path / "two")
+        with pytest.raises(restitch.BadInput, match="is not empty"):
+            merged.save(tmp_path / "two")
+        loaded = merged.load().state_dict()
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two")
+    expected = load_file(tmp_path / "two" / "model.safetensors")
+    assert loaded.keys() == expected.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in expected.items())
     with pytest.raises(restitch.RestitchError, match="did you mean 'ties'"):
         restitch.merge(world.base, models, "tiez")
 
