@@ -17,6 +17,7 @@ from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
+import restitch
 import restitch.cli.main  # whose import defines the commands
 from restitch.cli.app import app
 from restitch.merging import errors
@@ -294,11 +295,72 @@ def environment() -> str:
     return "\n".join(parts)
 
 
+def python() -> str:
+    """Every public name of the package with its arguments and docstring."""
+    parts = [
+        "# Python\n\n`import restitch` offers these names. They are public: they stay, or change"
+        " with a note in the changelog. See [Use it from Python](../how-to/python.md).\n"
+    ]
+    parts += [
+        _documented(f"restitch.{name}", getattr(restitch, name), 2) for name in restitch.__all__
+    ]
+    return "\n".join(parts)
+
+
+def _documented(name: str, value: Any, level: int) -> str:
+    """A function, a class with its public members, or an error."""
+    is_error = isinstance(value, type) and issubclass(value, BaseException)
+    call = "" if is_error else _arguments(value)
+    parts = [f"{'#' * level} {name}\n", f"```python\n{name}{call}\n```\n" if call else ""]
+    parts.append(_sections(inspect.getdoc(value) or ""))
+    if isinstance(value, type) and not is_error:
+        short = name.rsplit(".")[-1]
+        for member, one in vars(value).items():
+            inner = getattr(one, "fget", None) or getattr(one, "func", None)
+            inner = inner or getattr(one, "__func__", one)
+            if member.startswith("_") or not callable(inner):
+                continue
+            if inner is one or isinstance(one, classmethod):
+                parts.append(_documented(f"{short}.{member}", inner, level + 1))
+            else:
+                text = inspect.getdoc(inner) or ""
+                parts.append(f"{'#' * (level + 1)} {short}.{member}\n\n{_sections(text)}")
+    return "\n".join(part for part in parts if part)
+
+
+def _arguments(value: Any) -> str:
+    """The arguments in the form of a call, without `self`, `cls` and types of modules."""
+    found = inspect.signature(value)
+    own = [one for one in found.parameters.values() if one.name not in ("self", "cls")]
+    result = found.return_annotation if inspect.isfunction(value) else inspect.Signature.empty
+    shown = str(found.replace(parameters=own, return_annotation=result))
+    shown = re.sub(r"\b(?:restitch|collections|pathlib|typing)[\w.]*\.", "", shown)
+    return re.sub(r"-> '(\w+)'", r"-> \1", shown)
+
+
+def _sections(text: str) -> str:
+    """A docstring in Google style as Markdown."""
+    lines: list[str] = []
+    listed = False
+    for line in text.splitlines():
+        if re.fullmatch(r"(?:Args|Returns|Raises|Attributes):", line):
+            listed = line != "Returns:"
+            lines += [f"**{line[:-1]}**", ""]
+        elif line.startswith("    ") and listed:
+            item = re.match(r"    (\w[\w, ]*): (.*)", line)
+            lines += [f"- `{item[1]}`: {item[2]}"] if item else [f"  {line.strip()}"]
+        else:
+            listed = listed and not line.strip()
+            lines.append(line.strip() if line.startswith("    ") else line)
+    return "\n".join(lines) + "\n"
+
+
 PAGES: dict[str, Callable[[], str]] = {
     "reference/commands.md": commands,
     "reference/line-file.md": lambda: keys("line"),
     "reference/task-file.md": lambda: keys("task"),
     "reference/method-settings.md": method_settings,
+    "reference/python.md": python,
     "reference/exit-codes.md": exit_codes,
     "reference/environment.md": environment,
 }

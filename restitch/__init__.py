@@ -18,7 +18,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from restitch.flows.line import Line, Version
+    from restitch.flows.api.line import Line, Version
     from restitch.flows.merge_once import Merge, merge
     from restitch.merging.errors import (
         BadInput,
@@ -47,8 +47,8 @@ __all__ = [
 ]
 
 _MODULES = {
-    "Line": "restitch.flows.line",
-    "Version": "restitch.flows.line",
+    "Line": "restitch.flows.api.line",
+    "Version": "restitch.flows.api.line",
     "Merge": "restitch.flows.merge_once",
     "merge": "restitch.flows.merge_once",
     "Reporter": "restitch.tasks.runtime.console",

@@ -57,6 +57,7 @@ ROOMS = {
     "tasks.research": {"runtime", "inputs"},
     "flows": {"promotion", "audit", "lines", "research"},
     "flows.promotion": set(),
+    "flows.api": {"promotion", "audit", "lines", "research", "storage"},
     "flows.audit": {"promotion"},
     "flows.lines": {"audit"},
     "flows.research": {"promotion"},

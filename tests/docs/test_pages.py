@@ -4,12 +4,15 @@ import os
 import re
 import subprocess
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
 
 from tests.docs.site import DOCS, generator
-from tests.shell import ROOT
+from tests.shell import ROOT, Shell
+from tests.worlds import World
 
 TOP = {path.name for path in ROOT.iterdir() if path.is_dir()}
 PAGES = sorted([*DOCS.rglob("*.md"), *ROOT.glob("*.md"), ROOT / "deployments" / "kubernetes.md"])
@@ -66,6 +69,29 @@ def test_the_guide_to_gates_works(tmp_path: Path) -> None:
         encoding="utf-8",
     )
     run_pytest(tmp_path)
+
+
+def test_the_guide_to_python_works(
+    world: World, shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every block of the page, in order."""
+    for name in ("colour", "number"):
+        (tmp_path / "models").mkdir(exist_ok=True)
+        (tmp_path / "models" / name).symlink_to(world.model(name))
+    (tmp_path / "models" / "base").symlink_to(world.base)
+    (tmp_path / "data").symlink_to(world.root / "data")
+    monkeypatch.chdir(tmp_path)
+    page = (DOCS / "how-to" / "python.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names: dict[str, object] = {}
+    with shell.inside(), redirect_stdout(StringIO()) as printed:
+        for block in blocks:
+            exec(block, names)
+    lines = printed.getvalue().splitlines()
+    assert {"colour ready 1", "number ready 2"} <= set(lines)
+    assert "there is no line 'photos'" in lines
+    assert any(line.startswith("writing exported: ") for line in lines)
+    assert names["champion"].number == 2  # type: ignore[attr-defined]
 
 
 def run_pytest(folder: Path) -> None:

@@ -8,7 +8,8 @@ from types import ModuleType
 import pytest
 import yaml
 
-import restitch.cli.main  # noqa: F401  the commands
+import restitch
+import restitch.cli.main  # the commands
 from restitch.cli.app import app
 from restitch.merging.methods.registry import method_names
 from restitch.registry.specs.base import Spec
@@ -54,6 +55,17 @@ def test_every_exit_code_is_explained(reference: ModuleType) -> None:
     page = reference.exit_codes()
     codes = re.findall(r"^\| `(\d+)`", page, re.MULTILINE)
     assert codes == ["0", "2", "3", "4", "5", "6", "7", "130"]
+
+
+def test_every_public_name_is_explained(reference: ModuleType) -> None:
+    page = reference.python()
+    for name in restitch.__all__:
+        assert f"\n## restitch.{name}\n" in page
+    for name in ("create", "register", "champion", "history"):
+        assert f"\n### Line.{name}\n" in page
+    assert "Line.register(task: Path | TaskSpec" in page
+    assert "- `model`: a folder, a hub id or an address." in page
+    assert "restitch.flows" not in page
 
 
 def test_the_variables_are_those_of_the_code() -> None:

@@ -160,7 +160,7 @@ def test_a_merge_from_python_is_the_same(world: World, shell: Shell, tmp_path: P
     models = {task: world.model(task) for task in SKILLS[:2]}
     with shell.inside():
         merged = restitch.merge(world.base, models, "ties", settings={"density": 0.2})
-        assert merged.report.out is None
+        assert merged.report.as_dict()["out"] is None
         merged.save(tmp_path / "two")
         assert merged.report.out == str(tmp_path / "two")
         with pytest.raises(restitch.BadInput, match="is not empty"):
