@@ -5,8 +5,8 @@ from functools import partial
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
 from restitch.merging.rules.consensus import consensus, ties_sum
-from restitch.merging.rules.elementwise import COEFFICIENTS
 from restitch.merging.rules.merge_inputs import MergeInputs
+from restitch.merging.rules.settings import LARGE_COEFFICIENTS
 
 
 @method(
@@ -15,7 +15,7 @@ from restitch.merging.rules.merge_inputs import MergeInputs
     source="Wang et al., Localizing task information (TALL), ICML 2024, arXiv 2405.07813",
     exact=True,
     whole=True,
-    tunes=("alpha", COEFFICIENTS),
+    tunes=("alpha", LARGE_COEFFICIENTS),
 )
 def consensus_ties(
     inputs: MergeInputs,

@@ -16,7 +16,7 @@ from restitch.merging.methods.registry import Method, get_method, method, method
 from restitch.merging.numerics.rounding import cast
 from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.per_matrix import Matrix, PerMatrix, svd
-from restitch.merging.rules.settings import check_range
+from restitch.merging.rules.settings import LARGE_COEFFICIENTS, check_range
 
 NAME = "svc"
 
@@ -35,7 +35,7 @@ _LEAN = 1e-2
     source="Li et al., When shared knowledge hurts, 2026, arXiv 2602.05536",
     exact=False,
     whole=True,
-    tunes=("alpha", tuple(n / 5 for n in range(1, 11))),
+    tunes=("alpha", LARGE_COEFFICIENTS),
 )
 def svc(
     inputs: MergeInputs,

@@ -3,13 +3,12 @@
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
 from restitch.merging.rules.elementwise import (
-    COEFFICIENTS,
     Elementwise,
     scale_in_place,
     sum_vectors,
 )
 from restitch.merging.rules.merge_inputs import MergeInputs
-from restitch.merging.rules.settings import check_range
+from restitch.merging.rules.settings import COEFFICIENTS, check_range
 
 
 @method(

@@ -2,9 +2,9 @@
 
 from restitch.merging.files.edits import Edits
 from restitch.merging.methods.registry import method
-from restitch.merging.rules.elementwise import COEFFICIENTS, Elementwise, scale_in_place
+from restitch.merging.rules.elementwise import Elementwise, scale_in_place
 from restitch.merging.rules.merge_inputs import MergeInputs
-from restitch.merging.rules.settings import check_range
+from restitch.merging.rules.settings import LARGE_COEFFICIENTS, check_range
 from restitch.merging.rules.ties import Trim, disjoint_merge
 
 
@@ -14,7 +14,7 @@ from restitch.merging.rules.ties import Trim, disjoint_merge
     source="Yadav et al., TIES-Merging, NeurIPS 2023, arXiv 2306.01708",
     exact=True,
     whole=True,
-    tunes=("alpha", COEFFICIENTS),
+    tunes=("alpha", LARGE_COEFFICIENTS),
 )
 def ties(
     inputs: MergeInputs,

@@ -8,7 +8,7 @@ from restitch.merging.methods.registry import method
 from restitch.merging.numerics.factors import above_rounding
 from restitch.merging.rules.merge_inputs import MergeInputs
 from restitch.merging.rules.per_matrix import PerMatrix, nearest_orthogonal, svd
-from restitch.merging.rules.settings import check_range
+from restitch.merging.rules.settings import LARGE_COEFFICIENTS, check_range
 
 
 @method(
@@ -17,7 +17,7 @@ from restitch.merging.rules.settings import check_range
     source="Gargiulo et al., Task singular vectors, CVPR 2025, arXiv 2412.00081",
     exact=False,
     whole=True,
-    tunes=("alpha", tuple(n / 5 for n in range(1, 11))),
+    tunes=("alpha", LARGE_COEFFICIENTS),
 )
 def tsv_m(inputs: MergeInputs, *, alpha: float = 1.0) -> Edits:
     """Base + alpha * (sum over tasks of decorrelated leading singular triplets).

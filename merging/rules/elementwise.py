@@ -41,9 +41,6 @@ class Range:
     vectors: Sequence[tuple[int, Floats]]
 
 
-# The coefficients that the papers try when they tune one.
-COEFFICIENTS = tuple(n / 10 for n in range(1, 11))
-
 Rule = Callable[[Range], Floats]
 
 

@@ -1,8 +1,13 @@
-"""Checks of the settings of merge methods."""
+"""Checks of the settings of merge methods, and the values that tuning tries."""
 
 from collections.abc import Iterable
 
 from restitch.merging.errors import BadInput
+
+# The coefficients that the papers try when they tune one.
+COEFFICIENTS = tuple(n / 10 for n in range(1, 11))
+# For methods whose best coefficient lies above 1: each member's part of the change is reduced.
+LARGE_COEFFICIENTS = tuple(n / 5 for n in range(1, 11))
 
 
 def bad_setting(name: str, problem: str, expected: str, found: object) -> BadInput:
