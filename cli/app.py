@@ -76,6 +76,9 @@ AnyLine = Annotated[str | None, _line("Name of the line; all lines by default.")
 # Not checked: `verify` also takes a line whose state is missing or damaged.
 UncheckedLine = Annotated[str | None, _line("Name of the line; all lines by default.", None)]
 
+# Not checked: `follow` also answers when the store cannot be reached.
+FollowedLine = Annotated[str, _line("Name of the line.", None)]
+
 
 def _version(callback: Callable[[typer.Context, str], str]) -> Any:
     return typer.Argument(

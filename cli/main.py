@@ -38,7 +38,7 @@ PANELS = {
     "Get started": (lines.init, models.register, lines.status, models.merge),
     "Every day": (
         *(lines.task, lines.remerge, audit.show, audit.history),
-        *(models.evaluate, models.export, models.retire, models.restore),
+        *(models.evaluate, models.export, models.follow, models.retire, models.restore),
         *(removal.forget, removal.drop),
     ),
     "Audit": (

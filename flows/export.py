@@ -19,10 +19,12 @@ from restitch.flows.research.experts import specialists_of
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits, RenamedEdits
-from restitch.merging.files.export import export_weights
+from restitch.merging.files.export import Previous, export_weights
+from restitch.merging.files.sparse import SparseFile
 from restitch.merging.progress import Progress
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import Head
+from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedMember, MergedRecord
 from restitch.registry.sizes import parse_size
@@ -79,52 +81,142 @@ def export_version(
     Raises:
         BadInput: there is no such version, task or specialist, or `out` is not free.
     """
+    model = open_export(line, version, task=task, specialist=specialist)
+    limit = None if shard_size is None else parse_size(shard_size)
+    out = out.expanduser().absolute()
+    check_free(out, overwrite)
+    with appearing(out) as folder:
+        model.write(folder, limit, title=out.name)
+    files = sorted(p for p in out.rglob("*") if p.is_file())
+    return ExportOutcome(
+        line,
+        model.record.version,
+        str(out),
+        tuple(str(p.relative_to(out)) for p in files),
+        sum(p.stat().st_size for p in files),
+        task,
+        model.specialist,
+    )
+
+
+def open_export(
+    line: str, version: str, *, task: str | None = None, specialist: bool = False
+) -> "ExportedModel":
+    """Find what an export of a version, or of a model of it for one task, writes.
+
+    Args:
+        line: the line's name.
+        version: a number, `champion` or `candidate`.
+        task: the task that the model is for; None takes the merged version.
+        specialist: with `task`, take the task's specialist also in a family whose tasks have heads
+            of their own.
+
+    Raises:
+        BadInput: there is no such version, task or specialist.
+    """
     space = workspace()
     ledger, line_state, record = open_version(line, version)
-    limit = None if shard_size is None else parse_size(shard_size)
     has_own_head = get_family(line_state.spec.family).task_heads is not None
     if specialist and task is None:
         raise BadInput("a specialist is for one task", expected="the name of a task")
     specialist = task is not None and (specialist or not has_own_head)
     content = _content(line_state, record, task, specialist, space)
-    out = out.expanduser().absolute()
-    check_free(out, overwrite)
     base = open_base(LineRef(line_state.spec, line_state.base), space)
     head = None
     if task is not None and has_own_head:
         head = _own_head(line_state, record, task, base, space)
-    with appearing(out) as folder:
-        edits = (open_specialist if specialist else open_sparse)(
-            content.blob, space, base.checkpoint
-        )
-        with working(f"writing {out.name}") as progress:
-            if head is None:
-                export_weights(base.checkpoint, edits, folder, shard_size=limit, progress=progress)
+    return ExportedModel(space, ledger, line_state, record, base, content, task, specialist, head)
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A version, or a model of it for one task, that can be written as a folder.
+
+    Attributes:
+        task: the task that the model is for; None for the merged version.
+        specialist: whether the model is the task's specialist.
+    """
+
+    space: Workspace
+    ledger: Ledger
+    line_state: LineState
+    record: MergedRecord
+    base: Base
+    content: "_Content"
+    task: str | None
+    specialist: bool
+    head: Head | None
+
+    def edits(self) -> Edits:
+        """The differences from the base.
+
+        Raises:
+            Damage: the file is missing or altered.
+        """
+        opened = open_specialist if self.specialist else open_sparse
+        return opened(self.content.blob, self.space, self.base.checkpoint)
+
+    def edit_digests(self) -> dict[str, str]:
+        """The digests of what the patch of a merged version holds, by tensor.
+
+        Raises:
+            Damage: the file is missing or altered.
+        """
+        patch = SparseFile.open(self.space.objects.blob_path(self.record.patch))
+        return {name: patch.tensor_digest(name) for name in patch.names}
+
+    def write(
+        self,
+        folder: Path,
+        shard_size: int | None = None,
+        *,
+        title: str,
+        previous: Previous | None = None,
+    ) -> tuple[Checkpoint, tuple[str, ...]]:
+        """Write all files into an existing folder.
+
+        Args:
+            folder: the folder.
+            shard_size: bytes of tensors per file; None keeps the base's files.
+            title: the name of the folder for the user.
+            previous: an earlier export, whose unchanged files are taken.
+
+        Returns:
+            The written checkpoint, and the files that were taken.
+        """
+        base, edits = self.base, self.edits()
+        with working(f"writing {title}") as progress:
+            if self.head is None:
+                taken = export_weights(
+                    base.checkpoint,
+                    edits,
+                    folder,
+                    shard_size=shard_size,
+                    previous=previous,
+                    progress=progress,
+                )
             else:
-                _write_classifier(base, edits, head, folder, limit, progress)
-        write_assets(base, head, folder)
-        if head is None:
-            _write_heads(folder, line_state, content.members, base, space)
-        text = json.dumps(content.description, indent=2, ensure_ascii=False)
+                taken = ()
+                _write_classifier(base, edits, self.head, folder, shard_size, progress)
+        write_assets(base, self.head, folder)
+        if self.head is None:
+            _write_heads(folder, self.line_state, self.content.members, base, self.space)
+        text = json.dumps(self.content.description, indent=2, ensure_ascii=False)
         (folder / "restitch.json").write_text(text + "\n", encoding="utf-8")
-        made = Checkpoint.open(folder).digest()
-        origin = provenance(line_state.base.uri, record, ledger.entries(), space.objects, made)
-        if task is not None and specialist:
-            specialists = content.description["specialists"]
-            card = specialist_card(line_state, record, task, specialists, origin)
-        else:
-            card = model_card(line_state, record, origin, task)
-        (folder / "README.md").write_text(card, encoding="utf-8")
-    files = sorted(p for p in out.rglob("*") if p.is_file())
-    return ExportOutcome(
-        line,
-        record.version,
-        str(out),
-        tuple(str(p.relative_to(out)) for p in files),
-        sum(p.stat().st_size for p in files),
-        task,
-        specialist,
-    )
+        made = Checkpoint.open(folder)
+        (folder / "README.md").write_text(self._card(made.digest()), encoding="utf-8")
+        return made, taken
+
+    def _card(self, weights: str) -> str:
+        """The model card; `weights` is the digest of the written checkpoint."""
+        line_state, record = self.line_state, self.record
+        origin = provenance(
+            line_state.base.uri, record, self.ledger.entries(), self.space.objects, weights
+        )
+        if self.task is not None and self.specialist:
+            specialists = self.content.description["specialists"]
+            return specialist_card(line_state, record, self.task, specialists, origin)
+        return model_card(line_state, record, origin, self.task)
 
 
 @dataclass(frozen=True)

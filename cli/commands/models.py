@@ -1,20 +1,30 @@
-"""Commands about models: register, export, evaluate, retire and restore them."""
+"""Commands about models: register, export, follow, evaluate, retire and restore them."""
 
+import json
 import os
+import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from restitch.cli.app import Json, Line, Task, Version, show_result
+from restitch.cli.app import FollowedLine, Json, Line, Task, Version, show_result
 from restitch.cli.commands.audit import OptionalReason, Reason, Remerge
 from restitch.cli.commands.lines import ReplaceTask, TaskFile
 from restitch.cli.render import models as render
 from restitch.cli.render.audit import decided
+from restitch.cli.render.formats import console
 from restitch.merging.errors import UsageError
 from restitch.registry.home import Home
 from restitch.registry.ledger.line_state import NO_GAIN, PREPROCESSING
+
+
+class Alias(StrEnum):
+    """The versions of a line that a folder can follow."""
+
+    CHAMPION = "champion"
+    CANDIDATE = "candidate"
 
 
 class AdapterForm(StrEnum):
@@ -263,6 +273,51 @@ def export(
         specialist=specialist,
     )
     show_result(outcome, as_json, render.exported)
+
+
+def follow(
+    line: FollowedLine,
+    folder: Annotated[
+        Path, typer.Argument(metavar="DIR", help="Folder to keep; absent or empty at first.")
+    ],
+    alias: Annotated[Alias, typer.Option(help="The version to follow.")] = Alias.CHAMPION,
+    once: Annotated[bool, typer.Option("--once", help="Look once, and end.")] = False,
+    every: Annotated[
+        int | None,
+        typer.Option(min=1, max=86_400, help="Seconds between two looks; default: 60."),
+    ] = None,
+    command: Annotated[
+        str | None,
+        typer.Option(
+            "--exec", metavar="COMMAND", help="Shell command to run after each new version."
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Keep a Hugging Face folder at the champion of a line: DIR/current.
+
+    The first look writes everything. A later one reads the patch of the new version and writes the
+    shards that changed. `DIR/current` is a link, which switches when the new folder is complete;
+    the version before it stays. Without --once, it looks until it is stopped, and prints every
+    change; with --json each is a document on a line of its own.
+
+    The command finds RESTITCH_LINE, RESTITCH_VERSION and RESTITCH_FOLDER in its environment. If it
+    fails, or is killed, it runs again at the next look.
+    """
+    if once and every is not None:
+        raise UsageError("--once looks once, and --every again and again", hint="give one of them")
+    from restitch.flows.follow import follow as following
+    from restitch.flows.follow import follow_once
+
+    followed: Any = {"alias": alias.value, "command": command}
+    if once:
+        show_result(follow_once(line, folder, **followed), as_json, render.followed)
+    for outcome in following(line, folder, every=every or 60, **followed):
+        if as_json:
+            typer.echo(json.dumps(outcome.as_dict(), ensure_ascii=False))
+        else:
+            render.followed(outcome.as_dict(), console())
+        sys.stdout.flush()
 
 
 def evaluate(line: Line, version: Version = "champion", as_json: Json = False) -> None:

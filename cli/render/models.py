@@ -1,4 +1,4 @@
-"""The look of models: registered, evaluated, exported."""
+"""The look of models: registered, evaluated, exported, followed."""
 
 from rich.console import Console
 
@@ -47,6 +47,27 @@ def exported(result: Values, out: Console) -> None:
         )
     write(out, f"{result['line']} version {result['version']}{whose} is in {result['out']}")
     write(out, f"  {len(result['files'])} files, {size(result['bytes'])}")
+
+
+def followed(result: Values, out: Console) -> None:
+    """A folder that follows a line, after one look."""
+    version, previous, taken = result["version"], result["previous"], len(result["taken"])
+    was = "" if previous in (None, version) else f", before it version {previous}"
+    made = result["created_at"][:16].replace("T", " ")
+    write(out, f"{result['current']}: {result['line']} version {version}, merged {made} UTC{was}")
+    if result["action"] == "unchanged":
+        write(out, "  nothing changed")
+    elif result["action"] == "switched":
+        write(out, "  its folder was still there")
+    else:
+        write(
+            out,
+            f"  read a patch of {size(result['patch_bytes'])} and wrote {len(result['written'])} "
+            f"files, {size(result['bytes_written'])}, in {result['seconds']:.1f} s"
+            + (f"; {taken} of the version before it are unchanged" if taken else ""),
+        )
+    if result["command"]:
+        write(out, "  the command ran")
 
 
 def merged_once(result: Values, out: Console) -> None:

@@ -3,6 +3,7 @@
 The files are those of the base (names, header, order, metadata) with the edited weights
 in place of the base's. The kernel copies a tensor without edits; an edited one needs
 memory for one tensor. With a shard size the tensors are distributed to new files instead.
+A file without a change since an earlier export is taken from there and not written.
 The caller makes the folder appear atomically.
 """
 
@@ -29,7 +30,21 @@ INDEX = "model.safetensors.index.json"
 
 _BLOCK = 1 << 22
 _PART = 1 << 20  # bytes to edit at once: they stay in a core's cache from read to write
+_NO_LINK = {errno.EXDEV, errno.ENOSYS, errno.EMLINK, errno.EOPNOTSUPP, errno.EPERM}
 _NO_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+
+
+@dataclass(frozen=True)
+class Previous:
+    """An earlier export of the same base, whose unchanged files can be taken.
+
+    Attributes:
+        folder: where its files are.
+        changed: the tensors in which the new export differs from it.
+    """
+
+    folder: Path
+    changed: frozenset[str]
 
 
 @dataclass(frozen=True)
@@ -48,8 +63,9 @@ def export_weights(
     *,
     shard_size: int | None = None,
     extra: Mapping[str, Tensor] | None = None,
+    previous: Previous | None = None,
     progress: Progress | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """Write the merged checkpoint into the folder `out`.
 
     Args:
@@ -58,18 +74,53 @@ def export_weights(
         out: an existing folder.
         shard_size: bytes of tensors per file; None keeps the base's files.
         extra: more tensors, for instance a head; they follow the last one of the base.
+        previous: an earlier export to take unchanged files from, as hard links or else as copies.
         progress: called with the bytes written and the total.
+
+    Returns:
+        The files that were taken from the earlier export.
     """
     extra = dict(extra or {})
     clash = sorted(extra.keys() & set(base.names))
     if clash:
         raise ValueError(f"extra tensors have the same names as tensors of the base: {clash}")
     files = _plan(base, extra, shard_size)
-    writer = _Writer(base, edits, extra, progress or ignore, sum(_size(file) for file in files))
-    for file in files:
+    taken = [] if previous is None else [file for file in files if _is_unchanged(file, previous)]
+    for file in taken:
+        assert previous is not None
+        _take(previous.folder / file.name, out / file.name)
+    written = [file for file in files if file not in taken]
+    writer = _Writer(base, edits, extra, progress or ignore, sum(map(_size, written)))
+    for file in written:
         writer.write(out / file.name, file)
     if len(files) > 1:
         _write_index(out / INDEX, files)
+    return tuple(file.name for file in taken)
+
+
+def _is_unchanged(file: _File, previous: Previous) -> bool:
+    """True if the earlier export has a file with the same bytes."""
+    if any(info.name in previous.changed for info in file.tensors):
+        return False
+    path, header = previous.folder / file.name, len(file.header)
+    try:
+        with path.open("rb") as source:
+            same_size = os.fstat(source.fileno()).st_size == header + _size(file)
+            return same_size and source.read(header) == file.header
+    except OSError:
+        return False
+
+
+def _take(source: Path, target: Path) -> None:
+    """Give a file another name, or copy it where the file system has no links."""
+    try:
+        os.link(source, target)
+    except OSError as err:
+        if err.errno not in _NO_LINK:
+            raise
+        with source.open("rb", buffering=0) as reading, target.open("wb", buffering=0) as writing:
+            size = os.fstat(reading.fileno()).st_size
+            _copy(reading.fileno(), 0, writing.fileno(), 0, size)
 
 
 def _plan(base: Checkpoint, extra: Mapping[str, Tensor], shard_size: int | None) -> list[_File]:

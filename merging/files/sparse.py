@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from restitch.merging.digests import digest_bytes, digest_json
 from restitch.merging.errors import BadInput, Damage
 from restitch.merging.files.checkpoint import FLOATING, Checkpoint
 from restitch.merging.files.coordinate_codec import decode_blocks, encode, joined
@@ -326,6 +327,19 @@ class SparseFile:
     def content_digest(self) -> str:
         """The digest of the mask alone."""
         return self.mask().digest()
+
+    def tensor_digest(self, name: str) -> str:
+        """The digest of all that the file holds of a tensor; equal ones edit a base equally."""
+        info, part = self._infos[name], self._parts[name]
+        values = f"values.{DTYPE_NAMES[info.dtype]}"
+        slices = {POSITIONS: part.positions, FACTORS: part.factors, STEPS: part.steps}
+        slices |= {CODES: part.values, values: part.values}
+        held = [
+            digest_bytes(_bytes_of(self._sections[section][place]))
+            for section, place in sorted(slices.items())
+            if section in self._sections
+        ]
+        return digest_json([DTYPE_NAMES[info.dtype], info.shape, info.kept, part.code, held])
 
     def mask(self) -> Mask:
         """The kept coordinates as a mask, read on demand."""

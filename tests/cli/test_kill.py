@@ -41,6 +41,7 @@ children.set_forkserver_preload(
             "restitch.flows.register",
             "restitch.flows.remerge",
             "restitch.flows.export",
+            "restitch.flows.follow",
         ),
         *("restitch.flows.decisions", "tests.cli.test_kill"),
     ]
@@ -408,3 +409,50 @@ def test_a_killed_export_leaves_no_half_model(
             assert allowed[0] in found, "the old model is still there"
         three.shell("export", "demo", "1", out, "--overwrite")
         assert contents(out) == allowed[-1]
+
+
+@some_or_all
+@pytest.mark.usefixtures("without_mlflow")
+def test_a_killed_follower_leaves_a_folder_that_is_complete(
+    three: Three, tmp_path: Path, every: bool
+) -> None:
+    """The first look, an update, and an update that removes the version before the last one."""
+    report, folder, said = tmp_path / "calls", tmp_path / "served", tmp_path / "said"
+    names = (*DURABLE, "symlink", "mkdir", "open")
+    shell = Shell(tmp_path / "home")
+    shutil.copytree(three.shell.home, shell.home)
+    command = ("follow", "demo", folder, "--once", "--exec", f"echo $RESTITCH_VERSION >> {said}")
+    allowed: list[dict[str, bytes]] = []
+
+    def served() -> dict[str, bytes]:
+        found = contents(folder / "current")
+        return {name: data for name, data in found.items() if name != ".follow.json"}
+
+    for version in (1, 2, 3):
+        if shell.state().champion != version:
+            shell("rollback", "demo", version, "--reason", "a test")
+        shell("export", "demo", version, tmp_path / f"{version}")
+        allowed.append(contents(tmp_path / f"{version}"))
+        before = tmp_path / f"before-{version}"
+        if folder.exists():
+            shutil.copytree(folder, before, symlinks=True)
+        if not every and version < 3:
+            shell(*command)
+            continue
+        report.unlink(missing_ok=True)
+        assert run(shell, command, report=report, names=names) == 0
+        for limit in kill_points(calls_in(report), every):
+            shutil.rmtree(folder)
+            if before.exists():
+                shutil.copytree(before, folder, symlinks=True)
+            said.write_text("")
+            assert run(shell, command, limit, names=names) == -signal.SIGKILL
+            if before.exists() or (folder / "current").exists():
+                assert served() in allowed[-2:]
+            shell(*command)
+            assert served() == allowed[-1]
+            assert said.read_text().split()[-1:] == [str(version)], "it ran at least once"
+            last = {str(number) for number in (version - 1, version) if number}
+            assert {path.name for path in (folder / "versions").iterdir()} == last
+            hidden = {path.name for path in folder.rglob(".*")}
+            assert hidden == {".lock", ".follow.json"}

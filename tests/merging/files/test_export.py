@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from restitch.merging.files import export as module
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits, StreamedEdits, edited
-from restitch.merging.files.export import export_weights
+from restitch.merging.files.export import Previous, export_weights
 from restitch.merging.rules.stitch import stitch
 from tests import tiny
 
@@ -191,3 +191,48 @@ def test_progress_ends_with_all_bytes(tmp_path: Path, sharded: Checkpoint) -> No
         progress=lambda done, total: seen.append((done, total)),
     )
     assert seen[-1] == (sharded.nbytes, sharded.nbytes)
+
+
+class Added:
+    """Adds one to whole tensors."""
+
+    def __init__(self, *names: str) -> None:
+        self.names = names
+
+    def apply(self, name: str, flat: torch.Tensor) -> None:
+        flat += 1
+
+
+def test_files_without_a_change_are_taken_from_an_earlier_export(
+    tmp_path: Path, sharded: Checkpoint
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    assert export_weights(sharded, Added("embed.weight"), first) == ()
+    changed = {shard for shard, names in sharded.shards.items() if "embed.weight" in names}
+    previous = Previous(first, frozenset({"embed.weight"}))
+    taken = export_weights(sharded, Added(), second, previous=previous)
+    assert set(taken) == sharded.shards.keys() - changed
+    assert taken
+    check(second, sharded, Added())
+    for name in taken:
+        assert (second / name).samefile(first / name)
+
+
+@pytest.mark.parametrize("broken", ["missing", "shorter", "header"])
+def test_a_file_that_is_not_whole_is_not_taken(
+    tmp_path: Path, sharded: Checkpoint, broken: str
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.mkdir()
+    second.mkdir()
+    export_weights(sharded, Added(), first)
+    name = next(iter(sharded.shards))
+    data = (first / name).read_bytes()
+    (first / name).unlink()
+    if broken != "missing":
+        (first / name).write_bytes(data[:-1] if broken == "shorter" else data[:8] + b" " + data[9:])
+    taken = export_weights(sharded, Added(), second, previous=Previous(first, frozenset()))
+    assert name not in taken
+    check(second, sharded, Added())
