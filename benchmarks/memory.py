@@ -36,6 +36,7 @@ from benchmarks.speed import (
     KV,
     VOCABULARY,
     Figure,
+    Shapes,
     count,
     llama_shapes,
     make_models,
@@ -59,7 +60,16 @@ def make_large(folder: Path, params: float) -> int:
     """Make `base` and a finetuned model of about this many weights; return their number."""
     shapes = llama_shapes(params)
     make_models(folder, shapes, (MODEL,), torch.bfloat16)
-    config = LlamaConfig(
+    config = llama_config(shapes)
+    for name in ("base", MODEL):
+        config.save_pretrained(folder / name)
+        byte_tokenizer().save_pretrained(folder / name)
+    return count(shapes)
+
+
+def llama_config(shapes: Shapes) -> LlamaConfig:
+    """The configuration of a Llama with these tensors, in bfloat16."""
+    return LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=HIDDEN,
         intermediate_size=INTERMEDIATE,
@@ -70,10 +80,6 @@ def make_large(folder: Path, params: float) -> int:
         architectures=["LlamaForCausalLM"],
         dtype="bfloat16",
     )
-    for name in ("base", MODEL):
-        config.save_pretrained(folder / name)
-        byte_tokenizer().save_pretrained(folder / name)
-    return count(shapes)
 
 
 def make_tiny(folder: Path) -> None:

@@ -111,17 +111,22 @@ def count(shapes: Shapes) -> int:
 def make_models(folder: Path, shapes: Shapes, tasks: tuple[str, ...], dtype: torch.dtype) -> None:
     """Write `base` and one finetuned folder per task: weights of 0.02, changes of 0.0005."""
     for index, task in enumerate(("base", *tasks)):
-        weights = torch.Generator().manual_seed(0)
-        changes = torch.Generator().manual_seed(index)
-        tensors = {}
-        for name, shape in shapes.items():
-            value = torch.randn(shape, generator=weights).mul_(0.02)
-            if index:
-                value = value.to(dtype).float()
-                value += torch.randn(shape, generator=changes).mul_(0.0005)
-            tensors[name] = value.to(dtype)
-        (folder / task).mkdir()
-        save_file(tensors, folder / task / "model.safetensors", {"format": "pt"})
+        make_model(folder / task, shapes, index, dtype)
+
+
+def make_model(folder: Path, shapes: Shapes, index: int, dtype: torch.dtype) -> None:
+    """Write the base, which has the index 0, or a finetuned model of it."""
+    weights = torch.Generator().manual_seed(0)
+    changes = torch.Generator().manual_seed(index)
+    tensors = {}
+    for name, shape in shapes.items():
+        value = torch.randn(shape, generator=weights).mul_(0.02)
+        if index:
+            value = value.to(dtype).float()
+            value += torch.randn(shape, generator=changes).mul_(0.0005)
+        tensors[name] = value.to(dtype)
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 
 
 def open_vector(folder: Path, task: str) -> TaskVector:

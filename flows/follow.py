@@ -23,12 +23,12 @@ from restitch.flows.followed_folder import (
     changed_tensors,
 )
 from restitch.flows.outcome import Outcome
-from restitch.flows.promotion.versions import find_version
 from restitch.merging.errors import RestitchError, Unavailable
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.export import Previous
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
+from restitch.registry.ledger.versions import find_version
 from restitch.tasks.runtime.console import say, warn
 from restitch.tasks.runtime.workspace import workspace
 
