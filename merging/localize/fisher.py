@@ -26,6 +26,7 @@ from restitch.merging.localize.live_weights import LiveWeights
 from restitch.merging.prefetch import prefetch
 from restitch.merging.progress import Progress, ignore
 from restitch.merging.ranking.task_vector import TaskVector
+from restitch.merging.ranking.top_k import strided_positions
 
 NAME = "fisher"
 VERSION = 1
@@ -112,10 +113,8 @@ class FisherScores:
     def sample(self, name: str, stride: int, block: int) -> Tensor:
         """The first `block` of every `stride` scores."""
         sample = self._vector.sample(name, stride, block)
-        rows = self.numel(name) // stride
-        starts = np.arange(rows)[:, None] * stride if rows else np.zeros((1, 1), dtype=np.int64)
-        positions = (starts + np.arange(block)).reshape(-1)[: sample.numel()]
-        self._weigh(name, sample, positions)
+        positions = strided_positions(self.numel(name), stride, block)
+        self._weigh(name, sample, positions.numpy())
         return sample
 
     def _weigh(self, name: str, scores: Tensor, positions: NDArray[np.int64]) -> None:

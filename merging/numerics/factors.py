@@ -48,6 +48,20 @@ class Factors:
         product = self.left.to(dtype) @ self.right.to(dtype)
         return product if self.scale == 1.0 else product.mul_(self.scale)
 
+    def at(self, positions: Tensor) -> Tensor:
+        """The numbers at some flat positions in float32, equal to `product` up to rounding."""
+        columns = self.right.shape[1]
+        left = self.left[positions // columns].float()
+        right = self.right[:, positions % columns].float()
+        return (left * right.mT).sum(1).mul_(self.scale)
+
+    def bound(self) -> float:
+        """A number that no magnitude exceeds; infinite or NaN if a factor has such numbers."""
+        left, right = self.left.double().square().sum(1), self.right.double().square().sum(0)
+        if not left.numel() or not right.numel():
+            return 0.0
+        return abs(self.scale) * float((left.max() * right.max()).sqrt())
+
 
 def in_8_bits(columns: Tensor) -> tuple[Tensor, Tensor]:
     """The codes (int8) and the steps (bfloat16, one per column) of a finite float32 matrix."""

@@ -14,9 +14,10 @@ from torch import Tensor
 
 from restitch.merging.errors import CannotJoin
 from restitch.merging.files.checkpoint import FLOATING, Checkpoint
-from restitch.merging.numerics.rounding import SERIAL, cast_into
+from restitch.merging.numerics.factors import Factors
+from restitch.merging.numerics.rounding import SERIAL, cast_into, round_once
 from restitch.merging.order import by_bytes
-from restitch.merging.ranking.top_k import strided_sample
+from restitch.merging.ranking.top_k import strided_positions, strided_sample
 
 CHUNK = 1 << 18
 
@@ -93,13 +94,26 @@ class TaskVector:
             yield scores
 
     def sample(self, name: str, stride: int, block: int) -> Tensor:
-        """The scores of the first `block` of every `stride` coordinates."""
+        """The scores of the first `block` of every `stride` coordinates.
+
+        Those of a change that is held as factors are computed alone, up to rounding.
+        """
+        factors = self.finetuned.factors(name)
+        if factors is not None:
+            return self._of_factors(name, factors, stride, block)
         sides = []
         for checkpoint in (self.finetuned, self.base):
             flat = strided_sample(checkpoint.tensor(name).view(-1), stride, block)
             sides.append(torch.empty(flat.numel(), dtype=self._dtypes[name]))
             cast_into(sides[-1], flat)
         return torch.from_numpy(np.abs(sides[0].numpy() - sides[1].numpy()))
+
+    def _of_factors(self, name: str, factors: Factors, stride: int, block: int) -> Tensor:
+        dtype = self._dtypes[name]
+        before = strided_sample(self.base.tensor(name).view(-1), stride, block).to(dtype)
+        change = factors.at(strided_positions(self.numel(name), stride, block))
+        after = round_once(before + change, self.finetuned.info(name).dtype)
+        return (after.to(dtype) - before).abs_()
 
     def difference(self, name: str) -> Tensor:
         """Finetuned minus base of one tensor, in its shape."""
@@ -161,6 +175,8 @@ def check_finite(finetuned: Checkpoint, base: Checkpoint | None = None) -> None:
     for name in finetuned.floating:
         if base is not None and finetuned.is_known_as(base, name):
             continue
+        if base is not None and _is_bounded(finetuned, base, name):
+            continue
         count = _not_finite(finetuned.tensor(name).view(-1))
         if count:
             bad.append(f"{name}: {count} of {finetuned.info(name).numel}")
@@ -172,6 +188,19 @@ def check_finite(finetuned: Checkpoint, base: Checkpoint | None = None) -> None:
             hint="finetune the model again, perhaps with a smaller learning rate",
             details=bad,
         )
+
+
+def _is_bounded(finetuned: Checkpoint, base: Checkpoint, name: str) -> bool:
+    """True if the factors of a change show that no weight overflows; nothing is computed."""
+    factors = finetuned.factors(name)
+    if factors is None or name not in base:
+        return False
+    flat = base.tensor(name).view(-1)
+    starts = range(0, flat.numel(), SERIAL)
+    ends = [end for start in starts for end in flat[start : start + SERIAL].aminmax()]
+    largest = float(torch.stack(ends).abs().max()) if ends else 0.0
+    # Half, because sum and product are rounded.
+    return largest + factors.bound() < torch.finfo(finetuned.info(name).dtype).max / 2
 
 
 def _not_finite(flat: Tensor) -> int:

@@ -95,6 +95,14 @@ def strided_sample(flat: Tensor, stride: int, block: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(bits).reshape(-1)).view(flat.dtype)
 
 
+def strided_positions(count: int, stride: int, block: int) -> Tensor:
+    """The positions that `strided_sample` takes of `count` elements."""
+    rows = count // stride
+    if not rows:
+        return torch.arange(min(block, count))
+    return (torch.arange(rows)[:, None] * stride + torch.arange(block)).view(-1)
+
+
 def top_k(
     scores: Scores, k: int, *, scratch: Path | None = None, progress: Progress | None = None
 ) -> Mask:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,37 @@ def test_masks_and_merge_are_those_of_the_whole_model(
         shell("verify", "demo")
         shell.check_settled()
     assert found["adapter"] == found["whole"]
+
+
+@without_mlflow
+@pytest.mark.parametrize("mode", ["dataless", "subspace"])
+def test_a_registration_computes_each_tensor_at_most_twice(
+    mode: str,
+    shell: Shell,
+    world: World,
+    adapter: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    computed: Counter[str] = Counter()
+    compute = AdapterCheckpoint.tensor
+
+    def counted(checkpoint: AdapterCheckpoint, name: str) -> Tensor:
+        computed.update([name] if name in checkpoint.touched else [])
+        return compute(checkpoint, name)
+
+    method = "tsv-m" if mode == "subspace" else "localize-and-stitch"
+    values = {"line": "reviews", "base": str(world.base), "family": "text-encoder"}
+    line = write_yaml(tmp_path / "l.yaml", values | {"method": method, "localize": {"mode": mode}})
+    shell("init", line)
+    task = write_yaml(tmp_path / "t.yaml", {"task": "colours"})
+    monkeypatch.setattr(AdapterCheckpoint, "tensor", counted)
+    shell("register", "reviews", "--task", task, "--model", adapter)
+    first = f"{MODULES[1]}.weight"  # also read to see that there is a change
+    assert max((n for name, n in computed.items() if name != first), default=0) == (
+        2 if mode == "dataless" else 0
+    )
+    assert computed[first] <= (3 if mode == "dataless" else 1)
 
 
 @without_mlflow

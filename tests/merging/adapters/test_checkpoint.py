@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from restitch.merging.adapters.checkpoint import AdapterCheckpoint
-from restitch.merging.errors import BadInput
+from restitch.merging.errors import BadInput, CannotJoin
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.shards import holds_adapter
 from restitch.merging.ranking.task_vector import TaskVector, check_finite
+from restitch.merging.ranking.top_k import strided_sample
 from tests.merging.adapters.folders import PREFIX, write_adapter
 from tests.tiny import base_tensors, save
 
@@ -361,6 +362,44 @@ def test_factors_that_are_not_finite_are_seen_in_the_weights(
     tensors[f"{Q}.lora_B.weight"][3, 1] = float("nan")
     adapter = AdapterCheckpoint.read(write_adapter(tmp_path / "adapter", tensors), base)
     assert adapter.tensor(f"{Q}.weight").isnan().sum() == 8
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sample_of_scores_is_computed_from_the_factors_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    base = save(tmp_path / "base", base_tensors(dtype=dtype))
+    adapter = AdapterCheckpoint.read(write_adapter(tmp_path / "adapter", lora()), base)
+    vector = TaskVector(base, adapter, [f"{Q}.weight"])
+    scores = torch.cat([chunk.clone() for chunk in vector.chunks(f"{Q}.weight")])
+    monkeypatch.delattr(AdapterCheckpoint, "tensor")
+    sample = vector.sample(f"{Q}.weight", 16, 3)
+    expected = strided_sample(scores, 16, 3)
+    assert sample.dtype == expected.dtype
+    assert torch.allclose(sample, expected, rtol=0.05)
+
+
+def test_finite_factors_show_that_weights_are_finite(
+    tmp_path: Path, base: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter = AdapterCheckpoint.read(write_adapter(tmp_path / "adapter", lora()), base)
+    monkeypatch.delattr(AdapterCheckpoint, "tensor")
+    check_finite(adapter, base)
+
+
+@pytest.mark.parametrize("large", [1e3, 4e4])
+def test_weights_that_overflow_are_found(tmp_path: Path, large: float) -> None:
+    base = save(tmp_path / "base", base_tensors(dtype=torch.float16))
+    tensors = lora()
+    tensors[f"{Q}.lora_A.weight"].fill_(large)
+    tensors[f"{Q}.lora_B.weight"].fill_(1.0)
+    adapter = AdapterCheckpoint.read(write_adapter(tmp_path / "adapter", tensors), base)
+    if large < 1e4:
+        check_finite(adapter, base)
+    else:
+        with pytest.raises(CannotJoin, match="not finite") as caught:
+            check_finite(adapter, base)
+        assert f"{Q}.weight: 64 of 64" in caught.value.message()
 
 
 @pytest.mark.parametrize(

@@ -40,3 +40,26 @@ def test_a_column_of_zeros_stays_zero() -> None:
 def test_singular_values_that_are_rounding_errors_are_found() -> None:
     values = torch.tensor([[1.0, 1e-3, 1e-7, 0.0], [0.0, 0.0, 0.0, 0.0]])
     assert above_rounding(values, 4).tolist() == [[True, True, False, False], [False] * 4]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 9), st.integers(0, 4), st.integers(1, 9), st.integers(0, 2**31))
+def test_numbers_at_positions_and_their_bound_are_those_of_the_product(
+    rows: int, rank: int, columns: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    left = torch.randn(rows, rank, generator=generator)
+    right = torch.randn(rank, columns, generator=generator)
+    factors = Factors(left, right, -1.5)
+    flat = factors.product().view(-1)
+    positions = torch.randint(rows * columns, (7,), generator=generator)
+    assert torch.allclose(factors.at(positions), flat[positions], rtol=1e-5, atol=1e-6)
+    assert float(flat.abs().max()) <= factors.bound() * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("side", [0, 1])
+def test_numbers_that_are_not_finite_have_no_bound(bad: float, side: int) -> None:
+    sides = [torch.zeros(2, 1), torch.zeros(1, 2)]
+    sides[side].view(-1)[1] = bad
+    assert not Factors(*sides).bound() < 1e300

@@ -77,3 +77,17 @@ def test_outside_share_is_the_squared_norm_outside(tmp_path: Path) -> None:
     found = outside_share(*pair(tmp_path, zeros, moved), ["in"])
     assert found.share == pytest.approx(4 / 8)
     assert found.tensors == (("out.b", 3 / 8), ("out.a", 1 / 8))
+
+
+def test_without_a_change_outside_the_inside_is_not_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    zeros = {name: torch.zeros(4) for name in ("in", "out")}
+    base, moved = pair(tmp_path, zeros, {**zeros, "in": torch.ones(4)})
+    read: list[str] = []
+    tensor = Checkpoint.tensor
+    monkeypatch.setattr(
+        Checkpoint, "tensor", lambda c, name: (read.append(name), tensor(c, name))[1]
+    )
+    assert outside_share(base, moved, ["in"]).share == 0
+    assert set(read) == {"out"}

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from restitch.merging.files.mask import Mask
 from restitch.merging.ranking import top_k as module
-from restitch.merging.ranking.top_k import TensorScores, strided_sample, top_k
+from restitch.merging.ranking.top_k import TensorScores, strided_positions, strided_sample, top_k
 
 
 def slow_top_k(scores: dict[str, Tensor], k: int) -> dict[str, list[int]]:
@@ -131,3 +131,12 @@ def test_a_strided_sample_covers_the_whole_tensor() -> None:
     flat = torch.arange(11.0)
     assert strided_sample(flat, 5, 2).tolist() == [0, 1, 5, 6]
     assert strided_sample(flat, 100, 3).tolist() == [0, 1, 2]
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(0, 300), st.integers(1, 100), st.integers(1, 100))
+def test_positions_are_those_of_the_sample(count: int, stride: int, block: int) -> None:
+    block = min(block, stride)
+    numbers = torch.arange(count, dtype=torch.int32)
+    expected = strided_sample(numbers, stride, block).tolist()
+    assert strided_positions(count, stride, block).tolist() == expected
