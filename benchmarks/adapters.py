@@ -274,8 +274,8 @@ def _digest(base: Base, edits: Edits) -> str:
 
 def cost_table(costs: Mapping[str, Mapping[str, Cost]]) -> str:
     """The costs of registering adapters, with those of whole models in parentheses."""
-    header = ("line", "stored", "of the weights", "localized, s", "share", "registered, s", "share")
-    header = (*header, "memory, MB", "masks", "merged weights")
+    seconds = ("localized, s", "share", "registered, s", "share")
+    header = ("line", "stored", "of the weights", *seconds, "memory, MB", "masks", "merged weights")
     lines = [_row(header), _row(["---"] * len(header))]
     for name, kinds in costs.items():
         ours, theirs = (kinds[kind] for kind in KINDS)

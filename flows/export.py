@@ -12,24 +12,34 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from restitch.flows.export_adapter import adapter_config
 from restitch.flows.outcome import Outcome
 from restitch.flows.output_folder import appearing, check_free
 from restitch.flows.promotion.versions import open_version
 from restitch.flows.research.experts import specialists_of
+from restitch.merging.adapters.checkpoint import WEIGHTS
+from restitch.merging.adapters.vectors import VectorSpace, write_vectors
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
-from restitch.merging.files.edits import Edits, RenamedEdits
+from restitch.merging.files.edits import Edits, RenamedEdits, edited
 from restitch.merging.files.export import Previous, export_weights
 from restitch.merging.files.sparse import SparseFile
 from restitch.merging.progress import Progress
 from restitch.modeling.families.family import get_family
 from restitch.modeling.heads import Head
+from restitch.modeling.weights import weight_layers
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedMember, MergedRecord
 from restitch.registry.sizes import parse_size
 from restitch.serving.version_folder import copy_assets
-from restitch.tasks.inputs.checkpoints import Base, open_base, open_sparse, open_specialist
+from restitch.tasks.inputs.checkpoints import (
+    Base,
+    live_base,
+    open_base,
+    open_sparse,
+    open_specialist,
+)
 from restitch.tasks.inputs.heads import head_file
 from restitch.tasks.report.card import model_card, specialist_card
 from restitch.tasks.report.provenance import provenance
@@ -186,7 +196,10 @@ class ExportedModel:
         """
         base, edits = self.base, self.edits()
         with working(f"writing {title}") as progress:
-            if self.head is None:
+            taken: tuple[str, ...] = ()
+            if base.space is not None:
+                _write_vectors(base, base.space, edits, self.line_state, folder)
+            elif self.head is None:
                 taken = export_weights(
                     base.checkpoint,
                     edits,
@@ -196,14 +209,17 @@ class ExportedModel:
                     progress=progress,
                 )
             else:
-                taken = ()
                 _write_classifier(base, edits, self.head, folder, shard_size, progress)
-        write_assets(base, self.head, folder)
+        if base.space is None:
+            write_assets(base, self.head, folder)
         if self.head is None:
             _write_heads(folder, self.line_state, self.content.members, base, self.space)
         text = json.dumps(self.content.description, indent=2, ensure_ascii=False)
         (folder / "restitch.json").write_text(text + "\n", encoding="utf-8")
-        made = Checkpoint.open(folder)
+        if base.space is None:
+            made = Checkpoint.open(folder)
+        else:
+            made = Checkpoint.from_files(folder, {WEIGHTS: folder / WEIGHTS})
         (folder / "README.md").write_text(self._card(made.digest()), encoding="utf-8")
         return made, taken
 
@@ -331,6 +347,17 @@ def _write_classifier(
         extra=head.tensors,
         progress=progress,
     )
+
+
+def _write_vectors(
+    base: Base, space: VectorSpace, edits: Edits, line_state: LineState, folder: Path
+) -> None:
+    """Write merged vectors as an (IA)^3 adapter, with the names of the model that peft loads."""
+    live = live_base(base, "write an adapter")
+    layers = weight_layers(live.model, live.parameters)
+    modules = {each.weight: layers[each.weight].module for each in space.modules.values()}
+    vectors = {name: edited(base.checkpoint, edits, name) for name in base.checkpoint.names}
+    write_vectors(folder, space, vectors, modules, adapter_config(line_state))
 
 
 def write_assets(base: Base, head: Head | None, folder: Path) -> None:

@@ -106,6 +106,13 @@ def export_adapter(
     out = out.expanduser().absolute()
     check_free(out, overwrite)
     base = open_base(LineRef(line_state.spec, line_state.base), space)
+    if base.space is not None:
+        raise BadInput(
+            f"the versions of line {line} are (IA)\u00b3 adapters already",
+            expected="a line that merges weights",
+            found="a line with `space`",
+            hint=f"`restitch export {line} {version} OUT` writes the adapter",
+        )
     live = live_base(base, "write an adapter")
     edits = open_sparse(record.patch, space, base.checkpoint)
     layers = {
@@ -178,16 +185,21 @@ def _write(
     factors: Mapping[str, Factors],
 ) -> int:
     """Write the adapter's two files; return the number of its parameters."""
-    name, pin = split_pin(line_state.base.uri)
-    config: dict[str, Any] = {"base_model_name_or_path": None}
-    if is_hub_id(name) and "/" in name and ":" not in name:
-        config = {"base_model_name_or_path": name, "revision": pin}
-    config["task_type"] = _TASK_TYPES.get(line_state.spec.family)
+    config = adapter_config(line_state)
     adapted = {
         layers[name].module: LoraLayer(each, layers[name].transposed)
         for name, each in factors.items()
     }
     return write_lora(folder, adapted, _dtype(live, factors), config)
+
+
+def adapter_config(line_state: LineState) -> dict[str, Any]:
+    """The keys of an adapter's configuration that name its base and the kind of model."""
+    name, pin = split_pin(line_state.base.uri)
+    config: dict[str, Any] = {"base_model_name_or_path": None}
+    if is_hub_id(name) and "/" in name and ":" not in name:
+        config = {"base_model_name_or_path": name, "revision": pin}
+    return {**config, "task_type": _TASK_TYPES.get(line_state.spec.family)}
 
 
 def _as_edits(path: Path, live: LiveBase, factors: Mapping[str, Factors]) -> FactorFile:

@@ -28,6 +28,7 @@ from restitch.registry.specs.in_words import changed
 from restitch.registry.specs.line import LineSpec, line_changes
 from restitch.registry.specs.method import MethodSpec, TournamentSpec
 from restitch.registry.specs.task import TaskSpec
+from restitch.tasks.inputs.adapter_vectors import with_modules
 from restitch.tasks.inputs.checkpoints import Base, check_compute, describe_model, open_base
 from restitch.tasks.inputs.heads import check_own_head, with_labels
 from restitch.tasks.inputs.task_data import (
@@ -100,12 +101,14 @@ def init_line(file: Path | Mapping[str, Any]) -> InitOutcome:
         if not base.uri.startswith(COPY_SCHEME):
             spec = spec.with_base(base.uri)
     else:
-        line_changes(old.spec, spec)  # refuses changes that are not allowed
         base = old.base
+    spec = with_modules(spec, base.uri, space.home)
+    if old is not None:
+        line_changes(old.spec, spec)  # refuses changes that are not allowed
     opened = open_base(LineRef(spec, base), space)
     if old is not None:
         _warn_of_another_kind(opened)
-    for note in opened.checkpoint.notes:
+    for note in opened.weights.notes:
         say(f"the base: {note}")
     _check_fit(spec, opened)
     if isinstance(spec.retention, str):
@@ -236,9 +239,16 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
             details=differences,
             hint=f"choose the family of the base: {', '.join(family_names())}",
         )
+    if spec.space is not None and base.family.task_heads is not None:
+        raise BadInput(
+            f"a line of family {spec.family} cannot merge the vectors of adapters",
+            expected="a family without heads in its finetuned models",
+            found=f"space, with family: {spec.family}",
+            hint="leave out `space`: the line then merges the weights that the adapters give",
+        )
     _check_tensors(base)
     try:
-        check_finite(base.checkpoint)
+        check_finite(base.weights)
     except CannotJoin as error:
         raise BadInput(
             f"the base {base.ref.uri} has weights that are not finite",
@@ -258,6 +268,18 @@ def _check_fit(spec: LineSpec, base: Base) -> None:
 def check_kept(spec: LineSpec, method: Method) -> None:
     """Refuse a method that cannot merge what the line keeps of its members."""
     choice = spec.localize
+    if spec.space is not None and (method.needs or not method.exact):
+        raise BadInput(
+            f"the method {method.name} merges the weights of layers, and the line has vectors",
+            expected="a method that merges number by number: "
+            + ", ".join(
+                name
+                for name, each in ((name, get_method(name)) for name in method_names())
+                if each.exact and not each.needs
+            ),
+            found=method.name,
+            hint="choose one of them, or a line without `space`",
+        )
     is_subspace = choice.mode == SUBSPACE
     if method.whole and not is_subspace and (choice.mode, choice.density) != ("dataless", 1.0):
         raise BadInput(
@@ -293,14 +315,14 @@ def _check_density(spec: LineSpec, base: Base) -> None:
 
 def _check_tensors(base: Base) -> None:
     """Refuse a base whose tensors cannot be found by their names, or cannot be merged."""
-    if wrapped := wrapped_names(base.checkpoint.names):
+    if wrapped := wrapped_names(base.weights.names):
         raise BadInput(
             f"the base {base.ref.uri} has names that a wrapper changed",
             expected="the names of a model that was saved with save_pretrained",
             found=shortlist(wrapped),
             hint="unwrap the model (torch.compile, DistributedDataParallel, ...) and save it again",
         )
-    infos = [base.checkpoint.info(name) for name in base.checkpoint.names]
+    infos = [base.weights.info(name) for name in base.weights.names]
     integers = [
         described(info)
         for info in infos

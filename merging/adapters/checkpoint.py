@@ -22,6 +22,7 @@ from restitch.merging.adapters.names import (
     fit_names,
     sort_names,
     twice,
+    vector_name,
 )
 from restitch.merging.adapters.updates import Part, Scale, Update, low_rank, scale
 from restitch.merging.digests import canonical_json
@@ -44,10 +45,12 @@ class _Change:
     Attributes:
         update: applied to the base's values, or to `whole`.
         whole: the name in the adapter's file of values that replace the base's.
+        vector: the name in the adapter's file of the vector of (IA)^3 that scales a matrix.
     """
 
     update: Update | None = None
     whole: str | None = None
+    vector: str | None = None
 
 
 class AdapterCheckpoint(Checkpoint):
@@ -130,7 +133,7 @@ class AdapterCheckpoint(Checkpoint):
             infos[new] = TensorInfo(new, dtype, info.shape)
             changes[new] = _Change(whole=stored)
         problems = []
-        turned = _is_turned(base, config)
+        turned = is_turned(base, otherwise=config.transposed)
         for module in sorted(names.parts, key=by_bytes):
             parts = {
                 part: Part(weights.info(name).shape, partial(weights.tensor, name))
@@ -141,7 +144,8 @@ class AdapterCheckpoint(Checkpoint):
             if isinstance(made, str):
                 problems.append(f"{module}: {made}")
                 continue
-            changes[new] = replace(changes.get(new, _Change()), update=made)
+            vector = names.parts[module].get(VECTOR)
+            changes[new] = replace(changes.get(new, _Change()), update=made, vector=vector)
             outputs = _of_outputs(parts, infos.get(bias))
             if outputs is not None:
                 changes[bias] = replace(changes.get(bias, _Change()), update=outputs)
@@ -169,11 +173,10 @@ class AdapterCheckpoint(Checkpoint):
             else self._weights.tensor(change.whole)
         )
         if change.update is None:
-            after = before.reshape(-1)
+            after = round_once(before.reshape(-1)[: info.numel], info.dtype)
         else:
-            wide = torch.float64 if torch.float64 in (before.dtype, info.dtype) else torch.float32
-            after = change.update.apply(cast(before.reshape(-1), wide).view(before.shape)).view(-1)
-        return round_once(after[: info.numel], info.dtype).view(info.shape)
+            after = updated(before, change.update, info.dtype)[: info.numel]
+        return after.view(info.shape)
 
     def is_known_as(self, other: Checkpoint, name: str) -> bool:
         """True for a tensor that the adapter does not touch, compared with its base."""
@@ -189,6 +192,17 @@ class AdapterCheckpoint(Checkpoint):
         if change is None or change.whole is not None or change.update is None:
             return None
         return change.update.factors()
+
+    @property
+    def replaced(self) -> tuple[str, ...]:
+        """The tensors that the adapter has as a whole."""
+        return tuple(n for n in self.touched if self._changes[n].whole is not None)
+
+    def vectors(self) -> Checkpoint:
+        """The vectors of (IA)^3 as they are stored, by `names.vector_name`."""
+        stored = {name: change.vector for name, change in self._changes.items()}
+        vectors = {old: vector_name(name) for name, old in stored.items() if old is not None}
+        return self._weights.renamed(vectors)
 
     def tensor_bytes(self, name: str) -> memoryview:
         """The bytes of a tensor."""
@@ -236,6 +250,13 @@ class AdapterCheckpoint(Checkpoint):
             {new: self._origins[old] for old, new in mapping.items() if old in self._origins},
             self.notes,
         )
+
+
+def updated(before: Tensor, update: Update, dtype: torch.dtype) -> Tensor:
+    """The flat values after an update of the base's, computed in float32 or wider, rounded once."""
+    wide = torch.float64 if torch.float64 in (before.dtype, dtype) else torch.float32
+    after = update.apply(cast(before.reshape(-1), wide).view(before.shape))
+    return round_once(after.view(-1), dtype)
 
 
 def _open_weights(folder: Path, where: str) -> Checkpoint:
@@ -288,7 +309,7 @@ def _of_outputs(parts: Mapping[str, Part], bias: TensorInfo | None) -> Update | 
     return Scale(parts[VECTOR].read, bias.shape)
 
 
-def _is_turned(base: Checkpoint, config: AdapterConfig) -> bool:
+def is_turned(base: Checkpoint, *, otherwise: bool) -> bool:
     """True if the base's square matrices are [in, out], as those of GPT-2's layers are.
 
     PEFT asks for the class of a layer and corrects `fan_in_fan_out` if it is wrong. Here the biases
@@ -303,4 +324,4 @@ def _is_turned(base: Checkpoint, config: AdapterConfig) -> bool:
             outputs = base.info(bias).shape
             if outputs in (shape[:1], shape[1:]):
                 return outputs == shape[1:]
-    return config.transposed
+    return otherwise

@@ -111,6 +111,11 @@ def sort_names(names: Sequence[str], base: Iterable[str], where: str) -> Adapter
     return AdapterNames(parts, whole)
 
 
+def vector_name(weight: str) -> str:
+    """The name of the vector of (IA)^3 that scales a matrix, by the name of the matrix."""
+    return f"{weight.removesuffix('.weight')}.{VECTOR}"
+
+
 def _split(name: str) -> tuple[str, str, tuple[str, ...]] | None:
     """The module, the part and what follows it, if a name is that of a factor."""
     components = name.split(".")

@@ -142,12 +142,14 @@ def _line(
             )
     elif isinstance(retention, dict):
         values["retention"] = _task(retention, f"{origin}: retention", folder).to_json()
-    for key in ("localize", "gates", "actors", "notify"):
+    for key in ("localize", "space", "gates", "actors", "notify"):
         if values.get(key, ...) is None:  # `gates:` without a value
             del values[key]
     _resolve_objective(values)
     if "localize" not in values and _needs_whole(values.get("method")):
         values["localize"] = {"mode": "dataless", "density": 1.0}
+    elif "localize" not in values and values.get("space") is not None:
+        values["localize"] = {"mode": "dataless"}
     spec = checked(LineSpec, values, origin)
     if without_method and method is None:
         raise NoMethod(

@@ -5,9 +5,9 @@ its folder or our defaults change.
 """
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, field_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from restitch.merging.errors import BadInput
 from restitch.registry.specs.base import InFile, Spec, Text
@@ -18,6 +18,9 @@ from restitch.registry.specs.task import Name, TaskSpec, keep_pin
 
 DEFAULT_CRON = "*/15 * * * *"
 DEFAULT_TIMEZONE = "UTC"
+
+# Keys of a line that cannot change: its masks belong to them.
+_FIXED = ("line", "base", "family", "space")
 
 # Five fields, or a word such as @daily. What is in the fields is for Prefect's parser, which
 # `tasks.runtime.schedules` asks before a line is made or changed.
@@ -90,6 +93,20 @@ class ScheduleSpec(Spec):
         return f"{self.cron} {self.timezone}"
 
 
+class SpaceSpec(Spec):
+    """The vectors of (IA)³ adapters, which a line merges in place of weights.
+
+    The keys are those of PEFT's `IA3Config`; all adapters of the line have the same.
+    """
+
+    target_modules: Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
+        examples=[["k", "v", "wo"]]
+    )
+    """The modules with a vector: their names, or the ends of their names after a dot."""
+    feedforward_modules: tuple[Text, ...] = Field(default=(), examples=[["wo"]])
+    """Those of them whose inputs are scaled; the others scale their outputs."""
+
+
 class LineSpec(Spec):
     """A line: its base, how models join it, and what it must keep."""
 
@@ -110,6 +127,13 @@ class LineSpec(Spec):
     )
     """How masks are found; a method that needs whole task vectors defaults to `{mode: dataless,
     density: 1}`."""
+    space: Literal["adapter"] | SpaceSpec | None = Field(
+        default=None,
+        examples=["adapter", {"target_modules": ["k", "v", "wo"], "feedforward_modules": ["wo"]}],
+    )
+    """For a line of (IA)³ adapters: merge their vectors, in place of the weights of the models. The
+    modules that have vectors, or `adapter` for PEFT's default modules of the base's architecture;
+    it cannot change."""
     retention: Annotated[TaskSpec | Name | None, InFile(Text | TaskSpec | None)] = Field(
         default=None, examples=["tasks/imagenet.yaml"]
     )
@@ -142,6 +166,15 @@ class LineSpec(Spec):
     )
     """What to notify people of, at the addresses in `RESTITCH_NOTIFY_URLS`."""
 
+    @model_validator(mode="after")
+    def _vectors_have_masks_without_data(self) -> Self:
+        if self.space is not None and self.localize.mode != "dataless":
+            raise ValueError(
+                f"a line with a space keeps the vectors of adapters: localize: mode is "
+                f"{self.localize.mode}, give dataless"
+            )
+        return self
+
     @field_validator("actors", mode="before", json_schema_input_type=list[Text] | ActorsSpec | None)
     @classmethod
     def _same_for_all(cls, value: Any) -> Any:
@@ -172,6 +205,10 @@ class LineSpec(Spec):
         """Return the same line with a pinned base."""
         return self.model_copy(update={"base": base})
 
+    def with_space(self, space: SpaceSpec) -> "LineSpec":
+        """Return the same line with the modules of its space named."""
+        return self.model_copy(update={"space": space})
+
     def with_retention(self, retention: TaskSpec | str | None) -> "LineSpec":
         """Return the same line with another benchmark, such as one whose data is pinned."""
         return self.model_copy(update={"retention": retention})
@@ -191,7 +228,7 @@ def line_changes(old: LineSpec, new: LineSpec) -> list[tuple[str, JsonValue, Jso
         BadInput: a key changes that must not.
     """
     changes = _differences(old.to_json(), new.to_json())
-    fixed = [change for change in changes if change[0] in ("line", "base", "family")]
+    fixed = [change for change in changes if change[0].partition(".")[0] in _FIXED]
     if fixed:
         raise BadInput(
             f"line {old.line}: {' and '.join(key for key, *_ in fixed)} cannot change",

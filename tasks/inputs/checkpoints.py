@@ -11,6 +11,7 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import torch
 
 from restitch.merging.adapters.checkpoint import AdapterCheckpoint
+from restitch.merging.adapters.vectors import VectorEdits, VectorSpace
 from restitch.merging.errors import BadInput, Unavailable
 from restitch.merging.experts.files import open_expert
 from restitch.merging.files.checkpoint import Checkpoint
@@ -43,6 +45,7 @@ from restitch.registry.sources.verified import (
 )
 from restitch.registry.sources.verified import assets_digest as digest_of_files
 from restitch.registry.specs.line import Compute, ComputeType, LineSpec
+from restitch.tasks.inputs.adapter_vectors import ones_of, vector_space, vectors_of
 from restitch.tasks.inputs.adapters import (
     check_same_base,
     is_adapter,
@@ -61,10 +64,12 @@ class Base:
     """The base of a line, opened.
 
     Attributes:
+        checkpoint: the tensors that are merged: the weights, or the vectors of a line with a space.
         names: the localizable tensors, sorted.
         selection: the globs that chose them.
         compute: the line's key, the type of the weights of a live model.
         heads: the tensors of its own head, in a family whose tasks have heads of their own.
+        space: of the vectors of adapters, if the line merges these.
     """
 
     ref: ModelRef
@@ -75,6 +80,16 @@ class Base:
     selection: Selection
     compute: Compute = "auto"
     heads: frozenset[str] = frozenset()
+    space: VectorSpace | None = None
+
+    @property
+    def weights(self) -> Checkpoint:
+        """The weights of the model itself."""
+        return self.checkpoint if self.space is None else self.space.weights
+
+    def on_weights(self, edits: Edits) -> Edits:
+        """Edits of the merged tensors as edits of the weights."""
+        return edits if self.space is None else VectorEdits(self.space, self.checkpoint, edits)
 
     @property
     def compute_type(self) -> ComputeType:
@@ -106,7 +121,7 @@ class Base:
     @property
     def _is_in_bfloat16(self) -> bool:
         """True if bfloat16 loses nothing of the base's weights, and the family can load it."""
-        infos = map(self.checkpoint.info, self.checkpoint.floating)
+        infos = map(self.weights.info, self.weights.floating)
         stored = all(info.dtype == torch.bfloat16 for info in infos)
         return stored and loads_in_any_type(self.family)
 
@@ -119,15 +134,28 @@ def open_base(line: LineRef, space: Workspace) -> Base:
     heads = frozenset(
         family.task_heads.tensors(folder, checkpoint.names) if family.task_heads else ()
     )
+    vectors, globs = None, family.localizable
+    if line.spec.space is not None:
+        assert line.spec.space != "adapter", "`init` names the modules"
+        vectors, globs = vector_space(line.spec.space, checkpoint, line.base.uri), ("*",)
+        checkpoint = ones_of(vectors, space.home)
     names = select_tensors(
         [name for name in checkpoint.floating if name not in heads],
-        family.localizable,
+        globs,
         choice.include,
         choice.exclude,
     )
-    selection = Selection(family.localizable, choice.include, choice.exclude)
+    selection = Selection(globs, choice.include, choice.exclude)
     return Base(
-        line.base, folder, checkpoint, family, tuple(names), selection, line.spec.compute, heads
+        line.base,
+        folder,
+        checkpoint,
+        family,
+        tuple(names),
+        selection,
+        line.spec.compute,
+        heads,
+        vectors,
     )
 
 
@@ -174,6 +202,8 @@ def describe_model(
             checkpoint = list_remote(resolved, space)
         if whole:
             check_base(family, local, resolved.uri)
+        if line is not None and line.spec.space is not None:
+            vectors_of(checkpoint, open_base(line, space).checkpoint, resolved.uri)
         weights, config = checkpoint.digest(), assets_digest(family, local)
         here = resolved.kind == "path" and not space.home.store_is_local
         if here or (copy and resolved.kind in ("path", "s3")):
@@ -202,7 +232,7 @@ def _readable(local: Path, where: str, line: LineRef | None, space: Workspace) -
         if line is not None and is_adapter(local):
             base = open_base(line, space)
             adapter = _adapter(
-                local, state_of(local), where, base.checkpoint, base.ref, base.family.prefixes
+                local, state_of(local), where, base.weights, base.ref, base.family.prefixes
             )
             check_same_base(adapter, base.ref, where)
             return adapter
@@ -266,6 +296,8 @@ def open_model(
     check_assets(ref, assets_digest(family, local))
     if base is not None and isinstance(checkpoint, AdapterCheckpoint):
         local = whole_folder(local, checkpoint, family, base.folder, space.home)
+    if base is not None and base.space is not None:
+        checkpoint = vectors_of(checkpoint, base.checkpoint, ref.uri)
     return local, checkpoint
 
 
@@ -275,11 +307,11 @@ def _open_weights(
     source = resolve_source(uri, space.home, whole=whole)
     local = source.local
     if source.remote is not None:
-        like = None if base is None else base.checkpoint
+        like = None if base is None else base.weights
         return local, remote_checkpoint(source, space, weights, like)
     if base is not None and is_adapter(local):
         adapter = _adapter(
-            local, state_of(local), uri, base.checkpoint, base.ref, base.family.prefixes
+            local, state_of(local), uri, base.weights, base.ref, base.family.prefixes
         )
         check_weights(adapter, local, weights)
         return local, adapter
@@ -409,6 +441,14 @@ class LiveBase:
         self.model = base.family.load(base.folder, *given).to(on)
         self.parameters = base.family.parameters(self.model)
 
+    def on(self, base: Base) -> "LiveBase":
+        """The same loaded model for the base as another line opened it."""
+        if base == self.base:
+            return self
+        other = copy(self)
+        other.base = base
+        return other
+
     @contextmanager
     def wearing(self, weights: WeightsRef, space: Workspace) -> Iterator[torch.nn.Module]:
         """The model with other weights; afterwards it has the base's again, bit for bit."""
@@ -417,16 +457,17 @@ class LiveBase:
             try:
                 yield self.model
             finally:
-                restore(self.parameters, self.base.checkpoint, touched)
+                restore(self.parameters, self.base.weights, touched)
 
     @contextmanager
     def edited(self, edits: Edits) -> Iterator[torch.nn.Module]:
         """The model with edits applied; afterwards it has the base's weights again, bit for bit."""
+        edits = self.base.on_weights(edits)
         try:
-            apply_edits(self.parameters, self.base.checkpoint, edits)
+            apply_edits(self.parameters, self.base.weights, edits)
             yield self.model
         finally:
-            restore(self.parameters, self.base.checkpoint, edits.names)
+            restore(self.parameters, self.base.weights, edits.names)
 
     def _put_on(self, weights: WeightsRef, space: Workspace, block: ExitStack) -> list[str]:
         """Set weights; returns the tensors to restore, without those that `block` restores."""
@@ -435,9 +476,16 @@ class LiveBase:
         if weights.kind in ("grafted", "merged", "expert"):
             open_weights = open_specialist if weights.kind == "expert" else open_sparse
             edits = open_weights(weights.identity, space, self.base.checkpoint)
-            apply_edits(self.parameters, self.base.checkpoint, edits)
+            edits = self.base.on_weights(edits)
+            apply_edits(self.parameters, self.base.weights, edits)
             return list(edits.names)
         local, checkpoint = _open_weights(weights.uri, weights.identity, space, self.base)
+        if self.base.space is not None:
+            assert isinstance(checkpoint, AdapterCheckpoint), "checked at registration"
+            with unchanged(local):
+                changed = ((name, checkpoint.tensor(name)) for name in checkpoint.touched)
+                set_weights(self.parameters, changed)
+            return list(checkpoint.touched)
         with unchanged(local):
             found, base = line_up(self.base, checkpoint), self.base.checkpoint
             finetuned = found.aligned(checkpoint)
@@ -521,7 +569,7 @@ def live_base(base: Base, step: str, holds: Sequence[Part] = ()) -> LiveBase:
     check_memory(step, parts, on, _more_memory(base, on))
     if not loaded:
         _live[key] = LiveBase(base, on)
-    return _live[key]
+    return _live[key].on(base)
 
 
 def check_compute(family: Family, compute: Compute) -> None:
@@ -541,8 +589,8 @@ def check_compute(family: Family, compute: Compute) -> None:
 
 def _weights(base: Base) -> Part:
     """The weights that a live model has for certain: not all tensors of a file belong to it."""
-    names = select_tensors(base.checkpoint.floating, base.family.localizable)
-    numbers = sum(base.checkpoint.info(name).numel for name in names)
+    names = select_tensors(base.weights.floating, base.family.localizable)
+    numbers = sum(base.weights.info(name).numel for name in names)
     size = numbers * (4 if base.compute_type == "float32" else 2)
     return Part(f"the weights in {base.compute_type}", size)
 

@@ -62,4 +62,4 @@ def test_numbers_at_positions_and_their_bound_are_those_of_the_product(
 def test_numbers_that_are_not_finite_have_no_bound(bad: float, side: int) -> None:
     sides = [torch.zeros(2, 1), torch.zeros(1, 2)]
     sides[side].view(-1)[1] = bad
-    assert not Factors(*sides).bound() < 1e300
+    assert not Factors(sides[0], sides[1]).bound() < 1e300
