@@ -3,7 +3,8 @@
 The folder appears complete or not at all, and its weights have the same bytes each time. In a
 family whose tasks have heads of their own, the model for one task is the merged model with the
 task's head, as a whole classifier; elsewhere it is the task's specialist: the base with the part of
-a shared patch that the task's mask selects (`flows.research.experts`).
+a shared patch that the task's mask selects (`flows.research.experts`). A line that merges the
+vectors of (IA)^3 adapters is written as one adapter.
 """
 
 import json
@@ -132,6 +133,13 @@ def open_export(
     specialist = task is not None and (specialist or not has_own_head)
     content = _content(line_state, record, task, specialist, space)
     base = open_base(LineRef(line_state.spec, line_state.base), space)
+    if base.space is not None and limit is not None:
+        raise BadInput(
+            f"the versions of line {line} are adapters, which have one file",
+            expected="no size of shards",
+            found=f"--shard-size {shard_size}",
+            hint="leave it out",
+        )
     head = None
     if task is not None and has_own_head:
         head = _own_head(line_state, record, task, base, space)

@@ -238,6 +238,7 @@ def export(
     """Write a merged version, or the model of it for one task, as a Hugging Face folder.
 
     With --as lora, write its change alone as one adapter, which peft and servers of adapters load.
+    A line with `space` merges (IA)³ adapters, and its versions are written as one.
     """
     if specialist and task is None:
         raise UsageError("--specialist needs the task that it is for", hint="add --task TASK")

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from restitch.merging.adapters.checkpoint import WEIGHTS
 from restitch.merging.digests import canonical_json
 from restitch.modeling.licence import Licence
 from restitch.registry.ledger.line_state import LineState, TensorGroup
@@ -35,6 +36,7 @@ def model_card(
         _front_matter(line_state, origin),
         f"# {record.line}, version {record.version}",
         _summary(line_state, record),
+        _how_to_load(line_state),
         "" if task is None else f"This is the whole classifier with the head of `{task}`.",
         "## Results",
         _results(record),
@@ -50,7 +52,7 @@ def model_card(
         _recipe(line_state, record),
         _table(("software", "version"), list(record.software.items())),
         "## How to verify it",
-        _verification(_commands(record, task), origin),
+        _verification(_commands(record, task), line_state, origin),
     ]
     return _page(parts)
 
@@ -79,6 +81,7 @@ def specialist_card(
         f"The specialist for `{task}`: {_source(line_state.base.uri)} plus those coordinates of "
         f"the multi-task vector of {len(record.members)} finetuned models that the task's mask "
         "selects. Use it for this task only.",
+        _how_to_load(line_state),
         "## Members",
         _table(("task", "version", "finetuned model", "weights"), members),
         "## Licences",
@@ -86,7 +89,7 @@ def specialist_card(
         "## Recipe",
         f"All details are in `restitch.json`.\n\n```json\n{canonical_json(made).decode()}\n```",
         "## How to verify it",
-        _verification(command, origin),
+        _verification(command, line_state, origin),
     ]
     return _page(parts)
 
@@ -167,6 +170,8 @@ def _front_matter(
     line_state: LineState, origin: Provenance, more: Mapping[str, Any] | None = None
 ) -> str:
     fields: dict[str, Any] = {"tags": ["model-merging", "restitch"], **(more or {})}
+    if line_state.spec.space is not None:
+        fields["library_name"] = "peft"
     name, _ = split_pin(line_state.base.uri)
     if is_hub_id(name) and "/" in name and ":" not in name:
         fields |= {"base_model": name, "base_model_relation": "merge"}
@@ -332,14 +337,27 @@ def _commands(record: MergedRecord, task: str | None) -> str:
     )
 
 
-def _verification(commands: str, origin: Provenance) -> str:
+def _how_to_load(line_state: LineState) -> str:
+    """How to load an adapter; nothing for a whole model."""
+    if line_state.spec.space is None:
+        return ""
+    return (
+        "This folder is one (IA)³ adapter: its vectors are merged, the weights of the base are not "
+        "in it. Load it with `PeftModel.from_pretrained(base, FOLDER)`."
+    )
+
+
+def _verification(commands: str, line_state: LineState, origin: Provenance) -> str:
     text = f"With access to the line's store:\n\n```sh\n{commands}\n```"
     if origin.weights is None:
         return text
+    opened = "open(Path('.'))"
+    if line_state.spec.space is not None:
+        opened = f"from_files(Path('.'), {{'{WEIGHTS}': Path('{WEIGHTS}')}})"
     check = (
         'python -c "from pathlib import Path; '
         "from restitch.merging.files.checkpoint import Checkpoint; "
-        "print(Checkpoint.open(Path('.')).digest())\""
+        f'print(Checkpoint.{opened}.digest())"'
     )
     return (
         f"{text}\n\nWithout the store, in this folder, with restitch installed:\n\n"

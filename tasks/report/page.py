@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from restitch.merging.localize.subspace import NAME as SUBSPACE
 from restitch.registry.gates.gate import GateOutcome
 from restitch.registry.specs.metric import METRICS
 from restitch.tasks.report.drawing import Plot, drawing, to_png, to_svg
@@ -86,6 +87,7 @@ def render(content: ReportInput) -> Report:
         analysis=content.analysis,
         whole=_all_is_kept(content.analysis),
         subspaces=content.analysis is not None and SUBSPACES in content.analysis,
+        of_subspaces=_keeps_subspaces(content.version["members"]),
         kept="masks" if content.analysis is None else kept(content.analysis),
         pairs=_closest_pairs(content.analysis),
         plots={plot.name: plot for plot in plots},
@@ -133,6 +135,12 @@ def _all_is_kept(analysis: Mapping[str, Any] | None) -> bool:
         return False
     sizes, counts = analysis["coordinates"], analysis["kept"].values()
     return bool(counts) and all(one == sizes for one in counts)
+
+
+def _keeps_subspaces(members: Mapping[str, Any]) -> bool:
+    """True if the members' deltas are subspaces."""
+    names = [str(member["facts"].get("localizer")) for member in members.values()]
+    return any(name.startswith(f"{SUBSPACE}/") for name in names)
 
 
 def _closest_pairs(analysis: Mapping[str, Any] | None) -> list[tuple[int, int]]:

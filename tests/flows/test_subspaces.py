@@ -1,6 +1,7 @@
 """Lines that keep subspaces instead of masks, through the command line."""
 
 from collections.abc import Iterator
+from html import unescape
 from itertools import permutations
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,9 @@ def test_a_line_of_subspaces_is_verified_rebuilt_and_analyzed(
     page = (tmp_path / "report.html").read_text()
     assert "Pairs of subspaces with the largest overlap" in page
     assert "Masks" not in page
+    assert "Members with their subspaces and deltas" in page
+    assert "only this task's subspace" in unescape(page)
+    assert "mask</th>" not in page
 
 
 @pytest.mark.parametrize("study", ["density", "shots", "continual", "runtime", "agreement"])

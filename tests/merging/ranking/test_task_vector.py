@@ -86,8 +86,11 @@ def test_without_a_change_outside_the_inside_is_not_read(
     base, moved = pair(tmp_path, zeros, {**zeros, "in": torch.ones(4)})
     read: list[str] = []
     tensor = Checkpoint.tensor
-    monkeypatch.setattr(
-        Checkpoint, "tensor", lambda c, name: (read.append(name), tensor(c, name))[1]
-    )
+
+    def watched(checkpoint: Checkpoint, name: str) -> torch.Tensor:
+        read.append(name)
+        return tensor(checkpoint, name)
+
+    monkeypatch.setattr(Checkpoint, "tensor", watched)
     assert outside_share(base, moved, ["in"]).share == 0
     assert set(read) == {"out"}

@@ -55,6 +55,7 @@ def test_all_defaults_are_stored():
             "budget": None,
             "values": "exact",
         },
+        "space": None,
         "retention": None,
         "gates": {**dict.fromkeys(GATES), "warn": []},
         "schedule": {"cron": "*/15 * * * *", "timezone": "UTC"},
