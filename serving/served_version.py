@@ -23,7 +23,7 @@ from restitch.registry.ledger.records import MergedRecord
 from restitch.registry.ledger.versions import find_version
 from restitch.registry.record import Record
 from restitch.registry.sources.resolve import resolve_source
-from restitch.registry.specs.line import Compute
+from restitch.registry.specs.line import Compute, SpaceSpec
 from restitch.registry.specs.metric import MetricName
 from restitch.registry.specs.task import HeadSpec, TaskSpec
 from restitch.registry.store.disk import explained, write_durably
@@ -58,6 +58,7 @@ class ServedVersion(Record):
         created_at: when it was made, ISO in UTC.
         patch: the digest of its patch in the store.
         tasks: the tasks that it answers.
+        space: of the vectors of adapters that the patch changes, if the line merges these.
     """
 
     format: int = FORMAT
@@ -71,6 +72,7 @@ class ServedVersion(Record):
     base: ModelRef
     patch: Digest
     tasks: dict[str, ServedTask]
+    space: SpaceSpec | None = None
 
     @property
     def name(self) -> str:
@@ -191,6 +193,8 @@ def served_version(home: Home, line_state: LineState, record: MergedRecord) -> S
             head=head,
             spec=None if spec.uses_head else spec.head_spec,
         )
+    space = line_state.spec.space
+    assert space != "adapter", "`init` names the modules"
     return ServedVersion(
         store=str(home.store_path) if home.store_is_local else str(home.store_url),
         line=record.line,
@@ -202,6 +206,7 @@ def served_version(home: Home, line_state: LineState, record: MergedRecord) -> S
         base=line_state.base,
         patch=record.patch,
         tasks=tasks,
+        space=space,
     )
 
 

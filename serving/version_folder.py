@@ -1,6 +1,7 @@
 """The complete Hugging Face folder of a merged version: base plus patch, verified and cached.
 
 A folder appears when it is complete. Its weights have the same bytes as those of `restitch export`.
+A version of a line with a space, whose export is an adapter, is the base with that adapter on it.
 """
 
 import json
@@ -10,6 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from restitch.merging.adapters.vectors import VectorEdits
 from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, RestitchError, Unavailable
 from restitch.merging.files.checkpoint import Checkpoint
@@ -20,6 +22,7 @@ from restitch.merging.progress import Progress
 from restitch.modeling.families.family import Family, get_family
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.sources.resolve import cached_folder, discard_folder, resolve_source
+from restitch.registry.sources.vectors import ones_of, vector_space
 from restitch.registry.sources.verified import assets_digest, check_assets, verified_weights
 from restitch.registry.store.objects import ObjectStore
 from restitch.serving.served_version import ServedVersion
@@ -55,12 +58,17 @@ def open_served_base(version: ServedVersion) -> ServedBase:
 
 
 def open_patch(version: ServedVersion, base: ServedBase, objects: ObjectStore) -> Edits:
-    """Open the patch of a version on its base.
+    """Open the patch of a version as edits of its base's weights.
 
     Raises:
         Damage: it is missing or damaged.
     """
-    return open_delta(objects.blob_path(version.patch), base.checkpoint)
+    path = objects.blob_path(version.patch)
+    if version.space is None:
+        return open_delta(path, base.checkpoint)
+    space = vector_space(version.space, base.checkpoint, version.base.uri)
+    ones = ones_of(space, version.home)
+    return VectorEdits(space, ones, open_delta(path, ones))
 
 
 def copy_assets(base: Path, family: Family, out: Path) -> None:

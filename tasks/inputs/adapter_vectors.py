@@ -1,21 +1,12 @@
 """The vectors of (IA)^3 adapters, for lines that merge these in place of weights."""
 
-from functools import lru_cache
-from pathlib import Path
-
-from safetensors.torch import save_file
-
 from restitch.merging.adapters.checkpoint import AdapterCheckpoint
-from restitch.merging.adapters.vectors import VectorSpace
-from restitch.merging.digests import digest_json
 from restitch.merging.errors import BadInput, shortlist
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.vector_modules import usual_modules
 from restitch.registry.home import Home
-from restitch.registry.sources.resolve import cached_folder, resolve_source
-from restitch.registry.specs.line import LineSpec, SpaceSpec
-
-_VECTORS = "vectors.safetensors"
+from restitch.registry.sources.resolve import resolve_source
+from restitch.registry.specs.line import LineSpec
 
 
 def with_modules(spec: LineSpec, base: str, home: Home) -> LineSpec:
@@ -32,27 +23,6 @@ def with_modules(spec: LineSpec, base: str, home: Home) -> LineSpec:
     if spec.space != "adapter":
         return spec
     return spec.with_space(usual_modules(resolve_source(base, home, whole=False).local, base))
-
-
-@lru_cache(maxsize=16)
-def vector_space(space: SpaceSpec, weights: Checkpoint, where: str) -> VectorSpace:
-    """The vectors of a line on the weights of its base.
-
-    Raises:
-        BadInput: the base lacks a module.
-    """
-    return VectorSpace.of(weights, space.target_modules, space.feedforward_modules, where)
-
-
-def ones_of(space: VectorSpace, home: Home) -> Checkpoint:
-    """The vectors that change nothing, in a file of this machine's cache."""
-
-    def build(folder: Path) -> None:
-        folder.mkdir()
-        save_file(space.ones(), folder / _VECTORS)
-
-    shapes = {name: list(module.shape) for name, module in space.modules.items()}
-    return Checkpoint.open(cached_folder(digest_json({"ones": shapes}), build, home) / _VECTORS)
 
 
 def vectors_of(finetuned: Checkpoint, ones: Checkpoint, where: str) -> Checkpoint:

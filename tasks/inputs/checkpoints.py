@@ -35,6 +35,7 @@ from restitch.modeling.family_choice import check_base
 from restitch.modeling.weights import apply_edits, resized, restore, set_weights
 from restitch.registry.ledger.line_state import ModelRef
 from restitch.registry.sources.resolve import copy_into_store, resolve_source
+from restitch.registry.sources.vectors import ones_of, vector_space
 from restitch.registry.sources.verified import (
     State,
     check_assets,
@@ -45,7 +46,7 @@ from restitch.registry.sources.verified import (
 )
 from restitch.registry.sources.verified import assets_digest as digest_of_files
 from restitch.registry.specs.line import Compute, ComputeType, LineSpec
-from restitch.tasks.inputs.adapter_vectors import ones_of, vector_space, vectors_of
+from restitch.tasks.inputs.adapter_vectors import vectors_of
 from restitch.tasks.inputs.adapters import (
     check_same_base,
     is_adapter,

@@ -1,10 +1,12 @@
 """Lines that merge the vectors of (IA)^3 adapters: the base is ones, all else as for weights."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +19,9 @@ from restitch.merging.adapters.checkpoint import AdapterCheckpoint
 from restitch.merging.adapters.vectors import VectorSpace
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
+from restitch.registry.home import Home
+from restitch.serving.served_version import read_version
+from restitch.serving.version_folder import version_folder
 from tests.merging.adapters.peft_folders import adapter_on, merged_by_peft
 from tests.shell import Shell
 from tests.tiny_models import tiny_bert, tiny_decoder, tiny_seq2seq
@@ -125,7 +130,10 @@ def test_the_vectors_of_the_members_are_merged_and_peft_loads_them(line: Adapter
     assert "library_name: peft" in card
     digest = Checkpoint.from_files(out, {ADAPTER: out / ADAPTER}).digest()
     assert f"It prints `{digest}`" in card
-    # What is evaluated is the base with the exported vectors.
+    # What is served and evaluated is the base with the exported vectors.
+    with patch.dict(os.environ, {"RESTITCH_HOME": str(line.shell.home)}):
+        served = Checkpoint.open(version_folder(read_version(Home.from_environment(), "demo")))
+    assert all(torch.equal(served.tensor(n), scaled.tensor(n)) for n in base.names)
     shown = line.shell.json("show", "demo", "2")
     assert shown["members"].keys() == {"a", "b"}
     again = line.register("a", out)["facts"]["results"]["finetuned"]["value"]
