@@ -94,6 +94,13 @@ def export_version(
     """
     model = open_export(line, version, task=task, specialist=specialist)
     limit = None if shard_size is None else parse_size(shard_size)
+    if model.base.space is not None and limit is not None:
+        raise BadInput(
+            f"the versions of line {line} are adapters, which have one file",
+            expected="no size of shards",
+            found=f"--shard-size {shard_size}",
+            hint="leave it out",
+        )
     out = out.expanduser().absolute()
     check_free(out, overwrite)
     with appearing(out) as folder:
@@ -133,13 +140,6 @@ def open_export(
     specialist = task is not None and (specialist or not has_own_head)
     content = _content(line_state, record, task, specialist, space)
     base = open_base(LineRef(line_state.spec, line_state.base), space)
-    if base.space is not None and limit is not None:
-        raise BadInput(
-            f"the versions of line {line} are adapters, which have one file",
-            expected="no size of shards",
-            found=f"--shard-size {shard_size}",
-            hint="leave it out",
-        )
     head = None
     if task is not None and has_own_head:
         head = _own_head(line_state, record, task, base, space)
