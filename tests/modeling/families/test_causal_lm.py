@@ -198,7 +198,7 @@ def test_parts_of_a_batch_give_the_same_scores(folders, monkeypatch) -> None:
     rows = [example("a" * (n % 3 + 5), "blue", "red", "green") for n in range(9)]
     whole = scores_of(folders["qwen2"], rows)
     monkeypatch.setattr(causal_lm, "_TOKENS", 10)
-    monkeypatch.setattr(causal_lm, "_SCORED", 2)
+    monkeypatch.setattr(causal_lm, "SCORED", 2)
     torch.testing.assert_close(scores_of(folders["qwen2"], rows), whole, atol=1e-4, rtol=0)
 
 

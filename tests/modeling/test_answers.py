@@ -1,0 +1,37 @@
+"""Which rows of a batch go through a model together."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from restitch.modeling.answers import Answers
+
+
+def answers_after(lengths: list[int]) -> Answers:
+    """One answer of one token after prompts of some lengths."""
+    count = len(lengths)
+    return Answers.of(
+        {
+            "prompt": torch.zeros(count, max(lengths), dtype=torch.int64),
+            "prompt_length": torch.tensor(lengths),
+            "answers": torch.zeros(count, 1, 1, dtype=torch.int64),
+            "answer_length": torch.ones(count, 1, dtype=torch.int64),
+        }
+    )
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=80), st.booleans())
+def test_every_row_is_in_one_part_and_large_parts_have_little_padding(
+    lengths: list[int], padded: bool
+) -> None:
+    parts = list(answers_after(lengths).together(2048, padded=padded))
+    assert sorted(row for part in parts for row in part) == list(range(len(lengths)))
+    for part in parts:
+        own = [lengths[row] for row in part]
+        assert len(part) == 1 or len(part) * max(own) <= 2048
+        if not padded:
+            assert len(set(own)) == 1
+        elif len(part) > 1:
+            without_the_last = (len(part) - 1) * own[0]
+            assert own == sorted(own)
+            assert without_the_last < 400 or own[-1] <= 1.15 * own[0]
