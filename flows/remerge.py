@@ -107,19 +107,22 @@ class RemergeOutcome(Outcome):
 
 
 @flow("remerge", "{line}")
-def remerge(line: str, force: bool = False) -> RemergeOutcome:
+def remerge(line: str, force: bool = False, republish: bool = False) -> RemergeOutcome:
     """Merge the ready members, evaluate the result, and promote it if its gates pass.
 
     Args:
         line: the line's name.
         force: stitch and evaluate again although nothing changed; the bytes must be the same.
+        republish: write everything that MLflow shows of the line again, such as models of versions
+            from before an upgrade.
 
     Raises:
         BadInput: the line is paused, and a person asks; a worker's run ends without a change.
+        Unavailable: `republish` was asked for, and MLflow cannot be used.
     """
     ledger = workspace().ledger(line)
     try:
-        outcome = _brought_up_to_date(ledger, force)
+        outcome = _brought_up_to_date(ledger, force, republish)
     except PausedError as error:
         if not is_workers_run():
             raise
@@ -133,7 +136,7 @@ def remerge(line: str, force: bool = False) -> RemergeOutcome:
     return outcome
 
 
-def _brought_up_to_date(ledger: Ledger, force: bool) -> RemergeOutcome:
+def _brought_up_to_date(ledger: Ledger, force: bool, republish: bool) -> RemergeOutcome:
     space, line = workspace(), ledger.line
     line_state = ledger.state()
     check_not_paused(line_state, by_schedule=is_scheduled_run())
@@ -141,6 +144,12 @@ def _brought_up_to_date(ledger: Ledger, force: bool) -> RemergeOutcome:
     if is_workers_run():
         mark_silent_runs(line)
     with merge_lease(space, line) as acquired:
+        if not acquired and republish:
+            raise Unavailable(
+                f"line {line} is not published again",
+                found="another remerge of the line runs, and one more waits for it",
+                hint="run the same command when they have ended",
+            )
         if not acquired:
             return _outcome(ledger, "covered", None)
         space.home.sweep(LEFTOVERS_AFTER)
@@ -148,7 +157,12 @@ def _brought_up_to_date(ledger: Ledger, force: bool) -> RemergeOutcome:
             adopt(line)
         except Unavailable as error:  # go on without the models that only MLflow has
             warn(f"models that were registered in MLflow are not adopted now: {error.message()}")
-        mirror(line)
+        if not mirror(line, again=republish) and republish:
+            raise Unavailable(
+                f"line {line} is not published again",
+                found="MLflow cannot be used now; the warning above says why",
+                hint="run the same command when it can be reached",
+            )
         return _merge_until_settled(ledger, force)
 
 

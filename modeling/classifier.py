@@ -7,7 +7,7 @@ task. The base scores a task with the head of the task's finetuned model.
 """
 
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -107,15 +107,24 @@ class Classifier(Family):
     def logits(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The outputs of the classifier, [batch, classes]."""
         inner = NamedModel.of(model).inner
-        # Heads are stored in float32, and so are images.
+        # Heads are stored in float32.
         own = {name: tensor.to(inner.dtype) for name, tensor in head.tensors.items()}
-        inputs = {
-            name: tensor.to(inner.dtype) if tensor.is_floating_point() else tensor
-            for name, tensor in batch.items()
-            if name != "labels"
-        }
+        inputs = _inputs(inner, batch)
         scores: Tensor = functional_call(inner, own, (), inputs).logits
         return scores.float()
+
+    def features(self, model: nn.Module, batch: Batch) -> Tensor:
+        """Embeddings without a head: the mean of the last hidden states, [batch, features]."""
+        inner = NamedModel.of(model).inner
+        inputs = _inputs(inner, batch)
+        hidden = inner.base_model(**inputs).last_hidden_state.float()
+        if "attention_mask" in inputs:
+            mask = inputs["attention_mask"].unsqueeze(-1).to(hidden.dtype)
+            pooled: Tensor = (hidden * mask).sum(1) / mask.sum(1).clamp(min=1)
+        else:
+            # Some image models keep the height and the width: [batch, features, height, width].
+            pooled = hidden.mean((2, 3)) if hidden.ndim == 4 else hidden.mean(1)
+        return pooled
 
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The cross-entropy of the classes; of a number half the squared error."""
@@ -123,3 +132,12 @@ class Classifier(Family):
             return super().loss(model, batch, head)
         found = self.logits(model, batch, head)[:, 0]
         return nn.functional.mse_loss(found, batch["labels"].to(found)) / 2
+
+
+def _inputs(inner: Any, batch: Batch) -> Batch:
+    """What the model reads of a batch; images are float32, and get its type."""
+    return {
+        name: tensor.to(inner.dtype) if tensor.is_floating_point() else tensor
+        for name, tensor in batch.items()
+        if name != "labels"
+    }

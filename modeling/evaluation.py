@@ -103,22 +103,22 @@ def evaluate(
     targets = None if metric == "perplexity" else rows.targets
     head = head.to(next(model.parameters()).device)
 
-    def by_row(score: Callable[[Batch], NDArray[Any]]) -> NDArray[Any]:
-        return _by_row(model, rows, preprocess, score, batch_size, progress)
+    def scored(score: Callable[[Batch], NDArray[Any]]) -> NDArray[Any]:
+        return by_row(model, rows, preprocess, score, batch_size, progress)
 
     if targets is None:
-        losses = by_row(lambda batch: family.text_losses(model, batch, head).double().cpu().numpy())
+        losses = scored(lambda batch: family.text_losses(model, batch, head).double().cpu().numpy())
         return Evaluation.of(Losses.of(of, losses[:, 0], losses[:, 1]))
     if metric == "exact_match":
         answers = [str(rows[place].choices[0]) for place in range(len(rows))]
-        found = by_row(lambda batch: np.array(family.generate(model, batch, head), dtype=object))
+        found = scored(lambda batch: np.array(family.generate(model, batch, head), dtype=object))
         extract = None if head.spec.generate is None else head.spec.generate.extract
         pairs = zip(found.tolist(), answers, strict=True)
         right = np.array(
             [is_match(text, answer, extract) for text, answer in pairs], dtype=np.bool_
         )
         return Evaluation.of(Bits(of, right))
-    scores = by_row(lambda batch: family.logits(model, batch, head).float().cpu().numpy())
+    scores = scored(lambda batch: family.logits(model, batch, head).float().cpu().numpy())
     if metric == "squared_error":
         return Evaluation.of(Errors.of(of, np.square(scores[:, 0].astype(np.float64) - targets)))
     return summarize(scores, targets, metric)
@@ -149,15 +149,15 @@ def _extracted(pattern: str, text: str) -> str | None:
     return (found[1] or "") if found.re.groups else found[0]
 
 
-def _by_row(
+def by_row(
     model: nn.Module,
     rows: Rows,
     preprocess: Preprocess,
     score: Callable[[Batch], NDArray[Any]],
-    batch_size: int,
-    progress: Progress | None,
+    batch_size: int = BATCH_SIZE,
+    progress: Progress | None = None,
 ) -> NDArray[Any]:
-    """The scores of all rows in their order."""
+    """What `score` makes of the batches of all rows, in the order of the rows."""
     where = next(model.parameters()).device
     model.eval()
     order = _order(rows)

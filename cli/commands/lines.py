@@ -65,12 +65,20 @@ def remerge(
     force: Annotated[
         bool, typer.Option("--force", help="Stitch and evaluate again although nothing changed.")
     ] = False,
+    republish: Annotated[
+        bool,
+        typer.Option(
+            "--republish",
+            help="Write all that MLflow shows of the line again: after an upgrade, or when the "
+            "store has moved.",
+        ),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Bring the merged model up to date; does nothing when nothing changed."""
     from restitch.flows.remerge import remerge as run
 
-    show_result(run(line, force), as_json, render.remerged)
+    show_result(run(line, force, republish), as_json, render.remerged)
 
 
 def status(

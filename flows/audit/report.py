@@ -103,13 +103,18 @@ class Reports:
         return masks
 
 
-def mirror(line: str) -> bool:
+def mirror(line: str, *, again: bool = False) -> bool:
     """Complete the projection of a line in MLflow, including reports.
+
+    Args:
+        line: the line's name.
+        again: write everything again, also what is there.
 
     Returns:
         Whether it is complete.
     """
-    return complete_mlflow(line, Reports(workspace().ledger(line, dropped=True)).artifacts)
+    reports = Reports(workspace().ledger(line, dropped=True))
+    return complete_mlflow(line, reports.artifacts, again=again)
 
 
 def write_report(line: str, version: str, out: Path) -> ReportOutcome:

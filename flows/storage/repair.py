@@ -32,6 +32,7 @@ from restitch.registry.sources.resolve import resolve_source
 from restitch.registry.store.base import NotInStore
 from restitch.tasks.inputs.heads import heads_again
 from restitch.tasks.localize import RECORDED_FACTS, mask_keys
+from restitch.tasks.publish import MergedModels
 from restitch.tasks.research.experts import read_experts
 from restitch.tasks.runtime.console import say
 from restitch.tasks.runtime.refs import LineRef
@@ -284,7 +285,9 @@ class _Round:
 
     def _complete_mlflow(self, line: str) -> str:
         ledger = Ledger(self.space.objects, line)
-        self.space.mlflow.repair(ledger, full=True, extras=Reports(ledger).artifacts)
+        models = MergedModels(ledger, self.space)
+        extras = Reports(ledger).artifacts
+        self.space.mlflow.repair(ledger, full=True, extras=extras, models=models)
         left = self.space.mlflow.differences(ledger)
         if left:
             raise Unavailable(f"MLflow still differs from the line: {'; '.join(left)}")

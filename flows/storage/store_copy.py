@@ -18,6 +18,7 @@ from restitch.merging.errors import BadInput, Damage
 from restitch.registry.home import Home
 from restitch.registry.ledger.ledger import Ledger, lines
 from restitch.registry.ledger.line_state import LineState
+from restitch.registry.mlflow.merged_models import IN_STORE
 from restitch.registry.mlflow.sync import without_credentials
 from restitch.registry.store.base import NotInStore, Store
 from restitch.registry.store.folder import FolderStore
@@ -27,8 +28,8 @@ from restitch.tasks.runtime.workspace import workspace
 
 _BY_DIGEST = re.compile(r"(blobs|audit)/([0-9a-f]{64})\Z")
 _LINE_STATE = re.compile(r"lines/([^/]+)/head\.json\Z")
-# Merge leases and deletion notices mean nothing in another store.
-_LEFT_OUT = ("leases/", "gc/")
+# Merge leases and deletion notices mean nothing in another store; MLflow's models name this one.
+_LEFT_OUT = ("leases/", "gc/", f"{IN_STORE}/")
 
 _THREADS = 4
 

@@ -11,6 +11,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import chain
 from pathlib import Path
@@ -22,7 +23,7 @@ from restitch.registry.ledger import outcomes
 from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import Entry
-from restitch.registry.mlflow import descriptions, projection, projection_merged
+from restitch.registry.mlflow import descriptions, merged_models, projection, projection_merged
 from restitch.registry.mlflow.writer import Writer, or_none, pages
 from restitch.registry.redaction import first_line
 from restitch.registry.redaction import without_credentials as without_credentials
@@ -58,7 +59,14 @@ class MlflowProjection:
     def _writer(self) -> Writer:
         return Writer(self.client, self.home)
 
-    def repair(self, ledger: Ledger, *, full: bool = False, extras: Extras | None = None) -> int:
+    def repair(
+        self,
+        ledger: Ledger,
+        *,
+        full: bool = False,
+        extras: Extras | None = None,
+        models: merged_models.Models | None = None,
+    ) -> int:
         """Complete the projection of a line from its ledger; returns how many acts it processed.
 
         Args:
@@ -66,6 +74,7 @@ class MlflowProjection:
             full: process every act, not only those since the last complete repair.
             extras: makes artifacts for the run of a merged version, which replace existing
                 ones; called for every version that a processed act is about.
+            models: makes the MLflow models of merged versions.
 
         Raises:
             Unavailable: MLflow cannot be reached; the next repair completes the rest.
@@ -75,18 +84,24 @@ class MlflowProjection:
             line_state = ledger.state()  # under the lock: an older state would move aliases back
             audit = self._writer.experiment(line_state.line, "audit")
             done = None if full else _completed(self.client.get_experiment(audit).tags)
-            aliases = self._aliases(line_state)
-            if aliases is None:
-                done, aliases = None, {}
+            registered = self._registered(line_state)
+            if registered is None:
+                done, registered = None, _NOTHING
             trail = ledger.entries()
             pending = _since(trail, line_state, done)
             for entry in reversed(pending):
                 self._writer.write_run(audit, projection.project_act(entry))
             self._show_models(line_state, pending)
-            self._show_merged(ledger, line_state, pending, trail, extras)
+            self._show_merged(ledger, line_state, pending, trail, extras, models is not None)
+            if models is not None:
+                weights = registered.weights or frozenset()
+                about = _versions_about(line_state, pending)
+                weights = self._add_models(line_state, models, about, weights, again=full)
             for chart in projection_merged.CHARTS:
                 self._show_chart(ledger, line_state, chart, done, pending, full=full)
-            self._set_aliases(line_state, aliases)
+            self._set_aliases(line_state, registered.aliases)
+            if models is not None:
+                self._remove_weights(line_state, models, weights)
             if pending:
                 self._describe_models(line_state, pending)
                 self._archive_line(line_state)
@@ -166,18 +181,19 @@ class MlflowProjection:
             if audit is None or _completed(audit.tags) != line_state.entry:
                 return ()  # the next remerge completes it
             problems = []
-            aliases = self._aliases(line_state)
-            if aliases is None:
+            registered = self._registered(line_state)
+            if registered is None:
                 return (
                     f"the registered model {projection.model_name(line_state.line)} is missing",
                 )
             for alias in ("champion", "candidate"):
                 version = getattr(line_state, alias)
-                shown = self._shown(line_state, aliases.get(alias))
+                shown = self._shown(line_state, registered.aliases.get(alias))
                 if shown != version:
                     problems.append(
                         f"the alias {alias} is on {_version(shown)}, not {_version(version)}"
                     )
+            problems += self._weights_differences(line_state, registered.weights)
             problems += [
                 f"version {number} is missing"
                 for number in sorted(line_state.versions)
@@ -187,6 +203,24 @@ class MlflowProjection:
         missing = [entry for entry in ledger.entries() if entry.digest not in shown_acts]
         problems += [f"act {entry.sequence} ({entry.kind}) is missing" for entry in missing]
         return tuple(problems)
+
+    def _weights_differences(
+        self, line_state: LineState, tagged: frozenset[int] | None
+    ) -> Iterator[str]:
+        """The weights that are missing in MLflow, and those that should not be there."""
+        if tagged is None:
+            return  # the next remerge writes the first ones
+        wanted = merged_models.keeps_weights(line_state)
+        for number in sorted(tagged | wanted):
+            for shown in self._versions(line_state, number)[:1]:
+                names = merged_models.place_of(self.client, self.home, shown).names()
+                there = set(merged_models.WEIGHT_FOLDERS) <= names
+                if number in wanted and merged_models.MODEL_FILE not in names:
+                    yield f"version {number} is no MLflow model"
+                elif number in wanted and not there:
+                    yield f"the weights of version {number} are missing"
+                elif number not in wanted and there:
+                    yield f"the weights of version {number} are still there"
 
     def _shown(self, line_state: LineState, number: int | None) -> int | None:
         """The merged version that a version in MLflow shows; -1 if it shows none."""
@@ -245,11 +279,13 @@ class MlflowProjection:
         pending: list[Entry],
         older: Iterable[Entry],
         extras: Extras | None,
+        as_models: bool,
     ) -> None:
-        """Write the merged versions that acts are about, with their outcomes."""
-        about = {
-            v for entry in pending for v in outcomes.merges_about(entry) if v in line_state.versions
-        }
+        """Write the merged versions that acts are about, with their outcomes.
+
+        With `as_models`, new versions have their source where their MLflow models will lie.
+        """
+        about = _versions_about(line_state, pending)
         moves = outcomes.last_moves(chain(pending, older), about)
         for version in sorted(moves):
             record, read = ledger.merged(version), ledger.objects.read_blob
@@ -259,7 +295,10 @@ class MlflowProjection:
             run, shown = projection_merged.project_merged(record, files, outcome, purge)
             experiment = self._writer.experiment(line_state.line)
             run_id = self._writer.write_run(experiment, run)
-            self._writer.write_version(shown, run_id)
+            source = None
+            if as_models:
+                source = merged_models.source_of(self.home, line_state.line, version, run_id)
+            self._writer.write_version(shown, run_id, source)
             if extras is not None:
                 self._writer.write_artifacts(run_id, extras(version))
 
@@ -310,16 +349,63 @@ class MlflowProjection:
             for part in parts:
                 self._writer.archive_experiment(projection.experiment_name(line, part))
 
-    def _aliases(self, line_state: LineState) -> dict[str, int] | None:
-        """The aliases of the line's model; None if it has versions and is missing."""
+    def _registered(self, line_state: LineState) -> "_Registered | None":
+        """What the line's model has in MLflow; None if it has versions and is missing."""
         if not line_state.versions:
-            return {}
+            return _NOTHING
         name = projection.model_name(line_state.line)
         model = or_none(self.client.get_registered_model, name)
         if model is None:
             return None
         self._writer.models.add(model.name)
-        return {alias: int(version) for alias, version in model.aliases.items()}
+        aliases = {alias: int(version) for alias, version in model.aliases.items()}
+        return _Registered(aliases, merged_models.tagged(model.tags))
+
+    def _add_models(
+        self,
+        line_state: LineState,
+        models: merged_models.Models,
+        about: frozenset[int],
+        present: frozenset[int],
+        *,
+        again: bool,
+    ) -> frozenset[int]:
+        """Write the MLflow models of versions, and the weights that are missing.
+
+        Args:
+            line_state: the line.
+            models: makes the files.
+            about: the versions to write.
+            present: the versions whose weights are there.
+            again: write weights although they are there.
+
+        Returns:
+            The versions whose weights are there now.
+        """
+        made = merged_models.MergedModels(self.client, self.home, line_state, models)
+        wanted = merged_models.keeps_weights(line_state)
+        missing = wanted if again else wanted - present
+        for version in sorted(about | missing):
+            for shown in self._versions(line_state, version)[:1]:
+                if version not in missing:
+                    made.write(shown, version, weights=version in present)
+                elif made.add(shown, version):
+                    present |= {version}
+                    merged_models.tag_model(self.client, line_state.line, present)
+                else:
+                    made.write(shown, version, weights=False)
+                    present -= {version}
+        return present
+
+    def _remove_weights(
+        self, line_state: LineState, models: merged_models.Models, present: frozenset[int]
+    ) -> None:
+        """Remove the weights of versions that do not keep them any more."""
+        made = merged_models.MergedModels(self.client, self.home, line_state, models)
+        for version in sorted(present - merged_models.keeps_weights(line_state)):
+            if all(made.remove(shown, version) for shown in self._versions(line_state, version)):
+                present -= {version}
+                merged_models.tag_model(self.client, line_state.line, present)
 
     def _set_aliases(self, line_state: LineState, present: Mapping[str, int]) -> None:
         name = projection.model_name(line_state.line)
@@ -342,6 +428,28 @@ class MlflowProjection:
             path.touch()
         with locked(path):
             yield
+
+
+@dataclass(frozen=True)
+class _Registered:
+    """What MLflow has of a line's registered model.
+
+    Attributes:
+        aliases: MLflow's numbers of versions.
+        weights: the merged versions that have their weights in MLflow; None if none ever had.
+    """
+
+    aliases: Mapping[str, int]
+    weights: frozenset[int] | None
+
+
+_NOTHING = _Registered({}, None)
+
+
+def _versions_about(line_state: LineState, acts: Iterable[Entry]) -> frozenset[int]:
+    """The merged versions that acts are about."""
+    about = frozenset(version for entry in acts for version in outcomes.merges_about(entry))
+    return about & line_state.versions.keys()
 
 
 def _completed(tags: Mapping[str, str]) -> str | None:

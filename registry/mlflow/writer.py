@@ -117,8 +117,16 @@ class Writer:
                 path.write_bytes(data)
             self.client.log_artifacts(run_id, folder)
 
-    def write_version(self, version: projection.VersionProjection, run_id: str) -> None:
-        """Write a version of a registered model."""
+    def write_version(
+        self, version: projection.VersionProjection, run_id: str, source: str | None = None
+    ) -> None:
+        """Write a version of a registered model.
+
+        Args:
+            version: the content.
+            run_id: the id of its run.
+            source: where a new version lies; by default with its run.
+        """
         versions = self.versions(version.name, version.identity)
         if version.existing is not None:
             number = version.existing.number
@@ -130,7 +138,7 @@ class Writer:
             self._make_model(version.name)
             self.client.create_model_version(
                 version.name,
-                source=f"runs:/{run_id}/restitch",
+                source=source or f"runs:/{run_id}/restitch",
                 run_id=run_id,
                 tags={**version.tags, **version.identity},
                 description=version.description,

@@ -142,7 +142,7 @@ def _line(
             )
     elif isinstance(retention, dict):
         values["retention"] = _task(retention, f"{origin}: retention", folder).to_json()
-    for key in ("localize", "space", "gates", "actors", "notify"):
+    for key in ("localize", "space", "gates", "actors", "notify", "mlflow"):
         if values.get(key, ...) is None:  # `gates:` without a value
             del values[key]
     _resolve_objective(values)

@@ -107,6 +107,15 @@ class SpaceSpec(Spec):
     """Those of them whose inputs are scaled; the others scale their outputs."""
 
 
+class MlflowSpec(Spec):
+    """What MLflow holds of merged versions."""
+
+    weights: Literal["champion", "all", "none"] = "champion"
+    """The versions whose weights lie in MLflow, where `mlflow.transformers.load_model` finds them
+    without restitch: the `champion` in use, `all` versions, or `none`. `mlflow.pyfunc.load_model`
+    loads every version in any case, from the store."""
+
+
 class LineSpec(Spec):
     """A line: its base, how models join it, and what it must keep."""
 
@@ -161,6 +170,10 @@ class LineSpec(Spec):
     """Who may promote, roll back, retire, restore, pin, unpin, pause and resume by hand: a list for
     each decision, or one list for all; by default anyone."""
 
+    mlflow: Annotated[MlflowSpec, InFile(MlflowSpec | None)] = Field(
+        default=MlflowSpec(), examples=[{"weights": "none"}]
+    )
+    """What MLflow holds of merged versions; by default the weights of the champion."""
     notify: tuple[NotifyEvent, ...] = Field(
         default=(), examples=[["rejected", "held", "quarantined", "drop", "crashes"]]
     )

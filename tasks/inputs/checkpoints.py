@@ -8,7 +8,6 @@ mapped file, tensor by tensor.
 """
 
 import gc
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from copy import copy
@@ -30,6 +29,7 @@ from restitch.merging.files.edits import Edits
 from restitch.merging.files.plain_weights import check_plain
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.modeling.configs import check_not_quantized, vocabulary_size
+from restitch.modeling.device import device as device
 from restitch.modeling.families.family import Family, get_family, loads_in_any_type
 from restitch.modeling.family_choice import check_base
 from restitch.modeling.weights import apply_edits, resized, restore, set_weights
@@ -385,31 +385,6 @@ def memory_explained(doing: str, expected: str, hint: str = "") -> Iterator[None
             found=str(error).splitlines()[0],
             hint=f"use a worker with a larger GPU or RESTITCH_DEVICE=cpu{hint}",
         ) from error
-
-
-def device() -> torch.device:
-    """The worker's device: `RESTITCH_DEVICE`, by default CUDA if there is a GPU.
-
-    Raises:
-        BadInput: the variable names a device that this machine does not have.
-    """
-    requested = os.environ.get("RESTITCH_DEVICE", "auto")
-    if requested == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(requested)
-    except RuntimeError as error:
-        raise BadInput(
-            f"RESTITCH_DEVICE={requested!r} is not a device",
-            expected="auto, cpu, cuda or cuda:N",
-            hint="correct or unset it",
-        ) from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise BadInput(
-            f"RESTITCH_DEVICE={requested!r}, but CUDA is not available on this machine",
-            hint="set it to auto or cpu, or run on a worker with a GPU",
-        )
-    return chosen
 
 
 def check_device(line: LineSpec) -> None:

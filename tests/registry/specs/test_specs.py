@@ -63,6 +63,7 @@ def test_all_defaults_are_stored():
         "compute": "auto",
         "actors": None,
         "notify": [],
+        "mlflow": {"weights": "champion"},
     }
 
 
