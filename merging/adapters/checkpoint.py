@@ -198,6 +198,26 @@ class AdapterCheckpoint(Checkpoint):
         """The tensors that the adapter has as a whole."""
         return tuple(n for n in self.touched if self._changes[n].whole is not None)
 
+    def check_finite(self, where: str) -> None:
+        """Refuse an adapter with NaN or infinity; only its own tensors are read.
+
+        Raises:
+            BadInput: it has such numbers; names the tensors.
+        """
+        bad = []
+        for name in self._weights.names:
+            values = self._weights.tensor(name)
+            if count := int((~torch.isfinite(values)).sum()):
+                bad.append(f"{name}: {count} of {values.numel()}")
+        if bad:
+            raise BadInput(
+                f"{where} holds an adapter with numbers that are not finite",
+                expected="finite factors",
+                found=f"NaN or infinity in {len(bad)} of {len(self._weights.names)} tensors",
+                details=bad,
+                hint="train the adapter again, perhaps with a smaller learning rate",
+            )
+
     def vectors(self) -> Checkpoint:
         """The vectors of (IA)^3 as they are stored, by `names.vector_name`."""
         stored = {name: change.vector for name, change in self._changes.items()}

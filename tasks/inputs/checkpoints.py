@@ -235,6 +235,7 @@ def _readable(local: Path, where: str, line: LineRef | None, space: Workspace) -
             adapter = _adapter(
                 local, state_of(local), where, base.weights, base.ref, base.family.prefixes
             )
+            adapter.check_finite(where)
             check_same_base(adapter, base.ref, where)
             return adapter
         if local.is_dir():

@@ -200,6 +200,12 @@ def configured(**changes: Any) -> Callable[[Path, World, Path], None]:
     return lambda folder, *_: configure(folder, **changes)
 
 
+def with_nan(folder: Path, world: World, root: Path) -> None:
+    tensors = factors()
+    tensors[f"{MODULES[2]}.lora_A.weight"][1, 3] = float("nan")
+    write_adapter(folder, tensors)
+
+
 BAD: dict[str, tuple[Callable[[Path, World, Path], None], str]] = {
     "another base": (other_base, "was trained on another base than that of this line"),
     "an adapter on an adapter": (on_an_adapter, "is an adapter on an adapter"),
@@ -209,6 +215,7 @@ BAD: dict[str, tuple[Callable[[Path, World, Path], None], str]] = {
     "a scaling of NaN": (configured(lora_alpha=float("nan")), "a finite number"),
     "an unknown module": (other_module, "encoder.layer.7.attention"),
     "another kind": (configured(peft_type="VERA"), "peft_type: VERA"),
+    "NaN": (with_nan, f"{MODULES[2]}.lora_A.weight: 1 of 32"),
     "a pickle": (pickled, "without adapter_model.safetensors"),
 }
 
@@ -231,12 +238,13 @@ def test_bad_adapters_are_refused_by_name_and_change_nothing(
 
 
 @without_mlflow
-def test_an_adapter_with_nan_is_quarantined(line: Shell, world: World, tmp_path: Path) -> None:
-    tensors = factors()
-    tensors[f"{MODULES[2]}.lora_A.weight"][1, 3] = float("nan")
-    folder = write_adapter(tmp_path / "nan", tensors)
+def test_an_adapter_whose_weights_overflow_is_quarantined(
+    line: Shell, world: World, tmp_path: Path
+) -> None:
+    large = {name: torch.full_like(value, 3e30) for name, value in factors().items()}
+    folder = write_adapter(tmp_path / "large", large)
     done = line("register", "demo", "--task", world.task("colour"), "--model", folder, code=4)
-    assert f"{MODULES[2]}.weight: 16 of 256" in done.out + done.err
+    assert f"{MODULES[2]}.weight: 256 of 256" in done.out + done.err
 
 
 @without_mlflow
