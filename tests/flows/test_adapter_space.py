@@ -285,10 +285,13 @@ def test_the_vectors_of_a_base(t5: AdapterLine) -> None:
         VectorSpace.of(weights, ["q_proj"], [], "org/base")
 
 
-def test_other_forms_of_an_export_are_refused(t5: AdapterLine) -> None:
+def test_other_forms_of_an_export_and_studies_of_weights_are_refused(t5: AdapterLine) -> None:
     t5.init()
-    t5.register("a", t5.adapter("a", 1))
+    t5.two()
     for options in (("--as", "lora"), ("--shard-size", "1GB")):
         done = t5.shell("export", "demo", "champion", t5.folder / "out", *options, code=3)
         assert "adapter" in done.err
         assert not (t5.folder / "out").exists()
+    for study in ("continual", "runtime", "shots"):
+        done = t5.shell("study", study, "demo", code=3)
+        assert "works with the weights of layers" in " ".join(done.err.split())

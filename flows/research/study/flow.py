@@ -14,10 +14,13 @@ from restitch.flows.promotion.snapshot import take_snapshot
 from restitch.flows.research.study import STUDIES
 from restitch.flows.research.study.subject import Study, Subject
 from restitch.flows.research.study_output import StudyOutcome, as_csv, publish_study
-from restitch.merging.errors import unknown_name
+from restitch.merging.errors import BadInput, unknown_name
 from restitch.tasks.report.drawing import to_png
 from restitch.tasks.runtime.engine import flow
 from restitch.tasks.runtime.workspace import workspace
+
+# They finetune, localize with data, or run methods of matrices.
+_OF_WEIGHTS = ("continual", "runtime", "shots")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +52,20 @@ def study(name: str, line: str, out: str | None = None) -> StudyTable:
         out: a folder for the table and the plots.
 
     Raises:
-        BadInput: there is no such study, or the line lacks data that it needs.
+        BadInput: there is no such study, or the line lacks data or weights that it needs.
     """
     if name not in STUDIES:
         raise unknown_name("study", name, STUDIES)
     subject = Subject(take_snapshot(workspace().ledger(line)))
+    if name in _OF_WEIGHTS and subject.snapshot.line_state.spec.space is not None:
+        raise BadInput(
+            f"the study {name} works with the weights of layers, and line {line} has vectors",
+            expected="a line that merges weights",
+            found="a line with `space`",
+            hint="choose one of "
+            + ", ".join(each for each in STUDIES if each not in _OF_WEIGHTS)
+            + ", or another line",
+        )
     made: Study = importlib.import_module(f"restitch.flows.research.study.{name}").make(subject)
     left_out = [f"{task} is left out: it has no rows to evaluate on" for task in subject.left_out]
     outcome = StudyTable(
