@@ -9,7 +9,7 @@ vectors of (IA)^3 adapters is written as one adapter.
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from restitch.registry.ledger.ledger import Ledger
 from restitch.registry.ledger.line_state import LineState
 from restitch.registry.ledger.records import MergedMember, MergedRecord
 from restitch.registry.sizes import parse_size
+from restitch.registry.sources.hub_upload import check_repository, upload
 from restitch.serving.version_folder import copy_assets
 from restitch.tasks.inputs.checkpoints import (
     Base,
@@ -42,11 +43,15 @@ from restitch.tasks.inputs.checkpoints import (
     open_specialist,
 )
 from restitch.tasks.inputs.heads import head_file
-from restitch.tasks.report.card import model_card, specialist_card
+from restitch.tasks.report.card import model_card, specialist_card, without_local_paths
 from restitch.tasks.report.provenance import provenance
+from restitch.tasks.report.usage import usage
 from restitch.tasks.runtime.console import working
 from restitch.tasks.runtime.refs import LineRef
 from restitch.tasks.runtime.workspace import Workspace, workspace
+
+# Keys of a record with the user, the host and the process that made something.
+_PROCESSES = ("made_by", "localized_by")
 
 
 @dataclass(frozen=True)
@@ -56,15 +61,19 @@ class ExportOutcome(Outcome):
     Attributes:
         task: the task that the model is for; None for the merged version.
         specialist: whether the model is the task's specialist.
+        out: the folder; None if the model is only on the hub.
+        repository: where it is on the hub; `commit` is the address of the commit.
     """
 
     line: str
     version: int
-    out: str
+    out: str | None
     files: tuple[str, ...]
     bytes: int
     task: str | None = None
     specialist: bool = False
+    repository: str | None = None
+    commit: str | None = None
 
 
 def export_version(
@@ -94,25 +103,89 @@ def export_version(
     """
     model = open_export(line, version, task=task, specialist=specialist)
     limit = None if shard_size is None else parse_size(shard_size)
-    if model.base.space is not None and limit is not None:
-        raise BadInput(
-            f"the versions of line {line} are adapters, which have one file",
-            expected="no size of shards",
-            found=f"--shard-size {shard_size}",
-            hint="leave it out",
-        )
+    _check_shards(model, limit)
     out = out.expanduser().absolute()
     check_free(out, overwrite)
     with appearing(out) as folder:
         model.write(folder, limit, title=out.name)
+    return outcome_of(model, out)
+
+
+def push_version(
+    line: str,
+    version: str,
+    repository: str,
+    out: Path | None = None,
+    *,
+    private: bool = False,
+    overwrite: bool = False,
+    shard_size: str | None = None,
+    task: str | None = None,
+    specialist: bool = False,
+) -> ExportOutcome:
+    """Write a merged version, or a model of it for one task, and put it on the hub in one commit.
+
+    Args:
+        line: the line's name.
+        version: a number, `champion` or `candidate`.
+        repository: `OWNER/NAME`; it is created if it does not exist.
+        out: a folder that also gets the model; absent or empty.
+        private: the repository must be private.
+        overwrite: replace another model in the repository, and a model in `out`.
+        shard_size: the size of the largest file, as "5GB"; None splits like the base.
+        task: write the model for this task; None writes the merged version.
+        specialist: see `export_version`.
+
+    Raises:
+        BadInput: as for `export_version`; the hub refuses the name, or it holds another model.
+        Unavailable: the hub cannot be reached, or needs a token.
+    """
+    limit = None if shard_size is None else parse_size(shard_size)
+    if out is not None:
+        out = out.expanduser().absolute()
+        check_free(out, overwrite)
+    check_repository(repository, line, private=private, overwrite=overwrite)
+    model = open_export(line, version, task=task, specialist=specialist)
+    _check_shards(model, limit)
+    with model.space.scratch() as scratch:
+        folder = scratch / "model" if out is None else out
+        with appearing(folder) as building:
+            model.write(building, limit, title=repository, name=repository)
+        whose = "" if task is None else f" for {task}"
+        message = f"Version {model.record.version} of line {line}{whose}"
+        with working(f"uploading to {repository}"):
+            commit = upload(folder, repository, message, private=private)
+        found = outcome_of(model, folder)
+    return replace(
+        found, out=None if out is None else str(out), repository=repository, commit=commit
+    )
+
+
+def _check_shards(model: "ExportedModel", limit: int | None) -> None:
+    """Refuse a size of shards for an adapter, which has one file.
+
+    Raises:
+        BadInput: there is a size, and the model is an adapter.
+    """
+    if model.base.space is not None and limit is not None:
+        raise BadInput(
+            f"the versions of line {model.record.line} are adapters, which have one file",
+            expected="no size of shards",
+            found=f"--shard-size of {limit:,} bytes",
+            hint="leave it out",
+        )
+
+
+def outcome_of(model: "ExportedModel", out: Path) -> ExportOutcome:
+    """The files of a model that was written into a folder."""
     files = sorted(p for p in out.rglob("*") if p.is_file())
     return ExportOutcome(
-        line,
+        model.record.line,
         model.record.version,
         str(out),
         tuple(str(p.relative_to(out)) for p in files),
         sum(p.stat().st_size for p in files),
-        task,
+        model.task,
         model.specialist,
     )
 
@@ -189,6 +262,7 @@ class ExportedModel:
         shard_size: int | None = None,
         *,
         title: str,
+        name: str | None = None,
         previous: Previous | None = None,
     ) -> tuple[Checkpoint, tuple[str, ...]]:
         """Write all files into an existing folder.
@@ -197,6 +271,8 @@ class ExportedModel:
             folder: the folder.
             shard_size: bytes of tensors per file; None keeps the base's files.
             title: the name of the folder for the user.
+            name: the repository on the hub that the folder is for; nothing in it then names a place
+                or a process of this machine.
             previous: an earlier export, whose unchanged files are taken.
 
         Returns:
@@ -222,25 +298,39 @@ class ExportedModel:
             write_assets(base, self.head, folder)
         if self.head is None:
             _write_heads(folder, self.line_state, self.content.members, base, self.space)
-        text = json.dumps(self.content.description, indent=2, ensure_ascii=False)
+        description = self.content.description if name is None else public(self.content.description)
+        text = json.dumps(description, indent=2, ensure_ascii=False)
         (folder / "restitch.json").write_text(text + "\n", encoding="utf-8")
         if base.space is None:
             made = Checkpoint.open(folder)
         else:
             made = Checkpoint.from_files(folder, {WEIGHTS: folder / WEIGHTS})
-        (folder / "README.md").write_text(self._card(made.digest()), encoding="utf-8")
+        (folder / "README.md").write_text(self._card(made.digest(), name or "."), encoding="utf-8")
         return made, taken
 
-    def _card(self, weights: str) -> str:
+    def _card(self, weights: str, name: str) -> str:
         """The model card; `weights` is the digest of the written checkpoint."""
         line_state, record = self.line_state, self.record
         origin = provenance(
             line_state.base.uri, record, self.ledger.entries(), self.space.objects, weights
         )
+        classifier = self.head is not None
+        use = None
+        if self.base.space is None:
+            use = usage(self.base.family.name, self.base.folder, name, classifier=classifier)
         if self.task is not None and self.specialist:
             specialists = self.content.description["specialists"]
-            return specialist_card(line_state, record, self.task, specialists, origin)
-        return model_card(line_state, record, origin, self.task)
+            return specialist_card(line_state, record, self.task, specialists, origin, use)
+        return model_card(line_state, record, origin, self.task, use)
+
+
+def public(value: Any) -> Any:
+    """A description without the places and processes of this machine."""
+    if isinstance(value, dict):
+        return {key: public(inner) for key, inner in value.items() if key not in _PROCESSES}
+    if isinstance(value, list | tuple):
+        return [public(inner) for inner in value]
+    return without_local_paths(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ that was loaded afresh.
 import threading
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
@@ -25,6 +26,7 @@ from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits, edited
 from restitch.merging.files.sparse import SparseFile
+from restitch.merging.numerics.bitwise import scatter
 from restitch.modeling.families.family import Family, loads_in_any_type
 from restitch.modeling.pretrained import NamedModel
 from restitch.modeling.weights import apply_edits
@@ -200,12 +202,19 @@ def _change(live: Tensor, base: Checkpoint, edits: Edits, name: str) -> _Change 
 
 
 def _set(changes: list[_Change]) -> None:
-    with torch.no_grad():
-        for change in changes:
-            if change.places is None:
-                change.live.copy_(change.values)
-            else:
-                change.live.view(-1)[change.places] = change.values
+    with torch.no_grad(), ThreadPoolExecutor(max_workers=2) as pool:
+        for _ in pool.map(_set_one, changes):
+            pass
+
+
+def _set_one(change: _Change) -> None:
+    live, places = change.live.detach(), change.places
+    if places is None:
+        live.copy_(change.values)
+    elif live.device.type == "cpu":
+        scatter(live.view(-1), places.numpy(), change.values)
+    else:
+        live.view(-1)[places] = change.values
 
 
 def _shown(loaded: nn.Module, family: Family) -> nn.Module:

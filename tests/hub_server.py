@@ -1,11 +1,12 @@
 """A small hub on loopback: the few calls that `huggingface_hub` and `datasets` make.
 
 A `FakeHub` holds repositories with commits and branches in memory and serves them over
-HTTP. Clients are pointed to it by `HF_ENDPOINT`, which they read at import, so tests run
-them in a process of their own (`run_python`) with an empty cache. `requests` logs what was
-asked, `broken` makes every answer a 503 and `stop` takes the hub away.
+HTTP, and takes uploads. Clients are pointed to it by `HF_ENDPOINT`, which they read at import, so
+tests run them in a process of their own (`run_python`) with an empty cache. `requests` logs what
+was asked, `broken` makes every answer a 503 and `stop` takes the hub away.
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 ROOT = Path(__file__).parent.parent
@@ -30,6 +32,10 @@ class FakeHub:
         self.requests: list[str] = []
         self.broken = False
         self.removed: set[str] = set()
+        self.private: set[str] = set()
+        self.forbidden: set[str] = set()  # owners whose repositories nobody may write to
+        self.large: dict[str, bytes] = {}  # what was uploaded of large files, by SHA-256
+        self.most_large: int | None = None  # refuse uploads when it holds so many
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self._server.daemon_threads = True
         threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True).start()
@@ -103,6 +109,9 @@ class FakeHub:
                 length = int(self.headers.get("Content-Length") or 0)
                 self._answer(self.rfile.read(length))
 
+            def do_PUT(self) -> None:
+                self._answer(self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+
             def log_message(self, *_: object) -> None:
                 pass
 
@@ -114,7 +123,17 @@ class FakeHub:
                     self._send(503, b"", {})
                     return
                 parts = path.strip("/").split("/")
-                if parts[0] == "api" and len(parts) >= 4 and parts[1] in ("models", "datasets"):
+                if parts[:2] == ["api", "repos"]:
+                    self._create(json.loads(body))
+                elif path == "/api/validate-yaml":
+                    self._json({"errors": [], "warnings": []})
+                elif path.endswith(".git/info/lfs/objects/batch"):
+                    self._batch(json.loads(body))
+                elif parts[0] == "large":
+                    self._put(parts[1], body)
+                elif parts[0] == "api" and parts[4:5] in (["preupload"], ["commit"]):
+                    self._upload("/".join(parts[2:4]), parts[4], body)
+                elif parts[0] == "api" and len(parts) >= 4 and parts[1] in ("models", "datasets"):
                     self._api(parts[1], "/".join(parts[2:4]), parts[4:], body)
                 elif "resolve" in parts:
                     at = parts.index("resolve")
@@ -124,6 +143,60 @@ class FakeHub:
                     self._file(kind, repo, parts[at + 1], "/".join(parts[at + 2 :]))
                 else:
                     self._send(404, b"", {})
+
+            def _create(self, asked: dict[str, Any]) -> None:
+                repo = f"{asked['organization']}/{asked['name']}"
+                if asked["organization"] in hub.forbidden:
+                    self._send(403, b"{}", {"X-Error-Message": "you may not write here"})
+                elif ("models", repo) in hub.commits:
+                    self._send(409, json.dumps({"url": f"{hub.url}/{repo}"}).encode(), {})
+                else:
+                    hub.commits["models", repo], hub.branches["models", repo] = {}, {}
+                    hub.commit(repo, {".gitattributes": b""})
+                    if asked.get("private") or asked.get("visibility") == "private":
+                        hub.private.add(repo)
+                    self._json({"url": f"{hub.url}/{repo}"})
+
+            def _upload(self, repo: str, what: str, body: bytes) -> None:
+                if what == "preupload":
+                    files = [
+                        {
+                            "path": file["path"],
+                            "uploadMode": "lfs" if file["path"].endswith("tensors") else "regular",
+                            "shouldIgnore": False,
+                        }
+                        for file in json.loads(body)["files"]
+                    ]
+                    self._json({"files": files})
+                    return
+                files = dict(hub.commits["models", repo][hub.branches["models", repo]["main"]])
+                for line in map(json.loads, body.splitlines()):
+                    value = line["value"]
+                    if line["key"] == "file":
+                        files[value["path"]] = base64.b64decode(value["content"])
+                    elif line["key"] == "lfsFile":
+                        files[value["path"]] = hub.large[value["oid"]]
+                    elif line["key"] == "deletedFile":
+                        del files[value["path"]]
+                sha = hub.commit(repo, files)
+                url = f"{hub.url}/{repo}/commit/{sha}"
+                self._json({"commitUrl": url, "commitOid": sha, "success": True})
+
+            def _batch(self, asked: dict[str, Any]) -> None:
+                objects = []
+                for one in asked["objects"]:
+                    actions = {"upload": {"href": f"{hub.url}/large/{one['oid']}"}}
+                    present = one["oid"] in hub.large
+                    objects.append({**one} if present else {**one, "actions": actions})
+                self._json({"transfer": "basic", "objects": objects})
+
+            def _put(self, oid: str, body: bytes) -> None:
+                if hub.most_large is not None and len(hub.large) >= hub.most_large:
+                    self._send(403, b"", {})
+                    return
+                assert hashlib.sha256(body).hexdigest() == oid
+                hub.large[oid] = body
+                self._send(200, b"", {})
 
             def _api(self, kind: str, repo: str, rest: list[str], body: bytes) -> None:
                 if (kind, repo) not in hub.commits:
@@ -141,7 +214,7 @@ class FakeHub:
                         {
                             "id": repo,
                             "sha": sha,
-                            "private": False,
+                            "private": repo in hub.private,
                             "gated": False,
                             "disabled": False,
                             "tags": [],

@@ -207,8 +207,20 @@ def _values(given: list[str] | None, option: str) -> dict[str, Any]:
 def export(
     line: Line,
     version: Version,
-    out: Annotated[Path, typer.Argument(help="Folder to write; absent or empty.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+    out: Annotated[
+        Path | None,
+        typer.Argument(help="Folder to write; absent or empty. Not needed with --push."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the model in the folder or on the hub.")
+    ] = False,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload to the hub, in one commit."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push: the repository must be private.")
+    ] = False,
     shard_size: Annotated[
         str | None, typer.Option(help="Largest file, such as 5GB or 500MB; default: as the base.")
     ] = None,
@@ -239,7 +251,12 @@ def export(
 
     With --as lora, write its change alone as one adapter, which peft and servers of adapters load.
     A line with `space` merges (IA)³ adapters, and its versions are written as one.
+    With --push, upload the folder to the hub; what the hub already holds of it is not sent again.
     """
+    if private and push is None:
+        raise UsageError("--private is for a repository on the hub", hint="add --push OWNER/NAME")
+    if push is not None and form is not None:
+        raise UsageError("--push uploads whole models", hint="leave out --as")
     if specialist and task is None:
         raise UsageError("--specialist needs the task that it is for", hint="add --task TASK")
     if form is None and (rank is not None or keep is not None):
@@ -256,24 +273,33 @@ def export(
         adapter = export_adapter(
             line,
             version,
-            out,
+            _folder(out),
             rank=16 if rank is None and keep is None else rank,
             keep=keep,
             overwrite=overwrite,
         )
         show_result(adapter, as_json, render.exported_adapter)
-    from restitch.flows.export import export_version
+    from restitch.flows.export import export_version, push_version
 
-    outcome = export_version(
-        line,
-        version,
-        out,
-        overwrite=overwrite,
-        shard_size=shard_size,
-        task=task,
-        specialist=specialist,
-    )
+    options: Any = {
+        "overwrite": overwrite,
+        "shard_size": shard_size,
+        "task": task,
+        "specialist": specialist,
+    }
+    if push is not None:
+        outcome = push_version(line, version, push, out, private=private, **options)
+    else:
+        outcome = export_version(line, version, _folder(out), **options)
     show_result(outcome, as_json, render.exported)
+
+
+def _folder(out: Path | None) -> Path:
+    if out is None:
+        raise UsageError(
+            "the folder to write is missing", hint="name it, or upload with --push OWNER/NAME"
+        )
+    return out
 
 
 def follow(

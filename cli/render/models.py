@@ -45,7 +45,8 @@ def exported(result: Values, out: Console) -> None:
         whose = (
             f", the specialist for {task}," if result["specialist"] else f" with the head of {task}"
         )
-    write(out, f"{result['line']} version {result['version']}{whose} is in {result['out']}")
+    place = " and ".join(each for each in (result["out"], result["commit"]) if each)
+    write(out, f"{result['line']} version {result['version']}{whose} is in {place}")
     write(out, f"  {len(result['files'])} files, {size(result['bytes'])}")
 
 

@@ -27,6 +27,6 @@ def gather(flat: Tensor, coordinates: NDArray[np.int64]) -> Tensor:
     return torch.from_numpy(as_integers(flat)[coordinates]).view(flat.dtype)
 
 
-def scatter(flat: Tensor, coordinates: NDArray[np.int64], values: Tensor) -> None:
+def scatter(flat: Tensor, coordinates: NDArray[np.integer[Any]], values: Tensor) -> None:
     """flat[coordinates] = values, each rounded once."""
     as_integers(flat)[coordinates] = as_integers(round_once(values, flat.dtype))

@@ -8,17 +8,20 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
 from restitch.merging.adapters.checkpoint import WEIGHTS
 from restitch.merging.digests import canonical_json
 from restitch.modeling.licence import Licence
-from restitch.registry.ledger.line_state import LineState, TensorGroup
+from restitch.registry.ledger.line_state import LineState, State, TensorGroup
 from restitch.registry.ledger.records import MergedRecord, TaskResult
 from restitch.registry.mlflow.sync import without_credentials
 from restitch.registry.record import Interval
-from restitch.registry.specs.task import is_hub_id, split_pin
+from restitch.tasks.report.card_fields import TAGS, card_fields, front_matter, hub_models
 from restitch.tasks.report.provenance import Provenance
+
+# A path of this machine in a sentence; the group is its last part.
+_LOCAL_PATH = re.compile(r"(?<![\w:/.~-])/(?:[^\s/`'\",;()|<>]+/)+([^\s/`'\",;()|<>]+)")
+# The states of models that might have been merged.
+_LEFT_OUT: tuple[State, ...] = ("registered", "waiting", "quarantined", "held", "retired", "ready")
 
 Rows = Sequence[tuple[str, ...]]
 
@@ -26,24 +29,36 @@ _MARKUP = re.compile(r"([\\`*_\[\]<>|#~])")
 
 
 def model_card(
-    line_state: LineState, record: MergedRecord, origin: Provenance, task: str | None = None
+    line_state: LineState,
+    record: MergedRecord,
+    origin: Provenance,
+    task: str | None = None,
+    use: str | None = None,
 ) -> str:
     """The README.md of an exported version, Markdown with the hub's front matter.
 
-    `task` is the one whose head the model has.
+    Args:
+        line_state: the line.
+        record: the version.
+        origin: its provenance.
+        task: the one whose head the model has.
+        use: lines of Python that load the model and ask it something.
     """
     parts = [
-        _front_matter(line_state, origin),
+        card_fields(line_state, record, origin, task),
         f"# {record.line}, version {record.version}",
         _summary(line_state, record),
         _how_to_load(line_state),
         "" if task is None else f"This is the whole classifier with the head of `{task}`.",
+        *_usage(use),
         "## Results",
         _results(record),
         _retention(record),
         _gates(record),
         "## Members",
         _members(record),
+        "## Not merged",
+        _not_merged(line_state, record),
         "## Lineage",
         _lineage(record, origin),
         "## Licences",
@@ -63,11 +78,12 @@ def specialist_card(
     task: str,
     made: Mapping[str, Any],
     origin: Provenance,
+    use: str | None = None,
 ) -> str:
     """The README.md of the specialist for one task of a merged version.
 
     `made` says how the specialists were made, as in `restitch.json`; `origin` has the digest of the
-    specialist's weights.
+    specialist's weights, and `use` are lines of Python that load the model.
     """
     line, version = record.line, record.version
     command = f"restitch export {line} {version} OUT --task {task} --specialist"
@@ -76,12 +92,13 @@ def specialist_card(
         for name, m in record.members.items()
     ]
     parts = [
-        _front_matter(line_state, origin),
+        card_fields(line_state, record, origin, more={"model-index": None}),
         f"# {line}, version {version}: {task}",
         f"The specialist for `{task}`: {_source(line_state.base.uri)} plus those coordinates of "
         f"the multi-task vector of {len(record.members)} finetuned models that the task's mask "
         "selects. Use it for this task only.",
         _how_to_load(line_state),
+        *_usage(use),
         "## Members",
         _table(("task", "version", "finetuned model", "weights"), members),
         "## Licences",
@@ -110,7 +127,7 @@ def adapter_card(
     ]
     left_out = sum(made["left_out"].values())
     parts = [
-        _front_matter(line_state, origin, {"library_name": "peft"}),
+        card_fields(line_state, record, origin, more={"library_name": "peft", "model-index": None}),
         f"# {record.line}, version {record.version}, as an adapter",
         f"A LoRA adapter for {_source(line_state.base.uri)} with {made['parameters']:,} "
         f"parameters. It holds {made['kept']:.2%} of the squared norm of the version's change, "
@@ -136,18 +153,17 @@ def once_card(made: Mapping[str, Any]) -> str:
     settings = ", ".join(f"{key} {value}" for key, value in made["settings"].items())
     kept = ", ".join(f"{key} {value}" for key, value in made["localize"].items())
     models = [
-        (task, _named(each["source"]), f"`{each['weights']}`", f"{each['outside_share']:.1%}")
+        (task, _source(each["source"]), f"`{each['weights']}`", f"{each['outside_share']:.1%}")
         for task, each in made["models"].items()
     ]
-    fields: dict[str, Any] = {"tags": ["model-merging", "restitch"]}
+    fields: dict[str, Any] = {"tags": list(TAGS), "library_name": "transformers"}
     sources = [made["base"]["source"], *(each["source"] for each in made["models"].values())]
-    names = [split_pin(source)[0] for source in sources]
-    if hub := [name for name in names if is_hub_id(name) and "/" in name and ":" not in name]:
+    if hub := hub_models(sources):
         fields |= {"base_model": hub, "base_model_relation": "merge"}
     parts = [
-        "---\n" + yaml.safe_dump(fields, sort_keys=True) + "---",
+        front_matter(fields),
         f"# {len(models)} models merged by {made['method']}",
-        f"{_named(made['base']['source'])} with the changes of {len(models)} finetuned models, "
+        f"{_source(made['base']['source'])} with the changes of {len(models)} finetuned models, "
         f"merged by `{made['method']}` ({settings or 'no settings'}; kept of each model: {kept}) "
         f"in {made['tensors']} tensors. All other tensors are the base's.",
         "## Models",
@@ -157,41 +173,8 @@ def once_card(made: Mapping[str, Any]) -> str:
     return _page(parts)
 
 
-def _named(source: str) -> str:
-    """A source, or the name of a local folder."""
-    return _source(source.rstrip("/").rpartition("/")[2] if source.startswith("/") else source)
-
-
 def _page(parts: Sequence[str]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _front_matter(
-    line_state: LineState, origin: Provenance, more: Mapping[str, Any] | None = None
-) -> str:
-    fields: dict[str, Any] = {"tags": ["model-merging", "restitch"], **(more or {})}
-    if line_state.spec.space is not None:
-        fields["library_name"] = "peft"
-    name, _ = split_pin(line_state.base.uri)
-    if is_hub_id(name) and "/" in name and ":" not in name:
-        fields |= {"base_model": name, "base_model_relation": "merge"}
-    fields |= _licence_fields([origin.base_licence, *origin.licences.values()])
-    return "---\n" + yaml.safe_dump(fields, sort_keys=True) + "---"
-
-
-def _licence_fields(all_of_them: Sequence[Licence | None]) -> dict[str, str]:
-    """The licence if all are known and equal, or `other`; unknown licences are not guessed."""
-    known = {licence for licence in all_of_them if licence is not None}
-    if not known:
-        return {}
-    if len(known) > 1 or None in all_of_them or len((only := known.pop()).ids) > 1:
-        return {"license": "other", "license_name": "see-licences"}
-    fields = {"license": only.ids[0]}
-    if only.name is not None:
-        fields["license_name"] = only.name
-    if only.link is not None and "://" in only.link:  # a relative link would not work here
-        fields["license_link"] = without_credentials(only.link)
-    return fields
 
 
 def _summary(line_state: LineState, record: MergedRecord) -> str:
@@ -265,6 +248,35 @@ def _members(record: MergedRecord) -> str:
     ]
     table = _table(("task", "version", "finetuned model", "weights", "mask", "delta"), rows)
     return f"{table}\n\n{_accounting(record)}".rstrip()
+
+
+def _usage(use: str | None) -> list[str]:
+    return [] if use is None else ["## Use", f"```python\n{use}```"]
+
+
+def _not_merged(line_state: LineState, record: MergedRecord) -> str:
+    """What of the members lies outside of the merged tensors, and which models are left out."""
+    shares = [
+        (task, f"{member.facts.outside_share:.2%}")
+        for task, member in record.members.items()
+        if member.facts.outside_share
+    ]
+    left_out = [
+        (key.task, str(key.version), model.state, _plain(model.reason or ""))
+        for key, model in line_state.in_state(*_LEFT_OUT)
+        if key.task not in record.members or record.members[key.task].version != key.version
+    ]
+    parts = [
+        "Only the tensors that the line selects are merged; all others, and heads that a finetuned "
+        "model adds, are not part of the merge."
+    ]
+    if shares:
+        head = ("task", "share of the finetuning's squared change outside of the merged tensors")
+        parts.append(_table(head, shares))
+    if left_out:
+        parts.append("Models of the line that this version does not hold, when it was exported:")
+        parts.append(_table(("task", "version", "state", "reason"), left_out))
+    return "\n\n".join(parts)
 
 
 def _accounting(record: MergedRecord) -> str:
@@ -371,12 +383,20 @@ def _licence(licence: Licence | None) -> str:
 
 
 def _source(uri: str) -> str:
+    # A folder of this machine means nothing elsewhere, so only its name is shown.
+    uri = uri.rstrip("/").rpartition("/")[2] if uri.startswith("/") else uri
     # In inline code only backticks are markup, and in a table the pipe.
     text = " ".join(without_credentials(uri).split())
     return f"`{text.replace('`', '').replace('|', chr(92) + '|')}`"
 
 
+def without_local_paths(text: str) -> str:
+    """A text in which a path of this machine is only the name at its end."""
+    return _LOCAL_PATH.sub(lambda found: found[1], text)
+
+
 def _plain(text: str) -> str:
+    text = without_local_paths(text)
     return _MARKUP.sub(r"\\\1", " ".join(text.split()))
 
 

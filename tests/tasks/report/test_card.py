@@ -8,7 +8,8 @@ import yaml
 
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.modeling.licence import Licence
-from restitch.registry.ledger.records import TaskResult
+from restitch.registry.ledger.line_state import MemberFacts
+from restitch.registry.ledger.records import DataUsed, TaskResult
 from restitch.registry.record import Interval
 from restitch.registry.store.folder import FolderStore
 from restitch.registry.store.objects import ObjectStore
@@ -37,7 +38,7 @@ def front_matter(text: str) -> dict[str, Any]:
 
 def test_a_base_from_the_hub_is_named_without_its_commit() -> None:
     found = front_matter(card(base=f"openai/clip@{'a' * 40}"))
-    assert (found["base_model"], found["base_model_relation"]) == ("openai/clip", "merge")
+    assert (found["base_model"], found["base_model_relation"]) == (["openai/clip"], "merge")
 
 
 @pytest.mark.parametrize(
@@ -160,17 +161,62 @@ def test_a_common_licence_is_the_licence_of_the_card() -> None:
 def test_different_licences_are_listed() -> None:
     text = card(base_licence=MIT, licences={"a": APACHE, "b": MIT})
     assert front_matter(text)["license"] == "other"
-    assert "| base | `/models/base` | mit |" in text
-    assert "| a | `/models/a` | apache-2.0 |" in text
+    assert "| base | `base` | mit |" in text
+    assert "| a | `a` | apache-2.0 |" in text
 
 
 def test_an_unknown_licence_is_shown_as_unknown() -> None:
     text = card(base_licence=MIT, licences={"a": None, "b": MIT})
     assert front_matter(text)["license"] == "other"
-    assert "| a | `/models/a` | unknown |" in text
+    assert "| a | `a` | unknown |" in text
     text = card()
     assert "license" not in front_matter(text)
     assert text.count("| unknown |") == 3
+
+
+def test_members_on_the_hub_and_their_data_are_named_in_the_front_matter() -> None:
+    data = DataUsed(path=f"owner/rows:plain@{'c' * 40}", split="test", digest="d" * 64)
+    result = TaskResult(merged=0.6, metric="f1", split="test", data=data)
+    record = builders.record(results={"a": result, "b": TaskResult(merged=0.5)})
+    members = {
+        task: member.model_copy(update={"uri": f"owner/{task}@{'a' * 40}" if task == "a" else "/b"})
+        for task, member in record.members.items()
+    }
+    found = front_matter(
+        card(record.model_copy(update={"members": members}), base="owner/base@main")
+    )
+    assert found["base_model"] == ["owner/base", "owner/a"]
+    assert found["base_model_relation"] == "merge"
+    assert found["datasets"] == ["owner/rows"]
+    (index,) = found["model-index"]
+    first, second, general = index["results"]
+    assert first["dataset"] == {
+        "type": "owner/rows",
+        "config": "plain",
+        "name": "a",
+        "split": "test",
+    }
+    assert (first["metrics"][0]["type"], first["metrics"][0]["value"]) == ("f1", 0.6)
+    assert second["dataset"] == {"type": "b", "name": "b"}
+    assert [each["value"] for each in general["metrics"]] == [0.45, 0.9]
+
+
+def test_the_card_says_what_was_not_merged_and_names_no_local_path() -> None:
+    record = builders.record()
+    facts = MemberFacts(outside_share=0.25, notes=("read /home/ann/models/a, and nothing else",))
+    members = {**record.members, "a": record.members["a"].model_copy(update={"facts": facts})}
+    line_state = builders.with_task(
+        builders.line_state(),
+        "c",
+        builders.model("c", state="quarantined", reason="/srv/models/c: a tensor has NaN"),
+    )
+    record = record.model_copy(update={"members": members})
+    text = model_card(line_state, record, Provenance())
+    assert "| a | 25.00% |" in text
+    assert "| c | 1 | quarantined | c: a tensor has NaN |" in text
+    assert "read a, and nothing else" in text
+    for part in ("/models", "/home", "/srv"):
+        assert part not in text
 
 
 def test_the_card_of_an_export_names_the_digest_of_its_weights(
