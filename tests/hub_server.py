@@ -159,7 +159,7 @@ class FakeHub:
 
             def _upload(self, repo: str, what: str, body: bytes) -> None:
                 if what == "preupload":
-                    files = [
+                    modes = [
                         {
                             "path": file["path"],
                             "uploadMode": "lfs" if file["path"].endswith("tensors") else "regular",
@@ -167,7 +167,7 @@ class FakeHub:
                         }
                         for file in json.loads(body)["files"]
                     ]
-                    self._json({"files": files})
+                    self._json({"files": modes})
                     return
                 files = dict(hub.commits["models", repo][hub.branches["models", repo]["main"]])
                 for line in map(json.loads, body.splitlines()):

@@ -86,7 +86,7 @@ def test_nothing_that_is_pushed_names_this_machine(
         assert "hf_secret" not in text
     assert socket.gethostname() not in texts["restitch.json"]
     assert f'from_pretrained("{REPOSITORY}")' in texts["README.md"].replace("'", '"')
-    data = ModelCard(texts["README.md"]).data
+    data: Any = ModelCard(texts["README.md"]).data
     assert data.eval_results is not None
     values = {each.dataset_name: each.metric_value for each in data.eval_results}
     record = json.loads(texts["restitch.json"])
