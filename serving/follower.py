@@ -71,7 +71,8 @@ class Follower:
             the base have this type and the family can load it, and float32 otherwise.
 
     Raises:
-        BadInput: there is no such line or version, or the base cannot be read.
+        BadInput: there is no such line or version, its versions are adapters, or the base cannot
+            be read.
         Damage: the patch is damaged.
         Unavailable: the store cannot be reached, and there is no copy of the version here.
     """
@@ -90,6 +91,13 @@ class Follower:
         prepare_environment(self._home)
         self._lock, self._refreshing = ReaderLock(), threading.Lock()
         self._version = read_version(self._home, line, alias)
+        if self._version.space is not None:
+            raise BadInput(
+                f"the versions of line {line} are adapters, and no follower sets these in place",
+                expected="a line that merges weights",
+                found="space: adapter",
+                hint=f"use `restitch follow {line} FOLDER`, and load the adapter again",
+            )
         patch = _open_patch(self._version)
         base = open_served_base(self._version)
         self._base = base.checkpoint

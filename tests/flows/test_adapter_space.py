@@ -20,6 +20,7 @@ from restitch.merging.adapters.vectors import VectorSpace
 from restitch.merging.errors import BadInput
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.registry.home import Home
+from restitch.serving.follower import Follower
 from restitch.serving.served_version import read_version
 from restitch.serving.version_folder import version_folder
 from tests.merging.adapters.peft_folders import adapter_on, merged_by_peft
@@ -295,3 +296,17 @@ def test_other_forms_of_an_export_and_studies_of_weights_are_refused(t5: Adapter
     for study in ("continual", "runtime", "shots"):
         done = t5.shell("study", study, "demo", code=3)
         assert "works with the weights of layers" in " ".join(done.err.split())
+
+
+def test_a_folder_follows_the_adapters_and_a_loaded_model_is_refused(t5: AdapterLine) -> None:
+    t5.init()
+    t5.register("one", t5.adapter("one", 1))
+    shell, folder = t5.shell, t5.folder / "followed"
+    shell("follow", "demo", folder, "--once")
+    t5.register("two", t5.adapter("two", 2))
+    assert shell("follow", "demo", folder, "--once", "--json").json["action"] == "updated"
+    shell("export", "demo", "champion", t5.folder / "exported")
+    files = [each / ADAPTER for each in (folder / "current", t5.folder / "exported")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    with shell.inside(), pytest.raises(BadInput, match="versions of line demo are adapters"):
+        Follower("demo")
