@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from restitch.merging.adapters.config import AdapterConfig, read_config
+from restitch.merging.adapters.config import CONFIG, AdapterConfig, read_config
 from restitch.merging.adapters.names import (
     MAGNITUDE,
     VECTOR,
@@ -28,8 +28,8 @@ from restitch.merging.adapters.updates import Part, Scale, Update, low_rank, sca
 from restitch.merging.digests import canonical_json
 from restitch.merging.errors import BadInput, shortlist
 from restitch.merging.files.checkpoint import FLOATING, Checkpoint, TensorInfo
-from restitch.merging.files.plain_weights import described
-from restitch.merging.files.shards import CONVERT_ADAPTER, is_adapter_file
+from restitch.merging.files.plain_weights import described, is_buffer, is_factor
+from restitch.merging.files.shards import CONVERT_ADAPTER, choose_shards, is_adapter_file
 from restitch.merging.numerics.factors import Factors
 from restitch.merging.numerics.rounding import cast, round_once
 from restitch.merging.order import by_bytes
@@ -96,7 +96,8 @@ class AdapterCheckpoint(Checkpoint):
         """Open the folder of an adapter.
 
         Args:
-            folder: holds `adapter_config.json` and `adapter_model.safetensors`.
+            folder: holds `adapter_config.json` and `adapter_model.safetensors`, or whole weights
+                with the factors next to the frozen ones.
             base: the base that the adapter was trained on.
             prefixes: what the names of either side may have before all of them.
             where: the adapter's name in messages.
@@ -106,7 +107,10 @@ class AdapterCheckpoint(Checkpoint):
             BadInput: it is an adapter of another kind, is damaged, or does not fit the base.
         """
         where = where or str(folder)
-        config, weights = read_config(folder, where), _open_weights(folder, where)
+        config = read_config(folder, where)
+        frozen = holds_factors(folder)
+        weights = _with_frozen(folder, where) if frozen else _open_weights(folder, where)
+        _check_types(weights, where)
         names = sort_names(weights.names, base.names, where)
         fitted = fit_names(names, base.names, prefixes, where, aliases)
         return cls._made(folder, base, weights, config, names, fitted, where)
@@ -172,7 +176,9 @@ class AdapterCheckpoint(Checkpoint):
             if change.whole is None
             else self._weights.tensor(change.whole)
         )
-        if change.update is None:
+        if info.dtype not in FLOATING:
+            after = before.reshape(-1)
+        elif change.update is None:
             after = round_once(before.reshape(-1)[: info.numel], info.dtype)
         else:
             after = updated(before, change.update, info.dtype)[: info.numel]
@@ -289,9 +295,39 @@ def _open_weights(folder: Path, where: str) -> Checkpoint:
             found=shortlist(names),
             hint=CONVERT_ADAPTER if pickled else "give the whole folder of the adapter",
         )
-    weights = Checkpoint.from_files(folder, {WEIGHTS: folder / WEIGHTS})
+    return Checkpoint.from_files(folder, {WEIGHTS: folder / WEIGHTS})
+
+
+def holds_factors(folder: Path) -> bool:
+    """True if a folder has the configuration of an adapter, and its factors among whole weights.
+
+    A training that saves the state of the whole model writes such folders.
+    """
+    names = [path.name for path in folder.iterdir()]
+    if [name for name in names if is_adapter_file(name)] != [CONFIG]:
+        return False
+    try:
+        weights = _with_frozen(folder, str(folder))
+    except BadInput:
+        return False
+    return any(is_factor(component) for name in weights.names for component in name.split("."))
+
+
+def _with_frozen(folder: Path, where: str) -> Checkpoint:
+    """Open whole weights with the factors of an adapter next to the frozen ones."""
+    names = [path.name for path in folder.iterdir() if path.name != CONFIG]
+    shards = choose_shards(where, folder, names).names
+    return Checkpoint.from_files(folder, {name: folder / name for name in shards})
+
+
+def _check_types(weights: Checkpoint, where: str) -> None:
+    """Refuse quantized factors and weights.
+
+    Raises:
+        BadInput: there are some; names them.
+    """
     other = [weights.info(name) for name in weights.names]
-    other = [info for info in other if info.dtype not in FLOATING]
+    other = [info for info in other if info.dtype not in FLOATING and not is_buffer(info)]
     if other:
         raise BadInput(
             f"{where} holds an adapter in a type that is not supported",
@@ -300,7 +336,6 @@ def _open_weights(folder: Path, where: str) -> Checkpoint:
             details=[described(info) for info in other],
             hint="save the adapter again without quantization",
         )
-    return weights
 
 
 def _update(

@@ -36,7 +36,8 @@ def check_plain(checkpoint: Checkpoint, where: str) -> None:
     if factors:
         raise BadInput(
             f"{where} holds factors of an adapter next to frozen weights",
-            expected="whole weights that contain the adapter's change",
+            expected="whole weights that contain the adapter's change, or the adapter_config.json"
+            " of the training next to these, which says how the factors are scaled",
             found=f"{len(factors)} of {len(checkpoint.names)} tensors belong to an adapter",
             details=factors,
             hint=MERGE_ADAPTER,

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from restitch.merging.adapters.checkpoint import AdapterCheckpoint
+from restitch.merging.adapters.checkpoint import AdapterCheckpoint, holds_factors
 from restitch.merging.adapters.config import CONFIG as ADAPTER
 from restitch.merging.adapters.config import AdapterConfig
 from restitch.merging.digests import canonical_json, digest_file, digest_json
@@ -31,8 +31,10 @@ _CONFIG = "config.json"
 
 
 def is_adapter(local: Path) -> bool:
-    """True if a folder holds an adapter and no whole weights."""
-    return local.is_dir() and holds_adapter([path.name for path in local.iterdir()])
+    """True if a folder holds an adapter alone, or its factors next to frozen weights."""
+    if not local.is_dir():
+        return False
+    return holds_adapter([path.name for path in local.iterdir()]) or holds_factors(local)
 
 
 def open_adapter(
@@ -53,9 +55,10 @@ def open_adapter(
     aliases = partial(present_names, base.path, base, prefixes)
     adapter = AdapterCheckpoint.read(local, base, prefixes=prefixes, where=where, aliases=aliases)
     kind = "LoRA" if adapter.config.kind == "LORA" else "(IA)^3"
+    frozen = " next to frozen weights" if holds_factors(local) else ""
     adapter.notes = (
-        f"an adapter ({'DoRA' if adapter.config.dora else kind}) of {adapter.size:,} bytes on"
-        f" {len(adapter.touched)} tensors of the base",
+        f"an adapter ({'DoRA' if adapter.config.dora else kind}){frozen} of {adapter.size:,} bytes"
+        f" on {len(adapter.touched)} tensors of the base",
         *_names_another(adapter.config, ref),
     )
     return adapter

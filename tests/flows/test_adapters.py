@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModel, AutoModelForSequenceClassification
 
 from restitch.merging.adapters.checkpoint import AdapterCheckpoint
 from restitch.merging.files.checkpoint import Checkpoint
@@ -20,7 +20,7 @@ from restitch.registry.home import Home
 from restitch.registry.mlflow.sync import connect
 from tests.conftest import NewHome
 from tests.merging.adapters.folders import write_adapter
-from tests.merging.adapters.peft_folders import adapter_on
+from tests.merging.adapters.peft_folders import adapter_on, merged_by_peft
 from tests.shell import Shell
 from tests.tiny_models import tiny_bert
 from tests.worlds import World, write_yaml
@@ -306,3 +306,40 @@ def test_an_adapter_from_mlflow(line: Shell, world: World, adapter: Path, tmp_pa
         tmp_path / "same", factors(), base_model_name_or_path=str(world.base), lora_alpha=3
     )
     assert line.json("register", "demo", *files, local, *ACCEPT)["already"]
+
+
+@without_mlflow
+def test_factors_next_to_frozen_weights_are_applied(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    """The state of a whole model in training, as PEFT names it, and the configuration."""
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["query", "dense"])
+    adapter = adapter_on(world.base, tmp_path / "adapter", config, seed=2)
+    model = PeftModel.from_pretrained(AutoModel.from_pretrained(world.base), adapter)
+    state = tmp_path / "state"
+    shutil.copytree(world.base, state)
+    tensors = {name: value.contiguous() for name, value in model.state_dict().items()}
+    assert any("base_layer" in name for name in tensors)
+    save_file(tensors, state / WEIGHTS, {"format": "pt"})
+    task = write_yaml(tmp_path / "skill.yaml", {"task": "skill"})
+    line = world.line(
+        tmp_path / "line.yaml",
+        retention=None,
+        method="task-arithmetic",
+        localize={"density": 1.0},
+    )
+    shell("init", line)
+    refused = shell("register", "demo", "--task", task, "--model", state, code=3).err
+    assert "adapter_config.json of the training" in " ".join(refused.split())
+    shutil.copyfile(adapter / "adapter_config.json", state / "adapter_config.json")
+    shell("register", "demo", "--task", task, "--model", state, "--copy")
+    shutil.rmtree(state)
+    assert shell("verify", "demo").code == 0
+    shell("export", "demo", "champion", tmp_path / "out")
+    expected, out = merged_by_peft(world.base, adapter), load_file(tmp_path / "out" / WEIGHTS)
+    base = load_file(world.base / WEIGHTS)
+    changed = [name for name in base if not torch.equal(out[name], base[name])]
+    assert changed
+    for name in changed:
+        change = expected[name] - base[name]
+        torch.testing.assert_close(out[name], base[name] + 0.4 * change, atol=1e-6, rtol=1e-5)
