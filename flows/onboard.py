@@ -292,14 +292,14 @@ def _results(line: LineRef, spec: TaskSpec, model: ModelVersion, delta: str) -> 
 
 
 def _warn_of_outside(task: str, checked: Validated, results: Mapping[str, ResultRef]) -> None:
-    """Warn if masks cannot hold a considerable part of what finetuning changed."""
+    """Warn if a considerable part of what finetuning changed is in tensors that are not merged."""
     matters = bool(results) and _differs(results["localizable"], results["finetuned"])
     if checked.outside_share <= OUTSIDE_WARNING and not matters:
         return
     names = shortlist([name for name, _ in checked.outside_tensors])
     text = (
-        f"{task}: {checked.outside_share:.1%} of what finetuning changed is outside of masks"
-        f" (in {names or 'no tensor'})"
+        f"{task}: {checked.outside_share:.1%} of what finetuning changed is outside of the"
+        f" localizable tensors (in {names or 'no tensor'})"
     )
     if results:
         text += (

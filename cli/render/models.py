@@ -130,7 +130,7 @@ def _facts(facts: Values, out: Console) -> None:
         out,
         f"  {facts['localizer']}: {facts['kept']:,} of {facts['coordinates']:,} weights"
         f" ({percent(facts['density'])}), delta {size(facts['delta_bytes'])},{statistics}"
-        f" {facts['outside_share']:.1%} of the change is outside of masks",
+        f" {facts['outside_share']:.1%} of the change is outside of the localizable tensors",
     )
     for line in accounted(facts):
         write(out, f"  {line}", "yellow")
