@@ -257,6 +257,10 @@ def export(
         raise UsageError("--private is for a repository on the hub", hint="add --push OWNER/NAME")
     if push is not None and form is not None:
         raise UsageError("--push uploads whole models", hint="leave out --as")
+    if out is None and push is None:
+        raise UsageError(
+            "the folder to write is missing", hint="name it, or upload with --push OWNER/NAME"
+        )
     if specialist and task is None:
         raise UsageError("--specialist needs the task that it is for", hint="add --task TASK")
     if form is None and (rank is not None or keep is not None):
@@ -270,10 +274,11 @@ def export(
             raise UsageError(f"--keep {keep:g} is no share", hint="give a number up to 1, as 0.99")
         from restitch.flows.export_adapter import export_adapter
 
+        assert out is not None
         adapter = export_adapter(
             line,
             version,
-            _folder(out),
+            out,
             rank=16 if rank is None and keep is None else rank,
             keep=keep,
             overwrite=overwrite,
@@ -290,16 +295,9 @@ def export(
     if push is not None:
         outcome = push_version(line, version, push, out, private=private, **options)
     else:
-        outcome = export_version(line, version, _folder(out), **options)
+        assert out is not None
+        outcome = export_version(line, version, out, **options)
     show_result(outcome, as_json, render.exported)
-
-
-def _folder(out: Path | None) -> Path:
-    if out is None:
-        raise UsageError(
-            "the folder to write is missing", hint="name it, or upload with --push OWNER/NAME"
-        )
-    return out
 
 
 def follow(

@@ -36,7 +36,7 @@ COMMANDS = {
     ("show", "demo", "--json"): (0, '"version": 3'),
     ("rgister",): (2, "register"),
     ("remerge", "demo", "--forced"): (2, "--force"),
-    ("export", "demo", "champion"): (2, "Missing argument"),
+    ("export", "demo", "champion"): (2, "the folder to write is missing"),
     ("status", "dmeo"): (3, "there is no line 'dmeo'"),
     ("remerge", "dmeo"): (3, "there is no line 'dmeo'"),
     ("export", "dmeo", "champion", "out"): (3, "there is no line 'dmeo'"),
