@@ -10,6 +10,7 @@ import json
 import mmap
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -106,6 +107,7 @@ class Checkpoint:
         self._maps = dict(maps)
         self._fetch = fetch
         self._listing: bytes | None = None
+        self._hashing = threading.Lock()  # a second caller waits for the first one's digest
 
     @classmethod
     def open(cls, path: Path) -> "Checkpoint":
@@ -242,19 +244,20 @@ class Checkpoint:
 
         Its digest is the checkpoint's digest, so a stored listing allows to compare tensors.
         """
-        if self._listing is None:
-            report, total, done = progress or ignore, self.nbytes, 0
-            lines = []
-            with ThreadPoolExecutor(max_workers=2) as pool:
-                for name, digest in zip(
-                    self.names, pool.map(self.tensor_digest, self.names), strict=True
-                ):
-                    info = self._infos[name]
-                    kind = DTYPE_NAMES[info.dtype]
-                    lines.append(json.dumps([name, kind, list(info.shape), digest]))
-                    done += info.nbytes
-                    report(done, total)
-            self._listing = "\n".join(lines).encode()
+        with self._hashing:
+            if self._listing is None:
+                report, total, done = progress or ignore, self.nbytes, 0
+                lines = []
+                with ThreadPoolExecutor(max_workers=2) as pool:
+                    for name, digest in zip(
+                        self.names, pool.map(self.tensor_digest, self.names), strict=True
+                    ):
+                        info = self._infos[name]
+                        kind = DTYPE_NAMES[info.dtype]
+                        lines.append(json.dumps([name, kind, list(info.shape), digest]))
+                        done += info.nbytes
+                        report(done, total)
+                self._listing = "\n".join(lines).encode()
         return self._listing
 
     def tensor_digest(self, name: str) -> str:

@@ -6,6 +6,7 @@ of scores. A task vector is not a set of weights and has a type of its own.
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -171,15 +172,17 @@ def check_finite(finetuned: Checkpoint, base: Checkpoint | None = None) -> None:
         finetuned: the checkpoint.
         base: a checkpoint that is finite, some of whose tensors it may share.
     """
-    bad = []
-    for name in finetuned.floating:
+
+    def count(name: str) -> int:
         if base is not None and finetuned.is_known_as(base, name):
-            continue
+            return 0
         if base is not None and _is_bounded(finetuned, base, name):
-            continue
-        count = _not_finite(finetuned.tensor(name).view(-1))
-        if count:
-            bad.append(f"{name}: {count} of {finetuned.info(name).numel}")
+            return 0
+        return _not_finite(finetuned.tensor(name).view(-1))
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        counts = zip(finetuned.floating, pool.map(count, finetuned.floating), strict=True)
+        bad = [f"{name}: {n} of {finetuned.info(name).numel}" for name, n in counts if n]
     if bad:
         raise CannotJoin(
             "the finetuned model has weights that are not finite",

@@ -1,6 +1,8 @@
 """Merges without a line: the bytes of a line, and what is refused."""
 
 import json
+import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModel
 
 import restitch
+from restitch.merging.files.checkpoint import Checkpoint
 from restitch.registry.home import Home
 from tests.conftest import NewHome
 from tests.shell import Shell
@@ -172,6 +175,27 @@ def test_a_merge_from_python_is_the_same(world: World, shell: Shell, tmp_path: P
     assert all(torch.equal(loaded[name], value) for name, value in expected.items())
     with pytest.raises(restitch.RestitchError, match="did you mean 'ties'"):
         restitch.merge(world.base, models, "tiez")
+
+
+def test_every_weight_is_hashed_once(
+    world: World, shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    hashed: Counter[tuple[Path, str]] = Counter()
+    digest = Checkpoint.tensor_digest
+
+    def counting(checkpoint: Checkpoint, name: str) -> str:
+        hashed[checkpoint.path, name] += 1
+        return digest(checkpoint, name)
+
+    monkeypatch.setattr(Checkpoint, "tensor_digest", counting)
+    copies = {}
+    for task in SKILLS[:2]:  # other files than those that this process knows
+        copies[task] = shutil.copytree(world.model(task), tmp_path / task)
+    given = [part for task, model in copies.items() for part in ("--model", f"{task}={model}")]
+    base = shutil.copytree(world.base, tmp_path / "base")
+    shell("merge", "--base", base, *given, "--method", "ties", "--out", tmp_path / "out")
+    assert {path for path, _ in hashed} == {base.resolve(), *copies.values()}
+    assert set(hashed.values()) == {1}
 
 
 def test_an_adapter_is_merged_as_its_whole_model(
