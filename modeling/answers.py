@@ -14,8 +14,6 @@ from restitch.registry.specs.task import Score
 
 # Positions of which all of the vocabulary is scored at once.
 SCORED = 128
-# A part of so many tokens uses a CPU well; then no prompt may be so much longer than the first.
-_ENOUGH, _LONGER = 400, 1.15
 # Positions of an answer or a text whose predictions localizers match.
 _POSITIONS = 8
 
@@ -101,7 +99,7 @@ class Answers:
             longer = [self.lengths[p] for p in of_rows[row] if self.lengths[p] > 1]
             more, longest = copies + len(longer), max(after, *longer, 1)
             cost = max((len(part) + 1) * lengths[row], more * (lengths[row] + longest))
-            other = bool(part) and _too_long(lengths[row], lengths[part[0]], len(part), padded)
+            other = not padded and bool(part) and lengths[part[0]] != lengths[row]
             if part and (cost > most or other):
                 yield part
                 part, more, longest = [], len(longer), max(1, *longer, 1)
@@ -144,17 +142,6 @@ class Answers:
         if score == "per_character":
             return table / batch["characters"].clamp(min=1)
         return table
-
-
-def _too_long(length: int, shortest: int, rows: int, padded: bool) -> bool:
-    """True if a prompt does not belong in a part with shorter ones.
-
-    Padding to the longest costs as much as tokens: a part that is large enough to use the machine
-    well ends before prompts that are much longer.
-    """
-    if not padded:
-        return length != shortest
-    return rows * shortest >= _ENOUGH and length > _LONGER * shortest
 
 
 def matched(logits: Sequence[Tensor]) -> Tensor:
