@@ -22,7 +22,14 @@ from tests.serving.test_mlflow_model import version_of
 
 pytestmark = pytest.mark.servers
 
-KINDS = ("clip", "text-encoder", "text-classifier", "causal-lm")
+# One kind answers in each run. The others have their answers in tests/serving/test_mlflow_model.py.
+KINDS = (
+    "causal-lm",
+    *(
+        pytest.param(kind, marks=pytest.mark.slow)
+        for kind in ("clip", "text-encoder", "text-classifier")
+    ),
+)
 
 
 def registered(kind: str, root: Path) -> str:

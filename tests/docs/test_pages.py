@@ -71,6 +71,7 @@ def test_the_guide_to_gates_works(tmp_path: Path) -> None:
     run_pytest(tmp_path)
 
 
+@pytest.mark.usefixtures("without_mlflow")
 def test_the_guide_to_python_works(
     world: World, shell: Shell, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
