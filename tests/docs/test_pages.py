@@ -97,8 +97,10 @@ def test_the_guide_to_python_works(
 
 def run_pytest(folder: Path) -> None:
     """Run the tests in a folder, in a process of their own: they register methods and families."""
+    # A folder of its own: the shared one of all runs is cleaned up first, which can take long.
+    own = ("--basetemp", folder / "temporary")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *own, folder],
         env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"},
         cwd=folder,
         capture_output=True,

@@ -227,8 +227,19 @@ def test_the_family_of_the_guide_works_as_a_package_of_its_own(tmp_path, bert):
     shutil.copy(ROOT / "tests/modeling/family_contract.py", tmp_path)
     shutil.copytree(bert, tmp_path / "models" / "base")
     tweaked(bert, tmp_path / "models" / "finetuned", seed=1)
+    # A folder of its own: the shared one of all runs is cleaned up first, which can take long.
+    own = ("--basetemp", tmp_path / "temporary")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "test_short_text.py"],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *own,
+            "test_short_text.py",
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path)},
         capture_output=True,
