@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+import restitch
 from tests.docs.site import DOCS, generator
 from tests.shell import ROOT, Shell
 from tests.worlds import World
@@ -92,7 +93,9 @@ def test_the_guide_to_python_works(
     assert {"colour ready 1", "number ready 2"} <= set(lines)
     assert "there is no line 'photos'" in lines
     assert any(line.startswith("writing exported: ") for line in lines)
-    assert names["champion"].number == 2  # type: ignore[attr-defined]
+    champion = names["champion"]
+    assert isinstance(champion, restitch.Version)
+    assert champion.number == 2
 
 
 def run_pytest(folder: Path) -> None:
