@@ -83,6 +83,11 @@ class Answers:
             places[row].append(place)
         return places
 
+    def common_beginning(self) -> int:
+        """The number of tokens with which all prompts begin, without the last of the shortest."""
+        same = (self.prompts == self.prompts[:1]).all(0).long().cumprod(0).sum()
+        return min(int(same), min(self.prompt_lengths) - 1)
+
     def together(self, most: int, *, padded: bool) -> Iterator[list[int]]:
         """The rows with answers, in parts that go through a model together, short prompts first.
 

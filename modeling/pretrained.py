@@ -165,6 +165,14 @@ def load_pretrained(
         )
     names = named_tensors(inner, file, prefixes)
     unknown = [n for n in file.names if n not in names and any(fnmatchcase(n, g) for g in required)]
+    if unknown and _joins_tensors(inner):
+        raise BadInput(
+            f"{folder} is a {config.model_type} model, whose tensors transformers joins while it"
+            " loads them, as it does with those of experts",
+            expected="a model that is loaded with the tensors of its file",
+            details=unknown,
+            hint="merge models without experts; models with them are not supported",
+        )
     if unknown:
         raise BadInput(
             f"{folder} has tensors that do not exist in the model of its config.json",
@@ -251,6 +259,14 @@ def _conversion(model: Any) -> Callable[[str], str]:
         return name
 
     return convert
+
+
+def _joins_tensors(model: Any) -> bool:
+    """True if transformers makes some tensors of a model out of several ones of its file."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightConverter
+
+    return any(isinstance(c, WeightConverter) for c in get_model_conversion_mapping(model))
 
 
 def _modern(name: str) -> str:

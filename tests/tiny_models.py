@@ -25,6 +25,7 @@ from tokenizers import (
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForCausalLM,
     AutoModelForImageClassification,
     AutoModelForMaskedLM,
     AutoModelForSequenceClassification,
@@ -60,6 +61,8 @@ _TOWERS = {
     "siglip_vision_model": "SiglipVisionModel",
     "siglip2_vision_model": "Siglip2VisionModel",
 }
+# Settings of a small RecurrentGemma for `decoder_of`.
+RECURRENT = {"head_dim": 4, "lru_width": 16, "attention_window_size": 12}
 SPECIAL = ("<s>", "</s>", "<pad>", "<unk>")
 
 
@@ -146,6 +149,32 @@ def tiny_decoder(
             else Qwen2ForCausalLM(Qwen2Config(**size))
         )
     model.generation_config = GenerationConfig(max_new_tokens=5, eos_token_id=[1])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def decoder_of(folder: Path, kind: str, **settings: Any) -> Path:
+    """A folder of a causal language model of any kind that transformers knows."""
+    tokenizer = word_tokenizer()
+    config = AutoConfig.for_model(
+        kind,
+        **{
+            "vocab_size": len(tokenizer),
+            "hidden_size": 16,
+            "intermediate_size": 32,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 200,
+            **settings,
+        },
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.4)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

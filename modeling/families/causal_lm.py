@@ -22,7 +22,8 @@ are those of lm-eval:
 By default only the decoder blocks are localizable. Embeddings and head are the base's.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
+from copy import deepcopy
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -30,6 +31,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, LinearAttentionLayer
 
 from restitch.modeling.answers import SCORED, Answers, log_probabilities, matched, summed
 from restitch.modeling.configs import differences, known_keys, model_type_difference, read_config
@@ -65,6 +67,8 @@ _BLOCKS = ("layers.[0-9]*", "h.[0-9]*", "blocks.[0-9]*")
 _ENDS = (".weight", "[!n].bias", "c_attn.bias", "ln_attn.bias", "fc_in.bias", ".experts.*_proj")
 # Tokens that go through the model at once when no gradients are needed.
 _TOKENS = 2048
+# Tokens that must be saved before the common beginning of prompts goes through the model alone.
+_WORTH_A_PASS = 64
 
 
 class CausalLm(LanguageModel):
@@ -143,13 +147,20 @@ class CausalLm(LanguageModel):
     def generate(self, model: nn.Module, batch: Batch, head: Head) -> list[str]:
         """The text that the model writes after each prompt."""
         assert head.spec.generate is not None
-        before = _Before.ending_together(batch["prompt"], batch["prompt_length"].tolist())
-        places = torch.arange(before.tokens.shape[1], device=before.tokens.device)
-        inputs = {
-            "input_ids": before.tokens,
-            "attention_mask": (places >= before.padding).long(),
-        }
-        return generated(NamedModel.of(model), inputs, before.tokens.shape[1], head.spec.generate)
+        named, lengths = NamedModel.of(model), batch["prompt_length"].tolist()
+        together = [list(range(len(lengths)))]
+        if _is_stateful(named.inner):
+            together = [[row] for row in together[0]]
+        texts: list[str] = []
+        for rows in together:
+            before = _Before.ending_together(batch["prompt"][rows], [lengths[row] for row in rows])
+            places = torch.arange(before.tokens.shape[1], device=before.tokens.device)
+            inputs = {
+                "input_ids": before.tokens,
+                "attention_mask": (places >= before.padding).long(),
+            }
+            texts += generated(named, inputs, before.tokens.shape[1], head.spec.generate)
+        return texts
 
     def loss(self, model: nn.Module, batch: Batch, head: Head) -> Tensor:
         """The mean negative log-likelihood of the right answers, or of all tokens of texts."""
@@ -244,18 +255,20 @@ def _shared(inner: Any, answers: Answers) -> Tensor:
 
     Prompts end at the same place, so that nothing stands between a prompt and its answers: shorter
     ones are padded on the left. The first token of an answer follows from the prompt; the others
-    need the prompt's keys and values.
+    need the prompt's keys and values. Tokens with which all prompts begin go through once for all.
     """
     of_row = answers.of_rows
     found = torch.zeros(len(answers.rows), device=answers.tokens.device)
+    beginning = _Beginning.of(inner, answers)
     for rows in answers.together(_TOKENS, padded=_can_pad(inner)):
-        before = _Before.of(answers, rows)
-        output = _forward(inner, before.tokens, 1, use_cache=True, **before.masked())
+        before = _Before.of(answers, rows, beginning.length)
         places = [place for row in rows for place in of_row[row]]
         owners = [at for at, row in enumerate(rows) for _ in of_row[row]]
+        longer = [at for at, place in enumerate(places) if answers.lengths[place] > 1]
+        given = {**beginning.copied(len(rows), bool(longer)), **before.masked()}
+        output = _forward(inner, before.tokens, 1, **given)
         ends = output.logits[:, -1].float().log_softmax(-1)
         found[places] = ends[owners, answers.tokens[places, 0]]
-        longer = [at for at, place in enumerate(places) if answers.lengths[place] > 1]
         if not longer:
             continue
         places, owners = [places[at] for at in longer], [owners[at] for at in longer]
@@ -270,31 +283,74 @@ def _shared(inner: Any, answers: Answers) -> Tensor:
 
 
 @dataclass(frozen=True)
+class _Beginning:
+    """The tokens with which all prompts of a batch begin: instructions, examples, a system prompt.
+
+    Attributes:
+        length: of them; 0 if each prompt goes through the model as a whole.
+        cache: their keys and values, of one row.
+    """
+
+    length: int = 0
+    cache: Any = None
+
+    @classmethod
+    def of(cls, inner: Any, answers: Answers) -> "_Beginning":
+        """What the prompts share, if that saves more than one more pass costs.
+
+        Padding stands between the beginning and the rest of a prompt, and would count in a window
+        of the last places.
+        """
+        length = answers.common_beginning()
+        if length * len(answers.prompts) < _WORTH_A_PASS or not _can_pad(inner):
+            return cls()
+        tokens = answers.prompts[:1, :length]
+        cache = getattr(_forward(inner, tokens, 1, use_cache=True), "past_key_values", None)
+        if not _can_select(cache) or _has_windows(inner, cache):
+            return cls()
+        return cls(length, cache)
+
+    def copied(self, rows: int, kept: bool) -> dict[str, Any]:
+        """What a pass over the rest of some prompts needs.
+
+        Args:
+            rows: the number of prompts.
+            kept: their keys and values are needed after it.
+        """
+        if not self.length:
+            return {"use_cache": kept}
+        cache = deepcopy(self.cache)
+        cache.batch_repeat_interleave(rows)
+        return {"past_key_values": cache, "use_cache": True}
+
+
+@dataclass(frozen=True)
 class _Before:
     """Prompts that end at the same place.
 
     Attributes:
-        tokens: [rows, longest].
+        tokens: [rows, longest], without those that went through the model before.
         padding: the number of tokens before each prompt that are none of its own, [rows, 1].
+        done: the number of tokens that went through the model before.
     """
 
     tokens: Tensor
     padding: Tensor
+    done: int = 0
 
     @classmethod
-    def of(cls, answers: Answers, rows: Sequence[int]) -> "_Before":
-        """The prompts of some rows."""
-        return cls.ending_together(
-            answers.prompts[rows], [answers.prompt_lengths[row] for row in rows]
-        )
+    def of(cls, answers: Answers, rows: Sequence[int], done: int) -> "_Before":
+        """The prompts of some rows, without as many tokens as are done."""
+        lengths = [answers.prompt_lengths[row] - done for row in rows]
+        return cls.ending_together(answers.prompts[rows, done:], lengths, done)
 
     @classmethod
-    def ending_together(cls, prompts: Tensor, lengths: Sequence[int]) -> "_Before":
+    def ending_together(cls, prompts: Tensor, lengths: Sequence[int], done: int = 0) -> "_Before":
         """Move prompts that begin at the same place to the end of the longest."""
         longest = max(lengths)
         padding = longest - torch.tensor(lengths, device=prompts.device).unsqueeze(1)
         places = torch.arange(longest, device=prompts.device) - padding
-        return cls(prompts.gather(1, places.clamp(min=0)), padding)
+        return cls(prompts.gather(1, places.clamp(min=0)), padding, done)
 
     def masked(self, more: int = 0) -> dict[str, Tensor]:
         """The mask and the positions of the prompts, or of `more` tokens after them.
@@ -303,25 +359,47 @@ class _Before:
         """
         if not bool(self.padding.any()):
             return {}
-        length = self.tokens.shape[1]
-        all_places = torch.arange(length + more, device=self.tokens.device) - self.padding
-        own = all_places[:, length:] if more else all_places
-        return {"attention_mask": (all_places >= 0).long(), "position_ids": own.clamp(min=0)}
+        length = self.done + self.tokens.shape[1]
+        places = torch.arange(length + more, device=self.tokens.device)
+        positions = places - self.padding
+        own = positions[:, length:] if more else positions[:, self.done :]
+        mask = (places < self.done) | (positions >= self.done)
+        return {"attention_mask": mask.long(), "position_ids": own.clamp(min=0)}
 
     def select(self, rows: Sequence[int]) -> "_Before":
         """Some of the prompts, each as often as it is named."""
-        return _Before(self.tokens[rows], self.padding[rows])
+        return _Before(self.tokens[rows], self.padding[rows], self.done)
 
 
 def _can_pad(inner: Any) -> bool:
-    """True if a model takes a mask and positions, without which padding has an effect."""
-    return {"attention_mask", "position_ids"} <= signature(inner.forward).parameters.keys()
+    """True if padding before a prompt has no effect on it: the model takes a mask and positions."""
+    return not _is_stateful(inner) and {"attention_mask", "position_ids"} <= _parameters(inner)
+
+
+def _is_stateful(inner: Any) -> bool:
+    """True if a model is recurrent: padding before a prompt can change its state."""
+    return bool(getattr(inner, "_is_stateful", False))
 
 
 def _can_select(cache: Any) -> bool:
     """True if a cache consists of keys and values of which rows can be taken."""
     layers: Any = getattr(cache, "layers", None)
-    return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
+    return bool(layers) and all(
+        isinstance(layer, DynamicLayer) and not isinstance(layer, LinearAttentionLayer)
+        for layer in layers
+    )
+
+
+def _has_windows(inner: Any, cache: Any) -> bool:
+    """True if some layers see only the last places."""
+    keys = (key for key, value in inner.config.to_dict().items() if value)
+    return any(layer.is_sliding for layer in cache.layers) or any(
+        key.endswith(("window", "window_size")) for key in keys
+    )
+
+
+def _parameters(inner: Any) -> Set[str]:
+    return signature(inner.forward).parameters.keys()
 
 
 def _continued(
@@ -350,7 +428,7 @@ def _logits(inner: Any, tokens: Tensor, keep: int) -> Tensor:
 
 def _forward(inner: Any, tokens: Tensor, keep: int, **given: Any) -> Any:
     """Run the model; the head is applied to the last positions only, if the model can."""
-    if "logits_to_keep" in signature(inner.forward).parameters:
+    if "logits_to_keep" in _parameters(inner):
         given["logits_to_keep"] = keep
     return inner(input_ids=tokens, **given)
 

@@ -6,6 +6,7 @@ from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -29,7 +30,7 @@ from restitch.modeling.row_values import Bits
 from restitch.modeling.weights import linear_layers
 from restitch.registry.specs.task import HeadSpec
 from tests.modeling.family_contract import FamilyContract
-from tests.tiny_models import tiny_bert, tiny_decoder, tweaked
+from tests.tiny_models import RECURRENT, decoder_of, tiny_bert, tiny_decoder, tweaked
 
 FAMILY = get_family("causal-lm")
 KINDS = ("llama", "gpt2", "qwen2")
@@ -138,23 +139,29 @@ CHOICES = st.lists(
 @settings(max_examples=40, deadline=None)
 @given(
     st.sampled_from([*KINDS, *(f"{kind}-bos" for kind in KINDS)]),
+    PROMPTS,
     st.lists(st.tuples(PROMPTS, CHOICES), min_size=1, max_size=6),
     st.sampled_from([None, "sum", "per_token", "per_character"]),
     st.booleans(),
+    st.sampled_from([1, 64]),
 )
 def test_scores_are_those_of_each_prompt_with_each_choice_alone(
     folders: dict[str, Path],
     kind: str,
+    beginning: str,
     questions: list[tuple[str, list[str]]],
     mode: str | None,
     grad: bool,
+    worth: int,
 ) -> None:
     folder = folders[kind]
+    questions = [(beginning + prompt, choices) for prompt, choices in questions]
     most = max(len(choices) for _, choices in questions)
     rows = [
         example(prompt, *choices, *[None] * (most - len(choices))) for prompt, choices in questions
     ]
-    found = scores_of(folder, rows, mode, grad=grad)
+    with patch.object(causal_lm, "_WORTH_A_PASS", worth):
+        found = scores_of(folder, rows, mode, grad=grad)
     expected = np.full(found.shape, -np.inf)
     for row, (prompt, choices) in enumerate(questions):
         for column, choice in enumerate(choices):
@@ -223,6 +230,67 @@ def test_prompts_of_other_lengths_go_together_where_padding_has_no_effect(
             parts.clear()
             torch.testing.assert_close(scores_of(folders[kind], rows), whole, atol=1e-4, rtol=0)
             assert parts == [1, 3] * 6
+
+
+def test_what_all_prompts_begin_with_goes_through_the_model_once(folders, monkeypatch) -> None:
+    seen: list[tuple[int, ...]] = []
+    forward = causal_lm._forward
+
+    def counting(inner: Any, tokens: torch.Tensor, keep: int, **given: Any) -> Any:
+        seen.append(tuple(tokens.shape))
+        return forward(inner, tokens, keep, **given)
+
+    monkeypatch.setattr(causal_lm, "_forward", counting)
+    rows = [example("b" * 40 + "a" * n, "a", "re") for n in range(1, 9)]
+    scores_of(folders["llama"], rows)
+    assert seen == [(1, 40), (8, 8)], "the last token of the shortest prompt is not shared"
+    seen.clear()
+    scores_of(folders["llama"], [example("b" + "a" * n, "a", "re") for n in (1, 2, 3)])
+    assert seen == [(3, 4)], "another pass costs more than six tokens"
+
+
+# GPT-Neo's windows are in its masks, Mistral's in its cache. Falcon-H1 has both a state and keys in
+# each layer. RecurrentGemma keeps its states in its layers, and padding changes them.
+OTHER_KINDS: dict[str, dict[str, Any]] = {
+    "gpt_neo": {
+        "num_layers": 2,
+        "num_hidden_layers": 2,
+        "num_heads": 4,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 12,
+    },
+    "mistral": {"sliding_window": 12},
+    "falcon_h1": {
+        "mamba_d_ssm": 32,
+        "mamba_n_heads": 4,
+        "mamba_d_head": 8,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 4,
+        "head_dim": 4,
+    },
+    "recurrent_gemma": RECURRENT,
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_windows_and_states_see_each_prompt_as_if_it_were_alone(kind, tmp_path) -> None:
+    folder = decoder_of(tmp_path, kind, **OTHER_KINDS[kind])
+    beginning = "blue are " * 6
+    prompts = [beginning * (n % 3 > 0) + "a bar " * (n % 4) + "re" for n in range(7)]
+    prompts += [beginning + prompt for prompt in prompts]
+    for some in (prompts, prompts[7:]):
+        found = scores_of(folder, [example(prompt, "blue", "red are", "a") for prompt in some])
+        expected = [
+            [reference(folder, prompt, choice, 200)[0] for choice in ("blue", "red are", "a")]
+            for prompt in some
+        ]
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_a_model_of_experts_is_refused_by_name(tmp_path) -> None:
+    folder = decoder_of(tmp_path, "mixtral", num_local_experts=2)
+    with pytest.raises(BadInput, match="is a mixtral model, whose tensors transformers joins"):
+        FAMILY.load(folder)
 
 
 def test_a_model_without_a_cache_of_rows_scores_the_same(folders, monkeypatch) -> None:

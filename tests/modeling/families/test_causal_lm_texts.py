@@ -16,7 +16,7 @@ from restitch.modeling.heads import Head
 from restitch.modeling.pretrained import NamedModel, load_tokenizer
 from restitch.modeling.row_values import Bits
 from restitch.registry.specs.task import GenerateSpec, HeadSpec
-from tests.tiny_models import tiny_decoder
+from tests.tiny_models import RECURRENT, decoder_of, tiny_decoder
 
 FAMILY = get_family("causal-lm")
 TEXTS = ["one", "a longer text than the others", "two words", "naïve yes or no"]
@@ -25,10 +25,13 @@ TEXTS = ["one", "a longer text than the others", "two words", "naïve yes or no"
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("decoders")
-    return {
+    made = {
         name: tiny_decoder(root / name, name.split("-")[0], bos="-bos" in name)
         for name in ("llama", "gpt2-bos", "qwen2")
     }
+    # Padding before a prompt changes the state of this one.
+    recurrent = decoder_of(root / "recurrent", "recurrent_gemma", **RECURRENT)
+    return {**made, "recurrent": recurrent}
 
 
 def answers(folder: Path, texts: list[str], written: list[str]) -> tuple[Rows, Head]:
@@ -54,7 +57,7 @@ def greedy(folder: Path, prompt: str, tokens: int) -> str:
     return found
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2-bos", "qwen2"])
+@pytest.mark.parametrize("name", ["llama", "gpt2-bos", "qwen2", "recurrent"])
 def test_texts_are_generated_greedily_whatever_else_is_in_the_batch(folders, name):
     folder = folders[name]
     expected = [until_stop(greedy(folder, text, 4), ["\n"]) for text in TEXTS]
