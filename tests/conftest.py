@@ -153,7 +153,7 @@ def leave_mlflow_alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def blank_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the plots of reports empty, which take half of the time of a report."""
     monkeypatch.setattr("restitch.tasks.report.page.to_svg", lambda _: "")
-    monkeypatch.setattr("restitch.tasks.report.page.to_png", lambda _: b"")
+    monkeypatch.setattr("restitch.tasks.report.page.to_file", lambda _: b"")
 
 
 @pytest.fixture

@@ -1,9 +1,9 @@
-"""Render figures as SVG for the HTML page, and as PNG for everything else.
+"""Render figures as SVG for reports, and as PNG for the folders of research commands.
 
-Figures use the colours of `COLOURS`. In the SVG these become CSS variables of the page, so that a
-plot suits light mode, dark mode and print. Text stays text. All identifiers contain the plot's
-name, so that several plots fit into one page. The bytes depend only on the figure and the versions
-of the libraries.
+Figures use the colours of `COLOURS`. In a page these become CSS variables, so that a plot suits
+light mode, dark mode and print; in a file of its own they stay. Text stays text. All identifiers
+contain the plot's name, so that several plots fit into one page. The bytes depend only on the
+figure and the versions of the libraries.
 """
 
 import io
@@ -61,6 +61,7 @@ _SETTINGS = {
 WIDTH = 4.8
 _POINTS_PER_INCH, _PIXELS_PER_INCH = 72.0, 96.0
 _PNG_DPI = 144
+_FONT = "DejaVu Sans, sans-serif"
 _NO_METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
 _UNWANTED = re.compile(r"<metadata>.*?</metadata>|<!--.*?-->|<style[^>]*>.*?</style>", re.DOTALL)
 _UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
@@ -71,7 +72,7 @@ class Plot:
     """One plot.
 
     Attributes:
-        name: a short name without spaces; the file is `<name>.png`.
+        name: a short name without spaces; files are named after it.
         title: its caption.
         description: the plot in words, for screen readers.
         figure: a `matplotlib.figure.Figure`.
@@ -170,3 +171,19 @@ def to_svg(plot: Plot) -> Markup:
         f'style="--width: {shown:g}px"><title id="{title}">{escape(plot.title)}</title>'
         f'<desc id="{text}">{escape(plot.description)}</desc>{inner}</svg>'
     )
+
+
+def to_file(inline: Markup) -> bytes:
+    """An SVG file, on white, of an element that `to_svg` made."""
+    drawn = str(inline)
+    for name, colour in {**COLOURS, "font": _FONT}.items():
+        drawn = drawn.replace(f"var(--{name})", colour)
+    size = re.search(r'viewBox="0 0 ([0-9.e+-]+) ([0-9.e+-]+)" style="[^"]*"', drawn)
+    assert size is not None
+    width, height = (float(side) / _POINTS_PER_INCH * _PIXELS_PER_INCH for side in size.groups())
+    start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:g}" height="{height:g}"'
+    start += ' stroke-linejoin="round"'
+    drawn = drawn.replace(size[0], size[0].partition(" style=")[0], 1)
+    drawn = drawn.replace("<svg", start, 1)
+    drawn = drawn.replace("</desc>", '</desc><rect width="100%" height="100%" fill="white"/>', 1)
+    return drawn.encode()

@@ -15,7 +15,7 @@ from typing import Any
 from restitch.merging.localize.subspace import NAME as SUBSPACE
 from restitch.registry.gates.gate import GateOutcome
 from restitch.registry.specs.metric import METRICS
-from restitch.tasks.report.drawing import Plot, drawing, to_png, to_svg
+from restitch.tasks.report.drawing import Plot, drawing, to_file, to_svg
 from restitch.tasks.report.mask_plots import (
     SUBSPACES,
     components_plot,
@@ -60,7 +60,7 @@ class ReportInput:
 
 @dataclass(frozen=True)
 class Report:
-    """A rendered report: the page, and its plots as PNG on white, by file name."""
+    """A rendered report: the page, and its plots as SVG files on white, by file name."""
 
     html: str
     plots: dict[str, bytes]
@@ -69,6 +69,7 @@ class Report:
 def render(content: ReportInput) -> Report:
     """Render the report of a merged version."""
     plots = _plots(content)
+    drawn = {plot.name: to_svg(plot) for plot in plots}
     values = {
         **content.version,
         "versions": list(content.versions),
@@ -91,10 +92,10 @@ def render(content: ReportInput) -> Report:
         kept="masks" if content.analysis is None else kept(content.analysis),
         pairs=_closest_pairs(content.analysis),
         plots={plot.name: plot for plot in plots},
-        svg=to_svg,
+        drawn=drawn,
         recipe=_as_json(content.version["recipe"], indent=2),
     )
-    return Report(html, {f"{plot.name}.png": to_png(plot) for plot in plots})
+    return Report(html, {f"{name}.svg": to_file(inline) for name, inline in drawn.items()})
 
 
 def _plots(content: ReportInput) -> list[Plot]:

@@ -46,8 +46,8 @@ def test_the_page_has_the_numbers_of_show(three: Three, tmp_path: Path) -> None:
         if 3 in act["versions"]:
             assert act["entry"][:12] in page
     for name in found["files"][1:]:
-        assert (tmp_path / "out" / name).read_bytes().startswith(b"\x89PNG")
-    assert {"plots/results.png", "plots/retention.png", "plots/jaccard.png"} <= set(found["files"])
+        assert (tmp_path / "out" / name).read_bytes().startswith(b"<svg ")
+    assert {"plots/results.svg", "plots/retention.svg", "plots/jaccard.svg"} <= set(found["files"])
 
 
 def test_a_file_gets_the_page_without_plots(three: Three, tmp_path: Path) -> None:
