@@ -1,6 +1,6 @@
 """Make the reference pages from the code while mkdocs builds the site.
 
-mkdocs calls the two functions at the end (`hooks` in mkdocs.yml). The pages exist in the site only.
+mkdocs calls the functions at the end (`hooks` in mkdocs.yml). The pages exist in the site only.
 """
 
 import inspect
@@ -14,6 +14,7 @@ from typing import Any
 import typer
 import yaml
 from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
@@ -25,6 +26,7 @@ from restitch.merging.methods.registry import get_method, method_names
 from restitch.registry.specs.schema import schema_of
 
 DOCS = Path(__file__).parent
+_FROM_ELSEWHERE = re.compile(r'(?:src|href)="(https?://(?!github\.com)[^"]*\.(?:js|css|woff2?))"')
 _LINK = re.compile(r"(?<=\]\()(\.\./[^)#\s]+)")
 
 
@@ -387,3 +389,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         )
 
     return _LINK.sub(target, markdown)
+
+
+def on_post_page(output: str, page: Page, config: MkDocsConfig) -> str:
+    """Refuse a page that loads a script, a style or a font from another host."""
+    found = _FROM_ELSEWHERE.findall(output)
+    if found:
+        raise PluginError(f"{page.file.src_path} loads {', '.join(found)}; pages need no network")
+    return output

@@ -17,6 +17,18 @@ from typing import Any
 import pytest
 from hypothesis import settings
 
+# The tests that draw the plots of reports: of all kinds of lines, and of the plots themselves.
+_WITH_PLOTS = (
+    "tasks",
+    "playground",
+    "cli/test_end_to_end.py",
+    "cli/test_classifiers.py",
+    "cli/test_language_models.py",
+    "flows/audit/test_report.py",
+    "flows/research",
+    "flows/test_adapter_space.py",
+    "flows/test_subspaces.py",
+)
 _FOREIGN = ("RESTITCH_", "PREFECT_", "MLFLOW_")
 for _name in [name for name in os.environ if name.startswith(_FOREIGN)]:
     del os.environ[_name]
@@ -33,7 +45,7 @@ os.environ.update(
     }
 )
 
-from tests.shell import Shell  # noqa: E402
+from tests.shell import ROOT, Shell  # noqa: E402
 from tests.worlds import SKILLS, World  # noqa: E402
 from tests.worlds import clip_world as make_clip_world  # noqa: E402
 from tests.worlds import text_world as make_text_world  # noqa: E402
@@ -149,11 +161,13 @@ def leave_mlflow_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adopt_mlflow, "external_models_of", lambda *_: ())
 
 
-@pytest.fixture
-def blank_plots(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leave the plots of reports empty, which take half of the time of a report."""
-    monkeypatch.setattr("restitch.tasks.report.page.to_svg", lambda _: "")
-    monkeypatch.setattr("restitch.tasks.report.page.to_file", lambda _: b"")
+@pytest.fixture(autouse=True)
+def _blank_plots(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the plots of reports empty, which take most of their time, in all other tests."""
+    path = request.path.relative_to(ROOT / "tests").as_posix()
+    if not path.startswith(_WITH_PLOTS):
+        monkeypatch.setattr("restitch.tasks.report.page.to_svg", lambda _: "")
+        monkeypatch.setattr("restitch.tasks.report.page.to_file", lambda _: b"")
 
 
 @pytest.fixture

@@ -127,7 +127,6 @@ def test_a_second_projection_duplicates_nothing(
     assert image(client) == before
 
 
-@pytest.mark.usefixtures("blank_plots")
 def test_a_candidate_and_a_champion_have_their_aliases(
     world: World, shell: Shell, tmp_path: Path
 ) -> None:

@@ -88,7 +88,7 @@ def answers(page: str) -> list[tuple[str, str, str]]:
     return found
 
 
-@pytest.mark.usefixtures("blank_plots", "folder")
+@pytest.mark.usefixtures("folder")
 def test_the_queries_of_the_page_give_its_answers() -> None:
     page = PAGE.read_text(encoding="utf-8")
     found = answers(page)

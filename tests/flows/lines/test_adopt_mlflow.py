@@ -21,8 +21,6 @@ from tests.worlds import World, turned
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-pytestmark = pytest.mark.usefixtures("blank_plots")
-
 
 @pytest.fixture
 def line(world: World, shell: Shell, tmp_path: Path) -> Iterator[Shell]:
