@@ -1,12 +1,14 @@
 """Memory of registering a language model: with evaluation, and with masks and merging alone.
 
-`python -m benchmarks.memory [--params 1.1e9] [--mode dataless] [--json FILE] [--folder DIR]` makes
-a Llama-shaped bf16 base and a finetuned model with random weights in a temporary folder (about
-four bytes per parameter) and runs `restitch register` in processes of their own:
+`python -m benchmarks.memory [--params 1.1e9] [--mode dataless] [--parts PART,PART] [--json FILE]
+[--folder DIR]` makes a Llama-shaped bf16 base and a finetuned model with random weights in a
+temporary folder (about four bytes per parameter) and runs `restitch register` in processes of
+their own:
 
-- with a task of choices, 50 rows, once with `compute: float32` and once with `bfloat16`;
-- with a task without data, which is localized, merged and published, and not evaluated. What a tiny
-  model needs for the same, which is Python with its libraries, is subtracted.
+- `rows`: with a task of choices, 50 rows, once with `compute: float32` and once with `bfloat16`;
+- `masks` and `subspaces`: with a task without data, which is localized, merged and published, and
+  not evaluated. What a tiny model needs for the same, which is Python with its libraries, is
+  subtracted.
 
 Memory is the peak of anonymous pages (`RssAnon`) of the whole process, sampled every few
 milliseconds. Mapped files do not count: the system reclaims their pages.
@@ -19,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -46,6 +48,8 @@ from benchmarks.speed import (
 ROWS = 50
 HEAD = 64  # the width of an attention head
 MODEL = "tuned"
+SIZES = ("large", "tiny")
+PARTS = ("rows", "masks", "subspaces")
 
 
 @dataclass(frozen=True)
@@ -171,41 +175,57 @@ def watched(process: subprocess.Popen[bytes]) -> int:
     return peak
 
 
-def measure(folder: Path, params: float, mode: str, console: Console) -> list[Figure]:
-    """Make the models and measure everything."""
-    for name in ("large", "tiny"):
-        (folder / name).mkdir()
-    numbers = make_large(folder / "large", params)
-    console.print(f"made two models of {numbers / 1e9:.2f} B weights")
-    make_tiny(folder / "tiny")
-    task = choice_task(folder / "data")
-    found: dict[str, Run] = {}
+def with_rows(folder: Path, numbers: int, mode: str) -> list[Figure]:
+    """Register with a task of choices in both types."""
+    size, task = 4 * numbers, choice_task(folder / "data")
+    most = (1.3 * size + 1e9) / 1e9 if mode == "dataless" else None
+    figures = []
     for compute in ("float32", "bfloat16"):
-        console.print(f"registering with a task of {ROWS} rows, compute: {compute}")
-        localize = {"mode": mode}
-        found[compute] = register(folder / "large", task, compute=compute, localize=localize)
-    console.print("registering without data")
-    without = {"task": "parity"}
-    found["large"] = register(folder / "large", without, localize={"mode": "dataless"})
-    found["tiny"] = register(folder / "tiny", without, localize={"mode": "dataless"})
-    size, largest = 4 * numbers, 2 * VOCABULARY * HIDDEN
-    limit = (1.3 * size + 1e9) if mode == "dataless" else None
-    merging = found["large"].peak - found["tiny"].peak
-    figures = [Figure("float32 model", size / 1e9, "GB")]
-    for compute in ("float32", "bfloat16"):
-        run, what = found[compute], f"register, mode: {mode}, compute: {compute}"
-        most = None if limit is None else limit / 1e9
+        run = register(folder / "large", task, compute=compute, localize={"mode": mode})
+        what = f"register, mode: {mode}, compute: {compute}"
         figures += [
             Figure(what, run.peak / 1e9, "GB", most),
             Figure(f"{what}, over the float32 model", run.peak / size, "x"),
             Figure(f"{what}, time", run.seconds, "s"),
         ]
+    return figures
+
+
+def without_data(folder: Path, what: str, most: float, **line: Any) -> list[Figure]:
+    """Register without data, and compare with a tiny model; `most` is in GB."""
+    large, tiny = (register(folder / name, {"task": "parity"}, **line) for name in SIZES)
     return [
-        *figures,
-        Figure("register without data", found["large"].peak / 1e9, "GB"),
-        Figure("the same with a tiny model", found["tiny"].peak / 1e9, "GB"),
-        Figure("dataless mask and merging", merging / 1e9, "GB", (0.6e9 + largest) / 1e9),
+        Figure(f"{what}: register without data", large.peak / 1e9, "GB"),
+        Figure(f"{what}: the same with a tiny model", tiny.peak / 1e9, "GB"),
+        Figure(f"{what}: localizing and merging", (large.peak - tiny.peak) / 1e9, "GB", most),
+        Figure(f"{what}: register without data, time", large.seconds, "s"),
     ]
+
+
+def measure(
+    folder: Path, params: float, mode: str, parts: Sequence[str], console: Console
+) -> list[Figure]:
+    """Make the models and measure the parts."""
+    for name in SIZES:
+        (folder / name).mkdir()
+    numbers = make_large(folder / "large", params)
+    console.print(f"made two models of {numbers / 1e9:.2f} B weights")
+    make_tiny(folder / "tiny")
+    largest = 2 * VOCABULARY * HIDDEN
+    made: dict[str, Callable[[], list[Figure]]] = {
+        "rows": lambda: with_rows(folder, numbers, mode),
+        "masks": lambda: without_data(
+            folder, "masks", (0.6e9 + largest) / 1e9, localize={"mode": "dataless"}
+        ),
+        "subspaces": lambda: without_data(
+            folder, "subspaces", 1.0, method="tsv-m", localize={"mode": "subspace"}
+        ),
+    }
+    figures = [Figure("float32 model", 4 * numbers / 1e9, "GB")]
+    for part in parts:
+        console.print(f"measuring {part}")
+        figures += made[part]()
+    return figures
 
 
 def main() -> None:
@@ -213,12 +233,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--params", type=float, default=1.1e9, help="number of weights")
     parser.add_argument("--mode", default="dataless", help="how masks are found with the task")
+    parser.add_argument("--parts", default=",".join(PARTS), help="what to measure")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     parser.add_argument("--folder", type=Path, help="parent of the temporary folder")
     arguments = parser.parse_args()
     console = Console(width=100)
     with tempfile.TemporaryDirectory(dir=arguments.folder, prefix="restitch-memory-") as name:
-        figures = measure(Path(name), arguments.params, arguments.mode, console)
+        figures = measure(
+            Path(name), arguments.params, arguments.mode, arguments.parts.split(","), console
+        )
     show(figures, console)
     if arguments.json:
         text = json.dumps([asdict(figure) for figure in figures], indent=2)
