@@ -1,11 +1,20 @@
 """The pages for operators match the code."""
 
 import ast
+import asyncio
+import json
 import re
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import AsyncMock
 from uuid import uuid4
 
 import pytest
 import yaml
+from jsonschema import Draft7Validator
+from kubernetes_asyncio.client import ApiClient
+from prefect.client.schemas.objects import FlowRun
+from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from restitch.deployments.local.doctor import VERSIONS
 from restitch.deployments.server.definitions import WORKER_ENVIRONMENT, automations
@@ -14,6 +23,7 @@ from tests.shell import ROOT
 
 OPERATIONS = ROOT / "docs" / "operations.md"
 KUBERNETES = FOLDER / "kubernetes.md"
+TEMPLATE = FOLDER / "kubernetes-job-template.json"
 
 
 def words(text: str) -> str:
@@ -73,3 +83,46 @@ def test_the_objects_for_kubernetes_give_workers_what_compose_gives_them() -> No
     assert container["image"].startswith("restitch-gpu:")
     flags = set(re.findall(r"--[a-z-]+", composed["command"][-1]))
     assert flags == set(re.findall(r"--[a-z-]+", container["args"][0]))
+
+
+def test_the_job_template_for_kubernetes_gives_a_job_with_a_gpu_and_the_settings_of_workers() -> (
+    None
+):
+    template = json.loads(TEMPLATE.read_text(encoding="utf-8"))
+    variables = template["variables"]["properties"]
+    Draft7Validator.check_schema(template["variables"])
+    defaults = {name: one["default"] for name, one in variables.items() if "default" in one}
+    Draft7Validator(template["variables"]).validate(defaults)
+    used = set(re.findall(r"{{ (\w+) }}", json.dumps(template["job_configuration"])))
+    assert used == set(variables)
+
+    job = asyncio.run(rendered(template))
+    pod = job["spec"]["template"]["spec"]
+    [container] = pod["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+    assert pod["terminationGracePeriodSeconds"] == 60
+    mounted = {one["mountPath"]: one["name"] for one in container["volumeMounts"]}
+    assert mounted["/var/lib/restitch/cache"] == "cache"
+    assert {one["name"] for one in pod["volumes"]} == set(mounted.values())
+    own = {each["name"]: each.get("value") for each in container["env"]}
+    of_workers = dict(WORKER_ENVIRONMENT)
+    del of_workers["PREFECT_WORKER_QUERY_SECONDS"]  # of the worker that makes the Jobs
+    assert of_workers.items() <= own.items()
+    assert {"RESTITCH_WORK_POOL": "gpu", "RESTITCH_DEVICE": "cuda"}.items() <= own.items()
+    assert {"RESTITCH_WORKER", "PREFECT__FLOW_RUN_ID"} <= own.keys()
+    page = KUBERNETES.read_text(encoding="utf-8")
+    table = page[page.index("| variable | default |") : page.index("For the pool `cpu` copy")]
+    assert set(re.findall(r"`([a-z_]+)`", table)) <= set(variables)
+
+
+async def rendered(template: dict[str, Any]) -> dict[str, Any]:
+    """The Job of a run. Kubernetes' own client would drop what its models do not know."""
+    values = KubernetesWorkerJobConfiguration.from_template_and_values
+    configuration = await values(template, {}, client=AsyncMock())
+    configuration.prepare_for_flow_run(FlowRun(id=uuid4(), name="a-run", flow_id=uuid4()))
+    job: dict[str, Any] = configuration.job_manifest
+    async with ApiClient() as client:
+        response = SimpleNamespace(data=json.dumps(job))
+        read = client.deserialize(response, "V1Job")
+        assert client.sanitize_for_serialization(read) == job
+    return job
