@@ -9,11 +9,12 @@ The merged weights have the same bytes as those of a line with the same models, 
 import json
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -22,9 +23,9 @@ from restitch.flows.lines.init_line import check_kept
 from restitch.flows.outcome import Outcome
 from restitch.flows.output_folder import appearing, check_free
 from restitch.merging.errors import BadInput, CannotJoin, RestitchError
-from restitch.merging.files.checkpoint import Checkpoint
+from restitch.merging.files.checkpoint import FLOATING, TensorInfo
 from restitch.merging.files.delta import Delta, open_delta
-from restitch.merging.files.export import export_weights
+from restitch.merging.files.export import export_weights, in_type
 from restitch.merging.files.whole_weights import WholeWeights
 from restitch.merging.methods.registry import get_method, method_names, resolve_settings
 from restitch.merging.rules.per_matrix import computing_on
@@ -64,6 +65,9 @@ if TYPE_CHECKING:
 # Everything is kept: the delta of a model is the model itself.
 _EVERYTHING = ("dataless", 1.0)
 
+# Where a configuration names the type of its weights, in new and in older versions of transformers.
+_TYPE_KEYS = ("dtype", "torch_dtype")
+
 
 @dataclass(frozen=True)
 class MergedOnce(Outcome):
@@ -73,6 +77,8 @@ class MergedOnce(Outcome):
         out: the folder; None after a dry run.
         models: by task, with its source, its digest, and what was noticed.
         tensors: the tensors that are merged; the others are the base's.
+        dtype: the type of the merged weights; several if the base has several.
+        base_dtype: that of the base's weights.
         read: the bytes of all checkpoints.
         written: the bytes of the merged checkpoint.
     """
@@ -85,6 +91,8 @@ class MergedOnce(Outcome):
     localize: dict[str, Any]
     models: dict[str, dict[str, Any]]
     tensors: int
+    dtype: str
+    base_dtype: str
     read: int
     written: int
     files: tuple[str, ...] = field(default=())
@@ -119,7 +127,7 @@ class Merge:
         """The merged model in memory, as transformers loads it.
 
         Args:
-            dtype: of the weights; that of the base by default.
+            dtype: of the weights in memory; that of the merge by default.
 
         Raises:
             BadInput: as `save`.
@@ -139,6 +147,7 @@ def merge(
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
     family: str | None = None,
+    dtype: str | None = None,
 ) -> Merge:
     """Check finetuned models of one base, and how to merge them; see `restitch merge`.
 
@@ -152,6 +161,8 @@ def merge(
         include: globs on tensor names that add to the family's localizable tensors.
         exclude: globs on tensor names that are not merged.
         family: of the base; by default the one that fits.
+        dtype: of the merged weights: `float32`, `bfloat16` or `float16`; that of the base by
+            default. Each weight is rounded once from the float32 result.
 
     Returns:
         The merge; its `save` or `load` reads and merges the weights.
@@ -168,6 +179,7 @@ def merge(
             "include": list(include),
             "exclude": list(exclude),
             "family": family,
+            "dtype": dtype,
         }
     )
     return Merge(request)
@@ -196,6 +208,9 @@ def merge_as(
         checked = _checked(line, models)
         _tell(checked)
         base = open_base(line, space)
+        infos = [base.checkpoint.info(name) for name in base.checkpoint.names]
+        dtype = _torch_type(request.dtype)
+        written = [in_type(info, dtype) for info in infos]
         found = MergedOnce(
             out=None if dry_run or out is None else str(out),
             base={"source": line.base.uri, "weights": line.base.weights},
@@ -213,13 +228,15 @@ def merge_as(
                 for task, model in models.items()
             },
             tensors=len(base.names),
+            dtype=_types(written),
+            base_dtype=_types(infos),
             read=line.base.size + sum(model.size for model in models.values()),
-            written=base.checkpoint.nbytes,
+            written=sum(info.nbytes for info in written),
         )
         if dry_run or out is None:
             return found
         with appearing(out) as folder:
-            _write(folder, line, base, models, space)
+            _write(folder, line, base, models, space, dtype)
             recipe = {k: v for k, v in found.as_dict().items() if k not in ("out", "files")}
             text = json.dumps(recipe, indent=2, ensure_ascii=False)
             (folder / "restitch.json").write_text(text + "\n", encoding="utf-8")
@@ -227,6 +244,16 @@ def merge_as(
     files = sorted(path for path in out.rglob("*") if path.is_file())
     names = tuple(str(path.relative_to(out)) for path in files)
     return MergedOnce(**{**found.__dict__, "files": names})
+
+
+def _torch_type(name: str | None) -> torch.dtype | None:
+    return None if name is None else cast("torch.dtype", getattr(torch, name))
+
+
+def _types(tensors: Iterable[TensorInfo]) -> str:
+    """The types of the weights among some tensors, the most frequent first."""
+    types = Counter(info.dtype for info in tensors if info.dtype in FLOATING)
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype, _ in types.most_common())
 
 
 @contextmanager
@@ -275,7 +302,6 @@ def _described(request: MergeSpec, space: Workspace) -> tuple[LineRef, dict[str,
         )
     family = _family(request, space)
     base = describe_model(request.base, family, space, whole=True)
-    _check_type(request, base, space)
     spec = LineSpec(
         line="merge",
         base=base.uri,
@@ -289,22 +315,6 @@ def _described(request: MergeSpec, space: Workspace) -> tuple[LineRef, dict[str,
         task: describe_model(source, family, space, line=line)
         for task, source in request.models.items()
     }
-
-
-def _check_type(request: MergeSpec, base: ModelRef, space: Workspace) -> None:
-    """Refuse a type of the merged model that is not the base's."""
-    if request.dtype is None:
-        return
-    local = resolve_source(base.uri, space.home, whole=False).local
-    checkpoint = Checkpoint.open(local)
-    types = {str(checkpoint.info(n).dtype).removeprefix("torch.") for n in checkpoint.floating}
-    if types != {request.dtype}:
-        raise BadInput(
-            f"the merged model has the type of its base, and not {request.dtype}",
-            expected=f"dtype {' or '.join(sorted(types))}, or none",
-            found=request.dtype,
-            hint="leave it out, and convert the merged model afterwards",
-        )
 
 
 def _family(request: MergeSpec, space: Workspace) -> Family:
@@ -361,7 +371,12 @@ def _tell(checked: Mapping[str, Validated]) -> None:
 
 
 def _write(
-    folder: Path, line: LineRef, base: Base, models: Mapping[str, ModelRef], space: Workspace
+    folder: Path,
+    line: LineRef,
+    base: Base,
+    models: Mapping[str, ModelRef],
+    space: Workspace,
+    dtype: torch.dtype | None,
 ) -> None:
     """Merge into a folder, holding the models' files open and unchanged."""
     method, settings = get_method(line.spec.method.name), line.spec.method.settings
@@ -382,5 +397,25 @@ def _write(
         with computing_on(device()), memory_explained(f"merge by {method.name}", room):
             edits = method(base.checkpoint, members, **settings)
             with working(f"merging {len(members)} models by {method.name}") as progress:
-                export_weights(base.checkpoint, edits, folder, progress=progress)
+                export_weights(base.checkpoint, edits, folder, dtype=dtype, progress=progress)
     write_assets(base, None, folder)
+    if dtype is not None:
+        _name_type(folder / "config.json", str(dtype).removeprefix("torch."))
+
+
+def _name_type(config: Path, dtype: str) -> None:
+    """Make a configuration, and those of the parts in it, name the type of the written weights."""
+
+    def named(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {
+            key: dtype if key in _TYPE_KEYS and isinstance(inner, str) else named(inner)
+            for key, inner in value.items()
+        }
+
+    if config.is_file():
+        before = json.loads(config.read_text(encoding="utf-8"))
+        if (after := named(before)) != before:
+            text = json.dumps(after, indent=2, ensure_ascii=False)
+            config.write_text(text + "\n", encoding="utf-8")

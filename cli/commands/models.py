@@ -142,6 +142,10 @@ def merge(
         list[str] | None, typer.Option("--exclude", help="Glob of tensors not to merge.")
     ] = None,
     family: Annotated[str | None, typer.Option(help="The family of the base.")] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(help="Type of the merged weights: float32, bfloat16 or float16."),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder to write; absent or empty.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
     device: Annotated[str | None, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")] = None,
@@ -153,7 +157,7 @@ def merge(
     """Merge checkpoints into a folder, without a line: no store, no MLflow, no evaluation."""
     if out is None and not dry_run:
         raise UsageError("nothing says where to write", hint="add --out FOLDER, or --dry-run")
-    options = (base, model, method, set_, localize, include, exclude, family)
+    options = (base, model, method, set_, localize, include, exclude, family, dtype)
     if (file is None) == (base is None):
         raise UsageError("a merge is a file, or options", hint="give FILE, or --base and --model")
     if file is not None and any(options):
@@ -174,6 +178,7 @@ def merge(
                 "include": include or [],
                 "exclude": exclude or [],
                 "family": family,
+                "dtype": dtype,
             }
         )
     if device is not None:
@@ -255,8 +260,6 @@ def export(
     """
     if private and push is None:
         raise UsageError("--private is for a repository on the hub", hint="add --push OWNER/NAME")
-    if push is not None and form is not None:
-        raise UsageError("--push uploads whole models", hint="leave out --as")
     if out is None and push is None:
         raise UsageError(
             "the folder to write is missing", hint="name it, or upload with --push OWNER/NAME"
@@ -272,17 +275,15 @@ def export(
             raise UsageError("--rank and --keep are two ways to choose the size", hint="give one")
         if keep is not None and not 0 < keep <= 1:
             raise UsageError(f"--keep {keep:g} is no share", hint="give a number up to 1, as 0.99")
-        from restitch.flows.export_adapter import export_adapter
+        from restitch.flows.export_adapter import export_adapter, push_adapter
 
-        assert out is not None
-        adapter = export_adapter(
-            line,
-            version,
-            out,
-            rank=16 if rank is None and keep is None else rank,
-            keep=keep,
-            overwrite=overwrite,
-        )
+        size: Any = {"rank": 16 if rank is None and keep is None else rank, "keep": keep}
+        size["overwrite"] = overwrite
+        if push is not None:
+            adapter = push_adapter(line, version, push, out, private=private, **size)
+        else:
+            assert out is not None
+            adapter = export_adapter(line, version, out, **size)
         show_result(adapter, as_json, render.exported_adapter)
     from restitch.flows.export import export_version, push_version
 

@@ -83,7 +83,7 @@ def merged_once(result: Values, out: Console) -> None:
     kept = ", ".join(f"{key} {value}" for key, value in result["localize"].items())
     write(out, f"  {result['family']}, {result['tensors']} tensors; {settings}; kept: {kept}")
     read, written = size(result["read"]), size(result["written"])
-    write(out, f"  reads {read} and writes {written}")
+    write(out, f"  reads {read} and writes {written}, {_written_type(result)}")
     rows = [
         (task, each["source"], each["weights"][:12], percent(each["outside_share"]))
         for task, each in models.items()
@@ -91,9 +91,15 @@ def merged_once(result: Values, out: Console) -> None:
     show_table(out, ("task", "model", "weights", "outside"), rows)
 
 
+def _written_type(result: Values) -> str:
+    dtype, before = result["dtype"], result["base_dtype"]
+    return str(dtype) if dtype == before else f"{dtype} (the base has {before})"
+
+
 def exported_adapter(result: Values, out: Console) -> None:
     """The adapter that was written, and what it loses."""
-    write(out, f"{result['line']} version {result['version']} as an adapter: {result['out']}")
+    place = " and ".join(each for each in (result["out"], result["commit"]) if each)
+    write(out, f"{result['line']} version {result['version']} as an adapter: {place}")
     ranks = sorted(result["ranks"].values())
     spread = f"{ranks[0]} to {ranks[-1]}" if ranks else "0"
     write(

@@ -27,8 +27,8 @@ class Edits(Protocol):
 
         Args:
             name: one of `names`.
-            flat: a flat, contiguous copy of the base's tensor in the base's type. Edits of whole
-                task vectors also accept a wider type and then round to it.
+            flat: a flat, contiguous copy of the base's tensor, in the base's type or a wider one;
+                the edits round to its type.
         """
 
 

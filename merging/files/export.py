@@ -4,6 +4,7 @@ The files are those of the base (names, header, order, metadata) with the edited
 in place of the base's. The kernel copies a tensor without edits; an edited one needs
 memory for one tensor. With a shard size the tensors are distributed to new files instead.
 A file without a change since an earlier export is taken from there and not written.
+Weights can be written in another type than the base's: each is rounded once from the result.
 The caller makes the folder appear atomically.
 """
 
@@ -13,16 +14,18 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from restitch.merging.files.checkpoint import Checkpoint, TensorInfo
+from restitch.merging.errors import BadInput
+from restitch.merging.files.checkpoint import FLOATING, Checkpoint, TensorInfo
 from restitch.merging.files.edits import Edits, StreamedEdits
 from restitch.merging.files.header import write_header
+from restitch.merging.numerics.rounding import cast, round_once
 from restitch.merging.progress import Progress, ignore
 
 SINGLE = "model.safetensors"
@@ -62,6 +65,7 @@ def export_weights(
     out: Path,
     *,
     shard_size: int | None = None,
+    dtype: torch.dtype | None = None,
     extra: Mapping[str, Tensor] | None = None,
     previous: Previous | None = None,
     progress: Progress | None = None,
@@ -73,18 +77,22 @@ def export_weights(
         edits: the differences of the merged model from the base.
         out: an existing folder.
         shard_size: bytes of tensors per file; None keeps the base's files.
+        dtype: of all weights; that of the base's by default.
         extra: more tensors, for instance a head; they follow the last one of the base.
         previous: an earlier export to take unchanged files from, as hard links or else as copies.
         progress: called with the bytes written and the total.
 
     Returns:
         The files that were taken from the earlier export.
+
+    Raises:
+        BadInput: a weight is too large for `dtype`.
     """
     extra = dict(extra or {})
     clash = sorted(extra.keys() & set(base.names))
     if clash:
         raise ValueError(f"extra tensors have the same names as tensors of the base: {clash}")
-    files = _plan(base, extra, shard_size)
+    files = _plan(base, extra, shard_size, dtype)
     taken = [] if previous is None else [file for file in files if _is_unchanged(file, previous)]
     for file in taken:
         assert previous is not None
@@ -123,26 +131,40 @@ def _take(source: Path, target: Path) -> None:
             _copy(reading.fileno(), 0, writing.fileno(), 0, size)
 
 
-def _plan(base: Checkpoint, extra: Mapping[str, Tensor], shard_size: int | None) -> list[_File]:
+def in_type(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    """A tensor as it is written in a type: only weights change theirs."""
+    return info if dtype is None or info.dtype not in FLOATING else replace(info, dtype=dtype)
+
+
+def _plan(
+    base: Checkpoint,
+    extra: Mapping[str, Tensor],
+    shard_size: int | None,
+    dtype: torch.dtype | None,
+) -> list[_File]:
     added = [TensorInfo(name, value.dtype, tuple(value.shape)) for name, value in extra.items()]
     if shard_size is not None:
-        return _reshard([*_in_place_order(base, base.shards), *added], base.metadata, shard_size)
+        ordered = _in_place_order(base, base.shards, dtype)
+        return _reshard([*ordered, *added], base.metadata, shard_size)
     files = []
     shards = list(base.shards)
     for shard in shards:
-        tensors = _in_place_order(base, [shard])
+        tensors = _in_place_order(base, [shard], dtype)
         more = added if shard == shards[-1] else []
-        own = None if more else base.header_bytes(shard)
+        as_in_base = not more and all(info == base.info(info.name) for info in tensors)
+        own = base.header_bytes(shard) if as_in_base else None
         header = own or _header([*tensors, *more], base.shard_metadata[shard])
         name = shard if len(shards) > 1 else SINGLE
         files.append(_File(name, header, (*tensors, *more)))
     return files
 
 
-def _in_place_order(base: Checkpoint, shards: Iterable[str]) -> list[TensorInfo]:
+def _in_place_order(
+    base: Checkpoint, shards: Iterable[str], dtype: torch.dtype | None
+) -> list[TensorInfo]:
     """The tensors of some shards in the order of their bytes."""
     return [
-        base.info(name)
+        in_type(base.info(name), dtype)
         for shard in shards
         for name in sorted(base.shards[shard], key=lambda name: base.location(name).start)
     ]
@@ -222,13 +244,13 @@ class _Writer:
             return
         place = self.base.location(info.name)
         source = sources[place.shard]
+        if info != self.base.info(info.name):
+            self._converted(target, at, info, source)
+            return
         if info.name not in self.edited:
             _copy(source, place.start, target, at, info.nbytes)
             return
-        edit: Callable[[Tensor], None] = partial(self.edits.apply, info.name)
-        step = info.nbytes
-        if isinstance(self.edits, StreamedEdits):
-            edit, step = self.edits.editor(info.name), min(info.nbytes, _PART)
+        edit, step = self._editor(info)
         buffer = torch.empty(step, dtype=torch.uint8)
         for start in range(0, info.nbytes, step):
             part = buffer[: info.nbytes - start]
@@ -236,6 +258,40 @@ class _Writer:
             _read_at(source, data, place.start + start)
             edit(part.view(info.dtype))
             _write_at(target, data, at + start)
+
+    def _editor(self, info: TensorInfo) -> tuple[Callable[[Tensor], None], int]:
+        """A function that edits the parts of a base's tensor in order, and the bytes of a part."""
+        if isinstance(self.edits, StreamedEdits):
+            return self.edits.editor(info.name), max(1, min(info.nbytes, _PART))
+        return partial(self.edits.apply, info.name), max(1, info.nbytes)
+
+    def _converted(self, target: int, at: int, info: TensorInfo, source: int) -> None:
+        """Edit a tensor in its working type, and write it in another type than the base's."""
+        own, place = self.base.info(info.name), self.base.location(info.name)
+        edit, step = self._editor(own) if info.name in self.edited else (None, _PART)
+        buffer = torch.empty(step, dtype=torch.uint8)
+        for start in range(0, own.nbytes, step):
+            part = buffer[: own.nbytes - start]
+            _read_at(source, part.numpy().data, place.start + start)
+            wide = cast(part.view(own.dtype), torch.promote_types(own.dtype, torch.float32))
+            if edit is not None:
+                edit(wide)
+            after = round_once(wide, info.dtype)
+            if bool((after.isinf() & wide.isfinite()).any()):
+                raise _too_large(info, wide)
+            data = after.view(torch.uint8).numpy().data
+            _write_at(target, data, at)
+            at += len(data)
+
+
+def _too_large(info: TensorInfo, weights: Tensor) -> BadInput:
+    dtype, most = str(info.dtype).removeprefix("torch."), torch.finfo(info.dtype).max
+    return BadInput(
+        f"the merged weights of {info.name} do not fit into {dtype}",
+        expected=f"weights of at most {most:g}",
+        found=f"{float(weights[weights.isfinite()].abs().max()):g}",
+        hint="choose bfloat16 or float32",
+    )
 
 
 def _read_at(source: int, data: memoryview, at: int) -> None:

@@ -8,12 +8,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from restitch.merging.errors import BadInput
+from restitch.registry.specs.once import DTYPES
 
 METHODS = {"linear": "averaging", "task_arithmetic": "task-arithmetic", "ties": "ties"}
 
 # These have no influence on the merged weights.
 _NEUTRAL = {"int8_mask", "name"}
-_KNOWN = {"merge_method", "base_model", "models", "parameters", "dtype", "tokenizer_source"}
+_TYPES = ("dtype", "out_dtype")
+_KNOWN = {"merge_method", "base_model", "models", "parameters", "tokenizer_source", *_TYPES}
 
 
 def is_mergekit(values: Mapping[str, Any]) -> bool:
@@ -69,8 +71,24 @@ class _Reader:
             "models": models,
             "method": {"name": METHODS.get(str(name), ""), "settings": settings},
             "include": ["*"],
-            **({"dtype": self.values["dtype"]} if self.values.get("dtype") else {}),
+            "dtype": self._type(),
         }
+
+    def _type(self) -> str | None:
+        """The type of the written weights: `out_dtype`, or else `dtype`.
+
+        mergekit computes in `dtype` and writes `out_dtype`; restitch computes in float32 at least.
+        """
+        given = {key: self.values.get(key) for key in _TYPES}
+        for key, value in given.items():
+            if value is not None and value not in DTYPES:
+                self.problems.append(f"{key}: {_short(value)}: not {', '.join(DTYPES)}")
+        dtype, out = given["dtype"], given["out_dtype"]
+        if dtype in ("bfloat16", "float16") and out not in (None, dtype):
+            self.problems.append(
+                f"dtype: {dtype}, with out_dtype: {_short(out)}: restitch computes in float32"
+            )
+        return out or dtype
 
     def _models(self, name: str, base: str) -> tuple[dict[str, str], list[Mapping[str, Any]]]:
         models: dict[str, str] = {}

@@ -1,12 +1,15 @@
 """The keys of a file for `restitch merge`: a base, its finetuned models, and a method."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, JsonValue, field_validator
 
 from restitch.registry.specs.base import InFile, Spec, Text
 from restitch.registry.specs.method import MethodSpec
 from restitch.registry.specs.task import Name
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
 
 
 class MergeSpec(Spec):
@@ -29,8 +32,9 @@ class MergeSpec(Spec):
     """Globs on tensor names that add to the family's localizable tensors."""
     exclude: tuple[Text, ...] = Field(default=(), examples=[["*.bias"]])
     """Globs on tensor names that are not merged; they win over `include`."""
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None
-    """The type of the merged model, which must be that of the base: merging does not convert."""
+    dtype: Dtype | None = None
+    """The type of the merged weights, each rounded once from the float32 result; that of the base's
+    by default."""
     family: Text | None = Field(default=None, examples=["causal-lm"])
     """The family of the base; by default the one that fits."""
 

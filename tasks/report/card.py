@@ -166,11 +166,23 @@ def once_card(made: Mapping[str, Any]) -> str:
         f"{_source(made['base']['source'])} with the changes of {len(models)} finetuned models, "
         f"merged by `{made['method']}` ({settings or 'no settings'}; kept of each model: {kept}) "
         f"in {made['tensors']} tensors. All other tensors are the base's.",
+        _converted(made["dtype"], made["base_dtype"]),
         "## Models",
         _table(("task", "model", "weights", "change outside of the merged tensors"), models),
         "All details of the merge are in `restitch.json`.",
     ]
     return _page(parts)
+
+
+def _converted(dtype: str, base_dtype: str) -> str:
+    """What a merge into another type than the base's did; empty if it is the same type."""
+    if dtype == base_dtype:
+        return ""
+    return (
+        f"The weights are {dtype}, and those of the base {base_dtype}: each merged weight was "
+        "computed in float32 (float64 for a base in float64) and rounded once, and each other "
+        "weight of the base was rounded once."
+    )
 
 
 def _page(parts: Sequence[str]) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 import restitch
@@ -28,8 +28,11 @@ def options(world: World, *tasks: str) -> list[object]:
     return ["--base", world.base, *models]
 
 
+WEIGHTS = "model.safetensors"
+
+
 def bytes_of(folder: Path) -> bytes:
-    return (folder / "model.safetensors").read_bytes()
+    return (folder / WEIGHTS).read_bytes()
 
 
 CASES: list[tuple[str, dict[str, Any], dict[str, Any] | None]] = [
@@ -153,9 +156,70 @@ def test_a_mergekit_file_merges_all_tensors(shell: Shell, tmp_path: Path) -> Non
     done = shell("merge", file, "--out", tmp_path / "out", "--json").json
     assert (done["method"], done["settings"]) == ("task-arithmetic", {"alpha": 0.5})
     assert all(model["outside_share"] == 0 for model in done["models"].values())
-    values["dtype"] = "bfloat16"
+    assert done["dtype"] == done["base_dtype"] == "float32"
+    values["out_dtype"] = "bfloat16"
     file.write_text(yaml.safe_dump(values))
-    assert "has the type of its base" in shell("merge", file, "--dry-run", code=3).err
+    narrow = shell("merge", file, "--dry-run", "--json").json
+    assert (narrow["dtype"], narrow["written"]) == ("bfloat16", done["written"] / 2)
+
+
+@pytest.mark.parametrize(("method", "settings", "localize"), [CASES[0], *CASES[2:]])
+def test_weights_of_another_type_are_rounded_once(
+    world: World,
+    shell: Shell,
+    tmp_path: Path,
+    method: str,
+    settings: dict[str, Any],
+    localize: dict[str, Any] | None,
+) -> None:
+    models = {task: world.model(task) for task in SKILLS[:2]}
+
+    def merged(dtype: str | None) -> dict[str, torch.Tensor]:
+        found = restitch.merge(
+            world.base, models, method, settings=settings, localize=localize, dtype=dtype
+        )
+        folder = tmp_path / str(dtype)
+        report = found.save(folder)
+        assert report.dtype == (dtype or "float32")
+        written: dict[str, torch.Tensor] = load_file(folder / WEIGHTS)
+        assert report.written == sum(value.nbytes for value in written.values())
+        return written
+
+    with shell.inside():
+        expected = merged(None)
+        merged("float32")
+        assert bytes_of(tmp_path / "None") == bytes_of(tmp_path / "float32")
+        for dtype in (torch.bfloat16, torch.float16):
+            narrow = merged(str(dtype).removeprefix("torch."))
+            assert narrow.keys() == expected.keys()
+            for name, value in expected.items():
+                wanted = value.to(dtype) if value.is_floating_point() else value
+                assert torch.equal(narrow[name], wanted), name
+        model = AutoModel.from_pretrained(tmp_path / "bfloat16")
+    assert model.dtype == torch.bfloat16
+    assert json.loads((tmp_path / "bfloat16" / "config.json").read_text())["dtype"] == "bfloat16"
+    assert "rounded once" in (tmp_path / "bfloat16" / "README.md").read_text()
+    assert "rounded once" not in (tmp_path / "float32" / "README.md").read_text()
+
+
+def test_a_type_that_cannot_be_written_is_refused(
+    world: World, shell: Shell, tmp_path: Path
+) -> None:
+    command = ["merge", *options(world, SKILLS[0]), "--method", "ties", "--out", tmp_path / "out"]
+    refused = shell(*command, "--dtype", "int8", code=3).err
+    assert "dtype" in refused
+    assert "'float32', 'bfloat16' or 'float16'" in refused
+    values = load_file(world.base / WEIGHTS)
+    name = next(name for name, value in values.items() if value.ndim > 1)
+    values[name].view(-1)[3] = 7e4
+    large = shutil.copytree(world.base, tmp_path / "large")
+    save_file(values, large / WEIGHTS, {"format": "pt"})
+    command[2] = large
+    refused = shell(*command, "--dtype", "float16", code=3).err
+    assert f"the merged weights of {name} do not fit into float16" in refused
+    assert "at most 65504" in refused
+    assert not (tmp_path / "out").exists()
+    shell(*command, "--dtype", "bfloat16")
 
 
 def test_a_merge_from_python_is_the_same(world: World, shell: Shell, tmp_path: Path) -> None:

@@ -8,10 +8,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from restitch.merging.errors import BadInput
 from restitch.merging.files import export as module
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.edits import Edits, StreamedEdits, edited
 from restitch.merging.files.export import Previous, export_weights
+from restitch.merging.numerics.rounding import round_once
 from restitch.merging.rules.stitch import stitch
 from tests import tiny
 
@@ -236,3 +238,45 @@ def test_a_file_that_is_not_whole_is_not_taken(
     taken = export_weights(sharded, Added(), second, previous=Previous(first, frozenset()))
     assert name not in taken
     check(second, sharded, Added())
+
+
+@pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shards", [1, 2])
+def test_another_type_rounds_the_wide_result_once(
+    tmp_path: Path, own: torch.dtype, dtype: torch.dtype, shards: int
+) -> None:
+    tensors = {**tiny.base_tensors(dtype=own), "empty": torch.empty(0, 3, dtype=own)}
+    base = tiny.save(tmp_path / "base", tensors, shards=shards)
+    edits = stitched(tmp_path, base)
+    folder = out(tmp_path)
+    export_weights(base, edits, folder, dtype=dtype)
+    found = Checkpoint.open(folder)
+    assert found.names == base.names
+    assert found.files.keys() == base.files.keys()
+    for name in base.names:
+        before = base.tensor(name)
+        if name in base.floating:
+            wide = before.to(torch.promote_types(own, torch.float32), copy=True)
+            if name in edits.names:
+                edits.apply(name, wide.view(-1))
+            before = round_once(wide.view(-1), dtype).view(before.shape)
+        assert torch.equal(found.tensor(name), before)
+    if dtype == own:
+        assert [p.read_bytes() for p in found.files.values()] == [
+            p.read_bytes() for p in exported(tmp_path / "same", base, edits).files.values()
+        ]
+
+
+def exported(folder: Path, base: Checkpoint, edits: Edits) -> Checkpoint:
+    folder.mkdir()
+    export_weights(base, edits, folder)
+    return Checkpoint.open(folder)
+
+
+def test_a_type_that_is_too_narrow_is_refused(tmp_path: Path) -> None:
+    tensors = {**tiny.base_tensors(), "layers.1.norm.weight": torch.full((8,), -1e5)}
+    base = tiny.save(tmp_path / "base", tensors)
+    with pytest.raises(BadInput, match=r"norm\.weight do not fit into float16") as caught:
+        export_weights(base, stitch(base, []), out(tmp_path), dtype=torch.float16)
+    assert (caught.value.expected, caught.value.found) == ("weights of at most 65504", "100000")

@@ -78,7 +78,8 @@ def test_everything_that_we_lack_is_listed_at_once(tmp_path: Path) -> None:
                 "parameters": {"normalize": True, "rescale": False},
                 "tokenizer_source": "union",
                 "chat_template": "auto",
-                "out_dtype": "bfloat16",
+                "dtype": "float64",
+                "out_dtype": ["bfloat16"],
             },
             tmp_path,
         )
@@ -90,9 +91,27 @@ def test_everything_that_we_lack_is_listed_at_once(tmp_path: Path) -> None:
         "parameters: rescale: False",
         "tokenizer_source: union",
         "chat_template: auto",
-        "out_dtype: bfloat16",
+        "dtype: float64: not float32, bfloat16, float16",
+        "out_dtype: ['bfloat16']: not float32, bfloat16, float16",
     ):
         assert part in text
+
+
+@pytest.mark.parametrize(
+    ("types", "written"),
+    [
+        ({}, None),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"out_dtype": "float16"}, "float16"),
+        ({"dtype": "float32", "out_dtype": "bfloat16"}, "bfloat16"),
+        ({"dtype": "float16", "out_dtype": "float16"}, "float16"),
+    ],
+)
+def test_the_type_is_the_one_that_mergekit_writes(
+    tmp_path: Path, types: dict[str, str], written: str | None
+) -> None:
+    values = {"merge_method": "linear", "base_model": "./base", "models": models({}, {})}
+    assert read({**values, **types}, tmp_path).dtype == written
 
 
 @pytest.mark.parametrize(
@@ -106,6 +125,8 @@ def test_everything_that_we_lack_is_listed_at_once(tmp_path: Path) -> None:
         ({"merge_method": "ties", "parameters": {"normalize": False}}, "normalize: false"),
         ({"merge_method": "task_arithmetic", "parameters": {"normalize": True}}, "normalize: true"),
         ({"merge_method": "linear", "models": [{"model": "./base"}]}, "the base as one"),
+        ({"dtype": "bfloat16", "out_dtype": "float32"}, "restitch computes in float32"),
+        ({"dtype": "float16", "out_dtype": "bfloat16"}, "restitch computes in float32"),
     ],
 )
 def test_what_would_be_merged_in_another_way_is_refused(
