@@ -6,6 +6,7 @@ bytes per parameter) and measures, in this process and with warm caches:
 
 - stitching and exporting three members at 5 % against `cp -r` of the base,
 - the dataless mask of one model against reading both and |difference| in torch,
+- storing the whole delta of one model against reading both and writing its bytes once,
 - the private memory of each (dirty private pages, from /proc/self/smaps_rollup, in a
   separate process, because sampling slows the work down),
 - the bytes per kept weight of sparse deltas.
@@ -37,10 +38,18 @@ from safetensors.torch import save_file
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.export import export_weights
 from restitch.merging.files.mask import Mask
-from restitch.merging.files.sparse import SparseFile, SparseInfo, SparseTensor, write_sparse
+from restitch.merging.files.sparse import (
+    SparseFile,
+    SparseInfo,
+    SparseTensor,
+    write_sparse,
+    write_whole,
+)
 from restitch.merging.localize.dataless import localize_dataless
 from restitch.merging.ranking.task_vector import TaskVector
 from restitch.merging.rules.stitch import DeltaMember, stitch, write_patch
+from restitch.registry.store.folder import FolderStore
+from restitch.registry.store.objects import ObjectStore
 
 HIDDEN, INTERMEDIATE, KV, VOCABULARY = 2048, 5632, 256, 32000
 TASKS = ("one", "two", "three")
@@ -162,6 +171,30 @@ def mask(folder: Path, task: str = "one") -> None:
         result.coordinates(name)
 
 
+def read_and_write(folder: Path, task: str = "one") -> None:
+    """The reference of a whole delta: read both models, and write one of them durably."""
+    (folder / "out").mkdir()
+    block = memoryview(bytearray(1 << 22))
+    with (folder / "out" / "written").open("wb", buffering=0) as out:
+        for name in ("base", task):
+            with (folder / name / "model.safetensors").open("rb", buffering=0) as file:
+                while size := file.readinto(block):
+                    if name == task:
+                        out.write(block[:size])
+        os.fsync(out.fileno())
+
+
+def whole(folder: Path, task: str = "one") -> None:
+    """Localize with density 1, and store the delta as registering does."""
+    vector = open_vector(folder, task)
+    kept = localize_dataless(vector, 1.0)
+    kept.digest()
+    file = folder / "out" / "delta"
+    file.parent.mkdir()
+    write_whole(file, vector.finetuned, kept.names, kind="delta", metadata={})
+    ObjectStore(FolderStore(folder / "out" / "store")).put_blob(file, move=True)
+
+
 def copy(folder: Path) -> None:
     """The reference of exporting: `cp -r` of the base."""
     subprocess.run(["cp", "-r", str(folder / "base"), str(folder / "out")], check=True)
@@ -252,6 +285,7 @@ def measure(folder: Path, params: float, runs: int, console: Console) -> list[Fi
 
     console.print("localizing")
     times = interleaved({"difference": difference, "mask": mask}, folder, runs)
+    times |= interleaved({"read and write": read_and_write, "whole": whole}, folder, runs)
     mask_memory = peak_memory(mask, folder)
     written = []
     for task in TASKS:
@@ -281,6 +315,11 @@ def measure(folder: Path, params: float, runs: int, console: Console) -> list[Fi
         Figure("dataless mask at 5 %", times["mask"], "s"),
         Figure("mask / |difference|", times["mask"] / times["difference"], "x", 1.6, 1.3),
         Figure("private memory of the mask", mask_memory / 1e9, "GB", memory_limit),
+        Figure("reading both models and writing one", times["read and write"], "s"),
+        Figure("whole delta", times["whole"], "s"),
+        Figure(
+            "whole delta / reading and writing", times["whole"] / times["read and write"], "x", 1.3
+        ),
         Figure("bf16 delta at 5 %", written[0].bytes / written[0].kept, "B/weight"),
         Figure("fp32 delta at 1 %, MiniLM", small.bytes / small.kept, "B/weight", 5.2),
     ]

@@ -17,9 +17,9 @@ from torch import Tensor
 from restitch.merging.digests import digest_json
 from restitch.merging.files.checkpoint import Checkpoint
 from restitch.merging.files.factor_file import FactorFile, write_factors
-from restitch.merging.files.mask import Mask
+from restitch.merging.files.mask import Mask, WholeMask
 from restitch.merging.files.quantized import quantized
-from restitch.merging.files.sparse import SparseInfo, SparseTensor, write_sparse
+from restitch.merging.files.sparse import SparseInfo, SparseTensor, write_sparse, write_whole
 from restitch.merging.localize.subspace import NAME as SUBSPACE
 from restitch.merging.localize.subspace import own_factors
 from restitch.merging.numerics.bitwise import gather
@@ -146,6 +146,9 @@ class _Masks:
             ranking = _ranked(self.localizer, vector, base, file.parent, progress)
 
         def write(mask: Mask) -> SparseInfo:
+            if isinstance(mask, WholeMask) and before is None and not ranking.factors:
+                names = mask.names
+                return write_whole(file, finetuned, names, kind="delta", metadata=metadata)
             values = kept_values(finetuned, mask, ranking.factors, in_8_bits_from=before)
             return write_sparse(file, values, kind="delta", metadata=metadata)
 

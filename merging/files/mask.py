@@ -7,6 +7,7 @@ digests. The coordinates are in memory, or in a file from which they are read on
 
 import json
 from collections.abc import Callable, Mapping
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -53,8 +54,35 @@ class Mask:
 
     def digest(self) -> str:
         """The digest of the mask: names, and the coordinates as little-endian int64."""
-        lines = []
-        for name in self.names:
-            data = self.coordinates(name).contiguous().numpy().data.cast("B")
-            lines.append(json.dumps([name, self._counts[name], digest_bytes(data)]))
+        lines = [
+            json.dumps([name, self._counts[name], self._coordinates_digest(name)])
+            for name in self.names
+        ]
         return digest_bytes("\n".join(lines).encode())
+
+    def _coordinates_digest(self, name: str) -> str:
+        return _digest(self.coordinates(name))
+
+
+class WholeMask(Mask):
+    """The mask that keeps every coordinate of some tensors.
+
+    Args:
+        counts: the number of elements of each tensor; empty ones are omitted.
+    """
+
+    def __init__(self, counts: Mapping[str, int]) -> None:
+        super().__init__(counts, lambda name: torch.arange(counts[name]))
+
+    def _coordinates_digest(self, name: str) -> str:
+        return _digest_of_all(self.count(name))
+
+
+@lru_cache(maxsize=1024)
+def _digest_of_all(count: int) -> str:
+    """The digest of the coordinates from 0 to `count`; many tensors of a model have one size."""
+    return _digest(torch.arange(count))
+
+
+def _digest(coordinates: Tensor) -> str:
+    return digest_bytes(coordinates.contiguous().numpy().data.cast("B"))

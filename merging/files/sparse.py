@@ -14,11 +14,11 @@ checks the file: coordinates out of order or out of range raise `Damage`.
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,6 +59,7 @@ from restitch.merging.order import by_bytes
 KINDS = ("delta", "patch")
 
 _RESERVED = "restitch."
+_COPIED = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ def write_sparse(
         kind: `delta` or `patch`.
         metadata: more text for the metadata; keys must not begin with `restitch.`.
     """
-    if kind not in KINDS or any(key.startswith(_RESERVED) for key in metadata):
-        raise ValueError(f"kind {kind!r} and metadata {sorted(metadata)} cannot be written")
+    _check_labels(kind, metadata)
     table: list[str] = []
     kept = 0
     variants: set[tuple[bool, bool]] = set()  # with factors, in 8 bits
@@ -120,39 +120,108 @@ def write_sparse(
             if not count:
                 continue
             last = name
-            dtype = DTYPE_NAMES[tensor.values.dtype]
             code, data = encode(tensor.coordinates.numpy(), count_elements(tensor.shape))
             spool(POSITIONS, data)
             if isinstance(tensor.values, Quantized):
                 spool(CODES, _bytes_of(tensor.values.codes))
                 spool(STEPS, _step_bytes(tensor.name, tensor.values, tensor.shape))
             else:
+                dtype = DTYPE_NAMES[tensor.values.dtype]
                 spool(f"values.{dtype}", _bytes_of(tensor.values))
             if tensor.factors is not None:
                 spool(FACTORS, _factor_bytes(tensor))
             kept += count
             variants.add((tensor.factors is not None, isinstance(tensor.values, Quantized)))
-            shape = "x".join(map(str, tensor.shape))
-            table.append(f"{dtype} {shape} {count} {code} {tensor.name}")
+            table.append(_row(tensor.values.dtype, tensor.shape, count, code, tensor.name))
         if len(variants) > 1:
             raise ValueError("either all tensors or none have factors, and values in 8 bits")
         spool(POSITIONS, b"")
         # Wide types first: every section then begins at a multiple of its element size.
         order = sorted(spools, key=section_order)
-        types = {section: section_dtype(section) for section in order}
-        sections = [
-            (section, types[section], (spools[section].tell() // types[section].itemsize,))
-            for section in order
-        ]
         weighed, quantized = next(iter(variants), (False, False))
-        own = {
-            "restitch.format": FORMATS[2 if quantized else weighed],
-            "restitch.kind": kind,
-            "restitch.tensors": json.dumps(table, separators=(",", ":"), ensure_ascii=False),
-        }
-        header = write_header(sections, dict(sorted({**metadata, **own}.items())))
+        version = FORMATS[2 if quantized else weighed]
+        sizes = {section: spools[section].tell() for section in order}
+        header = _header(kind, version, table, sizes, metadata)
         size = write_sections(path, header, [spools[section] for section in order])
     return SparseInfo(bytes=size, kept=kept)
+
+
+def write_whole(
+    path: Path,
+    checkpoint: Checkpoint,
+    names: Iterable[str],
+    *,
+    kind: str,
+    metadata: Mapping[str, str],
+) -> SparseInfo:
+    """Write the sparse file that keeps every coordinate of some tensors, as `write_sparse` does.
+
+    All sizes are known before, so that the weights are written once, straight from the checkpoint.
+
+    Args:
+        path: the file to write; its folder must exist.
+        checkpoint: has the weights.
+        names: of the tensors; empty ones are omitted.
+        kind: `delta` or `patch`.
+        metadata: as for `write_sparse`.
+    """
+    _check_labels(kind, metadata)
+    infos = [info for info in map(checkpoint.info, sorted(names, key=by_bytes)) if info.numel]
+    table = [_row(info.dtype, info.shape, info.numel, "w", info.name) for info in infos]
+    sections: dict[str, list[str]] = {POSITIONS: []}
+    for info in infos:
+        sections.setdefault(f"values.{DTYPE_NAMES[info.dtype]}", []).append(info.name)
+    order = sorted(sections, key=section_order)
+    sizes = {
+        section: sum(checkpoint.info(name).nbytes for name in sections[section])
+        for section in order
+    }
+    header = _header(kind, FORMATS[0], table, sizes, metadata)
+    parts = (
+        _bytes_of(checkpoint.tensor(name).reshape(-1))
+        for section in order
+        for name in sections[section]
+    )
+    size = _write(path, chain([header], parts))
+    return SparseInfo(bytes=size, kept=sum(info.numel for info in infos))
+
+
+def _check_labels(kind: str, metadata: Mapping[str, str]) -> None:
+    if kind not in KINDS or any(key.startswith(_RESERVED) for key in metadata):
+        raise ValueError(f"kind {kind!r} and metadata {sorted(metadata)} cannot be written")
+
+
+def _row(dtype: torch.dtype, shape: tuple[int, ...], kept: int, code: str, name: str) -> str:
+    """A tensor's row of the table."""
+    return f"{DTYPE_NAMES[dtype]} {'x'.join(map(str, shape))} {kept} {code} {name}"
+
+
+def _header(
+    kind: str,
+    version: str,
+    table: list[str],
+    sizes: Mapping[str, int],
+    metadata: Mapping[str, str],
+) -> bytes:
+    """The header of a file with sections of some bytes, in their order."""
+    types = {section: section_dtype(section) for section in sizes}
+    sections = [
+        (section, types[section], (size // types[section].itemsize,))
+        for section, size in sizes.items()
+    ]
+    own = {
+        "restitch.format": version,
+        "restitch.kind": kind,
+        "restitch.tensors": json.dumps(table, separators=(",", ":"), ensure_ascii=False),
+    }
+    return write_header(sections, dict(sorted({**metadata, **own}.items())))
+
+
+def _copied(spool: IO[bytes]) -> Iterator[bytes]:
+    """What was written to a temporary file, in blocks."""
+    spool.seek(0)
+    while block := spool.read(_COPIED):
+        yield block
 
 
 def _bytes_of(flat: Tensor) -> Any:
@@ -177,13 +246,15 @@ def _factor_bytes(tensor: SparseTensor) -> Any:
 
 def write_sections(path: Path, header: bytes, parts: Iterable[IO[bytes]]) -> int:
     """Write a header and its sections atomically and durably, and return the size."""
+    return _write(path, chain([header], chain.from_iterable(map(_copied, parts))))
+
+
+def _write(path: Path, blocks: Iterable[Any]) -> int:
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(descriptor, "wb") as file:
-            file.write(header)
-            for part in parts:
-                part.seek(0)
-                shutil.copyfileobj(part, file, 1 << 22)
+            for block in blocks:
+                file.write(block)
             file.flush()
             os.fsync(file.fileno())
             size = file.tell()

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from restitch.merging.files.coordinate_codec import true_positions
-from restitch.merging.files.mask import Mask
+from restitch.merging.files.mask import Mask, WholeMask
 from restitch.merging.numerics.bitwise import as_integers
 from restitch.merging.order import by_bytes
 from restitch.merging.progress import Progress, ignore
@@ -119,8 +119,7 @@ def top_k(
     if not 0 <= k <= total:
         raise ValueError(f"cannot keep {k} of {total} coordinates")
     if k in (0, total):
-        counts = {name: scores.numel(name) for name in scores.names if k}
-        return Mask(counts, lambda name: torch.arange(counts[name], dtype=torch.int64))
+        return WholeMask({name: scores.numel(name) for name in scores.names if k})
     for threshold in _thresholds(scores, k, total):
         candidates = _collect(scores, k, threshold, scratch, progress or ignore)
         if candidates.total >= k:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from restitch.merging.files.mask import Mask
+from restitch.merging.files.mask import Mask, WholeMask
 
 
 def test_a_mask_is_named_by_its_content_alone() -> None:
@@ -25,3 +25,12 @@ def test_a_mask_does_not_change_with_what_it_was_made_of() -> None:
 def test_coordinates_are_sorted_and_distinct(wrong: list[int]) -> None:
     with pytest.raises(ValueError):
         Mask.of({"a": torch.tensor(wrong)})
+
+
+def test_the_mask_of_everything_has_the_digest_of_its_coordinates() -> None:
+    counts = {"b": 3, "a": 5, "empty": 0, "c": 3}
+    whole = WholeMask(counts)
+    same = Mask.of({name: torch.arange(count) for name, count in counts.items()})
+    assert whole.names == same.names == ("a", "b", "c")
+    assert whole.digest() == same.digest()
+    assert whole.coordinates("a").tolist() == [0, 1, 2, 3, 4]

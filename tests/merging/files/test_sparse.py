@@ -15,7 +15,14 @@ from torch import Tensor
 from restitch.merging.errors import BadInput, Damage
 from restitch.merging.files.edits import Edits, edited
 from restitch.merging.files.mask import Mask
-from restitch.merging.files.sparse import Cursor, SparseFile, SparseTensor, write_sparse
+from restitch.merging.files.sparse import (
+    Cursor,
+    SparseFile,
+    SparseTensor,
+    write_sparse,
+    write_whole,
+)
+from restitch.merging.order import by_bytes
 from tests import tiny
 
 ONE = SparseTensor("a b", (4, 5), torch.tensor([0, 3, 19]), torch.tensor([1.0, -2.5, 0.0]))
@@ -343,3 +350,24 @@ def test_a_tensors_digest_is_that_of_its_edit_whatever_else_is_in_the_file(
     edits = [(str(sorted(first.items())), first_type), (str(sorted(second.items())), second_type)]
     if len(digests) == 2:
         assert (digests[0] == digests[1]) == (edits[0] == edits[1])
+
+
+@given(st.data())
+def test_a_whole_file_has_the_bytes_of_a_sparse_file_that_keeps_everything(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("whole")
+    shapes = st.lists(st.integers(0, 5), max_size=3).map(tuple)
+    types = st.sampled_from([torch.float64, torch.float32, torch.float16, torch.bfloat16])
+    drawn = data.draw(st.dictionaries(st.sampled_from("abcé"), st.tuples(shapes, types)))
+    values = {name: torch.randn(shape).to(dtype) for name, (shape, dtype) in drawn.items()}
+    checkpoint = tiny.save(folder, {**values, "other": torch.ones(2)})
+    tensors = [
+        SparseTensor(name, values[name].shape, torch.arange(flat.numel()), flat)
+        for name in sorted(values, key=by_bytes)
+        for flat in [values[name].reshape(-1)]
+    ]
+    expected = write_sparse(folder / "x", tensors, kind="delta", metadata={"model": "m"})
+    info = write_whole(folder / "y", checkpoint, values, kind="delta", metadata={"model": "m"})
+    assert info == expected
+    assert (folder / "y").read_bytes() == (folder / "x").read_bytes()
